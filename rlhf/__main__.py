@@ -1,0 +1,87 @@
+"""The command line: compose, build, run; mistakes are shown without a traceback.
+
+Exit codes: 0 done, 1 crash, 2 configuration or data error, 3 a gate failed, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from datetime import datetime
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from rlhf.config import ConfigError
+
+CONFIG_ERROR, GATE_FAILED, INTERRUPTED = 2, 3, 130
+
+
+@hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
+def compose_and_run(node: DictConfig) -> None:
+    """One job: the only one, or one trial of a multirun."""
+    from rlhf.experiment import build_experiment
+    from rlhf.pipeline import GateError, Pipeline
+    from rlhf.report.summary import print_summary
+
+    quiet_libraries()
+    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    experiment = build_experiment({str(key): value for key, value in resolved.items()})
+    console = Console()
+    pipeline = Pipeline(experiment, run_name_of(experiment.settings.run_name), console)
+    try:
+        run = pipeline.run()
+    except GateError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        console.print("Finished stages are kept. `gates=warn` goes on past a failing gate.")
+        raise SystemExit(GATE_FAILED) from None
+    print_summary(run, console)
+
+
+def run_name_of(configured: str | None) -> str:
+    """The run directory's name; trials of a multirun are numbered."""
+    name = configured or datetime.now().strftime("%Y%m%d-%H%M%S")
+    job = HydraConfig.get()
+    return f"{name}-{job.job.num}" if job.mode == RunMode.MULTIRUN else name
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and chatter out of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # transformers renames this argument in 5.40, beyond the bound in pyproject.toml
+    warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")
+
+
+def main() -> None:
+    """Entry point of `python -m rlhf` and `rlhf`."""
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # hydra then raises instead of printing, so that we can say it better
+    )
+    try:
+        compose_and_run()
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(CONFIG_ERROR) from None
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. Finished stages are kept: the same command goes on from there.", file=sys.stderr
+        )
+        raise SystemExit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The store: finished artifacts under their keys, published atomically, computed once.
+
+Layout: STORE/STAGE/KEY/manifest.json beside the stage's files. A directory without a manifest is not an
+artifact. KEY is a hash of the *recipe*: all that decides the content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from filelock import FileLock
+from pydantic import BaseModel, ValidationError
+
+from rlhf.config import ConfigError
+
+FORMAT = 1
+KEY_LENGTH = 16
+
+Recipe = dict[str, Any]
+
+
+class Manifest(BaseModel):
+    """What an artifact is, where it came from and what it measured."""
+
+    format: int = FORMAT
+    stage: str
+    key: str
+    recipe: Recipe
+    config: dict[str, Any]
+    """The whole resolved config of the run that made it."""
+    metrics: dict[str, float]
+    seconds: float
+    created: str
+    git_revision: str | None
+    packages: dict[str, str]
+    hardware: str
+    tokenizer: str | None = None
+    """Digest of tokenizer, chat template and special tokens, where the artifact holds one."""
+    files: dict[str, str]
+    """Relative path -> sha256."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished directory in the store."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def key(self) -> str:
+        """The hash it is stored under."""
+        return self.manifest.key
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def recipe_key(recipe: Recipe) -> str:
+    """The name an artifact made by this recipe is stored under."""
+    return digest_of(recipe)[:KEY_LENGTH]
+
+
+class Store:
+    """Artifacts shared by runs and sweep trials."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"store_dir={root}: cannot be created ({error.strerror}).") from None
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The finished artifact, or None.
+
+        Raises:
+            ConfigError: it is there but cannot be read: damaged, or written by another version.
+        """
+        path = self.root / stage / key
+        if not (path / "manifest.json").exists():
+            return None
+        try:
+            manifest = Manifest.model_validate_json((path / "manifest.json").read_bytes())
+        except ValidationError:
+            raise ConfigError(f"{path}: its manifest.json cannot be read. Remove the directory.") from None
+        if manifest.format != FORMAT:
+            raise ConfigError(
+                f"{path}: written in store format {manifest.format}, this version reads {FORMAT}. "
+                "Use another store_dir or remove the directory."
+            )
+        missing = [name for name in manifest.files if not (path / name).exists()]
+        if missing:
+            raise ConfigError(f"{path}: {missing[0]} is missing. Remove the directory; it is then made anew.")
+        return Artifact(path, manifest)
+
+    def lock(self, stage: str, key: str) -> FileLock:
+        """Held while an artifact is made. The kernel frees it when its holder dies."""
+        (self.root / stage).mkdir(exist_ok=True)
+        return FileLock(self.root / stage / f".{key}.lock")
+
+    def scratch(self, stage: str, key: str) -> Path:
+        """An empty directory to make the artifact in; call it under the lock only.
+
+        What an interrupted attempt left is removed: holding the lock proves that nobody writes there.
+        """
+        for stale in (self.root / stage).glob(f".{key}.part-*"):
+            shutil.rmtree(stale)
+        path = self.root / stage / f".{key}.part-{uuid4().hex[:8]}"
+        path.mkdir()
+        return path
+
+    def publish(self, scratch: Path, manifest: Manifest) -> Artifact:
+        """Write the manifest, flush everything, and rename into place."""
+        manifest.files = {
+            str(path.relative_to(scratch)): file_digest(path)
+            for path in sorted(scratch.rglob("*"))
+            if path.is_file()
+        }
+        (scratch / "manifest.json").write_text(manifest.model_dump_json(indent=2))
+        for path in [*scratch.rglob("*"), scratch]:
+            _flush(path)
+        final = self.root / manifest.stage / manifest.key
+        if final.exists():  # force=[stage], or a directory without a manifest
+            shutil.rmtree(final)
+        scratch.rename(final)
+        _flush(final.parent)
+        return Artifact(final, manifest)
+
+    def explain(self, stage: str, recipe: Recipe) -> str:
+        """Why there is no artifact for this recipe: the difference to the most similar one there is."""
+        differences = []
+        for path in (self.root / stage).glob("*/manifest.json"):
+            with suppress(ValidationError):
+                differences.append(_changes(Manifest.model_validate_json(path.read_bytes()).recipe, recipe))
+        if not differences:
+            return "none was made before"
+        return "; ".join(min(differences, key=len))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for name in sorted({*old, *new}):
+        before, after, key = old.get(name), new.get(name), f"{prefix}{name}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _changes(before, after, f"{key}.")
+        elif before != after:
+            lines.append(f"{key}: {before!r} -> {after!r}")
+    return lines

@@ -1,0 +1,102 @@
+"""From a composed config node to typed objects, and every complaint in the user's own keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class ConfigError(Exception):
+    """Something the user can mend: a key, a value, a file. Shown without a traceback; exit code 2."""
+
+
+class Strict(BaseModel):
+    """A config section: unknown keys are refused, values never change after the check."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+
+class Bound(Strict):
+    """The range a stage's summary metric must lie in, and what to try when it does not."""
+
+    min: float | None = None
+    max: float | None = None
+    advice: str
+
+    def holds(self, value: float) -> bool:
+        """Whether value lies in the range; NaN never does."""
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+    def __str__(self) -> str:
+        parts = [f">= {self.min:g}"] if self.min is not None else []
+        parts += [f"<= {self.max:g}"] if self.max is not None else []
+        return " and ".join(parts) or "any"
+
+
+class OptimConfig(Strict):
+    """AdamW and its schedule. Defaults stand in the stage's YAML."""
+
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat
+    eps: PositiveFloat
+    warmup_fraction: NonNegativeFloat
+    """Share of the steps over which the rate climbs from 0; it falls linearly to 0 over the rest."""
+    max_grad_norm: PositiveFloat
+
+
+class PeftConfig(Strict):
+    """Which parameters are trained: `sft.peft=lora`, or `sft.peft={method:lora,rank:8}`.
+
+    Source: Hu et al. 2021 (arXiv:2106.09685).
+    """
+
+    method: Literal["none", "lora"]
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    """The update is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+
+
+Peft = Annotated[
+    PeftConfig, BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else value)
+]
+
+
+def validated(model: type[ModelT], values: Mapping[str, Any], prefix: str) -> ModelT:
+    """Check values against model.
+
+    Raises:
+        ConfigError: one line per complaint, each naming the full key (`ppo.kl.coef`).
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_complaints(error, prefix))) from None
+
+
+def _complaints(error: ValidationError, prefix: str) -> list[str]:
+    lines = []
+    for detail in error.errors():
+        key = ".".join([*([prefix] if prefix else []), *(str(part) for part in detail["loc"])])
+        message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if detail["type"] == "extra_forbidden":
+            lines.append(f"{key}: there is no such key.")
+        elif detail["type"] == "missing":
+            lines.append(f"{key}: a value is required.")
+        elif isinstance(detail["input"], Mapping):  # a cross-check of a whole section
+            lines.append(f"{key}: {message}.")
+        else:
+            lines.append(f"{key}={detail['input']!r}: {message}.")
+    return lines

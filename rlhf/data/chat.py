@@ -1,0 +1,122 @@
+"""Templates and token ids: the one place where text becomes ids, for every stage.
+
+A response's ids always follow its prompt's ids, tokenized apart, because that is how they are sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import ConfigError
+from rlhf.data.schema import Message
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
+
+
+def resolve_template(choice: str) -> str:
+    """A named template, or the text of a jinja file."""
+    if choice in TEMPLATES:
+        return TEMPLATES[choice]
+    path = Path(choice)
+    if not path.is_file():
+        raise ConfigError(
+            f"model.chat_template={choice}: neither a file nor one of {', '.join(sorted(TEMPLATES))}."
+        )
+    return path.read_text()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """The ids a response is sampled after: the conversation and the opening of the assistant's turn.
+
+    An empty conversation (plain text) gives the beginning-of-text token, where the model has one.
+    """
+    if not messages:
+        return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return _encode(tokenizer, str(text))
+
+
+def exchange_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str
+) -> tuple[list[int], int]:
+    """Ids of prompt + response + end of turn, and how many of them are the prompt.
+
+    The end token is there also when the response was cut by a length limit: reward models are trained
+    and asked on complete turns only (PPO.md detail 6; Stiennon et al. 2020).
+    """
+    prompt = prompt_ids(tokenizer, messages)
+    return [*prompt, *_encode(tokenizer, response), end_of_turn_id(tokenizer)], len(prompt)
+
+
+def continuation_ids(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """Ids of plain text, no template: what is given and what is to be predicted.
+
+    Both are tokenized together and cut where the context alone ends, since some tokenizers begin every text
+    with a space of their own. Without a beginning-of-text token an empty context gives the first token away.
+    """
+    begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    ids = [*begin, *_encode(tokenizer, context + continuation)]
+    given = len(begin) + len(_encode(tokenizer, context))
+    given = min(max(given, 1), len(ids) - 1)
+    return ids[:given], ids[given:]
+
+
+@lru_cache(maxsize=8)
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends an assistant's turn in this template (not always `eos_token`: Gemma)."""
+    marker = "\u241f"
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    after = _encode(tokenizer, text.rpartition(marker)[2].lstrip())
+    if after and after[0] in tokenizer.all_special_ids:
+        return after[0]
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "The tokenizer names no eos_token and its chat template ends no turn with a special token: "
+            "nothing could stop a response. Set model.chat_template."
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | Sequence[int] | None) -> list[int]:
+    """Every id that ends a response: the template's, the tokenizer's and the generation config's."""
+    listed = [generation_eos] if isinstance(generation_eos, int) else list(generation_eos or [])
+    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return sorted({end_of_turn_id(tokenizer), *own, *listed})
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """A sampled response as text, without its stop token."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identity of vocabulary, chat template and special tokens: equal digests mean equal ids."""
+    parts: dict[str, Any] = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "template": tokenizer.chat_template,
+        "special": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]

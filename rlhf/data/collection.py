@@ -1,0 +1,129 @@
+"""A role's rows while they are checked, split and measured, with a tally of those that were not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.chat import exchange_ids, prompt_ids
+from rlhf.data.schema import (
+    USER_KEYS,
+    PairRow,
+    PromptRow,
+    QuestionRow,
+    Role,
+    Row,
+    SftRow,
+    Split,
+    TextRow,
+)
+
+DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
+NOT_DROPPED = (IN_EVALUATION, LEFT_FOR_TRAINING)
+"""Reasons of rows that are fine and only belong elsewhere."""
+NUM_EXAMPLES = 3
+QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
+
+
+@dataclass
+class Entry:
+    """A row, where it was found, and what it asks (`prompt_identity`)."""
+
+    where: str
+    row: Row
+    identity: str
+    tokens: int = 0
+
+
+@dataclass
+class Removed:
+    """How many rows went for one reason, and where the first of them stand."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if len(self.examples) < NUM_EXAMPLES:
+            self.examples.append(where)
+
+    def places(self) -> str:
+        """Such as `train.jsonl line 4, train.jsonl line 9, ...`."""
+        return ", ".join([*self.examples, *(["..."] if self.count > len(self.examples) else [])])
+
+
+@dataclass
+class RoleData:
+    """One role's rows and what became of them."""
+
+    role: Role
+    num_read: int = 0
+    entries: list[Entry] = field(default_factory=list)
+    removed: dict[str, Removed] = field(default_factory=dict)
+    splits: dict[Split, list[Entry]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What the user calls the role's source."""
+        return USER_KEYS[self.role]
+
+    def remove(self, reason: str, where: str) -> None:
+        """Count a row that is not kept."""
+        self.removed.setdefault(reason, Removed()).add(where)
+
+    def keep(self, wanted: Callable[[Entry], bool], reason: str) -> None:
+        """Remove the entries that are not wanted."""
+        kept = []
+        for entry in self.entries:
+            if wanted(entry):
+                kept.append(entry)
+            else:
+                self.remove(reason, entry.where)
+        self.entries = kept
+
+    def count(self, reason: str) -> int:
+        """Rows removed for this reason."""
+        return self.removed[reason].count if reason in self.removed else 0
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that no role gets: duplicates and bad ones."""
+        return sum(removed.count for reason, removed in self.removed.items() if reason not in NOT_DROPPED)
+
+    def why(self) -> list[str]:
+        """What was removed, such as `2 tie (train.jsonl line 4, train.jsonl line 9)`."""
+        return [f"{removed.count} {reason} ({removed.places()})" for reason, removed in self.removed.items()]
+
+    def report(self) -> dict[str, Any]:
+        """The role's part of report.json."""
+        return {
+            "read": self.num_read,
+            "kept": {split: len(entries) for split, entries in self.splits.items()},
+            "removed": {reason: vars(removed) for reason, removed in self.removed.items()},
+            "tokens": quantiles(entry.tokens for entry in self.entries),
+        }
+
+
+def token_length(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
+    """Tokens of the longest sequence made from a row."""
+    match row:
+        case SftRow(prompt=prompt, completion=completion):
+            return len(exchange_ids(tokenizer, prompt, completion)[0])
+        case PairRow(prompt=prompt, chosen=chosen, rejected=rejected):
+            return max(len(exchange_ids(tokenizer, prompt, answer)[0]) for answer in (chosen, rejected))
+        case PromptRow(prompt=prompt):
+            return len(prompt_ids(tokenizer, prompt))
+        case TextRow(text=text):
+            return len(exchange_ids(tokenizer, [], text)[0])
+        case QuestionRow(question=question, choices=choices):
+            return len(exchange_ids(tokenizer, [], "\n".join([question, *choices]))[0])
+
+
+def quantiles(lengths: Iterable[int]) -> dict[str, int]:
+    """The lengths at 5, 50, 95 and 100 percent of the rows."""
+    ordered = sorted(lengths)
+    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in QUANTILES.items()}

@@ -1,0 +1,311 @@
+"""From a row as people publish it to the row a stage reads, or a complaint that says what is wrong with it.
+
+Recognised: prompt/completion and its cousins, messages, Alpaca, ShareGPT, plain text, preference rows
+(answers as text or as message lists, the prompt apart or inside them) and HH transcripts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from rlhf.data.schema import Message, PairRow, PromptRow, QuestionRow, Role, Row, RowError, SftRow, TextRow
+
+Raw = Mapping[str, Any]
+
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+PROMPT_COLUMNS = ("prompt", "instruction", "question")
+ANSWER_COLUMNS = ("completion", "response", "output", "answer")
+MATERIAL_COLUMNS = ("input", "context")
+"""What an instruction or question is about (Alpaca, Dolly); follows it after a blank line."""
+
+SPEAKERS: dict[str, Literal["system", "user", "assistant"]] = {
+    "system": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant",
+}  # fmt: skip
+
+SFT_NEEDS = (
+    "An SFT row needs prompt and completion, messages, instruction and output, conversations, or text."
+)
+PAIR_NEEDS = "A preference row needs prompt, chosen, rejected."
+PROMPT_NEEDS = "A prompt row needs prompt, messages, instruction, conversations, question, or text."
+TEXT_NEEDS = "A retention text row needs text."
+QUESTION_NEEDS = "A question row needs question, choices, answer."
+
+HH_START, HH_TURN = "\n\nHuman:", re.compile(r"\n\n(Human|Assistant):")
+
+
+def recognise(raw: Raw, role: Role) -> Row:
+    """The normalised row.
+
+    Raises:
+        RowError: what is missing or wrong, what was found, what is needed.
+    """
+    return RECOGNISERS[role](raw)
+
+
+def _sft(raw: Raw) -> SftRow:
+    column = _first(raw, CONVERSATION_COLUMNS)
+    if column is not None:
+        return _last_exchange(_with_system(raw, _messages(raw[column], column)), column)
+    prompt_column, answer_column = _first(raw, PROMPT_COLUMNS), _first(raw, ANSWER_COLUMNS)
+    if prompt_column is not None and answer_column is not None:
+        before, completion = _answer(raw[answer_column], answer_column)
+        prompt = _joined(_prompt(raw, prompt_column), before)
+        return SftRow(_asking(prompt, prompt_column), completion)
+    if prompt_column is not None:
+        hint = (
+            " To learn the chosen answers, set fields: {completion: chosen}." if _has(raw, "chosen") else ""
+        )
+        raise RowError(
+            "no answer",
+            f'"completion" is missing (found: {_found(raw)}): a prompt without an answer. {SFT_NEEDS}{hint}',
+        )
+    if answer_column is not None or not _has(raw, "text"):
+        raise _missing("prompt", raw, SFT_NEEDS)
+    if _is_transcript(raw["text"]):
+        return _last_exchange(_messages(raw["text"], "text"), "text")
+    return SftRow([], _text(raw["text"], "text"))
+
+
+def _pair(raw: Raw) -> PairRow:
+    for needed in ("chosen", "rejected"):
+        if not _has(raw, needed):
+            raise _missing(needed, raw, PAIR_NEEDS)
+    column = _first(raw, PROMPT_COLUMNS)
+    prompt = [] if column is None else _prompt(raw, column)
+    before, chosen = _answer(raw["chosen"], "chosen")
+    before_rejected, rejected = _answer(raw["rejected"], "rejected")
+    if before != before_rejected:
+        raise RowError(
+            "conversations differ",
+            '"chosen" and "rejected" differ before their last turn. '
+            "A pair is two answers to the same conversation.",
+        )
+    prompt = _with_system(raw, _joined(prompt, before))
+    if not prompt:
+        raise _missing("prompt", raw, PAIR_NEEDS)
+    if chosen == rejected:
+        raise RowError("tie", '"chosen" and "rejected" are the same text: a tie teaches nothing.')
+    return PairRow(
+        _asking(prompt, column or "chosen"),
+        chosen,
+        rejected,
+        _gold(raw, "chosen_gold"),
+        _gold(raw, "rejected_gold"),
+    )
+
+
+def _prompt_row(raw: Raw) -> PromptRow:
+    column = _first(raw, (*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"))
+    if column is None:
+        raise _missing("prompt", raw, PROMPT_NEEDS)
+    if column in CONVERSATION_COLUMNS:
+        prompt = _with_system(raw, _messages(raw[column], column))
+    elif column == "chosen":
+        prompt, _ = _answer(raw[column], column)
+        if not prompt:
+            raise _missing("prompt", raw, PROMPT_NEEDS)
+    else:
+        prompt = _prompt(raw, column)
+    while prompt and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]
+    return PromptRow(_asking(prompt, column))
+
+
+def _text_row(raw: Raw) -> TextRow:
+    if not _has(raw, "text"):
+        raise _missing("text", raw, TEXT_NEEDS)
+    return TextRow(_text(raw["text"], "text"))
+
+
+def _question(raw: Raw) -> QuestionRow:
+    for column in ("question", "choices", "answer"):
+        if not _has(raw, column):
+            raise _missing(column, raw, QUESTION_NEEDS)
+    question, choices, answer = _text(raw["question"], "question"), raw["choices"], raw["answer"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise RowError(
+            "wrong type", f'"choices" must be a list of at least two texts, found {_shown(choices)}.'
+        )
+    texts = [_text(choice, f"choices[{index}]") for index, choice in enumerate(choices)]
+    letters = [chr(ord("A") + index) for index in range(len(texts))]
+    if isinstance(answer, str) and answer.strip().upper() in letters:
+        answer = letters.index(answer.strip().upper())
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
+        raise RowError(
+            "wrong answer index",
+            f'"answer" must be the index of a choice (0 to {len(texts) - 1}) or its letter, '
+            f"found {_shown(answer)}.",
+        )
+    return QuestionRow(question, texts, answer)
+
+
+RECOGNISERS: dict[Role, Callable[[Raw], Row]] = {
+    "sft": _sft,
+    "reward": _pair,
+    "ppo": _prompt_row,
+    "evaluate": _prompt_row,
+    "retention_text": _text_row,
+    "retention_questions": _question,
+}
+
+
+def _first(raw: Raw, columns: Sequence[str]) -> str | None:
+    return next((column for column in columns if _has(raw, column)), None)
+
+
+def _has(raw: Raw, column: str) -> bool:
+    """Null is absent: Parquet and the Hub give every row the columns of all the others."""
+    return raw.get(column) is not None
+
+
+def _prompt(raw: Raw, column: str) -> list[Message]:
+    """A prompt given as text, as messages, as a transcript, or as the root of an OpenAssistant tree."""
+    value = raw[column]
+    if isinstance(value, Mapping) and "text" in value:
+        value = value["text"]
+    if isinstance(value, list) or _is_transcript(value):
+        return _with_system(raw, _messages(value, column))
+    if column == "text" and ("parent_id" in raw or "role" in raw):
+        _check_opens_conversation(raw)
+    text = _text(value, column, "text or a list of messages")
+    if column in ("instruction", "question"):
+        material = [raw[name] for name in MATERIAL_COLUMNS if raw.get(name) not in (None, "")]
+        text = "\n\n".join([text, *(_text(value, "input") for value in material[:1])])
+    return _with_system(raw, [{"role": "user", "content": text}])
+
+
+def _check_opens_conversation(raw: Raw) -> None:
+    """OpenAssistant lists every message of its trees as a row; only the roots can stand alone."""
+    if raw.get("parent_id") or SPEAKERS.get(str(raw.get("role", "user")).lower()) == "assistant":
+        raise RowError("not a prompt", "this message answers another one. A prompt opens a conversation.")
+
+
+def _answer(value: Any, column: str) -> tuple[list[Message], str]:
+    """An answer, and the turns before it where the column holds a conversation."""
+    if not isinstance(value, list) and not _is_transcript(value):
+        return [], _text(value, column, "text or a list of messages")
+    messages = _messages(value, column)
+    if messages[-1]["role"] != "assistant":
+        raise RowError(
+            "no answer", f'"{column}" ends with a {messages[-1]["role"]} turn, not with an answer.'
+        )
+    return messages[:-1], messages[-1]["content"]
+
+
+def _joined(prompt: list[Message], before: list[Message]) -> list[Message]:
+    """The prompt column and the turns before the answers, which often repeat it (UltraFeedback)."""
+    if before[len(before) - len(prompt) :] == prompt:
+        return before
+    return [*prompt, *before]
+
+
+def _last_exchange(messages: list[Message], column: str) -> SftRow:
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise RowError(
+            "no answer", f'"{column}" has no assistant turn: a prompt without an answer. {SFT_NEEDS}'
+        )
+    return SftRow(_asking(messages[: answers[-1]], column), messages[answers[-1]]["content"])
+
+
+def _asking(prompt: list[Message], column: str) -> list[Message]:
+    if not any(message["role"] == "user" for message in prompt):
+        raise RowError("no prompt", f'"{column}" has no user turn before the answer.')
+    return prompt
+
+
+def _with_system(raw: Raw, messages: list[Message]) -> list[Message]:
+    if raw.get("system") in (None, "") or not messages or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": _text(raw["system"], "system")}, *messages]
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    """A list of role/content or from/value, or an HH transcript."""
+    if _is_transcript(value):
+        return _transcript(value, column)
+    if not isinstance(value, list) or not value:
+        raise RowError("wrong type", f'"{column}" must be a list of messages, found {_shown(value)}.')
+    messages: list[Message] = []
+    for index, item in enumerate(value):
+        where = f"{column}[{index}]"
+        if not isinstance(item, Mapping):
+            raise RowError("wrong type", f'"{where}" must have role and content, found {_shown(item)}.')
+        who, what = ("role", "content") if "role" in item else ("from", "value")
+        if who not in item or what not in item:
+            raise RowError(
+                "missing field",
+                f'"{where}" needs role and content (or from and value), found: {_found(item)}.',
+            )
+        speaker = SPEAKERS.get(str(item[who]).lower())
+        if speaker is None:
+            raise RowError(
+                "unknown role", f'"{where}" has the role {item[who]!r}; known: {", ".join(SPEAKERS)}.'
+            )
+        messages.append({"role": speaker, "content": _text(item[what], f"{where}.{what}")})
+    return messages
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(HH_START)
+
+
+def _transcript(text: str, column: str) -> list[Message]:
+    pieces = HH_TURN.split(text)[1:]
+    turns = list(zip(pieces[::2], pieces[1::2], strict=True))
+    if turns[-1][0] == "Assistant" and not turns[-1][1].strip():  # a prompt ends by opening the answer
+        turns.pop()
+    return [
+        {"role": SPEAKERS[speaker.lower()], "content": _text(content, f"{column} turn {number}")}
+        for number, (speaker, content) in enumerate(turns, 1)
+    ]
+
+
+def _text(value: Any, column: str, needed: str = "text") -> str:
+    """A text without the blank space around it."""
+    if value is None:
+        raise RowError("empty", f'"{column}" is null. It must be {needed}.')
+    if not isinstance(value, str):
+        raise RowError("wrong type", f'"{column}" must be {needed}, found {_shown(value)}.')
+    if not value.strip():
+        raise RowError("empty", f'"{column}" is empty.')
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError(
+            "bad encoding", f'"{column}" holds half of a surrogate pair: not valid Unicode.'
+        ) from None
+    return value.strip()
+
+
+def _gold(raw: Raw, column: str) -> float | None:
+    value = raw.get(column)
+    if value in (None, ""):
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # CSV cells are texts
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError("wrong type", f'"{column}" must be a finite number, found {_shown(value)}.')
+    return number
+
+
+def _missing(column: str, raw: Raw, needs: str) -> RowError:
+    return RowError("missing field", f'"{column}" is missing (found: {_found(raw)}). {needs}')
+
+
+def _found(raw: Raw) -> str:
+    columns = [str(column) if _has(raw, column) else f"{column} (null)" for column in raw]
+    return ", ".join(columns) or "nothing"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"

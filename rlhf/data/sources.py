@@ -1,0 +1,321 @@
+"""Where rows come from: a packaged sample set, a file, or a Hub data set."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field, PositiveInt, model_validator
+
+from rlhf.artifacts import digest_of, file_digest
+from rlhf.config import ConfigError, Strict
+from rlhf.data.recognise import CONVERSATION_COLUMNS
+from rlhf.data.schema import RowError
+
+SAMPLES_PACKAGE = "rlhf.samples"
+FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+
+
+class Located(NamedTuple):
+    """A row as it was found, or why the line holds none."""
+
+    where: str
+    """Such as `train.jsonl line 412`."""
+    row: dict[str, Any] | RowError
+
+
+class SourceConfig(Strict):
+    """Where a data set comes from: `samples:NAME`, a path, `hub:ID`, or a mapping with more detail."""
+
+    path: str | None = None
+    """A .jsonl, .json, .csv or .txt file (each also .gz), or .parquet; relative to the current directory."""
+    samples: str | None = None
+    """A sample set that comes with this package."""
+    hub: str | None = None
+    """A data set on the Hugging Face Hub, such as HuggingFaceH4/ultrafeedback_binarized."""
+    subset: str | None = None
+    split: str | None = None
+    """hub: which split to read; `train` unless told otherwise."""
+    revision: str | None = None
+    """hub: a commit. Without one a data set that changes there is not noticed."""
+    limit: PositiveInt | None = None
+    """Read only this many rows, from the top."""
+    fields: dict[str, str] = Field(default_factory=dict)
+    """Our name -> the source's column, such as {completion: best_answer}."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, (SourceConfig, dict)):
+            return value
+        if not isinstance(value, str):
+            raise ValueError("a source is samples:NAME, a path, hub:ID, or a mapping with one of these")
+        for kind in ("samples", "hub"):
+            if value.startswith(f"{kind}:"):
+                return {kind: value.removeprefix(f"{kind}:")}
+        return {"path": value}
+
+    @model_validator(mode="after")
+    def _is_one_place(self) -> SourceConfig:
+        named = [kind for kind in ("path", "samples", "hub") if getattr(self, kind)]
+        if len(named) != 1:
+            raise ValueError(f"name exactly one of path, samples, hub (found: {', '.join(named) or 'none'})")
+        if self.hub is None:
+            useless = [name for name in ("subset", "split", "revision") if getattr(self, name)]
+            if useless:
+                raise ValueError(f"{useless[0]} has a meaning for hub only, not for {named[0]}")
+        return self
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return self.path
+        return f"samples:{self.samples}" if self.samples is not None else f"hub:{self.hub}"
+
+    def fingerprint(self, key: str) -> str:
+        """Digest of the source's content (a file's bytes and format; a Hub data set's name and revision).
+
+        Equal for the same file in two places.
+        """
+        if self.hub is not None:
+            return digest_of(["hub", self.hub, self.revision, self.subset, self.split])
+        path = self._file(key)
+        try:
+            return digest_of(["file", _suffixes(path), file_digest(path)])
+        except OSError as error:
+            raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}).") from None
+
+    def reading_digest(self, key: str) -> str:
+        """Digest of the rows this source gives: its content, and which part of it is read."""
+        return digest_of([self.fingerprint(key), self.limit, self.fields])
+
+    def rows(self, key: str) -> Iterator[Located]:
+        """Every row with its place; `key` is what the user calls this source.
+
+        Raises:
+            ConfigError: the source as a whole cannot be read, or is empty.
+        """
+        if self.hub is not None:
+            found = _hub_rows(self, key)
+        else:
+            path = self._file(key)
+            found = READERS[_suffixes(path)[0]](path, key)
+        is_empty = True
+        for where, row in islice(found, self.limit):
+            is_empty = False
+            yield Located(where, self._renamed(row))
+        if is_empty:
+            raise ConfigError(f"{key}: {self} holds no rows.")
+
+    def _renamed(self, row: dict[str, Any] | RowError) -> dict[str, Any] | RowError:
+        if isinstance(row, RowError) or not self.fields:
+            return row
+        for ours, theirs in self.fields.items():
+            if theirs not in row:
+                return RowError(
+                    "missing field",
+                    f'"{theirs}" is missing, which `fields` takes "{ours}" from (found: {", ".join(row)}).',
+                )
+        # Naming columns says that a conversation beside them is not what is meant.
+        taken = {*self.fields.values(), *CONVERSATION_COLUMNS}
+        rest = {column: value for column, value in row.items() if column not in taken}
+        return rest | {ours: row[theirs] for ours, theirs in self.fields.items()}
+
+    def _file(self, key: str) -> Path:
+        if self.samples is not None:
+            return _sample_file(self.samples, key)
+        assert self.path is not None
+        path = Path(self.path).expanduser()
+        if path.is_dir():
+            readable = sorted(
+                child.name for child in path.iterdir() if child.is_file() and _is_readable(child)
+            )
+            raise ConfigError(
+                f"{key}={self.path}: a directory. Name a file in it "
+                f"({', '.join(readable[:5]) or 'it holds none that is readable'})."
+            )
+        if not path.exists():
+            raise ConfigError(
+                f"{key}={self.path}: there is no such file (looked in {path.absolute().parent})."
+            )
+        if not _is_readable(path):
+            raise ConfigError(
+                f"{key}={self.path}: cannot read this kind of file. Known: {', '.join(FORMATS)}; "
+                "all but .parquet also with .gz."
+            )
+        return path
+
+
+def _sample_file(name: str, key: str) -> Path:
+    folder = Path(str(resources.files(SAMPLES_PACKAGE)))
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        names = ", ".join(sorted(found.stem for found in folder.glob("*.jsonl")))
+        raise ConfigError(f"{key}=samples:{name}: there is no such sample set. There are: {names}.")
+    return path
+
+
+def _suffixes(path: Path) -> tuple[str, bool]:
+    """The format's suffix, and whether the file is compressed."""
+    compressed = path.suffix.lower() == ".gz"
+    return (path.with_suffix("") if compressed else path).suffix.lower(), compressed
+
+
+def _is_readable(path: Path) -> bool:
+    suffix, compressed = _suffixes(path)
+    return suffix in FORMATS and not (compressed and suffix == ".parquet")
+
+
+def _lines(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines, uncompressed; damage to the file as a whole is a ConfigError."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ConfigError(
+            f"{key}: {path.name}: the gzip data are damaged after line {number} ({error}). "
+            "The file was cut off or is no gzip file; fetch it again."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}).") from None
+
+
+def _jsonl_rows(path: Path, key: str) -> Iterator[Located]:
+    for number, line in _lines(path, key):
+        if line.strip():
+            yield Located(f"{path.name} line {number}", _json_row(line))
+
+
+def _json_row(line: bytes) -> dict[str, Any] | RowError:
+    try:
+        return _as_row(json.loads(line.decode()))
+    except UnicodeDecodeError as error:
+        return _not_utf8(error)
+    except json.JSONDecodeError as error:
+        cut = "" if line.endswith(b"\n") else " The file seems to be cut off here."
+        return RowError("broken JSON", f"not valid JSON ({error.msg} at column {error.colno}).{cut}")
+    except RecursionError:
+        return RowError("broken JSON", "nested too deeply to be a row.")
+
+
+def _as_row(value: Any) -> dict[str, Any] | RowError:
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, str):  # a list of prompts, one JSON text a line
+        return {"text": value}
+    return RowError("wrong type", f"a row is an object or a text, found {type(value).__name__}.")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> RowError:
+    return RowError(
+        "bad encoding", f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start + 1})."
+    )
+
+
+def _json_rows(path: Path, key: str) -> Iterator[Located]:
+    """A JSON array; other .json files are taken for JSON lines, as many are."""
+    lines = list(_lines(path, key))
+    content = b"".join(line for _, line in lines)
+    if not content.lstrip().startswith(b"["):
+        yield from _jsonl_rows(path, key)
+        return
+    try:
+        values = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{key}: {path.name} line {line}: not UTF-8. Save the file as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{key}: {path.name} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}). "
+            "The file may be cut off; mend it or fetch it again."
+        ) from None
+    for number, value in enumerate(values, 1):
+        yield Located(f"{path.name} row {number}", _as_row(value))
+
+
+def _decoded(path: Path, key: str) -> Iterator[str]:
+    for number, line in _lines(path, key):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{key}: {path.name} line {number}: {_not_utf8(error)} Save the file as UTF-8."
+            ) from None
+
+
+def _csv_rows(path: Path, key: str) -> Iterator[Located]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
+    reader = csv.DictReader(_decoded(path, key), strict=True)
+    try:
+        for row in reader:
+            where = f"{path.name} line {reader.line_num}"
+            if None in row:
+                yield Located(where, RowError("wrong type", "more cells than the header has columns."))
+            else:
+                yield Located(where, {column: cell for column, cell in row.items() if cell is not None})
+    except csv.Error as error:
+        line = reader.line_num + 1  # where the row begins; an open quote swallows the lines after it
+        raise ConfigError(f"{key}: {path.name} line {line}: not valid CSV ({error}).") from None
+
+
+def _txt_rows(path: Path, key: str) -> Iterator[Located]:
+    for number, line in _lines(path, key):
+        if line.strip():
+            try:
+                row: dict[str, Any] | RowError = {"text": line.decode().strip()}
+            except UnicodeDecodeError as error:
+                row = _not_utf8(error)
+            yield Located(f"{path.name} line {number}", row)
+
+
+def _parquet_rows(path: Path, key: str) -> Iterator[Located]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            yield from _numbered(path.name, rows)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(
+            f"{key}: {path.name}: not a readable Parquet file ({str(error).splitlines()[0]}). "
+            "The file may be cut off; fetch it again."
+        ) from None
+
+
+def _hub_rows(source: SourceConfig, key: str) -> Iterator[Located]:
+    import datasets
+
+    try:
+        rows: Iterable[Any] = datasets.load_dataset(
+            source.hub, source.subset, split=source.split or "train", revision=source.revision
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(
+            f"{key}={source}: {str(error).splitlines()[0].rstrip('.')}. "
+            "Check the name, subset, split and revision, and the network."
+        ) from None
+    yield from _numbered(str(source), rows)
+
+
+def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Located]:
+    for number, row in enumerate(rows, 1):
+        yield Located(f"{name} row {number}", _as_row(row))
+
+
+READERS = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".parquet": _parquet_rows,
+    ".csv": _csv_rows,
+    ".txt": _txt_rows,
+}

@@ -1,0 +1,65 @@
+"""Device, dtype and the accelerator; sums over all ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What the stages compute with."""
+
+    accelerator: Accelerator
+    dtype: torch.dtype
+    """Of weights and activations; optimizers keep fp32 masters."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's tensors live."""
+        return self.accelerator.device
+
+    def global_sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+        return self.accelerator.reduce(values, reduction="sum")  # type: ignore[no-any-return]
+
+
+def make_compute(device: Literal["auto", "cpu"], precision: Precision) -> tuple[Compute, str]:
+    """Set up the accelerator; the second value says which precision was taken and why."""
+    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+    name, reason = (
+        (precision, "as configured") if precision != "auto" else choose_precision(accelerator.device)
+    )
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    return Compute(accelerator, dtype), f"{name} on {accelerator.device.type} ({reason})"
+
+
+def choose_precision(device: torch.device) -> tuple[str, str]:
+    """bf16 where it is the faster one.
+
+    CPUs with AVX512-BF16 or AMX multiply bf16 several times faster than fp32; others emulate it.
+    """
+    if device.type != "cpu":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "supported") if fast else ("fp32", "no bf16 on this GPU")
+    bf16, fp32 = matmul_speed(torch.bfloat16), matmul_speed(torch.float32)
+    reason = f"matmul: bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s"
+    return ("bf16" if bf16 > 1.2 * fp32 else "fp32"), reason
+
+
+def matmul_speed(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
+    """Best of a few square matrix products on the CPU, in GFLOP/s; takes some ten milliseconds."""
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9

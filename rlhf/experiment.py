@@ -1,0 +1,94 @@
+"""The composed config as typed objects: everything is checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, NonNegativeInt
+
+from rlhf.config import ConfigError, Strict, validated
+from rlhf.distributed import Precision
+from rlhf.models.load import ModelConfig
+from rlhf.stage import Stage
+from rlhf.tracking import TrackerConfig
+
+Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class Settings(Strict):
+    """The keys beside the stages'. Values: conf/config.yaml."""
+
+    stage: Names
+    """`all`, one stage, or a list; what they need and the store lacks is run too."""
+    run_name: str | None
+    """Names the run's directory; null makes one from the time."""
+    runs_dir: str
+    store_dir: str
+    seed: NonNegativeInt
+    device: Literal["auto", "cpu"]
+    precision: Precision
+    why: bool
+    """Explain each reuse and each miss, down to the changed knob."""
+    force: Names
+    """Stages to run although the store has their artifact."""
+    gates: Literal["enforce", "warn"]
+    """Whether a failing gate ends the run (exit code 3) or is only reported."""
+    model: ModelConfig
+    tracker: TrackerConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole experiment; `settings.stage` says which part of it to run."""
+
+    settings: Settings
+    stages: Mapping[str, Stage]
+    """In the chain's order: every stage stands behind those it reads."""
+    resolved: Mapping[str, Any]
+    """The composed config with every interpolation resolved, as plain values."""
+
+    def needed(self) -> list[str]:
+        """The requested stages and all that they read, in the chain's order."""
+        wanted = set(self.settings.stage)
+        if "all" in wanted:
+            wanted = set(self.stages)
+        for name in reversed(list(self.stages)):
+            if name in wanted:
+                wanted |= set(self.stages[name].inputs())
+        return [name for name in self.stages if name in wanted]
+
+
+def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
+    """Check the whole config.
+
+    Raises:
+        ConfigError: all complaints of the first section that has any.
+    """
+    sections = {name: value for name, value in resolved.items() if _is_stage(value)}
+    settings = validated(Settings, {k: v for k, v in resolved.items() if k not in sections}, "")
+    for key, names, extra in (("stage", settings.stage, ["all"]), ("force", settings.force, [])):
+        for name in names:
+            if name not in sections and name not in extra:
+                raise ConfigError(
+                    f"{key}={name}: there is no such stage. Known: {', '.join([*extra, *sections])}."
+                )
+    stages: dict[str, Stage] = {}
+    for name, section in sections.items():
+        values = {key: value for key, value in section.items() if key != "_target_"}
+        stages[name] = validated(_stage_class(section["_target_"]), values, name)
+        for other in stages[name].inputs():
+            assert other in stages, f"conf/config.yaml must mount {other} before {name}, which reads it"
+    return Experiment(settings, stages, resolved)
+
+
+def _is_stage(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
+
+
+def _stage_class(target: str) -> type[Stage]:
+    module, _, name = target.rpartition(".")
+    found: type[Stage] = getattr(import_module(module), name)
+    return found

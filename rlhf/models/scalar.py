@@ -1,0 +1,106 @@
+"""Models that give one number a token: the reward model (read at the last token) and the critic (at all).
+
+Dimensions: B sequences, T tokens, N response tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.config import ConfigError
+from rlhf.data.batching import pad_right, token_budget_batches
+from rlhf.models.load import ModelConfig
+from rlhf.models.policy import Sequences, hidden_states
+
+
+class ScalarModel(nn.Module):
+    """A sequence-classification model with one label, its head kept in fp32.
+
+    `offset` is added to every value; it is 0 in a reward model and folds a score's bias into a critic.
+    """
+
+    def __init__(self, model: PreTrainedModel, offset: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.model.score.float()
+        self.offset = nn.Parameter(torch.tensor(offset))
+
+    @property
+    def head(self) -> nn.Linear:
+        """The [1, H] layer that turns a hidden state into a number."""
+        head = self.model.score
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def values(self, batch: Sequences) -> Tensor:
+        """V(prompt + y_<t) for each response token y_t, fp32 [N]: read where y_t is predicted."""
+        return self._read(hidden_states(self.model, batch.ids_BT)[batch.predicts_BT])
+
+    def last_values(self, rows: Sequence[Tensor], pad_id: int) -> Tensor:
+        """The value at each row's last token, fp32 [B]: the score of a complete exchange."""
+        ids_BT = pad_right(rows, pad_id).to(self.head.weight.device)
+        last_B = torch.tensor([len(row) - 1 for row in rows], device=ids_BT.device)
+        hidden_BTH = hidden_states(self.model, ids_BT)
+        return self._read(hidden_BTH[torch.arange(len(rows), device=ids_BT.device), last_B])
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Tensor], pad_id: int, micro_batch_tokens: int) -> Tensor:
+        """`last_values` without gradient, in token-budget micro-batches, on the CPU in the given order."""
+        scores_B = torch.empty(len(rows))
+        for group in token_budget_batches([len(row) for row in rows], micro_batch_tokens):
+            scores_B[group] = self.last_values([rows[index] for index in group], pad_id).cpu()
+        return scores_B
+
+    def rescale(self, gain: float, bias: float) -> None:
+        """From now on answer gain * value + bias."""
+        with torch.no_grad():
+            self.head.weight.mul_(gain)
+            self.offset.mul_(gain).add_(bias)
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden.float(), self.head.weight).squeeze(-1) + self.offset
+
+
+def load_scalar_model(directory: Path, config: ModelConfig, dtype: torch.dtype) -> ScalarModel:
+    """A published reward model, or a causal model's trunk under a head that `reset_head` must set."""
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        directory,
+        num_labels=1,
+        dtype=dtype,
+        attn_implementation=config.attention,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ConfigError(
+            f"{type(model).__name__} has no linear `score` head: it cannot serve as a reward model."
+        )
+    return ScalarModel(model.eval())
+
+
+def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:
+    """Draw the head from N(0, deviation^2); None takes 1/(H+1) as variance, 0 gives a zero head.
+
+    Source: Stiennon et al. 2020 (arXiv:2009.01325, B.1) and Huang et al. 2024 (arXiv:2403.17031, detail 11).
+    """
+    size = scalar.head.weight.shape[1]
+    with torch.no_grad():
+        if deviation == 0.0:
+            scalar.head.weight.zero_()
+        else:
+            scalar.head.weight.normal_(std=math.sqrt(1 / (size + 1)) if deviation is None else deviation)
+
+
+def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a directory that `AutoModelForSequenceClassification` loads and scores with alike."""
+    assert float(scalar.offset) == 0.0, "a classification head has no bias to keep the offset in"
+    scalar.model.config.pad_token_id = tokenizer.pad_token_id  # where transformers' pooling stops
+    scalar.model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,114 @@
+"""What `ppo.*` can be told. Values: conf/stages/ppo.yaml."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from rlhf.config import OptimConfig, Peft, Strict
+from rlhf.data.sources import SourceConfig
+from rlhf.rewards.source import RewardSource
+
+
+class KlConfig(Strict):
+    """`ppo.kl.*`: the penalty for leaving the SFT model."""
+
+    coef: NonNegativeFloat
+    """Normalised reward per nat; the starting value when adaptive."""
+    controller: Literal["fixed", "adaptive"]
+    target: PositiveFloat
+    """adaptive: nats a sequence to steer for."""
+    horizon: PositiveFloat
+    """adaptive: episodes; longer reacts more slowly."""
+
+
+class CriticConfig(Strict):
+    """`ppo.critic.*`."""
+
+    init: Literal["reward", "sft"]
+    """From the reward model, rescaled to the normalised score; or the SFT model's trunk under a zero head."""
+    optim: OptimConfig
+    warmup_steps: NonNegativeInt
+    """First steps in which only the critic learns."""
+
+
+class ScoreConfig(Strict):
+    """`ppo.score.*`: from a raw score to the reward of a whole response."""
+
+    normalize: Literal["sft", "running", "none"]
+    """With the moments of the SFT policy's scores (measured by `generate`), of all scores so far, or not."""
+    clip: PositiveFloat | None
+    """Deviations beyond which a normalised score is cut."""
+    missing_stop: float | None
+    """Normalised score of a response without a stop token; null keeps its own."""
+    missing_stop_penalty: NonNegativeFloat
+    """Taken from such a response's score instead."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        if self.missing_stop is not None and self.missing_stop_penalty > 0:
+            raise ValueError("set missing_stop or missing_stop_penalty, not both")
+        return self
+
+
+class PtxConfig(Strict):
+    """`ppo.ptx.*`: the pretraining-mix loss on SFT rows (Ouyang et al. 2022, eq. 2)."""
+
+    coef: NonNegativeFloat
+    """Weight beside the policy loss; 0 turns it off."""
+    rows: PositiveInt
+    """SFT rows per optimizer step."""
+
+
+class PpoConfig(Strict):
+    """Every knob of the PPO stage. Sources of the details: README, "PPO"."""
+
+    prompts: SourceConfig
+    reward: RewardSource
+    steps: PositiveInt
+    """Rollouts; each one is learned from `epochs` times."""
+    batch_episodes: PositiveInt
+    """Episodes per rollout, over all ranks."""
+    minibatch_episodes: PositiveInt
+    """Episodes per optimizer step, over all ranks."""
+    epochs: PositiveInt
+    stop_epochs_kl: PositiveFloat | None
+    """Skip the remaining epochs once the mean of rho - 1 - log rho passes this many nats a token."""
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat
+    """Divides the logits of policy and reference alike, when sampling and when training."""
+    optim: OptimConfig
+    peft: Peft
+    critic: CriticConfig
+    kl: KlConfig
+    score: ScoreConfig
+    ptx: PtxConfig
+    gamma: float = Field(gt=0, le=1)
+    lam: float = Field(ge=0, le=1)
+    clip: PositiveFloat
+    clip_high: PositiveFloat | None
+    dual_clip: float | None = Field(gt=1)
+    value_clip: PositiveFloat | None
+    ema_decay: float | None = Field(gt=0, lt=1)
+    """Publish an exponential moving average of the policy's weights; null for the weights themselves."""
+    evaluate_every: PositiveInt
+    """Steps between evaluations on held-out prompts; the policy with the best score is published."""
+    evaluate_prompts: PositiveInt
+    max_bad_steps: NonNegativeInt
+    """Steps skipped for a non-finite reward, loss or gradient before the run stops."""
+    micro_batch_tokens: PositiveInt
+    """Padded tokens per forward pass; lower it when memory runs out."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if self.minibatch_episodes > self.batch_episodes:
+            raise ValueError(
+                f"minibatch_episodes={self.minibatch_episodes} is more than batch_episodes={self.batch_episodes}"
+            )
+        by_rule = self.reward == "vader" or self.reward.startswith("python:")
+        if self.critic.init == "reward" and by_rule:
+            raise ValueError(
+                f"critic.init=reward: {self.reward} is no model to start from. Use critic.init=sft"
+            )
+        return self

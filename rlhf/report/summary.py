@@ -1,0 +1,256 @@
+"""What a finished run says of itself: on the terminal, and as report.md in the run directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rlhf.pipeline import GateResult, Run
+from rlhf.progress import clock
+
+HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
+    "prepare": {
+        "sft_rows": ("SFT rows", ".0f"),
+        "reward_pairs": ("pairs", ".0f"),
+        "ppo_prompts": ("prompts", ".0f"),
+        "evaluation_prompts": ("evaluation prompts", ".0f"),
+    },
+    "sft": {"held_out_loss_before": ("loss before", "z.3f"), "held_out_loss": ("after", "z.3f")},
+    "reward": {
+        "accuracy": ("accuracy", "z.3f"),
+        "accuracy_wide_gap": ("on wide gaps", "z.3f"),
+        "longer_wins_accuracy": ("longer wins", "z.3f"),
+    },
+    "generate": {
+        "score_mean": ("score", "+z.2f"),
+        "score_deviation": ("deviation", "z.2f"),
+        "stop_rate": ("stops", ".0%"),
+    },
+    "ppo": {
+        "held_out_score_before": ("score before", "+z.2f"),
+        "held_out_score": ("after", "+z.2f"),
+        "kl": ("KL", "z.2f"),
+    },
+    "evaluate": {
+        "win_rate": ("win rate", "z.2f"),
+        "gold_gain": ("gold gain", "+z.2f"),
+        "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
+    },
+}
+"""Stage -> its most telling summary metrics: (words, format)."""
+
+POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
+COMPARED = {
+    "gold_mean": ("gold score", "+z.3f"),
+    "score_mean": ("learned score", "+z.3f"),
+    "kl": ("KL from SFT, nats a sequence", "z.2f"),
+    "length_mean": ("length, tokens", "z.1f"),
+    "stop_rate": ("ends by itself", ".0%"),
+    "distinct_2": ("distinct bigrams", "z.2f"),
+    "retention_perplexity_ratio": ("perplexity against base", "z.3f"),
+    "question_accuracy": ("questions answered right", "z.3f"),
+}
+"""Metrics of `evaluate` that end in /POLICY: (words, format)."""
+AGAINST_SFT = {
+    "win_rate": ("win rate against SFT (95%)", "z.2f"),
+    "gold_gain": ("gold gain over SFT (95%)", "+z.2f"),
+}
+"""Metrics of `evaluate` with a bootstrap interval: (words, format)."""
+LONGEST_SHOWN = 400
+"""Characters of a prompt or an answer."""
+
+
+class Cells(NamedTuple):
+    """A table as text, for both outputs."""
+
+    headings: list[str]
+    rows: list[list[str]]
+
+
+class ShownAnswer(NamedTuple):
+    """One policy's answer, cut to one readable line."""
+
+    policy: str
+    text: str
+    scores: str
+    """The gold score first, where there is one."""
+
+
+def print_summary(run: Run, console: Console) -> None:
+    """Show what the run came to, and write the same to report.md."""
+    report = write_report(run)
+    _print_cells(stage_cells(run), console, right={2})
+    policies = policy_cells(run)
+    if policies.rows:
+        console.print()
+        _print_cells(policies, console, right=set(range(1, len(policies.headings))))
+    for prompt, answers in shown_answers(run):
+        console.print(f"\n[bold]{escape(prompt)}[/]", highlight=False)
+        _print_answers(answers[-2:], console)
+    if run.gates:
+        console.print()
+        _print_gates(run.gates, console)
+    console.print(f"\nReport: {report}", highlight=False, soft_wrap=True)
+    for words, path in places(run):
+        console.print(f"{words}: {run.directory / path}", highlight=False, soft_wrap=True)
+
+
+def write_report(run: Run) -> Path:
+    """Write report.md into the run directory."""
+    parts = [f"# Run {run.directory.name}", _markdown(stage_cells(run))]
+    policies = policy_cells(run)
+    if policies.rows:
+        parts += ["## Policies", _markdown(policies)]
+    answers = list(shown_answers(run))
+    if answers:
+        parts.append("## Answers side by side")
+    for prompt, lines in answers:
+        parts += [_quoted(prompt), "\n".join(map(_answer_bullet, lines))]
+    if run.gates:
+        parts += ["## Gates", "\n".join(_gate_bullet(gate) for gate in run.gates)]
+    parts += ["## Files", "\n".join(f"- {words}: `{path}`" for words, path in places(run))]
+    path = run.directory / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def stage_cells(run: Run) -> Cells:
+    """One row a stage: how it ended, how long it took, what it measured."""
+    rows = []
+    for name, stage in run.stages.items():
+        headlines = [
+            f"{words} {format(stage['metrics'][f'{name}/{metric}'], spec)}"
+            for metric, (words, spec) in HEADLINES.get(name, {}).items()
+            if f"{name}/{metric}" in stage["metrics"]
+        ]
+        time = clock(stage["seconds"]) if stage["status"] != "reused" else "-"
+        rows.append([name, stage["status"], time, ", ".join(headlines)])
+    return Cells(["stage", "", "time", "result"], rows)
+
+
+def policy_cells(run: Run) -> Cells:
+    """One row a metric, one column a policy; no rows when `evaluate` was not part of the run."""
+    metrics: Mapping[str, float] = run.stages.get("evaluate", {}).get("metrics", {})
+    names = [name for name in POLICIES if f"evaluate/length_mean/{name}" in metrics]
+    rows = []
+    for metric, (words, spec) in COMPARED.items():
+        values = [metrics.get(f"evaluate/{metric}/{name}") for name in names]
+        if any(value is not None for value in values):
+            rows.append([words, *("-" if value is None else format(value, spec) for value in values)])
+    for metric, (words, spec) in AGAINST_SFT.items():
+        if f"evaluate/{metric}" in metrics:
+            low, high = (format(metrics[f"evaluate/{metric}_{side}"], spec) for side in ("low", "high"))
+            value = f"{format(metrics[f'evaluate/{metric}'], spec)} ({low} to {high})"
+            rows.append([words, *("-" if name != "ppo" else value for name in names)])
+    heading = f"{metrics.get('evaluate/prompts', 0):.0f} prompts"
+    return Cells([heading, *(POLICIES[name] for name in names)], rows)
+
+
+def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
+    """The first prompts, as many as `evaluate.num_shown` says, each with every policy's answer."""
+    if not run.stages.get("evaluate", {}).get("artifact"):
+        return
+    # Not from the artifact: the knob is outside its key, so a reused one may have been made with another.
+    config = yaml.safe_load((run.directory / "config.yaml").read_text(encoding="utf-8"))
+    path = Path(run.stages["evaluate"]["artifact"]) / "comparison.jsonl"
+    with path.open(encoding="utf-8") as file:
+        for line in islice(file, config["evaluate"]["num_shown"]):
+            row = json.loads(line)
+            yield (
+                _conversation(row["prompt"]),
+                [
+                    ShownAnswer(words, _one_line(row[name]["response"]), _scores(row[name]))
+                    for name, words in POLICIES.items()
+                    if name in row
+                ],
+            )
+
+
+def gate_text(gate: GateResult) -> str:
+    """A gate with its value and bound."""
+    return f"{gate.stage}/{gate.name} = {gate.value:.4g} (wanted {gate.bound})"
+
+
+def places(run: Run) -> Iterator[tuple[str, Path]]:
+    """Where to find what the run made, from its directory."""
+    for name, words in (("ppo", "Aligned model"), ("sft", "SFT model"), ("reward", "Reward model")):
+        if run.stages.get(name, {}).get("artifact"):
+            yield words, Path("artifacts", name)
+    if run.stages.get("evaluate", {}).get("artifact"):
+        yield "All answers", Path("artifacts", "evaluate", "comparison.jsonl")
+    yield "Metrics", Path("metrics.jsonl")
+    yield "Samples", Path("samples.jsonl")
+
+
+def _print_cells(cells: Cells, console: Console, right: set[int]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for index, heading in enumerate(cells.headings):
+        table.add_column(heading, justify="right" if index in right else "left", no_wrap=index in right)
+    for row in cells.rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table, highlight=False)
+
+
+def _print_answers(answers: Iterable[ShownAnswer], console: Console) -> None:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column()
+    for answer in answers:
+        grid.add_row(f"  {answer.policy}", answer.scores.partition(",")[0], escape(answer.text))
+    console.print(grid, highlight=False)
+
+
+def _print_gates(gates: Iterable[GateResult], console: Console) -> None:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for gate in gates:
+        mark = "[green]passed[/]" if gate.passed else "[bold red]FAILED[/]"
+        advice = "" if gate.passed else f"\nTry: {escape(gate.bound.advice)}"
+        grid.add_row(mark, f"{escape(gate_text(gate))}{advice}")
+    console.print(grid, highlight=False)
+
+
+def _answer_bullet(answer: ShownAnswer) -> str:
+    scores = f" ({answer.scores})" if answer.scores else ""
+    return f"- {answer.policy}: {_quoted(answer.text)}{scores}"
+
+
+def _gate_bullet(gate: GateResult) -> str:
+    if gate.passed:
+        return f"- passed: {gate_text(gate)}"
+    return f"- **failed**: {gate_text(gate)}. Try: {gate.bound.advice}."
+
+
+def _markdown(cells: Cells) -> str:
+    lines = [cells.headings, ["---"] * len(cells.headings), *cells.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _scores(answer: Mapping[str, Any]) -> str:
+    return ", ".join(f"{kind} {answer[kind]:+z.2f}" for kind in ("gold", "score") if kind in answer)
+
+
+def _conversation(messages: Iterable[Mapping[str, str]]) -> str:
+    turns = list(messages)
+    if len(turns) == 1:
+        return _one_line(turns[0]["content"])
+    return " / ".join(f"{turn['role']}: {_one_line(turn['content'])}" for turn in turns)
+
+
+def _one_line(text: str) -> str:
+    # A model may write terminal control characters.
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return line if len(line) <= LONGEST_SHOWN else f"{line[:LONGEST_SHOWN]} ..."
+
+
+def _quoted(text: str) -> str:
+    """Markdown must not interpret what a model wrote."""
+    return f"`{text.replace('`', chr(39))}`" if text else "(empty)"

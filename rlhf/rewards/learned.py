@@ -1,0 +1,64 @@
+"""Scores of a reward model, read from text in its own template and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import ConfigError
+from rlhf.data.chat import exchange_ids, tokenizer_digest
+from rlhf.distributed import Compute
+from rlhf.models.load import ModelConfig, load_tokenizer
+from rlhf.models.scalar import ScalarModel, load_scalar_model
+from rlhf.rewards.source import Exchange, Reward, function_reward, reward_directory, vader_reward
+
+
+class LearnedReward:
+    """A one-label classification model. The end token is appended also to a response that was cut."""
+
+    def __init__(
+        self, directory: Path, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, micro_batch_tokens: int
+    ) -> None:
+        self.directory, self.model, self.tokenizer = directory, model, tokenizer
+        self.micro_batch_tokens = micro_batch_tokens
+
+    @property
+    def digest(self) -> str:
+        """Identity of the tokenizer: equal digests mean that ids can be shared."""
+        return tokenizer_digest(self.tokenizer)
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+        rows = [
+            torch.tensor(exchange_ids(self.tokenizer, exchange.prompt, exchange.response)[0])
+            for exchange in exchanges
+        ]
+        assert isinstance(self.tokenizer.pad_token_id, int)
+        return self.model.score(rows, self.tokenizer.pad_token_id, self.micro_batch_tokens)
+
+
+def load_learned_reward(
+    directory: Path, config: ModelConfig, compute: Compute, micro_batch_tokens: int
+) -> LearnedReward:
+    """Load a published reward model.
+
+    Raises:
+        ConfigError: no such directory, or not a sequence-classification model.
+    """
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model:{directory}: no config.json there. Give a one-label classification model.")
+    model = load_scalar_model(directory, config, compute.dtype).to(compute.device)
+    return LearnedReward(directory, model, load_tokenizer(directory, config), micro_batch_tokens)
+
+
+def make_reward(
+    source: str, learned: Path | None, config: ModelConfig, compute: Compute, micro_batch_tokens: int
+) -> Reward:
+    """The reward that a `RewardSource` names; `learned` is the reward stage's artifact."""
+    directory = reward_directory(source, learned)
+    if directory is not None:
+        return load_learned_reward(directory, config, compute, micro_batch_tokens)
+    return vader_reward if source == "vader" else function_reward(source)

@@ -1,0 +1,101 @@
+"""Where scores come from: one interface for learned, rule and user-written rewards.
+
+A reward is a callable from exchanges to one fp32 score each, on the CPU; higher is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import AfterValidator
+from torch import Tensor
+
+from rlhf.config import ConfigError
+from rlhf.data.schema import Message
+
+
+class Exchange(NamedTuple):
+    """A prompt and one response to it, as text."""
+
+    prompt: list[Message]
+    response: str
+
+
+Reward = Callable[[Sequence[Exchange]], Tensor]
+UserFunction = Callable[[list[str], list[str]], Sequence[float]]
+"""(last user messages, responses) -> scores."""
+
+
+def _checked(source: str) -> str:
+    kind, _, rest = source.partition(":")
+    if source in ("learned", "vader") or (kind == "model" and rest) or (kind == "python" and ":" in rest):
+        return source
+    raise ValueError("use learned, vader, model:DIRECTORY or python:MODULE:FUNCTION")
+
+
+RewardSource = Annotated[str, AfterValidator(_checked)]
+"""`learned` (the reward stage's model), `vader`, `model:DIRECTORY` (any one-label classification model,
+its own tokenizer and template), or `python:MODULE:FUNCTION`."""
+
+
+def function_reward(source: str) -> Reward:
+    """The reward of `python:MODULE:FUNCTION`: called with the last user messages and the responses.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    _, module, name = source.split(":", 2)
+    try:
+        function: UserFunction = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{source}: {error}. The module must be importable: installed, or in a directory on PYTHONPATH."
+        ) from None
+
+    def score(exchanges: Sequence[Exchange]) -> Tensor:
+        prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
+        scores = torch.as_tensor(function(prompts, [exchange.response for exchange in exchanges]))
+        if scores.shape != (len(exchanges),):
+            raise ConfigError(
+                f"{source} returned shape {tuple(scores.shape)} for {len(exchanges)} responses; "
+                "it must return one number for each."
+            )
+        return scores.float()
+
+    return score
+
+
+def vader_reward(exchanges: Sequence[Exchange]) -> Tensor:
+    """VADER's compound sentiment in [-1, 1]: the demo's gold reward (Hutto & Gilbert 2014)."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+    return torch.tensor([analyzer.polarity_scores(exchange.response)["compound"] for exchange in exchanges])
+
+
+def reward_directory(source: str, learned: Path | None) -> Path | None:
+    """The directory of the model that scores, or None for a rule."""
+    if source == "learned":
+        assert learned is not None
+        return learned
+    return Path(source.removeprefix("model:")) if source.startswith("model:") else None
+
+
+def finite_scores(reward: Reward, exchanges: Sequence[Exchange], name: str) -> Tensor:
+    """One finite score each; `name` is what the user called the reward, such as `generate.reward=vader`.
+
+    Raises:
+        ConfigError: a score is NaN or infinite.
+    """
+    score_B = reward(exchanges)
+    if not bool(score_B.isfinite().all()):
+        index = int((~score_B.isfinite()).nonzero()[0])
+        raise ConfigError(
+            f"{name} gave {float(score_B[index])} for the response {exchanges[index].response!r}. "
+            "A score must be a finite number."
+        )
+    return score_B

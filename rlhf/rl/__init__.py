@@ -1,0 +1,1 @@
+"""The tensors of an episode and what reinforcement learning computes from them."""

@@ -1,0 +1,52 @@
+"""What every stage is: a typed, frozen config with one method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from rlhf.config import Bound, Strict
+from rlhf.job import Job
+
+
+class Stage(Strict, ABC):
+    """One step of the chain. It reads artifacts and data sets and publishes one artifact.
+
+    A subclass's fields are its knobs; their values live in conf/stages/NAME.yaml.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Raise it when the stage's code changes what it publishes: old artifacts are then not reused."""
+    random: ClassVar[bool] = True
+    """Whether the seed and the precision decide the result."""
+    not_in_key: ClassVar[frozenset[str]] = frozenset()
+    """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
+
+    gates: dict[str, Bound | None]
+    """Summary metric -> the range it must lie in. Checked after every run and every reuse;
+    null turns a bound off."""
+
+    def inputs(self) -> tuple[str, ...]:
+        """The stages whose artifacts this one reads."""
+        return ()
+
+    def roles(self) -> tuple[str, ...]:
+        """The prepared data sets this one reads: sft, reward, ppo, evaluate, retention_text, ..."""
+        return ()
+
+    def reads_base_model(self) -> bool:
+        """Whether the base model itself (not only a stage's output) decides the result."""
+        return False
+
+    def external(self) -> dict[str, str]:
+        """Digests of what lies outside the store and decides the result (data files)."""
+        return {}
+
+    def knobs(self) -> dict[str, Any]:
+        """The knobs that decide the result, as plain JSON values: part of the artifact's key."""
+        return self.model_dump(mode="json", exclude={"gates", *self.not_in_key})
+
+    @abstractmethod
+    def run(self, job: Job) -> None:
+        """Do the work in `job.directory` and end with `job.publish(metrics)`."""

@@ -1,0 +1,140 @@
+"""Where metrics and samples go: metrics.jsonl and samples.jsonl always; wandb or tensorboard by choice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from rlhf.config import ConfigError, Strict
+
+
+class TrackerConfig(Strict):
+    """`tracker.*`: who else is told, beside the files."""
+
+    kind: Literal["none", "wandb", "tensorboard"]
+    mode: Literal["offline", "online"] = "offline"
+    """wandb only; nothing leaves the machine unless this is `online`."""
+    project: str = "rlhf"
+
+
+class Sink(Protocol):
+    """A tracker beside the files."""
+
+    def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
+        """Record metrics whose names already carry their stage's."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class WandbSink:
+    """Weights & Biases, offline unless told otherwise."""
+
+    def __init__(
+        self, config: TrackerConfig, run_name: str, directory: Path, resolved: Mapping[str, Any]
+    ) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("tracker=wandb needs the package: pip install 'rlhf[wandb]'.") from None
+        self._run = wandb.init(
+            project=config.project, name=run_name, dir=str(directory), mode=config.mode, config=dict(resolved)
+        )
+        self._stages: set[str] = set()
+
+    def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
+        """Each stage counts its own steps, so each gets its own x axis."""
+        if stage not in self._stages:
+            self._stages.add(stage)
+            self._run.define_metric(f"{stage}/step")
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self._run.log({**metrics, f"{stage}/step": step})
+
+    def close(self) -> None:
+        """Finish the wandb run."""
+        self._run.finish()
+
+
+class TensorboardSink:
+    """TensorBoard event files under the run directory."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "tracker=tensorboard needs the package: pip install 'rlhf[tensorboard]'."
+            ) from None
+        self._writer = SummaryWriter(str(directory / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
+        """One scalar a metric."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class Tracker:
+    """Writes each stage's lines beside its artifact, and the run's whole story in the run directory.
+
+    A stage's own files travel with its artifact, so a run that reuses the artifact still shows its curve.
+    """
+
+    METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+    def __init__(self, run_directory: Path, sinks: list[Sink]) -> None:
+        self._run_directory, self._sinks = run_directory, sinks
+        self._stage_directory: Path | None = None
+        for name in (self.METRICS, self.SAMPLES):
+            (run_directory / name).write_text("")
+
+    def begin(self, stage_directory: Path) -> None:
+        """Also write to this directory, from now on."""
+        self._stage_directory = stage_directory
+
+    def replay(self, stage_directory: Path) -> None:
+        """Copy a reused artifact's lines into the run's files."""
+        for name in (self.METRICS, self.SAMPLES):
+            if (stage_directory / name).exists():
+                with (self._run_directory / name).open("a") as run_file:
+                    run_file.write((stage_directory / name).read_text())
+
+    def log(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
+        """Record one step of one stage; names get the stage's in front."""
+        named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
+        self._append(self.METRICS, {"stage": stage, "step": step, "time": round(time.time(), 3), **named})
+        for sink in self._sinks:
+            sink.log(named, stage, step)
+
+    def sample(self, stage: str, row: Mapping[str, Any]) -> None:
+        """Record one generated text."""
+        self._append(self.SAMPLES, {"stage": stage, **row})
+
+    def close(self) -> None:
+        """Flush the sinks."""
+        for sink in self._sinks:
+            sink.close()
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        for directory in filter(None, (self._run_directory, self._stage_directory)):
+            with (directory / name).open("a") as file:
+                file.write(line)
+
+
+def make_tracker(
+    config: TrackerConfig, run_name: str, run_directory: Path, resolved: Mapping[str, Any]
+) -> Tracker:
+    """The files, and the tracker that `tracker=` chose."""
+    sinks: list[Sink] = []
+    if config.kind == "wandb":
+        sinks.append(WandbSink(config, run_name, run_directory, resolved))
+    elif config.kind == "tensorboard":
+        sinks.append(TensorboardSink(run_directory))
+    return Tracker(run_directory, sinks)

@@ -1,0 +1,156 @@
+"""Sample several answers a prompt and score them.
+
+Reads   the SFT (or base) model; the training prompts (`ppo.prompts`); a reward.
+Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (usable as `reward.pairs`); and
+        the score's mean and deviation, which PPO normalises with.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from rlhf.config import ConfigError
+from rlhf.data.schema import PromptRow
+from rlhf.generation.policy import Policy
+from rlhf.job import Job
+from rlhf.rewards.learned import make_reward
+from rlhf.rewards.source import Exchange, RewardSource
+from rlhf.rl.statistics import distinct_n
+from rlhf.stage import Stage
+
+
+class GenerateStage(Stage):
+    """What `generate.*` can be told. Values: conf/stages/generate.yaml."""
+
+    name: ClassVar[str] = "generate"
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
+
+    policy: Literal["base", "sft"]
+    """Whose answers."""
+    reward: RewardSource | None
+    """What scores them; null writes responses only."""
+    splits: list[Literal["train", "held_out"]]
+    """Of the prepared `ppo.prompts`."""
+    num_prompts: PositiveInt | None
+    """The first so many prompts; null takes all."""
+    samples_per_prompt: PositiveInt
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat
+    pair_min_gap: NonNegativeFloat
+    """Score units: pairs that differ less are not written."""
+    batch_rows: PositiveInt
+    """Rows decoded together."""
+    micro_batch_tokens: PositiveInt
+    """Padded tokens per forward pass of the reward model."""
+
+    def inputs(self) -> tuple[str, ...]:
+        """The policy's stage, and the reward's where that is learned."""
+        policy = ("sft",) if self.policy == "sft" else ()
+        return ("prepare", *policy, *(("reward",) if self.reward == "learned" else ()))
+
+    def roles(self) -> tuple[str, ...]:
+        """Reads the training prompts."""
+        return ("ppo",)
+
+    def reads_base_model(self) -> bool:
+        """Only when it samples from the base model."""
+        return self.policy == "base"
+
+    def run(self, job: Job) -> None:
+        """Sample, score, and write three views of the result."""
+        rows = [row for split in self.splits for row in job.data.rows("ppo", split)][: self.num_prompts]
+        repeated = [row for row in rows for _ in range(self.samples_per_prompt)]
+        policy = self.load_policy(job)
+        with job.progress.task("generate: sampling", len(repeated)) as task:
+            rollout, texts = policy.sample(
+                [row.prompt for row in repeated],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                generator=torch.Generator(policy.model.device).manual_seed(job.seed),
+                batch_rows=self.batch_rows,
+                on_rows=task.advance,
+            )
+        scores = self.score(job, repeated, texts)
+        metrics = {
+            "responses": len(texts),
+            "stop_rate": float(rollout.stopped.float().mean()),
+            "length_mean": float(rollout.response_lengths.float().mean()),
+            "distinct_2": distinct_n([ids.tolist() for ids in rollout.response_ids], 2),
+        }
+        for index, (row, text) in enumerate(zip(repeated, texts, strict=True)):
+            scored = {} if scores is None else {"score": scores[index]}
+            job.sample(policy=self.policy, prompt=row.prompt, response=text, **scored)
+        write_jsonl(job.directory / "responses.jsonl", (
+            {"prompt": row.prompt, "response": text, "stopped": bool(stopped), "tokens": int(length),
+             **({} if scores is None else {"score": scores[index]})}
+            for index, (row, text, stopped, length) in enumerate(
+                zip(repeated, texts, rollout.stopped, rollout.response_lengths, strict=True))
+        ))  # fmt: skip
+        if scores is not None:
+            metrics |= self.write_ranked(job.directory, rows, texts, scores)
+        job.publish(metrics)
+
+    def load_policy(self, job: Job) -> Policy:
+        """The model that answers."""
+        if self.policy == "base":
+            policy = Policy.load(job.base.directory, job.base.config, job.compute)
+            return Policy(policy.model, job.base.load_tokenizer())
+        return Policy.load(job.inputs["sft"].path, job.base.config, job.compute)
+
+    def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> list[float] | None:
+        """One score a response, or None without a reward.
+
+        Raises:
+            ConfigError: the reward gives a number that is not finite.
+        """
+        if self.reward is None:
+            return None
+        learned = job.inputs["reward"].path if self.reward == "learned" else None
+        reward = make_reward(self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens)
+        scores = reward([Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)])
+        if not bool(scores.isfinite().all()):
+            index = int((~scores.isfinite()).nonzero()[0])
+            raise ConfigError(
+                f"generate.reward={self.reward} gave {float(scores[index])} for the response {texts[index]!r}. "
+                "A score must be a finite number."
+            )
+        return [float(score) for score in scores]
+
+    def write_ranked(
+        self, directory: Path, rows: list[PromptRow], texts: list[str], scores: list[float]
+    ) -> dict[str, float]:
+        """best_of_n.jsonl and pairs.jsonl; the score's moments.
+
+        The best answer is paired with the worst, the second best with the second worst, and so on, as long
+        as they differ: no answer is in two pairs.
+        """
+        best, pairs, size = [], [], self.samples_per_prompt
+        for index, row in enumerate(rows):
+            group = slice(index * size, (index + 1) * size)
+            ranked = sorted(zip(scores[group], texts[group], strict=True), reverse=True)
+            best.append({"prompt": row.prompt, "completion": ranked[0][1], "score": ranked[0][0]})
+            for (high, chosen), (low, rejected) in zip(ranked[: size // 2], reversed(ranked), strict=False):
+                if high - low >= self.pair_min_gap and high > low and chosen and rejected:
+                    gold = {"chosen_gold": round(high, 4), "rejected_gold": round(low, 4)}
+                    pair = {"prompt": row.prompt, "chosen": chosen, "rejected": rejected}
+                    pairs.append(pair | (gold if self.reward == "vader" else {}))
+        write_jsonl(directory / "best_of_n.jsonl", (row for row in best if row["completion"]))
+        write_jsonl(directory / "pairs.jsonl", pairs)
+        moments = torch.tensor(scores, dtype=torch.float64)
+        return {
+            "score_mean": float(moments.mean()),
+            "score_deviation": float(moments.std(correction=0)),
+            "best_of_n_mean": sum(float(row["score"]) for row in best) / len(best),
+            "pairs": float(len(pairs)),
+        }
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

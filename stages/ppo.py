@@ -1,0 +1,119 @@
+"""Proximal policy optimization against a reward, held near the SFT model by a KL penalty.
+
+Reads   the SFT model (policy and reference); a reward; prompts (`ppo.prompts`); the score's moments.
+Writes  a plain causal-LM directory: the policy with the best held-out score.
+The loop itself is rlhf/ppo/learner.py.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import ConfigError
+from rlhf.data.chat import tokenizer_digest
+from rlhf.generation.policy import Policy
+from rlhf.job import Job
+from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.adapters import attach, count_parameters
+from rlhf.models.load import load_causal_lm, load_tokenizer
+from rlhf.models.policy import check_head
+from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head
+from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.learner import Learner
+from rlhf.ppo.mix import PretrainingMix
+from rlhf.rewards.learned import LearnedReward, make_reward
+from rlhf.rewards.source import Reward
+from rlhf.rl.scores import ScoreNormalizer
+from rlhf.stage import Stage
+
+
+class PpoStage(PpoConfig, Stage):
+    """What `ppo.*` can be told: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
+
+    name: ClassVar[str] = "ppo"
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"prompts", "micro_batch_tokens"})
+
+    def inputs(self) -> tuple[str, ...]:
+        """The SFT model, and what the reward and its normalisation need."""
+        learned = ("reward",) if self.reward == "learned" else ()
+        measured = ("generate",) if self.score.normalize == "sft" else ()
+        return ("prepare", "sft", *learned, *measured)
+
+    def roles(self) -> tuple[str, ...]:
+        """Reads prompts, and SFT rows for the pretraining mix."""
+        return ("ppo", "sft") if self.ptx.coef > 0 else ("ppo",)
+
+    def run(self, job: Job) -> None:
+        """Load the four models, train, and publish the best policy."""
+        sft, settings, compute = job.inputs["sft"].path, job.base.config, job.compute
+        tokenizer = load_tokenizer(sft, settings)
+        policy = load_causal_lm(sft, settings, compute.dtype).to(compute.device)
+        check_head(policy)
+        adapter = attach(policy, self.peft)
+        learned = job.inputs["reward"].path if self.reward == "learned" else None
+        reward = make_reward(self.reward, learned, settings, compute, self.micro_batch_tokens)
+        normalizer = self.normalizer(job)
+        critic = self.load_critic(job, reward, normalizer, tokenizer)
+        attach(critic.model, self.peft)
+        critic.head.requires_grad_(True)
+        critic.offset.requires_grad_(True)
+        trained, _ = count_parameters(policy)
+
+        learner = Learner(
+            self,
+            policy=Policy(policy, tokenizer),
+            model=ActorCritic(policy, critic),
+            reference=Policy.load(sft, settings, compute),
+            reward=reward,
+            normalizer=normalizer,
+            mix=PretrainingMix(self.ptx, tokenizer, job.data.rows("sft", "train"), job.seed)
+            if self.ptx.coef > 0
+            else None,
+            job=job,
+        )
+        metrics = learner.train(
+            job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
+        )
+        adapter.merge()
+        policy.save_pretrained(job.directory)
+        tokenizer.save_pretrained(job.directory)
+        job.publish({**metrics, "trained_parameters": trained})
+
+    def normalizer(self, job: Job) -> ScoreNormalizer:
+        """How raw scores become comparable to the KL penalty."""
+        if self.score.normalize == "running":
+            return ScoreNormalizer.running(self.score.clip)
+        if self.score.normalize == "none":
+            return ScoreNormalizer.fixed(0.0, 1.0, self.score.clip)
+        metrics = job.inputs["generate"].manifest.metrics
+        if metrics["score_deviation"] <= 0.0:
+            raise ConfigError(
+                "ppo.score.normalize=sft: all responses that `generate` sampled score alike, so there is nothing "
+                "to learn. Use more of them (generate.num_prompts), another reward, or ppo.score.normalize=none."
+            )
+        return ScoreNormalizer.fixed(metrics["score_mean"], metrics["score_deviation"], self.score.clip)
+
+    def load_critic(
+        self, job: Job, reward: Reward, normalizer: ScoreNormalizer, tokenizer: PreTrainedTokenizerBase
+    ) -> ScalarModel:
+        """The critic, speaking the normalised score's units from its first step (PPO.md detail 12)."""
+        if self.critic.init == "sft":
+            directory = job.inputs["sft"].path
+            critic = load_scalar_model(directory, job.base.config, job.compute.dtype).to(job.compute.device)
+            reset_head(critic, deviation=0.0)
+            return critic
+        assert isinstance(reward, LearnedReward)
+        if reward.digest != tokenizer_digest(tokenizer):
+            raise ConfigError(
+                f"ppo.critic.init=reward: the reward model of ppo.reward={self.reward} has another tokenizer or "
+                "chat template than the policy, whose token ids the critic reads. Use ppo.critic.init=sft; "
+                "scoring goes through text and is not affected."
+            )
+        critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype).to(
+            job.compute.device
+        )
+        if self.score.normalize == "sft":
+            critic.rescale(1 / normalizer.deviation, -normalizer.mean / normalizer.deviation)
+        return critic

@@ -1,0 +1,157 @@
+"""Train the reward model on preference pairs.
+
+Reads   the SFT model; preference pairs (`reward.pairs`).
+Writes  a sequence-classification model with one label, and how well it ranks held-out pairs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor
+
+from rlhf.config import ConfigError, OptimConfig, Peft
+from rlhf.data.batching import chunks, token_budget_batches
+from rlhf.data.chat import exchange_ids
+from rlhf.data.schema import PairRow
+from rlhf.data.sources import SourceConfig
+from rlhf.evaluation.ranking import Ranking, rank_quality
+from rlhf.job import Job
+from rlhf.losses.pairwise import bradley_terry_loss
+from rlhf.models.adapters import attach, count_parameters
+from rlhf.models.load import load_tokenizer
+from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.stage import Stage
+from rlhf.training import MasterAdamW, make_optimizer, make_schedule
+
+
+class RewardStage(Stage):
+    """What `reward.*` can be told. Values: conf/stages/reward.yaml."""
+
+    name: ClassVar[str] = "reward"
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"pairs", "micro_batch_tokens"})
+
+    pairs: SourceConfig
+    """Rows with a prompt, a chosen and a rejected answer; prepared by `prepare`."""
+    optim: OptimConfig
+    peft: Peft
+    epochs: PositiveInt
+    """One is the rule: reward models overfit in the second (Ouyang et al. 2022, C.2)."""
+    batch_pairs: PositiveInt
+    """Pairs per optimizer step, over all ranks."""
+    micro_batch_tokens: PositiveInt
+    """Padded tokens per forward pass; lower it when memory runs out."""
+    max_tokens: PositiveInt
+    """Pairs with a longer side are left out, and counted."""
+    center: NonNegativeFloat
+    """Weight that pulls scores towards 0 (Eisenstein et al. 2023)."""
+
+    def inputs(self) -> tuple[str, ...]:
+        """It starts from the SFT model."""
+        return ("prepare", "sft")
+
+    def roles(self) -> tuple[str, ...]:
+        """Reads preference pairs."""
+        return ("reward",)
+
+    def run(self, job: Job) -> None:
+        """Train, publish, and measure what was published."""
+        tokenizer = load_tokenizer(job.inputs["sft"].path, job.base.config)
+        assert isinstance(tokenizer.pad_token_id, int)
+        model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype)
+        model.to(job.compute.device)
+        reset_head(model)
+        adapter = attach(model.model, self.peft)
+        model.head.requires_grad_(True)
+        model.offset.requires_grad_(False)
+
+        def encode(rows: Sequence[PairRow]) -> list[EncodedPair]:
+            return [EncodedPair(tokenizer, row) for row in rows]
+
+        train = [pair for pair in encode(job.data.rows("reward", "train")) if pair.longest <= self.max_tokens]
+        held_out = [pair for pair in encode(job.data.rows("reward", "held_out")) if pair.longest <= self.max_tokens]
+        if not train or not held_out:
+            raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
+        trained, _ = count_parameters(model)
+        self.train(job, model, train, tokenizer.pad_token_id)
+
+        adapter.merge()
+        save_scalar_model(model, tokenizer, job.directory)
+        published = load_scalar_model(job.directory, job.base.config, job.compute.dtype).to(
+            job.compute.device
+        )
+        ranking = self.rank(job, published, held_out, tokenizer.pad_token_id)
+        too_long = len(job.data.rows("reward", "train")) + len(job.data.rows("reward", "held_out")) - len(train) - len(held_out)
+        job.publish({
+            **rank_quality(ranking),
+            "trained_parameters": trained,
+            "train_pairs": len(train),
+            "pairs_too_long": too_long,
+        })  # fmt: skip
+
+    def train(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair], pad_id: int) -> None:
+        """Bradley-Terry training; each optimizer step is one mean over batch_pairs pairs."""
+        optimizer = make_optimizer([(model.parameters(), self.optim)])
+        batches = [
+            batch
+            for epoch in range(self.epochs)
+            for batch in chunks(random.Random(job.seed + epoch).sample(pairs, len(pairs)), self.batch_pairs)
+        ]
+        schedule = make_schedule(optimizer, len(batches), self.optim.warmup_fraction)
+        with job.progress.task("reward: training", len(batches)) as task:
+            for step, batch in enumerate(batches):
+                metrics = self.step(job, model, optimizer, batch, pad_id)
+                metrics["lr"] = schedule.get_last_lr()[0]
+                schedule.step()
+                job.log(metrics, step)
+                task.advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['train_accuracy']:.2f}")
+
+    def step(
+        self, job: Job, model: ScalarModel, optimizer: MasterAdamW, batch: Sequence[EncodedPair], pad_id: int
+    ) -> dict[str, float]:
+        """One optimizer step."""
+        totals = job.compute.global_sum(torch.tensor([float(len(batch))], device=job.compute.device))
+        sums = torch.zeros(2, device=job.compute.device)  # loss, right rankings
+        for group in token_budget_batches([2 * pair.longest for pair in batch], self.micro_batch_tokens):
+            pairs = [batch[index] for index in group]
+            score_2B = model.last_values([*(p.chosen for p in pairs), *(p.rejected for p in pairs)], pad_id)
+            chosen_B, rejected_B = score_2B.chunk(2)
+            loss = bradley_terry_loss(chosen_B, rejected_B, total_pairs=float(totals[0]), center=self.center)
+            job.compute.accelerator.backward(loss)
+            sums += torch.stack([loss.detach(), (chosen_B > rejected_B).sum() / totals[0]])
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_sum, accuracy = job.compute.global_sum(sums).tolist()
+        return {"loss": loss_sum, "train_accuracy": accuracy, "grad_norm": optimizer.grad_norm}
+
+    def rank(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair], pad_id: int) -> Ranking:
+        """Score both sides of every pair."""
+        rows = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
+        chosen_B, rejected_B = model.score(rows, pad_id, self.micro_batch_tokens).chunk(2)
+        return Ranking(
+            chosen_B,
+            rejected_B,
+            torch.tensor([pair.chosen_length for pair in pairs]),
+            torch.tensor([pair.rejected_length for pair in pairs]),
+            torch.tensor([pair.gold_gap for pair in pairs]),
+        )
+
+
+class EncodedPair:
+    """A preference pair as token ids."""
+
+    def __init__(self, tokenizer: object, row: PairRow) -> None:
+        self.chosen, self.chosen_length = self._encode(tokenizer, row, row.chosen)
+        self.rejected, self.rejected_length = self._encode(tokenizer, row, row.rejected)
+        self.longest = max(len(self.chosen), len(self.rejected))
+        known = row.chosen_gold is not None and row.rejected_gold is not None
+        self.gold_gap = row.chosen_gold - row.rejected_gold if known else float("nan")
+
+    @staticmethod
+    def _encode(tokenizer: object, row: PairRow, response: str) -> tuple[Tensor, int]:
+        ids, prompt_length = exchange_ids(tokenizer, row.prompt, response)
+        return torch.tensor(ids), len(ids) - prompt_length

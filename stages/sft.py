@@ -1,0 +1,183 @@
+"""Supervised instruction tuning: teach the base model to answer in the way of the examples.
+
+Reads   the base model; prompt/completion rows (`sft.data`).
+Writes  a plain causal-LM directory, and the held-out loss before and after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers import TrainingArguments as HfArguments
+
+from rlhf.config import OptimConfig, Peft
+from rlhf.data.batching import token_budget_batches
+from rlhf.data.chat import exchange_ids
+from rlhf.data.schema import SftRow
+from rlhf.data.sources import SourceConfig
+from rlhf.job import Job
+from rlhf.models.adapters import attach, count_parameters
+from rlhf.models.load import load_causal_lm
+from rlhf.models.policy import check_head, pad_sequences, response_statistics
+from rlhf.progress import Task
+from rlhf.stage import Stage
+from rlhf.training import make_optimizer, make_schedule
+
+
+class SftStage(Stage):
+    """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
+
+    name: ClassVar[str] = "sft"
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"data", "micro_batch_tokens"})
+
+    data: SourceConfig
+    """Rows with a prompt and its answer; prepared by `prepare`, so its content is in the key."""
+    optim: OptimConfig
+    peft: Peft
+    epochs: PositiveFloat
+    batch_rows: PositiveInt
+    """Rows per optimizer step, over all ranks."""
+    micro_batch_rows: PositiveInt
+    """Rows per forward pass; lower it when memory runs out."""
+    micro_batch_tokens: PositiveInt
+    """Padded tokens per forward pass when measuring the held-out loss."""
+    max_tokens: PositiveInt
+    """Longer rows are cut (the end of the answer is lost)."""
+
+    def inputs(self) -> tuple[str, ...]:
+        """It reads prepared data."""
+        return ("prepare",)
+
+    def roles(self) -> tuple[str, ...]:
+        """Reads prompt/completion rows."""
+        return ("sft",)
+
+    def reads_base_model(self) -> bool:
+        """It trains the base model."""
+        return True
+
+    def run(self, job: Job) -> None:
+        """Train on the answers only, and publish the model."""
+        tokenizer = job.base.load_tokenizer()
+        model = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype).to(job.compute.device)
+        check_head(model)
+        train = [exchange_ids(tokenizer, row.prompt, row.completion) for row in job.data.rows("sft", "train")]
+        held_out = job.data.rows("sft", "held_out")
+
+        before = self.mean_loss(model, tokenizer, held_out)
+        adapter = attach(model, self.peft)
+        trained, _ = count_parameters(model)
+        tokens = self.train(job, model, tokenizer, train)
+        adapter.merge()
+        after = self.mean_loss(model.eval(), tokenizer, held_out)
+
+        model.save_pretrained(job.directory)
+        tokenizer.save_pretrained(job.directory)
+        job.publish({
+            "held_out_loss_before": before,
+            "held_out_loss": after,
+            "held_out_loss_change": after - before,
+            "trained_parameters": trained,
+            "tokens": tokens,
+        })  # fmt: skip
+
+    def train(
+        self,
+        job: Job,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[tuple[list[int], int]],
+    ) -> int:
+        """Run TRL's SFTTrainer; the number of tokens seen."""
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        labelled = [
+            {
+                "input_ids": ids[: self.max_tokens],
+                "labels": ([-100] * prompt + ids[prompt:])[: self.max_tokens],
+            }
+            for ids, prompt in rows
+        ]
+        num_steps = math.ceil(self.epochs * math.ceil(len(labelled) / self.batch_rows))
+        optimizer = make_optimizer([(model.parameters(), self.optim)])
+        packing = job.base.config.attention.startswith("flash")  # others would attend across documents
+        with job.progress.task("sft: training", num_steps) as task:
+            trainer = SFTTrainer(
+                model=model,
+                args=SFTConfig(
+                    output_dir=str(job.directory / "unused"),
+                    use_cpu=job.compute.device.type == "cpu",
+                    bf16=False,  # the weights are in the compute dtype; the optimizer keeps fp32 masters
+                    max_steps=num_steps,
+                    per_device_train_batch_size=self.micro_batch_rows,
+                    gradient_accumulation_steps=self.batch_rows // self.micro_batch_rows,
+                    max_grad_norm=0.0,  # clipped by the optimizer
+                    max_length=self.max_tokens,
+                    packing=packing,
+                    train_sampling_strategy="random" if packing else "group_by_length",
+                    gradient_checkpointing=False,
+                    seed=job.seed,
+                    logging_steps=1,
+                    report_to="none",
+                    save_strategy="no",
+                    disable_tqdm=True,
+                ),
+                train_dataset=Dataset.from_list(labelled),
+                processing_class=tokenizer,
+                optimizers=(optimizer, make_schedule(optimizer, num_steps, self.optim.warmup_fraction)),
+                callbacks=[Report(job, task)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return int(trainer.state.num_input_tokens_seen or sum(len(row["input_ids"]) for row in labelled))
+
+    @torch.no_grad()
+    def mean_loss(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow]
+    ) -> float:
+        """Mean negative log-likelihood per answer token, in nats."""
+        pairs = [split_ids(*exchange_ids(tokenizer, row.prompt, row.completion)) for row in rows]
+        total, count = 0.0, 0
+        lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+        for group in token_budget_batches(lengths, self.micro_batch_tokens):
+            batch = pad_sequences(
+                [pairs[row][0] for row in group], [pairs[row][1] for row in group], 0, model.device
+            )
+            logp_N = response_statistics(model, batch, temperature=1.0).logp_N
+            total, count = total - float(logp_N.sum()), count + len(logp_N)
+        return total / count
+
+
+def split_ids(ids: list[int], prompt_length: int) -> tuple[Tensor, Tensor]:
+    """An exchange's ids as (prompt, answer)."""
+    return torch.tensor(ids[:prompt_length]), torch.tensor(ids[prompt_length:])
+
+
+class Report(TrainerCallback):
+    """Passes TRL's logs on to the job."""
+
+    def __init__(self, job: Job, task: Task) -> None:
+        self._job, self._task = job, task
+
+    def on_log(self, args: HfArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One line an optimizer step."""
+        logs = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        metrics = {"loss": logs["loss"], "lr": logs["learning_rate"], "epoch": logs["epoch"]}
+        self._job.log({**metrics, "grad_norm": kwargs["optimizer"].optimizer.grad_norm}, state.global_step)
+        self._task.advance(1, f"loss {logs['loss']:.3f}")

@@ -1,0 +1,178 @@
+"""Every row format people publish, and the complaint about each kind of bad row."""
+
+import pytest
+
+from rlhf.data.recognise import recognise
+from rlhf.data.schema import PairRow, PromptRow, QuestionRow, RowError, SftRow, TextRow
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+HI = [user("Hi")]
+TWO_TURNS = [user("Hi"), assistant("Hello."), user("Bye")]
+
+
+@pytest.mark.parametrize(("raw", "prompt"), [
+    ({"prompt": "Hi", "completion": "Yes"}, HI),
+    ({"prompt": "Hi", "response": "Yes"}, HI),
+    ({"instruction": "Hi", "response": "Yes"}, HI),
+    ({"question": "Hi", "answer": "Yes"}, HI),
+    ({"prompt": "  Hi\n", "completion": " Yes "}, HI),
+    ({"prompt": HI, "completion": [assistant("Yes")]}, HI),
+    ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": "Yes"}, HI),
+    ({"instruction": "Hi", "input": "", "output": "Yes"}, HI),
+    ({"instruction": "Hi", "input": None, "output": "Yes"}, HI),
+    ({"instruction": "Sum", "input": "1 2", "output": "Yes"}, [user("Sum\n\n1 2")]),
+    ({"instruction": "Sum", "context": "1 2", "response": "Yes"}, [user("Sum\n\n1 2")]),
+    ({"instruction": "Hi", "output": "Yes", "text": "### Instruction: Hi ### Response: Yes"}, HI),
+    ({"messages": [*HI, assistant("Yes")]}, HI),
+    ({"messages": None, "prompt": "Hi", "completion": "Yes"}, HI),
+    ({"messages": [*TWO_TURNS, assistant("Yes")], "prompt": "Hi"}, TWO_TURNS),
+    ({"messages": [system("S"), *HI, assistant("Yes"), user("Thanks")]}, [system("S"), *HI]),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}, HI),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}], "system": "S"},
+     [system("S"), *HI]),
+    ({"text": "Yes"}, []),
+    ({"text": "\n\nHuman: Hi\n\nAssistant: Yes"}, HI),
+])  # fmt: skip
+def test_sft_formats(raw, prompt):
+    assert recognise(raw, "sft") == SftRow(prompt, "Yes")
+
+
+@pytest.mark.parametrize(("raw", "prompt"), [
+    ({"prompt": "Hi", "chosen": "Good", "rejected": "Bad"}, HI),
+    ({"prompt": TWO_TURNS, "chosen": "Good", "rejected": "Bad"}, TWO_TURNS),
+    ({"question": "Hi", "chosen": "Good", "rejected": "Bad"}, HI),
+    # TRL: the answers as turns, the prompt apart or inside them
+    ({"prompt": HI, "chosen": [assistant("Good")], "rejected": [assistant("Bad")]}, HI),
+    ({"chosen": [*TWO_TURNS, assistant("Good")], "rejected": [*TWO_TURNS, assistant("Bad")]}, TWO_TURNS),
+    # UltraFeedback: the answers repeat the prompt
+    ({"prompt": "Hi", "chosen": [*HI, assistant("Good")], "rejected": [*HI, assistant("Bad")]}, HI),
+    ({"prompt": "Hi", "chosen": [system("S"), *HI, assistant("Good")],
+      "rejected": [system("S"), *HI, assistant("Bad")]}, [system("S"), *HI]),
+    # HH
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: Good",
+      "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: Bad"}, TWO_TURNS),
+    ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Good", "rejected": " Bad"}, HI),
+])  # fmt: skip
+def test_preference_formats(raw, prompt):
+    assert recognise(raw, "reward") == PairRow(prompt, "Good", "Bad")
+
+
+def test_gold_scores_are_kept_and_may_be_text_as_in_csv():
+    raw = {"prompt": "Hi", "chosen": "Good", "rejected": "Bad", "chosen_gold": "0.5", "rejected_gold": -1}
+    assert recognise(raw, "reward") == PairRow(HI, "Good", "Bad", 0.5, -1.0)
+
+
+@pytest.mark.parametrize("role", ["ppo", "evaluate"])
+@pytest.mark.parametrize(("raw", "prompt"), [
+    ({"prompt": "Hi"}, HI),
+    ({"prompt": TWO_TURNS}, TWO_TURNS),
+    ({"text": "Hi"}, HI),
+    ({"instruction": "Sum", "input": "1 2", "output": "3"}, [user("Sum\n\n1 2")]),
+    ({"question": "Hi", "answer": "Yes"}, HI),
+    ({"messages": [*HI, assistant("Yes")]}, HI),
+    ({"messages": TWO_TURNS}, TWO_TURNS),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}, HI),
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"}, HI),
+    ({"chosen": [*HI, assistant("A")], "rejected": [*HI, assistant("B")]}, HI),
+    ({"prompt": "\n\nHuman: Hi\n\nAssistant:"}, HI),
+    ({"text": "Hi", "role": "prompter", "parent_id": None}, HI),  # OpenAssistant's messages
+    ({"prompt": {"text": "Hi", "role": "prompter", "replies": []}}, HI),  # and its trees
+])  # fmt: skip
+def test_any_format_gives_its_prompt(raw, prompt, role):
+    assert recognise(raw, role) == PromptRow(prompt)
+
+
+def test_retention_formats():
+    assert recognise({"text": "Water boils. "}, "retention_text") == TextRow("Water boils.")
+    question = {"question": "1+1?", "choices": ["1", "2", "3"]}
+    for answer in (1, "B", "b"):
+        row = recognise({**question, "answer": answer}, "retention_questions")
+        assert row == QuestionRow("1+1?", ["1", "2", "3"], 1)
+
+
+PAIR_NEEDS = "A preference row needs prompt, chosen, rejected."
+SFT_NEEDS = (
+    "An SFT row needs prompt and completion, messages, instruction and output, conversations, or text."
+)
+
+
+@pytest.mark.parametrize(("role", "raw", "reason", "message"), [
+    ("reward", {"prompt": "Hi", "chosen": "A"}, "missing field",
+     f'"rejected" is missing (found: prompt, chosen). {PAIR_NEEDS}'),
+    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": None}, "missing field",
+     f'"rejected" is missing (found: prompt, chosen, rejected (null)). {PAIR_NEEDS}'),
+    ("reward", {"chosen": "A", "rejected": "B"}, "missing field",
+     f'"prompt" is missing (found: chosen, rejected). {PAIR_NEEDS}'),
+    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": "A "}, "tie",
+     '"chosen" and "rejected" are the same text: a tie teaches nothing.'),
+    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": 7}, "wrong type",
+     '"rejected" must be text or a list of messages, found 7 (int).'),
+    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": "B", "chosen_gold": "much"}, "wrong type",
+     "\"chosen_gold\" must be a finite number, found 'much' (str)."),
+    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": "B", "chosen_gold": float("nan")}, "wrong type",
+     '"chosen_gold" must be a finite number, found nan (float).'),
+    ("reward", {"chosen": [*HI, assistant("A")], "rejected": [user("Ho"), assistant("B")]},
+     "conversations differ",
+     '"chosen" and "rejected" differ before their last turn. '
+     'A pair is two answers to the same conversation.'),
+    ("reward", {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant:"},
+     "no answer",
+     '"rejected" ends with a user turn, not with an answer.'),
+    ("sft", {"prompt": "Hi"}, "no answer",
+     f'"completion" is missing (found: prompt): a prompt without an answer. {SFT_NEEDS}'),
+    ("sft", {"prompt": "Hi", "chosen": "A", "rejected": "B"}, "no answer",
+     '"completion" is missing (found: prompt, chosen, rejected): a prompt without an answer. '
+     f"{SFT_NEEDS} To learn the chosen answers, set fields: {{completion: chosen}}."),
+    ("sft", {"messages": HI}, "no answer",
+     f'"messages" has no assistant turn: a prompt without an answer. {SFT_NEEDS}'),
+    ("sft", {"messages": [assistant("A")]}, "no prompt", '"messages" has no user turn before the answer.'),
+    ("sft", {"completion": "A"}, "missing field", f'"prompt" is missing (found: completion). {SFT_NEEDS}'),
+    ("sft", {}, "missing field", f'"prompt" is missing (found: nothing). {SFT_NEEDS}'),
+    ("sft", {"prompt": 7, "completion": "A"}, "wrong type",
+     '"prompt" must be text or a list of messages, found 7 (int).'),
+    ("sft", {"prompt": "Hi", "completion": " \n"}, "empty", '"completion" is empty.'),
+    ("sft", {"messages": "Hi"}, "wrong type", "\"messages\" must be a list of messages, found 'Hi' (str)."),
+    ("sft", {"messages": [{"role": "user", "text": "Hi"}]}, "missing field",
+     '"messages[0]" needs role and content (or from and value), found: role, text.'),
+    ("sft", {"messages": [{"role": "user", "content": None}]}, "empty",
+     '"messages[0].content" is null. It must be text.'),
+    ("sft", {"text": "half \ud83d a pair"}, "bad encoding",
+     '"text" holds half of a surrogate pair: not valid Unicode.'),
+    ("ppo", {"id": 3}, "missing field",
+     '"prompt" is missing (found: id). '
+     "A prompt row needs prompt, messages, instruction, conversations, question, or text."),
+    ("ppo", {"prompt": []}, "wrong type", '"prompt" must be a list of messages, found [] (list).'),
+    ("ppo", {"text": "Yes", "role": "assistant"}, "not a prompt",
+     "this message answers another one. A prompt opens a conversation."),
+    ("ppo", {"messages": [system("S")]}, "no prompt", '"messages" has no user turn before the answer.'),
+    ("retention_text", {"prompt": "Hi"}, "missing field",
+     '"text" is missing (found: prompt). A retention text row needs text.'),
+    ("retention_questions", {"question": "?", "choices": ["a"], "answer": 0}, "wrong type",
+     "\"choices\" must be a list of at least two texts, found ['a'] (list)."),
+    ("retention_questions", {"question": "?", "choices": ["a", "b"], "answer": 2}, "wrong answer index",
+     '"answer" must be the index of a choice (0 to 1) or its letter, found 2 (int).'),
+    ("retention_questions", {"question": "?", "choices": ["a", "b"], "answer": True}, "wrong answer index",
+     '"answer" must be the index of a choice (0 to 1) or its letter, found True (bool).'),
+])  # fmt: skip
+def test_a_bad_row_is_told_what_is_wrong(role, raw, reason, message):
+    with pytest.raises(RowError) as error:
+        recognise(raw, role)
+    assert str(error.value) == message
+    assert error.value.reason == reason
+
+
+def test_an_unknown_speaker_is_named():
+    with pytest.raises(RowError, match=r"\"messages\[1\]\" has the role 'tool'; known: system, user,"):
+        recognise({"messages": [user("Hi"), {"role": "tool", "content": "x"}]}, "sft")

@@ -1,0 +1,223 @@
+"""Every kind of file, and one clear error for each way it can be broken."""
+
+import csv
+import gzip
+import json
+
+import pytest
+
+from rlhf.config import ConfigError, Strict, validated
+from rlhf.data.schema import RowError
+from rlhf.data.sources import SourceConfig
+
+KEY = "sft.data"
+BOM = b"\xef\xbb\xbf"
+ROWS = [{"prompt": "Größe?", "completion": 'He said "no",\nthen left.'}, {"prompt": "b", "completion": "c"}]
+
+
+def source(value):
+    return SourceConfig.model_validate(value)
+
+
+def read(path, **detail):
+    return list(source({"path": str(path), **detail}).rows(KEY))
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="", encoding="utf-8-sig") as file:  # with a byte order mark, as Excel writes
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path, rows):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+WRITERS = {
+    "x.jsonl": lambda path: path.write_bytes(jsonl(ROWS)),
+    "x.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl(ROWS))),
+    "blank-lines.jsonl": lambda path: path.write_bytes(BOM + jsonl(ROWS).replace(b"\n", b"\r\n\r\n")),
+    "array.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "lines.json": lambda path: path.write_bytes(jsonl(ROWS)),
+    "x.csv": lambda path: write_csv(path, ROWS),
+    "x.parquet": lambda path: write_parquet(path, ROWS),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_rows(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    assert [row for _, row in read(tmp_path / name)] == ROWS
+
+
+def test_rows_know_their_place(tmp_path):
+    for name, places in {
+        "x.jsonl.gz": ["x.jsonl.gz line 1", "x.jsonl.gz line 2"],
+        "blank-lines.jsonl": ["blank-lines.jsonl line 1", "blank-lines.jsonl line 3"],
+        "x.csv": ["x.csv line 3", "x.csv line 4"],  # where the row ends
+        "x.parquet": ["x.parquet row 1", "x.parquet row 2"],
+    }.items():
+        WRITERS[name](tmp_path / name)
+        assert [where for where, _ in read(tmp_path / name)] == places
+
+
+def test_plain_text_and_json_texts_are_one_row_a_line(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "b.jsonl").write_text('"one"\n"two"\n')
+    for name in ("a.txt", "b.jsonl"):
+        assert [row for _, row in read(tmp_path / name)] == [{"text": "one"}, {"text": "two"}]
+
+
+def test_a_string_names_a_source():
+    assert source("samples:prompts") == source({"samples": "prompts"})
+    assert source("hub:a/b") == source({"hub": "a/b"})
+    assert source("../x.csv") == source({"path": "../x.csv"})
+    assert [str(source(text)) for text in ("samples:prompts", "hub:a/b", "../x.csv")] == [
+        "samples:prompts", "hub:a/b", "../x.csv",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "complaint"), [
+    (7, "sft.data=7: a source is samples:NAME, a path, hub:ID, or a mapping with one of these."),
+    ({"path": "a", "hub": "b"}, "name exactly one of path, samples, hub (found: path, hub)."),
+    ({"limit": 3}, "name exactly one of path, samples, hub (found: none)."),
+    ({"path": "a", "revision": "b"}, "revision has a meaning for hub only, not for path."),
+    ({"path": "a", "column": "b"}, "sft.data.column: there is no such key."),
+])  # fmt: skip
+def test_a_wrong_source_is_refused_when_the_config_is_built(value, complaint):
+    class Stage(Strict):
+        data: SourceConfig
+
+    with pytest.raises(ConfigError) as error:
+        validated(Stage, {"data": value}, "sft")
+    assert complaint in str(error.value)
+
+
+def test_packaged_samples_are_found_and_a_wrong_name_lists_them():
+    _, row = next(source("samples:prompts").rows(KEY))
+    assert row["prompt"]
+    with pytest.raises(ConfigError) as error:
+        list(source("samples:nonsense").rows(KEY))
+    assert str(error.value).startswith("sft.data=samples:nonsense: there is no such sample set. There are: ")
+    assert "instructions, " in str(error.value)
+
+
+def test_limit_and_fields(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(jsonl([{"q": "1", "a": "2", "messages": [], "id": 9}] * 3))
+    rows = read(tmp_path / "x.jsonl", limit=2, fields={"prompt": "q", "completion": "a"})
+    assert [row for _, row in rows] == [{"prompt": "1", "completion": "2", "id": 9}] * 2
+    [(_, missing)] = read(tmp_path / "x.jsonl", limit=1, fields={"prompt": "question"})
+    assert isinstance(missing, RowError)
+    assert str(missing) == (
+        '"question" is missing, which `fields` takes "prompt" from (found: q, a, messages, id).'
+    )
+
+
+@pytest.mark.parametrize(("line", "reason", "complaint"), [
+    (b'{"prompt": "a", "compl', "broken JSON",
+     "not valid JSON (Unterminated string starting at at column 17). The file seems to be cut off here."),
+    (b'{"prompt": }\n', "broken JSON", "not valid JSON (Expecting value at column 12)."),
+    (b'{"prompt": "Gr\xf6\xdfe"}\n', "bad encoding", "not UTF-8 (byte 0xf6 at position 15)."),
+    (b"[1]\n", "wrong type", "a row is an object or a text, found list."),
+    (b"[" * 100_000 + b"\n", "broken JSON", "nested too deeply to be a row."),
+])  # fmt: skip
+def test_a_bad_line_is_a_bad_row_and_the_others_are_read(line, reason, complaint, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(jsonl(ROWS) + line)
+    *good, (where, bad) = read(tmp_path / "x.jsonl")
+    assert [row for _, row in good] == ROWS
+    assert where == "x.jsonl line 3"
+    assert isinstance(bad, RowError)
+    assert (bad.reason, str(bad)) == (reason, complaint)
+
+
+def test_a_csv_row_with_too_many_cells_is_bad(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,completion\na,b,c\na\n")
+    (_, long), (_, short) = read(tmp_path / "x.csv")
+    assert str(long) == "more cells than the header has columns."
+    assert short == {"prompt": "a"}
+
+
+DAMAGED = "sft.data: x.jsonl.gz: the gzip data are damaged"
+GZIPPED = gzip.compress(jsonl([{"text": str(number)} for number in range(5000)]))
+
+
+@pytest.mark.parametrize(("name", "content", "complaint"), [
+    ("x.jsonl.gz", GZIPPED[:-2000], f"{DAMAGED} after line "),
+    ("x.jsonl.gz", jsonl(ROWS), f"{DAMAGED} after line 0 (Not a gzipped file"),
+    ("x.jsonl.gz", GZIPPED[:100] + b"\xff" * 50 + GZIPPED[150:], DAMAGED),
+    ("x.jsonl", b"", "x.jsonl holds no rows."),
+    ("x.jsonl", b"\n \n", "x.jsonl holds no rows."),
+    ("x.json", b"[]", "x.json holds no rows."),
+    ("x.csv", b"prompt,completion\n", "x.csv holds no rows."),
+    ("x.json", b'[{"prompt": "a"},\n{"prom', "sft.data: x.json line 2: not valid JSON (Unterminated string"),
+    ("x.json", b'[{"prompt":\n"\xf6"}]', "sft.data: x.json line 2: not UTF-8. Save the file as UTF-8."),
+    ("x.csv", b"prompt\na\n\xf6\n", "sft.data: x.csv line 3: not UTF-8 (byte 0xf6 at position 1). Save"),
+    ("x.csv", b'prompt\na\n"open\nb\n', "sft.data: x.csv line 3: not valid CSV (unexpected end of data)."),
+    ("x.parquet", b"PAR1 and then nothing", "sft.data: x.parquet: not a readable Parquet file ("),
+    ("x.xlsx", b"PK", "x.xlsx: cannot read this kind of file. Known: .jsonl, .json, .parquet, .csv, "
+     ".txt; all but .parquet also with .gz."),
+    ("x.parquet.gz", b"PK", "x.parquet.gz: cannot read this kind of file."),
+])  # fmt: skip
+def test_a_broken_file_gives_one_error(name, content, complaint, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read(tmp_path / name)
+    assert complaint in str(error.value)
+    assert str(error.value).startswith(KEY)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_directory_are_told_apart(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        source(str(tmp_path / "none.jsonl")).fingerprint(KEY)
+    expected = f"sft.data={tmp_path}/none.jsonl: there is no such file (looked in {tmp_path})."
+    assert str(error.value) == expected
+    (tmp_path / "train.jsonl").write_bytes(jsonl(ROWS))
+    (tmp_path / "notes.md").write_text("")
+    with pytest.raises(ConfigError) as error:
+        source(str(tmp_path)).fingerprint(KEY)
+    assert str(error.value) == f"sft.data={tmp_path}: a directory. Name a file in it (train.jsonl)."
+
+
+def test_relative_paths_start_at_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_bytes(jsonl(ROWS))
+    monkeypatch.chdir(tmp_path)
+    assert len(list(source("x.jsonl").rows(KEY))) == 2
+
+
+def test_the_fingerprint_is_the_contents_not_the_place(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.jsonl").write_bytes(jsonl(ROWS))
+    first, second = source(str(tmp_path / "a.jsonl")), source(str(tmp_path / "sub" / "b.jsonl"))
+    assert first.fingerprint(KEY) == second.fingerprint(KEY)
+    part = first.model_copy(update={"limit": 1})
+    assert part.fingerprint(KEY) == first.fingerprint(KEY)
+    assert part.reading_digest(KEY) != first.reading_digest(KEY)
+    (tmp_path / "sub" / "b.jsonl").write_bytes(jsonl(ROWS[:1]))
+    assert first.fingerprint(KEY) != second.fingerprint(KEY)
+    assert source("hub:a/b").fingerprint(KEY) != source({"hub": "a/b", "revision": "c"}).fingerprint(KEY)
+
+
+def test_hub_sources_go_through_datasets(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()  # load_dataset takes a local directory for a Hub data set
+    (tmp_path / "set" / "train.jsonl").write_bytes(jsonl(ROWS))
+    (tmp_path / "set" / "test.jsonl").write_bytes(jsonl(ROWS[:1]))
+    hub = str(tmp_path / "set")
+    assert [row for _, row in source(f"hub:{hub}").rows(KEY)] == ROWS
+    [(where, row)] = source({"hub": hub, "split": "test"}).rows(KEY)
+    assert (where, row) == (f"hub:{hub} row 1", ROWS[0])
+    with pytest.raises(ConfigError) as error:
+        list(source({"hub": hub, "split": "validation"}).rows(KEY))
+    assert "Check the name, subset, split and revision, and the network." in str(error.value)

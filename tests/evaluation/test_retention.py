@@ -1,0 +1,136 @@
+"""Perplexity and multiple choice: by hand, against whole logits, and what must not matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf.data.chat import continuation_ids
+from rlhf.data.schema import QuestionRow, TextRow
+from rlhf.distributed import make_compute
+from rlhf.evaluation import retention
+from rlhf.evaluation.retention import likeliest_choice, perplexity, question_accuracy, text_perplexity
+from rlhf.generation.policy import Policy
+from rlhf.models.load import ModelConfig
+
+TEXTS = [TextRow("Water boils."), TextRow("The sun is a star, and a rather ordinary one."), TextRow("Ice.")]
+QUESTIONS = [
+    ("What falls from cold clouds?", ["snow", "a stone that is very heavy", "music", "chairs and tables"]),
+    ("How many legs has a spider?", ["8", "seven or nine", "two", "a hundred and twelve"]),
+    ("Which of these is a colour?", ["running quickly", "blue", "Wednesday", "a"]),
+]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> Policy:
+    compute, _ = make_compute("cpu", "fp32")
+    return Policy.load(tiny_model, ModelConfig(kind="tiny"), compute)
+
+
+def whole_logp(policy: Policy, given: list[int], predicted: list[int]) -> float:
+    """Nats of predicted after given, from transformers' whole logits: one row, no padding."""
+    with torch.no_grad():
+        logits_TV = policy.model(input_ids=torch.tensor([given + predicted])).logits[0].double()
+    logp_TV = logits_TV.log_softmax(-1)
+    return sum(float(logp_TV[len(given) + index - 1, token]) for index, token in enumerate(predicted))
+
+
+def test_perplexity_by_hand() -> None:
+    """Probabilities 1/2, 1/4 and 1/8 multiply to 1/64; its cube root is 1/4. Rows do not count, tokens do."""
+    logp_BR = torch.tensor([[0.5, 0.25], [0.125, 0.9]]).log()
+    mask_BR = torch.tensor([[True, True], [True, False]])
+    assert perplexity(logp_BR, mask_BR) == pytest.approx(4.0)
+
+
+def test_perplexity_equals_that_of_whole_logits(policy: Policy) -> None:
+    total, tokens = 0.0, 0
+    for row in TEXTS:
+        ids = policy.tokenizer(row.text, add_special_tokens=False)["input_ids"]
+        total, tokens = total + whole_logp(policy, [1], ids), tokens + len(ids)
+    assert text_perplexity(policy, TEXTS, 4096) == pytest.approx(math.exp(-total / tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 50, 10_000])
+def test_neither_splitting_nor_order_matters(policy: Policy, micro_batch_tokens: int) -> None:
+    rows = [QuestionRow(question, choices, 0) for question, choices in QUESTIONS]
+    expected = text_perplexity(policy, TEXTS, 100), question_accuracy(policy, rows, 100)
+    assert text_perplexity(policy, TEXTS, micro_batch_tokens) == pytest.approx(expected[0], rel=1e-5)
+    assert text_perplexity(policy, TEXTS[::-1], micro_batch_tokens) == pytest.approx(expected[0], rel=1e-5)
+    assert question_accuracy(policy, rows, micro_batch_tokens) == expected[1]
+    assert question_accuracy(policy, rows[::-1], micro_batch_tokens) == expected[1]
+
+
+def test_likeliest_choice_by_hand() -> None:
+    """-4 nats over 2 characters are less likely, a character, than -6 over 6."""
+    assert likeliest_choice(torch.tensor([-4.0, -6.0, -30.0]), ["ab", "abcdef", "abc"]) == 1
+
+
+def test_questions_against_whole_logits(policy: Policy) -> None:
+    """A character of this tokenizer is a token, so raw sums and sums per token are known to differ here."""
+    best = []
+    for question, choices in QUESTIONS:
+        given = [
+            1,
+            *policy.tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False)["input_ids"],
+        ]
+        scores = [
+            whole_logp(policy, given, policy.tokenizer(f" {choice}", add_special_tokens=False)["input_ids"])
+            / len(choice)
+            for choice in choices
+        ]
+        best.append(scores.index(max(scores)))
+    right = [QuestionRow(*question, answer) for question, answer in zip(QUESTIONS, best, strict=True)]
+    wrong = [QuestionRow(row.question, row.choices, (row.answer + 1) % 4) for row in right]
+    assert question_accuracy(policy, right, 4096) == 1.0
+    assert question_accuracy(policy, wrong, 4096) == 0.0
+    assert question_accuracy(policy, [*right, wrong[0]], 4096) == 0.75
+
+
+def test_questions_may_differ_in_how_many_choices_they_have(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: the second of two and the third of three are the likeliest; both choices have one letter."""
+    logp_BR = torch.tensor([[-2.0, -1.0], [-1.0, -1.0], [-3.0, -1.0], [-2.0, -2.0], [-1.5, 0.0]])
+    asked: list[tuple[str, str]] = []
+
+    def logp(policy: Policy, texts: list[tuple[str, str]], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.extend(texts)
+        return logp_BR, torch.ones(5, 2, dtype=torch.bool)
+
+    monkeypatch.setattr(retention, "continuation_logp", logp)
+    first, second = QuestionRow("Which?", ["a", "b"], 1), QuestionRow("What?", ["x", "y", "z"], 2)
+    assert question_accuracy(policy, [first, second], 4096) == 1.0
+    assert asked[1] == ("Question: Which?\nAnswer:", " b")
+    assert asked[2] == ("Question: What?\nAnswer:", " x")
+    assert question_accuracy(policy, [first, dataclasses.replace(second, answer=1)], 4096) == 0.5
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model)
+    return loaded
+
+
+def test_plain_text_follows_the_beginning_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    given, predicted = continuation_ids(tokenizer, "", "ab")
+    assert given == [tokenizer.bos_token_id]
+    assert tokenizer.convert_ids_to_tokens(predicted) == ["a", "b"]
+
+
+def test_without_one_the_first_token_is_given(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.bos_token = None
+    given, predicted = continuation_ids(tokenizer, "", "ab")
+    assert [tokenizer.decode(given), tokenizer.decode(predicted)] == ["a", "b"]
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    given, predicted = continuation_ids(tokenizer, "ab", "c")
+    assert tokenizer.convert_ids_to_tokens(given[1:]) == ["Ġ", "a", "b"]
+    assert tokenizer.convert_ids_to_tokens(predicted) == ["c"]

@@ -1,0 +1,170 @@
+"""What a run says of itself, on the terminal and in report.md."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rlhf.config import Bound
+from rlhf.pipeline import GateResult, Run
+from rlhf.report.summary import print_summary, write_report
+
+ANSWERS = {
+    "base": "The [bold]chair[/] stands [/] there, \x1b[31mwith four legs and a back, " + "and so on, " * 12,
+    "sft": "",
+    "ppo": "I love this `beautiful` chair,\nit makes me happy every day!",
+}
+PROMPT = "Write a tweet about the [wooden] chair."
+
+
+def stage(name: str, metrics: dict[str, float], artifact: Path | None = None) -> dict[str, Any]:
+    return {
+        "status": "ran",
+        "key": "0123456789abcdef",
+        "artifact": str(artifact or "/store/it"),
+        "seconds": 71.2,
+        "metrics": {f"{name}/{metric}": value for metric, value in metrics.items()},
+    }
+
+
+def evaluation(policies: tuple[str, ...] = ("base", "sft", "ppo")) -> dict[str, float]:
+    gold = {"base": 0.31, "sft": 0.2, "ppo": 0.62}
+    metrics = {"prompts": 96.0}
+    for name in policies:
+        metrics |= {f"gold_mean/{name}": gold[name], f"length_mean/{name}": 22.5, f"stop_rate/{name}": 0.9}
+        metrics |= {f"retention_perplexity_ratio/{name}": 1.02} if "base" in policies else {}
+    if "ppo" in policies and "sft" in policies:
+        metrics |= {"win_rate": 0.78, "win_rate_low": 0.7, "win_rate_high": 0.86, "kl/ppo": -0.001}
+        metrics |= {"gold_gain": 0.42, "gold_gain_low": 0.33, "gold_gain_high": 0.5}
+    return metrics
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A finished chain whose evaluation has three prompts and shows two."""
+    artifact = tmp_path / "store" / "evaluate"
+    artifact.mkdir(parents=True)
+    answers = {
+        name: {"response": text, "stopped": True, "tokens": 9, "score": -1.5, "gold": 0.25}
+        for name, text in ANSWERS.items()
+    }
+    lines = [
+        {"prompt": [{"role": "user", "content": f"{PROMPT} ({number})"}], **answers} for number in range(3)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (artifact / "comparison.jsonl").write_text(text, encoding="utf-8")
+    directory = tmp_path / "runs" / "demo"
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("evaluate:\n  num_shown: 2\n")
+    stages = {
+        "prepare": stage("prepare", {"sft_rows": 318, "reward_pairs": 1100})
+        | {"status": "reused", "seconds": 0.0},
+        "sft": stage("sft", {"held_out_loss_before": 2.41, "held_out_loss": 2.01}),
+        "evaluate": stage("evaluate", evaluation(), artifact),
+    }
+    gates = [
+        GateResult("sft", "held_out_loss_change", -0.4, Bound(max=0.0, advice="lower sft.optim.lr")),
+        GateResult("evaluate", "win_rate", 0.45, Bound(min=0.5, advice="raise ppo.steps")),
+    ]
+    return Run(directory, stages, gates)
+
+
+def printed(run: Run, width: int) -> str:
+    stream = io.StringIO()
+    print_summary(run, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def row_of(text: str, start: str) -> list[str]:
+    """The words behind `start` in the line that begins with it."""
+    (line,) = [line for line in text.splitlines() if line.startswith(start)]
+    return line.removeprefix(start).split()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_policies_stand_side_by_side(run: Run, width: int) -> None:
+    text = printed(run, width)
+    assert row_of(text, "96 prompts") == ["base", "SFT", "PPO"]
+    assert row_of(text, "gold score") == ["+0.310", "+0.200", "+0.620"]
+    assert row_of(text, "KL from SFT, nats a sequence") == ["-", "-", "0.00"]  # not -0.00
+    assert row_of(text, "win rate against SFT (95%)") == ["-", "-", "0.78", "(0.70", "to", "0.86)"]
+    assert row_of(text, "gold gain over SFT (95%)") == ["-", "-", "+0.42", "(+0.33", "to", "+0.50)"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_nothing_is_wider_than_the_terminal_but_paths(run: Run, width: int) -> None:
+    lines = [line for line in printed(run, width).splitlines() if str(run.directory) not in line]
+    assert max(map(len, lines)) <= width
+
+
+def test_stages_tell_status_time_and_headlines(run: Run) -> None:
+    text = printed(run, 80)
+    assert " ".join(row_of(text, "prepare")) == "reused - SFT rows 318, pairs 1100"
+    assert " ".join(row_of(text, "sft")) == "ran 1:11 loss before 2.410, after 2.010"
+
+
+def test_gates_tell_value_bound_and_advice(run: Run) -> None:
+    text = printed(run, 80)
+    assert "passed  sft/held_out_loss_change = -0.4 (wanted <= 0)" in text
+    assert "FAILED  evaluate/win_rate = 0.45 (wanted >= 0.5)" in text
+    assert "raise ppo.steps" in text
+    assert "lower sft.optim.lr" not in text  # advice is for failures
+
+
+def test_as_many_answers_as_asked_for(run: Run) -> None:
+    assert [f"{PROMPT} ({number})" in printed(run, 80) for number in range(3)] == [True, True, False]
+    (run.directory / "config.yaml").write_text("evaluate:\n  num_shown: 0\n")
+    assert PROMPT not in printed(run, 80)
+    assert PROMPT not in write_report(run).read_text()
+
+
+def test_what_models_write_is_shown_and_not_interpreted(run: Run) -> None:
+    text = printed(run, 120)
+    assert "I love this `beautiful` chair, it makes me happy every day!" in text  # one line
+    run.stages["evaluate"]["metrics"] = {}
+    row = json.loads(Path(run.stages["evaluate"]["artifact"], "comparison.jsonl").read_text().splitlines()[0])
+    del row["ppo"]
+    Path(run.stages["evaluate"]["artifact"], "comparison.jsonl").write_text(json.dumps(row))
+    text = printed(run, 120)
+    assert "The [bold]chair[/] stands [/] there, \ufffd[31mwith" in text
+    assert "\x1b" not in text + write_report(run).read_text()
+
+
+def test_report_says_the_same(run: Run) -> None:
+    report = write_report(run).read_text(encoding="utf-8")
+    assert "# Run demo" in report
+    assert "| sft | ran | 1:11 | loss before 2.410, after 2.010 |" in report
+    assert "| gold score | +0.310 | +0.200 | +0.620 |" in report
+    assert "| win rate against SFT (95%) | - | - | 0.78 (0.70 to 0.86) |" in report
+    assert "- SFT: (empty) (gold +0.25, score -1.50)" in report
+    assert "- PPO: `I love this 'beautiful' chair, it makes me happy every day!`" in report
+    assert "- **failed**: evaluate/win_rate = 0.45 (wanted >= 0.5). Try: raise ppo.steps." in report
+    assert "`artifacts/evaluate/comparison.jsonl`" in report
+
+
+def test_a_run_of_one_stage(run: Run) -> None:
+    run.stages = {"sft": run.stages["sft"]}
+    run.gates = []
+    text = printed(run, 80)
+    assert "SFT model" in text
+    assert "prompts" not in text
+    assert "## Policies" not in write_report(run).read_text()
+
+
+def test_a_run_whose_evaluation_failed(run: Run) -> None:
+    run.stages["evaluate"] |= {"status": "failed", "artifact": None, "metrics": {}}
+    assert row_of(printed(run, 80), "evaluate")[0] == "failed"
+
+
+def test_two_policies(run: Run) -> None:
+    run.stages["evaluate"] |= stage("evaluate", evaluation(("base", "sft")), run.directory / "none")
+    run.stages["evaluate"]["artifact"] = None
+    text = printed(run, 80)
+    assert row_of(text, "96 prompts") == ["base", "SFT"]
+    assert row_of(text, "gold score") == ["+0.310", "+0.200"]
+    assert "win rate" not in text

@@ -1,0 +1,215 @@
+"""The evaluation stage on the tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.artifacts import Artifact, Manifest
+from rlhf.config import ConfigError, validated
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import Message, PromptRow, QuestionRow, TextRow
+from rlhf.distributed import make_compute
+from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.progress import Progress
+from rlhf.stages.evaluate import EvaluateStage
+from rlhf.tracking import Tracker
+
+PROMPTS = ["Say a word about tea.", "Name a colour!", "What is rain?"]
+
+
+def make_stage(**changes: Any) -> EvaluateStage:
+    values = {
+        "prompts": "samples:prompts",
+        "retention_text": "samples:retention_sentences",
+        "retention_questions": "samples:retention_questions",
+        "policies": ["base", "sft", "ppo"],
+        "reward": None,
+        "gold": f"python:{__name__}:rating",
+        "num_prompts": None,
+        "max_new_tokens": 6,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "batch_rows": 64,
+        "bootstrap_samples": 50,
+        "num_shown": 2,
+        "micro_batch_tokens": 4096,
+        "gates": {},
+    }
+    return validated(EvaluateStage, values | changes, "evaluate")
+
+
+def rating(prompts: list[str], responses: list[str]) -> list[float]:
+    """Any figure that two different answers hardly share."""
+    return [float(sum(ord(character) % 97 for character in response)) for response in responses]
+
+
+def no_number(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float("nan")] * len(responses)
+
+
+@pytest.fixture(scope="module")
+def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where each policy lies: SFT equals the base model, PPO strayed from it."""
+    directory = tmp_path_factory.mktemp("ppo")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
+    return {"base": tiny_model, "sft": tiny_model, "ppo": directory}
+
+
+def run_stage(stage: EvaluateStage, published: dict[str, Path], directory: Path) -> Job:
+    directory.mkdir(parents=True)
+    data = PreparedData(directory)
+    prompts = [PromptRow([Message(role="user", content=text)]) for text in PROMPTS]
+    data.write("evaluate", "evaluation", prompts)
+    data.write("retention_text", "evaluation", [TextRow("Water boils."), TextRow("Ice melts in the sun.")])
+    data.write("retention_questions", "evaluation", [QuestionRow("Which?", ["a", "bb", "c c", "d"], 1)])
+    compute, _ = make_compute("cpu", "fp32")
+    job = Job(
+        stage="evaluate",
+        seed=0,
+        compute=compute,
+        base=BaseModelFiles(published["base"], "tiny", ModelConfig(kind="tiny")),
+        inputs={name: artifact(name, published[name]) for name in ("sft", "ppo")},
+        data=data,
+        directory=directory,
+        tracker=Tracker(directory, []),
+        progress=Progress(Console(quiet=True)),
+    )
+    stage.run(job)
+    return job
+
+
+def artifact(stage: str, path: Path) -> Artifact:
+    manifest = Manifest(
+        stage=stage, key="0", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
+        packages={}, hardware="", files={},
+    )  # fmt: skip
+    return Artifact(path, manifest)
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(published: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return run_stage(make_stage(), published, tmp_path_factory.mktemp("evaluate") / "run")
+
+
+def test_equal_policies_measure_alike_and_another_does_not(finished: Job) -> None:
+    metrics = finished.summary
+    assert metrics is not None
+    for name in ("gold_mean", "gold_deviation", "length_mean", "stop_rate", "distinct_1", "distinct_2"):
+        assert metrics[f"{name}/base"] == metrics[f"{name}/sft"], name  # the same seed for both
+    assert metrics["kl/base"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["kl/ppo"] > 0.1
+    assert "kl/sft" not in metrics
+    assert metrics["retention_perplexity_ratio/sft"] == pytest.approx(1.0)
+    assert metrics["retention_perplexity_ratio/ppo"] == pytest.approx(
+        metrics["perplexity/ppo"] / metrics["perplexity/base"]
+    )
+
+
+def test_the_comparison_is_of_ppo(finished: Job) -> None:
+    metrics = finished.summary
+    assert metrics is not None
+    assert metrics["retention_perplexity_ratio"] == metrics["retention_perplexity_ratio/ppo"] != 1.0
+    assert metrics["question_accuracy_change"] == (
+        metrics["question_accuracy/ppo"] - metrics["question_accuracy/base"]
+    )
+    assert metrics["gold_gain"] == pytest.approx(metrics["gold_mean/ppo"] - metrics["gold_mean/sft"])
+    assert metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"]
+
+
+def test_figures_follow_from_the_answers_in_the_files(finished: Job) -> None:
+    metrics, rows = finished.summary, jsonl(finished.directory / "comparison.jsonl")
+    assert metrics is not None
+    assert [row["prompt"][0]["content"] for row in rows] == PROMPTS
+    wins = [
+        (row["ppo"]["gold"] > row["sft"]["gold"]) + 0.5 * (row["ppo"]["gold"] == row["sft"]["gold"])
+        for row in rows
+    ]
+    assert metrics["win_rate"] == pytest.approx(sum(wins) / 3)
+    assert metrics["win_rate"] != 0.5  # else a swap of the two would not show
+    for name in ("base", "sft", "ppo"):
+        assert [row[name]["gold"] for row in rows] == rating(PROMPTS, [row[name]["response"] for row in rows])
+        assert metrics[f"gold_mean/{name}"] == pytest.approx(sum(row[name]["gold"] for row in rows) / 3)
+        assert metrics[f"length_mean/{name}"] == pytest.approx(sum(row[name]["tokens"] for row in rows) / 3)
+        assert metrics[f"stop_rate/{name}"] == pytest.approx(sum(row[name]["stopped"] for row in rows) / 3)
+
+
+def test_every_answer_is_a_sample(finished: Job) -> None:
+    responses = jsonl(finished.directory / "responses.jsonl")
+    assert [(row["policy"], row["prompt"][0]["content"]) for row in responses] == [
+        (name, prompt) for name in ("base", "sft", "ppo") for prompt in PROMPTS
+    ]
+    samples = jsonl(finished.directory / "samples.jsonl")
+    assert samples == [{"stage": "evaluate", **row} for row in responses]
+
+
+def test_micro_batches_do_not_matter(finished: Job, published: dict[str, Path], tmp_path: Path) -> None:
+    job = run_stage(make_stage(micro_batch_tokens=1), published, tmp_path / "run")
+    assert job.summary == pytest.approx(finished.summary, rel=1e-4, abs=1e-5)
+
+
+def test_without_scores_there_is_no_winner(published: dict[str, Path], tmp_path: Path) -> None:
+    job = run_stage(
+        make_stage(gold=None, policies=["ppo", "base"], num_prompts=2), published, tmp_path / "run"
+    )
+    metrics = job.summary
+    assert metrics is not None
+    assert not [name for name in metrics if name.startswith(("win", "gold", "score", "kl"))]
+    assert metrics["prompts"] == 2
+    assert metrics["retention_perplexity_ratio"] == metrics["retention_perplexity_ratio/ppo"]
+
+
+def test_the_learned_score_decides_where_there_is_no_gold(published: dict[str, Path], tmp_path: Path) -> None:
+    stage = make_stage(gold=None, reward=f"python:{__name__}:rating")
+    metrics = run_stage(stage, published, tmp_path / "run").summary
+    assert metrics is not None
+    assert metrics["win_rate"] == metrics["win_rate_learned"]
+    assert "score_mean/ppo" in metrics
+    assert "gold_gain" not in metrics
+
+
+def test_a_score_must_be_a_number(published: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.gold=python:.*no_number gave nan for the response"):
+        run_stage(make_stage(gold=f"python:{__name__}:no_number"), published, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"policies": ["base", "sft"]}, "win_rate needs ppo in evaluate.policies"),
+        ({"gold": None}, "win_rate needs a reward or gold"),
+        ({"policies": ["sft", "sft", "ppo"]}, "names one twice"),
+        ({"policies": []}, "at least 1 item"),
+    ],
+)
+def test_a_gate_that_nothing_can_measure_is_told_before_the_run(
+    changes: dict[str, Any], complaint: str
+) -> None:
+    gates = {"win_rate": {"min": 0.5, "advice": "raise ppo.steps"}}
+    with pytest.raises(ConfigError, match=complaint):
+        make_stage(gates=gates, **changes)
+    if "gate" in complaint or "needs" in complaint:
+        make_stage(gates={"win_rate": None}, **changes)
+
+
+def test_inputs_follow_the_policies_and_the_rewards() -> None:
+    assert make_stage().inputs() == ("prepare", "sft", "ppo")
+    assert make_stage(policies=["base"]).inputs() == ("prepare",)
+    assert make_stage(policies=["sft"], reward="learned").inputs() == ("prepare", "sft", "reward")

@@ -1,0 +1,374 @@
+"""`prepare` on real files: what is kept, where it lands, and what is said about the rest."""
+
+import dataclasses
+import io
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rlhf.config import ConfigError, validated
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import ROLES, TRAINING_ROLES, prompt_identity
+from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles, ModelConfig, base_files
+from rlhf.progress import Progress
+from rlhf.stages.prepare import PrepareStage
+
+ROOT = Path(__file__).parents[2]
+REAL = ROOT.parent / "shared" / "data"
+SAMPLES = ROOT / "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShorterBase(BaseModelFiles):
+    """The tiny model's tokenizer (a byte is a token) with another context length."""
+
+    length: int = 1 << 20
+
+    @property
+    def context_length(self):
+        return self.length
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    def build(name, write):
+        directory = tmp_path_factory.mktemp(name)
+        write(directory)
+        return directory
+
+    files = base_files(ModelConfig(kind="tiny"), "tiny", build)
+    return ShorterBase(files.directory, files.identity, files.config)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class Bench:
+    """Small data sets for every role, and a way to prepare them."""
+
+    def __init__(self, directory, base):
+        self.directory, self.base, self.printed, self.num_runs = directory, base, io.StringIO(), 0
+        numbers = range(40)
+        self.rows = {
+            "sft": [{"prompt": f"sft {n}", "completion": "yes"} for n in numbers],
+            "reward": [{"prompt": f"reward {n}", "chosen": "good", "rejected": "bad"} for n in numbers],
+            "ppo": [{"prompt": f"ppo {n}"} for n in numbers],
+            "evaluate": [{"prompt": f"evaluate {n}"} for n in numbers],
+            "retention_text": [{"text": f"fact {n}"} for n in numbers],
+            "retention_questions": [
+                {"question": f"question {n}", "choices": ["a", "b"], "answer": 0} for n in numbers
+            ],
+        }
+        self.sources = {}
+
+    def stage(self, **knobs):
+        sources = {role: write(self.directory / f"{role}.jsonl", rows) for role, rows in self.rows.items()}
+        settings = {
+            "sources": sources | self.sources, "held_out_fraction": 0.2, "evaluation_fraction": 0.25,
+            "on_bad_row": "error", "response_tokens": 8, "gates": {},
+        }  # fmt: skip
+        return validated(PrepareStage, settings | knobs, "prepare")
+
+    def prepare(self, **knobs):
+        self.num_runs += 1
+        out = self.directory / f"out{self.num_runs}"
+        out.mkdir()
+        self.printed = io.StringIO()
+        self.job = Job(
+            stage="prepare", seed=0, compute=None, base=self.base, inputs={}, data=None, directory=out,
+            tracker=None, progress=Progress(Console(file=self.printed, width=200)),
+        )  # fmt: skip
+        self.stage(**knobs).run(self.job)
+        self.report = json.loads((out / "report.json").read_text())
+        return PreparedData(out)
+
+    def complaint(self, **knobs):
+        with pytest.raises(ConfigError) as error:
+            self.prepare(**knobs)
+        return str(error.value)
+
+    @property
+    def output(self):
+        return " ".join(self.printed.getvalue().split())
+
+
+@pytest.fixture
+def bench(tmp_path, base):
+    return Bench(tmp_path, base)
+
+
+def identities(data, role):
+    splits = ("train", "held_out") if role in TRAINING_ROLES else ("evaluation",)
+    return {split: {prompt_identity(row) for row in data.rows(role, split)} for split in splits}
+
+
+def assert_apart(data):
+    """No prompt of any role is in two of train, held-out and evaluation."""
+    prompts = {"train": set(), "held_out": set(), "evaluation": identities(data, "evaluate")["evaluation"]}
+    for role in TRAINING_ROLES:
+        for split, found in identities(data, role).items():
+            assert found, f"{role} {split} is empty"
+            prompts[split] |= found
+    assert prompts["evaluation"]
+    assert not prompts["train"] & prompts["held_out"]
+    assert not prompts["train"] & prompts["evaluation"]
+    assert not prompts["held_out"] & prompts["evaluation"]
+
+
+def test_every_row_is_kept_once_and_counted(bench):
+    data = bench.prepare()
+    assert_apart(data)
+    for role in TRAINING_ROLES:
+        assert sum(len(data.rows(role, split)) for split in ("train", "held_out")) == 40
+    for role in ("evaluate", "retention_text", "retention_questions"):
+        assert len(data.rows(role, "evaluation")) == 40
+    assert bench.job.summary == {
+        "sft_rows": 40, "reward_pairs": 40, "ppo_prompts": 40, "evaluation_prompts": 40,
+        "retention_texts": 40, "retention_questions": 40, "dropped": 0, "leaks": 0,
+    }  # fmt: skip
+    assert bench.report["sft"]["read"] == 40
+    assert bench.report["sft"]["removed"] == {}
+    assert bench.report["sft"]["digest"] == data.digest("sft")
+    assert "sft.data sft.jsonl 40" in bench.output
+
+
+def test_token_quantiles(bench):
+    # A byte is a token. Of the lengths 1 to 40, sorted: 5 % is item round(1.95), the median item round(19.5).
+    bench.rows["retention_text"] = [{"text": "x" * n} for n in range(40, 0, -1)]
+    bench.prepare()
+    around = 2  # <|im_start|> opens a plain text, <|im_end|> ends it
+    assert bench.report["retention_text"]["tokens"] == {
+        "p5": around + 3, "p50": around + 21, "p95": around + 38, "max": around + 40,
+    }  # fmt: skip
+
+
+def test_evaluation_is_drawn_when_it_shares_its_source(bench):
+    bench.sources["evaluate"] = str(bench.directory / "ppo.jsonl")
+    bench.rows["reward"] += [{"prompt": f"ppo {n}", "chosen": "good", "rejected": "bad"} for n in range(40)]
+    data = bench.prepare()
+    assert_apart(data)
+    num_evaluation = len(data.rows("evaluate", "evaluation"))
+    assert 4 <= num_evaluation <= 16  # a quarter of 40
+    assert bench.report["evaluate"]["removed"]["left_for_training"]["count"] == 40 - num_evaluation
+    assert bench.report["ppo"]["removed"]["in_evaluation"]["count"] == num_evaluation
+    assert bench.report["reward"]["removed"]["in_evaluation"]["count"] == num_evaluation
+    assert bench.job.summary["leaks"] == bench.job.summary["dropped"] == 0  # by design, so no leak
+    assert "LEAK" not in bench.output
+
+
+def test_the_same_file_elsewhere_is_the_same_source(bench):
+    bench.stage()
+    copy = shutil.copy(bench.directory / "ppo.jsonl", bench.directory / "copy.jsonl")
+    bench.sources["evaluate"] = str(copy)
+    assert_apart(bench.prepare())
+
+
+def test_a_leak_from_another_source_is_removed_and_told_loudly(bench):
+    bench.rows["evaluate"][3] = {"prompt": "SFT  7"}  # as sft 7, but for case and spacing
+    bench.rows["evaluate"][4] = {"prompt": "ppo 2"}
+    data = bench.prepare()
+    assert_apart(data)
+    assert bench.job.summary["leaks"] == 2
+    assert bench.job.summary["sft_rows"] == bench.job.summary["ppo_prompts"] == 39
+    assert bench.report["sft"]["removed"] == {"in_evaluation": {"count": 1, "examples": ["sft.jsonl line 8"]}}
+    assert (
+        "LEAK: 2 training rows ask what evaluate.prompts asks; they are left out: "
+        "1 in sft.data (sft.jsonl line 8); 1 in ppo.prompts (ppo.jsonl line 3)."
+    ) in bench.output
+
+
+def test_exact_duplicates_go_and_other_answers_stay(bench):
+    bench.rows["sft"] += [bench.rows["sft"][5], {"prompt": "sft 5", "completion": "another"}]
+    bench.prepare()
+    assert bench.report["sft"]["removed"] == {"duplicate": {"count": 1, "examples": ["sft.jsonl line 41"]}}
+    assert bench.job.summary["sft_rows"] == 41
+    assert bench.job.summary["dropped"] == 1
+
+
+def test_a_bad_row_is_one_error_in_the_users_keys(bench):
+    del bench.rows["reward"][11]["rejected"]
+    assert bench.complaint() == (
+        'reward.pairs: reward.jsonl line 12: "rejected" is missing (found: prompt, chosen). '
+        "A preference row needs prompt, chosen, rejected. "
+        "Mend the row, or set prepare.on_bad_row=drop to leave out such rows."
+    )
+
+
+def test_prompts_without_answers(bench):
+    bench.sources["sft"] = str(bench.directory / "ppo.jsonl")
+    assert bench.complaint().startswith(
+        'sft.data: ppo.jsonl line 1: "completion" is missing (found: prompt): a prompt without an answer.'
+    )
+    assert bench.complaint(on_bad_row="drop") == (
+        "sft.data: no rows are left for train: 40 read; 0 kept; "
+        "40 no answer (ppo.jsonl line 1, ppo.jsonl line 2, ppo.jsonl line 3, ...). Give more rows."
+    )
+
+
+def test_dropped_rows_are_counted_by_reason(bench):
+    pairs = bench.rows["reward"]
+    pairs[0]["rejected"] = "good"
+    pairs[1]["rejected"] = 7
+    pairs[2]["prompt"] = None
+    for number in (3, 4, 5, 6):
+        pairs[number]["chosen"] = " "
+    path = bench.directory / "pairs.jsonl"
+    path.write_bytes(Path(write(path, pairs)).read_bytes() + b'{"prompt": "\xff"}\n{"prompt": "cut')
+    bench.sources["reward"] = str(path)
+    bench.prepare(on_bad_row="drop")
+    report = bench.report["reward"]
+    assert report["read"] == 42
+    assert sum(report["kept"].values()) == bench.job.summary["reward_pairs"] == 33
+    assert bench.job.summary["dropped"] == 9
+    assert {reason: removed["count"] for reason, removed in report["removed"].items()} == {
+        "tie": 1, "wrong type": 1, "missing field": 1, "empty": 4, "bad encoding": 1, "broken JSON": 1,
+    }  # fmt: skip
+    assert report["removed"]["empty"]["examples"] == [f"pairs.jsonl line {number}" for number in (4, 5, 6)]
+    assert "1 tie (pairs.jsonl line 1)" in bench.output
+    assert "4 empty (pairs.jsonl line 4, pairs.jsonl line 5, pairs.jsonl line 6, ...)" in bench.output
+
+
+@pytest.mark.parametrize("role", ["ppo", "evaluate"])
+def test_a_prompt_that_leaves_no_room_for_an_answer(bench, role):
+    bench.base = dataclasses.replace(bench.base, length=256)
+    bench.rows[role][2] = {"prompt": "x" * 220}
+    # "<im_start>user\n", the text, "<im_end>\n<im_start>assistant\n": 6 + 220 + 13 tokens
+    bench.prepare(response_tokens=256 - 239)
+    assert bench.complaint(response_tokens=256 - 238) == (
+        f"{role}.prompts: {role}.jsonl line 3: the prompt has 239 tokens; the model's context of 256 "
+        "leaves it 238 beside an answer of ppo.max_new_tokens=18. Shorten it or lower ppo.max_new_tokens. "
+        "Mend the row, or set prepare.on_bad_row=drop to leave out such rows."
+    )
+    bench.prepare(response_tokens=256 - 238, on_bad_row="drop")
+    assert bench.report[role]["removed"]["too long"]["count"] == 1
+
+
+@pytest.mark.parametrize(("role", "row"), [
+    ("sft", {"prompt": "x", "completion": "x" * 300}),
+    ("reward", {"prompt": "x", "chosen": "x", "rejected": "x" * 300}),
+])  # fmt: skip
+def test_a_row_longer_than_the_context(bench, role, row):
+    bench.base = dataclasses.replace(bench.base, length=256)
+    bench.rows[role][2] = row
+    # 6 + 1 + 13 tokens for the prompt, 300, and the end of the turn
+    assert f"{role}.jsonl line 3: 321 tokens do not fit the model's context of 256." in bench.complaint()
+
+
+def test_an_answer_as_long_as_the_context_is_refused(bench):
+    bench.base = dataclasses.replace(bench.base, length=256)
+    assert "ppo.max_new_tokens=256 leaves no room for a prompt" in bench.complaint(response_tokens=256)
+
+
+def test_a_conversation_the_template_refuses_is_a_bad_row(bench, base, monkeypatch):
+    tokenizer = base.load_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    monkeypatch.setattr(ShorterBase, "load_tokenizer", lambda self: tokenizer)
+    bench.rows["sft"][0] = {"system": "Be brief.", "prompt": "x", "completion": "y"}
+    complaint = bench.complaint()
+    assert "sft.jsonl line 1: the chat template refuses the conversation: no system turns." in complaint
+
+
+def test_a_role_without_held_out_rows(bench):
+    assert bench.complaint(held_out_fraction=0.001) == (
+        "sft.data: no rows are left for held_out: 40 read; 40 kept. "
+        "Give more rows or raise prepare.held_out_fraction=0.001."
+    )
+
+
+def test_a_file_that_cannot_be_read_is_found_before_any_stage_runs(bench):
+    bench.sources["ppo"] = str(bench.directory / "none.jsonl")
+    with pytest.raises(ConfigError, match=r"^ppo\.prompts=.*none\.jsonl: there is no such file"):
+        bench.stage().external()
+
+
+def test_the_key_is_the_content_of_the_sources_not_their_place(bench):
+    before = bench.stage()
+    moved = shutil.copy(bench.directory / "ppo.jsonl", bench.directory / "elsewhere.jsonl")
+    bench.sources["ppo"] = str(moved)
+    after = bench.stage()
+    assert (after.external(), after.knobs()) == (before.external(), before.knobs())
+    bench.sources["ppo"] = {"path": str(moved), "limit": 3}
+    changed = {role for role in ROLES if bench.stage().external()[role] != before.external()[role]}
+    assert changed == {"ppo"}
+
+
+def test_a_role_does_not_change_with_another_roles_source(bench):
+    before = bench.prepare()
+    digests = {role: before.digest(role) for role in ROLES}
+    bench.rows["ppo"] = bench.rows["ppo"][:20] + [{"prompt": f"new {n}"} for n in range(9)]
+    after = bench.prepare()
+    assert {role for role in ROLES if after.digest(role) != digests[role]} == {"ppo"}
+
+
+def test_the_split_is_stable_under_order_and_added_rows(bench):
+    bench.sources["evaluate"] = str(bench.directory / "ppo.jsonl")
+    before = bench.prepare()
+    bench.rows["ppo"] += [{"prompt": f"more {n}"} for n in range(40)]
+    random.Random(0).shuffle(bench.rows["ppo"])
+    after = bench.prepare()
+    assert identities(before, "evaluate")["evaluation"] < identities(after, "evaluate")["evaluation"]
+    for split, found in identities(before, "ppo").items():
+        assert found < identities(after, "ppo")[split]
+
+
+def packaged(role, name):
+    if not (SAMPLES / f"{name}.jsonl").exists():
+        pytest.skip(f"data/{name}.jsonl is not there")
+    return {role: f"samples:{name}"}
+
+
+def test_packaged_prompts_never_overlap_and_hold_no_bad_row(bench):
+    bench.sources = {
+        **packaged("sft", "instructions"),
+        **packaged("reward", "pairs"),
+        **packaged("ppo", "prompts"),
+        **packaged("evaluate", "prompts"),
+        **packaged("retention_text", "retention_sentences"),
+        **packaged("retention_questions", "retention_questions"),
+    }
+    assert_apart(bench.prepare(held_out_fraction=0.1, evaluation_fraction=0.15))
+    assert bench.job.summary["dropped"] == 0
+
+
+def test_packaged_prompts_never_overlap_with_pairs_on_the_same_prompts(bench):
+    prompts = [json.loads(line) for line in (SAMPLES / "prompts.jsonl").read_text().splitlines()]
+    bench.rows["reward"] = [{**row, "chosen": "good", "rejected": "bad"} for row in prompts]
+    bench.sources = {
+        "sft": "samples:instructions",
+        "ppo": "samples:prompts",
+        "evaluate": "samples:prompts",
+        "retention_text": "samples:retention_sentences",
+        "retention_questions": "samples:retention_questions",
+    }
+    assert_apart(bench.prepare(held_out_fraction=0.1, evaluation_fraction=0.15))
+    assert bench.job.summary["dropped"] == bench.job.summary["leaks"] == 0
+    # Held-out prompts are the same ones for the reward model and for PPO.
+    data = PreparedData(bench.job.directory)
+    assert identities(data, "reward") == identities(data, "ppo")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not there")
+def test_real_human_data_is_read_completely(bench):
+    prompts = sorted((REAL / "oasst-prompts").glob("*.jsonl"))[0]
+    bench.sources = {
+        "sft": str(REAL / "dolly-nocontext" / "train.jsonl.gz"),
+        "reward": str(REAL / "hh-helpful-base" / "pairs.jsonl.gz"),
+        "ppo": str(prompts),
+        "evaluate": str(prompts),
+        "retention_text": str(REAL / "wikitext2-valid" / "valid.txt.gz"),
+    }
+    assert_apart(bench.prepare())
+    assert bench.report["sft"]["read"] == bench.job.summary["sft_rows"] == 5027
+    assert bench.report["reward"]["read"] == bench.job.summary["reward_pairs"] == 2339
+    assert bench.report["ppo"]["read"] == 263
+    assert bench.job.summary["ppo_prompts"] + bench.job.summary["evaluation_prompts"] == 263
