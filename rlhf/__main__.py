@@ -9,14 +9,16 @@ import os
 import sys
 import warnings
 from datetime import datetime
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 
 from rlhf.config import ConfigError
 
@@ -26,6 +28,14 @@ CONFIG_ERROR, GATE_FAILED, INTERRUPTED = 2, 3, 130
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
 def compose_and_run(node: DictConfig) -> None:
     """One job: the only one, or one trial of a multirun."""
+    try:
+        run(node)
+    except (ConfigError, OmegaConfBaseException) as error:
+        fail(error)
+
+
+def run(node: DictConfig) -> None:
+    """Check the whole config, then run what was asked for, and show what came of it."""
     from rlhf.experiment import build_experiment
     from rlhf.pipeline import GateError, Pipeline
     from rlhf.report.summary import print_summary
@@ -37,12 +47,13 @@ def compose_and_run(node: DictConfig) -> None:
     console = Console()
     pipeline = Pipeline(experiment, run_name_of(experiment.settings.run_name), console)
     try:
-        run = pipeline.run()
+        pipeline.run()
     except GateError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
-        console.print("Finished stages are kept. `gates=warn` goes on past a failing gate.")
+        print_summary(pipeline.results, console)
+        console.print(f"\n[red]{escape(str(error))}[/]", highlight=False)
+        console.print("Finished stages are kept. `gates=warn` goes on past a failing gate.", highlight=False)
         raise SystemExit(GATE_FAILED) from None
-    print_summary(run, console)
+    print_summary(pipeline.results, console)
 
 
 def run_name_of(configured: str | None) -> str:
@@ -62,20 +73,28 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # a schedule may step past a skipped update; transformers has renamed an argument that TRL still sets
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
     # transformers renames this argument in 5.40, beyond the bound in pyproject.toml
     warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")
 
 
+def fail(error: Exception) -> NoReturn:
+    """Show a mistake of the user's as one message, without a traceback."""
+    print(f"Error: {error}", file=sys.stderr)
+    raise SystemExit(CONFIG_ERROR) from None
+
+
 def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # hydra then raises instead of printing, so that we can say it better
-    )
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
     try:
         compose_and_run()
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(CONFIG_ERROR) from None
+    except OverrideParseException as error:  # its message does not say which argument it is about
+        fail(ConfigError(f"{error.override}: {error}"))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(error)
     except KeyboardInterrupt:
         print(
             "\nInterrupted. Finished stages are kept: the same command goes on from there.", file=sys.stderr

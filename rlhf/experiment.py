@@ -18,6 +18,10 @@ from rlhf.tracking import TrackerConfig
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
+REPEATING = ("prepare", "generate", "evaluate")
+"""Stages whose YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
+
+
 class Settings(Strict):
     """The keys beside the stages'. Values: conf/config.yaml."""
 
@@ -76,11 +80,14 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
                     f"{key}={name}: there is no such stage. Known: {', '.join([*extra, *sections])}."
                 )
     stages: dict[str, Stage] = {}
-    for name, section in sections.items():
+    for name in sorted(sections, key=lambda name: name in REPEATING):
+        section = sections[name]
         values = {key: value for key, value in section.items() if key != "_target_"}
         stages[name] = validated(_stage_class(section["_target_"]), values, name)
-        for other in stages[name].inputs():
-            assert other in stages, f"conf/config.yaml must mount {other} before {name}, which reads it"
+    stages = {name: stages[name] for name in sections}
+    for name, stage in stages.items():
+        earlier = list(stages)[: list(stages).index(name)]
+        assert set(stage.inputs()) <= set(earlier), f"conf/config.yaml: mount {name} behind {stage.inputs()}"
     return Experiment(settings, stages, resolved)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 import time
@@ -19,7 +20,7 @@ from filelock import Timeout
 from rich.console import Console
 
 from rlhf.artifacts import Artifact, Manifest, Recipe, Store, recipe_key
-from rlhf.config import Bound
+from rlhf.config import Bound, ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute, make_compute
 from rlhf.experiment import Experiment
@@ -45,6 +46,16 @@ class GateResult:
     def passed(self) -> bool:
         """Whether the value lies within the bound."""
         return self.bound.holds(self.value)
+
+    def as_json(self) -> dict[str, Any]:
+        """Its entry in summary.json; a value that is not finite becomes null."""
+        return {
+            "stage": self.stage,
+            "name": self.name,
+            "value": self.value if math.isfinite(self.value) else None,
+            "bound": str(self.bound),
+            "passed": self.passed,
+        }
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.name} = {self.value:.4g}, wanted {self.bound}. Try: {self.bound.advice}."
@@ -85,11 +96,7 @@ class Run:
 
     def write(self) -> None:
         """Write summary.json."""
-        gates = [
-            {"stage": gate.stage, "name": gate.name, "value": gate.value,
-             "bound": str(gate.bound), "passed": gate.passed}
-            for gate in self.gates
-        ]  # fmt: skip
+        gates = [gate.as_json() for gate in self.gates]
         (self.directory / "summary.json").write_text(
             json.dumps({"stages": self.stages, "gates": gates}, indent=2)
         )
@@ -102,45 +109,47 @@ class Pipeline:
         settings = experiment.settings
         self.experiment, self.console = experiment, console
         self.store = Store(Path(settings.store_dir))
-        self.run_name = run_name
+        self.results = Run(Path(settings.runs_dir) / run_name)
         self.model_identity = base_identity(settings.model)
         for name in experiment.needed():
             experiment.stages[name].external()  # a missing data file is told now, not after hours of training
 
-    def run(self) -> Run:
-        """Run the chain.
+    def run(self) -> None:
+        """Run the chain; `results` says how far it came.
 
         Raises:
             GateError: a gate failed; every finished stage is kept.
         """
-        settings = self.experiment.settings
-        run = Run(Path(settings.runs_dir) / self.run_name)
-        run.directory.mkdir(parents=True, exist_ok=True)
+        settings, run = self.experiment.settings, self.results
+        try:
+            run.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"runs_dir={settings.runs_dir}: {run.directory} cannot be created ({error.strerror})."
+            ) from None
         (run.directory / "config.yaml").write_text(to_yaml(self.experiment.resolved))
         compute, precision = make_compute(settings.device, settings.precision)
-        self.console.print(f"Run [bold]{self.run_name}[/] in {run.directory}; {precision}.", highlight=False)
-        tracker = make_tracker(settings.tracker, self.run_name, run.directory, self.experiment.resolved)
+        self.console.print(f"Run in {run.directory}; {precision}.", highlight=False)
+        tracker = make_tracker(settings.tracker, run.directory.name, run.directory, self.experiment.resolved)
         try:
             base = base_files(settings.model, self.model_identity, self.keep_base)
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
-                artifacts[name] = self.finish(name, run, artifacts, base, compute, tracker)
-                self.check_gates(name, artifacts[name], run)
+                artifacts[name] = self.finish(name, artifacts, base, compute, tracker)
+                self.check_gates(name, artifacts[name])
         finally:
             tracker.close()
-        return run
 
     def finish(
         self,
         name: str,
-        run: Run,
         artifacts: Mapping[str, Artifact],
         base: BaseModelFiles,
         compute: Compute,
         tracker: Tracker,
     ) -> Artifact:
         """The stage's artifact: the store's where it is finished, made now otherwise."""
-        stage = self.experiment.stages[name]
+        stage, run = self.experiment.stages[name], self.results
         recipe = self.recipe(stage, artifacts, compute)
         key = recipe_key(recipe)
         forced = name in self.experiment.settings.force
@@ -223,8 +232,9 @@ class Pipeline:
             files={},
         )
 
-    def check_gates(self, name: str, artifact: Artifact, run: Run) -> None:
+    def check_gates(self, name: str, artifact: Artifact) -> None:
         """Compare the stage's summary with its bounds."""
+        run = self.results
         results = [
             GateResult(name, metric, artifact.manifest.metrics.get(metric, float("nan")), bound)
             for metric, bound in self.experiment.stages[name].gates.items()

@@ -7,20 +7,16 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.rewards.learned import make_reward
-from rlhf.rewards.source import Exchange, RewardSource
+from rlhf.rewards.source import Exchange, RewardSource, finite_scores
 from rlhf.rl.statistics import distinct_n
 from rlhf.stage import Stage
 
@@ -83,24 +79,26 @@ class GenerateStage(Stage):
             "length_mean": float(rollout.response_lengths.float().mean()),
             "distinct_2": distinct_n([ids.tolist() for ids in rollout.response_ids], 2),
         }
-        for index, (row, text) in enumerate(zip(repeated, texts, strict=True)):
-            scored = {} if scores is None else {"score": scores[index]}
-            job.sample(policy=self.policy, prompt=row.prompt, response=text, **scored)
-        write_jsonl(job.directory / "responses.jsonl", (
-            {"prompt": row.prompt, "response": text, "stopped": bool(stopped), "tokens": int(length),
-             **({} if scores is None else {"score": scores[index]})}
-            for index, (row, text, stopped, length) in enumerate(
-                zip(repeated, texts, rollout.stopped, rollout.response_lengths, strict=True))
-        ))  # fmt: skip
+        answers = [
+            {"prompt": row.prompt, "response": text, "stopped": bool(stopped), "tokens": len(ids)}
+            for row, text, stopped, ids in zip(
+                repeated, texts, rollout.stopped, rollout.response_ids, strict=True
+            )
+        ]
         if scores is not None:
-            metrics |= self.write_ranked(job.directory, rows, texts, scores)
+            answers = [{**row, "score": score} for row, score in zip(answers, scores, strict=True)]
+        job.write_rows("responses.jsonl", answers)
+        for answer in answers:
+            job.sample(policy=self.policy, **answer)
+        if scores is not None:
+            metrics |= self.write_ranked(job, rows, texts, scores)
         job.publish(metrics)
 
     def load_policy(self, job: Job) -> Policy:
         """The model that answers."""
         if self.policy == "base":
-            policy = Policy.load(job.base.directory, job.base.config, job.compute)
-            return Policy(policy.model, job.base.load_tokenizer())
+            tokenizer = job.base.load_tokenizer()
+            return Policy.load(job.base.directory, job.base.config, job.compute, tokenizer)
         return Policy.load(job.inputs["sft"].path, job.base.config, job.compute)
 
     def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> list[float] | None:
@@ -113,17 +111,11 @@ class GenerateStage(Stage):
             return None
         learned = job.inputs["reward"].path if self.reward == "learned" else None
         reward = make_reward(self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens)
-        scores = reward([Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)])
-        if not bool(scores.isfinite().all()):
-            index = int((~scores.isfinite()).nonzero()[0])
-            raise ConfigError(
-                f"generate.reward={self.reward} gave {float(scores[index])} for the response {texts[index]!r}. "
-                "A score must be a finite number."
-            )
-        return [float(score) for score in scores]
+        exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
+        return [float(score) for score in finite_scores(reward, exchanges, f"generate.reward={self.reward}")]
 
     def write_ranked(
-        self, directory: Path, rows: list[PromptRow], texts: list[str], scores: list[float]
+        self, job: Job, rows: list[PromptRow], texts: list[str], scores: list[float]
     ) -> dict[str, float]:
         """best_of_n.jsonl and pairs.jsonl; the score's moments.
 
@@ -140,8 +132,8 @@ class GenerateStage(Stage):
                     gold = {"chosen_gold": round(high, 4), "rejected_gold": round(low, 4)}
                     pair = {"prompt": row.prompt, "chosen": chosen, "rejected": rejected}
                     pairs.append(pair | (gold if self.reward == "vader" else {}))
-        write_jsonl(directory / "best_of_n.jsonl", (row for row in best if row["completion"]))
-        write_jsonl(directory / "pairs.jsonl", pairs)
+        job.write_rows("best_of_n.jsonl", (row for row in best if row["completion"]))
+        job.write_rows("pairs.jsonl", pairs)
         moments = torch.tensor(scores, dtype=torch.float64)
         return {
             "score_mean": float(moments.mean()),
@@ -149,8 +141,3 @@ class GenerateStage(Stage):
             "best_of_n_mean": sum(float(row["score"]) for row in best) / len(best),
             "pairs": float(len(pairs)),
         }
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -90,8 +90,9 @@ class PpoStage(PpoConfig, Stage):
         metrics = job.inputs["generate"].manifest.metrics
         if metrics["score_deviation"] <= 0.0:
             raise ConfigError(
-                "ppo.score.normalize=sft: all responses that `generate` sampled score alike, so there is nothing "
-                "to learn. Use more of them (generate.num_prompts), another reward, or ppo.score.normalize=none."
+                "ppo.score.normalize=sft: all responses that `generate` sampled score alike, so there is "
+                "nothing to learn. Use more of them (generate.num_prompts), another reward, or "
+                "ppo.score.normalize=none."
             )
         return ScoreNormalizer.fixed(metrics["score_mean"], metrics["score_deviation"], self.score.clip)
 
@@ -107,9 +108,9 @@ class PpoStage(PpoConfig, Stage):
         assert isinstance(reward, LearnedReward)
         if reward.digest != tokenizer_digest(tokenizer):
             raise ConfigError(
-                f"ppo.critic.init=reward: the reward model of ppo.reward={self.reward} has another tokenizer or "
-                "chat template than the policy, whose token ids the critic reads. Use ppo.critic.init=sft; "
-                "scoring goes through text and is not affected."
+                f"ppo.critic.init=reward: the reward model of ppo.reward={self.reward} has another tokenizer "
+                "or chat template than the policy, whose token ids the critic reads. "
+                "Use ppo.critic.init=sft; scoring goes through text and is not affected."
             )
         critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype).to(
             job.compute.device

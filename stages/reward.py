@@ -73,7 +73,9 @@ class RewardStage(Stage):
             return [EncodedPair(tokenizer, row) for row in rows]
 
         train = [pair for pair in encode(job.data.rows("reward", "train")) if pair.longest <= self.max_tokens]
-        held_out = [pair for pair in encode(job.data.rows("reward", "held_out")) if pair.longest <= self.max_tokens]
+        held_out = [
+            pair for pair in encode(job.data.rows("reward", "held_out")) if pair.longest <= self.max_tokens
+        ]
         if not train or not held_out:
             raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
         trained, _ = count_parameters(model)
@@ -85,7 +87,12 @@ class RewardStage(Stage):
             job.compute.device
         )
         ranking = self.rank(job, published, held_out, tokenizer.pad_token_id)
-        too_long = len(job.data.rows("reward", "train")) + len(job.data.rows("reward", "held_out")) - len(train) - len(held_out)
+        too_long = (
+            len(job.data.rows("reward", "train"))
+            + len(job.data.rows("reward", "held_out"))
+            - len(train)
+            - len(held_out)
+        )
         job.publish({
             **rank_quality(ranking),
             "trained_parameters": trained,

@@ -48,7 +48,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     """
     if not messages:
         return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": message["role"], "content": message["content"]} for message in messages],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
     return _encode(tokenizer, str(text))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf.config import ConfigError
 from rlhf.rl.rollout import Rollout
 
 
@@ -127,7 +128,8 @@ def _sample(
 ) -> tuple[Tensor, Tensor]:
     if temperature == 0.0:
         logp_BV = logits_BV.log_softmax(-1)
-        token_B = logits_BV.argmax(-1)
+        highest_B, token_B = logits_BV.max(-1)
+        _check_finite(highest_B)
     else:
         logp_BV = (logits_BV / temperature).log_softmax(-1)
         token_B = _draw(_nucleus(logp_BV.exp(), top_p), generator)
@@ -142,9 +144,23 @@ def _draw(weight_BV: Tensor, generator: torch.Generator) -> Tensor:
     """
     cumulative_BV = weight_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
+    _check_finite(total_B1)
     uniform_B1 = torch.rand(total_B1.shape, generator=generator, device=total_B1.device)
     threshold_B1 = torch.minimum(uniform_B1 * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
+
+
+def _check_finite(values: Tensor) -> None:
+    """Values that a single NaN in a row's logits reaches.
+
+    Raises:
+        ConfigError: there is one; no token could be chosen.
+    """
+    if not bool(values.isfinite().all()):
+        raise ConfigError(
+            "A policy's logits are not finite: training has broken its weights. Lower the learning rate of the "
+            "stage that trains it (ppo.optim.lr or sft.optim.lr)."
+        )
 
 
 def _nucleus(probability_BV: Tensor, top_p: float) -> Tensor:

@@ -104,7 +104,8 @@ class PpoConfig(Strict):
     def _sizes(self) -> Self:
         if self.minibatch_episodes > self.batch_episodes:
             raise ValueError(
-                f"minibatch_episodes={self.minibatch_episodes} is more than batch_episodes={self.batch_episodes}"
+                f"minibatch_episodes={self.minibatch_episodes} is more than "
+                f"batch_episodes={self.batch_episodes}"
             )
         by_rule = self.reward == "vader" or self.reward.startswith("python:")
         if self.critic.init == "reward" and by_rule:

@@ -33,7 +33,7 @@ from rlhf.rl.scores import ScoreNormalizer
 from rlhf.training import WeightAverage, load_trainable, make_optimizer, make_schedule, trainable_state
 
 
-class BadStep(Exception):
+class BadStepError(Exception):
     """A step that must not be learned from: something in it is not finite."""
 
 
@@ -89,9 +89,17 @@ class Learner:
                 if step % config.evaluate_every == 0 or step == config.steps:
                     last = self.evaluate(held_out, step)
                 self.job.log(metrics, step)
-                task.advance(1, f"score {metrics['score']:+.2f} kl {metrics['kl']:.2f}")
-        load_trainable(self.model.policy, self.best[1])
+                was_skipped = "score" not in metrics
+                task.advance(
+                    1, "skipped" if was_skipped else f"score {metrics['score']:+.2f} kl {metrics['kl']:.2f}"
+                )
         done = [metrics for metrics in history if "explained_variance" in metrics]
+        if not done:
+            raise ConfigError(
+                f"ppo.steps={config.steps}: every step had to be skipped, so nothing was learned. "
+                f"Mend ppo.reward={config.reward}, or lower ppo.optim.lr."
+            )
+        load_trainable(self.model.policy, self.best[1])
         late = done[-max(1, len(done) // 4) :]
         return {
             "first_ratio_deviation": done[0]["first_ratio_deviation"],
@@ -121,7 +129,7 @@ class Learner:
             metrics |= self.learn(experience, critic_only=step <= self.config.critic.warmup_steps)
             metrics |= {"seconds_rollout": sampled - start, "seconds_update": time.monotonic() - sampled}
             self.kl.update(metrics["kl"], len(rows))
-        except BadStep as bad:
+        except BadStepError as bad:
             self.bad_steps += 1
             metrics = {"bad_steps": float(self.bad_steps)}
             self.job.progress.console.print(
@@ -129,8 +137,8 @@ class Learner:
             )
             if self.bad_steps > self.config.max_bad_steps:
                 raise ConfigError(
-                    f"ppo.max_bad_steps={self.config.max_bad_steps}: {self.bad_steps} steps had to be skipped; "
-                    f"the last because {bad} The weights were never touched by one of them. "
+                    f"ppo.max_bad_steps={self.config.max_bad_steps}: {self.bad_steps} steps had to be "
+                    f"skipped; the last because {bad} The weights were never touched by one of them. "
                     f"Mend ppo.reward={self.config.reward}, or lower ppo.optim.lr."
                 ) from None
         metrics |= {"lr": self.schedule.get_last_lr()[0], "beta": self.kl.coef}
@@ -150,7 +158,7 @@ class Learner:
         score_B = self.reward([Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)])
         if not bool(score_B.isfinite().all()):
             index = int((~score_B.isfinite()).nonzero()[0])
-            raise BadStep(f"the reward of {texts[index]!r} is {float(score_B[index])}.")
+            raise BadStepError(f"the reward of {texts[index]!r} is {float(score_B[index])}.")
 
         def measure(batch: Sequences) -> tuple[Tensor, Tensor]:
             output = self.model(batch, config.temperature)
@@ -181,7 +189,7 @@ class Learner:
         """All epochs over one rollout.
 
         Raises:
-            BadStep: a gradient is not finite; that optimizer step was not taken.
+            BadStepError: a gradient is not finite; that optimizer step was not taken.
         """
         config, metrics = self.config, {}
         sums, norms = UpdateSums(), []
@@ -195,7 +203,7 @@ class Learner:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 if self.optimizer.skipped_steps > skipped:
-                    raise BadStep("a gradient is not finite.")
+                    raise BadStepError("a gradient is not finite.")
                 norms.append(self.optimizer.grad_norms)
                 if self.average is not None:
                     self.average.update()

@@ -27,16 +27,23 @@ GlobalSum = Callable[[Tensor], Tensor]
 def rollout_metrics(experience: Experience, global_sum: GlobalSum) -> dict[str, float]:
     """Of one scored rollout, before anything was learned from it."""
     mask_BR, rollout = experience.mask_BR, experience.rollout
-    episodes, tokens = float(len(experience)), float(mask_BR.sum())
     k1 = kl_k1(experience.logp_BR, experience.reference_logp_BR, mask_BR)
     k3 = kl_k3(experience.logp_BR, experience.reference_logp_BR, mask_BR)
     lengths_B = rollout.response_lengths.float()
-    sums = global_sum(torch.stack([
-        torch.tensor(episodes), torch.tensor(tokens), k1.sum(), k3.sum(),
-        experience.score_B.sum(), experience.reward_BR.sum(), rollout.stopped.float().sum(),
-        torch.where(mask_BR, experience.value_BR, 0.0).sum(), torch.where(mask_BR, experience.return_BR, 0.0).sum(),
-    ]).double())  # fmt: skip
-    episodes, tokens, k1_sum, k3_sum, score, reward, stopped, value, returns = sums.tolist()
+    sums = [
+        torch.tensor(len(experience)),
+        mask_BR.sum(),
+        k1.sum(),
+        k3.sum(),
+        experience.score_B.sum(),
+        torch.where(mask_BR, experience.reward_BR, 0.0).sum(),
+        rollout.stopped.sum(),
+        torch.where(mask_BR, experience.value_BR, 0.0).sum(),
+        torch.where(mask_BR, experience.return_BR, 0.0).sum(),
+    ]
+    episodes, tokens, k1_sum, k3_sum, score, reward, stopped, value, returns = global_sum(
+        torch.stack([total.double() for total in sums])
+    ).tolist()
     error_moments = global_sum(masked_moments(experience.return_BR - experience.value_BR, mask_BR))
     return_moments = global_sum(masked_moments(experience.return_BR, mask_BR))
     metrics = {

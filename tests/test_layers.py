@@ -1,0 +1,128 @@
+"""Who may import whom, how long a file may get, and that the help page needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
+LONGEST = 350
+LAZY = ("deepspeed", "vllm", "wandb", "trl")
+MAY_KNOW_HYDRA = ("rlhf/__main__.py", "rlhf/config.py", "rlhf/experiment.py", "rlhf/pipeline.py")
+
+
+class Import(NamedTuple):
+    """One imported name; `from a import b` counts as `a.b`, so that a module taken this way is seen."""
+
+    name: str
+    is_lazy: bool
+    """Inside a function: run when that is called."""
+
+
+def imports_of(source: str, package: str) -> Iterator[Import]:
+    """All imports of a file; relative ones are made absolute with the package it lies in."""
+
+    def visit(node: ast.AST, is_lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, is_lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                above = package.split(".")[: len(package.split(".")) - child.level + 1] if child.level else []
+                start = ".".join([*above, *([child.module] if child.module else [])])
+                yield from (Import(f"{start}.{alias.name}", is_lazy) for alias in child.names)
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from visit(child, is_lazy or function)
+
+    yield from visit(ast.parse(source), False)
+
+
+def package_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).parent.parts
+    return ".".join(parts if parts[0] == "rlhf" else ("rlhf", *parts))
+
+
+def imports_under(*folders: str) -> list[tuple[str, Import]]:
+    """(file, import) of everything in the folders."""
+    found = []
+    for path in FILES:
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(folders):
+            found += [(name, each) for each in imports_of(path.read_text(), package_of(path))]
+    assert found, f"nothing under {folders}"
+    return found
+
+
+def is_in(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def test_every_form_of_import_is_seen() -> None:
+    source = (
+        "import a.b as c, d\nfrom e import f\nfrom . import g\nfrom .. import h\nfrom ..i import j\n"
+        "if True:\n    import k\nclass C:\n    import l\n    def m(self):\n        from n import o\n"
+    )
+    assert list(imports_of(source, "rlhf.data")) == [
+        ("a.b", False), ("d", False), ("e.f", False), ("rlhf.data.g", False), ("rlhf.h", False),
+        ("rlhf.i.j", False), ("k", False), ("l", False), ("n.o", True),
+    ]  # fmt: skip
+
+
+def test_losses_and_rl_know_torch_only() -> None:
+    for file, each in imports_under("rlhf/losses/", "rlhf/rl/"):
+        allowed = is_in(each.name, "torch", "rlhf.losses", "rlhf.rl")
+        is_standard = each.name.partition(".")[0] in sys.stdlib_module_names
+        assert allowed or is_standard, f"{file} imports {each.name}"
+
+
+def test_losses_and_rl_communicate_with_nobody() -> None:
+    for file, each in imports_under("rlhf/losses/", "rlhf/rl/"):
+        assert not is_in(each.name, "torch.distributed", "os", "io", "pathlib", "json"), file
+
+
+def test_data_and_models_know_neither_losses_nor_stages() -> None:
+    for file, each in imports_under("rlhf/data/", "rlhf/models/"):
+        assert not is_in(each.name, "rlhf.losses", "rlhf.stages", "stages"), f"{file} imports {each.name}"
+
+
+def test_no_stage_is_imported_by_the_package_or_by_another_stage() -> None:
+    for file, each in imports_under("rlhf/", "stages/"):
+        assert not is_in(each.name, "rlhf.stages", "stages"), f"{file} imports {each.name}"
+
+
+def test_heavy_and_optional_packages_are_imported_where_they_are_used() -> None:
+    for file, each in imports_under("rlhf/", "stages/"):
+        if is_in(each.name, *LAZY):
+            assert each.is_lazy, f"{file} imports {each.name} for everybody"
+        if is_in(each.name, "deepspeed"):
+            assert file == "rlhf/distributed.py"
+
+
+def test_only_the_front_door_knows_hydra() -> None:
+    for file, each in imports_under("rlhf/", "stages/"):
+        if is_in(each.name, "hydra", "omegaconf"):
+            assert file in MAY_KNOW_HYDRA, f"{file} imports {each.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def test_help_is_a_page_for_newcomers_and_needs_no_torch(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "rlhf", "--help"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "hydra" in imported  # so the list was read
+    assert not imported & {"torch", "transformers", "datasets", "trl", "peft"}
+    for words in ("python -m rlhf stage=sft", "sft.data=", "why=true", "Exit codes"):
+        assert words in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,230 @@
+"""The chain on the tiny model: what a run leaves, what is reused, and what a failing gate does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf.artifacts import Manifest
+from small_chain import STAGES, Chain, Outcome, run_main
+
+FAILING = ("gates=enforce", "sft.gates.held_out_loss_change.max=-99")
+
+
+@pytest.fixture(scope="module")
+def chain(finished_chain: tuple[Chain, Outcome]) -> Chain:
+    return finished_chain[0]
+
+
+@pytest.fixture(scope="module")
+def first(finished_chain: tuple[Chain, Outcome]) -> Outcome:
+    return finished_chain[1]
+
+
+@pytest.fixture(scope="module")
+def second(chain: Chain, first: Outcome) -> Outcome:
+    return chain.run()
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def reused_except(*ran: str) -> dict[str, str]:
+    return {name: "ran" if name in ran else "reused" for name in STAGES}
+
+
+def test_the_whole_chain_runs(first: Outcome) -> None:
+    assert first.statuses == dict.fromkeys(STAGES, "ran")
+    for name in STAGES:
+        assert f"{name} done in" in first.out
+
+
+def test_summary_keeps_its_contract(first: Outcome) -> None:
+    summary = first.summary
+    assert set(summary) == {"stages", "gates"}
+    for name, stage in summary["stages"].items():
+        assert set(stage) == {"status", "key", "artifact", "seconds", "metrics"}
+        assert (Path(stage["artifact"]) / "manifest.json").is_file()
+        assert Path(stage["artifact"]).name == stage["key"]
+        assert stage["metrics"] and all(metric.startswith(f"{name}/") for metric in stage["metrics"])
+        assert all(isinstance(value, float) for value in stage["metrics"].values())
+        assert stage["seconds"] >= 0
+    assert {gate["stage"] for gate in summary["gates"]} == {"sft", "reward", "generate", "ppo", "evaluate"}
+    for gate in summary["gates"]:
+        assert set(gate) == {"stage", "name", "value", "bound", "passed"}
+        assert gate["value"] == summary["stages"][gate["stage"]]["metrics"][f"{gate['stage']}/{gate['name']}"]
+        sign, bound = gate["bound"].split()
+        assert gate["passed"] == (
+            gate["value"] <= float(bound) if sign == "<=" else gate["value"] >= float(bound)
+        )
+
+
+def test_others_find_the_promised_metrics(first: Outcome) -> None:
+    metrics = {name for stage in first.summary["stages"].values() for name in stage["metrics"]}
+    assert metrics >= {
+        "sft/held_out_loss", "reward/accuracy", "generate/stop_rate", "ppo/kl", "evaluate/gold_mean/ppo",
+        "evaluate/gold_mean/sft", "evaluate/win_rate", "evaluate/retention_perplexity_ratio",
+    }  # fmt: skip
+
+
+def test_metric_lines_carry_their_stage(first: Outcome) -> None:
+    lines = jsonl(first.directory / "metrics.jsonl")
+    assert {line["stage"] for line in lines} == {"sft", "reward", "ppo"}
+    for line in lines:
+        named = set(line) - {"stage", "step", "time"}
+        assert named and all(name.startswith(f"{line['stage']}/") for name in named)
+    steps = [line["step"] for line in lines if "ppo/kl" in line]
+    assert steps == [1, 2]
+
+
+def test_the_run_directory_holds_what_was_promised(first: Outcome) -> None:
+    samples = jsonl(first.directory / "samples.jsonl")
+    assert {sample["stage"] for sample in samples} == {"generate", "ppo", "evaluate"}
+    assert all({"prompt", "response"} <= set(sample) for sample in samples)
+    config = yaml.safe_load((first.directory / "config.yaml").read_text())
+    assert config["ppo"]["steps"] == 2
+    assert config["prepare"]["sources"]["sft"] == "sft.jsonl"  # interpolations are resolved
+    for name in STAGES:
+        assert (first.directory / "artifacts" / name).resolve() == first.artifact(name)
+    assert (first.directory / "report.md").is_file()
+
+
+def test_artifacts_are_plain_models(first: Outcome) -> None:
+    for name in ("sft", "ppo"):
+        model = AutoModelForCausalLM.from_pretrained(first.artifact(name))
+        assert AutoTokenizer.from_pretrained(first.artifact(name)).chat_template is not None
+        assert not [key for key in model.state_dict() if "lora" in key]
+    reward = AutoModelForSequenceClassification.from_pretrained(first.artifact("reward"))
+    assert reward.config.num_labels == 1
+
+
+def test_training_changed_the_weights(first: Outcome) -> None:
+    sft, ppo = (AutoModelForCausalLM.from_pretrained(first.artifact(name)) for name in ("sft", "ppo"))
+    assert first.summary["stages"]["sft"]["metrics"]["sft/held_out_loss_change"] < -0.1
+    differ = [not torch.equal(a, b) for a, b in zip(sft.parameters(), ppo.parameters(), strict=True)]
+    is_best = first.summary["stages"]["ppo"]["metrics"]
+    assert any(differ) == (is_best["ppo/held_out_score"] > is_best["ppo/held_out_score_before"])
+
+
+def test_manifests_tell_where_an_artifact_came_from(first: Outcome) -> None:
+    manifest = Manifest.model_validate_json((first.artifact("ppo") / "manifest.json").read_bytes())
+    assert manifest.recipe["inputs"] == {name: first.key(name) for name in ("sft", "reward", "generate")}
+    assert manifest.config["ppo"]["steps"] == 2
+    assert manifest.packages["torch"] and manifest.created and manifest.hardware
+    assert manifest.seconds > 0
+    assert "model.safetensors" in manifest.files
+
+
+def test_the_second_run_reuses_everything_and_shows_the_same(first: Outcome, second: Outcome) -> None:
+    assert second.statuses == dict.fromkeys(STAGES, "reused")
+    for name in STAGES:
+        assert second.summary["stages"][name]["metrics"] == first.summary["stages"][name]["metrics"]
+    assert second.summary["gates"] == first.summary["gates"]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert jsonl(second.directory / name) == jsonl(first.directory / name)
+
+
+def test_one_knob_of_ppo_runs_ppo_and_what_reads_it(chain: Chain, first: Outcome) -> None:
+    outcome = chain.run("ppo.kl.coef=0.1", "why=true")
+    assert outcome.statuses == reused_except("ppo", "evaluate")
+    assert f"ppo runs ({outcome.key('ppo')}): knobs.kl.coef: 0.02 -> 0.1\n" in outcome.out
+    assert f"sft reused ({first.key('sft')}): every knob and input equals" in outcome.out
+    assert f"inputs.ppo: '{first.key('ppo')}' -> '{outcome.key('ppo')}'" in outcome.out
+
+
+def test_other_prompts_leave_sft_and_reward_alone(chain: Chain, first: Outcome) -> None:
+    rows = [{"prompt": f"Sing of {n}"} for n in range(20)]
+    outcome = chain.run("stage=ppo", f"ppo.prompts={chain.write('other.jsonl', rows)}")
+    assert outcome.statuses == {
+        "prepare": "ran", "sft": "reused", "reward": "reused", "generate": "ran", "ppo": "ran",
+    }  # fmt: skip
+    assert outcome.key("sft") == first.key("sft")
+
+
+@pytest.mark.parametrize("override", [
+    "ppo.micro_batch_tokens=64", "reward.micro_batch_tokens=64", "sft.micro_batch_tokens=64",
+    "generate.micro_batch_tokens=64", "evaluate.micro_batch_tokens=64", "evaluate.num_shown=1",
+    "ppo.gates.kl.max=41", "why=true", "runs_dir=./runs/.", "stage=[evaluate]",
+])  # fmt: skip
+def test_what_cannot_change_the_result_is_outside_the_key(chain: Chain, first: Outcome, override: str) -> None:
+    outcome = chain.run(override)
+    assert outcome.code == 0
+    assert outcome.statuses == dict.fromkeys(STAGES, "reused")
+
+
+def test_another_seed_is_another_experiment_but_the_same_data(chain: Chain, first: Outcome) -> None:
+    outcome = chain.run("stage=sft", "seed=1", "why=true")
+    assert outcome.statuses == {"prepare": "reused", "sft": "ran"}
+    assert "seed: 0 -> 1" in outcome.out
+
+
+def test_force_runs_a_finished_stage_again(chain: Chain, first: Outcome) -> None:
+    outcome = chain.run("stage=[sft,reward]", "force=[sft]", "why=true")
+    assert outcome.statuses == {"prepare": "reused", "sft": "ran", "reward": "reused"}
+    assert outcome.key("sft") == first.key("sft")
+    assert f"sft runs ({first.key('sft')}): force" in outcome.out
+    before, after = (run.summary["stages"]["sft"]["metrics"] for run in (first, outcome))
+    assert after == pytest.approx(before)  # the same seed gives the same model
+
+
+def test_a_stage_alone_has_the_key_it_has_in_the_chain(tmp_path: Path, first: Outcome) -> None:
+    outcome = Chain(tmp_path).run("stage=ppo")  # in a fresh store: its inputs come along
+    assert outcome.statuses == dict.fromkeys(STAGES[:-1], "ran")
+    for name in STAGES[:-1]:
+        assert outcome.key(name) == first.key(name)
+        assert outcome.summary["stages"][name]["metrics"] == pytest.approx(
+            first.summary["stages"][name]["metrics"]
+        )
+
+
+def test_a_failing_gate_names_the_stage_at_fault(chain: Chain, first: Outcome) -> None:
+    outcome = chain.run(*FAILING)
+    assert outcome.code == 3
+    assert "Gate failed: sft: held_out_loss_change = " in outcome.out
+    assert "wanted <= -99. Try: lower sft.optim.lr or sft.epochs" in outcome.out
+    assert "Traceback" not in outcome.out + outcome.err
+    assert list(outcome.statuses) == ["prepare", "sft"]  # the run ended there
+    (gate,) = outcome.summary["gates"]
+    assert gate["name"] == "held_out_loss_change"
+    assert (gate["bound"], gate["passed"]) == ("<= -99", False)
+
+
+def test_a_looser_bound_passes_with_the_same_artifact(chain: Chain, first: Outcome) -> None:
+    outcome = chain.run("stage=sft", "gates=enforce", "sft.gates.held_out_loss_change.max=99")
+    assert outcome.code == 0
+    assert outcome.statuses["sft"] == "reused"
+    assert outcome.key("sft") == first.key("sft")
+
+
+def test_gates_can_warn_or_be_turned_off(chain: Chain, first: Outcome) -> None:
+    warned = chain.run("stage=sft", *FAILING, "gates=warn")
+    assert warned.code == 0
+    assert "Gate failed, going on (gates=warn): sft: held_out_loss_change" in warned.out
+    off = chain.run("stage=sft", "gates=enforce", "sft.gates.held_out_loss_change=null")
+    assert off.code == 0
+    assert off.summary["gates"] == []
+
+
+def test_a_multirun_trains_what_its_trials_share_once(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    assert chain.run("-m", "stage=ppo", "ppo.kl.coef=0.01,0.02").code == 0
+    trials = [Outcome(0, "", "", tmp_path / "runs" / f"run1-{number}") for number in range(2)]
+    assert trials[0].statuses == dict.fromkeys(STAGES[:-1], "ran")
+    assert trials[1].statuses == dict.fromkeys(STAGES[:-2], "reused") | {"ppo": "ran"}
+    assert trials[0].key("ppo") != trials[1].key("ppo")
+    assert len(list((tmp_path / "store" / "sft").glob("*/manifest.json"))) == 1
+
+
+def test_packaged_samples_and_defaults_need_no_files(tmp_path: Path) -> None:
+    outcome = run_main(
+        tmp_path, ["model=tiny", "device=cpu", "stage=prepare", "run_name=x"], tmp_path / "runs" / "x"
+    )
+    assert outcome.code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "store"}
