@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 from filelock import FileLock
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf.config import ConfigError
 
@@ -30,6 +30,8 @@ Recipe = dict[str, Any]
 
 class Manifest(BaseModel):
     """What an artifact is, where it came from and what it measured."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(ser_json_inf_nan="strings")  # null would not come back
 
     format: int = FORMAT
     stage: str
@@ -146,13 +148,13 @@ class Store:
 
     def explain(self, stage: str, recipe: Recipe) -> str:
         """Why there is no artifact for this recipe: the difference to the most similar one there is."""
-        differences = []
-        for path in (self.root / stage).glob("*/manifest.json"):
+        differences: list[list[str]] = []
+        for path in (self.root / stage).glob("[!.]*/manifest.json"):  # not what is being made
             with suppress(ValidationError):
                 differences.append(_changes(Manifest.model_validate_json(path.read_bytes()).recipe, recipe))
         if not differences:
             return "none was made before"
-        return "; ".join(min(differences, key=len))
+        return "; ".join(min(differences, key=lambda changes: len(changes)))
 
 
 def _flush(path: Path) -> None:

@@ -64,7 +64,7 @@ class PeftConfig(Strict):
 
     method: Literal["none", "lora"]
     rank: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
+    alpha: PositiveInt = 32
     """The update is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
 

@@ -24,7 +24,8 @@ class Compute:
     @property
     def device(self) -> torch.device:
         """Where this rank's tensors live."""
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     def global_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
@@ -49,17 +50,20 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
     if device.type != "cpu":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "supported") if fast else ("fp32", "no bf16 on this GPU")
-    bf16, fp32 = matmul_speed(torch.bfloat16), matmul_speed(torch.float32)
+    bf16, fp32 = (matmul_speed(dtype, device) for dtype in (torch.bfloat16, torch.float32))
     reason = f"matmul: bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s"
     return ("bf16" if bf16 > 1.2 * fp32 else "fp32"), reason
 
 
-def matmul_speed(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
-    """Best of a few square matrix products on the CPU, in GFLOP/s; takes some ten milliseconds."""
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
+    """Best of a few square matrix products, in GFLOP/s; takes some ten milliseconds."""
+    size = 768 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(repeats + 1):  # the first one warms up
+    for _ in range(6):  # the first one warms up
         start = time.perf_counter()
         left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e9

@@ -23,6 +23,7 @@ from rlhf.artifacts import Artifact, Manifest, Recipe, Store, recipe_key
 from rlhf.config import Bound, ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute, make_compute
+from rlhf.estimate import parameters_in, speed_of
 from rlhf.experiment import Experiment
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, base_files, base_identity
@@ -52,7 +53,7 @@ class GateResult:
         return {
             "stage": self.stage,
             "name": self.name,
-            "value": self.value if math.isfinite(self.value) else None,
+            "value": _finite(self.value),
             "bound": str(self.bound),
             "passed": self.passed,
         }
@@ -95,10 +96,14 @@ class Run:
         self.write()
 
     def write(self) -> None:
-        """Write summary.json."""
+        """Write summary.json; figures that are not finite become null."""
         gates = [gate.as_json() for gate in self.gates]
+        stages = {
+            name: stage | {"metrics": {metric: _finite(value) for metric, value in stage["metrics"].items()}}
+            for name, stage in self.stages.items()
+        }
         (self.directory / "summary.json").write_text(
-            json.dumps({"stages": self.stages, "gates": gates}, indent=2)
+            json.dumps({"stages": stages, "gates": gates}, indent=2, allow_nan=False)
         )
 
 
@@ -136,6 +141,8 @@ class Pipeline:
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
                 artifacts[name] = self.finish(name, artifacts, base, compute, tracker)
+                if name == "prepare":
+                    self.announce(artifacts["prepare"], base, compute)
                 self.check_gates(name, artifacts[name])
         finally:
             tracker.close()
@@ -195,6 +202,31 @@ class Pipeline:
         run.record(name, "ran", artifact, seconds)
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}", highlight=False)
         return artifact
+
+    def announce(self, prepared: Artifact, base: BaseModelFiles, compute: Compute) -> None:
+        """Say roughly how long the stages that have to run will take."""
+        parameters, speed = parameters_in(base.directory), speed_of(compute)
+        estimates = {
+            name: self.experiment.stages[name].work(PreparedData(prepared.path)).seconds(parameters, speed)
+            for name in self.pending(prepared, compute)
+        }
+        if estimates:
+            parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in estimates.items())
+            self.console.print(f"About {clock(sum(estimates.values()))} to go: {parts}.", highlight=False)
+
+    def pending(self, prepared: Artifact, compute: Compute) -> list[str]:
+        """The stages behind `prepare` that the store does not answer."""
+        known, pending = {"prepare": prepared}, []
+        for name in self.experiment.needed()[1:]:
+            stage = self.experiment.stages[name]
+            found = None
+            if name not in self.experiment.settings.force and set(stage.inputs()) <= set(known):
+                found = self.store.find(name, recipe_key(self.recipe(stage, known, compute)))
+            if found:
+                known[name] = found
+            else:
+                pending.append(name)
+        return pending
 
     def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact], compute: Compute) -> Recipe:
         """All that decides the stage's artifact."""
@@ -282,6 +314,10 @@ class Pipeline:
                 created=datetime.now(UTC).isoformat(timespec="seconds"), packages={},
             )  # fmt: skip
             return self.store.publish(scratch, manifest).path
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def to_yaml(resolved: Mapping[str, Any]) -> str:

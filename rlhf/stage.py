@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from rlhf.config import Bound, Strict
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import Role
+from rlhf.estimate import Work
 from rlhf.job import Job
 
 
@@ -31,7 +34,7 @@ class Stage(Strict, ABC):
         """The stages whose artifacts this one reads."""
         return ()
 
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """The prepared data sets this one reads: sft, reward, ppo, evaluate, retention_text, ..."""
         return ()
 
@@ -46,6 +49,10 @@ class Stage(Strict, ABC):
     def knobs(self) -> dict[str, Any]:
         """The knobs that decide the result, as plain JSON values: part of the artifact's key."""
         return self.model_dump(mode="json", exclude={"gates", *self.not_in_key})
+
+    @abstractmethod
+    def work(self, data: PreparedData) -> Work:
+        """Roughly the tokens that it will push through models, for the estimate shown before a run."""
 
     @abstractmethod
     def run(self, job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,16 +69,16 @@ class TensorboardSink:
             raise ConfigError(
                 "tracker=tensorboard needs the package: pip install 'rlhf[tensorboard]'."
             ) from None
-        self._writer = SummaryWriter(str(directory / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(directory / "tensorboard"))
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
         """One scalar a metric."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush the event file."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class Tracker:
@@ -108,7 +109,8 @@ class Tracker:
     def log(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
         """Record one step of one stage; names get the stage's in front."""
         named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
-        self._append(self.METRICS, {"stage": stage, "step": step, "time": round(time.time(), 3), **named})
+        finite = {name: value if math.isfinite(value) else None for name, value in named.items()}  # JSON
+        self._append(self.METRICS, {"stage": stage, "step": step, "time": round(time.time(), 3), **finite})
         for sink in self._sinks:
             sink.log(named, stage, step)
 

@@ -15,8 +15,10 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from rlhf.data.schema import PromptRow
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import PromptRow, Role
 from rlhf.data.sources import SourceConfig
+from rlhf.estimate import Work
 from rlhf.evaluation.comparison import bootstrap_interval, wins
 from rlhf.evaluation.retention import question_accuracy, text_perplexity
 from rlhf.generation.policy import Policy
@@ -114,13 +116,26 @@ class EvaluateStage(Stage):
         learned = ("reward",) if "learned" in (self.reward, self.gold) else ()
         return ("prepare", *(name for name in ("sft", "ppo") if name in self.policies), *learned)
 
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Reads the evaluation prompts and both retention sets."""
         return ("evaluate", "retention_text", "retention_questions")
 
     def reads_base_model(self) -> bool:
         """It is one of the policies."""
         return True
+
+    def work(self, data: PreparedData) -> Work:
+        """Every policy answers, is read by the others and by the rewards, and takes the retention tests."""
+        rows, prompt = data.size("evaluate", "evaluation")
+        rows = min(rows, self.num_prompts or rows)
+        texts, text_length = data.size("retention_text", "evaluation")
+        questions, question_length = data.size("retention_questions", "evaluation")
+        answers = rows * len(self.policies)
+        retention = texts * text_length + 4 * questions * question_length
+        return Work(
+            decoded=answers * self.max_new_tokens,
+            read=4 * answers * (prompt + self.max_new_tokens) + len(self.policies) * retention,
+        )
 
     def run(self, job: Job) -> None:
         """Answer, measure what was forgotten, score, compare."""

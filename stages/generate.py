@@ -7,12 +7,15 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import sys
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rlhf.data.schema import PromptRow
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import PromptRow, Role
+from rlhf.estimate import Work
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.rewards.learned import make_reward
@@ -50,13 +53,20 @@ class GenerateStage(Stage):
         policy = ("sft",) if self.policy == "sft" else ()
         return ("prepare", *policy, *(("reward",) if self.reward == "learned" else ()))
 
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Reads the training prompts."""
         return ("ppo",)
 
     def reads_base_model(self) -> bool:
         """Only when it samples from the base model."""
         return self.policy == "base"
+
+    def work(self, data: PreparedData) -> Work:
+        """Every sample is decoded, and read once by the reward model."""
+        sizes = [data.size("ppo", split) for split in self.splits]
+        rows = min(sum(rows for rows, _ in sizes), self.num_prompts or sys.maxsize)
+        samples = rows * self.samples_per_prompt
+        return Work(decoded=samples * self.max_new_tokens, read=samples * (sizes[0][1] + self.max_new_tokens))
 
     def run(self, job: Job) -> None:
         """Sample, score, and write three views of the result."""
@@ -122,22 +132,26 @@ class GenerateStage(Stage):
         The best answer is paired with the worst, the second best with the second worst, and so on, as long
         as they differ: no answer is in two pairs.
         """
-        best, pairs, size = [], [], self.samples_per_prompt
+        size, best_scores = self.samples_per_prompt, []
+        best: list[dict[str, Any]] = []
+        pairs: list[dict[str, Any]] = []
         for index, row in enumerate(rows):
             group = slice(index * size, (index + 1) * size)
             ranked = sorted(zip(scores[group], texts[group], strict=True), reverse=True)
-            best.append({"prompt": row.prompt, "completion": ranked[0][1], "score": ranked[0][0]})
+            best_scores.append(ranked[0][0])
+            if ranked[0][1]:
+                best.append({"prompt": row.prompt, "completion": ranked[0][1], "score": ranked[0][0]})
             for (high, chosen), (low, rejected) in zip(ranked[: size // 2], reversed(ranked), strict=False):
                 if high - low >= self.pair_min_gap and high > low and chosen and rejected:
                     gold = {"chosen_gold": round(high, 4), "rejected_gold": round(low, 4)}
                     pair = {"prompt": row.prompt, "chosen": chosen, "rejected": rejected}
                     pairs.append(pair | (gold if self.reward == "vader" else {}))
-        job.write_rows("best_of_n.jsonl", (row for row in best if row["completion"]))
+        job.write_rows("best_of_n.jsonl", best)
         job.write_rows("pairs.jsonl", pairs)
         moments = torch.tensor(scores, dtype=torch.float64)
         return {
             "score_mean": float(moments.mean()),
             "score_deviation": float(moments.std(correction=0)),
-            "best_of_n_mean": sum(float(row["score"]) for row in best) / len(best),
+            "best_of_n_mean": sum(best_scores) / len(best_scores),
             "pairs": float(len(pairs)),
         }

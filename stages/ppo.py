@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
 from rlhf.data.chat import tokenizer_digest
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import Role
+from rlhf.estimate import Work
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.actor_critic import ActorCritic
@@ -41,15 +44,27 @@ class PpoStage(PpoConfig, Stage):
         measured = ("generate",) if self.score.normalize == "sft" else ()
         return ("prepare", "sft", *learned, *measured)
 
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Reads prompts, and SFT rows for the pretraining mix."""
         return ("ppo", "sft") if self.ptx.coef > 0 else ("ppo",)
+
+    def work(self, data: PreparedData) -> Work:
+        """Episodes are decoded, read by four models and trained on by two; evaluations by three."""
+        _, prompt = data.size("ppo", "train")
+        length = prompt + self.max_new_tokens
+        episodes = self.steps * self.batch_episodes
+        evaluated = (1 + self.steps // self.evaluate_every) * self.evaluate_prompts
+        return Work(
+            decoded=(episodes + evaluated) * self.max_new_tokens,
+            read=(4 * episodes + 3 * evaluated) * length,
+            trained=2 * self.epochs * episodes * length,
+        )
 
     def run(self, job: Job) -> None:
         """Load the four models, train, and publish the best policy."""
         sft, settings, compute = job.inputs["sft"].path, job.base.config, job.compute
         tokenizer = load_tokenizer(sft, settings)
-        policy = load_causal_lm(sft, settings, compute.dtype).to(compute.device)
+        policy = load_causal_lm(sft, settings, compute.dtype, compute.device)
         check_head(policy)
         adapter = attach(policy, self.peft)
         learned = job.inputs["reward"].path if self.reward == "learned" else None

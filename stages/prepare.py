@@ -25,7 +25,7 @@ from rlhf.data.collection import (
     quantiles,
     token_length,
 )
-from rlhf.data.prepared import PreparedData, splits_of
+from rlhf.data.prepared import REPORT, PreparedData, splits_of
 from rlhf.data.recognise import recognise
 from rlhf.data.schema import (
     ROLES,
@@ -41,6 +41,7 @@ from rlhf.data.schema import (
     row_to_json,
 )
 from rlhf.data.sources import SourceConfig
+from rlhf.estimate import Work
 from rlhf.job import Job
 from rlhf.stage import Stage
 
@@ -91,6 +92,10 @@ class PrepareStage(Stage):
     def external(self) -> dict[str, str]:
         """The content of every source, wherever it lies."""
         return {role: self.sources[role].reading_digest(USER_KEYS[role]) for role in ROLES}
+
+    def work(self, data: PreparedData) -> Work:
+        """It runs no model."""
+        return Work()
 
     def run(self, job: Job) -> None:
         """Read and check every role, set the evaluation prompts aside, split the rest."""
@@ -239,7 +244,7 @@ class PrepareStage(Stage):
             source, digest = str(self.sources[role.role]), prepared.digest(role.role)
             report[role.role] = {"source": source, "digest": digest, **role.report()}
         text = json.dumps(report, indent=2, ensure_ascii=False)
-        (job.directory / "report.json").write_text(text, encoding="utf-8")
+        (job.directory / REPORT).write_text(text, encoding="utf-8")
 
     def _show(self, data: dict[Role, RoleData], leaks: int, job: Job) -> None:
         console = job.progress.console

@@ -13,12 +13,15 @@ from typing import ClassVar
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, OptimConfig, Peft
 from rlhf.data.batching import chunks, token_budget_batches
 from rlhf.data.chat import exchange_ids
-from rlhf.data.schema import PairRow
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import PairRow, Role
 from rlhf.data.sources import SourceConfig
+from rlhf.estimate import Work
 from rlhf.evaluation.ranking import Ranking, rank_quality
 from rlhf.job import Job
 from rlhf.losses.pairwise import bradley_terry_loss
@@ -54,9 +57,15 @@ class RewardStage(Stage):
         """It starts from the SFT model."""
         return ("prepare", "sft")
 
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Reads preference pairs."""
         return ("reward",)
+
+    def work(self, data: PreparedData) -> Work:
+        """Both sides of every pair."""
+        pairs, tokens = data.size("reward", "train")
+        held_out, _ = data.size("reward", "held_out")
+        return Work(trained=self.epochs * 2 * pairs * tokens, read=2 * held_out * tokens)
 
     def run(self, job: Job) -> None:
         """Train, publish, and measure what was published."""
@@ -72,10 +81,11 @@ class RewardStage(Stage):
         def encode(rows: Sequence[PairRow]) -> list[EncodedPair]:
             return [EncodedPair(tokenizer, row) for row in rows]
 
-        train = [pair for pair in encode(job.data.rows("reward", "train")) if pair.longest <= self.max_tokens]
-        held_out = [
-            pair for pair in encode(job.data.rows("reward", "held_out")) if pair.longest <= self.max_tokens
-        ]
+        pairs = {split: encode(job.data.rows("reward", split)) for split in ("train", "held_out")}
+        train, held_out = (
+            [pair for pair in pairs[split] if pair.longest <= self.max_tokens]
+            for split in ("train", "held_out")
+        )
         if not train or not held_out:
             raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
         trained, _ = count_parameters(model)
@@ -87,12 +97,7 @@ class RewardStage(Stage):
             job.compute.device
         )
         ranking = self.rank(job, published, held_out, tokenizer.pad_token_id)
-        too_long = (
-            len(job.data.rows("reward", "train"))
-            + len(job.data.rows("reward", "held_out"))
-            - len(train)
-            - len(held_out)
-        )
+        too_long = sum(map(len, pairs.values())) - len(train) - len(held_out)
         job.publish({
             **rank_quality(ranking),
             "trained_parameters": trained,
@@ -112,7 +117,7 @@ class RewardStage(Stage):
         with job.progress.task("reward: training", len(batches)) as task:
             for step, batch in enumerate(batches):
                 metrics = self.step(job, model, optimizer, batch, pad_id)
-                metrics["lr"] = schedule.get_last_lr()[0]
+                metrics["lr"] = float(schedule.get_last_lr()[0])
                 schedule.step()
                 job.log(metrics, step)
                 task.advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['train_accuracy']:.2f}")
@@ -151,14 +156,15 @@ class RewardStage(Stage):
 class EncodedPair:
     """A preference pair as token ids."""
 
-    def __init__(self, tokenizer: object, row: PairRow) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: PairRow) -> None:
         self.chosen, self.chosen_length = self._encode(tokenizer, row, row.chosen)
         self.rejected, self.rejected_length = self._encode(tokenizer, row, row.rejected)
         self.longest = max(len(self.chosen), len(self.rejected))
-        known = row.chosen_gold is not None and row.rejected_gold is not None
-        self.gold_gap = row.chosen_gold - row.rejected_gold if known else float("nan")
+        self.gold_gap = float("nan")
+        if row.chosen_gold is not None and row.rejected_gold is not None:
+            self.gold_gap = row.chosen_gold - row.rejected_gold
 
     @staticmethod
-    def _encode(tokenizer: object, row: PairRow, response: str) -> tuple[Tensor, int]:
+    def _encode(tokenizer: PreTrainedTokenizerBase, row: PairRow, response: str) -> tuple[Tensor, int]:
         ids, prompt_length = exchange_ids(tokenizer, row.prompt, response)
         return torch.tensor(ids), len(ids) - prompt_length

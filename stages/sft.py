@@ -26,8 +26,10 @@ from transformers import TrainingArguments as HfArguments
 from rlhf.config import OptimConfig, Peft
 from rlhf.data.batching import token_budget_batches
 from rlhf.data.chat import exchange_ids
-from rlhf.data.schema import SftRow
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
+from rlhf.estimate import Work
 from rlhf.job import Job
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.load import load_causal_lm
@@ -61,7 +63,7 @@ class SftStage(Stage):
         """It reads prepared data."""
         return ("prepare",)
 
-    def roles(self) -> tuple[str, ...]:
+    def roles(self) -> tuple[Role, ...]:
         """Reads prompt/completion rows."""
         return ("sft",)
 
@@ -69,10 +71,16 @@ class SftStage(Stage):
         """It trains the base model."""
         return True
 
+    def work(self, data: PreparedData) -> Work:
+        """Every training row once an epoch; the held-out rows twice."""
+        rows, tokens = data.size("sft", "train")
+        held_out, _ = data.size("sft", "held_out")
+        return Work(trained=self.epochs * rows * tokens, read=2 * held_out * tokens)
+
     def run(self, job: Job) -> None:
         """Train on the answers only, and publish the model."""
         tokenizer = job.base.load_tokenizer()
-        model = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype).to(job.compute.device)
+        model = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype, job.compute.device)
         check_head(model)
         train = [exchange_ids(tokenizer, row.prompt, row.completion) for row in job.data.rows("sft", "train")]
         held_out = job.data.rows("sft", "held_out")

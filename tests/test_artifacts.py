@@ -93,17 +93,19 @@ def test_figures_that_are_not_finite_come_back(store: Store) -> None:
 
 def test_nothing_can_be_found_before_the_rename(store: Store) -> None:
     key = recipe_key(RECIPE)
-    scratch = store.scratch("sft", key)
-    (scratch / "model.bin").write_text("half")
-    (scratch / "manifest.json").write_text(manifest_of().model_dump_json())  # killed just before the rename
-    assert store.find("sft", key) is None
+    with store.lock("sft", key):
+        scratch = store.scratch("sft", key)
+        (scratch / "model.bin").write_text("half")
+        (scratch / "manifest.json").write_text(manifest_of().model_dump_json())  # killed before the rename
+        assert store.find("sft", key) is None
     assert store.explain("sft", {**RECIPE, "seed": 1}) == "none was made before"
     assert not (store.root / "sft" / key).exists()
 
 
 def test_the_next_holder_of_the_lock_cleans_up(store: Store) -> None:
     key, other = recipe_key(RECIPE), recipe_key({**RECIPE, "seed": 1})
-    (store.scratch("sft", key) / "half.bin").write_text("half")
+    with store.lock("sft", key):  # interrupted
+        (store.scratch("sft", key) / "half.bin").write_text("half")
     others = store.scratch("sft", other)
     published = publish(store)
     assert sorted(path.name for path in published.path.rglob("*")) == ["manifest.json", "model.bin", "part"]

@@ -24,6 +24,7 @@ from rlhf.data.schema import (
 )
 
 TrainSplit = Literal["train", "held_out"]
+REPORT = "report.json"
 
 
 def splits_of(role: Role) -> tuple[Split, ...]:
@@ -62,6 +63,11 @@ class PreparedData:
     def digest(self, role: Role) -> str:
         """Digest of a role's rows: what depends on this role's data depends on nothing else here."""
         return digest_of({split: file_digest(self._path(role, split)) for split in splits_of(role)})
+
+    def size(self, role: Role, split: Split) -> tuple[int, float]:
+        """(rows, median tokens of a row): what time and memory depend on."""
+        report = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))[role]
+        return int(report["kept"][split]), float(report["tokens"]["p50"])
 
     def write(self, role: Role, split: Split, rows: Iterable[Row]) -> None:
         """Write one split; only `prepare` does."""

@@ -158,8 +158,8 @@ def _check_finite(values: Tensor) -> None:
     """
     if not bool(values.isfinite().all()):
         raise ConfigError(
-            "A policy's logits are not finite: training has broken its weights. Lower the learning rate of the "
-            "stage that trains it (ppo.optim.lr or sft.optim.lr)."
+            "A policy's logits are not finite: training has broken its weights. "
+            "Lower the learning rate of the stage that trains it (ppo.optim.lr or sft.optim.lr)."
         )
 
 

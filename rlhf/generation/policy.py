@@ -38,8 +38,7 @@ class Policy:
     ) -> Policy:
         """A published model, frozen. A base model's tokenizer is given: only published ones carry the
         chat template that the config asks for."""
-        model = load_causal_lm(directory, config, compute.dtype)
-        model.to(compute.device)  # type: ignore[arg-type]  # transformers annotates the wrapped method
+        model = load_causal_lm(directory, config, compute.dtype, compute.device)
         model.requires_grad_(False)
         return cls(model, tokenizer or load_tokenizer(directory, config))
 

@@ -87,8 +87,10 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def load_causal_lm(directory: Path, config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A policy, dropout off and in evaluation mode, in dtype."""
+def load_causal_lm(
+    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A policy in dtype on device; in evaluation mode, so that dropout is off."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype,
@@ -96,7 +98,9 @@ def load_causal_lm(directory: Path, config: ModelConfig, dtype: torch.dtype) -> 
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
     )
-    return model.eval()
+    module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
+    module.eval().to(device)
+    return model
 
 
 def base_identity(config: ModelConfig) -> str:
@@ -205,7 +209,7 @@ def _write_tiny(directory: Path) -> None:
         tokenizer_object=raw, bos_token=special[1], eos_token=special[2], pad_token=special[2],
         additional_special_tokens=[special[0]], chat_template=resolve_template("chatml"),
     )  # fmt: skip
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **ids, **TINY))

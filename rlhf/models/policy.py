@@ -118,8 +118,7 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: the chunked head would train something else than the model.
     """
-    size = min(model.get_input_embeddings().num_embeddings, 64)  # type: ignore[union-attr]
-    ids_BT = torch.arange(size, device=model.device)[None]
+    ids_BT = torch.arange(min(model.config.get_text_config().vocab_size, 64), device=model.device)[None]
     logits = model(input_ids=ids_BT, use_cache=False).logits[0].float()
     ours = model.get_output_embeddings()(hidden_states(model, ids_BT)[0]).float()
     if not torch.allclose(logits, ours, rtol=0.02, atol=0.02 * float(logits.abs().max())):

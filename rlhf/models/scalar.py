@@ -82,7 +82,9 @@ def load_scalar_model(directory: Path, config: ModelConfig, dtype: torch.dtype) 
         raise ConfigError(
             f"{type(model).__name__} has no linear `score` head: it cannot serve as a reward model."
         )
-    return ScalarModel(model.eval())
+    scalar = ScalarModel(model)
+    scalar.eval()
+    return scalar
 
 
 def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:

@@ -141,7 +141,7 @@ class Learner:
                     f"skipped; the last because {bad} The weights were never touched by one of them. "
                     f"Mend ppo.reward={self.config.reward}, or lower ppo.optim.lr."
                 ) from None
-        metrics |= {"lr": self.schedule.get_last_lr()[0], "beta": self.kl.coef}
+        metrics |= {"lr": float(self.schedule.get_last_lr()[0]), "beta": self.kl.coef}
         self.schedule.step()
         return metrics
 

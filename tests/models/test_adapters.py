@@ -1,0 +1,125 @@
+"""LoRA put into a model in place, trained, and folded away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rlhf.config import PeftConfig
+from rlhf.models.adapters import Adapter, attach, count_parameters
+from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.models.policy import pad_sequences, response_statistics
+from rlhf.models.scalar import load_scalar_model
+
+TINY = ModelConfig(kind="tiny")
+IDS = torch.arange(3, 35)[None]
+LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def load(directory: Path) -> PreTrainedModel:
+    return load_causal_lm(directory, TINY, torch.float32)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def train(model: PreTrainedModel, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    batch = pad_sequences([IDS[0, :4]], [IDS[0, 4:]], 0, torch.device("cpu"))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-response_statistics(model, batch, 1.0).logp_N.mean()).backward()
+        optimizer.step()
+
+
+def tuned(model: PreTrainedModel, rank: int = 4) -> Adapter:
+    torch.manual_seed(0)
+    return attach(model, PeftConfig(method="lora", rank=rank, alpha=8.0))
+
+
+def test_lora_starts_as_the_identity(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    before = logits(model)
+    tuned(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_only_the_adapter_trains_and_beside_every_inner_linear_layer(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    frozen = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    tuned(model)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
+    assert sorted({name.split(".")[-4] for name in trainable}) == LINEARS
+    assert not [name for name in trainable if "lm_head" in name or "embed" in name]
+    # rank 4: q and o are 64x64, k and v 64x32, gate and up 64x128, down 128x64; two layers
+    assert count_parameters(model)[0] == 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    train(model)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, frozen[name.replace(".base_layer", "")]), name
+
+
+def test_merging_changes_nothing_but_the_form(tiny_model: Path, tmp_path: Path) -> None:
+    model = load(tiny_model)
+    names, before = set(model.state_dict()), logits(model)
+    adapter = tuned(model)
+    train(model)
+    trained = logits(model)
+    assert (trained - before).abs().max() > 0.01
+    adapter.merge()
+    torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)
+    assert set(model.state_dict()) == names
+    adapter.merge()  # nothing left to do
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("adapter*"))
+    published = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(logits(published.eval()), trained, atol=1e-5, rtol=1e-5)
+
+
+def test_rank_and_alpha_are_told_apart(tiny_model: Path) -> None:
+    moved = {}
+    for alpha in (8.0, 16.0):
+        model = load(tiny_model)
+        torch.manual_seed(0)
+        adapter = attach(model, PeftConfig(method="lora", rank=4, alpha=alpha))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.01)
+        adapter.merge()
+        difference = model.state_dict()["model.layers.0.self_attn.q_proj.weight"] - load(
+            tiny_model
+        ).state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        assert torch.linalg.matrix_rank(difference) == 1  # equal rows of B
+        moved[alpha] = difference
+    torch.testing.assert_close(moved[16.0], 2 * moved[8.0], atol=1e-6, rtol=1e-4)  # alpha / rank
+
+
+def test_chosen_modules_only(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    attach(model, PeftConfig(method="lora", target_modules=["q_proj"]))
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable and all(".q_proj." in name for name in trainable)
+
+
+def test_none_trains_everything(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    model.requires_grad_(False)
+    attach(model, PeftConfig(method="none")).merge()
+    trained, everything = count_parameters(model)
+    assert trained == everything > 0
+
+
+def test_a_score_head_is_left_alone(tiny_model: Path) -> None:
+    scalar = load_scalar_model(tiny_model, TINY, torch.float32)
+    tuned(scalar.model)
+    assert not scalar.head.weight.requires_grad  # the stage turns it on
+    assert isinstance(scalar.head, torch.nn.Linear)
+    with pytest.raises(AttributeError):
+        _ = scalar.head.lora_A

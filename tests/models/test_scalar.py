@@ -1,0 +1,136 @@
+"""Reward models and critics: where they are read, and that what is saved scores alike elsewhere."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf.config import ConfigError
+from rlhf.models.load import ModelConfig, load_tokenizer
+from rlhf.models.policy import pad_sequences
+from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
+
+TINY = ModelConfig(kind="tiny")
+CPU = torch.device("cpu")
+STOP = 2
+
+
+@pytest.fixture
+def scalar(tiny_model: Path) -> ScalarModel:
+    torch.manual_seed(0)
+    found = load_scalar_model(tiny_model, TINY, torch.float32)
+    reset_head(found, deviation=1.0)
+    return found
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(tiny_model, TINY)
+
+
+def rows() -> list[Tensor]:
+    """Different lengths; every one ends in the stop token, one holds it twice."""
+    generator = torch.Generator().manual_seed(3)
+    found = [torch.randint(3, 259, (length,), generator=generator) for length in (4, 11, 1, 7)]
+    for row in found:
+        row[-1] = STOP
+    found[3][2] = STOP
+    return found
+
+
+@torch.no_grad()
+def by_hand(scalar: ScalarModel, row: Tensor) -> Tensor:
+    """The head on every position of one row, without padding."""
+    hidden_TH = scalar.model.model(input_ids=row[None]).last_hidden_state[0]
+    return hidden_TH @ scalar.head.weight[0] + float(scalar.offset)
+
+
+def test_a_value_is_read_where_its_token_is_predicted(scalar: ScalarModel) -> None:
+    prompts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    responses = [torch.tensor([9, STOP]), torch.tensor([10, STOP, 11, 12])]
+    values_N = scalar.values(pad_sequences(prompts, responses, STOP, CPU))
+    first, second = (by_hand(scalar, torch.cat(pair)) for pair in zip(prompts, responses, strict=True))
+    # V(prompt + y_<t): for the first token at the prompt's last one, never at the token itself
+    expected = torch.cat([first[2:4], second[0:4]])
+    torch.testing.assert_close(values_N.detach(), expected, atol=1e-5, rtol=1e-5)
+    assert values_N.dtype == torch.float32
+
+
+@pytest.mark.parametrize("pad", [0, STOP, 200])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 12, 10_000])
+def test_a_score_is_read_at_the_last_real_token(scalar: ScalarModel, pad: int, micro_batch_tokens: int) -> None:
+    expected = torch.stack([by_hand(scalar, row)[-1] for row in rows()])
+    torch.testing.assert_close(scalar.last_values(rows(), pad).detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scalar.score(rows(), pad, micro_batch_tokens), expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.1
+
+
+def test_transformers_scores_the_saved_directory_alike(
+    scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    save_scalar_model(scalar, tokenizer, tmp_path)
+    published = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert published.config.num_labels == 1
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id == STOP
+    padded = tokenizer.pad({"input_ids": [row.tolist() for row in rows()]}, return_tensors="pt")
+    with torch.no_grad():
+        theirs = published(**padded).logits.squeeze(-1)  # with their own pooling: the last non-pad token
+    ours = scalar.score(rows(), int(tokenizer.pad_token_id), 1000)
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    again = load_scalar_model(tmp_path, TINY, torch.float32)
+    assert torch.equal(again.score(rows(), 0, 1000), scalar.score(rows(), 0, 1000))
+
+
+def test_rescaling_folds_gain_and_bias(scalar: ScalarModel) -> None:
+    before = scalar.score(rows(), 0, 1000)
+    scalar.rescale(2.0, -3.0)
+    torch.testing.assert_close(scalar.score(rows(), 0, 1000), 2 * before - 3, atol=1e-5, rtol=1e-5)
+    scalar.rescale(0.5, 1.0)  # the offset is scaled too: 0.5 (2x - 3) + 1
+    torch.testing.assert_close(scalar.score(rows(), 0, 1000), before - 0.5, atol=1e-5, rtol=1e-5)
+
+
+def test_an_offset_cannot_be_lost_on_the_way_to_disk(
+    scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    scalar.rescale(1.0, 0.25)
+    with pytest.raises(AssertionError, match="no bias"):
+        save_scalar_model(scalar, tokenizer, tmp_path)
+
+
+def test_heads_are_drawn_as_asked(scalar: ScalarModel) -> None:
+    reset_head(scalar, deviation=0.0)
+    assert not scalar.score(rows(), 0, 1000).any()
+    torch.manual_seed(0)
+    draws = []
+    for _ in range(200):
+        reset_head(scalar)
+        draws.append(scalar.head.weight.detach().flatten().clone())
+    drawn = torch.cat(draws)  # 12800 numbers of variance 1 / (64 + 1)
+    assert float(drawn.std()) == pytest.approx(math.sqrt(1 / 65), rel=0.03)
+    assert abs(float(drawn.mean())) < 0.005
+
+
+def test_the_head_stays_fp32_and_learns(tiny_model: Path) -> None:
+    scalar = load_scalar_model(tiny_model, TINY, torch.bfloat16)
+    assert scalar.model.dtype == torch.bfloat16
+    assert scalar.head.weight.dtype == scalar.offset.dtype == torch.float32
+    scores = scalar.last_values(rows(), 0)
+    assert scores.dtype == torch.float32
+    scores.sum().backward()
+    assert scalar.head.weight.grad is not None and scalar.head.weight.grad.any()
+    assert scalar.offset.grad == len(rows())
+    assert scalar.model.model.embed_tokens.weight.grad is not None
+
+
+def test_a_model_without_a_linear_score_head_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=1, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="Bert.* no linear `score` head"):
+        load_scalar_model(tmp_path, TINY, torch.float32)
