@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from datetime import datetime
-from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,6 +22,8 @@ from rich.markup import escape
 from rlhf.config import ConfigError
 
 CONFIG_ERROR, GATE_FAILED, INTERRUPTED = 2, 3, 130
+failed_trials: list[int] = []
+"""Exit codes of the trials of a sweep that did not end well."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
@@ -31,14 +32,16 @@ def compose_and_run(node: DictConfig) -> None:
     try:
         run(node)
     except (ConfigError, OmegaConfBaseException) as error:
-        fail(error)
+        print(f"Error: {error}", file=sys.stderr)
+        end(CONFIG_ERROR)
 
 
 def run(node: DictConfig) -> None:
     """Check the whole config, then run what was asked for, and show what came of it."""
     from rlhf.experiment import build_experiment
-    from rlhf.pipeline import GateError, Pipeline
+    from rlhf.pipeline import Pipeline
     from rlhf.report.summary import print_summary
+    from rlhf.run import GateError
 
     quiet_libraries()
     resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
@@ -52,7 +55,8 @@ def run(node: DictConfig) -> None:
         print_summary(pipeline.results, console)
         console.print(f"\n[red]{escape(str(error))}[/]", highlight=False)
         console.print("Finished stages are kept. `gates=warn` goes on past a failing gate.", highlight=False)
-        raise SystemExit(GATE_FAILED) from None
+        end(GATE_FAILED)
+        return
     print_summary(pipeline.results, console)
 
 
@@ -80,10 +84,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")
 
 
-def fail(error: Exception) -> NoReturn:
-    """Show a mistake of the user's as one message, without a traceback."""
-    print(f"Error: {error}", file=sys.stderr)
-    raise SystemExit(CONFIG_ERROR) from None
+def end(code: int) -> None:
+    """End with this exit code; a trial of a sweep lets the others go on first."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        raise SystemExit(code)
+    failed_trials.append(code)
 
 
 def main() -> None:
@@ -92,14 +97,18 @@ def main() -> None:
     try:
         compose_and_run()
     except OverrideParseException as error:  # its message does not say which argument it is about
-        fail(ConfigError(f"{error.override}: {error}"))
+        print(f"Error: {error.override}: {error}", file=sys.stderr)
+        raise SystemExit(CONFIG_ERROR) from None
     except (HydraException, OmegaConfBaseException) as error:
-        fail(error)
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(CONFIG_ERROR) from None
     except KeyboardInterrupt:
         print(
             "\nInterrupted. Finished stages are kept: the same command goes on from there.", file=sys.stderr
         )
         raise SystemExit(INTERRUPTED) from None
+    if failed_trials:
+        raise SystemExit(max(failed_trials))
 
 
 if __name__ == "__main__":

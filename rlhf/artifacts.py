@@ -75,6 +75,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def directory_digest(directory: Path) -> str:
+    """sha256 over the names and bytes of all files below a directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return digest_of([[str(path.relative_to(directory)), file_digest(path)] for path in files])
+
+
 def recipe_key(recipe: Recipe) -> str:
     """The name an artifact made by this recipe is stored under."""
     return digest_of(recipe)[:KEY_LENGTH]
@@ -140,10 +146,13 @@ class Store:
         for path in [*scratch.rglob("*"), scratch]:
             _flush(path)
         final = self.root / manifest.stage / manifest.key
+        replaced = final.with_name(f".{final.name}.replaced")
         if final.exists():  # force=[stage], or a directory without a manifest
-            shutil.rmtree(final)
+            final.rename(replaced)
         scratch.rename(final)
         _flush(final.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
         return Artifact(final, manifest)
 
     def explain(self, stage: str, recipe: Recipe) -> str:
@@ -154,7 +163,8 @@ class Store:
                 differences.append(_changes(Manifest.model_validate_json(path.read_bytes()).recipe, recipe))
         if not differences:
             return "none was made before"
-        return "; ".join(min(differences, key=lambda changes: len(changes)))
+        fewest = min(differences, key=len)
+        return "; ".join(fewest)
 
 
 def _flush(path: Path) -> None:

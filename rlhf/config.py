@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -51,7 +52,7 @@ class OptimConfig(Strict):
     lr: PositiveFloat
     weight_decay: NonNegativeFloat
     eps: PositiveFloat
-    warmup_fraction: NonNegativeFloat
+    warmup_fraction: float = Field(ge=0, lt=1)
     """Share of the steps over which the rate climbs from 0; it falls linearly to 0 over the rest."""
     max_grad_norm: PositiveFloat
 

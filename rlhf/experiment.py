@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, NonNegativeInt
+from pydantic import BeforeValidator, Field, NonNegativeInt
 
 from rlhf.config import ConfigError, Strict, validated
 from rlhf.distributed import Precision
@@ -27,7 +27,7 @@ class Settings(Strict):
 
     stage: Names
     """`all`, one stage, or a list; what they need and the store lacks is run too."""
-    run_name: str | None
+    run_name: str | None = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     """Names the run's directory; null makes one from the time."""
     runs_dir: str
     store_dir: str
@@ -73,6 +73,8 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     """
     sections = {name: value for name, value in resolved.items() if _is_stage(value)}
     settings = validated(Settings, {k: v for k, v in resolved.items() if k not in sections}, "")
+    if not settings.stage:
+        raise ConfigError(f"stage=[]: nothing to do. Use all, or some of {', '.join(sections)}.")
     for key, names, extra in (("stage", settings.stage, ["all"]), ("force", settings.force, [])):
         for name in names:
             if name not in sections and name not in extra:
@@ -88,7 +90,10 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     for name, stage in stages.items():
         earlier = list(stages)[: list(stages).index(name)]
         assert set(stage.inputs()) <= set(earlier), f"conf/config.yaml: mount {name} behind {stage.inputs()}"
-    return Experiment(settings, stages, resolved)
+    experiment = Experiment(settings, stages, resolved)
+    for name in experiment.needed():
+        stages[name].check(stages)
+    return experiment
 
 
 def _is_stage(value: Any) -> bool:

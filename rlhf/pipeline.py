@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import math
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,8 @@ import torch
 from filelock import Timeout
 from rich.console import Console
 
-from rlhf.artifacts import Artifact, Manifest, Recipe, Store, recipe_key
-from rlhf.config import Bound, ConfigError
+from rlhf.artifacts import Artifact, Manifest, Recipe, Store, digest_of, file_digest, recipe_key
+from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute, make_compute
 from rlhf.estimate import parameters_in, speed_of
@@ -28,83 +25,12 @@ from rlhf.experiment import Experiment
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, base_files, base_identity
 from rlhf.progress import Progress, clock
+from rlhf.run import GateError, GateResult, Run
 from rlhf.stage import Stage
 from rlhf.tracking import Tracker, make_tracker
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """One summary metric against its bound."""
-
-    stage: str
-    name: str
-    value: float
-    bound: Bound
-
-    @property
-    def passed(self) -> bool:
-        """Whether the value lies within the bound."""
-        return self.bound.holds(self.value)
-
-    def as_json(self) -> dict[str, Any]:
-        """Its entry in summary.json; a value that is not finite becomes null."""
-        return {
-            "stage": self.stage,
-            "name": self.name,
-            "value": _finite(self.value),
-            "bound": str(self.bound),
-            "passed": self.passed,
-        }
-
-    def __str__(self) -> str:
-        return f"{self.stage}: {self.name} = {self.value:.4g}, wanted {self.bound}. Try: {self.bound.advice}."
-
-
-class GateError(Exception):
-    """A stage finished, but its result is not good enough to go on with. Exit code 3."""
-
-
-@dataclass
-class Run:
-    """One invocation: its directory, and what is known of it so far (summary.json)."""
-
-    directory: Path
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    gates: list[GateResult] = field(default_factory=list)
-
-    def record(self, name: str, status: str, artifact: Artifact | None, seconds: float) -> None:
-        """Note how a stage ended, and link its artifact."""
-        metrics = (
-            {f"{name}/{metric}": value for metric, value in artifact.manifest.metrics.items()}
-            if artifact
-            else {}
-        )
-        self.stages[name] = {
-            "status": status,
-            "key": artifact.key if artifact else None,
-            "artifact": str(artifact.path.resolve()) if artifact else None,
-            "seconds": round(seconds, 2),
-            "metrics": metrics,
-        }
-        if artifact:
-            link = self.directory / "artifacts" / name
-            link.parent.mkdir(exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(artifact.path.resolve())
-        self.write()
-
-    def write(self) -> None:
-        """Write summary.json; figures that are not finite become null."""
-        gates = [gate.as_json() for gate in self.gates]
-        stages = {
-            name: stage | {"metrics": {metric: _finite(value) for metric, value in stage["metrics"].items()}}
-            for name, stage in self.stages.items()
-        }
-        (self.directory / "summary.json").write_text(
-            json.dumps({"stages": stages, "gates": gates}, indent=2, allow_nan=False)
-        )
 
 
 class Pipeline:
@@ -116,6 +42,8 @@ class Pipeline:
         self.store = Store(Path(settings.store_dir))
         self.results = Run(Path(settings.runs_dir) / run_name)
         self.model_identity = base_identity(settings.model)
+        self.changed: set[str] = set()
+        """Forced stages whose result differs from the one that the store had."""
         for name in experiment.needed():
             experiment.stages[name].external()  # a missing data file is told now, not after hours of training
 
@@ -127,11 +55,17 @@ class Pipeline:
         """
         settings, run = self.experiment.settings, self.results
         try:
-            run.directory.mkdir(parents=True, exist_ok=True)
+            run.begin()
         except OSError as error:
             raise ConfigError(
                 f"runs_dir={settings.runs_dir}: {run.directory} cannot be created ({error.strerror})."
             ) from None
+        with run.alone():
+            self.run_stages()
+
+    def run_stages(self) -> None:
+        """Run the chain inside its directory."""
+        settings, run = self.experiment.settings, self.results
         (run.directory / "config.yaml").write_text(to_yaml(self.experiment.resolved))
         compute, precision = make_compute(settings.device, settings.precision)
         self.console.print(f"Run in {run.directory}; {precision}.", highlight=False)
@@ -159,13 +93,13 @@ class Pipeline:
         stage, run = self.experiment.stages[name], self.results
         recipe = self.recipe(stage, artifacts, compute)
         key = recipe_key(recipe)
-        forced = name in self.experiment.settings.force
+        forced = name in self.experiment.settings.force or not self.changed.isdisjoint(stage.inputs())
         start = time.monotonic()
         with self.locked(name, key):
             found = None if forced else self.store.find(name, key)
             if found:
                 tracker.replay(found.path)
-                run.record(name, "reused", found, 0.0)
+                run.record(name, "reused", key, found, 0.0)
                 why = f": every knob and input equals {found.path}" if self.experiment.settings.why else ""
                 self.console.print(f"[cyan]{name}[/] reused ({key}){why}", highlight=False)
                 return found
@@ -194,12 +128,17 @@ class Pipeline:
                 with progress.shown():
                     stage.run(job)
             except BaseException:
-                run.record(name, "failed", None, time.monotonic() - start)
+                run.record(name, "failed", key, None, time.monotonic() - start)
                 raise
             assert job.summary is not None, f"{name} ended without publishing"
             seconds = time.monotonic() - start
-            artifact = self.store.publish(scratch, self.manifest(stage, recipe, job.summary, seconds))
-        run.record(name, "ran", artifact, seconds)
+            replaced = self.store.find(name, key) if forced else None
+            artifact = self.store.publish(
+                scratch, self.manifest(stage, recipe, scratch, job.summary, seconds)
+            )
+            if replaced and not same_content(replaced, artifact):
+                self.changed.add(name)
+        run.record(name, "ran", key, artifact, seconds)
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}", highlight=False)
         return artifact
 
@@ -247,8 +186,13 @@ class Pipeline:
             recipe["dtype"] = str(compute.dtype).removeprefix("torch.")
         return recipe
 
-    def manifest(self, stage: Stage, recipe: Recipe, metrics: dict[str, float], seconds: float) -> Manifest:
+    def manifest(
+        self, stage: Stage, recipe: Recipe, scratch: Path, metrics: dict[str, float], seconds: float
+    ) -> Manifest:
         """What will be known of the artifact later."""
+        tokenizer_files = {
+            path.name: file_digest(path) for name in TOKENIZER_FILES if (path := scratch / name).exists()
+        }
         return Manifest(
             stage=stage.name,
             key=recipe_key(recipe),
@@ -256,6 +200,7 @@ class Pipeline:
             config=dict(self.experiment.resolved),
             metrics=metrics,
             seconds=round(seconds, 2),
+            tokenizer=digest_of(tokenizer_files) if tokenizer_files else None,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             git_revision=git_revision(),
             packages={name: importlib.metadata.version(name) for name in PACKAGES},
@@ -296,15 +241,15 @@ class Pipeline:
         finally:
             lock.release()
 
-    def keep_base(self, kind: str, write: Callable[[Path], None]) -> Path:
+    def keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
         """Make a base model that has to be converted or built first, once, and keep it in the store."""
-        recipe: Recipe = {"stage": "base", "kind": kind, "identity": self.model_identity}
+        recipe: Recipe = {"stage": "base", "content": content}
         key = recipe_key(recipe)
         with self.store.lock("base", key):
             found = self.store.find("base", key)
             if found:
                 return found.path
-            self.console.print(f"[cyan]base[/] model={kind}: converting it, once", highlight=False)
+            self.console.print(f"[cyan]base[/] model={content[0]}: making it, once", highlight=False)
             start = time.monotonic()
             scratch = self.store.scratch("base", key)
             write(scratch)
@@ -316,8 +261,14 @@ class Pipeline:
             return self.store.publish(scratch, manifest).path
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def same_content(first: Artifact, second: Artifact) -> bool:
+    """Whether two artifacts hold the same bytes, apart from the logs."""
+    logs = (Tracker.METRICS, Tracker.SAMPLES)
+    one, other = (
+        {name: digest for name, digest in artifact.manifest.files.items() if name not in logs}
+        for artifact in (first, second)
+    )
+    return one == other
 
 
 def to_yaml(resolved: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from rlhf.config import Bound, Strict
@@ -41,6 +42,13 @@ class Stage(Strict, ABC):
     def reads_base_model(self) -> bool:
         """Whether the base model itself (not only a stage's output) decides the result."""
         return False
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """Refuse what does not fit together with the other stages' knobs.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
 
     def external(self) -> dict[str, str]:
         """Digests of what lies outside the store and decides the result (data files)."""

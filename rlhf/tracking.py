@@ -100,11 +100,16 @@ class Tracker:
         self._stage_directory = stage_directory
 
     def replay(self, stage_directory: Path) -> None:
-        """Copy a reused artifact's lines into the run's files."""
+        """Tell the run's files, and the sinks, what a reused artifact's lines say."""
         for name in (self.METRICS, self.SAMPLES):
             if (stage_directory / name).exists():
                 with (self._run_directory / name).open("a") as run_file:
                     run_file.write((stage_directory / name).read_text())
+        for line in (stage_directory / self.METRICS).read_text().splitlines() if self._sinks else ():
+            row = json.loads(line)
+            metrics = {name: value for name, value in row.items() if "/" in name and value is not None}
+            for sink in self._sinks:
+                sink.log(metrics, row["stage"], row["step"])
 
     def log(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
         """Record one step of one stage; names get the stage's in front."""

@@ -14,6 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.config import OptimConfig
 
+COPIED = ("lr", "weight_decay", "eps")
+"""What a schedule or a user changes in the outer parameter groups, and AdamW reads in the inner ones."""
+
 
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW whose state and master weights are fp32 while the model computes in its own dtype.
@@ -24,8 +27,8 @@ class MasterAdamW(torch.optim.Optimizer):
     would otherwise poison every parameter.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], *, eps: float, max_grad_norm: float) -> None:
-        super().__init__(list(groups), {"lr": 0.0, "weight_decay": 0.0})
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().__init__(list(groups), {})
         self._pairs: list[tuple[Tensor, Tensor]] = []
         inner_groups = []
         for group in self.param_groups:
@@ -35,9 +38,8 @@ class MasterAdamW(torch.optim.Optimizer):
                 parameter.register_post_accumulate_grad_hook(_accumulate_into(master))
                 self._pairs.append((parameter, master))
                 masters.append(master)
-            inner_groups.append({"params": masters, "lr": group["lr"], "weight_decay": group["weight_decay"]})
-        self._inner = AdamW(inner_groups, eps=eps, fused=True)
-        self._max_grad_norm = max_grad_norm
+            inner_groups.append({"params": masters, **{name: group[name] for name in COPIED}})
+        self._inner = AdamW(inner_groups, fused=True)
         self.grad_norms: list[float] = []
         """Of the last step, one a group, before clipping."""
         self.skipped_steps = 0
@@ -47,17 +49,19 @@ class MasterAdamW(torch.optim.Optimizer):
         """Clip, update the masters, and round them into the model."""
         assert closure is None
         self.grad_norms = [
-            float(nn.utils.clip_grad_norm_(group["params"], self._max_grad_norm))
-            for group in self._inner.param_groups
+            float(nn.utils.clip_grad_norm_(inner["params"], outer["max_grad_norm"]))
+            for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True)
         ]
         if not all(math.isfinite(norm) for norm in self.grad_norms):
             self.skipped_steps += 1
+            self.zero_grad()
             return
         for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            inner["lr"], inner["weight_decay"] = outer["lr"], outer["weight_decay"]
+            inner.update({name: outer[name] for name in COPIED})
         self._inner.step()
         for parameter, master in self._pairs:
             parameter.copy_(master)
+        self.zero_grad()  # transformers' Trainer clears the model's gradients only, never the optimizer's
 
     @property
     def grad_norm(self) -> float:
@@ -71,7 +75,11 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Masters and moments."""
-        return {"masters": [master.detach() for _, master in self._pairs], "adamw": self._inner.state_dict()}
+        return {
+            "masters": [master.detach() for _, master in self._pairs],
+            "adamw": self._inner.state_dict(),
+            "groups": [{name: group[name] for name in COPIED} for group in self.param_groups],
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -80,6 +88,8 @@ class MasterAdamW(torch.optim.Optimizer):
             master.copy_(saved)
             parameter.copy_(saved)
         self._inner.load_state_dict(state_dict["adamw"])
+        for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
+            group.update(saved)
 
 
 def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
@@ -101,29 +111,30 @@ def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
         "params": [parameter for parameter in parameters if parameter.requires_grad],
         "lr": config.lr,
         "weight_decay": config.weight_decay,
+        "eps": config.eps,
+        "max_grad_norm": config.max_grad_norm,
+        "warmup_fraction": config.warmup_fraction,
     }
 
 
 def make_optimizer(groups: Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]) -> MasterAdamW:
-    """One optimizer for several groups; epsilon and clipping are the first group's."""
-    first = groups[0][1]
-    return MasterAdamW(
-        [parameter_group(parameters, config) for parameters, config in groups],
-        eps=first.eps,
-        max_grad_norm=first.max_grad_norm,
-    )
+    """One optimizer, each group of parameters with its own rate, epsilon and clipping."""
+    return MasterAdamW([parameter_group(parameters, config) for parameters, config in groups])
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, num_steps: int, warmup_fraction: float) -> LambdaLR:
-    """Linear warm-up, then linear decay that would reach 0 one step after the last."""
-    warmup = round(num_steps * warmup_fraction)
+def make_schedule(optimizer: MasterAdamW, num_steps: int) -> LambdaLR:
+    """Linear warm-up over each group's own fraction, then linear decay that reaches 0 after the last step."""
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
+    def factor_of(warmup: int) -> Callable[[int], float]:
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
 
-    return LambdaLR(optimizer, factor)
+        return factor
+
+    warmups = [round(num_steps * group["warmup_fraction"]) for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [factor_of(warmup) for warmup in warmups])
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

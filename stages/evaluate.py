@@ -25,7 +25,7 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.policy import check_head
 from rlhf.rewards.learned import make_reward
-from rlhf.rewards.source import Exchange, RewardSource, finite_scores
+from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
 from rlhf.rl.kl import kl_k1
 from rlhf.rl.rollout import Rollout
 from rlhf.rl.statistics import distinct_n
@@ -123,6 +123,10 @@ class EvaluateStage(Stage):
     def reads_base_model(self) -> bool:
         """It is one of the policies."""
         return True
+
+    def external(self) -> dict[str, str]:
+        """The models or the code that score, where they are the user's."""
+        return reward_digest(self.reward) | reward_digest(self.gold)
 
     def work(self, data: PreparedData) -> Work:
         """Every policy answers, is read by the others and by the rewards, and takes the retention tests."""

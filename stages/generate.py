@@ -19,7 +19,7 @@ from rlhf.estimate import Work
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.rewards.learned import make_reward
-from rlhf.rewards.source import Exchange, RewardSource, finite_scores
+from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
 from rlhf.rl.statistics import distinct_n
 from rlhf.stage import Stage
 
@@ -60,6 +60,10 @@ class GenerateStage(Stage):
     def reads_base_model(self) -> bool:
         """Only when it samples from the base model."""
         return self.policy == "base"
+
+    def external(self) -> dict[str, str]:
+        """The model or the code that scores, where it is the user's."""
+        return reward_digest(self.reward)
 
     def work(self, data: PreparedData) -> Work:
         """Every sample is decoded, and read once by the reward model."""

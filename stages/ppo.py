@@ -7,6 +7,7 @@ The loop itself is rlhf/ppo/learner.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
@@ -20,14 +21,14 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.adapters import attach, count_parameters
-from rlhf.models.load import load_causal_lm, load_tokenizer
+from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
 from rlhf.models.policy import check_head
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.mix import PretrainingMix
 from rlhf.rewards.learned import LearnedReward, make_reward
-from rlhf.rewards.source import Reward
+from rlhf.rewards.source import Reward, reward_digest
 from rlhf.rl.scores import ScoreNormalizer
 from rlhf.stage import Stage
 
@@ -47,6 +48,26 @@ class PpoStage(PpoConfig, Stage):
     def roles(self) -> tuple[Role, ...]:
         """Reads prompts, and SFT rows for the pretraining mix."""
         return ("ppo", "sft") if self.ptx.coef > 0 else ("ppo",)
+
+    def external(self) -> dict[str, str]:
+        """The model or the code that scores, where it is the user's."""
+        return reward_digest(self.reward)
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """The moments that scores are normalised with must be those of the scores that PPO sees."""
+        if self.score.normalize != "sft":
+            return
+        wanted = {"policy": "sft"} | {
+            name: getattr(self, name) for name in ("reward", "temperature", "max_new_tokens")
+        }
+        measured = chain["generate"].model_dump()
+        for name, value in wanted.items():
+            if measured[name] != value:
+                raise ConfigError(
+                    f"generate.{name}={measured[name]}: ppo.score.normalize=sft takes the score's mean and "
+                    f"deviation from `generate`, so this must be {value}. "
+                    "Or use ppo.score.normalize=running with ppo.critic.init=sft."
+                )
 
     def work(self, data: PreparedData) -> Work:
         """Episodes are decoded, read by four models and trained on by two; evaluations by three."""
@@ -92,8 +113,7 @@ class PpoStage(PpoConfig, Stage):
             job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
         )
         adapter.merge()
-        policy.save_pretrained(job.directory)
-        tokenizer.save_pretrained(job.directory)
+        save_policy(policy, tokenizer, job.directory)
         job.publish({**metrics, "trained_parameters": trained})
 
     def normalizer(self, job: Job) -> ScoreNormalizer:
@@ -117,7 +137,8 @@ class PpoStage(PpoConfig, Stage):
         """The critic, speaking the normalised score's units from its first step (PPO.md detail 12)."""
         if self.critic.init == "sft":
             directory = job.inputs["sft"].path
-            critic = load_scalar_model(directory, job.base.config, job.compute.dtype).to(job.compute.device)
+            critic = load_scalar_model(directory, job.base.config, job.compute.dtype, new_head=True)
+            critic.to(job.compute.device)
             reset_head(critic, deviation=0.0)
             return critic
         assert isinstance(reward, LearnedReward)

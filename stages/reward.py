@@ -71,7 +71,7 @@ class RewardStage(Stage):
         """Train, publish, and measure what was published."""
         tokenizer = load_tokenizer(job.inputs["sft"].path, job.base.config)
         assert isinstance(tokenizer.pad_token_id, int)
-        model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype)
+        model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype, new_head=True)
         model.to(job.compute.device)
         reset_head(model)
         adapter = attach(model.model, self.peft)
@@ -89,7 +89,7 @@ class RewardStage(Stage):
         if not train or not held_out:
             raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
         trained, _ = count_parameters(model)
-        self.train(job, model, train, tokenizer.pad_token_id)
+        skipped = self.train(job, model, train, tokenizer.pad_token_id)
 
         adapter.merge()
         save_scalar_model(model, tokenizer, job.directory)
@@ -101,26 +101,32 @@ class RewardStage(Stage):
         job.publish({
             **rank_quality(ranking),
             "trained_parameters": trained,
+            "skipped_steps": skipped,
             "train_pairs": len(train),
             "pairs_too_long": too_long,
         })  # fmt: skip
 
-    def train(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair], pad_id: int) -> None:
-        """Bradley-Terry training; each optimizer step is one mean over batch_pairs pairs."""
+    def train(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair], pad_id: int) -> int:
+        """Bradley-Terry training; each optimizer step is one mean over batch_pairs pairs.
+
+        Returns:
+            The number of steps skipped for a gradient that was not finite.
+        """
         optimizer = make_optimizer([(model.parameters(), self.optim)])
         batches = [
             batch
             for epoch in range(self.epochs)
             for batch in chunks(random.Random(job.seed + epoch).sample(pairs, len(pairs)), self.batch_pairs)
         ]
-        schedule = make_schedule(optimizer, len(batches), self.optim.warmup_fraction)
+        schedule = make_schedule(optimizer, len(batches))
         with job.progress.task("reward: training", len(batches)) as task:
-            for step, batch in enumerate(batches):
+            for step, batch in enumerate(batches, 1):
                 metrics = self.step(job, model, optimizer, batch, pad_id)
                 metrics["lr"] = float(schedule.get_last_lr()[0])
                 schedule.step()
                 job.log(metrics, step)
                 task.advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['train_accuracy']:.2f}")
+        return optimizer.skipped_steps
 
     def step(
         self, job: Job, model: ScalarModel, optimizer: MasterAdamW, batch: Sequence[EncodedPair], pad_id: int
@@ -136,7 +142,6 @@ class RewardStage(Stage):
             job.compute.accelerator.backward(loss)
             sums += torch.stack([loss.detach(), (chosen_B > rejected_B).sum() / totals[0]])
         optimizer.step()
-        optimizer.zero_grad()
         loss_sum, accuracy = job.compute.global_sum(sums).tolist()
         return {"loss": loss_sum, "train_accuracy": accuracy, "grad_norm": optimizer.grad_norm}
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
@@ -32,18 +32,18 @@ from rlhf.data.sources import SourceConfig
 from rlhf.estimate import Work
 from rlhf.job import Job
 from rlhf.models.adapters import attach, count_parameters
-from rlhf.models.load import load_causal_lm
+from rlhf.models.load import load_causal_lm, save_policy
 from rlhf.models.policy import check_head, pad_sequences, response_statistics
 from rlhf.progress import Task
 from rlhf.stage import Stage
-from rlhf.training import make_optimizer, make_schedule
+from rlhf.training import make_optimizer
 
 
 class SftStage(Stage):
     """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"data", "micro_batch_tokens"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"data", "micro_batch_rows", "micro_batch_tokens"})
 
     data: SourceConfig
     """Rows with a prompt and its answer; prepared by `prepare`, so its content is in the key."""
@@ -58,6 +58,14 @@ class SftStage(Stage):
     """Padded tokens per forward pass when measuring the held-out loss."""
     max_tokens: PositiveInt
     """Longer rows are cut (the end of the answer is lost)."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if self.batch_rows % self.micro_batch_rows:
+            raise ValueError(
+                f"micro_batch_rows={self.micro_batch_rows} does not divide batch_rows={self.batch_rows}"
+            )
+        return self
 
     def inputs(self) -> tuple[str, ...]:
         """It reads prepared data."""
@@ -88,18 +96,19 @@ class SftStage(Stage):
         before = self.mean_loss(model, tokenizer, held_out)
         adapter = attach(model, self.peft)
         trained, _ = count_parameters(model)
-        tokens = self.train(job, model, tokenizer, train)
+        skipped = self.train(job, model, tokenizer, train)
         adapter.merge()
         after = self.mean_loss(model.eval(), tokenizer, held_out)
 
-        model.save_pretrained(job.directory)
-        tokenizer.save_pretrained(job.directory)
+        save_policy(model, tokenizer, job.directory)
         job.publish({
             "held_out_loss_before": before,
             "held_out_loss": after,
             "held_out_loss_change": after - before,
+            "skipped_steps": skipped,
+            "rows_cut": sum(len(ids) > self.max_tokens for ids, _ in train),
             "trained_parameters": trained,
-            "tokens": tokens,
+            "tokens": self.epochs * sum(min(len(ids), self.max_tokens) for ids, _ in train),
         })  # fmt: skip
 
     def train(
@@ -109,7 +118,7 @@ class SftStage(Stage):
         tokenizer: PreTrainedTokenizerBase,
         rows: Sequence[tuple[list[int], int]],
     ) -> int:
-        """Run TRL's SFTTrainer; the number of tokens seen."""
+        """Run TRL's SFTTrainer; the number of steps skipped for a gradient that was not finite."""
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
@@ -120,38 +129,40 @@ class SftStage(Stage):
             }
             for ids, prompt in rows
         ]
-        num_steps = math.ceil(self.epochs * math.ceil(len(labelled) / self.batch_rows))
         optimizer = make_optimizer([(model.parameters(), self.optim)])
         packing = job.base.config.attention.startswith("flash")  # others would attend across documents
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=str(job.directory),  # nothing is written: save_strategy
+                use_cpu=job.compute.device.type == "cpu",
+                bf16=False,  # the weights are in the compute dtype; the optimizer keeps fp32 masters
+                num_train_epochs=self.epochs,
+                per_device_train_batch_size=self.micro_batch_rows,
+                gradient_accumulation_steps=self.batch_rows // self.micro_batch_rows,
+                lr_scheduler_type="linear",
+                warmup_steps=self.optim.warmup_fraction,
+                max_grad_norm=0.0,  # clipped by the optimizer
+                max_length=self.max_tokens,
+                packing=packing,
+                train_sampling_strategy="random" if packing else "group_by_length",
+                gradient_checkpointing=False,
+                seed=job.seed,
+                logging_steps=1,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(labelled),
+            processing_class=tokenizer,
+            optimizers=(optimizer, None),
+        )
+        num_steps = math.ceil(self.epochs * math.ceil(len(trainer.train_dataset) / self.batch_rows))
         with job.progress.task("sft: training", num_steps) as task:
-            trainer = SFTTrainer(
-                model=model,
-                args=SFTConfig(
-                    output_dir=str(job.directory / "unused"),
-                    use_cpu=job.compute.device.type == "cpu",
-                    bf16=False,  # the weights are in the compute dtype; the optimizer keeps fp32 masters
-                    max_steps=num_steps,
-                    per_device_train_batch_size=self.micro_batch_rows,
-                    gradient_accumulation_steps=self.batch_rows // self.micro_batch_rows,
-                    max_grad_norm=0.0,  # clipped by the optimizer
-                    max_length=self.max_tokens,
-                    packing=packing,
-                    train_sampling_strategy="random" if packing else "group_by_length",
-                    gradient_checkpointing=False,
-                    seed=job.seed,
-                    logging_steps=1,
-                    report_to="none",
-                    save_strategy="no",
-                    disable_tqdm=True,
-                ),
-                train_dataset=Dataset.from_list(labelled),
-                processing_class=tokenizer,
-                optimizers=(optimizer, make_schedule(optimizer, num_steps, self.optim.warmup_fraction)),
-                callbacks=[Report(job, task)],
-            )
             trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(Report(job, task))
             trainer.train()
-        return int(trainer.state.num_input_tokens_seen or sum(len(row["input_ids"]) for row in labelled))
+        return optimizer.skipped_steps
 
     @torch.no_grad()
     def mean_loss(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from small_chain import Chain, Outcome
 
 from rlhf.models.load import _write_tiny
-from small_chain import Chain, Outcome
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What is wrong is told once, in the user's own keys, without a traceback, and loses nothing that was finished."""
+"""A mistake is told once, in the user's own keys, without a traceback, and loses nothing that is finished."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
 from small_chain import STAGES, Chain, Outcome
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 CONTEXT = 1024  # of the tiny model
 BY_RULE = ("ppo.critic.init=sft", "ppo.score.normalize=running", "stage=ppo")
@@ -105,8 +104,16 @@ def test_a_cut_off_file(chain: Chain) -> None:
     [
         ("sft.data", "", ["sft.data: bad.jsonl holds no rows"]),
         ("sft.data", '{"prompt": "a"}\n', ["sft.data: bad.jsonl line 1", "answer"]),
-        ("reward.pairs", '{"prompt": "a", "chosen": "b"}\n', ["reward.pairs: bad.jsonl line 1", '"rejected"']),
-        ("ppo.prompts", json.dumps({"prompt": "x" * CONTEXT}), ["ppo.prompts: bad.jsonl line 1", str(CONTEXT)]),
+        (
+            "reward.pairs",
+            '{"prompt": "a", "chosen": "b"}\n',
+            ["reward.pairs: bad.jsonl line 1", '"rejected"'],
+        ),
+        (
+            "ppo.prompts",
+            json.dumps({"prompt": "x" * CONTEXT}),
+            ["ppo.prompts: bad.jsonl line 1", str(CONTEXT)],
+        ),
         ("evaluate.prompts", "[1]\n", ["evaluate.prompts: bad.jsonl line 1", "found list"]),
     ],
 )
@@ -234,5 +241,3 @@ def test_the_process_itself_ends_with_2_and_one_message(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "Error: ppo.clip=-1: Input should be greater than 0.\n"
     assert not (tmp_path / "runs").exists()
-
-

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from small_chain import STAGES, Chain, Outcome, run_main
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.artifacts import Manifest
-from small_chain import STAGES, Chain, Outcome, run_main
+from rlhf.artifacts import Artifact, Manifest
+from rlhf.config import Bound
+from rlhf.run import GateResult, Run
 
 FAILING = ("gates=enforce", "sft.gates.held_out_loss_change.max=-99")
 
@@ -64,6 +67,22 @@ def test_summary_keeps_its_contract(first: Outcome) -> None:
         assert gate["passed"] == (
             gate["value"] <= float(bound) if sign == "<=" else gate["value"] >= float(bound)
         )
+
+
+def test_figures_that_are_not_finite_stay_valid_json(tmp_path: Path, first: Outcome) -> None:
+    manifest = Manifest.model_validate_json((first.artifact("sft") / "manifest.json").read_bytes())
+    manifest.metrics = {"loss": math.nan, "rows": 3.0}
+    run = Run(tmp_path)
+    run.record("sft", "ran", Artifact(first.artifact("sft"), manifest), 1.0)
+    run.gates.append(GateResult("sft", "loss", math.nan, Bound(max=1.0, advice="")))
+    run.write()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert summary["stages"]["sft"]["metrics"] == {"sft/loss": None, "sft/rows": 3.0}
+    assert (summary["gates"][0]["value"], summary["gates"][0]["passed"]) == (None, False)
 
 
 def test_others_find_the_promised_metrics(first: Outcome) -> None:
@@ -153,7 +172,9 @@ def test_other_prompts_leave_sft_and_reward_alone(chain: Chain, first: Outcome) 
     "generate.micro_batch_tokens=64", "evaluate.micro_batch_tokens=64", "evaluate.num_shown=1",
     "ppo.gates.kl.max=41", "why=true", "runs_dir=./runs/.", "stage=[evaluate]",
 ])  # fmt: skip
-def test_what_cannot_change_the_result_is_outside_the_key(chain: Chain, first: Outcome, override: str) -> None:
+def test_what_cannot_change_the_result_is_outside_the_key(
+    chain: Chain, first: Outcome, override: str
+) -> None:
     outcome = chain.run(override)
     assert outcome.code == 0
     assert outcome.statuses == dict.fromkeys(STAGES, "reused")

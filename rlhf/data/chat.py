@@ -44,10 +44,12 @@ def resolve_template(choice: str) -> str:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """The ids a response is sampled after: the conversation and the opening of the assistant's turn.
 
-    An empty conversation (plain text) gives the beginning-of-text token, where the model has one.
+    An empty conversation (plain text) gives the beginning-of-text token; where the model has none, the end
+    token, behind which a new text starts in pretraining.
     """
     if not messages:
-        return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return [] if first is None else [int(first)]
     text = tokenizer.apply_chat_template(
         [{"role": message["role"], "content": message["content"]} for message in messages],
         tokenize=False,

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.artifacts import digest_of, file_digest
+from rlhf.artifacts import digest_of, directory_digest
 from rlhf.config import ConfigError, Strict
-from rlhf.data.chat import PLAIN, resolve_template
+from rlhf.data.chat import PLAIN, resolve_template, stop_ids
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
         spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
         preferred = [token for token in spare if "pad" in token.lower() or "endoftext" in token]
         tokenizer.pad_token = (preferred or spare or [tokenizer.eos_token])[0]
+        if tokenizer.pad_token == tokenizer.eos_token:
+            logger.warning("The tokenizer has no special token to spare: pad and eos stay the same.")
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -103,6 +105,15 @@ def load_causal_lm(
     return model
 
 
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a plain directory whose generation config stops where this template's turns end."""
+    generation = model.generation_config
+    assert generation is not None
+    generation.eos_token_id = stop_ids(tokenizer, generation.eos_token_id)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def base_identity(config: ModelConfig) -> str:
     """What distinguishes this base model from every other one, without loading its weights."""
     choices = [config.chat_template and resolve_template(config.chat_template), config.attention]
@@ -111,19 +122,18 @@ def base_identity(config: ModelConfig) -> str:
     if config.kind == "tiny":
         return digest_of(["tiny", TINY, *choices])
     if config.kind == "local":
-        files = sorted(path for path in _local_directory(config).rglob("*") if path.is_file())
-        return digest_of([[path.name, file_digest(path)] for path in files] + choices)
+        return digest_of([directory_digest(_local_directory(config)), *choices])
     return digest_of([config.id, _hub_snapshot(config).name, *choices])  # the snapshot's name is the commit
 
 
 def base_files(
-    config: ModelConfig, identity: str, build: Callable[[str, Callable[[Path], None]], Path]
+    config: ModelConfig, identity: str, build: Callable[[list[str], Callable[[Path], None]], Path]
 ) -> BaseModelFiles:
-    """The base model's directory; `build(name, write)` makes and keeps one that has to be made first."""
+    """The base model's directory; `build(content, write)` makes and keeps one that has to be made first."""
     if config.kind == "embedded":
-        directory = build("embedded", _write_embedded)
+        directory = build(["embedded", EMBEDDED_PACKAGE, _embedded_version()], _write_embedded)
     elif config.kind == "tiny":
-        directory = build("tiny", _write_tiny)
+        directory = build(["tiny", digest_of(TINY)], _write_tiny)
     elif config.kind == "local":
         directory = _local_directory(config)
     else:

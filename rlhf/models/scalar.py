@@ -68,19 +68,38 @@ class ScalarModel(nn.Module):
         return functional.linear(hidden.float(), self.head.weight).squeeze(-1) + self.offset
 
 
-def load_scalar_model(directory: Path, config: ModelConfig, dtype: torch.dtype) -> ScalarModel:
-    """A published reward model, or a causal model's trunk under a head that `reset_head` must set."""
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        directory,
-        num_labels=1,
-        dtype=dtype,
-        attn_implementation=config.attention,
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if not isinstance(getattr(model, "score", None), nn.Linear):
+def load_scalar_model(
+    directory: Path, config: ModelConfig, dtype: torch.dtype, *, new_head: bool = False
+) -> ScalarModel:
+    """A published reward model, or (new_head) a causal model's trunk under a head that `reset_head` must set.
+
+    Raises:
+        ConfigError: it is not a classification model with one label and a trained linear head.
+    """
+    try:
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            num_labels=1,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"{type(model).__name__} has no linear `score` head: it cannot serve as a reward model."
+            f"{directory}: not a one-label classification model in safetensors: {error}"
+        ) from None
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(
+            f"{directory}: {type(model).__name__} has no linear `score` head without bias: "
+            "it cannot serve as a reward model."
+        )
+    if not new_head and any(name.startswith("score.") for name in loaded["missing_keys"]):
+        raise ConfigError(
+            f"{directory}: its score head was never trained (is it a causal language model?). "
+            "Give a sequence-classification model with one label."
         )
     scalar = ScalarModel(model)
     scalar.eval()
@@ -102,7 +121,7 @@ def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:
 
 def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a directory that `AutoModelForSequenceClassification` loads and scores with alike."""
-    assert float(scalar.offset) == 0.0, "a classification head has no bias to keep the offset in"
+    assert float(scalar.offset.detach()) == 0.0, "a classification head has no bias to keep the offset in"
     scalar.model.config.pad_token_id = tokenizer.pad_token_id  # where transformers' pooling stops
     scalar.model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -86,7 +86,7 @@ class PpoConfig(Strict):
     ptx: PtxConfig
     gamma: float = Field(gt=0, le=1)
     lam: float = Field(ge=0, le=1)
-    clip: PositiveFloat
+    clip: float = Field(gt=0, lt=1)
     clip_high: PositiveFloat | None
     dual_clip: float | None = Field(gt=1)
     value_clip: PositiveFloat | None
@@ -106,6 +106,17 @@ class PpoConfig(Strict):
             raise ValueError(
                 f"minibatch_episodes={self.minibatch_episodes} is more than "
                 f"batch_episodes={self.batch_episodes}"
+            )
+        if self.kl.controller == "adaptive" and self.kl.horizon <= 0.2 * self.batch_episodes:
+            raise ValueError(
+                f"kl.horizon={self.kl.horizon:g} episodes is too short for "
+                f"batch_episodes={self.batch_episodes}: the coefficient could turn negative. "
+                "Use at least ten times the batch"
+            )
+        if self.critic.init == "reward" and self.score.normalize == "running":
+            raise ValueError(
+                "critic.init=reward needs a fixed normalisation to speak its units. "
+                "Use score.normalize=sft, or critic.init=sft"
             )
         by_rule = self.reward == "vader" or self.reward.startswith("python:")
         if self.critic.init == "reward" and by_rule:

@@ -57,7 +57,7 @@ class Learner:
         self.optimizer = make_optimizer([
             (model.policy.parameters(), config.optim), (model.critic.parameters(), config.critic.optim)
         ])  # fmt: skip
-        self.schedule = make_schedule(self.optimizer, config.steps, config.optim.warmup_fraction)
+        self.schedule = make_schedule(self.optimizer, config.steps)
         self.model = model
         self.kl = (
             AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
@@ -69,7 +69,7 @@ class Learner:
         self.sampling = torch.Generator(self.compute.device).manual_seed(job.seed)
         self.shuffling = torch.Generator().manual_seed(job.seed)
         self.bad_steps = 0
-        self.best: tuple[float, dict[str, Tensor]] = (float("-inf"), {})
+        self.best: tuple[Evaluation, dict[str, Tensor]] | None = None
 
     def train(self, prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> dict[str, float]:
         """Run all steps; the policy ends with its best weights.
@@ -99,51 +99,64 @@ class Learner:
                 f"ppo.steps={config.steps}: every step had to be skipped, so nothing was learned. "
                 f"Mend ppo.reward={config.reward}, or lower ppo.optim.lr."
             )
-        load_trainable(self.model.policy, self.best[1])
+        assert self.best is not None
+        best, weights = self.best
+        load_trainable(self.model.policy, weights)
         late = done[-max(1, len(done) // 4) :]
         return {
             "first_ratio_deviation": done[0]["first_ratio_deviation"],
-            "first_kl": abs(done[0]["kl"]),
+            "first_kl": done[0]["kl_k3"],
             "explained_variance": sum(metrics["explained_variance"] for metrics in late) / len(late),
-            "kl": last.kl,
+            "kl": best.kl,
             "held_out_score_before": first.score,
-            "held_out_score": self.best[0],
+            "held_out_score": best.score,
+            "held_out_score_gain": best.score - first.score,
             "held_out_score_last": last.score,
-            "held_out_length": last.length,
+            "held_out_length": best.length,
             "bad_steps": self.bad_steps,
             "steps": config.steps,
             "episodes": config.steps * config.batch_episodes,
         }
 
     def step(self, rows: Sequence[PromptRow], step: int) -> dict[str, float]:
-        """Roll out, score, learn. A step with something non-finite in it is skipped and counted.
+        """Roll out, score, learn. What is not finite is not learned from, and counted.
 
         Raises:
-            ConfigError: more than max_bad_steps were skipped.
+            ConfigError: that happened in more than max_bad_steps steps.
         """
         start = time.monotonic()
+        metrics = {"lr": float(self.schedule.get_last_lr()[0]), "beta": self.kl.coef}
         try:
             experience = self.experience(rows)
-            metrics = rollout_metrics(experience, self.compute.global_sum)
+            metrics |= rollout_metrics(experience, self.compute.global_sum)
             sampled = time.monotonic()
             metrics |= self.learn(experience, critic_only=step <= self.config.critic.warmup_steps)
             metrics |= {"seconds_rollout": sampled - start, "seconds_update": time.monotonic() - sampled}
-            self.kl.update(metrics["kl"], len(rows))
+            self.kl.update(metrics["kl"], self.config.batch_episodes)
+            if metrics["skipped_minibatches"] > 0:
+                self.count_bad(step, "the gradient of a minibatch was not finite.")
         except BadStepError as bad:
-            self.bad_steps += 1
-            metrics = {"bad_steps": float(self.bad_steps)}
-            self.job.progress.console.print(
-                f"ppo: step {step} skipped: {bad}", highlight=False, style="yellow"
-            )
-            if self.bad_steps > self.config.max_bad_steps:
-                raise ConfigError(
-                    f"ppo.max_bad_steps={self.config.max_bad_steps}: {self.bad_steps} steps had to be "
-                    f"skipped; the last because {bad} The weights were never touched by one of them. "
-                    f"Mend ppo.reward={self.config.reward}, or lower ppo.optim.lr."
-                ) from None
-        metrics |= {"lr": float(self.schedule.get_last_lr()[0]), "beta": self.kl.coef}
+            self.count_bad(step, str(bad))
+        metrics["bad_steps"] = float(self.bad_steps)
         self.schedule.step()
         return metrics
+
+    def count_bad(self, step: int, reason: str) -> None:
+        """Tell and count a step of which something was skipped.
+
+        Raises:
+            ConfigError: there were too many.
+        """
+        self.bad_steps += 1
+        self.job.progress.console.print(
+            f"ppo: step {step} skipped: {reason}", highlight=False, style="yellow"
+        )
+        if self.bad_steps > self.config.max_bad_steps:
+            raise ConfigError(
+                f"ppo.max_bad_steps={self.config.max_bad_steps}: {self.bad_steps} steps had to be "
+                f"skipped; the last because {reason} Nothing was learned from what was skipped. "
+                f"Mend ppo.reward={self.config.reward}, or lower ppo.optim.lr."
+            )
 
     def experience(self, rows: Sequence[PromptRow]) -> Experience:
         """Sample one response a prompt with the current policy, and score it."""
@@ -189,21 +202,21 @@ class Learner:
         """All epochs over one rollout.
 
         Raises:
-            BadStepError: a gradient is not finite; that optimizer step was not taken.
+            BadStepError: no minibatch had a finite gradient, so no optimizer step was taken.
         """
         config, metrics = self.config, {}
-        sums, norms = UpdateSums(), []
+        sums, norms, skipped = UpdateSums(), [], 0
         for epoch in range(config.epochs):
             epoch_sums = UpdateSums()
             for indices in minibatches(len(experience), config.minibatch_episodes, self.shuffling):
                 deviation = self.accumulate(experience.select(indices), [sums, epoch_sums], critic_only)
                 if "first_ratio_deviation" not in metrics:
                     metrics["first_ratio_deviation"] = deviation
-                skipped = self.optimizer.skipped_steps
+                already_skipped = self.optimizer.skipped_steps
                 self.optimizer.step()
-                self.optimizer.zero_grad()
-                if self.optimizer.skipped_steps > skipped:
-                    raise BadStepError("a gradient is not finite.")
+                if self.optimizer.skipped_steps > already_skipped:
+                    skipped += 1
+                    continue
                 norms.append(self.optimizer.grad_norms)
                 if self.average is not None:
                     self.average.update()
@@ -211,8 +224,11 @@ class Learner:
             approximate_kl = epoch_sums.means(self.compute.global_sum)["approximate_kl"]
             if config.stop_epochs_kl is not None and approximate_kl > config.stop_epochs_kl:
                 break
+        if not norms:
+            raise BadStepError("no gradient was finite.")
         policy_norms, critic_norms = zip(*norms, strict=True)
         return metrics | sums.means(self.compute.global_sum) | {
+            "skipped_minibatches": float(skipped),
             "max_ratio": sums.max_ratio,
             "grad_norm": sum(policy_norms) / len(norms),
             "critic_grad_norm": sum(critic_norms) / len(norms),
@@ -275,8 +291,8 @@ class Learner:
                 seed=self.job.seed,
                 micro_batch_tokens=self.config.micro_batch_tokens,
             )
-            if result.score > self.best[0]:
-                self.best = (result.score, trainable_state(self.model.policy))
+            if self.best is None or result.score > self.best[0].score:
+                self.best = (result, trainable_state(self.model.policy))
         self.job.log({f"held_out_{name}": value for name, value in result._asdict().items()}, step)
         for row, text in list(zip(rows, texts, strict=True))[:8]:
             self.job.sample(step=step, prompt=row.prompt, response=text)

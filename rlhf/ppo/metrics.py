@@ -1,5 +1,7 @@
 """What PPO reports of itself. Every mean is over real tokens or episodes of all ranks, never over padding.
 
+Quantiles, maxima, distinct-n and held-out evaluations are this rank's.
+
 Dimensions: B episodes, R response tokens (padded).
 """
 
@@ -15,7 +17,7 @@ from rlhf.data.schema import PromptRow
 from rlhf.generation.policy import Policy
 from rlhf.losses.policy import PolicyLoss
 from rlhf.losses.value import ValueLoss
-from rlhf.rewards.source import Exchange, Reward
+from rlhf.rewards.source import Exchange, Reward, finite_scores
 from rlhf.rl.advantage import masked_moments
 from rlhf.rl.kl import kl_k1, kl_k3
 from rlhf.rl.rollout import Experience
@@ -131,7 +133,8 @@ def evaluate_policy(
         generator=torch.Generator(policy.model.device).manual_seed(seed),
         batch_rows=len(rows),
     )
-    scores = reward([Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)])
+    exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
+    scores = finite_scores(reward, exchanges, "ppo.reward, on a held-out prompt,")
     logp_BR = policy.log_probabilities(rollout, temperature, micro_batch_tokens)
     reference_BR = reference.log_probabilities(rollout, temperature, micro_batch_tokens)
     kl = float(kl_k1(logp_BR, reference_BR, rollout.mask_BR).sum()) / len(rows)

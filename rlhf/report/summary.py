@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf.pipeline import GateResult, Run
 from rlhf.progress import clock
+from rlhf.run import GateResult, Run
 
 HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
     "prepare": {

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import ConfigError
 from rlhf.data.chat import exchange_ids, tokenizer_digest
 from rlhf.distributed import Compute
 from rlhf.models.load import ModelConfig, load_tokenizer
@@ -46,10 +45,8 @@ def load_learned_reward(
     """Load a published reward model.
 
     Raises:
-        ConfigError: no such directory, or not a sequence-classification model.
+        ConfigError: not a sequence-classification model with one label.
     """
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"model:{directory}: no config.json there. Give a one-label classification model.")
     model = load_scalar_model(directory, config, compute.dtype).to(compute.device)
     return LearnedReward(directory, model, load_tokenizer(directory, config), micro_batch_tokens)
 

@@ -14,6 +14,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
+from rlhf.artifacts import directory_digest, file_digest
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
 
@@ -67,6 +68,24 @@ def function_reward(source: str) -> Reward:
         return scores.float()
 
     return score
+
+
+def reward_digest(source: str | None) -> dict[str, str]:
+    """What a user's own model or code holds, by its name: part of the key of all that it scored.
+
+    Raises:
+        ConfigError: there is no such model directory, or the function cannot be imported.
+    """
+    if source is not None and source.startswith("model:"):
+        directory = Path(source.removeprefix("model:"))
+        if not (directory / "config.json").is_file():
+            raise ConfigError(f"{source}: no config.json there. Give a one-label classification model.")
+        return {source: directory_digest(directory)}
+    if source is not None and source.startswith("python:"):
+        function_reward(source)
+        code = import_module(source.split(":")[1]).__file__
+        return {source: file_digest(Path(code))} if code else {}
+    return {}
 
 
 def vader_reward(exchanges: Sequence[Exchange]) -> Tensor:

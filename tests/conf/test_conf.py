@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from rlhf.config import Bound, ConfigError, PeftConfig
 from rlhf.data.sources import SourceConfig
-from rlhf.experiment import Experiment, Settings, build_experiment
+from rlhf.experiment import REPEATING, Experiment, Settings, build_experiment
 from rlhf.models.load import ModelConfig
 from rlhf.stage import Stage
 from rlhf.tracking import TrackerConfig
@@ -120,6 +120,11 @@ def test_knobs_outside_the_key_exist(name: str) -> None:
     assert set(cls.not_in_key) <= set(cls.model_fields)
 
 
+def test_stages_that_repeat_others_keys_are_checked_last() -> None:
+    repeating = [name for name in STAGES if "${" in (CONF / "stages" / f"{name}.yaml").read_text()]
+    assert repeating == list(REPEATING)
+
+
 def test_keys_beside_the_stages() -> None:
     plain = set(read("config.yaml")) - {"defaults", "hydra"}
     assert plain | {"model", "tracker"} == set(Settings.model_fields)
@@ -190,7 +195,12 @@ def test_all_complaints_of_a_section_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         build_experiment(resolved)
     lines = str(caught.value).splitlines()
-    assert [re.split(r"[=:]", line)[0] for line in lines] == ["ppo.kl.coef", "ppo.kl.speed", "ppo.gamma", "ppo.clip"]
+    assert [re.split(r"[=:]", line)[0] for line in lines] == [
+        "ppo.kl.coef",
+        "ppo.kl.speed",
+        "ppo.gamma",
+        "ppo.clip",
+    ]
     assert "there is no such key" in lines[1]
     assert "a value is required" in lines[2]
 

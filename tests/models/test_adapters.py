@@ -93,9 +93,10 @@ def test_rank_and_alpha_are_told_apart(tiny_model: Path) -> None:
                 if "lora_B" in name:
                     parameter.fill_(0.01)
         adapter.merge()
-        difference = model.state_dict()["model.layers.0.self_attn.q_proj.weight"] - load(
-            tiny_model
-        ).state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        difference = (
+            model.state_dict()["model.layers.0.self_attn.q_proj.weight"]
+            - load(tiny_model).state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        )
         assert torch.linalg.matrix_rank(difference) == 1  # equal rows of B
         moved[alpha] = difference
     torch.testing.assert_close(moved[16.0], 2 * moved[8.0], atol=1e-6, rtol=1e-4)  # alpha / rank

@@ -79,7 +79,9 @@ def test_the_chat_template_is_the_configured_one(tiny_model: Path, tmp_path: Pat
     assert template(tiny_model, "plain") == PLAIN
     assert template(tiny_model, str(own)) == own.read_text()
     assert template(bare, None) == PLAIN
-    with pytest.raises(ConfigError, match=r"model\.chat_template=fancy: neither a file nor one of chatml, plain"):
+    with pytest.raises(
+        ConfigError, match=r"model\.chat_template=fancy: neither a file nor one of chatml, plain"
+    ):
         template(tiny_model, "fancy")
 
 
@@ -183,7 +185,7 @@ def test_the_hub_without_a_network_is_one_clear_error(tmp_path: Path) -> None:
     )
     assert done.stdout.startswith("model.id=nobody/nothing (revision main): ")
     assert done.stdout.rstrip().endswith("use model=local.")
-    with pytest.raises(ConfigError, match="needs model.id=OWNER/NAME"):
+    with pytest.raises(ConfigError, match=r"needs model\.id=OWNER/NAME"):
         base_identity(config("hub"))
 
 

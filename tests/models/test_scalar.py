@@ -63,7 +63,9 @@ def test_a_value_is_read_where_its_token_is_predicted(scalar: ScalarModel) -> No
 
 @pytest.mark.parametrize("pad", [0, STOP, 200])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 12, 10_000])
-def test_a_score_is_read_at_the_last_real_token(scalar: ScalarModel, pad: int, micro_batch_tokens: int) -> None:
+def test_a_score_is_read_at_the_last_real_token(
+    scalar: ScalarModel, pad: int, micro_batch_tokens: int
+) -> None:
     expected = torch.stack([by_hand(scalar, row)[-1] for row in rows()])
     torch.testing.assert_close(scalar.last_values(rows(), pad).detach(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scalar.score(rows(), pad, micro_batch_tokens), expected, atol=1e-5, rtol=1e-5)
@@ -132,5 +134,5 @@ def test_a_model_without_a_linear_score_head_is_refused(tmp_path: Path) -> None:
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=1, **sizes)).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="Bert.* no linear `score` head"):
+    with pytest.raises(ConfigError, match=r"Bert.* no linear `score` head"):
         load_scalar_model(tmp_path, TINY, torch.float32)

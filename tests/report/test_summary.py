@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rlhf.config import Bound
-from rlhf.pipeline import GateResult, Run
+from rlhf.run import GateResult, Run
 from rlhf.report.summary import print_summary, write_report
 
 ANSWERS = {

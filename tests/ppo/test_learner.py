@@ -1,0 +1,324 @@
+"""What one PPO step must get right, in fp32 on the tiny model. B episodes, R response tokens (padded)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf.data.schema import Message, PromptRow, SftRow
+from rlhf.models.policy import response_statistics, rollout_rows
+from rlhf.ppo.learner import Learner
+from rlhf.ppo.metrics import UpdateSums
+from rlhf.rewards.source import Exchange, Reward
+from small_ppo import ppo_job, ppo_learner, ppo_stage
+
+SMALL = (
+    "ppo.steps=4", "ppo.batch_episodes=16", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=12",
+    "ppo.optim.warmup_fraction=0.0", "ppo.critic.optim.warmup_fraction=0.0",
+)  # fmt: skip
+QUESTIONS = ["Hi", "What is rain?", "Name a colour, a river and a town.", "7 + 5 = ?"]
+ROWS = [PromptRow([Message(role="user", content=f"{QUESTIONS[n % 4]} {n}")]) for n in range(16)]
+ANSWERS = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}.") for n in range(8)]
+
+
+def length(exchanges: Sequence[Exchange]) -> Tensor:
+    """A reward that differs from answer to answer."""
+    return torch.tensor([float(len(exchange.response.encode())) for exchange in exchanges])
+
+
+class Counting:
+    """A reward that is the same for a whole batch, and rises (or falls) from call to call."""
+
+    def __init__(self, change: float) -> None:
+        self.change, self.calls = change, 0
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+        self.calls += 1
+        return torch.full((len(exchanges),), self.change * self.calls)
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_model: Path):
+    """Make a learner: always the same weights, data and random numbers."""
+    made: list[Learner] = []
+
+    def learner(*overrides: str, reward: Reward = length, mix_rows: Sequence[SftRow] = ()) -> Learner:
+        torch.manual_seed(0)
+        job = ppo_job(tmp_path / str(len(made)), tiny_model)
+        made.append(ppo_learner(ppo_stage(*SMALL, *overrides), job, reward, mix_rows))
+        return made[-1]
+
+    return learner
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def shake(learner: Learner) -> None:
+    """Move policy and critic away from where they were, always to the same place."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in learner.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def gradients(learner: Learner) -> list[Tensor]:
+    """Of the last optimizer step, unclipped: AdamW's first moment after one step is a tenth of them."""
+    state = learner.optimizer.state_dict()["adamw"]["state"]
+    return [moments["exp_avg"] * 10 for moments in state.values()]
+
+
+def test_the_policy_starts_as_its_own_reference(make) -> None:
+    learner = make("ppo.temperature=0.7", "ppo.micro_batch_tokens=150")
+    metrics = learner.step(ROWS, 1)
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["kl_k3"] == pytest.approx(0.0, abs=1e-5)
+    assert 0.0 <= metrics["first_ratio_deviation"] < 1e-4
+    assert metrics["max_ratio"] > 1.0  # of all minibatches: the second one came after an update
+
+
+def test_sampling_and_training_agree_on_every_log_probability(make) -> None:
+    """The sampler pads on the left, keeps a cache and drops finished rows; the trainer does none of it."""
+    learner = make("ppo.temperature=0.7")
+    shake(learner)
+    experience = learner.experience(ROWS)
+    lengths = experience.rollout.response_lengths
+    assert lengths.max() == 12
+    assert len({len(ids) for ids in experience.rollout.prompt_ids}) > 4
+    engine_BR = torch.nn.utils.rnn.pad_sequence(experience.rollout.sampled_logp, batch_first=True)
+    torch.testing.assert_close(engine_BR, experience.logp_BR, atol=1e-4, rtol=1e-4)
+    assert (experience.logp_BR - experience.reference_logp_BR).abs().max() > 0.1  # the reference stayed
+
+
+def test_the_second_step_still_begins_at_ratio_one(make) -> None:
+    """The policy that samples is the one that was just trained, not a stale copy."""
+    learner = make()
+    learner.step(ROWS, 1)
+    metrics = learner.step(ROWS, 2)
+    assert metrics["first_ratio_deviation"] < 1e-4
+    assert abs(metrics["kl"]) > 1e-3  # while the reference is where it was
+
+
+@pytest.mark.parametrize("critic_only", [False, True])
+def test_micro_batches_add_up_to_the_whole(make, critic_only: bool) -> None:
+    clipping = ("ppo.value_clip=0.2", "ppo.dual_clip=1.5", "ppo.clip_high=0.3", "ppo.optim.max_grad_norm=1e9")
+    results = []
+    for micro_batch_tokens in (100_000, 150, 1):
+        learner = make(*clipping, f"ppo.micro_batch_tokens={micro_batch_tokens}")
+        experience = learner.experience(ROWS)
+        shake(learner)  # ratios, values and clips of all kinds
+        sums = UpdateSums()
+        deviation = learner.accumulate(experience, [sums], critic_only)
+        learner.optimizer.step()
+        results.append((deviation, sums.means(lambda total: total), sums.max_ratio, gradients(learner)))
+    whole = results[0]
+    assert whole[1]["clip_fraction"] > 0.05
+    assert whole[1]["value_clip_fraction"] > 0.05
+    assert whole[0] > 0.01
+    for split in results[1:]:
+        assert split[0] == pytest.approx(whole[0], rel=1e-5)
+        assert split[1] == pytest.approx(whole[1], rel=1e-5, abs=1e-6)
+        assert split[2] == pytest.approx(whole[2], rel=1e-5)
+        for gradient, expected in zip(split[3], whole[3], strict=True):
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=max(1e-5 * scale, 1e-7))
+
+
+def test_experience_does_not_depend_on_micro_batches(make) -> None:
+    whole, split = (make(f"ppo.micro_batch_tokens={n}").experience(ROWS) for n in (100_000, 100))
+    for name in ("logp_BR", "reference_logp_BR", "value_BR", "advantage_BR", "return_BR"):
+        torch.testing.assert_close(getattr(split, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
+
+
+def test_critic_warm_up_leaves_the_policy_alone(make) -> None:
+    learner = make(
+        "ppo.critic.warmup_steps=2", "ppo.ptx.coef=1.0", "ppo.optim.weight_decay=0.1", mix_rows=ANSWERS
+    )
+    policy, critic = weights(learner.model.policy), weights(learner.model.critic)
+    value_losses = [learner.step(ROWS, step)["value_loss"] for step in (1, 2)]
+    assert equal(weights(learner.model.policy), policy)
+    assert not equal(weights(learner.model.critic), critic)
+    assert value_losses[1] < value_losses[0]
+    learner.step(ROWS, 3)
+    assert not equal(weights(learner.model.policy), policy)
+
+
+def test_the_pretraining_mix_teaches_the_answers(make) -> None:
+    def answer_loss(learner: Learner) -> float:
+        mix = learner.mix
+        assert mix is not None
+        with torch.no_grad():
+            return float(mix.loss(learner.model.policy)) / learner.config.ptx.coef
+
+    changes = {}
+    for coef in (0.001, 5.0):
+        learner = make(
+            f"ppo.ptx.coef={coef}", "ppo.clip=1e-6", "ppo.optim.max_grad_norm=100",
+            reward=Counting(0.0), mix_rows=ANSWERS,
+        )  # fmt: skip
+        before = answer_loss(learner)
+        for step in range(1, 5):
+            learner.step(ROWS, step)
+        changes[coef] = answer_loss(learner) - before
+    assert changes[5.0] < -0.5
+    assert changes[5.0] < changes[0.001]
+
+
+def test_without_reward_the_mix_is_all_that_moves_the_policy(make) -> None:
+    """All advantages are 0 then, so a policy without the mix stays exactly where it was."""
+    still, moved = (
+        make(reward=Counting(0.0)),
+        make("ppo.ptx.coef=1.0", reward=Counting(0.0), mix_rows=ANSWERS),
+    )
+    start = weights(still.model.policy)
+    still.step(ROWS, 1)
+    moved.step(ROWS, 1)
+    assert equal(weights(still.model.policy), start)
+    assert not equal(weights(moved.model.policy), start)
+
+
+def test_the_average_lags_behind_the_weights(make) -> None:
+    learner = make("ppo.ema_decay=0.75", "ppo.minibatch_episodes=16")
+    assert learner.average is not None
+    before = weights(learner.model.policy)
+    learner.step(ROWS, 1)
+    after = weights(learner.model.policy)
+    assert not equal(after, before)
+    with learner.average.swapped_in():
+        for name, value in learner.model.policy.named_parameters():
+            torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name], atol=1e-7, rtol=1e-5)
+    assert equal(weights(learner.model.policy), after)
+
+
+def test_the_averaged_weights_are_what_is_kept(make) -> None:
+    overrides = ("ppo.steps=1", "ppo.minibatch_episodes=16", "ppo.evaluate_every=1")
+    plain = make(*overrides, reward=Counting(1.0))  # rises, so that the last policy counts as the best
+    averaged = make(*overrides, "ppo.ema_decay=0.9", reward=Counting(1.0))
+    start = weights(plain.model.policy)
+    # the score is the same for a whole batch; without its mean taken off, stop or no stop makes no difference
+    for learner in (plain, averaged):
+        learner.train(ROWS, ROWS[:4])
+    trained = weights(plain.model.policy)
+    for name, value in weights(averaged.model.policy).items():
+        torch.testing.assert_close(value, 0.9 * start[name] + 0.1 * trained[name], atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [+1.0, -1.0])
+def test_the_best_policy_is_kept_not_the_last(make, change: float) -> None:
+    learner = make("ppo.steps=2", "ppo.evaluate_every=1", reward=Counting(change))
+    start = weights(learner.model.policy)
+    summary = learner.train(ROWS, ROWS[:4])
+    masters = [master for master, _ in zip(learner.optimizer.state_dict()["masters"], start, strict=False)]
+    last = dict(zip(start, masters, strict=True))
+    kept = last if change > 0 else start
+    assert equal(weights(learner.model.policy), kept)
+    calls = (1, 5)  # evaluation, then two steps, each with a rollout and an evaluation
+    assert summary["held_out_score"] == max(change * call for call in calls)
+    assert summary["held_out_score_last"] == change * 5
+
+
+def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
+    learner = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", "ppo.kl.target=0.5", "ppo.kl.horizon=160")
+    below = learner.step(ROWS, 1)
+    assert below["beta"] == pytest.approx(0.1 * (1 - 0.2 * 16 / 160))  # KL 0: as far below as counts
+    shake(learner)
+    above = learner.step(ROWS, 2)
+    assert above["kl"] > 0.6
+    assert above["beta"] == pytest.approx(below["beta"] * (1 + 0.2 * 16 / 160))
+
+
+def test_the_penalty_is_taken_from_every_token(make) -> None:
+    learner = make("ppo.kl.coef=0.3", reward=Counting(0.0))
+    shake(learner)
+    experience = learner.experience(ROWS)
+    expected_BR = -0.3 * (experience.logp_BR - experience.reference_logp_BR)
+    assert expected_BR.abs().max() > 0.01
+    torch.testing.assert_close(experience.reward_BR, expected_BR, atol=1e-6, rtol=1e-5)
+
+
+def test_epochs_end_early_when_the_policy_has_moved(make) -> None:
+    free, stopped = make("ppo.epochs=3"), make("ppo.epochs=3", "ppo.stop_epochs_kl=1e-6")
+    full, short = free.step(ROWS, 1), stopped.step(ROWS, 1)
+    assert (full["epochs"], short["epochs"]) == (3.0, 1.0)
+    assert full["approximate_kl"] > 1e-6
+    patient = make("ppo.epochs=3", "ppo.stop_epochs_kl=1000").step(ROWS, 1)
+    assert patient["epochs"] == 3.0
+    steps = [learner.optimizer.state_dict()["adamw"]["state"][0]["step"] for learner in (free, stopped)]
+    assert [int(step) for step in steps] == [6, 2]  # two minibatches an epoch
+
+
+def test_running_normalisation_makes_the_reward_unitless(make) -> None:
+    def scaled(exchanges: Sequence[Exchange]) -> Tensor:
+        return 300.0 + 1000.0 * length(exchanges)
+
+    plain, large = (make("ppo.score.normalize=running", reward=reward) for reward in (length, scaled))
+    scores = []
+    for _ in range(2):
+        left, right = plain.experience(ROWS), large.experience(ROWS)
+        torch.testing.assert_close(left.reward_BR, right.reward_BR, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(left.advantage_BR, right.advantage_BR, atol=1e-4, rtol=1e-4)
+        scores.append(right.score_B)
+        seen = torch.cat(scores)  # raw; the moments are of all scores so far
+        assert large.normalizer.mean == pytest.approx(float(seen.mean()), rel=1e-5)
+        assert large.normalizer.deviation == pytest.approx(float(seen.std(correction=0)), rel=1e-5)
+        expected_B = (right.score_B - seen.mean()) / seen.std(correction=0)
+        torch.testing.assert_close(right.reward_BR.sum(1), expected_B, atol=1e-4, rtol=1e-4)
+    assert float(seen.std()) > 100
+
+
+def test_an_outlier_is_clipped(make) -> None:
+    def one_large(exchanges: Sequence[Exchange]) -> Tensor:
+        return torch.tensor([1000.0] + [0.0] * (len(exchanges) - 1))
+
+    learner = make("ppo.score.normalize=none", "ppo.score.clip=5.0", reward=one_large)
+    assert learner.experience(ROWS).reward_BR.sum(1).tolist() == [5.0] + [0.0] * 15
+
+
+def test_a_response_without_a_stop_token_is_marked_down(make) -> None:
+    learner = make("ppo.score.missing_stop_penalty=0.5", "ppo.max_new_tokens=60", reward=Counting(0.0))
+    experience = learner.experience(ROWS)
+    stopped_B = experience.rollout.stopped
+    assert 0 < int(stopped_B.sum()) < 16
+    assert experience.reward_BR.sum(1).tolist() == [
+        0.0 if stopped else -0.5 for stopped in stopped_B.tolist()
+    ]
+
+
+def test_an_update_that_is_not_finite_is_not_taken(make) -> None:
+    learner = make("ppo.minibatch_episodes=16")
+    with torch.no_grad():
+        learner.model.critic.offset.fill_(float("nan"))
+    before = weights(learner.model.policy)
+    metrics = learner.step(ROWS, 1)
+    assert metrics["bad_steps"] == 1
+    assert "policy_loss" not in metrics
+    assert equal(weights(learner.model.policy), before)
+
+
+def test_hidden_padding_does_not_reach_a_log_probability(make) -> None:
+    """Alone or beside a longer row, an episode measures the same."""
+    learner = make()
+    rollout = learner.experience(ROWS).rollout
+
+    def logp(indices: list[int]) -> Tensor:
+        return rollout_rows(
+            rollout.select(torch.tensor(indices)),
+            learner.policy.pad_id,
+            100_000,
+            torch.device("cpu"),
+            lambda batch: (response_statistics(learner.model.policy, batch, 1.0).logp_N,),
+        )[0]
+
+    together_BR = logp(list(range(16)))
+    for index in range(16):
+        alone_BR = logp([index])
+        torch.testing.assert_close(alone_BR[0], together_BR[index, : alone_BR.shape[1]], atol=1e-5, rtol=1e-5)

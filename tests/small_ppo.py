@@ -1,0 +1,92 @@
+"""The PPO stage and its learner on the tiny model, without the chain around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from rlhf.artifacts import Artifact, Manifest
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import Message, PromptRow, SftRow
+from rlhf.distributed import make_compute
+from rlhf.experiment import build_experiment
+from rlhf.generation.policy import Policy
+from rlhf.job import Job
+from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.ppo.learner import Learner
+from rlhf.ppo.mix import PretrainingMix
+from rlhf.progress import Progress
+from rlhf.rewards.source import Reward
+from rlhf.stages.ppo import PpoStage
+from rlhf.tracking import Tracker
+
+SETTINGS = (
+    "model=tiny", "ppo.peft=none", "ppo.temperature=1.0", "ppo.critic.init=sft", "ppo.score.normalize=none",
+    "ppo.score.missing_stop_penalty=0.0", "ppo.kl.coef=0.0", "ppo.optim.lr=6e-3", "ppo.critic.optim.lr=6e-3",
+    "ppo.reward=python:small_ppo:starts_with_e",
+)  # fmt: skip
+MODEL = ModelConfig(kind="tiny")
+
+
+def starts_with_e(prompts: list[str], responses: list[str]) -> list[float]:
+    """1 for a response that begins with the letter e; an untrained byte model says it once in 259."""
+    return [float(response.startswith("e")) for response in responses]
+
+
+def prompts(numbers: range) -> list[PromptRow]:
+    """Short questions of different lengths."""
+    return [PromptRow([Message(role="user", content=f"{number}?")]) for number in numbers]
+
+
+def ppo_stage(*overrides: str) -> PpoStage:
+    """The stage as the command line builds it."""
+    with initialize_config_module("rlhf.conf", version_base="1.3"):
+        node = compose("config", overrides=[*SETTINGS, *overrides])
+    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    stage = build_experiment({str(key): value for key, value in resolved.items()}).stages["ppo"]
+    assert isinstance(stage, PpoStage)
+    return stage
+
+
+def ppo_job(directory: Path, model: Path, seed: int = 0) -> Job:
+    """What the pipeline would hand to the stage, with the untrained model as its SFT model."""
+    directory.mkdir(parents=True)
+    compute, _ = make_compute("cpu", "fp32")
+    manifest = Manifest(
+        stage="sft", key="0", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
+        packages={}, hardware="", files={},
+    )  # fmt: skip
+    return Job(
+        stage="ppo",
+        seed=seed,
+        compute=compute,
+        base=BaseModelFiles(model, "tiny", MODEL),
+        inputs={"sft": Artifact(model, manifest)},
+        data=PreparedData(directory),
+        directory=directory,
+        tracker=Tracker(directory, []),
+        progress=Progress(Console(quiet=True)),
+    )
+
+
+def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[SftRow] = ()) -> Learner:
+    """A learner of all parameters, as the stage makes it; the critic starts with a zero head."""
+    sft = job.inputs["sft"].path
+    tokenizer, normalizer = load_tokenizer(sft, MODEL), stage.normalizer(job)
+    policy = load_causal_lm(sft, MODEL, job.compute.dtype)
+    return Learner(
+        stage,
+        policy=Policy(policy, tokenizer),
+        model=ActorCritic(policy, stage.load_critic(job, reward, normalizer, tokenizer)),
+        reference=Policy.load(sft, MODEL, job.compute),
+        reward=reward,
+        normalizer=normalizer,
+        mix=PretrainingMix(stage.ptx, tokenizer, mix_rows, job.seed) if mix_rows else None,
+        job=job,
+    )

@@ -1,0 +1,294 @@
+"""The optimizer of every stage: AdamW on fp32 masters, clipping by group, its schedule and average."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import OptimConfig
+from rlhf.training import (
+    MasterAdamW,
+    WeightAverage,
+    load_trainable,
+    make_optimizer,
+    make_schedule,
+    trainable_state,
+)
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def config(**changes: float) -> OptimConfig:
+    values = {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-8, "warmup_fraction": 0.0, "max_grad_norm": 1e9}
+    return OptimConfig.model_validate(values | changes)
+
+
+def batches(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(12, 6, generator=generator).to(dtype) for _ in range(count)]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor, pieces: int = 1) -> None:
+    for piece in batch.chunk(pieces):
+        (model(piece).float().pow(2).sum() / len(batch)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("max_grad_norm", [1e9, 0.05])
+def test_in_fp32_it_is_torchs_adamw(weight_decay: float, max_grad_norm: float) -> None:
+    ours, theirs = network(), network()
+    optimizer = make_optimizer(
+        [(ours.parameters(), config(weight_decay=weight_decay, max_grad_norm=max_grad_norm))]
+    )
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=weight_decay, eps=1e-8)
+    for batch in batches(5):
+        take_step(ours, optimizer, batch)
+        (theirs(batch).pow(2).sum() / len(batch)).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm)
+        reference.step()
+        reference.zero_grad()
+    for mine, expected in zip(weights(ours), weights(theirs), strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(weights(ours)[0], weights(network())[0])
+
+
+def test_the_first_step_by_hand() -> None:
+    """Adam's first step is lr x sign(gradient), whatever its size; decay is decoupled: w (1 - lr x decay)."""
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = make_optimizer([([parameter], config(lr=0.1, weight_decay=0.5, eps=1e-12))])
+    (parameter * torch.tensor([1e-3, -7.0])).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.tensor([1 * 0.95 - 0.1, -2 * 0.95 + 0.1]))
+
+
+def test_updates_too_small_for_bf16_add_up_in_the_masters() -> None:
+    parameter = nn.Parameter(torch.tensor([1.0], dtype=torch.bfloat16))
+    optimizer = make_optimizer([([parameter], config(lr=1e-4))])
+    seen = []
+    for _ in range(60):
+        parameter.float().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(parameter.item())
+    assert seen[:10] == [1.0] * 10  # bf16 has no number between 1 and 0.99609
+    (master,) = optimizer.state_dict()["masters"]
+    assert float(master) == pytest.approx(1 - 60 * 1e-4, abs=1e-5)
+    assert seen[-1] == float(master.bfloat16()) == 0.9921875  # the nearest one to 0.994
+
+
+def test_bf16_follows_fp32_closely() -> None:
+    rough, fine = network(torch.bfloat16), network()
+    with torch.no_grad():
+        for target, source in zip(fine.parameters(), rough.parameters(), strict=True):
+            target.copy_(source)
+    optimizers = [make_optimizer([(model.parameters(), config(lr=1e-3))]) for model in (rough, fine)]
+    for batch in batches(30):
+        take_step(rough, optimizers[0], batch.bfloat16(), pieces=4)
+        take_step(fine, optimizers[1], batch.bfloat16().float())
+    for mine, expected in zip(optimizers[0].state_dict()["masters"], weights(fine), strict=True):
+        assert (mine - expected).abs().mean() < 4e-3
+    assert all(parameter.dtype == torch.bfloat16 for parameter in rough.parameters())
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 12])
+def test_accumulated_micro_batches_equal_one_batch(pieces: int) -> None:
+    whole, split = network(), network()
+    for model, count in ((whole, 1), (split, pieces)):
+        optimizer = make_optimizer([(model.parameters(), config(max_grad_norm=0.1))])
+        for batch in batches(3):
+            take_step(model, optimizer, batch, count)
+    for mine, expected in zip(weights(split), weights(whole), strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_are_added_up_in_fp32() -> None:
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = make_optimizer([([parameter], config())])
+    for _ in range(1000):  # in bf16 the sum would stick at 256
+        parameter.sum().backward()
+    optimizer.step()
+    assert optimizer.grad_norms == [1000.0]
+    assert parameter.grad is None
+
+
+def test_each_group_is_clipped_by_its_own_norm() -> None:
+    policy, critic = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    # a large epsilon makes Adam's first step nearly proportional to the gradient: lr x g / (|g| + eps)
+    first, second = config(lr=1.0, eps=1e3, max_grad_norm=1.0), config(lr=10.0, eps=1e3, max_grad_norm=1.0)
+    optimizer = make_optimizer([([policy], first), ([critic], second)])
+    (policy @ torch.tensor([0.3, 0.4]) + 1000 * critic.sum()).backward()
+    optimizer.step()
+    assert optimizer.grad_norms == pytest.approx([0.5, 1000.0])
+    assert optimizer.grad_norm == pytest.approx(math.hypot(0.5, 1000))
+    torch.testing.assert_close(policy.detach(), -torch.tensor([0.3, 0.4]) / 1e3, rtol=1e-3, atol=0)
+    torch.testing.assert_close(critic.detach(), -torch.tensor([10.0]) / 1e3, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_touches_nothing(bad: float) -> None:
+    model = network()
+    optimizer = make_optimizer([(model[0].parameters(), config()), (model[2].parameters(), config())])
+    take_step(model, optimizer, batches(1)[0])
+    before, state = weights(model), optimizer.state_dict()
+    moments = [value.clone() for entry in state["adamw"]["state"].values() for value in entry.values()]
+    (model(batches(1)[0]).sum() + bad * model[2].bias.sum()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(now, then) for now, then in zip(weights(model), before, strict=True))
+    after = [value for entry in optimizer.state_dict()["adamw"]["state"].values() for value in entry.values()]
+    assert all(torch.equal(now, then) for now, then in zip(after, moments, strict=True))
+    take_step(model, optimizer, batches(1)[0])  # the bad gradient is forgotten
+    assert optimizer.skipped_steps == 1
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert not torch.equal(weights(model)[0], before[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_optimizer_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
+    data = batches(6, dtype)
+    model = network(dtype)
+    optimizer = make_optimizer([(model.parameters(), config())])
+    for batch in data[:3]:
+        take_step(model, optimizer, batch)
+    saved = {
+        "masters": [master.clone() for master in optimizer.state_dict()["masters"]],
+        "adamw": torch.utils._pytree.tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, optimizer.state_dict()["adamw"]
+        ),
+    }
+    for batch in data[3:]:
+        take_step(model, optimizer, batch)
+
+    resumed = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)  # other weights
+    second = make_optimizer([(resumed.parameters(), config())])
+    second.load_state_dict(saved)
+    for batch in data[3:]:
+        take_step(resumed, second, batch)
+    for mine, expected in zip(weights(resumed), weights(model), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = make_optimizer([(model.parameters(), config(weight_decay=1.0))])
+    before = weights(model)
+    take_step(model, optimizer, batches(1)[0])
+    same = [torch.equal(now, then) for now, then in zip(weights(model), before, strict=True)]
+    assert same == [True, True, False, False]
+
+
+def rates(num_steps: int, warmup_fraction: float, take: int) -> list[float]:
+    optimizer = MasterAdamW(
+        [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}], eps=1e-8, max_grad_norm=1
+    )
+    schedule = make_schedule(optimizer, num_steps, warmup_fraction)
+    found = []
+    for _ in range(take):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "warmup", "expected"),
+    [
+        (4, 0.0, [1, 3 / 4, 2 / 4, 1 / 4]),
+        (6, 1 / 3, [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4]),
+        (1, 0.1, [1]),
+        (2, 1.0, [1 / 3, 2 / 3]),
+    ],
+)
+def test_the_schedule_by_hand(num_steps: int, warmup: float, expected: list[float]) -> None:
+    assert rates(num_steps, warmup, num_steps) == pytest.approx(expected)
+
+
+def test_the_rate_is_zero_after_the_last_step() -> None:
+    assert rates(3, 0.0, 6)[3:] == [0.0, 0.0, 0.0]
+
+
+def test_the_schedule_reaches_the_masters_and_keeps_the_groups_apart() -> None:
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = make_optimizer([([first], config(lr=0.1)), ([second], config(lr=0.4))])
+    schedule = make_schedule(optimizer, 2, 0.0)
+    moves = []
+    for _ in range(2):
+        before = (first.item(), second.item())
+        (first + second).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        moves.append((before[0] - first.item(), before[1] - second.item()))
+    assert moves[0] == pytest.approx((0.1, 0.4), rel=1e-4)
+    assert moves[1] == pytest.approx((0.05, 0.2), rel=1e-4)
+
+
+def test_the_average_by_hand() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    frozen = nn.Linear(1, 1)
+    frozen.requires_grad_(False)
+    both = nn.ModuleList([model, frozen])
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    average = WeightAverage(both, decay=0.75)
+    for value in (2.0, 4.0):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update()
+    # 1 -> 0.75 x 1 + 0.25 x 2 = 1.25 -> 0.75 x 1.25 + 0.25 x 4 = 1.9375
+    with average.swapped_in():
+        assert float(model.weight) == 1.9375
+    assert float(model.weight) == 4.0
+
+
+def test_the_average_is_taken_out_again_after_an_error() -> None:
+    model = nn.Linear(1, 1)
+    average = WeightAverage(model, decay=0.5)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    before = model.weight.clone()
+    with pytest.raises(ValueError, match="stop"), average.swapped_in():
+        raise ValueError("stop")
+    assert torch.equal(model.weight, before)
+
+
+def test_the_average_is_finer_than_bf16() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    average = WeightAverage(model, decay=0.999)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    for _ in range(1000):
+        average.update()
+    with average.swapped_in():
+        assert float(model.weight) == pytest.approx(2 - 0.999**1000, abs=0.01)  # 1.632
+
+
+def test_the_best_weights_can_be_put_back() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    state = trainable_state(model)
+    assert set(state) == {"2.weight", "2.bias"}
+    before = weights(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    load_trainable(model, state)
+    assert [torch.equal(now, then) for now, then in zip(weights(model), before, strict=True)] == [
+        False, False, True, True,
+    ]  # fmt: skip
