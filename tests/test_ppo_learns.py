@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_ppo import ppo_job, ppo_stage, prompts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +19,6 @@ import rlhf.rl.experience
 from rlhf.data.chat import prompt_ids
 from rlhf.job import Job
 from rlhf.rl.advantage import whiten
-from small_ppo import ppo_job, ppo_stage, prompts
 
 TRAIN, HELD_OUT = range(100, 612), range(700, 828)
 RARE = (
@@ -97,7 +97,7 @@ def test_a_common_property_is_learned_in_few_steps(tmp_path: Path, tiny_model: P
 
 def test_the_opposite_reward_teaches_the_opposite(tmp_path: Path, tiny_model: Path) -> None:
     reward = "ppo.reward=python:test_ppo_learns:is_not_ascii"
-    job, summary = run_stage(tmp_path / "ppo", tiny_model, *COMMON, reward)
+    _, summary = run_stage(tmp_path / "ppo", tiny_model, *COMMON, reward)
     assert 0.3 < summary["held_out_score_before"] < 0.65
     assert summary["held_out_score_last"] > 0.85
 

@@ -93,7 +93,7 @@ class Learner:
                 task.advance(
                     1, "skipped" if was_skipped else f"score {metrics['score']:+.2f} kl {metrics['kl']:.2f}"
                 )
-        done = [metrics for metrics in history if "explained_variance" in metrics]
+        done = [metrics for metrics in history if "policy_loss" in metrics]
         if not done:
             raise ConfigError(
                 f"ppo.steps={config.steps}: every step had to be skipped, so nothing was learned. "

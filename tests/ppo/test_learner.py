@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from small_ppo import ppo_job, ppo_learner, ppo_stage
 from torch import Tensor, nn
 
 from rlhf.data.schema import Message, PromptRow, SftRow
@@ -14,7 +16,6 @@ from rlhf.models.policy import response_statistics, rollout_rows
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.rewards.source import Exchange, Reward
-from small_ppo import ppo_job, ppo_learner, ppo_stage
 
 SMALL = (
     "ppo.steps=4", "ppo.batch_episodes=16", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=12",
@@ -110,10 +111,13 @@ def test_the_second_step_still_begins_at_ratio_one(make) -> None:
 
 @pytest.mark.parametrize("critic_only", [False, True])
 def test_micro_batches_add_up_to_the_whole(make, critic_only: bool) -> None:
-    clipping = ("ppo.value_clip=0.2", "ppo.dual_clip=1.5", "ppo.clip_high=0.3", "ppo.optim.max_grad_norm=1e9")
+    settings = (
+        "ppo.value_clip=0.2", "ppo.dual_clip=1.5", "ppo.clip_high=0.3", "ppo.optim.max_grad_norm=1e9",
+        "ppo.critic.optim.max_grad_norm=1e9",
+    )  # fmt: skip
     results = []
     for micro_batch_tokens in (100_000, 150, 1):
-        learner = make(*clipping, f"ppo.micro_batch_tokens={micro_batch_tokens}")
+        learner = make(*settings, f"ppo.micro_batch_tokens={micro_batch_tokens}")
         experience = learner.experience(ROWS)
         shake(learner)  # ratios, values and clips of all kinds
         sums = UpdateSums()
@@ -175,10 +179,8 @@ def test_the_pretraining_mix_teaches_the_answers(make) -> None:
 
 def test_without_reward_the_mix_is_all_that_moves_the_policy(make) -> None:
     """All advantages are 0 then, so a policy without the mix stays exactly where it was."""
-    still, moved = (
-        make(reward=Counting(0.0)),
-        make("ppo.ptx.coef=1.0", reward=Counting(0.0), mix_rows=ANSWERS),
-    )
+    still = make(reward=Counting(0.0))
+    moved = make("ppo.ptx.coef=1.0", reward=Counting(0.0), mix_rows=ANSWERS)
     start = weights(still.model.policy)
     still.step(ROWS, 1)
     moved.step(ROWS, 1)
@@ -204,7 +206,6 @@ def test_the_averaged_weights_are_what_is_kept(make) -> None:
     plain = make(*overrides, reward=Counting(1.0))  # rises, so that the last policy counts as the best
     averaged = make(*overrides, "ppo.ema_decay=0.9", reward=Counting(1.0))
     start = weights(plain.model.policy)
-    # the score is the same for a whole batch; without its mean taken off, stop or no stop makes no difference
     for learner in (plain, averaged):
         learner.train(ROWS, ROWS[:4])
     trained = weights(plain.model.policy)
@@ -228,12 +229,15 @@ def test_the_best_policy_is_kept_not_the_last(make, change: float) -> None:
 
 def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
     learner = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", "ppo.kl.target=0.5", "ppo.kl.horizon=160")
-    below = learner.step(ROWS, 1)
-    assert below["beta"] == pytest.approx(0.1 * (1 - 0.2 * 16 / 160))  # KL 0: as far below as counts
+    first = learner.step(ROWS, 1)
+    assert first["beta"] == 0.1  # what the step was made with
+    lowered = 0.1 * (1 - 0.2 * 16 / 160)  # KL 0: as far below the target as counts
+    assert learner.kl.coef == pytest.approx(lowered)
     shake(learner)
-    above = learner.step(ROWS, 2)
-    assert above["kl"] > 0.6
-    assert above["beta"] == pytest.approx(below["beta"] * (1 + 0.2 * 16 / 160))
+    second = learner.step(ROWS, 2)
+    assert second["beta"] == pytest.approx(lowered)
+    assert second["kl"] > 0.6
+    assert learner.kl.coef == pytest.approx(lowered * (1 + 0.2 * 16 / 160))
 
 
 def test_the_penalty_is_taken_from_every_token(make) -> None:
@@ -302,6 +306,21 @@ def test_an_update_that_is_not_finite_is_not_taken(make) -> None:
     assert metrics["bad_steps"] == 1
     assert "policy_loss" not in metrics
     assert equal(weights(learner.model.policy), before)
+
+
+def test_a_first_step_without_a_finite_gradient_does_not_spoil_the_summary(make) -> None:
+    def breaks_the_critic_once(exchanges: Sequence[Exchange]) -> Tensor:
+        calls.append(len(exchanges))
+        with torch.no_grad():  # the second call scores the first rollout
+            learner.model.critic.offset.fill_(float("nan") if len(calls) == 2 else 0.0)
+        return length(exchanges)
+
+    calls: list[int] = []
+    learner = make("ppo.steps=3", "ppo.evaluate_every=3", reward=breaks_the_critic_once)
+    summary = learner.train(ROWS, ROWS[:4])
+    assert summary["bad_steps"] == 1
+    assert all(math.isfinite(value) for value in summary.values())
+    assert summary["first_ratio_deviation"] < 1e-4
 
 
 def test_hidden_padding_does_not_reach_a_log_probability(make) -> None:
