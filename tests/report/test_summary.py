@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from rlhf.config import Bound
-from rlhf.run import GateResult, Run
 from rlhf.report.summary import print_summary, write_report
+from rlhf.run import GateResult, Run
 
 ANSWERS = {
     "base": "The [bold]chair[/] stands [/] there, \x1b[31mwith four legs and a back, " + "and so on, " * 12,
