@@ -9,10 +9,13 @@ import torch
 
 from rlhf.distributed import Compute, matmul_speed
 
-READ, TRAINED, DECODED = 1.0, 3.0, 8.0
-"""Cost of a token relative to a forward pass: backward is twice forward; decoding is bound by memory."""
-EFFICIENCY = 0.3
-"""Share of the matmul peak that a whole stage reaches; fitted to the demo on two CPU cores."""
+READ, DECODED = 1.0, 3.0
+"""Cost of a token relative to a forward pass; decoding is bound by memory."""
+TRAINED = {"none": 6.0, "lora": 2.0}
+"""Forward and backward: an adapter needs no gradients of the frozen weights; full training also passes over
+all weights in each optimizer step."""
+EFFICIENCY = 0.4
+"""Share of the matmul peak that a whole stage reaches. All of these are fitted to the demo on two CPU cores."""
 
 
 class Work(NamedTuple):
@@ -20,11 +23,12 @@ class Work(NamedTuple):
 
     read: float = 0.0
     trained: float = 0.0
+    """In forward passes' worth: tokens times TRAINED."""
     decoded: float = 0.0
 
     def seconds(self, parameters: int, speed: float) -> float:
         """For a model of so many parameters at so many GFLOP/s (2 operations a parameter and token)."""
-        passes = READ * self.read + TRAINED * self.trained + DECODED * self.decoded
+        passes = READ * self.read + self.trained + DECODED * self.decoded
         return 2 * parameters * passes / (EFFICIENCY * speed * 1e9)
 
 

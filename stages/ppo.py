@@ -16,7 +16,7 @@ from rlhf.config import ConfigError
 from rlhf.data.chat import tokenizer_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
-from rlhf.estimate import Work
+from rlhf.estimate import TRAINED, Work
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.actor_critic import ActorCritic
@@ -78,7 +78,7 @@ class PpoStage(PpoConfig, Stage):
         return Work(
             decoded=(episodes + evaluated) * self.max_new_tokens,
             read=(4 * episodes + 3 * evaluated) * length,
-            trained=2 * self.epochs * episodes * length,
+            trained=TRAINED[self.peft.method] * 2 * self.epochs * episodes * length,
         )
 
     def run(self, job: Job) -> None:

@@ -21,7 +21,7 @@ from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow, Role
 from rlhf.data.sources import SourceConfig
-from rlhf.estimate import Work
+from rlhf.estimate import TRAINED, Work
 from rlhf.evaluation.ranking import Ranking, rank_quality
 from rlhf.job import Job
 from rlhf.losses.pairwise import bradley_terry_loss
@@ -65,7 +65,9 @@ class RewardStage(Stage):
         """Both sides of every pair."""
         pairs, tokens = data.size("reward", "train")
         held_out, _ = data.size("reward", "held_out")
-        return Work(trained=self.epochs * 2 * pairs * tokens, read=2 * held_out * tokens)
+        return Work(
+            trained=TRAINED[self.peft.method] * self.epochs * 2 * pairs * tokens, read=2 * held_out * tokens
+        )
 
     def run(self, job: Job) -> None:
         """Train, publish, and measure what was published."""

@@ -29,7 +29,7 @@ from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
-from rlhf.estimate import Work
+from rlhf.estimate import TRAINED, Work
 from rlhf.job import Job
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.load import load_causal_lm, save_policy
@@ -83,7 +83,9 @@ class SftStage(Stage):
         """Every training row once an epoch; the held-out rows twice."""
         rows, tokens = data.size("sft", "train")
         held_out, _ = data.size("sft", "held_out")
-        return Work(trained=self.epochs * rows * tokens, read=2 * held_out * tokens)
+        return Work(
+            trained=TRAINED[self.peft.method] * self.epochs * rows * tokens, read=2 * held_out * tokens
+        )
 
     def run(self, job: Job) -> None:
         """Train on the answers only, and publish the model."""

@@ -228,7 +228,7 @@ def test_the_best_policy_is_kept_not_the_last(make, change: float) -> None:
 
 
 def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
-    learner = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", "ppo.kl.target=0.5", "ppo.kl.horizon=160")
+    learner = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", "ppo.kl.target=0.1", "ppo.kl.horizon=160")
     first = learner.step(ROWS, 1)
     assert first["beta"] == 0.1  # what the step was made with
     lowered = 0.1 * (1 - 0.2 * 16 / 160)  # KL 0: as far below the target as counts
@@ -236,7 +236,7 @@ def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
     shake(learner)
     second = learner.step(ROWS, 2)
     assert second["beta"] == pytest.approx(lowered)
-    assert second["kl"] > 0.6
+    assert second["kl"] > 0.12
     assert learner.kl.coef == pytest.approx(lowered * (1 + 0.2 * 16 / 160))
 
 

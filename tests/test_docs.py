@@ -1,0 +1,55 @@
+"""README's commands compose and build, and the files it names are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from rlhf.experiment import build_experiment
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "conf" / "config.yaml"]
+
+
+def commands() -> list[str]:
+    """Every `python -m rlhf ...` of the documents, continuation lines joined, comments cut."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text().replace("\\\n", " ")
+        found += re.findall(r"^\s*(python -m rlhf(?: [^\n#]*)?)", text, re.MULTILINE)
+    return [re.split(r"\s{2,}", command.strip())[0] for command in found]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 10
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_documented_command_builds(command: str) -> None:
+    overrides = [word for word in shlex.split(command)[3:] if "=" in word and not word.startswith("-")]
+    if " -m " in command.removeprefix("python -m rlhf") + " ":  # a sweep: its first trial
+        overrides = [word.partition(",")[0] for word in overrides]
+    with initialize_config_module("rlhf.conf", version_base="1.3"):
+        node = compose("config", overrides)
+    resolved = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(resolved, dict)
+    build_experiment({str(key): value for key, value in resolved.items()})
+
+
+def test_the_files_that_readme_names_are_there() -> None:
+    named = re.findall(r"`((?:rlhf|stages|conf|data|tests)/[\w/.]+)`", (ROOT / "README.md").read_text())
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_tree_in_readme_is_the_tree() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tree = readme[readme.index("## The tree") :]
+    modules = {path.name for path in (ROOT / "rlhf").glob("*.py")} - {"__init__.py"}
+    folders = {path.parent.name + "/" for path in (ROOT / "rlhf").glob("*/__init__.py")}
+    assert [name for name in sorted(modules | folders) if name not in tree] == []
