@@ -15,7 +15,7 @@ TRAINED = {"none": 6.0, "lora": 2.0}
 """Forward and backward: an adapter needs no gradients of the frozen weights; full training also passes over
 all weights in each optimizer step."""
 EFFICIENCY = 0.4
-"""Share of the matmul peak that a whole stage reaches. All of these are fitted to the demo on two CPU cores."""
+"""Share of the matmul peak that a whole stage reaches. All of this is fitted to the demo on two CPU cores."""
 
 
 class Work(NamedTuple):

@@ -23,6 +23,11 @@ def never_a_number(prompts: list[str], responses: list[str]) -> list[float]:
     return [math.nan] * len(responses)
 
 
+def never_in_training(prompts: list[str], responses: list[str]) -> list[float]:
+    """Fine on the four held-out prompts, never on the eight of a rollout."""
+    return [0.5 if len(responses) == 4 else math.nan] * len(responses)
+
+
 def fails_at_first(prompts: list[str], responses: list[str]) -> list[float]:
     """The first rollout (the second call: the held-out prompts come before) has one infinite score."""
     CALLS.append(len(responses))
@@ -177,8 +182,14 @@ def weights_are_finite(directory: Path) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-def test_a_reward_that_is_never_a_number_stops_the_run(chain: Chain) -> None:
-    outcome = chain.run(f"ppo.reward=python:{__name__}:never_a_number", "ppo.max_bad_steps=1", *BY_RULE)
+def test_a_reward_that_is_never_a_number_is_told_before_the_first_step(chain: Chain) -> None:
+    message = complaint(chain.run(f"ppo.reward=python:{__name__}:never_a_number", *BY_RULE))
+    assert message.startswith("ppo.reward")
+    assert "gave nan for the response" in message
+
+
+def test_too_many_bad_steps_stop_the_run(chain: Chain) -> None:
+    outcome = chain.run(f"ppo.reward=python:{__name__}:never_in_training", "ppo.max_bad_steps=1", *BY_RULE)
     message = complaint(outcome)
     assert message.startswith("ppo.max_bad_steps=1: 2 steps had to be skipped")
     assert "ppo: step 1 skipped: the reward of" in outcome.out
@@ -189,8 +200,10 @@ def test_a_reward_that_is_never_a_number_stops_the_run(chain: Chain) -> None:
 
 
 def test_a_run_without_one_good_step_is_no_success(chain: Chain) -> None:
-    outcome = chain.run(f"ppo.reward=python:{__name__}:never_a_number", "ppo.max_bad_steps=9", *BY_RULE)
-    assert "ppo.reward" in complaint(outcome)
+    outcome = chain.run(f"ppo.reward=python:{__name__}:never_in_training", "ppo.max_bad_steps=9", *BY_RULE)
+    message = complaint(outcome)
+    assert "every step had to be skipped" in message
+    assert f"Mend ppo.reward=python:{__name__}:never_in_training" in message
 
 
 def test_one_bad_step_is_skipped_counted_and_poisons_nothing(chain: Chain) -> None:
@@ -203,8 +216,8 @@ def test_one_bad_step_is_skipped_counted_and_poisons_nothing(chain: Chain) -> No
     metrics = outcome.summary["stages"]["ppo"]["metrics"]
     assert metrics["ppo/bad_steps"] == 1
     lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "ppo/kl" in line] == [2, 3]
-    assert [line["step"] for line in lines if "ppo/bad_steps" in line] == [1]
+    assert [line["step"] for line in lines if "ppo/policy_loss" in line] == [2, 3]
+    assert [line["ppo/bad_steps"] for line in lines if "ppo/beta" in line] == [1, 1, 1]
     assert weights_are_finite(outcome.artifact("ppo"))
     assert metrics["ppo/first_kl"] == pytest.approx(0.0, abs=1e-4)  # step 2 began where step 1 did
     assert all(math.isfinite(value) for value in metrics.values())

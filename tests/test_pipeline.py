@@ -73,7 +73,7 @@ def test_figures_that_are_not_finite_stay_valid_json(tmp_path: Path, first: Outc
     manifest = Manifest.model_validate_json((first.artifact("sft") / "manifest.json").read_bytes())
     manifest.metrics = {"loss": math.nan, "rows": 3.0}
     run = Run(tmp_path)
-    run.record("sft", "ran", Artifact(first.artifact("sft"), manifest), 1.0)
+    run.record("sft", "ran", manifest.key, Artifact(first.artifact("sft"), manifest), 1.0)
     run.gates.append(GateResult("sft", "loss", math.nan, Bound(max=1.0, advice="")))
     run.write()
 
@@ -95,11 +95,11 @@ def test_others_find_the_promised_metrics(first: Outcome) -> None:
 
 def test_metric_lines_carry_their_stage(first: Outcome) -> None:
     lines = jsonl(first.directory / "metrics.jsonl")
-    assert {line["stage"] for line in lines} == {"sft", "reward", "ppo"}
+    assert {line["stage"] for line in lines} == set(STAGES)
     for line in lines:
         named = set(line) - {"stage", "step", "time"}
         assert named and all(name.startswith(f"{line['stage']}/") for name in named)
-    steps = [line["step"] for line in lines if "ppo/kl" in line]
+    steps = [line["step"] for line in lines if "ppo/policy_loss" in line]
     assert steps == [1, 2]
 
 
@@ -153,7 +153,8 @@ def test_the_second_run_reuses_everything_and_shows_the_same(first: Outcome, sec
 def test_one_knob_of_ppo_runs_ppo_and_what_reads_it(chain: Chain, first: Outcome) -> None:
     outcome = chain.run("ppo.kl.coef=0.1", "why=true")
     assert outcome.statuses == reused_except("ppo", "evaluate")
-    assert f"ppo runs ({outcome.key('ppo')}): knobs.kl.coef: 0.02 -> 0.1\n" in outcome.out
+    before = yaml.safe_load((first.directory / "config.yaml").read_text())["ppo"]["kl"]["coef"]
+    assert f"ppo runs ({outcome.key('ppo')}): knobs.kl.coef: {before} -> 0.1\n" in outcome.out
     assert f"sft reused ({first.key('sft')}): every knob and input equals" in outcome.out
     assert f"inputs.ppo: '{first.key('ppo')}' -> '{outcome.key('ppo')}'" in outcome.out
 
@@ -212,8 +213,8 @@ def test_a_failing_gate_names_the_stage_at_fault(chain: Chain, first: Outcome) -
     assert "wanted <= -99. Try: lower sft.optim.lr or sft.epochs" in outcome.out
     assert "Traceback" not in outcome.out + outcome.err
     assert list(outcome.statuses) == ["prepare", "sft"]  # the run ended there
-    (gate,) = outcome.summary["gates"]
-    assert gate["name"] == "held_out_loss_change"
+    (gate,) = [gate for gate in outcome.summary["gates"] if not gate["passed"]]
+    assert (gate["stage"], gate["name"]) == ("sft", "held_out_loss_change")
     assert (gate["bound"], gate["passed"]) == ("<= -99", False)
 
 
@@ -230,7 +231,7 @@ def test_gates_can_warn_or_be_turned_off(chain: Chain, first: Outcome) -> None:
     assert "Gate failed, going on (gates=warn): sft: held_out_loss_change" in warned.out
     off = chain.run("stage=sft", "gates=enforce", "sft.gates.held_out_loss_change=null")
     assert off.code == 0
-    assert off.summary["gates"] == []
+    assert "held_out_loss_change" not in [gate["name"] for gate in off.summary["gates"]]
 
 
 def test_a_multirun_trains_what_its_trials_share_once(tmp_path: Path) -> None:

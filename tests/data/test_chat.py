@@ -78,6 +78,8 @@ def test_no_conversation_is_the_beginning_of_a_text(tiny_model: Path) -> None:
     tokenizer = make(tiny_model)
     assert prompt_ids(tokenizer, []) == [BEGIN]
     tokenizer.bos_token = None
+    assert prompt_ids(tokenizer, []) == [STOP]  # the end of the text before
+    tokenizer.eos_token = None
     assert prompt_ids(tokenizer, []) == []
 
 

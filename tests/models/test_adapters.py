@@ -118,7 +118,7 @@ def test_none_trains_everything(tiny_model: Path) -> None:
 
 
 def test_a_score_head_is_left_alone(tiny_model: Path) -> None:
-    scalar = load_scalar_model(tiny_model, TINY, torch.float32)
+    scalar = load_scalar_model(tiny_model, TINY, torch.float32, new_head=True)
     tuned(scalar.model)
     assert not scalar.head.weight.requires_grad  # the stage turns it on
     assert isinstance(scalar.head, torch.nn.Linear)

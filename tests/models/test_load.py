@@ -33,11 +33,12 @@ def config(kind: str = "tiny", **changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({"kind": kind, **changes})
 
 
-def build_in(directory: Path) -> Callable[[str, Callable[[Path], None]], Path]:
-    def build(name: str, write: Callable[[Path], None]) -> Path:
-        (directory / name).mkdir()
-        write(directory / name)
-        return directory / name
+def build_in(directory: Path) -> Callable[[list[str], Callable[[Path], None]], Path]:
+    def build(content: list[str], write: Callable[[Path], None]) -> Path:
+        made = directory / content[0]
+        made.mkdir()
+        write(made)
+        return made
 
     return build
 

@@ -23,7 +23,7 @@ STOP = 2
 @pytest.fixture
 def scalar(tiny_model: Path) -> ScalarModel:
     torch.manual_seed(0)
-    found = load_scalar_model(tiny_model, TINY, torch.float32)
+    found = load_scalar_model(tiny_model, TINY, torch.float32, new_head=True)
     reset_head(found, deviation=1.0)
     return found
 
@@ -118,7 +118,7 @@ def test_heads_are_drawn_as_asked(scalar: ScalarModel) -> None:
 
 
 def test_the_head_stays_fp32_and_learns(tiny_model: Path) -> None:
-    scalar = load_scalar_model(tiny_model, TINY, torch.bfloat16)
+    scalar = load_scalar_model(tiny_model, TINY, torch.bfloat16, new_head=True)
     assert scalar.model.dtype == torch.bfloat16
     assert scalar.head.weight.dtype == scalar.offset.dtype == torch.float32
     scores = scalar.last_values(rows(), 0)
@@ -127,6 +127,11 @@ def test_the_head_stays_fp32_and_learns(tiny_model: Path) -> None:
     assert scalar.head.weight.grad is not None and scalar.head.weight.grad.any()
     assert scalar.offset.grad == len(rows())
     assert scalar.model.model.embed_tokens.weight.grad is not None
+
+
+def test_a_head_that_nobody_trained_is_no_reward_model(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="its score head was never trained"):
+        load_scalar_model(tiny_model, TINY, torch.float32)
 
 
 def test_a_model_without_a_linear_score_head_is_refused(tmp_path: Path) -> None:
