@@ -37,11 +37,9 @@ class Job:
     tracker: Tracker
     progress: Progress
     summary: dict[str, float] | None = field(default=None)
-    last_step: int = 0
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step's metrics under the stage's name."""
-        self.last_step = step
         self.tracker.log(self.stage, metrics, step)
 
     def sample(self, **row: Any) -> None:
@@ -57,4 +55,4 @@ class Job:
         """Declare the artifact complete, with its summary metrics (names without the stage's)."""
         assert self.summary is None, f"{self.stage} published twice"
         self.summary = {name: float(value) for name, value in metrics.items()}
-        self.tracker.log(self.stage, self.summary, self.last_step)
+        self.tracker.summarize(self.stage, self.summary)

