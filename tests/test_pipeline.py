@@ -97,7 +97,7 @@ def test_metric_lines_carry_their_stage(first: Outcome) -> None:
     lines = jsonl(first.directory / "metrics.jsonl")
     assert {line["stage"] for line in lines} == set(STAGES)
     for line in lines:
-        named = set(line) - {"stage", "step", "time"}
+        named = set(line) - {"stage", "step", "time", "summary"}
         assert named and all(name.startswith(f"{line['stage']}/") for name in named)
     steps = [line["step"] for line in lines if "ppo/policy_loss" in line]
     assert steps == [1, 2]

@@ -17,6 +17,7 @@ from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, ModelConfig, base_files
 from rlhf.progress import Progress
 from rlhf.stages.prepare import PrepareStage
+from rlhf.tracking import Tracker
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -36,8 +37,8 @@ class ShorterBase(BaseModelFiles):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    def build(name, write):
-        directory = tmp_path_factory.mktemp(name)
+    def build(content, write):
+        directory = tmp_path_factory.mktemp(content[0])
         write(directory)
         return directory
 
@@ -83,7 +84,7 @@ class Bench:
         self.printed = io.StringIO()
         self.job = Job(
             stage="prepare", seed=0, compute=None, base=self.base, inputs={}, data=None, directory=out,
-            tracker=None, progress=Progress(Console(file=self.printed, width=200)),
+            tracker=Tracker(out, []), progress=Progress(Console(file=self.printed, width=200)),
         )  # fmt: skip
         self.stage(**knobs).run(self.job)
         self.report = json.loads((out / "report.json").read_text())
