@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 crash, 2 configuration or data error, 3 a gate failed, 130
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from datetime import datetime
@@ -91,6 +92,12 @@ def end(code: int) -> None:
     failed_trials.append(code)
 
 
+def in_our_words(error: Exception) -> str:
+    """Hydra's complaint; for an unknown key without its advice to add it with `+`, which never helps here."""
+    unknown = re.match(r"Could not override '(.+)'", str(error))
+    return f"{unknown[1]}: there is no such key. `--cfg job` lists every one." if unknown else str(error)
+
+
 def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
@@ -100,7 +107,7 @@ def main() -> None:
         print(f"Error: {error.override}: {error}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {in_our_words(error)}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
     except KeyboardInterrupt:
         print(
