@@ -127,7 +127,7 @@ class Pipeline:
             try:
                 with progress.shown():
                     stage.run(job)
-            except BaseException:
+            except BaseException:  # Ctrl-C too: summary.json says where it ended, and the cause goes on up
                 run.record(name, "failed", key, None, time.monotonic() - start)
                 raise
             assert job.summary is not None, f"{name} ended without publishing"
