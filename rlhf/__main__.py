@@ -1,6 +1,7 @@
 """The command line: compose, build, run; mistakes are shown without a traceback.
 
-Exit codes: 0 done, 1 crash, 2 configuration or data error, 3 a gate failed, 130 interrupted.
+Exit codes: 0 done, 1 crash, 2 configuration or data error, 3 a gate failed; 75 stopped by a scheduler's
+signal and 130 by Ctrl-C, after which the same command goes on.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
 from datetime import datetime
 
 import hydra
@@ -17,12 +17,8 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.markup import escape
 
-from rlhf.config import ConfigError
-
-CONFIG_ERROR, GATE_FAILED, INTERRUPTED = 2, 3, 130
+CONFIG_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 failed_trials: list[int] = []
 """Exit codes of the trials of a sweep that did not end well."""
 
@@ -30,35 +26,16 @@ failed_trials: list[int] = []
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
 def compose_and_run(node: DictConfig) -> None:
     """One job: the only one, or one trial of a multirun."""
+    from rlhf.execute import execute
+
     try:
-        run(node)
-    except (ConfigError, OmegaConfBaseException) as error:
+        resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
         print(f"Error: {error}", file=sys.stderr)
         end(CONFIG_ERROR)
-
-
-def run(node: DictConfig) -> None:
-    """Check the whole config, then run what was asked for, and show what came of it."""
-    from rlhf.experiment import build_experiment
-    from rlhf.pipeline import Pipeline
-    from rlhf.report.summary import print_summary
-    from rlhf.run import GateError
-
-    quiet_libraries()
-    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    assert isinstance(resolved, dict)
-    experiment = build_experiment({str(key): value for key, value in resolved.items()})
-    console = Console()
-    pipeline = Pipeline(experiment, run_name_of(experiment.settings.run_name), console)
-    try:
-        pipeline.run()
-    except GateError as error:
-        print_summary(pipeline.results, console)
-        console.print(f"\n[red]{escape(str(error))}[/]", highlight=False)
-        console.print("Finished stages are kept. `gates=warn` goes on past a failing gate.", highlight=False)
-        end(GATE_FAILED)
         return
-    print_summary(pipeline.results, console)
+    assert isinstance(resolved, dict)
+    end(execute({str(key): value for key, value in resolved.items()}, run_name_of(resolved["run_name"])))
 
 
 def run_name_of(configured: str | None) -> str:
@@ -68,26 +45,11 @@ def run_name_of(configured: str | None) -> str:
     return f"{name}-{job.job.num}" if job.mode == RunMode.MULTIRUN else name
 
 
-def quiet_libraries() -> None:
-    """Keep other libraries' bars and chatter out of ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    # a schedule may step past a skipped update; transformers has renamed an argument that TRL still sets
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
-    # transformers renames this argument in 5.40, beyond the bound in pyproject.toml
-    warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")
-
-
 def end(code: int) -> None:
-    """End with this exit code; a trial of a sweep lets the others go on first."""
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
+    """End with this exit code; a trial of a sweep lets the others go on first, unless all shall stop."""
+    if code == 0:
+        return
+    if HydraConfig.get().mode != RunMode.MULTIRUN or code in (STOPPED, INTERRUPTED):
         raise SystemExit(code)
     failed_trials.append(code)
 
@@ -109,10 +71,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         print(f"Error: {in_our_words(error)}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
-    except KeyboardInterrupt:
-        print(
-            "\nInterrupted. Finished stages are kept: the same command goes on from there.", file=sys.stderr
-        )
+    except KeyboardInterrupt:  # before any run began
         raise SystemExit(INTERRUPTED) from None
     if failed_trials:
         raise SystemExit(max(failed_trials))

@@ -124,6 +124,10 @@ class Store:
         (self.root / stage).mkdir(exist_ok=True)
         return FileLock(self.root / stage / f".{key}.lock")
 
+    def checkpoints(self, stage: str, key: str) -> Path:
+        """Where a stage that is making the artifact keeps its checkpoints."""
+        return self.root / stage / f".{key}.checkpoints"
+
     def scratch(self, stage: str, key: str) -> Path:
         """An empty directory to make the artifact in; call it under the lock only.
 
@@ -144,13 +148,13 @@ class Store:
         }
         (scratch / "manifest.json").write_text(manifest.model_dump_json(indent=2))
         for path in [*scratch.rglob("*"), scratch]:
-            _flush(path)
+            flush(path)
         final = self.root / manifest.stage / manifest.key
         replaced = final.with_name(f".{final.name}.replaced")
         if final.exists():  # force=[stage], or a directory without a manifest
             final.rename(replaced)
         scratch.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
         return Artifact(final, manifest)
@@ -167,7 +171,8 @@ class Store:
         return "; ".join(fewest)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,54 +1,221 @@
-"""Device, dtype and the accelerator; sums over all ranks."""
+"""Ranks: who computes what, and what all of them must know. Device and precision.
+
+Every rank walks through the same program with the same seeds and the same global batches. A batch is dealt
+out to the ranks by its lengths alone, so no rank has to ask another what it does, and results do not
+depend on how many there are, up to rounding.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from accelerate import PartialState
+from pydantic import PositiveFloat
+from torch import Tensor, distributed
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, Strict
+from rlhf.data.batching import token_budget_batches
 
 Precision = Literal["auto", "bf16", "fp32"]
+Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload"]
+Result = TypeVar("Result")
+
+
+class DistributedConfig(Strict):
+    """`distributed.*`: how ranks wait for each other."""
+
+    timeout: PositiveFloat
+    """Seconds that a rank waits for the others before the run ends with the name of the missing one."""
+
+
+class MicroBatch(NamedTuple):
+    """This rank's part of a batch that fits one forward pass."""
+
+    indices: list[int]
+    """Into the whole batch."""
+    weight: float
+    """1; or 0 for a pass that only keeps this rank in step with the others, whose results do not count."""
+    last: bool
+    """No other follows in this batch."""
 
 
 @dataclass(frozen=True)
 class Compute:
     """What the stages compute with."""
 
-    accelerator: Accelerator
+    device: torch.device
+    """Where this rank's tensors live."""
     dtype: torch.dtype
     """Of weights and activations; optimizers keep fp32 masters."""
+    zero: Zero = "none"
+    rank: int = 0
+    world_size: int = 1
+    at: dict[str, Any] = field(default_factory=dict)
+    """Where this rank is: stage and step. For the error that names a missing rank."""
 
     @property
-    def device(self) -> torch.device:
-        """Where this rank's tensors live."""
-        device: torch.device = self.accelerator.device
-        return device
+    def is_main(self) -> bool:
+        """Rank 0 writes files and talks to the user."""
+        return self.rank == 0
 
     def global_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
-        total: Tensor = self.accelerator.reduce(values.to(self.device), reduction="sum")
-        return total.to(values.device)
+        return self._reduced(values, distributed.ReduceOp.SUM)
+
+    def global_max(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+        return self._reduced(values, distributed.ReduceOp.MAX)
+
+    def broadcast(self, value: Result) -> Result:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.global_sum(torch.zeros(1))
+
+    def main_only(self, work: Callable[[], Result]) -> Result:
+        """Let rank 0 work; every rank gets its result, or its error.
+
+        Raises:
+            Exception: what rank 0's work raised.
+        """
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(), None)
+            except Exception as error:
+                outcome = (None, error)
+        result, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[no-any-return]
+
+    def share(self, lengths: Sequence[int]) -> list[int]:
+        """Indices of the items that this rank works on: every so-manieth, by falling length."""
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        return order[self.rank :: self.world_size]
+
+    def collect(self, mine: Sequence[Result], lengths: Sequence[int]) -> list[Result]:
+        """All items' results, in the items' order, on every rank; mine belong to `share(lengths)`."""
+        parts: list[Sequence[Result]] = [mine]
+        if self.world_size > 1:
+            parts = [[] for _ in range(self.world_size)]
+            distributed.all_gather_object(parts, list(mine))
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        results: list[Any] = [None] * len(lengths)
+        for rank, part in enumerate(parts):
+            for index, result in zip(order[rank :: self.world_size], part, strict=True):
+                results[index] = result
+        return results
+
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
+        """This rank's share of a batch, in forward passes of at most max_tokens padded tokens.
+
+        Every rank gets equally many, because sharded models move in step: those with less to do repeat the
+        batch's shortest row without weight.
+        """
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        groups = []
+        for rank in range(self.world_size):
+            mine = order[rank :: self.world_size]
+            found = token_budget_batches([lengths[index] for index in mine], max_tokens)
+            groups.append([[mine[position] for position in group] for group in found])
+        count = max(len(each) for each in groups)
+        filled = [(group, 1.0) for group in groups[self.rank]]
+        filled += [([order[-1]], 0.0)] * (count - len(filled))
+        return [MicroBatch(group, weight, place == count - 1) for place, (group, weight) in enumerate(filled)]
+
+    def check_divides(self, key: str, value: int) -> None:
+        """Refuse a batch that the ranks cannot share equally.
+
+        Raises:
+            ConfigError: with the nearest sizes that do.
+        """
+        if value % self.world_size:
+            below = value // self.world_size * self.world_size
+            near = f"{below} or {below + self.world_size}" if below else str(self.world_size)
+            raise ConfigError(
+                f"{key}={value} cannot be shared equally by {self.world_size} ranks. Use {near}."
+            )
+
+    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+        if self.world_size == 1:
+            return values
+        total = values.detach().clone()
+        distributed.all_reduce(total, op=operation)
+        return total
 
 
-def make_compute(device: Literal["auto", "cpu"], precision: Precision) -> tuple[Compute, str]:
-    """Set up the accelerator; the second value says which precision was taken and why."""
-    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"{accelerator.num_processes} processes: this version trains on one device only. "
-            "Start it as one process: python -m rlhf ..."
+def make_compute(
+    device: Literal["auto", "cpu"], precision: Precision, zero: Zero = "none", timeout: float = 1800.0
+) -> tuple[Compute, str]:
+    """Join the other ranks, where the environment names some; choose device and precision.
+
+    Returns:
+        The second value says which precision was taken and why.
+    """
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    rank, world_size = find_rank(os.environ)
+    if world_size > 1 and not distributed.is_initialized():
+        if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        distributed.init_process_group(
+            "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
         )
-    name, reason = (
-        (precision, "as configured") if precision != "auto" else choose_precision(accelerator.device)
-    )
+    state = PartialState(cpu=on_cpu)
+    name, reason = (precision, "as configured") if precision != "auto" else choose_precision(state.device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    return Compute(accelerator, dtype), f"{name} on {accelerator.device.type} ({reason})"
+    compute = Compute(state.device, dtype, zero, rank, world_size)
+    ranks = f", {world_size} ranks" if world_size > 1 else ""
+    sharding = f", {zero}" if zero != "none" else ""
+    return compute, f"{name} on {state.device.type} ({reason}){ranks}{sharding}"
+
+
+def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
+    """(rank, world size) as torchrun, srun, Kubernetes or our own launcher tell them; (0, 1) for none.
+
+    Under srun the names that torch reads are set from SLURM's.
+
+    Raises:
+        ConfigError: SLURM started several tasks, but nobody said where rank 0 listens.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        environment.setdefault("LOCAL_RANK", "0")
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "SLURM_PROCID" in environment:
+        if "MASTER_ADDR" not in environment:
+            raise ConfigError(
+                f"srun started {tasks} tasks, but MASTER_ADDR is not set: where does the first one listen? "
+                "launch/slurm.sbatch sets it."
+            )
+        environment.setdefault("MASTER_PORT", "29500")
+        environment.update(
+            {
+                "RANK": environment["SLURM_PROCID"],
+                "WORLD_SIZE": str(tasks),
+                "LOCAL_RANK": environment["SLURM_LOCALID"],
+                "LOCAL_WORLD_SIZE": environment.get("SLURM_TASKS_PER_NODE", "1").partition("(")[0],
+            }
+        )
+        return int(environment["RANK"]), tasks
+    return 0, 1
 
 
 def choose_precision(device: torch.device) -> tuple[str, str]:

@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt
 
+from rlhf.checkpoint import CheckpointConfig
 from rlhf.config import ConfigError, Strict, validated
-from rlhf.distributed import Precision
+from rlhf.distributed import DistributedConfig, Precision, Zero
+from rlhf.launch import LaunchConfig
 from rlhf.models.load import ModelConfig
 from rlhf.stage import Stage
 from rlhf.tracking import TrackerConfig
@@ -34,6 +36,11 @@ class Settings(Strict):
     seed: NonNegativeInt
     device: Literal["auto", "cpu"]
     precision: Precision
+    zero: Zero
+    """What DeepSpeed shards over the ranks: nothing, optimizer (1), gradients too (2), weights too (3)."""
+    launch: LaunchConfig
+    distributed: DistributedConfig
+    checkpoint: CheckpointConfig
     why: bool
     """Explain each reuse and each miss, down to the changed knob."""
     force: Names

@@ -14,6 +14,7 @@ from rlhf.progress import Progress
 from rlhf.tracking import Tracker
 
 if TYPE_CHECKING:
+    from rlhf.checkpoint import Checkpointer
     from rlhf.distributed import Compute
     from rlhf.models.load import BaseModelFiles
 
@@ -36,6 +37,9 @@ class Job:
     """Where the stage writes its artifact; renamed into the store once the stage is done."""
     tracker: Tracker
     progress: Progress
+    checkpoints: Checkpointer
+    run_directory: Path
+    """For what does not belong into the artifact, such as a batch that could not be learned from."""
     summary: dict[str, float] | None = field(default=None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -48,8 +52,17 @@ class Job:
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Put a .jsonl file into the artifact."""
+        if not self.compute.is_main:
+            return
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (self.directory / name).write_text(text, encoding="utf-8")
+
+    def dump(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Keep rows that something went wrong with, beside the run's other files, for a person to look at."""
+        path = self.run_directory / f"{self.stage}-{name}.jsonl"
+        if self.compute.is_main:
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return path
 
     def publish(self, metrics: Mapping[str, float]) -> None:
         """Declare the artifact complete, with its summary metrics (names without the stage's)."""

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from filelock import Timeout
 from rich.console import Console
 
 from rlhf.artifacts import Artifact, Manifest, Recipe, Store, digest_of, file_digest, recipe_key
+from rlhf.checkpoint import Checkpointer
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
-from rlhf.distributed import Compute, make_compute
+from rlhf.distributed import Compute
 from rlhf.estimate import parameters_in, speed_of
 from rlhf.experiment import Experiment
+from rlhf.interrupt import StopSignals
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, base_files, base_identity
 from rlhf.progress import Progress, clock
@@ -36,11 +38,20 @@ PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datas
 class Pipeline:
     """Everything that an experiment's stages share."""
 
-    def __init__(self, experiment: Experiment, run_name: str, console: Console) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        run_name: str,
+        console: Console,
+        compute: Compute,
+        signals: StopSignals | None = None,
+    ) -> None:
+        """Every rank has one; rank 0 decides what is reused, and alone touches the store and the run."""
         settings = experiment.settings
-        self.experiment, self.console = experiment, console
+        self.experiment, self.console, self.compute = experiment, console, compute
+        self.signals = signals or StopSignals()
         self.store = Store(Path(settings.store_dir))
-        self.results = Run(Path(settings.runs_dir) / run_name)
+        self.results = Run(Path(settings.runs_dir) / run_name, writes=compute.is_main)
         self.model_identity = base_identity(settings.model)
         self.changed: set[str] = set()
         """Forced stages whose result differs from the one that the store had."""
@@ -53,30 +64,39 @@ class Pipeline:
         Raises:
             GateError: a gate failed; every finished stage is kept.
         """
+        with ExitStack() as stack:
+            self.compute.main_only(lambda: self.begin(stack))
+            self.run_stages()
+
+    def begin(self, stack: ExitStack) -> None:
+        """Take the run's directory."""
         settings, run = self.experiment.settings, self.results
         try:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(run.alone())
             run.begin()
+            (run.directory / "config.yaml").write_text(to_yaml(self.experiment.resolved))
         except OSError as error:
             raise ConfigError(
-                f"runs_dir={settings.runs_dir}: {run.directory} cannot be created ({error.strerror})."
+                f"runs_dir={settings.runs_dir}: {run.directory} cannot be written ({error.strerror})."
             ) from None
-        with run.alone():
-            self.run_stages()
 
     def run_stages(self) -> None:
         """Run the chain inside its directory."""
         settings, run = self.experiment.settings, self.results
-        (run.directory / "config.yaml").write_text(to_yaml(self.experiment.resolved))
-        compute, precision = make_compute(settings.device, settings.precision)
-        self.console.print(f"Run in {run.directory}; {precision}.", highlight=False)
-        tracker = make_tracker(settings.tracker, run.directory.name, run.directory, self.experiment.resolved)
+        tracker = Tracker(None, [])
+        if self.compute.is_main:
+            tracker = make_tracker(
+                settings.tracker, run.directory.name, run.directory, self.experiment.resolved
+            )
         try:
             base = base_files(settings.model, self.model_identity, self.keep_base)
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
-                artifacts[name] = self.finish(name, artifacts, base, compute, tracker)
-                if name == "prepare":
-                    self.announce(artifacts["prepare"], base, compute)
+                self.compute.at.update(stage=name, step=0)
+                artifacts[name] = self.finish(name, artifacts, base, tracker)
+                if name == "prepare" and self.compute.is_main:
+                    self.announce(artifacts["prepare"], base)
                 self.check_gates(name, artifacts[name])
         finally:
             tracker.close()
@@ -86,17 +106,16 @@ class Pipeline:
         name: str,
         artifacts: Mapping[str, Artifact],
         base: BaseModelFiles,
-        compute: Compute,
         tracker: Tracker,
     ) -> Artifact:
         """The stage's artifact: the store's where it is finished, made now otherwise."""
         stage, run = self.experiment.stages[name], self.results
-        recipe = self.recipe(stage, artifacts, compute)
+        recipe = self.recipe(stage, artifacts)
         key = recipe_key(recipe)
         forced = name in self.experiment.settings.force or not self.changed.isdisjoint(stage.inputs())
         start = time.monotonic()
         with self.locked(name, key):
-            found = None if forced else self.store.find(name, key)
+            found = self.compute.main_only(lambda: None if forced else self.store.find(name, key))
             if found:
                 tracker.replay(found.path)
                 run.record(name, "reused", key, found, 0.0)
@@ -109,65 +128,80 @@ class Pipeline:
             else:
                 self.console.print(f"[cyan]{name}[/] runs ({key})", highlight=False)
             progress = Progress(self.console)
-            scratch = self.store.scratch(name, key)
+            scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
             tracker.begin(scratch)
             prepared = PreparedData(artifacts["prepare"].path if "prepare" in artifacts else scratch)
             job = Job(
                 stage=name,
                 seed=self.experiment.settings.seed,
-                compute=compute,
+                compute=self.compute,
                 base=base,
                 inputs={other: artifacts[other] for other in stage.inputs()},
                 data=prepared,
                 directory=scratch,
                 tracker=tracker,
                 progress=progress,
+                checkpoints=Checkpointer(
+                    directory=self.store.checkpoints(name, key),
+                    config=self.experiment.settings.checkpoint,
+                    compute=self.compute,
+                    tracker=tracker,
+                    signals=self.signals,
+                    tell=lambda text: self.console.print(text, highlight=False),
+                    stage=name,
+                ),
+                run_directory=run.directory,
             )
             torch.manual_seed(job.seed)
             try:
                 with progress.shown():
                     stage.run(job)
-            except BaseException:  # Ctrl-C too: summary.json says where it ended, and the cause goes on up
-                run.record(name, "failed", key, None, time.monotonic() - start)
+            except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; it goes on up
+                ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
+                run.record(name, ended, key, None, time.monotonic() - start)
                 raise
             assert job.summary is not None, f"{name} ended without publishing"
-            seconds = time.monotonic() - start
-            replaced = self.store.find(name, key) if forced else None
-            artifact = self.store.publish(
-                scratch, self.manifest(stage, recipe, scratch, job.summary, seconds)
-            )
+            seconds = job.checkpoints.spent()
+
+            def publish(metrics: dict[str, float] = job.summary) -> tuple[Artifact | None, Artifact]:
+                replaced = self.store.find(name, key) if forced else None
+                manifest = self.manifest(stage, recipe, scratch, metrics, seconds)
+                return replaced, self.store.publish(scratch, manifest)
+
+            replaced, artifact = self.compute.main_only(publish)
+            self.compute.main_only(job.checkpoints.discard)
             if replaced and not same_content(replaced, artifact):
                 self.changed.add(name)
         run.record(name, "ran", key, artifact, seconds)
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}", highlight=False)
         return artifact
 
-    def announce(self, prepared: Artifact, base: BaseModelFiles, compute: Compute) -> None:
+    def announce(self, prepared: Artifact, base: BaseModelFiles) -> None:
         """Say roughly how long the stages that have to run will take."""
-        parameters, speed = parameters_in(base.directory), speed_of(compute)
+        parameters, speed = parameters_in(base.directory), speed_of(self.compute) * self.compute.world_size
         estimates = {
             name: self.experiment.stages[name].work(PreparedData(prepared.path)).seconds(parameters, speed)
-            for name in self.pending(prepared, compute)
+            for name in self.pending(prepared)
         }
         if estimates:
             parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in estimates.items())
             self.console.print(f"About {clock(sum(estimates.values()))} to go: {parts}.", highlight=False)
 
-    def pending(self, prepared: Artifact, compute: Compute) -> list[str]:
+    def pending(self, prepared: Artifact) -> list[str]:
         """The stages behind `prepare` that the store does not answer."""
         known, pending = {"prepare": prepared}, []
         for name in self.experiment.needed()[1:]:
             stage = self.experiment.stages[name]
             found = None
             if name not in self.experiment.settings.force and set(stage.inputs()) <= set(known):
-                found = self.store.find(name, recipe_key(self.recipe(stage, known, compute)))
+                found = self.store.find(name, recipe_key(self.recipe(stage, known)))
             if found:
                 known[name] = found
             else:
                 pending.append(name)
         return pending
 
-    def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact], compute: Compute) -> Recipe:
+    def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
         """All that decides the stage's artifact."""
         recipe: Recipe = {
             "stage": stage.name,
@@ -183,7 +217,7 @@ class Pipeline:
             recipe["model"] = self.model_identity
         if stage.random:
             recipe["seed"] = self.experiment.settings.seed
-            recipe["dtype"] = str(compute.dtype).removeprefix("torch.")
+            recipe["dtype"] = str(self.compute.dtype).removeprefix("torch.")
         return recipe
 
     def manifest(
@@ -205,7 +239,8 @@ class Pipeline:
             git_revision=git_revision(),
             packages={name: importlib.metadata.version(name) for name in PACKAGES},
             hardware=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+            + (f", {self.compute.world_size} ranks" if self.compute.world_size > 1 else ""),
             files={},
         )
 
@@ -230,19 +265,31 @@ class Pipeline:
     @contextmanager
     def locked(self, name: str, key: str) -> Iterator[None]:
         """Hold the artifact's lock; says so when another run has it."""
-        lock = self.store.lock(name, key)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        lock = self.store.lock(name, key) if self.compute.is_main else None
+
+        def taken(seconds: float) -> bool:
+            assert lock is not None
+            try:
+                lock.acquire(timeout=seconds)
+            except Timeout:
+                return False
+            return True
+
+        if not self.compute.main_only(lambda: taken(0)):
             self.console.print(f"[cyan]{name}[/] waits: another run is making {key}", highlight=False)
-            lock.acquire()
+            while not self.compute.main_only(lambda: taken(5)):  # in turns, so that no rank times out
+                pass
         try:
             yield
         finally:
-            lock.release()
+            if lock is not None:
+                lock.release()
 
     def keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
         """Make a base model that has to be converted or built first, once, and keep it in the store."""
+        return self.compute.main_only(lambda: self._keep_base(content, write))
+
+    def _keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
         recipe: Recipe = {"stage": "base", "content": content}
         key = recipe_key(recipe)
         with self.store.lock("base", key):

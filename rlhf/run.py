@@ -56,6 +56,8 @@ class Run:
     directory: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     gates: list[GateResult] = field(default_factory=list)
+    writes: bool = True
+    """False on ranks other than 0: one writes for all."""
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -83,7 +85,7 @@ class Run:
             "seconds": round(seconds, 2),
             "metrics": metrics,
         }
-        if artifact:
+        if artifact and self.writes:
             link = self.directory / "artifacts" / name
             link.parent.mkdir(exist_ok=True)
             link.unlink(missing_ok=True)
@@ -92,6 +94,8 @@ class Run:
 
     def write(self) -> None:
         """Write summary.json; figures that are not finite become null."""
+        if not self.writes:
+            return
         gates = [gate.as_json() for gate in self.gates]
         stages = {
             name: stage | {"metrics": {metric: _finite(value) for metric, value in stage["metrics"].items()}}
@@ -102,8 +106,7 @@ class Run:
         beside.rename(self.directory / "summary.json")
 
     def begin(self) -> None:
-        """Make the directory, and remove what an earlier run of this name said of itself."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """Remove what an earlier run of this name said of itself."""
         shutil.rmtree(self.directory / "artifacts", ignore_errors=True)
         (self.directory / "report.md").unlink(missing_ok=True)
         self.write()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,27 +98,47 @@ class Tracker:
     """Writes each stage's lines beside its artifact, and the run's whole story in the run directory.
 
     A stage's own files travel with its artifact, so a run that reuses the artifact still shows its curve.
+    Without a run directory (ranks other than 0) it writes nothing.
     """
 
     METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
-    def __init__(self, run_directory: Path, sinks: list[Sink]) -> None:
+    def __init__(self, run_directory: Path | None, sinks: list[Sink]) -> None:
         self._run_directory, self._sinks = run_directory, sinks
         self._stage_directory: Path | None = None
-        for name in (self.METRICS, self.SAMPLES):
-            (run_directory / name).write_text("")
+        if run_directory is not None:
+            for name in (self.METRICS, self.SAMPLES):
+                (run_directory / name).write_text("")
 
     def begin(self, stage_directory: Path) -> None:
         """Also write to this directory, from now on."""
-        self._stage_directory = stage_directory
+        self._stage_directory = stage_directory if self._run_directory else None
+
+    def keep(self, checkpoint: Path) -> None:
+        """Copy what the stage has said so far into a checkpoint."""
+        for name in (self.METRICS, self.SAMPLES):
+            if self._stage_directory and (self._stage_directory / name).exists():
+                shutil.copyfile(self._stage_directory / name, checkpoint / name)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Say again what the stage had said at that checkpoint, and no more: no gap, nothing twice."""
+        if self._stage_directory is None:
+            return
+        for name in (self.METRICS, self.SAMPLES):
+            if (checkpoint / name).exists():
+                shutil.copyfile(checkpoint / name, self._stage_directory / name)
+        self.replay(checkpoint)
 
     def replay(self, stage_directory: Path) -> None:
         """Tell the run's files, and the sinks, what a reused artifact's lines say."""
+        if self._run_directory is None:
+            return
         for name in (self.METRICS, self.SAMPLES):
             if (stage_directory / name).exists():
                 with (self._run_directory / name).open("a") as run_file:
                     run_file.write((stage_directory / name).read_text())
-        for line in (stage_directory / self.METRICS).read_text().splitlines() if self._sinks else ():
+        metrics_file = stage_directory / self.METRICS
+        for line in metrics_file.read_text().splitlines() if self._sinks and metrics_file.exists() else ():
             row = json.loads(line)
             metrics = {name: value for name, value in row.items() if "/" in name and value is not None}
             for sink in self._sinks:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.config import OptimConfig
 
 COPIED = ("lr", "weight_decay", "eps")
-"""What a schedule or a user changes in the outer parameter groups, and AdamW reads in the inner ones."""
+"""What a schedule changes in the outer parameter groups, and AdamW reads in the inner ones."""
+
+BUCKET_ELEMENTS = 25_000_000
+"""Gradients that are added up over ranks together: few messages, and a bounded copy."""
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -25,10 +27,17 @@ class MasterAdamW(torch.optim.Optimizer):
     many micro-batches loses nothing in bf16. `step` clips each group by its own norm (a critic's large
     gradients must not shrink the policy's) and is skipped, and counted, when a norm is not finite: one NaN
     would otherwise poison every parameter.
+
+    Args:
+        groups: each with params, lr, weight_decay, eps and max_grad_norm.
+        global_sum: adds a tensor up over ranks that hold the same parameters; None for a single rank.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], global_sum: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__(list(groups), {})
+        self._global_sum = global_sum
         self._pairs: list[tuple[Tensor, Tensor]] = []
         inner_groups = []
         for group in self.param_groups:
@@ -48,11 +57,14 @@ class MasterAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Clip, update the masters, and round them into the model."""
         assert closure is None
+        if self._global_sum is not None:
+            self._add_up_over_ranks(self._global_sum)
         self.grad_norms = [
             float(nn.utils.clip_grad_norm_(inner["params"], outer["max_grad_norm"]))
             for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True)
         ]
         if not all(math.isfinite(norm) for norm in self.grad_norms):
+            # equal on all ranks: each has the same sums
             self.skipped_steps += 1
             self.zero_grad()
             return
@@ -63,10 +75,16 @@ class MasterAdamW(torch.optim.Optimizer):
             parameter.copy_(master)
         self.zero_grad()  # transformers' Trainer clears the model's gradients only, never the optimizer's
 
-    @property
-    def grad_norm(self) -> float:
-        """The last step's, over all groups."""
-        return math.hypot(*self.grad_norms)
+    def _add_up_over_ranks(self, global_sum: Callable[[Tensor], Tensor]) -> None:
+        bucket: list[Tensor] = []
+        gradients = [master.grad for _, master in self._pairs if master.grad is not None]
+        for place, gradient in enumerate(gradients, 1):
+            bucket.append(gradient)
+            if place == len(gradients) or sum(each.numel() for each in bucket) >= BUCKET_ELEMENTS:
+                total = global_sum(torch.cat([each.flatten() for each in bucket]))
+                for each, part in zip(bucket, total.split([each.numel() for each in bucket]), strict=True):
+                    each.copy_(part.view_as(each))
+                bucket = []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of both copies."""
@@ -78,7 +96,7 @@ class MasterAdamW(torch.optim.Optimizer):
         return {
             "masters": [master.detach() for _, master in self._pairs],
             "adamw": self._inner.state_dict(),
-            "groups": [{name: group[name] for name in COPIED} for group in self.param_groups],
+            "skipped_steps": self.skipped_steps,
         }
 
     @torch.no_grad()
@@ -88,8 +106,7 @@ class MasterAdamW(torch.optim.Optimizer):
             master.copy_(saved)
             parameter.copy_(saved)
         self._inner.load_state_dict(state_dict["adamw"])
-        for group, saved in zip(self.param_groups, state_dict["groups"], strict=True):
-            group.update(saved)
+        self.skipped_steps = state_dict["skipped_steps"]
 
 
 def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
@@ -113,33 +130,21 @@ def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
         "weight_decay": config.weight_decay,
         "eps": config.eps,
         "max_grad_norm": config.max_grad_norm,
-        "warmup_fraction": config.warmup_fraction,
     }
 
 
-def make_optimizer(groups: Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]) -> MasterAdamW:
-    """One optimizer, each group of parameters with its own rate, epsilon and clipping."""
-    return MasterAdamW([parameter_group(parameters, config) for parameters, config in groups])
-
-
-def make_schedule(optimizer: MasterAdamW, num_steps: int) -> LambdaLR:
-    """Linear warm-up over each group's own fraction, then linear decay that reaches 0 after the last step."""
-
-    def factor_of(warmup: int) -> Callable[[int], float]:
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
-
-        return factor
-
-    warmups = [round(num_steps * group["warmup_fraction"]) for group in optimizer.param_groups]
-    return LambdaLR(optimizer, [factor_of(warmup) for warmup in warmups])
+def linear_rate(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Factor of the learning rate in `step`, counted from 0: linear warm-up, then linear decay that would
+    reach 0 one step after the last."""
+    warmup = round(num_steps * warmup_fraction)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter that trains."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """A copy of every parameter that trains, on the CPU."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -155,7 +160,9 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._model, self._decay = model, decay
-        self._average = {name: value.float() for name, value in trainable_state(model).items()}
+        self._average = {
+            name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self) -> None:
@@ -163,6 +170,16 @@ class WeightAverage:
         for name, value in self._model.named_parameters():
             if name in self._average:
                 self._average[name].lerp_(value.float(), 1 - self._decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average."""
+        return self._average
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with this average."""
+        for name, value in state.items():
+            self._average[name].copy_(value)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

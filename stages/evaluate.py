@@ -61,6 +61,7 @@ class EvaluateStage(Stage):
     """What `evaluate.*` can be told. Values: conf/stages/evaluate.yaml."""
 
     name: ClassVar[str] = "evaluate"
+    version: ClassVar[int] = 2
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention_text", "retention_questions", "num_shown", "micro_batch_tokens"}
     )
@@ -181,7 +182,7 @@ class EvaluateStage(Stage):
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 top_p=self.top_p,
-                generator=torch.Generator(policy.model.device).manual_seed(job.seed),
+                generator=torch.Generator().manual_seed(job.seed),
                 batch_rows=self.batch_rows,
                 on_rows=task.advance,
             )

@@ -28,6 +28,7 @@ class GenerateStage(Stage):
     """What `generate.*` can be told. Values: conf/stages/generate.yaml."""
 
     name: ClassVar[str] = "generate"
+    version: ClassVar[int] = 2
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 
     policy: Literal["base", "sft"]
@@ -82,7 +83,7 @@ class GenerateStage(Stage):
                 [row.prompt for row in repeated],
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
-                generator=torch.Generator(policy.model.device).manual_seed(job.seed),
+                generator=torch.Generator().manual_seed(job.seed),
                 batch_rows=self.batch_rows,
                 on_rows=task.advance,
             )

@@ -16,11 +16,13 @@ from rlhf.config import ConfigError
 from rlhf.data.chat import tokenizer_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
+from rlhf.distributed import Compute
+from rlhf.engine import make_engine
 from rlhf.estimate import TRAINED, Work
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.actor_critic import ActorCritic
-from rlhf.models.adapters import attach, count_parameters
+from rlhf.models.adapters import attach, count_parameters, merged
 from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
 from rlhf.models.policy import check_head
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head
@@ -37,7 +39,10 @@ class PpoStage(PpoConfig, Stage):
     """What `ppo.*` can be told: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
     name: ClassVar[str] = "ppo"
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"prompts", "micro_batch_tokens"})
+    version: ClassVar[int] = 2
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {"prompts", "micro_batch_tokens", "max_bad_steps", "max_kl", "frozen"}
+    )
 
     def inputs(self) -> tuple[str, ...]:
         """The SFT model, and what the reward and its normalisation need."""
@@ -83,11 +88,13 @@ class PpoStage(PpoConfig, Stage):
 
     def run(self, job: Job) -> None:
         """Load the four models, train, and publish the best policy."""
+        for name in ("batch_episodes", "minibatch_episodes"):
+            job.compute.check_divides(f"ppo.{name}", getattr(self, name))
         sft, settings, compute = job.inputs["sft"].path, job.base.config, job.compute
         tokenizer = load_tokenizer(sft, settings)
         policy = load_causal_lm(sft, settings, compute.dtype, compute.device)
         check_head(policy)
-        adapter = attach(policy, self.peft)
+        attach(policy, self.peft)
         learned = job.inputs["reward"].path if self.reward == "learned" else None
         reward = make_reward(self.reward, learned, settings, compute, self.micro_batch_tokens)
         normalizer = self.normalizer(job)
@@ -97,11 +104,20 @@ class PpoStage(PpoConfig, Stage):
         critic.offset.requires_grad_(True)
         trained, _ = count_parameters(policy)
 
+        engine = make_engine(
+            ActorCritic(policy, critic),
+            [(policy.parameters(), self.optim), (critic.parameters(), self.critic.optim)],
+            compute,
+            job.checkpoints.newest,
+        )
+        reference = Policy.load(sft, settings, compute)
+        if self.frozen == "sharded":
+            self.shard(reference, reward, compute)
         learner = Learner(
             self,
-            policy=Policy(policy, tokenizer),
-            model=ActorCritic(policy, critic),
-            reference=Policy.load(sft, settings, compute),
+            engine=engine,
+            policy=Policy(policy, tokenizer, compute, engine.whole),
+            reference=reference,
             reward=reward,
             normalizer=normalizer,
             mix=PretrainingMix(self.ptx, tokenizer, job.data.rows("sft", "train"), job.seed)
@@ -112,9 +128,20 @@ class PpoStage(PpoConfig, Stage):
         metrics = learner.train(
             job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
         )
-        adapter.merge()
-        save_policy(policy, tokenizer, job.directory)
+        compute.main_only(
+            lambda: save_policy(
+                merged(job.base, sft, self.peft, learner.best_weights), tokenizer, job.directory
+            )
+        )
         job.publish({**metrics, "trained_parameters": trained})
+
+    def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:
+        """Spread the models that do not train over the ranks."""
+        from rlhf.zero import shard_frozen
+
+        shard_frozen(reference.model, compute)
+        if isinstance(reward, LearnedReward):
+            shard_frozen(reward.model, compute)
 
     def normalizer(self, job: Job) -> ScoreNormalizer:
         """How raw scores become comparable to the KL penalty."""

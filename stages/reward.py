@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -16,20 +16,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, OptimConfig, Peft
-from rlhf.data.batching import chunks, token_budget_batches
+from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow, Role
 from rlhf.data.sources import SourceConfig
+from rlhf.engine import Engine, make_engine
 from rlhf.estimate import TRAINED, Work
 from rlhf.evaluation.ranking import Ranking, rank_quality
 from rlhf.job import Job
+from rlhf.loop import train_batches
 from rlhf.losses.pairwise import bradley_terry_loss
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.load import load_tokenizer
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.stage import Stage
-from rlhf.training import MasterAdamW, make_optimizer, make_schedule
+from rlhf.training import load_trainable
 
 
 class RewardStage(Stage):
@@ -71,14 +73,16 @@ class RewardStage(Stage):
 
     def run(self, job: Job) -> None:
         """Train, publish, and measure what was published."""
+        job.compute.check_divides("reward.batch_pairs", self.batch_pairs)
         tokenizer = load_tokenizer(job.inputs["sft"].path, job.base.config)
         assert isinstance(tokenizer.pad_token_id, int)
         model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype, new_head=True)
         model.to(job.compute.device)
         reset_head(model)
-        adapter = attach(model.model, self.peft)
+        attach(model.model, self.peft)
         model.head.requires_grad_(True)
         model.offset.requires_grad_(False)
+        pad_id = tokenizer.pad_token_id
 
         def encode(rows: Sequence[PairRow]) -> list[EncodedPair]:
             return [EncodedPair(tokenizer, row) for row in rows]
@@ -91,66 +95,68 @@ class RewardStage(Stage):
         if not train or not held_out:
             raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
         trained, _ = count_parameters(model)
-        skipped = self.train(job, model, train, tokenizer.pad_token_id)
+        engine = make_engine(model, [(model.parameters(), self.optim)], job.compute, job.checkpoints.newest)
+        state = job.checkpoints.restore(engine)
+        train_batches(
+            job,
+            engine,
+            self.batches(train, job.seed),
+            lambda batch: self.step(job, engine, batch, pad_id),
+            state={},
+            as_json=EncodedPair.as_json,
+            done=state["done"] if state else 0,
+        )
 
-        adapter.merge()
-        save_scalar_model(model, tokenizer, job.directory)
+        weights = engine.trainable_state(model)
+        job.compute.main_only(lambda: self.save(job, weights, tokenizer))
         published = load_scalar_model(job.directory, job.base.config, job.compute.dtype).to(
             job.compute.device
         )
-        ranking = self.rank(job, published, held_out, tokenizer.pad_token_id)
+        ranking = self.rank(job, published, held_out, pad_id)
         too_long = sum(map(len, pairs.values())) - len(train) - len(held_out)
         job.publish({
             **rank_quality(ranking),
             "trained_parameters": trained,
-            "skipped_steps": skipped,
+            "skipped_steps": engine.skipped_steps,
             "train_pairs": len(train),
             "pairs_too_long": too_long,
         })  # fmt: skip
 
-    def train(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair], pad_id: int) -> int:
-        """Bradley-Terry training; each optimizer step is one mean over batch_pairs pairs.
+    def batches(self, pairs: Sequence[EncodedPair], seed: int) -> list[Sequence[EncodedPair]]:
+        """The whole training in order, newly shuffled in each epoch."""
+        shuffled = (random.Random(seed + epoch).sample(pairs, len(pairs)) for epoch in range(self.epochs))
+        return [batch for epoch in shuffled for batch in chunks(epoch, self.batch_pairs)]
 
-        Returns:
-            The number of steps skipped for a gradient that was not finite.
-        """
-        optimizer = make_optimizer([(model.parameters(), self.optim)])
-        batches = [
-            batch
-            for epoch in range(self.epochs)
-            for batch in chunks(random.Random(job.seed + epoch).sample(pairs, len(pairs)), self.batch_pairs)
-        ]
-        schedule = make_schedule(optimizer, len(batches))
-        with job.progress.task("reward: training", len(batches)) as task:
-            for step, batch in enumerate(batches, 1):
-                metrics = self.step(job, model, optimizer, batch, pad_id)
-                metrics["lr"] = float(schedule.get_last_lr()[0])
-                schedule.step()
-                job.log(metrics, step)
-                task.advance(1, f"loss {metrics['loss']:.3f} accuracy {metrics['train_accuracy']:.2f}")
-        return optimizer.skipped_steps
-
-    def step(
-        self, job: Job, model: ScalarModel, optimizer: MasterAdamW, batch: Sequence[EncodedPair], pad_id: int
-    ) -> dict[str, float]:
-        """One optimizer step."""
-        totals = job.compute.global_sum(torch.tensor([float(len(batch))], device=job.compute.device))
+    def step(self, job: Job, engine: Engine, batch: Sequence[EncodedPair], pad_id: int) -> dict[str, float]:
+        """One optimizer step: Bradley-Terry, the mean over all pairs of the batch, over all ranks."""
         sums = torch.zeros(2, device=job.compute.device)  # loss, right rankings
-        for group in token_budget_batches([2 * pair.longest for pair in batch], self.micro_batch_tokens):
-            pairs = [batch[index] for index in group]
-            score_2B = model.last_values([*(p.chosen for p in pairs), *(p.rejected for p in pairs)], pad_id)
+        for indices, weight, last in job.compute.micro_batches(
+            [2 * pair.longest for pair in batch], self.micro_batch_tokens
+        ):
+            pairs = [batch[index] for index in indices]
+            score_2B = engine.model([*(p.chosen for p in pairs), *(p.rejected for p in pairs)], pad_id)
             chosen_B, rejected_B = score_2B.chunk(2)
-            loss = bradley_terry_loss(chosen_B, rejected_B, total_pairs=float(totals[0]), center=self.center)
-            job.compute.accelerator.backward(loss)
-            sums += torch.stack([loss.detach(), (chosen_B > rejected_B).sum() / totals[0]])
-        optimizer.step()
+            loss = weight * bradley_terry_loss(
+                chosen_B, rejected_B, total_pairs=len(batch), center=self.center
+            )
+            engine.backward(loss, last=last)
+            sums += torch.stack([loss.detach(), weight * (chosen_B > rejected_B).sum() / len(batch)])
+        engine.step()
         loss_sum, accuracy = job.compute.global_sum(sums).tolist()
-        return {"loss": loss_sum, "train_accuracy": accuracy, "grad_norm": optimizer.grad_norm}
+        return {"loss": loss_sum, "train_accuracy": accuracy}
+
+    def save(self, job: Job, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Publish the trained weights as a plain classification model."""
+        model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype, new_head=True)
+        adapter = attach(model.model, self.peft)
+        load_trainable(model, weights)
+        adapter.merge()
+        save_scalar_model(model, tokenizer, job.directory)
 
     def rank(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair], pad_id: int) -> Ranking:
         """Score both sides of every pair."""
         rows = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-        chosen_B, rejected_B = model.score(rows, pad_id, self.micro_batch_tokens).chunk(2)
+        chosen_B, rejected_B = model.score(rows, pad_id, self.micro_batch_tokens, job.compute).chunk(2)
         return Ranking(
             chosen_B,
             rejected_B,
@@ -166,10 +172,15 @@ class EncodedPair:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, row: PairRow) -> None:
         self.chosen, self.chosen_length = self._encode(tokenizer, row, row.chosen)
         self.rejected, self.rejected_length = self._encode(tokenizer, row, row.rejected)
+        self.row = row
         self.longest = max(len(self.chosen), len(self.rejected))
         self.gold_gap = float("nan")
         if row.chosen_gold is not None and row.rejected_gold is not None:
             self.gold_gap = row.chosen_gold - row.rejected_gold
+
+    def as_json(self) -> dict[str, Any]:
+        """The pair as the user knows it."""
+        return {"prompt": self.row.prompt, "chosen": self.row.chosen, "rejected": self.row.rejected}
 
     @staticmethod
     def _encode(tokenizer: PreTrainedTokenizerBase, row: PairRow, response: str) -> tuple[Tensor, int]:

@@ -7,43 +7,37 @@ Writes  a plain causal-LM directory, and the held-out loss before and after.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
-from transformers import TrainingArguments as HfArguments
+from pydantic import PositiveFloat, PositiveInt
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import OptimConfig, Peft
-from rlhf.data.batching import token_budget_batches
+from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
+from rlhf.engine import Engine, make_engine
 from rlhf.estimate import TRAINED, Work
 from rlhf.job import Job
-from rlhf.models.adapters import attach, count_parameters
+from rlhf.loop import train_batches
+from rlhf.models.adapters import attach, count_parameters, merged
 from rlhf.models.load import load_causal_lm, save_policy
-from rlhf.models.policy import check_head, pad_sequences, response_statistics
-from rlhf.progress import Task
+from rlhf.models.policy import ResponseModel, check_head, pad_sequences, rollout_rows
+from rlhf.rl.rollout import Rollout
 from rlhf.stage import Stage
-from rlhf.training import make_optimizer
 
 
 class SftStage(Stage):
     """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"data", "micro_batch_rows", "micro_batch_tokens"})
+    version: ClassVar[int] = 2
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"data", "micro_batch_tokens"})
 
     data: SourceConfig
     """Rows with a prompt and its answer; prepared by `prepare`, so its content is in the key."""
@@ -52,20 +46,10 @@ class SftStage(Stage):
     epochs: PositiveFloat
     batch_rows: PositiveInt
     """Rows per optimizer step, over all ranks."""
-    micro_batch_rows: PositiveInt
-    """Rows per forward pass; lower it when memory runs out."""
     micro_batch_tokens: PositiveInt
-    """Padded tokens per forward pass when measuring the held-out loss."""
+    """Padded tokens per forward pass; lower it when memory runs out."""
     max_tokens: PositiveInt
     """Longer rows are cut (the end of the answer is lost)."""
-
-    @model_validator(mode="after")
-    def _sizes(self) -> Self:
-        if self.batch_rows % self.micro_batch_rows:
-            raise ValueError(
-                f"micro_batch_rows={self.micro_batch_rows} does not divide batch_rows={self.batch_rows}"
-            )
-        return self
 
     def inputs(self) -> tuple[str, ...]:
         """It reads prepared data."""
@@ -89,116 +73,105 @@ class SftStage(Stage):
 
     def run(self, job: Job) -> None:
         """Train on the answers only, and publish the model."""
+        job.compute.check_divides("sft.batch_rows", self.batch_rows)
         tokenizer = job.base.load_tokenizer()
-        model = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype, job.compute.device)
-        check_head(model)
-        train = [exchange_ids(tokenizer, row.prompt, row.completion) for row in job.data.rows("sft", "train")]
-        held_out = job.data.rows("sft", "held_out")
+        assert isinstance(tokenizer.pad_token_id, int)
+        pad_id = tokenizer.pad_token_id
+        policy = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype, job.compute.device)
+        check_head(policy)
+        train, held_out = (
+            [EncodedAnswer(tokenizer, row, self.max_tokens) for row in job.data.rows("sft", split)]
+            for split in ("train", "held_out")
+        )
+        attach(policy, self.peft)
+        trained, _ = count_parameters(policy)
+        engine = make_engine(
+            ResponseModel(policy), [(policy.parameters(), self.optim)], job.compute, job.checkpoints.newest
+        )
 
-        before = self.mean_loss(model, tokenizer, held_out)
-        adapter = attach(model, self.peft)
-        trained, _ = count_parameters(model)
-        skipped = self.train(job, model, tokenizer, train)
-        adapter.merge()
-        after = self.mean_loss(model.eval(), tokenizer, held_out)
+        state = job.checkpoints.restore(engine)
+        before = state["before"] if state else self.mean_loss(job, engine, held_out, pad_id)
+        train_batches(
+            job,
+            engine,
+            self.batches(train, job.seed),
+            lambda batch: self.step(job, engine, batch, pad_id),
+            state={"before": before},
+            as_json=lambda row: {"prompt": row.row.prompt, "completion": row.row.completion},
+            done=state["done"] if state else 0,
+        )
+        after = self.mean_loss(job, engine, held_out, pad_id)
 
-        save_policy(model, tokenizer, job.directory)
+        weights = engine.trainable_state(policy)
+        job.compute.main_only(
+            lambda: save_policy(
+                merged(job.base, job.base.directory, self.peft, weights), tokenizer, job.directory
+            )
+        )
         job.publish({
             "held_out_loss_before": before,
             "held_out_loss": after,
             "held_out_loss_change": after - before,
-            "skipped_steps": skipped,
-            "rows_cut": sum(len(ids) > self.max_tokens for ids, _ in train),
+            "skipped_steps": engine.skipped_steps,
+            "rows_cut": sum(row.is_cut for row in train),
             "trained_parameters": trained,
-            "tokens": self.epochs * sum(min(len(ids), self.max_tokens) for ids, _ in train),
+            "tokens": self.epochs * sum(len(row) for row in train),
         })  # fmt: skip
 
-    def train(
-        self,
-        job: Job,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[tuple[list[int], int]],
-    ) -> int:
-        """Run TRL's SFTTrainer; the number of steps skipped for a gradient that was not finite."""
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
-        labelled = [
-            {
-                "input_ids": ids[: self.max_tokens],
-                "labels": ([-100] * prompt + ids[prompt:])[: self.max_tokens],
-            }
-            for ids, prompt in rows
-        ]
-        optimizer = make_optimizer([(model.parameters(), self.optim)])
-        packing = job.base.config.attention.startswith("flash")  # others would attend across documents
-        trainer = SFTTrainer(
-            model=model,
-            args=SFTConfig(
-                output_dir=str(job.directory),  # nothing is written: save_strategy
-                use_cpu=job.compute.device.type == "cpu",
-                bf16=False,  # the weights are in the compute dtype; the optimizer keeps fp32 masters
-                num_train_epochs=self.epochs,
-                per_device_train_batch_size=self.micro_batch_rows,
-                gradient_accumulation_steps=self.batch_rows // self.micro_batch_rows,
-                lr_scheduler_type="linear",
-                warmup_steps=self.optim.warmup_fraction,
-                max_grad_norm=0.0,  # clipped by the optimizer
-                max_length=self.max_tokens,
-                packing=packing,
-                train_sampling_strategy="random" if packing else "group_by_length",
-                gradient_checkpointing=False,
-                seed=job.seed,
-                logging_steps=1,
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list(labelled),
-            processing_class=tokenizer,
-            optimizers=(optimizer, None),
+    def batches(self, rows: Sequence[EncodedAnswer], seed: int) -> list[Sequence[EncodedAnswer]]:
+        """The whole training in order, newly shuffled in each epoch; the last epoch may be a part of one."""
+        shuffled = (
+            random.Random(seed + epoch).sample(rows, len(rows)) for epoch in range(math.ceil(self.epochs))
         )
-        num_steps = math.ceil(self.epochs * math.ceil(len(trainer.train_dataset) / self.batch_rows))
-        with job.progress.task("sft: training", num_steps) as task:
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(Report(job, task))
-            trainer.train()
-        return optimizer.skipped_steps
+        batches = [batch for epoch in shuffled for batch in chunks(epoch, self.batch_rows)]
+        return batches[: math.ceil(self.epochs * math.ceil(len(rows) / self.batch_rows))]
+
+    def step(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer], pad_id: int) -> dict[str, float]:
+        """One optimizer step: the mean over all answer tokens of the batch, over all ranks."""
+        total_tokens = sum(len(row.answer) for row in rows)
+        loss_sum = torch.zeros((), device=job.compute.device)
+        for indices, weight, last in job.compute.micro_batches(
+            [len(row) for row in rows], self.micro_batch_tokens
+        ):
+            batch = pad_sequences(
+                [rows[index].prompt for index in indices],
+                [rows[index].answer for index in indices],
+                pad_id,
+                job.compute.device,
+            )
+            logp_N = engine.model(batch, temperature=1.0).logp_N
+            loss = -weight * logp_N.sum() / total_tokens
+            engine.backward(loss, last=last)
+            loss_sum += loss.detach()
+        engine.step()
+        return {"loss": float(job.compute.global_sum(loss_sum)), "tokens": float(total_tokens)}
 
     @torch.no_grad()
-    def mean_loss(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow]
-    ) -> float:
+    def mean_loss(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer], pad_id: int) -> float:
         """Mean negative log-likelihood per answer token, in nats."""
-        pairs = [split_ids(*exchange_ids(tokenizer, row.prompt, row.completion)) for row in rows]
-        total, count = 0.0, 0
-        lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
-        for group in token_budget_batches(lengths, self.micro_batch_tokens):
-            batch = pad_sequences(
-                [pairs[row][0] for row in group], [pairs[row][1] for row in group], 0, model.device
-            )
-            logp_N = response_statistics(model, batch, temperature=1.0).logp_N
-            total, count = total - float(logp_N.sum()), count + len(logp_N)
-        return total / count
+        answers = Rollout(
+            prompt_ids=[row.prompt for row in rows],
+            response_ids=[row.answer for row in rows],
+            stopped=torch.ones(len(rows), dtype=torch.bool),
+        )
+        (logp_BR,) = rollout_rows(
+            answers,
+            pad_id,
+            self.micro_batch_tokens,
+            job.compute,
+            lambda batch: (engine.model(batch, temperature=1.0).logp_N,),
+        )
+        return -float(logp_BR.sum(dtype=torch.float64)) / int(answers.mask_BR.sum())
 
 
-def split_ids(ids: list[int], prompt_length: int) -> tuple[Tensor, Tensor]:
-    """An exchange's ids as (prompt, answer)."""
-    return torch.tensor(ids[:prompt_length]), torch.tensor(ids[prompt_length:])
+class EncodedAnswer:
+    """A training row as token ids, its end cut off where it is too long."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: SftRow, max_tokens: int) -> None:
+        ids, prompt_length = exchange_ids(tokenizer, row.prompt, row.completion)
+        self.row, self.is_cut = row, len(ids) > max_tokens
+        ids = ids[:max_tokens]
+        self.prompt, self.answer = torch.tensor(ids[:prompt_length]), torch.tensor(ids[prompt_length:])
 
-class Report(TrainerCallback):
-    """Passes TRL's logs on to the job."""
-
-    def __init__(self, job: Job, task: Task) -> None:
-        self._job, self._task = job, task
-
-    def on_log(self, args: HfArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One line an optimizer step."""
-        logs = kwargs["logs"]
-        if "loss" not in logs:
-            return
-        metrics = {"loss": logs["loss"], "lr": logs["learning_rate"], "epoch": logs["epoch"]}
-        self._job.log({**metrics, "grad_norm": kwargs["optimizer"].optimizer.grad_norm}, state.global_step)
-        self._task.advance(1, f"loss {logs['loss']:.3f}")
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)

@@ -17,7 +17,7 @@ from rlhf.__main__ import main
 
 STAGES = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
 SETTINGS = (
-    "model=tiny", "device=cpu", "sft.batch_rows=8", "sft.micro_batch_rows=8", "reward.batch_pairs=8",
+    "model=tiny", "device=cpu", "sft.batch_rows=8", "reward.batch_pairs=8",
     "generate.num_prompts=4", "ppo.steps=2", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4",
     "ppo.max_new_tokens=6", "ppo.evaluate_prompts=4", "evaluate.num_prompts=4",
     "evaluate.bootstrap_samples=20", "prepare.held_out_fraction=0.3", "sft.optim.lr=1e-3",

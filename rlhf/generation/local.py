@@ -24,7 +24,7 @@ def generate(
     temperature: float,
     stop_ids: Sequence[int],
     pad_id: int,
-    generator: torch.Generator,
+    uniform_BR: Tensor,
     batch_rows: int,
     top_p: float = 1.0,
     on_rows: Callable[[int], None] = lambda rows: None,
@@ -37,6 +37,8 @@ def generate(
 
     Args:
         prompts: 1-D long, at least one token each.
+        uniform_BR: [prompts, max_new_tokens] in [0, 1): each row's own randomness, so that a response does
+            not depend on the rows beside it, however they are batched or spread over ranks.
         batch_rows: rows decoded together.
         on_rows: told how many more rows are finished.
     """
@@ -55,7 +57,7 @@ def generate(
             top_p,
             stops,
             pad_id,
-            generator,
+            uniform_BR[rows],
         )
         for row, (ids, logp, ended) in zip(rows, decoded, strict=True):
             responses[row], logps[row], stopped[row] = ids, logp, ended
@@ -71,7 +73,7 @@ def _decode(
     top_p: float,
     stops: Tensor,
     pad_id: int,
-    generator: torch.Generator,
+    uniform_BR: Tensor,
 ) -> list[tuple[Tensor, Tensor, bool]]:
     device = model.device
     width = max(len(prompt) for prompt in prompts)
@@ -88,6 +90,7 @@ def _decode(
     logps = torch.zeros(len(prompts), max_new_tokens, device=device)
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    uniform_BR = uniform_BR.to(device)
     active_B = torch.arange(len(prompts), device=device)  # which row each row of the cache belongs to
 
     for step in range(max_new_tokens):
@@ -99,7 +102,9 @@ def _decode(
             use_cache=True,
             logits_to_keep=1,
         )
-        token_B, logp_B = _sample(output.logits[:, -1].float(), temperature, top_p, generator)
+        token_B, logp_B = _sample(
+            output.logits[:, -1].float(), temperature, top_p, uniform_BR[active_B, step]
+        )
         tokens[active_B, step], logps[active_B, step] = token_B, logp_B
         stop_B = torch.isin(token_B, stops)
         if bool(stop_B.any()):
@@ -123,20 +128,18 @@ def _decode(
     ]
 
 
-def _sample(
-    logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     if temperature == 0.0:
         logp_BV = logits_BV.log_softmax(-1)
         highest_B, token_B = logits_BV.max(-1)
         _check_finite(highest_B)
     else:
         logp_BV = (logits_BV / temperature).log_softmax(-1)
-        token_B = _draw(_nucleus(logp_BV.exp(), top_p), generator)
+        token_B = _draw(_nucleus(logp_BV.exp(), top_p), uniform_B)
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
 
 
-def _draw(weight_BV: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """One index a row, with probability proportional to its weight: the inverse of the distribution function.
 
     On a CPU torch.multinomial takes forty times as long for a vocabulary of 49152. A weight of 0 is never
@@ -145,8 +148,9 @@ def _draw(weight_BV: Tensor, generator: torch.Generator) -> Tensor:
     cumulative_BV = weight_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
     _check_finite(total_B1)
-    uniform_B1 = torch.rand(total_B1.shape, generator=generator, device=total_B1.device)
-    threshold_B1 = torch.minimum(uniform_B1 * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    threshold_B1 = torch.minimum(
+        uniform_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1))
+    )
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
 
 

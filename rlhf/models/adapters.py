@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from peft import LoraConfig, LoraModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config import PeftConfig
+from rlhf.models.load import BaseModelFiles, load_causal_lm
+from rlhf.training import load_trainable
 
 
 class Adapter:
@@ -30,6 +34,22 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
     targets = _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
     return Adapter(LoraModel(model, lora, "default"))
+
+
+def merged(
+    base: BaseModelFiles, directory: Path, config: PeftConfig, weights: dict[str, Tensor]
+) -> PreTrainedModel:
+    """A plain causal model with trained weights, on the CPU: the one in `directory`, its adapter folded in.
+
+    Args:
+        weights: what `Engine.trainable_state` gathered of a model that `attach` had prepared in the same way.
+    """
+    dtype = next(iter(weights.values())).dtype
+    model = load_causal_lm(directory, base.config, dtype)
+    adapter = attach(model, config)
+    load_trainable(model, weights)
+    adapter.merge()
+    return model
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

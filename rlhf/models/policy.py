@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.data.batching import pad_right, token_budget_batches
+from rlhf.data.batching import pad_right
+from rlhf.distributed import Compute
 from rlhf.rl.rollout import Rollout
 
 HEAD_CHUNK = 256
@@ -85,6 +86,18 @@ def response_statistics(model: PreTrainedModel, batch: Sequences, temperature: f
     return head_statistics(hidden_NH, model.get_output_embeddings(), batch.targets_N, temperature)
 
 
+class ResponseModel(nn.Module):
+    """A policy whose forward pass is `response_statistics`, for the engine that trains it."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch: Sequences, temperature: float) -> TokenStatistics:
+        """Log-probability and entropy of every response token."""
+        return response_statistics(self.policy, batch, temperature)
+
+
 def head_statistics(
     hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, temperature: float
 ) -> TokenStatistics:
@@ -133,10 +146,12 @@ def rollout_rows(
     rollout: Rollout,
     pad_id: int,
     micro_batch_tokens: int,
-    device: torch.device,
+    compute: Compute,
     measure: Callable[[Sequences], tuple[Tensor, ...]],
 ) -> list[Tensor]:
     """Apply measure (a micro-batch -> [N] tensors) to a whole rollout, in token-budget micro-batches.
+
+    Ranks share the work, and each gets the whole result.
 
     Returns:
         One fp32 [B, R] tensor on the CPU for each of measure's results, 0 on padding.
@@ -144,11 +159,12 @@ def rollout_rows(
     shape = rollout.mask_BR.shape
     results: list[Tensor] = []
     lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-    for group in token_budget_batches(lengths, micro_batch_tokens):
+    for group, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
         part = rollout.select(torch.tensor(group))
-        batch = pad_sequences(part.prompt_ids, part.response_ids, pad_id, device)
+        batch = pad_sequences(part.prompt_ids, part.response_ids, pad_id, compute.device)
         measured = [batch.to_rows(values_N.float()).cpu() for values_N in measure(batch)]
         results = results or [torch.zeros(shape) for _ in measured]
         for result, rows in zip(results, measured, strict=True):
-            result[group, : rows.shape[1]] = rows
-    return results
+            if weight:
+                result[group, : rows.shape[1]] = rows
+    return [compute.global_sum(result) for result in results]

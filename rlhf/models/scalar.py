@@ -15,9 +15,23 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
-from rlhf.data.batching import pad_right, token_budget_batches
+from rlhf.data.batching import pad_right
+from rlhf.distributed import Compute
 from rlhf.models.load import ModelConfig
 from rlhf.models.policy import Sequences, hidden_states
+
+
+class ScalarHead(nn.Module):
+    """value = weight . hidden + offset, in fp32 whatever the weights are kept in."""
+
+    def __init__(self, weight: nn.Parameter, offset: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.offset = nn.Parameter(torch.tensor([offset]))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [...]."""
+        return functional.linear(hidden.float(), self.weight.float()).squeeze(-1) + self.offset.float()
 
 
 class ScalarModel(nn.Module):
@@ -29,43 +43,48 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel, offset: float = 0.0) -> None:
         super().__init__()
         self.model = model
-        self.model.score.float()
-        self.offset = nn.Parameter(torch.tensor(offset))
+        self.head = ScalarHead(self.model.score.float().weight, offset)  # the very same parameter
 
     @property
-    def head(self) -> nn.Linear:
-        """The [1, H] layer that turns a hidden state into a number."""
-        head = self.model.score
-        assert isinstance(head, nn.Linear)
-        return head
+    def offset(self) -> nn.Parameter:
+        """[1], added to every value."""
+        return self.head.offset
+
+    def forward(self, rows: Sequence[Tensor], pad_id: int) -> Tensor:
+        """What the engine that trains a reward model calls: `last_values`."""
+        return self.last_values(rows, pad_id)
 
     def values(self, batch: Sequences) -> Tensor:
         """V(prompt + y_<t) for each response token y_t, fp32 [N]: read where y_t is predicted."""
-        return self._read(hidden_states(self.model, batch.ids_BT)[batch.predicts_BT])
+        value_N: Tensor = self.head(hidden_states(self.model, batch.ids_BT)[batch.predicts_BT])
+        return value_N
 
     def last_values(self, rows: Sequence[Tensor], pad_id: int) -> Tensor:
         """The value at each row's last token, fp32 [B]: the score of a complete exchange."""
-        ids_BT = pad_right(rows, pad_id).to(self.head.weight.device)
+        ids_BT = pad_right(rows, pad_id).to(self.model.device)
         last_B = torch.tensor([len(row) - 1 for row in rows], device=ids_BT.device)
         hidden_BTH = hidden_states(self.model, ids_BT)
-        return self._read(hidden_BTH[torch.arange(len(rows), device=ids_BT.device), last_B])
+        value_B: Tensor = self.head(hidden_BTH[torch.arange(len(rows), device=ids_BT.device), last_B])
+        return value_B
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Tensor], pad_id: int, micro_batch_tokens: int) -> Tensor:
-        """`last_values` without gradient, in token-budget micro-batches, on the CPU in the given order."""
-        scores_B = torch.empty(len(rows))
-        for group in token_budget_batches([len(row) for row in rows], micro_batch_tokens):
-            scores_B[group] = self.last_values([rows[index] for index in group], pad_id).cpu()
-        return scores_B
+    def score(self, rows: Sequence[Tensor], pad_id: int, micro_batch_tokens: int, compute: Compute) -> Tensor:
+        """`last_values` without gradient, in token-budget micro-batches, on the CPU in the given order.
+
+        Ranks share the work, and each gets all scores.
+        """
+        scores_B = torch.zeros(len(rows))
+        for group, weight, _ in compute.micro_batches([len(row) for row in rows], micro_batch_tokens):
+            part_B = self.last_values([rows[index] for index in group], pad_id).cpu()
+            if weight:
+                scores_B[group] = part_B
+        return compute.global_sum(scores_B)
 
     def rescale(self, gain: float, bias: float) -> None:
         """From now on answer gain * value + bias."""
         with torch.no_grad():
             self.head.weight.mul_(gain)
             self.offset.mul_(gain).add_(bias)
-
-    def _read(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden.float(), self.head.weight).squeeze(-1) + self.offset
 
 
 def load_scalar_model(

@@ -97,6 +97,10 @@ class PpoConfig(Strict):
     evaluate_prompts: PositiveInt
     max_bad_steps: NonNegativeInt
     """Steps skipped for a non-finite reward, loss or gradient before the run stops."""
+    max_kl: PositiveFloat | None
+    """Nats a sequence from the SFT model beyond which the run stops; null for never."""
+    frozen: Literal["replicated", "sharded"]
+    """Reference and reward model: whole on every rank, or sharded over them (ZeRO-3 inference)."""
     micro_batch_tokens: PositiveInt
     """Padded tokens per forward pass; lower it when memory runs out."""
 

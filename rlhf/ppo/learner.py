@@ -1,6 +1,6 @@
 """The PPO loop: sample, score, learn, evaluate.
 
-Dimensions: B episodes, R response tokens (padded), N response tokens of a micro-batch laid end to end.
+What is learned from one rollout is rlhf/ppo/update.py. Dimensions: B episodes, R response tokens (padded).
 """
 
 from __future__ import annotations
@@ -8,100 +8,116 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from rlhf.config import ConfigError
-from rlhf.data.batching import token_budget_batches
 from rlhf.data.schema import PromptRow
+from rlhf.engine import Engine
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
-from rlhf.losses.policy import clipped_policy_loss
-from rlhf.losses.value import clipped_value_loss
-from rlhf.models.actor_critic import ActorCritic
-from rlhf.models.policy import Sequences, pad_sequences, rollout_rows
+from rlhf.models.policy import Sequences, rollout_rows
 from rlhf.ppo.config import PpoConfig
-from rlhf.ppo.metrics import Evaluation, UpdateSums, evaluate_policy, rollout_metrics
+from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.mix import PretrainingMix
+from rlhf.ppo.update import BadStepError, Update
 from rlhf.rewards.source import Exchange, Reward
 from rlhf.rl.experience import RewardRule, make_experience
 from rlhf.rl.kl import AdaptiveKL, FixedKL
-from rlhf.rl.rollout import Experience, minibatches
+from rlhf.rl.rollout import Experience
 from rlhf.rl.scores import ScoreNormalizer
-from rlhf.training import WeightAverage, load_trainable, make_optimizer, make_schedule, trainable_state
 
 
-class BadStepError(Exception):
-    """A step that must not be learned from: something in it is not finite."""
+class TooBadError(Exception):
+    """The run must not go on as it is."""
 
 
 class Learner:
-    """Everything that changes while PPO runs."""
+    """Everything that changes while PPO runs. Every rank has one, in the same state."""
 
     def __init__(
         self,
         config: PpoConfig,
         *,
+        engine: Engine,
         policy: Policy,
-        model: ActorCritic,
         reference: Policy,
         reward: Reward,
         normalizer: ScoreNormalizer,
         mix: PretrainingMix | None,
         job: Job,
     ) -> None:
-        self.config, self.job, self.compute = config, job, job.compute
-        self.policy, self.reference, self.reward, self.mix = policy, reference, reward, mix
-        self.optimizer = make_optimizer([
-            (model.policy.parameters(), config.optim), (model.critic.parameters(), config.critic.optim)
-        ])  # fmt: skip
-        self.schedule = make_schedule(self.optimizer, config.steps)
-        self.model = model
+        """`engine` trains an ActorCritic whose policy `policy` samples from."""
+        self.config, self.job, self.compute, self.engine = config, job, job.compute, engine
+        self.policy, self.reference, self.reward = policy, reference, reward
         self.kl = (
             AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
             if config.kl.controller == "adaptive"
             else FixedKL(config.kl.coef)
         )
         self.normalizer = normalizer
-        self.average = WeightAverage(model.policy, config.ema_decay) if config.ema_decay is not None else None
-        self.sampling = torch.Generator(self.compute.device).manual_seed(job.seed)
-        self.shuffling = torch.Generator().manual_seed(job.seed)
-        self.bad_steps = 0
-        self.best: tuple[Evaluation, dict[str, Tensor]] | None = None
+        self.update = Update(config, engine, policy, mix, job)
+        self.sampling = torch.Generator().manual_seed(job.seed)
+        self.bad_steps, self.done = 0, 0
+        self.texts: list[str] = []
+        """The current step's responses."""
+        self.history: list[dict[str, float]] = []
+        self.first: Evaluation | None = None
+        self.last: Evaluation | None = None
+        self.best: Evaluation | None = None
+        self.best_weights: dict[str, Tensor] = {}
+        """Of the policy, on the CPU of rank 0."""
 
     def train(self, prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> dict[str, float]:
-        """Run all steps; the policy ends with its best weights.
+        """Run all steps that are not done yet; `best_weights` is the result.
 
         Returns:
             The stage's summary metrics.
+
+        Raises:
+            ConfigError: too much went wrong; what was learned before is in the newest checkpoint.
+            Stopped: a signal came; a checkpoint is written.
         """
-        config, history = self.config, []
-        first = self.evaluate(held_out, 0)
-        last = first
-        with self.job.progress.task("ppo: steps", config.steps) as task:
-            for step, rows in enumerate(
-                prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed), 1
-            ):
-                metrics = self.step(rows, step)
-                history.append(metrics)
+        config, checkpoints = self.config, self.job.checkpoints
+        state = checkpoints.restore(self.engine)
+        if state is None:
+            self.first = self.last = self.evaluate(held_out, 0)
+        else:
+            self.load_state_dict(state)
+        batches = prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed)
+        with self.job.progress.task("ppo: steps", config.steps) as task, checkpoints.training():
+            task.advance(self.done)
+            for step, rows in enumerate(batches, 1):
+                if step <= self.done:
+                    continue
+                try:
+                    metrics = self.step(rows, step)
+                except TooBadError as bad:
+                    self.stop(step, rows, str(bad))
+                self.history.append(metrics)
                 if step % config.evaluate_every == 0 or step == config.steps:
-                    last = self.evaluate(held_out, step)
+                    self.last = self.evaluate(held_out, step)
                 self.job.log(metrics, step)
+                self.done = step
                 was_skipped = "score" not in metrics
                 task.advance(
                     1, "skipped" if was_skipped else f"score {metrics['score']:+.2f} kl {metrics['kl']:.2f}"
                 )
-        done = [metrics for metrics in history if "policy_loss" in metrics]
+                checkpoints.after_step(step, self.engine, self.state_dict())
+        return self.summary()
+
+    def summary(self) -> dict[str, float]:
+        """The whole training in a few figures."""
+        config, best, first, last = self.config, self.best, self.first, self.last
+        assert best is not None and first is not None and last is not None
+        done = [metrics for metrics in self.history if "policy_loss" in metrics]
         if not done:
             raise ConfigError(
                 f"ppo.steps={config.steps}: every step had to be skipped, so nothing was learned. "
                 f"Mend ppo.reward={config.reward}, or lower ppo.optim.lr."
             )
-        assert self.best is not None
-        best, weights = self.best
-        load_trainable(self.model.policy, weights)
         late = done[-max(1, len(done) // 4) :]
         return {
             "first_ratio_deviation": done[0]["first_ratio_deviation"],
@@ -118,67 +134,113 @@ class Learner:
             "episodes": config.steps * config.batch_episodes,
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """All but what the engine keeps."""
+        return {
+            "done": self.done, "bad_steps": self.bad_steps, "history": self.history,
+            "kl": self.kl.state_dict(), "normalizer": self.normalizer.state_dict(),
+            "sampling": self.sampling.get_state(), "update": self.update.state_dict(),
+            "first": tuple(self.first or ()), "last": tuple(self.last or ()), "best": tuple(self.best or ()),
+            "best_weights": self.best_weights,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.done, self.bad_steps, self.history = state["done"], state["bad_steps"], state["history"]
+        self.kl.load_state_dict(state["kl"])
+        self.normalizer.load_state_dict(state["normalizer"])
+        self.sampling.set_state(state["sampling"])
+        self.update.load_state_dict(state["update"])
+        self.first, self.last, self.best = (Evaluation(*state[name]) for name in ("first", "last", "best"))
+        self.best_weights = state["best_weights"]
+
     def step(self, rows: Sequence[PromptRow], step: int) -> dict[str, float]:
         """Roll out, score, learn. What is not finite is not learned from, and counted.
 
         Raises:
-            ConfigError: that happened in more than max_bad_steps steps.
+            TooBadError: that happened in more than max_bad_steps steps, or the KL passed max_kl.
         """
-        start = time.monotonic()
-        metrics = {"lr": float(self.schedule.get_last_lr()[0]), "beta": self.kl.coef}
+        config, start = self.config, time.monotonic()
+        self.compute.at["step"] = step
+        warm_up = step <= config.critic.warmup_steps
+        rates = self.engine.set_rates(step - 1, config.steps, frozen=[0] if warm_up else [])
+        metrics = {"lr": rates[0], "beta": self.kl.coef}
+        self.texts = []
         try:
             experience = self.experience(rows)
-            metrics |= rollout_metrics(experience, self.compute.global_sum)
+            metrics |= rollout_metrics(experience)
+            if config.max_kl is not None and metrics["kl"] > config.max_kl:
+                raise TooBadError(
+                    f"the policy is {metrics['kl']:.4g} nats a sequence from the SFT model, more than "
+                    f"ppo.max_kl={config.max_kl:g}. Raise ppo.kl.coef, or lower ppo.optim.lr"
+                )
             sampled = time.monotonic()
-            metrics |= self.learn(experience, critic_only=step <= self.config.critic.warmup_steps)
+            metrics |= self.update.learn(experience, critic_only=warm_up)
             metrics |= {"seconds_rollout": sampled - start, "seconds_update": time.monotonic() - sampled}
-            self.kl.update(metrics["kl"], self.config.batch_episodes)
+            self.kl.update(metrics["kl"], config.batch_episodes)
             if metrics["skipped_minibatches"] > 0:
                 self.count_bad(step, "the gradient of a minibatch was not finite.")
         except BadStepError as bad:
             self.count_bad(step, str(bad))
         metrics["bad_steps"] = float(self.bad_steps)
-        self.schedule.step()
         return metrics
 
     def count_bad(self, step: int, reason: str) -> None:
         """Tell and count a step of which something was skipped.
 
         Raises:
-            ConfigError: there were too many.
+            TooBadError: there were too many.
         """
         self.bad_steps += 1
         self.job.progress.console.print(
             f"ppo: step {step} skipped: {reason}", highlight=False, style="yellow"
         )
         if self.bad_steps > self.config.max_bad_steps:
-            raise ConfigError(
-                f"ppo.max_bad_steps={self.config.max_bad_steps}: {self.bad_steps} steps had to be "
-                f"skipped; the last because {reason} Nothing was learned from what was skipped. "
-                f"Mend ppo.reward={self.config.reward}, or lower ppo.optim.lr."
+            raise TooBadError(
+                f"{self.bad_steps} steps had to be skipped, more than "
+                f"ppo.max_bad_steps={self.config.max_bad_steps}; the last because {reason} Mend "
+                f"ppo.reward={self.config.reward}, or lower ppo.optim.lr"
             )
+
+    def stop(self, step: int, rows: Sequence[PromptRow], reason: str) -> NoReturn:
+        """Keep the state and the batch, and end.
+
+        Raises:
+            ConfigError: always.
+        """
+        self.done = step  # nothing more is to be learned from its batch
+        self.job.checkpoints.save(step, self.engine, self.state_dict())
+        texts = [*self.texts, *[None] * (len(rows) - len(self.texts))]
+        path = self.job.dump(
+            f"step{step}",
+            [{"prompt": row.prompt, "response": text} for row, text in zip(rows, texts, strict=True)],
+        )
+        raise ConfigError(
+            f"ppo: step {step}: {reason}. Nothing was learned from its batch ({path}); all before it is "
+            "kept: with a higher limit the same command goes on behind it."
+        )
 
     def experience(self, rows: Sequence[PromptRow]) -> Experience:
         """Sample one response a prompt with the current policy, and score it."""
         config = self.config
-        rollout, texts = self.policy.sample(
+        rollout, self.texts = self.policy.sample(
             [row.prompt for row in rows],
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             generator=self.sampling,
             batch_rows=len(rows),
         )
-        score_B = self.reward([Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)])
+        score_B = self.reward(list(map(Exchange, (row.prompt for row in rows), self.texts)))
         if not bool(score_B.isfinite().all()):
             index = int((~score_B.isfinite()).nonzero()[0])
-            raise BadStepError(f"the reward of {texts[index]!r} is {float(score_B[index])}.")
+            raise BadStepError(f"the reward of {self.texts[index]!r} is {float(score_B[index])}.")
 
         def measure(batch: Sequences) -> tuple[Tensor, Tensor]:
-            output = self.model(batch, config.temperature)
+            output = self.engine.model(batch, config.temperature)
             return output.logp_N, output.value_N
 
         logp_BR, value_BR = rollout_rows(
-            rollout, self.policy.pad_id, config.micro_batch_tokens, self.compute.device, measure
+            rollout, self.policy.pad_id, config.micro_batch_tokens, self.compute, measure
         )
         reference_BR = self.reference.log_probabilities(
             rollout, config.temperature, config.micro_batch_tokens
@@ -195,92 +257,11 @@ class Learner:
             rule=rule,
             gamma=config.gamma,
             lam=config.lam,
-            global_sum=self.compute.global_sum,
         )
-
-    def learn(self, experience: Experience, *, critic_only: bool) -> dict[str, float]:
-        """All epochs over one rollout.
-
-        Raises:
-            BadStepError: no minibatch had a finite gradient, so no optimizer step was taken.
-        """
-        config, metrics = self.config, {}
-        sums, norms, skipped = UpdateSums(), [], 0
-        for epoch in range(config.epochs):
-            epoch_sums = UpdateSums()
-            for indices in minibatches(len(experience), config.minibatch_episodes, self.shuffling):
-                deviation = self.accumulate(experience.select(indices), [sums, epoch_sums], critic_only)
-                if "first_ratio_deviation" not in metrics:
-                    metrics["first_ratio_deviation"] = deviation
-                already_skipped = self.optimizer.skipped_steps
-                self.optimizer.step()
-                if self.optimizer.skipped_steps > already_skipped:
-                    skipped += 1
-                    continue
-                norms.append(self.optimizer.grad_norms)
-                if self.average is not None:
-                    self.average.update()
-            metrics["epochs"] = epoch + 1.0
-            approximate_kl = epoch_sums.means(self.compute.global_sum)["approximate_kl"]
-            if config.stop_epochs_kl is not None and approximate_kl > config.stop_epochs_kl:
-                break
-        if not norms:
-            raise BadStepError("no gradient was finite.")
-        policy_norms, critic_norms = zip(*norms, strict=True)
-        return metrics | sums.means(self.compute.global_sum) | {
-            "skipped_minibatches": float(skipped),
-            "max_ratio": sums.max_ratio,
-            "grad_norm": sum(policy_norms) / len(norms),
-            "critic_grad_norm": sum(critic_norms) / len(norms),
-        }  # fmt: skip
-
-    def accumulate(self, minibatch: Experience, sums: Sequence[UpdateSums], critic_only: bool) -> float:
-        """Add up one optimizer step's gradients over token-budget micro-batches.
-
-        Returns:
-            The mean |ratio - 1| over the minibatch's tokens; 0 before the first update, up to rounding.
-        """
-        config, device = self.config, self.compute.device
-        total_tokens = float(self.compute.global_sum(minibatch.mask_BR.sum().double()))
-        rollout = minibatch.rollout
-        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-        deviation = 0.0
-        for group in token_budget_batches(lengths, config.micro_batch_tokens):
-            part = minibatch.select(torch.tensor(group))
-            batch = pad_sequences(
-                part.rollout.prompt_ids, part.rollout.response_ids, self.policy.pad_id, device
-            )
-            output = self.model(batch, config.temperature)
-            policy_loss = clipped_policy_loss(
-                batch.to_rows(output.logp_N),
-                part.logp_BR.to(device),
-                part.advantage_BR.to(device),
-                batch.mask_BR,
-                clip=config.clip,
-                clip_high=config.clip_high,
-                dual_clip=config.dual_clip,
-                total_tokens=total_tokens,
-            )
-            value_loss = clipped_value_loss(
-                batch.to_rows(output.value_N),
-                part.value_BR.to(device),
-                part.return_BR.to(device),
-                batch.mask_BR,
-                clip=config.value_clip,
-                total_tokens=total_tokens,
-            )
-            loss = value_loss.loss if critic_only else policy_loss.loss + value_loss.loss
-            self.compute.accelerator.backward(loss)
-            deviation += float(policy_loss.ratio_deviation)
-            for each in sums:
-                each.add(policy_loss, value_loss, output.entropy_N.sum(), len(output.logp_N), total_tokens)
-        if self.mix is not None and not critic_only:
-            self.compute.accelerator.backward(self.mix.loss(self.model.policy))
-        return float(self.compute.global_sum(torch.tensor(deviation, dtype=torch.float64))) / total_tokens
 
     def evaluate(self, rows: Sequence[PromptRow], step: int) -> Evaluation:
         """Measure the policy on held-out prompts; keep its weights when it is the best so far."""
-        with self.average.swapped_in() if self.average is not None else nullcontext():
+        with self.update.published_weights():
             result, texts = evaluate_policy(
                 self.policy,
                 self.reference,
@@ -291,8 +272,8 @@ class Learner:
                 seed=self.job.seed,
                 micro_batch_tokens=self.config.micro_batch_tokens,
             )
-            if self.best is None or result.score > self.best[0].score:
-                self.best = (result, trainable_state(self.model.policy))
+            if self.best is None or result.score > self.best.score:
+                self.best, self.best_weights = result, self.engine.trainable_state(self.policy.model)
         self.job.log({f"held_out_{name}": value for name, value in result._asdict().items()}, step)
         for row, text in list(zip(rows, texts, strict=True))[:8]:
             self.job.sample(step=step, prompt=row.prompt, response=text)

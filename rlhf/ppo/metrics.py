@@ -1,73 +1,58 @@
-"""What PPO reports of itself. Every mean is over real tokens or episodes of all ranks, never over padding.
-
-Quantiles, maxima, distinct-n and held-out evaluations are this rank's.
+"""What PPO reports of itself. Every figure is of real tokens or episodes of all ranks, never of padding.
 
 Dimensions: B episodes, R response tokens (padded).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.data.schema import PromptRow
+from rlhf.distributed import Compute
 from rlhf.generation.policy import Policy
 from rlhf.losses.policy import PolicyLoss
 from rlhf.losses.value import ValueLoss
 from rlhf.rewards.source import Exchange, Reward, finite_scores
-from rlhf.rl.advantage import masked_moments
 from rlhf.rl.kl import kl_k1, kl_k3
 from rlhf.rl.rollout import Experience
-from rlhf.rl.statistics import distinct_n, explained_variance_from_moments
-
-GlobalSum = Callable[[Tensor], Tensor]
+from rlhf.rl.statistics import distinct_n, explained_variance
 
 
-def rollout_metrics(experience: Experience, global_sum: GlobalSum) -> dict[str, float]:
-    """Of one scored rollout, before anything was learned from it."""
+def rollout_metrics(experience: Experience) -> dict[str, float]:
+    """Of one scored rollout, all ranks' episodes, before anything was learned from it."""
     mask_BR, rollout = experience.mask_BR, experience.rollout
-    k1 = kl_k1(experience.logp_BR, experience.reference_logp_BR, mask_BR)
-    k3 = kl_k3(experience.logp_BR, experience.reference_logp_BR, mask_BR)
-    lengths_B = rollout.response_lengths.float()
-    sums = [
-        torch.tensor(len(experience)),
-        mask_BR.sum(),
-        k1.sum(),
-        k3.sum(),
-        experience.score_B.sum(),
-        torch.where(mask_BR, experience.reward_BR, 0.0).sum(),
-        rollout.stopped.sum(),
-        torch.where(mask_BR, experience.value_BR, 0.0).sum(),
-        torch.where(mask_BR, experience.return_BR, 0.0).sum(),
-    ]
-    episodes, tokens, k1_sum, k3_sum, score, reward, stopped, value, returns = global_sum(
-        torch.stack([total.double() for total in sums])
-    ).tolist()
-    error_moments = global_sum(masked_moments(experience.return_BR - experience.value_BR, mask_BR))
-    return_moments = global_sum(masked_moments(experience.return_BR, mask_BR))
+    episodes, tokens = len(experience), int(mask_BR.sum())
+    lengths_B = rollout.response_lengths.double()
+    stop_rate = float(rollout.stopped.double().mean())
+    ids = [response.tolist() for response in rollout.response_ids]
+
+    def total(values_BR: Tensor) -> float:
+        return float(torch.where(mask_BR, values_BR, 0.0).sum(dtype=torch.float64))
+
     metrics = {
-        "score": score / episodes,
+        "score": float(experience.score_B.double().mean()),
         "score_p95": float(experience.score_B.quantile(0.95)),
-        "reward": reward / episodes,
-        "kl": k1_sum / episodes,  # nats a sequence
-        "kl_k3": k3_sum / episodes,
+        "reward": total(experience.reward_BR) / episodes,
+        "kl": total(kl_k1(experience.logp_BR, experience.reference_logp_BR, mask_BR)) / episodes,  # nats
+        "kl_k3": total(kl_k3(experience.logp_BR, experience.reference_logp_BR, mask_BR)) / episodes,
         "length": tokens / episodes,
         "length_p95": float(lengths_B.quantile(0.95)),
-        "stop_rate": stopped / episodes,
-        "truncation_rate": 1 - stopped / episodes,
-        "value": value / tokens,
-        "return": returns / tokens,
-        "explained_variance": explained_variance_from_moments(error_moments, return_moments),
-        "distinct_1": distinct_n([ids.tolist() for ids in rollout.response_ids], 1),
-        "distinct_2": distinct_n([ids.tolist() for ids in rollout.response_ids], 2),
+        "stop_rate": stop_rate,
+        "truncation_rate": 1 - stop_rate,
+        "value": total(experience.value_BR) / tokens,
+        "return": total(experience.return_BR) / tokens,
+        "explained_variance": explained_variance(experience.value_BR, experience.return_BR, mask_BR),
+        "distinct_1": distinct_n(ids, 1),
+        "distinct_2": distinct_n(ids, 2),
     }
     if rollout.sampled_logp is not None:
         engine_BR = torch.nn.utils.rnn.pad_sequence(rollout.sampled_logp, batch_first=True)
         mismatch = torch.where(mask_BR, engine_BR - experience.logp_BR, 0.0).abs()
-        metrics["engine_mismatch"] = float(global_sum(mismatch.sum()) / tokens)  # mean |difference|, nats
+        metrics["engine_mismatch"] = total(mismatch) / tokens  # mean |difference|, nats
         metrics["engine_mismatch_max"] = float(mismatch.max())
     return metrics
 
@@ -80,23 +65,27 @@ class UpdateSums:
     def __init__(self) -> None:
         self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64)
         self._tokens = 0.0
-        self.max_ratio = 0.0
+        self._max_ratio = 0.0
 
     def add(
         self, policy: PolicyLoss, value: ValueLoss, entropy_sum: Tensor, tokens: int, total_tokens: float
     ) -> None:
-        """Count one micro-batch; its losses are already divided by total_tokens."""
+        """Count one of this rank's micro-batches; its losses are already divided by total_tokens."""
         sums = torch.stack([
             policy.loss.detach() * total_tokens, value.loss.detach() * total_tokens, entropy_sum,
             policy.clipped.float(), value.clipped.float(), policy.approximate_kl,
         ])  # fmt: skip
         self._sums += sums.double().cpu()
         self._tokens += tokens
-        self.max_ratio = max(self.max_ratio, float(policy.max_ratio))
+        self._max_ratio = max(self._max_ratio, float(policy.max_ratio))
 
-    def means(self, global_sum: GlobalSum) -> dict[str, float]:
+    def max_ratio(self, compute: Compute) -> float:
+        """The largest probability ratio of any token, over all ranks."""
+        return float(compute.global_max(torch.tensor([self._max_ratio])))
+
+    def means(self, compute: Compute) -> dict[str, float]:
         """Per token, over all ranks."""
-        *sums, tokens = global_sum(
+        *sums, tokens = compute.global_sum(
             torch.cat([self._sums, torch.tensor([self._tokens], dtype=torch.float64)])
         ).tolist()
         return {name: value / tokens for name, value in zip(self.NAMES, sums, strict=True)}
@@ -130,7 +119,7 @@ def evaluate_policy(
         [row.prompt for row in rows],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        generator=torch.Generator(policy.model.device).manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed),
         batch_rows=len(rows),
     )
     exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.chat import exchange_ids
 from rlhf.data.schema import SftRow
 from rlhf.losses.language import next_token_loss
-from rlhf.models.policy import pad_sequences, response_statistics
 from rlhf.ppo.config import PtxConfig
 
 
@@ -25,16 +25,25 @@ class PretrainingMix:
         self._config, self._tokenizer, self._rows = config, tokenizer, list(rows)
         self._random = random.Random(seed)
 
-    def loss(self, model: PreTrainedModel) -> Tensor:
-        """coef x mean negative log-likelihood per answer token, in nats, of the next few rows."""
+    def draw(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The next few rows, as (prompts, answers); the same on every rank."""
         chosen = self._random.sample(self._rows, min(self._config.rows, len(self._rows)))
         encoded = [exchange_ids(self._tokenizer, row.prompt, row.completion) for row in chosen]
-        batch = pad_sequences(
+        return (
             [torch.tensor(ids[:prompt]) for ids, prompt in encoded],
             [torch.tensor(ids[prompt:]) for ids, prompt in encoded],
-            0,
-            model.device,
         )
-        logp_BR = batch.to_rows(response_statistics(model, batch, temperature=1.0).logp_N)
-        total = int(batch.mask_BR.sum())
-        return self._config.coef * next_token_loss(logp_BR, batch.mask_BR, total_tokens=total)
+
+    def loss(self, logp_N: Tensor, total_tokens: int) -> Tensor:
+        """coef x negative log-likelihood, in nats, of some of the answer tokens / total_tokens."""
+        mask_N = torch.ones_like(logp_N, dtype=torch.bool)
+        return self._config.coef * next_token_loss(logp_N, mask_N, total_tokens=total_tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which rows come next."""
+        return {"random": self._random.getstate()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the rows that come next."""
+        version, numbers, gauss = state["random"]
+        self._random.setstate((version, tuple(numbers), gauss))

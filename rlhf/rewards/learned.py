@@ -20,10 +20,15 @@ class LearnedReward:
     """A one-label classification model. The end token is appended also to a response that was cut."""
 
     def __init__(
-        self, directory: Path, model: ScalarModel, tokenizer: PreTrainedTokenizerBase, micro_batch_tokens: int
+        self,
+        directory: Path,
+        model: ScalarModel,
+        tokenizer: PreTrainedTokenizerBase,
+        micro_batch_tokens: int,
+        compute: Compute,
     ) -> None:
         self.directory, self.model, self.tokenizer = directory, model, tokenizer
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens, self.compute = micro_batch_tokens, compute
 
     @property
     def digest(self) -> str:
@@ -36,7 +41,7 @@ class LearnedReward:
             for exchange in exchanges
         ]
         assert isinstance(self.tokenizer.pad_token_id, int)
-        return self.model.score(rows, self.tokenizer.pad_token_id, self.micro_batch_tokens)
+        return self.model.score(rows, self.tokenizer.pad_token_id, self.micro_batch_tokens, self.compute)
 
 
 def load_learned_reward(
@@ -48,7 +53,7 @@ def load_learned_reward(
         ConfigError: not a sequence-classification model with one label.
     """
     model = load_scalar_model(directory, config, compute.dtype).to(compute.device)
-    return LearnedReward(directory, model, load_tokenizer(directory, config), micro_batch_tokens)
+    return LearnedReward(directory, model, load_tokenizer(directory, config), micro_batch_tokens, compute)
 
 
 def make_reward(
@@ -58,4 +63,18 @@ def make_reward(
     directory = reward_directory(source, learned)
     if directory is not None:
         return load_learned_reward(directory, config, compute, micro_batch_tokens)
-    return vader_reward if source == "vader" else function_reward(source)
+    return spread(vader_reward if source == "vader" else function_reward(source), compute)
+
+
+def spread(reward: Reward, compute: Compute) -> Reward:
+    """Let each rank score its share, so that all have the same scores, also of a reward that varies."""
+    if compute.world_size == 1:
+        return reward
+
+    def score(exchanges: Sequence[Exchange]) -> Tensor:
+        lengths = [len(exchange.response) for exchange in exchanges]
+        mine = compute.share(lengths)
+        scores = reward([exchanges[index] for index in mine]).tolist() if mine else []
+        return torch.tensor(compute.collect(scores, lengths))
+
+    return score

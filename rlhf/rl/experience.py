@@ -1,6 +1,5 @@
 """From a rollout and what the models say of it to experience. Dimensions: B episodes, R response tokens."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,19 +32,18 @@ def make_experience(
     rule: RewardRule,
     gamma: float,
     lam: float,
-    global_sum: Callable[[Tensor], Tensor],
 ) -> Experience:
-    """Rewards, advantages (whitened over all ranks) and returns.
+    """Rewards, advantages (whitened over the whole rollout) and returns.
 
     Args:
+        rollout: all episodes, of all ranks: moments of a part would make the result depend on their number.
         logp_BR: nats, under the sampling policy, from the training kernels.
         reference_logp_BR: nats, under the frozen reference.
         value_BR: units of the normalised reward.
         score_B: raw score units; finite.
-        global_sum: element-wise sum over ranks.
     """
     mask_BR = rollout.mask_BR
-    rule.normalizer.update(global_sum(masked_moments(score_B, score_B.isfinite())))
+    rule.normalizer.update(masked_moments(score_B, score_B.isfinite()))
     normalized_B = missing_stop(
         rule.normalizer.apply(score_B),
         rollout.stopped,
@@ -54,7 +52,7 @@ def make_experience(
     )
     reward_BR = token_rewards(logp_BR, reference_logp_BR, mask_BR, normalized_B, kl_coef=rule.kl_coef)
     advantage_BR, return_BR = generalized_advantage(reward_BR, value_BR, mask_BR, gamma=gamma, lam=lam)
-    whitened_BR = whiten(advantage_BR, mask_BR, global_sum(masked_moments(advantage_BR, mask_BR)))
+    whitened_BR = whiten(advantage_BR, mask_BR, masked_moments(advantage_BR, mask_BR))
     return Experience(
         rollout=rollout,
         score_B=score_B,

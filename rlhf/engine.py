@@ -1,0 +1,147 @@
+"""What trains: a model, its optimizer and its learning rates, whole on every rank or sharded by DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import ConfigError, OptimConfig
+from rlhf.distributed import Compute
+from rlhf.training import MasterAdamW, linear_rate, parameter_group, trainable_state
+
+Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
+
+
+class Engine(ABC):
+    """One optimizer step is any number of `backward` and one `step`; every rank calls both equally often.
+
+    Losses are divided by global counts, so gradients are *summed* over ranks and micro-batches.
+    """
+
+    model: nn.Module
+    grad_norms: list[float]
+    """Of the last step, one a group, over all ranks, before clipping; inf for a step that was skipped."""
+    skipped_steps: int
+    """Steps not taken, because a gradient was not finite."""
+
+    def __init__(self, compute: Compute, configs: Sequence[OptimConfig]) -> None:
+        self.compute, self._configs = compute, list(configs)
+        self.grad_norms, self.skipped_steps = [], 0
+
+    @property
+    def grad_norm(self) -> float:
+        """The last step's, over all groups."""
+        return math.hypot(*self.grad_norms)
+
+    def set_rates(self, step: int, num_steps: int, *, frozen: Sequence[int] = ()) -> list[float]:
+        """Give each group its rate in `step`, counted from 0, of a linear schedule; `frozen` groups get 0."""
+        rates = [
+            0.0 if index in frozen else config.lr * linear_rate(step, num_steps, config.warmup_fraction)
+            for index, config in enumerate(self._configs)
+        ]
+        for group, rate in zip(self._param_groups(), rates, strict=True):
+            group["lr"] = rate
+        return rates
+
+    @abstractmethod
+    def _param_groups(self) -> list[dict[str, Any]]: ...
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the loss's gradients; `last` says that `step` follows."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Clip each group by its own norm and update; skipped, and counted, when a norm is not finite."""
+
+    @abstractmethod
+    def whole(self) -> Any:
+        """A context in which every rank can run the model by itself, for generation."""
+
+    @abstractmethod
+    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Every weight of a part of the model that trains, on the CPU; empty on ranks other than 0."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write all that `load` needs; every rank calls it with the same directory."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> None:
+        """Go on from where `save` was called."""
+
+
+class PlainEngine(Engine):
+    """The whole model on every rank; gradients are added up over ranks in fp32."""
+
+    STATE = "optimizer.pt"
+
+    def __init__(self, model: nn.Module, groups: Groups, compute: Compute) -> None:
+        super().__init__(compute, [config for _, config in groups])
+        self.model = model
+        self.optimizer = MasterAdamW(
+            [parameter_group(parameters, config) for parameters, config in groups],
+            global_sum=compute.global_sum if compute.world_size > 1 else None,
+        )
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the loss's gradients to the masters'."""
+        loss.backward()
+
+    def step(self) -> None:
+        """Add up over ranks, clip, update the masters, round them into the model."""
+        self.optimizer.step()
+        self.grad_norms = self.optimizer.grad_norms
+        self.skipped_steps = self.optimizer.skipped_steps
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """It always is."""
+        yield
+
+    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """A copy on the CPU."""
+        return trainable_state(module) if self.compute.is_main else {}
+
+    def save(self, directory: Path) -> None:
+        """Rank 0's masters and moments: those of the others are equal."""
+        if self.compute.is_main:
+            torch.save(self.optimizer.state_dict(), directory / self.STATE)
+
+    def load(self, directory: Path) -> None:
+        """Every rank reads rank 0's file."""
+        if not (directory / self.STATE).exists():
+            raise ConfigError(
+                f"{directory}: written with DeepSpeed. Go on with the zero= it was written with, or start "
+                "the stage anew with checkpoint.resume=false."
+            )
+        state = torch.load(directory / self.STATE, weights_only=True, mmap=True, map_location="cpu")
+        self.optimizer.load_state_dict(state)
+        self.skipped_steps = self.optimizer.skipped_steps
+
+
+def make_engine(
+    model: nn.Module, groups: Groups, compute: Compute, resume: Mapping[str, Any] | None = None
+) -> Engine:
+    """The engine that `zero=` asks for.
+
+    Args:
+        groups: parameters (those that do not require gradients are left out) and how each group is trained.
+        resume: the manifest of the checkpoint that will be loaded; DeepSpeed must know its number of ranks.
+    """
+    if compute.zero == "none":
+        return PlainEngine(model, groups, compute)
+    from rlhf.zero import ZeroEngine
+
+    universal = resume is not None and resume["world_size"] != compute.world_size
+    return ZeroEngine(model, groups, compute, universal=universal)

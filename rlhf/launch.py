@@ -1,0 +1,175 @@
+"""Starts one process a rank on this machine, and ends them all when one fails.
+
+Inside torchrun, srun or a Kubernetes job nothing is started: the environment says which rank this is.
+`python -m rlhf.launch RUN_DIR` is what each rank runs; it reads the config that was already composed, so that
+all ranks have the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import PositiveInt
+
+from rlhf.config import Strict
+from rlhf.interrupt import STOPPING
+
+GRACE_SECONDS = 10.0
+"""Between the first failed rank and the end of the others: some fail for the same reason and shall say so."""
+LINES_SHOWN = 40
+CONFIG_ERROR = 2
+
+
+class LaunchConfig(Strict):
+    """`launch.*`: the ranks that `python -m rlhf` starts by itself."""
+
+    processes: PositiveInt | None
+    """Ranks on this machine; null takes one for each visible GPU, and one on a machine without."""
+
+
+def ranks_wanted(config: LaunchConfig, device: str) -> int:
+    """How many processes to start here; 1 means none: this one does the work."""
+    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
+        return 1
+    if config.processes is not None:
+        return config.processes
+    if device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> int:
+    """Run the experiment on so many ranks; the exit code of the first one that failed, or 0.
+
+    Rank 0 talks to the terminal; what the others say, and every rank's errors, go to RUN_DIR/ranks/. Signals
+    go on to all ranks.
+    """
+    directory = run_directory / "ranks"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(resolved))
+    environment = os.environ | {
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+    }  # fmt: skip
+    ranks = [_start(rank, directory, run_directory, environment) for rank in range(processes)]
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(signum)
+
+    before = {signum: signal.signal(signum, forward) for signum in STOPPING}
+    try:
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.05)
+        ended = _end(ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    codes = {number: rank.wait() for number, rank in enumerate(ranks) if number not in ended}
+    return _verdict(codes, directory)
+
+
+def _start(
+    rank: int, directory: Path, run_directory: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    errors = (directory / f"rank{rank}.err").open("wb")
+    output = None if rank == 0 else (directory / f"rank{rank}.out").open("wb")
+    with errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "rlhf.launch", str(run_directory)],
+            env={
+                **environment,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "RLHF_LAUNCHER": str(os.getpid()),
+            },
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
+        )
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
+    """Wait for ranks that are ending; end those that hang because another one failed, and return them."""
+    ended: set[int] = set()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for number, rank in enumerate(ranks):
+            if rank.poll() is None:
+                rank.send_signal(signum)
+                ended.add(number)
+        deadline = time.monotonic() + GRACE_SECONDS / 2
+    return ended
+
+
+def _verdict(codes: Mapping[int, int], directory: Path) -> int:
+    """Show the first error of the ranks that ended by themselves, once."""
+    failed = [rank for rank, code in codes.items() if code != 0]
+    if not failed:
+        return 0
+
+    def when(rank: int) -> float:
+        """A rank that could not say when it failed was killed, which is what the others then noticed."""
+        note = directory / f"rank{rank}.failed"
+        return float(note.read_text()) if note.exists() else 0.0
+
+    first = min(failed, key=when)
+    text = (directory / f"rank{first}.err").read_text(errors="replace").strip()
+    shown = "\n".join(text.splitlines()[-LINES_SHOWN:])
+    if codes[first] < 0:
+        name = signal.Signals(-codes[first]).name
+        print(f"Rank {first} was killed by {name}; the others were ended.", file=sys.stderr)
+    elif first != 0 and codes[first] != CONFIG_ERROR:
+        print(f"Rank {first} failed first; the others were ended.", file=sys.stderr)
+    if shown:
+        print(shown, file=sys.stderr)
+    return codes[first] if codes[first] > 0 else 1
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def note_failure(directory: Path, rank: int) -> None:
+    """Leave the time of a rank's failure for the launcher, which shows the earliest one."""
+    if "RLHF_LAUNCHER" in os.environ:
+        (directory / "ranks" / f"rank{rank}.failed").write_text(str(time.monotonic()))
+
+
+def main() -> None:
+    """One rank."""
+    from rlhf.execute import execute
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives its launcher
+    if os.getppid() != int(os.environ["RLHF_LAUNCHER"]):
+        raise SystemExit("the launcher is gone")
+    run_directory = Path(sys.argv[1])
+    resolved = json.loads((run_directory / "ranks" / "config.json").read_text())
+    raise SystemExit(execute(resolved, run_directory.name))
+
+
+if __name__ == "__main__":
+    main()

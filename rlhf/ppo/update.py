@@ -1,0 +1,159 @@
+"""What PPO learns from one rollout: epochs of minibatches of micro-batches.
+
+Dimensions: B episodes, R response tokens (padded), N response tokens of a micro-batch laid end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.engine import Engine
+from rlhf.generation.policy import Policy
+from rlhf.job import Job
+from rlhf.losses.policy import clipped_policy_loss
+from rlhf.losses.value import clipped_value_loss
+from rlhf.models.policy import pad_sequences
+from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.metrics import UpdateSums
+from rlhf.ppo.mix import PretrainingMix
+from rlhf.rl.rollout import Experience, minibatches
+from rlhf.training import WeightAverage
+
+
+class BadStepError(Exception):
+    """A step that must not be learned from: something in it is not finite."""
+
+
+class Update:
+    """Everything that changes while PPO learns from a rollout, beside the engine."""
+
+    def __init__(
+        self, config: PpoConfig, engine: Engine, policy: Policy, mix: PretrainingMix | None, job: Job
+    ) -> None:
+        self.config, self.engine, self.compute, self.mix = config, engine, job.compute, mix
+        self.pad_id = policy.pad_id
+        self.average = WeightAverage(policy.model, config.ema_decay) if config.ema_decay is not None else None
+        self.shuffling = torch.Generator().manual_seed(job.seed)
+
+    def published_weights(self) -> AbstractContextManager[None]:
+        """While open, the policy has the weights that would be published: the average's, if there is one."""
+        return self.average.swapped_in() if self.average is not None else nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but what the engine keeps."""
+        return {
+            "shuffling": self.shuffling.get_state(),
+            "average": self.average and self.average.state_dict(),
+            "mix": self.mix and self.mix.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.shuffling.set_state(state["shuffling"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.mix is not None:
+            self.mix.load_state_dict(state["mix"])
+
+    def learn(self, experience: Experience, *, critic_only: bool) -> dict[str, float]:
+        """All epochs over one rollout.
+
+        Raises:
+            BadStepError: no minibatch had a finite gradient, so no optimizer step was taken.
+        """
+        config, metrics = self.config, {}
+        sums, norms, skipped = UpdateSums(), [], 0
+        for epoch in range(config.epochs):
+            epoch_sums = UpdateSums()
+            for indices in minibatches(len(experience), config.minibatch_episodes, self.shuffling):
+                deviation = self.accumulate(experience.select(indices), [sums, epoch_sums], critic_only)
+                if "first_ratio_deviation" not in metrics:
+                    metrics["first_ratio_deviation"] = deviation
+                already_skipped = self.engine.skipped_steps
+                self.engine.step()
+                if self.engine.skipped_steps > already_skipped:
+                    skipped += 1
+                    continue
+                norms.append(self.engine.grad_norms)
+                if self.average is not None:
+                    self.average.update()
+            metrics["epochs"] = epoch + 1.0
+            approximate_kl = epoch_sums.means(self.compute)["approximate_kl"]
+            if config.stop_epochs_kl is not None and approximate_kl > config.stop_epochs_kl:
+                break
+        if not norms:
+            raise BadStepError("no gradient was finite.")
+        policy_norms, critic_norms = zip(*norms, strict=True)
+        return metrics | sums.means(self.compute) | {
+            "skipped_minibatches": float(skipped),
+            "max_ratio": sums.max_ratio(self.compute),
+            "grad_norm": sum(policy_norms) / len(norms),
+            "critic_grad_norm": sum(critic_norms) / len(norms),
+        }  # fmt: skip
+
+    def accumulate(self, minibatch: Experience, sums: Sequence[UpdateSums], critic_only: bool) -> float:
+        """Add up one optimizer step's gradients over token-budget micro-batches of all ranks.
+
+        Returns:
+            The mean |ratio - 1| over the minibatch's tokens; 0 before the first update, up to rounding.
+        """
+        config, device = self.config, self.compute.device
+        total_tokens = int(minibatch.mask_BR.sum())
+        rollout = minibatch.rollout
+        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
+        mixed = self.mix.draw() if self.mix is not None and not critic_only else None
+        deviation = 0.0
+        for group, weight, last in self.compute.micro_batches(lengths, config.micro_batch_tokens):
+            part = minibatch.select(torch.tensor(group))
+            batch = pad_sequences(part.rollout.prompt_ids, part.rollout.response_ids, self.pad_id, device)
+            output = self.engine.model(batch, config.temperature)
+            policy_loss = clipped_policy_loss(
+                batch.to_rows(output.logp_N),
+                part.logp_BR.to(device),
+                part.advantage_BR.to(device),
+                batch.mask_BR,
+                clip=config.clip,
+                clip_high=config.clip_high,
+                dual_clip=config.dual_clip,
+                total_tokens=total_tokens,
+            )
+            value_loss = clipped_value_loss(
+                batch.to_rows(output.value_N),
+                part.value_BR.to(device),
+                part.return_BR.to(device),
+                batch.mask_BR,
+                clip=config.value_clip,
+                total_tokens=total_tokens,
+            )
+            # while only the critic learns the policy's gradients are zeros: sharding wants some of each
+            policy_weight = 0.0 if critic_only else weight
+            loss = policy_weight * policy_loss.loss + weight * value_loss.loss
+            self.engine.backward(loss, last=last and mixed is None)
+            if weight:
+                deviation += float(policy_loss.ratio_deviation)
+                for each in sums:
+                    each.add(
+                        policy_loss, value_loss, output.entropy_N.sum(), len(output.logp_N), total_tokens
+                    )
+        if mixed is not None:
+            self.accumulate_mix(*mixed)
+        return float(self.compute.global_sum(torch.tensor([deviation], dtype=torch.float64))) / total_tokens
+
+    def accumulate_mix(self, prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> None:
+        """Add the gradients of the pretraining mix, over all ranks."""
+        assert self.mix is not None
+        lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        for group, weight, last in self.compute.micro_batches(lengths, self.config.micro_batch_tokens):
+            batch = pad_sequences(
+                [prompts[index] for index in group],
+                [answers[index] for index in group],
+                0,
+                self.compute.device,
+            )
+            logp_N = self.engine.model(batch, 1.0).logp_N
+            self.engine.backward(weight * self.mix.loss(logp_N, sum(map(len, answers))), last=last)

@@ -1,0 +1,233 @@
+"""DeepSpeed ZeRO behind the engine's interface. The only importer of deepspeed.
+
+Stage 1 shards optimizer states and masters over ranks, 2 also gradients, 3 also the weights (Rajbhandari et
+al. 2020, arXiv:1910.02054); zero3_offload keeps all three in the host's memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from rlhf.config import ConfigError
+from rlhf.distributed import Compute
+from rlhf.engine import Engine, Groups
+from rlhf.training import parameter_group
+
+TAG, UNIVERSAL = "zero", "zero_universal"
+
+
+class ClippedAdamW(AdamW):
+    """AdamW that clips each group by its own norm over all ranks, as MasterAdamW does.
+
+    DeepSpeed's own clipping knows one norm for all. It calls `step` once a group, with this rank's fp32
+    partition of the group's parameters and gradients.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], compute: Compute) -> None:
+        super().__init__(list(groups))
+        self._compute = compute
+        self.grad_norms: list[float] = []
+        """Of the groups that were stepped since the list was emptied."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Clip and update. A norm that is not finite touches nothing."""
+        assert closure is None
+        for group in self.param_groups:
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            if not gradients:
+                continue
+            square = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+            norm = float(self._compute.global_sum(square[None])) ** 0.5
+            self.grad_norms.append(norm)
+            factor = min(1.0, group["max_grad_norm"] / (norm + 1e-6))  # as torch's clip_grad_norm_
+            for gradient in gradients:
+                gradient.mul_(factor)
+        super().step()
+
+
+class ZeroEngine(Engine):
+    """A model sharded by DeepSpeed."""
+
+    def __init__(self, model: nn.Module, groups: Groups, compute: Compute, *, universal: bool) -> None:
+        super().__init__(compute, [config for _, config in groups])
+        self._client = ClippedAdamW(
+            [parameter_group(parameters, config) for parameters, config in groups], compute
+        )
+        config = zero_config(compute) | {"checkpoint": {"load_universal": universal}}
+        self._universal = universal
+        self._engine, _, _, _ = _deepspeed(compute).initialize(
+            model=model, optimizer=self._client, config=config, dist_init_required=False
+        )
+        self._sharded = self._engine.zero_optimization_partition_weights()
+        self._engine.optimizer.check_grad_overflow = True  # fp32 would take a step with NaN
+        self.model = self._engine
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._client.param_groups
+        return groups
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """DeepSpeed averages over ranks; our losses are parts of a global mean, to be added up."""
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self._engine.backward(loss * self.compute.world_size)
+        if not last:
+            self._engine.step()  # counts the micro-batch
+
+    def step(self) -> None:
+        """Update this rank's partition, and gather what it needs of the others'."""
+        self._client.grad_norms = []
+        self._engine.step()
+        if self._engine.optimizer.overflow:
+            self.skipped_steps += 1
+            self.grad_norms = [float("nan")] * len(self._configs)
+        else:
+            self.grad_norms = self._client.grad_norms
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Gather the weights, and run the module without DeepSpeed's hooks, which would shard it again."""
+        if not self._sharded:
+            yield
+            return
+        import deepspeed
+
+        offload = self._engine.optimizer.parameter_offload
+        for parameter in self._engine.module.parameters():
+            parameter.ds_active_sub_modules.clear()
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            with deepspeed.zero.GatheredParameters(list(self._engine.module.parameters())):
+                yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Gathered one parameter at a time, so that no rank holds more than rank 0's copy."""
+        import deepspeed
+
+        state = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self._sharded):
+                    if self.compute.is_main:
+                        state[name] = parameter.detach().cpu().clone()
+        return state
+
+    def save(self, directory: Path) -> None:
+        """Each rank's partition, into DeepSpeed's own files."""
+        self._engine.save_checkpoint(
+            str(directory), tag=TAG, client_state={"skipped": self.skipped_steps}, save_latest=True,
+            exclude_frozen_parameters=True,
+        )  # fmt: skip
+
+    def load(self, directory: Path) -> None:
+        """Restore this rank's partition; from another number of ranks through a universal checkpoint."""
+        if not (directory / TAG).exists():
+            raise ConfigError(
+                f"{directory}: not written with DeepSpeed. Go on with zero=none, or start the stage anew "
+                "with checkpoint.resume=false."
+            )
+        tag = TAG
+        if self._universal:
+            self.compute.main_only(lambda: to_universal(directory))
+            tag = UNIVERSAL
+        with only_tensors_and_numbers():
+            path, state = self._engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
+        assert path is not None, f"{directory}: DeepSpeed found nothing to load"
+        self.skipped_steps = state["skipped"]
+
+
+def zero_config(compute: Compute) -> dict[str, Any]:
+    """DeepSpeed's configuration for `zero=`."""
+    stage = int(compute.zero.removeprefix("zero")[0])
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "sub_group_size": 10**12,  # one group of parameters is one group to clip
+    }
+    if compute.zero == "zero3_offload":
+        on_host = {"device": "cpu", "pin_memory": compute.device.type == "cuda"}
+        zero |= {"offload_optimizer": on_host, "offload_param": on_host}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # our loops count their own micro-batches
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the host without being compiled first
+        "gradient_clipping": 0.0,  # ClippedAdamW does it; the default here is 1
+        "steps_per_print": 10**9,
+    }
+    if compute.dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if stage > 1:  # for stage 1 this would choose another optimizer, which refuses a gradient of 0
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def shard_frozen(model: nn.Module, compute: Compute) -> None:
+    """Shard a model that does not train (ZeRO-3 inference); from then on ranks must call it equally often."""
+    stage3 = {"stage": 3, **({"offload_param": {"device": "cpu"}} if "offload" in compute.zero else {})}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3, "steps_per_print": 10**9}
+    if compute.dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True}
+    engine, *_ = _deepspeed(compute).initialize(model=model, config=config, dist_init_required=False)
+    engine.eval()
+
+
+@contextmanager
+def only_tensors_and_numbers() -> Iterator[None]:
+    """DeepSpeed reads its files with torch.load(weights_only=False); refuse other objects in them anyway."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(
+            [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+        ):
+            yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def to_universal(directory: Path) -> None:
+    """Write a checkpoint's content so that any number of ranks can read it."""
+    import argparse
+
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    if (directory / UNIVERSAL).exists():
+        return
+    with only_tensors_and_numbers():
+        main(
+            argparse.Namespace(
+                input_folder=str(directory / TAG), output_folder=str(directory / UNIVERSAL),
+                num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True,
+                inject_missing_state=True,
+            )
+        )  # fmt: skip
+
+
+def _deepspeed(compute: Compute) -> Any:
+    if compute.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+    except ImportError:
+        raise ConfigError(f"zero={compute.zero} needs DeepSpeed: pip install 'rlhf[deepspeed]'.") from None
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at the first use
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed
