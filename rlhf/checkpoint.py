@@ -126,7 +126,7 @@ class Checkpointer:
                     random["cuda_random"] = torch.cuda.get_rng_state()
                 torch.save({**state, **random}, part / LOOP)
                 self.tracker.keep(part)
-            files = self._digests(part)
+            files, size = self._digests(part)
             if self.compute.is_main:
                 self._finish(part, step, files)
         except (OSError, RuntimeError) as error:
@@ -139,7 +139,6 @@ class Checkpointer:
                 "mend it (or move store_dir), and the same command goes on."
             ) from error
         self._last = time.monotonic()
-        size = sum((self.directory / f"step-{step:08d}" / name).stat().st_size for name in files)
         self.written.append((self._last - start, size))
 
     def discard(self) -> None:
@@ -159,8 +158,8 @@ class Checkpointer:
         signum, is_due = self.compute.global_max(flags).tolist()
         return int(signum), bool(is_due)
 
-    def _digests(self, part: Path) -> dict[str, str]:
-        """Flush and hash all files, each by one of the ranks."""
+    def _digests(self, part: Path) -> tuple[dict[str, str], int]:
+        """Flush and hash all files, each by one of the ranks; their digests and bytes."""
         self.compute.barrier()
         names = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
         sizes = [(part / name).stat().st_size for name in names]
@@ -168,7 +167,7 @@ class Checkpointer:
         for name in mine:
             flush(part / name)
         digests = self.compute.collect([file_digest(part / name) for name in mine], sizes)
-        return dict(zip(names, digests, strict=True))
+        return dict(zip(names, digests, strict=True)), sum(sizes)
 
     def _finish(self, part: Path, step: int, files: Mapping[str, str]) -> None:
         name = f"step-{step:08d}"

@@ -178,6 +178,10 @@ def make_compute(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
+    elif zero != "none" and not distributed.is_initialized():  # DeepSpeed wants a group, also of one
+        distributed.init_process_group(
+            "gloo" if on_cpu else "nccl", store=distributed.HashStore(), rank=0, world_size=1
+        )
     state = PartialState(cpu=on_cpu)
     name, reason = (precision, "as configured") if precision != "auto" else choose_precision(state.device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

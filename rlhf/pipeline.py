@@ -147,7 +147,7 @@ class Pipeline:
                     compute=self.compute,
                     tracker=tracker,
                     signals=self.signals,
-                    tell=lambda text: self.console.print(text, highlight=False),
+                    tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True),
                     stage=name,
                 ),
                 run_directory=run.directory,

@@ -145,7 +145,18 @@ class ZeroEngine(Engine):
         with only_tensors_and_numbers():
             path, state = self._engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
         assert path is not None, f"{directory}: DeepSpeed found nothing to load"
+        if self._universal:
+            self._mend()
         self.skipped_steps = state["skipped"]
+
+    def _mend(self) -> None:
+        """DeepSpeed's universal loading for stage 3 gives all groups one step counter, which each group then
+        advances, and the first group's settings."""
+        for group, config in zip(self._client.param_groups, self._configs, strict=True):
+            settings = parameter_group((), config)
+            group.update({name: value for name, value in settings.items() if name != "params"})
+        for state in self._client.state.values():
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
 
 
 def zero_config(compute: Compute) -> dict[str, Any]:
@@ -222,6 +233,7 @@ def to_universal(directory: Path) -> None:
 
 
 def _deepspeed(compute: Compute) -> Any:
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also on a single rank
     if compute.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
