@@ -33,9 +33,11 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
         rank, _ = find_rank(os.environ)
         return _execute(resolved, run_name)
     except ConfigError as error:
-        failed(resolved, run_name, rank)
         print(f"Error: {error}", file=sys.stderr)
-        return CONFIG_ERROR
+        return leave(CONFIG_ERROR)
+    except LostRankError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return leave(CRASH)
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
         if rank == 0:
@@ -44,9 +46,23 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
             print(f"\n{word}. {kept}", file=sys.stderr)
         return INTERRUPTED if signum == signal.SIGINT else STOPPED
     except Exception:
-        failed(resolved, run_name, rank)
         traceback.print_exc()
-        return CRASH
+        return leave(CRASH)
+
+
+class LostRankError(Exception):
+    """Another rank does not answer."""
+
+
+def leave(code: int) -> int:
+    """The code; or the end, where the backend's threads may still wait for other ranks."""
+    from torch import distributed
+
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def failed(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:
@@ -62,7 +78,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     from rlhf.distributed import make_compute
     from rlhf.experiment import build_experiment
     from rlhf.heartbeat import Heartbeat
-    from rlhf.interrupt import StopSignals
+    from rlhf.interrupt import Stopped, StopSignals
     from rlhf.launch import launch, ranks_wanted
     from rlhf.pipeline import Pipeline
     from rlhf.report.summary import print_summary
@@ -99,13 +115,15 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                 except RuntimeError as error:
                     if compute.world_size == 1 or not LOST_PEER.search(str(error)):
                         raise
-                    failed(resolved, run_name, compute.rank)
-                    print(f"Error: {heartbeat.explain(settings.distributed.timeout)}", file=sys.stderr)
-                    os._exit(CRASH)  # the backend's threads still wait for the lost rank
+                    raise LostRankError(heartbeat.explain(settings.distributed.timeout)) from error
             print_summary(pipeline.results, console)
             return DONE
+        except Exception:
+            if compute.world_size > 1:  # before the others notice, and without waiting for them
+                failed(resolved, run_name, compute.rank)
+            raise
         finally:
-            if distributed.is_initialized():
+            if distributed.is_initialized() and sys.exc_info()[0] in (None, Stopped):
                 distributed.destroy_process_group()
 
 

@@ -26,7 +26,7 @@ from pydantic import PositiveInt
 from rlhf.config import Strict
 from rlhf.interrupt import STOPPING
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 5.0
 """Between the first failed rank and the end of the others: some fail for the same reason and shall say so."""
 LINES_SHOWN = 40
 CONFIG_ERROR = 2
