@@ -32,7 +32,7 @@ from rlhf.stage import Stage
 from rlhf.tracking import Tracker, make_tracker
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+PACKAGES = ("rlhf", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
 class Pipeline:

@@ -105,7 +105,7 @@ class PrepareStage(Stage):
         evaluation_is_drawn = self._choose_evaluation(data)
         self._split(data)
         self._check_not_empty(data)
-        self._write(data, job)
+        job.compute.main_only(lambda: self._write(data, job))  # all ranks have read the same
         leaks = 0 if evaluation_is_drawn else sum(data[role].count(IN_EVALUATION) for role in TRAINING_ROLES)
         self._show(data, leaks, job)
         job.publish(

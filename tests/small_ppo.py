@@ -7,12 +7,10 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
-from rich.console import Console
+from small_job import small_job
 
-from rlhf.artifacts import Artifact, Manifest
-from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PromptRow, SftRow
-from rlhf.distributed import make_compute
+from rlhf.engine import PlainEngine
 from rlhf.experiment import build_experiment
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
@@ -20,10 +18,8 @@ from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.mix import PretrainingMix
-from rlhf.progress import Progress
 from rlhf.rewards.source import Reward
 from rlhf.stages.ppo import PpoStage
-from rlhf.tracking import Tracker
 
 SETTINGS = (
     "model=tiny", "ppo.peft=none", "ppo.temperature=1.0", "ppo.critic.init=sft", "ppo.score.normalize=none",
@@ -54,25 +50,10 @@ def ppo_stage(*overrides: str) -> PpoStage:
     return stage
 
 
-def ppo_job(directory: Path, model: Path, seed: int = 0) -> Job:
+def ppo_job(directory: Path, model: Path, seed: int = 0, checkpoints: Path | None = None) -> Job:
     """What the pipeline would hand to the stage, with the untrained model as its SFT model."""
-    directory.mkdir(parents=True)
-    compute, _ = make_compute("cpu", "fp32")
-    manifest = Manifest(
-        stage="sft", key="0", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
-        packages={}, hardware="", files={},
-    )  # fmt: skip
-    return Job(
-        stage="ppo",
-        seed=seed,
-        compute=compute,
-        base=BaseModelFiles(model, "tiny", MODEL),
-        inputs={"sft": Artifact(model, manifest)},
-        data=PreparedData(directory),
-        directory=directory,
-        tracker=Tracker(directory, []),
-        progress=Progress(Console(quiet=True)),
-    )
+    base = BaseModelFiles(model, "tiny", MODEL)
+    return small_job("ppo", directory, base, {"sft": model}, checkpoints=checkpoints, seed=seed)
 
 
 def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[SftRow] = ()) -> Learner:
@@ -80,10 +61,16 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
     sft = job.inputs["sft"].path
     tokenizer, normalizer = load_tokenizer(sft, MODEL), stage.normalizer(job)
     policy = load_causal_lm(sft, MODEL, job.compute.dtype)
+    critic = stage.load_critic(job, reward, normalizer, tokenizer)
+    engine = PlainEngine(
+        ActorCritic(policy, critic),
+        [(policy.parameters(), stage.optim), (critic.parameters(), stage.critic.optim)],
+        job.compute,
+    )
     return Learner(
         stage,
-        policy=Policy(policy, tokenizer),
-        model=ActorCritic(policy, stage.load_critic(job, reward, normalizer, tokenizer)),
+        engine=engine,
+        policy=Policy(policy, tokenizer, job.compute, engine.whole),
         reference=Policy.load(sft, MODEL, job.compute),
         reward=reward,
         normalizer=normalizer,

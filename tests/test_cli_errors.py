@@ -191,9 +191,14 @@ def test_a_reward_that_is_never_a_number_is_told_before_the_first_step(chain: Ch
 def test_too_many_bad_steps_stop_the_run(chain: Chain) -> None:
     outcome = chain.run(f"ppo.reward=python:{__name__}:never_in_training", "ppo.max_bad_steps=1", *BY_RULE)
     message = complaint(outcome)
-    assert message.startswith("ppo.max_bad_steps=1: 2 steps had to be skipped")
+    assert message.startswith("ppo: step 2: 2 steps had to be skipped, more than ppo.max_bad_steps=1")
+    assert f"Mend ppo.reward=python:{__name__}:never_in_training" in message
     assert "ppo: step 1 skipped: the reward of" in outcome.out
     assert "ppo: step 2 skipped: the reward of" in outcome.out
+    batch = outcome.directory / "ppo-step2.jsonl"
+    assert f"Its batch is in {batch.relative_to(chain.directory)}." in message
+    rows = [json.loads(line) for line in batch.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 8 and all(isinstance(row["response"], str) for row in rows)
     assert outcome.statuses == {"prepare": "reused", "sft": "reused", "ppo": "failed"}
     assert outcome.summary["stages"]["ppo"]["artifact"] is None
     assert chain.run().statuses == dict.fromkeys(STAGES, "reused")  # nothing finished was lost

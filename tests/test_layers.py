@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 LONGEST = 350
-LAZY = ("deepspeed", "vllm", "wandb", "trl")
+LAZY = ("deepspeed", "vllm", "wandb")
 MAY_KNOW_HYDRA = ("rlhf/__main__.py", "rlhf/config.py", "rlhf/experiment.py", "rlhf/pipeline.py")
 
 
@@ -100,8 +100,9 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used() -> None:
     for file, each in imports_under("rlhf/", "stages/"):
         if is_in(each.name, *LAZY):
             assert each.is_lazy, f"{file} imports {each.name} for everybody"
+        assert not is_in(each.name, "trl"), f"{file} imports {each.name}, which only the tests may need"
         if is_in(each.name, "deepspeed"):
-            assert file == "rlhf/distributed.py"
+            assert file == "rlhf/zero.py"
 
 
 def test_only_the_front_door_knows_hydra() -> None:

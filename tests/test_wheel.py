@@ -104,7 +104,10 @@ def test_metadata_tells_what_is_needed(wheel: Path) -> None:
     metadata = archive.read(name).decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
-    assert "Requires-Dist: trl<1.17,>=1.16" in metadata
+    assert "Requires-Dist: transformers<5.40,>=5.16" in metadata
+    assert [line for line in metadata.splitlines() if "trl" in line] == [
+        'Requires-Dist: trl<1.17,>=1.16; extra == "test"'
+    ]
 
 
 def test_the_installed_package_is_the_wheel(python: Path, hostile: Path) -> None:

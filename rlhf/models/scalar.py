@@ -43,7 +43,11 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel, offset: float = 0.0) -> None:
         super().__init__()
         self.model = model
-        self.head = ScalarHead(self.model.score.float().weight, offset)  # the very same parameter
+        score = self.model.score
+        assert isinstance(score, nn.Linear)
+        score.float()
+        assert isinstance(score.weight, nn.Parameter)
+        self.head = ScalarHead(score.weight, offset)  # the very same parameter
 
     @property
     def offset(self) -> nn.Parameter:

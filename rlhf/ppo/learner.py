@@ -208,7 +208,7 @@ class Learner:
         Raises:
             ConfigError: always.
         """
-        self.done = step  # nothing more is to be learned from its batch
+        self.done = step  # its batch is not to come again
         self.job.checkpoints.save(step, self.engine, self.state_dict())
         texts = [*self.texts, *[None] * (len(rows) - len(self.texts))]
         path = self.job.dump(
@@ -216,8 +216,8 @@ class Learner:
             [{"prompt": row.prompt, "response": text} for row, text in zip(rows, texts, strict=True)],
         )
         raise ConfigError(
-            f"ppo: step {step}: {reason}. Nothing was learned from its batch ({path}); all before it is "
-            "kept: with a higher limit the same command goes on behind it."
+            f"ppo: step {step}: {reason}. Its batch is in {path}. All that was learned so far is kept: with "
+            "a higher limit the same command goes on behind that batch."
         )
 
     def experience(self, rows: Sequence[PromptRow]) -> Experience:

@@ -85,7 +85,9 @@ class ShownAnswer(NamedTuple):
 
 
 def print_summary(run: Run, console: Console) -> None:
-    """Show what the run came to, and write the same to report.md."""
+    """Show what the run came to, and write the same to report.md. Ranks other than 0 do neither."""
+    if not run.writes:
+        return
     report = write_report(run)
     _print_cells(stage_cells(run), console, right={2})
     policies = policy_cells(run)

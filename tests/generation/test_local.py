@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_job import on_cpu
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,10 +38,14 @@ def prompts() -> list[Tensor]:
     return [torch.randint(0, 259, (length,), generator=generator) for length in LENGTHS]  # pad ids among them
 
 
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def sample(model: PreTrainedModel, prompts: list[Tensor], **changes: Any) -> Rollout:
     settings: dict[str, Any] = {
         "max_new_tokens": NEW, "temperature": 0.0, "stop_ids": [], "pad_id": PAD, "batch_rows": 64,
-        "generator": torch.Generator().manual_seed(0),
+        "uniform_BR": uniform(len(prompts), changes.get("max_new_tokens", NEW)),
     }  # fmt: skip
     return generate(model, prompts, **(settings | changes))
 
@@ -107,7 +112,7 @@ def test_reported_log_probabilities_are_the_policys(
     stops = some_stops(model, prompts)
     rollout = sample(model, prompts, temperature=temperature, top_p=top_p, stop_ids=stops, batch_rows=4)
     (logp_BR,) = rollout_rows(
-        rollout, PAD, 200, torch.device("cpu"),
+        rollout, PAD, 200, on_cpu(),
         lambda batch: (response_statistics(model, batch, temperature or 1.0).logp_N,),
     )  # fmt: skip
     assert rollout.sampled_logp is not None
@@ -117,10 +122,43 @@ def test_reported_log_probabilities_are_the_policys(
 
 def test_the_seed_decides_a_sample(model: PreTrainedModel, prompts: list[Tensor]) -> None:
     first, again, other = (
-        lists(sample(model, prompts, temperature=1.0, generator=torch.Generator().manual_seed(seed)))
+        lists(sample(model, prompts, temperature=1.0, uniform_BR=uniform(len(prompts), NEW, seed=seed)))
         for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_response_does_not_depend_on_its_neighbours(
+    model: PreTrainedModel, prompts: list[Tensor], temperature: float
+) -> None:
+    """Alone, in another order or in other batches, a row with its own randomness is answered alike."""
+    uniform_BR = uniform(len(prompts), NEW)
+    settings = {"temperature": temperature, "stop_ids": some_stops(model, prompts)}
+    together = lists(sample(model, prompts, uniform_BR=uniform_BR, **settings))
+    assert len({len(ids) for ids in together}) > 1
+    for batch_rows in (1, 2, 4):
+        assert (
+            lists(sample(model, prompts, uniform_BR=uniform_BR, batch_rows=batch_rows, **settings))
+            == together
+        )
+    order = [3, 5, 0, 2, 4, 1]
+    shuffled = sample(model, [prompts[row] for row in order], uniform_BR=uniform_BR[order], **settings)
+    assert lists(shuffled) == [together[row] for row in order]
+    for row, prompt in enumerate(prompts):
+        assert lists(sample(model, [prompt], uniform_BR=uniform_BR[[row]], **settings)) == [together[row]]
+
+
+def test_every_row_and_step_has_its_own_number(model: PreTrainedModel, prompts: list[Tensor]) -> None:
+    """Another number in one place changes that row from that token on, and nothing else."""
+    uniform_BR = uniform(len(prompts), NEW)
+    before = lists(sample(model, prompts, temperature=1.0, uniform_BR=uniform_BR))
+    row, step = 3, 5
+    uniform_BR[row, step] = (uniform_BR[row, step] + 0.5) % 1
+    after = lists(sample(model, prompts, temperature=1.0, uniform_BR=uniform_BR))
+    assert [index for index in range(len(prompts)) if before[index] != after[index]] == [row]
+    assert before[row][:step] == after[row][:step]
+    assert before[row][step] != after[row][step]
 
 
 def test_finished_rows_are_counted(model: PreTrainedModel, prompts: list[Tensor]) -> None:
@@ -134,7 +172,7 @@ def test_sampling_follows_the_models_distribution(model: PreTrainedModel, prompt
     rows = 4000
     rollout = sample(
         model, [prompts[0]] * rows, temperature=0.7, max_new_tokens=1, batch_rows=rows,
-        generator=torch.Generator().manual_seed(4),
+        uniform_BR=uniform(rows, 1, seed=4),
     )  # fmt: skip
     with torch.no_grad():
         probability_V = (model(prompts[0][None]).logits[0, -1] / 0.7).softmax(-1)
@@ -148,7 +186,7 @@ def test_sampling_follows_the_models_distribution(model: PreTrainedModel, prompt
 def test_draws_have_the_right_frequencies() -> None:
     weight_V = torch.tensor([0.0, 3.0, 0.0, 1.0, 2.0, 0.0, 4.0, 0.0])  # need not add up to 1
     rows = 40_000
-    drawn = _draw(weight_V.expand(rows, -1), torch.Generator().manual_seed(0))
+    drawn = _draw(weight_V.expand(rows, -1), uniform(rows))
     counts = torch.bincount(drawn, minlength=8).double()
     assert counts[weight_V == 0].sum() == 0
     expected = weight_V.double() / 10 * rows
@@ -158,20 +196,17 @@ def test_draws_have_the_right_frequencies() -> None:
 
 
 def test_rows_draw_independently() -> None:
-    drawn = _draw(torch.ones(20_000, 2), torch.Generator().manual_seed(0))
+    drawn = _draw(torch.ones(20_000, 2), uniform(20_000))
     both = (drawn[0::2] + drawn[1::2]).bincount(minlength=3) / 10_000
     torch.testing.assert_close(both, torch.tensor([0.25, 0.5, 0.25]), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2**-24])
+@pytest.mark.parametrize("edge", [0.0, 1.0 - 2**-24])
 @pytest.mark.parametrize(
     "weights", [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.3, 0.3, 0.0], [0.0, 1e-30, 0.0]]
 )
-def test_a_weight_of_zero_is_never_drawn_at_the_edges(
-    monkeypatch: pytest.MonkeyPatch, uniform: float, weights: list[float]
-) -> None:
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform))
-    drawn = int(_draw(torch.tensor([weights]), torch.Generator()))
+def test_a_weight_of_zero_is_never_drawn_at_the_edges(edge: float, weights: list[float]) -> None:
+    drawn = int(_draw(torch.tensor([weights]), torch.tensor([edge])))
     assert weights[drawn] > 0
 
 
@@ -187,7 +222,7 @@ def test_a_nucleus_by_hand() -> None:
 
 def test_only_the_nucleus_is_sampled_but_its_log_probability_is_the_whole_ones() -> None:
     logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(2000, -1)
-    token_B, logp_B = _sample(logits, 1.0, 0.6, torch.Generator().manual_seed(0))
+    token_B, logp_B = _sample(logits, 1.0, 0.6, uniform(2000))
     assert set(token_B.tolist()) == {1, 3}
     assert float((token_B == 1).float().mean()) == pytest.approx(2 / 3, abs=0.04)
     expected = torch.where(token_B == 1, torch.tensor(0.5).log(), torch.tensor(0.25).log())
@@ -198,4 +233,4 @@ def test_only_the_nucleus_is_sampled_but_its_log_probability_is_the_whole_ones()
 def test_broken_logits_are_told(temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0], [float("nan"), 0.0]])
     with pytest.raises(ConfigError, match="logits are not finite"):
-        _sample(logits, temperature, 1.0, torch.Generator())
+        _sample(logits, temperature, 1.0, uniform(2))

@@ -121,6 +121,7 @@ def test_a_score_head_is_left_alone(tiny_model: Path) -> None:
     scalar = load_scalar_model(tiny_model, TINY, torch.float32, new_head=True)
     tuned(scalar.model)
     assert not scalar.head.weight.requires_grad  # the stage turns it on
-    assert isinstance(scalar.head, torch.nn.Linear)
+    assert type(scalar.model.score) is torch.nn.Linear
+    assert scalar.head.weight is scalar.model.score.weight
     with pytest.raises(AttributeError):
-        _ = scalar.head.lora_A
+        _ = scalar.model.score.lora_A

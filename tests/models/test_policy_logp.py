@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_job import on_cpu
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -112,7 +113,11 @@ def rollout() -> Rollout:
 
 def measured(model: PreTrainedModel, episodes: Rollout, micro_batch_tokens: int, pad: int = PAD) -> Tensor:
     (logp_BR,) = rollout_rows(
-        episodes, pad, micro_batch_tokens, CPU, lambda batch: (response_statistics(model, batch, 0.7).logp_N,)
+        episodes,
+        pad,
+        micro_batch_tokens,
+        on_cpu(),
+        lambda batch: (response_statistics(model, batch, 0.7).logp_N,),
     )
     return logp_BR
 

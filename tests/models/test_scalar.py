@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_job import on_cpu
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -68,7 +69,9 @@ def test_a_score_is_read_at_the_last_real_token(
 ) -> None:
     expected = torch.stack([by_hand(scalar, row)[-1] for row in rows()])
     torch.testing.assert_close(scalar.last_values(rows(), pad).detach(), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(scalar.score(rows(), pad, micro_batch_tokens), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        scalar.score(rows(), pad, micro_batch_tokens, on_cpu()), expected, atol=1e-5, rtol=1e-5
+    )
     assert expected.std() > 0.1
 
 
@@ -82,18 +85,18 @@ def test_transformers_scores_the_saved_directory_alike(
     padded = tokenizer.pad({"input_ids": [row.tolist() for row in rows()]}, return_tensors="pt")
     with torch.no_grad():
         theirs = published(**padded).logits.squeeze(-1)  # with their own pooling: the last non-pad token
-    ours = scalar.score(rows(), int(tokenizer.pad_token_id), 1000)
+    ours = scalar.score(rows(), int(tokenizer.pad_token_id), 1000, on_cpu())
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     again = load_scalar_model(tmp_path, TINY, torch.float32)
-    assert torch.equal(again.score(rows(), 0, 1000), scalar.score(rows(), 0, 1000))
+    assert torch.equal(again.score(rows(), 0, 1000, on_cpu()), scalar.score(rows(), 0, 1000, on_cpu()))
 
 
 def test_rescaling_folds_gain_and_bias(scalar: ScalarModel) -> None:
-    before = scalar.score(rows(), 0, 1000)
+    before = scalar.score(rows(), 0, 1000, on_cpu())
     scalar.rescale(2.0, -3.0)
-    torch.testing.assert_close(scalar.score(rows(), 0, 1000), 2 * before - 3, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scalar.score(rows(), 0, 1000, on_cpu()), 2 * before - 3, atol=1e-5, rtol=1e-5)
     scalar.rescale(0.5, 1.0)  # the offset is scaled too: 0.5 (2x - 3) + 1
-    torch.testing.assert_close(scalar.score(rows(), 0, 1000), before - 0.5, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scalar.score(rows(), 0, 1000, on_cpu()), before - 0.5, atol=1e-5, rtol=1e-5)
 
 
 def test_an_offset_cannot_be_lost_on_the_way_to_disk(
@@ -106,7 +109,7 @@ def test_an_offset_cannot_be_lost_on_the_way_to_disk(
 
 def test_heads_are_drawn_as_asked(scalar: ScalarModel) -> None:
     reset_head(scalar, deviation=0.0)
-    assert not scalar.score(rows(), 0, 1000).any()
+    assert not scalar.score(rows(), 0, 1000, on_cpu()).any()
     torch.manual_seed(0)
     draws = []
     for _ in range(200):

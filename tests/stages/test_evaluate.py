@@ -8,21 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
+from small_job import small_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.artifacts import Artifact, Manifest
 from rlhf.config import ConfigError, validated
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PromptRow, QuestionRow, TextRow
-from rlhf.distributed import make_compute
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, ModelConfig
-from rlhf.progress import Progress
 from rlhf.stages.evaluate import EvaluateStage
-from rlhf.tracking import Tracker
 
-PROMPTS = ["Say a word about tea.", "Name a colour!", "What is rain?"]
+PROMPTS = ["Say a word about tea.", "Name a colour!", "What is rain?", *(f"What is {n}?" for n in range(29))]
 
 
 def make_stage(**changes: Any) -> EvaluateStage:
@@ -76,28 +72,11 @@ def run_stage(stage: EvaluateStage, published: dict[str, Path], directory: Path)
     data.write("evaluate", "evaluation", prompts)
     data.write("retention_text", "evaluation", [TextRow("Water boils."), TextRow("Ice melts in the sun.")])
     data.write("retention_questions", "evaluation", [QuestionRow("Which?", ["a", "bb", "c c", "d"], 1)])
-    compute, _ = make_compute("cpu", "fp32")
-    job = Job(
-        stage="evaluate",
-        seed=0,
-        compute=compute,
-        base=BaseModelFiles(published["base"], "tiny", ModelConfig(kind="tiny")),
-        inputs={name: artifact(name, published[name]) for name in ("sft", "ppo")},
-        data=data,
-        directory=directory,
-        tracker=Tracker(directory, []),
-        progress=Progress(Console(quiet=True)),
-    )
+    base = BaseModelFiles(published["base"], "tiny", ModelConfig(kind="tiny"))
+    inputs = {name: published[name] for name in ("sft", "ppo")}
+    job = small_job("evaluate", directory, base, inputs, data=data)
     stage.run(job)
     return job
-
-
-def artifact(stage: str, path: Path) -> Artifact:
-    manifest = Manifest(
-        stage=stage, key="0", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
-        packages={}, hardware="", files={},
-    )  # fmt: skip
-    return Artifact(path, manifest)
 
 
 def jsonl(path: Path) -> list[dict[str, Any]]:
@@ -142,13 +121,19 @@ def test_figures_follow_from_the_answers_in_the_files(finished: Job) -> None:
         (row["ppo"]["gold"] > row["sft"]["gold"]) + 0.5 * (row["ppo"]["gold"] == row["sft"]["gold"])
         for row in rows
     ]
-    assert metrics["win_rate"] == pytest.approx(sum(wins) / 3)
+    assert metrics["win_rate"] == pytest.approx(sum(wins) / len(PROMPTS))
     assert metrics["win_rate"] != 0.5  # else a swap of the two would not show
     for name in ("base", "sft", "ppo"):
         assert [row[name]["gold"] for row in rows] == rating(PROMPTS, [row[name]["response"] for row in rows])
-        assert metrics[f"gold_mean/{name}"] == pytest.approx(sum(row[name]["gold"] for row in rows) / 3)
-        assert metrics[f"length_mean/{name}"] == pytest.approx(sum(row[name]["tokens"] for row in rows) / 3)
-        assert metrics[f"stop_rate/{name}"] == pytest.approx(sum(row[name]["stopped"] for row in rows) / 3)
+        assert metrics[f"gold_mean/{name}"] == pytest.approx(
+            sum(row[name]["gold"] for row in rows) / len(PROMPTS)
+        )
+        assert metrics[f"length_mean/{name}"] == pytest.approx(
+            sum(row[name]["tokens"] for row in rows) / len(PROMPTS)
+        )
+        assert metrics[f"stop_rate/{name}"] == pytest.approx(
+            sum(row[name]["stopped"] for row in rows) / len(PROMPTS)
+        )
 
 
 def test_every_answer_is_a_sample(finished: Job) -> None:

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from small_job import small_job
 
 from rlhf.config import ConfigError, validated
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import ROLES, TRAINING_ROLES, prompt_identity
-from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, ModelConfig, base_files
-from rlhf.progress import Progress
 from rlhf.stages.prepare import PrepareStage
-from rlhf.tracking import Tracker
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -80,12 +78,8 @@ class Bench:
     def prepare(self, **knobs):
         self.num_runs += 1
         out = self.directory / f"out{self.num_runs}"
-        out.mkdir()
         self.printed = io.StringIO()
-        self.job = Job(
-            stage="prepare", seed=0, compute=None, base=self.base, inputs={}, data=None, directory=out,
-            tracker=Tracker(out, []), progress=Progress(Console(file=self.printed, width=200)),
-        )  # fmt: skip
+        self.job = small_job("prepare", out, self.base, console=Console(file=self.printed, width=200))
         self.stage(**knobs).run(self.job)
         self.report = json.loads((out / "report.json").read_text())
         return PreparedData(out)

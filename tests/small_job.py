@@ -1,0 +1,84 @@
+"""What the pipeline would hand to a stage, without the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from rlhf.artifacts import Artifact, Manifest
+from rlhf.checkpoint import CheckpointConfig, Checkpointer
+from rlhf.data.prepared import PreparedData
+from rlhf.distributed import Compute
+from rlhf.interrupt import StopSignals
+from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles
+from rlhf.progress import Progress
+from rlhf.tracking import Tracker
+
+WHEN_STOPPED = {"every_steps": None, "every_minutes": None, "keep": 2, "resume": True}
+"""Checkpoints are written only by what stops a stage."""
+
+
+def on_cpu(rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.float32) -> Compute:
+    """One of so many ranks. Only a single one can talk to the others."""
+    return Compute(torch.device("cpu"), dtype, rank=rank, world_size=world_size)
+
+
+def artifact(stage: str, path: Path) -> Artifact:
+    """A directory as a stage's artifact."""
+    manifest = Manifest(
+        stage=stage, key="0", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
+        packages={}, hardware="", files={},
+    )  # fmt: skip
+    return Artifact(path, manifest)
+
+
+def small_job(
+    stage: str,
+    directory: Path,
+    base: BaseModelFiles,
+    inputs: Mapping[str, Path] | None = None,
+    *,
+    data: PreparedData | None = None,
+    checkpoints: Path | None = None,
+    console: Console | None = None,
+    seed: int = 0,
+    **checkpoint: object,
+) -> Job:
+    """A job that makes its artifact in `directory`; run and checkpoints lie beside it.
+
+    Args:
+        data: prepared rows; without, `directory` takes them.
+        checkpoints: where to keep them: those of an earlier job, to go on from there.
+        checkpoint: changes to `WHEN_STOPPED`.
+    """
+    run_directory = directory.with_name(f"{directory.name}.run")
+    for path in (directory, run_directory):
+        path.mkdir(parents=True, exist_ok=True)
+    compute, tracker = on_cpu(), Tracker(run_directory, [])
+    tracker.begin(directory)
+    console = console or Console(quiet=True)
+    return Job(
+        stage=stage,
+        seed=seed,
+        compute=compute,
+        base=base,
+        inputs={name: artifact(name, path) for name, path in (inputs or {}).items()},
+        data=data or PreparedData(directory),
+        directory=directory,
+        tracker=tracker,
+        progress=Progress(console),
+        checkpoints=Checkpointer(
+            directory=checkpoints or directory.with_name(f"{directory.name}.checkpoints"),
+            config=CheckpointConfig.model_validate(WHEN_STOPPED | checkpoint),
+            compute=compute,
+            tracker=tracker,
+            signals=StopSignals(),
+            tell=lambda text: console.print(text, highlight=False),
+            stage=stage,
+        ),
+        run_directory=run_directory,
+    )

@@ -1,0 +1,111 @@
+"""The engine of a whole model: its rates, what it freezes, what it tells of a step, going on from a file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from small_job import on_cpu
+from torch import nn
+
+from rlhf.config import ConfigError, OptimConfig
+from rlhf.engine import PlainEngine, make_engine
+
+
+def config(**changes: float) -> OptimConfig:
+    values = {"lr": 1.0, "weight_decay": 0.0, "eps": 1e-8, "warmup_fraction": 0.0, "max_grad_norm": 1e9}
+    return OptimConfig.model_validate(values | changes)
+
+
+class Two(nn.Module):
+    """Two groups of one number each; AdamW moves each by its rate in a step, whatever the gradient's size."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.full((1,), value)) for _ in range(2))
+
+    def engine(self, first: OptimConfig, second: OptimConfig) -> PlainEngine:
+        return PlainEngine(self, [([self.first], first), ([self.second], second)], on_cpu())
+
+    def moved_by_a_step(self, engine: PlainEngine) -> tuple[float, float]:
+        before = (self.first.item(), self.second.item())
+        engine.backward((self.first + self.second).sum(), last=True)
+        engine.step()
+        return before[0] - self.first.item(), before[1] - self.second.item()
+
+
+def test_the_rates_reach_the_masters_and_keep_the_groups_apart() -> None:
+    model = Two()
+    engine = model.engine(config(lr=0.1), config(lr=0.4))
+    assert engine.set_rates(0, 2) == pytest.approx([0.1, 0.4])
+    assert model.moved_by_a_step(engine) == pytest.approx((0.1, 0.4), rel=1e-4)
+    assert engine.set_rates(1, 2) == pytest.approx([0.05, 0.2])
+    assert model.moved_by_a_step(engine) == pytest.approx((0.05, 0.2), rel=1e-4)
+
+
+def test_each_group_has_its_own_warm_up() -> None:
+    engine = Two().engine(config(), config(warmup_fraction=0.5))
+    rates = [engine.set_rates(step, 4) for step in range(4)]
+    expected = [(1, 1 / 3), (3 / 4, 2 / 3), (2 / 4, 1), (1 / 4, 1 / 2)]
+    assert rates == [pytest.approx(list(pair)) for pair in expected]
+
+
+def test_a_frozen_group_stays_while_the_other_moves() -> None:
+    model = Two(1.0)
+    engine = model.engine(config(lr=0.1, weight_decay=0.5), config(lr=0.4, weight_decay=0.5))
+    assert engine.set_rates(0, 2, frozen=[0]) == pytest.approx([0.0, 0.4])
+    first, second = model.moved_by_a_step(engine)
+    assert first == 0.0  # neither the gradient nor the decay
+    assert second == pytest.approx(0.4 * 0.5 + 0.4, rel=1e-4)
+    engine.set_rates(1, 2)
+    assert model.moved_by_a_step(engine)[0] > 0.0
+
+
+def test_the_engine_tells_norms_and_counts_what_it_skips() -> None:
+    model = Two()
+    engine = model.engine(config(), config())
+    engine.backward(3.0 * model.first.sum(), last=False)
+    engine.backward(4.0 * model.second.sum(), last=True)
+    engine.step()
+    assert engine.grad_norms == pytest.approx([3.0, 4.0])
+    assert engine.grad_norm == pytest.approx(5.0)
+    assert engine.skipped_steps == 0
+    engine.backward(math.inf * model.first.sum() + model.second.sum(), last=True)
+    engine.step()
+    assert engine.skipped_steps == 1
+    assert not math.isfinite(engine.grad_norm)
+
+
+def test_what_was_saved_goes_on_elsewhere(tmp_path: Path) -> None:
+    model, other = Two(), Two(7.0)
+    engine, second = (each.engine(config(lr=0.1), config(lr=0.4)) for each in (model, other))
+    model.moved_by_a_step(engine)
+    engine.backward(math.nan * model.first.sum(), last=True)
+    engine.step()
+    engine.save(tmp_path)
+    second.load(tmp_path)
+    assert second.skipped_steps == 1
+    for each in (engine, second):
+        each.set_rates(1, 2)
+    assert model.moved_by_a_step(engine) == other.moved_by_a_step(second)
+    assert (model.first.item(), model.second.item()) == (other.first.item(), other.second.item())
+
+
+def test_trainable_weights_are_copied_from_the_part_that_was_named() -> None:
+    model = nn.ModuleDict({"policy": nn.Linear(2, 1), "critic": nn.Linear(2, 1)})
+    model["policy"].bias.requires_grad_(False)
+    engine = make_engine(model, [(model.parameters(), config())], on_cpu())
+    state = engine.trainable_state(model["policy"])
+    assert list(state) == ["weight"]
+    before = state["weight"].clone()
+    with torch.no_grad():
+        model["policy"].weight.add_(1.0)
+    assert torch.equal(state["weight"], before)
+
+
+def test_a_checkpoint_of_the_other_engine_is_told(tmp_path: Path) -> None:
+    engine = Two().engine(config(), config())
+    with pytest.raises(ConfigError, match=r"written with DeepSpeed.*checkpoint\.resume=false"):
+        engine.load(tmp_path)
