@@ -180,7 +180,10 @@ def make_compute(
         )
     elif zero != "none" and not distributed.is_initialized():  # DeepSpeed wants a group, also of one
         distributed.init_process_group(
-            "gloo" if on_cpu else "nccl", store=distributed.HashStore(), rank=0, world_size=1
+            "gloo" if on_cpu else "nccl",
+            store=distributed.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
         )
     state = PartialState(cpu=on_cpu)
     name, reason = (precision, "as configured") if precision != "auto" else choose_precision(state.device)

@@ -155,10 +155,7 @@ class Pipeline:
             torch.manual_seed(job.seed)
             try:
                 with progress.shown():
-                    if stage.parallel:
-                        stage.run(job)
-                    else:
-                        job.summary = self.compute.main_only(lambda: self.run_alone(stage, job))
+                    stage.run(job)
             except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; it goes on up
                 ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
                 run.record(name, ended, key, None, time.monotonic() - start)
@@ -178,11 +175,6 @@ class Pipeline:
         run.record(name, "ran", key, artifact, seconds)
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}", highlight=False)
         return artifact
-
-    def run_alone(self, stage: Stage, job: Job) -> dict[str, float] | None:
-        """Rank 0 does it for all."""
-        stage.run(job)
-        return job.summary
 
     def announce(self, prepared: Artifact, base: BaseModelFiles) -> None:
         """Say roughly how long the stages that have to run will take."""

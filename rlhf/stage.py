@@ -24,8 +24,6 @@ class Stage(Strict, ABC):
     """Raise it when the stage's code changes what it publishes: old artifacts are then not reused."""
     random: ClassVar[bool] = True
     """Whether the seed and the precision decide the result."""
-    parallel: ClassVar[bool] = True
-    """Whether all ranks run it; False for rank 0 alone, while the others wait."""
     not_in_key: ClassVar[frozenset[str]] = frozenset()
     """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
 

@@ -73,7 +73,6 @@ class PrepareStage(Stage):
     """What `prepare.*` can be told. Values: conf/stages/prepare.yaml."""
 
     name: ClassVar[str] = "prepare"
-    parallel: ClassVar[bool] = False
     random: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"sources"})  # their content is: see external()
 
