@@ -8,6 +8,7 @@ depend on how many there are, up to rounding.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -218,7 +219,7 @@ def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
                 "RANK": environment["SLURM_PROCID"],
                 "WORLD_SIZE": str(tasks),
                 "LOCAL_RANK": environment["SLURM_LOCALID"],
-                "LOCAL_WORLD_SIZE": environment.get("SLURM_TASKS_PER_NODE", "1").partition("(")[0],
+                "LOCAL_WORLD_SIZE": re.split("[(,]", environment.get("SLURM_TASKS_PER_NODE", "1"))[0],
             }
         )
         return int(environment["RANK"]), tasks

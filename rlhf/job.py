@@ -61,7 +61,8 @@ class Job:
         """Keep rows that something went wrong with, beside the run's other files, for a person to look at."""
         path = self.run_directory / f"{self.stage}-{name}.jsonl"
         if self.compute.is_main:
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            path.write_text(text, encoding="utf-8")
         return path
 
     def publish(self, metrics: Mapping[str, float]) -> None:

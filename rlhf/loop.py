@@ -39,7 +39,7 @@ def train_batches(
     """
     skipped_in_a_row = 0
     with job.progress.task(f"{job.stage}: training", len(batches)) as task, job.checkpoints.training():
-        task.advance(done)
+        task.skip(done)
         for index in range(done, len(batches)):
             job.compute.at["step"] = index + 1
             rate, *_ = engine.set_rates(index, len(batches))

@@ -27,8 +27,15 @@ class Task:
 
     def __init__(self, progress: Progress, label: str, total: int) -> None:
         self._progress, self._label, self._total, self._done = progress, label, total, 0
+        self._earlier = 0
         self._start = self._last_line = time.monotonic()
         self._bar = progress.live.add_task(label, total=total, note="") if progress.live else None
+
+    def skip(self, count: int) -> None:
+        """Count what an earlier attempt did: it says nothing about how long the rest will take."""
+        self._done, self._earlier = self._done + count, self._earlier + count
+        if self._progress.live and self._bar is not None:
+            self._progress.live.reset(self._bar, completed=self._done)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count `count` more as done; `note` is shown beside the bar."""
@@ -39,7 +46,7 @@ class Task:
         now = time.monotonic()
         if now - self._last_line >= LINE_EVERY_SECONDS and self._done < self._total:
             self._last_line = now
-            left = (now - self._start) / self._done * (self._total - self._done)
+            left = (now - self._start) / (self._done - self._earlier) * (self._total - self._done)
             self._progress.console.print(
                 f"  {self._label} {self._done}/{self._total}, {clock(left)} left  {note}", highlight=False
             )

@@ -35,6 +35,13 @@ def fails_at_first(prompts: list[str], responses: list[str]) -> list[float]:
     return [math.inf, *scores[1:]] if len(CALLS) == 2 else scores
 
 
+def fails_at_third(prompts: list[str], responses: list[str]) -> list[float]:
+    """The second rollout (the third call) has one infinite score."""
+    CALLS.append(len(responses))
+    scores = [float(len(response)) for response in responses]
+    return [math.inf, *scores[1:]] if len(CALLS) == 3 else scores
+
+
 def one_for_all(prompts: list[str], responses: list[str]) -> list[float]:
     return [1.0]
 
@@ -202,6 +209,30 @@ def test_too_many_bad_steps_stop_the_run(chain: Chain) -> None:
     assert outcome.statuses == {"prepare": "reused", "sft": "reused", "ppo": "failed"}
     assert outcome.summary["stages"]["ppo"]["artifact"] is None
     assert chain.run().statuses == dict.fromkeys(STAGES, "reused")  # nothing finished was lost
+
+
+@pytest.mark.parametrize(
+    ("limit", "higher"),
+    [("ppo.max_kl=0.01", "ppo.max_kl=null"), ("ppo.max_bad_steps=0", "ppo.max_bad_steps=1")],
+)
+def test_with_a_higher_limit_the_same_command_goes_on(tmp_path: Path, limit: str, higher: str) -> None:
+    chain = Chain(tmp_path)
+    CALLS.clear()
+    settings = ("ppo.steps=4", "ppo.optim.lr=0.05", f"ppo.reward=python:{__name__}:fails_at_third", *BY_RULE)
+    settings = (*settings, "ppo.max_bad_steps=9") if "max_kl" in limit else settings
+    stopped = chain.run(*settings, limit)
+    message = complaint(stopped)
+    assert message.startswith("ppo: step ") and limit in message
+    step = int(message.split()[2].removesuffix(":"))
+    assert 1 < step < 4
+    gone_on = chain.run(*settings, higher)
+    assert gone_on.code == 0, gone_on.err
+    assert gone_on.key("ppo") == stopped.key("ppo")
+    assert f"ppo: goes on from step {step} (" in gone_on.out
+    lines = [json.loads(line) for line in (gone_on.directory / "metrics.jsonl").read_text().splitlines()]
+    told = [line["step"] for line in lines if "ppo/beta" in line]
+    assert told == [number for number in range(1, 5) if number != step]
+    assert not list((tmp_path / "store" / "ppo").glob(".*.checkpoints"))  # published: no longer needed
 
 
 def test_a_run_without_one_good_step_is_no_success(chain: Chain) -> None:

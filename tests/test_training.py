@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import rlhf.training
 from rlhf.config import OptimConfig
 from rlhf.training import (
     MasterAdamW,
@@ -188,6 +190,73 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
         assert torch.equal(mine, expected)
 
 
+def test_the_state_is_plain_tensors_and_numbers_that_a_file_keeps(tmp_path: Path) -> None:
+    """With masters finer than the model's weights, and the count of skipped steps."""
+    model = network(torch.bfloat16)
+    optimizer = optimizer_of((model[0].parameters(), config(lr=1e-3)), (model[2].parameters(), config()))
+    (model(batches(1, torch.bfloat16)[0]).sum() * math.nan).backward()
+    optimizer.step()
+    take_step(model, optimizer, batches(1, torch.bfloat16)[0])
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert set(state) == {"masters", "adamw", "skipped_steps"}
+    assert state["skipped_steps"] == 1
+    assert all(master.dtype == torch.float32 for master in state["masters"])
+    assert any(
+        not torch.equal(master, weight.float())
+        for master, weight in zip(state["masters"], weights(model), strict=True)
+    )
+    other = network(torch.bfloat16)
+    second = optimizer_of((other[0].parameters(), config(lr=1e-3)), (other[2].parameters(), config()))
+    second.load_state_dict(state)
+    assert second.skipped_steps == 1
+    assert all(torch.equal(now, then) for now, then in zip(weights(other), weights(model), strict=True))
+    for mine, kept in zip(second.state_dict()["masters"], state["masters"], strict=True):
+        assert torch.equal(mine, kept)
+
+
+def test_a_state_of_other_parameters_is_refused() -> None:
+    one, two = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    state = optimizer_of(([one], config())).state_dict()
+    with pytest.raises(ValueError, match="argument"):
+        optimizer_of(([one, two], config())).load_state_dict(state)
+
+
+@pytest.mark.parametrize("bucket", [1, 30, 10**6])
+def test_gradients_of_two_ranks_are_added_up(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
+    """As if another rank had the same half of the batch: equal to one rank with the whole of it."""
+    monkeypatch.setattr(rlhf.training, "BUCKET_ELEMENTS", bucket)
+    sizes: list[int] = []
+
+    def with_its_twin(values: Tensor) -> Tensor:
+        sizes.append(values.numel())
+        return 2 * values
+
+    alone, shared = network(), network()
+    settings = config(max_grad_norm=0.1)
+    whole = optimizer_of((alone.parameters(), settings))
+    half = optimizer_of((shared.parameters(), settings), global_sum=with_its_twin)
+    for batch in batches(3):
+        take_step(alone, whole, torch.cat([batch, batch]))
+        (shared(batch).pow(2).sum() / (2 * len(batch))).backward()  # divided by the global count
+        half.step()
+        assert half.grad_norms == pytest.approx(whole.grad_norms, rel=1e-5)
+    for mine, expected in zip(weights(shared), weights(alone), strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
+    step_by_step = {1: [48, 8, 24, 3], 30: [48, 32, 3], 10**6: [83]}  # of 48 weights, 8 biases, 24 and 3
+    assert sizes == 3 * step_by_step[bucket]
+
+
+def test_a_gradient_that_is_not_finite_on_another_rank_is_skipped_here_too() -> None:
+    model = network()
+    optimizer = optimizer_of((model.parameters(), config()), global_sum=lambda values: values + math.nan)
+    before = weights(model)
+    take_step(model, optimizer, batches(1)[0])
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(now, then) for now, then in zip(weights(model), before, strict=True))
+
+
 def test_frozen_parameters_are_left_out() -> None:
     model = network()
     model[0].requires_grad_(False)
@@ -230,8 +299,8 @@ def test_the_average_by_hand() -> None:
         average.update()
     # 1 -> 0.75 x 1 + 0.25 x 2 = 1.25 -> 0.75 x 1.25 + 0.25 x 4 = 1.9375
     with average.swapped_in():
-        assert float(model.weight) == 1.9375
-    assert float(model.weight) == 4.0
+        assert model.weight.item() == 1.9375
+    assert model.weight.item() == 4.0
 
 
 def test_the_average_is_taken_out_again_after_an_error() -> None:

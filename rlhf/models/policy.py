@@ -133,6 +133,11 @@ def check_head(model: PreTrainedModel) -> None:
     """
     ids_BT = torch.arange(min(model.config.get_text_config().vocab_size, 64), device=model.device)[None]
     logits = model(input_ids=ids_BT, use_cache=False).logits[0].float()
+    if not bool(logits.isfinite().all()):
+        raise ConfigError(
+            f"{type(model).__name__}: its logits are not finite. Its weights are damaged, or too large for "
+            "this precision: try precision=fp32."
+        )
     ours = model.get_output_embeddings()(hidden_states(model, ids_BT)[0]).float()
     if not torch.allclose(logits, ours, rtol=0.02, atol=0.02 * float(logits.abs().max())):
         raise ConfigError(

@@ -88,7 +88,7 @@ class Learner:
             self.load_state_dict(state)
         batches = prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed)
         with self.job.progress.task("ppo: steps", config.steps) as task, checkpoints.training():
-            task.advance(self.done)
+            task.skip(self.done)
             for step, rows in enumerate(batches, 1):
                 if step <= self.done:
                     continue

@@ -184,3 +184,11 @@ def test_a_model_that_transforms_its_logits_is_refused(model: PreTrainedModel) -
 
     with pytest.raises(ConfigError, match="Capped transforms its logits"):
         check_head(Capped(plain.config).eval())
+
+
+def test_a_model_with_damaged_weights_is_refused(tiny_model: Path) -> None:
+    damaged = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    with torch.no_grad():
+        damaged.model.norm.weight[3] = float("nan")
+    with pytest.raises(ConfigError, match="its logits are not finite"):
+        check_head(damaged)

@@ -1,0 +1,157 @@
+"""What ends a PPO run early, what is kept of it, and how the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
+from torch import Tensor
+
+from rlhf.config import ConfigError
+from rlhf.ppo.learner import Learner
+from rlhf.rewards.source import Exchange
+
+SMALL = (
+    "ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=6", "ppo.evaluate_every=2",
+    "ppo.score.normalize=running", "ppo.kl.controller=adaptive", "ppo.kl.coef=0.05",
+)  # fmt: skip
+TRAIN, HELD_OUT = prompts(range(100, 140)), prompts(range(700, 704))
+
+
+class Length:
+    """The response's length in bytes; NaN in the chosen rollouts (of 8 rows; held-out prompts are 4)."""
+
+    def __init__(self, *bad: int) -> None:
+        self.bad, self.rollouts = bad, 0
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+        scores = torch.tensor([float(len(exchange.response.encode())) for exchange in exchanges])
+        if len(exchanges) == 8:
+            self.rollouts += 1
+            if self.rollouts in self.bad:
+                scores[3] = math.nan
+        return scores
+
+
+def learner_in(directory: Path, model: Path, reward: Length, *overrides: str) -> Learner:
+    """As a new process would make it: only the checkpoints are of an earlier attempt."""
+    torch.manual_seed(0)
+    job = ppo_job(directory, model, checkpoints=directory.with_name("checkpoints"))
+    return ppo_learner(ppo_stage(*SMALL, *overrides), job, reward)
+
+
+def train(learner: Learner) -> dict[str, float]:
+    return learner.train(TRAIN, HELD_OUT)
+
+
+def logged_steps(learner: Learner) -> list[int]:
+    lines = [json.loads(line) for line in (learner.job.directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "ppo/beta" in line]
+
+
+def dumped(learner: Learner, step: int) -> list[dict[str, Any]]:
+    path = learner.job.run_directory / f"ppo-step{step}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> None:
+    overrides = ("ppo.steps=6", "ppo.max_bad_steps=1")
+    first = learner_in(tmp_path / "first", tiny_model, Length(2, 4), *overrides)
+    with pytest.raises(ConfigError) as error:
+        train(first)
+    message = str(error.value)
+    assert message.startswith("ppo: step 4: 2 steps had to be skipped, more than ppo.max_bad_steps=1")
+    assert "is nan." in message and "ppo.reward=python:small_ppo:starts_with_e" in message
+    assert str(first.job.run_directory / "ppo-step4.jsonl") in message
+    assert logged_steps(first) == [1, 2, 3]
+
+    rows = dumped(first, 4)
+    assert [row["response"] for row in rows] == first.texts
+    seen_before = [row.prompt for row in TRAIN]
+    assert len(rows) == 8 and all(row["prompt"] in seen_before for row in rows)
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert kept.name == "step-00000004"
+
+    second = learner_in(tmp_path / "second", tiny_model, Length(), "ppo.steps=6", "ppo.max_bad_steps=2")
+    summary = train(second)
+    assert second.reward.rollouts == 2  # steps 5 and 6
+    assert summary["bad_steps"] == 2
+    assert all(math.isfinite(value) for value in summary.values())
+    assert logged_steps(second) == [1, 2, 3, 5, 6]
+
+
+def test_a_policy_too_far_away_ends_the_run(tmp_path: Path, tiny_model: Path) -> None:
+    overrides = ("ppo.steps=6", "ppo.optim.lr=0.05", "ppo.optim.warmup_fraction=0.0")
+    free = learner_in(tmp_path / "free" / "job", tiny_model, Length(), *overrides, "ppo.max_kl=null")
+    train(free)
+    kls = [metrics["kl"] for metrics in free.history]
+    assert kls[0] == pytest.approx(0.0, abs=1e-4)
+    passed = next(step for step, kl in enumerate(kls, 1) if kl > 0.5)
+    assert 1 < passed < 6
+
+    first = learner_in(tmp_path / "first", tiny_model, Length(), *overrides, "ppo.max_kl=0.5")
+    with pytest.raises(ConfigError) as error:
+        train(first)
+    assert str(error.value).startswith(
+        f"ppo: step {passed}: the policy is {kls[passed - 1]:.4g} nats a sequence from the SFT model, more "
+        "than ppo.max_kl=0.5. Raise ppo.kl.coef, or lower ppo.optim.lr. "
+    )
+    assert [row["response"] for row in dumped(first, passed)] == first.texts
+    assert [metrics["kl"] for metrics in first.history] == kls[: passed - 1]  # the same until then
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert kept.name == f"step-{passed:08d}"
+
+    second = learner_in(tmp_path / "second", tiny_model, Length(), *overrides, "ppo.max_kl=1000")
+    summary = train(second)
+    assert second.reward.rollouts == 6 - passed
+    assert logged_steps(second) == [step for step in range(1, 7) if step != passed]
+    assert summary["held_out_score_before"] == free.summary()["held_out_score_before"]
+
+
+def test_a_step_that_is_too_far_away_is_not_learned_from(tmp_path: Path, tiny_model: Path) -> None:
+    learner = learner_in(tmp_path / "job", tiny_model, Length(), "ppo.steps=2", "ppo.max_kl=1e-12")
+    with torch.no_grad():
+        for parameter in learner.engine.model.policy.parameters():
+            parameter.mul_(1.5)
+    before = [parameter.detach().clone() for parameter in learner.engine.model.parameters()]
+    with pytest.raises(ConfigError, match=r"ppo: step 1: the policy is .* ppo\.max_kl=1e-12"):
+        train(learner)
+    for parameter, value in zip(learner.engine.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, tiny_model: Path) -> None:
+    """Checkpoints every step; the second attempt starts from the last one, bit for bit."""
+    overrides = ("ppo.steps=5", "ppo.ema_decay=0.5", "ppo.critic.warmup_steps=1")
+    through = learner_in(tmp_path / "through" / "job", tiny_model, Length(), *overrides)
+    expected = train(through)
+
+    first = learner_in(tmp_path / "first", tiny_model, Length(), *overrides)
+    step = first.step
+
+    def interrupted(rows: Any, number: int) -> dict[str, float]:
+        if number == 3:
+            first.job.checkpoints.signals._handle(15, None)
+        return step(rows, number)
+
+    first.step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(first)
+    second = learner_in(tmp_path / "second", tiny_model, Length(), *overrides)
+    assert train(second) == expected
+    assert second.reward.rollouts == 2
+    assert second.best_weights.keys() == through.best_weights.keys()
+    for name, value in through.best_weights.items():
+        assert torch.equal(second.best_weights[name], value), name
+    untimed = [
+        {name: value for name, value in metrics.items() if not name.startswith("seconds")}
+        for learner in (second, through)
+        for metrics in learner.history
+    ]
+    assert untimed[:5] == untimed[5:]

@@ -1,0 +1,206 @@
+"""Supervised tuning of the tiny model: what it learns from, and that TRL comes to the same weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from small_job import small_job
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rlhf.config import ConfigError
+from rlhf.data.schema import Message, SftRow
+from rlhf.experiment import build_experiment
+from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.stages.sft import EncodedAnswer, SftStage
+
+TINY = ModelConfig(kind="tiny")
+SETTINGS = (
+    "model=tiny", "sft.optim.lr=3e-3", "sft.batch_rows=4", "sft.epochs=2", "sft.optim.warmup_fraction=0.25",
+    "sft.optim.weight_decay=0.1", "sft.optim.max_grad_norm=0.5", "sft.max_tokens=80",
+)  # fmt: skip
+TRAIN = [
+    SftRow([Message(role="user", content=f"Say {n}{' please' * (n % 3)}")], f"It is {n}{'!' * (5 * n)}")
+    for n in range(14)
+]
+HELD_OUT = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}") for n in range(20, 24)]
+
+
+def sft_stage(*overrides: str) -> SftStage:
+    with initialize_config_module("rlhf.conf", version_base="1.3"):
+        node = compose("config", overrides=[*SETTINGS, *overrides])
+    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    stage = build_experiment({str(key): value for key, value in resolved.items()}).stages["sft"]
+    assert isinstance(stage, SftStage)
+    return stage
+
+
+def sft_job(directory: Path, model: Path) -> Job:
+    job = small_job("sft", directory, BaseModelFiles(model, "tiny", TINY))
+    job.data.write("sft", "train", TRAIN)
+    job.data.write("sft", "held_out", HELD_OUT)
+    return job
+
+
+def run_stage(directory: Path, model: Path, *overrides: str) -> Job:
+    job = sft_job(directory, model)
+    torch.manual_seed(0)
+    sft_stage(*overrides).run(job)
+    return job
+
+
+def published(job: Job) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(job.directory, dtype=torch.float32)
+    return model
+
+
+def distance(left: PreTrainedModel, right: PreTrainedModel) -> float:
+    """The largest difference of any weight."""
+    pairs = zip(left.parameters(), right.parameters(), strict=True)
+    return max(float((one - other).detach().abs().max()) for one, other in pairs)
+
+
+def logged(job: Job, name: str) -> list[float]:
+    lines: list[dict[str, Any]] = [
+        json.loads(line) for line in (job.directory / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [line[f"sft/{name}"] for line in lines if f"sft/{name}" in line and "summary" not in line]
+
+
+def test_trl_comes_to_the_same_weights(tmp_path: Path, tiny_model: Path) -> None:
+    """Our stage in micro-batches of its own; TRL 1.16's trainer with torch's AdamW on whole batches."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    job = run_stage(tmp_path / "job", tiny_model, "sft.micro_batch_tokens=90")
+
+    stage, tokenizer = sft_stage(), load_tokenizer(tiny_model, TINY)
+    rows = [EncodedAnswer(tokenizer, row, stage.max_tokens) for row in TRAIN]
+    assert any(row.is_cut for row in rows)
+    batches = stage.batches(rows, job.seed)
+    assert [len(batch) for batch in batches] == [4, 4, 4, 2] * 2
+    model = load_causal_lm(tiny_model, TINY, torch.float32)
+    examples = [
+        {
+            "input_ids": [*row.prompt.tolist(), *row.answer.tolist()],
+            "labels": [*[-100] * len(row.prompt), *row.answer.tolist()],
+        }
+        for batch in batches
+        for row in batch
+    ]
+
+    class InOurOrder(torch.utils.data.Sampler[list[int]]):
+        """The stage's batches: an epoch's last one is smaller."""
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            start = 0
+            for batch in batches:
+                yield list(range(start, start + len(batch)))
+                start += len(batch)
+
+        def __len__(self) -> int:
+            return len(batches)
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]
+        def get_train_dataloader(self):  # type: ignore[no-untyped-def]
+            return torch.utils.data.DataLoader(
+                self.train_dataset, batch_sampler=InOurOrder(), collate_fn=self.data_collator
+            )
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, eps=1e-8)
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, num_train_epochs=1,
+        per_device_train_batch_size=4, max_grad_norm=0.5, report_to="none", save_strategy="no",
+        disable_tqdm=True, activation_checkpointing=False, max_length=None, remove_unused_columns=False,
+        logging_steps=1,
+    )  # fmt: skip
+    warmed_up = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (step + 1) / 3 if step < 2 else max(0.0, (8 - step) / 6)
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(examples), processing_class=tokenizer,
+        optimizers=(optimizer, warmed_up),
+    )  # fmt: skip
+    trainer.train()
+
+    assert distance(published(job), model) < 2e-5
+    assert distance(load_causal_lm(tiny_model, TINY, torch.float32), model) > 5e-3
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert logged(job, "loss") == pytest.approx(losses, abs=2e-4)
+
+
+def test_micro_batches_do_not_matter(tmp_path: Path, tiny_model: Path) -> None:
+    whole, split = (
+        run_stage(tmp_path / str(tokens), tiny_model, f"sft.micro_batch_tokens={tokens}")
+        for tokens in (100_000, 1)
+    )
+    assert distance(published(whole), published(split)) < 2e-5
+    assert split.summary == pytest.approx(whole.summary, rel=1e-4)
+    assert whole.summary is not None
+    assert whole.summary["held_out_loss"] < whole.summary["held_out_loss_before"]
+    assert whole.summary["rows_cut"] > 0
+
+
+def test_a_prompt_is_read_but_not_learned(tmp_path: Path, tiny_model: Path) -> None:
+    """The loss is the mean over the answers' tokens alone, of the model before the step."""
+    job = run_stage(tmp_path / "job", tiny_model, "sft.batch_rows=14", "sft.epochs=1")
+    model, tokenizer = load_causal_lm(tiny_model, TINY, torch.float32), load_tokenizer(tiny_model, TINY)
+    nats, tokens = 0.0, 0
+    for row in (EncodedAnswer(tokenizer, row, 80) for row in TRAIN):
+        ids = torch.cat([row.prompt, row.answer])
+        with torch.no_grad():
+            logp_TV = model(ids[None]).logits[0].log_softmax(-1)
+        first = len(row.prompt)
+        nats -= sum(float(logp_TV[place - 1, ids[place]]) for place in range(first, len(ids)))
+        tokens += len(row.answer)
+    assert logged(job, "loss") == [pytest.approx(nats / tokens, rel=1e-4)]
+    assert logged(job, "tokens") == [tokens]
+
+
+def test_every_epoch_sees_each_row_once_in_another_order() -> None:
+    stage, rows = sft_stage("sft.epochs=2"), list(range(14))
+    batches = stage.batches(rows, 0)  # type: ignore[arg-type]
+    first = [row for batch in batches[:4] for row in batch]
+    second = [row for batch in batches[4:] for row in batch]
+    assert sorted(first) == sorted(second) == rows
+    assert first != second
+    assert stage.batches(rows, 0) == batches  # type: ignore[arg-type]
+    assert stage.batches(rows, 1) != batches  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.25, 1), (0.5, 2), (1.0, 4), (1.3, 6), (2.0, 8)])
+def test_a_part_of_an_epoch_is_a_part_of_its_batches(epochs: float, steps: int) -> None:
+    stage, rows = sft_stage(f"sft.epochs={epochs}"), list(range(14))
+    batches = stage.batches(rows, 0)  # type: ignore[arg-type]
+    assert len(batches) == steps
+    assert batches == sft_stage("sft.epochs=2").batches(rows, 0)[:steps]  # type: ignore[arg-type]
+
+
+def test_a_learning_rate_that_explodes_ends_with_the_batch_and_a_way_out(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    job = sft_job(tmp_path / "job", tiny_model)
+    with pytest.raises(ConfigError, match="sft: in step 4 and the 2 before it the gradients were not finite"):
+        sft_stage("sft.optim.lr=1e38", "sft.optim.warmup_fraction=0").run(job)
+    lines = (job.run_directory / "sft-step4.jsonl").read_text(encoding="utf-8").splitlines()
+    batch = sft_stage().batches(TRAIN, job.seed)[3]  # type: ignore[arg-type]
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": row.prompt, "completion": row.completion}  # type: ignore[attr-defined]
+        for row in batch
+    ]
+
+
+def test_lora_publishes_a_plain_model_that_differs(tmp_path: Path, tiny_model: Path) -> None:
+    job = run_stage(tmp_path / "job", tiny_model, "sft.peft=lora", "sft.optim.lr=0.05")
+    model = published(job)
+    assert not [name for name in model.state_dict() if "lora" in name]
+    assert distance(model, load_causal_lm(tiny_model, TINY, torch.float32)) > 1e-3
+    assert job.summary is not None
+    assert job.summary["trained_parameters"] < sum(p.numel() for p in model.parameters()) / 2

@@ -1,0 +1,244 @@
+"""Who computes what: dealt out by lengths alone, so every rank's part is known without asking it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import socket
+import traceback
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from small_job import on_cpu
+
+from rlhf.config import ConfigError
+from rlhf.distributed import Compute, MicroBatch, find_rank, make_compute
+
+LENGTHS = {
+    "alike": [7] * 12,
+    "mixed": [3, 30, 1, 12, 12, 5, 9, 30, 2, 8, 17],
+    "one": [4],
+    "one_long": [400, 2, 2, 2, 2, 2],
+    "many": [random.Random(0).randrange(1, 200) for _ in range(97)],
+}
+RANKS = [1, 2, 3, 4, 8]
+
+
+def ranks(world_size: int) -> list[Compute]:
+    return [on_cpu(rank, world_size) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("world_size", RANKS)
+def test_shares_cover_everything_once_and_evenly(lengths: list[int], world_size: int) -> None:
+    shares = [compute.share(lengths) for compute in ranks(world_size)]
+    assert sorted(index for share in shares for index in share) == list(range(len(lengths)))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    tokens = [sum(lengths[index] for index in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(lengths)  # the longest are dealt out, not heaped on one rank
+
+
+def test_a_share_by_hand() -> None:
+    lengths = [5, 9, 1, 9, 7]  # by falling length, ties in their order: 1, 3, 4, 0, 2
+    assert [compute.share(lengths) for compute in ranks(2)] == [[1, 4, 2], [3, 0]]
+
+
+def test_one_rank_collects_in_the_items_order() -> None:
+    lengths = [5, 9, 1]
+    compute = on_cpu()
+    assert compute.share(lengths) == [1, 0, 2]
+    assert compute.collect([f"item {index}" for index in compute.share(lengths)], lengths) == [
+        "item 0", "item 1", "item 2",
+    ]  # fmt: skip
+
+
+def everything(lengths: list[int], world_size: int, budget: int) -> list[list[MicroBatch]]:
+    return [compute.micro_batches(lengths, budget) for compute in ranks(world_size)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("world_size", RANKS)
+@pytest.mark.parametrize("budget", [1, 40, 100_000])
+def test_micro_batches_keep_their_promises(lengths: list[int], world_size: int, budget: int) -> None:
+    found = everything(lengths, world_size, budget)
+    counted = Counter(
+        index for mine in found for each in mine if each.weight == 1.0 for index in each.indices
+    )
+    assert counted == dict.fromkeys(range(len(lengths)), 1)  # each row counts once, on one rank
+    assert len({len(mine) for mine in found}) == 1  # sharded models move in step
+    for mine in found:
+        assert [each.last for each in mine] == [False] * (len(mine) - 1) + [True]
+        for each in mine:
+            assert each.weight in (0.0, 1.0)
+            longest = max(lengths[index] for index in each.indices)
+            assert len(each.indices) * longest <= budget or len(each.indices) == 1
+            if each.weight == 0.0:  # as cheap as it can be
+                assert [lengths[index] for index in each.indices] == [min(lengths)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("world_size", RANKS)
+def test_a_rank_works_on_its_share(lengths: list[int], world_size: int) -> None:
+    for compute in ranks(world_size):
+        rows = [index for group, weight, _ in compute.micro_batches(lengths, 40) if weight for index in group]
+        assert sorted(rows) == sorted(compute.share(lengths))
+
+
+def test_micro_batches_by_hand() -> None:
+    lengths = [2, 6, 3, 4, 1]  # by falling length: 1, 3, 2, 0, 4
+    first, second = everything(lengths, 2, budget=6)
+    assert first == [([1], 1.0, False), ([2, 4], 1.0, True)]  # 6; 2 rows of at most 3 tokens
+    assert second == [([3], 1.0, False), ([0], 1.0, True)]
+    first, second = everything([5, 2], 2, budget=2)
+    assert (first, second) == ([([0], 1.0, True)], [([1], 1.0, True)])
+    first, second, third = everything([5, 2], 3, budget=100)  # more ranks than rows
+    assert third == [([1], 0.0, True)]
+
+
+@pytest.mark.parametrize(
+    ("value", "world_size", "advice"),
+    [(100, 8, "Use 96 or 104."), (3, 8, "Use 8."), (9, 8, "Use 8 or 16."), (15, 2, "Use 14 or 16.")],
+)
+def test_a_batch_that_cannot_be_shared_equally(value: int, world_size: int, advice: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        on_cpu(0, world_size).check_divides("ppo.batch_episodes", value)
+    assert str(error.value) == (
+        f"ppo.batch_episodes={value} cannot be shared equally by {world_size} ranks. {advice}"
+    )
+
+
+@pytest.mark.parametrize(("value", "world_size"), [(96, 8), (8, 8), (7, 1)])
+def test_a_batch_that_can_be_shared(value: int, world_size: int) -> None:
+    on_cpu(0, world_size).check_divides("ppo.batch_episodes", value)
+
+
+TORCHRUN = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node0",
+    "MASTER_PORT": "1234",
+}  # fmt: skip
+KUBERNETES = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+"""What the PyTorchJob operator sets: one process a pod, so no local rank."""
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "2(x2)",
+    "MASTER_ADDR": "node0",
+}  # fmt: skip
+
+
+def test_alone_there_is_one_rank() -> None:
+    environment: dict[str, str] = {"HOME": "/"}
+    assert find_rank(environment) == (0, 1)
+    assert environment == {"HOME": "/"}
+
+
+def test_torchrun_is_believed_in_everything() -> None:
+    environment = dict(TORCHRUN)
+    assert find_rank(environment) == (5, 8)
+    assert environment == TORCHRUN
+
+
+def test_a_kubernetes_pod_takes_its_first_device() -> None:
+    environment = dict(KUBERNETES)
+    assert find_rank(environment) == (1, 2)
+    assert environment == KUBERNETES | {"LOCAL_RANK": "0"}
+
+
+def test_torchrun_inside_a_slurm_step_counts_more() -> None:
+    assert find_rank(SRUN | TORCHRUN) == (5, 8)
+
+
+def test_srun_is_translated_for_torch() -> None:
+    environment = dict(SRUN)
+    assert find_rank(environment) == (3, 4)
+    assert environment == SRUN | {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "local"), [("8", "8"), ("2(x2)", "2"), ("3,1", "3"), ("3(x2),1", "3")]
+)
+def test_slurm_counts_tasks_in_several_ways(tasks_per_node: str, local: str) -> None:
+    environment = SRUN | {"SLURM_TASKS_PER_NODE": tasks_per_node}
+    find_rank(environment)
+    assert environment["LOCAL_WORLD_SIZE"] == local
+
+
+def test_a_port_that_was_chosen_is_kept() -> None:
+    environment = SRUN | {"MASTER_PORT": "4000"}
+    find_rank(environment)
+    assert environment["MASTER_PORT"] == "4000"
+
+
+def test_a_single_slurm_task_is_no_group() -> None:
+    assert find_rank({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) == (0, 1)
+
+
+def test_srun_without_an_address_is_told() -> None:
+    environment = {name: value for name, value in SRUN.items() if name != "MASTER_ADDR"}
+    with pytest.raises(ConfigError, match="srun started 4 tasks, but MASTER_ADDR is not set"):
+        find_rank(environment)
+
+
+def refuse() -> None:
+    raise ConfigError("only rank 0 tried")
+
+
+def talk(rank: int, port: int, results: Any) -> None:
+    """What one of two ranks hears of the other."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )  # fmt: skip
+    try:
+        compute, how = make_compute("cpu", "fp32", timeout=60.0)
+        mine = torch.tensor([1.0 + rank, -5.0 * rank])
+        lengths = [5, 9, 1, 9, 7]
+        try:
+            compute.main_only(refuse)
+        except ConfigError as error:
+            failure = str(error)
+        heard = {
+            "how": how,
+            "sum": compute.global_sum(mine).tolist(),
+            "max": compute.global_max(mine).tolist(),
+            "unchanged": mine.tolist(),
+            "broadcast": compute.broadcast(f"from {rank}"),
+            "main_only": compute.main_only(lambda: f"made by {rank}"),
+            "failure": failure,
+            "collected": compute.collect([(index, rank) for index in compute.share(lengths)], lengths),
+        }
+        results.put((rank, heard))
+        compute.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+        raise
+
+
+def test_two_ranks_hear_the_same() -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [context.Process(target=talk, args=(rank, port, results), daemon=True) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    heard = dict(results.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    expected = {
+        "how": "fp32 on cpu (as configured), 2 ranks",
+        "sum": [3.0, -5.0],
+        "max": [2.0, 0.0],
+        "broadcast": "from 0",
+        "main_only": "made by 0",
+        "failure": "only rank 0 tried",
+        "collected": [(0, 1), (1, 0), (2, 0), (3, 1), (4, 0)],
+    }
+    assert heard == {rank: expected | {"unchanged": [1.0 + rank, -5.0 * rank]} for rank in range(2)}

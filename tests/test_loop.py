@@ -1,0 +1,167 @@
+"""The training loop: what is not finite is skipped, and told with its batch when it keeps coming."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_job import small_job
+from torch import nn
+
+from rlhf.config import ConfigError, OptimConfig
+from rlhf.engine import PlainEngine
+from rlhf.interrupt import Stopped
+from rlhf.job import Job
+from rlhf.loop import train_batches
+from rlhf.models.load import BaseModelFiles, ModelConfig
+
+OPTIM = OptimConfig(lr=0.1, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1e9)
+NAN = math.nan
+
+
+class Bench:
+    """One number that learns from batches of numbers: the loss is their sum times it."""
+
+    def __init__(self, directory: Path, **checkpoint: object) -> None:
+        base = BaseModelFiles(directory, "none", ModelConfig(kind="tiny"))
+        kept = directory.with_name("checkpoints")
+        self.job: Job = small_job("sft", directory, base, checkpoints=kept, **checkpoint)
+        self.model = nn.Linear(1, 1, bias=False)
+        with torch.no_grad():
+            self.model.weight.fill_(5.0)
+        self.engine = PlainEngine(self.model, [(self.model.parameters(), OPTIM)], self.job.compute)
+        self.seen: list[Sequence[float]] = []
+
+    @property
+    def weight(self) -> float:
+        return self.model.weight.item()
+
+    def step(self, batch: Sequence[float]) -> dict[str, float]:
+        self.seen.append(batch)
+        loss = sum(batch) * self.model.weight.sum()
+        self.engine.backward(loss, last=True)
+        self.engine.step()
+        return {"loss": float(loss.detach())}
+
+    def train(self, batches: Sequence[Sequence[float]]) -> None:
+        state = self.job.checkpoints.restore(self.engine)
+        self.noted = state["noted"] if state else "at the start"
+        train_batches(
+            self.job,
+            self.engine,
+            batches,
+            self.step,
+            state={"noted": self.noted},
+            as_json=lambda row: {"number": str(row)},
+            done=state["done"] if state else 0,
+        )
+
+    def logged(self) -> list[dict[str, Any]]:
+        lines = (self.job.directory / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def test_each_batch_is_one_step_with_its_rate(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "job")
+    batches = [[1.0], [0.5, 0.5], [1.0], [3.0, -2.0]]
+    bench.train(batches)
+    assert bench.seen == batches
+    assert bench.weight == pytest.approx(5.0 - 0.1 * (4 + 3 + 2 + 1) / 4, abs=1e-4)
+    lines = bench.logged()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["sft/lr"] for line in lines] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert [line["sft/grad_norm"] for line in lines] == pytest.approx([1.0] * 4)
+    assert lines[0]["sft/loss"] == 5.0
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_the_stage(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "job")
+    with pytest.raises(ConfigError) as error:
+        bench.train([[1.0], [NAN], [math.inf], [2.0, NAN, 3.0], [1.0], [1.0]])
+    dumped = bench.job.run_directory / "sft-step4.jsonl"
+    assert str(error.value) == (
+        "sft: in step 4 and the 2 before it the gradients were not finite; nothing was learned from them. "
+        f"The last batch is in {dumped}. Mend the data, lower sft.optim.lr, or try precision=fp32."
+    )
+    assert len(bench.seen) == 4
+    assert bench.weight == pytest.approx(4.9, abs=1e-4)  # as after the first batch
+    rows = [json.loads(line) for line in dumped.read_text(encoding="utf-8").splitlines()]
+    assert rows == [{"number": "2.0"}, {"number": "nan"}, {"number": "3.0"}]
+
+
+def test_behind_what_ended_it_the_same_command_goes_on(tmp_path: Path) -> None:
+    batches = [[1.0], [NAN], [NAN], [NAN], [1.0], [1.0]]
+    first = Bench(tmp_path / "first")
+    with pytest.raises(ConfigError, match="in step 4"):
+        first.train(batches)
+    second = Bench(tmp_path / "second")
+    second.train(batches)
+    assert second.seen == batches[4:]
+    assert second.engine.skipped_steps == 3
+    assert second.weight == pytest.approx(5.0 - 0.1 * (6 + 2 + 1) / 6, abs=1e-4)
+    assert [line["step"] for line in second.logged()] == [1, 2, 3, 4, 5, 6]  # told once each
+
+
+def test_a_good_step_between_bad_ones_forgives_them(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "job")
+    bench.train([[NAN], [NAN], [1.0], [NAN], [NAN]])
+    assert bench.engine.skipped_steps == 4
+    assert not list(bench.job.run_directory.glob("sft-step*"))
+
+
+def test_a_signal_waits_for_the_step_and_its_checkpoint(tmp_path: Path) -> None:
+    batches = [[1.0], [2.0], [3.0]]
+    first = Bench(tmp_path / "first")
+    step = first.step
+
+    def interrupted(batch: Sequence[float]) -> dict[str, float]:
+        if batch == [2.0]:
+            first.job.checkpoints.signals._handle(15, None)  # what the operating system would call
+        return step(batch)
+
+    first.step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(Stopped) as stop:
+        first.train(batches)
+    assert stop.value.signum == 15
+    assert first.seen == [[1.0], [2.0]]
+    second, through = Bench(tmp_path / "second"), Bench(tmp_path / "through" / "job")
+    for bench in (second, through):
+        bench.train(batches)
+    assert second.seen == [[3.0]]
+    assert second.noted == "at the start"
+    assert second.weight == through.weight
+
+
+def test_checkpoints_come_as_often_as_asked_and_the_newest_stay(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "job", every_steps=2, keep=2)
+    bench.train([[1.0]] * 7)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000004", "step-00000006",
+    ]  # fmt: skip
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path: Path) -> None:
+    batches = [[1.0]] * 5
+    Bench(tmp_path / "first", every_steps=2).train(batches)
+    damaged = tmp_path / "checkpoints" / "step-00000004" / "optimizer.pt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    second = Bench(tmp_path / "second")
+    second.train(batches)
+    assert len(second.seen) == 3  # from step 2 on
+    assert [path.name[:21] for path in (tmp_path / "checkpoints").glob("damaged-*")] == [
+        "damaged-step-00000004"
+    ]
+
+
+def test_resume_can_be_refused(tmp_path: Path) -> None:
+    Bench(tmp_path / "first", every_steps=1).train([[1.0]] * 3)
+    second = Bench(tmp_path / "second", resume=False)
+    second.train([[1.0]] * 3)
+    assert len(second.seen) == 3
