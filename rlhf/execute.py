@@ -62,7 +62,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     from rlhf.distributed import make_compute
     from rlhf.experiment import build_experiment
     from rlhf.heartbeat import Heartbeat
-    from rlhf.interrupt import StopSignals
+    from rlhf.interrupt import StopSignals, leave_exit_code
     from rlhf.launch import launch, ranks_wanted
     from rlhf.pipeline import Pipeline
     from rlhf.report.summary import print_summary
@@ -101,6 +101,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                         raise
                     failed(resolved, run_name, compute.rank)
                     print(f"Error: {heartbeat.explain(settings.distributed.timeout)}", file=sys.stderr)
+                    leave_exit_code(CRASH)
                     os._exit(CRASH)  # the backend's threads still wait for the lost rank
             print_summary(pipeline.results, console)
             return DONE
@@ -119,5 +120,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # torch renames these in 2.14; DeepSpeed calls them for every parameter
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # transformers renames this argument in 5.40, beyond the bound in pyproject.toml
     warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")
