@@ -57,10 +57,12 @@ class Heartbeat:
             for rank, (_, at) in seen.items()
             if rank != self._compute.rank and at != mine
         ]
+        others = ", ".join(f"rank {rank}" for rank in seen if rank != self._compute.rank)
+        elsewhere = f"; elsewhere: {', '.join(behind)}."
+        network = f", at the same step: look at the network between this one and {others}."
         return (
             f"{where}: rank {self._compute.rank} lost another rank, or waited for it longer than "
-            f"distributed.timeout={timeout:g} s. All ranks are alive"
-            + (f"; elsewhere: {', '.join(behind)}." if behind else ", at the same step: look at the network.")
+            f"distributed.timeout={timeout:g} s. All ranks are alive" + (elsewhere if behind else network)
         )
 
     def _file(self, rank: int) -> Path:
