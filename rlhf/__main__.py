@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from datetime import datetime
 
@@ -17,6 +18,8 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from rlhf.interrupt import Stopped, StopSignals, leave_exit_code
 
 CONFIG_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 failed_trials: list[int] = []
@@ -62,6 +65,20 @@ def in_our_words(error: Exception) -> str:
 
 def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
+    with StopSignals().installed():  # at once: importing torch takes seconds, in which a signal would kill
+        try:
+            run_command_line()
+        except SystemExit as ending:
+            leave_exit_code(ending.code)
+            raise
+
+
+def run_command_line() -> None:
+    """Compose and run.
+
+    Raises:
+        SystemExit: whenever the exit code is not 0.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
     try:
         compose_and_run()
@@ -71,8 +88,8 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         print(f"Error: {in_our_words(error)}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
-    except KeyboardInterrupt:  # before any run began
-        raise SystemExit(INTERRUPTED) from None
+    except Stopped as stop:  # before any run began
+        raise SystemExit(INTERRUPTED if stop.signum == signal.SIGINT else STOPPED) from None
     if failed_trials:
         raise SystemExit(max(failed_trials))
 

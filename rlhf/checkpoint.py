@@ -127,8 +127,8 @@ class Checkpointer:
                 torch.save({**state, **random}, part / LOOP)
                 self.tracker.keep(part)
             files, size = self._digests(part)
-            if self.compute.is_main:
-                self._finish(part, step, files)
+            # all wait: launchers end the other ranks as soon as one has ended, which would tear this one up
+            self.compute.main_only(lambda: self._finish(part, step, files))
         except (OSError, RuntimeError) as error:
             if self.compute.is_main:
                 shutil.rmtree(part, ignore_errors=True)

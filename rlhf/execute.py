@@ -58,7 +58,10 @@ def leave(code: int) -> int:
     """The code; or the end, where the backend's threads may still wait for other ranks."""
     from torch import distributed
 
+    from rlhf.interrupt import leave_exit_code
+
     if distributed.is_initialized() and distributed.get_world_size() > 1:
+        leave_exit_code(code)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -137,5 +140,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # torch renames these in 2.14; DeepSpeed calls them for every parameter
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # transformers renames this argument in 5.40, beyond the bound in pyproject.toml
     warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")

@@ -50,7 +50,7 @@ class Heartbeat:
         ]
         return (
             f"{where}: rank {rank} waited longer than distributed.timeout={timeout:g} s, though all ranks are "
-            f"alive: {', '.join(others)}. If the steps differ one of them hangs, else look at the network."
+            f"alive: {', '.join(others)}. Where steps differ one hangs; else look at the network."
         )
 
     def _silent(self) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import PositiveInt
 
 from rlhf.config import Strict
-from rlhf.interrupt import STOPPING
+from rlhf.interrupt import STOPPING, Stopped, StopSignals
 
 GRACE_SECONDS = 5.0
 """Between the first failed rank and the end of the others: some fail for the same reason and shall say so."""
@@ -161,14 +161,20 @@ def note_failure(directory: Path, rank: int) -> None:
 
 def main() -> None:
     """One rank."""
-    from rlhf.execute import execute
+    from rlhf.execute import INTERRUPTED, STOPPED, execute
 
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives its launcher
     if os.getppid() != int(os.environ["RLHF_LAUNCHER"]):
         raise SystemExit("the launcher is gone")
     run_directory = Path(sys.argv[1])
     resolved = json.loads((run_directory / "ranks" / "config.json").read_text())
-    raise SystemExit(execute(resolved, run_directory.name))
+    try:
+        with (
+            StopSignals().installed()
+        ):  # at once: importing torch takes seconds, in which a signal would kill
+            raise SystemExit(execute(resolved, run_directory.name))
+    except Stopped as stop:  # before the run began
+        raise SystemExit(INTERRUPTED if stop.signum == signal.SIGINT else STOPPED) from None
 
 
 if __name__ == "__main__":

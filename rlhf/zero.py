@@ -6,6 +6,7 @@ al. 2020, arXiv:1910.02054); zero3_offload keeps all three in the host's memory.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -236,10 +237,12 @@ def _deepspeed(compute: Compute) -> Any:
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also on a single rank
     if compute.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where there is one rank, started by nobody
     try:
         import deepspeed
     except ImportError:
         raise ConfigError(f"zero={compute.zero} needs DeepSpeed: pip install 'rlhf[deepspeed]'.") from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that ClippedAdamW is not its own
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at the first use
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed

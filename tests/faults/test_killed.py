@@ -65,9 +65,7 @@ def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
     name = f"world_{zero}"
     chain.run(f"{name}_undisturbed")
     for stage in ("sft", "reward", "ppo"):
-        stopped = chain.start_until(
-            stage, 2, name, *EACH_STEP, f"zero={zero}", f"launch.processes={before}"
-        )
+        stopped = chain.start_until(stage, 2, name, *EACH_STEP, f"zero={zero}", f"launch.processes={before}")
         stopped.send_signal(signal.SIGTERM)
         _, err = stopped.communicate()
         assert stopped.returncode == 75, err
