@@ -30,9 +30,14 @@ failed_trials: list[int] = []
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
-@redacted_output()  # here too: a trial on a cluster does not come through main
 def compose_and_run(node: DictConfig) -> None:
     """One job: the only one, or one trial of a multirun."""
+    with redacted_output():  # here too: a trial on a cluster does not come through main
+        run_composed(node)
+
+
+def run_composed(node: DictConfig) -> None:
+    """Run what was composed."""
     from rlhf.execute import execute
 
     try:
@@ -103,6 +108,7 @@ def refuse_to_pickle_secrets(arguments: list[str]) -> None:
 def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
+    failed_trials.clear()
     refuse_to_pickle_secrets(sys.argv[1:])
     try:
         with redacted_sweep():

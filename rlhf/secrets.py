@@ -32,7 +32,7 @@ KEY_NAME = re.compile(
 NO_SECRET = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_token$", re.I)
 USER_INFO = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
 """user:password of a URL. Without a password too: the user is often the token."""
-ASSIGNMENT = re.compile(r"""([?&]?)([\w.-]+)=("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
+ASSIGNMENT = re.compile(r"""([?&]?)([\w.-]+\\?)=("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
 """`name=value`: of a URL's query, or of a command line."""
 QUERY_NAME = re.compile(r"^(?:key|sig|auth)$|signature$", re.I)
 """Further names of secrets, in a URL's query only."""
@@ -65,9 +65,11 @@ def says_secret(key: str) -> bool:
 
 
 def _without_value(found: re.Match[str]) -> str:
-    in_query, name, _ = found.groups()
-    is_secret = says_secret(name) or (in_query and QUERY_NAME.search(name))
-    return f"{in_query}{name}={PLACEHOLDER}" if is_secret else found[0]
+    in_query, name, value = found.groups()
+    word = name.removesuffix("\\")  # Hydra wants `=` in a value escaped
+    if says_secret(word) or (in_query and QUERY_NAME.search(word)):
+        return f"{in_query}{name}={PLACEHOLDER}"
+    return f"{in_query}{name}={ASSIGNMENT.sub(_without_value, value)}"
 
 
 def _environment_secrets() -> list[str]:

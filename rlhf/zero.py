@@ -7,6 +7,7 @@ al. 2020, arXiv:1910.02054); zero3_offload keeps all three in the host's memory.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,8 +210,7 @@ def to_universal(directory: Path) -> None:
 
     from deepspeed.checkpoint.ds_to_universal import main
 
-    if (directory / UNIVERSAL).exists():
-        return
+    shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)  # no manifest vouches for what lies there
     with only_tensors_and_numbers():
         main(
             argparse.Namespace(

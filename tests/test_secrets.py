@@ -120,6 +120,8 @@ def test_a_config_key_that_only_sounds_like_it(key: str) -> None:
             "https://h/x?X-Amz-Signature=<redacted>&X-Amz-Date=1",
         ),
         ("https://h/x?page=2", "https://h/x?page=2"),
+        ("a.b='https://h/x?token=abc'", "a.b='https://h/x?token=<redacted>'"),
+        ("a.b=https://h/x?token\\=abc", "a.b=https://h/x?token\\=<redacted>"),
         ("https://host/path@version", "https://host/path@version"),
         ("write to me@host", "write to me@host"),
     ],
