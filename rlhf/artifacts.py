@@ -82,7 +82,7 @@ def directory_digest(directory: Path) -> str:
 
 
 def leads_out(directory: Path, names: Iterable[str]) -> str | None:
-    """The first of these names, or of the links below a directory, that lies elsewhere; None if all are in it."""
+    """The first of these names, or of the links below a directory, that lies elsewhere; None if none does."""
     root = directory.resolve()
     links = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_symlink()]
     return next((name for name in (*names, *links) if not (root / name).resolve().is_relative_to(root)), None)

@@ -73,7 +73,8 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     settings = experiment.settings
     runs = Path(settings.runs_dir)
     processes = ranks_wanted(settings.launch, settings.device)
-    if processes > 1:
+    alone = settings.zero != "none" and "RANK" not in os.environ
+    if processes > 1 or alone:  # DeepSpeed wants a rank's environment, and a process of its own in a sweep
         return launch(resolved, runs / run_name, processes)
 
     signals = StopSignals()

@@ -98,7 +98,8 @@ def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
-    """Model, data, reward model and project are called like secrets; the reward prints and logs them."""
+    """Model, data, reward model and project are called like secrets; one stands on the command line; the
+    reward prints and logs them."""
     directory, model = chain.directory, chain.directory / SECRETS["OPENAI_API_KEY"]
     model.mkdir(parents=True)
     _write_tiny(model)
@@ -112,6 +113,7 @@ def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
         directory, "model=local", "model.path=${oc.env:OPENAI_API_KEY}", "gates=warn", "precision=fp32",
         "stage=[generate,ppo]", "generate.reward='model:${oc.env:DB_PASSWORD}'", *BY_RULE, "why=true",
         "tracker=wandb", "tracker.project=${oc.env:WANDB_API_KEY}", "run_name=w", "checkpoint.every_steps=1",
+        f"model.revision={SECRETS['HF_TOKEN']}",
         FAILS="0", WANDB_CONSOLE="wrap", WANDB_SAVE_CODE="true", WANDB_CODE_DIR=".",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -300,7 +300,7 @@ def _hub_rows(source: SourceConfig, key: str) -> Iterator[Located]:
         _check_inside(builder, f"{key}={source}")
         builder.download_and_prepare()
         rows: Iterable[Any] = builder.as_dataset(split=source.split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
             f"{key}={source}: {str(error).splitlines()[0].rstrip('.')}. "
             "Check the name, subset, split and revision, and the network."
@@ -315,12 +315,14 @@ def _check_inside(builder: Any, where: str) -> None:
         ConfigError: it does.
     """
     base = str(builder.base_path)
-    own = (
-        base.partition("@")[0] + "@" if base.startswith("hf://") else base + "/"
-    )  # the repository, or a directory
+    repository = base.partition("@")[0] + "@" if base.startswith("hf://") else None
     for files in (builder.config.data_files or {}).values():
         for file in files:
-            if not file.startswith(own) or ".." in Path(file).parts:
+            if repository is None:  # a directory of this machine, read as the Hub's are
+                is_own = Path(file).resolve().is_relative_to(Path(base).resolve())
+            else:
+                is_own = file.startswith(repository) and ".." not in file.split("/")
+            if not is_own:
                 raise ConfigError(f"{where}: its card names {file}, which is not a part of it. Refused.")
 
 
