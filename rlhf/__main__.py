@@ -10,7 +10,11 @@ import os
 import re
 import signal
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,8 +24,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.interrupt import Stopped, StopSignals, leave_exit_code
+from rlhf.secrets import redacted, redacted_output
 
-CONFIG_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
+CRASH, CONFIG_ERROR, STOPPED, INTERRUPTED = 1, 2, 75, 130
 failed_trials: list[int] = []
 """Exit codes of the trials of a sweep that did not end well."""
 
@@ -29,6 +34,12 @@ failed_trials: list[int] = []
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
 def compose_and_run(node: DictConfig) -> None:
     """One job: the only one, or one trial of a multirun."""
+    with redacted_output():  # here too: a trial on a cluster does not come through main
+        run_composed(node)
+
+
+def run_composed(node: DictConfig) -> None:
+    """Run what was composed."""
     from rlhf.execute import execute
 
     try:
@@ -63,6 +74,39 @@ def in_our_words(error: Exception) -> str:
     return f"{unknown[1]}: there is no such key. `--cfg job` lists every one." if unknown else str(error)
 
 
+@contextmanager
+def redacted_sweep() -> Iterator[None]:
+    """While open, the multirun.yaml of Hydra's sweeper, the whole command line in it, has no secrets."""
+    save = OmegaConf.save
+
+    def save_redacted(config: DictConfig, path: Path) -> None:
+        save(OmegaConf.create(redacted(OmegaConf.to_container(config))), path)
+
+    OmegaConf.save = save_redacted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        OmegaConf.save = save  # type: ignore[method-assign]
+
+
+def refuse_to_pickle_secrets(arguments: list[str]) -> None:
+    """Submitit hands the command line to its jobs in a file.
+
+    Raises:
+        SystemExit: there is a secret in it.
+    """
+    if any("launcher=submitit" in argument for argument in arguments):
+        for argument in arguments:
+            if redacted(argument) != argument:
+                print(
+                    f"Error: {argument}: submitit would write this secret to a file. Leave it in the "
+                    "environment and name it: '${oc.env:NAME}'.",
+                    file=sys.stderr,
+                )
+                raise SystemExit(CONFIG_ERROR)
+
+
+@redacted_output()
 def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
     with StopSignals().installed():  # at once: importing torch takes seconds, in which a signal would kill
@@ -80,8 +124,11 @@ def run_command_line() -> None:
         SystemExit: whenever the exit code is not 0.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
+    failed_trials.clear()
+    refuse_to_pickle_secrets(sys.argv[1:])
     try:
-        compose_and_run()
+        with redacted_sweep():
+            compose_and_run()
     except OverrideParseException as error:  # its message does not say which argument it is about
         print(f"Error: {error.override}: {error}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
@@ -90,6 +137,9 @@ def run_command_line() -> None:
         raise SystemExit(CONFIG_ERROR) from None
     except Stopped as stop:  # before any run began
         raise SystemExit(INTERRUPTED if stop.signum == signal.SIGINT else STOPPED) from None
+    except Exception:  # shown here: what Python itself shows is not redacted
+        traceback.print_exc()
+        raise SystemExit(CRASH) from None
     if failed_trials:
         raise SystemExit(max(failed_trials))
 

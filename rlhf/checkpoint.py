@@ -8,6 +8,7 @@ was called. A checkpoint is written beside its place, flushed, hashed, and renam
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from uuid import uuid4
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from rlhf.artifacts import digest_of, file_digest, flush
+from rlhf.artifacts import digest_of, file_digest, flush, leads_out
 from rlhf.config import ConfigError, Strict
 from rlhf.distributed import Compute
 from rlhf.engine import Engine
@@ -70,8 +71,15 @@ class Checkpointer:
         if self.newest is None:
             return None
         directory = self.directory / self.newest["name"]
-        engine.load(directory)
-        state: dict[str, Any] = torch.load(directory / LOOP, weights_only=True, map_location="cpu")
+        try:
+            engine.load(directory)
+            state: dict[str, Any] = torch.load(directory / LOOP, weights_only=True, map_location="cpu")
+        except pickle.UnpicklingError as error:
+            raise ConfigError(
+                f"{directory}: refused, because it holds more than tensors and numbers "
+                f"({str(error).splitlines()[0]}) It was not written here. Remove it, or start the stage anew "
+                "with checkpoint.resume=false."
+            ) from None
         torch.set_rng_state(state.pop("torch_random"))
         if self.compute.device.type == "cuda":
             torch.cuda.set_rng_state(state.pop("cuda_random"))
@@ -216,6 +224,11 @@ def verified(path: Path) -> tuple[dict[str, Any] | None, str]:
             != manifest["digest"]
         ):
             return None, f"{MANIFEST} is not what was written"
+        if manifest["name"] != path.name:
+            return None, f"{MANIFEST} belongs to {manifest['name']}"
+        outside = leads_out(path, manifest["files"])
+        if outside is not None:
+            return None, f"{outside} leads out of its directory"
         for name, digest in manifest["files"].items():
             if file_digest(path / name) != digest:
                 return None, f"{name} is not what was written"

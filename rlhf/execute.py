@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from rlhf.config import ConfigError
+from rlhf.secrets import RedactingConsole
 
 DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 """Exit codes. STOPPED (a scheduler's signal) and INTERRUPTED (Ctrl-C): the same command goes on."""
@@ -92,7 +92,8 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     settings = experiment.settings
     runs = Path(settings.runs_dir)
     processes = ranks_wanted(settings.launch, settings.device)
-    if processes > 1:
+    alone = settings.zero != "none" and "RANK" not in os.environ
+    if processes > 1 or alone:  # DeepSpeed wants a rank's environment, and a process of its own in a sweep
         return launch(resolved, runs / run_name, processes)
 
     signals = StopSignals()
@@ -102,7 +103,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         )
         try:
             run_name = compute.broadcast(run_name)  # each rank made its own from the time
-            console = Console(quiet=not compute.is_main)
+            console = RedactingConsole(quiet=not compute.is_main)
             console.print(f"Run in {runs / run_name}; {how}.", highlight=False)
             pipeline = Pipeline(experiment, run_name, console, compute, signals)
             with Heartbeat(runs / run_name / "ranks", compute) as heartbeat:

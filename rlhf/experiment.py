@@ -14,6 +14,7 @@ from rlhf.config import ConfigError, Strict, validated
 from rlhf.distributed import DistributedConfig, Precision, Zero
 from rlhf.launch import LaunchConfig
 from rlhf.models.load import ModelConfig
+from rlhf.secrets import redacted
 from rlhf.stage import Stage
 from rlhf.tracking import TrackerConfig
 
@@ -88,6 +89,9 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
                 raise ConfigError(
                     f"{key}={name}: there is no such stage. Known: {', '.join([*extra, *sections])}."
                 )
+    for key in ("run_name", "runs_dir", "store_dir"):
+        if redacted(resolved[key]) != resolved[key]:
+            raise ConfigError(f"{key}: there is a secret in it, which would become a directory's name.")
     stages: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: name in REPEATING):
         section = sections[name]

@@ -49,8 +49,8 @@ class Heartbeat:
             if other != rank and (at := json.loads(self._file(other).read_text()))
         ]
         return (
-            f"{where}: rank {rank} waited longer than distributed.timeout={timeout:g} s, though all ranks are "
-            f"alive: {', '.join(others)}. Where steps differ one hangs; else look at the network."
+            f"{where}: rank {rank} waited longer than distributed.timeout={timeout:g} s, though all are alive: "
+            f"{', '.join(others)}. Where steps differ one hangs; else look at the network."
         )
 
     def _silent(self) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,8 +222,7 @@ def to_universal(directory: Path) -> None:
 
     from deepspeed.checkpoint.ds_to_universal import main
 
-    if (directory / UNIVERSAL).exists():
-        return
+    shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)  # no manifest vouches for what lies there
     with only_tensors_and_numbers():
         main(
             argparse.Namespace(
