@@ -11,10 +11,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,68 +23,47 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.interrupt import Stopped, StopSignals, leave_exit_code
 from rlhf.secrets import redacted, redacted_output
+from rlhf.sweep import SWEEPERS, register
 
 CRASH, CONFIG_ERROR, STOPPED, INTERRUPTED = 1, 2, 75, 130
-failed_trials: list[int] = []
-"""Exit codes of the trials of a sweep that did not end well."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
-def compose_and_run(node: DictConfig) -> None:
-    """One job: the only one, or one trial of a multirun."""
+def compose_and_run(node: DictConfig) -> Any:
+    """One job: the only one, or one trial of a sweep, whose outcome goes back to the sweeper."""
     with redacted_output():  # here too: a trial on a cluster does not come through main
-        run_composed(node)
+        return run_composed(node)
 
 
-def run_composed(node: DictConfig) -> None:
+def run_composed(node: DictConfig) -> Any:
     """Run what was composed."""
     from rlhf.execute import execute
+    from rlhf.trials import run_trial
 
-    try:
-        resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        print(f"Error: {error}", file=sys.stderr)
-        end(CONFIG_ERROR)
-        return
+    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
-    end(execute({str(key): value for key, value in resolved.items()}, run_name_of(resolved["run_name"])))
-
-
-def run_name_of(configured: str | None) -> str:
-    """The run directory's name; trials of a multirun are numbered."""
-    name = configured or datetime.now().strftime("%Y%m%d-%H%M%S")
+    config = {str(key): value for key, value in resolved.items()}
+    name = config["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
     job = HydraConfig.get()
-    return f"{name}-{job.job.num}" if job.mode == RunMode.MULTIRUN else name
-
-
-def end(code: int) -> None:
-    """End with this exit code; a trial of a sweep lets the others go on first, unless all shall stop."""
-    if code == 0:
-        return
-    if HydraConfig.get().mode != RunMode.MULTIRUN or code in (STOPPED, INTERRUPTED):
+    if job.mode == RunMode.MULTIRUN:
+        outcome = run_trial(config, f"{name}-{job.job.num}")
+        if job.sweeper._target_ in SWEEPERS:
+            return outcome
+        code = outcome.code  # another sweeper knows no exit codes
+    else:
+        code = execute(config, name)
+    if code:
         raise SystemExit(code)
-    failed_trials.append(code)
+    return None
 
 
 def in_our_words(error: Exception) -> str:
     """Hydra's complaint; for an unknown key without its advice to add it with `+`, which never helps here."""
-    unknown = re.match(r"Could not override '(.+)'", str(error))
-    return f"{unknown[1]}: there is no such key. `--cfg job` lists every one." if unknown else str(error)
-
-
-@contextmanager
-def redacted_sweep() -> Iterator[None]:
-    """While open, the multirun.yaml of Hydra's sweeper, the whole command line in it, has no secrets."""
-    save = OmegaConf.save
-
-    def save_redacted(config: DictConfig, path: Path) -> None:
-        save(OmegaConf.create(redacted(OmegaConf.to_container(config))), path)
-
-    OmegaConf.save = save_redacted  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        OmegaConf.save = save  # type: ignore[method-assign]
+    if unknown := re.match(r"Could not override '(.+)'", str(error)):
+        return f"{unknown[1]}: there is no such key. `--cfg job` lists every one."
+    if launcher := re.search(r"Could not find 'hydra/launcher/(submitit_\w+)'", str(error)):
+        return f"hydra/launcher={launcher[1]} needs submitit: pip install 'rlhf[slurm]'."
+    return str(error)
 
 
 def refuse_to_pickle_secrets(arguments: list[str]) -> None:
@@ -124,11 +101,10 @@ def run_command_line() -> None:
         SystemExit: whenever the exit code is not 0.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
-    failed_trials.clear()
+    register()
     refuse_to_pickle_secrets(sys.argv[1:])
     try:
-        with redacted_sweep():
-            compose_and_run()
+        compose_and_run()
     except OverrideParseException as error:  # its message does not say which argument it is about
         print(f"Error: {error.override}: {error}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
@@ -140,8 +116,6 @@ def run_command_line() -> None:
     except Exception:  # shown here: what Python itself shows is not redacted
         traceback.print_exc()
         raise SystemExit(CRASH) from None
-    if failed_trials:
-        raise SystemExit(max(failed_trials))
 
 
 if __name__ == "__main__":

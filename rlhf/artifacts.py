@@ -110,6 +110,8 @@ class Store:
             ConfigError: it is there but cannot be read: damaged, or written by another version.
         """
         path = self.root / stage / key
+        if not path.parent.exists() or path not in path.parent.iterdir():
+            return None  # listed, because NFS remembers for a while that a name was not there
         if not (path / "manifest.json").exists():
             return None
         try:

@@ -17,6 +17,7 @@ from rlhf.models.load import ModelConfig
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
 from rlhf.tracking import TrackerConfig
+from rlhf.trials import SweepConfig
 
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
@@ -48,6 +49,7 @@ class Settings(Strict):
     """Stages to run although the store has their artifact."""
     gates: Literal["enforce", "warn"]
     """Whether a failing gate ends the run (exit code 3) or is only reported."""
+    sweep: SweepConfig
     model: ModelConfig
     tracker: TrackerConfig
 

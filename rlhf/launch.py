@@ -43,7 +43,7 @@ class LaunchConfig(Strict):
 
 def ranks_wanted(config: LaunchConfig, device: str) -> int:
     """How many processes to start here; 1 means none: this one does the work."""
-    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return 1
     if config.processes is not None:
         return config.processes
