@@ -50,7 +50,7 @@ class Heartbeat:
         ]
         return (
             f"{where}: rank {rank} waited longer than distributed.timeout={timeout:g} s, though all are alive: "
-            f"{', '.join(others)}. Where steps differ one hangs, else see the network."
+            f"{', '.join(others)}. Where the steps differ one hangs; where not, see the network."
         )
 
     def _silent(self) -> list[str]:
