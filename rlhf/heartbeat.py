@@ -49,7 +49,7 @@ class Heartbeat:
             if other != rank and (at := json.loads(self._file(other).read_text()))
         ]
         return (
-            f"{where}: rank {rank} waited longer than distributed.timeout={timeout:g} s, though all are alive: "
+            f"{where}: rank {rank} waited longer than distributed.timeout={timeout:g} s, all alive: "
             f"{', '.join(others)}. Where the steps differ one hangs; where not, see the network."
         )
 

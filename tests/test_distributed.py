@@ -150,29 +150,6 @@ def test_torchrun_inside_a_slurm_step_counts_more() -> None:
     assert find_rank(SRUN | TORCHRUN) == (5, 8)
 
 
-def test_srun_is_translated_for_torch() -> None:
-    environment = dict(SRUN)
-    assert find_rank(environment) == (3, 4)
-    assert environment == SRUN | {
-        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("tasks_per_node", "local"), [("8", "8"), ("2(x2)", "2"), ("3,1", "3"), ("3(x2),1", "3")]
-)
-def test_slurm_counts_tasks_in_several_ways(tasks_per_node: str, local: str) -> None:
-    environment = SRUN | {"SLURM_TASKS_PER_NODE": tasks_per_node}
-    find_rank(environment)
-    assert environment["LOCAL_WORLD_SIZE"] == local
-
-
-def test_a_port_that_was_chosen_is_kept() -> None:
-    environment = SRUN | {"MASTER_PORT": "4000"}
-    find_rank(environment)
-    assert environment["MASTER_PORT"] == "4000"
-
-
 def test_a_single_slurm_task_is_no_group() -> None:
     assert find_rank({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) == (0, 1)
 
