@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,8 @@ from rlhf.tracking import Tracker
 
 FORMAT = 1
 MANIFEST, LOOP = "manifest.json", "loop.pt"
+NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write", re.I)
+"""What torch.save says when the disk takes no more; anything else is another rank that was lost."""
 
 
 class CheckpointConfig(Strict):
@@ -138,6 +141,8 @@ class Checkpointer:
             # all wait: launchers end the other ranks as soon as one has ended, which would tear this one up
             self.compute.main_only(lambda: self._finish(part, step, files))
         except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not NOT_WRITTEN.search(str(error)):
+                raise
             if self.compute.is_main:
                 shutil.rmtree(part, ignore_errors=True)
             free = shutil.disk_usage(self.directory.parent).free

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from rlhf.artifacts import digest_of
 from rlhf.config import ConfigError, Strict
 from rlhf.secrets import redacted
 
@@ -33,6 +34,9 @@ SILENT: dict[str, Any] = {
 """wandb keeps a metric's history and the config, and nothing that it finds on the machine by itself."""
 
 
+INIT_TIMEOUT_SECONDS = 60.0
+
+
 class Sink(Protocol):
     """A tracker beside the files."""
 
@@ -47,7 +51,11 @@ class Sink(Protocol):
 
 
 class WandbSink:
-    """Weights & Biases, offline unless told otherwise."""
+    """Weights & Biases, offline unless told otherwise.
+
+    RUN_DIR/wandb.json keeps the run's id and the last step it was told of each stage: the same command, run
+    again, goes on with the same wandb run.
+    """
 
     def __init__(
         self, config: TrackerConfig, run_name: str, directory: Path, resolved: Mapping[str, Any]
@@ -56,14 +64,31 @@ class WandbSink:
             import wandb
         except ImportError:
             raise ConfigError("tracker=wandb needs the package: pip install 'rlhf[wandb]'.") from None
-        self._run = wandb.init(
-            project=redacted(config.project), name=run_name, dir=str(directory), mode=config.mode,
-            config=redacted(resolved), settings=wandb.Settings(**SILENT),
-        )  # fmt: skip
+        self._note = directory / "wandb.json"
+        known = json.loads(self._note.read_text()) if self._note.exists() else {}
+        content = digest_of(redacted(resolved))
+        self._id = known["id"] if known.get("config") == content else wandb.util.generate_id()
+        self._told: dict[str, int] = known["told"] if known.get("config") == content else {}
+        self._content = content
+        try:
+            self._run = wandb.init(
+                project=redacted(config.project), name=run_name, dir=str(directory), mode=config.mode,
+                config=redacted(resolved), id=self._id, resume="allow",
+                settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, **SILENT),
+            )  # fmt: skip
+        except (wandb.Error, OSError) as error:
+            raise ConfigError(
+                f"tracker=wandb tracker.mode={config.mode}: wandb cannot begin ({redacted(str(error))}). Check the "
+                "network and `wandb login`, or use tracker.mode=offline; nothing was run."
+            ) from None
         self._stages: set[str] = set()
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
-        """Each stage counts its own steps, so each gets its own x axis."""
+        """Each stage counts its own steps, so each gets its own x axis. A resumed run says nothing twice."""
+        if step <= self._told.get(stage, -1):
+            return
+        self._told[stage] = step
+        self._note.write_text(json.dumps({"id": self._id, "config": self._content, "told": self._told}))
         if stage not in self._stages:
             self._stages.add(stage)
             self._run.define_metric(f"{stage}/step")

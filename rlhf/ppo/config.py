@@ -122,7 +122,7 @@ class PpoConfig(Strict):
                 "critic.init=reward needs a fixed normalisation to speak its units. "
                 "Use score.normalize=sft, or critic.init=sft"
             )
-        by_rule = self.reward == "vader" or self.reward.startswith("python:")
+        by_rule = self.reward == "vader" or self.reward.startswith(("python:", "http:", "https:"))
         if self.critic.init == "reward" and by_rule:
             raise ValueError(
                 f"critic.init=reward: {self.reward} is no model to start from. Use critic.init=sft"

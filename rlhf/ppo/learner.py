@@ -23,7 +23,7 @@ from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.mix import PretrainingMix
 from rlhf.ppo.update import BadStepError, Update
-from rlhf.rewards.source import Exchange, Reward
+from rlhf.rewards.source import Exchange, Reward, RewardError
 from rlhf.rl.experience import RewardRule, make_experience
 from rlhf.rl.kl import AdaptiveKL, FixedKL
 from rlhf.rl.rollout import Experience
@@ -92,10 +92,15 @@ class Learner:
             for step, rows in enumerate(batches, 1):
                 if step <= self.done:
                     continue
+                sampling = self.sampling.get_state()
                 try:
                     metrics = self.step(rows, step)
                 except TooBadError as bad:
                     self.stop(step, rows, str(bad))
+                except RewardError:  # no score was used yet: the step can be taken anew
+                    self.sampling.set_state(sampling)
+                    checkpoints.save(self.done, self.engine, self.state_dict())
+                    raise
                 self.history.append(metrics)
                 if step % config.evaluate_every == 0 or step == config.steps:
                     self.last = self.evaluate(held_out, step)

@@ -13,7 +13,15 @@ from rlhf.data.chat import exchange_ids, tokenizer_digest
 from rlhf.distributed import Compute
 from rlhf.models.load import ModelConfig, load_tokenizer
 from rlhf.models.scalar import ScalarModel, load_scalar_model
-from rlhf.rewards.source import Exchange, Reward, function_reward, reward_directory, vader_reward
+from rlhf.rewards.remote import remote_reward
+from rlhf.rewards.source import (
+    Exchange,
+    Reward,
+    RewardError,
+    function_reward,
+    reward_directory,
+    vader_reward,
+)
 
 
 class LearnedReward:
@@ -63,6 +71,8 @@ def make_reward(
     directory = reward_directory(source, learned)
     if directory is not None:
         return load_learned_reward(directory, config, compute, micro_batch_tokens)
+    if source.startswith(("http:", "https:")):
+        return spread(remote_reward(source), compute)
     return spread(vader_reward if source == "vader" else function_reward(source), compute)
 
 
@@ -74,7 +84,15 @@ def spread(reward: Reward, compute: Compute) -> Reward:
     def score(exchanges: Sequence[Exchange]) -> Tensor:
         lengths = [len(exchange.response) for exchange in exchanges]
         mine = compute.share(lengths)
-        scores = reward([exchanges[index] for index in mine]).tolist() if mine else []
-        return torch.tensor(compute.collect(scores, lengths))
+        results: list[float | RewardError] = []
+        try:
+            results = reward([exchanges[index] for index in mine]).tolist() if mine else []
+        except RewardError as error:  # all ranks shall stop in the same way
+            results = [error] * len(mine)
+        scores = compute.collect(results, lengths)
+        for score in scores:
+            if isinstance(score, RewardError):
+                raise score
+        return torch.tensor(scores)
 
     return score

@@ -33,14 +33,20 @@ UserFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 def _checked(source: str) -> str:
     kind, _, rest = source.partition(":")
-    if source in ("learned", "vader") or (kind == "model" and rest) or (kind == "python" and ":" in rest):
+    if source in ("learned", "vader") or (kind in ("model", "http", "https") and rest):
         return source
-    raise ValueError("use learned, vader, model:DIRECTORY or python:MODULE:FUNCTION")
+    if kind == "python" and ":" in rest:
+        return source
+    raise ValueError("use learned, vader, model:DIRECTORY, python:MODULE:FUNCTION or http://HOST:PORT/PATH")
 
 
 RewardSource = Annotated[str, AfterValidator(_checked)]
 """`learned` (the reward stage's model), `vader`, `model:DIRECTORY` (any one-label classification model,
-its own tokenizer and template), or `python:MODULE:FUNCTION`."""
+its own tokenizer and template), `python:MODULE:FUNCTION`, or the URL of a server (rlhf/rewards/remote.py)."""
+
+
+class RewardError(ConfigError):
+    """A reward gave no scores. Nothing was learned from what it was asked about."""
 
 
 def function_reward(source: str) -> Reward:
