@@ -168,7 +168,7 @@ def test_remote_code_is_not_run_unasked(tiny_model: Path, tmp_path: Path) -> Non
     values = json.loads((tmp_path / "config.json").read_text())
     values |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"}}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ConfigError, match="trust_remote_code"):
         load_causal_lm(tmp_path, config(), torch.float32)
     assert not ran.exists()
 
