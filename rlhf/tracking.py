@@ -27,8 +27,6 @@ class TrackerConfig(Strict):
 SILENT: dict[str, Any] = {
     "x_disable_meta": True,  # the command line, the host and the user's name
     "console": "off",  # it would copy what is printed before secrets are taken out
-    "save_code": False,
-    "disable_code": True,
     "disable_git": True,  # the remote's URL may carry a token, and an uncommitted change anything
 }
 """wandb keeps a metric's history and the config, and nothing that it finds on the machine by itself."""

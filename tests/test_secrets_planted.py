@@ -29,6 +29,7 @@ SECRETS = {
 }
 ENVIRONMENT = {**SECRETS, "DATA_URL": "https://planted-user:planted-pass@host/data?token=planted-query"}
 """The name of the last one says nothing; its value does."""
+NOTES = "notes.txt"
 PLANTED = [*SECRETS.values(), "planted-user", "planted-pass", "planted-query"]
 SOURCES = (
     "sft.data='${oc.env:HF_TOKEN}/sft.jsonl'", "reward.pairs=pairs.jsonl", "ppo.prompts=prompts.jsonl",
@@ -72,7 +73,11 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
 
 def leaks(directory: Path, *texts: str) -> list[str]:
     """Which files below a directory, and which of these texts, hold a planted secret."""
-    contents = {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    contents = {
+        str(path): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and ".git" not in path.parts and path.name != NOTES
+    }
     contents |= {f"text {number}": text.encode() for number, text in enumerate(texts)}
     return [
         f"{secret!r} in {name}"
@@ -80,6 +85,19 @@ def leaks(directory: Path, *texts: str) -> list[str]:
         for secret in PLANTED
         if secret.encode() in content
     ]
+
+
+def put_under_git(directory: Path) -> None:
+    """A remote with credentials, and a secret that is not committed yet: trackers like to record both."""
+    for command in (
+        ["init", "--quiet"],
+        ["remote", "add", "origin", ENVIRONMENT["DATA_URL"]],
+        ["add", NOTES],
+        ["-c", "user.name=x", "-c", "user.email=x@y", "commit", "--quiet", "--message", "notes"],
+    ):
+        (directory / NOTES).touch()
+        subprocess.run(["git", *command], cwd=directory, check=True)
+    (directory / NOTES).write_text(SECRETS["HF_TOKEN"] + "\n")
 
 
 def run_process(directory: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -103,6 +121,7 @@ def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
     directory, model = chain.directory, chain.directory / SECRETS["OPENAI_API_KEY"]
     model.mkdir(parents=True)
     _write_tiny(model)
+    put_under_git(directory)
     AutoModelForSequenceClassification.from_pretrained(model, num_labels=1).save_pretrained(
         directory / "scorer"
     )
@@ -113,8 +132,8 @@ def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
         directory, "model=local", "model.path=${oc.env:OPENAI_API_KEY}", "gates=warn", "precision=fp32",
         "stage=[generate,ppo]", "generate.reward='model:${oc.env:DB_PASSWORD}'", *BY_RULE, "why=true",
         "tracker=wandb", "tracker.project=${oc.env:WANDB_API_KEY}", "run_name=w", "checkpoint.every_steps=1",
-        f"model.revision={SECRETS['HF_TOKEN']}",
-        FAILS="0", WANDB_CONSOLE="wrap", WANDB_SAVE_CODE="true", WANDB_CODE_DIR=".",
+        f"+model.revision={SECRETS['HF_TOKEN']}",
+        FAILS="0", WANDB_CONSOLE="wrap",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert leaks(directory, done.stdout, done.stderr) == []

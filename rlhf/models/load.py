@@ -81,9 +81,8 @@ def reading(directory: Path) -> Iterator[None]:
     Raises:
         ConfigError: no safetensors, code of its own, an adapter, damage.
     """
-    if (
-        directory / "adapter_config.json"
-    ).exists():  # transformers would load the base that it names, from anywhere
+    # transformers would load the base model that it names, from anywhere
+    if (directory / "adapter_config.json").exists():
         raise ConfigError(
             f"{directory}: an adapter (adapter_config.json). Merge it into its base model first."
         )

@@ -156,6 +156,70 @@ def test_kubernetes_restarts_what_was_stopped_and_nothing_that_cannot_work() -> 
     assert pod["terminationGracePeriodSeconds"] >= 300
 
 
+def run_with_ranks(
+    tmp_path: Path,
+    script: str,
+    rank_codes: list[int],
+    launcher_code: int,
+    *,
+    state: str = "RUNNING",
+    first: str = "",
+) -> tuple[int, bool]:
+    """Run a script whose launcher only leaves these codes; its exit code, and whether it requeued.
+
+    Args:
+        state: what SLURM says of the job.
+        first: what the launcher does before.
+    """
+    notes = "".join(f'echo {code} > "$RLHF_EXIT_CODES/rank{rank}"\n' for rank, code in enumerate(rank_codes))
+    launcher = f"#!/bin/bash\n{first}\n{notes}exit {launcher_code}\n"
+    commands = {"srun": launcher, "python": launcher, "squeue": f"#!/bin/bash\necho {state}\n"}
+    commands["scontrol"] = "#!/bin/bash\ntouch requeued\n"
+    for name, text in commands.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC_PER_NODE": "2", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", LAUNCH / script], cwd=tmp_path, env=environment, check=False)
+    assert not list(tmp_path.glob(".slurm-*"))  # it tidies up
+    return done.returncode, (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank_codes", "srun_code", "state", "expected"),
+    [
+        ([], 0, "RUNNING", (0, False)),
+        ([75, 75], 75, "RUNNING", (75, True)),  # the preempted job's own exit code no longer matters
+        ([75, 75], 75, "COMPLETING", (75, False)),  # cancelled by its user
+        ([1, 75], 75, "RUNNING", (1, False)),  # rank 1 was only stopped because rank 0 crashed
+        ([75, 3], 75, "RUNNING", (3, False)),
+        ([2, 2], 2, "RUNNING", (2, False)),
+        ([1], 137, "RUNNING", (137, False)),
+        ([], 138, "RUNNING", (138, False)),  # USR1, but not from us
+    ],
+)
+def test_only_a_stopped_job_goes_back_to_the_queue(
+    tmp_path: Path, rank_codes: list[int], srun_code: int, state: str, expected: tuple[int, bool]
+) -> None:
+    assert run_with_ranks(tmp_path, "slurm.sbatch", rank_codes, srun_code, state=state) == expected
+
+
+def test_a_job_warned_before_python_was_up_goes_back_to_the_queue(tmp_path: Path) -> None:
+    """The warning comes to the batch script, which passes it on to srun, which dies of it here."""
+    warn = 'kill -USR1 "$PPID"; while :; do :; done'
+    assert run_with_ranks(tmp_path, "slurm.sbatch", [], 0, first=warn) == (75, True)
+
+
+@pytest.mark.parametrize(
+    ("rank_codes", "torchrun_code", "expected"),
+    [([0, 0], 0, 0), ([75, 75], 1, 75), ([75], 1, 1), ([3, 75], 1, 3), ([75, 2], 1, 2), ([], 1, 1)],
+)
+def test_torchrun_tells_what_its_ranks_ended_with(
+    tmp_path: Path, rank_codes: list[int], torchrun_code: int, expected: int
+) -> None:
+    """One of two ranks without a code was killed: that is no stop."""
+    assert run_with_ranks(tmp_path, "torchrun.sh", rank_codes, torchrun_code) == (expected, False)
+
+
 @pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "kubernetes.yaml"], ids=lambda path: path.name)
 def test_python_is_only_called_for_rlhf(path: Path) -> None:
     code = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))

@@ -131,7 +131,7 @@ def test_other_exit_codes_are_passed_on(cluster: SlurmCluster, overrides: tuple[
     )
 
 
-def test_a_crashed_rank_is_a_crash_although_the_others_were_stopped(cluster: SlurmCluster) -> None:
+def test_a_crashed_rank_ends_the_job_with_its_reason(cluster: SlurmCluster) -> None:
     Path("failing.py").write_text(
         "import os\n"
         "def score(prompts, responses):\n"
