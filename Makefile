@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow crash-test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m rlhf run_name=demo
@@ -40,3 +40,7 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.tested: pyproject.toml $(VENV)/.installed
 	$(PIP) install --editable '.[test]'
 	@touch $@
+
+# A PPO run killed at 50 random moments and resumed each time.
+crash-test: $(VENV)/.tested
+	RLHF_KILLS=50 $(BIN)/python -m pytest -m slow tests/faults/test_killed.py -k random_moments

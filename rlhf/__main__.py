@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import traceback
 from datetime import datetime
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,51 +21,88 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-CONFIG_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
-failed_trials: list[int] = []
-"""Exit codes of the trials of a sweep that did not end well."""
+from rlhf.interrupt import Stopped, StopSignals, leave_exit_code
+from rlhf.secrets import redacted, redacted_output
+from rlhf.sweep import SWEEPERS, register
+
+CRASH, CONFIG_ERROR, STOPPED, INTERRUPTED = 1, 2, 75, 130
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
-def compose_and_run(node: DictConfig) -> None:
-    """One job: the only one, or one trial of a multirun."""
+def compose_and_run(node: DictConfig) -> Any:
+    """One job: the only one, or one trial of a sweep, whose outcome goes back to the sweeper."""
+    with redacted_output():  # here too: a trial on a cluster does not come through main
+        return run_composed(node)
+
+
+def run_composed(node: DictConfig) -> Any:
+    """Run what was composed."""
     from rlhf.execute import execute
+    from rlhf.trials import run_trial
 
-    try:
-        resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        print(f"Error: {error}", file=sys.stderr)
-        end(CONFIG_ERROR)
-        return
+    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
-    end(execute({str(key): value for key, value in resolved.items()}, run_name_of(resolved["run_name"])))
-
-
-def run_name_of(configured: str | None) -> str:
-    """The run directory's name; trials of a multirun are numbered."""
-    name = configured or datetime.now().strftime("%Y%m%d-%H%M%S")
+    config = {str(key): value for key, value in resolved.items()}
+    name = config["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
     job = HydraConfig.get()
-    return f"{name}-{job.job.num}" if job.mode == RunMode.MULTIRUN else name
-
-
-def end(code: int) -> None:
-    """End with this exit code; a trial of a sweep lets the others go on first, unless all shall stop."""
-    if code == 0:
-        return
-    if HydraConfig.get().mode != RunMode.MULTIRUN or code in (STOPPED, INTERRUPTED):
+    if job.mode == RunMode.MULTIRUN:
+        outcome = run_trial(config, f"{name}-{job.job.num}")
+        if job.sweeper._target_ in SWEEPERS:
+            return outcome
+        code = outcome.code  # another sweeper knows no exit codes
+    else:
+        code = execute(config, name)
+    if code:
         raise SystemExit(code)
-    failed_trials.append(code)
+    return None
 
 
 def in_our_words(error: Exception) -> str:
     """Hydra's complaint; for an unknown key without its advice to add it with `+`, which never helps here."""
-    unknown = re.match(r"Could not override '(.+)'", str(error))
-    return f"{unknown[1]}: there is no such key. `--cfg job` lists every one." if unknown else str(error)
+    if unknown := re.match(r"Could not override '(.+)'", str(error)):
+        return f"{unknown[1]}: there is no such key. `--cfg job` lists every one."
+    if launcher := re.search(r"Could not find 'hydra/launcher/(submitit_\w+)'", str(error)):
+        return f"hydra/launcher={launcher[1]} needs submitit: pip install 'rlhf[slurm]'."
+    return str(error)
 
 
+def refuse_to_pickle_secrets(arguments: list[str]) -> None:
+    """Submitit hands the command line to its jobs in a file.
+
+    Raises:
+        SystemExit: there is a secret in it.
+    """
+    if any("launcher=submitit" in argument for argument in arguments):
+        for argument in arguments:
+            if redacted(argument) != argument:
+                print(
+                    f"Error: {argument}: submitit would write this secret to a file. Leave it in the "
+                    "environment and name it: '${oc.env:NAME}'.",
+                    file=sys.stderr,
+                )
+                raise SystemExit(CONFIG_ERROR)
+
+
+@redacted_output()
 def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
+    with StopSignals().installed():  # at once: importing torch takes seconds, in which a signal would kill
+        try:
+            run_command_line()
+        except SystemExit as ending:
+            leave_exit_code(ending.code)
+            raise
+
+
+def run_command_line() -> None:
+    """Compose and run.
+
+    Raises:
+        SystemExit: whenever the exit code is not 0.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
+    register()
+    refuse_to_pickle_secrets(sys.argv[1:])
     try:
         compose_and_run()
     except OverrideParseException as error:  # its message does not say which argument it is about
@@ -71,10 +111,11 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         print(f"Error: {in_our_words(error)}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
-    except KeyboardInterrupt:  # before any run began
-        raise SystemExit(INTERRUPTED) from None
-    if failed_trials:
-        raise SystemExit(max(failed_trials))
+    except Stopped as stop:  # before any run began
+        raise SystemExit(INTERRUPTED if stop.signum == signal.SIGINT else STOPPED) from None
+    except Exception:  # shown here: what Python itself shows is not redacted
+        traceback.print_exc()
+        raise SystemExit(CRASH) from None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,13 @@ def directory_digest(directory: Path) -> str:
     return digest_of([[str(path.relative_to(directory)), file_digest(path)] for path in files])
 
 
+def leads_out(directory: Path, names: Iterable[str]) -> str | None:
+    """The first of these names, or of the links below a directory, that lies elsewhere; None if none does."""
+    root = directory.resolve()
+    links = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_symlink()]
+    return next((name for name in (*names, *links) if not (root / name).resolve().is_relative_to(root)), None)
+
+
 def recipe_key(recipe: Recipe) -> str:
     """The name an artifact made by this recipe is stored under."""
     return digest_of(recipe)[:KEY_LENGTH]
@@ -103,6 +110,8 @@ class Store:
             ConfigError: it is there but cannot be read: damaged, or written by another version.
         """
         path = self.root / stage / key
+        if not path.parent.exists() or path not in path.parent.iterdir():
+            return None  # listed, because NFS remembers for a while that a name was not there
         if not (path / "manifest.json").exists():
             return None
         try:
@@ -113,6 +122,11 @@ class Store:
             raise ConfigError(
                 f"{path}: written in store format {manifest.format}, this version reads {FORMAT}. "
                 "Use another store_dir or remove the directory."
+            )
+        outside = leads_out(path, manifest.files)
+        if outside is not None:
+            raise ConfigError(
+                f"{path}: {outside} leads out of the directory. It was tampered with: remove it."
             )
         missing = [name for name in manifest.files if not (path / name).exists()]
         if missing:

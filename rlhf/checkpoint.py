@@ -8,6 +8,7 @@ was called. A checkpoint is written beside its place, flushed, hashed, and renam
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from uuid import uuid4
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from rlhf.artifacts import digest_of, file_digest, flush
+from rlhf.artifacts import digest_of, file_digest, flush, leads_out
 from rlhf.config import ConfigError, Strict
 from rlhf.distributed import Compute
 from rlhf.engine import Engine
@@ -70,8 +71,15 @@ class Checkpointer:
         if self.newest is None:
             return None
         directory = self.directory / self.newest["name"]
-        engine.load(directory)
-        state: dict[str, Any] = torch.load(directory / LOOP, weights_only=True, map_location="cpu")
+        try:
+            engine.load(directory)
+            state: dict[str, Any] = torch.load(directory / LOOP, weights_only=True, map_location="cpu")
+        except pickle.UnpicklingError as error:
+            raise ConfigError(
+                f"{directory}: refused, because it holds more than tensors and numbers "
+                f"({str(error).splitlines()[0]}) It was not written here. Remove it, or start the stage anew "
+                "with checkpoint.resume=false."
+            ) from None
         torch.set_rng_state(state.pop("torch_random"))
         if self.compute.device.type == "cuda":
             torch.cuda.set_rng_state(state.pop("cuda_random"))
@@ -126,9 +134,9 @@ class Checkpointer:
                     random["cuda_random"] = torch.cuda.get_rng_state()
                 torch.save({**state, **random}, part / LOOP)
                 self.tracker.keep(part)
-            files = self._digests(part)
-            if self.compute.is_main:
-                self._finish(part, step, files)
+            files, size = self._digests(part)
+            # all wait: launchers end the other ranks as soon as one has ended, which would tear this one up
+            self.compute.main_only(lambda: self._finish(part, step, files))
         except (OSError, RuntimeError) as error:
             if self.compute.is_main:
                 shutil.rmtree(part, ignore_errors=True)
@@ -139,7 +147,6 @@ class Checkpointer:
                 "mend it (or move store_dir), and the same command goes on."
             ) from error
         self._last = time.monotonic()
-        size = sum((self.directory / f"step-{step:08d}" / name).stat().st_size for name in files)
         self.written.append((self._last - start, size))
 
     def discard(self) -> None:
@@ -159,8 +166,8 @@ class Checkpointer:
         signum, is_due = self.compute.global_max(flags).tolist()
         return int(signum), bool(is_due)
 
-    def _digests(self, part: Path) -> dict[str, str]:
-        """Flush and hash all files, each by one of the ranks."""
+    def _digests(self, part: Path) -> tuple[dict[str, str], int]:
+        """Flush and hash all files, each by one of the ranks; their digests and bytes."""
         self.compute.barrier()
         names = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
         sizes = [(part / name).stat().st_size for name in names]
@@ -168,7 +175,7 @@ class Checkpointer:
         for name in mine:
             flush(part / name)
         digests = self.compute.collect([file_digest(part / name) for name in mine], sizes)
-        return dict(zip(names, digests, strict=True))
+        return dict(zip(names, digests, strict=True)), sum(sizes)
 
     def _finish(self, part: Path, step: int, files: Mapping[str, str]) -> None:
         name = f"step-{step:08d}"
@@ -217,6 +224,11 @@ def verified(path: Path) -> tuple[dict[str, Any] | None, str]:
             != manifest["digest"]
         ):
             return None, f"{MANIFEST} is not what was written"
+        if manifest["name"] != path.name:
+            return None, f"{MANIFEST} belongs to {manifest['name']}"
+        outside = leads_out(path, manifest["files"])
+        if outside is not None:
+            return None, f"{outside} leads out of its directory"
         for name, digest in manifest["files"].items():
             if file_digest(path / name) != digest:
                 return None, f"{name} is not what was written"

@@ -8,9 +8,8 @@ depend on how many there are, up to rounding.
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -169,6 +168,11 @@ def make_compute(
     """
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     rank, world_size = find_rank(os.environ)
+    if world_size == 1 and zero != "none" and not distributed.is_initialized():
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(  # DeepSpeed talks to a group, if only of one
+            "gloo" if on_cpu else "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1
+        )
     if world_size > 1 and not distributed.is_initialized():
         if on_cpu and "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -212,11 +216,20 @@ def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
                 "RANK": environment["SLURM_PROCID"],
                 "WORLD_SIZE": str(tasks),
                 "LOCAL_RANK": environment["SLURM_LOCALID"],
-                "LOCAL_WORLD_SIZE": re.split("[(,]", environment.get("SLURM_TASKS_PER_NODE", "1"))[0],
+                "LOCAL_WORLD_SIZE": str(tasks_on_node(environment)),
             }
         )
         return int(environment["RANK"]), tasks
     return 0, 1
+
+
+def tasks_on_node(environment: Mapping[str, str]) -> int:
+    """Of this srun step; SLURM writes `4(x2),3` for two nodes with four tasks each, then one with three."""
+    counts: list[int] = []
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, repeat = part.partition("(x")
+        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    return counts[int(environment["SLURM_NODEID"])]
 
 
 def choose_precision(device: torch.device) -> tuple[str, str]:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from rlhf.config import ConfigError
+from rlhf.secrets import RedactingConsole
 
 DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 """Exit codes. STOPPED (a scheduler's signal) and INTERRUPTED (Ctrl-C): the same command goes on."""
@@ -33,9 +33,11 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
         rank, _ = find_rank(os.environ)
         return _execute(resolved, run_name)
     except ConfigError as error:
-        failed(resolved, run_name, rank)
         print(f"Error: {error}", file=sys.stderr)
-        return CONFIG_ERROR
+        return leave(CONFIG_ERROR)
+    except LostRankError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return leave(CRASH)
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
         if rank == 0:
@@ -44,9 +46,26 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
             print(f"\n{word}. {kept}", file=sys.stderr)
         return INTERRUPTED if signum == signal.SIGINT else STOPPED
     except Exception:
-        failed(resolved, run_name, rank)
         traceback.print_exc()
-        return CRASH
+        return leave(CRASH)
+
+
+class LostRankError(Exception):
+    """Another rank does not answer."""
+
+
+def leave(code: int) -> int:
+    """The code; or the end, where the backend's threads may still wait for other ranks."""
+    from torch import distributed
+
+    from rlhf.interrupt import leave_exit_code
+
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        leave_exit_code(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def failed(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:
@@ -62,7 +81,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     from rlhf.distributed import make_compute
     from rlhf.experiment import build_experiment
     from rlhf.heartbeat import Heartbeat
-    from rlhf.interrupt import StopSignals
+    from rlhf.interrupt import Stopped, StopSignals
     from rlhf.launch import launch, ranks_wanted
     from rlhf.pipeline import Pipeline
     from rlhf.report.summary import print_summary
@@ -73,7 +92,8 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     settings = experiment.settings
     runs = Path(settings.runs_dir)
     processes = ranks_wanted(settings.launch, settings.device)
-    if processes > 1:
+    alone = settings.zero != "none" and "RANK" not in os.environ
+    if processes > 1 or alone:  # DeepSpeed wants a rank's environment, and a process of its own in a sweep
         return launch(resolved, runs / run_name, processes)
 
     signals = StopSignals()
@@ -83,7 +103,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         )
         try:
             run_name = compute.broadcast(run_name)  # each rank made its own from the time
-            console = Console(quiet=not compute.is_main)
+            console = RedactingConsole(quiet=not compute.is_main)
             console.print(f"Run in {runs / run_name}; {how}.", highlight=False)
             pipeline = Pipeline(experiment, run_name, console, compute, signals)
             with Heartbeat(runs / run_name / "ranks", compute) as heartbeat:
@@ -99,13 +119,15 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                 except RuntimeError as error:
                     if compute.world_size == 1 or not LOST_PEER.search(str(error)):
                         raise
-                    failed(resolved, run_name, compute.rank)
-                    print(f"Error: {heartbeat.explain(settings.distributed.timeout)}", file=sys.stderr)
-                    os._exit(CRASH)  # the backend's threads still wait for the lost rank
+                    raise LostRankError(heartbeat.explain(settings.distributed.timeout)) from error
             print_summary(pipeline.results, console)
             return DONE
+        except Exception:
+            if compute.world_size > 1:  # before the others notice, and without waiting for them
+                failed(resolved, run_name, compute.rank)
+            raise
         finally:
-            if distributed.is_initialized():
+            if distributed.is_initialized() and sys.exc_info()[0] in (None, Stopped):
                 distributed.destroy_process_group()
 
 
@@ -119,5 +141,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # torch renames these in 2.14; DeepSpeed calls them for every parameter
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # transformers renames this argument in 5.40, beyond the bound in pyproject.toml
     warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")

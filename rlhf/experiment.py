@@ -14,8 +14,10 @@ from rlhf.config import ConfigError, Strict, validated
 from rlhf.distributed import DistributedConfig, Precision, Zero
 from rlhf.launch import LaunchConfig
 from rlhf.models.load import ModelConfig
+from rlhf.secrets import redacted
 from rlhf.stage import Stage
 from rlhf.tracking import TrackerConfig
+from rlhf.trials import SweepConfig
 
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
@@ -47,6 +49,7 @@ class Settings(Strict):
     """Stages to run although the store has their artifact."""
     gates: Literal["enforce", "warn"]
     """Whether a failing gate ends the run (exit code 3) or is only reported."""
+    sweep: SweepConfig
     model: ModelConfig
     tracker: TrackerConfig
 
@@ -88,6 +91,9 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
                 raise ConfigError(
                     f"{key}={name}: there is no such stage. Known: {', '.join([*extra, *sections])}."
                 )
+    for key in ("run_name", "runs_dir", "store_dir"):
+        if redacted(resolved[key]) != resolved[key]:
+            raise ConfigError(f"{key}: there is a secret in it, which would become a directory's name.")
     stages: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: name in REPEATING):
         section = sections[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -35,33 +36,36 @@ class Heartbeat:
 
     def explain(self, timeout: float) -> str:
         """Which rank is missing, and in which stage and step it and this one are."""
-        own = self._file(self._compute.rank)
-        now = own.stat().st_mtime
-        seen = {}
-        for rank in range(self._compute.world_size):
-            file = self._file(rank)
-            if file.exists():
-                seen[rank] = (now - file.stat().st_mtime, json.loads(file.read_text()))
-        mine = self._compute.at
+        deadline = time.monotonic() + STALE_SECONDS + 2 * INTERVAL_SECONDS
+        while not (silent := self._silent()) and time.monotonic() < deadline:  # it may just have died
+            time.sleep(INTERVAL_SECONDS / 4)
+        mine, rank = self._compute.at, self._compute.rank
         where = f"{mine.get('stage')}, step {mine.get('step')}"
-        silent = [
-            f"rank {rank} (last seen {age:.0f} s ago in {at.get('stage')}, step {at.get('step')})"
-            for rank, (age, at) in seen.items()
-            if age > STALE_SECONDS
-        ]
-        silent += [f"rank {r} (never seen)" for r in range(self._compute.world_size) if r not in seen]
         if silent:
-            return f"{where}: rank {self._compute.rank} waited for {', '.join(silent)} in vain."
-        behind = [
-            f"rank {rank} (in {at.get('stage')}, step {at.get('step')})"
-            for rank, (_, at) in seen.items()
-            if rank != self._compute.rank and at != mine
+            return f"{where}: rank {rank} waited for {', '.join(silent)} in vain."
+        others = [
+            f"rank {other} (in {at.get('stage')}, step {at.get('step')})"
+            for other in range(self._compute.world_size)
+            if other != rank and (at := json.loads(self._file(other).read_text()))
         ]
         return (
-            f"{where}: rank {self._compute.rank} lost another rank, or waited for it longer than "
-            f"distributed.timeout={timeout:g} s. All ranks are alive"
-            + (f"; elsewhere: {', '.join(behind)}." if behind else ", at the same step: look at the network.")
+            f"{where}: rank {rank} waited longer than distributed.timeout={timeout:g} s, though all are alive: "
+            f"{', '.join(others)}. Where the steps differ one hangs; where not, see the network."
         )
+
+    def _silent(self) -> list[str]:
+        """Ranks whose last sign of life is much older than this one's."""
+        now = self._file(self._compute.rank).stat().st_mtime
+        silent = []
+        for rank in range(self._compute.world_size):
+            file = self._file(rank)
+            if not file.exists():
+                silent.append(f"rank {rank} (never seen)")
+            elif (age := now - file.stat().st_mtime) > STALE_SECONDS:
+                at = json.loads(file.read_text())
+                seen = f"last seen {age:.0f} s ago in {at.get('stage')}, step {at.get('step')}"
+                silent.append(f"rank {rank} ({seen})")
+        return silent
 
     def _file(self, rank: int) -> Path:
         return self._directory / f"rank{rank}.json"

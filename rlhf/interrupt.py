@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; a scheduler's end; a scheduler's warning of it."""
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Ctrl-C; a scheduler's end; a scheduler's warning of it, and submitit's."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -51,3 +53,18 @@ class StopSignals:
             self.received = signum
             return
         raise Stopped(signum)
+
+
+def leave_exit_code(code: int | str | None) -> None:
+    """Note how this rank ended, for the scripts in launch/, where the launcher does not tell.
+
+    torchrun ends with 1 whatever its ranks ended with; srun with the highest code, which is 75 when one rank
+    crashed and the others were then stopped. From here on no signal can change how this process ends.
+    """
+    directory = os.environ.get("RLHF_EXIT_CODES")
+    if directory is None:
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    with suppress(OSError):  # the run ended as it did, whether or not its launcher can be told
+        (Path(directory) / f"rank{rank}").write_text(f"{code or 0}\n")

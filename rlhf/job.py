@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.artifacts import Artifact
 from rlhf.data.prepared import PreparedData
 from rlhf.progress import Progress
+from rlhf.secrets import redacted
 from rlhf.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Job:
         """Keep rows that something went wrong with, beside the run's other files, for a person to look at."""
         path = self.run_directory / f"{self.stage}-{name}.jsonl"
         if self.compute.is_main:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            text = "".join(json.dumps(redacted(row), ensure_ascii=False) + "\n" for row in rows)
             path.write_text(text, encoding="utf-8")
         return path
 

@@ -1,8 +1,8 @@
 """Starts one process a rank on this machine, and ends them all when one fails.
 
 Inside torchrun, srun or a Kubernetes job nothing is started: the environment says which rank this is.
-`python -m rlhf.launch RUN_DIR` is what each rank runs; it reads the config that was already composed, so that
-all ranks have the same.
+`python -m rlhf.launch RUN_DIR` is what each rank runs. It is sent the config that was already composed, so
+that all ranks have the same; through a pipe, because secrets in it must not be written down.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,9 +25,10 @@ from typing import Any
 from pydantic import PositiveInt
 
 from rlhf.config import Strict
-from rlhf.interrupt import STOPPING
+from rlhf.interrupt import STOPPING, Stopped, StopSignals
+from rlhf.secrets import redacted_output
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 5.0
 """Between the first failed rank and the end of the others: some fail for the same reason and shall say so."""
 LINES_SHOWN = 40
 CONFIG_ERROR = 2
@@ -41,7 +43,7 @@ class LaunchConfig(Strict):
 
 def ranks_wanted(config: LaunchConfig, device: str) -> int:
     """How many processes to start here; 1 means none: this one does the work."""
-    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return 1
     if config.processes is not None:
         return config.processes
@@ -61,12 +63,12 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> 
     directory = run_directory / "ranks"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(resolved))
     environment = os.environ | {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
     }  # fmt: skip
-    ranks = [_start(rank, directory, run_directory, environment) for rank in range(processes)]
+    config = json.dumps(resolved).encode()
+    ranks = [_start(rank, config, directory, run_directory, environment) for rank in range(processes)]
 
     def forward(signum: int, frame: FrameType | None) -> None:
         for rank in ranks:
@@ -88,12 +90,12 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> 
 
 
 def _start(
-    rank: int, directory: Path, run_directory: Path, environment: Mapping[str, str]
+    rank: int, config: bytes, directory: Path, run_directory: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     errors = (directory / f"rank{rank}.err").open("wb")
     output = None if rank == 0 else (directory / f"rank{rank}.out").open("wb")
     with errors:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "rlhf.launch", str(run_directory)],
             env={
                 **environment,
@@ -101,10 +103,15 @@ def _start(
                 "LOCAL_RANK": str(rank),
                 "RLHF_LAUNCHER": str(os.getpid()),
             },
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=errors,
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
         )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin:  # a rank that died says so itself
+        process.stdin.write(config)
+    return process
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
@@ -159,16 +166,20 @@ def note_failure(directory: Path, rank: int) -> None:
         (directory / "ranks" / f"rank{rank}.failed").write_text(str(time.monotonic()))
 
 
+@redacted_output()
 def main() -> None:
     """One rank."""
-    from rlhf.execute import execute
+    from rlhf.execute import INTERRUPTED, STOPPED, execute
 
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives its launcher
     if os.getppid() != int(os.environ["RLHF_LAUNCHER"]):
         raise SystemExit("the launcher is gone")
-    run_directory = Path(sys.argv[1])
-    resolved = json.loads((run_directory / "ranks" / "config.json").read_text())
-    raise SystemExit(execute(resolved, run_directory.name))
+    try:
+        with StopSignals().installed():  # at once: importing torch takes seconds
+            code = execute(json.load(sys.stdin), Path(sys.argv[1]).name)
+    except Stopped as stop:  # before the run began
+        code = INTERRUPTED if stop.signum == signal.SIGINT else STOPPED
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, base_files, base_identity
 from rlhf.progress import Progress, clock
 from rlhf.run import GateError, GateResult, Run
+from rlhf.secrets import redacted
 from rlhf.stage import Stage
 from rlhf.tracking import Tracker, make_tracker
 
@@ -75,7 +76,7 @@ class Pipeline:
             run.directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run.alone())
             run.begin()
-            (run.directory / "config.yaml").write_text(to_yaml(self.experiment.resolved))
+            (run.directory / "config.yaml").write_text(to_yaml(redacted(self.experiment.resolved)))
         except OSError as error:
             raise ConfigError(
                 f"runs_dir={settings.runs_dir}: {run.directory} cannot be written ({error.strerror})."
@@ -147,7 +148,7 @@ class Pipeline:
                     compute=self.compute,
                     tracker=tracker,
                     signals=self.signals,
-                    tell=lambda text: self.console.print(text, highlight=False),
+                    tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True),
                     stage=name,
                 ),
                 run_directory=run.directory,
@@ -202,7 +203,7 @@ class Pipeline:
         return pending
 
     def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
-        """All that decides the stage's artifact."""
+        """All that decides the stage's artifact, without secrets: a new password makes no new model."""
         recipe: Recipe = {
             "stage": stage.name,
             "version": stage.version,
@@ -218,7 +219,8 @@ class Pipeline:
         if stage.random:
             recipe["seed"] = self.experiment.settings.seed
             recipe["dtype"] = str(self.compute.dtype).removeprefix("torch.")
-        return recipe
+        found: Recipe = redacted(recipe)
+        return found
 
     def manifest(
         self, stage: Stage, recipe: Recipe, scratch: Path, metrics: dict[str, float], seconds: float
@@ -231,7 +233,7 @@ class Pipeline:
             stage=stage.name,
             key=recipe_key(recipe),
             recipe=recipe,
-            config=dict(self.experiment.resolved),
+            config=redacted(self.experiment.resolved),
             metrics=metrics,
             seconds=round(seconds, 2),
             tokenizer=digest_of(tokenizer_files) if tokenizer_files else None,

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from rlhf.artifacts import Artifact
 from rlhf.config import Bound, ConfigError
+from rlhf.secrets import redacted
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Run:
             for name, stage in self.stages.items()
         }
         beside = self.directory / ".summary.json"
-        beside.write_text(json.dumps({"stages": stages, "gates": gates}, indent=2, allow_nan=False))
+        beside.write_text(json.dumps(redacted({"stages": stages, "gates": gates}), indent=2, allow_nan=False))
         beside.rename(self.directory / "summary.json")
 
     def begin(self) -> None:

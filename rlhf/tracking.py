@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rlhf.config import ConfigError, Strict
+from rlhf.secrets import redacted
 
 
 class TrackerConfig(Strict):
@@ -20,6 +21,16 @@ class TrackerConfig(Strict):
     mode: Literal["offline", "online"] = "offline"
     """wandb only; nothing leaves the machine unless this is `online`."""
     project: str = "rlhf"
+
+
+SILENT: dict[str, Any] = {
+    "x_disable_meta": True,  # the command line, the host and the user's name
+    "console": "off",  # it would copy what is printed before secrets are taken out
+    "save_code": False,
+    "disable_code": True,
+    "disable_git": True,  # the remote's URL may carry a token, and an uncommitted change anything
+}
+"""wandb keeps a metric's history and the config, and nothing that it finds on the machine by itself."""
 
 
 class Sink(Protocol):
@@ -46,8 +57,9 @@ class WandbSink:
         except ImportError:
             raise ConfigError("tracker=wandb needs the package: pip install 'rlhf[wandb]'.") from None
         self._run = wandb.init(
-            project=config.project, name=run_name, dir=str(directory), mode=config.mode, config=dict(resolved)
-        )
+            project=redacted(config.project), name=run_name, dir=str(directory), mode=config.mode,
+            config=redacted(resolved), settings=wandb.Settings(**SILENT),
+        )  # fmt: skip
         self._stages: set[str] = set()
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
@@ -163,7 +175,7 @@ class Tracker:
 
     def sample(self, stage: str, row: Mapping[str, Any]) -> None:
         """Record one generated text."""
-        self._append(self.SAMPLES, {"stage": stage, **row})
+        self._append(self.SAMPLES, {"stage": stage, **redacted(row)})
 
     def close(self) -> None:
         """Flush the sinks."""

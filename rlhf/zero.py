@@ -6,7 +6,9 @@ al. 2020, arXiv:1910.02054); zero3_offload keeps all three in the host's memory.
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,7 +147,18 @@ class ZeroEngine(Engine):
         with only_tensors_and_numbers():
             path, state = self._engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
         assert path is not None, f"{directory}: DeepSpeed found nothing to load"
+        if self._universal:
+            self._mend()
         self.skipped_steps = state["skipped"]
+
+    def _mend(self) -> None:
+        """DeepSpeed's universal loading for stage 3 gives all groups one step counter, which each group then
+        advances, and the first group's settings."""
+        for group, config in zip(self._client.param_groups, self._configs, strict=True):
+            settings = parameter_group((), config)
+            group.update({name: value for name, value in settings.items() if name != "params"})
+        for state in self._client.state.values():
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
 
 
 def zero_config(compute: Compute) -> dict[str, Any]:
@@ -209,8 +222,7 @@ def to_universal(directory: Path) -> None:
 
     from deepspeed.checkpoint.ds_to_universal import main
 
-    if (directory / UNIVERSAL).exists():
-        return
+    shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)  # no manifest vouches for what lies there
     with only_tensors_and_numbers():
         main(
             argparse.Namespace(
@@ -222,12 +234,15 @@ def to_universal(directory: Path) -> None:
 
 
 def _deepspeed(compute: Compute) -> Any:
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also on a single rank
     if compute.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where there is one rank, started by nobody
     try:
         import deepspeed
     except ImportError:
         raise ConfigError(f"zero={compute.zero} needs DeepSpeed: pip install 'rlhf[deepspeed]'.") from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that ClippedAdamW is not its own
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at the first use
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed

@@ -43,6 +43,7 @@ from rlhf.data.schema import (
 from rlhf.data.sources import SourceConfig
 from rlhf.estimate import Work
 from rlhf.job import Job
+from rlhf.secrets import redacted_text
 from rlhf.stage import Stage
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -244,7 +245,7 @@ class PrepareStage(Stage):
             source, digest = str(self.sources[role.role]), prepared.digest(role.role)
             report[role.role] = {"source": source, "digest": digest, **role.report()}
         text = json.dumps(report, indent=2, ensure_ascii=False)
-        (job.directory / REPORT).write_text(text, encoding="utf-8")
+        (job.directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
 
     def _show(self, data: dict[Role, RoleData], leaks: int, job: Job) -> None:
         console = job.progress.console

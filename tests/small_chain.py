@@ -22,6 +22,11 @@ SETTINGS = (
     "ppo.max_new_tokens=6", "ppo.evaluate_prompts=4", "evaluate.num_prompts=4",
     "evaluate.bootstrap_samples=20", "prepare.held_out_fraction=0.3", "sft.optim.lr=1e-3",
 )  # fmt: skip
+SOURCES = (
+    "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl", "ppo.prompts=prompts.jsonl",
+    "evaluate.prompts=evaluation.jsonl", "evaluate.retention_text=sentences.jsonl",
+    "evaluate.retention_questions=questions.jsonl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,9 @@ class Chain:
         """`python -m rlhf` with small settings and these overrides, in the chain's directory."""
         self._num_runs += 1
         name = f"run{self._num_runs}"
-        sources = (
-            "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl", "ppo.prompts=prompts.jsonl",
-            "evaluate.prompts=evaluation.jsonl", "evaluate.retention_text=sentences.jsonl",
-            "evaluate.retention_questions=questions.jsonl",
-        )  # fmt: skip
         flags = [override for override in overrides if override.startswith("-")]  # argparse wants them first
         rest = [override for override in overrides if not override.startswith("-")]
-        arguments = [*flags, *SETTINGS, *sources, f"run_name={name}", *rest]
+        arguments = [*flags, *SETTINGS, *SOURCES, f"run_name={name}", *rest]
         return run_main(self.directory, arguments, self.directory / "runs" / name)
 
 

@@ -15,7 +15,13 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 LONGEST = 350
 LAZY = ("deepspeed", "vllm", "wandb")
-MAY_KNOW_HYDRA = ("rlhf/__main__.py", "rlhf/config.py", "rlhf/experiment.py", "rlhf/pipeline.py")
+MAY_KNOW_HYDRA = (
+    "rlhf/__main__.py",
+    "rlhf/config.py",
+    "rlhf/experiment.py",
+    "rlhf/pipeline.py",
+    "rlhf/sweep.py",
+)
 
 
 class Import(NamedTuple):

@@ -296,15 +296,34 @@ def _hub_rows(source: SourceConfig, key: str) -> Iterator[Located]:
     import datasets
 
     try:
-        rows: Iterable[Any] = datasets.load_dataset(
-            source.hub, source.subset, split=source.split or "train", revision=source.revision
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        builder = datasets.load_dataset_builder(source.hub, source.subset, revision=source.revision)
+        _check_inside(builder, f"{key}={source}")
+        builder.download_and_prepare()
+        rows: Iterable[Any] = builder.as_dataset(split=source.split or "train")
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
             f"{key}={source}: {str(error).splitlines()[0].rstrip('.')}. "
             "Check the name, subset, split and revision, and the network."
         ) from None
     yield from _numbered(str(source), rows)
+
+
+def _check_inside(builder: Any, where: str) -> None:
+    """A data set's card names its files, and could name any other file of this machine.
+
+    Raises:
+        ConfigError: it does.
+    """
+    base = str(builder.base_path)
+    repository = base.partition("@")[0] + "@" if base.startswith("hf://") else None
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            if repository is None:  # a directory of this machine, read as the Hub's are
+                is_own = Path(file).resolve().is_relative_to(Path(base).resolve())
+            else:
+                is_own = file.startswith(repository) and ".." not in file.split("/")
+            if not is_own:
+                raise ConfigError(f"{where}: its card names {file}, which is not a part of it. Refused.")
 
 
 def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Located]:

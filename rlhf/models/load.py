@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,8 +67,34 @@ class BaseModelFiles:
     @property
     def context_length(self) -> int:
         """Tokens that prompt and response may have together."""
-        config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.config.trust_remote_code)
+        with reading(self.directory):
+            config = AutoConfig.from_pretrained(
+                self.directory, trust_remote_code=self.config.trust_remote_code
+            )
         return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 20))
+
+
+@contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """Say in one line why a model's directory cannot be read.
+
+    Raises:
+        ConfigError: no safetensors, code of its own, an adapter, damage.
+    """
+    if (
+        directory / "adapter_config.json"
+    ).exists():  # transformers would load the base that it names, from anywhere
+        raise ConfigError(
+            f"{directory}: an adapter (adapter_config.json). Merge it into its base model first."
+        )
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(" .")
+        raise ConfigError(
+            f"{directory}: cannot be read as a model: {reason}. Only safetensors are read, and code in the "
+            "directory only with model.trust_remote_code=true."
+        ) from None
 
 
 def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -76,9 +103,10 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
     transformers' classifiers look for the last token that differs from pad: with pad == eos they would
     score the token before the end. Every mask here is explicit, but others load our reward models too.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        directory, trust_remote_code=config.trust_remote_code
-    )
+    with reading(directory):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=config.trust_remote_code
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
         preferred = [token for token in spare if "pad" in token.lower() or "endoftext" in token]
@@ -93,13 +121,14 @@ def load_causal_lm(
     directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """A policy in dtype on device; in evaluation mode, so that dropout is off."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=dtype,
-        attn_implementation=config.attention,
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
-    )
+    with reading(directory):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.eval().to(device)
     return model

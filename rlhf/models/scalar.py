@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from rlhf.config import ConfigError
 from rlhf.data.batching import pad_right
 from rlhf.distributed import Compute
-from rlhf.models.load import ModelConfig
+from rlhf.models.load import ModelConfig, reading
 from rlhf.models.policy import Sequences, hidden_states
 
 
@@ -100,19 +100,18 @@ def load_scalar_model(
         ConfigError: it is not a classification model with one label and a trained linear head.
     """
     try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            directory,
-            num_labels=1,
-            dtype=dtype,
-            attn_implementation=config.attention,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"{directory}: not a one-label classification model in safetensors: {error}"
-        ) from None
+        with reading(directory):
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                directory,
+                num_labels=1,
+                dtype=dtype,
+                attn_implementation=config.attention,
+                use_safetensors=True,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        raise ConfigError(f"{directory}: not a one-label classification model: {error}") from None
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ConfigError(

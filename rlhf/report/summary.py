@@ -15,6 +15,7 @@ from rich.table import Table
 
 from rlhf.progress import clock
 from rlhf.run import GateResult, Run
+from rlhf.secrets import redacted_text
 
 HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
     "prepare": {
@@ -120,7 +121,7 @@ def write_report(run: Run) -> Path:
         parts += ["## Gates", "\n".join(_gate_bullet(gate) for gate in run.gates)]
     parts += ["## Files", "\n".join(f"- {words}: `{path}`" for words, path in places(run))]
     path = run.directory / "report.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    path.write_text(redacted_text("\n\n".join(parts)) + "\n", encoding="utf-8")
     return path
 
 

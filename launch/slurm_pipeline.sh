@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Each stage as a SLURM job of its own size, started when the one before it is done. Prints the job ids.
+#
+#   launch/slurm_pipeline.sh [--dry-run] [KEY=VALUE ...]      the keys go to every stage
+#
+#   SIZE="--nodes=1 --gpus-per-node=8 --exclusive" \
+#   SIZE_PPO="--nodes=4 --gpus-per-node=8 --exclusive --time=24:00:00" \
+#     launch/slurm_pipeline.sh zero=zero3 model=hub model.id=OWNER/NAME
+#
+#   SIZE       sbatch's options for every stage (--nodes=1)
+#   SIZE_PREPARE SIZE_SFT SIZE_REWARD SIZE_GENERATE SIZE_PPO SIZE_EVALUATE      for one stage instead
+#   STAGES     which stages, in order (all)
+set -euo pipefail
+
+dry_run=false
+if [ "${1:-}" = --dry-run ]; then dry_run=true; shift; fi
+
+previous=
+for stage in ${STAGES:-prepare sft reward generate ppo evaluate}; do
+  size=SIZE_${stage^^}
+  read -ra options <<<"${!size:-${SIZE:---nodes=1}}"
+  if [ -n "$previous" ]; then # without kill-on-invalid-dep the rest waits for ever behind a stage that failed
+    options+=("--dependency=afterok:$previous" --kill-on-invalid-dep=yes)
+  fi
+  submit=(sbatch --parsable "--job-name=rlhf-$stage" "${options[@]}" "${0%/*}/slurm.sbatch" "stage=$stage" "$@")
+  if $dry_run; then
+    printf '%q ' "${submit[@]}"
+    echo
+    previous=${stage^^}_JOB
+  else
+    previous=$("${submit[@]}")
+    previous=${previous%%;*} # the cluster's name may follow
+    echo "$stage $previous"
+  fi
+done

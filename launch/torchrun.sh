@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# One run on machines without a scheduler: start this on every one, with the same arguments.
+#
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/torchrun.sh stage=ppo zero=zero3
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 launch/torchrun.sh stage=ppo zero=zero3
+#   launch/torchrun.sh --dry-run stage=ppo      print what would run here
+#
+#   NNODES (1)   NODE_RANK (0)   MASTER_ADDR: machine 0 (127.0.0.1)   MASTER_PORT (29500)
+#   NPROC_PER_NODE: ranks on each machine (as many as GPUs; 1 without)
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: the network to use, where host names do not lead to it
+#
+# All machines must share store_dir and runs_dir. SIGTERM, SIGUSR1 or Ctrl-C on any of them lets all ranks save
+# and end. The exit code is that of `python -m rlhf`; after 75 the same commands go on.
+set -euo pipefail
+
+dry_run=false
+if [ "${1:-}" = --dry-run ]; then dry_run=true; shift; fi
+
+: "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"
+if [ -z "${NPROC_PER_NODE:-}" ]; then
+  NPROC_PER_NODE=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
+
+# torch.distributed.run is torchrun, here of the Python that has rlhf.
+# setsid: Ctrl-C shall reach torchrun once, through the trap below.
+# signals-to-handle: of the others torchrun dies, and leaves its ranks behind.
+run=(setsid python -m torch.distributed.run "--nnodes=$NNODES" "--node-rank=$NODE_RANK"
+  "--nproc-per-node=$NPROC_PER_NODE" "--master-addr=$MASTER_ADDR" "--master-port=$MASTER_PORT"
+  --signals-to-handle "SIGTERM,SIGUSR1,SIGINT" -m rlhf "$@")
+if $dry_run; then
+  printf '%q ' "${run[@]}"
+  echo
+  exit
+fi
+
+# Else torchrun kills the ranks 30 s after a signal, in the midst of a long step or a large checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+RLHF_EXIT_CODES=$(mktemp -d)
+export RLHF_EXIT_CODES
+trap 'rm -rf "$RLHF_EXIT_CODES"' EXIT
+
+# shellcheck disable=SC2329 # the traps call it
+stop() { # once: a second signal would make torchrun leave its ranks behind
+  trap '' TERM USR1 INT
+  kill "-$1" "$(jobs -p)"
+}
+trap 'stop TERM' TERM
+trap 'stop USR1' USR1
+trap 'stop INT' INT
+
+"${run[@]}" &
+code=0
+wait "$!" || code=$?
+while kill -0 "$!" 2>/dev/null; do # a signal ended `wait`, not torchrun
+  code=0
+  wait "$!" || code=$?
+done
+
+if [ "$code" -ne 0 ]; then # always 1; what the ranks ended with says more
+  failed=$(cat "$RLHF_EXIT_CODES"/* 2>/dev/null | grep -vx -e 0 -e 75 | head -n 1) || true
+  stopped=$(cat "$RLHF_EXIT_CODES"/* 2>/dev/null | grep -cx 75) || true
+  if [ -n "$failed" ]; then
+    code=$failed
+  elif [ "$stopped" = "$NPROC_PER_NODE" ]; then
+    code=75
+  fi
+fi
+exit "$code"

@@ -1,0 +1,125 @@
+"""The table of a sweep's trials: on the terminal, and as sweep.md and sweep.json in the sweep's directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rlhf.trials import SweepConfig, Trial
+
+MARK = "best"
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """All trials of a sweep."""
+
+    directory: Path
+    """The sweep's; named like the sweep."""
+    config: SweepConfig
+    trials: Sequence[Trial]
+
+    @property
+    def best(self) -> Trial | None:
+        """The one with the best `sweep.metric` among those that are done."""
+        metric = self.config.metric
+        values = [
+            (value, trial)
+            for trial in self.trials
+            if metric and trial.status == "done" and (value := trial.metric(metric)) is not None
+        ]
+        choose = max if self.config.direction == "maximize" else min
+        return choose(values, key=lambda pair: pair[0])[1] if values else None
+
+    @property
+    def metrics(self) -> list[str]:
+        """What is shown: `sweep.metric`, or what has a gate."""
+        if self.config.metric:
+            return [self.config.metric]
+        return list(
+            dict.fromkeys(name for trial in self.trials if trial.outcome for name in trial.outcome.gates)
+        )
+
+    @property
+    def keys(self) -> list[str]:
+        """The overrides that differ."""
+        keys = dict.fromkeys(key for trial in self.trials for key in trial.values)
+        return [
+            key
+            for key in keys
+            if len(self.trials) == 1 or len({trial.values.get(key) for trial in self.trials}) > 1
+        ]
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Headings and rows."""
+        best = self.best
+        headings = ["trial", "run", *self.keys, "status", *self.metrics]
+        rows = []
+        for trial in self.trials:
+            values = [shown(trial.metric(name)) for name in self.metrics]
+            if trial is best:
+                values[0] += f" ({MARK})"
+            overrides = [short(trial.values.get(key, "-")) for key in self.keys]
+            rows.append([str(trial.number), str(trial.directory), *overrides, trial.status, *values])
+        return headings, rows
+
+    def write(self) -> None:
+        """Write sweep.md and sweep.json."""
+        headings, rows = self.cells()
+        lines = [headings, ["---"] * len(headings), *rows]
+        table = "\n".join(
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+        )
+        (self.directory / "sweep.md").write_text(f"# Sweep {self.directory.name}\n\n{table}\n")
+        best = self.best
+        content = {
+            "name": self.directory.name,
+            "metric": self.config.metric,
+            "direction": self.config.direction,
+            "best": best.number if best else None,
+            "trials": [
+                {
+                    "number": trial.number,
+                    "run": str(trial.directory),
+                    "overrides": dict(trial.values),
+                    "status": trial.status,
+                    "code": trial.outcome.code if trial.outcome else None,
+                    "metrics": {name: trial.metric(name) for name in self.metrics},
+                }
+                for trial in self.trials
+            ],
+        }
+        beside = self.directory / ".sweep.json"
+        beside.write_text(json.dumps(content, indent=2))
+        beside.rename(self.directory / "sweep.json")
+
+    def show(self, console: Console) -> None:
+        """Print it."""
+        headings, rows = self.cells()
+        table = Table(box=box.SIMPLE_HEAD, title=f"Sweep {self.directory.name}", title_justify="left")
+        for heading in headings:
+            table.add_column(escape(heading), overflow="fold")
+        for trial, cells in zip(self.trials, rows, strict=True):
+            style = "green" if trial is self.best else None if trial.status == "done" else "red"
+            table.add_row(*map(escape, cells), style=style)
+        console.print(table)
+
+
+def shown(value: float | None) -> str:
+    """A metric, or a dash."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def short(text: str) -> str:
+    """An override's value; long numbers are rounded."""
+    try:
+        return f"{float(text):.4g}" if len(text) > 8 else text
+    except ValueError:
+        return text

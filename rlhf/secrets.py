@@ -1,0 +1,139 @@
+"""What must not be written down: secrets of the environment, values that are called one, credentials in URLs.
+
+Two nets. Config and recipes are redacted before they are written, so that their structure survives. And all
+that goes to stdout or stderr is redacted on its way, whoever wrote it: a traceback, a library, a user's code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import quote
+
+from rich.console import Console
+from rich.text import Text
+
+PLACEHOLDER = "<redacted>"
+ENVIRONMENT_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.I)
+SHORTEST, SHORTEST_NUMBER = 6, 8
+"""Characters of an environment's value. TOKENIZERS_PARALLELISM=false and MAX_TOKENS=8192 are no secrets, and
+blanking them would blank half of every file."""
+
+KEY_NAME = re.compile(
+    r"(?:^|[_.-])(?:password|passwd|secret|credentials?|(?:api|access|private|secret)[_-]?key|token)$", re.I
+)
+"""The end of a key that says its value is a secret. Plurals (max_tokens) count something."""
+NO_SECRET = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_token$", re.I)
+USER_INFO = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
+"""user:password of a URL. Without a password too: the user is often the token."""
+ASSIGNMENT = re.compile(r"""([?&]?)([\w.-]+\\?)=("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
+"""`name=value`: of a URL's query, or of a command line."""
+QUERY_NAME = re.compile(r"^(?:key|sig|auth)$|signature$", re.I)
+"""Further names of secrets, in a URL's query only."""
+
+
+def redacted(value: Any) -> Any:
+    """The same config value, or text, with every secret in it replaced; keys of mappings too."""
+    if isinstance(value, str):
+        return redacted_text(value)
+    if isinstance(value, Mapping):
+        return {
+            redacted(key): PLACEHOLDER if says_secret(str(key)) and item is not None else redacted(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redacted(item) for item in value]
+    return value
+
+
+def redacted_text(text: str) -> str:
+    """A text without secrets."""
+    for secret in _environment_secrets():
+        text = text.replace(secret, PLACEHOLDER)
+    return ASSIGNMENT.sub(_without_value, USER_INFO.sub(PLACEHOLDER, text))
+
+
+def says_secret(key: str) -> bool:
+    """Whether a key's own name says that its value is a secret."""
+    return KEY_NAME.search(key) is not None and NO_SECRET.search(key) is None
+
+
+def _without_value(found: re.Match[str]) -> str:
+    in_query, name, value = found.groups()
+    word = name.removesuffix("\\")  # Hydra wants `=` in a value escaped
+    if says_secret(word) or (in_query and QUERY_NAME.search(word)):
+        return f"{in_query}{name}={PLACEHOLDER}"
+    return f"{in_query}{name}={ASSIGNMENT.sub(_without_value, value)}"
+
+
+def _environment_secrets() -> list[str]:
+    """Every form in which they may stand in a text, the longest first: one may be a part of another."""
+    found: set[str] = set()
+    for name, value in os.environ.items():
+        if ENVIRONMENT_NAME.search(name) and not _is_path(value):
+            for secret in (value, *value.splitlines()):  # a private key has several lines
+                shortest = SHORTEST_NUMBER if _is_number(secret) else SHORTEST
+                if len(secret.strip()) >= shortest:
+                    found |= {secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")}
+    return sorted(found, key=len, reverse=True)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_path(text: str) -> bool:
+    """Such as SSH_KEY_FILE=/home/me/.ssh/id: where a secret is, is none."""
+    try:
+        return text.startswith(("/", "./")) and Path(text).exists()
+    except (OSError, ValueError):  # too long to be one
+        return False
+
+
+class RedactingConsole(Console):
+    """Takes secrets out before a line is folded, which could tear one apart and hide it from the stream."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string, or a table's cell, as rich renders it."""
+        return super().render_str(redacted_text(text), **options)
+
+
+class RedactingStream:
+    """A text stream that leaves secrets out of what it passes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Pass on the text without secrets."""
+        self._stream.write(redacted_text(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Pass on each one without secrets."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def redacted_output() -> Iterator[None]:
+    """While open, no secret of a known kind goes to stdout or stderr, whoever writes it. Also a decorator."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (RedactingStream(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

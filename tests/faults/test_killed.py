@@ -1,0 +1,152 @@
+"""SIGKILL at any moment, and every way a checkpoint can be damaged: the same command goes on, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from real_processes import RealChain, kill, newest_step, wait_until
+
+KILLS = int(os.environ.get("RLHF_KILLS", "6"))
+"""`make crash-test` takes 50."""
+EACH_STEP = ("checkpoint.every_steps=1",)
+ZERO3 = ("launch.processes=2", "zero=zero3")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> RealChain:
+    return RealChain(tmp_path_factory.mktemp("killed"))
+
+
+def assert_same(chain: RealChain, undisturbed: str, name: str) -> None:
+    for stage in ("sft", "reward", "ppo"):
+        assert chain.weights(name, stage) == chain.weights(undisturbed, stage), stage
+    assert chain.metrics(name) == chain.metrics(undisturbed)  # no gap, nothing twice
+    assert not list(chain.store(name).glob("*/.*.checkpoints")), "what only the way there needed is gone"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("plain", ()),
+        ("zero3", ZERO3),
+        pytest.param("two_ranks", ("launch.processes=2",), marks=pytest.mark.slow),
+        pytest.param("zero1", ("launch.processes=2", "zero=zero1"), marks=pytest.mark.slow),
+        pytest.param("zero2", ("launch.processes=2", "zero=zero2"), marks=pytest.mark.slow),
+        pytest.param(
+            "lora_mix_average",
+            ("ppo.peft=lora", "ppo.ptx.coef=0.5", "ppo.ema_decay=0.9", "ppo.kl.controller=adaptive",
+             "ppo.score.normalize=running", "ppo.critic.init=sft", "precision=bf16"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_killed_in_each_stage_and_resumed_it_ends_as_if_undisturbed(
+    chain: RealChain, name: str, overrides: tuple[str, ...]
+) -> None:
+    chain.run(f"{name}_undisturbed", *overrides)
+    for stage in ("sft", "reward", "ppo"):
+        kill(chain.start_until(stage, 2, name, *EACH_STEP, *overrides))
+    out, _ = chain.run(name, *EACH_STEP, *overrides)
+    assert "ppo: goes on from step " in out
+    assert_same(chain, f"{name}_undisturbed", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero", "before", "after"), [("zero3", 2, 1), ("zero2", 1, 2), ("none", 2, 4)])
+def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
+    chain: RealChain, zero: str, before: int, after: int
+) -> None:
+    name = f"world_{zero}"
+    chain.run(f"{name}_undisturbed")
+    for stage in ("sft", "reward", "ppo"):
+        stopped = chain.start_until(stage, 2, name, *EACH_STEP, f"zero={zero}", f"launch.processes={before}")
+        stopped.send_signal(signal.SIGTERM)
+        _, err = stopped.communicate()
+        assert stopped.returncode == 75, err
+        out, _ = chain.run(name, f"stage={stage}", f"zero={zero}", f"launch.processes={after}")
+        assert f"{stage}: goes on from step " in out
+    expected, found = chain.curve(f"{name}_undisturbed"), chain.curve(name)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealChain) -> None:
+    longer = ("ppo.steps=30", "ppo.evaluate_every=5", *EACH_STEP)
+    chain.run("random_undisturbed", *longer)
+    chain.run("random", "stage=[reward,generate]")
+    moments, kills = random.Random(0), 0
+    while kills < KILLS:
+        process = chain.start("random", *longer)
+        scratch = chain.store("random") / "ppo"
+        wait_until(lambda: bool(list(scratch.glob(".*.part-*"))), process)  # noqa: B023
+        time.sleep(moments.uniform(0.0, 4.0))  # the moment itself is what is tried
+        if process.poll() is not None:  # it was done before: the publishing went undisturbed this time
+            _, err = process.communicate()
+            assert process.returncode == 0, err
+            assert_same(chain, "random_undisturbed", "random")
+            chain.run("random", "stage=ppo", "force=[ppo]", *longer)
+            break
+        kill(process)
+        kills += 1
+        for artifact in scratch.glob("[!.]*"):
+            json.loads((artifact / "manifest.json").read_bytes())  # whole, if it is there at all
+    chain.run("random", *longer)
+    assert_same(chain, "random_undisturbed", "random")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit_flipped", "manifest", "missing"])
+def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(chain: RealChain, damage: str) -> None:
+    name, short = f"damage_{damage}", ("stage=sft",)
+    if not (chain.directory / "runs" / "damage_undisturbed").exists():
+        chain.run("damage_undisturbed", *short)
+    kill(chain.start_until("sft", 4, name, *EACH_STEP, *short))
+    step = newest_step(chain.store(name), "sft")
+    (newest,) = chain.store(name).glob(f"sft/.*.checkpoints/step-{step:08d}")
+    spoil(newest, damage)
+
+    out, _ = chain.run(name, *EACH_STEP, *short)
+
+    assert f"checkpoint step-{step:08d} is damaged" in out
+    assert f"sft: goes on from step {step - 1} " in out
+    assert chain.weights(name, "sft") == chain.weights("damage_undisturbed", "sft")
+
+
+def spoil(checkpoint: Path, damage: str) -> None:
+    file = checkpoint / ("manifest.json" if damage == "manifest" else "optimizer.pt")
+    content = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "bit_flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "manifest":
+        file.write_bytes(content.replace(b'"step": ', b'"step": 1'))
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_then_stops_and_the_same_command_goes_on(
+    chain: RealChain, signum: signal.Signals
+) -> None:
+    name, longer = f"signal_{signum.name}", ("ppo.steps=12", "checkpoint.every_minutes=null")
+    chain.run(name, "stage=generate")
+    process = chain.start(name, *longer)
+    metrics = chain.directory / "runs" / name / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and '"ppo/policy_loss"' in metrics.read_text(), process)
+    process.send_signal(signum)
+    out, err = process.communicate()
+    assert process.returncode == (130 if signum == signal.SIGINT else 75), err
+    assert "saving step" in out and "the same command goes on" in err and "Traceback" not in err
+    summary = json.loads((chain.directory / "runs" / name / "summary.json").read_text())
+    assert summary["stages"]["ppo"]["status"] == "stopped"
+    out, _ = chain.run(name, *longer)
+    assert "ppo: goes on from step " in out

@@ -1,0 +1,365 @@
+"""`-m`: trials share what is finished, a failing one leaves the others alone, and a study goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.distributions import FloatDistribution
+from small_chain import Chain, Outcome
+
+import rlhf.sweep
+from rlhf.__main__ import in_our_words
+from rlhf.config import ConfigError
+from rlhf.report.sweep import SweepTable
+from rlhf.study import JOURNAL, Study
+from rlhf.trials import Outcome as TrialOutcome
+from rlhf.trials import SweepConfig, Trial
+
+BY_RULE = ("stage=ppo", "ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=running")
+OPTUNA = ("-m", "hydra/sweeper=optuna", "sweep.metric=ppo/held_out_score", "run_name=study", *BY_RULE)
+LR = "ppo.optim.lr=tag(log,interval(1e-5,1e-3))"
+CALLS: list[int] = []
+
+
+def interrupts_at_first(prompts: list[str], responses: list[str]) -> list[float]:
+    CALLS.append(len(responses))
+    if len(CALLS) == 1:
+        raise KeyboardInterrupt
+    return [float(len(response)) for response in responses]
+
+
+def sweep_file(chain: Chain, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((chain.directory / "runs" / name / "sweep.json").read_text())
+    return found
+
+
+def trial_run(chain: Chain, name: str, number: int) -> Outcome:
+    return Outcome(0, "", "", chain.directory / "runs" / f"{name}-{number}")
+
+
+def finished(chain: Chain, stage: str) -> int:
+    """How many artifacts of a stage there are."""
+    return len(list((chain.directory / "store" / stage).glob("*/manifest.json")))
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Outcome]:
+    """A study of three trials."""
+    chain = Chain(tmp_path_factory.mktemp("study"))
+    outcome = chain.run(*OPTUNA, LR, "sweep.trials=3")
+    assert outcome.code == 0, outcome.out + outcome.err
+    return chain, outcome
+
+
+@pytest.fixture
+def chain(studied: tuple[Chain, Outcome]) -> Chain:
+    return studied[0]
+
+
+def test_optunas_trials_train_what_they_share_once(studied: tuple[Chain, Outcome]) -> None:
+    chain, outcome = studied
+    trials = [trial_run(chain, "study", number) for number in range(3)]
+    assert trials[0].statuses == {"prepare": "ran", "sft": "ran", "ppo": "ran"}
+    assert trials[1].statuses == trials[2].statuses == {"prepare": "reused", "sft": "reused", "ppo": "ran"}
+    assert (finished(chain, "sft"), finished(chain, "ppo")) == (1, 3)
+    content = sweep_file(chain, "study")
+    rates = [float(trial["overrides"]["ppo.optim.lr"]) for trial in content["trials"]]
+    assert len(set(rates)) == 3 and all(1e-5 <= rate <= 1e-3 for rate in rates)
+    scores = [trial["metrics"]["ppo/held_out_score"] for trial in content["trials"]]
+    measured = [trial.summary["stages"]["ppo"]["metrics"]["ppo/held_out_score"] for trial in trials]
+    assert scores == measured
+    assert scores[content["best"]] == max(scores)
+    assert "(best)" in outcome.out and f"{scores[0]:.4g}" in outcome.out
+
+
+def test_the_same_command_goes_on_with_the_study(chain: Chain) -> None:
+    notes = [chain.directory / "runs" / f"study-{number}" / "trial.json" for number in range(3)]
+    before, first = [note.stat().st_mtime_ns for note in notes], sweep_file(chain, "study")
+    again = chain.run(*OPTUNA, LR, "sweep.trials=3")
+    assert again.code == 0 and "Trial" not in again.out
+    more = chain.run(*OPTUNA, LR, "sweep.trials=4")
+    assert more.code == 0
+    assert [line for line in more.out.splitlines() if line.startswith("Trial 3: ppo.optim.lr=")]
+    assert "Trial 2" not in more.out
+    assert [note.stat().st_mtime_ns for note in notes] == before  # finished trials are not run again
+    now = sweep_file(chain, "study")
+    assert now["trials"][:3] == first["trials"] and now["trials"][3]["status"] == "done"
+
+
+def test_another_search_under_its_name_is_refused(chain: Chain) -> None:
+    outcome = chain.run(*OPTUNA, "ppo.optim.lr=tag(log,interval(1e-5,1e-2))")
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: run_name=study is the study of another search: it had ppo.optim.lr")
+    assert "1e-2" in outcome.err and "Choose another run_name" in outcome.err
+
+
+def test_an_interrupted_trial_is_run_again_with_its_values(chain: Chain) -> None:
+    CALLS.clear()
+    arguments = (
+        *OPTUNA,
+        LR,
+        "sweep.trials=2",
+        "run_name=cut",
+        f"ppo.reward=python:{__name__}:interrupts_at_first",
+    )
+    stopped = chain.run(*arguments)
+    assert stopped.code == 130
+    first = sweep_file(chain, "cut")
+    assert [trial["status"] for trial in first["trials"]] == ["stopped in ppo"]  # the others were not begun
+    assert "stopped in ppo" in stopped.out
+    done = chain.run(*arguments)
+    assert done.code == 0, done.err
+    second = sweep_file(chain, "cut")
+    assert [trial["status"] for trial in second["trials"]] == ["done", "done"]
+    assert second["trials"][0]["overrides"] == first["trials"][0]["overrides"]
+
+
+def test_a_failing_trial_leaves_the_others_alone(chain: Chain) -> None:
+    arguments = ("-m", *BY_RULE, "run_name=grid", "ppo.optim.lr=1e30,1e-4", "ppo.critic.optim.lr=1e-4")
+    outcome = chain.run(*arguments)
+    assert outcome.code == 2
+    content = sweep_file(chain, "grid")
+    assert [trial["status"] for trial in content["trials"]] == ["failed in ppo", "done"]
+    assert [trial["code"] for trial in content["trials"]] == [2, 0]
+    assert content["trials"][1]["overrides"] == {"ppo.optim.lr": "0.0001"}
+    assert "ppo/kl" in content["trials"][1]["metrics"]  # without sweep.metric: what has a gate
+    assert content["best"] is None
+    table = (chain.directory / "runs" / "grid" / "sweep.md").read_text()
+    assert "| 0 | runs/grid-0 | 1e+30 | failed in ppo | " in table
+    assert "Sweep grid" in outcome.out and "failed in ppo" in outcome.out
+
+
+def test_optuna_learns_that_a_trial_failed(chain: Chain) -> None:
+    outcome = chain.run(
+        *OPTUNA, "run_name=failing", "ppo.optim.lr=choice(1e30,1e-4)", "sweep.trials=3", "sweep.seed=1"
+    )
+    content = sweep_file(chain, "failing")
+    statuses = {trial["status"] for trial in content["trials"]}
+    assert statuses == {"failed in ppo", "done"}  # sweep.seed is chosen for both to come
+    assert outcome.code == 2
+    assert content["trials"][content["best"]]["status"] == "done"
+    again = chain.run(
+        *OPTUNA, "run_name=failing", "ppo.optim.lr=choice(1e30,1e-4)", "sweep.trials=3", "sweep.seed=1"
+    )
+    assert again.code == 0 and "Trial" not in again.out  # told, so not tried again
+
+
+def test_a_lost_trial_is_told_and_the_others_go_on(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_trial = rlhf.trials.run_trial
+
+    def killed_at_first(resolved: dict[str, Any], run_name: str) -> TrialOutcome:
+        if run_name.endswith("-0"):
+            raise RuntimeError("the job has not produced any output")
+        return run_trial(resolved, run_name)
+
+    monkeypatch.setattr("rlhf.trials.run_trial", killed_at_first)
+    outcome = chain.run("-m", "stage=prepare", "run_name=lost", "seed=0,1")
+    assert outcome.code == 1
+    assert "Trial 0 was lost: the job has not produced any output" in outcome.err
+    assert [trial["status"] for trial in sweep_file(chain, "lost")["trials"]] == ["unfinished", "done"]
+
+
+def test_without_a_name_all_trials_share_the_time(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    assert chain.run("-m", "stage=prepare", "run_name=null", "seed=0,1,2").code == 0
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [names[0], *(f"{names[0]}-{number}" for number in range(3))]
+    assert {path.name for path in (tmp_path / "runs" / names[0]).iterdir()} == {
+        ".lock",
+        "sweep.json",
+        "sweep.md",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("ppo.kl.coef=interval(0,1)",), "ppo.kl.coef=interval(0,1) needs hydra/sweeper=optuna"),
+        (("run_name=a,b",), "run_name: a sweep's trials share it"),
+        (("sweep.metric=gold", "seed=1,2"), "sweep.metric='gold'"),
+        (("sweep.metric=evaluate/gold_mean/ppo", "stage=ppo", "seed=1,2"), "the trials have no such stage"),
+        (("sft.peft=none,lorra",), "sft.peft.method='lorra'"),
+        (("hydra/sweeper=optuna", "seed=1,2"), "hydra/sweeper=optuna needs sweep.metric=STAGE/NAME"),
+        (("hydra/sweeper=optuna", "sweep.metric=ppo/kl"), "has nothing to search. Give a key an interval"),
+        ((*OPTUNA, "run_name=x", "ppo.gamma=interval(1,0)"), "ppo.gamma=interval(1,0): "),
+        ((*OPTUNA, "run_name=x", "ppo.gamma=interval(0,2)"), "ppo.gamma=2.0: Input should be less than"),
+        ((*OPTUNA, "run_name=x", "ppo.gamma=tag(lag,interval(0,1))"), "no tag lag. Known: log"),
+        ((*OPTUNA, "run_name=x", "sft.peft=none,lorra"), "sft.peft.method='lorra'"),
+        ((*OPTUNA, "run_name=x", LR, "sweep.trials=0"), "sweep.trials=0"),
+        (("hydra/sweeper=optima",), "hydra/sweeper/optima"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_before_the_first_trial(
+    chain: Chain, arguments: tuple[str, ...], words: str
+) -> None:
+    before = set((chain.directory / "runs").iterdir())
+    outcome = chain.run("-m", *(word for word in arguments if word != "-m"))
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: ") and words in outcome.err
+    assert "Traceback" not in outcome.err
+    assert set((chain.directory / "runs").iterdir()) == before
+
+
+def test_a_metric_that_no_trial_has_ends_the_sweep_after_the_first(chain: Chain) -> None:
+    outcome = chain.run(*OPTUNA, LR, "run_name=typo", "sweep.metric=ppo/held_out_scores", "sweep.trials=3")
+    assert outcome.code == 2
+    assert "sweep.metric=ppo/held_out_scores: trial 0 has no such metric. Use one of " in outcome.err
+    assert "ppo/held_out_score," in outcome.err
+    assert "Trial 1" not in outcome.out
+
+
+def test_missing_packages_are_named(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlhf.sweep, "find_spec", lambda name: None if name == "optuna" else find_spec(name))
+    outcome = chain.run(*OPTUNA, LR, "run_name=x")
+    assert outcome.code == 2 and "pip install 'rlhf[optuna]'" in outcome.err
+    hydras = Exception("In 'config': Could not find 'hydra/launcher/submitit_slurm'\n\nAvailable options ...")
+    assert in_our_words(hydras) == (
+        "hydra/launcher=submitit_slurm needs submitit: pip install 'rlhf[slurm]'."
+    )
+
+
+KNOBS = SweepConfig(metric="ppo/kl", direction="minimize", trials=14, parallel=1, seed=0)
+SPACE = {"a": FloatDistribution(0.0, 1.0), "b": FloatDistribution(1e-6, 1.0, log=True)}
+
+
+def study_in(directory: Path) -> Study:
+    directory.mkdir(exist_ok=True)
+    return Study(directory, KNOBS, ["a=interval(0,1)"], SPACE)
+
+
+def result(values: dict[str, str]) -> TrialOutcome:
+    return TrialOutcome(code=0, status="done", metrics={"ppo/kl": (float(values["a"]) - 0.3) ** 2})
+
+
+def test_an_interruption_changes_no_proposal(tmp_path: Path) -> None:
+    straight = study_in(tmp_path / "straight")
+    proposals = []
+    while asked := straight.ask():
+        proposals.append(asked)
+        straight.tell(asked[0], result(asked[1]))
+    assert [number for number, _ in proposals] == list(range(14))
+    assert len({values["a"] for _, values in proposals}) == 14  # none is drawn twice
+    for number, values in proposals:  # started anew for every trial, and killed in every second one
+        cut = study_in(tmp_path / "cut")
+        assert cut.ask() == (number, values)
+        if number % 2:
+            cut = study_in(tmp_path / "cut")
+            assert cut.unfinished() == [number]
+            assert list(cut.known())[number] == (number, values)
+        cut.tell(number, result(values))
+        assert cut.unfinished() == []
+
+
+@pytest.mark.parametrize("code", [None, 75, 130])
+def test_a_killed_or_stopped_trial_stays_open(tmp_path: Path, code: int | None) -> None:
+    study = study_in(tmp_path / "study")
+    asked = study.ask()
+    assert asked
+    study.tell(0, TrialOutcome(code=code))
+    assert study_in(tmp_path / "study").unfinished() == [0]
+
+
+@pytest.mark.parametrize(("code", "value"), [(1, 0.5), (3, 0.5), (0, None)])
+def test_a_failed_trial_is_not_tried_again(tmp_path: Path, code: int, value: float | None) -> None:
+    study = study_in(tmp_path / "study")
+    assert study.ask()
+    study.tell(0, TrialOutcome(code=code, metrics={"ppo/kl": value}))
+    assert study_in(tmp_path / "study").unfinished() == []
+    again = study.ask()
+    assert again and again[0] == 1
+
+
+def test_a_line_that_was_half_written_is_dropped(tmp_path: Path) -> None:
+    study = study_in(tmp_path / "study")
+    asked = study.ask()
+    assert asked
+    with (tmp_path / "study" / JOURNAL).open("a") as journal:
+        journal.write('{"op_code": 6, "trial')
+    study_in(tmp_path / "study").tell(0, result(asked[1]))
+    with pytest.raises(ConfigError, match="another search"):
+        Study(tmp_path / "study", KNOBS, ["a=interval(0,2)"], SPACE)
+    assert study_in(tmp_path / "study").unfinished() == []
+
+
+def trials(*values: tuple[str, TrialOutcome | None]) -> list[Trial]:
+    return [
+        Trial(number, Path(f"runs/t-{number}"), {"seed": "7", "lr": rate}, outcome)
+        for number, (rate, outcome) in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("direction", "best"), [("maximize", 2), ("minimize", 0)])
+def test_the_table(direction: str, best: int) -> None:
+    knobs = SweepConfig.model_validate({**KNOBS.model_dump(), "direction": direction})
+    rows = trials(
+        ("1e-05", TrialOutcome(0, "done", {"ppo/kl": -1.0})),
+        ("0.00012345678", TrialOutcome(3, "failed in ppo: gate kl", {"ppo/kl": 9.0})),
+        ("1e-3", TrialOutcome(0, "done", {"ppo/kl": 2.00004})),
+        ("1e-2", TrialOutcome(0, "done", {"ppo/kl": None})),
+        ("1e-1", TrialOutcome()),
+        ("1", None),
+    )
+    headings, cells = SweepTable(Path("runs/t"), knobs, rows).cells()
+    assert headings == ["trial", "run", "lr", "status", "ppo/kl"]  # the seed is everyone's
+    marks = ["(best)" in row[-1] for row in cells]
+    assert marks == [number == best for number in range(6)]
+    assert cells[1] == ["1", "runs/t-1", "0.0001235", "failed in ppo: gate kl", "9"]
+    assert [row[3:] for row in cells[3:]] == [["done", "-"], ["unfinished", "-"], ["not started", "-"]]
+
+
+def test_a_grid_of_several_keys(chain: Chain) -> None:
+    outcome = chain.run(
+        "-m", "stage=prepare", "run_name=two", "seed=0,1", "prepare.on_bad_row=choice(error,drop)"
+    )
+    assert outcome.code == 0, outcome.err
+    pairs = [tuple(trial["overrides"].values()) for trial in sweep_file(chain, "two")["trials"]]
+    assert pairs == [("0", "error"), ("0", "drop"), ("1", "error"), ("1", "drop")]
+
+
+def submitit_sweep_arguments(launcher: str, *settings: str) -> list[str]:
+    """Four PPO trials that need the same SFT model, as submitit's jobs, two at once."""
+    return [
+        "-m", *BY_RULE, f"hydra/launcher={launcher}", *(f"hydra.launcher.{each}" for each in settings),
+        "sweep.parallel=2", "sweep.metric=ppo/held_out_score", "run_name=jobs",
+        "ppo.kl.coef=0.01,0.02,0.03,0.04",
+    ]  # fmt: skip
+
+
+def check_submitit_sweep(chain: Chain) -> None:
+    """All are done, and the SFT model was trained once."""
+    content = sweep_file(chain, "jobs")
+    assert [trial["status"] for trial in content["trials"]] == ["done"] * 4
+    ran = [trial_run(chain, "jobs", number).statuses["sft"] for number in range(4)]
+    assert sorted(ran) == ["ran", "reused", "reused", "reused"]
+    assert (finished(chain, "sft"), finished(chain, "ppo")) == (1, 4)
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit_share_the_sft_model(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    outcome = chain.run(*submitit_sweep_arguments("submitit_local", "timeout_min=10"))
+    assert outcome.code == 0, outcome.out + outcome.err
+    check_submitit_sweep(chain)
+
+
+def live_slurm() -> bool:
+    """Whether SLURM_CONF names a cluster that answers."""
+    if "SLURM_CONF" not in os.environ or shutil.which("sinfo") is None:
+        return False
+    return subprocess.run(["sinfo"], capture_output=True, timeout=30, check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not live_slurm(), reason="SLURM_CONF names no live cluster")
+def test_jobs_of_slurm_share_the_sft_model(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    outcome = chain.run(*submitit_sweep_arguments("submitit_slurm", "timeout_min=10", "cpus_per_task=1"))
+    assert outcome.code == 0, outcome.out + outcome.err
+    check_submitit_sweep(chain)
