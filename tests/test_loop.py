@@ -99,6 +99,7 @@ def test_behind_what_ended_it_the_same_command_goes_on(tmp_path: Path) -> None:
     first = Bench(tmp_path / "first")
     with pytest.raises(ConfigError, match="in step 4"):
         first.train(batches)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     second = Bench(tmp_path / "second")
     second.train(batches)
     assert second.seen == batches[4:]

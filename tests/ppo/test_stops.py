@@ -77,6 +77,14 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
     assert len(rows) == 8 and all(row["prompt"] in seen_before for row in rows)
     (kept,) = (tmp_path / "checkpoints").iterdir()
     assert kept.name == "step-00000004"
+    restored = learner_in(tmp_path / "restored", tiny_model, Length(), *overrides)
+    state = restored.job.checkpoints.restore(restored.engine)
+    assert state is not None
+    restored.load_state_dict(state)
+    assert (restored.first, restored.best) == (first.first, first.best)
+    assert first.best_weights and restored.best_weights.keys() == first.best_weights.keys()
+    for name, value in first.best_weights.items():
+        assert torch.equal(restored.best_weights[name], value), name
 
     second = learner_in(tmp_path / "second", tiny_model, Length(), "ppo.steps=6", "ppo.max_bad_steps=2")
     summary = train(second)
