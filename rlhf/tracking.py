@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from uuid import uuid4
 
 from rlhf.artifacts import digest_of
 from rlhf.config import ConfigError, Strict
@@ -65,7 +66,7 @@ class WandbSink:
         self._note = directory / "wandb.json"
         known = json.loads(self._note.read_text()) if self._note.exists() else {}
         content = digest_of(redacted(resolved))
-        self._id = known["id"] if known.get("config") == content else wandb.util.generate_id()
+        self._id = known["id"] if known.get("config") == content else uuid4().hex[:8]
         self._told: dict[str, int] = known["told"] if known.get("config") == content else {}
         self._content = content
         try:
@@ -76,8 +77,8 @@ class WandbSink:
             )  # fmt: skip
         except (wandb.Error, OSError) as error:
             raise ConfigError(
-                f"tracker=wandb tracker.mode={config.mode}: wandb cannot begin ({redacted(str(error))}). Check the "
-                "network and `wandb login`, or use tracker.mode=offline; nothing was run."
+                f"tracker=wandb tracker.mode={config.mode}: wandb cannot begin ({redacted(str(error))}). Check "
+                "the network and `wandb login`, or use tracker.mode=offline; nothing was run."
             ) from None
         self._stages: set[str] = set()
 

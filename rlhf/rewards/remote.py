@@ -1,7 +1,7 @@
 """A reward that another process serves: `http://HOST:PORT/PATH` or https.
 
-It is sent {"prompts": [...], "responses": [...]} as JSON by POST, and answers {"scores": [...]}: one finite or
-NaN number for each response.
+It is sent {"prompts": [...], "responses": [...]} as JSON by POST, and answers {"scores": [...]}: one
+number for each response; null says that there is none.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _ask(url: str, body: bytes) -> object:
         except (OSError, ValueError) as error:  # HTTP errors, refused connections and timeouts are OSErrors
             if attempt == TRIES - 1:
                 raise RewardError(
-                    f"{redacted(url)}: the reward server does not answer, asked {TRIES} times ({error}). Start "
-                    "it; the same command goes on from where this run stopped."
+                    f"{redacted(url)}: the reward server does not answer, asked {TRIES} times ({error}). "
+                    "Start it; the same command goes on from where this run stopped."
                 ) from None
             time.sleep(PAUSE_SECONDS * 2**attempt)
     raise AssertionError

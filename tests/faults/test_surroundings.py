@@ -1,0 +1,166 @@
+"""Disks, servers, ranks and other runs that fail: one clear error or a resume, and nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from real_processes import RealChain, kill, ranks_of
+
+NEEDS_MOUNT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+BY_SERVER = ("ppo.critic.init=sft", "ppo.score.normalize=none", "stage=ppo", "checkpoint.every_minutes=null")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> RealChain:
+    return RealChain(tmp_path_factory.mktemp("surroundings"))
+
+
+@contextmanager
+def small_disk(directory: Path, size: str) -> Iterator[None]:
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@NEEDS_MOUNT
+def test_a_full_disk_is_one_error_and_with_room_the_same_command_goes_on(chain: RealChain) -> None:
+    disk = chain.store("full")
+    with small_disk(disk, "4m"):
+        _, err = chain.run("full", "checkpoint.every_steps=1", code=2)
+        assert err.count("Error:") == 1 and "Traceback" not in err
+        assert "No space left" in err or "could not be written" in err
+        done = sorted(path.parent.parent.name for path in disk.glob("*/[!.]*/manifest.json"))
+        assert done[:2] == ["base", "prepare"]
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        chain.run("full", "checkpoint.every_steps=1")
+        summary = json.loads((chain.directory / "runs" / "full" / "summary.json").read_text())
+        assert summary["stages"]["prepare"]["status"] == "reused"
+        assert summary["stages"]["ppo"]["status"] == "ran"
+
+
+@NEEDS_MOUNT
+def test_a_store_that_became_read_only_still_serves_what_is_finished(chain: RealChain) -> None:
+    disk = chain.store("frozen")
+    with small_disk(disk, "64m"):
+        chain.run("frozen", "stage=sft")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        _, err = chain.run("frozen", "stage=reward", code=2)
+        assert err.count("Error:") == 1 and "Read-only file system" in err and "store_dir=" in err
+        assert len([*disk.glob("sft/[!.]*/model.safetensors")]) == 1
+
+
+class Scorer(BaseHTTPRequestHandler):
+    """Scores by length; a class attribute tells it to fail."""
+
+    answered = 0
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).answered += 1
+        answer = json.dumps({"scores": [len(text) / 10 for text in body["responses"]]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def reward_server(port: int = 0) -> Iterator[HTTPServer]:
+    server = HTTPServer(("127.0.0.1", port), Scorer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_a_reward_server_that_goes_away_costs_nothing(chain: RealChain) -> None:
+    with reward_server() as server:
+        port = server.server_port
+        reward = f"ppo.reward='http://127.0.0.1:{port}/score'"
+        chain.run("served", reward, *BY_SERVER)
+        process = chain.start("away", reward, *BY_SERVER)
+        Scorer.answered = 0
+        while Scorer.answered < 4 and process.poll() is None:  # the first evaluation, and a few steps
+            time.sleep(0.005)
+    out, err = process.communicate()
+    assert process.returncode == 2, out + err
+    assert err.count("Error:") == 1 and "the reward server does not answer, asked 4 times" in err
+    with reward_server(port):
+        out, _ = chain.run("away", reward, *BY_SERVER)
+    assert "ppo: goes on from step " in out
+    assert chain.weights("away", "ppo") == chain.weights("served", "ppo")
+
+
+def test_a_tracker_that_cannot_be_reached_is_told_before_anything_runs(chain: RealChain) -> None:
+    process = chain.start(
+        "untracked", "stage=sft", "tracker=wandb", "tracker.mode=online",
+        environment={"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40},
+    )  # fmt: skip
+    _, err = process.communicate()
+    assert process.returncode == 2, err
+    assert "wandb cannot begin" in err and "tracker.mode=offline" in err
+    assert not chain.store("untracked").exists() or not list(chain.store("untracked").glob("sft/[!.]*"))
+
+
+@pytest.mark.parametrize(
+    ("signum", "words"),
+    [
+        (signal.SIGKILL, "Rank 1 was killed by SIGKILL"),
+        (signal.SIGSTOP, "rank 0 waited for rank 1 (last seen "),
+    ],
+)
+def test_a_rank_that_dies_or_hangs_ends_the_run_within_half_a_minute(
+    chain: RealChain, signum: signal.Signals, words: str
+) -> None:
+    name, overrides = f"rank_{signum.name}", ("launch.processes=2", "checkpoint.every_steps=1", "stage=sft")
+    process = chain.start_until("sft", 1, name, *overrides, "sft.epochs=300", "distributed.timeout=6")
+    begin = time.monotonic()
+    os.kill(ranks_of(process)[1], signum)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert words in err and "Traceback" not in err
+    assert time.monotonic() - begin < 6 + 30
+
+
+def test_two_runs_in_one_directory_are_refused(chain: RealChain) -> None:
+    first = chain.start_until("sft", 1, "same", "stage=sft", "checkpoint.every_steps=1", "sft.epochs=500")
+    _, err = chain.run("same", "stage=sft", code=2)
+    kill(first)
+    assert "another run is writing" in err and err.count("Error:") == 1
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(chain: RealChain) -> None:
+    kill(chain.start_until("sft", 4, "clock", "stage=sft", "checkpoint.every_steps=1"))
+    newest, *older = sorted(chain.store("clock").glob("sft/.*.checkpoints/step-*"), reverse=True)
+    for path in (newest, *newest.iterdir()):  # as if it had been written a day before the others
+        os.utime(path, (time.time() - 86400,) * 2)
+    assert older
+    out, _ = chain.run("clock", "stage=sft", "checkpoint.every_steps=1")
+    assert f"goes on from step {int(newest.name.removeprefix('step-'))} " in out
+
+
+def test_a_store_of_another_version_is_refused_by_name(chain: RealChain) -> None:
+    chain.run("version", "stage=prepare")
+    (manifest,) = chain.store("version").glob("prepare/[!.]*/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    _, err = chain.run("version", "stage=prepare", code=2)
+    assert "written in store format 99, this version reads 1" in err
