@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -20,6 +21,9 @@ from rlhf.secrets import RedactingConsole
 DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 """Exit codes. STOPPED (a scheduler's signal) and INTERRUPTED (Ctrl-C): the same command goes on."""
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Full, over its quota, read-only, not ours."""
+
 LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|socket", re.I)
 """What torch's backends say when another rank does not answer."""
 
@@ -34,6 +38,16 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
         return _execute(resolved, run_name)
     except ConfigError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return leave(CONFIG_ERROR)
+    except OSError as error:
+        if error.errno not in DISK:
+            traceback.print_exc()
+            return leave(CRASH)
+        print(
+            f"Error: {error.filename or 'disk'}: {error.strerror}. Finished stages and earlier checkpoints are "
+            "kept. Make room, or choose another store_dir= or runs_dir=.",
+            file=sys.stderr,
+        )
         return leave(CONFIG_ERROR)
     except LostRankError as error:
         print(f"Error: {error}", file=sys.stderr)

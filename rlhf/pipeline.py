@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import torch
 from filelock import Timeout
 from rich.console import Console
 
-from rlhf.artifacts import Artifact, Manifest, Recipe, Store, digest_of, file_digest, recipe_key
+from rlhf.artifacts import Artifact, Recipe, Store, recipe_key
 from rlhf.checkpoint import Checkpointer
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
@@ -25,15 +21,13 @@ from rlhf.estimate import parameters_in, speed_of
 from rlhf.experiment import Experiment
 from rlhf.interrupt import StopSignals
 from rlhf.job import Job
+from rlhf.lineage import make_manifest, same_content
 from rlhf.models.load import BaseModelFiles, base_files, base_identity
 from rlhf.progress import Progress, clock
 from rlhf.run import GateError, GateResult, Run
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
 from rlhf.tracking import Tracker, make_tracker
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-PACKAGES = ("rlhf", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
 class Pipeline:
@@ -114,65 +108,87 @@ class Pipeline:
         recipe = self.recipe(stage, artifacts)
         key = recipe_key(recipe)
         forced = name in self.experiment.settings.force or not self.changed.isdisjoint(stage.inputs())
-        start = time.monotonic()
-        with self.locked(name, key):
-            found = self.compute.main_only(lambda: None if forced else self.store.find(name, key))
-            if found:
-                tracker.replay(found.path)
-                run.record(name, "reused", key, found, 0.0)
-                why = f": every knob and input equals {found.path}" if self.experiment.settings.why else ""
-                self.console.print(f"[cyan]{name}[/] reused ({key}){why}", highlight=False)
-                return found
-            if self.experiment.settings.why:
-                reason = "force" if forced else self.store.explain(name, recipe)
-                self.console.print(f"[cyan]{name}[/] runs ({key}): {reason}", highlight=False)
-            else:
-                self.console.print(f"[cyan]{name}[/] runs ({key})", highlight=False)
-            progress = Progress(self.console)
-            scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
-            tracker.begin(scratch)
-            prepared = PreparedData(artifacts["prepare"].path if "prepare" in artifacts else scratch)
-            job = Job(
-                stage=name,
-                seed=self.experiment.settings.seed,
+
+        def find() -> Artifact | None:
+            return None if forced else self.store.find(name, key)
+
+        found = self.compute.main_only(find)  # without the lock: what is finished never changes
+        if found is None:
+            with self.locked(name, key):
+                found = self.compute.main_only(find)  # another run may just have made it
+                if found is None:
+                    return self.make(stage, recipe, artifacts, base, tracker, forced=forced)
+        tracker.replay(found.path)
+        run.record(name, "reused", key, found, 0.0)
+        why = f": every knob and input equals {found.path}" if self.experiment.settings.why else ""
+        self.console.print(f"[cyan]{name}[/] reused ({key}){why}", highlight=False)
+        return found
+
+    def make(
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        artifacts: Mapping[str, Artifact],
+        base: BaseModelFiles,
+        tracker: Tracker,
+        *,
+        forced: bool,
+    ) -> Artifact:
+        """Run the stage and publish what it made; call it under the artifact's lock."""
+        name, key, run, start = stage.name, recipe_key(recipe), self.results, time.monotonic()
+        if self.experiment.settings.why:
+            reason = "force" if forced else self.store.explain(name, recipe)
+            self.console.print(f"[cyan]{name}[/] runs ({key}): {reason}", highlight=False)
+        else:
+            self.console.print(f"[cyan]{name}[/] runs ({key})", highlight=False)
+        progress = Progress(self.console)
+        scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
+        tracker.begin(scratch)
+        prepared = PreparedData(artifacts["prepare"].path if "prepare" in artifacts else scratch)
+        job = Job(
+            stage=name,
+            seed=self.experiment.settings.seed,
+            compute=self.compute,
+            base=base,
+            inputs={other: artifacts[other] for other in stage.inputs()},
+            data=prepared,
+            directory=scratch,
+            tracker=tracker,
+            progress=progress,
+            checkpoints=Checkpointer(
+                directory=self.store.checkpoints(name, key),
+                config=self.experiment.settings.checkpoint,
                 compute=self.compute,
-                base=base,
-                inputs={other: artifacts[other] for other in stage.inputs()},
-                data=prepared,
-                directory=scratch,
                 tracker=tracker,
-                progress=progress,
-                checkpoints=Checkpointer(
-                    directory=self.store.checkpoints(name, key),
-                    config=self.experiment.settings.checkpoint,
-                    compute=self.compute,
-                    tracker=tracker,
-                    signals=self.signals,
-                    tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True),
-                    stage=name,
-                ),
-                run_directory=run.directory,
-            )
-            torch.manual_seed(job.seed)
-            try:
-                with progress.shown():
-                    stage.run(job)
-            except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; it goes on up
-                ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
-                run.record(name, ended, key, None, time.monotonic() - start)
-                raise
-            assert job.summary is not None, f"{name} ended without publishing"
-            seconds = job.checkpoints.spent()
+                signals=self.signals,
+                tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True),
+                stage=name,
+            ),
+            run_directory=run.directory,
+        )
+        torch.manual_seed(job.seed)
+        try:
+            with progress.shown():
+                stage.run(job)
+        except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; it goes on up
+            ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
+            run.record(name, ended, key, None, time.monotonic() - start)
+            raise
+        assert job.summary is not None, f"{name} ended without publishing"
+        seconds = job.checkpoints.spent()
 
-            def publish(metrics: dict[str, float] = job.summary) -> tuple[Artifact | None, Artifact]:
-                replaced = self.store.find(name, key) if forced else None
-                manifest = self.manifest(stage, recipe, scratch, metrics, seconds)
-                return replaced, self.store.publish(scratch, manifest)
+        def publish(metrics: dict[str, float] = job.summary) -> tuple[Artifact | None, Artifact]:
+            replaced = self.store.find(name, key) if forced else None
+            manifest = make_manifest(
+                name, recipe, scratch, config=redacted(self.experiment.resolved), metrics=metrics,
+                seconds=seconds, num_ranks=self.compute.world_size,
+            )  # fmt: skip
+            return replaced, self.store.publish(scratch, manifest)
 
-            replaced, artifact = self.compute.main_only(publish)
-            self.compute.main_only(job.checkpoints.discard)
-            if replaced and not same_content(replaced, artifact):
-                self.changed.add(name)
+        replaced, artifact = self.compute.main_only(publish)
+        self.compute.main_only(job.checkpoints.discard)
+        if replaced and not same_content(replaced, artifact):
+            self.changed.add(name)
         run.record(name, "ran", key, artifact, seconds)
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}", highlight=False)
         return artifact
@@ -221,30 +237,6 @@ class Pipeline:
             recipe["dtype"] = str(self.compute.dtype).removeprefix("torch.")
         found: Recipe = redacted(recipe)
         return found
-
-    def manifest(
-        self, stage: Stage, recipe: Recipe, scratch: Path, metrics: dict[str, float], seconds: float
-    ) -> Manifest:
-        """What will be known of the artifact later."""
-        tokenizer_files = {
-            path.name: file_digest(path) for name in TOKENIZER_FILES if (path := scratch / name).exists()
-        }
-        return Manifest(
-            stage=stage.name,
-            key=recipe_key(recipe),
-            recipe=recipe,
-            config=redacted(self.experiment.resolved),
-            metrics=metrics,
-            seconds=round(seconds, 2),
-            tokenizer=digest_of(tokenizer_files) if tokenizer_files else None,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            git_revision=git_revision(),
-            packages={name: importlib.metadata.version(name) for name in PACKAGES},
-            hardware=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
-            + (f", {self.compute.world_size} ranks" if self.compute.world_size > 1 else ""),
-            files={},
-        )
 
     def check_gates(self, name: str, artifact: Artifact) -> None:
         """Compare the stage's summary with its bounds."""
@@ -302,22 +294,10 @@ class Pipeline:
             start = time.monotonic()
             scratch = self.store.scratch("base", key)
             write(scratch)
-            manifest = Manifest(
-                stage="base", key=key, recipe=recipe, config={}, metrics={}, files={},
-                seconds=round(time.monotonic() - start, 2), git_revision=git_revision(), hardware="",
-                created=datetime.now(UTC).isoformat(timespec="seconds"), packages={},
-            )  # fmt: skip
+            manifest = make_manifest(
+                "base", recipe, scratch, config={}, metrics={}, seconds=time.monotonic() - start, num_ranks=1
+            )
             return self.store.publish(scratch, manifest).path
-
-
-def same_content(first: Artifact, second: Artifact) -> bool:
-    """Whether two artifacts hold the same bytes, apart from the logs."""
-    logs = (Tracker.METRICS, Tracker.SAMPLES)
-    one, other = (
-        {name: digest for name, digest in artifact.manifest.files.items() if name not in logs}
-        for artifact in (first, second)
-    )
-    return one == other
 
 
 def to_yaml(resolved: Mapping[str, Any]) -> str:
@@ -325,15 +305,3 @@ def to_yaml(resolved: Mapping[str, Any]) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(dict(resolved)))
-
-
-def git_revision() -> str | None:
-    """The checkout this package runs from, with a mark when it has uncommitted changes."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return described.stdout.strip() or None

@@ -172,7 +172,8 @@ class GridSweep(Sweeper):
         console = Console(quiet=not main)
         table = SweepTable(search.directory, search.knobs, search.trials)
         try:
-            search.directory.mkdir(parents=True, exist_ok=True)
+            if main:
+                search.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
                 f"runs_dir={search.directory.parent}: {search.directory} cannot be made ({error.strerror})."
@@ -205,6 +206,7 @@ class GridSweep(Sweeper):
             while num_running < most and (proposal := next(proposals, None)):
                 trial, words = proposal, escape(" ".join(proposal.overrides))
                 console.print(f"[bold]Trial {trial.number}[/]: {words}", highlight=False)
+                trial.outcome = Outcome()
                 num_running += 1
                 if one_by_one:
                     self.launch(search, trial, finished)
@@ -226,7 +228,8 @@ class GridSweep(Sweeper):
         """Run one trial and wait for its end."""
         overrides = [*search.fixed.values(), *trial.overrides]
         retries = self.config.hydra.launcher.get("max_num_timeout", 0)  # of submitit_slurm
-        (trial.directory / NOTE).unlink(missing_ok=True)
+        if is_main_process():
+            (trial.directory / NOTE).unlink(missing_ok=True)
         for _ in range(1 + retries):
             try:
                 results = self.launcher.launch([overrides], initial_job_idx=trial.number)

@@ -77,13 +77,13 @@ class WandbSink:
             )  # fmt: skip
         except (wandb.Error, OSError) as error:
             raise ConfigError(
-                f"tracker=wandb tracker.mode={config.mode}: wandb cannot begin ({redacted(str(error))}). Check "
-                "the network and `wandb login`, or use tracker.mode=offline; nothing was run."
+                f"tracker=wandb tracker.mode={config.mode}: wandb cannot begin ({redacted(str(error))}). "
+                "Check the network and `wandb login`, or use tracker.mode=offline; nothing was run."
             ) from None
         self._stages: set[str] = set()
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
-        """Each stage counts its own steps, so each gets its own x axis. A resumed run says nothing twice."""
+        """Each stage counts its own steps, so each gets its own x axis."""
         if step <= self._told.get(stage, -1):
             return
         self._told[stage] = step

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rlhf.config import Strict
@@ -93,13 +93,21 @@ def run_trial(resolved: Mapping[str, Any], run_name: str) -> Outcome:
         return outcome_of(execute(resolved, run_name), {})
     directory = Path(resolved["runs_dir"]) / run_name
     directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / ".trial.lock"):
+    lock = FileLock(directory / ".trial.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{run_name} waits: another process runs this trial", flush=True)
+        lock.acquire()
+    try:
         write_note(directory, Outcome())
         summary = directory / "summary.json"
         summary.unlink(missing_ok=True)
         code = execute(resolved, run_name)
         outcome = outcome_of(code, json.loads(summary.read_bytes()) if summary.exists() else {})
         write_note(directory, outcome)
+    finally:
+        lock.release()
     return outcome
 
 

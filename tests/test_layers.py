@@ -129,7 +129,7 @@ def test_help_is_a_page_for_newcomers_and_needs_no_torch(tmp_path: Path) -> None
     )  # fmt: skip
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "hydra" in imported  # so the list was read
-    assert not imported & {"torch", "transformers", "datasets", "trl", "peft"}
+    assert not imported & {"torch", "transformers", "datasets", "trl", "peft", "optuna", "submitit"}
     for words in ("python -m rlhf stage=sft", "sft.data=", "why=true", "Exit codes"):
         assert words in done.stdout
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Disks, servers, ranks and other runs that fail: one clear error or a resume, and nothing finished is lost."""
+"""Disks, servers, ranks and other runs that fail: one clear error or a resume, nothing finished is lost."""
 
 from __future__ import annotations
 
@@ -59,6 +59,8 @@ def test_a_store_that_became_read_only_still_serves_what_is_finished(chain: Real
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         _, err = chain.run("frozen", "stage=reward", code=2)
         assert err.count("Error:") == 1 and "Read-only file system" in err and "store_dir=" in err
+        out, _ = chain.run("frozen", "stage=sft")
+        assert "sft reused" in out
         assert len([*disk.glob("sft/[!.]*/model.safetensors")]) == 1
 
 
@@ -110,6 +112,7 @@ def test_a_reward_server_that_goes_away_costs_nothing(chain: RealChain) -> None:
     assert chain.weights("away", "ppo") == chain.weights("served", "ppo")
 
 
+@pytest.mark.slow  # wandb tries for a minute
 def test_a_tracker_that_cannot_be_reached_is_told_before_anything_runs(chain: RealChain) -> None:
     process = chain.start(
         "untracked", "stage=sft", "tracker=wandb", "tracker.mode=online",

@@ -1,0 +1,78 @@
+"""What is known of an artifact later: who made it, from what, with what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.artifacts import Artifact, Manifest, Recipe, digest_of, file_digest, recipe_key
+from rlhf.tracking import Tracker
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+PACKAGES = ("rlhf", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def make_manifest(
+    stage: str,
+    recipe: Recipe,
+    scratch: Path,
+    *,
+    config: dict[str, Any],
+    metrics: Mapping[str, float],
+    seconds: float,
+    num_ranks: int,
+) -> Manifest:
+    """The manifest of what lies in scratch; the store fills in the files.
+
+    Args:
+        config: the whole resolved config of the run, without secrets.
+        seconds: of all attempts.
+    """
+    tokenizer_files = {
+        path.name: file_digest(path) for name in TOKENIZER_FILES if (path := scratch / name).exists()
+    }
+    return Manifest(
+        stage=stage,
+        key=recipe_key(recipe),
+        recipe=recipe,
+        config=config,
+        metrics=dict(metrics),
+        seconds=round(seconds, 2),
+        tokenizer=digest_of(tokenizer_files) if tokenizer_files else None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        git_revision=git_revision(),
+        packages={name: importlib.metadata.version(name) for name in PACKAGES},
+        hardware=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+        + (f", {num_ranks} ranks" if num_ranks > 1 else ""),
+        files={},
+    )
+
+
+def same_content(first: Artifact, second: Artifact) -> bool:
+    """Whether two artifacts hold the same bytes, apart from the logs."""
+    logs = (Tracker.METRICS, Tracker.SAMPLES)
+    one, other = (
+        {name: digest for name, digest in artifact.manifest.files.items() if name not in logs}
+        for artifact in (first, second)
+    )
+    return one == other
+
+
+def git_revision() -> str | None:
+    """The checkout this package runs from, with a mark when it has uncommitted changes."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return described.stdout.strip() or None
