@@ -44,8 +44,8 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
             traceback.print_exc()
             return leave(CRASH)
         print(
-            f"Error: {error.filename or 'disk'}: {error.strerror}. Finished stages and earlier checkpoints are "
-            "kept. Make room, or choose another store_dir= or runs_dir=.",
+            f"Error: {error.filename or 'disk'}: {error.strerror}. Finished stages and earlier checkpoints "
+            "are kept. Make room, or choose another store_dir= or runs_dir=.",
             file=sys.stderr,
         )
         return leave(CONFIG_ERROR)

@@ -286,9 +286,10 @@ class Pipeline:
     def _keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
         recipe: Recipe = {"stage": "base", "content": content}
         key = recipe_key(recipe)
+        if found := self.store.find("base", key):
+            return found.path
         with self.store.lock("base", key):
-            found = self.store.find("base", key)
-            if found:
+            if found := self.store.find("base", key):  # another run may just have made it
                 return found.path
             self.console.print(f"[cyan]base[/] model={content[0]}: making it, once", highlight=False)
             start = time.monotonic()

@@ -165,7 +165,7 @@ def test_a_crash_of_two_ranks(chain: Chain) -> None:
     ("override", "said"),
     [
         ("sft.data='${oc.env:HF_TOKEN}/no.jsonl'", "sft.data=<redacted>/no.jsonl: there is no such file"),
-        ("ppo.reward='${oc.env:DATA_URL}'", "ppo.reward='https://<redacted>@host/data?token=<redacted>'"),
+        ("ppo.reward='ask ${oc.env:DATA_URL}'", "ppo.reward='ask https://<redacted>@host/data?token=<redacted>'"),
         ("ppo.reward='model:${oc.env:DB_PASSWORD}'", "model:<redacted>: no config.json there"),
         ("precision=${oc.env:HF_TOKEN}", "precision='<redacted>'"),
         (f"sft.data=[{SECRETS['HF_TOKEN']}", "sft.data=[<redacted>"),
@@ -199,7 +199,7 @@ def test_a_sweep(chain: Chain) -> None:
     )
     assert outcome.code == 2
     assert leaks(chain.directory, outcome.out, outcome.err) == []
-    assert "chat_template=<redacted>" in (chain.directory / "runs" / "multirun.yaml").read_text()
+    assert not list(chain.directory.rglob("multirun.yaml"))  # Hydra's sweeper would write one
 
 
 def test_submitit_gets_no_secret_to_pickle(chain: Chain) -> None:
