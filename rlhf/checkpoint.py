@@ -158,6 +158,16 @@ class Checkpointer:
         """The artifact is published: remove what was only needed to get there."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def cost(self) -> str:
+        """What saving took, in words; empty when nothing was saved."""
+        if not self.written:
+            return ""
+        seconds, size = sum(each for each, _ in self.written), self.written[-1][1]
+        share = seconds / (time.monotonic() - self._start)
+        count = f"{len(self.written)} checkpoint{'s' if len(self.written) > 1 else ''}"
+        each = seconds / len(self.written)
+        return f" ({count} of {size / 1e6:.0f} MB, {each:.1f} s each, {share:.1%} of the time)"
+
     def spent(self) -> float:
         """Seconds of this and all earlier attempts."""
         return self.seconds + time.monotonic() - self._start

@@ -41,12 +41,18 @@ class StopSignals:
 
     @contextmanager
     def put_off(self) -> Iterator[None]:
-        """While open, the first signal is only noted; whoever opened it looks at `received`."""
+        """While open, the first signal is only noted; whoever opened it looks at `received`.
+
+        Raises:
+            Stopped: a signal came, and nobody looked.
+        """
         self._put_off = True
         try:
             yield
         finally:
             self._put_off = False
+        if self.received is not None:  # behind the last look at it
+            raise Stopped(self.received)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._put_off and self.received is None:

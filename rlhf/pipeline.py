@@ -190,7 +190,8 @@ class Pipeline:
         if replaced and not same_content(replaced, artifact):
             self.changed.add(name)
         run.record(name, "ran", key, artifact, seconds)
-        self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}", highlight=False)
+        cost = job.checkpoints.cost()
+        self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
         return artifact
 
     def announce(self, prepared: Artifact, base: BaseModelFiles) -> None:

@@ -68,6 +68,7 @@ class WandbSink:
         content = digest_of(redacted(resolved))
         self._id = known["id"] if known.get("config") == content else uuid4().hex[:8]
         self._told: dict[str, int] = known["told"] if known.get("config") == content else {}
+        self._told_before = dict(self._told)
         self._content = content
         try:
             self._run = wandb.init(
@@ -84,7 +85,7 @@ class WandbSink:
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
         """Each stage counts its own steps, so each gets its own x axis."""
-        if step <= self._told.get(stage, -1):
+        if step <= self._told_before.get(stage, -1):
             return
         self._told[stage] = step
         self._note.write_text(json.dumps({"id": self._id, "config": self._content, "told": self._told}))

@@ -90,6 +90,12 @@ class PpoStage(PpoConfig, Stage):
         """Load the four models, train, and publish the best policy."""
         for name in ("batch_episodes", "minibatch_episodes"):
             job.compute.check_divides(f"ppo.{name}", getattr(self, name))
+        if self.ema_decay is not None and job.compute.zero.startswith("zero3"):
+            raise ConfigError("ppo.ema_decay needs whole weights on each rank. Use zero=zero2, or null.")
+        if self.frozen == "sharded" and job.compute.zero == "none":
+            raise ConfigError(
+                "ppo.frozen=sharded is DeepSpeed's work. Use it with zero=zero1, zero2 or zero3."
+            )
         sft, settings, compute = job.inputs["sft"].path, job.base.config, job.compute
         tokenizer = load_tokenizer(sft, settings)
         policy = load_causal_lm(sft, settings, compute.dtype, compute.device)

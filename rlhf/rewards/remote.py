@@ -31,10 +31,14 @@ def remote_reward(url: str) -> Reward:
         body = {"prompts": prompts, "responses": [exchange.response for exchange in exchanges]}
         answer = _ask(url, json.dumps(body).encode())
         scores = answer.get("scores") if isinstance(answer, dict) else None
-        if not isinstance(scores, list) or len(scores) != len(exchanges):
+        if (
+            not isinstance(scores, list)
+            or len(scores) != len(exchanges)
+            or not all(value is None or isinstance(value, int | float) for value in scores)
+        ):
             raise RewardError(
-                f"{url} answered {str(answer)[:200]!r} to {len(exchanges)} responses; it must answer "
-                '{"scores": [one number for each]}.'
+                f"{redacted(url)} answered {str(answer)[:200]!r} to {len(exchanges)} responses; it must "
+                'answer {"scores": [one number for each]}.'
             )
         return torch.tensor([float("nan") if value is None else float(value) for value in scores])
 

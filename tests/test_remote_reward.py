@@ -1,0 +1,87 @@
+"""`ppo.reward=http://...`: what is sent, what may come back, and a server that does not answer."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from rlhf.data.schema import Message
+from rlhf.rewards import remote
+from rlhf.rewards.remote import remote_reward
+from rlhf.rewards.source import Exchange, RewardError
+
+EXCHANGES = [
+    Exchange([Message(role="user", content="Say hi")], "hi"),
+    Exchange([Message(role="user", content="Say nothing")], ""),
+]
+
+
+class Server:
+    """Answers what a test puts into `answers`, one a request; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, Any]] = []
+        self.asked: list[Any] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                server.asked.append(json.loads(body))
+                status, answer = server.answers.pop(0)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(answer).encode())
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Quiet."""
+
+        self.http = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.0)
+    server = Server()
+    thread = threading.Thread(target=server.http.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+    thread.join()
+
+
+def test_prompts_and_responses_are_sent_and_scores_come_back(server: Server) -> None:
+    server.answers = [(200, {"scores": [1, -0.5]})]
+    assert remote_reward(server.url)(EXCHANGES).tolist() == [1.0, -0.5]
+    assert server.asked == [{"prompts": ["Say hi", "Say nothing"], "responses": ["hi", ""]}]
+
+
+def test_a_server_that_fails_once_is_asked_again(server: Server) -> None:
+    server.answers = [(503, {}), (200, {"scores": [1, 2]})]
+    assert remote_reward(server.url)(EXCHANGES).tolist() == [1.0, 2.0]
+
+
+def test_a_score_that_is_null_is_not_a_number(server: Server) -> None:
+    server.answers = [(200, {"scores": [None, 2]})]
+    scores = remote_reward(server.url)(EXCHANGES)
+    assert scores.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("answer", [{"scores": [1]}, {"score": [1, 2]}, [1, 2], {"scores": ["a", "b"]}])
+def test_an_answer_of_another_form_is_told(server: Server, answer: Any) -> None:
+    server.answers = [(200, answer)]
+    with pytest.raises(RewardError, match="it must answer"):
+        remote_reward(server.url)(EXCHANGES)
+
+
+def test_a_server_that_is_not_there_is_told(server: Server) -> None:
+    server.http.server_close()
+    with pytest.raises(RewardError, match="does not answer, asked 4 times"):
+        remote_reward(server.url)(EXCHANGES)
