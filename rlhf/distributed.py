@@ -8,6 +8,7 @@ depend on how many there are, up to rounding.
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class Compute:
             try:
                 outcome = (work(), None)
             except Exception as error:
-                outcome = (None, error)
+                outcome = (None, error if self.world_size == 1 else _portable(error))
         result, failure = self.broadcast(outcome)
         if failure is not None:
             raise failure
@@ -156,6 +157,15 @@ class Compute:
         total = values.detach().clone()
         distributed.all_reduce(total, op=operation)
         return total
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same, where it cannot be sent to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def make_compute(

@@ -149,6 +149,10 @@ def quiet_libraries() -> None:
     """Keep other libraries' bars and chatter out of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would warn
     import datasets
     import transformers
 

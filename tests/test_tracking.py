@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,58 @@ def test_wandb_stays_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     tracker.close()
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(run.glob("*.wandb"))
+
+
+def wandb_records(run: Path) -> list[bytes]:
+    """What wandb wrote: LevelDB's log format, blocks of 32 KiB, behind a header of 7 bytes."""
+    (file,) = run.glob("*.wandb")
+    content, records, begun, position = file.read_bytes(), [], b"", 7
+    while position + 7 <= len(content):
+        if 32768 - position % 32768 < 7:  # too little for another record: the block is padded
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        begun += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part of one
+            records.append(begun)
+            begun = b""
+    return records
+
+
+def history_steps(run: Path) -> list[int]:
+    """The `ppo/step` of every history record that wandb kept."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    steps = []
+    for content in wandb_records(run):
+        record = Record()
+        record.ParseFromString(content)
+        if record.WhichOneof("record_type") == "history":
+            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            steps.append(int(items["ppo/step"]))
+    return steps
+
+
+def test_a_resumed_run_is_the_same_wandb_run_and_says_nothing_twice(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for steps in ((1, 2), (1, 2, 3)):  # the second time it hears the story from the beginning
+        tracker = make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": 0})
+        for step in steps:
+            tracker.log("ppo", {"kl": 0.5}, step)
+            tracker.log("ppo", {"score": 0.1}, step)  # a second line of the same step is no repetition
+        tracker.close()
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda run: run.stat().st_mtime)
+    assert len({run.name.rpartition("-")[2] for run in runs}) == 1
+    assert sorted(step for run in runs for step in history_steps(run)) == [1, 1, 2, 2, 3, 3]
+
+
+def test_another_config_under_the_same_name_is_another_wandb_run(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for seed in (0, 1):
+        make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": seed}).log("ppo", {"kl": 0.5}, 1)
+    ids = {run.name.rpartition("-")[2] for run in (tmp_path / "wandb").glob("offline-run-*")}
+    assert len(ids) == 2
 
 
 def test_tensorboard_writes_its_events(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ class Learner:
         self.sampling.set_state(state["sampling"])
         self.update.load_state_dict(state["update"])
         self.first, self.last, self.best = (Evaluation(*state[name]) for name in ("first", "last", "best"))
-        self.best_weights = state["best_weights"]
+        self.best_weights = state["best_weights"] if self.compute.is_main else {}
 
     def step(self, rows: Sequence[PromptRow], step: int) -> dict[str, float]:
         """Roll out, score, learn. What is not finite is not learned from, and counted.

@@ -36,6 +36,11 @@ def assert_same(chain: RealChain, undisturbed: str, name: str) -> None:
         ("plain", ()),
         ("zero3", ZERO3),
         pytest.param("two_ranks", ("launch.processes=2",), marks=pytest.mark.slow),
+        pytest.param(
+            "zero3_lora_bf16",
+            (*ZERO3, "ppo.peft=lora", "sft.peft=lora", "precision=bf16", "ppo.frozen=sharded"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("zero1", ("launch.processes=2", "zero=zero1"), marks=pytest.mark.slow),
         pytest.param("zero2", ("launch.processes=2", "zero=zero2"), marks=pytest.mark.slow),
         pytest.param(

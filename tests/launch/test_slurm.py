@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from slurm_cluster import SlurmCluster, wait_for
 from small_chain import SETTINGS, SOURCES, Chain
+from test_sweep import check_submitit_sweep, submitit_sweep_arguments
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
@@ -153,3 +154,14 @@ def test_a_crashed_rank_ends_the_job_with_its_reason(cluster: SlurmCluster) -> N
     ended = cluster.finished(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0"), log_of(job)
     assert "no score today" in log_of(job)
+
+
+def test_the_trials_of_a_submitit_sweep_train_sft_once(
+    cluster: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_CONF", "PATH", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    chain = Chain(tmp_path)
+    outcome = chain.run(*submitit_sweep_arguments("submitit_slurm", "timeout_min=10", "cpus_per_task=1"))
+    assert outcome.code == 0, outcome.out + outcome.err
+    check_submitit_sweep(chain)
