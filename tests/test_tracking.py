@@ -94,7 +94,7 @@ def test_a_resumed_run_is_the_same_wandb_run_and_says_nothing_twice(tmp_path: Pa
             tracker.log("ppo", {"score": 0.1}, step)  # a second line of the same step is no repetition
         tracker.close()
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda run: run.stat().st_mtime)
-    assert len({run.name.rpartition("-")[2] for run in runs}) == 1
+    assert len({run.name.split("-")[3] for run in runs}) == 1
     assert sorted(step for run in runs for step in history_steps(run)) == [1, 1, 2, 2, 3, 3]
 
 
@@ -102,7 +102,7 @@ def test_another_config_under_the_same_name_is_another_wandb_run(tmp_path: Path)
     pytest.importorskip("wandb")
     for seed in (0, 1):
         make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": seed}).log("ppo", {"kl": 0.5}, 1)
-    ids = {run.name.rpartition("-")[2] for run in (tmp_path / "wandb").glob("offline-run-*")}
+    ids = {run.name.split("-")[3] for run in (tmp_path / "wandb").glob("offline-run-*")}
     assert len(ids) == 2
 
 
