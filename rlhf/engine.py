@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ class Engine(ABC):
         """Clip each group by its own norm and update; skipped, and counted, when a norm is not finite."""
 
     @abstractmethod
-    def whole(self) -> Any:
-        """A context in which every rank can run the model by itself, for generation."""
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A context in which every rank can run a part of the model by itself, for generation."""
 
     @abstractmethod
     def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
@@ -104,10 +104,9 @@ class PlainEngine(Engine):
         self.grad_norms = self.optimizer.grad_norms
         self.skipped_steps = self.optimizer.skipped_steps
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
         """It always is."""
-        yield
+        return nullcontext()
 
     def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
         """A copy on the CPU."""

@@ -95,8 +95,8 @@ class ZeroEngine(Engine):
             self.grad_norms = self._client.grad_norms
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Gather the weights, and run the module without DeepSpeed's hooks, which would shard it again."""
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Gather the module's weights, and run it without DeepSpeed's hooks, which would shard it again."""
         if not self._sharded:
             yield
             return
@@ -109,7 +109,7 @@ class ZeroEngine(Engine):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
         try:
-            with deepspeed.zero.GatheredParameters(list(self._engine.module.parameters())):
+            with deepspeed.zero.GatheredParameters(list(module.parameters())):
                 yield
         finally:
             offload._register_deepspeed_module(offload.module)
@@ -234,7 +234,6 @@ def to_universal(directory: Path) -> None:
 
 
 def _deepspeed(compute: Compute) -> Any:
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, also on a single rank
     if compute.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where there is one rank, started by nobody

@@ -122,7 +122,7 @@ class PpoStage(PpoConfig, Stage):
         learner = Learner(
             self,
             engine=engine,
-            policy=Policy(policy, tokenizer, compute, engine.whole),
+            policy=Policy(policy, tokenizer, compute, lambda: engine.whole(policy)),
             reference=reference,
             reward=reward,
             normalizer=normalizer,

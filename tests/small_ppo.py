@@ -70,7 +70,7 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
     return Learner(
         stage,
         engine=engine,
-        policy=Policy(policy, tokenizer, job.compute, engine.whole),
+        policy=Policy(policy, tokenizer, job.compute, lambda: engine.whole(policy)),
         reference=Policy.load(sft, MODEL, job.compute),
         reward=reward,
         normalizer=normalizer,

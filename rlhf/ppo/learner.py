@@ -86,6 +86,11 @@ class Learner:
             self.first = self.last = self.evaluate(held_out, 0)
         else:
             self.load_state_dict(state)
+            if self.bad_steps > config.max_bad_steps:
+                raise ConfigError(
+                    f"ppo.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps had to be skipped. "
+                    "Raise it to go on behind them."
+                )
         batches = prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed)
         with self.job.progress.task("ppo: steps", config.steps) as task, checkpoints.training():
             task.skip(self.done)
