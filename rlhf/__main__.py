@@ -37,7 +37,7 @@ def compose_and_run(node: DictConfig) -> Any:
 
 def run_composed(node: DictConfig) -> Any:
     """Run what was composed."""
-    from rlhf.execute import execute
+    from rlhf.execute import end_rank, execute
     from rlhf.trials import run_trial
 
     resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
@@ -52,6 +52,8 @@ def run_composed(node: DictConfig) -> Any:
         code = outcome.code  # another sweeper knows no exit codes
     else:
         code = execute(config, name)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            end_rank(code)
     if code:
         raise SystemExit(code)
     return None

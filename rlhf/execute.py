@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.markup import escape
 
@@ -72,14 +72,20 @@ def leave(code: int) -> int:
     """The code; or the end, where the backend's threads may still wait for other ranks."""
     from torch import distributed
 
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        end_rank(code)
+    return code
+
+
+def end_rank(code: int) -> NoReturn:
+    """End one rank of several at once: threads of the backend and of DeepSpeed may abort a process that
+    winds down, though all its work is done."""
     from rlhf.interrupt import leave_exit_code
 
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        leave_exit_code(code)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    leave_exit_code(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def failed(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:

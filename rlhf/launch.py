@@ -169,7 +169,7 @@ def note_failure(directory: Path, rank: int) -> None:
 @redacted_output()
 def main() -> None:
     """One rank."""
-    from rlhf.execute import INTERRUPTED, STOPPED, execute
+    from rlhf.execute import INTERRUPTED, STOPPED, end_rank, execute
 
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives its launcher
     if os.getppid() != int(os.environ["RLHF_LAUNCHER"]):
@@ -179,7 +179,7 @@ def main() -> None:
             code = execute(json.load(sys.stdin), Path(sys.argv[1]).name)
     except Stopped as stop:  # before the run began
         code = INTERRUPTED if stop.signum == signal.SIGINT else STOPPED
-    raise SystemExit(code)
+    end_rank(code)
 
 
 if __name__ == "__main__":

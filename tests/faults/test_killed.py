@@ -34,7 +34,7 @@ def assert_same(chain: RealChain, undisturbed: str, name: str) -> None:
     ("name", "overrides"),
     [
         ("plain", ()),
-        ("zero3", ZERO3),
+        pytest.param("zero3", ZERO3, marks=pytest.mark.slow),
         pytest.param("two_ranks", ("launch.processes=2",), marks=pytest.mark.slow),
         pytest.param(
             "zero3_lora_bf16",
@@ -107,7 +107,13 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
     assert_same(chain, "random_undisturbed", "random")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit_flipped", "manifest", "missing"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "bit_flipped",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("truncated", "manifest", "missing")),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(chain: RealChain, damage: str) -> None:
     name, short = f"damage_{damage}", ("stage=sft",)
     if not (chain.directory / "runs" / "damage_undisturbed").exists():
@@ -138,7 +144,14 @@ def spoil(checkpoint: Path, damage: str) -> None:
         file.unlink()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_then_stops_and_the_same_command_goes_on(
     chain: RealChain, signum: signal.Signals
 ) -> None:

@@ -94,6 +94,7 @@ def reward_server(port: int = 0) -> Iterator[HTTPServer]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_reward_server_that_goes_away_costs_nothing(chain: RealChain) -> None:
     with reward_server() as server:
         port = server.server_port
@@ -128,7 +129,7 @@ def test_a_tracker_that_cannot_be_reached_is_told_before_anything_runs(chain: Re
     ("signum", "words"),
     [
         (signal.SIGKILL, "Rank 1 was killed by SIGKILL"),
-        (signal.SIGSTOP, "rank 0 waited for rank 1 (last seen "),
+        pytest.param(signal.SIGSTOP, "rank 0 waited for rank 1 (last seen ", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_dies_or_hangs_ends_the_run_within_half_a_minute(
@@ -144,6 +145,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_within_half_a_minute(
     assert time.monotonic() - begin < 6 + 30
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_directory_are_refused(chain: RealChain) -> None:
     first = chain.start_until("sft", 1, "same", "stage=sft", "checkpoint.every_steps=1", "sft.epochs=500")
     _, err = chain.run("same", "stage=sft", code=2)
@@ -151,6 +153,7 @@ def test_two_runs_in_one_directory_are_refused(chain: RealChain) -> None:
     assert "another run is writing" in err and err.count("Error:") == 1
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_backwards_changes_nothing(chain: RealChain) -> None:
     kill(chain.start_until("sft", 4, "clock", "stage=sft", "checkpoint.every_steps=1"))
     newest, *older = sorted(chain.store("clock").glob("sft/.*.checkpoints/step-*"), reverse=True)

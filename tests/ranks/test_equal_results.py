@@ -18,10 +18,10 @@ VARIANTS = {
         "ppo.micro_batch_tokens=60",
     ),
     "two_ranks": ("launch.processes=2",),
-    "zero2": ("launch.processes=2", "zero=zero2"),
     "zero3": ("launch.processes=2", "zero=zero3", "ppo.frozen=sharded"),
 }
 SLOW = {
+    "zero2": ("launch.processes=2", "zero=zero2"),
     "four_ranks": ("launch.processes=4",),
     "zero1": ("launch.processes=2", "zero=zero1"),
     "zero3_offload": ("launch.processes=2", "zero=zero3_offload"),
