@@ -30,7 +30,7 @@ from rlhf.secrets import redacted_output
 
 GRACE_SECONDS = 5.0
 """Between the first failed rank and the end of the others: some fail for the same reason and shall say so."""
-LINES_SHOWN = 40
+LINES_SHOWN = 100
 CONFIG_ERROR = 2
 
 

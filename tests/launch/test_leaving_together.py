@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ONE_RANK = """
-import json, sys, time
+import json, os, sys, time
 from pathlib import Path
 from rlhf.checkpoint import CheckpointConfig, Checkpointer
 from rlhf.distributed import make_compute
@@ -39,6 +39,7 @@ checkpoints.save(1, PlainEngine(model, [(model.parameters(), optim)], compute), 
 stands = (directory / "checkpoints" / "step-00000001").exists()
 if compute.rank == 1:
     (directory / "left").write_text(json.dumps(stands))
+os._exit(0)  # the process group's threads may abort a process that winds down
 """
 
 
