@@ -96,7 +96,7 @@ class Compute:
         if self.is_main:
             try:
                 outcome = (work(), None)
-            except Exception as error:
+            except Exception as error:  # raised below, on every rank
                 outcome = (None, error if self.world_size == 1 else _portable(error))
         result, failure = self.broadcast(outcome)
         if failure is not None:
@@ -163,7 +163,7 @@ def _portable(error: Exception) -> Exception:
     """The error, or one that says the same, where it cannot be sent to other ranks."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # whatever its class does when it is pickled; what it says is kept
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 

@@ -59,7 +59,7 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
             word = "Interrupted" if signum == signal.SIGINT else f"Stopped by {signal.Signals(signum).name}"
             print(f"\n{word}. {kept}", file=sys.stderr)
         return INTERRUPTED if signum == signal.SIGINT else STOPPED
-    except Exception:
+    except Exception:  # a crash: shown whole, and told by the exit code
         traceback.print_exc()
         return leave(CRASH)
 
@@ -142,7 +142,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                     raise LostRankError(heartbeat.explain(settings.distributed.timeout)) from error
             print_summary(pipeline.results, console)
             return DONE
-        except Exception:
+        except Exception:  # raised again: only the launcher is told when
             if compute.world_size > 1:  # before the others notice, and without waiting for them
                 failed(resolved, run_name, compute.rank)
             raise

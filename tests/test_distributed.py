@@ -191,7 +191,7 @@ def talk(rank: int, port: int, results: Any) -> None:
         results.put((rank, heard))
         compute.barrier()
         torch.distributed.destroy_process_group()
-    except BaseException:
+    except BaseException:  # the test shows what ended this rank
         results.put((rank, traceback.format_exc()))
         raise
 

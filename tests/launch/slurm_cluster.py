@@ -88,7 +88,7 @@ class SlurmCluster:
             for name in self._names:
                 subprocess.run(["slurmd", "-N", name, "-f", here / "slurm.conf"], check=True)
             wait_for("all nodes are idle", self._all_idle, seconds=30)
-        except BaseException:
+        except BaseException:  # nothing that was started may stay, Ctrl-C or not
             self.stop()
             raise
         return self

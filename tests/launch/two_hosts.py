@@ -41,7 +41,7 @@ class TwoHosts:
                 _ip("-n", name, "address", "add", f"{address}/24", "dev", cable)
                 _ip("-n", name, "link", "set", "lo", "up")
                 _ip("-n", name, "link", "set", cable, "up")
-        except BaseException:
+        except BaseException:  # no namespace may stay, Ctrl-C or not
             self.__exit__(None, None, None)
             raise
         return self
