@@ -25,7 +25,7 @@ from rlhf.config import ConfigError, Strict
 from rlhf.data.batching import token_budget_batches
 
 Precision = Literal["auto", "bf16", "fp32"]
-Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload"]
+Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 Result = TypeVar("Result")
 
 
@@ -65,6 +65,11 @@ class Compute:
     def is_main(self) -> bool:
         """Rank 0 writes files and talks to the user."""
         return self.rank == 0
+
+    @property
+    def shards_weights(self) -> bool:
+        """No rank has the whole model."""
+        return self.zero in ("zero3", "zero3_offload", "fsdp2")
 
     def global_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
@@ -180,7 +185,7 @@ def make_compute(
     rank, world_size = find_rank(os.environ)
     if world_size == 1 and zero != "none" and not distributed.is_initialized():
         store = distributed.HashStore()  # type: ignore[attr-defined]
-        distributed.init_process_group(  # DeepSpeed talks to a group, if only of one
+        distributed.init_process_group(  # sharding needs a group, if only of one
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1
         )
     if world_size > 1 and not distributed.is_initialized():

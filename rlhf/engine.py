@@ -1,4 +1,4 @@
-"""What trains: a model, its optimizer and its learning rates, whole on every rank or sharded by DeepSpeed."""
+"""What trains: a model, its optimizer and its learning rates, whole on every rank or sharded."""
 
 from __future__ import annotations
 
@@ -119,11 +119,6 @@ class PlainEngine(Engine):
 
     def load(self, directory: Path) -> None:
         """Every rank reads rank 0's file."""
-        if not (directory / self.STATE).exists():
-            raise ConfigError(
-                f"{directory}: written with DeepSpeed. Go on with the zero= it was written with, or start "
-                "the stage anew with checkpoint.resume=false."
-            )
         state = torch.load(directory / self.STATE, weights_only=True, mmap=True, map_location="cpu")
         self.optimizer.load_state_dict(state)
         self.skipped_steps = self.optimizer.skipped_steps
@@ -137,9 +132,22 @@ def make_engine(
     Args:
         groups: parameters (those that do not require gradients are left out) and how each group is trained.
         resume: the manifest of the checkpoint that will be loaded; DeepSpeed must know its number of ranks.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another engine.
     """
+    if resume is not None and resume["zero"] != compute.zero:
+        raise ConfigError(
+            f"The checkpoint of step {resume['step']} was written with zero={resume['zero']}, which "
+            f"zero={compute.zero} cannot read. Go on with the former, or start the stage anew with "
+            "checkpoint.resume=false."
+        )
     if compute.zero == "none":
         return PlainEngine(model, groups, compute)
+    if compute.zero == "fsdp2":
+        from rlhf.fsdp import FsdpEngine
+
+        return FsdpEngine(model, groups, compute)
     from rlhf.zero import ZeroEngine
 
     universal = resume is not None and resume["world_size"] != compute.world_size

@@ -39,7 +39,8 @@ class Settings(Strict):
     device: Literal["auto", "cpu"]
     precision: Precision
     zero: Zero
-    """What DeepSpeed shards over the ranks: nothing, optimizer (1), gradients too (2), weights too (3)."""
+    """What DeepSpeed shards over the ranks: nothing, optimizer (1), gradients too (2), weights too (3); or
+    torch's FSDP2, which shards all three."""
     launch: LaunchConfig
     distributed: DistributedConfig
     checkpoint: CheckpointConfig

@@ -109,6 +109,36 @@ class MasterAdamW(torch.optim.Optimizer):
         self.skipped_steps = state_dict["skipped_steps"]
 
 
+class ClippedAdamW(AdamW):
+    """AdamW on this rank's fp32 shards, which clips each group by its own norm over all ranks.
+
+    So does MasterAdamW; DeepSpeed's and torch's clipping know one norm for all groups.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], global_sum: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(list(groups))
+        self._global_sum = global_sum
+        self.grad_norms: list[float] = []
+        """Of the groups with gradients that `step` met since the list was emptied."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Clip and update. A norm that is not finite touches nothing."""
+        assert closure is None
+        for group in self.param_groups:
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            if not gradients:
+                continue
+            square = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+            norm = float(self._global_sum(square[None])) ** 0.5
+            self.grad_norms.append(norm)
+            factor = min(1.0, group["max_grad_norm"] / (norm + 1e-6))  # as torch's clip_grad_norm_
+            for gradient in gradients:
+                gradient.mul_(factor)
+        if all(map(math.isfinite, self.grad_norms)):
+            super().step()
+
+
 def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -9,51 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute
 from rlhf.engine import Engine, Groups
-from rlhf.training import parameter_group
+from rlhf.training import ClippedAdamW, parameter_group
 
 TAG, UNIVERSAL = "zero", "zero_universal"
-
-
-class ClippedAdamW(AdamW):
-    """AdamW that clips each group by its own norm over all ranks, as MasterAdamW does.
-
-    DeepSpeed's own clipping knows one norm for all. It calls `step` once a group, with this rank's fp32
-    partition of the group's parameters and gradients.
-    """
-
-    def __init__(self, groups: Sequence[dict[str, Any]], compute: Compute) -> None:
-        super().__init__(list(groups))
-        self._compute = compute
-        self.grad_norms: list[float] = []
-        """Of the groups that were stepped since the list was emptied."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Clip and update. A norm that is not finite touches nothing."""
-        assert closure is None
-        for group in self.param_groups:
-            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            if not gradients:
-                continue
-            square = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
-            norm = float(self._compute.global_sum(square[None])) ** 0.5
-            self.grad_norms.append(norm)
-            factor = min(1.0, group["max_grad_norm"] / (norm + 1e-6))  # as torch's clip_grad_norm_
-            for gradient in gradients:
-                gradient.mul_(factor)
-        super().step()
 
 
 class ZeroEngine(Engine):
@@ -62,7 +31,7 @@ class ZeroEngine(Engine):
     def __init__(self, model: nn.Module, groups: Groups, compute: Compute, *, universal: bool) -> None:
         super().__init__(compute, [config for _, config in groups])
         self._client = ClippedAdamW(
-            [parameter_group(parameters, config) for parameters, config in groups], compute
+            [parameter_group(parameters, config) for parameters, config in groups], compute.global_sum
         )
         config = zero_config(compute) | {"checkpoint": {"load_universal": universal}}
         self._universal = universal
@@ -86,7 +55,7 @@ class ZeroEngine(Engine):
 
     def step(self) -> None:
         """Update this rank's partition, and gather what it needs of the others'."""
-        self._client.grad_norms = []
+        self._client.grad_norms = []  # DeepSpeed calls the optimizer once a group
         self._engine.step()
         if self._engine.optimizer.overflow:
             self.skipped_steps += 1
@@ -135,11 +104,6 @@ class ZeroEngine(Engine):
 
     def load(self, directory: Path) -> None:
         """Restore this rank's partition; from another number of ranks through a universal checkpoint."""
-        if not (directory / TAG).exists():
-            raise ConfigError(
-                f"{directory}: not written with DeepSpeed. Go on with zero=none, or start the stage anew "
-                "with checkpoint.resume=false."
-            )
         tag = TAG
         if self._universal:
             self.compute.main_only(lambda: to_universal(directory))

@@ -90,11 +90,12 @@ class PpoStage(PpoConfig, Stage):
         """Load the four models, train, and publish the best policy."""
         for name in ("batch_episodes", "minibatch_episodes"):
             job.compute.check_divides(f"ppo.{name}", getattr(self, name))
-        if self.ema_decay is not None and job.compute.zero.startswith("zero3"):
+        if self.ema_decay is not None and job.compute.shards_weights:
             raise ConfigError("ppo.ema_decay needs whole weights on each rank. Use zero=zero2, or null.")
         if self.frozen == "sharded" and job.compute.zero == "none":
             raise ConfigError(
-                "ppo.frozen=sharded is DeepSpeed's work. Use it with zero=zero1, zero2 or zero3."
+                "ppo.frozen=sharded is the work of DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 "
+                "or fsdp2."
             )
         sft, settings, compute = job.inputs["sft"].path, job.base.config, job.compute
         tokenizer = load_tokenizer(sft, settings)
@@ -143,7 +144,10 @@ class PpoStage(PpoConfig, Stage):
 
     def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:
         """Spread the models that do not train over the ranks."""
-        from rlhf.zero import shard_frozen
+        if compute.zero == "fsdp2":
+            from rlhf.fsdp import shard_frozen
+        else:
+            from rlhf.zero import shard_frozen
 
         shard_frozen(reference.model, compute)
         if isinstance(reward, LearnedReward):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from small_job import on_cpu
 from torch import nn
 
 from rlhf.config import ConfigError, OptimConfig
+from rlhf.distributed import Zero
 from rlhf.engine import PlainEngine, make_engine
 
 
@@ -105,7 +107,13 @@ def test_trainable_weights_are_copied_from_the_part_that_was_named() -> None:
     assert torch.equal(state["weight"], before)
 
 
-def test_a_checkpoint_of_the_other_engine_is_told(tmp_path: Path) -> None:
-    engine = Two().engine(config(), config())
-    with pytest.raises(ConfigError, match=r"written with DeepSpeed.*checkpoint\.resume=false"):
-        engine.load(tmp_path)
+@pytest.mark.parametrize(
+    ("written", "now"), [("zero3", "none"), ("none", "zero1"), ("fsdp2", "zero3"), ("none", "fsdp2")]
+)
+def test_a_checkpoint_of_another_engine_is_told(written: str, now: Zero) -> None:
+    compute = replace(on_cpu(), zero=now)
+    model = Two()
+    with pytest.raises(ConfigError, match=rf"step 3 .*zero={written},.*zero={now}.*checkpoint\.resume=false"):
+        make_engine(
+            model, [(model.parameters(), config())], compute, {"zero": written, "step": 3, "world_size": 1}
+        )

@@ -95,11 +95,12 @@ class Policy:
 
     def log_probabilities(self, rollout: Rollout, temperature: float, micro_batch_tokens: int) -> Tensor:
         """Nats, fp32 [B, R] on the CPU, 0 on padding; without gradient."""
-        rows = rollout_rows(
-            rollout,
-            self.pad_id,
-            micro_batch_tokens,
-            self.compute,
-            lambda batch: (response_statistics(self.model, batch, temperature).logp_N,),
-        )
+        with self._whole():
+            rows = rollout_rows(
+                rollout,
+                self.pad_id,
+                micro_batch_tokens,
+                self.compute,
+                lambda batch: (response_statistics(self.model, batch, temperature).logp_N,),
+            )
         return rows[0]

@@ -100,7 +100,7 @@ class PpoConfig(Strict):
     max_kl: PositiveFloat | None
     """Nats a sequence from the SFT model beyond which the run stops; null for never."""
     frozen: Literal["replicated", "sharded"]
-    """Reference and reward model: whole on every rank, or sharded over them (ZeRO-3 inference)."""
+    """Reference and reward model: whole on every rank, or sharded over them (ZeRO-3 inference, or FSDP2)."""
     micro_batch_tokens: PositiveInt
     """Padded tokens per forward pass; lower it when memory runs out."""
 

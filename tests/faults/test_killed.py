@@ -16,6 +16,7 @@ KILLS = int(os.environ.get("RLHF_KILLS", "6"))
 """`make crash-test` takes 50."""
 EACH_STEP = ("checkpoint.every_steps=1",)
 ZERO3 = ("launch.processes=2", "zero=zero3")
+FSDP2 = ("launch.processes=2", "zero=fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,12 @@ def assert_same(chain: RealChain, undisturbed: str, name: str) -> None:
             (*ZERO3, "ppo.peft=lora", "sft.peft=lora", "precision=bf16", "ppo.frozen=sharded"),
             marks=pytest.mark.slow,
         ),
+        pytest.param("fsdp2", FSDP2, marks=pytest.mark.slow),
+        pytest.param(
+            "fsdp2_bf16",
+            (*FSDP2, "sft.peft=lora", "precision=bf16", "ppo.frozen=sharded"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("zero1", ("launch.processes=2", "zero=zero1"), marks=pytest.mark.slow),
         pytest.param("zero2", ("launch.processes=2", "zero=zero2"), marks=pytest.mark.slow),
         pytest.param(
@@ -63,7 +70,10 @@ def test_killed_in_each_stage_and_resumed_it_ends_as_if_undisturbed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "before", "after"), [("zero3", 2, 1), ("zero2", 1, 2), ("none", 2, 4)])
+@pytest.mark.parametrize(
+    ("zero", "before", "after"),
+    [("zero3", 2, 1), ("zero2", 1, 2), ("fsdp2", 4, 2), ("none", 2, 4)],
+)
 def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
     chain: RealChain, zero: str, before: int, after: int
 ) -> None:

@@ -19,12 +19,14 @@ VARIANTS = {
     ),
     "two_ranks": ("launch.processes=2",),
     "zero3": ("launch.processes=2", "zero=zero3", "ppo.frozen=sharded"),
+    "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen=sharded"),
 }
 SLOW = {
     "zero2": ("launch.processes=2", "zero=zero2"),
     "four_ranks": ("launch.processes=4",),
     "zero1": ("launch.processes=2", "zero=zero1"),
     "zero3_offload": ("launch.processes=2", "zero=zero3_offload"),
+    "fsdp2_lora": ("launch.processes=2", "zero=fsdp2", "sft.peft=lora", "reward.peft=lora", "ppo.peft=lora"),
     "zero3_lora": ("launch.processes=2", "zero=zero3", "sft.peft=lora", "reward.peft=lora", "ppo.peft=lora"),
 }
 
