@@ -43,4 +43,4 @@ $(VENV)/.tested: pyproject.toml $(VENV)/.installed
 
 # A PPO run killed at 50 random moments and resumed each time.
 crash-test: $(VENV)/.tested
-	RLHF_KILLS=50 $(BIN)/python -m pytest -m slow tests/faults/test_killed.py -k random_moments
+	RLHF_KILLS=50 $(BIN)/python -m pytest -s -m slow tests/faults/test_killed.py -k random_moments
