@@ -88,6 +88,20 @@ class PpoStage(PpoConfig, Stage):
 
     def run(self, job: Job) -> None:
         """Load the four models, train, and publish the best policy."""
+        learner = self.learner(job)
+        metrics = learner.train(
+            job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
+        )
+        sft, tokenizer = job.inputs["sft"].path, learner.policy.tokenizer
+        job.compute.main_only(
+            lambda: save_policy(
+                merged(job.base, sft, self.peft, learner.best_weights), tokenizer, job.directory
+            )
+        )
+        job.publish({**metrics, "trained_parameters": count_parameters(learner.policy.model)[0]})
+
+    def learner(self, job: Job) -> Learner:
+        """The loop with its four models, before its first step."""
         for name in ("batch_episodes", "minibatch_episodes"):
             job.compute.check_divides(f"ppo.{name}", getattr(self, name))
         if self.ema_decay is not None and job.compute.shards_weights:
@@ -109,8 +123,6 @@ class PpoStage(PpoConfig, Stage):
         attach(critic.model, self.peft)
         critic.head.requires_grad_(True)
         critic.offset.requires_grad_(True)
-        trained, _ = count_parameters(policy)
-
         engine = make_engine(
             ActorCritic(policy, critic),
             [(policy.parameters(), self.optim), (critic.parameters(), self.critic.optim)],
@@ -120,7 +132,7 @@ class PpoStage(PpoConfig, Stage):
         reference = Policy.load(sft, settings, compute)
         if self.frozen == "sharded":
             self.shard(reference, reward, compute)
-        learner = Learner(
+        return Learner(
             self,
             engine=engine,
             policy=Policy(policy, tokenizer, compute, lambda: engine.whole(policy)),
@@ -132,15 +144,6 @@ class PpoStage(PpoConfig, Stage):
             else None,
             job=job,
         )
-        metrics = learner.train(
-            job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
-        )
-        compute.main_only(
-            lambda: save_policy(
-                merged(job.base, sft, self.peft, learner.best_weights), tokenizer, job.directory
-            )
-        )
-        job.publish({**metrics, "trained_parameters": trained})
 
     def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:
         """Spread the models that do not train over the ranks."""

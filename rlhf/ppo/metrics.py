@@ -39,6 +39,8 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
         "reward": total(experience.reward_BR) / episodes,
         "kl": total(kl_k1(experience.logp_BR, experience.reference_logp_BR, mask_BR)) / episodes,  # nats
         "kl_k3": total(kl_k3(experience.logp_BR, experience.reference_logp_BR, mask_BR)) / episodes,
+        "prompt_tokens": float(sum(map(len, rollout.prompt_ids))),
+        "response_tokens": float(tokens),
         "length": tokens / episodes,
         "length_p95": float(lengths_B.quantile(0.95)),
         "stop_rate": stop_rate,
@@ -66,6 +68,16 @@ class UpdateSums:
         self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64)
         self._tokens = 0.0
         self._max_ratio = 0.0
+        self._positions = torch.zeros(2, dtype=torch.float64)  # that hold tokens, all
+
+    def add_positions(self, real: int, computed: int) -> None:
+        """Count what one forward pass worked on."""
+        self._positions += torch.tensor([real, computed])
+
+    def padding(self, compute: Compute) -> float:
+        """The share of padding in the forward passes, over all ranks."""
+        real, computed = compute.global_sum(self._positions).tolist()
+        return 1.0 - float(real / computed)
 
     def add(
         self, policy: PolicyLoss, value: ValueLoss, entropy_sum: Tensor, tokens: int, total_tokens: float

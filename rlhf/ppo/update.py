@@ -21,6 +21,7 @@ from rlhf.models.policy import pad_sequences
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.mix import PretrainingMix
+from rlhf.ppo.phases import Phases
 from rlhf.rl.rollout import Experience, minibatches
 from rlhf.training import WeightAverage
 
@@ -33,9 +34,16 @@ class Update:
     """Everything that changes while PPO learns from a rollout, beside the engine."""
 
     def __init__(
-        self, config: PpoConfig, engine: Engine, policy: Policy, mix: PretrainingMix | None, job: Job
+        self,
+        config: PpoConfig,
+        engine: Engine,
+        policy: Policy,
+        mix: PretrainingMix | None,
+        job: Job,
+        phases: Phases,
     ) -> None:
         self.config, self.engine, self.compute, self.mix = config, engine, job.compute, mix
+        self.phases = phases
         self.pad_id = policy.pad_id
         self.average = WeightAverage(policy.model, config.ema_decay) if config.ema_decay is not None else None
         self.shuffling = torch.Generator().manual_seed(job.seed)
@@ -71,11 +79,13 @@ class Update:
         for epoch in range(config.epochs):
             epoch_sums = UpdateSums()
             for indices in minibatches(len(experience), config.minibatch_episodes, self.shuffling):
-                deviation = self.accumulate(experience.select(indices), [sums, epoch_sums], critic_only)
+                with self.phases("update"):
+                    deviation = self.accumulate(experience.select(indices), [sums, epoch_sums], critic_only)
                 if "first_ratio_deviation" not in metrics:
                     metrics["first_ratio_deviation"] = deviation
                 already_skipped = self.engine.skipped_steps
-                self.engine.step()
+                with self.phases("optimizer"):
+                    self.engine.step()
                 if self.engine.skipped_steps > already_skipped:
                     skipped += 1
                     continue
@@ -92,6 +102,7 @@ class Update:
         return metrics | sums.means(self.compute) | {
             "skipped_minibatches": float(skipped),
             "max_ratio": sums.max_ratio(self.compute),
+            "padding": sums.padding(self.compute),
             "grad_norm": sum(policy_norms) / len(norms),
             "critic_grad_norm": sum(critic_norms) / len(norms),
         }  # fmt: skip
@@ -134,6 +145,8 @@ class Update:
             policy_weight = 0.0 if critic_only else weight
             loss = policy_weight * policy_loss.loss + weight * value_loss.loss
             self.engine.backward(loss, last=last and mixed is None)
+            for each in sums:
+                each.add_positions(sum(lengths[index] for index in group), batch.ids_BT.numel())
             if weight:
                 deviation += float(policy_loss.ratio_deviation)
                 for each in sums:
