@@ -55,16 +55,16 @@ def measure(work: Work) -> Report:
     return meter.report
 
 
-class Meter(TrainerCallback):  # type: ignore[misc]
+class Meter(TrainerCallback):
     """Takes the mean score from what the trainer logs, and lengths from what the reward model is shown."""
 
     def __init__(self, work: Work) -> None:
         self.report = Report(precision="")
         self._num_prompt_tokens = [sum(map(len, batch)) for batch in work.batches]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Once a step."""
-        self.report.score_mean.append(logs["objective/scores"])
+        self.report.score_mean.append(kwargs["logs"]["objective/scores"])
 
     def count_tokens(self, _: torch.nn.Module, __: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         """A forward pre-hook of the reward model: it sees the responses as TRL truncated them."""
