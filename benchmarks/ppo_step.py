@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from peer_work import Work
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
@@ -102,10 +104,9 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any], peak: float) -> No
     table.add_row("step", f"{total:.2f}")
     console.print(table)
     tokens = median(step["response_tokens"] for step in steps)
-    padding = median(step["padding"] for step in steps)
     console.print(
         f"{episodes_per_second(answer):.2f} episodes/s, {tokens / total:.0f} response tokens/s, padding "
-        f"{padding:.1%}, peak memory {answer['peak_bytes'] / 1e9:.2f} GB, matmul peak {peak:.0f} GFLOP/s; "
+        f"{answer['padding']:.1%}, peak memory {answer['peak_bytes'] / 1e9:.2f} GB, matmul peak {peak:.0f} GFLOP/s; "
         f"{answer['precision']}"
     )
 
@@ -165,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours.append(run(sys.executable, "run_rlhf.py", work, options.directory / "rlhf.log"))
         if options.peer:
             script = f"peer_{options.peer}.py"
-            theirs.append(run(options.peer_python, script, work, options.directory / f"{options.peer}.log"))
+            known = {field.name: work[field.name] for field in fields(Work)}
+            theirs.append(run(options.peer_python, script, known, options.directory / f"{options.peer}.log"))
             console.print(f"pair {pair + 1}: {ours[-1]['seconds']} against {theirs[-1]['seconds']}")
     show_phases(work, ours[-1], matmul_peak())
     if options.peer:

@@ -29,6 +29,7 @@ from rlhf.distributed import Compute, make_compute
 from rlhf.experiment import build_experiment
 from rlhf.interrupt import StopSignals
 from rlhf.job import Job
+from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.load import BaseModelFiles, ModelConfig
 from rlhf.ppo.learner import Learner
 from rlhf.progress import Progress
@@ -86,6 +87,16 @@ def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
     )  # fmt: skip
 
 
+def count_positions(learner: Learner) -> list[int]:
+    """Grows by the positions of each batch that goes through the critic: once to score, once an epoch."""
+    model = learner.engine.model
+    assert isinstance(model, ActorCritic)
+    positions: list[int] = []
+    embeddings = model.critic.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda module, ids: positions.append(ids[0].numel()))
+    return positions
+
+
 def main() -> None:
     """Run the work, print what it took."""
     work = json.loads(Path(sys.argv[1]).read_text())
@@ -94,10 +105,12 @@ def main() -> None:
         learner, precision = make_learner(work, Path(scratch))
         if not work["honour_stop"]:
             learner.policy.stop_ids = []
+        positions = count_positions(learner)
         steps = [
             learner.step([PromptRow(prompt) for prompt in batch], number)
             for number, batch in enumerate(work["prompts"], 1)
         ]
+    tokens = sum(step["prompt_tokens"] + step["response_tokens"] for step in steps)
     phases = [{name: step[name] for name in step if name.startswith("seconds_")} for step in steps]
     print(
         json.dumps(
@@ -106,6 +119,7 @@ def main() -> None:
                 "episodes": [len(batch) for batch in work["prompts"]],
                 "phases": phases,
                 "metrics": steps,
+                "padding": 1 - (work["epochs"] + 1) * tokens / sum(positions),
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "versions": {
                     name: importlib.metadata.version(name) for name in ("rlhf", "transformers", "torch")

@@ -1,4 +1,4 @@
-"""The work that is timed: models, prompts and lengths, as one JSON file that this project and its peers read."""
+"""The work that is timed: models, prompts and lengths, as one JSON file for this project and its peers."""
 
 from __future__ import annotations
 

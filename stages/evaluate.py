@@ -90,7 +90,7 @@ class EvaluateStage(Stage):
     num_shown: int = Field(ge=0)
     """Prompts whose answers the report shows side by side, from the first on."""
     micro_batch_tokens: PositiveInt
-    """Padded tokens per forward pass that measures; lower it when memory runs out."""
+    """Tokens per forward pass that measures; lower it when memory runs out."""
 
     @model_validator(mode="after")
     def _gates_can_be_measured(self) -> Self:

@@ -47,7 +47,7 @@ class GenerateStage(Stage):
     batch_rows: PositiveInt
     """Rows decoded together."""
     micro_batch_tokens: PositiveInt
-    """Padded tokens per forward pass of the reward model."""
+    """Tokens per forward pass of the reward model."""
 
     def inputs(self) -> tuple[str, ...]:
         """The policy's stage, and the reward's where that is learned."""

@@ -253,9 +253,7 @@ class Learner:
             return output.logp_N, output.value_N
 
         with self.phases("score"):
-            logp_BR, value_BR = rollout_rows(
-                rollout, self.policy.pad_id, config.micro_batch_tokens, self.compute, measure
-            )
+            logp_BR, value_BR = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)
         with self.phases("reference"):
             reference_BR = self.reference.log_probabilities(
                 rollout, config.temperature, config.micro_batch_tokens

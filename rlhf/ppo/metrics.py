@@ -68,16 +68,6 @@ class UpdateSums:
         self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64)
         self._tokens = 0.0
         self._max_ratio = 0.0
-        self._positions = torch.zeros(2, dtype=torch.float64)  # that hold tokens, all
-
-    def add_positions(self, real: int, computed: int) -> None:
-        """Count what one forward pass worked on."""
-        self._positions += torch.tensor([real, computed])
-
-    def padding(self, compute: Compute) -> float:
-        """The share of padding in the forward passes, over all ranks."""
-        real, computed = compute.global_sum(self._positions).tolist()
-        return 1.0 - float(real / computed)
 
     def add(
         self, policy: PolicyLoss, value: ValueLoss, entropy_sum: Tensor, tokens: int, total_tokens: float

@@ -17,7 +17,7 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.losses.policy import clipped_policy_loss
 from rlhf.losses.value import clipped_value_loss
-from rlhf.models.policy import pad_sequences
+from rlhf.models.policy import pack_sequences
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.mix import PretrainingMix
@@ -44,7 +44,6 @@ class Update:
     ) -> None:
         self.config, self.engine, self.compute, self.mix = config, engine, job.compute, mix
         self.phases = phases
-        self.pad_id = policy.pad_id
         self.average = WeightAverage(policy.model, config.ema_decay) if config.ema_decay is not None else None
         self.shuffling = torch.Generator().manual_seed(job.seed)
 
@@ -102,7 +101,6 @@ class Update:
         return metrics | sums.means(self.compute) | {
             "skipped_minibatches": float(skipped),
             "max_ratio": sums.max_ratio(self.compute),
-            "padding": sums.padding(self.compute),
             "grad_norm": sum(policy_norms) / len(norms),
             "critic_grad_norm": sum(critic_norms) / len(norms),
         }  # fmt: skip
@@ -121,7 +119,7 @@ class Update:
         deviation = 0.0
         for group, weight, last in self.compute.micro_batches(lengths, config.micro_batch_tokens):
             part = minibatch.select(torch.tensor(group))
-            batch = pad_sequences(part.rollout.prompt_ids, part.rollout.response_ids, self.pad_id, device)
+            batch = pack_sequences(part.rollout.prompt_ids, part.rollout.response_ids, device)
             output = self.engine.model(batch, config.temperature)
             policy_loss = clipped_policy_loss(
                 batch.to_rows(output.logp_N),
@@ -145,8 +143,6 @@ class Update:
             policy_weight = 0.0 if critic_only else weight
             loss = policy_weight * policy_loss.loss + weight * value_loss.loss
             self.engine.backward(loss, last=last and mixed is None)
-            for each in sums:
-                each.add_positions(sum(lengths[index] for index in group), batch.ids_BT.numel())
             if weight:
                 deviation += float(policy_loss.ratio_deviation)
                 for each in sums:
@@ -162,10 +158,9 @@ class Update:
         assert self.mix is not None
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
         for group, weight, last in self.compute.micro_batches(lengths, self.config.micro_batch_tokens):
-            batch = pad_sequences(
+            batch = pack_sequences(
                 [prompts[index] for index in group],
                 [answers[index] for index in group],
-                0,
                 self.compute.device,
             )
             logp_N = self.engine.model(batch, 1.0).logp_N
