@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt
 from rlhf.checkpoint import CheckpointConfig
 from rlhf.config import ConfigError, Strict, validated
 from rlhf.distributed import DistributedConfig, Precision, Zero
+from rlhf.generation.vllm import VllmConfig
 from rlhf.launch import LaunchConfig
 from rlhf.models.load import ModelConfig
 from rlhf.secrets import redacted
@@ -41,6 +42,9 @@ class Settings(Strict):
     zero: Zero
     """What DeepSpeed shards over the ranks: nothing, optimizer (1), gradients too (2), weights too (3); or
     torch's FSDP2, which shards all three."""
+    generation: Literal["local", "vllm"]
+    """What samples responses: the trained model itself, or vLLM with a copy of its weights."""
+    vllm: VllmConfig
     launch: LaunchConfig
     distributed: DistributedConfig
     checkpoint: CheckpointConfig

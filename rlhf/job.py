@@ -17,6 +17,7 @@ from rlhf.tracking import Tracker
 if TYPE_CHECKING:
     from rlhf.checkpoint import Checkpointer
     from rlhf.distributed import Compute
+    from rlhf.generation.vllm import Vllm
     from rlhf.models.load import BaseModelFiles
 
 
@@ -41,6 +42,8 @@ class Job:
     checkpoints: Checkpointer
     run_directory: Path
     """For what does not belong into the artifact, such as a batch that could not be learned from."""
+    vllm: Vllm | None = None
+    """What samples with `generation=vllm`; None for the local engine."""
     summary: dict[str, float] | None = field(default=None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

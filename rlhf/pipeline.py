@@ -19,6 +19,7 @@ from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute
 from rlhf.estimate import parameters_in, speed_of
 from rlhf.experiment import Experiment
+from rlhf.generation.vllm import Vllm
 from rlhf.interrupt import StopSignals
 from rlhf.job import Job
 from rlhf.lineage import make_manifest, same_content
@@ -50,6 +51,12 @@ class Pipeline:
         self.model_identity = base_identity(settings.model)
         self.changed: set[str] = set()
         """Forced stages whose result differs from the one that the store had."""
+        self.vllm = None
+        if settings.generation == "vllm" and any(
+            experiment.stages[name].samples for name in experiment.needed()
+        ):
+            trusted = settings.model.trust_remote_code
+            self.vllm = Vllm(settings.vllm, compute, trust_remote_code=trusted)
         for name in experiment.needed():
             experiment.stages[name].external()  # a missing data file is told now, not after hours of training
 
@@ -95,6 +102,8 @@ class Pipeline:
                 self.check_gates(name, artifacts[name])
         finally:
             tracker.close()
+            if self.vllm is not None:
+                self.vllm.close()
 
     def finish(
         self,
@@ -165,6 +174,7 @@ class Pipeline:
                 stage=name,
             ),
             run_directory=run.directory,
+            vllm=self.vllm,
         )
         torch.manual_seed(job.seed)
         try:
@@ -236,6 +246,10 @@ class Pipeline:
         if stage.random:
             recipe["seed"] = self.experiment.settings.seed
             recipe["dtype"] = str(self.compute.dtype).removeprefix("torch.")
+        if (
+            stage.samples and self.vllm is not None
+        ):  # so artifacts from before there was a choice keep their key
+            recipe["generation"] = "vllm"
         found: Recipe = redacted(recipe)
         return found
 

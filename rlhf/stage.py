@@ -24,6 +24,8 @@ class Stage(Strict, ABC):
     """Raise it when the stage's code changes what it publishes: old artifacts are then not reused."""
     random: ClassVar[bool] = True
     """Whether the seed and the precision decide the result."""
+    samples: ClassVar[bool] = False
+    """Whether it samples from a policy, so that `generation` decides the result."""
     not_in_key: ClassVar[frozenset[str]] = frozenset()
     """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
 

@@ -62,6 +62,7 @@ class EvaluateStage(Stage):
 
     name: ClassVar[str] = "evaluate"
     version: ClassVar[int] = 2
+    samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention_text", "retention_questions", "num_shown", "micro_batch_tokens"}
     )
@@ -169,10 +170,10 @@ class EvaluateStage(Stage):
         """One of the three, frozen."""
         if name == "base":
             tokenizer = job.base.load_tokenizer()
-            policy = Policy.load(job.base.directory, job.base.config, job.compute, tokenizer)
+            policy = Policy.load(job.base.directory, job.base.config, job.compute, tokenizer, job.vllm)
             check_head(policy.model)
             return policy
-        return Policy.load(job.inputs[name].path, job.base.config, job.compute)
+        return Policy.load(job.inputs[name].path, job.base.config, job.compute, vllm=job.vllm)
 
     def answer(self, job: Job, name: PolicyName, policy: Policy, rows: Sequence[PromptRow]) -> Answers:
         """One sampled answer a prompt; every policy draws with the same seed."""

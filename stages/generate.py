@@ -29,6 +29,7 @@ class GenerateStage(Stage):
 
     name: ClassVar[str] = "generate"
     version: ClassVar[int] = 2
+    samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 
     policy: Literal["base", "sft"]
@@ -113,8 +114,8 @@ class GenerateStage(Stage):
         """The model that answers."""
         if self.policy == "base":
             tokenizer = job.base.load_tokenizer()
-            return Policy.load(job.base.directory, job.base.config, job.compute, tokenizer)
-        return Policy.load(job.inputs["sft"].path, job.base.config, job.compute)
+            return Policy.load(job.base.directory, job.base.config, job.compute, tokenizer, job.vllm)
+        return Policy.load(job.inputs["sft"].path, job.base.config, job.compute, vllm=job.vllm)
 
     def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> list[float] | None:
         """One score a response, or None without a reward.

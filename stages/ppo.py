@@ -40,6 +40,7 @@ class PpoStage(PpoConfig, Stage):
 
     name: ClassVar[str] = "ppo"
     version: ClassVar[int] = 2
+    samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "micro_batch_tokens", "max_bad_steps", "max_kl", "frozen"}
     )
@@ -135,7 +136,7 @@ class PpoStage(PpoConfig, Stage):
         return Learner(
             self,
             engine=engine,
-            policy=Policy(policy, tokenizer, compute, lambda: engine.whole(policy)),
+            policy=Policy(policy, tokenizer, compute, lambda: engine.whole(policy), job.vllm),
             reference=reference,
             reward=reward,
             normalizer=normalizer,

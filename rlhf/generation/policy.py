@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from rlhf.data.chat import prompt_ids, response_text, stop_ids
 from rlhf.data.schema import Message
 from rlhf.distributed import Compute
 from rlhf.generation.local import generate
+from rlhf.generation.vllm import Vllm
 from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.models.policy import response_statistics, rollout_rows
 from rlhf.rl.rollout import Rollout
@@ -28,9 +30,12 @@ class Policy:
         tokenizer: PreTrainedTokenizerBase,
         compute: Compute,
         whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+        vllm: Vllm | None = None,
     ) -> None:
-        """`whole` opens a context in which this rank can run the model by itself (sharded weights)."""
+        """`whole` opens a context in which this rank can run the model by itself (sharded weights); `vllm` is
+        the engine that samples, None for the local one."""
         self.model, self.tokenizer, self.compute, self._whole = model, tokenizer, compute, whole
+        self.vllm = vllm
         eos = None if model.generation_config is None else model.generation_config.eos_token_id
         self.stop_ids = stop_ids(tokenizer, eos)
         assert isinstance(tokenizer.pad_token_id, int)
@@ -43,12 +48,19 @@ class Policy:
         config: ModelConfig,
         compute: Compute,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        vllm: Vllm | None = None,
     ) -> Policy:
         """A published model, frozen. A base model's tokenizer is given: only published ones carry the
         chat template that the config asks for."""
         model = load_causal_lm(directory, config, compute.dtype, compute.device)
         model.requires_grad_(False)
-        return cls(model, tokenizer or load_tokenizer(directory, config), compute)
+        return cls(model, tokenizer or load_tokenizer(directory, config), compute, vllm=vllm)
+
+    def hand_over(self) -> None:
+        """Copy the weights into vLLM where that samples; `sample` does it where it was not just done."""
+        if self.vllm is not None:
+            with self._whole():
+                self.vllm.hand_over(self.model)
 
     def sample(
         self,
@@ -65,31 +77,38 @@ class Policy:
 
         Args:
             generator: on the CPU, in the same state on every rank.
-            batch_rows: rows decoded together, on each rank.
+            batch_rows: rows decoded together, on each rank; vLLM goes by vllm.max_num_seqs.
             on_rows: told how many more prompts are answered, over all ranks if they are equally fast.
         """
         ids = [torch.tensor(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         uniform_BR = torch.rand(len(ids), max_new_tokens, generator=generator)
         lengths = [len(row) for row in ids]
         mine = self.compute.share(lengths)
-        with self._whole():
-            part = generate(
-                self.model,
+        if self.vllm is None:
+            engine = partial(generate, self.model, pad_id=self.pad_id, batch_rows=batch_rows)
+        else:
+            if not self.vllm.holds(self.model):
+                self.hand_over()
+            engine = partial(self.vllm.generate)
+        with self._whole() if self.vllm is None else nullcontext():
+            part = engine(
                 [ids[index] for index in mine],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
                 stop_ids=self.stop_ids,
-                pad_id=self.pad_id,
                 uniform_BR=uniform_BR[mine],
-                batch_rows=batch_rows,
                 on_rows=lambda rows: on_rows(rows * self.compute.world_size),
             )
-        assert part.sampled_logp is not None
-        rows = list(zip(part.response_ids, part.stopped.tolist(), part.sampled_logp, strict=True))
+        logps: Sequence[Tensor | None] = part.sampled_logp or [None] * len(mine)
+        rows = list(zip(part.response_ids, part.stopped.tolist(), logps, strict=True))
         rows = self.compute.collect(rows, lengths)
+        known = [row[2] for row in rows if row[2] is not None]
         rollout = Rollout(
-            ids, [row[0] for row in rows], torch.tensor([row[1] for row in rows]), [row[2] for row in rows]
+            ids,
+            [row[0] for row in rows],
+            torch.tensor([row[1] for row in rows]),
+            known if len(known) == len(rows) else None,
         )
         return rollout, [response_text(self.tokenizer, ids.tolist()) for ids in rollout.response_ids]
 

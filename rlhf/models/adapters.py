@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig, LoraModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.config import PeftConfig
+from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.load import BaseModelFiles, load_causal_lm
 from rlhf.training import load_trainable
 
@@ -50,6 +55,42 @@ def merged(
     load_trainable(model, weights)
     adapter.merge()
     return model
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a model, as it is called and as it would be without adapters: theirs are folded into
+    copies, the model stays as it is.
+
+    Raises:
+        ConfigError: an adapter of a kind that cannot be folded in this way.
+    """
+    adapted: dict[str, Any] = {}
+    own: set[str] = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            if not isinstance(layer, LoraLinear):
+                raise ConfigError(
+                    f"{name}: a {type(layer).__name__} adapter cannot be folded into its weight."
+                )
+            adapted[name] = layer
+            own |= {f"{name}.{each}" for each, _ in layer.named_parameters() if "base_layer" not in each}
+    for name, parameter in model.named_parameters():
+        owner, adapts, part = name.partition(".base_layer.")
+        if not adapts and name not in own:
+            yield name, parameter.detach()
+        elif adapts:
+            yield f"{owner}.{part}", _folded(adapted[owner]) if part == "weight" else parameter.detach()
+
+
+def _folded(layer: Any) -> Tensor:
+    """An adapted linear layer's weight with its update, rounded once."""
+    weight: Tensor = layer.get_base_layer().weight.detach()
+    total = weight.float()
+    for adapter in layer.active_adapters:
+        update = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
+        total = total + layer.scaling[adapter] * (update.T if layer.fan_in_fan_out else update)
+    return total.to(weight.dtype)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -234,6 +234,9 @@ class Learner:
     def experience(self, rows: Sequence[PromptRow]) -> Experience:
         """Sample one response a prompt with the current policy, and score it."""
         config = self.config
+        if self.policy.vllm is not None:
+            with self.phases("sync"):
+                self.policy.hand_over()
         with self.phases("generate"):
             rollout, self.texts = self.policy.sample(
                 [row.prompt for row in rows],

