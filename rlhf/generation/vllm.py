@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 import torch
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError, Strict
@@ -60,6 +60,7 @@ class Vllm:
         self._config, self._compute, self._trust_remote_code = config, compute, trust_remote_code
         self._llm: Any = None
         self._holds: PreTrainedModel | None = None
+        self._has_own_group = False
 
     def holds(self, model: PreTrainedModel) -> bool:
         """Whether the model's weights were handed over, and nothing was sampled since."""
@@ -74,6 +75,7 @@ class Vllm:
             ConfigError: vLLM cannot run this model, or leaves some of its weights as they were.
         """
         if self._llm is None:
+            self._has_own_group = not distributed.is_initialized()
             self._llm = self._build(model)
         try:
             (missing,) = self._llm.collective_rpc(_load, args=(merged_weights(model),))
@@ -134,8 +136,9 @@ class Vllm:
         )
 
     def close(self) -> None:
-        """Free the engine's memory."""
-        if self._llm is not None:
+        """Free the engine's memory, where that does no harm: vLLM ends the process group that it finds, so
+        beside other ranks it stays until their processes end."""
+        if self._llm is not None and self._has_own_group:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = self._holds = None
             gc.collect()
@@ -213,9 +216,11 @@ class Vllm:
 def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Runs in vLLM's worker: take these weights; the names of those that it kept as they were.
 
-    The worker's own `reload_weights` does the same and only logs what is missing.
+    The worker's own `reload_weights` only logs what is missing, and forgets a tied output layer on CPUs: its
+    kernel has a packed copy, which is not made anew because no weight of that name comes.
     """
     from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload import (
         finalize_layerwise_reload,
         initialize_layerwise_reload,
@@ -227,14 +232,17 @@ def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         initialize_layerwise_reload(model)
         loaded = model.load_weights(weights)
         finalize_layerwise_reload(model, worker.model_config)
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead) and layer.weight.device.type == "cpu":
+                layer.quant_method.process_weights_after_loading(layer)
     return set() if loaded is None else wanted - set(loaded)
 
 
 def _refused(model: PreTrainedModel, reason: str) -> ConfigError:
-    lines = [line.strip().rstrip(".") for line in reason.splitlines() if line.strip()]
+    first = next((line.strip() for line in reason.splitlines() if line.strip()), "no reason given")
     return ConfigError(
-        f"generation=vllm: vLLM cannot run {type(model).__name__} so: {': '.join(lines[:2])}. "
-        "Its settings are vllm.*; generation=local runs every model."
+        f"generation=vllm: vLLM cannot run {type(model).__name__} here: {first.rstrip('.')}. Its memory is set "
+        "by vllm.kv_cache_gib and vllm.max_model_len; generation=local runs every model."
     )
 
 
