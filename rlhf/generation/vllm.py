@@ -241,8 +241,8 @@ def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
 def _refused(model: PreTrainedModel, reason: str) -> ConfigError:
     first = next((line.strip() for line in reason.splitlines() if line.strip()), "no reason given")
     return ConfigError(
-        f"generation=vllm: vLLM cannot run {type(model).__name__} here: {first.rstrip('.')}. Its memory is set "
-        "by vllm.kv_cache_gib and vllm.max_model_len; generation=local runs every model."
+        f"generation=vllm: vLLM cannot run {type(model).__name__} here: {first.rstrip('.')}. Its memory is "
+        "set by vllm.kv_cache_gib and vllm.max_model_len; generation=local runs every model."
     )
 
 
