@@ -70,9 +70,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             if not isinstance(layer, LoraLinear):
-                raise ConfigError(
-                    f"{name}: a {type(layer).__name__} adapter cannot be folded into its weight."
-                )
+                kind = type(layer).__name__
+                raise ConfigError(f"{name}: an adapter of {kind} cannot be folded into a weight for vLLM.")
             adapted[name] = layer
             own |= {f"{name}.{each}" for each, _ in layer.named_parameters() if "base_layer" not in each}
     for name, parameter in model.named_parameters():

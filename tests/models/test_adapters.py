@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf.config import PeftConfig
-from rlhf.models.adapters import Adapter, attach, count_parameters
+from rlhf.config import ConfigError, PeftConfig
+from rlhf.models.adapters import Adapter, attach, count_parameters, merged_weights
 from rlhf.models.load import ModelConfig, load_causal_lm
 from rlhf.models.policy import pad_sequences, response_statistics
 from rlhf.models.scalar import load_scalar_model
@@ -80,6 +80,35 @@ def test_merging_changes_nothing_but_the_form(tiny_model: Path, tmp_path: Path) 
     assert not list(tmp_path.glob("adapter*"))
     published = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     torch.testing.assert_close(logits(published.eval()), trained, atol=1e-5, rtol=1e-5)
+
+
+def test_merged_weights_are_the_merged_models_and_leave_the_model_alone(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    names = [name for name, _ in model.named_parameters()]
+    adapter = tuned(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape))
+    before = {name: (value.data_ptr(), value.clone()) for name, value in model.named_parameters()}
+    found = dict(merged_weights(model))
+    for name, value in model.named_parameters():
+        assert value.data_ptr() == before[name][0]
+        assert torch.equal(value, before[name][1])
+    assert list(found) == names
+    adapter.merge()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(found[name], value.detach(), atol=1e-5, rtol=1e-5, msg=name)
+    assert {name: value.data_ptr() for name, value in merged_weights(model)} == {
+        name: value.data_ptr() for name, value in model.named_parameters()
+    }  # nothing is copied where there is no adapter
+
+
+def test_an_adapter_that_cannot_be_folded_is_refused(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    attach(model, PeftConfig(method="lora", target_modules=["embed_tokens"]))
+    with pytest.raises(ConfigError, match=r"embed_tokens: an adapter of Embedding cannot be folded"):
+        list(merged_weights(model))
 
 
 def test_rank_and_alpha_are_told_apart(tiny_model: Path) -> None:
