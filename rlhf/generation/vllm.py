@@ -79,7 +79,7 @@ class Vllm:
             self._llm = self._build(model)
         try:
             (missing,) = self._llm.collective_rpc(_load, args=(merged_weights(model),))
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, AssertionError, RuntimeError) as error:
             raise _refused(model, str(error)) from error
         if missing:
             raise _refused(model, f"it does not take {len(missing)} weights, such as {min(missing)}")
@@ -194,6 +194,7 @@ class Vllm:
                     model=model.name_or_path,
                     dtype=str(compute.dtype).removeprefix("torch."),
                     trust_remote_code=self._trust_remote_code,
+                    load_format="safetensors",
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # no sampling settings but ours
                     logprobs_mode="processed_logprobs",  # at the sampling temperature
@@ -228,7 +229,7 @@ def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
 
     model = worker.model_runner.get_model()
     wanted = {name for name, _ in model.named_parameters()}
-    with set_current_vllm_config(worker.vllm_config):
+    with torch.no_grad(), set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(model)
         loaded = model.load_weights(weights)
         finalize_layerwise_reload(model, worker.model_config)
