@@ -83,7 +83,8 @@ class Vllm:
             raise _refused(model, str(error)) from error
         if missing:
             raise _refused(model, f"it does not take {len(missing)} weights, such as {min(missing)}")
-        self._llm.reset_prefix_cache()  # it was computed by the old weights
+        emptied = self._llm.reset_prefix_cache()  # it was computed by the old weights
+        assert emptied, "requests are still running"
         self._holds = model
 
     def generate(
