@@ -61,7 +61,7 @@ class EvaluateStage(Stage):
     """What `evaluate.*` can be told. Values: conf/stages/evaluate.yaml."""
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention_text", "retention_questions", "num_shown", "micro_batch_tokens"}
     )
@@ -90,7 +90,7 @@ class EvaluateStage(Stage):
     num_shown: int = Field(ge=0)
     """Prompts whose answers the report shows side by side, from the first on."""
     micro_batch_tokens: PositiveInt
-    """Padded tokens per forward pass that measures; lower it when memory runs out."""
+    """Tokens per forward pass that measures; lower it when memory runs out."""
 
     @model_validator(mode="after")
     def _gates_can_be_measured(self) -> Self:

@@ -28,7 +28,7 @@ class GenerateStage(Stage):
     """What `generate.*` can be told. Values: conf/stages/generate.yaml."""
 
     name: ClassVar[str] = "generate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 
     policy: Literal["base", "sft"]
@@ -47,7 +47,7 @@ class GenerateStage(Stage):
     batch_rows: PositiveInt
     """Rows decoded together."""
     micro_batch_tokens: PositiveInt
-    """Padded tokens per forward pass of the reward model."""
+    """Tokens per forward pass of the reward model."""
 
     def inputs(self) -> tuple[str, ...]:
         """The policy's stage, and the reward's where that is learned."""

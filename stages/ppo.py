@@ -39,7 +39,7 @@ class PpoStage(PpoConfig, Stage):
     """What `ppo.*` can be told: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
     name: ClassVar[str] = "ppo"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "micro_batch_tokens", "max_bad_steps", "max_kl", "frozen"}
     )
@@ -88,6 +88,20 @@ class PpoStage(PpoConfig, Stage):
 
     def run(self, job: Job) -> None:
         """Load the four models, train, and publish the best policy."""
+        learner = self.learner(job)
+        metrics = learner.train(
+            job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
+        )
+        sft, tokenizer = job.inputs["sft"].path, learner.policy.tokenizer
+        job.compute.main_only(
+            lambda: save_policy(
+                merged(job.base, sft, self.peft, learner.best_weights), tokenizer, job.directory
+            )
+        )
+        job.publish({**metrics, "trained_parameters": count_parameters(learner.policy.model)[0]})
+
+    def learner(self, job: Job) -> Learner:
+        """The loop with its four models, before its first step."""
         for name in ("batch_episodes", "minibatch_episodes"):
             job.compute.check_divides(f"ppo.{name}", getattr(self, name))
         if self.ema_decay is not None and job.compute.shards_weights:
@@ -101,7 +115,7 @@ class PpoStage(PpoConfig, Stage):
         tokenizer = load_tokenizer(sft, settings)
         policy = load_causal_lm(sft, settings, compute.dtype, compute.device)
         check_head(policy)
-        attach(policy, self.peft)
+        adapter = attach(policy, self.peft)
         learned = job.inputs["reward"].path if self.reward == "learned" else None
         reward = make_reward(self.reward, learned, settings, compute, self.micro_batch_tokens)
         normalizer = self.normalizer(job)
@@ -109,8 +123,6 @@ class PpoStage(PpoConfig, Stage):
         attach(critic.model, self.peft)
         critic.head.requires_grad_(True)
         critic.offset.requires_grad_(True)
-        trained, _ = count_parameters(policy)
-
         engine = make_engine(
             ActorCritic(policy, critic),
             [(policy.parameters(), self.optim), (critic.parameters(), self.critic.optim)],
@@ -120,10 +132,15 @@ class PpoStage(PpoConfig, Stage):
         reference = Policy.load(sft, settings, compute)
         if self.frozen == "sharded":
             self.shard(reference, reward, compute)
-        learner = Learner(
+        return Learner(
             self,
             engine=engine,
-            policy=Policy(policy, tokenizer, compute, lambda: engine.whole(policy)),
+            policy=Policy(
+                policy,
+                tokenizer,
+                compute,
+                (lambda: engine.whole(policy)) if compute.zero != "none" else adapter.folded_in,
+            ),
             reference=reference,
             reward=reward,
             normalizer=normalizer,
@@ -132,15 +149,6 @@ class PpoStage(PpoConfig, Stage):
             else None,
             job=job,
         )
-        metrics = learner.train(
-            job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
-        )
-        compute.main_only(
-            lambda: save_policy(
-                merged(job.base, sft, self.peft, learner.best_weights), tokenizer, job.directory
-            )
-        )
-        job.publish({**metrics, "trained_parameters": trained})
 
     def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:
         """Spread the models that do not train over the ranks."""

@@ -38,6 +38,7 @@ class RewardStage(Stage):
     """What `reward.*` can be told. Values: conf/stages/reward.yaml."""
 
     name: ClassVar[str] = "reward"
+    version: ClassVar[int] = 2
     not_in_key: ClassVar[frozenset[str]] = frozenset({"pairs", "micro_batch_tokens"})
 
     pairs: SourceConfig
@@ -49,7 +50,7 @@ class RewardStage(Stage):
     batch_pairs: PositiveInt
     """Pairs per optimizer step, over all ranks."""
     micro_batch_tokens: PositiveInt
-    """Padded tokens per forward pass; lower it when memory runs out."""
+    """Tokens per forward pass; lower it when memory runs out."""
     max_tokens: PositiveInt
     """Pairs with a longer side are left out, and counted."""
     center: NonNegativeFloat
@@ -82,7 +83,6 @@ class RewardStage(Stage):
         attach(model.model, self.peft)
         model.head.requires_grad_(True)
         model.offset.requires_grad_(False)
-        pad_id = tokenizer.pad_token_id
 
         def encode(rows: Sequence[PairRow]) -> list[EncodedPair]:
             return [EncodedPair(tokenizer, row) for row in rows]
@@ -101,7 +101,7 @@ class RewardStage(Stage):
             job,
             engine,
             self.batches(train, job.seed),
-            lambda batch: self.step(job, engine, batch, pad_id),
+            lambda batch: self.step(job, engine, batch),
             state={},
             as_json=EncodedPair.as_json,
             done=state["done"] if state else 0,
@@ -112,7 +112,7 @@ class RewardStage(Stage):
         published = load_scalar_model(job.directory, job.base.config, job.compute.dtype).to(
             job.compute.device
         )
-        ranking = self.rank(job, published, held_out, pad_id)
+        ranking = self.rank(job, published, held_out)
         too_long = sum(map(len, pairs.values())) - len(train) - len(held_out)
         job.publish({
             **rank_quality(ranking),
@@ -127,14 +127,14 @@ class RewardStage(Stage):
         shuffled = (random.Random(seed + epoch).sample(pairs, len(pairs)) for epoch in range(self.epochs))
         return [batch for epoch in shuffled for batch in chunks(epoch, self.batch_pairs)]
 
-    def step(self, job: Job, engine: Engine, batch: Sequence[EncodedPair], pad_id: int) -> dict[str, float]:
+    def step(self, job: Job, engine: Engine, batch: Sequence[EncodedPair]) -> dict[str, float]:
         """One optimizer step: Bradley-Terry, the mean over all pairs of the batch, over all ranks."""
         sums = torch.zeros(2, device=job.compute.device)  # loss, right rankings
         for indices, weight, last in job.compute.micro_batches(
             [2 * pair.longest for pair in batch], self.micro_batch_tokens
         ):
             pairs = [batch[index] for index in indices]
-            score_2B = engine.model([*(p.chosen for p in pairs), *(p.rejected for p in pairs)], pad_id)
+            score_2B = engine.model([*(p.chosen for p in pairs), *(p.rejected for p in pairs)])
             chosen_B, rejected_B = score_2B.chunk(2)
             loss = weight * bradley_terry_loss(
                 chosen_B, rejected_B, total_pairs=len(batch), center=self.center
@@ -153,10 +153,10 @@ class RewardStage(Stage):
         adapter.merge()
         save_scalar_model(model, tokenizer, job.directory)
 
-    def rank(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair], pad_id: int) -> Ranking:
+    def rank(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair]) -> Ranking:
         """Score both sides of every pair."""
         rows = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-        chosen_B, rejected_B = model.score(rows, pad_id, self.micro_batch_tokens, job.compute).chunk(2)
+        chosen_B, rejected_B = model.score(rows, self.micro_batch_tokens, job.compute).chunk(2)
         return Ranking(
             chosen_B,
             rejected_B,

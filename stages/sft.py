@@ -27,7 +27,7 @@ from rlhf.job import Job
 from rlhf.loop import train_batches
 from rlhf.models.adapters import attach, count_parameters, merged
 from rlhf.models.load import load_causal_lm, save_policy
-from rlhf.models.policy import ResponseModel, check_head, pad_sequences, rollout_rows
+from rlhf.models.policy import ResponseModel, check_head, pack_sequences, rollout_rows
 from rlhf.rl.rollout import Rollout
 from rlhf.stage import Stage
 
@@ -36,7 +36,7 @@ class SftStage(Stage):
     """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     not_in_key: ClassVar[frozenset[str]] = frozenset({"data", "micro_batch_tokens"})
 
     data: SourceConfig
@@ -47,7 +47,7 @@ class SftStage(Stage):
     batch_rows: PositiveInt
     """Rows per optimizer step, over all ranks."""
     micro_batch_tokens: PositiveInt
-    """Padded tokens per forward pass; lower it when memory runs out."""
+    """Tokens per forward pass; lower it when memory runs out."""
     max_tokens: PositiveInt
     """Longer rows are cut (the end of the answer is lost)."""
 
@@ -76,7 +76,6 @@ class SftStage(Stage):
         job.compute.check_divides("sft.batch_rows", self.batch_rows)
         tokenizer = job.base.load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
-        pad_id = tokenizer.pad_token_id
         policy = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype, job.compute.device)
         check_head(policy)
         train, held_out = (
@@ -90,17 +89,17 @@ class SftStage(Stage):
         )
 
         state = job.checkpoints.restore(engine)
-        before = state["before"] if state else self.mean_loss(job, engine, held_out, pad_id)
+        before = state["before"] if state else self.mean_loss(job, engine, held_out)
         train_batches(
             job,
             engine,
             self.batches(train, job.seed),
-            lambda batch: self.step(job, engine, batch, pad_id),
+            lambda batch: self.step(job, engine, batch),
             state={"before": before},
             as_json=lambda row: {"prompt": row.row.prompt, "completion": row.row.completion},
             done=state["done"] if state else 0,
         )
-        after = self.mean_loss(job, engine, held_out, pad_id)
+        after = self.mean_loss(job, engine, held_out)
 
         weights = engine.trainable_state(policy)
         job.compute.main_only(
@@ -126,17 +125,16 @@ class SftStage(Stage):
         batches = [batch for epoch in shuffled for batch in chunks(epoch, self.batch_rows)]
         return batches[: math.ceil(self.epochs * math.ceil(len(rows) / self.batch_rows))]
 
-    def step(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer], pad_id: int) -> dict[str, float]:
+    def step(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> dict[str, float]:
         """One optimizer step: the mean over all answer tokens of the batch, over all ranks."""
         total_tokens = sum(len(row.answer) for row in rows)
         loss_sum = torch.zeros((), device=job.compute.device)
         for indices, weight, last in job.compute.micro_batches(
             [len(row) for row in rows], self.micro_batch_tokens
         ):
-            batch = pad_sequences(
+            batch = pack_sequences(
                 [rows[index].prompt for index in indices],
                 [rows[index].answer for index in indices],
-                pad_id,
                 job.compute.device,
             )
             logp_N = engine.model(batch, temperature=1.0).logp_N
@@ -147,7 +145,7 @@ class SftStage(Stage):
         return {"loss": float(job.compute.global_sum(loss_sum)), "tokens": float(total_tokens)}
 
     @torch.no_grad()
-    def mean_loss(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer], pad_id: int) -> float:
+    def mean_loss(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> float:
         """Mean negative log-likelihood per answer token, in nats."""
         answers = Rollout(
             prompt_ids=[row.prompt for row in rows],
@@ -156,7 +154,6 @@ class SftStage(Stage):
         )
         (logp_BR,) = rollout_rows(
             answers,
-            pad_id,
             self.micro_batch_tokens,
             job.compute,
             lambda batch: (engine.model(batch, temperature=1.0).logp_N,),

@@ -98,7 +98,6 @@ class Policy:
         with self._whole():
             rows = rollout_rows(
                 rollout,
-                self.pad_id,
                 micro_batch_tokens,
                 self.compute,
                 lambda batch: (response_statistics(self.model, batch, temperature).logp_N,),

@@ -23,6 +23,7 @@ from transformers import (
 from rlhf.artifacts import digest_of, directory_digest
 from rlhf.config import ConfigError, Strict
 from rlhf.data.chat import PLAIN, resolve_template, stop_ids
+from rlhf.models.packed import pack_where_possible
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ class ModelConfig(Strict):
     """local: a `save_pretrained` directory."""
     chat_template: str | None = None
     """chatml, plain, or a jinja file; null keeps the tokenizer's own (plain where it has none)."""
-    attention: str = "sdpa"
+    attention: str = "auto"
+    """auto: rows are laid end to end where the model allows it (rlhf/models/packed.py); or one of
+    transformers' implementations (sdpa, eager, ...), with padded rows."""
     trust_remote_code: bool = False
 
 
@@ -124,13 +127,20 @@ def load_causal_lm(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
-            attn_implementation=config.attention,
+            attn_implementation=attention_of(config),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
         )
+    if config.attention == "auto":
+        pack_where_possible(model)
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.eval().to(device)
     return model
+
+
+def attention_of(config: ModelConfig) -> str:
+    """What transformers is told when it loads a model."""
+    return "sdpa" if config.attention == "auto" else config.attention
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -1,6 +1,6 @@
 """Log-probabilities of responses under a policy.
 
-Dimensions: B sequences, T tokens, N response tokens of a micro-batch laid end to end, H hidden size,
+Dimensions: B sequences, T tokens of a micro-batch laid end to end, N those of its responses, H hidden size,
 R response tokens (padded). No [tokens, vocabulary] tensor is held for more than HEAD_CHUNK tokens at once.
 """
 
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.data.batching import pad_right
 from rlhf.distributed import Compute
+from rlhf.models.packed import Packed, hidden_states, take
+from rlhf.rl.padding import length_mask
 from rlhf.rl.rollout import Rollout
 
 HEAD_CHUNK = 256
@@ -26,15 +26,11 @@ HEAD_CHUNK = 256
 
 @dataclass(frozen=True)
 class Sequences:
-    """A micro-batch of prompt + response rows, padded on the right, with explicit positions.
+    """A micro-batch of prompt + response rows."""
 
-    Padding stands behind every real token, so causal attention never sees it and no attention mask is
-    needed; position ids are then simply 0, 1, 2, ... on real tokens.
-    """
-
-    ids_BT: Tensor
-    predicts_BT: Tensor
-    """bool: true where the *next* token is a response token, so logits there predict it (t - 1)."""
+    packed: Packed
+    predicts_N: Tensor
+    """Where in T the logits stand that predict each response token: one place before it."""
     targets_N: Tensor
     """The response tokens, row by row."""
     mask_BR: Tensor
@@ -46,20 +42,19 @@ class Sequences:
         return rows.masked_scatter(self.mask_BR, values_N)
 
 
-def pad_sequences(
-    prompts: Sequence[Tensor], responses: Sequence[Tensor], pad_id: int, device: torch.device
-) -> Sequences:
-    """Lay prompts and their responses (1-D, any length from 1) out as one padded batch."""
-    ids_BT = pad_right([torch.cat(pair) for pair in zip(prompts, responses, strict=True)], pad_id)
-    prompt_B = torch.tensor([len(row) for row in prompts])
+def pack_sequences(prompts: Sequence[Tensor], responses: Sequence[Tensor], device: torch.device) -> Sequences:
+    """Lay prompts and their responses (1-D, any length from 1) end to end."""
+    packed = Packed([torch.cat(pair) for pair in zip(prompts, responses, strict=True)], device)
+    assert all(len(row) > 0 for row in prompts), "a response needs at least one token before it"
     response_B = torch.tensor([len(row) for row in responses])
-    assert bool((prompt_B > 0).all()), "a response needs at least one token before it"
-    position_T = torch.arange(ids_BT.shape[1])
-    first_B = prompt_B - 1
-    predicts_BT = (position_T >= first_B[:, None]) & (position_T < (first_B + response_B)[:, None])
-    mask_BR = torch.arange(int(response_B.max())) < response_B[:, None]
+    is_response_T = torch.cat(
+        [torch.arange(len(p) + len(r)) >= len(p) for p, r in zip(prompts, responses, strict=True)]
+    )
     return Sequences(
-        ids_BT.to(device), predicts_BT.to(device), torch.cat(list(responses)).to(device), mask_BR.to(device)
+        packed,
+        is_response_T.nonzero().squeeze(-1).to(device) - 1,
+        torch.cat(list(responses)).to(device),
+        length_mask(response_B).to(device),
     )
 
 
@@ -72,17 +67,9 @@ class TokenStatistics(NamedTuple):
     """Nats; detached."""
 
 
-def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """Final hidden states [B, T, H] of right-padded ids, before any head."""
-    backbone = getattr(model, model.base_model_prefix)
-    positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-    hidden: Tensor = backbone(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
-    return hidden
-
-
 def response_statistics(model: PreTrainedModel, batch: Sequences, temperature: float) -> TokenStatistics:
     """Log-probability and entropy of every response token, in fp32."""
-    hidden_NH = hidden_states(model, batch.ids_BT)[batch.predicts_BT]
+    hidden_NH = take(hidden_states(model, batch.packed), batch.predicts_N)
     return head_statistics(hidden_NH, model.get_output_embeddings(), batch.targets_N, temperature)
 
 
@@ -116,12 +103,60 @@ def head_statistics(
 def _chunk(
     hidden_CH: Tensor, head: nn.Module, targets_C: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    logits_CV = head(hidden_CH).float() / temperature
-    logp_C = -functional.cross_entropy(logits_CV, targets_C, reduction="none")
-    with torch.no_grad():
-        logp_CV = logits_CV.log_softmax(-1)
-        entropy_C = -(logp_CV.exp() * logp_CV).sum(-1)
+    logits_CV = head(hidden_CH)
+    logp_C, entropy_C = _Categorical.apply(logits_CV, targets_C, temperature)  # type: ignore[no-untyped-call]
     return logp_C, entropy_C
+
+
+class _Categorical(torch.autograd.Function):
+    """Log-probabilities of targets and entropies of softmax(logits / temperature), in fp32.
+
+    On CPUs a few rows at a time, so that what is computed on the way stays in the cache.
+    """
+
+    ROWS = 16
+
+    @staticmethod
+    def _parts(logits_CV: Tensor) -> list[slice]:
+        rows = _Categorical.ROWS if logits_CV.device.type == "cpu" else len(logits_CV)
+        return [slice(start, start + rows) for start in range(0, len(logits_CV), rows)]
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, targets_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logp_C, entropy_C, total_C = (
+            logits_CV.new_empty(len(logits_CV), dtype=torch.float32) for _ in range(3)
+        )
+        for part in _Categorical._parts(logits_CV):
+            x = logits_CV[part].to(torch.float32, copy=True)
+            if temperature != 1.0:
+                x.div_(temperature)
+            highest = x.amax(-1, keepdim=True)
+            x -= highest
+            target = x.gather(-1, targets_C[part, None]).squeeze(-1)
+            weight = x.exp()
+            total = weight.sum(-1)
+            log_total = total.log()
+            logp_C[part] = target - log_total
+            entropy_C[part] = log_total - weight.mul_(x).sum(-1) / total
+            total_C[part] = log_total + highest.squeeze(-1)
+        ctx.save_for_backward(logits_CV, targets_C, total_C)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy_C)
+        return logp_C, entropy_C
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        logits_CV, targets_C, total_C = ctx.saved_tensors
+        gradient_C = gradients[0] / ctx.temperature
+        gradient_CV = torch.empty_like(logits_CV)
+        for part in _Categorical._parts(logits_CV):
+            x = logits_CV[part].to(torch.float32, copy=True)
+            if ctx.temperature != 1.0:
+                x.div_(ctx.temperature)
+            x.sub_(total_C[part, None]).exp_().mul_(-gradient_C[part, None])
+            x.scatter_add_(-1, targets_C[part, None], gradient_C[part, None])
+            gradient_CV[part] = x
+        return gradient_CV, None, None
 
 
 @torch.no_grad()
@@ -131,14 +166,15 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: the chunked head would train something else than the model.
     """
-    ids_BT = torch.arange(min(model.config.get_text_config().vocab_size, 64), device=model.device)[None]
-    logits = model(input_ids=ids_BT, use_cache=False).logits[0].float()
+    ids_T = torch.arange(min(model.config.get_text_config().vocab_size, 64), device=model.device)
+    logits = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
     if not bool(logits.isfinite().all()):
         raise ConfigError(
             f"{type(model).__name__}: its logits are not finite. Its weights are damaged, or too large for "
             "this precision: try precision=fp32."
         )
-    ours = model.get_output_embeddings()(hidden_states(model, ids_BT)[0]).float()
+    backbone = getattr(model, model.base_model_prefix)
+    ours = model.get_output_embeddings()(backbone(input_ids=ids_T[None], use_cache=False)[0][0]).float()
     if not torch.allclose(logits, ours, rtol=0.02, atol=0.02 * float(logits.abs().max())):
         raise ConfigError(
             f"model: {type(model).__name__} transforms its logits after the output layer (soft-capping or "
@@ -149,7 +185,6 @@ def check_head(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def rollout_rows(
     rollout: Rollout,
-    pad_id: int,
     micro_batch_tokens: int,
     compute: Compute,
     measure: Callable[[Sequences], tuple[Tensor, ...]],
@@ -166,7 +201,7 @@ def rollout_rows(
     lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
     for group, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
         part = rollout.select(torch.tensor(group))
-        batch = pad_sequences(part.prompt_ids, part.response_ids, pad_id, compute.device)
+        batch = pack_sequences(part.prompt_ids, part.response_ids, compute.device)
         measured = [batch.to_rows(values_N.float()).cpu() for values_N in measure(batch)]
         results = results or [torch.zeros(shape) for _ in measured]
         for result, rows in zip(results, measured, strict=True):

@@ -1,6 +1,6 @@
 """Models that give one number a token: the reward model (read at the last token) and the critic (at all).
 
-Dimensions: B sequences, T tokens, N response tokens, H hidden size.
+Dimensions: B sequences, N response tokens laid end to end, H hidden size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
-from rlhf.data.batching import pad_right
 from rlhf.distributed import Compute
-from rlhf.models.load import ModelConfig, reading
-from rlhf.models.policy import Sequences, hidden_states
+from rlhf.models.load import ModelConfig, attention_of, reading
+from rlhf.models.packed import Packed, hidden_states, pack_where_possible, take
+from rlhf.models.policy import Sequences
 
 
 class ScalarHead(nn.Module):
@@ -54,32 +54,30 @@ class ScalarModel(nn.Module):
         """[1], added to every value."""
         return self.head.offset
 
-    def forward(self, rows: Sequence[Tensor], pad_id: int) -> Tensor:
+    def forward(self, rows: Sequence[Tensor]) -> Tensor:
         """What the engine that trains a reward model calls: `last_values`."""
-        return self.last_values(rows, pad_id)
+        return self.last_values(rows)
 
     def values(self, batch: Sequences) -> Tensor:
         """V(prompt + y_<t) for each response token y_t, fp32 [N]: read where y_t is predicted."""
-        value_N: Tensor = self.head(hidden_states(self.model, batch.ids_BT)[batch.predicts_BT])
+        value_N: Tensor = self.head(take(hidden_states(self.model, batch.packed), batch.predicts_N))
         return value_N
 
-    def last_values(self, rows: Sequence[Tensor], pad_id: int) -> Tensor:
+    def last_values(self, rows: Sequence[Tensor]) -> Tensor:
         """The value at each row's last token, fp32 [B]: the score of a complete exchange."""
-        ids_BT = pad_right(rows, pad_id).to(self.model.device)
-        last_B = torch.tensor([len(row) - 1 for row in rows], device=ids_BT.device)
-        hidden_BTH = hidden_states(self.model, ids_BT)
-        value_B: Tensor = self.head(hidden_BTH[torch.arange(len(rows), device=ids_BT.device), last_B])
+        packed = Packed(rows, self.model.device)
+        value_B: Tensor = self.head(take(hidden_states(self.model, packed), packed.last_B))
         return value_B
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Tensor], pad_id: int, micro_batch_tokens: int, compute: Compute) -> Tensor:
+    def score(self, rows: Sequence[Tensor], micro_batch_tokens: int, compute: Compute) -> Tensor:
         """`last_values` without gradient, in token-budget micro-batches, on the CPU in the given order.
 
         Ranks share the work, and each gets all scores.
         """
         scores_B = torch.zeros(len(rows))
         for group, weight, _ in compute.micro_batches([len(row) for row in rows], micro_batch_tokens):
-            part_B = self.last_values([rows[index] for index in group], pad_id).cpu()
+            part_B = self.last_values([rows[index] for index in group]).cpu()
             if weight:
                 scores_B[group] = part_B
         return compute.global_sum(scores_B)
@@ -105,7 +103,7 @@ def load_scalar_model(
                 directory,
                 num_labels=1,
                 dtype=dtype,
-                attn_implementation=config.attention,
+                attn_implementation=attention_of(config),
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
@@ -123,6 +121,8 @@ def load_scalar_model(
             f"{directory}: its score head was never trained (is it a causal language model?). "
             "Give a sequence-classification model with one label."
         )
+    if config.attention == "auto":
+        pack_where_possible(model)
     scalar = ScalarModel(model)
     scalar.eval()
     return scalar

@@ -102,7 +102,7 @@ class PpoConfig(Strict):
     frozen: Literal["replicated", "sharded"]
     """Reference and reward model: whole on every rank, or sharded over them (ZeRO-3 inference, or FSDP2)."""
     micro_batch_tokens: PositiveInt
-    """Padded tokens per forward pass; lower it when memory runs out."""
+    """Tokens per forward pass; lower it when memory runs out."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

@@ -6,7 +6,6 @@ What is learned from one rollout is rlhf/ppo/update.py. Dimensions: B episodes, 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ from rlhf.models.policy import Sequences, rollout_rows
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.mix import PretrainingMix
+from rlhf.ppo.phases import Phases
 from rlhf.ppo.update import BadStepError, Update
 from rlhf.rewards.source import Exchange, Reward, RewardError
 from rlhf.rl.experience import RewardRule, make_experience
@@ -58,7 +58,8 @@ class Learner:
             else FixedKL(config.kl.coef)
         )
         self.normalizer = normalizer
-        self.update = Update(config, engine, policy, mix, job)
+        self.phases = Phases(self.compute.device)
+        self.update = Update(config, engine, policy, mix, job, self.phases)
         self.sampling = torch.Generator().manual_seed(job.seed)
         self.bad_steps, self.done = 0, 0
         self.texts: list[str] = []
@@ -170,7 +171,8 @@ class Learner:
         Raises:
             TooBadError: that happened in more than max_bad_steps steps, or the KL passed max_kl.
         """
-        config, start = self.config, time.monotonic()
+        config = self.config
+        self.phases.taken()
         self.compute.at["step"] = step
         warm_up = step <= config.critic.warmup_steps
         rates = self.engine.set_rates(step - 1, config.steps, frozen=[0] if warm_up else [])
@@ -184,9 +186,8 @@ class Learner:
                     f"the policy is {metrics['kl']:.4g} nats a sequence from the SFT model, more than "
                     f"ppo.max_kl={config.max_kl:g}. Raise ppo.kl.coef, or lower ppo.optim.lr"
                 )
-            sampled = time.monotonic()
             metrics |= self.update.learn(experience, critic_only=warm_up)
-            metrics |= {"seconds_rollout": sampled - start, "seconds_update": time.monotonic() - sampled}
+            metrics |= self.phases.taken()
             self.kl.update(metrics["kl"], config.batch_episodes)
             if metrics["skipped_minibatches"] > 0:
                 self.count_bad(step, "the gradient of a minibatch was not finite.")
@@ -233,14 +234,16 @@ class Learner:
     def experience(self, rows: Sequence[PromptRow]) -> Experience:
         """Sample one response a prompt with the current policy, and score it."""
         config = self.config
-        rollout, self.texts = self.policy.sample(
-            [row.prompt for row in rows],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            generator=self.sampling,
-            batch_rows=len(rows),
-        )
-        score_B = self.reward(list(map(Exchange, (row.prompt for row in rows), self.texts)))
+        with self.phases("generate"):
+            rollout, self.texts = self.policy.sample(
+                [row.prompt for row in rows],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                generator=self.sampling,
+                batch_rows=len(rows),
+            )
+        with self.phases("reward"):
+            score_B = self.reward(list(map(Exchange, (row.prompt for row in rows), self.texts)))
         if not bool(score_B.isfinite().all()):
             index = int((~score_B.isfinite()).nonzero()[0])
             raise BadStepError(f"the reward of {self.texts[index]!r} is {float(score_B[index])}.")
@@ -249,25 +252,26 @@ class Learner:
             output = self.engine.model(batch, config.temperature)
             return output.logp_N, output.value_N
 
-        logp_BR, value_BR = rollout_rows(
-            rollout, self.policy.pad_id, config.micro_batch_tokens, self.compute, measure
-        )
-        reference_BR = self.reference.log_probabilities(
-            rollout, config.temperature, config.micro_batch_tokens
-        )
+        with self.phases("score"):
+            logp_BR, value_BR = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)
+        with self.phases("reference"):
+            reference_BR = self.reference.log_probabilities(
+                rollout, config.temperature, config.micro_batch_tokens
+            )
         rule = RewardRule(
             self.normalizer, self.kl.coef, config.score.missing_stop, config.score.missing_stop_penalty
         )
-        return make_experience(
-            rollout,
-            logp_BR=logp_BR,
-            reference_logp_BR=reference_BR,
-            value_BR=value_BR,
-            score_B=score_B,
-            rule=rule,
-            gamma=config.gamma,
-            lam=config.lam,
-        )
+        with self.phases("advantages"):
+            return make_experience(
+                rollout,
+                logp_BR=logp_BR,
+                reference_logp_BR=reference_BR,
+                value_BR=value_BR,
+                score_B=score_B,
+                rule=rule,
+                gamma=config.gamma,
+                lam=config.lam,
+            )
 
     def evaluate(self, rows: Sequence[PromptRow], step: int) -> Evaluation:
         """Measure the policy on held-out prompts; keep its weights when it is the best so far."""

@@ -39,6 +39,8 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
         "reward": total(experience.reward_BR) / episodes,
         "kl": total(kl_k1(experience.logp_BR, experience.reference_logp_BR, mask_BR)) / episodes,  # nats
         "kl_k3": total(kl_k3(experience.logp_BR, experience.reference_logp_BR, mask_BR)) / episodes,
+        "prompt_tokens": float(sum(map(len, rollout.prompt_ids))),
+        "response_tokens": float(tokens),
         "length": tokens / episodes,
         "length_p95": float(lengths_B.quantile(0.95)),
         "stop_rate": stop_rate,

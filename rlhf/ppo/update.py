@@ -17,10 +17,11 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.losses.policy import clipped_policy_loss
 from rlhf.losses.value import clipped_value_loss
-from rlhf.models.policy import pad_sequences
+from rlhf.models.policy import pack_sequences
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.mix import PretrainingMix
+from rlhf.ppo.phases import Phases
 from rlhf.rl.rollout import Experience, minibatches
 from rlhf.training import WeightAverage
 
@@ -33,10 +34,16 @@ class Update:
     """Everything that changes while PPO learns from a rollout, beside the engine."""
 
     def __init__(
-        self, config: PpoConfig, engine: Engine, policy: Policy, mix: PretrainingMix | None, job: Job
+        self,
+        config: PpoConfig,
+        engine: Engine,
+        policy: Policy,
+        mix: PretrainingMix | None,
+        job: Job,
+        phases: Phases,
     ) -> None:
         self.config, self.engine, self.compute, self.mix = config, engine, job.compute, mix
-        self.pad_id = policy.pad_id
+        self.phases = phases
         self.average = WeightAverage(policy.model, config.ema_decay) if config.ema_decay is not None else None
         self.shuffling = torch.Generator().manual_seed(job.seed)
 
@@ -71,11 +78,13 @@ class Update:
         for epoch in range(config.epochs):
             epoch_sums = UpdateSums()
             for indices in minibatches(len(experience), config.minibatch_episodes, self.shuffling):
-                deviation = self.accumulate(experience.select(indices), [sums, epoch_sums], critic_only)
+                with self.phases("update"):
+                    deviation = self.accumulate(experience.select(indices), [sums, epoch_sums], critic_only)
                 if "first_ratio_deviation" not in metrics:
                     metrics["first_ratio_deviation"] = deviation
                 already_skipped = self.engine.skipped_steps
-                self.engine.step()
+                with self.phases("optimizer"):
+                    self.engine.step()
                 if self.engine.skipped_steps > already_skipped:
                     skipped += 1
                     continue
@@ -110,7 +119,7 @@ class Update:
         deviation = 0.0
         for group, weight, last in self.compute.micro_batches(lengths, config.micro_batch_tokens):
             part = minibatch.select(torch.tensor(group))
-            batch = pad_sequences(part.rollout.prompt_ids, part.rollout.response_ids, self.pad_id, device)
+            batch = pack_sequences(part.rollout.prompt_ids, part.rollout.response_ids, device)
             output = self.engine.model(batch, config.temperature)
             policy_loss = clipped_policy_loss(
                 batch.to_rows(output.logp_N),
@@ -149,10 +158,9 @@ class Update:
         assert self.mix is not None
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
         for group, weight, last in self.compute.micro_batches(lengths, self.config.micro_batch_tokens):
-            batch = pad_sequences(
+            batch = pack_sequences(
                 [prompts[index] for index in group],
                 [answers[index] for index in group],
-                0,
                 self.compute.device,
             )
             logp_N = self.engine.model(batch, 1.0).logp_N

@@ -48,8 +48,7 @@ class LearnedReward:
             torch.tensor(exchange_ids(self.tokenizer, exchange.prompt, exchange.response)[0])
             for exchange in exchanges
         ]
-        assert isinstance(self.tokenizer.pad_token_id, int)
-        return self.model.score(rows, self.tokenizer.pad_token_id, self.micro_batch_tokens, self.compute)
+        return self.model.score(rows, self.micro_batch_tokens, self.compute)
 
 
 def load_learned_reward(

@@ -1,0 +1,178 @@
+"""What one PPO step costs, phase by phase, and what it costs others.
+
+    python benchmarks/ppo_step.py                                        # uniform, all parameters
+    python benchmarks/ppo_step.py --workload skewed --peft lora
+    python benchmarks/ppo_step.py --peer trl --peer-python ~/trl/bin/python
+
+Every run is a fresh process; with a peer they alternate, and each pair gives one ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peer_work import Work
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig
+from workloads import SHAPES, make_work
+
+from rlhf.distributed import matmul_speed
+
+HERE = Path(__file__).parent
+console = Console(highlight=False)
+
+
+def run(python: str, script: str, work: dict[str, Any], log: Path) -> dict[str, Any]:
+    """Start a runner on the work; what its last line says."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file, log.open("w") as errors:
+        json.dump(work, file)
+        file.flush()
+        command = [python, str(HERE / script), file.name]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    if result.returncode:
+        sys.exit(f"{script} ended with {result.returncode}:\n{log.read_text()[-3000:]}")
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return answer
+
+
+def episodes_per_second(answer: dict[str, Any]) -> float:
+    """Median over the steps but the first, which warms up."""
+    return median(n / s for n, s in zip(answer["episodes"][1:], answer["seconds"][1:], strict=True))
+
+
+def operations(work: dict[str, Any], step: dict[str, float]) -> dict[str, float]:
+    """Useful matrix operations of each phase (2 a weight and token, 6 where it trains): no padding, no
+    recomputation, no attention scores."""
+    config = AutoConfig.from_pretrained(work["model"])
+    head = config.hidden_size * config.vocab_size
+    key_value = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    layer = (
+        2 * config.hidden_size * (config.hidden_size + key_value)
+        + 3 * config.hidden_size * config.intermediate_size
+    )
+    trunk = config.num_hidden_layers * layer
+    prompt, response = step["prompt_tokens"], step["response_tokens"]
+    every = 2 * trunk * (prompt + response)
+    train = 4 if work["peft"] == "lora" else 6  # an adapter needs no gradients of the frozen weights
+    return {
+        "generate": every + 2 * head * response,
+        "reward": every,
+        "score": 2 * every + 2 * head * response,
+        "reference": every + 2 * head * response,
+        "update": work["epochs"] * (train / 2 * 2 * every + train * head * response),
+    }
+
+
+def matmul_peak() -> float:
+    """GFLOP/s of the machine in bf16, the best of several square products."""
+    return max(matmul_speed(torch.bfloat16, torch.device("cpu")) for _ in range(5))
+
+
+def show_phases(work: dict[str, Any], answer: dict[str, Any], peak: float) -> None:
+    """Medians of the steps but the first."""
+    steps = answer["metrics"][1:]
+    table = Table("phase", "seconds", "share", "tokens/s", "GFLOP/s", "of peak", box=None)
+    total = median(answer["seconds"][1:])
+    useful = [operations(work, step) for step in steps]
+    for name in answer["phases"][1]:
+        phase = name.removeprefix("seconds_")
+        seconds = median(step[name] for step in steps)
+        tokens = median(
+            step["response_tokens"] + (0 if phase == "generate" else step["prompt_tokens"]) for step in steps
+        )
+        row = [
+            phase,
+            f"{seconds:.2f}",
+            f"{seconds / total:.0%}",
+            f"{tokens / seconds:.0f}" if seconds > 0.05 else "",
+        ]
+        if phase in useful[0]:
+            speed = median(each[phase] for each in useful) / seconds / 1e9
+            row += [f"{speed:.0f}", f"{speed / peak:.2f}"]
+        table.add_row(*row)
+    table.add_row("step", f"{total:.2f}")
+    console.print(table)
+    tokens = median(step["response_tokens"] for step in steps)
+    console.print(
+        f"{episodes_per_second(answer):.2f} episodes/s, {tokens / total:.0f} response tokens/s, padding "
+        f"{answer['padding']:.1%}, peak memory {answer['peak_bytes'] / 1e9:.2f} GB, matmul peak {peak:.0f} "
+        f"GFLOP/s; {answer['precision']}"
+    )
+
+
+def show_peer(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Pair by pair."""
+    table = Table(
+        "pair", "rlhf, s a step", f"{name}, s a step", "episodes/s, ratio", "memory, ratio", box=None
+    )
+    ratios, memory = [], []
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), 1):
+        ratios.append(episodes_per_second(mine) / episodes_per_second(other))
+        memory.append(mine["peak_bytes"] / other["peak_bytes"])
+        table.add_row(
+            str(number), f"{median(mine['seconds'][1:]):.2f}", f"{median(other['seconds'][1:]):.2f}",
+            f"{ratios[-1]:.2f}", f"{memory[-1]:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"median: {median(ratios):.2f} times the episodes/s of {name} in {median(memory):.2f} of its memory"
+    )
+    console.print(f"{name}: {theirs[0]['precision']}; {theirs[0]['versions']}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workload", choices=sorted(SHAPES), default="uniform")
+    parser.add_argument("--peft", choices=["none", "lora"], default="none")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument("--model", choices=["embedded", "tiny"], default="embedded")
+    parser.add_argument("--steps", type=int, default=4, help="the first one warms up")
+    parser.add_argument("--episodes", type=int)
+    parser.add_argument("--new-tokens", type=int)
+    parser.add_argument("--peer", choices=["trl", "torchtune"])
+    parser.add_argument("--peer-python", help="the python of the peer's own environment (README.md)")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--directory", type=Path, default=HERE / ".work", help="for models and logs")
+    parser.add_argument(
+        "overrides", nargs="*", help="keys of this project, such as ppo.micro_batch_tokens=2048"
+    )
+    options = parser.parse_args(arguments)
+    if options.peer and not options.peer_python:
+        parser.error("--peer needs --peer-python")
+    options.directory.mkdir(parents=True, exist_ok=True)
+    changes = {"episodes": options.episodes, "new_tokens": options.new_tokens}
+    work = make_work(
+        options.workload, options.directory.resolve(), steps=options.steps, peft=options.peft,
+        precision=options.precision, model=options.model,
+        **{key: value for key, value in changes.items() if value},
+    )  # fmt: skip
+    work["overrides"] = options.overrides
+    ours, theirs = [], []
+    for pair in range(options.pairs if options.peer else 1):
+        ours.append(run(sys.executable, "run_rlhf.py", work, options.directory / "rlhf.log"))
+        if options.peer:
+            script = f"peer_{options.peer}.py"
+            known = {field.name: work[field.name] for field in fields(Work) if field.name in work}
+            theirs.append(run(options.peer_python, script, known, options.directory / f"{options.peer}.log"))
+            console.print(f"pair {pair + 1}: {ours[-1]['seconds']} against {theirs[-1]['seconds']}")
+    show_phases(work, ours[-1], matmul_peak())
+    if options.peer:
+        show_peer(options.peer, ours, theirs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Some PPO steps of this project on given prompts, timed; `ppo_step.py` starts it, as it starts the peers.
+
+    python benchmarks/run_rlhf.py work.json
+
+The steps are the product's own (`rlhf.ppo.learner.Learner.step`), built by the ppo stage from its config. The
+last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import resource
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from rlhf.artifacts import Artifact, Manifest
+from rlhf.checkpoint import CheckpointConfig, Checkpointer
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import PromptRow
+from rlhf.distributed import Compute, make_compute
+from rlhf.experiment import build_experiment
+from rlhf.interrupt import StopSignals
+from rlhf.job import Job
+from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.ppo.learner import Learner
+from rlhf.progress import Progress
+from rlhf.stages.ppo import PpoStage
+from rlhf.tracking import Tracker
+
+
+def overrides(work: dict[str, Any]) -> list[str]:
+    """The work in this project's keys."""
+    return [
+        "model=local", f"model.path={work['model']}", f"ppo.reward=model:{work['reward']}",
+        f"precision={work['precision']}", f"seed={work['seed']}", "device=auto",
+        f"ppo.steps={len(work['prompts'])}", f"ppo.batch_episodes={len(work['prompts'][0])}",
+        f"ppo.minibatch_episodes={work['minibatch_episodes']}", f"ppo.epochs={work['epochs']}",
+        f"ppo.max_new_tokens={work['new_tokens']}", f"ppo.temperature={work['temperature']}",
+        f"ppo.optim.lr={work['lr']}", f"ppo.critic.optim.lr={work['lr']}", f"ppo.kl.coef={work['kl_coef']}",
+        f"ppo.gamma={work['gamma']}", f"ppo.lam={work['lam']}", f"ppo.clip={work['clip']}",
+        f"ppo.value_clip={work['value_clip']}", f"ppo.peft={work['peft']}", "ppo.critic.init=reward",
+        "ppo.score.normalize=none", "ppo.score.missing_stop_penalty=0", *work.get("overrides", []),
+    ]  # fmt: skip
+
+
+def make_learner(work: dict[str, Any], scratch: Path) -> tuple[Learner, str]:
+    """The loop as the stage makes it, with the given model as its SFT model."""
+    with initialize_config_module("rlhf.conf", version_base="1.3"):
+        node = compose("config", overrides=overrides(work))
+    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    experiment = build_experiment({str(key): value for key, value in resolved.items()})
+    stage = experiment.stages["ppo"]
+    assert isinstance(stage, PpoStage)
+    compute, how = make_compute("auto", experiment.settings.precision)
+    return stage.learner(make_job(Path(work["model"]), compute, work["seed"], scratch)), how
+
+
+def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
+    """What the pipeline would hand to the stage."""
+    manifest = Manifest(
+        stage="sft", key="0", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
+        packages={}, hardware="", files={},
+    )  # fmt: skip
+    tracker = Tracker(scratch, [])
+    tracker.begin(scratch)
+    settings = {"every_steps": None, "every_minutes": None, "keep": 1, "resume": False}
+    checkpoints = Checkpointer(
+        scratch / "checkpoints", CheckpointConfig.model_validate(settings), compute, tracker, StopSignals(),
+        lambda text: None, "ppo",
+    )  # fmt: skip
+    config = ModelConfig(kind="local", path=str(model))
+    return Job(
+        stage="ppo", seed=seed, compute=compute, base=BaseModelFiles(model, "benchmark", config),
+        inputs={"sft": Artifact(model, manifest)}, data=PreparedData(scratch), directory=scratch,
+        tracker=tracker, progress=Progress(Console(quiet=True)), checkpoints=checkpoints,
+        run_directory=scratch,
+    )  # fmt: skip
+
+
+def count_positions(learner: Learner) -> list[int]:
+    """Grows by the positions of each batch that goes through the critic: once to score, once an epoch."""
+    model = learner.engine.model
+    assert isinstance(model, ActorCritic)
+    positions: list[int] = []
+    embeddings = model.critic.model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda module, ids: positions.append(ids[0].numel()))
+    return positions
+
+
+def main() -> None:
+    """Run the work, print what it took."""
+    work = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(work["threads"])
+    with tempfile.TemporaryDirectory() as scratch:
+        learner, precision = make_learner(work, Path(scratch))
+        if not work["honour_stop"]:
+            learner.policy.stop_ids = []
+        positions = count_positions(learner)
+        steps = [
+            learner.step([PromptRow(prompt) for prompt in batch], number)
+            for number, batch in enumerate(work["prompts"], 1)
+        ]
+    tokens = sum(step["prompt_tokens"] + step["response_tokens"] for step in steps)
+    phases = [{name: step[name] for name in step if name.startswith("seconds_")} for step in steps]
+    print(
+        json.dumps(
+            {
+                "seconds": [sum(phase.values()) for phase in phases],
+                "episodes": [len(batch) for batch in work["prompts"]],
+                "phases": phases,
+                "metrics": steps,
+                "padding": 1 - (work["epochs"] + 1) * tokens / sum(positions),
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "versions": {
+                    name: importlib.metadata.version(name) for name in ("rlhf", "transformers", "torch")
+                },
+                "precision": precision,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The work that is timed: models, prompts and lengths, as one JSON file for this project and its peers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf.data.chat import prompt_ids
+from rlhf.data.schema import Message
+from rlhf.models.load import ModelConfig, base_files, base_identity, load_tokenizer
+
+PACKAGED = Path(__file__).parent.parent / "data"
+HH = Path(os.environ.get("RLHF_HH", "../shared/data/hh-helpful-base/pairs.jsonl.gz"))
+"""Anthropic's HH helpful-base as rows of prompt, chosen, rejected."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "uniform": {"episodes": 16, "new_tokens": 48, "honour_stop": False},
+    "skewed": {"episodes": 16, "new_tokens": 256, "honour_stop": True},
+    "skewed-packaged": {"episodes": 16, "new_tokens": 64, "honour_stop": True},
+}
+PPO: dict[str, Any] = {
+    "temperature": 1.0, "epochs": 1, "lr": 1e-6, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2,
+    "value_clip": 0.2, "lora_rank": 16, "lora_alpha": 32, "seed": 0,
+}  # fmt: skip
+
+
+def make_work(
+    name: str,
+    directory: Path,
+    *,
+    steps: int,
+    peft: str,
+    precision: str,
+    model: str = "embedded",
+    **changes: Any,
+) -> dict[str, Any]:
+    """Everything that a runner has to know.
+
+    Args:
+        name: `uniform` (prompts of 36 to 63 tokens, every response equally long) or `skewed` (first turns of
+            HH, natural lengths, by a model tuned on HH's answers; the packaged prompts where HH is absent).
+        changes: to the shape, such as episodes=8.
+    """
+    if name == "skewed" and not HH.exists():
+        print(
+            f"{HH} is absent (RLHF_HH=FILE names another place): the packaged prompts instead.",
+            file=sys.stderr,
+        )
+        name = "skewed-packaged"
+    shape = {**SHAPES[name], **changes}
+    policy = (
+        tuned_model(directory, model, name) if name.startswith("skewed") else base_model(directory, model)
+    )
+    tokenizer = load_tokenizer(policy, ModelConfig(kind="local", path=str(policy)))
+    prompts = draw(candidates(name, tokenizer), steps * shape["episodes"])
+    batches = [
+        prompts[start : start + shape["episodes"]] for start in range(0, len(prompts), shape["episodes"])
+    ]
+    return {
+        **PPO, **shape, "minibatch_episodes": shape["episodes"], "model": str(policy),
+        "reward": str(reward_model(directory, policy)), "prompts": batches,
+        "batches": [[prompt_ids(tokenizer, prompt) for prompt in batch] for batch in batches],
+        "stop_id": tokenizer.eos_token_id, "peft": peft, "precision": precision,
+        "threads": len(os.sched_getaffinity(0)),
+    }  # fmt: skip
+
+
+def candidates(name: str, tokenizer: PreTrainedTokenizerBase) -> list[list[Message]]:
+    """Prompts that a workload draws from."""
+    if name == "skewed":
+        with gzip.open(HH, "rt") as file:
+            rows = [json.loads(line)["prompt"] for line in file]
+        return list({row[0]["content"]: row for row in rows if len(row) == 1}.values())
+    texts = [json.loads(line)["prompt"] for line in (PACKAGED / "prompts.jsonl").open()]
+    if name == "uniform":  # of 36 to 63 tokens: every other one with a fact behind it
+        facts = [json.loads(line)["text"] for line in (PACKAGED / "retention_sentences.jsonl").open()]
+        texts = [
+            f"{text} {facts[place % len(facts)]}" if place % 2 else text for place, text in enumerate(texts)
+        ]
+        texts = [text for text in texts if 36 <= len(prompt_ids(tokenizer, [as_user(text)])) <= 63]
+    return [[as_user(text)] for text in texts]
+
+
+def as_user(text: str) -> Message:
+    """A user's turn."""
+    return Message(role="user", content=text)
+
+
+def draw(prompts: list[list[Message]], count: int) -> list[list[Message]]:
+    """So many, in an order that is always the same; anew from the start when they are used up."""
+    order = random.Random(0).sample(prompts, len(prompts))
+    return [order[place % len(order)] for place in range(count)]
+
+
+def base_model(directory: Path, kind: str) -> Path:
+    """The project's embedded or tiny model as a directory, with its tokenizer."""
+    target = directory / f"{kind}-base"
+
+    def build(content: list[str], write: Callable[[Path], None]) -> Path:
+        if not (target / "config.json").exists():
+            target.mkdir(parents=True)
+            write(target)
+        return target
+
+    config = ModelConfig.model_validate({"kind": kind})
+    return base_files(config, base_identity(config), build).directory
+
+
+def tuned_model(directory: Path, kind: str, name: str) -> Path:
+    """A model that answers and then stops, which is what PPO starts from: tuned on HH's better answers, or on
+    the packaged ones. `python -m rlhf stage=sft` makes it, once."""
+    source = f"sft.data={{path: {HH.resolve()}, fields: {{completion: chosen}}}}"
+    data = [source, "sft.epochs=0.3", "prepare.on_bad_row=drop"] if name == "skewed" else []
+    run = ["-m", "rlhf", f"model={kind}", "stage=sft", "gates=warn", f"run_name={kind}-{name}", *data]
+    subprocess.run([sys.executable, *run], cwd=directory, check=True, stdout=sys.stderr)
+    return (directory / "runs" / f"{kind}-{name}" / "artifacts" / "sft").resolve()
+
+
+def reward_model(directory: Path, policy: Path) -> Path:
+    """The policy's trunk under a random head."""
+    target = directory / f"reward-{policy.name}"
+    if not (target / "config.json").exists():
+        tokenizer = load_tokenizer(policy, ModelConfig(kind="local", path=str(policy)))
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            policy, num_labels=1, dtype=torch.bfloat16, pad_token_id=tokenizer.pad_token_id
+        )
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return target

@@ -1,0 +1,331 @@
+"""Rows laid end to end, so that no padding goes through a model.
+
+Linear layers and norms see one long row of T tokens; only attention looks at each row by itself: through a
+variable-length kernel on GPUs, and elsewhere padded for the moment of the attention alone. Dimensions:
+B rows, T tokens of all rows, L tokens of the longest, H hidden size, A heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "packed"
+"""The name under which transformers' models find `attention`; `model.attention=packed`."""
+SHORT = 1024
+"""Tokens of the longest row up to which attention on CPUs goes by matrix products."""
+CACHED = 1 << 20
+"""Attention weights that are held at once then."""
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class Packed:
+    """Token ids of B rows, laid end to end."""
+
+    def __init__(self, rows: Sequence[Tensor], device: torch.device | str) -> None:
+        self.lengths = [len(row) for row in rows]
+        self._groups: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self.ids_T = torch.cat(list(rows)).to(device)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.ids_T)
+
+    @property
+    def longest(self) -> int:
+        """L."""
+        return max(self.lengths)
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """0, 1, 2, ... in each row."""
+        return torch.cat([torch.arange(length) for length in self.lengths]).to(self.ids_T.device)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """Int [B + 1]: where each row begins, and T."""
+        return functional.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.ids_T.device)
+
+    @cached_property
+    def places_T(self) -> Tensor:
+        """Where each token stands in [B, L], flattened."""
+        row_T = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+        return row_T.to(self.ids_T.device) * self.longest + self.positions_T
+
+    def groups(self, most: int) -> list[tuple[Tensor, Tensor | None]]:
+        """Rows beside each other whose padded lengths, squared, add up to at most `most`.
+
+        Returns:
+            For each group its tokens [rows, L], whose padding names the row's last token again, and where
+            they are real (None: everywhere).
+        """
+        if most in self._groups:
+            return self._groups[most]
+        found: list[tuple[Tensor, Tensor | None]] = []
+        first = 0
+        while first < len(self.lengths):
+            longest, end = self.lengths[first], first + 1
+            while end < len(self.lengths):
+                longer = max(longest, self.lengths[end])
+                if (end + 1 - first) * longer**2 > most:
+                    break
+                longest, end = longer, end + 1
+            lengths = torch.tensor(self.lengths[first:end])
+            positions = torch.arange(longest)
+            is_real = positions < lengths[:, None]
+            tokens = self.starts[first:end, None] + torch.minimum(positions, lengths[:, None] - 1)
+            found.append((tokens, None if bool(is_real.all()) else is_real))
+            first = end
+        self._groups[most] = found
+        return found
+
+    @property
+    def last_B(self) -> Tensor:
+        """Each row's last token."""
+        return self.starts[1:] - 1
+
+
+def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
+    """Final hidden states [T, H], before any head."""
+    backbone = getattr(model, model.base_model_prefix)
+    if model.config._attn_implementation != ATTENTION:
+        ids_BL = packed.ids_T.new_zeros(len(packed.lengths) * packed.longest)
+        ids_BL[packed.places_T] = packed.ids_T
+        ids_BL = ids_BL.view(-1, packed.longest)
+        positions_BL = torch.arange(packed.longest, device=ids_BL.device).expand_as(ids_BL)
+        # padding stands behind every real token, so causal attention needs no mask
+        hidden_BLH = backbone(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).last_hidden_state
+        return hidden_BLH.flatten(0, 1)[packed.places_T]  # type: ignore[no-any-return]
+    hidden_1TH: Tensor = backbone(
+        input_ids=packed.ids_T[None],
+        position_ids=packed.positions_T[None],
+        attention_mask=packed.ids_T.new_zeros(1, 1, 1, 1),  # so transformers makes none of its own
+        use_cache=False,
+        packed=packed,
+    ).last_hidden_state
+    return hidden_1TH[0]
+
+
+def take(x_T: Tensor, places: Tensor) -> Tensor:
+    """x_T[places], where no place comes twice."""
+    taken: Tensor = _Gather.apply(x_T, places)  # type: ignore[no-untyped-call]
+    return taken
+
+
+def pack_where_possible(model: PreTrainedModel) -> None:
+    """Let a model take packed rows if nothing but attention mixes its tokens; others get padded ones."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or LAYER_TYPES)
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if (
+        not model._supports_attention_backend
+        or not model._supports_sdpa
+        or is_capped
+        or not layers <= LAYER_TYPES
+    ):
+        return
+    model.set_attn_implementation(ATTENTION)
+    if _leaks(model):  # state-space layers, say, beside attention
+        model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def _leaks(model: PreTrainedModel) -> bool:
+    """Whether a row's states depend, by a single bit, on what stands in the row before it."""
+    row = torch.arange(3, 7)
+    first, second = (
+        hidden_states(model, Packed([before, row], model.device))[len(row) :] for before in (row, row + 4)
+    )
+    return not torch.equal(first, second)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: Packed | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer.
+
+    Args:
+        query: [1, A, T, D]; key and value may have fewer heads.
+        packed: the rows; None is a call that has nothing to do with them, such as decoding.
+
+    Returns:
+        [1, T, A, D].
+    """
+    if packed is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **options,
+        )  # fmt: skip
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    assert not unknown, f"attention with {unknown} cannot be packed"
+    assert dropout == 0.0
+    has_kernel = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+    attend = _by_kernel if has_kernel else _by_row
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    return attend(q, k, v, packed, scaling, sliding_window)[None], None
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest = packed.starts.int(), packed.longest
+    out: Tensor = varlen_attn(
+        q, k, v, starts, starts, longest, longest, scale=scale,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=k.shape[1] != q.shape[1],
+    )  # type: ignore[assignment]  # fmt: skip
+    return out
+
+
+def _by_row(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None, window: int | None
+) -> Tensor:
+    scale = scale or q.shape[-1] ** -0.5
+    if q.device.type == "cpu" and packed.longest <= SHORT:
+        out: Tensor = _ShortAttention.apply(q, k, v, packed, scale, window)  # type: ignore[no-untyped-call]
+        return out
+    rows, longest = len(packed.lengths), packed.longest
+
+    def padded(x: Tensor) -> Tensor:  # [B, heads, L, D]
+        places: Tensor = _Spread.apply(x, packed.places_T, rows * longest)  # type: ignore[no-untyped-call]
+        return places.view(rows, longest, *x.shape[1:]).transpose(1, 2)
+
+    is_windowed = window is not None and window < longest
+    out_BALD = functional.scaled_dot_product_attention(
+        padded(q), padded(k), padded(v), attn_mask=_seen(longest, window, q.device) if is_windowed else None,
+        is_causal=not is_windowed, scale=scale, enable_gqa=k.shape[1] != q.shape[1],
+    )  # fmt: skip
+    return take(out_BALD.transpose(1, 2).flatten(0, 1), packed.places_T)
+
+
+def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool [length, length]: which keys (second axis) a query looks at."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions
+    return (distance >= 0) & (distance < (window or length))
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Attention by matrix products, a few rows at a time, so that their weights stay in the cache; on the
+    way back they are computed anew. On CPUs and for short rows it takes half the time of torch's tiled
+    kernel, and as little memory. q, k, v and the result are [T, heads, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int | None
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        for tokens, is_real in packed.groups(CACHED // q.shape[1]):
+            unseen = _unseen(q, k, tokens, window)
+            rows_q, rows_k, rows_v = (_rows(x, tokens, k.shape[1]) for x in (q, k, v))
+            weights = torch.baddbmm(unseen, rows_q, rows_k.mT, alpha=scale).softmax(-1)
+            _put(out, torch.bmm(weights, rows_v), tokens, is_real)
+        ctx.save_for_backward(q, k, v)
+        ctx.arguments = packed, scale, window
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        q, k, v = ctx.saved_tensors
+        packed, scale, window = ctx.arguments
+        results = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        for tokens, is_real in packed.groups(CACHED // q.shape[1]):
+            unseen = _unseen(q, k, tokens, window)
+            rows_q, rows_k, rows_v = (_rows(x, tokens, k.shape[1]) for x in (q, k, v))
+            of_out = gradients[0][tokens]
+            if is_real is not None:
+                of_out.mul_(is_real[:, :, None, None])
+            of_out = _heads_first(of_out, k.shape[1])
+            weights = torch.baddbmm(unseen, rows_q, rows_k.mT, alpha=scale).softmax(-1)
+            of_scores = torch._softmax_backward_data(torch.bmm(of_out, rows_v.mT), weights, -1, weights.dtype)
+            parts = (
+                torch.bmm(of_scores, rows_k).mul_(scale), torch.bmm(of_scores.mT, rows_q).mul_(scale),
+                torch.bmm(weights.mT, of_out),
+            )  # fmt: skip
+            for whole, part in zip(results, parts, strict=True):
+                _put(whole, part, tokens, is_real)
+        return *results, None, None, None
+
+
+def _rows(x: Tensor, tokens: Tensor, heads: int) -> Tensor:
+    """[T, A, D] -> [rows * heads, A / heads * L, D]: the queries that share a key stand together."""
+    return _heads_first(x[tokens], heads)
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    rows, _, _, size = x.shape
+    return x.transpose(1, 2).reshape(rows * heads, -1, size)
+
+
+def _put(whole: Tensor, part: Tensor, tokens: Tensor, is_real: Tensor | None) -> None:
+    """The inverse of `_rows`, without the padding."""
+    rows, length = tokens.shape
+    part = part.view(rows, -1, length, whole.shape[2]).transpose(1, 2)
+    if is_real is None:
+        whole[tokens.flatten()] = part.flatten(0, 1)
+    else:
+        whole[tokens[is_real]] = part[is_real]
+
+
+def _unseen(q: Tensor, k: Tensor, tokens: Tensor, window: int | None) -> Tensor:
+    """To be added to scores [rows * heads, A / heads * L, L]: -inf where a query does not look."""
+    length = tokens.shape[1]
+    bias = torch.zeros(length, length, dtype=q.dtype).masked_fill_(
+        ~_seen(length, window, q.device), float("-inf")
+    )
+    return bias.repeat(q.shape[1] // k.shape[1], 1).expand(len(tokens) * k.shape[1], -1, -1)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of [T, ...] put at their places of [places, ...], zeros elsewhere. autograd's own way back adds up
+    where nothing is to be added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places_T: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places_T)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places_T, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (places_T,) = ctx.saved_tensors
+        return gradients[0].index_select(0, places_T), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The inverse of `_Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places_T: Tensor) -> Tensor:
+        ctx.save_for_backward(places_T)
+        ctx.size = len(x)
+        return x.index_select(0, places_T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (places_T,) = ctx.saved_tensors
+        gradient = gradients[0]
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, places_T, gradient), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,34 @@
+"""Where a PPO step's time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Phases:
+    """Seconds of each phase of one step, in the order in which they were first entered."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to the phase; entered again it adds up."""
+        start = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+
+    def taken(self) -> dict[str, float]:
+        """As `seconds_NAME`; the next step starts from nothing."""
+        seconds, self.seconds = self.seconds, {}
+        return {f"seconds_{name}": value for name, value in seconds.items()}
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.monotonic()
