@@ -98,7 +98,7 @@ class PpoStage(PpoConfig, Stage):
                 merged(job.base, sft, self.peft, learner.best_weights), tokenizer, job.directory
             )
         )
-        job.publish({**metrics, "trained_parameters": count_parameters(learner.policy.model)[0]})
+        job.publish(metrics)
 
     def learner(self, job: Job) -> Learner:
         """The loop with its four models, before its first step."""
@@ -123,6 +123,7 @@ class PpoStage(PpoConfig, Stage):
         attach(critic.model, self.peft)
         critic.head.requires_grad_(True)
         critic.offset.requires_grad_(True)
+        trained, _ = count_parameters(policy)  # before they are sharded
         engine = make_engine(
             ActorCritic(policy, critic),
             [(policy.parameters(), self.optim), (critic.parameters(), self.critic.optim)],
@@ -148,6 +149,7 @@ class PpoStage(PpoConfig, Stage):
             if self.ptx.coef > 0
             else None,
             job=job,
+            trained_parameters=trained,
         )
 
     def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:
