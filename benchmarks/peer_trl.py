@@ -13,15 +13,18 @@ Everything is what `trl.experimental.ppo` does by itself, but for these choices:
 - precision=bf16 sets the variable that `accelerate launch --mixed_precision bf16` sets. PPOTrainer makes its
   own Accelerator, which since transformers 5 does not hear of PPOConfig's `bf16=True`: without the variable
   all is fp32.
+- numpy is seeded too: PPOTrainer seeds torch only, and shuffles its minibatches with numpy.
 - peft=lora puts an adapter into all linear layers of the policy, and the policy without it is the reference.
   TRL trains the value model in full all the same.
+- Where work.json asks for evaluations, the policy answers `held_out` when the iterable above is asked for the
+  batch after so many steps: as the trainer lets it answer prompts, but with random numbers of its own, and
+  while the clock stands still.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,9 +36,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     TrainerCallback,
+    set_seed,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.models.utils import unwrap_model_for_generation
 
 PACKAGES = ["trl", "transformers", "accelerate", "peft", "torch"]
 
@@ -43,15 +49,17 @@ PACKAGES = ["trl", "transformers", "accelerate", "peft", "torch"]
 def measure(work: Work) -> Report:
     """Train on work's batches."""
     torch.set_num_threads(work.threads)
+    set_seed(work.seed)
     if work.precision == "bf16":
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     with tempfile.TemporaryDirectory() as directory:
         meter = Meter(work)
         trainer = _trainer(work, directory, meter)
         meter.report.precision = _precision(trainer)
-        trainer.dataloader = InOrder(work, trainer.data_collator, meter.report)
+        trainer.dataloader = InOrder(work, trainer, meter.report)
         trainer.train()
-        meter.report.asked.append(time.perf_counter())
+        meter.report.ask()
+        evaluate(work, trainer, meter.report, len(work.batches))
     return meter.report
 
 
@@ -65,6 +73,7 @@ class Meter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Once a step."""
         self.report.score_mean.append(kwargs["logs"]["objective/scores"])
+        self.report.kl.append(kwargs["logs"]["objective/kl"])
 
     def count_tokens(self, _: torch.nn.Module, __: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         """A forward pre-hook of the reward model: it sees the responses as TRL truncated them."""
@@ -78,13 +87,39 @@ class Meter(TrainerCallback):
 class InOrder:
     """TRL's dataloader without the shuffling."""
 
-    def __init__(self, work: Work, collate: Any, report: Report) -> None:
-        self._work, self._collate, self._report = work, collate, report
+    def __init__(self, work: Work, trainer: PPOTrainer, report: Report) -> None:
+        self._work, self._trainer, self._report = work, trainer, report
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._work.batches:
-            self._report.asked.append(time.perf_counter())
-            yield self._collate([{"input_ids": ids} for ids in batch])
+        for step, batch in enumerate(self._work.batches):
+            evaluate(self._work, self._trainer, self._report, step)
+            self._report.ask()
+            yield self._trainer.data_collator([{"input_ids": ids} for ids in batch])
+
+
+def evaluate(work: Work, trainer: PPOTrainer, report: Report, done: int) -> None:
+    """Let the policy answer the held-out prompts, where that is due after so many steps."""
+    is_last = done == len(work.batches)
+    if not work.evaluate_every or (done % work.evaluate_every and not is_last):
+        return
+    with report.paused(), torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(work.seed)
+        report.evaluations.append((done, _answers(work, trainer)))
+
+
+def _answers(work: Work, trainer: PPOTrainer) -> list[list[int]]:
+    tokenizer = trainer.processing_class
+    batch = trainer.data_collator([{"input_ids": ids} for ids in work.held_out])
+    config = GenerationConfig(
+        max_new_tokens=work.new_tokens, temperature=work.temperature, top_k=0, top_p=1.0, do_sample=True,
+        eos_token_id=work.stop_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with unwrap_model_for_generation(trainer.model, trainer.accelerator) as model:
+        found = model.policy.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
+        )
+    rows = found[:, batch["input_ids"].shape[1] :].tolist()
+    return [row[: row.index(work.stop_id) + 1] if work.stop_id in row else row for row in rows]
 
 
 def _trainer(work: Work, directory: str, meter: Meter) -> PPOTrainer:
@@ -122,7 +157,8 @@ def _config(work: Work, directory: str) -> PPOConfig:
         num_sample_generations=0,
         disable_tqdm=True,
         learning_rate=work.lr,
-        lr_scheduler_type="constant",
+        lr_scheduler_type=work.lr_schedule,
+        adam_epsilon=work.adam_eps,
         total_episodes=work.episodes * len(work.batches),
         per_device_train_batch_size=work.episodes,
         gradient_accumulation_steps=1,
@@ -130,6 +166,7 @@ def _config(work: Work, directory: str) -> PPOConfig:
         num_ppo_epochs=work.epochs,
         response_length=work.new_tokens,
         stop_token_id=work.stop_id if work.honour_stop else None,
+        missing_eos_penalty=work.missing_stop_penalty or None,
         temperature=work.temperature,
         kl_coef=work.kl_coef,
         gamma=work.gamma,

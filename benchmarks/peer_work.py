@@ -9,11 +9,12 @@ import contextlib
 import json
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import Literal
 
 
@@ -46,6 +47,15 @@ class Work:
     precision: Literal["bf16", "fp32"]
     threads: int
     seed: int
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """linear: falls to 0 over the steps, without a warm-up."""
+    adam_eps: float = 1e-8
+    missing_stop_penalty: float = 0.0
+    """Taken from the score of a response that did not stop by itself; raw score units."""
+    evaluate_every: int = 0
+    """Steps between the samplings that are reported; one comes before the first step too. 0: none."""
+    held_out: list[list[int]] = field(default_factory=list)
+    """What is answered then, as token ids like those of batches."""
 
     @property
     def episodes(self) -> int:
@@ -66,17 +76,35 @@ class Report:
     precision: str
     """What was computed in which precision, in words."""
     asked: list[float] = field(default_factory=list)
-    """When the trainer asked for the step's prompts (`time.perf_counter`), then when it was done with all."""
+    """When the trainer asked for the step's prompts (`time.perf_counter`), then when it was done with all;
+    the clock stands still while `paused`."""
     new_tokens: list[int] = field(default_factory=list)
     """Response tokens up to and including the first stop token."""
     score_mean: list[float] = field(default_factory=list)
-    """Of the reward model's raw scores."""
+    """Of the reward model's scores; TRL's are told after `missing_stop_penalty` is taken."""
+    kl: list[float] = field(default_factory=list)
+    """Nats a response, from the reference; empty where the trainer does not tell."""
+    evaluations: list[tuple[int, list[list[int]]]] = field(default_factory=list)
+    """(steps done, response ids up to and including the first stop token) of each sampling."""
+    pauses: float = 0.0
+    """Seconds so far."""
 
-    def as_json(self, work: Work, packages: list[str]) -> str:
-        """The line that the benchmark reads."""
+    def ask(self) -> None:
+        """The trainer asks for the next step's prompts, or is done with all."""
+        self.asked.append(perf_counter() - self.pauses)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside belongs to no step."""
+        start = perf_counter()
+        yield
+        self.pauses += perf_counter() - start
+
+    def as_json(self, episodes: list[int], packages: list[str]) -> str:
+        """The line that the benchmark reads; `episodes` of each step."""
         fields = asdict(self)
         fields["seconds"] = [later - earlier for earlier, later in pairwise(fields.pop("asked"))]
-        fields["episodes"] = [work.episodes] * len(work.batches)
+        fields["episodes"] = episodes
         fields["versions"] = {name: version(name) for name in packages}
         fields["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         lengths = {len(fields[name]) for name in ("seconds", "episodes", "new_tokens", "score_mean")}
@@ -89,4 +117,4 @@ def run_peer(measure: Callable[[Work], Report], packages: list[str]) -> None:
     work = Work(**json.loads(Path(sys.argv[1]).read_text()))
     with contextlib.redirect_stdout(sys.stderr):
         report = measure(work)
-    print(report.as_json(work, packages))
+    print(report.as_json([work.episodes] * len(work.batches), packages))

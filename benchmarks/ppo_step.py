@@ -106,8 +106,8 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any], peak: float) -> No
     tokens = median(step["response_tokens"] for step in steps)
     console.print(
         f"{episodes_per_second(answer):.2f} episodes/s, {tokens / total:.0f} response tokens/s, padding "
-        f"{answer['padding']:.1%}, peak memory {answer['peak_bytes'] / 1e9:.2f} GB, matmul peak {peak:.0f} GFLOP/s; "
-        f"{answer['precision']}"
+        f"{answer['padding']:.1%}, peak memory {answer['peak_bytes'] / 1e9:.2f} GB, matmul peak {peak:.0f} "
+        f"GFLOP/s; {answer['precision']}"
     )
 
 
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours.append(run(sys.executable, "run_rlhf.py", work, options.directory / "rlhf.log"))
         if options.peer:
             script = f"peer_{options.peer}.py"
-            known = {field.name: work[field.name] for field in fields(Work)}
+            known = {field.name: work[field.name] for field in fields(Work) if field.name in work}
             theirs.append(run(options.peer_python, script, known, options.directory / f"{options.peer}.log"))
             console.print(f"pair {pair + 1}: {ours[-1]['seconds']} against {theirs[-1]['seconds']}")
     show_phases(work, ours[-1], matmul_peak())

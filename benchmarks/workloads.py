@@ -24,8 +24,8 @@ HH = Path(os.environ.get("RLHF_HH", "../shared/data/hh-helpful-base/pairs.jsonl.
 """Anthropic's HH helpful-base as rows of prompt, chosen, rejected."""
 SHAPES: dict[str, dict[str, Any]] = {
     "uniform": {"episodes": 16, "new_tokens": 48, "honour_stop": False},
-    "skewed": {"episodes": 32, "new_tokens": 256, "honour_stop": True},
-    "skewed-packaged": {"episodes": 32, "new_tokens": 64, "honour_stop": True},
+    "skewed": {"episodes": 16, "new_tokens": 256, "honour_stop": True},
+    "skewed-packaged": {"episodes": 16, "new_tokens": 64, "honour_stop": True},
 }
 PPO: dict[str, Any] = {
     "temperature": 1.0, "epochs": 1, "lr": 1e-6, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2,
@@ -118,7 +118,8 @@ def base_model(directory: Path, kind: str) -> Path:
 def tuned_model(directory: Path, kind: str, name: str) -> Path:
     """A model that answers and then stops, which is what PPO starts from: tuned on HH's better answers, or on
     the packaged ones. `python -m rlhf stage=sft` makes it, once."""
-    data = [f"sft.data={HH.resolve()}", "sft.epochs=0.3"] if name == "skewed" else []
+    source = f"sft.data={{path: {HH.resolve()}, fields: {{completion: chosen}}}}"
+    data = [source, "sft.epochs=0.3", "prepare.on_bad_row=drop"] if name == "skewed" else []
     run = ["-m", "rlhf", f"model={kind}", "stage=sft", "gates=warn", f"run_name={kind}-{name}", *data]
     subprocess.run([sys.executable, *run], cwd=directory, check=True, stdout=sys.stderr)
     return (directory / "runs" / f"{kind}-{name}" / "artifacts" / "sft").resolve()

@@ -61,7 +61,7 @@ class EvaluateStage(Stage):
     """What `evaluate.*` can be told. Values: conf/stages/evaluate.yaml."""
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention_text", "retention_questions", "num_shown", "micro_batch_tokens"}

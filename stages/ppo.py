@@ -39,7 +39,7 @@ class PpoStage(PpoConfig, Stage):
     """What `ppo.*` can be told: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
     name: ClassVar[str] = "ppo"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "micro_batch_tokens", "max_bad_steps", "max_kl", "frozen"}
@@ -99,7 +99,7 @@ class PpoStage(PpoConfig, Stage):
                 merged(job.base, sft, self.peft, learner.best_weights), tokenizer, job.directory
             )
         )
-        job.publish({**metrics, "trained_parameters": count_parameters(learner.policy.model)[0]})
+        job.publish(metrics)
 
     def learner(self, job: Job) -> Learner:
         """The loop with its four models, before its first step."""
@@ -116,7 +116,7 @@ class PpoStage(PpoConfig, Stage):
         tokenizer = load_tokenizer(sft, settings)
         policy = load_causal_lm(sft, settings, compute.dtype, compute.device)
         check_head(policy)
-        attach(policy, self.peft)
+        adapter = attach(policy, self.peft)
         learned = job.inputs["reward"].path if self.reward == "learned" else None
         reward = make_reward(self.reward, learned, settings, compute, self.micro_batch_tokens)
         normalizer = self.normalizer(job)
@@ -124,6 +124,7 @@ class PpoStage(PpoConfig, Stage):
         attach(critic.model, self.peft)
         critic.head.requires_grad_(True)
         critic.offset.requires_grad_(True)
+        trained, _ = count_parameters(policy)  # before they are sharded
         engine = make_engine(
             ActorCritic(policy, critic),
             [(policy.parameters(), self.optim), (critic.parameters(), self.critic.optim)],
@@ -136,7 +137,13 @@ class PpoStage(PpoConfig, Stage):
         return Learner(
             self,
             engine=engine,
-            policy=Policy(policy, tokenizer, compute, lambda: engine.whole(policy), job.vllm),
+            policy=Policy(
+                policy,
+                tokenizer,
+                compute,
+                (lambda: engine.whole(policy)) if compute.zero != "none" else adapter.folded_in,
+                job.vllm,
+            ),
             reference=reference,
             reward=reward,
             normalizer=normalizer,
@@ -144,6 +151,7 @@ class PpoStage(PpoConfig, Stage):
             if self.ptx.coef > 0
             else None,
             job=job,
+            trained_parameters=trained,
         )
 
     def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:

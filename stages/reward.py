@@ -38,6 +38,7 @@ class RewardStage(Stage):
     """What `reward.*` can be told. Values: conf/stages/reward.yaml."""
 
     name: ClassVar[str] = "reward"
+    version: ClassVar[int] = 2
     not_in_key: ClassVar[frozenset[str]] = frozenset({"pairs", "micro_batch_tokens"})
 
     pairs: SourceConfig

@@ -36,7 +36,7 @@ class SftStage(Stage):
     """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     not_in_key: ClassVar[frozenset[str]] = frozenset({"data", "micro_batch_tokens"})
 
     data: SourceConfig

@@ -15,6 +15,7 @@ from rlhf.experiment import build_experiment
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.actor_critic import ActorCritic
+from rlhf.models.adapters import count_parameters
 from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.mix import PretrainingMix
@@ -76,4 +77,5 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
         normalizer=normalizer,
         mix=PretrainingMix(stage.ptx, tokenizer, mix_rows, job.seed) if mix_rows else None,
         job=job,
+        trained_parameters=count_parameters(policy)[0],
     )

@@ -74,8 +74,7 @@ def test_micro_batches_keep_their_promises(lengths: list[int], world_size: int, 
         assert [each.last for each in mine] == [False] * (len(mine) - 1) + [True]
         for each in mine:
             assert each.weight in (0.0, 1.0)
-            longest = max(lengths[index] for index in each.indices)
-            assert len(each.indices) * longest <= budget or len(each.indices) == 1
+            assert sum(lengths[index] for index in each.indices) <= budget or len(each.indices) == 1
             if each.weight == 0.0:  # as cheap as it can be
                 assert [lengths[index] for index in each.indices] == [min(lengths)]
 
@@ -91,8 +90,8 @@ def test_a_rank_works_on_its_share(lengths: list[int], world_size: int) -> None:
 def test_micro_batches_by_hand() -> None:
     lengths = [2, 6, 3, 4, 1]  # by falling length: 1, 3, 2, 0, 4
     first, second = everything(lengths, 2, budget=6)
-    assert first == [([1], 1.0, False), ([2, 4], 1.0, True)]  # 6; 2 rows of at most 3 tokens
-    assert second == [([3], 1.0, False), ([0], 1.0, True)]
+    assert first == [([1], 1.0, False), ([2, 4], 1.0, True)]  # 6; 3 + 1 tokens
+    assert second == [([3, 0], 1.0, False), ([4], 0.0, True)]  # 4 + 2; the shortest row again, without weight
     first, second = everything([5, 2], 2, budget=2)
     assert (first, second) == ([([0], 1.0, True)], [([1], 1.0, True)])
     first, second, third = everything([5, 2], 3, budget=100)  # more ranks than rows

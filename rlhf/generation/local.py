@@ -6,10 +6,12 @@ Dimensions: B rows still going, V vocabulary, K tokens in the cache (prompts pad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from rlhf.config import ConfigError
 from rlhf.rl.rollout import Rollout
@@ -85,7 +87,7 @@ def _decode(
     ids_BK, mask_BK = ids_BK.to(device), mask_BK.to(device)
     positions_BK = (mask_BK.cumsum(-1) - 1).clamp(min=0)
 
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model)
     tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
     logps = torch.zeros(len(prompts), max_new_tokens, device=device)
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
@@ -128,15 +130,61 @@ def _decode(
     ]
 
 
+def growing_cache(model: PreTrainedModel) -> DynamicCache:
+    """transformers' cache, whose plain layers have room to spare instead of being copied for every token."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        _GrowingLayer()  # type: ignore[no-untyped-call]
+        if type(layer) is DynamicLayer
+        else layer
+        for layer in cache.layers
+    ]
+    return cache
+
+
+class _GrowingLayer(DynamicLayer):
+    """`keys` and `values` [B, heads, K, D] are the front part of larger buffers."""
+
+    ROOM = 64
+    """Tokens that fit before the buffers are copied again."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens behind those that are there."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = [x[:, :, :0] for x in (key_states, value_states)]
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for place, new in enumerate((key_states, value_states)):
+            if end > self._buffers[place].shape[-2]:
+                larger = new.new_empty(*new.shape[:2], end + self.ROOM, new.shape[-1])
+                larger[:, :, :start] = self._buffers[place][:, :, :start]
+                self._buffers[place] = larger
+            self._buffers[place][:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        length = self.get_seq_length()
+        self._buffers = [buffer[indices] for buffer in self._buffers]
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+
 def _sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    scaled_BV = logits_BV / temperature if temperature not in (0.0, 1.0) else logits_BV
+    highest_B1, highest_token_B1 = scaled_BV.max(-1, keepdim=True)
+    weight_BV = (scaled_BV - highest_B1).exp_()
+    total_B = weight_BV.sum(-1)
+    check_finite(total_B)
     if temperature == 0.0:
-        logp_BV = logits_BV.log_softmax(-1)
-        highest_B, token_B = logits_BV.max(-1)
-        _check_finite(highest_B)
+        token_B = highest_token_B1.squeeze(-1)
     else:
-        logp_BV = (logits_BV / temperature).log_softmax(-1)
-        token_B = _draw(_nucleus(logp_BV.exp(), top_p), uniform_B)
-    return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+        token_B = _draw(_nucleus(weight_BV, total_B, top_p), uniform_B)
+    logp_B = (scaled_BV.gather(-1, token_B[:, None]) - highest_B1).squeeze(-1) - total_B.log()
+    return token_B, logp_B
 
 
 def _draw(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -147,14 +195,13 @@ def _draw(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """
     cumulative_BV = weight_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
-    _check_finite(total_B1)
     threshold_B1 = torch.minimum(
         uniform_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1))
     )
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
 
 
-def _check_finite(values: Tensor) -> None:
+def check_finite(values: Tensor) -> None:
     """Values that a single NaN in a row's logits reaches.
 
     Raises:
@@ -167,10 +214,10 @@ def _check_finite(values: Tensor) -> None:
         )
 
 
-def _nucleus(probability_BV: Tensor, top_p: float) -> Tensor:
+def _nucleus(weight_BV: Tensor, total_B: Tensor, top_p: float) -> Tensor:
     """Keep the smallest set of tokens whose probabilities reach top_p (Holtzman et al. 2020)."""
     if top_p >= 1.0:
-        return probability_BV
-    ordered_BV, index_BV = probability_BV.sort(-1, descending=True)
-    ordered_BV[ordered_BV.cumsum(-1) - ordered_BV >= top_p] = 0.0
-    return torch.zeros_like(probability_BV).scatter(-1, index_BV, ordered_BV)
+        return weight_BV
+    ordered_BV, index_BV = weight_BV.sort(-1, descending=True)
+    ordered_BV[ordered_BV.cumsum(-1) - ordered_BV >= top_p * total_B[:, None]] = 0.0
+    return torch.zeros_like(weight_BV).scatter(-1, index_BV, ordered_BV)

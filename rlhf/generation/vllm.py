@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError, Strict
 from rlhf.distributed import Compute
-from rlhf.generation.local import _check_finite
+from rlhf.generation.local import check_finite
 from rlhf.models.adapters import merged_weights
 from rlhf.rl.rollout import Rollout
 
@@ -128,7 +128,7 @@ class Vllm:
         outputs = self._run([prompt.tolist() for prompt in prompts], seeded, on_rows)
         logps = [_logps(output) for output in outputs]
         if logps:
-            _check_finite(torch.cat(logps))
+            check_finite(torch.cat(logps))
         return Rollout(
             prompt_ids=list(prompts),
             response_ids=[torch.tensor(output.token_ids) for output in outputs],

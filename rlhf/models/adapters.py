@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,6 +26,27 @@ class Adapter:
     def __init__(self, tuner: LoraModel | None) -> None:
         self._tuner = tuner
 
+    @contextmanager
+    def folded_in(self) -> Iterator[None]:
+        """While open, the model runs on weights that hold the adapter, as fast as a plain one: for sampling.
+
+        They are copies: adding and subtracting the adapter would change the frozen ones a little each time.
+        """
+        modules: list[Any] = [] if self._tuner is None else list(self._tuner.modules())
+        layers = [module for module in modules if isinstance(module, LoraLayer)]
+        frozen = [layer.get_base_layer().weight for layer in layers]
+        originals = [weight.data for weight in frozen]
+        try:
+            with torch.no_grad():
+                for layer, weight in zip(layers, frozen, strict=True):
+                    weight.data = weight.data + layer.get_delta_weight("default")  # type: ignore[attr-defined]
+                    layer._disable_adapters = True
+            yield
+        finally:
+            for layer, weight, original in zip(layers, frozen, originals, strict=True):
+                weight.data = original
+                layer._disable_adapters = False
+
     def merge(self) -> None:
         """Fold the adapter into the weights, so that the model publishes as a plain one."""
         if self._tuner is not None:
@@ -38,7 +61,11 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
         return Adapter(None)
     targets = _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
-    return Adapter(LoraModel(model, lora, "default"))
+    tuner = LoraModel(model, lora, "default")
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft makes them fp32 and converts all that passes; our masters are fp32
+            parameter.data = parameter.data.to(model.dtype)
+    return Adapter(tuner)
 
 
 def merged(
@@ -85,6 +112,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _folded(layer: Any) -> Tensor:
     """An adapted linear layer's weight with its update, rounded once."""
     weight: Tensor = layer.get_base_layer().weight.detach()
+    if layer.disable_adapters:  # it is in there: `Adapter.folded_in`
+        return weight
     total = weight.float()
     for adapter in layer.active_adapters:
         update = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()

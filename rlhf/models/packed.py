@@ -20,8 +20,10 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "packed"
 """The name under which transformers' models find `attention`; `model.attention=packed`."""
-SHORT = 256
+SHORT = 1024
 """Tokens of the longest row up to which attention on CPUs goes by matrix products."""
+CACHED = 1 << 20
+"""Attention weights that are held at once then."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -30,6 +32,7 @@ class Packed:
 
     def __init__(self, rows: Sequence[Tensor], device: torch.device | str) -> None:
         self.lengths = [len(row) for row in rows]
+        self._groups: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self.ids_T = torch.cat(list(rows)).to(device)
 
     @property
@@ -57,6 +60,33 @@ class Packed:
         """Where each token stands in [B, L], flattened."""
         row_T = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
         return row_T.to(self.ids_T.device) * self.longest + self.positions_T
+
+    def groups(self, most: int) -> list[tuple[Tensor, Tensor | None]]:
+        """Rows beside each other whose padded lengths, squared, add up to at most `most`.
+
+        Returns:
+            For each group its tokens [rows, L], whose padding names the row's last token again, and where
+            they are real (None: everywhere).
+        """
+        if most in self._groups:
+            return self._groups[most]
+        found: list[tuple[Tensor, Tensor | None]] = []
+        first = 0
+        while first < len(self.lengths):
+            longest, end = self.lengths[first], first + 1
+            while end < len(self.lengths):
+                longer = max(longest, self.lengths[end])
+                if (end + 1 - first) * longer**2 > most:
+                    break
+                longest, end = longer, end + 1
+            lengths = torch.tensor(self.lengths[first:end])
+            positions = torch.arange(longest)
+            is_real = positions < lengths[:, None]
+            tokens = self.starts[first:end, None] + torch.minimum(positions, lengths[:, None] - 1)
+            found.append((tokens, None if bool(is_real.all()) else is_real))
+            first = end
+        self._groups[most] = found
+        return found
 
     @property
     def last_B(self) -> Tensor:
@@ -95,8 +125,27 @@ def pack_where_possible(model: PreTrainedModel) -> None:
     """Let a model take packed rows if nothing but attention mixes its tokens; others get padded ones."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or LAYER_TYPES)
-    if model._supports_attention_backend and layers <= LAYER_TYPES:
-        model.set_attn_implementation(ATTENTION)
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if (
+        not model._supports_attention_backend
+        or not model._supports_sdpa
+        or is_capped
+        or not layers <= LAYER_TYPES
+    ):
+        return
+    model.set_attn_implementation(ATTENTION)
+    if _leaks(model):  # state-space layers, say, beside attention
+        model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def _leaks(model: PreTrainedModel) -> bool:
+    """Whether a row's states depend, by a single bit, on what stands in the row before it."""
+    row = torch.arange(3, 7)
+    first, second = (
+        hidden_states(model, Packed([before, row], model.device))[len(row) :] for before in (row, row + 4)
+    )
+    return not torch.equal(first, second)
 
 
 def attention(
@@ -151,64 +200,100 @@ def _by_kernel(
 def _by_row(
     q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None, window: int | None
 ) -> Tensor:
+    scale = scale or q.shape[-1] ** -0.5
+    if q.device.type == "cpu" and packed.longest <= SHORT:
+        out: Tensor = _ShortAttention.apply(q, k, v, packed, scale, window)  # type: ignore[no-untyped-call]
+        return out
     rows, longest = len(packed.lengths), packed.longest
 
     def padded(x: Tensor) -> Tensor:  # [B, heads, L, D]
         places: Tensor = _Spread.apply(x, packed.places_T, rows * longest)  # type: ignore[no-untyped-call]
         return places.view(rows, longest, *x.shape[1:]).transpose(1, 2)
 
-    q, k, v = padded(q), padded(k), padded(v)
-    distance = torch.arange(longest, device=q.device)[:, None] - torch.arange(longest, device=q.device)
-    seen = distance >= 0
-    is_windowed = False
-    if window is not None and window < longest:
-        is_windowed = True
-        seen &= distance < window
-    if longest <= SHORT and q.device.type == "cpu":
-        out: Tensor = _ShortAttention.apply(q, k, v, seen, scale or q.shape[-1] ** -0.5)  # type: ignore[no-untyped-call]
-    else:
-        out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen if is_windowed else None, is_causal=not is_windowed, scale=scale,
-            enable_gqa=k.shape[1] != q.shape[1],
-        )  # fmt: skip
-    return take(out.transpose(1, 2).flatten(0, 1), packed.places_T)
+    is_windowed = window is not None and window < longest
+    out_BALD = functional.scaled_dot_product_attention(
+        padded(q), padded(k), padded(v), attn_mask=_seen(longest, window, q.device) if is_windowed else None,
+        is_causal=not is_windowed, scale=scale, enable_gqa=k.shape[1] != q.shape[1],
+    )  # fmt: skip
+    return take(out_BALD.transpose(1, 2).flatten(0, 1), packed.places_T)
+
+
+def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Bool [length, length]: which keys (second axis) a query looks at."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions
+    return (distance >= 0) & (distance < (window or length))
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Attention by matrix products, the weights computed anew on the way back. On CPUs and for short rows it
-    takes half the time of torch's tiled kernel, and as little memory."""
+    """Attention by matrix products, a few rows at a time, so that their weights stay in the cache; on the
+    way back they are computed anew. On CPUs and for short rows it takes half the time of torch's tiled
+    kernel, and as little memory. q, k, v and the result are [T, heads, D]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
-        q = _ShortAttention._grouped(q, k.shape[1])
-        out = torch.matmul(_ShortAttention._weights(q, k, seen, scale), v)
-        ctx.save_for_backward(q, k, v, seen, out)
-        ctx.scale = scale
-        return out.view(len(out), -1, *k.shape[2:])
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int | None
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        for tokens, is_real in packed.groups(CACHED // q.shape[1]):
+            unseen = _unseen(q, k, tokens, window)
+            rows_q, rows_k, rows_v = (_rows(x, tokens, k.shape[1]) for x in (q, k, v))
+            weights = torch.baddbmm(unseen, rows_q, rows_k.mT, alpha=scale).softmax(-1)
+            _put(out, torch.bmm(weights, rows_v), tokens, is_real)
+        ctx.save_for_backward(q, k, v)
+        ctx.arguments = packed, scale, window
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, seen, out = ctx.saved_tensors
-        gradient = gradients[0].reshape(out.shape)
-        weights = _ShortAttention._weights(q, k, seen, ctx.scale)
-        of_v = torch.matmul(weights.transpose(-1, -2), gradient)
-        of_weights = torch.matmul(gradient, v.transpose(-1, -2)).float()
-        of_weights -= (gradient.float() * out).sum(-1, keepdim=True)
-        of_scores = of_weights.mul_(weights).mul_(ctx.scale).to(q.dtype)
-        of_q = torch.matmul(of_scores, k)
-        of_k = torch.matmul(of_scores.transpose(-1, -2), q)
-        return of_q.view(len(q), -1, *k.shape[2:]), of_k, of_v, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        q, k, v = ctx.saved_tensors
+        packed, scale, window = ctx.arguments
+        results = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        for tokens, is_real in packed.groups(CACHED // q.shape[1]):
+            unseen = _unseen(q, k, tokens, window)
+            rows_q, rows_k, rows_v = (_rows(x, tokens, k.shape[1]) for x in (q, k, v))
+            of_out = gradients[0][tokens]
+            if is_real is not None:
+                of_out.mul_(is_real[:, :, None, None])
+            of_out = _heads_first(of_out, k.shape[1])
+            weights = torch.baddbmm(unseen, rows_q, rows_k.mT, alpha=scale).softmax(-1)
+            of_scores = torch._softmax_backward_data(torch.bmm(of_out, rows_v.mT), weights, -1, weights.dtype)
+            parts = (
+                torch.bmm(of_scores, rows_k).mul_(scale), torch.bmm(of_scores.mT, rows_q).mul_(scale),
+                torch.bmm(weights.mT, of_out),
+            )  # fmt: skip
+            for whole, part in zip(results, parts, strict=True):
+                _put(whole, part, tokens, is_real)
+        return *results, None, None, None
 
-    @staticmethod
-    def _grouped(q: Tensor, heads: int) -> Tensor:
-        """[B, A, L, D] -> [B, heads, A / heads * L, D]: the queries that share a key stand together."""
-        return q.reshape(len(q), heads, -1, q.shape[-1])
 
-    @staticmethod
-    def _weights(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
-        scores = torch.matmul(q, k.transpose(-1, -2)).float().mul_(scale)
-        scores.unflatten(-2, (-1, len(seen))).masked_fill_(~seen, float("-inf"))
-        return scores.softmax(-1).to(q.dtype)
+def _rows(x: Tensor, tokens: Tensor, heads: int) -> Tensor:
+    """[T, A, D] -> [rows * heads, A / heads * L, D]: the queries that share a key stand together."""
+    return _heads_first(x[tokens], heads)
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    rows, _, _, size = x.shape
+    return x.transpose(1, 2).reshape(rows * heads, -1, size)
+
+
+def _put(whole: Tensor, part: Tensor, tokens: Tensor, is_real: Tensor | None) -> None:
+    """The inverse of `_rows`, without the padding."""
+    rows, length = tokens.shape
+    part = part.view(rows, -1, length, whole.shape[2]).transpose(1, 2)
+    if is_real is None:
+        whole[tokens.flatten()] = part.flatten(0, 1)
+    else:
+        whole[tokens[is_real]] = part[is_real]
+
+
+def _unseen(q: Tensor, k: Tensor, tokens: Tensor, window: int | None) -> Tensor:
+    """To be added to scores [rows * heads, A / heads * L, L]: -inf where a query does not look."""
+    length = tokens.shape[1]
+    bias = torch.zeros(length, length, dtype=q.dtype).masked_fill_(
+        ~_seen(length, window, q.device), float("-inf")
+    )
+    return bias.repeat(q.shape[1] // k.shape[1], 1).expand(len(tokens) * k.shape[1], -1, -1)
 
 
 class _Spread(torch.autograd.Function):

@@ -111,19 +111,22 @@ def _chunk(
 class _Categorical(torch.autograd.Function):
     """Log-probabilities of targets and entropies of softmax(logits / temperature), in fp32.
 
-    A few rows at a time, so that what is computed on the way stays in the cache: a vocabulary's worth of fp32
-    numbers is read from memory once in each direction.
+    On CPUs a few rows at a time, so that what is computed on the way stays in the cache.
     """
 
     ROWS = 16
+
+    @staticmethod
+    def _parts(logits_CV: Tensor) -> list[slice]:
+        rows = _Categorical.ROWS if logits_CV.device.type == "cpu" else len(logits_CV)
+        return [slice(start, start + rows) for start in range(0, len(logits_CV), rows)]
 
     @staticmethod
     def forward(ctx: Any, logits_CV: Tensor, targets_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logp_C, entropy_C, total_C = (
             logits_CV.new_empty(len(logits_CV), dtype=torch.float32) for _ in range(3)
         )
-        for start in range(0, len(logits_CV), _Categorical.ROWS):
-            part = slice(start, start + _Categorical.ROWS)
+        for part in _Categorical._parts(logits_CV):
             x = logits_CV[part].to(torch.float32, copy=True)
             if temperature != 1.0:
                 x.div_(temperature)
@@ -146,8 +149,7 @@ class _Categorical(torch.autograd.Function):
         logits_CV, targets_C, total_C = ctx.saved_tensors
         gradient_C = gradients[0] / ctx.temperature
         gradient_CV = torch.empty_like(logits_CV)
-        for start in range(0, len(logits_CV), _Categorical.ROWS):
-            part = slice(start, start + _Categorical.ROWS)
+        for part in _Categorical._parts(logits_CV):
             x = logits_CV[part].to(torch.float32, copy=True)
             if ctx.temperature != 1.0:
                 x.div_(ctx.temperature)
@@ -171,7 +173,8 @@ def check_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: its logits are not finite. Its weights are damaged, or too large for "
             "this precision: try precision=fp32."
         )
-    ours = model.get_output_embeddings()(hidden_states(model, Packed([ids_T], model.device))).float()
+    backbone = getattr(model, model.base_model_prefix)
+    ours = model.get_output_embeddings()(backbone(input_ids=ids_T[None], use_cache=False)[0][0]).float()
     if not torch.allclose(logits, ours, rtol=0.02, atol=0.02 * float(logits.abs().max())):
         raise ConfigError(
             f"model: {type(model).__name__} transforms its logits after the output layer (soft-capping or "

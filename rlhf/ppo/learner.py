@@ -48,8 +48,10 @@ class Learner:
         normalizer: ScoreNormalizer,
         mix: PretrainingMix | None,
         job: Job,
+        trained_parameters: int,
     ) -> None:
-        """`engine` trains an ActorCritic whose policy `policy` samples from."""
+        """`engine` trains an ActorCritic whose policy `policy` samples from, and so many weights of it."""
+        self.trained_parameters = trained_parameters
         self.config, self.job, self.compute, self.engine = config, job, job.compute, engine
         self.policy, self.reference, self.reward = policy, reference, reward
         self.kl = (
@@ -143,6 +145,7 @@ class Learner:
             "bad_steps": self.bad_steps,
             "steps": config.steps,
             "episodes": config.steps * config.batch_episodes,
+            "trained_parameters": self.trained_parameters,
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def test_reported_log_probabilities_are_the_policys(
     stops = some_stops(model, prompts)
     rollout = sample(model, prompts, temperature=temperature, top_p=top_p, stop_ids=stops, batch_rows=4)
     (logp_BR,) = rollout_rows(
-        rollout, PAD, 200, on_cpu(),
+        rollout, 200, on_cpu(),
         lambda batch: (response_statistics(model, batch, temperature or 1.0).logp_N,),
     )  # fmt: skip
     assert rollout.sampled_logp is not None
@@ -212,12 +212,13 @@ def test_a_weight_of_zero_is_never_drawn_at_the_edges(edge: float, weights: list
 
 def test_a_nucleus_by_hand() -> None:
     probability = torch.tensor([[0.1, 0.5, 0.15, 0.25]])
-    assert _nucleus(probability.clone(), 1.0).tolist() == probability.tolist()
+    weight, total = 3 * probability, torch.tensor([3.0])
+    assert _nucleus(weight.clone(), total, 1.0).tolist() == weight.tolist()
     for top_p, kept in (
         (0.4, [0, 1, 0, 0]), (0.6, [0, 1, 0, 1]), (0.8, [0, 1, 1, 1]), (0.95, [1, 1, 1, 1]),
         (1e-9, [0, 1, 0, 0]),  # the likeliest one always stays
     ):  # fmt: skip
-        assert (_nucleus(probability.clone(), top_p) > 0).int().tolist() == [kept], top_p
+        assert (_nucleus(weight.clone(), total, top_p) > 0).int().tolist() == [kept], top_p
 
 
 def test_only_the_nucleus_is_sampled_but_its_log_probability_is_the_whole_ones() -> None:

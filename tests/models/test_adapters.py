@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.adapters import Adapter, attach, count_parameters, merged_weights
 from rlhf.models.load import ModelConfig, load_causal_lm
-from rlhf.models.policy import pad_sequences, response_statistics
+from rlhf.models.policy import pack_sequences, response_statistics
 from rlhf.models.scalar import load_scalar_model
 
 TINY = ModelConfig(kind="tiny")
+UP = "model.layers.0.mlp.up_proj.base_layer.weight"
 IDS = torch.arange(3, 35)[None]
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
@@ -30,7 +31,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 def train(model: PreTrainedModel, steps: int = 3) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    batch = pad_sequences([IDS[0, :4]], [IDS[0, 4:]], 0, torch.device("cpu"))
+    batch = pack_sequences([IDS[0, :4]], [IDS[0, 4:]], torch.device("cpu"))
     for _ in range(steps):
         optimizer.zero_grad()
         (-response_statistics(model, batch, 1.0).logp_N.mean()).backward()
@@ -47,6 +48,20 @@ def test_lora_starts_as_the_identity(tiny_model: Path) -> None:
     before = logits(model)
     tuned(model)
     assert torch.equal(logits(model), before)
+
+
+def test_folded_in_for_a_while_it_says_the_same_and_leaves_nothing_behind(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    adapter = tuned(model)
+    train(model)
+    before, weights = logits(model), {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(KeyError), adapter.folded_in():
+        assert not torch.equal(dict(model.named_parameters())[UP], weights[UP])
+        torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
+        raise KeyError  # an error in sampling
+    assert torch.equal(logits(model), before)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, weights[name]), name
 
 
 def test_only_the_adapter_trains_and_beside_every_inner_linear_layer(tiny_model: Path) -> None:
@@ -96,6 +111,9 @@ def test_merged_weights_are_the_merged_models_and_leave_the_model_alone(tiny_mod
         assert value.data_ptr() == before[name][0]
         assert torch.equal(value, before[name][1])
     assert list(found) == names
+    with adapter.folded_in():
+        for name, value in merged_weights(model):
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
     adapter.merge()
     for name, value in model.named_parameters():
         torch.testing.assert_close(found[name], value.detach(), atol=1e-5, rtol=1e-5, msg=name)

@@ -1,4 +1,4 @@
-"""Log-probabilities of responses: chunked, padded and micro-batched, against the plain formula."""
+"""Log-probabilities of responses: chunked, packed and micro-batched, against the plain formula."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from rlhf.config import ConfigError
 from rlhf.models import policy
 from rlhf.models.load import ModelConfig, load_causal_lm
-from rlhf.models.policy import check_head, pad_sequences, response_statistics, rollout_rows
+from rlhf.models.policy import check_head, pack_sequences, response_statistics, rollout_rows
 from rlhf.rl.rollout import Rollout
 
 PAD = 2
@@ -56,7 +56,7 @@ def test_equals_the_plain_formula(
 ) -> None:
     monkeypatch.setattr(policy, "HEAD_CHUNK", chunk)
     prompts, responses = rows()
-    batch = pad_sequences(prompts, responses, PAD, CPU)
+    batch = pack_sequences(prompts, responses, CPU)
     expected = [by_hand(model, *pair, temperature) for pair in zip(prompts, responses, strict=True)]
     statistics = response_statistics(model, batch, temperature)
     torch.testing.assert_close(statistics.logp_N, torch.cat(expected), atol=1e-5, rtol=1e-5)
@@ -75,7 +75,7 @@ def test_gradients_equal_those_of_the_plain_formula(
     weights = torch.randn(sum(len(response) for response in responses))
     plain = torch.cat([by_hand(model, *pair, 0.7) for pair in zip(prompts, responses, strict=True)])
     wanted = torch.autograd.grad((plain * weights).sum(), list(model.parameters()))
-    batch = pad_sequences(prompts, responses, PAD, CPU)
+    batch = pack_sequences(prompts, responses, CPU)
     ours = (response_statistics(model, batch, 0.7).logp_N * weights).sum()
     for gradient, expected in zip(torch.autograd.grad(ours, list(model.parameters())), wanted, strict=True):
         torch.testing.assert_close(gradient, expected, atol=2e-4, rtol=1e-3)
@@ -83,7 +83,7 @@ def test_gradients_equal_those_of_the_plain_formula(
 
 def test_entropy_by_definition_and_without_gradient(model: PreTrainedModel) -> None:
     prompts, responses = rows()
-    statistics = response_statistics(model, pad_sequences(prompts, responses, PAD, CPU), 0.7)
+    statistics = response_statistics(model, pack_sequences(prompts, responses, CPU), 0.7)
     logits_TV = model(input_ids=torch.cat([prompts[0], responses[0]])[None]).logits[0] / 0.7
     expected = torch.distributions.Categorical(logits=logits_TV).entropy()
     start = len(prompts[0]) - 1
@@ -100,7 +100,7 @@ def test_a_uniform_model_is_worth_log_of_the_vocabulary(tiny_model: Path) -> Non
     with torch.no_grad():
         for parameter in flat.parameters():
             parameter.zero_()
-    statistics = response_statistics(flat, pad_sequences(*rows(), PAD, CPU), 1.0)
+    statistics = response_statistics(flat, pack_sequences(*rows(), CPU), 1.0)
     expected = torch.full_like(statistics.entropy_N, 5.5568280616995374)  # ln 259
     torch.testing.assert_close(-statistics.logp_N, expected)
     torch.testing.assert_close(statistics.entropy_N, expected)
@@ -111,10 +111,9 @@ def rollout() -> Rollout:
     return Rollout(prompts, responses, torch.tensor([True, True, False, False]))
 
 
-def measured(model: PreTrainedModel, episodes: Rollout, micro_batch_tokens: int, pad: int = PAD) -> Tensor:
+def measured(model: PreTrainedModel, episodes: Rollout, micro_batch_tokens: int) -> Tensor:
     (logp_BR,) = rollout_rows(
         episodes,
-        pad,
         micro_batch_tokens,
         on_cpu(),
         lambda batch: (response_statistics(model, batch, 0.7).logp_N,),
@@ -123,14 +122,11 @@ def measured(model: PreTrainedModel, episodes: Rollout, micro_batch_tokens: int,
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 10_000])
-@pytest.mark.parametrize("pad", [0, PAD, 77])
-def test_neither_micro_batches_nor_padding_matter(
-    model: PreTrainedModel, micro_batch_tokens: int, pad: int
-) -> None:
+def test_micro_batches_do_not_matter(model: PreTrainedModel, micro_batch_tokens: int) -> None:
     expected = torch.zeros(4, 8)
     for row, pair in enumerate(zip(*rows(), strict=True)):
         expected[row, : len(pair[1])] = by_hand(model, *pair, 0.7)
-    logp_BR = measured(model, rollout(), micro_batch_tokens, pad)
+    logp_BR = measured(model, rollout(), micro_batch_tokens)
     torch.testing.assert_close(logp_BR, expected.detach(), atol=1e-5, rtol=1e-5)
     assert not logp_BR.requires_grad
 
@@ -156,11 +152,14 @@ def test_a_token_decides_its_own_and_later_probabilities_only(model: PreTrainedM
 
 
 def test_the_layout_by_hand() -> None:
-    batch = pad_sequences(
-        [torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8]), torch.tensor([9, PAD, 9])], PAD, CPU
+    batch = pack_sequences(
+        [torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8]), torch.tensor([9, PAD, 9])], CPU
     )
-    assert batch.ids_BT.tolist() == [[5, 6, 8, PAD], [7, 9, PAD, 9]]
-    assert batch.predicts_BT.int().tolist() == [[0, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.packed.ids_T.tolist() == [5, 6, 8, 7, 9, PAD, 9]
+    assert batch.packed.positions_T.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert batch.packed.places_T.tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert batch.packed.last_B.tolist() == [2, 6]
+    assert batch.predicts_N.tolist() == [1, 3, 4, 5]
     assert batch.targets_N.tolist() == [8, 9, PAD, 9]
     assert batch.mask_BR.int().tolist() == [[1, 0, 0], [1, 1, 1]]
     assert batch.to_rows(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [[1, 0, 0], [2, 3, 4]]
@@ -168,7 +167,7 @@ def test_the_layout_by_hand() -> None:
 
 def test_a_response_needs_something_before_it() -> None:
     with pytest.raises(AssertionError, match="at least one token before"):
-        pad_sequences([torch.tensor([], dtype=torch.long)], [torch.tensor([3])], PAD, CPU)
+        pack_sequences([torch.tensor([], dtype=torch.long)], [torch.tensor([3])], CPU)
 
 
 def test_a_model_that_transforms_its_logits_is_refused(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rlhf.config import ConfigError
 from rlhf.models.load import ModelConfig, load_tokenizer
-from rlhf.models.policy import pad_sequences
+from rlhf.models.policy import pack_sequences
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 
 TINY = ModelConfig(kind="tiny")
@@ -54,7 +54,7 @@ def by_hand(scalar: ScalarModel, row: Tensor) -> Tensor:
 def test_a_value_is_read_where_its_token_is_predicted(scalar: ScalarModel) -> None:
     prompts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
     responses = [torch.tensor([9, STOP]), torch.tensor([10, STOP, 11, 12])]
-    values_N = scalar.values(pad_sequences(prompts, responses, STOP, CPU))
+    values_N = scalar.values(pack_sequences(prompts, responses, CPU))
     first, second = (by_hand(scalar, torch.cat(pair)) for pair in zip(prompts, responses, strict=True))
     # V(prompt + y_<t): for the first token at the prompt's last one, never at the token itself
     expected = torch.cat([first[2:4], second[0:4]])
@@ -62,15 +62,12 @@ def test_a_value_is_read_where_its_token_is_predicted(scalar: ScalarModel) -> No
     assert values_N.dtype == torch.float32
 
 
-@pytest.mark.parametrize("pad", [0, STOP, 200])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 12, 10_000])
-def test_a_score_is_read_at_the_last_real_token(
-    scalar: ScalarModel, pad: int, micro_batch_tokens: int
-) -> None:
+def test_a_score_is_read_at_the_last_real_token(scalar: ScalarModel, micro_batch_tokens: int) -> None:
     expected = torch.stack([by_hand(scalar, row)[-1] for row in rows()])
-    torch.testing.assert_close(scalar.last_values(rows(), pad).detach(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scalar.last_values(rows()).detach(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        scalar.score(rows(), pad, micro_batch_tokens, on_cpu()), expected, atol=1e-5, rtol=1e-5
+        scalar.score(rows(), micro_batch_tokens, on_cpu()), expected, atol=1e-5, rtol=1e-5
     )
     assert expected.std() > 0.1
 
@@ -85,18 +82,18 @@ def test_transformers_scores_the_saved_directory_alike(
     padded = tokenizer.pad({"input_ids": [row.tolist() for row in rows()]}, return_tensors="pt")
     with torch.no_grad():
         theirs = published(**padded).logits.squeeze(-1)  # with their own pooling: the last non-pad token
-    ours = scalar.score(rows(), int(tokenizer.pad_token_id), 1000, on_cpu())
+    ours = scalar.score(rows(), 1000, on_cpu())
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
     again = load_scalar_model(tmp_path, TINY, torch.float32)
-    assert torch.equal(again.score(rows(), 0, 1000, on_cpu()), scalar.score(rows(), 0, 1000, on_cpu()))
+    assert torch.equal(again.score(rows(), 1000, on_cpu()), scalar.score(rows(), 1000, on_cpu()))
 
 
 def test_rescaling_folds_gain_and_bias(scalar: ScalarModel) -> None:
-    before = scalar.score(rows(), 0, 1000, on_cpu())
+    before = scalar.score(rows(), 1000, on_cpu())
     scalar.rescale(2.0, -3.0)
-    torch.testing.assert_close(scalar.score(rows(), 0, 1000, on_cpu()), 2 * before - 3, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scalar.score(rows(), 1000, on_cpu()), 2 * before - 3, atol=1e-5, rtol=1e-5)
     scalar.rescale(0.5, 1.0)  # the offset is scaled too: 0.5 (2x - 3) + 1
-    torch.testing.assert_close(scalar.score(rows(), 0, 1000, on_cpu()), before - 0.5, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scalar.score(rows(), 1000, on_cpu()), before - 0.5, atol=1e-5, rtol=1e-5)
 
 
 def test_an_offset_cannot_be_lost_on_the_way_to_disk(
@@ -109,7 +106,7 @@ def test_an_offset_cannot_be_lost_on_the_way_to_disk(
 
 def test_heads_are_drawn_as_asked(scalar: ScalarModel) -> None:
     reset_head(scalar, deviation=0.0)
-    assert not scalar.score(rows(), 0, 1000, on_cpu()).any()
+    assert not scalar.score(rows(), 1000, on_cpu()).any()
     torch.manual_seed(0)
     draws = []
     for _ in range(200):
@@ -124,7 +121,7 @@ def test_the_head_stays_fp32_and_learns(tiny_model: Path) -> None:
     scalar = load_scalar_model(tiny_model, TINY, torch.bfloat16, new_head=True)
     assert scalar.model.dtype == torch.bfloat16
     assert scalar.head.weight.dtype == scalar.offset.dtype == torch.float32
-    scores = scalar.last_values(rows(), 0)
+    scores = scalar.last_values(rows())
     assert scores.dtype == torch.float32
     scores.sum().backward()
     assert scalar.head.weight.grad is not None and scalar.head.weight.grad.any()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlhf.data.schema import Message, PromptRow, SftRow
 from rlhf.engine import PlainEngine
-from rlhf.models.policy import pad_sequences, response_statistics, rollout_rows
+from rlhf.models.policy import pack_sequences, response_statistics, rollout_rows
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.rewards.source import Exchange, Reward
@@ -175,7 +175,7 @@ def test_the_pretraining_mix_teaches_the_answers(make) -> None:
         assert mix is not None
         prompts, answers = mix.draw()
         with torch.no_grad():
-            batch = pad_sequences(prompts, answers, 0, torch.device("cpu"))
+            batch = pack_sequences(prompts, answers, torch.device("cpu"))
             logp_N = learner.engine.model(batch, 1.0).logp_N
             return float(mix.loss(logp_N, len(logp_N))) / learner.config.ptx.coef
 
@@ -349,7 +349,6 @@ def test_hidden_padding_does_not_reach_a_log_probability(make) -> None:
     def logp(indices: list[int]) -> Tensor:
         return rollout_rows(
             rollout.select(torch.tensor(indices)),
-            learner.policy.pad_id,
             100_000,
             learner.compute,
             lambda batch: (response_statistics(learner.engine.model.policy, batch, 1.0).logp_N,),

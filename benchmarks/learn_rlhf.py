@@ -1,0 +1,73 @@
+"""PPO by this project, which answers held-out prompts between timed steps; `ppo_learning.py` starts it.
+
+    python benchmarks/learn_rlhf.py work.json
+
+What it is told and what it prints are those of the peers (peer_work.py), and the loop that of run_rlhf.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peer_work import Report
+from run_rlhf import make_learner
+
+from rlhf.data.schema import PromptRow
+from rlhf.ppo.learner import Learner
+
+PACKAGES = ["rlhf", "transformers", "torch"]
+
+
+def measure(work: dict[str, Any]) -> Report:
+    """Train on work's prompts; the held-out ones are answered first, last, and whenever it is due."""
+    with tempfile.TemporaryDirectory() as scratch:
+        learner, precision = make_learner(work, Path(scratch))
+        report = Report(precision=precision)
+        for done, prompts in enumerate(work["prompts"]):
+            if done % work["evaluate_every"] == 0:
+                evaluate(learner, work, report, done)
+            report.ask()
+            take_step(learner, [PromptRow(prompt) for prompt in prompts], report)
+        report.ask()
+        evaluate(learner, work, report, len(work["prompts"]))
+    return report
+
+
+def take_step(learner: Learner, batch: list[PromptRow], report: Report) -> None:
+    """One step of the product's loop."""
+    metrics = learner.step(batch, len(report.asked))
+    if metrics["bad_steps"]:
+        sys.exit(f"step {len(report.asked)} was skipped: these figures would not be those of all steps")
+    report.new_tokens.append(int(metrics["response_tokens"]))
+    report.score_mean.append(metrics["score"])
+    report.kl.append(metrics["kl"])
+
+
+def evaluate(learner: Learner, work: dict[str, Any], report: Report, done: int) -> None:
+    """Answer the held-out prompts with random numbers of their own."""
+    with report.paused():
+        rollout, _ = learner.policy.sample(
+            work["held_out_prompts"],
+            max_new_tokens=work["new_tokens"],
+            temperature=work["temperature"],
+            generator=torch.Generator().manual_seed(work["seed"]),
+            batch_rows=len(work["held_out_prompts"]),
+        )
+        report.evaluations.append((done, [ids.tolist() for ids in rollout.response_ids]))
+
+
+def main() -> None:
+    """Run the work, print what it took."""
+    work = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(work["threads"])
+    report = measure(work)
+    print(report.as_json([len(prompts) for prompts in work["prompts"]], PACKAGES))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Time TRL's SFTTrainer and RewardTrainer: `python benchmarks/peer_trl_training.py work.json`.
+
+TRL 1.16, which this project's `test` extra has. The trainer is made as its documentation does, with the model
+by its name, so that everything is its default (fp32 weights under bf16 autocast, gradient checkpointing,
+batches padded to their longest row), but for these choices:
+
+- Rows come as token ids, in the order in which this project takes them (train_sampling_strategy=sequential),
+  so that every step sees the same tokens on both sides.
+- Batch size, learning rate, Adam's epsilon and the weight that centers scores are this project's.
+- Every step is logged (logging_steps=1), as this project does; nothing is saved.
+- --peer-checkpointing off turns gradient checkpointing off: faster, and more memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+
+class Meter(TrainerCallback):  # type: ignore[misc]
+    """Notes when each step is done, and what went through the model until then."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+        self.positions_at_end: list[int] = []
+        self.tokens_at_end: list[int] = []
+        self._positions, self._tokens = 0, 0
+
+    def count(self, _: torch.nn.Module, __: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        """A forward pre-hook of the model."""
+        self._positions += arguments["input_ids"].numel()
+        self._tokens += int(arguments["attention_mask"].sum())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Once a step."""
+        self.ends.append(time.perf_counter())
+        self.positions_at_end.append(self._positions)
+        self.tokens_at_end.append(self._tokens)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Once a step, and a last time without a loss."""
+        if "loss" in kwargs["logs"]:
+            self.losses.append(float(kwargs["logs"]["loss"]))
+
+
+def make_config(work: dict[str, Any], directory: str) -> SFTConfig | RewardConfig:
+    """TRL's defaults, with the choices above."""
+    shared = {
+        "output_dir": directory,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": work["seed"],
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "per_device_train_batch_size": work["batch"],
+        "num_train_epochs": 1,
+        "learning_rate": work["lr"],
+        "adam_epsilon": work["eps"],
+        "max_length": work["max_tokens"],
+        "train_sampling_strategy": "sequential",
+    }
+    if work["precision"] == "fp32":
+        shared["bf16"] = False
+    if not work["checkpointing"]:
+        shared["gradient_checkpointing"] = False
+    if work["stage"] == "sft":
+        return SFTConfig(**shared)
+    return RewardConfig(**shared, center_rewards_coefficient=work["center"])
+
+
+def make_trainer(work: dict[str, Any], directory: str, meter: Meter) -> SFTTrainer | RewardTrainer:
+    """The trainer of the stage."""
+    trainer_class, task = {
+        "sft": (SFTTrainer, "CAUSAL_LM"), "reward": (RewardTrainer, "SEQ_CLS"),
+    }[work["stage"]]  # fmt: skip
+    lora = LoraConfig(
+        task_type=task, r=work["lora_rank"], lora_alpha=work["lora_alpha"], target_modules="all-linear"
+    )
+    trainer = trainer_class(
+        model=work["model"],
+        args=make_config(work, directory),
+        train_dataset=Dataset.from_list(work["encoded"]),
+        processing_class=AutoTokenizer.from_pretrained(work["model"]),
+        callbacks=[meter],
+        peft_config=lora if work["peft"] == "lora" else None,
+    )
+    trainer.model.register_forward_pre_hook(meter.count, with_kwargs=True)
+    return trainer
+
+
+def describe(trainer: SFTTrainer | RewardTrainer) -> str:
+    """Precision and checkpointing, in words."""
+    weights = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    autocast = trainer.accelerator.mixed_precision
+    return (
+        f"{str(weights.dtype).removeprefix('torch.')} weights, "
+        f"{'no autocast' if autocast == 'no' else f'{autocast} autocast'}, gradient checkpointing "
+        f"{'on' if trainer.args.gradient_checkpointing else 'off'}"
+    )
+
+
+def main() -> None:
+    """Run the work, print what it took."""
+    work = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(work["threads"])
+    meter = Meter()
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as directory:
+        trainer = make_trainer(work, directory, meter)
+        how = describe(trainer)
+        trainer.train()
+    print(
+        json.dumps(
+            {
+                "ends": meter.ends,
+                "losses": meter.losses,
+                "positions": meter.positions_at_end,
+                "tokens": meter.tokens_at_end,
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "versions": {
+                    name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch")
+                },
+                "precision": how,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Rows laid end to end give what each gives alone, in every kind of model that may take them so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from rlhf.models import packed
+from rlhf.models.packed import ATTENTION, Packed, hidden_states, pack_where_possible
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "gpt2": {}, "gpt_neox": {}, "phi": {}, "olmo2": {},
+    "granite": {}, "opt": {}, "mistral": {"sliding_window": 4},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 4}, "lfm2": {"layer_types": ["full_attention"] * 2},
+}  # fmt: skip
+PADDED: dict[str, dict[str, Any]] = {
+    "bloom": {}, "mamba": {}, "gemma2": {"head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+}  # fmt: skip
+"""Whose layers know no way to be told where a row ends."""
+LENGTHS = (3, 9, 1, 6, 9)
+
+
+def tiny(kind: str, options: dict[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.for_model(
+        kind, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, vocab_size=100, n_embd=64, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    pack_where_possible(model)
+    return model
+
+
+def rows() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 100, (length,), generator=generator) for length in LENGTHS]
+
+
+def alone(model: PreTrainedModel) -> Tensor:
+    backbone = getattr(model, model.base_model_prefix)
+    hidden = [backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows()]
+    return torch.cat(hidden)
+
+
+def gradients(model: PreTrainedModel, hidden_TH: Tensor) -> list[Tensor]:
+    weights = torch.randn(hidden_TH.shape, generator=torch.Generator().manual_seed(2))
+    trained = [p for name, p in model.named_parameters() if "head" not in name]
+    return list(torch.autograd.grad((hidden_TH * weights).sum(), trained, allow_unused=True))
+
+
+@pytest.mark.parametrize("short", [0, 256], ids=["torchs_kernel", "matrix_products"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_and_gradients_are_those_of_each_row_alone(
+    kind: str, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "SHORT", short)
+    model = tiny(kind, KINDS[kind])
+    assert model.config._attn_implementation == ATTENTION
+    expected, found = alone(model), hidden_states(model, Packed(rows(), "cpu"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    pairs = zip(gradients(model, found), gradients(model, expected), strict=True)
+    pairs_of_used = [pair for pair in pairs if pair[1] is not None]
+    rounding = 1e-5 * max(float(wanted.abs().max()) for _, wanted in pairs_of_used)
+    for gradient, wanted in pairs_of_used:
+        torch.testing.assert_close(gradient, wanted, atol=rounding, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_models_that_cannot_be_packed_get_padded_rows(kind: str) -> None:
+    model = tiny(kind, PADDED[kind])
+    assert model.config._attn_implementation != ATTENTION
+    torch.testing.assert_close(
+        hidden_states(model, Packed(rows(), "cpu")), alone(model), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_model_whose_rows_would_mix_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LAYER_TYPES", {"conv", "full_attention"})
+    assert tiny("lfm2", {"layer_types": ["conv", "full_attention"]}).config._attn_implementation == "sdpa"
+    assert tiny("lfm2", {"layer_types": ["full_attention"] * 2}).config._attn_implementation == ATTENTION
+
+
+def test_no_position_but_a_rows_own_goes_through_a_model() -> None:
+    model = tiny("llama", {})
+    positions: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: positions.append(ids[0].numel()))
+    hidden_states(model, Packed(rows(), "cpu"))
+    assert positions == [sum(LENGTHS)]
