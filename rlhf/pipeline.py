@@ -51,14 +51,13 @@ class Pipeline:
         self.model_identity = base_identity(settings.model)
         self.changed: set[str] = set()
         """Forced stages whose result differs from the one that the store had."""
+        stages = [experiment.stages[name] for name in experiment.needed()]
         self.vllm = None
-        if settings.generation == "vllm" and any(
-            experiment.stages[name].samples for name in experiment.needed()
-        ):
+        if settings.generation == "vllm" and any(stage.samples for stage in stages):
             trusted = settings.model.trust_remote_code
             self.vllm = Vllm(settings.vllm, compute, trust_remote_code=trusted)
-        for name in experiment.needed():
-            experiment.stages[name].external()  # a missing data file is told now, not after hours of training
+        for stage in stages:
+            stage.external()  # a missing data file is told now, not after hours of training
 
     def run(self) -> None:
         """Run the chain; `results` says how far it came.
@@ -246,10 +245,8 @@ class Pipeline:
         if stage.random:
             recipe["seed"] = self.experiment.settings.seed
             recipe["dtype"] = str(self.compute.dtype).removeprefix("torch.")
-        if (
-            stage.samples and self.vllm is not None
-        ):  # so artifacts from before there was a choice keep their key
-            recipe["generation"] = "vllm"
+        if stage.samples and self.vllm is not None:
+            recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
         found: Recipe = redacted(recipe)
         return found
 
