@@ -196,6 +196,7 @@ class Vllm:
                     dtype=str(compute.dtype).removeprefix("torch."),
                     trust_remote_code=self._trust_remote_code,
                     load_format="safetensors",
+                    use_tqdm_on_load=False,
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # no sampling settings but ours
                     logprobs_mode="processed_logprobs",  # at the sampling temperature
