@@ -6,8 +6,8 @@
 
 Same weights, same prompts, all of them in one batch, temperature 1, no top-k or top-p. Both run in one
 process and take turns, each going first in every other pair; before that, a few tokens of each warm up. A
-pair's ratio is that of new tokens a second; new tokens are those up to and including the stop token. Ours
-also returns each token's log-probability and the answers as text, within the time.
+pair's ratio is that of new tokens a second, the stop token included. Ours also returns each token's
+log-probability and the answers as text, within the time.
 
 Natural lengths are those of the `skewed` workload (workloads.py): HH's first turns, answered by a model
 tuned on HH's answers. Two samplings of it differ in length, so pairs scatter. With `--lengths geometric`
@@ -56,7 +56,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FIRST_ID = 0
 GREEDY_TOKENS = 64
 TINY: dict[str, Any] = {"prompts": 16, "new_tokens": 32, "pairs": 2, "mean_length": 12}
-"""Sizes for --model tiny."""
 console = new_console()
 
 

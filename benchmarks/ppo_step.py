@@ -76,7 +76,8 @@ def operations(work: dict[str, Any], step: dict[str, float]) -> dict[str, float]
 
 def matmul_peak() -> float:
     """GFLOP/s of the machine in bf16, the best of several square products."""
-    return max(matmul_speed(torch.bfloat16, torch.device("cpu")) for _ in range(5))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return max(matmul_speed(torch.bfloat16, device) for _ in range(5))
 
 
 def show_phases(work: dict[str, Any], answer: dict[str, Any], peak: float) -> None:

@@ -13,6 +13,8 @@ import json
 import resource
 import sys
 import tempfile
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from rlhf.checkpoint import CheckpointConfig, Checkpointer
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow
 from rlhf.distributed import Compute, make_compute
-from rlhf.experiment import build_experiment
+from rlhf.experiment import Experiment, build_experiment
 from rlhf.interrupt import StopSignals
 from rlhf.job import Job
 from rlhf.models.actor_critic import ActorCritic
@@ -52,13 +54,27 @@ def overrides(work: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def make_learner(work: dict[str, Any], scratch: Path) -> tuple[Learner, str]:
-    """The loop as the stage makes it, with the given model as its SFT model."""
+def make_experiment(overrides: list[str]) -> Experiment:
+    """As the command line would compose it."""
     with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=overrides(work))
+        node = compose("config", overrides=overrides)
     resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
-    experiment = build_experiment({str(key): value for key, value in resolved.items()})
+    return build_experiment({str(key): value for key, value in resolved.items()})
+
+
+def about_this_process() -> dict[str, Any]:
+    """What every runner reports at its end."""
+    packages = ("rlhf", "transformers", "torch")
+    return {
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def make_learner(work: dict[str, Any], scratch: Path) -> tuple[Learner, str]:
+    """The loop as the stage makes it, with the given model as its SFT model."""
+    experiment = make_experiment(overrides(work))
     stage = experiment.stages["ppo"]
     assert isinstance(stage, PpoStage)
     compute, how = make_compute("auto", experiment.settings.precision)
@@ -105,26 +121,22 @@ def main() -> None:
         learner, precision = make_learner(work, Path(scratch))
         if not work["honour_stop"]:
             learner.policy.stop_ids = []
-        positions = count_positions(learner)
-        steps = [
-            learner.step([PromptRow(prompt) for prompt in batch], number)
-            for number, batch in enumerate(work["prompts"], 1)
-        ]
+        positions, steps, times = count_positions(learner), [], [time.perf_counter()]
+        for number, batch in enumerate(work["prompts"], 1):
+            steps.append(learner.step([PromptRow(prompt) for prompt in batch], number))
+            times.append(time.perf_counter())
     tokens = sum(step["prompt_tokens"] + step["response_tokens"] for step in steps)
     phases = [{name: step[name] for name in step if name.startswith("seconds_")} for step in steps]
     print(
         json.dumps(
             {
-                "seconds": [sum(phase.values()) for phase in phases],
+                "seconds": [later - earlier for earlier, later in pairwise(times)],
                 "episodes": [len(batch) for batch in work["prompts"]],
                 "phases": phases,
                 "metrics": steps,
                 "padding": 1 - (work["epochs"] + 1) * tokens / sum(positions),
-                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "versions": {
-                    name: importlib.metadata.version(name) for name in ("rlhf", "transformers", "torch")
-                },
                 "precision": precision,
+                **about_this_process(),
             }
         )
     )

@@ -8,9 +8,7 @@ and after the last is not counted. The last line printed is one JSON object.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -20,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
-from run_rlhf import make_job
+from run_rlhf import about_this_process, make_experiment, make_job
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow, SftRow
 from rlhf.distributed import make_compute
-from rlhf.experiment import Experiment, build_experiment
+from rlhf.experiment import Experiment
 from rlhf.job import Job
 
 ROWS: dict[str, type[SftRow] | type[PairRow]] = {"sft": SftRow, "reward": PairRow}
@@ -71,15 +67,6 @@ def overrides(work: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def make_experiment(work: dict[str, Any]) -> Experiment:
-    """The composed config."""
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=overrides(work))
-    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    assert isinstance(resolved, dict)
-    return build_experiment({str(key): value for key, value in resolved.items()})
-
-
 def make_timed_job(work: dict[str, Any], experiment: Experiment, scratch: Path) -> tuple[TimedJob, str]:
     """A job that has the rows as its prepared data, and the model both as base and as SFT model."""
     compute, how = make_compute("auto", experiment.settings.precision)
@@ -95,7 +82,7 @@ def main() -> None:
     """Run the work, print what it took."""
     work = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(work["threads"])
-    experiment = make_experiment(work)
+    experiment = make_experiment(overrides(work))
     with tempfile.TemporaryDirectory() as scratch:
         job, how = make_timed_job(work, experiment, Path(scratch))
         register_module_forward_pre_hook(job.count)
@@ -106,11 +93,8 @@ def main() -> None:
                 "ends": job.ends,
                 "losses": job.losses,
                 "positions": job.positions_at_end,
-                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "versions": {
-                    name: importlib.metadata.version(name) for name in ("rlhf", "transformers", "torch")
-                },
                 "precision": how,
+                **about_this_process(),
             }
         )
     )

@@ -100,7 +100,7 @@ class FsdpEngine(Engine):
                 assert isinstance(parameter, DTensor)
                 whole = parameter.full_tensor().detach()
                 if self.compute.is_main:
-                    state[name] = whole.cpu()
+                    state[name] = whole.to("cpu", copy=True)  # with one rank it is the live weight itself
         return state
 
     def save(self, directory: Path) -> None:

@@ -131,10 +131,10 @@ def load_causal_lm(
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
         )
-    if config.attention == "auto":
-        pack_where_possible(model)
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.eval().to(device)
+    if config.attention == "auto":
+        pack_where_possible(model)
     return model
 
 

@@ -33,12 +33,8 @@ class Packed:
     def __init__(self, rows: Sequence[Tensor], device: torch.device | str) -> None:
         self.lengths = [len(row) for row in rows]
         self._groups: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self._unseen: dict[tuple[Any, ...], Tensor] = {}
         self.ids_T = torch.cat(list(rows)).to(device)
-
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return len(self.ids_T)
 
     @property
     def longest(self) -> int:
@@ -87,6 +83,14 @@ class Packed:
             first = end
         self._groups[most] = found
         return found
+
+    def unseen(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[length, length], to be added to scores: -inf where a query does not look."""
+        key = (length, window, dtype)
+        if key not in self._unseen:
+            bias = torch.zeros(length, length, dtype=dtype, device=self.ids_T.device)
+            self._unseen[key] = bias.masked_fill_(~_seen(length, window, bias.device), float("-inf"))
+        return self._unseen[key]
 
     @property
     def last_B(self) -> Tensor:
@@ -140,7 +144,10 @@ def pack_where_possible(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _leaks(model: PreTrainedModel) -> bool:
-    """Whether a row's states depend, by a single bit, on what stands in the row before it."""
+    """Whether a row's states depend, by a single bit, on what stands in the row before it.
+
+    So may, by rounding alone, those of a mixture of experts; then its rows are padded without need.
+    """
     row = torch.arange(3, 7)
     first, second = (
         hidden_states(model, Packed([before, row], model.device))[len(row) :] for before in (row, row + 4)
@@ -236,9 +243,8 @@ class _ShortAttention(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(q)
         for tokens, is_real in packed.groups(CACHED // q.shape[1]):
-            unseen = _unseen(q, k, tokens, window)
-            rows_q, rows_k, rows_v = (_rows(x, tokens, k.shape[1]) for x in (q, k, v))
-            weights = torch.baddbmm(unseen, rows_q, rows_k.mT, alpha=scale).softmax(-1)
+            rows_q, rows_k, rows_v = (_heads_first(x[tokens], k.shape[1]) for x in (q, k, v))
+            weights = _weights(rows_q, rows_k, packed.unseen(tokens.shape[1], window, q.dtype), scale)
             _put(out, torch.bmm(weights, rows_v), tokens, is_real)
         ctx.save_for_backward(q, k, v)
         ctx.arguments = packed, scale, window
@@ -250,13 +256,12 @@ class _ShortAttention(torch.autograd.Function):
         packed, scale, window = ctx.arguments
         results = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         for tokens, is_real in packed.groups(CACHED // q.shape[1]):
-            unseen = _unseen(q, k, tokens, window)
-            rows_q, rows_k, rows_v = (_rows(x, tokens, k.shape[1]) for x in (q, k, v))
+            rows_q, rows_k, rows_v = (_heads_first(x[tokens], k.shape[1]) for x in (q, k, v))
             of_out = gradients[0][tokens]
             if is_real is not None:
                 of_out.mul_(is_real[:, :, None, None])
             of_out = _heads_first(of_out, k.shape[1])
-            weights = torch.baddbmm(unseen, rows_q, rows_k.mT, alpha=scale).softmax(-1)
+            weights = _weights(rows_q, rows_k, packed.unseen(tokens.shape[1], window, q.dtype), scale)
             of_scores = torch._softmax_backward_data(torch.bmm(of_out, rows_v.mT), weights, -1, weights.dtype)
             parts = (
                 torch.bmm(of_scores, rows_k).mul_(scale), torch.bmm(of_scores.mT, rows_q).mul_(scale),
@@ -267,33 +272,26 @@ class _ShortAttention(torch.autograd.Function):
         return *results, None, None, None
 
 
-def _rows(x: Tensor, tokens: Tensor, heads: int) -> Tensor:
-    """[T, A, D] -> [rows * heads, A / heads * L, D]: the queries that share a key stand together."""
-    return _heads_first(x[tokens], heads)
+def _weights(q: Tensor, k: Tensor, unseen: Tensor, scale: float) -> Tensor:
+    """[rows * heads, A / heads * L, L]."""
+    shared = q.shape[1] // k.shape[1]
+    return torch.baddbmm(unseen.repeat(shared, 1).expand(len(q), -1, -1), q, k.mT, alpha=scale).softmax(-1)
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
+    """[rows, L, A, D] -> [rows * heads, A / heads * L, D]: the queries that share a key stand together."""
     rows, _, _, size = x.shape
     return x.transpose(1, 2).reshape(rows * heads, -1, size)
 
 
 def _put(whole: Tensor, part: Tensor, tokens: Tensor, is_real: Tensor | None) -> None:
-    """The inverse of `_rows`, without the padding."""
+    """The inverse of `_heads_first(whole[tokens], heads)`, without the padding."""
     rows, length = tokens.shape
     part = part.view(rows, -1, length, whole.shape[2]).transpose(1, 2)
     if is_real is None:
         whole[tokens.flatten()] = part.flatten(0, 1)
     else:
         whole[tokens[is_real]] = part[is_real]
-
-
-def _unseen(q: Tensor, k: Tensor, tokens: Tensor, window: int | None) -> Tensor:
-    """To be added to scores [rows * heads, A / heads * L, L]: -inf where a query does not look."""
-    length = tokens.shape[1]
-    bias = torch.zeros(length, length, dtype=q.dtype).masked_fill_(
-        ~_seen(length, window, q.device), float("-inf")
-    )
-    return bias.repeat(q.shape[1] // k.shape[1], 1).expand(len(tokens) * k.shape[1], -1, -1)
 
 
 class _Spread(torch.autograd.Function):

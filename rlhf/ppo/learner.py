@@ -50,7 +50,7 @@ class Learner:
         job: Job,
         trained_parameters: int,
     ) -> None:
-        """`engine` trains an ActorCritic whose policy `policy` samples from, and so many weights of it."""
+        """`engine` trains an ActorCritic whose policy `policy` samples from; so many of its weights train."""
         self.trained_parameters = trained_parameters
         self.config, self.job, self.compute, self.engine = config, job, job.compute, engine
         self.policy, self.reference, self.reward = policy, reference, reward

@@ -102,8 +102,7 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
     while kills < KILLS:
         process = chain.start("random", *longer)
         scratch = chain.store("random") / "ppo"
-        while process.poll() is None and not list(scratch.glob(".*.part-*")):
-            time.sleep(0.005)
+        wait_until(lambda: process.poll() is not None or any(scratch.glob(".*.part-*")), process)  # noqa: B023
         time.sleep(moments.uniform(0.0, 4.0))  # the moment itself is what is tried
         if process.poll() is not None:  # it was done before: once more from the start
             _, err = process.communicate()

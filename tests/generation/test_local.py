@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
+from rlhf.generation import local
 from rlhf.generation.local import _draw, _nucleus, _sample, generate
 from rlhf.models.load import ModelConfig, load_causal_lm
 from rlhf.models.policy import response_statistics, rollout_rows
@@ -70,7 +71,11 @@ def some_stops(model: PreTrainedModel, prompts: list[Tensor]) -> list[int]:
     return [whole[0][3], whole[3][1]]
 
 
-def test_greedy_equals_transformers_token_for_token(model: PreTrainedModel, prompts: list[Tensor]) -> None:
+@pytest.mark.parametrize("room", [0, 1, 3, 64])
+def test_greedy_equals_transformers_token_for_token(
+    model: PreTrainedModel, prompts: list[Tensor], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local._GrowingLayer, "ROOM", room)  # so that it has to grow meanwhile
     rollout = sample(model, prompts)
     assert lists(rollout) == [transformers_greedy(model, prompt, []) for prompt in prompts]
     assert not rollout.stopped.any()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 
+from rlhf.data.chat import prompt_ids
 from rlhf.ppo.phases import Phases
 from rlhf.rewards.source import function_reward
 
@@ -28,8 +29,6 @@ def test_every_step_has_its_own_seconds(tmp_path: Path, tiny_model: Path) -> Non
 
 
 def learner_prompts(learner) -> list[list[int]]:  # type: ignore[no-untyped-def]
-    from rlhf.data.chat import prompt_ids
-
     return [prompt_ids(learner.policy.tokenizer, row.prompt) for row in prompts(range(8))]
 
 

@@ -1,0 +1,75 @@
+"""FSDP2's engine on one rank; what it does on several is in tests/ranks and tests/faults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from rlhf.config import OptimConfig
+from rlhf.distributed import Compute
+from rlhf.fsdp import FsdpEngine
+
+RATES = (0.1, 0.4)
+
+
+@pytest.fixture
+def compute() -> Iterator[Compute]:
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield Compute(torch.device("cpu"), torch.float32, "fsdp2")
+    distributed.destroy_process_group()
+
+
+class Two(nn.Module):
+    """Two groups of one number each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.ones(1)) for _ in range(2))
+
+    def forward(self, slopes: tuple[float, float]) -> Tensor:
+        return (slopes[0] * self.first + slopes[1] * self.second).sum()
+
+
+def make(compute: Compute) -> FsdpEngine:
+    model = Two()
+    settings = {"weight_decay": 0.0, "eps": 1e-8, "warmup_fraction": 0.0, "max_grad_norm": 1e9}
+    configs = [OptimConfig.model_validate({"lr": rate, **settings}) for rate in RATES]
+    engine = FsdpEngine(model, [([model.first], configs[0]), ([model.second], configs[1])], compute)
+    engine.set_rates(0, 2)
+    return engine
+
+
+def step(engine: FsdpEngine, *slopes: float) -> dict[str, float]:
+    """The weights behind it."""
+    engine.backward(engine.model(slopes), last=True)
+    engine.step()
+    return {name: float(value) for name, value in engine.trainable_state(engine.model).items()}
+
+
+def test_what_is_kept_of_the_weights_does_not_follow_them(compute: Compute) -> None:
+    engine = make(compute)
+    kept = engine.trainable_state(engine.model)
+    assert step(engine, 3.0, 4.0) == pytest.approx({"first": 0.9, "second": 0.6})
+    assert {name: float(value) for name, value in kept.items()} == {"first": 1.0, "second": 1.0}
+
+
+def test_a_gradient_that_is_not_finite_moves_no_group_and_is_counted(compute: Compute) -> None:
+    engine = make(compute)
+    assert step(engine, math.nan, 4.0) == {"first": 1.0, "second": 1.0}
+    assert engine.skipped_steps == 1 and not math.isfinite(engine.grad_norm)
+    assert step(engine, 3.0, 4.0) == pytest.approx({"first": 0.9, "second": 0.6})
+    assert engine.skipped_steps == 1 and engine.grad_norms == pytest.approx([3.0, 4.0])
+
+
+def test_weights_gathered_without_gradients_are_not_used_behind_a_step(compute: Compute) -> None:
+    engine = make(compute)
+    with torch.no_grad():
+        assert float(engine.model((1.0, 1.0))) == 2.0
+    step(engine, 3.0, 4.0)
+    with torch.no_grad():
+        assert float(engine.model((1.0, 1.0))) == pytest.approx(1.5)
