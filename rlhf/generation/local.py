@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.config import ConfigError
+from rlhf.generation.prepacked import prepacked
 from rlhf.rl.rollout import Rollout
 
 
@@ -49,21 +50,22 @@ def generate(
     logps: list[Tensor] = [torch.empty(0)] * len(prompts)
     stopped = torch.zeros(len(prompts), dtype=torch.bool)
     stops = torch.tensor(sorted(stop_ids), device=model.device)
-    for start in range(0, len(order), batch_rows):
-        rows = order[start : start + batch_rows]
-        decoded = _decode(
-            model,
-            [prompts[row] for row in rows],
-            max_new_tokens,
-            temperature,
-            top_p,
-            stops,
-            pad_id,
-            uniform_BR[rows],
-        )
-        for row, (ids, logp, ended) in zip(rows, decoded, strict=True):
-            responses[row], logps[row], stopped[row] = ids, logp, ended
-        on_rows(len(rows))
+    with prepacked(model, batch_rows):
+        for start in range(0, len(order), batch_rows):
+            rows = order[start : start + batch_rows]
+            decoded = _decode(
+                model,
+                [prompts[row] for row in rows],
+                max_new_tokens,
+                temperature,
+                top_p,
+                stops,
+                pad_id,
+                uniform_BR[rows],
+            )
+            for row, (ids, logp, ended) in zip(rows, decoded, strict=True):
+                responses[row], logps[row], stopped[row] = ids, logp, ended
+            on_rows(len(rows))
     return Rollout(list(prompts), responses, stopped, logps)
 
 
@@ -131,46 +133,67 @@ def _decode(
 
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """transformers' cache, whose plain layers have room to spare instead of being copied for every token."""
+    """transformers' cache, whose plain layers have room to spare instead of being copied for every token.
+
+    Models need an attention_mask with it: the room is masked.
+    """
     cache = DynamicCache(config=model.config)
-    cache.layers = [
-        _GrowingLayer()  # type: ignore[no-untyped-call]
-        if type(layer) is DynamicLayer
-        else layer
-        for layer in cache.layers
-    ]
+    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 class _GrowingLayer(DynamicLayer):
-    """`keys` and `values` [B, heads, K, D] are the front part of larger buffers."""
+    """`keys` and `values` [B, heads, room, D] are filled up to a length, the rest is zeros: what the model's
+    mask hides. Whole buffers, because products of matrices would copy parts of them."""
 
     ROOM = 64
     """Tokens that fit before the buffers are copied again."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._length = 0
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """What `update` is going to return: its length, and where it begins."""
+        return self._room_for(self._length + query_length), 0
+
+    def _room_for(self, length: int) -> int:
+        if self.keys is None:
+            return length
+        room = self.keys.shape[-2]
+        return room if length <= room else length + self.ROOM
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the new tokens behind those that are there."""
-        if not self.is_initialized:
+        start, self._length = self._length, self._length + key_states.shape[-2]
+        if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = [x[:, :, :0] for x in (key_states, value_states)]
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        for place, new in enumerate((key_states, value_states)):
-            if end > self._buffers[place].shape[-2]:
-                larger = new.new_empty(*new.shape[:2], end + self.ROOM, new.shape[-1])
-                larger[:, :, :start] = self._buffers[place][:, :, :start]
-                self._buffers[place] = larger
-            self._buffers[place][:, :, start:end] = new
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        room = self._room_for(self._length)
+        if room > self.keys.shape[-2]:
+            self.keys, self.values = _widened(self.keys, room), _widened(self.values, room)
+        self.keys[:, :, start : self._length] = key_states
+        self.values[:, :, start : self._length] = value_states
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
-        length = self.get_seq_length()
-        self._buffers = [buffer[indices] for buffer in self._buffers]
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self.keys[indices], self.values[indices]
+
+
+def _widened(x: Tensor, room: int) -> Tensor:
+    """[B, heads, K, D] -> [B, heads, room, D], zeros behind."""
+    wider = x.new_zeros(*x.shape[:2], room, x.shape[-1])
+    wider[:, :, : x.shape[-2]] = x
+    return wider
 
 
 def _sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:

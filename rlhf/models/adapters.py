@@ -33,19 +33,21 @@ class Adapter:
         They are copies: adding and subtracting the adapter would change the frozen ones a little each time.
         """
         modules: list[Any] = [] if self._tuner is None else list(self._tuner.modules())
-        layers = [module for module in modules if isinstance(module, LoraLayer)]
+        layers: list[Any] = [module for module in modules if isinstance(module, LoraLayer)]
         frozen = [layer.get_base_layer().weight for layer in layers]
         originals = [weight.data for weight in frozen]
         try:
             with torch.no_grad():
                 for layer, weight in zip(layers, frozen, strict=True):
-                    weight.data = weight.data + layer.get_delta_weight("default")  # type: ignore[attr-defined]
+                    weight.data = weight.data + layer.get_delta_weight("default")
                     layer._disable_adapters = True
+                    layer.forward = layer.get_base_layer().__call__  # peft's own way there costs time
             yield
         finally:
             for layer, weight, original in zip(layers, frozen, originals, strict=True):
                 weight.data = original
                 layer._disable_adapters = False
+                layer.__dict__.pop("forward", None)
 
     def merge(self) -> None:
         """Fold the adapter into the weights, so that the model publishes as a plain one."""

@@ -178,6 +178,8 @@ def attention(
         [1, T, A, D].
     """
     if packed is None:
+        if query.device.type == "cpu" and query.shape[2] == 1:
+            return _of_one_token(query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **options,
@@ -189,6 +191,18 @@ def attention(
     attend = _by_kernel if has_kernel else _by_row
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     return attend(q, k, v, packed, scaling, sliding_window)[None], None
+
+
+def _of_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of each row's newest token to its cache, by matrix products: on CPUs torch's kernel takes
+    several times as long. q [B, A, 1, D] and k, v [B, heads, K, D] give [B, 1, A, D]; mask [B, 1, 1, K]."""
+    rows, heads, length, size = k.shape
+    q, k, v = q.reshape(rows * heads, -1, size), k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.bmm(q, k.mT).mul_(scale).view(rows, -1, 1, length)
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    out = torch.bmm(scores.softmax(-1).view(rows * heads, -1, length), v)
+    return out.view(rows, 1, -1, size)
 
 
 def _by_kernel(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlhf.generation.local import growing_cache
 from rlhf.models import packed
 from rlhf.models.packed import ATTENTION, Packed, hidden_states, pack_where_possible
 
@@ -92,3 +93,20 @@ def test_no_position_but_a_rows_own_goes_through_a_model() -> None:
     model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: positions.append(ids[0].numel()))
     hidden_states(model, Packed(rows(), "cpu"))
     assert positions == [sum(LENGTHS)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_sees_its_rows_cache_and_no_padding(kind: str) -> None:
+    model, length = tiny(kind, KINDS[kind]), max(LENGTHS)
+    ids_BL, mask_BL = torch.zeros(2, len(LENGTHS), length, dtype=torch.long)
+    for place, row in enumerate(rows()):
+        ids_BL[place, length - len(row) :], mask_BL[place, length - len(row) :] = row, 1
+    positions_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
+    backbone, cache = getattr(model, model.base_model_prefix), growing_cache(model)
+    for part in (slice(0, length - 1), slice(length - 1, length)):  # the second one is a single token
+        hidden_BLH = backbone(
+            input_ids=ids_BL[:, part], attention_mask=mask_BL[:, : part.stop],
+            position_ids=positions_BL[:, part], past_key_values=cache, use_cache=True,
+        ).last_hidden_state  # fmt: skip
+    expected_BH = alone(model)[Packed(rows(), "cpu").last_B]
+    torch.testing.assert_close(hidden_BLH[:, -1], expected_BH, rtol=1e-5, atol=1e-5)

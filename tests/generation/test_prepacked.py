@@ -1,0 +1,63 @@
+"""Decoding on prepacked weights gives what the weights themselves give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.generation.prepacked import _has_layout, prepacked
+from rlhf.models.load import ModelConfig, load_causal_lm
+
+IDS = torch.arange(3, 15).view(2, 6)
+
+
+def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return load_causal_lm(directory, ModelConfig(kind="tiny"), dtype)
+
+
+def replaced(model: PreTrainedModel) -> int:
+    return sum("forward" in module.__dict__ for module in model.modules())
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    found: Tensor = model(input_ids=IDS).logits.float()
+    return found
+
+
+@pytest.mark.skipif(not _has_layout(), reason="torch has no bf16 arithmetic of oneDNN here")
+def test_the_logits_are_the_models_up_to_rounding(tiny_model: Path) -> None:
+    model = load(tiny_model, torch.bfloat16)
+    exact, plain = logits(load(tiny_model, torch.float32)), logits(model)
+    with prepacked(model, 2):
+        linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+        assert replaced(model) == linears > 0
+        found = logits(model)
+    rounding = float((plain - exact).abs().max())
+    assert 0 < rounding < 0.05 * float(exact.abs().max())
+    assert float((found - exact).abs().max()) < 2 * rounding
+
+
+def test_the_copies_are_of_the_weights_as_they_are_now(tiny_model: Path) -> None:
+    model = load(tiny_model, torch.bfloat16)
+    before = logits(model)
+    with pytest.raises(KeyError), prepacked(model, 2):
+        raise KeyError
+    assert replaced(model) == 0
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(20.0)
+    after, largest = logits(model), float(before.abs().max())
+    assert float((after - before).abs().max()) > 0.5 * largest
+    with prepacked(model, 2):
+        torch.testing.assert_close(logits(model), after, rtol=0.0, atol=0.1 * largest)
+
+
+def test_fp32_weights_are_used_themselves(tiny_model: Path) -> None:
+    model = load(tiny_model, torch.float32)
+    with prepacked(model, 2):
+        assert replaced(model) == 0
