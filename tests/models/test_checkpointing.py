@@ -51,8 +51,7 @@ def ppo(directory: Path, peft: str) -> tuple[nn.Module, Callable[[nn.Module], Te
     batch, (critic, _) = pack_sequences(PROMPTS, RESPONSES, CPU), reward(directory, peft)
 
     def loss(model: nn.Module) -> Tensor:
-        output = model(batch, 0.7)
-        return -output.logp_N.sum() + output.value_N.square().sum()
+        return -model("policy", batch, 0.7).logp_N.sum() + model("critic", batch).square().sum()
 
     return ActorCritic(policy(directory, peft), critic), loss
 
