@@ -57,6 +57,13 @@ class Engine(ABC):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the loss's gradients; `last` says that `step` follows."""
 
+    def backward_part(self, loss: Tensor) -> None:
+        """Add the gradients of a loss that reaches a part of the model only; `backward` of the rest follows.
+
+        So that the graphs of both parts need not be in memory at the same time.
+        """
+        self.backward(loss, last=False)
+
     @abstractmethod
     def step(self) -> None:
         """Clip each group by its own norm and update; skipped, and counted, when a norm is not finite."""

@@ -35,6 +35,7 @@ class ZeroEngine(Engine):
         )
         config = zero_config(compute) | {"checkpoint": {"load_universal": universal}}
         self._universal = universal
+        self._waiting: list[Tensor] = []
         self._engine, _, _, _ = _deepspeed(compute).initialize(
             model=model, optimizer=self._client, config=config, dist_init_required=False
         )
@@ -46,8 +47,15 @@ class ZeroEngine(Engine):
         groups: list[dict[str, Any]] = self._client.param_groups
         return groups
 
+    def backward_part(self, loss: Tensor) -> None:
+        """DeepSpeed wants all gradients at once: stage 3 adds those that come late to the last step's, and
+        offloading forgets those that come early."""
+        self._waiting.append(loss)
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """DeepSpeed averages over ranks; our losses are parts of a global mean, to be added up."""
+        loss = torch.stack([*self._waiting, loss]).sum()
+        self._waiting = []
         self._engine.set_gradient_accumulation_boundary(is_boundary=last)
         self._engine.backward(loss * self.compute.world_size)
         if not last:

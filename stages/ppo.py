@@ -23,6 +23,7 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.adapters import attach, count_parameters, merged
+from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
 from rlhf.models.policy import check_head
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head
@@ -42,7 +43,7 @@ class PpoStage(PpoConfig, Stage):
     version: ClassVar[int] = 3
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"prompts", "micro_batch_tokens", "max_bad_steps", "max_kl", "frozen"}
+        {"prompts", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl", "frozen"}
     )
 
     def inputs(self) -> tuple[str, ...]:
@@ -125,8 +126,11 @@ class PpoStage(PpoConfig, Stage):
         critic.head.requires_grad_(True)
         critic.offset.requires_grad_(True)
         trained, _ = count_parameters(policy)  # before they are sharded
+        model = ActorCritic(policy, critic)
+        if self.activation_checkpointing:
+            checkpoint_layers(model)
         engine = make_engine(
-            ActorCritic(policy, critic),
+            model,
             [(policy.parameters(), self.optim), (critic.parameters(), self.critic.optim)],
             compute,
             job.checkpoints.newest,

@@ -28,6 +28,7 @@ from rlhf.job import Job
 from rlhf.loop import train_batches
 from rlhf.losses.pairwise import bradley_terry_loss
 from rlhf.models.adapters import attach, count_parameters
+from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_tokenizer
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.stage import Stage
@@ -39,7 +40,9 @@ class RewardStage(Stage):
 
     name: ClassVar[str] = "reward"
     version: ClassVar[int] = 2
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"pairs", "micro_batch_tokens"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {"pairs", "micro_batch_tokens", "activation_checkpointing"}
+    )
 
     pairs: SourceConfig
     """Rows with a prompt, a chosen and a rejected answer; prepared by `prepare`."""
@@ -51,6 +54,8 @@ class RewardStage(Stage):
     """Pairs per optimizer step, over all ranks."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
+    activation_checkpointing: bool
+    """Keep no activations of a layer but its input; the rest is computed anew: the same result, later."""
     max_tokens: PositiveInt
     """Pairs with a longer side are left out, and counted."""
     center: NonNegativeFloat
@@ -83,6 +88,8 @@ class RewardStage(Stage):
         attach(model.model, self.peft)
         model.head.requires_grad_(True)
         model.offset.requires_grad_(False)
+        if self.activation_checkpointing:
+            checkpoint_layers(model)
 
         def encode(rows: Sequence[PairRow]) -> list[EncodedPair]:
             return [EncodedPair(tokenizer, row) for row in rows]

@@ -26,6 +26,7 @@ from rlhf.estimate import TRAINED, Work
 from rlhf.job import Job
 from rlhf.loop import train_batches
 from rlhf.models.adapters import attach, count_parameters, merged
+from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_causal_lm, save_policy
 from rlhf.models.policy import ResponseModel, check_head, pack_sequences, rollout_rows
 from rlhf.rl.rollout import Rollout
@@ -37,7 +38,9 @@ class SftStage(Stage):
 
     name: ClassVar[str] = "sft"
     version: ClassVar[int] = 3
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"data", "micro_batch_tokens"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {"data", "micro_batch_tokens", "activation_checkpointing"}
+    )
 
     data: SourceConfig
     """Rows with a prompt and its answer; prepared by `prepare`, so its content is in the key."""
@@ -48,6 +51,8 @@ class SftStage(Stage):
     """Rows per optimizer step, over all ranks."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
+    activation_checkpointing: bool
+    """Keep no activations of a layer but its input; the rest is computed anew: the same result, later."""
     max_tokens: PositiveInt
     """Longer rows are cut (the end of the answer is lost)."""
 
@@ -83,6 +88,8 @@ class SftStage(Stage):
             for split in ("train", "held_out")
         )
         attach(policy, self.peft)
+        if self.activation_checkpointing:
+            checkpoint_layers(policy)
         trained, _ = count_parameters(policy)
         engine = make_engine(
             ResponseModel(policy), [(policy.parameters(), self.optim)], job.compute, job.checkpoints.newest

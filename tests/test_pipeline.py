@@ -170,6 +170,7 @@ def test_other_prompts_leave_sft_and_reward_alone(chain: Chain, first: Outcome) 
 
 @pytest.mark.parametrize("override", [
     "ppo.micro_batch_tokens=64", "reward.micro_batch_tokens=64", "sft.micro_batch_tokens=64",
+    *(f"{stage}.activation_checkpointing=true" for stage in ("sft", "reward", "ppo")),
     "generate.micro_batch_tokens=64", "evaluate.micro_batch_tokens=64", "evaluate.num_shown=1",
     "ppo.gates.kl.max=41", "why=true", "runs_dir=./runs/.", "stage=[evaluate]",
 ])  # fmt: skip

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute
+from rlhf.models.checkpointing import recomputed
 from rlhf.models.packed import Packed, hidden_states, take
 from rlhf.rl.padding import length_mask
 from rlhf.rl.rollout import Rollout
@@ -91,10 +91,7 @@ def head_statistics(
     """The head applied to HEAD_CHUNK tokens at a time; logits are recomputed in the backward pass."""
     pieces = []
     for hidden, targets in zip(hidden_NH.split(HEAD_CHUNK), targets_N.split(HEAD_CHUNK), strict=True):
-        if torch.is_grad_enabled():
-            pieces.append(checkpoint(_chunk, hidden, head, targets, temperature, use_reentrant=False))
-        else:
-            pieces.append(_chunk(hidden, head, targets, temperature))
+        pieces.append(recomputed(_chunk, hidden, head, targets, temperature))
     return TokenStatistics(
         torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
     )

@@ -103,6 +103,8 @@ class PpoConfig(Strict):
     """Reference and reward model: whole on every rank, or sharded over them (ZeRO-3 inference, or FSDP2)."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
+    activation_checkpointing: bool
+    """Keep no activations of a layer but its input; the rest is computed anew: the same result, later."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

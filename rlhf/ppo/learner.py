@@ -255,8 +255,8 @@ class Learner:
             raise BadStepError(f"the reward of {self.texts[index]!r} is {float(score_B[index])}.")
 
         def measure(batch: Sequences) -> tuple[Tensor, Tensor]:
-            output = self.engine.model(batch, config.temperature)
-            return output.logp_N, output.value_N
+            statistics = self.engine.model("policy", batch, config.temperature)
+            return statistics.logp_N, self.engine.model("critic", batch)
 
         with self.phases("score"):
             logp_BR, value_BR = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)

@@ -120,9 +120,9 @@ class Update:
         for group, weight, last in self.compute.micro_batches(lengths, config.micro_batch_tokens):
             part = minibatch.select(torch.tensor(group))
             batch = pack_sequences(part.rollout.prompt_ids, part.rollout.response_ids, device)
-            output = self.engine.model(batch, config.temperature)
+            statistics = self.engine.model("policy", batch, config.temperature)
             policy_loss = clipped_policy_loss(
-                batch.to_rows(output.logp_N),
+                batch.to_rows(statistics.logp_N),
                 part.logp_BR.to(device),
                 part.advantage_BR.to(device),
                 batch.mask_BR,
@@ -131,24 +131,22 @@ class Update:
                 dual_clip=config.dual_clip,
                 total_tokens=total_tokens,
             )
+            # while only the critic learns the policy's gradients are zeros: sharding wants some of each
+            self.engine.backward_part((0.0 if critic_only else weight) * policy_loss.loss)
             value_loss = clipped_value_loss(
-                batch.to_rows(output.value_N),
+                batch.to_rows(self.engine.model("critic", batch)),
                 part.value_BR.to(device),
                 part.return_BR.to(device),
                 batch.mask_BR,
                 clip=config.value_clip,
                 total_tokens=total_tokens,
             )
-            # while only the critic learns the policy's gradients are zeros: sharding wants some of each
-            policy_weight = 0.0 if critic_only else weight
-            loss = policy_weight * policy_loss.loss + weight * value_loss.loss
-            self.engine.backward(loss, last=last and mixed is None)
+            self.engine.backward(weight * value_loss.loss, last=last and mixed is None)
             if weight:
                 deviation += float(policy_loss.ratio_deviation)
                 for each in sums:
-                    each.add(
-                        policy_loss, value_loss, output.entropy_N.sum(), len(output.logp_N), total_tokens
-                    )
+                    entropy = statistics.entropy_N.sum()
+                    each.add(policy_loss, value_loss, entropy, len(statistics.logp_N), total_tokens)
         if mixed is not None:
             self.accumulate_mix(*mixed)
         return float(self.compute.global_sum(torch.tensor([deviation], dtype=torch.float64))) / total_tokens
@@ -163,5 +161,5 @@ class Update:
                 [answers[index] for index in group],
                 self.compute.device,
             )
-            logp_N = self.engine.model(batch, 1.0).logp_N
+            logp_N = self.engine.model("policy", batch, 1.0).logp_N
             self.engine.backward(weight * self.mix.loss(logp_N, sum(map(len, answers))), last=last)

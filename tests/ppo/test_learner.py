@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,40 @@ def test_micro_batches_add_up_to_the_whole(make, critic_only: bool) -> None:
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=max(1e-5 * scale, 1e-7))
 
 
+class Kept:
+    """A tensor that a graph keeps for its gradients."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def most_kept(work: Callable[[], object]) -> int:
+    """The most bytes that graphs kept at any moment of the work."""
+    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+    sizes = [0]
+
+    def keep(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        alive.add(kept)
+        sizes.append(sum(each.tensor.nbytes for each in alive))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        work()
+    return max(sizes)
+
+
+def test_policy_and_critic_keep_their_graphs_one_after_the_other(make) -> None:
+    learner = make()
+    experience, model = learner.experience(ROWS), learner.engine.model
+    rollout = experience.rollout
+    batch = pack_sequences(rollout.prompt_ids, rollout.response_ids, torch.device("cpu"))
+    halves = [most_kept(lambda half=half: model(half, batch)) for half in ("policy", "critic")]
+    assert min(halves) > 0.8 * max(halves)
+    both = most_kept(lambda: learner.update.accumulate(experience, [UpdateSums()], critic_only=False))
+    assert max(halves) <= both < 1.1 * max(halves)
+
+
 def test_experience_does_not_depend_on_micro_batches(make) -> None:
     whole, split = (make(f"ppo.micro_batch_tokens={n}").experience(ROWS) for n in (100_000, 100))
     for name in ("logp_BR", "reference_logp_BR", "value_BR", "advantage_BR", "return_BR"):
@@ -176,7 +211,7 @@ def test_the_pretraining_mix_teaches_the_answers(make) -> None:
         prompts, answers = mix.draw()
         with torch.no_grad():
             batch = pack_sequences(prompts, answers, torch.device("cpu"))
-            logp_N = learner.engine.model(batch, 1.0).logp_N
+            logp_N = learner.engine.model("policy", batch, 1.0).logp_N
             return float(mix.loss(logp_N, len(logp_N))) / learner.config.ptx.coef
 
     changes = {}

@@ -21,7 +21,11 @@ VARIANTS = {
     "zero3": ("launch.processes=2", "zero=zero3", "ppo.frozen=sharded"),
     "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen=sharded"),
 }
+CHECKPOINTED = tuple(f"{stage}.activation_checkpointing=true" for stage in ("sft", "reward", "ppo"))
 SLOW = {
+    "checkpointed_zero2": ("launch.processes=2", "zero=zero2", *CHECKPOINTED),
+    "checkpointed_zero3": ("launch.processes=2", "zero=zero3", *CHECKPOINTED),
+    "checkpointed_fsdp2": ("launch.processes=2", "zero=fsdp2", *CHECKPOINTED),
     "zero2": ("launch.processes=2", "zero=zero2"),
     "four_ranks": ("launch.processes=4",),
     "zero1": ("launch.processes=2", "zero=zero1"),
