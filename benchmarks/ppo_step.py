@@ -51,9 +51,10 @@ def episodes_per_second(answer: dict[str, Any]) -> float:
     return median(n / s for n, s in zip(answer["episodes"][1:], answer["seconds"][1:], strict=True))
 
 
-def operations(work: dict[str, Any], step: dict[str, float]) -> dict[str, float]:
+def operations(work: dict[str, Any], step: dict[str, float], micro_batch_tokens: int) -> dict[str, float]:
     """Useful matrix operations of each phase (2 a weight and token, 6 where it trains): no padding, no
-    recomputation, no attention scores."""
+    recomputation, no attention scores. The policy's pass in `score` is its first in `update` where the
+    rollout fits into one (`rlhf.ppo.update.Update.score`), and counts there."""
     config = AutoConfig.from_pretrained(work["model"])
     head = config.hidden_size * config.vocab_size
     key_value = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
@@ -64,13 +65,15 @@ def operations(work: dict[str, Any], step: dict[str, float]) -> dict[str, float]
     trunk = config.num_hidden_layers * layer
     prompt, response = step["prompt_tokens"], step["response_tokens"]
     every = 2 * trunk * (prompt + response)
+    passes = work["epochs"] - 1 if prompt + response <= micro_batch_tokens else work["epochs"]
     train = 4 if work["peft"] == "lora" else 6  # an adapter needs no gradients of the frozen weights
     return {
         "generate": every + 2 * head * response,
         "reward": every,
         "score": 2 * every + 2 * head * response,
         "reference": every + 2 * head * response,
-        "update": work["epochs"] * (train / 2 * 2 * every + train * head * response),
+        "update": (work["epochs"] * (train - 2) + passes * 2) * (every / 2 + head * response)
+        + work["epochs"] * train * every / 2,
     }
 
 
@@ -85,7 +88,7 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any], peak: float) -> No
     steps = answer["metrics"][1:]
     table = Table("phase", "seconds", "share", "tokens/s", "GFLOP/s", "of peak", box=None)
     total = median(answer["seconds"][1:])
-    useful = [operations(work, step) for step in steps]
+    useful = [operations(work, step, answer["micro_batch_tokens"]) for step in steps]
     for name in answer["phases"][1]:
         phase = name.removeprefix("seconds_")
         seconds = median(step[name] for step in steps)

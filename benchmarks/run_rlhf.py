@@ -134,6 +134,7 @@ def main() -> None:
                 "episodes": [len(batch) for batch in work["prompts"]],
                 "phases": phases,
                 "metrics": steps,
+                "micro_batch_tokens": learner.config.micro_batch_tokens,
                 "padding": 1 - (work["epochs"] + 1) * tokens / sum(positions),
                 "precision": precision,
                 **about_this_process(),

@@ -17,12 +17,11 @@ from rlhf.data.schema import PromptRow
 from rlhf.engine import Engine
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
-from rlhf.models.policy import Sequences, rollout_rows
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.mix import PretrainingMix
 from rlhf.ppo.phases import Phases
-from rlhf.ppo.update import BadStepError, Update
+from rlhf.ppo.update import BadStepError, Scored, Update
 from rlhf.rewards.source import Exchange, Reward, RewardError
 from rlhf.rl.experience import RewardRule, make_experience
 from rlhf.rl.kl import AdaptiveKL, FixedKL
@@ -182,14 +181,14 @@ class Learner:
         metrics = {"lr": rates[0], "beta": self.kl.coef}
         self.texts = []
         try:
-            experience = self.experience(rows)
+            experience, scored = self.experience(rows)
             metrics |= rollout_metrics(experience)
             if config.max_kl is not None and metrics["kl"] > config.max_kl:
                 raise TooBadError(
                     f"the policy is {metrics['kl']:.4g} nats a sequence from the SFT model, more than "
                     f"ppo.max_kl={config.max_kl:g}. Raise ppo.kl.coef, or lower ppo.optim.lr"
                 )
-            metrics |= self.update.learn(experience, critic_only=warm_up)
+            metrics |= self.update.learn(experience, scored, critic_only=warm_up)
             metrics |= self.phases.taken()
             self.kl.update(metrics["kl"], config.batch_episodes)
             if metrics["skipped_minibatches"] > 0:
@@ -234,8 +233,8 @@ class Learner:
             "a higher limit the same command goes on behind that batch."
         )
 
-    def experience(self, rows: Sequence[PromptRow]) -> Experience:
-        """Sample one response a prompt with the current policy, and score it."""
+    def experience(self, rows: Sequence[PromptRow]) -> tuple[Experience, Scored | None]:
+        """Sample one response a prompt with the current policy, and score it: see `Update.score`."""
         config = self.config
         if self.policy.vllm is not None:
             with self.phases("sync"):
@@ -254,21 +253,17 @@ class Learner:
             index = int((~score_B.isfinite()).nonzero()[0])
             raise BadStepError(f"the reward of {self.texts[index]!r} is {float(score_B[index])}.")
 
-        def measure(batch: Sequences) -> tuple[Tensor, Tensor]:
-            statistics = self.engine.model("policy", batch, config.temperature)
-            return statistics.logp_N, self.engine.model("critic", batch)
-
-        with self.phases("score"):
-            logp_BR, value_BR = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)
         with self.phases("reference"):
             reference_BR = self.reference.log_probabilities(
                 rollout, config.temperature, config.micro_batch_tokens
             )
+        with self.phases("score"):
+            logp_BR, value_BR, scored = self.update.score(rollout)
         rule = RewardRule(
             self.normalizer, self.kl.coef, config.score.missing_stop, config.score.missing_stop_penalty
         )
         with self.phases("advantages"):
-            return make_experience(
+            experience = make_experience(
                 rollout,
                 logp_BR=logp_BR,
                 reference_logp_BR=reference_BR,
@@ -278,6 +273,7 @@ class Learner:
                 gamma=config.gamma,
                 lam=config.lam,
             )
+        return experience, scored
 
     def evaluate(self, rows: Sequence[PromptRow], step: int) -> Evaluation:
         """Measure the policy on held-out prompts; keep its weights when it is the best so far."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,17 +17,24 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.losses.policy import clipped_policy_loss
 from rlhf.losses.value import clipped_value_loss
-from rlhf.models.policy import pack_sequences
+from rlhf.models.policy import Sequences, TokenStatistics, pack_sequences, rollout_rows
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.mix import PretrainingMix
 from rlhf.ppo.phases import Phases
-from rlhf.rl.rollout import Experience, minibatches
+from rlhf.rl.rollout import Experience, Rollout, minibatches
 from rlhf.training import WeightAverage
 
 
 class BadStepError(Exception):
     """A step that must not be learned from: something in it is not finite."""
+
+
+class Scored(NamedTuple):
+    """A forward pass of the policy that can still be learned from."""
+
+    batch: Sequences
+    statistics: TokenStatistics
 
 
 class Update:
@@ -67,8 +74,34 @@ class Update:
         if self.mix is not None:
             self.mix.load_state_dict(state["mix"])
 
-    def learn(self, experience: Experience, *, critic_only: bool) -> dict[str, float]:
+    def score(self, rollout: Rollout) -> tuple[Tensor, Tensor, Scored | None]:
+        """Log-probabilities and values of a rollout, each fp32 [B, R] on the CPU, by policy and critic as
+        they are now.
+
+        Where the rollout is one minibatch and fits into one forward pass, the policy's is also the first one
+        that is learned from: it comes back with its graph, for `learn`.
+        """
+        config = self.config
+        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
+        passes = len(self.compute.micro_batches(lengths, config.micro_batch_tokens))
+        once = passes == 1 and len(rollout) == config.minibatch_episodes
+        scored: list[Scored] = []
+
+        def measure(batch: Sequences) -> tuple[Tensor, Tensor]:
+            with torch.set_grad_enabled(once):
+                statistics = self.engine.model("policy", batch, config.temperature)
+            if once:
+                scored.append(Scored(batch, statistics))
+            return statistics.logp_N, self.engine.model("critic", batch)
+
+        logp_BR, value_BR = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)
+        return logp_BR, value_BR, scored[0] if once else None
+
+    def learn(self, experience: Experience, scored: Scored | None, *, critic_only: bool) -> dict[str, float]:
         """All epochs over one rollout.
+
+        Args:
+            scored: what `score` returned of it.
 
         Raises:
             BadStepError: no minibatch had a finite gradient, so no optimizer step was taken.
@@ -78,8 +111,10 @@ class Update:
         for epoch in range(config.epochs):
             epoch_sums = UpdateSums()
             for indices in minibatches(len(experience), config.minibatch_episodes, self.shuffling):
+                minibatch = experience if scored is not None else experience.select(indices)
                 with self.phases("update"):
-                    deviation = self.accumulate(experience.select(indices), [sums, epoch_sums], critic_only)
+                    deviation = self.accumulate(minibatch, [sums, epoch_sums], critic_only, scored)
+                scored = None
                 if "first_ratio_deviation" not in metrics:
                     metrics["first_ratio_deviation"] = deviation
                 already_skipped = self.engine.skipped_steps
@@ -105,8 +140,17 @@ class Update:
             "critic_grad_norm": sum(critic_norms) / len(norms),
         }  # fmt: skip
 
-    def accumulate(self, minibatch: Experience, sums: Sequence[UpdateSums], critic_only: bool) -> float:
+    def accumulate(
+        self,
+        minibatch: Experience,
+        sums: Sequence[UpdateSums],
+        critic_only: bool,
+        scored: Scored | None = None,
+    ) -> float:
         """Add up one optimizer step's gradients over token-budget micro-batches of all ranks.
+
+        Args:
+            scored: the policy's forward pass over the minibatch, where it was made already.
 
         Returns:
             The mean |ratio - 1| over the minibatch's tokens; 0 before the first update, up to rounding.
@@ -119,8 +163,11 @@ class Update:
         deviation = 0.0
         for group, weight, last in self.compute.micro_batches(lengths, config.micro_batch_tokens):
             part = minibatch.select(torch.tensor(group))
-            batch = pack_sequences(part.rollout.prompt_ids, part.rollout.response_ids, device)
-            statistics = self.engine.model("policy", batch, config.temperature)
+            if scored is None:
+                batch = pack_sequences(part.rollout.prompt_ids, part.rollout.response_ids, device)
+                statistics = self.engine.model("policy", batch, config.temperature)
+            else:
+                batch, statistics = scored
             policy_loss = clipped_policy_loss(
                 batch.to_rows(statistics.logp_N),
                 part.logp_BR.to(device),

@@ -99,7 +99,7 @@ def test_sampling_and_training_agree_on_every_log_probability(make) -> None:
     """The sampler pads on the left, keeps a cache and drops finished rows; the trainer does none of it."""
     learner = make("ppo.temperature=0.7")
     shake(learner)
-    experience = learner.experience(ROWS)
+    experience = learner.experience(ROWS)[0]
     lengths = experience.rollout.response_lengths
     assert lengths.max() == 12
     assert len({len(ids) for ids in experience.rollout.prompt_ids}) > 4
@@ -126,7 +126,7 @@ def test_micro_batches_add_up_to_the_whole(make, critic_only: bool) -> None:
     results = []
     for micro_batch_tokens in (100_000, 150, 1):
         learner = make(*settings, f"ppo.micro_batch_tokens={micro_batch_tokens}")
-        experience = learner.experience(ROWS)
+        experience = learner.experience(ROWS)[0]
         shake(learner)  # ratios, values and clips of all kinds
         with torch.no_grad():
             learner.engine.model.critic.offset.add_(0.35)  # towards the returns, past the clip for some
@@ -176,7 +176,7 @@ def most_kept(work: Callable[[], object]) -> int:
 
 def test_policy_and_critic_keep_their_graphs_one_after_the_other(make) -> None:
     learner = make()
-    experience, model = learner.experience(ROWS), learner.engine.model
+    experience, model = learner.experience(ROWS)[0], learner.engine.model
     rollout = experience.rollout
     batch = pack_sequences(rollout.prompt_ids, rollout.response_ids, torch.device("cpu"))
     halves = [most_kept(lambda half=half: model(half, batch)) for half in ("policy", "critic")]
@@ -186,7 +186,7 @@ def test_policy_and_critic_keep_their_graphs_one_after_the_other(make) -> None:
 
 
 def test_experience_does_not_depend_on_micro_batches(make) -> None:
-    whole, split = (make(f"ppo.micro_batch_tokens={n}").experience(ROWS) for n in (100_000, 100))
+    whole, split = (make(f"ppo.micro_batch_tokens={n}").experience(ROWS)[0] for n in (100_000, 100))
     for name in ("logp_BR", "reference_logp_BR", "value_BR", "advantage_BR", "return_BR"):
         torch.testing.assert_close(getattr(split, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
 
@@ -296,7 +296,7 @@ def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
 def test_the_penalty_is_taken_from_every_token(make) -> None:
     learner = make("ppo.kl.coef=0.3", reward=Counting(0.0))
     shake(learner)
-    experience = learner.experience(ROWS)
+    experience = learner.experience(ROWS)[0]
     expected_BR = -0.3 * (experience.logp_BR - experience.reference_logp_BR)
     assert expected_BR.abs().max() > 0.01
     torch.testing.assert_close(experience.reward_BR, expected_BR, atol=1e-6, rtol=1e-5)
@@ -320,7 +320,7 @@ def test_running_normalisation_makes_the_reward_unitless(make) -> None:
     plain, large = (make("ppo.score.normalize=running", reward=reward) for reward in (length, scaled))
     scores = []
     for _ in range(2):
-        left, right = plain.experience(ROWS), large.experience(ROWS)
+        left, right = plain.experience(ROWS)[0], large.experience(ROWS)[0]
         torch.testing.assert_close(left.reward_BR, right.reward_BR, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(left.advantage_BR, right.advantage_BR, atol=1e-4, rtol=1e-4)
         scores.append(right.score_B)
@@ -337,12 +337,12 @@ def test_an_outlier_is_clipped(make) -> None:
         return torch.tensor([1000.0] + [0.0] * (len(exchanges) - 1))
 
     learner = make("ppo.score.normalize=none", "ppo.score.clip=5.0", reward=one_large)
-    assert learner.experience(ROWS).reward_BR.sum(1).tolist() == [5.0] + [0.0] * 15
+    assert learner.experience(ROWS)[0].reward_BR.sum(1).tolist() == [5.0] + [0.0] * 15
 
 
 def test_a_response_without_a_stop_token_is_marked_down(make) -> None:
     learner = make("ppo.score.missing_stop_penalty=0.5", "ppo.max_new_tokens=60", reward=Counting(0.0))
-    experience = learner.experience(ROWS)
+    experience = learner.experience(ROWS)[0]
     stopped_B = experience.rollout.stopped
     assert 0 < int(stopped_B.sum()) < 16
     assert experience.reward_BR.sum(1).tolist() == [
@@ -379,7 +379,7 @@ def test_a_first_step_without_a_finite_gradient_does_not_spoil_the_summary(make)
 def test_hidden_padding_does_not_reach_a_log_probability(make) -> None:
     """Alone or beside a longer row, an episode measures the same."""
     learner = make()
-    rollout = learner.experience(ROWS).rollout
+    rollout = learner.experience(ROWS)[0].rollout
 
     def logp(indices: list[int]) -> Tensor:
         return rollout_rows(

@@ -12,7 +12,7 @@ from rlhf.data.chat import prompt_ids
 from rlhf.ppo.phases import Phases
 from rlhf.rewards.source import function_reward
 
-NAMES = ["generate", "reward", "score", "reference", "advantages", "update", "optimizer"]
+NAMES = ["generate", "reward", "reference", "score", "advantages", "update", "optimizer"]
 
 
 def test_every_step_has_its_own_seconds(tmp_path: Path, tiny_model: Path) -> None:
