@@ -24,7 +24,8 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW whose state and master weights are fp32 while the model computes in its own dtype.
 
     Gradients are added up in fp32 as soon as autograd has finished with a parameter, so that accumulating
-    many micro-batches loses nothing in bf16. `step` clips each group by its own norm (a critic's large
+    many micro-batches loses nothing in bf16; a single one's stay in bf16, which takes half the room, until
+    `step`. `step` clips each group by its own norm (a critic's large
     gradients must not shrink the policy's) and is skipped, and counted, when a norm is not finite: one NaN
     would otherwise poison every parameter.
 
@@ -43,7 +44,8 @@ class MasterAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             masters = []
             for parameter in group["params"]:
-                master = parameter.detach().float().clone().requires_grad_(True)
+                master = parameter.detach().to(torch.float32, copy=True).requires_grad_(True)
+                master.grad_dtype = None  # any
                 parameter.register_post_accumulate_grad_hook(_accumulate_into(master))
                 self._pairs.append((parameter, master))
                 masters.append(master)
@@ -57,6 +59,8 @@ class MasterAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Clip, update the masters, and round them into the model."""
         assert closure is None
+        for _, master in self._pairs:
+            master.grad = None if master.grad is None else master.grad.float()
         if self._global_sum is not None:
             self._add_up_over_ranks(self._global_sum)
         self.grad_norms = [
@@ -143,10 +147,7 @@ def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
         gradient = parameter.grad.detach()
-        if master.grad is None:
-            master.grad = gradient.float()
-        else:
-            master.grad.add_(gradient)
+        master.grad = gradient if master.grad is None else master.grad.float().add_(gradient)
         parameter.grad = None
 
     return hook

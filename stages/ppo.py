@@ -113,6 +113,11 @@ class PpoStage(PpoConfig, Stage):
                 "ppo.frozen=sharded is the work of DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 "
                 "or fsdp2."
             )
+        if self.frozen == "offloaded" and job.compute.device.type == "cpu":
+            raise ConfigError(
+                "ppo.frozen=offloaded keeps the reference and reward model in the host's memory while a GPU "
+                "does not need them; this run has no GPU. Use ppo.frozen=replicated."
+            )
         sft, settings, compute = job.inputs["sft"].path, job.base.config, job.compute
         tokenizer = load_tokenizer(sft, settings)
         policy = load_causal_lm(sft, settings, compute.dtype, compute.device)
@@ -138,6 +143,10 @@ class PpoStage(PpoConfig, Stage):
         reference = Policy.load(sft, settings, compute)
         if self.frozen == "sharded":
             self.shard(reference, reward, compute)
+        if self.frozen == "offloaded":
+            reference.offload()
+            if isinstance(reward, LearnedReward):
+                reward.offload()
         return Learner(
             self,
             engine=engine,

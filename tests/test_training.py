@@ -98,6 +98,17 @@ def test_updates_too_small_for_bf16_add_up_in_the_masters() -> None:
     assert seen[-1] == float(master.bfloat16()) == 0.9921875  # the nearest one to 0.994
 
 
+def test_the_gradients_of_a_single_micro_batch_take_no_more_room_than_its_weights() -> None:
+    model = network(torch.bfloat16)
+    optimizer = optimizer_of((model.parameters(), config()))
+    masters = [master for group in optimizer._inner.param_groups for master in group["params"]]
+    for pieces, dtype in ((1, torch.bfloat16), (2, torch.float32)):
+        for batch in batches(1, torch.bfloat16)[0].chunk(pieces):
+            model(batch).float().sum().backward()
+        assert {master.grad.dtype for master in masters} == {dtype}
+        optimizer.step()
+
+
 def test_bf16_follows_fp32_closely() -> None:
     rough, fine = network(torch.bfloat16), network()
     with torch.no_grad():

@@ -17,6 +17,7 @@ from rlhf.distributed import Compute
 from rlhf.generation.local import generate
 from rlhf.generation.vllm import Vllm
 from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.offload import offload
 from rlhf.models.policy import response_statistics, rollout_rows
 from rlhf.rl.rollout import Rollout
 
@@ -55,6 +56,10 @@ class Policy:
         model = load_causal_lm(directory, config, compute.dtype, compute.device)
         model.requires_grad_(False)
         return cls(model, tokenizer or load_tokenizer(directory, config), compute, vllm=vllm)
+
+    def offload(self) -> None:
+        """From now on keep a frozen model's weights in the host's memory while they are not used."""
+        self._whole = offload(self.model, self.compute.device)
 
     def hand_over(self) -> None:
         """Copy the weights into vLLM where that samples; `sample` does it where it was not just done."""

@@ -99,8 +99,9 @@ class PpoConfig(Strict):
     """Steps skipped for a non-finite reward, loss or gradient before the run stops."""
     max_kl: PositiveFloat | None
     """Nats a sequence from the SFT model beyond which the run stops; null for never."""
-    frozen: Literal["replicated", "sharded"]
-    """Reference and reward model: whole on every rank, or sharded over them (ZeRO-3 inference, or FSDP2)."""
+    frozen: Literal["replicated", "sharded", "offloaded"]
+    """Reference and reward model: whole on every rank; sharded over them (ZeRO-3 inference, or FSDP2); or in
+    each rank's host memory, and whole on its GPU only while they are used."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: bool

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from rlhf.engine import Engine
 from rlhf.generation.policy import Policy
@@ -159,7 +158,8 @@ class Update:
         total_tokens = int(minibatch.mask_BR.sum())
         rollout = minibatch.rollout
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-        mixed = self.mix.draw() if self.mix is not None and not critic_only else None
+        if self.mix is not None and not critic_only:
+            self.accumulate_mix(self.mix)
         deviation = 0.0
         for group, weight, last in self.compute.micro_batches(lengths, config.micro_batch_tokens):
             part = minibatch.select(torch.tensor(group))
@@ -188,25 +188,23 @@ class Update:
                 clip=config.value_clip,
                 total_tokens=total_tokens,
             )
-            self.engine.backward(weight * value_loss.loss, last=last and mixed is None)
+            self.engine.backward(weight * value_loss.loss, last=last)
             if weight:
                 deviation += float(policy_loss.ratio_deviation)
+                entropy = statistics.entropy_N.sum()
                 for each in sums:
-                    entropy = statistics.entropy_N.sum()
                     each.add(policy_loss, value_loss, entropy, len(statistics.logp_N), total_tokens)
-        if mixed is not None:
-            self.accumulate_mix(*mixed)
         return float(self.compute.global_sum(torch.tensor([deviation], dtype=torch.float64))) / total_tokens
 
-    def accumulate_mix(self, prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> None:
+    def accumulate_mix(self, mix: PretrainingMix) -> None:
         """Add the gradients of the pretraining mix, over all ranks."""
-        assert self.mix is not None
+        prompts, answers = mix.draw()
         lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        for group, weight, last in self.compute.micro_batches(lengths, self.config.micro_batch_tokens):
+        for group, weight, _ in self.compute.micro_batches(lengths, self.config.micro_batch_tokens):
             batch = pack_sequences(
                 [prompts[index] for index in group],
                 [answers[index] for index in group],
                 self.compute.device,
             )
             logp_N = self.engine.model("policy", batch, 1.0).logp_N
-            self.engine.backward(weight * self.mix.loss(logp_N, sum(map(len, answers))), last=last)
+            self.engine.backward_part(weight * mix.loss(logp_N, sum(map(len, answers))))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.chat import exchange_ids, tokenizer_digest
 from rlhf.distributed import Compute
 from rlhf.models.load import ModelConfig, load_tokenizer
+from rlhf.models.offload import offload
 from rlhf.models.scalar import ScalarModel, load_scalar_model
 from rlhf.rewards.remote import remote_reward
 from rlhf.rewards.source import (
@@ -37,6 +39,11 @@ class LearnedReward:
     ) -> None:
         self.directory, self.model, self.tokenizer = directory, model, tokenizer
         self.micro_batch_tokens, self.compute = micro_batch_tokens, compute
+        self._at_hand: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def offload(self) -> None:
+        """From now on keep the model's weights in the host's memory while they are not used."""
+        self._at_hand = offload(self.model, self.compute.device)
 
     @property
     def digest(self) -> str:
@@ -48,7 +55,8 @@ class LearnedReward:
             torch.tensor(exchange_ids(self.tokenizer, exchange.prompt, exchange.response)[0])
             for exchange in exchanges
         ]
-        return self.model.score(rows, self.micro_batch_tokens, self.compute)
+        with self._at_hand():
+            return self.model.score(rows, self.micro_batch_tokens, self.compute)
 
 
 def load_learned_reward(

@@ -28,6 +28,7 @@ SLOW = {
     "checkpointed_fsdp2": ("launch.processes=2", "zero=fsdp2", *CHECKPOINTED),
     "zero2": ("launch.processes=2", "zero=zero2"),
     "four_ranks": ("launch.processes=4",),
+    "mix_zero3_offload": ("launch.processes=2", "zero=zero3_offload", "ppo.ptx.coef=0.5"),
     "zero1": ("launch.processes=2", "zero=zero1"),
     "zero3_offload": ("launch.processes=2", "zero=zero3_offload"),
     "fsdp2_lora": ("launch.processes=2", "zero=fsdp2", "sft.peft=lora", "reward.peft=lora", "ppo.peft=lora"),
@@ -46,9 +47,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> RealChain:
 def test_losses_gradients_and_scores_are_those_of_one_rank(chain: RealChain, name: str) -> None:
     overrides = (VARIANTS | SLOW)[name]
     reference = "one"
-    if peft := [override for override in overrides if ".peft=" in override]:
-        reference = "one_lora"
-        chain.run(reference, *peft)
+    if others := [override for override in overrides if ".peft=" in override or ".ptx." in override]:
+        reference = f"one_for_{name}"
+        chain.run(reference, *others)
     chain.run(name, *overrides, "stage=reward")
     compare(chain, reference, name, ("sft", "reward"))
     # PPO starts from the reference's models, so that its own first step can be held to rounding too

@@ -1,0 +1,69 @@
+"""Frozen models that wait in the host's memory. Another place in it stands in for a GPU's memory."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from small_job import on_cpu
+from small_ppo import MODEL, ppo_job, ppo_stage
+from torch import Tensor, nn
+
+from rlhf.config import ConfigError
+from rlhf.data.schema import Message
+from rlhf.generation.policy import Policy
+from rlhf.models.offload import offload
+from rlhf.models.scalar import reset_head
+from rlhf.rewards.learned import LearnedReward
+from rlhf.rewards.source import Exchange
+from rlhf.rl.rollout import Rollout
+
+ROLLOUT = Rollout([torch.tensor([5, 6, 7])], [torch.tensor([8, 9])], torch.tensor([True]))
+EXCHANGE = Exchange([Message(role="user", content="Hi")], "Hello")
+
+
+def places(model: nn.Module) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def test_weights_are_copied_while_they_are_used_and_are_then_where_they_were(tiny_model: Path) -> None:
+    model = Policy.load(tiny_model, MODEL, on_cpu()).model
+    on_device = offload(model, torch.device("cpu"))
+    on_host, weights = places(model), [parameter.clone() for parameter in model.parameters()]
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), on_device():
+            assert not set(places(model)) & set(on_host)
+            for parameter, weight in zip(model.parameters(), weights, strict=True):
+                assert torch.equal(parameter, weight)
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            if error is not None:
+                raise error
+        assert places(model) == on_host
+
+
+def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: Path) -> None:
+    policy = Policy.load(tiny_model, MODEL, on_cpu())
+    stage, job = ppo_stage(), ppo_job(tmp_path, tiny_model)
+    scalar = stage.load_critic(job, lambda exchanges: torch.zeros(0), stage.normalizer(job), policy.tokenizer)
+    reset_head(scalar, deviation=1.0)
+    reward = LearnedReward(tiny_model, scalar, policy.tokenizer, 1000, on_cpu())
+
+    def scores() -> tuple[Tensor, Tensor]:
+        return policy.log_probabilities(ROLLOUT, 1.0, 1000), reward([EXCHANGE])
+
+    expected = scores()
+    for each in (policy, reward):
+        each.offload()
+    used: list[int] = []
+    for model in (policy.model, scalar.model):
+        model.model.register_forward_pre_hook(lambda backbone, _: used.extend(places(backbone)))
+    for found, value in zip(scores(), expected, strict=True):
+        assert torch.equal(found, value) and value.any()
+    assert used and not set(used) & {*places(policy.model), *places(scalar)}
+
+
+def test_without_a_gpu_it_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.frozen=offloaded .* no GPU\. Use ppo\.frozen=replicated"):
+        ppo_stage("ppo.frozen=offloaded").learner(ppo_job(tmp_path, tiny_model))
