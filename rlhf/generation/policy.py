@@ -16,7 +16,7 @@ from rlhf.data.schema import Message
 from rlhf.distributed import Compute
 from rlhf.generation.local import generate
 from rlhf.generation.vllm import Vllm
-from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.load import ModelConfig, context_length, load_causal_lm, load_tokenizer
 from rlhf.models.policy import response_statistics, rollout_rows
 from rlhf.rl.rollout import Rollout
 
@@ -55,6 +55,11 @@ class Policy:
         model = load_causal_lm(directory, config, compute.dtype, compute.device)
         model.requires_grad_(False)
         return cls(model, tokenizer or load_tokenizer(directory, config), compute, vllm=vllm)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and response may have together."""
+        return context_length(self.model.config)
 
     def hand_over(self) -> None:
         """Copy the weights into vLLM where that samples; `sample` does it where it was not just done."""
