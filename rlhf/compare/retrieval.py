@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlhf.config import ConfigError
 from rlhf.data.batching import token_budget_batches
 from rlhf.data.chat import continuation_ids
 from rlhf.generation.policy import Policy
@@ -48,6 +49,9 @@ def bm25_index(texts: Sequence[str]) -> Index:
 
     Source: Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework: BM25 and Beyond", in the
     variant of Lucene; Lu 2024 (arXiv:2407.03618) for the library.
+
+    Raises:
+        ConfigError: there are no words to search.
     """
     import bm25s
 
@@ -57,8 +61,14 @@ def bm25_index(texts: Sequence[str]) -> Index:
         )
         return found
 
+    split = words(texts)
+    if not any(split):
+        raise ConfigError(
+            f"compare.retriever=bm25: none of the {len(texts)} texts to search holds a word that is not an "
+            "English stop word. Give another compare.corpus, or set compare.retriever=embeddings."
+        )
     ranking = bm25s.BM25()
-    ranking.index(words(texts), show_progress=False)
+    ranking.index(split, show_progress=False)
 
     def search(query: str, count: int) -> list[int]:
         found, scores = ranking.retrieve(words([query]), k=min(count, len(texts)), show_progress=False)

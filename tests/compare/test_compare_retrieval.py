@@ -9,6 +9,7 @@ import torch
 from small_job import on_cpu
 
 from rlhf.compare.retrieval import bm25_index, embedding_index, embeddings
+from rlhf.config import ConfigError
 from rlhf.generation.policy import Policy
 from rlhf.models.load import ModelConfig
 
@@ -34,6 +35,11 @@ def test_bm25_finds_nothing_where_no_word_is_shared() -> None:
     search = bm25_index(TEXTS).search
     assert search("Quarks?", 3) == []
     assert search("is the in on?", 3) == []  # stop words only
+
+
+def test_texts_without_words_cannot_be_searched() -> None:
+    with pytest.raises(ConfigError, match=r"compare\.retriever=bm25: none of the 2 texts"):
+        bm25_index(["the", "?"])
 
 
 def test_embeddings_find_the_same_text_first_and_never_more_than_there_are(policy: Policy) -> None:
