@@ -23,7 +23,7 @@ from rlhf.trials import SweepConfig
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
-REPEATING = ("prepare", "generate", "evaluate")
+REPEATING = ("prepare", "generate", "evaluate", "compare")
 """Stages whose YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
 
 
@@ -73,7 +73,7 @@ class Experiment:
         """The requested stages and all that they read, in the chain's order."""
         wanted = set(self.settings.stage)
         if "all" in wanted:
-            wanted = set(self.stages)
+            wanted |= {name for name, stage in self.stages.items() if stage.in_chain}
         for name in reversed(list(self.stages)):
             if name in wanted:
                 wanted |= set(self.stages[name].inputs())

@@ -49,11 +49,15 @@ def make_manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         git_revision=git_revision(),
         packages={name: importlib.metadata.version(name) for name in PACKAGES},
-        hardware=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
-        + (f", {num_ranks} ranks" if num_ranks > 1 else ""),
+        hardware=hardware() + (f", {num_ranks} ranks" if num_ranks > 1 else ""),
         files={},
     )
+
+
+def hardware() -> str:
+    """This machine: processor, threads, GPU."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads{gpu}"
 
 
 def same_content(first: Artifact, second: Artifact) -> bool:

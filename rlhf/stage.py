@@ -26,6 +26,8 @@ class Stage(Strict, ABC):
     """Whether the seed and the precision decide the result."""
     samples: ClassVar[bool] = False
     """Whether it samples from a policy, so that `generation` decides the result."""
+    in_chain: ClassVar[bool] = True
+    """Whether `stage=all` runs it; others run only where they are named."""
     not_in_key: ClassVar[frozenset[str]] = frozenset()
     """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
 

@@ -13,7 +13,12 @@ from omegaconf import OmegaConf
 from rlhf.experiment import build_experiment
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", ROOT / "conf" / "config.yaml"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "data" / "README.md",
+    ROOT / "docs" / "should-you-fine-tune.md",
+    ROOT / "conf" / "config.yaml",
+]
 
 
 def commands() -> list[str]:

@@ -16,7 +16,7 @@ from rlhf.data.schema import Message
 from rlhf.distributed import Compute
 from rlhf.generation.local import generate
 from rlhf.generation.vllm import Vllm
-from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.load import ModelConfig, context_length, load_causal_lm, load_tokenizer
 from rlhf.models.offload import offload
 from rlhf.models.policy import response_statistics, rollout_rows
 from rlhf.rl.rollout import Rollout
@@ -60,6 +60,11 @@ class Policy:
     def offload(self) -> None:
         """From now on keep a frozen model's weights in the host's memory while they are not used."""
         self._whole = offload(self.model, self.compute.device)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and response may have together."""
+        return context_length(self.model.config)
 
     def hand_over(self) -> None:
         """Copy the weights into vLLM where that samples; `sample` does it where it was not just done."""

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,7 +75,12 @@ class BaseModelFiles:
             config = AutoConfig.from_pretrained(
                 self.directory, trust_remote_code=self.config.trust_remote_code
             )
-        return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 20))
+        return context_length(config)
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Tokens that prompt and response may have together; of a model that names no limit, a million."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 20))
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.progress import clock
+from rlhf.report.cells import Cells
+from rlhf.report.compare import comparison_cells
 from rlhf.run import GateResult, Run
 from rlhf.secrets import redacted_text
 
@@ -45,6 +47,7 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
         "gold_gain": ("gold gain", "+z.2f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     },
+    "compare": {"questions": ("questions", ".0f"), "leaks": ("left out, as trained on", ".0f")},
 }
 """Stage -> its most telling summary metrics: (words, format)."""
 
@@ -69,13 +72,6 @@ LONGEST_SHOWN = 400
 """Characters of a prompt or an answer."""
 
 
-class Cells(NamedTuple):
-    """A table as text, for both outputs."""
-
-    headings: list[str]
-    rows: list[list[str]]
-
-
 class ShownAnswer(NamedTuple):
     """One policy's answer, cut to one readable line."""
 
@@ -95,6 +91,10 @@ def print_summary(run: Run, console: Console) -> None:
     if policies.rows:
         console.print()
         _print_cells(policies, console, right=set(range(1, len(policies.headings))))
+    comparison = comparison_cells(own_metrics(run, "compare"))
+    if comparison.rows:
+        console.print()
+        _print_cells(comparison, console, right=set(range(1, len(comparison.headings))))
     for prompt, answers in shown_answers(run):
         console.print(f"\n[bold]{escape(prompt)}[/]", highlight=False)
         _print_answers(answers[-2:], console)
@@ -108,10 +108,14 @@ def print_summary(run: Run, console: Console) -> None:
 
 def write_report(run: Run) -> Path:
     """Write report.md into the run directory."""
-    parts = [f"# Run {run.directory.name}", _markdown(stage_cells(run))]
+    parts = [f"# Run {run.directory.name}", stage_cells(run).markdown()]
     policies = policy_cells(run)
     if policies.rows:
-        parts += ["## Policies", _markdown(policies)]
+        parts += ["## Policies", policies.markdown()]
+    comparison = comparison_cells(own_metrics(run, "compare"))
+    if comparison.rows:
+        picture = "![Quality against cost](artifacts/compare/comparison.png)"
+        parts += ["## Prompting, retrieval, tuning", comparison.markdown(), picture]
     answers = list(shown_answers(run))
     if answers:
         parts.append("## Answers side by side")
@@ -157,6 +161,12 @@ def policy_cells(run: Run) -> Cells:
     return Cells([heading, *(POLICIES[name] for name in names)], rows)
 
 
+def own_metrics(run: Run, stage: str) -> dict[str, float]:
+    """A stage's summary metrics without its name in front; none where it was not part of the run."""
+    metrics: Mapping[str, float] = run.stages.get(stage, {}).get("metrics", {})
+    return {name.removeprefix(f"{stage}/"): value for name, value in metrics.items()}
+
+
 def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
     """The first prompts, as many as `evaluate.num_shown` says, each with every policy's answer."""
     if not run.stages.get("evaluate", {}).get("artifact"):
@@ -189,6 +199,9 @@ def places(run: Run) -> Iterator[tuple[str, Path]]:
             yield words, Path("artifacts", name)
     if run.stages.get("evaluate", {}).get("artifact"):
         yield "All answers", Path("artifacts", "evaluate", "comparison.jsonl")
+    if run.stages.get("compare", {}).get("artifact"):
+        for words, name in (("Comparison", "comparison.md"), ("Quality against cost", "comparison.png")):
+            yield words, Path("artifacts", "compare", name)
     yield "Metrics", Path("metrics.jsonl")
     yield "Samples", Path("samples.jsonl")
 
@@ -230,11 +243,6 @@ def _gate_bullet(gate: GateResult) -> str:
     if gate.passed:
         return f"- passed: {gate_text(gate)}"
     return f"- **failed**: {gate_text(gate)}. Try: {gate.bound.advice}."
-
-
-def _markdown(cells: Cells) -> str:
-    lines = [cells.headings, ["---"] * len(cells.headings), *cells.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _scores(answer: Mapping[str, Any]) -> str:

@@ -25,7 +25,8 @@ from rlhf.tracking import TrackerConfig
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-STAGES = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
+CHAIN = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
+STAGES = (*CHAIN, "compare")
 DEFAULT_GROUPS = ("model", "tracker", "hydra/sweeper")
 """In the defaults list, so chosen without a plus."""
 WITH_DEFAULTS = (PeftConfig, SourceConfig, Bound)
@@ -159,11 +160,13 @@ def build(*overrides: str) -> Experiment:
 @pytest.mark.parametrize(
     ("override", "needed"),
     [
-        ("stage=all", list(STAGES)),
+        ("stage=all", list(CHAIN)),
+        ("stage=[all,compare]", list(STAGES)),
         ("stage=prepare", ["prepare"]),
         ("stage=sft", ["prepare", "sft"]),
         ("stage=[reward,sft]", ["prepare", "sft", "reward"]),
         ("stage=ppo", ["prepare", "sft", "reward", "generate", "ppo"]),
+        ("stage=compare", [*CHAIN[:-1], "compare"]),
     ],
 )
 def test_a_stage_brings_what_it_reads(override: str, needed: list[str]) -> None:

@@ -1,0 +1,182 @@
+"""One way of asking a policy: how its prompts are made, what that takes beforehand, and what it answers."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.compare.prompts import (
+    FewShotConfig,
+    Method,
+    Question,
+    RetrievalConfig,
+    few_shot_prompt,
+    fitted,
+    retrieval_prompt,
+)
+from rlhf.compare.questions import QUESTIONS, Library
+from rlhf.compare.retrieval import Index
+from rlhf.config import ConfigError
+from rlhf.data.chat import exchange_ids, prompt_ids
+from rlhf.data.schema import Message
+from rlhf.generation.policy import Policy
+from rlhf.rl.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions become prompts."""
+
+    find: Callable[[str], Sequence[Any]]
+    """The question's text -> examples or passages, the best first."""
+    prompt: Callable[[Question, Sequence[Any]], list[Message]]
+    """Those, put around the question."""
+    setup_seconds: float
+    """To index what is searched."""
+    num_bytes: int
+    """Of the texts that prompts are made of, and of what searches them."""
+
+
+def make_asking(
+    method: Method,
+    library: Library,
+    few_shot: FewShotConfig,
+    retrieval: RetrievalConfig,
+    make_index: Callable[[Sequence[str]], Index],
+    seed: int,
+) -> Asking:
+    """Index what the method searches.
+
+    Raises:
+        ConfigError: there is nothing to search.
+    """
+    if method == "zero_shot":
+        return Asking(lambda text: (), lambda question, found: question.prompt, 0.0, 0)
+    start = time.perf_counter()
+    if method == "retrieval":
+        index = make_index(library.passages)
+        return Asking(
+            lambda text: [library.passages[place] for place in index.search(text, retrieval.passages)],
+            partial(retrieval_prompt, config=retrieval),
+            time.perf_counter() - start,
+            index.num_bytes,
+        )
+    examples, prompt = library.examples, partial(few_shot_prompt, config=few_shot)
+    if not examples:
+        raise ConfigError(
+            "compare.methods: few_shot takes its examples from the training rows of sft.data that hold one "
+            "question and its answer, and there are none. Leave few_shot out."
+        )
+    if few_shot.choice == "random":
+        drawn = random.Random(seed).sample(examples, min(few_shot.examples, len(examples)))
+        return Asking(
+            lambda text: drawn, prompt, 0.0, sum(_num_bytes(row.prompt, row.completion) for row in drawn)
+        )
+    index = make_index([row.prompt[-1]["content"] for row in examples])
+    return Asking(
+        lambda text: [examples[place] for place in index.search(text, few_shot.examples)],
+        prompt,
+        time.perf_counter() - start,
+        index.num_bytes + sum(_num_bytes([], row.completion) for row in examples),
+    )
+
+
+def _num_bytes(prompt: Sequence[Message], completion: str) -> int:
+    return sum(len(text.encode()) for text in (*(turn["content"] for turn in prompt), completion))
+
+
+@dataclass
+class Answers:
+    """What one contender was asked and said, one entry a question."""
+
+    asked: list[list[Message]]
+    rollout: Rollout
+    texts: list[str]
+    seconds_B: Tensor
+    """fp64, from the question to the last token: search, prompt and sampling."""
+    num_cut: list[int]
+    """Examples or passages left out, because they did not fit the context."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """fp64 [B] by the quality's name."""
+
+
+def answer_one_by_one(
+    policy: Policy,
+    asking: Asking,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    on_answer: Callable[[], None],
+) -> Answers:
+    """One answer a question, each alone and timed, as a user waits for it.
+
+    The first question is asked once before the clock runs, since a first call sets up caches and threads.
+
+    Raises:
+        ConfigError: a question does not fit the context.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def length(messages: list[Message]) -> int:
+        return len(prompt_ids(policy.tokenizer, messages))
+
+    def answer(question: Question) -> tuple[list[Message], int, Rollout, str]:
+        room = policy.context_length - max(max_new_tokens, _reference_length(policy, question))
+        build = partial(asking.prompt, question)
+        asked, num_cut = fitted(build, asking.find(question.text), length, room)
+        if length(asked) > room:
+            raise ConfigError(
+                f"{QUESTIONS}: {question.where}: the question has {length(asked)} tokens; the model's "
+                f"context of {policy.context_length} leaves it {room} beside its answer. Shorten it or lower "
+                f"compare.max_new_tokens={max_new_tokens}."
+            )
+        rollout, texts = policy.sample(
+            [asked], max_new_tokens=max_new_tokens, temperature=temperature, generator=generator, batch_rows=1
+        )
+        return asked, num_cut, rollout, texts[0]
+
+    answer(questions[0])
+    generator.manual_seed(seed)
+    found, seconds = [], []
+    for question in questions:
+        start = time.perf_counter()
+        found.append(answer(question))
+        seconds.append(time.perf_counter() - start)
+        on_answer()
+    asked, num_cut, rollouts, texts = zip(*found, strict=True)
+    seconds_B = torch.tensor(seconds, dtype=torch.float64)
+    return Answers(list(asked), Rollout.concatenate(list(rollouts)), list(texts), seconds_B, list(num_cut))
+
+
+def _reference_length(policy: Policy, question: Question) -> int:
+    """Tokens of the reference with its end of turn; 0 without one."""
+    if question.reference is None:
+        return 0
+    ids, given = exchange_ids(policy.tokenizer, question.prompt, question.reference)
+    return len(ids) - given
+
+
+def answer_loss(
+    policy: Policy, asked: Sequence[list[Message]], references: Sequence[str], micro_batch_tokens: int
+) -> float:
+    """Mean negative log-likelihood of the references behind the prompts, in nats a token; all count alike."""
+    encoded = [
+        exchange_ids(policy.tokenizer, prompt, reference)
+        for prompt, reference in zip(asked, references, strict=True)
+    ]
+    as_rollout = Rollout(
+        prompt_ids=[torch.tensor(ids[:given]) for ids, given in encoded],
+        response_ids=[torch.tensor(ids[given:]) for ids, given in encoded],
+        stopped=torch.ones(len(encoded), dtype=torch.bool),
+    )
+    logp_BR = policy.log_probabilities(as_rollout, 1.0, micro_batch_tokens)
+    return -float(logp_BR.sum(dtype=torch.float64)) / int(as_rollout.response_lengths.sum())

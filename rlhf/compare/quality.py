@@ -1,0 +1,44 @@
+"""How good an answer is, beside the answer that a person gave."""
+
+from __future__ import annotations
+
+import re
+import string
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def plain(text: str) -> str:
+    """Lower case, without punctuation, English articles and doubled spaces.
+
+    Source: the evaluation script of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250).
+    """
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 where both say the same words, else 0."""
+    return float(plain(answer) == plain(reference))
+
+
+def answer_found(answer: str, reference: str) -> float:
+    """1 where the answer holds the reference as whole words, whatever else it says; else 0.
+
+    Source: Mallen et al. 2023 (arXiv:2212.10511), section 3. A reference without words is never found.
+    """
+    wanted = plain(reference)
+    return float(bool(wanted) and f" {wanted} " in f" {plain(answer)} ")
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words, in [0, 1]; words are lower-cased and not stemmed.
+
+    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3.1, with beta 1.
+    """
+    from rapidfuzz.distance import LCSseq
+
+    said, wanted = (re.findall(r"\w+", text.lower()) for text in (answer, reference))
+    if not said or not wanted:
+        return 0.0
+    return 2 * LCSseq.similarity(said, wanted) / (len(said) + len(wanted))

@@ -1,0 +1,65 @@
+"""Tuned models from the store, and what it took to make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.artifacts import Artifact, Store
+from rlhf.config import ConfigError
+
+POLICY_STAGES = ("sft", "ppo")
+"""Whose artifacts answer questions; in compare.artifacts, their names mean this run's own."""
+
+
+def tuned_artifact(directory: str) -> Artifact:
+    """The artifact in a directory of a store, or behind a run's link to one.
+
+    Raises:
+        ConfigError: there is none, or it is not a policy's.
+    """
+    path, found = Path(directory).resolve(), None
+    if (path / "manifest.json").is_file():
+        found = Store(path.parents[1]).find(path.parent.name, path.name)
+    if found is None or found.manifest.stage not in POLICY_STAGES:
+        raise ConfigError(
+            f"compare.artifacts: {directory}: no finished model of {' or '.join(POLICY_STAGES)} there. Name "
+            "sft or ppo for this run's own, or a directory such as runs/NAME/artifacts/sft or store/sft/KEY."
+        )
+    return found
+
+
+def label(name: str) -> str:
+    """What the tables call an artifact: RUN/STAGE for a run's link, else the last two names of its path."""
+    parts = [part for part in Path(name).parts if part != "artifacts"]
+    return "/".join(parts[-2:])
+
+
+def lineage(artifact: Artifact) -> Iterator[Artifact]:
+    """The artifact and all that it was made from, each once; they lie in the same store.
+
+    Raises:
+        ConfigError: one of them is not there any more.
+    """
+    store = Store(artifact.path.resolve().parents[1])
+    waiting, seen = [artifact], {(artifact.manifest.stage, artifact.key)}
+    while waiting:
+        here = waiting.pop()
+        yield here
+        for stage, key in here.manifest.recipe.get("inputs", {}).items():
+            if (stage, key) in seen:
+                continue
+            seen.add((stage, key))
+            found = store.find(stage, key)
+            if found is None:
+                raise ConfigError(
+                    f"compare.artifacts: {here.path} was made from {stage}/{key}, which is not in the store "
+                    f"{store.root} any more, so what its training cost is not known. Run {stage} again, or "
+                    "leave the artifact out."
+                )
+            waiting.append(found)
+
+
+def training_seconds(artifact: Artifact) -> float:
+    """Wall time of all stages in the artifact's lineage, from their manifests; preparing data aside."""
+    return sum(each.manifest.seconds for each in lineage(artifact))

@@ -1,0 +1,17 @@
+"""A table as text, for the terminal and for files."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Cells(NamedTuple):
+    """Headings and rows."""
+
+    headings: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        lines = [self.headings, ["---"] * len(self.headings), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)

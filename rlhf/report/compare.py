@@ -1,0 +1,133 @@
+"""What `compare` measured, as one table and one picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from rlhf.report.cells import Cells
+
+Quality = Literal["exact_match", "answer_found", "rouge_l", "score"]
+
+QUALITIES: dict[Quality, str] = {
+    "exact_match": "exact match",
+    "answer_found": "reference found",
+    "rouge_l": "ROUGE-L",
+    "score": "reward's score",
+}
+METHODS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "retrieval": "retrieval"}
+ROWS: dict[str, tuple[str, str]] = {
+    "answer_loss": ("loss, nats a token", "z.3f"),
+    **{name: (words, "z.3f") for name, words in QUALITIES.items()},
+    "win_rate": ("win rate", "z.2f"),
+    "seconds_p50": ("latency p50, s", ".2f"),
+    "seconds_p95": ("latency p95, s", ".2f"),
+    "prompt_tokens": ("prompt tokens", ".0f"),
+    "answer_tokens": ("answer tokens", ".0f"),
+    "prompts_cut": ("prompts cut", ".0f"),
+    "cost_per_thousand": ("cost of 1000", ".3g"),
+    "setup_seconds": ("set-up, s", ".3g"),
+    "setup_cost": ("cost of set-up", ".2g"),
+    "storage_bytes": ("storage, MB", ".1f"),
+    **{f"break_even_{method}": (f"pays off: {words}", ",.0f") for method, words in METHODS.items()},
+}
+"""Metrics that end in /CONTENDER: (words, format). docs/should-you-fine-tune.md explains each."""
+INTERVALS = ("win_rate", *QUALITIES)
+"""Those that may have NAME_low and NAME_high beside them."""
+MARKERS = "o^svDPX<>*"
+PROMPTED, TUNED = "#d55e00", "#0072b2"
+"""Told apart by the colour-blind too (Okabe and Ito 2008)."""
+
+
+def contenders(metrics: Mapping[str, float]) -> list[str]:
+    """Whose answers were compared, in the order of the table."""
+    return [name.partition("/")[2] for name in metrics if name.startswith("seconds_p50/")]
+
+
+def written(metric: str, value: float | None) -> str:
+    """A cell of the table."""
+    if value is None:
+        return "-"
+    if metric.startswith("break_even"):
+        return requests_words(value)
+    return format(value / 1e6 if metric == "storage_bytes" else value, ROWS[metric][1])
+
+
+def requests_words(value: float) -> str:
+    """A number of requests after which training has paid off."""
+    return "never" if math.isinf(value) else f"{math.ceil(value):,}"
+
+
+def comparison_cells(metrics: Mapping[str, float]) -> Cells:
+    """One row a metric, one column a contender; no rows where nothing was compared."""
+    names, rows = contenders(metrics), []
+    for metric, (words, _) in ROWS.items():
+        values = [metrics.get(f"{metric}/{name}") for name in names]
+        if all(value is None for value in values):
+            continue
+        rows.append([words, *(written(metric, value) for value in values)])
+        lows, highs = ([metrics.get(f"{metric}_{end}/{name}") for name in names] for end in ("low", "high"))
+        if metric in INTERVALS and any(low is not None for low in lows):
+            intervals = (
+                "-" if low is None or high is None else f"{low:z.2f}..{high:z.2f}"
+                for low, high in zip(lows, highs, strict=True)
+            )
+            rows.append(["  95% interval", *intervals])
+    headings = [words_of(name) for name in names]
+    return Cells([f"{metrics.get('questions', 0):.0f} questions", *headings], rows)
+
+
+def words_of(contender: str) -> str:
+    """A contender as the table calls it."""
+    model, plus, method = contender.rpartition("+")
+    return f"{model}{plus}{METHODS.get(method, method)}"
+
+
+def write_csv(metrics: Mapping[str, float], path: Path) -> None:
+    """One row a contender, one column a metric, unrounded."""
+    names = contenders(metrics)
+    columns = list(dict.fromkeys(name.partition("/")[0] for name in metrics if "/" in name))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["contender", *columns])
+        for name in names:
+            writer.writerow([name, *(metrics.get(f"{column}/{name}", "") for column in columns)])
+
+
+def draw(metrics: Mapping[str, float], quality: Quality, path: Path) -> None:
+    """Quality, with its interval, against the cost of 1000 answers; tuned models say when they pay off."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    for number, name in enumerate(contenders(metrics)):
+        x, y, low, high = (
+            metrics[f"{key}/{name}"]
+            for key in ("cost_per_thousand", quality, f"{quality}_low", f"{quality}_high")
+        )
+        axes.errorbar(
+            x, y, yerr=[[y - low], [high - y]], fmt=MARKERS[number % len(MARKERS)], capsize=3,
+            color=PROMPTED if name in METHODS else TUNED,
+            label="\n".join([words_of(name), *_pays_off(metrics, name)]),
+        )  # fmt: skip
+    axes.set(xlabel="cost of 1000 answers, one request at a time", ylabel=QUALITIES[quality])
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e5e5e5", linewidth=0.6)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+def _pays_off(metrics: Mapping[str, float], name: str) -> list[str]:
+    found = {
+        words: metrics[f"break_even_{method}/{name}"]
+        for method, words in METHODS.items()
+        if f"break_even_{method}/{name}" in metrics
+    }
+    return [
+        f"  cheaper than {words}: {'never' if math.isinf(value) else f'after {requests_words(value)}'}"
+        for words, value in found.items()
+    ]

