@@ -99,7 +99,7 @@ def published_base(directory: Path) -> str | None:
 
 def attach_published(model: PreTrainedModel, directory: Path) -> tuple[Adapter, Tensor]:
     """Put a saved adapter into the model that it was trained on, all frozen; the score head saved with it."""
-    config = LoraConfig.from_pretrained(directory)
+    config = LoraConfig.from_pretrained(str(directory))
     config.modules_to_save = None  # the head
     weights = load_file(directory / WEIGHTS)
     head = weights.pop(HEAD)
