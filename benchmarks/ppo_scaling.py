@@ -133,7 +133,7 @@ def measure(shape: Shape, settings: Settings, directory: Path) -> Point:
     work["overrides"] = [f"ppo.micro_batch_tokens={shape.micro_batch_tokens}"]
     if shape.vocabulary > 1:
         model = with_vocabulary(Path(work["model"]), shape.vocabulary)
-        work |= {"model": str(model), "reward": str(reward_model(directory, model))}
+        work |= {"model": str(model), "reward": str(reward_model(directory, model, settings.peft))}
     answer = run(sys.executable, "run_rlhf.py", work, directory / "ppo_scaling.log")
     return Point(
         shape, settings, answer["seconds"], answer["phases"],

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from rlhf.artifacts import weights_digest
+from rlhf.config import PeftConfig
 from rlhf.data.chat import prompt_ids
 from rlhf.data.schema import Message
+from rlhf.models.adapters import attach
 from rlhf.models.load import ModelConfig, base_files, base_identity, load_tokenizer
+from rlhf.models.scalar import ADAPTER, load_scalar_model, reset_head, save_scalar_model
 
 PACKAGED = Path(__file__).parent.parent / "data"
 HH = Path(os.environ.get("RLHF_HH", "../shared/data/hh-helpful-base/pairs.jsonl.gz"))
@@ -67,7 +71,7 @@ def make_work(
     ]
     return {
         **PPO, **shape, "minibatch_episodes": shape["episodes"], "model": str(policy),
-        "reward": str(reward_model(directory, policy)), "prompts": batches,
+        "reward": str(reward_model(directory, policy, peft)), "prompts": batches,
         "batches": [[prompt_ids(tokenizer, prompt) for prompt in batch] for batch in batches],
         "stop_id": tokenizer.eos_token_id, "peft": peft, "precision": precision,
         "threads": len(os.sched_getaffinity(0)),
@@ -125,15 +129,22 @@ def tuned_model(directory: Path, kind: str, name: str) -> Path:
     return (directory / "runs" / f"{kind}-{name}" / "artifacts" / "sft").resolve()
 
 
-def reward_model(directory: Path, policy: Path) -> Path:
-    """The policy's trunk under a random head."""
-    target = directory / f"reward-{policy.name}"
+def reward_model(directory: Path, policy: Path, peft: str) -> Path:
+    """The policy's trunk under a random head; with peft=lora a random adapter is merged into it, and lies
+    beside it as the reward stage leaves it there."""
+    target = directory / f"reward-{peft}-{policy.name}"
     if not (target / "config.json").exists():
-        tokenizer = load_tokenizer(policy, ModelConfig(kind="local", path=str(policy)))
+        config = ModelConfig(kind="local", path=str(policy))
         torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            policy, num_labels=1, dtype=torch.bfloat16, pad_token_id=tokenizer.pad_token_id
-        )
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        scalar = load_scalar_model(policy, config, torch.bfloat16, new_head=True)
+        reset_head(scalar)
+        adapter = attach(scalar.model, PeftConfig.model_validate({"method": peft}))
+        with torch.no_grad():
+            for name, parameter in scalar.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=1e-3)
+        target.mkdir(parents=True)
+        adapter.save(target / ADAPTER, scalar.head.weight, weights_digest(policy))
+        adapter.merge()
+        save_scalar_model(scalar, load_tokenizer(policy, config), target)
     return target

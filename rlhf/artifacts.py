@@ -81,6 +81,12 @@ def directory_digest(directory: Path) -> str:
     return digest_of([[str(path.relative_to(directory)), file_digest(path)] for path in files])
 
 
+def weights_digest(directory: Path) -> str:
+    """sha256 over a saved model's weights and config: equal for equal models, whoever wrote them."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    return digest_of([[path.name, file_digest(path)] for path in files])
+
+
 def leads_out(directory: Path, names: Iterable[str]) -> str | None:
     """The first of these names, or of the links below a directory, that lies elsewhere; None if none does."""
     root = directory.resolve()

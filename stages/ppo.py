@@ -8,9 +8,12 @@ The loop itself is rlhf/ppo/learner.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
 from rlhf.data.chat import tokenizer_digest
@@ -27,6 +30,7 @@ from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
 from rlhf.models.policy import check_head
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head
+from rlhf.models.sharing import Backbone, sharing
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.mix import PretrainingMix
@@ -40,7 +44,7 @@ class PpoStage(PpoConfig, Stage):
     """What `ppo.*` can be told: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
     name: ClassVar[str] = "ppo"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl", "frozen"}
@@ -104,29 +108,17 @@ class PpoStage(PpoConfig, Stage):
 
     def learner(self, job: Job) -> Learner:
         """The loop with its four models, before its first step."""
-        for name in ("batch_episodes", "minibatch_episodes"):
-            job.compute.check_divides(f"ppo.{name}", getattr(self, name))
-        if self.ema_decay is not None and job.compute.shards_weights:
-            raise ConfigError("ppo.ema_decay needs whole weights on each rank. Use zero=zero2, or null.")
-        if self.frozen == "sharded" and job.compute.zero == "none":
-            raise ConfigError(
-                "ppo.frozen=sharded is the work of DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 "
-                "or fsdp2."
-            )
-        if self.frozen == "offloaded" and job.compute.device.type == "cpu":
-            raise ConfigError(
-                "ppo.frozen=offloaded keeps the reference and reward model in the host's memory while a GPU "
-                "does not need them; this run has no GPU. Use ppo.frozen=replicated."
-            )
+        self.check_compute(job.compute)
         sft, settings, compute = job.inputs["sft"].path, job.base.config, job.compute
         tokenizer = load_tokenizer(sft, settings)
         policy = load_causal_lm(sft, settings, compute.dtype, compute.device)
         check_head(policy)
+        backbone = self.backbone(policy, sft, compute)
         adapter = attach(policy, self.peft)
         learned = job.inputs["reward"].path if self.reward == "learned" else None
-        reward = make_reward(self.reward, learned, settings, compute, self.micro_batch_tokens)
+        reward = make_reward(self.reward, learned, settings, compute, self.micro_batch_tokens, backbone)
         normalizer = self.normalizer(job)
-        critic = self.load_critic(job, reward, normalizer, tokenizer)
+        critic = self.load_critic(job, reward, normalizer, tokenizer, backbone)
         attach(critic.model, self.peft)
         critic.head.requires_grad_(True)
         critic.offset.requires_grad_(True)
@@ -140,7 +132,9 @@ class PpoStage(PpoConfig, Stage):
             compute,
             job.checkpoints.newest,
         )
-        reference = Policy.load(sft, settings, compute)
+        reference = (
+            Policy(backbone.model, tokenizer, compute) if backbone else Policy.load(sft, settings, compute)
+        )
         if self.frozen == "sharded":
             self.shard(reference, reward, compute)
         if self.frozen == "offloaded":
@@ -166,6 +160,42 @@ class PpoStage(PpoConfig, Stage):
             job=job,
             trained_parameters=trained,
         )
+
+    def check_compute(self, compute: Compute) -> None:
+        """Refuse what cannot be done on these ranks and this device.
+
+        Raises:
+            ConfigError: with what can.
+        """
+        for name in ("batch_episodes", "minibatch_episodes"):
+            compute.check_divides(f"ppo.{name}", getattr(self, name))
+        if self.ema_decay is not None and compute.shards_weights:
+            raise ConfigError("ppo.ema_decay needs whole weights on each rank. Use zero=zero2, or null.")
+        if self.frozen == "sharded" and compute.zero == "none":
+            raise ConfigError(
+                "ppo.frozen=sharded is the work of DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 "
+                "or fsdp2."
+            )
+        if self.frozen == "offloaded" and self.peft.method != "none" and compute.zero == "none":
+            raise ConfigError(
+                f"ppo.frozen=offloaded: with ppo.peft={self.peft.method} the frozen models stand on the "
+                "policy's own weights, which it needs itself. Use ppo.frozen=replicated."
+            )
+        if self.frozen == "offloaded" and compute.device.type == "cpu":
+            raise ConfigError(
+                "ppo.frozen=offloaded keeps the reference and reward model in the host's memory while a GPU "
+                "does not need them; this run has no GPU. Use ppo.frozen=replicated."
+            )
+
+    def backbone(self, policy: PreTrainedModel, sft: Path, compute: Compute) -> Backbone | None:
+        """What reference, critic and reward model may share with a policy that has no adapter yet.
+
+        None where the policy's own weights train, and with any zero= but none: what is sharded belongs to one
+        engine, so there each model has its own.
+        """
+        if self.peft.method == "none" or compute.zero != "none":
+            return None
+        return Backbone(sft, sharing(policy))
 
     def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:
         """Spread the models that do not train over the ranks."""
@@ -194,9 +224,21 @@ class PpoStage(PpoConfig, Stage):
         return ScoreNormalizer.fixed(metrics["score_mean"], metrics["score_deviation"], self.score.clip)
 
     def load_critic(
-        self, job: Job, reward: Reward, normalizer: ScoreNormalizer, tokenizer: PreTrainedTokenizerBase
+        self,
+        job: Job,
+        reward: Reward,
+        normalizer: ScoreNormalizer,
+        tokenizer: PreTrainedTokenizerBase,
+        backbone: Backbone | None = None,
     ) -> ScalarModel:
-        """The critic, speaking the normalised score's units from its first step (PPO.md detail 12)."""
+        """The critic, speaking the normalised score's units from its first step (PPO.md detail 12).
+
+        With a backbone it shares its starting point's weights: `backbone`'s, or the reward model's.
+        """
+        if self.critic.init == "sft" and backbone is not None:
+            size = backbone.model.config.get_text_config().hidden_size
+            zeros = torch.zeros(1, size, device=job.compute.device)
+            return ScalarModel(sharing(backbone.model), nn.Parameter(zeros))
         if self.critic.init == "sft":
             directory = job.inputs["sft"].path
             critic = load_scalar_model(directory, job.base.config, job.compute.dtype, new_head=True)
@@ -210,9 +252,11 @@ class PpoStage(PpoConfig, Stage):
                 "or chat template than the policy, whose token ids the critic reads. "
                 "Use ppo.critic.init=sft; scoring goes through text and is not affected."
             )
-        critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype).to(
-            job.compute.device
-        )
+        if backbone is not None:
+            critic = reward.model.sharing_weights()
+        else:
+            critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype)
+            critic.to(job.compute.device)
         if self.score.normalize == "sft":
             critic.rescale(1 / normalizer.deviation, -normalizer.mean / normalizer.deviation)
         return critic

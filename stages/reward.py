@@ -1,7 +1,8 @@
 """Train the reward model on preference pairs.
 
 Reads   the SFT model; preference pairs (`reward.pairs`).
-Writes  a sequence-classification model with one label, and how well it ranks held-out pairs.
+Writes  a sequence-classification model with one label, and how well it ranks held-out pairs; with
+        reward.peft=lora its adapter too, for PPO to put on the SFT model's weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.artifacts import weights_digest
 from rlhf.config import ConfigError, OptimConfig, Peft
 from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
@@ -30,7 +32,7 @@ from rlhf.losses.pairwise import bradley_terry_loss
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_tokenizer
-from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.scalar import ADAPTER, ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.stage import Stage
 from rlhf.training import load_trainable
 
@@ -39,7 +41,7 @@ class RewardStage(Stage):
     """What `reward.*` can be told. Values: conf/stages/reward.yaml."""
 
     name: ClassVar[str] = "reward"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"pairs", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -153,10 +155,12 @@ class RewardStage(Stage):
         return {"loss": loss_sum, "train_accuracy": accuracy}
 
     def save(self, job: Job, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Publish the trained weights as a plain classification model."""
-        model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype, new_head=True)
+        """Publish the trained weights as a plain classification model, and what was trained of it."""
+        sft = job.inputs["sft"].path
+        model = load_scalar_model(sft, job.base.config, job.compute.dtype, new_head=True)
         adapter = attach(model.model, self.peft)
         load_trainable(model, weights)
+        adapter.save(job.directory / ADAPTER, model.head.weight, weights_digest(sft))
         adapter.merge()
         save_scalar_model(model, tokenizer, job.directory)
 

@@ -13,8 +13,10 @@ import yaml
 from small_chain import STAGES, Chain, Outcome, run_main
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.artifacts import Artifact, Manifest
+from rlhf.artifacts import Artifact, Manifest, weights_digest
 from rlhf.config import Bound
+from rlhf.models.adapters import published_base
+from rlhf.models.scalar import ADAPTER
 from rlhf.run import GateResult, Run
 
 FAILING = ("gates=enforce", "sft.gates.held_out_loss_change.max=-99")
@@ -122,6 +124,7 @@ def test_artifacts_are_plain_models(first: Outcome) -> None:
         assert not [key for key in model.state_dict() if "lora" in key]
     reward = AutoModelForSequenceClassification.from_pretrained(first.artifact("reward"))
     assert reward.config.num_labels == 1
+    assert published_base(first.artifact("reward") / ADAPTER) == weights_digest(first.artifact("sft"))
 
 
 def test_training_changed_the_weights(first: Outcome) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel
+from peft import LoraConfig, LoraModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.load import BaseModelFiles, load_causal_lm
 from rlhf.training import load_trainable
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+"""peft's names of an adapter's files, and of what stands before its weights' names in them."""
+HEAD = f"{PREFIX}score.weight"
 
 
 class Adapter:
@@ -39,7 +45,8 @@ class Adapter:
         try:
             with torch.no_grad():
                 for layer, weight in zip(layers, frozen, strict=True):
-                    weight.data = weight.data + layer.get_delta_weight("default")
+                    for name in layer.active_adapters:
+                        weight.data = weight.data + layer.get_delta_weight(name)
                     layer._disable_adapters = True
                     layer.forward = layer.get_base_layer().__call__  # peft's own way there costs time
             yield
@@ -55,19 +62,68 @@ class Adapter:
             self._tuner.merge_and_unload()
             self._tuner = None
 
+    def save(self, directory: Path, head: Tensor, base: str) -> None:
+        """Write it as peft does for a sequence-classification model; without an adapter, nothing.
+
+        Args:
+            head: the score head [1, H] that was trained with it.
+            base: `weights_digest` of the model that it was trained on. peft's name for it is `revision`.
+        """
+        if self._tuner is None:
+            return
+        (config,) = self._tuner.peft_config.values()
+        told = config.to_dict() | {"task_type": "SEQ_CLS", "modules_to_save": ["score"], "revision": base}
+        weights = get_peft_model_state_dict(self._tuner.model)
+        directory.mkdir()
+        (directory / CONFIG).write_text(json.dumps(told, default=sorted, indent=2, sort_keys=True))
+        save_file({HEAD: head.detach(), **{PREFIX + name: each for name, each in weights.items()}},
+                  directory / WEIGHTS)  # fmt: skip
+
 
 def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
-    """Make model train what config says: all parameters, or an adapter beside frozen ones."""
+    """Make model train what config says: all parameters, or an adapter beside frozen ones.
+
+    A published adapter that is in there already stays, frozen; the new one adds to it.
+    """
     if config.method == "none":
         model.requires_grad_(True)
         return Adapter(None)
     targets = _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
     lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
-    tuner = LoraModel(model, lora, "default")
+    return Adapter(_inject(model, lora, "default"))
+
+
+def published_base(directory: Path) -> str | None:
+    """The `base` of the adapter that was saved in directory; None without one."""
+    path = directory / CONFIG
+    return json.loads(path.read_bytes())["revision"] if path.exists() else None
+
+
+def attach_published(model: PreTrainedModel, directory: Path) -> tuple[Adapter, Tensor]:
+    """Put a saved adapter into the model that it was trained on, all frozen; the score head saved with it."""
+    config = LoraConfig.from_pretrained(str(directory))
+    config.modules_to_save = None  # the head
+    weights = load_file(directory / WEIGHTS)
+    head = weights.pop(HEAD)
+    with torch.random.fork_rng(devices=[]):  # what peft draws is overwritten
+        tuner = _inject(model, config, "published")
+    weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+    assert weights.keys() == get_peft_model_state_dict(model, adapter_name="published").keys()
+    set_peft_model_state_dict(model, weights, adapter_name="published")
+    del model.peft_config  # seeing it, peft would warn of the adapter that `attach` adds
+    model.requires_grad_(False)
+    return Adapter(tuner), head
+
+
+def _inject(model: PreTrainedModel, config: LoraConfig, name: str) -> LoraModel:
+    tuner = LoraModel(model, config, name)
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft makes them fp32 and converts all that passes; our masters are fp32
             parameter.data = parameter.data.to(model.dtype)
-    return Adapter(tuner)
+    for layer in tuner.modules():
+        if isinstance(layer, LoraLayer):
+            layer._active_adapter = list(layer.r)  # peft's own way would let all of them train
+    return tuner
 
 
 def merged(
@@ -132,7 +188,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _inner_linears(model: PreTrainedModel) -> list[str]:
     """Every linear layer of the backbone; neither the output layer nor a score head."""
     backbone = getattr(model, model.base_model_prefix)
-    names = {
-        name.rpartition(".")[2] for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)
-    }
-    return sorted(names)
+    names = (name for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear))
+    adapted = (name.partition(".lora_")[0].removesuffix(".base_layer") for name in names)
+    return sorted({name.rpartition(".")[2] for name in adapted})

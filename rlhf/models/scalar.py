@@ -19,6 +19,10 @@ from rlhf.distributed import Compute
 from rlhf.models.load import ModelConfig, attention_of, reading
 from rlhf.models.packed import Packed, hidden_states, pack_where_possible, take
 from rlhf.models.policy import Sequences
+from rlhf.models.sharing import sharing
+
+ADAPTER = "adapter"
+"""Where a published reward model keeps the adapter that was merged into it."""
 
 
 class ScalarHead(nn.Module):
@@ -35,19 +39,16 @@ class ScalarHead(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A sequence-classification model with one label, its head kept in fp32.
+    """A head, kept in fp32, on a model whose own head, if it has another one, is not run.
 
     `offset` is added to every value; it is 0 in a reward model and folds a score's bias into a critic.
     """
 
-    def __init__(self, model: PreTrainedModel, offset: float = 0.0) -> None:
+    def __init__(self, model: PreTrainedModel, weight: nn.Parameter, offset: float = 0.0) -> None:
+        """`weight` [1, H] is the head; a sequence-classification model's is its own `score.weight`."""
         super().__init__()
         self.model = model
-        score = self.model.score
-        assert isinstance(score, nn.Linear)
-        score.float()
-        assert isinstance(score.weight, nn.Parameter)
-        self.head = ScalarHead(score.weight, offset)  # the very same parameter
+        self.head = ScalarHead(weight, offset)
 
     @property
     def offset(self) -> nn.Parameter:
@@ -82,6 +83,10 @@ class ScalarModel(nn.Module):
                 scores_B[group] = part_B
         return compute.global_sum(scores_B)
 
+    def sharing_weights(self) -> ScalarModel:
+        """Another one on the very same frozen weights, with a copy of the head."""
+        return sharing(self, own=self.head.parameters())
+
     def rescale(self, gain: float, bias: float) -> None:
         """From now on answer gain * value + bias."""
         with torch.no_grad():
@@ -98,7 +103,8 @@ def load_scalar_model(
         ConfigError: it is not a classification model with one label and a trained linear head.
     """
     try:
-        with reading(directory):
+        # a head that is not in there is drawn, and then again by `reset_head`
+        with reading(directory), torch.random.fork_rng(devices=[]):
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 directory,
                 num_labels=1,
@@ -123,7 +129,7 @@ def load_scalar_model(
         )
     if config.attention == "auto":
         pack_where_possible(model)
-    scalar = ScalarModel(model)
+    scalar = ScalarModel(model, head.float().weight)
     scalar.eval()
     return scalar
 

@@ -7,14 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.artifacts import weights_digest
 from rlhf.data.chat import exchange_ids, tokenizer_digest
 from rlhf.distributed import Compute
+from rlhf.models.adapters import attach_published, published_base
 from rlhf.models.load import ModelConfig, load_tokenizer
 from rlhf.models.offload import offload
-from rlhf.models.scalar import ScalarModel, load_scalar_model
+from rlhf.models.scalar import ADAPTER, ScalarModel, load_scalar_model
+from rlhf.models.sharing import Backbone, sharing
 from rlhf.rewards.remote import remote_reward
 from rlhf.rewards.source import (
     Exchange,
@@ -36,14 +39,15 @@ class LearnedReward:
         tokenizer: PreTrainedTokenizerBase,
         micro_batch_tokens: int,
         compute: Compute,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        """`whole` opens a context in which the model runs as it was published."""
         self.directory, self.model, self.tokenizer = directory, model, tokenizer
-        self.micro_batch_tokens, self.compute = micro_batch_tokens, compute
-        self._at_hand: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.micro_batch_tokens, self.compute, self._whole = micro_batch_tokens, compute, whole
 
     def offload(self) -> None:
         """From now on keep the model's weights in the host's memory while they are not used."""
-        self._at_hand = offload(self.model, self.compute.device)
+        self._whole = offload(self.model, self.compute.device)
 
     @property
     def digest(self) -> str:
@@ -55,29 +59,56 @@ class LearnedReward:
             torch.tensor(exchange_ids(self.tokenizer, exchange.prompt, exchange.response)[0])
             for exchange in exchanges
         ]
-        with self._at_hand():
+        with self._whole():
             return self.model.score(rows, self.micro_batch_tokens, self.compute)
 
 
 def load_learned_reward(
-    directory: Path, config: ModelConfig, compute: Compute, micro_batch_tokens: int
+    directory: Path,
+    config: ModelConfig,
+    compute: Compute,
+    micro_batch_tokens: int,
+    backbone: Backbone | None = None,
 ) -> LearnedReward:
-    """Load a published reward model.
+    """Load a published reward model: its adapter alone, if it was trained on the very weights of `backbone`.
+
+    The adapter is folded in while it scores. That is how the published weights were made, so it scores with
+    these weights, bit for bit, in any precision (but for a device that multiplies otherwise than the one that
+    merged them).
 
     Raises:
         ConfigError: not a sequence-classification model with one label.
     """
+    tokenizer = load_tokenizer(directory, config)
+    if backbone is not None and stands_on(directory, backbone, compute):
+        trunk = sharing(backbone.model)
+        adapter, head = attach_published(trunk, directory / ADAPTER)
+        weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # as load_scalar_model reads it
+        model = ScalarModel(trunk, weight)
+        return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, adapter.folded_in)
     model = load_scalar_model(directory, config, compute.dtype).to(compute.device)
-    return LearnedReward(directory, model, load_tokenizer(directory, config), micro_batch_tokens, compute)
+    return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute)
+
+
+def stands_on(directory: Path, backbone: Backbone, compute: Compute) -> bool:
+    """Whether a published reward model is the backbone, by the digest of its files, with an adapter."""
+    base = published_base(directory / ADAPTER)
+    return base is not None and base == compute.main_only(lambda: weights_digest(backbone.directory))
 
 
 def make_reward(
-    source: str, learned: Path | None, config: ModelConfig, compute: Compute, micro_batch_tokens: int
+    source: str,
+    learned: Path | None,
+    config: ModelConfig,
+    compute: Compute,
+    micro_batch_tokens: int,
+    backbone: Backbone | None = None,
 ) -> Reward:
-    """The reward that a `RewardSource` names; `learned` is the reward stage's artifact."""
+    """The reward that a `RewardSource` names; `learned` is the reward stage's artifact, `backbone` what a
+    learned one may share."""
     directory = reward_directory(source, learned)
     if directory is not None:
-        return load_learned_reward(directory, config, compute, micro_batch_tokens)
+        return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone)
     if source.startswith(("http:", "https:")):
         return spread(remote_reward(source), compute)
     return spread(vader_reward if source == "vader" else function_reward(source), compute)

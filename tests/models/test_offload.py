@@ -67,3 +67,10 @@ def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: P
 def test_without_a_gpu_it_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ppo\.frozen=offloaded .* no GPU\. Use ppo\.frozen=replicated"):
         ppo_stage("ppo.frozen=offloaded").learner(ppo_job(tmp_path, tiny_model))
+
+
+def test_weights_that_the_policy_shares_cannot_be_away(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"ppo\.frozen=offloaded: with ppo\.peft=lora .*policy's own weights"
+    ):
+        ppo_stage("ppo.frozen=offloaded", "ppo.peft=lora").learner(ppo_job(tmp_path, tiny_model))

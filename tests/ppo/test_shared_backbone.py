@@ -1,0 +1,236 @@
+"""PPO's four models on one set of frozen weights, against four that were each loaded for themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_job import on_cpu
+from small_ppo import MODEL, ppo_job, ppo_stage, prompts
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.artifacts import weights_digest
+from rlhf.config import PeftConfig
+from rlhf.distributed import Compute
+from rlhf.models.adapters import attach
+from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
+from rlhf.models.scalar import ADAPTER, ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.sharing import Backbone
+from rlhf.ppo.learner import Learner
+from rlhf.ppo.metrics import UpdateSums
+from rlhf.rewards.learned import LearnedReward, load_learned_reward
+from rlhf.rewards.source import Exchange
+from rlhf.stages.ppo import PpoStage
+
+ROWS = prompts(range(16))
+SETTINGS = (
+    "ppo.peft=lora", "ppo.steps=3", "ppo.batch_episodes=16", "ppo.minibatch_episodes=8",
+    "ppo.max_new_tokens=12", "ppo.evaluate_every=3", "ppo.optim.lr=1e-3", "ppo.critic.optim.lr=1e-3",
+    "ppo.kl.coef=0.1",
+)  # fmt: skip
+EXCHANGES = [Exchange(row.prompt, "An answer. " * n) for n, row in enumerate(ROWS)]
+
+
+class Separate(PpoStage):
+    """Loads each model for itself, as under `zero=zero1` and above."""
+
+    def backbone(self, policy: PreTrainedModel, sft: Path, compute: Compute) -> Backbone | None:
+        return None
+
+
+def reward_model(directory: Path, sft: Path, method: str, dtype: torch.dtype = torch.float32) -> Path:
+    """What the reward stage would publish; every weight that trains has been moved."""
+    torch.manual_seed(5)
+    scalar = load_scalar_model(sft, MODEL, dtype, new_head=True)
+    reset_head(scalar)
+    adapter = attach(scalar.model, PeftConfig.model_validate({"method": method, "rank": 4}))
+    with torch.no_grad():
+        for parameter in scalar.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    directory.mkdir(exist_ok=True)
+    adapter.save(directory / ADAPTER, scalar.head.weight, weights_digest(sft))
+    adapter.merge()
+    save_scalar_model(scalar, load_tokenizer(sft, MODEL), directory)
+    return directory
+
+
+def learners(tmp_path: Path, sft: Path, *overrides: str) -> tuple[Learner, Learner]:
+    """The stage's own, with shared and with separate weights."""
+    stage = ppo_stage(*SETTINGS, *overrides)
+    made = []
+    for each in (stage, Separate.model_construct(**dict(stage))):
+        torch.manual_seed(0)
+        made.append(each.learner(ppo_job(tmp_path / type(each).__name__, sft)))
+    return made[0], made[1]
+
+
+def models(learner: Learner) -> list[nn.Module]:
+    reward = [learner.reward.model] if isinstance(learner.reward, LearnedReward) else []
+    return [learner.engine.model, learner.reference.model, *reward]
+
+
+def held(modules: list[nn.Module]) -> int:
+    """Bytes of all weights, each storage once."""
+    storages = [p.untyped_storage() for module in modules for p in module.parameters()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def trained(learner: Learner) -> int:
+    parameters = [p for p in learner.engine.model.parameters() if p.requires_grad]
+    return sum(p.untyped_storage().nbytes() for p in parameters)
+
+
+def shake(learner: Learner) -> None:
+    """Move what trains away from where it was, always to the same place: no adapter is the identity then."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in learner.engine.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def relative(first: Tensor, second: Tensor) -> float:
+    return float((first - second).norm() / second.norm().clamp(min=1e-12))
+
+
+def assert_same_step(shared: Learner, separate: Learner) -> None:
+    """Scores, values, log-probabilities, losses and gradients, in fp32 to 1e-5."""
+    pair = (shared, separate)
+    for learner in pair:
+        shake(learner)
+    experiences = [learner.experience(ROWS) for learner in pair]
+    for name in ("logp_BR", "reference_logp_BR", "value_BR", "advantage_BR", "score_B"):
+        assert relative(*(getattr(each, name) for each in experiences)) < 1e-5, name
+    assert relative(experiences[0].logp_BR, experiences[0].reference_logp_BR) > 1e-3
+    sums = [UpdateSums(), UpdateSums()]
+    for learner, each, experience in zip(pair, sums, experiences, strict=True):
+        learner.update.accumulate(experience, [each], critic_only=False)
+    losses = [each.means(on_cpu()) for each in sums]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
+    for group in range(2):  # policy, critic
+        first, second = (gradients(learner, group) for learner in pair)
+        assert len(first) == len(second) == 2 * 2 * 7 + 2 * group  # A and B; layers; linears; head and offset
+        assert all(each.abs().max() > 0.0 for each in first)
+        assert relative(*(torch.cat([each.flatten() for each in every]) for every in (first, second))) < 1e-5
+
+
+def gradients(learner: Learner, group: int) -> list[Tensor]:
+    """What the optimizer has of the policy's weights (0) or the critic's (1)."""
+    optimizer = learner.engine.optimizer  # type: ignore[attr-defined]
+    return [master.grad for master in optimizer._inner.param_groups[group]["params"]]
+
+
+def assert_same_training(shared: Learner, separate: Learner) -> None:
+    """All that three steps log, and what would be published."""
+    summaries = [learner.train(ROWS, ROWS[:4]) for learner in (shared, separate)]
+    assert summaries[0] == pytest.approx(summaries[1], rel=1e-4, abs=1e-5)
+    for steps in zip(shared.history, separate.history, strict=True):
+        first, second = (
+            {name: each for name, each in step.items() if "seconds" not in name} for step in steps
+        )
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-5)
+    assert list(shared.best_weights) == list(separate.best_weights)
+    for name, value in shared.best_weights.items():
+        torch.testing.assert_close(value, separate.best_weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_one_backbone_where_the_reward_model_is_an_adapter_on_the_sft_model(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    reward = reward_model(tmp_path / "reward", tiny_model, "lora")
+    adapter = (reward / ADAPTER / "adapter_model.safetensors").stat().st_size
+    one = held([load_causal_lm(tiny_model, MODEL, torch.float32)])
+    for assert_same in (assert_same_step, assert_same_training):
+        shared, separate = learners(
+            tmp_path, tiny_model, f"ppo.reward=model:{reward}", "ppo.critic.init=reward"
+        )
+        assert held(models(separate)) - trained(separate) > 3.9 * one
+        assert_same(shared, separate)
+        assert one < held(models(shared)) - trained(shared) < one + adapter  # nothing folded is left
+
+
+@pytest.mark.parametrize(
+    ("reward", "init", "num_backbones"),
+    [("model", "reward", 2), ("model", "sft", 2), ("python", "sft", 1)],
+)
+def test_as_many_backbones_as_there_are_different_ones(
+    tmp_path: Path, tiny_model: Path, reward: str, init: str, num_backbones: int
+) -> None:
+    source = f"model:{reward_model(tmp_path / 'reward', tiny_model, 'none')}"
+    if reward == "python":
+        source = "python:small_ppo:starts_with_e"
+    heads = 4 * 64 * 4  # fp32
+    one = held([load_causal_lm(tiny_model, MODEL, torch.float32)])
+    for assert_same in (assert_same_step, assert_same_training):
+        shared, separate = learners(tmp_path, tiny_model, f"ppo.reward={source}", f"ppo.critic.init={init}")
+        assert_same(shared, separate)
+        assert 0 <= held(models(shared)) - trained(shared) - num_backbones * one < heads
+
+
+def scores(learned: LearnedReward) -> Tensor:
+    found = learned(EXCHANGES)
+    assert found.std() > 0.05
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_scores_as_the_merged_model_that_was_published(
+    tmp_path: Path, tiny_model: Path, dtype: torch.dtype
+) -> None:
+    reward, compute = reward_model(tmp_path / "reward", tiny_model, "lora", dtype), on_cpu(dtype=dtype)
+    backbone = Backbone(tiny_model, load_causal_lm(tiny_model, MODEL, dtype))
+    published = load_learned_reward(reward, MODEL, compute, 1000)
+    shared = load_learned_reward(reward, MODEL, compute, 1000, backbone)
+    assert shared.model.model.get_input_embeddings().weight.data_ptr() == (
+        backbone.model.get_input_embeddings().weight.data_ptr()
+    )
+    for _ in range(2):
+        torch.testing.assert_close(scores(shared), scores(published), rtol=1e-5, atol=1e-5)
+    merged = dict(published.model.named_parameters())
+    with shared._whole():
+        folded = {
+            name.replace(".base_layer", ""): value
+            for name, value in shared.model.named_parameters()
+            if "lora_" not in name and "lm_head" not in name
+        }
+        assert folded.keys() == merged.keys() - {"model.score.weight"} | {"head.weight"}
+        for name, value in folded.items():
+            assert torch.equal(value, merged[name.replace("head.weight", "model.score.weight")]), name
+
+
+def test_in_bf16_a_critic_of_two_adapters_is_as_near_to_fp32_as_a_merged_one(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """It computes W + BA as it stands, the other rounds the sum to bf16: they are not the same bits."""
+    reward = reward_model(tmp_path / "reward", tiny_model, "lora", torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 259, (40,), generator=generator) for _ in range(64)]
+
+    def values(model: ScalarModel, dtype: torch.dtype) -> Tensor:
+        attach(model.model, PeftConfig(method="lora"))
+        return model.score(rows, 1000, on_cpu(dtype=dtype))
+
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone = Backbone(tiny_model, load_causal_lm(tiny_model, MODEL, dtype))
+        shared = load_learned_reward(reward, MODEL, on_cpu(dtype=dtype), 1000, backbone)
+        found.append(values(shared.model.sharing_weights(), dtype))
+    exact_B, factored_B = found
+    merged_B = values(load_scalar_model(reward, MODEL, torch.bfloat16), torch.bfloat16)
+    factored, merged = (float((each_B - exact_B).std() / exact_B.std()) for each_B in (factored_B, merged_B))
+    assert 0.0 < merged < 0.06
+    assert 0.0 < factored < 1.5 * merged
+
+
+def test_an_adapter_on_another_model_keeps_its_own_weights(tmp_path: Path, tiny_model: Path) -> None:
+    reward, other = reward_model(tmp_path / "reward", tiny_model, "lora"), tmp_path / "other"
+    model = load_causal_lm(tiny_model, MODEL, torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7, 7] += 1e-3
+    save_policy(model, load_tokenizer(tiny_model, MODEL), other)
+    published = load_learned_reward(reward, MODEL, on_cpu(), 1000)
+    found = load_learned_reward(reward, MODEL, on_cpu(), 1000, Backbone(other, model))
+    assert torch.equal(scores(found), scores(published))
