@@ -53,8 +53,8 @@ def episodes_per_second(answer: dict[str, Any]) -> float:
 
 def operations(work: dict[str, Any], step: dict[str, float], micro_batch_tokens: int) -> dict[str, float]:
     """Useful matrix operations of each phase (2 a weight and token, 6 where it trains): no padding, no
-    recomputation, no attention scores. The policy's pass in `score` is its first in `update` where the
-    rollout fits into one (`rlhf.ppo.update.Update.score`), and counts there."""
+    recomputation, no attention scores. The pass in `score` is the first in `update` where the rollout fits
+    into one (`rlhf.ppo.update.Update.score`), and counts there."""
     config = AutoConfig.from_pretrained(work["model"])
     head = config.hidden_size * config.vocab_size
     key_value = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
@@ -72,8 +72,7 @@ def operations(work: dict[str, Any], step: dict[str, float], micro_batch_tokens:
         "reward": every,
         "score": 2 * every + 2 * head * response,
         "reference": every + 2 * head * response,
-        "update": (work["epochs"] * (train - 2) + passes * 2) * (every / 2 + head * response)
-        + work["epochs"] * train * every / 2,
+        "update": (work["epochs"] * (train - 2) + passes * 2) * (every + head * response),
     }
 
 

@@ -104,7 +104,7 @@ def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
 
 
 def count_positions(learner: Learner) -> list[int]:
-    """Grows by the positions of each batch that goes through the critic: once to score, once an epoch."""
+    """Grows by the positions of each batch that goes through the critic."""
     model = learner.engine.model
     assert isinstance(model, ActorCritic)
     positions: list[int] = []
@@ -135,7 +135,7 @@ def main() -> None:
                 "phases": phases,
                 "metrics": steps,
                 "micro_batch_tokens": learner.config.micro_batch_tokens,
-                "padding": 1 - (work["epochs"] + 1) * tokens / sum(positions),
+                "padding": 1 - sum(positions) // tokens * tokens / sum(positions),  # whole passes
                 "precision": precision,
                 **about_this_process(),
             }

@@ -95,6 +95,8 @@ def _decode(
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     uniform_BR = uniform_BR.to(device)
+    # as an index: of the number 1 transformers makes a view, for which torch copies the output layer once a row
+    last = torch.tensor([-1], device=device)
     active_B = torch.arange(len(prompts), device=device)  # which row each row of the cache belongs to
 
     for step in range(max_new_tokens):
@@ -104,7 +106,7 @@ def _decode(
             position_ids=positions_BK,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
         token_B, logp_B = _sample(
             output.logits[:, -1].float(), temperature, top_p, uniform_BR[active_B, step]

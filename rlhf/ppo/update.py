@@ -31,10 +31,11 @@ class BadStepError(Exception):
 
 
 class Scored(NamedTuple):
-    """A forward pass of the policy that can still be learned from."""
+    """A forward pass of policy and critic that can still be learned from."""
 
     batch: Sequences
     statistics: TokenStatistics
+    value_N: Tensor
 
 
 class Update:
@@ -78,8 +79,8 @@ class Update:
         """Log-probabilities and values of a rollout, each fp32 [B, R] on the CPU, by policy and critic as
         they are now.
 
-        Where the rollout is one minibatch and fits into one forward pass, the policy's is also the first one
-        that is learned from: it comes back with its graph, for `learn`.
+        Where the rollout is one minibatch and fits into one forward pass, that pass is also the first one
+        that is learned from: it comes back with its graphs, for `learn`.
         """
         config = self.config
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
@@ -90,9 +91,10 @@ class Update:
         def measure(batch: Sequences) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(once):
                 statistics = self.engine.model("policy", batch, config.temperature)
+                value_N = self.engine.model("critic", batch)
             if once:
-                scored.append(Scored(batch, statistics))
-            return statistics.logp_N, self.engine.model("critic", batch)
+                scored.append(Scored(batch, statistics, value_N))
+            return statistics.logp_N, value_N
 
         logp_BR, value_BR = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)
         return logp_BR, value_BR, scored[0] if once else None
@@ -150,7 +152,7 @@ class Update:
         """Add up one optimizer step's gradients over token-budget micro-batches of all ranks.
 
         Args:
-            scored: the policy's forward pass over the minibatch, where it was made already.
+            scored: the forward pass over the minibatch, where it was made already.
 
         Returns:
             The mean |ratio - 1| over the minibatch's tokens; 0 before the first update, up to rounding.
@@ -168,7 +170,7 @@ class Update:
                 batch = pack_sequences(part.rollout.prompt_ids, part.rollout.response_ids, device)
                 statistics = self.engine.model("policy", batch, config.temperature)
             else:
-                batch, statistics = scored
+                batch, statistics = scored.batch, scored.statistics
             policy_loss = clipped_policy_loss(
                 batch.to_rows(statistics.logp_N),
                 part.logp_BR.to(device),
@@ -181,8 +183,9 @@ class Update:
             )
             # while only the critic learns the policy's gradients are zeros: sharding wants some of each
             self.engine.backward_part((0.0 if critic_only else weight) * policy_loss.loss)
+            value_N = self.engine.model("critic", batch) if scored is None else scored.value_N
             value_loss = clipped_value_loss(
-                batch.to_rows(self.engine.model("critic", batch)),
+                batch.to_rows(value_N),
                 part.value_BR.to(device),
                 part.return_BR.to(device),
                 batch.mask_BR,
