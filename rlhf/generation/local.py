@@ -95,7 +95,7 @@ def _decode(
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     uniform_BR = uniform_BR.to(device)
-    # as an index: of the number 1 transformers makes a view, for which torch copies the output layer once a row
+    # an index: of the number 1 transformers makes a view, for which torch copies the output layer once a row
     last = torch.tensor([-1], device=device)
     active_B = torch.arange(len(prompts), device=device)  # which row each row of the cache belongs to
 
