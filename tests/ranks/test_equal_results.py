@@ -21,11 +21,17 @@ VARIANTS = {
     "zero3": ("launch.processes=2", "zero=zero3", "ppo.frozen=sharded"),
     "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen=sharded"),
 }
+ONE_PASS = "ppo.minibatch_episodes=8"
+"""A rollout is one minibatch, which is learned from by the pass that scored it."""
 CHECKPOINTED = tuple(f"{stage}.activation_checkpointing=true" for stage in ("sft", "reward", "ppo"))
 SLOW = {
     "checkpointed_zero2": ("launch.processes=2", "zero=zero2", *CHECKPOINTED),
     "checkpointed_zero3": ("launch.processes=2", "zero=zero3", *CHECKPOINTED),
     "checkpointed_fsdp2": ("launch.processes=2", "zero=fsdp2", *CHECKPOINTED),
+    "one_pass": ("launch.processes=2", ONE_PASS),
+    "one_pass_zero2": ("launch.processes=2", "zero=zero2", ONE_PASS),
+    "one_pass_zero3": ("launch.processes=2", "zero=zero3", ONE_PASS),
+    "one_pass_fsdp2": ("launch.processes=2", "zero=fsdp2", ONE_PASS),
     "zero2": ("launch.processes=2", "zero=zero2"),
     "four_ranks": ("launch.processes=4",),
     "mix_zero3_offload": ("launch.processes=2", "zero=zero3_offload", "ppo.ptx.coef=0.5"),
@@ -47,7 +53,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> RealChain:
 def test_losses_gradients_and_scores_are_those_of_one_rank(chain: RealChain, name: str) -> None:
     overrides = (VARIANTS | SLOW)[name]
     reference = "one"
-    if others := [override for override in overrides if ".peft=" in override or ".ptx." in override]:
+    same_for_all = (".peft=", ".ptx.", ONE_PASS)
+    if others := [override for override in overrides if any(part in override for part in same_for_all)]:
         reference = f"one_for_{name}"
         chain.run(reference, *others)
     chain.run(name, *overrides, "stage=reward")
