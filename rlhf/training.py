@@ -25,9 +25,8 @@ class MasterAdamW(torch.optim.Optimizer):
 
     Gradients are added up in fp32 as soon as autograd has finished with a parameter, so that accumulating
     many micro-batches loses nothing in bf16; a single one's stay in bf16, which takes half the room, until
-    `step`. `step` clips each group by its own norm (a critic's large
-    gradients must not shrink the policy's) and is skipped, and counted, when a norm is not finite: one NaN
-    would otherwise poison every parameter.
+    `step`. `step` clips each group by its own norm (a critic's large gradients must not shrink the policy's)
+    and is skipped, and counted, when a norm is not finite: one NaN would otherwise poison every parameter.
 
     Args:
         groups: each with params, lr, weight_decay, eps and max_grad_norm.

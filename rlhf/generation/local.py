@@ -6,6 +6,7 @@ Dimensions: B rows still going, V vocabulary, K tokens in the cache (prompts pad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def generate(
     logps: list[Tensor] = [torch.empty(0)] * len(prompts)
     stopped = torch.zeros(len(prompts), dtype=torch.bool)
     stops = torch.tensor(sorted(stop_ids), device=model.device)
-    with prepacked(model, batch_rows):
+    # a single answer may be over before the copies have paid: they take as long as several tokens
+    with prepacked(model, batch_rows) if len(prompts) > 1 else nullcontext():
         for start in range(0, len(order), batch_rows):
             rows = order[start : start + batch_rows]
             decoded = _decode(

@@ -211,7 +211,7 @@ class Vllm:
                 )
                 # the CPU's kernels are looked for at the first call only
                 llm.generate([{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1), use_tqdm=False)
-            except (ValueError, NotImplementedError, RuntimeError) as error:
+            except (ValueError, NotImplementedError, RuntimeError) as error:  # each says what it cannot do
                 raise _refused(model, str(error)) from error
         return llm
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.generation.local import generate
 from rlhf.generation.prepacked import _has_layout, prepacked
 from rlhf.models.load import ModelConfig, load_causal_lm
 
@@ -61,3 +62,15 @@ def test_fp32_weights_are_used_themselves(tiny_model: Path) -> None:
     model = load(tiny_model, torch.float32)
     with prepacked(model, 2):
         assert replaced(model) == 0
+
+
+@pytest.mark.skipif(not _has_layout(), reason="torch has no bf16 arithmetic of oneDNN here")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_answer_alone_is_not_worth_the_copies(tiny_model: Path, rows: int) -> None:
+    model, found = load(tiny_model, torch.bfloat16), set()
+    model.register_forward_pre_hook(lambda *_: found.add(replaced(model) > 0))
+    generate(
+        model, list(IDS[:rows]), max_new_tokens=3, temperature=1.0, stop_ids=[], pad_id=0,
+        uniform_BR=torch.full((rows, 3), 0.5), batch_rows=rows,
+    )  # fmt: skip
+    assert found == {rows > 1}
