@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from real_processes import RealChain, kill, ranks_of
+from real_processes import RealChain, kill, ranks_of, wait_until
 
 NEEDS_MOUNT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
 BY_SERVER = ("ppo.critic.init=sft", "ppo.score.normalize=none", "stage=ppo", "checkpoint.every_minutes=null")
@@ -102,8 +102,7 @@ def test_a_reward_server_that_goes_away_costs_nothing(chain: RealChain) -> None:
         chain.run("served", reward, *BY_SERVER)
         process = chain.start("away", reward, *BY_SERVER)
         Scorer.answered = 0
-        while Scorer.answered < 4 and process.poll() is None:  # the first evaluation, and a few steps
-            time.sleep(0.005)
+        wait_until(lambda: Scorer.answered >= 4, process)  # the first evaluation, and a few steps
     out, err = process.communicate()
     assert process.returncode == 2, out + err
     assert err.count("Error:") == 1 and "the reward server does not answer, asked 4 times" in err
