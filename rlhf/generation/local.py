@@ -19,7 +19,6 @@ from rlhf.generation.prepacked import prepacked
 from rlhf.rl.rollout import Rollout
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Tensor],
@@ -55,18 +54,19 @@ def generate(
     with prepacked(model, batch_rows) if len(prompts) > 1 else nullcontext():
         for start in range(0, len(order), batch_rows):
             rows = order[start : start + batch_rows]
-            decoded = _decode(
-                model,
-                [prompts[row] for row in rows],
-                max_new_tokens,
-                temperature,
-                top_p,
-                stops,
-                pad_id,
-                uniform_BR[rows],
-            )
-            for row, (ids, logp, ended) in zip(rows, decoded, strict=True):
-                responses[row], logps[row], stopped[row] = ids, logp, ended
+            with torch.inference_mode():
+                decoded = _decode(
+                    model,
+                    [prompts[row] for row in rows],
+                    max_new_tokens,
+                    temperature,
+                    top_p,
+                    stops,
+                    pad_id,
+                    uniform_BR[rows],
+                )
+            for row, (ids, logp, ended) in zip(rows, decoded, strict=True):  # copies, that autograd may keep
+                responses[row], logps[row], stopped[row] = ids.clone(), logp.clone(), ended
             on_rows(len(rows))
     return Rollout(list(prompts), responses, stopped, logps)
 
@@ -131,7 +131,7 @@ def _decode(
 
     tokens, logps = tokens.cpu(), logps.cpu()
     return [
-        (tokens[row, :length].clone(), logps[row, :length].clone(), bool(ended[row]))
+        (tokens[row, :length], logps[row, :length], bool(ended[row]))
         for row, length in enumerate(lengths.tolist())
     ]
 

@@ -74,3 +74,30 @@ def test_one_answer_alone_is_not_worth_the_copies(tiny_model: Path, rows: int) -
         uniform_BR=torch.full((rows, 3), 0.5), batch_rows=rows,
     )  # fmt: skip
     assert found == {rows > 1}
+
+
+class Attention(nn.Module):
+    def __init__(self, biases: str) -> None:
+        super().__init__()
+        for name, size in (("q", 32), ("k", 16), ("v", 16)):
+            self.add_module(f"{name}_proj", nn.Linear(32, size, bias=name in biases, dtype=torch.bfloat16))
+
+    def outputs(self, inputs: str, of: dict[str, Tensor]) -> list[Tensor]:
+        """`inputs` names what query, key and value layer are asked about, in this order."""
+        layers = [self.get_submodule(f"{name}_proj") for name in "qkv"]
+        return [layer(of[name]) for layer, name in zip(layers, inputs, strict=True)]
+
+
+@pytest.mark.skipif(not _has_layout(), reason="torch has no bf16 arithmetic of oneDNN here")
+@pytest.mark.parametrize("biases", ["", "qkv", "q", "kv"])
+@torch.no_grad()
+def test_layers_that_are_multiplied_together_answer_for_themselves(biases: str) -> None:
+    torch.manual_seed(0)
+    model = Attention(biases)
+    of = {name: torch.randn(2, 1, 32, dtype=torch.bfloat16) for name in "ab"}
+    cases = ("aaa", "aba", "bab", "bbb", "aab")
+    expected = [model.outputs(inputs, of) for inputs in cases]
+    with prepacked(model, 2):
+        for inputs, wanted in zip(cases, expected, strict=True):
+            for found, right in zip(model.outputs(inputs, of), wanted, strict=True):
+                torch.testing.assert_close(found, right, rtol=0.02, atol=0.02)

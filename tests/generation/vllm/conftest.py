@@ -1,0 +1,51 @@
+"""One engine for as many tests as possible: starting one takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small_vllm import (
+    LENGTHS,
+    Engines,
+    scale,
+    written,
+)
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.generation.vllm import Vllm
+from rlhf.models.load import ModelConfig, load_causal_lm
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("tiny32"), head_dim=32)
+
+
+@pytest.fixture
+def model(directory: Path) -> PreTrainedModel:
+    """Sharper than the tiny model, whose logits hardly differ."""
+    found = load_causal_lm(directory, ModelConfig(kind="tiny"), torch.float32)
+    scale(found, 6.0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    found = Engines()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def engine(engines: Engines) -> Vllm:
+    return engines.get()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(0, 259, (length,), generator=generator) for length in LENGTHS]

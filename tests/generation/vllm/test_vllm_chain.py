@@ -1,0 +1,105 @@
+"""The chain with generation=vllm; and what it says where vLLM is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real_processes import RealChain
+from small_chain import Chain
+from small_vllm import (
+    CHAIN,
+    Engines,
+    needs_vllm,
+)
+
+
+def test_where_vllm_is_missing_one_line_says_so_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", without_vllm(importlib.util.find_spec))
+    outcome = Chain(tmp_path).run("generation=vllm")
+    assert outcome.code == 2
+    (line,) = outcome.err.strip().splitlines()
+    assert line.startswith("Error: generation=vllm needs vLLM: pip install 'rlhf[vllm]'")
+    assert not (tmp_path / "store" / "prepare").exists()
+    assert Chain(tmp_path).run("generation=vllm", "stage=reward").code == 0  # which samples nothing
+
+
+def without_vllm(find: Callable[[str], Any]) -> Callable[..., Any]:
+    return lambda name, *rest: None if name == "vllm" else find(name, *rest)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_chain_samples_with_vllm(tmp_path: Path, directory: Path, engines: Engines) -> None:
+    engines.close()
+    chain = Chain(tmp_path)
+    base = ("model.kind=local", f"+model.path={directory}", "precision=fp32", "ppo.temperature=1.0")
+    outcome = chain.run(*base, *CHAIN)
+    assert outcome.code == 0, outcome.err
+    assert set(outcome.statuses.values()) == {"ran"}
+    lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "ppo/engine_mismatch" in line]
+    assert len(steps) == 2
+    for step in steps:
+        assert 0 < step["ppo/engine_mismatch_max"] < 1e-4  # fp32; another engine, so never exactly 0
+        assert step["ppo/seconds_sync"] > 0
+        assert step["ppo/policy_loss"] != 0
+    samples = (outcome.artifact("generate") / "responses.jsonl").read_text().splitlines()
+    assert len(samples) == 8
+
+    again = chain.run(*base, *CHAIN, "vllm.max_num_seqs=3")
+    assert set(again.statuses.values()) == {"reused"}
+    local = chain.run(*base, "stage=evaluate")
+    assert {name: status for name, status in local.statuses.items() if status == "ran"}.keys() == {
+        "generate", "ppo", "evaluate",
+    }  # fmt: skip
+    other = (local.artifact("generate") / "responses.jsonl").read_text().splitlines()
+    assert other != samples
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["none", "zero3", "fsdp2"])
+def test_each_of_two_ranks_has_its_engine(tmp_path: Path, directory: Path, zero: str) -> None:
+    """The mismatch says whether each rank sampled from the gathered, trained weights."""
+    if zero == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    chain = RealChain(tmp_path)
+    out, _ = chain.run(
+        "two", *CHAIN, "model.kind=local", f"+model.path={directory}", "launch.processes=2", f"zero={zero}",
+        "ppo.peft=lora", "ppo.steps=3", "ppo.optim.lr=1e-2",
+    )  # fmt: skip
+    assert "2 ranks" in out
+    lines = (tmp_path / "runs" / "two" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    mismatches = [line["ppo/engine_mismatch_max"] for line in found if "ppo/engine_mismatch_max" in line]
+    assert len(mismatches) == 3
+    assert max(mismatches) < 1e-4
+    assert max(line.get("ppo/approximate_kl", 0) for line in found) > 1e-4  # so the policy did move
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, directory: Path) -> None:
+    """On one CPU bit for bit, though vLLM does not promise it."""
+    chain = RealChain(tmp_path)
+    overrides = (
+        *CHAIN, "model.kind=local", f"+model.path={directory}", "ppo.peft=lora", "ppo.optim.lr=1e-2",
+        "checkpoint.every_steps=1",
+    )  # fmt: skip
+    chain.run("whole", *overrides)
+    process = chain.start_until("ppo", 2, "killed", *overrides)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    out, _ = chain.run("killed", *overrides)
+    assert "ppo: goes on from step" in out
+    assert chain.weights("killed", "ppo") == chain.weights("whole", "ppo")
+    assert chain.curve("killed") == chain.curve("whole")

@@ -1,0 +1,114 @@
+"""vLLM on a tiny model, and what its answers are compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_job import on_cpu
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.generation.local import generate
+from rlhf.generation.vllm import Vllm, VllmConfig
+from rlhf.models import load
+from rlhf.rl.rollout import Rollout
+
+LENGTHS = (5, 17, 1, 9, 30, 9)
+NEW = 12
+SMALL = VllmConfig(kv_cache_gib=0.03, max_num_seqs=64, max_model_len=None, enforce_eager=True)
+CHAIN = ("generation=vllm", "vllm.kv_cache_gib=0.03")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def written(directory: Path, **changes: int) -> Path:
+    """The tiny model with changes; its own heads are too small for vLLM's kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changes.items():
+            patch.setitem(load.TINY, name, value)
+        load._write_tiny(directory)
+    return directory
+
+
+@torch.no_grad()
+def scale(model: PreTrainedModel, factor: float) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(factor if parameter.dim() > 1 else 1.0)
+
+
+@torch.no_grad()
+def shake(model: PreTrainedModel, seed: int) -> None:
+    """Change every weight in place, as an optimizer does."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+class Engines:
+    """One at a time: closing one ends what another would need."""
+
+    def __init__(self) -> None:
+        self.current: Vllm | None = None
+        self.made: tuple[Any, ...] = ()
+
+    def get(self, dtype: torch.dtype = torch.float32, **changes: Any) -> Vllm:
+        """The one that is there where it is as wanted."""
+        wanted = (dtype, changes)
+        if self.current is None or self.made != wanted:
+            self.close()
+            self.current = Vllm(SMALL.model_copy(update=changes), on_cpu(dtype=dtype))
+            self.made = wanted
+        return self.current
+
+    def close(self) -> None:
+        if self.current is not None:
+            self.current.close()
+            self.current = None
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def locally(model: PreTrainedModel, prompts: Sequence[Tensor], **changes: Any) -> Rollout:
+    settings: dict[str, Any] = {
+        "max_new_tokens": NEW, "temperature": 0.0, "stop_ids": [], "pad_id": 0, "batch_rows": 64,
+        "uniform_BR": uniform(len(prompts), NEW),
+    }  # fmt: skip
+    return generate(model, prompts, **(settings | changes))
+
+
+def sample(engine: Vllm, model: PreTrainedModel, prompts: Sequence[Tensor], **changes: Any) -> Rollout:
+    settings: dict[str, Any] = {
+        "max_new_tokens": NEW, "temperature": 0.0, "stop_ids": [], "uniform_BR": uniform(len(prompts), NEW)
+    }  # fmt: skip
+    engine.hand_over(model)
+    return engine.generate(prompts, **(settings | changes))
+
+
+def lists(rollout: Rollout) -> list[list[int]]:
+    return [ids.tolist() for ids in rollout.response_ids]
+
+
+@torch.no_grad()
+def own_logp(model: PreTrainedModel, rollout: Rollout, temperature: float) -> list[Tensor]:
+    """The model's log-probabilities of each response, row by row."""
+    found = []
+    for prompt, response in zip(rollout.prompt_ids, rollout.response_ids, strict=True):
+        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        found.append((logits / temperature).log_softmax(-1).gather(-1, response[:, None]).squeeze(-1))
+    return found
+
+
+def assert_same(first: Rollout, second: Rollout) -> None:
+    assert lists(first) == lists(second)
+    assert first.stopped.tolist() == second.stopped.tolist()
+    assert first.sampled_logp is not None
+    assert second.sampled_logp is not None
+    torch.testing.assert_close(
+        torch.cat(first.sampled_logp), torch.cat(second.sampled_logp), atol=1e-4, rtol=0
+    )
