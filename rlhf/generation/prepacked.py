@@ -36,10 +36,13 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
 
 
 def _groups(model: nn.Module) -> list[list[Any]]:
-    """All layers that can be laid out, those of `TOGETHER` together."""
-    groups = []
+    """All layers that can be laid out, those of `TOGETHER` together; an adapter may stand around each."""
+    groups: list[list[Any]] = []
+    seen: set[nn.Module] = set()
     for parent in model.modules():
-        rest = {name: layer for name, layer in parent.named_children() if _is_packable(layer)}
+        inner = {name: getattr(child, "base_layer", child) for name, child in parent.named_children()}
+        rest = {name: layer for name, layer in inner.items() if _is_packable(layer) and layer not in seen}
+        seen |= set(rest.values())
         for names in TOGETHER:
             if rest.keys() >= set(names) and len({rest[name].bias is None for name in names}) == 1:
                 groups.append([rest.pop(name) for name in names])

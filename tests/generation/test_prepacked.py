@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.config import PeftConfig
 from rlhf.generation.local import generate
-from rlhf.generation.prepacked import _has_layout, prepacked
+from rlhf.generation.prepacked import _groups, _has_layout, prepacked
+from rlhf.models.adapters import attach
 from rlhf.models.load import ModelConfig, load_causal_lm
 
 IDS = torch.arange(3, 15).view(2, 6)
@@ -74,6 +76,14 @@ def test_one_answer_alone_is_not_worth_the_copies(tiny_model: Path, rows: int) -
         uniform_BR=torch.full((rows, 3), 0.5), batch_rows=rows,
     )  # fmt: skip
     assert found == {rows > 1}
+
+
+def test_layers_are_multiplied_together_inside_an_adapter_too(tiny_model: Path) -> None:
+    model = load(tiny_model, torch.bfloat16)
+    plain = _groups(model)
+    attach(model, PeftConfig(method="lora"))
+    assert [group for group in _groups(model) if group in plain] == plain
+    assert sorted(map(len, plain)) == sorted([1, 1, 2, 3] * len(model.model.layers) + [1])
 
 
 class Attention(nn.Module):
