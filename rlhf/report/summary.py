@@ -45,6 +45,7 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
     "evaluate": {
         "win_rate": ("win rate", "z.2f"),
         "gold_gain": ("gold gain", "+z.2f"),
+        "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     },
     "compare": {"questions": ("questions", ".0f"), "leaks": ("left out, as trained on", ".0f")},
@@ -59,6 +60,8 @@ COMPARED = {
     "length_mean": ("length, tokens", "z.1f"),
     "stop_rate": ("ends by itself", ".0%"),
     "distinct_2": ("distinct bigrams", "z.2f"),
+    "task_loss": ("loss on held-out answers", "z.3f"),
+    "task_gain": ("task gain, nats a token", "+z.3f"),
     "retention_perplexity_ratio": ("perplexity against base", "z.3f"),
     "question_accuracy": ("questions answered right", "z.3f"),
 }
@@ -148,7 +151,12 @@ def policy_cells(run: Run) -> Cells:
     metrics: Mapping[str, float] = run.stages.get("evaluate", {}).get("metrics", {})
     names = [name for name in POLICIES if f"evaluate/length_mean/{name}" in metrics]
     rows = []
-    for metric, (words, spec) in COMPARED.items():
+    of_harness = {
+        metric: (" ".join(metric.split("/")[1:]), "z.3f")
+        for metric in (name.removeprefix("evaluate/").rpartition("/")[0] for name in metrics)
+        if metric.startswith("lm_eval/")
+    }
+    for metric, (words, spec) in (COMPARED | of_harness).items():
         values = [metrics.get(f"evaluate/{metric}/{name}") for name in names]
         if any(value is not None for value in values):
             rows.append([words, *("-" if value is None else format(value, spec) for value in values)])
