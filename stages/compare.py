@@ -69,7 +69,7 @@ class CompareStage(Stage):
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the base model is asked; the first is what the others' win rate is against."""
     artifacts: Annotated[list[str], AfterValidator(_once)]
-    """Tuned models: `sft` and `ppo` are this run's; others are directories of a store, or links to them."""
+    """Tuned models: sft, ppo and merge are this run's; others are directories of a store, or links to one."""
     tuned_methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the tuned models are asked."""
     retriever: RetrieverName

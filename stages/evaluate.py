@@ -1,4 +1,4 @@
-"""Compare the base, SFT and PPO policies on what nothing was trained on.
+"""Compare the base, SFT, PPO and merged policies on what nothing was trained on.
 
 Reads   the policies; evaluation prompts (`evaluate.prompts`); the learned reward and, where it is known, the
         gold one; sft.data's held-out answers, which show what was learned; general texts and questions
@@ -36,9 +36,9 @@ from rlhf.rl.rollout import Rollout
 from rlhf.rl.statistics import distinct_n
 from rlhf.stage import Stage
 
-PolicyName = Literal["base", "sft", "ppo"]
+PolicyName = Literal["base", "sft", "ppo", "merge"]
 CHAIN: tuple[PolicyName, ...] = get_args(PolicyName)
-"""Every policy starts from the one before it."""
+"""In the order in which they are made; the last one is what a run came to."""
 
 
 @dataclass
@@ -78,8 +78,8 @@ class EvaluateStage(Stage):
     """What shall not be forgotten: files of texts, of multiple-choice questions, or of both. Where one is a
     source that training reads too, `prepare` sets a share of it aside."""
     policies: list[PolicyName] = Field(min_length=1)
-    """Win rate and gold gain need sft and ppo, KL needs sft, task gain and forgetting need base; else they
-    are left out."""
+    """`merge` is the merge stage's. Win rate and gold gain need sft and ppo, KL needs sft, task gain and
+    forgetting need base; else they are left out."""
     lm_eval: list[str]
     """Tasks of EleutherAI's lm-eval, asked on one rank while the others wait; [] for none."""
     lm_eval_tasks: str | None
@@ -130,7 +130,7 @@ class EvaluateStage(Stage):
     def inputs(self) -> tuple[str, ...]:
         """The stages that made the policies, and the reward's where that is learned."""
         learned = ("reward",) if "learned" in (self.reward, self.gold) else ()
-        return ("prepare", *(name for name in ("sft", "ppo") if name in self.policies), *learned)
+        return ("prepare", *(name for name in CHAIN[1:] if name in self.policies), *learned)
 
     def roles(self) -> tuple[Role, ...]:
         """Reads the evaluation prompts, the held-out answers and the retention set."""
@@ -215,7 +215,7 @@ class EvaluateStage(Stage):
         job.publish(metrics)
 
     def load_policy(self, job: Job, name: PolicyName) -> Policy:
-        """One of the three, frozen."""
+        """One of them, frozen."""
         if name == "base":
             tokenizer = job.base.load_tokenizer()
             policy = Policy.load(job.base.directory, job.base.config, job.compute, tokenizer, job.vllm)

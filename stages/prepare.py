@@ -1,6 +1,6 @@
 """Check the data sets, split them, and measure them.
 
-Reads   the sources named by sft.data, reward.pairs, ppo.prompts and evaluate.*; the base model's tokenizer.
+Reads   the sources named by sft.*, reward.pairs, ppo.* and evaluate.*; the base model's tokenizer.
 Writes  normalised rows, ROLE.SPLIT.jsonl, and report.json: what was read, kept, dropped and why.
 """
 
@@ -56,22 +56,28 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Sources(Strict):
-    """Which source each role reads."""
+    """Which source each role reads; null for none."""
 
     sft: SourceConfig
+    replay: SourceConfig | None
     reward: SourceConfig
     ppo: SourceConfig
+    ptx: SourceConfig | None
     evaluate: SourceConfig
     retention: SourceList
 
     def __getitem__(self, role: Role) -> list[SourceConfig]:
-        return {
-            "sft": [self.sft],
-            "reward": [self.reward],
-            "ppo": [self.ppo],
-            "evaluate": [self.evaluate],
-            "retention": self.retention,
+        if role == "retention":
+            return self.retention
+        source = {
+            "sft": self.sft,
+            "replay": self.replay,
+            "reward": self.reward,
+            "ppo": self.ppo,
+            "ptx": self.ptx,
+            "evaluate": self.evaluate,
         }[role]
+        return [] if source is None else [source]
 
 
 class PrepareStage(Stage):
@@ -252,7 +258,7 @@ class PrepareStage(Stage):
         }
         for role in data.values():
             for split, entries in role.splits.items():
-                if not entries:
+                if not entries and self.sources[role.role]:
                     raise ConfigError(
                         f"{role.key}: no rows are left for {split}: "
                         f"{'; '.join([f'{role.num_read} read', f'{len(role.entries)} kept', *role.why()])}. "
@@ -265,6 +271,8 @@ class PrepareStage(Stage):
         for role in data.values():
             for split, entries in role.splits.items():
                 prepared.write(role.role, split, (entry.row for entry in entries))
+            if not self.sources[role.role]:
+                continue
             sources, digest = ", ".join(map(str, self.sources[role.role])), prepared.digest(role.role)
             report[role.role] = {"source": sources, "digest": digest, **role.report()}
         text = json.dumps(report, indent=2, ensure_ascii=False)
@@ -276,7 +284,8 @@ class PrepareStage(Stage):
         for heading in ("read", "train", "held out", "evaluation", "dropped", "tokens p50", "p95", "max"):
             table.add_column(heading, justify="right")
         for role in data.values():
-            table.add_row(*self._table_cells(role))
+            if self.sources[role.role]:
+                table.add_row(*self._table_cells(role))
         console.print(table, highlight=False)
         for role in data.values():
             if role.num_dropped:

@@ -39,7 +39,7 @@ class PreparedData:
     directory: Path
 
     @overload
-    def rows(self, role: Literal["sft"], split: TrainSplit) -> list[SftRow]: ...
+    def rows(self, role: Literal["sft", "replay", "ptx"], split: TrainSplit) -> list[SftRow]: ...
     @overload
     def rows(self, role: Literal["reward"], split: TrainSplit) -> list[PairRow]: ...
     @overload
@@ -54,7 +54,7 @@ class PreparedData:
     def rows(self, role: Role, split: Split) -> list[Row]: ...
 
     def rows(self, role: Role, split: Split) -> object:
-        """The rows of one split, in the order of their source."""
+        """The rows of one split, in the order of their source; none of a role without a source."""
         with self._path(role, split).open(encoding="utf-8") as file:
             return [row_from_json(line, role) for line in file]
 

@@ -149,8 +149,10 @@ def _question(raw: Raw) -> QuestionRow:
 
 RECOGNISERS: dict[Role, Callable[[Raw], Row]] = {
     "sft": _sft,
+    "replay": _sft,
     "reward": _pair,
     "ppo": _prompt_row,
+    "ptx": _sft,
     "evaluate": _prompt_row,
     "retention": _retention,
 }

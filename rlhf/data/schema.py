@@ -8,8 +8,8 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
-Role = Literal["sft", "reward", "ppo", "evaluate", "retention"]
-TrainingRole = Literal["sft", "reward", "ppo"]
+Role = Literal["sft", "replay", "reward", "ppo", "ptx", "evaluate", "retention"]
+TrainingRole = Literal["sft", "replay", "reward", "ppo", "ptx"]
 Split = Literal["train", "held_out", "evaluation"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -18,8 +18,10 @@ EVALUATION_ROLES: tuple[Role, ...] = ("evaluate", "retention")
 
 USER_KEYS: dict[Role, str] = {
     "sft": "sft.data",
+    "replay": "sft.replay",
     "reward": "reward.pairs",
     "ppo": "ppo.prompts",
+    "ptx": "ppo.ptx.data",
     "evaluate": "evaluate.prompts",
     "retention": "evaluate.retention",
 }
@@ -82,8 +84,10 @@ Row = SftRow | PairRow | PromptRow | TextRow | QuestionRow
 
 ROW_TYPES: dict[Role, tuple[type[Row], ...]] = {
     "sft": (SftRow,),
+    "replay": (SftRow,),
     "reward": (PairRow,),
     "ppo": (PromptRow,),
+    "ptx": (SftRow,),
     "evaluate": (PromptRow,),
     "retention": (TextRow, QuestionRow),
 }

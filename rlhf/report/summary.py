@@ -42,6 +42,7 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
         "held_out_score": ("after", "+z.2f"),
         "kl": ("KL", "z.2f"),
     },
+    "merge": {"alpha": ("alpha", ".2f"), "relative_change": ("change of the weights", ".2%")},
     "evaluate": {
         "win_rate": ("win rate", "z.2f"),
         "gold_gain": ("gold gain", "+z.2f"),
@@ -52,7 +53,8 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Stage -> its most telling summary metrics: (words, format)."""
 
-POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
+MODELS = {"merge": "Merged model", "ppo": "Aligned model", "sft": "SFT model", "reward": "Reward model"}
+POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO", "merge": "merged"}
 COMPARED = {
     "gold_mean": ("gold score", "+z.3f"),
     "score_mean": ("learned score", "+z.3f"),
@@ -202,7 +204,7 @@ def gate_text(gate: GateResult) -> str:
 
 def places(run: Run) -> Iterator[tuple[str, Path]]:
     """Where to find what the run made, from its directory."""
-    for name, words in (("ppo", "Aligned model"), ("sft", "SFT model"), ("reward", "Reward model")):
+    for name, words in MODELS.items():
         if run.stages.get(name, {}).get("artifact"):
             yield words, Path("artifacts", name)
     if run.stages.get("evaluate", {}).get("artifact"):

@@ -57,8 +57,10 @@ class Bench:
         numbers = range(40)
         self.rows = {
             "sft": [{"prompt": f"sft {n}", "completion": "yes"} for n in numbers],
+            "replay": [{"text": f"replay {n}"} for n in numbers],
             "reward": [{"prompt": f"reward {n}", "chosen": "good", "rejected": "bad"} for n in numbers],
             "ppo": [{"prompt": f"ppo {n}"} for n in numbers],
+            "ptx": [{"prompt": f"ptx {n}", "completion": "yes"} for n in numbers],
             "evaluate": [{"prompt": f"evaluate {n}"} for n in numbers],
             "texts": [{"text": f"fact {n}"} for n in numbers],
             "questions": [{"question": f"question {n}", "choices": ["a", "b"], "answer": 0} for n in numbers],
@@ -198,6 +200,24 @@ def test_retention_shares_a_source_with_training_and_only_that_one_is_divided(be
     assert (kept & trained, len(kept | trained)) == (set(), 40)
     assert len(retention) - len(kept) == 40  # all questions
     assert bench.job.summary["leaks"] == 0
+
+
+def test_what_is_replayed_or_mixed_in_is_neither_evaluated_nor_held_out(bench):
+    bench.sources |= {role: str(bench.directory / "texts.jsonl") for role in ("sft", "replay", "ptx")}
+    data = bench.prepare()
+    assert_apart(data)
+    kept = {row.text for row in data.rows("retention", "evaluation") if isinstance(row, TextRow)}
+    for role in ("replay", "ptx"):
+        assert data.rows(role, "train") == data.rows("sft", "train")
+        assert not kept & {row.completion for row in data.rows(role, "train")}
+
+
+def test_a_source_that_is_null_gives_no_rows(bench):
+    bench.sources |= {"replay": None, "ptx": None}
+    data = bench.prepare()
+    assert data.rows("replay", "train") == data.rows("ptx", "held_out") == []
+    assert "replay" not in bench.report
+    assert "sft.replay" not in bench.output
 
 
 def test_what_retention_figures_are_called_is_in_the_key(bench):
