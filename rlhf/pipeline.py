@@ -96,8 +96,11 @@ class Pipeline:
             for name in self.experiment.needed():
                 self.compute.at.update(stage=name, step=0)
                 artifacts[name] = self.finish(name, artifacts, base, tracker)
-                if name == "prepare" and self.compute.is_main:
-                    self.announce(artifacts["prepare"], base)
+                if name == "prepare":
+                    for each in self.experiment.needed():
+                        self.experiment.stages[each].check_data(PreparedData(artifacts["prepare"].path))
+                    if self.compute.is_main:
+                        self.announce(artifacts["prepare"], base)
                 self.check_gates(name, artifacts[name])
         finally:
             tracker.close()

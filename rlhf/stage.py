@@ -40,7 +40,7 @@ class Stage(Strict, ABC):
         return ()
 
     def roles(self) -> tuple[Role, ...]:
-        """The prepared data sets this one reads: sft, reward, ppo, evaluate, retention_text, ..."""
+        """The prepared data sets this one reads: sft, reward, ppo, evaluate, retention."""
         return ()
 
     def reads_base_model(self) -> bool:
@@ -49,6 +49,13 @@ class Stage(Strict, ABC):
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Refuse what does not fit together with the other stages' knobs.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
+
+    def check_data(self, data: PreparedData) -> None:
+        """Refuse prepared data that do not fit the knobs; called before any stage trains.
 
         Raises:
             ConfigError: in the user's own keys.

@@ -17,7 +17,7 @@ import torch
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from rlhf.compare.asking import Answers, answer_loss, answer_one_by_one, make_asking
+from rlhf.compare.asking import Answers, answer_one_by_one, make_asking
 from rlhf.compare.cost import break_even, cost_of, directory_bytes
 from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig
 from rlhf.compare.quality import answer_found, exact_match, rouge_l
@@ -30,6 +30,7 @@ from rlhf.data.schema import TRAINING_ROLES, Role
 from rlhf.data.sources import SourceConfig
 from rlhf.estimate import Work
 from rlhf.evaluation.comparison import bootstrap_interval, wins
+from rlhf.evaluation.references import answer_loss
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.lineage import hardware
@@ -68,7 +69,7 @@ class CompareStage(Stage):
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the base model is asked; the first is what the others' win rate is against."""
     artifacts: Annotated[list[str], AfterValidator(_once)]
-    """Tuned models: `sft` and `ppo` are this run's; others are directories of a store, or links to them."""
+    """Tuned models: sft, ppo and merge are this run's; others are directories of a store, or links to one."""
     tuned_methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the tuned models are asked."""
     retriever: RetrieverName

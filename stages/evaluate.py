@@ -1,7 +1,8 @@
-"""Compare the base, SFT and PPO policies on prompts that nothing was trained on.
+"""Compare the base, SFT, PPO and merged policies on what nothing was trained on.
 
 Reads   the policies; evaluation prompts (`evaluate.prompts`); the learned reward and, where it is known, the
-        gold one; plain sentences and questions that show what was forgotten.
+        gold one; sft.data's held-out answers, which show what was learned; general texts and questions
+        (`evaluate.retention`), which show what was forgotten.
 Writes  responses.jsonl, comparison.jsonl (one prompt a line, all policies' answers), and the summary metrics.
 """
 
@@ -9,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
+from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import PromptRow, Role
-from rlhf.data.sources import SourceConfig
+from rlhf.data.schema import PromptRow, QuestionRow, Role
+from rlhf.data.sources import SourceConfig, SourceList
 from rlhf.estimate import Work
 from rlhf.evaluation.comparison import bootstrap_interval, wins
-from rlhf.evaluation.retention import question_accuracy, text_perplexity
+from rlhf.evaluation.harness import Harness
+from rlhf.evaluation.references import answer_loss
+from rlhf.evaluation.retention import forgetting, retention
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.policy import check_head
@@ -31,9 +36,9 @@ from rlhf.rl.rollout import Rollout
 from rlhf.rl.statistics import distinct_n
 from rlhf.stage import Stage
 
-PolicyName = Literal["base", "sft", "ppo"]
+PolicyName = Literal["base", "sft", "ppo", "merge"]
 CHAIN: tuple[PolicyName, ...] = get_args(PolicyName)
-"""Every policy starts from the one before it."""
+"""In the order in which they are made; the last one is what a run came to."""
 
 
 @dataclass
@@ -61,26 +66,34 @@ class EvaluateStage(Stage):
     """What `evaluate.*` can be told. Values: conf/stages/evaluate.yaml."""
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"prompts", "retention_text", "retention_questions", "num_shown", "micro_batch_tokens"}
+        {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
     )
 
     prompts: SourceConfig
     """Where it is a source that training reads too, `prepare` sets a share of it aside."""
-    retention_text: SourceConfig
-    """Plain sentences, for perplexity."""
-    retention_questions: SourceConfig
-    """Multiple-choice questions."""
+    retention: SourceList
+    """What shall not be forgotten: files of texts, of multiple-choice questions, or of both. Where one is a
+    source that training reads too, `prepare` sets a share of it aside."""
     policies: list[PolicyName] = Field(min_length=1)
-    """Win rate and gain need sft and ppo, KL needs sft, forgetting needs base; else they are left out."""
+    """`merge` is the merge stage's. Win rate and gold gain need sft and ppo, KL needs sft, task gain and
+    forgetting need base; else they are left out."""
+    lm_eval: list[str]
+    """Tasks of EleutherAI's lm-eval, asked on one rank while the others wait; [] for none."""
+    lm_eval_tasks: str | None
+    """A folder of lm-eval's task files to take them from; null for its own tasks, whose data it downloads."""
+    lm_eval_limit: PositiveInt | None
+    """Questions of each task; null takes all."""
     reward: RewardSource | None
     """What PPO was trained on; null leaves it out."""
     gold: RewardSource | None
     """What the reward model stands for, where it is known; null leaves it out."""
     num_prompts: PositiveInt | None
     """The first so many evaluation prompts; null takes all."""
+    num_references: PositiveInt | None
+    """The first so many held-out answers of sft.data, whose loss tells what was learned; null takes all."""
     max_new_tokens: PositiveInt
     temperature: PositiveFloat
     top_p: float = Field(gt=0, le=1)
@@ -99,6 +112,7 @@ class EvaluateStage(Stage):
             "win_rate": ({"sft", "ppo"}, self.gold is None and self.reward is None),
             "win_rate_learned": ({"sft", "ppo"}, self.reward is None),
             "gold_gain": ({"sft", "ppo"}, self.gold is None),
+            "task_gain": ({"base"}, False),
             "retention_perplexity_ratio": ({"base"}, False),
             "question_accuracy_change": ({"base"}, False),
         }
@@ -116,43 +130,75 @@ class EvaluateStage(Stage):
     def inputs(self) -> tuple[str, ...]:
         """The stages that made the policies, and the reward's where that is learned."""
         learned = ("reward",) if "learned" in (self.reward, self.gold) else ()
-        return ("prepare", *(name for name in ("sft", "ppo") if name in self.policies), *learned)
+        return ("prepare", *(name for name in CHAIN[1:] if name in self.policies), *learned)
 
     def roles(self) -> tuple[Role, ...]:
-        """Reads the evaluation prompts and both retention sets."""
-        return ("evaluate", "retention_text", "retention_questions")
+        """Reads the evaluation prompts, the held-out answers and the retention set."""
+        return ("evaluate", "sft", "retention")
 
     def reads_base_model(self) -> bool:
         """It is one of the policies."""
         return True
 
     def external(self) -> dict[str, str]:
-        """The models or the code that score, where they are the user's."""
-        return reward_digest(self.reward) | reward_digest(self.gold)
+        """The models or the code that score, where they are the user's; lm-eval's version and task files."""
+        digests = reward_digest(self.reward) | reward_digest(self.gold)
+        return digests | ({"lm_eval": self.harness.digest()} if self.lm_eval else {})
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """lm-eval is there and has the tasks."""
+        if self.lm_eval:
+            self.harness.check()
+
+    @property
+    def harness(self) -> Harness:
+        """What lm-eval is asked for."""
+        folder = None if self.lm_eval_tasks is None else Path(self.lm_eval_tasks)
+        return Harness(self.lm_eval, folder, self.lm_eval_limit)
+
+    def check_data(self, data: PreparedData) -> None:
+        """What a gate bounds is in the retention set."""
+        rows = data.rows("retention", "evaluation")
+        has_questions = any(isinstance(row, QuestionRow) for row in rows)
+        has_texts = not all(isinstance(row, QuestionRow) for row in rows)
+        for gate, words, is_there in (
+            ("retention_perplexity_ratio", "texts", has_texts),
+            ("question_accuracy_change", "questions", has_questions),
+        ):
+            if not is_there and self.gates.get(gate) is not None:
+                raise ConfigError(
+                    f"evaluate.retention={', '.join(map(str, self.retention))} holds no {words}, which gate "
+                    f"{gate} needs. Add a source that does, or turn it off with evaluate.gates.{gate}=null."
+                )
 
     def work(self, data: PreparedData) -> Work:
         """Every policy answers, is read by the others and by the rewards, and takes the retention tests."""
         rows, prompt = data.size("evaluate", "evaluation")
         rows = min(rows, self.num_prompts or rows)
-        texts, text_length = data.size("retention_text", "evaluation")
-        questions, question_length = data.size("retention_questions", "evaluation")
+        references, reference = data.size("sft", "held_out")
+        references = min(references, self.num_references or references)
+        texts = data.rows("retention", "evaluation")
+        passes = sum(len(row.choices) if isinstance(row, QuestionRow) else 1 for row in texts)
+        _, text = data.size("retention", "evaluation")
         answers = rows * len(self.policies)
-        retention = texts * text_length + 4 * questions * question_length
+        known = references * reference + passes * text
         return Work(
             decoded=answers * self.max_new_tokens,
-            read=4 * answers * (prompt + self.max_new_tokens) + len(self.policies) * retention,
+            read=4 * answers * (prompt + self.max_new_tokens) + len(self.policies) * known,
         )
 
     def run(self, job: Job) -> None:
-        """Answer, measure what was forgotten, score, compare."""
+        """Answer, measure what was learned and what was forgotten, score, compare."""
         rows = job.data.rows("evaluate", "evaluation")[: self.num_prompts]
+        if self.lm_eval:
+            job.compute.main_only(self.harness.fetch)
         answers: dict[PolicyName, Answers] = {}
         metrics: dict[str, float] = {"prompts": len(rows)}
         # One model in memory at a time; SFT last, as it also judges how far the others went from it.
         for name in sorted(self.policies, key=lambda name: name == "sft"):
             policy = self.load_policy(job, name)
             answers[name] = self.answer(job, name, policy, rows)
-            metrics |= self.retention(job, name, policy)
+            metrics |= self.specialization(job, name, policy)
             if name == "sft":
                 metrics |= self.divergence(job, answers, reference=policy)
             del policy
@@ -162,12 +208,14 @@ class EvaluateStage(Stage):
             metrics |= describe(name, said)
         if "sft" in answers and "ppo" in answers:
             metrics |= self.compare(answers["ppo"], answers["sft"], job.seed)
-        metrics |= forgetting(metrics, list(answers))
+        if "base" in answers:
+            metrics |= task_gain(metrics, list(answers))
+            metrics |= forgetting(metrics, list(answers))
         self.write(job, rows, answers)
         job.publish(metrics)
 
     def load_policy(self, job: Job, name: PolicyName) -> Policy:
-        """One of the three, frozen."""
+        """One of them, frozen."""
         if name == "base":
             tokenizer = job.base.load_tokenizer()
             policy = Policy.load(job.base.directory, job.base.config, job.compute, tokenizer, job.vllm)
@@ -190,16 +238,19 @@ class EvaluateStage(Stage):
         logp_BR = policy.log_probabilities(rollout, self.temperature, self.micro_batch_tokens)
         return Answers(rollout, texts, logp_BR)
 
-    def retention(self, job: Job, name: PolicyName, policy: Policy) -> dict[str, float]:
-        """Perplexity of plain sentences, accuracy on questions."""
-        texts = job.data.rows("retention_text", "evaluation")
-        questions = job.data.rows("retention_questions", "evaluation")
-        with job.progress.task(f"evaluate: what {name} still knows", 2) as task:
-            perplexity = text_perplexity(policy, texts, self.micro_batch_tokens)
+    def specialization(self, job: Job, name: PolicyName, policy: Policy) -> dict[str, float]:
+        """How well it knows the task's own answers, and how well it still knows everything else."""
+        answers = job.data.rows("sft", "held_out")[: self.num_references]
+        with job.progress.task(f"evaluate: what {name} knows", 3 if self.lm_eval else 2) as task:
+            prompts, references = [row.prompt for row in answers], [row.completion for row in answers]
+            loss = answer_loss(policy, prompts, references, self.micro_batch_tokens)
             task.advance()
-            accuracy = question_accuracy(policy, questions, self.micro_batch_tokens)
+            known = retention(policy, job.data.rows("retention", "evaluation"), self.micro_batch_tokens)
             task.advance()
-        return {f"perplexity/{name}": perplexity, f"question_accuracy/{name}": accuracy}
+            if self.lm_eval:
+                known |= job.compute.main_only(lambda: self.harness.measure(policy))
+                task.advance()
+        return {f"{metric}/{name}": value for metric, value in {"task_loss": loss, **known}.items()}
 
     def divergence(
         self, job: Job, answers: Mapping[PolicyName, Answers], reference: Policy
@@ -276,14 +327,8 @@ def describe(name: PolicyName, said: Answers) -> dict[str, float]:
     return {f"{metric}/{name}": value for metric, value in metrics.items()}
 
 
-def forgetting(metrics: Mapping[str, float], policies: Sequence[PolicyName]) -> dict[str, float]:
-    """Each policy's perplexity and accuracy against the base model's; without a name, the last policy's."""
-    if "base" not in policies:
-        return {}
-    ratios = {name: metrics[f"perplexity/{name}"] / metrics["perplexity/base"] for name in policies}
-    change = metrics[f"question_accuracy/{policies[-1]}"] - metrics["question_accuracy/base"]
-    return {
-        **{f"retention_perplexity_ratio/{name}": ratio for name, ratio in ratios.items()},
-        "retention_perplexity_ratio": ratios[policies[-1]],
-        "question_accuracy_change": change,
-    }
+def task_gain(metrics: Mapping[str, float], policies: Sequence[PolicyName]) -> dict[str, float]:
+    """Nats a token that each policy's loss on the held-out answers is below the base model's; without a name,
+    the last policy's."""
+    gains = {name: metrics["task_loss/base"] - metrics[f"task_loss/{name}"] for name in policies}
+    return {**{f"task_gain/{name}": gain for name, gain in gains.items()}, "task_gain": gains[policies[-1]]}

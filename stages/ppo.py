@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -57,8 +57,19 @@ class PpoStage(PpoConfig, Stage):
         return ("prepare", "sft", *learned, *measured)
 
     def roles(self) -> tuple[Role, ...]:
-        """Reads prompts, and SFT rows for the pretraining mix."""
-        return ("ppo", "sft") if self.ptx.coef > 0 else ("ppo",)
+        """Reads prompts, and the rows of the pretraining mix."""
+        return ("ppo", self.mixed_role) if self.ptx.coef > 0 else ("ppo",)
+
+    @property
+    def mixed_role(self) -> Literal["sft", "ptx"]:
+        """Whose rows the pretraining mix draws."""
+        return "sft" if self.ptx.data is None else "ptx"
+
+    def knobs(self) -> dict[str, Any]:
+        """Without the mix's source: its content decides, not its place."""
+        knobs = super().knobs()
+        del knobs["ptx"]["data"]
+        return knobs
 
     def external(self) -> dict[str, str]:
         """The model or the code that scores, where it is the user's."""
@@ -154,7 +165,7 @@ class PpoStage(PpoConfig, Stage):
             reference=reference,
             reward=reward,
             normalizer=normalizer,
-            mix=PretrainingMix(self.ptx, tokenizer, job.data.rows("sft", "train"), job.seed)
+            mix=PretrainingMix(self.ptx, tokenizer, job.data.rows(self.mixed_role, "train"), job.seed)
             if self.ptx.coef > 0
             else None,
             job=job,

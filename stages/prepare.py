@@ -1,6 +1,6 @@
 """Check the data sets, split them, and measure them.
 
-Reads   the sources named by sft.data, reward.pairs, ppo.prompts and evaluate.*; the base model's tokenizer.
+Reads   the sources named by sft.*, reward.pairs, ppo.* and evaluate.*; the base model's tokenizer.
 Writes  normalised rows, ROLE.SPLIT.jsonl, and report.json: what was read, kept, dropped and why.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from jinja2 import TemplateError
@@ -15,10 +16,12 @@ from pydantic import Field, PositiveInt
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.artifacts import digest_of
 from rlhf.config import ConfigError, Strict
 from rlhf.data.collection import (
     DUPLICATE,
     IN_EVALUATION,
+    LEAK,
     LEFT_FOR_TRAINING,
     Entry,
     RoleData,
@@ -28,19 +31,22 @@ from rlhf.data.collection import (
 from rlhf.data.prepared import REPORT, PreparedData, splits_of
 from rlhf.data.recognise import recognise
 from rlhf.data.schema import (
+    EVALUATION_ROLES,
     ROLES,
     TRAINING_ROLES,
     USER_KEYS,
     PromptRow,
+    QuestionRow,
     Role,
     Row,
     RowError,
     Split,
+    TextRow,
     drawn,
     prompt_identity,
     row_to_json,
 )
-from rlhf.data.sources import SourceConfig
+from rlhf.data.sources import SourceConfig, SourceList
 from rlhf.estimate import Work
 from rlhf.job import Job
 from rlhf.secrets import redacted_text
@@ -50,30 +56,35 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Sources(Strict):
-    """Which source each role reads."""
+    """Which source each role reads; null for none."""
 
     sft: SourceConfig
+    replay: SourceConfig | None
     reward: SourceConfig
     ppo: SourceConfig
+    ptx: SourceConfig | None
     evaluate: SourceConfig
-    retention_text: SourceConfig
-    retention_questions: SourceConfig
+    retention: SourceList
 
-    def __getitem__(self, role: Role) -> SourceConfig:
-        return {
+    def __getitem__(self, role: Role) -> list[SourceConfig]:
+        if role == "retention":
+            return self.retention
+        source = {
             "sft": self.sft,
+            "replay": self.replay,
             "reward": self.reward,
             "ppo": self.ppo,
+            "ptx": self.ptx,
             "evaluate": self.evaluate,
-            "retention_text": self.retention_text,
-            "retention_questions": self.retention_questions,
         }[role]
+        return [] if source is None else [source]
 
 
 class PrepareStage(Stage):
     """What `prepare.*` can be told. Values: conf/stages/prepare.yaml."""
 
     name: ClassVar[str] = "prepare"
+    version: ClassVar[int] = 2
     random: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"sources"})  # their content is: see external()
 
@@ -81,7 +92,8 @@ class PrepareStage(Stage):
     held_out_fraction: Share
     """Share of the training prompts that no stage trains on."""
     evaluation_fraction: Share
-    """Share of the prompts set aside when evaluate.prompts names the same source as a training role."""
+    """Share of the rows set aside where evaluate.prompts or evaluate.retention names the same source as a
+    training role."""
     on_bad_row: Literal["error", "drop"]
     response_tokens: PositiveInt
     """Tokens of the context to leave for the answer to a prompt."""
@@ -91,8 +103,12 @@ class PrepareStage(Stage):
         return True
 
     def external(self) -> dict[str, str]:
-        """The content of every source, wherever it lies."""
-        return {role: self.sources[role].reading_digest(USER_KEYS[role]) for role in ROLES}
+        """The content of every source, wherever it lies; and what retention figures are called."""
+        contents = {
+            role: digest_of([source.reading_digest(USER_KEYS[role]) for source in self.sources[role]])
+            for role in ROLES
+        }
+        return contents | {"names": digest_of([source.name for source in self.sources.retention])}
 
     def work(self, data: PreparedData) -> Work:
         """It runs no model."""
@@ -102,20 +118,21 @@ class PrepareStage(Stage):
         """Read and check every role, set the evaluation prompts aside, split the rest."""
         data = {role: self._read(role) for role in ROLES}
         self._measure(data, job)
-        evaluation_is_drawn = self._choose_evaluation(data)
+        self._choose_evaluation(data)
         self._split(data)
         self._check_not_empty(data)
         job.compute.main_only(lambda: self._write(data, job))  # all ranks have read the same
-        leaks = 0 if evaluation_is_drawn else sum(data[role].count(IN_EVALUATION) for role in TRAINING_ROLES)
+        leaks = sum(data[role].count(LEAK) for role in TRAINING_ROLES)
         self._show(data, leaks, job)
+        retention = data["retention"].entries
         job.publish(
             {
                 "sft_rows": len(data["sft"].entries),
                 "reward_pairs": len(data["reward"].entries),
                 "ppo_prompts": len(data["ppo"].entries),
                 "evaluation_prompts": len(data["evaluate"].entries),
-                "retention_texts": len(data["retention_text"].entries),
-                "retention_questions": len(data["retention_questions"].entries),
+                "retention_texts": sum(isinstance(entry.row, TextRow) for entry in retention),
+                "retention_questions": sum(isinstance(entry.row, QuestionRow) for entry in retention),
                 "dropped": sum(role.num_dropped for role in data.values()),
                 "leaks": leaks,
             }
@@ -123,13 +140,19 @@ class PrepareStage(Stage):
 
     def _read(self, role: Role) -> RoleData:
         data = RoleData(role)
-        seen = set()
-        for where, raw in self.sources[role].rows(data.key):
+        seen: set[str] = set()
+        for source in self.sources[role]:
+            self._read_source(source, data, seen)
+        return data
+
+    def _read_source(self, source: SourceConfig, data: RoleData, seen: set[str]) -> None:
+        fingerprint = source.fingerprint(data.key)
+        for where, raw in source.rows(data.key):
             data.num_read += 1
             try:
                 if isinstance(raw, RowError):
                     raise raw
-                row = recognise(raw, role)
+                row = recognise(raw, data.role)
             except RowError as error:
                 self._bad(data, where, error)
                 continue
@@ -138,8 +161,9 @@ class PrepareStage(Stage):
                 data.remove(DUPLICATE, where)
                 continue
             seen.add(text)
-            data.entries.append(Entry(where, row, prompt_identity(row)))
-        return data
+            if isinstance(row, TextRow):
+                row = replace(row, source=source.name)
+            data.entries.append(Entry(where, row, prompt_identity(row), fingerprint))
 
     def _bad(self, data: RoleData, where: str, error: RowError) -> None:
         if self.on_bad_row == "error":
@@ -191,23 +215,28 @@ class PrepareStage(Stage):
             )
         return tokens
 
-    def _choose_evaluation(self, data: dict[Role, RoleData]) -> bool:
-        """Take the evaluation prompts, and leave them out of every training role.
+    def _choose_evaluation(self, data: dict[Role, RoleData]) -> None:
+        """Take the evaluation prompts and the retention rows, and leave them out of every training role.
 
-        Returns:
-            Whether they were drawn from what a training role reads. If not, the two sources were meant to be
-            apart, and a prompt in both is a leak.
+        From a source that a training role reads too, a share is drawn. Other sources were meant to be apart
+        from training, and a row in both is a leak.
         """
-        fingerprints = {role: self.sources[role].fingerprint(USER_KEYS[role]) for role in ROLES}
-        is_drawn = fingerprints["evaluate"] in [fingerprints[role] for role in TRAINING_ROLES]
-        if is_drawn:
-            data["evaluate"].keep(
-                lambda entry: drawn(entry.identity, self.evaluation_fraction, "evaluation"), LEFT_FOR_TRAINING
+        trained = {entry.fingerprint for role in TRAINING_ROLES for entry in data[role].entries}
+        shared: set[str] = set()
+        apart: set[str] = set()
+        for role in EVALUATION_ROLES:
+            data[role].keep(
+                lambda entry: (
+                    entry.fingerprint not in trained
+                    or drawn(entry.identity, self.evaluation_fraction, "evaluation")
+                ),
+                LEFT_FOR_TRAINING,
             )
-        evaluation = {entry.identity for entry in data["evaluate"].entries}
+            for entry in data[role].entries:
+                (shared if entry.fingerprint in trained else apart).add(entry.identity)
         for role in TRAINING_ROLES:
-            data[role].keep(lambda entry: entry.identity not in evaluation, IN_EVALUATION)
-        return is_drawn
+            data[role].keep(lambda entry: entry.identity not in shared, IN_EVALUATION)
+            data[role].keep(lambda entry: entry.identity not in apart, LEAK)
 
     def _split(self, data: dict[Role, RoleData]) -> None:
         for role in data.values():
@@ -229,7 +258,7 @@ class PrepareStage(Stage):
         }
         for role in data.values():
             for split, entries in role.splits.items():
-                if not entries:
+                if not entries and self.sources[role.role]:
                     raise ConfigError(
                         f"{role.key}: no rows are left for {split}: "
                         f"{'; '.join([f'{role.num_read} read', f'{len(role.entries)} kept', *role.why()])}. "
@@ -242,8 +271,10 @@ class PrepareStage(Stage):
         for role in data.values():
             for split, entries in role.splits.items():
                 prepared.write(role.role, split, (entry.row for entry in entries))
-            source, digest = str(self.sources[role.role]), prepared.digest(role.role)
-            report[role.role] = {"source": source, "digest": digest, **role.report()}
+            if not self.sources[role.role]:
+                continue
+            sources, digest = ", ".join(map(str, self.sources[role.role])), prepared.digest(role.role)
+            report[role.role] = {"source": sources, "digest": digest, **role.report()}
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (job.directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
 
@@ -253,7 +284,8 @@ class PrepareStage(Stage):
         for heading in ("read", "train", "held out", "evaluation", "dropped", "tokens p50", "p95", "max"):
             table.add_column(heading, justify="right")
         for role in data.values():
-            table.add_row(*self._table_cells(role))
+            if self.sources[role.role]:
+                table.add_row(*self._table_cells(role))
         console.print(table, highlight=False)
         for role in data.values():
             if role.num_dropped:
@@ -261,16 +293,19 @@ class PrepareStage(Stage):
                 console.print(text, style="yellow", markup=False, highlight=False)
         if leaks:
             places = "; ".join(
-                f"{role.count(IN_EVALUATION)} in {role.key} ({role.removed[IN_EVALUATION].places()})"
+                f"{role.count(LEAK)} in {role.key} ({role.removed[LEAK].places()})"
                 for role in data.values()
-                if IN_EVALUATION in role.removed
+                if LEAK in role.removed
             )
-            text = f"LEAK: {leaks} training rows ask what evaluate.prompts asks; they are left out: {places}."
+            text = (
+                f"LEAK: {leaks} training rows ask what evaluate.prompts or evaluate.retention asks; "
+                f"they are left out: {places}."
+            )
             console.print(text, style="bold red", markup=False, highlight=False)
 
     def _table_cells(self, role: RoleData) -> Iterator[str]:
         yield role.key
-        yield str(self.sources[role.role]).rsplit("/", 1)[-1]
+        yield ", ".join(str(source).rsplit("/", 1)[-1] for source in self.sources[role.role])
         yield str(role.num_read)
         for split in ("train", "held_out", "evaluation"):
             yield str(len(role.splits[split])) if split in role.splits else "-"

@@ -1,6 +1,6 @@
 """Supervised instruction tuning: teach the base model to answer in the way of the examples.
 
-Reads   the base model; prompt/completion rows (`sft.data`).
+Reads   the base model; prompt/completion rows (`sft.data`); general data to replay (`sft.replay`).
 Writes  a plain causal-LM directory, and the held-out loss before and after.
 """
 
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import ClassVar, Self
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import OptimConfig, Peft
+from rlhf.config import ConfigError, OptimConfig, Peft
 from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
@@ -39,16 +40,25 @@ class SftStage(Stage):
     name: ClassVar[str] = "sft"
     version: ClassVar[int] = 3
     not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"data", "micro_batch_tokens", "activation_checkpointing"}
+        {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
     )
 
     data: SourceConfig
     """Rows with a prompt and its answer; prepared by `prepare`, so its content is in the key."""
+    replay: SourceConfig | None
+    """Texts or exchanges of a general kind, learned beside `data` so that they are not forgotten: texts as a
+    whole, of exchanges the answers."""
+    replay_fraction: float = Field(ge=0, lt=1)
+    """Share of the learned tokens that are replayed, as near as whole rows come; 0 turns it off.
+
+    Source: rehearsal, Robins 1995; for language models Scialom et al. 2022 (arXiv:2205.12393) and Ibrahim et
+    al. 2024 (arXiv:2403.08763).
+    """
     optim: OptimConfig
     peft: Peft
     epochs: PositiveFloat
     batch_rows: PositiveInt
-    """Rows per optimizer step, over all ranks."""
+    """Rows of `data` per optimizer step, over all ranks; replayed rows come on top."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: bool
@@ -56,13 +66,22 @@ class SftStage(Stage):
     max_tokens: PositiveInt
     """Longer rows are cut (the end of the answer is lost)."""
 
+    @model_validator(mode="after")
+    def _something_to_replay(self) -> Self:
+        if self.replay_fraction > 0 and self.replay is None:
+            raise ValueError(
+                f"replay_fraction={self.replay_fraction:g} needs sft.replay, a source of general data. "
+                "Give one, or replay_fraction=0"
+            )
+        return self
+
     def inputs(self) -> tuple[str, ...]:
         """It reads prepared data."""
         return ("prepare",)
 
     def roles(self) -> tuple[Role, ...]:
-        """Reads prompt/completion rows."""
-        return ("sft",)
+        """Reads prompt/completion rows, and those to replay."""
+        return ("sft", "replay") if self.replay_fraction > 0 else ("sft",)
 
     def reads_base_model(self) -> bool:
         """It trains the base model."""
@@ -72,9 +91,8 @@ class SftStage(Stage):
         """Every training row once an epoch; the held-out rows twice."""
         rows, tokens = data.size("sft", "train")
         held_out, _ = data.size("sft", "held_out")
-        return Work(
-            trained=TRAINED[self.peft.method] * self.epochs * rows * tokens, read=2 * held_out * tokens
-        )
+        learned = self.epochs * rows * tokens / (1 - self.replay_fraction)
+        return Work(trained=TRAINED[self.peft.method] * learned, read=2 * held_out * tokens)
 
     def run(self, job: Job) -> None:
         """Train on the answers only, and publish the model."""
@@ -87,6 +105,12 @@ class SftStage(Stage):
             [EncodedAnswer(tokenizer, row, self.max_tokens) for row in job.data.rows("sft", split)]
             for split in ("train", "held_out")
         )
+        batches = own = self.batches(train, job.seed)
+        if self.replay_fraction > 0:
+            general = [
+                EncodedAnswer(tokenizer, row, self.max_tokens) for row in job.data.rows("replay", "train")
+            ]
+            batches = self.with_replay(own, general, job.seed)
         attach(policy, self.peft)
         if self.activation_checkpointing:
             checkpoint_layers(policy)
@@ -100,7 +124,7 @@ class SftStage(Stage):
         train_batches(
             job,
             engine,
-            self.batches(train, job.seed),
+            batches,
             lambda batch: self.step(job, engine, batch),
             state={"before": before},
             as_json=lambda row: {"prompt": row.row.prompt, "completion": row.row.completion},
@@ -121,7 +145,8 @@ class SftStage(Stage):
             "skipped_steps": engine.skipped_steps,
             "rows_cut": sum(row.is_cut for row in train),
             "trained_parameters": trained,
-            "tokens": self.epochs * sum(len(row) for row in train),
+            "tokens": sum(len(row) for batch in batches for row in batch),
+            "replayed_rows": sum(map(len, batches)) - sum(map(len, own)),
         })  # fmt: skip
 
     def batches(self, rows: Sequence[EncodedAnswer], seed: int) -> list[Sequence[EncodedAnswer]]:
@@ -131,6 +156,33 @@ class SftStage(Stage):
         )
         batches = [batch for epoch in shuffled for batch in chunks(epoch, self.batch_rows)]
         return batches[: math.ceil(self.epochs * math.ceil(len(rows) / self.batch_rows))]
+
+    def with_replay(
+        self, batches: Sequence[Sequence[EncodedAnswer]], rows: Sequence[EncodedAnswer], seed: int
+    ) -> list[Sequence[EncodedAnswer]]:
+        """Each batch with replayed rows behind it, until `replay_fraction` of all tokens learned so far are
+        replayed; the rows come in passes, newly shuffled in each.
+
+        Raises:
+            ConfigError: no row has anything to learn.
+        """
+        rows = [row for row in rows if len(row.answer)]
+        if not rows:
+            raise ConfigError(
+                f"sft.replay={self.replay}: no row has anything to learn within sft.max_tokens="
+                f"{self.max_tokens}. Raise it, or give rows with shorter prompts."
+            )
+        found: list[Sequence[EncodedAnswer]] = []
+        replayed, wanted, drawn = 0, 0.0, shuffled_passes(rows, seed)
+        a_token = self.replay_fraction / (1 - self.replay_fraction)
+        for batch in batches:
+            wanted += a_token * sum(len(row.answer) for row in batch)
+            mixed = list(batch)
+            while replayed < wanted:
+                mixed.append(next(drawn))
+                replayed += len(mixed[-1].answer)
+            found.append(mixed)
+        return found
 
     def step(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> dict[str, float]:
         """One optimizer step: the mean over all answer tokens of the batch, over all ranks."""
@@ -166,6 +218,12 @@ class SftStage(Stage):
             lambda batch: (engine.model(batch, temperature=1.0).logp_N,),
         )
         return -float(logp_BR.sum(dtype=torch.float64)) / int(answers.mask_BR.sum())
+
+
+def shuffled_passes(rows: Sequence[EncodedAnswer], seed: int) -> Iterator[EncodedAnswer]:
+    """All rows, and all again in another order, without end."""
+    for number in count():
+        yield from random.Random(f"replay {seed} {number}").sample(rows, len(rows))
 
 
 class EncodedAnswer:

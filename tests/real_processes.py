@@ -36,8 +36,7 @@ class RealChain:
         """The command line of a run called `name`, with a store of the same name unless told otherwise."""
         sources = (
             "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl", "ppo.prompts=prompts.jsonl",
-            "evaluate.prompts=evaluation.jsonl", "evaluate.retention_text=sentences.jsonl",
-            "evaluate.retention_questions=questions.jsonl",
+            "evaluate.prompts=evaluation.jsonl", "evaluate.retention=[sentences.jsonl,questions.jsonl]",
         )  # fmt: skip
         names = (f"run_name={name}", f"store_dir=store-{name}")
         return [sys.executable, "-m", "rlhf", *SETTINGS, *sources, *names, *TRAINING, *overrides]

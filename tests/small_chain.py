@@ -24,8 +24,7 @@ SETTINGS = (
 )  # fmt: skip
 SOURCES = (
     "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl", "ppo.prompts=prompts.jsonl",
-    "evaluate.prompts=evaluation.jsonl", "evaluate.retention_text=sentences.jsonl",
-    "evaluate.retention_questions=questions.jsonl",
+    "evaluate.prompts=evaluation.jsonl", "evaluate.retention=[sentences.jsonl,questions.jsonl]",
 )  # fmt: skip
 
 

@@ -33,8 +33,7 @@ NOTES = "notes.txt"
 PLANTED = [*SECRETS.values(), "planted-user", "planted-pass", "planted-query"]
 SOURCES = (
     "sft.data='${oc.env:HF_TOKEN}/sft.jsonl'", "reward.pairs=pairs.jsonl", "ppo.prompts=prompts.jsonl",
-    "evaluate.prompts=evaluation.jsonl", "evaluate.retention_text=sentences.jsonl",
-    "evaluate.retention_questions=questions.jsonl",
+    "evaluate.prompts=evaluation.jsonl", "evaluate.retention=[sentences.jsonl,questions.jsonl]",
 )  # fmt: skip
 BY_RULE = ("ppo.reward=python:indiscreet:score", "ppo.critic.init=sft", "ppo.score.normalize=running")
 INDISCREET = '''

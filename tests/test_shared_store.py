@@ -27,7 +27,7 @@ class Process:
         overrides = (
             "model=tiny", "device=cpu", "stage=sft", "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl",
             "ppo.prompts=prompts.jsonl", "evaluate.prompts=evaluation.jsonl",
-            "evaluate.retention_text=sentences.jsonl", "evaluate.retention_questions=questions.jsonl",
+            "evaluate.retention=[sentences.jsonl,questions.jsonl]",
             "prepare.held_out_fraction=0.3", "sft.batch_rows=8", f"sft.epochs={EPOCHS}",
             "checkpoint.every_steps=1", f"run_name={name}",
         )  # fmt: skip

@@ -163,20 +163,3 @@ def _reference_length(policy: Policy, question: Question) -> int:
         return 0
     ids, given = exchange_ids(policy.tokenizer, question.prompt, question.reference)
     return len(ids) - given
-
-
-def answer_loss(
-    policy: Policy, asked: Sequence[list[Message]], references: Sequence[str], micro_batch_tokens: int
-) -> float:
-    """Mean negative log-likelihood of the references behind the prompts, in nats a token; all count alike."""
-    encoded = [
-        exchange_ids(policy.tokenizer, prompt, reference)
-        for prompt, reference in zip(asked, references, strict=True)
-    ]
-    as_rollout = Rollout(
-        prompt_ids=[torch.tensor(ids[:given]) for ids, given in encoded],
-        response_ids=[torch.tensor(ids[given:]) for ids, given in encoded],
-        stopped=torch.ones(len(encoded), dtype=torch.bool),
-    )
-    logp_BR = policy.log_probabilities(as_rollout, 1.0, micro_batch_tokens)
-    return -float(logp_BR.sum(dtype=torch.float64)) / int(as_rollout.response_lengths.sum())

@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf.artifacts import Artifact, Store
 from rlhf.config import ConfigError
 
-POLICY_STAGES = ("sft", "ppo")
+POLICY_STAGES = ("sft", "ppo", "merge")
 """Whose artifacts answer questions; in compare.artifacts, their names mean this run's own."""
 
 
@@ -24,7 +24,8 @@ def tuned_artifact(directory: str) -> Artifact:
     if found is None or found.manifest.stage not in POLICY_STAGES:
         raise ConfigError(
             f"compare.artifacts: {directory}: no finished model of {' or '.join(POLICY_STAGES)} there. Name "
-            "sft or ppo for this run's own, or a directory such as runs/NAME/artifacts/sft or store/sft/KEY."
+            "sft, ppo or merge for this run's own, or a directory such as runs/NAME/artifacts/sft or "
+            "store/sft/KEY."
         )
     return found
 

@@ -22,7 +22,9 @@ from rlhf.data.schema import (
 )
 
 DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
-NOT_DROPPED = (IN_EVALUATION, LEFT_FOR_TRAINING)
+LEAK = "leak"
+"""In an evaluation set that was meant to be apart."""
+NOT_DROPPED = (IN_EVALUATION, LEFT_FOR_TRAINING, LEAK)
 """Reasons of rows that are fine and only belong elsewhere."""
 NUM_EXAMPLES = 3
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
@@ -30,11 +32,12 @@ QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 @dataclass
 class Entry:
-    """A row, where it was found, and what it asks (`prompt_identity`)."""
+    """A row, where it was found, what it asks (`prompt_identity`), and its source's fingerprint."""
 
     where: str
     row: Row
     identity: str
+    fingerprint: str
     tokens: int = 0
 
 

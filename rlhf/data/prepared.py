@@ -10,7 +10,6 @@ from typing import Literal, overload
 
 from rlhf.artifacts import digest_of, file_digest
 from rlhf.data.schema import (
-    ROW_TYPES,
     TRAINING_ROLES,
     PairRow,
     PromptRow,
@@ -20,6 +19,7 @@ from rlhf.data.schema import (
     SftRow,
     Split,
     TextRow,
+    row_from_json,
     row_to_json,
 )
 
@@ -39,7 +39,7 @@ class PreparedData:
     directory: Path
 
     @overload
-    def rows(self, role: Literal["sft"], split: TrainSplit) -> list[SftRow]: ...
+    def rows(self, role: Literal["sft", "replay", "ptx"], split: TrainSplit) -> list[SftRow]: ...
     @overload
     def rows(self, role: Literal["reward"], split: TrainSplit) -> list[PairRow]: ...
     @overload
@@ -47,18 +47,16 @@ class PreparedData:
     @overload
     def rows(self, role: Literal["evaluate"], split: Literal["evaluation"]) -> list[PromptRow]: ...
     @overload
-    def rows(self, role: Literal["retention_text"], split: Literal["evaluation"]) -> list[TextRow]: ...
-    @overload
     def rows(
-        self, role: Literal["retention_questions"], split: Literal["evaluation"]
-    ) -> list[QuestionRow]: ...
+        self, role: Literal["retention"], split: Literal["evaluation"]
+    ) -> list[TextRow | QuestionRow]: ...
     @overload
     def rows(self, role: Role, split: Split) -> list[Row]: ...
 
     def rows(self, role: Role, split: Split) -> object:
-        """The rows of one split, in the order of their source."""
+        """The rows of one split, in the order of their source; none of a role without a source."""
         with self._path(role, split).open(encoding="utf-8") as file:
-            return [ROW_TYPES[role](**json.loads(line)) for line in file]
+            return [row_from_json(line, role) for line in file]
 
     def digest(self, role: Role) -> str:
         """Digest of a role's rows: what depends on this role's data depends on nothing else here."""

@@ -18,6 +18,7 @@ Raw = Mapping[str, Any]
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_COLUMNS = ("prompt", "instruction", "question")
 ANSWER_COLUMNS = ("completion", "response", "output", "answer")
+QUESTION_COLUMNS = ("question", "choices", "answer")
 MATERIAL_COLUMNS = ("input", "context")
 """What an instruction or question is about (Alpaca, Dolly); follows it after a blank line."""
 
@@ -33,8 +34,7 @@ SFT_NEEDS = (
 )
 PAIR_NEEDS = "A preference row needs prompt, chosen, rejected."
 PROMPT_NEEDS = "A prompt row needs prompt, messages, instruction, conversations, question, or text."
-TEXT_NEEDS = "A retention text row needs text."
-QUESTION_NEEDS = "A question row needs question, choices, answer."
+RETENTION_NEEDS = "A retention row needs text; or question, choices, answer."
 
 HH_START, HH_TURN = "\n\nHuman:", re.compile(r"\n\n(Human|Assistant):")
 
@@ -117,16 +117,18 @@ def _prompt_row(raw: Raw) -> PromptRow:
     return PromptRow(_asking(prompt, column))
 
 
-def _text_row(raw: Raw) -> TextRow:
-    if not _has(raw, "text"):
-        raise _missing("text", raw, TEXT_NEEDS)
-    return TextRow(_text(raw["text"], "text"))
+def _retention(raw: Raw) -> TextRow | QuestionRow:
+    if _has(raw, "text") and not _has(raw, "choices"):
+        return TextRow(_text(raw["text"], "text"))
+    if _first(raw, QUESTION_COLUMNS) is None:
+        raise _missing("text", raw, RETENTION_NEEDS)
+    return _question(raw)
 
 
 def _question(raw: Raw) -> QuestionRow:
-    for column in ("question", "choices", "answer"):
+    for column in QUESTION_COLUMNS:
         if not _has(raw, column):
-            raise _missing(column, raw, QUESTION_NEEDS)
+            raise _missing(column, raw, RETENTION_NEEDS)
     question, choices, answer = _text(raw["question"], "question"), raw["choices"], raw["answer"]
     if not isinstance(choices, list) or len(choices) < 2:
         raise RowError(
@@ -147,11 +149,12 @@ def _question(raw: Raw) -> QuestionRow:
 
 RECOGNISERS: dict[Role, Callable[[Raw], Row]] = {
     "sft": _sft,
+    "replay": _sft,
     "reward": _pair,
     "ppo": _prompt_row,
+    "ptx": _sft,
     "evaluate": _prompt_row,
-    "retention_text": _text_row,
-    "retention_questions": _question,
+    "retention": _retention,
 }
 
 

@@ -8,20 +8,22 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal, TypedDict, get_args
 
-Role = Literal["sft", "reward", "ppo", "evaluate", "retention_text", "retention_questions"]
-TrainingRole = Literal["sft", "reward", "ppo"]
+Role = Literal["sft", "replay", "reward", "ppo", "ptx", "evaluate", "retention"]
+TrainingRole = Literal["sft", "replay", "reward", "ppo", "ptx"]
 Split = Literal["train", "held_out", "evaluation"]
 
 ROLES: tuple[Role, ...] = get_args(Role)
 TRAINING_ROLES: tuple[TrainingRole, ...] = get_args(TrainingRole)
+EVALUATION_ROLES: tuple[Role, ...] = ("evaluate", "retention")
 
 USER_KEYS: dict[Role, str] = {
     "sft": "sft.data",
+    "replay": "sft.replay",
     "reward": "reward.pairs",
     "ppo": "ppo.prompts",
+    "ptx": "ppo.ptx.data",
     "evaluate": "evaluate.prompts",
-    "retention_text": "evaluate.retention_text",
-    "retention_questions": "evaluate.retention_questions",
+    "retention": "evaluate.retention",
 }
 """What the user calls each role's source; every complaint starts with it."""
 
@@ -65,6 +67,8 @@ class TextRow:
     """A text whose perplexity shows what the model still knows."""
 
     text: str
+    source: str = ""
+    """Name of the set that it is from."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,14 @@ class QuestionRow:
 
 Row = SftRow | PairRow | PromptRow | TextRow | QuestionRow
 
-ROW_TYPES: dict[Role, type[Row]] = {
-    "sft": SftRow,
-    "reward": PairRow,
-    "ppo": PromptRow,
-    "evaluate": PromptRow,
-    "retention_text": TextRow,
-    "retention_questions": QuestionRow,
+ROW_TYPES: dict[Role, tuple[type[Row], ...]] = {
+    "sft": (SftRow,),
+    "replay": (SftRow,),
+    "reward": (PairRow,),
+    "ppo": (PromptRow,),
+    "ptx": (SftRow,),
+    "evaluate": (PromptRow,),
+    "retention": (TextRow, QuestionRow),
 }
 
 
@@ -99,6 +104,13 @@ class RowError(ValueError):
 def row_to_json(row: Row) -> str:
     """One line of a prepared file."""
     return json.dumps(vars(row), ensure_ascii=False)
+
+
+def row_from_json(line: str, role: Role) -> Row:
+    """The row that `row_to_json` wrote."""
+    values = json.loads(line)
+    (kind,) = (kind for kind in ROW_TYPES[role] if kind.__dataclass_fields__.keys() == values.keys())
+    return kind(**values)
 
 
 def prompt_identity(row: Row) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from rlhf.artifacts import digest_of, file_digest
 from rlhf.config import ConfigError, Strict
@@ -78,6 +78,11 @@ class SourceConfig(Strict):
         if self.path is not None:
             return self.path
         return f"samples:{self.samples}" if self.samples is not None else f"hub:{self.hub}"
+
+    @property
+    def name(self) -> str:
+        """What figures of it are called: a file's name up to its first dot, or the data set's."""
+        return Path(str(self).removeprefix("samples:")).name.partition(".")[0]
 
     def fingerprint(self, key: str) -> str:
         """Digest of the source's content (a file's bytes and format; a Hub data set's name and revision).
@@ -151,6 +156,11 @@ class SourceConfig(Strict):
                 "all but .parquet also with .gz."
             )
         return path
+
+
+AsList = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+SourceList = Annotated[list[SourceConfig], Field(min_length=1), AsList]
+"""One source, or several that are read one after the other."""
 
 
 def _sample_file(name: str, key: str) -> Path:

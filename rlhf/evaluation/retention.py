@@ -1,4 +1,4 @@
-"""What a policy still knows: perplexity of plain sentences, and multiple-choice questions.
+"""What a policy still knows: perplexity of general texts, and multiple-choice questions.
 
 Dimensions: B continuations, R continuation tokens (padded).
 """
@@ -6,7 +6,7 @@ Dimensions: B continuations, R continuation tokens (padded).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,16 +17,51 @@ from rlhf.generation.policy import Policy
 from rlhf.rl.rollout import Rollout
 
 
-def text_perplexity(policy: Policy, rows: Sequence[TextRow], micro_batch_tokens: int) -> float:
-    """exp of the mean negative log-likelihood per token of plain texts; every token counts alike."""
-    logp_BR, mask_BR = continuation_logp(policy, [("", row.text) for row in rows], micro_batch_tokens)
-    return perplexity(logp_BR, mask_BR)
+def retention(
+    policy: Policy, rows: Sequence[TextRow | QuestionRow], micro_batch_tokens: int
+) -> dict[str, float]:
+    """What the rows allow: `question_accuracy`; `perplexity` of all texts, and where they are from several
+    sets `text_loss_SET` of each, in nats a token."""
+    texts = [row for row in rows if isinstance(row, TextRow)]
+    questions = [row for row in rows if isinstance(row, QuestionRow)]
+    known = {}
+    if texts:
+        logp_BR, mask_BR = continuation_logp(policy, [("", row.text) for row in texts], micro_batch_tokens)
+        known["perplexity"] = math.exp(mean_loss(logp_BR, mask_BR))
+        names = dict.fromkeys(row.source for row in texts)
+        for name in names if len(names) > 1 else ():
+            of_set_B = torch.tensor([row.source == name for row in texts])
+            known[f"text_loss_{name}"] = mean_loss(logp_BR[of_set_B], mask_BR[of_set_B])
+    if questions:
+        known["question_accuracy"] = question_accuracy(policy, questions, micro_batch_tokens)
+    return known
 
 
-def perplexity(logp_BR: Tensor, mask_BR: Tensor) -> float:
-    """exp(-mean), the mean over all true mask entries; padding may hold anything."""
+def forgetting(metrics: Mapping[str, float], policies: Sequence[str]) -> dict[str, float]:
+    """Each policy's `retention` against that of the policy called base; without a name, the last policy's.
+
+    `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats a token.
+
+    Args:
+        metrics: as `retention` gives them, with /POLICY behind each name.
+    """
+    changes: dict[str, dict[str, float]] = {}
+    for name in policies:
+        change = changes[name] = {}
+        if "perplexity/base" in metrics:
+            ratio = metrics[f"perplexity/{name}"] / metrics["perplexity/base"]
+            change["retention_perplexity_ratio"], change["retention_loss"] = ratio, math.log(ratio)
+        if "question_accuracy/base" in metrics:
+            lost = metrics[f"question_accuracy/{name}"] - metrics["question_accuracy/base"]
+            change["question_accuracy_change"] = lost
+    named = {f"{metric}/{name}": value for name in policies for metric, value in changes[name].items()}
+    return named | changes[policies[-1]]
+
+
+def mean_loss(logp_BR: Tensor, mask_BR: Tensor) -> float:
+    """Mean negative log-likelihood of all true mask entries, nats a token; padding may hold anything."""
     total = torch.where(mask_BR, logp_BR, 0.0).sum(dtype=torch.float64)
-    return math.exp(-float(total) / int(mask_BR.sum()))
+    return -float(total) / int(mask_BR.sum())
 
 
 def question_accuracy(policy: Policy, rows: Sequence[QuestionRow], micro_batch_tokens: int) -> float:

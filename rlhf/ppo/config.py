@@ -53,12 +53,15 @@ class ScoreConfig(Strict):
 
 
 class PtxConfig(Strict):
-    """`ppo.ptx.*`: the pretraining-mix loss on SFT rows (Ouyang et al. 2022, eq. 2)."""
+    """`ppo.ptx.*`: the pretraining-mix loss (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
 
     coef: NonNegativeFloat
     """Weight beside the policy loss; 0 turns it off."""
+    data: SourceConfig | None
+    """Texts or exchanges that shall not be forgotten: whole texts, and the answers of exchanges. Null takes
+    sft.data."""
     rows: PositiveInt
-    """SFT rows per optimizer step."""
+    """Rows of it per optimizer step."""
 
 
 class PpoConfig(Strict):

@@ -1,4 +1,4 @@
-"""The pretraining mix: a language-model loss on SFT rows beside the policy loss (PPO-ptx)."""
+"""The pretraining mix: a language-model loss on other data beside the policy loss (PPO-ptx)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf.ppo.config import PtxConfig
 
 
 class PretrainingMix:
-    """Draws SFT rows and computes their weighted loss (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
+    """Draws rows and computes their weighted loss (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
 
     def __init__(
         self, config: PtxConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow], seed: int

@@ -42,16 +42,19 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
         "held_out_score": ("after", "+z.2f"),
         "kl": ("KL", "z.2f"),
     },
+    "merge": {"alpha": ("alpha", ".2f"), "relative_change": ("change of the weights", ".2%")},
     "evaluate": {
         "win_rate": ("win rate", "z.2f"),
         "gold_gain": ("gold gain", "+z.2f"),
+        "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     },
     "compare": {"questions": ("questions", ".0f"), "leaks": ("left out, as trained on", ".0f")},
 }
 """Stage -> its most telling summary metrics: (words, format)."""
 
-POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO"}
+MODELS = {"merge": "Merged model", "ppo": "Aligned model", "sft": "SFT model", "reward": "Reward model"}
+POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO", "merge": "merged"}
 COMPARED = {
     "gold_mean": ("gold score", "+z.3f"),
     "score_mean": ("learned score", "+z.3f"),
@@ -59,6 +62,8 @@ COMPARED = {
     "length_mean": ("length, tokens", "z.1f"),
     "stop_rate": ("ends by itself", ".0%"),
     "distinct_2": ("distinct bigrams", "z.2f"),
+    "task_loss": ("loss on held-out answers", "z.3f"),
+    "task_gain": ("task gain, nats a token", "+z.3f"),
     "retention_perplexity_ratio": ("perplexity against base", "z.3f"),
     "question_accuracy": ("questions answered right", "z.3f"),
 }
@@ -148,7 +153,12 @@ def policy_cells(run: Run) -> Cells:
     metrics: Mapping[str, float] = run.stages.get("evaluate", {}).get("metrics", {})
     names = [name for name in POLICIES if f"evaluate/length_mean/{name}" in metrics]
     rows = []
-    for metric, (words, spec) in COMPARED.items():
+    of_harness = {
+        metric: (" ".join(metric.split("/")[1:]), "z.3f")
+        for metric in (name.removeprefix("evaluate/").rpartition("/")[0] for name in metrics)
+        if metric.startswith("lm_eval/")
+    }
+    for metric, (words, spec) in (COMPARED | of_harness).items():
         values = [metrics.get(f"evaluate/{metric}/{name}") for name in names]
         if any(value is not None for value in values):
             rows.append([words, *("-" if value is None else format(value, spec) for value in values)])
@@ -194,7 +204,7 @@ def gate_text(gate: GateResult) -> str:
 
 def places(run: Run) -> Iterator[tuple[str, Path]]:
     """Where to find what the run made, from its directory."""
-    for name, words in (("ppo", "Aligned model"), ("sft", "SFT model"), ("reward", "Reward model")):
+    for name, words in MODELS.items():
         if run.stages.get(name, {}).get("artifact"):
             yield words, Path("artifacts", name)
     if run.stages.get("evaluate", {}).get("artifact"):

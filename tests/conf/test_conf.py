@@ -26,7 +26,7 @@ from rlhf.tracking import TrackerConfig
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 CHAIN = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
-STAGES = (*CHAIN, "compare")
+STAGES = (*CHAIN[:-1], "merge", "evaluate", "compare")
 DEFAULT_GROUPS = ("model", "tracker", "hydra/sweeper")
 """In the defaults list, so chosen without a plus."""
 WITH_DEFAULTS = (PeftConfig, SourceConfig, Bound)
@@ -161,7 +161,9 @@ def build(*overrides: str) -> Experiment:
     ("override", "needed"),
     [
         ("stage=all", list(CHAIN)),
-        ("stage=[all,compare]", list(STAGES)),
+        ("stage=[all,compare,merge]", list(STAGES)),
+        ("stage=merge", ["prepare", "sft", "merge"]),
+        ("stage=[merge,sft] merge.policy=ppo", [*CHAIN[:-1], "merge"]),
         ("stage=prepare", ["prepare"]),
         ("stage=sft", ["prepare", "sft"]),
         ("stage=[reward,sft]", ["prepare", "sft", "reward"]),
@@ -170,7 +172,7 @@ def build(*overrides: str) -> Experiment:
     ],
 )
 def test_a_stage_brings_what_it_reads(override: str, needed: list[str]) -> None:
-    assert build(override).needed() == needed
+    assert build(*override.split()).needed() == needed
 
 
 def test_a_rule_reward_needs_no_reward_model() -> None:

@@ -55,13 +55,11 @@ def test_rows_come_back_as_written(tmp_path):
     data.write("sft", "train", [SftRow(HI, "a"), SftRow([], "b")])
     data.write("reward", "held_out", pairs)
     data.write("evaluate", "evaluation", [PromptRow(HI)])
-    data.write("retention_text", "evaluation", [TextRow("x\ny")])
-    data.write("retention_questions", "evaluation", question)
+    data.write("retention", "evaluation", [TextRow("x\ny", "speeches"), *question])
     assert data.rows("sft", "train") == [SftRow(HI, "a"), SftRow([], "b")]
     assert data.rows("reward", "held_out") == pairs
     assert data.rows("evaluate", "evaluation") == [PromptRow(HI)]
-    assert data.rows("retention_text", "evaluation") == [TextRow("x\ny")]
-    assert data.rows("retention_questions", "evaluation") == question
+    assert data.rows("retention", "evaluation") == [TextRow("x\ny", "speeches"), *question]
 
 
 def test_the_digest_is_of_both_splits_and_of_no_other_role(tmp_path):

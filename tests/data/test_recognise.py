@@ -95,10 +95,11 @@ def test_any_format_gives_its_prompt(raw, prompt, role):
 
 
 def test_retention_formats():
-    assert recognise({"text": "Water boils. "}, "retention_text") == TextRow("Water boils.")
+    for more in ({}, {"answer": "so"}, {"choices": None}):
+        assert recognise({"text": "Water boils. ", **more}, "retention") == TextRow("Water boils.")
     question = {"question": "1+1?", "choices": ["1", "2", "3"]}
     for answer in (1, "B", "b"):
-        row = recognise({**question, "answer": answer}, "retention_questions")
+        row = recognise({**question, "answer": answer}, "retention")
         assert row == QuestionRow("1+1?", ["1", "2", "3"], 1)
 
 
@@ -157,13 +158,16 @@ SFT_NEEDS = (
     ("ppo", {"text": "Yes", "role": "assistant"}, "not a prompt",
      "this message answers another one. A prompt opens a conversation."),
     ("ppo", {"messages": [system("S")]}, "no prompt", '"messages" has no user turn before the answer.'),
-    ("retention_text", {"prompt": "Hi"}, "missing field",
-     '"text" is missing (found: prompt). A retention text row needs text.'),
-    ("retention_questions", {"question": "?", "choices": ["a"], "answer": 0}, "wrong type",
+    ("retention", {"prompt": "Hi"}, "missing field",
+     '"text" is missing (found: prompt). A retention row needs text; or question, choices, answer.'),
+    ("retention", {"question": "?", "text": "x", "choices": ["a", "b"]}, "missing field",
+     '"answer" is missing (found: question, text, choices). '
+     "A retention row needs text; or question, choices, answer."),
+    ("retention", {"question": "?", "choices": ["a"], "answer": 0}, "wrong type",
      "\"choices\" must be a list of at least two texts, found ['a'] (list)."),
-    ("retention_questions", {"question": "?", "choices": ["a", "b"], "answer": 2}, "wrong answer index",
+    ("retention", {"question": "?", "choices": ["a", "b"], "answer": 2}, "wrong answer index",
      '"answer" must be the index of a choice (0 to 1) or its letter, found 2 (int).'),
-    ("retention_questions", {"question": "?", "choices": ["a", "b"], "answer": True}, "wrong answer index",
+    ("retention", {"question": "?", "choices": ["a", "b"], "answer": True}, "wrong answer index",
      '"answer" must be the index of a choice (0 to 1) or its letter, found True (bool).'),
 ])  # fmt: skip
 def test_a_bad_row_is_told_what_is_wrong(role, raw, reason, message):

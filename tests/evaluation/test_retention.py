@@ -15,11 +15,14 @@ from rlhf.data.chat import continuation_ids
 from rlhf.data.schema import QuestionRow, TextRow
 from rlhf.distributed import make_compute
 from rlhf.evaluation import retention
-from rlhf.evaluation.retention import likeliest_choice, perplexity, question_accuracy, text_perplexity
+from rlhf.evaluation.retention import forgetting, likeliest_choice, mean_loss, question_accuracy
 from rlhf.generation.policy import Policy
 from rlhf.models.load import ModelConfig
 
-TEXTS = [TextRow("Water boils."), TextRow("The sun is a star, and a rather ordinary one."), TextRow("Ice.")]
+TEXTS = [
+    TextRow("Water boils.", "short"), TextRow("The sun is a star, and a rather ordinary one.", "long"),
+    TextRow("Ice.", "short"),
+]  # fmt: skip
 QUESTIONS = [
     ("What falls from cold clouds?", ["snow", "a stone that is very heavy", "music", "chairs and tables"]),
     ("How many legs has a spider?", ["8", "seven or nine", "two", "a hundred and twelve"]),
@@ -41,11 +44,15 @@ def whole_logp(policy: Policy, given: list[int], predicted: list[int]) -> float:
     return sum(float(logp_TV[len(given) + index - 1, token]) for index, token in enumerate(predicted))
 
 
-def test_perplexity_by_hand() -> None:
+def text_perplexity(policy: Policy, rows: list[TextRow], micro_batch_tokens: int) -> float:
+    return retention.retention(policy, rows, micro_batch_tokens)["perplexity"]
+
+
+def test_mean_loss_by_hand() -> None:
     """Probabilities 1/2, 1/4 and 1/8 multiply to 1/64; its cube root is 1/4. Rows do not count, tokens do."""
     logp_BR = torch.tensor([[0.5, 0.25], [0.125, 0.9]]).log()
     mask_BR = torch.tensor([[True, True], [True, False]])
-    assert perplexity(logp_BR, mask_BR) == pytest.approx(4.0)
+    assert mean_loss(logp_BR, mask_BR) == pytest.approx(math.log(4.0))
 
 
 def test_perplexity_equals_that_of_whole_logits(policy: Policy) -> None:
@@ -54,6 +61,39 @@ def test_perplexity_equals_that_of_whole_logits(policy: Policy) -> None:
         ids = policy.tokenizer(row.text, add_special_tokens=False)["input_ids"]
         total, tokens = total + whole_logp(policy, [1], ids), tokens + len(ids)
     assert text_perplexity(policy, TEXTS, 4096) == pytest.approx(math.exp(-total / tokens), rel=1e-5)
+
+
+def test_each_set_of_texts_has_its_own_figure(policy: Policy) -> None:
+    known = retention.retention(policy, TEXTS, 4096)
+    assert set(known) == {"perplexity", "text_loss_short", "text_loss_long"}
+    long = math.log(text_perplexity(policy, TEXTS[1:2], 4096))
+    assert known["text_loss_long"] == pytest.approx(long, rel=1e-5)
+    assert known["text_loss_short"] == pytest.approx(math.log(text_perplexity(policy, TEXTS[::2], 4096)))
+    one_set = [dataclasses.replace(row, source="all") for row in TEXTS]
+    assert retention.retention(policy, one_set, 4096) == {"perplexity": known["perplexity"]}
+
+
+def test_only_what_there_are_rows_for_is_measured(policy: Policy) -> None:
+    questions = [QuestionRow(question, choices, 0) for question, choices in QUESTIONS]
+    assert set(retention.retention(policy, questions, 4096)) == {"question_accuracy"}
+    assert set(retention.retention(policy, [*questions, TEXTS[0]], 4096)) == {
+        "perplexity", "question_accuracy",
+    }  # fmt: skip
+
+
+def test_forgetting_by_hand() -> None:
+    metrics = {
+        "perplexity/base": 10.0, "perplexity/sft": 20.0, "perplexity/ppo": 5.0,
+        "question_accuracy/base": 0.75, "question_accuracy/sft": 0.5, "question_accuracy/ppo": 1.0,
+    }  # fmt: skip
+    found = forgetting(metrics, ["base", "sft", "ppo"])
+    assert (found["retention_perplexity_ratio/sft"], found["retention_perplexity_ratio"]) == (2.0, 0.5)
+    assert found["retention_loss/sft"] == pytest.approx(math.log(2.0))
+    assert found["retention_loss"] == found["retention_loss/ppo"] == pytest.approx(-math.log(2.0))
+    assert (found["question_accuracy_change/sft"], found["question_accuracy_change"]) == (-0.25, 0.25)
+    assert found["retention_loss/base"] == found["question_accuracy_change/base"] == 0.0
+    texts = {name: value for name, value in metrics.items() if name.startswith("perplexity")}
+    assert not [name for name in forgetting(texts, ["base", "ppo"]) if name.startswith("question")]
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 50, 10_000])

@@ -80,6 +80,8 @@ def run_stage(stage: CompareStage, tiny_model: Path, directory: Path) -> Job:
     data.write("sft", "held_out", rows[4:])
     data.write("reward", "train", [PairRow(user("Where is the newt?"), "There.", "No.")])
     data.write("ppo", "train", [PromptRow(user("Where is the toad?"))])
+    data.write("replay", "train", [SftRow(user("Where is the gnu?"), "There.")])
+    data.write("ptx", "train", [SftRow([], "A text.")])
     job = small_job(
         "compare", directory, BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny")), data=data
     )
@@ -207,7 +209,9 @@ def test_a_question_that_does_not_fit_is_an_error(tiny_model: Path, tmp_path: Pa
         run_stage(stage, tiny_model, tmp_path / "run")
 
 
-@pytest.mark.parametrize("asks", ["where is  the CAT?", "Where is the newt?", "Where is the toad?"])
+@pytest.mark.parametrize(
+    "asks", ["where is  the CAT?", "Where is the newt?", "Where is the toad?", "Where is the gnu?"]
+)
 def test_what_training_rows_ask_is_left_out(asks: str, tiny_model: Path, tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     rows = [{"prompt": text, "completion": "There."} for text in (asks, "Where is the yak?")]

@@ -8,28 +8,41 @@ from typing import Any
 
 import pytest
 import torch
+from small_chain import Chain, Outcome
 from small_job import small_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config import ConfigError, validated
+from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import Message, PromptRow, QuestionRow, TextRow
+from rlhf.data.schema import Message, PromptRow, QuestionRow, Row, SftRow, TextRow
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, ModelConfig
 from rlhf.stages.evaluate import EvaluateStage
 
+REFERENCES = [
+    SftRow([Message(role="user", content=f"Say {word}")], f"{word}, {word}.") for word in ("tea", "rain", "x")
+]
+RETENTION = [
+    TextRow("Water boils."),
+    QuestionRow("Which?", ["a", "bb", "c c", "d"], 1),
+    TextRow("Ice melts in the sun."),
+]
 PROMPTS = ["Say a word about tea.", "Name a colour!", "What is rain?", *(f"What is {n}?" for n in range(29))]
 
 
 def make_stage(**changes: Any) -> EvaluateStage:
     values = {
         "prompts": "samples:prompts",
-        "retention_text": "samples:retention_sentences",
-        "retention_questions": "samples:retention_questions",
+        "retention": ["samples:retention_sentences", "samples:retention_questions"],
         "policies": ["base", "sft", "ppo"],
         "reward": None,
         "gold": f"python:{__name__}:rating",
+        "lm_eval": [],
+        "lm_eval_tasks": None,
+        "lm_eval_limit": None,
         "num_prompts": None,
+        "num_references": None,
         "max_new_tokens": 6,
         "temperature": 0.7,
         "top_p": 1.0,
@@ -70,8 +83,8 @@ def run_stage(stage: EvaluateStage, published: dict[str, Path], directory: Path)
     data = PreparedData(directory)
     prompts = [PromptRow([Message(role="user", content=text)]) for text in PROMPTS]
     data.write("evaluate", "evaluation", prompts)
-    data.write("retention_text", "evaluation", [TextRow("Water boils."), TextRow("Ice melts in the sun.")])
-    data.write("retention_questions", "evaluation", [QuestionRow("Which?", ["a", "bb", "c c", "d"], 1)])
+    data.write("sft", "held_out", REFERENCES)
+    data.write("retention", "evaluation", RETENTION)
     base = BaseModelFiles(published["base"], "tiny", ModelConfig(kind="tiny"))
     inputs = {name: published[name] for name in ("sft", "ppo")}
     job = small_job("evaluate", directory, base, inputs, data=data)
@@ -100,6 +113,56 @@ def test_equal_policies_measure_alike_and_another_does_not(finished: Job) -> Non
     assert metrics["retention_perplexity_ratio/ppo"] == pytest.approx(
         metrics["perplexity/ppo"] / metrics["perplexity/base"]
     )
+
+
+def test_the_task_is_learned_where_its_answers_become_likelier(
+    finished: Job, published: dict[str, Path], tmp_path: Path
+) -> None:
+    metrics = finished.summary
+    assert metrics is not None
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(published["ppo"]), finished.base.load_tokenizer()
+    nats, tokens = 0.0, 0
+    for row in REFERENCES:
+        ids, given = exchange_ids(tokenizer, row.prompt, row.completion)
+        with torch.no_grad():
+            logp_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        nats -= sum(float(logp_TV[place - 1, ids[place]]) for place in range(given, len(ids)))
+        tokens += len(ids) - given
+    assert metrics["task_loss/ppo"] == pytest.approx(nats / tokens, rel=1e-4)
+    assert metrics["task_gain/ppo"] == metrics["task_loss/base"] - metrics["task_loss/ppo"]
+    assert metrics["task_gain"] == metrics["task_gain/ppo"] < -0.001
+    assert metrics["task_gain/sft"] == pytest.approx(0.0, abs=1e-6)
+    fewer = run_stage(make_stage(num_references=2, num_prompts=1), published, tmp_path / "run").summary
+    assert fewer is not None
+    assert fewer["task_loss/ppo"] != pytest.approx(metrics["task_loss/ppo"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "gate", "missing"),
+    [
+        (RETENTION[:1], "question_accuracy_change", "questions"),
+        (RETENTION[1:2], "retention_perplexity_ratio", "texts"),
+    ],
+)
+def test_a_gate_needs_its_rows_in_the_retention_set(
+    tmp_path: Path, rows: list[Row], gate: str, missing: str
+) -> None:
+    data = PreparedData(tmp_path)
+    data.write("retention", "evaluation", rows)
+    stage = make_stage(gates={gate: {"min": 0.0, "advice": ""}})
+    with pytest.raises(ConfigError, match=f"evaluate.retention=samples:.* holds no {missing},"):
+        stage.check_data(data)
+    make_stage(gates={gate: None}).check_data(data)
+    data.write("retention", "evaluation", RETENTION)
+    stage.check_data(data)
+
+
+def test_missing_rows_are_told_before_anything_trains(finished_chain: tuple[Chain, Outcome]) -> None:
+    chain, _ = finished_chain
+    outcome = chain.run("evaluate.retention=sentences.jsonl", "sft.optim.lr=0.5")
+    assert outcome.code == 2
+    assert "evaluate.retention=sentences.jsonl holds no questions" in outcome.err
+    assert outcome.statuses == {"prepare": "ran"}
 
 
 def test_the_comparison_is_of_ppo(finished: Job) -> None:

@@ -13,7 +13,7 @@ from small_job import small_job
 
 from rlhf.config import ConfigError, validated
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import ROLES, TRAINING_ROLES, prompt_identity
+from rlhf.data.schema import ROLES, TRAINING_ROLES, QuestionRow, TextRow, prompt_identity
 from rlhf.models.load import BaseModelFiles, ModelConfig, base_files
 from rlhf.stages.prepare import PrepareStage
 
@@ -57,18 +57,19 @@ class Bench:
         numbers = range(40)
         self.rows = {
             "sft": [{"prompt": f"sft {n}", "completion": "yes"} for n in numbers],
+            "replay": [{"text": f"replay {n}"} for n in numbers],
             "reward": [{"prompt": f"reward {n}", "chosen": "good", "rejected": "bad"} for n in numbers],
             "ppo": [{"prompt": f"ppo {n}"} for n in numbers],
+            "ptx": [{"prompt": f"ptx {n}", "completion": "yes"} for n in numbers],
             "evaluate": [{"prompt": f"evaluate {n}"} for n in numbers],
-            "retention_text": [{"text": f"fact {n}"} for n in numbers],
-            "retention_questions": [
-                {"question": f"question {n}", "choices": ["a", "b"], "answer": 0} for n in numbers
-            ],
+            "texts": [{"text": f"fact {n}"} for n in numbers],
+            "questions": [{"question": f"question {n}", "choices": ["a", "b"], "answer": 0} for n in numbers],
         }
         self.sources = {}
 
     def stage(self, **knobs):
         sources = {role: write(self.directory / f"{role}.jsonl", rows) for role, rows in self.rows.items()}
+        sources["retention"] = [sources.pop("texts"), sources.pop("questions")]
         settings = {
             "sources": sources | self.sources, "held_out_fraction": 0.2, "evaluation_fraction": 0.25,
             "on_bad_row": "error", "response_tokens": 8, "gates": {},
@@ -122,8 +123,10 @@ def test_every_row_is_kept_once_and_counted(bench):
     assert_apart(data)
     for role in TRAINING_ROLES:
         assert sum(len(data.rows(role, split)) for split in ("train", "held_out")) == 40
-    for role in ("evaluate", "retention_text", "retention_questions"):
-        assert len(data.rows(role, "evaluation")) == 40
+    assert len(data.rows("evaluate", "evaluation")) == 40
+    retention = data.rows("retention", "evaluation")
+    assert retention[:40] == [TextRow(f"fact {n}", "texts") for n in range(40)]
+    assert retention[40:] == [QuestionRow(f"question {n}", ["a", "b"], 0) for n in range(40)]
     assert bench.job.summary == {
         "sft_rows": 40, "reward_pairs": 40, "ppo_prompts": 40, "evaluation_prompts": 40,
         "retention_texts": 40, "retention_questions": 40, "dropped": 0, "leaks": 0,
@@ -136,10 +139,10 @@ def test_every_row_is_kept_once_and_counted(bench):
 
 def test_token_quantiles(bench):
     # A byte is a token. Of the lengths 1 to 40, sorted: 5 % is item round(1.95), the median item round(19.5).
-    bench.rows["retention_text"] = [{"text": "x" * n} for n in range(40, 0, -1)]
+    bench.rows["sft"] = [{"text": "x" * n} for n in range(40, 0, -1)]
     bench.prepare()
     around = 2  # <|im_start|> opens a plain text, <|im_end|> ends it
-    assert bench.report["retention_text"]["tokens"] == {
+    assert bench.report["sft"]["tokens"] == {
         "p5": around + 3, "p50": around + 21, "p95": around + 38, "max": around + 40,
     }  # fmt: skip
 
@@ -172,11 +175,57 @@ def test_a_leak_from_another_source_is_removed_and_told_loudly(bench):
     assert_apart(data)
     assert bench.job.summary["leaks"] == 2
     assert bench.job.summary["sft_rows"] == bench.job.summary["ppo_prompts"] == 39
-    assert bench.report["sft"]["removed"] == {"in_evaluation": {"count": 1, "examples": ["sft.jsonl line 8"]}}
+    assert bench.report["sft"]["removed"] == {"leak": {"count": 1, "examples": ["sft.jsonl line 8"]}}
     assert (
-        "LEAK: 2 training rows ask what evaluate.prompts asks; they are left out: "
+        "LEAK: 2 training rows ask what evaluate.prompts or evaluate.retention asks; they are left out: "
         "1 in sft.data (sft.jsonl line 8); 1 in ppo.prompts (ppo.jsonl line 3)."
     ) in bench.output
+
+
+def test_a_retention_row_that_is_trained_on_is_a_leak(bench):
+    bench.rows["sft"] += [{"text": "Fact 7"}, {"prompt": "question 3", "completion": "a"}]
+    data = bench.prepare()
+    assert bench.job.summary["leaks"] == 2
+    assert len(data.rows("retention", "evaluation")) == 80
+    assert "2 in sft.data (sft.jsonl line 41, sft.jsonl line 42)" in bench.output
+
+
+def test_retention_shares_a_source_with_training_and_only_that_one_is_divided(bench):
+    bench.sources["sft"] = str(bench.directory / "texts.jsonl")
+    data = bench.prepare()
+    retention = data.rows("retention", "evaluation")
+    kept = {row.text for row in retention if isinstance(row, TextRow)}
+    trained = {row.completion for split in ("train", "held_out") for row in data.rows("sft", split)}
+    assert 4 <= len(kept) <= 16  # a quarter of 40
+    assert (kept & trained, len(kept | trained)) == (set(), 40)
+    assert len(retention) - len(kept) == 40  # all questions
+    assert bench.job.summary["leaks"] == 0
+
+
+def test_what_is_replayed_or_mixed_in_is_neither_evaluated_nor_held_out(bench):
+    bench.sources |= {role: str(bench.directory / "texts.jsonl") for role in ("sft", "replay", "ptx")}
+    data = bench.prepare()
+    assert_apart(data)
+    kept = {row.text for row in data.rows("retention", "evaluation") if isinstance(row, TextRow)}
+    for role in ("replay", "ptx"):
+        assert data.rows(role, "train") == data.rows("sft", "train")
+        assert not kept & {row.completion for row in data.rows(role, "train")}
+
+
+def test_a_source_that_is_null_gives_no_rows(bench):
+    bench.sources |= {"replay": None, "ptx": None}
+    data = bench.prepare()
+    assert data.rows("replay", "train") == data.rows("ptx", "held_out") == []
+    assert "replay" not in bench.report
+    assert "sft.replay" not in bench.output
+
+
+def test_what_retention_figures_are_called_is_in_the_key(bench):
+    before = bench.stage().external()
+    copy = shutil.copy(bench.directory / "texts.jsonl", bench.directory / "facts.jsonl")
+    bench.sources["retention"] = [str(copy), str(bench.directory / "questions.jsonl")]
+    after = bench.stage().external()
+    assert {name for name in after if after[name] != before[name]} == {"names"}
 
 
 def test_exact_duplicates_go_and_other_answers_stay(bench):
@@ -328,8 +377,7 @@ def test_packaged_prompts_never_overlap_and_hold_no_bad_row(bench):
         **packaged("reward", "pairs"),
         **packaged("ppo", "prompts"),
         **packaged("evaluate", "prompts"),
-        **packaged("retention_text", "retention_sentences"),
-        **packaged("retention_questions", "retention_questions"),
+        "retention": ["samples:retention_sentences", "samples:retention_questions"],
     }
     assert_apart(bench.prepare(held_out_fraction=0.1, evaluation_fraction=0.15))
     assert bench.job.summary["dropped"] == 0
@@ -342,8 +390,7 @@ def test_packaged_prompts_never_overlap_with_pairs_on_the_same_prompts(bench):
         "sft": "samples:instructions",
         "ppo": "samples:prompts",
         "evaluate": "samples:prompts",
-        "retention_text": "samples:retention_sentences",
-        "retention_questions": "samples:retention_questions",
+        "retention": ["samples:retention_sentences", "samples:retention_questions"],
     }
     assert_apart(bench.prepare(held_out_fraction=0.1, evaluation_fraction=0.15))
     assert bench.job.summary["dropped"] == bench.job.summary["leaks"] == 0
@@ -360,7 +407,7 @@ def test_real_human_data_is_read_completely(bench):
         "reward": str(REAL / "hh-helpful-base" / "pairs.jsonl.gz"),
         "ppo": str(prompts),
         "evaluate": str(prompts),
-        "retention_text": str(REAL / "wikitext2-valid" / "valid.txt.gz"),
+        "retention": str(REAL / "wikitext2-valid" / "valid.txt.gz"),
     }
     assert_apart(bench.prepare())
     assert bench.report["sft"]["read"] == bench.job.summary["sft_rows"] == 5027

@@ -29,6 +29,7 @@ TRAIN = [
     SftRow([Message(role="user", content=f"Say {n}{' please' * (n % 3)}")], f"It is {n}{'!' * (5 * n)}")
     for n in range(14)
 ]
+GENERAL = [SftRow([], f"Water boils at {n} degrees{'!' * (3 * n)}") for n in range(6)]
 HELD_OUT = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}") for n in range(20, 24)]
 
 
@@ -46,6 +47,7 @@ def sft_job(directory: Path, model: Path) -> Job:
     job = small_job("sft", directory, BaseModelFiles(model, "tiny", TINY))
     job.data.write("sft", "train", TRAIN)
     job.data.write("sft", "held_out", HELD_OUT)
+    job.data.write("replay", "train", GENERAL)
     return job
 
 
@@ -181,6 +183,71 @@ def test_a_part_of_an_epoch_is_a_part_of_its_batches(epochs: float, steps: int) 
     batches = stage.batches(rows, 0)  # type: ignore[arg-type]
     assert len(batches) == steps
     assert batches == sft_stage("sft.epochs=2").batches(rows, 0)[:steps]  # type: ignore[arg-type]
+
+
+def encoded(directory: Path, rows: list[SftRow]) -> list[EncodedAnswer]:
+    return [EncodedAnswer(load_tokenizer(directory, TINY), row, 80) for row in rows]
+
+
+REPLAY = "sft.replay=general.txt"
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.75])
+def test_replay_is_its_share_of_the_learned_tokens(tiny_model: Path, fraction: float) -> None:
+    stage = sft_stage(REPLAY, f"sft.replay_fraction={fraction}")
+    task, general = encoded(tiny_model, TRAIN), encoded(tiny_model, GENERAL)
+    batches = stage.batches(task, 0)
+    mixed = stage.with_replay(batches, general, 0)
+    longest = max(len(row.answer) for row in general)
+    learned = replayed = 0
+    for batch, own in zip(mixed, batches, strict=True):
+        assert batch[: len(own)] == own  # the task is learned as without replay
+        assert all(row in general for row in batch[len(own) :])
+        learned += sum(len(row.answer) for row in batch)
+        replayed += sum(len(row.answer) for row in batch[len(own) :])
+        assert 0 <= replayed - fraction * learned < longest
+    order = [general.index(row) for batch in mixed for row in batch if row in general]
+    passes = [order[start : start + 6] for start in range(0, len(order) - 5, 6)]
+    assert all(sorted(each) == list(range(6)) for each in passes)  # none comes again before all have come
+    assert stage.with_replay(batches, general, 0) == mixed  # so that a resumed run is the same run
+    if fraction == 0.75:
+        assert len({tuple(each) for each in passes}) > 1
+        assert stage.with_replay(batches, general, 1) != mixed
+
+
+def test_what_is_replayed_is_learned(tmp_path: Path, tiny_model: Path) -> None:
+    jobs = {
+        fraction: run_stage(tmp_path / fraction, tiny_model, REPLAY, f"sft.replay_fraction={fraction}")
+        for fraction in ("0", "0.5")
+    }
+    rows, losses = encoded(tiny_model, GENERAL), {}
+    for fraction, job in jobs.items():
+        model = load_causal_lm(job.directory, TINY, torch.float32)
+        with torch.no_grad():
+            found = [
+                model(torch.cat([row.prompt, row.answer])[None]).logits[0].log_softmax(-1) for row in rows
+            ]
+        losses[fraction] = -sum(
+            float(logp_TV[torch.arange(len(row.answer)), row.answer].sum())
+            for logp_TV, row in zip(found, rows, strict=True)
+        ) / sum(len(row.answer) for row in rows)
+    assert losses["0.5"] < losses["0"] - 0.1
+    assert jobs["0"].summary is not None and jobs["0.5"].summary is not None
+    assert jobs["0"].summary["replayed_rows"] == 0 < jobs["0.5"].summary["replayed_rows"]
+    assert logged(jobs["0.5"], "tokens")[0] > logged(jobs["0"], "tokens")[0]
+
+
+def test_replay_needs_something_to_replay(tiny_model: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"replay_fraction=0\.2 needs sft\.replay, a source of general data"
+    ):
+        sft_stage("sft.replay_fraction=0.2")
+    stage, task = sft_stage(REPLAY, "sft.replay_fraction=0.2"), encoded(tiny_model, TRAIN)
+    too_long = encoded(tiny_model, [SftRow([Message(role="user", content="x" * 90)], "never read")])
+    with pytest.raises(ConfigError, match=r"sft\.replay=general\.txt: no row .* sft\.max_tokens=80"):
+        stage.with_replay(stage.batches(task, 0), too_long, 0)
+    assert sft_stage(REPLAY).roles() == ("sft",)
+    assert stage.roles() == ("sft", "replay")
 
 
 def test_a_learning_rate_that_explodes_ends_with_the_batch_and_a_way_out(

@@ -1,0 +1,59 @@
+"""Interpolate between the base model and a tuned one: some of the task for some of what tuning forgot.
+
+Reads   the base model; the SFT or the PPO model.
+Writes  a plain causal-LM directory with the weights base + alpha (tuned - base).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from rlhf.data.prepared import PreparedData
+from rlhf.estimate import Work
+from rlhf.job import Job
+from rlhf.models.interpolate import interpolate
+from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
+from rlhf.stage import Stage
+
+
+class MergeStage(Stage):
+    """What `merge.*` can be told. Values: conf/stages/merge.yaml."""
+
+    name: ClassVar[str] = "merge"
+    in_chain: ClassVar[bool] = False
+
+    policy: Literal["sft", "ppo"]
+    """The tuned model."""
+    alpha: float = Field(ge=0, le=1)
+    """0 is the base model, 1 the tuned one.
+
+    Source: WiSE-FT, Wortsman et al. 2022 (arXiv:2109.01903).
+    """
+
+    def inputs(self) -> tuple[str, ...]:
+        """The tuned model."""
+        return (self.policy,)
+
+    def reads_base_model(self) -> bool:
+        """It is one of the two."""
+        return True
+
+    def work(self, data: PreparedData) -> Work:
+        """It runs no model."""
+        return Work()
+
+    def run(self, job: Job) -> None:
+        """Load both, move the tuned one's weights, and publish it."""
+        change = job.compute.main_only(lambda: self.merge(job))
+        job.publish({"alpha": self.alpha, "relative_change": change})
+
+    def merge(self, job: Job) -> float:
+        """Write the model; how far it is from the base model, relative to that."""
+        directory, settings, dtype = job.inputs[self.policy].path, job.base.config, job.compute.dtype
+        base = load_causal_lm(job.base.directory, settings, dtype)
+        tuned = load_causal_lm(directory, settings, dtype)
+        change = interpolate(base, tuned, self.alpha)
+        save_policy(tuned, load_tokenizer(directory, settings), job.directory)
+        return change

@@ -1,0 +1,96 @@
+"""lm-eval on task files of this machine: its figures are those of whole logits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from rlhf.config import ConfigError
+from rlhf.distributed import make_compute
+from rlhf.evaluation import harness
+from rlhf.evaluation.harness import Harness
+from rlhf.generation.policy import Policy
+from rlhf.models.load import ModelConfig
+
+QUESTIONS = [
+    {"question": f"{number} and {number}?", "choices": ["twice", "1", "a long answer"], "gold": number % 3}
+    for number in range(9)
+]
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one task, and its data."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "{{gold}}",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "sums.yaml").write_text(json.dumps(task))  # JSON is YAML
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model: Path) -> Policy:
+    compute, _ = make_compute("cpu", "fp32")
+    return Policy.load(tiny_model, ModelConfig(kind="tiny"), compute)
+
+
+def is_right(policy: Policy, question: str, choices: list[str], gold: int) -> bool:
+    scores = []
+    for choice in choices:
+        given, ids = (
+            policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (f"Question: {question}\nAnswer:", f" {choice}")
+        )
+        with torch.no_grad():
+            logp_TV = policy.model(input_ids=torch.tensor([given + ids])).logits[0].log_softmax(-1)
+        scores.append(sum(float(logp_TV[len(given) + at - 1, token]) for at, token in enumerate(ids)))
+    return scores.index(max(scores)) == gold
+
+
+def test_its_accuracy_is_that_of_whole_logits(policy: Policy, tasks: Path) -> None:
+    asked = Harness(["sums"], tasks, None)
+    asked.check()
+    asked.fetch()
+    right = [is_right(policy, **question) for question in QUESTIONS]  # type: ignore[arg-type]
+    assert asked.measure(policy) == {"lm_eval/sums/acc": pytest.approx(sum(right) / 9)}
+    assert 0 < sum(right) < 9
+    first = sum(right[:4]) / 4
+    assert Harness(["sums"], tasks, 4).measure(policy) == {"lm_eval/sums/acc": pytest.approx(first)}
+
+
+def test_what_is_not_there_is_told_before_anything_runs(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"no task hellaswag in evaluate\.lm_eval_tasks=.*: sums\."):
+        Harness(["sums", "hellaswag"], tasks, None).check()
+    with pytest.raises(ConfigError, match=r"evaluate\.lm_eval_tasks=.*none: there is no such folder"):
+        Harness(["sums"], tasks / "none", None).check()
+    (tasks / "rows.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"evaluate\.lm_eval=sums: .* downloads its tasks' data"):
+        Harness(["sums"], tasks, None).fetch()
+    monkeypatch.setattr(harness, "find_spec", lambda name: importlib.util.find_spec("no_such_package"))
+    with pytest.raises(ConfigError, match=r"evaluate\.lm_eval needs lm-eval: pip install 'rlhf\[lm_eval\]'"):
+        Harness(["sums"], tasks, None).check()
+
+
+def test_the_content_of_the_task_files_is_in_the_key(tasks: Path) -> None:
+    before = Harness(["sums"], tasks, None).digest()
+    assert before.startswith(f"{Harness(['sums'], None, None).digest()} ")
+    (tasks / "sums.yaml").write_text((tasks / "sums.yaml").read_text().replace("Answer", "Reply"))
+    assert Harness(["sums"], tasks, None).digest() != before

@@ -1,0 +1,50 @@
+"""What the pretraining mix is drawn from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small_chain import Chain, Outcome
+from small_ppo import ppo_job, ppo_stage
+
+from rlhf.data.schema import Message, SftRow
+
+OWN = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}.") for n in range(8)]
+GENERAL = [SftRow([], f"Water boils at {n} degrees.") for n in range(8)]
+RULE = (
+    "ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=running", "ppo.ptx.coef=0.5",
+    "ppo.steps=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "rows"), [("null", OWN), ("general.txt", GENERAL)])
+def test_the_mix_draws_from_its_own_source_where_there_is_one(
+    tmp_path: Path, tiny_model: Path, data: str, rows: list[SftRow]
+) -> None:
+    stage, job = ppo_stage("ppo.ptx.coef=0.5", f"ppo.ptx.data={data}"), ppo_job(tmp_path / "job", tiny_model)
+    for role, content in (("sft", OWN), ("ptx", GENERAL)):
+        job.data.write(role, "train", content)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    learner = stage.learner(job)
+    assert learner.update.mix is not None
+    _, answers = learner.update.mix.draw()
+    drawn = {learner.policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers}
+    assert drawn == {row.completion for row in rows}
+
+
+def test_its_content_is_in_the_key_and_its_place_is_not(finished_chain: tuple[Chain, Outcome]) -> None:
+    chain, _ = finished_chain
+    general = chain.write("general.jsonl", [{"text": f"Ice melts at {n} degrees."} for n in range(24)])
+    shutil.copy(chain.directory / general, chain.directory / "moved.jsonl")
+    chain.write("other.jsonl", [{"text": f"Iron melts at {n} degrees."} for n in range(24)])
+    mixed, moved, other = (
+        chain.run("stage=ppo", *RULE, f"ppo.ptx.data={data}")
+        for data in (general, "moved.jsonl", "other.jsonl")
+    )
+    assert mixed.code == moved.code == other.code == 0, mixed.err
+    assert mixed.statuses == {"prepare": "ran", "sft": "reused", "ppo": "ran"}
+    assert moved.statuses["ppo"] == "reused"
+    assert other.statuses["ppo"] == "ran"
