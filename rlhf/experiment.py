@@ -14,6 +14,7 @@ from rlhf.config import ConfigError, Strict, validated
 from rlhf.distributed import DistributedConfig, Precision, Zero
 from rlhf.generation.vllm import VllmConfig
 from rlhf.launch import LaunchConfig
+from rlhf.methods import METHODS
 from rlhf.models.load import ModelConfig
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
@@ -111,7 +112,32 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     experiment = Experiment(settings, stages, resolved)
     for name in experiment.needed():
         stages[name].check(stages)
+        check_method(stages[name], settings)
     return experiment
+
+
+def check_method(stage: Stage, settings: Settings) -> None:
+    """Refuse a method of training where it was not tried.
+
+    Raises:
+        ConfigError: with what was.
+    """
+    peft = stage.tunes()
+    if peft is None:
+        return
+    method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
+    if settings.zero != "none" and not method.shards:
+        tried = " or ".join(name for name, each in METHODS.items() if each.shards)
+        raise ConfigError(
+            f"zero={settings.zero}: {key} was not tried with sharded weights. Use zero=none, or "
+            f"{stage.name}.peft={tried}."
+        )
+    if settings.generation == "vllm" and stage.samples and not method.samples_by_vllm:
+        tried = " or ".join(name for name, each in METHODS.items() if each.samples_by_vllm)
+        raise ConfigError(
+            f"generation=vllm: what {key} trains cannot be handed over to vLLM. Use generation=local, or "
+            f"{stage.name}.peft={tried}."
+        )
 
 
 def _is_stage(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """Supervised instruction tuning: teach the base model to answer in the way of the examples.
 
 Reads   the base model; prompt/completion rows (`sft.data`).
-Writes  a plain causal-LM directory, and the held-out loss before and after.
+Writes  a plain causal-LM directory, and the held-out loss before and after; with another sft.peft than none
+        also what was trained alone, in `adapter/`.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import OptimConfig, Peft
+from rlhf.config import OptimConfig, Peft, PeftConfig
 from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.engine import Engine, make_engine
-from rlhf.estimate import TRAINED, Work
+from rlhf.estimate import Work
 from rlhf.job import Job
 from rlhf.loop import train_batches
-from rlhf.models.adapters import attach, count_parameters, merged
+from rlhf.methods import METHODS
+from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
-from rlhf.models.load import load_causal_lm, save_policy
+from rlhf.models.load import load_causal_lm
+from rlhf.models.merged import publish_policy
 from rlhf.models.policy import ResponseModel, check_head, pack_sequences, rollout_rows
 from rlhf.rl.rollout import Rollout
 from rlhf.stage import Stage
@@ -37,7 +40,7 @@ class SftStage(Stage):
     """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -68,12 +71,16 @@ class SftStage(Stage):
         """It trains the base model."""
         return True
 
+    def tunes(self) -> PeftConfig:
+        """How it trains."""
+        return self.peft
+
     def work(self, data: PreparedData) -> Work:
         """Every training row once an epoch; the held-out rows twice."""
         rows, tokens = data.size("sft", "train")
         held_out, _ = data.size("sft", "held_out")
         return Work(
-            trained=TRAINED[self.peft.method] * self.epochs * rows * tokens, read=2 * held_out * tokens
+            trained=METHODS[self.peft.method].cost * self.epochs * rows * tokens, read=2 * held_out * tokens
         )
 
     def run(self, job: Job) -> None:
@@ -109,12 +116,14 @@ class SftStage(Stage):
         after = self.mean_loss(job, engine, held_out)
 
         weights = engine.trainable_state(policy)
-        job.compute.main_only(
-            lambda: save_policy(
-                merged(job.base, job.base.directory, self.peft, weights), tokenizer, job.directory
+        written = job.compute.main_only(
+            lambda: publish_policy(
+                job.directory, weights, tokenizer, start=job.base.directory, key=job.base.identity,
+                settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
             )
-        )
+        )  # fmt: skip
         job.publish({
+            **written,
             "held_out_loss_before": before,
             "held_out_loss": after,
             "held_out_loss_change": after - before,

@@ -21,9 +21,6 @@ from rlhf.models.packed import Packed, hidden_states, pack_where_possible, take
 from rlhf.models.policy import Sequences
 from rlhf.models.sharing import sharing
 
-ADAPTER = "adapter"
-"""Where a published reward model keeps the adapter that was merged into it."""
-
 
 class ScalarHead(nn.Module):
     """value = weight . hidden + offset, in fp32 whatever the weights are kept in."""

@@ -1,0 +1,62 @@
+"""Policies as they are published: the weights that a stage trained, put on those that it started from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.config import ConfigError, PeftConfig
+from rlhf.models.adapters import attach
+from rlhf.models.load import ModelConfig, load_causal_lm, save_policy
+from rlhf.models.published import attach_published, origin_of, save_adapter
+from rlhf.training import load_trainable
+
+
+def publish_policy(
+    artifact: Path,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    start: Path,
+    key: str,
+    settings: ModelConfig,
+    dtype: torch.dtype,
+    peft: PeftConfig,
+) -> dict[str, float]:
+    """Write a plain causal model, and beside it in `adapter/` what was trained of it.
+
+    Args:
+        artifact: the directory to write to.
+        start: the model that the training started from; `key` names it.
+        weights: what `Engine.trainable_state` gathered of a model that `attach` had prepared in the same way.
+
+    Returns:
+        Summary metrics of what was written.
+    """
+    model = load_causal_lm(start, settings, dtype)
+    adapter = attach(model, peft)
+    load_trainable(model, weights)
+    metrics = save_adapter(adapter, artifact, start, key)
+    adapter.merge()
+    save_policy(model, tokenizer, artifact)
+    return metrics
+
+
+def merged_policy(artifact: Path, settings: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that an artifact's training started from, with its adapter folded in, on the CPU.
+
+    Raises:
+        ConfigError: there is no adapter, or its base model is not to be found.
+    """
+    origin = origin_of(artifact)
+    if origin is None:
+        raise ConfigError(
+            f"{artifact}: no adapter/ in it, so nothing to merge: all its weights were trained (peft=none)."
+        )
+    model = load_causal_lm(origin.found(artifact), settings, dtype)
+    adapter, _ = attach_published(model, artifact)
+    adapter.merge()
+    return model
