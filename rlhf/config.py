@@ -68,7 +68,7 @@ class PeftConfig(Strict):
     What each method is, where it comes from and what can be done with it: rlhf/methods.py.
     """
 
-    method: Literal["none", "lora", "dora", "ia3", "freeze"]
+    method: Literal["none", "lora", "dora", "ia3", "freeze", "adapter"]
     rank: PositiveInt = 16
     """lora, dora: of the update."""
     alpha: PositiveInt = 32
@@ -77,6 +77,10 @@ class PeftConfig(Strict):
     """lora, dora: the linear layers that are updated, by the last part of their names."""
     layers: PositiveInt = 2
     """freeze: so many of the model's last layers are trained."""
+    placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    """adapter: a bottleneck behind each feed-forward layer; or behind attention too."""
+    size: PositiveInt = 64
+    """adapter: of the bottlenecks."""
 
     @model_validator(mode="after")
     def _reads_what_is_set(self) -> Self:

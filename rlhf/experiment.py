@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt
 
 from rlhf.checkpoint import CheckpointConfig
+from rlhf.compare.tuned import POLICY_STAGES
 from rlhf.config import ConfigError, Strict, validated
 from rlhf.distributed import DistributedConfig, Precision, Zero
 from rlhf.generation.vllm import VllmConfig
@@ -112,20 +113,33 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     experiment = Experiment(settings, stages, resolved)
     for name in experiment.needed():
         stages[name].check(stages)
-        check_method(stages[name], settings)
+        check_method(stages[name], experiment)
     return experiment
 
 
-def check_method(stage: Stage, settings: Settings) -> None:
-    """Refuse a method of training where it was not tried.
+def check_method(stage: Stage, experiment: Experiment) -> None:
+    """Refuse a method of training where it cannot work or was not tried.
 
     Raises:
-        ConfigError: with what was.
+        ConfigError: why, and with what it can.
     """
-    peft = stage.tunes()
+    peft, settings = stage.tunes(), experiment.settings
     if peft is None:
         return
     method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
+    merging = " or ".join(name for name, each in METHODS.items() if each.merges)
+    start = experiment.stages["sft"].tunes() if "sft" in stage.inputs() else None
+    if start is not None and not METHODS[start.method].merges:
+        raise ConfigError(
+            f"sft.peft={start.method}: it is not merged into the weights, so {stage.name}, which trains on "
+            f"the SFT model, would have to publish two adapters. Use sft.peft={merging}; or run only what "
+            f"needs no {stage.name}, such as stage=sft."
+        )
+    if settings.generation == "vllm" and not method.merges and stage.name in POLICY_STAGES:
+        raise ConfigError(
+            f"generation=vllm: {key} is not merged into the weights, which are all that vLLM is handed. Use "
+            f"generation=local, or {stage.name}.peft={merging}."
+        )
     if settings.zero != "none" and not method.shards:
         tried = " or ".join(name for name, each in METHODS.items() if each.shards)
         raise ConfigError(

@@ -14,6 +14,8 @@ class Method(NamedTuple):
     """Forward and backward pass of a token, relative to a forward pass: without gradients of the frozen
     weights; or with them, and a pass over all weights in each optimizer step. Fitted for none and lora to the
     demo on two CPU cores; the others are counted like lora."""
+    merges: bool = True
+    """Whether it can be folded into the weights, so that a plain model is published."""
     shares: bool = False
     """Whether PPO's models can stand on one backbone: nothing but the adapter's own weights changes."""
     shards: bool = False
@@ -34,5 +36,7 @@ METHODS = {
     "ia3": Method((), 2.0),
     # the last layers, as they are (Howard and Ruder 2018, arXiv:1801.06146, start with the last one)
     "freeze": Method(("layers",), 2.0, samples_by_vllm=True),
+    # modules between the layers: rlhf/models/bottleneck.py
+    "adapter": Method(("placement", "size"), 2.0, merges=False),
 }
 """`none` trains all parameters."""

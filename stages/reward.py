@@ -163,7 +163,7 @@ class RewardStage(Stage):
     def save(
         self, job: Job, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, float]:
-        """Publish the trained weights as a plain classification model, and what was trained of it.
+        """Publish what was trained, and a plain classification model where the method merges.
 
         Returns:
             Summary metrics of what was written.
@@ -173,8 +173,12 @@ class RewardStage(Stage):
         adapter = attach(model.model, self.peft)
         load_trainable(model, weights)
         metrics = save_adapter(adapter, job.directory, sft.path, sft.key, model.head.weight)
-        adapter.merge()
-        save_scalar_model(model, tokenizer, job.directory)
+        if METHODS[self.peft.method].merges:
+            adapter.merge()
+            save_scalar_model(model, tokenizer, job.directory)
+        else:
+            model.model.config.save_pretrained(job.directory)
+            tokenizer.save_pretrained(job.directory)
         return metrics
 
     def rank(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair]) -> Ranking:

@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import ConfigError, PeftConfig
+from rlhf.models.bottleneck import KIND, NAMES, BottleneckConfig, BottleneckModel
 
 PREFIX = "base_model.model."
 """What stands before an adapter's weights' names in peft's files."""
-TUNERS: dict[str, Callable[..., BaseTuner]] = {"LORA": LoraModel, "IA3": IA3Model}
+TUNERS: dict[str, Callable[..., BaseTuner]] = {"LORA": LoraModel, "IA3": IA3Model, KIND: BottleneckModel}
 """By peft's name of the method."""
 FACTORS = ("lora_magnitude_vector", "ia3_l")
 """Parameters that multiply. They stay fp32 in a bf16 model: near 1 bf16 knows steps of 0.4% only."""
@@ -64,7 +65,10 @@ class Adapter:
                 layer.__dict__.pop("forward", None)
 
     def merge(self) -> None:
-        """Fold the adapter into the weights, so that the model publishes as a plain one."""
+        """Fold the adapter into the weights, so that the model publishes as a plain one.
+
+        Only where the method merges (`METHODS`).
+        """
         if self._tuner is not None:
             self._tuner.merge_and_unload()
             self._tuner = None
@@ -127,6 +131,8 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
                 f"peft=ia3: peft does not know which layers of a {kind} model to scale. Use lora or dora."
             )
         return IA3Config()
+    if config.method == "adapter":
+        return BottleneckConfig(size=config.size, target_modules=_sublayer_ends(model, config))
     targets = _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
     return LoraConfig(
         r=config.rank,
@@ -139,13 +145,32 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
 def _last_layers(model: PreTrainedModel, config: PeftConfig | None) -> list[nn.Module]:
     if config is None or config.method != "freeze":
         return []
-    blocks: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    blocks = _layers(model)
     if len(blocks) < config.layers:
         raise ConfigError(
             f"peft.layers={config.layers}: {type(model).__name__} has {len(blocks)} layers that could be "
             "told apart. Train fewer, or use peft=none."
         )
     return blocks[-config.layers :]
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return layers
+
+
+def _sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """The last linear layers of a layer's attention and feed-forward part, by their names in it."""
+    size, ends = model.config.get_text_config().hidden_size, []
+    for name, part in (_layers(model) or [model])[0].named_children():
+        names = [inner for inner, linear in _linears(part) if linear.out_features == size]
+        ends += [f"{name}.{names[-1]}".rstrip(".")] if names else []
+    if len(ends) != 2:
+        raise ConfigError(
+            f"peft=adapter: attention and feed-forward of {type(model).__name__} could not be told apart "
+            f"(found {', '.join(ends) or 'none'}). Use lora or dora."
+        )
+    return ends if config.placement == "houlsby" else ends[1:]
 
 
 def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
@@ -208,7 +233,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _inner_linears(model: PreTrainedModel) -> list[str]:
     """Every linear layer of the backbone; neither the output layer nor a score head."""
-    backbone = getattr(model, model.base_model_prefix)
-    names = (name for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear))
-    adapted = (name.partition(".lora_")[0].removesuffix(".base_layer") for name in names)
-    return sorted({name.rpartition(".")[2] for name in adapted})
+    return sorted({name.rpartition(".")[2] for name, _ in _linears(getattr(model, model.base_model_prefix))})
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The model's own linear layers, by the names that they have without adapters."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and not any(part in name for part in (".lora_", f".{NAMES}")):
+            yield name.partition(".base_layer")[0], layer

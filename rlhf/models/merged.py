@@ -1,4 +1,5 @@
-"""Policies as they are published: the weights that a stage trained, put on those that it started from."""
+"""Policies as they are published: the weights that a stage trained, put on those that it started from, or
+beside a reference to them."""
 
 from __future__ import annotations
 
@@ -9,10 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, PeftConfig
+from rlhf.methods import METHODS
 from rlhf.models.adapters import attach
-from rlhf.models.load import ModelConfig, load_causal_lm, save_policy
-from rlhf.models.published import attach_published, origin_of, save_adapter
+from rlhf.models.bottleneck import KIND
+from rlhf.models.load import ModelConfig, load_causal_lm, save_policy, save_settings
+from rlhf.models.published import attach_published, described, origin_of, save_adapter
 from rlhf.training import load_trainable
+
+UNMERGED = {KIND: "adapter"}
+"""What peft's files call a method that does not merge, and its name."""
 
 
 def publish_policy(
@@ -26,7 +32,7 @@ def publish_policy(
     dtype: torch.dtype,
     peft: PeftConfig,
 ) -> dict[str, float]:
-    """Write a plain causal model, and beside it in `adapter/` what was trained of it.
+    """Write what was trained into `adapter/`, and beside it a plain causal model where the method merges.
 
     Args:
         artifact: the directory to write to.
@@ -40,8 +46,11 @@ def publish_policy(
     adapter = attach(model, peft)
     load_trainable(model, weights)
     metrics = save_adapter(adapter, artifact, start, key)
-    adapter.merge()
-    save_policy(model, tokenizer, artifact)
+    if METHODS[peft.method].merges:
+        adapter.merge()
+        save_policy(model, tokenizer, artifact)
+    else:
+        save_settings(model, tokenizer, artifact)
     return metrics
 
 
@@ -49,12 +58,18 @@ def merged_policy(artifact: Path, settings: ModelConfig, dtype: torch.dtype) -> 
     """The model that an artifact's training started from, with its adapter folded in, on the CPU.
 
     Raises:
-        ConfigError: there is no adapter, or its base model is not to be found.
+        ConfigError: there is no adapter, its base model is not to be found, or its method does not merge.
     """
     origin = origin_of(artifact)
     if origin is None:
         raise ConfigError(
             f"{artifact}: no adapter/ in it, so nothing to merge: all its weights were trained (peft=none)."
+        )
+    kind = described(artifact)["peft_type"]
+    if kind in UNMERGED:
+        raise ConfigError(
+            f"{artifact}: peft={UNMERGED[kind]} cannot be merged into the weights: no weights of the model "
+            "alone answer as it does. Use the artifact as it is, or train with lora, dora, ia3 or freeze."
         )
     model = load_causal_lm(origin.found(artifact), settings, dtype)
     adapter, _ = attach_published(model, artifact)

@@ -1,7 +1,8 @@
 """What was trained, on disk: small files beside a reference to the model that they belong to.
 
 `adapter/` of a model's artifact holds adapter_config.json and adapter_model.safetensors, in peft's format
-where the method is one of peft's, and base.json, the reference. The merged model stands beside it.
+where the method is one of peft's, and base.json, the reference. Of a method that merges the merged model
+stands beside it; of others there is nothing but the model's settings and its tokenizer.
 """
 
 from __future__ import annotations
@@ -107,6 +108,14 @@ def origin_of(artifact: Path) -> Origin | None:
         return Origin.model_validate_json(path.read_bytes()) if path.exists() else None
     except ValidationError:
         raise ConfigError(f"{path}: cannot be read. Remove the artifact; it is then made anew.") from None
+
+
+def base_of(artifact: Path) -> Path | None:
+    """Where the weights lie of an artifact that has none of its own beside its adapter; None where it has."""
+    origin = origin_of(artifact)
+    if origin is None or any(artifact.glob("*.safetensors")):
+        return None
+    return origin.found(artifact)
 
 
 def described(artifact: Path) -> dict[str, Any]:

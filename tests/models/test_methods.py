@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,21 +18,27 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.methods import METHODS
 from rlhf.models.adapters import Adapter, attach, count_parameters, merged_weights
-from rlhf.models.load import load_causal_lm
+from rlhf.models.bottleneck import BottleneckConfig, BottleneckLayer
+from rlhf.models.load import load_causal_lm, load_tokenizer, save_settings
 from rlhf.models.merged import merged_policy
 from rlhf.models.published import attach_published, origin_of, save_adapter
 
 LINEAR_OUT = 2 * (64 + 32) + 128 + 128 + 64  # q, o; k, v; gate, up; down
 LORA = 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
 LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
-TRAINED = {"lora": 2 * LORA, "dora": 2 * (LORA + LINEAR_OUT), "ia3": 2 * (32 + 32 + 128), "freeze": LAYER}
-"""Parameters of rank-4 updates, or of the last of two layers."""
+BOTTLENECK = 64 * 8 + 8 + 8 * 64 + 64
+TRAINED = {
+    "lora": 2 * LORA, "dora": 2 * (LORA + LINEAR_OUT), "ia3": 2 * (32 + 32 + 128), "freeze": LAYER,
+    "adapter": 2 * BOTTLENECK,
+}  # fmt: skip
+"""Parameters of rank-4 updates, of the last of two layers, or of bottlenecks of size 8."""
 MERGING = ["lora", "dora", "ia3", "freeze"]
-MADE_BY_PEFT = ["lora", "dora", "ia3"]
+EVERY = [*MERGING, "adapter"]
+IN_PEFTS_FORMAT = ["lora", "dora", "ia3", "adapter"]
 
 
 def config(method: str) -> PeftConfig:
-    size = {"rank": 4, "layers": 1}
+    size = {"rank": 4, "layers": 1, "size": 8}
     return PeftConfig.model_validate(
         {"method": method, **{key: size[key] for key in METHODS[method].knobs if key in size}}
     )
@@ -57,12 +64,13 @@ def saved(directory: Path, tiny_model: Path, method: str) -> tuple[Path, Tensor]
     adapter = tuned(model, method)
     train(model)
     metrics = save_adapter(adapter, artifact, base, "1")
+    save_settings(model, load_tokenizer(base, TINY), artifact)
     files = list((artifact / "adapter").iterdir())
     assert metrics == {"adapter_bytes": sum(path.stat().st_size for path in files)}
     return artifact, logits(model)
 
 
-@pytest.mark.parametrize("method", MERGING)
+@pytest.mark.parametrize("method", EVERY)
 def test_it_starts_as_the_model_it_is_put_into(method: str, tiny_model: Path) -> None:
     model = load(tiny_model)
     before = logits(model)
@@ -70,7 +78,7 @@ def test_it_starts_as_the_model_it_is_put_into(method: str, tiny_model: Path) ->
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("method", MERGING)
+@pytest.mark.parametrize("method", EVERY)
 def test_it_trains_what_it_says_and_nothing_else(method: str, tiny_model: Path) -> None:
     model = load(tiny_model)
     before = logits(model)
@@ -84,7 +92,7 @@ def test_it_trains_what_it_says_and_nothing_else(method: str, tiny_model: Path) 
         assert torch.equal(parameter, {**frozen, **moving}[name]) == (name in frozen), name
 
 
-@pytest.mark.parametrize("method", MERGING)
+@pytest.mark.parametrize("method", EVERY)
 def test_folded_in_it_says_the_same_and_leaves_nothing_behind(method: str, tiny_model: Path) -> None:
     model = load(tiny_model)
     adapter = tuned(model, method)
@@ -98,7 +106,7 @@ def test_folded_in_it_says_the_same_and_leaves_nothing_behind(method: str, tiny_
             assert torch.equal(value, weights[name]), name
 
 
-@pytest.mark.parametrize("method", MERGING)
+@pytest.mark.parametrize("method", EVERY)
 def test_what_is_saved_belongs_on_its_base_and_says_the_same(
     method: str, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -111,12 +119,16 @@ def test_what_is_saved_belongs_on_its_base_and_says_the_same(
     assert count_parameters(model)[0] == 0
     whole = (base / "model.safetensors").stat().st_size
     assert (artifact / "adapter" / "adapter_model.safetensors").stat().st_size < 0.6 * whole
+    if method not in MERGING:
+        with pytest.raises(ConfigError, match=f"peft={method} cannot be merged into the weights"):
+            merged_policy(artifact, TINY, torch.float32)
+        return
     merged = merged_policy(artifact, TINY, torch.float32)
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
     assert list(merged.state_dict()) == list(load(base).state_dict())
 
 
-@pytest.mark.parametrize("method", MADE_BY_PEFT)
+@pytest.mark.parametrize("method", IN_PEFTS_FORMAT)
 def test_peft_reads_it(method: str, tiny_model: Path, tmp_path: Path) -> None:
     artifact, expected = saved(tmp_path, tiny_model, method)
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -211,3 +223,54 @@ def test_a_key_that_the_method_does_not_read_is_refused_and_not_in_the_recipe() 
     assert PeftConfig(method="lora").model_dump(mode="json") == {
         "method": "lora", "rank": 16, "alpha": 32, "target_modules": "all-linear",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("placement", "behind"),
+    [("pfeiffer", ["mlp.down_proj"]), ("houlsby", ["mlp.down_proj", "self_attn.o_proj"])],
+)
+def test_bottlenecks_stand_behind_their_sublayers(
+    placement: Literal["pfeiffer", "houlsby"], behind: list[str], tiny_model: Path
+) -> None:
+    model = load(tiny_model)
+    attach(model, PeftConfig(method="adapter", placement=placement, size=8))
+    names = [name for name, module in model.named_modules() if isinstance(module, BottleneckLayer)]
+    assert sorted(names) == sorted(f"model.layers.{layer}.{name}" for layer in range(2) for name in behind)
+    assert count_parameters(model)[0] == len(names) * BOTTLENECK
+
+
+def test_a_bottleneck_by_hand() -> None:
+    linear = torch.nn.Linear(3, 2)
+    layer = BottleneckLayer(linear, "default", BottleneckConfig(size=2))
+    layer._active_adapter = ["default"]
+    down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+        linear.bias.zero_()
+        down.weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+        up.weight.copy_(torch.tensor([[10.0, 0.0], [0.0, 100.0]]))
+        up.bias.copy_(torch.tensor([0.5, 0.0]))
+    # h = (1, 3); down: 4, and -2, which relu cuts off; up: 40 and 0
+    assert layer(torch.tensor([1.0, 3.0, 9.0])).tolist() == [41.5, 3.0]
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_a_new_adapter_stands_on_published_bottlenecks(method: str, tiny_model: Path, tmp_path: Path) -> None:
+    """As a critic's on the reward model's: it starts as that and trains alone."""
+    artifact, expected = saved(tmp_path, tiny_model, "adapter")
+    model = load_causal_lm(artifact, TINY, torch.float32)
+    tuned(model, method)
+    torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
+    assert count_parameters(model)[0] == TRAINED[method]
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name in trainable if "published" in name]
+    train(model)
+    assert (logits(model) - expected).abs().max() > 1e-3
+
+
+def test_bottlenecks_in_a_model_whose_layers_cannot_be_told_apart(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = torch.nn.Identity()
+    with pytest.raises(ConfigError, match=r"could not be told apart \(found self_attn.o_proj\)"):
+        attach(model, PeftConfig(method="adapter"))

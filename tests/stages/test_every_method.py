@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from small_chain import Chain
 from small_job import on_cpu, small_job
 from torch import Tensor
 
@@ -25,7 +26,9 @@ from rlhf.models.merged import merged_policy
 from rlhf.models.policy import pack_sequences, response_statistics
 from rlhf.models.published import attach_published, origin_of
 from rlhf.models.scalar import ScalarModel, load_scalar_model
+from rlhf.rewards.learned import LearnedReward
 from rlhf.stage import Stage
+from rlhf.stages.ppo import PpoStage
 
 TINY = ModelConfig(kind="tiny")
 SETTINGS = (
@@ -39,6 +42,7 @@ MERGING = {
     "lora": "{method: lora, rank: 4}", "dora": "{method: dora, rank: 4}", "ia3": "ia3",
     "freeze": "{method: freeze, layers: 1}",
 }  # fmt: skip
+BESIDE = {"adapter": "{method: adapter, placement: houlsby, size: 8}"}
 HELD_OUT = [f"{n}?" for n in range(20, 24)]
 ROWS = [torch.arange(3, 30), torch.arange(40, 52)]
 
@@ -163,9 +167,29 @@ def test_a_policy(name: str, method: str, tmp_path: Path, tiny_model: Path) -> N
     assert_samples_with_a_cache(artifact)
 
 
-@pytest.mark.parametrize("method", MERGING)
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("method", BESIDE)
+def test_a_policy_that_stays_beside_its_base(
+    name: str, method: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    artifact = trained(name, tmp_path, tiny_model, BESIDE[method]).directory
+    assert not list(artifact.glob("*.safetensors"))  # nobody takes the base model for it
+    beside = load_causal_lm(tiny_model, TINY, torch.float32)
+    start = logits(beside)
+    attach_published(beside, artifact)
+    published = load_causal_lm(artifact, TINY, torch.float32)
+    assert not torch.allclose(logits(published), start, atol=1e-3)
+    assert torch.equal(logits(published), logits(beside))
+    assert published.generation_config is not None
+    assert published.generation_config.eos_token_id == [2]
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        merged_policy(artifact, TINY, torch.float32)
+    assert_samples_with_a_cache(artifact)
+
+
+@pytest.mark.parametrize("method", [*MERGING, *BESIDE])
 def test_a_reward_model(method: str, tmp_path: Path, tiny_model: Path) -> None:
-    artifact = trained("reward", tmp_path, tiny_model, MERGING[method]).directory
+    artifact = trained("reward", tmp_path, tiny_model, {**MERGING, **BESIDE}[method]).directory
     load = partial(load_scalar_model, config=TINY, dtype=torch.float32)
     published = load(artifact).last_values(ROWS)
     trunk = load(tiny_model, new_head=True).model
@@ -190,3 +214,55 @@ def test_what_vllm_cannot_be_handed() -> None:
     with pytest.raises(ConfigError, match=r"what ppo\.peft=ia3 trains cannot be handed over"):
         build("stage=ppo", "generation=vllm", "ppo.peft=ia3", "ppo.score.normalize=none")
     build("stage=sft", "generation=vllm", "sft.peft=ia3")  # published as a plain model
+
+
+@pytest.mark.parametrize("peft", ["lora", "adapter"])
+def test_a_critic_stands_on_a_reward_model_beside_its_base(
+    peft: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    reward = trained("reward", tmp_path / "reward", tiny_model, BESIDE["adapter"]).directory
+    stage = build(f"ppo.peft={peft}", f"ppo.reward=model:{reward}", "ppo.critic.init=reward")["ppo"]
+    assert isinstance(stage, PpoStage)
+    learner = stage.learner(job_of("ppo", tmp_path / "ppo", tiny_model))
+    assert isinstance(learner.reward, LearnedReward)
+    critic = learner.engine.model.critic
+    with torch.no_grad():
+        scores = learner.reward.model.last_values(ROWS)
+        torch.testing.assert_close(critic.last_values(ROWS), scores, atol=1e-5, rtol=1e-5)
+    learner.train([PromptRow(asked(f"{n}?")) for n in range(8)], [PromptRow(asked("9?"))])
+    with torch.no_grad():
+        assert torch.equal(learner.reward.model.last_values(ROWS), scores)
+        assert not torch.allclose(critic.last_values(ROWS), scores, atol=1e-3)
+
+
+def test_what_is_not_merged_is_nothing_to_train_on() -> None:
+    with pytest.raises(
+        ConfigError, match=r"sft\.peft=adapter: it is not merged .* so reward, which trains on"
+    ):
+        build("stage=reward", "sft.peft=adapter")
+    build("stage=sft", "sft.peft=adapter")
+    build("stage=ppo", "ppo.peft=adapter", "reward.peft=adapter")
+    with pytest.raises(
+        ConfigError, match=r"generation=vllm: sft\.peft=adapter is not merged into the weights"
+    ):
+        build("stage=sft", "generation=vllm", "sft.peft=adapter")
+    build("stage=reward", "generation=vllm", "reward.peft=adapter")  # nobody samples from it
+
+
+def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    arguments = (
+        "stage=evaluate", "sft.peft={method: adapter, size: 4}", "evaluate.policies=[base,sft]",
+        "evaluate.reward=null", "evaluate.gates.win_rate=null",
+    )  # fmt: skip
+    outcome = chain.run(*arguments)
+    assert outcome.code == 0, outcome.err
+    artifact = outcome.artifact("sft")
+    origin = origin_of(artifact)
+    assert origin is not None
+    assert origin.directory.startswith("../../base/")  # so the store can be moved
+    assert not list(artifact.glob("*.safetensors"))
+    metrics = outcome.summary["stages"]["sft"]["metrics"]
+    assert metrics["sft/trained_parameters"] == 2 * (2 * 64 * 4 + 4 + 64)
+    assert metrics["sft/held_out_loss"] != metrics["sft/held_out_loss_before"]
+    assert chain.run(*arguments).statuses["sft"] == "reused"
