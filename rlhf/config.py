@@ -68,7 +68,7 @@ class PeftConfig(Strict):
     What each method is, where it comes from and what can be done with it: rlhf/methods.py.
     """
 
-    method: Literal["none", "lora", "dora", "ia3", "freeze", "adapter"]
+    method: Literal["none", "lora", "dora", "ia3", "freeze", "adapter", "prefix", "prompt", "p_tuning"]
     rank: PositiveInt = 16
     """lora, dora: of the update."""
     alpha: PositiveInt = 32
@@ -81,6 +81,8 @@ class PeftConfig(Strict):
     """adapter: a bottleneck behind each feed-forward layer; or behind attention too."""
     size: PositiveInt = 64
     """adapter: of the bottlenecks."""
+    tokens: PositiveInt = 20
+    """prefix, prompt, p_tuning: virtual tokens before every row."""
 
     @model_validator(mode="after")
     def _reads_what_is_set(self) -> Self:

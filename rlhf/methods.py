@@ -38,5 +38,9 @@ METHODS = {
     "freeze": Method(("layers",), 2.0, samples_by_vllm=True),
     # modules between the layers: rlhf/models/bottleneck.py
     "adapter": Method(("placement", "size"), 2.0, merges=False),
+    # tokens that nobody wrote before every row: rlhf/models/virtual.py
+    "prefix": Method(("tokens",), 2.0, merges=False),
+    "prompt": Method(("tokens",), 2.0, merges=False),
+    "p_tuning": Method(("tokens",), 2.0, merges=False),
 }
 """`none` trains all parameters."""

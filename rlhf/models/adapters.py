@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.bottleneck import KIND, NAMES, BottleneckConfig, BottleneckModel
+from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens, virtual_config, virtual_tokens
 
 PREFIX = "base_model.model."
 """What stands before an adapter's weights' names in peft's files."""
@@ -75,9 +76,14 @@ class Adapter:
 
     def described(self) -> dict[str, Any] | None:
         """The content of peft's adapter_config.json; None where all weights were trained."""
+        described: dict[str, Any]
         if self._tuner is not None:
             (config,) = self._tuner.peft_config.values()
-            described: dict[str, Any] = config.to_dict()
+            described = config.to_dict()
+            return described
+        virtual = virtual_tokens(self._model)
+        if virtual is not None:
+            described = virtual.config.to_dict()
             return described
         if self._config is not None and self._config.method == "freeze":
             return {"peft_type": "FREEZE", "layers": self._config.layers}
@@ -88,6 +94,9 @@ class Adapter:
         if self._tuner is not None:
             weights = get_peft_model_state_dict(self._tuner.model)
             return {PREFIX + name: each for name, each in weights.items()}
+        virtual = virtual_tokens(self._model)
+        if virtual is not None:
+            return {EMBEDDINGS: virtual.embeddings().detach()}
         last = {id(p) for block in _last_layers(self._model, self._config) for p in block.parameters()}
         return {name: p.detach() for name, p in self._model.named_parameters() if id(p) in last}
 
@@ -114,6 +123,9 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
     """
     if config.method == "none":
         model.requires_grad_(True)
+        return Adapter(model, None, config)
+    if config.method in KINDS.values():
+        add_virtual_tokens(model, virtual_config(model, config))
         return Adapter(model, None, config)
     if config.method == "freeze":
         model.requires_grad_(False)
@@ -196,6 +208,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ConfigError: an adapter of a kind that cannot be folded in this way.
     """
+    if virtual_tokens(model) is not None:
+        raise ConfigError("Virtual tokens are no weights of the model: vLLM cannot be handed them.")
     adapted: dict[str, Any] = {}
     own: set[str] = set()
     for name, layer in model.named_modules():

@@ -15,9 +15,10 @@ from rlhf.models.adapters import attach
 from rlhf.models.bottleneck import KIND
 from rlhf.models.load import ModelConfig, load_causal_lm, save_policy, save_settings
 from rlhf.models.published import attach_published, described, origin_of, save_adapter
+from rlhf.models.virtual import KINDS
 from rlhf.training import load_trainable
 
-UNMERGED = {KIND: "adapter"}
+UNMERGED = {KIND: "adapter", **KINDS}
 """What peft's files call a method that does not merge, and its name."""
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from rlhf.artifacts import weights_digest
 from rlhf.config import ConfigError, Strict
 from rlhf.models.adapters import PREFIX, Adapter, inject
+from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens
 from rlhf.training import load_trainable
 
 ADAPTER = "adapter"
@@ -136,6 +137,13 @@ def attach_published(model: PreTrainedModel, artifact: Path) -> tuple[Adapter, T
         return Adapter(model, None, None), head
     config = TunerConfig.from_pretrained(str(directory))
     config.modules_to_save = None  # the head
+    if told["peft_type"] in KINDS:
+        config.inference_mode = True
+        with torch.random.fork_rng(devices=[]):
+            virtual = add_virtual_tokens(model, config)
+        virtual.encoder.embedding.weight.data.copy_(weights[EMBEDDINGS])
+        model.requires_grad_(False)
+        return Adapter(model, None, None), head
     with torch.random.fork_rng(devices=[]):  # what peft draws is overwritten
         tuner = inject(model, config, "published")
     weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}

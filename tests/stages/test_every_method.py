@@ -42,7 +42,10 @@ MERGING = {
     "lora": "{method: lora, rank: 4}", "dora": "{method: dora, rank: 4}", "ia3": "ia3",
     "freeze": "{method: freeze, layers: 1}",
 }  # fmt: skip
-BESIDE = {"adapter": "{method: adapter, placement: houlsby, size: 8}"}
+BESIDE = {
+    "adapter": "{method: adapter, placement: houlsby, size: 8}", "prefix": "{method: prefix, tokens: 5}",
+    "prompt": "{method: prompt, tokens: 5}", "p_tuning": "{method: p_tuning, tokens: 5}",
+}  # fmt: skip
 HELD_OUT = [f"{n}?" for n in range(20, 24)]
 ROWS = [torch.arange(3, 30), torch.arange(40, 52)]
 
@@ -216,11 +219,13 @@ def test_what_vllm_cannot_be_handed() -> None:
     build("stage=sft", "generation=vllm", "sft.peft=ia3")  # published as a plain model
 
 
-@pytest.mark.parametrize("peft", ["lora", "adapter"])
+@pytest.mark.parametrize(
+    ("method", "peft"), [("adapter", "lora"), ("adapter", "adapter"), ("prompt", "lora"), ("prefix", "none")]
+)
 def test_a_critic_stands_on_a_reward_model_beside_its_base(
-    peft: str, tmp_path: Path, tiny_model: Path
+    method: str, peft: str, tmp_path: Path, tiny_model: Path
 ) -> None:
-    reward = trained("reward", tmp_path / "reward", tiny_model, BESIDE["adapter"]).directory
+    reward = trained("reward", tmp_path / "reward", tiny_model, BESIDE[method]).directory
     stage = build(f"ppo.peft={peft}", f"ppo.reward=model:{reward}", "ppo.critic.init=reward")["ppo"]
     assert isinstance(stage, PpoStage)
     learner = stage.learner(job_of("ppo", tmp_path / "ppo", tiny_model))
@@ -252,7 +257,7 @@ def test_what_is_not_merged_is_nothing_to_train_on() -> None:
 def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     arguments = (
-        "stage=evaluate", "sft.peft={method: adapter, size: 4}", "evaluate.policies=[base,sft]",
+        "stage=evaluate", "sft.peft={method: prompt, tokens: 4}", "evaluate.policies=[base,sft]",
         "evaluate.reward=null", "evaluate.gates.win_rate=null",
     )  # fmt: skip
     outcome = chain.run(*arguments)
@@ -263,6 +268,6 @@ def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -
     assert origin.directory.startswith("../../base/")  # so the store can be moved
     assert not list(artifact.glob("*.safetensors"))
     metrics = outcome.summary["stages"]["sft"]["metrics"]
-    assert metrics["sft/trained_parameters"] == 2 * (2 * 64 * 4 + 4 + 64)
+    assert metrics["sft/trained_parameters"] == 4 * 64
     assert metrics["sft/held_out_loss"] != metrics["sft/held_out_loss_before"]
     assert chain.run(*arguments).statuses["sft"] == "reused"
