@@ -23,6 +23,7 @@ from rlhf.data.schema import Role
 from rlhf.distributed import Compute
 from rlhf.engine import make_engine
 from rlhf.estimate import Work
+from rlhf.generation.latency import token_seconds
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.methods import METHODS
@@ -112,7 +113,7 @@ class PpoStage(PpoConfig, Stage):
                 settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
             )
         )  # fmt: skip
-        job.publish({**metrics, **written})
+        job.publish({**metrics, **written, **token_seconds(learner.policy.model, job.compute)})
 
     def learner(self, job: Job) -> Learner:
         """The loop with its four models, before its first step."""

@@ -24,6 +24,7 @@ from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.engine import Engine, make_engine
 from rlhf.estimate import Work
+from rlhf.generation.latency import token_seconds
 from rlhf.job import Job
 from rlhf.loop import train_batches
 from rlhf.methods import METHODS
@@ -124,6 +125,7 @@ class SftStage(Stage):
         )  # fmt: skip
         job.publish({
             **written,
+            **token_seconds(policy, job.compute),
             "held_out_loss_before": before,
             "held_out_loss": after,
             "held_out_loss_change": after - before,

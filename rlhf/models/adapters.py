@@ -200,6 +200,29 @@ def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
     return tuner
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether anything stands beside the model's own weights."""
+    return virtual_tokens(model) is not None or any(isinstance(m, BaseTunerLayer) for m in model.modules())
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While open, the model runs as the one that its adapters were put into."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    virtual = virtual_tokens(model)
+    try:
+        for layer in layers:
+            layer.forward = layer.get_base_layer().__call__
+        if virtual is not None:
+            virtual.are_left_out = True
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+        if virtual is not None:
+            virtual.are_left_out = False
+
+
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a model, as it is called and as it would be without adapters: theirs are folded into

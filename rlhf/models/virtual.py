@@ -41,7 +41,7 @@ class VirtualTokens(nn.Module):
         """`config.inference_mode`: as they were published, without what made them."""
         super().__init__()
         assert config.num_layers is not None
-        self.config, self.num_layers = config, config.num_layers
+        self.config, self.num_layers, self.are_left_out = config, config.num_layers, False
         self.encoder: PrefixEncoder | PromptEmbedding | PromptEncoder
         if isinstance(config, PrefixTuningConfig):
             self.encoder = PrefixEncoder(config)
@@ -72,7 +72,7 @@ class VirtualTokens(nn.Module):
         """A hook: changes the arguments of a call to the backbone so that they stand before its rows."""
         name = "cache" if "cache" in call else "past_key_values"  # its new name and its old one
         cache = call.get(name)
-        if isinstance(cache, _Recorder):  # the tokens themselves are read
+        if self.are_left_out or isinstance(cache, _Recorder):  # the tokens themselves are read
             return args, call
         if cache is None:
             cache = Cache(layers=[_Before(*each) for each in self.keys_and_values(backbone)])
