@@ -68,13 +68,15 @@ class PeftConfig(Strict):
     What each method is, where it comes from and what can be done with it: rlhf/methods.py.
     """
 
-    method: Literal["none", "lora", "dora", "ia3", "freeze", "adapter", "prefix", "prompt", "p_tuning"]
+    method: Literal[
+        "none", "lora", "dora", "qlora", "ia3", "freeze", "adapter", "prefix", "prompt", "p_tuning"
+    ]
     rank: PositiveInt = 16
-    """lora, dora: of the update."""
+    """lora, dora, qlora: of the update."""
     alpha: PositiveInt = 32
-    """lora, dora: the update is scaled by alpha / rank."""
+    """lora, dora, qlora: the update is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """lora, dora: the linear layers that are updated, by the last part of their names."""
+    """lora, dora, qlora: the linear layers that are updated, by the last part of their names."""
     layers: PositiveInt = 2
     """freeze: so many of the model's last layers are trained."""
     placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt
@@ -128,6 +129,8 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
         return
     method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
     merging = " or ".join(name for name, each in METHODS.items() if each.merges)
+    if peft.method == "qlora":
+        check_qlora(key, settings.device)
     start = experiment.stages["sft"].tunes() if "sft" in stage.inputs() else None
     if start is not None and not METHODS[start.method].merges:
         raise ConfigError(
@@ -152,6 +155,20 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
             f"generation=vllm: what {key} trains cannot be handed over to vLLM. Use generation=local, or "
             f"{stage.name}.peft={tried}."
         )
+
+
+def check_qlora(key: str, device: str) -> None:
+    """Refuse 4-bit weights where there is no GPU for them.
+
+    Raises:
+        ConfigError: with what is missing.
+    """
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        raise ConfigError(f"{key}: 4-bit weights are for a GPU, and this run has none. Use lora.")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{key} needs bitsandbytes: pip install 'rlhf[qlora]'.")
 
 
 def _is_stage(value: Any) -> bool:

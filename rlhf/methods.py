@@ -32,6 +32,8 @@ METHODS = {
     "lora": Method(UPDATE, 2.0, shares=True, shards=True, samples_by_vllm=True),
     # Liu et al. 2024, arXiv:2402.09353: a low-rank update of each weight's direction, and its length
     "dora": Method(UPDATE, 2.0),
+    # Dettmers et al. 2023, arXiv:2305.14314: lora on weights held in 4 bits (rlhf/models/quantized.py)
+    "qlora": Method(UPDATE, 2.0),
     # Liu et al. 2022, arXiv:2205.05638: factors of keys, values and what enters the second linear layer
     "ia3": Method((), 2.0),
     # the last layers, as they are (Howard and Ruder 2018, arXiv:1801.06146, start with the last one)

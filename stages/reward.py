@@ -33,7 +33,7 @@ from rlhf.methods import METHODS
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_tokenizer
-from rlhf.models.published import save_adapter
+from rlhf.models.published import attach_to_merge, save_adapter
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.stage import Stage
 from rlhf.training import load_trainable
@@ -170,7 +170,7 @@ class RewardStage(Stage):
         """
         sft = job.inputs["sft"]
         model = load_scalar_model(sft.path, job.base.config, job.compute.dtype, new_head=True)
-        adapter = attach(model.model, self.peft)
+        adapter = attach_to_merge(model.model, self.peft)
         load_trainable(model, weights)
         metrics = save_adapter(adapter, job.directory, sft.path, sft.key, model.head.weight)
         if METHODS[self.peft.method].merges:

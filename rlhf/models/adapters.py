@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.bottleneck import KIND, NAMES, BottleneckConfig, BottleneckModel
+from rlhf.models.quantized import quantize
 from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens, virtual_config, virtual_tokens
 
 PREFIX = "base_model.model."
@@ -40,6 +41,8 @@ class Adapter:
     def __init__(self, model: PreTrainedModel, tuner: BaseTuner | None, config: PeftConfig | None) -> None:
         """`config` is what `attach` was told; None for an adapter that was trained before."""
         self._model, self._tuner, self._config = model, tuner, config
+        self.in_4_bits: list[str] = []
+        """Linear layers whose weights were held in 4 bits meanwhile, by the last part of their names."""
 
     @contextmanager
     def folded_in(self) -> Iterator[None]:
@@ -48,7 +51,7 @@ class Adapter:
         They are copies: adding and subtracting the adapter would change the frozen ones a little each time.
         """
         modules: list[Any] = [] if self._tuner is None else list(self._tuner.modules())
-        layers: list[Any] = [module for module in modules if isinstance(module, LoraLayer | IA3Layer)]
+        layers: list[Any] = [module for module in modules if _can_fold(module)]
         frozen = [each for layer in layers for each in layer.get_base_layer().parameters()]
         originals = [each.data for each in frozen]
         try:
@@ -101,6 +104,14 @@ class Adapter:
         return {name: p.detach() for name, p in self._model.named_parameters() if id(p) in last}
 
 
+def _can_fold(module: nn.Module) -> bool:
+    """Whether a layer's adapter is one of its weights; those of 4 bits have no room for it."""
+    if not isinstance(module, LoraLayer | IA3Layer):
+        return False
+    weight: Any = module.get_base_layer().weight
+    return bool(weight.is_floating_point())
+
+
 def _fold(layer: Any) -> None:
     """Point a layer's weights at copies that hold its adapters."""
     weight = layer.get_base_layer().weight
@@ -145,13 +156,20 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
         return IA3Config()
     if config.method == "adapter":
         return BottleneckConfig(size=config.size, target_modules=_sublayer_ends(model, config))
-    targets = _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
+    targets = update_targets(model, config)
+    if config.method == "qlora":
+        quantize(model, targets)
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=targets,
         use_dora=config.method == "dora",
     )
+
+
+def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """The linear layers that a low-rank update is of, by the last part of their names."""
+    return _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
 
 
 def _last_layers(model: PreTrainedModel, config: PeftConfig | None) -> list[nn.Module]:

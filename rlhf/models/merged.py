@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.methods import METHODS
-from rlhf.models.adapters import attach
 from rlhf.models.bottleneck import KIND
 from rlhf.models.load import ModelConfig, load_causal_lm, save_policy, save_settings
-from rlhf.models.published import attach_published, described, origin_of, save_adapter
+from rlhf.models.published import attach_published, attach_to_merge, described, origin_of, save_adapter
 from rlhf.models.virtual import KINDS
 from rlhf.training import load_trainable
 
@@ -44,7 +43,7 @@ def publish_policy(
         Summary metrics of what was written.
     """
     model = load_causal_lm(start, settings, dtype)
-    adapter = attach(model, peft)
+    adapter = attach_to_merge(model, peft)
     load_trainable(model, weights)
     metrics = save_adapter(adapter, artifact, start, key)
     if METHODS[peft.method].merges:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.artifacts import weights_digest
-from rlhf.config import ConfigError, Strict
-from rlhf.models.adapters import PREFIX, Adapter, inject
+from rlhf.config import ConfigError, PeftConfig, Strict
+from rlhf.models.adapters import PREFIX, Adapter, attach, inject, update_targets
+from rlhf.models.quantized import round_to_4_bits
 from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens
 from rlhf.training import load_trainable
 
@@ -41,14 +43,17 @@ class Origin(Strict):
     """Of its artifact, or the base model's identity."""
     digest: str
     """`weights_digest`: which weights the trained ones belong to, wherever those lie."""
+    in_4_bits: list[str]
+    """Linear layers of it, by the last part of their names, whose weights were held in 4 bits meanwhile."""
 
     @classmethod
-    def of(cls, model: Path, key: str, artifact: Path) -> Origin:
+    def of(cls, model: Path, key: str, artifact: Path, in_4_bits: Sequence[str] = ()) -> Origin:
         """The reference that an artifact (STORE/STAGE/KEY, or where it is being made) keeps to a model."""
         here, there = artifact.resolve(), model.resolve()
         is_in_store = there.is_relative_to(here.parents[1])
         directory = os.path.relpath(there, here) if is_in_store else str(there)
-        return cls(directory=directory, key=key, digest=weights_digest(model))
+        digest = weights_digest(model)
+        return cls(directory=directory, key=key, digest=digest, in_4_bits=[*in_4_bits])
 
     def found(self, artifact: Path) -> Path:
         """Where the model lies.
@@ -70,6 +75,18 @@ class Origin(Strict):
         return directory
 
 
+def attach_to_merge(model: PreTrainedModel, config: PeftConfig) -> Adapter:
+    """As `attach`, for weights that were trained elsewhere: what was held in 4 bits meanwhile is in plain
+    weights of the same values, so that the adapter can be merged into them."""
+    if config.method != "qlora":
+        return attach(model, config)
+    names = update_targets(model, config)
+    round_to_4_bits(model, names)
+    adapter = attach(model, config.model_copy(update={"method": "lora"}))
+    adapter.in_4_bits = names
+    return adapter
+
+
 def save_adapter(
     adapter: Adapter, artifact: Path, start: Path, key: str, head: Tensor | None = None
 ) -> dict[str, float]:
@@ -85,7 +102,7 @@ def save_adapter(
     described = adapter.described()
     if described is None:
         return {}
-    origin, weights = Origin.of(start, key, artifact), adapter.weights()
+    origin, weights = Origin.of(start, key, artifact, adapter.in_4_bits), adapter.weights()
     told = described | {"task_type": "CAUSAL_LM", "revision": origin.digest}
     if head is not None:
         weights[HEAD] = head.detach()
@@ -128,7 +145,9 @@ def described(artifact: Path) -> dict[str, Any]:
 def attach_published(model: PreTrainedModel, artifact: Path) -> tuple[Adapter, Tensor | None]:
     """Put an artifact's adapter into the model that it was trained on, all frozen; and the score head saved
     with it, if there is one."""
-    directory, told = artifact / ADAPTER, described(artifact)
+    directory, told, origin = artifact / ADAPTER, described(artifact), origin_of(artifact)
+    assert origin is not None
+    round_to_4_bits(model, origin.in_4_bits)
     weights = load_file(directory / WEIGHTS)
     head = weights.pop(HEAD, None)
     if told["peft_type"] == "FREEZE":

@@ -94,7 +94,10 @@ def load_learned_reward(
 def stands_on(directory: Path, backbone: Backbone, compute: Compute) -> bool:
     """Whether a published reward model is the backbone, by the digest of its files, with a LoRA adapter."""
     origin = origin_of(directory)
-    if origin is None or described(directory)["peft_type"] != "LORA" or described(directory)["use_dora"]:
+    if origin is None or origin.in_4_bits:
+        return False
+    told = described(directory)
+    if told["peft_type"] != "LORA" or told["use_dora"]:
         return False
     return origin.digest == compute.main_only(lambda: weights_digest(backbone.directory))
 

@@ -95,7 +95,7 @@ def job_of(name: str, directory: Path, model: Path) -> Job:
 def trained(name: str, directory: Path, model: Path, method: str) -> Job:
     """The stage's artifact, made by a run that was stopped behind its first step, and by another that went
     on from there; it must be that of an undisturbed run."""
-    stage = build(f"{name}.peft={method}")[name]
+    stage = build("stage=prepare" if "qlora" in method else f"stage={name}", f"{name}.peft={method}")[name]
     through = job_of(name, directory / "through" / "job", model)
     FIRST_ANSWERS.clear()
     torch.manual_seed(0)
@@ -226,7 +226,8 @@ def test_a_critic_stands_on_a_reward_model_beside_its_base(
     method: str, peft: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     reward = trained("reward", tmp_path / "reward", tiny_model, BESIDE[method]).directory
-    stage = build(f"ppo.peft={peft}", f"ppo.reward=model:{reward}", "ppo.critic.init=reward")["ppo"]
+    overrides = (f"ppo.peft={peft}", f"ppo.reward=model:{reward}", "ppo.critic.init=reward")
+    stage = build("stage=ppo", *overrides)["ppo"]
     assert isinstance(stage, PpoStage)
     learner = stage.learner(job_of("ppo", tmp_path / "ppo", tiny_model))
     assert isinstance(learner.reward, LearnedReward)
@@ -271,3 +272,26 @@ def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -
     assert metrics["sft/trained_parameters"] == 4 * 64
     assert metrics["sft/held_out_loss"] != metrics["sft/held_out_loss_before"]
     assert chain.run(*arguments).statuses["sft"] == "reused"
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_low_rank_updates_of_weights_in_4_bits(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    """bitsandbytes computes on CPUs too, slowly; no GPU has run this."""
+    pytest.importorskip("bitsandbytes")
+    artifact = trained(name, tmp_path, tiny_model, "{method: qlora, rank: 4}").directory
+    if name == "reward":
+        published = load_scalar_model(artifact, TINY, torch.float32).last_values(ROWS)
+        trunk = load_scalar_model(tiny_model, TINY, torch.float32, new_head=True).model
+        _, head = attach_published(trunk, artifact)
+        assert head is not None
+        found = ScalarModel(trunk, torch.nn.Parameter(head)).last_values(ROWS)
+        torch.testing.assert_close(found, published, atol=1e-5, rtol=1e-5)
+        return
+    published = load_causal_lm(artifact, TINY, torch.float32)
+    assert torch.equal(logits(published), logits(merged_policy(artifact, TINY, torch.float32)))
+    assert_samples_with_a_cache(artifact)
+
+
+def test_4_bits_want_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.peft=qlora: 4-bit weights are for a GPU, and this"):
+        build("stage=reward", "reward.peft=qlora", "device=cpu")
