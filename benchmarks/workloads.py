@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.artifacts import weights_digest
 from rlhf.config import PeftConfig
 from rlhf.data.chat import prompt_ids
 from rlhf.data.schema import Message
 from rlhf.models.adapters import attach
 from rlhf.models.load import ModelConfig, base_files, base_identity, load_tokenizer
-from rlhf.models.scalar import ADAPTER, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.published import save_adapter
+from rlhf.models.scalar import load_scalar_model, reset_head, save_scalar_model
 
 PACKAGED = Path(__file__).parent.parent / "data"
 HH = Path(os.environ.get("RLHF_HH", "../shared/data/hh-helpful-base/pairs.jsonl.gz"))
@@ -132,7 +132,7 @@ def tuned_model(directory: Path, kind: str, name: str) -> Path:
 def reward_model(directory: Path, policy: Path, peft: str) -> Path:
     """The policy's trunk under a random head; with peft=lora a random adapter is merged into it, and lies
     beside it as the reward stage leaves it there."""
-    target = directory / f"reward-{peft}-{policy.name}"
+    target = directory / f"reward_model-{peft}-{policy.name}"
     if not (target / "config.json").exists():
         config = ModelConfig(kind="local", path=str(policy))
         torch.manual_seed(0)
@@ -144,7 +144,7 @@ def reward_model(directory: Path, policy: Path, peft: str) -> Path:
                 if "lora_B" in name:
                     parameter.normal_(std=1e-3)
         target.mkdir(parents=True)
-        adapter.save(target / ADAPTER, scalar.head.weight, weights_digest(policy))
+        save_adapter(adapter, target, policy, policy.name, scalar.head.weight)
         adapter.merge()
         save_scalar_model(scalar, load_tokenizer(policy, config), target)
     return target

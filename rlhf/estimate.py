@@ -11,9 +11,6 @@ from rlhf.distributed import Compute, matmul_speed
 
 READ, DECODED = 1.0, 3.0
 """Cost of a token relative to a forward pass; decoding is bound by memory."""
-TRAINED = {"none": 6.0, "lora": 2.0}
-"""Forward and backward: an adapter needs no gradients of the frozen weights; full training also passes over
-all weights in each optimizer step."""
 EFFICIENCY = 0.4
 """Share of the matmul peak that a whole stage reaches. All of this is fitted to the demo on two CPU cores."""
 
@@ -23,7 +20,7 @@ class Work(NamedTuple):
 
     read: float = 0.0
     trained: float = 0.0
-    """In forward passes' worth: tokens times TRAINED."""
+    """In forward passes' worth: tokens times `Method.cost`."""
     decoded: float = 0.0
 
     def seconds(self, parameters: int, speed: float) -> float:

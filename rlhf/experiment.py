@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt
 
 from rlhf.checkpoint import CheckpointConfig
+from rlhf.compare.tuned import POLICY_STAGES
 from rlhf.config import ConfigError, Strict, validated
 from rlhf.distributed import DistributedConfig, Precision, Zero
 from rlhf.generation.vllm import VllmConfig
 from rlhf.launch import LaunchConfig
+from rlhf.methods import METHODS
 from rlhf.models.load import ModelConfig
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
@@ -111,7 +114,61 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     experiment = Experiment(settings, stages, resolved)
     for name in experiment.needed():
         stages[name].check(stages)
+        check_method(stages[name], experiment)
     return experiment
+
+
+def check_method(stage: Stage, experiment: Experiment) -> None:
+    """Refuse a method of training where it cannot work or was not tried.
+
+    Raises:
+        ConfigError: why, and with what it can.
+    """
+    peft, settings = stage.tunes(), experiment.settings
+    if peft is None:
+        return
+    method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
+    merging = " or ".join(name for name, each in METHODS.items() if each.merges)
+    if peft.method == "qlora":
+        check_qlora(key, settings.device)
+    start = experiment.stages["sft"].tunes() if "sft" in stage.inputs() else None
+    if start is not None and not METHODS[start.method].merges:
+        raise ConfigError(
+            f"sft.peft={start.method}: it is not merged into the weights, so {stage.name}, which trains on "
+            f"the SFT model, would have to publish two adapters. Use sft.peft={merging}; or run only what "
+            f"needs no {stage.name}, such as stage=sft."
+        )
+    if settings.generation == "vllm" and not method.merges and stage.name in POLICY_STAGES:
+        raise ConfigError(
+            f"generation=vllm: {key} is not merged into the weights, which are all that vLLM is handed. Use "
+            f"generation=local, or {stage.name}.peft={merging}."
+        )
+    if settings.zero != "none" and not method.shards:
+        tried = " or ".join(name for name, each in METHODS.items() if each.shards)
+        raise ConfigError(
+            f"zero={settings.zero}: {key} was not tried with sharded weights. Use zero=none, or "
+            f"{stage.name}.peft={tried}."
+        )
+    if settings.generation == "vllm" and stage.samples and not method.samples_by_vllm:
+        tried = " or ".join(name for name, each in METHODS.items() if each.samples_by_vllm)
+        raise ConfigError(
+            f"generation=vllm: what {key} trains cannot be handed over to vLLM. Use generation=local, or "
+            f"{stage.name}.peft={tried}."
+        )
+
+
+def check_qlora(key: str, device: str) -> None:
+    """Refuse 4-bit weights where there is no GPU for them.
+
+    Raises:
+        ConfigError: with what is missing.
+    """
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        raise ConfigError(f"{key}: 4-bit weights are for a GPU, and this run has none. Use lora.")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{key} needs bitsandbytes: pip install 'rlhf[qlora]'.")
 
 
 def _is_stage(value: Any) -> bool:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rlhf.config import Bound, Strict
+from rlhf.config import Bound, PeftConfig, Strict
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.estimate import Work
@@ -46,6 +46,10 @@ class Stage(Strict, ABC):
     def reads_base_model(self) -> bool:
         """Whether the base model itself (not only a stage's output) decides the result."""
         return False
+
+    def tunes(self) -> PeftConfig | None:
+        """Which parameters it trains; None where it trains none."""
+        return None
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Refuse what does not fit together with the other stages' knobs.

@@ -1,7 +1,8 @@
 """Proximal policy optimization against a reward, held near the SFT model by a KL penalty.
 
 Reads   the SFT model (policy and reference); a reward; prompts (`ppo.prompts`); the score's moments.
-Writes  a plain causal-LM directory: the policy with the best held-out score.
+Writes  a plain causal-LM directory: the policy with the best held-out score; with another ppo.peft than none
+        also what was trained of it alone, in `adapter/`.
 The loop itself is rlhf/ppo/learner.py.
 """
 
@@ -15,19 +16,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, PeftConfig
 from rlhf.data.chat import tokenizer_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.distributed import Compute
 from rlhf.engine import make_engine
-from rlhf.estimate import TRAINED, Work
+from rlhf.estimate import Work
+from rlhf.generation.latency import token_seconds
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
+from rlhf.methods import METHODS
 from rlhf.models.actor_critic import ActorCritic
-from rlhf.models.adapters import attach, count_parameters, merged
+from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
-from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
+from rlhf.models.load import load_causal_lm, load_tokenizer
+from rlhf.models.merged import publish_policy
 from rlhf.models.policy import check_head
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head
 from rlhf.models.sharing import Backbone, sharing
@@ -44,7 +48,7 @@ class PpoStage(PpoConfig, Stage):
     """What `ppo.*` can be told: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
     name: ClassVar[str] = "ppo"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl", "frozen"}
@@ -70,6 +74,10 @@ class PpoStage(PpoConfig, Stage):
         knobs = super().knobs()
         del knobs["ptx"]["data"]
         return knobs
+
+    def tunes(self) -> PeftConfig:
+        """Of the policy; the critic is trained in the same way."""
+        return self.peft
 
     def external(self) -> dict[str, str]:
         """The model or the code that scores, where it is the user's."""
@@ -100,7 +108,7 @@ class PpoStage(PpoConfig, Stage):
         return Work(
             decoded=(episodes + evaluated) * self.max_new_tokens,
             read=(4 * episodes + 3 * evaluated) * length,
-            trained=TRAINED[self.peft.method] * 2 * self.epochs * episodes * length,
+            trained=METHODS[self.peft.method].cost * 2 * self.epochs * episodes * length,
         )
 
     def run(self, job: Job) -> None:
@@ -109,13 +117,14 @@ class PpoStage(PpoConfig, Stage):
         metrics = learner.train(
             job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
         )
-        sft, tokenizer = job.inputs["sft"].path, learner.policy.tokenizer
-        job.compute.main_only(
-            lambda: save_policy(
-                merged(job.base, sft, self.peft, learner.best_weights), tokenizer, job.directory
+        sft = job.inputs["sft"]
+        written = job.compute.main_only(
+            lambda: publish_policy(
+                job.directory, learner.best_weights, learner.policy.tokenizer, start=sft.path, key=sft.key,
+                settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
             )
-        )
-        job.publish(metrics)
+        )  # fmt: skip
+        job.publish({**metrics, **written, **token_seconds(learner.policy.model, job.compute)})
 
     def learner(self, job: Job) -> Learner:
         """The loop with its four models, before its first step."""
@@ -187,7 +196,7 @@ class PpoStage(PpoConfig, Stage):
                 "ppo.frozen=sharded is the work of DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 "
                 "or fsdp2."
             )
-        if self.frozen == "offloaded" and self.peft.method != "none" and compute.zero == "none":
+        if self.frozen == "offloaded" and METHODS[self.peft.method].shares and compute.zero == "none":
             raise ConfigError(
                 f"ppo.frozen=offloaded: with ppo.peft={self.peft.method} the frozen models stand on the "
                 "policy's own weights, which it needs itself. Use ppo.frozen=replicated."
@@ -201,10 +210,10 @@ class PpoStage(PpoConfig, Stage):
     def backbone(self, policy: PreTrainedModel, sft: Path, compute: Compute) -> Backbone | None:
         """What reference, critic and reward model may share with a policy that has no adapter yet.
 
-        None where the policy's own weights train, and with any zero= but none: what is sharded belongs to one
-        engine, so there each model has its own.
+        None with methods other than lora, whose models are loaded one by one, and with any zero= but none:
+        what is sharded belongs to one engine.
         """
-        if self.peft.method == "none" or compute.zero != "none":
+        if not METHODS[self.peft.method].shares or compute.zero != "none":
             return None
         return Backbone(sft, sharing(policy))
 

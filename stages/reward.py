@@ -1,8 +1,9 @@
 """Train the reward model on preference pairs.
 
 Reads   the SFT model; preference pairs (`reward.pairs`).
-Writes  a sequence-classification model with one label, and how well it ranks held-out pairs; with
-        reward.peft=lora its adapter too, for PPO to put on the SFT model's weights.
+Writes  a sequence-classification model with one label, and how well it ranks held-out pairs; with another
+        reward.peft than none also what was trained alone, in `adapter/`: PPO puts a LoRA adapter on the SFT
+        model's weights.
 """
 
 from __future__ import annotations
@@ -16,23 +17,24 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.artifacts import weights_digest
-from rlhf.config import ConfigError, OptimConfig, Peft
+from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
 from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow, Role
 from rlhf.data.sources import SourceConfig
 from rlhf.engine import Engine, make_engine
-from rlhf.estimate import TRAINED, Work
+from rlhf.estimate import Work
 from rlhf.evaluation.ranking import Ranking, rank_quality
 from rlhf.job import Job
 from rlhf.loop import train_batches
 from rlhf.losses.pairwise import bradley_terry_loss
+from rlhf.methods import METHODS
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_tokenizer
-from rlhf.models.scalar import ADAPTER, ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.published import attach_to_merge, save_adapter
+from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.stage import Stage
 from rlhf.training import load_trainable
 
@@ -41,7 +43,7 @@ class RewardStage(Stage):
     """What `reward.*` can be told. Values: conf/stages/reward.yaml."""
 
     name: ClassVar[str] = "reward"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"pairs", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -71,13 +73,16 @@ class RewardStage(Stage):
         """Reads preference pairs."""
         return ("reward",)
 
+    def tunes(self) -> PeftConfig:
+        """How it trains."""
+        return self.peft
+
     def work(self, data: PreparedData) -> Work:
         """Both sides of every pair."""
         pairs, tokens = data.size("reward", "train")
         held_out, _ = data.size("reward", "held_out")
-        return Work(
-            trained=TRAINED[self.peft.method] * self.epochs * 2 * pairs * tokens, read=2 * held_out * tokens
-        )
+        cost = METHODS[self.peft.method].cost
+        return Work(trained=cost * self.epochs * 2 * pairs * tokens, read=2 * held_out * tokens)
 
     def run(self, job: Job) -> None:
         """Train, publish, and measure what was published."""
@@ -117,7 +122,7 @@ class RewardStage(Stage):
         )
 
         weights = engine.trainable_state(model)
-        job.compute.main_only(lambda: self.save(job, weights, tokenizer))
+        written = job.compute.main_only(lambda: self.save(job, weights, tokenizer))
         published = load_scalar_model(job.directory, job.base.config, job.compute.dtype).to(
             job.compute.device
         )
@@ -125,6 +130,7 @@ class RewardStage(Stage):
         too_long = sum(map(len, pairs.values())) - len(train) - len(held_out)
         job.publish({
             **rank_quality(ranking),
+            **written,
             "trained_parameters": trained,
             "skipped_steps": engine.skipped_steps,
             "train_pairs": len(train),
@@ -154,15 +160,26 @@ class RewardStage(Stage):
         loss_sum, accuracy = job.compute.global_sum(sums).tolist()
         return {"loss": loss_sum, "train_accuracy": accuracy}
 
-    def save(self, job: Job, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Publish the trained weights as a plain classification model, and what was trained of it."""
-        sft = job.inputs["sft"].path
-        model = load_scalar_model(sft, job.base.config, job.compute.dtype, new_head=True)
-        adapter = attach(model.model, self.peft)
+    def save(
+        self, job: Job, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, float]:
+        """Publish what was trained, and a plain classification model where the method merges.
+
+        Returns:
+            Summary metrics of what was written.
+        """
+        sft = job.inputs["sft"]
+        model = load_scalar_model(sft.path, job.base.config, job.compute.dtype, new_head=True)
+        adapter = attach_to_merge(model.model, self.peft)
         load_trainable(model, weights)
-        adapter.save(job.directory / ADAPTER, model.head.weight, weights_digest(sft))
-        adapter.merge()
-        save_scalar_model(model, tokenizer, job.directory)
+        metrics = save_adapter(adapter, job.directory, sft.path, sft.key, model.head.weight)
+        if METHODS[self.peft.method].merges:
+            adapter.merge()
+            save_scalar_model(model, tokenizer, job.directory)
+        else:
+            model.model.config.save_pretrained(job.directory)
+            tokenizer.save_pretrained(job.directory)
+        return metrics
 
     def rank(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair]) -> Ranking:
         """Score both sides of every pair."""

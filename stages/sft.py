@@ -1,7 +1,8 @@
 """Supervised instruction tuning: teach the base model to answer in the way of the examples.
 
 Reads   the base model; prompt/completion rows (`sft.data`); general data to replay (`sft.replay`).
-Writes  a plain causal-LM directory, and the held-out loss before and after.
+Writes  a plain causal-LM directory, and the held-out loss before and after; with another sft.peft than none
+        also what was trained alone, in `adapter/`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import ConfigError, OptimConfig, Peft
+from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
 from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.engine import Engine, make_engine
-from rlhf.estimate import TRAINED, Work
+from rlhf.estimate import Work
+from rlhf.generation.latency import token_seconds
 from rlhf.job import Job
 from rlhf.loop import train_batches
-from rlhf.models.adapters import attach, count_parameters, merged
+from rlhf.methods import METHODS
+from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
-from rlhf.models.load import load_causal_lm, save_policy
+from rlhf.models.load import load_causal_lm
+from rlhf.models.merged import publish_policy
 from rlhf.models.policy import ResponseModel, check_head, pack_sequences, rollout_rows
 from rlhf.rl.rollout import Rollout
 from rlhf.stage import Stage
@@ -38,7 +42,7 @@ class SftStage(Stage):
     """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -87,12 +91,16 @@ class SftStage(Stage):
         """It trains the base model."""
         return True
 
+    def tunes(self) -> PeftConfig:
+        """How it trains."""
+        return self.peft
+
     def work(self, data: PreparedData) -> Work:
         """Every training row once an epoch; the held-out rows twice."""
         rows, tokens = data.size("sft", "train")
         held_out, _ = data.size("sft", "held_out")
         learned = self.epochs * rows * tokens / (1 - self.replay_fraction)
-        return Work(trained=TRAINED[self.peft.method] * learned, read=2 * held_out * tokens)
+        return Work(trained=METHODS[self.peft.method].cost * learned, read=2 * held_out * tokens)
 
     def run(self, job: Job) -> None:
         """Train on the answers only, and publish the model."""
@@ -133,12 +141,15 @@ class SftStage(Stage):
         after = self.mean_loss(job, engine, held_out)
 
         weights = engine.trainable_state(policy)
-        job.compute.main_only(
-            lambda: save_policy(
-                merged(job.base, job.base.directory, self.peft, weights), tokenizer, job.directory
+        written = job.compute.main_only(
+            lambda: publish_policy(
+                job.directory, weights, tokenizer, start=job.base.directory, key=job.base.identity,
+                settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
             )
-        )
+        )  # fmt: skip
         job.publish({
+            **written,
+            **token_seconds(policy, job.compute),
             "held_out_loss_before": before,
             "held_out_loss": after,
             "held_out_loss_change": after - before,

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.artifacts import Artifact, Manifest, weights_digest
 from rlhf.config import Bound
-from rlhf.models.adapters import published_base
-from rlhf.models.scalar import ADAPTER
+from rlhf.models.published import origin_of
 from rlhf.run import GateResult, Run
 
 FAILING = ("gates=enforce", "sft.gates.held_out_loss_change.max=-99")
@@ -124,7 +123,11 @@ def test_artifacts_are_plain_models(first: Outcome) -> None:
         assert not [key for key in model.state_dict() if "lora" in key]
     reward = AutoModelForSequenceClassification.from_pretrained(first.artifact("reward"))
     assert reward.config.num_labels == 1
-    assert published_base(first.artifact("reward") / ADAPTER) == weights_digest(first.artifact("sft"))
+    origin = origin_of(first.artifact("reward"))
+    assert origin is not None
+    assert origin.digest == weights_digest(first.artifact("sft"))
+    assert origin.key == first.key("sft")
+    assert origin.found(first.artifact("reward")) == first.artifact("sft").resolve()
 
 
 def test_training_changed_the_weights(first: Outcome) -> None:

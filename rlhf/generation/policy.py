@@ -19,6 +19,7 @@ from rlhf.generation.vllm import Vllm
 from rlhf.models.load import ModelConfig, context_length, load_causal_lm, load_tokenizer
 from rlhf.models.offload import offload
 from rlhf.models.policy import response_statistics, rollout_rows
+from rlhf.models.virtual import virtual_tokens
 from rlhf.rl.rollout import Rollout
 
 
@@ -64,7 +65,8 @@ class Policy:
     @property
     def context_length(self) -> int:
         """Tokens that prompt and response may have together."""
-        return context_length(self.model.config)
+        virtual = virtual_tokens(self.model)
+        return context_length(self.model.config) - (virtual.config.num_virtual_tokens if virtual else 0)
 
     def hand_over(self) -> None:
         """Copy the weights into vLLM where that samples; `sample` does it where it was not just done."""

@@ -1,36 +1,48 @@
-"""Parameter-efficient tuning: peft's tuners put into a model in place, and merged when it is published."""
+"""Parameter-efficient tuning: peft's tuners put into a model in place, and merged when it is published.
+
+What is written to disk: rlhf/models/published.py.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import IA3Config, IA3Model, LoraConfig, LoraModel, get_peft_model_state_dict
+from peft import PeftConfig as TunerConfig
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.models.load import BaseModelFiles, load_causal_lm
-from rlhf.training import load_trainable
+from rlhf.models.bottleneck import KIND, NAMES, BottleneckConfig, BottleneckModel
+from rlhf.models.quantized import quantize
+from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens, virtual_config, virtual_tokens
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-"""peft's names of an adapter's files, and of what stands before its weights' names in them."""
-HEAD = f"{PREFIX}score.weight"
+PREFIX = "base_model.model."
+"""What stands before an adapter's weights' names in peft's files."""
+TUNERS: dict[str, Callable[..., BaseTuner]] = {"LORA": LoraModel, "IA3": IA3Model, KIND: BottleneckModel}
+"""By peft's name of the method."""
+FACTORS = ("lora_magnitude_vector", "ia3_l")
+"""Parameters that multiply. They stay fp32 in a bf16 model: near 1 bf16 knows steps of 0.4% only."""
 
 
 class Adapter:
-    """What `attach` put into a model. Afterwards the model is used as before; only the adapter trains."""
+    """What `attach` put into a model. Afterwards the model is used as before; only what it added trains, or
+    the part of the model that the method leaves to train."""
 
-    def __init__(self, tuner: LoraModel | None) -> None:
-        self._tuner = tuner
+    def __init__(self, model: PreTrainedModel, tuner: BaseTuner | None, config: PeftConfig | None) -> None:
+        """`config` is what `attach` was told; None for an adapter that was trained before."""
+        self._model, self._tuner, self._config = model, tuner, config
+        self.in_4_bits: list[str] = []
+        """Linear layers whose weights were held in 4 bits meanwhile, by the last part of their names."""
 
     @contextmanager
     def folded_in(self) -> Iterator[None]:
@@ -39,107 +51,194 @@ class Adapter:
         They are copies: adding and subtracting the adapter would change the frozen ones a little each time.
         """
         modules: list[Any] = [] if self._tuner is None else list(self._tuner.modules())
-        layers: list[Any] = [module for module in modules if isinstance(module, LoraLayer)]
-        frozen = [layer.get_base_layer().weight for layer in layers]
-        originals = [weight.data for weight in frozen]
+        layers: list[Any] = [module for module in modules if _can_fold(module)]
+        frozen = [each for layer in layers for each in layer.get_base_layer().parameters()]
+        originals = [each.data for each in frozen]
         try:
             with torch.no_grad():
-                for layer, weight in zip(layers, frozen, strict=True):
-                    for name in layer.active_adapters:
-                        weight.data = weight.data + layer.get_delta_weight(name)
+                for layer in layers:
+                    _fold(layer)
                     layer._disable_adapters = True
                     layer.forward = layer.get_base_layer().__call__  # peft's own way there costs time
             yield
         finally:
-            for layer, weight, original in zip(layers, frozen, originals, strict=True):
-                weight.data = original
+            for each, original in zip(frozen, originals, strict=True):
+                each.data = original
+            for layer in layers:
                 layer._disable_adapters = False
                 layer.__dict__.pop("forward", None)
 
     def merge(self) -> None:
-        """Fold the adapter into the weights, so that the model publishes as a plain one."""
+        """Fold the adapter into the weights, so that the model publishes as a plain one.
+
+        Only where the method merges (`METHODS`).
+        """
         if self._tuner is not None:
             self._tuner.merge_and_unload()
             self._tuner = None
 
-    def save(self, directory: Path, head: Tensor, base: str) -> None:
-        """Write it as peft does for a sequence-classification model; without an adapter, nothing.
+    def described(self) -> dict[str, Any] | None:
+        """The content of peft's adapter_config.json; None where all weights were trained."""
+        described: dict[str, Any]
+        if self._tuner is not None:
+            (config,) = self._tuner.peft_config.values()
+            described = config.to_dict()
+            return described
+        virtual = virtual_tokens(self._model)
+        if virtual is not None:
+            described = virtual.config.to_dict()
+            return described
+        if self._config is not None and self._config.method == "freeze":
+            return {"peft_type": "FREEZE", "layers": self._config.layers}
+        return None
 
-        Args:
-            head: the score head [1, H] that was trained with it.
-            base: `weights_digest` of the model that it was trained on. peft's name for it is `revision`.
-        """
-        if self._tuner is None:
-            return
-        (config,) = self._tuner.peft_config.values()
-        told = config.to_dict() | {"task_type": "SEQ_CLS", "modules_to_save": ["score"], "revision": base}
-        weights = get_peft_model_state_dict(self._tuner.model)
-        directory.mkdir()
-        (directory / CONFIG).write_text(json.dumps(told, default=sorted, indent=2, sort_keys=True))
-        save_file({HEAD: head.detach(), **{PREFIX + name: each for name, each in weights.items()}},
-                  directory / WEIGHTS)  # fmt: skip
+    def weights(self) -> dict[str, Tensor]:
+        """What was trained, under its names in the published file: peft's, or the model's own."""
+        if self._tuner is not None:
+            weights = get_peft_model_state_dict(self._tuner.model)
+            return {PREFIX + name: each for name, each in weights.items()}
+        virtual = virtual_tokens(self._model)
+        if virtual is not None:
+            return {EMBEDDINGS: virtual.embeddings().detach()}
+        last = {id(p) for block in _last_layers(self._model, self._config) for p in block.parameters()}
+        return {name: p.detach() for name, p in self._model.named_parameters() if id(p) in last}
+
+
+def _can_fold(module: nn.Module) -> bool:
+    """Whether a layer's adapter is one of its weights; those of 4 bits have no room for it."""
+    if not isinstance(module, LoraLayer | IA3Layer):
+        return False
+    weight: Any = module.get_base_layer().weight
+    return bool(weight.is_floating_point())
+
+
+def _fold(layer: Any) -> None:
+    """Point a layer's weights at copies that hold its adapters."""
+    weight = layer.get_base_layer().weight
+    is_plain = isinstance(layer, LoraLayer) and not layer.lora_variant
+    if is_plain:
+        for name in layer.active_adapters:
+            weight.data = weight.data + layer.get_delta_weight(name)
+    else:
+        layer.merge(safe_merge=True)
+        layer.merged_adapters.clear()  # the caller puts the weights back
 
 
 def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
-    """Make model train what config says: all parameters, or an adapter beside frozen ones.
+    """Make model train what config says: all parameters, an adapter beside frozen ones, or the last layers.
 
     A published adapter that is in there already stays, frozen; the new one adds to it.
+
+    Raises:
+        ConfigError: the method does not know this kind of model.
     """
     if config.method == "none":
         model.requires_grad_(True)
-        return Adapter(None)
-    targets = _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
-    lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
-    return Adapter(_inject(model, lora, "default"))
+        return Adapter(model, None, config)
+    if config.method in KINDS.values():
+        add_virtual_tokens(model, virtual_config(model, config))
+        return Adapter(model, None, config)
+    if config.method == "freeze":
+        model.requires_grad_(False)
+        for block in _last_layers(model, config):
+            block.requires_grad_(True)
+        return Adapter(model, None, config)
+    return Adapter(model, inject(model, _tuner_config(model, config), "default"), config)
 
 
-def published_base(directory: Path) -> str | None:
-    """The `base` of the adapter that was saved in directory; None without one."""
-    path = directory / CONFIG
-    return json.loads(path.read_bytes())["revision"] if path.exists() else None
+def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
+    if config.method == "ia3":
+        kind = model.config.get_text_config().model_type
+        if kind not in IA3_MODULES:
+            raise ConfigError(
+                f"peft=ia3: peft does not know which layers of a {kind} model to scale. Use lora or dora."
+            )
+        return IA3Config()
+    if config.method == "adapter":
+        return BottleneckConfig(size=config.size, target_modules=_sublayer_ends(model, config))
+    targets = update_targets(model, config)
+    if config.method == "qlora":
+        quantize(model, targets)
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        use_dora=config.method == "dora",
+    )
 
 
-def attach_published(model: PreTrainedModel, directory: Path) -> tuple[Adapter, Tensor]:
-    """Put a saved adapter into the model that it was trained on, all frozen; the score head saved with it."""
-    config = LoraConfig.from_pretrained(str(directory))
-    config.modules_to_save = None  # the head
-    weights = load_file(directory / WEIGHTS)
-    head = weights.pop(HEAD)
-    with torch.random.fork_rng(devices=[]):  # what peft draws is overwritten
-        tuner = _inject(model, config, "published")
-    weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
-    assert weights.keys() == get_peft_model_state_dict(model, adapter_name="published").keys()
-    set_peft_model_state_dict(model, weights, adapter_name="published")
-    del model.peft_config  # seeing it, peft would warn of the adapter that `attach` adds
-    model.requires_grad_(False)
-    return Adapter(tuner), head
+def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """The linear layers that a low-rank update is of, by the last part of their names."""
+    return _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
 
 
-def _inject(model: PreTrainedModel, config: LoraConfig, name: str) -> LoraModel:
-    tuner = LoraModel(model, config, name)
-    for parameter in model.parameters():
+def _last_layers(model: PreTrainedModel, config: PeftConfig | None) -> list[nn.Module]:
+    if config is None or config.method != "freeze":
+        return []
+    blocks = _layers(model)
+    if len(blocks) < config.layers:
+        raise ConfigError(
+            f"peft.layers={config.layers}: {type(model).__name__} has {len(blocks)} layers that could be "
+            "told apart. Train fewer, or use peft=none."
+        )
+    return blocks[-config.layers :]
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return layers
+
+
+def _sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
+    """The last linear layers of a layer's attention and feed-forward part, by their names in it."""
+    size, ends = model.config.get_text_config().hidden_size, []
+    for name, part in (_layers(model) or [model])[0].named_children():
+        names = [inner for inner, linear in _linears(part) if linear.out_features == size]
+        ends += [f"{name}.{names[-1]}".rstrip(".")] if names else []
+    if len(ends) != 2:
+        raise ConfigError(
+            f"peft=adapter: attention and feed-forward of {type(model).__name__} could not be told apart "
+            f"(found {', '.join(ends) or 'none'}). Use lora or dora."
+        )
+    return ends if config.placement == "houlsby" else ends[1:]
+
+
+def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
+    """Put a tuner's layers, under a name, around those of the model."""
+    assert config.peft_type is not None
+    tuner = TUNERS[config.peft_type](model, config, name)
+    for path, parameter in model.named_parameters():
         if parameter.requires_grad:  # peft makes them fp32 and converts all that passes; our masters are fp32
             parameter.data = parameter.data.to(model.dtype)
+            if any(factor in path for factor in FACTORS):
+                parameter.data = parameter.data.float()
     for layer in tuner.modules():
-        if isinstance(layer, LoraLayer):
-            layer._active_adapter = list(layer.r)  # peft's own way would let all of them train
+        if isinstance(layer, BaseTunerLayer):  # peft's own way would let all of them train
+            layer._active_adapter = list(getattr(layer, layer.adapter_layer_names[0]))
     return tuner
 
 
-def merged(
-    base: BaseModelFiles, directory: Path, config: PeftConfig, weights: dict[str, Tensor]
-) -> PreTrainedModel:
-    """A plain causal model with trained weights, on the CPU: the one in `directory`, its adapter folded in.
+def has_adapters(model: nn.Module) -> bool:
+    """Whether anything stands beside the model's own weights."""
+    return virtual_tokens(model) is not None or any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
-    Args:
-        weights: what `Engine.trainable_state` gathered of a model that `attach` had prepared in the same way.
-    """
-    dtype = next(iter(weights.values())).dtype
-    model = load_causal_lm(directory, base.config, dtype)
-    adapter = attach(model, config)
-    load_trainable(model, weights)
-    adapter.merge()
-    return model
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While open, the model runs as the one that its adapters were put into."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    virtual = virtual_tokens(model)
+    try:
+        for layer in layers:
+            layer.forward = layer.get_base_layer().__call__
+        if virtual is not None:
+            virtual.are_left_out = True
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+        if virtual is not None:
+            virtual.are_left_out = False
 
 
 @torch.no_grad()
@@ -150,12 +249,14 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ConfigError: an adapter of a kind that cannot be folded in this way.
     """
+    if virtual_tokens(model) is not None:
+        raise ConfigError("Virtual tokens are no weights of the model: vLLM cannot be handed them.")
     adapted: dict[str, Any] = {}
     own: set[str] = set()
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            if not isinstance(layer, LoraLinear):
-                kind = type(layer).__name__
+            if not isinstance(layer, LoraLinear) or layer.lora_variant:
+                kind = "DoRA" if isinstance(layer, LoraLinear) else type(layer).__name__
                 raise ConfigError(f"{name}: an adapter of {kind} cannot be folded into a weight for vLLM.")
             adapted[name] = layer
             own |= {f"{name}.{each}" for each, _ in layer.named_parameters() if "base_layer" not in each}
@@ -187,7 +288,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _inner_linears(model: PreTrainedModel) -> list[str]:
     """Every linear layer of the backbone; neither the output layer nor a score head."""
-    backbone = getattr(model, model.base_model_prefix)
-    names = (name for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear))
-    adapted = (name.partition(".lora_")[0].removesuffix(".base_layer") for name in names)
-    return sorted({name.rpartition(".")[2] for name in adapted})
+    return sorted({name.rpartition(".")[2] for name, _ in _linears(getattr(model, model.base_model_prefix))})
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The model's own linear layers, by the names that they have without adapters."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and not any(part in name for part in (".lora_", f".{NAMES}")):
+            yield name.partition(".base_layer")[0], layer

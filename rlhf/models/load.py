@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +26,7 @@ from rlhf.artifacts import digest_of, directory_digest
 from rlhf.config import ConfigError, Strict
 from rlhf.data.chat import PLAIN, resolve_template, stop_ids
 from rlhf.models.packed import pack_where_possible
+from rlhf.models.published import attach_published, base_of
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +130,19 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
 def load_causal_lm(
     directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A policy in dtype on device; in evaluation mode, so that dropout is off."""
+    """A policy in dtype on device; in evaluation mode, so that dropout is off.
+
+    An artifact that is an adapter beside a reference is its base model with the adapter in it, frozen.
+    """
+    model: PreTrainedModel
+    base = base_of(directory)
+    if base is not None:
+        model = load_causal_lm(base, config, dtype, device)
+        attach_published(model, directory)
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+        return model
     with reading(directory):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation=attention_of(config),
@@ -151,10 +163,17 @@ def attention_of(config: ModelConfig) -> str:
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a plain directory whose generation config stops where this template's turns end."""
+    save_settings(model, tokenizer, directory)
+    model.save_pretrained(directory)
+
+
+def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write all of a policy but its weights."""
     generation = model.generation_config
     assert generation is not None
     generation.eos_token_id = stop_ids(tokenizer, generation.eos_token_id)
-    model.save_pretrained(directory)
+    model.config.save_pretrained(directory)
+    generation.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 

@@ -19,10 +19,8 @@ from rlhf.distributed import Compute
 from rlhf.models.load import ModelConfig, attention_of, reading
 from rlhf.models.packed import Packed, hidden_states, pack_where_possible, take
 from rlhf.models.policy import Sequences
+from rlhf.models.published import attach_published, base_of
 from rlhf.models.sharing import sharing
-
-ADAPTER = "adapter"
-"""Where a published reward model keeps the adapter that was merged into it."""
 
 
 class ScalarHead(nn.Module):
@@ -99,9 +97,20 @@ def load_scalar_model(
 ) -> ScalarModel:
     """A published reward model, or (new_head) a causal model's trunk under a head that `reset_head` must set.
 
+    An artifact that is an adapter beside a reference is its base model with the adapter in it, frozen.
+
     Raises:
         ConfigError: it is not a classification model with one label and a trained linear head.
     """
+    base = base_of(directory)
+    if base is not None:
+        scalar = load_scalar_model(base, config, dtype, new_head=True)
+        _, published = attach_published(scalar.model, directory)
+        if published is None and not new_head:
+            raise ConfigError(f"{directory}: a policy, which has no score head. Give a reward model.")
+        if published is not None:
+            scalar.head.weight.data.copy_(published)
+        return scalar
     try:
         # a head that is not in there is drawn, and then again by `reset_head`
         with reading(directory), torch.random.fork_rng(devices=[]):

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.artifacts import weights_digest
 from rlhf.data.chat import exchange_ids, tokenizer_digest
 from rlhf.distributed import Compute
-from rlhf.models.adapters import attach_published, published_base
 from rlhf.models.load import ModelConfig, load_tokenizer
 from rlhf.models.offload import offload
-from rlhf.models.scalar import ADAPTER, ScalarModel, load_scalar_model
+from rlhf.models.published import attach_published, described, origin_of
+from rlhf.models.scalar import ScalarModel, load_scalar_model
 from rlhf.models.sharing import Backbone, sharing
 from rlhf.rewards.remote import remote_reward
 from rlhf.rewards.source import (
@@ -70,7 +70,7 @@ def load_learned_reward(
     micro_batch_tokens: int,
     backbone: Backbone | None = None,
 ) -> LearnedReward:
-    """Load a published reward model: its adapter alone, if it was trained on the very weights of `backbone`.
+    """Load a published reward model: its LoRA adapter alone, if it was trained on those of `backbone`.
 
     The adapter is folded in while it scores. That is how the published weights were made, so it scores with
     these weights, bit for bit, in any precision (but for a device that multiplies otherwise than the one that
@@ -82,7 +82,8 @@ def load_learned_reward(
     tokenizer = load_tokenizer(directory, config)
     if backbone is not None and stands_on(directory, backbone, compute):
         trunk = sharing(backbone.model)
-        adapter, head = attach_published(trunk, directory / ADAPTER)
+        adapter, head = attach_published(trunk, directory)
+        assert head is not None
         weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # as load_scalar_model reads it
         model = ScalarModel(trunk, weight)
         return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, adapter.folded_in)
@@ -91,9 +92,14 @@ def load_learned_reward(
 
 
 def stands_on(directory: Path, backbone: Backbone, compute: Compute) -> bool:
-    """Whether a published reward model is the backbone, by the digest of its files, with an adapter."""
-    base = published_base(directory / ADAPTER)
-    return base is not None and base == compute.main_only(lambda: weights_digest(backbone.directory))
+    """Whether a published reward model is the backbone, by the digest of its files, with a LoRA adapter."""
+    origin = origin_of(directory)
+    if origin is None or origin.in_4_bits:
+        return False
+    told = described(directory)
+    if told["peft_type"] != "LORA" or told["use_dora"]:
+        return False
+    return origin.digest == compute.main_only(lambda: weights_digest(backbone.directory))
 
 
 def make_reward(

@@ -11,10 +11,12 @@ from test_adapters import IDS, TINY, load, logits, tuned
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from rlhf.artifacts import weights_digest
 from rlhf.config import PeftConfig
-from rlhf.models.adapters import attach, attach_published, count_parameters, published_base
+from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.load import load_tokenizer
 from rlhf.models.packed import Packed, hidden_states
+from rlhf.models.published import attach_published, origin_of, save_adapter
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.models.sharing import sharing
 
@@ -99,41 +101,45 @@ def test_a_scalar_models_head_is_its_own(tiny_model: Path) -> None:
 
 @pytest.fixture
 def published(tiny_model: Path, tmp_path: Path) -> tuple[Path, ScalarModel]:
-    """A saved reward adapter, and the merged model that was saved with it."""
+    """A reward artifact with its adapter, and the merged model that was saved in it."""
     torch.manual_seed(5)
     scalar = load_scalar_model(tiny_model, TINY, torch.float32, new_head=True)
     reset_head(scalar)
     adapter = tuned(scalar.model)
     moved(scalar.model)
-    adapter.save(tmp_path / "adapter", scalar.head.weight, "the base")
+    save_adapter(adapter, tmp_path, tiny_model, "key", scalar.head.weight)
     adapter.merge()
     save_scalar_model(scalar, load_tokenizer(tiny_model, TINY), tmp_path)
-    return tmp_path / "adapter", scalar
+    return tmp_path, scalar
 
 
 def test_peft_reads_what_was_saved(published: tuple[Path, ScalarModel], tiny_model: Path) -> None:
     directory, merged = published
     base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, pad_token_id=0)
-    model = PeftModel.from_pretrained(base, directory).eval()
+    model = PeftModel.from_pretrained(base, directory / "adapter").eval()
     with torch.no_grad():
         theirs = torch.cat([model(input_ids=row[None]).logits[0] for row in ROWS])
         torch.testing.assert_close(theirs, merged.last_values(ROWS), rtol=1e-5, atol=1e-5)
-    assert str(tiny_model) not in (directory / "adapter_config.json").read_text()
+    assert str(tiny_model) not in (directory / "adapter/adapter_config.json").read_text()
 
 
 def test_the_same_adapter_is_saved_in_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
-    files = []
+    files, head = [], torch.ones(1, 64)
+    for name in ("one", "two", "none"):
+        (tmp_path / name).mkdir()
     for name in ("one", "two"):
-        tuned(load(tiny_model)).save(tmp_path / name, torch.ones(1, 64), "the base")
-        files.append([path.read_bytes() for path in sorted((tmp_path / name).iterdir())])
+        save_adapter(tuned(load(tiny_model)), tmp_path / name, tiny_model, "key", head)
+        files.append([path.read_bytes() for path in sorted((tmp_path / name / "adapter").iterdir())])
+    assert len(files[0]) == 3
     assert files[0] == files[1]
-    assert (
-        '"down_proj",\n    "gate_proj",\n    "k_proj"' in (tmp_path / "one/adapter_config.json").read_text()
-    )
-    assert published_base(tmp_path / "one") == "the base"
-    assert published_base(tmp_path) is None
-    attach(load(tiny_model), PeftConfig(method="none")).save(tmp_path / "none", torch.ones(1, 64), "the base")
-    assert not (tmp_path / "none").exists()
+    told = (tmp_path / "one/adapter/adapter_config.json").read_text()
+    assert '"down_proj",\n    "gate_proj",\n    "k_proj"' in told
+    origin = origin_of(tmp_path / "one")
+    assert origin is not None
+    assert (origin.digest, origin.key) == (weights_digest(tiny_model), "key")
+    full = attach(load(tiny_model), PeftConfig(method="none"))
+    assert save_adapter(full, tmp_path / "none", tiny_model, "key", head) == {}
+    assert origin_of(tmp_path / "none") is None
 
 
 def test_a_new_adapter_adds_to_a_published_one(published: tuple[Path, ScalarModel], tiny_model: Path) -> None:

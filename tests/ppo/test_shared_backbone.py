@@ -11,12 +11,12 @@ from small_ppo import MODEL, ppo_job, ppo_stage, prompts
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.artifacts import weights_digest
 from rlhf.config import PeftConfig
 from rlhf.distributed import Compute
 from rlhf.models.adapters import attach
 from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
-from rlhf.models.scalar import ADAPTER, ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.published import save_adapter
+from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.models.sharing import Backbone
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.metrics import UpdateSums
@@ -45,13 +45,13 @@ def reward_model(directory: Path, sft: Path, method: str, dtype: torch.dtype = t
     torch.manual_seed(5)
     scalar = load_scalar_model(sft, MODEL, dtype, new_head=True)
     reset_head(scalar)
-    adapter = attach(scalar.model, PeftConfig.model_validate({"method": method, "rank": 4}))
+    adapter = attach(scalar.model, PeftConfig.model_validate({"method": method}))
     with torch.no_grad():
         for parameter in scalar.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     directory.mkdir(exist_ok=True)
-    adapter.save(directory / ADAPTER, scalar.head.weight, weights_digest(sft))
+    save_adapter(adapter, directory, sft, "key", scalar.head.weight)
     adapter.merge()
     save_scalar_model(scalar, load_tokenizer(sft, MODEL), directory)
     return directory
@@ -141,7 +141,7 @@ def test_one_backbone_where_the_reward_model_is_an_adapter_on_the_sft_model(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     reward = reward_model(tmp_path / "reward", tiny_model, "lora")
-    adapter = (reward / ADAPTER / "adapter_model.safetensors").stat().st_size
+    adapter = (reward / "adapter" / "adapter_model.safetensors").stat().st_size
     one = held([load_causal_lm(tiny_model, MODEL, torch.float32)])
     for assert_same in (assert_same_step, assert_same_training):
         shared, separate = learners(
@@ -154,14 +154,15 @@ def test_one_backbone_where_the_reward_model_is_an_adapter_on_the_sft_model(
 
 @pytest.mark.parametrize(
     ("reward", "init", "num_backbones"),
-    [("model", "reward", 2), ("model", "sft", 2), ("python", "sft", 1)],
+    [("none", "reward", 2), ("none", "sft", 2), ("dora", "sft", 2), ("python", "sft", 1)],
 )
 def test_as_many_backbones_as_there_are_different_ones(
     tmp_path: Path, tiny_model: Path, reward: str, init: str, num_backbones: int
 ) -> None:
-    source = f"model:{reward_model(tmp_path / 'reward', tiny_model, 'none')}"
-    if reward == "python":
-        source = "python:small_ppo:starts_with_e"
+    """A reward model that was trained in full, or by another method than lora, has its own."""
+    source = "python:small_ppo:starts_with_e"
+    if reward != "python":
+        source = f"model:{reward_model(tmp_path / 'reward', tiny_model, reward)}"
     heads = 4 * 64 * 4  # fp32
     one = held([load_causal_lm(tiny_model, MODEL, torch.float32)])
     for assert_same in (assert_same_step, assert_same_training):

@@ -1,0 +1,52 @@
+"""What an adapter that stands beside the weights adds to the time of a token."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.distributed import Compute
+from rlhf.generation.local import generate
+from rlhf.models.adapters import has_adapters, without_adapters
+
+TOKENS, ROUNDS = 16, 3
+"""Decoded in each round; the fastest of so many rounds counts, since other work can only slow one down."""
+
+
+def token_seconds(model: PreTrainedModel, compute: Compute) -> dict[str, float]:
+    """Seconds to decode a token of one row, greedily and with a KV cache, with the adapters and without them,
+    as summary metrics. Measured by rank 0 on whole weights; none for a model without adapters.
+    """
+    if compute.zero != "none" or not has_adapters(model):
+        return {}
+    return compute.main_only(lambda: _measured(model))
+
+
+def _measured(model: PreTrainedModel) -> dict[str, float]:
+    _seconds(model)  # a first call sets up caches and threads
+    rounds = []
+    for _ in range(ROUNDS):
+        with_adapters = _seconds(model)
+        with without_adapters(model):
+            rounds.append((with_adapters, _seconds(model)))
+    fastest = [min(column) for column in zip(*rounds, strict=True)]
+    return {"token_seconds": fastest[0], "token_seconds_base": fastest[1]}
+
+
+def _seconds(model: PreTrainedModel) -> float:
+    start = time.perf_counter()
+    generate(
+        model,
+        [torch.arange(4)],
+        max_new_tokens=TOKENS,
+        temperature=0.0,
+        stop_ids=[-1],
+        pad_id=0,
+        uniform_BR=torch.zeros(1, TOKENS),
+        batch_rows=1,
+    )
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return (time.perf_counter() - start) / TOKENS

@@ -1,0 +1,109 @@
+"""Bottleneck adapters as a tuner of peft's kind, because peft has none.
+
+Behind the last linear layer of a sub-layer, before the residual connection, stands h + up(relu(down(h))).
+`up` starts at zero, so the model starts as it was. Houlsby et al. 2019 (arXiv:1902.00751, figure 2) put one
+behind attention and one behind the feed-forward layer, Pfeiffer et al. 2020 (arXiv:2005.00247, section 3)
+only the latter. It is no linear function of the input, so it cannot be merged into weights.
+Dimensions: H hidden size, S size of the bottleneck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft import PeftConfig as TunerConfig
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType
+from torch import Tensor, nn
+
+KIND, NAMES = "BOTTLENECK", "bottleneck_"
+"""What peft's files call the method, and how the names of its modules begin."""
+
+
+@dataclass
+class BottleneckConfig(TunerConfig):
+    """The content of adapter_config.json."""
+
+    size: int = 64
+    """S."""
+    target_modules: Iterable[str] | None = None
+    """The linear layers that get one behind them, by the ends of their names."""
+    modules_to_save: list[str] | None = None
+    """What else trains: a score head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = KIND
+        self.target_modules = set(self.target_modules or ())
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with bottlenecks behind it, each under an adapter's name."""
+
+    adapter_layer_names: tuple[str, ...] = (f"{NAMES}down", f"{NAMES}up")
+
+    def __init__(self, base_layer: nn.Module, name: str, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._active_adapter = name
+        self.update_layer(name, config)
+
+    def update_layer(self, name: str, config: BottleneckConfig) -> None:
+        """Add an adapter. `down` is drawn as torch draws a linear layer."""
+        linear = self.get_base_layer()
+        assert isinstance(linear, nn.Linear)
+        size = linear.out_features
+        down, up = nn.Linear(size, config.size), nn.Linear(config.size, size)
+        for zero in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(zero)
+        self.bottleneck_down[name], self.bottleneck_up[name] = down, up
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """[..., in] -> [..., H]; one adapter works on what the one before it made."""
+        hidden: Tensor = self.base_layer(x, *args, **options)
+        if self.disable_adapters:
+            return hidden
+        for name in self.active_adapters:
+            hidden = hidden + self.bottleneck_up[name](self.bottleneck_down[name](hidden).relu())
+        return hidden
+
+
+class BottleneckModel(BaseTuner):
+    """Puts bottlenecks behind linear layers, in place."""
+
+    prefix: str = NAMES
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def _create_and_replace(
+        self,
+        config: TunerConfig,
+        name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(config, BottleneckConfig)
+        if isinstance(target, BottleneckLayer):
+            target.update_layer(name, config)
+        else:
+            self._replace_module(parent, target_name, BottleneckLayer(target, name, config), target)
+
+
+_kind = cast(PeftType, KIND)  # register_peft_method takes the methods of that enumeration only
+PEFT_TYPE_TO_CONFIG_MAPPING[_kind] = BottleneckConfig
+PEFT_TYPE_TO_TUNER_MAPPING[_kind] = BottleneckModel
+PEFT_TYPE_TO_PREFIX_MAPPING[_kind] = NAMES

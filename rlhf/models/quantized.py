@@ -1,0 +1,61 @@
+"""Linear layers held in 4 bits while a low-rank update of them trains.
+
+Source: Dettmers et al. 2023 (arXiv:2305.14314): 4-bit NormalFloat in blocks of 64, whose scales are quantized
+in turn. The products are bitsandbytes', which is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+FORMAT: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
+
+
+@torch.no_grad()
+def quantize(model: PreTrainedModel, names: list[str]) -> None:
+    """Hold linear layers in 4 bits, where they are, one after the other; they cannot train any more.
+
+    Args:
+        names: the last parts of their names.
+    """
+    import bitsandbytes
+
+    kinds: Any = bitsandbytes.nn
+    for parent, name, linear in _linears(model, names):
+        held = kinds.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=model.dtype,
+            device="meta", **FORMAT,
+        )  # fmt: skip
+        weight = kinds.Params4bit(linear.weight.data, requires_grad=False, module=held, **FORMAT)
+        held.weight, held.bias = weight.to(linear.weight.device), linear.bias
+        setattr(parent, name, held)
+    model.requires_grad_(False)
+    model.__dict__["is_loaded_in_4bit"] = True  # where peft looks
+
+
+@torch.no_grad()
+def round_to_4_bits(model: PreTrainedModel, names: list[str]) -> None:
+    """Give linear layers the weights that `quantize` has them compute with, as plain weights."""
+    for _, _, linear in _linears(model, names):
+        linear.weight.copy_(_rounded(linear.weight))
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(weight.data.contiguous(), **FORMAT)
+    rounded: Tensor = functional.dequantize_4bit(codes, state)
+    return rounded
+
+
+def _linears(model: PreTrainedModel, names: list[str]) -> list[tuple[nn.Module, str, nn.Linear]]:
+    return [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, nn.Linear) and name in names
+    ]

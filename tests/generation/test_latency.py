@@ -1,0 +1,47 @@
+"""What an adapter adds to a token's time is measured on the model that has it, and leaves that as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_job import on_cpu
+
+from rlhf.config import PeftConfig
+from rlhf.distributed import Compute
+from rlhf.generation.latency import token_seconds
+from rlhf.models.adapters import attach, without_adapters
+from rlhf.models.load import ModelConfig, load_causal_lm
+
+IDS = torch.arange(3, 35)[None]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adapter", "prefix", "prompt", "p_tuning"])
+@torch.no_grad()
+def test_without_its_adapters_a_model_is_its_base_for_a_while(method: str, tiny_model: Path) -> None:
+    model = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    base = model(input_ids=IDS).logits
+    attach(model, PeftConfig.model_validate({"method": method}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1)
+    tuned = model(input_ids=IDS).logits
+    assert (tuned - base).abs().max() > 1e-3
+    with pytest.raises(KeyError), without_adapters(model):
+        torch.testing.assert_close(model(input_ids=IDS).logits, base, atol=1e-6, rtol=1e-6)
+        raise KeyError
+    assert torch.equal(model(input_ids=IDS).logits, tuned)
+    found = token_seconds(model, on_cpu())
+    assert found.keys() == {"token_seconds", "token_seconds_base"}
+    assert all(seconds > 0 for seconds in found.values())
+    assert torch.equal(model(input_ids=IDS).logits, tuned)
+
+
+def test_nothing_is_measured_where_nothing_was_added_or_weights_are_sharded(tiny_model: Path) -> None:
+    model = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    attach(model, PeftConfig(method="freeze"))
+    assert token_seconds(model, on_cpu()) == {}
+    attach(model, PeftConfig(method="lora"))
+    sharded = Compute(torch.device("cpu"), torch.float32, rank=0, world_size=1, zero="zero2")
+    assert token_seconds(model, sharded) == {}

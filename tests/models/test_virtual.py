@@ -1,0 +1,156 @@
+"""Virtual tokens: what peft makes of the same file, whatever stands beside a row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from small_job import on_cpu
+from test_adapters import IDS, TINY, load, train
+from test_methods import saved
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rlhf.config import ConfigError, PeftConfig
+from rlhf.generation.policy import Policy
+from rlhf.models.adapters import attach, count_parameters, merged_weights
+from rlhf.models.checkpointing import checkpoint_layers
+from rlhf.models.load import load_causal_lm
+from rlhf.models.merged import merged_policy
+from rlhf.models.packed import Packed, hidden_states
+from rlhf.models.policy import pack_sequences, response_statistics
+from rlhf.models.published import attach_published
+from rlhf.models.sharing import sharing
+from rlhf.models.virtual import virtual_tokens
+
+METHODS = ["prefix", "prompt", "p_tuning"]
+ROWS = [IDS[0, :9], IDS[0], IDS[0, 3:20]]
+TOKENS = 20
+TRAINED = {
+    "prefix": TOKENS
+    * 2
+    * 2
+    * 2
+    * 16,  # layers; keys and values; heads of these, of which there are two; size
+    "prompt": TOKENS * 64,
+    "p_tuning": TOKENS * 64 + 3 * (64 * 64 + 64),
+}
+
+
+def with_tokens(directory: Path, method: str) -> PreTrainedModel:
+    model = load(directory)
+    torch.manual_seed(0)
+    attach(model, PeftConfig.model_validate({"method": method}))
+    return model
+
+
+@torch.no_grad()
+def last_hidden(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
+    return list(hidden_states(model, Packed(rows, "cpu")).split([len(row) for row in rows]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_tokens_train(method: str, tiny_model: Path) -> None:
+    model = with_tokens(tiny_model, method)
+    assert count_parameters(model)[0] == TRAINED[method]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    hidden = last_hidden(model, ROWS)
+    train(model)
+    moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert moved == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert moved and all(name.startswith("virtual_tokens.") for name in moved)
+    assert (last_hidden(model, ROWS)[0] - hidden[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_row_has_them_before_it_whatever_stands_beside_it(method: str, tiny_model: Path) -> None:
+    model = with_tokens(tiny_model, method)
+    plain = last_hidden(load(tiny_model), ROWS)
+    together = last_hidden(model, ROWS)
+    for row, found, without in zip(ROWS, together, plain, strict=True):
+        torch.testing.assert_close(found, last_hidden(model, [row])[0], atol=1e-5, rtol=1e-5)
+        assert (found - without).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_reads_what_is_saved_and_says_the_same(method: str, tiny_model: Path, tmp_path: Path) -> None:
+    artifact, expected = saved(tmp_path, tiny_model, method)
+    ours = load(tiny_model)
+    attach_published(ours, artifact)
+    assert count_parameters(ours)[0] == 0
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(base, artifact / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=IDS).logits, expected, atol=1e-6, rtol=1e-6)
+        found = theirs(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.shape[1] :]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    kept = (artifact / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert kept < 4 * TOKENS * 128 + 1000  # of an MLP that made embeddings, only these
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_they_cannot_be_merged_nor_handed_over(method: str, tiny_model: Path, tmp_path: Path) -> None:
+    artifact, _ = saved(tmp_path, tiny_model, method)
+    with pytest.raises(ConfigError, match=f"peft={method} cannot be merged into the weights"):
+        merged_policy(artifact, TINY, torch.float32)
+    with pytest.raises(ConfigError, match="vLLM cannot be handed them"):
+        list(merged_weights(load_causal_lm(artifact, TINY, torch.float32)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_computed_anew_give_the_same_gradients(method: str, tiny_model: Path) -> None:
+    found = []
+    for anew in (False, True):
+        model = with_tokens(tiny_model, method)
+        if anew:
+            checkpoint_layers(model)
+        batch = pack_sequences([row[:4] for row in ROWS], [row[4:] for row in ROWS], torch.device("cpu"))
+        response_statistics(model, batch, 1.0).logp_N.mean().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    for first, second in zip(*found, strict=True):
+        assert first is not None and first.abs().max() > 0
+        assert torch.equal(first, second)
+
+
+def test_a_prefix_starts_from_what_the_model_makes_of_real_tokens(tiny_model: Path) -> None:
+    """So a prefix of one token is that token read before the row."""
+    model = load(tiny_model)
+    torch.manual_seed(3)
+    attach(model, PeftConfig(method="prefix", tokens=1))
+    torch.manual_seed(3)
+    torch.nn.Embedding(1, 2 * 2 * 2 * 16)  # draws as peft's encoder does
+    token = torch.randint(259, (1,))
+    plain = load(tiny_model)
+    expected = last_hidden(plain, [torch.cat([token, ROWS[0]])])[0][1:]
+    torch.testing.assert_close(last_hidden(model, [ROWS[0]])[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_tree_has_tokens_of_its_own(method: str, tiny_model: Path) -> None:
+    model = with_tokens(tiny_model, method)
+    own = virtual_tokens(model)
+    assert own is not None
+    other = sharing(model, own=own.parameters())
+    before = last_hidden(other, ROWS)
+    train(model)
+    assert torch.equal(last_hidden(other, ROWS)[0], before[0])
+    assert not torch.allclose(last_hidden(model, ROWS)[0], before[0], atol=1e-3)
+
+
+def test_they_take_room_from_the_context(tiny_model: Path, tmp_path: Path) -> None:
+    artifact, _ = saved(tmp_path, tiny_model, "prompt")
+    plain = Policy.load(tiny_model, TINY, on_cpu())
+    found = Policy(load_causal_lm(artifact, TINY, torch.float32), plain.tokenizer, on_cpu())
+    assert found.context_length == plain.context_length - TOKENS
+
+
+def test_what_cannot_have_them(tiny_model: Path) -> None:
+    model = with_tokens(tiny_model, "prompt")
+    with pytest.raises(ConfigError, match=r"peft=prefix: .* has virtual tokens of its own"):
+        attach(model, PeftConfig(method="prefix"))
+    windowed = load(tiny_model)
+    windowed.config.sliding_window = 8
+    with pytest.raises(ConfigError, match="not every layer of LlamaForCausalLM looks at all"):
+        attach(windowed, PeftConfig(method="p_tuning"))

@@ -1,0 +1,297 @@
+"""Method x stage on the tiny model: trains, goes on after an interruption bit for bit, publishes what was
+trained beside a reference, reads it back, and samples from it with a KV cache."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from small_chain import Chain
+from small_job import on_cpu, small_job
+from torch import Tensor
+
+from rlhf.config import ConfigError
+from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
+from rlhf.experiment import build_experiment
+from rlhf.generation.policy import Policy
+from rlhf.interrupt import Stopped
+from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm
+from rlhf.models.merged import merged_policy
+from rlhf.models.policy import pack_sequences, response_statistics
+from rlhf.models.published import attach_published, origin_of
+from rlhf.models.scalar import ScalarModel, load_scalar_model
+from rlhf.rewards.learned import LearnedReward
+from rlhf.stage import Stage
+from rlhf.stages.ppo import PpoStage
+
+TINY = ModelConfig(kind="tiny")
+SETTINGS = (
+    "model=tiny", "sft.batch_rows=4", "sft.epochs=1", "sft.optim.lr=1e-2", "reward.batch_pairs=4",
+    "reward.optim.lr=1e-2", "ppo.steps=2", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4",
+    "ppo.max_new_tokens=6", "ppo.evaluate_every=1", "ppo.evaluate_prompts=4", "ppo.optim.lr=5e-2",
+    "ppo.score.normalize=none", "ppo.critic.init=sft", "ppo.kl.coef=0.0",
+    "ppo.reward=python:test_every_method:other_than_first",
+)  # fmt: skip
+MERGING = {
+    "lora": "{method: lora, rank: 4}", "dora": "{method: dora, rank: 4}", "ia3": "ia3",
+    "freeze": "{method: freeze, layers: 1}",
+}  # fmt: skip
+BESIDE = {
+    "adapter": "{method: adapter, placement: houlsby, size: 8}", "prefix": "{method: prefix, tokens: 5}",
+    "prompt": "{method: prompt, tokens: 5}", "p_tuning": "{method: p_tuning, tokens: 5}",
+}  # fmt: skip
+HELD_OUT = [f"{n}?" for n in range(20, 24)]
+ROWS = [torch.arange(3, 30), torch.arange(40, 52)]
+
+
+FIRST_ANSWERS: dict[str, str] = {}
+"""To the held-out prompts, of the policy that training starts from."""
+
+
+def other_than_first(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward for length; for held-out prompts, for any other answer than the first: so that what PPO
+    publishes is a policy that has moved."""
+
+    def score(prompt: str, response: str) -> float:
+        if prompt not in HELD_OUT:
+            return float(len(response.encode()))
+        return float(FIRST_ANSWERS.setdefault(prompt, response) != response)
+
+    return [score(*pair) for pair in zip(prompts, responses, strict=True)]
+
+
+def asked(text: str) -> list[Message]:
+    return [Message(role="user", content=text)]
+
+
+def build(*overrides: str) -> dict[str, Stage]:
+    with initialize_config_module("rlhf.conf", version_base="1.3"):
+        node = compose("config", overrides=[*SETTINGS, *overrides])
+    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return dict(build_experiment({str(key): value for key, value in resolved.items()}).stages)
+
+
+def job_of(name: str, directory: Path, model: Path) -> Job:
+    inputs = {} if name == "sft" else {"sft": model}
+    checkpoints = directory.with_name("checkpoints")
+    base = BaseModelFiles(model, "tiny", TINY)
+    job = small_job(name, directory, base, inputs, checkpoints=checkpoints)
+    for split, numbers in (("train", range(8)), ("held_out", range(20, 24))):
+        job.data.write("sft", split, [SftRow(asked(f"Say {n}"), f"It is {n}") for n in numbers])  # type: ignore[arg-type]
+        job.data.write(
+            "reward", split, [PairRow(asked(f"Say {n}"), f"It is {n}", "No" * (n % 3 + 1)) for n in numbers]
+        )  # type: ignore[arg-type]
+        job.data.write("ppo", split, [PromptRow(asked(f"{n}?")) for n in numbers])  # type: ignore[arg-type]
+    return job
+
+
+def trained(name: str, directory: Path, model: Path, method: str) -> Job:
+    """The stage's artifact, made by a run that was stopped behind its first step, and by another that went
+    on from there; it must be that of an undisturbed run."""
+    stage = build("stage=prepare" if "qlora" in method else f"stage={name}", f"{name}.peft={method}")[name]
+    through = job_of(name, directory / "through" / "job", model)
+    FIRST_ANSWERS.clear()
+    torch.manual_seed(0)
+    stage.run(through)
+    first = job_of(name, directory / "first", model)
+    first.checkpoints.signals.received = 15
+    torch.manual_seed(0)
+    with pytest.raises(Stopped):
+        stage.run(first)
+    second = job_of(name, directory / "second", model)
+    assert second.checkpoints.newest is not None
+    assert second.checkpoints.newest["step"] == 1
+    torch.manual_seed(1)  # all that is random comes from the checkpoint
+    stage.run(second)
+    files = sorted(path.relative_to(through.directory) for path in through.directory.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        expected, found = load_file(through.directory / file), load_file(second.directory / file)
+        assert expected.keys() == found.keys()
+        assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    assert second.summary is not None
+    assert second.summary["trained_parameters"] > 0
+    adapter = list(second.directory.glob("adapter/*"))
+    assert (adapter == []) == (method == "none")
+    assert second.summary.get("adapter_bytes", 0) == sum(path.stat().st_size for path in adapter)
+    return second
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return torch.cat([model(input_ids=row[None]).logits[0] for row in ROWS])
+
+
+def assert_samples_with_a_cache(artifact: Path) -> None:
+    """What the cache led to is as likely as without one."""
+    policy = Policy.load(artifact, TINY, on_cpu())
+    rollout, _ = policy.sample(
+        [asked("Say 3"), asked("Say")], max_new_tokens=8, temperature=1.0,
+        generator=torch.Generator().manual_seed(0), batch_rows=2,
+    )  # fmt: skip
+    batch = pack_sequences(rollout.prompt_ids, rollout.response_ids, torch.device("cpu"))
+    with torch.no_grad():
+        logp_N = response_statistics(policy.model, batch, 1.0).logp_N
+    assert rollout.sampled_logp is not None
+    torch.testing.assert_close(logp_N, torch.cat(list(rollout.sampled_logp)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_all_parameters(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    artifact = trained(name, tmp_path, tiny_model, "none").directory
+    if name == "reward":
+        assert load_scalar_model(artifact, TINY, torch.float32).last_values(ROWS).std() > 1e-3
+        return
+    published, start = (load_causal_lm(path, TINY, torch.float32) for path in (artifact, tiny_model))
+    assert not torch.allclose(logits(published), logits(start), atol=1e-3)
+    assert_samples_with_a_cache(artifact)
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("method", MERGING)
+def test_a_policy(name: str, method: str, tmp_path: Path, tiny_model: Path) -> None:
+    artifact = trained(name, tmp_path, tiny_model, MERGING[method]).directory
+    origin = origin_of(artifact)
+    assert origin is not None
+    start = load_causal_lm(origin.found(artifact), TINY, torch.float32)
+    beside = load_causal_lm(origin.found(artifact), TINY, torch.float32)
+    attach_published(beside, artifact)
+    published = load_causal_lm(artifact, TINY, torch.float32)
+    assert not torch.allclose(logits(published), logits(start), atol=1e-3)
+    torch.testing.assert_close(logits(published), logits(beside), atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(published), logits(merged_policy(artifact, TINY, torch.float32)))
+    assert_samples_with_a_cache(artifact)
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("method", BESIDE)
+def test_a_policy_that_stays_beside_its_base(
+    name: str, method: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    artifact = trained(name, tmp_path, tiny_model, BESIDE[method]).directory
+    assert not list(artifact.glob("*.safetensors"))  # nobody takes the base model for it
+    beside = load_causal_lm(tiny_model, TINY, torch.float32)
+    start = logits(beside)
+    attach_published(beside, artifact)
+    published = load_causal_lm(artifact, TINY, torch.float32)
+    assert not torch.allclose(logits(published), start, atol=1e-3)
+    assert torch.equal(logits(published), logits(beside))
+    assert published.generation_config is not None
+    assert published.generation_config.eos_token_id == [2]
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        merged_policy(artifact, TINY, torch.float32)
+    assert_samples_with_a_cache(artifact)
+
+
+@pytest.mark.parametrize("method", [*MERGING, *BESIDE])
+def test_a_reward_model(method: str, tmp_path: Path, tiny_model: Path) -> None:
+    artifact = trained("reward", tmp_path, tiny_model, {**MERGING, **BESIDE}[method]).directory
+    load = partial(load_scalar_model, config=TINY, dtype=torch.float32)
+    published = load(artifact).last_values(ROWS)
+    trunk = load(tiny_model, new_head=True).model
+    _, head = attach_published(trunk, artifact)
+    assert head is not None
+    found = ScalarModel(trunk, torch.nn.Parameter(head)).last_values(ROWS)
+    assert published.std() > 1e-3
+    torch.testing.assert_close(found, published, atol=1e-5, rtol=1e-5)
+
+
+def test_dora_and_ia3_were_not_tried_with_sharded_weights() -> None:
+    with pytest.raises(ConfigError) as error:
+        build("stage=sft", "zero=zero3", "sft.peft=dora")
+    assert str(error.value) == (
+        "zero=zero3: sft.peft=dora was not tried with sharded weights. "
+        "Use zero=none, or sft.peft=none or lora."
+    )
+    build("stage=sft", "zero=zero3", "sft.peft=lora", "ppo.peft=ia3")  # ppo is not run
+
+
+def test_what_vllm_cannot_be_handed() -> None:
+    with pytest.raises(ConfigError, match=r"what ppo\.peft=ia3 trains cannot be handed over"):
+        build("stage=ppo", "generation=vllm", "ppo.peft=ia3", "ppo.score.normalize=none")
+    build("stage=sft", "generation=vllm", "sft.peft=ia3")  # published as a plain model
+
+
+@pytest.mark.parametrize(
+    ("method", "peft"), [("adapter", "lora"), ("adapter", "adapter"), ("prompt", "lora"), ("prefix", "none")]
+)
+def test_a_critic_stands_on_a_reward_model_beside_its_base(
+    method: str, peft: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    reward = trained("reward", tmp_path / "reward", tiny_model, BESIDE[method]).directory
+    overrides = (f"ppo.peft={peft}", f"ppo.reward=model:{reward}", "ppo.critic.init=reward")
+    stage = build("stage=ppo", *overrides)["ppo"]
+    assert isinstance(stage, PpoStage)
+    learner = stage.learner(job_of("ppo", tmp_path / "ppo", tiny_model))
+    assert isinstance(learner.reward, LearnedReward)
+    critic = learner.engine.model.critic
+    with torch.no_grad():
+        scores = learner.reward.model.last_values(ROWS)
+        torch.testing.assert_close(critic.last_values(ROWS), scores, atol=1e-5, rtol=1e-5)
+    learner.train([PromptRow(asked(f"{n}?")) for n in range(8)], [PromptRow(asked("9?"))])
+    with torch.no_grad():
+        assert torch.equal(learner.reward.model.last_values(ROWS), scores)
+        assert not torch.allclose(critic.last_values(ROWS), scores, atol=1e-3)
+
+
+def test_what_is_not_merged_is_nothing_to_train_on() -> None:
+    with pytest.raises(
+        ConfigError, match=r"sft\.peft=adapter: it is not merged .* so reward, which trains on"
+    ):
+        build("stage=reward", "sft.peft=adapter")
+    build("stage=sft", "sft.peft=adapter")
+    build("stage=ppo", "ppo.peft=adapter", "reward.peft=adapter")
+    with pytest.raises(
+        ConfigError, match=r"generation=vllm: sft\.peft=adapter is not merged into the weights"
+    ):
+        build("stage=sft", "generation=vllm", "sft.peft=adapter")
+    build("stage=reward", "generation=vllm", "reward.peft=adapter")  # nobody samples from it
+
+
+def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    arguments = (
+        "stage=evaluate", "sft.peft={method: prompt, tokens: 4}", "evaluate.policies=[base,sft]",
+        "evaluate.reward=null", "evaluate.gates.win_rate=null",
+    )  # fmt: skip
+    outcome = chain.run(*arguments)
+    assert outcome.code == 0, outcome.err
+    artifact = outcome.artifact("sft")
+    origin = origin_of(artifact)
+    assert origin is not None
+    assert origin.directory.startswith("../../base/")  # so the store can be moved
+    assert not list(artifact.glob("*.safetensors"))
+    metrics = outcome.summary["stages"]["sft"]["metrics"]
+    assert metrics["sft/trained_parameters"] == 4 * 64
+    assert metrics["sft/held_out_loss"] != metrics["sft/held_out_loss_before"]
+    assert chain.run(*arguments).statuses["sft"] == "reused"
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_low_rank_updates_of_weights_in_4_bits(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    """bitsandbytes computes on CPUs too, slowly; no GPU has run this."""
+    pytest.importorskip("bitsandbytes")
+    artifact = trained(name, tmp_path, tiny_model, "{method: qlora, rank: 4}").directory
+    if name == "reward":
+        published = load_scalar_model(artifact, TINY, torch.float32).last_values(ROWS)
+        trunk = load_scalar_model(tiny_model, TINY, torch.float32, new_head=True).model
+        _, head = attach_published(trunk, artifact)
+        assert head is not None
+        found = ScalarModel(trunk, torch.nn.Parameter(head)).last_values(ROWS)
+        torch.testing.assert_close(found, published, atol=1e-5, rtol=1e-5)
+        return
+    published = load_causal_lm(artifact, TINY, torch.float32)
+    assert torch.equal(logits(published), logits(merged_policy(artifact, TINY, torch.float32)))
+    assert_samples_with_a_cache(artifact)
+
+
+def test_4_bits_want_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.peft=qlora: 4-bit weights are for a GPU, and this"):
+        build("stage=reward", "reward.peft=qlora", "device=cpu")
