@@ -6,15 +6,20 @@ Writes  a plain causal-LM directory with the weights base + alpha (tuned - base)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.estimate import Work
 from rlhf.job import Job
+from rlhf.methods import METHODS
 from rlhf.models.interpolate import interpolate
 from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
+from rlhf.models.merged import merged_policy
+from rlhf.models.published import origin_of
 from rlhf.stage import Stage
 
 
@@ -40,6 +45,20 @@ class MergeStage(Stage):
         """It is one of the two."""
         return True
 
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """The tuned model must have weights of its own.
+
+        Raises:
+            ConfigError: its method is not merged into them.
+        """
+        peft = chain[self.policy].tunes()
+        if peft is not None and not METHODS[peft.method].merges:
+            merging = " or ".join(name for name, each in METHODS.items() if each.merges)
+            raise ConfigError(
+                f"merge.policy={self.policy}: {self.policy}.peft={peft.method} cannot be merged into the "
+                f"weights: no weights of the model alone answer as it does. Use {self.policy}.peft={merging}."
+            )
+
     def work(self, data: PreparedData) -> Work:
         """It runs no model."""
         return Work()
@@ -53,7 +72,8 @@ class MergeStage(Stage):
         """Write the model; how far it is from the base model, relative to that."""
         directory, settings, dtype = job.inputs[self.policy].path, job.base.config, job.compute.dtype
         base = load_causal_lm(job.base.directory, settings, dtype)
-        tuned = load_causal_lm(directory, settings, dtype)
+        has_adapter = origin_of(directory) is not None
+        tuned = (merged_policy if has_adapter else load_causal_lm)(directory, settings, dtype)
         change = interpolate(base, tuned, self.alpha)
         save_policy(tuned, load_tokenizer(directory, settings), job.directory)
         return change

@@ -93,3 +93,23 @@ def test_a_merged_policy_is_judged_beside_the_others(finished_chain: tuple[Chain
     report = (half.directory / "report.md").read_text()
     assert "| 4 prompts | base | SFT | merged |" in report
     assert "- Merged model: `artifacts/merge`" in report
+
+
+def test_an_adapter_is_put_into_the_weights_that_it_belongs_to(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    outcome = chain.run("stage=merge", "sft.peft=lora", "merge.alpha=1.0")
+    assert outcome.code == 0, outcome.err
+    tuned, merged = (
+        dict(AutoModelForCausalLM.from_pretrained(outcome.artifact(name)).named_parameters())
+        for name in ("sft", "merge")
+    )
+    assert tuned.keys() == merged.keys()
+    assert all(torch.equal(weight, tuned[name]) for name, weight in merged.items())
+
+
+@pytest.mark.parametrize("method", ["adapter", "prefix"])
+def test_what_is_no_weight_of_the_model_is_refused_before_it_is_trained(tmp_path: Path, method: str) -> None:
+    outcome = Chain(tmp_path).run("stage=merge", f"sft.peft={method}")
+    assert outcome.code == 2
+    assert f"merge.policy=sft: sft.peft={method} cannot be merged" in outcome.err
+    assert "sft.peft=none or lora or dora" in outcome.err
