@@ -67,7 +67,7 @@ def complaint(outcome: Outcome) -> str:
         ("colour=red", ["colour"]),
         ("model=huge", ["model/huge", "tiny"]),
         ("ppo.kl.coef=[", ["ppo.kl.coef"]),
-        ("stage=rl", ["stage=rl", "no such stage", "all, prepare, sft, reward, generate, ppo, evaluate"]),
+        ("stage=rl", ["stage=rl", "no such stage", "all, prepare, sft, reward, generate, ppo, "]),
         ("stage=[sft,rl]", ["stage=rl"]),
         ("force=[all]", ["force=all", "no such stage"]),
         ("ppo.steps=many", ["ppo.steps='many'", "integer"]),
