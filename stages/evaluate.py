@@ -15,15 +15,16 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, Role
 from rlhf.data.sources import SourceConfig
-from rlhf.estimate import Work
 from rlhf.evaluation.comparison import bootstrap_interval, wins
 from rlhf.evaluation.retention import question_accuracy, text_perplexity
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.policy import check_head
+from rlhf.plan.answering import answering_demand
+from rlhf.plan.demand import Demand
+from rlhf.plan.setting import Setting
 from rlhf.rewards.learned import make_reward
 from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
 from rlhf.rl.kl import kl_k1
@@ -34,6 +35,8 @@ from rlhf.stage import Stage
 PolicyName = Literal["base", "sft", "ppo"]
 CHAIN: tuple[PolicyName, ...] = get_args(PolicyName)
 """Every policy starts from the one before it."""
+CHOICES = 4
+"""Of a question, roughly."""
 
 
 @dataclass
@@ -130,18 +133,18 @@ class EvaluateStage(Stage):
         """The models or the code that score, where they are the user's."""
         return reward_digest(self.reward) | reward_digest(self.gold)
 
-    def work(self, data: PreparedData) -> Work:
-        """Every policy answers, is read by the others and by the rewards, and takes the retention tests."""
-        rows, prompt = data.size("evaluate", "evaluation")
-        rows = min(rows, self.num_prompts or rows)
-        texts, text_length = data.size("retention_text", "evaluation")
-        questions, question_length = data.size("retention_questions", "evaluation")
-        answers = rows * len(self.policies)
-        retention = texts * text_length + 4 * questions * question_length
-        return Work(
-            decoded=answers * self.max_new_tokens,
-            read=4 * answers * (prompt + self.max_new_tokens) + len(self.policies) * retention,
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+        """Every policy answers, is read by itself, SFT and the rewards, and takes the retention tests."""
+        prompts = on.sizes("evaluate", "evaluation").first(self.num_prompts)
+        texts, questions = (
+            on.sizes(role, "evaluation") for role in ("retention_text", "retention_questions")
         )
+        rewards = [self.reward, self.gold].count("learned")
+        return answering_demand(
+            on, prompts, samples=1, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
+            micro_batch_tokens=self.micro_batch_tokens, policies=len(self.policies), readings=rewards,
+            measures=2, models=1, others=[texts, questions._replace(rows=CHOICES * questions.rows)],
+        )  # fmt: skip
 
     def run(self, job: Job) -> None:
         """Answer, measure what was forgotten, score, compare."""

@@ -47,6 +47,7 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
         "gold_gain": ("gold gain", "+z.2f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     },
+    "plan": {"strategies": ("strategies", ".0f"), "hours": ("hours of the best", ".2g")},
     "compare": {"questions": ("questions", ".0f"), "leaks": ("left out, as trained on", ".0f")},
 }
 """Stage -> its most telling summary metrics: (words, format)."""

@@ -26,7 +26,7 @@ from rlhf.tracking import TrackerConfig
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 CHAIN = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
-STAGES = (*CHAIN, "compare")
+STAGES = (*CHAIN, "compare", "plan")
 DEFAULT_GROUPS = ("model", "tracker", "hydra/sweeper")
 """In the defaults list, so chosen without a plus."""
 WITH_DEFAULTS = (PeftConfig, SourceConfig, Bound)
@@ -161,7 +161,8 @@ def build(*overrides: str) -> Experiment:
     ("override", "needed"),
     [
         ("stage=all", list(CHAIN)),
-        ("stage=[all,compare]", list(STAGES)),
+        ("stage=[all,compare]", [*CHAIN, "compare"]),
+        ("stage=plan", ["prepare", "plan"]),
         ("stage=prepare", ["prepare"]),
         ("stage=sft", ["prepare", "sft"]),
         ("stage=[reward,sft]", ["prepare", "sft", "reward"]),
