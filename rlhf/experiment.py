@@ -57,6 +57,8 @@ class Settings(Strict):
     """Stages to run although the store has their artifact."""
     gates: Literal["enforce", "warn"]
     """Whether a failing gate ends the run (exit code 3) or is only reported."""
+    preflight: Literal["enforce", "warn"]
+    """Whether a run that memory, disk or context are too small for is refused before a model is loaded."""
     sweep: SweepConfig
     model: ModelConfig
     tracker: TrackerConfig

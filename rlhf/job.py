@@ -17,6 +17,7 @@ from rlhf.tracking import Tracker
 if TYPE_CHECKING:
     from rlhf.checkpoint import Checkpointer
     from rlhf.distributed import Compute
+    from rlhf.experiment import Experiment
     from rlhf.generation.vllm import Vllm
     from rlhf.models.load import BaseModelFiles
 
@@ -44,6 +45,8 @@ class Job:
     """For what does not belong into the artifact, such as a batch that could not be learned from."""
     vllm: Vllm | None = None
     """What samples with `generation=vllm`; None for the local engine."""
+    experiment: Experiment | None = None
+    """All stages and settings, for a stage that is about the others."""
     summary: dict[str, float] | None = field(default=None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

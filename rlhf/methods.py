@@ -10,10 +10,6 @@ class Method(NamedTuple):
 
     knobs: tuple[str, ...]
     """The keys of `PeftConfig` that it reads."""
-    cost: float
-    """Forward and backward pass of a token, relative to a forward pass: without gradients of the frozen
-    weights; or with them, and a pass over all weights in each optimizer step. Fitted for none and lora to the
-    demo on two CPU cores; the others are counted like lora."""
     merges: bool = True
     """Whether it can be folded into the weights, so that a plain model is published."""
     shares: bool = False
@@ -27,22 +23,22 @@ class Method(NamedTuple):
 UPDATE = ("rank", "alpha", "target_modules")
 
 METHODS = {
-    "none": Method((), 6.0, shards=True, samples_by_vllm=True),
+    "none": Method((), shards=True, samples_by_vllm=True),
     # Hu et al. 2021, arXiv:2106.09685
-    "lora": Method(UPDATE, 2.0, shares=True, shards=True, samples_by_vllm=True),
+    "lora": Method(UPDATE, shares=True, shards=True, samples_by_vllm=True),
     # Liu et al. 2024, arXiv:2402.09353: a low-rank update of each weight's direction, and its length
-    "dora": Method(UPDATE, 2.0),
+    "dora": Method(UPDATE),
     # Dettmers et al. 2023, arXiv:2305.14314: lora on weights held in 4 bits (rlhf/models/quantized.py)
-    "qlora": Method(UPDATE, 2.0),
+    "qlora": Method(UPDATE),
     # Liu et al. 2022, arXiv:2205.05638: factors of keys, values and what enters the second linear layer
-    "ia3": Method((), 2.0),
+    "ia3": Method(()),
     # the last layers, as they are (Howard and Ruder 2018, arXiv:1801.06146, start with the last one)
-    "freeze": Method(("layers",), 2.0, samples_by_vllm=True),
+    "freeze": Method(("layers",), samples_by_vllm=True),
     # modules between the layers: rlhf/models/bottleneck.py
-    "adapter": Method(("placement", "size"), 2.0, merges=False),
+    "adapter": Method(("placement", "size"), merges=False),
     # tokens that nobody wrote before every row: rlhf/models/virtual.py
-    "prefix": Method(("tokens",), 2.0, merges=False),
-    "prompt": Method(("tokens",), 2.0, merges=False),
-    "p_tuning": Method(("tokens",), 2.0, merges=False),
+    "prefix": Method(("tokens",), merges=False),
+    "prompt": Method(("tokens",), merges=False),
+    "p_tuning": Method(("tokens",), merges=False),
 }
 """`none` trains all parameters."""

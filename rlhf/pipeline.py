@@ -17,13 +17,13 @@ from rlhf.checkpoint import Checkpointer
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute
-from rlhf.estimate import parameters_in, speed_of
 from rlhf.experiment import Experiment
 from rlhf.generation.vllm import Vllm
 from rlhf.interrupt import StopSignals
 from rlhf.job import Job
 from rlhf.lineage import make_manifest, same_content
-from rlhf.models.load import BaseModelFiles, base_files, base_identity
+from rlhf.models.load import BaseModelFiles, base_files, base_identity, fetch_weights
+from rlhf.plan.preflight import check_before_loading
 from rlhf.progress import Progress, clock
 from rlhf.run import GateError, GateResult, Run
 from rlhf.secrets import redacted
@@ -44,14 +44,15 @@ class Pipeline:
     ) -> None:
         """Every rank has one; rank 0 decides what is reused, and alone touches the store and the run."""
         settings = experiment.settings
+        stages = [experiment.stages[name] for name in experiment.needed()]
         self.experiment, self.console, self.compute = experiment, console, compute
         self.signals = signals or StopSignals()
         self.store = Store(Path(settings.store_dir))
         self.results = Run(Path(settings.runs_dir) / run_name, writes=compute.is_main)
-        self.model_identity = base_identity(settings.model)
+        self.needs_weights = any(stage.reads_weights for stage in stages)
+        self.model_identity = base_identity(settings.model, weights=self.needs_weights)
         self.changed: set[str] = set()
         """Forced stages whose result differs from the one that the store had."""
-        stages = [experiment.stages[name] for name in experiment.needed()]
         self.vllm = None
         if settings.generation == "vllm" and any(stage.samples for stage in stages):
             trusted = settings.model.trust_remote_code
@@ -97,10 +98,12 @@ class Pipeline:
                 self.compute.at.update(stage=name, step=0)
                 artifacts[name] = self.finish(name, artifacts, base, tracker)
                 if name == "prepare":
+                    data = PreparedData(artifacts["prepare"].path)
                     for each in self.experiment.needed():
-                        self.experiment.stages[each].check_data(PreparedData(artifacts["prepare"].path))
-                    if self.compute.is_main:
-                        self.announce(artifacts["prepare"], base)
+                        self.experiment.stages[each].check_data(data)
+                    self.check_before(artifacts["prepare"])
+                    if self.needs_weights:
+                        fetch_weights(settings.model)
                 self.check_gates(name, artifacts[name])
         finally:
             tracker.close()
@@ -119,6 +122,7 @@ class Pipeline:
         recipe = self.recipe(stage, artifacts)
         key = recipe_key(recipe)
         forced = name in self.experiment.settings.force or not self.changed.isdisjoint(stage.inputs())
+        forced |= not stage.is_kept
 
         def find() -> Artifact | None:
             return None if forced else self.store.find(name, key)
@@ -149,6 +153,7 @@ class Pipeline:
         name, key, run, start = stage.name, recipe_key(recipe), self.results, time.monotonic()
         if self.experiment.settings.why:
             reason = "force" if forced else self.store.explain(name, recipe)
+            reason = reason if stage.is_kept else "it always does"
             self.console.print(f"[cyan]{name}[/] runs ({key}): {reason}", highlight=False)
         else:
             self.console.print(f"[cyan]{name}[/] runs ({key})", highlight=False)
@@ -177,6 +182,7 @@ class Pipeline:
             ),
             run_directory=run.directory,
             vllm=self.vllm,
+            experiment=self.experiment,
         )
         torch.manual_seed(job.seed)
         try:
@@ -206,16 +212,11 @@ class Pipeline:
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
         return artifact
 
-    def announce(self, prepared: Artifact, base: BaseModelFiles) -> None:
-        """Say roughly how long the stages that have to run will take."""
-        parameters, speed = parameters_in(base.directory), speed_of(self.compute) * self.compute.world_size
-        estimates = {
-            name: self.experiment.stages[name].work(PreparedData(prepared.path)).seconds(parameters, speed)
-            for name in self.pending(prepared)
-        }
-        if estimates:
-            parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in estimates.items())
-            self.console.print(f"About {clock(sum(estimates.values()))} to go: {parts}.", highlight=False)
+    def check_before(self, prepared: Artifact) -> None:
+        """Refuse what cannot be done here, before a model is loaded."""
+        pending = self.compute.main_only(lambda: self.pending(prepared))
+        data = PreparedData(prepared.path)
+        check_before_loading(self.experiment, pending, self.compute, data, self.console)
 
     def pending(self, prepared: Artifact) -> list[str]:
         """The stages behind `prepare` that the store does not answer."""

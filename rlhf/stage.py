@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 from rlhf.config import Bound, PeftConfig, Strict
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
-from rlhf.estimate import Work
+from rlhf.distributed import Compute
 from rlhf.job import Job
+from rlhf.plan.demand import Demand
+from rlhf.plan.setting import Setting
 
 
 class Stage(Strict, ABC):
@@ -26,8 +28,12 @@ class Stage(Strict, ABC):
     """Whether the seed and the precision decide the result."""
     samples: ClassVar[bool] = False
     """Whether it samples from a policy, so that `generation` decides the result."""
+    reads_weights: ClassVar[bool] = True
+    """Whether it loads a model, or only what describes one."""
     in_chain: ClassVar[bool] = True
     """Whether `stage=all` runs it; others run only where they are named."""
+    is_kept: ClassVar[bool] = True
+    """Whether its artifact is taken instead of running it again."""
     not_in_key: ClassVar[frozenset[str]] = frozenset()
     """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
 
@@ -65,6 +71,13 @@ class Stage(Strict, ABC):
             ConfigError: in the user's own keys.
         """
 
+    def check_compute(self, compute: Compute) -> None:
+        """Refuse what these ranks and this device cannot do.
+
+        Raises:
+            ConfigError: with what they can.
+        """
+
     def external(self) -> dict[str, str]:
         """Digests of what lies outside the store and decides the result (data files)."""
         return {}
@@ -74,8 +87,13 @@ class Stage(Strict, ABC):
         return self.model_dump(mode="json", exclude={"gates", *self.not_in_key})
 
     @abstractmethod
-    def work(self, data: PreparedData) -> Work:
-        """Roughly the tokens that it will push through models, for the estimate shown before a run."""
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+        """What it needs in memory, phase by phase, and the work it does, from its knobs alone.
+
+        Args:
+            on: model, hardware, and the lengths of its data.
+            chain: all stages, where others' knobs decide too.
+        """
 
     @abstractmethod
     def run(self, job: Job) -> None:

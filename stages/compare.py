@@ -25,16 +25,17 @@ from rlhf.compare.questions import CORPUS, QUESTIONS, Library, find_library, fin
 from rlhf.compare.retrieval import RetrieverName, make_index
 from rlhf.compare.tuned import POLICY_STAGES, label, training_seconds, tuned_artifact
 from rlhf.config import ConfigError
-from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import TRAINING_ROLES, Role
 from rlhf.data.sources import SourceConfig
-from rlhf.estimate import Work
 from rlhf.evaluation.comparison import bootstrap_interval, wins
 from rlhf.evaluation.references import answer_loss
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.lineage import hardware
 from rlhf.models.policy import check_head
+from rlhf.plan.answering import answering_demand
+from rlhf.plan.demand import Demand, joined, one_after_the_other
+from rlhf.plan.setting import Setting
 from rlhf.report.compare import METHODS, Quality, comparison_cells, contenders, draw, write_csv
 from rlhf.rewards.learned import make_reward
 from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
@@ -121,20 +122,25 @@ class CompareStage(Stage):
         elsewhere = {name: tuned_artifact(name).key for name in self.artifacts if name not in POLICY_STAGES}
         return digests | elsewhere | reward_digest(self.reward) | {"machine": hardware()}
 
-    def work(self, data: PreparedData) -> Work:
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Each contender decodes an answer to each question, and reads it behind its longer prompt."""
-        held_out, length = data.size("sft", "held_out")
-        rows = self.num_questions or held_out
+        questions = on.sizes("sft", "held_out").first(self.num_questions)
         texts = {
             "zero_shot": 1,
             "few_shot": 1 + self.few_shot.examples,
             "retrieval": 1 + self.retrieval.passages,
         }
         asked = [*self.methods, *(method for _ in self.artifacts for method in self.tuned_methods)]
-        return Work(
-            decoded=rows * len(asked) * self.max_new_tokens,
-            read=2 * rows * length * sum(texts[method] for method in asked),
-        )
+        room = on.shape.context - self.max_new_tokens
+        demands = [
+            answering_demand(
+                on, joined(*[questions] * texts[method]).cut(room), samples=1, new_tokens=self.max_new_tokens,
+                batch_rows=1, micro_batch_tokens=self.micro_batch_tokens, policies=1,
+                readings=1 if self.reward == "learned" else 0, measures=1, models=1,
+            )
+            for method in asked
+        ]  # fmt: skip
+        return one_after_the_other(demands)
 
     def run(self, job: Job) -> None:
         """Ask everybody everything, score the answers, count what they cost."""

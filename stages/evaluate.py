@@ -21,7 +21,6 @@ from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Role
 from rlhf.data.sources import SourceConfig, SourceList
-from rlhf.estimate import Work
 from rlhf.evaluation.comparison import bootstrap_interval, wins
 from rlhf.evaluation.harness import Harness
 from rlhf.evaluation.references import answer_loss
@@ -29,6 +28,9 @@ from rlhf.evaluation.retention import forgetting, retention
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.policy import check_head
+from rlhf.plan.answering import answering_demand
+from rlhf.plan.demand import Demand
+from rlhf.plan.setting import Setting
 from rlhf.rewards.learned import make_reward
 from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
 from rlhf.rl.kl import kl_k1
@@ -39,6 +41,8 @@ from rlhf.stage import Stage
 PolicyName = Literal["base", "sft", "ppo", "merge"]
 CHAIN: tuple[PolicyName, ...] = get_args(PolicyName)
 """In the order in which they are made; the last one is what a run came to."""
+PASSES = 2
+"""Of a retention row, roughly: one of a text, one for each answer of a question."""
 
 
 @dataclass
@@ -171,21 +175,17 @@ class EvaluateStage(Stage):
                     f"{gate} needs. Add a source that does, or turn it off with evaluate.gates.{gate}=null."
                 )
 
-    def work(self, data: PreparedData) -> Work:
-        """Every policy answers, is read by the others and by the rewards, and takes the retention tests."""
-        rows, prompt = data.size("evaluate", "evaluation")
-        rows = min(rows, self.num_prompts or rows)
-        references, reference = data.size("sft", "held_out")
-        references = min(references, self.num_references or references)
-        texts = data.rows("retention", "evaluation")
-        passes = sum(len(row.choices) if isinstance(row, QuestionRow) else 1 for row in texts)
-        _, text = data.size("retention", "evaluation")
-        answers = rows * len(self.policies)
-        known = references * reference + passes * text
-        return Work(
-            decoded=answers * self.max_new_tokens,
-            read=4 * answers * (prompt + self.max_new_tokens) + len(self.policies) * known,
-        )
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+        """Every policy answers, is read by itself, SFT and the rewards, and takes the retention tests."""
+        prompts = on.sizes("evaluate", "evaluation").first(self.num_prompts)
+        references = on.sizes("sft", "held_out").first(self.num_references)
+        retained = on.sizes("retention", "evaluation")
+        rewards = [self.reward, self.gold].count("learned")
+        return answering_demand(
+            on, prompts, samples=1, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
+            micro_batch_tokens=self.micro_batch_tokens, policies=len(self.policies), readings=rewards,
+            measures=2, models=1, others=[references, retained._replace(rows=PASSES * retained.rows)],
+        )  # fmt: skip
 
     def run(self, job: Job) -> None:
         """Answer, measure what was learned and what was forgotten, score, compare."""

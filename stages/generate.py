@@ -7,17 +7,18 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, Role
-from rlhf.estimate import Work
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
+from rlhf.plan.answering import answering_demand
+from rlhf.plan.demand import Demand
+from rlhf.plan.setting import Setting
 from rlhf.rewards.learned import make_reward
 from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
 from rlhf.rl.statistics import distinct_n
@@ -67,12 +68,16 @@ class GenerateStage(Stage):
         """The model or the code that scores, where it is the user's."""
         return reward_digest(self.reward)
 
-    def work(self, data: PreparedData) -> Work:
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Every sample is decoded, and read once by the reward model."""
-        sizes = [data.size("ppo", split) for split in self.splits]
-        rows = min(sum(rows for rows, _ in sizes), self.num_prompts or sys.maxsize)
-        samples = rows * self.samples_per_prompt
-        return Work(decoded=samples * self.max_new_tokens, read=samples * (sizes[0][1] + self.max_new_tokens))
+        sizes = [on.sizes("ppo", split) for split in self.splits]
+        prompts = sizes[0]._replace(rows=sum(size.rows for size in sizes)).first(self.num_prompts)
+        scoring = self.reward == "learned"
+        return answering_demand(
+            on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
+            batch_rows=self.batch_rows, micro_batch_tokens=self.micro_batch_tokens,
+            policies=1, readings=1 if scoring else 0, measures=0, models=2 if scoring else 1,
+        )  # fmt: skip
 
     def run(self, job: Job) -> None:
         """Sample, score, and write three views of the result."""

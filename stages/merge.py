@@ -12,14 +12,15 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from rlhf.config import ConfigError
-from rlhf.data.prepared import PreparedData
-from rlhf.estimate import Work
 from rlhf.job import Job
 from rlhf.methods import METHODS
 from rlhf.models.interpolate import interpolate
 from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
 from rlhf.models.merged import merged_policy
 from rlhf.models.published import origin_of
+from rlhf.plan.demand import Demand, Worker
+from rlhf.plan.memory import Part, Phase, weight_bytes
+from rlhf.plan.setting import Setting
 from rlhf.stage import Stage
 
 
@@ -59,9 +60,11 @@ class MergeStage(Stage):
                 f"weights: no weights of the model alone answer as it does. Use {self.policy}.peft={merging}."
             )
 
-    def work(self, data: PreparedData) -> Work:
-        """It runs no model."""
-        return Work()
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+        """Both models in the host's memory; it runs none."""
+        models = Part("weights", 2 * weight_bytes(on), "base and tuned model", True)
+        load = Worker(on).load(3, what="base, tuned and published model")
+        return Demand([Phase("interpolating", [models])], [load], artifact=weight_bytes(on))
 
     def run(self, job: Job) -> None:
         """Load both, move the tuned one's weights, and publish it."""

@@ -18,11 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.data.chat import tokenizer_digest
-from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.distributed import Compute
 from rlhf.engine import make_engine
-from rlhf.estimate import Work
 from rlhf.generation.latency import token_seconds
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
@@ -35,7 +33,10 @@ from rlhf.models.merged import publish_policy
 from rlhf.models.policy import check_head
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head
 from rlhf.models.sharing import Backbone, sharing
+from rlhf.plan.demand import Demand
+from rlhf.plan.setting import Setting
 from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.demand import ppo_demand
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.mix import PretrainingMix
 from rlhf.rewards.learned import LearnedReward, make_reward
@@ -99,17 +100,10 @@ class PpoStage(PpoConfig, Stage):
                     "Or use ppo.score.normalize=running with ppo.critic.init=sft."
                 )
 
-    def work(self, data: PreparedData) -> Work:
-        """Episodes are decoded, read by four models and trained on by two; evaluations by three."""
-        _, prompt = data.size("ppo", "train")
-        length = prompt + self.max_new_tokens
-        episodes = self.steps * self.batch_episodes
-        evaluated = (1 + self.steps // self.evaluate_every) * self.evaluate_prompts
-        return Work(
-            decoded=(episodes + evaluated) * self.max_new_tokens,
-            read=(4 * episodes + 3 * evaluated) * length,
-            trained=METHODS[self.peft.method].cost * 2 * self.epochs * episodes * length,
-        )
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+        """See rlhf/ppo/demand.py."""
+        method = dict(chain["reward"])["peft"].method if self.reward == "learned" else None
+        return ppo_demand(self, on, reward_method=method)
 
     def run(self, job: Job) -> None:
         """Load the four models, train, and publish the best policy."""

@@ -7,7 +7,7 @@ Writes  normalised rows, ROLE.SPLIT.jsonl, and report.json: what was read, kept,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
@@ -47,8 +47,9 @@ from rlhf.data.schema import (
     row_to_json,
 )
 from rlhf.data.sources import SourceConfig, SourceList
-from rlhf.estimate import Work
 from rlhf.job import Job
+from rlhf.plan.demand import Demand
+from rlhf.plan.setting import Setting
 from rlhf.secrets import redacted_text
 from rlhf.stage import Stage
 
@@ -86,6 +87,7 @@ class PrepareStage(Stage):
     name: ClassVar[str] = "prepare"
     version: ClassVar[int] = 2
     random: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"sources"})  # their content is: see external()
 
     sources: Sources
@@ -110,9 +112,9 @@ class PrepareStage(Stage):
         }
         return contents | {"names": digest_of([source.name for source in self.sources.retention])}
 
-    def work(self, data: PreparedData) -> Work:
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """It runs no model."""
-        return Work()
+        return Demand()
 
     def run(self, job: Job) -> None:
         """Read and check every role, set the evaluation prompts aside, split the rest."""

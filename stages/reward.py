@@ -9,7 +9,7 @@ Writes  a sequence-classification model with one label, and how well it ranks he
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
 from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
-from rlhf.data.prepared import PreparedData
+from rlhf.data.prepared import splits_of
 from rlhf.data.schema import PairRow, Role
 from rlhf.data.sources import SourceConfig
+from rlhf.distributed import Compute
 from rlhf.engine import Engine, make_engine
-from rlhf.estimate import Work
 from rlhf.evaluation.ranking import Ranking, rank_quality
 from rlhf.job import Job
 from rlhf.loop import train_batches
@@ -35,6 +35,9 @@ from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_tokenizer
 from rlhf.models.published import attach_to_merge, save_adapter
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.plan.demand import Demand, joined
+from rlhf.plan.setting import Setting
+from rlhf.plan.training import training_demand
 from rlhf.stage import Stage
 from rlhf.training import load_trainable
 
@@ -77,16 +80,25 @@ class RewardStage(Stage):
         """How it trains."""
         return self.peft
 
-    def work(self, data: PreparedData) -> Work:
+    def check_compute(self, compute: Compute) -> None:
+        """Every rank gets equally many pairs."""
+        compute.check_divides("reward.batch_pairs", self.batch_pairs)
+
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Both sides of every pair."""
-        pairs, tokens = data.size("reward", "train")
-        held_out, _ = data.size("reward", "held_out")
-        cost = METHODS[self.peft.method].cost
-        return Work(trained=cost * self.epochs * 2 * pairs * tokens, read=2 * held_out * tokens)
+        train, held_out = (
+            joined(sides, sides)
+            for sides in (on.sizes("reward", split).cut(self.max_tokens) for split in splits_of("reward"))
+        )
+        return training_demand(
+            on, self.peft, train, held_out, batch_rows=self.batch_pairs, epochs=self.epochs,
+            micro_batch_tokens=self.micro_batch_tokens, checkpointing=self.activation_checkpointing,
+            has_logits=False, longest=train.longest // 2,
+        )  # fmt: skip
 
     def run(self, job: Job) -> None:
         """Train, publish, and measure what was published."""
-        job.compute.check_divides("reward.batch_pairs", self.batch_pairs)
+        self.check_compute(job.compute)
         tokenizer = load_tokenizer(job.inputs["sft"].path, job.base.config)
         assert isinstance(tokenizer.pad_token_id, int)
         model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype, new_head=True)

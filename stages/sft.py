@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import ClassVar, Self
 
@@ -20,20 +20,22 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
 from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
-from rlhf.data.prepared import PreparedData
+from rlhf.data.prepared import splits_of
 from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
+from rlhf.distributed import Compute
 from rlhf.engine import Engine, make_engine
-from rlhf.estimate import Work
 from rlhf.generation.latency import token_seconds
 from rlhf.job import Job
 from rlhf.loop import train_batches
-from rlhf.methods import METHODS
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_causal_lm
 from rlhf.models.merged import publish_policy
 from rlhf.models.policy import ResponseModel, check_head, pack_sequences, rollout_rows
+from rlhf.plan.demand import Demand
+from rlhf.plan.setting import Setting
+from rlhf.plan.training import training_demand
 from rlhf.rl.rollout import Rollout
 from rlhf.stage import Stage
 
@@ -95,16 +97,24 @@ class SftStage(Stage):
         """How it trains."""
         return self.peft
 
-    def work(self, data: PreparedData) -> Work:
-        """Every training row once an epoch; the held-out rows twice."""
-        rows, tokens = data.size("sft", "train")
-        held_out, _ = data.size("sft", "held_out")
-        learned = self.epochs * rows * tokens / (1 - self.replay_fraction)
-        return Work(trained=METHODS[self.peft.method].cost * learned, read=2 * held_out * tokens)
+    def check_compute(self, compute: Compute) -> None:
+        """Every rank gets equally many rows."""
+        compute.check_divides("sft.batch_rows", self.batch_rows)
+
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+        """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""
+        train, held_out = (on.sizes("sft", split).cut(self.max_tokens) for split in splits_of("sft"))
+        beside = 1 / (1 - self.replay_fraction)
+        train = train._replace(rows=round(train.rows * beside))
+        return training_demand(
+            on, self.peft, train, held_out, longest=train.longest, batch_rows=round(self.batch_rows * beside),
+            epochs=self.epochs, micro_batch_tokens=self.micro_batch_tokens,
+            checkpointing=self.activation_checkpointing, has_logits=True,
+        )  # fmt: skip
 
     def run(self, job: Job) -> None:
         """Train on the answers only, and publish the model."""
-        job.compute.check_divides("sft.batch_rows", self.batch_rows)
+        self.check_compute(job.compute)
         tokenizer = job.base.load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
         policy = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype, job.compute.device)

@@ -17,6 +17,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "data" / "README.md",
     ROOT / "docs" / "should-you-fine-tune.md",
+    ROOT / "docs" / "planner.md",
     ROOT / "conf" / "config.yaml",
 ]
 

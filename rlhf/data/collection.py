@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from statistics import fmean, pstdev
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -103,11 +104,12 @@ class RoleData:
 
     def report(self) -> dict[str, Any]:
         """The role's part of report.json."""
+        lengths = [entry.tokens for entry in self.entries]
         return {
             "read": self.num_read,
             "kept": {split: len(entries) for split, entries in self.splits.items()},
             "removed": {reason: vars(removed) for reason, removed in self.removed.items()},
-            "tokens": quantiles(entry.tokens for entry in self.entries),
+            "tokens": quantiles(lengths) | {"mean": fmean(lengths), "deviation": pstdev(lengths)},
         }
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 from rlhf.artifacts import digest_of, file_digest
 from rlhf.data.schema import (
@@ -25,6 +25,23 @@ from rlhf.data.schema import (
 
 TrainSplit = Literal["train", "held_out"]
 REPORT = "report.json"
+
+
+class Lengths(NamedTuple):
+    """How many rows there are and how many tokens they have: what time and memory depend on."""
+
+    rows: int
+    mean: float
+    deviation: float
+    longest: int
+
+    def cut(self, most: int) -> Lengths:
+        """Where longer rows are cut or left out."""
+        return self._replace(mean=min(self.mean, most), longest=min(self.longest, most))
+
+    def first(self, rows: int | None) -> Lengths:
+        """Of so many rows at most."""
+        return self if rows is None else self._replace(rows=min(self.rows, rows))
 
 
 def splits_of(role: Role) -> tuple[Split, ...]:
@@ -62,10 +79,11 @@ class PreparedData:
         """Digest of a role's rows: what depends on this role's data depends on nothing else here."""
         return digest_of({split: file_digest(self._path(role, split)) for split in splits_of(role)})
 
-    def size(self, role: Role, split: Split) -> tuple[int, float]:
-        """(rows, median tokens of a row): what time and memory depend on."""
+    def size(self, role: Role, split: Split) -> Lengths:
+        """Rows of a split, and the lengths of the role's rows; of pairs, those of the longer side."""
         report = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))[role]
-        return int(report["kept"][split]), float(report["tokens"]["p50"])
+        tokens = report["tokens"]
+        return Lengths(report["kept"][split], tokens["mean"], tokens["deviation"], tokens["max"])
 
     def write(self, role: Role, split: Split, rows: Iterable[Row]) -> None:
         """Write one split; only `prepare` does."""

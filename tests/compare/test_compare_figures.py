@@ -92,5 +92,7 @@ def test_a_lineage_with_a_gap_has_no_known_cost(tmp_path: Path) -> None:
 def test_only_a_finished_policy_can_be_compared(tmp_path: Path) -> None:
     reward = publish(Store(tmp_path / "store"), "reward", "b", 1)
     for directory in (tmp_path / "nowhere", tmp_path, reward.path):
-        with pytest.raises(ConfigError, match=r"compare\.artifacts: .*no finished model of sft or ppo or merge there"):
+        with pytest.raises(
+            ConfigError, match=r"compare\.artifacts: .*no finished model of sft or ppo or merge"
+        ):
             tuned_artifact(str(directory))

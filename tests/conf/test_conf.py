@@ -26,7 +26,7 @@ from rlhf.tracking import TrackerConfig
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 CHAIN = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
-STAGES = (*CHAIN[:-1], "merge", "evaluate", "compare")
+STAGES = (*CHAIN[:-1], "merge", "evaluate", "compare", "plan")
 DEFAULT_GROUPS = ("model", "tracker", "hydra/sweeper")
 """In the defaults list, so chosen without a plus."""
 WITH_DEFAULTS = (PeftConfig, SourceConfig, Bound)
@@ -161,9 +161,10 @@ def build(*overrides: str) -> Experiment:
     ("override", "needed"),
     [
         ("stage=all", list(CHAIN)),
-        ("stage=[all,compare,merge]", list(STAGES)),
+        ("stage=[all,compare,merge]", list(STAGES[:-1])),
         ("stage=merge", ["prepare", "sft", "merge"]),
         ("stage=[merge,sft] merge.policy=ppo", [*CHAIN[:-1], "merge"]),
+        ("stage=plan", ["prepare", "plan"]),
         ("stage=prepare", ["prepare"]),
         ("stage=sft", ["prepare", "sft"]),
         ("stage=[reward,sft]", ["prepare", "sft", "reward"]),

@@ -40,6 +40,8 @@ def test_a_full_disk_is_one_error_and_with_room_the_same_command_goes_on(chain: 
     disk = chain.store("full")
     with small_disk(disk, "4m"):
         _, err = chain.run("full", "checkpoint.every_steps=1", code=2)
+        assert "MiB are free" in err and "checkpoint.keep" in err and "preflight=warn" in err
+        _, err = chain.run("full", "checkpoint.every_steps=1", "preflight=warn", code=2)
         assert err.count("Error:") == 1 and "Traceback" not in err
         assert "No space left" in err or "could not be written" in err
         done = sorted(path.parent.parent.name for path in disk.glob("*/[!.]*/manifest.json"))

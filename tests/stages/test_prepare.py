@@ -137,13 +137,14 @@ def test_every_row_is_kept_once_and_counted(bench):
     assert "sft.data sft.jsonl 40" in bench.output
 
 
-def test_token_quantiles(bench):
+def test_token_lengths(bench):
     # A byte is a token. Of the lengths 1 to 40, sorted: 5 % is item round(1.95), the median item round(19.5).
     bench.rows["sft"] = [{"text": "x" * n} for n in range(40, 0, -1)]
     bench.prepare()
     around = 2  # <|im_start|> opens a plain text, <|im_end|> ends it
     assert bench.report["sft"]["tokens"] == {
         "p5": around + 3, "p50": around + 21, "p95": around + 38, "max": around + 40,
+        "mean": around + 20.5, "deviation": pytest.approx(((40**2 - 1) / 12) ** 0.5),
     }  # fmt: skip
 
 

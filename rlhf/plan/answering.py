@@ -1,0 +1,66 @@
+"""What the stages that sample and measure need: generate, evaluate, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf.data.prepared import Lengths
+from rlhf.plan.demand import Demand, Worker, exactly, joined
+from rlhf.plan.memory import Phase, frozen_weights, logits, reading, sampling
+from rlhf.plan.setting import Setting
+
+
+def answering_demand(
+    on: Setting,
+    prompts: Lengths,
+    *,
+    samples: int,
+    new_tokens: int,
+    batch_rows: int,
+    micro_batch_tokens: int,
+    policies: int,
+    readings: int,
+    measures: int,
+    models: int,
+    others: Sequence[Lengths] = (),
+) -> Demand:
+    """One policy at a time answers every prompt, and what it said is read again.
+
+    Args:
+        policies: that answer one after the other.
+        readings: reward models that read every answer.
+        measures: passes over every answer for log-probabilities.
+        models: in memory while answers are scored.
+        others: texts whose log-probabilities each policy gives.
+    """
+    answers = prompts.rows * samples
+    length = joined(prompts, exactly(new_tokens if prompts.rows else 0))
+    model = frozen_weights(on, "policy")
+    rows = min(batch_rows, answers / on.ranks)
+    scored = on.pass_tokens(answers, length, micro_batch_tokens)
+    texts = [(answers, length), *((each.rows, each) for each in others)]
+    most = max(on.pass_tokens(count, each, micro_batch_tokens) for count, each in texts)
+    phases = [
+        Phase("sampling", [model, *sampling(on, rows, prompts.longest, new_tokens)]),
+        Phase("measuring", [model, reading(on, most), logits(on, learns=False)]),
+        Phase("scoring", [*[model] * models, reading(on, scored)]),
+    ]
+    worker = Worker(on)
+    answered = policies * answers
+    work = [
+        worker.load(policies + readings, what="models"),
+        *worker.decode(answered, batch_rows, prompts.mean, new_tokens, what="answers"),
+        worker.read(
+            measures * answered * length.mean, length.mean, predicted=measures * answered * new_tokens,
+            what="log-probabilities of answers",
+        ),
+        worker.read(readings * answered * length.mean, length.mean, what="scores"),
+        *(
+            worker.read(
+                policies * each.rows * each.mean, each.mean, predicted=policies * each.rows * each.mean,
+                what="other texts",
+            )
+            for each in others
+        ),
+    ]  # fmt: skip
+    return Demand(phases, work, longest=length.longest)

@@ -1,0 +1,235 @@
+"""Bytes a rank needs, by what they are for, each with its arithmetic.
+
+Weights, gradients and optimizer: Rajbhandari et al. 2020 (arXiv:1910.02054), section 3. Activations: counted
+from what autograd keeps of transformers' decoder layers, as Korthikanti et al. 2022 (arXiv:2205.05198),
+section 4, do. Rows are packed and attention weights are computed anew: nothing grows with a length's square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from rlhf.plan.methods import METHODS, Keeps
+from rlhf.plan.setting import GIB, Setting
+from rlhf.plan.shape import Shape
+
+Kind = Literal["weights", "gradients", "optimizer", "activations", "logits", "KV cache"]
+HEAD_CHUNK = 256
+"""As rlhf/models/policy.py: tokens whose logits are held at once."""
+CACHE_ROOM = 64
+"""As rlhf/generation/local.py: tokens that the cache grows by."""
+LIVE_ELEMENTS = 10**9
+"""DeepSpeed's stage3_max_live_parameters: gathered weights stay until there are so many."""
+FP32 = 4
+
+
+class Part(NamedTuple):
+    """Memory for one purpose."""
+
+    kind: Kind
+    size: float
+    """Bytes."""
+    how: str
+    """The arithmetic, in words and numbers."""
+    on_host: bool = False
+    """In the host's memory, where the rank has a device of its own."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A moment of a stage: what is in memory then."""
+
+    name: str
+    parts: list[Part] = field(default_factory=list)
+
+    def size(self, *, on_host: bool | None = None) -> float:
+        """Bytes; of the host or of the device alone, where it is asked."""
+        return sum(part.size for part in self.parts if on_host is None or part.on_host == on_host)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one engine trains: models of one shape, all with the same method."""
+
+    on: Setting
+    method: str
+    rank: int
+    models: int = 1
+    weight_sets: int = 1
+    """Sets of weights that the models stand on."""
+
+    @property
+    def parameters(self) -> int:
+        """That train, of all models."""
+        return self.models * METHODS[self.method].trained(self.on.shape, self.rank)
+
+    @property
+    def keeps(self) -> Keeps:
+        """What a training pass keeps."""
+        return METHODS[self.method].keeps
+
+    def weights(self, name: str) -> Iterator[Part]:
+        """Of the models, frozen or not; where they are sharded, a shard and what is gathered to run."""
+        on, shape, count = self.on, self.on.shape, self.weight_sets
+        total = count * weight_bytes(on, self.method)
+        total += 0 if self.method == "none" else on.dtype_bytes * self.parameters
+        how = f"{name}: {billions(count * shape.parameters)} x {on.dtype_bytes} B"
+        if not on.shards_weights:
+            yield Part("weights", total, how)
+            return
+        yield Part("weights", total / on.ranks, f"{how}{over(on.ranks)}", on.zero == "zero3_offload")
+        gathered = min(count * shape.parameters, LIVE_ELEMENTS)
+        if on.zero == "fsdp2":
+            gathered = 2 * shape.linear // shape.layers
+        how = f"gathered while they run: {billions(gathered)} x {on.dtype_bytes} B"
+        yield Part("weights", on.dtype_bytes * gathered, how)
+
+    def optimizer(self) -> Part:
+        """fp32 masters and Adam's two moments."""
+        on, share = self.on, self.on.ranks if self.on.zero != "none" else 1
+        how = f"{billions(self.parameters)} trained x (4 master + 4 + 4 moments) B{over(share)}"
+        return Part("optimizer", 3 * FP32 * self.parameters / share, how, on.zero == "zero3_offload")
+
+    def gradients(self, *, passes: int, at_step: bool = False) -> Part:
+        """fp32; of a single pass in the model's precision, until the optimizer steps."""
+        on, count = self.on, self.parameters
+        share = on.ranks if on.zero not in ("none", "zero1") else 1
+        if passes == 1 and not at_step and on.zero == "none":
+            # they come while activations go; when all of these are there, the output layer's, of two chunks
+            count = 2 * on.shape.head if self.keeps == "all" else count
+            how = f"{billions(count)} x {on.dtype_bytes} B, while all activations are there"
+            return Part("gradients", on.dtype_bytes * count, how)
+        how = f"{billions(count)} trained x {FP32} B{over(share)}"
+        return Part("gradients", FP32 * count / share, how, on.zero == "zero3_offload")
+
+
+def weight_bytes(on: Setting, method: str = "none") -> float:
+    """Of one model, without adapters."""
+    quantized, shape = METHODS[method].weight_bytes, on.shape
+    if quantized is None:
+        return on.dtype_bytes * shape.parameters
+    return on.dtype_bytes * (shape.parameters - shape.linear) + quantized * shape.linear
+
+
+def frozen_weights(on: Setting, name: str, placed: str = "replicated") -> Part:
+    """Of a model that only computes.
+
+    Args:
+        placed: as ppo.frozen.
+    """
+    share = on.ranks if placed == "sharded" else 1
+    how = f"{name}: {billions(on.shape.parameters)} x {on.dtype_bytes} B{over(share)}"
+    return Part("weights", weight_bytes(on) / share, how, placed == "offloaded")
+
+
+def activations(
+    on: Setting, tokens: float, keeps: Keeps, *, checkpointing: bool, rank: int, graphs: int = 1
+) -> Part:
+    """What a pass over so many tokens keeps for its gradients, and what the layer at work needs beside.
+
+    Args:
+        graphs: models whose passes are kept at the same time.
+    """
+    shape, b = on.shape, on.dtype_bytes
+    layers = min(2, shape.layers) if keeps == "last" else shape.layers
+    layer = kept_per_layer(shape, b, keeps, rank)
+    if checkpointing:
+        kept = graphs * layers * b * shape.hidden + layer
+        how = f"{layers} layers' inputs x {b * shape.hidden} B, and {layer:.0f} B of one layer computed anew"
+    else:
+        kept = graphs * layers * layer
+        how = f"{layers} layers x {layer:.0f} B"
+    working = 2 * working_per_token(shape, b)
+    times = f", {graphs} times" if graphs > 1 else ""
+    return Part(
+        "activations", tokens * (kept + working), f"{tokens:.0f} tokens x ({how}{times}; {working} B at work)"
+    )
+
+
+def kept_per_layer(shape: Shape, b: int, keeps: Keeps, rank: int) -> float:
+    """Bytes a token that one decoder layer keeps: norms, attention, MLP, inputs of linear layers."""
+    query, keys = shape.heads * shape.head_size, 2 * shape.kv_heads * shape.head_size
+    norms = shape.normalized * (b if shape.has_fused_norm else FP32)
+    attention = b * (query + keys)
+    mlp = b * shape.intermediate * (3 if shape.is_gated else 2)
+    if keeps == "values":
+        return norms + attention + mlp
+    inputs = b * (2 * shape.hidden + query + (shape.intermediate if shape.is_gated else 0))
+    if keeps == "inputs":
+        return norms + attention + mlp + inputs + b * 7 * rank
+    return norms + attention + mlp + inputs + (0 if shape.has_fused_norm else b * shape.normalized)
+
+
+def working_per_token(shape: Shape, b: int) -> int:
+    """Bytes a token of the layer at work that no graph keeps."""
+    mlp = b * shape.intermediate * (3 if shape.is_gated else 2)
+    return 2 * b * shape.hidden + max(mlp, 2 * FP32 * shape.hidden)
+
+
+def reading(on: Setting, tokens: float) -> Part:
+    """A pass without gradients: the layer at work alone."""
+    each = working_per_token(on.shape, on.dtype_bytes)
+    return Part("activations", tokens * each, f"{tokens:.0f} tokens x {each} B (the layer at work)")
+
+
+def logits(on: Setting, *, learns: bool) -> Part:
+    """Of a chunk of tokens: never of a whole pass. On CPUs a few rows at a time in fp32."""
+    copies = 2 if learns else 1
+    each = on.dtype_bytes + (0 if on.on_cpu else FP32)
+    size = HEAD_CHUNK * on.shape.vocabulary * each * copies
+    return Part("logits", size, f"{HEAD_CHUNK} tokens x {on.shape.vocabulary} x {each} B x {copies}")
+
+
+def sampling(
+    on: Setting, rows: float, prompt: float, new_tokens: int, *, adapter: bool = False
+) -> Iterator[Part]:
+    """What decoding needs beside the model: the cache, the newest tokens' logits, copies of weights.
+
+    Args:
+        rows: decoded together, on each rank.
+        adapter: it is folded into copies of the weights meanwhile.
+    """
+    shape, b = on.shape, on.dtype_bytes
+    if on.shards_weights:
+        yield Part("weights", weight_bytes(on), "gathered for sampling")
+    if on.vllm_cache is not None:
+        yield Part("weights", weight_bytes(on), f"vLLM's own: {billions(shape.parameters)} x {b} B")
+        yield Part("KV cache", on.vllm_cache, "vllm.kv_cache_gib")
+        return
+    if adapter and not on.shards_weights:
+        yield folded(on)
+    if on.on_cpu and b == 2:
+        copied = shape.linear + shape.head
+        yield Part("weights", b * copied, f"laid out for decoding: {billions(copied)} x {b} B")
+    tokens, per_token = prompt + new_tokens + CACHE_ROOM, b * shape.kv_elements
+    how = f"{rows:.0f} rows x ({prompt:.0f} + {new_tokens} + {CACHE_ROOM}) tokens x {per_token} B"
+    yield Part("KV cache", rows * tokens * per_token, how)
+    each = b + 4 * FP32
+    yield Part("logits", rows * shape.vocabulary * each, f"{rows:.0f} rows x {shape.vocabulary} x {each} B")
+    yield reading(on, rows * prompt)
+
+
+def folded(on: Setting) -> Part:
+    """Copies of the linear layers' weights, with an adapter in them."""
+    how = f"adapter folded into copies: {billions(on.shape.linear)} x {on.dtype_bytes} B"
+    return Part("weights", on.dtype_bytes * on.shape.linear, how)
+
+
+def amount(size: float) -> str:
+    """Bytes for reading."""
+    for unit, factor in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size:.0f} B"
+
+
+def billions(count: float) -> str:
+    """A count for reading."""
+    return f"{count / 1e9:.2f}e9" if count >= 1e8 else f"{count / 1e6:.2f}e6"
+
+
+def over(share: int) -> str:
+    """` / 8 ranks`, or nothing."""
+    return f" / {share} ranks" if share > 1 else ""

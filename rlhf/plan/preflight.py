@@ -1,0 +1,232 @@
+"""What is checked before any model is loaded: memory, disk, context length, and what the ranks can share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from rlhf.checkpoint import CheckpointConfig
+from rlhf.config import ConfigError, PeftConfig
+from rlhf.data.prepared import PreparedData
+from rlhf.distributed import Compute
+from rlhf.experiment import Experiment
+from rlhf.plan.demand import Demand
+from rlhf.plan.memory import Phase, amount
+from rlhf.plan.setting import GIB, Setting, found_setting
+from rlhf.plan.shape import UnknownShapeError
+from rlhf.progress import clock
+from rlhf.stage import Stage
+
+MARGIN = 1.15
+"""How far a prediction may be above what is used in truth; only what does not fit even then is refused."""
+
+
+def check_before_loading(
+    experiment: Experiment, pending: Sequence[str], compute: Compute, data: PreparedData, console: Console
+) -> None:
+    """Check what the stages that have to run need, and say roughly how much and how long.
+
+    Raises:
+        ConfigError: it cannot be done here.
+    """
+    stages, settings = [experiment.stages[name] for name in pending], experiment.settings
+    for stage in stages:
+        stage.check_compute(compute)
+    if not any(stage.reads_weights for stage in stages):
+        return
+    try:
+        on = found_setting(settings, compute, data.size)
+    except UnknownShapeError as unknown:
+        console.print(f"Memory and time are not predicted: {unknown}.", style="yellow", highlight=False)
+        return
+    checked = preflight(stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint)
+    told = [*checked.warned, *checked.refused]
+    refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
+    if refused and settings.preflight == "enforce":
+        told = checked.refused or ["Another rank has too little memory or disk: see its output."]
+        raise ConfigError("\n".join([*told, "Nothing was loaded. preflight=warn goes on nevertheless."]))
+    for line in told:
+        console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
+    console.print(expectations(checked.demands, on), highlight=False)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the stages that have to run need, and what speaks against it."""
+
+    demands: dict[str, Demand]
+    refused: list[str]
+    """Complaints in the user's own keys."""
+    warned: list[str]
+    """What may not fit."""
+
+
+def preflight(
+    stages: Sequence[Stage],
+    chain: Mapping[str, Stage],
+    on: Setting,
+    store: Path,
+    checkpoints: CheckpointConfig,
+) -> Checked:
+    """Check what these stages need against what there is; no model is loaded."""
+    demands = {stage.name: stage.demand(on, chain) for stage in stages}
+    refused: list[str] = []
+    warned: list[str] = []
+    for stage in stages:
+        demand = demands[stage.name]
+        refused += context_complaints(stage, demand, on)
+        if not demand.phases:
+            continue
+        need = shortage(demand, on)
+        if need > MARGIN:
+            refused.append(f"{said(stage, demand, on)} {advice(stage, chain, on)}")
+        elif need > 1.0:
+            warned.append(said(stage, demand, on))
+    refused += disk_complaints(demands, store, checkpoints)
+    return Checked(demands, refused, warned)
+
+
+def shortage(demand: Demand, on: Setting) -> float:
+    """The largest share of the memory there is that any phase wants; above 1 it is not enough."""
+    machine = on.machine
+    if machine.kind == "cpu":
+        return (demand.peak().size() + machine.used) / machine.memory
+    device = (demand.peak(on_host=False).size(on_host=False) + machine.used) / machine.memory
+    return max(device, demand.peak(on_host=True).size(on_host=True) / machine.host_memory)
+
+
+def most(demand: Demand, on: Setting) -> tuple[Phase, float]:
+    """The phase that needs most of the device, and its bytes with what the process holds anyway; without a
+    device of its own, of the host."""
+    on_host = None if on.on_cpu else False
+    phase = demand.peak(on_host=on_host)
+    return phase, phase.size(on_host=on_host) + on.machine.used
+
+
+def said(stage: Stage, demand: Demand, on: Setting) -> str:
+    """`ppo needs about 31.0 GiB (learning: weights 15.0, ...), and there are 24.0 GiB.`"""
+    machine = on.machine
+    on_host: bool | None = None
+    have, used, where = machine.memory, machine.used, ""
+    if machine.kind == "cuda":
+        host = demand.peak(on_host=True)
+        device = demand.peak(on_host=False)
+        on_host = host.size(on_host=True) / machine.host_memory > device.size(on_host=False) / machine.memory
+        have, used = (machine.host_memory, 0.0) if on_host else (machine.memory, machine.used)
+        where = " in the host's memory" if on_host else " on each GPU"
+    phase = demand.peak(on_host=on_host)
+    total = phase.size(on_host=on_host) + used
+    return (
+        f"{stage.name} needs about {total / GIB:.1f} GiB{where} ({phase.name}: {by_kind(phase, on_host)}), "
+        f"and there are {have / GIB:.1f} GiB."
+    )
+
+
+def by_kind(phase: Phase, on_host: bool | None = None) -> str:
+    """`weights 1.2, optimizer 3.0`, in GiB."""
+    sizes: dict[str, float] = {}
+    for part in phase.parts:
+        if on_host is None or part.on_host == on_host:
+            sizes[part.kind] = sizes.get(part.kind, 0.0) + part.size
+    return ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in sizes.items())
+
+
+def advice(stage: Stage, chain: Mapping[str, Stage], on: Setting) -> str:
+    """The knobs that would make it fit, by trying them: each alone, then together."""
+    found = []
+    knobs = list(savings(stage, on))
+    for key, change, where in knobs:
+        if fits(stage, chain, on, change, where):
+            found.append(key)
+    if found:
+        return f"It would fit with {' or with '.join(found)}."
+    for together in list(accumulate(([knob] for knob in knobs), lambda done, new: [*done, *new]))[1:]:
+        change = {name: value for _, changes, _ in together for name, value in changes.items()}
+        where = {name: value for _, _, wheres in together for name, value in wheres.items()}
+        if fits(stage, chain, on, change, where):
+            return f"It would fit with {' '.join(key for key, _, _ in together)}."
+    return "No knob here would make it fit: take a smaller model or more memory."
+
+
+def savings(stage: Stage, on: Setting) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(as the user would write it, knobs of the stage, changes of the setting): the cheapest first."""
+    name, fields = stage.name, type(stage).model_fields
+    knobs = stage.model_dump()
+    for key in ("micro_batch_tokens", *(["batch_rows"] if stage.samples else [])):
+        if key in fields:
+            smaller = max(1, knobs[key] // 4)
+            yield f"{name}.{key}={smaller}", {key: smaller}, {}
+    if "activation_checkpointing" in fields and not knobs["activation_checkpointing"]:
+        yield f"{name}.activation_checkpointing=true", {"activation_checkpointing": True}, {}
+    if on.ranks > 1 and on.zero == "none":
+        yield "zero=zero2", {}, {"zero": "zero2"}
+    if not on.shards_weights and (on.ranks > 1 or not on.on_cpu):
+        kind = "zero3" if on.ranks > 1 else "zero3_offload"
+        yield f"zero={kind}", {}, {"zero": kind}
+    if "frozen" in fields and on.zero != "none":
+        yield f"{name}.frozen=sharded", {"frozen": "sharded"}, {}
+    elif "frozen" in fields and not on.on_cpu and knobs["peft"]["method"] == "none":
+        yield f"{name}.frozen=offloaded", {"frozen": "offloaded"}, {}
+    if "peft" in fields and knobs["peft"]["method"] == "none":
+        yield f"{name}.peft=lora", {"peft": PeftConfig(method="lora")}, {}
+
+
+def fits(
+    stage: Stage, chain: Mapping[str, Stage], on: Setting, change: Mapping[str, Any], where: Mapping[str, Any]
+) -> bool:
+    """Whether the stage has memory enough with these changes."""
+    changed = stage.model_copy(update=dict(change))
+    setting = replace(on, **where)
+    return shortage(changed.demand(setting, {**chain, stage.name: changed}), setting) <= 1.0
+
+
+def context_complaints(stage: Stage, demand: Demand, on: Setting) -> Iterator[str]:
+    """A sequence that is longer than the model can read."""
+    if demand.longest > on.shape.context:
+        key = next(key for key in ("max_new_tokens", "max_tokens") if key in type(stage).model_fields)
+        value = stage.model_dump()[key]
+        yield (
+            f"{stage.name}.{key}={value}: the longest sequence could have {demand.longest} tokens, and the "
+            f"model's context has {on.shape.context}. Lower it by {demand.longest - on.shape.context}."
+        )
+
+
+def disk_complaints(
+    demands: Mapping[str, Demand], store: Path, checkpoints: CheckpointConfig
+) -> Iterator[str]:
+    """What is published, and the checkpoints of the stage that needs most, must fit the store's disk."""
+    published = sum(demand.artifact for demand in demands.values())
+    largest = max((checkpoint_bytes(demand, checkpoints) for demand in demands.values()), default=0.0)
+    free = shutil.disk_usage(store).free
+    if published + largest > MARGIN * free:
+        yield (
+            f"store_dir={store}: the artifacts need about {amount(published)} and the checkpoints "
+            f"{amount(largest)}, and {amount(free)} are free. Make room, choose another store_dir, or lower "
+            "checkpoint.keep."
+        )
+
+
+def checkpoint_bytes(demand: Demand, config: CheckpointConfig) -> float:
+    """Of all that are kept, and the one being written; 0 where the stage ends before the first."""
+    minutes = config.every_minutes
+    is_written = config.every_steps is not None or (minutes is not None and demand.seconds > 60 * minutes)
+    return (config.keep + 1) * demand.checkpoint if is_written else 0.0
+
+
+def expectations(demands: Mapping[str, Demand], on: Setting) -> str:
+    """`About 5:10 to go: sft 2:00, 3.1 GiB; ...`."""
+    parts = [
+        f"{name} {clock(demand.seconds)} ({most(demand, on)[1] / GIB:.1f} GiB)"
+        for name, demand in demands.items()
+        if demand.phases
+    ]
+    total = sum(demand.seconds for demand in demands.values())
+    return f"About {clock(total)} to go: {', '.join(parts)}."

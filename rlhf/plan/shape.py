@@ -1,0 +1,126 @@
+"""A causal language model's sizes, from its config alone: no weights are read or made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from rlhf.models.load import context_length
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What transformers calls them, of whatever architecture."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Counts of parameters, and sizes in elements."""
+
+    parameters: int
+    """All; an output layer that is tied to the embeddings counts once."""
+    is_tied: bool
+    """Whether embeddings and output layer are the same weights."""
+    layers: int
+    hidden: int
+    intermediate: int
+    """Of the MLP; of a mixture of experts, of those that a token passes through."""
+    is_gated: bool
+    """The MLP multiplies two projections (SwiGLU), not one."""
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    context: int
+    """Tokens that prompt and response may have together."""
+    linear: int
+    """Parameters of the linear layers inside the backbone: those that a LoRA adapter stands beside."""
+    linear_sides: int
+    """Of these layers, inputs plus outputs, added up: a LoRA adapter has rank times as many parameters."""
+    linear_outputs: int
+    normalized: int
+    """Elements a token and layer that are normalised."""
+    has_fused_norm: bool
+    """LayerNorm, which keeps its input; an RMSNorm of transformers computes in fp32, and keeps that."""
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output layer."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def backbone(self) -> int:
+        """Parameters without an output layer of its own: what a reward model or critic has."""
+        return self.parameters - (0 if self.is_tied else self.head)
+
+    @property
+    def kv_elements(self) -> int:
+        """Keys and values of one token, over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_size
+
+
+class UnknownShapeError(Exception):
+    """The formulas do not hold for this model."""
+
+
+def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Shape:
+    """Count what the model would have: it is built on the meta device, where tensors have no storage.
+
+    Raises:
+        UnknownShapeError: not a transformer's config.
+    """
+    for name in SIZES:
+        if getattr(config.get_text_config(), name, None) is None:
+            raise UnknownShapeError(f"{type(config).__name__} names no {name}")
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    backbone = getattr(model, model.base_model_prefix)
+    linears = [layer for layer in backbone.modules() if type(layer).__name__ in ("Linear", "Conv1D")]
+    sides = [tuple(layer.weight.shape) for layer in linears]
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    head_size = int(getattr(text, "head_dim", None) or hidden // heads)
+    norms = {name: module for name, module in backbone.named_modules() if _is_norm(module)}
+    per_token = [_normalized(name, module, heads, kv_heads) for name, module in norms.items()]
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        layers=layers,
+        hidden=hidden,
+        intermediate=_intermediate(text, hidden),
+        is_gated=any("gate" in name for name, _ in backbone.named_modules()),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        vocabulary=int(text.vocab_size),
+        context=context_length(config),
+        linear=sum(layer.weight.numel() for layer in linears),
+        linear_sides=sum(map(sum, sides)),
+        linear_outputs=sum(side[0] for side in sides),
+        normalized=sum(per_token) // layers,
+        has_fused_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm")
+
+
+def _normalized(name: str, module: nn.Module, heads: int, kv_heads: int) -> int:
+    """Elements a token that pass through; a norm of queries or keys is applied to each head."""
+    size = sum(each.numel() for part, each in module.named_parameters() if part == "weight")
+    if name.endswith("q_norm"):
+        return size * heads
+    return size * kv_heads if name.endswith("k_norm") else size
+
+
+def _intermediate(text: PreTrainedConfig, hidden: int) -> int:
+    """Of the MLP that one token passes through; where the config is silent, four times the hidden size."""
+    experts = getattr(text, "num_experts_per_tok", None)
+    size = getattr(text, "moe_intermediate_size", None) if experts else None
+    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+        size = size or getattr(text, name, None)
+    return int(size or 4 * hidden) * int(experts or 1)

@@ -1,0 +1,83 @@
+"""What the stages that see fixed data need: SFT and the reward model."""
+
+from __future__ import annotations
+
+import math
+
+from rlhf.config import PeftConfig
+from rlhf.data.prepared import Lengths
+from rlhf.plan.demand import Demand, Worker
+from rlhf.plan.memory import (
+    FP32,
+    Part,
+    Phase,
+    Trained,
+    activations,
+    billions,
+    logits,
+    reading,
+    weight_bytes,
+)
+from rlhf.plan.setting import Setting
+
+
+def training_demand(
+    on: Setting,
+    peft: PeftConfig,
+    train: Lengths,
+    held_out: Lengths,
+    *,
+    batch_rows: int,
+    epochs: float,
+    micro_batch_tokens: int,
+    checkpointing: bool,
+    has_logits: bool,
+    longest: int,
+) -> Demand:
+    """One engine that trains one model.
+
+    Args:
+        train: of the sequences that go through the model.
+        has_logits: the output layer predicts each token; else a scalar head reads the last.
+        longest: tokens of one row.
+    """
+    trained = Trained(on, peft.method, peft.rank)
+    tokens = on.pass_tokens(batch_rows, train, micro_batch_tokens)
+    passes = on.passes(batch_rows, train, micro_batch_tokens)
+    states = [*trained.weights("model"), trained.optimizer()]
+    graph = activations(on, tokens, trained.keeps, checkpointing=checkpointing, rank=peft.rank)
+    heads = [logits(on, learns=True)] if has_logits and train.rows else []
+    phases = [
+        Phase("forward and backward", [*states, trained.gradients(passes=passes), graph, *heads]),
+        Phase("optimizer step", [*states, trained.gradients(passes=passes, at_step=True)]),
+        Phase("publishing", [*states, *published(on, trained.parameters)]),
+    ]
+    if held_out.rows:
+        most = on.pass_tokens(held_out.rows, held_out, micro_batch_tokens)
+        phases.append(Phase("evaluating", [*states, reading(on, most), *heads]))
+    worker, steps = Worker(on), math.ceil(epochs * math.ceil(train.rows / batch_rows))
+    all_tokens, held_tokens = epochs * train.rows * train.mean, held_out.rows * held_out.mean
+    work = [
+        worker.load(3, what="model, published model"),
+        worker.train(
+            all_tokens, train.mean, peft.method, predicted=all_tokens if has_logits else 0.0,
+            checkpointing=checkpointing, what="training",
+        ),
+        worker.optimize(trained.parameters, steps),
+        worker.read(
+            2 * held_tokens, held_out.mean, predicted=2 * held_tokens if has_logits else 0.0,
+            what="held-out rows",
+        ),
+    ]  # fmt: skip
+    return Demand(
+        phases, work, artifact=weight_bytes(on), checkpoint=3 * FP32 * trained.parameters, longest=longest
+    )
+
+
+def published(on: Setting, parameters: float) -> list[Part]:
+    """On rank 0's host, while the engine is still there: a copy of what trained, and the model to write."""
+    how = f"trained: {billions(parameters)} x {on.dtype_bytes} B"
+    return [
+        Part("weights", on.dtype_bytes * parameters, how, True),
+        Part("weights", weight_bytes(on), "the model that is written", True),
+    ]

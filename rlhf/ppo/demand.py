@@ -1,0 +1,103 @@
+"""What PPO needs: four models, and an engine that trains two of them."""
+
+from __future__ import annotations
+
+import math
+
+from rlhf.plan.demand import Demand, Task, Worker, exactly, joined
+from rlhf.plan.memory import (
+    FP32,
+    Part,
+    Phase,
+    Trained,
+    activations,
+    folded,
+    frozen_weights,
+    logits,
+    reading,
+    sampling,
+    weight_bytes,
+)
+from rlhf.plan.setting import Setting
+from rlhf.plan.training import published
+from rlhf.ppo.config import PpoConfig
+
+
+def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> Demand:
+    """Episodes are decoded, read by four models and learned from by two; evaluations are read by three.
+
+    Args:
+        reward_method: how the reward stage tuned its model; None for another model or a rule, which are not
+            counted: they may be of any size.
+    """
+    prompts = on.sizes("ppo", "train")
+    length = joined(prompts, exactly(config.max_new_tokens))
+    batch, mini, most = config.batch_episodes, config.minibatch_episodes, config.micro_batch_tokens
+    scored = on.pass_tokens(batch, length, most)
+    once = mini == batch and on.passes(batch, length, most) == 1
+    passes = on.passes(mini, length, most)
+
+    shares = config.peft.method != "none" and on.zero == "none"
+    folds = shares and reward_method not in (None, "none")
+    """The reward model is the SFT model with an adapter."""
+    own_reward = reward_method is not None and not folds
+    critic_on_reward = own_reward and config.critic.init == "reward"
+    trained = Trained(
+        on, config.peft.method, config.peft.rank, models=2,
+        weight_sets=1 + (critic_on_reward if shares else 1),
+    )  # fmt: skip
+    states = [*trained.weights("policy and critic"), trained.optimizer()]
+    if not shares:
+        states.append(frozen_weights(on, "reference", config.frozen))
+    if own_reward and not (shares and critic_on_reward):
+        states.append(frozen_weights(on, "reward model", config.frozen))
+    best = on.dtype_bytes * trained.parameters / 2
+    states.append(Part("weights", best, "a copy of what trained of the best policy so far", True))
+
+    graph = activations(
+        on, on.pass_tokens(mini, length, most), trained.keeps, checkpointing=config.activation_checkpointing,
+        rank=config.peft.rank, graphs=2 if once or on.zero not in ("none", "fsdp2") else 1,
+    )  # fmt: skip
+    rows = max(batch, config.evaluate_prompts) / on.ranks
+    decoding = sampling(on, rows, prompts.longest, config.max_new_tokens, adapter=shares)
+    phases = [
+        Phase("sampling", [*states, *decoding]),
+        Phase("reward model", [*states, *([folded(on)] if folds else []), reading(on, scored)]),
+        Phase("reference", [*states, reading(on, scored), logits(on, learns=False)]),
+        Phase("learning", [*states, trained.gradients(passes=passes), graph, logits(on, learns=True)]),
+        Phase("optimizer step", [*states, trained.gradients(passes=passes, at_step=True)]),
+        Phase("publishing", [*states, *published(on, trained.parameters / 2)]),
+    ]
+    return Demand(
+        phases, ppo_work(config, on, trained, once=once, has_reward=reward_method is not None),
+        artifact=weight_bytes(on), checkpoint=3 * FP32 * trained.parameters + best, longest=length.longest,
+    )  # fmt: skip
+
+
+def ppo_work(config: PpoConfig, on: Setting, trained: Trained, *, once: bool, has_reward: bool) -> list[Task]:
+    """Of all steps, with responses as long as they may get."""
+    prompts, worker, new = on.sizes("ppo", "train"), Worker(on), config.max_new_tokens
+    length = prompts.mean + new
+    episodes = config.steps * config.batch_episodes
+    evaluations = 1 + math.ceil(config.steps / config.evaluate_every)
+    evaluated = evaluations * min(config.evaluate_prompts, on.sizes("ppo", "held_out").rows)
+    by_policies = episodes + 2 * evaluated  # the reference; of evaluations the policy too
+    by_scalars = episodes + evaluated if has_reward else 0
+    if not once:  # policy and critic score before they learn
+        by_policies, by_scalars = by_policies + episodes, by_scalars + episodes
+    learned = config.epochs * episodes
+    updates = config.steps * config.epochs * math.ceil(config.batch_episodes / config.minibatch_episodes)
+    return [
+        worker.load(5, what="four models, published model"),
+        *worker.decode(episodes, config.batch_episodes, prompts.mean, new, what="episodes"),
+        *worker.decode(evaluated, config.evaluate_prompts, prompts.mean, new, what="evaluations"),
+        worker.read(
+            by_policies * length, length, predicted=by_policies * new, what="log-probabilities"
+        ),
+        worker.read(by_scalars * length, length, what="scores and values"),
+        worker.train(
+            2 * learned * length, length, config.peft.method, predicted=learned * new,
+            checkpointing=config.activation_checkpointing, what="policy and critic",
+        ),
+        worker.optimize(trained.parameters, updates),
+    ]  # fmt: skip

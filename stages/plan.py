@@ -1,0 +1,208 @@
+"""Which way to adapt the model, before anything runs: what each needs, what speaks against it, and a choice.
+
+Reads   the model's config, without weights; the lengths of the prepared data, unless they are given.
+Writes  plan.md (the table, with every figure's arithmetic) and experiment/planned.yaml, which does what is
+        recommended: python -m rlhf --config-dir RUN/artifacts/plan +experiment=planned
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import ClassVar, Literal, Self
+
+from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, model_validator
+from rich.markup import escape
+from rich.table import Table
+
+from rlhf.config import ConfigError
+from rlhf.data.chat import exchange_ids, prompt_ids
+from rlhf.data.prepared import Lengths
+from rlhf.data.schema import TRAINING_ROLES, Role, Split
+from rlhf.experiment import Experiment
+from rlhf.job import Job
+from rlhf.models.load import base_config
+from rlhf.plan.demand import Demand
+from rlhf.plan.machine import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
+from rlhf.plan.setting import Setting, Sizes
+from rlhf.plan.shape import UnknownShapeError, shape_of
+from rlhf.plan.strategies import Strategy, Use, rank_strategies
+from rlhf.plan.written import experiment_file, explanation, hardware_line, phases, recommendation, table
+from rlhf.report.cells import Cells
+from rlhf.secrets import redacted
+from rlhf.stage import Stage
+
+MEASURED_ROWS = 256
+"""Whose prompts and answers are counted apart."""
+HELD_OUT = 0.1
+"""Of given rows."""
+
+
+class PlanStage(Stage):
+    """What `plan.*` can be told. Values: conf/stages/plan.yaml."""
+
+    name: ClassVar[str] = "plan"
+    random: ClassVar[bool] = False
+    in_chain: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False
+    is_kept: ClassVar[bool] = False
+
+    trains: list[Literal["sft", "reward", "ppo"]] = Field(min_length=1)
+    """The stages that are planned, with the data and the knobs that they have in this config."""
+    rows: PositiveInt | None
+    """Training rows of each; null measures the prepared data."""
+    prompt_tokens: PositiveInt | None
+    answer_tokens: PositiveInt | None
+    gpus: PositiveInt | None
+    """GPUs a node, which need not be here; null plans for what is found."""
+    nodes: PositiveInt
+    gpu_memory: ByteSize
+    """Of a GPU, such as 80GiB; this key and those below count with `gpus` alone."""
+    host_memory: ByteSize
+    """Of a node."""
+    gpu_tflops: PositiveFloat
+    """Dense bf16 matrix products, as the data sheet has them."""
+    gpu_bandwidth: ByteSize
+    """Of a GPU's memory, a second."""
+    hours: PositiveFloat | None
+    """The most that the training may take; null for any time."""
+    price_per_gpu_hour: PositiveFloat | None
+    """In any currency; where there is no GPU, of a rank."""
+    max_added_latency: float | None = Field(ge=0)
+    """Seconds that an answer may take longer than the base model's; null for any."""
+    deploy: Literal["merged", "many_adapters", "api_only"]
+    """One plain model; many tasks on one model in memory; or a model whose weights cannot be changed."""
+    explain: bool
+    """Show each figure's arithmetic on the terminal too."""
+
+    @model_validator(mode="after")
+    def _all_or_nothing(self) -> Self:
+        given = (self.rows, self.prompt_tokens, self.answer_tokens)
+        if None in given and any(given):
+            raise ValueError("give rows, prompt_tokens and answer_tokens together; null measures all three")
+        if self.nodes > 1 and self.gpus is None:
+            raise ValueError(f"nodes={self.nodes} needs plan.gpus, the GPUs of each")
+        return self
+
+    def inputs(self) -> tuple[str, ...]:
+        """The prepared data, where their lengths are not given."""
+        return ("prepare",) if self.rows is None else ()
+
+    def roles(self) -> tuple[Role, ...]:
+        """Their lengths."""
+        return TRAINING_ROLES if self.rows is None else ()
+
+    def reads_base_model(self) -> bool:
+        """Its config."""
+        return True
+
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+        """It runs no model."""
+        return Demand()
+
+    def run(self, job: Job) -> None:
+        """Weigh every strategy, show the table, write the best one down."""
+        experiment = job.experiment
+        assert experiment is not None
+        chain = experiment.stages
+        on, use = self.setting(job, experiment), self.use(job, experiment)
+        ranked = rank_strategies([chain[name] for name in self.trains], chain, on, use)
+        best = ranked[0]
+        cells = table(ranked, self.price_per_gpu_hour)
+        reason = recommendation(best) if not best.against else "Nothing here can be done: each row says why."
+        text = [
+            f"# Plan\n\n{hardware_line(on)}\n",
+            cells.markdown(),
+            f"\n{reason}\n",
+            phases(best).markdown(),
+        ]
+        if job.compute.is_main:
+            content = "\n".join([*text, *explanation(ranked)])
+            (job.directory / "plan.md").write_text(f"{content}\n", encoding="utf-8")
+            if not best.against:
+                directory = job.directory / "experiment"
+                directory.mkdir()
+                content = experiment_file(redacted(experiment.resolved), best, reason)
+                (directory / "planned.yaml").write_text(content, encoding="utf-8")
+        self.show(job, on, ranked, cells, reason)
+        job.publish({
+            "strategies": sum(not strategy.against for strategy in ranked),
+            "hours": best.hours,
+            "peak_gib": best.demand.peak().size() / 2**30,
+        })  # fmt: skip
+
+    def setting(self, job: Job, experiment: Experiment) -> Setting:
+        """The model on the hardware that is planned for.
+
+        Raises:
+            ConfigError: the model is none that the formulas hold for.
+        """
+        settings = experiment.settings
+        try:
+            shape = shape_of(base_config(settings.model), trust_remote_code=settings.model.trust_remote_code)
+        except UnknownShapeError as unknown:
+            raise ConfigError(f"stage=plan: {unknown}, so its memory cannot be computed.") from None
+        if self.gpus is None:
+            speed = job.compute.main_only(lambda: calibrated_speed(job.compute, Path(settings.store_dir)))
+            machine, dtype_bytes = found_machine(job.compute, speed), job.compute.dtype.itemsize
+        else:
+            machine = Machine(
+                kind="cuda",
+                name=f"planned: {self.nodes} nodes of {self.gpus} GPUs",
+                memory=float(self.gpu_memory),
+                host_memory=self.host_memory / self.gpus,
+                used=CUDA_CONTEXT,
+                ranks=self.gpus * self.nodes,
+                speed=Speed(1000 * self.gpu_tflops, self.gpu_bandwidth / 1e9),
+            )
+            dtype_bytes = 4 if settings.precision == "fp32" else 2
+        return Setting(shape, dtype_bytes, settings.zero, machine, self.sizes(job))
+
+    def sizes(self, job: Job) -> Sizes:
+        """Of every role: the prepared ones, or those given."""
+        if self.rows is None:
+            return job.data.size
+        num_rows, prompt, answer = self.rows, self.prompt_tokens or 0, self.answer_tokens or 0
+
+        def given(role: Role, split: Split) -> Lengths:
+            tokens = prompt + (0 if role == "ppo" else answer)
+            rows = num_rows if split == "train" else max(1, round(HELD_OUT * num_rows))
+            return Lengths(rows, float(tokens), 0.0, tokens)
+
+        return given
+
+    def use(self, job: Job, experiment: Experiment) -> Use:
+        """The task and its limits."""
+        compare = experiment.resolved["compare"]
+        rows, prompt, answer = self.rows, self.prompt_tokens, self.answer_tokens
+        mean_prompt, mean_answer = float(prompt or 0), float(answer or 0)
+        if rows is None:
+            found = job.data.rows("sft", "train")
+            rows, tokenizer = len(found), job.base.load_tokenizer()
+            some = found[:MEASURED_ROWS]
+            mean_prompt = fmean(len(prompt_ids(tokenizer, row.prompt)) for row in some)
+            both = fmean(len(exchange_ids(tokenizer, row.prompt, row.completion)[0]) for row in some)
+            mean_answer = both - mean_prompt
+        return Use(
+            rows, mean_prompt, mean_answer,
+            examples=compare["few_shot"]["examples"], passages=compare["retrieval"]["passages"],
+            deploy=self.deploy, hours=self.hours, max_added_latency=self.max_added_latency,
+        )  # fmt: skip
+
+    def show(self, job: Job, on: Setting, ranked: list[Strategy], cells: Cells, reason: str) -> None:
+        """On the terminal."""
+        console = job.progress.console
+        console.print(escape(hardware_line(on)), highlight=False)
+        for each in (cells, phases(ranked[0])):
+            shown = Table(*each.headings, box=None, pad_edge=False, header_style="dim")
+            for row in each.rows:
+                shown.add_row(*map(escape, row))
+            console.print(shown, highlight=False)
+        if self.explain:
+            console.print(escape("\n".join(explanation(ranked))), highlight=False)
+        console.print(escape(reason), highlight=False)
+        if not ranked[0].against:
+            directory = job.run_directory / "artifacts" / self.name
+            command = f"python -m rlhf --config-dir {directory} +experiment=planned"
+            console.print(command, highlight=False, soft_wrap=True, markup=False)

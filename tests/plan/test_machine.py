@@ -1,0 +1,29 @@
+"""What there is to compute with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import psutil
+from small_job import on_cpu
+
+from rlhf.plan.machine import LIBRARIES, Speed, found_machine, host_memory, room_in
+
+
+def test_a_control_group_counts_what_the_kernel_would_not_give_up(tmp_path: Path) -> None:
+    assert math.isinf(room_in(tmp_path))
+    (tmp_path / "memory.max").write_text("max\n")
+    assert math.isinf(room_in(tmp_path))
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 250\n")
+    assert room_in(tmp_path) == 1000 - (700 - 250)
+
+
+def test_a_rank_on_a_cpu_may_have_what_is_left_and_what_it_has() -> None:
+    machine = found_machine(on_cpu(), Speed(1.0, 1.0))
+    own = psutil.Process().memory_info().rss
+    assert 0.5 * own < machine.used - LIBRARIES < 2 * own
+    assert machine.used < machine.memory <= psutil.virtual_memory().total
+    assert machine.memory - own <= 1.5 * host_memory() and machine.host_memory == 0.0

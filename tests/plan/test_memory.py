@@ -1,0 +1,152 @@
+"""Predicted bytes against what the project's own code keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from rlhf.config import OptimConfig, PeftConfig
+from rlhf.data.prepared import Lengths
+from rlhf.distributed import Zero
+from rlhf.models.adapters import attach
+from rlhf.models.checkpointing import checkpoint_layers
+from rlhf.models.packed import Packed, hidden_states, pack_where_possible
+from rlhf.plan.demand import exactly, joined
+from rlhf.plan.machine import Machine, Speed
+from rlhf.plan.memory import Trained, activations, kept_per_layer, sampling
+from rlhf.plan.setting import Setting
+from rlhf.plan.shape import shape_of
+from rlhf.training import MasterAdamW, parameter_group
+
+CONFIG = LlamaConfig(
+    vocab_size=64, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+ROWS, LENGTH = 8, 32
+OPTIM = OptimConfig(lr=1e-3, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1.0)
+
+
+def setting(zero: Zero = "none", ranks: int = 1, kind: str = "cpu", dtype_bytes: int = 2) -> Setting:
+    machine = Machine(
+        kind=kind, name="a test", memory=1e9, host_memory=1e9, used=0.0, ranks=ranks, speed=Speed(100.0, 10.0)
+    )  # type: ignore[arg-type]  # fmt: skip
+    return Setting(shape_of(CONFIG), dtype_bytes, zero, machine, lambda role, split: Lengths(1, 1.0, 0.0, 1))
+
+
+def model(method: str, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    found = LlamaForCausalLM(CONFIG).to(dtype).eval()
+    pack_where_possible(found)
+    attach(found, PeftConfig.model_validate({"method": method} | ({"rank": 4} if method == "lora" else {})))
+    return found
+
+
+@contextmanager
+def kept(network: PreTrainedModel) -> Iterator[dict[int, int]]:
+    """Storage -> bytes of all that autograd keeps meanwhile, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    found: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that its place is not given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("method", "keeps"), [("none", "all"), ("lora", "inputs")])
+def test_a_pass_keeps_what_is_predicted(method: str, keeps: str, dtype: torch.dtype) -> None:
+    network = model(method, dtype)
+    rows = [torch.randint(0, 64, (LENGTH,)) for _ in range(ROWS)]
+    with kept(network) as found:
+        hidden_states(network, Packed(rows, "cpu"))
+    shape = shape_of(CONFIG)
+    predicted = kept_per_layer(shape, dtype.itemsize, keeps, rank=4) * shape.layers * ROWS * LENGTH  # type: ignore[arg-type]
+    assert sum(found.values()) == pytest.approx(predicted, rel=0.05)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers() -> None:
+    network = model("none", torch.bfloat16)
+    checkpoint_layers(network)
+    rows = [torch.randint(0, 64, (LENGTH,)) for _ in range(ROWS)]
+    with kept(network) as found:
+        hidden_states(network, Packed(rows, "cpu"))
+    on, tokens = setting(), ROWS * LENGTH
+    with_it, without = (
+        activations(on, tokens, "all", checkpointing=on_or_off, rank=0).size for on_or_off in (True, False)
+    )
+    layer = kept_per_layer(on.shape, 2, "all", rank=0) * tokens
+    kept_inputs = 2 * CONFIG.hidden_size * CONFIG.num_hidden_layers * tokens
+    # beside them only the last norm, outside the layers, and what all layers share
+    assert kept_inputs <= sum(found.values()) < kept_inputs + layer / 2
+    assert without - with_it == pytest.approx(3 * layer - kept_inputs)
+
+
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_the_optimizer_holds_what_is_predicted(method: str) -> None:
+    network = model(method, torch.bfloat16)
+    optimizer = MasterAdamW([parameter_group(network.parameters(), OPTIM)])
+    loss = hidden_states(network, Packed([torch.arange(LENGTH)], "cpu")).float().square().mean()
+    loss.backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    held = sum(master.nbytes for master in state["masters"])
+    held += sum(
+        each.nbytes for moments in state["adamw"]["state"].values() for each in moments.values() if each.dim()
+    )
+    assert Trained(setting(), method, 4).optimizer().size == held
+
+
+@pytest.mark.parametrize(
+    ("zero", "weights", "gradients", "optimizer"),
+    # bytes a parameter and rank, of four ranks: Rajbhandari et al. 2020, figure 1, with fp32 gradients
+    [("none", 2, 4, 12), ("zero1", 2, 4, 3), ("zero2", 2, 1, 3), ("zero3", 2 / 4 + 2, 1, 3)],
+)
+def test_what_is_sharded(zero: Zero, weights: float, gradients: float, optimizer: float) -> None:
+    trained = Trained(setting(zero, ranks=4), "none", 0)
+    count = trained.parameters
+    assert sum(part.size for part in trained.weights("model")) == pytest.approx(weights * count)
+    assert trained.gradients(passes=2).size == pytest.approx(gradients * count)
+    assert trained.optimizer().size == pytest.approx(optimizer * count)
+
+
+def test_offloading_leaves_on_the_device_what_is_gathered() -> None:
+    trained = Trained(setting("zero3_offload", ranks=2, kind="cuda"), "none", 0)
+    parts = [*trained.weights("model"), trained.optimizer(), trained.gradients(passes=2)]
+    assert [part.on_host for part in parts] == [True, False, True, True]
+
+
+def test_the_largest_pass_is_within_the_budget_but_holds_the_longest_row() -> None:
+    on = setting(ranks=2)
+    rows = Lengths(rows=100, mean=50.0, deviation=0.0, longest=60)
+    assert on.pass_tokens(16, rows, most=4096) == 8 * 50  # a rank's half of the batch
+    assert on.pass_tokens(16, rows, most=128) == 128
+    assert on.pass_tokens(16, rows, most=16) == 60
+    assert (on.passes(16, rows, most=4096), on.passes(16, rows, most=128)) == (1, 4)
+    assert on.pass_tokens(16, rows._replace(deviation=10.0), most=4096) > 8 * 50
+
+
+def test_a_prompt_and_its_answer_stand_behind_each_other() -> None:
+    both = joined(Lengths(9, 30.0, 3.0, 40), exactly(20))
+    assert both == Lengths(9, 50.0, 3.0, 60)
+
+
+def test_sampling_holds_a_cache_that_grows_with_rows_and_tokens() -> None:
+    def cache(rows: int, new_tokens: int) -> float:
+        parts = sampling(setting(kind="cuda"), rows, 10, new_tokens)
+        return sum(part.size for part in parts if part.kind == "KV cache")
+
+    per_token = 2 * 2 * 16 * 4 * 2  # keys and values, 2 heads of 16, 4 layers, bf16
+    assert cache(3, 26) == 3 * (10 + 26 + 64) * per_token
+    assert cache(6, 26) == 2 * cache(3, 26)

@@ -1,0 +1,190 @@
+"""A run that cannot fit is refused before a model is loaded, with the knobs that would make it fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from rich.console import Console
+from small_chain import Chain, Outcome
+from small_job import on_cpu
+from transformers import Qwen3Config
+
+from rlhf.checkpoint import CheckpointConfig
+from rlhf.config import ConfigError
+from rlhf.data.prepared import Lengths, PreparedData
+from rlhf.distributed import Compute
+from rlhf.experiment import Experiment, build_experiment
+from rlhf.plan.demand import Demand
+from rlhf.plan.machine import Machine, Speed
+from rlhf.plan.preflight import Checked, check_before_loading, disk_complaints, preflight, shortage
+from rlhf.plan.setting import Setting
+from rlhf.plan.shape import shape_of
+
+EIGHT_BILLION = Qwen3Config(
+    hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+)  # fmt: skip
+GIB = 2**30
+NO_CHECKPOINTS = CheckpointConfig(every_steps=None, every_minutes=None, keep=1, resume=True)
+
+
+def experiment(*overrides: str) -> Experiment:
+    with initialize_config_module("rlhf.conf", version_base="1.3"):
+        node = compose("config", overrides=list(overrides))
+    resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    return build_experiment(resolved)
+
+
+def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> Setting:
+    machine = Machine("cuda", "a test", gib * GIB, host * GIB, 0.6 * GIB, ranks, Speed(300_000.0, 2000.0))
+    lengths = Lengths(rows=1000, mean=400.0, deviation=100.0, longest=900)
+    return Setting(shape_of(EIGHT_BILLION), 2, "none", machine, lambda role, split: lengths)
+
+
+def check(tmp_path: Path, on: Setting, stage: str, *overrides: str) -> Checked:
+    found = experiment(*overrides)
+    return preflight([found.stages[stage]], found.stages, on, tmp_path, NO_CHECKPOINTS)
+
+
+def test_the_advice_makes_it_fit(tmp_path: Path) -> None:
+    # 8.2e9 parameters: 18 bytes each are 137 GiB, too much for one 80 GiB GPU
+    on = gpus(80)
+    checked = check(tmp_path, on, "sft")
+    (line,) = checked.refused
+    assert line.startswith("sft needs about ") and "optimizer 91" in line and "there are 80.0 GiB" in line
+    offered = re.findall(r"[a-z0-9_.]+=[a-z0-9_]+", line.partition("It would fit with ")[2])
+    assert "sft.peft=lora" in offered and "zero=zero3_offload" in offered
+    assert not [key for key in offered if key.startswith("sft.micro_batch_tokens")]  # it alone would not do
+    for key in offered:
+        zero = key.removeprefix("zero=") if key.startswith("zero=") else "none"
+        fitting = experiment(*([key] if zero == "none" else [])).stages
+        setting = replace(on, zero=zero)
+        assert shortage(fitting["sft"].demand(setting, fitting), setting) <= 1.0, key
+
+
+def test_several_knobs_where_one_is_not_enough(tmp_path: Path) -> None:
+    (line,) = check(tmp_path, gpus(20), "sft", "sft.peft=lora", "sft.micro_batch_tokens=8192").refused
+    advice = line.partition("It would fit with ")[2]
+    assert "sft.micro_batch_tokens=2048" in advice and "sft.activation_checkpointing=true" in advice
+
+
+def test_where_nothing_helps_that_is_said(tmp_path: Path) -> None:
+    (line,) = check(tmp_path, gpus(4, host=4), "sft").refused
+    assert "take a smaller model or more memory" in line
+
+
+def test_a_prediction_within_the_margin_is_told_and_not_refused(tmp_path: Path) -> None:
+    found = experiment("sft.peft=lora")
+    demand = found.stages["sft"].demand(gpus(80), found.stages)
+    need = demand.peak(on_host=False).size(on_host=False) / GIB + 0.6
+    for memory, refused, warned in ((need * 1.01, 0, 0), (need / 1.1, 0, 1), (need / 1.2, 1, 0)):
+        checked = check(tmp_path, gpus(memory), "sft", "sft.peft=lora")
+        assert (len(checked.refused), len(checked.warned)) == (refused, warned)
+
+
+def test_the_hosts_memory_counts_too(tmp_path: Path) -> None:
+    on = replace(gpus(80, host=20), zero="zero3_offload")
+    (line,) = check(tmp_path, on, "sft").refused
+    assert "in the host's memory" in line
+
+
+def test_more_ranks_need_less_each(tmp_path: Path) -> None:
+    on = replace(gpus(80, ranks=8), zero="zero2")
+    assert check(tmp_path, gpus(80, ranks=8), "sft").refused and not check(tmp_path, on, "sft").refused
+
+
+def test_ppo_shares_weights_with_adapters_only(tmp_path: Path) -> None:
+    def weights(*overrides: str) -> float:
+        found = experiment(*overrides)
+        (phase,) = [
+            each
+            for each in found.stages["ppo"].demand(gpus(80), found.stages).phases
+            if each.name == "reference"
+        ]
+        return sum(part.size for part in phase.parts if part.kind == "weights")
+
+    model = 2 * shape_of(EIGHT_BILLION).parameters
+    assert model < weights() < 1.1 * model  # all four on one backbone
+    assert 2 * model < weights("reward.peft=none") < 2.1 * model  # the reward model, and the critic on it
+    assert 4 * model < weights("ppo.peft=none")
+
+
+def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> None:
+    every = NO_CHECKPOINTS.model_copy(update={"every_steps": 5, "keep": 2})
+    huge = Demand(artifact=1.0, checkpoint=1e18)
+    assert list(disk_complaints({"sft": huge}, tmp_path, NO_CHECKPOINTS)) == []
+    (line,) = disk_complaints({"sft": huge}, tmp_path, every)
+    assert line.startswith(f"store_dir={tmp_path}") and "checkpoint.keep" in line
+
+
+@pytest.fixture(scope="module")
+def chain(finished_chain: tuple[Chain, Outcome]) -> Chain:
+    return finished_chain[0]
+
+
+def test_the_chain_says_what_is_to_come(finished_chain: tuple[Chain, Outcome]) -> None:
+    out = finished_chain[1].out
+    (line,) = [line for line in out.splitlines() if line.startswith("About ")]
+    assert re.match(
+        r"About \S+ to go: sft \S+ \(\d+\.\d GiB\), reward .*, generate .*, ppo .*, evaluate ", line
+    )
+    assert out.index(line) < out.index("sft runs")
+
+
+def test_a_model_too_large_is_refused_before_it_is_read(
+    chain: Chain, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    for path in tiny_model.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    config |= {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 60, "head_dim": 128,
+               "num_attention_heads": 128}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()  # cannot be read
+    outcome = chain.run("model=local", f"model.path={tmp_path}", "stage=sft", "sft.peft=none")
+    assert outcome.code == 2
+    assert "Error: sft needs about" in outcome.err and "GiB (" in outcome.err
+    assert "preflight=warn" in outcome.err
+    assert outcome.statuses == {"prepare": "ran"}
+
+
+def before(chain: Outcome, compute: Compute, stage: str, *overrides: str) -> str:
+    """What the check of one stage says, on the finished chain's data."""
+    said = io.StringIO()
+    found = experiment("model=tiny", f"store_dir={chain.directory}", *overrides)
+    data = PreparedData(chain.artifact("prepare"))
+    check_before_loading(found, [stage], compute, data, Console(file=said, width=300))
+    return said.getvalue()
+
+
+def test_an_answer_longer_than_the_context_is_refused_unless_told_otherwise(
+    finished_chain: tuple[Chain, Outcome],
+) -> None:
+    first, long = finished_chain[1], "evaluate.max_new_tokens=1020"
+    complaint = (
+        r"evaluate.max_new_tokens=1020: the longest sequence could have 10\d\d tokens, and the model's "
+    )
+    complaint += r"context has 1024. Lower it by \d+\."
+    with pytest.raises(ConfigError, match=complaint):
+        before(first, on_cpu(), "evaluate", long)
+    assert re.search(complaint, before(first, on_cpu(), "evaluate", long, "preflight=warn"))
+    assert "context" not in before(first, on_cpu(), "evaluate")
+
+
+def test_ranks_that_cannot_share_a_batch_are_told_before_anything_is_trained(
+    finished_chain: tuple[Chain, Outcome],
+) -> None:
+    two = on_cpu(world_size=2)
+    with pytest.raises(ConfigError, match=r"sft.batch_rows=7 cannot be shared equally by 2 ranks"):
+        before(finished_chain[1], two, "sft", "sft.batch_rows=7")
+    with pytest.raises(ConfigError, match=r"reward.batch_pairs=7 cannot"):
+        before(finished_chain[1], two, "reward", "reward.batch_pairs=7")

@@ -1,0 +1,81 @@
+"""What is counted from a config alone, against the model that it describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+from rlhf.config import PeftConfig
+from rlhf.models.adapters import attach, count_parameters
+from rlhf.models.load import ModelConfig, base_config
+from rlhf.plan.methods import METHODS
+from rlhf.plan.shape import UnknownShapeError, shape_of
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
+CONFIGS = {
+    "tied": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True),
+    "untied": LlamaConfig(**SMALL, intermediate_size=48, tie_word_embeddings=False),
+    "wide heads": Qwen3Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=16),
+    "gpt2": GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=101),
+}  # fmt: skip
+
+
+def real(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_those_of_the_model(name: str) -> None:
+    shape, model = shape_of(CONFIGS[name]), real(CONFIGS[name])
+    assert shape.parameters == count_parameters(model)[1]
+    assert shape.head == model.get_output_embeddings().weight.numel()
+    assert shape.is_tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+    backbone = getattr(model, model.base_model_prefix)
+    assert shape.backbone == count_parameters(backbone)[1]
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "wide heads"])
+def test_an_adapter_has_as_many_parameters_as_peft_gives_it(name: str) -> None:
+    model = real(CONFIGS[name])
+    attach(model, PeftConfig(method="lora", rank=5))
+    trained, _ = count_parameters(model)
+    assert METHODS["lora"].trained(shape_of(CONFIGS[name]), 5) == trained
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_keys_and_values_of_a_token_are_those_that_the_cache_holds(name: str) -> None:
+    model = real(CONFIGS[name])
+    cache = model(torch.arange(7)[None], use_cache=True).past_key_values
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert 7 * shape_of(CONFIGS[name]).kv_elements == held
+
+
+def test_norms_of_queries_and_keys_count_for_each_head() -> None:
+    # 2 norms of 32, one of 4 heads of 16 and one of 2; the last norm stands behind all three layers
+    assert shape_of(CONFIGS["wide heads"]).normalized == 2 * 32 + 4 * 16 + 2 * 16 + 32 // 3
+
+
+def test_the_base_models_config_needs_no_weights(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    alone = base_config(ModelConfig(kind="local", path=str(tmp_path)))
+    assert shape_of(alone) == shape_of(base_config(ModelConfig(kind="tiny")))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert shape_of(alone).parameters == count_parameters(model)[1]
+
+
+def test_what_is_no_transformer_is_said_so() -> None:
+    with pytest.raises(UnknownShapeError, match="MambaConfig names no num_attention_heads"):
+        shape_of(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1))

@@ -1,0 +1,194 @@
+"""What `stage=plan` says before anything runs, and that its experiment file runs as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from small_chain import Chain, Outcome, run_main
+from small_job import on_cpu
+from transformers import Qwen3Config
+
+import rlhf.plan.machine
+from rlhf import methods
+from rlhf.plan.machine import calibrated_speed
+from rlhf.plan.methods import METHODS
+
+GIVEN = ("plan.rows=10000", "plan.prompt_tokens=200", "plan.answer_tokens=300")
+EIGHT_GPUS = ("plan.gpus=8", "plan.gpu_memory=80GiB", "plan.price_per_gpu_hour=2")
+
+
+@pytest.fixture(autouse=True)
+def quick_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlhf.plan.machine, "CALIBRATION_SECONDS", 0.1)
+
+
+@pytest.fixture(scope="module")
+def chain(finished_chain: tuple[Chain, Outcome]) -> Chain:
+    return finished_chain[0]
+
+
+@pytest.fixture(scope="module")
+def config_of_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with nothing but a config.json."""
+    directory = tmp_path_factory.mktemp("eight")
+    Qwen3Config(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+        tie_word_embeddings=False,
+    ).save_pretrained(directory)  # fmt: skip
+    return directory
+
+
+def rows(outcome: Outcome) -> dict[str, list[str]]:
+    """Strategy -> the cells of its row in plan.md."""
+    text = (outcome.artifact("plan") / "plan.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 8]
+    found = [line.strip("| ").split(" | ") for line in lines[2:]]
+    return {cells[1]: cells for cells in found}
+
+
+def plan(chain: Chain, model: Path, *overrides: str) -> Outcome:
+    outcome = chain.run("stage=plan", "model=local", f"model.path={model}", *GIVEN, *overrides)
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def test_a_model_that_is_not_here_on_gpus_that_are_not_here(chain: Chain, config_of_8b: Path) -> None:
+    outcome = plan(chain, config_of_8b, *EIGHT_GPUS)
+    assert outcome.statuses == {"plan": "ran"}  # lengths are given: nothing to prepare
+    table = rows(outcome)
+    assert set(table) == {
+        "zero-shot",
+        "few-shot",
+        "retrieval",
+        *(method.title for method in METHODS.values()),
+    }
+    # 8.2e9 parameters at 18 B are 137 GiB; two thirds of that sharded over 8 GPUs leave it 15 + 15 + 15
+    assert table["full"][2] == "zero2"
+    assert table["LoRA"][0] == "1" and table["LoRA"][2] == "none"
+    hours, price = float(table["LoRA"][4]), float(table["LoRA"][5])
+    assert 0 < hours < 1 and price == pytest.approx(hours * 8 * 2, rel=0.1)
+    assert "Recommended: LoRA" in outcome.out
+
+
+def test_every_method_of_peft_is_planned() -> None:
+    assert {name: each.mergeable for name, each in METHODS.items()} == {
+        name: each.merges for name, each in methods.METHODS.items()
+    }
+
+
+def test_one_small_gpu_needs_the_hosts_memory(chain: Chain, config_of_8b: Path) -> None:
+    table = rows(plan(chain, config_of_8b, "plan.gpus=1", "plan.gpu_memory=48GiB"))
+    assert table["full"][2] == "zero3_offload" and table["LoRA"][2] == "none"
+    table = rows(plan(chain, config_of_8b, "plan.gpus=1", "plan.gpu_memory=8GiB", "plan.host_memory=16GiB"))
+    assert "does not fit" in table["LoRA"][8] and "does not fit" in table["full"][8]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refused", "words"),
+    [
+        (["plan.deploy=api_only"], ["full", "LoRA"], "deploy=api_only"),
+        (["plan.deploy=many_adapters"], ["full"], "deploy=many_adapters"),
+        (["plan.gpus=3"], ["full", "LoRA"], "sft.batch_rows=8 cannot be shared equally by 3 ranks"),
+        (["plan.hours=0.0001"], ["full", "LoRA"], "and plan.hours=0.0001"),
+        (["plan.max_added_latency=0"], ["few-shot", "retrieval"], "and plan.max_added_latency=0"),
+        (["compare.few_shot.examples=200"], ["few-shot"], "and the context has 40960"),
+    ],
+)
+def test_what_speaks_against(
+    chain: Chain, config_of_8b: Path, overrides: list[str], refused: list[str], words: str
+) -> None:
+    outcome = plan(chain, config_of_8b, *EIGHT_GPUS, *overrides)
+    table = rows(outcome)
+    for name in refused:
+        assert table[name][0] == "no" and words in table[name][8]
+    assert not [name for name, cells in table.items() if cells[0] != "no" and words in cells[8]]
+    best = next(iter(table.values()))
+    assert best[0] == "1" and f"Recommended: {best[1]}" in outcome.out
+
+
+def test_adapters_are_too_small_for_much_data(chain: Chain, config_of_8b: Path) -> None:
+    # 1.5e9 answer tokens of about a bit: more than the 44e6 parameters of an adapter can store
+    outcome = plan(chain, config_of_8b, *EIGHT_GPUS, "plan.rows=5000000")
+    assert "too small" in rows(outcome)["LoRA"][8] and "Recommended: full" in outcome.out
+
+
+def test_ppo_is_planned_with_its_models(chain: Chain, config_of_8b: Path) -> None:
+    outcome = plan(chain, config_of_8b, *EIGHT_GPUS, "plan.trains=[sft,reward,ppo]", "ppo.batch_episodes=64",
+                   "ppo.minibatch_episodes=64", "plan.explain=true")  # fmt: skip
+    for words in ("ppo, sampling", "reward, optimizer step", "policy and critic: ", "KV cache"):
+        assert words in outcome.out
+    text = (outcome.artifact("plan") / "plan.md").read_text()
+    sums = re.findall(r"^- \w+, [\w ]+: ([\d.]+) GiB$((?:\n    - .*)+)", text, re.MULTILINE)
+    assert len(sums) > 20
+    for total, parts in sums:
+        each = [float(size) for size in re.findall(r"= ([\d.]+) GiB$", parts, re.MULTILINE)]
+        assert sum(each) == pytest.approx(float(total), abs=0.001 * len(each))
+
+
+def test_the_experiment_runs_as_it_is(chain: Chain) -> None:
+    outcome = chain.run("stage=plan", "plan.max_added_latency=0", "sft.epochs=3", "sft.max_tokens=99")
+    assert outcome.code == 0, outcome.err
+    assert "Recommended: LoRA" in outcome.out
+    directory = outcome.directory / "artifacts" / "plan"
+    written = yaml.safe_load((directory / "experiment" / "planned.yaml").read_text())
+    assert written["sft"]["peft"] == "lora" and written["sft"]["optim"]["lr"] == pytest.approx(1e-2)
+    assert (written["sft"]["epochs"], written["sft"]["max_tokens"]) == (3, 99)
+    assert "plan" not in written and "run_name" not in written
+    arguments = [f"--config-dir={directory}", "+experiment=planned", "run_name=planned"]
+    ran = run_main(chain.directory, arguments, chain.directory / "runs" / "planned")
+    assert ran.code == 0, ran.err
+    same = chain.run("stage=sft", "sft.epochs=3", "sft.max_tokens=99", "sft.peft=lora", "sft.optim.lr=0.01")
+    assert ran.statuses == {"prepare": "reused", "sft": "ran"}
+    assert same.statuses["sft"] == "reused" and same.key("sft") == ran.key("sft")
+
+
+def test_a_prompt_that_holds_all_rows_is_recommended_and_runs(chain: Chain) -> None:
+    outcome = chain.run("stage=plan")
+    assert "Recommended: few-shot" in outcome.out and "rows fit into one prompt" in outcome.out
+    directory = outcome.directory / "artifacts" / "plan"
+    arguments = [f"--config-dir={directory}", "+experiment=planned", "run_name=prompted",
+                 "compare.max_new_tokens=4"]  # fmt: skip
+    ran = run_main(chain.directory, arguments, chain.directory / "runs" / "prompted")
+    assert ran.code == 0, ran.err
+    assert ran.statuses == {"prepare": "reused", "compare": "ran"}
+
+
+def test_a_plan_is_made_anew_each_time(chain: Chain, config_of_8b: Path) -> None:
+    first, second = (plan(chain, config_of_8b, *EIGHT_GPUS) for _ in range(2))
+    assert first.statuses == second.statuses == {"plan": "ran"}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("plan.rows=5", "plan: give rows, prompt_tokens and answer_tokens together"),
+        ("plan.nodes=2", "plan: nodes=2 needs plan.gpus"),
+        ("plan.gpu_memory=80apples", "plan.gpu_memory='80apples'"),
+        ("plan.trains=[generate]", "plan.trains"),
+    ],
+)
+def test_what_is_no_plan(chain: Chain, override: str, words: str) -> None:
+    outcome = chain.run("stage=plan", override)
+    assert outcome.code == 2 and words in outcome.err
+
+
+@pytest.fixture
+def speeds(tmp_path: Path) -> Iterator[Path]:
+    calibrated_speed(on_cpu(), tmp_path)
+    (path,) = (tmp_path / "speeds").iterdir()
+    yield path
+
+
+def test_the_speed_is_measured_once(speeds: Path, tmp_path: Path) -> None:
+    kept = json.loads(speeds.read_text())
+    assert kept["gflops"] > 0 and kept["gbytes"] > 0
+    speeds.write_text(json.dumps(kept | {"gflops": 7.0}))
+    assert calibrated_speed(on_cpu(), tmp_path).gflops == 7.0
+    assert calibrated_speed(on_cpu(dtype=torch.bfloat16), tmp_path).gflops != 7.0  # another precision
