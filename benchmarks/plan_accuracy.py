@@ -1,0 +1,214 @@
+"""What the planner predicts against what was measured: peak memory and seconds of single stages.
+
+    python benchmarks/plan_accuracy.py              # measure what is not measured yet, then the table
+    python benchmarks/plan_accuracy.py --table      # the table alone
+
+Each case is `python -m rlhf` in a fresh process that has one stage to run: what it reads is in the store. Its
+peak is the process's largest resident size, its seconds are the stage's own. Measurements are kept in
+benchmarks/.work/plan, one file a case; delete one to measure it anew. Nothing else should run beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from run_rlhf import make_experiment
+
+from rlhf.data.prepared import PreparedData
+from rlhf.distributed import Compute, make_compute
+from rlhf.plan.machine import Speed, calibrated_speed, found_machine
+from rlhf.plan.preflight import most
+from rlhf.plan.setting import found_setting
+
+HERE = Path(__file__).parent
+WORK = HERE / ".work" / "plan"
+DATA = HERE.parent / "data"
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stage at some settings."""
+
+    name: str
+    stage: str
+    overrides: tuple[str, ...]
+
+
+SHORT, MEDIUM, LONG = 24, 160, 640
+"""Words of an answer."""
+COMMON = (
+    "model=embedded", "device=cpu", "precision=bf16", "gates=warn", "prepare.held_out_fraction=0.2",
+    "evaluate.prompts=prompts.jsonl", "ppo.prompts=prompts.jsonl", "reward.pairs=pairs.jsonl",
+    "sft.data=short.jsonl", "ppo.score.normalize=none", "ppo.steps=1", "ppo.evaluate_prompts=8",
+    "ppo.evaluate_every=1", "ppo.batch_episodes=32", "ppo.minibatch_episodes=16", "ppo.max_new_tokens=48",
+)  # fmt: skip
+BASE = ("sft.peft=lora", "sft.optim.lr=3e-4", "sft.epochs=1")
+"""The SFT model that the later stages' cases read."""
+FULL_REWARD = ("reward.peft=none", "reward.optim.lr=1e-5")
+FULL_PPO = ("ppo.peft=none", "ppo.optim.lr=1e-6", "ppo.critic.optim.lr=1e-5")
+CASES = (
+    Case("sft lora, short rows", "sft", BASE),
+    Case("sft full, short rows", "sft", ("sft.epochs=1",)),
+    Case("sft full, medium rows", "sft", ("sft.data=medium.jsonl", "sft.epochs=0.4")),
+    Case("sft lora, medium rows", "sft", (*BASE, "sft.data=medium.jsonl", "sft.epochs=0.4")),
+    Case("sft full, long rows", "sft", ("sft.data=long.jsonl", "sft.epochs=0.2")),
+    Case("sft lora, long rows", "sft", (*BASE, "sft.data=long.jsonl", "sft.epochs=0.2")),
+    Case("sft full, long rows, checkpointing", "sft",
+         ("sft.data=long.jsonl", "sft.epochs=0.2", "sft.activation_checkpointing=true")),
+    Case("sft full, medium rows, 1024 tokens a pass", "sft",
+         ("sft.data=medium.jsonl", "sft.epochs=0.4", "sft.micro_batch_tokens=1024")),
+    Case("reward lora", "reward", BASE),
+    Case("reward full", "reward", (*BASE, *FULL_REWARD)),
+    Case("generate", "generate", (*BASE, "generate.num_prompts=32", "generate.samples_per_prompt=4")),
+    Case("ppo lora", "ppo", BASE),
+    Case("ppo full", "ppo", (*BASE, *FULL_REWARD, *FULL_PPO)),
+    Case("ppo lora, one minibatch", "ppo", (*BASE, "ppo.minibatch_episodes=32")),
+    Case("ppo full, 512 tokens a pass", "ppo",
+         (*BASE, *FULL_REWARD, *FULL_PPO, "ppo.micro_batch_tokens=512")),
+)  # fmt: skip
+
+
+def write_data(directory: Path) -> None:
+    """Rows of three lengths, pairs and prompts, out of the packaged sentences."""
+    directory.mkdir(parents=True, exist_ok=True)
+    texts = [json.loads(line)["text"] for line in (DATA / "retention_sentences.jsonl").open()]
+    words = " ".join(texts).split()
+    draw = random.Random(0)
+
+    def text(length: int) -> str:
+        length = draw.randint(length * 3 // 4, length * 5 // 4)
+        start = draw.randrange(len(words))
+        return " ".join((words * 3)[start : start + length])
+
+    def write(name: str, rows: list[dict[str, Any]]) -> None:
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for name, length in (("short", SHORT), ("medium", MEDIUM), ("long", LONG)):
+        write(
+            f"{name}.jsonl",
+            [{"prompt": f"Tell me fact {n}.", "completion": text(length)} for n in range(100)],
+        )
+    write(
+        "pairs.jsonl",
+        [{"prompt": f"Say fact {n}.", "chosen": text(96), "rejected": text(96)} for n in range(100)],
+    )
+    write("prompts.jsonl", [{"prompt": f"Write fact {n}: {text(SHORT)}"} for n in range(120)])
+
+
+def name_of(case: Case) -> str:
+    """Of its run and its file."""
+    return case.name.replace(", ", "-").replace(" ", "-")
+
+
+def command(case: Case) -> list[str]:
+    """The overrides of a case."""
+    return [*COMMON, f"stage={case.stage}", f"run_name={name_of(case)}", *case.overrides]
+
+
+def result_file(case: Case) -> Path:
+    """Where a case's measurement is kept."""
+    return WORK / f"{name_of(case)}.json"
+
+
+def wait_for(pid: int) -> tuple[int, resource.struct_rusage, float]:
+    """A process's end: status, usage, and the seconds for which it (and this one) was stopped by SIGSTOP."""
+    stopped, process, last = 0.0, psutil.Process(pid), time.monotonic()
+    while True:
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+        if found:
+            return status, usage, stopped
+        time.sleep(POLL_SECONDS)
+        now = time.monotonic()
+        if now - last > 10 * POLL_SECONDS or process.status() == psutil.STATUS_STOPPED:
+            stopped += now - last
+        last = now
+
+
+def run(case: Case) -> dict[str, Any] | None:
+    """Peak bytes of the whole process and seconds of the stage; None if it ran an earlier stage too."""
+    arguments = [*command(case), f"force=[{case.stage}]"]
+    process = subprocess.Popen([sys.executable, "-m", "rlhf", *arguments], cwd=WORK)
+    status, usage, stopped = wait_for(process.pid)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{case.name}: exit code {process.returncode}")
+    stages = json.loads((WORK / "runs" / name_of(case) / "summary.json").read_text())["stages"]
+    others = {name for name, stage in stages.items() if stage["status"] == "ran"}
+    if others - {case.stage, "prepare"}:
+        return None
+    return {"peak_bytes": usage.ru_maxrss * 1024, "seconds": stages[case.stage]["seconds"] - stopped}
+
+
+def measure(case: Case) -> None:
+    """Measure a case, and keep what came of it; what it reads is made first, where it is not there."""
+    found = run(case) or run(case)
+    assert found is not None
+    result_file(case).write_text(json.dumps(found))
+
+
+def predict(case: Case, compute: Compute, speed: Speed) -> tuple[float, float, str]:
+    """(peak bytes, seconds, the phase of the peak), as the planner has them before the run."""
+    prepare = [*COMMON, "stage=prepare", "run_name=prepared", *case.overrides]
+    subprocess.run([sys.executable, "-m", "rlhf", *prepare], cwd=WORK, check=True, stdout=subprocess.DEVNULL)
+    experiment = make_experiment(command(case))
+    data = PreparedData(WORK / "runs" / "prepared" / "artifacts" / "prepare")
+    on = replace(
+        found_setting(experiment.settings, compute, data.size), machine=found_machine(compute, speed)
+    )
+    demand = experiment.stages[case.stage].demand(on, experiment.stages)
+    phase, peak = most(demand, on)
+    return peak, demand.seconds, phase.name
+
+
+def table() -> str:
+    """Markdown: predicted and measured, case by case."""
+    compute, _ = make_compute("cpu", "bf16")
+    speed = calibrated_speed(compute, WORK / "store")
+    lines = [
+        f"Calibration: {speed.gflops:.0f} GFLOP/s, {speed.gbytes:.1f} GB/s.\n",
+        "| stage | peak, predicted (phase) | measured | error | time, predicted | measured | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        if not result_file(case).exists():
+            continue
+        found = json.loads(result_file(case).read_text())
+        peak, seconds, phase = predict(case, compute, speed)
+        errors = (peak / found["peak_bytes"] - 1, seconds / found["seconds"] - 1)
+        lines.append(
+            f"| {case.name} | {peak / 2**30:.2f} GiB ({phase}) | {found['peak_bytes'] / 2**30:.2f} GiB "
+            f"| {errors[0]:+.0%} | {seconds:.0f} s | {found['seconds']:.0f} s | {errors[1]:+.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--most", type=int, default=len(CASES), help="measure so many cases at most")
+    options = parser.parse_args()
+    write_data(WORK)
+    missing = [case for case in CASES if not result_file(case).exists()]
+    for case in [] if options.table else missing[: options.most]:
+        measure(case)
+    if options.table or len(missing) <= options.most:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()
