@@ -120,11 +120,7 @@ class GridSweep(Sweeper):
         stages = dict.fromkeys(
             stage for trial in self.plan(search) for stage in self.build(search, trial).needed()
         )
-        if knobs.metric and knobs.metric.partition("/")[0] not in stages:
-            raise ConfigError(
-                f"sweep.metric={knobs.metric}: the trials have no such stage. "
-                f"Use STAGE/NAME with one of {', '.join(stages)}; a run's summary.json has the names."
-            )
+        knobs.check(stages)
         return search
 
     def compose(self, overrides: list[str]) -> dict[str, Any]:

@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from rlhf.config import Strict
+from rlhf.config import ConfigError, Strict
 from rlhf.execute import DONE, GATE_FAILED, INTERRUPTED, STOPPED, execute
 
 NOTE = "trial.json"
 
 
+Metric = Annotated[str, Field(pattern=r"^\w+/\S+$")]
+"""A summary metric, `STAGE/NAME`."""
+
+
+class ParetoConfig(Strict):
+    """`sweep.pareto.*`: the two sides of a trade; of both, the base model has 0."""
+
+    gain: Metric
+    loss: Metric
+
+
 class SweepConfig(Strict):
     """`sweep.*`: what `python -m rlhf -m` looks for. Values: conf/config.yaml."""
 
-    metric: str | None = Field(pattern=r"^\w+/\S+$")
-    """A summary metric, `STAGE/NAME`; `hydra/sweeper=optuna` needs one."""
+    metric: Metric | None
+    """What is looked for; `hydra/sweeper=optuna` needs one."""
     direction: Literal["maximize", "minimize"]
     trials: PositiveInt
     """How many trials a study of optuna's has in all."""
@@ -34,6 +46,31 @@ class SweepConfig(Strict):
     """Trials at once, under a launcher that can; hydra's own one runs them one by one."""
     seed: NonNegativeInt
     """Of optuna's proposals."""
+    pareto: ParetoConfig | None
+    """Draw the trials' gain against their loss into the sweep's directory; null for no picture."""
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Key -> the metric that it names."""
+        named = {} if self.metric is None else {"sweep.metric": self.metric}
+        if self.pareto is not None:
+            named |= {"sweep.pareto.gain": self.pareto.gain, "sweep.pareto.loss": self.pareto.loss}
+        return named
+
+    def check(self, stages: Collection[str]) -> None:
+        """The trials have the stages whose metrics are named, and a picture can be drawn.
+
+        Raises:
+            ConfigError: if not.
+        """
+        for key, metric in self.metrics.items():
+            if metric.partition("/")[0] not in stages:
+                raise ConfigError(
+                    f"{key}={metric}: the trials have no such stage. "
+                    f"Use STAGE/NAME with one of {', '.join(stages)}; a run's summary.json has the names."
+                )
+        if self.pareto is not None and find_spec("matplotlib") is None:
+            raise ConfigError("sweep.pareto draws with matplotlib: pip install 'rlhf[compare]'.")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ DOCUMENTS = [
     ROOT / "data" / "README.md",
     ROOT / "docs" / "should-you-fine-tune.md",
     ROOT / "docs" / "planner.md",
+    ROOT / "docs" / "forgetting.md",
     ROOT / "conf" / "config.yaml",
 ]
 

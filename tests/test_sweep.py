@@ -222,7 +222,7 @@ def test_missing_packages_are_named(chain: Chain, monkeypatch: pytest.MonkeyPatc
     )
 
 
-KNOBS = SweepConfig(metric="ppo/kl", direction="minimize", trials=14, parallel=1, seed=0)
+KNOBS = SweepConfig(metric="ppo/kl", direction="minimize", trials=14, parallel=1, seed=0, pareto=None)
 SPACE = {"a": FloatDistribution(0.0, 1.0), "b": FloatDistribution(1e-6, 1.0, log=True)}
 
 

@@ -1,4 +1,5 @@
-"""The table of a sweep's trials: on the terminal, and as sweep.md and sweep.json in the sweep's directory."""
+"""The table of a sweep's trials: on the terminal, and as sweep.md and sweep.json in the sweep's directory;
+with `sweep.pareto`, their picture beside it."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf.report.pareto import Point, draw
 from rlhf.trials import SweepConfig, Trial
 
-MARK = "best"
+MARK, PICTURE = "best", "pareto.png"
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,9 @@ class SweepTable:
 
     @property
     def metrics(self) -> list[str]:
-        """What is shown: `sweep.metric`, or what has a gate."""
-        if self.config.metric:
-            return [self.config.metric]
-        return list(
-            dict.fromkeys(name for trial in self.trials if trial.outcome for name in trial.outcome.gates)
-        )
+        """What is shown: what `sweep.*` names, and without `sweep.metric` what has a gate."""
+        gates = [name for trial in self.trials if trial.outcome for name in trial.outcome.gates]
+        return list(dict.fromkeys([*self.config.metrics.values(), *([] if self.config.metric else gates)]))
 
     @property
     def keys(self) -> list[str]:
@@ -57,10 +56,23 @@ class SweepTable:
             if len(self.trials) == 1 or len({trial.values.get(key) for trial in self.trials}) > 1
         ]
 
+    @property
+    def points(self) -> list[Point]:
+        """What the picture shows: the trials that have both figures."""
+        pareto, found = self.config.pareto, []
+        if pareto is None:
+            return []
+        for trial in self.trials:
+            gain, loss = trial.metric(pareto.gain), trial.metric(pareto.loss)
+            if gain is not None and loss is not None:
+                name = " ".join(short(trial.values[key]) for key in self.keys)
+                found.append(Point(name or str(trial.number), gain, loss))
+        return found
+
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Headings and rows."""
         best = self.best
-        headings = ["trial", "run", *self.keys, "status", *self.metrics]
+        headings = ["trial", "run", *(key.lstrip("+") for key in self.keys), "status", *self.metrics]
         rows = []
         for trial in self.trials:
             values = [shown(trial.metric(name)) for name in self.metrics]
@@ -71,13 +83,18 @@ class SweepTable:
         return headings, rows
 
     def write(self) -> None:
-        """Write sweep.md and sweep.json."""
+        """Write sweep.md and sweep.json, and draw pareto.png."""
         headings, rows = self.cells()
         lines = [headings, ["---"] * len(headings), *rows]
         table = "\n".join(
             f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
         )
-        (self.directory / "sweep.md").write_text(f"# Sweep {self.directory.name}\n\n{table}\n")
+        pareto, points = self.config.pareto, self.points
+        picture = ""
+        if pareto is not None and points:
+            draw(points, pareto.gain, pareto.loss, self.directory / PICTURE)
+            picture = f"\n![{pareto.gain} against {pareto.loss}]({PICTURE})\n"
+        (self.directory / "sweep.md").write_text(f"# Sweep {self.directory.name}\n\n{table}\n{picture}")
         best = self.best
         content = {
             "name": self.directory.name,

@@ -1,0 +1,56 @@
+"""Which trials are worth a choice: no other one gains more and loses less."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ON_FRONT, OFF_FRONT = "#0072b2", "#d55e00"
+"""Told apart by the colour-blind too (Okabe and Ito 2008)."""
+
+
+class Point(NamedTuple):
+    """What one trial gained, and what that cost, both against the base model."""
+
+    name: str
+    gain: float
+    loss: float
+
+
+BASE = Point("base", 0.0, 0.0)
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats in gain or loss without being worse in the other; by their loss."""
+
+    def beaten(point: Point) -> bool:
+        return any(
+            other.gain >= point.gain and other.loss <= point.loss and other[1:] != point[1:]
+            for other in points
+        )
+
+    return sorted((point for point in points if not beaten(point)), key=lambda point: point.loss)
+
+
+def draw(points: Sequence[Point], gain: str, loss: str, path: Path) -> None:
+    """Gain against loss, and the front through the points that are on it; the base model is one of them.
+
+    Args:
+        gain: words on the axis; loss likewise.
+    """
+    from matplotlib.figure import Figure
+
+    points = [BASE, *points]
+    front = pareto_front(points)
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.step([point.loss for point in front], [point.gain for point in front], where="post", color="#c0c0c0")
+    for point in points:
+        axes.plot(point.loss, point.gain, "o", color=ON_FRONT if point in front else OFF_FRONT)
+        axes.annotate(point.name, (point.loss, point.gain), xytext=(6, 4), textcoords="offset points")
+    axes.set(xlabel=f"{loss} (less is better)", ylabel=f"{gain} (more is better)")
+    axes.margins(x=0.18, y=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e5e5e5", linewidth=0.6)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
