@@ -181,14 +181,7 @@ def with_method(stage: Stage, name: str, squeeze: int) -> Stage:
     knobs = dict(stage)
     peft = knobs["peft"]
     if peft.method != name:
-        rank = METHODS[name].rank
-        chosen: dict[str, Any] = {
-            "method": name,
-            "rank": rank,
-            "alpha": 2 * rank,
-            "target_modules": "all-linear",
-        }
-        knobs["peft"] = PeftConfig.model_construct(**chosen)  # also of methods that it does not know
+        knobs["peft"] = PeftConfig.model_validate({"method": name})
     knobs["activation_checkpointing"] = squeeze > 0 or knobs["activation_checkpointing"]
     knobs["micro_batch_tokens"] //= 4 if squeeze > 1 else 1
     return type(stage).model_construct(**knobs)

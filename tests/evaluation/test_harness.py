@@ -26,6 +26,7 @@ QUESTIONS = [
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with one task, and its data."""
+    # so that nothing is found, or left, in the user's own cache
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -84,6 +85,7 @@ def test_what_is_not_there_is_told_before_anything_runs(tasks: Path, monkeypatch
     (tasks / "rows.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"evaluate\.lm_eval=sums: .* downloads its tasks' data"):
         Harness(["sums"], tasks, None).fetch()
+    # as on a machine without it: the tests' own environment has it
     monkeypatch.setattr(harness, "find_spec", lambda name: importlib.util.find_spec("no_such_package"))
     with pytest.raises(ConfigError, match=r"evaluate\.lm_eval needs lm-eval: pip install 'rlhf\[lm_eval\]'"):
         Harness(["sums"], tasks, None).check()
