@@ -43,7 +43,7 @@ $(VENV)/.tested: pyproject.toml $(VENV)/.installed
 
 # vLLM's build for CPUs wants a torch and a transformers of its own, hence an environment of its own.
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/generation/vllm
+	$(VENV)-vllm/bin/python -m pytest tests/generation/with_vllm
 
 $(VENV)-vllm/.installed: VLLM_PIP = $(VENV)-vllm/bin/python -m pip --disable-pip-version-check --quiet
 $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
