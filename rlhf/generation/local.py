@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.config import ConfigError
+from rlhf.generation.lean import LeanDecoder, is_lean
 from rlhf.generation.prepacked import prepacked
 from rlhf.rl.rollout import Rollout
 
@@ -50,13 +51,18 @@ def generate(
     logps: list[Tensor] = [torch.empty(0)] * len(prompts)
     stopped = torch.zeros(len(prompts), dtype=torch.bool)
     stops = torch.tensor(sorted(stop_ids), device=model.device)
+    lean = None
     # a single answer may be over before the copies have paid: they take as long as several tokens
-    with prepacked(model, batch_rows) if len(prompts) > 1 else nullcontext():
+    has_paid = len(prompts) > 1
+    if has_paid and is_lean(model, growing_cache(model)):
+        lean = LeanDecoder(model, batch_rows)
+    with prepacked(model, batch_rows) if has_paid and not lean else nullcontext():
         for start in range(0, len(order), batch_rows):
             rows = order[start : start + batch_rows]
             with torch.inference_mode():
                 decoded = _decode(
                     model,
+                    lean,
                     [prompts[row] for row in rows],
                     max_new_tokens,
                     temperature,
@@ -73,6 +79,7 @@ def generate(
 
 def _decode(
     model: PreTrainedModel,
+    lean: LeanDecoder | None,
     prompts: list[Tensor],
     max_new_tokens: int,
     temperature: float,
@@ -102,17 +109,18 @@ def _decode(
     active_B = torch.arange(len(prompts), device=device)  # which row each row of the cache belongs to
 
     for step in range(max_new_tokens):
-        output = model(
-            input_ids=ids_BK,
-            attention_mask=mask_BK,
-            position_ids=positions_BK,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=last,
-        )
-        token_B, logp_B = _sample(
-            output.logits[:, -1].float(), temperature, top_p, uniform_BR[active_B, step]
-        )
+        if lean and step > 0:
+            logits_BV = lean(ids_BK[:, 0], mask_BK, positions_BK[:, 0], cache)
+        else:
+            logits_BV = model(
+                input_ids=ids_BK,
+                attention_mask=mask_BK,
+                position_ids=positions_BK,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last,
+            ).logits[:, -1]
+        token_B, logp_B = _sample(logits_BV.float(), temperature, top_p, uniform_BR[active_B, step])
         tokens[active_B, step], logps[active_B, step] = token_B, logp_B
         stop_B = torch.isin(token_B, stops)
         if bool(stop_B.any()):

@@ -2,88 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of one parent, as transformers names them, that get one input: one product does for all."""
+
+class Product:
+    """Linear layers of one input as one product: x [..., in] -> [..., all their outputs].
+
+    bf16 weights on a CPU are copied into oneDNN's own layout, as they are now: torch would rearrange each of
+    them in every call, which for a few rows takes longer than to multiply. Others are used where they are.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
+        """`rows` is how many most calls will bring."""
+        self._layers, self._packed = layers, None
+        if all(is_packable(layer) for layer in layers):
+            weight = torch.cat([layer.weight.detach() for layer in layers])
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            biases = [
+                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+                for layer in layers
+            ]
+            self._bias = torch.cat(biases) if any(layer.bias is not None for layer in layers) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed is None:
+            parts = [functional.linear(x, layer.weight, layer.bias) for layer in self._layers]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return product
+
+    def plus(self, other: Tensor, x: Tensor) -> Tensor:
+        """other + self(x), in one go where that is possible."""
+        if self._packed is None:
+            return self(x).add_(other)
+        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self._bias, "add")
+        return total
+
+
+def is_packable(layer: nn.Module) -> bool:
+    """Whether oneDNN has a layout for it, and torch the bf16 arithmetic that it needs."""
+    if type(layer) is not nn.Linear or not torch.backends.mkldnn.is_available():
+        return False
+    is_bf16 = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16
+    return is_bf16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager
 def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
-    """While open, the linear layers of a bf16 model on a CPU run on copies in oneDNN's own layout.
+    """While open, a model's linear layers run as `Product`s, one each, where that is more than they are.
 
-    torch would rearrange each weight in every call, which for a few rows takes longer than to multiply. The
-    weights must not change meanwhile. Other models run as they are.
+    The weights must not change meanwhile.
 
     Args:
         rows: tokens that most calls will bring.
     """
-    groups = _groups(model) if _has_layout() else []
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and is_packable(layer)]
     try:
-        for layers in groups:
-            product = _Product(layers, rows)
-            for place, layer in enumerate(layers):
-                layer.forward = product.part(place)
+        for layer in layers:
+            layer.__dict__["forward"] = Product([layer], rows)
         yield
     finally:
-        for layer in (layer for layers in groups for layer in layers):
+        for layer in layers:
             layer.__dict__.pop("forward", None)
-
-
-def _groups(model: nn.Module) -> list[list[Any]]:
-    """All layers that can be laid out, those of `TOGETHER` together; an adapter may stand around each."""
-    groups: list[list[Any]] = []
-    seen: set[nn.Module] = set()
-    for parent in model.modules():
-        inner = {name: getattr(child, "base_layer", child) for name, child in parent.named_children()}
-        rest = {name: layer for name, layer in inner.items() if _is_packable(layer) and layer not in seen}
-        seen |= set(rest.values())
-        for names in TOGETHER:
-            if rest.keys() >= set(names) and len({rest[name].bias is None for name in names}) == 1:
-                groups.append([rest.pop(name) for name in names])
-        groups += [[layer] for layer in rest.values()]
-    return groups
-
-
-def _is_packable(layer: nn.Module) -> bool:
-    if type(layer) is not nn.Linear:
-        return False
-    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16
-
-
-class _Product:
-    """x [..., in] -> [..., out] for each of several layers; computed when the first of them is asked."""
-
-    def __init__(self, layers: list[nn.Linear], rows: int) -> None:
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-        self.sizes = [layer.out_features for layer in layers]
-        self.x: Tensor | None = None
-        self.left: dict[int, Tensor] = {}
-
-    def part(self, place: int) -> Any:
-        """The forward pass of one of the layers."""
-
-        def forward(x: Tensor) -> Tensor:
-            if x is not self.x or place not in self.left:
-                product = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-                self.x, self.left = x, dict(enumerate(product.split(self.sizes, dim=-1)))
-            result = self.left.pop(place)
-            if not self.left:
-                self.x = None
-            return result
-
-        return forward
-
-
-def _has_layout() -> bool:
-    """Whether torch has oneDNN, and the CPU bf16 arithmetic that it needs."""
-    ops = torch.ops.mkldnn
-    return torch.backends.mkldnn.is_available() and bool(ops._is_mkldnn_bf16_supported())

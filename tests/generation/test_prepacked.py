@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rlhf.config import PeftConfig
 from rlhf.generation.local import generate
-from rlhf.generation.prepacked import _groups, _has_layout, prepacked
-from rlhf.models.adapters import attach
+from rlhf.generation.prepacked import Product, is_packable, prepacked
 from rlhf.models.load import ModelConfig, load_causal_lm
 
+has_layout = pytest.mark.skipif(
+    not is_packable(nn.Linear(1, 1, dtype=torch.bfloat16)),
+    reason="torch has no bf16 arithmetic of oneDNN here",
+)
 IDS = torch.arange(3, 15).view(2, 6)
 
 
@@ -32,7 +34,7 @@ def logits(model: PreTrainedModel) -> Tensor:
     return found
 
 
-@pytest.mark.skipif(not _has_layout(), reason="torch has no bf16 arithmetic of oneDNN here")
+@has_layout
 def test_the_logits_are_the_models_up_to_rounding(tiny_model: Path) -> None:
     model = load(tiny_model, torch.bfloat16)
     exact, plain = logits(load(tiny_model, torch.float32)), logits(model)
@@ -66,10 +68,14 @@ def test_fp32_weights_are_used_themselves(tiny_model: Path) -> None:
         assert replaced(model) == 0
 
 
-@pytest.mark.skipif(not _has_layout(), reason="torch has no bf16 arithmetic of oneDNN here")
+@has_layout
 @pytest.mark.parametrize("rows", [1, 2])
-def test_one_answer_alone_is_not_worth_the_copies(tiny_model: Path, rows: int) -> None:
-    model, found = load(tiny_model, torch.bfloat16), set()
+def test_one_answer_alone_is_not_worth_the_copies(rows: int) -> None:
+    config = AutoConfig.for_model(
+        "qwen3", num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=32,
+        vocab_size=50, head_dim=16, num_key_value_heads=2,
+    )  # fmt: skip
+    model, found = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), set()
     model.register_forward_pre_hook(lambda *_: found.add(replaced(model) > 0))
     generate(
         model, list(IDS[:rows]), max_new_tokens=3, temperature=1.0, stop_ids=[], pad_id=0,
@@ -78,36 +84,17 @@ def test_one_answer_alone_is_not_worth_the_copies(tiny_model: Path, rows: int) -
     assert found == {rows > 1}
 
 
-def test_layers_are_multiplied_together_inside_an_adapter_too(tiny_model: Path) -> None:
-    model = load(tiny_model, torch.bfloat16)
-    plain = _groups(model)
-    attach(model, PeftConfig(method="lora"))
-    assert [group for group in _groups(model) if group in plain] == plain
-    assert sorted(map(len, plain)) == sorted([1, 1, 2, 3] * len(model.model.layers) + [1])
-
-
-class Attention(nn.Module):
-    def __init__(self, biases: str) -> None:
-        super().__init__()
-        for name, size in (("q", 32), ("k", 16), ("v", 16)):
-            self.add_module(f"{name}_proj", nn.Linear(32, size, bias=name in biases, dtype=torch.bfloat16))
-
-    def outputs(self, inputs: str, of: dict[str, Tensor]) -> list[Tensor]:
-        """`inputs` names what query, key and value layer are asked about, in this order."""
-        layers = [self.get_submodule(f"{name}_proj") for name in "qkv"]
-        return [layer(of[name]) for layer, name in zip(layers, inputs, strict=True)]
-
-
-@pytest.mark.skipif(not _has_layout(), reason="torch has no bf16 arithmetic of oneDNN here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biases", ["", "qkv", "q", "kv"])
 @torch.no_grad()
-def test_layers_that_are_multiplied_together_answer_for_themselves(biases: str) -> None:
+def test_layers_that_are_multiplied_together_answer_for_themselves(biases: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = Attention(biases)
-    of = {name: torch.randn(2, 1, 32, dtype=torch.bfloat16) for name in "ab"}
-    cases = ("aaa", "aba", "bab", "bbb", "aab")
-    expected = [model.outputs(inputs, of) for inputs in cases]
-    with prepacked(model, 2):
-        for inputs, wanted in zip(cases, expected, strict=True):
-            for found, right in zip(model.outputs(inputs, of), wanted, strict=True):
-                torch.testing.assert_close(found, right, rtol=0.02, atol=0.02)
+    layers = [
+        nn.Linear(32, size, bias=name in biases, dtype=dtype)
+        for name, size in (("q", 32), ("k", 16), ("v", 16))
+    ]
+    x, other = torch.randn(2, 32, dtype=dtype), torch.randn(2, 64, dtype=dtype)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    product = Product(layers, 2)
+    torch.testing.assert_close(product(x), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(product.plus(other, x), expected + other, rtol=0.02, atol=0.02)
