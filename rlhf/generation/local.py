@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from rlhf.config import ConfigError
 from rlhf.generation.lean import LeanDecoder, is_lean
 from rlhf.generation.prepacked import prepacked
+from rlhf.models.packed import ATTENTION, Packed
 from rlhf.rl.rollout import Rollout
 
 
@@ -89,37 +90,17 @@ def _decode(
     uniform_BR: Tensor,
 ) -> list[tuple[Tensor, Tensor, bool]]:
     device = model.device
-    width = max(len(prompt) for prompt in prompts)
-    ids_BK = torch.full((len(prompts), width), pad_id)
-    mask_BK = torch.zeros_like(ids_BK)
-    for row, prompt in enumerate(prompts):
-        ids_BK[row, width - len(prompt) :] = prompt
-        mask_BK[row, width - len(prompt) :] = 1
-    ids_BK, mask_BK = ids_BK.to(device), mask_BK.to(device)
-    positions_BK = (mask_BK.cumsum(-1) - 1).clamp(min=0)
-
     cache = growing_cache(model)
     tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
     logps = torch.zeros(len(prompts), max_new_tokens, device=device)
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     uniform_BR = uniform_BR.to(device)
-    # an index: of the number 1 transformers makes a view, for which torch copies the output layer once a row
-    last = torch.tensor([-1], device=device)
     active_B = torch.arange(len(prompts), device=device)  # which row each row of the cache belongs to
+    logits_BV, mask_BK = _read(model, prompts, cache, pad_id)
+    position_B = mask_BK.sum(-1)
 
     for step in range(max_new_tokens):
-        if lean and step > 0:
-            logits_BV = lean(ids_BK[:, 0], mask_BK, positions_BK[:, 0], cache)
-        else:
-            logits_BV = model(
-                input_ids=ids_BK,
-                attention_mask=mask_BK,
-                position_ids=positions_BK,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=last,
-            ).logits[:, -1]
         token_B, logp_B = _sample(logits_BV.float(), temperature, top_p, uniform_BR[active_B, step])
         tokens[active_B, step], logps[active_B, step] = token_B, logp_B
         stop_B = torch.isin(token_B, stops)
@@ -130,12 +111,23 @@ def _decode(
             if len(going) == 0:
                 break
             cache.batch_select_indices(going)
-            active_B, token_B, mask_BK, positions_BK = (
-                active_B[going], token_B[going], mask_BK[going], positions_BK[going]
+            active_B, token_B, mask_BK, position_B = (
+                active_B[going], token_B[going], mask_BK[going], position_B[going]
             )  # fmt: skip
-        ids_BK = token_B[:, None]
+        if step + 1 == max_new_tokens:
+            break
         mask_BK = torch.cat([mask_BK, mask_BK.new_ones(len(mask_BK), 1)], dim=1)
-        positions_BK = positions_BK[:, -1:] + 1
+        if lean:
+            logits_BV = lean(token_B, mask_BK, position_B, cache)
+        else:
+            logits_BV = model(
+                input_ids=token_B[:, None],
+                attention_mask=mask_BK,
+                position_ids=position_B[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        position_B = position_B + 1
 
     tokens, logps = tokens.cpu(), logps.cpu()
     return [
@@ -144,13 +136,48 @@ def _decode(
     ]
 
 
+def _read(
+    model: PreTrainedModel, prompts: list[Tensor], cache: DynamicCache, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Put the prompts into the cache.
+
+    Returns:
+        Logits behind them [B, V], and where the cache holds a token [B, K]: they are padded on the left.
+    """
+    packed = Packed(prompts, model.device)
+    width = packed.longest
+    mask_BK = torch.arange(width) >= width - torch.tensor(packed.lengths)[:, None]
+    mask_BK = mask_BK.long().to(model.device)
+    plain = [layer for layer in cache.layers if isinstance(layer, _GrowingLayer)]
+    if model.config._attn_implementation == ATTENTION and len(plain) == len(cache.layers):
+        for layer in plain:
+            layer.prompts = (mask_BK.flatten().nonzero().squeeze(-1), *mask_BK.shape)
+        output = model(**packed.call(), past_key_values=cache, use_cache=True, logits_to_keep=packed.last_B)
+        return output.logits[0], mask_BK
+    ids_BK = torch.full_like(mask_BK, pad_id)
+    ids_BK[mask_BK.bool()] = packed.ids_T
+    # an index: of the number 1 transformers makes a view, for which torch copies the output layer once a row
+    last = torch.tensor([-1], device=model.device)
+    output = model(
+        input_ids=ids_BK,
+        attention_mask=mask_BK,
+        position_ids=(mask_BK.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=last,
+    )
+    return output.logits[:, -1], mask_BK
+
+
 def growing_cache(model: PreTrainedModel) -> DynamicCache:
     """transformers' cache, whose plain layers have room to spare instead of being copied for every token.
 
-    Models need an attention_mask with it: the room is masked.
+    Models need an attention_mask with it: the room is masked. Those that make something of their own as long
+    as that mask (Bloom's ALiBi) get the plain cache.
     """
     cache = DynamicCache(config=model.config)
-    cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if model._supports_attention_backend:
+        cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -164,6 +191,9 @@ class _GrowingLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._length = 0
+        self.prompts: tuple[Tensor, int, int] | None = None
+        """Before the first call, if it is going to bring packed prompts: the places [T] that their tokens get
+        in [B, K], flattened, and B and K."""
 
     def get_seq_length(self) -> int:
         """Tokens so far."""
@@ -183,17 +213,27 @@ class _GrowingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the new tokens behind those that are there."""
-        start, self._length = self._length, self._length + key_states.shape[-2]
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values = self._padded(key_states), self._padded(value_states)
+            self._length = self.keys.shape[-2]
             return key_states, value_states
+        start, self._length = self._length, self._length + key_states.shape[-2]
         room = self._room_for(self._length)
         if room > self.keys.shape[-2]:
             self.keys, self.values = _widened(self.keys, room), _widened(self.values, room)
         self.keys[:, :, start : self._length] = key_states
         self.values[:, :, start : self._length] = value_states
         return self.keys, self.values
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Packed prompts' [1, heads, T, D] -> [B, heads, K, D]."""
+        if self.prompts is None:
+            return x
+        places_T, rows, width = self.prompts
+        _, heads, _, size = x.shape
+        padded = x.new_zeros(rows * width, heads, size).index_copy_(0, places_T, x[0].transpose(0, 1))
+        return padded.view(rows, width, heads, size).transpose(1, 2).contiguous()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""

@@ -92,6 +92,15 @@ class Packed:
             self._unseen[key] = bias.masked_fill_(~_seen(length, window, bias.device), float("-inf"))
         return self._unseen[key]
 
+    def call(self) -> dict[str, Any]:
+        """Arguments of a model that takes packed rows, with or without a head."""
+        return {
+            "input_ids": self.ids_T[None],
+            "position_ids": self.positions_T[None],
+            "attention_mask": self.ids_T.new_zeros(1, 1, 1, 1),  # so transformers makes none of its own
+            "packed": self,
+        }
+
     @property
     def last_B(self) -> Tensor:
         """Each row's last token."""
@@ -109,13 +118,7 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
         # padding stands behind every real token, so causal attention needs no mask
         hidden_BLH = backbone(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).last_hidden_state
         return hidden_BLH.flatten(0, 1)[packed.places_T]  # type: ignore[no-any-return]
-    hidden_1TH: Tensor = backbone(
-        input_ids=packed.ids_T[None],
-        position_ids=packed.positions_T[None],
-        attention_mask=packed.ids_T.new_zeros(1, 1, 1, 1),  # so transformers makes none of its own
-        use_cache=False,
-        packed=packed,
-    ).last_hidden_state
+    hidden_1TH: Tensor = backbone(**packed.call(), use_cache=False).last_hidden_state
     return hidden_1TH[0]
 
 

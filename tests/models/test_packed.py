@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rlhf.generation.local import growing_cache
+from rlhf.generation.local import generate, growing_cache
 from rlhf.models import packed
 from rlhf.models.packed import ATTENTION, Packed, hidden_states, pack_where_possible
 
@@ -110,3 +110,19 @@ def test_a_token_sees_its_rows_cache_and_no_padding(kind: str) -> None:
         ).last_hidden_state  # fmt: skip
     expected_BH = alone(model)[Packed(rows(), "cpu").last_B]
     torch.testing.assert_close(hidden_BLH[:, -1], expected_BH, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *PADDED])
+def test_prompts_that_are_read_together_are_answered_as_each_alone(kind: str) -> None:
+    model = tiny(kind, (KINDS | PADDED)[kind])
+    with torch.no_grad():
+        for parameter in model.parameters():  # else all answers are alike
+            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0, "stop_ids": [], "pad_id": 0}
+    together = generate(model, rows(), uniform_BR=torch.zeros(len(LENGTHS), 4), batch_rows=64, **settings)
+    each = [
+        generate(model, [row], uniform_BR=torch.zeros(1, 4), batch_rows=1, **settings).response_ids[0]
+        for row in rows()
+    ]
+    assert [ids.tolist() for ids in together.response_ids] == [ids.tolist() for ids in each]
+    assert len({tuple(ids.tolist()) for ids in each}) > 2
