@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from rlhf.plan.methods import METHODS, Keeps
+from rlhf.config import PeftConfig
+from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import GIB, Setting
 from rlhf.plan.shape import Shape
 
@@ -54,8 +55,7 @@ class Trained:
     """What one engine trains: models of one shape, all with the same method."""
 
     on: Setting
-    method: str
-    rank: int
+    peft: PeftConfig
     models: int = 1
     weight_sets: int = 1
     """Sets of weights that the models stand on."""
@@ -63,18 +63,13 @@ class Trained:
     @property
     def parameters(self) -> int:
         """That train, of all models."""
-        return self.models * METHODS[self.method].trained(self.on.shape, self.rank)
-
-    @property
-    def keeps(self) -> Keeps:
-        """What a training pass keeps."""
-        return METHODS[self.method].keeps
+        return self.models * METHODS[self.peft.method].trained(self.on.shape, self.peft)
 
     def weights(self, name: str) -> Iterator[Part]:
         """Of the models, frozen or not; where they are sharded, a shard and what is gathered to run."""
         on, shape, count = self.on, self.on.shape, self.weight_sets
-        total = count * weight_bytes(on, self.method)
-        total += 0 if self.method == "none" else on.dtype_bytes * self.parameters
+        total = count * weight_bytes(on, self.peft.method)
+        total += 0 if self.peft.method == "none" else on.dtype_bytes * self.parameters
         how = f"{name}: {billions(count * shape.parameters)} x {on.dtype_bytes} B"
         if not on.shards_weights:
             yield Part("weights", total, how)
@@ -98,7 +93,7 @@ class Trained:
         share = on.ranks if on.zero not in ("none", "zero1") else 1
         if passes == 1 and not at_step and on.zero == "none":
             # they come while activations go; when all of these are there, the output layer's, of two chunks
-            count = 2 * on.shape.head if self.keeps == "all" else count
+            count = 2 * on.shape.head if METHODS[self.peft.method].keeps == "all" else count
             how = f"{billions(count)} x {on.dtype_bytes} B, while all activations are there"
             return Part("gradients", on.dtype_bytes * count, how)
         how = f"{billions(count)} trained x {FP32} B{over(share)}"
@@ -125,7 +120,7 @@ def frozen_weights(on: Setting, name: str, placed: str = "replicated") -> Part:
 
 
 def activations(
-    on: Setting, tokens: float, keeps: Keeps, *, checkpointing: bool, rank: int, graphs: int = 1
+    on: Setting, tokens: float, peft: PeftConfig, *, checkpointing: bool, graphs: int = 1
 ) -> Part:
     """What a pass over so many tokens keeps for its gradients, and what the layer at work needs beside.
 
@@ -133,8 +128,8 @@ def activations(
         graphs: models whose passes are kept at the same time.
     """
     shape, b = on.shape, on.dtype_bytes
-    layers = min(2, shape.layers) if keeps == "last" else shape.layers
-    layer = kept_per_layer(shape, b, keeps, rank)
+    layers = min(peft.layers, shape.layers) if peft.method == "freeze" else shape.layers
+    layer = kept_per_layer(shape, b, peft)
     if checkpointing:
         kept = graphs * layers * b * shape.hidden + layer
         how = f"{layers} layers' inputs x {b * shape.hidden} B, and {layer:.0f} B of one layer computed anew"
@@ -148,8 +143,9 @@ def activations(
     )
 
 
-def kept_per_layer(shape: Shape, b: int, keeps: Keeps, rank: int) -> float:
+def kept_per_layer(shape: Shape, b: int, peft: PeftConfig) -> float:
     """Bytes a token that one decoder layer keeps: norms, attention, MLP, inputs of linear layers."""
+    keeps = METHODS[peft.method].keeps
     query, keys = shape.heads * shape.head_size, 2 * shape.kv_heads * shape.head_size
     norms = shape.normalized * (b if shape.has_fused_norm else FP32)
     attention = b * (query + keys)
@@ -158,7 +154,7 @@ def kept_per_layer(shape: Shape, b: int, keeps: Keeps, rank: int) -> float:
         return norms + attention + mlp
     inputs = b * (2 * shape.hidden + query + (shape.intermediate if shape.is_gated else 0))
     if keeps == "inputs":
-        return norms + attention + mlp + inputs + b * 7 * rank
+        return norms + attention + mlp + inputs + b * 7 * peft.rank
     return norms + attention + mlp + inputs + (0 if shape.has_fused_norm else b * shape.normalized)
 
 

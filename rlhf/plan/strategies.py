@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rlhf import methods as tuning_methods
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.distributed import Compute, Zero
 from rlhf.plan.demand import EFFICIENCY, LAYER_SECONDS, Demand, Worker, one_after_the_other
 from rlhf.plan.memory import Phase, frozen_weights, sampling
-from rlhf.plan.methods import METHODS, Method
+from rlhf.plan.methods import METHODS
 from rlhf.plan.preflight import shortage
 from rlhf.plan.setting import Setting
 from rlhf.stage import Stage
@@ -136,19 +137,20 @@ def tuned(name: str, stages: Sequence[Stage], chain: Mapping[str, Stage], on: Se
         demand = named_after_stages({stage.name: stage.demand(setting, whole) for stage in changed})
         if shortage(demand, setting) <= 1.0:
             break
-    shape, rank = on.shape, method.rank
-    count = method.published(shape, rank)
+    peft = changed[0].tunes()
+    assert peft is not None
+    count = method.published(on.shape, peft)
     strategy = Strategy(
         method.title, setting, demand,
         Figure(on.dtype_bytes * count, f"{count:.3g} parameters x {on.dtype_bytes} B"),
-        served(on, method, use), *quality(name, on, use), experiment(stages, changed, setting),
+        served(on, peft, use), *quality(peft, on, use), experiment(stages, changed, setting),
     )  # fmt: skip
     against = []
     if name == "qlora" and on.on_cpu:
         against.append("4-bit weights need a GPU")
     if use.deploy == "api_only":
         against.append("deploy=api_only: weights are out of reach")
-    if use.deploy == "merged" and not method.mergeable:
+    if use.deploy == "merged" and not tuning_methods.METHODS[name].merges:
         against.append("deploy=merged: it cannot be folded into the weights")
     if use.deploy == "many_adapters" and not method.is_adapter:
         against.append("deploy=many_adapters: each task would need a model of its own")
@@ -215,16 +217,16 @@ def named_after_stages(demands: Mapping[str, Demand]) -> Demand:
     return one_after_the_other(prefixed)
 
 
-def quality(name: str, on: Setting, use: Use) -> tuple[int, str]:
+def quality(peft: PeftConfig, on: Setting, use: Use) -> tuple[int, str]:
     """(tier, why): whether what trains can store what the answers say."""
-    count = METHODS[name].trained(on.shape, METHODS[name].rank)
+    count = METHODS[peft.method].trained(on.shape, peft)
     told, room = BITS_A_TOKEN * use.rows * use.answer, BITS_STORED * count
     holds = f"{count:.3g} trained parameters hold {room:.2g} bits, the answers about {told:.2g}"
     if told > room:
         return 2, f"too small: {holds}"
-    if name == "prompt" and on.shape.parameters < PROMPT_IS_ENOUGH:
+    if peft.method == "prompt" and on.shape.parameters < PROMPT_IS_ENOUGH:
         return 2, f"a tuned prompt falls behind below {PROMPT_IS_ENOUGH:.0e} parameters (Lester et al. 2021)"
-    return (1 if name in WEAKER else 0), holds
+    return (1 if peft.method in WEAKER else 0), holds
 
 
 def prefill(on: Setting, tokens: float) -> Figure:
@@ -234,12 +236,13 @@ def prefill(on: Setting, tokens: float) -> Figure:
     return Figure(seconds, f"{tokens:.0f} more prompt tokens x {each:.3g} operations")
 
 
-def served(on: Setting, method: Method, use: Use) -> Figure:
+def served(on: Setting, peft: PeftConfig, use: Use) -> Figure:
     """What an answer takes longer with a method that stays beside the weights."""
-    if method.mergeable and use.deploy != "many_adapters":
+    method = METHODS[peft.method]
+    if tuning_methods.METHODS[peft.method].merges and use.deploy != "many_adapters":
         return Figure(0.0, "folded into the weights")
-    read = prefill(on, method.added_tokens)
-    extra = on.dtype_bytes * method.added(on.shape, method.rank) / (on.machine.speed.gbytes * 1e9)
+    read = prefill(on, method.added_tokens(on.shape, peft))
+    extra = on.dtype_bytes * method.added(on.shape, peft) / (on.machine.speed.gbytes * 1e9)
     kernels = on.shape.layers * LAYER_SECONDS * method.added_kernels
     how = f"{use.answer:.0f} tokens x ({extra:.2g} s of weights + {kernels:.2g} s of kernels); {read.how}"
     return Figure(read.value + use.answer * (extra + kernels), how)

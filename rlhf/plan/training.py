@@ -41,11 +41,11 @@ def training_demand(
         has_logits: the output layer predicts each token; else a scalar head reads the last.
         longest: tokens of one row.
     """
-    trained = Trained(on, peft.method, peft.rank)
+    trained = Trained(on, peft)
     tokens = on.pass_tokens(batch_rows, train, micro_batch_tokens)
     passes = on.passes(batch_rows, train, micro_batch_tokens)
     states = [*trained.weights("model"), trained.optimizer()]
-    graph = activations(on, tokens, trained.keeps, checkpointing=checkpointing, rank=peft.rank)
+    graph = activations(on, tokens, peft, checkpointing=checkpointing)
     heads = [logits(on, learns=True)] if has_logits and train.rows else []
     phases = [
         Phase("forward and backward", [*states, trained.gradients(passes=passes), graph, *heads]),

@@ -42,10 +42,7 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     """The reward model is the SFT model with an adapter."""
     own_reward = reward_method is not None and not folds
     critic_on_reward = own_reward and config.critic.init == "reward"
-    trained = Trained(
-        on, config.peft.method, config.peft.rank, models=2,
-        weight_sets=1 + (critic_on_reward if shares else 1),
-    )  # fmt: skip
+    trained = Trained(on, config.peft, models=2, weight_sets=1 + (critic_on_reward if shares else 1))
     states = [*trained.weights("policy and critic"), trained.optimizer()]
     if not shares:
         states.append(frozen_weights(on, "reference", config.frozen))
@@ -55,8 +52,8 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     states.append(Part("weights", best, "a copy of what trained of the best policy so far", True))
 
     graph = activations(
-        on, on.pass_tokens(mini, length, most), trained.keeps, checkpointing=config.activation_checkpointing,
-        rank=config.peft.rank, graphs=2 if once or on.zero not in ("none", "fsdp2") else 1,
+        on, on.pass_tokens(mini, length, most), config.peft, checkpointing=config.activation_checkpointing,
+        graphs=2 if once or on.zero not in ("none", "fsdp2") else 1,
     )  # fmt: skip
     rows = max(batch, config.evaluate_prompts) / on.ranks
     decoding = sampling(on, rows, prompts.longest, config.max_new_tokens, adapter=shares)

@@ -28,6 +28,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2, tie_word_embeddings=True,
 )  # fmt: skip
 ROWS, LENGTH = 8, 32
+FULL, LORA = PeftConfig(method="none"), PeftConfig(method="lora", rank=4)
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1.0)
 
 
@@ -38,11 +39,11 @@ def setting(zero: Zero = "none", ranks: int = 1, kind: str = "cpu", dtype_bytes:
     return Setting(shape_of(CONFIG), dtype_bytes, zero, machine, lambda role, split: Lengths(1, 1.0, 0.0, 1))
 
 
-def model(method: str, dtype: torch.dtype) -> PreTrainedModel:
+def model(peft: PeftConfig, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
     found = LlamaForCausalLM(CONFIG).to(dtype).eval()
     pack_where_possible(found)
-    attach(found, PeftConfig.model_validate({"method": method} | ({"rank": 4} if method == "lora" else {})))
+    attach(found, peft)
     return found
 
 
@@ -65,37 +66,37 @@ def kept(network: PreTrainedModel) -> Iterator[dict[int, int]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("method", "keeps"), [("none", "all"), ("lora", "inputs")])
-def test_a_pass_keeps_what_is_predicted(method: str, keeps: str, dtype: torch.dtype) -> None:
-    network = model(method, dtype)
+@pytest.mark.parametrize("peft", [FULL, LORA], ids=["none", "lora"])
+def test_a_pass_keeps_what_is_predicted(peft: PeftConfig, dtype: torch.dtype) -> None:
+    network = model(peft, dtype)
     rows = [torch.randint(0, 64, (LENGTH,)) for _ in range(ROWS)]
     with kept(network) as found:
         hidden_states(network, Packed(rows, "cpu"))
     shape = shape_of(CONFIG)
-    predicted = kept_per_layer(shape, dtype.itemsize, keeps, rank=4) * shape.layers * ROWS * LENGTH  # type: ignore[arg-type]
+    predicted = kept_per_layer(shape, dtype.itemsize, peft) * shape.layers * ROWS * LENGTH
     assert sum(found.values()) == pytest.approx(predicted, rel=0.05)
 
 
 def test_checkpointing_keeps_the_inputs_of_layers() -> None:
-    network = model("none", torch.bfloat16)
+    network = model(FULL, torch.bfloat16)
     checkpoint_layers(network)
     rows = [torch.randint(0, 64, (LENGTH,)) for _ in range(ROWS)]
     with kept(network) as found:
         hidden_states(network, Packed(rows, "cpu"))
     on, tokens = setting(), ROWS * LENGTH
     with_it, without = (
-        activations(on, tokens, "all", checkpointing=on_or_off, rank=0).size for on_or_off in (True, False)
+        activations(on, tokens, FULL, checkpointing=on_or_off).size for on_or_off in (True, False)
     )
-    layer = kept_per_layer(on.shape, 2, "all", rank=0) * tokens
+    layer = kept_per_layer(on.shape, 2, FULL) * tokens
     kept_inputs = 2 * CONFIG.hidden_size * CONFIG.num_hidden_layers * tokens
     # beside them only the last norm, outside the layers, and what all layers share
     assert kept_inputs <= sum(found.values()) < kept_inputs + layer / 2
     assert without - with_it == pytest.approx(3 * layer - kept_inputs)
 
 
-@pytest.mark.parametrize("method", ["none", "lora"])
-def test_the_optimizer_holds_what_is_predicted(method: str) -> None:
-    network = model(method, torch.bfloat16)
+@pytest.mark.parametrize("peft", [FULL, LORA], ids=["none", "lora"])
+def test_the_optimizer_holds_what_is_predicted(peft: PeftConfig) -> None:
+    network = model(peft, torch.bfloat16)
     optimizer = MasterAdamW([parameter_group(network.parameters(), OPTIM)])
     loss = hidden_states(network, Packed([torch.arange(LENGTH)], "cpu")).float().square().mean()
     loss.backward()
@@ -105,7 +106,7 @@ def test_the_optimizer_holds_what_is_predicted(method: str) -> None:
     held += sum(
         each.nbytes for moments in state["adamw"]["state"].values() for each in moments.values() if each.dim()
     )
-    assert Trained(setting(), method, 4).optimizer().size == held
+    assert Trained(setting(), peft).optimizer().size == held
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_the_optimizer_holds_what_is_predicted(method: str) -> None:
     [("none", 2, 4, 12), ("zero1", 2, 4, 3), ("zero2", 2, 1, 3), ("zero3", 2 / 4 + 2, 1, 3)],
 )
 def test_what_is_sharded(zero: Zero, weights: float, gradients: float, optimizer: float) -> None:
-    trained = Trained(setting(zero, ranks=4), "none", 0)
+    trained = Trained(setting(zero, ranks=4), FULL)
     count = trained.parameters
     assert sum(part.size for part in trained.weights("model")) == pytest.approx(weights * count)
     assert trained.gradients(passes=2).size == pytest.approx(gradients * count)
@@ -122,7 +123,7 @@ def test_what_is_sharded(zero: Zero, weights: float, gradients: float, optimizer
 
 
 def test_offloading_leaves_on_the_device_what_is_gathered() -> None:
-    trained = Trained(setting("zero3_offload", ranks=2, kind="cuda"), "none", 0)
+    trained = Trained(setting("zero3_offload", ranks=2, kind="cuda"), FULL)
     parts = [*trained.weights("model"), trained.optimizer(), trained.gradients(passes=2)]
     assert [part.on_host for part in parts] == [True, False, True, True]
 

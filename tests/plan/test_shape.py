@@ -48,11 +48,30 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "wide heads"])
-def test_an_adapter_has_as_many_parameters_as_peft_gives_it(name: str) -> None:
-    model = real(CONFIGS[name])
-    attach(model, PeftConfig(method="lora", rank=5))
-    trained, _ = count_parameters(model)
-    assert METHODS["lora"].trained(shape_of(CONFIGS[name]), 5) == trained
+@pytest.mark.parametrize(
+    "peft",
+    [
+        PeftConfig(method="none"), PeftConfig(method="lora", rank=5), PeftConfig(method="dora", rank=5),
+        PeftConfig(method="adapter", size=7), PeftConfig(method="adapter", placement="houlsby"),
+        PeftConfig(method="prefix", tokens=3), PeftConfig(method="prompt", tokens=3),
+        PeftConfig(method="p_tuning", tokens=3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_method_trains_and_publishes_as_many_parameters_as_are_counted(name: str, peft: PeftConfig) -> None:
+    model, method, shape = real(CONFIGS[name]), METHODS[peft.method], shape_of(CONFIGS[name])
+    adapter = attach(model, peft)
+    assert method.trained(shape, peft) == count_parameters(model)[0]
+    if peft.method != "none":
+        assert method.published(shape, peft) == sum(each.numel() for each in adapter.weights().values())
+
+
+def test_what_is_counted_nearly(tiny_model: Path) -> None:
+    for peft in (PeftConfig(method="freeze", layers=1), PeftConfig(method="ia3")):
+        model = real(CONFIGS["tied"])
+        attach(model, peft)
+        counted = METHODS[peft.method].trained(shape_of(CONFIGS["tied"]), peft)
+        assert counted == pytest.approx(count_parameters(model)[0], rel=0.01)  # but for the norms
 
 
 @pytest.mark.parametrize("name", CONFIGS)
