@@ -11,8 +11,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/.installed
 	$(BIN)/python -m rlhf run_name=demo
 
+# Several at a time, each on one core.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4
 
 test-slow: $(VENV)/.tested
 	$(BIN)/python -m pytest -m slow

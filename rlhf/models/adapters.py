@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.bottleneck import KIND, NAMES, BottleneckConfig, BottleneckModel
+from rlhf.models.low_rank import LowRankLinear
 from rlhf.models.quantized import quantize
 from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens, virtual_config, virtual_tokens
 
@@ -212,6 +213,7 @@ def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
             parameter.data = parameter.data.to(model.dtype)
             if any(factor in path for factor in FACTORS):
                 parameter.data = parameter.data.float()
+    LowRankLinear.replace(tuner)
     for layer in tuner.modules():
         if isinstance(layer, BaseTunerLayer):  # peft's own way would let all of them train
             layer._active_adapter = list(getattr(layer, layer.adapter_layer_names[0]))

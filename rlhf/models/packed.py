@@ -18,12 +18,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.short_attention import ShortAttention
+
 ATTENTION = "packed"
 """The name under which transformers' models find `attention`; `model.attention=packed`."""
 SHORT = 1024
 """Tokens of the longest row up to which attention on CPUs goes by matrix products."""
-CACHED = 1 << 20
-"""Attention weights that are held at once then."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -32,7 +32,7 @@ class Packed:
 
     def __init__(self, rows: Sequence[Tensor], device: torch.device | str) -> None:
         self.lengths = [len(row) for row in rows]
-        self._groups: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self._groups: dict[tuple[int, int], list[tuple[Tensor, Tensor | None]]] = {}
         self._unseen: dict[tuple[Any, ...], Tensor] = {}
         self.ids_T = torch.cat(list(rows)).to(device)
 
@@ -57,22 +57,23 @@ class Packed:
         row_T = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
         return row_T.to(self.ids_T.device) * self.longest + self.positions_T
 
-    def groups(self, most: int) -> list[tuple[Tensor, Tensor | None]]:
-        """Rows beside each other whose padded lengths, squared, add up to at most `most`.
+    def groups(self, most: int, queries: int) -> list[tuple[Tensor, Tensor | None]]:
+        """Rows beside each other, of which so many queries each have at most `most` attention weights.
 
         Returns:
             For each group its tokens [rows, L], whose padding names the row's last token again, and where
             they are real (None: everywhere).
         """
-        if most in self._groups:
-            return self._groups[most]
+        key = most, queries
+        if key in self._groups:
+            return self._groups[key]
         found: list[tuple[Tensor, Tensor | None]] = []
         first = 0
         while first < len(self.lengths):
             longest, end = self.lengths[first], first + 1
             while end < len(self.lengths):
                 longer = max(longest, self.lengths[end])
-                if (end + 1 - first) * longer**2 > most:
+                if (end + 1 - first) * longer * min(longer, queries) > most:
                     break
                 longest, end = longer, end + 1
             lengths = torch.tensor(self.lengths[first:end])
@@ -81,7 +82,7 @@ class Packed:
             tokens = self.starts[first:end, None] + torch.minimum(positions, lengths[:, None] - 1)
             found.append((tokens, None if bool(is_real.all()) else is_real))
             first = end
-        self._groups[most] = found
+        self._groups[key] = found
         return found
 
     def unseen(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -226,7 +227,7 @@ def _by_row(
 ) -> Tensor:
     scale = scale or q.shape[-1] ** -0.5
     if q.device.type == "cpu" and packed.longest <= SHORT:
-        out: Tensor = _ShortAttention.apply(q, k, v, packed, scale, window)  # type: ignore[no-untyped-call]
+        out: Tensor = ShortAttention.apply(q, k, v, packed, scale, window)  # type: ignore[no-untyped-call]
         return out
     rows, longest = len(packed.lengths), packed.longest
 
@@ -247,68 +248,6 @@ def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
     positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions
     return (distance >= 0) & (distance < (window or length))
-
-
-class _ShortAttention(torch.autograd.Function):
-    """Attention by matrix products, a few rows at a time, so that their weights stay in the cache; on the
-    way back they are computed anew. On CPUs and for short rows it takes half the time of torch's tiled
-    kernel, and as little memory. q, k, v and the result are [T, heads, D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int | None
-    ) -> Tensor:
-        out = torch.empty_like(q)
-        for tokens, is_real in packed.groups(CACHED // q.shape[1]):
-            rows_q, rows_k, rows_v = (_heads_first(x[tokens], k.shape[1]) for x in (q, k, v))
-            weights = _weights(rows_q, rows_k, packed.unseen(tokens.shape[1], window, q.dtype), scale)
-            _put(out, torch.bmm(weights, rows_v), tokens, is_real)
-        ctx.save_for_backward(q, k, v)
-        ctx.arguments = packed, scale, window
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        q, k, v = ctx.saved_tensors
-        packed, scale, window = ctx.arguments
-        results = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        for tokens, is_real in packed.groups(CACHED // q.shape[1]):
-            rows_q, rows_k, rows_v = (_heads_first(x[tokens], k.shape[1]) for x in (q, k, v))
-            of_out = gradients[0][tokens]
-            if is_real is not None:
-                of_out.mul_(is_real[:, :, None, None])
-            of_out = _heads_first(of_out, k.shape[1])
-            weights = _weights(rows_q, rows_k, packed.unseen(tokens.shape[1], window, q.dtype), scale)
-            of_scores = torch._softmax_backward_data(torch.bmm(of_out, rows_v.mT), weights, -1, weights.dtype)
-            parts = (
-                torch.bmm(of_scores, rows_k).mul_(scale), torch.bmm(of_scores.mT, rows_q).mul_(scale),
-                torch.bmm(weights.mT, of_out),
-            )  # fmt: skip
-            for whole, part in zip(results, parts, strict=True):
-                _put(whole, part, tokens, is_real)
-        return *results, None, None, None
-
-
-def _weights(q: Tensor, k: Tensor, unseen: Tensor, scale: float) -> Tensor:
-    """[rows * heads, A / heads * L, L]."""
-    shared = q.shape[1] // k.shape[1]
-    return torch.baddbmm(unseen.repeat(shared, 1).expand(len(q), -1, -1), q, k.mT, alpha=scale).softmax(-1)
-
-
-def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """[rows, L, A, D] -> [rows * heads, A / heads * L, D]: the queries that share a key stand together."""
-    rows, _, _, size = x.shape
-    return x.transpose(1, 2).reshape(rows * heads, -1, size)
-
-
-def _put(whole: Tensor, part: Tensor, tokens: Tensor, is_real: Tensor | None) -> None:
-    """The inverse of `_heads_first(whole[tokens], heads)`, without the padding."""
-    rows, length = tokens.shape
-    part = part.view(rows, -1, length, whole.shape[2]).transpose(1, 2)
-    if is_real is None:
-        whole[tokens.flatten()] = part.flatten(0, 1)
-    else:
-        whole[tokens[is_real]] = part[is_real]
 
 
 class _Spread(torch.autograd.Function):

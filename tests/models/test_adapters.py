@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.adapters import Adapter, attach, count_parameters, merged_weights
 from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.models.low_rank import LowRankLinear
 from rlhf.models.policy import pack_sequences, response_statistics
 from rlhf.models.scalar import load_scalar_model
 
@@ -172,3 +176,24 @@ def test_a_score_head_is_left_alone(tiny_model: Path) -> None:
     assert scalar.head.weight is scalar.model.score.weight
     with pytest.raises(AttributeError):
         _ = scalar.model.score.lora_A
+
+
+def test_the_update_is_what_pefts_own_layers_make_of_it(tiny_model: Path) -> None:
+    model = load(tiny_model)
+    tuned(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(std=0.1)
+
+    def found() -> list[Tensor]:
+        logits = model(input_ids=IDS).logits
+        return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
+
+    layers: list[Any] = [module for module in model.modules() if type(module) is LowRankLinear]
+    ours = found()
+    for layer in layers:
+        layer.__class__ = LoraLinear
+    assert len(layers) * 2 == len(trained) > 0
+    for mine, theirs in zip(ours, found(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

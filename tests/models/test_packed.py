@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.generation.local import generate, growing_cache
-from rlhf.models import packed
+from rlhf.models import packed, short_attention
 from rlhf.models.packed import ATTENTION, Packed, hidden_states, pack_where_possible
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -55,12 +55,17 @@ def gradients(model: PreTrainedModel, hidden_TH: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((hidden_TH * weights).sum(), trained, allow_unused=True))
 
 
-@pytest.mark.parametrize("short", [0, 256], ids=["torchs_kernel", "matrix_products"])
+@pytest.mark.parametrize(
+    ("short", "queries"),
+    [(0, 128), (256, 128), (256, 4)],
+    ids=["torchs_kernel", "matrix_products", "in_parts"],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_and_gradients_are_those_of_each_row_alone(
-    kind: str, short: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, short: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "SHORT", short)
+    monkeypatch.setattr(short_attention, "QUERIES", queries)
     model = tiny(kind, KINDS[kind])
     assert model.config._attn_implementation == ATTENTION
     expected, found = alone(model), hidden_states(model, Packed(rows(), "cpu"))

@@ -1,0 +1,40 @@
+"""peft's LoRA layer with its update added by the second product itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+
+class LowRankLinear(Linear):
+    """What peft's layer computes, whose way there writes a tensor as large as its output twice more, and once
+    more on the way back."""
+
+    @classmethod
+    def replace(cls, layers: nn.Module) -> None:
+        """Of the layers inside, let the plain ones of peft's compute in this way."""
+        for layer in layers.modules():
+            if type(layer) is Linear and not layer.lora_variant:
+                layer.__class__ = cls
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        is_sharded = any(
+            hasattr(each, "ds_id") for each in self.lora_B.parameters()
+        )  # gathered by call alone
+        if args or options or self.disable_adapters or self.merged or is_sharded:
+            result: Tensor = super().forward(x, *args, **options)
+            return result
+        result = self.base_layer(x)
+        for name in names:
+            inner: Tensor = self.lora_A[name](x)
+            weight: Any = self.lora_B[name].weight
+            total = torch.addmm(
+                result.flatten(0, -2), inner.flatten(0, -2), weight.T, alpha=self.scaling[name]
+            )
+            result = total.view_as(result)
+        return result
