@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rlhf.distributed import Compute
 from rlhf.engine import Engine, Groups
-from rlhf.training import ClippedAdamW, parameter_group
+from rlhf.training import ClippedAdamW, parameter_group, round_into
 
 
 class FsdpEngine(Engine):
@@ -144,8 +144,9 @@ class FsdpEngine(Engine):
 
     @torch.no_grad()
     def _round(self) -> None:
-        for shard, master in zip(self._shards, self._masters, strict=True):
-            shard.copy_(master)
+        for parameter, shard, master in zip(self._parameters, self._shards, self._masters, strict=True):
+            rows = math.ceil(len(parameter) / self.compute.world_size)  # as torch.chunk, which FSDP2 follows
+            round_into(shard, master, self.compute.rank * rows * parameter[:1].numel())
 
     def _reshard(self) -> None:
         """Forget gathered copies: a root keeps its own after a forward pass without gradients."""

@@ -16,6 +16,10 @@ from rlhf.config import OptimConfig
 COPIED = ("lr", "weight_decay", "eps")
 """What a schedule changes in the outer parameter groups, and AdamW reads in the inner ones."""
 
+THRESHOLDS, GOLDEN = 1 << 16, 40503
+"""Of rounding to bf16, in the parts of its step that fp32 knows. Odd, and near THRESHOLDS over the golden
+ratio: every threshold comes once, and neighbours are far apart."""
+
 BUCKET_ELEMENTS = 25_000_000
 """Gradients that are added up over ranks together: few messages, and a bounded copy."""
 
@@ -75,7 +79,7 @@ class MasterAdamW(torch.optim.Optimizer):
             inner.update({name: outer[name] for name in COPIED})
         self._inner.step()
         for parameter, master in self._pairs:
-            parameter.copy_(master)
+            round_into(parameter, master)
         self.zero_grad()  # transformers' Trainer clears the model's gradients only, never the optimizer's
 
     def _add_up_over_ranks(self, global_sum: Callable[[Tensor], Tensor]) -> None:
@@ -107,9 +111,35 @@ class MasterAdamW(torch.optim.Optimizer):
         """Restore masters, moments and the model's rounded copy."""
         for (parameter, master), saved in zip(self._pairs, state_dict["masters"], strict=True):
             master.copy_(saved)
-            parameter.copy_(saved)
+            round_into(parameter, master)
         self._inner.load_state_dict(state_dict["adamw"])
         self.skipped_steps = state_dict["skipped_steps"]
+
+
+@torch.no_grad()
+def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
+    """Write fp32 masters into the weights that the model computes with.
+
+    bf16 has steps of 0.4 to 0.8%, and weights start on its grid: by rounding to nearest, updates that add up
+    to less than half a step would move none of them, and training would stand still at first. Here each
+    weight has a threshold of its own at which it goes over, evenly spread from 0 to a whole step, so that
+    all weights together follow their masters. It stays the same, so that no weight flickers; what bf16 can
+    hold is held exactly.
+
+    Args:
+        start: the place of the first element in the whole parameter, where this is a shard.
+    """
+    if parameter.dtype != torch.bfloat16:
+        parameter.copy_(master)
+        return
+    bits = master.detach().flatten().view(torch.int32)
+    place = torch.arange(start, start + THRESHOLDS, device=bits.device)
+    added = (place * GOLDEN + THRESHOLDS // 2).remainder_(THRESHOLDS).int()
+    upper = torch.empty(len(bits), dtype=torch.int16, device=bits.device)
+    for begin in range(0, len(bits), THRESHOLDS):
+        piece = bits[begin : begin + THRESHOLDS]
+        upper[begin : begin + THRESHOLDS] = (piece + added[: len(piece)]) >> 16
+    parameter.copy_(upper.view(torch.bfloat16).view(parameter.shape))
 
 
 class ClippedAdamW(AdamW):
