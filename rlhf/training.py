@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ COPIED = ("lr", "weight_decay", "eps")
 THRESHOLDS, GOLDEN = 1 << 16, 40503
 """Of rounding to bf16, in the parts of its step that fp32 knows. Odd, and near THRESHOLDS over the golden
 ratio: every threshold comes once, and neighbours are far apart."""
+
+UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 BUCKET_ELEMENTS = 25_000_000
 """Gradients that are added up over ranks together: few messages, and a bounded copy."""
@@ -133,13 +137,21 @@ def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
         parameter.copy_(master)
         return
     bits = master.detach().flatten().view(torch.int32)
-    place = torch.arange(start, start + THRESHOLDS, device=bits.device)
-    added = (place * GOLDEN + THRESHOLDS // 2).remainder_(THRESHOLDS).int()
-    upper = torch.empty(len(bits), dtype=torch.int16, device=bits.device)
-    for begin in range(0, len(bits), THRESHOLDS):
-        piece = bits[begin : begin + THRESHOLDS]
-        upper[begin : begin + THRESHOLDS] = (piece + added[: len(piece)]) >> 16
+    upper = torch.empty_like(parameter, memory_format=torch.contiguous_format).view(torch.int16).view(-1)
+    added = _thresholds(bits.device, start % THRESHOLDS)
+    buffer = torch.empty_like(added)  # which stays in a CPU's cache
+    for begin in range(0, len(bits), len(added)):
+        piece = bits[begin : begin + len(added)]
+        total = torch.add(piece, added[: len(piece)], out=buffer[: len(piece)])
+        upper[begin : begin + len(added)] = total.view(torch.int16)[UPPER_HALF::2]
     parameter.copy_(upper.view(torch.bfloat16).view(parameter.shape))
+
+
+@lru_cache(maxsize=4)
+def _thresholds(device: torch.device, start: int) -> Tensor:
+    """Int32, four times all of them: what is added to a master's bits before the lower half is cut off."""
+    places = torch.arange(start, start + 4 * THRESHOLDS, device=device)
+    return (places * GOLDEN + THRESHOLDS // 2).remainder_(THRESHOLDS).int()
 
 
 class ClippedAdamW(AdamW):
