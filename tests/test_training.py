@@ -18,7 +18,6 @@ from rlhf.training import (
     linear_rate,
     load_trainable,
     parameter_group,
-    round_into,
     trainable_state,
 )
 
@@ -97,50 +96,6 @@ def test_updates_too_small_for_bf16_add_up_in_the_masters() -> None:
     (master,) = optimizer.state_dict()["masters"]
     assert float(master) == pytest.approx(1 - 60 * 1e-4, abs=1e-5)
     assert seen[-1] == float(master.bfloat16()) == 0.9921875  # the nearest one to 0.994
-
-
-def test_weights_that_bf16_can_hold_are_held_exactly() -> None:
-    values = torch.randn(3, 70_000).bfloat16() * torch.tensor([1e-20, 1.0, 1e20])[:, None].bfloat16()
-    parameter = torch.zeros_like(values)
-    round_into(parameter, values.float())
-    assert torch.equal(parameter, values)
-
-
-@pytest.mark.parametrize("value", [1.0, -0.75, 3e-5])
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
-def test_weights_follow_their_masters_in_the_mean(value: float, share: float) -> None:
-    """A part of a step of bf16 takes that part of the weights over to the next number, and no other."""
-    start = torch.tensor(value).bfloat16()
-    following = (start.view(torch.int16) + 1).view(torch.bfloat16)
-    step = following.float() - start.float()
-    parameter = start.expand(80, 1000).clone()
-    round_into(parameter, start.float().expand(80, 1000) + share * step)
-    assert set(parameter.unique().tolist()) == {start.item(), following.item()}
-    for part in (parameter, parameter[:8], parameter[:, :100], parameter[:, ::7]):
-        assert float((part == following).float().mean()) == pytest.approx(share, abs=0.02)
-
-
-def test_a_shard_is_rounded_as_the_whole() -> None:
-    masters = torch.randn(100, 999)
-    whole, parts = (torch.zeros(100, 999, dtype=torch.bfloat16) for _ in range(2))
-    round_into(whole, masters)
-    for begin in (0, 30, 60, 90):
-        round_into(parts[begin : begin + 30], masters[begin : begin + 30], begin * 999)
-    assert torch.equal(parts, whole)
-    assert not torch.equal(whole, masters.bfloat16())
-
-
-def test_small_updates_move_a_model_from_the_first_step_on() -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(300, 300, dtype=torch.bfloat16)
-    before = layer.weight.detach().float()
-    optimizer = optimizer_of(([layer.weight], config(lr=1e-5)))
-    layer(torch.randn(4, 300).bfloat16()).float().square().sum().backward()
-    optimizer.step()
-    (master,) = optimizer.state_dict()["masters"]
-    moved = (layer.weight.float() - before) / (master - before)
-    assert float((moved == 0).float().mean()) > 0.5  # a step of bf16 is larger than an update
-    assert float(moved.mean()) == pytest.approx(1.0, abs=0.05)
 
 
 def test_the_gradients_of_a_single_micro_batch_take_no_more_room_than_its_weights() -> None:
