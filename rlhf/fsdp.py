@@ -146,7 +146,7 @@ class FsdpEngine(Engine):
     def _round(self) -> None:
         for parameter, shard, master in zip(self._parameters, self._shards, self._masters, strict=True):
             rows = math.ceil(len(parameter) / self.compute.world_size)  # as torch.chunk, which FSDP2 follows
-            round_into(shard, master, self.compute.rank * rows * parameter[:1].numel())
+            round_into(shard, master, self.compute.rank * rows * (parameter.numel() // len(parameter)))
 
     def _reshard(self) -> None:
         """Forget gathered copies: a root keeps its own after a forward pass without gradients."""
