@@ -257,7 +257,9 @@ class WeightAverage:
     def swapped_in(self) -> Iterator[None]:
         """While open, the model has the averaged weights."""
         current = trainable_state(self._model)
-        load_trainable(self._model, self._average)
+        for name, parameter in self._model.named_parameters():
+            if name in self._average:
+                round_into(parameter, self._average[name])
         try:
             yield
         finally:

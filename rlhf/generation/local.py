@@ -53,11 +53,11 @@ def generate(
     stopped = torch.zeros(len(prompts), dtype=torch.bool)
     stops = torch.tensor(sorted(stop_ids), device=model.device)
     lean = None
-    # a single answer may be over before the copies have paid: they take as long as several tokens
-    has_paid = len(prompts) > 1
-    if has_paid and is_lean(model, growing_cache(model)):
+    # a single answer may be over before copies have paid: they take as long as several tokens
+    copies_pay = len(prompts) > 1
+    if copies_pay and is_lean(model, growing_cache(model)):
         lean = LeanDecoder(model, batch_rows)
-    with prepacked(model, batch_rows) if has_paid and not lean else nullcontext():
+    with prepacked(model, batch_rows) if copies_pay and not lean else nullcontext():
         for start in range(0, len(order), batch_rows):
             rows = order[start : start + batch_rows]
             with torch.inference_mode():
