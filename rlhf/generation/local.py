@@ -250,12 +250,12 @@ def _widened(x: Tensor, room: int) -> Tensor:
 
 def _sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     scaled_BV = logits_BV / temperature if temperature not in (0.0, 1.0) else logits_BV
-    highest_B1, highest_token_B1 = scaled_BV.max(-1, keepdim=True)
+    highest_B1 = scaled_BV.amax(-1, keepdim=True)  # with its index it takes ten times as long on a CPU
     weight_BV = (scaled_BV - highest_B1).exp_()
     total_B = weight_BV.sum(-1)
     check_finite(total_B)
     if temperature == 0.0:
-        token_B = highest_token_B1.squeeze(-1)
+        token_B = scaled_BV.argmax(-1)
     else:
         token_B = _draw(_nucleus(weight_BV, total_B, top_p), uniform_B)
     logp_B = (scaled_BV.gather(-1, token_B[:, None]) - highest_B1).squeeze(-1) - total_B.log()

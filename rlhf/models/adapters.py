@@ -26,6 +26,7 @@ from rlhf.models.bottleneck import KIND, NAMES, BottleneckConfig, BottleneckMode
 from rlhf.models.low_rank import LowRankLinear
 from rlhf.models.quantized import quantize
 from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens, virtual_config, virtual_tokens
+from rlhf.training import round_into
 
 PREFIX = "base_model.model."
 """What stands before an adapter's weights' names in peft's files."""
@@ -75,7 +76,10 @@ class Adapter:
         Only where the method merges (`METHODS`).
         """
         if self._tuner is not None:
-            self._tuner.merge_and_unload()
+            for layer in self._tuner.modules():
+                if _can_fold(layer):
+                    _fold(layer)
+            self._tuner.unload()
             self._tuner = None
 
     def described(self) -> dict[str, Any] | None:
@@ -113,16 +117,38 @@ def _can_fold(module: nn.Module) -> bool:
     return bool(weight.is_floating_point())
 
 
+@torch.no_grad()
 def _fold(layer: Any) -> None:
     """Point a layer's weights at copies that hold its adapters."""
     weight = layer.get_base_layer().weight
-    is_plain = isinstance(layer, LoraLayer) and not layer.lora_variant
-    if is_plain:
-        for name in layer.active_adapters:
-            weight.data = weight.data + layer.get_delta_weight(name)
-    else:
-        layer.merge(safe_merge=True)
-        layer.merged_adapters.clear()  # the caller puts the weights back
+    if isinstance(layer, LoraLinear) and not layer.lora_variant:
+        weight.data = _folded(layer)
+        return
+    dtype = weight.dtype
+    if not isinstance(layer, LoraLinear):  # DoRA was trained with norms in the model's dtype
+        weight.data = weight.data.float()
+    layer.merge(safe_merge=True)
+    layer.merged_adapters.clear()  # the caller puts the weights back, or takes the adapter out
+    weight.data = _rounded(weight.data.float(), dtype)
+
+
+def _folded(layer: Any) -> Tensor:
+    """A linear layer's weight with its low-rank updates."""
+    weight = layer.get_base_layer().weight
+    total = weight.detach().float()
+    for name in layer.active_adapters:
+        a = layer.lora_A[name].weight.detach()
+        b = layer.lora_B[name].weight.detach()
+        left, right = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+        total = torch.addmm(total, left.float(), right.float(), alpha=layer.scaling[name])
+    return _rounded(total, weight.dtype)
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the optimizer rounds its masters: to nearest, an adapter that has learned little would be lost."""
+    rounded = torch.empty_like(weight, dtype=dtype)
+    round_into(rounded, weight)
+    return rounded
 
 
 def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
@@ -267,19 +293,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not adapts and name not in own:
             yield name, parameter.detach()
         elif adapts:
-            yield f"{owner}.{part}", _folded(adapted[owner]) if part == "weight" else parameter.detach()
-
-
-def _folded(layer: Any) -> Tensor:
-    """An adapted linear layer's weight with its update, rounded once."""
-    weight: Tensor = layer.get_base_layer().weight.detach()
-    if layer.disable_adapters:  # it is in there: `Adapter.folded_in`
-        return weight
-    total = weight.float()
-    for adapter in layer.active_adapters:
-        update = layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float()
-        total = total + layer.scaling[adapter] * (update.T if layer.fan_in_fan_out else update)
-    return total.to(weight.dtype)
+            is_out = part == "weight" and not adapted[owner].disable_adapters  # else `folded_in` put it there
+            yield f"{owner}.{part}", _folded(adapted[owner]) if is_out else parameter.detach()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -274,3 +274,42 @@ def test_bottlenecks_in_a_model_whose_layers_cannot_be_told_apart(tiny_model: Pa
         layer.mlp.down_proj = torch.nn.Identity()
     with pytest.raises(ConfigError, match=r"could not be told apart \(found self_attn.o_proj\)"):
         attach(model, PeftConfig(method="adapter"))
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [
+        ("lora", "folded in"),
+        ("lora", "merged"),
+        ("lora", "handed over"),
+        ("ia3", "folded in"),
+        ("ia3", "merged"),
+    ],
+)
+def test_in_bf16_small_updates_reach_the_weights(method: str, how: str, tiny_model: Path) -> None:
+    """In the mean: rounded to nearest, nearly all weights would stay where they are."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = load_causal_lm(tiny_model, TINY, torch.bfloat16).to(dtype)
+        before = {name: weight.detach().clone().float() for name, weight in model.named_parameters()}
+        adapter = tuned(model, method)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(1e-6 * torch.randn(parameter.shape))
+                elif "ia3_l" in name:
+                    parameter.add_(5e-4)
+        if how == "folded in":
+            with adapter.folded_in():
+                after = {
+                    name.replace(".base_layer", ""): w.detach().clone()
+                    for name, w in model.named_parameters()
+                }
+        else:
+            if how == "merged":
+                adapter.merge()
+            after = dict(merged_weights(model))
+        found[dtype] = torch.cat([(after[name].float() - w).flatten() for name, w in before.items()])
+    moved, wanted = found[torch.bfloat16], found[torch.float32]
+    assert float((moved == 0).float().mean()) > 0.8
+    assert float((moved * wanted).sum() / wanted.square().sum()) == pytest.approx(1.0, abs=0.2)
