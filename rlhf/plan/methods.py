@@ -46,11 +46,11 @@ def _all(shape: Shape, peft: PeftConfig) -> int:
 
 
 def _lora(shape: Shape, peft: PeftConfig) -> int:
-    return peft.rank * shape.linear_sides
+    return peft.rank * sum(each.sides for each in shape.updated(peft.target_modules))
 
 
 def _dora(shape: Shape, peft: PeftConfig) -> int:
-    return _lora(shape, peft) + shape.linear_outputs
+    return _lora(shape, peft) + sum(each.outputs for each in shape.updated(peft.target_modules))
 
 
 def _ia3(shape: Shape, peft: PeftConfig) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +14,16 @@ from rlhf.models.load import context_length
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """What transformers calls them, of whatever architecture."""
+
+
+class Linears(NamedTuple):
+    """The linear layers of one name, added up."""
+
+    name: str
+    """Its last part."""
+    sides: int
+    """Inputs plus outputs: a low-rank update has rank times as many parameters."""
+    outputs: int
 
 
 @dataclass(frozen=True)
@@ -36,9 +48,8 @@ class Shape:
     """Tokens that prompt and response may have together."""
     linear: int
     """Parameters of the linear layers inside the backbone: those that a LoRA adapter stands beside."""
-    linear_sides: int
-    """Of these layers, inputs plus outputs, added up: a LoRA adapter has rank times as many parameters."""
-    linear_outputs: int
+    linears: tuple[Linears, ...]
+    """The same layers by their names."""
     normalized: int
     """Elements a token and layer that are normalised."""
     has_fused_norm: bool
@@ -53,6 +64,10 @@ class Shape:
     def backbone(self) -> int:
         """Parameters without an output layer of its own: what a reward model or critic has."""
         return self.parameters - (0 if self.is_tied else self.head)
+
+    def updated(self, targets: str | Sequence[str]) -> list[Linears]:
+        """Those that `target_modules` names."""
+        return [each for each in self.linears if targets == "all-linear" or each.name in targets]
 
     @property
     def kv_elements(self) -> int:
@@ -77,8 +92,7 @@ def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sh
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     backbone = getattr(model, model.base_model_prefix)
-    linears = [layer for layer in backbone.modules() if type(layer).__name__ in ("Linear", "Conv1D")]
-    sides = [tuple(layer.weight.shape) for layer in linears]
+    linears = _linears(backbone)
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
@@ -97,12 +111,27 @@ def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sh
         head_size=head_size,
         vocabulary=int(text.vocab_size),
         context=context_length(config),
-        linear=sum(layer.weight.numel() for layer in linears),
-        linear_sides=sum(map(sum, sides)),
-        linear_outputs=sum(side[0] for side in sides),
+        linear=sum(layer.weight.numel() for layers in linears.values() for layer in layers),
+        linears=tuple(_added_up(name, layers) for name, layers in linears.items()),
         normalized=sum(per_token) // layers,
         has_fused_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
     )
+
+
+def _linears(backbone: nn.Module) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for name, layer in backbone.named_modules():
+        if type(layer).__name__ in ("Linear", "Conv1D"):
+            found.setdefault(name.rpartition(".")[2], []).append(layer)
+    return found
+
+
+def _added_up(name: str, layers: Sequence[Any]) -> Linears:
+    # GPT-2's Conv1D holds its weight the other way round
+    shapes = [
+        layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape for layer in layers
+    ]
+    return Linears(name, sum(map(sum, shapes)), sum(shape[0] for shape in shapes))
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -52,6 +52,8 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
     "peft",
     [
         PeftConfig(method="none"), PeftConfig(method="lora", rank=5), PeftConfig(method="dora", rank=5),
+        PeftConfig(method="lora", target_modules=["q_proj", "v_proj"]),
+        PeftConfig(method="dora", target_modules=["down_proj"]),
         PeftConfig(method="adapter", size=7), PeftConfig(method="adapter", placement="houlsby"),
         PeftConfig(method="prefix", tokens=3), PeftConfig(method="prompt", tokens=3),
         PeftConfig(method="p_tuning", tokens=3),
