@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from small_job import small_job
+from torch import Tensor, nn
 
 from rlhf.data.schema import Message, PromptRow, SftRow
 from rlhf.engine import PlainEngine
@@ -19,7 +21,7 @@ from rlhf.models.adapters import count_parameters
 from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.mix import PretrainingMix
-from rlhf.rewards.source import Reward
+from rlhf.rewards.source import Exchange, Reward
 from rlhf.stages.ppo import PpoStage
 
 SETTINGS = (
@@ -28,6 +30,12 @@ SETTINGS = (
     "ppo.reward=python:small_ppo:starts_with_e",
 )  # fmt: skip
 MODEL = ModelConfig(kind="tiny")
+SMALL = (
+    "ppo.steps=4", "ppo.batch_episodes=16", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=12",
+    "ppo.optim.warmup_fraction=0.0", "ppo.critic.optim.warmup_fraction=0.0",
+)  # fmt: skip
+QUESTIONS = ["Hi", "What is rain?", "Name a colour, a river and a town.", "7 + 5 = ?"]
+ROWS = [PromptRow([Message(role="user", content=f"{QUESTIONS[n % 4]} {n}")]) for n in range(16)]
 
 
 def starts_with_e(prompts: list[str], responses: list[str]) -> list[float]:
@@ -79,3 +87,35 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
         job=job,
         trained_parameters=count_parameters(policy)[0],
     )
+
+
+def length(exchanges: Sequence[Exchange]) -> Tensor:
+    """A reward that differs from answer to answer."""
+    return torch.tensor([float(len(exchange.response.encode())) for exchange in exchanges])
+
+
+class Counting:
+    """A reward that is the same for a whole batch, and rises (or falls) from call to call."""
+
+    def __init__(self, change: float) -> None:
+        self.change, self.calls = change, 0
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+        self.calls += 1
+        return torch.full((len(exchanges),), self.change * self.calls)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def shake(learner: Learner) -> None:
+    """Move policy and critic away from where they were, always to the same place."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in learner.engine.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))

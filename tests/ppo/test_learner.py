@@ -5,74 +5,21 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_ppo import ppo_job, ppo_learner, ppo_stage
-from torch import Tensor, nn
+from small_ppo import ROWS, Counting, equal, length, shake, weights
+from torch import Tensor
 
-from rlhf.data.schema import Message, PromptRow, SftRow
+from rlhf.data.schema import Message, SftRow
 from rlhf.engine import PlainEngine
 from rlhf.models.policy import pack_sequences, response_statistics, rollout_rows
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.metrics import UpdateSums
-from rlhf.rewards.source import Exchange, Reward
+from rlhf.rewards.source import Exchange
 
-SMALL = (
-    "ppo.steps=4", "ppo.batch_episodes=16", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=12",
-    "ppo.optim.warmup_fraction=0.0", "ppo.critic.optim.warmup_fraction=0.0",
-)  # fmt: skip
-QUESTIONS = ["Hi", "What is rain?", "Name a colour, a river and a town.", "7 + 5 = ?"]
-ROWS = [PromptRow([Message(role="user", content=f"{QUESTIONS[n % 4]} {n}")]) for n in range(16)]
 ANSWERS = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}.") for n in range(8)]
-
-
-def length(exchanges: Sequence[Exchange]) -> Tensor:
-    """A reward that differs from answer to answer."""
-    return torch.tensor([float(len(exchange.response.encode())) for exchange in exchanges])
-
-
-class Counting:
-    """A reward that is the same for a whole batch, and rises (or falls) from call to call."""
-
-    def __init__(self, change: float) -> None:
-        self.change, self.calls = change, 0
-
-    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
-        self.calls += 1
-        return torch.full((len(exchanges),), self.change * self.calls)
-
-
-@pytest.fixture
-def make(tmp_path: Path, tiny_model: Path):
-    """Make a learner: always the same weights, data and random numbers."""
-    made: list[Learner] = []
-
-    def learner(*overrides: str, reward: Reward = length, mix_rows: Sequence[SftRow] = ()) -> Learner:
-        torch.manual_seed(0)
-        job = ppo_job(tmp_path / str(len(made)), tiny_model)
-        made.append(ppo_learner(ppo_stage(*SMALL, *overrides), job, reward, mix_rows))
-        return made[-1]
-
-    return learner
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value, right[name]) for name, value in left.items())
-
-
-def shake(learner: Learner) -> None:
-    """Move policy and critic away from where they were, always to the same place."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in learner.engine.model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 def optimizer_state(learner: Learner) -> dict[str, Any]:
@@ -239,69 +186,6 @@ def test_without_reward_the_mix_is_all_that_moves_the_policy(make) -> None:
     assert not equal(weights(moved.engine.model.policy), start)
 
 
-def test_the_average_lags_behind_the_weights(make) -> None:
-    learner = make("ppo.ema_decay=0.75", "ppo.minibatch_episodes=16")
-    assert learner.update.average is not None
-    before = weights(learner.engine.model.policy)
-    learner.step(ROWS, 1)
-    after = weights(learner.engine.model.policy)
-    assert not equal(after, before)
-    with learner.update.average.swapped_in():
-        for name, value in learner.engine.model.policy.named_parameters():
-            torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name], atol=1e-7, rtol=1e-5)
-    assert equal(weights(learner.engine.model.policy), after)
-
-
-def test_the_averaged_weights_are_what_is_kept(make) -> None:
-    overrides = ("ppo.steps=1", "ppo.minibatch_episodes=16", "ppo.evaluate_every=1")
-    plain = make(*overrides, reward=Counting(1.0))  # rises, so that the last policy counts as the best
-    averaged = make(*overrides, "ppo.ema_decay=0.9", reward=Counting(1.0))
-    start = weights(plain.engine.model.policy)
-    for learner in (plain, averaged):
-        learner.train(ROWS, ROWS[:4])
-    trained = weights(plain.engine.model.policy)
-    assert equal(plain.best_weights, trained)
-    assert averaged.best_weights.keys() == start.keys()
-    for name, value in averaged.best_weights.items():
-        torch.testing.assert_close(value, 0.9 * start[name] + 0.1 * trained[name], atol=1e-7, rtol=1e-5)
-
-
-@pytest.mark.parametrize("change", [+1.0, -1.0])
-def test_the_best_policy_is_kept_not_the_last(make, change: float) -> None:
-    learner = make("ppo.steps=2", "ppo.evaluate_every=1", reward=Counting(change))
-    start = weights(learner.engine.model.policy)
-    summary = learner.train(ROWS, ROWS[:4])
-    last = weights(learner.engine.model.policy)
-    assert not equal(last, start)
-    assert learner.best_weights.keys() == start.keys()
-    assert equal(learner.best_weights, last if change > 0 else start)
-    calls = (1, 5)  # evaluation, then two steps, each with a rollout and an evaluation
-    assert summary["held_out_score"] == max(change * call for call in calls)
-    assert summary["held_out_score_last"] == change * 5
-
-
-def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
-    learner = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", "ppo.kl.target=0.1", "ppo.kl.horizon=160")
-    first = learner.step(ROWS, 1)
-    assert first["beta"] == 0.1  # what the step was made with
-    lowered = 0.1 * (1 - 0.2 * 16 / 160)  # KL 0: as far below the target as counts
-    assert learner.kl.coef == pytest.approx(lowered)
-    shake(learner)
-    second = learner.step(ROWS, 2)
-    assert second["beta"] == pytest.approx(lowered)
-    assert second["kl"] > 0.12
-    assert learner.kl.coef == pytest.approx(lowered * (1 + 0.2 * 16 / 160))
-
-
-def test_the_penalty_is_taken_from_every_token(make) -> None:
-    learner = make("ppo.kl.coef=0.3", reward=Counting(0.0))
-    shake(learner)
-    experience = learner.experience(ROWS)[0]
-    expected_BR = -0.3 * (experience.logp_BR - experience.reference_logp_BR)
-    assert expected_BR.abs().max() > 0.01
-    torch.testing.assert_close(experience.reward_BR, expected_BR, atol=1e-6, rtol=1e-5)
-
-
 def test_epochs_end_early_when_the_policy_has_moved(make) -> None:
     free, stopped = make("ppo.epochs=3"), make("ppo.epochs=3", "ppo.stop_epochs_kl=1e-6")
     full, short = free.step(ROWS, 1), stopped.step(ROWS, 1)
@@ -311,43 +195,6 @@ def test_epochs_end_early_when_the_policy_has_moved(make) -> None:
     assert patient["epochs"] == 3.0
     steps = [optimizer_state(learner)["adamw"]["state"][0]["step"] for learner in (free, stopped)]
     assert [int(step) for step in steps] == [6, 2]  # two minibatches an epoch
-
-
-def test_running_normalisation_makes_the_reward_unitless(make) -> None:
-    def scaled(exchanges: Sequence[Exchange]) -> Tensor:
-        return 300.0 + 1000.0 * length(exchanges)
-
-    plain, large = (make("ppo.score.normalize=running", reward=reward) for reward in (length, scaled))
-    scores = []
-    for _ in range(2):
-        left, right = plain.experience(ROWS)[0], large.experience(ROWS)[0]
-        torch.testing.assert_close(left.reward_BR, right.reward_BR, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(left.advantage_BR, right.advantage_BR, atol=1e-4, rtol=1e-4)
-        scores.append(right.score_B)
-        seen = torch.cat(scores)  # raw; the moments are of all scores so far
-        assert large.normalizer.mean == pytest.approx(float(seen.mean()), rel=1e-5)
-        assert large.normalizer.deviation == pytest.approx(float(seen.std(correction=0)), rel=1e-5)
-        expected_B = (right.score_B - seen.mean()) / seen.std(correction=0)
-        torch.testing.assert_close(right.reward_BR.sum(1), expected_B, atol=1e-4, rtol=1e-4)
-    assert float(seen.std()) > 100
-
-
-def test_an_outlier_is_clipped(make) -> None:
-    def one_large(exchanges: Sequence[Exchange]) -> Tensor:
-        return torch.tensor([1000.0] + [0.0] * (len(exchanges) - 1))
-
-    learner = make("ppo.score.normalize=none", "ppo.score.clip=5.0", reward=one_large)
-    assert learner.experience(ROWS)[0].reward_BR.sum(1).tolist() == [5.0] + [0.0] * 15
-
-
-def test_a_response_without_a_stop_token_is_marked_down(make) -> None:
-    learner = make("ppo.score.missing_stop_penalty=0.5", "ppo.max_new_tokens=60", reward=Counting(0.0))
-    experience = learner.experience(ROWS)[0]
-    stopped_B = experience.rollout.stopped
-    assert 0 < int(stopped_B.sum()) < 16
-    assert experience.reward_BR.sum(1).tolist() == [
-        0.0 if stopped else -0.5 for stopped in stopped_B.tolist()
-    ]
 
 
 def test_an_update_that_is_not_finite_is_not_taken(make) -> None:
