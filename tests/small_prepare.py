@@ -1,0 +1,76 @@
+"""`prepare` on small data sets for every role."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+from small_job import small_job
+
+from rlhf.config import ConfigError, validated
+from rlhf.data.prepared import PreparedData
+from rlhf.models.load import BaseModelFiles
+from rlhf.stages.prepare import PrepareStage
+
+
+@dataclasses.dataclass(frozen=True)
+class ShorterBase(BaseModelFiles):
+    """The tiny model's tokenizer (a byte is a token) with another context length."""
+
+    length: int = 1 << 20
+
+    @property
+    def context_length(self):
+        return self.length
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class Bench:
+    """Small data sets for every role, and a way to prepare them."""
+
+    def __init__(self, directory, base):
+        self.directory, self.base, self.printed, self.num_runs = directory, base, io.StringIO(), 0
+        numbers = range(40)
+        self.rows = {
+            "sft": [{"prompt": f"sft {n}", "completion": "yes"} for n in numbers],
+            "replay": [{"text": f"replay {n}"} for n in numbers],
+            "reward": [{"prompt": f"reward {n}", "chosen": "good", "rejected": "bad"} for n in numbers],
+            "ppo": [{"prompt": f"ppo {n}"} for n in numbers],
+            "ptx": [{"prompt": f"ptx {n}", "completion": "yes"} for n in numbers],
+            "evaluate": [{"prompt": f"evaluate {n}"} for n in numbers],
+            "texts": [{"text": f"fact {n}"} for n in numbers],
+            "questions": [{"question": f"question {n}", "choices": ["a", "b"], "answer": 0} for n in numbers],
+        }
+        self.sources = {}
+
+    def stage(self, **knobs):
+        sources = {role: write(self.directory / f"{role}.jsonl", rows) for role, rows in self.rows.items()}
+        sources["retention"] = [sources.pop("texts"), sources.pop("questions")]
+        settings = {
+            "sources": sources | self.sources, "held_out_fraction": 0.2, "evaluation_fraction": 0.25,
+            "on_bad_row": "error", "response_tokens": 8, "gates": {},
+        }  # fmt: skip
+        return validated(PrepareStage, settings | knobs, "prepare")
+
+    def prepare(self, **knobs):
+        self.num_runs += 1
+        out = self.directory / f"out{self.num_runs}"
+        self.printed = io.StringIO()
+        self.job = small_job("prepare", out, self.base, console=Console(file=self.printed, width=200))
+        self.stage(**knobs).run(self.job)
+        self.report = json.loads((out / "report.json").read_text())
+        return PreparedData(out)
+
+    def complaint(self, **knobs):
+        with pytest.raises(ConfigError) as error:
+            self.prepare(**knobs)
+        return str(error.value)
+
+    @property
+    def output(self):
+        return " ".join(self.printed.getvalue().split())
