@@ -1,0 +1,91 @@
+"""No path leads out of a store or of runs/, whatever a manifest or a name says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_chain import Chain, Outcome
+from test_security import sign
+
+from rlhf.artifacts import Store, file_digest
+from rlhf.checkpoint import MANIFEST, verified
+from rlhf.config import ConfigError
+
+
+@pytest.mark.parametrize("name", ["../../sft.jsonl", "{absolute}", "link", "linked/sft.jsonl"])
+def test_a_manifests_names_stay_in_its_directory(tmp_path: Path, name: str) -> None:
+    """Of an artifact and of a checkpoint."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "sft.jsonl").write_text("private")
+    artifact = tmp_path / "store" / "sft" / "key"
+    artifact.mkdir(parents=True)
+    (artifact / "link").symlink_to(outside / "sft.jsonl")
+    (artifact / "linked").symlink_to(outside)
+    named = name.replace("{absolute}", str(outside / "sft.jsonl")).replace("../../", "../../../outside/")
+    assert (artifact / named).exists()
+    files = {named: file_digest(artifact / named)}
+    common: dict[str, Any] = {
+        "stage": "sft",
+        "key": "key",
+        "recipe": {},
+        "config": {},
+        "metrics": {},
+        "seconds": 0.0,
+    }
+    common |= {"created": "", "git_revision": None, "packages": {}, "hardware": "", "files": files}
+    (artifact / MANIFEST).write_text(json.dumps(common))
+    with pytest.raises(ConfigError, match=r"leads out of the directory\. It was tampered with"):
+        Store(tmp_path / "store").find("sft", "key")
+    sign(artifact, {"format": 1, "name": "key", "files": files})
+    manifest, complaint = verified(artifact)
+    assert manifest is None
+    assert complaint == f"{named} leads out of its directory"
+
+
+def test_an_unlisted_link_leads_out(tmp_path: Path, finished_chain: tuple[Chain, Outcome]) -> None:
+    """transformers reads files that no manifest names, where they exist."""
+    _, outcome = finished_chain
+    artifact = tmp_path / "sft" / outcome.key("sft")
+    shutil.copytree(outcome.artifact("sft"), artifact)
+    store = Store(tmp_path)
+    assert store.find("sft", artifact.name) is not None
+    (tmp_path / "chat_template.jinja").write_text("evil")
+    (artifact / "generation_config.jinja").symlink_to(tmp_path / "chat_template.jinja")
+    with pytest.raises(ConfigError, match=r"generation_config\.jinja leads out"):
+        store.find("sft", artifact.name)
+
+
+def test_a_store_may_itself_be_a_link(tmp_path: Path, finished_chain: tuple[Chain, Outcome]) -> None:
+    """Large artifacts are kept on another disk."""
+    _, outcome = finished_chain
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / outcome.key("sft")).symlink_to(outcome.artifact("sft"))
+    assert Store(tmp_path).find("sft", outcome.key("sft")) is not None
+
+
+def test_a_checkpoints_name_is_its_directorys(tmp_path: Path) -> None:
+    sign(tmp_path, {"format": 1, "name": "../elsewhere", "files": {}})
+    assert verified(tmp_path) == (None, f"{MANIFEST} belongs to ../elsewhere")
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "/abs", "..", ".hidden", "a\\b", "a b"])
+def test_a_run_is_one_directory_below_runs(finished_chain: tuple[Chain, Outcome], name: str) -> None:
+    chain, _ = finished_chain
+    outcome = chain.run(f"run_name='{name}'")
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: run_name=")
+
+
+@pytest.mark.parametrize(
+    "override", ["stage=../sft", "stage=[/sft]", "force=[../sft]", "+../evil._target_=x", "'+a/b.c=1'"]
+)
+def test_a_stages_name_has_no_separators(finished_chain: tuple[Chain, Outcome], override: str) -> None:
+    chain, _ = finished_chain
+    outcome = chain.run(override)
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: ")
