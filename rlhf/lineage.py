@@ -57,7 +57,15 @@ def make_manifest(
 def hardware() -> str:
     """This machine: processor, threads, GPU."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads{gpu}"
+    return f"{_processor()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def _processor() -> str:
+    """As Linux names it; elsewhere its architecture at least."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def same_content(first: Artifact, second: Artifact) -> bool:

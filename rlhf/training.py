@@ -22,6 +22,8 @@ THRESHOLDS, GOLDEN = 1 << 16, 40503
 """Of rounding to bf16, in the parts of its step that fp32 knows. Odd, and near THRESHOLDS over the golden
 ratio: every threshold comes once, and neighbours are far apart."""
 
+QUIET_NAN = 0x7FC00000
+
 UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 BUCKET_ELEMENTS = 25_000_000
@@ -117,6 +119,8 @@ class MasterAdamW(torch.optim.Optimizer):
             master.copy_(saved)
             round_into(parameter, master)
         self._inner.load_state_dict(state_dict["adamw"])
+        for state in self._inner.state.values():  # copies: a checkpoint's tensors may stay in its file
+            state.update({name: value.clone() for name, value in state.items()})
         self.skipped_steps = state_dict["skipped_steps"]
 
 
@@ -142,7 +146,10 @@ def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
     buffer = torch.empty_like(added)  # which stays in a CPU's cache
     for begin in range(0, len(bits), len(added)):
         piece = bits[begin : begin + len(added)]
-        total = torch.add(piece, added[: len(piece)], out=buffer[: len(piece)])
+        total = torch.clamp(
+            piece, max=QUIET_NAN, out=buffer[: len(piece)]
+        )  # CUDA's NaN would pass over to -0
+        total += added[: len(piece)]
         upper[begin : begin + len(added)] = total.view(torch.int16)[UPPER_HALF::2]
     parameter.copy_(upper.view(torch.bfloat16).view(parameter.shape))
 

@@ -9,6 +9,7 @@ Writes  comparison.md, comparison.csv and comparison.png; answers.jsonl (one con
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Annotated, ClassVar, Self
@@ -123,7 +124,9 @@ class CompareStage(Stage):
         return digests | elsewhere | reward_digest(self.reward) | {"machine": hardware()}
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
-        """Each contender decodes an answer to each question, and reads it behind its longer prompt."""
+        """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions
+        are asked one at a time, so a single rank answers."""
+        on = replace(on, machine=replace(on.machine, ranks=1))
         questions = on.sizes("sft", "held_out").first(self.num_questions)
         texts = {
             "zero_shot": 1,

@@ -123,6 +123,12 @@ class SftStage(Stage):
             [EncodedAnswer(tokenizer, row, self.max_tokens) for row in job.data.rows("sft", split)]
             for split in ("train", "held_out")
         )
+        for split, rows in (("training", train), ("held-out", held_out)):
+            if not any(len(row.answer) for row in rows):
+                raise ConfigError(
+                    f"sft.data: no {split} row has anything to learn within sft.max_tokens="
+                    f"{self.max_tokens}. Raise it, or give rows with shorter prompts."
+                )
         batches = own = self.batches(train, job.seed)
         if self.replay_fraction > 0:
             general = [

@@ -19,6 +19,15 @@ def test_weights_that_bf16_can_hold_are_held_exactly() -> None:
     assert torch.equal(parameter, values)
 
 
+def test_what_is_not_finite_stays_so() -> None:
+    nan = torch.tensor([0x7FFFFFFF, 0x7FC00000], dtype=torch.int32).view(torch.float32)  # CUDA's
+    masters = torch.cat([nan, torch.tensor([torch.inf, -torch.inf])]).repeat(100)
+    parameter = torch.zeros(400, dtype=torch.bfloat16)
+    round_into(parameter, masters)
+    assert parameter.view(100, 4)[:, :2].isnan().all()
+    assert not parameter.isfinite().any()
+
+
 @pytest.mark.parametrize("value", [1.0, -0.75, 3e-5])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
 def test_weights_follow_their_masters_in_the_mean(value: float, share: float) -> None:

@@ -22,16 +22,16 @@ from transformers import (
     PreTrainedModel,
     Qwen2ForCausalLM,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from rlhf.generation.prepacked import Product
 from rlhf.models.virtual import virtual_tokens
 
 KINDS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 """SmolLM2 is a Llama, Qwen 2.5 a Qwen 2."""
-LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention)
 
 
 class LeanDecoder:
@@ -103,7 +103,7 @@ def is_lean(model: PreTrainedModel, cache: Cache) -> bool:
     layers: list[Any] = list(model.model.layers)
     if any(getattr(kept, "is_sliding", True) for kept in cache.layers):
         return False
-    if not all(isinstance(layer, LAYERS) for layer in layers):
+    if not all(type(layer.self_attn) in ATTENTIONS for layer in layers):
         return False
     linears = [linear for layer in layers for together in _linears(layer) for linear in together]
     return all(_plain(linear) is not None for linear in [model.lm_head, *linears])

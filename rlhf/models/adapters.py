@@ -20,6 +20,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.bottleneck import KIND, NAMES, BottleneckConfig, BottleneckModel
@@ -120,20 +121,21 @@ def _can_fold(module: nn.Module) -> bool:
 @torch.no_grad()
 def _fold(layer: Any) -> None:
     """Point a layer's weights at copies that hold its adapters."""
-    weight = layer.get_base_layer().weight
-    if isinstance(layer, LoraLinear) and not layer.lora_variant:
-        weight.data = _folded(layer)
+    base = layer.get_base_layer()
+    if isinstance(layer, LoraLinear):
+        base.weight.data = _folded(layer)
         return
-    dtype = weight.dtype
-    if not isinstance(layer, LoraLinear):  # DoRA was trained with norms in the model's dtype
-        weight.data = weight.data.float()
+    dtype, parameters = base.weight.dtype, list(base.parameters())
+    for each in parameters:
+        each.data = each.data.float()
     layer.merge(safe_merge=True)
     layer.merged_adapters.clear()  # the caller puts the weights back, or takes the adapter out
-    weight.data = _rounded(weight.data.float(), dtype)
+    for each in parameters:
+        each.data = _rounded(each.data, dtype)
 
 
 def _folded(layer: Any) -> Tensor:
-    """A linear layer's weight with its low-rank updates."""
+    """A linear layer's weight with its low-rank updates; DoRA's, with its norms as they are in training."""
     weight = layer.get_base_layer().weight
     total = weight.detach().float()
     for name in layer.active_adapters:
@@ -141,6 +143,11 @@ def _folded(layer: Any) -> Tensor:
         b = layer.lora_B[name].weight.detach()
         left, right = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
         total = torch.addmm(total, left.float(), right.float(), alpha=layer.scaling[name])
+        if name in layer.lora_variant:
+            magnitude = layer.lora_magnitude_vector[name]
+            norms = magnitude.get_weight_norm(weight.detach(), b @ a, layer.scaling[name])
+            factors = (magnitude.weight.detach() / norms).float()
+            total *= factors if layer.fan_in_fan_out else factors[:, None]
     return _rounded(total, weight.dtype)
 
 
@@ -195,8 +202,24 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
 
 
 def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """The linear layers that a low-rank update is of, by the last part of their names."""
-    return _inner_linears(model) if config.target_modules == "all-linear" else config.target_modules
+    """The linear layers that a low-rank update is of, by the last part of their names.
+
+    Raises:
+        ConfigError: there is none, or none of a name.
+    """
+    known = _inner_linears(model)
+    if config.target_modules == "all-linear" and known:
+        return known
+    unknown = [name for name in config.target_modules if name not in known]
+    if config.target_modules == "all-linear" or unknown:
+        # output layer and embeddings may be tied: merged, an update of one would change the other
+        raise ConfigError(
+            f"peft.target_modules={config.target_modules}: "
+            + (f"{', '.join(unknown)} not among the" if known else "no")
+            + f" linear layers inside {type(model).__name__}"
+            + (f" ({', '.join(known)})." if known else ". Use freeze, prompt, prefix or none.")
+        )
+    return config.target_modules
 
 
 def _last_layers(model: PreTrainedModel, config: PeftConfig | None) -> list[nn.Module]:
@@ -220,7 +243,7 @@ def _sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
     """The last linear layers of a layer's attention and feed-forward part, by their names in it."""
     size, ends = model.config.get_text_config().hidden_size, []
     for name, part in (_layers(model) or [model])[0].named_children():
-        names = [inner for inner, linear in _linears(part) if linear.out_features == size]
+        names = [inner for inner, linear in _linears(part) if getattr(linear, "out_features", 0) == size]
         ends += [f"{name}.{names[-1]}".rstrip(".")] if names else []
     if len(ends) != 2:
         raise ConfigError(
@@ -308,8 +331,10 @@ def _inner_linears(model: PreTrainedModel) -> list[str]:
     return sorted({name.rpartition(".")[2] for name, _ in _linears(getattr(model, model.base_model_prefix))})
 
 
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's own linear layers, by the names that they have without adapters."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and not any(part in name for part in (".lora_", f".{NAMES}")):
+        if isinstance(layer, nn.Linear | Conv1D) and not any(
+            part in name for part in (".lora_", f".{NAMES}")
+        ):
             yield name.partition(".base_layer")[0], layer

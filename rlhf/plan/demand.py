@@ -75,7 +75,7 @@ class Worker:
     def forward(self, length: float) -> float:
         """Operations of a token that is one of so many: linear layers, and attention to all of them."""
         shape = self.on.shape
-        return 2 * shape.linear + 4 * shape.layers * shape.heads * shape.head_size * length
+        return 2 * (shape.linear + shape.experts) + 4 * shape.layers * shape.heads * shape.head_size * length
 
     def read(self, tokens: float, length: float, *, predicted: float = 0.0, what: str) -> Task:
         """A pass without gradients; of `predicted` tokens the output layer too."""
@@ -115,11 +115,16 @@ class Worker:
     def decode(
         self, rows: float, batch_rows: float, prompt: float, new_tokens: float, *, what: str
     ) -> list[Task]:
-        """Prompts are read; then each token of a batch reads all weights once."""
+        """Prompts are read; then each token of a batch reads all weights once.
+
+        Args:
+            rows: over all ranks.
+            batch_rows: that a rank decodes together.
+        """
         shape = self.on.shape
-        batches = math.ceil(rows / self.on.ranks / max(1.0, batch_rows / self.on.ranks)) if rows else 0
+        batches = math.ceil(rows / self.on.ranks / max(1.0, batch_rows))
         steps = batches * new_tokens
-        weights = self.on.dtype_bytes * (shape.linear + shape.head)
+        weights = self.on.dtype_bytes * (shape.linear + shape.experts + shape.head)
         mine = rows / self.on.ranks
         work = mine * new_tokens * (self.forward(prompt + new_tokens / 2) + 2 * shape.head)
         seconds = steps * (weights / (self.speed.gbytes * 1e9) + shape.layers * LAYER_SECONDS)

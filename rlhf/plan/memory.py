@@ -179,22 +179,29 @@ def logits(on: Setting, *, learns: bool) -> Part:
 
 
 def sampling(
-    on: Setting, rows: float, prompt: float, new_tokens: int, *, adapter: bool = False
+    on: Setting,
+    rows: float,
+    prompt: float,
+    new_tokens: int,
+    *,
+    folds: bool = False,
+    gathers: bool = False,
 ) -> Iterator[Part]:
     """What decoding needs beside the model: the cache, the newest tokens' logits, copies of weights.
 
     Args:
         rows: decoded together, on each rank.
-        adapter: it is folded into copies of the weights meanwhile.
+        folds: an adapter is folded into copies of the weights meanwhile.
+        gathers: the weights are sharded otherwise.
     """
     shape, b = on.shape, on.dtype_bytes
-    if on.shards_weights:
+    if gathers:
         yield Part("weights", weight_bytes(on), "gathered for sampling")
     if on.vllm_cache is not None:
         yield Part("weights", weight_bytes(on), f"vLLM's own: {billions(shape.parameters)} x {b} B")
         yield Part("KV cache", on.vllm_cache, "vllm.kv_cache_gib")
         return
-    if adapter and not on.shards_weights:
+    if folds:
         yield folded(on)
     if on.on_cpu and b == 2:
         copied = shape.linear + shape.head

@@ -30,7 +30,8 @@ class Method:
     added: Count = lambda shape, peft: 0
     """Parameters that each token passes beside the weights, when it is served unmerged."""
     added_kernels: float = 0.0
-    """Of a layer's, when it is served unmerged."""
+    """Of a layer's (`LAYER_SECONDS`), when it is served unmerged: what `token_seconds` has more than
+    `token_seconds_base` in the README's table. DoRA computes all weights' norms anew."""
     added_tokens: Count = lambda shape, peft: 0
     """That stand before every prompt when it is served."""
     weight_bytes: float | None = None
@@ -85,21 +86,21 @@ def _last(shape: Shape, peft: PeftConfig) -> int:
 METHODS: dict[str, Method] = {
     "none": Method("full", "every parameter", _all, "all", is_adapter=False),
     "lora": Method(
-        "LoRA", "Hu et al. 2021, arXiv:2106.09685", _lora, "inputs", added=_lora, added_kernels=1.0
+        "LoRA", "Hu et al. 2021, arXiv:2106.09685", _lora, "inputs", added=_lora, added_kernels=3.0
     ),
     "dora": Method(
-        "DoRA", "Liu et al. 2024, arXiv:2402.09353", _dora, "inputs", added=_dora, added_kernels=1.5
+        "DoRA", "Liu et al. 2024, arXiv:2402.09353", _dora, "inputs", added=_dora, added_kernels=33.0
     ),
     "qlora": Method(
         "QLoRA", "Dettmers et al. 2023, arXiv:2305.14314, NF4 with double quantization: 4.127 bits a weight",
-        _lora, "inputs", added=_lora, added_kernels=1.0, weight_bytes=4.127 / 8,
+        _lora, "inputs", added=_lora, added_kernels=3.0, weight_bytes=4.127 / 8,
     ),
     "ia3": Method(
-        "IA3", "Liu et al. 2022, arXiv:2205.05638", _ia3, "values", added=_ia3, added_kernels=0.2
+        "IA3", "Liu et al. 2022, arXiv:2205.05638", _ia3, "values", added=_ia3, added_kernels=0.5
     ),
     "adapter": Method(
         "adapter", "Pfeiffer et al. 2020, arXiv:2005.00247: a bottleneck a layer", _bottlenecks, "values",
-        added=_bottlenecks, added_kernels=0.2,
+        added=_bottlenecks, added_kernels=0.8,
     ),
     "prefix": Method(
         "prefix", "Li and Liang 2021, arXiv:2101.00190", _prefix, "values", added_tokens=_tokens

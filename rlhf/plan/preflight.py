@@ -18,6 +18,7 @@ from rlhf.config import ConfigError, PeftConfig
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment
+from rlhf.methods import METHODS
 from rlhf.plan.demand import Demand
 from rlhf.plan.memory import Phase, amount
 from rlhf.plan.setting import GIB, Setting, found_setting
@@ -166,9 +167,10 @@ def savings(stage: Stage, on: Setting) -> Iterator[tuple[str, dict[str, Any], di
             yield f"{name}.{key}={smaller}", {key: smaller}, {}
     if "activation_checkpointing" in fields and not knobs["activation_checkpointing"]:
         yield f"{name}.activation_checkpointing=true", {"activation_checkpointing": True}, {}
-    if on.ranks > 1 and on.zero == "none":
+    shards = "peft" not in fields or METHODS[knobs["peft"]["method"]].shards
+    if shards and on.ranks > 1 and on.zero == "none":
         yield "zero=zero2", {}, {"zero": "zero2"}
-    if not on.shards_weights and (on.ranks > 1 or not on.on_cpu):
+    if shards and not on.shards_weights and (on.ranks > 1 or not on.on_cpu):
         kind = "zero3" if on.ranks > 1 else "zero3_offload"
         yield f"zero={kind}", {}, {"zero": kind}
     if "frozen" in fields and on.zero != "none":
@@ -206,7 +208,7 @@ def disk_complaints(
     published = sum(demand.artifact for demand in demands.values())
     largest = max((checkpoint_bytes(demand, checkpoints) for demand in demands.values()), default=0.0)
     free = shutil.disk_usage(store).free
-    if published + largest > MARGIN * free:
+    if published + largest > free:
         yield (
             f"store_dir={store}: the artifacts need about {amount(published)} and the checkpoints "
             f"{amount(largest)}, and {amount(free)} are free. Make room, choose another store_dir, or lower "

@@ -76,5 +76,10 @@ def found_setting(settings: Settings, compute: Compute, sizes: Sizes) -> Setting
         zero=settings.zero,
         machine=found_machine(compute, speed),
         sizes=sizes,
-        vllm_cache=settings.vllm.kv_cache_gib * 2**30 if settings.generation == "vllm" else None,
+        vllm_cache=vllm_cache(settings),
     )
+
+
+def vllm_cache(settings: Settings) -> float | None:
+    """Bytes, where vLLM samples."""
+    return settings.vllm.kv_cache_gib * GIB if settings.generation == "vllm" else None

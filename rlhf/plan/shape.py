@@ -50,6 +50,8 @@ class Shape:
     """Parameters of the linear layers inside the backbone: those that a LoRA adapter stands beside."""
     linears: tuple[Linears, ...]
     """The same layers by their names."""
+    experts: int
+    """Parameters of a mixture's experts that one token passes through, where they are no linear layers."""
     normalized: int
     """Elements a token and layer that are normalised."""
     has_fused_norm: bool
@@ -113,6 +115,7 @@ def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sh
         context=context_length(config),
         linear=sum(layer.weight.numel() for layers in linears.values() for layer in layers),
         linears=tuple(_added_up(name, layers) for name, layers in linears.items()),
+        experts=_experts(text, backbone),
         normalized=sum(per_token) // layers,
         has_fused_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
     )
@@ -144,6 +147,14 @@ def _normalized(name: str, module: nn.Module, heads: int, kv_heads: int) -> int:
     if name.endswith("q_norm"):
         return size * heads
     return size * kv_heads if name.endswith("k_norm") else size
+
+
+def _experts(text: PreTrainedConfig, backbone: nn.Module) -> int:
+    """transformers holds all experts' projections of a layer in one tensor [experts, outputs, inputs]."""
+    held = [each for each in backbone.parameters() if each.dim() == 3]
+    if not held or not getattr(text, "num_experts_per_tok", None):
+        return 0
+    return sum(each[0].numel() for each in held) * int(text.num_experts_per_tok)
 
 
 def _intermediate(text: PreTrainedConfig, hidden: int) -> int:

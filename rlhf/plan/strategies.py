@@ -95,12 +95,13 @@ def prompted(on: Setting, use: Use) -> Iterator[Strategy]:
     """What leaves the weights as they are."""
     row = use.prompt + use.answer
     fits_whole = use.rows * row + use.prompt + use.answer <= on.shape.context
+    examples = use.rows if fits_whole else use.examples
     ways = {
         "zero-shot": (0.0, 0.0, 4, "nothing tells it how to answer", "zero_shot"),
         "few-shot": (
-            use.examples * row, use.examples * row, 0 if fits_whole else 3,
+            examples * row, examples * row, 0 if fits_whole else 3,
             f"all {use.rows} rows fit into one prompt" if fits_whole
-            else f"{use.examples} examples show the manner, at each request", "few_shot",
+            else f"{examples} examples show the manner, at each request", "few_shot",
         ),
         "retrieval": (
             use.passages * row, use.rows * row, 3,
@@ -123,6 +124,8 @@ def prompted(on: Setting, use: Use) -> Iterator[Strategy]:
             {"stage": "compare", "compare.methods": [method], "compare.artifacts": [], "compare.reward": None,
              "compare.quality": "rouge_l"}, against,
         )  # fmt: skip
+        if name == "few-shot":
+            strategy.overrides["compare.few_shot.examples"] = examples
         yield judged(strategy, use)
 
 
@@ -152,8 +155,15 @@ def tuned(name: str, stages: Sequence[Stage], chain: Mapping[str, Stage], on: Se
         against.append("deploy=api_only: weights are out of reach")
     if use.deploy == "merged" and not tuning_methods.METHODS[name].merges:
         against.append("deploy=merged: it cannot be folded into the weights")
+    if not tuning_methods.METHODS[name].merges and {stage.name for stage in stages} > {"sft"}:
+        against.append("the stages behind sft train on its weights, and it is not merged into them")
     if use.deploy == "many_adapters" and not method.is_adapter:
         against.append("deploy=many_adapters: each task would need a model of its own")
+    for stage in changed:
+        if stage.name == "sft" and use.prompt + use.answer > (limit := stage.model_dump()["max_tokens"]):
+            against.append(
+                f"a row has {use.prompt + use.answer:.0f} tokens, and sft.max_tokens={limit} cuts them"
+            )
     against += refused_by_stages(changed, setting)
     return judged(replace(strategy, against=against), use)
 
@@ -172,7 +182,7 @@ def attempts(on: Setting, method: str) -> Iterator[tuple[Zero, int]]:
     """(zero, how far memory is saved at the cost of time), the fastest first."""
     sharded: list[Zero] = ["zero2", "zero3"] if on.ranks > 1 else []
     zeros: list[Zero] = ["none", *sharded, *([] if on.on_cpu else ["zero3_offload"])]  # type: ignore[list-item]
-    for zero in zeros if method != "qlora" else zeros[:1]:
+    for zero in zeros if tuning_methods.METHODS[method].shards else zeros[:1]:
         for squeeze in (0, 1, 2):
             yield zero, squeeze
 

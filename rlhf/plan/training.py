@@ -18,6 +18,7 @@ from rlhf.plan.memory import (
     reading,
     weight_bytes,
 )
+from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import Setting
 
 
@@ -70,8 +71,9 @@ def training_demand(
         ),
     ]  # fmt: skip
     return Demand(
-        phases, work, artifact=weight_bytes(on), checkpoint=3 * FP32 * trained.parameters, longest=longest
-    )
+        phases, work, artifact=weight_bytes(on), checkpoint=3 * FP32 * trained.parameters,
+        longest=longest + METHODS[peft.method].added_tokens(on.shape, peft),
+    )  # fmt: skip
 
 
 def published(on: Setting, parameters: float) -> list[Part]:

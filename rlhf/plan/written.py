@@ -15,7 +15,8 @@ from rlhf.plan.strategies import Strategy
 from rlhf.progress import clock
 from rlhf.report.cells import Cells
 
-NOT_PART = ("plan", "run_name", "stage")
+MISSING = object()
+NOT_PART = ("plan", "run_name", "stage", "force", "why")
 """Of an experiment: what was planned with, and what is run of it now."""
 
 
@@ -81,7 +82,7 @@ def experiment_file(resolved: Mapping[str, Any], strategy: Strategy, reason: str
     `python -m rlhf --config-dir DIRECTORY +experiment=planned` runs it.
     """
     values = changed(resolved)
-    values["model"] = dict(resolved["model"])
+    values |= {group: dict(resolved[group]) for group in ("model", "tracker")}
     for key, value in strategy.overrides.items():
         place = values
         *sections, last = key.split(".")
@@ -96,7 +97,8 @@ def changed(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """What a composed config has otherwise than the packaged files, without what is only repeated there."""
     packaged = resources.files("rlhf.conf")
     top = yaml.safe_load((packaged / "config.yaml").read_text())
-    found = differences(resolved, {key: value for key, value in top.items() if key in resolved}, resolved)
+    own = {key: resolved[key] for key in top if key in resolved}
+    found = differences(own, top, resolved)
     for name, section in resolved.items():
         if isinstance(section, dict) and "_target_" in section and name not in NOT_PART:
             raw = yaml.safe_load((packaged / "stages" / f"{name}.yaml").read_text())
@@ -108,10 +110,11 @@ def changed(resolved: Mapping[str, Any]) -> dict[str, Any]:
 def differences(
     values: Mapping[str, Any], raw: Mapping[str, Any], whole: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Keys whose value is not the raw one; `${a.b}` there stands for the whole config's own a.b."""
+    """Keys whose value is not the raw one, or that it does not have; `${a.b}` there stands for the whole
+    config's own a.b."""
     found: dict[str, Any] = {}
-    for key, given in raw.items():
-        value = values[key]
+    for key, value in values.items():
+        given = raw.get(key, MISSING)
         if isinstance(given, dict) and isinstance(value, dict):
             if different := differences(value, given, whole):
                 found[key] = different

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from rlhf import methods as tuning_methods
 from rlhf.plan.demand import Demand, Task, Worker, exactly, joined
 from rlhf.plan.memory import (
     FP32,
@@ -18,9 +19,13 @@ from rlhf.plan.memory import (
     sampling,
     weight_bytes,
 )
+from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import Setting
 from rlhf.plan.training import published
 from rlhf.ppo.config import PpoConfig
+
+FOLDED = ("lora", "dora", "ia3")
+"""Methods whose adapters are folded into copies of the weights while the policy samples."""
 
 
 def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> Demand:
@@ -37,7 +42,8 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     once = mini == batch and on.passes(batch, length, most) == 1
     passes = on.passes(mini, length, most)
 
-    shares = config.peft.method != "none" and on.zero == "none"
+    method = tuning_methods.METHODS[config.peft.method]
+    shares = method.shares and on.zero == "none"
     folds = shares and reward_method not in (None, "none")
     """The reward model is the SFT model with an adapter."""
     own_reward = reward_method is not None and not folds
@@ -56,7 +62,10 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
         graphs=2 if once or on.zero not in ("none", "fsdp2") else 1,
     )  # fmt: skip
     rows = max(batch, config.evaluate_prompts) / on.ranks
-    decoding = sampling(on, rows, prompts.longest, config.max_new_tokens, adapter=shares)
+    decoding = sampling(
+        on, rows, prompts.longest, config.max_new_tokens, folds=config.peft.method in FOLDED,
+        gathers=on.shards_weights,
+    )  # fmt: skip
     phases = [
         Phase("sampling", [*states, *decoding]),
         Phase("reward model", [*states, *([folded(on)] if folds else []), reading(on, scored)]),
@@ -67,7 +76,8 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     ]
     return Demand(
         phases, ppo_work(config, on, trained, once=once, has_reward=reward_method is not None),
-        artifact=weight_bytes(on), checkpoint=3 * FP32 * trained.parameters + best, longest=length.longest,
+        artifact=weight_bytes(on), checkpoint=3 * FP32 * trained.parameters + best,
+        longest=length.longest + METHODS[config.peft.method].added_tokens(on.shape, config.peft),
     )  # fmt: skip
 
 
@@ -86,8 +96,8 @@ def ppo_work(config: PpoConfig, on: Setting, trained: Trained, *, once: bool, ha
     updates = config.steps * config.epochs * math.ceil(config.batch_episodes / config.minibatch_episodes)
     return [
         worker.load(5, what="four models, published model"),
-        *worker.decode(episodes, config.batch_episodes, prompts.mean, new, what="episodes"),
-        *worker.decode(evaluated, config.evaluate_prompts, prompts.mean, new, what="evaluations"),
+        *worker.decode(episodes, config.batch_episodes / on.ranks, prompts.mean, new, what="episodes"),
+        *worker.decode(evaluated, config.evaluate_prompts / on.ranks, prompts.mean, new, what="evaluations"),
         worker.read(
             by_policies * length, length, predicted=by_policies * new, what="log-probabilities"
         ),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rlhf.config import PeftConfig
 from rlhf.generation.lean import LeanDecoder, is_lean
@@ -108,6 +109,16 @@ def test_an_adapter_beside_the_weights_is_never_left_out(method: str) -> None:
     model = tiny()
     assert applies(model)
     attach(model, PeftConfig.model_validate({"method": method}))
+    assert not applies(model)
+
+
+def test_a_model_that_attends_in_its_own_way_is_left_alone() -> None:
+    class Other(LlamaAttention):
+        """Code that comes with a model may say anything."""
+
+    model = tiny()
+    assert applies(model)
+    model.model.layers[1].self_attn.__class__ = Other
     assert not applies(model)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.adapters import Adapter, attach, count_parameters, merged_weights
@@ -126,11 +126,26 @@ def test_merged_weights_are_the_merged_models_and_leave_the_model_alone(tiny_mod
     }  # nothing is copied where there is no adapter
 
 
-def test_an_adapter_that_cannot_be_folded_is_refused(tiny_model: Path) -> None:
-    model = load(tiny_model)
-    attach(model, PeftConfig(method="lora", target_modules=["embed_tokens"]))
-    with pytest.raises(ConfigError, match=r"embed_tokens: an adapter of Embedding cannot be folded"):
-        list(merged_weights(model))
+@pytest.mark.parametrize("name", ["v_prjo", "lm_head", "embed_tokens"])
+def test_what_is_no_linear_layer_inside_is_refused(name: str, tiny_model: Path) -> None:
+    """An update of embeddings would change the output layer too, where they are tied and it is merged."""
+    with pytest.raises(
+        ConfigError, match=rf"target_modules=.*: {name} not among the linear .*\(down_proj, gate"
+    ):
+        attach(load(tiny_model), PeftConfig(method="lora", target_modules=["q_proj", name]))
+
+
+def test_gpt2s_layers_are_linear_too() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300)).eval()
+    adapter = attach(model, PeftConfig(method="lora", rank=4))
+    assert count_parameters(model)[0] == 2 * 4 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)
+    train(model)
+    trained = logits(model)
+    with adapter.folded_in():
+        torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)
+    adapter.merge()
+    torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)
 
 
 def test_rank_and_alpha_are_told_apart(tiny_model: Path) -> None:

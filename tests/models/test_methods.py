@@ -282,6 +282,8 @@ def test_bottlenecks_in_a_model_whose_layers_cannot_be_told_apart(tiny_model: Pa
         ("lora", "folded in"),
         ("lora", "merged"),
         ("lora", "handed over"),
+        ("dora", "folded in"),
+        ("dora", "merged"),
         ("ia3", "folded in"),
         ("ia3", "merged"),
     ],

@@ -20,6 +20,8 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PADDED: dict[str, dict[str, Any]] = {
     "bloom": {}, "mamba": {}, "gemma2": {"head_dim": 16},
+    "minicpm3": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+                 "v_head_dim": 12, "num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
 }  # fmt: skip
 """Whose layers know no way to be told where a row ends."""
@@ -28,9 +30,9 @@ LENGTHS = (3, 9, 1, 6, 9)
 
 def tiny(kind: str, options: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.for_model(
-        kind, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=96, vocab_size=100, n_embd=64, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, **options,
+        kind, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        vocab_size=100, n_embd=64, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **{"num_key_value_heads": 2, **options},
     )  # fmt: skip
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
@@ -98,6 +100,26 @@ def test_no_position_but_a_rows_own_goes_through_a_model() -> None:
     model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: positions.append(ids[0].numel()))
     hidden_states(model, Packed(rows(), "cpu"))
     assert positions == [sum(LENGTHS)]
+
+
+def test_a_model_that_puts_more_into_its_mask_is_padded() -> None:
+    """Doge's attention adds there what it has learned of each key."""
+    config = AutoConfig.for_model(
+        "doge", hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.A.normal_()
+            layer.self_attn.dt_proj.weight.normal_()
+            layer.self_attn.v_proj.weight.normal_()
+            layer.self_attn.o_proj.weight.normal_()
+    pack_where_possible(model)
+    assert model.config._attn_implementation == "sdpa"
+    found = hidden_states(model, Packed(rows(), "cpu"))
+    torch.testing.assert_close(found, alone(model), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,7 +22,8 @@ from rlhf.config import ConfigError
 from rlhf.data.prepared import Lengths, PreparedData
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment, build_experiment
-from rlhf.plan.demand import Demand
+from rlhf.methods import METHODS
+from rlhf.plan.demand import Demand, Worker
 from rlhf.plan.machine import Machine, Speed
 from rlhf.plan.preflight import Checked, check_before_loading, disk_complaints, preflight, shortage
 from rlhf.plan.setting import Setting
@@ -101,7 +102,8 @@ def test_more_ranks_need_less_each(tmp_path: Path) -> None:
     assert check(tmp_path, gpus(80, ranks=8), "sft").refused and not check(tmp_path, on, "sft").refused
 
 
-def test_ppo_shares_weights_with_adapters_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"qlora"}))
+def test_ppo_shares_weights_where_the_method_does(method: str) -> None:
     def weights(*overrides: str) -> float:
         found = experiment(*overrides)
         (phase,) = [
@@ -112,9 +114,50 @@ def test_ppo_shares_weights_with_adapters_only(tmp_path: Path) -> None:
         return sum(part.size for part in phase.parts if part.kind == "weights")
 
     model = 2 * shape_of(EIGHT_BILLION).parameters
-    assert model < weights() < 1.1 * model  # all four on one backbone
-    assert 2 * model < weights("reward.peft=none") < 2.1 * model  # the reward model, and the critic on it
-    assert 4 * model < weights("ppo.peft=none")
+    found = weights(f"ppo.peft={method}")
+    if METHODS[method].shares:
+        assert model < found < 1.1 * model  # all four on one backbone
+        # the reward model, and the critic on it
+        assert 2 * model < weights(f"ppo.peft={method}", "reward.peft=none") < 2.1 * model
+    else:
+        assert 4 * model < found < 5.1 * model
+
+
+def test_a_model_that_is_not_trained_is_loaded_whole_and_once() -> None:
+    found = experiment()
+    whole, sharded = (
+        found.stages["evaluate"].demand(replace(gpus(80, ranks=8), zero=zero), found.stages).peak().size()
+        for zero in ("none", "zero3")
+    )
+    assert sharded == whole
+
+
+def test_rows_that_ranks_decode_together_are_their_own() -> None:
+    """64 rows at a time each: 8 ranks answer 512 in as many passes over the weights as one answers 64."""
+
+    def passes(ranks: int, rows: int) -> str:
+        _, decoding = Worker(gpus(80, ranks=ranks)).decode(rows, 64, 10.0, 100, what="answers")
+        return decoding.how.partition(" times")[0]
+
+    assert passes(1, 64) == passes(8, 512) == "answers: 100"
+    assert passes(1, 512) == "answers: 800"
+
+
+def test_virtual_tokens_are_part_of_a_sequence(tmp_path: Path) -> None:
+    on = gpus(80)
+    on = replace(on, shape=replace(on.shape, context=900))
+    assert not check(tmp_path, on, "sft", "stage=sft", "sft.peft=lora").refused
+    (complaint,) = check(tmp_path, on, "sft", "stage=sft", "sft.peft=prefix").refused
+    assert "the longest sequence could have 920 tokens" in complaint
+
+
+def test_sharding_is_not_advised_where_it_would_be_refused(tmp_path: Path) -> None:
+    advised = {
+        method: check(tmp_path, gpus(20, ranks=8), "sft", f"sft.peft={method}").refused
+        for method in ("lora", "dora")
+    }
+    assert advised["lora"] and all("zero=zero3" in line for line in advised["lora"])
+    assert advised["dora"] and not any("zero=" in line for line in advised["dora"])
 
 
 def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MambaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from rlhf.config import PeftConfig
@@ -82,6 +84,17 @@ def test_keys_and_values_of_a_token_are_those_that_the_cache_holds(name: str) ->
     cache = model(torch.arange(7)[None], use_cache=True).past_key_values
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert 7 * shape_of(CONFIGS[name]).kv_elements == held
+
+
+@pytest.mark.parametrize("config", [
+    MixtralConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, num_local_experts=4,
+                  num_experts_per_tok=2),
+    Qwen3MoeConfig(**SMALL, moe_intermediate_size=48, num_key_value_heads=2, num_experts=4,
+                   num_experts_per_tok=2, decoder_sparse_step=1),
+], ids=["mixtral", "qwen3"])  # fmt: skip
+def test_a_mixtures_experts_count_as_far_as_a_token_passes_them(config: PreTrainedConfig) -> None:
+    assert shape_of(config).experts == 3 * 2 * (3 * 32 * 48)  # layers, experts of a token, three projections
+    assert shape_of(CONFIGS["tied"]).experts == 0
 
 
 def test_norms_of_queries_and_keys_count_for_each_head() -> None:

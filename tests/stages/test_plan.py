@@ -97,6 +97,9 @@ def test_one_small_gpu_needs_the_hosts_memory(chain: Chain, config_of_8b: Path) 
         (["plan.hours=0.0001"], ["full", "LoRA"], "and plan.hours=0.0001"),
         (["plan.max_added_latency=0"], ["few-shot", "retrieval"], "and plan.max_added_latency=0"),
         (["compare.few_shot.examples=200"], ["few-shot"], "and the context has 40960"),
+        (["sft.max_tokens=499"], ["full", "LoRA"], "a row has 500 tokens, and sft.max_tokens=499 cuts them"),
+        (["plan.trains=[sft,reward]"], ["adapter", "prefix"], "the stages behind sft train on its weights"),
+        (["plan.gpu_memory=16GiB"], ["DoRA", "adapter"], "does not fit"),
     ],
 )
 def test_what_speaks_against(
@@ -131,14 +134,18 @@ def test_ppo_is_planned_with_its_models(chain: Chain, config_of_8b: Path) -> Non
 
 
 def test_the_experiment_runs_as_it_is(chain: Chain) -> None:
-    outcome = chain.run("stage=plan", "plan.max_added_latency=0", "sft.epochs=3", "sft.max_tokens=99")
+    outcome = chain.run("stage=plan", "plan.max_added_latency=0", "sft.epochs=3", "sft.max_tokens=99",
+                        "tracker=tensorboard", "force=[sft]",
+                        "+sft.gates.tokens={min: 1, advice: more}")  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "Recommended: LoRA" in outcome.out
     directory = outcome.directory / "artifacts" / "plan"
     written = yaml.safe_load((directory / "experiment" / "planned.yaml").read_text())
     assert written["sft"]["peft"] == "lora" and written["sft"]["optim"]["lr"] == pytest.approx(1e-2)
     assert (written["sft"]["epochs"], written["sft"]["max_tokens"]) == (3, 99)
-    assert "plan" not in written and "run_name" not in written
+    assert not {"plan", "run_name", "force"} & set(written)
+    assert written["tracker"]["kind"] == "tensorboard"
+    assert written["sft"]["gates"] == {"tokens": {"min": 1, "advice": "more"}}
     arguments = [f"--config-dir={directory}", "+experiment=planned", "run_name=planned"]
     ran = run_main(chain.directory, arguments, chain.directory / "runs" / "planned")
     assert ran.code == 0, ran.err
@@ -151,6 +158,8 @@ def test_a_prompt_that_holds_all_rows_is_recommended_and_runs(chain: Chain) -> N
     outcome = chain.run("stage=plan")
     assert "Recommended: few-shot" in outcome.out and "rows fit into one prompt" in outcome.out
     directory = outcome.directory / "artifacts" / "plan"
+    written = yaml.safe_load((directory / "experiment" / "planned.yaml").read_text())
+    assert f"all {written['compare']['few_shot']['examples']} rows fit into one prompt" in outcome.out
     arguments = [f"--config-dir={directory}", "+experiment=planned", "run_name=prompted",
                  "compare.max_new_tokens=4"]  # fmt: skip
     ran = run_main(chain.directory, arguments, chain.directory / "runs" / "prompted")

@@ -250,6 +250,13 @@ def test_replay_needs_something_to_replay(tiny_model: Path) -> None:
     assert stage.roles() == ("sft", "replay")
 
 
+def test_rows_of_which_nothing_is_left_to_learn_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"no training row has anything to learn within sft\.max_tokens=5\."
+    ):
+        run_stage(tmp_path, tiny_model, "sft.max_tokens=5")
+
+
 def test_a_learning_rate_that_explodes_ends_with_the_batch_and_a_way_out(
     tmp_path: Path, tiny_model: Path
 ) -> None:
