@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, Pos
 from torch import Tensor
 
 from rlhf.compare.asking import Answers, answer_one_by_one, make_asking
-from rlhf.compare.cost import break_even, cost_of, directory_bytes
+from rlhf.compare.cost import break_even, cost_of, model_bytes
 from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig
 from rlhf.compare.quality import answer_found, exact_match, rouge_l
 from rlhf.compare.questions import CORPUS, QUESTIONS, Library, find_library, find_questions
@@ -215,15 +215,15 @@ class CompareStage(Stage):
         return answers
 
     def load(self, job: Job, model: str | None) -> tuple[Policy, float, int]:
-        """A policy, the seconds that its training took, and the bytes of its directory."""
+        """A policy, the seconds that its training took, and its bytes."""
         if model is None:
             directory, tokenizer = job.base.directory, job.base.load_tokenizer()
             policy = Policy.load(directory, job.base.config, job.compute, tokenizer, job.vllm)
             check_head(policy.model)
-            return policy, 0.0, directory_bytes(directory)
+            return policy, 0.0, model_bytes(directory)
         artifact = job.inputs[model] if model in POLICY_STAGES else tuned_artifact(model)
         policy = Policy.load(artifact.path, job.base.config, job.compute, vllm=job.vllm)
-        return policy, training_seconds(artifact), directory_bytes(artifact.path)
+        return policy, training_seconds(artifact), model_bytes(artifact.path)
 
     def score(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Put every answer beside its reference, and before the reward."""

@@ -118,7 +118,7 @@ class PlanStage(Stage):
             phases(best).markdown(),
         ]
         if job.compute.is_main:
-            content = "\n".join([*text, *explanation(ranked)])
+            content = "\n".join([*text, *explanation(ranked, self.price_per_gpu_hour)])
             (job.directory / "plan.md").write_text(f"{content}\n", encoding="utf-8")
             if not best.against:
                 directory = job.directory / "experiment"
@@ -200,7 +200,7 @@ class PlanStage(Stage):
                 shown.add_row(*map(escape, row))
             console.print(shown, highlight=False)
         if self.explain:
-            console.print(escape("\n".join(explanation(ranked))), highlight=False)
+            console.print(escape("\n".join(explanation(ranked, self.price_per_gpu_hour))), highlight=False)
         console.print(escape(reason), highlight=False)
         if not ranked[0].against:
             directory = job.run_directory / "artifacts" / self.name

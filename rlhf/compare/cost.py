@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from rlhf.models.published import base_of
+
 
 def cost_of(seconds: float, price_per_hour: float) -> float:
     """What a machine costs for so long."""
@@ -28,6 +30,11 @@ def break_even(setup: float, per_request: float, other_setup: float, other_per_r
     return math.inf
 
 
-def directory_bytes(directory: Path) -> int:
-    """Bytes of all files below a model's directory."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+def model_bytes(directory: Path) -> int:
+    """Bytes of what answers: a plain model, without the adapter that is merged into it; or an adapter and its
+    base model."""
+    base = base_of(directory)
+    if base is None:
+        return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    own = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return own + model_bytes(base)

@@ -28,7 +28,7 @@ def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
     rows = []
     for place, strategy in enumerate(strategies, 1):
         phase, size = most(strategy.demand, strategy.on)
-        cost = "-" if price is None else f"{strategy.hours * strategy.on.ranks * price:.2f}"
+        cost = "-" if price is None else f"{price_of(strategy, price):.2f}"
         rows.append([
             "no" if strategy.against else str(place), strategy.name, strategy.on.zero,
             f"{size / GIB:.1f} GiB ({phase.name})", f"{strategy.hours:.3g}", cost,
@@ -39,16 +39,23 @@ def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
 
 
 def phases(strategy: Strategy) -> Cells:
-    """What is in memory in each phase of one strategy, in GiB of a rank."""
+    """What is in memory in each phase of one strategy, in GiB of a rank; the host's apart from a GPU's."""
     kinds = list(dict.fromkeys(part.kind for phase in strategy.demand.phases for part in phase.parts))
-    rows = []
+    on_cpu, rows = strategy.on.on_cpu, []
     for phase in strategy.demand.phases:
-        sizes = [sum(part.size for part in phase.parts if part.kind == kind) for kind in kinds]
-        rows.append([phase.name, *(f"{size / GIB:.2f}" for size in [*sizes, phase.size()])])
-    return Cells([strategy.name, *kinds, "together"], rows)
+        parts = [part for part in phase.parts if on_cpu or not part.on_host]
+        sizes = [sum(part.size for part in parts if part.kind == kind) for kind in kinds]
+        totals = [sum(sizes)] if on_cpu else [sum(sizes), phase.size(on_host=True)]
+        rows.append([phase.name, *(f"{size / GIB:.2f}" for size in [*sizes, *totals])])
+    return Cells([strategy.name, *kinds, *(["together"] if on_cpu else ["on the GPU", "on the host"])], rows)
 
 
-def explanation(strategies: Sequence[Strategy]) -> Iterator[str]:
+def price_of(strategy: Strategy, price: float) -> float:
+    """Of all ranks, for as long as it takes."""
+    return strategy.hours * strategy.on.ranks * price
+
+
+def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator[str]:
     """Each figure's arithmetic, as Markdown."""
     for strategy in strategies:
         yield f"\n## {strategy.name}, zero={strategy.on.zero}\n"
@@ -60,6 +67,9 @@ def explanation(strategies: Sequence[Strategy]) -> Iterator[str]:
         yield f"- time: {clock(strategy.demand.seconds)}"
         for task in strategy.demand.work:
             yield f"    - {task.activity}: {task.how} = {task.seconds:.3g} s"
+        if price is not None:
+            how = f"{strategy.hours:.3g} hours x {strategy.on.ranks} ranks x {price:g}"
+            yield f"- price: {how} = {price_of(strategy, price):.2f}"
         for name, figure in (
             ("artifact, bytes", strategy.artifact),
             ("added latency, seconds", strategy.latency),

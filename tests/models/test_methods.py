@@ -15,6 +15,7 @@ from test_adapters import TINY, load, logits, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from rlhf.compare.cost import model_bytes
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.methods import METHODS
 from rlhf.models.adapters import Adapter, attach, count_parameters, merged_weights
@@ -126,6 +127,17 @@ def test_what_is_saved_belongs_on_its_base_and_says_the_same(
     merged = merged_policy(artifact, TINY, torch.float32)
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
     assert list(merged.state_dict()) == list(load(base).state_dict())
+
+
+def test_what_answers_is_counted_once(tiny_model: Path, tmp_path: Path) -> None:
+    artifact, _ = saved(tmp_path, tiny_model, "adapter")
+    base = tmp_path / "base" / "1"
+    alone, whole = (sum(path.stat().st_size for path in base.iterdir()), model_bytes(artifact))
+    assert whole > alone == model_bytes(base)
+    assert whole - alone == sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
+    for path in base.iterdir():
+        shutil.copy(path, artifact)  # merged: the adapter beside it is not needed
+    assert model_bytes(artifact) == alone
 
 
 @pytest.mark.parametrize("method", IN_PEFTS_FORMAT)

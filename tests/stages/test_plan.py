@@ -75,6 +75,9 @@ def test_a_model_that_is_not_here_on_gpus_that_are_not_here(chain: Chain, config
     hours, price = float(table["LoRA"][4]), float(table["LoRA"][5])
     assert 0 < hours < 1 and price == pytest.approx(hours * 8 * 2, rel=0.1)
     assert "Recommended: LoRA" in outcome.out
+    text = (outcome.artifact("plan") / "plan.md").read_text()
+    assert re.search(r"- price: [\d.]+ hours x 8 ranks x 2 = [\d.]+", text)
+    assert "| on the GPU | on the host |" in text
 
 
 def test_every_method_of_peft_is_planned() -> None:
