@@ -202,3 +202,6 @@ def test_the_embedded_model_writes_sentences(tmp_path: Path) -> None:
     ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     answer = model.generate(ids, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        attention = load_causal_lm(files.directory, embedded, dtype).config._attn_implementation
+        assert attention == "packed"
