@@ -23,6 +23,7 @@ THRESHOLDS, GOLDEN = 1 << 16, 40503
 ratio: every threshold comes once, and neighbours are far apart."""
 
 QUIET_NAN = 0x7FC00000
+"""The largest bits that are rounded: CUDA's NaN, 0x7FFFFFFF, would become -0."""
 
 UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
@@ -146,9 +147,7 @@ def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
     buffer = torch.empty_like(added)  # which stays in a CPU's cache
     for begin in range(0, len(bits), len(added)):
         piece = bits[begin : begin + len(added)]
-        total = torch.clamp(
-            piece, max=QUIET_NAN, out=buffer[: len(piece)]
-        )  # CUDA's NaN would pass over to -0
+        total = torch.clamp(piece, max=QUIET_NAN, out=buffer[: len(piece)])
         total += added[: len(piece)]
         upper[begin : begin + len(added)] = total.view(torch.int16)[UPPER_HALF::2]
     parameter.copy_(upper.view(torch.bfloat16).view(parameter.shape))

@@ -78,7 +78,8 @@ class Adapter:
         """
         if self._tuner is not None:
             for layer in self._tuner.modules():
-                if _can_fold(layer):
+                if isinstance(layer, LoraLayer | IA3Layer):
+                    assert _can_fold(layer), "an adapter on 4-bit weights would be lost: `attach_to_merge`"
                     _fold(layer)
             self._tuner.unload()
             self._tuner = None
@@ -334,7 +335,6 @@ def _inner_linears(model: PreTrainedModel) -> list[str]:
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's own linear layers, by the names that they have without adapters."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | Conv1D) and not any(
-            part in name for part in (".lora_", f".{NAMES}")
-        ):
+        is_added = any(part in name for part in (".lora_", f".{NAMES}"))
+        if isinstance(layer, nn.Linear | Conv1D) and not is_added:
             yield name.partition(".base_layer")[0], layer

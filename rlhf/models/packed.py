@@ -198,7 +198,9 @@ def attention(
             sliding_window=sliding_window, **options,
         )  # fmt: skip
     if attention_mask is not None and attention_mask.numel() > 1:  # not that of `Packed.call`
-        raise _OwnMaskError
+        raise _OwnMaskError(
+            f"{type(module).__name__} has a mask of its own: model.attention=sdpa pads its rows"
+        )
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     assert not unknown, f"attention with {unknown} cannot be packed"
     assert dropout == 0.0
