@@ -22,7 +22,7 @@ for stage in ${STAGES:-prepare sft reward generate ppo evaluate}; do
   if [ -n "$previous" ]; then # without kill-on-invalid-dep the rest waits for ever behind a stage that failed
     options+=("--dependency=afterok:$previous" --kill-on-invalid-dep=yes)
   fi
-  submit=(sbatch --parsable "--job-name=rlhf-$stage" "${options[@]}" "${0%/*}/slurm.sbatch" "stage=$stage" "$@")
+  submit=(sbatch --parsable "--job-name=rlhf-$stage" "${options[@]}" "$(dirname -- "$0")/slurm.sbatch" "stage=$stage" "$@")
   if $dry_run; then
     printf '%q ' "${submit[@]}"
     echo

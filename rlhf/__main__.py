@@ -64,7 +64,7 @@ def in_our_words(error: Exception) -> str:
     if unknown := re.match(r"Could not override '(.+)'", str(error)):
         return f"{unknown[1]}: there is no such key. `--cfg job` lists every one."
     if launcher := re.search(r"Could not find 'hydra/launcher/(submitit_\w+)'", str(error)):
-        return f"hydra/launcher={launcher[1]} needs submitit: pip install 'rlhf[slurm]'."
+        return f"hydra/launcher={launcher[1]} needs submitit: pip install -e '.[slurm]'."
     return str(error)
 
 

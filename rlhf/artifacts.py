@@ -49,6 +49,8 @@ class Manifest(BaseModel):
     """Digest of tokenizer, chat template and special tokens, where the artifact holds one."""
     files: dict[str, str]
     """Relative path -> sha256."""
+    made_from: dict[str, str] = {}
+    """Stage -> digest of the content of its artifact that this one was made from."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,12 @@ class Store:
             flush(path)
         final = self.root / manifest.stage / manifest.key
         replaced = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)  # an interrupted publication left it
         if final.exists():  # force=[stage], or a directory without a manifest
             final.rename(replaced)
         scratch.rename(final)
         flush(final.parent)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # on NFS it may still be read: the next one removes it
         return Artifact(final, manifest)
 
     def explain(self, stage: str, recipe: Recipe) -> str:

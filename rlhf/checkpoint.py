@@ -29,7 +29,7 @@ from rlhf.engine import Engine
 from rlhf.interrupt import Stopped, StopSignals
 from rlhf.tracking import Tracker
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, LOOP = "manifest.json", "loop.pt"
 NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write", re.I)
 """What torch.save says when the disk takes no more; anything else is another rank that was lost."""
@@ -84,8 +84,9 @@ class Checkpointer:
                 "with checkpoint.resume=false."
             ) from None
         torch.set_rng_state(state.pop("torch_random"))
-        if self.compute.device.type == "cuda":
-            torch.cuda.set_rng_state(state.pop("cuda_random"))
+        cuda_random = state.pop("cuda_random", None)  # not there if a CPU has come so far
+        if cuda_random is not None and self.compute.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda_random)
         self.tracker.restore(directory)
         self.tell(f"{self.stage}: goes on from step {self.newest['step']} ({directory})")
         return state

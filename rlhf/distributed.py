@@ -75,6 +75,12 @@ class Compute:
         """No rank has the whole model."""
         return self.zero in ("zero3", "zero3_offload", "fsdp2")
 
+    @property
+    def loads_on(self) -> torch.device:
+        """Where models are read that an engine takes: FSDP2 shards layer by layer from the host, so that no
+        device holds a whole one; DeepSpeed moves the whole one first."""
+        return torch.device("cpu") if self.zero == "fsdp2" else self.device
+
     def global_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
         return self._reduced(values, distributed.ReduceOp.SUM)

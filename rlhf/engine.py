@@ -27,7 +27,7 @@ class Engine(ABC):
 
     model: nn.Module
     grad_norms: list[float]
-    """Of the last step, one a group, over all ranks, before clipping; inf for a step that was skipped."""
+    """Of the last step, one a group, over all ranks, before clipping; not all finite if it was skipped."""
     skipped_steps: int
     """Steps not taken, because a gradient was not finite."""
 

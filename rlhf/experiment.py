@@ -117,6 +117,9 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     for name in experiment.needed():
         stages[name].check(stages)
         check_method(stages[name], experiment)
+        peft = stages[name].tunes()
+        if peft is not None and peft.method == "qlora":
+            check_qlora(f"{name}.peft=qlora", settings.device)
     return experiment
 
 
@@ -131,8 +134,6 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
         return
     method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
     merging = " or ".join(name for name, each in METHODS.items() if each.merges)
-    if peft.method == "qlora":
-        check_qlora(key, settings.device)
     start = experiment.stages["sft"].tunes() if "sft" in stage.inputs() else None
     if start is not None and not METHODS[start.method].merges:
         raise ConfigError(
@@ -170,7 +171,7 @@ def check_qlora(key: str, device: str) -> None:
     if device == "cpu" or not torch.cuda.is_available():
         raise ConfigError(f"{key}: 4-bit weights are for a GPU, and this run has none. Use lora.")
     if find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{key} needs bitsandbytes: pip install 'rlhf[qlora]'.")
+        raise ConfigError(f"{key} needs bitsandbytes: pip install -e '.[qlora]'.")
 
 
 def _is_stage(value: Any) -> bool:

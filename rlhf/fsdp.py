@@ -179,6 +179,9 @@ def shard_frozen(model: nn.Module, compute: Compute) -> None:
     mesh = init_device_mesh(compute.device.type, (compute.world_size,))
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    for tensor in (*model.parameters(), *model.buffers()):  # what belongs to no layer stays whole
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(compute.device)
 
 
 def _local(tensor: Tensor) -> Tensor:

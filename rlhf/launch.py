@@ -26,6 +26,7 @@ from pydantic import PositiveInt
 
 from rlhf.config import Strict
 from rlhf.interrupt import STOPPING, Stopped, StopSignals
+from rlhf.run import Run
 from rlhf.secrets import redacted_output
 
 GRACE_SECONDS = 5.0
@@ -60,6 +61,8 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> 
     Rank 0 talks to the terminal; what the others say, and every rank's errors, go to RUN_DIR/ranks/. Signals
     go on to all ranks.
     """
+    with Run(run_directory).alone():  # else the ranks' files of a run that goes on would be lost
+        pass
     directory = run_directory / "ranks"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

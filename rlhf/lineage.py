@@ -28,12 +28,14 @@ def make_manifest(
     metrics: Mapping[str, float],
     seconds: float,
     num_ranks: int,
+    made_from: dict[str, str],
 ) -> Manifest:
     """The manifest of what lies in scratch; the store fills in the files.
 
     Args:
         config: the whole resolved config of the run, without secrets.
         seconds: of all attempts.
+        made_from: stage -> `content_digest`.
     """
     tokenizer_files = {
         path.name: file_digest(path) for name in TOKENIZER_FILES if (path := scratch / name).exists()
@@ -51,6 +53,7 @@ def make_manifest(
         packages={name: importlib.metadata.version(name) for name in PACKAGES},
         hardware=hardware() + (f", {num_ranks} ranks" if num_ranks > 1 else ""),
         files={},
+        made_from=made_from,
     )
 
 
@@ -68,14 +71,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def same_content(first: Artifact, second: Artifact) -> bool:
-    """Whether two artifacts hold the same bytes, apart from the logs."""
+def content_digest(artifact: Artifact) -> str:
+    """Of all its bytes, apart from the logs."""
     logs = (Tracker.METRICS, Tracker.SAMPLES)
-    one, other = (
-        {name: digest for name, digest in artifact.manifest.files.items() if name not in logs}
-        for artifact in (first, second)
-    )
-    return one == other
+    return digest_of({name: each for name, each in artifact.manifest.files.items() if name not in logs})
 
 
 def git_revision() -> str | None:

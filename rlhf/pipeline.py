@@ -14,14 +14,13 @@ from rich.console import Console
 
 from rlhf.artifacts import Artifact, Recipe, Store, recipe_key
 from rlhf.checkpoint import Checkpointer
-from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment
 from rlhf.generation.vllm import Vllm
 from rlhf.interrupt import StopSignals
 from rlhf.job import Job
-from rlhf.lineage import make_manifest, same_content
+from rlhf.lineage import content_digest, make_manifest
 from rlhf.models.load import BaseModelFiles, base_files, base_identity, fetch_weights
 from rlhf.plan.preflight import check_before_loading
 from rlhf.progress import Progress, clock
@@ -51,8 +50,6 @@ class Pipeline:
         self.results = Run(Path(settings.runs_dir) / run_name, writes=compute.is_main)
         self.needs_weights = any(stage.reads_weights for stage in stages)
         self.model_identity = base_identity(settings.model, weights=self.needs_weights)
-        self.changed: set[str] = set()
-        """Forced stages whose result differs from the one that the store had."""
         self.vllm = None
         if settings.generation == "vllm" and any(stage.samples for stage in stages):
             trusted = settings.model.trust_remote_code
@@ -72,16 +69,13 @@ class Pipeline:
 
     def begin(self, stack: ExitStack) -> None:
         """Take the run's directory."""
-        settings, run = self.experiment.settings, self.results
+        run = self.results
+        stack.enter_context(run.alone())
         try:
-            run.directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(run.alone())
             run.begin()
             (run.directory / "config.yaml").write_text(to_yaml(redacted(self.experiment.resolved)))
         except OSError as error:
-            raise ConfigError(
-                f"runs_dir={settings.runs_dir}: {run.directory} cannot be written ({error.strerror})."
-            ) from None
+            raise run.unwritable(error) from None
 
     def run_stages(self) -> None:
         """Run the chain inside its directory."""
@@ -121,11 +115,10 @@ class Pipeline:
         stage, run = self.experiment.stages[name], self.results
         recipe = self.recipe(stage, artifacts)
         key = recipe_key(recipe)
-        forced = name in self.experiment.settings.force or not self.changed.isdisjoint(stage.inputs())
-        forced |= not stage.is_kept
+        forced = name in self.experiment.settings.force or not stage.is_kept
 
         def find() -> Artifact | None:
-            return None if forced else self.store.find(name, key)
+            return None if forced else self.kept(stage, recipe, artifacts)
 
         found = self.compute.main_only(find)  # without the lock: what is finished never changes
         if found is None:
@@ -152,8 +145,11 @@ class Pipeline:
         """Run the stage and publish what it made; call it under the artifact's lock."""
         name, key, run, start = stage.name, recipe_key(recipe), self.results, time.monotonic()
         if self.experiment.settings.why:
-            reason = "force" if forced else self.store.explain(name, recipe)
-            reason = reason if stage.is_kept else "it always does"
+            reason = "force" if stage.is_kept else "it always does"
+            if not forced:
+                reason = self.store.explain(name, recipe)
+                if self.store.find(name, key):
+                    reason = "an input was made anew, with another result"
             self.console.print(f"[cyan]{name}[/] runs ({key}): {reason}", highlight=False)
         else:
             self.console.print(f"[cyan]{name}[/] runs ({key})", highlight=False)
@@ -177,7 +173,7 @@ class Pipeline:
                 compute=self.compute,
                 tracker=tracker,
                 signals=self.signals,
-                tell=lambda text: self.console.print(text, highlight=False, soft_wrap=True),
+                tell=lambda text: self.console.print(text, highlight=False, markup=False, soft_wrap=True),
                 stage=name,
             ),
             run_directory=run.directory,
@@ -195,18 +191,15 @@ class Pipeline:
         assert job.summary is not None, f"{name} ended without publishing"
         seconds = job.checkpoints.spent()
 
-        def publish(metrics: dict[str, float] = job.summary) -> tuple[Artifact | None, Artifact]:
-            replaced = self.store.find(name, key) if forced else None
+        def publish(metrics: dict[str, float] = job.summary) -> Artifact:
             manifest = make_manifest(
                 name, recipe, scratch, config=redacted(self.experiment.resolved), metrics=metrics,
-                seconds=seconds, num_ranks=self.compute.world_size,
+                seconds=seconds, num_ranks=self.compute.world_size, made_from=made_from(stage, artifacts),
             )  # fmt: skip
-            return replaced, self.store.publish(scratch, manifest)
+            return self.store.publish(scratch, manifest)
 
-        replaced, artifact = self.compute.main_only(publish)
+        artifact = self.compute.main_only(publish)
         self.compute.main_only(job.checkpoints.discard)
-        if replaced and not same_content(replaced, artifact):
-            self.changed.add(name)
         run.record(name, "ran", key, artifact, seconds)
         cost = job.checkpoints.cost()
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
@@ -225,12 +218,21 @@ class Pipeline:
             stage = self.experiment.stages[name]
             found = None
             if name not in self.experiment.settings.force and set(stage.inputs()) <= set(known):
-                found = self.store.find(name, recipe_key(self.recipe(stage, known)))
+                found = self.kept(stage, self.recipe(stage, known), known)
             if found:
                 known[name] = found
             else:
                 pending.append(name)
         return pending
+
+    def kept(self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Artifact | None:
+        """What the store has, unless an input was made anew since (force=), with another result."""
+        found = self.store.find(stage.name, recipe_key(recipe))
+        if found is None:
+            return None
+        before = found.manifest.made_from
+        now = made_from(stage, artifacts)
+        return found if all(before.get(name, digest) == digest for name, digest in now.items()) else None
 
     def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
         """All that decides the stage's artifact, without secrets: a new password makes no new model."""
@@ -241,7 +243,7 @@ class Pipeline:
             "external": stage.external(),
             "inputs": {name: artifacts[name].key for name in stage.inputs() if name != "prepare"},
         }
-        if stage.roles():  # the content of the prepared sets, not the key of `prepare`: see DESIGN in README
+        if stage.roles():  # the content of the prepared sets, not the key of `prepare`: see Keys in README
             prepared = PreparedData(artifacts["prepare"].path)
             recipe["data"] = {role: prepared.digest(role) for role in stage.roles()}
         if stage.reads_base_model():
@@ -251,6 +253,8 @@ class Pipeline:
             recipe["dtype"] = str(self.compute.dtype).removeprefix("torch.")
         if stage.samples and self.vllm is not None:
             recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
+            if stage.is_timed:
+                recipe["vllm"] = self.experiment.settings.vllm.model_dump()
         found: Recipe = redacted(recipe)
         return found
 
@@ -312,9 +316,15 @@ class Pipeline:
             scratch = self.store.scratch("base", key)
             write(scratch)
             manifest = make_manifest(
-                "base", recipe, scratch, config={}, metrics={}, seconds=time.monotonic() - start, num_ranks=1
-            )
+                "base", recipe, scratch, config={}, metrics={}, seconds=time.monotonic() - start, num_ranks=1,
+                made_from={},
+            )  # fmt: skip
             return self.store.publish(scratch, manifest).path
+
+
+def made_from(stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    """What a stage's inputs hold; the content of the prepared sets is in its recipe."""
+    return {name: content_digest(artifacts[name]) for name in stage.inputs() if name != "prepare"}
 
 
 def to_yaml(resolved: Mapping[str, Any]) -> str:

@@ -62,15 +62,32 @@ class Run:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the run directory, so that two runs cannot mix their files in it."""
+        """Hold the run directory, which is made, so that two runs cannot mix their files in it.
+
+        Raises:
+            ConfigError: another run holds it, or it cannot be written.
+        """
+        lock = FileLock(self.directory / ".lock", timeout=0)
         try:
-            with FileLock(self.directory / ".lock", timeout=0):
-                yield
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
         except Timeout:
             raise ConfigError(
                 f"run_name={self.directory.name}: another run is writing {self.directory}. "
                 "Choose another run_name."
             ) from None
+        except OSError as error:
+            raise self.unwritable(error) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def unwritable(self, error: OSError) -> ConfigError:
+        """In the user's own key."""
+        return ConfigError(
+            f"runs_dir={self.directory.parent}: {self.directory} cannot be written ({error.strerror})."
+        )
 
     def record(self, name: str, status: str, key: str, artifact: Artifact | None, seconds: float) -> None:
         """Note how a stage ended, and link its artifact."""

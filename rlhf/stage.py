@@ -32,6 +32,8 @@ class Stage(Strict, ABC):
     """Whether it loads a model, or only what describes one."""
     in_chain: ClassVar[bool] = True
     """Whether `stage=all` runs it; others run only where they are named."""
+    is_timed: ClassVar[bool] = False
+    """Whether it says how long sampling took, so that `vllm.*` decide the result."""
     is_kept: ClassVar[bool] = True
     """Whether its artifact is taken instead of running it again."""
     not_in_key: ClassVar[frozenset[str]] = frozenset()

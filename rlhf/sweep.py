@@ -114,6 +114,8 @@ class GridSweep(Sweeper):
                 raise ConfigError(f"{key}: a sweep's trials share it. Give it one value.")
         resolved = self.compose([*fixed.values()])
         name = resolved["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
+        if not isinstance(name, str):
+            raise ConfigError(f"run_name={name}: not a text. Give it a letter.")
         fixed["run_name"] = f"run_name={name}"
         knobs = validated(SweepConfig, resolved["sweep"], "sweep")
         search = Search(name, Path(resolved["runs_dir"], name), knobs, fixed, swept)
@@ -249,7 +251,7 @@ class OptunaSweep(GridSweep):
             ConfigError: optuna is missing, or was not told what to look for, or where.
         """
         if find_spec("optuna") is None:
-            raise ConfigError("hydra/sweeper=optuna needs optuna: pip install 'rlhf[optuna]'.")
+            raise ConfigError("hydra/sweeper=optuna needs optuna: pip install -e '.[optuna]'.")
         if "RANK" in os.environ:
             raise ConfigError(
                 "hydra/sweeper=optuna: start it as one process; launch.processes gives a trial several ranks."

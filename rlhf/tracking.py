@@ -62,7 +62,7 @@ class WandbSink:
         try:
             import wandb
         except ImportError:
-            raise ConfigError("tracker=wandb needs the package: pip install 'rlhf[wandb]'.") from None
+            raise ConfigError("tracker=wandb needs the package: pip install -e '.[wandb]'.") from None
         self._note = directory / "wandb.json"
         known = json.loads(self._note.read_text()) if self._note.exists() else {}
         content = digest_of(redacted(resolved))
@@ -112,7 +112,7 @@ class TensorboardSink:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError(
-                "tracker=tensorboard needs the package: pip install 'rlhf[tensorboard]'."
+                "tracker=tensorboard needs the package: pip install -e '.[tensorboard]'."
             ) from None
         self._writer = SummaryWriter(str(directory / "tensorboard"))
 

@@ -70,7 +70,7 @@ class SweepConfig(Strict):
                     f"Use STAGE/NAME with one of {', '.join(stages)}; a run's summary.json has the names."
                 )
         if self.pareto is not None and find_spec("matplotlib") is None:
-            raise ConfigError("sweep.pareto draws with matplotlib: pip install 'rlhf[compare]'.")
+            raise ConfigError("sweep.pareto draws with matplotlib: pip install -e '.[compare]'.")
 
 
 @dataclass(frozen=True)

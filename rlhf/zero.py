@@ -212,7 +212,7 @@ def _deepspeed(compute: Compute) -> Any:
     try:
         import deepspeed
     except ImportError:
-        raise ConfigError(f"zero={compute.zero} needs DeepSpeed: pip install 'rlhf[deepspeed]'.") from None
+        raise ConfigError(f"zero={compute.zero} needs DeepSpeed: pip install -e '.[deepspeed]'.") from None
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that ClippedAdamW is not its own
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at the first use
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

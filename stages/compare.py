@@ -26,6 +26,7 @@ from rlhf.compare.questions import CORPUS, QUESTIONS, Library, find_library, fin
 from rlhf.compare.retrieval import RetrieverName, make_index
 from rlhf.compare.tuned import POLICY_STAGES, label, training_seconds, tuned_artifact
 from rlhf.config import ConfigError
+from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import TRAINING_ROLES, Role
 from rlhf.data.sources import SourceConfig
 from rlhf.evaluation.comparison import bootstrap_interval, wins
@@ -43,7 +44,7 @@ from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_di
 from rlhf.stage import Stage
 
 PACKAGES = ("bm25s", "rapidfuzz", "matplotlib")
-"""Of `pip install 'rlhf[compare]'`; imported where they are used."""
+"""Of `pip install -e '.[compare]'`; imported where they are used."""
 WITH_REFERENCE = {"exact_match": exact_match, "answer_found": answer_found, "rouge_l": rouge_l}
 """What an answer is worth beside its reference."""
 
@@ -59,6 +60,7 @@ class CompareStage(Stage):
 
     name: ClassVar[str] = "compare"
     samples: ClassVar[bool] = True
+    is_timed: ClassVar[bool] = True
     in_chain: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
 
@@ -101,7 +103,14 @@ class CompareStage(Stage):
         """What it needs beside the other stages' packages is there."""
         missing = [package for package in PACKAGES if find_spec(package) is None]
         if missing:
-            raise ConfigError(f"stage=compare needs {', '.join(missing)}: pip install 'rlhf[compare]'.")
+            raise ConfigError(f"stage=compare needs {', '.join(missing)}: pip install -e '.[compare]'.")
+        for name in self.artifacts:
+            if name not in POLICY_STAGES:
+                training_seconds(tuned_artifact(name))
+
+    def check_data(self, data: PreparedData) -> None:
+        """Every question, corpus and example can be had."""
+        self.material(data)
 
     def inputs(self) -> tuple[str, ...]:
         """This run's tuned models, and the reward's stage where that is learned."""
@@ -145,20 +154,35 @@ class CompareStage(Stage):
         ]  # fmt: skip
         return one_after_the_other(demands)
 
-    def run(self, job: Job) -> None:
-        """Ask everybody everything, score the answers, count what they cost."""
-        questions, num_leaks = find_questions(self.questions, job.data)
-        if num_leaks:
-            job.progress.console.print(
-                f"{num_leaks} questions are asked by training rows too; they are left out.", style="bold red"
-            )
+    def material(self, data: PreparedData) -> tuple[list[Question], int, Library]:
+        """The questions, how many more were left out because training rows ask them, and what prompts are
+        made of.
+
+        Raises:
+            ConfigError: there are none, or they do not fit the knobs.
+        """
+        questions, num_leaks = find_questions(self.questions, data)
         questions = questions[: self.num_questions]
         if questions[0].reference is None and self.quality != "score":
             raise ConfigError(
                 f"compare.quality={self.quality} needs answers in compare.questions={self.questions}. "
                 "Give rows with answers, or a compare.reward and compare.quality=score."
             )
-        library = find_library(self.corpus, job.data)
+        library = find_library(self.corpus, data)
+        if "few_shot" in (*self.methods, *self.tuned_methods) and not library.examples:
+            raise ConfigError(
+                "compare.methods: few_shot takes its examples from the training rows of sft.data that hold "
+                "one question and its answer, and there are none. Leave few_shot out."
+            )
+        return questions, num_leaks, library
+
+    def run(self, job: Job) -> None:
+        """Ask everybody everything, score the answers, count what they cost."""
+        questions, num_leaks, library = self.material(job.data)
+        if num_leaks:
+            job.progress.console.print(
+                f"{num_leaks} questions are asked by training rows too; they are left out.", style="bold red"
+            )
         metrics: dict[str, float] = {"questions": len(questions), "leaks": num_leaks}
         answers: dict[str, Answers] = {}
         for model in (None, *self.artifacts):
@@ -167,12 +191,12 @@ class CompareStage(Stage):
         for name, said in answers.items():
             metrics |= self.describe(job, name, said, first=next(iter(answers.values())))
         metrics |= break_evens(metrics)
+        self.write(job, questions, answers)
         if job.compute.is_main:
             text = comparison_cells(metrics).markdown()
             (job.directory / "comparison.md").write_text(f"{text}\n", encoding="utf-8")
             write_csv(metrics, job.directory / "comparison.csv")
             draw(metrics, self.quality, job.directory / "comparison.png")
-        self.write(job, questions, answers)
         job.publish(metrics)
 
     def ask(

@@ -129,6 +129,11 @@ class EvaluateStage(Stage):
                 raise ValueError(f"gate {gate} needs {lacks}. Turn it off with evaluate.gates.{gate}=null")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"policies={self.policies} names one twice")
+        sets = [source.name for source in self.retention]
+        if len(set(sets)) < len(sets):
+            raise ValueError(
+                f"retention has two sets that figures would call by one name ({', '.join(sets)}). Rename one"
+            )
         return self
 
     def inputs(self) -> tuple[str, ...]:

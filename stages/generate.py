@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from rlhf.data.schema import PromptRow, Role
 from rlhf.generation.policy import Policy
@@ -37,7 +37,7 @@ class GenerateStage(Stage):
     """Whose answers."""
     reward: RewardSource | None
     """What scores them; null writes responses only."""
-    splits: list[Literal["train", "held_out"]]
+    splits: list[Literal["train", "held_out"]] = Field(min_length=1)
     """Of the prepared `ppo.prompts`."""
     num_prompts: PositiveInt | None
     """The first so many prompts; null takes all."""

@@ -107,7 +107,7 @@ class PlanStage(Stage):
         assert experiment is not None
         chain = experiment.stages
         on, use = self.setting(job, experiment), self.use(job, experiment)
-        ranked = rank_strategies([chain[name] for name in self.trains], chain, on, use)
+        ranked = rank_strategies([chain[name] for name in self.trains], experiment, on, use)
         best = ranked[0]
         cells = table(ranked, self.price_per_gpu_hour)
         reason = recommendation(best) if not best.against else "Nothing here can be done: each row says why."
@@ -155,6 +155,7 @@ class PlanStage(Stage):
                 used=CUDA_CONTEXT,
                 ranks=self.gpus * self.nodes,
                 speed=Speed(1000 * self.gpu_tflops, self.gpu_bandwidth / 1e9),
+                ranks_here=self.gpus,
             )
             dtype_bytes = 4 if settings.precision == "fp32" else 2
         return Setting(shape, dtype_bytes, settings.zero, machine, self.sizes(job), vllm_cache(settings))

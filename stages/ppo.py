@@ -125,12 +125,15 @@ class PpoStage(PpoConfig, Stage):
         self.check_compute(job.compute)
         sft, settings, compute = job.inputs["sft"].path, job.base.config, job.compute
         tokenizer = load_tokenizer(sft, settings)
-        policy = load_causal_lm(sft, settings, compute.dtype, compute.device)
+        policy = load_causal_lm(sft, settings, compute.dtype, compute.loads_on)
         check_head(policy)
         backbone = self.backbone(policy, sft, compute)
         adapter = attach(policy, self.peft)
         learned = job.inputs["reward"].path if self.reward == "learned" else None
-        reward = make_reward(self.reward, learned, settings, compute, self.micro_batch_tokens, backbone)
+        frozen_on = compute.loads_on if self.frozen == "sharded" else compute.device
+        reward = make_reward(
+            self.reward, learned, settings, compute, self.micro_batch_tokens, backbone, frozen_on
+        )
         normalizer = self.normalizer(job)
         critic = self.load_critic(job, reward, normalizer, tokenizer, backbone)
         attach(critic.model, self.peft)
@@ -147,7 +150,9 @@ class PpoStage(PpoConfig, Stage):
             job.checkpoints.newest,
         )
         reference = (
-            Policy(backbone.model, tokenizer, compute) if backbone else Policy.load(sft, settings, compute)
+            Policy(backbone.model, tokenizer, compute)
+            if backbone
+            else Policy.load(sft, settings, compute, device=frozen_on)
         )
         if self.frozen == "sharded":
             self.shard(reference, reward, compute)
@@ -245,7 +250,7 @@ class PpoStage(PpoConfig, Stage):
         tokenizer: PreTrainedTokenizerBase,
         backbone: Backbone | None = None,
     ) -> ScalarModel:
-        """The critic, speaking the normalised score's units from its first step (PPO.md detail 12).
+        """The critic, speaking the normalised score's units from its first step.
 
         With a backbone it shares its starting point's weights: `backbone`'s, or the reward model's.
         """
@@ -256,7 +261,7 @@ class PpoStage(PpoConfig, Stage):
         if self.critic.init == "sft":
             directory = job.inputs["sft"].path
             critic = load_scalar_model(directory, job.base.config, job.compute.dtype, new_head=True)
-            critic.to(job.compute.device)
+            critic.to(job.compute.loads_on)
             reset_head(critic, deviation=0.0)
             return critic
         assert isinstance(reward, LearnedReward)
@@ -270,7 +275,7 @@ class PpoStage(PpoConfig, Stage):
             critic = reward.model.sharing_weights()
         else:
             critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype)
-            critic.to(job.compute.device)
+            critic.to(job.compute.loads_on)
         if self.score.normalize == "sft":
             critic.rescale(1 / normalizer.deviation, -normalizer.mean / normalizer.deviation)
         return critic

@@ -8,6 +8,7 @@ Writes  a sequence-classification model with one label, and how well it ranks he
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -101,14 +102,6 @@ class RewardStage(Stage):
         self.check_compute(job.compute)
         tokenizer = load_tokenizer(job.inputs["sft"].path, job.base.config)
         assert isinstance(tokenizer.pad_token_id, int)
-        model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype, new_head=True)
-        model.to(job.compute.device)
-        reset_head(model)
-        attach(model.model, self.peft)
-        model.head.requires_grad_(True)
-        model.offset.requires_grad_(False)
-        if self.activation_checkpointing:
-            checkpoint_layers(model)
 
         def encode(rows: Sequence[PairRow]) -> list[EncodedPair]:
             return [EncodedPair(tokenizer, row) for row in rows]
@@ -120,34 +113,45 @@ class RewardStage(Stage):
         )
         if not train or not held_out:
             raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
+        metrics = self.train(job, tokenizer, train)
+        gc.collect()  # engines hold themselves in cycles, and their memory is needed now
+        published = load_scalar_model(job.directory, job.base.config, job.compute.dtype)
+        ranking = self.rank(job, published.to(job.compute.device), held_out)
+        too_long = sum(map(len, pairs.values())) - len(train) - len(held_out)
+        job.publish({
+            **rank_quality(ranking),
+            **metrics,
+            "train_pairs": len(train),
+            "pairs_too_long": too_long,
+        })  # fmt: skip
+
+    def train(
+        self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair]
+    ) -> dict[str, float]:
+        """Train and publish; summary metrics of both."""
+        model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype, new_head=True)
+        model.to(job.compute.loads_on)
+        reset_head(model)
+        attach(model.model, self.peft)
+        model.head.requires_grad_(True)
+        model.offset.requires_grad_(False)
+        if self.activation_checkpointing:
+            checkpoint_layers(model)
         trained, _ = count_parameters(model)
         engine = make_engine(model, [(model.parameters(), self.optim)], job.compute, job.checkpoints.newest)
         state = job.checkpoints.restore(engine)
         train_batches(
             job,
             engine,
-            self.batches(train, job.seed),
+            self.batches(pairs, job.seed),
             lambda batch: self.step(job, engine, batch),
             state={},
             as_json=EncodedPair.as_json,
             done=state["done"] if state else 0,
         )
-
         weights = engine.trainable_state(model)
         written = job.compute.main_only(lambda: self.save(job, weights, tokenizer))
-        published = load_scalar_model(job.directory, job.base.config, job.compute.dtype).to(
-            job.compute.device
-        )
-        ranking = self.rank(job, published, held_out)
-        too_long = sum(map(len, pairs.values())) - len(train) - len(held_out)
-        job.publish({
-            **rank_quality(ranking),
-            **written,
-            "trained_parameters": trained,
-            "skipped_steps": engine.skipped_steps,
-            "train_pairs": len(train),
-            "pairs_too_long": too_long,
-        })  # fmt: skip
+        return {**written, "trained_parameters": trained, "skipped_steps": engine.skipped_steps}
 
     def batches(self, pairs: Sequence[EncodedPair], seed: int) -> list[Sequence[EncodedPair]]:
         """The whole training in order, newly shuffled in each epoch."""

@@ -44,7 +44,7 @@ class SftStage(Stage):
     """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -104,10 +104,15 @@ class SftStage(Stage):
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""
         train, held_out = (on.sizes("sft", split).cut(self.max_tokens) for split in splits_of("sft"))
-        beside = 1 / (1 - self.replay_fraction)
-        train = train._replace(rows=round(train.rows * beside))
+        if self.replay_fraction > 0:
+            replay = on.sizes("replay", "train").cut(self.max_tokens)
+            beside = train.mean * self.replay_fraction / (1 - self.replay_fraction)  # tokens to each row
+            train = train._replace(
+                mean=train.mean + beside, longest=max(train.longest, replay.longest),
+                deviation=math.sqrt(train.deviation**2 + beside / replay.mean * replay.deviation**2),
+            )  # fmt: skip
         return training_demand(
-            on, self.peft, train, held_out, longest=train.longest, batch_rows=round(self.batch_rows * beside),
+            on, self.peft, train, held_out, longest=train.longest, batch_rows=self.batch_rows,
             epochs=self.epochs, micro_batch_tokens=self.micro_batch_tokens,
             checkpointing=self.activation_checkpointing, has_logits=True,
         )  # fmt: skip
@@ -117,23 +122,15 @@ class SftStage(Stage):
         self.check_compute(job.compute)
         tokenizer = job.base.load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
-        policy = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype, job.compute.device)
+        policy = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype, job.compute.loads_on)
         check_head(policy)
-        train, held_out = (
-            [EncodedAnswer(tokenizer, row, self.max_tokens) for row in job.data.rows("sft", split)]
-            for split in ("train", "held_out")
-        )
-        for split, rows in (("training", train), ("held-out", held_out)):
-            if not any(len(row.answer) for row in rows):
-                raise ConfigError(
-                    f"sft.data: no {split} row has anything to learn within sft.max_tokens="
-                    f"{self.max_tokens}. Raise it, or give rows with shorter prompts."
-                )
+        rows = job.data.rows("sft", "train")
+        train = self.encoded(tokenizer, rows, "sft.data: no training row")
+        held_out = self.encoded(tokenizer, job.data.rows("sft", "held_out"), "sft.data: no held-out row")
         batches = own = self.batches(train, job.seed)
         if self.replay_fraction > 0:
-            general = [
-                EncodedAnswer(tokenizer, row, self.max_tokens) for row in job.data.rows("replay", "train")
-            ]
+            replay = job.data.rows("replay", "train")
+            general = self.encoded(tokenizer, replay, f"sft.replay={self.replay}: no row")
             batches = self.with_replay(own, general, job.seed)
         attach(policy, self.peft)
         if self.activation_checkpointing:
@@ -171,10 +168,28 @@ class SftStage(Stage):
             "held_out_loss_change": after - before,
             "skipped_steps": engine.skipped_steps,
             "rows_cut": sum(row.is_cut for row in train),
+            "rows_left_out": len(rows) - len(train),
             "trained_parameters": trained,
             "tokens": sum(len(row) for batch in batches for row in batch),
             "replayed_rows": sum(map(len, batches)) - sum(map(len, own)),
         })  # fmt: skip
+
+    def encoded(
+        self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow], none: str
+    ) -> list[EncodedAnswer]:
+        """Those rows of which `max_tokens` leaves anything to learn.
+
+        Raises:
+            ConfigError: there is none; it begins with `none`.
+        """
+        found = [EncodedAnswer(tokenizer, row, self.max_tokens) for row in rows]
+        found = [row for row in found if len(row.answer)]
+        if not found:
+            raise ConfigError(
+                f"{none} has anything to learn within sft.max_tokens={self.max_tokens}. Raise it, or give "
+                "rows with shorter prompts."
+            )
+        return found
 
     def batches(self, rows: Sequence[EncodedAnswer], seed: int) -> list[Sequence[EncodedAnswer]]:
         """The whole training in order, newly shuffled in each epoch; the last epoch may be a part of one."""
@@ -188,17 +203,7 @@ class SftStage(Stage):
         self, batches: Sequence[Sequence[EncodedAnswer]], rows: Sequence[EncodedAnswer], seed: int
     ) -> list[Sequence[EncodedAnswer]]:
         """Each batch with replayed rows behind it, until `replay_fraction` of all tokens learned so far are
-        replayed; the rows come in passes, newly shuffled in each.
-
-        Raises:
-            ConfigError: no row has anything to learn.
-        """
-        rows = [row for row in rows if len(row.answer)]
-        if not rows:
-            raise ConfigError(
-                f"sft.replay={self.replay}: no row has anything to learn within sft.max_tokens="
-                f"{self.max_tokens}. Raise it, or give rows with shorter prompts."
-            )
+        replayed; the rows come in passes, newly shuffled in each."""
         found: list[Sequence[EncodedAnswer]] = []
         replayed, wanted, drawn = 0, 0.0, shuffled_passes(rows, seed)
         a_token = self.replay_fraction / (1 - self.replay_fraction)

@@ -122,6 +122,15 @@ def test_publishing_again_replaces_the_whole_directory(store: Store) -> None:
     assert not (second.path / "stray.txt").exists()
 
 
+def test_what_an_interrupted_replacement_left_is_in_nobodys_way(store: Store) -> None:
+    path = publish(store, text="old").path
+    left = path.with_name(f".{path.name}.replaced")
+    left.mkdir()
+    (left / "model.bin").write_text("older")
+    assert (publish(store, text="new").path / "part" / "model.bin").read_text() == "new"
+    assert not left.exists()
+
+
 def damage_manifest(path: Path) -> str:
     (path / "manifest.json").write_text((path / "manifest.json").read_text()[:50])
     return "manifest.json cannot be read"

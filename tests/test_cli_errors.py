@@ -82,11 +82,15 @@ def complaint(outcome: Outcome) -> str:
         ("sft.peft={method:freeze,rank:4}", ["sft.peft: method=freeze does not read rank; it reads layers"]),
         ("gates=maybe", ["gates='maybe'", "'enforce' or 'warn'"]),
         ("ppo.reward=happiness", ["ppo.reward='happiness'", "python:MODULE:FUNCTION"]),
+        ("ppo.reward=http://localhost:abc/score", ["ppo.reward", "'abc'", "http://HOST:PORT/PATH"]),
+        ("ppo.steps=5 ppo.critic.warmup_steps=5", ["critic.warmup_steps=5 leaves none of steps=5"]),
         ("ppo.reward=vader", ["critic.init=reward: vader is no model", "critic.init=sft"]),
         ("tracker.mode=loud", ["tracker.mode"]),
         ("model=hub", ["model=hub needs model.id=OWNER/NAME"]),
         ("model=local", ["model=local needs model.path=DIR"]),
         ("model=local model.path=nowhere", ["model.path=nowhere: no config.json"]),
+        ("generate.splits=[]", ["generate.splits", "at least 1 item"]),
+        ("evaluate.retention=[a/test.txt,b/test.txt]", ["two sets", "test, test"]),
         ("model.chat_template=fancy", ["model.chat_template=fancy", "chatml, plain"]),
         ("store_dir=sft.jsonl", ["store_dir=sft.jsonl"]),
         ("runs_dir=sft.jsonl", ["runs_dir=sft.jsonl"]),
@@ -193,7 +197,7 @@ def weights_are_finite(directory: Path) -> bool:
 def test_a_reward_that_is_never_a_number_is_told_before_the_first_step(chain: Chain) -> None:
     message = complaint(chain.run(f"ppo.reward=python:{__name__}:never_a_number", *BY_RULE))
     assert message.startswith("ppo.reward")
-    assert "gave nan for the response" in message
+    assert "gave no finite score for any response" in message
 
 
 def test_too_many_bad_steps_stop_the_run(chain: Chain) -> None:

@@ -12,7 +12,7 @@ from small_chain import Chain, Outcome
 from test_security import sign
 
 from rlhf.artifacts import Store, file_digest
-from rlhf.checkpoint import MANIFEST, verified
+from rlhf.checkpoint import FORMAT, MANIFEST, verified
 from rlhf.config import ConfigError
 
 
@@ -41,7 +41,7 @@ def test_a_manifests_names_stay_in_its_directory(tmp_path: Path, name: str) -> N
     (artifact / MANIFEST).write_text(json.dumps(common))
     with pytest.raises(ConfigError, match=r"leads out of the directory\. It was tampered with"):
         Store(tmp_path / "store").find("sft", "key")
-    sign(artifact, {"format": 1, "name": "key", "files": files})
+    sign(artifact, {"format": FORMAT, "name": "key", "files": files})
     manifest, complaint = verified(artifact)
     assert manifest is None
     assert complaint == f"{named} leads out of its directory"
@@ -69,7 +69,7 @@ def test_a_store_may_itself_be_a_link(tmp_path: Path, finished_chain: tuple[Chai
 
 
 def test_a_checkpoints_name_is_its_directorys(tmp_path: Path) -> None:
-    sign(tmp_path, {"format": 1, "name": "../elsewhere", "files": {}})
+    sign(tmp_path, {"format": FORMAT, "name": "../elsewhere", "files": {}})
     assert verified(tmp_path) == (None, f"{MANIFEST} belongs to ../elsewhere")
 
 

@@ -85,3 +85,18 @@ def test_a_server_that_is_not_there_is_told(server: Server) -> None:
     server.http.server_close()
     with pytest.raises(RewardError, match="does not answer, asked 4 times"):
         remote_reward(server.url)(EXCHANGES)
+
+
+def test_an_answer_cut_short_is_asked_for_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answers = [(200, {"scores": [1, 2]}), (200, {"scores": [1, 2]})]
+    handler = server.http.RequestHandlerClass
+    end_headers = handler.end_headers
+
+    def promises_more(self: Any) -> None:
+        if len(server.asked) == 1:
+            self.send_header("Content-Length", "1000")
+        end_headers(self)
+
+    monkeypatch.setattr(handler, "end_headers", promises_more)
+    assert remote_reward(server.url)(EXCHANGES).tolist() == [1.0, 2.0]
+    assert len(server.asked) == 2

@@ -122,7 +122,7 @@ def test_an_adapter_would_load_the_base_that_it_names(tmp_path: Path, model: Pat
     torch.save(Bomb(marker), model / "adapter_model.bin")
     outcome = run_model(tmp_path, model)
     assert outcome.code == 2
-    assert "an adapter (adapter_config.json). Merge it into its base model first" in outcome.err
+    assert "an adapter (adapter_config.json). Merge it into its base first" in outcome.err
     assert not marker.exists()
 
 

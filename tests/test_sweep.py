@@ -179,6 +179,7 @@ def test_without_a_name_all_trials_share_the_time(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("ppo.kl.coef=interval(0,1)",), "ppo.kl.coef=interval(0,1) needs hydra/sweeper=optuna"),
+        (("run_name=20261104", "seed=1,2"), "run_name=20261104: not a text"),
         (("run_name=a,b",), "run_name: a sweep's trials share it"),
         (("sweep.metric=gold", "seed=1,2"), "sweep.metric='gold'"),
         (("sweep.metric=evaluate/gold_mean/ppo", "stage=ppo", "seed=1,2"), "the trials have no such stage"),
@@ -215,10 +216,10 @@ def test_a_metric_that_no_trial_has_ends_the_sweep_after_the_first(chain: Chain)
 def test_missing_packages_are_named(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rlhf.sweep, "find_spec", lambda name: None if name == "optuna" else find_spec(name))
     outcome = chain.run(*OPTUNA, LR, "run_name=x")
-    assert outcome.code == 2 and "pip install 'rlhf[optuna]'" in outcome.err
+    assert outcome.code == 2 and "pip install -e '.[optuna]'" in outcome.err
     hydras = Exception("In 'config': Could not find 'hydra/launcher/submitit_slurm'\n\nAvailable options ...")
     assert in_our_words(hydras) == (
-        "hydra/launcher=submitit_slurm needs submitit: pip install 'rlhf[slurm]'."
+        "hydra/launcher=submitit_slurm needs submitit: pip install -e '.[slurm]'."
     )
 
 

@@ -101,4 +101,4 @@ def test_a_picture_needs_matplotlib(swept: tuple[Chain, Outcome], monkeypatch: p
     monkeypatch.setattr(rlhf.trials, "find_spec", lambda name: None)
     outcome = chain.run(*SWEEP, "run_name=mistake")
     assert outcome.code == 2
-    assert "sweep.pareto draws with matplotlib: pip install 'rlhf[compare]'" in outcome.err
+    assert "sweep.pareto draws with matplotlib: pip install -e '.[compare]'" in outcome.err

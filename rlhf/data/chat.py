@@ -22,7 +22,8 @@ CHATML = (
     "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PLAIN = (
-    "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] | capitalize + ': ' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
@@ -64,7 +65,7 @@ def exchange_ids(
     """Ids of prompt + response + end of turn, and how many of them are the prompt.
 
     The end token is there also when the response was cut by a length limit: reward models are trained
-    and asked on complete turns only (PPO.md detail 6; Stiennon et al. 2020).
+    and asked on complete turns only (Stiennon et al. 2020).
     """
     prompt = prompt_ids(tokenizer, messages)
     return [*prompt, *_encode(tokenizer, response), end_of_turn_id(tokenizer)], len(prompt)
@@ -76,10 +77,13 @@ def continuation_ids(
     """Ids of plain text, no template: what is given and what is to be predicted.
 
     Both are tokenized together and cut where the context alone ends, since some tokenizers begin every text
-    with a space of their own. Without a beginning-of-text token an empty context gives the first token away.
+    with a space of their own. Without a beginning-of-text token an empty context gives the first token away;
+    a text of a single one stands behind the end token.
     """
     begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     ids = [*begin, *_encode(tokenizer, context + continuation)]
+    if len(ids) == 1:
+        ids = [*prompt_ids(tokenizer, []), *ids]
     given = len(begin) + len(_encode(tokenizer, context))
     given = min(max(given, 1), len(ids) - 1)
     return ids[:given], ids[given:]
@@ -92,7 +96,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     after = _encode(tokenizer, text.rpartition(marker)[2].lstrip())
-    if after and after[0] in tokenizer.all_special_ids:
+    flagged = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if after and after[0] in flagged.union(tokenizer.all_special_ids):
         return after[0]
     if tokenizer.eos_token_id is None:
         raise ConfigError(

@@ -35,7 +35,7 @@ class Harness:
             ConfigError: one of them is not there.
         """
         if find_spec("lm_eval") is None:
-            raise ConfigError("evaluate.lm_eval needs lm-eval: pip install 'rlhf[lm_eval]'.")
+            raise ConfigError("evaluate.lm_eval needs lm-eval: pip install -e '.[lm_eval]'.")
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError(
                 f"evaluate.lm_eval_tasks={self.folder}: there is no such folder. Give one that "

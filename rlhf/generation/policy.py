@@ -51,10 +51,12 @@ class Policy:
         compute: Compute,
         tokenizer: PreTrainedTokenizerBase | None = None,
         vllm: Vllm | None = None,
+        device: torch.device | None = None,
     ) -> Policy:
         """A published model, frozen. A base model's tokenizer is given: only published ones carry the
-        chat template that the config asks for."""
-        model = load_causal_lm(directory, config, compute.dtype, compute.device)
+        chat template that the config asks for. `device` is another one than where it shall run, if something
+        is going to move it."""
+        model = load_causal_lm(directory, config, compute.dtype, device or compute.device)
         model.requires_grad_(False)
         return cls(model, tokenizer or load_tokenizer(directory, config), compute, vllm=vllm)
 

@@ -10,26 +10,21 @@ def bradley_terry_loss(
     rejected_B: Tensor,
     *,
     total_pairs: int | float,
-    margin_B: Tensor | None = None,
     center: float = 0.0,
 ) -> Tensor:
     """Negative log-likelihood, in nats, that the chosen answer beats the rejected one.
 
-    Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1 (one pair a prompt); the margin is Touvron et al. 2023
-    (Llama 2), arXiv:2307.09288, eq. 2; the centering is Eisenstein et al. 2023, arXiv:2312.09244, eq. 2:
-    sum_B (-log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2) / total_pairs.
+    Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1 (one pair a prompt); the centering is Eisenstein et
+    al. 2023, arXiv:2312.09244, eq. 2:
+    sum_B (-log sigmoid(chosen - rejected) + center (chosen + rejected)^2) / total_pairs.
 
     Args:
         chosen_B: logits, the scores of the preferred answers; carries the gradient.
         rejected_B: logits, the scores of the other answers; carries the gradient.
         total_pairs: pairs over all ranks and micro-batches.
-        margin_B: logits by which the chosen score must lead; larger where annotators were surer.
         center: weight that pulls scores towards 0, since the preference itself leaves their offset free.
     """
     # A head's [B, 1] against [B] would silently compare every chosen answer with every rejected one.
-    assert chosen_B.shape == rejected_B.shape and (margin_B is None or margin_B.shape == chosen_B.shape)
-    lead_B = chosen_B - rejected_B
-    if margin_B is not None:
-        lead_B = lead_B - margin_B
-    loss_B = -logsigmoid(lead_B) + center * torch.square(chosen_B + rejected_B)
+    assert chosen_B.shape == rejected_B.shape
+    loss_B = -logsigmoid(chosen_B - rejected_B) + center * torch.square(chosen_B + rejected_B)
     return loss_B.sum() / total_pairs

@@ -193,6 +193,10 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
         return BottleneckConfig(size=config.size, target_modules=_sublayer_ends(model, config))
     targets = update_targets(model, config)
     if config.method == "qlora":
+        if any(isinstance(layer, Conv1D) for _, layer in _linears(model)):
+            raise ConfigError(
+                f"peft=qlora: bitsandbytes holds no weights of {type(model).__name__} in 4 bits. Use lora."
+            )
         quantize(model, targets)
     return LoraConfig(
         r=config.rank,

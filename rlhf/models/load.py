@@ -82,8 +82,17 @@ class BaseModelFiles:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Tokens that prompt and response may have together; of a model that names no limit, a million."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 20))
+    """Tokens that prompt and response may have together; of a model that names no limit, a million.
+
+    With LongRoPE (Phi-3.5, Phi-4-mini) no more than it was first trained on: one longer row would change the
+    positions of all rows beside it.
+    """
+    text = config.get_text_config()
+    length = int(getattr(text, "max_position_embeddings", 1 << 20))
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        length = min(length, int(rope.get("original_max_position_embeddings") or length))
+    return length
 
 
 @contextmanager
@@ -95,9 +104,7 @@ def reading(directory: Path) -> Iterator[None]:
     """
     # transformers would load the base model that it names, from anywhere
     if (directory / "adapter_config.json").exists():
-        raise ConfigError(
-            f"{directory}: an adapter (adapter_config.json). Merge it into its base model first."
-        )
+        raise ConfigError(f"{directory}: an adapter (adapter_config.json). Merge it into its base first.")
     try:
         yield
     except (OSError, ValueError) as error:
@@ -109,7 +116,7 @@ def reading(directory: Path) -> Iterator[None]:
 
 
 def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """A published model's tokenizer, with a pad token that is not a stop token.
+    """A published model's tokenizer, with a pad token that is not a stop token, where it has one to spare.
 
     transformers' classifiers look for the last token that differs from pad: with pad == eos they would
     score the token before the end. Every mask here is explicit, but others load our reward models too.
@@ -119,11 +126,16 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
             directory, trust_remote_code=config.trust_remote_code
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        spare = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+        flagged = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        known = dict.fromkeys([*tokenizer.all_special_tokens, *flagged])
+        spare = [token for token in known if token != tokenizer.eos_token]
         preferred = [token for token in spare if "pad" in token.lower() or "endoftext" in token]
         tokenizer.pad_token = (preferred or spare or [tokenizer.eos_token])[0]
         if tokenizer.pad_token == tokenizer.eos_token:
-            logger.warning("The tokenizer has no special token to spare: pad and eos stay the same.")
+            logger.warning(
+                "The tokenizer has no special token to spare: pad and eos stay the same. Outside of this "
+                "project a reward model of it would be read at the token before the end."
+            )
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -173,6 +185,12 @@ def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
     generation = model.generation_config
     assert generation is not None
     generation.eos_token_id = stop_ids(tokenizer, generation.eos_token_id)
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # sampling values without do_sample (Llama 2), which transformers reads, never writes
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = GenerationConfig(**{name: getattr(generation, name) for name in ids})
+        model.generation_config = generation
     model.config.save_pretrained(directory)
     generation.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

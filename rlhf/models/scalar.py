@@ -157,7 +157,8 @@ def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:
 
 
 def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a directory that `AutoModelForSequenceClassification` loads and scores with alike."""
+    """Write a directory that `AutoModelForSequenceClassification` loads and scores with alike, where the
+    tokenizer has a pad token of its own."""
     assert float(scalar.offset.detach()) == 0.0, "a classification head has no bias to keep the offset in"
     scalar.model.config.pad_token_id = tokenizer.pad_token_id  # where transformers' pooling stops
     scalar.model.save_pretrained(directory)

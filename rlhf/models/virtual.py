@@ -77,7 +77,8 @@ class VirtualTokens(nn.Module):
         if cache is None:
             cache = Cache(layers=[_Before(*each) for each in self.keys_and_values(backbone)])
         elif cache.get_seq_length() == 0:
-            inputs = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+            given = (*args[:1], call.get("input_ids"), call.get("inputs_embeds"))  # GPT-2 gives it by place
+            inputs = next(each for each in given if each is not None)
             for layer, (keys, values) in enumerate(self.keys_and_values(backbone)):
                 rows = (len(inputs), -1, -1, -1)
                 cache.update(keys.expand(rows), values.expand(rows), layer)
@@ -124,9 +125,14 @@ def add_virtual_tokens(model: PreTrainedModel, config: PromptLearningConfig) -> 
     model.add_module("virtual_tokens", module)
     if model.config._attn_implementation == ATTENTION:
         model.set_attn_implementation("sdpa")
-    backbone: nn.Module = getattr(model, model.base_model_prefix)
-    backbone.register_forward_pre_hook(virtual.before, with_kwargs=True)
+    _reader(model).register_forward_pre_hook(virtual.before, with_kwargs=True)
     return virtual
+
+
+def _reader(model: PreTrainedModel) -> nn.Module:
+    """The module that every call goes through: the backbone, or its only part (OPT calls that itself)."""
+    backbone: nn.Module = getattr(model, model.base_model_prefix)
+    return getattr(backbone, "decoder", backbone)
 
 
 def virtual_config(model: PreTrainedModel, config: PeftConfig) -> PromptLearningConfig:
@@ -155,8 +161,7 @@ def _start_from_words(model: PreTrainedModel, virtual: VirtualTokens) -> None:
     words = model.get_input_embeddings()
     assert isinstance(words, nn.Embedding)
     drawn = torch.randint(words.num_embeddings, (virtual.config.num_virtual_tokens,)).to(model.device)
-    backbone = getattr(model, model.base_model_prefix)
-    pairs = _keys_and_values(backbone, words(drawn), virtual.num_layers)
+    pairs = _keys_and_values(_reader(model), words(drawn), virtual.num_layers)
     of_layers = torch.stack([torch.cat(pair) for pair in pairs])  # [layers, 2, A, N, D]
     start = of_layers.permute(3, 0, 1, 2, 4).flatten(1)
     virtual.encoder.embedding.weight.copy_(start)

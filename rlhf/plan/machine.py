@@ -50,17 +50,19 @@ class Machine:
     """Bytes that a process holds before it loads a model."""
     ranks: int
     speed: Speed
+    ranks_here: int = 1
+    """That share this host's memory."""
 
 
 def found_machine(compute: Compute, speed: Speed) -> Machine:
     """This rank's."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks, ranks_here = compute.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     host = host_memory() / ranks_here
     if compute.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(compute.device)
-        return Machine("cuda", hardware(), float(free), host, CUDA_CONTEXT, compute.world_size, speed)
+        return Machine("cuda", hardware(), float(free), host, CUDA_CONTEXT, ranks, speed, ranks_here)
     used = float(psutil.Process().memory_info().rss)
-    return Machine("cpu", hardware(), host + used, 0.0, used + LIBRARIES, compute.world_size, speed)
+    return Machine("cpu", hardware(), host + used, 0.0, used + LIBRARIES, ranks, speed, ranks_here)
 
 
 def host_memory() -> float:

@@ -59,16 +59,25 @@ class Trained:
     models: int = 1
     weight_sets: int = 1
     """Sets of weights that the models stand on."""
+    scalars: int = 0
+    """Of the models, those that have a scalar head instead of the output layer."""
+
+    @property
+    def of_one(self) -> int:
+        """Parameters that train, of a model with an output layer."""
+        return METHODS[self.peft.method].trained(self.on.shape, self.peft)
 
     @property
     def parameters(self) -> int:
         """That train, of all models."""
-        return self.models * METHODS[self.peft.method].trained(self.on.shape, self.peft)
+        missing = self.on.shape.own_head if self.peft.method == "none" else 0
+        return self.models * self.of_one - self.scalars * missing
 
     def weights(self, name: str) -> Iterator[Part]:
         """Of the models, frozen or not; where they are sharded, a shard and what is gathered to run."""
         on, shape, count = self.on, self.on.shape, self.weight_sets
-        total = count * weight_bytes(on, self.peft.method)
+        own = min(self.scalars, count - self.models + self.scalars)  # scalar models with weights of their own
+        total = count * weight_bytes(on, self.peft.method) - own * on.dtype_bytes * shape.own_head
         total += 0 if self.peft.method == "none" else on.dtype_bytes * self.parameters
         how = f"{name}: {billions(count * shape.parameters)} x {on.dtype_bytes} B"
         if not on.shards_weights:
@@ -108,15 +117,32 @@ def weight_bytes(on: Setting, method: str = "none") -> float:
     return on.dtype_bytes * (shape.parameters - shape.linear) + quantized * shape.linear
 
 
-def frozen_weights(on: Setting, name: str, placed: str = "replicated") -> Part:
+def frozen_weights(on: Setting, name: str, placed: str = "replicated", *, is_scalar: bool = False) -> Part:
     """Of a model that only computes.
 
     Args:
         placed: as ppo.frozen.
+        is_scalar: it has a scalar head instead of the output layer.
     """
     share = on.ranks if placed == "sharded" else 1
-    how = f"{name}: {billions(on.shape.parameters)} x {on.dtype_bytes} B{over(share)}"
-    return Part("weights", weight_bytes(on) / share, how, placed == "offloaded")
+    count = on.shape.parameters - (on.shape.own_head if is_scalar else 0)
+    how = f"{name}: {billions(count)} x {on.dtype_bytes} B{over(share)}"
+    return Part("weights", on.dtype_bytes * count / share, how, placed == "offloaded")
+
+
+def loading(on: Setting, trained: Trained, *, others: int = 0) -> Phase:
+    """Every rank loads whole models, in the precision of the run, before they are sharded or held in 4 bits:
+    onto its device, or where FSDP2 shards them into the host's memory.
+
+    Args:
+        others: models beside those of the engine that are there by then.
+    """
+    count = trained.weight_sets + others
+    how = f"{count} whole: {billions(count * on.shape.parameters)} x {on.dtype_bytes} B"
+    parts = [Part("weights", count * weight_bytes(on), how, on.zero == "fsdp2")]
+    if not on.on_cpu and on.zero != "fsdp2":
+        parts.append(Part("weights", weight_bytes(on), "the one that is being read", True))
+    return Phase("loading", parts)
 
 
 def activations(

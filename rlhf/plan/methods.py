@@ -106,8 +106,7 @@ METHODS: dict[str, Method] = {
         "prefix", "Li and Liang 2021, arXiv:2101.00190", _prefix, "values", added_tokens=_tokens
     ),
     "prompt": Method(
-        "prompt", "Lester et al. 2021, arXiv:2104.08691", _prompt, "values", False,
-        added_tokens=_tokens,
+        "prompt", "Lester et al. 2021, arXiv:2104.08691", _prompt, "values", added_tokens=_tokens
     ),
     "p_tuning": Method(
         "p-tuning", "Liu et al. 2021, arXiv:2103.10385: an MLP makes the soft tokens", _p_tuning, "values",

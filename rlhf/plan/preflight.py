@@ -95,13 +95,22 @@ def preflight(
     return Checked(demands, refused, warned)
 
 
-def shortage(demand: Demand, on: Setting) -> float:
-    """The largest share of the memory there is that any phase wants; above 1 it is not enough."""
+def tightest(demand: Demand, on: Setting) -> tuple[Phase, bool | None, float]:
+    """The phase that wants the largest share of the memory there is, whether that is the host's (None without
+    a device of its own), and the share; above 1 it is not enough."""
     machine = on.machine
     if machine.kind == "cpu":
-        return (demand.peak().size() + machine.used) / machine.memory
-    device = (demand.peak(on_host=False).size(on_host=False) + machine.used) / machine.memory
-    return max(device, demand.peak(on_host=True).size(on_host=True) / machine.host_memory)
+        phase = demand.peak()
+        return phase, None, (phase.size() + machine.used) / machine.memory
+    device, host = demand.peak(on_host=False), demand.peak(on_host=True)
+    on_device = (device.size(on_host=False) + machine.used) / machine.memory
+    on_host = host.size(on_host=True) / machine.host_memory
+    return (host, True, on_host) if on_host > on_device else (device, False, on_device)
+
+
+def shortage(demand: Demand, on: Setting) -> float:
+    """The largest share of the memory there is that any phase wants; above 1 it is not enough."""
+    return tightest(demand, on)[2]
 
 
 def most(demand: Demand, on: Setting) -> tuple[Phase, float]:
@@ -115,15 +124,9 @@ def most(demand: Demand, on: Setting) -> tuple[Phase, float]:
 def said(stage: Stage, demand: Demand, on: Setting) -> str:
     """`ppo needs about 31.0 GiB (learning: weights 15.0, ...), and there are 24.0 GiB.`"""
     machine = on.machine
-    on_host: bool | None = None
-    have, used, where = machine.memory, machine.used, ""
-    if machine.kind == "cuda":
-        host = demand.peak(on_host=True)
-        device = demand.peak(on_host=False)
-        on_host = host.size(on_host=True) / machine.host_memory > device.size(on_host=False) / machine.memory
-        have, used = (machine.host_memory, 0.0) if on_host else (machine.memory, machine.used)
-        where = " in the host's memory" if on_host else " on each GPU"
-    phase = demand.peak(on_host=on_host)
+    phase, on_host, _ = tightest(demand, on)
+    have, used = (machine.host_memory, 0.0) if on_host else (machine.memory, machine.used)
+    where = {None: "", True: " in the host's memory", False: " on each GPU"}[on_host]
     total = phase.size(on_host=on_host) + used
     return (
         f"{stage.name} needs about {total / GIB:.1f} GiB{where} ({phase.name}: {by_kind(phase, on_host)}), "
@@ -171,8 +174,8 @@ def savings(stage: Stage, on: Setting) -> Iterator[tuple[str, dict[str, Any], di
     if shards and on.ranks > 1 and on.zero == "none":
         yield "zero=zero2", {}, {"zero": "zero2"}
     if shards and not on.shards_weights and (on.ranks > 1 or not on.on_cpu):
-        kind = "zero3" if on.ranks > 1 else "zero3_offload"
-        yield f"zero={kind}", {}, {"zero": kind}
+        for kind in ("zero3", "fsdp2") if on.ranks > 1 else ("zero3_offload",):
+            yield f"zero={kind}", {}, {"zero": kind}
     if "frozen" in fields and on.zero != "none":
         yield f"{name}.frozen=sharded", {"frozen": "sharded"}, {}
     elif "frozen" in fields and not on.on_cpu and knobs["peft"]["method"] == "none":

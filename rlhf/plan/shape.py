@@ -63,9 +63,9 @@ class Shape:
         return self.vocabulary * self.hidden
 
     @property
-    def backbone(self) -> int:
-        """Parameters without an output layer of its own: what a reward model or critic has."""
-        return self.parameters - (0 if self.is_tied else self.head)
+    def own_head(self) -> int:
+        """Parameters of an output layer that is not the embeddings: a reward model or critic has none."""
+        return 0 if self.is_tied else self.head
 
     def updated(self, targets: str | Sequence[str]) -> list[Linears]:
         """Those that `target_modules` names."""
@@ -90,8 +90,15 @@ def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sh
     for name in SIZES:
         if getattr(config.get_text_config(), name, None) is None:
             raise UnknownShapeError(f"{type(config).__name__} names no {name}")
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:  # of a model that is none (T5)
+        raise UnknownShapeError(
+            f"{type(config).__name__}: {str(error).splitlines()[0].partition(' for this kind')[0]}"
+        ) from None
     text = config.get_text_config()
     backbone = getattr(model, model.base_model_prefix)
     linears = _linears(backbone)

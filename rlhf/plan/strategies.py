@@ -11,10 +11,11 @@ import torch
 from rlhf import methods as tuning_methods
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.distributed import Compute, Zero
+from rlhf.experiment import Experiment, check_method
 from rlhf.plan.demand import EFFICIENCY, LAYER_SECONDS, Demand, Worker, one_after_the_other
 from rlhf.plan.memory import Phase, frozen_weights, sampling
 from rlhf.plan.methods import METHODS
-from rlhf.plan.preflight import shortage
+from rlhf.plan.preflight import shortage, tightest
 from rlhf.plan.setting import Setting
 from rlhf.stage import Stage
 
@@ -83,11 +84,13 @@ class Strategy:
         return bool(self.against), self.tier, self.hours, self.latency.value
 
 
-def rank_strategies(
-    stages: Sequence[Stage], chain: Mapping[str, Stage], on: Setting, use: Use
-) -> list[Strategy]:
-    """Every way, the best one first, what is disqualified last."""
-    found = [*prompted(on, use), *(tuned(name, stages, chain, on, use) for name in METHODS)]
+def rank_strategies(stages: Sequence[Stage], experiment: Experiment, on: Setting, use: Use) -> list[Strategy]:
+    """Every way, the best one first, what is disqualified last.
+
+    Args:
+        stages: of the experiment, those that train.
+    """
+    found = [*prompted(on, use), *(tuned(name, stages, experiment, on, use) for name in METHODS)]
     return sorted(found, key=lambda strategy: strategy.rank)
 
 
@@ -129,17 +132,23 @@ def prompted(on: Setting, use: Use) -> Iterator[Strategy]:
         yield judged(strategy, use)
 
 
-def tuned(name: str, stages: Sequence[Stage], chain: Mapping[str, Stage], on: Setting, use: Use) -> Strategy:
+def tuned(name: str, stages: Sequence[Stage], given: Experiment, on: Setting, use: Use) -> Strategy:
     """A tuning method, sharded and squeezed as little as makes it fit."""
-    method = METHODS[name]
-    setting, changed, demand = on, list(stages), Demand()
+    method, tried, fitting = METHODS[name], [], []
     for zero, squeeze in attempts(on, name):
         setting = replace(on, zero=zero)
         changed = [with_method(stage, name, squeeze) for stage in stages]
-        whole = {**chain, **{stage.name: stage for stage in changed}}
+        whole = {**given.stages, **{stage.name: stage for stage in changed}}
+        settings = given.settings.model_copy(update={"zero": zero})
+        refused = list(refused_by_stages(changed, replace(given, settings=settings, stages=whole), setting))
         demand = named_after_stages({stage.name: stage.demand(setting, whole) for stage in changed})
+        tried.append((setting, changed, demand, refused))
         if shortage(demand, setting) <= 1.0:
-            break
+            fitting.append(tried[-1])
+            if not refused:
+                break
+    accepted = [each for each in fitting if not each[-1]]
+    setting, changed, demand, refused = (accepted or fitting or tried[-1:])[0]
     peft = changed[0].tunes()
     assert peft is not None
     count = method.published(on.shape, peft)
@@ -155,8 +164,6 @@ def tuned(name: str, stages: Sequence[Stage], chain: Mapping[str, Stage], on: Se
         against.append("deploy=api_only: weights are out of reach")
     if use.deploy == "merged" and not tuning_methods.METHODS[name].merges:
         against.append("deploy=merged: it cannot be folded into the weights")
-    if not tuning_methods.METHODS[name].merges and {stage.name for stage in stages} > {"sft"}:
-        against.append("the stages behind sft train on its weights, and it is not merged into them")
     if use.deploy == "many_adapters" and not method.is_adapter:
         against.append("deploy=many_adapters: each task would need a model of its own")
     for stage in changed:
@@ -164,23 +171,23 @@ def tuned(name: str, stages: Sequence[Stage], chain: Mapping[str, Stage], on: Se
             against.append(
                 f"a row has {use.prompt + use.answer:.0f} tokens, and sft.max_tokens={limit} cuts them"
             )
-    against += refused_by_stages(changed, setting)
-    return judged(replace(strategy, against=against), use)
+    return judged(replace(strategy, against=against + refused), use)
 
 
-def refused_by_stages(stages: Sequence[Stage], on: Setting) -> Iterator[str]:
-    """What they themselves would say on these ranks."""
+def refused_by_stages(stages: Sequence[Stage], experiment: Experiment, on: Setting) -> Iterator[str]:
+    """What the run of such an experiment would say on these ranks."""
     compute = Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
     for stage in stages:
         try:
             stage.check_compute(compute)
+            check_method(stage, experiment)
         except ConfigError as error:
             yield str(error).removesuffix(".")
 
 
 def attempts(on: Setting, method: str) -> Iterator[tuple[Zero, int]]:
     """(zero, how far memory is saved at the cost of time), the fastest first."""
-    sharded: list[Zero] = ["zero2", "zero3"] if on.ranks > 1 else []
+    sharded: list[Zero] = ["zero2", "zero3", "fsdp2"] if on.ranks > 1 else []
     zeros: list[Zero] = ["none", *sharded, *([] if on.on_cpu else ["zero3_offload"])]  # type: ignore[list-item]
     for zero in zeros if tuning_methods.METHODS[method].shards else zeros[:1]:
         for squeeze in (0, 1, 2):
@@ -262,7 +269,7 @@ def judged(strategy: Strategy, use: Use) -> Strategy:
     """With what memory, time and latency say against it."""
     on, against = strategy.on, list(strategy.against)
     if shortage(strategy.demand, on) > 1.0:
-        peak = strategy.demand.peak()
+        peak, _, _ = tightest(strategy.demand, on)
         against.append(f"does not fit: {shortage(strategy.demand, on):.1f} times the memory ({peak.name})")
     if use.hours is not None and strategy.hours > use.hours:
         against.append(f"{strategy.hours:.2g} hours, and plan.hours={use.hours:g}")

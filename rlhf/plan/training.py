@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from rlhf import methods as tuning_methods
 from rlhf.config import PeftConfig
 from rlhf.data.prepared import Lengths
 from rlhf.plan.demand import Demand, Worker
@@ -14,7 +15,10 @@ from rlhf.plan.memory import (
     Trained,
     activations,
     billions,
+    frozen_weights,
+    loading,
     logits,
+    over,
     reading,
     weight_bytes,
 )
@@ -42,20 +46,24 @@ def training_demand(
         has_logits: the output layer predicts each token; else a scalar head reads the last.
         longest: tokens of one row.
     """
-    trained = Trained(on, peft)
+    trained = Trained(on, peft, scalars=0 if has_logits else 1)
     tokens = on.pass_tokens(batch_rows, train, micro_batch_tokens)
     passes = on.passes(batch_rows, train, micro_batch_tokens)
     states = [*trained.weights("model"), trained.optimizer()]
     graph = activations(on, tokens, peft, checkpointing=checkpointing)
     heads = [logits(on, learns=True)] if has_logits and train.rows else []
     phases = [
+        loading(on, trained),
         Phase("forward and backward", [*states, trained.gradients(passes=passes), graph, *heads]),
         Phase("optimizer step", [*states, trained.gradients(passes=passes, at_step=True)]),
-        Phase("publishing", [*states, *published(on, trained.parameters)]),
+        Phase("publishing", [*states, *published(on, trained.parameters, is_scalar=not has_logits)]),
     ]
     if held_out.rows:
-        most = on.pass_tokens(held_out.rows, held_out, micro_batch_tokens)
-        phases.append(Phase("evaluating", [*states, reading(on, most), *heads]))
+        read = reading(on, on.pass_tokens(held_out.rows, held_out, micro_batch_tokens))
+        if has_logits:
+            phases.append(Phase("evaluating", [*states, read, *heads]))
+        else:
+            phases.append(Phase("ranking", [frozen_weights(on, "published model", is_scalar=True), read]))
     worker, steps = Worker(on), math.ceil(epochs * math.ceil(train.rows / batch_rows))
     all_tokens, held_tokens = epochs * train.rows * train.mean, held_out.rows * held_out.mean
     work = [
@@ -71,15 +79,24 @@ def training_demand(
         ),
     ]  # fmt: skip
     return Demand(
-        phases, work, artifact=weight_bytes(on), checkpoint=3 * FP32 * trained.parameters,
+        phases, work, artifact=artifact_bytes(on, peft), checkpoint=3 * FP32 * trained.parameters,
         longest=longest + METHODS[peft.method].added_tokens(on.shape, peft),
     )  # fmt: skip
 
 
-def published(on: Setting, parameters: float) -> list[Part]:
-    """On rank 0's host, while the engine is still there: a copy of what trained, and the model to write."""
+def published(on: Setting, parameters: float, *, is_scalar: bool = False) -> list[Part]:
+    """On the host, while the engine is still there: a copy of what trained, and the model to write. Rank 0's
+    alone, so a share of it for each rank there."""
     how = f"trained: {billions(parameters)} x {on.dtype_bytes} B"
+    here = on.machine.ranks_here
+    written = weight_bytes(on) - (on.dtype_bytes * on.shape.own_head if is_scalar else 0)
     return [
-        Part("weights", on.dtype_bytes * parameters, how, True),
-        Part("weights", weight_bytes(on), "the model that is written", True),
+        Part("weights", on.dtype_bytes * parameters / here, how + over(here), True),
+        Part("weights", written / here, f"the model that is written{over(here)}", True),
     ]
+
+
+def artifact_bytes(on: Setting, peft: PeftConfig) -> float:
+    """On disk: the model where the method merges, and what trained beside it."""
+    beside = 0 if peft.method == "none" else on.dtype_bytes * METHODS[peft.method].published(on.shape, peft)
+    return beside + (weight_bytes(on) if tuning_methods.METHODS[peft.method].merges else 0)

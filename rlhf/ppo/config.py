@@ -65,7 +65,7 @@ class PtxConfig(Strict):
 
 
 class PpoConfig(Strict):
-    """Every knob of the PPO stage. Sources of the details: README, "PPO"."""
+    """Every knob of the PPO stage. Sources of the details: README, "PPO, detail by detail"."""
 
     prompts: SourceConfig
     reward: RewardSource
@@ -116,6 +116,11 @@ class PpoConfig(Strict):
             raise ValueError(
                 f"minibatch_episodes={self.minibatch_episodes} is more than "
                 f"batch_episodes={self.batch_episodes}"
+            )
+        if self.critic.warmup_steps >= self.steps:
+            raise ValueError(
+                f"critic.warmup_steps={self.critic.warmup_steps} leaves none of steps={self.steps} in which "
+                "the policy learns. Lower it"
             )
         if self.kl.controller == "adaptive" and self.kl.horizon <= 0.2 * self.batch_episodes:
             raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from rlhf import methods as tuning_methods
+from rlhf.data.prepared import Lengths
 from rlhf.plan.demand import Demand, Task, Worker, exactly, joined
 from rlhf.plan.memory import (
     FP32,
@@ -14,14 +16,15 @@ from rlhf.plan.memory import (
     activations,
     folded,
     frozen_weights,
+    loading,
     logits,
+    over,
     reading,
     sampling,
-    weight_bytes,
 )
 from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import Setting
-from rlhf.plan.training import published
+from rlhf.plan.training import artifact_bytes, published
 from rlhf.ppo.config import PpoConfig
 
 FOLDED = ("lora", "dora", "ia3")
@@ -48,14 +51,20 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     """The reward model is the SFT model with an adapter."""
     own_reward = reward_method is not None and not folds
     critic_on_reward = own_reward and config.critic.init == "reward"
-    trained = Trained(on, config.peft, models=2, weight_sets=1 + (critic_on_reward if shares else 1))
+    sets = 1 + (critic_on_reward if shares else 1)
+    trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1)
     states = [*trained.weights("policy and critic"), trained.optimizer()]
     if not shares:
         states.append(frozen_weights(on, "reference", config.frozen))
-    if own_reward and not (shares and critic_on_reward):
-        states.append(frozen_weights(on, "reward model", config.frozen))
-    best = on.dtype_bytes * trained.parameters / 2
-    states.append(Part("weights", best, "a copy of what trained of the best policy so far", True))
+    others = own_reward and not (shares and critic_on_reward)
+    if others:
+        states.append(frozen_weights(on, "reward model", config.frozen, is_scalar=True))
+    best, here = on.dtype_bytes * trained.of_one, on.machine.ranks_here
+    how = f"a copy of what trained of the best policy so far{over(here)}"
+    states.append(Part("weights", best / here, how, True))
+    average = 0 if config.ema_decay is None else FP32 * trained.of_one
+    if average:
+        states.append(Part("weights", average, "moving average of the policy, in fp32"))
 
     graph = activations(
         on, on.pass_tokens(mini, length, most), config.peft, checkpointing=config.activation_checkpointing,
@@ -66,19 +75,43 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
         on, rows, prompts.longest, config.max_new_tokens, folds=config.peft.method in FOLDED,
         gathers=on.shards_weights,
     )  # fmt: skip
+    mix = list(mixed(config, on, once=once))
     phases = [
+        loading(on, trained, others=int(others)),
         Phase("sampling", [*states, *decoding]),
         Phase("reward model", [*states, *([folded(on)] if folds else []), reading(on, scored)]),
         Phase("reference", [*states, reading(on, scored), logits(on, learns=False)]),
-        Phase("learning", [*states, trained.gradients(passes=passes), graph, logits(on, learns=True)]),
+        Phase("learning", [*states, trained.gradients(passes=passes), graph, *mix, logits(on, learns=True)]),
         Phase("optimizer step", [*states, trained.gradients(passes=passes, at_step=True)]),
-        Phase("publishing", [*states, *published(on, trained.parameters / 2)]),
+        Phase("publishing", [*states, *published(on, trained.of_one)]),
     ]
     return Demand(
         phases, ppo_work(config, on, trained, once=once, has_reward=reward_method is not None),
-        artifact=weight_bytes(on), checkpoint=3 * FP32 * trained.parameters + best,
+        artifact=artifact_bytes(on, config.peft),
+        checkpoint=3 * FP32 * trained.parameters + best + average,
         longest=length.longest + METHODS[config.peft.method].added_tokens(on.shape, config.peft),
     )  # fmt: skip
+
+
+def mixed(config: PpoConfig, on: Setting, *, once: bool) -> Iterator[Part]:
+    """Activations of the pretraining mix that are there beside those of PPO's own losses: of a pass, where
+    the rollout's were kept; of all passes under DeepSpeed. Else the larger of both, and none beside."""
+    if not config.ptx.coef:
+        return
+    lengths = mix_lengths(config, on)
+    tokens = on.pass_tokens(config.ptx.rows, lengths, config.micro_batch_tokens)
+    if on.zero not in ("none", "fsdp2"):
+        tokens = max(tokens, config.ptx.rows / on.ranks * lengths.mean)
+    elif not once:
+        length = joined(on.sizes("ppo", "train"), exactly(config.max_new_tokens))
+        own = on.pass_tokens(config.minibatch_episodes, length, config.micro_batch_tokens)
+        tokens = max(0.0, tokens - own)
+    yield activations(on, tokens, config.peft, checkpointing=config.activation_checkpointing)
+
+
+def mix_lengths(config: PpoConfig, on: Setting) -> Lengths:
+    """Of the rows of the pretraining mix."""
+    return on.sizes("sft" if config.ptx.data is None else "ptx", "train")
 
 
 def ppo_work(config: PpoConfig, on: Setting, trained: Trained, *, once: bool, has_reward: bool) -> list[Task]:
@@ -94,6 +127,14 @@ def ppo_work(config: PpoConfig, on: Setting, trained: Trained, *, once: bool, ha
         by_policies, by_scalars = by_policies + episodes, by_scalars + episodes
     learned = config.epochs * episodes
     updates = config.steps * config.epochs * math.ceil(config.batch_episodes / config.minibatch_episodes)
+    mixed_in = []
+    if config.ptx.coef:
+        mix = mix_lengths(config, on)
+        tokens = updates * config.ptx.rows * mix.mean
+        mixed_in = [worker.train(
+            tokens, mix.mean, config.peft.method, predicted=tokens,
+            checkpointing=config.activation_checkpointing, what="pretraining mix",
+        )]  # fmt: skip
     return [
         worker.load(5, what="four models, published model"),
         *worker.decode(episodes, config.batch_episodes / on.ranks, prompts.mean, new, what="episodes"),
@@ -106,5 +147,6 @@ def ppo_work(config: PpoConfig, on: Setting, trained: Trained, *, once: bool, ha
             2 * learned * length, length, config.peft.method, predicted=learned * new,
             checkpointing=config.activation_checkpointing, what="policy and critic",
         ),
+        *mixed_in,
         worker.optimize(trained.parameters, updates),
     ]  # fmt: skip

@@ -62,7 +62,7 @@ class Learner:
         self.phases = Phases(self.compute.device)
         self.update = Update(config, engine, policy, mix, job, self.phases)
         self.sampling = torch.Generator().manual_seed(job.seed)
-        self.bad_steps, self.done = 0, 0
+        self.bad_steps, self.done, self.evaluated = 0, 0, 0
         self.texts: list[str] = []
         """The current step's responses."""
         self.history: list[dict[str, float]] = []
@@ -85,7 +85,7 @@ class Learner:
         config, checkpoints = self.config, self.job.checkpoints
         state = checkpoints.restore(self.engine)
         if state is None:
-            self.first = self.last = self.evaluate(held_out, 0)
+            self.first = self.last = self.evaluate(held_out)
         else:
             self.load_state_dict(state)
             if self.bad_steps > config.max_bad_steps:
@@ -96,6 +96,7 @@ class Learner:
         batches = prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed)
         with self.job.progress.task("ppo: steps", config.steps) as task, checkpoints.training():
             task.skip(self.done)
+            self.evaluate_if_due(held_out)  # it may be what stopped the run before
             for step, rows in enumerate(batches, 1):
                 if step <= self.done:
                     continue
@@ -109,10 +110,9 @@ class Learner:
                     checkpoints.save(self.done, self.engine, self.state_dict())
                     raise
                 self.history.append(metrics)
-                if step % config.evaluate_every == 0 or step == config.steps:
-                    self.last = self.evaluate(held_out, step)
                 self.job.log(metrics, step)
                 self.done = step
+                self.evaluate_if_due(held_out)
                 was_skipped = "score" not in metrics
                 task.advance(
                     1, "skipped" if was_skipped else f"score {metrics['score']:+.2f} kl {metrics['kl']:.2f}"
@@ -150,7 +150,8 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """All but what the engine keeps."""
         return {
-            "done": self.done, "bad_steps": self.bad_steps, "history": self.history,
+            "done": self.done, "evaluated": self.evaluated,
+            "bad_steps": self.bad_steps, "history": self.history,
             "kl": self.kl.state_dict(), "normalizer": self.normalizer.state_dict(),
             "sampling": self.sampling.get_state(), "update": self.update.state_dict(),
             "first": tuple(self.first or ()), "last": tuple(self.last or ()), "best": tuple(self.best or ()),
@@ -159,7 +160,8 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.done, self.bad_steps, self.history = state["done"], state["bad_steps"], state["history"]
+        self.done, self.evaluated = state["done"], state["evaluated"]
+        self.bad_steps, self.history = state["bad_steps"], state["history"]
         self.kl.load_state_dict(state["kl"])
         self.normalizer.load_state_dict(state["normalizer"])
         self.sampling.set_state(state["sampling"])
@@ -205,15 +207,17 @@ class Learner:
             TooBadError: there were too many.
         """
         self.bad_steps += 1
-        self.job.progress.console.print(
-            f"ppo: step {step} skipped: {reason}", highlight=False, style="yellow"
-        )
+        self.warn(f"step {step} skipped: {reason}")
         if self.bad_steps > self.config.max_bad_steps:
             raise TooBadError(
                 f"{self.bad_steps} steps had to be skipped, more than "
                 f"ppo.max_bad_steps={self.config.max_bad_steps}; the last because {reason} Mend "
                 f"ppo.reward={self.config.reward}, or lower ppo.optim.lr"
             )
+
+    def warn(self, text: str) -> None:
+        """Say it; it may quote a response, whose brackets are no markup."""
+        self.job.progress.console.print(f"ppo: {text}", highlight=False, markup=False, style="yellow")
 
     def stop(self, step: int, rows: Sequence[PromptRow], reason: str) -> NoReturn:
         """Keep the state and the batch, and end.
@@ -275,7 +279,23 @@ class Learner:
             )
         return experience, scored
 
-    def evaluate(self, rows: Sequence[PromptRow], step: int) -> Evaluation:
+    def evaluate_if_due(self, rows: Sequence[PromptRow]) -> None:
+        """Evaluate what the last step has left, once.
+
+        Raises:
+            RewardError: the reward is not there; the step is kept, and the evaluation comes first next time.
+        """
+        due = self.done % self.config.evaluate_every == 0 or self.done == self.config.steps
+        if not due or self.evaluated == self.done:
+            return
+        try:
+            self.last = self.evaluate(rows)
+        except RewardError:
+            self.job.checkpoints.save(self.done, self.engine, self.state_dict())
+            raise
+        self.evaluated = self.done
+
+    def evaluate(self, rows: Sequence[PromptRow]) -> Evaluation:
         """Measure the policy on held-out prompts; keep its weights when it is the best so far."""
         with self.update.published_weights():
             result, texts = evaluate_policy(
@@ -290,9 +310,14 @@ class Learner:
             )
             if self.best is None or result.score > self.best.score:
                 self.best, self.best_weights = result, self.engine.trainable_state(self.policy.model)
-        self.job.log({f"held_out_{name}": value for name, value in result._asdict().items()}, step)
+        if result.unscored:
+            self.warn(
+                f"{result.unscored} of {len(rows)} held-out responses got no finite score after step "
+                f"{self.done}; held_out_score is the others' mean."
+            )
+        self.job.log({f"held_out_{name}": value for name, value in result._asdict().items()}, self.done)
         for row, text in list(zip(rows, texts, strict=True))[:8]:
-            self.job.sample(step=step, prompt=row.prompt, response=text)
+            self.job.sample(step=self.done, prompt=row.prompt, response=text)
         return result
 
 

@@ -16,7 +16,7 @@ from rlhf.distributed import Compute
 from rlhf.generation.policy import Policy
 from rlhf.losses.policy import PolicyLoss
 from rlhf.losses.value import ValueLoss
-from rlhf.rewards.source import Exchange, Reward, finite_scores
+from rlhf.rewards.source import Exchange, Reward, RewardError
 from rlhf.rl.kl import kl_k1, kl_k3
 from rlhf.rl.rollout import Experience
 from rlhf.rl.statistics import distinct_n, explained_variance
@@ -97,12 +97,14 @@ class Evaluation(NamedTuple):
     """A policy on held-out prompts."""
 
     score: float
-    """Mean learned (or rule) score, raw."""
+    """Mean learned (or rule) score, raw, of the responses that got one."""
     kl: float
     """Nats a sequence, from the reference."""
     length: float
     """Response tokens."""
     stop_rate: float
+    unscored: int
+    """Responses whose score is not finite."""
 
 
 def evaluate_policy(
@@ -116,7 +118,11 @@ def evaluate_policy(
     seed: int,
     micro_batch_tokens: int,
 ) -> tuple[Evaluation, list[str]]:
-    """Sample one response a prompt, always with the same seed, and measure them."""
+    """Sample one response a prompt, always with the same seed, and measure them.
+
+    Raises:
+        RewardError: no response got a finite score.
+    """
     rollout, texts = policy.sample(
         [row.prompt for row in rows],
         max_new_tokens=max_new_tokens,
@@ -125,11 +131,17 @@ def evaluate_policy(
         batch_rows=len(rows),
     )
     exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
-    scores = finite_scores(reward, exchanges, "ppo.reward, on a held-out prompt,")
+    score_B = reward(exchanges)
+    scored_B = score_B.isfinite()
+    if not bool(scored_B.any()):
+        raise RewardError(
+            "ppo.reward gave no finite score for any response to the held-out prompts. Mend it."
+        )
     logp_BR = policy.log_probabilities(rollout, temperature, micro_batch_tokens)
     reference_BR = reference.log_probabilities(rollout, temperature, micro_batch_tokens)
     kl = float(kl_k1(logp_BR, reference_BR, rollout.mask_BR).sum()) / len(rows)
     lengths = rollout.response_lengths.float()
     return Evaluation(
-        float(scores.mean()), kl, float(lengths.mean()), float(rollout.stopped.float().mean())
-    ), texts
+        float(score_B[scored_B].mean()), kl, float(lengths.mean()), float(rollout.stopped.float().mean()),
+        int((~scored_B).sum()),
+    ), texts  # fmt: skip

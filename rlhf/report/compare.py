@@ -109,7 +109,8 @@ def draw(metrics: Mapping[str, float], quality: Quality, path: Path) -> None:
             for key in ("cost_per_thousand", quality, f"{quality}_low", f"{quality}_high")
         )
         axes.errorbar(
-            x, y, yerr=[[y - low], [high - y]], fmt=MARKERS[number % len(MARKERS)], capsize=3,
+            x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],  # of few samples, not around the mean
+            fmt=MARKERS[number % len(MARKERS)], capsize=3,
             color=PROMPTED if name in METHODS else TUNED,
             label="\n".join([words_of(name), *_pays_off(metrics, name)]),
         )  # fmt: skip

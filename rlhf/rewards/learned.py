@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.artifacts import weights_digest
 from rlhf.data.chat import exchange_ids, tokenizer_digest
 from rlhf.distributed import Compute
-from rlhf.models.load import ModelConfig, load_tokenizer
+from rlhf.models.load import ModelConfig, context_length, load_tokenizer
 from rlhf.models.offload import offload
 from rlhf.models.published import attach_published, described, origin_of
 from rlhf.models.scalar import ScalarModel, load_scalar_model
@@ -59,6 +59,12 @@ class LearnedReward:
             torch.tensor(exchange_ids(self.tokenizer, exchange.prompt, exchange.response)[0])
             for exchange in exchanges
         ]
+        longest, room = max(map(len, rows), default=0), context_length(self.model.model.config)
+        if longest > room:
+            raise RewardError(
+                f"{self.directory}: the reward model reads {room} tokens, and a prompt with its response has "
+                f"{longest}. Give shorter prompts, sample fewer tokens, or take another reward model."
+            )
         with self._whole():
             return self.model.score(rows, self.micro_batch_tokens, self.compute)
 
@@ -69,6 +75,7 @@ def load_learned_reward(
     compute: Compute,
     micro_batch_tokens: int,
     backbone: Backbone | None = None,
+    device: torch.device | None = None,
 ) -> LearnedReward:
     """Load a published reward model: its LoRA adapter alone, if it was trained on those of `backbone`.
 
@@ -87,7 +94,7 @@ def load_learned_reward(
         weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # as load_scalar_model reads it
         model = ScalarModel(trunk, weight)
         return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, adapter.folded_in)
-    model = load_scalar_model(directory, config, compute.dtype).to(compute.device)
+    model = load_scalar_model(directory, config, compute.dtype).to(device or compute.device)
     return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute)
 
 
@@ -109,12 +116,13 @@ def make_reward(
     compute: Compute,
     micro_batch_tokens: int,
     backbone: Backbone | None = None,
+    device: torch.device | None = None,
 ) -> Reward:
     """The reward that a `RewardSource` names; `learned` is the reward stage's artifact, `backbone` what a
-    learned one may share."""
+    learned one may share, `device` another one than where it shall run, if something is going to move it."""
     directory = reward_directory(source, learned)
     if directory is not None:
-        return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone)
+        return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, device)
     if source.startswith(("http:", "https:")):
         return spread(remote_reward(source), compute)
     return spread(vader_reward if source == "vader" else function_reward(source), compute)

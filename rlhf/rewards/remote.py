@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 
 import torch
 from torch import Tensor
@@ -51,11 +52,12 @@ def _ask(url: str, body: bytes) -> object:
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
                 return json.loads(response.read())
-        except (OSError, ValueError) as error:  # HTTP errors, refused connections and timeouts are OSErrors
+        # HTTP errors, refused connections and timeouts are OSErrors; an answer cut short is an HTTPException
+        except (OSError, ValueError, HTTPException) as error:
             if attempt == TRIES - 1:
                 raise RewardError(
                     f"{redacted(url)}: the reward server does not answer, asked {TRIES} times ({error}). "
-                    "Start it; the same command goes on from where this run stopped."
+                    "Start it, and run the same command again."
                 ) from None
             time.sleep(PAUSE_SECONDS * 2**attempt)
     raise AssertionError

@@ -5,10 +5,12 @@ A reward is a callable from exchanges to one fp32 score each, on the CPU; higher
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from pydantic import AfterValidator
@@ -33,6 +35,11 @@ UserFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 def _checked(source: str) -> str:
     kind, _, rest = source.partition(":")
+    if kind in ("http", "https"):
+        try:
+            urlsplit(source).port  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"{error}: use http://HOST:PORT/PATH") from None
     if source in ("learned", "vader") or (kind in ("model", "http", "https") and rest):
         return source
     if kind == "python" and ":" in rest:
@@ -65,13 +72,20 @@ def function_reward(source: str) -> Reward:
 
     def score(exchanges: Sequence[Exchange]) -> Tensor:
         prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
-        scores = torch.as_tensor(function(prompts, [exchange.response for exchange in exchanges]))
+        try:
+            scores = torch.as_tensor(function(prompts, [exchange.response for exchange in exchanges]))
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise RewardError(
+                f"{source}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno}). "
+                "It must return one number for each response."
+            ) from error
         if scores.shape != (len(exchanges),):
-            raise ConfigError(
+            raise RewardError(
                 f"{source} returned shape {tuple(scores.shape)} for {len(exchanges)} responses; "
                 "it must return one number for each."
             )
-        return scores.float()
+        return scores.detach().float().cpu()
 
     return score
 

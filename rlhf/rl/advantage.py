@@ -65,7 +65,7 @@ def mean_and_variance(moments: Tensor) -> tuple[float, float]:
     return mean, variance if variance > 1e-13 * mean_square else 0.0
 
 
-def whiten(x_BR: Tensor, mask_BR: Tensor, moments: Tensor, *, shift_mean: bool = True) -> Tensor:
+def whiten(x_BR: Tensor, mask_BR: Tensor, moments: Tensor) -> Tensor:
     """x with mean 0 and (population) variance 1 over all that `moments` counted; 0 outside the mask.
 
     Source: Huang et al. 2024, arXiv:2403.17031, "Reward and advantage whitening".
@@ -75,10 +75,7 @@ def whiten(x_BR: Tensor, mask_BR: Tensor, moments: Tensor, *, shift_mean: bool =
         mask_BR: bool, true on sampled tokens.
         moments: `masked_moments`, added over all ranks. Local ones would make the result depend on the
             number of GPUs.
-        shift_mean: False scales only and keeps the mean.
     """
     mean, variance = mean_and_variance(moments)
     whitened_BR = (x_BR.double() - mean) / (variance + VARIANCE_FLOOR) ** 0.5
-    if not shift_mean:
-        whitened_BR = whitened_BR + mean
     return torch.where(mask_BR, whitened_BR, 0.0).to(x_BR.dtype)

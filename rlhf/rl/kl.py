@@ -79,6 +79,3 @@ class AdaptiveKL:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.coef = state["coef"]
-
-
-KLController = FixedKL | AdaptiveKL

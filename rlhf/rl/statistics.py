@@ -2,18 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from rlhf.rl.advantage import masked_moments, mean_and_variance
-
-
-def masked_mean(x_BR: Tensor, mask_BR: Tensor) -> Tensor:
-    """Scalar, unit of x: the mean over true mask entries; nan when there are none. Padding may hold anything.
-
-    Of this rank only: for a global mean, add `masked_moments` over ranks and divide.
-    """
-    return torch.where(mask_BR, x_BR, 0.0).sum() / mask_BR.sum()
 
 
 def explained_variance(value_BR: Tensor, return_BR: Tensor, mask_BR: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
 from rlhf.data.chat import (
@@ -65,8 +65,10 @@ def test_chatml_by_hand(tiny_model: Path) -> None:
 def test_the_plain_template_by_hand(tiny_model: Path) -> None:
     tokenizer = make(tiny_model, PLAIN)
     assert text_of(tokenizer, prompt_ids(tokenizer, TALK)) == (
-        "System: Be kind.\n\nUser: Hi\n\nAssistant: Hello<|im_end|>\n\nUser: Bye\n\nAssistant: "
+        "<|im_start|>System: Be kind.\n\nUser: Hi\n\nAssistant: Hello<|im_end|>\n\nUser: Bye\n\nAssistant: "
     )
+    tokenizer.bos_token = None
+    assert text_of(tokenizer, prompt_ids(tokenizer, HI)) == "User: Hi\n\nAssistant: "
 
 
 def test_only_role_and_content_reach_the_template(tiny_model: Path) -> None:
@@ -117,6 +119,15 @@ def test_the_end_of_a_turn_is_the_templates(tiny_model: Path, template: str, end
     tokenizer = make(tiny_model, template, "<start_of_turn>", "<end_of_turn>")
     assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
     assert exchange_ids(tokenizer, HI, "x")[0][-1] == end_of_turn_id(tokenizer)
+
+
+def test_a_turns_end_need_not_be_among_the_named_tokens(tiny_model: Path) -> None:
+    """Gemma 3 and Phi flag theirs as special, and name them nowhere else."""
+    tokenizer = make(tiny_model, GEMMA)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<start_of_turn>", "<end_of_turn>")])
+    turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert turn not in tokenizer.all_special_ids
+    assert end_of_turn_id(tokenizer) == turn
 
 
 def test_without_any_stop_token_there_is_no_way_to_end(tiny_model: Path) -> None:

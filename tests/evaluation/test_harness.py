@@ -87,7 +87,7 @@ def test_what_is_not_there_is_told_before_anything_runs(tasks: Path, monkeypatch
         Harness(["sums"], tasks, None).fetch()
     # as on a machine without it: the tests' own environment has it
     monkeypatch.setattr(harness, "find_spec", lambda name: importlib.util.find_spec("no_such_package"))
-    with pytest.raises(ConfigError, match=r"evaluate\.lm_eval needs lm-eval: pip install 'rlhf\[lm_eval\]'"):
+    with pytest.raises(ConfigError, match=r"evaluate\.lm_eval needs lm-eval: pip install -e '\.\[lm_eval\]'"):
         Harness(["sums"], tasks, None).check()
 
 

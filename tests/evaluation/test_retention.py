@@ -167,6 +167,8 @@ def test_without_one_the_first_token_is_given(tokenizer: PreTrainedTokenizerBase
     tokenizer.bos_token = None
     given, predicted = continuation_ids(tokenizer, "", "ab")
     assert [tokenizer.decode(given), tokenizer.decode(predicted)] == ["a", "b"]
+    given, predicted = continuation_ids(tokenizer, "", "a")
+    assert given == [tokenizer.eos_token_id] and tokenizer.decode(predicted) == "a"
 
 
 def test_a_tokenizer_that_begins_texts_with_a_space(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -137,7 +137,7 @@ def test_a_crashed_rank_ends_the_job_with_its_reason(cluster: SlurmCluster) -> N
         "import os\n"
         "def score(prompts, responses):\n"
         "    if os.environ['RANK'] == '1':\n"
-        "        raise ValueError('no score today')\n"
+        "        raise SystemExit('no score today')\n"
         "    return [float(len(response)) for response in responses]\n"
     )
     reward = ("ppo.reward=python:failing:score", "ppo.critic.init=sft", "ppo.score.normalize=running")

@@ -148,6 +148,12 @@ def test_gpt2s_layers_are_linear_too() -> None:
     torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)
 
 
+def test_layers_that_cannot_be_held_in_4_bits_are_refused() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300))
+    with pytest.raises(ConfigError, match="peft=qlora: bitsandbytes holds no weights of GPT2LMHeadModel"):
+        attach(model, PeftConfig(method="qlora", rank=4))
+
+
 def test_rank_and_alpha_are_told_apart(tiny_model: Path) -> None:
     moved = {}
     for alpha in (8.0, 16.0):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config
 
 from rlhf.config import ConfigError
 from rlhf.data.chat import CHATML, PLAIN
@@ -24,8 +24,10 @@ from rlhf.models.load import (
     ModelConfig,
     base_files,
     base_identity,
+    context_length,
     load_causal_lm,
     load_tokenizer,
+    save_policy,
 )
 
 
@@ -65,6 +67,38 @@ def test_the_pad_token_is_never_the_stop_token(tiny_model: Path) -> None:
 def test_a_pad_token_of_its_own_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     directory = with_tokenizer(tiny_model, tmp_path, pad_token="<|im_start|>")
     assert load_tokenizer(directory, config()).pad_token == "<|im_start|>"
+
+
+def test_a_pad_token_may_be_one_that_is_only_flagged_as_special(tiny_model: Path, tmp_path: Path) -> None:
+    directory = with_tokenizer(tiny_model, tmp_path, bos_token="<|im_end|>")
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": []}))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert set(tokenizer.all_special_tokens) == {"<|im_end|>"}
+    assert load_tokenizer(directory, config()).pad_token == "<|endoftext|>"
+
+
+def test_a_policy_with_sampling_values_that_are_not_used_can_be_published(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Llama 2's generation config; transformers reads it, and refuses to write it."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    path = base / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.6, "top_p": 0.9}))
+    tokenizer = load_tokenizer(base, config())
+    save_policy(load_causal_lm(base, config(), torch.float32), tokenizer, tmp_path / "published")
+    found = GenerationConfig.from_pretrained(tmp_path / "published")
+    assert found.eos_token_id == [tokenizer.eos_token_id] and found.temperature in (None, 1.0)
+
+
+def test_long_rope_is_read_up_to_where_its_frequencies_change() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    phi = Phi3Config(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+        original_max_position_embeddings=64, rope_parameters={**rope, "rope_theta": 10000.0},
+    )  # fmt: skip
+    assert context_length(phi) == 64
+    assert context_length(Phi3Config(max_position_embeddings=256)) == 256
 
 
 def test_the_chat_template_is_the_configured_one(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from small_job import on_cpu
 from test_adapters import IDS, TINY, load, train
 from test_methods import saved
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, PreTrainedModel
 
 from rlhf.config import ConfigError, PeftConfig
+from rlhf.generation.local import generate
 from rlhf.generation.policy import Policy
 from rlhf.models.adapters import attach, count_parameters, merged_weights
 from rlhf.models.checkpointing import checkpoint_layers
@@ -137,6 +139,39 @@ def test_a_second_tree_has_tokens_of_its_own(method: str, tiny_model: Path) -> N
     train(model)
     assert torch.equal(last_hidden(other, ROWS)[0], before[0])
     assert not torch.allclose(last_hidden(model, ROWS)[0], before[0], atol=1e-3)
+
+
+def small_model(kind: str) -> PreTrainedModel:
+    sizes = {"vocab_size": 300, "max_position_embeddings": 64, "num_attention_heads": 2}
+    if kind == "gpt2":
+        config: Any = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300, n_positions=64)
+    elif kind == "opt":
+        config = OPTConfig(
+            hidden_size=32, ffn_dim=64, num_hidden_layers=2, word_embed_proj_dim=32, dropout=0.0, **sizes
+        )
+    else:
+        config = GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, **sizes)
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt"])
+def test_sampling_sees_them_in_models_of_other_families(kind: str, method: str) -> None:
+    """What was sampled has the probability that the model says it has, and another one without them."""
+    model = small_model(kind)
+    prompts, uniform_BR = [IDS[0, :5], IDS[0, :9]], torch.rand(2, 8)
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "stop_ids": [299], "pad_id": 0, "batch_rows": 2}
+    attach(model, PeftConfig.model_validate({"method": method, "tokens": 4}))
+    rollout = generate(model, prompts, uniform_BR=uniform_BR, **settings)
+    assert rollout.sampled_logp is not None
+    batch = pack_sequences(prompts, rollout.response_ids, torch.device("cpu"))
+    with torch.no_grad():
+        logp_N = response_statistics(model, batch, 1.0).logp_N
+        without_N = response_statistics(small_model(kind), batch, 1.0).logp_N
+    torch.testing.assert_close(torch.cat(rollout.sampled_logp), logp_N, atol=1e-4, rtol=1e-4)
+    assert (logp_N - without_N).abs().max() > 1e-3
 
 
 def test_they_take_room_from_the_context(tiny_model: Path, tmp_path: Path) -> None:

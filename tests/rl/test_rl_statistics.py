@@ -10,15 +10,9 @@ from rlhf.rl.statistics import (
     distinct_n,
     explained_variance,
     explained_variance_from_moments,
-    masked_mean,
 )
 
 MASK_BR = torch.tensor([[True, True, False]])
-
-
-def test_masked_mean():
-    assert masked_mean(torch.tensor([[1.0, 4.0, math.nan]]), MASK_BR).item() == 2.5
-    assert math.isnan(masked_mean(torch.ones(1, 3), torch.zeros_like(MASK_BR)).item())
 
 
 # Padding holds nan in the values and a huge number in the returns.

@@ -222,7 +222,16 @@ def test_what_training_rows_ask_is_left_out(asks: str, tiny_model: Path, tmp_pat
     assert (job.summary["questions"], job.summary["leaks"]) == (1, 1)
     questions.write_text(json.dumps(rows[0]))
     with pytest.raises(ConfigError, match="a training row asks the same as each of its 1 questions"):
-        run_stage(stage, tiny_model, tmp_path / "again")
+        stage.check_data(job.data)  # before anything is trained
+
+
+def test_few_shot_without_examples_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    data = PreparedData(tmp_path)
+    data.write("sft", "train", [SftRow([], "A text.")])
+    data.write("sft", "held_out", [SftRow(user("Where is the fox?"), "There.")])
+    with pytest.raises(ConfigError, match=r"compare\.methods: few_shot takes its examples"):
+        make_stage().check_data(data)
+    make_stage(methods=["zero_shot", "retrieval"]).check_data(data)
 
 
 def test_without_references_the_reward_decides(tiny_model: Path, tmp_path: Path) -> None:
@@ -260,11 +269,25 @@ def test_what_cannot_be_compared_is_told_before_the_run(changes: dict[str, Any],
         make_stage(**changes)
 
 
+def test_an_artifact_that_lost_its_lineage_is_told_before_the_run(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (tmp_path / "ppo").mkdir()
+    scratch = store.scratch("ppo", "tuned")
+    scratch.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(
+        stage="ppo", key="tuned", recipe={"inputs": {"sft": "gone"}}, config={}, metrics={}, seconds=50.0,
+        created="", git_revision=None, packages={}, hardware="", files={},
+    )  # fmt: skip
+    store.publish(scratch, manifest)
+    with pytest.raises(ConfigError, match="made from sft/gone, which is not in the store"):
+        make_stage(artifacts=[str(tmp_path / "ppo" / "tuned")]).check({})
+
+
 def test_a_missing_package_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     make_stage().check({})
     monkeypatch.setattr("rlhf.stages.compare.PACKAGES", ("bm25s", "no_such_package"))
     with pytest.raises(
-        ConfigError, match=r"stage=compare needs no_such_package: pip install 'rlhf\[compare\]'"
+        ConfigError, match=r"stage=compare needs no_such_package: pip install -e '\.\[compare\]'"
     ):
         make_stage().check({})
 

@@ -101,7 +101,13 @@ def test_one_small_gpu_needs_the_hosts_memory(chain: Chain, config_of_8b: Path) 
         (["plan.max_added_latency=0"], ["few-shot", "retrieval"], "and plan.max_added_latency=0"),
         (["compare.few_shot.examples=200"], ["few-shot"], "and the context has 40960"),
         (["sft.max_tokens=499"], ["full", "LoRA"], "a row has 500 tokens, and sft.max_tokens=499 cuts them"),
-        (["plan.trains=[sft,reward]"], ["adapter", "prefix"], "the stages behind sft train on its weights"),
+        (["plan.trains=[sft,reward]"], ["adapter", "prefix"], "it is not merged into the weights, so reward"),
+        (["plan.trains=[reward]", "sft.peft=prefix"], ["LoRA"], "sft.peft=prefix: it is"),
+        (
+            ["generation=vllm", "plan.deploy=many_adapters"],
+            ["adapter", "prefix"],
+            "generation=vllm: sft.peft=",
+        ),
         (["plan.gpu_memory=16GiB"], ["DoRA", "adapter"], "does not fit"),
     ],
 )

@@ -242,10 +242,10 @@ def test_replay_needs_something_to_replay(tiny_model: Path) -> None:
         ConfigError, match=r"replay_fraction=0\.2 needs sft\.replay, a source of general data"
     ):
         sft_stage("sft.replay_fraction=0.2")
-    stage, task = sft_stage(REPLAY, "sft.replay_fraction=0.2"), encoded(tiny_model, TRAIN)
-    too_long = encoded(tiny_model, [SftRow([Message(role="user", content="x" * 90)], "never read")])
+    stage = sft_stage(REPLAY, "sft.replay_fraction=0.2")
+    too_long = [SftRow([Message(role="user", content="x" * 90)], "never read")]
     with pytest.raises(ConfigError, match=r"sft\.replay=general\.txt: no row .* sft\.max_tokens=80"):
-        stage.with_replay(stage.batches(task, 0), too_long, 0)
+        stage.encoded(load_tokenizer(tiny_model, TINY), too_long, "sft.replay=general.txt: no row")
     assert sft_stage(REPLAY).roles() == ("sft",)
     assert stage.roles() == ("sft", "replay")
 
@@ -255,6 +255,20 @@ def test_rows_of_which_nothing_is_left_to_learn_are_refused(tmp_path: Path, tiny
         ConfigError, match=r"no training row has anything to learn within sft\.max_tokens=5\."
     ):
         run_stage(tmp_path, tiny_model, "sft.max_tokens=5")
+
+
+def test_a_row_whose_prompt_fills_the_limit_is_left_out_and_counted(tmp_path: Path, tiny_model: Path) -> None:
+    without = run_stage(tmp_path / "without", tiny_model)
+    job = sft_job(tmp_path / "job", tiny_model)
+    too_long = SftRow([Message(role="user", content="x" * 90)], "never read")
+    job.data.write("sft", "train", [*TRAIN, too_long])
+    job.data.write("sft", "held_out", [*HELD_OUT, too_long])
+    torch.manual_seed(0)
+    sft_stage().run(job)
+    assert job.summary is not None and without.summary is not None
+    assert (without.summary["rows_left_out"], job.summary["rows_left_out"]) == (0, 1)
+    assert job.summary["held_out_loss"] == without.summary["held_out_loss"]
+    assert distance(published(job), published(without)) == 0.0
 
 
 def test_a_learning_rate_that_explodes_ends_with_the_batch_and_a_way_out(

@@ -1,0 +1,29 @@
+"""A launcher touches nothing of a run directory that another run holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import ConfigError
+from rlhf.launch import launch
+from rlhf.run import Run
+
+
+def test_the_ranks_files_of_a_run_that_goes_on_are_left_alone(tmp_path: Path) -> None:
+    errors = tmp_path / "ranks" / "rank0.err"
+    errors.parent.mkdir()
+    errors.write_text("why it failed")
+    with (
+        Run(tmp_path).alone(),
+        pytest.raises(ConfigError, match=f"run_name={tmp_path.name}: another run is writing"),
+    ):
+        launch({}, tmp_path, 2)
+    assert errors.read_text() == "why it failed"
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"runs_dir=.*file: .* cannot be written"):
+        launch({}, tmp_path / "file" / "run", 2)

@@ -1,0 +1,116 @@
+"""Held-out evaluations while PPO runs: each is made once, whatever stops the run in between."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from small_ppo import length, ppo_job, ppo_learner, ppo_stage, prompts
+from torch import Tensor
+
+from rlhf.config import ConfigError
+from rlhf.ppo.learner import Learner
+from rlhf.rewards.source import Exchange, Reward, RewardError
+
+SMALL = (
+    "ppo.steps=4", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=6",
+    "ppo.evaluate_every=2", "ppo.score.normalize=running",
+)  # fmt: skip
+TRAIN, HELD_OUT = prompts(range(100, 140)), prompts(range(700, 704))
+
+
+class Faulty:
+    """The response's length, but in chosen calls: of rollouts (8 rows), counted from 1, or of evaluations (4
+    rows), counted from 0."""
+
+    def __init__(self, *, bad_rollout: int = 0, away_since: int = 99, unscored: int = 0) -> None:
+        self.bad_rollout, self.away_since, self.unscored = bad_rollout, away_since, unscored
+        self.rollouts, self.evaluations = 0, 0
+        self.responses: list[str] = []
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+        scores = length(exchanges)
+        self.responses = [exchange.response for exchange in exchanges]
+        if len(exchanges) == len(HELD_OUT):
+            if self.evaluations >= self.away_since:
+                raise RewardError("the reward server does not answer")
+            self.evaluations += 1
+            scores[: self.unscored] = math.nan
+        else:
+            self.rollouts += 1
+            if self.rollouts == self.bad_rollout:
+                scores[3] = math.nan
+        return scores
+
+
+def learner_in(directory: Path, model: Path, reward: Reward, *overrides: str) -> Learner:
+    """As a new process would make it: only the checkpoints are of an earlier attempt."""
+    torch.manual_seed(0)
+    job = ppo_job(directory, model, checkpoints=directory.with_name("checkpoints"))
+    return ppo_learner(ppo_stage(*SMALL, *overrides), job, reward)
+
+
+def train(learner: Learner) -> dict[str, float]:
+    return learner.train(TRAIN, HELD_OUT)
+
+
+def evaluated_steps(learner: Learner) -> list[int]:
+    lines = [json.loads(line) for line in (learner.job.directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "ppo/held_out_score" in line]
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_a_reward_that_is_gone_during_an_evaluation_costs_nothing(
+    tmp_path: Path, tiny_model: Path, evaluation: int
+) -> None:
+    through = learner_in(tmp_path / "through" / "job", tiny_model, Faulty())
+    expected = train(through)
+    first = learner_in(tmp_path / "first", tiny_model, Faulty(away_since=evaluation))
+    with pytest.raises(RewardError):
+        train(first)
+    second = learner_in(tmp_path / "second", tiny_model, Faulty())
+    assert train(second) == expected
+    assert second.reward.rollouts == 4 - 2 * evaluation
+    assert evaluated_steps(second) == evaluated_steps(through) == [0, 2, 4]
+    for name, value in through.best_weights.items():
+        assert torch.equal(second.best_weights[name], value), name
+
+
+def test_what_a_bad_last_step_left_is_evaluated_by_the_next_run(tmp_path: Path, tiny_model: Path) -> None:
+    first = learner_in(tmp_path / "first", tiny_model, Faulty(bad_rollout=4), "ppo.max_bad_steps=0")
+    with pytest.raises(ConfigError, match="ppo: step 4: 1 steps had to be skipped"):
+        train(first)
+    assert evaluated_steps(first) == [0, 2]
+    second = learner_in(tmp_path / "second", tiny_model, Faulty(), "ppo.max_bad_steps=1")
+    summary = train(second)
+    assert evaluated_steps(second) == [0, 2, 4]
+    assert second.reward.rollouts == 0
+    assert second.last is not None and summary["held_out_score_last"] == second.last.score
+
+
+def test_held_out_responses_without_a_score_are_left_out_and_told(tmp_path: Path, tiny_model: Path) -> None:
+    reward = Faulty(unscored=1)
+    learner = learner_in(tmp_path / "job", tiny_model, reward)
+    learner.job.progress.console = console = Console(file=StringIO(), width=200)
+    result = learner.evaluate(HELD_OUT)
+    assert result.unscored == 1
+    assert result.score == pytest.approx(sum(len(text.encode()) for text in reward.responses[1:]) / 3)
+    assert isinstance(console.file, StringIO)
+    assert "1 of 4 held-out responses got no finite score after step 0" in console.file.getvalue()
+    reward.unscored = 4
+    with pytest.raises(RewardError, match="no finite score for any response"):
+        learner.evaluate(HELD_OUT)
+
+
+def test_a_response_that_looks_like_markup_is_quoted_as_it_is(tmp_path: Path, tiny_model: Path) -> None:
+    learner = learner_in(tmp_path / "job", tiny_model, Faulty())
+    learner.job.progress.console = console = Console(file=StringIO(), width=200)
+    learner.count_bad(1, "the reward of 'no [/INST] [red]' is nan.")
+    assert isinstance(console.file, StringIO)
+    assert "step 1 skipped: the reward of 'no [/INST] [red]' is nan." in console.file.getvalue()
