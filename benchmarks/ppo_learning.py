@@ -11,17 +11,19 @@ those of the demo: `python -m rlhf stage=reward` makes them, once, or --demo nam
 Equal on both sides: SFT model, reward model, prompts and their order (another one for each seed), lengths,
 episodes, minibatches, epochs, temperature, all parameters trained (no LoRA, unless --peft lora), one learning
 rate for policy and value model (TRL has no second one) that falls linearly to 0 without a warm-up (TRL's
-default), Adam's epsilon 1e-5, no weight decay, no clipping of gradients (TRL's trainer has none), KL coefficient
-with the k1 estimator, gamma, lambda, both clip ranges, and what an answer loses that does not end by itself
-(--missing-stop-penalty). The value model starts as the reward model in both (as in TRL's example). Scores are raw in both, without normalisation and clipping,
-since TRL has none; advantages are whitened in both, and rewards in neither (TRL's default).
+default), Adam's epsilon 1e-5, no weight decay, no clipping of gradients (TRL's trainer has none), KL
+coefficient with the k1 estimator, gamma, lambda, both clip ranges, and what an answer loses that does not end
+by itself (--missing-stop-penalty). The value model starts as the reward model in both (as in TRL's example).
+Scores are raw in both, without normalisation and clipping, since TRL has none; advantages are whitened in
+both, and rewards in neither (TRL's default).
 
 Each side's own, because the other has no knob for it: TRL scores a cut answer without an end token, puts the
 score one token behind the last one, and weights the value loss (0.1, its default; Adam all but divides it
-out); this project appends the end token. Precision is what each one's user gets: --precision auto is bf16 with fp32 masters here, where the
-hardware has it, and fp32 there; --precision bf16 is bf16 here and, there, what `accelerate launch
---mixed_precision bf16` gives. Neither the learning rate nor anything else was searched for either side. What
-is judged is the policy as it is then: this project's choice of the best one plays no part.
+out); this project appends the end token. Precision is what each one's user gets: --precision auto is bf16
+with fp32 masters here, where the hardware has it, and fp32 there; --precision bf16 is bf16 here and, there,
+what `accelerate launch --mixed_precision bf16` gives. Neither the learning rate nor anything else was
+searched for either side. What is judged is the policy as it is then: this project's choice of the best one
+plays no part.
 
 The directory keeps a JSON file for each trainer and seed, and those that are there are not run again; they
 must come from the same settings. Without --peer-python only this project's runs that are missing are run. In

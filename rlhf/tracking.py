@@ -52,8 +52,8 @@ class Sink(Protocol):
 class WandbSink:
     """Weights & Biases, offline unless told otherwise.
 
-    RUN_DIR/wandb.json keeps the run's id and the last step it was told of each stage: the same command, run
-    again, goes on with the same wandb run.
+    RUN_DIR/wandb.json keeps the run's id and how often it was told of each stage: the same command, run
+    again, says the same things in the same order, and goes on with the same wandb run behind them.
     """
 
     def __init__(
@@ -67,8 +67,9 @@ class WandbSink:
         known = json.loads(self._note.read_text()) if self._note.exists() else {}
         content = digest_of(redacted(resolved))
         self._id = known["id"] if known.get("config") == content else uuid4().hex[:8]
-        self._told: dict[str, int] = known["told"] if known.get("config") == content else {}
-        self._told_before = dict(self._told)
+        self._told: dict[str, int] = known.get("lines", {}) if known.get("config") == content else {}
+        self._said: dict[str, int] = {}
+        """By this process."""
         self._content = content
         try:
             self._run = wandb.init(
@@ -85,10 +86,11 @@ class WandbSink:
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
         """Each stage counts its own steps, so each gets its own x axis."""
-        if step <= self._told_before.get(stage, -1):
+        self._said[stage] = said = self._said.get(stage, 0) + 1
+        if said <= self._told.get(stage, 0):
             return
-        self._told[stage] = step
-        self._note.write_text(json.dumps({"id": self._id, "config": self._content, "told": self._told}))
+        self._told[stage] = said
+        self._note.write_text(json.dumps({"id": self._id, "config": self._content, "lines": self._told}))
         if stage not in self._stages:
             self._stages.add(stage)
             self._run.define_metric(f"{stage}/step")

@@ -61,6 +61,7 @@ class CompareStage(Stage):
     name: ClassVar[str] = "compare"
     samples: ClassVar[bool] = True
     is_timed: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     in_chain: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
 
@@ -169,7 +170,8 @@ class CompareStage(Stage):
                 "Give rows with answers, or a compare.reward and compare.quality=score."
             )
         library = find_library(self.corpus, data)
-        if "few_shot" in (*self.methods, *self.tuned_methods) and not library.examples:
+        methods = {*self.methods, *(self.tuned_methods if self.artifacts else ())}
+        if "few_shot" in methods and not library.examples:
             raise ConfigError(
                 "compare.methods: few_shot takes its examples from the training rows of sft.data that hold "
                 "one question and its answer, and there are none. Leave few_shot out."

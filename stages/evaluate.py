@@ -70,7 +70,7 @@ class EvaluateStage(Stage):
     """What `evaluate.*` can be told. Values: conf/stages/evaluate.yaml."""
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}

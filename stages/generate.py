@@ -29,7 +29,7 @@ class GenerateStage(Stage):
     """What `generate.*` can be told. Values: conf/stages/generate.yaml."""
 
     name: ClassVar[str] = "generate"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 

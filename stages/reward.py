@@ -47,7 +47,7 @@ class RewardStage(Stage):
     """What `reward.*` can be told. Values: conf/stages/reward.yaml."""
 
     name: ClassVar[str] = "reward"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"pairs", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -130,8 +130,8 @@ class RewardStage(Stage):
     ) -> dict[str, float]:
         """Train and publish; summary metrics of both."""
         model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype, new_head=True)
+        reset_head(model)  # on the CPU, so that it is the same wherever the model goes
         model.to(job.compute.loads_on)
-        reset_head(model)
         attach(model.model, self.peft)
         model.head.requires_grad_(True)
         model.offset.requires_grad_(False)

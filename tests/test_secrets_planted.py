@@ -46,6 +46,10 @@ import warnings
 secret, calls = os.environ["DB_PASSWORD"], []
 
 
+class CrashError(BaseException):
+    """No mistake of a reward's."""
+
+
 def score(prompts, responses):
     print("stdout", secret)
     print("stderr", repr(secret), os.environ["DATA_URL"], file=sys.stderr)
@@ -53,7 +57,8 @@ def score(prompts, responses):
     warnings.warn(f"warning {secret}")
     calls.append(len(responses))
     if len(calls) == int(os.environ["FAILS"]):
-        raise RuntimeError(f"cannot connect with {secret} to {os.environ['DATA_URL']}")
+        kind = {"crash": CrashError, "mistake": RuntimeError}[os.environ["HOW"]]
+        raise kind(f"cannot connect with {secret} to {os.environ['DATA_URL']}")
     return [float(len(response)) for response in responses]
 '''
 
@@ -145,16 +150,23 @@ def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
     assert '"reward":"model:<redacted>"' in manifest.read_text().replace(" ", "")
 
 
-def test_a_crash_of_two_ranks(chain: Chain) -> None:
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [
+        ("crash", 1, "indiscreet.CrashError: cannot connect with <redacted> to"),
+        ("mistake", 2, "Error: python:indiscreet:score: RuntimeError: cannot connect with <redacted> to"),
+    ],
+)
+def test_two_ranks_that_fail(chain: Chain, how: str, code: int, words: str) -> None:
     done = run_process(
         chain.directory, *BY_RULE, "stage=ppo", "run_name=r", "tracker=tensorboard", "launch.processes=2",
-        "checkpoint.every_steps=1", FAILS="3",
+        "checkpoint.every_steps=1", FAILS="3", HOW=how,
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr and "RuntimeError: cannot connect with <redacted> to" in done.stderr
+    assert done.returncode == code
+    assert ("Traceback" in done.stderr) == (how == "crash") and words in done.stderr
     assert leaks(chain.directory, done.stdout, done.stderr) == []
     ranks = chain.directory / "runs" / "r" / "ranks"
-    assert "RuntimeError" in (ranks / "rank1.err").read_text()  # it was searched
+    assert words in (ranks / "rank1.err").read_text()  # it was searched
     assert not (ranks / "config.json").exists()
     assert list(chain.directory.glob("runs/r/tensorboard/events*"))
     assert list(chain.directory.glob("store/ppo/.*.checkpoints/step-*/loop.pt"))

@@ -87,11 +87,12 @@ def history_steps(run: Path) -> list[int]:
 
 def test_a_resumed_run_is_the_same_wandb_run_and_says_nothing_twice(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    for steps in ((1, 2), (1, 2, 3)):  # the second time it hears the story from the beginning
+    # a second line of the same step is no repetition; the next time the story is told from the beginning
+    story = [("kl", 1), ("score", 1), ("kl", 2), ("score", 2), ("kl", 3), ("score", 3)]
+    for told in (3, 6):  # the first ends between two lines of a step
         tracker = make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": 0})
-        for step in steps:
-            tracker.log("ppo", {"kl": 0.5}, step)
-            tracker.log("ppo", {"score": 0.1}, step)  # a second line of the same step is no repetition
+        for name, step in story[:told]:
+            tracker.log("ppo", {name: 0.5}, step)
         tracker.close()
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda run: run.stat().st_mtime)
     assert len({run.name.split("-")[3] for run in runs}) == 1

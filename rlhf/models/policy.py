@@ -163,7 +163,12 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: the chunked head would train something else than the model.
     """
-    ids_T = torch.arange(min(model.config.get_text_config().vocab_size, 64), device=model.device)
+    ids_T = torch.arange(min(model.config.get_text_config().vocab_size, 16), device=model.device)
+    attention = model.config._attn_implementation
+    if model.device.type == "cpu" and attention.startswith(
+        "flash"
+    ):  # for a GPU, onto which it is yet to move
+        model.set_attn_implementation("sdpa")
     logits = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
     if not bool(logits.isfinite().all()):
         raise ConfigError(
@@ -172,6 +177,8 @@ def check_head(model: PreTrainedModel) -> None:
         )
     backbone = getattr(model, model.base_model_prefix)
     ours = model.get_output_embeddings()(backbone(input_ids=ids_T[None], use_cache=False)[0][0]).float()
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
     if not torch.allclose(logits, ours, rtol=0.02, atol=0.02 * float(logits.abs().max())):
         raise ConfigError(
             f"model: {type(model).__name__} transforms its logits after the output layer (soft-capping or "

@@ -73,11 +73,15 @@ class Trained:
         missing = self.on.shape.own_head if self.peft.method == "none" else 0
         return self.models * self.of_one - self.scalars * missing
 
+    @property
+    def heads(self) -> int:
+        """Parameters of the output layers that scalar models with weights of their own do not have."""
+        return min(self.scalars, self.weight_sets - self.models + self.scalars) * self.on.shape.own_head
+
     def weights(self, name: str) -> Iterator[Part]:
         """Of the models, frozen or not; where they are sharded, a shard and what is gathered to run."""
         on, shape, count = self.on, self.on.shape, self.weight_sets
-        own = min(self.scalars, count - self.models + self.scalars)  # scalar models with weights of their own
-        total = count * weight_bytes(on, self.peft.method) - own * on.dtype_bytes * shape.own_head
+        total = count * weight_bytes(on, self.peft.method) - on.dtype_bytes * self.heads
         total += 0 if self.peft.method == "none" else on.dtype_bytes * self.parameters
         how = f"{name}: {billions(count * shape.parameters)} x {on.dtype_bytes} B"
         if not on.shards_weights:
@@ -130,16 +134,16 @@ def frozen_weights(on: Setting, name: str, placed: str = "replicated", *, is_sca
     return Part("weights", on.dtype_bytes * count / share, how, placed == "offloaded")
 
 
-def loading(on: Setting, trained: Trained, *, others: int = 0) -> Phase:
-    """Every rank loads whole models, in the precision of the run, before they are sharded or held in 4 bits:
-    onto its device, or where FSDP2 shards them into the host's memory.
+def loading(on: Setting, trained: Trained, *others: Part) -> Phase:
+    """Every rank reads whole models, in the precision of the run, before they are sharded or held in 4 bits
+    (those before the last one are by then): onto its device, or where FSDP2 shards into the host's memory.
 
     Args:
         others: models beside those of the engine that are there by then.
     """
-    count = trained.weight_sets + others
-    how = f"{count} whole: {billions(count * on.shape.parameters)} x {on.dtype_bytes} B"
-    parts = [Part("weights", count * weight_bytes(on), how, on.zero == "fsdp2")]
+    earlier = trained.weight_sets - 1
+    size = weight_bytes(on) + earlier * weight_bytes(on, trained.peft.method) - on.dtype_bytes * trained.heads
+    parts = [Part("weights", size, f"{earlier + 1} whole models", on.zero == "fsdp2"), *others]
     if not on.on_cpu and on.zero != "fsdp2":
         parts.append(Part("weights", weight_bytes(on), "the one that is being read", True))
     return Phase("loading", parts)

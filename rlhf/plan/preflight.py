@@ -152,11 +152,13 @@ def advice(stage: Stage, chain: Mapping[str, Stage], on: Setting) -> str:
             found.append(key)
     if found:
         return f"It would fit with {' or with '.join(found)}."
-    for together in list(accumulate(([knob] for knob in knobs), lambda done, new: [*done, *new]))[1:]:
-        change = {name: value for _, changes, _ in together for name, value in changes.items()}
-        where = {name: value for _, _, wheres in together for name, value in wheres.items()}
-        if fits(stage, chain, on, change, where):
-            return f"It would fit with {' '.join(key for key, _, _ in together)}."
+    zeros = [knob for knob in knobs if knob[2]]
+    for zero in (None, *zeros):
+        chosen = [knob for knob in knobs if knob is zero or knob not in zeros]
+        for together in list(accumulate(([knob] for knob in chosen), lambda done, new: [*done, *new]))[1:]:
+            change = {name: value for _, changes, _ in together for name, value in changes.items()}
+            if fits(stage, chain, on, change, zero[2] if zero and zero in together else {}):
+                return f"It would fit with {' '.join(key for key, _, _ in together)}."
     return "No knob here would make it fit: take a smaller model or more memory."
 
 

@@ -20,7 +20,6 @@ from rlhf.plan.memory import (
     logits,
     over,
     reading,
-    weight_bytes,
 )
 from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import Setting
@@ -79,7 +78,8 @@ def training_demand(
         ),
     ]  # fmt: skip
     return Demand(
-        phases, work, artifact=artifact_bytes(on, peft), checkpoint=3 * FP32 * trained.parameters,
+        phases, work, artifact=artifact_bytes(on, peft, is_scalar=not has_logits),
+        checkpoint=3 * FP32 * trained.parameters,
         longest=longest + METHODS[peft.method].added_tokens(on.shape, peft),
     )  # fmt: skip
 
@@ -88,15 +88,15 @@ def published(on: Setting, parameters: float, *, is_scalar: bool = False) -> lis
     """On the host, while the engine is still there: a copy of what trained, and the model to write. Rank 0's
     alone, so a share of it for each rank there."""
     how = f"trained: {billions(parameters)} x {on.dtype_bytes} B"
-    here = on.machine.ranks_here
-    written = weight_bytes(on) - (on.dtype_bytes * on.shape.own_head if is_scalar else 0)
+    here, written = on.machine.ranks_here, frozen_weights(on, "published", is_scalar=is_scalar).size
     return [
         Part("weights", on.dtype_bytes * parameters / here, how + over(here), True),
         Part("weights", written / here, f"the model that is written{over(here)}", True),
     ]
 
 
-def artifact_bytes(on: Setting, peft: PeftConfig) -> float:
+def artifact_bytes(on: Setting, peft: PeftConfig, *, is_scalar: bool = False) -> float:
     """On disk: the model where the method merges, and what trained beside it."""
     beside = 0 if peft.method == "none" else on.dtype_bytes * METHODS[peft.method].published(on.shape, peft)
-    return beside + (weight_bytes(on) if tuning_methods.METHODS[peft.method].merges else 0)
+    model = frozen_weights(on, "published", is_scalar=is_scalar).size
+    return beside + (model if tuning_methods.METHODS[peft.method].merges else 0)

@@ -56,9 +56,11 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     states = [*trained.weights("policy and critic"), trained.optimizer()]
     if not shares:
         states.append(frozen_weights(on, "reference", config.frozen))
-    others = own_reward and not (shares and critic_on_reward)
-    if others:
+    others = []
+    if own_reward and not (shares and critic_on_reward):
         states.append(frozen_weights(on, "reward model", config.frozen, is_scalar=True))
+        read = frozen_weights(on, "reward model", is_scalar=True)
+        others = [read._replace(on_host=on.zero == "fsdp2" and config.frozen == "sharded")]
     best, here = on.dtype_bytes * trained.of_one, on.machine.ranks_here
     how = f"a copy of what trained of the best policy so far{over(here)}"
     states.append(Part("weights", best / here, how, True))
@@ -77,7 +79,7 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     )  # fmt: skip
     mix = list(mixed(config, on, once=once))
     phases = [
-        loading(on, trained, others=int(others)),
+        loading(on, trained, *others),
         Phase("sampling", [*states, *decoding]),
         Phase("reward model", [*states, *([folded(on)] if folds else []), reading(on, scored)]),
         Phase("reference", [*states, reading(on, scored), logits(on, learns=False)]),

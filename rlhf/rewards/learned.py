@@ -28,6 +28,10 @@ from rlhf.rewards.source import (
     vader_reward,
 )
 
+CUT_TOKENS = 8
+"""A response that fills the context exactly may be so much longer with its end token, decoded and encoded
+again; so much is cut from before that end."""
+
 
 class LearnedReward:
     """A one-label classification model. The end token is appended also to a response that was cut."""
@@ -55,18 +59,19 @@ class LearnedReward:
         return tokenizer_digest(self.tokenizer)
 
     def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
-        rows = [
-            torch.tensor(exchange_ids(self.tokenizer, exchange.prompt, exchange.response)[0])
-            for exchange in exchanges
-        ]
-        longest, room = max(map(len, rows), default=0), context_length(self.model.model.config)
-        if longest > room:
-            raise RewardError(
-                f"{self.directory}: the reward model reads {room} tokens, and a prompt with its response has "
-                f"{longest}. Give shorter prompts, sample fewer tokens, or take another reward model."
-            )
+        rows = [torch.tensor(self._ids(exchange)) for exchange in exchanges]
         with self._whole():
             return self.model.score(rows, self.micro_batch_tokens, self.compute)
+
+    def _ids(self, exchange: Exchange) -> list[int]:
+        ids, _ = exchange_ids(self.tokenizer, exchange.prompt, exchange.response)
+        room = context_length(self.model.model.config)
+        if len(ids) > room + CUT_TOKENS:
+            raise RewardError(
+                f"{self.directory}: the reward model reads {room} tokens, and a prompt with its response has "
+                f"{len(ids)}. Give shorter prompts, sample fewer tokens, or take another reward model."
+            )
+        return [*ids[: room - 1], ids[-1]] if len(ids) > room else ids
 
 
 def load_learned_reward(

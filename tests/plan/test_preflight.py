@@ -137,6 +137,25 @@ def test_whole_models_are_loaded_before_they_are_sharded(tmp_path: Path) -> None
     assert "sft needs about 15.3 GiB in the host's memory" in line
 
 
+def test_ppo_loads_its_models_one_after_the_other() -> None:
+    """Policy and critic are read before the engine takes them, and a reward model stays."""
+
+    def loading(zero: str, *overrides: str) -> tuple[float, float]:
+        found = experiment("reward.peft=none", f"zero={zero}", "device=cpu", *overrides)
+        on = replace(gpus(80, ranks=8), zero=zero)
+        (phase,) = [
+            each for each in found.stages["ppo"].demand(on, found.stages).phases if each.name == "loading"
+        ]
+        return phase.size(on_host=False), phase.size(on_host=True)
+
+    shape = shape_of(EIGHT_BILLION)
+    model, scalar = 2 * shape.parameters, 2 * (shape.parameters - shape.head)
+    full = ("ppo.peft=none",)
+    assert loading("zero3", *full) == (model + 2 * scalar, model)
+    assert loading("fsdp2", *full) == (scalar, model + scalar)
+    assert loading("fsdp2", *full, "ppo.frozen=sharded") == (0, model + 2 * scalar)
+
+
 def test_a_reward_model_has_no_output_layer() -> None:
     found, on = experiment("reward.peft=none"), gpus(80)
     sizes = {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config import PeftConfig
+from rlhf.data.chat import exchange_ids
 from rlhf.distributed import Compute
 from rlhf.models.adapters import attach
 from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
@@ -21,7 +22,7 @@ from rlhf.models.sharing import Backbone
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.rewards.learned import LearnedReward, load_learned_reward
-from rlhf.rewards.source import Exchange
+from rlhf.rewards.source import Exchange, RewardError
 from rlhf.stages.ppo import PpoStage
 
 ROWS = prompts(range(16))
@@ -235,3 +236,15 @@ def test_an_adapter_on_another_model_keeps_its_own_weights(tmp_path: Path, tiny_
     published = load_learned_reward(reward, MODEL, on_cpu(), 1000)
     found = load_learned_reward(reward, MODEL, on_cpu(), 1000, Backbone(other, model))
     assert torch.equal(scores(found), scores(published))
+
+
+def test_a_response_that_fills_the_context_is_scored_with_its_end(tmp_path: Path, tiny_model: Path) -> None:
+    learned = load_learned_reward(
+        reward_model(tmp_path / "reward", tiny_model, "none"), MODEL, on_cpu(), 2000
+    )
+    prompt = ROWS[0].prompt
+    room = 1024 - len(exchange_ids(learned.tokenizer, prompt, "")[0])
+    fits, cut = learned([Exchange(prompt, "a" * room), Exchange(prompt, "a" * (room + 8))])
+    assert fits == cut
+    with pytest.raises(RewardError, match=r"the reward model reads 1024 tokens, and a prompt .* has 1033"):
+        learned([Exchange(prompt, "a" * (room + 9))])

@@ -101,12 +101,13 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(chain: RealChain) -> Non
 
 def test_one_ranks_exception_ends_the_others_and_is_shown_once(chain: RealChain) -> None:
     (chain.directory / "reward_of_rank0.py").write_text(
-        "import os\n\ndef score(prompts, responses):\n"
-        "    assert os.environ['RANK'] == '0', 'only here'\n    return [0.0] * len(responses)\n"
+        "import os\n\nclass CrashError(BaseException):\n    pass\n\ndef score(prompts, responses):\n"
+        "    if os.environ['RANK'] != '0':\n        raise CrashError('only here')\n"
+        "    return [0.0] * len(responses)\n"
     )
     overrides = (
         "ppo.reward=python:reward_of_rank0:score", "ppo.critic.init=sft", "ppo.score.normalize=none"
     )  # fmt: skip
     _, err = chain.run("one_fails", *overrides, "launch.processes=2", code=1)
-    assert err.count("AssertionError: only here") == 1 and err.count("Traceback") == 1
+    assert err.count("CrashError: only here") == 1 and err.count("Traceback") == 1
     assert "Rank 1 failed first" in err
