@@ -82,6 +82,7 @@ def test_a_model_that_is_not_here_on_gpus_that_are_not_here(chain: Chain, config
 
 def test_every_method_of_peft_is_planned() -> None:
     assert METHODS.keys() == methods.METHODS.keys()
+    assert {name for name, method in METHODS.items() if not method.is_adapter} == {"none", "freeze"}
 
 
 def test_one_small_gpu_needs_the_hosts_memory(chain: Chain, config_of_8b: Path) -> None:
