@@ -69,8 +69,8 @@ def test_trl_comes_to_the_same_weights(
     arguments = RewardConfig(
         output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, num_train_epochs=1, learning_rate=3e-3,
         per_device_train_batch_size=4, max_grad_norm=1.0, report_to="none", save_strategy="no",
-        max_length=None, disable_tqdm=True, gradient_checkpointing=False, logging_steps=1, center_rewards_coefficient=0.01,
-        train_sampling_strategy="sequential",
+        max_length=None, disable_tqdm=True, gradient_checkpointing=False, logging_steps=1,
+        center_rewards_coefficient=0.01, train_sampling_strategy="sequential",
     )  # fmt: skip
     trainer = RewardTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_list(examples), processing_class=tokenizer
