@@ -74,7 +74,7 @@ def function_reward(source: str) -> Reward:
         prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
         try:
             scores = torch.as_tensor(function(prompts, [exchange.response for exchange in exchanges]))
-        except Exception as error:
+        except Exception as error:  # whatever a user's function raises
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
                 f"{source}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno}). "

@@ -54,15 +54,19 @@ def length(prompts: list[str], responses: list[str]) -> list[float]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """An SFT model, made from nothing in 50 seconds."""
     store = Store(tmp_path_factory.mktemp("store"))
-    (store.root / "sft").mkdir()
-    scratch = store.scratch("sft", "tuned")
+    publish_tiny(store, "sft", {})
+    return store
+
+
+def publish_tiny(store: Store, stage: str, recipe: dict[str, Any]) -> None:
+    (store.root / stage).mkdir()
+    scratch = store.scratch(stage, "tuned")
     _write_tiny(scratch)
     manifest = Manifest(
-        stage="sft", key="tuned", recipe={}, config={}, metrics={}, seconds=50.0, created="",
+        stage=stage, key="tuned", recipe=recipe, config={}, metrics={}, seconds=50.0, created="",
         git_revision=None, packages={}, hardware="", files={},
     )  # fmt: skip
     store.publish(scratch, manifest)
-    return store
 
 
 @pytest.fixture(scope="module")
@@ -270,15 +274,7 @@ def test_what_cannot_be_compared_is_told_before_the_run(changes: dict[str, Any],
 
 
 def test_an_artifact_that_lost_its_lineage_is_told_before_the_run(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    (tmp_path / "ppo").mkdir()
-    scratch = store.scratch("ppo", "tuned")
-    scratch.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(
-        stage="ppo", key="tuned", recipe={"inputs": {"sft": "gone"}}, config={}, metrics={}, seconds=50.0,
-        created="", git_revision=None, packages={}, hardware="", files={},
-    )  # fmt: skip
-    store.publish(scratch, manifest)
+    publish_tiny(Store(tmp_path), "ppo", {"inputs": {"sft": "gone"}})
     with pytest.raises(ConfigError, match="made from sft/gone, which is not in the store"):
         make_stage(artifacts=[str(tmp_path / "ppo" / "tuned")]).check({})
 
