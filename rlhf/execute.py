@@ -142,7 +142,9 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                     raise LostRankError(heartbeat.explain(settings.distributed.timeout)) from error
             print_summary(pipeline.results, console)
             return DONE
-        except Exception:  # raised again: only the launcher is told when
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # raised again: only the launcher is told when
             if compute.world_size > 1:  # before the others notice, and without waiting for them
                 failed(resolved, run_name, compute.rank)
             raise

@@ -89,6 +89,13 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
     )
 
 
+def resumed_learner(directory: Path, model: Path, reward: Reward, *overrides: str) -> Learner:
+    """As a new process would make it: only the checkpoints beside its directory are of an earlier one."""
+    torch.manual_seed(0)
+    job = ppo_job(directory, model, checkpoints=directory.with_name("checkpoints"))
+    return ppo_learner(ppo_stage(*overrides), job, reward)
+
+
 def length(exchanges: Sequence[Exchange]) -> Tensor:
     """A reward that differs from answer to answer."""
     return torch.tensor([float(len(exchange.response.encode())) for exchange in exchanges])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from small_ppo import length, ppo_job, ppo_learner, ppo_stage, prompts
+from small_ppo import length, prompts, resumed_learner
 from torch import Tensor
 
 from rlhf.config import ConfigError
@@ -50,10 +50,7 @@ class Faulty:
 
 
 def learner_in(directory: Path, model: Path, reward: Reward, *overrides: str) -> Learner:
-    """As a new process would make it: only the checkpoints are of an earlier attempt."""
-    torch.manual_seed(0)
-    job = ppo_job(directory, model, checkpoints=directory.with_name("checkpoints"))
-    return ppo_learner(ppo_stage(*SMALL, *overrides), job, reward)
+    return resumed_learner(directory, model, reward, *SMALL, *overrides)
 
 
 def train(learner: Learner) -> dict[str, float]:

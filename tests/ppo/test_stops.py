@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
+from small_ppo import prompts, resumed_learner
 from torch import Tensor
 
 from rlhf.config import ConfigError
@@ -40,10 +40,7 @@ class Length:
 
 
 def learner_in(directory: Path, model: Path, reward: Length, *overrides: str) -> Learner:
-    """As a new process would make it: only the checkpoints are of an earlier attempt."""
-    torch.manual_seed(0)
-    job = ppo_job(directory, model, checkpoints=directory.with_name("checkpoints"))
-    return ppo_learner(ppo_stage(*SMALL, *overrides), job, reward)
+    return resumed_learner(directory, model, reward, *SMALL, *overrides)
 
 
 def train(learner: Learner) -> dict[str, float]:
