@@ -4,8 +4,11 @@
 #   launch/slurm_pipeline.sh [--dry-run] [KEY=VALUE ...]      the keys go to every stage
 #
 #   SIZE="--nodes=1 --gpus-per-node=8 --exclusive" \
-#   SIZE_PPO="--nodes=4 --gpus-per-node=8 --exclusive --time=24:00:00" \
-#     launch/slurm_pipeline.sh zero=zero3 model=hub model.id=OWNER/NAME
+#   SIZE_PPO="--nodes=2 --gpus-per-node=8 --exclusive --time=24:00:00" \
+#     launch/slurm_pipeline.sh zero=zero3 model=hub model.id=OWNER/NAME ppo.minibatch_episodes=48
+#
+# Batches must divide over the ranks. The precision is part of every key: where some jobs have GPUs and others not,
+# set it (precision=bf16), so that each finds what the others made.
 #
 #   SIZE       sbatch's options for every stage (--nodes=1)
 #   SIZE_PREPARE SIZE_SFT SIZE_REWARD SIZE_GENERATE SIZE_PPO SIZE_EVALUATE      for one stage instead

@@ -1,4 +1,4 @@
-"""README's commands compose and build, and the files it names are there."""
+"""The documents' commands compose and build, and the files and links in them are there."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from rlhf.experiment import build_experiment
+from rlhf.distributed import Compute
+from rlhf.experiment import Experiment, build_experiment
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -19,6 +22,8 @@ DOCUMENTS = [
     ROOT / "docs" / "should-you-fine-tune.md",
     ROOT / "docs" / "planner.md",
     ROOT / "docs" / "forgetting.md",
+    ROOT / "docs" / "methods.md",
+    ROOT / "docs" / "cluster.md",
     ROOT / "conf" / "config.yaml",
 ]
 
@@ -41,17 +46,56 @@ def test_a_documented_command_builds(command: str) -> None:
     overrides = [word for word in shlex.split(command)[3:] if "=" in word and not word.startswith("-")]
     if " -m " in command.removeprefix("python -m rlhf") + " ":  # a sweep: its first trial
         overrides = [word.partition(",")[0] for word in overrides if "interval(" not in word]
+    built(overrides)
+
+
+def built(overrides: list[str]) -> Experiment:
     with initialize_config_module("rlhf.conf", version_base="1.3"):
         node = compose("config", overrides)
     resolved = OmegaConf.to_container(node, resolve=True)
     assert isinstance(resolved, dict)
-    build_experiment({str(key): value for key, value in resolved.items()})
+    return build_experiment({str(key): value for key, value in resolved.items()})
 
 
-def test_the_files_that_readme_names_are_there() -> None:
-    named = re.findall(r"`((?:rlhf|stages|conf|data|tests)/[\w/.]+)`", (ROOT / "README.md").read_text())
-    assert len(named) > 15
+def launches() -> list[tuple[int, str]]:
+    """(ranks, arguments) of every launch on several nodes that is shown."""
+    shown = [ROOT / "README.md", ROOT / "docs" / "cluster.md", *(ROOT / "launch").iterdir()]
+    pattern = r"--nodes=(\d+) --gpus-per-node=(\d+)[^\n]*?launch/slurm\w*\.\w+ ([^\n`]*)"
+    text = "\n".join(path.read_text().replace("\\\n#", "") for path in shown)
+    return [(int(nodes) * int(gpus), arguments) for nodes, gpus, arguments in re.findall(pattern, text)]
+
+
+@pytest.mark.parametrize(("ranks", "arguments"), launches())
+def test_a_documented_launch_shares_its_batches(ranks: int, arguments: str) -> None:
+    experiment = built([word for word in arguments.split() if not word.startswith("model")])
+    compute = Compute(torch.device("cuda"), torch.bfloat16, experiment.settings.zero, world_size=ranks)
+    for name in experiment.needed():
+        experiment.stages[name].check_compute(compute)
+
+
+def test_launches_are_shown_in_all_places() -> None:
+    assert len(launches()) == 6
+
+
+def test_the_pods_share_their_batches() -> None:
+    (_, jobs) = yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text())
+    pod = jobs["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = pod["template"]["spec"]["containers"]
+    ranks = pod["parallelism"] * container["resources"]["limits"]["nvidia.com/gpu"]
+    test_a_documented_launch_shares_its_batches(ranks, " ".join(container["args"]))
+
+
+def test_the_files_that_documents_name_are_there() -> None:
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    named = re.findall(r"`((?:rlhf|stages|conf|data|tests)/[\w/.]+)`", text)
+    assert len(named) > 50
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_links_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"):
+        links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", document.read_text())
+        assert [link for link in links if not (document.parent / link).exists()] == [], document
 
 
 def test_the_tree_in_readme_is_the_tree() -> None:

@@ -31,7 +31,7 @@ class Method:
     """Parameters that each token passes beside the weights, when it is served unmerged."""
     added_kernels: float = 0.0
     """Of a layer's (`LAYER_SECONDS`), when it is served unmerged: what `token_seconds` has more than
-    `token_seconds_base` in the README's table. DoRA computes all weights' norms anew."""
+    `token_seconds_base` in docs/methods.md. DoRA computes all weights' norms anew."""
     added_tokens: Count = lambda shape, peft: 0
     """That stand before every prompt when it is served."""
     weight_bytes: float | None = None

@@ -65,7 +65,7 @@ class PtxConfig(Strict):
 
 
 class PpoConfig(Strict):
-    """Every knob of the PPO stage. Sources of the details: README, "PPO, detail by detail"."""
+    """Every knob of the PPO stage. Sources of the details: docs/ppo.md."""
 
     prompts: SourceConfig
     reward: RewardSource
