@@ -1,4 +1,4 @@
-"""Every method of tuning in every training stage, a few steps of each on SmolLM2: that it works, what it takes.
+"""Every tuning method in every training stage, a few steps of each on SmolLM2: that it works, what it takes.
 
     python benchmarks/methods.py                    # run what has not been run yet, then the tables
     python benchmarks/methods.py --stages sft       # of one stage
