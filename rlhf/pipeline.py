@@ -255,6 +255,8 @@ class Pipeline:
             recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
             if stage.is_timed:
                 recipe["vllm"] = self.experiment.settings.vllm.model_dump()
+        if not stage.is_kept:  # made anew by each run, which must not replace another's
+            recipe["run"] = str(self.results.directory.resolve())
         found: Recipe = redacted(recipe)
         return found
 
