@@ -90,7 +90,7 @@ class SourceConfig(Strict):
         Equal for the same file in two places.
         """
         if self.hub is not None:
-            return digest_of(["hub", self.hub, self.revision, self.subset, self.split])
+            return digest_of(["hub", self.hub, self.revision, self.subset, self.split or "train"])
         path = self._file(key)
         try:
             return digest_of(["file", _suffixes(path), file_digest(path)])
