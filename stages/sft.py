@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
-from rlhf.data.batching import chunks
+from rlhf.data.batching import chunks, num_batches
 from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import splits_of
 from rlhf.data.schema import Role, SftRow
@@ -197,7 +197,7 @@ class SftStage(Stage):
             random.Random(seed + epoch).sample(rows, len(rows)) for epoch in range(math.ceil(self.epochs))
         )
         batches = [batch for epoch in shuffled for batch in chunks(epoch, self.batch_rows)]
-        return batches[: math.ceil(self.epochs * math.ceil(len(rows) / self.batch_rows))]
+        return batches[: num_batches(len(rows), self.batch_rows, self.epochs)]
 
     def with_replay(
         self, batches: Sequence[Sequence[EncodedAnswer]], rows: Sequence[EncodedAnswer], seed: int
