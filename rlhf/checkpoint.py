@@ -200,7 +200,7 @@ class Checkpointer:
             "zero": self.compute.zero, "seconds": self.spent(), "files": files,
         }  # fmt: skip
         manifest["digest"] = digest_of(manifest)
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in [part / MANIFEST, *(path for path in part.rglob("*") if path.is_dir()), part]:
             flush(path)
         final = self.directory / name

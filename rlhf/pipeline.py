@@ -73,7 +73,8 @@ class Pipeline:
         stack.enter_context(run.alone())
         try:
             run.begin()
-            (run.directory / "config.yaml").write_text(to_yaml(redacted(self.experiment.resolved)))
+            content = to_yaml(redacted(self.experiment.resolved))
+            (run.directory / "config.yaml").write_text(content, encoding="utf-8")
         except OSError as error:
             raise run.unwritable(error) from None
 

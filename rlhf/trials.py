@@ -166,7 +166,7 @@ def outcome_of(code: int, summary: Mapping[str, Any]) -> Outcome:
 def write_note(directory: Path, outcome: Outcome) -> None:
     """Replace trial.json."""
     beside = directory / f".{NOTE}"
-    beside.write_text(json.dumps(asdict(outcome), indent=2))
+    beside.write_text(json.dumps(asdict(outcome), indent=2), encoding="utf-8")
     beside.rename(directory / NOTE)
 
 
