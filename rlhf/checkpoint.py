@@ -39,7 +39,9 @@ class CheckpointConfig(Strict):
     """`checkpoint.*`: how often a training stage saves its state."""
 
     every_steps: PositiveInt | None
+    """Steps between two, of PPO rollouts; null goes by the minutes alone."""
     every_minutes: PositiveFloat | None
+    """Between two; null goes by the steps alone. With both null none is written on the way."""
     keep: PositiveInt
     """The newest so many stay until the stage is done."""
     resume: bool

@@ -31,7 +31,9 @@ class ParetoConfig(Strict):
     """`sweep.pareto.*`: the two sides of a trade; of both, the base model has 0."""
 
     gain: Metric
+    """More is better."""
     loss: Metric
+    """Less is better."""
 
 
 class SweepConfig(Strict):
@@ -40,6 +42,7 @@ class SweepConfig(Strict):
     metric: Metric | None
     """What is looked for; `hydra/sweeper=optuna` needs one."""
     direction: Literal["maximize", "minimize"]
+    """Whether more of the metric is better, or less."""
     trials: PositiveInt
     """How many trials a study of optuna's has in all."""
     parallel: PositiveInt

@@ -88,9 +88,11 @@ class CompareStage(Stage):
     price_per_hour: PositiveFloat
     """What the machine costs, in any currency; the same for training and for answering."""
     max_new_tokens: PositiveInt
+    """A longer answer is cut off."""
     temperature: NonNegativeFloat
     """0 takes the likeliest token each time."""
     bootstrap_samples: PositiveInt
+    """Resamples of the questions behind each 95% interval."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass that measures or embeds; lower it when memory runs out."""
 

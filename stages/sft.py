@@ -63,6 +63,7 @@ class SftStage(Stage):
     optim: OptimConfig
     peft: Peft
     epochs: PositiveFloat
+    """Passes over the training rows; the last may be a part of one."""
     batch_rows: PositiveInt
     """Rows of `data` per optimizer step, over all ranks; replayed rows come on top."""
     micro_batch_tokens: PositiveInt
