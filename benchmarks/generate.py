@@ -280,7 +280,7 @@ def compare_speed(task: Task, compute: Compute, num_pairs: int) -> None:
 def measure_memory(task: Task, precision: str) -> None:
     """Each engine in a process by itself."""
     peaks = {}
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(asdict(task), file)
         file.flush()
         for name in ENGINES:
@@ -332,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable_progress_bar()
     if options.alone:
         name, file = options.alone
-        run_alone(Task(**json.loads(Path(file).read_text())), name, options.precision)
+        run_alone(Task(**json.loads(Path(file).read_text(encoding="utf-8"))), name, options.precision)
         return
     options.directory.mkdir(parents=True, exist_ok=True)
     task = make_task(options)

@@ -63,7 +63,7 @@ def evaluate(learner: Learner, work: dict[str, Any], report: Report, done: int) 
 
 def main() -> None:
     """Run the work, print what it took."""
-    work = json.loads(Path(sys.argv[1]).read_text())
+    work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     report = measure(work)
     print(report.as_json([len(prompts) for prompts in work["prompts"]], PACKAGES))

@@ -175,7 +175,7 @@ def _config(work: Work, directory: str) -> dict[str, Any]:
 
 def _architecture(model: Path) -> dict[str, Any]:
     """transformers' description of a Llama, in the words of torchtune's builders."""
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     assert config["tie_word_embeddings"], "torchtune's llama3_2 ties the embeddings"
     return {
         "vocab_size": config["vocab_size"],
@@ -191,7 +191,7 @@ def _architecture(model: Path) -> dict[str, Any]:
 
 
 def _special_tokens(work: Work) -> dict[str, Any]:
-    pad_id = json.loads((Path(work.model) / "config.json").read_text())["pad_token_id"]
+    pad_id = json.loads((Path(work.model) / "config.json").read_text(encoding="utf-8"))["pad_token_id"]
     return {
         "_component_": f"{__name__}.TokenIds",
         "pad_id": pad_id,

@@ -116,7 +116,7 @@ def describe(trainer: SFTTrainer | RewardTrainer) -> str:
 
 def main() -> None:
     """Run the work, print what it took."""
-    work = json.loads(Path(sys.argv[1]).read_text())
+    work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     meter = Meter()
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as directory:

@@ -114,7 +114,7 @@ class Report:
 
 def run_peer(measure: Callable[[Work], Report], packages: list[str]) -> None:
     """Do the work in the file that the command line names; nothing but the report goes to stdout."""
-    work = Work(**json.loads(Path(sys.argv[1]).read_text()))
+    work = Work(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     with contextlib.redirect_stdout(sys.stderr):
         report = measure(work)
     print(report.as_json([work.episodes] * len(work.batches), packages))

@@ -83,7 +83,7 @@ CASES = (
 def write_data(directory: Path) -> None:
     """Rows of three lengths, pairs and prompts, out of the packaged sentences."""
     directory.mkdir(parents=True, exist_ok=True)
-    texts = [json.loads(line)["text"] for line in (DATA / "retention_sentences.jsonl").open()]
+    texts = [json.loads(line)["text"] for line in (DATA / "retention_sentences.jsonl").open(encoding="utf-8")]
     words = " ".join(texts).split()
     draw = random.Random(0)
 
@@ -93,7 +93,7 @@ def write_data(directory: Path) -> None:
         return " ".join((words * 3)[start : start + length])
 
     def write(name: str, rows: list[dict[str, Any]]) -> None:
-        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     for name, length in (("short", SHORT), ("medium", MEDIUM), ("long", LONG)):
         write(
@@ -144,7 +144,7 @@ def run(case: Case) -> dict[str, Any] | None:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{case.name}: exit code {process.returncode}")
-    stages = json.loads((WORK / "runs" / name_of(case) / "summary.json").read_text())["stages"]
+    stages = json.loads((WORK / "runs" / name_of(case) / "summary.json").read_bytes())["stages"]
     others = {name for name, stage in stages.items() if stage["status"] == "ran"}
     if others - {case.stage, "prepare"}:
         return None
@@ -155,7 +155,7 @@ def measure(case: Case) -> None:
     """Measure a case, and keep what came of it; what it reads is made first, where it is not there."""
     found = run(case) or run(case)
     assert found is not None
-    result_file(case).write_text(json.dumps(found))
+    result_file(case).write_text(json.dumps(found), encoding="utf-8")
 
 
 def predict(case: Case, compute: Compute, speed: Speed) -> tuple[float, float, str]:
@@ -184,7 +184,7 @@ def table() -> str:
     for case in CASES:
         if not result_file(case).exists():
             continue
-        found = json.loads(result_file(case).read_text())
+        found = json.loads(result_file(case).read_text(encoding="utf-8"))
         peak, seconds, phase = predict(case, compute, speed)
         errors = (peak / found["peak_bytes"] - 1, seconds / found["seconds"] - 1)
         lines.append(

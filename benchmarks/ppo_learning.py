@@ -178,7 +178,7 @@ def judge(answer: dict[str, Any], demo: Demo, work: dict[str, Any]) -> dict[str,
 
 def read_run(path: Path, settings: dict[str, Any]) -> Run:
     """A finished run, if it is one of these."""
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     if found["settings"] != settings:
         names = [name for name in settings if found["settings"].get(name) != settings[name]]
         sys.exit(f"{path} comes from other settings ({', '.join(names)}). Give another --directory.")
@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 work = make_work(settings, demo, seed)
                 answer = judge(train(trainer, python, work, directory), demo, work)
                 whole = {"trainer": trainer, "seed": seed, "settings": settings, **answer}
-                path.write_text(json.dumps(whole, indent=1))
+                path.write_text(json.dumps(whole, indent=1), encoding="utf-8")
             if path.exists():
                 runs.setdefault(trainer, []).append(read_run(path, settings))
                 last = runs[trainer][-1].evaluations[-1]

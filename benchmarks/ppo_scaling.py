@@ -183,14 +183,16 @@ def load_points(path: Path) -> list[Point]:
         return []
     return [
         Point(**{**row, "shape": Shape(**row["shape"]), "settings": Settings(**row["settings"])})
-        for row in json.loads(path.read_text())["points"]
+        for row in json.loads(path.read_text(encoding="utf-8"))["points"]
     ]
 
 
 def write(path: Path, points: Sequence[Point]) -> None:
     """Every point, and the fits of those sweeps that are there."""
     fits = {name: found._asdict() for name, found in fits_of(points).items()}
-    path.write_text(json.dumps({"fits": fits, "points": [asdict(point) for point in points]}, indent=1))
+    path.write_text(
+        json.dumps({"fits": fits, "points": [asdict(point) for point in points]}, indent=1), encoding="utf-8"
+    )
 
 
 def fits_of(points: Sequence[Point]) -> dict[str, Fit]:

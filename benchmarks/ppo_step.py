@@ -35,13 +35,16 @@ console = Console(highlight=False)
 
 def run(python: str, script: str, work: dict[str, Any], log: Path) -> dict[str, Any]:
     """Start a runner on the work; what its last line says."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file, log.open("w") as errors:
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file,
+        log.open("w", encoding="utf-8") as errors,
+    ):
         json.dump(work, file)
         file.flush()
         command = [python, str(HERE / script), file.name]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     if result.returncode:
-        sys.exit(f"{script} ended with {result.returncode}:\n{log.read_text()[-3000:]}")
+        sys.exit(f"{script} ended with {result.returncode}:\n{log.read_text(encoding='utf-8')[-3000:]}")
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return answer
 

@@ -115,7 +115,7 @@ def count_positions(learner: Learner) -> list[int]:
 
 def main() -> None:
     """Run the work, print what it took."""
-    work = json.loads(Path(sys.argv[1]).read_text())
+    work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     with tempfile.TemporaryDirectory() as scratch:
         learner, precision = make_learner(work, Path(scratch))

@@ -80,7 +80,7 @@ def make_timed_job(work: dict[str, Any], experiment: Experiment, scratch: Path) 
 
 def main() -> None:
     """Run the work, print what it took."""
-    work = json.loads(Path(sys.argv[1]).read_text())
+    work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     experiment = make_experiment(overrides(work))
     with tempfile.TemporaryDirectory() as scratch:

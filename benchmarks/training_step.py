@@ -65,7 +65,7 @@ class Measured(NamedTuple):
 def read_rows(stage: str, data: str) -> list[Row]:
     """Rows as this project's data sets have them."""
     name = {"sft": "instructions", "reward": "pairs"}[stage]
-    with gzip.open(HH, "rt") if data == "hh" else (PACKAGED / f"{name}.jsonl").open() as file:
+    with gzip.open(HH) if data == "hh" else (PACKAGED / f"{name}.jsonl").open("rb") as file:
         rows = [json.loads(line) for line in file]
     if stage == "sft" and data == "hh":
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]

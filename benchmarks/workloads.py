@@ -81,12 +81,12 @@ def make_work(
 def candidates(name: str, tokenizer: PreTrainedTokenizerBase) -> list[list[Message]]:
     """Prompts that a workload draws from."""
     if name == "skewed":
-        with gzip.open(HH, "rt") as file:
+        with gzip.open(HH, "rt", encoding="utf-8") as file:
             rows = [json.loads(line)["prompt"] for line in file]
         return list({row[0]["content"]: row for row in rows if len(row) == 1}.values())
-    texts = [json.loads(line)["prompt"] for line in (PACKAGED / "prompts.jsonl").open()]
+    texts = [json.loads(line)["prompt"] for line in (PACKAGED / "prompts.jsonl").open("rb")]
     if name == "uniform":  # of 36 to 63 tokens: every other one with a fact behind it
-        facts = [json.loads(line)["text"] for line in (PACKAGED / "retention_sentences.jsonl").open()]
+        facts = [json.loads(line)["text"] for line in (PACKAGED / "retention_sentences.jsonl").open("rb")]
         texts = [
             f"{text} {facts[place % len(facts)]}" if place % 2 else text for place, text in enumerate(texts)
         ]

@@ -168,7 +168,7 @@ class Store:
             for path in sorted(scratch.rglob("*"))
             if path.is_file()
         }
-        (scratch / "manifest.json").write_text(manifest.model_dump_json(indent=2))
+        (scratch / "manifest.json").write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
         for path in [*scratch.rglob("*"), scratch]:
             flush(path)
         final = self.root / manifest.stage / manifest.key

@@ -39,7 +39,9 @@ class CheckpointConfig(Strict):
     """`checkpoint.*`: how often a training stage saves its state."""
 
     every_steps: PositiveInt | None
+    """Steps between two, of PPO rollouts; null goes by the minutes alone."""
     every_minutes: PositiveFloat | None
+    """Between two; null goes by the steps alone. With both null none is written on the way."""
     keep: PositiveInt
     """The newest so many stay until the stage is done."""
     resume: bool
@@ -200,7 +202,7 @@ class Checkpointer:
             "zero": self.compute.zero, "seconds": self.spent(), "files": files,
         }  # fmt: skip
         manifest["digest"] = digest_of(manifest)
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in [part / MANIFEST, *(path for path in part.rglob("*") if path.is_dir()), part]:
             flush(path)
         final = self.directory / name

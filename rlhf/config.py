@@ -31,15 +31,23 @@ class ConfigError(Exception):
 class Strict(BaseModel):
     """A config section: unknown keys are refused, values never change after the check."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
 
 class Bound(Strict):
-    """The range a stage's summary metric must lie in, and what to try when it does not."""
+    """The range a stage's summary metric must lie in, and what to try when it does not.
+
+    Checked after every run and every reuse; `STAGE.gates.METRIC=null` turns it off.
+    """
 
     min: float | None = None
+    """The least that passes; null for no bound."""
     max: float | None = None
+    """The most that passes; null for no bound."""
     advice: str
+    """What to try when it fails; the run says it."""
 
     def holds(self, value: float) -> bool:
         """Whether value lies in the range; NaN never does."""
@@ -55,11 +63,15 @@ class OptimConfig(Strict):
     """AdamW and its schedule. Defaults stand in the stage's YAML."""
 
     lr: PositiveFloat
+    """The highest learning rate of the schedule."""
     weight_decay: NonNegativeFloat
+    """Decoupled: times the learning rate, each step."""
     eps: PositiveFloat
+    """Added to the root of Adam's second moment."""
     warmup_fraction: float = Field(ge=0, lt=1)
     """Share of the steps over which the rate climbs from 0; it falls linearly to 0 over the rest."""
     max_grad_norm: PositiveFloat
+    """Gradients with a larger norm are scaled down to it."""
 
 
 class PeftConfig(Strict):
@@ -71,6 +83,7 @@ class PeftConfig(Strict):
     method: Literal[
         "none", "lora", "dora", "qlora", "ia3", "freeze", "adapter", "prefix", "prompt", "p_tuning"
     ]
+    """none trains all parameters."""
     rank: PositiveInt = 16
     """lora, dora, qlora: of the update."""
     alpha: PositiveInt = 32

@@ -283,7 +283,7 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
         return ("bf16", "supported") if fast else ("fp32", "no bf16 on this GPU")
     flags = Path("/proc/cpuinfo")
     if flags.exists():
-        words = set(flags.read_text().split())
+        words = set(flags.read_text(encoding="utf-8").split())
         found = sorted(words & {"avx512_bf16", "amx_bf16", "bf16"})
         return ("bf16", f"the CPU has {found[0]}") if found else ("fp32", "the CPU has no bf16 instructions")
     bf16, fp32 = (matmul_speed(dtype, device) for dtype in (torch.bfloat16, torch.float32))

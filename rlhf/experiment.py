@@ -38,10 +38,15 @@ class Settings(Strict):
     run_name: str | None = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     """Names the run's directory; null makes one from the time."""
     runs_dir: str
+    """Where runs' directories lie."""
     store_dir: str
+    """Where artifacts lie, shared by all runs."""
     seed: NonNegativeInt
+    """Of everything that is drawn."""
     device: Literal["auto", "cpu"]
+    """auto takes the GPU where there is one."""
     precision: Precision
+    """Of weights and activations; auto takes bf16 where this hardware multiplies it faster."""
     zero: Zero
     """What DeepSpeed shards over the ranks: nothing, optimizer (1), gradients too (2), weights too (3); or
     torch's FSDP2, which shards all three."""

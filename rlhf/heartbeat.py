@@ -46,7 +46,7 @@ class Heartbeat:
         others = [
             f"rank {other} (in {at.get('stage')}, step {at.get('step')})"
             for other in range(self._compute.world_size)
-            if other != rank and (at := json.loads(self._file(other).read_text()))
+            if other != rank and (at := json.loads(self._file(other).read_text(encoding="utf-8")))
         ]
         return (
             f"{where}: rank {rank} waited longer than distributed.timeout={timeout:g} s, all alive: "
@@ -62,7 +62,7 @@ class Heartbeat:
             if not file.exists():
                 silent.append(f"rank {rank} (never seen)")
             elif (age := now - file.stat().st_mtime) > STALE_SECONDS:
-                at = json.loads(file.read_text())
+                at = json.loads(file.read_text(encoding="utf-8"))
                 seen = f"last seen {age:.0f} s ago in {at.get('stage')}, step {at.get('step')}"
                 silent.append(f"rank {rank} ({seen})")
         return silent
@@ -73,7 +73,7 @@ class Heartbeat:
     def _beat(self) -> None:
         while True:
             beside = self._directory / f".rank{self._compute.rank}.json"
-            beside.write_text(json.dumps(self._compute.at))
+            beside.write_text(json.dumps(self._compute.at), encoding="utf-8")
             beside.rename(self._file(self._compute.rank))
             if self._over.wait(INTERVAL_SECONDS):
                 return

@@ -73,4 +73,4 @@ def leave_exit_code(code: int | str | None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     with suppress(OSError):  # the run ended as it did, whether or not its launcher can be told
-        (Path(directory) / f"rank{rank}").write_text(f"{code or 0}\n")
+        (Path(directory) / f"rank{rank}").write_text(f"{code or 0}\n", encoding="utf-8")

@@ -141,10 +141,10 @@ def _verdict(codes: Mapping[int, int], directory: Path) -> int:
     def when(rank: int) -> float:
         """A rank that could not say when it failed was killed, which is what the others then noticed."""
         note = directory / f"rank{rank}.failed"
-        return float(note.read_text()) if note.exists() else 0.0
+        return float(note.read_text(encoding="utf-8")) if note.exists() else 0.0
 
     first = min(failed, key=when)
-    text = (directory / f"rank{first}.err").read_text(errors="replace").strip()
+    text = (directory / f"rank{first}.err").read_text(errors="replace", encoding="locale").strip()
     shown = "\n".join(text.splitlines()[-LINES_SHOWN:])
     if codes[first] < 0:
         name = signal.Signals(-codes[first]).name
@@ -166,7 +166,7 @@ def _free_port() -> int:
 def note_failure(directory: Path, rank: int) -> None:
     """Leave the time of a rank's failure for the launcher, which shows the earliest one."""
     if "RLHF_LAUNCHER" in os.environ:
-        (directory / "ranks" / f"rank{rank}.failed").write_text(str(time.monotonic()))
+        (directory / "ranks" / f"rank{rank}.failed").write_text(str(time.monotonic()), encoding="utf-8")
 
 
 @redacted_output()

@@ -73,7 +73,8 @@ class Pipeline:
         stack.enter_context(run.alone())
         try:
             run.begin()
-            (run.directory / "config.yaml").write_text(to_yaml(redacted(self.experiment.resolved)))
+            content = to_yaml(redacted(self.experiment.resolved))
+            (run.directory / "config.yaml").write_text(content, encoding="utf-8")
         except OSError as error:
             raise run.unwritable(error) from None
 
@@ -255,6 +256,8 @@ class Pipeline:
             recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
             if stage.is_timed:
                 recipe["vllm"] = self.experiment.settings.vllm.model_dump()
+        if not stage.is_kept:  # made anew by each run, which must not replace another's
+            recipe["run"] = str(self.results.directory.resolve())
         found: Recipe = redacted(recipe)
         return found
 

@@ -120,7 +120,8 @@ class Run:
             for name, stage in self.stages.items()
         }
         beside = self.directory / ".summary.json"
-        beside.write_text(json.dumps(redacted({"stages": stages, "gates": gates}), indent=2, allow_nan=False))
+        content = json.dumps(redacted({"stages": stages, "gates": gates}), indent=2, allow_nan=False)
+        beside.write_text(content, encoding="utf-8")
         beside.rename(self.directory / "summary.json")
 
     def begin(self) -> None:

@@ -109,14 +109,16 @@ class RedactingConsole(Console):
 
 
 class RedactingStream:
-    """A text stream that leaves secrets out of what it passes on."""
+    """A text stream that leaves secrets out of what it passes on; a question mark stands for a character that
+    the terminal does not have."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         """Pass on the text without secrets."""
-        self._stream.write(redacted_text(text))
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(redacted_text(text).encode(encoding, "replace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -20,9 +20,11 @@ class TrackerConfig(Strict):
     """`tracker.*`: who else is told, beside the files."""
 
     kind: Literal["none", "wandb", "tensorboard"]
+    """Set by `tracker=NAME`."""
     mode: Literal["offline", "online"] = "offline"
     """wandb only; nothing leaves the machine unless this is `online`."""
     project: str = "rlhf"
+    """wandb only: the project that the run belongs to."""
 
 
 SILENT: dict[str, Any] = {
@@ -64,7 +66,7 @@ class WandbSink:
         except ImportError:
             raise ConfigError("tracker=wandb needs the package: pip install -e '.[wandb]'.") from None
         self._note = directory / "wandb.json"
-        known = json.loads(self._note.read_text()) if self._note.exists() else {}
+        known = json.loads(self._note.read_text(encoding="utf-8")) if self._note.exists() else {}
         content = digest_of(redacted(resolved))
         self._id = known["id"] if known.get("config") == content else uuid4().hex[:8]
         self._told: dict[str, int] = known.get("lines", {}) if known.get("config") == content else {}
@@ -90,7 +92,8 @@ class WandbSink:
         if said <= self._told.get(stage, 0):
             return
         self._told[stage] = said
-        self._note.write_text(json.dumps({"id": self._id, "config": self._content, "lines": self._told}))
+        note = json.dumps({"id": self._id, "config": self._content, "lines": self._told})
+        self._note.write_text(note, encoding="utf-8")
         if stage not in self._stages:
             self._stages.add(stage)
             self._run.define_metric(f"{stage}/step")
@@ -147,7 +150,7 @@ class Tracker:
         self._stage_directory: Path | None = None
         if run_directory is not None:
             for name in (self.METRICS, self.SAMPLES):
-                (run_directory / name).write_text("")
+                (run_directory / name).write_text("", encoding="utf-8")
 
     def begin(self, stage_directory: Path) -> None:
         """Also write to this directory, from now on."""
@@ -174,10 +177,11 @@ class Tracker:
             return
         for name in (self.METRICS, self.SAMPLES):
             if (stage_directory / name).exists():
-                with (self._run_directory / name).open("a") as run_file:
-                    run_file.write((stage_directory / name).read_text())
+                with (self._run_directory / name).open("a", encoding="utf-8") as run_file:
+                    run_file.write((stage_directory / name).read_text(encoding="utf-8"))
         metrics_file = stage_directory / self.METRICS
-        for line in metrics_file.read_text().splitlines() if self._sinks and metrics_file.exists() else ():
+        lines = metrics_file.read_bytes().splitlines() if self._sinks and metrics_file.exists() else ()
+        for line in lines:
             row = json.loads(line)
             metrics = {name: value for name, value in row.items() if "/" in name and value is not None}
             for sink in self._sinks:
@@ -212,7 +216,7 @@ class Tracker:
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False) + "\n"
         for directory in filter(None, (self._run_directory, self._stage_directory)):
-            with (directory / name).open("a") as file:
+            with (directory / name).open("a", encoding="utf-8") as file:
                 file.write(line)
 
 

@@ -31,7 +31,9 @@ class ParetoConfig(Strict):
     """`sweep.pareto.*`: the two sides of a trade; of both, the base model has 0."""
 
     gain: Metric
+    """More is better."""
     loss: Metric
+    """Less is better."""
 
 
 class SweepConfig(Strict):
@@ -40,6 +42,7 @@ class SweepConfig(Strict):
     metric: Metric | None
     """What is looked for; `hydra/sweeper=optuna` needs one."""
     direction: Literal["maximize", "minimize"]
+    """Whether more of the metric is better, or less."""
     trials: PositiveInt
     """How many trials a study of optuna's has in all."""
     parallel: PositiveInt
@@ -166,7 +169,7 @@ def outcome_of(code: int, summary: Mapping[str, Any]) -> Outcome:
 def write_note(directory: Path, outcome: Outcome) -> None:
     """Replace trial.json."""
     beside = directory / f".{NOTE}"
-    beside.write_text(json.dumps(asdict(outcome), indent=2))
+    beside.write_text(json.dumps(asdict(outcome), indent=2), encoding="utf-8")
     beside.rename(directory / NOTE)
 
 

@@ -33,7 +33,7 @@ from rlhf.evaluation.comparison import bootstrap_interval, wins
 from rlhf.evaluation.references import answer_loss
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
-from rlhf.lineage import hardware
+from rlhf.lineage import content_digest, hardware
 from rlhf.models.policy import check_head
 from rlhf.plan.answering import answering_demand
 from rlhf.plan.demand import Demand, joined, one_after_the_other
@@ -88,9 +88,11 @@ class CompareStage(Stage):
     price_per_hour: PositiveFloat
     """What the machine costs, in any currency; the same for training and for answering."""
     max_new_tokens: PositiveInt
+    """A longer answer is cut off."""
     temperature: NonNegativeFloat
     """0 takes the likeliest token each time."""
     bootstrap_samples: PositiveInt
+    """Resamples of the questions behind each 95% interval."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass that measures or embeds; lower it when memory runs out."""
 
@@ -130,7 +132,9 @@ class CompareStage(Stage):
         """Questions, corpus, artifacts from elsewhere, the user's reward, and the machine that is timed."""
         sources = {QUESTIONS: self.questions, CORPUS: self.corpus}
         digests = {key: source.reading_digest(key) for key, source in sources.items() if source is not None}
-        elsewhere = {name: tuned_artifact(name).key for name in self.artifacts if name not in POLICY_STAGES}
+        elsewhere = {
+            name: content_digest(tuned_artifact(name)) for name in self.artifacts if name not in POLICY_STAGES
+        }
         return digests | elsewhere | reward_digest(self.reward) | {"machine": hardware()}
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:

@@ -99,12 +99,15 @@ class EvaluateStage(Stage):
     num_references: PositiveInt | None
     """The first so many held-out answers of sft.data, whose loss tells what was learned; null takes all."""
     max_new_tokens: PositiveInt
+    """A longer response is cut off."""
     temperature: PositiveFloat
+    """Divides the logits of every policy."""
     top_p: float = Field(gt=0, le=1)
     """Below 1, the KL is still that of the whole distribution's log-probabilities."""
     batch_rows: PositiveInt
     """Rows decoded together."""
     bootstrap_samples: PositiveInt
+    """Resamples of the prompts behind each 95% interval."""
     num_shown: int = Field(ge=0)
     """Prompts whose answers the report shows side by side, from the first on."""
     micro_batch_tokens: PositiveInt

@@ -42,8 +42,11 @@ class GenerateStage(Stage):
     num_prompts: PositiveInt | None
     """The first so many prompts; null takes all."""
     samples_per_prompt: PositiveInt
+    """Responses to each prompt."""
     max_new_tokens: PositiveInt
+    """A longer response is cut off."""
     temperature: PositiveFloat
+    """Divides the logits."""
     pair_min_gap: NonNegativeFloat
     """Score units: pairs that differ less are not written."""
     batch_rows: PositiveInt

@@ -19,7 +19,7 @@ from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
 from rlhf.models.merged import merged_policy
 from rlhf.models.published import origin_of
 from rlhf.plan.demand import Demand, Worker
-from rlhf.plan.memory import Part, Phase, weight_bytes
+from rlhf.plan.memory import Part, Phase, over, weight_bytes
 from rlhf.plan.setting import Setting
 from rlhf.stage import Stage
 
@@ -61,8 +61,9 @@ class MergeStage(Stage):
             )
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
-        """Both models in the host's memory; it runs none."""
-        models = Part("weights", 2 * weight_bytes(on), "base and tuned model", True)
+        """Both models in the host's memory, rank 0's alone; it runs none."""
+        here = on.machine.ranks_here
+        models = Part("weights", 2 * weight_bytes(on) / here, f"base and tuned model{over(here)}", True)
         load = Worker(on).load(3, what="base, tuned and published model")
         return Demand([Phase("interpolating", [models])], [load], artifact=weight_bytes(on))
 

@@ -53,10 +53,13 @@ class PlanStage(Stage):
     rows: PositiveInt | None
     """Training rows of each; null measures the prepared data."""
     prompt_tokens: PositiveInt | None
+    """Of a row, on average; given with `rows`."""
     answer_tokens: PositiveInt | None
+    """Likewise."""
     gpus: PositiveInt | None
     """GPUs a node, which need not be here; null plans for what is found."""
     nodes: PositiveInt
+    """With `gpus` each."""
     gpu_memory: ByteSize
     """Of a GPU, such as 80GiB; this key and those below count with `gpus` alone."""
     host_memory: ByteSize

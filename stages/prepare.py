@@ -97,6 +97,7 @@ class PrepareStage(Stage):
     """Share of the rows set aside where evaluate.prompts or evaluate.retention names the same source as a
     training role."""
     on_bad_row: Literal["error", "drop"]
+    """End the run at the first ones; or leave them out, count them and show where they are."""
     response_tokens: PositiveInt
     """Tokens of the context to leave for the answer to a prompt."""
 

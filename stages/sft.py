@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
-from rlhf.data.batching import chunks
+from rlhf.data.batching import chunks, num_batches
 from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import splits_of
 from rlhf.data.schema import Role, SftRow
@@ -63,6 +63,7 @@ class SftStage(Stage):
     optim: OptimConfig
     peft: Peft
     epochs: PositiveFloat
+    """Passes over the training rows; the last may be a part of one."""
     batch_rows: PositiveInt
     """Rows of `data` per optimizer step, over all ranks; replayed rows come on top."""
     micro_batch_tokens: PositiveInt
@@ -197,7 +198,7 @@ class SftStage(Stage):
             random.Random(seed + epoch).sample(rows, len(rows)) for epoch in range(math.ceil(self.epochs))
         )
         batches = [batch for epoch in shuffled for batch in chunks(epoch, self.batch_rows)]
-        return batches[: math.ceil(self.epochs * math.ceil(len(rows) / self.batch_rows))]
+        return batches[: num_batches(len(rows), self.batch_rows, self.epochs)]
 
     def with_replay(
         self, batches: Sequence[Sequence[EncodedAnswer]], rows: Sequence[EncodedAnswer], seed: int

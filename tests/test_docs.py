@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import torch
@@ -104,3 +105,15 @@ def test_the_tree_in_readme_is_the_tree() -> None:
     modules = {path.name for path in (ROOT / "rlhf").glob("*.py")} - {"__init__.py"}
     folders = {path.parent.name + "/" for path in (ROOT / "rlhf").glob("*/__init__.py")}
     assert [name for name in sorted(modules | folders) if name not in tree] == []
+
+
+def test_the_page_of_keys_is_the_configs() -> None:
+    written = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
+    assert written == run_path(str(ROOT / "docs" / "keys.py"))["page"](), "run python docs/keys.py"
+
+
+def test_every_key_says_what_it_means() -> None:
+    rows = re.findall(r"^\| `(\S+)` \|.*\| (.*) \|$", (ROOT / "docs" / "keys.md").read_text(), re.MULTILINE)
+    assert len(rows) > 150
+    named_only = [key for key, meaning in rows if meaning in ("", "See [source](#source).")]
+    assert [key for key in named_only if not key.startswith("prepare.sources.")] == []

@@ -122,6 +122,16 @@ def test_files_stay_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= LONGEST
 
 
+def test_text_files_are_utf_8_whatever_the_locale_is() -> None:
+    """Ruff's PLW1514 sees only those whose type it can tell."""
+    for path in [*FILES, *(ROOT / "benchmarks").rglob("*.py")]:
+        for each in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute):
+                named = {keyword.arg for keyword in each.keywords}
+                is_text = each.func.attr in ("read_text", "write_text")
+                assert not is_text or "encoding" in named, f"{path}:{each.lineno}"
+
+
 def test_help_is_a_page_for_newcomers_and_needs_no_torch(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "rlhf", "--help"],

@@ -29,6 +29,7 @@ class FewShotConfig(Strict):
     """`compare.few_shot.*`: rows of sft.data as earlier turns of the conversation."""
 
     examples: PositiveInt
+    """How many, before each question."""
     choice: Literal["nearest", "random"]
     """nearest: found by compare.retriever for each question; random: the same for all, by the seed."""
     template: Annotated[str, _naming("question")]
@@ -39,9 +40,11 @@ class RetrievalConfig(Strict):
     """`compare.retrieval.*`: passages in front of the question."""
 
     passages: PositiveInt
+    """How many are put in front."""
     passage_template: Annotated[str, _naming("passage")]
     """One passage; they follow each other, the best first."""
     template: Annotated[str, _naming("passages", "question")]
+    """What the question's turn says."""
 
 
 @dataclass(frozen=True)

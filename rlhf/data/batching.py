@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -23,6 +25,11 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
             groups.append([index])
             used = lengths[index]
     return groups
+
+
+def num_batches(rows: int, batch_rows: int, epochs: float) -> int:
+    """Of a training over so many rows; the last epoch may be a part of one."""
+    return math.ceil(Fraction(str(epochs)) * math.ceil(rows / batch_rows))  # in floats 1.1 x 50 > 55
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

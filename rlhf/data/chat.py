@@ -39,7 +39,7 @@ def resolve_template(choice: str) -> str:
         raise ConfigError(
             f"model.chat_template={choice}: neither a file nor one of {', '.join(sorted(TEMPLATES))}."
         )
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:

@@ -107,9 +107,10 @@ def _prompt_row(raw: Raw) -> PromptRow:
     if column in CONVERSATION_COLUMNS:
         prompt = _with_system(raw, _messages(raw[column], column))
     elif column == "chosen":
-        prompt, _ = _answer(raw[column], column)
-        if not prompt:
+        before, _ = _answer(raw[column], column)
+        if not before:
             raise _missing("prompt", raw, PROMPT_NEEDS)
+        prompt = _with_system(raw, before)
     else:
         prompt = _prompt(raw, column)
     while prompt and prompt[-1]["role"] == "assistant":
@@ -202,10 +203,18 @@ def _answer(value: Any, column: str) -> tuple[list[Message], str]:
 
 
 def _joined(prompt: list[Message], before: list[Message]) -> list[Message]:
-    """The prompt column and the turns before the answers, which often repeat it (UltraFeedback)."""
-    if before[len(before) - len(prompt) :] == prompt:
-        return before
+    """The prompt column and the turns before the answers, which often repeat it (UltraFeedback) or its first
+    turn; of two system messages the conversation's own counts."""
+    (opening, asked), (own_opening, turns) = _without_system(prompt), _without_system(before)
+    if asked in (turns[: len(asked)], turns[len(turns) - len(asked) :]):
+        return [*(own_opening or opening), *turns]
     return [*prompt, *before]
+
+
+def _without_system(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The system message at the front, where there is one; and the turns."""
+    num_system = 1 if messages and messages[0]["role"] == "system" else 0
+    return messages[:num_system], messages[num_system:]
 
 
 def _last_exchange(messages: list[Message], column: str) -> SftRow:

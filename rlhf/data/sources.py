@@ -42,6 +42,7 @@ class SourceConfig(Strict):
     hub: str | None = None
     """A data set on the Hugging Face Hub, such as HuggingFaceH4/ultrafeedback_binarized."""
     subset: str | None = None
+    """hub: the data set's configuration, where it has several."""
     split: str | None = None
     """hub: which split to read; `train` unless told otherwise."""
     revision: str | None = None
@@ -85,12 +86,10 @@ class SourceConfig(Strict):
         return Path(str(self).removeprefix("samples:")).name.partition(".")[0]
 
     def fingerprint(self, key: str) -> str:
-        """Digest of the source's content (a file's bytes and format; a Hub data set's name and revision).
-
-        Equal for the same file in two places.
-        """
+        """Digest of the source's content, equal for the same file in two places: a file's bytes and format; a
+        Hub data set's name, revision, subset and split."""
         if self.hub is not None:
-            return digest_of(["hub", self.hub, self.revision, self.subset, self.split])
+            return digest_of(["hub", self.hub, self.revision, self.subset, self.split or "train"])
         path = self._file(key)
         try:
             return digest_of(["file", _suffixes(path), file_digest(path)])

@@ -39,17 +39,19 @@ class ModelConfig(Strict):
     """`model.*`: which base model, and how to read it."""
 
     kind: Literal["embedded", "hub", "local", "tiny"]
+    """The packaged SmolLM2-135M; the Hub's; a directory; or a random one for tests. Set by `model=NAME`."""
     id: str | None = None
     """hub: a repository, such as HuggingFaceTB/SmolLM2-360M."""
     revision: str = "main"
+    """hub: a branch, tag or commit."""
     path: str | None = None
     """local: a `save_pretrained` directory."""
     chat_template: str | None = None
     """chatml, plain, or a jinja file; null keeps the tokenizer's own (plain where it has none)."""
     attention: str = "auto"
-    """auto: rows are laid end to end where the model allows it (rlhf/models/packed.py); or one of
-    transformers' implementations (sdpa, eager, ...), with padded rows."""
+    """auto lays rows end to end where the model allows it; transformers' sdpa, eager, ... pad them."""
     trust_remote_code: bool = False
+    """Run the Python code that comes with a model."""
 
 
 @dataclass(frozen=True)
@@ -223,11 +225,8 @@ def fetch_weights(config: ModelConfig) -> None:
 
 
 def base_identity(config: ModelConfig, *, weights: bool = True) -> str:
-    """What distinguishes this base model from every other one, without loading its weights.
-
-    Args:
-        weights: whether a directory must have some.
-    """
+    """What distinguishes this base model from every other one, without loading its weights; `weights` says
+    whether a directory must have some."""
     choices = [config.chat_template and resolve_template(config.chat_template), config.attention]
     if config.kind == "embedded":
         return digest_of([EMBEDDED_PACKAGE, _embedded_version(), *choices])
@@ -301,8 +300,7 @@ def _embedded_version() -> str:
 def _embedded_source() -> Path:
     _embedded_version()
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)  # found, not imported: it would want llama.cpp
-    assert spec is not None
-    assert spec.origin is not None
+    assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
 
 

@@ -109,8 +109,9 @@ def save_adapter(
         told |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     directory = artifact / ADAPTER
     directory.mkdir()
-    (directory / CONFIG).write_text(json.dumps(told, default=sorted, indent=2, sort_keys=True))
-    (directory / ORIGIN).write_text(origin.model_dump_json(indent=2))
+    content = json.dumps(told, default=sorted, indent=2, sort_keys=True)
+    (directory / CONFIG).write_text(content, encoding="utf-8")
+    (directory / ORIGIN).write_text(origin.model_dump_json(indent=2), encoding="utf-8")
     save_file({name: each.contiguous() for name, each in weights.items()}, directory / WEIGHTS)
     return {"adapter_bytes": float(sum(path.stat().st_size for path in directory.iterdir()))}
 

@@ -68,7 +68,8 @@ def found_machine(compute: Compute, speed: Speed) -> Machine:
 def host_memory() -> float:
     """Bytes that processes here can still take: what the kernel can free, within the limits of this process's
     control groups (a container's, a SLURM job's)."""
-    path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip() if GROUPS.exists() else ""
+    told = Path("/proc/self/cgroup").read_text(encoding="utf-8") if GROUPS.exists() else ""
+    path = told.rpartition("::")[2].strip()
     groups = [GROUPS / path.strip("/"), *(GROUPS / path.strip("/")).parents]
     rooms = (room_in(group) for group in groups if group.is_relative_to(GROUPS))
     return min(float(psutil.virtual_memory().available), *rooms)
@@ -77,10 +78,10 @@ def host_memory() -> float:
 def room_in(group: Path) -> float:
     """Bytes left in a control group (version 2); without a limit infinitely many."""
     limit = group / "memory.max"
-    if not limit.exists() or (most := limit.read_text().strip()) == "max":
+    if not limit.exists() or (most := limit.read_text(encoding="utf-8").strip()) == "max":
         return float("inf")
-    caches = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    held = int((group / "memory.current").read_text()) - int(caches["inactive_file"])  # given up when asked
+    caches = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+    held = int((group / "memory.current").read_bytes()) - int(caches["inactive_file"])  # given up when asked
     return float(int(most) - held)
 
 
@@ -114,7 +115,7 @@ def calibrated_speed(compute: Compute, directory: Path) -> Speed:
     path = _speed_file(compute, directory)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps({"machine": hardware(), **asdict(speed)}))
+    beside.write_text(json.dumps({"machine": hardware(), **asdict(speed)}), encoding="utf-8")
     beside.rename(path)
     return speed
 
@@ -124,7 +125,7 @@ def kept_speed(compute: Compute, directory: Path) -> Speed | None:
     path = _speed_file(compute, directory)
     if not path.exists():
         return None
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     return Speed(values["gflops"], values["gbytes"])
 
 

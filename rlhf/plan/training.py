@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from rlhf import methods as tuning_methods
 from rlhf.config import PeftConfig
+from rlhf.data.batching import num_batches
 from rlhf.data.prepared import Lengths
 from rlhf.plan.demand import Demand, Worker
 from rlhf.plan.memory import (
@@ -63,7 +62,7 @@ def training_demand(
             phases.append(Phase("evaluating", [*states, read, *heads]))
         else:
             phases.append(Phase("ranking", [frozen_weights(on, "published model", is_scalar=True), read]))
-    worker, steps = Worker(on), math.ceil(epochs * math.ceil(train.rows / batch_rows))
+    worker, steps = Worker(on), num_batches(train.rows, batch_rows, epochs)
     all_tokens, held_tokens = epochs * train.rows * train.mean, held_out.rows * held_out.mean
     work = [
         worker.load(3, what="model, published model"),

@@ -106,12 +106,12 @@ def experiment_file(resolved: Mapping[str, Any], strategy: Strategy, reason: str
 def changed(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """What a composed config has otherwise than the packaged files, without what is only repeated there."""
     packaged = resources.files("rlhf.conf")
-    top = yaml.safe_load((packaged / "config.yaml").read_text())
+    top = yaml.safe_load((packaged / "config.yaml").read_text(encoding="utf-8"))
     own = {key: resolved[key] for key in top if key in resolved}
     found = differences(own, top, resolved)
     for name, section in resolved.items():
         if isinstance(section, dict) and "_target_" in section and name not in NOT_PART:
-            raw = yaml.safe_load((packaged / "stages" / f"{name}.yaml").read_text())
+            raw = yaml.safe_load((packaged / "stages" / f"{name}.yaml").read_text(encoding="utf-8"))
             if different := differences(section, raw, resolved):
                 found[name] = different
     return {key: value for key, value in found.items() if key not in NOT_PART}

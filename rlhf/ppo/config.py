@@ -17,6 +17,7 @@ class KlConfig(Strict):
     coef: NonNegativeFloat
     """Normalised reward per nat; the starting value when adaptive."""
     controller: Literal["fixed", "adaptive"]
+    """Whether coef stays, or is steered towards target."""
     target: PositiveFloat
     """adaptive: nats a sequence to steer for."""
     horizon: PositiveFloat
@@ -24,7 +25,7 @@ class KlConfig(Strict):
 
 
 class CriticConfig(Strict):
-    """`ppo.critic.*`."""
+    """`ppo.critic.*`: the model of values, which learns beside the policy."""
 
     init: Literal["reward", "sft"]
     """From the reward model, rescaled to the normalised score; or the SFT model's trunk under a zero head."""
@@ -68,7 +69,10 @@ class PpoConfig(Strict):
     """Every knob of the PPO stage. Sources of the details: docs/ppo.md."""
 
     prompts: SourceConfig
+    """Whose responses are scored and learned from; prepared by `prepare`."""
     reward: RewardSource
+    """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
+    classification model), `python:MODULE:FUNCTION`, or the URL of a server."""
     steps: PositiveInt
     """Rollouts; each one is learned from `epochs` times."""
     batch_episodes: PositiveInt
@@ -76,9 +80,11 @@ class PpoConfig(Strict):
     minibatch_episodes: PositiveInt
     """Episodes per optimizer step, over all ranks."""
     epochs: PositiveInt
+    """Passes over the episodes of a rollout."""
     stop_epochs_kl: PositiveFloat | None
     """Skip the remaining epochs once the mean of rho - 1 - log rho passes this many nats a token."""
     max_new_tokens: PositiveInt
+    """A longer response is cut off."""
     temperature: PositiveFloat
     """Divides the logits of policy and reference alike, when sampling and when training."""
     optim: OptimConfig
@@ -88,16 +94,24 @@ class PpoConfig(Strict):
     score: ScoreConfig
     ptx: PtxConfig
     gamma: float = Field(gt=0, le=1)
+    """Discount per token; 1 where the length should not matter."""
     lam: float = Field(ge=0, le=1)
+    """Of the advantages: 0 trusts the critic alone, 1 the sampled rewards alone."""
     clip: float = Field(gt=0, lt=1)
+    """How far the probability ratio may leave 1 and still earn gradient."""
     clip_high: PositiveFloat | None
+    """The same upwards; null takes clip."""
     dual_clip: float | None = Field(gt=1)
+    """Ratio beyond which a token with a negative advantage stops earning gradient; null for never."""
     value_clip: PositiveFloat | None
+    """How far, in units of the normalised reward, the critic may leave the rollout's value and still earn
+    gradient; null for any distance."""
     ema_decay: float | None = Field(gt=0, lt=1)
     """Publish an exponential moving average of the policy's weights; null for the weights themselves."""
     evaluate_every: PositiveInt
     """Steps between evaluations on held-out prompts; the policy with the best score is published."""
     evaluate_prompts: PositiveInt
+    """The first so many held-out prompts."""
     max_bad_steps: NonNegativeInt
     """Steps skipped for a non-finite reward, loss or gradient before the run stops."""
     max_kl: PositiveFloat | None

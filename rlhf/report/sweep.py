@@ -94,7 +94,8 @@ class SweepTable:
         if pareto is not None and points:
             draw(points, pareto.gain, pareto.loss, self.directory / PICTURE)
             picture = f"\n![{pareto.gain} against {pareto.loss}]({PICTURE})\n"
-        (self.directory / "sweep.md").write_text(f"# Sweep {self.directory.name}\n\n{table}\n{picture}")
+        text = f"# Sweep {self.directory.name}\n\n{table}\n{picture}"
+        (self.directory / "sweep.md").write_text(text, encoding="utf-8")
         best = self.best
         content = {
             "name": self.directory.name,
@@ -114,7 +115,7 @@ class SweepTable:
             ],
         }
         beside = self.directory / ".sweep.json"
-        beside.write_text(json.dumps(content, indent=2))
+        beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
         beside.rename(self.directory / "sweep.json")
 
     def show(self, console: Console) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException

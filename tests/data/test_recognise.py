@@ -42,6 +42,12 @@ TWO_TURNS = [user("Hi"), assistant("Hello."), user("Bye")]
     ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}, HI),
     ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}], "system": "S"},
      [system("S"), *HI]),
+    # the answer as turns that repeat the prompt, or its first turn, but not its system message
+    ({"system": "S", "prompt": "Hi", "completion": [*HI, assistant("Yes")]}, [system("S"), *HI]),
+    ({"prompt": [system("S"), *HI], "completion": [*HI, assistant("Yes")]}, [system("S"), *HI]),
+    ({"system": "S", "prompt": "Hi", "completion": [*TWO_TURNS, assistant("Yes")]},
+     [system("S"), *TWO_TURNS]),
+    ({"prompt": TWO_TURNS[:2], "completion": [TWO_TURNS[2], assistant("Yes")]}, TWO_TURNS),
     ({"text": "Yes"}, []),
     ({"text": "\n\nHuman: Hi\n\nAssistant: Yes"}, HI),
 ])  # fmt: skip
@@ -60,6 +66,15 @@ def test_sft_formats(raw, prompt):
     ({"prompt": "Hi", "chosen": [*HI, assistant("Good")], "rejected": [*HI, assistant("Bad")]}, HI),
     ({"prompt": "Hi", "chosen": [system("S"), *HI, assistant("Good")],
       "rejected": [system("S"), *HI, assistant("Bad")]}, [system("S"), *HI]),
+    ({"system": "S", "prompt": "Hi", "chosen": [*HI, assistant("Good")], "rejected": [*HI, assistant("Bad")]},
+     [system("S"), *HI]),
+    ({"system": "T", "prompt": "Hi", "chosen": [system("S"), *HI, assistant("Good")],
+      "rejected": [system("S"), *HI, assistant("Bad")]}, [system("S"), *HI]),  # the conversation's own
+    # the prompt is the first of several turns
+    ({"prompt": "Hi", "chosen": [*TWO_TURNS, assistant("Good")],
+      "rejected": [*TWO_TURNS, assistant("Bad")]}, TWO_TURNS),
+    ({"system": "S", "prompt": "Hi", "chosen": [*TWO_TURNS, assistant("Good")],
+      "rejected": [*TWO_TURNS, assistant("Bad")]}, [system("S"), *TWO_TURNS]),
     # HH
     ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: Good",
       "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: Bad"}, TWO_TURNS),
@@ -86,6 +101,7 @@ def test_gold_scores_are_kept_and_may_be_text_as_in_csv():
     ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]}, HI),
     ({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"}, HI),
     ({"chosen": [*HI, assistant("A")], "rejected": [*HI, assistant("B")]}, HI),
+    ({"system": "S", "chosen": [*HI, assistant("A")], "rejected": [*HI, assistant("B")]}, [system("S"), *HI]),
     ({"prompt": "\n\nHuman: Hi\n\nAssistant:"}, HI),
     ({"text": "Hi", "role": "prompter", "parent_id": None}, HI),  # OpenAssistant's messages
     ({"prompt": {"text": "Hi", "role": "prompter", "replies": []}}, HI),  # and its trees

@@ -205,6 +205,8 @@ def test_the_fingerprint_is_the_contents_not_the_place(tmp_path):
     (tmp_path / "sub" / "b.jsonl").write_bytes(jsonl(ROWS[:1]))
     assert first.fingerprint(KEY) != second.fingerprint(KEY)
     assert source("hub:a/b").fingerprint(KEY) != source({"hub": "a/b", "revision": "c"}).fingerprint(KEY)
+    splits = [source({"hub": "a/b", "split": split}).fingerprint(KEY) for split in (None, "train", "test")]
+    assert splits[0] == splits[1] != splits[2]
 
 
 def test_hub_sources_go_through_datasets(tmp_path, monkeypatch):

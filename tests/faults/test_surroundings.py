@@ -66,6 +66,29 @@ def test_a_store_that_became_read_only_still_serves_what_is_finished(chain: Real
         assert len([*disk.glob("sft/[!.]*/model.safetensors")]) == 1
 
 
+def test_files_are_utf_8_whatever_the_locale_is(chain: RealChain) -> None:
+    word, directory = "Größe", chain.directory
+    (directory / "words.jsonl").write_text(f'{{"prompt": "{word}?"}}\n' * 6, encoding="utf-8")
+    template = "{% for message in messages %}Größe {{ message.content }}{{ eos_token }}{% endfor %}"
+    (directory / "words.jinja").write_text(template, encoding="utf-8")
+    (directory / "experiment").mkdir()
+    advice = f"# @package _global_\nsft: {{gates: {{skipped_steps: {{advice: {word}}}}}}}"
+    (directory / "experiment" / "words.yaml").write_text(advice, encoding="utf-8")
+    command = chain.command(
+        "locale", "stage=evaluate", "evaluate.policies=[base]", "evaluate.reward=null",
+        "evaluate.prompts=words.jsonl", "evaluate.max_new_tokens=4", "evaluate.gates.win_rate=null",
+        "model.chat_template=words.jinja", "+experiment=words",
+    )  # fmt: skip
+    command[3:3] = ["--config-dir", str(directory)]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, cwd=directory, env={**os.environ, **ascii_only}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    run = directory / "runs" / "locale"
+    for name in ("config.yaml", "samples.jsonl", "artifacts/evaluate/samples.jsonl",
+                 "artifacts/evaluate/manifest.json"):  # fmt: skip
+        assert word in (run / name).read_text(encoding="utf-8"), name
+
+
 class Scorer(BaseHTTPRequestHandler):
     """Scores by length; a class attribute tells it to fail."""
 

@@ -205,6 +205,18 @@ def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
         for each in (on, here)
     )
     assert shared == pytest.approx(max(alone / 8, 2 * on.shape.parameters))  # one is read on every rank
+    alone, shared = (
+        found.stages["merge"].demand(each, found.stages).peak().size(on_host=True) for each in (on, here)
+    )
+    assert (alone, shared) == (4 * on.shape.parameters, pytest.approx(alone / 8))
+
+
+def test_planned_steps_are_those_that_are_taken() -> None:
+    found, on = experiment("sft.batch_rows=20", "sft.epochs=1.1"), gpus(80)
+    (update,) = (
+        task for task in found.stages["sft"].demand(on, found.stages).work if task.activity == "optimizer"
+    )
+    assert update.how.startswith("55 x ")  # 1.1 x 50 > 55 in floats
 
 
 def test_a_model_that_writes_no_text_is_told() -> None:

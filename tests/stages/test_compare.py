@@ -58,10 +58,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return store
 
 
-def publish_tiny(store: Store, stage: str, recipe: dict[str, Any]) -> None:
-    (store.root / stage).mkdir()
+def publish_tiny(store: Store, stage: str, recipe: dict[str, Any], note: str = "") -> None:
+    (store.root / stage).mkdir(exist_ok=True)
     scratch = store.scratch(stage, "tuned")
     _write_tiny(scratch)
+    (scratch / "note.txt").write_text(note)
     manifest = Manifest(
         stage=stage, key="tuned", recipe=recipe, config={}, metrics={}, seconds=50.0, created="",
         git_revision=None, packages={}, hardware="", files={},
@@ -296,7 +297,17 @@ def test_inputs_follow_the_artifacts_and_the_reward(tuned: str) -> None:
         "ppo",
         "reward",
     )
-    assert make_stage(artifacts=[tuned]).external()[tuned] == "tuned"
+
+
+def test_a_model_that_was_made_anew_elsewhere_is_asked_anew(tmp_path: Path) -> None:
+    store, directory = Store(tmp_path), tmp_path / "sft" / "tuned"
+    publish_tiny(store, "sft", {})
+    stage = make_stage(artifacts=[str(directory)])
+    before = stage.external()
+    publish_tiny(store, "sft", {})
+    assert stage.external() == before  # the same content
+    publish_tiny(store, "sft", {}, note="other content")
+    assert stage.external().keys() == before.keys() and stage.external() != before
 
 
 def test_the_run_shows_it(finished_chain: tuple[Chain, Outcome]) -> None:

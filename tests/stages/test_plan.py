@@ -182,6 +182,13 @@ def test_a_plan_is_made_anew_each_time(chain: Chain, config_of_8b: Path) -> None
     assert first.statuses == second.statuses == {"plan": "ran"}
 
 
+def test_another_runs_plan_is_left_as_it_is(chain: Chain, config_of_8b: Path) -> None:
+    batch_rows = (8, 32)
+    runs = [plan(chain, config_of_8b, *EIGHT_GPUS, f"sft.batch_rows={rows}") for rows in batch_rows]
+    written = [run.directory / "artifacts" / "plan" / "experiment" / "planned.yaml" for run in runs]
+    assert [yaml.safe_load(path.read_text())["sft"]["batch_rows"] for path in written] == list(batch_rows)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

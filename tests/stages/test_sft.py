@@ -185,6 +185,12 @@ def test_a_part_of_an_epoch_is_a_part_of_its_batches(epochs: float, steps: int) 
     assert batches == sft_stage("sft.epochs=2").batches(rows, 0)[:steps]  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1.1, 55), (1.11, 56), (1e-9, 1)])  # 1.1 x 50 > 55 in floats
+def test_a_part_of_an_epoch_is_as_it_is_written(epochs: float, steps: int) -> None:
+    stage = sft_stage(f"sft.epochs={epochs}", "sft.batch_rows=1")
+    assert len(stage.batches(list(range(50)), 0)) == steps  # type: ignore[arg-type]
+
+
 def encoded(directory: Path, rows: list[SftRow]) -> list[EncodedAnswer]:
     return [EncodedAnswer(load_tokenizer(directory, TINY), row, 80) for row in rows]
 
