@@ -25,7 +25,7 @@ from rlhf.job import Job
 from rlhf.models.load import base_config
 from rlhf.plan.demand import Demand
 from rlhf.plan.machine import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
-from rlhf.plan.setting import Setting, Sizes, vllm_cache
+from rlhf.plan.setting import Setting, Sizes, pads_rows, vllm_cache
 from rlhf.plan.shape import UnknownShapeError, shape_of
 from rlhf.plan.strategies import Strategy, Use, rank_strategies
 from rlhf.plan.written import experiment_file, explanation, hardware_line, phases, recommendation, table
@@ -161,7 +161,10 @@ class PlanStage(Stage):
                 ranks_here=self.gpus,
             )
             dtype_bytes = 4 if settings.precision == "fp32" else 2
-        return Setting(shape, dtype_bytes, settings.zero, machine, self.sizes(job), vllm_cache(settings))
+        return Setting(
+            shape, dtype_bytes, settings.zero, machine, self.sizes(job), vllm_cache(settings),
+            pads_rows(settings.model, shape),
+        )  # fmt: skip
 
     def sizes(self, job: Job) -> Sizes:
         """Of every role: the prepared ones, or those given."""

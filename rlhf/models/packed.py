@@ -131,21 +131,26 @@ def take(x_T: Tensor, places: Tensor) -> Tensor:
 
 def pack_where_possible(model: PreTrainedModel) -> None:
     """Let a model take packed rows if nothing but attention mixes its tokens; others get padded ones."""
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or LAYER_TYPES)
-    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
-    is_latent = getattr(config, "v_head_dim", None) is not None  # values are narrower than keys
-    if (
-        not model._supports_attention_backend
-        or not model._supports_sdpa
-        or is_capped
-        or is_latent
-        or not layers <= LAYER_TYPES
-    ):
+    if not may_pack(model):
         return
     model.set_attn_implementation(ATTENTION)
     if _leaks(model):  # state-space layers, say, beside attention
         model.set_attn_implementation("sdpa")
+
+
+def may_pack(model: PreTrainedModel) -> bool:
+    """Whether a model can take packed rows, as far as its kind tells, without weights."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or LAYER_TYPES)
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    is_latent = getattr(config, "v_head_dim", None) is not None  # values are narrower than keys
+    return (
+        model._supports_attention_backend
+        and model._supports_sdpa
+        and not is_capped
+        and not is_latent
+        and layers <= LAYER_TYPES
+    )
 
 
 class _OwnMaskError(Exception):

@@ -2,13 +2,14 @@
 
 Weights, gradients and optimizer: Rajbhandari et al. 2020 (arXiv:1910.02054), section 3. Activations: counted
 from what autograd keeps of transformers' decoder layers, as Korthikanti et al. 2022 (arXiv:2205.05198),
-section 4, do. Rows are packed and attention weights are computed anew: nothing grows with a length's square.
+section 4, do. Attention weights are computed anew: nothing grows with a length's square but the masks of rows
+behind virtual tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from rlhf.config import PeftConfig
@@ -52,7 +53,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one engine trains: models of one shape, all with the same method."""
+    """What one engine trains, all with the same method."""
 
     on: Setting
     peft: PeftConfig
@@ -61,6 +62,8 @@ class Trained:
     """Sets of weights that the models stand on."""
     scalars: int = 0
     """Of the models, those that have a scalar head instead of the output layer."""
+    scalar: Shape | None = None
+    """Of those, where it is another one."""
 
     @property
     def of_one(self) -> int:
@@ -70,25 +73,30 @@ class Trained:
     @property
     def parameters(self) -> int:
         """That train, of all models."""
-        missing = self.on.shape.own_head if self.peft.method == "none" else 0
-        return self.models * self.of_one - self.scalars * missing
+        shape = self.scalar or self.on.shape
+        of_scalar = METHODS[self.peft.method].trained(shape, self.peft)
+        of_scalar -= shape.own_head if self.peft.method == "none" else 0
+        return (self.models - self.scalars) * self.of_one + self.scalars * of_scalar
 
     @property
-    def heads(self) -> int:
-        """Parameters of the output layers that scalar models with weights of their own do not have."""
-        return min(self.scalars, self.weight_sets - self.models + self.scalars) * self.on.shape.own_head
+    def sets(self) -> list[tuple[Setting, bool]]:
+        """Each set of weights, in the order of loading, and whether it is a scalar model's own."""
+        own = min(self.scalars, self.weight_sets - self.models + self.scalars)
+        scalar = replace(self.on, shape=self.scalar or self.on.shape)
+        return [(self.on, False)] * (self.weight_sets - own) + [(scalar, True)] * own
 
     def weights(self, name: str) -> Iterator[Part]:
         """Of the models, frozen or not; where they are sharded, a shard and what is gathered to run."""
-        on, shape, count = self.on, self.on.shape, self.weight_sets
-        total = count * weight_bytes(on, self.peft.method) - on.dtype_bytes * self.heads
+        on, shape = self.on, self.on.shape
+        total = sum(weight_bytes(each, self.peft.method, is_scalar=scalar) for each, scalar in self.sets)
+        count = sum(each.shape.parameters for each, _ in self.sets)
         total += 0 if self.peft.method == "none" else on.dtype_bytes * self.parameters
-        how = f"{name}: {billions(count * shape.parameters)} x {on.dtype_bytes} B"
+        how = f"{name}: {billions(count)} x {on.dtype_bytes} B"
         if not on.shards_weights:
             yield Part("weights", total, how)
             return
         yield Part("weights", total / on.ranks, f"{how}{over(on.ranks)}", on.zero == "zero3_offload")
-        gathered = min(count * shape.parameters, LIVE_ELEMENTS)
+        gathered = min(count, LIVE_ELEMENTS)
         if on.zero == "fsdp2":
             gathered = 2 * shape.linear // shape.layers
         how = f"gathered while they run: {billions(gathered)} x {on.dtype_bytes} B"
@@ -113,12 +121,13 @@ class Trained:
         return Part("gradients", FP32 * count / share, how, on.zero == "zero3_offload")
 
 
-def weight_bytes(on: Setting, method: str = "none") -> float:
-    """Of one model, without adapters."""
+def weight_bytes(on: Setting, method: str = "none", *, is_scalar: bool = False) -> float:
+    """Of one model, without adapters; a scalar head instead of the output layer is nothing beside it."""
     quantized, shape = METHODS[method].weight_bytes, on.shape
+    count = shape.parameters - (shape.own_head if is_scalar else 0)
     if quantized is None:
-        return on.dtype_bytes * shape.parameters
-    return on.dtype_bytes * (shape.parameters - shape.linear) + quantized * shape.linear
+        return on.dtype_bytes * count
+    return on.dtype_bytes * (count - shape.linear) + quantized * shape.linear
 
 
 def frozen_weights(on: Setting, name: str, placed: str = "replicated", *, is_scalar: bool = False) -> Part:
@@ -141,51 +150,97 @@ def loading(on: Setting, trained: Trained, *others: Part) -> Phase:
     Args:
         others: models beside those of the engine that are there by then.
     """
-    earlier = trained.weight_sets - 1
-    size = weight_bytes(on) + earlier * weight_bytes(on, trained.peft.method) - on.dtype_bytes * trained.heads
-    parts = [Part("weights", size, f"{earlier + 1} whole models", on.zero == "fsdp2"), *others]
+    *earlier, (last, is_scalar) = trained.sets
+    size = sum(weight_bytes(each, trained.peft.method, is_scalar=scalar) for each, scalar in earlier)
+    size += weight_bytes(last, is_scalar=is_scalar)
+    parts = [Part("weights", size, f"{trained.weight_sets} whole models", on.zero == "fsdp2"), *others]
     if not on.on_cpu and on.zero != "fsdp2":
         parts.append(Part("weights", weight_bytes(on), "the one that is being read", True))
     return Phase("loading", parts)
 
 
 def activations(
-    on: Setting, tokens: float, peft: PeftConfig, *, checkpointing: bool, graphs: int = 1
+    on: Setting,
+    tokens: float,
+    longest: float,
+    peft: PeftConfig,
+    *,
+    checkpointing: bool,
+    beside: Shape | None = None,
 ) -> Part:
     """What a pass over so many tokens keeps for its gradients, and what the layer at work needs beside.
 
     Args:
-        graphs: models whose passes are kept at the same time.
+        longest: tokens of a row.
+        beside: another model's, whose pass is kept at the same time.
     """
-    shape, b = on.shape, on.dtype_bytes
-    layers = min(peft.layers, shape.layers) if peft.method == "freeze" else shape.layers
-    layer = kept_per_layer(shape, b, peft)
+    graphs = [on, *([] if beside is None else [replace(on, shape=beside)])]
+    kept, hows, b = 0.0, [], on.dtype_bytes
+    for each in graphs:
+        layers, hidden = each.shape.layers, each.shape.hidden
+        kept += layers * b * hidden if checkpointing else kept_per_token(each, longest, peft)
+        layer = kept_per_layer(each, longest, peft)
+        hows.append(
+            f"{layers} layers' inputs x {b * hidden} B, and {layer:.0f} B of one layer computed anew"
+            if checkpointing
+            else f"{kept_layers(each, peft)} layers x {layer:.0f} B"
+        )
     if checkpointing:
-        kept = graphs * layers * b * shape.hidden + layer
-        how = f"{layers} layers' inputs x {b * shape.hidden} B, and {layer:.0f} B of one layer computed anew"
-    else:
-        kept = graphs * layers * layer
-        how = f"{layers} layers x {layer:.0f} B"
-    working = 2 * working_per_token(shape, b)
-    times = f", {graphs} times" if graphs > 1 else ""
-    return Part(
-        "activations", tokens * (kept + working), f"{tokens:.0f} tokens x ({how}{times}; {working} B at work)"
-    )
+        kept += max(kept_per_layer(each, longest, peft) for each in graphs)
+    working = 2 * max(working_per_token(each.shape, b) for each in graphs)
+    how = f"{tokens:.0f} tokens x ({' + '.join(hows)}; {working} B at work)"
+    return Part("activations", tokens * (kept + working), how)
 
 
-def kept_per_layer(shape: Shape, b: int, peft: PeftConfig) -> float:
+def kept_layers(on: Setting, peft: PeftConfig) -> int:
+    """Layers that keep anything."""
+    return min(peft.layers, on.shape.layers) if peft.method == "freeze" else on.shape.layers
+
+
+def kept_per_token(on: Setting, longest: float, peft: PeftConfig) -> float:
+    """Bytes a token that all layers keep."""
+    kept = kept_layers(on, peft) * kept_per_layer(on, longest, peft)
+    if peft.method != "adapter":
+        return kept
+    # of the first layer nothing is kept that stands before its first bottleneck
+    norm = on.shape.hidden * (on.dtype_bytes if on.shape.has_fused_norm else FP32)
+    attention = norm + kept_by_attention(on, longest, peft)
+    mlp = norm + kept_by_mlp(on)
+    return kept - attention - (mlp if peft.placement == "pfeiffer" else 0)
+
+
+def kept_per_layer(on: Setting, longest: float, peft: PeftConfig) -> float:
     """Bytes a token that one decoder layer keeps: norms, attention, MLP, inputs of linear layers."""
-    keeps = METHODS[peft.method].keeps
-    query, keys = shape.heads * shape.head_size, 2 * shape.kv_heads * shape.head_size
+    shape, b, method = on.shape, on.dtype_bytes, METHODS[peft.method]
     norms = shape.normalized * (b if shape.has_fused_norm else FP32)
-    attention = b * (query + keys)
-    mlp = b * shape.intermediate * (3 if shape.is_gated else 2)
-    if keeps == "values":
-        return norms + attention + mlp
+    kept = norms + kept_by_attention(on, longest, peft) + kept_by_mlp(on) + method.keeps_too(shape, b, peft)
+    if method.keeps == "values":
+        return kept
+    query = shape.heads * shape.head_size
     inputs = b * (2 * shape.hidden + query + (shape.intermediate if shape.is_gated else 0))
-    if keeps == "inputs":
-        return norms + attention + mlp + inputs + b * 7 * peft.rank
-    return norms + attention + mlp + inputs + (0 if shape.has_fused_norm else b * shape.normalized)
+    if method.keeps == "inputs":
+        return kept + inputs
+    return kept + inputs + (0 if shape.has_fused_norm else b * shape.normalized)
+
+
+def kept_by_mlp(on: Setting) -> float:
+    """Bytes a token of one layer."""
+    return on.dtype_bytes * on.shape.intermediate * (3 if on.shape.is_gated else 2)
+
+
+def kept_by_attention(on: Setting, longest: float, peft: PeftConfig) -> float:
+    """Bytes a token of one layer: queries, keys and values, and the kernel's result, unless that is kept as
+    the next linear layer's input; packed rows on CPUs are computed anew without it.
+
+    Behind virtual tokens, under a mask, each head has keys and values of its own, and the mask is kept too.
+    """
+    shape, b, method = on.shape, on.dtype_bytes, METHODS[peft.method]
+    query, keys = shape.heads * shape.head_size, 2 * shape.kv_heads * shape.head_size
+    if added := method.added_tokens(shape, peft):
+        seen = longest + added
+        return b * (2 * query + 2 * query * seen / longest + seen) + FP32 * shape.heads
+    has_result = method.keeps == "values" and (on.pads or not on.on_cpu)
+    return b * (query + keys + (query if has_result else 0))
 
 
 def working_per_token(shape: Shape, b: int) -> int:

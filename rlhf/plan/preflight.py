@@ -46,7 +46,8 @@ def check_before_loading(
     try:
         on = found_setting(settings, compute, data.size)
     except UnknownShapeError as unknown:
-        console.print(f"Memory and time are not predicted: {unknown}.", style="yellow", highlight=False)
+        unchecked = f"Memory, time, disk and context are not checked: {unknown}."
+        console.print(unchecked, style="yellow", highlight=False)
         return
     checked = preflight(stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint)
     told = [*checked.warned, *checked.refused]

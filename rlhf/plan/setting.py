@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
+from rlhf.config import PeftConfig
+from rlhf.data.batching import token_budget_batches
 from rlhf.data.prepared import Lengths
 from rlhf.data.schema import Role, Split
 from rlhf.distributed import Compute, Zero
-from rlhf.models.load import base_config
+from rlhf.models.load import ModelConfig, base_config
+from rlhf.models.packed import ATTENTION
 from rlhf.plan.machine import Machine, found_machine, kept_speed, quick_speed
+from rlhf.plan.methods import METHODS
 from rlhf.plan.shape import Shape, shape_of
 
 if TYPE_CHECKING:
@@ -22,6 +28,8 @@ Sizes = Callable[[Role, Split], Lengths]
 GIB = 2**30
 LARGEST_BATCH = 2.5
 """Standard deviations by which the largest of some hundred batches passes the mean one."""
+DRAWN_BATCHES = 100
+"""At most, to find the largest pass of padded rows."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Setting:
     sizes: Sizes
     vllm_cache: float | None = None
     """Bytes of vLLM's cache where that samples."""
+    pads: bool = False
+    """Rows are padded to the longest of a pass, not laid end to end."""
 
     @property
     def on_cpu(self) -> bool:
@@ -52,7 +62,13 @@ class Setting:
         return self.zero in ("zero3", "zero3_offload", "fsdp2")
 
     def pass_tokens(self, rows: float, lengths: Lengths, most: int) -> float:
-        """Tokens of a rank's largest forward pass, where so many rows are a batch over all ranks."""
+        """Tokens of a rank's largest forward pass, padding included, where so many rows are a batch over all
+        ranks."""
+        if self.pads:
+            return largest_padded(max(1, math.ceil(rows / self.ranks)), lengths, most)
+        return self._real_tokens(rows, lengths, most)
+
+    def _real_tokens(self, rows: float, lengths: Lengths, most: int) -> float:
         mine = rows / self.ranks
         batch = mine * lengths.mean + LARGEST_BATCH * math.sqrt(mine) * lengths.deviation
         return max(float(lengths.longest), min(float(most), batch))
@@ -60,7 +76,31 @@ class Setting:
     def passes(self, rows: float, lengths: Lengths, most: int) -> int:
         """Forward passes that a rank takes for a batch."""
         tokens = rows / self.ranks * lengths.mean
-        return max(1, math.ceil(tokens / max(1.0, self.pass_tokens(rows, lengths, most))))
+        return max(1, math.ceil(tokens / max(1.0, self._real_tokens(rows, lengths, most))))
+
+    def tuned(self, peft: PeftConfig) -> Setting:
+        """Where a model is tuned like this: rows behind virtual tokens are padded."""
+        return replace(self, pads=self.pads or METHODS[peft.method].added_tokens(self.shape, peft) > 0)
+
+
+@cache
+def largest_padded(rows: int, lengths: Lengths, most: int) -> int:
+    """Rows times the longest row, of the largest pass that batches of so many rows are split into.
+
+    Texts are many short ones and a few long ones: the lengths are drawn from the log-normal distribution of
+    that mean and deviation, and one of them is the longest there is.
+    """
+    chance, largest = Random(0), 0
+    variance = math.log1p((lengths.deviation / max(1.0, lengths.mean)) ** 2)
+    middle = math.log(max(1.0, lengths.mean)) - variance / 2
+    for batch in range(max(1, min(DRAWN_BATCHES, lengths.rows // rows))):
+        drawn = [chance.lognormvariate(middle, math.sqrt(variance)) for _ in range(rows)]
+        tokens = [min(lengths.longest, max(1, round(each))) for each in drawn]
+        if batch == 0:
+            tokens[0] = lengths.longest
+        passes = token_budget_batches(tokens, most)  # the longest rows first, in each too
+        largest = max(largest, *(len(each) * tokens[each[0]] for each in passes))
+    return largest
 
 
 def found_setting(settings: Settings, compute: Compute, sizes: Sizes) -> Setting:
@@ -70,14 +110,21 @@ def found_setting(settings: Settings, compute: Compute, sizes: Sizes) -> Setting
         UnknownShapeError: the formulas do not hold for its model.
     """
     speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
+    shape = shape_of(base_config(settings.model), trust_remote_code=settings.model.trust_remote_code)
     return Setting(
-        shape=shape_of(base_config(settings.model), trust_remote_code=settings.model.trust_remote_code),
+        shape=shape,
         dtype_bytes=compute.dtype.itemsize,
         zero=settings.zero,
         machine=found_machine(compute, speed),
         sizes=sizes,
         vllm_cache=vllm_cache(settings),
+        pads=pads_rows(settings.model, shape),
     )
+
+
+def pads_rows(model: ModelConfig, shape: Shape) -> bool:
+    """Whether rows are padded: by `model.attention`, or since the model cannot take packed ones."""
+    return model.attention != ATTENTION and not (model.attention == "auto" and shape.can_pack)
 
 
 def vllm_cache(settings: Settings) -> float | None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rlhf.models.load import context_length
+from rlhf.models.packed import may_pack
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """What transformers calls them, of whatever architecture."""
@@ -56,6 +59,9 @@ class Shape:
     """Elements a token and layer that are normalised."""
     has_fused_norm: bool
     """LayerNorm, which keeps its input; an RMSNorm of transformers computes in fp32, and keeps that."""
+    can_pack: bool
+    """Rows can be laid end to end, as far as the model's kind tells: whether one leaks into the next is only
+    seen when it runs."""
 
     @property
     def head(self) -> int:
@@ -125,7 +131,22 @@ def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sh
         experts=_experts(text, backbone),
         normalized=sum(per_token) // layers,
         has_fused_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
+        can_pack=may_pack(model),
     )
+
+
+@cache
+def shape_in(directory: Path) -> Shape:
+    """Of the model whose config lies there; code of its own is not run.
+
+    Raises:
+        UnknownShapeError: it cannot be read, or the formulas do not hold for it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UnknownShapeError(f"{directory}: {str(error).splitlines()[0]}") from None
+    return shape_of(config)
 
 
 def _linears(backbone: nn.Module) -> dict[str, list[Any]]:

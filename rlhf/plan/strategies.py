@@ -72,6 +72,8 @@ class Strategy:
     """Of the experiment that does it, by dotted key."""
     against: list[str] = field(default_factory=list)
     """What disqualifies it."""
+    source: str = ""
+    """Where its method was published."""
 
     @property
     def hours(self) -> float:
@@ -156,6 +158,7 @@ def tuned(name: str, stages: Sequence[Stage], given: Experiment, on: Setting, us
         method.title, setting, demand,
         Figure(on.dtype_bytes * count, f"{count:.3g} parameters x {on.dtype_bytes} B"),
         served(on, peft, use), *quality(peft, on, use), experiment(stages, changed, setting),
+        source=method.source,
     )  # fmt: skip
     against = []
     if name == "qlora" and on.on_cpu:

@@ -44,11 +44,12 @@ def training_demand(
         has_logits: the output layer predicts each token; else a scalar head reads the last.
         longest: tokens of one row.
     """
+    on = on.tuned(peft)
     trained = Trained(on, peft, scalars=0 if has_logits else 1)
     tokens = on.pass_tokens(batch_rows, train, micro_batch_tokens)
     passes = on.passes(batch_rows, train, micro_batch_tokens)
     states = [*trained.weights("model"), trained.optimizer()]
-    graph = activations(on, tokens, peft, checkpointing=checkpointing)
+    graph = activations(on, tokens, longest, peft, checkpointing=checkpointing)
     heads = [logits(on, learns=True)] if has_logits and train.rows else []
     phases = [
         loading(on, trained),

@@ -16,6 +16,8 @@ from rlhf.progress import clock
 from rlhf.report.cells import Cells
 
 MISSING = object()
+PROCESS = "the process itself"
+"""What it holds before it loads a model."""
 NOT_PART = ("plan", "run_name", "stage", "force", "why")
 """Of an experiment: what was planned with, and what is run of it now."""
 
@@ -41,13 +43,14 @@ def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
 def phases(strategy: Strategy) -> Cells:
     """What is in memory in each phase of one strategy, in GiB of a rank; the host's apart from a GPU's."""
     kinds = list(dict.fromkeys(part.kind for phase in strategy.demand.phases for part in phase.parts))
-    on_cpu, rows = strategy.on.on_cpu, []
+    on_cpu, used, rows = strategy.on.on_cpu, strategy.on.machine.used, []
     for phase in strategy.demand.phases:
         parts = [part for part in phase.parts if on_cpu or not part.on_host]
-        sizes = [sum(part.size for part in parts if part.kind == kind) for kind in kinds]
+        sizes = [*(sum(part.size for part in parts if part.kind == kind) for kind in kinds), used]
         totals = [sum(sizes)] if on_cpu else [sum(sizes), phase.size(on_host=True)]
         rows.append([phase.name, *(f"{size / GIB:.2f}" for size in [*sizes, *totals])])
-    return Cells([strategy.name, *kinds, *(["together"] if on_cpu else ["on the GPU", "on the host"])], rows)
+    totals_of = ["together"] if on_cpu else ["on the GPU", "on the host"]
+    return Cells([strategy.name, *kinds, PROCESS, *totals_of], rows)
 
 
 def price_of(strategy: Strategy, price: float) -> float:
@@ -59,10 +62,16 @@ def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator
     """Each figure's arithmetic, as Markdown."""
     for strategy in strategies:
         yield f"\n## {strategy.name}, zero={strategy.on.zero}\n"
+        if strategy.source:
+            yield f"- source: {strategy.source}"
+        on_cpu, used = strategy.on.on_cpu, strategy.on.machine.used
         for phase in strategy.demand.phases:
-            yield f"- {phase.name}: {phase.size() / GIB:.3f} GiB"
+            size = (phase.size(on_host=None if on_cpu else False) + used) / GIB
+            beside = "" if on_cpu else f" on the GPU, {phase.size(on_host=True) / GIB:.3f} GiB on the host"
+            yield f"- {phase.name}: {size:.3f} GiB{beside}"
+            yield f"    - {PROCESS}: {used / GIB:.3f} GiB"
             for part in phase.parts:
-                place = ", on the host" if part.on_host and not strategy.on.on_cpu else ""
+                place = ", on the host" if part.on_host and not on_cpu else ""
                 yield f"    - {part.kind}{place}: {part.how} = {part.size / GIB:.3f} GiB"
         yield f"- time: {clock(strategy.demand.seconds)}"
         for task in strategy.demand.work:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 from rlhf import methods as tuning_methods
 from rlhf.data.prepared import Lengths
@@ -24,6 +26,7 @@ from rlhf.plan.memory import (
 )
 from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import Setting
+from rlhf.plan.shape import Shape, UnknownShapeError, shape_in
 from rlhf.plan.training import artifact_bytes, published
 from rlhf.ppo.config import PpoConfig
 
@@ -35,9 +38,10 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     """Episodes are decoded, read by four models and learned from by two; evaluations are read by three.
 
     Args:
-        reward_method: how the reward stage tuned its model; None for another model or a rule, which are not
-            counted: they may be of any size.
+        reward_method: how the reward stage tuned its model, where that one scores. A rule is not counted.
     """
+    on = on.tuned(config.peft)
+    scorer = on if reward_method is not None else own_scorer(config, on)
     prompts = on.sizes("ppo", "train")
     length = joined(prompts, exactly(config.max_new_tokens))
     batch, mini, most = config.batch_episodes, config.minibatch_episodes, config.micro_batch_tokens
@@ -47,19 +51,20 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
 
     method = tuning_methods.METHODS[config.peft.method]
     shares = method.shares and on.zero == "none"
-    folds = shares and reward_method not in (None, "none")
+    folds = shares and reward_method == "lora"
     """The reward model is the SFT model with an adapter."""
-    own_reward = reward_method is not None and not folds
+    own_reward = scorer is not None and not folds
     critic_on_reward = own_reward and config.critic.init == "reward"
+    critic = scorer if scorer is not None and critic_on_reward else on
     sets = 1 + (critic_on_reward if shares else 1)
-    trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1)
+    trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)
     states = [*trained.weights("policy and critic"), trained.optimizer()]
     if not shares:
         states.append(frozen_weights(on, "reference", config.frozen))
     others = []
-    if own_reward and not (shares and critic_on_reward):
-        states.append(frozen_weights(on, "reward model", config.frozen, is_scalar=True))
-        read = frozen_weights(on, "reward model", is_scalar=True)
+    if scorer is not None and own_reward and not (shares and critic_on_reward):
+        states.append(frozen_weights(scorer, "reward model", config.frozen, is_scalar=True))
+        read = frozen_weights(scorer, "reward model", is_scalar=True)
         others = [read._replace(on_host=on.zero == "fsdp2" and config.frozen == "sharded")]
     best, here = on.dtype_bytes * trained.of_one, on.machine.ranks_here
     how = f"a copy of what trained of the best policy so far{over(here)}"
@@ -68,10 +73,16 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     if average:
         states.append(Part("weights", average, "moving average of the policy, in fp32"))
 
-    graph = activations(
-        on, on.pass_tokens(mini, length, most), config.peft, checkpointing=config.activation_checkpointing,
-        graphs=2 if once or on.zero not in ("none", "fsdp2") else 1,
-    )  # fmt: skip
+    learned = on.pass_tokens(mini, length, most)
+
+    def graph(of: Setting, beside: Shape | None = None) -> Part:
+        return activations(
+            of, learned, length.longest, config.peft, checkpointing=config.activation_checkpointing,
+            beside=beside,
+        )  # fmt: skip
+
+    both = once or on.zero not in ("none", "fsdp2")
+    kept = graph(on, critic.shape) if both else max(graph(on), graph(critic), key=lambda part: part.size)
     rows = max(batch, config.evaluate_prompts) / on.ranks
     decoding = sampling(
         on, rows, prompts.longest, config.max_new_tokens, folds=config.peft.method in FOLDED,
@@ -81,18 +92,29 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     phases = [
         loading(on, trained, *others),
         Phase("sampling", [*states, *decoding]),
-        Phase("reward model", [*states, *([folded(on)] if folds else []), reading(on, scored)]),
+        Phase("reward model", [*states, *([folded(on)] if folds else []), reading(scorer or on, scored)]),
         Phase("reference", [*states, reading(on, scored), logits(on, learns=False)]),
-        Phase("learning", [*states, trained.gradients(passes=passes), graph, *mix, logits(on, learns=True)]),
+        Phase("learning", [*states, trained.gradients(passes=passes), kept, *mix, logits(on, learns=True)]),
         Phase("optimizer step", [*states, trained.gradients(passes=passes, at_step=True)]),
         Phase("publishing", [*states, *published(on, trained.of_one)]),
     ]
     return Demand(
-        phases, ppo_work(config, on, trained, once=once, has_reward=reward_method is not None),
+        phases, ppo_work(config, on, scorer, critic, trained, once=once),
         artifact=artifact_bytes(on, config.peft),
         checkpoint=3 * FP32 * trained.parameters + best + average,
         longest=length.longest + METHODS[config.peft.method].added_tokens(on.shape, config.peft),
     )  # fmt: skip
+
+
+def own_scorer(config: PpoConfig, on: Setting) -> Setting | None:
+    """Of the model of `ppo.reward=model:DIR`, as large as the policy where its config does not tell; None
+    where a rule scores."""
+    if not config.reward.startswith("model:"):
+        return None
+    try:
+        return replace(on, shape=shape_in(Path(config.reward.removeprefix("model:"))))
+    except UnknownShapeError:
+        return on
 
 
 def mixed(config: PpoConfig, on: Setting, *, once: bool) -> Iterator[Part]:
@@ -108,7 +130,7 @@ def mixed(config: PpoConfig, on: Setting, *, once: bool) -> Iterator[Part]:
         length = joined(on.sizes("ppo", "train"), exactly(config.max_new_tokens))
         own = on.pass_tokens(config.minibatch_episodes, length, config.micro_batch_tokens)
         tokens = max(0.0, tokens - own)
-    yield activations(on, tokens, config.peft, checkpointing=config.activation_checkpointing)
+    yield activations(on, tokens, lengths.longest, config.peft, checkpointing=config.activation_checkpointing)
 
 
 def mix_lengths(config: PpoConfig, on: Setting) -> Lengths:
@@ -116,7 +138,9 @@ def mix_lengths(config: PpoConfig, on: Setting) -> Lengths:
     return on.sizes("sft" if config.ptx.data is None else "ptx", "train")
 
 
-def ppo_work(config: PpoConfig, on: Setting, trained: Trained, *, once: bool, has_reward: bool) -> list[Task]:
+def ppo_work(
+    config: PpoConfig, on: Setting, scorer: Setting | None, critic: Setting, trained: Trained, *, once: bool
+) -> list[Task]:
     """Of all steps, with responses as long as they may get."""
     prompts, worker, new = on.sizes("ppo", "train"), Worker(on), config.max_new_tokens
     length = prompts.mean + new
@@ -124,9 +148,7 @@ def ppo_work(config: PpoConfig, on: Setting, trained: Trained, *, once: bool, ha
     evaluations = 1 + math.ceil(config.steps / config.evaluate_every)
     evaluated = evaluations * min(config.evaluate_prompts, on.sizes("ppo", "held_out").rows)
     by_policies = episodes + 2 * evaluated  # the reference; of evaluations the policy too
-    by_scalars = episodes + evaluated if has_reward else 0
-    if not once:  # policy and critic score before they learn
-        by_policies, by_scalars = by_policies + episodes, by_scalars + episodes
+    by_policies += 0 if once else episodes  # policy and critic score before they learn
     learned = config.epochs * episodes
     updates = config.steps * config.epochs * math.ceil(config.batch_episodes / config.minibatch_episodes)
     mixed_in = []
@@ -137,17 +159,29 @@ def ppo_work(config: PpoConfig, on: Setting, trained: Trained, *, once: bool, ha
             tokens, mix.mean, config.peft.method, predicted=tokens,
             checkpointing=config.activation_checkpointing, what="pretraining mix",
         )]  # fmt: skip
+    scores = []
+    if scorer is not None:
+        tokens = (episodes + evaluated) * length
+        scores = [
+            Worker(scorer).load(1, what="reward model"), Worker(scorer).read(tokens, length, what="scores")
+        ]  # fmt: skip
     return [
-        worker.load(5, what="four models, published model"),
+        worker.load(3, what="policy, reference, published model"),
+        Worker(critic).load(1, what="critic"),
+        *scores,
         *worker.decode(episodes, config.batch_episodes / on.ranks, prompts.mean, new, what="episodes"),
         *worker.decode(evaluated, config.evaluate_prompts / on.ranks, prompts.mean, new, what="evaluations"),
         worker.read(
             by_policies * length, length, predicted=by_policies * new, what="log-probabilities"
         ),
-        worker.read(by_scalars * length, length, what="scores and values"),
+        Worker(critic).read(0 if once else episodes * length, length, what="values"),
         worker.train(
-            2 * learned * length, length, config.peft.method, predicted=learned * new,
-            checkpointing=config.activation_checkpointing, what="policy and critic",
+            learned * length, length, config.peft.method, predicted=learned * new,
+            checkpointing=config.activation_checkpointing, what="policy",
+        ),
+        Worker(critic).train(
+            learned * length, length, config.peft.method, checkpointing=config.activation_checkpointing,
+            what="critic",
         ),
         *mixed_in,
         worker.optimize(trained.parameters, updates),

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import random
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from statistics import fmean, pstdev
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlhf.config import OptimConfig, PeftConfig
+from rlhf.data.batching import token_budget_batches
 from rlhf.data.prepared import Lengths
 from rlhf.distributed import Zero
+from rlhf.methods import METHODS
 from rlhf.models.adapters import attach
 from rlhf.models.checkpointing import checkpoint_layers
+from rlhf.models.load import ModelConfig
 from rlhf.models.packed import Packed, hidden_states, pack_where_possible
 from rlhf.plan.demand import exactly, joined
 from rlhf.plan.machine import Machine, Speed
-from rlhf.plan.memory import Trained, activations, kept_per_layer, sampling
-from rlhf.plan.setting import Setting
+from rlhf.plan.memory import Trained, activations, kept_per_layer, kept_per_token, sampling
+from rlhf.plan.setting import Setting, pads_rows
 from rlhf.plan.shape import shape_of
 from rlhf.training import MasterAdamW, parameter_group
 
@@ -32,49 +39,70 @@ FULL, LORA = PeftConfig(method="none"), PeftConfig(method="lora", rank=4)
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1.0)
 
 
-def setting(zero: Zero = "none", ranks: int = 1, kind: str = "cpu", dtype_bytes: int = 2) -> Setting:
+def setting(
+    zero: Zero = "none", ranks: int = 1, kind: str = "cpu", dtype_bytes: int = 2, *, pads: bool = False
+) -> Setting:
     machine = Machine(
         kind=kind, name="a test", memory=1e9, host_memory=1e9, used=0.0, ranks=ranks, speed=Speed(100.0, 10.0)
     )  # type: ignore[arg-type]  # fmt: skip
-    return Setting(shape_of(CONFIG), dtype_bytes, zero, machine, lambda role, split: Lengths(1, 1.0, 0.0, 1))
+    lengths = Lengths(1, 1.0, 0.0, 1)
+    return Setting(shape_of(CONFIG), dtype_bytes, zero, machine, lambda role, split: lengths, pads=pads)
 
 
-def model(peft: PeftConfig, dtype: torch.dtype) -> PreTrainedModel:
+def model(peft: PeftConfig, dtype: torch.dtype, attention: str = "auto") -> PreTrainedModel:
     torch.manual_seed(0)
-    found = LlamaForCausalLM(CONFIG).to(dtype).eval()
-    pack_where_possible(found)
+    found = LlamaForCausalLM(deepcopy(CONFIG)).to(dtype).eval()
+    if attention == "auto":
+        pack_where_possible(found)
     attach(found, peft)
     return found
 
 
 @contextmanager
-def kept(network: PreTrainedModel) -> Iterator[dict[int, int]]:
-    """Storage -> bytes of all that autograd keeps meanwhile, without the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    found: dict[int, int] = {}
-    alive = []
+def kept(network: PreTrainedModel) -> Iterator[weakref.WeakSet[Kept]]:
+    """All that autograd keeps of the passes meanwhile, for as long as it does."""
+    found: weakref.WeakSet[Kept] = weakref.WeakSet()
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # so that its place is not given to another
-        return tensor
+    def keep(tensor: Tensor) -> Kept:
+        found.add(holder := Kept(tensor))
+        return holder
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
         yield found
 
 
+class Kept:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def size_of(found: weakref.WeakSet[Kept], network: PreTrainedModel) -> int:
+    """Bytes, of each storage once, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    storages = [holder.tensor.untyped_storage() for holder in found]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for place, size in sizes.items() if place not in weights)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("peft", [FULL, LORA], ids=["none", "lora"])
-def test_a_pass_keeps_what_is_predicted(peft: PeftConfig, dtype: torch.dtype) -> None:
-    network = model(peft, dtype)
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+@pytest.mark.parametrize("peft", [
+    FULL, LORA, PeftConfig(method="dora", rank=4), PeftConfig(method="ia3"),
+    PeftConfig(method="adapter", size=8), PeftConfig(method="adapter", size=8, placement="houlsby"),
+    PeftConfig(method="prefix", tokens=4), PeftConfig(method="prompt", tokens=4),
+    PeftConfig(method="p_tuning", tokens=4), PeftConfig(method="freeze", layers=2),
+], ids=lambda peft: f"{peft.method}-{peft.placement}")  # fmt: skip
+def test_a_pass_keeps_what_is_predicted(peft: PeftConfig, attention: str, dtype: torch.dtype) -> None:
+    network = model(peft, dtype, attention)
     rows = [torch.randint(0, 64, (LENGTH,)) for _ in range(ROWS)]
     with kept(network) as found:
-        hidden_states(network, Packed(rows, "cpu"))
-    shape = shape_of(CONFIG)
-    predicted = kept_per_layer(shape, dtype.itemsize, peft) * shape.layers * ROWS * LENGTH
-    assert sum(found.values()) == pytest.approx(predicted, rel=0.05)
+        states = hidden_states(network, Packed(rows, "cpu"))
+    on = setting(dtype_bytes=dtype.itemsize, pads=attention == "sdpa")
+    predicted = kept_per_token(on, LENGTH, peft) * ROWS * LENGTH
+    assert size_of(found, network) == pytest.approx(predicted, rel=0.05)
+    assert states.requires_grad  # until here its graph was alive
 
 
 def test_checkpointing_keeps_the_inputs_of_layers() -> None:
@@ -82,15 +110,16 @@ def test_checkpointing_keeps_the_inputs_of_layers() -> None:
     checkpoint_layers(network)
     rows = [torch.randint(0, 64, (LENGTH,)) for _ in range(ROWS)]
     with kept(network) as found:
-        hidden_states(network, Packed(rows, "cpu"))
-    on, tokens = setting(), ROWS * LENGTH
+        states = hidden_states(network, Packed(rows, "cpu"))
+    on, tokens, held = setting(), ROWS * LENGTH, size_of(found, network)
+    assert states.requires_grad
     with_it, without = (
-        activations(on, tokens, FULL, checkpointing=on_or_off).size for on_or_off in (True, False)
+        activations(on, tokens, LENGTH, FULL, checkpointing=on_or_off).size for on_or_off in (True, False)
     )
-    layer = kept_per_layer(on.shape, 2, FULL) * tokens
+    layer = kept_per_layer(on, LENGTH, FULL) * tokens
     kept_inputs = 2 * CONFIG.hidden_size * CONFIG.num_hidden_layers * tokens
     # beside them only the last norm, outside the layers, and what all layers share
-    assert kept_inputs <= sum(found.values()) < kept_inputs + layer / 2
+    assert kept_inputs <= held < kept_inputs + layer / 2
     assert without - with_it == pytest.approx(3 * layer - kept_inputs)
 
 
@@ -136,6 +165,44 @@ def test_the_largest_pass_is_within_the_budget_but_holds_the_longest_row() -> No
     assert on.pass_tokens(16, rows, most=16) == 60
     assert (on.passes(16, rows, most=4096), on.passes(16, rows, most=128)) == (1, 4)
     assert on.pass_tokens(16, rows._replace(deviation=10.0), most=4096) > 8 * 50
+
+
+LENGTHS = {
+    "texts": lambda chance: round(chance.lognormvariate(5.0, 0.6)),
+    "even texts": lambda chance: round(chance.gauss(400.0, 60.0)),
+    "prompts and answers of 128": lambda chance: 128 + max(1, round(chance.gauss(50.0, 15.0))),
+}
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("most", [1024, 4096, 16384])
+@pytest.mark.parametrize("rows", [1, 16, 256, 2000])
+def test_the_largest_padded_pass_is_that_of_the_batches(kind: str, most: int, rows: int) -> None:
+    chance = random.Random(1)
+    lengths = [LENGTHS[kind](chance) for _ in range(2000)]
+    seen = 0
+    for _ in range(3):  # epochs
+        chance.shuffle(lengths)
+        for batch in (lengths[first : first + rows] for first in range(0, 2001 - rows, rows)):
+            for places in token_budget_batches(batch, most):
+                seen = max(seen, len(places) * max(batch[place] for place in places))
+    of_all = Lengths(len(lengths), fmean(lengths), pstdev(lengths), max(lengths))
+    on = setting(ranks=2, pads=True)
+    assert on.pass_tokens(2 * rows, of_all, most) == pytest.approx(seen, rel=0.15)
+    assert on.passes(2 * rows, of_all, most) == setting(ranks=2).passes(2 * rows, of_all, most)
+
+
+def test_rows_are_padded_behind_virtual_tokens_and_where_they_cannot_be_packed() -> None:
+    shape = shape_of(CONFIG)
+    assert not pads_rows(ModelConfig(kind="tiny"), shape)
+    assert not pads_rows(ModelConfig(kind="tiny", attention="packed"), shape)
+    assert pads_rows(ModelConfig(kind="tiny", attention="sdpa"), shape)
+    capped = Gemma2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                          head_dim=8, intermediate_size=48, vocab_size=64)  # fmt: skip
+    assert pads_rows(ModelConfig(kind="tiny"), shape_of(capped))
+    padded = {name for name in METHODS if setting().tuned(PeftConfig(method=name)).pads}
+    assert padded == {"prefix", "prompt", "p_tuning"}
+    assert setting(pads=True).tuned(LORA).pads
 
 
 def test_a_prompt_and_its_answer_stand_behind_each_other() -> None:

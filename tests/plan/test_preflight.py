@@ -18,7 +18,7 @@ from small_job import on_cpu
 from transformers import Qwen3Config, T5Config
 
 from rlhf.checkpoint import CheckpointConfig
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, PeftConfig
 from rlhf.data.prepared import Lengths, PreparedData
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment, build_experiment
@@ -27,12 +27,15 @@ from rlhf.plan.demand import Demand, Worker
 from rlhf.plan.machine import Machine, Speed
 from rlhf.plan.preflight import Checked, check_before_loading, disk_complaints, preflight, shortage
 from rlhf.plan.setting import Setting
-from rlhf.plan.shape import UnknownShapeError, shape_of
+from rlhf.plan.shape import Shape, UnknownShapeError, shape_of
+from rlhf.plan.strategies import Figure, Strategy, Use, prefill, served
+from rlhf.plan.written import explanation, phases, table
 
 EIGHT_BILLION = Qwen3Config(
     hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
 )  # fmt: skip
+EIGHT = shape_of(EIGHT_BILLION)
 GIB = 2**30
 NO_CHECKPOINTS = CheckpointConfig(every_steps=None, every_minutes=None, keep=1, resume=True)
 
@@ -100,6 +103,78 @@ def test_the_hosts_memory_counts_too(tmp_path: Path) -> None:
 def test_more_ranks_need_less_each(tmp_path: Path) -> None:
     on = replace(gpus(80, ranks=8), zero="zero2")
     assert check(tmp_path, gpus(80, ranks=8), "sft").refused and not check(tmp_path, on, "sft").refused
+
+
+@pytest.fixture
+def other_reward(tmp_path: Path) -> tuple[Shape, str]:
+    """A reward model's directory with nothing but its config, and `ppo.reward` for it."""
+    config = Qwen3Config(
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    return shape_of(config), f"ppo.reward=model:{tmp_path}"
+
+
+def weights_beside(*overrides: str, reward: str = "lora") -> float:
+    """Of PPO's models while the reference reads, where the reward stage tunes with that method."""
+    stages = experiment(*overrides).stages
+    tuned = stages["reward"].model_copy(update={"peft": PeftConfig.model_validate({"method": reward})})
+    demand = stages["ppo"].demand(gpus(80), {**stages, "reward": tuned})
+    (phase,) = [each for each in demand.phases if each.name == "reference"]
+    return sum(part.size for part in phase.parts if part.kind == "weights")
+
+
+RULED = ("ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=none")
+
+
+@pytest.mark.parametrize("policy", ["lora", "none"])
+@pytest.mark.parametrize("method", sorted(name for name, each in METHODS.items() if each.merges))
+def test_a_reward_model_stands_on_the_policys_weights_where_it_is_a_plain_lora(
+    method: str, policy: str
+) -> None:
+    tuned = f"ppo.peft={policy}"
+    by_rule = weights_beside(tuned, *RULED)
+    learned = weights_beside(tuned, "ppo.critic.init=sft", reward=method)
+    scalar = 2 * (EIGHT.parameters - EIGHT.head)
+    assert learned - by_rule == (0 if method == policy == "lora" else scalar)
+
+
+def test_a_reward_model_of_the_users_counts_as_large_as_it_is(
+    other_reward: tuple[Shape, str],
+) -> None:
+    shape, reward = other_reward
+    scalar = 2 * (shape.parameters - shape.head)
+    same = ("ppo.critic.init=sft", "ppo.score.normalize=none")
+    assert weights_beside(reward, *same) - weights_beside(*RULED) == scalar
+    assert weights_beside(reward, *same, "ppo.peft=none") - weights_beside(*RULED, "ppo.peft=none") == scalar
+    # the critic stands on it: on the same weights with an adapter, on a copy where all of them train
+    first = ("ppo.critic.init=reward", "ppo.score.normalize=none")
+    of_policy = 2 * (EIGHT.parameters - EIGHT.head)
+    full = weights_beside(reward, *first, "ppo.peft=none") - weights_beside(*RULED, "ppo.peft=none")
+    assert full == 2 * scalar - of_policy
+    assert weights_beside(reward, *first) == pytest.approx(weights_beside(*RULED) + scalar, rel=0.01)
+
+
+def test_it_reads_as_fast_as_its_own_size_allows(other_reward: tuple[Shape, str]) -> None:
+    def scoring(*overrides: str) -> list[float]:
+        found = experiment("ppo.critic.init=sft", "ppo.score.normalize=none", *overrides)
+        work = found.stages["ppo"].demand(gpus(80), found.stages).work
+        return [task.seconds for task in work if "scores: " in task.how]
+
+    shape, reward = other_reward
+    ((own,), (learned,)) = scoring(reward), scoring()
+    length = 400 + experiment().stages["ppo"].model_dump()["max_new_tokens"]
+    operations = [Worker(replace(gpus(80), shape=each)).forward(length) for each in (shape, EIGHT)]
+    assert own / learned == pytest.approx(operations[0] / operations[1])
+    assert scoring("ppo.reward=vader") == []
+
+
+def test_a_reward_model_of_unknown_shape_counts_as_large_as_the_policy(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    knobs = ("ppo.critic.init=sft", "ppo.score.normalize=none")
+    own = weights_beside(f"ppo.reward=model:{tmp_path}", *knobs)
+    assert own - weights_beside(*RULED) == 2 * (EIGHT.parameters - EIGHT.head)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"qlora"}))
@@ -222,6 +297,82 @@ def test_planned_steps_are_those_that_are_taken() -> None:
 def test_a_model_that_writes_no_text_is_told() -> None:
     with pytest.raises(UnknownShapeError, match="T5Config: Unrecognized configuration class"):
         shape_of(T5Config())
+
+
+def test_what_is_not_checked_of_an_unknown_shape_is_said(
+    finished_chain: tuple[Chain, Outcome], tmp_path: Path
+) -> None:
+    T5Config().save_pretrained(tmp_path)
+    said = before(finished_chain[1], on_cpu(), "sft", "model.kind=local", f"+model.path={tmp_path}")
+    assert said.startswith("Memory, time, disk and context are not checked: T5Config: Unrecognized")
+
+
+def test_work_by_hand() -> None:
+    # linear layers of 1000 parameters, 2 layers of 4 heads of 5; an output layer of 30 x 10
+    shape = replace(EIGHT, parameters=2000, linear=1000, experts=0, layers=2, heads=4, head_size=5, hidden=10,
+                    vocabulary=30)  # fmt: skip
+    machine = replace(gpus(80).machine, ranks=2, speed=Speed(gflops=1e-3, gbytes=1e-3))
+    on = replace(gpus(80), shape=shape, machine=machine)
+    worker = Worker(on)
+    # a token of 7: 2 x 1000 + 4 x 2 x 4 x 5 x 7
+    assert worker.forward(7) == 3120
+    # 10 of them, 4 predicted; two ranks at 0.45 of 1e6 operations a second
+    seconds = (10 * 3120 + 2 * 4 * 300) / 2 / 0.45e6
+    assert worker.read(10, 7, predicted=4, what="").seconds == pytest.approx(seconds)
+    for method, checkpointing, times, logits in (
+        ("none", False, 3, 8), ("lora", False, 2, 6), ("lora", True, 3, 6),
+    ):  # fmt: skip
+        task = worker.train(10, 7, method, predicted=4, checkpointing=checkpointing, what="")
+        assert task.seconds == pytest.approx((10 * times * 3120 + logits * 4 * 300) / 2 / 0.5e6)
+    # 5 steps, 40 bytes a parameter at 1e6 a second; a shard of it; over PCIe at 25e9
+    assert worker.optimize(600, 5).seconds == pytest.approx(5 * 40 * 600 / 1e6)
+    assert Worker(replace(on, zero="zero2")).optimize(600, 5).seconds == pytest.approx(5 * 40 * 300 / 1e6)
+    offloaded = Worker(replace(on, zero="zero3_offload")).optimize(600, 5)
+    assert offloaded.seconds == pytest.approx(5 * 40 * 300 / 25e9)
+    # 3 models of 2000 parameters in bf16 at half a gigabyte a second
+    assert worker.load(3, what="").seconds == pytest.approx(3 * 4000 / 0.5e9)
+
+
+def test_added_latency_by_hand() -> None:
+    shape = replace(EIGHT, linear=1000, experts=0, layers=2, heads=4, head_size=5, hidden=10, kv_heads=1,
+                    intermediate=20)  # fmt: skip
+    machine = replace(gpus(80).machine, speed=Speed(gflops=1e-3, gbytes=1e-3))
+    on = replace(gpus(80), shape=shape, machine=machine)
+    use = Use(rows=9, prompt=6.0, answer=8.0, examples=0, passages=0, deploy="many_adapters", hours=None,
+              max_added_latency=None)  # fmt: skip
+    # 7 tokens, each of 2 x 1000 + 4 x 2 x 4 x 5 x 7 operations, at 0.45 of 1e6 a second
+    assert prefill(on, 7).value == pytest.approx(7 * 3120 / 0.45e6)
+    # factors of 2 layers' keys and values of 5 and 20 more, 2 bytes each at 1e6 a second; and for each of 8
+    # tokens the kernels of half a layer's 2e-4 s, of two layers
+    ia3 = PeftConfig(method="ia3")
+    assert served(on, ia3, use).value == pytest.approx(8 * (2 * (2 * 2 * 5 + 2 * 20) / 1e6 + 2 * 2e-4 * 0.5))
+    assert served(on, ia3, use._replace(deploy="merged")).value == 0.0
+    # virtual tokens are read before each answer, also where all else is merged
+    prefix = PeftConfig(method="prefix", tokens=7)
+    assert served(on, prefix, use._replace(deploy="merged")).value == pytest.approx(7 * 3120 / 0.45e6)
+
+
+def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
+    for on in (gpus(80), replace(gpus(80), machine=replace(gpus(80).machine, kind="cpu", used=3 * GIB))):
+        found = experiment("sft.peft=lora", "stage=sft")
+        demand = found.stages["sft"].demand(on, found.stages)
+        figure = Figure(0.0, "")
+        strategy = Strategy("LoRA", on, demand, figure, figure, 0, "", source="Hu et al.")
+        (row,) = table([strategy], None).rows
+        peak, name = float(row[3].split()[0]), row[3].partition("(")[2].rstrip(")")
+        shown = phases(strategy)
+        (cells,) = [dict(zip(shown.headings, cells, strict=True)) for cells in shown.rows if cells[0] == name]
+        total = cells.pop("together" if on.on_cpu else "on the GPU")
+        cells.pop("on the host", None)
+        assert cells["the process itself"] == f"{on.machine.used / GIB:.2f}"
+        parts = sum(float(cell) for heading, cell in cells.items() if heading != "LoRA")
+        assert float(total) == pytest.approx(parts, abs=0.03) == pytest.approx(peak, abs=0.06)
+        text = "\n".join(explanation([strategy], None))
+        assert "- source: Hu et al." in text
+        total, lines = re.findall(rf"^- {name}: ([\d.]+) GiB.*$((?:\n    - .*)+)", text, re.MULTILINE)[0]
+        here = [line for line in lines.splitlines() if ", on the host" not in line]
+        each = [float(size) for size in re.findall(r"([\d.]+) GiB$", "\n".join(here), re.MULTILINE)]
+        assert float(total) == pytest.approx(sum(each), abs=0.01) == pytest.approx(peak, abs=0.06)
 
 
 def test_a_model_that_is_not_trained_is_loaded_whole_and_once() -> None:

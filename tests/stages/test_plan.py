@@ -97,6 +97,11 @@ def test_one_small_gpu_needs_the_hosts_memory(chain: Chain, config_of_8b: Path) 
     [
         (["plan.deploy=api_only"], ["full", "LoRA"], "deploy=api_only"),
         (["plan.deploy=many_adapters"], ["full"], "deploy=many_adapters"),
+        (
+            ["plan.deploy=merged"],
+            ["adapter", "prefix", "prompt", "p-tuning"],
+            "deploy=merged: it cannot be folded into the weights",
+        ),
         (["plan.gpus=3"], ["full", "LoRA"], "sft.batch_rows=8 cannot be shared equally by 3 ranks"),
         (["plan.hours=0.0001"], ["full", "LoRA"], "and plan.hours=0.0001"),
         (["plan.max_added_latency=0"], ["few-shot", "retrieval"], "and plan.max_added_latency=0"),
@@ -124,6 +129,24 @@ def test_what_speaks_against(
     assert best[0] == "1" and f"Recommended: {best[1]}" in outcome.out
 
 
+def test_two_nodes_of_eight_gpus(chain: Chain, config_of_8b: Path) -> None:
+    outcome = plan(chain, config_of_8b, *EIGHT_GPUS, "plan.nodes=2", "sft.batch_rows=16")
+    assert "planned: 2 nodes of 8 GPUs: 16 ranks" in outcome.out
+    one, two = (
+        float(rows(each)["LoRA"][4])
+        for each in (plan(chain, config_of_8b, *EIGHT_GPUS, "sft.batch_rows=16"), outcome)
+    )
+    assert one / 2 < two < one  # each rank trains half as much, and loads as long
+    text = (outcome.artifact("plan") / "plan.md").read_text()
+    assert "hours x 16 ranks x 2 =" in text and " / 16 ranks" in text
+
+
+def test_4_bits_need_a_gpu(chain: Chain, config_of_8b: Path) -> None:
+    table = rows(plan(chain, config_of_8b))
+    assert table["QLoRA"][0] == "no" and "4-bit weights need a GPU" in table["QLoRA"][8]
+    assert "4-bit" not in table["LoRA"][8]
+
+
 def test_adapters_are_too_small_for_much_data(chain: Chain, config_of_8b: Path) -> None:
     # 1.5e9 answer tokens of about a bit: more than the 44e6 parameters of an adapter can store
     outcome = plan(chain, config_of_8b, *EIGHT_GPUS, "plan.rows=5000000")
@@ -136,11 +159,13 @@ def test_ppo_is_planned_with_its_models(chain: Chain, config_of_8b: Path) -> Non
     for words in ("ppo, sampling", "reward, optimizer step", "policy and critic: ", "KV cache"):
         assert words in outcome.out
     text = (outcome.artifact("plan") / "plan.md").read_text()
-    sums = re.findall(r"^- \w+, [\w ]+: ([\d.]+) GiB$((?:\n    - .*)+)", text, re.MULTILINE)
+    line = r"^- \w+, [\w ]+: ([\d.]+) GiB on the GPU, ([\d.]+) GiB on the host$((?:\n    - .*)+)"
+    sums = re.findall(line, text, re.MULTILINE)
     assert len(sums) > 20
-    for total, parts in sums:
-        each = [float(size) for size in re.findall(r"= ([\d.]+) GiB$", parts, re.MULTILINE)]
-        assert sum(each) == pytest.approx(float(total), abs=0.001 * len(each))
+    for device, host, parts in sums:
+        each = [float(size) for size in re.findall(r"([\d.]+) GiB$", parts, re.MULTILINE)]
+        assert sum(each) == pytest.approx(float(device) + float(host), abs=0.001 * len(each))
+    assert "- source: Hu et al. 2021, arXiv:2106.09685" in text
 
 
 def test_the_experiment_runs_as_it_is(chain: Chain) -> None:
