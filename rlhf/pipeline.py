@@ -291,8 +291,7 @@ class Pipeline:
 
         if not self.compute.main_only(lambda: taken(0)):
             self.console.print(f"[cyan]{name}[/] waits: another run is making {key}", highlight=False)
-            while not self.compute.main_only(lambda: taken(5)):  # in turns, so that no rank times out
-                pass
+            self.compute.main_only(lambda: taken(-1))  # without a timeout
         try:
             yield
         finally:
