@@ -74,7 +74,8 @@ class Stage(Strict, ABC):
         """
 
     def check_compute(self, compute: Compute) -> None:
-        """Refuse what these ranks and this device cannot do.
+        """Refuse what these ranks and this machine cannot do; called before any stage trains, where the store
+        lacks what this one makes.
 
         Raises:
             ConfigError: with what they can.
