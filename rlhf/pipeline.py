@@ -94,7 +94,7 @@ class Pipeline:
                 if name == "prepare":
                     data = PreparedData(artifacts["prepare"].path)
                     for each in self.experiment.needed():
-                        self.experiment.stages[each].check_data(data)
+                        self.experiment.stages[each].check_data(data, base)
                     self.check_before(artifacts["prepare"])
                     if self.needs_weights:
                         fetch_weights(settings.model)

@@ -28,6 +28,7 @@ from rlhf.evaluation.references import answer_loss
 from rlhf.evaluation.retention import forgetting, retention
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles
 from rlhf.models.policy import check_head
 from rlhf.plan.answering import answering_demand
 from rlhf.plan.demand import Demand
@@ -171,7 +172,7 @@ class EvaluateStage(Stage):
         if self.lm_eval:
             compute.main_only(self.harness.fetch)
 
-    def check_data(self, data: PreparedData) -> None:
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """What a gate bounds is in the retention set."""
         rows = data.rows("retention", "evaluation")
         has_questions = any(isinstance(row, QuestionRow) for row in rows)
