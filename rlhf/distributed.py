@@ -11,8 +11,10 @@ import ctypes
 import os
 import pickle
 import platform
+import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +32,8 @@ Precision = Literal["auto", "bf16", "fp32"]
 Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of malloc.h."""
+TURN_SECONDS = 1.0
+"""Between two words of a rank that works to those that wait for it; distributed.timeout is longer."""
 Result = TypeVar("Result")
 
 
@@ -102,21 +106,45 @@ class Compute:
         self.global_sum(torch.zeros(1))
 
     def main_only(self, work: Callable[[], Result]) -> Result:
-        """Let rank 0 work; every rank gets its result, or its error.
+        """Let rank 0 work, however long that takes; every rank gets its result, or its error.
 
         Raises:
             Exception: what rank 0's work raised.
         """
-        outcome: tuple[Any, Exception | None] = (None, None)
+        outcome: tuple[Any, Exception | None] | None = None  # None: not yet
         if self.is_main:
-            try:
-                outcome = (work(), None)
-            except Exception as error:  # raised below, on every rank
-                outcome = (None, error if self.world_size == 1 else _portable(error))
-        result, failure = self.broadcast(outcome)
+            with self._others_waiting() if self.world_size > 1 else nullcontext():
+                try:
+                    outcome = (work(), None)
+                except Exception as error:  # raised below, on every rank
+                    outcome = (None, error if self.world_size == 1 else _portable(error))
+        while (heard := self.broadcast(outcome)) is None:
+            pass
+        result, failure = heard
         if failure is not None:
             raise failure
         return result  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _others_waiting(self) -> Iterator[None]:
+        """While open on rank 0, tell the others every second that it works, so that none times out.
+
+        The work stays in this thread, which alone gets signals.
+        """
+        over = threading.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # a rank is lost, as the outcome's broadcast will say
+                while not over.wait(TURN_SECONDS):
+                    self.broadcast(None)
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
 
     def share(self, lengths: Sequence[int]) -> list[int]:
         """Indices of the items that this rank works on: every so-manieth, by falling length."""

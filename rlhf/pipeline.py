@@ -95,7 +95,7 @@ class Pipeline:
                 if name == "prepare":
                     data = PreparedData(artifacts["prepare"].path)
                     for each in self.experiment.needed():
-                        self.experiment.stages[each].check_data(data)
+                        self.experiment.stages[each].check_data(data, base)
                     self.check_before(artifacts["prepare"])
                     if self.needs_weights:
                         fetch_weights(settings.model)
@@ -294,8 +294,7 @@ class Pipeline:
 
         if not self.compute.main_only(lambda: taken(0)):
             self.console.print(f"[cyan]{name}[/] waits: another run is making {key}", highlight=False)
-            while not self.compute.main_only(lambda: taken(5)):  # in turns, so that no rank times out
-                pass
+            self.compute.main_only(lambda: taken(-1))  # without a timeout
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.distributed import Compute
 from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
 
@@ -66,15 +67,17 @@ class Stage(Strict, ABC):
             ConfigError: in the user's own keys.
         """
 
-    def check_data(self, data: PreparedData) -> None:
-        """Refuse prepared data that do not fit the knobs; called before any stage trains.
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """Refuse prepared data that do not fit the knobs or the base model, whose weights may not be there
+        yet; called before any stage trains.
 
         Raises:
             ConfigError: in the user's own keys.
         """
 
     def check_compute(self, compute: Compute) -> None:
-        """Refuse what these ranks and this device cannot do.
+        """Refuse what these ranks and this machine cannot do; called before any stage trains, where the store
+        lacks what this one makes.
 
         Raises:
             ConfigError: with what they can.

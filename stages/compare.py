@@ -15,7 +15,15 @@ from importlib.util import find_spec
 from typing import Annotated, ClassVar, Self
 
 import torch
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    model_validator,
+)
 from torch import Tensor
 
 from rlhf.compare.asking import Answers, answer_one_by_one, make_asking
@@ -24,6 +32,7 @@ from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfi
 from rlhf.compare.quality import answer_found, exact_match, rouge_l
 from rlhf.compare.questions import CORPUS, QUESTIONS, Library, find_library, find_questions
 from rlhf.compare.retrieval import RetrieverName, make_index
+from rlhf.compare.room import Room, Sizes, measured
 from rlhf.compare.tuned import POLICY_STAGES, label, training_seconds, tuned_artifact
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
@@ -34,6 +43,7 @@ from rlhf.evaluation.references import answer_loss
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.lineage import content_digest, hardware
+from rlhf.models.load import BaseModelFiles
 from rlhf.models.policy import check_head
 from rlhf.plan.answering import answering_demand
 from rlhf.plan.demand import Demand, joined, one_after_the_other
@@ -95,6 +105,8 @@ class CompareStage(Stage):
     """Resamples of the questions behind each 95% interval."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass that measures or embeds; lower it when memory runs out."""
+    _sizes: Sizes | None = PrivateAttr(None)
+    """Measured by `check_data`, for `demand`."""
 
     @model_validator(mode="after")
     def _quality_can_be_measured(self) -> Self:
@@ -111,9 +123,11 @@ class CompareStage(Stage):
             if name not in POLICY_STAGES:
                 training_seconds(tuned_artifact(name))
 
-    def check_data(self, data: PreparedData) -> None:
-        """Every question, corpus and example can be had."""
-        self.material(data)
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """Every question, corpus and example can be had, and each question fits the base model's context."""
+        questions, _, library = self.material(data)
+        room = Room(base.load_tokenizer(), base.context_length, self.max_new_tokens)
+        self._sizes = measured(room, questions, library, {*self.ways()}, self.few_shot, self.retrieval)
 
     def inputs(self) -> tuple[str, ...]:
         """This run's tuned models, and the reward's stage where that is learned."""
@@ -141,23 +155,22 @@ class CompareStage(Stage):
         """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions
         are asked one at a time, so a single rank answers."""
         on = replace(on, machine=replace(on.machine, ranks=1))
-        questions = on.sizes("sft", "held_out").first(self.num_questions)
-        texts = {
-            "zero_shot": 1,
-            "few_shot": 1 + self.few_shot.examples,
-            "retrieval": 1 + self.retrieval.passages,
-        }
-        asked = [*self.methods, *(method for _ in self.artifacts for method in self.tuned_methods)]
-        room = on.shape.context - self.max_new_tokens
-        demands = [
-            answering_demand(
-                on, joined(*[questions] * texts[method]).cut(room), samples=1, new_tokens=self.max_new_tokens,
-                batch_rows=1, micro_batch_tokens=self.micro_batch_tokens, policies=1,
-                readings=1 if self.reward == "learned" else 0, measures=1, models=1,
-            )
-            for method in asked
-        ]  # fmt: skip
+        assert self._sizes is not None, "check_data comes first"
+        demands = []
+        for method in self.ways():
+            asked = self._sizes.asked(method, self.few_shot, self.retrieval)
+            asked = asked.cut(on.shape.context - self.max_new_tokens)
+            known = joined(asked, self._sizes.references).cut(on.shape.context)
+            demands.append(answering_demand(
+                on, asked, samples=1, new_tokens=self.max_new_tokens, batch_rows=1,
+                micro_batch_tokens=self.micro_batch_tokens, policies=1,
+                readings=1 if self.reward == "learned" else 0, measures=0, models=1, others=[known],
+            ))  # fmt: skip
         return one_after_the_other(demands)
+
+    def ways(self) -> list[Method]:
+        """How each contender is asked."""
+        return [*self.methods, *(method for _ in self.artifacts for method in self.tuned_methods)]
 
     def material(self, data: PreparedData) -> tuple[list[Question], int, Library]:
         """The questions, how many more were left out because training rows ask them, and what prompts are
@@ -174,8 +187,7 @@ class CompareStage(Stage):
                 "Give rows with answers, or a compare.reward and compare.quality=score."
             )
         library = find_library(self.corpus, data)
-        methods = {*self.methods, *(self.tuned_methods if self.artifacts else ())}
-        if "few_shot" in methods and not library.examples:
+        if "few_shot" in self.ways() and not library.examples:
             raise ConfigError(
                 "compare.methods: few_shot takes its examples from the training rows of sft.data that hold "
                 "one question and its answer, and there are none. Leave few_shot out."

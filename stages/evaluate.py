@@ -21,12 +21,14 @@ from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Role
 from rlhf.data.sources import SourceConfig, SourceList
+from rlhf.distributed import Compute
 from rlhf.evaluation.comparison import bootstrap_interval, wins
 from rlhf.evaluation.harness import Harness
 from rlhf.evaluation.references import answer_loss
 from rlhf.evaluation.retention import forgetting, retention
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles
 from rlhf.models.policy import check_head
 from rlhf.plan.answering import answering_demand
 from rlhf.plan.demand import Demand
@@ -168,7 +170,12 @@ class EvaluateStage(Stage):
         folder = None if self.lm_eval_tasks is None else Path(self.lm_eval_tasks)
         return Harness(self.lm_eval, folder, self.lm_eval_limit)
 
-    def check_data(self, data: PreparedData) -> None:
+    def check_compute(self, compute: Compute) -> None:
+        """The data of lm-eval's tasks can be had on this machine."""
+        if self.lm_eval:
+            compute.main_only(self.harness.fetch)
+
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """What a gate bounds is in the retention set."""
         rows = data.rows("retention", "evaluation")
         has_questions = any(isinstance(row, QuestionRow) for row in rows)
@@ -198,8 +205,6 @@ class EvaluateStage(Stage):
     def run(self, job: Job) -> None:
         """Answer, measure what was learned and what was forgotten, score, compare."""
         rows = job.data.rows("evaluate", "evaluation")[: self.num_prompts]
-        if self.lm_eval:
-            job.compute.main_only(self.harness.fetch)
         answers: dict[PolicyName, Answers] = {}
         metrics: dict[str, float] = {"prompts": len(rows)}
         # One model in memory at a time; SFT last, as it also judges how far the others went from it.

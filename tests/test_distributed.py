@@ -6,14 +6,17 @@ import multiprocessing
 import os
 import random
 import socket
+import time
 import traceback
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from small_job import on_cpu
 
+import rlhf.distributed
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute, MicroBatch, find_rank, make_compute
 
@@ -159,8 +162,23 @@ def test_srun_without_an_address_is_told() -> None:
         find_rank(environment)
 
 
+WAITS_SECONDS = 2.0
+"""What two ranks give each other, once they have met."""
+LATE_SECONDS = 3.0
+
+
 def refuse() -> None:
     raise ConfigError("only rank 0 tried")
+
+
+def refuse_late() -> None:
+    time.sleep(LATE_SECONDS)
+    refuse()
+
+
+def take_long() -> str:
+    time.sleep(LATE_SECONDS)
+    return "made at last"
 
 
 def talk(rank: int, port: int, results: Any) -> None:
@@ -173,10 +191,14 @@ def talk(rank: int, port: int, results: Any) -> None:
         compute, how = make_compute("cpu", "fp32", timeout=60.0)
         mine = torch.tensor([1.0 + rank, -5.0 * rank])
         lengths = [5, 9, 1, 9, 7]
-        try:
-            compute.main_only(refuse)
-        except ConfigError as error:
-            failure = str(error)
+        failures = []
+        rlhf.distributed.TURN_SECONDS = 0.2
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=WAITS_SECONDS))
+        for work in (refuse, refuse_late):
+            try:
+                compute.main_only(work)
+            except ConfigError as error:
+                failures.append(str(error))
         heard = {
             "how": how,
             "sum": compute.global_sum(mine).tolist(),
@@ -184,7 +206,8 @@ def talk(rank: int, port: int, results: Any) -> None:
             "unchanged": mine.tolist(),
             "broadcast": compute.broadcast(f"from {rank}"),
             "main_only": compute.main_only(lambda: f"made by {rank}"),
-            "failure": failure,
+            "main_only, for long": compute.main_only(take_long),
+            "failures": failures,
             "collected": compute.collect([(index, rank) for index in compute.share(lengths)], lengths),
         }
         results.put((rank, heard))
@@ -214,7 +237,8 @@ def test_two_ranks_hear_the_same() -> None:
         "max": [2.0, 0.0],
         "broadcast": "from 0",
         "main_only": "made by 0",
-        "failure": "only rank 0 tried",
+        "main_only, for long": "made at last",
+        "failures": ["only rank 0 tried"] * 2,
         "collected": [(0, 1), (1, 0), (2, 0), (3, 1), (4, 0)],
     }
     assert heard == {rank: expected | {"unchanged": [1.0 + rank, -5.0 * rank]} for rank in range(2)}

@@ -21,10 +21,9 @@ from rlhf.compare.prompts import (
     fitted,
     retrieval_prompt,
 )
-from rlhf.compare.questions import QUESTIONS, Library
+from rlhf.compare.questions import Library
 from rlhf.compare.retrieval import Index
-from rlhf.config import ConfigError
-from rlhf.data.chat import exchange_ids, prompt_ids
+from rlhf.compare.room import Room
 from rlhf.data.schema import Message
 from rlhf.generation.policy import Policy
 from rlhf.rl.rollout import Rollout
@@ -116,20 +115,12 @@ def answer_one_by_one(
         ConfigError: a question does not fit the context.
     """
     generator = torch.Generator().manual_seed(seed)
-
-    def length(messages: list[Message]) -> int:
-        return len(prompt_ids(policy.tokenizer, messages))
+    room = Room(policy.tokenizer, policy.context_length, max_new_tokens)
 
     def answer(question: Question) -> tuple[list[Message], int, Rollout, str]:
-        room = policy.context_length - max(max_new_tokens, _reference_length(policy, question))
+        room.check(question, asking.prompt(question, ()))  # a tuned model may have less than the base model
         build = partial(asking.prompt, question)
-        asked, num_cut = fitted(build, asking.find(question.text), length, room)
-        if length(asked) > room:
-            raise ConfigError(
-                f"{QUESTIONS}: {question.where}: the question has {length(asked)} tokens; the model's "
-                f"context of {policy.context_length} leaves it {room} beside its answer. Shorten it or lower "
-                f"compare.max_new_tokens={max_new_tokens}."
-            )
+        asked, num_cut = fitted(build, asking.find(question.text), room.length, room.beside_answer(question))
         rollout, texts = policy.sample(
             [asked], max_new_tokens=max_new_tokens, temperature=temperature, generator=generator, batch_rows=1
         )
@@ -147,11 +138,3 @@ def answer_one_by_one(
     asked, num_cut, rollouts, texts = zip(*found, strict=True)
     seconds_B = torch.tensor(seconds, dtype=torch.float64)
     return Answers(list(asked), Rollout.concatenate(list(rollouts)), list(texts), seconds_B, list(num_cut))
-
-
-def _reference_length(policy: Policy, question: Question) -> int:
-    """Tokens of the reference with its end of turn; 0 without one."""
-    if question.reference is None:
-        return 0
-    ids, given = exchange_ids(policy.tokenizer, question.prompt, question.reference)
-    return len(ids) - given

@@ -54,7 +54,7 @@ class Harness:
         return version if self.folder is None else f"{version} {directory_digest(self.folder)}"
 
     def fetch(self) -> None:
-        """Have the tasks' data on this machine, before anything is measured.
+        """Have the tasks' data on this machine.
 
         Raises:
             ConfigError: the data cannot be had.

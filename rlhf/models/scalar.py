@@ -5,22 +5,27 @@ Dimensions: B sequences, N response tokens laid end to end, H hidden size.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute
+from rlhf.models.adapters import PREFIX
 from rlhf.models.load import ModelConfig, attention_of, reading
 from rlhf.models.packed import Packed, hidden_states, pack_where_possible, take
 from rlhf.models.policy import Sequences
-from rlhf.models.published import attach_published, base_of
+from rlhf.models.published import ADAPTER, WEIGHTS, attach_published, base_of, origin_of
 from rlhf.models.sharing import sharing
+
+NO_HEAD = "{}: {} has no linear `score` head without bias: it cannot serve as a reward model."
 
 
 class ScalarHead(nn.Module):
@@ -92,6 +97,38 @@ class ScalarModel(nn.Module):
             self.offset.mul_(gain).add_(bias)
 
 
+def check_score_head(directory: Path) -> None:
+    """See that a directory holds one label's trained linear head, by its weights' names and shapes alone.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    files, prefix = sorted(directory.glob("*.safetensors")), ""
+    if not files and origin_of(directory) is not None:
+        files, prefix = [directory / ADAPTER / WEIGHTS], PREFIX
+    shapes: dict[str, list[int]] = {}
+    try:
+        with reading(directory):
+            for file in files:
+                with safe_open(file, framework="pt") as weights:
+                    names = {f"{prefix}score.{name}" for name in ("weight", "bias")} & set(weights.keys())
+                    shapes |= {name: weights.get_slice(name).get_shape() for name in names}
+            architectures = json.loads((directory / "config.json").read_bytes()).get("architectures")
+    except SafetensorError as error:
+        raise ConfigError(f"{directory}: cannot be read as a model: {error}.") from None
+    kind = architectures[0] if architectures else "the model"
+    is_trained = f"{prefix}score.weight" in shapes
+    if f"{prefix}score.bias" in shapes or (not is_trained and kind.endswith("ForSequenceClassification")):
+        raise ConfigError(NO_HEAD.format(directory, kind))
+    if not is_trained:
+        raise ConfigError(
+            f"{directory}: its score head was never trained (is it a causal language model?). "
+            "Give a sequence-classification model with one label."
+        )
+    if (labels := shapes[f"{prefix}score.weight"][0]) != 1:
+        raise ConfigError(f"{directory}: not a one-label classification model: it has {labels} labels.")
+
+
 def load_scalar_model(
     directory: Path, config: ModelConfig, dtype: torch.dtype, *, new_head: bool = False
 ) -> ScalarModel:
@@ -102,40 +139,31 @@ def load_scalar_model(
     Raises:
         ConfigError: it is not a classification model with one label and a trained linear head.
     """
+    if not new_head:
+        check_score_head(directory)
     base = base_of(directory)
     if base is not None:
         scalar = load_scalar_model(base, config, dtype, new_head=True)
         _, published = attach_published(scalar.model, directory)
-        if published is None and not new_head:
-            raise ConfigError(f"{directory}: a policy, which has no score head. Give a reward model.")
         if published is not None:
             scalar.head.weight.data.copy_(published)
         return scalar
     try:
         # a head that is not in there is drawn, and then again by `reset_head`
         with reading(directory), torch.random.fork_rng(devices=[]):
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            model = AutoModelForSequenceClassification.from_pretrained(
                 directory,
                 num_labels=1,
                 dtype=dtype,
                 attn_implementation=attention_of(config),
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
             )
     except RuntimeError as error:
         raise ConfigError(f"{directory}: not a one-label classification model: {error}") from None
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ConfigError(
-            f"{directory}: {type(model).__name__} has no linear `score` head without bias: "
-            "it cannot serve as a reward model."
-        )
-    if not new_head and any(name.startswith("score.") for name in loaded["missing_keys"]):
-        raise ConfigError(
-            f"{directory}: its score head was never trained (is it a causal language model?). "
-            "Give a sequence-classification model with one label."
-        )
+        raise ConfigError(NO_HEAD.format(directory, type(model).__name__))
     if config.attention == "auto":
         pack_where_possible(model)
     scalar = ScalarModel(model, head.float().weight)

@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf.artifacts import directory_digest, file_digest
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
+from rlhf.models.scalar import check_score_head
 
 
 class Exchange(NamedTuple):
@@ -30,7 +31,7 @@ class Exchange(NamedTuple):
 
 Reward = Callable[[Sequence[Exchange]], Tensor]
 UserFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""(last user messages, responses) -> scores."""
+"""(the last message of each conversation, responses) -> scores."""
 
 
 def _checked(source: str) -> str:
@@ -48,8 +49,9 @@ def _checked(source: str) -> str:
 
 
 RewardSource = Annotated[str, AfterValidator(_checked)]
-"""`learned` (the reward stage's model), `vader`, `model:DIRECTORY` (any one-label classification model,
-its own tokenizer and template), `python:MODULE:FUNCTION`, or the URL of a server (rlhf/rewards/remote.py)."""
+"""`learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a sequence-classification model with one
+label and a linear `score` head (Llama, Mistral, Qwen, Gemma, GPT-2, ...), its own tokenizer and template),
+`python:MODULE:FUNCTION`, or the URL of a server (rlhf/rewards/remote.py)."""
 
 
 class RewardError(ConfigError):
@@ -57,7 +59,8 @@ class RewardError(ConfigError):
 
 
 def function_reward(source: str) -> Reward:
-    """The reward of `python:MODULE:FUNCTION`: called with the last user messages and the responses.
+    """The reward of `python:MODULE:FUNCTION`: called with the last message of each conversation, without the
+    turns before it ("" of an empty one), and the responses.
 
     Raises:
         ConfigError: it cannot be imported.
@@ -94,12 +97,13 @@ def reward_digest(source: str | None) -> dict[str, str]:
     """What a user's own model or code holds, by its name: part of the key of all that it scored.
 
     Raises:
-        ConfigError: there is no such model directory, or the function cannot be imported.
+        ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
     """
     if source is not None and source.startswith("model:"):
         directory = Path(source.removeprefix("model:"))
         if not (directory / "config.json").is_file():
             raise ConfigError(f"{source}: no config.json there. Give a one-label classification model.")
+        check_score_head(directory)
         return {source: directory_digest(directory)}
     if source is not None and source.startswith("python:"):
         function_reward(source)

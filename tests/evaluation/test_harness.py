@@ -9,6 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from real_processes import RealChain
+from small_chain import Chain
 
 from rlhf.config import ConfigError
 from rlhf.distributed import make_compute
@@ -51,6 +53,15 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def policy(tiny_model: Path) -> Policy:
     compute, _ = make_compute("cpu", "fp32")
     return Policy.load(tiny_model, ModelConfig(kind="tiny"), compute)
+
+
+def settings(tasks: Path) -> tuple[str, ...]:
+    """To ask the base model and nobody else."""
+    return (
+        "stage=evaluate", "evaluate.policies=[base]", "evaluate.reward=null", "evaluate.gold=null",
+        "evaluate.gates.win_rate=null", "evaluate.lm_eval=[sums]", f"evaluate.lm_eval_tasks={tasks}",
+        "precision=fp32",
+    )  # fmt: skip
 
 
 def is_right(policy: Policy, question: str, choices: list[str], gold: int) -> bool:
@@ -96,3 +107,41 @@ def test_the_content_of_the_task_files_is_in_the_key(tasks: Path) -> None:
     assert before.startswith(f"{Harness(['sums'], None, None).digest()} ")
     (tasks / "sums.yaml").write_text((tasks / "sums.yaml").read_text().replace("Answer", "Reply"))
     assert Harness(["sums"], tasks, None).digest() != before
+
+
+def test_the_stage_asks_it(policy: Policy, tasks: Path, tmp_path: Path) -> None:
+    outcome = Chain(tmp_path).run(*settings(tasks), "evaluate.lm_eval_limit=4")
+    assert outcome.code == 0, outcome.err
+    right = [is_right(policy, **question) for question in QUESTIONS[:4]]  # type: ignore[arg-type]
+    measured = outcome.summary["stages"]["evaluate"]["metrics"]
+    assert measured["evaluate/lm_eval/sums/acc/base"] == pytest.approx(sum(right) / 4)
+
+
+def test_data_that_cannot_be_had_are_told_before_anything_is_trained(tasks: Path, tmp_path: Path) -> None:
+    (tasks / "rows.jsonl").unlink()
+    outcome = Chain(tmp_path).run(*settings(tasks), "evaluate.policies=[base,sft]")
+    assert outcome.code == 2
+    assert "evaluate.lm_eval=sums: " in outcome.err and "downloads its tasks' data" in outcome.err
+    assert outcome.statuses == {"prepare": "ran"}
+
+
+@pytest.mark.slow
+def test_the_other_ranks_wait_for_a_task_that_takes_longer_than_their_patience(
+    tasks: Path, tmp_path: Path
+) -> None:
+    (tasks / "slow.py").write_text(
+        "import time\n\n\ndef question(row):\n    time.sleep(0.8)\n    return row['question']\n"
+    )
+    task = json.loads((tasks / "sums.yaml").read_text())
+    del task["doc_to_text"]
+    lines = [f"{key}: {json.dumps(value)}\n" for key, value in task.items()]
+    (tasks / "sums.yaml").write_text("".join([*lines, "doc_to_text: !function slow.question\n"]))
+    chain = RealChain(tmp_path / "chain")
+    process = chain.start(
+        "slow", *settings(tasks), "launch.processes=2", "distributed.timeout=6",
+        environment={"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    summary = json.loads((chain.directory / "runs" / "slow" / "summary.json").read_text())
+    assert "evaluate/lm_eval/sums/acc/base" in summary["stages"]["evaluate"]["metrics"]

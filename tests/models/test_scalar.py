@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_job import on_cpu
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from rlhf.config import ConfigError
 from rlhf.models.load import ModelConfig, load_tokenizer
 from rlhf.models.policy import pack_sequences
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.rewards.source import reward_digest
 
 TINY = ModelConfig(kind="tiny")
 CPU = torch.device("cpu")
@@ -141,3 +143,38 @@ def test_a_model_without_a_linear_score_head_is_refused(tmp_path: Path) -> None:
     BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=1, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"Bert.* no linear `score` head"):
         load_scalar_model(tmp_path, TINY, torch.float32)
+
+
+def score_of(directory: Path) -> dict[str, str]:
+    """What `ppo.reward=model:DIRECTORY` is asked when the config is checked."""
+    return reward_digest(f"model:{directory}")
+
+
+def test_what_cannot_score_is_told_without_being_loaded(
+    scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=1, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ConfigError, match=r"BertForS.* has no linear `score` head without bias: it cannot"):
+        score_of(tmp_path / "bert")
+    with pytest.raises(ConfigError, match="its score head was never trained"):
+        score_of(tiny_model)
+    save_scalar_model(scalar, tokenizer, tmp_path / "one")
+    assert list(score_of(tmp_path / "one"))
+    scalar.model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert list(score_of(tmp_path / "shards"))
+    weights = load_file(tmp_path / "one" / "model.safetensors")
+    for change, complaint in (
+        ({"score.bias": torch.zeros(1)}, "has no linear `score` head without bias"),
+        ({"score.weight": torch.zeros(2, 64)}, "not a one-label classification model: it has 2 labels"),
+    ):
+        save_file(weights | change, tmp_path / "one" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ConfigError, match=complaint):
+            score_of(tmp_path / "one")
+    (tmp_path / "one" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match="cannot be read as a model"):
+        score_of(tmp_path / "one")

@@ -21,7 +21,10 @@ from rlhf.config import ConfigError, validated
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
 from rlhf.job import Job
-from rlhf.models.load import BaseModelFiles, ModelConfig, _write_tiny
+from rlhf.models.load import BaseModelFiles, ModelConfig, _write_tiny, base_config
+from rlhf.plan.machine import Machine, Speed
+from rlhf.plan.setting import Setting
+from rlhf.plan.shape import shape_of
 from rlhf.report.compare import contenders
 from rlhf.stages.compare import CompareStage
 
@@ -75,6 +78,10 @@ def tuned(store: Store) -> str:
     return str(store.root / "sft" / "tuned")
 
 
+def base_of(tiny_model: Path) -> BaseModelFiles:
+    return BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny"))
+
+
 def run_stage(stage: CompareStage, tiny_model: Path, directory: Path) -> Job:
     directory.mkdir(parents=True)
     data = PreparedData(directory)
@@ -87,9 +94,7 @@ def run_stage(stage: CompareStage, tiny_model: Path, directory: Path) -> Job:
     data.write("ppo", "train", [PromptRow(user("Where is the toad?"))])
     data.write("replay", "train", [SftRow(user("Where is the gnu?"), "There.")])
     data.write("ptx", "train", [SftRow([], "A text.")])
-    job = small_job(
-        "compare", directory, BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny")), data=data
-    )
+    job = small_job("compare", directory, base_of(tiny_model), data=data)
     stage.run(job)
     return job
 
@@ -204,14 +209,65 @@ def test_what_does_not_fit_is_cut_and_counted(tiny_model: Path, tmp_path: Path) 
     assert "| prompts cut | 1 |" in (job.directory / "comparison.md").read_text()
 
 
-def test_a_question_that_does_not_fit_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
-    questions = tmp_path / "long.jsonl"
-    questions.write_text(json.dumps({"prompt": "x" * 1020, "completion": "y"}))
-    stage = make_stage(questions=str(questions), methods=["zero_shot"])
-    with pytest.raises(
-        ConfigError, match=r"compare\.questions: long\.jsonl line 1: .* context of 1024 leaves"
-    ):
-        run_stage(stage, tiny_model, tmp_path / "run")
+def test_a_question_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    """The tiny model has room for 1024 bytes; the reference needs more than the answer."""
+    chain = Chain(tmp_path)
+    rows = [{"prompt": "short", "completion": "y"}, {"prompt": "x" * 800, "completion": "y" * 300}]
+    questions = f"compare.questions={chain.write('long.jsonl', rows)}"
+    outcome = chain.run("stage=compare", questions, "compare.max_new_tokens=4")
+    assert outcome.code == 2
+    assert "compare.questions: long.jsonl line 2: the question has 8" in outcome.err
+    assert "context of 1024 leaves it 723 beside its answer" in outcome.err
+    assert outcome.statuses == {"prepare": "ran"}  # nothing was trained
+
+
+def test_what_the_stage_needs_follows_from_its_own_questions_and_corpus(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    data = PreparedData(tmp_path)
+    data.write("sft", "train", [SftRow(user("Where is the cat?"), "In.")])
+    data.write("sft", "held_out", [SftRow(user("Where is the fox?"), "There.")])
+    for role in ("reward", "ppo", "replay", "ptx"):
+        data.write(role, "train", [])
+
+    def longest(**changes: Any) -> int:
+        stage = make_stage(methods=["retrieval"], num_questions=2, **changes)
+        stage.check_data(data, base_of(tiny_model))
+        machine = Machine("cpu", "a test", 1e12, 1e12, 0.0, 1, Speed(100.0, 10.0))
+        shape = shape_of(base_config(ModelConfig(kind="tiny")))
+        return stage.demand(Setting(shape, 4, "none", machine, data.size), {}).longest
+
+    def write(name: str, row: dict[str, str]) -> str:
+        (tmp_path / name).write_text(json.dumps(row))
+        return str(tmp_path / name)
+
+    questions = write("questions.jsonl", {"prompt": "q" * 500, "completion": "Yes."})
+    corpus = write("corpus.jsonl", {"text": "p" * 200})
+    own = longest()
+    assert longest(questions=questions) == own + 500 - len("Where is the fox?")
+    passage = len("Where is the cat?\nIn.")
+    assert longest(corpus=corpus) == own + 2 * (200 - passage)
+    assert (
+        longest(questions=questions, corpus=write("corpus.jsonl", {"text": "p" * 999})) == 1024
+    )  # it is cut
+
+
+def test_embeddings_find_the_passage_that_says_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    texts = ["The cat sleeps.", "Where is the eel?", "A hen, an owl.", "Where is the fox?"]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    retrieval = {"passages": 1, "passage_template": "- {passage}\n", "template": "{passages}{question}"}
+    stage = make_stage(
+        methods=["zero_shot", "retrieval"], retriever="embeddings", corpus=str(corpus), retrieval=retrieval
+    )
+    job = run_stage(stage, tiny_model, tmp_path / "run")
+    assert asked(job, "retrieval") == [
+        ["- Where is the fox?\nWhere is the fox?"],
+        ["- Where is the eel?\nWhere is the eel?"],
+    ]
+    assert job.summary is not None
+    held = job.summary["storage_bytes/retrieval"] - job.summary["storage_bytes/zero_shot"]
+    assert held == sum(map(len, texts)) + 4 * 64 * len(texts)  # 64 numbers of fp32 a text
 
 
 @pytest.mark.parametrize(
@@ -227,16 +283,18 @@ def test_what_training_rows_ask_is_left_out(asks: str, tiny_model: Path, tmp_pat
     assert (job.summary["questions"], job.summary["leaks"]) == (1, 1)
     questions.write_text(json.dumps(rows[0]))
     with pytest.raises(ConfigError, match="a training row asks the same as each of its 1 questions"):
-        stage.check_data(job.data)  # before anything is trained
+        stage.check_data(job.data, job.base)  # before anything is trained
 
 
-def test_few_shot_without_examples_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+def test_few_shot_without_examples_is_told_before_anything_is_trained(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     data = PreparedData(tmp_path)
     data.write("sft", "train", [SftRow([], "A text.")])
     data.write("sft", "held_out", [SftRow(user("Where is the fox?"), "There.")])
     with pytest.raises(ConfigError, match=r"compare\.methods: few_shot takes its examples"):
-        make_stage().check_data(data)
-    make_stage(methods=["zero_shot", "retrieval"]).check_data(data)
+        make_stage().check_data(data, base_of(tiny_model))
+    make_stage(methods=["zero_shot", "retrieval"]).check_data(data, base_of(tiny_model))
 
 
 def test_without_references_the_reward_decides(tiny_model: Path, tmp_path: Path) -> None:

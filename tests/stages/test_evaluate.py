@@ -145,16 +145,17 @@ def test_the_task_is_learned_where_its_answers_become_likelier(
     ],
 )
 def test_a_gate_needs_its_rows_in_the_retention_set(
-    tmp_path: Path, rows: list[Row], gate: str, missing: str
+    tmp_path: Path, published: dict[str, Path], rows: list[Row], gate: str, missing: str
 ) -> None:
     data = PreparedData(tmp_path)
+    base = BaseModelFiles(published["base"], "tiny", ModelConfig(kind="tiny"))
     data.write("retention", "evaluation", rows)
     stage = make_stage(gates={gate: {"min": 0.0, "advice": ""}})
     with pytest.raises(ConfigError, match=f"evaluate.retention=samples:.* holds no {missing},"):
-        stage.check_data(data)
-    make_stage(gates={gate: None}).check_data(data)
+        stage.check_data(data, base)
+    make_stage(gates={gate: None}).check_data(data, base)
     data.write("retention", "evaluation", RETENTION)
-    stage.check_data(data)
+    stage.check_data(data, base)
 
 
 def test_missing_rows_are_told_before_anything_trains(finished_chain: tuple[Chain, Outcome]) -> None:

@@ -27,6 +27,7 @@ from rlhf.models.policy import pack_sequences, response_statistics
 from rlhf.models.published import attach_published, origin_of
 from rlhf.models.scalar import ScalarModel, load_scalar_model
 from rlhf.rewards.learned import LearnedReward
+from rlhf.rewards.source import reward_digest
 from rlhf.stage import Stage
 from rlhf.stages.ppo import PpoStage
 
@@ -193,6 +194,7 @@ def test_a_policy_that_stays_beside_its_base(
 @pytest.mark.parametrize("method", [*MERGING, *BESIDE])
 def test_a_reward_model(method: str, tmp_path: Path, tiny_model: Path) -> None:
     artifact = trained("reward", tmp_path, tiny_model, {**MERGING, **BESIDE}[method]).directory
+    assert list(reward_digest(f"model:{artifact}"))  # it may score another run's answers
     load = partial(load_scalar_model, config=TINY, dtype=torch.float32)
     published = load(artifact).last_values(ROWS)
     trunk = load(tiny_model, new_head=True).model
