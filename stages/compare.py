@@ -33,7 +33,7 @@ from rlhf.compare.quality import answer_found, exact_match, rouge_l
 from rlhf.compare.questions import CORPUS, QUESTIONS, Library, find_library, find_questions
 from rlhf.compare.retrieval import RetrieverName, make_index
 from rlhf.compare.room import Room, Sizes, measured
-from rlhf.compare.tuned import POLICY_STAGES, label, training_seconds, tuned_artifact
+from rlhf.compare.tuned import POLICY_STAGES, contender, label, training_seconds, tuned_artifact
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import TRAINING_ROLES, Role
@@ -332,13 +332,6 @@ class CompareStage(Stage):
         job.write_rows("answers.jsonl", rows)
         for row in rows:
             job.sample(**{name: value for name, value in row.items() if name != "asked"})
-
-
-def contender(model: str | None, method: Method) -> str:
-    """A model asked in one way, in metrics and tables: `few_shot`, `sft`, `sft+retrieval`."""
-    if model is None:
-        return method
-    return label(model) if method == "zero_shot" else f"{label(model)}+{method}"
 
 
 def break_evens(metrics: Mapping[str, float]) -> dict[str, float]:

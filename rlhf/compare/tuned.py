@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.artifacts import Artifact, Store
+from rlhf.compare.prompts import Method
 from rlhf.config import ConfigError
 
 POLICY_STAGES = ("sft", "ppo", "merge")
@@ -64,3 +65,10 @@ def lineage(artifact: Artifact) -> Iterator[Artifact]:
 def training_seconds(artifact: Artifact) -> float:
     """Wall time of all stages in the artifact's lineage, from their manifests; preparing data aside."""
     return sum(each.manifest.seconds for each in lineage(artifact))
+
+
+def contender(model: str | None, method: Method) -> str:
+    """A model asked in one way, in metrics and tables: `few_shot`, `sft`, `sft+retrieval`."""
+    if model is None:
+        return method
+    return label(model) if method == "zero_shot" else f"{label(model)}+{method}"
