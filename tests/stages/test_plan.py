@@ -48,8 +48,8 @@ def config_of_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(outcome: Outcome) -> dict[str, list[str]]:
     """Strategy -> the cells of its row in plan.md."""
     text = (outcome.artifact("plan") / "plan.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 8]
-    found = [line.strip("| ").split(" | ") for line in lines[2:]]
+    (block,) = [each for each in text.split("\n\n") if "| strategy |" in each]
+    found = [line.strip("| ").split(" | ") for line in block.splitlines()[2:]]
     return {cells[1]: cells for cells in found}
 
 
