@@ -72,7 +72,7 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
         on, on.pass_tokens(mini, length, most), config.peft, checkpointing=config.activation_checkpointing,
         graphs=2 if once or on.zero not in ("none", "fsdp2") else 1,
     )  # fmt: skip
-    rows = max(batch, config.evaluate_prompts) / on.ranks
+    rows = decoded_rows(config, on, max(batch, config.evaluate_prompts))
     decoding = sampling(
         on, rows, prompts.longest, config.max_new_tokens, folds=config.peft.method in FOLDED,
         gathers=on.shards_weights,
@@ -93,6 +93,11 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
         checkpoint=3 * FP32 * trained.parameters + best + average,
         longest=length.longest + METHODS[config.peft.method].added_tokens(on.shape, config.peft),
     )  # fmt: skip
+
+
+def decoded_rows(config: PpoConfig, on: Setting, rows: int) -> float:
+    """Of so many over all ranks, those that a rank decodes together."""
+    return min(config.batch_rows or rows, rows / on.ranks)
 
 
 def mixed(config: PpoConfig, on: Setting, *, once: bool) -> Iterator[Part]:
@@ -139,8 +144,13 @@ def ppo_work(config: PpoConfig, on: Setting, trained: Trained, *, once: bool, ha
         )]  # fmt: skip
     return [
         worker.load(5, what="four models, published model"),
-        *worker.decode(episodes, config.batch_episodes / on.ranks, prompts.mean, new, what="episodes"),
-        *worker.decode(evaluated, config.evaluate_prompts / on.ranks, prompts.mean, new, what="evaluations"),
+        *worker.decode(
+            episodes, decoded_rows(config, on, config.batch_episodes), prompts.mean, new, what="episodes"
+        ),
+        *worker.decode(
+            evaluated, decoded_rows(config, on, config.evaluate_prompts), prompts.mean, new,
+            what="evaluations",
+        ),
         worker.read(
             by_policies * length, length, predicted=by_policies * new, what="log-probabilities"
         ),
