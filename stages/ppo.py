@@ -51,9 +51,10 @@ class PpoStage(PpoConfig, Stage):
     name: ClassVar[str] = "ppo"
     version: ClassVar[int] = 5
     samples: ClassVar[bool] = True
-    not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"prompts", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl", "frozen"}
-    )
+    not_in_key: ClassVar[frozenset[str]] = frozenset({
+        "prompts", "batch_rows", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl",
+        "frozen",
+    })  # fmt: skip
 
     def inputs(self) -> tuple[str, ...]:
         """The SFT model, and what the reward and its normalisation need."""

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from rlhf.config import ConfigError
+from rlhf.data.batching import token_budget_batches
+from rlhf.generation.cache import JOINABLE, GrowingLayer, growing_cache, joined, without_padding
 from rlhf.generation.lean import LeanDecoder, is_lean
 from rlhf.generation.prepacked import prepacked
 from rlhf.models.packed import ATTENTION, Packed
 from rlhf.rl.rollout import Rollout
+
+READ_TOKENS = 4096
+"""Of prompts that go through the model together; a single one may be longer."""
 
 
 def generate(
@@ -47,7 +50,7 @@ def generate(
         batch_rows: rows decoded together.
         on_rows: told how many more rows are finished.
     """
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     responses: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(prompts)
     logps: list[Tensor] = [torch.empty(0)] * len(prompts)
     stopped = torch.zeros(len(prompts), dtype=torch.bool)
@@ -90,14 +93,13 @@ def _decode(
     uniform_BR: Tensor,
 ) -> list[tuple[Tensor, Tensor, bool]]:
     device = model.device
-    cache = growing_cache(model)
     tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
     logps = torch.zeros(len(prompts), max_new_tokens, device=device)
     lengths = torch.full((len(prompts),), max_new_tokens, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     uniform_BR = uniform_BR.to(device)
     active_B = torch.arange(len(prompts), device=device)  # which row each row of the cache belongs to
-    logits_BV, mask_BK = _read(model, prompts, cache, pad_id)
+    cache, logits_BV, mask_BK = _read(model, prompts, pad_id)
     position_B = mask_BK.sum(-1)
 
     for step in range(max_new_tokens):
@@ -110,10 +112,12 @@ def _decode(
             going = (~stop_B).nonzero().squeeze(-1)
             if len(going) == 0:
                 break
-            cache.batch_select_indices(going)
+            # batch_select_indices does not know state-space layers
+            cache.reorder_cache(going)  # type: ignore[arg-type]
             active_B, token_B, mask_BK, position_B = (
                 active_B[going], token_B[going], mask_BK[going], position_B[going]
             )  # fmt: skip
+            mask_BK = without_padding(cache, mask_BK)
         if step + 1 == max_new_tokens:
             break
         mask_BK = torch.cat([mask_BK, mask_BK.new_ones(len(mask_BK), 1)], dim=1)
@@ -136,24 +140,39 @@ def _decode(
     ]
 
 
-def _read(
-    model: PreTrainedModel, prompts: list[Tensor], cache: DynamicCache, pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Put the prompts into the cache.
+def _read(model: PreTrainedModel, prompts: list[Tensor], pad_id: int) -> tuple[DynamicCache, Tensor, Tensor]:
+    """Put the prompts, the longest first, into a cache: in groups, so that memory for what is computed on the
+    way does not grow with their number. Caches with other states than keys and values are made at once.
 
     Returns:
-        Logits behind them [B, V], and where the cache holds a token [B, K]: they are padded on the left.
+        The cache, the logits behind the prompts [B, V], and where the cache holds a token [B, K]: they are
+        padded on the left.
     """
-    packed = Packed(prompts, model.device)
-    width = packed.longest
+    layers, width = growing_cache(model).layers, len(prompts[0])
+    is_packed = model.config._attn_implementation == ATTENTION
+    is_packed = is_packed and all(isinstance(layer, GrowingLayer) for layer in layers)
+    tokens = [len(row) if is_packed else width for row in prompts]
+    can_join = all(type(layer) in JOINABLE for layer in layers)
+    groups = token_budget_batches(tokens, READ_TOKENS if can_join else sum(tokens))
+    parts = [
+        _read_group(model, [prompts[row] for row in group], width, pad_id, is_packed) for group in groups
+    ]
+    caches, logits, masks = zip(*parts, strict=True)
+    return joined(caches), torch.cat(logits), torch.cat(masks)
+
+
+def _read_group(
+    model: PreTrainedModel, prompts: list[Tensor], width: int, pad_id: int, is_packed: bool
+) -> tuple[DynamicCache, Tensor, Tensor]:
+    packed, cache = Packed(prompts, model.device), growing_cache(model)
     mask_BK = torch.arange(width) >= width - torch.tensor(packed.lengths)[:, None]
     mask_BK = mask_BK.long().to(model.device)
-    plain = [layer for layer in cache.layers if isinstance(layer, _GrowingLayer)]
-    if model.config._attn_implementation == ATTENTION and len(plain) == len(cache.layers):
-        for layer in plain:
+    if is_packed:
+        for layer in cache.layers:
+            assert isinstance(layer, GrowingLayer)
             layer.prompts = (mask_BK.flatten().nonzero().squeeze(-1), *mask_BK.shape)
         output = model(**packed.call(), past_key_values=cache, use_cache=True, logits_to_keep=packed.last_B)
-        return output.logits[0], mask_BK
+        return cache, output.logits[0], mask_BK
     ids_BK = torch.full_like(mask_BK, pad_id)
     ids_BK[mask_BK.bool()] = packed.ids_T
     # an index: of the number 1 transformers makes a view, for which torch copies the output layer once a row
@@ -166,86 +185,7 @@ def _read(
         use_cache=True,
         logits_to_keep=last,
     )
-    return output.logits[:, -1], mask_BK
-
-
-def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """transformers' cache, whose plain layers have room to spare instead of being copied for every token.
-
-    Models need an attention_mask with it: the room is masked. Those that make something of their own as long
-    as that mask (Bloom's ALiBi) get the plain cache.
-    """
-    cache = DynamicCache(config=model.config)
-    if model._supports_attention_backend:
-        cache.layers = [_GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-class _GrowingLayer(DynamicLayer):
-    """`keys` and `values` [B, heads, room, D] are filled up to a length, the rest is zeros: what the model's
-    mask hides. Whole buffers, because products of matrices would copy parts of them."""
-
-    ROOM = 64
-    """Tokens that fit before the buffers are copied again."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._length = 0
-        self.prompts: tuple[Tensor, int, int] | None = None
-        """Before the first call, if it is going to bring packed prompts: the places [T] that their tokens get
-        in [B, K], flattened, and B and K."""
-
-    def get_seq_length(self) -> int:
-        """Tokens so far."""
-        return self._length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """What `update` is going to return: its length, and where it begins."""
-        return self._room_for(self._length + query_length), 0
-
-    def _room_for(self, length: int) -> int:
-        if self.keys is None:
-            return length
-        room = self.keys.shape[-2]
-        return room if length <= room else length + self.ROOM
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens behind those that are there."""
-        if self.keys is None or self.values is None:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = self._padded(key_states), self._padded(value_states)
-            self._length = self.keys.shape[-2]
-            return key_states, value_states
-        start, self._length = self._length, self._length + key_states.shape[-2]
-        room = self._room_for(self._length)
-        if room > self.keys.shape[-2]:
-            self.keys, self.values = _widened(self.keys, room), _widened(self.values, room)
-        self.keys[:, :, start : self._length] = key_states
-        self.values[:, :, start : self._length] = value_states
-        return self.keys, self.values
-
-    def _padded(self, x: Tensor) -> Tensor:
-        """Packed prompts' [1, heads, T, D] -> [B, heads, K, D]."""
-        if self.prompts is None:
-            return x
-        places_T, rows, width = self.prompts
-        _, heads, _, size = x.shape
-        padded = x.new_zeros(rows * width, heads, size).index_copy_(0, places_T, x[0].transpose(0, 1))
-        return padded.view(rows, width, heads, size).transpose(1, 2).contiguous()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        assert self.keys is not None and self.values is not None
-        self.keys, self.values = self.keys[indices], self.values[indices]
-
-
-def _widened(x: Tensor, room: int) -> Tensor:
-    """[B, heads, K, D] -> [B, heads, room, D], zeros behind."""
-    wider = x.new_zeros(*x.shape[:2], room, x.shape[-1])
-    wider[:, :, : x.shape[-2]] = x
-    return wider
+    return cache, output.logits[:, -1], mask_BK
 
 
 def _sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,10 @@ from rlhf.plan.shape import Shape
 Kind = Literal["weights", "gradients", "optimizer", "activations", "logits", "KV cache"]
 HEAD_CHUNK = 256
 """As rlhf/models/policy.py: tokens whose logits are held at once."""
+READ_TOKENS = 4096
+"""As rlhf/generation/local.py: tokens of prompts that are read in one pass."""
 CACHE_ROOM = 64
-"""As rlhf/generation/local.py: tokens that the cache grows by."""
+"""As rlhf/generation/cache.py: tokens that the cache grows by."""
 LIVE_ELEMENTS = 10**9
 """DeepSpeed's stage3_max_live_parameters: gathered weights stay until there are so many."""
 FP32 = 4
@@ -296,7 +298,7 @@ def sampling(
     yield Part("KV cache", rows * tokens * per_token, how)
     each = b + 4 * FP32
     yield Part("logits", rows * shape.vocabulary * each, f"{rows:.0f} rows x {shape.vocabulary} x {each} B")
-    yield reading(on, rows * prompt)
+    yield reading(on, min(rows * prompt, max(READ_TOKENS, prompt)))
 
 
 def folded(on: Setting) -> Part:

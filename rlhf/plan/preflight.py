@@ -169,7 +169,9 @@ def savings(stage: Stage, on: Setting) -> Iterator[tuple[str, dict[str, Any], di
     knobs = stage.model_dump()
     for key in ("micro_batch_tokens", *(["batch_rows"] if stage.samples else [])):
         if key in fields:
-            smaller = max(1, knobs[key] // 4)
+            # without a number all rows of a rollout are decoded together
+            together = knobs[key] or max(knobs["batch_episodes"], knobs["evaluate_prompts"]) // on.ranks
+            smaller = max(1, together // 4)
             yield f"{name}.{key}={smaller}", {key: smaller}, {}
     if "activation_checkpointing" in fields and not knobs["activation_checkpointing"]:
         yield f"{name}.activation_checkpointing=true", {"activation_checkpointing": True}, {}

@@ -116,6 +116,8 @@ class PpoConfig(Strict):
     """Steps skipped for a non-finite reward, loss or gradient before the run stops."""
     max_kl: PositiveFloat | None
     """Nats a sequence from the SFT model beyond which the run stops; null for never."""
+    batch_rows: PositiveInt | None
+    """Rows decoded together on each rank; null for all. Lower it when memory runs out while sampling."""
     frozen: Literal["replicated", "sharded", "offloaded"]
     """Reference and reward model: whole on every rank; sharded over them (ZeRO-3 inference, or FSDP2); or in
     each rank's host memory, and whole on its GPU only while they are used."""

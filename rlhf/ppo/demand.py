@@ -83,7 +83,7 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
 
     both = once or on.zero not in ("none", "fsdp2")
     kept = graph(on, critic.shape) if both else max(graph(on), graph(critic), key=lambda part: part.size)
-    rows = max(batch, config.evaluate_prompts) / on.ranks
+    rows = decoded_rows(config, on, max(batch, config.evaluate_prompts))
     decoding = sampling(
         on, rows, prompts.longest, config.max_new_tokens, folds=config.peft.method in FOLDED,
         gathers=on.shards_weights,
@@ -115,6 +115,11 @@ def own_scorer(config: PpoConfig, on: Setting) -> Setting | None:
         return replace(on, shape=shape_in(Path(config.reward.removeprefix("model:"))))
     except UnknownShapeError:
         return on
+
+
+def decoded_rows(config: PpoConfig, on: Setting, rows: int) -> float:
+    """Of so many over all ranks, those that a rank decodes together."""
+    return min(config.batch_rows or rows, rows / on.ranks)
 
 
 def mixed(config: PpoConfig, on: Setting, *, once: bool) -> Iterator[Part]:
@@ -169,8 +174,13 @@ def ppo_work(
         worker.load(3, what="policy, reference, published model"),
         Worker(critic).load(1, what="critic"),
         *scores,
-        *worker.decode(episodes, config.batch_episodes / on.ranks, prompts.mean, new, what="episodes"),
-        *worker.decode(evaluated, config.evaluate_prompts / on.ranks, prompts.mean, new, what="evaluations"),
+        *worker.decode(
+            episodes, decoded_rows(config, on, config.batch_episodes), prompts.mean, new, what="episodes"
+        ),
+        *worker.decode(
+            evaluated, decoded_rows(config, on, config.evaluate_prompts), prompts.mean, new,
+            what="evaluations",
+        ),
         worker.read(
             by_policies * length, length, predicted=by_policies * new, what="log-probabilities"
         ),

@@ -249,7 +249,7 @@ class Learner:
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
                 generator=self.sampling,
-                batch_rows=len(rows),
+                batch_rows=config.batch_rows or len(rows),
             )
         with self.phases("reward"):
             score_B = self.reward(list(map(Exchange, (row.prompt for row in rows), self.texts)))
@@ -306,6 +306,7 @@ class Learner:
                 max_new_tokens=self.config.max_new_tokens,
                 temperature=self.config.temperature,
                 seed=self.job.seed,
+                batch_rows=self.config.batch_rows or len(rows),
                 micro_batch_tokens=self.config.micro_batch_tokens,
             )
             if self.best is None or result.score > self.best.score:

@@ -116,6 +116,7 @@ def evaluate_policy(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    batch_rows: int,
     micro_batch_tokens: int,
 ) -> tuple[Evaluation, list[str]]:
     """Sample one response a prompt, always with the same seed, and measure them.
@@ -128,7 +129,7 @@ def evaluate_policy(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         generator=torch.Generator().manual_seed(seed),
-        batch_rows=len(rows),
+        batch_rows=batch_rows,
     )
     exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
     score_B = reward(exchanges)

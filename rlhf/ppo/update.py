@@ -105,6 +105,10 @@ class Update:
         Args:
             scored: what `score` returned of it.
 
+        Returns:
+            Metrics. `first_ratio_deviation` is the first minibatch's; it compares the scoring pass with
+            another one of the same weights, so it says nothing (0) where that pass itself is learned from.
+
         Raises:
             BadStepError: no minibatch had a finite gradient, so no optimizer step was taken.
         """
@@ -155,7 +159,8 @@ class Update:
             scored: the forward pass over the minibatch, where it was made already.
 
         Returns:
-            The mean |ratio - 1| over the minibatch's tokens; 0 before the first update, up to rounding.
+            The mean |ratio - 1| over the minibatch's tokens; 0 before the first update, up to rounding (with
+            `scored` by construction: the old log-probabilities are then this very pass's).
         """
         config, device = self.config, self.compute.device
         total_tokens = int(minibatch.mask_BR.sum())

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rlhf.config import PeftConfig
+from rlhf.generation.cache import growing_cache
 from rlhf.generation.lean import LeanDecoder, is_lean
-from rlhf.generation.local import generate, growing_cache
+from rlhf.generation.local import generate
 from rlhf.models.adapters import attach, without_adapters
 
 LENGTHS, NEW = (3, 9, 1, 6), 5

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.generation import local
+from rlhf.generation import cache, local
 from rlhf.generation.local import _draw, _nucleus, _sample, generate
 from rlhf.models.load import ModelConfig, load_causal_lm
 from rlhf.models.policy import response_statistics, rollout_rows
@@ -75,7 +75,7 @@ def some_stops(model: PreTrainedModel, prompts: list[Tensor]) -> list[int]:
 def test_greedy_equals_transformers_token_for_token(
     model: PreTrainedModel, prompts: list[Tensor], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local._GrowingLayer, "ROOM", room)  # so that it has to grow meanwhile
+    monkeypatch.setattr(cache.GrowingLayer, "ROOM", room)  # so that it has to grow meanwhile
     rollout = sample(model, prompts)
     assert lists(rollout) == [transformers_greedy(model, prompt, []) for prompt in prompts]
     assert not rollout.stopped.any()
@@ -94,6 +94,56 @@ def test_stop_tokens_end_a_row_and_disturb_no_other(
     assert rollout.stopped.tolist() == [ids[-1] in stops for ids in expected]
     assert 0 < int(rollout.stopped.sum()) < len(prompts)
     assert len({len(ids) for ids in expected}) > 2
+
+
+def test_finished_rows_are_decoded_no_more(model: PreTrainedModel, prompts: list[Tensor]) -> None:
+    rows: list[int] = []
+    stops = some_stops(model, prompts)
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: rows.append(len(ids[0])))
+    lengths = sample(model, prompts, stop_ids=stops).response_lengths
+    hook.remove()
+    assert len(set(lengths.tolist())) > 2
+    # the first call reads the prompts; the one behind it and all others extend rows that have not stopped
+    assert rows[1:] == [int((lengths > done).sum()) for done in range(1, NEW)]
+
+
+def test_columns_that_only_a_finished_row_used_are_read_no_more(
+    model: PreTrainedModel, prompts: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, widths = torch.cat([*prompts] * 3), []
+    update = cache.GrowingLayer.update
+
+    def noted(layer: cache.GrowingLayer, *states: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        keys, values = update(layer, *states, **options)
+        widths.append(keys.shape[-2])
+        return keys, values
+
+    monkeypatch.setattr(cache.GrowingLayer, "update", noted)
+    stops = transformers_greedy(model, long, [])[1:2]
+    rollout = sample(model, [*prompts, long], stop_ids=stops)
+    expected = [transformers_greedy(model, prompt, stops) for prompt in [*prompts, long]]
+    assert lists(rollout) == expected
+    assert len(expected[-1]) <= 2 and max(map(len, expected)) == NEW
+    assert max(widths) > len(long) > widths[-1]
+    assert widths[-1] <= max(LENGTHS) + NEW + cache.GrowingLayer.ROOM
+
+
+def test_prompts_are_read_in_groups_of_so_many_tokens(
+    model: PreTrainedModel, prompts: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+    expected, stops = sample(model, prompts), some_stops(model, prompts)
+    stopped = sample(model, prompts, stop_ids=stops)
+    monkeypatch.setattr(local, "READ_TOKENS", 20)
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, ids: tokens.append(ids[0].numel())
+    )
+    found = sample(model, prompts)
+    hook.remove()
+    assert tokens[:4] == [30, 17, 9 + 9, 5 + 1]  # the longest prompt by itself
+    assert tokens[4:] == [len(prompts)] * (NEW - 1)  # and decoded together
+    assert lists(found) == lists(expected)
+    assert lists(sample(model, prompts, stop_ids=stops)) == lists(stopped)
 
 
 def test_a_row_that_stops_at_once_has_one_token(model: PreTrainedModel, prompts: list[Tensor]) -> None:

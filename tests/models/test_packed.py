@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rlhf.generation.local import generate, growing_cache
+from rlhf.generation import local
+from rlhf.generation.cache import growing_cache
+from rlhf.generation.local import generate
 from rlhf.models import packed, short_attention
 from rlhf.models.packed import ATTENTION, Packed, hidden_states, pack_where_possible
 
@@ -79,6 +83,56 @@ def test_states_and_gradients_are_those_of_each_row_alone(
         torch.testing.assert_close(gradient, wanted, atol=rounding, rtol=1e-3)
 
 
+def attention_by_hand(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int,
+    *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What torch documents of varlen_attn, one row and one query after the other."""
+    assert starts_q.dtype == starts_k.dtype == torch.int32 and torch.equal(starts_q, starts_k)
+    assert longest_q == longest_k == int(starts_q.diff().max())
+    before, behind = window_size
+    heads, key_heads = q.shape[1], k.shape[1]
+    assert behind == 0 and enable_gqa == (heads != key_heads)
+    scale, outs = q.shape[-1] ** -0.5 if scale is None else scale, []
+    for start, end in itertools.pairwise(starts_q.tolist()):
+        for token in range(start, end):
+            first = start if before < 0 else max(start, token - before)
+            seen = slice(first, token + 1)
+            for head in range(heads):
+                group = head // (heads // key_heads)
+                weights = (k[seen, group] @ q[token, head] * scale).softmax(0)
+                outs.append(weights @ v[seen, group])
+    return torch.stack(outs).view(q.shape)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "granite", "gpt2"])
+def test_the_kernel_of_gpus_is_told_rows_windows_scales_and_groups(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel alone is replaced: it runs on GPUs only."""
+    model = tiny(kind, KINDS[kind] | ({"attention_multiplier": 0.5} if kind == "granite" else {}))
+    expected = alone(model)
+    monkeypatch.setattr(varlen, "varlen_attn", attention_by_hand)
+    monkeypatch.setattr(packed, "_by_row", packed._by_kernel)
+    found = hidden_states(model, Packed(rows(), "cpu"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    pairs = zip(gradients(model, found), gradients(model, expected), strict=True)
+    for gradient, wanted in ((left, right) for left, right in pairs if right is not None):
+        torch.testing.assert_close(gradient, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "granite", "gpt2"])
+def test_the_kernel_of_gpus_gives_what_each_row_gives_alone(kind: str) -> None:
+    model = tiny(kind, KINDS[kind])
+    expected = alone(model)
+    model.to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        found = hidden_states(model, Packed(rows(), "cuda")).float().cpu()
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
 @pytest.mark.parametrize("kind", PADDED)
 def test_models_that_cannot_be_packed_get_padded_rows(kind: str) -> None:
     model = tiny(kind, PADDED[kind])
@@ -139,17 +193,25 @@ def test_a_token_sees_its_rows_cache_and_no_padding(kind: str) -> None:
     torch.testing.assert_close(hidden_BLH[:, -1], expected_BH, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("read_tokens", [4096, 10])
 @pytest.mark.parametrize("kind", [*KINDS, *PADDED])
-def test_prompts_that_are_read_together_are_answered_as_each_alone(kind: str) -> None:
+def test_prompts_that_are_read_together_are_answered_as_each_alone(
+    kind: str, read_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "READ_TOKENS", read_tokens)
     model = tiny(kind, (KINDS | PADDED)[kind])
     with torch.no_grad():
         for parameter in model.parameters():  # else all answers are alike
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
     settings: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0, "stop_ids": [], "pad_id": 0}
-    together = generate(model, rows(), uniform_BR=torch.zeros(len(LENGTHS), 4), batch_rows=64, **settings)
-    each = [
-        generate(model, [row], uniform_BR=torch.zeros(1, 4), batch_rows=1, **settings).response_ids[0]
-        for row in rows()
-    ]
-    assert [ids.tolist() for ids in together.response_ids] == [ids.tolist() for ids in each]
-    assert len({tuple(ids.tolist()) for ids in each}) > 2
+
+    def answers(prompts: list[Tensor]) -> list[list[int]]:
+        uniform_BR = torch.zeros(len(prompts), 4)
+        rollout = generate(model, prompts, uniform_BR=uniform_BR, batch_rows=64, **settings)
+        return [ids.tolist() for ids in rollout.response_ids]
+
+    each = [answers([row])[0] for row in rows()]
+    assert answers(rows()) == each
+    assert len({tuple(ids) for ids in each}) > 2
+    settings["stop_ids"] = [each[1][0], each[4][0]]  # the longest prompts' columns are needed no more
+    assert answers(rows()) == [answers([row])[0] for row in rows()]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, PreTrainedModel
 
 from rlhf.config import ConfigError, PeftConfig
+from rlhf.generation import local
 from rlhf.generation.local import generate
 from rlhf.generation.policy import Policy
 from rlhf.models.adapters import attach, count_parameters, merged_weights
@@ -158,13 +159,26 @@ def small_model(kind: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "opt"])
-def test_sampling_sees_them_in_models_of_other_families(kind: str, method: str) -> None:
+def test_sampling_sees_them_in_models_of_other_families(
+    kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was sampled has the probability that the model says it has, and another one without them."""
     model = small_model(kind)
-    prompts, uniform_BR = [IDS[0, :5], IDS[0, :9]], torch.rand(2, 8)
-    settings = {"max_new_tokens": 8, "temperature": 1.0, "stop_ids": [299], "pad_id": 0, "batch_rows": 2}
+    uniform_BR = torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
+    prompts = [IDS[0, :5], IDS[0, :9]]
+    settings: dict[str, Any] = {
+        "max_new_tokens": 8,
+        "temperature": 1.0,
+        "stop_ids": [299],
+        "pad_id": 0,
+        "batch_rows": 2,
+    }
     attach(model, PeftConfig.model_validate({"method": method, "tokens": 4}))
+    monkeypatch.setattr(local, "READ_TOKENS", 8)  # each prompt by itself
+    whole = generate(model, prompts, uniform_BR=uniform_BR, **settings)
+    settings["stop_ids"] = [int(whole.response_ids[1][1])]  # then the longer prompt's columns are cut
     rollout = generate(model, prompts, uniform_BR=uniform_BR, **settings)
+    assert len(rollout.response_ids[1]) <= 2 < len(rollout.response_ids[0])
     assert rollout.sampled_logp is not None
     batch = pack_sequences(prompts, rollout.response_ids, torch.device("cpu"))
     with torch.no_grad():

@@ -218,3 +218,13 @@ def test_sampling_holds_a_cache_that_grows_with_rows_and_tokens() -> None:
     per_token = 2 * 2 * 16 * 4 * 2  # keys and values, 2 heads of 16, 4 layers, bf16
     assert cache(3, 26) == 3 * (10 + 26 + 64) * per_token
     assert cache(6, 26) == 2 * cache(3, 26)
+
+
+def test_prompts_are_read_in_groups() -> None:
+    def read(rows: int, prompt: int) -> float:
+        (part,) = [p for p in sampling(setting(kind="cuda"), rows, prompt, 26) if p.kind == "activations"]
+        return part.size
+
+    assert read(20, 10) == 2 * read(10, 10)
+    assert read(8192, 10) == read(4096, 10) == read(1, 4096)
+    assert read(2, 8192) == read(1, 8192) == 2 * read(1, 4096)  # one prompt goes through whole

@@ -80,6 +80,31 @@ def test_several_knobs_where_one_is_not_enough(tmp_path: Path) -> None:
     assert "sft.micro_batch_tokens=2048" in advice and "sft.activation_checkpointing=true" in advice
 
 
+@pytest.mark.parametrize(("ranks", "knobs", "proposed"), [
+    (1, [], 128),
+    (2, ["ppo.batch_episodes=1024"], 128),
+    (1, ["ppo.batch_rows=400"], 100),
+])  # fmt: skip
+def test_where_a_rollout_is_too_large_fewer_rows_are_decoded_together(
+    tmp_path: Path, ranks: int, knobs: list[str], proposed: int
+) -> None:
+    # a cache of 512 rows x (900 + 40 + 64) tokens x 144 KiB is 71 GiB
+    (line,) = check(tmp_path, gpus(60, ranks), "ppo", "ppo.batch_episodes=512", *knobs).refused
+    assert line.startswith("ppo needs about ") and "GPU (sampling: " in line
+    assert f"ppo.batch_rows={proposed}" in line.partition("It would fit with ")[2]
+
+
+def test_rows_of_a_rollout_are_no_more_than_there_are(tmp_path: Path) -> None:
+    def cache(*knobs: str) -> float:
+        found = experiment("ppo.batch_episodes=64", "ppo.evaluate_prompts=32", *knobs)
+        phases = found.stages["ppo"].demand(gpus(80), found.stages).phases
+        (phase,) = [each for each in phases if each.name == "sampling"]
+        return sum(part.size for part in phase.parts if part.kind == "KV cache")
+
+    assert cache("ppo.batch_rows=1000") == cache("ppo.batch_rows=64") == cache()
+    assert cache("ppo.batch_rows=16") == cache() / 4
+
+
 def test_where_nothing_helps_that_is_said(tmp_path: Path) -> None:
     (line,) = check(tmp_path, gpus(4, host=4), "sft").refused
     assert "take a smaller model or more memory" in line

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import math
+import shutil
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_ppo import ROWS, Counting, equal, length, shake, weights
+from small_job import on_cpu
+from small_ppo import (
+    ROWS,
+    SMALL,
+    Counting,
+    equal,
+    length,
+    ppo_job,
+    ppo_learner,
+    ppo_stage,
+    shake,
+    weights,
+)
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.data.schema import Message, SftRow
 from rlhf.engine import PlainEngine
@@ -18,6 +33,7 @@ from rlhf.models.policy import pack_sequences, response_statistics, rollout_rows
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.rewards.source import Exchange
+from rlhf.rl.rollout import Rollout
 
 ANSWERS = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}.") for n in range(8)]
 
@@ -62,6 +78,54 @@ def test_the_second_step_still_begins_at_ratio_one(make) -> None:
     metrics = learner.step(ROWS, 2)
     assert metrics["first_ratio_deviation"] < 1e-4
     assert abs(metrics["kl"]) > 1e-3  # while the reference is where it was
+
+
+def test_in_bf16_the_first_ratios_are_one_up_to_its_rounding(tmp_path: Path, tiny_model: Path) -> None:
+    """Scored in one pass and learned from in two; wide enough for products that round differently by then."""
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.update({"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128})
+    torch.manual_seed(0)
+    wide = shutil.copytree(tiny_model, tmp_path / "wide")
+    AutoModelForCausalLM.from_config(config).save_pretrained(wide)
+
+    def deviation(name: str, minibatch: int) -> float:
+        torch.manual_seed(0)
+        job = ppo_job(tmp_path / name, wide)
+        job.compute = on_cpu(dtype=torch.bfloat16)
+        stage = ppo_stage(*SMALL, "ppo.temperature=0.7", f"ppo.minibatch_episodes={minibatch}")
+        learner = ppo_learner(stage, job, length)
+        assert learner.policy.model.dtype == torch.bfloat16
+        return learner.step(ROWS, 1)["first_ratio_deviation"]
+
+    assert 0.0 <= deviation("two", 8) < 0.01
+    assert deviation("one", 16) == 0.0  # by construction: one pass both scored and is learned from
+
+
+def most_rows(learner: Learner, work: Callable[[], object]) -> int:
+    """The most rows that went through the policy beside each other; packed ones are a single row."""
+    rows: list[int] = []
+    embeddings = learner.policy.model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _, ids: rows.append(len(ids[0])))
+    work()
+    hook.remove()
+    return max(rows)
+
+
+def test_no_more_rows_are_decoded_together_than_asked_for(make) -> None:
+    every, few = make(), make("ppo.batch_rows=3")
+    found: list[Rollout] = []
+    for learner in (every, few):
+        shake(learner)
+        learner.policy.stop_ids = list(range(0, 259, 15))
+        sampled = most_rows(learner, lambda each=learner: found.append(each.experience(ROWS)[0].rollout))
+        evaluated = most_rows(learner, lambda each=learner: each.evaluate(ROWS))
+        assert (sampled, evaluated) == (3, 3) if learner is few else min(sampled, evaluated) > 6
+    expected, split = found
+    assert len(set(expected.response_lengths.tolist())) > 3
+    assert [ids.tolist() for ids in split.response_ids] == [ids.tolist() for ids in expected.response_ids]
+    for left, right in zip(split.sampled_logp, expected.sampled_logp, strict=True):
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+    assert every.best.score == pytest.approx(few.best.score)
 
 
 @pytest.mark.parametrize("critic_only", [False, True])
