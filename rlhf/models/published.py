@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from rlhf.artifacts import weights_digest
 from rlhf.config import ConfigError, PeftConfig, Strict
-from rlhf.models.adapters import PREFIX, Adapter, attach, inject, update_targets
+from rlhf.models.adapters import PREFIX, Adapter, attach, inject
 from rlhf.models.quantized import round_to_4_bits
+from rlhf.models.targets import update_targets
 from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens
 from rlhf.training import load_trainable
 
@@ -112,7 +113,12 @@ def save_adapter(
     (directory / CONFIG).write_text(json.dumps(told, default=sorted, indent=2, sort_keys=True))
     (directory / ORIGIN).write_text(origin.model_dump_json(indent=2))
     save_file({name: each.contiguous() for name, each in weights.items()}, directory / WEIGHTS)
-    return {"adapter_bytes": float(sum(path.stat().st_size for path in directory.iterdir()))}
+    return {"adapter_bytes": bytes_under(directory)}
+
+
+def bytes_under(directory: Path) -> float:
+    """Of all files."""
+    return float(sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()))
 
 
 def origin_of(artifact: Path) -> Origin | None:

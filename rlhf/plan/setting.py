@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from rlhf.data.prepared import Lengths
 from rlhf.data.schema import Role, Split
 from rlhf.distributed import Compute, Zero
-from rlhf.models.load import base_config
 from rlhf.plan.machine import Machine, found_machine, kept_speed, quick_speed
-from rlhf.plan.shape import Shape, shape_of
+from rlhf.plan.shape import Shape
 
 if TYPE_CHECKING:
     from rlhf.experiment import Settings
@@ -63,15 +62,11 @@ class Setting:
         return max(1, math.ceil(tokens / max(1.0, self.pass_tokens(rows, lengths, most))))
 
 
-def found_setting(settings: Settings, compute: Compute, sizes: Sizes) -> Setting:
-    """This run's.
-
-    Raises:
-        UnknownShapeError: the formulas do not hold for its model.
-    """
+def found_setting(settings: Settings, shape: Shape, compute: Compute, sizes: Sizes) -> Setting:
+    """This run's, with the base model's shape."""
     speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
     return Setting(
-        shape=shape_of(base_config(settings.model), trust_remote_code=settings.model.trust_remote_code),
+        shape=shape,
         dtype_bytes=compute.dtype.itemsize,
         zero=settings.zero,
         machine=found_machine(compute, speed),
