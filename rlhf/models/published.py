@@ -117,8 +117,9 @@ def save_adapter(
 
 
 def bytes_under(directory: Path) -> float:
-    """Of all files."""
-    return float(sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()))
+    """Of a model's files; not of the metrics beside them, which are still being written."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".jsonl")
+    return float(sum(path.stat().st_size for path in files))
 
 
 def origin_of(artifact: Path) -> Origin | None:

@@ -121,9 +121,16 @@ def trained(name: str, directory: Path, model: Path, method: str) -> Job:
     adapter = list(second.directory.glob("adapter/*"))
     assert (adapter == []) == (method == "none")
     assert second.summary.get("adapter_bytes", 0) == sum(path.stat().st_size for path in adapter)
-    published = [path for path in second.directory.rglob("*") if path.is_file()]
-    assert second.summary["artifact_bytes"] == sum(path.stat().st_size for path in published) > 0
+    assert second.summary["artifact_bytes"] == size_of_model(second.directory)
     return second
+
+
+def size_of_model(artifact: Path) -> int:
+    """Of what lies in it, without data, metrics and manifest."""
+    files = [path for path in artifact.rglob("*") if path.is_file()]
+    return sum(
+        path.stat().st_size for path in files if path.suffix != ".jsonl" and path.name != "manifest.json"
+    )
 
 
 @torch.no_grad()
@@ -320,6 +327,8 @@ def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -
     assert not list(artifact.glob("*.safetensors"))
     metrics = outcome.summary["stages"]["sft"]["metrics"]
     assert metrics["sft/trained_parameters"] == 4 * 64
+    assert metrics["sft/artifact_bytes"] == size_of_model(artifact)
+    assert f"artifact MB {metrics['sft/artifact_bytes'] / 1e6:.2f}" in outcome.out
     assert metrics["sft/held_out_loss"] != metrics["sft/held_out_loss_before"]
     assert chain.run(*arguments).statuses["sft"] == "reused"
 
