@@ -27,9 +27,11 @@ from run_rlhf import make_experiment
 
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute, make_compute
+from rlhf.models.load import base_config
 from rlhf.plan.machine import Speed, calibrated_speed, found_machine
 from rlhf.plan.preflight import most
 from rlhf.plan.setting import found_setting
+from rlhf.plan.shape import shape_of
 
 HERE = Path(__file__).parent
 WORK = HERE / ".work" / "plan"
@@ -164,8 +166,9 @@ def predict(case: Case, compute: Compute, speed: Speed) -> tuple[float, float, s
     subprocess.run([sys.executable, "-m", "rlhf", *prepare], cwd=WORK, check=True, stdout=subprocess.DEVNULL)
     experiment = make_experiment(command(case))
     data = PreparedData(WORK / "runs" / "prepared" / "artifacts" / "prepare")
+    shape = shape_of(base_config(experiment.settings.model))
     on = replace(
-        found_setting(experiment.settings, compute, data.size), machine=found_machine(compute, speed)
+        found_setting(experiment.settings, shape, compute, data.size), machine=found_machine(compute, speed)
     )
     demand = experiment.stages[case.stage].demand(on, experiment.stages)
     phase, peak = most(demand, on)

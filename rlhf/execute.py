@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -96,6 +97,7 @@ def failed(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:
 
 
 def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
+    quiet_libraries()  # before they are imported
     from torch import distributed
 
     from rlhf.distributed import make_compute
@@ -107,7 +109,6 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     from rlhf.report.summary import print_summary
     from rlhf.run import GateError
 
-    quiet_libraries()
     experiment = build_experiment(resolved)
     settings = experiment.settings
     runs = Path(settings.runs_dir)
@@ -164,6 +165,7 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it misses kernels of others
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -18,6 +18,7 @@ from rlhf.generation.vllm import VllmConfig
 from rlhf.launch import LaunchConfig
 from rlhf.methods import METHODS
 from rlhf.models.load import ModelConfig
+from rlhf.models.packed import ATTENTION
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
 from rlhf.tracking import TrackerConfig
@@ -145,6 +146,12 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
             f"sft.peft={start.method}: it is not merged into the weights, so {stage.name}, which trains on "
             f"the SFT model, would have to publish two adapters. Use sft.peft={merging}; or run only what "
             f"needs no {stage.name}, such as stage=sft."
+        )
+    if method.pads and settings.model.attention == ATTENTION:
+        raise ConfigError(
+            f"model.attention={ATTENTION}: it lays rows end to end, and with {key} only the first would see "
+            "the virtual tokens. Use model.attention=auto, which pads these rows, or another "
+            f"{stage.name}.peft."
         )
     if settings.generation == "vllm" and not method.merges and stage.name in POLICY_STAGES:
         raise ConfigError(

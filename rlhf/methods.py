@@ -18,6 +18,10 @@ class Method(NamedTuple):
     """Whether it was tried with every `zero=`."""
     samples_by_vllm: bool = False
     """Whether a model that is being trained can be handed over to vLLM."""
+    pads: bool = False
+    """Whether it puts virtual tokens before every row, for which rows are padded."""
+    starts_apart: bool = False
+    """Whether a model, before its first step, is another one than it was without the method."""
 
 
 UPDATE = ("rank", "alpha", "target_modules")
@@ -29,7 +33,7 @@ METHODS = {
     # Liu et al. 2024, arXiv:2402.09353: a low-rank update of each weight's direction, and its length
     "dora": Method(UPDATE),
     # Dettmers et al. 2023, arXiv:2305.14314: lora on weights held in 4 bits (rlhf/models/quantized.py)
-    "qlora": Method(UPDATE),
+    "qlora": Method(UPDATE, starts_apart=True),
     # Liu et al. 2022, arXiv:2205.05638: factors of keys, values and what enters the second linear layer
     "ia3": Method(()),
     # the last layers, as they are (Howard and Ruder 2018, arXiv:1801.06146, start with the last one)
@@ -37,8 +41,8 @@ METHODS = {
     # modules between the layers: rlhf/models/bottleneck.py
     "adapter": Method(("placement", "size"), merges=False),
     # tokens that nobody wrote before every row: rlhf/models/virtual.py
-    "prefix": Method(("tokens",), merges=False),
-    "prompt": Method(("tokens",), merges=False),
-    "p_tuning": Method(("tokens",), merges=False),
+    "prefix": Method(("tokens",), merges=False, pads=True, starts_apart=True),
+    "prompt": Method(("tokens",), merges=False, pads=True, starts_apart=True),
+    "p_tuning": Method(("tokens",), merges=False, pads=True, starts_apart=True),
 }
 """`none` trains all parameters."""

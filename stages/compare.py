@@ -71,7 +71,7 @@ class CompareStage(Stage):
     name: ClassVar[str] = "compare"
     samples: ClassVar[bool] = True
     is_timed: ClassVar[bool] = True
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     in_chain: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
 

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, model_validator
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.data.chat import exchange_ids, prompt_ids
@@ -26,7 +27,7 @@ from rlhf.models.load import base_config
 from rlhf.plan.demand import Demand
 from rlhf.plan.machine import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
 from rlhf.plan.setting import Setting, Sizes, pads_rows, vllm_cache
-from rlhf.plan.shape import UnknownShapeError, shape_of
+from rlhf.plan.shape import Shape, UnknownShapeError, counted, skeleton
 from rlhf.plan.strategies import Strategy, Use, rank_strategies
 from rlhf.plan.written import experiment_file, explanation, hardware_line, phases, recommendation, table
 from rlhf.report.cells import Cells
@@ -109,8 +110,9 @@ class PlanStage(Stage):
         experiment = job.experiment
         assert experiment is not None
         chain = experiment.stages
-        on, use = self.setting(job, experiment), self.use(job, experiment)
-        ranked = rank_strategies([chain[name] for name in self.trains], experiment, on, use)
+        base, shape = self.base(experiment)
+        on, use = self.setting(job, experiment, shape), self.use(job, experiment)
+        ranked = rank_strategies([chain[name] for name in self.trains], experiment, base, on, use)
         best = ranked[0]
         cells = table(ranked, self.price_per_gpu_hour)
         reason = recommendation(best) if not best.against else "Nothing here can be done: each row says why."
@@ -135,17 +137,22 @@ class PlanStage(Stage):
             "peak_gib": best.demand.peak().size() / 2**30,
         })  # fmt: skip
 
-    def setting(self, job: Job, experiment: Experiment) -> Setting:
-        """The model on the hardware that is planned for.
+    def base(self, experiment: Experiment) -> tuple[PreTrainedModel, Shape]:
+        """The base model without weights, and its sizes.
 
         Raises:
-            ConfigError: the model is none that the formulas hold for.
+            ConfigError: it is none that the formulas hold for.
         """
-        settings = experiment.settings
+        model = experiment.settings.model
         try:
-            shape = shape_of(base_config(settings.model), trust_remote_code=settings.model.trust_remote_code)
+            base = skeleton(base_config(model), trust_remote_code=model.trust_remote_code)
+            return base, counted(base)
         except UnknownShapeError as unknown:
             raise ConfigError(f"stage=plan: {unknown}, so its memory cannot be computed.") from None
+
+    def setting(self, job: Job, experiment: Experiment, shape: Shape) -> Setting:
+        """The model on the hardware that is planned for."""
+        settings = experiment.settings
         if self.gpus is None:
             speed = job.compute.main_only(lambda: calibrated_speed(job.compute, Path(settings.store_dir)))
             machine, dtype_bytes = found_machine(job.compute, speed), job.compute.dtype.itemsize

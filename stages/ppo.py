@@ -31,8 +31,10 @@ from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_causal_lm, load_tokenizer
 from rlhf.models.merged import publish_policy
 from rlhf.models.policy import check_head
+from rlhf.models.published import described, origin_of
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head
 from rlhf.models.sharing import Backbone, sharing
+from rlhf.models.virtual import KINDS
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
 from rlhf.ppo.config import PpoConfig
@@ -40,7 +42,7 @@ from rlhf.ppo.demand import ppo_demand
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.mix import PretrainingMix
 from rlhf.rewards.learned import LearnedReward, make_reward
-from rlhf.rewards.source import Reward, reward_digest
+from rlhf.rewards.source import Reward, reward_digest, reward_directory
 from rlhf.rl.scores import ScoreNormalizer
 from rlhf.stage import Stage
 
@@ -86,7 +88,38 @@ class PpoStage(PpoConfig, Stage):
         return reward_digest(self.reward)
 
     def check(self, chain: Mapping[str, Stage]) -> None:
-        """The moments that scores are normalised with must be those of the scores that PPO sees."""
+        """Gates, critic and normalisation must fit the methods of tuning and what `generate` measured."""
+        if METHODS[self.peft.method].starts_apart and self.gates.get("first_kl") is not None:
+            raise ConfigError(
+                f"ppo.gates.first_kl: with ppo.peft={self.peft.method} the policy is not its own reference "
+                "before its first step, so the gate would fail once all steps are done. Use "
+                "ppo.gates.first_kl=null, or another ppo.peft."
+            )
+        has_tokens = self.virtual_tokens_of_reward(chain)
+        if has_tokens and METHODS[self.peft.method].pads and self.critic.init == "reward":
+            raise ConfigError(
+                f"ppo.critic.init=reward: the reward model has virtual tokens ({has_tokens}), and a critic "
+                f"on it cannot get those of ppo.peft={self.peft.method} too. Use ppo.critic.init=sft, or "
+                "another ppo.peft."
+            )
+        self.check_moments(chain)
+
+    def virtual_tokens_of_reward(self, chain: Mapping[str, Stage]) -> str | None:
+        """Where the reward model's virtual tokens come from, in the user's own keys; None without any."""
+        if self.reward == "learned":
+            method = dict(chain["reward"])["peft"].method
+            return f"reward.peft={method}" if METHODS[method].pads else None
+        directory = reward_directory(self.reward, None)
+        if directory is None or origin_of(directory) is None:
+            return None
+        return f"ppo.reward={self.reward}" if described(directory)["peft_type"] in KINDS else None
+
+    def check_moments(self, chain: Mapping[str, Stage]) -> None:
+        """The moments that scores are normalised with must be those of the scores that PPO sees.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
         if self.score.normalize != "sft":
             return
         wanted = {"policy": "sft"} | {

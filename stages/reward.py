@@ -34,7 +34,7 @@ from rlhf.methods import METHODS
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_tokenizer
-from rlhf.models.published import attach_to_merge, save_adapter
+from rlhf.models.published import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.plan.demand import Demand, joined
 from rlhf.plan.setting import Setting
@@ -195,7 +195,7 @@ class RewardStage(Stage):
         else:
             model.model.config.save_pretrained(job.directory)
             tokenizer.save_pretrained(job.directory)
-        return metrics
+        return {**metrics, "artifact_bytes": bytes_under(job.directory)}
 
     def rank(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair]) -> Ranking:
         """Score both sides of every pair."""

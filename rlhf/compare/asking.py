@@ -24,7 +24,7 @@ from rlhf.compare.prompts import (
 from rlhf.compare.questions import Library
 from rlhf.compare.retrieval import Index
 from rlhf.compare.room import Room
-from rlhf.data.schema import Message
+from rlhf.data.schema import Message, SftRow
 from rlhf.generation.policy import Policy
 from rlhf.rl.rollout import Rollout
 
@@ -70,8 +70,15 @@ def make_asking(
             lambda text: drawn, prompt, 0.0, sum(_num_bytes(row.prompt, row.completion) for row in drawn)
         )
     index = make_index([row.prompt[-1]["content"] for row in examples])
+    others = random.Random(seed).sample(range(len(examples)), len(examples))
+
+    def nearest(text: str) -> list[SftRow]:
+        found = index.search(text, few_shot.examples)
+        places = [*found, *(place for place in others if place not in found)]
+        return [examples[place] for place in places[: few_shot.examples]]
+
     return Asking(
-        lambda text: [examples[place] for place in index.search(text, few_shot.examples)],
+        nearest,
         prompt,
         time.perf_counter() - start,
         index.num_bytes + sum(_num_bytes([], row.completion) for row in examples),

@@ -31,7 +31,8 @@ class FewShotConfig(Strict):
     examples: PositiveInt
     """How many, before each question."""
     choice: Literal["nearest", "random"]
-    """nearest: found by compare.retriever for each question; random: the same for all, by the seed."""
+    """nearest: found by compare.retriever for each question, and others by the seed where it finds too few;
+    random: the same for all, by the seed."""
     template: Annotated[str, _naming("question")]
     """What the examples' turns and the last one say."""
 

@@ -19,14 +19,21 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.models.bottleneck import KIND, NAMES, BottleneckConfig, BottleneckModel
+from rlhf.models.bottleneck import KIND, BottleneckConfig, BottleneckModel
 from rlhf.models.low_rank import LowRankLinear
 from rlhf.models.quantized import quantize
-from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens, virtual_config, virtual_tokens
+from rlhf.models.targets import last_layers, linears, sublayer_ends, update_targets
+from rlhf.models.virtual import (
+    EMBEDDINGS,
+    KINDS,
+    add_virtual_tokens,
+    check_virtual_tokens,
+    virtual_config,
+    virtual_tokens,
+)
 from rlhf.training import round_into
 
 PREFIX = "base_model.model."
@@ -107,7 +114,7 @@ class Adapter:
         virtual = virtual_tokens(self._model)
         if virtual is not None:
             return {EMBEDDINGS: virtual.embeddings().detach()}
-        last = {id(p) for block in _last_layers(self._model, self._config) for p in block.parameters()}
+        last = {id(p) for block in last_layers(self._model, self._config) for p in block.parameters()}
         return {name: p.detach() for name, p in self._model.named_parameters() if id(p) in last}
 
 
@@ -175,10 +182,27 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
         return Adapter(model, None, config)
     if config.method == "freeze":
         model.requires_grad_(False)
-        for block in _last_layers(model, config):
+        for block in last_layers(model, config):
             block.requires_grad_(True)
         return Adapter(model, None, config)
-    return Adapter(model, inject(model, _tuner_config(model, config), "default"), config)
+    tuner = _tuner_config(model, config)
+    if config.method == "qlora":
+        quantize(model, update_targets(model, config))
+    return Adapter(model, inject(model, tuner, "default"), config)
+
+
+def check_attachable(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Refuse what `attach` would refuse, and leave the model as it is; its weights may be on the meta device.
+
+    Raises:
+        ConfigError: the method does not know this kind of model.
+    """
+    if config.method in KINDS.values():
+        check_virtual_tokens(model, config.method)
+    elif config.method == "freeze":
+        last_layers(model, config)
+    elif config.method != "none":
+        _tuner_config(model, config)
 
 
 def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
@@ -186,76 +210,21 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
         kind = model.config.get_text_config().model_type
         if kind not in IA3_MODULES:
             raise ConfigError(
-                f"peft=ia3: peft does not know which layers of a {kind} model to scale. Use lora or dora."
+                f"method=ia3: peft does not know which layers of a {kind} model to scale. Use lora or dora."
             )
         return IA3Config()
     if config.method == "adapter":
-        return BottleneckConfig(size=config.size, target_modules=_sublayer_ends(model, config))
-    targets = update_targets(model, config)
-    if config.method == "qlora":
-        if any(isinstance(layer, Conv1D) for _, layer in _linears(model)):
-            raise ConfigError(
-                f"peft=qlora: bitsandbytes holds no weights of {type(model).__name__} in 4 bits. Use lora."
-            )
-        quantize(model, targets)
+        return BottleneckConfig(size=config.size, target_modules=sublayer_ends(model, config))
+    if config.method == "qlora" and any(isinstance(layer, Conv1D) for _, layer in linears(model)):
+        raise ConfigError(
+            f"method=qlora: bitsandbytes holds no weights of {type(model).__name__} in 4 bits. Use lora."
+        )
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        target_modules=targets,
+        target_modules=update_targets(model, config),
         use_dora=config.method == "dora",
     )
-
-
-def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """The linear layers that a low-rank update is of, by the last part of their names.
-
-    Raises:
-        ConfigError: there is none, or none of a name.
-    """
-    known = _inner_linears(model)
-    if config.target_modules == "all-linear" and known:
-        return known
-    unknown = [name for name in config.target_modules if name not in known]
-    if config.target_modules == "all-linear" or unknown:
-        # output layer and embeddings may be tied: merged, an update of one would change the other
-        raise ConfigError(
-            f"peft.target_modules={config.target_modules}: "
-            + (f"{', '.join(unknown)} not among the" if known else "no")
-            + f" linear layers inside {type(model).__name__}"
-            + (f" ({', '.join(known)})." if known else ". Use freeze, prompt, prefix or none.")
-        )
-    return config.target_modules
-
-
-def _last_layers(model: PreTrainedModel, config: PeftConfig | None) -> list[nn.Module]:
-    if config is None or config.method != "freeze":
-        return []
-    blocks = _layers(model)
-    if len(blocks) < config.layers:
-        raise ConfigError(
-            f"peft.layers={config.layers}: {type(model).__name__} has {len(blocks)} layers that could be "
-            "told apart. Train fewer, or use peft=none."
-        )
-    return blocks[-config.layers :]
-
-
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    return layers
-
-
-def _sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """The last linear layers of a layer's attention and feed-forward part, by their names in it."""
-    size, ends = model.config.get_text_config().hidden_size, []
-    for name, part in (_layers(model) or [model])[0].named_children():
-        names = [inner for inner, linear in _linears(part) if getattr(linear, "out_features", 0) == size]
-        ends += [f"{name}.{names[-1]}".rstrip(".")] if names else []
-    if len(ends) != 2:
-        raise ConfigError(
-            f"peft=adapter: attention and feed-forward of {type(model).__name__} could not be told apart "
-            f"(found {', '.join(ends) or 'none'}). Use lora or dora."
-        )
-    return ends if config.placement == "houlsby" else ends[1:]
 
 
 def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
@@ -329,16 +298,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) parameters."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-
-def _inner_linears(model: PreTrainedModel) -> list[str]:
-    """Every linear layer of the backbone; neither the output layer nor a score head."""
-    return sorted({name.rpartition(".")[2] for name, _ in _linears(getattr(model, model.base_model_prefix))})
-
-
-def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's own linear layers, by the names that they have without adapters."""
-    for name, layer in module.named_modules():
-        is_added = any(part in name for part in (".lora_", f".{NAMES}"))
-        if isinstance(layer, nn.Linear | Conv1D) and not is_added:
-            yield name.partition(".base_layer")[0], layer

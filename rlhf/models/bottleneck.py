@@ -1,4 +1,5 @@
-"""Bottleneck adapters as a tuner of peft's kind, because peft has none.
+"""Bottleneck adapters as a tuner of peft's kind, because peft has none, and the package that does, adapters
+1.3, wants transformers 4.57 where this project is on 5.
 
 Behind the last linear layer of a sub-layer, before the residual connection, stands h + up(relu(down(h))).
 `up` starts at zero, so the model starts as it was. Houlsby et al. 2019 (arXiv:1902.00751, figure 2) put one

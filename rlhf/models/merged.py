@@ -13,7 +13,14 @@ from rlhf.config import ConfigError, PeftConfig
 from rlhf.methods import METHODS
 from rlhf.models.bottleneck import KIND
 from rlhf.models.load import ModelConfig, load_causal_lm, save_policy, save_settings
-from rlhf.models.published import attach_published, attach_to_merge, described, origin_of, save_adapter
+from rlhf.models.published import (
+    attach_published,
+    attach_to_merge,
+    bytes_under,
+    described,
+    origin_of,
+    save_adapter,
+)
 from rlhf.models.virtual import KINDS
 from rlhf.training import load_trainable
 
@@ -51,7 +58,7 @@ def publish_policy(
         save_policy(model, tokenizer, artifact)
     else:
         save_settings(model, tokenizer, artifact)
-    return metrics
+    return {**metrics, "artifact_bytes": bytes_under(artifact)}
 
 
 def merged_policy(artifact: Path, settings: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -63,13 +70,14 @@ def merged_policy(artifact: Path, settings: ModelConfig, dtype: torch.dtype) -> 
     origin = origin_of(artifact)
     if origin is None:
         raise ConfigError(
-            f"{artifact}: no adapter/ in it, so nothing to merge: all its weights were trained (peft=none)."
+            f"{artifact}: no adapter/ in it, so nothing to merge: all its weights were trained."
         )
     kind = described(artifact)["peft_type"]
     if kind in UNMERGED:
         raise ConfigError(
-            f"{artifact}: peft={UNMERGED[kind]} cannot be merged into the weights: no weights of the model "
-            "alone answer as it does. Use the artifact as it is, or train with lora, dora, ia3 or freeze."
+            f"{artifact}: what {UNMERGED[kind]} trains cannot be merged into the weights: no weights of the "
+            "model alone answer as it does. Use the artifact as it is, or train with lora, dora, ia3 or "
+            "freeze."
         )
     model = load_causal_lm(origin.found(artifact), settings, dtype)
     adapter, _ = attach_published(model, artifact)

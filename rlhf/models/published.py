@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from rlhf.artifacts import weights_digest
 from rlhf.config import ConfigError, PeftConfig, Strict
-from rlhf.models.adapters import PREFIX, Adapter, attach, inject, update_targets
+from rlhf.models.adapters import PREFIX, Adapter, attach, inject
 from rlhf.models.quantized import round_to_4_bits
+from rlhf.models.targets import update_targets
 from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens
 from rlhf.training import load_trainable
 
@@ -113,7 +114,13 @@ def save_adapter(
     (directory / CONFIG).write_text(content, encoding="utf-8")
     (directory / ORIGIN).write_text(origin.model_dump_json(indent=2), encoding="utf-8")
     save_file({name: each.contiguous() for name, each in weights.items()}, directory / WEIGHTS)
-    return {"adapter_bytes": float(sum(path.stat().st_size for path in directory.iterdir()))}
+    return {"adapter_bytes": bytes_under(directory)}
+
+
+def bytes_under(directory: Path) -> float:
+    """Of a model's files; not of the metrics beside them, which are still being written."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".jsonl")
+    return float(sum(path.stat().st_size for path in files))
 
 
 def origin_of(artifact: Path) -> Origin | None:

@@ -104,19 +104,7 @@ def add_virtual_tokens(model: PreTrainedModel, config: PromptLearningConfig) -> 
         ConfigError: the model cannot have them.
     """
     assert config.peft_type is not None
-    method = KINDS[config.peft_type]
-    if virtual_tokens(model) is not None:
-        raise ConfigError(
-            f"peft={method}: the model that the critic starts from has virtual tokens of its own. Use "
-            "ppo.critic.init=sft, or another ppo.peft."
-        )
-    settings = model.config.get_text_config()
-    kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(settings, "sliding_window", None):
-        raise ConfigError(
-            f"peft={method}: not every layer of {type(model).__name__} looks at all that stands before a "
-            "token (sliding windows, or no attention), so virtual tokens would be lost. Use lora or adapter."
-        )
+    check_virtual_tokens(model, KINDS[config.peft_type])
     virtual = VirtualTokens(model, config)
     model.requires_grad_(False)
     if isinstance(config, PrefixTuningConfig) and not config.inference_mode:
@@ -129,6 +117,26 @@ def add_virtual_tokens(model: PreTrainedModel, config: PromptLearningConfig) -> 
     return virtual
 
 
+def check_virtual_tokens(model: PreTrainedModel, method: str) -> None:
+    """Refuse a model that cannot have them, or has some; its weights may be on the meta device.
+
+    Raises:
+        ConfigError: why.
+    """
+    if virtual_tokens(model) is not None:
+        raise ConfigError(
+            f"method={method}: {type(model).__name__} has virtual tokens of its own. Use another method."
+        )
+    settings = model.config.get_text_config()
+    kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
+    has_attention = getattr(settings, "num_attention_heads", None) is not None
+    if kinds != {"full_attention"} or getattr(settings, "sliding_window", None) or not has_attention:
+        raise ConfigError(
+            f"method={method}: not every layer of {type(model).__name__} looks at all that stands before a "
+            "token (sliding windows, or no attention), so virtual tokens would be lost. Use lora or adapter."
+        )
+
+
 def _reader(model: PreTrainedModel) -> nn.Module:
     """The module that every call goes through: the backbone, or its only part (OPT calls that itself)."""
     backbone: nn.Module = getattr(model, model.base_model_prefix)
@@ -136,7 +144,7 @@ def _reader(model: PreTrainedModel) -> nn.Module:
 
 
 def virtual_config(model: PreTrainedModel, config: PeftConfig) -> PromptLearningConfig:
-    """peft's description of the tokens that `peft=` asks for."""
+    """peft's description of the tokens that a method asks for."""
     settings = model.config.get_text_config()
     heads, size = settings.num_attention_heads, settings.hidden_size
     shape = {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from transformers import PreTrainedModel
 
 from rlhf.checkpoint import CheckpointConfig
 from rlhf.config import ConfigError, PeftConfig
@@ -19,10 +20,12 @@ from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment
 from rlhf.methods import METHODS
+from rlhf.models.adapters import check_attachable
+from rlhf.models.load import base_config
 from rlhf.plan.demand import Demand
 from rlhf.plan.memory import Phase, amount
 from rlhf.plan.setting import GIB, Setting, found_setting
-from rlhf.plan.shape import UnknownShapeError
+from rlhf.plan.shape import UnknownShapeError, counted, skeleton
 from rlhf.progress import clock
 from rlhf.stage import Stage
 
@@ -44,13 +47,16 @@ def check_before_loading(
     if not any(stage.reads_weights for stage in stages):
         return
     try:
-        on = found_setting(settings, compute, data.size)
+        base = skeleton(base_config(settings.model), trust_remote_code=settings.model.trust_remote_code)
+        for stage in stages:
+            check_tunes(stage, base)
+        on = found_setting(settings, counted(base), compute, data.size)
     except UnknownShapeError as unknown:
         unchecked = f"Memory, time, disk and context are not checked: {unknown}."
         console.print(unchecked, style="yellow", highlight=False)
         return
     checked = preflight(stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint)
-    told = [*checked.warned, *checked.refused]
+    told = [*padding_told(stages, settings.model.attention), *checked.warned, *checked.refused]
     refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
     if refused and settings.preflight == "enforce":
         told = checked.refused or ["Another rank has too little memory or disk: see its output."]
@@ -58,6 +64,36 @@ def check_before_loading(
     for line in told:
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
     console.print(expectations(checked.demands, on), highlight=False)
+
+
+def check_tunes(stage: Stage, base: PreTrainedModel) -> None:
+    """Refuse a method that the base model cannot be trained with.
+
+    Args:
+        base: its skeleton.
+
+    Raises:
+        ConfigError: why.
+    """
+    peft = stage.tunes()
+    if peft is None:
+        return
+    try:
+        check_attachable(base, peft)
+    except ConfigError as error:
+        complaint = f"{stage.name}.peft.{error}"
+        raise ConfigError(complaint.replace(".method=", "=", 1)) from None  # sft.peft=ia3 is what one writes
+
+
+def padding_told(stages: Sequence[Stage], attention: str) -> Iterator[str]:
+    """Where rows are padded that would otherwise be laid end to end."""
+    for stage in stages:
+        peft = stage.tunes()
+        if peft is not None and METHODS[peft.method].pads and attention == "auto":
+            yield (
+                f"{stage.name}.peft={peft.method}: rows are padded, one sequence a row: laid end to end only "
+                "the first would see the virtual tokens."
+            )
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from rlhf.data.batching import token_budget_batches
 from rlhf.data.prepared import Lengths
 from rlhf.data.schema import Role, Split
 from rlhf.distributed import Compute, Zero
-from rlhf.models.load import ModelConfig, base_config
+from rlhf.methods import METHODS
+from rlhf.models.load import ModelConfig
 from rlhf.models.packed import ATTENTION
 from rlhf.plan.machine import Machine, found_machine, kept_speed, quick_speed
-from rlhf.plan.methods import METHODS
-from rlhf.plan.shape import Shape, shape_of
+from rlhf.plan.shape import Shape
 
 if TYPE_CHECKING:
     from rlhf.experiment import Settings
@@ -80,7 +80,7 @@ class Setting:
 
     def tuned(self, peft: PeftConfig) -> Setting:
         """Where a model is tuned like this: rows behind virtual tokens are padded."""
-        return replace(self, pads=self.pads or METHODS[peft.method].added_tokens(self.shape, peft) > 0)
+        return replace(self, pads=self.pads or METHODS[peft.method].pads)
 
 
 @cache
@@ -103,14 +103,9 @@ def largest_padded(rows: int, lengths: Lengths, most: int) -> int:
     return largest
 
 
-def found_setting(settings: Settings, compute: Compute, sizes: Sizes) -> Setting:
-    """This run's.
-
-    Raises:
-        UnknownShapeError: the formulas do not hold for its model.
-    """
+def found_setting(settings: Settings, shape: Shape, compute: Compute, sizes: Sizes) -> Setting:
+    """This run's, with the base model's shape."""
     speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
-    shape = shape_of(base_config(settings.model), trust_remote_code=settings.model.trust_remote_code)
     return Setting(
         shape=shape,
         dtype_bytes=compute.dtype.itemsize,

@@ -87,25 +87,42 @@ class UnknownShapeError(Exception):
     """The formulas do not hold for this model."""
 
 
+def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device, where tensors have no storage.
+
+    Raises:
+        UnknownShapeError: it is no causal language model.
+    """
+    model: PreTrainedModel
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # T5
+        raise UnknownShapeError(
+            f"{type(config).__name__}: {str(error).splitlines()[0].partition(' for this kind')[0]}"
+        ) from None
+    return model
+
+
 def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Shape:
-    """Count what the model would have: it is built on the meta device, where tensors have no storage.
+    """Count what the model would have.
 
     Raises:
         UnknownShapeError: not a transformer's config.
     """
+    return counted(skeleton(config, trust_remote_code=trust_remote_code))
+
+
+def counted(model: PreTrainedModel) -> Shape:
+    """Count what a model has; its weights may be on the meta device.
+
+    Raises:
+        UnknownShapeError: it is no transformer.
+    """
+    config, text = model.config, model.config.get_text_config()
     for name in SIZES:
-        if getattr(config.get_text_config(), name, None) is None:
+        if getattr(text, name, None) is None:
             raise UnknownShapeError(f"{type(config).__name__} names no {name}")
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except ValueError as error:  # of a model that is none (T5)
-        raise UnknownShapeError(
-            f"{type(config).__name__}: {str(error).splitlines()[0].partition(' for this kind')[0]}"
-        ) from None
-    text = config.get_text_config()
     backbone = getattr(model, model.base_model_prefix)
     linears = _linears(backbone)
     heads = int(text.num_attention_heads)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from rlhf import methods as tuning_methods
 from rlhf.config import ConfigError, PeftConfig
@@ -15,7 +16,7 @@ from rlhf.experiment import Experiment, check_method
 from rlhf.plan.demand import EFFICIENCY, LAYER_SECONDS, Demand, Worker, one_after_the_other
 from rlhf.plan.memory import Phase, frozen_weights, sampling
 from rlhf.plan.methods import METHODS
-from rlhf.plan.preflight import shortage, tightest
+from rlhf.plan.preflight import check_tunes, shortage, tightest
 from rlhf.plan.setting import Setting
 from rlhf.stage import Stage
 
@@ -86,13 +87,16 @@ class Strategy:
         return bool(self.against), self.tier, self.hours, self.latency.value
 
 
-def rank_strategies(stages: Sequence[Stage], experiment: Experiment, on: Setting, use: Use) -> list[Strategy]:
+def rank_strategies(
+    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: Setting, use: Use
+) -> list[Strategy]:
     """Every way, the best one first, what is disqualified last.
 
     Args:
         stages: of the experiment, those that train.
+        base: the base model's skeleton.
     """
-    found = [*prompted(on, use), *(tuned(name, stages, experiment, on, use) for name in METHODS)]
+    found = [*prompted(on, use), *(tuned(name, stages, experiment, base, on, use) for name in METHODS)]
     return sorted(found, key=lambda strategy: strategy.rank)
 
 
@@ -131,18 +135,25 @@ def prompted(on: Setting, use: Use) -> Iterator[Strategy]:
         )  # fmt: skip
         if name == "few-shot":
             strategy.overrides["compare.few_shot.examples"] = examples
+            if fits_whole:
+                strategy.overrides["compare.few_shot.choice"] = "random"  # a search could pass some over
         yield judged(strategy, use)
 
 
-def tuned(name: str, stages: Sequence[Stage], given: Experiment, on: Setting, use: Use) -> Strategy:
+def tuned(
+    name: str, stages: Sequence[Stage], given: Experiment, base: PreTrainedModel, on: Setting, use: Use
+) -> Strategy:
     """A tuning method, sharded and squeezed as little as makes it fit."""
     method, tried, fitting = METHODS[name], [], []
+    is_for_all = any(stage.name == "reward" for stage in stages)
+    scored_by = name if is_for_all else dict(given.stages["reward"])["peft"].method
     for zero, squeeze in attempts(on, name):
         setting = replace(on, zero=zero)
-        changed = [with_method(stage, name, squeeze) for stage in stages]
+        changed = [with_method(stage, name, squeeze, scored_by) for stage in stages]
         whole = {**given.stages, **{stage.name: stage for stage in changed}}
         settings = given.settings.model_copy(update={"zero": zero})
-        refused = list(refused_by_stages(changed, replace(given, settings=settings, stages=whole), setting))
+        planned = replace(given, settings=settings, stages=whole)
+        refused = list(refused_by_stages(changed, planned, base, setting))
         demand = named_after_stages({stage.name: stage.demand(setting, whole) for stage in changed})
         tried.append((setting, changed, demand, refused))
         if shortage(demand, setting) <= 1.0:
@@ -177,13 +188,17 @@ def tuned(name: str, stages: Sequence[Stage], given: Experiment, on: Setting, us
     return judged(replace(strategy, against=against + refused), use)
 
 
-def refused_by_stages(stages: Sequence[Stage], experiment: Experiment, on: Setting) -> Iterator[str]:
-    """What the run of such an experiment would say on these ranks."""
+def refused_by_stages(
+    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: Setting
+) -> Iterator[str]:
+    """What the run of such an experiment would say of this model on these ranks."""
     compute = Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
     for stage in stages:
         try:
             stage.check_compute(compute)
+            stage.check(experiment.stages)
             check_method(stage, experiment)
+            check_tunes(stage, base)
         except ConfigError as error:
             yield str(error).removesuffix(".")
 
@@ -197,10 +212,18 @@ def attempts(on: Setting, method: str) -> Iterator[tuple[Zero, int]]:
             yield zero, squeeze
 
 
-def with_method(stage: Stage, name: str, squeeze: int) -> Stage:
-    """The stage with another tuning method; squeezed once it checkpoints activations, twice it also takes
-    smaller micro-batches."""
-    knobs = dict(stage)
+def with_method(stage: Stage, name: str, squeeze: int, scored_by: str) -> Stage:
+    """The stage with another tuning method, and what PPO asks for with that; squeezed once it checkpoints
+    activations, twice it also takes smaller micro-batches.
+
+    Args:
+        scored_by: the method that the reward model is trained with.
+    """
+    methods, knobs = tuning_methods.METHODS, dict(stage)
+    if methods[name].starts_apart and "first_kl" in stage.gates:
+        knobs["gates"] = {**stage.gates, "first_kl": None}
+    if methods[name].pads and methods[scored_by].pads and "critic" in knobs:
+        knobs["critic"] = knobs["critic"].model_copy(update={"init": "sft"})
     peft = knobs["peft"]
     if peft.method != name:
         knobs["peft"] = PeftConfig.model_validate({"method": name})
@@ -217,6 +240,10 @@ def experiment(before: Sequence[Stage], after: Sequence[Stage], on: Setting) -> 
         for key in ("activation_checkpointing", "micro_batch_tokens"):
             if was[key] != now[key]:
                 found[f"{new.name}.{key}"] = now[key]
+        turned_off = (gate for gate, bound in new.gates.items() if bound is None and old.gates[gate])
+        found |= {f"{new.name}.gates.{gate}": None for gate in turned_off}
+        if "critic" in was and was["critic"]["init"] != now["critic"]["init"]:
+            found[f"{new.name}.critic.init"] = now["critic"]["init"]
         if was["peft"]["method"] == now["peft"]["method"]:
             continue
         found[f"{new.name}.peft"] = now["peft"]["method"]

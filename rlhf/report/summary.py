@@ -19,6 +19,16 @@ from rlhf.report.compare import comparison_cells
 from rlhf.run import GateResult, Run
 from rlhf.secrets import redacted_text
 
+TUNED = {
+    "trained_parameters": ("trained parameters", ",.0f"),
+    "artifact_bytes": ("artifact MB", ".2f"),
+    "adapter_bytes": ("adapter MB", ".2f"),
+    "token_seconds": ("ms a token", ".1f"),
+    "token_seconds_base": ("without adapter", ".1f"),
+}
+"""What a method of tuning costs: (words, format)."""
+SCALES = {"artifact_bytes": 1e-6, "adapter_bytes": 1e-6, "token_seconds": 1e3, "token_seconds_base": 1e3}
+"""What a metric is multiplied by where its headline has another unit."""
 HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
     "prepare": {
         "sft_rows": ("SFT rows", ".0f"),
@@ -26,11 +36,16 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
         "ppo_prompts": ("prompts", ".0f"),
         "evaluation_prompts": ("evaluation prompts", ".0f"),
     },
-    "sft": {"held_out_loss_before": ("loss before", "z.3f"), "held_out_loss": ("after", "z.3f")},
+    "sft": {
+        "held_out_loss_before": ("loss before", "z.3f"),
+        "held_out_loss": ("after", "z.3f"),
+        **TUNED,
+    },
     "reward": {
         "accuracy": ("accuracy", "z.3f"),
         "accuracy_wide_gap": ("on wide gaps", "z.3f"),
         "longer_wins_accuracy": ("longer wins", "z.3f"),
+        **TUNED,
     },
     "generate": {
         "score_mean": ("score", "+z.2f"),
@@ -41,6 +56,7 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
         "held_out_score_before": ("score before", "+z.2f"),
         "held_out_score": ("after", "+z.2f"),
         "kl": ("KL", "z.2f"),
+        **TUNED,
     },
     "merge": {"alpha": ("alpha", ".2f"), "relative_change": ("change of the weights", ".2%")},
     "evaluate": {
@@ -140,7 +156,7 @@ def stage_cells(run: Run) -> Cells:
     rows = []
     for name, stage in run.stages.items():
         headlines = [
-            f"{words} {format(stage['metrics'][f'{name}/{metric}'], spec)}"
+            f"{words} {format(stage['metrics'][f'{name}/{metric}'] * SCALES.get(metric, 1.0), spec)}"
             for metric, (words, spec) in HEADLINES.get(name, {}).items()
             if f"{name}/{metric}" in stage["metrics"]
         ]

@@ -150,7 +150,7 @@ def test_gpt2s_layers_are_linear_too() -> None:
 
 def test_layers_that_cannot_be_held_in_4_bits_are_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300))
-    with pytest.raises(ConfigError, match="peft=qlora: bitsandbytes holds no weights of GPT2LMHeadModel"):
+    with pytest.raises(ConfigError, match="method=qlora: bitsandbytes holds no weights of GPT2LMHeadModel"):
         attach(model, PeftConfig(method="qlora", rank=4))
 
 

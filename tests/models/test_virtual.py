@@ -96,7 +96,7 @@ def test_peft_reads_what_is_saved_and_says_the_same(method: str, tiny_model: Pat
 @pytest.mark.parametrize("method", METHODS)
 def test_they_cannot_be_merged_nor_handed_over(method: str, tiny_model: Path, tmp_path: Path) -> None:
     artifact, _ = saved(tmp_path, tiny_model, method)
-    with pytest.raises(ConfigError, match=f"peft={method} cannot be merged into the weights"):
+    with pytest.raises(ConfigError, match=f"what {method} trains cannot be merged into the weights"):
         merged_policy(artifact, TINY, torch.float32)
     with pytest.raises(ConfigError, match="vLLM cannot be handed them"):
         list(merged_weights(load_causal_lm(artifact, TINY, torch.float32)))
@@ -197,7 +197,7 @@ def test_they_take_room_from_the_context(tiny_model: Path, tmp_path: Path) -> No
 
 def test_what_cannot_have_them(tiny_model: Path) -> None:
     model = with_tokens(tiny_model, "prompt")
-    with pytest.raises(ConfigError, match=r"peft=prefix: .* has virtual tokens of its own"):
+    with pytest.raises(ConfigError, match=r"method=prefix: .* has virtual tokens of its own"):
         attach(model, PeftConfig(method="prefix"))
     windowed = load(tiny_model)
     windowed.config.sliding_window = 8

@@ -15,7 +15,15 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from small_chain import Chain, Outcome
 from small_job import on_cpu
-from transformers import Qwen3Config, T5Config
+from transformers import (
+    GPT2Config,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    RwkvConfig,
+    T5Config,
+)
 
 from rlhf.checkpoint import CheckpointConfig
 from rlhf.config import ConfigError, PeftConfig
@@ -25,9 +33,16 @@ from rlhf.experiment import Experiment, build_experiment
 from rlhf.methods import METHODS
 from rlhf.plan.demand import Demand, Worker
 from rlhf.plan.machine import Machine, Speed
-from rlhf.plan.preflight import Checked, check_before_loading, disk_complaints, preflight, shortage
+from rlhf.plan.preflight import (
+    Checked,
+    check_before_loading,
+    check_tunes,
+    disk_complaints,
+    preflight,
+    shortage,
+)
 from rlhf.plan.setting import Setting
-from rlhf.plan.shape import Shape, UnknownShapeError, shape_of
+from rlhf.plan.shape import Shape, UnknownShapeError, shape_of, skeleton
 from rlhf.plan.strategies import Figure, Strategy, Use, prefill, served
 from rlhf.plan.written import explanation, phases, table
 
@@ -36,6 +51,12 @@ EIGHT_BILLION = Qwen3Config(
     num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
 )  # fmt: skip
 EIGHT = shape_of(EIGHT_BILLION)
+MISTRAL = MistralConfig(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+)
+GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
+MAMBA = MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=64)
+RWKV = RwkvConfig(hidden_size=16, num_hidden_layers=2, vocab_size=64)
 GIB = 2**30
 NO_CHECKPOINTS = CheckpointConfig(every_steps=None, every_minutes=None, keep=1, resume=True)
 
@@ -215,7 +236,7 @@ def test_ppo_shares_weights_where_the_method_does(method: str) -> None:
 
     shape = shape_of(EIGHT_BILLION)
     model, scalar = 2 * shape.parameters, 2 * (shape.parameters - shape.head)  # its output layer is its own
-    found = weights(f"ppo.peft={method}")
+    found = weights(f"ppo.peft={method}", "ppo.gates.first_kl=null")
     if METHODS[method].shares:
         assert model < found < 1.1 * model  # all four on one backbone
         # the reward model, and the critic on it
@@ -498,6 +519,67 @@ def test_an_answer_longer_than_the_context_is_refused_unless_told_otherwise(
         before(first, on_cpu(), "evaluate", long)
     assert re.search(complaint, before(first, on_cpu(), "evaluate", long, "preflight=warn"))
     assert "context" not in before(first, on_cpu(), "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("stage", "peft", "complaint"),
+    [
+        ("sft", "{method: freeze, layers: 99}", r"sft\.peft\.layers=99: LlamaForCausalLM has 2 layers that"),
+        ("ppo", "{method: freeze, layers: 99}", r"ppo\.peft\.layers=99: LlamaForCausalLM has 2 layers that"),
+        (
+            "reward",
+            "{method: lora, target_modules: [nope]}",
+            r"reward\.peft\.target_modules=\['nope'\]",
+        ),
+    ],
+)
+def test_what_the_model_cannot_be_trained_with_is_refused_before_anything_is_trained(
+    stage: str, peft: str, complaint: str, finished_chain: tuple[Chain, Outcome]
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{complaint}"):
+        before(finished_chain[1], on_cpu(), stage, f"{stage}.peft={peft}", "preflight=warn")
+    assert "peft" not in before(finished_chain[1], on_cpu(), stage)
+
+
+@pytest.mark.parametrize(
+    ("config", "peft", "complaint"),
+    [
+        (MISTRAL, "prefix", r"sft\.peft=prefix: not every layer of MistralForCausalLM looks at all that"),
+        (GPT2, "qlora", r"sft\.peft=qlora: bitsandbytes holds no weights of GPT2LMHeadModel in 4 bits"),
+        (GPT2, "adapter", r"sft\.peft=adapter: attention and feed-forward of GPT2LMHeadModel could not be"),
+        (MAMBA, "ia3", r"sft\.peft=ia3: peft does not know which layers of a mamba model to scale"),
+        (MAMBA, "prompt", r"sft\.peft=prompt: not every layer of MambaForCausalLM looks at all"),
+        (RWKV, "prompt", r"sft\.peft=prompt: not every layer of RwkvForCausalLM looks at all"),
+        (MISTRAL, "lora", None),
+        (GPT2, "prefix", None),
+        (GPT2, "ia3", None),
+        (MAMBA, "freeze", None),
+    ],
+)
+def test_a_method_that_does_not_know_the_model(
+    config: PreTrainedConfig, peft: str, complaint: str | None
+) -> None:
+    stage = experiment("stage=prepare", f"sft.peft={peft}").stages["sft"]
+    base = skeleton(config)
+    if complaint is None:
+        check_tunes(stage, base)
+        return
+    with pytest.raises(ConfigError, match=f"^{complaint}"):
+        check_tunes(stage, base)
+
+
+def test_padded_rows_are_told(finished_chain: tuple[Chain, Outcome]) -> None:
+    said = before(finished_chain[1], on_cpu(), "sft", "stage=sft", "sft.peft=prefix")
+    assert "sft.peft=prefix: rows are padded, one sequence a row" in said
+    assert "padded" not in before(finished_chain[1], on_cpu(), "sft", "stage=sft", "sft.peft=lora")
+    padded = ("stage=sft", "sft.peft=prefix", "model.attention=sdpa")  # as they would be anyway
+    assert "padded" not in before(finished_chain[1], on_cpu(), "sft", *padded)
+
+
+def test_virtual_tokens_and_rows_laid_end_to_end() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.attention=packed: .* and with sft\.peft=prompt only the"):
+        experiment("stage=sft", "sft.peft=prompt", "model.attention=packed")
+    experiment("stage=sft", "sft.peft=lora", "model.attention=packed")
 
 
 def test_ranks_that_cannot_share_a_batch_are_told_before_anything_is_trained(

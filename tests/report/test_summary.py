@@ -114,6 +114,19 @@ def test_stages_tell_status_time_and_headlines(run: Run) -> None:
     assert " ".join(row_of(text, "sft")) == "ran 1:11 loss before 2.410, after 2.010"
 
 
+def test_what_a_method_costs_is_told_where_it_was_measured(run: Run) -> None:
+    figures = {"trained_parameters": 4884480, "artifact_bytes": 279e6}
+    latency = {"adapter_bytes": 9.8e6, "token_seconds": 0.0593, "token_seconds_base": 0.0402}
+    run.stages["reward"] = stage("reward", {"accuracy": 0.75, **figures})
+    run.stages["ppo"] = stage("ppo", figures | latency)
+    text = printed(run, 200)
+    told = "trained parameters 4,884,480, artifact MB 279.00"
+    assert " ".join(row_of(text, "reward")[2:]) == f"accuracy 0.750, {told}"
+    latency_told = "adapter MB 9.80, ms a token 59.3, without adapter 40.2"
+    assert " ".join(row_of(text, "ppo")[2:]) == f"{told}, {latency_told}"
+    assert "adapter MB 9.80" in write_report(run).read_text()
+
+
 def test_gates_tell_value_bound_and_advice(run: Run) -> None:
     text = printed(run, 80)
     assert "passed  sft/held_out_loss_change = -0.4 (wanted <= 0)" in text

@@ -163,6 +163,19 @@ def test_prompts_hold_what_was_found(finished: Job) -> None:
     assert metrics["prompt_tokens/few_shot"] > metrics["prompt_tokens/zero_shot"]
 
 
+def test_examples_are_as_many_as_asked_for_where_no_word_is_shared(tiny_model: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"prompt": text, "completion": "Yes."} for text in ("Quarks?", "An owl?")]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few_shot = {"examples": 3, "choice": "nearest", "template": "{question}"}
+    stage = make_stage(questions=str(questions), methods=["few_shot"], few_shot=few_shot)
+    quarks, owl = asked(run_stage(stage, tiny_model, tmp_path / "run"), "few_shot")
+    for turns in (quarks, owl):
+        examples = turns[:-1:2]
+        assert len(examples) == len(set(examples)) == 3
+    assert owl[-3:] == ["Where is the owl?", "The owl is in room owl9.", "An owl?"]
+
+
 def test_training_and_storage_are_counted(finished: Job, tuned: str, tiny_model: Path) -> None:
     metrics = finished.summary
     assert metrics is not None

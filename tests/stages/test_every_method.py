@@ -36,7 +36,7 @@ SETTINGS = (
     "model=tiny", "sft.batch_rows=4", "sft.epochs=1", "sft.optim.lr=1e-2", "reward.batch_pairs=4",
     "reward.optim.lr=1e-2", "ppo.steps=2", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4",
     "ppo.max_new_tokens=6", "ppo.evaluate_every=1", "ppo.evaluate_prompts=4", "ppo.optim.lr=5e-2",
-    "ppo.score.normalize=none", "ppo.critic.init=sft", "ppo.kl.coef=0.0",
+    "ppo.score.normalize=none", "ppo.critic.init=sft", "ppo.kl.coef=0.0", "ppo.gates.first_kl=null",
     "ppo.reward=python:test_every_method:other_than_first",
 )  # fmt: skip
 MERGING = {
@@ -122,7 +122,16 @@ def trained(name: str, directory: Path, model: Path, method: str) -> Job:
     adapter = list(second.directory.glob("adapter/*"))
     assert (adapter == []) == (method == "none")
     assert second.summary.get("adapter_bytes", 0) == sum(path.stat().st_size for path in adapter)
+    assert second.summary["artifact_bytes"] == size_of_model(second.directory)
     return second
+
+
+def size_of_model(artifact: Path) -> int:
+    """Of what lies in it, without data, metrics and manifest."""
+    files = [path for path in artifact.rglob("*") if path.is_file()]
+    return sum(
+        path.stat().st_size for path in files if path.suffix != ".jsonl" and path.name != "manifest.json"
+    )
 
 
 @torch.no_grad()
@@ -243,6 +252,54 @@ def test_a_critic_stands_on_a_reward_model_beside_its_base(
         assert not torch.allclose(critic.last_values(ROWS), scores, atol=1e-3)
 
 
+@pytest.mark.parametrize("reward", ["prefix", "prompt", "p_tuning"])
+def test_a_critic_gets_virtual_tokens_where_its_start_has_none(reward: str) -> None:
+    learned = ("stage=ppo", "ppo.reward=learned", "ppo.critic.init=reward")
+    with pytest.raises(ConfigError) as error:
+        build(*learned, f"reward.peft={reward}", "ppo.peft=prompt")
+    assert str(error.value) == (
+        f"ppo.critic.init=reward: the reward model has virtual tokens (reward.peft={reward}), and a critic "
+        "on it cannot get those of ppo.peft=prompt too. Use ppo.critic.init=sft, or another ppo.peft."
+    )
+    build(*learned, "ppo.critic.init=sft", f"reward.peft={reward}", "ppo.peft=prompt")
+    build(*learned, f"reward.peft={reward}", "ppo.peft=lora")
+    build(*learned, "reward.peft=lora", "ppo.peft=prompt")
+
+
+def test_nor_on_a_reward_model_from_elsewhere(tmp_path: Path, tiny_model: Path) -> None:
+    made = {
+        method: trained("reward", tmp_path / method, tiny_model, {**MERGING, **BESIDE}[method]).directory
+        for method in ("prompt", "lora")
+    }
+    on = {name: (f"ppo.reward=model:{path}", "ppo.critic.init=reward") for name, path in made.items()}
+    with pytest.raises(ConfigError, match=r"the reward model has virtual tokens \(ppo\.reward=model:"):
+        build("stage=ppo", *on["prompt"], "ppo.peft=prefix")
+    build("stage=ppo", *on["lora"], "ppo.peft=prefix")
+
+
+@pytest.mark.parametrize("method", ["qlora", "prefix", "prompt", "p_tuning"])
+def test_a_policy_that_starts_apart_from_its_reference(
+    method: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate would fail after all steps; how far apart it starts is seen in the first one."""
+    monkeypatch.setattr("rlhf.experiment.check_qlora", lambda key, device: None)
+    bound = "ppo.gates.first_kl={max: 0.02, advice: none}"
+    with pytest.raises(ConfigError) as error:
+        build("stage=ppo", f"ppo.peft={method}", bound)
+    assert str(error.value) == (
+        f"ppo.gates.first_kl: with ppo.peft={method} the policy is not its own reference before its first "
+        "step, so the gate would fail once all steps are done. Use ppo.gates.first_kl=null, or another "
+        "ppo.peft."
+    )
+    build("stage=ppo", "ppo.peft=lora", bound)
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    stage = build("stage=ppo", f"ppo.peft={method}")["ppo"]
+    job = job_of("ppo", tmp_path / "ppo", tiny_model)
+    stage.run(job)
+    assert job.summary is not None and job.summary["first_kl"] > 1e-4
+
+
 def test_what_is_not_merged_is_nothing_to_train_on() -> None:
     with pytest.raises(
         ConfigError, match=r"sft\.peft=adapter: it is not merged .* so reward, which trains on"
@@ -272,13 +329,15 @@ def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -
     assert not list(artifact.glob("*.safetensors"))
     metrics = outcome.summary["stages"]["sft"]["metrics"]
     assert metrics["sft/trained_parameters"] == 4 * 64
+    assert metrics["sft/artifact_bytes"] == size_of_model(artifact)
+    assert f"artifact MB {metrics['sft/artifact_bytes'] / 1e6:.2f}" in outcome.out
     assert metrics["sft/held_out_loss"] != metrics["sft/held_out_loss_before"]
     assert chain.run(*arguments).statuses["sft"] == "reused"
 
 
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
 def test_low_rank_updates_of_weights_in_4_bits(name: str, tmp_path: Path, tiny_model: Path) -> None:
-    """bitsandbytes computes on CPUs too, slowly; no GPU has run this."""
+    """bitsandbytes computes on CPUs too, slowly; no GPU has run this. It has no wheels for some platforms."""
     pytest.importorskip("bitsandbytes")
     artifact = trained(name, tmp_path, tiny_model, "{method: qlora, rank: 4}").directory
     if name == "reward":

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from small_chain import Chain, Outcome, run_main
 from small_job import on_cpu
-from transformers import Qwen3Config
+from transformers import MistralConfig, Qwen3Config
 
 import rlhf.plan.machine
 from rlhf import methods
-from rlhf.plan.machine import calibrated_speed
+from rlhf.data.prepared import Lengths
+from rlhf.experiment import Experiment, build_experiment
+from rlhf.models.load import ModelConfig, base_config
+from rlhf.plan.machine import Machine, Speed, calibrated_speed
 from rlhf.plan.methods import METHODS
+from rlhf.plan.setting import GIB, Setting
+from rlhf.plan.shape import counted, skeleton
+from rlhf.plan.strategies import Use, rank_strategies
+from rlhf.plan.written import experiment_file
 
 GIVEN = ("plan.rows=10000", "plan.prompt_tokens=200", "plan.answer_tokens=300")
+STARTING_APART = ("qlora", "prefix", "prompt", "p_tuning")
+VIRTUAL = ("prefix", "prompt", "p_tuning")
 EIGHT_GPUS = ("plan.gpus=8", "plan.gpu_memory=80GiB", "plan.price_per_gpu_hour=2")
 
 
@@ -195,11 +206,70 @@ def test_a_prompt_that_holds_all_rows_is_recommended_and_runs(chain: Chain) -> N
     directory = outcome.directory / "artifacts" / "plan"
     written = yaml.safe_load((directory / "experiment" / "planned.yaml").read_text())
     assert f"all {written['compare']['few_shot']['examples']} rows fit into one prompt" in outcome.out
+    assert written["compare"]["few_shot"]["choice"] == "random"
     arguments = [f"--config-dir={directory}", "+experiment=planned", "run_name=prompted",
                  "compare.max_new_tokens=4"]  # fmt: skip
     ran = run_main(chain.directory, arguments, chain.directory / "runs" / "prompted")
     assert ran.code == 0, ran.err
     assert ran.statuses == {"prepare": "reused", "compare": "ran"}
+    for line in (ran.artifact("compare") / "answers.jsonl").read_text().splitlines():
+        said = [turn["role"] for turn in json.loads(line)["asked"]]
+        assert said.count("assistant") == written["compare"]["few_shot"]["examples"]
+
+
+def test_what_the_model_cannot_have_is_not_planned(chain: Chain, tmp_path: Path) -> None:
+    """Mistral's windows lose what stands before a row."""
+    MistralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=300
+    ).save_pretrained(tmp_path)
+    table = rows(plan(chain, tmp_path, "plan.deploy=many_adapters"))
+    for method in (METHODS[each].title for each in VIRTUAL):
+        assert table[method][0] == "no"
+        assert "not every layer of MistralForCausalLM" in table[method][8]
+    assert "sft.peft.layers=2: MistralForCausalLM has 1 layers" in table["last layers"][8]
+    assert table["LoRA"][0] != "no"
+
+
+@pytest.mark.parametrize(
+    ("trains", "given", "without_first_kl", "from_sft"),
+    [
+        (["ppo"], (), STARTING_APART, ()),
+        (["ppo"], ("reward.peft=prefix", "ppo.peft=lora"), STARTING_APART, VIRTUAL),
+        (["ppo"], ("ppo.peft=prompt",), STARTING_APART, ()),
+        (["reward", "ppo"], (), STARTING_APART, VIRTUAL),
+        (["sft"], (), (), ()),
+    ],
+)
+def test_every_strategy_is_an_experiment_that_is_accepted(
+    trains: list[str], given: tuple[str, ...], without_first_kl: Sequence[str], from_sft: Sequence[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("rlhf.experiment.check_qlora", lambda key, device: None)
+
+    def compose_and_build(*overrides: str) -> Experiment:
+        with initialize_config_module("rlhf.conf", version_base="1.3"):
+            node = compose("config", overrides=[f"hydra.searchpath=[file://{tmp_path}]", *overrides])
+        resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        assert isinstance(resolved, dict)
+        return build_experiment({str(key): value for key, value in resolved.items()})
+
+    before = compose_and_build("model=tiny", "stage=prepare", *given)
+    base = skeleton(base_config(ModelConfig(kind="tiny")))
+    machine = Machine("cuda", "a test", 80 * GIB, 80 * GIB, 0.0, 1, Speed(1000.0, 1000.0))
+    on = Setting(counted(base), 2, "none", machine, lambda role, split: Lengths(100, 20.0, 0.0, 20))
+    use = Use(100, 10.0, 10.0, 1, 1, "many_adapters", None, None)
+    ranked = rank_strategies([before.stages[name] for name in trains], before, base, on, use)
+    found = {}
+    (tmp_path / "experiment").mkdir()
+    for name, method in METHODS.items():
+        (strategy,) = [each for each in ranked if each.name == method.title]
+        assert not [why for why in strategy.against if "peft" in why or "ppo." in why], strategy.against
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(experiment_file(before.resolved, strategy, ""))
+        experiment = compose_and_build(f"+experiment={name}")
+        assert experiment.stages[trains[-1]].tunes().method == name
+        found[name] = experiment.stages["ppo"].model_dump()
+    assert [name for name in found if found[name]["gates"]["first_kl"] is None] == [*without_first_kl]
+    assert [name for name in found if found[name]["critic"]["init"] == "sft"] == [*from_sft]
 
 
 def test_a_plan_is_made_anew_each_time(chain: Chain, config_of_8b: Path) -> None:
