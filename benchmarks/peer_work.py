@@ -44,7 +44,8 @@ class Work:
     peft: Literal["none", "lora"]
     lora_rank: int
     lora_alpha: int
-    precision: Literal["bf16", "fp32"]
+    precision: Literal["auto", "bf16", "fp32"]
+    """auto: what the peer does by itself."""
     threads: int
     seed: int
     lr_schedule: Literal["constant", "linear"] = "constant"
