@@ -69,6 +69,17 @@ class Work:
             )
         return sizes.pop()
 
+    def response_tokens(self, unpadded: list[int], pad_id: int) -> int:
+        """Up to and including the first stop token of each response, which may itself be the padding.
+
+        Args:
+            unpadded: tokens other than padding of each response, cut behind its stop token.
+        """
+        if not self.honour_stop:
+            return len(unpadded) * self.new_tokens
+        hidden_stops = sum(number < self.new_tokens for number in unpadded) if pad_id == self.stop_id else 0
+        return sum(unpadded) + hidden_stops
+
 
 @dataclass
 class Report:

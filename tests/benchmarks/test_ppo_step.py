@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from peer_work import Work
 from ppo_step import check, main, operations
 from run_rlhf import Padding
 from torch import Tensor
@@ -92,6 +94,20 @@ def test_padding_is_counted_over_passes_of_any_number(
 def split(rows: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The first token as prompt, the others as response."""
     return [row[:1] for row in rows], [row[1:] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("honour_stop", "pad_id", "tokens"),
+    [
+        (True, 2, (3 + 1) + 8 + (0 + 1)),  # the stop token is padding too: not among those told
+        (True, 0, 3 + 8 + 0),
+        (False, 2, 8 + 8 + 8),  # whatever is in them
+    ],
+)
+def test_a_peers_response_tokens_include_the_stop_token(honour_stop: bool, pad_id: int, tokens: int) -> None:
+    known = {field.name: 0 for field in fields(Work)}
+    work = Work(**{**known, "new_tokens": 8, "stop_id": 2, "honour_stop": honour_stop})
+    assert work.response_tokens([3, 8, 0], pad_id) == tokens
 
 
 def work_with(*overrides: str) -> dict[str, object]:
