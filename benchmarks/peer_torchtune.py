@@ -8,7 +8,7 @@ The recipe is the one in the wheel, with a config that differs from its own exam
 activation checkpointing; torch's fused AdamW in place of bitsandbytes' paged one; no compilation, which took
 a minute on two cores and gained nothing (two layers tried). A minibatch is one micro-batch, as there. The
 recipe trains all parameters; it has no LoRA. Its docstring says that CPUs are not supported, but nothing in
-it stands in their way.
+it stands in their way. It has no default precision: --precision auto is its example's, bf16.
 
 Models, data, tokenizer, checkpoints and log are components that a config names, so batches and measurements
 come in without touching the recipe. A step lasts from the request for its first prompt to the next such
@@ -40,7 +40,8 @@ def measure(work: Work) -> Report:
     if work.peft != "none":
         raise ValueError(f"peft={work.peft}: torchtune's PPO recipe trains all parameters. Use peft=none.")
     torch.set_num_threads(work.threads)
-    report = Report(precision=f"pure {work.precision}: weights, gradients and optimizer states")
+    reason = " (auto: the recipe's example has it)" if work.precision == "auto" else ""
+    report = Report(precision=f"pure {_dtype(work)}{reason}: weights, gradients and optimizer states")
     with tempfile.TemporaryDirectory() as directory:
         config = OmegaConf.create(_config(work, directory))
         recipe = _recipe_class()(config)
@@ -112,6 +113,10 @@ def _recipe_class() -> Any:
     return module.PPOFullFinetuneRecipeSingleDevice
 
 
+def _dtype(work: Work) -> str:
+    return "bf16" if work.precision == "auto" else work.precision
+
+
 def _config(work: Work, directory: str) -> dict[str, Any]:
     """The recipe's config."""
     architecture = _architecture(Path(work.model))
@@ -140,7 +145,7 @@ def _config(work: Work, directory: str) -> dict[str, Any]:
         "seed": work.seed,
         "shuffle": False,
         "device": "cpu",
-        "dtype": work.precision,
+        "dtype": _dtype(work),
         "batch_size": work.episodes,
         "forward_batch_size": work.episodes,
         "num_steps": work.episodes * len(work.batches),

@@ -53,8 +53,9 @@ def measure(work: Work) -> Report:
     if work.precision == "bf16":
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     with tempfile.TemporaryDirectory() as directory:
-        meter = Meter(work)
-        trainer = _trainer(work, directory, meter)
+        tokenizer = AutoTokenizer.from_pretrained(work.model, padding_side="left")
+        meter = Meter(work, tokenizer.pad_token_id)
+        trainer = _trainer(work, directory, tokenizer, meter)
         meter.report.precision = _precision(trainer)
         trainer.dataloader = InOrder(work, trainer, meter.report)
         trainer.train()
@@ -66,9 +67,9 @@ def measure(work: Work) -> Report:
 class Meter(TrainerCallback):
     """Takes the mean score from what the trainer logs, and lengths from what the reward model is shown."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, pad_id: int) -> None:
         self.report = Report(precision="")
-        self._num_prompt_tokens = [sum(map(len, batch)) for batch in work.batches]
+        self._work, self._pad_id = work, pad_id
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Once a step."""
@@ -77,11 +78,12 @@ class Meter(TrainerCallback):
 
     def count_tokens(self, _: torch.nn.Module, __: tuple[Any, ...], arguments: dict[str, Any]) -> None:
         """A forward pre-hook of the reward model: it sees the responses as TRL truncated them."""
-        num_tokens = int(arguments["attention_mask"].sum())
         step = len(self.report.asked) - 1
+        prompt_width = max(map(len, self._work.batches[step]))
+        unpadded = arguments["attention_mask"][:, prompt_width:].sum(1).tolist()
         if step == len(self.report.new_tokens):
-            self.report.new_tokens.append(-self._num_prompt_tokens[step])
-        self.report.new_tokens[step] += num_tokens
+            self.report.new_tokens.append(0)
+        self.report.new_tokens[step] += self._work.response_tokens(unpadded, self._pad_id)
 
 
 class InOrder:
@@ -122,7 +124,7 @@ def _answers(work: Work, trainer: PPOTrainer) -> list[list[int]]:
     return [row[: row.index(work.stop_id) + 1] if work.stop_id in row else row for row in rows]
 
 
-def _trainer(work: Work, directory: str, meter: Meter) -> PPOTrainer:
+def _trainer(work: Work, directory: str, tokenizer: Any, meter: Meter) -> PPOTrainer:
     """Models as in TRL's example script: fp32 weights, the value model starts from the reward model."""
 
     def scalar_model() -> Any:
@@ -135,7 +137,7 @@ def _trainer(work: Work, directory: str, meter: Meter) -> PPOTrainer:
     backbone.register_forward_pre_hook(meter.count_tokens, with_kwargs=True)
     return PPOTrainer(
         args=_config(work, directory),
-        processing_class=AutoTokenizer.from_pretrained(work.model, padding_side="left"),
+        processing_class=tokenizer,
         model=AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32),
         ref_model=None,  # TRL copies the policy, or turns the adapter off
         reward_model=reward_model,

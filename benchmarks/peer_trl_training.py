@@ -57,11 +57,23 @@ class Meter(TrainerCallback):  # type: ignore[misc]
             self.losses.append(float(kwargs["logs"]["loss"]))
 
 
+def on_cuda(work: dict[str, Any]) -> bool:
+    """As this project chooses (device=)."""
+    return work["device"] != "cpu" and torch.cuda.is_available()
+
+
+def peak_bytes(work: dict[str, Any]) -> int:
+    """Of the process, or on CUDA of the device."""
+    if on_cuda(work):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def make_config(work: dict[str, Any], directory: str) -> SFTConfig | RewardConfig:
     """TRL's defaults, with the choices above."""
     shared = {
         "output_dir": directory,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": not on_cuda(work),
         "seed": work["seed"],
         "report_to": "none",
         "save_strategy": "no",
@@ -130,7 +142,7 @@ def main() -> None:
                 "losses": meter.losses,
                 "positions": meter.positions_at_end,
                 "tokens": meter.tokens_at_end,
-                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_bytes": peak_bytes(work),
                 "versions": {
                     name: importlib.metadata.version(name) for name in ("trl", "transformers", "torch")
                 },

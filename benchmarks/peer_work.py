@@ -44,7 +44,8 @@ class Work:
     peft: Literal["none", "lora"]
     lora_rank: int
     lora_alpha: int
-    precision: Literal["bf16", "fp32"]
+    precision: Literal["auto", "bf16", "fp32"]
+    """auto: what the peer does by itself."""
     threads: int
     seed: int
     lr_schedule: Literal["constant", "linear"] = "constant"
@@ -67,6 +68,17 @@ class Work:
                 f"minibatch_episodes={self.minibatch_episodes}."
             )
         return sizes.pop()
+
+    def response_tokens(self, unpadded: list[int], pad_id: int) -> int:
+        """Up to and including the first stop token of each response, which may itself be the padding.
+
+        Args:
+            unpadded: tokens other than padding of each response, cut behind its stop token.
+        """
+        if not self.honour_stop:
+            return len(unpadded) * self.new_tokens
+        hidden_stops = sum(number < self.new_tokens for number in unpadded) if pad_id == self.stop_id else 0
+        return sum(unpadded) + hidden_stops
 
 
 @dataclass

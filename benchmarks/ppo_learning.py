@@ -142,6 +142,7 @@ def make_work(settings: dict[str, Any], demo: Demo, seed: int) -> dict[str, Any]
     keys = [f"{optimizer}.warmup_fraction=0" for optimizer in optimizers]
     keys += [f"{optimizer}.eps={settings['adam_eps']}" for optimizer in optimizers]
     keys += [f"{optimizer}.max_grad_norm=inf" for optimizer in optimizers]
+    keys += ["device=cpu"]  # as TRL's runner
     keys += ["ppo.score.clip=null", f"ppo.score.missing_stop_penalty={settings['missing_stop_penalty']}"]
     return {
         **settings, "model": str(demo.sft), "reward": str(demo.reward), "seed": seed, "prompts": prompts,

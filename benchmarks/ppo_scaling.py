@@ -275,7 +275,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=["embedded", "tiny"], default="embedded")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--peft", choices=["none", "lora"], default="none")
-    parser.add_argument("--steps", type=int, default=2, help="of each point; the first one warms up")
+    parser.add_argument("--steps", type=int, default=3, help="of each point; the first one warms up")
     parser.add_argument("--lengths", type=int, nargs="*", default=[32, 64, 128, 256, 512])
     parser.add_argument("--episodes", type=int, default=8)
     parser.add_argument("--batches", type=int, nargs="*", default=[8, 16, 32, 64, 128])

@@ -4,7 +4,10 @@
     python benchmarks/ppo_step.py --workload skewed --peft lora
     python benchmarks/ppo_step.py --peer trl --peer-python ~/trl/bin/python
 
-Every run is a fresh process; with a peer they alternate, and each pair gives one ratio.
+Every run is a fresh process; with a peer they alternate, and each pair gives one ratio: of the medians over
+the steps, and of the means, which differ where answers do in length. All figures leave out the first step,
+which warms up. The matmul peak is the better one of two measurements in the run's process, before its first
+step and after its last. Peers' runners are for CPUs, so with a peer this project takes device=cpu.
 """
 
 from __future__ import annotations
@@ -17,20 +20,21 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
+from look import new_console
 from peer_work import Work
-from rich.console import Console
 from rich.table import Table
+from run_rlhf import make_single, overrides
 from transformers import AutoConfig
 from workloads import SHAPES, make_work
 
-from rlhf.distributed import matmul_speed
+from rlhf.config import ConfigError
 
 HERE = Path(__file__).parent
-console = Console(highlight=False)
+console = new_console()
 
 
 def run(python: str, script: str, work: dict[str, Any], log: Path) -> dict[str, Any]:
@@ -52,6 +56,17 @@ def run(python: str, script: str, work: dict[str, Any], log: Path) -> dict[str, 
 def episodes_per_second(answer: dict[str, Any]) -> float:
     """Median over the steps but the first, which warms up."""
     return median(n / s for n, s in zip(answer["episodes"][1:], answer["seconds"][1:], strict=True))
+
+
+def mean_episodes_per_second(answer: dict[str, Any]) -> float:
+    """All episodes but the first step's, over all of their seconds."""
+    return float(sum(answer["episodes"][1:]) / sum(answer["seconds"][1:]))
+
+
+def sampled(answer: dict[str, Any]) -> str:
+    """Response tokens of a step: median and mean."""
+    tokens = answer["new_tokens"][1:]
+    return f"{median(tokens):.0f}, {mean(tokens):.0f}"
 
 
 def operations(work: dict[str, Any], step: dict[str, float], micro_batch_tokens: int) -> dict[str, float]:
@@ -79,15 +94,9 @@ def operations(work: dict[str, Any], step: dict[str, float], micro_batch_tokens:
     }
 
 
-def matmul_peak() -> float:
-    """GFLOP/s of the machine in bf16, the best of several square products."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return max(matmul_speed(torch.bfloat16, device) for _ in range(5))
-
-
-def show_phases(work: dict[str, Any], answer: dict[str, Any], peak: float) -> None:
+def show_phases(work: dict[str, Any], answer: dict[str, Any]) -> None:
     """Medians of the steps but the first."""
-    steps = answer["metrics"][1:]
+    steps, peak = answer["metrics"][1:], answer["matmul_peak"]
     table = Table("phase", "seconds", "share", "tokens/s", "GFLOP/s", "of peak", box=None)
     total = median(answer["seconds"][1:])
     useful = [operations(work, step, answer["micro_batch_tokens"]) for step in steps]
@@ -109,7 +118,8 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any], peak: float) -> No
         table.add_row(*row)
     table.add_row("step", f"{total:.2f}")
     console.print(table)
-    tokens = median(step["response_tokens"] for step in steps)
+    tokens = median(answer["new_tokens"][1:])
+    console.print(f"sampled tokens a step (median, mean): {sampled(answer)}")
     console.print(
         f"{episodes_per_second(answer):.2f} episodes/s, {tokens / total:.0f} response tokens/s, padding "
         f"{answer['padding']:.1%}, peak memory {answer['peak_bytes'] / 1e9:.2f} GB, matmul peak {peak:.0f} "
@@ -120,21 +130,34 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any], peak: float) -> No
 def show_peer(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     """Pair by pair."""
     table = Table(
-        "pair", "rlhf, s a step", f"{name}, s a step", "episodes/s, ratio", "memory, ratio", box=None
-    )
-    ratios, memory = [], []
+        "pair", "rlhf, s a step", f"{name}, s a step", "rlhf, sampled tokens", f"{name}, sampled tokens",
+        "episodes/s, ratio", "of means", "memory, ratio", box=None,
+    )  # fmt: skip
+    ratios, of_means, memory = [], [], []
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), 1):
         ratios.append(episodes_per_second(mine) / episodes_per_second(other))
+        of_means.append(mean_episodes_per_second(mine) / mean_episodes_per_second(other))
         memory.append(mine["peak_bytes"] / other["peak_bytes"])
         table.add_row(
             str(number), f"{median(mine['seconds'][1:]):.2f}", f"{median(other['seconds'][1:]):.2f}",
-            f"{ratios[-1]:.2f}", f"{memory[-1]:.2f}",
+            sampled(mine), sampled(other), f"{ratios[-1]:.2f}", f"{of_means[-1]:.2f}", f"{memory[-1]:.2f}",
         )  # fmt: skip
     console.print(table)
     console.print(
-        f"median: {median(ratios):.2f} times the episodes/s of {name} in {median(memory):.2f} of its memory"
+        f"median: {median(ratios):.2f} times the episodes/s of {name} (of means: {median(of_means):.2f}) in "
+        f"{median(memory):.2f} of its memory"
     )
     console.print(f"{name}: {theirs[0]['precision']}; {theirs[0]['versions']}")
+
+
+def check(work: dict[str, Any], peer: str | None) -> None:
+    """End before anything is run that would be lost."""
+    try:
+        device = make_single(overrides(work)).settings.device
+    except ConfigError as error:
+        sys.exit(str(error))
+    if peer and device != "cpu" and torch.cuda.is_available():
+        sys.exit(f"device={device}: this would run on CUDA, and peer_{peer}.py is for CPUs. Use device=cpu.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,6 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.peer and not options.peer_python:
         parser.error("--peer needs --peer-python")
+    if options.peer == "torchtune" and options.peft != "none":
+        parser.error("--peer torchtune trains all parameters: use --peft none")
     options.directory.mkdir(parents=True, exist_ok=True)
     changes = {"episodes": options.episodes, "new_tokens": options.new_tokens}
     work = make_work(
@@ -166,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         precision=options.precision, model=options.model,
         **{key: value for key, value in changes.items() if value},
     )  # fmt: skip
-    work["overrides"] = options.overrides
+    work["overrides"] = [*(["device=cpu"] if options.peer else []), *options.overrides]
+    check(work, options.peer)
     ours, theirs = [], []
     for pair in range(options.pairs if options.peer else 1):
         ours.append(run(sys.executable, "run_rlhf.py", work, options.directory / "rlhf.log"))
@@ -175,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             known = {field.name: work[field.name] for field in fields(Work) if field.name in work}
             theirs.append(run(options.peer_python, script, known, options.directory / f"{options.peer}.log"))
             console.print(f"pair {pair + 1}: {ours[-1]['seconds']} against {theirs[-1]['seconds']}")
-    show_phases(work, ours[-1], matmul_peak())
+    show_phases(work, ours[-1])
     if options.peer:
         show_peer(options.peer, ours, theirs)
 

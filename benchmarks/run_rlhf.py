@@ -22,12 +22,14 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rich.console import Console
+from torch import nn
 
 from rlhf.artifacts import Artifact, Manifest
 from rlhf.checkpoint import CheckpointConfig, Checkpointer
+from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow
-from rlhf.distributed import Compute, make_compute
+from rlhf.distributed import Compute, make_compute, matmul_speed
 from rlhf.experiment import Experiment, build_experiment
 from rlhf.interrupt import StopSignals
 from rlhf.job import Job
@@ -43,7 +45,7 @@ def overrides(work: dict[str, Any]) -> list[str]:
     """The work in this project's keys."""
     return [
         "model=local", f"model.path={work['model']}", f"ppo.reward=model:{work['reward']}",
-        f"precision={work['precision']}", f"seed={work['seed']}", "device=auto",
+        f"precision={work['precision']}", f"seed={work['seed']}",
         f"ppo.steps={len(work['prompts'])}", f"ppo.batch_episodes={len(work['prompts'][0])}",
         f"ppo.minibatch_episodes={work['minibatch_episodes']}", f"ppo.epochs={work['epochs']}",
         f"ppo.max_new_tokens={work['new_tokens']}", f"ppo.temperature={work['temperature']}",
@@ -63,21 +65,38 @@ def make_experiment(overrides: list[str]) -> Experiment:
     return build_experiment({str(key): value for key, value in resolved.items()})
 
 
-def about_this_process() -> dict[str, Any]:
-    """What every runner reports at its end."""
+def make_single(overrides: list[str]) -> Experiment:
+    """An experiment for one process that samples by itself.
+
+    Raises:
+        ConfigError: it wants more than that.
+    """
+    experiment = make_experiment(overrides)
+    zero, generation = experiment.settings.zero, experiment.settings.generation
+    for key, value, can in (("zero", zero, "none"), ("generation", generation, "local")):
+        if value != can:
+            raise ConfigError(f"{key}={value}: the benchmarks run one process by itself. Use {key}={can}.")
+    return experiment
+
+
+def about_this_process(device: torch.device) -> dict[str, Any]:
+    """What every runner reports at its end; on CUDA the memory is the device's."""
     packages = ("rlhf", "transformers", "torch")
+    on_cuda = device.type == "cuda"
     return {
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": torch.cuda.max_memory_allocated(device)
+        if on_cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
 def make_learner(work: dict[str, Any], scratch: Path) -> tuple[Learner, str]:
     """The loop as the stage makes it, with the given model as its SFT model."""
-    experiment = make_experiment(overrides(work))
+    experiment = make_single(overrides(work))
     stage = experiment.stages["ppo"]
     assert isinstance(stage, PpoStage)
-    compute, how = make_compute("auto", experiment.settings.precision)
+    compute, how = make_compute(experiment.settings.device, experiment.settings.precision)
     return stage.learner(make_job(Path(work["model"]), compute, work["seed"], scratch)), how
 
 
@@ -103,14 +122,31 @@ def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
     )  # fmt: skip
 
 
-def count_positions(learner: Learner) -> list[int]:
-    """Grows by the positions of each batch that goes through the critic."""
-    model = learner.engine.model
-    assert isinstance(model, ActorCritic)
-    positions: list[int] = []
-    embeddings = model.critic.model.get_input_embeddings()
-    embeddings.register_forward_pre_hook(lambda module, ids: positions.append(ids[0].numel()))
-    return positions
+class Padding:
+    """Counts what goes through the critic, whose batches are the policy's too."""
+
+    def __init__(self, model: ActorCritic) -> None:
+        self.real_tokens, self.positions = 0, 0
+        model.register_forward_pre_hook(self._count_tokens)
+        model.critic.model.get_input_embeddings().register_forward_pre_hook(self._count_positions)
+
+    @property
+    def share(self) -> float:
+        """Of the positions, those without a token."""
+        return 1 - self.real_tokens / self.positions
+
+    def _count_tokens(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        half, batch = inputs[:2]
+        if half == "critic":
+            self.real_tokens += sum(batch.packed.lengths)
+
+    def _count_positions(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.positions += inputs[0].numel()
+
+
+def matmul_peak(compute: Compute) -> float:
+    """GFLOP/s of the device in the run's precision, the best of several square products."""
+    return max(matmul_speed(compute.dtype, compute.device) for _ in range(5))
 
 
 def main() -> None:
@@ -121,11 +157,13 @@ def main() -> None:
         learner, precision = make_learner(work, Path(scratch))
         if not work["honour_stop"]:
             learner.policy.stop_ids = []
-        positions, steps, times = count_positions(learner), [], [time.perf_counter()]
+        assert isinstance(learner.engine.model, ActorCritic)
+        padding, peak = Padding(learner.engine.model), matmul_peak(learner.compute)
+        steps, times = [], [time.perf_counter()]
         for number, batch in enumerate(work["prompts"], 1):
             steps.append(learner.step([PromptRow(prompt) for prompt in batch], number))
             times.append(time.perf_counter())
-    tokens = sum(step["prompt_tokens"] + step["response_tokens"] for step in steps)
+    about = about_this_process(learner.compute.device)
     phases = [{name: step[name] for name in step if name.startswith("seconds_")} for step in steps]
     print(
         json.dumps(
@@ -135,9 +173,11 @@ def main() -> None:
                 "phases": phases,
                 "metrics": steps,
                 "micro_batch_tokens": learner.config.micro_batch_tokens,
-                "padding": 1 - sum(positions) // tokens * tokens / sum(positions),  # whole passes
+                "new_tokens": [step["response_tokens"] for step in steps],
+                "padding": padding.share,
+                "matmul_peak": max(peak, matmul_peak(learner.compute)),
                 "precision": precision,
-                **about_this_process(),
+                **about,
             }
         )
     )

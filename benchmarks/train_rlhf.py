@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run_rlhf import about_this_process, make_experiment, make_job
+from run_rlhf import about_this_process, make_job, make_single
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -69,7 +69,7 @@ def overrides(work: dict[str, Any]) -> list[str]:
 
 def make_timed_job(work: dict[str, Any], experiment: Experiment, scratch: Path) -> tuple[TimedJob, str]:
     """A job that has the rows as its prepared data, and the model both as base and as SFT model."""
-    compute, how = make_compute("auto", experiment.settings.precision)
+    compute, how = make_compute(experiment.settings.device, experiment.settings.precision)
     plain = make_job(Path(work["model"]), compute, work["seed"], scratch)
     job = TimedJob(**{**vars(plain), "stage": work["stage"]})
     row_type = ROWS[work["stage"]]
@@ -82,7 +82,7 @@ def main() -> None:
     """Run the work, print what it took."""
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
-    experiment = make_experiment(overrides(work))
+    experiment = make_single(overrides(work))
     with tempfile.TemporaryDirectory() as scratch:
         job, how = make_timed_job(work, experiment, Path(scratch))
         register_module_forward_pre_hook(job.count)
@@ -94,7 +94,7 @@ def main() -> None:
                 "losses": job.losses,
                 "positions": job.positions_at_end,
                 "precision": how,
-                **about_this_process(),
+                **about_this_process(job.compute.device),
             }
         )
     )

@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 from look import new_console
 from ppo_step import run
 from rich.table import Table
+from run_rlhf import make_single
+from train_rlhf import overrides
 from transformers import PreTrainedTokenizerBase
 from workloads import HH, PACKAGED, PPO, base_model
 
@@ -109,7 +111,7 @@ def make_work(stage: str, options: argparse.Namespace) -> dict[str, Any]:
         )
     train, seed = short[:count], PPO["seed"]
     order = random.Random(seed).sample(train, count)  # as the stages shuffle them (stages/sft.py: batches)
-    return {
+    work = {
         "stage": stage, "model": str(model), "rows": train, "held_out": short[count : count + NUM_HELD_OUT],
         "encoded": [encode(stage, row, tokenizer) for row in order], "batch": options.batch, "seed": seed,
         "lr": LEARNING_RATES[stage], "eps": 1e-8, "center": CENTER, "max_tokens": MAX_TOKENS,
@@ -118,6 +120,7 @@ def make_work(stage: str, options: argparse.Namespace) -> dict[str, Any]:
         "threads": len(os.sched_getaffinity(0)),
         "overrides": [*options.overrides, *([f"reward.center={CENTER}"] if stage == "reward" else [])],
     }  # fmt: skip
+    return {**work, "device": make_single(overrides(work)).settings.device}
 
 
 def measure(script: str, work: dict[str, Any], directory: Path) -> Measured:
