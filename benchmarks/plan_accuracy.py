@@ -27,7 +27,7 @@ from run_rlhf import make_experiment
 
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute, make_compute
-from rlhf.models.load import base_config
+from rlhf.models.load import BaseModelFiles
 from rlhf.plan.machine import Speed, calibrated_speed, found_machine
 from rlhf.plan.preflight import most
 from rlhf.plan.setting import found_setting
@@ -166,7 +166,8 @@ def predict(case: Case, compute: Compute, speed: Speed) -> tuple[float, float, s
     subprocess.run([sys.executable, "-m", "rlhf", *prepare], cwd=WORK, check=True, stdout=subprocess.DEVNULL)
     experiment = make_experiment(command(case))
     data = PreparedData(WORK / "runs" / "prepared" / "artifacts" / "prepare")
-    shape = shape_of(base_config(experiment.settings.model))
+    (base,) = (WORK / "store" / "base").glob("[!.]*/")
+    shape = shape_of(BaseModelFiles(base, "embedded", experiment.settings.model).architecture)
     on = replace(
         found_setting(experiment.settings, shape, compute, data.size), machine=found_machine(compute, speed)
     )

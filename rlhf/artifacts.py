@@ -150,6 +150,11 @@ class Store:
         """Where a stage that is making the artifact keeps its checkpoints."""
         return self.root / stage / f".{key}.checkpoints"
 
+    def checkpoint_bytes(self, stage: str, key: str) -> int:
+        """What those take."""
+        files = self.checkpoints(stage, key).rglob("*")
+        return sum(path.stat().st_size for path in files if path.is_file())
+
     def scratch(self, stage: str, key: str) -> Path:
         """An empty directory to make the artifact in; call it under the lock only.
 

@@ -96,7 +96,7 @@ class Pipeline:
                     data = PreparedData(artifacts["prepare"].path)
                     for each in self.experiment.needed():
                         self.experiment.stages[each].check_data(data, base)
-                    self.check_before(artifacts["prepare"])
+                    self.check_before(artifacts["prepare"], base)
                     if self.needs_weights:
                         fetch_weights(settings.model)
                 self.check_gates(name, artifacts[name])
@@ -206,24 +206,27 @@ class Pipeline:
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
         return artifact
 
-    def check_before(self, prepared: Artifact) -> None:
+    def check_before(self, prepared: Artifact, base: BaseModelFiles) -> None:
         """Refuse what cannot be done here, before a model is loaded."""
         pending = self.compute.main_only(lambda: self.pending(prepared))
         data = PreparedData(prepared.path)
-        check_before_loading(self.experiment, pending, self.compute, data, self.console)
+        check_before_loading(self.experiment, pending, base, self.compute, data, self.console)
 
-    def pending(self, prepared: Artifact) -> list[str]:
-        """The stages behind `prepare` that the store does not answer."""
-        known, pending = {"prepare": prepared}, []
+    def pending(self, prepared: Artifact) -> dict[str, float]:
+        """The stages behind `prepare` that the store does not answer, and the bytes of their checkpoints."""
+        known: dict[str, Artifact] = {"prepare": prepared}
+        pending: dict[str, float] = {}
         for name in self.experiment.needed()[1:]:
             stage = self.experiment.stages[name]
-            found = None
-            if name not in self.experiment.settings.force and set(stage.inputs()) <= set(known):
-                found = self.kept(stage, self.recipe(stage, known), known)
+            if not set(stage.inputs()) <= set(known):
+                pending[name] = 0.0  # without its inputs it cannot have begun
+                continue
+            recipe = self.recipe(stage, known)
+            found = None if name in self.experiment.settings.force else self.kept(stage, recipe, known)
             if found:
                 known[name] = found
             else:
-                pending.append(name)
+                pending[name] = float(self.store.checkpoint_bytes(name, recipe_key(recipe)))
         return pending
 
     def kept(self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Artifact | None:

@@ -30,7 +30,7 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles
 from rlhf.models.policy import check_head
-from rlhf.plan.answering import answering_demand
+from rlhf.plan.answering import answering_demand, most_added
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
 from rlhf.rewards.learned import make_reward
@@ -200,6 +200,7 @@ class EvaluateStage(Stage):
             on, prompts, samples=1, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
             micro_batch_tokens=self.micro_batch_tokens, policies=len(self.policies), readings=rewards,
             measures=2, models=1, others=[references, retained._replace(rows=PASSES * retained.rows)],
+            added=most_added(on, [chain[name] for name in self.policies if name != "base"]),
         )  # fmt: skip
 
     def run(self, job: Job) -> None:

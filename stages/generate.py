@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.data.schema import PromptRow, Role
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
-from rlhf.plan.answering import answering_demand
+from rlhf.plan.answering import answering_demand, most_added
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
 from rlhf.rewards.learned import make_reward
@@ -80,6 +80,7 @@ class GenerateStage(Stage):
             on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
             batch_rows=self.batch_rows, micro_batch_tokens=self.micro_batch_tokens,
             policies=1, readings=1 if scoring else 0, measures=0, models=2 if scoring else 1,
+            added=most_added(on, [chain["sft"]] if self.policy == "sft" else []),
         )  # fmt: skip
 
     def run(self, job: Job) -> None:

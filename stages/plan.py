@@ -23,10 +23,9 @@ from rlhf.data.prepared import Lengths
 from rlhf.data.schema import TRAINING_ROLES, Role, Split
 from rlhf.experiment import Experiment
 from rlhf.job import Job
-from rlhf.models.load import base_config
 from rlhf.plan.demand import Demand
 from rlhf.plan.machine import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
-from rlhf.plan.setting import Setting, Sizes, pads_rows, vllm_cache
+from rlhf.plan.setting import Setting, Sizes, pads_rows
 from rlhf.plan.shape import Shape, UnknownShapeError, counted, skeleton
 from rlhf.plan.strategies import Strategy, Use, rank_strategies
 from rlhf.plan.written import experiment_file, explanation, hardware_line, phases, recommendation, table
@@ -110,7 +109,7 @@ class PlanStage(Stage):
         experiment = job.experiment
         assert experiment is not None
         chain = experiment.stages
-        base, shape = self.base(experiment)
+        base, shape = self.base(job)
         on, use = self.setting(job, experiment, shape), self.use(job, experiment)
         ranked = rank_strategies([chain[name] for name in self.trains], experiment, base, on, use)
         best = ranked[0]
@@ -137,15 +136,14 @@ class PlanStage(Stage):
             "peak_gib": best.demand.peak().size() / 2**30,
         })  # fmt: skip
 
-    def base(self, experiment: Experiment) -> tuple[PreTrainedModel, Shape]:
+    def base(self, job: Job) -> tuple[PreTrainedModel, Shape]:
         """The base model without weights, and its sizes.
 
         Raises:
             ConfigError: it is none that the formulas hold for.
         """
-        model = experiment.settings.model
         try:
-            base = skeleton(base_config(model), trust_remote_code=model.trust_remote_code)
+            base = skeleton(job.base.architecture, trust_remote_code=job.base.config.trust_remote_code)
             return base, counted(base)
         except UnknownShapeError as unknown:
             raise ConfigError(f"stage=plan: {unknown}, so its memory cannot be computed.") from None
@@ -169,8 +167,8 @@ class PlanStage(Stage):
             )
             dtype_bytes = 4 if settings.precision == "fp32" else 2
         return Setting(
-            shape, dtype_bytes, settings.zero, machine, self.sizes(job), vllm_cache(settings),
-            pads_rows(settings.model, shape),
+            shape, dtype_bytes, settings.zero, machine, self.sizes(job),
+            settings.vllm if settings.generation == "vllm" else None, pads_rows(settings.model, shape),
         )  # fmt: skip
 
     def sizes(self, job: Job) -> Sizes:

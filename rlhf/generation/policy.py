@@ -16,10 +16,9 @@ from rlhf.data.schema import Message
 from rlhf.distributed import Compute
 from rlhf.generation.local import generate
 from rlhf.generation.vllm import Vllm
-from rlhf.models.load import ModelConfig, context_length, load_causal_lm, load_tokenizer
+from rlhf.models.load import ModelConfig, context_left, load_causal_lm, load_tokenizer
 from rlhf.models.offload import offload
 from rlhf.models.policy import response_statistics, rollout_rows
-from rlhf.models.virtual import virtual_tokens
 from rlhf.rl.rollout import Rollout
 
 
@@ -66,9 +65,9 @@ class Policy:
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and response may have together."""
-        virtual = virtual_tokens(self.model)
-        return context_length(self.model.config) - (virtual.config.num_virtual_tokens if virtual else 0)
+        """Tokens that prompt and response may have together, in the model and in what samples from it."""
+        own = context_left(self.model)
+        return own if self.vllm is None else min(own, self.vllm.max_model_len or own)
 
     def hand_over(self) -> None:
         """Copy the weights into vLLM where that samples; `sample` does it where it was not just done."""

@@ -62,6 +62,11 @@ class Vllm:
         self._holds: PreTrainedModel | None = None
         self._has_own_group = False
 
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and response together, where the user limits them."""
+        return self._config.max_model_len
+
     def holds(self, model: PreTrainedModel) -> bool:
         """Whether the model's weights were handed over, and nothing was sampled since."""
         return self._holds is model

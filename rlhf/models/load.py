@@ -27,6 +27,7 @@ from rlhf.config import ConfigError, Strict
 from rlhf.data.chat import PLAIN, resolve_template, stop_ids
 from rlhf.models.packed import pack_where_possible
 from rlhf.models.published import attach_published, base_of
+from rlhf.models.virtual import virtual_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,18 @@ class BaseModelFiles:
         return tokenizer
 
     @property
-    def context_length(self) -> int:
-        """Tokens that prompt and response may have together."""
+    def architecture(self) -> PreTrainedConfig:
+        """The model's config, for which no weights need to be there."""
         with reading(self.directory):
-            config = AutoConfig.from_pretrained(
+            found: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.directory, trust_remote_code=self.config.trust_remote_code
             )
-        return context_length(config)
+        return found
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and response may have together."""
+        return context_length(self.architecture)
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -95,6 +101,12 @@ def context_length(config: PreTrainedConfig) -> int:
     if rope.get("rope_type") == "longrope":
         length = min(length, int(rope.get("original_max_position_embeddings") or length))
     return length
+
+
+def context_left(model: PreTrainedModel) -> int:
+    """Tokens that prompt and response may have together behind a model's virtual tokens, if it has any."""
+    virtual = virtual_tokens(model)
+    return context_length(model.config) - (virtual.config.num_virtual_tokens if virtual else 0)
 
 
 @contextmanager
@@ -196,26 +208,6 @@ def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, di
     model.config.save_pretrained(directory)
     generation.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-def base_config(config: ModelConfig) -> PreTrainedConfig:
-    """The base model's architecture alone: no weights are read, downloaded or made.
-
-    Raises:
-        ConfigError: it cannot be found.
-    """
-    if config.kind == "tiny":
-        from transformers import LlamaConfig
-
-        return LlamaConfig(vocab_size=TINY_VOCABULARY, **TINY)
-    found: PreTrainedConfig
-    if config.kind == "embedded":
-        found = AutoConfig.from_pretrained(_embedded_source(), gguf_file=EMBEDDED_FILE)
-        return found
-    directory = _local_directory(config, weights=False) if config.kind == "local" else _hub_snapshot(config)
-    with reading(directory):
-        found = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
-    return found
 
 
 def fetch_weights(config: ModelConfig) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rlhf.data.prepared import Lengths
 from rlhf.plan.demand import Demand, Worker, exactly, joined
 from rlhf.plan.memory import Phase, frozen_weights, logits, reading, sampling
+from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import Setting
+
+if TYPE_CHECKING:
+    from rlhf.stage import Stage
+
+
+def most_added(on: Setting, stages: Iterable[Stage]) -> int:
+    """Virtual tokens that any of the models which these stages train puts before its rows."""
+    tuned = (stage.tunes() for stage in stages)
+    return max((METHODS[peft.method].added_tokens(on.shape, peft) for peft in tuned if peft), default=0)
 
 
 def answering_demand(
@@ -23,6 +34,7 @@ def answering_demand(
     measures: int,
     models: int,
     others: Sequence[Lengths] = (),
+    added: int = 0,
 ) -> Demand:
     """One policy at a time answers every prompt, and what it said is read again.
 
@@ -32,6 +44,7 @@ def answering_demand(
         measures: passes over every answer for log-probabilities.
         models: in memory while answers are scored.
         others: texts whose log-probabilities each policy gives.
+        added: virtual tokens before every sequence.
     """
     answers = prompts.rows * samples
     length = joined(prompts, exactly(new_tokens if prompts.rows else 0))
@@ -63,4 +76,5 @@ def answering_demand(
             for each in others
         ),
     ]  # fmt: skip
-    return Demand(phases, work, longest=length.longest)
+    longest = added + max([length.longest, *(each.longest for each in others if added)])
+    return Demand(phases, work, longest=longest, sampled=length.longest)

@@ -50,6 +50,8 @@ class Demand:
     """Bytes of one checkpoint."""
     longest: int = 0
     """Tokens of the longest sequence that may go through a model."""
+    sampled: int = 0
+    """Tokens of the longest one that is sampled, its prompt included."""
 
     @property
     def seconds(self) -> float:
@@ -166,4 +168,5 @@ def one_after_the_other(demands: Sequence[Demand]) -> Demand:
         [phase for each in demands for phase in each.phases],
         [task for each in demands for task in each.work],
         longest=max((each.longest for each in demands), default=0),
+        sampled=max((each.sampled for each in demands), default=0),
     )

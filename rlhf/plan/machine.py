@@ -59,8 +59,9 @@ def found_machine(compute: Compute, speed: Speed) -> Machine:
     ranks, ranks_here = compute.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     host = host_memory() / ranks_here
     if compute.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(compute.device)
-        return Machine("cuda", hardware(), float(free), host, CUDA_CONTEXT, ranks, speed, ranks_here)
+        torch.cuda.empty_cache()  # of what the calibration multiplied
+        free, _ = torch.cuda.mem_get_info(compute.device)  # beside this process's context
+        return Machine("cuda", hardware(), float(free), host, 0.0, ranks, speed, ranks_here)
     used = float(psutil.Process().memory_info().rss)
     return Machine("cpu", hardware(), host + used, 0.0, used + LIBRARIES, ranks, speed, ranks_here)
 

@@ -92,7 +92,7 @@ class Trained:
         on, shape = self.on, self.on.shape
         total = sum(weight_bytes(each, self.peft.method, is_scalar=scalar) for each, scalar in self.sets)
         count = sum(each.shape.parameters for each, _ in self.sets)
-        total += 0 if self.peft.method == "none" else on.dtype_bytes * self.parameters
+        total += on.dtype_bytes * self.parameters if METHODS[self.peft.method].is_adapter else 0
         how = f"{name}: {billions(count)} x {on.dtype_bytes} B"
         if not on.shards_weights:
             yield Part("weights", total, how)
@@ -284,9 +284,9 @@ def sampling(
     shape, b = on.shape, on.dtype_bytes
     if gathers:
         yield Part("weights", weight_bytes(on), "gathered for sampling")
-    if on.vllm_cache is not None:
+    if on.vllm is not None:
         yield Part("weights", weight_bytes(on), f"vLLM's own: {billions(shape.parameters)} x {b} B")
-        yield Part("KV cache", on.vllm_cache, "vllm.kv_cache_gib")
+        yield Part("KV cache", on.vllm.kv_cache_gib * GIB, "vllm.kv_cache_gib")
         return
     if folds:
         yield folded(on)

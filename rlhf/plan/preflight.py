@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rlhf.distributed import Compute
 from rlhf.experiment import Experiment
 from rlhf.methods import METHODS
 from rlhf.models.adapters import check_attachable
-from rlhf.models.load import base_config
+from rlhf.models.load import BaseModelFiles
 from rlhf.plan.demand import Demand
 from rlhf.plan.memory import Phase, amount
 from rlhf.plan.setting import GIB, Setting, found_setting
@@ -34,9 +34,17 @@ MARGIN = 1.15
 
 
 def check_before_loading(
-    experiment: Experiment, pending: Sequence[str], compute: Compute, data: PreparedData, console: Console
+    experiment: Experiment,
+    pending: Mapping[str, float],
+    base: BaseModelFiles,
+    compute: Compute,
+    data: PreparedData,
+    console: Console,
 ) -> None:
     """Check what the stages that have to run need, and say roughly how much and how long.
+
+    Args:
+        pending: those stages, and the bytes of the checkpoints that each of them has already.
 
     Raises:
         ConfigError: it cannot be done here.
@@ -47,15 +55,17 @@ def check_before_loading(
     if not any(stage.reads_weights for stage in stages):
         return
     try:
-        base = skeleton(base_config(settings.model), trust_remote_code=settings.model.trust_remote_code)
+        model = skeleton(base.architecture, trust_remote_code=settings.model.trust_remote_code)
         for stage in stages:
-            check_tunes(stage, base)
-        on = found_setting(settings, counted(base), compute, data.size)
+            check_tunes(stage, model)
+        on = found_setting(settings, counted(model), compute, data.size)
     except UnknownShapeError as unknown:
         unchecked = f"Memory, time, disk and context are not checked: {unknown}."
         console.print(unchecked, style="yellow", highlight=False)
         return
-    checked = preflight(stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint)
+    checked = preflight(
+        stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint, begun=pending
+    )
     told = [*padding_told(stages, settings.model.attention), *checked.warned, *checked.refused]
     refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
     if refused and settings.preflight == "enforce":
@@ -113,8 +123,13 @@ def preflight(
     on: Setting,
     store: Path,
     checkpoints: CheckpointConfig,
+    begun: Mapping[str, float],
 ) -> Checked:
-    """Check what these stages need against what there is; no model is loaded."""
+    """Check what these stages need against what there is; no model is loaded.
+
+    Args:
+        begun: bytes of a stage's checkpoints that are there already.
+    """
     demands = {stage.name: stage.demand(on, chain) for stage in stages}
     refused: list[str] = []
     warned: list[str] = []
@@ -128,7 +143,7 @@ def preflight(
             refused.append(f"{said(stage, demand, on)} {advice(stage, chain, on)}")
         elif need > 1.0:
             warned.append(said(stage, demand, on))
-    refused += disk_complaints(demands, store, checkpoints)
+    refused += disk_complaints(demands, store, checkpoints, begun)
     return Checked(demands, refused, warned)
 
 
@@ -190,8 +205,8 @@ def advice(stage: Stage, chain: Mapping[str, Stage], on: Setting) -> str:
     if found:
         return f"It would fit with {' or with '.join(found)}."
     zeros = [knob for knob in knobs if knob[2]]
-    for zero in (None, *zeros):
-        chosen = [knob for knob in knobs if knob is zero or knob not in zeros]
+    for zero, left_out in product((None, *zeros), (None, *knobs)):
+        chosen = [knob for knob in knobs if knob is not left_out and (knob is zero or knob not in zeros)]
         for together in list(accumulate(([knob] for knob in chosen), lambda done, new: [*done, *new]))[1:]:
             change = {name: value for _, changes, _ in together for name, value in changes.items()}
             if fits(stage, chain, on, change, zero[2] if zero and zero in together else {}):
@@ -228,14 +243,31 @@ def savings(stage: Stage, on: Setting) -> Iterator[tuple[str, dict[str, Any], di
 def fits(
     stage: Stage, chain: Mapping[str, Stage], on: Setting, change: Mapping[str, Any], where: Mapping[str, Any]
 ) -> bool:
-    """Whether the stage has memory enough with these changes."""
+    """Whether the stage has memory enough with these changes, and its run would take them."""
     changed = stage.model_copy(update=dict(change))
     setting = replace(on, **where)
+    if stage.tunes() is not None and any(refused_on(setting, changed)):
+        return False
     return shortage(changed.demand(setting, {**chain, stage.name: changed}), setting) <= 1.0
 
 
+def refused_on(on: Setting, stage: Stage) -> Iterator[str]:
+    """What a stage that trains would say on these ranks."""
+    compute = Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
+    try:
+        stage.check_compute(compute)
+    except ConfigError as error:
+        yield str(error)
+
+
 def context_complaints(stage: Stage, demand: Demand, on: Setting) -> Iterator[str]:
-    """A sequence that is longer than the model can read."""
+    """A sequence that is longer than the model, or vLLM where that samples it, can read."""
+    limit = None if on.vllm is None else on.vllm.max_model_len
+    if limit is not None and limit < demand.sampled <= on.shape.context:
+        yield (
+            f"{stage.name}: the longest prompt and its answer are {demand.sampled} tokens, and "
+            f"vllm.max_model_len={limit}. Use {demand.sampled} or more."
+        )
     if demand.longest > on.shape.context:
         key = next(key for key in ("max_new_tokens", "max_tokens") if key in type(stage).model_fields)
         value = stage.model_dump()[key]
@@ -246,11 +278,13 @@ def context_complaints(stage: Stage, demand: Demand, on: Setting) -> Iterator[st
 
 
 def disk_complaints(
-    demands: Mapping[str, Demand], store: Path, checkpoints: CheckpointConfig
+    demands: Mapping[str, Demand], store: Path, checkpoints: CheckpointConfig, begun: Mapping[str, float]
 ) -> Iterator[str]:
-    """What is published, and the checkpoints of the stage that needs most, must fit the store's disk."""
+    """What is published, and the checkpoints of the stage that needs most, must fit the store's disk, beside
+    those that a stage to be resumed has written."""
     published = sum(demand.artifact for demand in demands.values())
-    largest = max((checkpoint_bytes(demand, checkpoints) for demand in demands.values()), default=0.0)
+    missing = [checkpoint_bytes(demand, checkpoints) - begun[name] for name, demand in demands.items()]
+    largest = max(0.0, *missing)
     free = shutil.disk_usage(store).free
     if published + largest > free:
         yield (

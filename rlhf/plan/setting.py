@@ -23,6 +23,7 @@ from rlhf.plan.shape import Shape
 
 if TYPE_CHECKING:
     from rlhf.experiment import Settings
+    from rlhf.generation.vllm import VllmConfig
 
 Sizes = Callable[[Role, Split], Lengths]
 GIB = 2**30
@@ -41,8 +42,8 @@ class Setting:
     zero: Zero
     machine: Machine
     sizes: Sizes
-    vllm_cache: float | None = None
-    """Bytes of vLLM's cache where that samples."""
+    vllm: VllmConfig | None = None
+    """Where vLLM samples."""
     pads: bool = False
     """Rows are padded to the longest of a pass, not laid end to end."""
 
@@ -112,7 +113,7 @@ def found_setting(settings: Settings, shape: Shape, compute: Compute, sizes: Siz
         zero=settings.zero,
         machine=found_machine(compute, speed),
         sizes=sizes,
-        vllm_cache=vllm_cache(settings),
+        vllm=settings.vllm if settings.generation == "vllm" else None,
         pads=pads_rows(settings.model, shape),
     )
 
@@ -120,8 +121,3 @@ def found_setting(settings: Settings, shape: Shape, compute: Compute, sizes: Siz
 def pads_rows(model: ModelConfig, shape: Shape) -> bool:
     """Whether rows are padded: by `model.attention`, or since the model cannot take packed ones."""
     return model.attention != ATTENTION and not (model.attention == "auto" and shape.can_pack)
-
-
-def vllm_cache(settings: Settings) -> float | None:
-    """Bytes, where vLLM samples."""
-    return settings.vllm.kv_cache_gib * GIB if settings.generation == "vllm" else None

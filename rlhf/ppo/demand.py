@@ -103,6 +103,7 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
         artifact=artifact_bytes(on, config.peft),
         checkpoint=3 * FP32 * trained.parameters + best + average,
         longest=length.longest + METHODS[config.peft.method].added_tokens(on.shape, config.peft),
+        sampled=length.longest,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.artifacts import weights_digest
 from rlhf.data.chat import exchange_ids, tokenizer_digest
 from rlhf.distributed import Compute
-from rlhf.models.load import ModelConfig, context_length, load_tokenizer
+from rlhf.models.load import ModelConfig, context_left, load_tokenizer
 from rlhf.models.offload import offload
 from rlhf.models.published import attach_published, described, origin_of
 from rlhf.models.scalar import ScalarModel, load_scalar_model
@@ -65,7 +65,7 @@ class LearnedReward:
 
     def _ids(self, exchange: Exchange) -> list[int]:
         ids, _ = exchange_ids(self.tokenizer, exchange.prompt, exchange.response)
-        room = context_length(self.model.model.config)
+        room = context_left(self.model.model)
         if len(ids) > room + CUT_TOKENS:
             raise RewardError(
                 f"{self.directory}: the reward model reads {room} tokens, and a prompt with its response has "

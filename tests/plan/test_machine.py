@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 
 import psutil
+import pytest
+import torch
 from small_job import on_cpu
 
+from rlhf.distributed import Compute
 from rlhf.plan.machine import LIBRARIES, Speed, found_machine, host_memory, room_in
 
 
@@ -27,3 +30,19 @@ def test_a_rank_on_a_cpu_may_have_what_is_left_and_what_it_has() -> None:
     assert 0.5 * own < machine.used - LIBRARIES < 2 * own
     assert machine.used < machine.memory <= psutil.virtual_memory().total
     assert machine.memory - own <= 1.5 * host_memory() and machine.host_memory == 0.0
+
+
+def test_of_a_gpu_a_rank_may_have_what_is_free_once_the_calibration_has_given_back_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch keeps what it has freed, and the driver counts this process's context as taken."""
+    free = 6e9
+
+    def give_back() -> None:
+        nonlocal free
+        free += 1e9
+
+    monkeypatch.setattr("torch.cuda.empty_cache", give_back)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 8e9))
+    machine = found_machine(Compute(torch.device("cuda"), torch.bfloat16), Speed(1.0, 1.0))
+    assert (machine.memory, machine.used) == (7e9, 0.0)

@@ -151,6 +151,13 @@ def test_what_is_sharded(zero: Zero, weights: float, gradients: float, optimizer
     assert trained.optimizer().size == pytest.approx(optimizer * count)
 
 
+def test_layers_that_train_are_the_models_own() -> None:
+    def held(method: str) -> float:
+        return sum(part.size for part in Trained(setting(), PeftConfig(method=method)).weights("model"))
+
+    assert held("freeze") == held("none") < held("lora")
+
+
 def test_offloading_leaves_on_the_device_what_is_gathered() -> None:
     trained = Trained(setting("zero3_offload", ranks=2, kind="cuda"), FULL)
     parts = [*trained.weights("model"), trained.optimizer(), trained.gradients(passes=2)]

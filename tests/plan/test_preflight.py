@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -30,7 +31,9 @@ from rlhf.config import ConfigError, PeftConfig
 from rlhf.data.prepared import Lengths, PreparedData
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment, build_experiment
+from rlhf.generation.vllm import VllmConfig
 from rlhf.methods import METHODS
+from rlhf.models.load import BaseModelFiles
 from rlhf.plan.demand import Demand, Worker
 from rlhf.plan.machine import Machine, Speed
 from rlhf.plan.preflight import (
@@ -41,7 +44,7 @@ from rlhf.plan.preflight import (
     preflight,
     shortage,
 )
-from rlhf.plan.setting import Setting
+from rlhf.plan.setting import Setting, Sizes
 from rlhf.plan.shape import Shape, UnknownShapeError, shape_of, skeleton
 from rlhf.plan.strategies import Figure, Strategy, Use, prefill, served
 from rlhf.plan.written import explanation, phases, table
@@ -76,7 +79,7 @@ def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> Setting:
 
 def check(tmp_path: Path, on: Setting, stage: str, *overrides: str) -> Checked:
     found = experiment(*overrides)
-    return preflight([found.stages[stage]], found.stages, on, tmp_path, NO_CHECKPOINTS)
+    return preflight([found.stages[stage]], found.stages, on, tmp_path, NO_CHECKPOINTS, begun={stage: 0.0})
 
 
 def test_the_advice_makes_it_fit(tmp_path: Path) -> None:
@@ -349,7 +352,7 @@ def test_what_is_not_checked_of_an_unknown_shape_is_said(
     finished_chain: tuple[Chain, Outcome], tmp_path: Path
 ) -> None:
     T5Config().save_pretrained(tmp_path)
-    said = before(finished_chain[1], on_cpu(), "sft", "model.kind=local", f"+model.path={tmp_path}")
+    said = before(finished_chain[1], on_cpu(), "sft", base=tmp_path)
     assert said.startswith("Memory, time, disk and context are not checked: T5Config: Unrecognized")
 
 
@@ -449,6 +452,68 @@ def test_virtual_tokens_are_part_of_a_sequence(tmp_path: Path) -> None:
     assert "the longest sequence could have 920 tokens" in complaint
 
 
+def test_virtual_tokens_are_part_of_what_is_answered_and_read(tmp_path: Path) -> None:
+    """Prompts of 900 tokens leave room for 10; held-out answers and texts fill the context."""
+    on = gpus(80)
+    on = replace(on, shape=replace(on.shape, context=910))
+    new = ("generate.max_new_tokens=10", "generate.reward=vader", "evaluate.max_new_tokens=10")
+    policies = (
+        "evaluate.policies=[sft]",
+        "evaluate.reward=null",
+        "evaluate.gold=null",
+        *no_gates("evaluate"),
+    )
+    for stage in ("generate", "evaluate"):
+        assert not check(tmp_path, on, stage, f"stage={stage}", "sft.peft=lora", *new, *policies).refused
+        found = check(tmp_path, on, stage, f"stage={stage}", "sft.peft=prefix", *new, *policies).refused
+        assert f"{stage}.max_new_tokens=10: the longest sequence could have 930 tokens" in "".join(found)
+    read = ("evaluate.num_prompts=1", "evaluate.max_new_tokens=1")
+    on = replace(on, shape=replace(on.shape, context=900), sizes=with_prompts_of(on, 100))
+    assert not check(tmp_path, on, "evaluate", "stage=evaluate", "sft.peft=lora", *read, *policies).refused
+    assert check(tmp_path, on, "evaluate", "stage=evaluate", "sft.peft=prefix", *read, *policies).refused
+
+
+def with_prompts_of(on: Setting, tokens: int) -> Sizes:
+    short = Lengths(rows=1000, mean=float(tokens), deviation=0.0, longest=tokens)
+    return lambda role, split: short if role == "evaluate" else on.sizes(role, split)
+
+
+def no_gates(stage: str) -> list[str]:
+    return [f"{stage}.gates.{name}=null" for name in experiment().stages[stage].gates]
+
+
+def test_what_vllm_may_not_sample_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    limited = VllmConfig(kv_cache_gib=1.0, max_num_seqs=8, max_model_len=920, enforce_eager=True)
+    on, stage = replace(gpus(80), vllm=limited), "generate"
+    (line,) = check(tmp_path, on, stage, "stage=generate", "generate.max_new_tokens=40").refused
+    assert line.endswith("are 940 tokens, and vllm.max_model_len=920. Use 940 or more.")
+    assert not check(tmp_path, on, stage, "stage=generate", "generate.max_new_tokens=20").refused
+    assert not check(tmp_path, replace(on, vllm=None), stage, "stage=generate").refused
+
+
+@pytest.mark.parametrize(
+    ("on", "given"),
+    [
+        # frozen models that wait in the host's memory do not go with the LoRA that is needed too
+        (1, ("ppo.peft=none", "ppo.optim.lr=1e-6", "ppo.critic.optim.lr=1e-5")),
+        # whole weights on each rank are what the moving average needs
+        (8, ("ppo.peft=none", "ppo.optim.lr=1e-6", "ppo.critic.optim.lr=1e-5", "ppo.ema_decay=0.9")),
+    ],
+)
+def test_what_is_advised_is_what_the_run_would_take(on: int, given: tuple[str, ...], tmp_path: Path) -> None:
+    for memory in range(20, 160, 10):
+        setting = gpus(memory, ranks=on)
+        for line in check(tmp_path, setting, "ppo", *given).refused:
+            advice = line.partition("It would fit with ")[2].removesuffix(".")
+            for way in filter(None, advice.split(" or with ")):
+                sizes = ("ppo.batch_episodes=64", "ppo.minibatch_episodes=32")
+                accepted = experiment(*sizes, *given, *way.split())
+                compute = Compute(
+                    torch.device("cuda"), torch.bfloat16, accepted.settings.zero, world_size=setting.ranks
+                )
+                accepted.stages["ppo"].check_compute(compute)
+
+
 def test_sharding_is_not_advised_where_it_would_be_refused(tmp_path: Path) -> None:
     advised = {
         method: check(tmp_path, gpus(20, ranks=8), "sft", f"sft.peft={method}").refused
@@ -461,8 +526,9 @@ def test_sharding_is_not_advised_where_it_would_be_refused(tmp_path: Path) -> No
 def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> None:
     every = NO_CHECKPOINTS.model_copy(update={"every_steps": 5, "keep": 2})
     huge = Demand(artifact=1.0, checkpoint=1e18)
-    assert list(disk_complaints({"sft": huge}, tmp_path, NO_CHECKPOINTS)) == []
-    (line,) = disk_complaints({"sft": huge}, tmp_path, every)
+    assert list(disk_complaints({"sft": huge}, tmp_path, NO_CHECKPOINTS, {"sft": 0.0})) == []
+    assert list(disk_complaints({"sft": huge}, tmp_path, every, {"sft": 3e18})) == []  # they are written
+    (line,) = disk_complaints({"sft": huge}, tmp_path, every, {"sft": 0.0})
     assert line.startswith(f"store_dir={tmp_path}") and "checkpoint.keep" in line
 
 
@@ -498,12 +564,13 @@ def test_a_model_too_large_is_refused_before_it_is_read(
     assert outcome.statuses == {"prepare": "ran"}
 
 
-def before(chain: Outcome, compute: Compute, stage: str, *overrides: str) -> str:
+def before(chain: Outcome, compute: Compute, stage: str, *overrides: str, base: Path | None = None) -> str:
     """What the check of one stage says, on the finished chain's data."""
     said = io.StringIO()
     found = experiment("model=tiny", f"store_dir={chain.directory}", *overrides)
     data = PreparedData(chain.artifact("prepare"))
-    check_before_loading(found, [stage], compute, data, Console(file=said, width=300))
+    files = BaseModelFiles(base or chain.artifact("sft"), "tiny", found.settings.model)
+    check_before_loading(found, {stage: 0.0}, files, compute, data, Console(file=said, width=300))
     return said.getvalue()
 
 

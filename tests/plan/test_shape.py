@@ -20,7 +20,7 @@ from transformers import (
 
 from rlhf.config import PeftConfig
 from rlhf.models.adapters import attach, count_parameters
-from rlhf.models.load import ModelConfig, base_config
+from rlhf.models.load import BaseModelFiles, ModelConfig
 from rlhf.plan.methods import METHODS
 from rlhf.plan.shape import UnknownShapeError, shape_of
 
@@ -104,8 +104,8 @@ def test_norms_of_queries_and_keys_count_for_each_head() -> None:
 
 def test_the_base_models_config_needs_no_weights(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
-    alone = base_config(ModelConfig(kind="local", path=str(tmp_path)))
-    assert shape_of(alone) == shape_of(base_config(ModelConfig(kind="tiny")))
+    files = BaseModelFiles(tmp_path, "tiny", ModelConfig(kind="tiny"))
+    alone = files.architecture
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert shape_of(alone).parameters == count_parameters(model)[1]
 

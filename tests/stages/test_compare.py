@@ -21,7 +21,7 @@ from rlhf.config import ConfigError, validated
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
 from rlhf.job import Job
-from rlhf.models.load import BaseModelFiles, ModelConfig, _write_tiny, base_config
+from rlhf.models.load import BaseModelFiles, ModelConfig, _write_tiny
 from rlhf.plan.machine import Machine, Speed
 from rlhf.plan.setting import Setting
 from rlhf.plan.shape import shape_of
@@ -247,7 +247,7 @@ def test_what_the_stage_needs_follows_from_its_own_questions_and_corpus(
         stage = make_stage(methods=["retrieval"], num_questions=2, **changes)
         stage.check_data(data, base_of(tiny_model))
         machine = Machine("cpu", "a test", 1e12, 1e12, 0.0, 1, Speed(100.0, 10.0))
-        shape = shape_of(base_config(ModelConfig(kind="tiny")))
+        shape = shape_of(base_of(tiny_model).architecture)
         return stage.demand(Setting(shape, 4, "none", machine, data.size), {}).longest
 
     def write(name: str, row: dict[str, str]) -> str:

@@ -20,7 +20,7 @@ import rlhf.plan.machine
 from rlhf import methods
 from rlhf.data.prepared import Lengths
 from rlhf.experiment import Experiment, build_experiment
-from rlhf.models.load import ModelConfig, base_config
+from rlhf.models.load import BaseModelFiles, ModelConfig
 from rlhf.plan.machine import Machine, Speed, calibrated_speed
 from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import GIB, Setting
@@ -242,7 +242,7 @@ def test_what_the_model_cannot_have_is_not_planned(chain: Chain, tmp_path: Path)
 )
 def test_every_strategy_is_an_experiment_that_is_accepted(
     trains: list[str], given: tuple[str, ...], without_first_kl: Sequence[str], from_sft: Sequence[str],
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("rlhf.experiment.check_qlora", lambda key, device: None)
 
@@ -254,7 +254,7 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
         return build_experiment({str(key): value for key, value in resolved.items()})
 
     before = compose_and_build("model=tiny", "stage=prepare", *given)
-    base = skeleton(base_config(ModelConfig(kind="tiny")))
+    base = skeleton(BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny")).architecture)
     machine = Machine("cuda", "a test", 80 * GIB, 80 * GIB, 0.0, 1, Speed(1000.0, 1000.0))
     on = Setting(counted(base), 2, "none", machine, lambda role, split: Lengths(100, 20.0, 0.0, 20))
     use = Use(100, 10.0, 10.0, 1, 1, "many_adapters", None, None)
