@@ -188,18 +188,19 @@ class PlanStage(Stage):
         """The task and its limits."""
         compare = experiment.resolved["compare"]
         rows, prompt, answer = self.rows, self.prompt_tokens, self.answer_tokens
-        mean_prompt, mean_answer = float(prompt or 0), float(answer or 0)
+        mean_prompt, mean_answer, has_questions = float(prompt or 0), float(answer or 0), True
         if rows is None:
             found = job.data.rows("sft", "train")
             rows, tokenizer = len(found), job.base.load_tokenizer()
-            some = found[:MEASURED_ROWS]
+            some, has_questions = found[:MEASURED_ROWS], any(row.prompt for row in found)
             mean_prompt = fmean(len(prompt_ids(tokenizer, row.prompt)) for row in some)
             both = fmean(len(exchange_ids(tokenizer, row.prompt, row.completion)[0]) for row in some)
             mean_answer = both - mean_prompt
         return Use(
             rows, mean_prompt, mean_answer,
             examples=compare["few_shot"]["examples"], passages=compare["retrieval"]["passages"],
-            deploy=self.deploy, hours=self.hours, max_added_latency=self.max_added_latency,
+            has_questions=has_questions, deploy=self.deploy, hours=self.hours,
+            max_added_latency=self.max_added_latency,
         )  # fmt: skip
 
     def show(self, job: Job, on: Setting, ranked: list[Strategy], cells: Cells, reason: str) -> None:

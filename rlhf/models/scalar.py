@@ -109,6 +109,8 @@ def check_score_head(directory: Path) -> None:
     shapes: dict[str, list[int]] = {}
     try:
         with reading(directory):
+            if not files:
+                raise OSError("no safetensors there")
             for file in files:
                 with safe_open(file, framework="pt") as weights:
                     names = {f"{prefix}score.{name}" for name in ("weight", "bias")} & set(weights.keys())

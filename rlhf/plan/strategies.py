@@ -50,6 +50,8 @@ class Use(NamedTuple):
     """Of a few-shot prompt."""
     passages: int
     """Of a retrieval prompt."""
+    has_questions: bool
+    """The data are no plain text alone, so there is something to ask."""
     deploy: str
     hours: float | None
     max_added_latency: float | None
@@ -122,6 +124,8 @@ def prompted(on: Setting, use: Use) -> Iterator[Strategy]:
         against = []
         if total > on.shape.context:
             against.append(f"{total:.0f} tokens, and the context has {on.shape.context}")
+        if not use.has_questions:
+            against.append("sft.data is plain text, so there is no question to ask")
         phases = [Phase("answering elsewhere")]
         if use.deploy != "api_only":
             answering = sampling(on, 1, use.prompt + added, round(use.answer))

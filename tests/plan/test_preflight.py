@@ -387,8 +387,8 @@ def test_added_latency_by_hand() -> None:
                     intermediate=20)  # fmt: skip
     machine = replace(gpus(80).machine, speed=Speed(gflops=1e-3, gbytes=1e-3))
     on = replace(gpus(80), shape=shape, machine=machine)
-    use = Use(rows=9, prompt=6.0, answer=8.0, examples=0, passages=0, deploy="many_adapters", hours=None,
-              max_added_latency=None)  # fmt: skip
+    use = Use(rows=9, prompt=6.0, answer=8.0, examples=0, passages=0, has_questions=True,
+              deploy="many_adapters", hours=None, max_added_latency=None)  # fmt: skip
     # 7 tokens, each of 2 x 1000 + 4 x 2 x 4 x 5 x 7 operations, at 0.45 of 1e6 a second
     assert prefill(on, 7).value == pytest.approx(7 * 3120 / 0.45e6)
     # factors of 2 layers' keys and values of 5 and 20 more, 2 bytes each at 1e6 a second; and for each of 8

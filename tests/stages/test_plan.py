@@ -217,6 +217,16 @@ def test_a_prompt_that_holds_all_rows_is_recommended_and_runs(chain: Chain) -> N
         assert said.count("assistant") == written["compare"]["few_shot"]["examples"]
 
 
+def test_of_plain_text_nothing_can_be_asked(chain: Chain, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("".join(f"The cat number {n} sleeps.\n" for n in range(12)))
+    outcome = chain.run("stage=plan", f"sft.data={tmp_path / 'notes.txt'}", "prepare.held_out_fraction=0.2")
+    assert outcome.code == 0, outcome.err
+    table = rows(outcome)
+    for way in ("zero-shot", "few-shot", "retrieval"):
+        assert table[way][0] == "no" and "plain text" in table[way][8]
+    assert table["LoRA"][0] != "no"
+
+
 def test_what_the_model_cannot_have_is_not_planned(chain: Chain, tmp_path: Path) -> None:
     """Mistral's windows lose what stands before a row."""
     MistralConfig(
@@ -257,7 +267,7 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
     base = skeleton(BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny")).architecture)
     machine = Machine("cuda", "a test", 80 * GIB, 80 * GIB, 0.0, 1, Speed(1000.0, 1000.0))
     on = Setting(counted(base), 2, "none", machine, lambda role, split: Lengths(100, 20.0, 0.0, 20))
-    use = Use(100, 10.0, 10.0, 1, 1, "many_adapters", None, None)
+    use = Use(100, 10.0, 10.0, 1, 1, True, "many_adapters", None, None)
     ranked = rank_strategies([before.stages[name] for name in trains], before, base, on, use)
     found = {}
     (tmp_path / "experiment").mkdir()
