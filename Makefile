@@ -15,7 +15,9 @@ demo: $(VENV)/.installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4
 
+# qlora's package costs every process a second, which is too much for the fast tests.
 test-slow: $(VENV)/.tested
+	$(PIP) install --editable '.[qlora]'
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.tested

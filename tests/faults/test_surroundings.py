@@ -36,6 +36,7 @@ def small_disk(directory: Path, size: str) -> Iterator[None]:
 
 
 @NEEDS_MOUNT
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_with_room_the_same_command_goes_on(chain: RealChain) -> None:
     disk = chain.store("full")
     with small_disk(disk, "4m"):
@@ -54,6 +55,7 @@ def test_a_full_disk_is_one_error_and_with_room_the_same_command_goes_on(chain: 
 
 
 @NEEDS_MOUNT
+@pytest.mark.slow
 def test_a_store_that_became_read_only_still_serves_what_is_finished(chain: RealChain) -> None:
     disk = chain.store("frozen")
     with small_disk(disk, "64m"):

@@ -15,6 +15,7 @@ from rlhf.models.quantized import round_to_4_bits
 from rlhf.training import load_trainable, trainable_state
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.slow  # which installs it
 CONFIG = PeftConfig(method="qlora", rank=4, alpha=8)
 
 

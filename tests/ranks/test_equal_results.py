@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +17,13 @@ VARIANTS = {
         "ppo.micro_batch_tokens=60",
     ),
     "two_ranks": ("launch.processes=2",),
-    "zero3": ("launch.processes=2", "zero=zero3", "ppo.frozen=sharded"),
     "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen=sharded"),
 }
 ONE_PASS = "ppo.minibatch_episodes=8"
 """A rollout is one minibatch, which is learned from by the pass that scored it."""
 CHECKPOINTED = tuple(f"{stage}.activation_checkpointing=true" for stage in ("sft", "reward", "ppo"))
 SLOW = {
+    "zero3": ("launch.processes=2", "zero=zero3", "ppo.frozen=sharded"),
     "checkpointed_zero2": ("launch.processes=2", "zero=zero2", *CHECKPOINTED),
     "checkpointed_zero3": ("launch.processes=2", "zero=zero3", *CHECKPOINTED),
     "checkpointed_fsdp2": ("launch.processes=2", "zero=fsdp2", *CHECKPOINTED),
@@ -78,14 +77,15 @@ def compare(chain: RealChain, reference: str, name: str, stages: tuple[str, ...]
         assert found[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
 
 
-def test_a_model_trained_by_sharded_ranks_is_a_plain_directory(chain: RealChain, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_model_trained_by_sharded_ranks_is_a_plain_directory(chain: RealChain, sharded: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    if not (chain.directory / "runs" / "zero3").exists():
-        chain.run("zero3", *VARIANTS["zero3"])
+    if not (chain.directory / "runs" / sharded).exists():
+        chain.run(sharded, *(VARIANTS | SLOW)[sharded])
     models = [
         AutoModelForCausalLM.from_pretrained(chain.directory / "runs" / name / "artifacts" / "ppo")
-        for name in ("one", "zero3")
+        for name in ("one", sharded)
     ]
     states = [model.state_dict() for model in models]
     assert states[0].keys() == states[1].keys()

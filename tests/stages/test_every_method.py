@@ -277,7 +277,9 @@ def test_nor_on_a_reward_model_from_elsewhere(tmp_path: Path, tiny_model: Path) 
     build("stage=ppo", *on["lora"], "ppo.peft=prefix")
 
 
-@pytest.mark.parametrize("method", ["qlora", "prefix", "prompt", "p_tuning"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("qlora", marks=pytest.mark.slow), "prefix", "prompt", "p_tuning"]
+)
 def test_a_policy_that_starts_apart_from_its_reference(
     method: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +337,7 @@ def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -
     assert chain.run(*arguments).statuses["sft"] == "reused"
 
 
+@pytest.mark.slow  # which installs bitsandbytes
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
 def test_low_rank_updates_of_weights_in_4_bits(name: str, tmp_path: Path, tiny_model: Path) -> None:
     """bitsandbytes computes on CPUs too, slowly; no GPU has run this. It has no wheels for some platforms."""
