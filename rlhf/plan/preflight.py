@@ -246,18 +246,22 @@ def fits(
     """Whether the stage has memory enough with these changes, and its run would take them."""
     changed = stage.model_copy(update=dict(change))
     setting = replace(on, **where)
-    if stage.tunes() is not None and any(refused_on(setting, changed)):
+    if not is_taken(changed, setting):
         return False
     return shortage(changed.demand(setting, {**chain, stage.name: changed}), setting) <= 1.0
 
 
-def refused_on(on: Setting, stage: Stage) -> Iterator[str]:
-    """What a stage that trains would say on these ranks."""
-    compute = Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
+def is_taken(stage: Stage, on: Setting) -> bool:
+    """Whether a stage would run on these ranks, which is a question of those that train."""
+    if stage.tunes() is None:
+        return True
     try:
-        stage.check_compute(compute)
-    except ConfigError as error:
-        yield str(error)
+        stage.check_compute(
+            Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
+        )
+    except ConfigError:
+        return False
+    return True
 
 
 def context_complaints(stage: Stage, demand: Demand, on: Setting) -> Iterator[str]:
