@@ -17,7 +17,8 @@ from rlhf.config import ConfigError
 from rlhf.data.batching import token_budget_batches
 from rlhf.data.chat import continuation_ids
 from rlhf.generation.policy import Policy
-from rlhf.models.packed import Packed, hidden_states
+from rlhf.models.packed import hidden_states
+from rlhf.models.rows import Packed
 
 RetrieverName = Literal["bm25", "embeddings"]
 

@@ -36,3 +36,9 @@ def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """Consecutive slices of at most size items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def equal_tokens(first: Sequence[int], second: Sequence[int]) -> int:
+    """With how many tokens both begin."""
+    different = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(different, min(len(first), len(second)))

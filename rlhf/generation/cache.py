@@ -1,6 +1,7 @@
 """The KV cache of the local engine: it grows with room to spare, and loses rows and columns.
 
-Dimensions: B rows, K tokens in the cache, D size of a head, T tokens of packed prompts.
+Dimensions: B rows, K tokens in the cache, D size of a head, T tokens of packed prompts,
+U different ones of them.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class GrowingLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._length = 0
-        self.prompts: tuple[Tensor, int, int] | None = None
-        """Before the first call, if it is going to bring packed prompts: the places [T] that their tokens get
-        in [B, K], flattened, and B and K."""
+        self.prompts: tuple[Tensor, Tensor, int, int] | None = None
+        """Before the first call, if it is going to bring packed prompts: which of what it brings each token of
+        theirs is [T], the places [T] that they get in [B, K], flattened, and B and K."""
 
     def get_seq_length(self) -> int:
         """Tokens so far."""
@@ -72,12 +73,14 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _padded(self, x: Tensor) -> Tensor:
-        """Packed prompts' [1, heads, T, D] -> [B, heads, K, D]."""
+        """Packed prompts' [1, heads, U, D] -> [B, heads, K, D]."""
         if self.prompts is None:
             return x
-        places_T, rows, width = self.prompts
+        token_T, places_T, rows, width = self.prompts
         _, heads, _, size = x.shape
-        padded = x.new_zeros(rows * width, heads, size).index_copy_(0, places_T, x[0].transpose(0, 1))
+        padded = x.new_zeros(rows * width, heads, size).index_copy_(
+            0, places_T, x[0].transpose(0, 1)[token_T]
+        )
         return padded.view(rows, width, heads, size).transpose(1, 2).contiguous()
 
     def cut(self, start: int, stop: int) -> None:

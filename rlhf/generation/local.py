@@ -17,7 +17,8 @@ from rlhf.data.batching import token_budget_batches
 from rlhf.generation.cache import JOINABLE, GrowingLayer, growing_cache, joined, without_padding
 from rlhf.generation.lean import LeanDecoder, is_lean
 from rlhf.generation.prepacked import prepacked
-from rlhf.models.packed import ATTENTION, Packed
+from rlhf.models.packed import ATTENTION
+from rlhf.models.rows import Packed
 from rlhf.rl.rollout import Rollout
 
 READ_TOKENS = 4096
@@ -170,8 +171,9 @@ def _read_group(
     if is_packed:
         for layer in cache.layers:
             assert isinstance(layer, GrowingLayer)
-            layer.prompts = (mask_BK.flatten().nonzero().squeeze(-1), *mask_BK.shape)
-        output = model(**packed.call(), past_key_values=cache, use_cache=True, logits_to_keep=packed.last_B)
+            layer.prompts = (packed.token_T, mask_BK.flatten().nonzero().squeeze(-1), *mask_BK.shape)
+        last = packed.token_T[packed.last_B]
+        output = model(**packed.call(), past_key_values=cache, use_cache=True, logits_to_keep=last)
         return cache, output.logits[0], mask_BK
     ids_BK = torch.full_like(mask_BK, pad_id)
     ids_BK[mask_BK.bool()] = packed.ids_T

@@ -29,12 +29,10 @@ class LowRankLinear(Linear):
         if args or options or self.disable_adapters or self.merged or is_sharded:
             result: Tensor = super().forward(x, *args, **options)
             return result
-        result = self.base_layer(x)
+        x_NI = x.flatten(0, -2)
+        result = self.base_layer(x_NI)
         for name in names:
-            inner: Tensor = self.lora_A[name](x)
+            inner: Tensor = self.lora_A[name](x_NI)
             weight: Any = self.lora_B[name].weight
-            total = torch.addmm(
-                result.flatten(0, -2), inner.flatten(0, -2), weight.T, alpha=self.scaling[name]
-            )
-            result = total.view_as(result)
-        return result
+            result.addmm_(inner, weight.T, alpha=self.scaling[name])
+        return result.view(*x.shape[:-1], -1)

@@ -1,14 +1,13 @@
-"""Rows laid end to end, so that no padding goes through a model.
+"""What a model makes of rows laid end to end, so that no padding goes through it.
 
-Linear layers and norms see one long row of T tokens; only attention looks at each row by itself: through a
-variable-length kernel on GPUs, and elsewhere padded for the moment of the attention alone. Dimensions:
-B rows, T tokens of all rows, L tokens of the longest, H hidden size, A heads, D size of a head.
+Linear layers and norms see one long row of U tokens; only attention looks at each row by itself: through a
+variable-length kernel on GPUs, and elsewhere padded for the moment of the attention alone. Dimensions: B
+rows, T tokens of all rows, U different ones of them, L tokens of the longest, H hidden size, A heads, D size
+of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.models.rows import Packed, seen
 from rlhf.models.short_attention import ShortAttention
 
 ATTENTION = "packed"
@@ -27,89 +27,8 @@ SHORT = 1024
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-class Packed:
-    """Token ids of B rows, laid end to end."""
-
-    def __init__(self, rows: Sequence[Tensor], device: torch.device | str) -> None:
-        self.lengths = [len(row) for row in rows]
-        self._groups: dict[tuple[int, int], list[tuple[Tensor, Tensor | None]]] = {}
-        self._unseen: dict[tuple[Any, ...], Tensor] = {}
-        self.ids_T = torch.cat(list(rows)).to(device)
-
-    @property
-    def longest(self) -> int:
-        """L."""
-        return max(self.lengths)
-
-    @cached_property
-    def positions_T(self) -> Tensor:
-        """0, 1, 2, ... in each row."""
-        return torch.cat([torch.arange(length) for length in self.lengths]).to(self.ids_T.device)
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """Int [B + 1]: where each row begins, and T."""
-        return functional.pad(torch.tensor(self.lengths).cumsum(0), (1, 0)).to(self.ids_T.device)
-
-    @cached_property
-    def places_T(self) -> Tensor:
-        """Where each token stands in [B, L], flattened."""
-        row_T = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
-        return row_T.to(self.ids_T.device) * self.longest + self.positions_T
-
-    def groups(self, most: int, queries: int) -> list[tuple[Tensor, Tensor | None]]:
-        """Rows beside each other, of which so many queries each have at most `most` attention weights.
-
-        Returns:
-            For each group its tokens [rows, L], whose padding names the row's last token again, and where
-            they are real (None: everywhere).
-        """
-        key = most, queries
-        if key in self._groups:
-            return self._groups[key]
-        found: list[tuple[Tensor, Tensor | None]] = []
-        first = 0
-        while first < len(self.lengths):
-            longest, end = self.lengths[first], first + 1
-            while end < len(self.lengths):
-                longer = max(longest, self.lengths[end])
-                if (end + 1 - first) * longer * min(longer, queries) > most:
-                    break
-                longest, end = longer, end + 1
-            lengths = torch.tensor(self.lengths[first:end])
-            positions = torch.arange(longest)
-            is_real = positions < lengths[:, None]
-            tokens = self.starts[first:end, None] + torch.minimum(positions, lengths[:, None] - 1)
-            found.append((tokens, None if bool(is_real.all()) else is_real))
-            first = end
-        self._groups[key] = found
-        return found
-
-    def unseen(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[length, length], to be added to scores: -inf where a query does not look."""
-        key = (length, window, dtype)
-        if key not in self._unseen:
-            bias = torch.zeros(length, length, dtype=dtype, device=self.ids_T.device)
-            self._unseen[key] = bias.masked_fill_(~_seen(length, window, bias.device), float("-inf"))
-        return self._unseen[key]
-
-    def call(self) -> dict[str, Any]:
-        """Arguments of a model that takes packed rows, with or without a head."""
-        return {
-            "input_ids": self.ids_T[None],
-            "position_ids": self.positions_T[None],
-            "attention_mask": self.ids_T.new_zeros(1, 1, 1, 1),  # so transformers makes none of its own
-            "packed": self,
-        }
-
-    @property
-    def last_B(self) -> Tensor:
-        """Each row's last token."""
-        return self.starts[1:] - 1
-
-
-def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
-    """Final hidden states [T, H], before any head."""
+def hidden_states(model: PreTrainedModel, packed: Packed, at_N: Tensor | None = None) -> Tensor:
+    """Final hidden states [N, H] at some of the T tokens, each named once, or at all; before any head."""
     backbone = getattr(model, model.base_model_prefix)
     if model.config._attn_implementation != ATTENTION:
         ids_BL = packed.ids_T.new_zeros(len(packed.lengths) * packed.longest)
@@ -118,14 +37,16 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
         positions_BL = torch.arange(packed.longest, device=ids_BL.device).expand_as(ids_BL)
         # padding stands behind every real token, so causal attention needs no mask
         hidden_BLH = backbone(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).last_hidden_state
-        return hidden_BLH.flatten(0, 1)[packed.places_T]  # type: ignore[no-any-return]
-    hidden_1TH: Tensor = backbone(**packed.call(), use_cache=False).last_hidden_state
-    return hidden_1TH[0]
+        places = packed.places_T if at_N is None else packed.places_T[at_N]
+        return _take(hidden_BLH.flatten(0, 1), places)
+    hidden_1UH: Tensor = backbone(**packed.call(), use_cache=False).last_hidden_state
+    tokens = packed.token_T if at_N is None else packed.token_T[at_N]
+    return _take(hidden_1UH[0], tokens, may_repeat=packed.has_common)
 
 
-def take(x_T: Tensor, places: Tensor) -> Tensor:
-    """x_T[places], where no place comes twice."""
-    taken: Tensor = _Gather.apply(x_T, places)  # type: ignore[no-untyped-call]
+def _take(x: Tensor, places: Tensor, *, may_repeat: bool = False) -> Tensor:
+    """x[places]."""
+    taken: Tensor = _Gather.apply(x, places, may_repeat)  # type: ignore[no-untyped-call]
     return taken
 
 
@@ -166,7 +87,8 @@ def _leaks(model: PreTrainedModel) -> bool:
     row = torch.arange(3, 7)
     try:
         first, second = (
-            hidden_states(model, Packed([before, row], model.device))[len(row) :] for before in (row, row + 4)
+            hidden_states(model, Packed([before, row], model.device))[len(row) :]
+            for before in (row + 1, row + 4)
         )
     except _OwnMaskError:
         return True
@@ -189,11 +111,11 @@ def attention(
     """What transformers calls in each layer.
 
     Args:
-        query: [1, A, T, D]; key and value may have fewer heads.
+        query: [1, A, U, D]; key and value may have fewer heads.
         packed: the rows; None is a call that has nothing to do with them, such as decoding.
 
     Returns:
-        [1, T, A, D].
+        [1, U, A, D].
     """
     if packed is None:
         if query.device.type == "cpu" and query.shape[2] == 1:
@@ -211,7 +133,7 @@ def attention(
     assert dropout == 0.0
     has_kernel = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
     attend = _by_kernel if has_kernel else _by_row
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [U, heads, D]
     return attend(q, k, v, packed, scaling, sliding_window)[None], None
 
 
@@ -249,23 +171,18 @@ def _by_row(
         return out
     rows, longest = len(packed.lengths), packed.longest
 
-    def padded(x: Tensor) -> Tensor:  # [B, heads, L, D]
+    def padded(x: Tensor) -> Tensor:  # [U, heads, D] -> [B, heads, L, D]
+        x = _take(x, packed.token_T, may_repeat=True) if packed.has_common else x
         places: Tensor = _Spread.apply(x, packed.places_T, rows * longest)  # type: ignore[no-untyped-call]
         return places.view(rows, longest, *x.shape[1:]).transpose(1, 2)
 
     is_windowed = window is not None and window < longest
     out_BALD = functional.scaled_dot_product_attention(
-        padded(q), padded(k), padded(v), attn_mask=_seen(longest, window, q.device) if is_windowed else None,
+        padded(q), padded(k), padded(v), attn_mask=seen(longest, window, q.device) if is_windowed else None,
         is_causal=not is_windowed, scale=scale, enable_gqa=k.shape[1] != q.shape[1],
     )  # fmt: skip
-    return take(out_BALD.transpose(1, 2).flatten(0, 1), packed.places_T)
-
-
-def _seen(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [length, length]: which keys (second axis) a query looks at."""
-    positions = torch.arange(length, device=device)
-    distance = positions[:, None] - positions
-    return (distance >= 0) & (distance < (window or length))
+    own_U = packed.places_T[packed.is_own_T]
+    return _take(out_BALD.transpose(1, 2).flatten(0, 1), own_U)
 
 
 class _Spread(torch.autograd.Function):
@@ -284,19 +201,24 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The inverse of `_Spread`."""
+    """Rows of [places, ...] as they are asked for. What comes back to one that was asked for more than once
+    is added up in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places_T: Tensor) -> Tensor:
-        ctx.save_for_backward(places_T)
-        ctx.size = len(x)
-        return x.index_select(0, places_T)
+    def forward(ctx: Any, x: Tensor, places: Tensor, may_repeat: bool) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size, ctx.may_repeat = len(x), may_repeat
+        return x.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (places_T,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
         gradient = gradients[0]
-        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, places_T, gradient), None
+        shape = ctx.size, *gradient.shape[1:]
+        if not ctx.may_repeat:
+            return gradient.new_zeros(shape).index_copy_(0, places, gradient), None, None
+        total = gradient.new_zeros(shape, dtype=torch.float32).index_add_(0, places, gradient.float())
+        return total.to(gradient.dtype), None, None
 
 
 AttentionInterface.register(ATTENTION, attention)

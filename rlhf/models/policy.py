@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute
 from rlhf.models.checkpointing import recomputed
-from rlhf.models.packed import Packed, hidden_states, take
+from rlhf.models.packed import hidden_states
+from rlhf.models.rows import Packed
 from rlhf.rl.padding import length_mask
 from rlhf.rl.rollout import Rollout
 
@@ -69,7 +70,7 @@ class TokenStatistics(NamedTuple):
 
 def response_statistics(model: PreTrainedModel, batch: Sequences, temperature: float) -> TokenStatistics:
     """Log-probability and entropy of every response token, in fp32."""
-    hidden_NH = take(hidden_states(model, batch.packed), batch.predicts_N)
+    hidden_NH = hidden_states(model, batch.packed, batch.predicts_N)
     return head_statistics(hidden_NH, model.get_output_embeddings(), batch.targets_N, temperature)
 
 

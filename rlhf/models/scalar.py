@@ -20,9 +20,10 @@ from rlhf.config import ConfigError
 from rlhf.distributed import Compute
 from rlhf.models.adapters import PREFIX
 from rlhf.models.load import ModelConfig, attention_of, reading
-from rlhf.models.packed import Packed, hidden_states, pack_where_possible, take
+from rlhf.models.packed import hidden_states, pack_where_possible
 from rlhf.models.policy import Sequences
 from rlhf.models.published import ADAPTER, WEIGHTS, attach_published, base_of, origin_of
+from rlhf.models.rows import Packed
 from rlhf.models.sharing import sharing
 
 NO_HEAD = "{}: {} has no linear `score` head without bias: it cannot serve as a reward model."
@@ -64,13 +65,13 @@ class ScalarModel(nn.Module):
 
     def values(self, batch: Sequences) -> Tensor:
         """V(prompt + y_<t) for each response token y_t, fp32 [N]: read where y_t is predicted."""
-        value_N: Tensor = self.head(take(hidden_states(self.model, batch.packed), batch.predicts_N))
+        value_N: Tensor = self.head(hidden_states(self.model, batch.packed, batch.predicts_N))
         return value_N
 
     def last_values(self, rows: Sequence[Tensor]) -> Tensor:
         """The value at each row's last token, fp32 [B]: the score of a complete exchange."""
         packed = Packed(rows, self.model.device)
-        value_B: Tensor = self.head(take(hidden_states(self.model, packed), packed.last_B))
+        value_B: Tensor = self.head(hidden_states(self.model, packed, packed.last_B))
         return value_B
 
     @torch.no_grad()

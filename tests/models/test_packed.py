@@ -15,7 +15,8 @@ from rlhf.generation import local
 from rlhf.generation.cache import growing_cache
 from rlhf.generation.local import generate
 from rlhf.models import packed, short_attention
-from rlhf.models.packed import ATTENTION, Packed, hidden_states, pack_where_possible
+from rlhf.models.packed import ATTENTION, hidden_states, pack_where_possible
+from rlhf.models.rows import Packed
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "gpt2": {}, "gpt_neox": {}, "phi": {}, "olmo2": {},
@@ -49,9 +50,17 @@ def rows() -> list[Tensor]:
     return [torch.randint(3, 100, (length,), generator=generator) for length in LENGTHS]
 
 
-def alone(model: PreTrainedModel) -> Tensor:
+def alike() -> list[Tensor]:
+    """Rows that begin alike: with one token, with all of another one's, and twice the same."""
+    start, middle, *ends = rows()
+    some = [start, torch.cat([start, middle]), torch.cat([start[:1], ends[0]])]
+    return [*some, torch.cat([start, middle, ends[1]]), ends[2], torch.cat([start, middle]), start]
+
+
+def alone(model: PreTrainedModel, of: list[Tensor] | None = None) -> Tensor:
     backbone = getattr(model, model.base_model_prefix)
-    hidden = [backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows()]
+    of = rows() if of is None else of
+    hidden = [backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in of]
     return torch.cat(hidden)
 
 
@@ -66,21 +75,45 @@ def gradients(model: PreTrainedModel, hidden_TH: Tensor) -> list[Tensor]:
     [(0, 128), (256, 128), (256, 4)],
     ids=["torchs_kernel", "matrix_products", "in_parts"],
 )
+@pytest.mark.parametrize("are_alike", [False, True], ids=["different", "alike"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_and_gradients_are_those_of_each_row_alone(
-    kind: str, short: int, queries: int, monkeypatch: pytest.MonkeyPatch
+    kind: str, are_alike: bool, short: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "SHORT", short)
     monkeypatch.setattr(short_attention, "QUERIES", queries)
+    monkeypatch.setattr(short_attention, "CACHED", 4 * 200)  # a few rows a group
     model = tiny(kind, KINDS[kind])
     assert model.config._attn_implementation == ATTENTION
-    expected, found = alone(model), hidden_states(model, Packed(rows(), "cpu"))
+    texts = alike() if are_alike else rows()
+    assert Packed(texts, "cpu").has_common == are_alike
+    expected, found = alone(model, texts), hidden_states(model, Packed(texts, "cpu"))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     pairs = zip(gradients(model, found), gradients(model, expected), strict=True)
     pairs_of_used = [pair for pair in pairs if pair[1] is not None]
     rounding = 1e-5 * max(float(wanted.abs().max()) for _, wanted in pairs_of_used)
     for gradient, wanted in pairs_of_used:
         torch.testing.assert_close(gradient, wanted, atol=rounding, rtol=1e-3)
+
+
+def test_tokens_that_rows_begin_with_alike_go_through_the_model_once() -> None:
+    texts = alike()
+    seen = Packed(texts, "cpu").call()["input_ids"].shape[1]
+    assert seen == len({tuple(row[: end + 1].tolist()) for row in texts for end in range(len(row))})
+    assert seen < sum(map(len, texts))
+
+
+@pytest.mark.parametrize("implementation", [ATTENTION, "sdpa"])
+def test_states_at_some_tokens_are_those_among_all(implementation: str) -> None:
+    """Two of the rows are the same, so their last tokens are one."""
+    model, texts = tiny("llama", {}), alike()
+    model.set_attn_implementation(implementation)
+    laid = Packed(texts, "cpu")
+    found, expected = hidden_states(model, laid, laid.last_B), alone(model, texts)[laid.last_B]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for gradient, wanted in zip(gradients(model, found), gradients(model, expected), strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(gradient, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=1e-3)
 
 
 def attention_by_hand(

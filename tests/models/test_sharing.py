@@ -15,8 +15,9 @@ from rlhf.artifacts import weights_digest
 from rlhf.config import PeftConfig
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.load import load_tokenizer
-from rlhf.models.packed import Packed, hidden_states
+from rlhf.models.packed import hidden_states
 from rlhf.models.published import attach_published, origin_of, save_adapter
+from rlhf.models.rows import Packed
 from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.models.sharing import sharing
 

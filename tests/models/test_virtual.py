@@ -22,9 +22,10 @@ from rlhf.models.adapters import attach, count_parameters, merged_weights
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_causal_lm
 from rlhf.models.merged import merged_policy
-from rlhf.models.packed import Packed, hidden_states
+from rlhf.models.packed import hidden_states
 from rlhf.models.policy import pack_sequences, response_statistics
 from rlhf.models.published import attach_published
+from rlhf.models.rows import Packed
 from rlhf.models.sharing import sharing
 from rlhf.models.virtual import virtual_tokens
 

@@ -22,7 +22,8 @@ from rlhf.methods import METHODS
 from rlhf.models.adapters import attach
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import ModelConfig
-from rlhf.models.packed import Packed, hidden_states, pack_where_possible
+from rlhf.models.packed import hidden_states, pack_where_possible
+from rlhf.models.rows import Packed
 from rlhf.plan.demand import exactly, joined
 from rlhf.plan.machine import Machine, Speed
 from rlhf.plan.memory import Trained, activations, kept_per_layer, kept_per_token, sampling
