@@ -84,7 +84,7 @@ class Point:
     phases: list[dict[str, float]]
     real_tokens: list[float]
     """Prompts and responses of each step."""
-    padding: float
+    positions_a_token: float
     peak_bytes: int
     state_bytes: int | None
     """Weights, gradients and optimizer states, counted; None with an adapter."""
@@ -138,7 +138,7 @@ def measure(shape: Shape, settings: Settings, directory: Path) -> Point:
     return Point(
         shape, settings, answer["seconds"], answer["phases"],
         [step["prompt_tokens"] + step["response_tokens"] for step in answer["metrics"]],
-        answer["padding"], answer["peak_bytes"],
+        answer["positions_a_token"], answer["peak_bytes"],
         state_bytes(Path(work["model"]), answer["precision"]) if settings.peft == "none" else None,
         AutoConfig.from_pretrained(work["model"]).vocab_size, answer["precision"], answer["versions"],
     )  # fmt: skip
@@ -206,14 +206,14 @@ def show(points: Sequence[Point]) -> None:
     """A table of all points, and the fits."""
     table = Table(
         "sweep", "episodes", "new tokens", "micro-batch tokens", "vocabulary", "real tokens", "seconds",
-        "tokens/s", "padding", "peak GB", "state GB", box=None,
+        "tokens/s", "positions a token", "peak GB", "state GB", box=None,
     )  # fmt: skip
     for point in points:
         shape, state = point.shape, point.state_bytes
         table.add_row(
             shape.sweep, str(shape.episodes), str(shape.new_tokens), str(shape.micro_batch_tokens),
             str(point.vocabulary_size), f"{point.step_tokens:.0f}", f"{point.step_seconds:.2f}",
-            f"{point.step_tokens / point.step_seconds:.0f}", f"{point.padding:.1%}",
+            f"{point.step_tokens / point.step_seconds:.0f}", f"{point.positions_a_token:.2f}",
             f"{point.peak_bytes / 1e9:.2f}", "" if state is None else f"{state / 1e9:.2f}",
         )  # fmt: skip
     console.print(table)

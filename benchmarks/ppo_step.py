@@ -69,10 +69,12 @@ def sampled(answer: dict[str, Any]) -> str:
     return f"{median(tokens):.0f}, {mean(tokens):.0f}"
 
 
-def operations(work: dict[str, Any], step: dict[str, float], micro_batch_tokens: int) -> dict[str, float]:
+def operations(
+    work: dict[str, Any], step: dict[str, float], micro_batch_tokens: int, positions_a_token: float
+) -> dict[str, float]:
     """Useful matrix operations of each phase (2 a weight and token, 6 where it trains): no padding, no
-    recomputation, no attention scores. The pass in `score` is the first in `update` where the rollout fits
-    into one (`rlhf.ppo.update.Update.score`), and counts there."""
+    recomputation, no attention scores, and what rows begin with alike once. The pass in `score` is the first
+    in `update` where the rollout fits into one (`rlhf.ppo.update.Update.score`), and counts there."""
     config = AutoConfig.from_pretrained(work["model"])
     head = config.hidden_size * config.vocab_size
     key_value = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
@@ -82,7 +84,7 @@ def operations(work: dict[str, Any], step: dict[str, float], micro_batch_tokens:
     )
     trunk = config.num_hidden_layers * layer
     prompt, response = step["prompt_tokens"], step["response_tokens"]
-    every = 2 * trunk * (prompt + response)
+    every = 2 * trunk * (prompt + response) * min(1.0, positions_a_token)
     passes = work["epochs"] - 1 if prompt + response <= micro_batch_tokens else work["epochs"]
     train = 4 if work["peft"] == "lora" else 6  # an adapter needs no gradients of the frozen weights
     return {
@@ -99,7 +101,9 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any]) -> None:
     steps, peak = answer["metrics"][1:], answer["matmul_peak"]
     table = Table("phase", "seconds", "share", "tokens/s", "GFLOP/s", "of peak", box=None)
     total = median(answer["seconds"][1:])
-    useful = [operations(work, step, answer["micro_batch_tokens"]) for step in steps]
+    useful = [
+        operations(work, step, answer["micro_batch_tokens"], answer["positions_a_token"]) for step in steps
+    ]
     for name in answer["phases"][1]:
         phase = name.removeprefix("seconds_")
         seconds = median(step[name] for step in steps)
@@ -121,9 +125,9 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any]) -> None:
     tokens = median(answer["new_tokens"][1:])
     console.print(f"sampled tokens a step (median, mean): {sampled(answer)}")
     console.print(
-        f"{episodes_per_second(answer):.2f} episodes/s, {tokens / total:.0f} response tokens/s, padding "
-        f"{answer['padding']:.1%}, peak memory {answer['peak_bytes'] / 1e9:.2f} GB, matmul peak {peak:.0f} "
-        f"GFLOP/s; {answer['precision']}"
+        f"{episodes_per_second(answer):.2f} episodes/s, {tokens / total:.0f} response tokens/s, "
+        f"{answer['positions_a_token']:.2f} positions a token, peak memory "
+        f"{answer['peak_bytes'] / 1e9:.2f} GB, matmul peak {peak:.0f} GFLOP/s; {answer['precision']}"
     )
 
 

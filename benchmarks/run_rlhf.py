@@ -122,7 +122,7 @@ def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
     )  # fmt: skip
 
 
-class Padding:
+class Positions:
     """Counts what goes through the critic, whose batches are the policy's too."""
 
     def __init__(self, model: ActorCritic) -> None:
@@ -131,14 +131,15 @@ class Padding:
         model.critic.model.get_input_embeddings().register_forward_pre_hook(self._count_positions)
 
     @property
-    def share(self) -> float:
-        """Of the positions, those without a token."""
-        return 1 - self.real_tokens / self.positions
+    def a_token(self) -> float:
+        """Positions for each token of prompts and responses: padding makes it more than 1, rows that begin
+        alike less."""
+        return self.positions / self.real_tokens
 
     def _count_tokens(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         half, batch = inputs[:2]
         if half == "critic":
-            self.real_tokens += sum(batch.packed.lengths)
+            self.real_tokens += sum(batch.packed.lengths) + len(batch.packed.lengths)  # the last is not read
 
     def _count_positions(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.positions += inputs[0].numel()
@@ -158,7 +159,7 @@ def main() -> None:
         if not work["honour_stop"]:
             learner.policy.stop_ids = []
         assert isinstance(learner.engine.model, ActorCritic)
-        padding, peak = Padding(learner.engine.model), matmul_peak(learner.compute)
+        positions, peak = Positions(learner.engine.model), matmul_peak(learner.compute)
         steps, times = [], [time.perf_counter()]
         for number, batch in enumerate(work["prompts"], 1):
             steps.append(learner.step([PromptRow(prompt) for prompt in batch], number))
@@ -174,7 +175,7 @@ def main() -> None:
                 "metrics": steps,
                 "micro_batch_tokens": learner.config.micro_batch_tokens,
                 "new_tokens": [step["response_tokens"] for step in steps],
-                "padding": padding.share,
+                "positions_a_token": positions.a_token,
                 "matmul_peak": max(peak, matmul_peak(learner.compute)),
                 "precision": precision,
                 **about,

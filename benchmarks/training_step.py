@@ -8,9 +8,10 @@
 Needs the `test` extra (TRL). Every run is a fresh process; this project's (train_rlhf.py) and TRL's
 (peer_trl_training.py) alternate, each going first in every other pair, and each pair gives one ratio. A step
 lasts from the end of the one before it to its own, so the first one, which warms up, is not counted. tokens/s
-are real tokens (prompts and answers; of a pair both sides); padding is the share of positions in the models'
-linear layers that hold none. Both losses of the first counted steps are shown, as a check that both do the
-same: those of SFT agree up to rounding, those of reward models up to their random heads.
+are real tokens (prompts and answers; of a pair both sides); positions are those in the models' linear layers:
+padding makes them more, rows that begin alike less. Both losses of the first counted steps are shown, as a
+check that both do the same: those of SFT agree up to rounding, those of reward models up to their random
+heads.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Measured(NamedTuple):
     """One run, its first step left out."""
 
     tokens_per_second: float
-    padding: float
+    positions_a_token: float
     peak_bytes: int
     losses: list[float]
     how: str
@@ -135,7 +136,7 @@ def measure(script: str, work: dict[str, Any], directory: Path) -> Measured:
         assert theirs == tokens[1:], "TRL saw other batches"
     positions = answer["positions"][-1] - answer["positions"][0]
     return Measured(
-        sum(tokens[1:]) / (answer["ends"][-1] - answer["ends"][0]), 1 - sum(tokens[1:]) / positions,
+        sum(tokens[1:]) / (answer["ends"][-1] - answer["ends"][0]), positions / sum(tokens[1:]),
         answer["peak_bytes"], answer["losses"], answer["precision"], answer["versions"],
     )  # fmt: skip
 
@@ -145,7 +146,16 @@ def compare(stage: str, options: argparse.Namespace) -> None:
     work = make_work(stage, options)
     scripts = ["train_rlhf.py", "peer_trl_training.py"]
     table = Table(
-        "pair", "tokens/s", "TRL's", "ratio", "padding", "TRL's", "peak GB", "TRL's", "memory ratio", box=None
+        "pair",
+        "tokens/s",
+        "TRL's",
+        "ratio",
+        "positions a token",
+        "TRL's",
+        "peak GB",
+        "TRL's",
+        "memory ratio",
+        box=None,
     )
     ratios, memory = [], []
     for pair in range(1, options.pairs + 1):
@@ -156,7 +166,7 @@ def compare(stage: str, options: argparse.Namespace) -> None:
         memory.append(ours.peak_bytes / theirs.peak_bytes)
         table.add_row(
             str(pair), f"{ours.tokens_per_second:.0f}", f"{theirs.tokens_per_second:.0f}",
-            f"{ratios[-1]:.2f}", f"{ours.padding:.1%}", f"{theirs.padding:.1%}",
+            f"{ratios[-1]:.2f}", f"{ours.positions_a_token:.2f}", f"{theirs.positions_a_token:.2f}",
             f"{ours.peak_bytes / 1e9:.2f}", f"{theirs.peak_bytes / 1e9:.2f}", f"{memory[-1]:.2f}",
         )  # fmt: skip
     lengths = [length(row) for row in work["encoded"]]

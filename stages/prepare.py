@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
+from statistics import fmean
 from typing import Annotated, ClassVar, Literal
 
 from jinja2 import TemplateError
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.artifacts import digest_of
 from rlhf.config import ConfigError, Strict
+from rlhf.data.batching import equal_tokens
 from rlhf.data.collection import (
     DUPLICATE,
     IN_EVALUATION,
@@ -26,7 +29,7 @@ from rlhf.data.collection import (
     Entry,
     RoleData,
     quantiles,
-    token_length,
+    sequences,
 )
 from rlhf.data.prepared import REPORT, PreparedData, splits_of
 from rlhf.data.recognise import recognise
@@ -85,7 +88,7 @@ class PrepareStage(Stage):
     """What `prepare.*` can be told. Values: conf/stages/prepare.yaml."""
 
     name: ClassVar[str] = "prepare"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"sources"})  # their content is: see external()
@@ -187,24 +190,30 @@ class PrepareStage(Stage):
         total = sum(len(role.entries) for role in data.values())
         with job.progress.task("counting tokens", total) as task:
             for role in data.values():
-                kept = []
+                kept: list[Entry] = []
+                before: list[int] = []
                 for entry in role.entries:
                     try:
-                        entry.tokens = self._tokens_that_fit(entry.row, tokenizer, context)
+                        found = self._sequences_that_fit(entry.row, tokenizer, context)
+                        entry.tokens = max(map(len, found))
+                        entry.in_common = fmean(equal_tokens(*pair) for pair in pairwise([before, *found]))
+                        before = found[-1]
                         kept.append(entry)
                     except RowError as error:
                         self._bad(role, entry.where, error)
                     task.advance()
                 role.entries = kept
 
-    def _tokens_that_fit(self, row: Row, tokenizer: PreTrainedTokenizerBase, context: int) -> int:
+    def _sequences_that_fit(
+        self, row: Row, tokenizer: PreTrainedTokenizerBase, context: int
+    ) -> list[list[int]]:
         try:
-            tokens = token_length(tokenizer, row)
+            found = sequences(tokenizer, row)
         except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
             raise RowError(
                 "refused by template", f"the chat template refuses the conversation: {error}."
             ) from None
-        room = context - self.response_tokens
+        tokens, room = max(map(len, found)), context - self.response_tokens
         if isinstance(row, PromptRow) and tokens > room:
             raise RowError(
                 "too long",
@@ -216,7 +225,7 @@ class PrepareStage(Stage):
             raise RowError(
                 "too long", f"{tokens} tokens do not fit the model's context of {context}. Shorten it."
             )
-        return tokens
+        return found
 
     def _choose_evaluation(self, data: dict[Role, RoleData]) -> None:
         """Take the evaluation prompts and the retention rows, and leave them out of every training role.

@@ -40,6 +40,9 @@ class Entry:
     identity: str
     fingerprint: str
     tokens: int = 0
+    """Of the longest sequence made from it."""
+    in_common: float = 0.0
+    """Tokens with which a sequence made from it begins like the one before."""
 
 
 @dataclass
@@ -105,27 +108,29 @@ class RoleData:
     def report(self) -> dict[str, Any]:
         """The role's part of report.json."""
         lengths = [entry.tokens for entry in self.entries]
+        in_common = fmean(entry.in_common for entry in self.entries)
         return {
             "read": self.num_read,
             "kept": {split: len(entries) for split, entries in self.splits.items()},
             "removed": {reason: vars(removed) for reason, removed in self.removed.items()},
-            "tokens": quantiles(lengths) | {"mean": fmean(lengths), "deviation": pstdev(lengths)},
+            "tokens": quantiles(lengths)
+            | {"mean": fmean(lengths), "deviation": pstdev(lengths), "in_common": in_common},
         }
 
 
-def token_length(tokenizer: PreTrainedTokenizerBase, row: Row) -> int:
-    """Tokens of the longest sequence made from a row."""
+def sequences(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[list[int]]:
+    """Token ids that are made from a row; of a pair, both sides."""
     match row:
         case SftRow(prompt=prompt, completion=completion):
-            return len(exchange_ids(tokenizer, prompt, completion)[0])
+            return [exchange_ids(tokenizer, prompt, completion)[0]]
         case PairRow(prompt=prompt, chosen=chosen, rejected=rejected):
-            return max(len(exchange_ids(tokenizer, prompt, answer)[0]) for answer in (chosen, rejected))
+            return [exchange_ids(tokenizer, prompt, answer)[0] for answer in (chosen, rejected)]
         case PromptRow(prompt=prompt):
-            return len(prompt_ids(tokenizer, prompt))
+            return [prompt_ids(tokenizer, prompt)]
         case TextRow(text=text):
-            return len(exchange_ids(tokenizer, [], text)[0])
+            return [exchange_ids(tokenizer, [], text)[0]]
         case QuestionRow(question=question, choices=choices):
-            return len(exchange_ids(tokenizer, [], "\n".join([question, *choices]))[0])
+            return [exchange_ids(tokenizer, [], "\n".join([question, *choices]))[0]]
 
 
 def quantiles(lengths: Iterable[int]) -> dict[str, int]:

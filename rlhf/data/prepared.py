@@ -34,10 +34,14 @@ class Lengths(NamedTuple):
     mean: float
     deviation: float
     longest: int
+    in_common: float = 0.0
+    """With how many tokens a row begins like the one before: on CPUs these go through a model once."""
 
     def cut(self, most: int) -> Lengths:
         """Where longer rows are cut or left out."""
-        return self._replace(mean=min(self.mean, most), longest=min(self.longest, most))
+        return self._replace(
+            mean=min(self.mean, most), longest=min(self.longest, most), in_common=min(self.in_common, most)
+        )
 
     def first(self, rows: int | None) -> Lengths:
         """Of so many rows at most."""
@@ -83,7 +87,9 @@ class PreparedData:
         """Rows of a split, and the lengths of the role's rows; of pairs, those of the longer side."""
         report = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))[role]
         tokens = report["tokens"]
-        return Lengths(report["kept"][split], tokens["mean"], tokens["deviation"], tokens["max"])
+        return Lengths(
+            report["kept"][split], tokens["mean"], tokens["deviation"], tokens["max"], tokens["in_common"]
+        )
 
     def write(self, role: Role, split: Split, rows: Iterable[Row]) -> None:
         """Write one split; only `prepare` does."""

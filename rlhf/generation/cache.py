@@ -38,8 +38,8 @@ class GrowingLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._length = 0
         self.prompts: tuple[Tensor, Tensor, int, int] | None = None
-        """Before the first call, if it is going to bring packed prompts: which of what it brings each token of
-        theirs is [T], the places [T] that they get in [B, K], flattened, and B and K."""
+        """Before the first call, if it is going to bring packed prompts: which of the U tokens each of the T
+        is, the places [T] that these get in [B, K], flattened, and B and K."""
 
     def get_seq_length(self) -> int:
         """Tokens so far."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 

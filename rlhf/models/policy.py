@@ -31,7 +31,8 @@ class Sequences:
 
     packed: Packed
     predicts_N: Tensor
-    """Where in T the logits stand that predict each response token: one place before it."""
+    """Where in T the logits stand that predict each response token: one place before it. Nothing is read at a
+    row's last token, so that is not among the T."""
     targets_N: Tensor
     """The response tokens, row by row."""
     mask_BR: Tensor
@@ -45,15 +46,17 @@ class Sequences:
 
 def pack_sequences(prompts: Sequence[Tensor], responses: Sequence[Tensor], device: torch.device) -> Sequences:
     """Lay prompts and their responses (1-D, any length from 1) end to end."""
-    packed = Packed([torch.cat(pair) for pair in zip(prompts, responses, strict=True)], device)
     assert all(len(row) > 0 for row in prompts), "a response needs at least one token before it"
+    pairs = list(zip(prompts, responses, strict=True))
+    packed = Packed([torch.cat([prompt, response[:-1]]) for prompt, response in pairs], device)
     response_B = torch.tensor([len(row) for row in responses])
-    is_response_T = torch.cat(
-        [torch.arange(len(p) + len(r)) >= len(p) for p, r in zip(prompts, responses, strict=True)]
-    )
+    predicts_T = torch.cat([
+        torch.arange(length) >= len(prompt) - 1
+        for length, prompt in zip(packed.lengths, prompts, strict=True)
+    ])  # fmt: skip
     return Sequences(
         packed,
-        is_response_T.nonzero().squeeze(-1).to(device) - 1,
+        predicts_T.nonzero().squeeze(-1).to(device),
         torch.cat(list(responses)).to(device),
         length_mask(response_B).to(device),
     )

@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from rlhf.data.batching import equal_tokens
 
-
 ALIGNED = 32
 """Torch's softmax on CPUs takes what is beyond a multiple of so many numbers one by one."""
 
@@ -34,7 +33,7 @@ class Group(NamedTuple):
     """Rows that attend together."""
 
     tokens: Tensor
-    """[rows, L]: which of the U tokens; padding names the row's last one again. L is a multiple of ALIGNED."""
+    """[rows, L], a multiple of ALIGNED: which of the U tokens; padding names the row's last one again."""
     is_own: Tensor | None
     """[rows, L]: where they are real, and the row's own; None: everywhere."""
     first: int

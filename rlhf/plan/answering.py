@@ -60,14 +60,15 @@ def answering_demand(
     ]
     worker = Worker(on)
     answered = policies * answers
+    computed = on.computed(answered * length.mean, length)
     work = [
         worker.load(policies + readings, what="models"),
         *worker.decode(answered, batch_rows, prompts.mean, new_tokens, what="answers"),
         worker.read(
-            measures * answered * length.mean, length.mean, predicted=measures * answered * new_tokens,
+            measures * computed, length.mean, predicted=measures * answered * new_tokens,
             what="log-probabilities of answers",
         ),
-        worker.read(readings * answered * length.mean, length.mean, what="scores"),
+        worker.read(readings * computed, length.mean, what="scores"),
         *(
             worker.read(
                 policies * each.rows * each.mean, each.mean, predicted=policies * each.rows * each.mean,

@@ -154,6 +154,7 @@ def joined(*parts: Lengths) -> Lengths:
         sum(part.mean for part in parts),
         math.sqrt(sum(part.deviation**2 for part in parts)),
         sum(part.longest for part in parts),
+        sum(part.in_common for part in parts),
     )
 
 

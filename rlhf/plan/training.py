@@ -65,15 +65,16 @@ def training_demand(
             phases.append(Phase("ranking", [frozen_weights(on, "published model", is_scalar=True), read]))
     worker, steps = Worker(on), num_batches(train.rows, batch_rows, epochs)
     all_tokens, held_tokens = epochs * train.rows * train.mean, held_out.rows * held_out.mean
+    learned, read_tokens = on.computed(all_tokens, train), 2 * on.computed(held_tokens, held_out)
     work = [
         worker.load(3, what="model, published model"),
         worker.train(
-            all_tokens, train.mean, peft.method, predicted=all_tokens if has_logits else 0.0,
+            learned, train.mean, peft.method, predicted=all_tokens if has_logits else 0.0,
             checkpointing=checkpointing, what="training",
         ),
         worker.optimize(trained.parameters, steps),
         worker.read(
-            2 * held_tokens, held_out.mean, predicted=2 * held_tokens if has_logits else 0.0,
+            read_tokens, held_out.mean, predicted=2 * held_tokens if has_logits else 0.0,
             what="held-out rows",
         ),
     ]  # fmt: skip

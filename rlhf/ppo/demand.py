@@ -149,7 +149,9 @@ def ppo_work(
 ) -> list[Task]:
     """Of all steps, with responses as long as they may get."""
     prompts, worker, new = on.sizes("ppo", "train"), Worker(on), config.max_new_tokens
-    length = prompts.mean + new
+    both = joined(prompts, exactly(new))
+    length, computed = both.mean, on.computed(both.mean, both)
+    """Tokens of a row, and those of them that go through a model."""
     episodes = config.steps * config.batch_episodes
     evaluations = 1 + math.ceil(config.steps / config.evaluate_every)
     evaluated = evaluations * min(config.evaluate_prompts, on.sizes("ppo", "held_out").rows)
@@ -167,7 +169,7 @@ def ppo_work(
         )]  # fmt: skip
     scores = []
     if scorer is not None:
-        tokens = (episodes + evaluated) * length
+        tokens = (episodes + evaluated) * computed
         scores = [
             Worker(scorer).load(1, what="reward model"), Worker(scorer).read(tokens, length, what="scores")
         ]  # fmt: skip
@@ -183,15 +185,15 @@ def ppo_work(
             what="evaluations",
         ),
         worker.read(
-            by_policies * length, length, predicted=by_policies * new, what="log-probabilities"
+            by_policies * computed, length, predicted=by_policies * new, what="log-probabilities"
         ),
-        Worker(critic).read(0 if once else episodes * length, length, what="values"),
+        Worker(critic).read(0 if once else episodes * computed, length, what="values"),
         worker.train(
-            learned * length, length, config.peft.method, predicted=learned * new,
+            learned * computed, length, config.peft.method, predicted=learned * new,
             checkpointing=config.activation_checkpointing, what="policy",
         ),
         Worker(critic).train(
-            learned * length, length, config.peft.method, checkpointing=config.activation_checkpointing,
+            learned * computed, length, config.peft.method, checkpointing=config.activation_checkpointing,
             what="critic",
         ),
         *mixed_in,

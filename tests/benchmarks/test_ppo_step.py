@@ -12,7 +12,7 @@ import pytest
 import torch
 from peer_work import Work
 from ppo_step import check, main, operations
-from run_rlhf import Padding
+from run_rlhf import Positions
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
 
 def operations_of(model: Path, *, epochs: int, peft: str, micro_batch_tokens: int) -> dict[str, float]:
     work = {"model": str(model), "epochs": epochs, "peft": peft}
-    return operations(work, STEP, micro_batch_tokens)
+    return operations(work, STEP, micro_batch_tokens, positions_a_token=1.2)
 
 
 def test_a_weight_and_token_are_two_operations_and_the_head_sees_responses_alone(model: Path) -> None:
@@ -50,6 +50,11 @@ def test_a_weight_and_token_are_two_operations_and_the_head_sees_responses_alone
     assert found["generate"] == found["reference"] == forward + 2 * HEAD * 7
     assert found["reward"] == forward
     assert found["score"] == 2 * forward + 2 * HEAD * 7  # policy and critic
+
+
+def test_what_rows_begin_with_alike_is_worked_on_once(model: Path) -> None:
+    work = {"model": str(model), "epochs": 1, "peft": "none"}
+    assert operations(work, STEP, 12, positions_a_token=0.75)["reward"] == 2 * TRUNK * 9
 
 
 @pytest.mark.parametrize(
@@ -71,24 +76,24 @@ def test_operations_of_the_update(
 
 @pytest.mark.parametrize(
     ("attention", "positions"),
-    [("sdpa", 2 * 3 * 20 + 2 * 6), ("auto", 2 * (20 + 2 + 3) + (6 + 4))],
+    [("sdpa", 2 * 3 * 19 + 2 * 5), ("auto", 2 * 19 + 5)],  # packed: all begin alike
     ids=["padded", "packed"],
 )
-def test_padding_is_counted_over_passes_of_any_number(
+def test_positions_are_counted_over_passes_of_any_number(
     tiny_model: Path, attention: str, positions: int
 ) -> None:
     config = ModelConfig(kind="tiny", attention=attention)
     policy = load_causal_lm(tiny_model, config, torch.float32)
     model = ActorCritic(policy, load_scalar_model(tiny_model, config, torch.float32, new_head=True))
-    padding = Padding(model)
+    counted = Positions(model)
     for lengths in ([20, 2, 3], [20, 2, 3], [6, 4]):
         rows = [torch.arange(1, length + 1) for length in lengths]
         batch = pack_sequences(*split(rows), torch.device("cpu"))
         for half in ("policy", "critic"):
             model(half, batch)
     real = 2 * (20 + 2 + 3) + (6 + 4)
-    assert (padding.real_tokens, padding.positions) == (real, positions)
-    assert padding.share == pytest.approx(1 - real / positions)
+    assert (counted.real_tokens, counted.positions) == (real, positions)
+    assert counted.a_token == pytest.approx(positions / real)
 
 
 def split(rows: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -151,5 +156,5 @@ def test_the_tiny_model_runs(tmp_path: Path) -> None:
     seconds = [float(line.split()[1]) for line in lines[1:9]]
     assert seconds[-1] == pytest.approx(sum(seconds[:-1]), rel=0.2, abs=0.1)
     assert lines[9] == "sampled tokens a step (median, mean): 768, 768"  # 16 episodes of 48
-    assert "padding 0.0%" in lines[10]
+    assert re.search(r"0\.[6-9]\d positions a token", lines[10])
     assert re.search(r"peak memory 0\.\d+ GB, matmul peak [1-9]\d* GFLOP/s; (bf16|fp32) on ", lines[10])

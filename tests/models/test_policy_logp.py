@@ -155,11 +155,11 @@ def test_the_layout_by_hand() -> None:
     batch = pack_sequences(
         [torch.tensor([5, 6]), torch.tensor([7])], [torch.tensor([8]), torch.tensor([9, PAD, 9])], CPU
     )
-    assert batch.packed.ids_T.tolist() == [5, 6, 8, 7, 9, PAD, 9]
-    assert batch.packed.positions_T.tolist() == [0, 1, 2, 0, 1, 2, 3]
-    assert batch.packed.places_T.tolist() == [0, 1, 2, 4, 5, 6, 7]
-    assert batch.packed.last_B.tolist() == [2, 6]
-    assert batch.predicts_N.tolist() == [1, 3, 4, 5]
+    assert batch.packed.ids_T.tolist() == [5, 6, 7, 9, PAD]
+    assert batch.packed.positions_T.tolist() == [0, 1, 0, 1, 2]
+    assert batch.packed.places_T.tolist() == [0, 1, 3, 4, 5]
+    assert batch.packed.last_B.tolist() == [1, 4]
+    assert batch.predicts_N.tolist() == [1, 2, 3, 4]
     assert batch.targets_N.tolist() == [8, 9, PAD, 9]
     assert batch.mask_BR.int().tolist() == [[1, 0, 0], [1, 1, 1]]
     assert batch.to_rows(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [[1, 0, 0], [2, 3, 4]]

@@ -218,6 +218,17 @@ def test_a_prompt_and_its_answer_stand_behind_each_other() -> None:
     assert both == Lengths(9, 50.0, 3.0, 60)
 
 
+def test_what_rows_begin_with_alike_is_computed_once_where_rows_are_packed_on_a_cpu() -> None:
+    rows = Lengths(rows=100, mean=50.0, deviation=0.0, longest=60, in_common=20.0)
+    assert setting().computed(1000, rows) == 600
+    assert setting().pass_tokens(16, rows, most=4096) == 16 * 30
+    assert setting().pass_tokens(1, rows, most=4096) == 60
+    for on in (setting(kind="cuda"), setting(pads=True)):
+        assert on.computed(1000, rows) == 1000
+    assert joined(rows, rows).in_common == 40.0
+    assert rows.cut(10).in_common == 10.0
+
+
 def test_sampling_holds_a_cache_that_grows_with_rows_and_tokens() -> None:
     def cache(rows: int, new_tokens: int) -> float:
         parts = sampling(setting(kind="cuda"), rows, 10, new_tokens)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.data.chat import prompt_ids
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import ROLES, TRAINING_ROLES, QuestionRow, TextRow, prompt_identity
+from rlhf.data.schema import ROLES, TRAINING_ROLES, Message, QuestionRow, TextRow, prompt_identity
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -60,7 +61,19 @@ def test_token_lengths(bench):
     assert bench.report["sft"]["tokens"] == {
         "p5": around + 3, "p50": around + 21, "p95": around + 38, "max": around + 40,
         "mean": around + 20.5, "deviation": pytest.approx(((40**2 - 1) / 12) ** 0.5),
+        "in_common": pytest.approx(sum(1 + n for n in range(1, 40)) / 40),  # the shorter one's, but its end
     }  # fmt: skip
+
+
+def test_both_sides_of_a_pair_have_their_prompt_in_common(bench):
+    bench.rows["reward"] = [{"prompt": f"{n:02}", "chosen": "a", "rejected": "b"} for n in range(10, 50)]
+    prepared = bench.prepare()
+    tokenizer = bench.job.base.load_tokenizer()
+    nothing, prompt = (
+        len(prompt_ids(tokenizer, [Message(role="user", content=text)])) for text in ("", "10")
+    )
+    found = 2 * prepared.size("reward", "train").in_common  # of the two sides, and of a pair and the next one
+    assert prompt < found < prompt + nothing
 
 
 def test_evaluation_is_drawn_when_it_shares_its_source(bench):
