@@ -133,8 +133,7 @@ def attention(
     assert dropout == 0.0
     has_kernel = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
     attend = _by_kernel if has_kernel else _by_row
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [U, heads, D]
-    return attend(q, k, v, packed, scaling, sliding_window)[None], None
+    return attend(query[0], key[0], value[0], packed, scaling, sliding_window)[None], None
 
 
 def _of_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -154,6 +153,7 @@ def _by_kernel(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     starts, longest = packed.starts.int(), packed.longest
     out: Tensor = varlen_attn(
         q, k, v, starts, starts, longest, longest, scale=scale,
@@ -171,7 +171,8 @@ def _by_row(
         return out
     rows, longest = len(packed.lengths), packed.longest
 
-    def padded(x: Tensor) -> Tensor:  # [U, heads, D] -> [B, heads, L, D]
+    def padded(x: Tensor) -> Tensor:  # [heads, U, D] -> [B, heads, L, D]
+        x = x.transpose(0, 1)
         x = _take(x, packed.token_T, may_repeat=True) if packed.has_common else x
         places: Tensor = _Spread.apply(x, packed.places_T, rows * longest)  # type: ignore[no-untyped-call]
         return places.view(rows, longest, *x.shape[1:]).transpose(1, 2)
@@ -179,7 +180,7 @@ def _by_row(
     is_windowed = window is not None and window < longest
     out_BALD = functional.scaled_dot_product_attention(
         padded(q), padded(k), padded(v), attn_mask=seen(longest, window, q.device) if is_windowed else None,
-        is_causal=not is_windowed, scale=scale, enable_gqa=k.shape[1] != q.shape[1],
+        is_causal=not is_windowed, scale=scale, enable_gqa=len(k) != len(q),
     )  # fmt: skip
     own_U = packed.places_T[packed.is_own_T]
     return _take(out_BALD.transpose(1, 2).flatten(0, 1), own_U)

@@ -34,8 +34,8 @@ class Group(NamedTuple):
 
     tokens: Tensor
     """[rows, L], a multiple of ALIGNED: which of the U tokens; padding names the row's last one again."""
-    is_own: Tensor | None
-    """[rows, L]: where they are real, and the row's own; None: everywhere."""
+    is_own: Tensor
+    """[rows, L]: where they are real, and the row's own."""
     first: int
     """Where the first own tokens stand: nobody asks what tokens before them see."""
     longest: int
@@ -47,7 +47,8 @@ class Packed:
 
     def __init__(self, rows: Sequence[Tensor], device: torch.device | str) -> None:
         self.lengths = [len(row) for row in rows]
-        self._groups: dict[tuple[int, int], list[Group]] = {}
+        self.kept: dict[tuple[int, int], Any] = {}
+        """What attention over these rows needs in every layer."""
         self._unseen: dict[tuple[Any, ...], Tensor] = {}
         self.ids_T = torch.cat(list(rows)).to(device)
         self.in_common = [0] * len(rows)
@@ -81,6 +82,11 @@ class Packed:
             torch.tensor(self.lengths)
         ).to(self.ids_T.device)
 
+    @property
+    def size(self) -> int:
+        """U."""
+        return len(self.ids_T) - sum(self.in_common)
+
     @cached_property
     def has_common(self) -> bool:
         """U < T."""
@@ -109,9 +115,6 @@ class Packed:
 
     def groups(self, most: int, queries: int) -> list[Group]:
         """Rows beside each other, of which so many queries each have at most `most` attention weights."""
-        key = most, queries
-        if key in self._groups:
-            return self._groups[key]
         found: list[Group] = []
         order = [row for row, length in enumerate(self.lengths) if self.in_common[row] < length]
         if self.has_common:
@@ -125,7 +128,6 @@ class Packed:
                 longest, end = longer, end + 1
             found.append(self._group(order[:end], longest))
             order = order[end:]
-        self._groups[key] = found
         return found
 
     def _group(self, rows: list[int], longest: int) -> Group:
@@ -134,7 +136,7 @@ class Packed:
         positions = torch.arange(aligned(longest))
         is_own = (positions >= in_common) & (positions < lengths)
         tokens = self.token_T[self.starts[rows, None] + torch.minimum(positions, lengths - 1)]
-        return Group(tokens, None if bool(is_own.all()) else is_own, int(in_common.min()), longest)
+        return Group(tokens, is_own, int(in_common.min()), longest)
 
     def unseen(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """[length, length], to be added to scores: -inf where a query does not look."""

@@ -1,12 +1,13 @@
 """Attention of short packed rows on a CPU, by products of matrices.
 
-Dimensions: U tokens of all rows, L those of the longest of some, A heads, D size of a head.
+Dimensions: B rows, U tokens of all rows, L those of the longest of some, Q that ask of L, A heads, S of them
+to each key, D size of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,103 +24,140 @@ QUERIES = 128
 class ShortAttention(torch.autograd.Function):
     """Attention by matrix products, a few rows at a time, so that their weights stay in the cache; on the
     way back they are computed anew. On CPUs and for short rows it takes half the time of torch's tiled
-    kernel, and as little memory. q, k, v and the result are [U, heads, D]."""
+    kernel, and as little memory. q [A, U, D] and k, v [A / S, U, D] give [U, A, D]."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, window: int | None
     ) -> Tensor:
-        out = torch.empty_like(q)
-        for group in packed.groups(CACHED // q.shape[1], QUERIES):
-            length = group.tokens.shape[1]
-            rows_q, rows_k, rows_v = (_heads_first(x[group.tokens], k.shape[1]) for x in (q, k, v))
-            rows_out = torch.empty_like(rows_q)
-            for part, keys in _parts(group):
-                unseen = packed.unseen(length, window, q.dtype)[part, keys]
-                weights = _weights(rows_q[:, :, part], rows_k[:, 0, keys], unseen, scale)
-                part_out = torch.bmm(weights, rows_v[:, 0, keys])
-                rows_out[:, :, part] = part_out.view_as(rows_out[:, :, part])
-            _put(out, _tokens_first(rows_out, group), group)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        places = _places(packed, len(q), len(k))
+        outs = q.new_empty(places.asked, q.shape[-1])
+        for group in places.groups:
+            rows_q, rows_k, rows_v = group.queries(q), group.keys(k), group.keys(v)
+            out = outs[group.slots].view_as(rows_q)
+            for part, unseen in group.parts(packed, window, q.dtype):
+                keys = slice(unseen.shape[1])
+                weights = _weights(rows_q[:, :, part], rows_k[:, keys], unseen, scale)
+                out[:, :, part] = torch.bmm(weights, rows_v[:, keys]).view_as(out[:, :, part])
         ctx.save_for_backward(q, k, v)
         ctx.arguments = packed, scale, window
-        return out
+        return outs.index_select(0, places.slot_UA.flatten()).view(-1, *q.shape[::2])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v = ctx.saved_tensors
         packed, scale, window = ctx.arguments
-        whole_q, whole_k, whole_v = (torch.empty_like(x) for x in (q, k, v))
-        groups = packed.groups(CACHED // q.shape[1], QUERIES)
-        seen: list[tuple[Tensor, Tensor]] = []
-        for group in groups:
-            length = group.tokens.shape[1]
-            rows_q, rows_k, rows_v = (_heads_first(x[group.tokens], k.shape[1]) for x in (q, k, v))
-            of_out = gradients[0][group.tokens]
-            if group.is_own is not None:
-                of_out.mul_(group.is_own[:, :, None, None])
-            of_out = _heads_first(of_out, k.shape[1])
-            of_q, of_k, of_v = torch.empty_like(rows_q), torch.zeros_like(rows_k), torch.zeros_like(rows_v)
-            for part, keys in _parts(group):
+        places, size = _places(packed, len(q), len(k)), q.shape[-1]
+        of_outs = torch.cat([gradients[0].reshape(-1, size), q.new_zeros(1, size)])
+        of_queries = q.new_empty(places.asked, size)
+        of_keys, of_values = (q.new_zeros(len(places.order), size) for _ in range(2))
+        for group in places.groups:
+            rows_q, rows_k, rows_v = group.queries(q), group.keys(k), group.keys(v)
+            of_out = of_outs.index_select(0, group.of_out).view_as(rows_q)
+            of_q = of_queries[group.slots].view_as(rows_q)
+            of_k, of_v = (each[group.key_slots].view_as(rows_k) for each in (of_keys, of_values))
+            for part, unseen in group.parts(packed, window, q.dtype):
+                keys = slice(unseen.shape[1])
                 part_q, part_of_out = rows_q[:, :, part].flatten(1, 2), of_out[:, :, part].flatten(1, 2)
-                part_k, part_v = rows_k[:, 0, keys], rows_v[:, 0, keys]
-                unseen = packed.unseen(length, window, q.dtype)[part, keys]
+                part_k, part_v = rows_k[:, keys], rows_v[:, keys]
                 weights = _weights(rows_q[:, :, part], part_k, unseen, scale)
                 of_weights = torch.bmm(part_of_out, part_v.mT)
                 of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
                 of_q[:, :, part] = torch.bmm(of_scores, part_k).mul_(scale).view_as(of_q[:, :, part])
-                of_k[:, 0, keys].baddbmm_(of_scores.mT, part_q, alpha=scale)
-                of_v[:, 0, keys].baddbmm_(weights.mT, part_of_out)
-            _put(whole_q, _tokens_first(of_q, group), group)
-            of_k, of_v = _tokens_first(of_k, group), _tokens_first(of_v, group)
-            if packed.has_common:
-                seen.append((of_k, of_v))
-            else:
-                _put(whole_k, of_k, group)
-                _put(whole_v, of_v, group)
-        if packed.has_common:
-            of_keys, of_values = zip(*seen, strict=True)
-            whole_k, whole_v = (_summed(each, groups, k) for each in (of_keys, of_values))
+                of_k[:, keys].baddbmm_(of_scores.mT, part_q, alpha=scale)
+                of_v[:, keys].baddbmm_(weights.mT, part_of_out)
+        whole_q = of_queries.index_select(0, places.slot_UA.T.flatten()).view_as(q)
+        # tokens that rows have in common get something back from each; padding brings zeros
+        whole_k, whole_v = (
+            functional.embedding_bag(places.order, each, places.firsts, mode="sum").view_as(k)
+            for each in (of_keys, of_values)
+        )
         return whole_q, whole_k, whole_v, None, None, None
 
 
-def _parts(group: Group) -> list[tuple[slice, slice]]:
-    """Queries, and the keys before them."""
-    starts = range(group.first, group.longest, QUERIES)
-    parts = [slice(start, min(start + QUERIES, group.longest)) for start in starts]
-    return [(part, slice(aligned(part.stop))) for part in parts]
+class _Places(NamedTuple):
+    """Where the tokens of packed rows stand when these attend; one token of one head is one place."""
+
+    groups: list[_Group]
+    asked: int
+    """Places of queries, of all groups."""
+    slot_UA: Tensor
+    """Of each token and head, which place of a query is its own."""
+    order: Tensor
+    """Places of keys, of all groups, sorted by head and token."""
+    firsts: Tensor
+    """[A / S * U]: where in `order` those of each head and token begin."""
+
+
+class _Group(NamedTuple):
+    """Rows that attend together."""
+
+    rows: Group
+    asks: Tensor
+    """Of each place [A / S, rows, S, Q], which of [A, U] is the query."""
+    of_out: Tensor
+    """And which of [U, A] its result is; one behind the last where that is another row's, or nobody's."""
+    reads: Tensor
+    """Of each place [A / S, rows, L], which of [A / S, U] is the key."""
+    slots: slice
+    key_slots: slice
+    """Its places among those of all groups."""
+
+    def queries(self, q: Tensor) -> Tensor:
+        """[A, U, D] -> [rows * A / S, S, Q, D]."""
+        heads, rows, sharing, asked = self.asks.shape
+        return q.flatten(0, 1).index_select(0, self.asks.flatten()).view(heads * rows, sharing, asked, -1)
+
+    def keys(self, k: Tensor) -> Tensor:
+        """[A / S, U, D] -> [rows * A / S, L, D]."""
+        heads, rows, length = self.reads.shape
+        return k.flatten(0, 1).index_select(0, self.reads.flatten()).view(heads * rows, length, -1)
+
+    def parts(self, packed: Packed, window: int | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Some of Q, and what of the keys before them they do not see."""
+        unseen, first = packed.unseen(self.rows.tokens.shape[1], window, dtype), self.rows.first
+        for start in range(first, self.rows.longest, QUERIES):
+            stop = min(start + QUERIES, self.rows.longest)
+            yield slice(start - first, stop - first), unseen[start:stop, : aligned(stop)]
+
+
+def _places(packed: Packed, num_heads: int, num_keys: int) -> _Places:
+    """For so many heads, of queries and of keys."""
+    key = num_heads, num_keys
+    if key not in packed.kept:
+        packed.kept[key] = _find_places(packed, num_heads, num_keys)
+    found: _Places = packed.kept[key]
+    return found
+
+
+def _find_places(packed: Packed, num_heads: int, num_keys: int) -> _Places:
+    size, sharing = packed.size, num_heads // num_keys
+    key_heads, head = torch.arange(num_keys), torch.arange(num_heads).view(num_keys, 1, sharing, 1)
+    slot_UA = torch.empty(size, num_heads, dtype=torch.long)
+    groups: list[_Group] = []
+    asked = read = 0
+    for rows in packed.groups(CACHED // num_heads, QUERIES):
+        asking = slice(rows.first, rows.longest)
+        tokens, is_own = rows.tokens[:, None, asking], rows.is_own[:, None, asking]
+        asks = head * size + tokens
+        of_out = torch.where(is_own, tokens * num_heads + head, size * num_heads)
+        reads = key_heads[:, None, None] * size + rows.tokens
+        is_asked = of_out < size * num_heads
+        slots = torch.arange(asked, asked + asks.numel()).view_as(asks)
+        slot_UA.view(-1)[of_out[is_asked]] = slots[is_asked]
+        key_slots = slice(read, read + reads.numel())
+        groups.append(
+            _Group(rows, asks, of_out.flatten(), reads, slice(asked, asked + asks.numel()), key_slots)
+        )
+        asked, read = asked + asks.numel(), read + reads.numel()
+    all_reads = torch.cat([group.reads.flatten() for group in groups])
+    order = all_reads.argsort(stable=True)
+    firsts = torch.searchsorted(all_reads[order], torch.arange(num_keys * size))
+    return _Places(groups, asked, slot_UA, order, firsts)
 
 
 def _weights(q: Tensor, k: Tensor, unseen: Tensor, scale: float) -> Tensor:
-    """q [N, S, L, D], whose S heads share the key, and k [N, K, D] give [N, S * L, K]."""
+    """q [N, S, Q, D], whose S heads share the key, and k [N, K, D] give [N, S * Q, K]."""
     bias = unseen.repeat(q.shape[1], 1).expand(len(q), -1, -1)
     return torch.baddbmm(bias, q.flatten(1, 2), k.mT, alpha=scale).softmax(-1)
-
-
-def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """[rows, L, A, D] -> [rows * heads, A / heads, L, D]: the queries that share a key stand together."""
-    rows, length, _, size = x.shape
-    return x.transpose(1, 2).reshape(rows * heads, -1, length, size)
-
-
-def _tokens_first(x: Tensor, group: Group) -> Tensor:
-    """The inverse of `_heads_first`."""
-    rows, length = group.tokens.shape
-    return x.view(rows, -1, length, x.shape[-1]).transpose(1, 2)
-
-
-def _put(whole: Tensor, part: Tensor, group: Group) -> None:
-    """The inverse of `whole[group.tokens]`, without what is not the rows' own."""
-    if group.is_own is None:
-        whole[group.tokens.flatten()] = part.flatten(0, 1)
-    else:
-        whole[group.tokens[group.is_own]] = part[group.is_own]
-
-
-def _summed(parts: Sequence[Tensor], groups: Sequence[Group], like: Tensor) -> Tensor:
-    """Where rows have tokens in common, what comes back to these from all of them: [rows, L, heads, D] of
-    each group to [U, heads, D], added up in fp32. Padding brings zeros."""
-    tokens = torch.cat([group.tokens.flatten() for group in groups])
-    values = torch.cat([part.flatten(2).flatten(0, 1) for part in parts])
-    order = tokens.argsort(stable=True)
-    firsts = torch.searchsorted(tokens[order], torch.arange(len(like)))
-    return functional.embedding_bag(order, values, firsts, mode="sum").view_as(like)

@@ -1,0 +1,186 @@
+"""The formulas of time, latency and parts of memory, by hand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_plan import EIGHT, GIB, check, experiment, gpus, no_gates, with_prompts_of
+
+from rlhf.config import PeftConfig
+from rlhf.plan.demand import Worker
+from rlhf.plan.machine import Speed
+from rlhf.plan.strategies import Figure, Strategy, Use, prefill, served
+from rlhf.plan.written import explanation, phases, table
+
+
+@pytest.mark.parametrize(
+    ("stage", "knobs", "phase", "kind"),
+    [
+        ("ppo", ["ppo.ptx.coef=0.5", "ppo.ptx.rows=64"], "learning", "activations"),
+        ("ppo", ["ppo.ema_decay=0.9"], "learning", "weights"),
+        ("sft", ["sft.replay=x.txt", "sft.replay_fraction=0.5"], "forward and backward", "activations"),
+    ],
+)
+def test_what_is_learned_beside_counts_too(stage: str, knobs: list[str], phase: str, kind: str) -> None:
+    def needs(*overrides: str) -> tuple[float, float]:
+        found = experiment("ppo.batch_episodes=8", "ppo.minibatch_episodes=4", f"{stage}.peft=none",
+                           f"{stage}.micro_batch_tokens=100000", *overrides)  # fmt: skip
+        demand = found.stages[stage].demand(gpus(80), found.stages)
+        (at,) = [each for each in demand.phases if each.name == phase]
+        return sum(part.size for part in at.parts if part.kind == kind), demand.seconds
+
+    (without, fast), (beside, slow) = needs(), needs(*knobs)
+    assert beside > without * 1.1
+    assert slow > fast * 1.1 or kind == "weights"
+
+
+def test_what_cannot_be_merged_takes_little_disk() -> None:
+    on = gpus(80)
+    artifacts = {}
+    for method in ("none", "lora", "prompt"):
+        found = experiment("stage=sft", f"sft.peft={method}")
+        artifacts[method] = found.stages["sft"].demand(on, found.stages).artifact
+    assert artifacts["none"] < artifacts["lora"] < 1.1 * artifacts["none"]
+    assert artifacts["prompt"] == 2 * 20 * 4096
+
+
+def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
+    found, on = experiment(), gpus(80, ranks=8)
+    here = replace(on, machine=replace(on.machine, ranks_here=8))
+    alone, shared = (
+        found.stages["sft"].demand(each, found.stages).peak(on_host=True).size(on_host=True)
+        for each in (on, here)
+    )
+    assert shared == pytest.approx(max(alone / 8, 2 * on.shape.parameters))  # one is read on every rank
+    alone, shared = (
+        found.stages["merge"].demand(each, found.stages).peak().size(on_host=True) for each in (on, here)
+    )
+    assert (alone, shared) == (4 * on.shape.parameters, pytest.approx(alone / 8))
+
+
+def test_planned_steps_are_those_that_are_taken() -> None:
+    found, on = experiment("sft.batch_rows=20", "sft.epochs=1.1"), gpus(80)
+    (update,) = (
+        task for task in found.stages["sft"].demand(on, found.stages).work if task.activity == "optimizer"
+    )
+    assert update.how.startswith("55 x ")  # 1.1 x 50 > 55 in floats
+
+
+def test_work_by_hand() -> None:
+    # linear layers of 1000 parameters, 2 layers of 4 heads of 5; an output layer of 30 x 10
+    shape = replace(EIGHT, parameters=2000, linear=1000, experts=0, layers=2, heads=4, head_size=5, hidden=10,
+                    vocabulary=30)  # fmt: skip
+    machine = replace(gpus(80).machine, ranks=2, speed=Speed(gflops=1e-3, gbytes=1e-3))
+    on = replace(gpus(80), shape=shape, machine=machine)
+    worker = Worker(on)
+    # a token of 7: 2 x 1000 + 4 x 2 x 4 x 5 x 7
+    assert worker.forward(7) == 3120
+    # 10 of them, 4 predicted; two ranks at 0.45 of 1e6 operations a second
+    seconds = (10 * 3120 + 2 * 4 * 300) / 2 / 0.45e6
+    assert worker.read(10, 7, predicted=4, what="").seconds == pytest.approx(seconds)
+    for method, checkpointing, times, logits in (
+        ("none", False, 3, 8), ("lora", False, 2, 6), ("lora", True, 3, 6),
+    ):  # fmt: skip
+        task = worker.train(10, 7, method, predicted=4, checkpointing=checkpointing, what="")
+        assert task.seconds == pytest.approx((10 * times * 3120 + logits * 4 * 300) / 2 / 0.5e6)
+    # 5 steps, 40 bytes a parameter at 1e6 a second; a shard of it; over PCIe at 25e9
+    assert worker.optimize(600, 5).seconds == pytest.approx(5 * 40 * 600 / 1e6)
+    assert Worker(replace(on, zero="zero2")).optimize(600, 5).seconds == pytest.approx(5 * 40 * 300 / 1e6)
+    offloaded = Worker(replace(on, zero="zero3_offload")).optimize(600, 5)
+    assert offloaded.seconds == pytest.approx(5 * 40 * 300 / 25e9)
+    # 3 models of 2000 parameters in bf16 at half a gigabyte a second
+    assert worker.load(3, what="").seconds == pytest.approx(3 * 4000 / 0.5e9)
+
+
+def test_added_latency_by_hand() -> None:
+    shape = replace(EIGHT, linear=1000, experts=0, layers=2, heads=4, head_size=5, hidden=10, kv_heads=1,
+                    intermediate=20)  # fmt: skip
+    machine = replace(gpus(80).machine, speed=Speed(gflops=1e-3, gbytes=1e-3))
+    on = replace(gpus(80), shape=shape, machine=machine)
+    use = Use(rows=9, prompt=6.0, answer=8.0, examples=0, passages=0, has_questions=True,
+              deploy="many_adapters", hours=None, max_added_latency=None)  # fmt: skip
+    # 7 tokens, each of 2 x 1000 + 4 x 2 x 4 x 5 x 7 operations, at 0.45 of 1e6 a second
+    assert prefill(on, 7).value == pytest.approx(7 * 3120 / 0.45e6)
+    # factors of 2 layers' keys and values of 5 and 20 more, 2 bytes each at 1e6 a second; and for each of 8
+    # tokens the kernels of half a layer's 2e-4 s, of two layers
+    ia3 = PeftConfig(method="ia3")
+    assert served(on, ia3, use).value == pytest.approx(8 * (2 * (2 * 2 * 5 + 2 * 20) / 1e6 + 2 * 2e-4 * 0.5))
+    assert served(on, ia3, use._replace(deploy="merged")).value == 0.0
+    # virtual tokens are read before each answer, also where all else is merged
+    prefix = PeftConfig(method="prefix", tokens=7)
+    assert served(on, prefix, use._replace(deploy="merged")).value == pytest.approx(7 * 3120 / 0.45e6)
+
+
+def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
+    for on in (gpus(80), replace(gpus(80), machine=replace(gpus(80).machine, kind="cpu", used=3 * GIB))):
+        found = experiment("sft.peft=lora", "stage=sft")
+        demand = found.stages["sft"].demand(on, found.stages)
+        figure = Figure(0.0, "")
+        strategy = Strategy("LoRA", on, demand, figure, figure, 0, "", source="Hu et al.")
+        (row,) = table([strategy], None).rows
+        peak, name = float(row[3].split()[0]), row[3].partition("(")[2].rstrip(")")
+        shown = phases(strategy)
+        (cells,) = [dict(zip(shown.headings, cells, strict=True)) for cells in shown.rows if cells[0] == name]
+        total = cells.pop("together" if on.on_cpu else "on the GPU")
+        cells.pop("on the host", None)
+        assert cells["the process itself"] == f"{on.machine.used / GIB:.2f}"
+        parts = sum(float(cell) for heading, cell in cells.items() if heading != "LoRA")
+        assert float(total) == pytest.approx(parts, abs=0.03) == pytest.approx(peak, abs=0.06)
+        text = "\n".join(explanation([strategy], None))
+        assert "- source: Hu et al." in text
+        total, lines = re.findall(rf"^- {name}: ([\d.]+) GiB.*$((?:\n    - .*)+)", text, re.MULTILINE)[0]
+        here = [line for line in lines.splitlines() if ", on the host" not in line]
+        each = [float(size) for size in re.findall(r"([\d.]+) GiB$", "\n".join(here), re.MULTILINE)]
+        assert float(total) == pytest.approx(sum(each), abs=0.01) == pytest.approx(peak, abs=0.06)
+
+
+def test_a_model_that_is_not_trained_is_loaded_whole_and_once() -> None:
+    found = experiment()
+    whole, sharded = (
+        found.stages["evaluate"].demand(replace(gpus(80, ranks=8), zero=zero), found.stages).peak().size()
+        for zero in ("none", "zero3")
+    )
+    assert sharded == whole
+
+
+def test_rows_that_ranks_decode_together_are_their_own() -> None:
+    """64 rows at a time each: 8 ranks answer 512 in as many passes over the weights as one answers 64."""
+
+    def passes(ranks: int, rows: int) -> str:
+        _, decoding = Worker(gpus(80, ranks=ranks)).decode(rows, 64, 10.0, 100, what="answers")
+        return decoding.how.partition(" times")[0]
+
+    assert passes(1, 64) == passes(8, 512) == "answers: 100"
+    assert passes(1, 512) == "answers: 800"
+
+
+def test_virtual_tokens_are_part_of_a_sequence(tmp_path: Path) -> None:
+    on = gpus(80)
+    on = replace(on, shape=replace(on.shape, context=900))
+    assert not check(tmp_path, on, "sft", "stage=sft", "sft.peft=lora").refused
+    (complaint,) = check(tmp_path, on, "sft", "stage=sft", "sft.peft=prefix").refused
+    assert "the longest sequence could have 920 tokens" in complaint
+
+
+def test_virtual_tokens_are_part_of_what_is_answered_and_read(tmp_path: Path) -> None:
+    """Prompts of 900 tokens leave room for 10; held-out answers and texts fill the context."""
+    on = gpus(80)
+    on = replace(on, shape=replace(on.shape, context=910))
+    new = ("generate.max_new_tokens=10", "generate.reward=vader", "evaluate.max_new_tokens=10")
+    policies = (
+        "evaluate.policies=[sft]",
+        "evaluate.reward=null",
+        "evaluate.gold=null",
+        *no_gates("evaluate"),
+    )
+    for stage in ("generate", "evaluate"):
+        assert not check(tmp_path, on, stage, f"stage={stage}", "sft.peft=lora", *new, *policies).refused
+        found = check(tmp_path, on, stage, f"stage={stage}", "sft.peft=prefix", *new, *policies).refused
+        assert f"{stage}.max_new_tokens=10: the longest sequence could have 930 tokens" in "".join(found)
+    read = ("evaluate.num_prompts=1", "evaluate.max_new_tokens=1")
+    on = replace(on, shape=replace(on.shape, context=900), sizes=with_prompts_of(on, 100))
+    assert not check(tmp_path, on, "evaluate", "stage=evaluate", "sft.peft=lora", *read, *policies).refused
+    assert check(tmp_path, on, "evaluate", "stage=evaluate", "sft.peft=prefix", *read, *policies).refused

@@ -1,0 +1,154 @@
+"""PPO's models: which share weights, which are loaded when, and how large a reward model of the user's is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_plan import EIGHT, EIGHT_BILLION, check, experiment, gpus
+from transformers import (
+    Qwen3Config,
+    T5Config,
+)
+
+from rlhf.config import PeftConfig
+from rlhf.methods import METHODS
+from rlhf.plan.demand import Worker
+from rlhf.plan.shape import Shape, shape_of
+
+
+@pytest.fixture
+def other_reward(tmp_path: Path) -> tuple[Shape, str]:
+    """A reward model's directory with nothing but its config, and `ppo.reward` for it."""
+    config = Qwen3Config(
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    return shape_of(config), f"ppo.reward=model:{tmp_path}"
+
+
+def weights_beside(*overrides: str, reward: str = "lora") -> float:
+    """Of PPO's models while the reference reads, where the reward stage tunes with that method."""
+    stages = experiment(*overrides).stages
+    tuned = stages["reward"].model_copy(update={"peft": PeftConfig.model_validate({"method": reward})})
+    demand = stages["ppo"].demand(gpus(80), {**stages, "reward": tuned})
+    (phase,) = [each for each in demand.phases if each.name == "reference"]
+    return sum(part.size for part in phase.parts if part.kind == "weights")
+
+
+RULED = ("ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=none")
+
+
+@pytest.mark.parametrize("policy", ["lora", "none"])
+@pytest.mark.parametrize("method", sorted(name for name, each in METHODS.items() if each.merges))
+def test_a_reward_model_stands_on_the_policys_weights_where_it_is_a_plain_lora(
+    method: str, policy: str
+) -> None:
+    tuned = f"ppo.peft={policy}"
+    by_rule = weights_beside(tuned, *RULED)
+    learned = weights_beside(tuned, "ppo.critic.init=sft", reward=method)
+    scalar = 2 * (EIGHT.parameters - EIGHT.head)
+    assert learned - by_rule == (0 if method == policy == "lora" else scalar)
+
+
+def test_a_reward_model_of_the_users_counts_as_large_as_it_is(
+    other_reward: tuple[Shape, str],
+) -> None:
+    shape, reward = other_reward
+    scalar = 2 * (shape.parameters - shape.head)
+    same = ("ppo.critic.init=sft", "ppo.score.normalize=none")
+    assert weights_beside(reward, *same) - weights_beside(*RULED) == scalar
+    assert weights_beside(reward, *same, "ppo.peft=none") - weights_beside(*RULED, "ppo.peft=none") == scalar
+    # the critic stands on it: on the same weights with an adapter, on a copy where all of them train
+    first = ("ppo.critic.init=reward", "ppo.score.normalize=none")
+    of_policy = 2 * (EIGHT.parameters - EIGHT.head)
+    full = weights_beside(reward, *first, "ppo.peft=none") - weights_beside(*RULED, "ppo.peft=none")
+    assert full == 2 * scalar - of_policy
+    assert weights_beside(reward, *first) == pytest.approx(weights_beside(*RULED) + scalar, rel=0.01)
+
+
+def test_it_reads_as_fast_as_its_own_size_allows(other_reward: tuple[Shape, str]) -> None:
+    def scoring(*overrides: str) -> list[float]:
+        found = experiment("ppo.critic.init=sft", "ppo.score.normalize=none", *overrides)
+        work = found.stages["ppo"].demand(gpus(80), found.stages).work
+        return [task.seconds for task in work if "scores: " in task.how]
+
+    shape, reward = other_reward
+    ((own,), (learned,)) = scoring(reward), scoring()
+    length = 400 + experiment().stages["ppo"].model_dump()["max_new_tokens"]
+    operations = [Worker(replace(gpus(80), shape=each)).forward(length) for each in (shape, EIGHT)]
+    assert own / learned == pytest.approx(operations[0] / operations[1])
+    assert scoring("ppo.reward=vader") == []
+
+
+def test_a_reward_model_of_unknown_shape_counts_as_large_as_the_policy(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    knobs = ("ppo.critic.init=sft", "ppo.score.normalize=none")
+    own = weights_beside(f"ppo.reward=model:{tmp_path}", *knobs)
+    assert own - weights_beside(*RULED) == 2 * (EIGHT.parameters - EIGHT.head)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"qlora"}))
+def test_ppo_shares_weights_where_the_method_does(method: str) -> None:
+    def weights(*overrides: str) -> float:
+        found = experiment(*overrides)
+        (phase,) = [
+            each
+            for each in found.stages["ppo"].demand(gpus(80), found.stages).phases
+            if each.name == "reference"
+        ]
+        return sum(part.size for part in phase.parts if part.kind == "weights")
+
+    shape = shape_of(EIGHT_BILLION)
+    model, scalar = 2 * shape.parameters, 2 * (shape.parameters - shape.head)  # its output layer is its own
+    found = weights(f"ppo.peft={method}", "ppo.gates.first_kl=null")
+    if METHODS[method].shares:
+        assert model < found < 1.1 * model  # all four on one backbone
+        # the reward model, and the critic on it
+        assert model + scalar < weights(f"ppo.peft={method}", "reward.peft=none") < 1.1 * (model + scalar)
+    else:
+        assert 2 * (model + scalar) < found < 2.6 * (model + scalar)
+
+
+def test_whole_models_are_loaded_before_they_are_sharded(tmp_path: Path) -> None:
+    on, lora = gpus(12, ranks=8), ("sft.peft=lora", "sft.micro_batch_tokens=1024")
+    (line,) = check(tmp_path, replace(on, zero="zero3"), "sft", *lora).refused
+    assert line.startswith("sft needs about 15.9 GiB on each GPU (loading: weights 15.3)")
+    assert not check(tmp_path, replace(gpus(24, ranks=8), zero="zero3"), "sft", *lora).refused
+    # FSDP2 moves them from the host, layer by layer
+    assert not check(tmp_path, replace(on, zero="fsdp2"), "sft", *lora).refused
+    (line,) = check(tmp_path, on, "sft", *lora).refused
+    assert "zero=fsdp2" in line and "zero=zero3" not in line
+    (line,) = check(tmp_path, replace(gpus(12, ranks=8, host=10), zero="fsdp2"), "sft", *lora).refused
+    assert "sft needs about 15.3 GiB in the host's memory" in line
+
+
+def test_ppo_loads_its_models_one_after_the_other() -> None:
+    """Policy and critic are read before the engine takes them, and a reward model stays."""
+
+    def loading(zero: str, *overrides: str) -> tuple[float, float]:
+        found = experiment("reward.peft=none", f"zero={zero}", "device=cpu", *overrides)
+        on = replace(gpus(80, ranks=8), zero=zero)
+        (phase,) = [
+            each for each in found.stages["ppo"].demand(on, found.stages).phases if each.name == "loading"
+        ]
+        return phase.size(on_host=False), phase.size(on_host=True)
+
+    shape = shape_of(EIGHT_BILLION)
+    model, scalar = 2 * shape.parameters, 2 * (shape.parameters - shape.head)
+    full = ("ppo.peft=none",)
+    assert loading("zero3", *full) == (model + 2 * scalar, model)
+    assert loading("fsdp2", *full) == (scalar, model + scalar)
+    assert loading("fsdp2", *full, "ppo.frozen=sharded") == (0, model + 2 * scalar)
+
+
+def test_a_reward_model_has_no_output_layer() -> None:
+    found, on = experiment("reward.peft=none"), gpus(80)
+    sizes = {}
+    for stage in ("sft", "reward"):
+        phases = found.stages[stage].demand(on, found.stages).phases
+        (step,) = [phase for phase in phases if phase.name == "optimizer step"]
+        sizes[stage] = step.size()
+    assert sizes["sft"] - sizes["reward"] == pytest.approx(on.shape.head * (2 + 12 + 4))

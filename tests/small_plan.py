@@ -1,0 +1,58 @@
+"""Settings and experiments for tests of the planner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from transformers import (
+    Qwen3Config,
+)
+
+from rlhf.checkpoint import CheckpointConfig
+from rlhf.data.prepared import Lengths
+from rlhf.experiment import Experiment, build_experiment
+from rlhf.plan.machine import Machine, Speed
+from rlhf.plan.preflight import (
+    Checked,
+    preflight,
+)
+from rlhf.plan.setting import Setting, Sizes
+from rlhf.plan.shape import shape_of
+
+EIGHT_BILLION = Qwen3Config(
+    hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+)  # fmt: skip
+EIGHT = shape_of(EIGHT_BILLION)
+GIB = 2**30
+NO_CHECKPOINTS = CheckpointConfig(every_steps=None, every_minutes=None, keep=1, resume=True)
+
+
+def experiment(*overrides: str) -> Experiment:
+    with initialize_config_module("rlhf.conf", version_base="1.3"):
+        node = compose("config", overrides=list(overrides))
+    resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    return build_experiment(resolved)
+
+
+def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> Setting:
+    machine = Machine("cuda", "a test", gib * GIB, host * GIB, 0.6 * GIB, ranks, Speed(300_000.0, 2000.0))
+    lengths = Lengths(rows=1000, mean=400.0, deviation=100.0, longest=900)
+    return Setting(shape_of(EIGHT_BILLION), 2, "none", machine, lambda role, split: lengths)
+
+
+def check(tmp_path: Path, on: Setting, stage: str, *overrides: str) -> Checked:
+    found = experiment(*overrides)
+    return preflight([found.stages[stage]], found.stages, on, tmp_path, NO_CHECKPOINTS, begun={stage: 0.0})
+
+
+def with_prompts_of(on: Setting, tokens: int) -> Sizes:
+    short = Lengths(rows=1000, mean=float(tokens), deviation=0.0, longest=tokens)
+    return lambda role, split: short if role == "evaluate" else on.sizes(role, split)
+
+
+def no_gates(stage: str) -> list[str]:
+    return [f"{stage}.gates.{name}=null" for name in experiment().stages[stage].gates]
