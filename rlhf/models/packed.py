@@ -182,7 +182,7 @@ def _by_row(
         padded(q), padded(k), padded(v), attn_mask=seen(longest, window, q.device) if is_windowed else None,
         is_causal=not is_windowed, scale=scale, enable_gqa=len(k) != len(q),
     )  # fmt: skip
-    own_U = packed.places_T[packed.is_own_T]
+    own_U = packed.own(packed.places_T)
     return _take(out_BALD.transpose(1, 2).flatten(0, 1), own_U)
 
 

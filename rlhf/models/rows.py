@@ -75,12 +75,12 @@ class Packed:
             of_rows[row] = torch.cat([before_it, own_tokens])
         self.token_T = torch.cat(of_rows)
 
-    @cached_property
-    def is_own_T(self) -> Tensor:
-        """Bool: where a row's own tokens stand; they are the U tokens, in order."""
-        return self.positions_T >= torch.tensor(self.in_common).repeat_interleave(
-            torch.tensor(self.lengths)
-        ).to(self.ids_T.device)
+    def own(self, x_T: Tensor) -> Tensor:
+        """Of something of each of the T tokens, that of the U: rows' own ones, in order."""
+        if not self.has_common:
+            return x_T
+        in_common_T = torch.tensor(self.in_common).repeat_interleave(torch.tensor(self.lengths))
+        return x_T[self.positions_T >= in_common_T]
 
     @property
     def size(self) -> int:
@@ -149,8 +149,8 @@ class Packed:
     def call(self) -> dict[str, Any]:
         """Arguments of a model that takes packed rows, with or without a head."""
         return {
-            "input_ids": self.ids_T[self.is_own_T][None],
-            "position_ids": self.positions_T[self.is_own_T][None],
+            "input_ids": self.own(self.ids_T)[None],
+            "position_ids": self.own(self.positions_T)[None],
             "attention_mask": self.ids_T.new_zeros(1, 1, 1, 1),  # so transformers makes none of its own
             "packed": self,
         }
