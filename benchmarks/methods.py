@@ -29,7 +29,14 @@ NOT_ITS_REFERENCE = ("qlora", "prefix", "prompt", "p_tuning")
 START = ("sft.peft=lora", "sft.optim.lr=1e-3", "sft.epochs=0.25")
 """The SFT model that reward model and policy start from."""
 PAIRS = "reward.pairs={samples: pairs, limit: 256}"
-COMMON = ("gates=warn", "ppo.steps=2", "ppo.evaluate_every=2", "ppo.evaluate_prompts=24", PAIRS)
+COMMON = (
+    "gates=warn",
+    "prepare.held_out_fraction=0.2",
+    "ppo.steps=2",
+    "ppo.evaluate_every=2",
+    "ppo.evaluate_prompts=24",
+    PAIRS,
+)
 COLUMNS = {
     "sft": {"held-out loss": "held_out_loss"},
     "reward": {"accuracy": "accuracy", "longer wins": "longer_wins_accuracy"},

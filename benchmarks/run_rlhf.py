@@ -101,7 +101,8 @@ def make_learner(work: dict[str, Any], scratch: Path) -> tuple[Learner, str]:
 
 
 def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
-    """What the pipeline would hand to the stage."""
+    """What the pipeline would hand to the stage, whose adapters and heads are drawn from the seed."""
+    torch.manual_seed(seed)
     manifest = Manifest(
         stage="sft", key="0", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
         packages={}, hardware="", files={},

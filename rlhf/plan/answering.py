@@ -47,7 +47,9 @@ def answering_demand(
         added: virtual tokens before every sequence.
     """
     answers = prompts.rows * samples
-    length = joined(prompts, exactly(new_tokens if prompts.rows else 0))
+    of_others = prompts.mean - prompts.in_common
+    repeated = prompts._replace(in_common=prompts.mean - of_others / samples)  # samples of a prompt share it
+    length = joined(repeated, exactly(new_tokens if prompts.rows else 0))
     model = frozen_weights(on, "policy")
     rows = min(batch_rows, answers / on.ranks)
     scored = on.pass_tokens(answers, length, micro_batch_tokens)
@@ -63,7 +65,7 @@ def answering_demand(
     computed = on.computed(answered * length.mean, length)
     work = [
         worker.load(policies + readings, what="models"),
-        *worker.decode(answered, batch_rows, prompts.mean, new_tokens, what="answers"),
+        *worker.decode(answered, batch_rows, repeated, new_tokens, what="answers"),
         worker.read(
             measures * computed, length.mean, predicted=measures * answered * new_tokens,
             what="log-probabilities of answers",

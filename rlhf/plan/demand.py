@@ -18,15 +18,15 @@ from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import Setting
 
 Activity = Literal["read", "train", "decode", "optimizer", "load"]
-EFFICIENCY: dict[Activity, float] = {"read": 0.45, "train": 0.5, "decode": 0.3}
-"""Share of the measured matmul speed that it reaches; set by hand, for SmolLM2-135M on two cores."""
+EFFICIENCY: dict[Activity, float] = {"read": 0.39, "train": 0.43, "decode": 0.4}
+"""Share of the measured matmul speed that it reaches: fitted to the table of docs/planner.md."""
 OPTIMIZER_BYTES = 40
 """A trained parameter and step: gradients read twice; master, both moments and weight read and written."""
 PCIE_GBYTES = 25.0
 """Between a GPU and its host, a second: PCIe 4.0 x16, of 31.5 by the standard."""
 LAYER_SECONDS = 2e-4
 """Of one layer on one decoded token, whatever its size: the host's work between two kernels."""
-LOAD_BYTES = 0.5e9
+LOAD_BYTES = 0.3e9
 """A second, of what is read from and written to disk."""
 
 
@@ -115,7 +115,7 @@ class Worker:
         return Task("optimizer", seconds, how)
 
     def decode(
-        self, rows: float, batch_rows: float, prompt: float, new_tokens: float, *, what: str
+        self, rows: float, batch_rows: float, prompts: Lengths, new_tokens: float, *, what: str
     ) -> list[Task]:
         """Prompts are read; then each token of a batch reads all weights once.
 
@@ -128,11 +128,12 @@ class Worker:
         steps = batches * new_tokens
         weights = self.on.dtype_bytes * (shape.linear + shape.experts + shape.head)
         mine = rows / self.on.ranks
-        work = mine * new_tokens * (self.forward(prompt + new_tokens / 2) + 2 * shape.head)
+        work = mine * new_tokens * (self.forward(prompts.mean + new_tokens / 2) + 2 * shape.head)
         seconds = steps * (weights / (self.speed.gbytes * 1e9) + shape.layers * LAYER_SECONDS)
         seconds += work / (EFFICIENCY["decode"] * self.speed.gflops * 1e9)
         how = f"{what}: {steps:.0f} times {weights:.3g} B of weights, and {work:.3g} operations"
-        read = self.read(rows * prompt, prompt, predicted=rows, what=f"{what}: prompts")
+        tokens = self.on.computed(rows * prompts.mean, prompts)
+        read = self.read(tokens, prompts.mean, predicted=rows, what=f"{what}: prompts")
         return [read, Task("decode", seconds, how)]
 
     def load(self, models: float, *, what: str) -> Task:

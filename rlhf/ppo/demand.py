@@ -178,10 +178,10 @@ def ppo_work(
         Worker(critic).load(1, what="critic"),
         *scores,
         *worker.decode(
-            episodes, decoded_rows(config, on, config.batch_episodes), prompts.mean, new, what="episodes"
+            episodes, decoded_rows(config, on, config.batch_episodes), prompts, new, what="episodes"
         ),
         *worker.decode(
-            evaluated, decoded_rows(config, on, config.evaluate_prompts), prompts.mean, new,
+            evaluated, decoded_rows(config, on, config.evaluate_prompts), prompts, new,
             what="evaluations",
         ),
         worker.read(
