@@ -35,7 +35,7 @@ class ScalarHead(nn.Module):
     def __init__(self, weight: nn.Parameter, offset: float) -> None:
         super().__init__()
         self.weight = weight
-        self.offset = nn.Parameter(torch.tensor([offset]))
+        self.offset = nn.Parameter(torch.tensor([offset], device=weight.device))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [...]."""

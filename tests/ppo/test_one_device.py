@@ -1,0 +1,81 @@
+"""Where tensors live, without a GPU: on torch's meta device, which computes shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_ppo import ppo_job, ppo_stage
+from test_shared_backbone import reward_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rlhf.models.policy import pack_sequences, response_statistics
+from rlhf.ppo.learner import Learner
+from rlhf.rewards.learned import LearnedReward
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+
+META = torch.device("meta")
+MAY_MIX = {
+    torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.index.Tensor,
+}  # fmt: skip
+"""Moves, and places that CUDA takes from the host."""
+
+
+class OneDevice(TorchDispatchMode):
+    """An operation on tensors of several devices is an error, as it is on CUDA. Meta's own lets many pass."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        devices = {each.device.type for each in tensors if each.dim() > 0}
+        assert func in MAY_MIX or len(devices) <= 1, f"{func} of {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+def learner_on_meta(tmp_path: Path, sft: Path, *overrides: str) -> Learner:
+    job = ppo_job(tmp_path / "ppo", sft)
+    job = replace(job, compute=replace(job.compute, device=META))
+    return ppo_stage(*overrides).learner(job)
+
+
+@pytest.mark.parametrize("peft", ["none", "lora", "adapter", "ia3"])
+@pytest.mark.parametrize("init", ["reward", "sft"])
+def test_all_weights_and_all_they_meet_are_on_the_device(
+    peft: str, init: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for check in ("models.packed._leaks", "stages.ppo.check_head"):
+        monkeypatch.setattr(f"rlhf.{check}", lambda *_: False)  # of numbers, of which there are none
+    reward = reward_model(tmp_path / "reward", tiny_model, "lora")
+    learner = learner_on_meta(
+        tmp_path,
+        tiny_model,
+        f"ppo.peft={peft}",
+        f"ppo.reward=model:{reward}",
+        f"ppo.critic.init={init}",
+        "ppo.gates.first_kl=null",
+    )
+    assert isinstance(learner.reward, LearnedReward)
+    policy, critic = learner.policy.model, learner.engine.model.critic
+    modules: list[nn.Module] = [policy, critic, learner.reference.model, learner.reward.model]
+    for module in modules:
+        elsewhere = [name for name, weight in module.named_parameters() if weight.device != META]
+        assert [name for name in elsewhere if ".lora_" not in name] == []
+        module.to(META)  # where the first adapter is on it peft leaves the second one alone
+    rows = [torch.arange(3, 3 + length) for length in (5, 9)]
+    with OneDevice():
+        batch = pack_sequences(rows, rows, META)
+        for model in (policy, learner.reference.model):
+            logp_N, entropy_N = response_statistics(model, batch, 0.7)
+            assert logp_N.shape == entropy_N.shape == (14,)
+        response_statistics(policy, batch, 0.7).logp_N.sum().backward()
+        critic.values(batch).sum().backward()
+        with learner.reward._whole():
+            assert learner.reward.model.last_values(rows).shape == (2,)
