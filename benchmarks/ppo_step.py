@@ -4,10 +4,11 @@
     python benchmarks/ppo_step.py --workload skewed --peft lora
     python benchmarks/ppo_step.py --peer trl --peer-python ~/trl/bin/python
 
-Every run is a fresh process; with a peer they alternate, and each pair gives one ratio: of the medians over
-the steps, and of the means, which differ where answers do in length. All figures leave out the first step,
-which warms up. The matmul peak is the better one of two measurements in the run's process, before its first
-step and after its last. Peers' runners are for CPUs, so with a peer this project takes device=cpu.
+Every run is a fresh process; with a peer they alternate, and each pair, which has a seed of its own, gives
+one ratio: of the medians over the steps, and beside it that of sampled tokens a second, which differs where
+answers do in length. All figures leave out the first step, which warms up. The matmul peak is the better one
+of two measurements in the run's process, before its first step and after its last. Peers' runners are for
+CPUs, so with a peer this project takes device=cpu.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def episodes_per_second(answer: dict[str, Any]) -> float:
     return median(n / s for n, s in zip(answer["episodes"][1:], answer["seconds"][1:], strict=True))
 
 
-def mean_episodes_per_second(answer: dict[str, Any]) -> float:
-    """All episodes but the first step's, over all of their seconds."""
-    return float(sum(answer["episodes"][1:]) / sum(answer["seconds"][1:]))
+def tokens_per_second(answer: dict[str, Any]) -> float:
+    """All response tokens but the first step's, over all of their seconds."""
+    return float(sum(answer["new_tokens"][1:]) / sum(answer["seconds"][1:]))
 
 
 def sampled(answer: dict[str, Any]) -> str:
@@ -135,21 +136,21 @@ def show_peer(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]
     """Pair by pair."""
     table = Table(
         "pair", "rlhf, s a step", f"{name}, s a step", "rlhf, sampled tokens", f"{name}, sampled tokens",
-        "episodes/s, ratio", "of means", "memory, ratio", box=None,
+        "episodes/s, ratio", "tokens/s, ratio", "memory, ratio", box=None,
     )  # fmt: skip
-    ratios, of_means, memory = [], [], []
+    ratios, by_tokens, memory = [], [], []
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), 1):
         ratios.append(episodes_per_second(mine) / episodes_per_second(other))
-        of_means.append(mean_episodes_per_second(mine) / mean_episodes_per_second(other))
+        by_tokens.append(tokens_per_second(mine) / tokens_per_second(other))
         memory.append(mine["peak_bytes"] / other["peak_bytes"])
         table.add_row(
             str(number), f"{median(mine['seconds'][1:]):.2f}", f"{median(other['seconds'][1:]):.2f}",
-            sampled(mine), sampled(other), f"{ratios[-1]:.2f}", f"{of_means[-1]:.2f}", f"{memory[-1]:.2f}",
+            sampled(mine), sampled(other), f"{ratios[-1]:.2f}", f"{by_tokens[-1]:.2f}", f"{memory[-1]:.2f}",
         )  # fmt: skip
     console.print(table)
     console.print(
-        f"median: {median(ratios):.2f} times the episodes/s of {name} (of means: {median(of_means):.2f}) in "
-        f"{median(memory):.2f} of its memory"
+        f"median: {median(ratios):.2f} times the episodes/s of {name} in {median(memory):.2f} of its memory; "
+        f"{median(by_tokens):.2f} times its sampled tokens/s"
     )
     console.print(f"{name}: {theirs[0]['precision']}; {theirs[0]['versions']}")
 
@@ -199,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(work, options.peer)
     ours, theirs = [], []
     for pair in range(options.pairs if options.peer else 1):
+        work["seed"] = pair
         ours.append(run(sys.executable, "run_rlhf.py", work, options.directory / "rlhf.log"))
         if options.peer:
             script = f"peer_{options.peer}.py"

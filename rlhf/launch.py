@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from rlhf.config import Strict
+from rlhf.config import ConfigError, Strict
 from rlhf.interrupt import STOPPING, Stopped, StopSignals
 from rlhf.run import Run
 from rlhf.secrets import redacted_output
@@ -46,13 +46,24 @@ def ranks_wanted(config: LaunchConfig, device: str) -> int:
     """How many processes to start here; 1 means none: this one does the work."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return 1
-    if config.processes is not None:
-        return config.processes
-    if device == "cpu":
-        return 1
-    import torch
+    num_gpus = _visible_gpus(device)
+    if config.processes is None:
+        return max(1, num_gpus)
+    if config.processes > num_gpus > 0:
+        raise ConfigError(
+            f"launch.processes={config.processes}: this machine has {num_gpus} visible GPU(s), and each rank "
+            "needs one of its own. Use fewer ranks, or device=cpu."
+        )
+    return config.processes
 
-    return max(1, torch.cuda.device_count())
+
+def _visible_gpus(device: str) -> int:
+    """Of those that `device=` leaves to a run."""
+    if device == "cpu":
+        return 0
+    import torch  # which takes a second
+
+    return torch.cuda.device_count()
 
 
 def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> int:

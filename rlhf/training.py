@@ -28,7 +28,7 @@ QUIET_NAN = 0x7FC00000
 UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 BUCKET_ELEMENTS = 25_000_000
-"""Gradients that are added up over ranks together: few messages, and a bounded copy."""
+"""Gradients that are added up together, over ranks or for a norm: few messages, and a bounded copy."""
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -144,7 +144,7 @@ def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
     bits = master.detach().flatten().view(torch.int32)
     upper = torch.empty_like(parameter, memory_format=torch.contiguous_format).view(torch.int16).view(-1)
     added = _thresholds(bits.device, start % THRESHOLDS)
-    buffer = torch.empty_like(added)  # which stays in a CPU's cache
+    buffer = torch.empty_like(added)
     for begin in range(0, len(bits), len(added)):
         piece = bits[begin : begin + len(added)]
         total = torch.clamp(piece, max=QUIET_NAN, out=buffer[: len(piece)])
@@ -155,8 +155,10 @@ def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
 
 @lru_cache(maxsize=4)
 def _thresholds(device: torch.device, start: int) -> Tensor:
-    """Int32, four times all of them: what is added to a master's bits before the lower half is cut off."""
-    places = torch.arange(start, start + 4 * THRESHOLDS, device=device)
+    """Int32, all of them several times: what is added to a master's bits before the lower half is cut off.
+    So many are rounded together: few enough for a CPU's cache, and enough for a GPU's kernels."""
+    repeats = 4 if device.type == "cpu" else 64
+    places = torch.arange(start, start + repeats * THRESHOLDS, device=device)
     return (places * GOLDEN + THRESHOLDS // 2).remainder_(THRESHOLDS).int()
 
 
@@ -180,7 +182,7 @@ class ClippedAdamW(AdamW):
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
             if not gradients:
                 continue
-            square = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
+            square = torch.stack([_square_sum(gradient) for gradient in gradients]).sum()
             norm = float(self._global_sum(square[None])) ** 0.5
             self.grad_norms.append(norm)
             factor = min(1.0, group["max_grad_norm"] / (norm + 1e-6))  # as torch's clip_grad_norm_
@@ -188,6 +190,12 @@ class ClippedAdamW(AdamW):
                 gradient.mul_(factor)
         if all(map(math.isfinite, self.grad_norms)):
             super().step()
+
+
+def _square_sum(values: Tensor) -> Tensor:
+    """In double precision, piece by piece: one tensor may be all that a rank trains."""
+    pieces = values.flatten().split(BUCKET_ELEMENTS)
+    return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
 
 
 def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:

@@ -19,6 +19,7 @@ from small_job import on_cpu
 import rlhf.distributed
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute, MicroBatch, find_rank, make_compute
+from rlhf.launch import LaunchConfig, ranks_wanted
 
 LENGTHS = {
     "alike": [7] * 12,
@@ -128,6 +129,15 @@ SRUN = {
     "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "2(x2)",
     "MASTER_ADDR": "node0",
 }  # fmt: skip
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert ranks_wanted(LaunchConfig(processes=None), "auto") == 2
+    assert ranks_wanted(LaunchConfig(processes=4), "cpu") == 4
+    with pytest.raises(ConfigError, match=r"launch\.processes=3: this machine has 2 visible GPU"):
+        ranks_wanted(LaunchConfig(processes=3), "auto")
 
 
 def test_alone_there_is_one_rank() -> None:

@@ -131,8 +131,7 @@ def attention(
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
     assert not unknown, f"attention with {unknown} cannot be packed"
     assert dropout == 0.0
-    has_kernel = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
-    attend = _by_kernel if has_kernel else _by_row
+    attend = _by_kernel if _has_kernel(query) else _by_row
     return attend(query[0], key[0], value[0], packed, scaling, sliding_window)[None], None
 
 
@@ -146,6 +145,14 @@ def _of_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
         scores.masked_fill_(~mask, float("-inf"))
     out = torch.bmm(scores.softmax(-1).view(rows * heads, -1, length), v)
     return out.view(rows, 1, -1, size)
+
+
+def _has_kernel(query: Tensor) -> bool:
+    """FlashAttention 2 wants an Ampere GPU or a newer one, 16 bits, and heads of at most 256."""
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    size = query.shape[-1]
+    return size <= 256 and size % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _by_kernel(

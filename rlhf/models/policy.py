@@ -1,7 +1,8 @@
 """Log-probabilities of responses under a policy.
 
 Dimensions: B sequences, T tokens of a micro-batch laid end to end, N those of its responses, H hidden size,
-R response tokens (padded). No [tokens, vocabulary] tensor is held for more than HEAD_CHUNK tokens at once.
+R response tokens (padded). No [tokens, vocabulary] tensor is held for more than HEAD_CHUNK tokens at once;
+what a micro-batch's chunks give to the head's weights autograd adds up in their own dtype.
 """
 
 from __future__ import annotations
