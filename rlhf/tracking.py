@@ -73,6 +73,7 @@ class WandbSink:
         self._said: dict[str, int] = {}
         """By this process."""
         self._content = content
+        self._teardown = wandb.teardown
         try:
             self._run = wandb.init(
                 project=redacted(config.project), name=run_name, dir=str(directory), mode=config.mode,
@@ -105,8 +106,10 @@ class WandbSink:
         self._run.summary.update(dict(metrics))
 
     def close(self) -> None:
-        """Finish the wandb run."""
+        """Finish the wandb run, and wait until it is on the disk: `finish` may return before the process that
+        writes for wandb has done so."""
         self._run.finish()
+        self._teardown()
 
 
 class TensorboardSink:

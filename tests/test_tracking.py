@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,11 @@ def wandb_records(run: Path) -> list[bytes]:
     return records
 
 
+def ids_of(runs: Iterable[Path]) -> set[str]:
+    """By their files: directories of runs that begin in the same second are numbered too."""
+    return {file.stem for run in runs for file in run.glob("run-*.wandb")}
+
+
 def history_steps(run: Path) -> list[int]:
     """The `ppo/step` of every history record that wandb kept."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -94,17 +100,18 @@ def test_a_resumed_run_is_the_same_wandb_run_and_says_nothing_twice(tmp_path: Pa
         for name, step in story[:told]:
             tracker.log("ppo", {name: 0.5}, step)
         tracker.close()
-    runs = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda run: run.stat().st_mtime)
-    assert len({run.name.split("-")[3] for run in runs}) == 1
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and len(ids_of(runs)) == 1
     assert sorted(step for run in runs for step in history_steps(run)) == [1, 1, 2, 2, 3, 3]
 
 
 def test_another_config_under_the_same_name_is_another_wandb_run(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for seed in (0, 1):
-        make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": seed}).log("ppo", {"kl": 0.5}, 1)
-    ids = {run.name.split("-")[3] for run in (tmp_path / "wandb").glob("offline-run-*")}
-    assert len(ids) == 2
+        tracker = make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"seed": seed})
+        tracker.log("ppo", {"kl": 0.5}, 1)
+        tracker.close()
+    assert len(ids_of((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
 def test_tensorboard_writes_its_events(tmp_path: Path) -> None:
