@@ -1,0 +1,180 @@
+"""Which figure goes where while PPO learns: each of these could be swapped for a neighbour without a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_ppo import ROWS, equal, length, prompts, resumed_learner, shake, weights
+from torch import Tensor
+
+from rlhf.data.schema import Message, SftRow
+from rlhf.distributed import Compute, MicroBatch
+from rlhf.engine import PlainEngine
+from rlhf.ppo.learner import Learner
+from rlhf.ppo.metrics import UpdateSums
+from rlhf.rewards.source import Exchange, RewardError
+from rlhf.rl.kl import AdaptiveKL
+
+ANSWERS = [
+    SftRow([Message(role="user", content=f"Say {n}")], "It is " + "very " * n + f"{n}.") for n in range(8)
+]
+FREE = ("ppo.optim.max_grad_norm=1e9", "ppo.critic.optim.max_grad_norm=1e9")
+TRAIN, HELD_OUT = prompts(range(100, 140)), prompts(range(700, 704))
+
+
+def gradients(learner: Learner) -> list[Tensor]:
+    """Of the optimizer step that is taken now: AdamW's first moment after one step is a tenth of them."""
+    learner.engine.step()
+    assert isinstance(learner.engine, PlainEngine)
+    state: dict[str, Any] = learner.engine.optimizer.state_dict()["adamw"]["state"]
+    return [moments["exp_avg"] * 10 for moments in state.values()]
+
+
+def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    assert max(float(each.abs().max()) for each in expected) > 1e-4
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-7)
+
+
+def test_epochs_end_by_the_last_epochs_own_kl_not_by_the_mean_of_all(make) -> None:
+    one, two = (make(f"ppo.epochs={n}").step(ROWS, 1)["approximate_kl"] for n in (1, 2))
+    second = 2 * two - one  # both epochs have the same tokens
+    assert one < two < second
+    bound = (two + second) / 2
+    metrics = make("ppo.epochs=3", f"ppo.stop_epochs_kl={bound}").step(ROWS, 1)
+    assert metrics["epochs"] == 2.0
+
+
+class WithIdlePasses(Compute):
+    """A rank with less to do than another: two more passes that only keep it in step."""
+
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
+        """The shortest row again, without weight, before the last pass and behind it."""
+        found = super().micro_batches(lengths, max_tokens)
+        idle = MicroBatch([min(range(len(lengths)), key=lambda index: lengths[index])], 0.0, False)
+        return [*(each._replace(last=False) for each in found), idle, idle._replace(last=True)]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_passes_without_weight_change_no_gradient(make, mixed: bool) -> None:
+    results = []
+    for idle in (False, True):
+        settings = (*FREE, "ppo.micro_batch_tokens=150", f"ppo.ptx.coef={1.0 if mixed else 0.0}")
+        learner = make(*settings, mix_rows=ANSWERS if mixed else ())
+        experience = learner.experience(ROWS)[0]
+        shake(learner)
+        if idle:
+            compute = learner.compute
+            learner.update.compute = WithIdlePasses(compute.device, compute.dtype)
+        sums = UpdateSums()
+        learner.update.accumulate(experience, [sums], critic_only=False)
+        results.append((sums.means(learner.compute), gradients(learner)))
+    (expected_means, expected), (means, found) = results
+    assert means == pytest.approx(expected_means, rel=1e-5, abs=1e-7)
+    assert_close(found, expected)
+
+
+def test_the_pretraining_mix_is_learned_at_temperature_one_whatever_its_micro_batches(make) -> None:
+    results = []
+    for temperature, micro_batch_tokens in ((1.0, 100_000), (0.5, 100_000), (1.0, 60)):
+        learner = make(
+            *FREE, f"ppo.temperature={temperature}", f"ppo.micro_batch_tokens={micro_batch_tokens}",
+            "ppo.ptx.coef=1.0", mix_rows=ANSWERS,
+        )  # fmt: skip
+        assert learner.update.mix is not None
+        learner.update.accumulate_mix(learner.update.mix)
+        results.append(gradients(learner))
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0])
+
+
+def test_the_adaptive_coefficient_follows_the_mean_log_ratio(make) -> None:
+    """k1, the KL that the penalty is made of, not k3, which is never negative."""
+    found = []
+    for target in (1.0, None):  # close to the KL, so that the controller's step is not clipped
+        wanted = target or found[0]["kl"] * 1.01
+        learner = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", f"ppo.kl.target={wanted}")
+        shake(learner)
+        found.append(learner.step(ROWS, 1))
+    kl, k3 = found[1]["kl"], found[1]["kl_k3"]
+    by_kl, by_k3 = (AdaptiveKL(0.1, wanted, learner.config.kl.horizon) for _ in range(2))
+    by_kl.update(kl, len(ROWS))
+    by_k3.update(k3, len(ROWS))
+    assert learner.kl.coef == by_kl.coef != by_k3.coef
+
+
+def test_every_evaluation_draws_the_same_and_another_seed_draws_otherwise(make) -> None:
+    learner, other = make(), make()
+    shake(learner)
+    shake(other)
+    other.job = replace(other.job, seed=other.job.seed + 1)
+    assert learner.evaluate(HELD_OUT) == learner.evaluate(HELD_OUT)
+    assert learner.evaluate(HELD_OUT) != other.evaluate(HELD_OUT)
+
+
+def test_of_policies_that_score_alike_the_first_is_kept(make) -> None:
+    def alike_when_held_out(exchanges: Sequence[Exchange]) -> Tensor:
+        return length(exchanges) if len(exchanges) == len(ROWS) else torch.zeros(len(exchanges))
+
+    learner = make("ppo.steps=2", "ppo.evaluate_every=1", reward=alike_when_held_out)
+    start = weights(learner.policy.model)
+    learner.train(ROWS, HELD_OUT)
+    assert not equal(start, weights(learner.policy.model))
+    assert learner.best_weights.keys() == start.keys()
+    for name, value in start.items():
+        assert torch.equal(learner.best_weights[name], value), name
+
+
+def test_held_out_kl_is_nats_a_sequence_by_the_mean_log_ratio(make) -> None:
+    learner = make()
+    shake(learner)
+    result = learner.evaluate(HELD_OUT)
+    rollout, _ = learner.policy.sample(
+        [row.prompt for row in HELD_OUT], max_new_tokens=12, temperature=1.0,
+        generator=torch.Generator().manual_seed(learner.job.seed), batch_rows=len(HELD_OUT),
+    )  # fmt: skip
+    logp_BR, reference_BR = (
+        each.log_probabilities(rollout, 1.0, 100_000) for each in (learner.policy, learner.reference)
+    )
+    by_hand = sum(
+        float((logp_R - reference_R)[mask_R].sum())
+        for logp_R, reference_R, mask_R in zip(logp_BR, reference_BR, rollout.mask_BR, strict=True)
+    ) / len(HELD_OUT)
+    assert abs(by_hand) > 0.1
+    assert result.kl == pytest.approx(by_hand, rel=1e-4)
+
+
+class AwayOnce:
+    """The response's length; no server at one rollout (of 8 rows; held-out prompts are 4)."""
+
+    def __init__(self, rollout: int = 0) -> None:
+        self.away_at, self.rollouts = rollout, 0
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+        if len(exchanges) == 8:
+            self.rollouts += 1
+            if self.rollouts == self.away_at:
+                raise RewardError("the reward server does not answer")
+        return length(exchanges)
+
+
+def test_a_step_whose_reward_was_away_is_sampled_anew_with_the_same_numbers(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    small = (
+        "ppo.steps=3", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=6",
+        "ppo.evaluate_every=3",
+    )  # fmt: skip
+    through = resumed_learner(tmp_path / "through" / "job", tiny_model, AwayOnce(), *small)
+    expected = through.train(TRAIN, HELD_OUT)
+    first = resumed_learner(tmp_path / "first", tiny_model, AwayOnce(2), *small)
+    with pytest.raises(RewardError):
+        first.train(TRAIN, HELD_OUT)
+    second = resumed_learner(tmp_path / "second", tiny_model, AwayOnce(), *small)
+    assert second.train(TRAIN, HELD_OUT) == expected
+    assert second.reward.rollouts == 2  # steps 2 and 3
