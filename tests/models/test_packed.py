@@ -262,3 +262,24 @@ def test_prompts_that_are_read_together_are_answered_as_each_alone(
     assert len({tuple(ids) for ids in each}) > 2
     settings["stop_ids"] = [each[1][0], each[4][0]]  # the longest prompts' columns are needed no more
     assert answers(rows()) == [answers([row])[0] for row in rows()]
+
+
+def test_what_comes_back_to_a_shared_row_is_added_up_in_fp32() -> None:
+    """In bf16 the sum of ones would stand still at 256."""
+    x = torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True)
+    packed._take(x, torch.zeros(1000, dtype=torch.long), may_repeat=True).sum().backward()
+    assert x.grad is not None and x.grad.sum(-1).tolist() == [8000.0, 0.0]
+
+
+def test_packed_attention_refuses_dropout_instead_of_leaving_it_out() -> None:
+    heads = torch.ones(1, 1, 3, 8)
+    with pytest.raises(AssertionError):
+        packed.attention(
+            torch.nn.Module(),
+            heads,
+            heads,
+            heads,
+            None,
+            packed=Packed([torch.arange(3)], torch.device("cpu")),
+            dropout=0.1,
+        )

@@ -1,4 +1,4 @@
-"""Which figure goes where while PPO learns: each of these could be swapped for a neighbour without a crash."""
+"""Which figure goes where while PPO learns: each could be swapped for a neighbour without a crash."""
 
 from __future__ import annotations
 

@@ -1,0 +1,133 @@
+"""In which order the disk is told things: what a power cut leaves is the old, or the new, never neither.
+
+The calls are made for real; they are only written down on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_job import on_cpu
+from test_artifacts import publish
+
+import rlhf.checkpoint
+from rlhf.artifacts import Store
+from rlhf.checkpoint import CheckpointConfig, Checkpointer
+from rlhf.config import OptimConfig
+from rlhf.engine import PlainEngine
+from rlhf.interrupt import StopSignals
+from rlhf.tracking import Tracker
+
+Event = tuple[str, str]
+OPTIM = OptimConfig(lr=0.1, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1.0)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """("flush", file), ("rename", target) and ("remove", directory), in their order."""
+    found: list[Event] = []
+
+    def noted(name: str, call: Callable[..., object], path_of: Callable[..., str]) -> Callable[..., object]:
+        def wrapper(*arguments: object, **options: object) -> object:
+            path = path_of(*arguments)
+            result = call(*arguments, **options)
+            found.append((name, path))
+            return result
+
+        return wrapper
+
+    def opened(descriptor: int) -> str:
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "fsync", noted("flush", os.fsync, opened))
+    monkeypatch.setattr(os, "rename", noted("rename", os.rename, lambda _, target: str(target)))
+    monkeypatch.setattr(shutil, "rmtree", noted("remove", shutil.rmtree, str))
+    return found
+
+
+def test_an_artifact_is_on_the_disk_before_it_has_its_name(tmp_path: Path, events: list[Event]) -> None:
+    store = Store(tmp_path / "store")
+    events.clear()
+    artifact = publish(store)
+    named = events.index(("rename", str(artifact.path)))
+    flushed = {Path(path).name for event, path in events[:named] if event == "flush"}
+    assert flushed >= {"part", "model.bin", "manifest.json"}  # directories too, or a file may have no name
+    assert any(event == "flush" and ".part-" in Path(path).name for event, path in events[:named])
+    assert ("flush", str(artifact.path.parent)) in events[named:]
+
+
+def checkpointer(directory: Path, **changes: object) -> Checkpointer:
+    values = {"every_steps": None, "every_minutes": None, "keep": 1, "resume": True} | changes
+    (directory / "run").mkdir(parents=True, exist_ok=True)
+    return Checkpointer(
+        directory / "checkpoints", CheckpointConfig.model_validate(values), on_cpu(),
+        Tracker(directory / "run", []), StopSignals(), print, "sft",
+    )  # fmt: skip
+
+
+def engine() -> PlainEngine:
+    model = torch.nn.Linear(2, 2)
+    return PlainEngine(model, [(model.parameters(), OPTIM)], on_cpu())
+
+
+def test_an_old_checkpoint_goes_only_once_the_new_one_is_in_place(
+    tmp_path: Path, events: list[Event]
+) -> None:
+    checkpoints = checkpointer(tmp_path)
+    checkpoints.save(1, engine(), {})
+    events.clear()
+    checkpoints.save(2, engine(), {})
+    old, new = (str(tmp_path / "checkpoints" / f"step-0000000{n}") for n in (1, 2))
+    named, removed = events.index(("rename", new)), events.index(("remove", old))
+    placed = events.index(("flush", str(tmp_path / "checkpoints")))
+    assert named < placed < removed
+    flushed = [Path(path) for event, path in events[:named] if event == "flush"]
+    assert {path.name for path in flushed} >= {"optimizer.pt", "loop.pt", "manifest.json"}
+    assert any(path.parent.name == "checkpoints" and ".part-" in path.name for path in flushed)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        """Seconds."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(rlhf.checkpoint, "time", found)
+    return found
+
+
+def saved(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "checkpoints").glob("step-*"))
+
+
+def test_minutes_count_from_the_last_checkpoint(tmp_path: Path, clock: Clock) -> None:
+    checkpoints, trained = checkpointer(tmp_path, every_minutes=1.0, keep=9), engine()
+    with checkpoints.training():
+        for step, seconds in enumerate((30, 31, 30, 29, 2), 1):
+            clock.now += seconds
+            checkpoints.after_step(step, trained, {})
+    assert saved(tmp_path) == ["step-00000002", "step-00000005"]
+
+
+def test_the_seconds_of_earlier_attempts_count(tmp_path: Path, clock: Clock) -> None:
+    first = checkpointer(tmp_path)
+    clock.now += 100
+    first.save(1, engine(), {})
+    clock.now += 50  # lost with the attempt
+    second = checkpointer(tmp_path)
+    clock.now += 7
+    assert second.spent() == 107
