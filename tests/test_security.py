@@ -159,7 +159,7 @@ def test_a_model_that_needs_its_own_code(
         assert file == "tokenizer_config.json"
     else:
         assert outcome.code == 2
-        assert "code in the directory only with model.trust_remote_code=true" in outcome.err
+        assert "model.trust_remote_code=true" in outcome.err
     assert not marker.exists()
 
 

@@ -50,7 +50,8 @@ class ModelConfig(Strict):
     chat_template: str | None = None
     """chatml, plain, or a jinja file; null keeps the tokenizer's own (plain where it has none)."""
     attention: str = "auto"
-    """auto lays rows end to end where the model allows it; transformers' sdpa, eager, ... pad them."""
+    """auto lays rows end to end where the model allows it, else takes sdpa, else eager; transformers' sdpa,
+    eager, ... pad rows."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""
 
@@ -121,12 +122,22 @@ def reading(directory: Path) -> Iterator[None]:
         raise ConfigError(f"{directory}: an adapter (adapter_config.json). Merge it into its base first.")
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(" .")
+    except (ImportError, OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        reason = first.partition(". Please request")[0].rstrip(" .")  # of transformers' makers
+        advice = [told for word, told in ADVICE.items() if word in first.lower()]
         raise ConfigError(
-            f"{directory}: cannot be read as a model: {reason}. Only safetensors are read, and code in the "
-            "directory only with model.trust_remote_code=true."
+            " ".join([f"{directory}: cannot be read as a model: {reason}.", *advice[:1]])
         ) from None
+
+
+ADVICE = {
+    "safetensors": "Only safetensors are read.",
+    "custom code": "Code in the directory is only run with model.trust_remote_code=true.",
+    "attention": "model.attention=auto takes one that the model has.",
+    "attn_implementation": "model.attention=auto takes one that the model has.",
+}
+"""What helps against transformers' complaints, by a word in them."""
 
 
 def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -183,9 +194,10 @@ def load_causal_lm(
     return model
 
 
-def attention_of(config: ModelConfig) -> str:
-    """What transformers is told when it loads a model."""
-    return "sdpa" if config.attention == "auto" else config.attention
+def attention_of(config: ModelConfig) -> str | None:
+    """What transformers is told when it loads a model; with None it takes sdpa, or eager where a model has no
+    other."""
+    return None if config.attention == "auto" else config.attention
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

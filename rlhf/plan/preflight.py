@@ -56,6 +56,8 @@ def check_before_loading(
         return
     try:
         model = skeleton(base.architecture, trust_remote_code=settings.model.trust_remote_code)
+        for line in eager_told(model, settings.model.attention):
+            console.print(line, highlight=False, markup=False, style="yellow")
         for stage in stages:
             check_tunes(stage, model)
         on = found_setting(settings, counted(model), compute, data.size)
@@ -93,6 +95,19 @@ def check_tunes(stage: Stage, base: PreTrainedModel) -> None:
     except ConfigError as error:
         complaint = f"{stage.name}.peft.{error}"
         raise ConfigError(complaint.replace(".method=", "=", 1)) from None  # sft.peft=ia3 is what one writes
+
+
+def eager_told(base: PreTrainedModel, attention: str) -> Iterator[str]:
+    """Where `auto` has nothing better than eager attention.
+
+    Args:
+        base: its skeleton.
+    """
+    if attention == "auto" and base.config._attn_implementation == "eager":
+        yield (
+            f"model.attention=auto: {type(base).__name__} has eager attention only: rows are padded, and "
+            "long ones need much memory."
+        )
 
 
 def padding_told(stages: Sequence[Stage], attention: str) -> Iterator[str]:

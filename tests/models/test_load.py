@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_families import family
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config
 
 from rlhf.config import ConfigError
@@ -193,6 +194,27 @@ def test_only_safetensors_are_read(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_local_model_that_is_none(changes: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         base_identity(config("local", **changes))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "bloom", "mpt", "gpt_neo"])
+def test_auto_takes_eager_attention_where_there_is_no_other(name: str, tmp_path: Path) -> None:
+    model = family(name)
+    model.save_pretrained(tmp_path)
+    found = load_causal_lm(tmp_path, config("local", attention="auto"), torch.float32)
+    assert found.config._attn_implementation == "eager"
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_an_attention_that_the_model_or_the_machine_lacks(attention: str, tmp_path: Path) -> None:
+    family("bloom").save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"BloomForCausalLM does not support .*model\.attention=auto"
+    ) as error:
+        load_causal_lm(tmp_path, config("local", attention=attention), torch.float32)
+    assert "safetensors" not in str(error.value) and "trust_remote_code" not in str(error.value)
 
 
 def test_remote_code_is_not_run_unasked(tiny_model: Path, tmp_path: Path) -> None:

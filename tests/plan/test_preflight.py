@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from small_chain import Chain, Outcome
+from small_families import family
 from small_job import on_cpu
 from small_plan import NO_CHECKPOINTS, check, experiment, gpus
 from transformers import (
@@ -183,6 +184,14 @@ def test_padded_rows_are_told(finished_chain: tuple[Chain, Outcome]) -> None:
     assert "padded" not in before(finished_chain[1], on_cpu(), "sft", "stage=sft", "sft.peft=lora")
     padded = ("stage=sft", "sft.peft=prefix", "model.attention=sdpa")  # as they would be anyway
     assert "padded" not in before(finished_chain[1], on_cpu(), "sft", *padded)
+
+
+def test_eager_attention_is_told_once(finished_chain: tuple[Chain, Outcome], tmp_path: Path) -> None:
+    family("gemma2").save_pretrained(tmp_path)
+    said = before(finished_chain[1], on_cpu(), "sft", "stage=sft", base=tmp_path)
+    assert said.count("model.attention=auto: Gemma2ForCausalLM has eager attention only") == 1
+    chosen = before(finished_chain[1], on_cpu(), "sft", "stage=sft", "model.attention=eager", base=tmp_path)
+    assert "attention" not in chosen + before(finished_chain[1], on_cpu(), "sft", "stage=sft")
 
 
 def test_virtual_tokens_and_rows_laid_end_to_end() -> None:
