@@ -19,7 +19,6 @@ from rlhf.launch import LaunchConfig
 from rlhf.methods import METHODS
 from rlhf.models.load import ModelConfig
 from rlhf.models.packed import ATTENTION
-from rlhf.rewards.remote import RewardServerConfig
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
 from rlhf.tracking import TrackerConfig
@@ -55,7 +54,6 @@ class Settings(Strict):
     generation: Literal["local", "vllm"]
     """What samples responses: the trained model itself, or vLLM with a copy of its weights."""
     vllm: VllmConfig
-    reward_server: RewardServerConfig
     launch: LaunchConfig
     distributed: DistributedConfig
     checkpoint: CheckpointConfig

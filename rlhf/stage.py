@@ -52,10 +52,6 @@ class Stage(Strict, ABC):
         """The prepared data sets this one reads: sft, reward, ppo, evaluate, retention."""
         return ()
 
-    def rewards(self) -> Mapping[str, str]:
-        """Key -> the reward that it names, such as `ppo.reward` -> `vader`; without those that are null."""
-        return {}
-
     def reads_base_model(self) -> bool:
         """Whether the base model itself (not only a stage's output) decides the result."""
         return False

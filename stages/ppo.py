@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.data.chat import tokenizer_digest
+from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.distributed import Compute
 from rlhf.engine import make_engine
@@ -28,11 +29,11 @@ from rlhf.methods import METHODS
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
-from rlhf.models.load import load_causal_lm, load_tokenizer
+from rlhf.models.load import BaseModelFiles, load_causal_lm, load_tokenizer
 from rlhf.models.merged import publish_policy
 from rlhf.models.policy import check_head
 from rlhf.models.published import described, origin_of
-from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head
+from rlhf.models.scalar import ScalarModel, check_scorable, load_scalar_model, reset_head
 from rlhf.models.sharing import Backbone, sharing
 from rlhf.models.virtual import KINDS
 from rlhf.plan.demand import Demand
@@ -82,10 +83,6 @@ class PpoStage(PpoConfig, Stage):
     def tunes(self) -> PeftConfig:
         """Of the policy; the critic is trained in the same way."""
         return self.peft
-
-    def rewards(self) -> Mapping[str, str]:
-        """What scores each episode."""
-        return {"ppo.reward": self.reward}
 
     def external(self) -> dict[str, str]:
         """The model or the code that scores, where it is the user's."""
@@ -138,6 +135,10 @@ class PpoStage(PpoConfig, Stage):
                     "Or use ppo.score.normalize=running with ppo.critic.init=sft."
                 )
 
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """A critic can be made of the base model."""
+        check_scorable(base.architecture)
+
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """See rlhf/ppo/demand.py."""
         method = dict(chain["reward"])["peft"].method if self.reward == "learned" else None
@@ -170,14 +171,7 @@ class PpoStage(PpoConfig, Stage):
         learned = job.inputs["reward"].path if self.reward == "learned" else None
         frozen_on = compute.loads_on if self.frozen == "sharded" else compute.device
         reward = make_reward(
-            self.reward,
-            learned,
-            settings,
-            compute,
-            self.micro_batch_tokens,
-            job.reward_server,
-            backbone,
-            frozen_on,
+            self.reward, learned, settings, compute, self.micro_batch_tokens, backbone, frozen_on
         )
         normalizer = self.normalizer(job)
         critic = self.load_critic(job, reward, normalizer, tokenizer, backbone)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
 from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
-from rlhf.data.prepared import splits_of
+from rlhf.data.prepared import PreparedData, splits_of
 from rlhf.data.schema import PairRow, Role
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed import Compute
@@ -33,9 +33,9 @@ from rlhf.losses.pairwise import bradley_terry_loss
 from rlhf.methods import METHODS
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
-from rlhf.models.load import load_tokenizer
+from rlhf.models.load import BaseModelFiles, load_tokenizer
 from rlhf.models.published import attach_to_merge, bytes_under, save_adapter
-from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.scalar import ScalarModel, check_scorable, load_scalar_model, reset_head, save_scalar_model
 from rlhf.plan.demand import Demand, joined
 from rlhf.plan.setting import Setting
 from rlhf.plan.training import training_demand
@@ -84,6 +84,10 @@ class RewardStage(Stage):
     def check_compute(self, compute: Compute) -> None:
         """Every rank gets equally many pairs."""
         compute.check_divides("reward.batch_pairs", self.batch_pairs)
+
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """A reward model can be made of the base model."""
+        check_scorable(base.architecture)
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Both sides of every pair."""

@@ -17,8 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf.config import ConfigError
 from rlhf.models.rows import Packed, seen
 from rlhf.models.short_attention import ShortAttention
+from rlhf.models.targets import backbone_of
 
 ATTENTION = "packed"
 """The name under which transformers' models find `attention`; `model.attention=packed`."""
@@ -29,7 +31,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 def hidden_states(model: PreTrainedModel, packed: Packed, at_N: Tensor | None = None) -> Tensor:
     """Final hidden states [N, H] at some of the T tokens, each named once, or at all; before any head."""
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     if model.config._attn_implementation != ATTENTION:
         ids_BL = packed.ids_T.new_zeros(len(packed.lengths) * packed.longest)
         ids_BL[packed.places_T] = packed.ids_T
@@ -74,8 +76,8 @@ def may_pack(model: PreTrainedModel) -> bool:
     )
 
 
-class _OwnMaskError(Exception):
-    """A model has put something into its attention mask beside what is hidden."""
+class _UnpackableError(ConfigError):
+    """A model's attention is not told of the rows, or of more than the rows."""
 
 
 @torch.no_grad()
@@ -90,7 +92,7 @@ def _leaks(model: PreTrainedModel) -> bool:
             hidden_states(model, Packed([before, row], model.device))[len(row) :]
             for before in (row + 1, row + 4)
         )
-    except _OwnMaskError:
+    except _UnpackableError:
         return True
     return not torch.equal(first, second)
 
@@ -118,6 +120,10 @@ def attention(
         [1, U, A, D].
     """
     if packed is None:
+        if attention_mask is not None and attention_mask.dtype == torch.long:  # that of `Packed.call`
+            raise _UnpackableError(
+                f"{type(module).__name__} is not told of rows laid end to end: model.attention=sdpa pads them"
+            )
         if query.device.type == "cpu" and query.shape[2] == 1:
             return _of_one_token(query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5), None
         return sdpa_attention_forward(
@@ -125,7 +131,7 @@ def attention(
             sliding_window=sliding_window, **options,
         )  # fmt: skip
     if attention_mask is not None and attention_mask.numel() > 1:  # not that of `Packed.call`
-        raise _OwnMaskError(
+        raise _UnpackableError(
             f"{type(module).__name__} has a mask of its own: model.attention=sdpa pads its rows"
         )
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]

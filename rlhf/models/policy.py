@@ -20,6 +20,7 @@ from rlhf.distributed import Compute
 from rlhf.models.checkpointing import recomputed
 from rlhf.models.packed import hidden_states
 from rlhf.models.rows import Packed
+from rlhf.models.targets import backbone_of
 from rlhf.rl.padding import length_mask
 from rlhf.rl.rollout import Rollout
 
@@ -180,7 +181,7 @@ def check_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: its logits are not finite. Its weights are damaged, or too large for "
             "this precision: try precision=fp32."
         )
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     ours = model.get_output_embeddings()(backbone(input_ids=ids_T[None], use_cache=False)[0][0]).float()
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)

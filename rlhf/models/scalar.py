@@ -9,12 +9,22 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute
@@ -132,6 +142,50 @@ def check_score_head(directory: Path) -> None:
         raise ConfigError(f"{directory}: not a one-label classification model: it has {labels} labels.")
 
 
+def classifier_for(config: PreTrainedConfig) -> Any:
+    """The sequence-classification class of a family. Where transformers has none, it is made as transformers
+    makes its own: the family's `AutoModel` under a linear `score`."""
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
+    if kind not in MODEL_MAPPING:  # code of its own
+        return AutoModelForSequenceClassification
+    trunk: Any = MODEL_MAPPING[kind]
+    family = trunk.__mro__[1]
+    name = f"{family.__name__.removesuffix('PreTrainedModel')}ForSequenceClassification"
+    return type(name, (GenericForSequenceClassification, family), {"__module__": family.__module__})
+
+
+def linear_head(model: PreTrainedModel, of: object) -> nn.Linear:
+    """The head of a sequence-classification model.
+
+    Raises:
+        ConfigError: it is another one than a linear `score` without bias.
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(NO_HEAD.format(of, type(model).__name__))
+    return head
+
+
+def check_scorable(config: PreTrainedConfig) -> None:
+    """Refuse a base model that no reward model or critic can be made of; no weights are made or read.
+
+    Raises:
+        ConfigError: why.
+    """
+    classifier = classifier_for(config)
+    if classifier is AutoModelForSequenceClassification:
+        if classifier.__name__ not in (getattr(config, "auto_map", None) or {}):
+            raise ConfigError(
+                f"model: the code that comes with this {config.model_type} has no {classifier.__name__} "
+                "(auto_map in config.json), so no reward model can be made of it. Choose another model."
+            )
+    elif not issubclass(classifier, GenericForSequenceClassification):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            linear_head(classifier(config), "model")
+
+
 def load_scalar_model(
     directory: Path, config: ModelConfig, dtype: torch.dtype, *, new_head: bool = False
 ) -> ScalarModel:
@@ -154,9 +208,12 @@ def load_scalar_model(
     try:
         # a head that is not in there is drawn, and then again by `reset_head`
         with reading(directory), torch.random.fork_rng(devices=[]):
-            model = AutoModelForSequenceClassification.from_pretrained(
+            settings = AutoConfig.from_pretrained(
+                directory, num_labels=1, trust_remote_code=config.trust_remote_code
+            )
+            model = classifier_for(settings).from_pretrained(
                 directory,
-                num_labels=1,
+                config=settings,
                 dtype=dtype,
                 attn_implementation=attention_of(config),
                 use_safetensors=True,
@@ -164,9 +221,7 @@ def load_scalar_model(
             )
     except RuntimeError as error:
         raise ConfigError(f"{directory}: not a one-label classification model: {error}") from None
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ConfigError(NO_HEAD.format(directory, type(model).__name__))
+    head: Any = linear_head(model, directory)
     if config.attention == "auto":
         pack_where_possible(model)
     scalar = ScalarModel(model, head.float().weight)
@@ -188,8 +243,8 @@ def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:
 
 
 def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a directory that `AutoModelForSequenceClassification` loads and scores with alike, where the
-    tokenizer has a pad token of its own."""
+    """Write a directory that `AutoModelForSequenceClassification` loads and scores with alike, where
+    transformers has such a class and the tokenizer a pad token of its own. docs/models.md has the format."""
     assert float(scalar.offset.detach()) == 0.0, "a classification head has no bias to keep the offset in"
     scalar.model.config.pad_token_id = tokenizer.pad_token_id  # where transformers' pooling stops
     scalar.model.save_pretrained(directory)

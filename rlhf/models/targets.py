@@ -15,6 +15,19 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.bottleneck import NAMES
 
+MAMBA = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2")
+READ_PAST = {**dict.fromkeys(MAMBA, "out_proj"), "jamba": "dt_proj"}
+"""A kind of model -> its linear layers whose weight its code (of Mamba, a kernel on GPUs) reads past any
+adapter on them: that would train nothing."""
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The model without its head."""
+    # Llama 4's text model calls it `model`, and says that it is `language_model`
+    name = model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
+    found: nn.Module = getattr(model, name)
+    return found
+
 
 def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
     """The linear layers that a low-rank update is of, by the last part of their names.
@@ -79,8 +92,17 @@ def sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
 
 
 def _inner_linears(model: PreTrainedModel) -> list[str]:
-    """Every linear layer of the backbone; neither the output layer nor a score head."""
-    return sorted({name.rpartition(".")[2] for name, _ in linears(getattr(model, model.base_model_prefix))})
+    """Every linear layer of the backbone that an adapter can stand beside; not the output layer or a score
+    head."""
+    names = {layer_name(path) for path, _ in linears(backbone_of(model))}
+    return sorted(names - {READ_PAST.get(model.config.get_text_config().model_type)})
+
+
+def layer_name(path: str) -> str:
+    """What layers of one kind have in common: the last part of their paths, with the one before it where
+    that is a number (Gemma 3n's `altup_projections.0`)."""
+    *_, before, last = ("", *path.split("."))
+    return f"{before}.{last}" if last.isdigit() else last
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

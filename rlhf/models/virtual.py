@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.packed import ATTENTION
+from rlhf.models.targets import backbone_of
 
 EMBEDDINGS = "prompt_embeddings"
 """peft's name of what is published: [N, layers * 2 * A * D] for prefix tuning, else [N, hidden size]."""
@@ -139,7 +140,7 @@ def check_virtual_tokens(model: PreTrainedModel, method: str) -> None:
 
 def _reader(model: PreTrainedModel) -> nn.Module:
     """The module that every call goes through: the backbone, or its only part (OPT calls that itself)."""
-    backbone: nn.Module = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     return getattr(backbone, "decoder", backbone)
 
 

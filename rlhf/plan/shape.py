@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from rlhf.models.load import context_length
 from rlhf.models.packed import may_pack
+from rlhf.models.targets import backbone_of, layer_name
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """What transformers calls them, of whatever architecture."""
@@ -23,7 +24,7 @@ class Linears(NamedTuple):
     """The linear layers of one name, added up."""
 
     name: str
-    """Its last part."""
+    """As `target_modules` knows it."""
     sides: int
     """Inputs plus outputs: a low-rank update has rank times as many parameters."""
     outputs: int
@@ -123,7 +124,7 @@ def counted(model: PreTrainedModel) -> Shape:
     for name in SIZES:
         if getattr(text, name, None) is None:
             raise UnknownShapeError(f"{type(config).__name__} names no {name}")
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     linears = _linears(backbone)
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
@@ -170,7 +171,7 @@ def _linears(backbone: nn.Module) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name, layer in backbone.named_modules():
         if type(layer).__name__ in ("Linear", "Conv1D"):
-            found.setdefault(name.rpartition(".")[2], []).append(layer)
+            found.setdefault(layer_name(name), []).append(layer)
     return found
 
 
@@ -208,4 +209,6 @@ def _intermediate(text: PreTrainedConfig, hidden: int) -> int:
     size = getattr(text, "moe_intermediate_size", None) if experts else None
     for name in ("intermediate_size", "ffn_dim", "n_inner"):
         size = size or getattr(text, name, None)
+    if isinstance(size, list):  # of each layer (Gemma 3n): the widest, for memory is asked layer by layer
+        size = max(size)
     return int(size or 4 * hidden) * int(experts or 1)

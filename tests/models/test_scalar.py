@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_job import on_cpu
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    CTRLConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf.config import ConfigError
 from rlhf.models.load import ModelConfig, load_tokenizer
 from rlhf.models.policy import pack_sequences
-from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.scalar import (
+    ScalarModel,
+    check_scorable,
+    load_scalar_model,
+    reset_head,
+    save_scalar_model,
+)
 from rlhf.rewards.source import reward_digest
 
 TINY = ModelConfig(kind="tiny")
@@ -178,3 +191,19 @@ def test_what_cannot_score_is_told_without_being_loaded(
     (tmp_path / "one" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="cannot be read as a model"):
         score_of(tmp_path / "one")
+
+
+def test_a_base_model_with_another_kind_of_head_is_refused_before_anything_trains() -> None:
+    for config in (LlamaConfig(), GraniteConfig()):  # of transformers, and made as transformers makes its own
+        check_scorable(config)
+    with pytest.raises(ConfigError, match=r"CTRLForSequenceClassification has no linear `score` head"):
+        check_scorable(CTRLConfig(n_layer=1))
+
+    class OwnConfig(LlamaConfig):  # what transformers makes of a config that brings code
+        model_type = "own"
+        auto_map: ClassVar[dict[str, str]] = {"AutoModelForCausalLM": "own.OwnForCausalLM"}
+
+    with pytest.raises(ConfigError, match="this own has no AutoModelForSequenceClassification"):
+        check_scorable(OwnConfig())
+    OwnConfig.auto_map["AutoModelForSequenceClassification"] = "own.OwnForSequenceClassification"
+    check_scorable(OwnConfig())

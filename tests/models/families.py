@@ -1,0 +1,131 @@
+"""Tiny models of many families: two layers of random weights, from the configs below."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 259, "max_position_embeddings": 1024,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+"""What most configs call the same things. The vocabulary is that of `model=tiny`: bytes."""
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}
+WIDE = {"head_dim": 16}
+WINDOW = {"sliding_window": 8}
+EXPERTS = {
+    "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+DENSE_AND_SHARED = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "head_dim": 8,
+}  # fmt: skip
+MAMBA = {
+    "mamba_d_state": 16, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_ssm": 128,
+}  # fmt: skip
+DELTA = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}  # fmt: skip
+PER_LAYER = {"vocab_size_per_layer_input": 259, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "bloom": GPT2,
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25, **WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "deepseek_v2": EXPERTS | LATENT | DENSE_AND_SHARED,
+    "deepseek_v3": EXPERTS | LATENT | DENSE_AND_SHARED,
+    "ernie4_5": {},
+    "ernie4_5_moe": EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    "exaone4": WINDOW,
+    "falcon": {},
+    "falcon_h1": MAMBA,
+    "gemma": WIDE,
+    "gemma2": WIDE | WINDOW,
+    "gemma3_text": WIDE | WINDOW,
+    "gemma3n_text": WIDE | WINDOW | PER_LAYER | {
+        "intermediate_size": [96, 96], "laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0],
+    },
+    "gemma4_text": WIDE | WINDOW | PER_LAYER | {"global_head_dim": 16},
+    "glm": WIDE,
+    "glm4": WIDE,
+    "glm4_moe": EXPERTS | DENSE_AND_SHARED | WIDE,
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "gpt_neox": {},
+    "gpt_oss": EXPERTS | WIDE | WINDOW,
+    "gptj": GPT2 | {"rotary_dim": 8},
+    "granite": {"logits_scaling": 4.0},
+    "granitemoe": EXPERTS | {"logits_scaling": 4.0},
+    "granitemoehybrid": EXPERTS | MAMBA | {"layer_types": ["mamba", "attention"], "logits_scaling": 4.0},
+    "helium": WIDE,
+    "hunyuan_v1_dense": WIDE,
+    "jamba": EXPERTS | MAMBA | {"mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "llama": {},
+    "llama4_text": EXPERTS | WIDE | {"intermediate_size_mlp": 96},
+    "mamba": {"state_size": 16},
+    "minicpm3": LATENT,
+    "minimax": EXPERTS | WIDE | {"block_size": 8},
+    "minimax_m2": EXPERTS | WIDE,
+    "mistral": WINDOW,
+    "mixtral": EXPERTS,
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 1024},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": WINDOW,
+    "olmoe": EXPERTS,
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "phi": {},
+    "phi3": {},
+    "phimoe": EXPERTS,
+    "qwen2": {},
+    "qwen2_moe": EXPERTS,
+    "qwen3": WIDE,
+    "qwen3_moe": EXPERTS | WIDE,
+    "qwen3_next": EXPERTS | WIDE | DELTA | {"layer_types": ["linear_attention", "full_attention"]},
+    "recurrent_gemma": WIDE | {"lru_width": 64, "attention_window_size": 16},
+    "seed_oss": WIDE,
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {},
+}  # fmt: skip
+"""transformers' name of a family -> what its config needs beside the common sizes."""
+
+SCALED = "ForCausalLM transforms its logits after the output layer"
+REFUSED = dict.fromkeys(
+    ("cohere", "cohere2", "granite", "granitemoe", "granitemoehybrid", "minicpm3"), SCALED
+)
+"""What is not run, and the words of the refusal."""
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """The config of a family's tiny model."""
+    config: PreTrainedConfig = AutoConfig.for_model(family, **COMMON | FAMILIES[family])
+    return config
+
+
+def tiny_family(family: str) -> PreTrainedModel:
+    """A model in fp32 whose answers differ from prompt to prompt."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(3.0)
+                else:  # biases, norms and scales, so that none is without effect
+                    parameter.add_(0.02 * torch.randn(parameter.shape))
+    return model.eval()
