@@ -1,23 +1,24 @@
 """Log-probabilities of responses under a policy.
 
 Dimensions: B sequences, T tokens of a micro-batch laid end to end, N those of its responses, H hidden size,
-R response tokens (padded). No [tokens, vocabulary] tensor is held for more than HEAD_CHUNK tokens at once;
-what a micro-batch's chunks give to the head's weights autograd adds up in their own dtype.
+R response tokens (padded). Of the [tokens, vocabulary] logits no more are held at once than those
+of HEAD_CHUNK tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute
-from rlhf.models.checkpointing import recomputed
 from rlhf.models.packed import hidden_states
 from rlhf.models.rows import Packed
 from rlhf.models.targets import backbone_of
@@ -94,72 +95,151 @@ class ResponseModel(nn.Module):
 def head_statistics(
     hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, temperature: float
 ) -> TokenStatistics:
-    """The head applied to HEAD_CHUNK tokens at a time; logits are recomputed in the backward pass."""
-    pieces = []
-    for hidden, targets in zip(hidden_NH.split(HEAD_CHUNK), targets_N.split(HEAD_CHUNK), strict=True):
-        pieces.append(recomputed(_chunk, hidden, head, targets, temperature))
-    return TokenStatistics(
-        torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
-    )
+    """Log-probabilities and entropies behind the output layer, however many tokens there are (also none).
+
+    The layer is called once. A sharding engine gathers a layer's weights, with all ranks, around each call
+    and once more for the call's gradients: were it called once a chunk, ranks with other token counts would
+    wait for each other for ever.
+    """
+    assert isinstance(head, nn.Linear), f"an output layer of {type(head)}"
+    layer = head
+
+    def all_chunks(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+        statistics: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
+            hidden_NH, layer.weight, layer.bias, targets_N, temperature
+        )
+        return statistics
+
+    with _computing(head, all_chunks):
+        return TokenStatistics(*head(hidden_NH))
 
 
-def _chunk(
-    hidden_CH: Tensor, head: nn.Module, targets_C: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    logits_CV = head(hidden_CH)
-    logp_C, entropy_C = _Categorical.apply(logits_CV, targets_C, temperature)  # type: ignore[no-untyped-call]
-    return logp_C, entropy_C
+@contextmanager
+def _computing(module: nn.Module, function: Callable[[Tensor], Any]) -> Iterator[None]:
+    """While open, a call of the module runs its hooks around another function than its own."""
+    assert "forward" not in vars(module)
+    vars(module)["forward"] = function
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
 
 
-class _Categorical(torch.autograd.Function):
-    """Log-probabilities of targets and entropies of softmax(logits / temperature), in fp32.
+class _HeadStatistics(torch.autograd.Function):
+    """log softmax((W hidden + b) / temperature) at the targets, and its entropy, in fp32.
 
-    On CPUs a few rows at a time, so that what is computed on the way stays in the cache.
+    Logits are computed twice, of a part at a time. Forward, a part is HEAD_CHUNK tokens. Backward, where the
+    weights train, it is some of the vocabulary, of all tokens: a weight's gradient is then a single product,
+    rounded once, and no second copy of it is ever held; the hidden states' is added up in fp32.
+    Dimensions: V vocabulary, C tokens of a part, P of the vocabulary.
     """
 
-    ROWS = 16
-
     @staticmethod
-    def _parts(logits_CV: Tensor) -> list[slice]:
-        rows = _Categorical.ROWS if logits_CV.device.type == "cpu" else len(logits_CV)
-        return [slice(start, start + rows) for start in range(0, len(logits_CV), rows)]
-
-    @staticmethod
-    def forward(ctx: Any, logits_CV: Tensor, targets_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logp_C, entropy_C, total_C = (
-            logits_CV.new_empty(len(logits_CV), dtype=torch.float32) for _ in range(3)
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        logp_N, entropy_N, total_N = (
+            hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32) for _ in range(3)
         )
-        for part in _Categorical._parts(logits_CV):
-            x = logits_CV[part].to(torch.float32, copy=True)
-            if temperature != 1.0:
-                x.div_(temperature)
-            highest = x.amax(-1, keepdim=True)
-            x -= highest
-            target = x.gather(-1, targets_C[part, None]).squeeze(-1)
-            weight = x.exp()
-            total = weight.sum(-1)
-            log_total = total.log()
-            logp_C[part] = target - log_total
-            entropy_C[part] = log_total - weight.mul_(x).sum(-1) / total
-            total_C[part] = log_total + highest.squeeze(-1)
-        ctx.save_for_backward(logits_CV, targets_C, total_C)
+        for chunk in _slices(len(hidden_NH), HEAD_CHUNK):
+            logits_CV = functional.linear(hidden_NH[chunk], weight_VH, bias_V)
+            results = (logp_N[chunk], entropy_N[chunk], total_N[chunk])
+            _categorical(logits_CV, targets_N[chunk], temperature, *results)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, total_N)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_C)
-        return logp_C, entropy_C
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        logits_CV, targets_C, total_C = ctx.saved_tensors
-        gradient_C = gradients[0] / ctx.temperature
-        gradient_CV = torch.empty_like(logits_CV)
-        for part in _Categorical._parts(logits_CV):
-            x = logits_CV[part].to(torch.float32, copy=True)
-            if ctx.temperature != 1.0:
-                x.div_(ctx.temperature)
-            x.sub_(total_C[part, None]).exp_().mul_(-gradient_C[part, None])
-            x.scatter_add_(-1, targets_C[part, None], gradient_C[part, None])
-            gradient_CV[part] = x
-        return gradient_CV, None, None
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        hidden_NH, weight_VH, bias_V, targets_N, total_N = ctx.saved_tensors
+        gradient_N = gradients[0] / ctx.temperature
+        learns_hidden, learns_weight, learns_bias, *_ = ctx.needs_input_grad
+        num_tokens, vocabulary = len(hidden_NH), len(weight_VH)
+        if learns_weight or learns_bias:
+            chunks = [slice(0, num_tokens)]
+            parts = _slices(vocabulary, max(1, HEAD_CHUNK * vocabulary // max(num_tokens, HEAD_CHUNK)))
+        else:
+            chunks, parts = _slices(num_tokens, HEAD_CHUNK), [slice(0, vocabulary)]
+        to_hidden_NH = to_weight_VH = to_bias_V = None
+        if learns_hidden:
+            to_hidden_NH = torch.zeros_like(hidden_NH, dtype=torch.float32 if len(parts) > 1 else None)
+        if learns_weight:
+            to_weight_VH = torch.empty_like(weight_VH)
+        if learns_bias:
+            to_bias_V = torch.empty_like(bias_V)
+        for chunk in chunks:
+            for part in parts:
+                weight_PH, bias_P = weight_VH[part], None if bias_V is None else bias_V[part]
+                logits_CP = functional.linear(hidden_NH[chunk], weight_PH, bias_P)
+                targets_C = targets_N[chunk] - part.start
+                _into_gradient(logits_CP, targets_C, total_N[chunk], gradient_N[chunk], ctx.temperature)
+                if to_hidden_NH is not None:
+                    to_hidden_NH[chunk] += logits_CP @ weight_PH
+                if to_weight_VH is not None:
+                    torch.mm(logits_CP.mT, hidden_NH[chunk], out=to_weight_VH[part])
+                if to_bias_V is not None:
+                    torch.sum(logits_CP, 0, out=to_bias_V[part])
+        if to_hidden_NH is not None:
+            to_hidden_NH = to_hidden_NH.to(hidden_NH.dtype)
+        return to_hidden_NH, to_weight_VH, to_bias_V, None, None
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+CACHED = 16 * 49152
+"""Logits on which a CPU works at a time, so that what is computed on the way stays in its cache."""
+
+
+def _pieces(x: Tensor) -> list[slice]:
+    rows = max(1, CACHED // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    return _slices(len(x), rows)
+
+
+def _categorical(
+    logits_CV: Tensor, targets_C: Tensor, temperature: float, logp_C: Tensor, entropy_C: Tensor,
+    total_C: Tensor,
+) -> None:  # fmt: skip
+    """Write a chunk's results: log-probabilities, entropies, and the logarithms of the normalizers."""
+    for rows in _pieces(logits_CV):
+        x = logits_CV[rows].to(torch.float32, copy=True)
+        if temperature != 1.0:
+            x.div_(temperature)
+        highest = x.amax(-1, keepdim=True)
+        x -= highest
+        target = x.gather(-1, targets_C[rows, None]).squeeze(-1)
+        weight = x.exp()
+        total = weight.sum(-1)
+        log_total = total.log()
+        logp_C[rows] = target - log_total
+        entropy_C[rows] = log_total - weight.mul_(x).sum(-1) / total
+        total_C[rows] = log_total + highest.squeeze(-1)
+
+
+def _into_gradient(
+    logits_CP: Tensor, targets_C: Tensor, total_C: Tensor, gradient_C: Tensor, temperature: float
+) -> None:
+    """Turn logits into the gradients that reach them.
+
+    Args:
+        targets_C: counted from the part's first token; those outside of it are another part's.
+        gradient_C: of each log-probability, divided by the temperature.
+    """
+    size = logits_CP.shape[1]
+    place_C1 = targets_C.clamp(0, size - 1)[:, None]
+    of_target_C1 = torch.where((targets_C >= 0) & (targets_C < size), gradient_C, 0.0)[:, None]
+    for rows in _pieces(logits_CP):
+        x = logits_CP[rows].to(torch.float32, copy=True)
+        if temperature != 1.0:
+            x.div_(temperature)
+        x.sub_(total_C[rows, None]).exp_().mul_(-gradient_C[rows, None])
+        x.scatter_add_(-1, place_C1[rows], of_target_C1[rows])
+        logits_CP[rows] = x
 
 
 @torch.no_grad()
@@ -181,8 +261,13 @@ def check_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: its logits are not finite. Its weights are damaged, or too large for "
             "this precision: try precision=fp32."
         )
-    backbone = backbone_of(model)
-    ours = model.get_output_embeddings()(backbone(input_ids=ids_T[None], use_cache=False)[0][0]).float()
+    backbone, head = backbone_of(model), model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"model: the output layer of {type(model).__name__} is a {type(head).__name__}; the chunked "
+            "log-probabilities here need a linear one. Choose another model."
+        )
+    ours = head(backbone(input_ids=ids_T[None], use_cache=False)[0][0]).float()
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
     if not torch.allclose(logits, ours, rtol=0.02, atol=0.02 * float(logits.abs().max())):

@@ -13,7 +13,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from rlhf.config import ConfigError
 from rlhf.models import policy
 from rlhf.models.load import ModelConfig, load_causal_lm
-from rlhf.models.policy import check_head, pack_sequences, response_statistics, rollout_rows
+from rlhf.models.policy import (
+    check_head,
+    head_statistics,
+    pack_sequences,
+    response_statistics,
+    rollout_rows,
+)
 from rlhf.rl.rollout import Rollout
 
 PAD = 2
@@ -79,6 +85,52 @@ def test_gradients_equal_those_of_the_plain_formula(
     ours = (response_statistics(model, batch, 0.7).logp_N * weights).sum()
     for gradient, expected in zip(torch.autograd.grad(ours, list(model.parameters())), wanted, strict=True):
         torch.testing.assert_close(gradient, expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 20, 700])
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_output_layer_is_called_once_whatever_the_number_of_tokens(num_tokens: int, trains: bool) -> None:
+    """A sharding engine gathers its weights around each call, with all ranks, which have other numbers."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 30)  # with a bias
+    head.requires_grad_(trains)
+    calls: list[int] = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    hidden_NH = torch.randn(num_tokens, 8, requires_grad=True)
+    targets_N, slope_N = torch.randint(30, (num_tokens,)), torch.randn(num_tokens)
+    plain_N = (head(hidden_NH) / 0.7).log_softmax(-1).gather(-1, targets_N[:, None]).squeeze(-1)
+    calls.clear()
+    logp_N, entropy_N = head_statistics(hidden_NH, head, targets_N, 0.7)
+    assert calls == [1]
+    torch.testing.assert_close(logp_N, plain_N)
+    assert logp_N.shape == entropy_N.shape == (num_tokens,) and not entropy_N.requires_grad
+    learning = [hidden_NH, *(head.parameters() if trains else ())]
+    wanted, found = (torch.autograd.grad((each * slope_N).sum(), learning) for each in (plain_N, logp_N))
+    torch.testing.assert_close(found, wanted)
+    assert calls == [1]  # nor again for the gradients
+
+
+def test_a_bf16_weights_gradient_is_rounded_once() -> None:
+    """However many tokens add to it: then it is off by less than half a step of bf16, 2 ** -9."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50, bias=False, dtype=torch.bfloat16)
+    hidden_NH, targets_N = torch.randn(8 * 256, 16).bfloat16(), torch.randint(50, (8 * 256,))
+    head_statistics(hidden_NH, head, targets_N, 1.0).logp_N.sum().backward()
+    precise = torch.nn.Linear(16, 50, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        precise.weight.copy_(head.weight)
+    plain_NV = precise(hidden_NH.double()).log_softmax(-1)
+    plain_NV.gather(-1, targets_N[:, None]).sum().backward()
+    assert head.weight.grad is not None and precise.weight.grad is not None
+    error = (head.weight.grad - precise.weight.grad).norm() / precise.weight.grad.norm()
+    assert float(error) < 2e-3
+
+
+def test_an_output_layer_that_is_not_linear_is_refused() -> None:
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
+    plain.set_output_embeddings(torch.nn.Sequential(plain.get_output_embeddings()))
+    with pytest.raises(ConfigError, match="the output layer of GPT2LMHeadModel is a Sequential"):
+        check_head(plain)
 
 
 def test_entropy_by_definition_and_without_gradient(model: PreTrainedModel) -> None:
