@@ -1,7 +1,7 @@
 """The command line: compose, build, run; mistakes are shown without a traceback.
 
-Exit codes: 0 done, 1 crash, 2 configuration or data error, 3 a gate failed; 75 stopped by a scheduler's
-signal and 130 by Ctrl-C, after which the same command goes on.
+Exit codes: 0 done, 1 crash, 2 configuration or data error, 3 a gate failed (of `verify`: there is damage);
+75 stopped by a scheduler's signal and 130 by Ctrl-C, after which the same command goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from datetime import datetime
+from importlib import resources
 from typing import Any
 
 import hydra
@@ -24,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf.interrupt import Stopped, StopSignals, leave_exit_code
 from rlhf.secrets import redacted, redacted_output
 from rlhf.sweep import SWEEPERS, register
+from rlhf.verify import verify
 
 CRASH, CONFIG_ERROR, STOPPED, INTERRUPTED = 1, 2, 75, 130
 
@@ -97,11 +99,16 @@ def main() -> None:
 
 
 def run_command_line() -> None:
-    """Compose and run.
+    """Compose and run; or verify a store, for which nothing is composed.
 
     Raises:
         SystemExit: whenever the exit code is not 0.
     """
+    if sys.argv[1:2] == ["verify"]:
+        defaults = OmegaConf.load(str(resources.files("rlhf.conf") / "config.yaml"))
+        if code := verify(sys.argv[2:], store_dir=defaults.store_dir):
+            raise SystemExit(code)
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
     register()
     refuse_to_pickle_secrets(sys.argv[1:])

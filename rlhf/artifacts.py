@@ -1,7 +1,8 @@
 """The store: finished artifacts under their keys, published atomically, computed once.
 
-Layout: STORE/STAGE/KEY/manifest.json beside the stage's files. A directory without a manifest is not an
-artifact. KEY is a hash of the *recipe*: all that decides the content.
+Layout: STORE/STAGE/KEY/manifest.json beside the stage's files. KEY is a hash of the *recipe*: all that
+decides the content. STORE/STAGE/.KEY.digests.json remembers the digests of files that were read, so that an
+artifact is verified again without reading it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf.config import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 KEY_LENGTH = 16
+MANIFEST = "manifest.json"
+
+SETTLED_NANOSECONDS = 2_000_000_000
+"""A file that was written more recently may be written again without another time: some file systems keep two
+seconds only."""
 
 Recipe = dict[str, Any]
 
@@ -50,7 +57,9 @@ class Manifest(BaseModel):
     files: dict[str, str]
     """Relative path -> sha256."""
     made_from: dict[str, str] = {}
-    """Stage -> digest of the content of its artifact that this one was made from."""
+    """Stage (or `base`) -> digest of the content of its artifact that this one was made from."""
+    digest: str = ""
+    """sha256 of all the other fields; the store fills it in."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +75,110 @@ class Artifact:
         return self.manifest.key
 
 
+class DamagedError(ConfigError):
+    """An artifact is not what was published. Nothing was loaded from it.
+
+    `extra` names files that lie in its directory and are not its own, where nothing else is wrong.
+    """
+
+    def __init__(self, path: Path, complaint: str, extra: Sequence[str] = ()) -> None:
+        super().__init__(path, complaint, extra)
+        self.path, self.complaint, self.extra = path, complaint, extra
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is damaged: {self.complaint}. The command that needs it sets it aside and makes it "
+            "anew; `python -m rlhf verify` looks for more."
+        )
+
+
 def digest_of(value: Any) -> str:
     """sha256 of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+_digests_read: dict[tuple[int, ...], str] = {}
+"""Device and `_state` of the files that this process has read -> their digests."""
+
+
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """sha256 of a file's bytes, read once by each process: anew only where the file was changed."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        status = os.fstat(file.fileno())
+        state = (status.st_dev, *_state(status))
+        if state in _digests_read:
+            return _digests_read[state]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        after = os.fstat(file.fileno())
+    if _state(after) == _state(status) and _is_settled(after):
+        _digests_read[state] = digest
+    return digest
 
 
-def directory_digest(directory: Path) -> str:
-    """sha256 over the names and bytes of all files below a directory."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return digest_of([[str(path.relative_to(directory)), file_digest(path)] for path in files])
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    """Changes when a file is written. No program can set ctime, so not even a copied mtime hides it."""
+    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _is_settled(status: os.stat_result) -> bool:
+    return time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NANOSECONDS
+
+
+def file_digests(
+    directory: Path, names: Iterable[str], memory: Path, *, read: bool = False
+) -> dict[str, str]:
+    """The sha256 of some of a directory's files; what `memory` knows of an unchanged file is not read again.
+
+    A bit that flips on the disk itself changes neither size nor times: only reading finds it.
+
+    Args:
+        memory: a JSON file, which is made or brought up to date where it can be written.
+        read: read every file that this process has not read yet, whatever is remembered of it.
+    """
+    try:
+        before = json.loads(memory.read_bytes())
+    except (FileNotFoundError, ValueError):  # none, or half of one
+        before = {}
+    known: dict[str, Any] = before if isinstance(before, dict) else {}
+    digests: dict[str, str] = {}
+    now: dict[str, Any] = {}
+    for name in names:
+        status = (directory / name).stat()  # before it is read: what is written meanwhile is not remembered
+        state = [*_state(status)]
+        remembered = known.get(name)
+        if not read and isinstance(remembered, dict) and remembered.get("state") == state:
+            digests[name] = str(remembered.get("sha256"))
+        else:
+            digests[name] = file_digest(directory / name)
+        if _is_settled(status):
+            now[name] = {"state": state, "sha256": digests[name]}
+    if now != before:
+        _write_memory(memory, now)
+    return digests
+
+
+def _write_memory(memory: Path, content: Mapping[str, Any]) -> None:
+    beside = memory.with_name(f"{memory.name}.{uuid4().hex[:8]}")
+    try:
+        memory.parent.mkdir(exist_ok=True)
+        beside.write_text(json.dumps(content), encoding="utf-8")
+        beside.rename(memory)
+    except OSError:  # a store of others', or a full one: then the files are read again next time
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def directory_digest(directory: Path, memory: Path | None = None) -> str:
+    """sha256 over the names and bytes of all files below a directory.
+
+    Args:
+        memory: see `file_digests`.
+    """
+    names = sorted(_names_below(directory), key=Path)
+    if memory is None:
+        return digest_of([[name, file_digest(directory / name)] for name in names])
+    digests = file_digests(directory, names, memory)
+    return digest_of([[name, digests[name]] for name in names])
 
 
 def weights_digest(directory: Path) -> str:
@@ -94,6 +192,48 @@ def leads_out(directory: Path, names: Iterable[str]) -> str | None:
     root = directory.resolve()
     links = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_symlink()]
     return next((name for name in (*names, *links) if not (root / name).resolve().is_relative_to(root)), None)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """What an artifact's manifest says.
+
+    Raises:
+        DamagedError: it is not what was written.
+        ConfigError: it was written by another version.
+    """
+    try:
+        values = json.loads((directory / MANIFEST).read_bytes())
+        written_as = int(values["format"])
+    except FileNotFoundError:
+        raise DamagedError(directory, f"{MANIFEST} is missing") from None
+    except (ValueError, TypeError, KeyError):
+        raise DamagedError(directory, f"its {MANIFEST} cannot be read") from None
+    if written_as != FORMAT:
+        raise ConfigError(
+            f"{directory}: written in store format {written_as}, this version reads {FORMAT}. "
+            "Use another store_dir or remove the directory."
+        )
+    if values.get("digest") != _manifest_digest(values):
+        raise DamagedError(directory, f"its {MANIFEST} is not what was written")
+    return Manifest.model_validate(values)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write it with its own digest."""
+    manifest.digest = _manifest_digest(json.loads(manifest.model_dump_json()))
+    (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+
+
+def _manifest_digest(values: Mapping[str, Any]) -> str:
+    return digest_of({name: value for name, value in values.items() if name != "digest"})
+
+
+def _memory_of(artifact: Path) -> Path:
+    return artifact.with_name(f".{artifact.name}.digests.json")
+
+
+def _names_below(directory: Path) -> Iterator[str]:
+    return (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
 def recipe_key(recipe: Recipe) -> str:
@@ -112,34 +252,86 @@ class Store:
             raise ConfigError(f"store_dir={root}: cannot be created ({error.strerror}).") from None
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The finished artifact, or None.
+        """The finished artifact, verified, or None. What is remembered of its files is not read again.
 
         Raises:
-            ConfigError: it is there but cannot be read: damaged, or written by another version.
+            DamagedError: it is not what was published.
+            ConfigError: it was written by another version, or leads out of its directory.
         """
         path = self.root / stage / key
         if not path.parent.exists() or path not in path.parent.iterdir():
             return None  # listed, because NFS remembers for a while that a name was not there
-        if not (path / "manifest.json").exists():
-            return None
-        try:
-            manifest = Manifest.model_validate_json((path / "manifest.json").read_bytes())
-        except ValidationError:
-            raise ConfigError(f"{path}: its manifest.json cannot be read. Remove the directory.") from None
-        if manifest.format != FORMAT:
-            raise ConfigError(
-                f"{path}: written in store format {manifest.format}, this version reads {FORMAT}. "
-                "Use another store_dir or remove the directory."
-            )
-        outside = leads_out(path, manifest.files)
+        artifact = Artifact(path, read_manifest(path))
+        manifest = artifact.manifest
+        if (manifest.stage, manifest.key) != (stage, key):
+            raise DamagedError(path, f"its {MANIFEST} belongs to {manifest.stage}/{manifest.key}")
+        self.verify(artifact)
+        return artifact
+
+    def verify(self, artifact: Artifact, *, read: bool = False) -> None:
+        """Compare an artifact's files with its manifest.
+
+        Args:
+            read: as of `file_digests`: for what is going to be loaded.
+
+        Raises:
+            DamagedError: a file is missing, is not what was published, or is not one of its own.
+            ConfigError: a name or a link leads out of its directory.
+        """
+        path, files = artifact.path, artifact.manifest.files
+        outside = leads_out(path, files)
         if outside is not None:
             raise ConfigError(
                 f"{path}: {outside} leads out of the directory. It was tampered with: remove it."
             )
-        missing = [name for name in manifest.files if not (path / name).exists()]
+        there = {name for name in _names_below(path) if name != MANIFEST}
+        missing = sorted(files.keys() - there)
         if missing:
-            raise ConfigError(f"{path}: {missing[0]} is missing. Remove the directory; it is then made anew.")
-        return Artifact(path, manifest)
+            raise DamagedError(path, f"{missing[0]} is missing")
+        memory = _memory_of(path)
+        if (
+            read or file_digests(path, files, memory) != files
+        ):  # if what is remembered is wrong, reading tells
+            found = file_digests(path, files, memory, read=True)
+            wrong = [name for name in files if found[name] != files[name]]
+            if wrong:
+                raise DamagedError(path, f"{wrong[0]} is not what was written")
+        # hidden ones are the file system's own, as NFS's of deleted files that are still open
+        extra = sorted(name for name in there - files.keys() if not Path(name).name.startswith("."))
+        if extra:
+            raise DamagedError(path, f"{extra[0]} is not one of its files", extra)
+
+    def set_aside(self, stage: str, key: str) -> str | None:
+        """Rename what is damaged in the artifact's place, so that it is made anew, or is found again if only
+        other files lay in it; call it under the lock.
+
+        Returns:
+            What was done, in words; None if nothing is damaged.
+
+        Raises:
+            ConfigError: it cannot be renamed.
+        """
+        try:
+            self.find(stage, key)
+        except DamagedError as damage:
+            path = damage.path
+            aside = path.with_name(f".{key}.damaged-{uuid4().hex[:4]}")
+            moves = {path / name: aside / name for name in damage.extra} or {path: aside}
+            try:
+                for source, target in moves.items():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    source.rename(target)
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} is damaged: {damage.complaint}. It cannot be set aside ({error.strerror}): "
+                    "remove it, or use another store_dir."
+                ) from None
+            return f"{path} is damaged ({damage.complaint}): set aside as {aside}"
+        return None
+
+    def memory(self, directory: Path) -> Path:
+        """Where to remember the digests of a directory outside the store: see `file_digests`."""
+        return self.root / ".digests" / f"{digest_of(str(directory.resolve()))[:KEY_LENGTH]}.json"
 
     def lock(self, stage: str, key: str) -> FileLock:
         """Held while an artifact is made. The kernel frees it when its holder dies."""
@@ -168,15 +360,11 @@ class Store:
 
     def publish(self, scratch: Path, manifest: Manifest) -> Artifact:
         """Write the manifest, flush everything, and rename into place."""
-        manifest.files = {
-            str(path.relative_to(scratch)): file_digest(path)
-            for path in sorted(scratch.rglob("*"))
-            if path.is_file()
-        }
-        (scratch / "manifest.json").write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
+        final = self.root / manifest.stage / manifest.key
+        manifest.files = file_digests(scratch, sorted(_names_below(scratch)), _memory_of(final), read=True)
+        write_manifest(scratch, manifest)
         for path in [*scratch.rglob("*"), scratch]:
             flush(path)
-        final = self.root / manifest.stage / manifest.key
         replaced = final.with_name(f".{final.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)  # an interrupted publication left it
         if final.exists():  # force=[stage], or a directory without a manifest
@@ -189,7 +377,7 @@ class Store:
     def explain(self, stage: str, recipe: Recipe) -> str:
         """Why there is no artifact for this recipe: the difference to the most similar one there is."""
         differences: list[list[str]] = []
-        for path in (self.root / stage).glob("[!.]*/manifest.json"):  # not what is being made
+        for path in (self.root / stage).glob(f"[!.]*/{MANIFEST}"):  # not what is being made
             with suppress(ValidationError):
                 differences.append(_changes(Manifest.model_validate_json(path.read_bytes()).recipe, recipe))
         if not differences:

@@ -22,15 +22,15 @@ from uuid import uuid4
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from rlhf.artifacts import digest_of, file_digest, flush, leads_out
+from rlhf.artifacts import MANIFEST, digest_of, file_digest, flush
 from rlhf.config import ConfigError, Strict
 from rlhf.distributed import Compute
 from rlhf.engine import Engine
 from rlhf.interrupt import Stopped, StopSignals
 from rlhf.tracking import Tracker
+from rlhf.verify import CHECKPOINT_FORMAT, verified
 
-FORMAT = 2
-MANIFEST, LOOP = "manifest.json", "loop.pt"
+LOOP = "loop.pt"
 NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write", re.I)
 """What torch.save says when the disk takes no more; anything else is another rank that was lost."""
 
@@ -198,7 +198,7 @@ class Checkpointer:
     def _finish(self, part: Path, step: int, files: Mapping[str, str]) -> None:
         name = f"step-{step:08d}"
         manifest = {
-            "format": FORMAT, "name": name, "step": step, "world_size": self.compute.world_size,
+            "format": CHECKPOINT_FORMAT, "name": name, "step": step, "world_size": self.compute.world_size,
             "zero": self.compute.zero, "seconds": self.spent(), "files": files,
         }  # fmt: skip
         manifest["digest"] = digest_of(manifest)
@@ -229,27 +229,3 @@ class Checkpointer:
             path.rename(aside)
             self.tell(f"{self.stage}: checkpoint {path.name} is damaged ({complaint}); kept aside as {aside}")
         return None
-
-
-def verified(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The manifest of a checkpoint whose files are what was written; else None and what is wrong."""
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            return None, f"written in format {manifest['format']}, this version reads {FORMAT}"
-        if (
-            digest_of({key: value for key, value in manifest.items() if key != "digest"})
-            != manifest["digest"]
-        ):
-            return None, f"{MANIFEST} is not what was written"
-        if manifest["name"] != path.name:
-            return None, f"{MANIFEST} belongs to {manifest['name']}"
-        outside = leads_out(path, manifest["files"])
-        if outside is not None:
-            return None, f"{outside} leads out of its directory"
-        for name, digest in manifest["files"].items():
-            if file_digest(path / name) != digest:
-                return None, f"{name} is not what was written"
-    except (OSError, ValueError, KeyError) as error:
-        return None, f"{type(error).__name__}: {error}"
-    return manifest, ""

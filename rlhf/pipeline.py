@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from filelock import Timeout
 from rich.console import Console
 
-from rlhf.artifacts import Artifact, Recipe, Store, recipe_key
+from rlhf.artifacts import Artifact, DamagedError, Recipe, Store, recipe_key
 from rlhf.checkpoint import Checkpointer
-from rlhf.data.prepared import PreparedData
+from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment
 from rlhf.generation.vllm import Vllm
@@ -47,6 +47,8 @@ class Pipeline:
         self.experiment, self.console, self.compute = experiment, console, compute
         self.signals = signals or StopSignals()
         self.store = Store(Path(settings.store_dir))
+        self.base: Artifact | None = None
+        """The base model, where the store keeps it."""
         self.results = Run(Path(settings.runs_dir) / run_name, writes=compute.is_main)
         self.needs_weights = any(stage.reads_weights for stage in stages)
         self.model_identity = base_identity(settings.model, weights=self.needs_weights)
@@ -121,12 +123,19 @@ class Pipeline:
         def find() -> Artifact | None:
             return None if forced else self.kept(stage, recipe, artifacts)
 
+        def find_under_lock() -> tuple[Artifact | None, str | None]:
+            damage = None if forced else self.store.set_aside(name, key)
+            return find(), damage  # another run may just have made it
+
         found = self.compute.main_only(find)  # without the lock: what is finished never changes
         if found is None:
             with self.locked(name, key):
-                found = self.compute.main_only(find)  # another run may just have made it
+                found, damage = self.compute.main_only(find_under_lock)
+                if damage is not None:
+                    self.tell(f"{name}: {damage}")
                 if found is None:
-                    return self.make(stage, recipe, artifacts, base, tracker, forced=forced)
+                    reason = damage and "what was there is damaged"
+                    return self.make(stage, recipe, artifacts, base, tracker, forced=forced, reason=reason)
         tracker.replay(found.path)
         run.record(name, "reused", key, found, 0.0)
         why = f": every knob and input equals {found.path}" if self.experiment.settings.why else ""
@@ -142,18 +151,25 @@ class Pipeline:
         tracker: Tracker,
         *,
         forced: bool,
+        reason: str | None = None,
     ) -> Artifact:
-        """Run the stage and publish what it made; call it under the artifact's lock."""
+        """Run the stage and publish what it made; call it under the artifact's lock.
+
+        Args:
+            reason: why it runs, where that is known.
+        """
         name, key, run, start = stage.name, recipe_key(recipe), self.results, time.monotonic()
         if self.experiment.settings.why:
-            reason = "force" if stage.is_kept else "it always does"
-            if not forced:
+            if forced:
+                reason = "force" if stage.is_kept else "it always does"
+            elif reason is None:
                 reason = self.store.explain(name, recipe)
                 if self.store.find(name, key):
                     reason = "an input was made anew, with another result"
             self.console.print(f"[cyan]{name}[/] runs ({key}): {reason}", highlight=False)
         else:
             self.console.print(f"[cyan]{name}[/] runs ({key})", highlight=False)
+        self.compute.main_only(lambda: self.check_inputs(stage, artifacts))
         progress = Progress(self.console)
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
         tracker.begin(scratch)
@@ -174,7 +190,7 @@ class Pipeline:
                 compute=self.compute,
                 tracker=tracker,
                 signals=self.signals,
-                tell=lambda text: self.console.print(text, highlight=False, markup=False, soft_wrap=True),
+                tell=self.tell,
                 stage=name,
             ),
             run_directory=run.directory,
@@ -195,7 +211,8 @@ class Pipeline:
         def publish(metrics: dict[str, float] = job.summary) -> Artifact:
             manifest = make_manifest(
                 name, recipe, scratch, config=redacted(self.experiment.resolved), metrics=metrics,
-                seconds=seconds, num_ranks=self.compute.world_size, made_from=made_from(stage, artifacts),
+                seconds=seconds, num_ranks=self.compute.world_size,
+                made_from=self.made_from(stage, artifacts),
             )  # fmt: skip
             return self.store.publish(scratch, manifest)
 
@@ -205,6 +222,29 @@ class Pipeline:
         cost = job.checkpoints.cost()
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
         return artifact
+
+    def tell(self, text: str) -> None:
+        """Say a line as it is."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def check_inputs(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> None:
+        """Read what the stage is going to load, and compare it with what was published.
+
+        Raises:
+            DamagedError: it differs. Begun again, the run sets it aside.
+        """
+        loaded = [artifacts[name] for name in stage.inputs()]
+        if stage.reads_base_model() and self.base is not None:
+            loaded.append(self.base)
+        for artifact in loaded:
+            self.store.verify(artifact, read=True)
+
+    def made_from(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+        """What a stage's inputs hold; the content of the prepared sets is in its recipe."""
+        inputs = {name: content_digest(artifacts[name]) for name in stage.inputs() if name != "prepare"}
+        if stage.reads_base_model() and self.base is not None:
+            inputs["base"] = content_digest(self.base)
+        return inputs
 
     def check_before(self, prepared: Artifact, base: BaseModelFiles) -> None:
         """Refuse what cannot be done here, before a model is loaded."""
@@ -230,13 +270,14 @@ class Pipeline:
         return pending
 
     def kept(self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Artifact | None:
-        """What the store has, unless an input was made anew since (force=), with another result."""
-        found = self.store.find(stage.name, recipe_key(recipe))
-        if found is None:
+        """What the store has, unless it is damaged, or an input was made anew since, with another result."""
+        try:
+            found = self.store.find(stage.name, recipe_key(recipe))
+        except DamagedError:
             return None
-        before = found.manifest.made_from
-        now = made_from(stage, artifacts)
-        return found if all(before.get(name, digest) == digest for name, digest in now.items()) else None
+        if found is None or found.manifest.made_from != self.made_from(stage, artifacts):
+            return None
+        return found
 
     def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
         """All that decides the stage's artifact, without secrets: a new password makes no new model."""
@@ -248,8 +289,8 @@ class Pipeline:
             "inputs": {name: artifacts[name].key for name in stage.inputs() if name != "prepare"},
         }
         if stage.roles():  # the content of the prepared sets, not the key of `prepare`: see Keys in README
-            prepared = PreparedData(artifacts["prepare"].path)
-            recipe["data"] = {role: prepared.digest(role) for role in stage.roles()}
+            files = artifacts["prepare"].manifest.files
+            recipe["data"] = {role: role_digest(role, files) for role in stage.roles()}
         if stage.reads_base_model():
             recipe["model"] = self.model_identity
         if stage.random:
@@ -306,16 +347,20 @@ class Pipeline:
 
     def keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
         """Make a base model that has to be converted or built first, once, and keep it in the store."""
-        return self.compute.main_only(lambda: self._keep_base(content, write))
+        self.base = self.compute.main_only(lambda: self._keep_base(content, write))
+        return self.base.path
 
-    def _keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
-        recipe: Recipe = {"stage": "base", "content": content}
+    def _keep_base(self, content: list[str], write: Callable[[Path], None]) -> Artifact:
+        recipe: Recipe = {"stage": "base", "version": 2, "content": content}
         key = recipe_key(recipe)
-        if found := self.store.find("base", key):
-            return found.path
+        with suppress(DamagedError):
+            if found := self.store.find("base", key):
+                return found
         with self.store.lock("base", key):
+            if damage := self.store.set_aside("base", key):
+                self.tell(f"base: {damage}")
             if found := self.store.find("base", key):  # another run may just have made it
-                return found.path
+                return found
             self.console.print(f"[cyan]base[/] model={content[0]}: making it, once", highlight=False)
             start = time.monotonic()
             scratch = self.store.scratch("base", key)
@@ -324,12 +369,7 @@ class Pipeline:
                 "base", recipe, scratch, config={}, metrics={}, seconds=time.monotonic() - start, num_ranks=1,
                 made_from={},
             )  # fmt: skip
-            return self.store.publish(scratch, manifest).path
-
-
-def made_from(stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-    """What a stage's inputs hold; the content of the prepared sets is in its recipe."""
-    return {name: content_digest(artifacts[name]) for name in stage.inputs() if name != "prepare"}
+            return self.store.publish(scratch, manifest)
 
 
 def to_yaml(resolved: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ DOCUMENTS = [
     ROOT / "docs" / "forgetting.md",
     ROOT / "docs" / "methods.md",
     ROOT / "docs" / "cluster.md",
+    ROOT / "docs" / "store.md",
     ROOT / "conf" / "config.yaml",
 ]
 
@@ -44,6 +45,9 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_a_documented_command_builds(command: str) -> None:
+    if command.startswith("python -m rlhf verify"):
+        assert shlex.split(command)[4:] in ([], ["store_dir=store"])
+        return
     overrides = [word for word in shlex.split(command)[3:] if "=" in word and not word.startswith("-")]
     if " -m " in command.removeprefix("python -m rlhf") + " ":  # a sweep: its first trial
         overrides = [word.partition(",")[0] for word in overrides if "interval(" not in word]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from small_chain import Chain, Outcome
 from test_security import sign
 
-from rlhf.artifacts import Store, file_digest
-from rlhf.checkpoint import FORMAT, MANIFEST, verified
+from rlhf.artifacts import MANIFEST, Manifest, Store, file_digest, write_manifest
 from rlhf.config import ConfigError
+from rlhf.verify import CHECKPOINT_FORMAT, verified
 
 
 @pytest.mark.parametrize("name", ["../../sft.jsonl", "{absolute}", "link", "linked/sft.jsonl"])
@@ -29,21 +27,16 @@ def test_a_manifests_names_stay_in_its_directory(tmp_path: Path, name: str) -> N
     named = name.replace("{absolute}", str(outside / "sft.jsonl")).replace("../../", "../../../outside/")
     assert (artifact / named).exists()
     files = {named: file_digest(artifact / named)}
-    common: dict[str, Any] = {
-        "stage": "sft",
-        "key": "key",
-        "recipe": {},
-        "config": {},
-        "metrics": {},
-        "seconds": 0.0,
-    }
-    common |= {"created": "", "git_revision": None, "packages": {}, "hardware": "", "files": files}
-    (artifact / MANIFEST).write_text(json.dumps(common))
+    manifest = Manifest(
+        stage="sft", key="key", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
+        packages={}, hardware="", files=files,
+    )  # fmt: skip
+    write_manifest(artifact, manifest)
     with pytest.raises(ConfigError, match=r"leads out of the directory\. It was tampered with"):
         Store(tmp_path / "store").find("sft", "key")
-    sign(artifact, {"format": FORMAT, "name": "key", "files": files})
-    manifest, complaint = verified(artifact)
-    assert manifest is None
+    sign(artifact, {"format": CHECKPOINT_FORMAT, "name": "key", "files": files})
+    checkpoint, complaint = verified(artifact)
+    assert checkpoint is None
     assert complaint == f"{named} leads out of its directory"
 
 
@@ -69,7 +62,7 @@ def test_a_store_may_itself_be_a_link(tmp_path: Path, finished_chain: tuple[Chai
 
 
 def test_a_checkpoints_name_is_its_directorys(tmp_path: Path) -> None:
-    sign(tmp_path, {"format": FORMAT, "name": "../elsewhere", "files": {}})
+    sign(tmp_path, {"format": CHECKPOINT_FORMAT, "name": "../elsewhere", "files": {}})
     assert verified(tmp_path) == (None, f"{MANIFEST} belongs to ../elsewhere")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,20 +201,6 @@ def test_force_runs_a_finished_stage_again(chain: Chain, first: Outcome) -> None
     assert f"sft runs ({first.key('sft')}): force" in outcome.out
     before, after = (run.summary["stages"]["sft"]["metrics"] for run in (first, outcome))
     assert after == pytest.approx(before)  # the same seed gives the same model
-
-
-def test_what_was_made_from_another_result_is_not_reused(first: Outcome, tmp_path: Path) -> None:
-    """An interrupted force=[sft] leaves a new SFT model beside a reward model made from the old one."""
-    shutil.copytree(first.directory.parents[1], tmp_path / "copy", symlinks=True)
-    chain = Chain(tmp_path / "copy")
-    path = chain.directory / "store" / "sft" / first.key("sft") / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"]["model.safetensors"] = "another"
-    path.write_text(json.dumps(manifest))
-    outcome = chain.run("stage=[sft,reward]", "why=true")
-    assert outcome.statuses == {"prepare": "reused", "sft": "reused", "reward": "ran"}
-    assert "an input was made anew, with another result" in outcome.out
-    assert chain.run("stage=[sft,reward]").statuses["reward"] == "reused"
 
 
 def test_a_stage_alone_has_the_key_it_has_in_the_chain(tmp_path: Path, first: Outcome) -> None:

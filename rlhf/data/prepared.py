@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, overload
@@ -53,6 +53,11 @@ def splits_of(role: Role) -> tuple[Split, ...]:
     return ("train", "held_out") if role in TRAINING_ROLES else ("evaluation",)
 
 
+def role_digest(role: Role, files: Mapping[str, str]) -> str:
+    """`PreparedData.digest`, from the digests of files that a manifest names."""
+    return digest_of({split: files[f"{role}.{split}.jsonl"] for split in splits_of(role)})
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """ROLE.SPLIT.jsonl files in one directory."""
@@ -81,7 +86,8 @@ class PreparedData:
 
     def digest(self, role: Role) -> str:
         """Digest of a role's rows: what depends on this role's data depends on nothing else here."""
-        return digest_of({split: file_digest(self._path(role, split)) for split in splits_of(role)})
+        paths = [self._path(role, split) for split in splits_of(role)]
+        return role_digest(role, {path.name: file_digest(path) for path in paths})
 
     def size(self, role: Role, split: Split) -> Lengths:
         """Rows of a split, and the lengths of the role's rows; of pairs, those of the longer side."""

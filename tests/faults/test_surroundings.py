@@ -193,6 +193,6 @@ def test_a_clock_that_goes_backwards_changes_nothing(chain: RealChain) -> None:
 def test_a_store_of_another_version_is_refused_by_name(chain: RealChain) -> None:
     chain.run("version", "stage=prepare")
     (manifest,) = chain.store("version").glob("prepare/[!.]*/manifest.json")
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
     _, err = chain.run("version", "stage=prepare", code=2)
-    assert "written in store format 99, this version reads 1" in err
+    assert "written in store format 99, this version reads 2" in err

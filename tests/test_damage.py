@@ -1,0 +1,372 @@
+"""Damage in a store: found whatever it is, set aside by name, and made anew."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_chain import STAGES, Chain, Outcome, run_main
+from small_store import RECIPE, publish
+
+from rlhf import artifacts
+from rlhf.artifacts import DamagedError, Store, digest_of, directory_digest, file_digest, recipe_key
+from rlhf.config import ConfigError
+from rlhf.verify import CHECKPOINT_FORMAT
+
+KEY = recipe_key(RECIPE)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def flip(path: Path) -> None:
+    """Change a bit in the middle of a file, which keeps its size and its mtime."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def flip_unnoticed(artifact: Path, name: str) -> None:
+    """As a bit that flips on the disk itself: no size, time or inode tells of it."""
+    flip(artifact / name)
+    memory = artifact.with_name(f".{artifact.name}.digests.json")
+    known = json.loads(memory.read_text())
+    known[name]["state"] = [*artifacts._state((artifact / name).stat())]
+    memory.write_text(json.dumps(known))
+
+
+def flip_weights(path: Path) -> str:
+    flip(path / "part" / "model.bin")
+    return "part/model.bin is not what was written"
+
+
+def cut_weights(path: Path) -> str:
+    os.truncate(path / "part" / "model.bin", 3)
+    return "part/model.bin is not what was written"
+
+
+def remove_weights(path: Path) -> str:
+    (path / "part" / "model.bin").unlink()
+    return "part/model.bin is missing"
+
+
+def change_a_metric(path: Path) -> str:
+    """PPO normalises with those of `generate`."""
+    text = (path / "manifest.json").read_text()
+    assert '"loss": 1.5' in text
+    (path / "manifest.json").write_text(text.replace('"loss": 1.5', '"loss": 2.5'))
+    return "its manifest.json is not what was written"
+
+
+def rename_a_field(path: Path) -> str:
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"digest"', '"digesu"'))
+    return "its manifest.json is not what was written"
+
+
+def cut_manifest(path: Path) -> str:
+    (path / "manifest.json").write_text((path / "manifest.json").read_text()[:50])
+    return "its manifest.json cannot be read"
+
+
+def empty_manifest(path: Path) -> str:
+    (path / "manifest.json").write_text("{}")
+    return "its manifest.json cannot be read"
+
+
+def remove_manifest(path: Path) -> str:
+    (path / "manifest.json").unlink()
+    return "manifest.json is missing"
+
+
+DAMAGES = [
+    flip_weights, cut_weights, remove_weights, change_a_metric, rename_a_field, cut_manifest, empty_manifest,
+    remove_manifest,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_set_aside_by_name(store: Store, damage: Callable[[Path], str]) -> None:
+    path = publish(store).path
+    assert store.set_aside("sft", KEY) is None
+    words = damage(path)
+    with pytest.raises(DamagedError) as caught:
+        store.find("sft", KEY)
+    assert str(caught.value).startswith(f"{path} is damaged: {words}. ")
+    told = store.set_aside("sft", KEY)
+    (aside,) = path.parent.glob(f".{KEY}.damaged-*")
+    assert told == f"{path} is damaged ({words}): set aside as {aside}"
+    assert store.find("sft", KEY) is None and not path.exists() and any(aside.iterdir())
+    assert publish(store).path == path
+    assert store.set_aside("sft", KEY) is None
+
+
+def test_files_too_many_are_set_aside_alone(store: Store) -> None:
+    """transformers reads some files, such as adapter_config.json, merely because they are there."""
+    published = publish(store)
+    (published.path / "adapter_config.json").write_text("{}")
+    (published.path / "part" / "more.json").write_text("{}")
+    (published.path / ".nfs0001").write_text("of a file that is open elsewhere")
+    with pytest.raises(DamagedError, match=r"adapter_config\.json is not one of its files"):
+        store.find("sft", KEY)
+    assert store.set_aside("sft", KEY) is not None
+    (aside,) = published.path.parent.glob(f".{KEY}.damaged-*")
+    assert sorted(path.name for path in aside.rglob("*")) == ["adapter_config.json", "more.json", "part"]
+    assert store.find("sft", KEY) == published  # the rest is what was published
+
+
+def test_two_directories_that_changed_places_are_both_found(store: Store) -> None:
+    other = {**RECIPE, "seed": 1}
+    paths = [publish(store).path, publish(store, other).path]
+    paths[0].rename(between := paths[0].with_name("between"))
+    paths[1].rename(paths[0])
+    between.rename(paths[1])
+    for recipe, name in ((RECIPE, recipe_key(other)), (other, KEY)):
+        with pytest.raises(DamagedError, match=rf"its manifest\.json belongs to sft/{name}"):
+            store.find("sft", recipe_key(recipe))
+
+
+def bytes_read() -> int:
+    """By this process, from its start."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_what_was_read_once_is_not_read_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)  # as if the files were older
+    path = publish(store, text="x" * 4_000_000).path
+    artifacts._digests_read.clear()  # as a new process
+    before = bytes_read()
+    found = store.find("sft", KEY)
+    assert found is not None
+    assert bytes_read() - before < 1_000_000
+    store.verify(found, read=True)
+    assert bytes_read() - before > 4_000_000
+    store.verify(found, read=True)  # by this process, which has read it
+    assert bytes_read() - before < 5_000_000
+    flip_weights(path)
+    with pytest.raises(DamagedError, match=r"part/model\.bin is not what was written"):
+        store.find("sft", KEY)
+
+
+def test_a_file_that_was_just_written_is_not_remembered(store: Store) -> None:
+    """Written again in the same tick of the file system's clock, it would have the same times."""
+    path = publish(store).path
+    store.find("sft", KEY)
+    assert not path.with_name(f".{KEY}.digests.json").exists()
+
+
+def test_damage_below_the_file_system_is_found_by_reading(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is going to be loaded is read, and from then on nobody trusts it."""
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    found = publish(store)
+    flip_unnoticed(found.path, "part/model.bin")
+    assert store.find("sft", KEY) == found
+    with pytest.raises(DamagedError, match=r"part/model\.bin is not what was written"):
+        store.verify(found, read=True)
+    with pytest.raises(DamagedError, match=r"part/model\.bin is not what was written"):
+        store.find("sft", KEY)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"part/model.bin": 3}', '{"part/model.bin": {"state": []}}'])
+def test_a_damaged_memory_costs_a_reading(
+    store: Store, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    found = publish(store)
+    memory = found.path.with_name(f".{KEY}.digests.json")
+    known = memory.read_text()
+    memory.write_text(content)
+    assert store.find("sft", KEY) == found
+    assert memory.read_text() == known
+    memory.write_text(known.replace(found.manifest.files["part/model.bin"], "0" * 64))
+    assert store.find("sft", KEY) == found
+
+
+def test_a_directory_outside_is_remembered_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    model = store.root.parent / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"x" * 2_000_000)
+    first = directory_digest(model, store.memory(model))
+    assert first == directory_digest(model)
+    artifacts._digests_read.clear()
+    before = bytes_read()
+    assert directory_digest(model, store.memory(model)) == first
+    assert bytes_read() - before < 1_000_000
+    flip(model / "model.safetensors")
+    assert directory_digest(model, store.memory(model)) not in {first, None}
+    assert file_digest(model / "model.safetensors") != file_digest(store.memory(model))
+
+
+def test_what_cannot_be_set_aside_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = publish(store).path
+    flip_weights(path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "rename", refuse)  # root may write everywhere
+    with pytest.raises(ConfigError, match=r"cannot be set aside \(Read-only file system\): remove it"):
+        store.set_aside("sft", KEY)
+
+
+# The chain: what loads nothing else is cheap, so each copy of the finished one is damaged and run again.
+
+
+@pytest.fixture
+def copy(finished_chain: tuple[Chain, Outcome], tmp_path: Path) -> Chain:
+    shutil.copytree(finished_chain[0].directory, tmp_path / "copy", symlinks=True)
+    return Chain(tmp_path / "copy")
+
+
+def test_a_flipped_bit_in_the_sft_model_is_no_longer_loaded(
+    finished_chain: tuple[Chain, Outcome], copy: Chain
+) -> None:
+    first = finished_chain[1]
+    path = copy.directory / "store" / "sft" / first.key("sft")
+    flip(path / "model.safetensors")
+    outcome = copy.run("why=true")
+    words = r"is damaged (model.safetensors is not what was written): set aside as "
+    assert f"sft: store/sft/{first.key('sft')} {words}" in outcome.out
+    assert f"sft runs ({first.key('sft')}): what was there is damaged" in outcome.out
+    assert outcome.statuses == dict.fromkeys(STAGES, "reused") | {"sft": "ran"}  # bit for bit the same again
+    assert file_digest(path / "model.safetensors") == file_digest(first.artifact("sft") / "model.safetensors")
+    assert len(list(path.parent.glob(".*.damaged-*"))) == 1
+
+
+def test_a_cut_file_of_prepared_rows_is_made_anew(finished_chain: tuple[Chain, Outcome], copy: Chain) -> None:
+    """Cut at a line's end, it reads well."""
+    first = finished_chain[1]
+    path = copy.directory / "store" / "prepare" / first.key("prepare") / "sft.train.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))
+    outcome = copy.run("stage=sft")
+    assert outcome.statuses == {"prepare": "ran", "sft": "reused"}
+    assert path.read_text() == "".join(lines)
+
+
+def test_a_damaged_base_model_is_made_anew(finished_chain: tuple[Chain, Outcome], copy: Chain) -> None:
+    (path,) = (copy.directory / "store" / "base").glob("[!.]*")
+    flip(path / "tokenizer.json")
+    outcome = copy.run("stage=sft")
+    assert "base: store/base/" in outcome.out and "(tokenizer.json is not what was written)" in outcome.out
+    assert outcome.statuses == {"prepare": "reused", "sft": "reused"}
+
+
+def test_what_was_made_from_another_result_is_made_anew(
+    finished_chain: tuple[Chain, Outcome], copy: Chain
+) -> None:
+    """As after damage, or an interrupted force=[sft], where the SFT model came out otherwise."""
+    first = finished_chain[1]
+    path = copy.directory / "store" / "sft" / first.key("sft")
+    other = copy.run("stage=sft", "sft.optim.lr=1e-4").artifact("sft")
+    manifest = artifacts.read_manifest(path)
+    shutil.copyfile(other / "model.safetensors", path / "model.safetensors")
+    manifest.files["model.safetensors"] = file_digest(path / "model.safetensors")
+    artifacts.write_manifest(path, manifest)
+    outcome = copy.run("stage=[sft,reward]", "why=true")
+    assert outcome.statuses == {"prepare": "reused", "sft": "reused", "reward": "ran"}
+    assert "an input was made anew, with another result" in outcome.out
+    assert copy.run("stage=[sft,reward]").statuses["reward"] == "reused"
+
+
+def test_damage_behind_what_is_remembered_ends_the_run_before_it_is_loaded(
+    finished_chain: tuple[Chain, Outcome], copy: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    first = finished_chain[1]
+    path = copy.directory / "store" / "sft" / first.key("sft")
+    assert copy.run("stage=sft").code == 0
+    flip_unnoticed(path, "model.safetensors")
+    refused = copy.run("stage=ppo", "ppo.kl.coef=0.3")
+    assert refused.code == 2
+    assert "is damaged: model.safetensors is not what was written. The command that needs it" in refused.err
+    again = copy.run("stage=ppo", "ppo.kl.coef=0.3")
+    assert again.statuses == dict.fromkeys(STAGES[:-1], "reused") | {"sft": "ran", "ppo": "ran"}
+
+
+# python -m rlhf verify
+
+
+def run_verify(directory: Path, *arguments: str) -> Outcome:
+    return run_main(directory, ["verify", *arguments], directory)
+
+
+def test_verify_reads_a_whole_store(finished_chain: tuple[Chain, Outcome], copy: Chain) -> None:
+    sound = run_verify(copy.directory)
+    assert (sound.code, sound.err) == (0, "")
+    assert sound.out == "7 artifacts and checkpoints in store: all as they were written.\n"
+
+    first, stages = finished_chain[1], copy.directory / "store"
+    flip(stages / "sft" / first.key("sft") / "model.safetensors")
+    (stages / "reward" / first.key("reward") / "manifest.json").unlink()
+    shutil.copytree(stages / "ppo" / first.key("ppo"), stages / "ppo" / "0123456789abcdef")
+    damaged = run_verify(copy.directory, "store_dir=store")
+    assert (damaged.code, damaged.err) == (3, "")
+    lines = damaged.out.splitlines()
+    assert [line.partition(". ")[0] for line in lines] == [
+        f"store/ppo/0123456789abcdef is damaged: its manifest.json belongs to ppo/{first.key('ppo')}",
+        f"store/reward/{first.key('reward')} is damaged: manifest.json is missing",
+        f"store/sft/{first.key('sft')} is damaged: model.safetensors is not what was written",
+        "8 artifacts and checkpoints in store: 3 damaged.",
+    ]
+
+
+def test_verify_reads_what_is_remembered_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    found = publish(store)
+    flip_unnoticed(found.path, "part/model.bin")
+    assert store.find("sft", KEY) == found
+    outcome = run_verify(store.root.parent)
+    assert outcome.code == 3
+    assert f"store/sft/{KEY} is damaged: part/model.bin is not what was written." in outcome.out
+    with pytest.raises(DamagedError):  # and from now on everybody knows
+        store.find("sft", KEY)
+
+
+def test_verify_reads_checkpoints(store: Store) -> None:
+    checkpoint = store.checkpoints("sft", KEY) / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "loop.pt").write_text("x")
+    values = {"format": CHECKPOINT_FORMAT, "name": checkpoint.name}
+    values["files"] = {"loop.pt": file_digest(checkpoint / "loop.pt")}
+    (checkpoint / "manifest.json").write_text(json.dumps(values | {"digest": digest_of(values)}))
+    assert run_verify(store.root.parent).code == 0
+    flip(checkpoint / "loop.pt")
+    outcome = run_verify(store.root.parent)
+    assert outcome.code == 3
+    assert outcome.out.startswith(f"store/sft/.{KEY}.checkpoints/step-00000001 is damaged: loop.pt is not")
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("store_dir=nowhere", "store_dir=nowhere: there is no"),
+        ("stage=sft", "verify stage=sft: only store_dir=DIR"),
+    ],
+)
+def test_verify_tells_what_it_cannot_do(tmp_path: Path, argument: str, words: str) -> None:
+    outcome = run_verify(tmp_path, argument)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert words in outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_needs_no_torch(store: Store) -> None:
+    publish(store)
+    code = "import sys; from rlhf.__main__ import main; main(); assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, "verify", f"store_dir={store.root}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"1 artifacts and checkpoints in {store.root}: all as they were written.\n"
