@@ -10,7 +10,8 @@
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: the network to use, where host names do not lead to it
 #
 # All machines must share store_dir and runs_dir. SIGTERM, SIGUSR1 or Ctrl-C on any of them lets all ranks save
-# and end. The exit code is that of `python -m rlhf`; after 75 the same commands go on.
+# and end; a second one ends the ranks of its machine at once. The exit code is that of `python -m rlhf`; after 75
+# the same commands go on.
 set -euo pipefail
 
 dry_run=false
@@ -37,31 +38,59 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 RLHF_EXIT_CODES=$(mktemp -d)
 export RLHF_EXIT_CODES
-trap 'rm -rf "$RLHF_EXIT_CODES"' EXIT
+collector=
+trap 'rm -rf "$RLHF_EXIT_CODES"; if [ -n "$collector" ]; then kill "$collector" 2>/dev/null || true; fi' EXIT
 
-# shellcheck disable=SC2329 # the traps call it
-stop() { # once: a second signal would make torchrun leave its ranks behind
+# shellcheck disable=SC2329 # the traps call these functions
+signal_ranks() { # torchrun's children
+  # shellcheck disable=SC2046 # one word a rank
+  kill "-$1" $(cat "/proc/$torchrun/task/$torchrun/children" 2>/dev/null) 2>/dev/null || true
+}
+# shellcheck disable=SC2329
+kill_ranks() {
+  touch "$RLHF_EXIT_CODES/killed"
+  signal_ranks KILL
+}
+# shellcheck disable=SC2329
+collect() { # once a rank has ended, the others have a minute, as under srun: one that hangs hears nothing
+  until ls "$RLHF_EXIT_CODES"/rank* >/dev/null 2>&1; do sleep 1; done
+  for _ in {1..60}; do sleep 1; done
+  kill_ranks
+}
+# shellcheck disable=SC2329
+stop() {
+  trap 'stop_at_once "$signal"' TERM USR1 INT
+  signal=$1
+  kill "-$signal" "$torchrun"
+  collect >/dev/null 2>&1 &
+  collector=$!
+}
+# shellcheck disable=SC2329
+stop_at_once() { # torchrun would leave its ranks behind
   trap '' TERM USR1 INT
-  kill "-$1" "$(jobs -p)"
+  signal_ranks "$1"
+  sleep 5
+  kill_ranks
 }
 trap 'stop TERM' TERM
 trap 'stop USR1' USR1
 trap 'stop INT' INT
 
 "${run[@]}" &
+torchrun=$!
 code=0
-wait "$!" || code=$?
-while kill -0 "$!" 2>/dev/null; do # a signal ended `wait`, not torchrun
+wait "$torchrun" || code=$?
+while kill -0 "$torchrun" 2>/dev/null; do # a signal ended `wait`, not torchrun
   code=0
-  wait "$!" || code=$?
+  wait "$torchrun" || code=$?
 done
 
 if [ "$code" -ne 0 ]; then # always 1; what the ranks ended with says more
-  failed=$(cat "$RLHF_EXIT_CODES"/* 2>/dev/null | grep -vx -e 0 -e 75 | head -n 1) || true
-  stopped=$(cat "$RLHF_EXIT_CODES"/* 2>/dev/null | grep -cx 75) || true
+  failed=$(cat "$RLHF_EXIT_CODES"/rank* 2>/dev/null | grep -vx -e 0 -e 75 | head -n 1) || true
+  stopped=$(cat "$RLHF_EXIT_CODES"/rank* 2>/dev/null | grep -cx 75) || true
   if [ -n "$failed" ]; then
     code=$failed
-  elif [ "$stopped" = "$NPROC_PER_NODE" ]; then
+  elif [ "$stopped" = "$NPROC_PER_NODE" ] || [ -e "$RLHF_EXIT_CODES/killed" ]; then
     code=75
   fi
 fi

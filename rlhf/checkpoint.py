@@ -191,7 +191,8 @@ class Checkpointer:
         sizes = [(part / name).stat().st_size for name in names]
         mine = [names[index] for index in self.compute.share(sizes)]
         for name in mine:
-            flush(part / name)
+            with self.compute.busy():
+                flush(part / name)
         digests = self.compute.collect([file_digest(part / name) for name in mine], sizes)
         return dict(zip(names, digests, strict=True)), sum(sizes)
 

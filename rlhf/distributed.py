@@ -67,7 +67,7 @@ class Compute:
     rank: int = 0
     world_size: int = 1
     at: dict[str, Any] = field(default_factory=dict)
-    """Where this rank is: stage and step. For the error that names a missing rank."""
+    """Where this rank is: stage and step, and how much it has `moved`. For whoever asks which one hangs."""
 
     @property
     def is_main(self) -> bool:
@@ -85,6 +85,19 @@ class Compute:
         device holds a whole one; DeepSpeed moves the whole one first."""
         return torch.device("cpu") if self.zero == "fsdp2" else self.device
 
+    def moved(self) -> None:
+        """Count one thing that is done: what it was does not matter, only that this rank does not hang."""
+        self.at["moves"] = self.at.get("moves", 0) + 1
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """While open, this rank does not hang, though nothing else shows it, such as a disk that is slow."""
+        self.at["busy"] = True
+        try:
+            yield
+        finally:
+            self.at["busy"] = False
+
     def global_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
         return self._reduced(values, distributed.ReduceOp.SUM)
@@ -99,6 +112,7 @@ class Compute:
             return value
         box = [value]
         distributed.broadcast_object_list(box, src=0)
+        self.moved()
         return box[0]
 
     def barrier(self) -> None:
@@ -157,6 +171,7 @@ class Compute:
         if self.world_size > 1:
             parts = [[] for _ in range(self.world_size)]
             distributed.all_gather_object(parts, list(mine))
+            self.moved()
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         results: list[Any] = [None] * len(lengths)
         for rank, part in enumerate(parts):
@@ -164,7 +179,7 @@ class Compute:
                 results[index] = result
         return results
 
-    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
         """This rank's share of a batch, in forward passes of at most max_tokens tokens.
 
         Every rank gets equally many, because sharded models move in step: those with less to do repeat the
@@ -179,7 +194,9 @@ class Compute:
         count = max(len(each) for each in groups)
         filled = [(group, 1.0) for group in groups[self.rank]]
         filled += [([order[-1]], 0.0)] * (count - len(filled))
-        return [MicroBatch(group, weight, place == count - 1) for place, (group, weight) in enumerate(filled)]
+        for place, (group, weight) in enumerate(filled):
+            yield MicroBatch(group, weight, place == count - 1)
+            self.moved()
 
     def check_divides(self, key: str, value: int) -> None:
         """Refuse a batch that the ranks cannot share equally.
@@ -199,6 +216,7 @@ class Compute:
             return values
         total = values.detach().clone()
         distributed.all_reduce(total, op=operation)
+        self.moved()
         return total
 
 

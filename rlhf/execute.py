@@ -25,6 +25,8 @@ DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED = 0, 1, 2, 3, 75, 1
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """Full, over its quota, read-only, not ours."""
 
+KEPT = "Finished stages and the last checkpoint are kept: the same command goes on from there."
+
 LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|socket", re.I)
 """What torch's backends say when another rank does not answer."""
 
@@ -56,9 +58,8 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
     except KeyboardInterrupt as stop:
         signum = getattr(stop, "signum", signal.SIGINT)
         if rank == 0:
-            kept = "Finished stages and the last checkpoint are kept: the same command goes on from there."
             word = "Interrupted" if signum == signal.SIGINT else f"Stopped by {signal.Signals(signum).name}"
-            print(f"\n{word}. {kept}", file=sys.stderr)
+            print(f"\n{word}. {KEPT}", file=sys.stderr)
         return INTERRUPTED if signum == signal.SIGINT else STOPPED
     except BaseException:  # a crash (a user's function may call sys.exit): shown whole, told by the exit code
         traceback.print_exc()
@@ -103,7 +104,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     from rlhf.distributed import make_compute
     from rlhf.experiment import build_experiment
     from rlhf.heartbeat import Heartbeat
-    from rlhf.interrupt import Stopped, StopSignals
+    from rlhf.interrupt import QUIET_SECONDS, Stopped, StopSignals
     from rlhf.launch import launch, ranks_wanted
     from rlhf.pipeline import Pipeline
     from rlhf.report.summary import print_summary
@@ -117,8 +118,20 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     if processes > 1 or alone:  # DeepSpeed wants a rank's environment, and a process of its own in a sweep
         return launch(resolved, runs / run_name, processes)
 
-    signals = StopSignals()
-    with signals.installed():
+    signals, heartbeat = StopSignals(), None
+    if "RANK" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        signals.progress = list  # none yet: they wait for each other to join
+
+    def end_hung(signum: int, is_second: bool) -> None:
+        name = signal.Signals(signum).name
+        why = f"a second signal ({name}) came"
+        if not is_second:
+            where = f": {heartbeat.place}; {heartbeat.others()}" if heartbeat is not None else ""
+            why = f"{name} came, and no rank has made progress for {QUIET_SECONDS:g} s{where}"
+        print(f"\nRank {os.environ.get('RANK', '0')} ends at once: {why}. {KEPT}", file=sys.stderr)
+        end_rank(INTERRUPTED if signum == signal.SIGINT else STOPPED)
+
+    with signals.installed(), signals.heard(end_hung):
         compute, how = make_compute(
             settings.device, settings.precision, settings.zero, settings.distributed.timeout
         )
@@ -128,6 +141,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
             console.print(f"Run in {runs / run_name}; {how}.", highlight=False)
             pipeline = Pipeline(experiment, run_name, console, compute, signals)
             with Heartbeat(runs / run_name / "ranks", compute) as heartbeat:
+                signals.progress = heartbeat.progress if compute.world_size > 1 else None
                 try:
                     pipeline.run()
                 except GateError as error:
@@ -140,6 +154,8 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                 except RuntimeError as error:
                     if compute.world_size == 1 or not LOST_PEER.search(str(error)):
                         raise
+                    if signals.received is not None:  # it ended for the same signal, and could not wait
+                        raise Stopped(signals.received) from error
                     raise LostRankError(heartbeat.explain(settings.distributed.timeout)) from error
             print_summary(pipeline.results, console)
             return DONE

@@ -1,4 +1,10 @@
-"""Each rank says every second where it is, so that the others can name it when it is missing."""
+"""Each rank says every second where it is and what it did, so that the others can name it when it is missing.
+
+What it did, its *progress*, is whatever a rank that hangs does not do: steps, micro-batches, tokens of a
+response, collectives that came to an end (rank 0 calls one every second while the others wait for its work),
+and bytes that its main thread reads or writes; on a CPU also that thread's seconds of computing. On a GPU
+they tell nothing: a thread that waits for one spins.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rlhf.distributed import Compute
 
@@ -22,6 +29,8 @@ class Heartbeat:
         self._directory, self._compute = directory, compute
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._beats = 0
+        self._main = threading.main_thread()
 
     def __enter__(self) -> Heartbeat:
         if self._compute.world_size > 1:
@@ -34,24 +43,39 @@ class Heartbeat:
     ) -> None:
         self._over.set()
 
+    def progress(self) -> list[str]:
+        """What each rank said last of where it is and what it did: equal while none does anything."""
+        files = map(self._file, range(self._compute.world_size))
+        return [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
+
     def explain(self, timeout: float) -> str:
         """Which rank is missing, and in which stage and step it and this one are."""
         deadline = time.monotonic() + STALE_SECONDS + 2 * INTERVAL_SECONDS
         while not (silent := self._silent()) and time.monotonic() < deadline:  # it may just have died
             time.sleep(INTERVAL_SECONDS / 4)
-        mine, rank = self._compute.at, self._compute.rank
-        where = f"{mine.get('stage')}, step {mine.get('step')}"
+        rank = self._compute.rank
         if silent:
-            return f"{where}: rank {rank} waited for {', '.join(silent)} in vain."
-        others = [
-            f"rank {other} (in {at.get('stage')}, step {at.get('step')})"
-            for other in range(self._compute.world_size)
-            if other != rank and (at := json.loads(self._file(other).read_text(encoding="utf-8")))
-        ]
+            return f"{self.place}: rank {rank} waited for {', '.join(silent)} in vain."
         return (
-            f"{where}: rank {rank} waited longer than distributed.timeout={timeout:g} s, all alive: "
-            f"{', '.join(others)}. Where the steps differ one hangs; where not, see the network."
+            f"{self.place}: rank {rank} waited longer than distributed.timeout={timeout:g} s, all alive: "
+            f"{self.others()}. Where the steps differ one hangs; where not, see the network."
         )
+
+    @property
+    def place(self) -> str:
+        """Where this rank is."""
+        return f"{self._compute.at.get('stage')}, step {self._compute.at.get('step')}"
+
+    def others(self) -> str:
+        """Where the other ranks are, or where they were last seen."""
+        said = [json.loads(text) if text else {} for text in self.progress()]
+        silent = self._silent()
+        found = []
+        for rank, at in enumerate(said):
+            if rank != self._compute.rank:
+                missing = [words for words in silent if words.startswith(f"rank {rank} ")]
+                found += missing or [f"rank {rank} (in {at.get('stage')}, step {at.get('step')})"]
+        return ", ".join(found)
 
     def _silent(self) -> list[str]:
         """Ranks whose last sign of life is much older than this one's."""
@@ -70,10 +94,28 @@ class Heartbeat:
     def _file(self, rank: int) -> Path:
         return self._directory / f"rank{rank}.json"
 
+    def _said(self) -> dict[str, Any]:
+        said = {**self._compute.at, "bytes": bytes_moved(self._main)}
+        if self._compute.device.type == "cpu":
+            assert self._main.ident is not None
+            said["cpu"] = int(time.clock_gettime(time.pthread_getcpuclockid(self._main.ident)))
+        if said.pop("busy", False):
+            self._beats += 1
+        return said | {"beats": self._beats}
+
     def _beat(self) -> None:
         while True:
             beside = self._directory / f".rank{self._compute.rank}.json"
-            beside.write_text(json.dumps(self._compute.at), encoding="utf-8")
+            beside.write_text(json.dumps(self._said()), encoding="utf-8")
             beside.rename(self._file(self._compute.rank))
             if self._over.wait(INTERVAL_SECONDS):
                 return
+
+
+def bytes_moved(thread: threading.Thread) -> int:
+    """What a thread of this process has read and written so far; 0 where the kernel does not count it."""
+    counts = Path(f"/proc/self/task/{thread.native_id}/io")
+    if not counts.exists():
+        return 0
+    words = counts.read_text(encoding="ascii").split()
+    return int(words[1]) + int(words[3])  # rchar: N wchar: N ...

@@ -1,16 +1,31 @@
-"""Signals: what trains finishes its step and saves first; everything else ends at once."""
+"""Signals: what trains finishes its step and saves first; everything else ends at once.
+
+Python calls signal handlers in the main thread, between two of its own instructions. A rank that waits in a
+collective executes none, so a second thread hears signals too: see `StopSignals.heard`.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """Ctrl-C; a scheduler's end; a scheduler's warning of it, and submitit's."""
+
+
+QUIET_SECONDS = 30.0
+"""After a signal, a run of several ranks ends when none of them has made progress for so long."""
+AT_ONCE_SECONDS = 3.0
+"""What a second signal leaves to Python, to end by itself and say so."""
+LOOK_SECONDS = 1.0
+"""Between two looks at the ranks' progress."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -27,6 +42,9 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         """The signal that came while stopping was put off."""
+        self.progress: Callable[[], object] | None = None
+        """What all ranks have done so far, which is equal only while none does anything; None for one rank,
+        which waits for nobody."""
         self._put_off = False
 
     @contextmanager
@@ -38,6 +56,55 @@ class StopSignals:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+    @contextmanager
+    def heard(self, end: Callable[[int, bool], None]) -> Iterator[None]:
+        """While open, hear signals in a thread of its own, for a main thread that waits in a collective.
+
+        Args:
+            end: ends this process, whatever its main thread does; given the signal, and whether it was a
+                second one (after which the main thread had `AT_ONCE_SECONDS`), or else that no rank has made
+                progress for `QUIET_SECONDS` since the first.
+        """
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._hear, args=(reader, end), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            writer.close()  # which the thread hears as the end
+            thread.join()
+            reader.close()
+
+    def _hear(self, reader: socket.socket, end: Callable[[int, bool], None]) -> None:
+        """Each signal is one byte, its number, written by Python's own handler in C."""
+        first = reader.recv(1)
+        if not first:
+            return
+        moved, seen = time.monotonic(), self.progress and self.progress()
+        reader.settimeout(LOOK_SECONDS)
+        while True:
+            with suppress(TimeoutError):
+                second = reader.recv(1)
+                break
+            if self.progress is None:
+                continue
+            now = self.progress()
+            if now != seen:
+                moved, seen = time.monotonic(), now
+            elif time.monotonic() - moved >= QUIET_SECONDS:
+                end(first[0], False)
+        deadline = time.monotonic() + AT_ONCE_SECONDS
+        while second and (left := deadline - time.monotonic()) > 0:  # empty: the main thread has ended
+            reader.settimeout(left)
+            with suppress(TimeoutError):
+                if not reader.recv(1):
+                    return
+        if second:
+            end(second[0], True)
 
     @contextmanager
     def put_off(self) -> Iterator[None]:

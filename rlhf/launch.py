@@ -32,7 +32,7 @@ from rlhf.secrets import redacted_output
 GRACE_SECONDS = 5.0
 """Between the first failed rank and the end of the others: some fail for the same reason and shall say so."""
 LINES_SHOWN = 100
-CONFIG_ERROR = 2
+CONFIG_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 
 
 class LaunchConfig(Strict):
@@ -84,7 +84,10 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> 
     config = json.dumps(resolved).encode()
     ranks = [_start(rank, config, directory, run_directory, environment) for rank in range(processes)]
 
+    heard: list[int] = []
+
     def forward(signum: int, frame: FrameType | None) -> None:
+        heard.append(signum)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(signum)
@@ -92,6 +95,8 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> 
     before = {signum: signal.signal(signum, forward) for signum in STOPPING}
     try:
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            if len(heard) > 1:  # the ranks end at once; those that cannot are ended
+                break
             time.sleep(0.05)
         ended = _end(ranks)
     finally:
@@ -100,6 +105,9 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> 
         for signum, handler in before.items():
             signal.signal(signum, handler)
     codes = {number: rank.wait() for number, rank in enumerate(ranks) if number not in ended}
+    if not codes:
+        print("No rank ended by itself after a second signal; all were killed.", file=sys.stderr)
+        return INTERRUPTED if heard[-1] == signal.SIGINT else STOPPED
     return _verdict(codes, directory)
 
 
@@ -160,7 +168,7 @@ def _verdict(codes: Mapping[int, int], directory: Path) -> int:
     if codes[first] < 0:
         name = signal.Signals(-codes[first]).name
         print(f"Rank {first} was killed by {name}; the others were ended.", file=sys.stderr)
-    elif first != 0 and codes[first] != CONFIG_ERROR:
+    elif first != 0 and codes[first] not in (CONFIG_ERROR, STOPPED, INTERRUPTED):
         print(f"Rank {first} failed first; the others were ended.", file=sys.stderr)
     if shown:
         print(shown, file=sys.stderr)
@@ -183,7 +191,7 @@ def note_failure(directory: Path, rank: int) -> None:
 @redacted_output()
 def main() -> None:
     """One rank."""
-    from rlhf.execute import INTERRUPTED, STOPPED, end_rank, execute
+    from rlhf.execute import end_rank, execute
 
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives its launcher
     if os.getppid() != int(os.environ["RLHF_LAUNCHER"]):

@@ -119,11 +119,15 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
-    """Rank -> pid of what a launcher started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+def children_of(pid: int) -> list[int]:
+    """The pids of what a process started."""
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Rank -> pid of what a launcher with that pid started."""
     found = {}
-    for pid in map(int, children):
+    for pid in children_of(launcher):
         words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         found |= {int(word.removeprefix(b"RANK=")): pid for word in words if word.startswith(b"RANK=")}
     return found

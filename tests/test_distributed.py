@@ -61,7 +61,7 @@ def test_one_rank_collects_in_the_items_order() -> None:
 
 
 def everything(lengths: list[int], world_size: int, budget: int) -> list[list[MicroBatch]]:
-    return [compute.micro_batches(lengths, budget) for compute in ranks(world_size)]
+    return [list(compute.micro_batches(lengths, budget)) for compute in ranks(world_size)]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)

@@ -37,6 +37,7 @@ def generate(
     batch_rows: int,
     top_p: float = 1.0,
     on_rows: Callable[[int], None] = lambda rows: None,
+    on_token: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """Sample one response a prompt.
 
@@ -50,6 +51,7 @@ def generate(
             not depend on the rows beside it, however they are batched or spread over ranks.
         batch_rows: rows decoded together.
         on_rows: told how many more rows are finished.
+        on_token: called when rows that decode together have one more token each.
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     responses: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(prompts)
@@ -75,6 +77,7 @@ def generate(
                     stops,
                     pad_id,
                     uniform_BR[rows],
+                    on_token,
                 )
             for row, (ids, logp, ended) in zip(rows, decoded, strict=True):  # copies, that autograd may keep
                 responses[row], logps[row], stopped[row] = ids.clone(), logp.clone(), ended
@@ -92,6 +95,7 @@ def _decode(
     stops: Tensor,
     pad_id: int,
     uniform_BR: Tensor,
+    on_token: Callable[[], None],
 ) -> list[tuple[Tensor, Tensor, bool]]:
     device = model.device
     tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
@@ -104,6 +108,7 @@ def _decode(
     position_B = mask_BK.sum(-1)
 
     for step in range(max_new_tokens):
+        on_token()
         token_B, logp_B = _sample(logits_BV.float(), temperature, top_p, uniform_BR[active_B, step])
         tokens[active_B, step], logps[active_B, step] = token_B, logp_B
         stop_B = torch.isin(token_B, stops)

@@ -98,7 +98,9 @@ class Policy:
         lengths = [len(row) for row in ids]
         mine = self.compute.share(lengths)
         if self.vllm is None:
-            engine = partial(generate, self.model, pad_id=self.pad_id, batch_rows=batch_rows)
+            engine = partial(
+                generate, self.model, pad_id=self.pad_id, batch_rows=batch_rows, on_token=self.compute.moved
+            )
         else:
             if not self.vllm.holds(self.model):
                 self.hand_over()

@@ -170,6 +170,7 @@ class Vllm:
             while self._llm.llm_engine.has_unfinished_requests():
                 finished = [each for each in self._llm.llm_engine.step() if each.finished]
                 outputs += finished
+                self._compute.moved()
                 if finished:
                     on_rows(len(finished))
         outputs.sort(key=lambda each: int(each.request_id))  # vLLM counts them

@@ -84,7 +84,7 @@ class Update:
         """
         config = self.config
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-        passes = len(self.compute.micro_batches(lengths, config.micro_batch_tokens))
+        passes = len(list(self.compute.micro_batches(lengths, config.micro_batch_tokens)))
         once = passes == 1 and len(rollout) == config.minibatch_episodes
         scored: list[Scored] = []
 

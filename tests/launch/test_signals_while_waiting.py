@@ -1,0 +1,178 @@
+"""A rank that waits in a collective executes no Python, and hears signals all the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_processes import RealChain, children_of, ranks_of, wait_until
+
+from rlhf import interrupt
+from rlhf.distributed import Compute
+from rlhf.heartbeat import Heartbeat, bytes_moved
+from rlhf.interrupt import StopSignals
+
+TORCHRUN = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+WAITING = """
+import os, sys, threading
+from pathlib import Path
+from rlhf import interrupt
+from rlhf.distributed import make_compute
+from rlhf.heartbeat import Heartbeat
+from rlhf.interrupt import StopSignals
+
+directory, interrupt.QUIET_SECONDS = Path(sys.argv[1]), float(sys.argv[2])
+compute, _ = make_compute("cpu", "fp32", timeout=600)
+signals = StopSignals()
+
+def end(signum, is_second):
+    print(f"{signum} {is_second}; {heartbeat.others()}")
+    sys.stdout.flush()
+    os._exit(75)
+
+with Heartbeat(directory / "ranks", compute) as heartbeat, signals.installed(), signals.heard(end):
+    signals.progress = heartbeat.progress
+    with signals.put_off():
+        compute.barrier()
+        compute.at.update(stage="ppo", step=compute.rank)
+        (directory / f"here{compute.rank}").touch()
+        if compute.rank == 1:
+            threading.Event().wait()
+        while True:
+            compute.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("quiet", "is_second"), [("1", False), pytest.param("1e9", True, marks=pytest.mark.slow)]
+)
+def test_it_ends_without_the_others(tmp_path: Path, quiet: str, is_second: bool) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING)
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "waiting.py", str(tmp_path), quiet], cwd=tmp_path, text=True,
+            env={**os.environ, **meeting, "OMP_NUM_THREADS": "1", "RANK": str(rank)}, stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    wait_until(lambda: all((tmp_path / f"here{rank}").exists() for rank in range(2)), ranks[0])
+    wait_until(lambda: json.loads((tmp_path / "ranks" / "rank1.json").read_text()).get("step") == 1, ranks[0])
+    if is_second:
+        ranks[0].send_signal(signal.SIGUSR1)  # the kernel makes one of two equal ones that are pending
+    ranks[0].send_signal(signal.SIGTERM)
+    said, _ = ranks[0].communicate(timeout=100)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == 75
+    assert re.fullmatch(rf"(15|10) {is_second}; rank 1 \(in ppo, step 1\)\n", said), said
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_only_a_run_without_progress_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "QUIET_SECONDS", 0.2)
+    monkeypatch.setattr(interrupt, "LOOK_SECONDS", 0.01)
+    signals, ended, states = StopSignals(), threading.Event(), iter(range(100))
+    signals.progress = lambda: next(states, None)
+    heard: list[tuple[int, bool, int | None]] = []
+
+    def end(signum: int, is_second: bool) -> None:
+        heard.append((signum, is_second, next(states, None)))
+        ended.set()
+        monkeypatch.setattr(interrupt, "QUIET_SECONDS", float("inf"))
+
+    with signals.installed(), signals.heard(end), pytest.raises(interrupt.Stopped), signals.put_off():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert ended.wait(60)
+    assert heard == [(signal.SIGUSR1, False, None)]  # none of the hundred states is left
+
+
+def test_whoever_ends_by_itself_is_left_alone() -> None:
+    signals = StopSignals()
+    with pytest.raises(interrupt.Stopped), signals.installed(), signals.heard(lambda *_: os._exit(1)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the handler ran")
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_progress_is_what_a_rank_that_hangs_does_not_do(tmp_path: Path) -> None:
+    compute = Compute(torch.device("cuda"), torch.float32, world_size=2)
+    heartbeat = Heartbeat(tmp_path, compute)
+
+    def read() -> None:
+        Path(__file__).read_bytes()
+
+    with ThreadPoolExecutor(1) as other:  # the thread that says it may not count itself
+
+        def said() -> dict[str, Any]:
+            return other.submit(heartbeat._said).result()
+
+        before = said()
+        other.submit(read).result()
+        assert said() == before
+        for do in (read, compute.moved, lambda: list(compute.micro_batches([1], 1))):
+            before = said()
+            do()
+            assert said() != before
+        with compute.busy():
+            assert said() != said()
+        assert said() == said()
+    before_read = bytes_moved(threading.main_thread())
+    read()
+    assert bytes_moved(threading.main_thread()) >= before_read + Path(__file__).stat().st_size
+
+
+def test_on_a_cpu_computing_is_progress(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path, Compute(torch.device("cpu"), torch.float32, world_size=2))
+    said, start = heartbeat._said(), time.thread_time()
+    while time.thread_time() < start + 1.0:
+        pass
+    assert heartbeat._said()["cpu"] > said["cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["launcher", "torchrun"])
+def test_a_hanging_run_ends_after_a_signal(tmp_path: Path, by: str) -> None:
+    chain = RealChain(tmp_path)
+    command = chain.command("hung", "ppo.steps=1000", "checkpoint.every_steps=1", "launch.processes=2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if by == "torchrun":
+        command[:3] = [str(TORCHRUN)]
+        environment |= {"NPROC_PER_NODE": "2", "MASTER_PORT": free_port()}
+    run = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    wait_until(lambda: any(chain.store("hung").glob("ppo/.*.checkpoints/step-*")), run)
+    launcher = run.pid
+    if by == "torchrun":
+        (launcher,) = children_of(run.pid)
+    os.kill(ranks_of(launcher)[1], signal.SIGSTOP)
+    run.send_signal(signal.SIGTERM)
+    if by == "torchrun":  # which waits for its ranks, whatever another signal says
+        wait_until(lambda: len(children_of(run.pid)) > 1, run)  # it has heard the first
+        run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=100)
+    assert run.returncode == 75, err
+    if by == "launcher":
+        assert "SIGTERM came, and no rank has made progress for 30 s: ppo, step " in err
+        assert "rank 1 (last seen " in err
+    else:
+        assert "Rank 0 ends at once: a second signal (SIGTERM) came" in err
