@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,15 +10,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt
 
+from rlhf.auto import without_auto
 from rlhf.checkpoint import CheckpointConfig
 from rlhf.compare.tuned import POLICY_STAGES
 from rlhf.config import ConfigError, Strict, validated
+from rlhf.data.schema import USER_KEYS, Role
+from rlhf.data.sources import SourceConfig, SourceList
 from rlhf.distributed import DistributedConfig, Precision, Zero
 from rlhf.generation.vllm import VllmConfig
 from rlhf.launch import LaunchConfig
 from rlhf.methods import METHODS
 from rlhf.models.load import ModelConfig
 from rlhf.models.packed import ATTENTION
+from rlhf.rewards.source import RewardSource
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
 from rlhf.tracking import TrackerConfig
@@ -27,8 +31,30 @@ from rlhf.trials import SweepConfig
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
+ADVICE: dict[Role, str] = {
+    "reward": "Another ppo.reward than learned (function, server, model:DIRECTORY) needs no reward.pairs.",
+}
+"""How to do without the data of a role."""
+
 REPEATING = ("prepare", "generate", "evaluate", "compare")
 """Stages whose YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
+
+
+class DemoConfig(Strict):
+    """What `auto` takes as long as none of the data is yours: the packaged sets in `data/`."""
+
+    sft: SourceConfig
+    """Of `sft.data`."""
+    reward: SourceConfig
+    """Of `reward.pairs`."""
+    ppo: SourceConfig
+    """Of `ppo.prompts`."""
+    evaluate: SourceConfig
+    """Of `evaluate.prompts`."""
+    retention: SourceList
+    """Of `evaluate.retention`."""
+    gold: RewardSource | None
+    """Of `evaluate.gold`."""
 
 
 class Settings(Strict):
@@ -68,6 +94,7 @@ class Settings(Strict):
     sweep: SweepConfig
     model: ModelConfig
     tracker: TrackerConfig
+    demo: DemoConfig
 
 
 @dataclass(frozen=True)
@@ -78,7 +105,9 @@ class Experiment:
     stages: Mapping[str, Stage]
     """In the chain's order: every stage stands behind those it reads."""
     resolved: Mapping[str, Any]
-    """The composed config with every interpolation resolved, as plain values."""
+    """The composed config with every interpolation and every `auto` resolved, as plain values."""
+    told: tuple[str, ...] = ()
+    """What the run says first: what keys at `auto` take beside data of the user's own."""
 
     def needed(self) -> list[str]:
         """The requested stages and all that they read, in the chain's order."""
@@ -97,8 +126,10 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: all complaints of the first section that has any.
     """
-    sections = {name: value for name, value in resolved.items() if _is_stage(value)}
-    settings = validated(Settings, {k: v for k, v in resolved.items() if k not in sections}, "")
+    names = [name for name, value in resolved.items() if _is_stage(value)]
+    settings = validated(Settings, {k: v for k, v in resolved.items() if k not in names}, "")
+    resolved, own, told = without_auto(resolved)
+    sections = {name: resolved[name] for name in names}
     if not settings.stage:
         raise ConfigError(f"stage=[]: nothing to do. Use all, or some of {', '.join(sections)}.")
     for key, names, extra in (("stage", settings.stage, ["all"]), ("force", settings.force, [])):
@@ -119,7 +150,8 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     for name, stage in stages.items():
         earlier = list(stages)[: list(stages).index(name)]
         assert set(stage.inputs()) <= set(earlier), f"conf/config.yaml: mount {name} behind {stage.inputs()}"
-    experiment = Experiment(settings, stages, resolved)
+    experiment = Experiment(settings, stages, resolved, tuple(told))
+    check_sources(experiment, own)
     for name in experiment.needed():
         stages[name].check(stages)
         check_method(stages[name], experiment)
@@ -127,6 +159,32 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         if peft is not None and peft.method == "qlora":
             check_qlora(f"{name}.peft=qlora", settings.device)
     return experiment
+
+
+def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
+    """Refuse a run that lacks data: all that is missing at once, and who reads it.
+
+    Args:
+        own: keys that name the user's own data.
+
+    Raises:
+        ConfigError: in the user's own keys.
+    """
+    sources, needed = experiment.resolved["prepare"]["sources"], experiment.needed()
+    readers: dict[Role, list[str]] = {}
+    for name in needed:
+        for role in experiment.stages[name].needs(experiment.stages):
+            if not sources[role]:
+                readers.setdefault(role, []).append(name)
+    if not readers:
+        return
+    missing = [f"{USER_KEYS[role]} (for {' and '.join(names)})" for role, names in readers.items()]
+    why = f" No packaged set is used beside your own data ({', '.join(own)})." if own else ""
+    advice = "".join(f" {ADVICE[role]}" for role in readers if role in ADVICE)
+    raise ConfigError(
+        f"No data for {', '.join(missing)}.{why} Name a source for each: a path, hub:ID or samples:NAME; or "
+        f"choose stages that need none, with stage=.{advice}"
+    )
 
 
 def check_method(stage: Stage, experiment: Experiment) -> None:

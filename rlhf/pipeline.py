@@ -96,8 +96,10 @@ class Pipeline:
                 artifacts[name] = self.finish(name, artifacts, base, tracker)
                 if name == "prepare":
                     data = PreparedData(artifacts["prepare"].path)
-                    for each in self.experiment.needed():
-                        self.experiment.stages[each].check_data(data, base)
+                    for each in map(self.experiment.stages.__getitem__, self.experiment.needed()):
+                        for role in each.needs(self.experiment.stages):
+                            data.check_not_empty(role)
+                        each.check_data(data, base)
                     self.check_before(artifacts["prepare"], base)
                     if self.needs_weights:
                         fetch_weights(settings.model)
@@ -307,11 +309,14 @@ class Pipeline:
 
     def check_gates(self, name: str, artifact: Artifact) -> None:
         """Compare the stage's summary with its bounds."""
-        run = self.results
+        run, stage = self.results, self.experiment.stages[name]
+        bounds = {metric: bound for metric, bound in stage.gates.items() if bound is not None}
+        for metric, why in stage.not_measured().items():
+            if bounds.pop(metric, None):
+                self.console.print(f"Gate {metric} does not apply: {why}.", highlight=False)
         results = [
             GateResult(name, metric, artifact.manifest.metrics.get(metric, float("nan")), bound)
-            for metric, bound in self.experiment.stages[name].gates.items()
-            if bound is not None
+            for metric, bound in bounds.items()
         ]
         run.gates += results
         run.write()

@@ -52,6 +52,10 @@ class Stage(Strict, ABC):
         """The prepared data sets this one reads: sft, reward, ppo, evaluate, retention."""
         return ()
 
+    def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
+        """Those of `roles` that it cannot do without: a run that lacks their data is refused."""
+        return self.roles()
+
     def reads_base_model(self) -> bool:
         """Whether the base model itself (not only a stage's output) decides the result."""
         return False
@@ -59,6 +63,10 @@ class Stage(Strict, ABC):
     def tunes(self) -> PeftConfig | None:
         """Which parameters it trains; None where it trains none."""
         return None
+
+    def not_measured(self) -> dict[str, str]:
+        """Gates whose metric these knobs leave out, and why: they are not checked, and the run says so."""
+        return {}
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Refuse what does not fit together with the other stages' knobs.

@@ -138,6 +138,11 @@ class CompareStage(Stage):
         """Examples and passages are training rows; no training row may ask a question."""
         return TRAINING_ROLES
 
+    def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
+        """Rows of sft.data where they are the questions, the examples or the corpus."""
+        searches = self.corpus is None and "retrieval" in self.ways()
+        return ("sft",) if self.questions is None or searches or "few_shot" in self.ways() else ()
+
     def reads_base_model(self) -> bool:
         """It is what is prompted."""
         return True

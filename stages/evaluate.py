@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Role
-from rlhf.data.sources import SourceConfig, SourceList
+from rlhf.data.sources import PromptSource, SourceList
 from rlhf.distributed import Compute
 from rlhf.evaluation.comparison import bootstrap_interval, wins
 from rlhf.evaluation.harness import Harness
@@ -43,6 +43,8 @@ from rlhf.stage import Stage
 PolicyName = Literal["base", "sft", "ppo", "merge"]
 CHAIN: tuple[PolicyName, ...] = get_args(PolicyName)
 """In the order in which they are made; the last one is what a run came to."""
+RETAINED = ("retention_perplexity_ratio", "question_accuracy_change")
+"""Gates that need a retention set."""
 PASSES = 2
 """Of a retention row, roughly: one of a text, one for each answer of a question."""
 
@@ -78,11 +80,13 @@ class EvaluateStage(Stage):
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
     )
 
-    prompts: SourceConfig
-    """Where it is a source that training reads too, `prepare` sets a share of it aside."""
-    retention: SourceList
+    prompts: PromptSource | None
+    """A source, or a key as in ppo.prompts. Where training reads the same rows, `prepare` sets a share of
+    them aside. `auto` is the demo's, and beside data of yours the same rows as ppo.prompts."""
+    retention: SourceList | None
     """What shall not be forgotten: files of texts, of multiple-choice questions, or of both. Where one is a
-    source that training reads too, `prepare` sets a share of it aside."""
+    source that training reads too, `prepare` sets a share of it aside. Null measures no forgetting; `auto` is
+    the demo's, and null beside data of yours."""
     policies: list[PolicyName] = Field(min_length=1)
     """`merge` is the merge stage's. Win rate and gold gain need sft and ppo, KL needs sft, task gain and
     forgetting need base; else they are left out."""
@@ -95,7 +99,8 @@ class EvaluateStage(Stage):
     reward: RewardSource | None
     """What PPO was trained on; null leaves it out."""
     gold: RewardSource | None
-    """What the reward model stands for, where it is known; null leaves it out."""
+    """What the reward model stands for, where it is known; null leaves it out. `auto` is VADER for the demo,
+    and null beside data of yours."""
     num_prompts: PositiveInt | None
     """The first so many evaluation prompts; null takes all."""
     num_references: PositiveInt | None
@@ -126,7 +131,7 @@ class EvaluateStage(Stage):
             "question_accuracy_change": ({"base"}, False),
         }
         for gate, (policies, no_reward) in needs.items():
-            if self.gates.get(gate) is None:
+            if self.gates.get(gate) is None or gate in self.not_measured():
                 continue
             missing = sorted(policies - set(self.policies))
             if missing or no_reward:
@@ -134,7 +139,7 @@ class EvaluateStage(Stage):
                 raise ValueError(f"gate {gate} needs {lacks}. Turn it off with evaluate.gates.{gate}=null")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"policies={self.policies} names one twice")
-        sets = [source.name for source in self.retention]
+        sets = [source.name for source in self.retention or []]
         if len(set(sets)) < len(sets):
             raise ValueError(
                 f"retention has two sets that figures would call by one name ({', '.join(sets)}). Rename one"
@@ -149,6 +154,14 @@ class EvaluateStage(Stage):
     def roles(self) -> tuple[Role, ...]:
         """Reads the evaluation prompts, the held-out answers and the retention set."""
         return ("evaluate", "sft", "retention")
+
+    def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
+        """Without held-out answers and retention sets their figures are left out."""
+        return ("evaluate",)
+
+    def not_measured(self) -> dict[str, str]:
+        """Nothing is forgotten of no retention set."""
+        return {} if self.retention else dict.fromkeys(RETAINED, "evaluate.retention=null")
 
     def reads_base_model(self) -> bool:
         """It is one of the policies."""
@@ -176,7 +189,9 @@ class EvaluateStage(Stage):
             compute.main_only(self.harness.fetch)
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """What a gate bounds is in the retention set."""
+        """What a gate bounds is in the retention set, where there is one."""
+        if self.retention is None:
+            return
         rows = data.rows("retention", "evaluation")
         has_questions = any(isinstance(row, QuestionRow) for row in rows)
         has_texts = not all(isinstance(row, QuestionRow) for row in rows)
@@ -255,16 +270,18 @@ class EvaluateStage(Stage):
     def specialization(self, job: Job, name: PolicyName, policy: Policy) -> dict[str, float]:
         """How well it knows the task's own answers, and how well it still knows everything else."""
         answers = job.data.rows("sft", "held_out")[: self.num_references]
+        known: dict[str, float] = {}
         with job.progress.task(f"evaluate: what {name} knows", 3 if self.lm_eval else 2) as task:
             prompts, references = [row.prompt for row in answers], [row.completion for row in answers]
-            loss = answer_loss(policy, prompts, references, self.micro_batch_tokens)
+            if answers:
+                known["task_loss"] = answer_loss(policy, prompts, references, self.micro_batch_tokens)
             task.advance()
-            known = retention(policy, job.data.rows("retention", "evaluation"), self.micro_batch_tokens)
+            known |= retention(policy, job.data.rows("retention", "evaluation"), self.micro_batch_tokens)
             task.advance()
             if self.lm_eval:
                 known |= job.compute.main_only(lambda: self.harness.measure(policy))
                 task.advance()
-        return {f"{metric}/{name}": value for metric, value in {"task_loss": loss, **known}.items()}
+        return {f"{metric}/{name}": value for metric, value in known.items()}
 
     def divergence(
         self, job: Job, answers: Mapping[PolicyName, Answers], reference: Policy
@@ -343,6 +360,8 @@ def describe(name: PolicyName, said: Answers) -> dict[str, float]:
 
 def task_gain(metrics: Mapping[str, float], policies: Sequence[PolicyName]) -> dict[str, float]:
     """Nats a token that each policy's loss on the held-out answers is below the base model's; without a name,
-    the last policy's."""
+    the last policy's. Nothing without such answers."""
+    if "task_loss/base" not in metrics:
+        return {}
     gains = {name: metrics["task_loss/base"] - metrics[f"task_loss/{name}"] for name in policies}
     return {**{f"task_gain/{name}": gain for name, gain in gains.items()}, "task_gain": gains[policies[-1]]}

@@ -96,6 +96,14 @@ class PlanStage(Stage):
         """Their lengths."""
         return TRAINING_ROLES if self.rows is None else ()
 
+    def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
+        """What the planned stages need; and sft.data, the task whose prompts and answers are measured."""
+        if self.rows is not None:
+            return ()
+        return tuple(
+            dict.fromkeys(("sft", *(role for name in self.trains for role in chain[name].needs(chain))))
+        )
+
     def reads_base_model(self) -> bool:
         """Its config."""
         return True

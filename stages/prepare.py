@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from jinja2 import TemplateError
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +26,8 @@ from rlhf.data.collection import (
     IN_EVALUATION,
     LEAK,
     LEFT_FOR_TRAINING,
+    NO_PROMPT,
+    SAME_PROMPT,
     Entry,
     RoleData,
     quantiles,
@@ -35,6 +37,7 @@ from rlhf.data.prepared import REPORT, PreparedData, splits_of
 from rlhf.data.recognise import recognise
 from rlhf.data.schema import (
     EVALUATION_ROLES,
+    ROLE_OF,
     ROLES,
     TRAINING_ROLES,
     USER_KEYS,
@@ -47,9 +50,10 @@ from rlhf.data.schema import (
     TextRow,
     drawn,
     prompt_identity,
+    prompt_of,
     row_to_json,
 )
-from rlhf.data.sources import SourceConfig, SourceList
+from rlhf.data.sources import PromptSource, RowsOf, SourceConfig, SourceList
 from rlhf.job import Job
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
@@ -62,18 +66,33 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class Sources(Strict):
     """Which source each role reads; null for none."""
 
-    sft: SourceConfig
+    sft: SourceConfig | None
     replay: SourceConfig | None
-    reward: SourceConfig
-    ppo: SourceConfig
+    reward: SourceConfig | None
+    ppo: PromptSource | None
     ptx: SourceConfig | None
-    evaluate: SourceConfig
-    retention: SourceList
+    evaluate: PromptSource | None
+    retention: SourceList | None
 
     def __getitem__(self, role: Role) -> list[SourceConfig]:
+        """The role's own; none where its prompts are another's."""
         if role == "retention":
-            return self.retention
-        source = {
+            return self.retention or []
+        source = self._named(role)
+        return [source] if isinstance(source, SourceConfig) else []
+
+    def other(self, role: Role) -> Role | None:
+        """The role whose rows' prompts it takes."""
+        source = None if role == "retention" else self._named(role)
+        return ROLE_OF[source] if isinstance(source, str) else None
+
+    def told(self, role: Role) -> list[str]:
+        """As the user wrote them."""
+        other = self.other(role)
+        return [USER_KEYS[other]] if other else [*map(str, self[role])]
+
+    def _named(self, role: Role) -> SourceConfig | RowsOf | None:
+        return {
             "sft": self.sft,
             "replay": self.replay,
             "reward": self.reward,
@@ -81,14 +100,21 @@ class Sources(Strict):
             "ptx": self.ptx,
             "evaluate": self.evaluate,
         }[role]
-        return [] if source is None else [source]
+
+    @model_validator(mode="after")
+    def _others_have_rows(self) -> Self:
+        for role in ROLES:
+            other = self.other(role)
+            if other is not None and (other == role or not self.told(other)):
+                raise ValueError(f"{USER_KEYS[role]}={USER_KEYS[other]}: there are no rows. Name a source")
+        return self
 
 
 class PrepareStage(Stage):
     """What `prepare.*` can be told. Values: conf/stages/prepare.yaml."""
 
     name: ClassVar[str] = "prepare"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"sources"})  # their content is: see external()
@@ -111,10 +137,11 @@ class PrepareStage(Stage):
     def external(self) -> dict[str, str]:
         """The content of every source, wherever it lies; and what retention figures are called."""
         contents = {
-            role: digest_of([source.reading_digest(USER_KEYS[role]) for source in self.sources[role]])
+            role: self.sources.other(role)
+            or digest_of([source.reading_digest(USER_KEYS[role]) for source in self.sources[role]])
             for role in ROLES
         }
-        return contents | {"names": digest_of([source.name for source in self.sources.retention])}
+        return contents | {"names": digest_of([source.name for source in self.sources["retention"]])}
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """It runs no model."""
@@ -122,7 +149,9 @@ class PrepareStage(Stage):
 
     def run(self, job: Job) -> None:
         """Read and check every role, set the evaluation prompts aside, split the rest."""
-        data = {role: self._read(role) for role in ROLES}
+        data: dict[Role, RoleData] = {}
+        for role in ROLES:  # in this order: prompts are taken from rows that were read before
+            data[role] = self._read(role, data)
         self._measure(data, job)
         self._choose_evaluation(data)
         self._split(data)
@@ -144,12 +173,30 @@ class PrepareStage(Stage):
             }
         )
 
-    def _read(self, role: Role) -> RoleData:
+    def _read(self, role: Role, before: Mapping[Role, RoleData]) -> RoleData:
         data = RoleData(role)
+        other = self.sources.other(role)
+        if other is not None:
+            self._take_prompts(data, before[other])
+            return data
         seen: set[str] = set()
         for source in self.sources[role]:
             self._read_source(source, data, seen)
         return data
+
+    def _take_prompts(self, data: RoleData, rows: RoleData) -> None:
+        """The prompts of another role's rows, each once."""
+        seen: set[str] = set()
+        for entry in rows.entries:
+            data.num_read += 1
+            prompt = prompt_of(entry.row)
+            if not prompt:
+                data.remove(NO_PROMPT, entry.where)
+            elif entry.identity in seen:
+                data.remove(SAME_PROMPT, entry.where)
+            else:
+                seen.add(entry.identity)
+                data.entries.append(replace(entry, row=PromptRow(prompt)))
 
     def _read_source(self, source: SourceConfig, data: RoleData, seen: set[str]) -> None:
         fingerprint = source.fingerprint(data.key)
@@ -172,7 +219,8 @@ class PrepareStage(Stage):
             data.entries.append(Entry(where, row, prompt_identity(row), fingerprint))
 
     def _bad(self, data: RoleData, where: str, error: RowError) -> None:
-        if self.on_bad_row == "error":
+        is_own = self.sources.other(data.role) is None  # the user never said that others' rows are prompts
+        if self.on_bad_row == "error" and is_own:
             raise ConfigError(
                 f"{data.key}: {where}: {error} "
                 "Mend the row, or set prepare.on_bad_row=drop to leave out such rows."
@@ -283,9 +331,9 @@ class PrepareStage(Stage):
         for role in data.values():
             for split, entries in role.splits.items():
                 prepared.write(role.role, split, (entry.row for entry in entries))
-            if not self.sources[role.role]:
+            if not self.sources.told(role.role):
                 continue
-            sources, digest = ", ".join(map(str, self.sources[role.role])), prepared.digest(role.role)
+            sources, digest = ", ".join(self.sources.told(role.role)), prepared.digest(role.role)
             report[role.role] = {"source": sources, "digest": digest, **role.report()}
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (job.directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
@@ -296,7 +344,7 @@ class PrepareStage(Stage):
         for heading in ("read", "train", "held out", "evaluation", "dropped", "tokens p50", "p95", "max"):
             table.add_column(heading, justify="right")
         for role in data.values():
-            if self.sources[role.role]:
+            if self.sources.told(role.role):
                 table.add_row(*self._table_cells(role))
         console.print(table, highlight=False)
         for role in data.values():
@@ -317,7 +365,7 @@ class PrepareStage(Stage):
 
     def _table_cells(self, role: RoleData) -> Iterator[str]:
         yield role.key
-        yield ", ".join(str(source).rsplit("/", 1)[-1] for source in self.sources[role.role])
+        yield ", ".join(source.rsplit("/", 1)[-1] for source in self.sources.told(role.role))
         yield str(role.num_read)
         for split in ("train", "held_out", "evaluation"):
             yield str(len(role.splits[split])) if split in role.splits else "-"

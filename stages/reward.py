@@ -52,8 +52,9 @@ class RewardStage(Stage):
         {"pairs", "micro_batch_tokens", "activation_checkpointing"}
     )
 
-    pairs: SourceConfig
-    """Rows with a prompt, a chosen and a rejected answer; prepared by `prepare`."""
+    pairs: SourceConfig | None
+    """Rows with a prompt, a chosen and a rejected answer; prepared by `prepare`. `auto` is the demo's, as
+    long as none of the data is yours."""
     optim: OptimConfig
     peft: Peft
     epochs: PositiveInt

@@ -49,8 +49,9 @@ class SftStage(Stage):
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
     )
 
-    data: SourceConfig
-    """Rows with a prompt and its answer; prepared by `prepare`, so its content is in the key."""
+    data: SourceConfig | None
+    """Rows with a prompt and its answer; prepared by `prepare`, so its content is in the key. `auto` is the
+    demo's, as long as none of the data is yours."""
     replay: SourceConfig | None
     """Texts or exchanges of a general kind, learned beside `data` so that they are not forgotten: texts as a
     whole, of exchanges the answers."""

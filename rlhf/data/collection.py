@@ -23,9 +23,11 @@ from rlhf.data.schema import (
 )
 
 DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
+NO_PROMPT, SAME_PROMPT = "no prompt", "same prompt"
+"""Of rows whose prompts another role takes."""
 LEAK = "leak"
 """In an evaluation set that was meant to be apart."""
-NOT_DROPPED = (IN_EVALUATION, LEFT_FOR_TRAINING, LEAK)
+NOT_DROPPED = (IN_EVALUATION, LEFT_FOR_TRAINING, LEAK, NO_PROMPT, SAME_PROMPT)
 """Reasons of rows that are fine and only belong elsewhere."""
 NUM_EXAMPLES = 3
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
@@ -108,13 +110,17 @@ class RoleData:
     def report(self) -> dict[str, Any]:
         """The role's part of report.json."""
         lengths = [entry.tokens for entry in self.entries]
-        in_common = fmean(entry.in_common for entry in self.entries)
+        in_common = [entry.in_common for entry in self.entries]
         return {
             "read": self.num_read,
             "kept": {split: len(entries) for split, entries in self.splits.items()},
             "removed": {reason: vars(removed) for reason, removed in self.removed.items()},
             "tokens": quantiles(lengths)
-            | {"mean": fmean(lengths), "deviation": pstdev(lengths), "in_common": in_common},
+            | {
+                "mean": fmean(lengths or [0]),
+                "deviation": pstdev(lengths or [0]),
+                "in_common": fmean(in_common or [0.0]),
+            },
         }
 
 
@@ -135,5 +141,5 @@ def sequences(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[list[int]]:
 
 def quantiles(lengths: Iterable[int]) -> dict[str, int]:
     """The lengths at 5, 50, 95 and 100 percent of the rows."""
-    ordered = sorted(lengths)
+    ordered = sorted(lengths) or [0]
     return {name: ordered[round(share * (len(ordered) - 1))] for name, share in QUANTILES.items()}

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, overload
 
 from rlhf.artifacts import digest_of, file_digest
+from rlhf.config import ConfigError
 from rlhf.data.schema import (
     TRAINING_ROLES,
+    USER_KEYS,
     PairRow,
     PromptRow,
     QuestionRow,
@@ -91,11 +93,30 @@ class PreparedData:
 
     def size(self, role: Role, split: Split) -> Lengths:
         """Rows of a split, and the lengths of the role's rows; of pairs, those of the longer side."""
-        report = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))[role]
+        report = json.loads((self.directory / REPORT).read_text(encoding="utf-8")).get(role)
+        if report is None:  # it has no source
+            return Lengths(0, 0.0, 0.0, 0)
         tokens = report["tokens"]
         return Lengths(
             report["kept"][split], tokens["mean"], tokens["deviation"], tokens["max"], tokens["in_common"]
         )
+
+    def check_not_empty(self, role: Role) -> None:
+        """Refuse rows that `prepare` took from others' where none are left; an empty source of the role's own
+        it refuses itself.
+
+        Raises:
+            ConfigError: what became of them.
+        """
+        report = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))[role]
+        for split, rows in report["kept"].items():
+            if not rows:
+                removed = [f"{each['count']} {reason}" for reason, each in report["removed"].items()]
+                why = "; ".join([f"{report['read']} rows", *removed])
+                raise ConfigError(
+                    f"{USER_KEYS[role]}={report['source']}: no prompts are left for {split}: {why}. "
+                    f"Give more rows, or {USER_KEYS[role]} a source of its own."
+                )
 
     def write(self, role: Role, split: Split, rows: Iterable[Row]) -> None:
         """Write one split; only `prepare` does."""

@@ -28,6 +28,9 @@ USER_KEYS: dict[Role, str] = {
 """What the user calls each role's source; every complaint starts with it."""
 
 
+ROLE_OF: dict[str, Role] = {key: role for role, key in USER_KEYS.items()}
+
+
 class Message(TypedDict):
     """One turn of a conversation."""
 
@@ -111,6 +114,11 @@ def row_from_json(line: str, role: Role) -> Row:
     values = json.loads(line)
     (kind,) = (kind for kind in ROW_TYPES[role] if kind.__dataclass_fields__.keys() == values.keys())
     return kind(**values)
+
+
+def prompt_of(row: Row) -> list[Message]:
+    """The conversation that a row answers; none of a plain text or a question."""
+    return row.prompt if isinstance(row, SftRow | PairRow | PromptRow) else []
 
 
 def prompt_identity(row: Row) -> str:

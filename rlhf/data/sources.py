@@ -11,9 +11,16 @@ from collections.abc import Iterable, Iterator
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PositiveInt,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from rlhf.artifacts import digest_of, file_digest
 from rlhf.config import ConfigError, Strict
@@ -160,6 +167,18 @@ class SourceConfig(Strict):
 AsList = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 SourceList = Annotated[list[SourceConfig], Field(min_length=1), AsList]
 """One source, or several that are read one after the other."""
+
+
+RowsOf = Literal["sft.data", "reward.pairs", "ppo.prompts"]
+"""The key of other rows, whose prompts are taken."""
+
+
+def _prompts(value: Any, _: ValidatorFunctionWrapHandler) -> SourceConfig | RowsOf:
+    return value if value in get_args(RowsOf) else SourceConfig.model_validate(value)
+
+
+PromptSource = Annotated[SourceConfig | RowsOf, WrapValidator(_prompts)]
+"""A source of prompts, or the key whose rows they are the prompts of."""
 
 
 def _sample_file(name: str, key: str) -> Path:

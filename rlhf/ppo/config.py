@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rlhf.config import OptimConfig, Peft, Strict
-from rlhf.data.sources import SourceConfig
+from rlhf.data.sources import PromptSource, SourceConfig
 from rlhf.rewards.source import RewardSource
 
 
@@ -68,8 +68,10 @@ class PtxConfig(Strict):
 class PpoConfig(Strict):
     """Every knob of the PPO stage. Sources of the details: docs/ppo.md."""
 
-    prompts: SourceConfig
-    """Whose responses are scored and learned from; prepared by `prepare`."""
+    prompts: PromptSource | None
+    """Whose responses are scored and learned from; prepared by `prepare`. A source, or `sft.data` or
+    `reward.pairs` for the prompts of those rows. `auto` is the demo's, and beside data of yours the prompts
+    of sft.data, or else of reward.pairs."""
     reward: RewardSource
     """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
     classification model), `python:MODULE:FUNCTION`, or the URL of a server."""

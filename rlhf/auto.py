@@ -1,0 +1,91 @@
+"""What the keys at `auto` take: decided in one place, before anything is checked.
+
+As long as none of the data is the user's, they take the packaged demo (`demo.*`). As soon as one source is,
+no packaged set is used unless the user names it: prompts are those of the user's own rows, the rest is null.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rlhf.data.schema import USER_KEYS
+
+AUTO = "auto"
+SOURCES = (*USER_KEYS.values(), "compare.questions", "compare.corpus")
+"""Every key that names data."""
+PROMPTS_OF = ("sft.data", "reward.pairs")
+"""Whose prompts `ppo.prompts` takes: the first of these that is the user's."""
+DEMO = {
+    "sft.data": "sft",
+    "reward.pairs": "reward",
+    "ppo.prompts": "ppo",
+    "evaluate.prompts": "evaluate",
+    "evaluate.retention": "retention",
+    "evaluate.gold": "gold",
+}
+"""The keys that may be `auto`, and their names in `demo`."""
+
+
+class Resolved(NamedTuple):
+    """A config without `auto`."""
+
+    config: dict[str, Any]
+    own: list[str]
+    """The keys that name the user's own data."""
+    told: list[str]
+    """What was decided for own data, a line each."""
+
+
+def without_auto(config: Mapping[str, Any]) -> Resolved:
+    """The composed config with a value for every key that is `auto`."""
+    found = copy.deepcopy(dict(config))
+    own = [key for key in SOURCES if is_own(_get(found, key))]
+    asked = [key for key in DEMO if _get(found, key) == AUTO]
+    for key in asked:
+        _set(found, key, _of_own(key, found, own) if own else found["demo"][DEMO[key]])
+    for role, key in USER_KEYS.items():
+        if _get(found, f"prepare.sources.{role}") == AUTO:  # it repeats the key, as it stood before
+            _set(found, f"prepare.sources.{role}", _get(found, key))
+    told = []
+    if own and asked:
+        taken = ", ".join(f"{key}={_get(found, key) or 'null'}" for key in asked)
+        told.append(
+            f"Your own data: {taken}. No packaged set is used unless you name it, such as "
+            "evaluate.retention=[samples:retention_sentences,samples:retention_questions]."
+        )
+    return Resolved(found, own, told)
+
+
+def is_own(source: Any) -> bool:
+    """Whether a source, or one of a list, is none of the packaged sets, and not another key's rows."""
+    if isinstance(source, list):
+        return any(map(is_own, source))
+    if isinstance(source, Mapping):
+        return source.get("samples") is None
+    return source not in (None, AUTO, *USER_KEYS.values()) and not str(source).startswith("samples:")
+
+
+def _of_own(key: str, config: Mapping[str, Any], own: list[str]) -> Any:
+    """What `auto` takes where some data are the user's: for prompts the key whose prompts they are."""
+    if key == "evaluate.prompts" and "ppo.prompts" in own:
+        return "ppo.prompts"
+    if key in ("ppo.prompts", "evaluate.prompts"):
+        return next((name for name in PROMPTS_OF if name in own), None)
+    return None
+
+
+def _get(config: Mapping[str, Any], key: str) -> Any:
+    """A key's value; None where it is not there, which is told when its section is checked."""
+    found: Any = config
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config[section]
+    config[name] = value
