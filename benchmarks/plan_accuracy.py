@@ -53,6 +53,7 @@ SHORT, MEDIUM, LONG = 24, 160, 640
 COMMON = (
     "model=embedded", "device=cpu", "precision=bf16", "gates=warn", "prepare.held_out_fraction=0.2",
     "evaluate.prompts=prompts.jsonl", "ppo.prompts=prompts.jsonl", "reward.pairs=pairs.jsonl",
+    "evaluate.retention=[samples:retention_sentences,samples:retention_questions]", "evaluate.gold=vader",
     "sft.data=short.jsonl", "ppo.score.normalize=none", "ppo.steps=1", "ppo.evaluate_prompts=8",
     "ppo.evaluate_every=1", "ppo.batch_episodes=32", "ppo.minibatch_episodes=16", "ppo.max_new_tokens=48",
 )  # fmt: skip

@@ -123,7 +123,8 @@ def tuned_model(directory: Path, kind: str, name: str) -> Path:
     """A model that answers and then stops, which is what PPO starts from: tuned on HH's better answers, or on
     the packaged ones. `python -m rlhf stage=sft` makes it, once."""
     source = f"sft.data={{path: {HH.resolve()}, fields: {{completion: chosen}}}}"
-    data = [source, "sft.epochs=0.3", "prepare.on_bad_row=drop"] if name == "skewed" else []
+    own = [source, "evaluate.prompts=samples:prompts", "sft.epochs=0.3", "prepare.on_bad_row=drop"]
+    data = own if name == "skewed" else []
     run = ["-m", "rlhf", f"model={kind}", "stage=sft", "gates=warn", f"run_name={kind}-{name}", *data]
     subprocess.run([sys.executable, *run], cwd=directory, check=True, stdout=sys.stderr)
     return (directory / "runs" / f"{kind}-{name}" / "artifacts" / "sft").resolve()

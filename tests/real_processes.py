@@ -37,6 +37,7 @@ class RealChain:
         sources = (
             "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl", "ppo.prompts=prompts.jsonl",
             "evaluate.prompts=evaluation.jsonl", "evaluate.retention=[sentences.jsonl,questions.jsonl]",
+            "evaluate.gold=vader",
         )  # fmt: skip
         names = (f"run_name={name}", f"store_dir=store-{name}")
         return [sys.executable, "-m", "rlhf", *SETTINGS, *sources, *names, *TRAINING, *overrides]

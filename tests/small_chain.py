@@ -25,6 +25,7 @@ SETTINGS = (
 SOURCES = (
     "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl", "ppo.prompts=prompts.jsonl",
     "evaluate.prompts=evaluation.jsonl", "evaluate.retention=[sentences.jsonl,questions.jsonl]",
+    "evaluate.gold=vader",
 )  # fmt: skip
 
 
