@@ -51,13 +51,17 @@ class Pipeline:
         """The base model, where the store keeps it."""
         self.results = Run(Path(settings.runs_dir) / run_name, writes=compute.is_main)
         self.needs_weights = any(stage.reads_weights for stage in stages)
-        self.model_identity = base_identity(settings.model, weights=self.needs_weights)
         self.vllm = None
         if settings.generation == "vllm" and any(stage.samples for stage in stages):
             trusted = settings.model.trust_remote_code
             self.vllm = Vllm(settings.vllm, compute, trust_remote_code=trusted)
-        for stage in stages:
-            stage.external()  # a missing data file is told now, not after hours of training
+
+        def identify() -> tuple[str, dict[str, dict[str, str]]]:
+            identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
+            return identity, {stage.name: stage.external() for stage in stages}
+
+        # by rank 0: it may read whole models; now: a missing file is not told after hours of training
+        self.model_identity, self.external = compute.main_only(identify)
 
     def run(self) -> None:
         """Run the chain; `results` says how far it came.
@@ -287,7 +291,7 @@ class Pipeline:
             "stage": stage.name,
             "version": stage.version,
             "knobs": stage.knobs(),
-            "external": stage.external(),
+            "external": self.external[stage.name],
             "inputs": {name: artifacts[name].key for name in stage.inputs() if name != "prepare"},
         }
         if stage.roles():  # the content of the prepared sets, not the key of `prepare`: see Keys in README

@@ -6,20 +6,27 @@ import multiprocessing
 import os
 import random
 import socket
+import sys
 import time
 import traceback
 from collections import Counter
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from rich.console import Console
 from small_job import on_cpu
 
 import rlhf.distributed
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute, MicroBatch, find_rank, make_compute
+from rlhf.experiment import build_experiment
 from rlhf.launch import LaunchConfig, ranks_wanted
+from rlhf.pipeline import Pipeline
 
 LENGTHS = {
     "alike": [7] * 12,
@@ -191,7 +198,23 @@ def take_long() -> str:
     return "made at last"
 
 
-def talk(rank: int, port: int, results: Any) -> None:
+def models_read(compute: Compute, directory: Path, model: Path) -> list[str]:
+    """The weights that this rank reads to know a local model by what it holds."""
+    with initialize_config_module("rlhf.conf", version_base="1.3"):
+        node = compose(
+            "config",
+            overrides=["model=local", f"model.path={model}", f"store_dir={directory}/store", "stage=sft"],
+        )
+    resolved = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(resolved, dict)
+    experiment = build_experiment({str(key): value for key, value in resolved.items()})
+    read: list[str] = []
+    sys.addaudithook(lambda event, details: read.append(str(details[0])) if event == "open" else None)
+    Pipeline(experiment, "run", Console(quiet=True), compute)
+    return [path for path in read if path.endswith(".safetensors")]
+
+
+def talk(rank: int, port: int, directory: Path, model: Path, results: Any) -> None:
     """What one of two ranks hears of the other."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
@@ -218,6 +241,7 @@ def talk(rank: int, port: int, results: Any) -> None:
             "main_only": compute.main_only(lambda: f"made by {rank}"),
             "main_only, for long": compute.main_only(take_long),
             "failures": failures,
+            "models read": models_read(compute, directory, model),
             "collected": compute.collect([(index, rank) for index in compute.share(lengths)], lengths),
         }
         results.put((rank, heard))
@@ -228,13 +252,16 @@ def talk(rank: int, port: int, results: Any) -> None:
         raise
 
 
-def test_two_ranks_hear_the_same() -> None:
+def test_two_ranks_hear_the_same(tmp_path: Path, tiny_model: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    workers = [context.Process(target=talk, args=(rank, port, results), daemon=True) for rank in range(2)]
+    workers = [
+        context.Process(target=talk, args=(rank, port, tmp_path, tiny_model, results), daemon=True)
+        for rank in range(2)
+    ]
     for worker in workers:
         worker.start()
     heard = dict(results.get(timeout=120) for _ in workers)
@@ -251,4 +278,6 @@ def test_two_ranks_hear_the_same() -> None:
         "failures": ["only rank 0 tried"] * 2,
         "collected": [(0, 1), (1, 0), (2, 0), (3, 1), (4, 0)],
     }
-    assert heard == {rank: expected | {"unchanged": [1.0 + rank, -5.0 * rank]} for rank in range(2)}
+    own: list[dict[str, Any]] = [{"unchanged": [1.0 + rank, -5.0 * rank]} for rank in range(2)]
+    own[0]["models read"], own[1]["models read"] = [str(tiny_model / "model.safetensors")], []
+    assert heard == {rank: expected | own[rank] for rank in range(2)}

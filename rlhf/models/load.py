@@ -228,16 +228,26 @@ def fetch_weights(config: ModelConfig) -> None:
         _hub_snapshot(config, weights=True)
 
 
-def base_identity(config: ModelConfig, *, weights: bool = True) -> str:
-    """What distinguishes this base model from every other one, without loading its weights; `weights` says
-    whether a directory must have some."""
+def base_identity(
+    config: ModelConfig,
+    *,
+    weights: bool = True,
+    memory: Callable[[Path], Path | None] = lambda directory: None,
+) -> str:
+    """What distinguishes this base model from every other one, without loading its weights.
+
+    Args:
+        weights: whether a directory must have some.
+        memory: where a directory's digests are remembered, as `Store.memory`; else all of it is read.
+    """
     choices = [config.chat_template and resolve_template(config.chat_template), config.attention]
     if config.kind == "embedded":
         return digest_of([EMBEDDED_PACKAGE, _embedded_version(), *choices])
     if config.kind == "tiny":
         return digest_of(["tiny", TINY, *choices])
     if config.kind == "local":
-        return digest_of([directory_digest(_local_directory(config, weights=weights)), *choices])
+        directory = _local_directory(config, weights=weights)
+        return digest_of([directory_digest(directory, memory(directory)), *choices])
     return digest_of([config.id, _hub_snapshot(config).name, *choices])  # the snapshot's name is the commit
 
 

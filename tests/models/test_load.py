@@ -17,6 +17,7 @@ import torch
 from small_families import family
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config
 
+from rlhf import artifacts
 from rlhf.config import ConfigError
 from rlhf.data.chat import CHATML, PLAIN
 from rlhf.models.load import (
@@ -162,6 +163,19 @@ def test_identities_tell_base_models_apart(tiny_model: Path, tmp_path: Path) -> 
         model.lm_head.weight[0, 0] += 1
     model.save_pretrained(copy)
     assert base_identity(config("local", path=str(copy))) != first
+
+
+def test_an_unchanged_directory_is_remembered(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)  # as if the files were older
+    local, memory = config("local", path=str(tiny_model)), tmp_path / "digests.json"
+    first = base_identity(local, memory=lambda directory: memory)
+    assert first == base_identity(local)
+    remembered = json.loads(memory.read_text())
+    remembered["model.safetensors"]["sha256"] = "0" * 64
+    memory.write_text(json.dumps(remembered))
+    assert base_identity(local, memory=lambda directory: memory) != first  # by what is remembered alone
 
 
 def test_a_template_file_counts_by_its_content(tmp_path: Path) -> None:
