@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-slow test-vllm crash-test lint clean
+.PHONY: demo test test-slow test-vllm families crash-test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m rlhf run_name=demo
@@ -56,6 +56,12 @@ $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec  # they need not load beside a CPU build of torch
 	$(VLLM_PIP) install --editable '.[deepspeed]' 'pytest>=9'
 	@touch $@
+
+# Every family of tests/models/families.py against transformers, then the whole chain on it; docs/models.md.
+families: $(VENV)/.tested
+	RLHF_FAMILIES=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 \
+		tests/models/test_families.py tests/models/test_family_chains.py
+	$(BIN)/python docs/models.py
 
 # A PPO run killed at 50 random moments and resumed each time.
 crash-test: $(VENV)/.tested

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute
@@ -77,7 +77,22 @@ class TokenStatistics(NamedTuple):
 def response_statistics(model: PreTrainedModel, batch: Sequences, temperature: float) -> TokenStatistics:
     """Log-probability and entropy of every response token, in fp32."""
     hidden_NH = hidden_states(model, batch.packed, batch.predicts_N)
-    return head_statistics(hidden_NH, model.get_output_embeddings(), batch.targets_N, temperature)
+    head, scale = model.get_output_embeddings(), logit_scale(model.config)
+    return head_statistics(hidden_NH, head, batch.targets_N, temperature / scale)
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """What a model multiplies by what its output layer gives."""
+    text: Any = config.get_text_config()
+    if text.model_type.startswith("granite"):
+        return 1 / float(text.logits_scaling)
+    if text.model_type.startswith("cohere"):
+        return float(text.logit_scale)
+    if text.model_type == "falcon_h1":
+        return float(text.lm_head_multiplier)
+    if text.model_type == "minicpm3":
+        return float(text.dim_model_base / text.hidden_size)
+    return 1.0
 
 
 class ResponseModel(nn.Module):
@@ -244,7 +259,7 @@ def _into_gradient(
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse models whose logits are more than head(hidden): soft-capped, scaled or biased ones.
+    """Refuse models whose logits are more than head(hidden) times `logit_scale`: soft-capped or biased ones.
 
     Raises:
         ConfigError: the chunked head would train something else than the model.
@@ -267,7 +282,8 @@ def check_head(model: PreTrainedModel) -> None:
             f"model: the output layer of {type(model).__name__} is a {type(head).__name__}; the chunked "
             "log-probabilities here need a linear one. Choose another model."
         )
-    ours = head(backbone(input_ids=ids_T[None], use_cache=False)[0][0]).float()
+    hidden_TH = backbone(input_ids=ids_T[None], use_cache=False)[0][0]
+    ours = head(hidden_TH).float() * logit_scale(model.config)
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
     if not torch.allclose(logits, ours, rtol=0.02, atol=0.02 * float(logits.abs().max())):
