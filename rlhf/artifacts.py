@@ -28,6 +28,9 @@ FORMAT = 2
 KEY_LENGTH = 16
 MANIFEST = "manifest.json"
 
+READ = ("model: ", "data.", "external.", "inputs.")
+"""How changes begin in what a recipe says of what is read."""
+
 SETTLED_NANOSECONDS = 2_000_000_000
 """A file that was written more recently may be written again without another time: some file systems keep two
 seconds only."""
@@ -346,6 +349,18 @@ class Store:
         """What those take."""
         files = self.checkpoints(stage, key).rglob("*")
         return sum(path.stat().st_size for path in files if path.is_file())
+
+    def left_behind(self, stage: str, recipe: Recipe) -> str | None:
+        """Checkpoints of an artifact that differs in nothing but what it was to be made from, in words."""
+        for path in sorted((self.root / stage).glob(f".*.checkpoints/step-*/{MANIFEST}")):
+            try:
+                other = json.loads(path.read_bytes())["recipe"]
+            except (OSError, ValueError, KeyError):  # damaged, being removed, or of an earlier version
+                continue
+            differences = _changes(other, recipe)
+            if differences and all(each.startswith(READ) for each in differences):
+                return f"the checkpoints in {path.parents[1]} are of other inputs ({'; '.join(differences)})"
+        return None
 
     def scratch(self, stage: str, key: str) -> Path:
         """An empty directory to make the artifact in; call it under the lock only.

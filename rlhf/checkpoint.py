@@ -22,7 +22,7 @@ from uuid import uuid4
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from rlhf.artifacts import MANIFEST, digest_of, file_digest, flush
+from rlhf.artifacts import MANIFEST, Recipe, digest_of, file_digest, flush
 from rlhf.config import ConfigError, Strict
 from rlhf.distributed import Compute
 from rlhf.engine import Engine
@@ -59,6 +59,10 @@ class Checkpointer:
     signals: StopSignals
     tell: Callable[[str], None]
     stage: str
+    recipe: Recipe = field(default_factory=dict)
+    """Of the artifact that is being made."""
+    made_from: Mapping[str, str] = field(default_factory=dict)
+    """As in its manifest: what a checkpoint was made from, which nothing else goes on from."""
     seconds: float = 0.0
     """What earlier attempts took up to the checkpoint that this one goes on from."""
     written: list[tuple[float, int]] = field(default_factory=list)
@@ -201,6 +205,7 @@ class Checkpointer:
         manifest = {
             "format": CHECKPOINT_FORMAT, "name": name, "step": step, "world_size": self.compute.world_size,
             "zero": self.compute.zero, "seconds": self.spent(), "files": files,
+            "recipe": self.recipe, "made_from": self.made_from,
         }  # fmt: skip
         manifest["digest"] = digest_of(manifest)
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
@@ -225,7 +230,16 @@ class Checkpointer:
         for path in self._all():
             manifest, complaint = verified(path)
             if manifest is not None:
-                return manifest
+                if manifest["made_from"] == self.made_from:
+                    return manifest
+                changed = {*manifest["made_from"].items()} ^ {*self.made_from.items()}
+                inputs = ", ".join(sorted({name for name, _ in changed}))
+                self.tell(
+                    f"{self.stage}: starts anew, because {inputs} was made anew with another result; the "
+                    f"checkpoints in {self.directory} are removed"
+                )
+                self.discard()
+                return None
             aside = path.with_name(f"damaged-{path.name}-{uuid4().hex[:4]}")
             path.rename(aside)
             self.tell(f"{self.stage}: checkpoint {path.name} is damaged ({complaint}); kept aside as {aside}")

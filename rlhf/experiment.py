@@ -86,7 +86,7 @@ class Settings(Strict):
     why: bool
     """Explain each reuse and each miss, down to the changed knob."""
     force: Names
-    """Stages to run although the store has their artifact."""
+    """Stages to run although the store has their artifact; a checkpoint of theirs is forgotten."""
     gates: Literal["enforce", "warn"]
     """Whether a failing gate ends the run (exit code 3) or is only reported."""
     preflight: Literal["enforce", "warn"]

@@ -13,7 +13,7 @@ from filelock import Timeout
 from rich.console import Console
 
 from rlhf.artifacts import Artifact, DamagedError, Recipe, Store, recipe_key
-from rlhf.checkpoint import Checkpointer
+from rlhf.checkpoint import CheckpointConfig, Checkpointer
 from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment
@@ -192,17 +192,23 @@ class Pipeline:
             progress=progress,
             checkpoints=Checkpointer(
                 directory=self.store.checkpoints(name, key),
-                config=self.experiment.settings.checkpoint,
+                config=self.checkpointing(forget=forced),
                 compute=self.compute,
                 tracker=tracker,
                 signals=self.signals,
                 tell=self.tell,
                 stage=name,
+                recipe=recipe,
+                made_from=self.made_from(stage, artifacts),
             ),
             run_directory=run.directory,
             vllm=self.vllm,
             experiment=self.experiment,
         )
+        if job.checkpoints.newest is None and not forced:
+            other = self.compute.main_only(lambda: self.store.left_behind(name, recipe))
+            if other is not None:
+                self.tell(f"{name}: starts anew; {other}")
         torch.manual_seed(job.seed)
         try:
             with progress.shown():
@@ -228,6 +234,11 @@ class Pipeline:
         cost = job.checkpoints.cost()
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
         return artifact
+
+    def checkpointing(self, *, forget: bool) -> CheckpointConfig:
+        """How a stage saves its state; `forget` starts it anew whatever is there, as `force=` asks."""
+        settings = self.experiment.settings.checkpoint
+        return settings.model_copy(update={"resume": False}) if forget else settings
 
     def tell(self, text: str) -> None:
         """Say a line as it is."""

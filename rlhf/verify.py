@@ -15,7 +15,7 @@ from rlhf.artifacts import MANIFEST, Store, digest_of, file_digest, leads_out
 from rlhf.config import ConfigError
 
 SOUND, MISUSED, DAMAGED = 0, 2, 3
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 HELP = """python -m rlhf verify [store_dir=DIR]
 
 Read every artifact and checkpoint in a store and compare it with its manifest; one line for each that is

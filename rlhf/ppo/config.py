@@ -117,7 +117,8 @@ class PpoConfig(Strict):
     max_bad_steps: NonNegativeInt
     """Steps skipped for a non-finite reward, loss or gradient before the run stops."""
     max_kl: PositiveFloat | None
-    """Nats a sequence from the SFT model beyond which the run stops; null for never."""
+    """Nats a sequence from the SFT model beyond which the run stops, before it learns from them; null for
+    never."""
     batch_rows: PositiveInt | None
     """Rows decoded together on each rank; null for all. Lower it when memory runs out while sampling."""
     frozen: Literal["replicated", "sharded", "offloaded"]

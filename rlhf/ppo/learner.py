@@ -30,7 +30,7 @@ from rlhf.rl.scores import ScoreNormalizer
 
 
 class TooBadError(Exception):
-    """The run must not go on as it is."""
+    """The run must not go on as it is. Nothing was learned from the step, so that it can be taken anew."""
 
 
 class Learner:
@@ -63,6 +63,8 @@ class Learner:
         self.update = Update(config, engine, policy, mix, job, self.phases)
         self.sampling = torch.Generator().manual_seed(job.seed)
         self.bad_steps, self.done, self.evaluated = 0, 0, 0
+        self.last_bad = ""
+        """Why the last of the bad steps was one."""
         self.texts: list[str] = []
         """The current step's responses."""
         self.history: list[dict[str, float]] = []
@@ -90,8 +92,8 @@ class Learner:
             self.load_state_dict(state)
             if self.bad_steps > config.max_bad_steps:
                 raise ConfigError(
-                    f"ppo.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps had to be skipped. "
-                    "Raise it to go on behind them."
+                    f"ppo.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps had to be skipped, "
+                    f"the last of them step {self.done}. Raise it to go on behind them."
                 )
         batches = prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed)
         with self.job.progress.task("ppo: steps", config.steps) as task, checkpoints.training():
@@ -100,18 +102,27 @@ class Learner:
             for step, rows in enumerate(batches, 1):
                 if step <= self.done:
                     continue
-                sampling = self.sampling.get_state()
+                sampling, normalizer = self.sampling.get_state(), self.normalizer.state_dict()
                 try:
                     metrics = self.step(rows, step)
-                except TooBadError as bad:
-                    self.stop(step, rows, str(bad))
-                except RewardError:  # no score was used yet: the step can be taken anew
+                except (TooBadError, RewardError) as bad:  # nothing was learned: the step is taken anew
                     self.sampling.set_state(sampling)
+                    self.normalizer.load_state_dict(normalizer)
                     checkpoints.save(self.done, self.engine, self.state_dict())
-                    raise
+                    if isinstance(bad, RewardError):
+                        raise
+                    self.stop(step, rows, str(bad), "takes this step again, with the same answers")
                 self.history.append(metrics)
                 self.job.log(metrics, step)
                 self.done = step
+                if self.bad_steps > config.max_bad_steps:
+                    checkpoints.save(self.done, self.engine, self.state_dict())
+                    reason = (
+                        f"{self.bad_steps} steps had to be skipped, more than "
+                        f"ppo.max_bad_steps={config.max_bad_steps}; the last because {self.last_bad} Mend "
+                        f"ppo.reward={config.reward}, or lower ppo.optim.lr"
+                    )
+                    self.stop(step, rows, reason, "goes on behind this step")
                 self.evaluate_if_due(held_out)
                 was_skipped = "score" not in metrics
                 task.advance(
@@ -173,7 +184,7 @@ class Learner:
         """Roll out, score, learn. What is not finite is not learned from, and counted.
 
         Raises:
-            TooBadError: that happened in more than max_bad_steps steps, or the KL passed max_kl.
+            TooBadError: the KL passed max_kl.
         """
         config = self.config
         self.phases.taken()
@@ -201,40 +212,29 @@ class Learner:
         return metrics
 
     def count_bad(self, step: int, reason: str) -> None:
-        """Tell and count a step of which something was skipped.
-
-        Raises:
-            TooBadError: there were too many.
-        """
+        """Tell and count a step of which something was skipped."""
         self.bad_steps += 1
+        self.last_bad = reason
         self.warn(f"step {step} skipped: {reason}")
-        if self.bad_steps > self.config.max_bad_steps:
-            raise TooBadError(
-                f"{self.bad_steps} steps had to be skipped, more than "
-                f"ppo.max_bad_steps={self.config.max_bad_steps}; the last because {reason} Mend "
-                f"ppo.reward={self.config.reward}, or lower ppo.optim.lr"
-            )
 
     def warn(self, text: str) -> None:
         """Say it; it may quote a response, whose brackets are no markup."""
         self.job.progress.console.print(f"ppo: {text}", highlight=False, markup=False, style="yellow")
 
-    def stop(self, step: int, rows: Sequence[PromptRow], reason: str) -> NoReturn:
-        """Keep the state and the batch, and end.
+    def stop(self, step: int, rows: Sequence[PromptRow], reason: str, then: str) -> NoReturn:
+        """Keep the batch and end; the state is kept already. `then` is what a higher limit leads to.
 
         Raises:
             ConfigError: always.
         """
-        self.done = step  # its batch is not to come again
-        self.job.checkpoints.save(step, self.engine, self.state_dict())
         texts = [*self.texts, *[None] * (len(rows) - len(self.texts))]
         path = self.job.dump(
             f"step{step}",
             [{"prompt": row.prompt, "response": text} for row, text in zip(rows, texts, strict=True)],
         )
         raise ConfigError(
-            f"ppo: step {step}: {reason}. Its batch is in {path}. All that was learned so far is kept: with "
-            "a higher limit the same command goes on behind that batch."
+            f"ppo: step {step}: {reason}. Its batch is in {path}. All that was learned so far is kept: the "
+            f"same command stops here again; with a higher limit it {then}."
         )
 
     def experience(self, rows: Sequence[PromptRow]) -> tuple[Experience, Scored | None]:

@@ -57,6 +57,20 @@ def dumped(learner: Learner, step: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def assert_same_result(one: Learner, other: Learner) -> None:
+    """The same weights and the same figures of every step, bit for bit."""
+    assert one.best_weights.keys() == other.best_weights.keys()
+    for name, value in other.best_weights.items():
+        assert torch.equal(one.best_weights[name], value), name
+    for name, tensor in other.engine.model.state_dict().items():
+        assert torch.equal(one.engine.model.state_dict()[name], tensor), name
+    histories = [
+        [{name: value for name, value in step.items() if not name.startswith("seconds")} for step in history]
+        for history in (one.history, other.history)
+    ]
+    assert histories[0] == histories[1]
+
+
 def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> None:
     overrides = ("ppo.steps=6", "ppo.max_bad_steps=1")
     first = learner_in(tmp_path / "first", tiny_model, Length(2, 4), *overrides)
@@ -66,7 +80,7 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
     assert message.startswith("ppo: step 4: 2 steps had to be skipped, more than ppo.max_bad_steps=1")
     assert "is nan." in message and "ppo.reward=python:small_ppo:starts_with_e" in message
     assert str(first.job.run_directory / "ppo-step4.jsonl") in message
-    assert logged_steps(first) == [1, 2, 3]
+    assert logged_steps(first) == [1, 2, 3, 4]
 
     rows = dumped(first, 4)
     assert [row["response"] for row in rows] == first.texts
@@ -83,12 +97,23 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
     for name, value in first.best_weights.items():
         assert torch.equal(restored.best_weights[name], value), name
 
+    again = learner_in(tmp_path / "again", tiny_model, Length(), *overrides)
+    with pytest.raises(ConfigError, match=r"^ppo\.max_bad_steps=1: 2 steps .* last of them step 4\. Raise"):
+        train(again)
+    assert again.reward.rollouts == 0
+
     second = learner_in(tmp_path / "second", tiny_model, Length(), "ppo.steps=6", "ppo.max_bad_steps=2")
     summary = train(second)
     assert second.reward.rollouts == 2  # steps 5 and 6
     assert summary["bad_steps"] == 2
     assert all(math.isfinite(value) for value in summary.values())
-    assert logged_steps(second) == [1, 2, 3, 5, 6]
+    assert logged_steps(second) == [1, 2, 3, 4, 5, 6]
+
+    through = learner_in(
+        tmp_path / "through" / "job", tiny_model, Length(2, 4), "ppo.steps=6", "ppo.max_bad_steps=2"
+    )
+    assert train(through) == summary
+    assert_same_result(second, through)
 
 
 def test_a_policy_too_far_away_ends_the_run(tmp_path: Path, tiny_model: Path) -> None:
@@ -110,13 +135,20 @@ def test_a_policy_too_far_away_ends_the_run(tmp_path: Path, tiny_model: Path) ->
     assert [row["response"] for row in dumped(first, passed)] == first.texts
     assert [metrics["kl"] for metrics in first.history] == kls[: passed - 1]  # the same until then
     (kept,) = (tmp_path / "checkpoints").iterdir()
-    assert kept.name == f"step-{passed:08d}"
+    assert kept.name == f"step-{passed - 1:08d}"
+
+    for attempt in ("again", "once more"):  # no attempt passes by skipping the step
+        again = learner_in(tmp_path / attempt, tiny_model, Length(), *overrides, "ppo.max_kl=0.5")
+        with pytest.raises(ConfigError) as the_same:
+            train(again)
+        assert str(the_same.value).replace(f"{attempt}.run", "first.run") == str(error.value)
+        assert again.texts == first.texts
 
     second = learner_in(tmp_path / "second", tiny_model, Length(), *overrides, "ppo.max_kl=1000")
-    summary = train(second)
-    assert second.reward.rollouts == 6 - passed
-    assert logged_steps(second) == [step for step in range(1, 7) if step != passed]
-    assert summary["held_out_score_before"] == free.summary()["held_out_score_before"]
+    assert train(second) == free.summary()
+    assert second.reward.rollouts == 7 - passed
+    assert logged_steps(second) == [1, 2, 3, 4, 5, 6]
+    assert_same_result(second, free)
 
 
 def test_a_step_that_is_too_far_away_is_not_learned_from(tmp_path: Path, tiny_model: Path) -> None:
