@@ -49,6 +49,14 @@ class Job:
     """All stages and settings, for a stage that is about the others."""
     summary: dict[str, float] | None = field(default=None)
 
+    @property
+    def will_sample(self) -> bool:
+        """Whether this stage or another of the run samples by the local engine."""
+        if self.vllm is not None or self.experiment is None:
+            return False
+        stages = self.experiment.stages
+        return any(stages[name].samples for name in self.experiment.needed())
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step's metrics under the stage's name."""
         self.tracker.log(self.stage, metrics, step)

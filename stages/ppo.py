@@ -8,6 +8,7 @@ The loop itself is rlhf/ppo/learner.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -40,7 +41,7 @@ from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.demand import ppo_demand
-from rlhf.ppo.learner import Learner
+from rlhf.ppo.learner import TIMES_THE_BOUND, Learner
 from rlhf.ppo.mix import PretrainingMix
 from rlhf.rewards.learned import LearnedReward, make_reward
 from rlhf.rewards.source import Reward, reward_digest, reward_directory
@@ -52,7 +53,7 @@ class PpoStage(PpoConfig, Stage):
     """What `ppo.*` can be told: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
     name: ClassVar[str] = "ppo"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({
         "prompts", "batch_rows", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl",
@@ -217,7 +218,14 @@ class PpoStage(PpoConfig, Stage):
             else None,
             job=job,
             trained_parameters=trained,
+            mismatch_limit=self.mismatch_limit,
         )
+
+    @property
+    def mismatch_limit(self) -> float:
+        """Nats a token of `engine_mismatch` that end the run at once; none without the gate."""
+        bound = self.gates.get("engine_mismatch")
+        return math.inf if bound is None or bound.max is None else TIMES_THE_BOUND * bound.max
 
     def check_compute(self, compute: Compute) -> None:
         """Refuse what cannot be done on these ranks and this device.

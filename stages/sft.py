@@ -25,6 +25,7 @@ from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed import Compute
 from rlhf.engine import Engine, make_engine
+from rlhf.generation.check import check_decoding
 from rlhf.generation.latency import token_seconds
 from rlhf.job import Job
 from rlhf.loop import train_batches
@@ -126,6 +127,8 @@ class SftStage(Stage):
         assert isinstance(tokenizer.pad_token_id, int)
         policy = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype, job.compute.loads_on)
         check_head(policy)
+        if job.will_sample:  # better refused now than by a later stage
+            check_decoding(policy)
         rows = job.data.rows("sft", "train")
         train = self.encoded(tokenizer, rows, "sft.data: no training row")
         held_out = self.encoded(tokenizer, job.data.rows("sft", "held_out"), "sft.data: no held-out row")

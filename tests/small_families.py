@@ -56,6 +56,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **SIZES, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
         num_experts=4, mamba_d_state=8, mamba_dt_rank=4,
     ),
+    "minimax": lambda: transformers.MiniMaxConfig(
+        **SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8, block_size=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4, head_dim=8),
     "qwen3_next": lambda: transformers.Qwen3NextConfig(**HYBRID),

@@ -86,6 +86,7 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
         mix=PretrainingMix(stage.ptx, tokenizer, mix_rows, job.seed) if mix_rows else None,
         job=job,
         trained_parameters=count_parameters(policy)[0],
+        mismatch_limit=stage.mismatch_limit,
     )
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.data.chat import prompt_ids, response_text, stop_ids
 from rlhf.data.schema import Message
 from rlhf.distributed import Compute
+from rlhf.generation.check import check_decoding
 from rlhf.generation.local import generate
 from rlhf.generation.vllm import Vllm
 from rlhf.models.load import ModelConfig, context_left, load_causal_lm, load_tokenizer
@@ -41,6 +42,7 @@ class Policy:
         self.stop_ids = stop_ids(tokenizer, eos)
         assert isinstance(tokenizer.pad_token_id, int)
         self.pad_id: int = tokenizer.pad_token_id
+        self._is_checked = False
 
     @classmethod
     def load(
@@ -92,6 +94,9 @@ class Policy:
             generator: on the CPU, in the same state on every rank.
             batch_rows: rows decoded together, on each rank; vLLM goes by vllm.max_num_seqs.
             on_rows: told how many more prompts are answered, over all ranks if they are equally fast.
+
+        Raises:
+            ConfigError: the local engine cannot decode this model; found out before its first answer.
         """
         ids = [torch.tensor(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         uniform_BR = torch.rand(len(ids), max_new_tokens, generator=generator)
@@ -106,6 +111,9 @@ class Policy:
                 self.hand_over()
             engine = partial(self.vllm.generate)
         with self._whole() if self.vllm is None else nullcontext():
+            if self.vllm is None and not self._is_checked:
+                check_decoding(self.model)
+                self._is_checked = True
             part = engine(
                 [ids[index] for index in mine],
                 max_new_tokens=max_new_tokens,

@@ -28,6 +28,9 @@ from rlhf.rl.kl import AdaptiveKL, FixedKL
 from rlhf.rl.rollout import Experience
 from rlhf.rl.scores import ScoreNormalizer
 
+TIMES_THE_BOUND = 10
+"""How far above its gate's bound `engine_mismatch` ends the run at once."""
+
 
 class TooBadError(Exception):
     """The run must not go on as it is. Nothing was learned from the step, so that it can be taken anew."""
@@ -48,9 +51,11 @@ class Learner:
         mix: PretrainingMix | None,
         job: Job,
         trained_parameters: int,
+        mismatch_limit: float,
     ) -> None:
-        """`engine` trains an ActorCritic whose policy `policy` samples from; so many of its weights train."""
-        self.trained_parameters = trained_parameters
+        """`engine` trains an ActorCritic whose policy `policy` samples from; so many of its weights train.
+        A step whose `engine_mismatch` is above `mismatch_limit` ends the run."""
+        self.trained_parameters, self.mismatch_limit = trained_parameters, mismatch_limit
         self.config, self.job, self.compute, self.engine = config, job, job.compute, engine
         self.policy, self.reference, self.reward = policy, reference, reward
         self.kl = (
@@ -145,6 +150,9 @@ class Learner:
         return {
             "first_ratio_deviation": done[0]["first_ratio_deviation"],
             "first_kl": done[0]["kl_k3"],
+            "engine_mismatch": max(
+                metrics["engine_mismatch"] for metrics in self.history if "engine_mismatch" in metrics
+            ),
             "explained_variance": sum(metrics["explained_variance"] for metrics in late) / len(late),
             "kl": best.kl,
             "held_out_score_before": first.score,
@@ -184,7 +192,7 @@ class Learner:
         """Roll out, score, learn. What is not finite is not learned from, and counted.
 
         Raises:
-            TooBadError: the KL passed max_kl.
+            TooBadError: the KL passed max_kl, or the engine samples from another policy.
         """
         config = self.config
         self.phases.taken()
@@ -196,6 +204,13 @@ class Learner:
         try:
             experience, scored = self.experience(rows)
             metrics |= rollout_metrics(experience)
+            if metrics.get("engine_mismatch", 0.0) > self.mismatch_limit:
+                raise TooBadError(
+                    "the responses are not sampled from the policy that learns: their log-probabilities are "
+                    f"{metrics['engine_mismatch']:.3g} nats a token off, more than "
+                    f"{self.mismatch_limit:.3g}, {TIMES_THE_BOUND} times ppo.gates.engine_mismatch.max. Use "
+                    "another generation=, or precision=fp32"
+                )
             if config.max_kl is not None and metrics["kl"] > config.max_kl:
                 raise TooBadError(
                     f"the policy is {metrics['kl']:.4g} nats a sequence from the SFT model, more than "

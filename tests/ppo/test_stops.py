@@ -163,6 +163,30 @@ def test_a_step_that_is_too_far_away_is_not_learned_from(tmp_path: Path, tiny_mo
         assert torch.equal(parameter, value)
 
 
+def test_responses_of_another_policy_end_the_run(tmp_path: Path, tiny_model: Path) -> None:
+    free = learner_in(tmp_path / "free" / "job", tiny_model, Length(), "ppo.steps=3")
+    summary = train(free)
+    found = [metrics["engine_mismatch"] for metrics in free.history]
+    assert summary["engine_mismatch"] == max(found) > min(found)
+    assert 0 < max(found) < 1e-5
+
+    # fp32 rounds too: ten times this bound lies below it
+    first = learner_in(tmp_path / "job", tiny_model, Length(), "ppo.gates.engine_mismatch.max=1e-12")
+    before = [parameter.detach().clone() for parameter in first.engine.model.parameters()]
+    with pytest.raises(ConfigError) as error:
+        train(first)
+    assert str(error.value).startswith(
+        "ppo: step 1: the responses are not sampled from the policy that learns: their log-probabilities are "
+        f"{found[0]:.3g} nats a token off, more than 1e-11, 10 times ppo.gates.engine_mismatch.max. "
+    )
+    assert [row["response"] for row in dumped(first, 1)] == first.texts
+    for parameter, value in zip(first.engine.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+
+    without = learner_in(tmp_path / "other" / "job", tiny_model, Length(), "ppo.gates.engine_mismatch=null")
+    assert without.mismatch_limit == math.inf
+
+
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, tiny_model: Path) -> None:
     """Checkpoints every step; the second attempt starts from the last one, bit for bit."""
     overrides = ("ppo.steps=5", "ppo.ema_decay=0.5", "ppo.critic.warmup_steps=1")
