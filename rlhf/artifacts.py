@@ -23,6 +23,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf.config import ConfigError
+from rlhf.disk import naming
 
 FORMAT = 2
 KEY_LENGTH = 16
@@ -377,7 +378,8 @@ class Store:
         """Write the manifest, flush everything, and rename into place."""
         final = self.root / manifest.stage / manifest.key
         manifest.files = file_digests(scratch, sorted(_names_below(scratch)), _memory_of(final), read=True)
-        write_manifest(scratch, manifest)
+        with naming(scratch / MANIFEST):
+            write_manifest(scratch, manifest)
         for path in [*scratch.rglob("*"), scratch]:
             flush(path)
         replaced = final.with_name(f".{final.name}.replaced")
@@ -405,7 +407,8 @@ def flush(path: Path) -> None:
     """Have the disk hold what was written to a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

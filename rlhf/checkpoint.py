@@ -31,7 +31,7 @@ from rlhf.tracking import Tracker
 from rlhf.verify import CHECKPOINT_FORMAT, verified
 
 LOOP = "loop.pt"
-NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write", re.I)
+NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write|iostream error", re.I)
 """What torch.save says when the disk takes no more; anything else is another rank that was lost."""
 
 
@@ -153,8 +153,9 @@ class Checkpointer:
             if self.compute.is_main:
                 shutil.rmtree(part, ignore_errors=True)
             free = shutil.disk_usage(self.directory.parent).free
+            said = error.strerror if isinstance(error, OSError) else "the disk took only a part of it"
             raise ConfigError(
-                f"{self.directory}: the checkpoint of step {step} could not be written ({error}); "
+                f"{self.directory}: the checkpoint of step {step} could not be written ({said}); "
                 f"{free / 1e6:.0f} MB are free there. Earlier checkpoints and finished stages are intact: "
                 "mend it (or move store_dir), and the same command goes on."
             ) from error

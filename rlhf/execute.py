@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -17,13 +16,11 @@ from typing import Any, NoReturn
 from rich.markup import escape
 
 from rlhf.config import ConfigError
+from rlhf.disk import in_words
 from rlhf.secrets import RedactingConsole
 
 DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 """Exit codes. STOPPED (a scheduler's signal) and INTERRUPTED (Ctrl-C): the same command goes on."""
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-"""Full, over its quota, read-only, not ours."""
 
 KEPT = "Finished stages and the last checkpoint are kept: the same command goes on from there."
 
@@ -43,14 +40,10 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return leave(CONFIG_ERROR)
     except OSError as error:
-        if error.errno not in DISK:
+        if (said := in_words(error)) is None:
             traceback.print_exc()
             return leave(CRASH)
-        print(
-            f"Error: {error.filename or 'disk'}: {error.strerror}. Finished stages and earlier checkpoints "
-            "are kept. Make room, or choose another store_dir= or runs_dir=.",
-            file=sys.stderr,
-        )
+        print(f"Error: {said}", file=sys.stderr)
         return leave(CONFIG_ERROR)
     except LostRankError as error:
         print(f"Error: {error}", file=sys.stderr)

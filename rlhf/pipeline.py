@@ -15,6 +15,7 @@ from rich.console import Console
 from rlhf.artifacts import Artifact, DamagedError, Recipe, Store, recipe_key
 from rlhf.checkpoint import CheckpointConfig, Checkpointer
 from rlhf.data.prepared import PreparedData, role_digest
+from rlhf.disk import naming
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment
 from rlhf.generation.vllm import Vllm
@@ -211,7 +212,7 @@ class Pipeline:
                 self.tell(f"{name}: starts anew; {other}")
         torch.manual_seed(job.seed)
         try:
-            with progress.shown():
+            with progress.shown(), naming(scratch):
                 stage.run(job)
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; it goes on up
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
@@ -384,7 +385,8 @@ class Pipeline:
             self.console.print(f"[cyan]base[/] model={content[0]}: making it, once", highlight=False)
             start = time.monotonic()
             scratch = self.store.scratch("base", key)
-            write(scratch)
+            with naming(scratch):
+                write(scratch)
             manifest = make_manifest(
                 "base", recipe, scratch, config={}, metrics={}, seconds=time.monotonic() - start, num_ranks=1,
                 made_from={},

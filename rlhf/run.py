@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from rlhf.artifacts import Artifact
 from rlhf.config import Bound, ConfigError
+from rlhf.disk import naming
 from rlhf.secrets import redacted
 
 
@@ -86,7 +87,8 @@ class Run:
     def unwritable(self, error: OSError) -> ConfigError:
         """In the user's own key."""
         return ConfigError(
-            f"runs_dir={self.directory.parent}: {self.directory} cannot be written ({error.strerror})."
+            f"runs_dir={self.directory.parent}: {self.directory} cannot be written ({error.strerror}). "
+            "Mend it, or choose another runs_dir."
         )
 
     def record(self, name: str, status: str, key: str, artifact: Artifact | None, seconds: float) -> None:
@@ -121,8 +123,9 @@ class Run:
         }
         beside = self.directory / ".summary.json"
         content = json.dumps(redacted({"stages": stages, "gates": gates}), indent=2, allow_nan=False)
-        beside.write_text(content, encoding="utf-8")
-        beside.rename(self.directory / "summary.json")
+        with naming(self.directory / "summary.json"):
+            beside.write_text(content, encoding="utf-8")
+            beside.rename(self.directory / "summary.json")
 
     def begin(self) -> None:
         """Remove what an earlier run of this name said of itself."""

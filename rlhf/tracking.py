@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from rlhf.artifacts import digest_of
 from rlhf.config import ConfigError, Strict
+from rlhf.disk import naming
 from rlhf.secrets import redacted
 
 
@@ -180,7 +181,8 @@ class Tracker:
             return
         for name in (self.METRICS, self.SAMPLES):
             if (stage_directory / name).exists():
-                with (self._run_directory / name).open("a", encoding="utf-8") as run_file:
+                path = self._run_directory / name
+                with naming(path), path.open("a", encoding="utf-8") as run_file:
                     run_file.write((stage_directory / name).read_text(encoding="utf-8"))
         metrics_file = stage_directory / self.METRICS
         lines = metrics_file.read_bytes().splitlines() if self._sinks and metrics_file.exists() else ()
@@ -219,7 +221,8 @@ class Tracker:
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False) + "\n"
         for directory in filter(None, (self._run_directory, self._stage_directory)):
-            with (directory / name).open("a", encoding="utf-8") as file:
+            path = directory / name
+            with naming(path), path.open("a", encoding="utf-8") as file:
                 file.write(line)
 
 

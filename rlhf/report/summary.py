@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf.disk import naming
 from rlhf.progress import clock
 from rlhf.report.cells import Cells
 from rlhf.report.compare import comparison_cells
@@ -147,7 +148,8 @@ def write_report(run: Run) -> Path:
         parts += ["## Gates", "\n".join(_gate_bullet(gate) for gate in run.gates)]
     parts += ["## Files", "\n".join(f"- {words}: `{path}`" for words, path in places(run))]
     path = run.directory / "report.md"
-    path.write_text(redacted_text("\n\n".join(parts)) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(redacted_text("\n\n".join(parts)) + "\n", encoding="utf-8")
     return path
 
 
