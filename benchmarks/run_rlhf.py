@@ -37,6 +37,7 @@ from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.load import BaseModelFiles, ModelConfig
 from rlhf.ppo.learner import Learner
 from rlhf.progress import Progress
+from rlhf.rewards.remote import RewardServerConfig
 from rlhf.stages.ppo import PpoStage
 from rlhf.tracking import Tracker
 
@@ -119,7 +120,7 @@ def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
         stage="ppo", seed=seed, compute=compute, base=BaseModelFiles(model, "benchmark", config),
         inputs={"sft": Artifact(model, manifest)}, data=PreparedData(scratch), directory=scratch,
         tracker=tracker, progress=Progress(Console(quiet=True)), checkpoints=checkpoints,
-        run_directory=scratch,
+        reward_server=RewardServerConfig(timeout=60.0, retries=0), run_directory=scratch,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from rlhf.launch import LaunchConfig
 from rlhf.methods import METHODS
 from rlhf.models.load import ModelConfig
 from rlhf.models.packed import ATTENTION
+from rlhf.rewards.remote import RewardServerConfig
 from rlhf.rewards.source import RewardSource
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
@@ -80,6 +81,7 @@ class Settings(Strict):
     generation: Literal["local", "vllm"]
     """What samples responses: the trained model itself, or vLLM with a copy of its weights."""
     vllm: VllmConfig
+    reward_server: RewardServerConfig
     launch: LaunchConfig
     distributed: DistributedConfig
     checkpoint: CheckpointConfig

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rlhf.experiment import Experiment
     from rlhf.generation.vllm import Vllm
     from rlhf.models.load import BaseModelFiles
+    from rlhf.rewards.remote import RewardServerConfig
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Job:
     tracker: Tracker
     progress: Progress
     checkpoints: Checkpointer
+    reward_server: RewardServerConfig
+    """How a reward at a URL is asked."""
     run_directory: Path
     """For what does not belong into the artifact, such as a batch that could not be learned from."""
     vllm: Vllm | None = None

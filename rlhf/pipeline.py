@@ -22,8 +22,10 @@ from rlhf.generation.vllm import Vllm
 from rlhf.interrupt import StopSignals
 from rlhf.job import Job
 from rlhf.lineage import content_digest, make_manifest
+from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.load import BaseModelFiles, base_files, base_identity, fetch_weights
 from rlhf.plan.preflight import check_before_loading
+from rlhf.plan.rehearsal import rehearse_rewards
 from rlhf.progress import Progress, clock
 from rlhf.run import GateError, GateResult, Run
 from rlhf.secrets import redacted
@@ -95,6 +97,7 @@ class Pipeline:
             )
         try:
             base = base_files(settings.model, self.model_identity, self.keep_base)
+            check_tokenizer(base)
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
                 self.compute.at.update(stage=name, step=0)
@@ -106,8 +109,6 @@ class Pipeline:
                             data.check_not_empty(role)
                         each.check_data(data, base)
                     self.check_before(artifacts["prepare"], base)
-                    if self.needs_weights:
-                        fetch_weights(settings.model)
                 self.check_gates(name, artifacts[name])
         finally:
             tracker.close()
@@ -202,6 +203,7 @@ class Pipeline:
                 recipe=recipe,
                 made_from=self.made_from(stage, artifacts),
             ),
+            reward_server=self.experiment.settings.reward_server,
             run_directory=run.directory,
             vllm=self.vllm,
             experiment=self.experiment,
@@ -265,10 +267,16 @@ class Pipeline:
         return inputs
 
     def check_before(self, prepared: Artifact, base: BaseModelFiles) -> None:
-        """Refuse what cannot be done here, before a model is loaded."""
+        """Refuse what cannot be done here, before anything trains."""
         pending = self.compute.main_only(lambda: self.pending(prepared))
         data = PreparedData(prepared.path)
         check_before_loading(self.experiment, pending, base, self.compute, data, self.console)
+        settings = self.experiment.settings
+        if self.needs_weights:
+            fetch_weights(settings.model)
+            check_weights(base.directory, settings.model.said)
+        stages = [self.experiment.stages[name] for name in pending]
+        rehearse_rewards(stages, data, settings.model, self.compute, settings.reward_server, self.console)
 
     def pending(self, prepared: Artifact) -> dict[str, float]:
         """The stages behind `prepare` that the store does not answer, and the bytes of their checkpoints."""

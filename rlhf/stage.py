@@ -56,6 +56,10 @@ class Stage(Strict, ABC):
         """Those of `roles` that it cannot do without: a run that lacks their data is refused."""
         return self.roles()
 
+    def rewards(self) -> Mapping[str, str]:
+        """Key -> the reward that it names, such as `ppo.reward` -> `vader`; without those that are null."""
+        return {}
+
     def reads_base_model(self) -> bool:
         """Whether the base model itself (not only a stage's output) decides the result."""
         return False

@@ -147,6 +147,10 @@ class CompareStage(Stage):
         """It is what is prompted."""
         return True
 
+    def rewards(self) -> Mapping[str, str]:
+        """What scores the answers."""
+        return {} if self.reward is None else {"compare.reward": self.reward}
+
     def external(self) -> dict[str, str]:
         """Questions, corpus, artifacts from elsewhere, the user's reward, and the machine that is timed."""
         sources = {QUESTIONS: self.questions, CORPUS: self.corpus}
@@ -286,7 +290,9 @@ class CompareStage(Stage):
         if self.reward is None:
             return
         learned = job.inputs["reward"].path if self.reward == "learned" else None
-        reward = make_reward(self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens)
+        reward = make_reward(
+            self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens, job.reward_server
+        )
         for said in job.progress.track(answers.values(), "compare: score", len(answers)):
             exchanges = [
                 Exchange(each.prompt, text) for each, text in zip(questions, said.texts, strict=True)

@@ -167,6 +167,11 @@ class EvaluateStage(Stage):
         """It is one of the policies."""
         return True
 
+    def rewards(self) -> Mapping[str, str]:
+        """What PPO was trained on, and what it stands for."""
+        named = {"evaluate.reward": self.reward, "evaluate.gold": self.gold}
+        return {key: source for key, source in named.items() if source is not None}
+
     def external(self) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
         digests = reward_digest(self.reward) | reward_digest(self.gold)
@@ -301,7 +306,9 @@ class EvaluateStage(Stage):
         for kind, key, source in (("score", "reward", self.reward), ("gold", "gold", self.gold)):
             if source is None:
                 continue
-            reward = make_reward(source, learned, job.base.config, job.compute, self.micro_batch_tokens)
+            reward = make_reward(
+                source, learned, job.base.config, job.compute, self.micro_batch_tokens, job.reward_server
+            )
             for said in job.progress.track(answers.values(), f"evaluate: {kind}", len(answers)):
                 exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, said.texts, strict=True)]
                 said.scores[kind] = finite_scores(reward, exchanges, f"evaluate.{key}={source}")

@@ -67,6 +67,10 @@ class GenerateStage(Stage):
         """Only when it samples from the base model."""
         return self.policy == "base"
 
+    def rewards(self) -> Mapping[str, str]:
+        """What scores the answers."""
+        return {} if self.reward is None else {"generate.reward": self.reward}
+
     def external(self) -> dict[str, str]:
         """The model or the code that scores, where it is the user's."""
         return reward_digest(self.reward)
@@ -135,7 +139,9 @@ class GenerateStage(Stage):
         if self.reward is None:
             return None
         learned = job.inputs["reward"].path if self.reward == "learned" else None
-        reward = make_reward(self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens)
+        reward = make_reward(
+            self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens, job.reward_server
+        )
         exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
         return [float(score) for score in finite_scores(reward, exchanges, f"generate.reward={self.reward}")]
 

@@ -85,6 +85,10 @@ class PpoStage(PpoConfig, Stage):
         """Of the policy; the critic is trained in the same way."""
         return self.peft
 
+    def rewards(self) -> Mapping[str, str]:
+        """What scores each episode."""
+        return {"ppo.reward": self.reward}
+
     def external(self) -> dict[str, str]:
         """The model or the code that scores, where it is the user's."""
         return reward_digest(self.reward)
@@ -172,7 +176,14 @@ class PpoStage(PpoConfig, Stage):
         learned = job.inputs["reward"].path if self.reward == "learned" else None
         frozen_on = compute.loads_on if self.frozen == "sharded" else compute.device
         reward = make_reward(
-            self.reward, learned, settings, compute, self.micro_batch_tokens, backbone, frozen_on
+            self.reward,
+            learned,
+            settings,
+            compute,
+            self.micro_batch_tokens,
+            job.reward_server,
+            backbone,
+            frozen_on,
         )
         normalizer = self.normalizer(job)
         critic = self.load_critic(job, reward, normalizer, tokenizer, backbone)

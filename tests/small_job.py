@@ -16,6 +16,7 @@ from rlhf.interrupt import StopSignals
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles
 from rlhf.progress import Progress
+from rlhf.rewards.remote import RewardServerConfig
 from rlhf.tracking import Tracker
 
 WHEN_STOPPED = {"every_steps": None, "every_minutes": None, "keep": 2, "resume": True}
@@ -80,5 +81,6 @@ def small_job(
             tell=lambda text: console.print(text, highlight=False),
             stage=stage,
         ),
+        reward_server=RewardServerConfig(timeout=10.0, retries=0),
         run_directory=run_directory,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ CONTEXT = 1024  # of the tiny model
 BY_RULE = ("ppo.critic.init=sft", "ppo.score.normalize=running", "stage=ppo")
 CALLS: list[int] = []
 """How many responses each call of `fails_at_first` got."""
+REHEARSED = 2
+"""Rows that every reward is asked about before anything trains."""
 
 
 def never_a_number(prompts: list[str], responses: list[str]) -> list[float]:
@@ -24,21 +27,25 @@ def never_a_number(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def never_in_training(prompts: list[str], responses: list[str]) -> list[float]:
-    """Fine on the four held-out prompts, never on the eight of a rollout."""
-    return [0.5 if len(responses) == 4 else math.nan] * len(responses)
+    """Fine in the rehearsal and on the four held-out prompts, never on the eight of a rollout."""
+    return [0.5 if len(responses) <= 4 else math.nan] * len(responses)
 
 
 def fails_at_first(prompts: list[str], responses: list[str]) -> list[float]:
     """The first rollout (the second call: the held-out prompts come before) has one infinite score."""
-    CALLS.append(len(responses))
     scores = [float(len(response)) for response in responses]
+    if len(responses) == REHEARSED:
+        return scores
+    CALLS.append(len(responses))
     return [math.inf, *scores[1:]] if len(CALLS) == 2 else scores
 
 
 def fails_at_third(prompts: list[str], responses: list[str]) -> list[float]:
     """The second rollout (the third call) has one infinite score."""
-    CALLS.append(len(responses))
     scores = [float(len(response)) for response in responses]
+    if len(responses) == REHEARSED:
+        return scores
+    CALLS.append(len(responses))
     return [math.inf, *scores[1:]] if len(CALLS) == 3 else scores
 
 
@@ -178,7 +185,7 @@ def test_a_reward_model_with_another_tokenizer_may_score(chain: Chain, foreign_r
     [
         ("python:no.such.module:f", ["no.such.module", "PYTHONPATH"]),
         (f"python:{__name__}:nothing", ["nothing", "PYTHONPATH"]),
-        (f"python:{__name__}:one_for_all", ["returned shape (1,) for 4 responses"]),
+        (f"python:{__name__}:one_for_all", ["returned shape (1,) for 2 responses"]),
         ("model:nowhere", ["model:nowhere: no config.json"]),
     ],
 )
@@ -194,10 +201,12 @@ def weights_are_finite(directory: Path) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-def test_a_reward_that_is_never_a_number_is_told_before_the_first_step(chain: Chain) -> None:
-    message = complaint(chain.run(f"ppo.reward=python:{__name__}:never_a_number", *BY_RULE))
+def test_a_reward_that_is_never_a_number_is_told_before_anything_trains(chain: Chain) -> None:
+    outcome = chain.run(f"ppo.reward=python:{__name__}:never_a_number", "seed=7", *BY_RULE)
+    message = complaint(outcome)
     assert message.startswith("ppo.reward")
     assert "gave no finite score for any response" in message
+    assert outcome.statuses == {"prepare": "reused"}  # sft, of another seed, was not begun
 
 
 def test_too_many_bad_steps_stop_the_run(chain: Chain) -> None:
@@ -276,9 +285,23 @@ def test_a_learning_rate_that_explodes_is_named_as_the_cause(chain: Chain) -> No
     assert outcome.statuses["ppo"] == "failed"
 
 
+def test_weights_that_were_cut_off_are_told_before_anything_trains(
+    chain: Chain, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-10])
+    outcome = chain.run("model=local", f"model.path={model}")
+    assert "not a whole safetensors file" in complaint(outcome)
+    assert outcome.statuses.keys() == {"prepare"}
+
+
 def test_generated_scores_must_be_numbers(chain: Chain) -> None:
     outcome = chain.run("stage=generate", f"generate.reward=python:{__name__}:never_a_number")
     assert f"generate.reward=python:{__name__}:never_a_number gave nan" in complaint(outcome)
+    outcome = chain.run("stage=generate", f"generate.reward=python:{__name__}:never_in_training")
+    assert f"generate.reward=python:{__name__}:never_in_training gave nan" in complaint(outcome)
+    assert outcome.statuses["generate"] == "failed"
 
 
 def test_the_process_itself_ends_with_2_and_one_message(tmp_path: Path) -> None:

@@ -55,6 +55,13 @@ class ModelConfig(Strict):
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""
 
+    @property
+    def said(self) -> str:
+        """The model in the user's own keys, such as `model.path=DIR`."""
+        if self.kind == "local":
+            return f"model.path={self.path}"
+        return f"model.id={self.id}" if self.kind == "hub" else f"model={self.kind}"
+
 
 @dataclass(frozen=True)
 class BaseModelFiles:

@@ -18,7 +18,7 @@ from rlhf.models.offload import offload
 from rlhf.models.published import attach_published, described, origin_of
 from rlhf.models.scalar import ScalarModel, load_scalar_model
 from rlhf.models.sharing import Backbone, sharing
-from rlhf.rewards.remote import remote_reward
+from rlhf.rewards.remote import RewardServerConfig, remote_reward
 from rlhf.rewards.source import (
     Exchange,
     Reward,
@@ -120,16 +120,23 @@ def make_reward(
     config: ModelConfig,
     compute: Compute,
     micro_batch_tokens: int,
+    server: RewardServerConfig,
     backbone: Backbone | None = None,
     device: torch.device | None = None,
 ) -> Reward:
-    """The reward that a `RewardSource` names; `learned` is the reward stage's artifact, `backbone` what a
-    learned one may share, `device` another one than where it shall run, if something is going to move it."""
+    """The reward that a `RewardSource` names.
+
+    Args:
+        learned: the reward stage's artifact.
+        server: how a remote one is asked.
+        backbone: what a learned one may share.
+        device: another one than where it shall run, if something is going to move it.
+    """
     directory = reward_directory(source, learned)
     if directory is not None:
         return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, device)
     if source.startswith(("http:", "https:")):
-        return spread(remote_reward(source), compute)
+        return spread(remote_reward(source, server), compute)
     return spread(vader_reward if source == "vader" else function_reward(source), compute)
 
 

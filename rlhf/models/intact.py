@@ -1,0 +1,97 @@
+"""A model's files, before anything trains: weights are whole, the tokenizer encodes, the template renders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from rlhf.config import ConfigError
+from rlhf.data.chat import end_of_turn_id, exchange_ids
+from rlhf.data.schema import Message
+from rlhf.models.load import BaseModelFiles
+
+INDEX = "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs"
+QUESTION, ANSWER = Message(role="user", content="How are you?"), "Fine, thank you."
+
+
+def check_weights(directory: Path, key: str) -> None:
+    """See that every safetensors file is whole, and that none is missing, by their headers alone.
+
+    Args:
+        key: what the user calls the model, such as `model.path=DIR`.
+
+    Raises:
+        ConfigError: which file, and what is wrong with it.
+    """
+    held: dict[str, set[str]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                held[file.name] = set(weights.keys())
+        except (SafetensorError, OSError) as error:
+            with file.open("rb") as content:
+                is_pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
+            reason = (
+                "a pointer of Git LFS, not the weights. Fetch them with `git lfs pull`."
+                if is_pointer
+                else f"not a whole safetensors file ({error}). It was cut off or changed; fetch it again."
+            )
+            raise ConfigError(f"{key}: {file}: {reason}") from None
+    if (directory / INDEX).is_file():
+        check_index(directory / INDEX, held, key)
+
+
+def check_index(index: Path, held: dict[str, set[str]], key: str) -> None:
+    """See that every tensor that the index names is in its file.
+
+    Raises:
+        ConfigError: it is not, or the index cannot be read.
+    """
+    try:
+        places: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{key}: {index}: not a list of weights ({error!r}). Fetch it again.") from None
+    for tensor, file in places.items():
+        if file not in held:
+            raise ConfigError(f"{key}: {index.parent / file} is missing, which {INDEX} names. Fetch it.")
+        if tensor not in held[file]:
+            raise ConfigError(
+                f"{key}: {index.parent / file} does not hold {tensor}, which {INDEX} says. The files are of "
+                "two versions; fetch all of them again."
+            )
+
+
+def check_tokenizer(base: BaseModelFiles) -> None:
+    """See that the tokenizer is there, that the template renders, and that the model has a row for each id.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    key = base.config.said
+    try:
+        tokenizer = base.load_tokenizer()
+        ids, _ = exchange_ids(tokenizer, [QUESTION], ANSWER)
+        end_of_turn_id(tokenizer)
+    except ConfigError:
+        raise
+    except Exception as error:  # a template may raise anything, and so may a tokenizer's file
+        raise ConfigError(
+            f"{key}: its tokenizer and chat template do not encode a question and its answer "
+            f"({type(error).__name__}: {error}). Mend the files in {base.directory}, or set "
+            "model.chat_template=chatml, plain or a jinja file."
+        ) from error
+    text_ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    if not text_ids or set(text_ids) == {tokenizer.unk_token_id}:
+        raise ConfigError(
+            f"{key}: its tokenizer makes nothing of {ANSWER!r} (ids: {text_ids}). Is it the tokenizer of "
+            f"this model? Its files are in {base.directory}."
+        )
+    rows = base.architecture.get_text_config().vocab_size
+    if max(ids) >= rows:
+        raise ConfigError(
+            f"{key}: its tokenizer gives the id {max(ids)}, and the model has rows for {rows} tokens. Give "
+            "the tokenizer that the model was trained with, or another model.chat_template."
+        )

@@ -1,0 +1,115 @@
+"""A model's files are looked at before anything trains."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from rlhf.config import ConfigError
+from rlhf.models.intact import INDEX, check_tokenizer, check_weights
+from rlhf.models.load import BaseModelFiles, ModelConfig
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def base(directory: Path, **changes: str) -> BaseModelFiles:
+    config = ModelConfig.model_validate({"kind": "local", "path": str(directory), **changes})
+    return BaseModelFiles(directory, "x", config)
+
+
+def complaint(directory: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        check_weights(directory, "model.path=here")
+    assert str(error.value).startswith(f"model.path=here: {directory}")
+    return str(error.value)
+
+
+def sharded(directory: Path) -> list[Path]:
+    """Cut the weights into two files with an index."""
+    weights = load_file(directory / WEIGHTS)
+    (directory / WEIGHTS).unlink()
+    files = [directory / f"model-{number}.safetensors" for number in (1, 2)]
+    halves: list[list[str]] = [sorted(weights)[::2], sorted(weights)[1::2]]
+    for file, names in zip(files, halves, strict=True):
+        save_file({name: weights[name] for name in names}, file)
+    places = {name: file.name for file, names in zip(files, halves, strict=True) for name in names}
+    (directory / INDEX).write_text(json.dumps({"weight_map": places}))
+    return files
+
+
+def test_whole_files_pass(model: Path) -> None:
+    check_weights(model, "model.path=here")
+    sharded(model)
+    check_weights(model, "model.path=here")
+    check_tokenizer(base(model))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lambda whole: whole[:-1], "not a whole safetensors file"),
+        (lambda whole: whole[:50], "not a whole safetensors file"),
+        (lambda whole: b"", "not a whole safetensors file"),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_weights_that_are_not_whole_are_named(model: Path, content: object, words: str) -> None:
+    assert callable(content)
+    (model / WEIGHTS).write_bytes(content((model / WEIGHTS).read_bytes()))
+    assert words in complaint(model)
+
+
+def test_a_missing_shard_and_a_mixed_up_one_are_named(model: Path) -> None:
+    first, second = sharded(model)
+    kept = second.read_bytes()
+    second.unlink()
+    assert f"{second} is missing" in complaint(model)
+    second.write_bytes(first.read_bytes())
+    assert f"{second} does not hold" in complaint(model)
+    second.write_bytes(kept)
+    (model / INDEX).write_text("{")
+    assert INDEX in complaint(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", None, "cannot be read"),
+        ("tokenizer.json", "{}", "do not encode"),
+        ("chat_template.jinja", "{% for", "do not encode"),
+        ("chat_template.jinja", "{{ messages[7]['content'] }}", "do not encode"),
+    ],
+)
+def test_a_tokenizer_or_a_template_that_fails_is_told(
+    model: Path, file: str, content: str | None, words: str
+) -> None:
+    if content is None:
+        (model / file).unlink()
+    else:
+        (model / file).write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        check_tokenizer(base(model))
+
+
+def test_a_template_of_the_users_own_is_rendered_too(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ raise_exception('never') }}")
+    with pytest.raises(ConfigError, match=r"model\.path=.*never.*model\.chat_template"):
+        check_tokenizer(base(model, chat_template=str(template)))
+
+
+def test_ids_that_the_model_has_no_row_for_are_told(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 40}))
+    with pytest.raises(ConfigError, match="the model has rows for 40 tokens"):
+        check_tokenizer(base(model))
