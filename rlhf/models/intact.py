@@ -34,10 +34,11 @@ def check_weights(directory: Path, key: str) -> None:
         except (SafetensorError, OSError) as error:
             with file.open("rb") as content:
                 is_pointer = content.read(len(LFS_POINTER)) == LFS_POINTER
+            damage = str(error).removeprefix("Error while deserializing header: ")
             reason = (
                 "a pointer of Git LFS, not the weights. Fetch them with `git lfs pull`."
                 if is_pointer
-                else f"not a whole safetensors file ({error}). It was cut off or changed; fetch it again."
+                else f"not a whole safetensors file ({damage}). It was cut off or changed; fetch it again."
             )
             raise ConfigError(f"{key}: {file}: {reason}") from None
     if (directory / INDEX).is_file():
