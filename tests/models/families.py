@@ -96,7 +96,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": WIDE,
     "qwen3_moe": EXPERTS | WIDE,
     "qwen3_next": EXPERTS | WIDE | DELTA | {"layer_types": ["linear_attention", "full_attention"]},
-    "recurrent_gemma": WIDE | {"lru_width": 64, "attention_window_size": 16},
+    "recurrent_gemma": WIDE | {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 16},
     "seed_oss": WIDE,
     "smollm3": {},
     "stablelm": {},
@@ -104,13 +104,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """transformers' name of a family -> what its config needs beside the common sizes."""
 
-REFUSED: dict[str, str] = {}
+OWN_STATE = "it keeps a state elsewhere"
+REFUSED = {
+    "mamba": OWN_STATE,
+    "minimax": "uses cache of its own",
+    "recurrent_gemma": OWN_STATE,
+}
 """What is not run, and the words of the refusal."""
 PENDING = {
     "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "gemma2", "gemma3n_text", "glm4_moe", "llama4_text",
-    "mamba", "minimax", "phimoe", "qwen3_next", "recurrent_gemma",
+    "phimoe", "qwen3_next",
 }  # fmt: skip
-"""Soft-capped logits, adapters beside experts, caches of their own: not yet right."""
+"""Soft-capped logits, adapters beside experts: not yet right."""
 
 
 def tiny_config(family: str) -> PreTrainedConfig:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from rlhf.config import ConfigError, PeftConfig
+from rlhf.generation.check import check_decoding
 from rlhf.generation.local import generate
 from rlhf.models.adapters import attach, check_attachable, count_parameters
 from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer, save_policy
@@ -82,10 +83,10 @@ def pairs() -> tuple[list[Tensor], list[Tensor]]:
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
-def theirs(model: PreTrainedModel) -> Tensor:
+def theirs(model: PreTrainedModel, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
     """Log-probabilities of the response tokens by transformers' own forward pass, each row alone."""
     found = []
-    for prompt, response in zip(*pairs(), strict=True):
+    for prompt, response in zip(prompts, responses, strict=True):
         logits_TV = model(input_ids=torch.cat([prompt, response])[None], use_cache=False).logits[0]
         logp_RV = logits_TV[len(prompt) - 1 : -1].log_softmax(-1)
         found.append(logp_RV.gather(-1, response[:, None]).squeeze(-1))
@@ -107,7 +108,7 @@ def test_what_cannot_run_is_refused_by_name_when_it_is_loaded(
     name: str, families: Callable[[str], Family]
 ) -> None:
     with pytest.raises(ConfigError, match=REFUSED[name]) as refusal:
-        check_head(families(name).load())
+        check_decoding(families(name).load())
     assert "\n" not in str(refusal.value)
 
 
@@ -118,7 +119,7 @@ def test_log_probabilities_and_gradients_are_those_of_transformers(family: Famil
     if any("experts" in name for name, _ in model.named_parameters()):
         found_rows = "padded"  # by rounding, which may be another one on another processor
     assert SHOWN["line"](family.model.config.model_type, found_rows) in MODELS_PAGE.read_text()
-    expected, found = theirs(family.model), ours(model)
+    expected, found = theirs(family.model, *pairs()), ours(model)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     weights_N = torch.randn(len(found), generator=torch.Generator().manual_seed(4))
     gradients = []
@@ -138,8 +139,10 @@ def test_log_probabilities_and_gradients_are_those_of_transformers(family: Famil
 
 def test_greedy_answers_are_those_of_transformers_own_generate(family: Family) -> None:
     prompts, _ = pairs()
+    model = family.load()
+    check_decoding(model)
     rollout = generate(
-        family.load(), prompts, max_new_tokens=12, temperature=0.0, stop_ids=[], pad_id=0,
+        model, prompts, max_new_tokens=12, temperature=0.0, stop_ids=[], pad_id=0,
         uniform_BR=torch.zeros(len(prompts), 12), batch_rows=len(prompts),
     )  # fmt: skip
     expected = []
@@ -150,6 +153,9 @@ def test_greedy_answers_are_those_of_transformers_own_generate(family: Family) -
         )  # fmt: skip
         expected.append(ids[0, len(prompt) :].tolist())
     assert [ids.tolist() for ids in rollout.response_ids] == expected
+    assert rollout.sampled_logp is not None
+    whole = theirs(family.model, prompts, rollout.response_ids).detach()
+    torch.testing.assert_close(torch.cat(rollout.sampled_logp), whole, atol=2e-5, rtol=1e-5)
     assert len({tuple(ids) for ids in expected}) > 1
 
 
@@ -205,7 +211,7 @@ def test_an_adapter_trains_and_is_merged(family: Family, tmp_path: Path) -> None
     torch.testing.assert_close(
         ours(load_causal_lm(artifact, LOCAL, torch.float32)), adapted, atol=1e-4, rtol=1e-4
     )
-    assert (adapted - theirs(family.model)).abs().max() > 1e-3
+    assert (adapted - theirs(family.model, *pairs())).abs().max() > 1e-3
 
 
 def test_the_documents_table_has_all_families() -> None:
