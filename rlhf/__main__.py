@@ -1,13 +1,13 @@
 """The command line: compose, build, run; mistakes are shown without a traceback.
 
 Exit codes: 0 done, 1 crash, 2 configuration or data error, 3 a gate failed (of `verify`: there is damage);
-75 stopped by a scheduler's signal and 130 by Ctrl-C, after which the same command goes on.
+75 stopped by a scheduler's signal and 130 by Ctrl-C, after which the same command goes on; 141 nobody reads the
+output (`| head`).
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import traceback
@@ -17,17 +17,20 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from rlhf.interrupt import Stopped, StopSignals, leave_exit_code
+from rlhf.command_line import in_our_words, readable, version
+from rlhf.config import ConfigError
+from rlhf.interrupt import Stopped, StopSignals, leave_exit_code, nobody_reads
 from rlhf.secrets import redacted, redacted_output
 from rlhf.sweep import SWEEPERS, register
 from rlhf.verify import verify
 
-CRASH, CONFIG_ERROR, STOPPED, INTERRUPTED = 1, 2, 75, 130
+CRASH, CONFIG_ERROR, STOPPED, INTERRUPTED, PIPE = 1, 2, 75, 130, 141
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
@@ -39,10 +42,16 @@ def compose_and_run(node: DictConfig) -> Any:
 
 def run_composed(node: DictConfig) -> Any:
     """Run what was composed."""
+    if sys.stdout.isatty() and "RANK" not in os.environ:  # it takes seconds, without a sign of life
+        print("loading torch and transformers ...", flush=True)
     from rlhf.execute import end_rank, execute
     from rlhf.trials import run_trial
 
-    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    try:
+        resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:  # told here: Hydra would put a line of its own before it
+        print(f"Error: {in_our_words(error, sys.argv[1:])}", file=sys.stderr)
+        raise SystemExit(CONFIG_ERROR) from None
     assert isinstance(resolved, dict)
     config = {str(key): value for key, value in resolved.items()}
     name = config["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -59,15 +68,6 @@ def run_composed(node: DictConfig) -> Any:
     if code:
         raise SystemExit(code)
     return None
-
-
-def in_our_words(error: Exception) -> str:
-    """Hydra's complaint; for an unknown key without its advice to add it with `+`, which never helps here."""
-    if unknown := re.match(r"Could not override '(.+)'", str(error)):
-        return f"{unknown[1]}: there is no such key. `--cfg job` lists every one."
-    if launcher := re.search(r"Could not find 'hydra/launcher/(submitit_\w+)'", str(error)):
-        return f"hydra/launcher={launcher[1]} needs submitit: pip install -e '.[slurm]'."
-    return str(error)
 
 
 def refuse_to_pickle_secrets(arguments: list[str]) -> None:
@@ -92,7 +92,14 @@ def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
     with StopSignals().installed():  # at once: importing torch takes seconds, in which a signal would kill
         try:
-            run_command_line()
+            try:
+                run_command_line()
+            finally:
+                sys.stdout.flush()  # here, where a pipe without a reader is told quietly
+        except BrokenPipeError:
+            nobody_reads()
+            leave_exit_code(PIPE)
+            raise SystemExit(PIPE) from None
         except SystemExit as ending:
             leave_exit_code(ending.code)
             raise
@@ -111,17 +118,23 @@ def run_command_line() -> None:
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
     register()
+    if "--version" in sys.argv[1:]:
+        print(version())
+        return
     refuse_to_pickle_secrets(sys.argv[1:])
     try:
+        sys.argv[1:] = readable(sys.argv[1:])
         compose_and_run()
-    except OverrideParseException as error:  # its message does not say which argument it is about
-        print(f"Error: {error.override}: {error}", file=sys.stderr)
+    except ConfigError as error:
+        print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"Error: {in_our_words(error)}", file=sys.stderr)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        print(f"Error: {in_our_words(error, sys.argv[1:])}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
     except Stopped as stop:  # before any run began
         raise SystemExit(INTERRUPTED if stop.signum == signal.SIGINT else STOPPED) from None
+    except BrokenPipeError:
+        raise
     except Exception:  # shown here: what Python itself shows is not redacted
         traceback.print_exc()
         raise SystemExit(CRASH) from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -26,6 +28,18 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 class ConfigError(Exception):
     """Something the user can mend: a key, a value, a file. Shown without a traceback; exit code 2."""
+
+
+SHORT = 6
+"""Characters of a word in which one slip is a large part."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean sft?`; nothing where nothing that is known is near."""
+    names = {name.lower(): name for name in known}
+    cutoff = 0.6 if len(word) < SHORT else 0.75
+    near = [names[name] for name in get_close_matches(word.lower(), names, n=2, cutoff=cutoff)]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 class Strict(BaseModel):
@@ -130,20 +144,46 @@ def validated(model: type[ModelT], values: Mapping[str, Any], prefix: str) -> Mo
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_complaints(error, prefix))) from None
+        raise ConfigError("\n".join(_complaints(error, prefix, model))) from None
 
 
-def _complaints(error: ValidationError, prefix: str) -> list[str]:
+def _complaints(error: ValidationError, prefix: str, model: type[BaseModel]) -> list[str]:
     lines = []
     for detail in error.errors():
         key = ".".join([*([prefix] if prefix else []), *(str(part) for part in detail["loc"])])
         message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if detail["type"] == "extra_forbidden":
-            lines.append(f"{key}: there is no such key.")
+            near = did_you_mean(str(detail["loc"][-1]), _fields_at(model, detail["loc"][:-1]))
+            lines.append(f"{key}: there is no such key.{near}")
         elif detail["type"] == "missing":
             lines.append(f"{key}: a value is required.")
+        elif detail["type"] in ("model_type", "dict_type"):
+            names = ", ".join(_fields_at(model, detail["loc"]))
+            wanted = f"a mapping with the keys {names}" if names else "a mapping"
+            lines.append(f"{key}={detail['input']!r}: it must be {wanted}.")
+        elif detail["type"] == "list_type":
+            lines.append(f"{key}={detail['input']!r}: it must be a list, such as {key}=[A,B].")
+        elif detail["type"] == "literal_error":
+            near = did_you_mean(str(detail["input"]), re.findall("'([^']*)'", message))
+            lines.append(f"{key}={detail['input']!r}: {message}.{near}")
         elif isinstance(detail["input"], Mapping):  # a cross-check of a whole section
             lines.append(f"{key}: {message}.")
         else:
             lines.append(f"{key}={detail['input']!r}: {message}.")
     return lines
+
+
+def _fields_at(model: type[BaseModel], place: Sequence[int | str]) -> list[str]:
+    """The keys of the section at this place; none where there is none."""
+    found: type[BaseModel] | None = model
+    for part in place:
+        field = found.model_fields.get(str(part)) if found else None
+        found = _section(field.annotation) if field else None
+    return list(found.model_fields) if found else []
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The config model in `Model`, `Model | None` or `Annotated[Model, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)

@@ -17,10 +17,12 @@ from rich.markup import escape
 
 from rlhf.config import ConfigError
 from rlhf.disk import in_words
+from rlhf.interrupt import nobody_reads
 from rlhf.secrets import RedactingConsole
 
-DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED = 0, 1, 2, 3, 75, 130
-"""Exit codes. STOPPED (a scheduler's signal) and INTERRUPTED (Ctrl-C): the same command goes on."""
+DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED, PIPE = 0, 1, 2, 3, 75, 130, 141
+"""Exit codes. STOPPED (a scheduler's signal) and INTERRUPTED (Ctrl-C): the same command goes on. PIPE: nobody
+reads the output any more."""
 
 KEPT = "Finished stages and the last checkpoint are kept: the same command goes on from there."
 
@@ -39,6 +41,9 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
     except ConfigError as error:
         print(f"Error: {error}", file=sys.stderr)
         return leave(CONFIG_ERROR)
+    except BrokenPipeError:
+        nobody_reads()
+        return leave(PIPE)
     except OSError as error:
         if (said := in_words(error)) is None:
             traceback.print_exc()

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt
 from rlhf.auto import without_auto
 from rlhf.checkpoint import CheckpointConfig
 from rlhf.compare.tuned import POLICY_STAGES
-from rlhf.config import ConfigError, Strict, validated
+from rlhf.config import ConfigError, Strict, did_you_mean, validated
 from rlhf.data.schema import USER_KEYS, Role
 from rlhf.data.sources import SourceConfig, SourceList
 from rlhf.distributed import DistributedConfig, Precision, Zero
@@ -137,8 +137,10 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     for key, names, extra in (("stage", settings.stage, ["all"]), ("force", settings.force, [])):
         for name in names:
             if name not in sections and name not in extra:
+                known = [*extra, *sections]
                 raise ConfigError(
-                    f"{key}={name}: there is no such stage. Known: {', '.join([*extra, *sections])}."
+                    f"{key}={name}: there is no such stage.{did_you_mean(name, known)} "
+                    f"Known: {', '.join(known)}."
                 )
     for key in ("run_name", "runs_dir", "store_dir"):
         if redacted(resolved[key]) != resolved[key]:
@@ -150,6 +152,9 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         stages[name] = validated(_stage_class(section["_target_"]), values, name)
     stages = {name: stages[name] for name in sections}
     for name, stage in stages.items():
+        for gate, bound in stage.gates.items():
+            if bound is not None:
+                stage.check_metric(gate, f"{name}.gates.{gate}")
         earlier = list(stages)[: list(stages).index(name)]
         assert set(stage.inputs()) <= set(earlier), f"conf/config.yaml: mount {name} behind {stage.inputs()}"
     experiment = Experiment(settings, stages, resolved, tuple(told))

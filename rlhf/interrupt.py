@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -126,6 +127,11 @@ class StopSignals:
             self.received = signum
             return
         raise Stopped(signum)
+
+
+def nobody_reads() -> None:
+    """Let what is still written to stdout go nowhere: Python would tell at its end that a pipe is broken."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave_exit_code(code: int | str | None) -> None:

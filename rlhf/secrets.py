@@ -103,6 +103,10 @@ def _is_path(text: str) -> bool:
 class RedactingConsole(Console):
     """Takes secrets out before a line is folded, which could tear one apart and hide it from the stream."""
 
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more; rich would end the process itself."""
+        raise BrokenPipeError
+
     def render_str(self, text: str, **options: Any) -> Text:
         """A string, or a table's cell, as rich renders it."""
         return super().render_str(redacted_text(text), **options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from rlhf.config import Bound, PeftConfig, Strict
+from rlhf.config import Bound, ConfigError, PeftConfig, Strict, did_you_mean
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.distributed import Compute
@@ -63,6 +64,27 @@ class Stage(Strict, ABC):
     def reads_base_model(self) -> bool:
         """Whether the base model itself (not only a stage's output) decides the result."""
         return False
+
+    def metrics(self) -> tuple[str, ...]:
+        """The summary metrics that it may publish, which gates and sweeps may name; `a*` stands for all that
+        begin with a. None are said: any may be named."""
+        return ()
+
+    def check_metric(self, name: str, key: str) -> None:
+        """Refuse the name of a metric that it never publishes.
+
+        Args:
+            key: where the name stands.
+
+        Raises:
+            ConfigError: with the names that are near.
+        """
+        known = self.metrics()
+        if known and not any(fnmatchcase(name, each) for each in known):
+            raise ConfigError(
+                f"{key}: {self.name} measures nothing of the name {name}.{did_you_mean(name, known)} "
+                f"It measures {', '.join(known)}."
+            )
 
     def tunes(self) -> PeftConfig | None:
         """Which parameters it trains; None where it trains none."""

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # `--help` needs neither of these
     from optuna.distributions import BaseDistribution
 
     from rlhf.experiment import Experiment
+    from rlhf.stage import Stage
 
 OF_THE_SWEEP = ("sweep", "run_name", "runs_dir")
 MAY_CHANGE = ("sweep.trials", "sweep.parallel", "run_name")
@@ -119,9 +120,10 @@ class GridSweep(Sweeper):
         fixed["run_name"] = f"run_name={name}"
         knobs = validated(SweepConfig, resolved["sweep"], "sweep")
         search = Search(name, Path(resolved["runs_dir"], name), knobs, fixed, swept)
-        stages = dict.fromkeys(
-            stage for trial in self.plan(search) for stage in self.build(search, trial).needed()
-        )
+        stages: dict[str, Stage] = {}
+        for trial in self.plan(search):
+            experiment = self.build(search, trial)
+            stages |= {name: experiment.stages[name] for name in experiment.needed()}
         knobs.check(stages)
         return search
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from rlhf.config import ConfigError, Strict
+from rlhf.config import ConfigError, Strict, did_you_mean
 from rlhf.execute import DONE, GATE_FAILED, INTERRUPTED, STOPPED, execute
+
+if TYPE_CHECKING:  # `--help` needs no torch
+    from rlhf.stage import Stage
 
 NOTE = "trial.json"
 
@@ -60,18 +63,20 @@ class SweepConfig(Strict):
             named |= {"sweep.pareto.gain": self.pareto.gain, "sweep.pareto.loss": self.pareto.loss}
         return named
 
-    def check(self, stages: Collection[str]) -> None:
-        """The trials have the stages whose metrics are named, and a picture can be drawn.
+    def check(self, stages: Mapping[str, Stage]) -> None:
+        """The trials have the stages whose metrics are named, and these measure them; a picture can be drawn.
 
         Raises:
             ConfigError: if not.
         """
         for key, metric in self.metrics.items():
-            if metric.partition("/")[0] not in stages:
+            stage, _, name = metric.partition("/")
+            if stage not in stages:
                 raise ConfigError(
-                    f"{key}={metric}: the trials have no such stage. "
+                    f"{key}={metric}: the trials have no such stage.{did_you_mean(stage, stages)} "
                     f"Use STAGE/NAME with one of {', '.join(stages)}; a run's summary.json has the names."
                 )
+            stages[stage].check_metric(name, f"{key}={metric}")
         if self.pareto is not None and find_spec("matplotlib") is None:
             raise ConfigError("sweep.pareto draws with matplotlib: pip install -e '.[compare]'.")
 

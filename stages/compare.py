@@ -143,6 +143,12 @@ class CompareStage(Stage):
         searches = self.corpus is None and "retrieval" in self.ways()
         return ("sft",) if self.questions is None or searches or "few_shot" in self.ways() else ()
 
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        asked = [contender(None, method) for method in self.methods]
+        asked += [contender(name, method) for name in self.artifacts for method in self.tuned_methods]
+        return ("questions", "leaks", *(f"*/{name}" for name in asked))
+
     def reads_base_model(self) -> bool:
         """It is what is prompted."""
         return True

@@ -49,6 +49,18 @@ PASSES = 2
 """Of a retention row, roughly: one of a text, one for each answer of a question."""
 
 
+OF_LAST = ("task_gain", "retention_perplexity_ratio", "retention_loss", "question_accuracy_change")
+"""Summary metrics of each policy, /POLICY behind them; without a name, of the last one."""
+OF_EACH = (
+    *OF_LAST, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
+    "gold_mean", "gold_deviation", "kl", "task_loss", "perplexity", "text_loss_*", "question_accuracy",
+)  # fmt: skip
+OF_ALL = (
+    "prompts", "win_rate_learned", *(f"{name}{end}" for name in ("win_rate", "gold_gain")
+    for end in ("", "_low", "_high")), *OF_LAST,
+)  # fmt: skip
+
+
 @dataclass
 class Answers:
     """What one policy said, and how it was scored. Tensors have one entry a prompt."""
@@ -162,6 +174,11 @@ class EvaluateStage(Stage):
     def not_measured(self) -> dict[str, str]:
         """Nothing is forgotten of no retention set."""
         return {} if self.retention else dict.fromkeys(RETAINED, "evaluate.retention=null")
+
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        names = (*OF_ALL, *(f"{metric}/{name}" for name in self.policies for metric in OF_EACH))
+        return (*names, *(("lm_eval/*",) if self.lm_eval else ()))
 
     def reads_base_model(self) -> bool:
         """It is one of the policies."""

@@ -63,6 +63,13 @@ class GenerateStage(Stage):
         """Reads the training prompts."""
         return ("ppo",)
 
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return (
+            "responses", "stop_rate", "length_mean", "distinct_2", "score_mean", "score_deviation",
+            "best_of_n_mean", "pairs",
+        )  # fmt: skip
+
     def reads_base_model(self) -> bool:
         """Only when it samples from the base model."""
         return self.policy == "base"

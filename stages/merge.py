@@ -42,6 +42,10 @@ class MergeStage(Stage):
         """The tuned model."""
         return (self.policy,)
 
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return ("alpha", "relative_change")
+
     def reads_base_model(self) -> bool:
         """It is one of the two."""
         return True

@@ -7,12 +7,13 @@ Writes  plan.md (the table, with every figure's arithmetic) and experiment/plann
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, PositiveFloat, PositiveInt, model_validator
 from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -39,6 +40,21 @@ HELD_OUT = 0.1
 """Of given rows."""
 
 
+def _with_unit(unit: str) -> BeforeValidator:
+    """80 would be 80 bytes."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, int | float) or re.fullmatch(r"[\d.]+", str(value).strip()):
+            raise ValueError(f"a number without a unit. Write {value}{unit}")
+        return value
+
+    return BeforeValidator(check)
+
+
+Gibibytes = Annotated[ByteSize, _with_unit("GiB")]
+Terabytes = Annotated[ByteSize, _with_unit("TB")]
+
+
 class PlanStage(Stage):
     """What `plan.*` can be told. Values: conf/stages/plan.yaml."""
 
@@ -60,13 +76,13 @@ class PlanStage(Stage):
     """GPUs a node, which need not be here; null plans for what is found."""
     nodes: PositiveInt
     """With `gpus` each."""
-    gpu_memory: ByteSize
+    gpu_memory: Gibibytes
     """Of a GPU, such as 80GiB; this key and those below count with `gpus` alone."""
-    host_memory: ByteSize
+    host_memory: Gibibytes
     """Of a node."""
     gpu_tflops: PositiveFloat
     """Dense bf16 matrix products, as the data sheet has them."""
-    gpu_bandwidth: ByteSize
+    gpu_bandwidth: Terabytes
     """Of a GPU's memory, a second."""
     hours: PositiveFloat | None
     """The most that the training may take; null for any time."""
@@ -103,6 +119,10 @@ class PlanStage(Stage):
         return tuple(
             dict.fromkeys(("sft", *(role for name in self.trains for role in chain[name].needs(chain))))
         )
+
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return ("strategies", "hours", "peak_gib")
 
     def reads_base_model(self) -> bool:
         """Its config."""

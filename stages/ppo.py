@@ -70,6 +70,15 @@ class PpoStage(PpoConfig, Stage):
         """Reads prompts, and the rows of the pretraining mix."""
         return ("ppo", self.mixed_role) if self.ptx.coef > 0 else ("ppo",)
 
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return (
+            "first_ratio_deviation", "first_kl", "explained_variance", "kl", "held_out_score_before",
+            "held_out_score", "held_out_score_gain", "held_out_score_last", "held_out_length", "bad_steps",
+            "steps", "episodes", "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds",
+            "token_seconds_base",
+        )  # fmt: skip
+
     @property
     def mixed_role(self) -> Literal["sft", "ptx"]:
         """Whose rows the pretraining mix draws."""

@@ -130,6 +130,13 @@ class PrepareStage(Stage):
     response_tokens: PositiveInt
     """Tokens of the context to leave for the answer to a prompt."""
 
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return (
+            "sft_rows", "reward_pairs", "ppo_prompts", "evaluation_prompts", "retention_texts",
+            "retention_questions", "dropped", "leaks",
+        )  # fmt: skip
+
     def reads_base_model(self) -> bool:
         """Its tokenizer and context length decide what is too long."""
         return True

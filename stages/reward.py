@@ -78,6 +78,15 @@ class RewardStage(Stage):
         """Reads preference pairs."""
         return ("reward",)
 
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return (
+            "accuracy", "longer_wins_accuracy", "accuracy_over_baseline", "margin", "calibration_error",
+            "length_correlation", "score_mean", "score_deviation", "held_out_pairs", "accuracy_wide_gap",
+            "wide_gap_pairs", "train_pairs", "pairs_too_long", "skipped_steps", "trained_parameters",
+            "artifact_bytes", "adapter_bytes",
+        )  # fmt: skip
+
     def tunes(self) -> PeftConfig:
         """How it trains."""
         return self.peft

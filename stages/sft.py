@@ -92,6 +92,14 @@ class SftStage(Stage):
         """Reads prompt/completion rows, and those to replay."""
         return ("sft", "replay") if self.replay_fraction > 0 else ("sft",)
 
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return (
+            "held_out_loss_before", "held_out_loss", "held_out_loss_change", "skipped_steps", "rows_cut",
+            "rows_left_out", "tokens", "replayed_rows", "trained_parameters", "artifact_bytes",
+            "adapter_bytes", "token_seconds", "token_seconds_base",
+        )  # fmt: skip
+
     def reads_base_model(self) -> bool:
         """It trains the base model."""
         return True

@@ -17,6 +17,7 @@ LONGEST = 600
 LAZY = ("deepspeed", "vllm", "wandb", "bm25s", "rapidfuzz", "matplotlib", "lm_eval")
 MAY_KNOW_HYDRA = (
     "rlhf/__main__.py",
+    "rlhf/command_line.py",
     "rlhf/config.py",
     "rlhf/experiment.py",
     "rlhf/pipeline.py",

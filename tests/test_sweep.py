@@ -182,6 +182,8 @@ def test_without_a_name_all_trials_share_the_time(tmp_path: Path) -> None:
         (("run_name=20261104", "seed=1,2"), "run_name=20261104: not a text"),
         (("run_name=a,b",), "run_name: a sweep's trials share it"),
         (("sweep.metric=gold", "seed=1,2"), "sweep.metric='gold'"),
+        (("sweep.metric=ppo/held_out_scor", "seed=1,2"), "Did you mean held_out_score"),
+        (("sweep.metric=evaluate/gold_maen/ppo", "seed=1,2"), "Did you mean gold_mean/ppo"),
         (("sweep.metric=evaluate/gold_mean/ppo", "stage=ppo", "seed=1,2"), "the trials have no such stage"),
         (("sft.peft=none,lorra",), "sft.peft.method='lorra'"),
         (("hydra/sweeper=optuna", "seed=1,2"), "hydra/sweeper=optuna needs sweep.metric=STAGE/NAME"),
@@ -206,9 +208,10 @@ def test_a_mistake_is_told_before_the_first_trial(
 
 
 def test_a_metric_that_no_trial_has_ends_the_sweep_after_the_first(chain: Chain) -> None:
-    outcome = chain.run(*OPTUNA, LR, "run_name=typo", "sweep.metric=ppo/held_out_scores", "sweep.trials=3")
+    no_adapter = ("sweep.metric=ppo/adapter_bytes", "ppo.peft=none")
+    outcome = chain.run(*OPTUNA, LR, "run_name=typo", *no_adapter, "sweep.trials=3")
     assert outcome.code == 2
-    assert "sweep.metric=ppo/held_out_scores: trial 0 has no such metric. Use one of " in outcome.err
+    assert "sweep.metric=ppo/adapter_bytes: trial 0 has no such metric. Use one of " in outcome.err
     assert "ppo/held_out_score," in outcome.err
     assert "Trial 1" not in outcome.out
 

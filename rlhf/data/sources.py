@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from rlhf.artifacts import digest_of, file_digest
-from rlhf.config import ConfigError, Strict
+from rlhf.config import ConfigError, Strict, did_you_mean
 from rlhf.data.recognise import CONVERSATION_COLUMNS
 from rlhf.data.schema import RowError
 
@@ -185,8 +185,11 @@ def _sample_file(name: str, key: str) -> Path:
     folder = Path(str(resources.files(SAMPLES_PACKAGE)))
     path = folder / f"{name}.jsonl"
     if not path.is_file():
-        names = ", ".join(sorted(found.stem for found in folder.glob("*.jsonl")))
-        raise ConfigError(f"{key}=samples:{name}: there is no such sample set. There are: {names}.")
+        names = sorted(found.stem for found in folder.glob("*.jsonl"))
+        raise ConfigError(
+            f"{key}=samples:{name}: there is no such sample set.{did_you_mean(name, names)} "
+            f"There are: {', '.join(names)}."
+        )
     return path
 
 

@@ -29,7 +29,10 @@ CHAIN = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
 STAGES = (*CHAIN[:-1], "merge", "evaluate", "compare", "plan")
 DEFAULT_GROUPS = ("model", "tracker", "hydra/sweeper")
 """In the defaults list, so chosen without a plus."""
-WITH = {"remedy": ("+sweep=forgetting",)}
+WITH = {
+    "remedy": ("+sweep=forgetting",),
+    "experiment": ("sft.data=samples:instructions", "reward.pairs=samples:pairs"),
+}
 """Groups whose choices stand beside others."""
 WITH_DEFAULTS = (PeftConfig, SourceConfig, Bound)
 """Sections that a user writes himself, often as one word; their defaults stand in the class and its docs."""

@@ -1,0 +1,198 @@
+"""What is typed wrong is told in our words, and what may be typed beside Hydra's own grammar."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small_chain import Chain, Outcome, run_main
+
+from rlhf.config import ConfigError
+from rlhf.experiment import build_experiment
+
+MINE = "# @package _global_\nsft:\n  epochs: 3\nppo:\n  kl:\n    coef: 0.7\n"
+
+
+def composed(directory: Path, *arguments: str) -> Outcome:
+    return run_main(directory, ["--cfg", "job", *arguments], directory)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ppo.kl.cof=1"], ["ppo.kl.cof: there is no such key", "Did you mean ppo.kl.coef"]),
+        (["modle=tiny"], ["Did you mean model"]),
+        (["model=tinny"], ["model=tinny: there is no such choice", "Did you mean tiny?", "hub, local, tiny"]),
+        (["tracker=wandbb"], ["Did you mean wandb?"]),
+        (["model.path=x"], ["model.path: this key belongs to model=local"]),
+        (["+experiment=quik"], ["Did you mean quick?", "ends in .yaml"]),
+        (["experiment=quick"], ["+experiment=quick"]),
+        (["sft.optim=[1,2]"], ["sft.optim=[1,2]: a mapping, not a list", "sft.optim.lr"]),
+        (["evaluate.policies={a:1}"], ["a list, not a mapping", "evaluate.policies=[A,B]"]),
+        (["sft.data=my", "data/x.jsonl"], ["data/x.jsonl: not KEY=VALUE", "'sft.data=my data/x.jsonl'"]),
+        (["sft.data={path:", "a.jsonl}"], ["the bracket is not closed"]),
+        (["sft.data={path: a=b.jsonl}"], ["sft.data={path: a=b.jsonl}: not a list or a mapping"]),
+        (["sft.data=a=b.jsonl"], ["Put quotes around the value: \"sft.data='a=b.jsonl'\""]),
+        (["sft.data=a,b.jsonl"], ["\"sft.data='a,b.jsonl'\"", "sft.data=[a,b.jsonl]"]),
+        (["ppo.reward=python:m:f(x)"], ["\"ppo.reward='python:m:f(x)'\""]),
+        (["--sft.epochs=3"], ["a key has no dashes before it: sft.epochs=3"]),
+        (["+experiment=nowhere.yaml"], ["nowhere.yaml cannot be read (No such file"]),
+    ],
+)
+def test_a_slip_is_told_with_what_was_meant(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    outcome = composed(tmp_path, *arguments)
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: ") and "hydra" not in outcome.err.lower().replace("to hydra", "")
+    for word in words:
+        assert word in outcome.err
+
+
+def test_what_is_advised_is_read_as_it_was_meant(tmp_path: Path) -> None:
+    outcome = composed(tmp_path, "sft.data='a=b.jsonl'", "reward.pairs=my pairs.jsonl")
+    assert yaml.safe_load(outcome.out)["sft"]["data"] == "a=b.jsonl"
+    assert yaml.safe_load(outcome.out)["reward"]["pairs"] == "my pairs.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ppo.kl.coef=${sft.epoch}", "ppo.kl.coef: ${sft.epoch} names no key. Did you mean sft.epochs"),
+        ("sft.optim.lr=${oc.env:NOT_THERE}", "the environment has no variable NOT_THERE"),
+        ("seed=???", "seed: a value is required"),
+    ],
+)
+def test_a_value_that_leads_nowhere_is_told(tmp_path: Path, override: str, words: str) -> None:
+    outcome = run_main(tmp_path, [override], tmp_path)
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: ") and words in outcome.err
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "in a folder/my own.yml"])
+def test_an_experiment_is_taken_by_its_path(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(MINE)
+    outcome = composed(tmp_path, f"+experiment={name}", "sft.epochs=5")
+    assert outcome.code == 0, outcome.err
+    found = yaml.safe_load(outcome.out)
+    assert found["sft"]["epochs"] == 5  # the command line has the last word
+    assert found["ppo"]["kl"]["coef"] == 0.7
+
+
+def test_an_experiment_by_path_may_choose_a_model_and_needs_no_header(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults:\n  - override /model: tiny\nseed: 4\n")
+    found = yaml.safe_load(composed(tmp_path, f"+experiment={tmp_path}/mine.yaml").out)
+    assert (found["model"]["kind"], found["seed"]) == ("tiny", 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("sft: [1\n", "mine.yaml line 2, column 1: not valid YAML"),
+        ("- a\n", "mine.yaml holds no mapping of keys"),
+        ("sft:\n  optim: [1, 2]\n", "sft.optim is a list, and must be a mapping with the keys lr"),
+        ("evaluate:\n  policies: {a: 1}\n", "evaluate.policies is a mapping, and must be a list"),
+    ],
+)
+def test_an_experiment_that_is_written_wrong_is_told(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    outcome = composed(tmp_path, "+experiment=mine.yaml")
+    assert outcome.code == 2
+    assert words in outcome.err
+
+
+def test_malformed_yaml_in_a_config_directory_is_told(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "bad.yaml").write_text("sft: [1\n")
+    outcome = composed(tmp_path, "--config-dir", str(tmp_path), "+experiment=bad")
+    assert outcome.code == 2
+    assert "bad.yaml line 2, column 1: not valid YAML" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stage": "rewards"}, "stage=rewards: there is no such stage. Did you mean reward?"),
+        ({"gates": "enforced"}, "Did you mean enforce?"),
+        ({"sft": {"epochz": 1}}, "sft.epochz: there is no such key. Did you mean epochs?"),
+        ({"sft": {"peft": "dorra"}}, "Did you mean dora"),
+        ({"sft": {"optim": 3}}, "sft.optim=3: it must be a mapping with the keys lr, "),
+        ({"sft": {"data": "samples:instruction"}}, None),
+        ({"evaluate": {"policies": "sft"}}, "it must be a list, such as evaluate.policies=[A,B]"),
+        ({"plan": {"gpu_memory": 80}}, "plan.gpu_memory=80: a number without a unit. Write 80GiB"),
+        ({"plan": {"gpu_memory": "80"}}, "Write 80GiB"),
+        ({"plan": {"gpu_bandwidth": 3.35}}, "Write 3.35TB"),
+        ({"ppo": {"gates": {"kll": {"max": 1, "advice": "x"}}}}, "nothing of the name kll. Did you mean kl?"),
+        ({"evaluate": {"gates": {"win_rates": {"max": 1, "advice": "x"}}}}, "Did you mean win_rate"),
+    ],
+)  # fmt: skip
+def test_a_checked_value_is_told_with_what_was_meant(
+    tmp_path: Path, change: dict[str, object], words: str | None
+) -> None:
+    resolved = yaml.safe_load(composed(tmp_path, "--resolve", "model=tiny").out)
+    for name, value in change.items():
+        resolved[name] = resolved[name] | value if isinstance(value, dict) else value
+    if words is None:
+        build_experiment(resolved)
+        return
+    with pytest.raises(ConfigError) as error:
+        build_experiment(resolved)
+    assert words in str(error.value)
+
+
+def test_every_figure_that_a_chain_publishes_may_have_a_gate(finished_chain: tuple[Chain, Outcome]) -> None:
+    _, outcome = finished_chain
+    resolved = yaml.safe_load((outcome.directory / "config.yaml").read_text())
+    experiment = build_experiment(resolved)
+    for name, stage in outcome.summary["stages"].items():
+        for metric in stage["metrics"]:
+            experiment.stages[name].check_metric(metric.removeprefix(f"{name}/"), metric)
+
+
+def rlhf(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "rlhf", *arguments]
+
+
+def test_the_version_is_ours(tmp_path: Path) -> None:
+    done = subprocess.run(rlhf("--version"), cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("rlhf ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--cfg", "job", "--resolve"]])
+def test_a_reader_that_leaves_ends_it_quietly(tmp_path: Path, arguments: list[str]) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(rlhf(*arguments), cwd=tmp_path, stdout=writes, stderr=subprocess.PIPE, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_run_whose_reader_leaves_ends_quietly(tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        rlhf("model=tiny", "stage=prepare", "device=cpu"),
+        cwd=tmp_path, stdout=writes, stderr=subprocess.PIPE, check=False,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_terminal_is_told_before_the_libraries_are_loaded(tmp_path: Path) -> None:
+    mine, theirs = pty.openpty()
+    run = subprocess.Popen(rlhf("model=tiny", "ppo.clip=-1"), cwd=tmp_path, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert os.read(mine, 1000).startswith(b"loading torch")
+    try:
+        while os.read(mine, 1000):
+            pass
+    except OSError:  # the other side is closed
+        pass
+    os.close(mine)
+    assert run.wait() == 2
