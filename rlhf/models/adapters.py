@@ -136,7 +136,7 @@ def _fold(layer: Any) -> None:
     dtype, parameters = base.weight.dtype, list(base.parameters())
     for each in parameters:
         each.data = each.data.float()
-    layer.merge(safe_merge=True)
+    layer.merge(safe_merge=not base.weight.is_meta)  # of which nothing can be asked
     layer.merged_adapters.clear()  # the caller puts the weights back, or takes the adapter out
     for each in parameters:
         each.data = _rounded(each.data, dtype)

@@ -7,6 +7,7 @@ stands beside it; of others there is nothing but the model's settings and its to
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from peft import PeftConfig as TunerConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +25,8 @@ from transformers import PreTrainedModel
 
 from rlhf.artifacts import weights_digest
 from rlhf.config import ConfigError, PeftConfig, Strict
-from rlhf.models.adapters import PREFIX, Adapter, attach, inject
+from rlhf.methods import METHODS
+from rlhf.models.adapters import PREFIX, Adapter, attach, check_attachable, inject
 from rlhf.models.quantized import round_to_4_bits
 from rlhf.models.targets import update_targets
 from rlhf.models.virtual import EMBEDDINGS, KINDS, add_virtual_tokens
@@ -148,6 +151,46 @@ def described(artifact: Path) -> dict[str, Any]:
     """The content of an artifact's adapter_config.json."""
     content: dict[str, Any] = json.loads((artifact / ADAPTER / CONFIG).read_bytes())
     return content
+
+
+def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
+    """See before anything trains that what a method trains can be published: it is attached to a copy of the
+    model, loaded into another one, and merged.
+
+    Args:
+        model: on the meta device, where this costs no memory; it stays as it is.
+
+    Raises:
+        ConfigError: it cannot, or `check_attachable` refuses it.
+    """
+    check_attachable(model, config)
+    if config.method in ("none", "freeze", *KINDS.values()):
+        return
+    if config.method == "qlora":  # as `attach_to_merge`
+        config = config.model_copy(update={"method": "lora"})
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    trained, loaded = copy.deepcopy(model), copy.deepcopy(model)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            adapter = attach(trained, config)
+            names, told = adapter.weights().keys(), adapter.described()
+            assert told is not None
+            kind = PEFT_TYPE_TO_CONFIG_MAPPING[told["peft_type"]]
+            content = json.loads(json.dumps(told, default=sorted))
+            tuner = inject(loaded, kind.from_peft_type(**content), "published")
+            found = get_peft_model_state_dict(tuner.model, adapter_name="published")
+            if {PREFIX + name for name in found} != names:
+                raise ValueError("it is not loaded as it was saved")
+            if METHODS[config.method].merges:
+                adapter.merge()
+                if {name: weight.shape for name, weight in trained.state_dict().items()} != shapes:
+                    raise ValueError("the merged model has other weights")
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"method={config.method}: what it would train of {type(model).__name__} could not be published: "
+            f"{reason}. Use freeze or none, or other target_modules."
+        ) from error
 
 
 def attach_published(model: PreTrainedModel, artifact: Path) -> tuple[Adapter, Tensor | None]:

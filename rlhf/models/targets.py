@@ -5,14 +5,19 @@ Complaints name the keys of `PeftConfig`; whoever knows the stage puts its name 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
+import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import ConfigError, PeftConfig
+from rlhf.methods import METHODS
 from rlhf.models.bottleneck import NAMES
 
 MAMBA = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2")
@@ -35,9 +40,16 @@ def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
     Raises:
         ConfigError: there is none, or none of a name.
     """
-    known = _inner_linears(model)
+    names, left_out = _inner_linears(model), cannot_be_updated(model)
+    known = [name for name in names if name not in left_out]
     if config.target_modules == "all-linear" and known:
         return known
+    for name in config.target_modules:
+        if name in left_out:
+            raise ConfigError(
+                f"target_modules={config.target_modules}: {name} of {type(model).__name__} cannot be updated "
+                f"({left_out[name]}). Leave it out; all-linear takes {', '.join(known) or 'nothing'}."
+            )
     unknown = [name for name in config.target_modules if name not in known]
     if config.target_modules == "all-linear" or unknown:
         # output layer and embeddings may be tied: merged, an update of one would change the other
@@ -91,11 +103,76 @@ def sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
     return ends if config.placement == "houlsby" else ends[1:]
 
 
+def cannot_be_updated(model: PreTrainedModel) -> dict[str, str]:
+    """The linear layers of the backbone that no low-rank update can be of, and why; by the last part of their
+    names."""
+    found: dict[str, str] = {}
+    for path, layer in linears(backbone_of(model)):
+        name = layer_name(path)
+        if name in found:
+            continue
+        if READ_PAST.get(model.config.get_text_config().model_type) == name:
+            found[name] = "its weight is read past an adapter"
+        elif not _is_linear(layer):
+            found[name] = f"a {type(layer).__name__} gives more than a linear layer"
+        elif _means_experts(model, name):
+            found[name] = "peft means the experts by that"
+    return found
+
+
+@torch.no_grad()
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a layer gives what a linear one does: a router that is made of one gives more."""
+    if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
+        return True
+    memo = {id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in layer.parameters()}
+    try:
+        found = copy.deepcopy(layer, memo)(torch.empty(1, layer.in_features, device="meta"))
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, layer.out_features)
+
+
+def _means_experts(model: PreTrainedModel, name: str) -> bool:
+    """Whether peft, reading a published adapter, would put updates of that name beside all experts' weights
+    in one, as which transformers 5 holds what were linear layers in 4."""
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it wants those that are in the same weight, too
+        return True
+    return not config.target_modules
+
+
+def in_one(model: PreTrainedModel) -> list[str]:
+    """Parts of the backbone that are no linear layers but hold matrices of several, such as experts."""
+    return sorted(
+        {
+            layer_name(path)
+            for path, module in backbone_of(model).named_modules()
+            if not isinstance(module, nn.modules.conv._ConvNd)
+            and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        }
+    )
+
+
+def told(model: PreTrainedModel, config: PeftConfig) -> str | None:
+    """What `all-linear` takes of a model, and what it leaves, in a line; None with another choice."""
+    if "target_modules" not in METHODS[config.method].knobs or config.target_modules != "all-linear":
+        return None
+    reasons: dict[str, list[str]] = {}
+    for name in in_one(model):
+        reasons.setdefault("weights of three dimensions", []).append(name)
+    for name, why in cannot_be_updated(model).items():
+        reasons.setdefault(why, []).append(name)
+    left = "; ".join(f"not {', '.join(names)} ({why})" for why, names in reasons.items())
+    taken = f"{config.method} updates {', '.join(update_targets(model, config))}"
+    return "; ".join([taken, *([left] if left else [])]) + "."
+
+
 def _inner_linears(model: PreTrainedModel) -> list[str]:
-    """Every linear layer of the backbone that an adapter can stand beside; not the output layer or a score
-    head."""
-    names = {layer_name(path) for path, _ in linears(backbone_of(model))}
-    return sorted(names - {READ_PAST.get(model.config.get_text_config().model_type)})
+    """Every linear layer of the backbone; not the output layer or a score head."""
+    return sorted({layer_name(path) for path, _ in linears(backbone_of(model))})
 
 
 def layer_name(path: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from pathlib import Path
@@ -22,6 +22,8 @@ from rlhf.experiment import Experiment
 from rlhf.methods import METHODS
 from rlhf.models.adapters import check_attachable
 from rlhf.models.load import BaseModelFiles
+from rlhf.models.published import rehearse
+from rlhf.models.targets import told as told_of
 from rlhf.plan.demand import Demand
 from rlhf.plan.memory import Phase, amount
 from rlhf.plan.setting import GIB, Setting, found_setting
@@ -58,8 +60,11 @@ def check_before_loading(
         model = skeleton(base.architecture, trust_remote_code=settings.model.trust_remote_code)
         for line in eager_told(model, settings.model.attention):
             console.print(line, highlight=False, markup=False, style="yellow")
-        for stage in stages:
-            check_tunes(stage, model)
+        for index, stage in enumerate(stages):
+            is_known = stage.tunes() in [before.tunes() for before in stages[:index]]
+            check_tunes(stage, model, check_attachable if is_known else rehearse)
+        for line in adapters_told(stages, model):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         on = found_setting(settings, counted(model), compute, data.size)
     except UnknownShapeError as unknown:
         unchecked = f"Memory, time, disk and context are not checked: {unknown}."
@@ -78,11 +83,16 @@ def check_before_loading(
     console.print(expectations(checked.demands, on), highlight=False)
 
 
-def check_tunes(stage: Stage, base: PreTrainedModel) -> None:
+def check_tunes(
+    stage: Stage,
+    base: PreTrainedModel,
+    check: Callable[[PreTrainedModel, PeftConfig], None] = check_attachable,
+) -> None:
     """Refuse a method that the base model cannot be trained with.
 
     Args:
         base: its skeleton.
+        check: `rehearse` takes longer, and finds more.
 
     Raises:
         ConfigError: why.
@@ -91,10 +101,25 @@ def check_tunes(stage: Stage, base: PreTrainedModel) -> None:
     if peft is None:
         return
     try:
-        check_attachable(base, peft)
+        check(base, peft)
     except ConfigError as error:
         complaint = f"{stage.name}.peft.{error}"
         raise ConfigError(complaint.replace(".method=", "=", 1)) from None  # sft.peft=ia3 is what one writes
+
+
+def adapters_told(stages: Sequence[Stage], base: PreTrainedModel) -> Iterator[str]:
+    """What adapters of `all-linear` are put beside, and what not.
+
+    Args:
+        base: its skeleton.
+    """
+    lines: dict[str, list[str]] = {}
+    for stage in stages:
+        peft = stage.tunes()
+        line = None if peft is None else told_of(base, peft)
+        if line is not None:
+            lines.setdefault(line, []).append(stage.name)
+    yield from (f"{', '.join(names)}: {line}" for line, names in lines.items())
 
 
 def eager_told(base: PreTrainedModel, attention: str) -> Iterator[str]:

@@ -7,16 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_config, tiny_family
+from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from rlhf.config import ConfigError, PeftConfig
+from rlhf.models import targets
 from rlhf.models.adapters import Adapter, attach, count_parameters, merged_weights
-from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.models.low_rank import LowRankLinear
+from rlhf.models.merged import publish_policy
 from rlhf.models.policy import pack_sequences, response_statistics
+from rlhf.models.published import rehearse
 from rlhf.models.scalar import load_scalar_model
+from rlhf.models.targets import told
+from rlhf.plan.shape import skeleton
 
 TINY = ModelConfig(kind="tiny")
 UP = "model.layers.0.mlp.up_proj.base_layer.weight"
@@ -146,6 +153,75 @@ def test_gpt2s_layers_are_linear_too() -> None:
         torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)
     adapter.merge()
     torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)
+
+
+EXPERTS = "not experts (weights of three dimensions)"
+NAMED = "not gate_proj, up_proj, down_proj (peft means the experts by that)"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("qwen3_moe", f"lora updates k_proj, o_proj, q_proj, v_proj; {EXPERTS}."),
+        ("glm4_moe", f"lora updates k_proj, o_proj, q_proj, v_proj; {EXPERTS}; {NAMED}."),
+        ("phimoe", f"lora updates k_proj, o_proj, q_proj, v_proj; {EXPERTS}; not router (a PhimoeTopKRouter "
+            "gives more than a linear layer)."),
+        ("llama", f"lora updates {', '.join(LINEARS)}."),
+        ("falcon", "lora updates dense, dense_4h_to_h, dense_h_to_4h, query_key_value."),
+    ],
+)  # fmt: skip
+def test_what_all_linear_takes_is_told(name: str, line: str) -> None:
+    base = skeleton(tiny_config(name))
+    assert told(base, PeftConfig(method="lora")) == line
+    assert told(base, PeftConfig(method="lora", target_modules=["q_proj"])) is None
+    assert told(base, PeftConfig(method="none")) is None
+
+
+def test_layers_that_peft_takes_for_experts_are_refused_by_name() -> None:
+    base = skeleton(tiny_config("deepseek_v3"))
+    words = (
+        r"target_modules=.*: gate_proj of DeepseekV3ForCausalLM cannot be updated \(peft means the experts"
+    )
+    with pytest.raises(ConfigError, match=words):
+        attach(base, PeftConfig(method="lora", target_modules=["o_proj", "gate_proj"]))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adapter", "freeze", "prompt", "none"])
+def test_a_publication_is_rehearsed_without_weights(method: str) -> None:
+    base = skeleton(tiny_config("llama"))
+    before = {name: type(module) for name, module in base.named_modules()}
+    rehearse(base, PeftConfig(method=method))
+    assert {name: type(module) for name, module in base.named_modules()} == before
+
+
+def test_what_could_not_be_published_is_refused_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, config = skeleton(tiny_config("deepseek_v3")), PeftConfig(method="lora")
+    rehearse(base, config)
+    monkeypatch.setattr(targets, "cannot_be_updated", lambda model: {})  # peft adapts the experts then
+    words = "^method=lora: what it would train of DeepseekV3ForCausalLM could not be published: 'DeepseekV3Ex"
+    with pytest.raises(ConfigError, match=words):
+        rehearse(base, config)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_next", "phimoe"])
+def test_peft_reads_an_adapter_of_a_mixture_of_experts(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    tiny_family(name).save_pretrained(tmp_path / "base")
+    model, config = load(tmp_path / "base"), PeftConfig(method="lora", rank=4)
+    attach(model, config)
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_(std=0.1)
+    artifact = tmp_path / "sft" / "0"
+    artifact.mkdir(parents=True)
+    publish_policy(
+        artifact, trained, load_tokenizer(tiny_model, TINY), start=tmp_path / "base", key="", settings=TINY,
+        dtype=torch.float32, peft=config,
+    )  # fmt: skip
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    read = PeftModel.from_pretrained(base, artifact / "adapter").eval()
+    torch.testing.assert_close(logits(read), logits(model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(load(artifact)), logits(model), atol=1e-4, rtol=1e-4)
 
 
 def test_layers_that_cannot_be_held_in_4_bits_are_refused() -> None:

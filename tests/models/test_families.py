@@ -129,10 +129,10 @@ def test_log_probabilities_and_gradients_are_those_of_transformers(family: Famil
         gradients.append(dict(zip(named, found_of, strict=True)))
     wanted = gradients[0]
     largest = max(float(each.abs().max()) for each in wanted.values() if each is not None)
-    assert wanted.keys() == gradients[1].keys()
+    assert wanted.keys() <= gradients[1].keys()  # what no gradient reaches may have been told to want one
     for parameter, gradient in gradients[1].items():
         if gradient is None or wanted[parameter] is None:
-            assert gradient is wanted[parameter], parameter
+            assert gradient is wanted.get(parameter), parameter
         else:
             torch.testing.assert_close(gradient, wanted[parameter], atol=1e-5 * largest, rtol=1e-3)
 

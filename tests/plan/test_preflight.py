@@ -186,6 +186,12 @@ def test_padded_rows_are_told(finished_chain: tuple[Chain, Outcome]) -> None:
     assert "padded" not in before(finished_chain[1], on_cpu(), "sft", *padded)
 
 
+def test_what_adapters_stand_beside_is_told_once(finished_chain: tuple[Chain, Outcome]) -> None:
+    said = before(finished_chain[1], on_cpu(), "sft", "stage=sft", "sft.peft=lora")
+    assert said.count("sft: lora updates down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj.") == 1
+    assert "updates" not in before(finished_chain[1], on_cpu(), "sft", "stage=sft", "sft.peft=none")
+
+
 def test_eager_attention_is_told_once(finished_chain: tuple[Chain, Outcome], tmp_path: Path) -> None:
     family("gemma2").save_pretrained(tmp_path)
     said = before(finished_chain[1], on_cpu(), "sft", "stage=sft", base=tmp_path)
