@@ -30,8 +30,7 @@ class FsdpEngine(Engine):
     def __init__(self, model: nn.Module, groups: Groups, compute: Compute) -> None:
         super().__init__(compute, [config for _, config in groups])
         self.model = model
-        name_of = {parameter: name for name, parameter in model.named_parameters()}
-        names = [[name_of[each] for each in parameters if each.requires_grad] for parameters, _ in groups]
+        names = _names(model, groups)
         self._units = _shard_for_training(model, compute)
         sharded = dict(model.named_parameters())  # new ones, by the old names
         self._parameters = [sharded[name] for group in names for name in group]
@@ -152,6 +151,12 @@ class FsdpEngine(Engine):
         """Forget gathered copies: a root keeps its own after a forward pass without gradients."""
         for unit in self._units:
             unit.reshard()
+
+
+def _names(model: nn.Module, groups: Groups) -> list[list[str]]:
+    """What trains in each group. No parameter itself is held on to: sharding frees them one by one."""
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    return [[name_of[each] for each in parameters if each.requires_grad] for parameters, _ in groups]
 
 
 def _shard_for_training(model: nn.Module, compute: Compute) -> list[FSDPModule]:

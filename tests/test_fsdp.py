@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, distributed, nn
 from rlhf.config import OptimConfig
 from rlhf.distributed import Compute
 from rlhf.fsdp import FsdpEngine
+from rlhf.training import parameter_group
 
 RATES = (0.1, 0.4)
 
@@ -73,3 +76,20 @@ def test_weights_gathered_without_gradients_are_not_used_behind_a_step(compute: 
     step(engine, 3.0, 4.0)
     with torch.no_grad():
         assert float(engine.model((1.0, 1.0))) == pytest.approx(1.5)
+
+
+def test_the_whole_weights_are_gone_before_the_masters_are_made(
+    compute: Compute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Two()
+    whole = [weakref.ref(parameter) for parameter in model.parameters()]
+    left: list[int] = []
+
+    def count(*arguments: Any) -> dict[str, Any]:
+        left.append(sum(each() is not None for each in whole))
+        return parameter_group(*arguments)
+
+    monkeypatch.setattr("rlhf.fsdp.parameter_group", count)  # called with the masters
+    settings = {"lr": 0.1, "weight_decay": 0.0, "eps": 1e-8, "warmup_fraction": 0.0, "max_grad_norm": 1e9}
+    FsdpEngine(model, [(model.parameters(), OptimConfig.model_validate(settings))], compute)
+    assert left == [0]
