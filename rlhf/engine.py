@@ -132,13 +132,19 @@ class PlainEngine(Engine):
 
 
 def make_engine(
-    model: nn.Module, groups: Groups, compute: Compute, resume: Mapping[str, Any] | None = None
+    model: nn.Module,
+    groups: Groups,
+    compute: Compute,
+    resume: Mapping[str, Any] | None = None,
+    *,
+    in_turns: bool = False,
 ) -> Engine:
     """The engine that `zero=` asks for.
 
     Args:
         groups: parameters (those that do not require gradients are left out) and how each group is trained.
         resume: the manifest of the checkpoint that will be loaded; DeepSpeed must know its number of ranks.
+        in_turns: a pass runs one part of the model, the next one another: nothing is fetched ahead of its use.
 
     Raises:
         ConfigError: the checkpoint belongs to another engine.
@@ -158,4 +164,4 @@ def make_engine(
     from rlhf.zero import ZeroEngine
 
     universal = resume is not None and resume["world_size"] != compute.world_size
-    return ZeroEngine(model, groups, compute, universal=universal)
+    return ZeroEngine(model, groups, compute, universal=universal, in_turns=in_turns)

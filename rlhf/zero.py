@@ -28,12 +28,16 @@ TAG, UNIVERSAL = "zero", "zero_universal"
 class ZeroEngine(Engine):
     """A model sharded by DeepSpeed."""
 
-    def __init__(self, model: nn.Module, groups: Groups, compute: Compute, *, universal: bool) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Groups, compute: Compute, *, universal: bool, in_turns: bool
+    ) -> None:
         super().__init__(compute, [config for _, config in groups])
         self._client = ClippedAdamW(
             [parameter_group(parameters, config) for parameters, config in groups], compute.global_sum
         )
         config = zero_config(compute) | {"checkpoint": {"load_universal": universal}}
+        if in_turns:  # it would gather what the last pass used, and throw it away
+            config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
         self._universal = universal
         self._waiting: list[Tensor] = []
         self._engine, _, _, _ = _deepspeed(compute).initialize(

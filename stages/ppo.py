@@ -209,6 +209,7 @@ class PpoStage(PpoConfig, Stage):
             [(policy.parameters(), self.optim), (critic.parameters(), self.critic.optim)],
             compute,
             job.checkpoints.newest,
+            in_turns=True,
         )
         reference = (
             Policy(backbone.model, tokenizer, compute)

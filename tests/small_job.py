@@ -47,6 +47,7 @@ def small_job(
     checkpoints: Path | None = None,
     console: Console | None = None,
     seed: int = 0,
+    compute: Compute | None = None,
     **checkpoint: object,
 ) -> Job:
     """A job that makes its artifact in `directory`; run and checkpoints lie beside it.
@@ -54,12 +55,13 @@ def small_job(
     Args:
         data: prepared rows; without, `directory` takes them.
         checkpoints: where to keep them: those of an earlier job, to go on from there.
+        compute: one of several ranks; without, the only one.
         checkpoint: changes to `WHEN_STOPPED`.
     """
     run_directory = directory.with_name(f"{directory.name}.run")
     for path in (directory, run_directory):
         path.mkdir(parents=True, exist_ok=True)
-    compute, tracker = on_cpu(), Tracker(run_directory, [])
+    compute, tracker = compute or on_cpu(), Tracker(run_directory, [])
     tracker.begin(directory)
     console = console or Console(quiet=True)
     return Job(

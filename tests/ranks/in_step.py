@@ -1,0 +1,234 @@
+"""What one of several ranks does in tests/ranks/test_in_step.py: every stage's passes over uneven rows."""
+
+from __future__ import annotations
+
+import gc
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from small_job import small_job
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
+from rlhf.distributed import Compute, make_compute
+from rlhf.engine import Engine, make_engine
+from rlhf.experiment import build_experiment
+from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.policy import ResponseModel
+from rlhf.models.scalar import load_scalar_model, reset_head, save_scalar_model
+from rlhf.ppo.mix import PretrainingMix
+from rlhf.rewards.source import Exchange
+from rlhf.rl.experience import RewardRule, make_experience
+from rlhf.rl.rollout import Rollout
+from rlhf.stage import Stage
+from rlhf.stages.ppo import PpoStage
+from rlhf.stages.reward import EncodedPair, RewardStage
+from rlhf.stages.sft import EncodedAnswer, SftStage
+
+MODEL = ModelConfig(kind="tiny")
+OVERRIDES = (
+    "model=tiny", "sft.peft=none", "reward.peft=none", "ppo.peft=none", "ppo.critic.init=sft",
+    "ppo.score.normalize=none", "ppo.max_new_tokens=5", "ppo.epochs=2", "ppo.minibatch_episodes=4",
+    "ppo.batch_episodes=4", "ppo.temperature=1.0",
+    # the longest row alone fills a pass: ranks have one or two of them
+    "sft.micro_batch_tokens=650", "reward.micro_batch_tokens=1300", "ppo.micro_batch_tokens=650",
+)  # fmt: skip
+LENGTHS = (600, 200, 100, 20)
+"""Response tokens of the rows that are dealt out: with two ranks 600 + 100 against 200 + 20."""
+ALONE = 200
+"""Of a row that only one rank has."""
+
+
+class Case(NamedTuple):
+    """One way to be spread over ranks, and one model."""
+
+    zero: str
+    frozen: str
+    model: str
+    """Name of a directory."""
+
+
+def write_large(directory: Path, tiny: Path) -> None:
+    """A model of which every matrix has more elements than those that DeepSpeed never shards (1e5), with an
+    output layer of its own."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 400, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=259, bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=False, **shape
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    load_tokenizer(tiny, MODEL).save_pretrained(directory)
+
+
+def write_reward(directory: Path, model: Path) -> None:
+    """A reward model of any weights."""
+    torch.manual_seed(1)
+    scalar = load_scalar_model(model, MODEL, torch.float32, new_head=True)
+    reset_head(scalar)
+    save_scalar_model(scalar, load_tokenizer(model, MODEL), directory)
+
+
+def answer(length: int) -> str:
+    """So many bytes, which are tokens, with the one that ends the answer."""
+    return ("rain on the roof and " * 40)[: length - 1]
+
+
+def prompt(number: int) -> list[Message]:
+    return [Message(role="user", content=f"{number}?")]
+
+
+def all_stages(compute: Compute, model: Path, reward: Path, frozen: str, scratch: Path) -> dict[str, float]:
+    """Every kind of pass that a stage makes, on this rank; figures of which all ranks have the same."""
+    with initialize_config_module("rlhf.conf", version_base="1.3"):
+        node = compose("config", overrides=[*OVERRIDES, f"ppo.frozen={frozen}"])
+    resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    stages = build_experiment(resolved).stages
+    base = BaseModelFiles(model, "tiny", MODEL)
+
+    def job(name: str) -> Any:
+        return small_job(
+            name, scratch / name / "artifact", base, {"sft": model, "reward": reward}, compute=compute
+        )
+
+    figures = {}
+    for name, learn in (("sft", sft), ("reward", reward_model), ("ppo", ppo)):
+        torch.manual_seed(0)
+        figures |= {f"{name}: {key}": value for key, value in learn(stages[name], job(name)).items()}
+        gc.collect()  # engines hold themselves in cycles
+    return figures
+
+
+def sft(stage: Stage, job: Any) -> dict[str, float]:
+    assert isinstance(stage, SftStage)
+    compute, tokenizer = job.compute, job.base.load_tokenizer()
+    policy = load_causal_lm(job.base.directory, MODEL, compute.dtype, compute.loads_on)
+    engine = make_engine(ResponseModel(policy), [(policy.parameters(), stage.optim)], compute)
+    engine.set_rates(0, 10)
+    rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
+    counted = Gathers(engine, policy.get_output_embeddings().weight)
+    figures = {"held-out loss": stage.mean_loss(job, engine, rows[-1:])}
+    counted.check("held-out loss", passes=1, each=1)
+    for step, batch in enumerate((rows[:-1], rows[-1:], rows[:-1])):
+        passes = len(list(compute.micro_batches([len(row) for row in batch], stage.micro_batch_tokens)))
+        figures[f"loss {step}"] = stage.step(job, engine, batch)["loss"]
+        figures[f"norm {step}"] = engine.grad_norm
+        counted.check(f"step {step}", passes=passes, each=2)
+    return figures | {"loss behind": stage.mean_loss(job, engine, rows)}
+
+
+def reward_model(stage: Stage, job: Any) -> dict[str, float]:
+    assert isinstance(stage, RewardStage)
+    compute, tokenizer = job.compute, job.base.load_tokenizer()
+    model = load_scalar_model(job.base.directory, MODEL, compute.dtype, new_head=True)
+    reset_head(model)
+    model.to(compute.loads_on)
+    model.offset.requires_grad_(False)
+    engine = make_engine(model, [(model.parameters(), stage.optim)], compute)
+    engine.set_rates(0, 10)
+    rows = [EncodedPair(tokenizer, PairRow(prompt(n), answer(n), answer(n // 2))) for n in (*LENGTHS, ALONE)]
+    figures = {}
+    for step, batch in enumerate((rows[:-1], rows[-1:], rows[:-1])):
+        figures[f"loss {step}"] = stage.step(job, engine, batch)["loss"]
+        figures[f"norm {step}"] = engine.grad_norm
+    return figures
+
+
+def ppo(stage: Stage, job: Any) -> dict[str, float]:
+    assert isinstance(stage, PpoStage)
+    learner = stage.learner(job)
+    learner.engine.set_rates(0, 10)
+    tokenizer = learner.policy.tokenizer
+    rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
+    mixed = [SftRow(prompt(ALONE), answer(ALONE))]
+    learner.update.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), tokenizer, mixed, 0)
+    weights = [part.model.get_output_embeddings().weight for part in (learner.policy, learner.reference)]
+    counted = Gathers(learner.engine, weights[0])
+    frozen = Gathers(learner.reference.model, weights[1])
+
+    figures = {}
+    for name, some in (("all", rows[:-1]), ("one", rows[-1:])):
+        rollout = Rollout(
+            [row.prompt for row in some], [row.answer for row in some], torch.ones(len(some)) > 0
+        )
+        passes = len(list(job.compute.micro_batches([len(row) for row in some], stage.micro_batch_tokens)))
+        logp_BR, value_BR, scored = learner.update.score(rollout)
+        counted.check(f"scoring {name}", passes=passes, each=1)
+        reference_BR = learner.reference.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
+        frozen.check(f"reference {name}", passes=passes, each=1)
+        score_B = learner.reward([Exchange(prompt(0), answer(len(row.answer))) for row in some])
+        figures |= {
+            f"logp {name}": float(logp_BR.sum()), f"value {name}": float(value_BR.abs().sum()),
+            f"reference {name}": float(reference_BR.sum()), f"score {name}": float(score_B.sum()),
+        }  # fmt: skip
+        if len(some) > 1:
+            experience = make_experience(
+                rollout, logp_BR=logp_BR, reference_logp_BR=reference_BR, value_BR=value_BR, score_B=score_B,
+                rule=RewardRule(learner.normalizer, 0.05, None, 0.0), gamma=1.0, lam=0.95,
+            )  # fmt: skip
+            learned = learner.update.learn(experience, scored, critic_only=False)
+            counted.check("learning", passes=stage.epochs * (passes + 1), each=2)  # and the mix, of one row
+            names = ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm", "entropy")
+            figures |= {key: learned[key] for key in names}
+    held_out = learner.evaluate([PromptRow(prompt(1))])
+    return figures | {"held-out score": held_out.score, "held-out kl": held_out.kl}
+
+
+class Gathers:
+    """Counts how often a sharded weight is gathered; nothing for a whole one."""
+
+    def __init__(self, owner: Engine | nn.Module, weight: Tensor) -> None:
+        self.count = 0
+        model = owner.model if isinstance(owner, Engine) else owner
+        self.is_counted = hasattr(weight, "ds_status") and not getattr(weight, "ds_persist", False)
+        for parameter in model.parameters() if self.is_counted else ():
+            parameter.all_gather_coalesced = self._counting(parameter.all_gather_coalesced, weight)
+
+    def _counting(self, gather: Callable[..., Any], weight: Tensor) -> Callable[..., Any]:
+        def counted(parameters: Sequence[Tensor], **options: Any) -> Any:
+            self.count += sum(each is weight for each in parameters)
+            return gather(parameters, **options)
+
+        return counted
+
+    def check(self, what: str, *, passes: int, each: int) -> None:
+        """Since it was last called there were so many passes; then begin anew."""
+        if self.is_counted:
+            assert 1 <= self.count <= passes * each, f"{what}: {self.count} gathers in {passes} passes"
+        self.count = 0
+
+
+def be_a_rank(
+    rank: int, ranks: int, port: int, cases: Sequence[Case], models: Path, scratch: Path, results: Any
+) -> None:
+    """Go through all cases in step with the others; put (rank, what came out) into the queue."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    found: dict[Case, dict[str, float]] = {}
+    case: Case | None = None
+    try:
+        compute, _ = make_compute("cpu", "fp32", timeout=90.0)
+        for case in cases:
+            found[case] = all_stages(
+                replace(compute, zero=case.zero),  # type: ignore[arg-type]
+                models / case.model, models / f"{case.model}-reward", case.frozen,
+                scratch / "-".join(case) / str(rank),
+            )  # fmt: skip
+        results.put((rank, found))
+        compute.barrier()
+    except BaseException:  # the test shows what ended this rank
+        results.put((rank, f"{case}\n{traceback.format_exc()}"))
+    finally:
+        results.close()
+        results.join_thread()
+        os._exit(0)  # threads of the backend may wait for ranks that are lost

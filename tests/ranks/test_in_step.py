@@ -1,0 +1,69 @@
+"""Ranks whose rows are of other lengths call every sharded module equally often: none waits for ever, and all
+of it is what one rank computes. DeepSpeed gathers the output layer at most twice in a micro-batch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from pathlib import Path
+
+import pytest
+from in_step import Case, all_stages, be_a_rank, write_large, write_reward
+from small_job import on_cpu
+
+CASES = [
+    Case(zero, frozen, model)
+    for model in ("large", "tiny")
+    for zero, frozen in (
+        ("zero3", "sharded"),
+        ("zero2", "sharded"),
+        ("zero3_offload", "replicated"),
+        ("fsdp2", "sharded"),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """tiny: no matrix is larger than DeepSpeed's threshold; large: all are. Each with a reward model."""
+    directory = tmp_path_factory.mktemp("models")
+    (directory / "tiny").symlink_to(tiny_model)
+    write_large(directory / "large", tiny_model)
+    for name in ("tiny", "large"):
+        write_reward(directory / f"{name}-reward", directory / name)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_uneven_rows_give_what_one_rank_computes(ranks: int, models: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [
+        context.Process(
+            target=be_a_rank, args=(rank, ranks, port, CASES, models, tmp_path, results), daemon=True
+        )
+        for rank in range(ranks)
+    ]
+    for worker in workers:
+        worker.start()
+    expected = {
+        name: all_stages(on_cpu(), models / name, models / f"{name}-reward", "replicated", tmp_path / name)
+        for name in ("tiny", "large")
+    }
+    found = [results.get(timeout=600) for _ in workers]
+    for worker in workers:
+        worker.join()
+    for rank, cases in found:
+        assert isinstance(cases, dict), f"rank {rank}: {cases}"
+        assert list(cases) == CASES
+        for case, figures in cases.items():
+            wanted = expected[case.model]
+            assert figures == pytest.approx(wanted, rel=1e-3, abs=1e-4), (rank, case)
+            first = [name for name in wanted if name.endswith((" 0", " all"))]  # before any step
+            assert {name: figures[name] for name in first} == pytest.approx(
+                {name: wanted[name] for name in first}, rel=1e-5, abs=1e-5
+            ), (rank, case)
