@@ -76,13 +76,19 @@ class Checkpointer:
         self.seconds = self.newest["seconds"] if self.newest else 0.0
 
     def restore(self, engine: Engine) -> dict[str, Any] | None:
-        """Load the newest checkpoint; the loop's state, or None when there is none."""
+        """Load the newest checkpoint; the loop's state, or None when there is none.
+
+        The state's tensors lie in the checkpoint's file, and take no memory before they are read: copy what
+        is to stay, and let go of the rest.
+        """
         if self.newest is None:
             return None
         directory = self.directory / self.newest["name"]
         try:
             engine.load(directory)
-            state: dict[str, Any] = torch.load(directory / LOOP, weights_only=True, map_location="cpu")
+            state: dict[str, Any] = torch.load(
+                directory / LOOP, weights_only=True, mmap=True, map_location="cpu"
+            )
         except pickle.UnpicklingError as error:
             raise ConfigError(
                 f"{directory}: refused, because it holds more than tensors and numbers "

@@ -144,7 +144,7 @@ def make_engine(
     Args:
         groups: parameters (those that do not require gradients are left out) and how each group is trained.
         resume: the manifest of the checkpoint that will be loaded; DeepSpeed must know its number of ranks.
-        in_turns: a pass runs one part of the model, the next one another: nothing is fetched ahead of its use.
+        in_turns: a pass runs one part of the model, the next another: nothing is fetched ahead of its use.
 
     Raises:
         ConfigError: the checkpoint belongs to another engine.

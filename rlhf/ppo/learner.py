@@ -90,16 +90,13 @@ class Learner:
             Stopped: a signal came; a checkpoint is written.
         """
         config, checkpoints = self.config, self.job.checkpoints
-        state = checkpoints.restore(self.engine)
-        if state is None:
+        if not self.restore():
             self.first = self.last = self.evaluate(held_out)
-        else:
-            self.load_state_dict(state)
-            if self.bad_steps > config.max_bad_steps:
-                raise ConfigError(
-                    f"ppo.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps had to be skipped, "
-                    f"the last of them step {self.done}. Raise it to go on behind them."
-                )
+        elif self.bad_steps > config.max_bad_steps:
+            raise ConfigError(
+                f"ppo.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps had to be skipped, "
+                f"the last of them step {self.done}. Raise it to go on behind them."
+            )
         batches = prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed)
         with self.job.progress.task("ppo: steps", config.steps) as task, checkpoints.training():
             task.skip(self.done)
@@ -177,8 +174,15 @@ class Learner:
             "best_weights": self.best_weights,
         }  # fmt: skip
 
+    def restore(self) -> bool:
+        """Go on from the newest checkpoint; False without one. Nothing holds on to its file."""
+        state = self.job.checkpoints.restore(self.engine)
+        if state is not None:
+            self.load_state_dict(state)
+        return state is not None
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there. Weights are copied, and by rank 0 alone: they are as large as the model."""
         self.done, self.evaluated = state["done"], state["evaluated"]
         self.bad_steps, self.history = state["bad_steps"], state["history"]
         self.kl.load_state_dict(state["kl"])
@@ -186,7 +190,8 @@ class Learner:
         self.sampling.set_state(state["sampling"])
         self.update.load_state_dict(state["update"])
         self.first, self.last, self.best = (Evaluation(*state[name]) for name in ("first", "last", "best"))
-        self.best_weights = state["best_weights"] if self.compute.is_main else {}
+        kept = state["best_weights"] if self.compute.is_main else {}
+        self.best_weights = {name: value.clone() for name, value in kept.items()}
 
     def step(self, rows: Sequence[PromptRow], step: int) -> dict[str, float]:
         """Roll out, score, learn. What is not finite is not learned from, and counted.

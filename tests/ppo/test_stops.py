@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_job import on_cpu
 from small_ppo import prompts, resumed_learner
 from torch import Tensor
 
@@ -69,6 +70,36 @@ def assert_same_result(one: Learner, other: Learner) -> None:
         for history in (one.history, other.history)
     ]
     assert histories[0] == histories[1]
+
+
+def mapped(name: str) -> bool:
+    """Whether a file of this process's memory is called so."""
+    return any(line.endswith(f"/{name}") for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_no_rank_holds_a_checkpoint_that_it_goes_on_from(tmp_path: Path, tiny_model: Path) -> None:
+    """A policy's best weights are in it: all ranks read the state, and rank 0 alone needs them."""
+    first = learner_in(tmp_path / "first", tiny_model, Length(2), "ppo.steps=4", "ppo.max_bad_steps=0")
+    with pytest.raises(ConfigError, match="1 steps had to be skipped"):
+        train(first)
+
+    during: list[bool] = []
+
+    class Looking(Length):
+        def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+            during.append(mapped("loop.pt") or mapped("optimizer.pt"))
+            return super().__call__(exchanges)
+
+    second = learner_in(tmp_path / "second", tiny_model, Looking(), "ppo.steps=4", "ppo.max_bad_steps=1")
+    state = second.job.checkpoints.restore(second.engine)
+    assert state is not None and mapped("loop.pt")  # not copied into memory
+    second.compute = on_cpu(rank=1, world_size=2)
+    second.load_state_dict(state)
+    assert second.best_weights == {}
+    second.compute = second.job.compute
+    del state
+    train(second)
+    assert second.best_weights and during and not any(during)
 
 
 def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> None:
