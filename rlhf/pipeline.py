@@ -14,6 +14,7 @@ from rich.console import Console
 
 from rlhf.artifacts import Artifact, DamagedError, Recipe, Store, recipe_key
 from rlhf.checkpoint import CheckpointConfig, Checkpointer
+from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.disk import naming
 from rlhf.distributed import Compute
@@ -27,6 +28,7 @@ from rlhf.models.load import BaseModelFiles, base_files, base_identity, fetch_we
 from rlhf.plan.preflight import check_before_loading
 from rlhf.plan.rehearsal import rehearse_rewards
 from rlhf.progress import Progress, clock
+from rlhf.rewards.code import has_changed, imported_code
 from rlhf.run import GateError, GateResult, Run
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
@@ -65,6 +67,21 @@ class Pipeline:
 
         # by rank 0: it may read whole models; now: a missing file is not told after hours of training
         self.model_identity, self.external = compute.main_only(identify)
+        self.import_rewards()
+
+    def import_rewards(self) -> None:
+        """Import users' functions on this rank too, before a stage trains for hours while their files change.
+
+        Raises:
+            ConfigError: the code here is not rank 0's.
+        """
+        for external in self.external.values():
+            for source, digest in external.items():
+                if source.startswith("python:") and imported_code(source)[source] != digest:
+                    raise ConfigError(
+                        f"{source}: rank {self.compute.rank} has other code than rank 0. Start all ranks "
+                        "from the same files, and leave these alone while they start."
+                    )
 
     def run(self) -> None:
         """Run the chain; `results` says how far it came.
@@ -178,6 +195,7 @@ class Pipeline:
         else:
             self.console.print(f"[cyan]{name}[/] runs ({key})", highlight=False)
         self.compute.main_only(lambda: self.check_inputs(stage, artifacts))
+        self.compute.main_only(lambda: self.check_external(stage))
         progress = Progress(self.console)
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
         tracker.begin(scratch)
@@ -258,6 +276,26 @@ class Pipeline:
             loaded.append(self.base)
         for artifact in loaded:
             self.store.verify(artifact, read=True)
+
+    def check_external(self, stage: Stage) -> None:
+        """What lies outside the store is what it was when the key was made of it.
+
+        Raises:
+            ConfigError: it was changed since the run began, hours ago perhaps.
+        """
+        settings, now, before = self.experiment.settings, stage.external(), self.external[stage.name]
+        changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+        if stage.reads_base_model() and settings.model.kind == "local":
+            identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
+            changed += [f"model.path={settings.model.path}"] if identity != self.model_identity else []
+        if changed:
+            raise ConfigError(
+                f"{stage.name}: {', '.join(changed)}: changed since this run began, so its key would not "
+                "tell what it was made from. Nothing was made; the same command takes it as it is now."
+            )
+        for source in now:
+            if source.startswith("python:") and has_changed(source):
+                self.tell(f"{stage.name}: the code of {source} was changed; this run keeps what it imported")
 
     def made_from(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
         """What a stage's inputs hold; the content of the prepared sets is in its recipe."""

@@ -54,9 +54,14 @@ def redacted(value: Any) -> Any:
 
 def redacted_text(text: str) -> str:
     """A text without secrets."""
+    return ASSIGNMENT.sub(_without_value, USER_INFO.sub(PLACEHOLDER, without_environment(text)))
+
+
+def without_environment(text: str) -> str:
+    """A text without the values of variables of the environment whose names say that they are secret."""
     for secret in _environment_secrets():
         text = text.replace(secret, PLACEHOLDER)
-    return ASSIGNMENT.sub(_without_value, USER_INFO.sub(PLACEHOLDER, text))
+    return text
 
 
 def says_secret(key: str) -> bool:

@@ -8,6 +8,7 @@ Writes  comparison.md, comparison.csv and comparison.png; answers.jsonl (one con
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -55,6 +56,8 @@ from rlhf.stage import Stage
 
 PACKAGES = ("bm25s", "rapidfuzz", "matplotlib")
 """Of `pip install -e '.[compare]'`; imported where they are used."""
+SCORING = ("bm25s", "rapidfuzz")
+"""Whose versions decide figures: what is found, and ROUGE-L."""
 WITH_REFERENCE = {"exact_match": exact_match, "answer_found": answer_found, "rouge_l": rouge_l}
 """What an answer is worth beside its reference."""
 
@@ -164,7 +167,8 @@ class CompareStage(Stage):
         elsewhere = {
             name: content_digest(tuned_artifact(name)) for name in self.artifacts if name not in POLICY_STAGES
         }
-        return digests | elsewhere | reward_digest(self.reward) | {"machine": hardware()}
+        versions = {name: importlib.metadata.version(name) for name in SCORING}
+        return digests | elsewhere | reward_digest(self.reward) | versions | {"machine": hardware()}
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions

@@ -184,8 +184,8 @@ def test_a_reward_model_with_another_tokenizer_may_score(chain: Chain, foreign_r
     ("reward", "words"),
     [
         ("python:no.such.module:f", ["no.such.module", "PYTHONPATH"]),
-        (f"python:{__name__}:nothing", ["nothing", "PYTHONPATH"]),
         (f"python:{__name__}:one_for_all", ["returned shape (1,) for 2 responses"]),
+        (f"python:{__name__}:nothing", ["nothing", "Name a function"]),
         ("model:nowhere", ["model:nowhere: no config.json"]),
     ],
 )

@@ -247,7 +247,8 @@ def base_identity(
         weights: whether a directory must have some.
         memory: where a directory's digests are remembered, as `Store.memory`; else all of it is read.
     """
-    choices = [config.chat_template and resolve_template(config.chat_template), config.attention]
+    template = config.chat_template and resolve_template(config.chat_template)
+    choices = [template, config.attention, config.trust_remote_code]
     if config.kind == "embedded":
         return digest_of([EMBEDDED_PACKAGE, _embedded_version(), *choices])
     if config.kind == "tiny":

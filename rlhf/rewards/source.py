@@ -5,9 +5,10 @@ A reward is a callable from exchanges to one fp32 score each, on the CPU; higher
 
 from __future__ import annotations
 
+import importlib.metadata
+import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, NamedTuple
 from urllib.parse import urlsplit
@@ -16,10 +17,12 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from rlhf.artifacts import directory_digest, file_digest
+from rlhf.artifacts import digest_of, directory_digest
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
 from rlhf.models.scalar import check_score_head
+from rlhf.rewards.code import imported_code
+from rlhf.secrets import USER_INFO, redacted, without_environment
 
 
 class Exchange(NamedTuple):
@@ -66,12 +69,11 @@ def function_reward(source: str) -> Reward:
         ConfigError: it cannot be imported.
     """
     _, module, name = source.split(":", 2)
+    imported_code(source)
     try:
-        function: UserFunction = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{source}: {error}. The module must be importable: installed, or in a directory on PYTHONPATH."
-        ) from None
+        function: UserFunction = getattr(sys.modules[module], name)
+    except AttributeError as error:
+        raise ConfigError(f"{source}: {error}. Name a function of that module.") from None
 
     def score(exchanges: Sequence[Exchange]) -> Tensor:
         prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
@@ -94,7 +96,8 @@ def function_reward(source: str) -> Reward:
 
 
 def reward_digest(source: str | None) -> dict[str, str]:
-    """What a user's own model or code holds, by its name: part of the key of all that it scored.
+    """What decides the scores beside the reward stage's model, by its name: part of the key of all that it
+    scored. A directory's content, a function's code as it was imported, a scorer's version, a server's URL.
 
     Raises:
         ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
@@ -107,8 +110,14 @@ def reward_digest(source: str | None) -> dict[str, str]:
         return {source: directory_digest(directory)}
     if source is not None and source.startswith("python:"):
         function_reward(source)
-        code = import_module(source.split(":")[1]).__file__
-        return {source: file_digest(Path(code))} if code else {}
+        return imported_code(source)
+    if source is not None and source.startswith(("http:", "https:")):
+        # whole, but for what the environment calls a secret: ?key=A and ?key=B may be two rewards, and both
+        # are written down as ?key=<redacted>
+        digest = digest_of(USER_INFO.sub("", without_environment(source)))
+        return {f"{redacted(source.partition('?')[0])} ({digest[:8]})": digest}
+    if source == "vader":
+        return {"vaderSentiment": importlib.metadata.version("vaderSentiment")}
     return {}
 
 

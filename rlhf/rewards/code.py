@@ -1,0 +1,123 @@
+"""What decides the scores of a user's function: the code that was imported, and the versions of the rest."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from rlhf.artifacts import digest_of, file_digest
+from rlhf.config import ConfigError
+from rlhf.lineage import PACKAGES
+
+INSTALLED = {"site-packages", "dist-packages"}
+"""Folders whose code has a version; all other code is known by its bytes."""
+
+_imported: dict[str, tuple[ModuleType, dict[str, str]]] = {}
+"""Module -> itself, and `code_on_disk` as it was imported."""
+
+
+def imported_code(source: str) -> dict[str, str]:
+    """Import `python:MODULE:FUNCTION`, and say what code that is: as it was imported, whatever the files hold
+    later.
+
+    Returns:
+        See `code_on_disk`.
+
+    Raises:
+        ConfigError: it cannot be imported, or its files change meanwhile.
+    """
+    name = source.split(":")[1]
+    known = _imported.get(name)
+    if known is not None and known[0] is sys.modules.get(name):
+        return _named(source, known[1])
+    try:
+        before = code_on_disk(name)
+        module = import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{source}: {error}. The module must be importable: installed, or in a directory on PYTHONPATH."
+        ) from None
+    if code_on_disk(name) != before:
+        raise ConfigError(f"{source}: its code changed while it was imported. Run the same command again.")
+    _imported[name] = (module, before)
+    return _named(source, before)
+
+
+def has_changed(source: str) -> bool:
+    """Whether the files of `python:MODULE:FUNCTION` are others than those that were imported."""
+    return imported_code(source) != _named(source, code_on_disk(source.split(":")[1]))
+
+
+def _named(source: str, found: dict[str, str]) -> dict[str, str]:
+    return {source if name == "" else name: value for name, value in found.items()}
+
+
+def code_on_disk(module: str) -> dict[str, str]:
+    """What decides what a module does, as far as its code tells.
+
+    Its own top-level module or package, every module in it, and all that these import and is not installed:
+    by their bytes. What is installed: by its version. Not the standard library, this project, and what its
+    chain stands on, whose versions are in every manifest (torch, transformers, ...).
+
+    Returns:
+        "" -> a digest of the files; distribution -> its version.
+    """
+    waiting, seen = [module.partition(".")[0]], {"rlhf", *sys.stdlib_module_names}
+    files: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        folder, paths = _files_of(name)
+        if INSTALLED & {*folder.parts}:
+            distributions = set(_distributions().get(name, ())) - {*PACKAGES}
+            versions |= {each: importlib.metadata.version(each) for each in distributions}
+            continue
+        for path in paths:
+            files[f"{name}: {path.relative_to(folder)}"] = file_digest(path)
+            waiting += _imports(path)
+    return {"": digest_of(files), **versions}
+
+
+@cache
+def _distributions() -> dict[str, list[str]]:
+    return {name: [*found] for name, found in importlib.metadata.packages_distributions().items()}
+
+
+def _files_of(name: str) -> tuple[Path, list[Path]]:
+    """The code of a top-level module or package, and the folder that it lies in; none of what cannot be
+    imported, such as an optional package."""
+    try:
+        spec = find_spec(name)
+    except ValueError:  # such as __main__
+        spec = None
+    if spec is None:
+        return Path(), []
+    if spec.submodule_search_locations is None:
+        path = Path(spec.origin or "")
+        return path.parent, [path] if path.is_file() else []
+    (folder, *_) = [Path(each) for each in spec.submodule_search_locations] or [Path()]
+    paths = (path for path in folder.rglob("*") if path.suffix in (".py", ".so"))
+    return folder, sorted(path for path in paths if not INSTALLED & {*path.relative_to(folder).parts})
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """The top-level names that a file imports, wherever in it; relative ones are of its own package."""
+    try:
+        tree = ast.parse(path.read_bytes()) if path.suffix == ".py" else None
+    except (SyntaxError, ValueError):  # then nothing has imported it
+        return
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
