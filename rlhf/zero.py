@@ -23,6 +23,8 @@ from rlhf.engine import Engine, Groups
 from rlhf.training import ClippedAdamW, parameter_group
 
 TAG, UNIVERSAL = "zero", "zero_universal"
+BUCKET_ELEMENTS = 5 * 10**8
+"""Gradients that are sent together, at most: DeepSpeed's default. It holds a buffer of that size."""
 
 
 class ZeroEngine(Engine):
@@ -35,7 +37,8 @@ class ZeroEngine(Engine):
         self._client = ClippedAdamW(
             [parameter_group(parameters, config) for parameters, config in groups], compute.global_sum
         )
-        config = zero_config(compute) | {"checkpoint": {"load_universal": universal}}
+        trained = sum(weight.numel() for group in self._client.param_groups for weight in group["params"])
+        config = zero_config(compute, trained) | {"checkpoint": {"load_universal": universal}}
         if in_turns:  # it would gather what the last pass used, and throw it away
             config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
         self._universal = universal
@@ -137,12 +140,13 @@ class ZeroEngine(Engine):
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
 
 
-def zero_config(compute: Compute) -> dict[str, Any]:
-    """DeepSpeed's configuration for `zero=`."""
+def zero_config(compute: Compute, trained: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `zero=`, of so many parameters that train."""
     stage = int(compute.zero.removeprefix("zero")[0])
     zero: dict[str, Any] = {
         "stage": stage,
         "sub_group_size": 10**12,  # one group of parameters is one group to clip
+        "reduce_bucket_size": min(BUCKET_ELEMENTS, trained),  # its buffer is there whatever the model's size
     }
     if compute.zero == "zero3_offload":
         on_host = {"device": "cpu", "pin_memory": compute.device.type == "cuda"}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.data.prepared import Lengths
 from rlhf.plan.demand import Demand, Worker, exactly, joined
-from rlhf.plan.memory import Phase, frozen_weights, logits, reading, sampling
+from rlhf.plan.memory import Phase, beside_vllm, frozen_weights, logits, reading, sampling
 from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import Setting
 
@@ -80,4 +80,4 @@ def answering_demand(
         ),
     ]  # fmt: skip
     longest = added + max([length.longest, *(each.longest for each in others if added)])
-    return Demand(phases, work, longest=longest, sampled=length.longest)
+    return Demand(beside_vllm(on, phases), work, longest=longest, sampled=length.longest)

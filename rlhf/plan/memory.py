@@ -8,7 +8,7 @@ behind virtual tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from rlhf.config import PeftConfig
 from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import GIB, Setting
 from rlhf.plan.shape import Shape
+from rlhf.zero import BUCKET_ELEMENTS
 
 Kind = Literal["weights", "gradients", "optimizer", "activations", "logits", "KV cache"]
 HEAD_CHUNK = 256
@@ -27,6 +28,8 @@ CACHE_ROOM = 64
 LIVE_ELEMENTS = 10**9
 """DeepSpeed's stage3_max_live_parameters: gathered weights stay until there are so many."""
 FP32 = 4
+LOADING = "loading"
+"""The first phase of a stage that trains."""
 
 
 class Part(NamedTuple):
@@ -110,17 +113,43 @@ class Trained:
         how = f"{billions(self.parameters)} trained x (4 master + 4 + 4 moments) B{over(share)}"
         return Part("optimizer", 3 * FP32 * self.parameters / share, how, on.zero == "zero3_offload")
 
-    def gradients(self, *, passes: int, at_step: bool = False) -> Part:
-        """fp32; of a single pass in the model's precision, until the optimizer steps."""
+    def buffers(self) -> Iterator[Part]:
+        """What DeepSpeed's stage 3 holds for gradients from its beginning to its end, whether it learns or
+        not: this rank's share of them, with offloading once more beside the masters, and the bucket."""
         on, count = self.on, self.parameters
+        if on.zero not in ("zero3", "zero3_offload"):
+            return
+        offloads = on.zero == "zero3_offload"
+        times = 2 if offloads else 1
+        how = f"ZeRO-3's: {billions(count)} trained x {times * FP32} B{over(on.ranks)}"
+        yield Part("gradients", times * FP32 * count / on.ranks, how, offloads)
+        yield self._bucket("DeepSpeed's bucket")
+
+    def _bucket(self, name: str) -> Part:
+        count = min(BUCKET_ELEMENTS, self.parameters)
+        return Part("gradients", FP32 * count, f"{name}: {billions(count)} x {FP32} B")
+
+    def gradients(self, *, passes: int, at_step: bool = False) -> Iterator[Part]:
+        """Beside `buffers`: fp32; of a single pass in the model's precision, until the optimizer steps."""
+        on, count = self.on, self.parameters
+        if on.zero in ("zero3", "zero3_offload"):
+            if not at_step:
+                yield self._bucket("the bucket as it is sent")
+            elif on.zero == "zero3":
+                largest = count / self.models
+                how = f"laid end to end: {billions(largest)} x {FP32} B{over(on.ranks)}"
+                yield Part("gradients", FP32 * largest / on.ranks, how)
+            return
+        if on.zero in ("zero1", "zero2") and not at_step:
+            yield self._bucket("DeepSpeed's bucket")
         share = on.ranks if on.zero not in ("none", "zero1") else 1
         if passes == 1 and not at_step and on.zero == "none":
             # they come while activations go; when all of these are there, the output layer's, of two chunks
             count = 2 * on.shape.head if METHODS[self.peft.method].keeps == "all" else count
             how = f"{billions(count)} x {on.dtype_bytes} B, while all activations are there"
-            return Part("gradients", on.dtype_bytes * count, how)
-        how = f"{billions(count)} trained x {FP32} B{over(share)}"
-        return Part("gradients", FP32 * count / share, how, on.zero == "zero3_offload")
+            yield Part("gradients", on.dtype_bytes * count, how)
+            return
+        yield Part("gradients", FP32 * count / share, f"{billions(count)} trained x {FP32} B{over(share)}")
 
 
 def weight_bytes(on: Setting, method: str = "none", *, is_scalar: bool = False) -> float:
@@ -158,7 +187,7 @@ def loading(on: Setting, trained: Trained, *others: Part) -> Phase:
     parts = [Part("weights", size, f"{trained.weight_sets} whole models", on.zero == "fsdp2"), *others]
     if not on.on_cpu and on.zero != "fsdp2":
         parts.append(Part("weights", weight_bytes(on), "the one that is being read", True))
-    return Phase("loading", parts)
+    return Phase(LOADING, parts)
 
 
 def activations(
@@ -284,9 +313,7 @@ def sampling(
     shape, b = on.shape, on.dtype_bytes
     if gathers:
         yield Part("weights", weight_bytes(on), "gathered for sampling")
-    if on.vllm is not None:
-        yield Part("weights", weight_bytes(on), f"vLLM's own: {billions(shape.parameters)} x {b} B")
-        yield Part("KV cache", on.vllm.kv_cache_gib * GIB, "vllm.kv_cache_gib")
+    if on.vllm is not None:  # see beside_vllm
         return
     if folds:
         yield folded(on)
@@ -299,6 +326,23 @@ def sampling(
     each = b + 4 * FP32
     yield Part("logits", rows * shape.vocabulary * each, f"{rows:.0f} rows x {shape.vocabulary} x {each} B")
     yield reading(on, min(rows * prompt, max(READ_TOKENS, prompt)))
+
+
+def beside_vllm(on: Setting, phases: Sequence[Phase]) -> list[Phase]:
+    """The phases of a stage that samples, each with what vLLM holds from its first use to the end of the run:
+    a copy of the weights and its cache. While models are loaded it is there if an earlier stage has sampled.
+    """
+    if on.vllm is None:
+        return list(phases)
+    how = f"vLLM's own: {billions(on.shape.parameters)} x {on.dtype_bytes} B"
+    held = [
+        Part("weights", weight_bytes(on), how),
+        Part("KV cache", on.vllm.kv_cache_gib * GIB, "vllm.kv_cache_gib"),
+    ]
+    return [
+        phase if phase.name == LOADING and not on.has_sampled else Phase(phase.name, [*phase.parts, *held])
+        for phase in phases
+    ]
 
 
 def folded(on: Setting) -> Part:

@@ -170,11 +170,11 @@ def preflight(
     Args:
         begun: bytes of a stage's checkpoints that are there already.
     """
-    demands = {stage.name: stage.demand(on, chain) for stage in stages}
+    demands: dict[str, Demand] = {}
     refused: list[str] = []
     warned: list[str] = []
     for stage in stages:
-        demand = demands[stage.name]
+        demand = demands[stage.name] = stage.demand(on, chain)
         refused += context_complaints(stage, demand, on)
         if not demand.phases:
             continue
@@ -183,6 +183,7 @@ def preflight(
             refused.append(f"{said(stage, demand, on)} {advice(stage, chain, on)}")
         elif need > 1.0:
             warned.append(said(stage, demand, on))
+        on = replace(on, has_sampled=on.has_sampled or stage.samples)
     refused += disk_complaints(demands, store, checkpoints, begun)
     return Checked(demands, refused, warned)
 

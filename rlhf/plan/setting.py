@@ -44,6 +44,8 @@ class Setting:
     sizes: Sizes
     vllm: VllmConfig | None = None
     """Where vLLM samples."""
+    has_sampled: bool = False
+    """An earlier stage of the run has, so that vLLM's memory is taken from the beginning on."""
     pads: bool = False
     """Rows are padded to the longest of a pass, not laid end to end."""
 

@@ -48,13 +48,13 @@ def training_demand(
     trained = Trained(on, peft, scalars=0 if has_logits else 1)
     tokens = on.pass_tokens(batch_rows, train, micro_batch_tokens)
     passes = on.passes(batch_rows, train, micro_batch_tokens)
-    states = [*trained.weights("model"), trained.optimizer()]
+    states = [*trained.weights("model"), trained.optimizer(), *trained.buffers()]
     graph = activations(on, tokens, longest, peft, checkpointing=checkpointing)
     heads = [logits(on, learns=True)] if has_logits and train.rows else []
     phases = [
         loading(on, trained),
-        Phase("forward and backward", [*states, trained.gradients(passes=passes), graph, *heads]),
-        Phase("optimizer step", [*states, trained.gradients(passes=passes, at_step=True)]),
+        Phase("forward and backward", [*states, *trained.gradients(passes=passes), graph, *heads]),
+        Phase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
         Phase("publishing", [*states, *published(on, trained.parameters, is_scalar=not has_logits)]),
     ]
     if held_out.rows:

@@ -16,6 +16,7 @@ from rlhf.plan.memory import (
     Phase,
     Trained,
     activations,
+    beside_vllm,
     folded,
     frozen_weights,
     loading,
@@ -58,7 +59,7 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
     critic = scorer if scorer is not None and critic_on_reward else on
     sets = 1 + (critic_on_reward if shares else 1)
     trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)
-    states = [*trained.weights("policy and critic"), trained.optimizer()]
+    states = [*trained.weights("policy and critic"), trained.optimizer(), *trained.buffers()]
     if not shares:
         states.append(frozen_weights(on, "reference", config.frozen))
     others = []
@@ -94,12 +95,12 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
         Phase("sampling", [*states, *decoding]),
         Phase("reward model", [*states, *([folded(on)] if folds else []), reading(scorer or on, scored)]),
         Phase("reference", [*states, reading(on, scored), logits(on, learns=False)]),
-        Phase("learning", [*states, trained.gradients(passes=passes), kept, *mix, logits(on, learns=True)]),
-        Phase("optimizer step", [*states, trained.gradients(passes=passes, at_step=True)]),
+        Phase("learning", [*states, *trained.gradients(passes=passes), kept, *mix, logits(on, learns=True)]),
+        Phase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
         Phase("publishing", [*states, *published(on, trained.of_one)]),
     ]
     return Demand(
-        phases, ppo_work(config, on, scorer, critic, trained, once=once),
+        beside_vllm(on, phases), ppo_work(config, on, scorer, critic, trained, once=once),
         artifact=artifact_bytes(on, config.peft),
         checkpoint=3 * FP32 * trained.parameters + best + average,
         longest=length.longest + METHODS[config.peft.method].added_tokens(on.shape, config.peft),

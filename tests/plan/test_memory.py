@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from statistics import fmean, pstdev
 
 import pytest
@@ -148,7 +153,8 @@ def test_what_is_sharded(zero: Zero, weights: float, gradients: float, optimizer
     trained = Trained(setting(zero, ranks=4), FULL)
     count = trained.parameters
     assert sum(part.size for part in trained.weights("model")) == pytest.approx(weights * count)
-    assert trained.gradients(passes=2).size == pytest.approx(gradients * count)
+    parts = [*trained.buffers(), *trained.gradients(passes=2)]
+    assert sum(part.size for part in parts if "bucket" not in part.how) == pytest.approx(gradients * count)
     assert trained.optimizer().size == pytest.approx(optimizer * count)
 
 
@@ -161,8 +167,73 @@ def test_layers_that_train_are_the_models_own() -> None:
 
 def test_offloading_leaves_on_the_device_what_is_gathered() -> None:
     trained = Trained(setting("zero3_offload", ranks=2, kind="cuda"), FULL)
-    parts = [*trained.weights("model"), trained.optimizer(), trained.gradients(passes=2)]
-    assert [part.on_host for part in parts] == [True, False, True, True]
+    parts = [*trained.weights("model"), trained.optimizer(), *trained.buffers(), *trained.gradients(passes=2)]
+    assert [part.on_host for part in parts] == [True, False, True, True, False, False]
+
+
+HOLDING = """
+import json, os, sys
+import torch
+from rlhf.config import OptimConfig
+from rlhf.distributed import make_compute
+from rlhf.engine import make_engine
+from rlhf.training import ClippedAdamW
+from torch import nn
+
+compute, _ = make_compute("cpu", "fp32", sys.argv[1], timeout=100)
+optim = OptimConfig(lr=1e-3, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1.0)
+model = nn.Sequential(nn.Linear(300, 400, bias=False), nn.Linear(400, 300, bias=False))
+engine = make_engine(model, [(layer.parameters(), optim) for layer in model], compute)
+optimizer, held = engine._engine.optimizer, {}
+
+def gradients():
+    flat = [master.grad for master in optimizer.fp32_partitioned_groups_flat]
+    tensors = [optimizer.grad_partitions_flat_buffer, *(each for each in flat if each is not None)]
+    buckets = [bucket.buffer for bucket in optimizer.ipg_buckets.values()]
+    found = {"own": tensors, "bucket": buckets}
+    return {name: sum(each.nbytes for each in tensors) for name, tensors in found.items()}
+
+step = ClippedAdamW.step
+
+def spy(self, *arguments, **options):
+    held.setdefault("stepping", gradients())
+    return step(self, *arguments, **options)
+
+ClippedAdamW.step = spy
+held["waiting"] = gradients()
+for last in (False, True):
+    engine.backward(engine.model(torch.ones(1, 300)).sum(), last=last)
+engine.step()
+held["again"] = gradients()
+if compute.is_main:
+    print(json.dumps(held))
+    sys.stdout.flush()
+compute.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero3", "zero3_offload"])
+def test_deepspeed_holds_the_gradients_that_are_predicted(tmp_path: Path, zero: Zero) -> None:
+    (tmp_path / "holding.py").write_text(HOLDING)
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "holding.py", zero]
+    done = subprocess.run(
+        [sys.executable, *run], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")] or [done.stderr]
+    held = json.loads(line)
+    count = 2 * 300 * 400  # two groups, as policy and critic
+
+    class Two(Trained):
+        parameters = count
+
+    trained = Two(setting(zero, ranks=2, dtype_bytes=4), FULL, models=2)
+    own, bucket = trained.buffers()
+    assert held["waiting"] == held["again"] == {"own": own.size, "bucket": bucket.size}
+    stepping = sum(part.size for part in trained.gradients(passes=2, at_step=True))
+    assert held["stepping"] == {"own": own.size + stepping, "bucket": bucket.size}
 
 
 def test_the_largest_pass_is_within_the_budget_but_holds_the_longest_row() -> None:

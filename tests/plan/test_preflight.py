@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from small_chain import Chain, Outcome
 from small_families import family
 from small_job import on_cpu
-from small_plan import NO_CHECKPOINTS, check, experiment, gpus
+from small_plan import EIGHT, GIB, NO_CHECKPOINTS, check, experiment, gpus
 from transformers import (
     GPT2Config,
     MambaConfig,
@@ -33,6 +34,7 @@ from rlhf.plan.preflight import (
     check_before_loading,
     check_tunes,
     disk_complaints,
+    preflight,
 )
 from rlhf.plan.shape import UnknownShapeError, shape_of, skeleton
 
@@ -64,6 +66,32 @@ def test_what_vllm_may_not_sample_is_told_before_anything_is_trained(tmp_path: P
     assert line.endswith("are 940 tokens, and vllm.max_model_len=920. Use 940 or more.")
     assert not check(tmp_path, on, stage, "stage=generate", "generate.max_new_tokens=20").refused
     assert not check(tmp_path, replace(on, vllm=None), stage, "stage=generate").refused
+
+
+def test_what_vllm_holds_stays_until_the_run_ends(tmp_path: Path) -> None:
+    vllm = VllmConfig(kv_cache_gib=3.0, max_num_seqs=8, max_model_len=None, enforce_eager=True)
+    on, found = replace(gpus(8000), vllm=vllm), experiment("stage=evaluate", "sft.peft=none")
+    stages = [found.stages[name] for name in ("sft", "generate", "ppo", "evaluate")]
+
+    def held(demands: Mapping[str, Demand]) -> dict[str, set[str]]:
+        """Stage -> the phases that have vLLM's copy of the weights and its cache."""
+        whole = {"vLLM's own: 8.19e9 x 2 B", "vllm.kv_cache_gib"}
+        return {
+            name: {phase.name for phase in demand.phases if whole <= {part.how for part in phase.parts}}
+            for name, demand in demands.items()
+        }
+
+    together = preflight(stages, found.stages, on, tmp_path, NO_CHECKPOINTS, dict.fromkeys(found.stages, 0.0))
+    every = {name: {phase.name for phase in demand.phases} for name, demand in together.demands.items()}
+    assert held(together.demands) == every | {"sft": set()}
+    alone = check(tmp_path, on, "ppo").demands
+    assert held(alone) == {"ppo": every["ppo"] - {"loading"}}
+    (without,) = check(tmp_path, gpus(8000), "ppo").demands.values()
+    (learning,), (bare,) = (
+        [phase.size() for phase in demand.phases if phase.name == "learning"]
+        for demand in (alone["ppo"], without)
+    )
+    assert learning - bare == 2 * EIGHT.parameters + 3 * GIB
 
 
 def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> None:
