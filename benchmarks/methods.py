@@ -24,8 +24,6 @@ RATES = {
     "none": 1e-4, "lora": 1e-3, "dora": 1e-3, "qlora": 1e-3, "ia3": 1e-2, "freeze": 1e-4, "adapter": 1e-3,
     "prefix": 1e-2, "prompt": 1e-2, "p_tuning": 1e-2,
 }  # fmt: skip
-NOT_ITS_REFERENCE = ("qlora", "prefix", "prompt", "p_tuning")
-"""Policies that differ from their reference before the first step."""
 START = ("sft.peft=lora", "sft.optim.lr=1e-3", "sft.epochs=0.25")
 """The SFT model that reward model and policy start from."""
 PAIRS = "reward.pairs={samples: pairs, limit: 256}"
@@ -52,8 +50,6 @@ def overrides(stage: str, method: str) -> list[str]:
         return [*COMMON, *own, "sft.epochs=0.25"]
     if stage == "ppo":
         own.append(f"ppo.critic.optim.lr={RATES[method]:g}")
-    if stage == "ppo" and method in NOT_ITS_REFERENCE:
-        own.append("ppo.gates.first_kl=null")
     return [*COMMON, *START, *own]
 
 

@@ -50,7 +50,9 @@ def rows(
         if Bound in found:
             yield row(key, "" if value else value, *shared)
             for gate, bound in value.items():
-                yield row(f"{key}.{gate}", {k: v for k, v in bound.items() if k != "advice"}, bound["advice"])
+                yield row(
+                    f"{key}.{gate}", {k: v for k, v in bound.items() if k in ("min", "max")}, bound["advice"]
+                )
         elif shared:
             yield row(key, value, f"{meaning} {shared[0]}")
         elif found and get_origin(found[0]) is not Literal:

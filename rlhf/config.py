@@ -53,7 +53,9 @@ class Strict(BaseModel):
 class Bound(Strict):
     """The range a stage's summary metric must lie in, and what to try when it does not.
 
-    Checked after every run and every reuse; `STAGE.gates.METRIC=null` turns it off.
+    Checked after every run and every reuse; `STAGE.gates.METRIC=null` turns it off. A metric that was
+    measured on a sample of rows has a 95% interval: the gate passes where the whole interval lies in the
+    range, fails where none of it does, and cannot tell in between; then the run goes on.
     """
 
     min: float | None = None
@@ -62,6 +64,8 @@ class Bound(Strict):
     """The most that passes; null for no bound."""
     advice: str
     """What to try when it fails; the run says it."""
+    rows: str | None = None
+    """What gives the metric more rows; the run says it when the gate cannot tell."""
 
     def holds(self, value: float) -> bool:
         """Whether value lies in the range; NaN never does."""

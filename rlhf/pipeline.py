@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from filelock import Timeout
 from rich.console import Console
+from rich.markup import escape
 
 from rlhf.artifacts import Artifact, DamagedError, Recipe, Store, recipe_key
 from rlhf.checkpoint import CheckpointConfig, Checkpointer
@@ -18,6 +19,7 @@ from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.disk import naming
 from rlhf.distributed import Compute
+from rlhf.evaluation.sampled import Sampled
 from rlhf.experiment import Experiment
 from rlhf.generation.vllm import Vllm
 from rlhf.interrupt import StopSignals
@@ -371,24 +373,29 @@ class Pipeline:
 
     def check_gates(self, name: str, artifact: Artifact) -> None:
         """Compare the stage's summary with its bounds."""
-        run, stage = self.results, self.experiment.stages[name]
-        bounds = {metric: bound for metric, bound in stage.gates.items() if bound is not None}
-        for metric, why in stage.not_measured().items():
-            if bounds.pop(metric, None):
-                self.console.print(f"Gate {metric} does not apply: {why}.", highlight=False)
+        run, stage, metrics = self.results, self.experiment.stages[name], artifact.manifest.metrics
+        not_checked = stage.not_checked()
         results = [
-            GateResult(name, metric, artifact.manifest.metrics.get(metric, float("nan")), bound)
-            for metric, bound in bounds.items()
-        ]
+            GateResult(
+                name, metric, metrics.get(metric, float("nan")), bound, Sampled.found(metric, metrics),
+                not_checked.get(metric),
+            )
+            for metric, bound in stage.gates.items()
+            if bound is not None
+        ]  # fmt: skip
         run.gates += results
         run.write()
-        failed = [result for result in results if not result.passed]
-        if not failed:
-            return
-        if self.experiment.settings.gates == "enforce":
+        failed = [result for result in results if result.outcome == "failed"]
+        if failed and self.experiment.settings.gates == "enforce":
             raise GateError("\n".join(f"Gate failed: {result}" for result in failed))
-        for result in failed:
-            self.console.print(f"[yellow]Gate failed, going on (gates=warn):[/] {result}", highlight=False)
+        words = {"failed": "Gate failed, going on (gates=warn)", "cannot tell": "Gate cannot tell, going on"}
+        for result in results:
+            if result.outcome in words:
+                told = f"[yellow]{words[result.outcome]}:[/] {escape(str(result))}"
+                self.console.print(told, highlight=False)
+            if result.outcome == "not checked":
+                told = f"Gate {result.name} does not apply: {result.not_checked}."
+                self.console.print(told, highlight=False, markup=False)
 
     @contextmanager
     def locked(self, name: str, key: str) -> Iterator[None]:

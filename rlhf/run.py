@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from rlhf.artifacts import Artifact
 from rlhf.config import Bound, ConfigError
 from rlhf.disk import naming
+from rlhf.evaluation.sampled import Sampled
 from rlhf.secrets import redacted
+
+GateOutcome = Literal["passed", "failed", "cannot tell", "not checked"]
 
 
 @dataclass(frozen=True)
@@ -27,24 +30,87 @@ class GateResult:
     name: str
     value: float
     bound: Bound
+    sampled: Sampled | None = None
+    """The value with its interval, where it was measured on a sample of rows."""
+    not_checked: str | None = None
+    """Why the bound does not apply here."""
 
     @property
-    def passed(self) -> bool:
-        """Whether the value lies within the bound."""
-        return self.bound.holds(self.value)
+    def outcome(self) -> GateOutcome:
+        """Whether the value, or its whole interval, lies within the bound, or none of it, or neither."""
+        if self.not_checked is not None:
+            return "not checked"
+        sampled, bound = self.sampled, self.bound
+        if sampled is None or (math.isnan(self.value) and sampled.rows):
+            return "passed" if bound.holds(self.value) else "failed"
+        if bound.holds(sampled.low) and bound.holds(sampled.high):
+            return "passed"
+        is_below = bound.min is not None and sampled.high < bound.min
+        is_above = bound.max is not None and sampled.low > bound.max
+        return "failed" if is_below or is_above else "cannot tell"
+
+    @property
+    def more_rows(self) -> int | None:
+        """About how many rows more would tell, if the value stays what it is: an interval's width goes with
+        the root of its rows. None where that is not known: one row, or a value that lies on the bound."""
+        if self.outcome != "cannot tell" or self.sampled is None:
+            return None
+        half = (self.sampled.high - self.sampled.low) / 2
+        bounds = (bound for bound in (self.bound.min, self.bound.max) if bound is not None)
+        distance = min(abs(self.value - bound) for bound in bounds)
+        if not math.isfinite(half) or not distance > 0:
+            return None
+        return max(1, math.ceil(self.sampled.rows * ((half / distance) ** 2 - 1)))
+
+    @property
+    def advice(self) -> str:
+        """What to do about it, as a sentence; empty where there is nothing to do."""
+        if self.outcome == "failed":
+            return f"Try: {self.bound.advice}."
+        if self.outcome == "not checked":
+            return f"Does not apply: {self.not_checked}."
+        if self.outcome == "passed":
+            return ""
+        where = f" ({self.bound.rows})" if self.bound.rows else ""
+        if self.more_rows is not None:
+            return f"About {two_digits(self.more_rows):,} more rows like these would tell{where}."
+        if self.sampled is not None and self.sampled.rows < 2:
+            return f"That takes more than one row{where}."
+        return "The figure lies on the bound: no number of rows would tell."
 
     def as_json(self) -> dict[str, Any]:
         """Its entry in summary.json; a value that is not finite becomes null."""
+        sampled = self.sampled
         return {
             "stage": self.stage,
             "name": self.name,
             "value": _finite(self.value),
+            "low": _finite(sampled.low) if sampled else None,
+            "high": _finite(sampled.high) if sampled else None,
+            "rows": sampled.rows if sampled else None,
             "bound": str(self.bound),
-            "passed": self.passed,
+            "outcome": self.outcome,
+            "passed": self.outcome == "passed",
+            "more_rows": self.more_rows,
+            "advice": self.advice,
         }
 
+    @property
+    def figure(self) -> str:
+        """The value, its interval and its rows."""
+        if self.sampled is None:
+            return "-" if self.not_checked and math.isnan(self.value) else f"{self.value:.4g}"
+        _, low, high, rows = self.sampled
+        return f"{self.value:.4g} (95%: {low:.4g} to {high:.4g}, {rows:,} rows)"
+
     def __str__(self) -> str:
-        return f"{self.stage}: {self.name} = {self.value:.4g}, wanted {self.bound}. Try: {self.bound.advice}."
+        return f"{self.stage}: {self.name} = {self.figure}, wanted {self.bound}. {self.advice}".rstrip()
+
+
+def two_digits(count: int) -> int:
+    """Rounded up: more digits would claim to know more than an estimate does."""
+    unit: int = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
 
 
 class GateError(Exception):

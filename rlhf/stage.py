@@ -90,10 +90,6 @@ class Stage(Strict, ABC):
         """Which parameters it trains; None where it trains none."""
         return None
 
-    def not_measured(self) -> dict[str, str]:
-        """Gates whose metric these knobs leave out, and why: they are not checked, and the run says so."""
-        return {}
-
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Refuse what does not fit together with the other stages' knobs.
 
@@ -116,6 +112,10 @@ class Stage(Strict, ABC):
         Raises:
             ConfigError: with what they can.
         """
+
+    def not_checked(self) -> dict[str, str]:
+        """Gates that do not apply with these knobs, and why: they are not checked, and the run says so."""
+        return {}
 
     def external(self) -> dict[str, str]:
         """Digests of what lies outside the store and decides the result (data files)."""

@@ -162,7 +162,7 @@ def outcome_of(code: int, summary: Mapping[str, Any]) -> Outcome:
     word = "stopped" if code in (STOPPED, INTERRUPTED) else "failed"
     at = [name for name, stage in stages.items() if stage["status"] == word]
     if code == GATE_FAILED:
-        at = [f"{gate['stage']}: gate {gate['name']}" for gate in gates if not gate["passed"]]
+        at = [f"{gate['stage']}: gate {gate['name']}" for gate in gates if gate["outcome"] == "failed"]
     return Outcome(
         code=code,
         status="done" if code == DONE else " in ".join([word, *at[:1]]),

@@ -25,7 +25,6 @@ from pydantic import (
     PrivateAttr,
     model_validator,
 )
-from torch import Tensor
 
 from rlhf.compare.asking import Answers, answer_one_by_one, make_asking
 from rlhf.compare.cost import break_even, cost_of, model_bytes
@@ -39,8 +38,9 @@ from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import TRAINING_ROLES, Role
 from rlhf.data.sources import SourceConfig
-from rlhf.evaluation.comparison import bootstrap_interval, wins
-from rlhf.evaluation.references import answer_loss
+from rlhf.evaluation.comparison import wins
+from rlhf.evaluation.intervals import mean, ratio, share
+from rlhf.evaluation.references import answer_losses
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.lineage import content_digest, hardware
@@ -74,7 +74,7 @@ class CompareStage(Stage):
     name: ClassVar[str] = "compare"
     samples: ClassVar[bool] = True
     is_timed: ClassVar[bool] = True
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     in_chain: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
 
@@ -104,8 +104,6 @@ class CompareStage(Stage):
     """A longer answer is cut off."""
     temperature: NonNegativeFloat
     """0 takes the likeliest token each time."""
-    bootstrap_samples: PositiveInt
-    """Resamples of the questions behind each 95% interval."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass that measures or embeds; lower it when memory runs out."""
     _sizes: Sizes | None = PrivateAttr(None)
@@ -264,8 +262,8 @@ class CompareStage(Stage):
                 )  # fmt: skip
             references = [question.reference for question in questions if question.reference is not None]
             if references:
-                loss = answer_loss(policy, said.asked, references, self.micro_batch_tokens)
-                metrics[f"answer_loss/{name}"] = loss
+                losses = answer_losses(policy, said.asked, references, self.micro_batch_tokens)
+                metrics |= ratio(*losses).metrics(f"answer_loss/{name}")
             setup = training + asking.setup_seconds
             metrics |= {
                 f"setup_seconds/{name}": setup,
@@ -313,7 +311,6 @@ class CompareStage(Stage):
         """One contender's figures."""
         mean_seconds = float(said.seconds_B.mean())
         metrics = {
-            **{quality: float(score_B.double().mean()) for quality, score_B in said.scores.items()},
             "seconds_p50": float(said.seconds_B.quantile(0.5)),
             "seconds_p95": float(said.seconds_B.quantile(0.95)),
             "seconds_mean": mean_seconds,
@@ -322,15 +319,15 @@ class CompareStage(Stage):
             "prompts_cut": sum(count > 0 for count in said.num_cut),
             "cost_per_thousand": 1000 * cost_of(mean_seconds, self.price_per_hour),
         }
-        with_interval: dict[str, Tensor] = {self.quality: said.scores[self.quality]}
+        found = {f"{metric}/{name}": value for metric, value in metrics.items()}
+        for quality, score_B in said.scores.items():  # all but a reward's score are between 0 and 1
+            measured = mean(score_B) if quality == "score" else share(score_B)
+            found |= measured.metrics(f"{quality}/{name}")
         if said is not first:
             judge = "rouge_l" if self.reward is None else "score"
-            with_interval["win_rate"] = wins(said.scores[judge], first.scores[judge])
-            metrics["win_rate"] = float(with_interval["win_rate"].mean())
-        for metric, value_B in with_interval.items():
-            interval = bootstrap_interval(value_B, samples=self.bootstrap_samples, seed=job.seed)
-            metrics |= {f"{metric}_low": interval.low, f"{metric}_high": interval.high}
-        return {f"{metric}/{name}": value for metric, value in metrics.items()}
+            won = share(wins(said.scores[judge], first.scores[judge]))
+            found |= won.metrics(f"win_rate/{name}")
+        return found
 
     def write(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself."""

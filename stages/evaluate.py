@@ -22,10 +22,11 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Role
 from rlhf.data.sources import PromptSource, SourceList
 from rlhf.distributed import Compute
-from rlhf.evaluation.comparison import bootstrap_interval, wins
+from rlhf.evaluation.comparison import wins
 from rlhf.evaluation.harness import Harness
-from rlhf.evaluation.references import answer_loss
-from rlhf.evaluation.retention import forgetting, retention
+from rlhf.evaluation.intervals import mean, ratio, share
+from rlhf.evaluation.references import answer_losses
+from rlhf.evaluation.retention import Retained, forgetting, retention
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles
@@ -63,12 +64,18 @@ OF_ALL = (
 
 @dataclass
 class Answers:
-    """What one policy said, and how it was scored. Tensors have one entry a prompt."""
+    """What one policy said, how it was scored, and what it knows. Tensors have one entry a row."""
 
     rollout: Rollout
     texts: list[str]
     logp_BR: Tensor
     """Nats, under the policy itself at the sampling temperature."""
+    task_nats_B: Tensor
+    """Of each held-out answer of sft.data, its negative log-likelihood."""
+    task_tokens_B: Tensor
+    """Of each of these answers."""
+    retained: Retained
+    """What the policy still knows of everything else."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """By "score" (the learned reward) and "gold"."""
 
@@ -86,7 +93,7 @@ class EvaluateStage(Stage):
     """What `evaluate.*` can be told. Values: conf/stages/evaluate.yaml."""
 
     name: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
@@ -125,8 +132,6 @@ class EvaluateStage(Stage):
     """Below 1, the KL is still that of the whole distribution's log-probabilities."""
     batch_rows: PositiveInt
     """Rows decoded together."""
-    bootstrap_samples: PositiveInt
-    """Resamples of the prompts behind each 95% interval."""
     num_shown: int = Field(ge=0)
     """Prompts whose answers the report shows side by side, from the first on."""
     micro_batch_tokens: PositiveInt
@@ -143,7 +148,7 @@ class EvaluateStage(Stage):
             "question_accuracy_change": ({"base"}, False),
         }
         for gate, (policies, no_reward) in needs.items():
-            if self.gates.get(gate) is None or gate in self.not_measured():
+            if self.gates.get(gate) is None or gate in self.not_checked():
                 continue
             missing = sorted(policies - set(self.policies))
             if missing or no_reward:
@@ -171,7 +176,7 @@ class EvaluateStage(Stage):
         """Without held-out answers and retention sets their figures are left out."""
         return ("evaluate",)
 
-    def not_measured(self) -> dict[str, str]:
+    def not_checked(self) -> dict[str, str]:
         """Nothing is forgotten of no retention set."""
         return {} if self.retention else dict.fromkeys(RETAINED, "evaluate.retention=null")
 
@@ -249,7 +254,8 @@ class EvaluateStage(Stage):
         for name in sorted(self.policies, key=lambda name: name == "sft"):
             policy = self.load_policy(job, name)
             answers[name] = self.answer(job, name, policy, rows)
-            metrics |= self.specialization(job, name, policy)
+            if self.lm_eval:
+                metrics |= self.harness_metrics(job, name, policy)
             if name == "sft":
                 metrics |= self.divergence(job, answers, reference=policy)
             del policy
@@ -258,10 +264,10 @@ class EvaluateStage(Stage):
         for name, said in answers.items():
             metrics |= describe(name, said)
         if "sft" in answers and "ppo" in answers:
-            metrics |= self.compare(answers["ppo"], answers["sft"], job.seed)
+            metrics |= self.compare(answers["ppo"], answers["sft"])
         if "base" in answers:
-            metrics |= task_gain(metrics, list(answers))
-            metrics |= forgetting(metrics, list(answers))
+            metrics |= task_gain(answers)
+            metrics |= forgetting({name: said.retained for name, said in answers.items()})
         self.write(job, rows, answers)
         job.publish(metrics)
 
@@ -275,7 +281,8 @@ class EvaluateStage(Stage):
         return Policy.load(job.inputs[name].path, job.base.config, job.compute, vllm=job.vllm)
 
     def answer(self, job: Job, name: PolicyName, policy: Policy, rows: Sequence[PromptRow]) -> Answers:
-        """One sampled answer a prompt; every policy draws with the same seed."""
+        """One sampled answer a prompt, every policy with the same seed; how well the policy knows the task's
+        own answers, and how well it still knows everything else."""
         with job.progress.task(f"evaluate: {name} answers", len(rows)) as task:
             rollout, texts = policy.sample(
                 [row.prompt for row in rows],
@@ -287,23 +294,21 @@ class EvaluateStage(Stage):
                 on_rows=task.advance,
             )
         logp_BR = policy.log_probabilities(rollout, self.temperature, self.micro_batch_tokens)
-        return Answers(rollout, texts, logp_BR)
+        known = job.data.rows("sft", "held_out")[: self.num_references]
+        with job.progress.task(f"evaluate: what {name} knows", 2) as task:
+            prompts, references = [row.prompt for row in known], [row.completion for row in known]
+            task_losses = answer_losses(policy, prompts, references, self.micro_batch_tokens)
+            task.advance()
+            retained = retention(policy, job.data.rows("retention", "evaluation"), self.micro_batch_tokens)
+            task.advance()
+        return Answers(rollout, texts, logp_BR, *task_losses, retained)
 
-    def specialization(self, job: Job, name: PolicyName, policy: Policy) -> dict[str, float]:
-        """How well it knows the task's own answers, and how well it still knows everything else."""
-        answers = job.data.rows("sft", "held_out")[: self.num_references]
-        known: dict[str, float] = {}
-        with job.progress.task(f"evaluate: what {name} knows", 3 if self.lm_eval else 2) as task:
-            prompts, references = [row.prompt for row in answers], [row.completion for row in answers]
-            if answers:
-                known["task_loss"] = answer_loss(policy, prompts, references, self.micro_batch_tokens)
+    def harness_metrics(self, job: Job, name: PolicyName, policy: Policy) -> dict[str, float]:
+        """What lm-eval's tasks say of a policy."""
+        with job.progress.task(f"evaluate: lm-eval asks {name}", 1) as task:
+            found = job.compute.main_only(lambda: self.harness.measure(policy))
             task.advance()
-            known |= retention(policy, job.data.rows("retention", "evaluation"), self.micro_batch_tokens)
-            task.advance()
-            if self.lm_eval:
-                known |= job.compute.main_only(lambda: self.harness.measure(policy))
-                task.advance()
-        return {f"{metric}/{name}": value for metric, value in known.items()}
+        return {f"{metric}/{name}": value for metric, value in found.items()}
 
     def divergence(
         self, job: Job, answers: Mapping[PolicyName, Answers], reference: Policy
@@ -330,23 +335,18 @@ class EvaluateStage(Stage):
                 exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, said.texts, strict=True)]
                 said.scores[kind] = finite_scores(reward, exchanges, f"evaluate.{key}={source}")
 
-    def compare(self, ppo: Answers, sft: Answers, seed: int) -> dict[str, float]:
+    def compare(self, ppo: Answers, sft: Answers) -> dict[str, float]:
         """PPO against SFT, prompt by prompt; the gold score decides where there is one."""
         metrics: dict[str, float] = {}
         if "score" in ppo.scores:
-            metrics["win_rate_learned"] = float(wins(ppo.scores["score"], sft.scores["score"]).mean())
-        if "gold" in ppo.scores:
-            gain_B = ppo.scores["gold"].double() - sft.scores["gold"].double()
-            metrics |= self.with_interval("gold_gain", gain_B, seed)
+            metrics |= share(wins(ppo.scores["score"], sft.scores["score"])).metrics("win_rate_learned")
+        for kind, score_B in ppo.scores.items():
+            gain_B = score_B.double() - sft.scores[kind].double()
+            metrics |= mean(gain_B).metrics(f"{kind}_gain")
         judge = "gold" if "gold" in ppo.scores else "score"
         if judge in ppo.scores:
-            metrics |= self.with_interval("win_rate", wins(ppo.scores[judge], sft.scores[judge]), seed)
+            metrics |= share(wins(ppo.scores[judge], sft.scores[judge])).metrics("win_rate")
         return metrics
-
-    def with_interval(self, name: str, value_B: Tensor, seed: int) -> dict[str, float]:
-        """A mean over prompts and its 95% bootstrap interval."""
-        interval = bootstrap_interval(value_B, samples=self.bootstrap_samples, seed=seed)
-        return {name: float(value_B.mean()), f"{name}_low": interval.low, f"{name}_high": interval.high}
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[PolicyName, Answers]) -> None:
         """Every answer by itself, and side by side."""
@@ -368,7 +368,7 @@ class EvaluateStage(Stage):
 
 
 def describe(name: PolicyName, said: Answers) -> dict[str, float]:
-    """Scores, lengths and variety of one policy's answers."""
+    """Scores, lengths and variety of one policy's answers, and what it knows."""
     ids = [response.tolist() for response in said.rollout.response_ids]
     metrics = {
         "length_mean": float(said.rollout.response_lengths.double().mean()),
@@ -379,13 +379,19 @@ def describe(name: PolicyName, said: Answers) -> dict[str, float]:
     for kind, score_B in said.scores.items():
         metrics[f"{kind}_mean"] = float(score_B.double().mean())
         metrics[f"{kind}_deviation"] = float(score_B.double().std(correction=0))
+    if len(said.task_nats_B):
+        metrics["task_loss"] = ratio(said.task_nats_B, said.task_tokens_B).value
+    metrics |= said.retained.metrics()
     return {f"{metric}/{name}": value for metric, value in metrics.items()}
 
 
-def task_gain(metrics: Mapping[str, float], policies: Sequence[PolicyName]) -> dict[str, float]:
+def task_gain(answers: Mapping[PolicyName, Answers]) -> dict[str, float]:
     """Nats a token that each policy's loss on the held-out answers is below the base model's; without a name,
     the last policy's. Nothing without such answers."""
-    if "task_loss/base" not in metrics:
-        return {}
-    gains = {name: metrics["task_loss/base"] - metrics[f"task_loss/{name}"] for name in policies}
-    return {**{f"task_gain/{name}": gain for name, gain in gains.items()}, "task_gain": gains[policies[-1]]}
+    base, gains = answers["base"], dict[str, float]()
+    for place, (name, said) in enumerate(answers.items(), 1):
+        if len(base.task_nats_B):
+            gain = ratio(base.task_nats_B - said.task_nats_B, base.task_tokens_B)
+            gains |= gain.metrics(f"task_gain/{name}")
+            gains |= gain.metrics("task_gain") if place == len(answers) else {}
+    return gains

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from rlhf.data.schema import PromptRow, Role
+from rlhf.evaluation.intervals import share
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.plan.answering import answering_demand, most_added
@@ -29,7 +30,7 @@ class GenerateStage(Stage):
     """What `generate.*` can be told. Values: conf/stages/generate.yaml."""
 
     name: ClassVar[str] = "generate"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 
@@ -109,9 +110,10 @@ class GenerateStage(Stage):
                 on_rows=task.advance,
             )
         scores = self.score(job, repeated, texts)
+        stopped_BS = rollout.stopped.double().view(len(rows), self.samples_per_prompt)
         metrics = {
             "responses": len(texts),
-            "stop_rate": float(rollout.stopped.float().mean()),
+            **share(stopped_BS.mean(-1)).metrics("stop_rate"),  # a prompt's samples are not independent
             "length_mean": float(rollout.response_lengths.float().mean()),
             "distinct_2": distinct_n([ids.tolist() for ids in rollout.response_ids], 2),
         }

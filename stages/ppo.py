@@ -1,8 +1,8 @@
 """Proximal policy optimization against a reward, held near the SFT model by a KL penalty.
 
 Reads   the SFT model (policy and reference); a reward; prompts (`ppo.prompts`); the score's moments.
-Writes  a plain causal-LM directory: the policy with the best held-out score; with another ppo.peft than none
-        also what was trained of it alone, in `adapter/`.
+Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
+        another ppo.peft than none also what was trained of it alone, in `adapter/`.
 The loop itself is rlhf/ppo/learner.py.
 """
 
@@ -103,14 +103,27 @@ class PpoStage(PpoConfig, Stage):
         """The model or the code that scores, where it is the user's."""
         return reward_digest(self.reward)
 
-    def check(self, chain: Mapping[str, Stage]) -> None:
-        """Gates, critic and normalisation must fit the methods of tuning and what `generate` measured."""
-        if METHODS[self.peft.method].starts_apart and self.gates.get("first_kl") is not None:
+    def not_checked(self) -> dict[str, str]:
+        """Some methods change the policy before its first step."""
+        if not METHODS[self.peft.method].starts_apart:
+            return {}
+        return {
+            "first_kl": f"with ppo.peft={self.peft.method} the policy does not start as its own reference"
+        }
+
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """A critic can be made of the base model, and there are two halves of the held-out prompts."""
+        check_scorable(base.architecture)
+        held_out = len(data.rows("ppo", "held_out"))
+        if held_out < 2:
             raise ConfigError(
-                f"ppo.gates.first_kl: with ppo.peft={self.peft.method} the policy is not its own reference "
-                "before its first step, so the gate would fail once all steps are done. Use "
-                "ppo.gates.first_kl=null, or another ppo.peft."
+                f"ppo.prompts={self.prompts}: {held_out} held-out prompt, but at least 2 are needed: one "
+                "half chooses the weights, the other half judges them. Give more prompts, or raise "
+                "prepare.held_out_fraction."
             )
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """Critic and normalisation must fit the methods of tuning and what `generate` measured."""
         has_tokens = self.virtual_tokens_of_reward(chain)
         if has_tokens and METHODS[self.peft.method].pads and self.critic.init == "reward":
             raise ConfigError(
@@ -149,10 +162,6 @@ class PpoStage(PpoConfig, Stage):
                     f"deviation from `generate`, so this must be {value}. "
                     "Or use ppo.score.normalize=running with ppo.critic.init=sft."
                 )
-
-    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """A critic can be made of the base model."""
-        check_scorable(base.architecture)
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """See rlhf/ppo/demand.py."""

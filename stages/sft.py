@@ -15,6 +15,7 @@ from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
@@ -25,6 +26,7 @@ from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed import Compute
 from rlhf.engine import Engine, make_engine
+from rlhf.evaluation.intervals import ratio
 from rlhf.generation.check import check_decoding
 from rlhf.generation.latency import token_seconds
 from rlhf.job import Job
@@ -45,7 +47,7 @@ class SftStage(Stage):
     """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -154,17 +156,18 @@ class SftStage(Stage):
         )
 
         state = job.checkpoints.restore(engine)
-        before = state["before"] if state else self.mean_loss(job, engine, held_out)
+        before_B = state["before_B"] if state else self.losses(job, engine, held_out)
         train_batches(
             job,
             engine,
             batches,
             lambda batch: self.step(job, engine, batch),
-            state={"before": before},
+            state={"before_B": before_B},
             as_json=lambda row: {"prompt": row.row.prompt, "completion": row.row.completion},
             done=state["done"] if state else 0,
         )
-        after = self.mean_loss(job, engine, held_out)
+        after_B = self.losses(job, engine, held_out)
+        tokens_B = torch.tensor([len(row.answer) for row in held_out])
 
         weights = engine.trainable_state(policy)
         written = job.compute.main_only(
@@ -176,9 +179,9 @@ class SftStage(Stage):
         job.publish({
             **written,
             **token_seconds(policy, job.compute),
-            "held_out_loss_before": before,
-            "held_out_loss": after,
-            "held_out_loss_change": after - before,
+            "held_out_loss_before": ratio(before_B, tokens_B).value,
+            "held_out_loss": ratio(after_B, tokens_B).value,
+            **ratio(after_B - before_B, tokens_B).metrics("held_out_loss_change"),
             "skipped_steps": engine.skipped_steps,
             "rows_cut": sum(row.is_cut for row in train),
             "rows_left_out": len(rows) - len(train),
@@ -249,8 +252,8 @@ class SftStage(Stage):
         return {"loss": float(job.compute.global_sum(loss_sum)), "tokens": float(total_tokens)}
 
     @torch.no_grad()
-    def mean_loss(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> float:
-        """Mean negative log-likelihood per answer token, in nats."""
+    def losses(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> Tensor:
+        """Negative log-likelihood of each row's answer, in nats, fp64 [B]."""
         answers = Rollout(
             prompt_ids=[row.prompt for row in rows],
             response_ids=[row.answer for row in rows],
@@ -262,7 +265,7 @@ class SftStage(Stage):
             job.compute,
             lambda batch: (engine.model(batch, temperature=1.0).logp_N,),
         )
-        return -float(logp_BR.sum(dtype=torch.float64)) / int(answers.mask_BR.sum())
+        return -logp_BR.sum(-1, dtype=torch.float64)
 
 
 def shuffled_passes(rows: Sequence[EncodedAnswer], seed: int) -> Iterator[EncodedAnswer]:

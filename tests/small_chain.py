@@ -20,7 +20,7 @@ SETTINGS = (
     "model=tiny", "device=cpu", "sft.batch_rows=8", "reward.batch_pairs=8",
     "generate.num_prompts=4", "ppo.steps=2", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4",
     "ppo.max_new_tokens=6", "ppo.evaluate_prompts=4", "evaluate.num_prompts=4",
-    "evaluate.bootstrap_samples=20", "prepare.held_out_fraction=0.3", "sft.optim.lr=1e-3",
+    "prepare.held_out_fraction=0.3", "sft.optim.lr=1e-3",
 )  # fmt: skip
 SOURCES = (
     "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl", "ppo.prompts=prompts.jsonl",

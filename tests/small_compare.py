@@ -27,7 +27,7 @@ def make_stage(**changes: Any) -> CompareStage:
         "few_shot": {"examples": 2, "choice": "nearest", "template": "{question}"},
         "retrieval": {"passages": 2, "passage_template": "- {passage}\n", "template": "{passages}{question}"},
         "reward": None, "quality": "rouge_l", "price_per_hour": 3600.0, "max_new_tokens": 4,
-        "temperature": 0.0, "bootstrap_samples": 20, "micro_batch_tokens": 4096, "gates": {},
+        "temperature": 0.0, "micro_batch_tokens": 4096, "gates": {},
     }  # fmt: skip
     return validated(CompareStage, values | changes, "compare")
 

@@ -22,7 +22,7 @@ PROMPTS = DATA / "oasst-prompts" / "prompt_lottery_en_250_text.jsonl"
 SMALL = (
     "device=cpu", "gates=warn", "evaluate.gold=null", "ppo.steps=2", "ppo.batch_episodes=8",
     "ppo.minibatch_episodes=4", "ppo.evaluate_every=2", "ppo.evaluate_prompts=4", "ppo.max_new_tokens=24",
-    "generate.num_prompts=4", "evaluate.num_prompts=8", "evaluate.bootstrap_samples=100",
+    "generate.num_prompts=4", "evaluate.num_prompts=8",
     "evaluate.retention=[{samples: retention_sentences, limit: 16},{samples: retention_questions, limit: 8}]",
 )  # fmt: skip
 

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.evaluation.comparison import wins
+from rlhf.evaluation.intervals import difference, share
+
 WIDE_GAP = 0.5
 """Gold-score units: pairs that differ by at least this much are told apart easily."""
 CALIBRATION_BINS = 10
@@ -26,19 +29,25 @@ class Ranking(NamedTuple):
 
 
 def rank_quality(ranking: Ranking) -> dict[str, float]:
-    """Accuracy, margin, calibration and the two ways a reward model fools one: chance and length.
+    """Accuracy, margin, calibration and the ways a reward model fools one: chance and length.
 
-    accuracy_over_baseline is what is left above the better of chance and "the longer answer wins".
+    accuracy_over_baseline is what is left above the best of chance, "the longer answer wins" and "the shorter
+    answer wins", pair by pair: how often the model is right where that rule is not, minus the reverse. The
+    rule is the one that is best on these very pairs, so the figure is rather too low than too high.
     """
     chosen, rejected = ranking.chosen_B, ranking.rejected_B
-    accuracy = _wins(chosen - rejected)
-    longer_wins = _wins((ranking.chosen_length_B - ranking.rejected_length_B).float())
+    right_B = wins(chosen, rejected)
+    longer_B = wins(ranking.chosen_length_B, ranking.rejected_length_B)
+    longer_wins = float(longer_B.mean())
+    rules = {longer_wins: longer_B, 1 - longer_wins: 1 - longer_B, 0.5: torch.full_like(longer_B, 0.5)}
+    baseline = max(rules)
     scores = torch.cat([chosen, rejected])
     lengths = torch.cat([ranking.chosen_length_B, ranking.rejected_length_B]).float()
     metrics = {
-        "accuracy": accuracy,
+        **share(right_B).metrics("accuracy"),
         "longer_wins_accuracy": longer_wins,
-        "accuracy_over_baseline": accuracy - max(longer_wins, 0.5),
+        "baseline_accuracy": baseline,
+        **difference(right_B - rules[baseline]).metrics("accuracy_over_baseline"),
         "margin": float((chosen - rejected).mean()),
         "calibration_error": calibration_error(chosen, rejected),
         "length_correlation": correlation(scores, lengths),
@@ -48,7 +57,7 @@ def rank_quality(ranking: Ranking) -> dict[str, float]:
     }
     wide = ranking.gold_gap_B >= WIDE_GAP  # NaN is never
     if bool(wide.any()):
-        metrics["accuracy_wide_gap"] = _wins((chosen - rejected)[wide])
+        metrics["accuracy_wide_gap"] = float(right_B[wide].mean())
         metrics["wide_gap_pairs"] = float(wide.sum())
     return metrics
 
@@ -73,8 +82,3 @@ def correlation(x: Tensor, y: Tensor) -> float:
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     norm = x.norm() * y.norm()
     return float((x @ y) / norm) if norm > 0 else 0.0
-
-
-def _wins(lead_B: Tensor) -> float:
-    """Share of positive leads; a tie counts half."""
-    return float(((lead_B > 0).double() + 0.5 * (lead_B == 0).double()).mean())

@@ -1,10 +1,11 @@
-"""How likely a policy finds answers that people wrote."""
+"""How likely a policy finds answers that people wrote. Dimensions: B references, R their tokens (padded)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from rlhf.data.chat import exchange_ids
 from rlhf.data.schema import Message
@@ -12,10 +13,12 @@ from rlhf.generation.policy import Policy
 from rlhf.rl.rollout import Rollout
 
 
-def answer_loss(
+def answer_losses(
     policy: Policy, asked: Sequence[list[Message]], references: Sequence[str], micro_batch_tokens: int
-) -> float:
-    """Mean negative log-likelihood of the references behind the prompts, in nats a token; all count alike."""
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each reference behind its prompt, in nats, fp64 [B]; and its tokens, [B]."""
+    if not references:
+        return torch.zeros(0), torch.zeros(0)
     encoded = [
         exchange_ids(policy.tokenizer, prompt, reference)
         for prompt, reference in zip(asked, references, strict=True)
@@ -26,4 +29,4 @@ def answer_loss(
         stopped=torch.ones(len(encoded), dtype=torch.bool),
     )
     logp_BR = policy.log_probabilities(as_rollout, 1.0, micro_batch_tokens)
-    return -float(logp_BR.sum(dtype=torch.float64)) / int(as_rollout.response_lengths.sum())
+    return -logp_BR.sum(-1, dtype=torch.float64), as_rollout.response_lengths

@@ -1,79 +1,97 @@
 """What a policy still knows: perplexity of general texts, and multiple-choice questions.
 
-Dimensions: B continuations, R continuation tokens (padded).
+Dimensions: B texts, questions or continuations, R continuation tokens (padded).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.data.chat import continuation_ids
 from rlhf.data.schema import QuestionRow, TextRow
+from rlhf.evaluation.intervals import difference, ratio, share
+from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy import Policy
 from rlhf.rl.rollout import Rollout
 
 
-def retention(
-    policy: Policy, rows: Sequence[TextRow | QuestionRow], micro_batch_tokens: int
-) -> dict[str, float]:
-    """What the rows allow: `question_accuracy`; `perplexity` of all texts, and where they are from several
-    sets `text_loss_SET` of each, in nats a token."""
+class Retained(NamedTuple):
+    """What one policy knows, row by row; tensors are empty where there are no such rows."""
+
+    sources: list[str]
+    """Of each text, the set it is from."""
+    nats_B: Tensor
+    """Of each text, its negative log-likelihood."""
+    tokens_B: Tensor
+    """Of each text."""
+    right_B: Tensor
+    """Of each question, 1 where the right answer is the likeliest one per character."""
+
+    def metrics(self) -> dict[str, float]:
+        """`question_accuracy`; `perplexity` of all texts, and where they are from several sets
+        `text_loss_SET` of each, in nats a token."""
+        known: dict[str, float] = {}
+        if len(self.nats_B):
+            known |= exponential(ratio(self.nats_B, self.tokens_B)).metrics("perplexity")
+            names = dict.fromkeys(self.sources)
+            for name in names if len(names) > 1 else ():
+                of_set_B = torch.tensor([source == name for source in self.sources])
+                known[f"text_loss_{name}"] = ratio(self.nats_B[of_set_B], self.tokens_B[of_set_B]).value
+        if len(self.right_B):
+            known |= share(self.right_B).metrics("question_accuracy")
+        return known
+
+
+def retention(policy: Policy, rows: Sequence[TextRow | QuestionRow], micro_batch_tokens: int) -> Retained:
+    """Measure one policy on all rows."""
     texts = [row for row in rows if isinstance(row, TextRow)]
     questions = [row for row in rows if isinstance(row, QuestionRow)]
-    known = {}
+    nats_B, tokens_B = torch.zeros(0), torch.zeros(0)
     if texts:
         logp_BR, mask_BR = continuation_logp(policy, [("", row.text) for row in texts], micro_batch_tokens)
-        known["perplexity"] = math.exp(mean_loss(logp_BR, mask_BR))
-        names = dict.fromkeys(row.source for row in texts)
-        for name in names if len(names) > 1 else ():
-            of_set_B = torch.tensor([row.source == name for row in texts])
-            known[f"text_loss_{name}"] = mean_loss(logp_BR[of_set_B], mask_BR[of_set_B])
-    if questions:
-        known["question_accuracy"] = question_accuracy(policy, questions, micro_batch_tokens)
-    return known
+        nats_B, tokens_B = -logp_BR.sum(-1, dtype=torch.float64), mask_BR.sum(-1)
+    right_B = right_answers(policy, questions, micro_batch_tokens) if questions else torch.zeros(0)
+    return Retained([row.source for row in texts], nats_B, tokens_B, right_B)
 
 
-def forgetting(metrics: Mapping[str, float], policies: Sequence[str]) -> dict[str, float]:
-    """Each policy's `retention` against that of the policy called base; without a name, the last policy's.
+def forgetting(known: Mapping[str, Retained]) -> dict[str, float]:
+    """Each policy against the one called base, row by row; without a name, the last policy's.
 
     `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats a token.
-
-    Args:
-        metrics: as `retention` gives them, with /POLICY behind each name.
     """
-    changes: dict[str, dict[str, float]] = {}
-    for name in policies:
-        change = changes[name] = {}
-        if "perplexity/base" in metrics:
-            ratio = metrics[f"perplexity/{name}"] / metrics["perplexity/base"]
-            change["retention_perplexity_ratio"], change["retention_loss"] = ratio, math.log(ratio)
-        if "question_accuracy/base" in metrics:
-            lost = metrics[f"question_accuracy/{name}"] - metrics["question_accuracy/base"]
-            change["question_accuracy_change"] = lost
-    named = {f"{metric}/{name}": value for name in policies for metric, value in changes[name].items()}
-    return named | changes[policies[-1]]
+    base, changes = known["base"], dict[str, float]()
+    for place, (name, each) in enumerate(known.items(), 1):
+        found: dict[str, Sampled] = {}
+        if len(base.nats_B):
+            found["retention_loss"] = ratio(each.nats_B - base.nats_B, base.tokens_B)
+            found["retention_perplexity_ratio"] = exponential(found["retention_loss"])
+        if len(base.right_B):
+            found["question_accuracy_change"] = difference(each.right_B - base.right_B)
+        for metric, change in found.items():
+            changes |= change.metrics(f"{metric}/{name}")
+            changes |= change.metrics(metric) if place == len(known) else {}
+    return changes
 
 
-def mean_loss(logp_BR: Tensor, mask_BR: Tensor) -> float:
-    """Mean negative log-likelihood of all true mask entries, nats a token; padding may hold anything."""
-    total = torch.where(mask_BR, logp_BR, 0.0).sum(dtype=torch.float64)
-    return -float(total) / int(mask_BR.sum())
+def exponential(logarithm: Sampled) -> Sampled:
+    """A figure and its interval from their logarithms."""
+    value, low, high = torch.tensor(logarithm[:3], dtype=torch.float64).exp().tolist()
+    return Sampled(value, low, high, logarithm.rows)
 
 
-def question_accuracy(policy: Policy, rows: Sequence[QuestionRow], micro_batch_tokens: int) -> float:
-    """Share of questions whose right answer is the likeliest one per character."""
+def right_answers(policy: Policy, rows: Sequence[QuestionRow], micro_batch_tokens: int) -> Tensor:
+    """fp64 [B]: 1 for a question whose right answer is the likeliest one per character."""
     choices = [(f"Question: {row.question}\nAnswer:", f" {choice}") for row in rows for choice in row.choices]
     logp_BR, _ = continuation_logp(policy, choices, micro_batch_tokens)
-    logp_B = logp_BR.sum(-1, dtype=torch.float64)
-    right, start = 0, 0
-    for row in rows:
-        right += likeliest_choice(logp_B[start : start + len(row.choices)], row.choices) == row.answer
-        start += len(row.choices)
-    return right / len(rows)
+    logps = logp_BR.sum(-1, dtype=torch.float64).split([len(row.choices) for row in rows])
+    right = [
+        likeliest_choice(logp_B, row.choices) == row.answer for row, logp_B in zip(rows, logps, strict=True)
+    ]
+    return torch.tensor(right, dtype=torch.float64)
 
 
 def likeliest_choice(logp_B: Tensor, choices: Sequence[str]) -> int:

@@ -224,8 +224,6 @@ def with_method(stage: Stage, name: str, squeeze: int, scored_by: str) -> Stage:
         scored_by: the method that the reward model is trained with.
     """
     methods, knobs = tuning_methods.METHODS, dict(stage)
-    if methods[name].starts_apart and "first_kl" in stage.gates:
-        knobs["gates"] = {**stage.gates, "first_kl": None}
     if methods[name].pads and methods[scored_by].pads and "critic" in knobs:
         knobs["critic"] = knobs["critic"].model_copy(update={"init": "sft"})
     peft = knobs["peft"]

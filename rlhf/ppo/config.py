@@ -111,8 +111,9 @@ class PpoConfig(Strict):
     ema_decay: float | None = Field(gt=0, lt=1)
     """Publish an exponential moving average of the policy's weights; null for the weights themselves."""
     evaluate_every: PositiveInt
-    """Steps between evaluations on held-out prompts; the policy with the best score is published."""
-    evaluate_prompts: PositiveInt
+    """Steps between evaluations on held-out prompts; the policy with the best score on one half of them is
+    published, and judged on the other half."""
+    evaluate_prompts: int = Field(ge=2)
     """The first so many held-out prompts."""
     max_bad_steps: NonNegativeInt
     """Steps skipped for a non-finite reward, loss or gradient before the run stops."""

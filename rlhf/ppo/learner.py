@@ -5,8 +5,9 @@ What is learned from one rollout is rlhf/ppo/update.py. Dimensions: B episodes, 
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.engine import Engine
+from rlhf.evaluation.intervals import mean
+from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.ppo.config import PpoConfig
@@ -67,7 +70,7 @@ class Learner:
         self.phases = Phases(self.compute.device)
         self.update = Update(config, engine, policy, mix, job, self.phases)
         self.sampling = torch.Generator().manual_seed(job.seed)
-        self.bad_steps, self.done, self.evaluated = 0, 0, 0
+        self.bad_steps, self.done, self.evaluated, self.best_step = 0, 0, 0, 0
         self.last_bad = ""
         """Why the last of the bad steps was one."""
         self.texts: list[str] = []
@@ -143,30 +146,37 @@ class Learner:
                 f"ppo.steps={config.steps}: every step had to be skipped, so nothing was learned. "
                 f"Mend ppo.reward={config.reward}, or lower ppo.optim.lr."
             )
-        late = done[-max(1, len(done) // 4) :]
         return {
             "first_ratio_deviation": done[0]["first_ratio_deviation"],
             "first_kl": done[0]["kl_k3"],
             "engine_mismatch": max(
                 metrics["engine_mismatch"] for metrics in self.history if "engine_mismatch" in metrics
             ),
-            "explained_variance": sum(metrics["explained_variance"] for metrics in late) / len(late),
-            "kl": best.kl,
+            **self.explained_variance(done).metrics("explained_variance"),
+            **mean(best.kl_B).metrics("kl"),
             "held_out_score_before": first.score,
             "held_out_score": best.score,
-            "held_out_score_gain": best.score - first.score,
+            **best.gain_over(first).metrics("held_out_score_gain"),
             "held_out_score_last": last.score,
-            "held_out_length": best.length,
+            "held_out_length": float(best.length_B.mean()),
+            "best_step": self.best_step,
             "bad_steps": self.bad_steps,
             "steps": config.steps,
             "episodes": config.steps * config.batch_episodes,
             "trained_parameters": self.trained_parameters,
         }
 
+    def explained_variance(self, done: Sequence[Mapping[str, float]]) -> Sampled:
+        """The mean of the last quarter of the steps, which sample independently of each other."""
+        late = done[-max(1, len(done) // 4) :]
+        value = sum(metrics["explained_variance"] for metrics in late) / len(late)
+        half = math.hypot(*(metrics["explained_variance_error"] for metrics in late)) / len(late)
+        return Sampled(value, value - half, value + half, len(late) * self.config.batch_episodes)
+
     def state_dict(self) -> dict[str, Any]:
         """All but what the engine keeps."""
         return {
-            "done": self.done, "evaluated": self.evaluated,
+            "best_step": self.best_step, "done": self.done, "evaluated": self.evaluated,
             "bad_steps": self.bad_steps, "history": self.history,
             "kl": self.kl.state_dict(), "normalizer": self.normalizer.state_dict(),
             "sampling": self.sampling.get_state(), "update": self.update.state_dict(),
@@ -182,14 +192,16 @@ class Learner:
         return state is not None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Weights are copied, and by rank 0 alone: they are as large as the model."""
-        self.done, self.evaluated = state["done"], state["evaluated"]
+        """Go on from there. Tensors are copied, weights by rank 0 alone: they are as large as the model."""
+        self.best_step, self.done, self.evaluated = state["best_step"], state["done"], state["evaluated"]
         self.bad_steps, self.history = state["bad_steps"], state["history"]
         self.kl.load_state_dict(state["kl"])
         self.normalizer.load_state_dict(state["normalizer"])
         self.sampling.set_state(state["sampling"])
         self.update.load_state_dict(state["update"])
-        self.first, self.last, self.best = (Evaluation(*state[name]) for name in ("first", "last", "best"))
+        self.first, self.last, self.best = (
+            Evaluation(*(each_B.clone() for each_B in state[name])) for name in ("first", "last", "best")
+        )
         kept = state["best_weights"] if self.compute.is_main else {}
         self.best_weights = {name: value.clone() for name, value in kept.items()}
 
@@ -316,7 +328,8 @@ class Learner:
         self.evaluated = self.done
 
     def evaluate(self, rows: Sequence[PromptRow]) -> Evaluation:
-        """Measure the policy on held-out prompts; keep its weights when it is the best so far."""
+        """Measure the policy on held-out prompts; keep its weights when it is the best so far on those that
+        choose."""
         with self.update.published_weights():
             result, texts = evaluate_policy(
                 self.policy,
@@ -329,14 +342,15 @@ class Learner:
                 batch_rows=self.config.batch_rows or len(rows),
                 micro_batch_tokens=self.config.micro_batch_tokens,
             )
-            if self.best is None or result.score > self.best.score:
+            if self.best is None or result.choice_score > self.best.choice_score:
                 self.best, self.best_weights = result, self.engine.trainable_state(self.policy.model)
+                self.best_step = self.done
         if result.unscored:
             self.warn(
                 f"{result.unscored} of {len(rows)} held-out responses got no finite score after step "
                 f"{self.done}; held_out_score is the others' mean."
             )
-        self.job.log({f"held_out_{name}": value for name, value in result._asdict().items()}, self.done)
+        self.job.log({f"held_out_{name}": value for name, value in result.metrics().items()}, self.done)
         for row, text in list(zip(rows, texts, strict=True))[:8]:
             self.job.sample(step=self.done, prompt=row.prompt, response=text)
         return result

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rlhf.data.schema import PromptRow
 from rlhf.distributed import Compute
+from rlhf.evaluation.intervals import mean, ratio
+from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy import Policy
 from rlhf.losses.policy import PolicyLoss
 from rlhf.losses.value import ValueLoss
@@ -48,6 +50,7 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
         "value": total(experience.value_BR) / tokens,
         "return": total(experience.return_BR) / tokens,
         "explained_variance": explained_variance(experience.value_BR, experience.return_BR, mask_BR),
+        "explained_variance_error": explained_variance_error(experience),
         "distinct_1": distinct_n(ids, 1),
         "distinct_2": distinct_n(ids, 2),
     }
@@ -57,6 +60,25 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
         metrics["engine_mismatch"] = total(mismatch) / tokens  # mean |difference|, nats
         metrics["engine_mismatch_max"] = float(mismatch.max())
     return metrics
+
+
+def explained_variance_error(experience: Experience) -> float:
+    """Half of the 95% interval of `explained_variance`, by episodes: an episode's tokens share its score.
+
+    Explained variance is 1 minus a ratio of two sums of squares, to which each episode adds its share.
+    """
+    mask_BR = experience.mask_BR
+
+    def squares(values_BR: Tensor) -> Tensor:
+        values_BR = torch.where(mask_BR, values_BR.double(), 0.0)
+        mean_of_all = values_BR.sum() / mask_BR.sum()
+        return torch.where(mask_BR, values_BR - mean_of_all, 0.0).square().sum(-1)
+
+    returns_B = squares(experience.return_BR)
+    if not float(returns_B.sum()) > 0.0:  # nothing to foresee
+        return 0.0
+    unforeseen = ratio(squares(experience.return_BR - experience.value_BR), returns_B)
+    return (unforeseen.high - unforeseen.low) / 2
 
 
 class UpdateSums:
@@ -93,18 +115,58 @@ class UpdateSums:
         return {name: value / tokens for name, value in zip(self.NAMES, sums, strict=True)}
 
 
+CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
+"""Of the held-out prompts. One half says which weights are kept. The other half says what these are worth: on
+the prompts that chose it, the luckiest of several policies looks better than it is."""
+
+
 class Evaluation(NamedTuple):
     """A policy on held-out prompts."""
 
-    score: float
-    """Mean learned (or rule) score, raw, of the responses that got one."""
-    kl: float
+    score_B: Tensor
+    """Learned (or rule) score, raw; not finite where there is none."""
+    kl_B: Tensor
     """Nats a sequence, from the reference."""
-    length: float
+    length_B: Tensor
     """Response tokens."""
-    stop_rate: float
-    unscored: int
-    """Responses whose score is not finite."""
+    stopped_B: Tensor
+    """bool."""
+
+    @property
+    def score(self) -> float:
+        """Mean of the judged prompts' scores, of those that have one."""
+        return mean_score(self.score_B[JUDGED])
+
+    @property
+    def choice_score(self) -> float:
+        """The same of the prompts that choose the weights."""
+        return mean_score(self.score_B[CHOICE])
+
+    @property
+    def unscored(self) -> int:
+        """Responses without a score."""
+        return int((~self.score_B.isfinite()).sum())
+
+    def metrics(self) -> dict[str, float]:
+        """In a few figures."""
+        return {
+            "score": self.score,
+            "choice_score": self.choice_score,
+            "kl": float(self.kl_B.mean()),
+            "length": float(self.length_B.mean()),
+            "stop_rate": float(self.stopped_B.double().mean()),
+            "unscored": self.unscored,
+        }
+
+    def gain_over(self, other: Evaluation) -> Sampled:
+        """How much higher it scores on the judged prompts, prompt by prompt, where both have a score."""
+        gain_B = self.score_B[JUDGED].double() - other.score_B[JUDGED].double()
+        return mean(gain_B[gain_B.isfinite()])
+
+
+def mean_score(score_B: Tensor) -> float:
+    """Of those that are finite."""
+    return float(score_B[score_B.isfinite()].double().mean())
 
 
 def evaluate_policy(
@@ -122,7 +184,7 @@ def evaluate_policy(
     """Sample one response a prompt, always with the same seed, and measure them.
 
     Raises:
-        RewardError: no response got a finite score.
+        RewardError: no response of the judged half, or of the other one, got a finite score.
     """
     rollout, texts = policy.sample(
         [row.prompt for row in rows],
@@ -131,18 +193,15 @@ def evaluate_policy(
         generator=torch.Generator().manual_seed(seed),
         batch_rows=batch_rows,
     )
-    exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
-    score_B = reward(exchanges)
-    scored_B = score_B.isfinite()
-    if not bool(scored_B.any()):
-        raise RewardError(
-            "ppo.reward gave no finite score for any response to the held-out prompts. Mend it."
-        )
+    score_B = reward([Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)])
+    for half in (CHOICE, JUDGED):
+        if not bool(score_B[half].isfinite().any()):
+            raise RewardError(
+                f"ppo.reward gave no finite score for any of {len(score_B[half])} responses to held-out "
+                "prompts. Mend it."
+            )
     logp_BR = policy.log_probabilities(rollout, temperature, micro_batch_tokens)
     reference_BR = reference.log_probabilities(rollout, temperature, micro_batch_tokens)
-    kl = float(kl_k1(logp_BR, reference_BR, rollout.mask_BR).sum()) / len(rows)
-    lengths = rollout.response_lengths.float()
-    return Evaluation(
-        float(score_B[scored_B].mean()), kl, float(lengths.mean()), float(rollout.stopped.float().mean()),
-        int((~scored_B).sum()),
-    ), texts  # fmt: skip
+    kl_BR = kl_k1(logp_BR, reference_BR, rollout.mask_BR)
+    lengths_B = rollout.response_lengths.double()
+    return Evaluation(score_B.cpu(), kl_BR.sum(-1, dtype=torch.float64), lengths_B, rollout.stopped), texts

@@ -91,6 +91,12 @@ AGAINST_SFT = {
     "gold_gain": ("gold gain over SFT (95%)", "+z.2f"),
 }
 """Metrics of `evaluate` with a bootstrap interval: (words, format)."""
+MARKS = {
+    "passed": "[green]passed[/]",
+    "failed": "[bold red]FAILED[/]",
+    "cannot tell": "[yellow]cannot tell[/]",
+    "not checked": "[dim]not checked[/]",
+}
 LONGEST_SHOWN = 400
 """Characters of a prompt or an answer."""
 
@@ -217,8 +223,8 @@ def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
 
 
 def gate_text(gate: GateResult) -> str:
-    """A gate with its value and bound."""
-    return f"{gate.stage}/{gate.name} = {gate.value:.4g} (wanted {gate.bound})"
+    """A gate with its value, its interval and its bound."""
+    return f"{gate.stage}/{gate.name} = {gate.figure}, wanted {gate.bound}"
 
 
 def places(run: Run) -> Iterator[tuple[str, Path]]:
@@ -257,9 +263,8 @@ def _print_answers(answers: Iterable[ShownAnswer], console: Console) -> None:
 def _print_gates(gates: Iterable[GateResult], console: Console) -> None:
     grid = Table.grid(padding=(0, 2, 0, 0))
     for gate in gates:
-        mark = "[green]passed[/]" if gate.passed else "[bold red]FAILED[/]"
-        advice = "" if gate.passed else f"\nTry: {escape(gate.bound.advice)}"
-        grid.add_row(mark, f"{escape(gate_text(gate))}{advice}")
+        advice = f"\n{escape(gate.advice)}" if gate.advice else ""
+        grid.add_row(MARKS[gate.outcome], f"{escape(gate_text(gate))}{advice}")
     console.print(grid, highlight=False)
 
 
@@ -269,9 +274,8 @@ def _answer_bullet(answer: ShownAnswer) -> str:
 
 
 def _gate_bullet(gate: GateResult) -> str:
-    if gate.passed:
-        return f"- passed: {gate_text(gate)}"
-    return f"- **failed**: {gate_text(gate)}. Try: {gate.bound.advice}."
+    word = f"**{gate.outcome}**" if gate.outcome == "failed" else gate.outcome
+    return f"- {word}: {gate_text(gate)}. {gate.advice}".rstrip()
 
 
 def _scores(answer: Mapping[str, Any]) -> str:

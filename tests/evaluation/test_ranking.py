@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlhf.evaluation.ranking import Ranking, calibration_error, correlation, rank_quality
+from rlhf.evaluation.sampled import Sampled
 
 NAN = float("nan")
 
@@ -35,14 +36,38 @@ def test_by_hand() -> None:
     assert metrics["wide_gap_pairs"] == 2
 
 
-def test_chance_is_the_baseline_where_shorter_answers_win() -> None:
-    assert rank_quality(ranking([NAN] * 4))["accuracy_over_baseline"] == 0.125
+@pytest.mark.parametrize(
+    ("chosen_lengths", "baseline", "over"),
+    [
+        ([5, 5, 3, 4], 0.625, 0.0),  # shorter wins: longer does in 1 + 1/2 + 0 + 0
+        ([3, 5, 5, 8], 0.625, 0.0),  # longer wins
+        ([5, 3, 3, 8], 0.5, 0.125),  # chance: each wins twice
+    ],
+)
+def test_the_baseline_is_the_best_of_three_simple_rules(
+    chosen_lengths: list[int], baseline: float, over: float
+) -> None:
+    pairs = ranking([NAN] * 4)._replace(chosen_length_B=torch.tensor(chosen_lengths))
+    metrics = rank_quality(pairs)
+    assert (metrics["baseline_accuracy"], metrics["accuracy_over_baseline"]) == (baseline, over)
 
 
-def test_longer_wins_is_the_baseline_where_it_beats_chance() -> None:
-    pairs = ranking([NAN] * 4)
-    swapped = pairs._replace(chosen_length_B=pairs.rejected_length_B, rejected_length_B=pairs.chosen_length_B)
-    assert rank_quality(swapped)["accuracy_over_baseline"] == 0.0
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_model_is_compared_with_the_rule_pair_by_pair(sign: int) -> None:
+    """Both are right in 20 of 32 pairs. Where they are right in the same pairs, less is unknown of how they
+    differ than where each is right in pairs of its own."""
+    lead_B = torch.tensor([1.0] * 20 + [-1.0] * 12)
+
+    def over(length_lead_B: torch.Tensor) -> Sampled:
+        zeros_B = torch.zeros(32)
+        metrics = rank_quality(Ranking(lead_B, zeros_B, sign * length_lead_B, zeros_B, zeros_B * NAN))
+        found = Sampled.found("accuracy_over_baseline", metrics)
+        assert found is not None and (found.value, found.rows) == (0.0, 32)
+        return found
+
+    same, apart = over(lead_B), over(lead_B.flip(0))
+    assert -0.1 < same.low < 0 < same.high < 0.1
+    assert apart.low < -0.2 and apart.high > 0.2
 
 
 def test_without_gold_scores_nothing_is_said_of_wide_gaps() -> None:

@@ -15,7 +15,8 @@ from rlhf.data.chat import continuation_ids
 from rlhf.data.schema import QuestionRow, TextRow
 from rlhf.distributed import make_compute
 from rlhf.evaluation import retention
-from rlhf.evaluation.retention import forgetting, likeliest_choice, mean_loss, question_accuracy
+from rlhf.evaluation.intervals import difference, ratio, share
+from rlhf.evaluation.retention import Retained, forgetting, likeliest_choice, right_answers
 from rlhf.generation.policy import Policy
 from rlhf.models.load import ModelConfig
 
@@ -28,6 +29,11 @@ QUESTIONS = [
     ("How many legs has a spider?", ["8", "seven or nine", "two", "a hundred and twelve"]),
     ("Which of these is a colour?", ["running quickly", "blue", "Wednesday", "a"]),
 ]
+
+
+INTERVAL = {
+    f"{name}_{end}" for name in ("perplexity", "question_accuracy") for end in ("low", "high", "rows")
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +51,22 @@ def whole_logp(policy: Policy, given: list[int], predicted: list[int]) -> float:
 
 
 def text_perplexity(policy: Policy, rows: list[TextRow], micro_batch_tokens: int) -> float:
-    return retention.retention(policy, rows, micro_batch_tokens)["perplexity"]
+    return retention.retention(policy, rows, micro_batch_tokens).metrics()["perplexity"]
 
 
-def test_mean_loss_by_hand() -> None:
-    """Probabilities 1/2, 1/4 and 1/8 multiply to 1/64; its cube root is 1/4. Rows do not count, tokens do."""
-    logp_BR = torch.tensor([[0.5, 0.25], [0.125, 0.9]]).log()
-    mask_BR = torch.tensor([[True, True], [True, False]])
-    assert mean_loss(logp_BR, mask_BR) == pytest.approx(math.log(4.0))
+def question_accuracy(policy: Policy, rows: list[QuestionRow], micro_batch_tokens: int) -> float:
+    return float(right_answers(policy, rows, micro_batch_tokens).mean())
+
+
+def retained(nats: list[float], right: list[float]) -> Retained:
+    """Two texts, of one token and of three; and questions."""
+    tokens = [1.0, 3.0][: len(nats)]
+    return Retained(["all"] * len(nats), torch.tensor(nats), torch.tensor(tokens), torch.tensor(right))
+
+
+def test_perplexity_by_hand() -> None:
+    """Nats add up to 4 over 4 tokens. Texts do not count, tokens do."""
+    assert retained([3.0, 1.0], []).metrics()["perplexity"] == pytest.approx(math.e)
 
 
 def test_perplexity_equals_that_of_whole_logits(policy: Policy) -> None:
@@ -64,36 +78,52 @@ def test_perplexity_equals_that_of_whole_logits(policy: Policy) -> None:
 
 
 def test_each_set_of_texts_has_its_own_figure(policy: Policy) -> None:
-    known = retention.retention(policy, TEXTS, 4096)
-    assert set(known) == {"perplexity", "text_loss_short", "text_loss_long"}
+    known = retention.retention(policy, TEXTS, 4096).metrics()
+    assert set(known) - INTERVAL == {"perplexity", "text_loss_short", "text_loss_long"}
     long = math.log(text_perplexity(policy, TEXTS[1:2], 4096))
     assert known["text_loss_long"] == pytest.approx(long, rel=1e-5)
     assert known["text_loss_short"] == pytest.approx(math.log(text_perplexity(policy, TEXTS[::2], 4096)))
     one_set = [dataclasses.replace(row, source="all") for row in TEXTS]
-    assert retention.retention(policy, one_set, 4096) == {"perplexity": known["perplexity"]}
+    found = retention.retention(policy, one_set, 4096).metrics()
+    assert (set(found) - INTERVAL, found["perplexity"]) == ({"perplexity"}, known["perplexity"])
 
 
 def test_only_what_there_are_rows_for_is_measured(policy: Policy) -> None:
     questions = [QuestionRow(question, choices, 0) for question, choices in QUESTIONS]
-    assert set(retention.retention(policy, questions, 4096)) == {"question_accuracy"}
-    assert set(retention.retention(policy, [*questions, TEXTS[0]], 4096)) == {
-        "perplexity", "question_accuracy",
-    }  # fmt: skip
+    for rows, names in (
+        (questions, {"question_accuracy"}),
+        (TEXTS[::2], {"perplexity"}),
+        ([*questions, TEXTS[0]], {"perplexity", "question_accuracy"}),
+    ):
+        assert set(retention.retention(policy, rows, 4096).metrics()) - INTERVAL == names
 
 
 def test_forgetting_by_hand() -> None:
-    metrics = {
-        "perplexity/base": 10.0, "perplexity/sft": 20.0, "perplexity/ppo": 5.0,
-        "question_accuracy/base": 0.75, "question_accuracy/sft": 0.5, "question_accuracy/ppo": 1.0,
-    }  # fmt: skip
-    found = forgetting(metrics, ["base", "sft", "ppo"])
-    assert (found["retention_perplexity_ratio/sft"], found["retention_perplexity_ratio"]) == (2.0, 0.5)
-    assert found["retention_loss/sft"] == pytest.approx(math.log(2.0))
-    assert found["retention_loss"] == found["retention_loss/ppo"] == pytest.approx(-math.log(2.0))
+    known = {
+        "base": retained([1.0, 3.0], [1.0, 1.0, 1.0, 0.0]),
+        "sft": retained([1.0, 5.0], [1.0, 1.0, 0.0, 0.0]),
+        "ppo": retained([1.0, 1.0], [1.0, 1.0, 1.0, 1.0]),
+    }
+    found = forgetting(known)
+    assert found["retention_loss/sft"] == pytest.approx(0.5)  # 2 nats more over 4 tokens
+    assert found["retention_perplexity_ratio/sft"] == pytest.approx(math.exp(0.5))
+    assert found["retention_loss"] == found["retention_loss/ppo"] == pytest.approx(-0.5)
     assert (found["question_accuracy_change/sft"], found["question_accuracy_change"]) == (-0.25, 0.25)
     assert found["retention_loss/base"] == found["question_accuracy_change/base"] == 0.0
-    texts = {name: value for name, value in metrics.items() if name.startswith("perplexity")}
-    assert not [name for name in forgetting(texts, ["base", "ppo"]) if name.startswith("question")]
+    texts = {name: each._replace(right_B=torch.zeros(0)) for name, each in known.items()}
+    assert not [name for name in forgetting(texts) if name.startswith("question")]
+
+
+def test_forgetting_is_judged_row_by_row() -> None:
+    """Texts differ much from each other, and hardly in how much they were forgotten."""
+    base, later = retained([1.0, 90.0], [1.0, 0.0]), retained([1.1, 90.3], [1.0, 0.0])
+    found = forgetting({"base": base, "ppo": later})
+    change = ratio(torch.tensor([0.1, 0.3]), torch.tensor([1.0, 3.0]))
+    assert found["retention_loss_high"] == pytest.approx(change.high, abs=1e-4)
+    assert found["retention_perplexity_ratio_high"] == pytest.approx(math.exp(change.high), abs=1e-4)
+    assert found["retention_perplexity_ratio_rows"] == 2
+    assert found["question_accuracy_change_low"] == pytest.approx(difference(torch.zeros(2)).low)
+    assert base.metrics()["question_accuracy_low"] == share(torch.tensor([1.0, 0.0])).low
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 50, 10_000])

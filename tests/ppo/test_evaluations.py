@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.ppo.learner import Learner
+from rlhf.ppo.metrics import Evaluation
 from rlhf.rewards.source import Exchange, Reward, RewardError
 
 SMALL = (
@@ -96,13 +97,44 @@ def test_held_out_responses_without_a_score_are_left_out_and_told(tmp_path: Path
     learner = learner_in(tmp_path / "job", tiny_model, reward)
     learner.job.progress.console = console = Console(file=StringIO(), width=200)
     result = learner.evaluate(HELD_OUT)
+    lengths = [float(len(text.encode())) for text in reward.responses]
     assert result.unscored == 1
-    assert result.score == pytest.approx(sum(len(text.encode()) for text in reward.responses[1:]) / 3)
+    assert (result.choice_score, result.score) == (lengths[2], (lengths[1] + lengths[3]) / 2)
     assert isinstance(console.file, StringIO)
     assert "1 of 4 held-out responses got no finite score after step 0" in console.file.getvalue()
-    reward.unscored = 4
-    with pytest.raises(RewardError, match="no finite score for any response"):
+    reward.unscored = 3  # one half is left with none
+    with pytest.raises(RewardError, match="no finite score for any of 2 responses"):
         learner.evaluate(HELD_OUT)
+
+
+def evaluation(scores: list[float]) -> Evaluation:
+    zeros_B = torch.zeros(len(scores))
+    return Evaluation(torch.tensor(scores), zeros_B, zeros_B, zeros_B.bool())
+
+
+def test_a_gain_is_of_the_judged_prompts_that_have_both_scores() -> None:
+    """Every second prompt judges: of these the second has no score later, and the fourth had none before."""
+    before = evaluation([0.0, 1.0, 0.0, 2.0, 0.0, 3.0, 0.0, math.nan])
+    after = evaluation([9.0, 1.5, 9.0, math.nan, 9.0, 4.5, 9.0, 7.0])
+    gain = after.gain_over(before)
+    assert (gain.value, gain.rows) == (1.0, 2)
+    assert after.choice_score == 9.0
+
+
+def test_weights_that_only_the_judged_prompts_like_are_not_kept(tmp_path: Path, tiny_model: Path) -> None:
+    def better_each_time(exchanges: Sequence[Exchange]) -> Tensor:
+        if len(exchanges) != len(HELD_OUT):
+            return length(exchanges)
+        calls.append(len(exchanges))
+        judged = 10.0 * len(calls)
+        return torch.tensor([-judged, judged, -judged, judged])
+
+    calls: list[int] = []
+    learner = learner_in(tmp_path / "job", tiny_model, better_each_time)
+    summary = train(learner)
+    assert len(calls) == 3
+    assert (summary["best_step"], summary["held_out_score_gain"]) == (0, 0.0)
+    assert (summary["held_out_score"], summary["held_out_score_last"]) == (10.0, 30.0)
 
 
 def test_a_response_that_looks_like_markup_is_quoted_as_it_is(tmp_path: Path, tiny_model: Path) -> None:

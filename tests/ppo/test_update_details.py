@@ -113,8 +113,8 @@ def test_every_evaluation_draws_the_same_and_another_seed_draws_otherwise(make) 
     shake(learner)
     shake(other)
     other.job = replace(other.job, seed=other.job.seed + 1)
-    assert learner.evaluate(HELD_OUT) == learner.evaluate(HELD_OUT)
-    assert learner.evaluate(HELD_OUT) != other.evaluate(HELD_OUT)
+    assert learner.evaluate(HELD_OUT).metrics() == learner.evaluate(HELD_OUT).metrics()
+    assert learner.evaluate(HELD_OUT).metrics() != other.evaluate(HELD_OUT).metrics()
 
 
 def test_of_policies_that_score_alike_the_first_is_kept(make) -> None:
@@ -146,7 +146,7 @@ def test_held_out_kl_is_nats_a_sequence_by_the_mean_log_ratio(make) -> None:
         for logp_R, reference_R, mask_R in zip(logp_BR, reference_BR, rollout.mask_BR, strict=True)
     ) / len(HELD_OUT)
     assert abs(by_hand) > 0.1
-    assert result.kl == pytest.approx(by_hand, rel=1e-4)
+    assert result.metrics()["kl"] == pytest.approx(by_hand, rel=1e-4)
 
 
 class AwayOnce:

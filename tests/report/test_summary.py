@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from rlhf.config import Bound
+from rlhf.evaluation.sampled import Sampled
 from rlhf.report.summary import print_summary, write_report
 from rlhf.run import GateResult, Run
 
@@ -74,6 +75,14 @@ def run(tmp_path: Path) -> Run:
     gates = [
         GateResult("sft", "held_out_loss_change", -0.4, Bound(max=0.0, advice="lower sft.optim.lr")),
         GateResult("evaluate", "win_rate", 0.45, Bound(min=0.5, advice="raise ppo.steps")),
+        GateResult(
+            "ppo",
+            "kl",
+            5.0,
+            Bound(max=6.0, advice="raise ppo.kl.coef", rows="raise ppo.evaluate_prompts"),
+            Sampled(5.0, 3.0, 7.0, 24),
+        ),
+        GateResult("ppo", "first_kl", 0.5, Bound(max=0.02, advice="clear it"), not_checked="it starts apart"),
     ]
     return Run(directory, stages, gates)
 
@@ -129,10 +138,14 @@ def test_what_a_method_costs_is_told_where_it_was_measured(run: Run) -> None:
 
 def test_gates_tell_value_bound_and_advice(run: Run) -> None:
     text = printed(run, 80)
-    assert "passed  sft/held_out_loss_change = -0.4 (wanted <= 0)" in text
-    assert "FAILED  evaluate/win_rate = 0.45 (wanted >= 0.5)" in text
-    assert "raise ppo.steps" in text
+    assert "passed       sft/held_out_loss_change = -0.4, wanted <= 0" in text
+    assert "FAILED       evaluate/win_rate = 0.45, wanted >= 0.5" in text
+    assert "Try: raise ppo.steps." in text
     assert "lower sft.optim.lr" not in text  # advice is for failures
+    assert "cannot tell  ppo/kl = 5 (95%: 3 to 7, 24 rows), wanted <= 6" in text
+    assert "About 72 more rows like these would tell (raise" in text
+    assert "not checked  ppo/first_kl = 0.5, wanted <= 0.02" in text
+    assert "Does not apply: it starts apart." in text
 
 
 def test_as_many_answers_as_asked_for(run: Run) -> None:
@@ -162,7 +175,8 @@ def test_report_says_the_same(run: Run) -> None:
     assert "| win rate against SFT (95%) | - | - | 0.78 (0.70 to 0.86) |" in report
     assert "- SFT: (empty) (gold +0.25, score -1.50)" in report
     assert "- PPO: `I love this 'beautiful' chair, it makes me happy every day!`" in report
-    assert "- **failed**: evaluate/win_rate = 0.45 (wanted >= 0.5). Try: raise ppo.steps." in report
+    assert "- **failed**: evaluate/win_rate = 0.45, wanted >= 0.5. Try: raise ppo.steps." in report
+    assert "- cannot tell: ppo/kl = 5 (95%: 3 to 7, 24 rows), wanted <= 6. About 72 more rows" in report
     assert "`artifacts/evaluate/comparison.jsonl`" in report
 
 

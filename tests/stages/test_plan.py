@@ -29,7 +29,6 @@ from rlhf.plan.strategies import Use, rank_strategies
 from rlhf.plan.written import experiment_file
 
 GIVEN = ("plan.rows=10000", "plan.prompt_tokens=200", "plan.answer_tokens=300")
-STARTING_APART = ("qlora", "prefix", "prompt", "p_tuning")
 VIRTUAL = ("prefix", "prompt", "p_tuning")
 EIGHT_GPUS = ("plan.gpus=8", "plan.gpu_memory=80GiB", "plan.price_per_gpu_hour=2")
 
@@ -241,17 +240,17 @@ def test_what_the_model_cannot_have_is_not_planned(chain: Chain, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("trains", "given", "without_first_kl", "from_sft"),
+    ("trains", "given", "from_sft"),
     [
-        (["ppo"], (), STARTING_APART, ()),
-        (["ppo"], ("reward.peft=prefix", "ppo.peft=lora"), STARTING_APART, VIRTUAL),
-        (["ppo"], ("ppo.peft=prompt",), STARTING_APART, ()),
-        (["reward", "ppo"], (), STARTING_APART, VIRTUAL),
-        (["sft"], (), (), ()),
+        (["ppo"], (), ()),
+        (["ppo"], ("reward.peft=prefix", "ppo.peft=lora"), VIRTUAL),
+        (["ppo"], ("ppo.peft=prompt",), ()),
+        (["reward", "ppo"], (), VIRTUAL),
+        (["sft"], (), ()),
     ],
 )
 def test_every_strategy_is_an_experiment_that_is_accepted(
-    trains: list[str], given: tuple[str, ...], without_first_kl: Sequence[str], from_sft: Sequence[str],
+    trains: list[str], given: tuple[str, ...], from_sft: Sequence[str],
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("rlhf.experiment.check_qlora", lambda key, device: None)
@@ -278,7 +277,6 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
         experiment = compose_and_build(f"+experiment={name}")
         assert experiment.stages[trains[-1]].tunes().method == name
         found[name] = experiment.stages["ppo"].model_dump()
-    assert [name for name in found if found[name]["gates"]["first_kl"] is None] == [*without_first_kl]
     assert [name for name in found if found[name]["critic"]["init"] == "sft"] == [*from_sft]
 
 

@@ -1,0 +1,103 @@
+"""Figures that were measured on a sample of rows, each with its 95% interval.
+
+Dimensions: B rows, drawn independently of each other: prompts, pairs, questions, texts. Where two models are
+compared, a row's value is the difference between them on that row, so that how hard the row is cancels out.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from rlhf.evaluation.sampled import Sampled
+
+LEVEL = 0.95
+"""Of an interval: the share of samples whose interval holds the true figure."""
+NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
+
+
+def share(value_B: Tensor) -> Sampled:
+    """The mean of values from 0 to 1, such as wins (a tie is 0.5).
+
+    The interval never shrinks to a point, not even where all rows agree. With values between 0 and 1 it is a
+    little too wide: their variance is at most that of zeros and ones with the same mean.
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.
+    """
+    rows = len(value_B)
+    if not rows:
+        return nothing()
+    p, square = float(value_B.double().mean()), NORMAL**2 / rows
+    centre = (p + square / 2) / (1 + square)
+    half = math.sqrt(p * (1 - p) * square + square**2 / 4) / (1 + square)
+    return Sampled(p, min(p, centre - half), max(p, centre + half), rows)
+
+
+def difference(value_B: Tensor) -> Sampled:
+    """The mean of values from -1 to 1: how often one model is right where another is not, minus the reverse.
+
+    As `share`, it stays wide where all rows agree: two rows are added, one for each model.
+    Source: Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions
+    based on paired data", Journal of Educational and Behavioral Statistics 37(4).
+    """
+    rows = len(value_B)
+    if not rows:
+        return nothing()
+    value_B = value_B.double()
+    wider = torch.cat([value_B, torch.tensor([-1.0, 1.0], dtype=torch.float64)])
+    half = NORMAL * float(wider.std(correction=0)) / math.sqrt(len(wider))
+    mean, centre = float(value_B.mean()), float(wider.mean())
+    return Sampled(mean, max(-1.0, centre - half), min(1.0, centre + half), rows)
+
+
+def mean(value_B: Tensor) -> Sampled:
+    """The mean of values of any size, such as scores or differences of scores.
+
+    Source: Student 1908, "The probable error of a mean", Biometrika 6.
+    """
+    return ratio(value_B, torch.ones(len(value_B)))
+
+
+def ratio(part_B: Tensor, whole_B: Tensor) -> Sampled:
+    """The sum of the parts over the sum of the wholes, such as nats a token of texts of different lengths.
+
+    A row's distance from the ratio takes the place of its distance from the mean. With a single row nothing
+    is known of how much rows differ: the interval is infinite.
+    Source: Cochran 1977, "Sampling Techniques", 3rd edition, section 2.11.
+    """
+    rows = len(part_B)
+    if not rows:
+        return nothing()
+    part_B, whole_B = part_B.double(), whole_B.double()
+    value = float(part_B.sum() / whole_B.sum())
+    if rows == 1:
+        return Sampled(value, -math.inf, math.inf, 1)
+    deviation = math.sqrt(float((part_B - value * whole_B).square().sum()) / (rows - 1))
+    half = student(rows - 1) * deviation / math.sqrt(rows) / float(whole_B.mean())
+    return Sampled(value, value - half, value + half, rows)
+
+
+def nothing() -> Sampled:
+    """Of no rows at all."""
+    return Sampled(math.nan, -math.inf, math.inf, 0)
+
+
+def student(freedom: int) -> float:
+    """How many standard errors a 95% interval reaches to either side; off by 0.8% at 2 degrees of freedom, by
+    less than 0.2% from 3 on.
+
+    Source: Abramowitz and Stegun 1964, "Handbook of Mathematical Functions", 26.7.5.
+    """
+    if freedom == 1:
+        return math.tan(math.pi * LEVEL / 2)
+    x = NORMAL
+    terms: tuple[float, ...] = (
+        x,
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return sum(term / float(freedom**power) for power, term in enumerate(terms))
