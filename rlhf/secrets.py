@@ -20,13 +20,15 @@ from rich.console import Console
 from rich.text import Text
 
 PLACEHOLDER = "<redacted>"
-ENVIRONMENT_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.I)
+ENVIRONMENT_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD|(?:CREDS?|PAT|PASS|PASSWD|_PWD)$", re.I)
 SHORTEST, SHORTEST_NUMBER = 6, 8
 """Characters of an environment's value. TOKENIZERS_PARALLELISM=false and MAX_TOKENS=8192 are no secrets, and
 blanking them would blank half of every file."""
 
 KEY_NAME = re.compile(
-    r"(?:^|[_.-])(?:password|passwd|secret|credentials?|(?:api|access|private|secret)[_-]?key|token)$", re.I
+    r"(?:^|[_.-])(?:password|passwd|passphrase|pwd|pass|pat|secret|cred|creds|credentials?|token)$"
+    r"|[_-]key$|(?:api|access|private|secret)key$|(?-i:[A-Z](?:KEY|TOKEN|SECRET|PASSWORD|PASS|PAT|CREDS?)$)",
+    re.I,
 )
 """The end of a key that says its value is a secret. Plurals (max_tokens) count something."""
 NO_SECRET = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_token$", re.I)
@@ -34,6 +36,11 @@ USER_INFO = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
 """user:password of a URL. Without a password too: the user is often the token."""
 ASSIGNMENT = re.compile(r"""([?&]?)([\w.-]+\\?)=("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
 """`name=value`: of a URL's query, or of a command line."""
+AUTHORIZATION = re.compile(
+    r"""(\bAuthorization["']?\s*[:=]\s*["']?[\w-]+\s+|\bBearer\s+(?=\S*[\d_~+/=]|\S{20}))[\w.~+/=-]{6,}""",
+    re.I,
+)
+"""A header's value. Prose has words behind "bearer", not digits or marks."""
 QUERY_NAME = re.compile(r"^(?:key|sig|auth)$|signature$", re.I)
 """Further names of secrets, in a URL's query only."""
 
@@ -54,7 +61,8 @@ def redacted(value: Any) -> Any:
 
 def redacted_text(text: str) -> str:
     """A text without secrets."""
-    return ASSIGNMENT.sub(_without_value, USER_INFO.sub(PLACEHOLDER, without_environment(text)))
+    text = USER_INFO.sub(PLACEHOLDER, without_environment(text))
+    return ASSIGNMENT.sub(_without_value, AUTHORIZATION.sub(rf"\1{PLACEHOLDER}", text))
 
 
 def without_environment(text: str) -> str:

@@ -35,6 +35,7 @@ from rlhf.execute import CONFIG_ERROR, CRASH, INTERRUPTED, STOPPED
 from rlhf.interrupt import Stopped, StopSignals
 from rlhf.report.sweep import SweepTable
 from rlhf.run import Run
+from rlhf.secrets import redacted, says_secret
 from rlhf.trials import NOTE, Outcome, SweepConfig, Trial, is_main_process, read_note
 
 if TYPE_CHECKING:  # `--help` needs neither of these
@@ -110,9 +111,14 @@ class GridSweep(Sweeper):
         overrides = {each.get_key_element(): each for each in parser.parse_overrides(given)}
         swept = {key: each for key, each in overrides.items() if each.is_sweep_override()}
         fixed = {key: str(each.input_line) for key, each in overrides.items() if key not in swept}
-        for key in swept:
+        for key, override in swept.items():
             if key.partition(".")[0] in OF_THE_SWEEP:
                 raise ConfigError(f"{key}: a sweep's trials share it. Give it one value.")
+            if redacted(override.input_line) != override.input_line or says_secret(key):
+                raise ConfigError(
+                    f"{key}: there is a secret among its values, and a sweep writes down what its trials "
+                    "differ in. Give it one value, from the environment: '${oc.env:NAME}'."
+                )
         resolved = self.compose([*fixed.values()])
         name = resolved["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
         if not isinstance(name, str):
@@ -281,7 +287,7 @@ class OptunaSweep(GridSweep):
         """
         from rlhf.study import Study
 
-        fixed = [text for key, text in search.fixed.items() if key not in MAY_CHANGE]
+        fixed = [redacted(text) for key, text in search.fixed.items() if key not in MAY_CHANGE]
         swept = [str(override.input_line) for override in search.swept.values()]
         self.study = Study(search.directory, search.knobs, sorted([*fixed, *swept]), self.distributions)
         for number, values in self.study.known():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf.secrets import RedactingConsole, redacted, redacted_output
+from rlhf.secrets import RedactingConsole, redacted, redacted_output, says_secret
 
 PLANTED = "correct-horse/battery"
 
@@ -37,7 +39,20 @@ def test_an_environments_secret_is_found_anywhere(value: Any, clean: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["WANDB_API_KEY", "hf_token", "MY_SECRET", "DB_PASSWORD", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY"]
+    "name",
+    [
+        "WANDB_API_KEY",
+        "hf_token",
+        "MY_SECRET",
+        "DB_PASSWORD",
+        "PGPASSWORD",
+        "AWS_SECRET_ACCESS_KEY",
+        "REGISTRY_CRED",
+        "GITHUB_PAT",
+        "DB_PASS",
+        "SMTPPASS",
+        "DB_PWD",
+    ],
 )
 def test_the_name_decides(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "another-one")
@@ -51,6 +66,8 @@ def test_the_name_decides(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
         ("MAX_TOKENS", "8192"),
         ("KEY_COUNT", "1"),
+        ("OLDPWD", "/gone/for/good"),
+        ("COMPASS_POINTS", "north-east"),
         ("KEY_SCALE", "0.12345"),
         ("SSH_KEY_FILE", __file__),  # where it is, is no secret
         ("API_KEY", ""),
@@ -86,7 +103,24 @@ def test_however_it_is_written(monkeypatch: pytest.MonkeyPatch, secret: str) -> 
 
 @pytest.mark.parametrize(
     "key",
-    ["password", "api_key", "apikey", "token", "secret", "hub.access_token", "client_secret", "API-KEY"],
+    [
+        "password",
+        "api_key",
+        "apikey",
+        "token",
+        "secret",
+        "hub.access_token",
+        "client_secret",
+        "API-KEY",
+        "pwd",
+        "db.pass",
+        "registry_cred",
+        "github_pat",
+        "GITHUBPAT",
+        "wandb_key",
+        "MYKEY",
+        "ssh-key",
+    ],
 )
 def test_a_config_key_that_says_so(key: str) -> None:
     assert redacted({"a": {key: "anything"}}) == {"a": {key: "<redacted>"}}
@@ -98,7 +132,7 @@ def test_a_config_key_that_says_so(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     ["max_tokens", "micro_batch_tokens", "max_new_tokens", "pad_token", "eos_token", "key", "tokenizer",
-     "secretary", "kl_per_token", "tokens"],
+     "secretary", "kl_per_token", "tokens", "monkey", "compat", "bypass", "compass", "passes"],
 )  # fmt: skip
 def test_a_config_key_that_only_sounds_like_it(key: str) -> None:
     assert redacted({key: "anything"}) == {key: "anything"}
@@ -128,6 +162,29 @@ def test_a_config_key_that_only_sounds_like_it(key: str) -> None:
 )
 def test_only_the_credential_of_a_url_goes(url: str, clean: str) -> None:
     assert redacted(url) == clean
+
+
+@pytest.mark.parametrize(
+    ("header", "clean"),
+    [
+        ("Authorization: Bearer eyJhbGciOiJIUzI1NiJ9.e30.abc", "Authorization: Bearer <redacted>"),
+        ("{'Authorization': 'Bearer hunter2!'}", "{'Authorization': 'Bearer <redacted>!'}"),
+        ("a bearer abcdefghijklmnopqrstuvwxyz here", "a bearer <redacted> here"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic <redacted>"),
+        ("the bearer of bad news", "the bearer of bad news"),
+        ("a bearer certificate", "a bearer certificate"),
+        ("Basic understanding", "Basic understanding"),
+    ],
+)
+def test_a_headers_credential_goes(header: str, clean: str) -> None:
+    assert redacted(header) == clean
+
+
+def test_no_key_of_the_config_says_that_its_value_is_a_secret() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "keys.md").read_text()
+    keys = re.findall(r"`([a-z0-9_.]+)`", text)
+    assert len(keys) > 200
+    assert [key for key in keys if says_secret(key)] == []
 
 
 def test_whatever_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -348,3 +348,30 @@ def test_jobs_of_submitit_share_the_sft_model(tmp_path: Path) -> None:
     outcome = chain.run(*submitit_sweep_arguments("submitit_local", "timeout_min=10"))
     assert outcome.code == 0, outcome.out + outcome.err
     check_submitit_sweep(chain)
+
+
+@pytest.mark.parametrize("sweeper", ["grid", "optuna"])
+def test_sweeping_over_a_secret_is_refused_before_anything_is_written(chain: Chain, sweeper: str) -> None:
+    swept = "model.chat_template='a?token=hunter2secret','b?token=other1secret'"
+    options = ("sweep.metric=ppo/held_out_score",) if sweeper == "optuna" else ()
+    outcome = chain.run("-m", f"hydra/sweeper={sweeper}", "run_name=planted", *options, *BY_RULE, swept)
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: model.chat_template: there is a secret among its values")
+    assert "hunter2secret" not in outcome.out + outcome.err
+    assert not (chain.directory / "runs" / "planted").exists()
+
+
+def test_what_a_sweep_writes_holds_no_secret(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that is a secret of the environment only now, and an override that all trials have."""
+    trials = [Trial(0, tmp_path / "planted-0", {"model.path": "hunter2secret", "seed": "0"})]
+    monkeypatch.setenv("MODEL_TOKEN", "hunter2secret")
+    SweepTable(tmp_path, KNOBS, trials).write()
+    fixed = ("run_name=planted_study", "sweep.trials=1", "+model.revision=hunter2secret")
+    outcome = chain.run(*OPTUNA, *fixed, LR)
+    assert outcome.code == 0, outcome.err
+    written = [*tmp_path.glob("sweep.*"), *(chain.directory / "runs" / "planted_study").glob("*")]
+    assert {path.name for path in written} >= {"sweep.md", "sweep.json", JOURNAL}
+    for path in written:
+        assert b"hunter2secret" not in path.read_bytes(), path

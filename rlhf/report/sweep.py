@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rlhf.disk import naming
 from rlhf.report.pareto import Point, draw
+from rlhf.secrets import redacted, redacted_text
 from rlhf.trials import SweepConfig, Trial
 
 MARK, PICTURE = "best", "pareto.png"
@@ -95,7 +97,8 @@ class SweepTable:
             draw(points, pareto.gain, pareto.loss, self.directory / PICTURE)
             picture = f"\n![{pareto.gain} against {pareto.loss}]({PICTURE})\n"
         text = f"# Sweep {self.directory.name}\n\n{table}\n{picture}"
-        (self.directory / "sweep.md").write_text(text, encoding="utf-8")
+        with naming(self.directory / "sweep.md"):
+            (self.directory / "sweep.md").write_text(redacted_text(text), encoding="utf-8")
         best = self.best
         content = {
             "name": self.directory.name,
@@ -115,8 +118,9 @@ class SweepTable:
             ],
         }
         beside = self.directory / ".sweep.json"
-        beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        beside.rename(self.directory / "sweep.json")
+        with naming(self.directory / "sweep.json"):
+            beside.write_text(json.dumps(redacted(content), indent=2), encoding="utf-8")
+            beside.rename(self.directory / "sweep.json")
 
     def show(self, console: Console) -> None:
         """Print it."""
