@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,12 +41,20 @@ class Engine(ABC):
         """The last step's, over all groups."""
         return math.hypot(*self.grad_norms)
 
-    def set_rates(self, step: int, num_steps: int, *, frozen: Sequence[int] = ()) -> list[float]:
-        """Give each group its rate in `step`, counted from 0, of a linear schedule; `frozen` groups get 0."""
-        rates = [
-            0.0 if index in frozen else config.lr * linear_rate(step, num_steps, config.warmup_fraction)
-            for index, config in enumerate(self._configs)
-        ]
+    def set_rates(
+        self, step: int, num_steps: int, *, first_steps: Mapping[int, int] = MappingProxyType({})
+    ) -> list[float]:
+        """Give each group its rate in `step`, counted from 0, of a linear schedule.
+
+        Args:
+            first_steps: by group, a later step than 0 to begin with: its schedule is over the steps from
+                there on, and before them it rests.
+        """
+        rates = []
+        for index, config in enumerate(self._configs):
+            first = first_steps.get(index, 0)
+            factor = linear_rate(step - first, num_steps - first, config.warmup_fraction)
+            rates.append(0.0 if step < first else config.lr * factor)
         for group, rate in zip(self._param_groups(), rates, strict=True):
             group["lr"] = rate
         return rates

@@ -54,10 +54,17 @@ def test_each_group_has_its_own_warm_up() -> None:
     assert rates == [pytest.approx(list(pair)) for pair in expected]
 
 
+def test_a_group_that_begins_later_has_its_whole_schedule() -> None:
+    engine = Two().engine(config(warmup_fraction=0.5), config(warmup_fraction=0.5))
+    alone = [engine.set_rates(step, 4)[0] for step in range(4)]
+    rates = [engine.set_rates(step, 7, first_steps={0: 3})[0] for step in range(7)]
+    assert rates == pytest.approx([0.0, 0.0, 0.0, *alone])
+
+
 def test_a_frozen_group_stays_while_the_other_moves() -> None:
     model = Two(1.0)
     engine = model.engine(config(lr=0.1, weight_decay=0.5), config(lr=0.4, weight_decay=0.5))
-    assert engine.set_rates(0, 2, frozen=[0]) == pytest.approx([0.0, 0.4])
+    assert engine.set_rates(0, 2, first_steps={0: 1}) == pytest.approx([0.0, 0.4])
     first, second = model.moved_by_a_step(engine)
     assert first == 0.0  # neither the gradient nor the decay
     assert second == pytest.approx(0.4 * 0.5 + 0.4, rel=1e-4)

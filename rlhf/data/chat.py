@@ -114,8 +114,15 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | Sequence[
     return sorted({end_of_turn_id(tokenizer), *own, *listed})
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every id that `response_text` leaves out."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+
+
 def response_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """A sampled response as text, without its stop token."""
+    """A sampled response as text, without its stop token and any other special token: written out, they would
+    be read as turns of the conversation by whoever encodes the text again."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 

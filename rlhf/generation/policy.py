@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.chat import prompt_ids, response_text, stop_ids
+from rlhf.data.chat import prompt_ids, response_text, special_ids, stop_ids
 from rlhf.data.schema import Message
 from rlhf.distributed import Compute
 from rlhf.generation.check import check_decoding
@@ -40,6 +40,7 @@ class Policy:
         self.vllm = vllm
         eos = None if model.generation_config is None else model.generation_config.eos_token_id
         self.stop_ids = stop_ids(tokenizer, eos)
+        self.special_ids = special_ids(tokenizer)
         assert isinstance(tokenizer.pad_token_id, int)
         self.pad_id: int = tokenizer.pad_token_id
         self._is_checked = False
@@ -76,6 +77,15 @@ class Policy:
         if self.vllm is not None:
             with self._whole():
                 self.vllm.hand_over(self.model)
+
+    def special_token_rate(self, rollout: Rollout) -> float:
+        """Share of responses with a special token inside: before the stop token, where there is one. Text,
+        which rewards and readers see, is without them."""
+        inside = (
+            ids[:-1] if stopped else ids
+            for ids, stopped in zip(rollout.response_ids, rollout.stopped.tolist(), strict=True)
+        )
+        return sum(not self.special_ids.isdisjoint(ids.tolist()) for ids in inside) / len(rollout.stopped)
 
     def sample(
         self,

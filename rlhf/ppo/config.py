@@ -31,7 +31,8 @@ class CriticConfig(Strict):
     """From the reward model, rescaled to the normalised score; or the SFT model's trunk under a zero head."""
     optim: OptimConfig
     warmup_steps: NonNegativeInt
-    """First steps in which only the critic learns."""
+    """First steps in which only the critic learns; the policy's learning rate and the KL coefficient begin
+    their schedules behind them."""
 
 
 class ScoreConfig(Strict):

@@ -215,12 +215,14 @@ class Learner:
         self.phases.taken()
         self.compute.at["step"] = step
         warm_up = step <= config.critic.warmup_steps
-        rates = self.engine.set_rates(step - 1, config.steps, frozen=[0] if warm_up else [])
+        first_steps = {0: config.critic.warmup_steps}  # the policy's
+        rates = self.engine.set_rates(step - 1, config.steps, first_steps=first_steps)
         metrics = {"lr": rates[0], "beta": self.kl.coef}
         self.texts = []
         try:
             experience, scored = self.experience(rows)
             metrics |= rollout_metrics(experience)
+            metrics["special_token_rate"] = self.policy.special_token_rate(experience.rollout)
             if metrics.get("engine_mismatch", 0.0) > self.mismatch_limit:
                 raise TooBadError(
                     "the responses are not sampled from the policy that learns: their log-probabilities are "
@@ -235,7 +237,8 @@ class Learner:
                 )
             metrics |= self.update.learn(experience, scored, critic_only=warm_up)
             metrics |= self.phases.taken()
-            self.kl.update(metrics["kl"], config.batch_episodes)
+            if not warm_up:  # a policy that does not learn cannot follow the coefficient
+                self.kl.update(metrics["kl"], config.batch_episodes)
             if metrics["skipped_minibatches"] > 0:
                 self.count_bad(step, "the gradient of a minibatch was not finite.")
         except BadStepError as bad:

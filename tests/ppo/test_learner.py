@@ -27,6 +27,7 @@ from small_ppo import (
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf.data.chat import response_text
 from rlhf.data.schema import Message, SftRow
 from rlhf.engine import PlainEngine
 from rlhf.models.policy import pack_sequences, response_statistics, rollout_rows
@@ -213,6 +214,35 @@ def test_critic_warm_up_leaves_the_policy_alone(make) -> None:
     assert value_losses[1] < value_losses[0]
     learner.step(ROWS, 3)
     assert not equal(weights(learner.engine.model.policy), policy)
+
+
+def test_the_policys_schedules_begin_behind_the_critics_warm_up(make) -> None:
+    knobs = ("ppo.optim.warmup_fraction=0.5", "ppo.kl.controller=adaptive", "ppo.kl.coef=0.1")
+    learner, alone = make(*knobs, "ppo.steps=6", "ppo.critic.warmup_steps=2"), make(*knobs, "ppo.steps=4")
+    rates = [learner.step(ROWS, step)["lr"] for step in (1, 2)]
+    assert rates == [0.0, 0.0]
+    assert learner.kl.coef == 0.1
+    for step in range(1, 5):
+        assert learner.step(ROWS, step + 2)["lr"] == alone.step(ROWS, step)["lr"] > 0.0
+    assert learner.kl.coef != 0.1
+
+
+def test_special_tokens_inside_an_answer_are_counted(make) -> None:
+    """The reward sees the text, which is without them: they cost nothing, so that they show in no score."""
+    policy = make().policy
+    bos, pad, letter = (
+        policy.tokenizer.bos_token_id,
+        policy.pad_id,
+        policy.tokenizer.convert_tokens_to_ids("e"),
+    )
+    responses = [[letter, policy.stop_ids[0]], [letter, bos, letter], [pad, letter], [letter]]
+    rollout = Rollout(
+        prompt_ids=[torch.tensor([letter])] * 4,
+        response_ids=[torch.tensor(ids) for ids in responses],
+        stopped=torch.tensor([True, False, False, False]),
+    )
+    assert policy.special_token_rate(rollout) == 0.5
+    assert response_text(policy.tokenizer, responses[1]) == "ee"
 
 
 def test_the_pretraining_mix_teaches_the_answers(make) -> None:
