@@ -162,6 +162,7 @@ def zero_config(compute: Compute, trained: int) -> dict[str, Any]:
     }
     if compute.dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["communication_data_type"] = "fp32"  # else gradients are added up over ranks in bf16
         if stage > 1:  # for stage 1 this would choose another optimizer, which refuses a gradient of 0
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

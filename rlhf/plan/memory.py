@@ -144,8 +144,8 @@ class Trained:
             yield self._bucket("DeepSpeed's bucket")
         share = on.ranks if on.zero not in ("none", "zero1") else 1
         if passes == 1 and not at_step and on.zero == "none":
-            # they come while activations go; when all of these are there, the output layer's, of two chunks
-            count = 2 * on.shape.head if METHODS[self.peft.method].keeps == "all" else count
+            # they come while activations go; when all of these are there, the output layer's
+            count = on.shape.head if METHODS[self.peft.method].keeps == "all" else count
             how = f"{billions(count)} x {on.dtype_bytes} B, while all activations are there"
             yield Part("gradients", on.dtype_bytes * count, how)
             return

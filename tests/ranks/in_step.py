@@ -17,6 +17,7 @@ from small_job import small_job
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlhf.config import OptimConfig
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
 from rlhf.distributed import Compute, make_compute
 from rlhf.engine import Engine, make_engine
@@ -41,6 +42,7 @@ OVERRIDES = (
     # the longest row alone fills a pass: ranks have one or two of them
     "sft.micro_batch_tokens=650", "reward.micro_batch_tokens=1300", "ppo.micro_batch_tokens=650",
 )  # fmt: skip
+OPTIM = OptimConfig(lr=0.1, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1e9)
 LENGTHS = (600, 200, 100, 20)
 """Response tokens of the rows that are dealt out: with two ranks 600 + 100 against 200 + 20."""
 ALONE = 200
@@ -181,6 +183,34 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
     return figures | {"held-out score": held_out.score, "held-out kl": held_out.kl}
 
 
+class Slope(nn.Module):
+    """A weight in bf16, and the gradient that it gets on this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+
+    def forward(self, slope: float) -> Tensor:
+        return slope * self.weight.sum()
+
+
+def norms_of_sums(compute: Compute) -> dict[str, float]:
+    """By engine, the norm over all ranks of a gradient of 64 numbers: 1 on rank 0 and 1/512 on the others.
+
+    bf16 holds each of both, and not their sum.
+    """
+    norms = {}
+    for zero in ("none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"):
+        here = replace(compute, zero=zero, dtype=torch.bfloat16)
+        model = Slope()
+        engine = make_engine(model, [(model.parameters(), OPTIM)], here)
+        engine.set_rates(0, 1)
+        engine.backward(engine.model(1.0 if compute.is_main else 1 / 512), last=True)
+        engine.step()
+        norms[zero] = engine.grad_norm
+    return norms
+
+
 class Gathers:
     """Counts how often a sharded weight is gathered; nothing for a whole one."""
 
@@ -214,10 +244,11 @@ def be_a_rank(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
     )  # fmt: skip
     torch.set_num_threads(1)
-    found: dict[Case, dict[str, float]] = {}
+    found: dict[Case | str, dict[str, float]] = {}
     case: Case | None = None
     try:
         compute, _ = make_compute("cpu", "fp32", timeout=90.0)
+        found["sums"] = norms_of_sums(compute)
         for case in cases:
             found[case] = all_stages(
                 replace(compute, zero=case.zero),  # type: ignore[arg-type]

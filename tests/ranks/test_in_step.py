@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from in_step import Case, all_stages, be_a_rank, write_large, write_reward
 from small_job import on_cpu
 
@@ -59,6 +60,11 @@ def test_uneven_rows_give_what_one_rank_computes(ranks: int, models: Path, tmp_p
         worker.join()
     for rank, cases in found:
         assert isinstance(cases, dict), f"rank {rank}: {cases}"
+        sums = cases.pop("sums")
+        total = torch.tensor(1 + (ranks - 1) / 512)
+        in_fp32 = dict.fromkeys(sums, 8 * float(total))
+        in_fp32 |= dict.fromkeys(("zero1", "fsdp2"), 8 * float(total.bfloat16()))  # rounded behind the sum
+        assert sums == pytest.approx(in_fp32, rel=1e-6)
         assert list(cases) == CASES
         for case, figures in cases.items():
             wanted = expected[case.model]
