@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf.config import ConfigError
 from rlhf.disk import naming
+from rlhf.locks import Lock
 
 FORMAT = 2
 KEY_LENGTH = 16
@@ -337,10 +337,10 @@ class Store:
         """Where to remember the digests of a directory outside the store: see `file_digests`."""
         return self.root / ".digests" / f"{digest_of(str(directory.resolve()))[:KEY_LENGTH]}.json"
 
-    def lock(self, stage: str, key: str) -> FileLock:
+    def lock(self, stage: str, key: str) -> Lock:
         """Held while an artifact is made. The kernel frees it when its holder dies."""
         (self.root / stage).mkdir(exist_ok=True)
-        return FileLock(self.root / stage / f".{key}.lock")
+        return Lock(self.root / stage / f".{key}.lock")
 
     def checkpoints(self, stage: str, key: str) -> Path:
         """Where a stage that is making the artifact keeps its checkpoints."""

@@ -72,8 +72,14 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> 
     Rank 0 talks to the terminal; what the others say, and every rank's errors, go to RUN_DIR/ranks/. Signals
     go on to all ranks.
     """
-    with Run(run_directory).alone():  # else the ranks' files of a run that goes on would be lost
-        pass
+    run = Run(run_directory)
+    with run.alone(".launcher.lock"):  # from now on: the ranks take the other one once they are up
+        with run.alone():  # else the ranks' files of a run that goes on would be lost
+            pass
+        return _launch(resolved, run_directory, processes)
+
+
+def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> int:
     directory = run_directory / "ranks"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)

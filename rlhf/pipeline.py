@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -400,24 +399,14 @@ class Pipeline:
     @contextmanager
     def locked(self, name: str, key: str) -> Iterator[None]:
         """Hold the artifact's lock; says so when another run has it."""
-        lock = self.store.lock(name, key) if self.compute.is_main else None
 
-        def taken(seconds: float) -> bool:
-            assert lock is not None
-            try:
-                lock.acquire(timeout=seconds)
-            except Timeout:
-                return False
-            return True
+        def tell(holder: str) -> None:
+            waits = f"[cyan]{name}[/] waits: another run is making {key} ({holder})"
+            self.console.print(waits, highlight=False, soft_wrap=True)
 
-        if not self.compute.main_only(lambda: taken(0)):
-            self.console.print(f"[cyan]{name}[/] waits: another run is making {key}", highlight=False)
-            self.compute.main_only(lambda: taken(-1))  # without a timeout
-        try:
+        with ExitStack() as held:
+            self.compute.main_only(lambda: held.enter_context(self.store.lock(name, key).awaited(tell)))
             yield
-        finally:
-            if lock is not None:
-                lock.release()
 
     def keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
         """Make a base model that has to be converted or built first, once, and keep it in the store."""
@@ -430,7 +419,11 @@ class Pipeline:
         with suppress(DamagedError):
             if found := self.store.find("base", key):
                 return found
-        with self.store.lock("base", key):
+
+        def tell(holder: str) -> None:
+            self.tell(f"base waits: another run is making {key} ({holder})")
+
+        with self.store.lock("base", key).awaited(tell):
             if damage := self.store.set_aside("base", key):
                 self.tell(f"base: {damage}")
             if found := self.store.find("base", key):  # another run may just have made it

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from rlhf.artifacts import Artifact
 from rlhf.config import Bound, ConfigError
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
+from rlhf.locks import HeldError, Lock
 from rlhf.secrets import redacted
 
 GateOutcome = Literal["passed", "failed", "cannot tell", "not checked"]
@@ -128,19 +127,22 @@ class Run:
     """False on ranks other than 0: one writes for all."""
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self, name: str = ".lock") -> Iterator[None]:
         """Hold the run directory, which is made, so that two runs cannot mix their files in it.
+
+        Args:
+            name: of the lock; the launcher has one of its own.
 
         Raises:
             ConfigError: another run holds it, or it cannot be written.
         """
-        lock = FileLock(self.directory / ".lock", timeout=0)
+        lock = Lock(self.directory / name)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except Timeout:
+            lock.acquire(timeout=0)
+        except HeldError as held:
             raise ConfigError(
-                f"run_name={self.directory.name}: another run is writing {self.directory}. "
+                f"run_name={self.directory.name}: another run is writing {self.directory} ({held}). "
                 "Choose another run_name."
             ) from None
         except OSError as error:

@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rlhf.config import ConfigError, Strict, did_you_mean
 from rlhf.execute import DONE, GATE_FAILED, INTERRUPTED, STOPPED, execute
+from rlhf.locks import Lock
 
 if TYPE_CHECKING:  # `--help` needs no torch
     from rlhf.stage import Stage
@@ -138,21 +138,17 @@ def run_trial(resolved: Mapping[str, Any], run_name: str) -> Outcome:
         return outcome_of(execute(resolved, run_name), {})
     directory = Path(resolved["runs_dir"]) / run_name
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".trial.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{run_name} waits: another process runs this trial", flush=True)
-        lock.acquire()
-    try:
+
+    def tell(holder: str) -> None:
+        print(f"{run_name} waits: another process runs this trial ({holder})", flush=True)
+
+    with Lock(directory / ".trial.lock").awaited(tell):
         write_note(directory, Outcome())
         summary = directory / "summary.json"
         summary.unlink(missing_ok=True)
         code = execute(resolved, run_name)
         outcome = outcome_of(code, json.loads(summary.read_bytes()) if summary.exists() else {})
         write_note(directory, outcome)
-    finally:
-        lock.release()
     return outcome
 
 

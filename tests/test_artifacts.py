@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from small_store import RECIPE, manifest_of, publish
 
 from rlhf.artifacts import KEY_LENGTH, Store, file_digest, recipe_key
 from rlhf.config import ConfigError
+from rlhf.locks import HeldError, Lock
 
 
 @pytest.fixture
@@ -199,6 +203,21 @@ def test_a_killed_process_frees_the_lock_and_leaves_no_artifact(tmp_path: Path) 
     published = publish(store)  # does not wait for the dead
     assert not (published.path / "half.bin").exists()
     assert not list((tmp_path / "sft").glob(".*part-*"))
+
+
+def test_a_note_of_a_holder_that_was_killed_is_not_believed(tmp_path: Path) -> None:
+    child = subprocess.Popen(["true"])
+    child.wait()
+    lock, waiting = (Lock(tmp_path / "lock") for _ in range(2))
+    with lock:
+        assert waiting.holder().startswith(f"pid {os.getpid()} on host {socket.gethostname()}, started ")
+        note = json.loads((tmp_path / "lock.holder").read_text())
+        for change in ({"pid": child.pid}, {"started": note["started"] - 60}):
+            (tmp_path / "lock.holder").write_text(json.dumps(note | change))
+            assert waiting.holder() == "which one is not known"
+        (tmp_path / "lock.holder").write_text(json.dumps(note | {"pid": child.pid, "host": "n7"}))
+        with pytest.raises(HeldError, match=f"^pid {child.pid} on host n7, started "):
+            waiting.acquire(timeout=0)
 
 
 def try_lock(lock: Any) -> bool:

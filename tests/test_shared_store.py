@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,6 +78,7 @@ def pair(tmp_path: Path) -> Iterator[tuple[Process, Process]]:
         second = Process(tmp_path, "second")
         processes.append(second)
         second.until(lambda: "sft waits: another run is making" in second.said)
+        assert f"(pid {first.process.pid} on host {socket.gethostname()}, started 20" in second.said
         yield first, second
     finally:
         for process in processes:

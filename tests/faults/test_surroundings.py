@@ -176,7 +176,7 @@ def test_two_runs_in_one_directory_are_refused(chain: RealChain) -> None:
     first = chain.start_until("sft", 1, "same", "stage=sft", "checkpoint.every_steps=1", "sft.epochs=500")
     _, err = chain.run("same", "stage=sft", code=2)
     kill(first)
-    assert "another run is writing" in err and err.count("Error:") == 1
+    assert f"another run is writing runs/same (pid {first.pid} on host " in err and err.count("Error:") == 1
 
 
 @pytest.mark.slow

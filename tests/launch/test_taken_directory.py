@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,16 @@ from rlhf.launch import launch
 from rlhf.run import Run
 
 
-def test_the_ranks_files_of_a_run_that_goes_on_are_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lock", [".lock", ".launcher.lock"])
+def test_the_ranks_files_of_a_run_that_goes_on_are_left_alone(tmp_path: Path, lock: str) -> None:
     errors = tmp_path / "ranks" / "rank0.err"
     errors.parent.mkdir()
     errors.write_text("why it failed")
     with (
-        Run(tmp_path).alone(),
-        pytest.raises(ConfigError, match=f"run_name={tmp_path.name}: another run is writing"),
+        Run(tmp_path).alone(lock),  # of rank 0; of the launcher, before its ranks are up
+        pytest.raises(
+            ConfigError, match=rf"run_name={tmp_path.name}: another run is .*\(pid {os.getpid()} on"
+        ),
     ):
         launch({}, tmp_path, 2)
     assert errors.read_text() == "why it failed"

@@ -1,0 +1,87 @@
+"""File locks that say who holds them."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+from filelock import FileLock, Timeout
+
+
+class HeldError(TimeoutError):
+    """Another process holds the lock; in words, who."""
+
+
+class Lock:
+    """A lock that the kernel frees when its holder dies. Beside it lies who took it last."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock, self._note = FileLock(path), path.with_name(f"{path.name}.holder")
+
+    def acquire(self, timeout: float = -1) -> None:
+        """Take it, within so many seconds; -1 waits for ever.
+
+        Raises:
+            HeldError: somebody else has it.
+            OSError: the file cannot be opened.
+        """
+        try:
+            self._lock.acquire(timeout=timeout)
+        except Timeout:
+            raise HeldError(self.holder()) from None
+        me = psutil.Process()
+        beside = self._note.with_name(f".{self._note.name}.{me.pid}")
+        said = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}
+        with suppress(OSError):  # a full disk: then nobody learns who holds it
+            self._note.unlink(missing_ok=True)
+            beside.write_text(json.dumps(said), encoding="utf-8")
+            beside.rename(self._note)
+
+    @contextmanager
+    def awaited(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Hold it, however long that takes; `tell` is told who has it, if anybody."""
+        try:
+            self.acquire(timeout=0)
+        except HeldError as held:
+            tell(str(held))
+            self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Free it."""
+        self._lock.release()
+
+    def holder(self) -> str:
+        """`pid 12 on host n1, started 2026-11-27 15:04:05`; or that it is not known."""
+        try:
+            said = json.loads(self._note.read_bytes())
+            host, pid, started = said["host"], int(said["pid"]), float(said["started"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return "which one is not known"
+        if host == socket.gethostname() and not _lives(pid, started):
+            return "which one is not known"  # the note is of an earlier one, which was killed
+        return f"pid {pid} on host {host}, started {datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}"
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _lives(pid: int, started: float) -> bool:
+    try:
+        return bool(abs(psutil.Process(pid).create_time() - started) < 1.0)
+    except psutil.NoSuchProcess:
+        return False
