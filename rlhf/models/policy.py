@@ -78,7 +78,19 @@ def response_statistics(model: PreTrainedModel, batch: Sequences, temperature: f
     """Log-probability and entropy of every response token, in fp32."""
     hidden_NH = hidden_states(model, batch.packed, batch.predicts_N)
     head, scale = model.get_output_embeddings(), logit_scale(model.config)
-    return head_statistics(hidden_NH, head, batch.targets_N, temperature / scale)
+    return head_statistics(hidden_NH, head, batch.targets_N, temperature / scale, logit_cap(model.config))
+
+
+def logit_cap(config: PreTrainedConfig) -> float | None:
+    """How large what a model's output layer gives can become (x is made cap tanh(x / cap)), before it is
+    scaled; None where there is no limit.
+
+    Source: Gemma Team 2024, arXiv:2408.00118, section 2.
+    """
+    text: Any = config.get_text_config()
+    # Gemma 2, 3n and 4, NanoChat, VaultGemma; RecurrentGemma
+    caps = [getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
+    return next((float(cap) for cap in caps if cap is not None), None)
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
@@ -108,9 +120,10 @@ class ResponseModel(nn.Module):
 
 
 def head_statistics(
-    hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, temperature: float
+    hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, temperature: float, cap: float | None = None
 ) -> TokenStatistics:
     """Log-probabilities and entropies behind the output layer, however many tokens there are (also none).
+    `cap` is `logit_cap`'s.
 
     The layer is called once. A sharding engine gathers a layer's weights, with all ranks, around each call
     and once more for the call's gradients: were it called once a chunk, ranks with other token counts would
@@ -121,7 +134,7 @@ def head_statistics(
 
     def all_chunks(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
         statistics: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
-            hidden_NH, layer.weight, layer.bias, targets_N, temperature
+            hidden_NH, layer.weight, layer.bias, targets_N, temperature, cap
         )
         return statistics
 
@@ -141,7 +154,8 @@ def _computing(module: nn.Module, function: Callable[[Tensor], Any]) -> Iterator
 
 
 class _HeadStatistics(torch.autograd.Function):
-    """log softmax((W hidden + b) / temperature) at the targets, and its entropy, in fp32.
+    """log softmax((W hidden + b) / temperature) at the targets, and its entropy, in fp32; what is divided is
+    `_capped` before, where there is a cap.
 
     Logits are computed twice, of a part at a time. Forward, a part is HEAD_CHUNK tokens. Backward, where the
     weights train, it is some of the vocabulary, of all tokens: a weight's gradient is then a single product,
@@ -152,7 +166,7 @@ class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor,
-        temperature: float,
+        temperature: float, cap: float | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         logp_N, entropy_N, total_N = (
             hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32) for _ in range(3)
@@ -160,16 +174,16 @@ class _HeadStatistics(torch.autograd.Function):
         for chunk in _slices(len(hidden_NH), HEAD_CHUNK):
             logits_CV = functional.linear(hidden_NH[chunk], weight_VH, bias_V)
             results = (logp_N[chunk], entropy_N[chunk], total_N[chunk])
-            _categorical(logits_CV, targets_N[chunk], temperature, *results)
+            _categorical(logits_CV, targets_N[chunk], temperature, cap, *results)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, total_N)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.cap = temperature, cap
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 
     @staticmethod
     def backward(
         ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         hidden_NH, weight_VH, bias_V, targets_N, total_N = ctx.saved_tensors
         gradient_N = gradients[0] / ctx.temperature
         learns_hidden, learns_weight, learns_bias, *_ = ctx.needs_input_grad
@@ -191,7 +205,9 @@ class _HeadStatistics(torch.autograd.Function):
                 weight_PH, bias_P = weight_VH[part], None if bias_V is None else bias_V[part]
                 logits_CP = functional.linear(hidden_NH[chunk], weight_PH, bias_P)
                 targets_C = targets_N[chunk] - part.start
-                _into_gradient(logits_CP, targets_C, total_N[chunk], gradient_N[chunk], ctx.temperature)
+                _into_gradient(
+                    logits_CP, targets_C, total_N[chunk], gradient_N[chunk], ctx.temperature, ctx.cap
+                )
                 if to_hidden_NH is not None:
                     to_hidden_NH[chunk] += logits_CP @ weight_PH
                 if to_weight_VH is not None:
@@ -200,7 +216,7 @@ class _HeadStatistics(torch.autograd.Function):
                     torch.sum(logits_CP, 0, out=to_bias_V[part])
         if to_hidden_NH is not None:
             to_hidden_NH = to_hidden_NH.to(hidden_NH.dtype)
-        return to_hidden_NH, to_weight_VH, to_bias_V, None, None
+        return to_hidden_NH, to_weight_VH, to_bias_V, None, None, None
 
 
 def _slices(length: int, size: int) -> list[slice]:
@@ -216,13 +232,18 @@ def _pieces(x: Tensor) -> list[slice]:
     return _slices(len(x), rows)
 
 
+def _capped(x: Tensor, cap: float | None) -> Tensor:
+    """Soft-capped in place: cap tanh(x / cap), whose slope is 1 - (result / cap)^2."""
+    return x if cap is None else x.div_(cap).tanh_().mul_(cap)
+
+
 def _categorical(
-    logits_CV: Tensor, targets_C: Tensor, temperature: float, logp_C: Tensor, entropy_C: Tensor,
-    total_C: Tensor,
+    logits_CV: Tensor, targets_C: Tensor, temperature: float, cap: float | None, logp_C: Tensor,
+    entropy_C: Tensor, total_C: Tensor,
 ) -> None:  # fmt: skip
     """Write a chunk's results: log-probabilities, entropies, and the logarithms of the normalizers."""
     for rows in _pieces(logits_CV):
-        x = logits_CV[rows].to(torch.float32, copy=True)
+        x = _capped(logits_CV[rows].to(torch.float32, copy=True), cap)
         if temperature != 1.0:
             x.div_(temperature)
         highest = x.amax(-1, keepdim=True)
@@ -237,8 +258,9 @@ def _categorical(
 
 
 def _into_gradient(
-    logits_CP: Tensor, targets_C: Tensor, total_C: Tensor, gradient_C: Tensor, temperature: float
-) -> None:
+    logits_CP: Tensor, targets_C: Tensor, total_C: Tensor, gradient_C: Tensor, temperature: float,
+    cap: float | None,
+) -> None:  # fmt: skip
     """Turn logits into the gradients that reach them.
 
     Args:
@@ -249,48 +271,88 @@ def _into_gradient(
     place_C1 = targets_C.clamp(0, size - 1)[:, None]
     of_target_C1 = torch.where((targets_C >= 0) & (targets_C < size), gradient_C, 0.0)[:, None]
     for rows in _pieces(logits_CP):
-        x = logits_CP[rows].to(torch.float32, copy=True)
+        x = _capped(logits_CP[rows].to(torch.float32, copy=True), cap)
+        slope = None if cap is None else 1 - (x / cap).square_()
         if temperature != 1.0:
             x.div_(temperature)
         x.sub_(total_C[rows, None]).exp_().mul_(-gradient_C[rows, None])
         x.scatter_add_(-1, place_C1[rows], of_target_C1[rows])
-        logits_CP[rows] = x
+        logits_CP[rows] = x if slope is None else x.mul_(slope)
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse models whose logits are more than head(hidden) times `logit_scale`: soft-capped or biased ones.
+    """Refuse models that do more to their logits than `logit_cap` and `logit_scale` know.
+
+    They are also compared with the output layer's results enlarged, so that a cap would show in small ones.
 
     Raises:
         ConfigError: the chunked head would train something else than the model.
     """
-    ids_T = torch.arange(min(model.config.get_text_config().vocab_size, 16), device=model.device)
-    attention = model.config._attn_implementation
-    if model.device.type == "cpu" and attention.startswith(
-        "flash"
-    ):  # for a GPU, onto which it is yet to move
-        model.set_attn_implementation("sdpa")
-    logits = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
-    if not bool(logits.isfinite().all()):
-        raise ConfigError(
-            f"{type(model).__name__}: its logits are not finite. Its weights are damaged, or too large for "
-            "this precision: try precision=fp32."
-        )
-    backbone, head = backbone_of(model), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ConfigError(
             f"model: the output layer of {type(model).__name__} is a {type(head).__name__}; the chunked "
             "log-probabilities here need a linear one. Choose another model."
         )
-    hidden_TH = backbone(input_ids=ids_T[None], use_cache=False)[0][0]
-    ours = head(hidden_TH).float() * logit_scale(model.config)
-    if model.config._attn_implementation != attention:
-        model.set_attn_implementation(attention)
-    if not torch.allclose(logits, ours, rtol=0.02, atol=0.02 * float(logits.abs().max())):
-        raise ConfigError(
-            f"model: {type(model).__name__} transforms its logits after the output layer (soft-capping or "
-            "scaling), which the chunked log-probabilities here do not do. Choose another model."
-        )
+    ids_1T = torch.arange(min(model.config.get_text_config().vocab_size, 16), device=model.device)[None]
+    with _attention_here(model):
+        logits_TV = _logits(model, ids_1T, 1.0)
+        if not bool(logits_TV.isfinite().all()):
+            raise ConfigError(
+                f"{type(model).__name__}: its logits are not finite. Its weights are damaged, or too large "
+                "for this precision: try precision=fp32."
+            )
+        own_TV = head(backbone_of(model)(input_ids=ids_1T, use_cache=False)[0][0])
+        enlarged = PROBED / max(float(own_TV.abs().max()), PROBED / 1e4)
+        theirs = [(1.0, logits_TV), (enlarged, _logits(model, ids_1T, enlarged))]
+    cap, scale = logit_cap(model.config), logit_scale(model.config)
+    # in 16 bits each operation rounds by half an eps: at most three of a cap, one of a scale
+    tolerance = 1e-4 if logits_TV.dtype == torch.float32 else 2 * torch.finfo(logits_TV.dtype).eps
+    for factor, found_TV in theirs:
+        ours_TV = _capped((own_TV * factor).float(), cap) * scale
+        if not torch.allclose(
+            found_TV.float(), ours_TV, rtol=tolerance, atol=tolerance * float(ours_TV.abs().max())
+        ):
+            raise ConfigError(
+                f"model: {type(model).__name__} transforms its logits behind the output layer in a way that "
+                "the chunked log-probabilities here do not know. Choose another model."
+            )
+
+
+PROBED = 64.0
+"""The largest of the enlarged logits: caps are between 15 and 50."""
+
+
+def _logits(model: PreTrainedModel, ids_1T: Tensor, factor: float) -> Tensor:
+    """[T, V] of a whole pass, as if the output layer gave so many times what it gives."""
+    handle = model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: output * factor)
+    try:
+        found: Tensor = model(input_ids=ids_1T, use_cache=False).logits[0]
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise ConfigError(  # Mamba in bf16 without its kernels
+            f"{type(model).__name__} cannot compute in {model.dtype} here: {str(error).rstrip('.')}. Try "
+            "precision=fp32."
+        ) from error
+    finally:
+        handle.remove()
+    return found
+
+
+@contextmanager
+def _attention_here(model: PreTrainedModel) -> Iterator[None]:
+    """While open, a model that has a GPU's attention and is yet to move there runs with another."""
+    attention = model.config._attn_implementation
+    is_elsewhere = model.device.type == "cpu" and attention.startswith("flash")
+    try:
+        if is_elsewhere:
+            model.set_attn_implementation("sdpa")
+        yield
+    finally:
+        if is_elsewhere:
+            model.set_attn_implementation(attention)
 
 
 @torch.no_grad()

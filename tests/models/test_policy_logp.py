@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_family
 from small_job import on_cpu
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -235,6 +236,57 @@ def test_a_model_that_transforms_its_logits_is_refused(model: PreTrainedModel) -
 
     with pytest.raises(ConfigError, match="Capped transforms its logits"):
         check_head(Capped(plain.config).eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "known", "wrong"),
+    [
+        ("gemma2", "logit_cap", None), ("gemma2", "logit_cap", 33.0), ("gemma3n_text", "logit_cap", 27.0),
+        ("llama", "logit_cap", 50.0), ("cohere", "logit_scale", 1.0), ("granite", "logit_scale", 0.24),
+    ],
+)  # fmt: skip
+def test_what_is_done_to_logits_is_known_to_a_few_per_cent(
+    name: str, known: str, wrong: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest logits are about 2 here, of which a cap of 30 takes a thousandth."""
+    family = tiny_family(name).to(dtype)
+    check_head(family)
+    monkeypatch.setattr(policy, known, lambda config: wrong)
+    with pytest.raises(ConfigError, match="transforms its logits behind the output layer in a way"):
+        check_head(family)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_soft_capped_logits(cap: float, temperature: float, is_frozen: bool) -> None:
+    capped = tiny_family("gemma2")
+    capped.config.final_logit_softcapping = cap
+    capped.get_output_embeddings().requires_grad_(not is_frozen)
+    prompts, responses = rows()
+    plain = torch.cat([by_hand(capped, *pair, temperature) for pair in zip(prompts, responses, strict=True)])
+    batch = pack_sequences(prompts, responses, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "HEAD_CHUNK", 5)
+        found = response_statistics(capped, batch, temperature)
+        torch.testing.assert_close(found.logp_N, plain, atol=1e-5, rtol=1e-5)
+        weights = torch.randn(len(plain), generator=torch.Generator().manual_seed(0))
+        trained = [each for each in capped.parameters() if each.requires_grad]
+        ours = torch.autograd.grad((found.logp_N * weights).sum(), trained)
+    wanted = torch.autograd.grad((plain * weights).sum(), trained)
+    for gradient, expected in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+    logits_TV = capped(input_ids=torch.cat([prompts[0], responses[0]])[None]).logits[0] / temperature
+    entropy_T = torch.distributions.Categorical(logits=logits_TV).entropy()[len(prompts[0]) - 1 : -1]
+    torch.testing.assert_close(found.entropy_N[: len(entropy_T)], entropy_T, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_cannot_compute_in_bf16_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"MambaForCausalLM cannot compute in torch\.bfloat16 here: expected"
+    ):
+        check_head(tiny_family("mamba").to(torch.bfloat16))
 
 
 def test_a_model_with_damaged_weights_is_refused(tiny_model: Path) -> None:
