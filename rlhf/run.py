@@ -125,6 +125,13 @@ class Run:
     gates: list[GateResult] = field(default_factory=list)
     writes: bool = True
     """False on ranks other than 0: one writes for all."""
+    verdict: str | None = None
+    """What the run came to, in words; None before its end."""
+
+    def metrics_of(self, stage: str) -> dict[str, float]:
+        """A stage's summary metrics without its name in front; none where it was not part of the run."""
+        metrics: dict[str, float] = self.stages.get(stage, {}).get("metrics", {})
+        return {name.removeprefix(f"{stage}/"): value for name, value in metrics.items()}
 
     @contextmanager
     def alone(self, name: str = ".lock") -> Iterator[None]:
@@ -190,7 +197,9 @@ class Run:
             for name, stage in self.stages.items()
         }
         beside = self.directory / ".summary.json"
-        content = json.dumps(redacted({"stages": stages, "gates": gates}), indent=2, allow_nan=False)
+        content = json.dumps(
+            redacted({"stages": stages, "gates": gates, "verdict": self.verdict}), indent=2, allow_nan=False
+        )
         with naming(self.directory / "summary.json"):
             beside.write_text(content, encoding="utf-8")
             beside.rename(self.directory / "summary.json")

@@ -52,7 +52,10 @@ def test_the_whole_chain_runs(first: Outcome) -> None:
 
 def test_summary_keeps_its_contract(first: Outcome) -> None:
     summary = first.summary
-    assert set(summary) == {"stages", "gates"}
+    assert set(summary) == {"stages", "gates", "verdict"}
+    assert (
+        summary["verdict"] in first.out and summary["verdict"] in (first.directory / "report.md").read_text()
+    )
     for name, stage in summary["stages"].items():
         assert set(stage) == {"status", "key", "artifact", "seconds", "metrics"}
         assert (Path(stage["artifact"]) / "manifest.json").is_file()

@@ -17,6 +17,7 @@ from rlhf.disk import naming
 from rlhf.progress import clock
 from rlhf.report.cells import Cells
 from rlhf.report.compare import comparison_cells
+from rlhf.report.verdict import verdict
 from rlhf.run import GateResult, Run
 from rlhf.secrets import redacted_text
 
@@ -111,16 +112,19 @@ class ShownAnswer(NamedTuple):
 
 
 def print_summary(run: Run, console: Console) -> None:
-    """Show what the run came to, and write the same to report.md. Ranks other than 0 do neither."""
+    """Show what the run came to, and write the same to report.md and summary.json. Ranks other than 0 do none
+    of it."""
     if not run.writes:
         return
+    run.verdict = verdict(run)
+    run.write()
     report = write_report(run)
     _print_cells(stage_cells(run), console, right={2})
     policies = policy_cells(run)
     if policies.rows:
         console.print()
         _print_cells(policies, console, right=set(range(1, len(policies.headings))))
-    comparison = comparison_cells(own_metrics(run, "compare"))
+    comparison = comparison_cells(run.metrics_of("compare"))
     if comparison.rows:
         console.print()
         _print_cells(comparison, console, right=set(range(1, len(comparison.headings))))
@@ -133,15 +137,16 @@ def print_summary(run: Run, console: Console) -> None:
     console.print(f"\nReport: {report}", highlight=False, soft_wrap=True)
     for words, path in places(run):
         console.print(f"{words}: {run.directory / path}", highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]Verdict.[/] {escape(run.verdict)}", highlight=False)
 
 
 def write_report(run: Run) -> Path:
     """Write report.md into the run directory."""
-    parts = [f"# Run {run.directory.name}", stage_cells(run).markdown()]
+    parts = [f"# Run {run.directory.name}", f"**Verdict.** {verdict(run)}", stage_cells(run).markdown()]
     policies = policy_cells(run)
     if policies.rows:
         parts += ["## Policies", policies.markdown()]
-    comparison = comparison_cells(own_metrics(run, "compare"))
+    comparison = comparison_cells(run.metrics_of("compare"))
     if comparison.rows:
         picture = "![Quality against cost](artifacts/compare/comparison.png)"
         parts += ["## Prompting, retrieval, tuning", comparison.markdown(), picture]
@@ -194,12 +199,6 @@ def policy_cells(run: Run) -> Cells:
             rows.append([words, *("-" if name != "ppo" else value for name in names)])
     heading = f"{metrics.get('evaluate/prompts', 0):.0f} prompts"
     return Cells([heading, *(POLICIES[name] for name in names)], rows)
-
-
-def own_metrics(run: Run, stage: str) -> dict[str, float]:
-    """A stage's summary metrics without its name in front; none where it was not part of the run."""
-    metrics: Mapping[str, float] = run.stages.get(stage, {}).get("metrics", {})
-    return {name.removeprefix(f"{stage}/"): value for name, value in metrics.items()}
 
 
 def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
