@@ -53,9 +53,8 @@ def test_the_whole_chain_runs(first: Outcome) -> None:
 def test_summary_keeps_its_contract(first: Outcome) -> None:
     summary = first.summary
     assert set(summary) == {"stages", "gates", "verdict"}
-    assert (
-        summary["verdict"] in first.out and summary["verdict"] in (first.directory / "report.md").read_text()
-    )
+    assert summary["verdict"] in (first.directory / "report.md").read_text()
+    assert summary["verdict"] in " ".join(first.out.split())
     for name, stage in summary["stages"].items():
         assert set(stage) == {"status", "key", "artifact", "seconds", "metrics"}
         assert (Path(stage["artifact"]) / "manifest.json").is_file()
