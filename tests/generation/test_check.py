@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_family
 from small_chain import Chain
-from small_families import family
 from small_job import on_cpu
 from transformers import AutoTokenizer
 
@@ -25,14 +25,14 @@ DECODED = ["llama", "gpt2", "gpt_oss", "bloom", "falcon_h1", "qwen3_next", "deep
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", DECODED)
 def test_what_is_decoded_rightly_passes(name: str, dtype: torch.dtype) -> None:
-    model = family(name).to(dtype)
+    model = tiny_family(name).to(dtype)
     pack_where_possible(model)
     check_decoding(model)
 
 
 def test_adapters_and_virtual_tokens_pass() -> None:
     for method in ("lora", "prompt"):
-        model = family("llama")
+        model = tiny_family("llama")
         attach(model, PeftConfig(method=method))
         check_decoding(model)
 
@@ -46,7 +46,7 @@ def test_adapters_and_virtual_tokens_pass() -> None:
     ],
 )  # fmt: skip
 def test_what_keeps_a_state_elsewhere_is_refused(name: str, dtype: torch.dtype) -> None:
-    model = family(name).to(dtype)
+    model = tiny_family(name).to(dtype)
     words = rf"generation=local: {type(model).__name__} cannot be sampled from: decoded with a KV cache its "
     with pytest.raises(ConfigError, match=words + r".* nats a token off"):
         check_decoding(model)
@@ -55,11 +55,11 @@ def test_what_keeps_a_state_elsewhere_is_refused(name: str, dtype: torch.dtype) 
 def test_what_cannot_be_decoded_at_all_is_refused() -> None:
     words = r"MiniMaxForCausalLM cannot be sampled from: decoding with a KV cache fails: MiniMax uses cache"
     with pytest.raises(ConfigError, match=words):
-        check_decoding(family("minimax"))
+        check_decoding(tiny_family("minimax"))
 
 
 def test_it_is_found_out_before_the_first_answer(tiny_model: Path) -> None:
-    model = family("mamba", vocab_size=300)
+    model = tiny_family("mamba")
     told: list[int] = []
     policy = Policy(model, load_tokenizer(tiny_model, ModelConfig(kind="tiny")), on_cpu())
     with pytest.raises(ConfigError, match="MambaForCausalLM cannot be sampled from"):
@@ -71,7 +71,7 @@ def test_it_is_found_out_before_the_first_answer(tiny_model: Path) -> None:
 
 
 def test_sft_is_not_trained_for_a_stage_that_could_not_sample(tmp_path: Path, tiny_model: Path) -> None:
-    family("mamba", vocab_size=300).save_pretrained(tmp_path / "mamba")
+    tiny_family("mamba").save_pretrained(tmp_path / "mamba")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "mamba")
     model = ("model=local", f"model.path={tmp_path / 'mamba'}", "sft.peft=none", "precision=fp32")
     chain = Chain(tmp_path)

@@ -97,6 +97,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS | WIDE,
     "qwen3_next": EXPERTS | WIDE | DELTA | {"layer_types": ["linear_attention", "full_attention"]},
     "recurrent_gemma": WIDE | {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 16},
+    "rwkv": {"attention_hidden_size": 64, "context_length": 1024},
     "seed_oss": WIDE,
     "smollm3": {},
     "stablelm": {},
@@ -109,6 +110,7 @@ REFUSED = {
     "mamba": OWN_STATE,
     "minimax": "uses cache of its own",
     "recurrent_gemma": OWN_STATE,
+    "rwkv": OWN_STATE,
 }
 """What is not run, and the words of the refusal."""
 PENDING: set[str] = set()

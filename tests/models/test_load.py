@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_families import family
+from families import tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config
 
 from rlhf import artifacts
@@ -212,7 +212,7 @@ def test_a_local_model_that_is_none(changes: dict[str, str], words: str) -> None
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "bloom", "mpt", "gpt_neo"])
 def test_auto_takes_eager_attention_where_there_is_no_other(name: str, tmp_path: Path) -> None:
-    model = family(name)
+    model = tiny_family(name)
     model.save_pretrained(tmp_path)
     found = load_causal_lm(tmp_path, config("local", attention="auto"), torch.float32)
     assert found.config._attn_implementation == "eager"
@@ -223,7 +223,7 @@ def test_auto_takes_eager_attention_where_there_is_no_other(name: str, tmp_path:
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 def test_an_attention_that_the_model_or_the_machine_lacks(attention: str, tmp_path: Path) -> None:
-    family("bloom").save_pretrained(tmp_path)
+    tiny_family("bloom").save_pretrained(tmp_path)
     with pytest.raises(
         ConfigError, match=r"BloomForCausalLM does not support .*model\.attention=auto"
     ) as error:

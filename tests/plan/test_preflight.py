@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from families import tiny_family
 from rich.console import Console
 from small_chain import Chain, Outcome
-from small_families import family
 from small_job import on_cpu
 from small_plan import EIGHT, GIB, NO_CHECKPOINTS, check, experiment, gpus
 from transformers import (
@@ -221,7 +221,7 @@ def test_what_adapters_stand_beside_is_told_once(finished_chain: tuple[Chain, Ou
 
 
 def test_eager_attention_is_told_once(finished_chain: tuple[Chain, Outcome], tmp_path: Path) -> None:
-    family("gemma2").save_pretrained(tmp_path)
+    tiny_family("gemma2").save_pretrained(tmp_path)
     said = before(finished_chain[1], on_cpu(), "sft", "stage=sft", base=tmp_path)
     assert said.count("model.attention=auto: Gemma2ForCausalLM has eager attention only") == 1
     chosen = before(finished_chain[1], on_cpu(), "sft", "stage=sft", "model.attention=eager", base=tmp_path)
