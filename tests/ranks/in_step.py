@@ -116,14 +116,14 @@ def sft(stage: Stage, job: Any) -> dict[str, float]:
     engine.set_rates(0, 10)
     rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
     counted = Gathers(engine, policy.get_output_embeddings().weight)
-    figures = {"held-out loss": stage.mean_loss(job, engine, rows[-1:])}
+    figures = {"held-out loss": float(stage.losses(job, engine, rows[-1:]).sum())}
     counted.check("held-out loss", passes=1, each=1)
     for step, batch in enumerate((rows[:-1], rows[-1:], rows[:-1])):
         passes = len(list(compute.micro_batches([len(row) for row in batch], stage.micro_batch_tokens)))
         figures[f"loss {step}"] = stage.step(job, engine, batch)["loss"]
         figures[f"norm {step}"] = engine.grad_norm
         counted.check(f"step {step}", passes=passes, each=2)
-    return figures | {"loss behind": stage.mean_loss(job, engine, rows)}
+    return figures | {"loss behind": float(stage.losses(job, engine, rows).mean())}
 
 
 def reward_model(stage: Stage, job: Any) -> dict[str, float]:
@@ -179,8 +179,15 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
             counted.check("learning", passes=stage.epochs * (passes + 1), each=2)  # and the mix, of one row
             names = ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm", "entropy")
             figures |= {key: learned[key] for key in names}
-    held_out = learner.evaluate([PromptRow(prompt(1))])
-    return figures | {"held-out score": held_out.score, "held-out kl": held_out.kl}
+    rollout, _ = learner.policy.sample(
+        [prompt(3)], max_new_tokens=5, temperature=1.0, generator=torch.Generator(), batch_rows=1
+    )
+    alone_BR = learner.policy.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
+    held_out = learner.evaluate([PromptRow(prompt(n)) for n in (1, 20)])
+    return figures | {
+        "held-out score": float(held_out.score_B.sum()), "held-out kl": float(held_out.kl_B.sum()),
+        "held-out logp": float(alone_BR.sum()),
+    }  # fmt: skip
 
 
 class Slope(nn.Module):
