@@ -33,7 +33,15 @@ from rlhf.compare.quality import answer_found, exact_match, rouge_l
 from rlhf.compare.questions import CORPUS, QUESTIONS, Library, find_library, find_questions
 from rlhf.compare.retrieval import RetrieverName, make_index
 from rlhf.compare.room import Room, Sizes, measured
-from rlhf.compare.tuned import POLICY_STAGES, contender, label, training_seconds, tuned_artifact
+from rlhf.compare.tuned import (
+    POLICY_STAGES,
+    contender,
+    content_of,
+    label,
+    path_of,
+    training_seconds,
+    tuned_artifact,
+)
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import TRAINING_ROLES, Role
@@ -43,7 +51,7 @@ from rlhf.evaluation.intervals import mean, ratio, share
 from rlhf.evaluation.references import answer_losses
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
-from rlhf.lineage import content_digest, hardware
+from rlhf.lineage import hardware
 from rlhf.models.load import BaseModelFiles
 from rlhf.models.policy import check_head
 from rlhf.plan.answering import answering_demand
@@ -74,7 +82,7 @@ class CompareStage(Stage):
     name: ClassVar[str] = "compare"
     samples: ClassVar[bool] = True
     is_timed: ClassVar[bool] = True
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     in_chain: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
 
@@ -87,7 +95,8 @@ class CompareStage(Stage):
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the base model is asked; the first is what the others' win rate is against."""
     artifacts: Annotated[list[str], AfterValidator(_once)]
-    """Tuned models: sft, ppo and merge are this run's; others are directories of a store, or links to one."""
+    """Tuned models: sft, ppo and merge are this run's; others are directories: of a store, links to one, or
+    any that `save_pretrained` wrote, whose training's cost is not known."""
     tuned_methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the tuned models are asked."""
     retriever: RetrieverName
@@ -163,7 +172,7 @@ class CompareStage(Stage):
         sources = {QUESTIONS: self.questions, CORPUS: self.corpus}
         digests = {key: source.reading_digest(key) for key, source in sources.items() if source is not None}
         elsewhere = {
-            name: content_digest(tuned_artifact(name)) for name in self.artifacts if name not in POLICY_STAGES
+            name: content_of(tuned_artifact(name)) for name in self.artifacts if name not in POLICY_STAGES
         }
         versions = {name: importlib.metadata.version(name) for name in SCORING}
         return digests | elsewhere | reward_digest(self.reward) | versions | {"machine": hardware()}
@@ -264,25 +273,27 @@ class CompareStage(Stage):
             if references:
                 losses = answer_losses(policy, said.asked, references, self.micro_batch_tokens)
                 metrics |= ratio(*losses).metrics(f"answer_loss/{name}")
-            setup = training + asking.setup_seconds
-            metrics |= {
-                f"setup_seconds/{name}": setup,
-                f"setup_cost/{name}": cost_of(setup, self.price_per_hour),
-                f"storage_bytes/{name}": size + asking.num_bytes,
-            }
+            metrics[f"storage_bytes/{name}"] = size + asking.num_bytes
+            if training is not None:
+                setup = training + asking.setup_seconds
+                metrics |= {
+                    f"setup_seconds/{name}": setup, f"setup_cost/{name}": cost_of(setup, self.price_per_hour)
+                }  # fmt: skip
+            tell_cut(job, name, method, said)
             answers[name] = said
         return answers
 
-    def load(self, job: Job, model: str | None) -> tuple[Policy, float, int]:
-        """A policy, the seconds that its training took, and its bytes."""
+    def load(self, job: Job, model: str | None) -> tuple[Policy, float | None, int]:
+        """A policy, the seconds that its training took, where that is known, and its bytes."""
         if model is None:
             directory, tokenizer = job.base.directory, job.base.load_tokenizer()
             policy = Policy.load(directory, job.base.config, job.compute, tokenizer, job.vllm)
             check_head(policy.model)
             return policy, 0.0, model_bytes(directory)
         artifact = job.inputs[model] if model in POLICY_STAGES else tuned_artifact(model)
-        policy = Policy.load(artifact.path, job.base.config, job.compute, vllm=job.vllm)
-        return policy, training_seconds(artifact), model_bytes(artifact.path)
+        path = path_of(artifact)
+        policy = Policy.load(path, job.base.config, job.compute, vllm=job.vllm)
+        return policy, training_seconds(artifact), model_bytes(path)
 
     def score(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Put every answer beside its reference, and before the reward."""
@@ -352,11 +363,25 @@ class CompareStage(Stage):
             job.sample(**{name: value for name, value in row.items() if name != "asked"})
 
 
+def tell_cut(job: Job, name: str, method: Method, said: Answers) -> None:
+    """Say loudly that a contender was not given all that it should have been."""
+    cut = sum(count > 0 for count in said.num_cut)
+    if cut:
+        what = "passages" if method == "retrieval" else "examples"
+        job.progress.console.print(
+            f"CUT: {name} lost {sum(said.num_cut)} {what} in {cut} of {len(said.num_cut)} prompts, since "
+            "they did not fit the model's context beside the answer. It is measured with less than "
+            f"compare.{method}.{what} says: lower that or compare.max_new_tokens, or take a model with a "
+            "longer context.",
+            style="bold red", markup=False, highlight=False,
+        )  # fmt: skip
+
+
 def break_evens(metrics: Mapping[str, float]) -> dict[str, float]:
     """For every tuned contender, after how many requests it has cost as little as each way of prompting."""
     names = contenders(metrics)
     found = {}
-    for tuned in (name for name in names if name not in METHODS):
+    for tuned in (name for name in names if name not in METHODS and f"setup_seconds/{name}" in metrics):
         for method in (name for name in names if name in METHODS):
             found[f"break_even_{method}/{tuned}"] = break_even(
                 metrics[f"setup_seconds/{tuned}"], metrics[f"seconds_mean/{tuned}"],

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.data.chat import tokenizer_digest
+from rlhf.data.chat import prompt_ids, tokenizer_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.distributed import Compute
@@ -30,7 +30,7 @@ from rlhf.methods import METHODS
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
-from rlhf.models.load import BaseModelFiles, load_causal_lm, load_tokenizer
+from rlhf.models.load import BaseModelFiles, context_left, load_causal_lm, load_tokenizer
 from rlhf.models.merged import publish_policy
 from rlhf.models.policy import check_head
 from rlhf.models.published import described, origin_of
@@ -244,13 +244,17 @@ class PpoStage(PpoConfig, Stage):
             reference=reference,
             reward=reward,
             normalizer=normalizer,
-            mix=PretrainingMix(self.ptx, tokenizer, job.data.rows(self.mixed_role, "train"), job.seed)
-            if self.ptx.coef > 0
-            else None,
+            mix=self.mix(job, tokenizer, context_left(policy)) if self.ptx.coef > 0 else None,
             job=job,
             trained_parameters=trained,
             mismatch_limit=self.mismatch_limit,
         )
+
+    def mix(self, job: Job, tokenizer: PreTrainedTokenizerBase, context: int) -> PretrainingMix:
+        """Of the rows that leave the policy something to learn."""
+        rows = job.data.rows(self.mixed_role, "train")
+        rows = [row for row in rows if len(prompt_ids(tokenizer, row.prompt)) < context]
+        return PretrainingMix(self.ptx, tokenizer, rows, job.seed, context)
 
     @property
     def mismatch_limit(self) -> float:

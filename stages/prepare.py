@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from statistics import fmean
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from jinja2 import TemplateError
 from pydantic import Field, PositiveInt, model_validator
@@ -21,20 +22,24 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.artifacts import digest_of
 from rlhf.config import ConfigError, Strict
 from rlhf.data.batching import equal_tokens
+from rlhf.data.chat import prompt_ids
 from rlhf.data.collection import (
+    BEYOND_LIMIT,
     DUPLICATE,
     IN_EVALUATION,
     LEAK,
     LEFT_FOR_TRAINING,
     NO_PROMPT,
     SAME_PROMPT,
+    TOO_LONG,
     Entry,
     RoleData,
+    limited,
     quantiles,
     sequences,
 )
 from rlhf.data.prepared import REPORT, PreparedData, splits_of
-from rlhf.data.recognise import recognise
+from rlhf.data.recognise import likely_fields, read_as, recognise
 from rlhf.data.schema import (
     EVALUATION_ROLES,
     ROLE_OF,
@@ -46,6 +51,7 @@ from rlhf.data.schema import (
     Role,
     Row,
     RowError,
+    SftRow,
     Split,
     TextRow,
     drawn,
@@ -59,6 +65,14 @@ from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
 from rlhf.secrets import redacted_text
 from rlhf.stage import Stage
+
+
+def fields_line(source: SourceConfig, data: RoleData, raw: Mapping[str, Any]) -> str:
+    """`sft.data='{path: FILE, fields: {prompt: question, ...}}'`, ready to be corrected and typed."""
+    place = {"path": source.path} if source.path is not None else {"hub": source.hub}
+    kind, name = next(iter(place.items()))
+    return f"{data.key}='{{{kind}: {name}, fields: {likely_fields(raw, data.role)}}}'"
+
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -114,7 +128,7 @@ class PrepareStage(Stage):
     """What `prepare.*` can be told. Values: conf/stages/prepare.yaml."""
 
     name: ClassVar[str] = "prepare"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"sources"})  # their content is: see external()
@@ -162,7 +176,7 @@ class PrepareStage(Stage):
         self._measure(data, job)
         self._choose_evaluation(data)
         self._split(data)
-        self._check_not_empty(data)
+        self._check_not_empty(data, job.base.context_length)
         job.compute.main_only(lambda: self._write(data, job))  # all ranks have read the same
         leaks = sum(data[role].count(LEAK) for role in TRAINING_ROLES)
         self._show(data, leaks, job)
@@ -206,7 +220,7 @@ class PrepareStage(Stage):
                 data.entries.append(replace(entry, row=PromptRow(prompt)))
 
     def _read_source(self, source: SourceConfig, data: RoleData, seen: set[str]) -> None:
-        fingerprint = source.fingerprint(data.key)
+        fingerprint, found = source.fingerprint(data.key), list[Entry]()
         for where, raw in source.rows(data.key):
             data.num_read += 1
             try:
@@ -214,8 +228,13 @@ class PrepareStage(Stage):
                     raise raw
                 row = recognise(raw, data.role)
             except RowError as error:
-                self._bad(data, where, error)
+                advice, lacks = "", error.reason in ("missing field", "no answer")
+                if lacks and isinstance(raw, dict) and not source.fields:
+                    advice = f" Are they in other columns? {fields_line(source, data, raw)}."
+                self._bad(data, where, error, advice)
                 continue
+            if not data.columns.get(str(source)) and source.samples is None:
+                data.columns[str(source)] = f"has {', '.join(raw)}; read as {read_as(raw, data.role)}"
             text = row_to_json(row)
             if text in seen:
                 data.remove(DUPLICATE, where)
@@ -223,19 +242,32 @@ class PrepareStage(Stage):
             seen.add(text)
             if isinstance(row, TextRow):
                 row = replace(row, source=source.name)
-            data.entries.append(Entry(where, row, prompt_identity(row), fingerprint))
+            found.append(Entry(where, row, prompt_identity(row), fingerprint))
+        kept = limited(found, source.limit, lambda entry: entry.identity, self._kind)
+        left = set(map(id, kept))
+        for entry in found:
+            if id(entry) not in left:
+                data.remove(BEYOND_LIMIT, entry.where)
+        data.entries += kept
 
-    def _bad(self, data: RoleData, where: str, error: RowError) -> None:
+    def _kind(self, entry: Entry) -> Split:
+        """The split that a row would be in if evaluation read its source too."""
+        if drawn(entry.identity, self.evaluation_fraction, "evaluation"):
+            return "evaluation"
+        return "held_out" if drawn(entry.identity, self.held_out_fraction, "held_out") else "train"
+
+    def _bad(self, data: RoleData, where: str, error: RowError, advice: str = "") -> None:
         is_own = self.sources.other(data.role) is None  # the user never said that others' rows are prompts
         if self.on_bad_row == "error" and is_own:
             raise ConfigError(
-                f"{data.key}: {where}: {error} "
+                f"{data.key}: {where}: {error}{advice} "
                 "Mend the row, or set prepare.on_bad_row=drop to leave out such rows."
             )
         data.remove(error.reason, where)
 
     def _measure(self, data: dict[Role, RoleData], job: Job) -> None:
-        """Count tokens; a row that does not fit the context is a bad row."""
+        """Count tokens. A row that does not fit the context is left out and counted. Where its answer can be
+        cut it stays, and training cuts it, as `sft.max_tokens` says."""
         tokenizer, context = job.base.load_tokenizer(), job.base.context_length
         if self.response_tokens >= context:
             raise ConfigError(
@@ -248,39 +280,44 @@ class PrepareStage(Stage):
                 kept: list[Entry] = []
                 before: list[int] = []
                 for entry in role.entries:
+                    task.advance()
                     try:
-                        found = self._sequences_that_fit(entry.row, tokenizer, context)
-                        entry.tokens = max(map(len, found))
-                        entry.in_common = fmean(equal_tokens(*pair) for pair in pairwise([before, *found]))
-                        before = found[-1]
-                        kept.append(entry)
+                        found = self._sequences(entry.row, tokenizer)
                     except RowError as error:
                         self._bad(role, entry.where, error)
-                    task.advance()
+                        continue
+                    entry.tokens = max(map(len, found))
+                    room = context - (self.response_tokens if isinstance(entry.row, PromptRow) else 0)
+                    if entry.tokens > room:
+                        if not self._can_be_cut(entry.row, tokenizer, context):
+                            role.remove(TOO_LONG, entry.where)
+                            continue
+                        role.cut.add(entry.where)
+                    entry.in_common = fmean(equal_tokens(*pair) for pair in pairwise([before, *found]))
+                    before = found[-1]
+                    kept.append(entry)
                 role.entries = kept
 
-    def _sequences_that_fit(
-        self, row: Row, tokenizer: PreTrainedTokenizerBase, context: int
-    ) -> list[list[int]]:
+    def _sequences(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         try:
-            found = sequences(tokenizer, row)
+            return sequences(tokenizer, row)
         except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
             raise RowError(
                 "refused by template", f"the chat template refuses the conversation: {error}."
             ) from None
-        tokens, room = max(map(len, found)), context - self.response_tokens
-        if isinstance(row, PromptRow) and tokens > room:
-            raise RowError(
-                "too long",
-                f"the prompt has {tokens} tokens; the model's context of {context} leaves it {room} "
-                f"beside an answer of ppo.max_new_tokens={self.response_tokens}. "
-                "Shorten it or lower ppo.max_new_tokens.",
-            )
-        if tokens > context:
-            raise RowError(
-                "too long", f"{tokens} tokens do not fit the model's context of {context}. Shorten it."
-            )
-        return found
+
+    def _can_be_cut(self, row: Row, tokenizer: PreTrainedTokenizerBase, context: int) -> bool:
+        """Whether the context has room for a part of the answer."""
+        return isinstance(row, SftRow) and len(prompt_ids(tokenizer, row.prompt)) < context
+
+    def _too_long(self, context: int) -> str:
+        """What is too long, and what becomes of it."""
+        return (
+            f"Too long is what has more tokens than the model's context of {context}, a prompt more than "
+            f"{context - self.response_tokens} beside an answer of "
+            f"ppo.max_new_tokens={self.response_tokens}. "
+            "Answers of sft.data are cut there, as at sft.max_tokens; other rows are left out."
+        )
 
     def _choose_evaluation(self, data: dict[Role, RoleData]) -> None:
         """Take the evaluation prompts and the retention rows, and leave them out of every training role.
@@ -316,7 +353,7 @@ class PrepareStage(Stage):
             return "evaluation"
         return "held_out" if drawn(entry.identity, self.held_out_fraction, "held_out") else "train"
 
-    def _check_not_empty(self, data: dict[Role, RoleData]) -> None:
+    def _check_not_empty(self, data: dict[Role, RoleData], context: int) -> None:
         advice: dict[Split, str] = {
             "train": "Give more rows.",
             "held_out": f"Give more rows or raise prepare.held_out_fraction={self.held_out_fraction:g}.",
@@ -329,7 +366,7 @@ class PrepareStage(Stage):
                     raise ConfigError(
                         f"{role.key}: no rows are left for {split}: "
                         f"{'; '.join([f'{role.num_read} read', f'{len(role.entries)} kept', *role.why()])}. "
-                        f"{advice[split]}"
+                        f"{advice[split]}{f' {self._too_long(context)}' if role.count(TOO_LONG) else ''}"
                     )
 
     def _write(self, data: dict[Role, RoleData], job: Job) -> None:
@@ -355,9 +392,15 @@ class PrepareStage(Stage):
                 table.add_row(*self._table_cells(role))
         console.print(table, highlight=False)
         for role in data.values():
-            if role.num_dropped:
-                text = f"  {role.key}: {'; '.join(role.why())}"
+            for name, columns in role.columns.items():
+                text = f"  {role.key}: {Path(name).name} {columns}"
+                console.print(text, style="dim", markup=False, highlight=False)
+            cut = [f"{role.cut.count} to be cut ({role.cut.places()})"] if role.cut.count else []
+            if role.num_dropped or cut:
+                text = f"  {role.key}: {'; '.join([*role.why(), *cut])}"
                 console.print(text, style="yellow", markup=False, highlight=False)
+        if any(role.count(TOO_LONG) + role.cut.count for role in data.values()):
+            console.print(f"  {self._too_long(job.base.context_length)}", style="yellow", highlight=False)
         if leaks:
             places = "; ".join(
                 f"{role.count(LEAK)} in {role.key} ({role.removed[LEAK].places()})"

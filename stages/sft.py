@@ -31,6 +31,7 @@ from rlhf.generation.check import check_decoding
 from rlhf.generation.latency import token_seconds
 from rlhf.job import Job
 from rlhf.loop import train_batches
+from rlhf.methods import METHODS
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_causal_lm
@@ -75,7 +76,8 @@ class SftStage(Stage):
     activation_checkpointing: bool
     """Keep no activations of a layer but its input; the rest is computed anew: the same result, later."""
     max_tokens: PositiveInt
-    """Longer rows are cut (the end of the answer is lost)."""
+    """Longer rows are cut (the end of the answer is lost), at the model's context at the latest. Rows whose
+    prompt leaves no room for an answer are left out. Both are counted."""
 
     @model_validator(mode="after")
     def _something_to_replay(self) -> Self:
@@ -116,9 +118,11 @@ class SftStage(Stage):
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""
-        train, held_out = (on.sizes("sft", split).cut(self.max_tokens) for split in splits_of("sft"))
+        train, held_out = (
+            on.sizes("sft", split).cut(self.room(on.shape.context)) for split in splits_of("sft")
+        )
         if self.replay_fraction > 0:
-            replay = on.sizes("replay", "train").cut(self.max_tokens)
+            replay = on.sizes("replay", "train").cut(self.room(on.shape.context))
             beside = train.mean * self.replay_fraction / (1 - self.replay_fraction)  # tokens to each row
             train = train._replace(
                 mean=train.mean + beside, longest=max(train.longest, replay.longest),
@@ -130,6 +134,11 @@ class SftStage(Stage):
             checkpointing=self.activation_checkpointing, has_logits=True,
         )  # fmt: skip
 
+    def room(self, context: int) -> int:
+        """Tokens of a row beyond which it is cut: no more than the context has beside virtual tokens."""
+        virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
+        return min(self.max_tokens, context - virtual)
+
     def run(self, job: Job) -> None:
         """Train on the answers only, and publish the model."""
         self.check_compute(job.compute)
@@ -140,12 +149,14 @@ class SftStage(Stage):
         if job.will_sample:  # better refused now than by a later stage
             check_decoding(policy)
         rows = job.data.rows("sft", "train")
-        train = self.encoded(tokenizer, rows, "sft.data: no training row")
-        held_out = self.encoded(tokenizer, job.data.rows("sft", "held_out"), "sft.data: no held-out row")
+        room, held_rows = self.room(job.base.context_length), job.data.rows("sft", "held_out")
+        train = self.encoded(tokenizer, rows, room, "sft.data: no training row")
+        held_out = self.encoded(tokenizer, held_rows, room, "sft.data: no held-out row")
+        self.tell_cut(job, train, len(rows) - len(train), room)
         batches = own = self.batches(train, job.seed)
         if self.replay_fraction > 0:
             replay = job.data.rows("replay", "train")
-            general = self.encoded(tokenizer, replay, f"sft.replay={self.replay}: no row")
+            general = self.encoded(tokenizer, replay, room, f"sft.replay={self.replay}: no row")
             batches = self.with_replay(own, general, job.seed)
         attach(policy, self.peft)
         if self.activation_checkpointing:
@@ -190,15 +201,26 @@ class SftStage(Stage):
             "replayed_rows": sum(map(len, batches)) - sum(map(len, own)),
         })  # fmt: skip
 
+    def tell_cut(self, job: Job, rows: Sequence[EncodedAnswer], left_out: int, room: int) -> None:
+        """Say how many training rows were too long."""
+        cut = sum(row.is_cut for row in rows)
+        if cut or left_out:
+            job.progress.console.print(
+                f"sft: {cut} of {len(rows) + left_out} training rows are cut at {room} tokens, "
+                f"{left_out} are left out, since their prompts leave no room for an answer "
+                f"(sft.max_tokens={self.max_tokens}).",
+                style="yellow", highlight=False,
+            )  # fmt: skip
+
     def encoded(
-        self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow], none: str
+        self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow], room: int, none: str
     ) -> list[EncodedAnswer]:
-        """Those rows of which `max_tokens` leaves anything to learn.
+        """Those rows of which the first `room` tokens leave anything to learn.
 
         Raises:
             ConfigError: there is none; it begins with `none`.
         """
-        found = [EncodedAnswer(tokenizer, row, self.max_tokens) for row in rows]
+        found = [EncodedAnswer(tokenizer, row, room) for row in rows]
         found = [row for row in found if len(row.answer)]
         if not found:
             raise ConfigError(

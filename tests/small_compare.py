@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from small_job import small_job
 
 from rlhf.artifacts import Manifest, Store
@@ -57,7 +58,7 @@ def base_of(tiny_model: Path) -> BaseModelFiles:
     return BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny"))
 
 
-def run_stage(stage: CompareStage, tiny_model: Path, directory: Path) -> Job:
+def run_stage(stage: CompareStage, tiny_model: Path, directory: Path, console: Console | None = None) -> Job:
     directory.mkdir(parents=True)
     data = PreparedData(directory)
     rows = [
@@ -69,7 +70,7 @@ def run_stage(stage: CompareStage, tiny_model: Path, directory: Path) -> Job:
     data.write("ppo", "train", [PromptRow(user("Where is the toad?"))])
     data.write("replay", "train", [SftRow(user("Where is the gnu?"), "There.")])
     data.write("ptx", "train", [SftRow([], "A text.")])
-    job = small_job("compare", directory, base_of(tiny_model), data=data)
+    job = small_job("compare", directory, base_of(tiny_model), data=data, console=console)
     stage.run(job)
     return job
 

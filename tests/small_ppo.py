@@ -83,7 +83,7 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
         reference=Policy.load(sft, MODEL, job.compute),
         reward=reward,
         normalizer=normalizer,
-        mix=PretrainingMix(stage.ptx, tokenizer, mix_rows, job.seed) if mix_rows else None,
+        mix=PretrainingMix(stage.ptx, tokenizer, mix_rows, job.seed, 1024) if mix_rows else None,
         job=job,
         trained_parameters=count_parameters(policy)[0],
         mismatch_limit=stage.mismatch_limit,

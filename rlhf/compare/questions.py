@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rlhf.compare.prompts import Question
 from rlhf.config import ConfigError
+from rlhf.data.collection import limited
 from rlhf.data.prepared import PreparedData
 from rlhf.data.recognise import recognise
 from rlhf.data.schema import TRAINING_ROLES, PromptRow, Role, Row, RowError, SftRow, prompt_identity
@@ -95,11 +96,13 @@ def _has_answers(source: SourceConfig) -> bool:
     return True
 
 
-def _read(source: SourceConfig, key: str, role: Role) -> Iterator[tuple[str, Row]]:
+def _read(source: SourceConfig, key: str, role: Role) -> list[tuple[str, Row]]:
+    found: list[tuple[str, Row]] = []
     for where, raw in source.rows(key):
         try:
             if isinstance(raw, RowError):
                 raise raw
-            yield where, recognise(raw, role)
+            found.append((where, recognise(raw, role)))
         except RowError as error:
             raise ConfigError(f"{key}: {where}: {error} Mend the row.") from None
+    return limited(found, source.limit, lambda each: prompt_identity(each[1]))

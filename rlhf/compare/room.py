@@ -43,11 +43,11 @@ class Room:
         return len(prompt_ids(self.tokenizer, messages))
 
     def reference_length(self, question: Question) -> int:
-        """Tokens of the reference with its end of turn; 0 without one."""
+        """Tokens of the reference with its end of turn, half of the context at most; 0 without one."""
         if question.reference is None:
             return 0
         ids, given = exchange_ids(self.tokenizer, question.prompt, question.reference)
-        return len(ids) - given
+        return min(len(ids) - given, self.context_length // 2)
 
     def beside_answer(self, question: Question) -> int:
         """Tokens that a prompt may have: the sampled answer follows it, and the reference does."""

@@ -5,30 +5,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf.artifacts import Artifact, Store
+from rlhf.artifacts import Artifact, Store, directory_digest
 from rlhf.compare.prompts import Method
 from rlhf.config import ConfigError
+from rlhf.lineage import content_digest
+from rlhf.models.intact import check_weights
 
 POLICY_STAGES = ("sft", "ppo", "merge")
 """Whose artifacts answer questions; in compare.artifacts, their names mean this run's own."""
 
 
-def tuned_artifact(directory: str) -> Artifact:
-    """The artifact in a directory of a store, or behind a run's link to one.
+def tuned_artifact(directory: str) -> Artifact | Path:
+    """The artifact in a directory of a store, or behind a run's link to one; or a plain `save_pretrained`
+    directory from elsewhere, of which nothing is known but its files.
 
     Raises:
-        ConfigError: there is none, or it is not a policy's.
+        ConfigError: there is neither, or the artifact is not a policy's.
     """
-    path, found = Path(directory).resolve(), None
+    path, found = Path(directory).expanduser().resolve(), None
     if (path / "manifest.json").is_file():
         found = Store(path.parents[1]).find(path.parent.name, path.name)
+    elif (path / "config.json").is_file():
+        check_weights(path, f"compare.artifacts={directory}")
+        if not any(path.glob("*.safetensors")):
+            raise ConfigError(f"compare.artifacts: {directory}: no *.safetensors there; no others are read.")
+        return path
     if found is None or found.manifest.stage not in POLICY_STAGES:
         raise ConfigError(
-            f"compare.artifacts: {directory}: no finished model of {' or '.join(POLICY_STAGES)} there. Name "
-            "sft, ppo or merge for this run's own, or a directory such as runs/NAME/artifacts/sft or "
-            "store/sft/KEY."
+            f"compare.artifacts: {directory}: no finished model of {' or '.join(POLICY_STAGES)} there, and "
+            "no plain model (config.json, *.safetensors). Name sft, ppo or merge for this run's own, or a "
+            "directory such as runs/NAME/artifacts/sft, store/sft/KEY or my/model."
         )
     return found
+
+
+def content_of(tuned: Artifact | Path) -> str:
+    """Digest of what it holds."""
+    return directory_digest(tuned) if isinstance(tuned, Path) else content_digest(tuned)
+
+
+def path_of(tuned: Artifact | Path) -> Path:
+    """Its directory."""
+    return tuned if isinstance(tuned, Path) else tuned.path
 
 
 def label(name: str) -> str:
@@ -62,9 +80,12 @@ def lineage(artifact: Artifact) -> Iterator[Artifact]:
             waiting.append(found)
 
 
-def training_seconds(artifact: Artifact) -> float:
-    """Wall time of all stages in the artifact's lineage, from their manifests; preparing data aside."""
-    return sum(each.manifest.seconds for each in lineage(artifact))
+def training_seconds(tuned: Artifact | Path) -> float | None:
+    """Wall time of all stages in the artifact's lineage, from their manifests; preparing data aside.
+    None of a plain directory, which does not tell."""
+    if isinstance(tuned, Path):
+        return None
+    return sum(each.manifest.seconds for each in lineage(tuned))
 
 
 def contender(model: str | None, method: Method) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,14 +20,18 @@ from rlhf.data.schema import (
     SftRow,
     Split,
     TextRow,
+    lot,
 )
+
+Item = TypeVar("Item")
 
 DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
 NO_PROMPT, SAME_PROMPT = "no prompt", "same prompt"
 """Of rows whose prompts another role takes."""
 LEAK = "leak"
 """In an evaluation set that was meant to be apart."""
-NOT_DROPPED = (IN_EVALUATION, LEFT_FOR_TRAINING, LEAK, NO_PROMPT, SAME_PROMPT)
+BEYOND_LIMIT, TOO_LONG = "beyond limit", "too long"
+NOT_DROPPED = (IN_EVALUATION, LEFT_FOR_TRAINING, LEAK, BEYOND_LIMIT, NO_PROMPT, SAME_PROMPT)
 """Reasons of rows that are fine and only belong elsewhere."""
 NUM_EXAMPLES = 3
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
@@ -73,6 +77,10 @@ class RoleData:
     num_read: int = 0
     entries: list[Entry] = field(default_factory=list)
     removed: dict[str, Removed] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    """Of each source that is the user's: what it has, and what is read."""
+    cut: Removed = field(default_factory=Removed)
+    """Rows that are kept, though their end is beyond the model's context: training cuts them."""
     splits: dict[Split, list[Entry]] = field(default_factory=dict)
 
     @property
@@ -114,6 +122,7 @@ class RoleData:
         return {
             "read": self.num_read,
             "kept": {split: len(entries) for split, entries in self.splits.items()},
+            "longer_than_context": vars(self.cut),
             "removed": {reason: vars(removed) for reason, removed in self.removed.items()},
             "tokens": quantiles(lengths)
             | {
@@ -122,6 +131,28 @@ class RoleData:
                 "in_common": fmean(in_common or [0.0]),
             },
         }
+
+
+def limited(
+    items: Sequence[Item],
+    limit: int | None,
+    identity: Callable[[Item], str],
+    kind: Callable[[Item], str] = lambda item: "",
+) -> list[Item]:
+    """At most `limit` items in their order, drawn by their prompts' hash, one of each kind at least.
+
+    Args:
+        identity: an item's `prompt_identity`.
+        kind: such as the split that it belongs to.
+    """
+    if limit is None or len(items) <= limit:
+        return list(items)
+    order = sorted(range(len(items)), key=lambda index: lot(identity(items[index]), "limit"))
+    firsts: dict[str, int] = {}
+    for index in order:
+        firsts.setdefault(kind(items[index]), index)
+    chosen = set(list(dict.fromkeys([*firsts.values(), *order]))[:limit])
+    return [item for index, item in enumerate(items) if index in chosen]
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[list[int]]:

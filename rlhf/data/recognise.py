@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from rlhf.data.schema import Message, PairRow, PromptRow, QuestionRow, Role, Row, RowError, SftRow, TextRow
@@ -157,6 +158,58 @@ RECOGNISERS: dict[Role, Callable[[Raw], Row]] = {
     "evaluate": _prompt_row,
     "retention": _retention,
 }
+
+
+NEEDED: dict[Role, tuple[str, ...]] = {
+    "sft": ("prompt", "completion"),
+    "replay": ("prompt", "completion"),
+    "reward": ("prompt", "chosen", "rejected"),
+    "ppo": ("prompt",),
+    "ptx": ("prompt", "completion"),
+    "evaluate": ("prompt",),
+    "retention": ("text",),
+}
+COUSINS = {
+    "prompt": (*PROMPT_COLUMNS, "query", "input", "request", "user", "context", "title"),
+    "completion": (*ANSWER_COLUMNS, "reply", "target", "assistant", "text", "solution"),
+    "chosen": ("chosen", "preferred", "better", "winner", "accepted", "positive", "response_chosen"),
+    "rejected": ("rejected", "dispreferred", "worse", "loser", "refused", "negative", "response_rejected"),
+    "text": ("text", "content", "sentence", "document"),
+}
+"""What columns that hold the same are often called."""
+
+
+def read_as(raw: Raw, role: Role) -> str:
+    """Which column is taken for what, such as `{prompt: question, completion: answer}`."""
+    conversation = _first(raw, CONVERSATION_COLUMNS)
+    if role != "reward" and conversation is not None:
+        return _mapping({"messages": conversation})
+    prompts = ("chosen", "text") if role in ("ppo", "evaluate") else ()
+    columns = {"prompt": _first(raw, (*PROMPT_COLUMNS, *prompts))}
+    if role in ("sft", "replay", "ptx"):
+        columns["completion"] = _first(raw, ANSWER_COLUMNS)
+    if role == "reward":
+        columns |= {"chosen": "chosen", "rejected": "rejected"}
+    if role == "retention":
+        columns = {name: name for name in QUESTION_COLUMNS if _has(raw, "choices")}
+    found = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
+    return _mapping(found or {"text": "text"})
+
+
+def likely_fields(raw: Raw, role: Role) -> str:
+    """`fields` for a row that lacks what its role needs: by the columns' names, then by their order;
+    COLUMN where none is left."""
+    left = [str(column) for column in raw]
+    found: dict[str, str] = {}
+    for ours in NEEDED[role]:
+        near = (get_close_matches(cousin, left, n=1, cutoff=0.75) for cousin in COUSINS[ours])
+        found[ours] = next((names[0] for names in near if names), "")
+        left = [column for column in left if column != found[ours]]
+    return _mapping({ours: theirs or (left.pop(0) if left else "COLUMN") for ours, theirs in found.items()})
+
+
+def _mapping(columns: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items()) + "}"
 
 
 def _first(raw: Raw, columns: Sequence[str]) -> str | None:

@@ -136,6 +136,12 @@ def prompt_identity(row: Row) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
+def lot(identity: str, purpose: Literal["evaluation", "held_out", "limit"]) -> float:
+    """A prompt's number in [0, 1), from the hash of purpose and identity."""
+    digest = hashlib.sha256(f"{purpose}:{identity}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
 def drawn(identity: str, fraction: float, purpose: Literal["evaluation", "held_out"]) -> bool:
     """Whether a prompt belongs to the `fraction` set aside for this purpose.
 
@@ -143,5 +149,4 @@ def drawn(identity: str, fraction: float, purpose: Literal["evaluation", "held_o
     on its role nor on the rows around it, and the two draws are independent: held-out rows are as large a
     share of what the evaluation left as they would be of everything.
     """
-    digest = hashlib.sha256(f"{purpose}:{identity}".encode()).digest()
-    return int.from_bytes(digest[:8]) / 2**64 < fraction
+    return lot(identity, purpose) < fraction

@@ -5,11 +5,12 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from importlib import resources
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -55,7 +56,9 @@ class SourceConfig(Strict):
     revision: str | None = None
     """hub: a commit. Without one a data set that changes there is not noticed."""
     limit: PositiveInt | None = None
-    """Read only this many rows, from the top."""
+    """Take only this many rows, drawn by the hash of their prompts, so that every split keeps some."""
+    encoding: str | None = None
+    """path: the text's encoding where it is not UTF-8, such as cp1252; UTF-16 with its mark is recognised."""
     fields: dict[str, str] = Field(default_factory=dict)
     """Our name -> the source's column, such as {completion: best_answer}."""
 
@@ -76,6 +79,13 @@ class SourceConfig(Strict):
         named = [kind for kind in ("path", "samples", "hub") if getattr(self, kind)]
         if len(named) != 1:
             raise ValueError(f"name exactly one of path, samples, hub (found: {', '.join(named) or 'none'})")
+        if self.encoding is not None:
+            if self.path is None:
+                raise ValueError("encoding has a meaning for path only")
+            try:
+                codecs.lookup(self.encoding)
+            except LookupError:
+                raise ValueError(f"encoding={self.encoding}: there is none of this name") from None
         if self.hub is None:
             useless = [name for name in ("subset", "split", "revision") if getattr(self, name)]
             if useless:
@@ -105,10 +115,10 @@ class SourceConfig(Strict):
 
     def reading_digest(self, key: str) -> str:
         """Digest of the rows this source gives: its content, and which part of it is read."""
-        return digest_of([self.fingerprint(key), self.limit, self.fields])
+        return digest_of([self.fingerprint(key), self.limit, self.fields, self.encoding])
 
     def rows(self, key: str) -> Iterator[Located]:
-        """Every row with its place; `key` is what the user calls this source.
+        """Every row with its place, whatever `limit` says; `key` is what the user calls this source.
 
         Raises:
             ConfigError: the source as a whole cannot be read, or is empty.
@@ -117,9 +127,9 @@ class SourceConfig(Strict):
             found = _hub_rows(self, key)
         else:
             path = self._file(key)
-            found = READERS[_suffixes(path)[0]](path, key)
+            found = READERS[_suffixes(path)[0]](path, key, self.encoding)
         is_empty = True
-        for where, row in islice(found, self.limit):
+        for where, row in found:
             is_empty = False
             yield Located(where, self._renamed(row))
         if is_empty:
@@ -204,13 +214,25 @@ def _is_readable(path: Path) -> bool:
     return suffix in FORMATS and not (compressed and suffix == ".parquet")
 
 
-def _lines(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines, uncompressed; damage to the file as a whole is a ConfigError."""
+def _lines(path: Path, key: str, encoding: str | None) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines in UTF-8, uncompressed; damage to the file as a whole is a ConfigError."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with _opened(path) as file:
+            begin = file.read(BEGIN_BYTES)
+        encoding = encoding or _recognised(begin, f"{key}: {path.name}")
+        with _opened(path) as file:
+            lines: Iterable[bytes] = file
+            if encoding is not None:
+                text = io.TextIOWrapper(file, encoding=encoding, newline="\n")
+                lines = (line.encode() for line in text)
+            for number, line in enumerate(lines, 1):
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{key}: {path.name}: not {encoding} ({error.reason}). Save the file as "
+            "UTF-8, or name its encoding: {path: FILE, encoding: NAME}."
+        ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(
             f"{key}: {path.name}: the gzip data are damaged after line {number} ({error}). "
@@ -220,8 +242,35 @@ def _lines(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
         raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}).") from None
 
 
-def _jsonl_rows(path: Path, key: str) -> Iterator[Located]:
-    for number, line in _lines(path, key):
+BEGIN_BYTES = 200
+"""Of a file, which show its encoding."""
+
+
+def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _recognised(begin: bytes, where: str) -> str | None:
+    """The encoding that a file's mark tells; None for UTF-8.
+
+    Raises:
+        ConfigError: it is UTF-16 or UTF-32 without a mark.
+    """
+    if begin.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in begin:
+        order = "le" if begin[1::2].count(0) >= begin[::2].count(0) else "be"
+        raise ConfigError(
+            f"{where}: not UTF-8, but UTF-16 without its mark. Save the file as UTF-8, or name its encoding: "
+            f"{{path: FILE, encoding: utf-16-{order}}}."
+        )
+    return None
+
+
+def _jsonl_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
+    for number, line in _lines(path, key, encoding):
         if line.strip():
             yield Located(f"{path.name} line {number}", _json_row(line))
 
@@ -247,23 +296,26 @@ def _as_row(value: Any) -> dict[str, Any] | RowError:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> RowError:
+    place = f"byte 0x{error.object[error.start]:02x} at position {error.start + 1}"
     return RowError(
-        "bad encoding", f"not UTF-8 (byte 0x{error.object[error.start]:02x} at position {error.start + 1})."
+        "bad encoding",
+        f"not UTF-8 ({place}). Windows' programs write cp1252 (Windows-1252): name it, "
+        "{path: FILE, encoding: cp1252}, or save the file as UTF-8.",
     )
 
 
-def _json_rows(path: Path, key: str) -> Iterator[Located]:
+def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
     """A JSON array; other .json files are taken for JSON lines, as many are."""
-    lines = list(_lines(path, key))
+    lines = list(_lines(path, key, encoding))
     content = b"".join(line for _, line in lines)
     if not content.lstrip().startswith(b"["):
-        yield from _jsonl_rows(path, key)
+        yield from _jsonl_rows(path, key, encoding)
         return
     try:
         values = json.loads(content.decode())
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{key}: {path.name} line {line}: not UTF-8. Save the file as UTF-8.") from None
+        raise ConfigError(f"{key}: {path.name} line {line}: {_not_utf8(error)}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{key}: {path.name} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}). "
@@ -273,19 +325,25 @@ def _json_rows(path: Path, key: str) -> Iterator[Located]:
         yield Located(f"{path.name} row {number}", _as_row(value))
 
 
-def _decoded(path: Path, key: str) -> Iterator[str]:
-    for number, line in _lines(path, key):
+def _decoded(path: Path, key: str, encoding: str | None) -> Iterator[str]:
+    for number, line in _lines(path, key, encoding):
         try:
             yield line.decode()
         except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{key}: {path.name} line {number}: {_not_utf8(error)} Save the file as UTF-8."
-            ) from None
+            raise ConfigError(f"{key}: {path.name} line {number}: {_not_utf8(error)}") from None
 
 
-def _csv_rows(path: Path, key: str) -> Iterator[Located]:
+def _delimiter(header: str) -> str:
+    """What separates the columns: a comma; or what does where no comma is (Excel in much of Europe: ;)."""
+    counts = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in (",", ";", "\t", "|")}
+    return max(counts, key=counts.__getitem__) if counts[","] == 1 else ","
+
+
+def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
     csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
-    reader = csv.DictReader(_decoded(path, key), strict=True)
+    lines = _decoded(path, key, encoding)
+    header = next(lines, "")
+    reader = csv.DictReader(chain([header], lines), strict=True, delimiter=_delimiter(header))
     try:
         for row in reader:
             where = f"{path.name} line {reader.line_num}"
@@ -298,8 +356,8 @@ def _csv_rows(path: Path, key: str) -> Iterator[Located]:
         raise ConfigError(f"{key}: {path.name} line {line}: not valid CSV ({error}).") from None
 
 
-def _txt_rows(path: Path, key: str) -> Iterator[Located]:
-    for number, line in _lines(path, key):
+def _txt_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
+    for number, line in _lines(path, key, encoding):
         if line.strip():
             try:
                 row: dict[str, Any] | RowError = {"text": line.decode().strip()}
@@ -308,7 +366,7 @@ def _txt_rows(path: Path, key: str) -> Iterator[Located]:
             yield Located(f"{path.name} line {number}", row)
 
 
-def _parquet_rows(path: Path, key: str) -> Iterator[Located]:
+def _parquet_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
     import pyarrow
     from pyarrow import parquet
 

@@ -16,7 +16,10 @@ from rlhf.rl.rollout import Rollout
 def answer_losses(
     policy: Policy, asked: Sequence[list[Message]], references: Sequence[str], micro_batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each reference behind its prompt, in nats, fp64 [B]; and its tokens, [B]."""
+    """Negative log-likelihood of each reference behind its prompt, in nats, fp64 [B]; and its tokens, [B].
+
+    What the context does not hold of a reference is left out of both.
+    """
     if not references:
         return torch.zeros(0), torch.zeros(0)
     encoded = [
@@ -25,7 +28,7 @@ def answer_losses(
     ]
     as_rollout = Rollout(
         prompt_ids=[torch.tensor(ids[:given]) for ids, given in encoded],
-        response_ids=[torch.tensor(ids[given:]) for ids, given in encoded],
+        response_ids=[torch.tensor(ids[given : policy.context_length]) for ids, given in encoded],
         stopped=torch.ones(len(encoded), dtype=torch.bool),
     )
     logp_BR = policy.log_probabilities(as_rollout, 1.0, micro_batch_tokens)

@@ -142,7 +142,7 @@ def mixed(config: PpoConfig, on: Setting, *, once: bool) -> Iterator[Part]:
 
 def mix_lengths(config: PpoConfig, on: Setting) -> Lengths:
     """Of the rows of the pretraining mix."""
-    return on.sizes("sft" if config.ptx.data is None else "ptx", "train")
+    return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(on.shape.context)
 
 
 def ppo_work(

@@ -20,8 +20,15 @@ class PretrainingMix:
     """Draws rows and computes their weighted loss (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
 
     def __init__(
-        self, config: PtxConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow], seed: int
+        self,
+        config: PtxConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[SftRow],
+        seed: int,
+        context: int,
     ) -> None:
+        """`context` is how many tokens of a row the policy can read; the rest is cut off."""
+        self._context = context
         self._config, self._tokenizer, self._rows = config, tokenizer, list(rows)
         self._random = random.Random(seed)
 
@@ -31,7 +38,7 @@ class PretrainingMix:
         encoded = [exchange_ids(self._tokenizer, row.prompt, row.completion) for row in chosen]
         return (
             [torch.tensor(ids[:prompt]) for ids, prompt in encoded],
-            [torch.tensor(ids[prompt:]) for ids, prompt in encoded],
+            [torch.tensor(ids[prompt : self._context]) for ids, prompt in encoded],
         )
 
     def loss(self, logp_N: Tensor, total_tokens: int) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from small_compare import ANIMALS, make_stage, run_stage
 
 from rlhf.artifacts import Artifact, Manifest, Store
 from rlhf.compare.cost import break_even, cost_of
@@ -96,3 +100,41 @@ def test_only_a_finished_policy_can_be_compared(tmp_path: Path) -> None:
             ConfigError, match=r"compare\.artifacts: .*no finished model of sft or ppo or merge"
         ):
             tuned_artifact(str(directory))
+
+
+def test_a_plain_directory_can_be_compared_and_its_training_is_not_priced(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    found = tuned_artifact(str(tiny_model))
+    assert found == tiny_model.resolve()
+    assert training_seconds(found) is None
+    stage = make_stage(artifacts=[str(tiny_model)], methods=["zero_shot"])
+    stage.check({})
+    before = stage.external()[str(tiny_model)]
+    metrics = run_stage(stage, tiny_model, tmp_path / "out").summary
+    assert metrics is not None
+    name = label(str(tiny_model))
+    assert metrics[f"rouge_l/{name}"] == metrics["rouge_l/zero_shot"]  # the same model
+    assert f"setup_seconds/{name}" not in metrics and f"break_even_zero_shot/{name}" not in metrics
+    assert metrics["setup_seconds/zero_shot"] == 0.0
+    assert before == stage.external()[str(tiny_model)]
+
+
+def test_a_plain_directory_without_whole_weights_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    cut = Path(shutil.copytree(tiny_model, tmp_path / "cut"))
+    (cut / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ConfigError, match="not a whole safetensors file"):
+        tuned_artifact(str(cut))
+    (cut / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no \*\.safetensors there"):
+        tuned_artifact(str(cut))
+
+
+def test_passages_that_do_not_fit_are_told_loudly(tmp_path: Path, tiny_model: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(f"{' '.join(ANIMALS)} {number} {'far ' * 180}\n" for number in range(4)))
+    stage = make_stage(methods=["retrieval"], corpus=str(corpus))
+    printed = io.StringIO()
+    run_stage(stage, tiny_model, tmp_path / "out", Console(file=printed, width=300))
+    assert "CUT: retrieval lost " in printed.getvalue()
+    assert "compare.retrieval.passages" in printed.getvalue()

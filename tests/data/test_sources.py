@@ -110,11 +110,11 @@ def test_packaged_samples_are_found_and_a_wrong_name_lists_them():
     assert "instructions, " in str(error.value)
 
 
-def test_limit_and_fields(tmp_path):
+def test_fields(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(jsonl([{"q": "1", "a": "2", "messages": [], "id": 9}] * 3))
-    rows = read(tmp_path / "x.jsonl", limit=2, fields={"prompt": "q", "completion": "a"})
-    assert [row for _, row in rows] == [{"prompt": "1", "completion": "2", "id": 9}] * 2
-    [(_, missing)] = read(tmp_path / "x.jsonl", limit=1, fields={"prompt": "question"})
+    rows = read(tmp_path / "x.jsonl", fields={"prompt": "q", "completion": "a"})
+    assert [row for _, row in rows] == [{"prompt": "1", "completion": "2", "id": 9}] * 3
+    (_, missing), *_ = read(tmp_path / "x.jsonl", fields={"prompt": "question"})
     assert isinstance(missing, RowError)
     assert str(missing) == (
         '"question" is missing, which `fields` takes "prompt" from (found: q, a, messages, id).'
@@ -125,7 +125,9 @@ def test_limit_and_fields(tmp_path):
     (b'{"prompt": "a", "compl', "broken JSON",
      "not valid JSON (Unterminated string starting at at column 17). The file seems to be cut off here."),
     (b'{"prompt": }\n', "broken JSON", "not valid JSON (Expecting value at column 12)."),
-    (b'{"prompt": "Gr\xf6\xdfe"}\n', "bad encoding", "not UTF-8 (byte 0xf6 at position 15)."),
+    (b'{"prompt": "Gr\xf6\xdfe"}\n', "bad encoding",
+     "not UTF-8 (byte 0xf6 at position 15). Windows' programs write cp1252 (Windows-1252): name it, "
+     "{path: FILE, encoding: cp1252}, or save the file as UTF-8."),
     (b"[1]\n", "wrong type", "a row is an object or a text, found list."),
     (b"[" * 100_000 + b"\n", "broken JSON", "nested too deeply to be a row."),
 ])  # fmt: skip
@@ -158,8 +160,8 @@ GZIPPED = gzip.compress(jsonl([{"text": str(number)} for number in range(5000)])
     ("x.json", b"[]", "x.json holds no rows."),
     ("x.csv", b"prompt,completion\n", "x.csv holds no rows."),
     ("x.json", b'[{"prompt": "a"},\n{"prom', "sft.data: x.json line 2: not valid JSON (Unterminated string"),
-    ("x.json", b'[{"prompt":\n"\xf6"}]', "sft.data: x.json line 2: not UTF-8. Save the file as UTF-8."),
-    ("x.csv", b"prompt\na\n\xf6\n", "sft.data: x.csv line 3: not UTF-8 (byte 0xf6 at position 1). Save"),
+    ("x.json", b'[{"prompt":\n"\xf6"}]', "sft.data: x.json line 2: not UTF-8 (byte 0xf6 at position 14)"),
+    ("x.csv", b"prompt\na\n\xf6\n", "sft.data: x.csv line 3: not UTF-8 (byte 0xf6 at position 1). Windows"),
     ("x.csv", b'prompt\na\n"open\nb\n', "sft.data: x.csv line 3: not valid CSV (unexpected end of data)."),
     ("x.parquet", b"PAR1 and then nothing", "sft.data: x.parquet: not a readable Parquet file ("),
     ("x.xlsx", b"PK", "x.xlsx: cannot read this kind of file. Known: .jsonl, .json, .parquet, .csv, "
@@ -173,6 +175,54 @@ def test_a_broken_file_gives_one_error(name, content, complaint, tmp_path):
     assert complaint in str(error.value)
     assert str(error.value).startswith(KEY)
     assert "\n" not in str(error.value)
+
+
+WITH_ACCENTS = [{"prompt": "Grüße", "completion": "naïve ça €"}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_an_encoding_with_a_mark_is_recognised(encoding, tmp_path):
+    text = "prompt;completion\nGrüße;naïve ça €\n"
+    (tmp_path / "x.csv").write_bytes(text.encode(encoding))
+    assert [row for _, row in read(tmp_path / "x.csv")] == WITH_ACCENTS
+    for name in ("x.jsonl", "x.json", "x.jsonl.gz"):
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in WITH_ACCENTS).encode(encoding)
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        assert [row for _, row in read(tmp_path / name)] == WITH_ACCENTS
+    (tmp_path / "x.txt").write_bytes("Grüße\n".encode(encoding))
+    assert [row for _, row in read(tmp_path / "x.txt")] == [{"text": "Grüße"}]
+
+
+@pytest.mark.parametrize(("encoding", "named"), [("utf-16-le", "utf-16-le"), ("utf-16-be", "utf-16-be")])
+def test_utf_16_without_its_mark_is_refused_by_name_and_can_be_named(encoding, named, tmp_path):
+    (tmp_path / "x.csv").write_bytes("prompt,completion\nGrüße,naïve ça €\n".encode(encoding))
+    with pytest.raises(ConfigError, match=f"UTF-16 without its mark.*encoding: {named}"):
+        read(tmp_path / "x.csv")
+    assert [row for _, row in read(tmp_path / "x.csv", encoding=named)] == WITH_ACCENTS
+
+
+def test_cp1252_is_refused_by_name_and_can_be_named(tmp_path):
+    (tmp_path / "x.csv").write_bytes("prompt;completion\nGrüße;naïve ça €\n".encode("cp1252"))
+    with pytest.raises(ConfigError, match=r"x\.csv line 2: not UTF-8 .*encoding: cp1252"):
+        read(tmp_path / "x.csv")
+    assert [row for _, row in read(tmp_path / "x.csv", encoding="cp1252")] == WITH_ACCENTS
+    with pytest.raises(ConfigError, match=r"x\.csv: not ascii"):
+        read(tmp_path / "x.csv", encoding="ascii")
+    with pytest.raises(ValueError, match="there is none of this name"):
+        SourceConfig(path="x.csv", encoding="cp9999")
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_what_separates_the_columns_is_recognised(mark, tmp_path):
+    (tmp_path / "x.csv").write_text(
+        f'prompt{mark}completion\n"a{mark}b"{mark}c, d\n'.replace("c, d", '"c, d"')
+    )
+    assert [row for _, row in read(tmp_path / "x.csv")] == [{"prompt": f"a{mark}b", "completion": "c, d"}]
+
+
+def test_a_single_column_needs_no_mark(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt\nWhy; and how?\n")
+    assert [row for _, row in read(tmp_path / "x.csv")] == [{"prompt": "Why; and how?"}]
 
 
 def test_a_missing_file_and_a_directory_are_told_apart(tmp_path):

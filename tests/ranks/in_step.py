@@ -150,7 +150,7 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
     tokenizer = learner.policy.tokenizer
     rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
     mixed = [SftRow(prompt(ALONE), answer(ALONE))]
-    learner.update.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), tokenizer, mixed, 0)
+    learner.update.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), tokenizer, mixed, 0, 1024)
     weights = [part.model.get_output_embeddings().weight for part in (learner.policy, learner.reference)]
     counted = Gathers(learner.engine, weights[0])
     frozen = Gathers(learner.reference.model, weights[1])

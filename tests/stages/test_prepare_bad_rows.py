@@ -21,7 +21,9 @@ def test_a_bad_row_is_one_error_in_the_users_keys(bench):
     del bench.rows["reward"][11]["rejected"]
     assert bench.complaint() == (
         'reward.pairs: reward.jsonl line 12: "rejected" is missing (found: prompt, chosen). '
-        "A preference row needs prompt, chosen, rejected. "
+        "A preference row needs prompt, chosen, rejected. Are they in other columns? "
+        f"reward.pairs='{{path: {bench.directory}/reward.jsonl, "
+        "fields: {prompt: prompt, chosen: chosen, rejected: COLUMN}}'. "
         "Mend the row, or set prepare.on_bad_row=drop to leave out such rows."
     )
 
@@ -61,29 +63,97 @@ def test_dropped_rows_are_counted_by_reason(bench):
 
 
 @pytest.mark.parametrize("role", ["ppo", "evaluate"])
-def test_a_prompt_that_leaves_no_room_for_an_answer(bench, role):
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(bench, role):
     bench.base = dataclasses.replace(bench.base, length=256)
     bench.rows[role][2] = {"prompt": "x" * 220}
     # "<im_start>user\n", the text, "<im_end>\n<im_start>assistant\n": 6 + 220 + 13 tokens
     bench.prepare(response_tokens=256 - 239)
-    assert bench.complaint(response_tokens=256 - 238) == (
-        f"{role}.prompts: {role}.jsonl line 3: the prompt has 239 tokens; the model's context of 256 "
-        "leaves it 238 beside an answer of ppo.max_new_tokens=18. Shorten it or lower ppo.max_new_tokens. "
-        "Mend the row, or set prepare.on_bad_row=drop to leave out such rows."
+    assert "too long" not in bench.report[role]["removed"]
+    bench.prepare(response_tokens=256 - 238)
+    place = f"{role}.jsonl line 3"
+    assert bench.report[role]["removed"]["too long"] == {"count": 1, "examples": [place]}
+    assert f"{role}.prompts: 1 too long ({place})" in bench.output
+    assert "the model's context of 256, a prompt more than 238 beside an answer of ppo.max_new_tokens=18" in (
+        bench.output
     )
-    bench.prepare(response_tokens=256 - 238, on_bad_row="drop")
-    assert bench.report[role]["removed"]["too long"]["count"] == 1
 
 
-@pytest.mark.parametrize(("role", "row"), [
-    ("sft", {"prompt": "x", "completion": "x" * 300}),
-    ("reward", {"prompt": "x", "chosen": "x", "rejected": "x" * 300}),
-])  # fmt: skip
-def test_a_row_longer_than_the_context(bench, role, row):
+def test_a_pair_longer_than_the_context_is_left_out_and_counted(bench):
     bench.base = dataclasses.replace(bench.base, length=256)
-    bench.rows[role][2] = row
-    # 6 + 1 + 13 tokens for the prompt, 300, and the end of the turn
-    assert f"{role}.jsonl line 3: 321 tokens do not fit the model's context of 256." in bench.complaint()
+    bench.rows["reward"][2] = {"prompt": "x", "chosen": "x", "rejected": "x" * 300}
+    bench.prepare()
+    assert bench.report["reward"]["removed"]["too long"]["count"] == 1
+    assert sum(bench.report["reward"]["kept"].values()) == 39
+
+
+@pytest.mark.parametrize("role", ["sft", "replay", "ptx"])
+def test_an_answer_longer_than_the_context_stays_to_be_cut(bench, role):
+    bench.base = dataclasses.replace(bench.base, length=256)
+    bench.rows[role] = [{"prompt": f"{role} {n}", "completion": "yes"} for n in range(40)]
+    bench.rows[role][2] = {"prompt": "x", "completion": "x" * 300}
+    bench.rows[role][3] = {"prompt": "x" * 300, "completion": "x"}
+    bench.prepare()
+    assert bench.report[role]["longer_than_context"] == {"count": 1, "examples": [f"{role}.jsonl line 3"]}
+    assert bench.report[role]["removed"]["too long"]["examples"] == [f"{role}.jsonl line 4"]
+    assert sum(bench.report[role]["kept"].values()) == 39
+    assert f"1 to be cut ({role}.jsonl line 3)" in bench.output
+
+
+def test_where_all_is_too_long_the_limits_are_told(bench):
+    bench.base = dataclasses.replace(bench.base, length=256)
+    bench.rows["ppo"] = [{"prompt": "x" * 300}]
+    assert "1 too long (ppo.jsonl line 1)" in bench.complaint()
+    assert "context of 256" in bench.complaint()
+
+
+@pytest.mark.parametrize(("role", "row", "fields"), [
+    ("sft", {"id": "1", "Question": "x", "Reply": "y"}, "{prompt: Question, completion: Reply}"),
+    ("sft", {"frage": "x", "antwort": "y"}, "{prompt: frage, completion: antwort}"),
+    ("reward", {"query": "x", "preferred": "y", "dispreferred": "z"},
+     "{prompt: query, chosen: preferred, rejected: dispreferred}"),
+    ("ppo", {"query": "x"}, "{prompt: query}"),
+])  # fmt: skip
+def test_other_columns_are_shown_with_a_line_that_is_ready(bench, role, row, fields):
+    bench.rows[role] = [row | {next(iter(row)): f"{n}"} for n in range(40)]
+    complaint = bench.complaint()
+    assert f"found: {', '.join(row)}" in complaint
+    assert f"='{{path: {bench.directory}/{role}.jsonl, fields: {fields}}}'" in complaint
+
+
+def test_the_columns_that_were_found_are_shown(bench):
+    bench.rows["sft"] = [{"id": n, "instruction": f"sft {n}", "output": "yes"} for n in range(40)]
+    bench.prepare()
+    told = (
+        "sft.data: sft.jsonl has id, instruction, output; read as {prompt: instruction, completion: output}"
+    )
+    assert told in bench.output
+    assert (
+        "reward.jsonl has prompt, chosen, rejected; read as {prompt: prompt, chosen: chosen" in bench.output
+    )
+
+
+@pytest.mark.parametrize("limit", [3, 10])
+def test_a_limit_leaves_rows_for_every_split(bench, limit):
+    path = write(bench.directory / "many.jsonl", [{"prompt": f"many {n}"} for n in range(200)])
+    bench.sources["ppo"] = {"path": path, "limit": limit}
+    bench.sources["evaluate"] = {"path": path, "limit": limit}
+    data = bench.prepare()
+    kept = [*data.rows("ppo", "train"), *data.rows("ppo", "held_out"), *data.rows("evaluate", "evaluation")]
+    assert all(map(len, (data.rows("ppo", "train"), data.rows("ppo", "held_out")))) and len(kept) == limit
+    assert bench.report["ppo"]["removed"]["beyond limit"]["count"] == 200 - limit
+    numbers = [int(row.prompt[0]["content"].split()[1]) for row in kept]
+    assert max(numbers) > 2 * limit  # drawn, not the first ones
+
+
+def test_a_larger_limit_keeps_the_rows_of_a_smaller_one(bench):
+    path = write(bench.directory / "many.jsonl", [{"prompt": f"many {n}"} for n in range(200)])
+    found = []
+    for limit in (20, 60):
+        bench.sources["ppo"] = {"path": path, "limit": limit}
+        data = bench.prepare()
+        rows = [*data.rows("ppo", "train"), *data.rows("ppo", "held_out")]
+        found.append({row.prompt[0]["content"] for row in rows})
+    assert len(found[0]) == 20 and found[0] < found[1]
 
 
 def test_an_answer_as_long_as_the_context_is_refused(bench):

@@ -251,7 +251,9 @@ def test_replay_needs_something_to_replay(tiny_model: Path) -> None:
     stage = sft_stage(REPLAY, "sft.replay_fraction=0.2")
     too_long = [SftRow([Message(role="user", content="x" * 90)], "never read")]
     with pytest.raises(ConfigError, match=r"sft\.replay=general\.txt: no row .* sft\.max_tokens=80"):
-        stage.encoded(load_tokenizer(tiny_model, TINY), too_long, "sft.replay=general.txt: no row")
+        stage.encoded(
+            load_tokenizer(tiny_model, TINY), too_long, stage.max_tokens, "sft.replay=general.txt: no row"
+        )
     assert sft_stage(REPLAY).roles() == ("sft",)
     assert stage.roles() == ("sft", "replay")
 
