@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,21 +145,23 @@ def file_digests(
     except (FileNotFoundError, ValueError):  # none, or half of one
         before = {}
     known: dict[str, Any] = before if isinstance(before, dict) else {}
-    digests: dict[str, str] = {}
-    now: dict[str, Any] = {}
-    for name in names:
+
+    def look(name: str) -> tuple[str, dict[str, Any] | None]:
         status = (directory / name).stat()  # before it is read: what is written meanwhile is not remembered
-        state = [*_state(status)]
-        remembered = known.get(name)
+        state, remembered = [*_state(status)], known.get(name)
         if not read and isinstance(remembered, dict) and remembered.get("state") == state:
-            digests[name] = str(remembered.get("sha256"))
+            digest = str(remembered.get("sha256"))
         else:
-            digests[name] = file_digest(directory / name)
-        if _is_settled(status):
-            now[name] = {"state": state, "sha256": digests[name]}
+            digest = file_digest(directory / name)
+        return digest, {"state": state, "sha256": digest} if _is_settled(status) else None
+
+    names = [*names]
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to other threads
+        found = dict(zip(names, pool.map(look, names), strict=True))
+    now = {name: entry for name, (_, entry) in found.items() if entry is not None}
     if now != before:
         _write_memory(memory, now)
-    return digests
+    return {name: digest for name, (digest, _) in found.items()}
 
 
 def _write_memory(memory: Path, content: Mapping[str, Any]) -> None:
@@ -293,15 +296,17 @@ class Store:
         if missing:
             raise DamagedError(path, f"{missing[0]} is missing")
         memory = _memory_of(path)
-        if (
-            read or file_digests(path, files, memory) != files
-        ):  # if what is remembered is wrong, reading tells
-            found = file_digests(path, files, memory, read=True)
-            wrong = [name for name in files if found[name] != files[name]]
-            if wrong:
-                raise DamagedError(path, f"{wrong[0]} is not what was written")
+        try:
+            found = file_digests(path, files, memory, read=read)
+            if found != files and not read:  # or what is remembered is wrong: reading tells
+                found = file_digests(path, files, memory, read=True)
+        except FileNotFoundError as error:  # another run replaces it just now
+            raise DamagedError(path, f"{Path(error.filename).name} is missing") from None
+        wrong = [name for name in files if found[name] != files[name]]
+        if wrong:
+            raise DamagedError(path, f"{wrong[0]} is not what was written")
         # hidden ones are the file system's own, as NFS's of deleted files that are still open
-        extra = sorted(name for name in there - files.keys() if not Path(name).name.startswith("."))
+        extra = sorted(name for name in there - files.keys() if "/." not in f"/{name}")
         if extra:
             raise DamagedError(path, f"{extra[0]} is not one of its files", extra)
 

@@ -290,7 +290,7 @@ class CompareStage(Stage):
             policy = Policy.load(directory, job.base.config, job.compute, tokenizer, job.vllm)
             check_head(policy.model)
             return policy, 0.0, model_bytes(directory)
-        artifact = job.inputs[model] if model in POLICY_STAGES else tuned_artifact(model)
+        artifact = job.inputs[model] if model in POLICY_STAGES else tuned_artifact(model, read=True)
         path = path_of(artifact)
         policy = Policy.load(path, job.base.config, job.compute, vllm=job.vllm)
         return policy, training_seconds(artifact), model_bytes(path)

@@ -117,6 +117,8 @@ def test_files_too_many_are_set_aside_alone(store: Store) -> None:
     (published.path / "adapter_config.json").write_text("{}")
     (published.path / "part" / "more.json").write_text("{}")
     (published.path / ".nfs0001").write_text("of a file that is open elsewhere")
+    (published.path / ".cache").mkdir()
+    (published.path / ".cache" / "index.json").write_text("{}")
     with pytest.raises(DamagedError, match=r"adapter_config\.json is not one of its files"):
         store.find("sft", KEY)
     assert store.set_aside("sft", KEY) is not None

@@ -15,16 +15,19 @@ POLICY_STAGES = ("sft", "ppo", "merge")
 """Whose artifacts answer questions; in compare.artifacts, their names mean this run's own."""
 
 
-def tuned_artifact(directory: str) -> Artifact | Path:
-    """The artifact in a directory of a store, or behind a run's link to one; or a plain `save_pretrained`
-    directory from elsewhere, of which nothing is known but its files.
+def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
+    """The artifact in a directory of a store, or behind a run's link to one, read where it will be loaded; or a
+    plain `save_pretrained` directory from elsewhere, of which nothing is known but its files.
 
     Raises:
         ConfigError: there is neither, or the artifact is not a policy's.
     """
     path, found = Path(directory).expanduser().resolve(), None
     if (path / "manifest.json").is_file():
-        found = Store(path.parents[1]).find(path.parent.name, path.name)
+        store = Store(path.parents[1])
+        found = store.find(path.parent.name, path.name)
+        if found is not None and read:
+            store.verify(found, read=True)
     elif (path / "config.json").is_file():
         check_weights(path, f"compare.artifacts={directory}")
         if not any(path.glob("*.safetensors")):
