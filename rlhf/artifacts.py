@@ -175,16 +175,17 @@ def _write_memory(memory: Path, content: Mapping[str, Any]) -> None:
             beside.unlink(missing_ok=True)
 
 
-def directory_digest(directory: Path, memory: Path | None = None) -> str:
+def directory_digest(directory: Path, memory: Path | None = None, *, read: bool = False) -> str:
     """sha256 over the names and bytes of all files below a directory.
 
     Args:
-        memory: see `file_digests`.
+        memory: see `file_digests`; None reads every file that this process has not read yet.
+        read: see `file_digests`.
     """
     names = sorted(_names_below(directory), key=Path)
     if memory is None:
         return digest_of([[name, file_digest(directory / name)] for name in names])
-    digests = file_digests(directory, names, memory)
+    digests = file_digests(directory, names, memory, read=read)
     return digest_of([[name, digests[name]] for name in names])
 
 

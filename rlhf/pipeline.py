@@ -25,7 +25,7 @@ from rlhf.interrupt import StopSignals
 from rlhf.job import Job
 from rlhf.lineage import content_digest, make_manifest
 from rlhf.models.intact import check_tokenizer, check_weights
-from rlhf.models.load import BaseModelFiles, base_files, base_identity, fetch_weights
+from rlhf.models.load import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.plan.preflight import check_before_loading
 from rlhf.plan.rehearsal import rehearse_rewards
 from rlhf.progress import Progress, clock
@@ -196,7 +196,7 @@ class Pipeline:
         else:
             self.console.print(f"[cyan]{name}[/] runs ({key})", highlight=False)
         self.compute.main_only(lambda: self.check_inputs(stage, artifacts))
-        self.compute.main_only(lambda: self.check_external(stage))
+        self.compute.main_only(lambda: self.check_external(stage, base))
         progress = Progress(self.console)
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
         tracker.begin(scratch)
@@ -278,16 +278,20 @@ class Pipeline:
         for artifact in loaded:
             self.store.verify(artifact, read=True)
 
-    def check_external(self, stage: Stage) -> None:
+    def check_external(self, stage: Stage, base: BaseModelFiles) -> None:
         """What lies outside the store is what it was when the key was made of it.
 
         Raises:
-            ConfigError: it was changed since the run began, hours ago perhaps.
+            ConfigError: it was changed since the run began, hours ago perhaps; or the Hub's cache is damaged.
         """
         settings, now, before = self.experiment.settings, stage.external(), self.external[stage.name]
         changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+        if stage.reads_base_model() and settings.model.kind == "hub":
+            check_hub_files(settings.model, base.directory, self.store.memory(base.directory))
         if stage.reads_base_model() and settings.model.kind == "local":
-            identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
+            identity = base_identity(
+                settings.model, weights=self.needs_weights, memory=self.store.memory, read=True
+            )
             changed += [f"model.path={settings.model.path}"] if identity != self.model_identity else []
         if changed:
             raise ConfigError(

@@ -18,6 +18,7 @@ from small_store import RECIPE, publish
 from rlhf import artifacts
 from rlhf.artifacts import DamagedError, Store, digest_of, directory_digest, file_digest, recipe_key
 from rlhf.config import ConfigError
+from rlhf.models.load import ModelConfig, check_hub_files
 from rlhf.verify import CHECKPOINT_FORMAT
 
 KEY = recipe_key(RECIPE)
@@ -297,6 +298,47 @@ def test_damage_behind_what_is_remembered_ends_the_run_before_it_is_loaded(
     assert "is damaged: model.safetensors is not what was written. The command that needs it" in refused.err
     again = copy.run("stage=ppo", "ppo.kl.coef=0.3")
     assert again.statuses == dict.fromkeys(STAGES[:-1], "reused") | {"sft": "ran", "ppo": "ran"}
+
+
+def test_a_local_model_that_is_damaged_unnoticed_is_not_loaded(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digests are remembered, but before a stage loads it it is read."""
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    shutil.copytree(tiny_model, model := tmp_path / "model")
+    local = ("model=local", f"model.path={model}", "gates=warn", "precision=fp32")
+    chain = Chain(tmp_path)
+    assert chain.run("stage=prepare", *local).code == 0
+    flip(model / "model.safetensors")
+    (memory,) = (tmp_path / "store" / ".digests").iterdir()
+    known = json.loads(memory.read_text())
+    known["model.safetensors"]["state"] = [*artifacts._state((model / "model.safetensors").stat())]
+    memory.write_text(json.dumps(known))
+    refused = chain.run("stage=sft", *local)
+    assert refused.code == 2
+    assert f"sft: model.path={model}: changed since this run began" in refused.err
+    assert chain.run("stage=sft", *local).statuses == {"prepare": "ran", "sft": "ran"}  # another model
+
+
+def test_a_damaged_file_in_the_hubs_cache_is_named(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "commit"
+    for directory in (blobs, snapshot):
+        directory.mkdir(parents=True)
+    config = ModelConfig(kind="hub", id="them/it")
+    known = {  # sha256sum and git hash-object of these bytes
+        "model.safetensors": ("9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c", b"weights"),
+        "config.json": ("9e26dfeeb6e641a33dae4961196235bdb965b21b", b"{}"),
+    }
+    for name, (blob, content) in known.items():
+        (blobs / blob).write_bytes(content)
+        (snapshot / name).symlink_to(blobs / blob)
+    (snapshot / "note.txt").write_text("not the Hub's")
+    check_hub_files(config, snapshot, tmp_path / "memory.json")
+    for name, (blob, content) in known.items():
+        flip(blobs / blob)
+        with pytest.raises(ConfigError, match=rf"model\.id=them/it: {name} in the Hub's cache is damaged"):
+            check_hub_files(config, snapshot, tmp_path / "memory.json")
+        (blobs / blob).write_bytes(content)
 
 
 # python -m rlhf verify

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.artifacts import digest_of, directory_digest
+from rlhf.artifacts import digest_of, directory_digest, file_digests
 from rlhf.config import ConfigError, Strict
 from rlhf.data.chat import PLAIN, resolve_template, stop_ids
 from rlhf.models.packed import pack_where_possible
@@ -235,17 +237,43 @@ def fetch_weights(config: ModelConfig) -> None:
         _hub_snapshot(config, weights=True)
 
 
+def check_hub_files(config: ModelConfig, snapshot: Path, memory: Path) -> None:
+    """Read a Hub model's files and compare them with their names in the Hub's cache, which are their digests:
+    sha256 of large files, git's of the others (of some proxies, sha1).
+
+    Raises:
+        ConfigError: one is damaged.
+    """
+    blobs = {path.name: path.resolve().name for path in snapshot.iterdir() if path.is_symlink()}
+    large = [name for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)]
+    digests = {name: {digest} for name, digest in file_digests(snapshot, large, memory, read=True).items()}
+    for name, blob in blobs.items():
+        if re.fullmatch("[0-9a-f]{40}", blob):
+            content = (snapshot / name).read_bytes()
+            as_git_does = b"blob %d\0%b" % (len(content), content)
+            digests[name] = {hashlib.sha1(each).hexdigest() for each in (as_git_does, content)}
+    for name, found in digests.items():
+        if blobs[name] not in found:
+            path = snapshot / name
+            raise ConfigError(
+                f"model.id={config.id}: {name} in the Hub's cache is damaged: it is not what the Hub has. "
+                f"Remove {path.resolve()} and {path}; the same command then downloads it again."
+            )
+
+
 def base_identity(
     config: ModelConfig,
     *,
     weights: bool = True,
     memory: Callable[[Path], Path | None] = lambda directory: None,
+    read: bool = False,
 ) -> str:
     """What distinguishes this base model from every other one, without loading its weights.
 
     Args:
         weights: whether a directory must have some.
         memory: where a directory's digests are remembered, as `Store.memory`; else all of it is read.
+        read: whatever is remembered, for what is going to be loaded.
     """
     template = config.chat_template and resolve_template(config.chat_template)
     choices = [template, config.attention, config.trust_remote_code]
@@ -255,7 +283,7 @@ def base_identity(
         return digest_of(["tiny", TINY, *choices])
     if config.kind == "local":
         directory = _local_directory(config, weights=weights)
-        return digest_of([directory_digest(directory, memory(directory)), *choices])
+        return digest_of([directory_digest(directory, memory(directory), read=read), *choices])
     return digest_of([config.id, _hub_snapshot(config).name, *choices])  # the snapshot's name is the commit
 
 
