@@ -16,8 +16,8 @@ POLICY_STAGES = ("sft", "ppo", "merge")
 
 
 def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
-    """The artifact in a directory of a store, or behind a run's link to one, read where it will be loaded; or a
-    plain `save_pretrained` directory from elsewhere, of which nothing is known but its files.
+    """The artifact in a directory of a store, or behind a run's link to one, read where it will be loaded;
+    or a plain `save_pretrained` directory from elsewhere, of which nothing is known but its files.
 
     Raises:
         ConfigError: there is neither, or the artifact is not a policy's.
