@@ -28,6 +28,10 @@ DEMO = {
 """The keys that may be `auto`, and their names in `demo`."""
 
 
+POLICIES = {"sft": ["base", "sft", "ppo"], "base": ["base", "ppo"]}
+"""What PPO starts from -> the policies that are evaluated; of a directory, it is one of them."""
+
+
 class Resolved(NamedTuple):
     """A config without `auto`."""
 
@@ -48,6 +52,11 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
     for role, key in USER_KEYS.items():
         if _get(found, f"prepare.sources.{role}") == AUTO:  # it repeats the key, as it stood before
             _set(found, f"prepare.sources.{role}", _get(found, key))
+    start = POLICIES.get(_get(found, "ppo.init"), ["base", "init", "ppo"])
+    if _get(found, "evaluate.policies") == AUTO:
+        _set(found, "evaluate.policies", start)
+    if _get(found, "compare.artifacts") == AUTO:
+        _set(found, "compare.artifacts", [name for name in start if name not in ("base", "init")])
     told = []
     if own and asked:
         taken = ", ".join(f"{key}={_get(found, key) or 'null'}" for key in asked)

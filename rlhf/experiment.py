@@ -111,11 +111,22 @@ class Experiment:
     told: tuple[str, ...] = ()
     """What the run says first: what keys at `auto` take beside data of the user's own."""
 
+    def whole_chain(self) -> set[str]:
+        """`stage=all`: the stages of the chain, without a model before the last that none of them reads."""
+        chain = [name for name, stage in self.stages.items() if stage.in_chain]
+        last = [name for name in chain if self.stages[name].tunes() is not None][-1]
+        found: set[str] = set()
+        for name in reversed(chain):
+            is_read = any(name in self.stages[later].inputs() for later in found)
+            if self.stages[name].tunes() is None or name == last or is_read:
+                found.add(name)
+        return found
+
     def needed(self) -> list[str]:
         """The requested stages and all that they read, in the chain's order."""
         wanted = set(self.settings.stage)
         if "all" in wanted:
-            wanted |= {name for name, stage in self.stages.items() if stage.in_chain}
+            wanted |= self.whole_chain()
         for name in reversed(list(self.stages)):
             if name in wanted:
                 wanted |= set(self.stages[name].inputs())

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.artifacts import Artifact
+from rlhf.artifacts import Artifact, directory_digest
 from rlhf.data.prepared import PreparedData
+from rlhf.models.load import BaseModelFiles
+from rlhf.models.start import directory_of
 from rlhf.progress import Progress
 from rlhf.secrets import redacted
 from rlhf.tracking import Tracker
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from rlhf.distributed import Compute
     from rlhf.experiment import Experiment
     from rlhf.generation.vllm import Vllm
-    from rlhf.models.load import BaseModelFiles
     from rlhf.rewards.remote import RewardServerConfig
 
 
@@ -59,6 +60,15 @@ class Job:
             return False
         stages = self.experiment.stages
         return any(stages[name].samples for name in self.experiment.needed())
+
+    def start(self, init: str) -> BaseModelFiles:
+        """The model that `STAGE.init` names."""
+        directory = directory_of(init)
+        if directory is not None:
+            return BaseModelFiles(directory, directory_digest(directory), self.base.config)
+        if init == "base":
+            return self.base
+        return BaseModelFiles(self.inputs[init].path, self.inputs[init].key, self.base.config)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step's metrics under the stage's name."""

@@ -115,7 +115,7 @@ class Pipeline:
             )
         try:
             base = base_files(settings.model, self.model_identity, self.keep_base)
-            check_tokenizer(base)
+            check_tokenizer(base, settings.model.said)
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
                 self.compute.at.update(stage=name, step=0)

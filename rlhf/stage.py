@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, ClassVar
 
 from rlhf.config import Bound, ConfigError, PeftConfig, Strict, did_you_mean
@@ -60,6 +61,10 @@ class Stage(Strict, ABC):
     def rewards(self) -> Mapping[str, str]:
         """Key -> the reward that it names, such as `ppo.reward` -> `vader`; without those that are null."""
         return {}
+
+    def init_directory(self) -> Path | None:
+        """A directory of the user's that holds the model it trains, instead of the base or the SFT model."""
+        return None
 
     def reads_base_model(self) -> bool:
         """Whether the base model itself (not only a stage's output) decides the result."""

@@ -31,6 +31,7 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles
 from rlhf.models.policy import check_head
+from rlhf.models.start import Init, check_start, digest_of_start, directory_of, kind_of
 from rlhf.plan.answering import answering_demand, most_added
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
@@ -41,9 +42,10 @@ from rlhf.rl.rollout import Rollout
 from rlhf.rl.statistics import distinct_n
 from rlhf.stage import Stage
 
-PolicyName = Literal["base", "sft", "ppo", "merge"]
+PolicyName = Literal["base", "sft", "init", "ppo", "merge"]
 CHAIN: tuple[PolicyName, ...] = get_args(PolicyName)
-"""In the order in which they are made; the last one is what a run came to."""
+"""In the order in which they are made; the last one is what a run came to. `init` is a directory of the
+user's that PPO started from."""
 RETAINED = ("retention_perplexity_ratio", "question_accuracy_change")
 """Gates that need a retention set."""
 PASSES = 2
@@ -106,9 +108,12 @@ class EvaluateStage(Stage):
     """What shall not be forgotten: files of texts, of multiple-choice questions, or of both. Where one is a
     source that training reads too, `prepare` sets a share of it aside. Null measures no forgetting; `auto` is
     the demo's, and null beside data of yours."""
+    init: Init
+    """What PPO started from: `sft`, `base` or a directory. The others are compared with it."""
     policies: list[PolicyName] = Field(min_length=1)
-    """`merge` is the merge stage's. Win rate and gold gain need sft and ppo, KL needs sft, task gain and
-    forgetting need base; else they are left out."""
+    """`init` is the directory of evaluate.init, `merge` the merge stage's model. Win rate and gold gain need
+    ppo and what it started from, KL the latter, task gain and forgetting need base; else they are left out.
+    `auto` is base, what PPO started from, and ppo."""
     lm_eval: list[str]
     """Tasks of EleutherAI's lm-eval, asked on one rank while the others wait; [] for none."""
     lm_eval_tasks: str | None
@@ -140,9 +145,9 @@ class EvaluateStage(Stage):
     @model_validator(mode="after")
     def _gates_can_be_measured(self) -> Self:
         needs: dict[str, tuple[set[PolicyName], bool]] = {
-            "win_rate": ({"sft", "ppo"}, self.gold is None and self.reward is None),
-            "win_rate_learned": ({"sft", "ppo"}, self.reward is None),
-            "gold_gain": ({"sft", "ppo"}, self.gold is None),
+            "win_rate": ({self.start, "ppo"}, self.gold is None and self.reward is None),
+            "win_rate_learned": ({self.start, "ppo"}, self.reward is None),
+            "gold_gain": ({self.start, "ppo"}, self.gold is None),
             "task_gain": ({"base"}, False),
             "retention_perplexity_ratio": ({"base"}, False),
             "question_accuracy_change": ({"base"}, False),
@@ -154,6 +159,8 @@ class EvaluateStage(Stage):
             if missing or no_reward:
                 lacks = f"{' and '.join(missing)} in evaluate.policies" if missing else "a reward or gold"
                 raise ValueError(f"gate {gate} needs {lacks}. Turn it off with evaluate.gates.{gate}=null")
+        if "init" in self.policies and self.start != "init":
+            raise ValueError(f"policies: init is a directory, and evaluate.init={self.init}. Leave it out")
         if len(set(self.policies)) < len(self.policies):
             raise ValueError(f"policies={self.policies} names one twice")
         sets = [source.name for source in self.retention or []]
@@ -163,10 +170,16 @@ class EvaluateStage(Stage):
             )
         return self
 
+    @property
+    def start(self) -> PolicyName:
+        """What PPO started from, by its name among the policies."""
+        return "sft" if self.init == "sft" else "base" if self.init == "base" else "init"
+
     def inputs(self) -> tuple[str, ...]:
         """The stages that made the policies, and the reward's where that is learned."""
         learned = ("reward",) if "learned" in (self.reward, self.gold) else ()
-        return ("prepare", *(name for name in CHAIN[1:] if name in self.policies), *learned)
+        made = [name for name in CHAIN if name in self.policies and name not in ("base", "init")]
+        return ("prepare", *made, *learned)
 
     def roles(self) -> tuple[Role, ...]:
         """Reads the evaluation prompts, the held-out answers and the retention set."""
@@ -194,9 +207,15 @@ class EvaluateStage(Stage):
         named = {"evaluate.reward": self.reward, "evaluate.gold": self.gold}
         return {key: source for key, source in named.items() if source is not None}
 
+    def knobs(self) -> dict[str, Any]:
+        """Of a directory that PPO started from, the content decides, not the place."""
+        return super().knobs() | {"init": kind_of(self.init)}
+
     def external(self) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
         digests = reward_digest(self.reward) | reward_digest(self.gold)
+        if "init" in self.policies:
+            digests |= digest_of_start("evaluate.init", self.init)
         return digests | ({"lm_eval": self.harness.digest()} if self.lm_eval else {})
 
     def check(self, chain: Mapping[str, Stage]) -> None:
@@ -216,7 +235,9 @@ class EvaluateStage(Stage):
             compute.main_only(self.harness.fetch)
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """What a gate bounds is in the retention set, where there is one."""
+        """The user's own model is whole; what a gate bounds is in the retention set, where there is one."""
+        if "init" in self.policies:
+            check_start("evaluate.init", self.init, base)
         if self.retention is None:
             return
         rows = data.rows("retention", "evaluation")
@@ -234,6 +255,7 @@ class EvaluateStage(Stage):
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Every policy answers, is read by itself, SFT and the rewards, and takes the retention tests."""
+        on = on.starting(directory_of(self.init))
         prompts = on.sizes("evaluate", "evaluation").first(self.num_prompts)
         references = on.sizes("sft", "held_out").first(self.num_references)
         retained = on.sizes("retention", "evaluation")
@@ -242,7 +264,7 @@ class EvaluateStage(Stage):
             on, prompts, samples=1, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
             micro_batch_tokens=self.micro_batch_tokens, policies=len(self.policies), readings=rewards,
             measures=2, models=1, others=[references, retained._replace(rows=PASSES * retained.rows)],
-            added=most_added(on, [chain[name] for name in self.policies if name != "base"]),
+            added=most_added(on, [chain[name] for name in self.policies if name in chain]),
         )  # fmt: skip
 
     def run(self, job: Job) -> None:
@@ -250,21 +272,21 @@ class EvaluateStage(Stage):
         rows = job.data.rows("evaluate", "evaluation")[: self.num_prompts]
         answers: dict[PolicyName, Answers] = {}
         metrics: dict[str, float] = {"prompts": len(rows)}
-        # One model in memory at a time; SFT last, as it also judges how far the others went from it.
-        for name in sorted(self.policies, key=lambda name: name == "sft"):
+        # One model in memory at a time; PPO's start last, as it also judges how far the others went from it.
+        for name in sorted(self.policies, key=lambda name: name == self.start):
             policy = self.load_policy(job, name)
             answers[name] = self.answer(job, name, policy, rows)
             if self.lm_eval:
                 metrics |= self.harness_metrics(job, name, policy)
-            if name == "sft":
+            if name == self.start:
                 metrics |= self.divergence(job, answers, reference=policy)
             del policy
         answers = {name: answers[name] for name in CHAIN if name in answers}
         self.score(job, rows, answers)
         for name, said in answers.items():
             metrics |= describe(name, said)
-        if "sft" in answers and "ppo" in answers:
-            metrics |= self.compare(answers["ppo"], answers["sft"])
+        if self.start in answers and "ppo" in answers:
+            metrics |= self.compare(answers["ppo"], answers[self.start])
         if "base" in answers:
             metrics |= task_gain(answers)
             metrics |= forgetting({name: said.retained for name, said in answers.items()})
@@ -273,9 +295,10 @@ class EvaluateStage(Stage):
 
     def load_policy(self, job: Job, name: PolicyName) -> Policy:
         """One of them, frozen."""
-        if name == "base":
-            tokenizer = job.base.load_tokenizer()
-            policy = Policy.load(job.base.directory, job.base.config, job.compute, tokenizer, job.vllm)
+        if name in ("base", "init"):
+            start = job.start(self.init if name == "init" else "base")
+            tokenizer = start.load_tokenizer()
+            policy = Policy.load(start.directory, start.config, job.compute, tokenizer, job.vllm)
             check_head(policy.model)
             return policy
         return Policy.load(job.inputs[name].path, job.base.config, job.compute, vllm=job.vllm)
@@ -313,8 +336,8 @@ class EvaluateStage(Stage):
     def divergence(
         self, job: Job, answers: Mapping[PolicyName, Answers], reference: Policy
     ) -> dict[str, float]:
-        """KL of every other policy from SFT, in nats a sequence, by that policy's own answers."""
-        others = {name: said for name, said in answers.items() if name != "sft"}
+        """KL of every other policy from PPO's start, in nats a sequence, by that policy's own answers."""
+        others = {name: said for name, said in answers.items() if name != self.start}
         metrics = {}
         for name, said in job.progress.track(others.items(), "evaluate: KL", len(others)):
             logp_BR = reference.log_probabilities(said.rollout, self.temperature, self.micro_batch_tokens)
@@ -335,17 +358,17 @@ class EvaluateStage(Stage):
                 exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, said.texts, strict=True)]
                 said.scores[kind] = finite_scores(reward, exchanges, f"evaluate.{key}={source}")
 
-    def compare(self, ppo: Answers, sft: Answers) -> dict[str, float]:
-        """PPO against SFT, prompt by prompt; the gold score decides where there is one."""
+    def compare(self, ppo: Answers, start: Answers) -> dict[str, float]:
+        """PPO against what it started from, prompt by prompt; the gold score decides where there is one."""
         metrics: dict[str, float] = {}
         if "score" in ppo.scores:
-            metrics |= share(wins(ppo.scores["score"], sft.scores["score"])).metrics("win_rate_learned")
+            metrics |= share(wins(ppo.scores["score"], start.scores["score"])).metrics("win_rate_learned")
         for kind, score_B in ppo.scores.items():
-            gain_B = score_B.double() - sft.scores[kind].double()
+            gain_B = score_B.double() - start.scores[kind].double()
             metrics |= mean(gain_B).metrics(f"{kind}_gain")
         judge = "gold" if "gold" in ppo.scores else "score"
         if judge in ppo.scores:
-            metrics |= share(wins(ppo.scores[judge], sft.scores[judge])).metrics("win_rate")
+            metrics |= share(wins(ppo.scores[judge], start.scores[judge])).metrics("win_rate")
         return metrics
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[PolicyName, Answers]) -> None:

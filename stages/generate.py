@@ -1,6 +1,6 @@
 """Sample several answers a prompt and score them.
 
-Reads   the SFT (or base) model; the training prompts (`ppo.prompts`); a reward.
+Reads   the model that PPO starts from; the training prompts (`ppo.prompts`); a reward.
 Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (usable as `reward.pairs`); and
         the score's mean and deviation, which PPO normalises with.
 """
@@ -13,10 +13,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, Role
 from rlhf.evaluation.intervals import share
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
+from rlhf.models.load import BaseModelFiles
+from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of
 from rlhf.plan.answering import answering_demand, most_added
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
@@ -34,8 +37,8 @@ class GenerateStage(Stage):
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 
-    policy: Literal["base", "sft"]
-    """Whose answers."""
+    policy: Init
+    """Whose answers: `sft`, `base` or a `save_pretrained` directory."""
     reward: RewardSource | None
     """What scores them; null writes responses only."""
     splits: list[Literal["train", "held_out"]] = Field(min_length=1)
@@ -57,8 +60,7 @@ class GenerateStage(Stage):
 
     def inputs(self) -> tuple[str, ...]:
         """The policy's stage, and the reward's where that is learned."""
-        policy = ("sft",) if self.policy == "sft" else ()
-        return ("prepare", *policy, *(("reward",) if self.reward == "learned" else ()))
+        return ("prepare", *inputs_of(self.policy), *(("reward",) if self.reward == "learned" else ()))
 
     def roles(self) -> tuple[Role, ...]:
         """Reads the training prompts."""
@@ -80,11 +82,20 @@ class GenerateStage(Stage):
         return {} if self.reward is None else {"generate.reward": self.reward}
 
     def external(self) -> dict[str, str]:
-        """The model or the code that scores, where it is the user's."""
-        return reward_digest(self.reward)
+        """The model or the code that scores, and the model that answers, where they are the user's."""
+        return reward_digest(self.reward) | digest_of_start("generate.policy", self.policy)
+
+    def knobs(self) -> dict[str, Any]:
+        """Of a directory that answers, the content decides, not the place."""
+        return super().knobs() | {"policy": kind_of(self.policy)}
+
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """The user's own model is whole."""
+        check_start("generate.policy", self.policy, base)
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Every sample is decoded, and read once by the reward model."""
+        on = on.starting(directory_of(self.policy))
         sizes = [on.sizes("ppo", split) for split in self.splits]
         prompts = sizes[0]._replace(rows=sum(size.rows for size in sizes)).first(self.num_prompts)
         scoring = self.reward == "learned"
@@ -134,10 +145,8 @@ class GenerateStage(Stage):
 
     def load_policy(self, job: Job) -> Policy:
         """The model that answers."""
-        if self.policy == "base":
-            tokenizer = job.base.load_tokenizer()
-            return Policy.load(job.base.directory, job.base.config, job.compute, tokenizer, job.vllm)
-        return Policy.load(job.inputs["sft"].path, job.base.config, job.compute, vllm=job.vllm)
+        start = job.start(self.policy)
+        return Policy.load(start.directory, start.config, job.compute, start.load_tokenizer(), job.vllm)
 
     def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> list[float] | None:
         """One score a response, or None without a reward.

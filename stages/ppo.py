@@ -1,6 +1,7 @@
-"""Proximal policy optimization against a reward, held near the SFT model by a KL penalty.
+"""Proximal policy optimization against a reward, held near the model it starts from by a KL penalty.
 
-Reads   the SFT model (policy and reference); a reward; prompts (`ppo.prompts`); the score's moments.
+Reads   the SFT model, or what `ppo.init` names instead (policy and reference); a reward; prompts
+        (`ppo.prompts`); the score's moments.
 Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
         another ppo.peft than none also what was trained of it alone, in `adapter/`.
 The loop itself is rlhf/ppo/learner.py.
@@ -30,12 +31,13 @@ from rlhf.methods import METHODS
 from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
-from rlhf.models.load import BaseModelFiles, context_left, load_causal_lm, load_tokenizer
+from rlhf.models.load import BaseModelFiles, context_left, load_causal_lm
 from rlhf.models.merged import publish_policy
 from rlhf.models.policy import check_head
 from rlhf.models.published import described, origin_of
 from rlhf.models.scalar import ScalarModel, check_scorable, load_scalar_model, reset_head
 from rlhf.models.sharing import Backbone, sharing
+from rlhf.models.start import check_start, digest_of_start, directory_of, inputs_of, kind_of
 from rlhf.models.virtual import KINDS
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
@@ -61,10 +63,18 @@ class PpoStage(PpoConfig, Stage):
     })  # fmt: skip
 
     def inputs(self) -> tuple[str, ...]:
-        """The SFT model, and what the reward and its normalisation need."""
+        """The model that it starts from, and what the reward and its normalisation need."""
         learned = ("reward",) if self.reward == "learned" else ()
         measured = ("generate",) if self.score.normalize == "sft" else ()
-        return ("prepare", "sft", *learned, *measured)
+        return ("prepare", *inputs_of(self.init), *learned, *measured)
+
+    def reads_base_model(self) -> bool:
+        """Only where it starts from that."""
+        return self.init == "base"
+
+    def init_directory(self) -> Path | None:
+        """The user's own model."""
+        return directory_of(self.init)
 
     def roles(self) -> tuple[Role, ...]:
         """Reads prompts, and the rows of the pretraining mix."""
@@ -86,8 +96,8 @@ class PpoStage(PpoConfig, Stage):
         return "sft" if self.ptx.data is None else "ptx"
 
     def knobs(self) -> dict[str, Any]:
-        """Without the mix's source: its content decides, not its place."""
-        knobs = super().knobs()
+        """Without the mix's source and the directory it starts from: their content decides, not the place."""
+        knobs = super().knobs() | {"init": kind_of(self.init)}
         del knobs["ptx"]["data"]
         return knobs
 
@@ -100,8 +110,8 @@ class PpoStage(PpoConfig, Stage):
         return {"ppo.reward": self.reward}
 
     def external(self) -> dict[str, str]:
-        """The model or the code that scores, where it is the user's."""
-        return reward_digest(self.reward)
+        """The model or the code that scores, and the model to start from, where they are the user's."""
+        return reward_digest(self.reward) | digest_of_start("ppo.init", self.init)
 
     def not_checked(self) -> dict[str, str]:
         """Some methods change the policy before its first step."""
@@ -112,8 +122,8 @@ class PpoStage(PpoConfig, Stage):
         }
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """A critic can be made of the base model, and there are two halves of the held-out prompts."""
-        check_scorable(base.architecture)
+        """A critic can be made of its start, and there are two halves of the held-out prompts."""
+        check_scorable(check_start("ppo.init", self.init, base).architecture)
         held_out = len(data.rows("ppo", "held_out"))
         if held_out < 2:
             raise ConfigError(
@@ -151,7 +161,7 @@ class PpoStage(PpoConfig, Stage):
         """
         if self.score.normalize != "sft":
             return
-        wanted = {"policy": "sft"} | {
+        wanted = {"policy": self.init} | {
             name: getattr(self, name) for name in ("reward", "temperature", "max_new_tokens")
         }
         measured = chain["generate"].model_dump()
@@ -165,8 +175,10 @@ class PpoStage(PpoConfig, Stage):
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """See rlhf/ppo/demand.py."""
-        method = dict(chain["reward"])["peft"].method if self.reward == "learned" else None
-        return ppo_demand(self, on, reward_method=method)
+        if self.reward != "learned":
+            return ppo_demand(self, on, reward_method=None)
+        trained = dict(chain["reward"])
+        return ppo_demand(self, on, reward_method=trained["peft"].method, reward_init=trained["init"])
 
     def run(self, job: Job) -> None:
         """Load the four models, train, and publish the best policy."""
@@ -174,10 +186,11 @@ class PpoStage(PpoConfig, Stage):
         metrics = learner.train(
             job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
         )
-        sft = job.inputs["sft"]
+        start = job.start(self.init)
         written = job.compute.main_only(
             lambda: publish_policy(
-                job.directory, learner.best_weights, learner.policy.tokenizer, start=sft.path, key=sft.key,
+                job.directory, learner.best_weights, learner.policy.tokenizer, start=start.directory,
+                key=start.identity,
                 settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
             )
         )  # fmt: skip
@@ -186,11 +199,11 @@ class PpoStage(PpoConfig, Stage):
     def learner(self, job: Job) -> Learner:
         """The loop with its four models, before its first step."""
         self.check_compute(job.compute)
-        sft, settings, compute = job.inputs["sft"].path, job.base.config, job.compute
-        tokenizer = load_tokenizer(sft, settings)
-        policy = load_causal_lm(sft, settings, compute.dtype, compute.loads_on)
+        settings, compute, tokenizer = job.base.config, job.compute, job.start(self.init).load_tokenizer()
+        start = job.start(self.init).directory
+        policy = load_causal_lm(start, settings, compute.dtype, compute.loads_on)
         check_head(policy)
-        backbone = self.backbone(policy, sft, compute)
+        backbone = self.backbone(policy, start, compute)
         adapter = attach(policy, self.peft)
         learned = job.inputs["reward"].path if self.reward == "learned" else None
         frozen_on = compute.loads_on if self.frozen == "sharded" else compute.device
@@ -223,7 +236,7 @@ class PpoStage(PpoConfig, Stage):
         reference = (
             Policy(backbone.model, tokenizer, compute)
             if backbone
-            else Policy.load(sft, settings, compute, device=frozen_on)
+            else Policy.load(start, settings, compute, tokenizer, device=frozen_on)
         )
         if self.frozen == "sharded":
             self.shard(reference, reward, compute)
@@ -288,7 +301,7 @@ class PpoStage(PpoConfig, Stage):
                 "does not need them; this run has no GPU. Use ppo.frozen=replicated."
             )
 
-    def backbone(self, policy: PreTrainedModel, sft: Path, compute: Compute) -> Backbone | None:
+    def backbone(self, policy: PreTrainedModel, start: Path, compute: Compute) -> Backbone | None:
         """What reference, critic and reward model may share with a policy that has no adapter yet.
 
         None with methods other than lora, whose models are loaded one by one, and with any zero= but none:
@@ -296,7 +309,7 @@ class PpoStage(PpoConfig, Stage):
         """
         if not METHODS[self.peft.method].shares or compute.zero != "none":
             return None
-        return Backbone(sft, sharing(policy))
+        return Backbone(start, sharing(policy))
 
     def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:
         """Spread the models that do not train over the ranks."""
@@ -341,7 +354,7 @@ class PpoStage(PpoConfig, Stage):
             zeros = torch.zeros(1, size, device=job.compute.device)
             return ScalarModel(sharing(backbone.model), nn.Parameter(zeros))
         if self.critic.init == "sft":
-            directory = job.inputs["sft"].path
+            directory = job.start(self.init).directory
             critic = load_scalar_model(directory, job.base.config, job.compute.dtype, new_head=True)
             critic.to(job.compute.loads_on)
             reset_head(critic, deviation=0.0)

@@ -1,9 +1,9 @@
 """Train the reward model on preference pairs.
 
-Reads   the SFT model; preference pairs (`reward.pairs`).
+Reads   the SFT model, or what `reward.init` names instead; preference pairs (`reward.pairs`).
 Writes  a sequence-classification model with one label, and how well it ranks held-out pairs; with another
-        reward.peft than none also what was trained alone, in `adapter/`: PPO puts a LoRA adapter on the SFT
-        model's weights.
+        reward.peft than none also what was trained alone, in `adapter/`: PPO puts a LoRA adapter on the
+        weights of the policy, where both started from the same model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -33,9 +34,10 @@ from rlhf.losses.pairwise import bradley_terry_loss
 from rlhf.methods import METHODS
 from rlhf.models.adapters import attach, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
-from rlhf.models.load import BaseModelFiles, load_tokenizer
+from rlhf.models.load import BaseModelFiles
 from rlhf.models.published import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.scalar import ScalarModel, check_scorable, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of
 from rlhf.plan.demand import Demand, joined
 from rlhf.plan.setting import Setting
 from rlhf.plan.training import training_demand
@@ -55,6 +57,9 @@ class RewardStage(Stage):
     pairs: SourceConfig | None
     """Rows with a prompt, a chosen and a rejected answer; prepared by `prepare`. `auto` is the demo's, as
     long as none of the data is yours."""
+    init: Init
+    """The model that it starts from: `sft`, `base`, or a `save_pretrained` directory. Without `sft` no SFT
+    stage is run for it."""
     optim: OptimConfig
     peft: Peft
     epochs: PositiveInt
@@ -71,8 +76,8 @@ class RewardStage(Stage):
     """Weight that pulls scores towards 0 (Eisenstein et al. 2023)."""
 
     def inputs(self) -> tuple[str, ...]:
-        """It starts from the SFT model."""
-        return ("prepare", "sft")
+        """The SFT stage, where it starts from that model."""
+        return ("prepare", *inputs_of(self.init))
 
     def roles(self) -> tuple[Role, ...]:
         """Reads preference pairs."""
@@ -87,6 +92,22 @@ class RewardStage(Stage):
             "artifact_bytes", "adapter_bytes",
         )  # fmt: skip
 
+    def reads_base_model(self) -> bool:
+        """Only where it starts from that."""
+        return self.init == "base"
+
+    def knobs(self) -> dict[str, Any]:
+        """Of a directory that it starts from, the content decides, not the place."""
+        return super().knobs() | {"init": kind_of(self.init)}
+
+    def external(self) -> dict[str, str]:
+        """The user's own model that it starts from."""
+        return digest_of_start("reward.init", self.init)
+
+    def init_directory(self) -> Path | None:
+        """The user's own model."""
+        return directory_of(self.init)
+
     def tunes(self) -> PeftConfig:
         """How it trains."""
         return self.peft
@@ -96,11 +117,12 @@ class RewardStage(Stage):
         compute.check_divides("reward.batch_pairs", self.batch_pairs)
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
-        """A reward model can be made of the base model."""
-        check_scorable(base.architecture)
+        """A reward model can be made of the model that it starts from."""
+        check_scorable(check_start("reward.init", self.init, base).architecture)
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Both sides of every pair."""
+        on = on.starting(self.init_directory())
         train, held_out = (
             joined(sides, sides)
             for sides in (on.sizes("reward", split).cut(self.max_tokens) for split in splits_of("reward"))
@@ -114,7 +136,7 @@ class RewardStage(Stage):
     def run(self, job: Job) -> None:
         """Train, publish, and measure what was published."""
         self.check_compute(job.compute)
-        tokenizer = load_tokenizer(job.inputs["sft"].path, job.base.config)
+        tokenizer = job.start(self.init).load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
 
         def encode(rows: Sequence[PairRow]) -> list[EncodedPair]:
@@ -143,7 +165,8 @@ class RewardStage(Stage):
         self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair]
     ) -> dict[str, float]:
         """Train and publish; summary metrics of both."""
-        model = load_scalar_model(job.inputs["sft"].path, job.base.config, job.compute.dtype, new_head=True)
+        start = job.start(self.init).directory
+        model = load_scalar_model(start, job.base.config, job.compute.dtype, new_head=True)
         reset_head(model)  # on the CPU, so that it is the same wherever the model goes
         model.to(job.compute.loads_on)
         attach(model.model, self.peft)
@@ -198,11 +221,11 @@ class RewardStage(Stage):
         Returns:
             Summary metrics of what was written.
         """
-        sft = job.inputs["sft"]
-        model = load_scalar_model(sft.path, job.base.config, job.compute.dtype, new_head=True)
+        start = job.start(self.init)
+        model = load_scalar_model(start.directory, job.base.config, job.compute.dtype, new_head=True)
         adapter = attach_to_merge(model.model, self.peft)
         load_trainable(model, weights)
-        metrics = save_adapter(adapter, job.directory, sft.path, sft.key, model.head.weight)
+        metrics = save_adapter(adapter, job.directory, start.directory, start.identity, model.head.weight)
         if METHODS[self.peft.method].merges:
             adapter.merge()
             save_scalar_model(model, tokenizer, job.directory)

@@ -65,13 +65,15 @@ def check_index(index: Path, held: dict[str, set[str]], key: str) -> None:
             )
 
 
-def check_tokenizer(base: BaseModelFiles) -> None:
+def check_tokenizer(base: BaseModelFiles, key: str) -> None:
     """See that the tokenizer is there, that the template renders, and that the model has a row for each id.
+
+    Args:
+        key: as of `check_weights`.
 
     Raises:
         ConfigError: what is wrong.
     """
-    key = base.config.said
     try:
         tokenizer = base.load_tokenizer()
         ids, _ = exchange_ids(tokenizer, [QUESTION], ANSWER)

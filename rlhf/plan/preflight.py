@@ -60,10 +60,13 @@ def check_before_loading(
         model = skeleton(base.architecture, trust_remote_code=settings.model.trust_remote_code)
         for line in eager_told(model, settings.model.attention):
             console.print(line, highlight=False, markup=False, style="yellow")
+        models = {stage.name: own_skeleton(stage, base) or model for stage in stages}
         for index, stage in enumerate(stages):
-            is_known = stage.tunes() in [before.tunes() for before in stages[:index]]
-            check_tunes(stage, model, check_attachable if is_known else rehearse)
-        for line in adapters_told(stages, model):
+            is_known = (stage.tunes(), stage.init_directory()) in [
+                (before.tunes(), before.init_directory()) for before in stages[:index]
+            ]
+            check_tunes(stage, models[stage.name], check_attachable if is_known else rehearse)
+        for line in adapters_told(stages, models):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         on = found_setting(settings, counted(model), compute, data.size)
     except UnknownShapeError as unknown:
@@ -107,16 +110,25 @@ def check_tunes(
         raise ConfigError(complaint.replace(".method=", "=", 1)) from None  # sft.peft=ia3 is what one writes
 
 
-def adapters_told(stages: Sequence[Stage], base: PreTrainedModel) -> Iterator[str]:
+def own_skeleton(stage: Stage, base: BaseModelFiles) -> PreTrainedModel | None:
+    """Of the user's own model that a stage trains instead of the base model; None without one."""
+    directory = stage.init_directory()
+    if directory is None:
+        return None
+    files = replace(base, directory=directory)
+    return skeleton(files.architecture, trust_remote_code=base.config.trust_remote_code)
+
+
+def adapters_told(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]) -> Iterator[str]:
     """What adapters of `all-linear` are put beside, and what not.
 
     Args:
-        base: its skeleton.
+        models: stage -> the skeleton of the model that it trains.
     """
     lines: dict[str, list[str]] = {}
     for stage in stages:
         peft = stage.tunes()
-        line = None if peft is None else told_of(base, peft)
+        line = None if peft is None else told_of(models[stage.name], peft)
         if line is not None:
             lines.setdefault(line, []).append(stage.name)
     yield from (f"{', '.join(names)}: {line}" for line, names in lines.items())

@@ -19,7 +19,7 @@ from rlhf.methods import METHODS
 from rlhf.models.load import ModelConfig
 from rlhf.models.packed import ATTENTION
 from rlhf.plan.machine import Machine, found_machine, kept_speed, quick_speed
-from rlhf.plan.shape import Shape
+from rlhf.plan.shape import Shape, UnknownShapeError, shape_in
 
 if TYPE_CHECKING:
     from rlhf.experiment import Settings
@@ -87,6 +87,14 @@ class Setting:
         """Forward passes that a rank takes for a batch."""
         tokens = rows / self.ranks * lengths.mean
         return max(1, math.ceil(tokens / max(1.0, self._real_tokens(rows, lengths, most))))
+
+    def starting(self, directory: Path | None) -> Setting:
+        """Where a model of the user's is trained or run instead of the base model: as large as that, where
+        its config does not tell."""
+        try:
+            return self if directory is None else replace(self, shape=shape_in(directory))
+        except UnknownShapeError:
+            return self
 
     def tuned(self, peft: PeftConfig) -> Setting:
         """Where a model is tuned like this: rows behind virtual tokens are padded."""

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from rlhf.config import OptimConfig, Peft, Strict
 from rlhf.data.sources import PromptSource, SourceConfig
+from rlhf.models.start import Init
 from rlhf.rewards.source import RewardSource
 
 
@@ -28,7 +29,8 @@ class CriticConfig(Strict):
     """`ppo.critic.*`: the model of values, which learns beside the policy."""
 
     init: Literal["reward", "sft"]
-    """From the reward model, rescaled to the normalised score; or the SFT model's trunk under a zero head."""
+    """From the reward model, rescaled to the normalised score; or (`sft`) the trunk of the policy's start,
+    `ppo.init`, under a zero head."""
     optim: OptimConfig
     warmup_steps: NonNegativeInt
     """First steps in which only the critic learns; the policy's learning rate and the KL coefficient begin
@@ -39,7 +41,8 @@ class ScoreConfig(Strict):
     """`ppo.score.*`: from a raw score to the reward of a whole response."""
 
     normalize: Literal["sft", "running", "none"]
-    """With the moments of the SFT policy's scores (measured by `generate`), of all scores so far, or not."""
+    """With the moments of the scores that the policy starts with (`sft`: measured by `generate` of the model
+    of `ppo.init`), of all scores so far, or not."""
     clip: PositiveFloat | None
     """Deviations beyond which a normalised score is cut."""
     missing_stop: float | None
@@ -73,6 +76,9 @@ class PpoConfig(Strict):
     """Whose responses are scored and learned from; prepared by `prepare`. A source, or `sft.data` or
     `reward.pairs` for the prompts of those rows. `auto` is the demo's, and beside data of yours the prompts
     of sft.data, or else of reward.pairs."""
+    init: Init
+    """The model that the policy starts from: `sft`, `base`, or a `save_pretrained` directory. The reference
+    is the same one. Without `sft` no SFT stage is run for it."""
     reward: RewardSource
     """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
     classification model), `python:MODULE:FUNCTION`, or the URL of a server."""

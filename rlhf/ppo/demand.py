@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from rlhf import methods as tuning_methods
 from rlhf.data.prepared import Lengths
+from rlhf.models.start import directory_of
 from rlhf.plan.demand import Demand, Task, Worker, exactly, joined
 from rlhf.plan.memory import (
     FP32,
@@ -27,7 +27,7 @@ from rlhf.plan.memory import (
 )
 from rlhf.plan.methods import METHODS
 from rlhf.plan.setting import Setting
-from rlhf.plan.shape import Shape, UnknownShapeError, shape_in
+from rlhf.plan.shape import Shape
 from rlhf.plan.training import artifact_bytes, published
 from rlhf.ppo.config import PpoConfig
 
@@ -35,14 +35,20 @@ FOLDED = ("lora", "dora", "ia3")
 """Methods whose adapters are folded into copies of the weights while the policy samples."""
 
 
-def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> Demand:
+def ppo_demand(
+    config: PpoConfig, on: Setting, *, reward_method: str | None, reward_init: str | None = None
+) -> Demand:
     """Episodes are decoded, read by four models and learned from by two; evaluations are read by three.
 
     Args:
         reward_method: how the reward stage tuned its model, where that one scores. A rule is not counted.
+        reward_init: what that stage started from; None for the same model as the policy.
     """
-    on = on.tuned(config.peft)
-    scorer = on if reward_method is not None else own_scorer(config, on)
+    base, same_start = on, reward_init in (None, config.init)
+    on = on.starting(directory_of(config.init)).tuned(config.peft)
+    scorer = own_scorer(config, on)
+    if reward_method is not None:
+        scorer = on if same_start else base.starting(directory_of(reward_init or config.init))
     prompts = on.sizes("ppo", "train")
     length = joined(prompts, exactly(config.max_new_tokens))
     batch, mini, most = config.batch_episodes, config.minibatch_episodes, config.micro_batch_tokens
@@ -52,8 +58,8 @@ def ppo_demand(config: PpoConfig, on: Setting, *, reward_method: str | None) -> 
 
     method = tuning_methods.METHODS[config.peft.method]
     shares = method.shares and on.zero == "none"
-    folds = shares and reward_method == "lora"
-    """The reward model is the SFT model with an adapter."""
+    folds = shares and reward_method == "lora" and same_start
+    """The reward model is the policy's own start with an adapter."""
     own_reward = scorer is not None and not folds
     critic_on_reward = own_reward and config.critic.init == "reward"
     critic = scorer if scorer is not None and critic_on_reward else on
@@ -113,10 +119,7 @@ def own_scorer(config: PpoConfig, on: Setting) -> Setting | None:
     where a rule scores."""
     if not config.reward.startswith("model:"):
         return None
-    try:
-        return replace(on, shape=shape_in(Path(config.reward.removeprefix("model:"))))
-    except UnknownShapeError:
-        return on
+    return on.starting(Path(config.reward.removeprefix("model:")))
 
 
 def decoded_rows(config: PpoConfig, on: Setting, rows: int) -> float:

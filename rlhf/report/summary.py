@@ -73,11 +73,11 @@ HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
 """Stage -> its most telling summary metrics: (words, format)."""
 
 MODELS = {"merge": "Merged model", "ppo": "Aligned model", "sft": "SFT model", "reward": "Reward model"}
-POLICIES = {"base": "base", "sft": "SFT", "ppo": "PPO", "merge": "merged"}
+POLICIES = {"base": "base", "sft": "SFT", "init": "PPO's start", "ppo": "PPO", "merge": "merged"}
 COMPARED = {
     "gold_mean": ("gold score", "+z.3f"),
     "score_mean": ("learned score", "+z.3f"),
-    "kl": ("KL from SFT, nats a sequence", "z.2f"),
+    "kl": ("KL from {}, nats a sequence", "z.2f"),
     "length_mean": ("length, tokens", "z.1f"),
     "stop_rate": ("ends by itself", ".0%"),
     "distinct_2": ("distinct bigrams", "z.2f"),
@@ -87,11 +87,11 @@ COMPARED = {
     "question_accuracy": ("questions answered right", "z.3f"),
 }
 """Metrics of `evaluate` that end in /POLICY: (words, format)."""
-AGAINST_SFT = {
-    "win_rate": ("win rate against SFT (95%)", "z.2f"),
-    "gold_gain": ("gold gain over SFT (95%)", "+z.2f"),
+AGAINST_START = {
+    "win_rate": ("win rate against {} (95%)", "z.2f"),
+    "gold_gain": ("gold gain over {} (95%)", "+z.2f"),
 }
-"""Metrics of `evaluate` with a bootstrap interval: (words, format)."""
+"""Metrics of `evaluate` with an interval: (words, format). {} is what PPO started from."""
 MARKS = {
     "passed": "[green]passed[/]",
     "failed": "[bold red]FAILED[/]",
@@ -182,6 +182,8 @@ def policy_cells(run: Run) -> Cells:
     """One row a metric, one column a policy; no rows when `evaluate` was not part of the run."""
     metrics: Mapping[str, float] = run.stages.get("evaluate", {}).get("metrics", {})
     names = [name for name in POLICIES if f"evaluate/length_mean/{name}" in metrics]
+    apart = [name for name in names if f"evaluate/kl/{name}" in metrics]
+    start = next((POLICIES[name] for name in names if apart and name not in apart), POLICIES["sft"])
     rows = []
     of_harness = {
         metric: (" ".join(metric.split("/")[1:]), "z.3f")
@@ -191,12 +193,14 @@ def policy_cells(run: Run) -> Cells:
     for metric, (words, spec) in (COMPARED | of_harness).items():
         values = [metrics.get(f"evaluate/{metric}/{name}") for name in names]
         if any(value is not None for value in values):
-            rows.append([words, *("-" if value is None else format(value, spec) for value in values)])
-    for metric, (words, spec) in AGAINST_SFT.items():
+            rows.append(
+                [words.format(start), *("-" if value is None else format(value, spec) for value in values)]
+            )
+    for metric, (words, spec) in AGAINST_START.items():
         if f"evaluate/{metric}" in metrics:
             low, high = (format(metrics[f"evaluate/{metric}_{side}"], spec) for side in ("low", "high"))
             value = f"{format(metrics[f'evaluate/{metric}'], spec)} ({low} to {high})"
-            rows.append([words, *("-" if name != "ppo" else value for name in names)])
+            rows.append([words.format(start), *("-" if name != "ppo" else value for name in names)])
     heading = f"{metrics.get('evaluate/prompts', 0):.0f} prompts"
     return Cells([heading, *(POLICIES[name] for name in names)], rows)
 

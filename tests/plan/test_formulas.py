@@ -21,7 +21,12 @@ from rlhf.plan.written import explanation, phases, table
     [
         ("ppo", ["ppo.ptx.coef=0.5", "ppo.ptx.rows=64"], "learning", "activations"),
         ("ppo", ["ppo.ema_decay=0.9"], "learning", "weights"),
-        ("sft", ["sft.replay=x.txt", "sft.replay_fraction=0.5"], "forward and backward", "activations"),
+        (
+            "sft",
+            ["sft.replay=samples:prompts", "sft.replay_fraction=0.5"],
+            "forward and backward",
+            "activations",
+        ),
     ],
 )
 def test_what_is_learned_beside_counts_too(stage: str, knobs: list[str], phase: str, kind: str) -> None:

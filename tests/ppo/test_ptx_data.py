@@ -20,7 +20,7 @@ RULE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("data", "rows"), [("null", OWN), ("general.txt", GENERAL)])
+@pytest.mark.parametrize(("data", "rows"), [("null", OWN), ("samples:retention_sentences", GENERAL)])
 def test_the_mix_draws_from_its_own_source_where_there_is_one(
     tmp_path: Path, tiny_model: Path, data: str, rows: list[SftRow]
 ) -> None:

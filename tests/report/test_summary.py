@@ -44,7 +44,13 @@ def evaluation(policies: tuple[str, ...] = ("base", "sft", "ppo")) -> dict[str, 
             f"lm_eval/arc_easy/acc/{name}": 0.5 + gold[name] / 10,
         }
     if "ppo" in policies and "sft" in policies:
-        metrics |= {"win_rate": 0.78, "win_rate_low": 0.7, "win_rate_high": 0.86, "kl/ppo": -0.001}
+        metrics |= {
+            "win_rate": 0.78,
+            "win_rate_low": 0.7,
+            "win_rate_high": 0.86,
+            "kl/ppo": -0.001,
+            "kl/base": 0.3,
+        }
         metrics |= {"gold_gain": 0.42, "gold_gain_low": 0.33, "gold_gain_high": 0.5}
     return metrics
 
@@ -106,7 +112,7 @@ def test_policies_stand_side_by_side(run: Run, width: int) -> None:
     assert row_of(text, "gold score") == ["+0.310", "+0.200", "+0.620"]
     assert row_of(text, "task gain, nats a token") == ["+0.031", "+0.020", "+0.062"]
     assert row_of(text, "arc_easy acc") == ["0.531", "0.520", "0.562"]
-    assert row_of(text, "KL from SFT, nats a sequence") == ["-", "-", "0.00"]  # not -0.00
+    assert row_of(text, "KL from SFT, nats a sequence") == ["0.30", "-", "0.00"]  # not -0.00
     assert row_of(text, "win rate against SFT (95%)") == ["-", "-", "0.78", "(0.70", "to", "0.86)"]
     assert row_of(text, "gold gain over SFT (95%)") == ["-", "-", "+0.42", "(+0.33", "to", "+0.50)"]
 

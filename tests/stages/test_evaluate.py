@@ -35,6 +35,7 @@ def make_stage(**changes: Any) -> EvaluateStage:
     values = {
         "prompts": "samples:prompts",
         "retention": ["samples:retention_sentences", "samples:retention_questions"],
+        "init": "sft",
         "policies": ["base", "sft", "ppo"],
         "reward": None,
         "gold": f"python:{__name__}:rating",

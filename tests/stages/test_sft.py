@@ -195,7 +195,7 @@ def encoded(directory: Path, rows: list[SftRow]) -> list[EncodedAnswer]:
     return [EncodedAnswer(load_tokenizer(directory, TINY), row, 80) for row in rows]
 
 
-REPLAY = "sft.replay=general.txt"
+REPLAY = "sft.replay=samples:retention_sentences"
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 0.75])

@@ -1,0 +1,165 @@
+"""PPO and the reward model start from the SFT model, from the base model, or from a directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_chain import Chain, Outcome
+from small_plan import experiment, gpus
+
+from rlhf.artifacts import weights_digest
+from rlhf.config import ConfigError
+from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.models.start import check_start, digest_of_start
+from rlhf.plan.demand import Demand
+
+
+def weights(outcome: Outcome, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(outcome.artifact(stage) / "model.safetensors")
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ("", ["prepare", "sft", "reward", "generate", "ppo", "evaluate"]),
+        ("ppo.init=base reward.init=base", ["prepare", "reward", "generate", "ppo", "evaluate"]),
+        ("ppo.init=base", ["prepare", "sft", "reward", "generate", "ppo", "evaluate"]),
+        ("ppo.init=base reward.init=base stage=[ppo,sft]", ["prepare", "sft", "reward", "generate", "ppo"]),
+        ("ppo.init=base ppo.reward=vader ppo.critic.init=sft", ["prepare", "generate", "ppo", "evaluate"]),
+        ("ppo.reward=vader ppo.critic.init=sft", ["prepare", "sft", "generate", "ppo", "evaluate"]),
+        ("ppo.init=base reward.init=base stage=compare", ["prepare", "reward", "generate", "ppo", "compare"]),
+        ("ppo.init=some/where reward.init=some/where", ["prepare", "reward", "generate", "ppo", "evaluate"]),
+    ],
+)  # fmt: skip
+def test_no_model_is_trained_that_nothing_reads(overrides: str, needed: list[str]) -> None:
+    assert experiment("model=tiny", *overrides.split()).needed() == needed
+
+
+def test_the_policies_that_are_compared_follow() -> None:
+    def policies(*overrides: str) -> list[str]:
+        found: list[str] = experiment(*overrides).resolved["evaluate"]["policies"]
+        return found
+
+    assert policies() == ["base", "sft", "ppo"]
+    assert policies("ppo.init=base") == ["base", "ppo"]
+    assert policies("ppo.init=some/where") == ["base", "init", "ppo"]
+    with pytest.raises(ConfigError, match=r"evaluate\.gates.win_rate=null"):
+        experiment("ppo.init=base", "evaluate.policies=[sft,ppo]")
+    with pytest.raises(ConfigError, match=r"init is a directory, and evaluate\.init=base"):
+        experiment("ppo.init=base", "evaluate.policies=[base,init,ppo]")
+
+
+def test_scores_are_normalised_by_the_start_of_the_policy() -> None:
+    assert experiment("ppo.init=base").resolved["generate"]["policy"] == "base"
+    with pytest.raises(ConfigError, match=r"generate\.policy=sft: .* so this must be base"):
+        experiment("ppo.init=base", "generate.policy=sft")
+
+
+def test_an_instruction_tuned_model_needs_pairs_alone(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    outcome = chain.run("ppo.init=base", "reward.init=base", "sft.data=null", "evaluate.prompts=reward.pairs")
+    assert outcome.code == 0, outcome.err
+    assert outcome.statuses == dict.fromkeys(["prepare", "reward", "generate", "ppo", "evaluate"], "ran")
+    metrics = outcome.summary["stages"]["evaluate"]["metrics"]
+    assert {"evaluate/kl/ppo", "evaluate/win_rate", "evaluate/gold_gain"} <= metrics.keys()
+    assert not {"evaluate/kl/base", "evaluate/task_gain"} & metrics.keys()
+    assert outcome.summary["stages"]["ppo"]["metrics"]["ppo/first_kl"] == 0.0
+    origins = [
+        json.loads((outcome.artifact(stage) / "adapter" / "base.json").read_bytes())
+        for stage in ("reward", "ppo")
+    ]
+    base = (outcome.artifact("ppo") / origins[1]["directory"]).resolve()
+    assert {origin["digest"] for origin in origins} == {weights_digest(base)}
+    assert base.parent.name == "base"
+    assert "win rate against base (95%)" in outcome.out
+    assert "KL from base, nats a sequence" in outcome.out
+
+
+def test_a_directory_is_as_good_as_the_stage_that_made_it(
+    finished_chain: tuple[Chain, Outcome], tmp_path: Path
+) -> None:
+    chain, by_sft = finished_chain
+    mine, moved = tmp_path / "mine", tmp_path / "moved"
+    shutil.copytree(by_sft.artifact("sft"), mine)
+    (mine / "manifest.json").unlink()
+
+    def run(directory: Path, *overrides: str) -> Outcome:
+        return chain.run(f"ppo.init={directory}", f"reward.init={directory}", *overrides)
+
+    outcome = run(mine)
+    assert outcome.code == 0, outcome.err
+    assert "sft" not in outcome.statuses
+    for stage in ("reward", "ppo"):
+        assert equal(weights(outcome, stage), weights(by_sft, stage))
+    found, wanted = (each.summary["stages"]["evaluate"]["metrics"] for each in (outcome, by_sft))
+    for name in ("win_rate", "gold_gain", "kl/ppo", "task_loss/base"):
+        assert found[f"evaluate/{name}"] == wanted[f"evaluate/{name}"], name
+    assert found["evaluate/task_loss/init"] == wanted["evaluate/task_loss/sft"]
+    assert "win rate against PPO's start (95%)" in outcome.out
+
+    mine.rename(moved)
+    assert set(run(moved, "stage=ppo").statuses.values()) == {"reused"}
+    (moved / "README.md").write_text("Another model.")
+    changed = run(moved, "stage=reward")
+    assert changed.statuses == {"prepare": "reused", "reward": "ran"}
+    assert changed.key("reward") != outcome.key("reward")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("config.json", "ppo.init=.*: no config.json there. Use sft, base or a save_pretrained directory"),
+        ("model.safetensors", r"ppo.init=.*: no \*.safetensors there. .* an adapter must be merged first"),
+        ("", "not a whole safetensors file"),
+        ("tokenizer.json", "mine: cannot be read as a model: .* tokenizer"),
+    ],
+)
+def test_a_directory_that_is_no_model_is_told_before_anything_trains(
+    tiny_model: Path, tmp_path: Path, damage: str, words: str
+) -> None:
+    directory = tmp_path / "mine"
+    shutil.copytree(tiny_model, directory)
+    if damage:
+        (directory / damage).unlink()
+    else:
+        file = directory / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
+    with pytest.raises(ConfigError, match=words):
+        digest_of_start("ppo.init", str(directory))
+        check_start("ppo.init", str(directory), base)
+
+
+def test_the_planner_counts_the_model_that_is_trained(tiny_model: Path) -> None:
+    """The settings' base model has eight billion parameters, the directory's a hundred thousand."""
+
+    def demand(stage: str, *overrides: str) -> Demand:
+        found = experiment(*overrides)
+        return found.stages[stage].demand(gpus(80.0), found.stages)
+
+    own = f"ppo.init={tiny_model}"
+    assert demand("ppo").peak().size() > 1000 * demand("ppo", own, f"reward.init={tiny_model}").peak().size()
+    assert demand("reward").peak().size() > 1000 * demand("reward", f"reward.init={tiny_model}").peak().size()
+    assert (
+        demand("generate").peak().size()
+        > 1000
+        * demand("generate", own, "generate.reward=null", "ppo.score.normalize=none", "ppo.critic.init=sft")
+        .peak()
+        .size()
+    )
+    shared = {part.how for phase in demand("ppo", "reward.peft=lora").phases for part in phase.parts}
+    apart = {
+        part.how
+        for phase in demand("ppo", "reward.peft=lora", "ppo.init=base").phases
+        for part in phase.parts
+    }
+    assert any("2 whole models" in how for how in apart - shared)
