@@ -11,6 +11,7 @@ import ctypes
 import os
 import pickle
 import platform
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -32,6 +33,8 @@ Precision = Literal["auto", "bf16", "fp32"]
 Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of malloc.h."""
+LOOPBACK = "lo"
+"""The network interface that leads nowhere else."""
 TURN_SECONDS = 1.0
 """Between two words of a rank that works to those that wait for it; distributed.timeout is longer."""
 Result = TypeVar("Result")
@@ -239,6 +242,9 @@ def make_compute(
     """
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     rank, world_size = find_rank(os.environ)
+    on_one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world_size
+    if on_one_host:  # the backends' own sockets too; by default they listen where the host's name leads
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
     if world_size == 1 and zero != "none" and not distributed.is_initialized():
         store = distributed.HashStore()  # type: ignore[attr-defined]
         distributed.init_process_group(  # sharding needs a group, if only of one
@@ -248,11 +254,15 @@ def make_compute(
         if on_cpu and "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        waits = timedelta(seconds=timeout)
+        # torchrun has a store of its own, which its ranks find by the environment
+        is_ours = on_one_host and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
         distributed.init_process_group(
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+            store=store_of_this_host(rank, world_size, waits) if is_ours else None,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            timeout=waits,
         )
     if on_cpu:
         keep_freed_memory()
@@ -263,6 +273,21 @@ def make_compute(
     ranks = f", {world_size} ranks" if world_size > 1 else ""
     sharding = f", {zero}" if zero != "none" else ""
     return compute, f"{name} on {state.device.type} ({reason}){ranks}{sharding}"
+
+
+def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """Where ranks of one host meet: at MASTER_PORT of 127.0.0.1, which no network reaches. By itself torch
+    listens at every address of the host."""
+    port, listening = int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        listening = listener.detach()  # the store's from now on
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
+    )
 
 
 def keep_freed_memory() -> None:

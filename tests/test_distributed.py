@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -241,6 +242,9 @@ def talk(rank: int, port: int, directory: Path, model: Path, results: Any) -> No
             "main_only": compute.main_only(lambda: f"made by {rank}"),
             "main_only, for long": compute.main_only(take_long),
             "failures": failures,
+            "listens": {
+                each.laddr.ip for each in psutil.Process().net_connections() if each.status == "LISTEN"
+            },
             "models read": models_read(compute, directory, model),
             "collected": compute.collect([(index, rank) for index in compute.share(lengths)], lengths),
         }
@@ -276,6 +280,7 @@ def test_two_ranks_hear_the_same(tmp_path: Path, tiny_model: Path) -> None:
         "main_only": "made by 0",
         "main_only, for long": "made at last",
         "failures": ["only rank 0 tried"] * 2,
+        "listens": {"127.0.0.1"},
         "collected": [(0, 1), (1, 0), (2, 0), (3, 1), (4, 0)],
     }
     own: list[dict[str, Any]] = [{"unchanged": [1.0 + rank, -5.0 * rank]} for rank in range(2)]

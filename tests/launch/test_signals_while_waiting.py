@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from real_processes import RealChain, children_of, ranks_of, wait_until
@@ -164,7 +165,11 @@ def test_a_hanging_run_ends_after_a_signal(tmp_path: Path, by: str) -> None:
     launcher = run.pid
     if by == "torchrun":
         (launcher,) = children_of(run.pid)
-    os.kill(ranks_of(launcher)[1], signal.SIGSTOP)
+    ranks = ranks_of(launcher)
+    listening = [each.laddr.ip for rank in ranks.values() for each in psutil.Process(rank).net_connections()
+                 if each.status == "LISTEN"]  # fmt: skip
+    assert listening and set(listening) == {"127.0.0.1"}
+    os.kill(ranks[1], signal.SIGSTOP)
     run.send_signal(signal.SIGTERM)
     if by == "torchrun":  # which waits for its ranks, whatever another signal says
         wait_until(lambda: len(children_of(run.pid)) > 1, run)  # it has heard the first
