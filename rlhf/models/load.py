@@ -131,13 +131,24 @@ def reading(directory: Path) -> Iterator[None]:
         raise ConfigError(f"{directory}: an adapter (adapter_config.json). Merge it into its base first.")
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        reason = first.partition(". Please request")[0].rstrip(" .")  # of transformers' makers
-        advice = [told for word, told in ADVICE.items() if word in first.lower()]
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file: whatever class stood behind the value that is wrong
+        if "memory" in str(error):
+            raise
+        text = " ".join(str(error).split())
+        reason = text.partition(". Please request")[0]  # of transformers' makers
+        if len(reason) > LONGEST_REASON:
+            reason = f"{reason[:LONGEST_REASON]}..."
+        if not isinstance(error, (ImportError, OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        advice = [told for word, told in ADVICE.items() if word in text.lower()]
         raise ConfigError(
-            " ".join([f"{directory}: cannot be read as a model: {reason}.", *advice[:1]])
-        ) from None
+            " ".join([f"{directory}: cannot be read as a model: {reason.rstrip(' .')}.", *advice[:1]])
+        ) from error
+
+
+LONGEST_REASON = 250
 
 
 ADVICE = {
@@ -189,13 +200,18 @@ def load_causal_lm(
         model.generation_config = GenerationConfig.from_pretrained(directory)
         return model
     with reading(directory):
-        model = AutoModelForCausalLM.from_pretrained(
+        if (directory / "generation_config.json").exists():  # a damaged one would be left out without a word
+            GenerationConfig.from_pretrained(directory)
+        model, found = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation=attention_of(config),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
+        if found["missing_keys"]:  # transformers would draw them
+            raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.eval().to(device)
     if config.attention == "auto":

@@ -301,8 +301,8 @@ def check_head(model: PreTrainedModel) -> None:
         logits_TV = _logits(model, ids_1T, 1.0)
         if not bool(logits_TV.isfinite().all()):
             raise ConfigError(
-                f"{type(model).__name__}: its logits are not finite. Its weights are damaged, or too large "
-                "for this precision: try precision=fp32."
+                f"{model.config.name_or_path} ({type(model).__name__}): its logits are not finite. Its "
+                "weights are damaged, or too large for this precision: try precision=fp32."
             )
         own_TV = head(backbone_of(model)(input_ids=ids_1T, use_cache=False)[0][0].to(head.weight.dtype))
         enlarged = PROBED / max(float(own_TV.abs().max()), PROBED / 1e4)

@@ -98,7 +98,7 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:  # T5
+    except (RuntimeError, ValueError) as error:  # sizes that no tensor can have; T5
         raise UnknownShapeError(
             f"{type(config).__name__}: {str(error).splitlines()[0].partition(' for this kind')[0]}"
         ) from None
