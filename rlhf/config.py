@@ -22,12 +22,16 @@ from pydantic import (
 )
 
 from rlhf.methods import METHODS
+from rlhf.printable import printable
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class ConfigError(Exception):
     """Something the user can mend: a key, a value, a file. Shown without a traceback; exit code 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 SHORT = 6

@@ -19,6 +19,8 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.text import Text
 
+from rlhf.printable import printable
+
 PLACEHOLDER = "<redacted>"
 ENVIRONMENT_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD|(?:CREDS?|PAT|PASS|PASSWD|_PWD)$", re.I)
 SHORTEST, SHORTEST_NUMBER = 6, 8
@@ -114,7 +116,8 @@ def _is_path(text: str) -> bool:
 
 
 class RedactingConsole(Console):
-    """Takes secrets out before a line is folded, which could tear one apart and hide it from the stream."""
+    """Takes secrets out before a line is folded, which could tear one apart and hide it from the stream.
+    Control characters are shown instead of being sent to the terminal."""
 
     def on_broken_pipe(self) -> None:
         """Nobody reads any more; rich would end the process itself."""
@@ -122,7 +125,7 @@ class RedactingConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A string, or a table's cell, as rich renders it."""
-        return super().render_str(redacted_text(text), **options)
+        return super().render_str(printable(redacted_text(text)), **options)
 
 
 class RedactingStream:

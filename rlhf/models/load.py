@@ -202,7 +202,7 @@ def load_causal_lm(
     with reading(directory):
         if (directory / "generation_config.json").exists():  # a damaged one would be left out without a word
             GenerationConfig.from_pretrained(directory)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation=attention_of(config),
@@ -210,8 +210,12 @@ def load_causal_lm(
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
-        if found["missing_keys"]:  # transformers would draw them
-            raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    model, found = loaded
+    if found["missing_keys"]:  # transformers would draw them
+        raise ConfigError(
+            f"{directory}: cannot be read as a model: its weights lack "
+            f"{', '.join(sorted(found['missing_keys'])[:3])}. Save it again, whole."
+        )
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.eval().to(device)
     if config.attention == "auto":

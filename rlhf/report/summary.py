@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.disk import naming
+from rlhf.printable import printable
 from rlhf.progress import clock
 from rlhf.report.cells import Cells
 from rlhf.report.compare import comparison_cells
@@ -160,7 +161,7 @@ def write_report(run: Run) -> Path:
     parts += ["## Files", "\n".join(f"- {words}: `{path}`" for words, path in places(run))]
     path = run.directory / "report.md"
     with naming(path):
-        path.write_text(redacted_text("\n\n".join(parts)) + "\n", encoding="utf-8")
+        path.write_text(printable(redacted_text("\n\n".join(parts))) + "\n", encoding="utf-8")
     return path
 
 
