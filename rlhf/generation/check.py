@@ -24,6 +24,10 @@ TOO_LITTLE = 0.01
 """Nats a token, below which a difference is none: bf16 makes up to five times as much of SmolLM2's."""
 
 
+class UndecodableError(ConfigError):
+    """The local engine would sample something else than the model."""
+
+
 @torch.no_grad()
 def check_decoding(model: PreTrainedModel) -> None:
     """Refuse a model whose cache holds less than it remembers: a few answers are sampled, and their
@@ -32,7 +36,8 @@ def check_decoding(model: PreTrainedModel) -> None:
     The rows differ in length, some end before others of their batch, and a second batch follows the first.
 
     Raises:
-        ConfigError: the local engine would sample something else than the model.
+        UndecodableError: the local engine would sample something else than the model.
+        ConfigError: the model's logits are not finite.
     """
     try:
         off, context = _measured(model)
@@ -50,8 +55,8 @@ def check_decoding(model: PreTrainedModel) -> None:
         )
 
 
-def _refused(model: PreTrainedModel, reason: str) -> ConfigError:
-    return ConfigError(
+def _refused(model: PreTrainedModel, reason: str) -> UndecodableError:
+    return UndecodableError(
         f"generation=local: {type(model).__name__} cannot be sampled from: {reason}. Use generation=vllm, or "
         "another model."
     )

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.distributed import Compute
+from rlhf.generation.check import UndecodableError, check_decoding
 from rlhf.generation.local import generate
 from rlhf.models.adapters import has_adapters, without_adapters
 
@@ -17,7 +18,8 @@ TOKENS, ROUNDS = 16, 3
 
 def token_seconds(model: PreTrainedModel, compute: Compute) -> dict[str, float]:
     """Seconds to decode a token of one row, greedily and with a KV cache, with the adapters and without them,
-    as summary metrics. Measured by rank 0 on whole weights; none for a model without adapters.
+    as summary metrics. Measured by rank 0 on whole weights; none for a model without adapters, or one that
+    the local engine does not decode.
     """
     if compute.zero != "none" or not has_adapters(model):
         return {}
@@ -25,6 +27,10 @@ def token_seconds(model: PreTrainedModel, compute: Compute) -> dict[str, float]:
 
 
 def _measured(model: PreTrainedModel) -> dict[str, float]:
+    try:
+        check_decoding(model)
+    except UndecodableError:  # trained, but never sampled from here: another stage would have said so
+        return {}
     _seconds(model)  # a first call sets up caches and threads
     rounds = []
     for _ in range(ROUNDS):

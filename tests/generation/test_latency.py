@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_family
 from small_job import on_cpu
 
 from rlhf.config import PeftConfig
@@ -45,3 +46,10 @@ def test_nothing_is_measured_where_nothing_was_added_or_weights_are_sharded(tiny
     attach(model, PeftConfig(method="lora"))
     sharded = Compute(torch.device("cpu"), torch.float32, rank=0, world_size=1, zero="zero2")
     assert token_seconds(model, sharded) == {}
+
+
+def test_nothing_is_measured_of_what_the_local_engine_does_not_decode() -> None:
+    """It can be trained, for others to sample from."""
+    model = tiny_family("minimax")
+    attach(model, PeftConfig(method="lora"))
+    assert token_seconds(model, on_cpu()) == {}
