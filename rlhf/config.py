@@ -87,7 +87,7 @@ class OptimConfig(Strict):
     lr: PositiveFloat
     """The highest learning rate of the schedule."""
     weight_decay: NonNegativeFloat
-    """Decoupled: times the learning rate, each step."""
+    """Decoupled: times the learning rate, each step; of matrices, not of biases and norms."""
     eps: PositiveFloat
     """Added to the root of Adam's second moment."""
     warmup_fraction: float = Field(ge=0, lt=1)

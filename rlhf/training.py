@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from rlhf.config import OptimConfig
 
-COPIED = ("lr", "weight_decay", "eps")
+COPIED = ("lr", "eps")
 """What a schedule changes in the outer parameter groups, and AdamW reads in the inner ones."""
 
 THRESHOLDS, GOLDEN = 1 << 16, 40503
@@ -40,7 +40,7 @@ class MasterAdamW(torch.optim.Optimizer):
     and is skipped, and counted, when a norm is not finite: one NaN would otherwise poison every parameter.
 
     Args:
-        groups: each with params, lr, weight_decay, eps and max_grad_norm.
+        groups: each with params, lr, decay, eps and max_grad_norm.
         global_sum: adds a tensor up over ranks that hold the same parameters; None for a single rank.
     """
 
@@ -60,7 +60,7 @@ class MasterAdamW(torch.optim.Optimizer):
                 self._pairs.append((parameter, master))
                 masters.append(master)
             inner_groups.append({"params": masters, **{name: group[name] for name in COPIED}})
-        self._inner = AdamW(inner_groups, fused=True)
+        self._inner = AdamW(inner_groups, weight_decay=0.0, fused=True)
         self.grad_norms: list[float] = []
         """Of the last step, one a group, before clipping."""
         self.skipped_steps = 0
@@ -84,6 +84,9 @@ class MasterAdamW(torch.optim.Optimizer):
             return
         for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update({name: outer[name] for name in COPIED})
+            decay(
+                [master for master in inner["params"] if master.ndim > 1 and master.grad is not None], outer
+            )
         self._inner.step()
         for parameter, master in self._pairs:
             round_into(parameter, master)
@@ -168,9 +171,15 @@ class ClippedAdamW(AdamW):
     So does MasterAdamW; DeepSpeed's and torch's clipping know one norm for all groups.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], global_sum: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(list(groups))
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        global_sum: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__([{**group, "place": place} for place, group in enumerate(groups)], weight_decay=0.0)
         self._global_sum = global_sum
+        self.leading: Sequence[int] | None = None
+        """By group, where each is one flat shard: so many of its first elements are of matrices."""
         self.grad_norms: list[float] = []
         """Of the groups with gradients that `step` met since the list was emptied."""
 
@@ -189,6 +198,12 @@ class ClippedAdamW(AdamW):
             for gradient in gradients:
                 gradient.mul_(factor)
         if all(map(math.isfinite, self.grad_norms)):
+            for group in self.param_groups:
+                moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+                if self.leading is None:
+                    decay([parameter for parameter in moved if parameter.ndim > 1], group)
+                else:
+                    decay([parameter[: self.leading[group["place"]]] for parameter in moved], group)
             super().step()
 
 
@@ -208,12 +223,20 @@ def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
     return hook
 
 
+def decay(weights: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+    """AdamW's decoupled decay (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2), done here so that
+    matrices alone decay, while a group is clipped as a whole: biases and the gains of norms, which have one
+    dimension, are no weights whose size says anything of what a model remembers."""
+    if weights and group["decay"]:
+        torch._foreach_mul_(list(weights), 1 - group["lr"] * group["decay"])
+
+
 def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> dict[str, Any]:
     """One learning-rate group of everything that trains."""
     return {
         "params": [parameter for parameter in parameters if parameter.requires_grad],
         "lr": config.lr,
-        "weight_decay": config.weight_decay,
+        "decay": config.weight_decay,
         "eps": config.eps,
         "max_grad_norm": config.max_grad_norm,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,15 @@ class ZeroEngine(Engine):
         self, model: nn.Module, groups: Groups, compute: Compute, *, universal: bool, in_turns: bool
     ) -> None:
         super().__init__(compute, [config for _, config in groups])
+        trains = [[each for each in parameters if each.requires_grad] for parameters, _ in groups]
+        matrices = [[each for each in group if each.ndim > 1] for group in trains]
+        others = [[each for each in group if each.ndim < 2] for group in trains]
         self._client = ClippedAdamW(
-            [parameter_group(parameters, config) for parameters, config in groups], compute.global_sum
+            [
+                parameter_group([*first, *then], config)
+                for first, then, (_, config) in zip(matrices, others, groups, strict=True)
+            ],
+            compute.global_sum,
         )
         trained = sum(weight.numel() for group in self._client.param_groups for weight in group["params"])
         config = zero_config(compute, trained) | {"checkpoint": {"load_universal": universal}}
@@ -47,8 +54,26 @@ class ZeroEngine(Engine):
             model=model, optimizer=self._client, config=config, dist_init_required=False
         )
         self._sharded = self._engine.zero_optimization_partition_weights()
+        self._client.leading = [
+            self._leading(*group) for group in zip(matrices, others, self._client.param_groups, strict=True)
+        ]
         self._engine.optimizer.check_grad_overflow = True  # fp32 would take a step with NaN
         self.model = self._engine
+
+    def _leading(
+        self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], group: Mapping[str, Any]
+    ) -> int:
+        """How many elements of this rank's shard of a group are of the matrices, which come first.
+
+        Stages 1 and 2 lay a group's weights end to end and cut that into equal parts; stage 3 cuts each.
+        """
+        if self._sharded:
+            return sum(each.partition_numel() for each in matrices)  # type: ignore[attr-defined]
+        (shard,) = group["params"]
+        if not others:
+            return len(shard)
+        start = int(others[0].storage_offset()) - int((matrices or others)[0].storage_offset())
+        return min(max(0, start - self.compute.rank * len(shard)), len(shard))
 
     def _param_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self._client.param_groups
@@ -133,8 +158,8 @@ class ZeroEngine(Engine):
     def _mend(self) -> None:
         """DeepSpeed's universal loading for stage 3 gives all groups one step counter, which each group then
         advances, and the first group's settings."""
-        for group, config in zip(self._client.param_groups, self._configs, strict=True):
-            settings = parameter_group((), config)
+        for place, (group, config) in enumerate(zip(self._client.param_groups, self._configs, strict=True)):
+            settings = parameter_group((), config) | {"place": place}
             group.update({name: value for name, value in settings.items() if name != "params"})
         for state in self._client.state.values():
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()

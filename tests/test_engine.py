@@ -26,7 +26,7 @@ class Two(nn.Module):
 
     def __init__(self, value: float = 0.0) -> None:
         super().__init__()
-        self.first, self.second = (nn.Parameter(torch.full((1,), value)) for _ in range(2))
+        self.first, self.second = (nn.Parameter(torch.full((1, 1), value)) for _ in range(2))
 
     def engine(self, first: OptimConfig, second: OptimConfig) -> PlainEngine:
         return PlainEngine(self, [([self.first], first), ([self.second], second)], on_cpu())

@@ -63,7 +63,12 @@ def test_in_fp32_it_is_torchs_adamw(weight_decay: float, max_grad_norm: float) -
     optimizer = optimizer_of(
         (ours.parameters(), config(weight_decay=weight_decay, max_grad_norm=max_grad_norm))
     )
-    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=weight_decay, eps=1e-8)
+    matrices, biases = ([each for each in theirs.parameters() if each.ndim == ndim] for ndim in (2, 1))
+    spared = {"params": biases, "weight_decay": 0.0}
+    reference = torch.optim.AdamW(
+        [{"params": matrices}, spared], lr=1e-2, weight_decay=weight_decay, eps=1e-8
+    )
+    assert matrices and biases
     for batch in batches(5):
         take_step(ours, optimizer, batch)
         (theirs(batch).pow(2).sum() / len(batch)).backward()
@@ -76,12 +81,22 @@ def test_in_fp32_it_is_torchs_adamw(weight_decay: float, max_grad_norm: float) -
 
 
 def test_the_first_step_by_hand() -> None:
-    """Adam's first step is lr x sign(gradient), whatever its size; decay is decoupled: w (1 - lr x decay)."""
-    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = optimizer_of(([parameter], config(lr=0.1, weight_decay=0.5, eps=1e-12)))
-    (parameter * torch.tensor([1e-3, -7.0])).sum().backward()
+    """Adam's first step is lr x sign(gradient), whatever its size; decay is decoupled: w (1 - lr x decay), of
+    a matrix and not of a bias."""
+    matrix, bias = nn.Parameter(torch.tensor([[1.0, -2.0]])), nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = optimizer_of(([matrix, bias], config(lr=0.1, weight_decay=0.5, eps=1e-12)))
+    ((matrix + bias) * torch.tensor([1e-3, -7.0])).sum().backward()
     optimizer.step()
-    torch.testing.assert_close(parameter.detach(), torch.tensor([1 * 0.95 - 0.1, -2 * 0.95 + 0.1]))
+    torch.testing.assert_close(matrix.detach(), torch.tensor([[1 * 0.95 - 0.1, -2 * 0.95 + 0.1]]))
+    torch.testing.assert_close(bias.detach(), torch.tensor([1 - 0.1, -2 + 0.1]))
+
+
+def test_a_step_that_is_skipped_does_not_decay() -> None:
+    parameter = nn.Parameter(torch.ones(1, 2))
+    optimizer = optimizer_of(([parameter], config(lr=0.1, weight_decay=0.5)))
+    (parameter * math.nan).sum().backward()
+    optimizer.step()
+    assert parameter.tolist() == [[1.0, 1.0]]
 
 
 def test_updates_too_small_for_bf16_add_up_in_the_masters() -> None:

@@ -218,6 +218,38 @@ def norms_of_sums(compute: Compute) -> dict[str, float]:
     return norms
 
 
+class Layers(nn.Module):
+    """Two matrices, a norm's gain and a bias, of sizes that ranks cannot share evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        values = torch.Generator().manual_seed(0)
+        for name, shape in {"bias": (7,), "matrix": (5, 7), "gain": (3,), "last": (3, 5)}.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=values)))
+
+    def forward(self, x_I: Tensor) -> Tensor:
+        return (self.gain * (self.last @ (self.matrix @ (x_I + self.bias)))).sum()
+
+
+def decayed(compute: Compute) -> dict[str, dict[str, float]]:
+    """By engine, what each weight is after steps with a large decay: a sum in which every place counts."""
+    found = {}
+    optim = OPTIM.model_copy(update={"weight_decay": 0.5, "max_grad_norm": 1.0})
+    for zero in ("none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"):
+        model = Layers()
+        engine = make_engine(model, [(model.parameters(), optim)], replace(compute, zero=zero))
+        for step in range(3):
+            engine.set_rates(step, 4)
+            engine.backward(engine.model(torch.arange(7.0) + compute.rank), last=True)
+            engine.step()
+        state = engine.trainable_state(model)  # of rank 0
+        found[zero] = {
+            name: float((value.flatten() * torch.arange(1.0, value.numel() + 1)).sum())
+            for name, value in state.items()
+        }
+    return found
+
+
 class Gathers:
     """Counts how often a sharded weight is gathered; nothing for a whole one."""
 
@@ -251,11 +283,12 @@ def be_a_rank(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
     )  # fmt: skip
     torch.set_num_threads(1)
-    found: dict[Case | str, dict[str, float]] = {}
+    found: dict[Case | str, dict[str, Any]] = {}
     case: Case | None = None
     try:
         compute, _ = make_compute("cpu", "fp32", timeout=90.0)
         found["sums"] = norms_of_sums(compute)
+        found["decayed"] = decayed(compute)
         for case in cases:
             found[case] = all_stages(
                 replace(compute, zero=case.zero),  # type: ignore[arg-type]

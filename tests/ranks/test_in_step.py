@@ -60,7 +60,9 @@ def test_uneven_rows_give_what_one_rank_computes(ranks: int, models: Path, tmp_p
         worker.join()
     for rank, cases in found:
         assert isinstance(cases, dict), f"rank {rank}: {cases}"
-        sums = cases.pop("sums")
+        sums, decayed = cases.pop("sums"), cases.pop("decayed")
+        for zero, weights in decayed.items():  # matrices alone, whatever a rank holds of them
+            assert weights == pytest.approx(decayed["none"], rel=1e-5), zero
         total = torch.tensor(1 + (ranks - 1) / 512)
         in_fp32 = dict.fromkeys(sums, 8 * float(total))
         in_fp32 |= dict.fromkeys(("zero1", "fsdp2"), 8 * float(total.bfloat16()))  # rounded behind the sum

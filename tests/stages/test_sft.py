@@ -116,7 +116,11 @@ def test_trl_comes_to_the_same_weights(tmp_path: Path, tiny_model: Path) -> None
                 self.train_dataset, batch_sampler=InOurOrder(), collate_fn=self.data_collator
             )
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, eps=1e-8)
+    matrices, norms = (
+        [each for each in model.parameters() if (each.ndim > 1) == is_one] for is_one in (True, False)
+    )
+    spared = {"params": norms, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([{"params": matrices}, spared], lr=3e-3, weight_decay=0.1, eps=1e-8)
     arguments = SFTConfig(
         output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, num_train_epochs=1,
         per_device_train_batch_size=4, max_grad_norm=0.5, report_to="none", save_strategy="no",
