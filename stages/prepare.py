@@ -128,7 +128,7 @@ class PrepareStage(Stage):
     """What `prepare.*` can be told. Values: conf/stages/prepare.yaml."""
 
     name: ClassVar[str] = "prepare"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"sources"})  # their content is: see external()
@@ -339,8 +339,8 @@ class PrepareStage(Stage):
             for entry in data[role].entries:
                 (shared if entry.fingerprint in trained else apart).add(entry.identity)
         for role in TRAINING_ROLES:
-            data[role].keep(lambda entry: entry.identity not in shared, IN_EVALUATION)
-            data[role].keep(lambda entry: entry.identity not in apart, LEAK)
+            data[role].keep(lambda entry: not entry.asks & shared, IN_EVALUATION)
+            data[role].keep(lambda entry: not entry.asks & apart, LEAK)
 
     def _split(self, data: dict[Role, RoleData]) -> None:
         for role in data.values():

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
 from rlhf.data.batching import chunks, num_batches
-from rlhf.data.chat import exchange_ids
+from rlhf.data.chat import TurnsApartError, conversation_ids
 from rlhf.data.prepared import splits_of
-from rlhf.data.schema import Role, SftRow
+from rlhf.data.schema import Role, SftRow, each_turn
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed import Compute
 from rlhf.engine import Engine, make_engine
@@ -48,7 +50,7 @@ class SftStage(Stage):
     """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -75,6 +77,9 @@ class SftStage(Stage):
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: bool
     """Keep no activations of a layer but its input; the rest is computed anew: the same result, later."""
+    turns: Literal["all", "last"]
+    """Which answers of a conversation are learned: every assistant turn, or the last. Rows with one answer
+    are the same in both."""
     max_tokens: PositiveInt
     """Longer rows are cut (the end of the answer is lost), at the model's context at the latest. Rows whose
     prompt leaves no room for an answer are left out. Both are counted."""
@@ -100,7 +105,7 @@ class SftStage(Stage):
         """What `run` publishes."""
         return (
             "held_out_loss_before", "held_out_loss", "held_out_loss_change", "skipped_steps", "rows_cut",
-            "rows_left_out", "tokens", "replayed_rows", "trained_parameters", "artifact_bytes",
+            "rows_left_out", "turns_apart", "tokens", "replayed_rows", "trained_parameters", "artifact_bytes",
             "adapter_bytes", "token_seconds", "token_seconds_base",
         )  # fmt: skip
 
@@ -152,7 +157,7 @@ class SftStage(Stage):
         room, held_rows = self.room(job.base.context_length), job.data.rows("sft", "held_out")
         train = self.encoded(tokenizer, rows, room, "sft.data: no training row")
         held_out = self.encoded(tokenizer, held_rows, room, "sft.data: no held-out row")
-        self.tell_cut(job, train, len(rows) - len(train), room)
+        self.tell_cut(job, train, len(rows) - num_conversations(train), room)
         batches = own = self.batches(train, job.seed)
         if self.replay_fraction > 0:
             replay = job.data.rows("replay", "train")
@@ -178,7 +183,7 @@ class SftStage(Stage):
             done=state["done"] if state else 0,
         )
         after_B = self.losses(job, engine, held_out)
-        tokens_B = torch.tensor([len(row.answer) for row in held_out])
+        tokens_B = torch.tensor([row.learned for row in held_out])
 
         weights = engine.trainable_state(policy)
         written = job.compute.main_only(
@@ -195,14 +200,22 @@ class SftStage(Stage):
             **ratio(after_B - before_B, tokens_B).metrics("held_out_loss_change"),
             "skipped_steps": engine.skipped_steps,
             "rows_cut": sum(row.is_cut for row in train),
-            "rows_left_out": len(rows) - len(train),
+            "rows_left_out": len(rows) - num_conversations(train),
+            "turns_apart": num_conversations(row for row in train if row.row is not row.conversation),
             "trained_parameters": trained,
             "tokens": sum(len(row) for batch in batches for row in batch),
             "replayed_rows": sum(map(len, batches)) - sum(map(len, own)),
         })  # fmt: skip
 
     def tell_cut(self, job: Job, rows: Sequence[EncodedAnswer], left_out: int, room: int) -> None:
-        """Say how many training rows were too long."""
+        """Say how many training rows were too long, and how many conversations are in pieces."""
+        apart = num_conversations(row for row in rows if row.row is not row.conversation)
+        if apart:
+            job.progress.console.print(
+                f"sft.turns=all: the chat template renders earlier turns of {apart} conversations otherwise "
+                "once later ones follow: each of their turns is a sequence of its own.",
+                style="yellow", highlight=False,
+            )  # fmt: skip
         cut = sum(row.is_cut for row in rows)
         if cut or left_out:
             job.progress.console.print(
@@ -220,14 +233,24 @@ class SftStage(Stage):
         Raises:
             ConfigError: there is none; it begins with `none`.
         """
-        found = [EncodedAnswer(tokenizer, row, room) for row in rows]
-        found = [row for row in found if len(row.answer)]
+        found = [each for row in rows for each in self.sequences(tokenizer, row, room)]
+        found = [row for row in found if row.learned]
         if not found:
             raise ConfigError(
                 f"{none} has anything to learn within sft.max_tokens={self.max_tokens}. Raise it, or give "
                 "rows with shorter prompts."
             )
         return found
+
+    def sequences(
+        self, tokenizer: PreTrainedTokenizerBase, row: SftRow, room: int
+    ) -> Iterator[EncodedAnswer]:
+        """A row as one sequence; or each of its turns, where the template renders them otherwise together."""
+        whole = row if self.turns == "all" else replace(row, turns=1)
+        try:
+            yield EncodedAnswer(tokenizer, whole, room)
+        except TurnsApartError:
+            yield from (EncodedAnswer(tokenizer, turn, room, whole) for turn in each_turn(whole))
 
     def batches(self, rows: Sequence[EncodedAnswer], seed: int) -> list[Sequence[EncodedAnswer]]:
         """The whole training in order, newly shuffled in each epoch; the last epoch may be a part of one."""
@@ -246,17 +269,17 @@ class SftStage(Stage):
         replayed, wanted, drawn = 0, 0.0, shuffled_passes(rows, seed)
         a_token = self.replay_fraction / (1 - self.replay_fraction)
         for batch in batches:
-            wanted += a_token * sum(len(row.answer) for row in batch)
+            wanted += a_token * sum(row.learned for row in batch)
             mixed = list(batch)
             while replayed < wanted:
                 mixed.append(next(drawn))
-                replayed += len(mixed[-1].answer)
+                replayed += mixed[-1].learned
             found.append(mixed)
         return found
 
     def step(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> dict[str, float]:
         """One optimizer step: the mean over all answer tokens of the batch, over all ranks."""
-        total_tokens = sum(len(row.answer) for row in rows)
+        total_tokens = sum(row.learned for row in rows)
         loss_sum = torch.zeros((), device=job.compute.device)
         for indices, weight, last in job.compute.micro_batches(
             [len(row) for row in rows], self.micro_batch_tokens
@@ -267,7 +290,8 @@ class SftStage(Stage):
                 job.compute.device,
             )
             logp_N = engine.model(batch, temperature=1.0).logp_N
-            loss = -weight * logp_N.sum() / total_tokens
+            learned_N = torch.cat([rows[index].mask for index in indices]).to(logp_N.device)
+            loss = -weight * (logp_N * learned_N).sum() / total_tokens
             engine.backward(loss, last=last)
             loss_sum += loss.detach()
         engine.step()
@@ -275,7 +299,7 @@ class SftStage(Stage):
 
     @torch.no_grad()
     def losses(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> Tensor:
-        """Negative log-likelihood of each row's answer, in nats, fp64 [B]."""
+        """Negative log-likelihood of each row's answers, in nats, fp64 [B]."""
         answers = Rollout(
             prompt_ids=[row.prompt for row in rows],
             response_ids=[row.answer for row in rows],
@@ -287,7 +311,8 @@ class SftStage(Stage):
             job.compute,
             lambda batch: (engine.model(batch, temperature=1.0).logp_N,),
         )
-        return -logp_BR.sum(-1, dtype=torch.float64)
+        learned_BR = pad_sequence([row.mask for row in rows], batch_first=True)
+        return -(logp_BR * learned_BR).sum(-1, dtype=torch.float64)
 
 
 def shuffled_passes(rows: Sequence[EncodedAnswer], seed: int) -> Iterator[EncodedAnswer]:
@@ -296,14 +321,36 @@ def shuffled_passes(rows: Sequence[EncodedAnswer], seed: int) -> Iterator[Encode
         yield from random.Random(f"replay {seed} {number}").sample(rows, len(rows))
 
 
+def num_conversations(rows: Iterable[EncodedAnswer]) -> int:
+    """Rows of the data that these are made of."""
+    return len({id(row.conversation) for row in rows})
+
+
 class EncodedAnswer:
     """A training row as token ids, its end cut off where it is too long."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: SftRow, max_tokens: int) -> None:
-        ids, prompt_length = exchange_ids(tokenizer, row.prompt, row.completion)
-        self.row, self.is_cut = row, len(ids) > max_tokens
-        ids = ids[:max_tokens]
-        self.prompt, self.answer = torch.tensor(ids[:prompt_length]), torch.tensor(ids[prompt_length:])
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        row: SftRow,
+        max_tokens: int,
+        conversation: SftRow | None = None,
+    ) -> None:
+        """`conversation` is the row that this one is a turn of.
+
+        Raises:
+            TurnsApartError: its turns cannot stand in one sequence.
+        """
+        ids, spans = conversation_ids(tokenizer, row.prompt, row.completion, row.turns)
+        self.row, self.conversation, self.is_cut = row, conversation or row, len(ids) > max_tokens
+        mask = torch.zeros(len(ids), dtype=torch.bool)
+        for start, end in spans:
+            mask[start:end] = True
+        ids, begin = ids[:max_tokens], spans[0][0]
+        self.prompt, self.answer = torch.tensor(ids[:begin]), torch.tensor(ids[begin:])
+        self.mask = mask[begin:max_tokens]
+        """Of the answer: true on what is learned, false on turns between."""
+        self.learned = int(self.mask.sum())
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)

@@ -71,6 +71,33 @@ def exchange_ids(
     return [*prompt, *_encode(tokenizer, response), end_of_turn_id(tokenizer)], len(prompt)
 
 
+class TurnsApartError(ValueError):
+    """The template renders earlier turns otherwise once later ones follow (some drop earlier thinking)."""
+
+
+def conversation_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str, turns: int
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a conversation with its response, and where its last `turns` assistant turns begin and end in
+    them, ends of turn included.
+
+    Raises:
+        TurnsApartError: in one sequence, a turn would not stand behind the ids that it is sampled after.
+    """
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    earlier = answers[len(answers) - turns + 1 :]
+    spans: list[tuple[int, int]] = []
+    before: list[int] = []
+    for index in (*earlier, len(messages)):
+        content = response if index == len(messages) else messages[index]["content"]
+        ids, start = exchange_ids(tokenizer, messages[:index], content)
+        if ids[: min(start, len(before))] != before:
+            raise TurnsApartError
+        spans.append((start, len(ids)))
+        before = ids
+    return before, spans
+
+
 def continuation_ids(
     tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:

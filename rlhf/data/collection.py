@@ -20,7 +20,9 @@ from rlhf.data.schema import (
     SftRow,
     Split,
     TextRow,
+    each_turn,
     lot,
+    prompt_identity,
 )
 
 Item = TypeVar("Item")
@@ -49,6 +51,12 @@ class Entry:
     """Of the longest sequence made from it."""
     in_common: float = 0.0
     """Tokens with which a sequence made from it begins like the one before."""
+
+    @property
+    def asks(self) -> set[str]:
+        """`prompt_identity` of all that it teaches an answer to: of a conversation, each turn."""
+        turns = each_turn(self.row) if isinstance(self.row, SftRow) else [self.row]
+        return {prompt_identity(turn) for turn in turns}
 
 
 @dataclass

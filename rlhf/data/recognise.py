@@ -276,7 +276,9 @@ def _last_exchange(messages: list[Message], column: str) -> SftRow:
         raise RowError(
             "no answer", f'"{column}" has no assistant turn: a prompt without an answer. {SFT_NEEDS}'
         )
-    return SftRow(_asking(messages[: answers[-1]], column), messages[answers[-1]]["content"])
+    first_question = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+    turns = max(1, sum(index > first_question for index in answers))  # what comes before answers nobody
+    return SftRow(_asking(messages[: answers[-1]], column), messages[answers[-1]]["content"], turns)
 
 
 def _asking(prompt: list[Message], column: str) -> list[Message]:

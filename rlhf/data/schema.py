@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, get_args
 
 Role = Literal["sft", "replay", "reward", "ppo", "ptx", "evaluate", "retention"]
@@ -44,6 +45,8 @@ class SftRow:
 
     prompt: list[Message]
     completion: str
+    turns: int = 1
+    """How many of the assistant's turns are answers to learn: the completion, and the last ones before it."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,14 @@ def row_from_json(line: str, role: Role) -> Row:
     values = json.loads(line)
     (kind,) = (kind for kind in ROW_TYPES[role] if kind.__dataclass_fields__.keys() == values.keys())
     return kind(**values)
+
+
+def each_turn(row: SftRow) -> Iterator[SftRow]:
+    """Each answer that a conversation teaches, behind the turns before it."""
+    answers = [index for index, message in enumerate(row.prompt) if message["role"] == "assistant"]
+    for index in answers[len(answers) - row.turns + 1 :]:
+        yield SftRow(row.prompt[:index], row.prompt[index]["content"])
+    yield replace(row, turns=1)
 
 
 def prompt_of(row: Row) -> list[Message]:

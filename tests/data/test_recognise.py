@@ -52,7 +52,8 @@ TWO_TURNS = [user("Hi"), assistant("Hello."), user("Bye")]
     ({"text": "\n\nHuman: Hi\n\nAssistant: Yes"}, HI),
 ])  # fmt: skip
 def test_sft_formats(raw, prompt):
-    assert recognise(raw, "sft") == SftRow(prompt, "Yes")
+    turns = 2 if raw.get("messages") and prompt is TWO_TURNS else 1  # of a conversation, all are learned
+    assert recognise(raw, "sft") == SftRow(prompt, "Yes", turns)
 
 
 @pytest.mark.parametrize(("raw", "prompt"), [

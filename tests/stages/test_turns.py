@@ -1,0 +1,123 @@
+"""Conversations are trained on every assistant turn, each behind the very ids that it is sampled after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_chain import Chain
+from test_sft import TINY, sft_job, sft_stage
+
+from rlhf.data.chat import CHATML, PLAIN, TurnsApartError
+from rlhf.data.recognise import recognise
+from rlhf.data.schema import Message, SftRow, each_turn
+from rlhf.engine import PlainEngine
+from rlhf.models.load import load_causal_lm, load_tokenizer
+from rlhf.models.policy import ResponseModel
+from rlhf.stages.sft import EncodedAnswer
+
+
+def said(role: Any, text: str) -> Message:
+    return Message(role=role, content=text)
+
+
+CONVERSATION = SftRow(
+    [
+        said("system", "Be brief."), said("assistant", "Hello!"), said("user", "Where is the cat?"),
+        said("assistant", "<think>look</think>On the mat."), said("user", "And the dog?"),
+        said("assistant", "Outside."), said("user", "Thanks."),
+    ],
+    "You are welcome.", turns=3,
+)  # fmt: skip
+ANSWERS = ["<think>look</think>On the mat.", "Outside.", "You are welcome."]
+KEPT = "message['content'] if loop.last else message['content'].split('</think>')[-1]"
+FORGETFUL = CHATML.replace("message['content']", f"({KEPT})")
+SPACED = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% if m.role == 'assistant' %}<|im_end|>"
+    "{% endif %} {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def tokenizer(directory: Path, template: str) -> Any:
+    found = load_tokenizer(directory, TINY)
+    found.chat_template = template
+    return found
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN, SPACED])
+def test_what_is_learned_is_each_answer_and_its_end(tiny_model: Path, template: str) -> None:
+    words = tokenizer(tiny_model, template)
+    row = EncodedAnswer(words, CONVERSATION, 1000)
+    learned = words.decode(row.answer[row.mask])
+    assert learned == "".join(f"{answer}<|im_end|>" for answer in ANSWERS)
+    assert row.learned == len(words(learned)["input_ids"])
+    whole = words.decode(torch.cat([row.prompt, row.answer]))
+    assert whole.count("Where is the cat?") == whole.count("Thanks.") == 1
+    for turn in each_turn(CONVERSATION):  # each stands behind what it is sampled after
+        alone = EncodedAnswer(words, turn, 1000)
+        ids = torch.cat([alone.prompt, alone.answer])
+        assert torch.equal(torch.cat([row.prompt, row.answer])[: len(ids)], ids)
+
+
+def test_a_cut_conversation_keeps_its_first_answers(tiny_model: Path) -> None:
+    words = tokenizer(tiny_model, CHATML)
+    whole = EncodedAnswer(words, CONVERSATION, 1000)
+    cut = EncodedAnswer(words, CONVERSATION, len(whole.prompt) + 5)
+    assert (cut.is_cut, cut.learned, len(cut)) == (True, 5, len(whole.prompt) + 5)
+    assert EncodedAnswer(words, CONVERSATION, len(whole.prompt)).learned == 0
+
+
+def test_one_sequence_teaches_what_its_turns_teach_apart(tiny_model: Path, tmp_path: Path) -> None:
+    """Losses and gradients, to rounding."""
+    words, stage = tokenizer(tiny_model, CHATML), sft_stage("stage=sft", "sft.optim.max_grad_norm=1e9")
+    found = []
+    for rows in ([CONVERSATION], list(each_turn(CONVERSATION))):
+        model = load_causal_lm(tiny_model, TINY, torch.float32)
+        job = sft_job(tmp_path / str(len(rows)), tiny_model)
+        engine = PlainEngine(ResponseModel(model), [(model.parameters(), stage.optim)], job.compute)
+        encoded = [EncodedAnswer(words, row, 1000) for row in rows]
+        losses_B = stage.losses(job, engine, encoded)
+        step = stage.step(job, engine, encoded)
+        found.append((float(losses_B.sum()), step["loss"], step["tokens"], engine.grad_norms[0]))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_template_that_forgets_thinking_has_its_turns_apart(tiny_model: Path) -> None:
+    words, stage = tokenizer(tiny_model, FORGETFUL), sft_stage("stage=sft")
+    with pytest.raises(TurnsApartError):
+        EncodedAnswer(words, CONVERSATION, 1000)
+    found = stage.encoded(words, [CONVERSATION], 1000, "none")
+    assert [words.decode(row.answer) for row in found] == [f"{answer}<|im_end|>" for answer in ANSWERS]
+    assert "look" not in words.decode(found[1].prompt)
+    assert {id(row.conversation) for row in found} == {id(found[0].conversation)}
+    (last,) = sft_stage("stage=sft", "sft.turns=last").encoded(words, [CONVERSATION], 1000, "none")
+    assert words.decode(last.answer) == "You are welcome.<|im_end|>"
+
+
+def test_which_turns_a_row_teaches() -> None:
+    messages = [*CONVERSATION.prompt, said("assistant", CONVERSATION.completion), said("user", "Bye")]
+    assert recognise({"messages": messages}, "sft") == CONVERSATION  # not the greeting, which answers nobody
+    apart = {"prompt": CONVERSATION.prompt, "completion": "You are welcome."}
+    assert recognise(apart, "sft") == SftRow(CONVERSATION.prompt, "You are welcome.", turns=1)
+
+
+def test_the_chain_counts_them_and_an_earlier_turn_is_no_leak(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    first = [said("user", "What is 3?"), said("assistant", "A number.")]  # evaluation.jsonl asks it
+    rows = []
+    for n in range(24):
+        talk = [said("user", f"Say {n}"), said("assistant", f"<think>{n}</think>It is {n}.")]
+        talk += [said("user", "Sure?"), said("assistant", "Yes.")]
+        rows.append({"messages": [*first, *talk] if n == 0 else talk})
+    chain.write("talks.jsonl", rows)
+    (tmp_path / "forgetful.jinja").write_text(FORGETFUL)
+    gates = "sft.gates.held_out_loss_change=null"
+    outcome = chain.run("stage=sft", "sft.data=talks.jsonl", "model.chat_template=forgetful.jinja", gates)
+    assert outcome.code == 0, outcome.err
+    metrics = outcome.summary["stages"]["sft"]["metrics"]
+    kept = outcome.summary["stages"]["prepare"]["metrics"]["prepare/sft_rows"]
+    assert kept == 23  # the leak is left out
+    assert 0 < metrics["sft/turns_apart"] < kept
+    assert f"renders earlier turns of {metrics['sft/turns_apart']:.0f} conversations otherwise" in outcome.out
