@@ -83,6 +83,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": EXPERTS,
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 1024},
     "nemotron": {},
+    "nemotron_h": WIDE | {
+        "hybrid_override_pattern": "M*", "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1,
+        "ssm_state_size": 16,
+    },
     "olmo": {},
     "olmo2": {},
     "olmo3": WINDOW,
@@ -95,6 +99,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": EXPERTS,
     "qwen3": WIDE,
     "qwen3_moe": EXPERTS | WIDE,
+    "qwen3_5_text": WIDE | DELTA | {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_next": EXPERTS | WIDE | DELTA | {"layer_types": ["linear_attention", "full_attention"]},
     "recurrent_gemma": WIDE | {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 16},
     "rwkv": {"attention_hidden_size": 64, "context_length": 1024},
@@ -113,8 +118,6 @@ REFUSED = {
     "rwkv": OWN_STATE,
 }
 """What is not run, and the words of the refusal."""
-PENDING: set[str] = set()
-"""Not yet right."""
 
 
 def tiny_config(family: str) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, PENDING, REFUSED, tiny_family
+from families import FAMILIES, REFUSED, tiny_family
 from small_job import on_cpu
 from torch import Tensor
 from transformers import (
@@ -67,10 +67,7 @@ def families(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Call
     return family
 
 
-@pytest.fixture(params=[
-    pytest.param(name, marks=[pytest.mark.xfail(strict=False)] if name in PENDING else [])
-    for name in FAMILIES if name not in REFUSED
-])  # fmt: skip
+@pytest.fixture(params=[name for name in FAMILIES if name not in REFUSED])
 def family(request: pytest.FixtureRequest, families: Callable[[str], Family]) -> Family:
     """One that runs."""
     return families(request.param)
