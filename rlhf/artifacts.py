@@ -357,6 +357,14 @@ class Store:
         files = self.checkpoints(stage, key).rglob("*")
         return sum(path.stat().st_size for path in files if path.is_file())
 
+    def checkpoint_seconds(self, stage: str, key: str) -> float:
+        """What the newest of those has spent; 0 where it cannot be read, and so is not gone on from."""
+        newest = max(self.checkpoints(stage, key).glob(f"step-*/{MANIFEST}"), default=None)
+        try:
+            return 0.0 if newest is None else float(json.loads(newest.read_bytes())["seconds"])
+        except (OSError, ValueError, KeyError):
+            return 0.0
+
     def left_behind(self, stage: str, recipe: Recipe) -> str | None:
         """Checkpoints of an artifact that differs in nothing but what it was to be made from, in words."""
         for path in sorted((self.root / stage).glob(f".*.checkpoints/step-*/{MANIFEST}")):

@@ -26,7 +26,7 @@ from rlhf.job import Job
 from rlhf.lineage import content_digest, make_manifest
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.load import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
-from rlhf.plan.preflight import check_before_loading
+from rlhf.plan.preflight import Begun, check_before_loading
 from rlhf.plan.rehearsal import rehearse_rewards
 from rlhf.progress import Progress, clock
 from rlhf.rewards.code import has_changed, imported_code
@@ -321,21 +321,26 @@ class Pipeline:
         stages = [self.experiment.stages[name] for name in pending]
         rehearse_rewards(stages, data, settings.model, self.compute, settings.reward_server, self.console)
 
-    def pending(self, prepared: Artifact) -> dict[str, float]:
-        """The stages behind `prepare` that the store does not answer, and the bytes of their checkpoints."""
+    def pending(self, prepared: Artifact) -> dict[str, Begun]:
+        """The stages behind `prepare` that the store does not answer, and what an earlier attempt left."""
         known: dict[str, Artifact] = {"prepare": prepared}
-        pending: dict[str, float] = {}
+        pending: dict[str, Begun] = {}
         for name in self.experiment.needed()[1:]:
             stage = self.experiment.stages[name]
             if not set(stage.inputs()) <= set(known):
-                pending[name] = 0.0  # without its inputs it cannot have begun
+                pending[name] = Begun()  # without its inputs it cannot have begun
                 continue
             recipe = self.recipe(stage, known)
             found = None if name in self.experiment.settings.force else self.kept(stage, recipe, known)
             if found:
                 known[name] = found
             else:
-                pending[name] = float(self.store.checkpoint_bytes(name, recipe_key(recipe)))
+                key = recipe_key(recipe)
+                resumes = self.experiment.settings.checkpoint.resume
+                pending[name] = Begun(
+                    float(self.store.checkpoint_bytes(name, key)),
+                    self.store.checkpoint_seconds(name, key) if resumes else 0.0,
+                )
         return pending
 
     def kept(self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Artifact | None:

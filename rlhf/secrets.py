@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
@@ -21,6 +22,8 @@ from rich.text import Text
 
 from rlhf.printable import printable
 
+UNFOLDED = 10_000
+"""Columns where no terminal folds a line."""
 PLACEHOLDER = "<redacted>"
 ENVIRONMENT_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD|(?:CREDS?|PAT|PASS|PASSWD|_PWD)$", re.I)
 SHORTEST, SHORTEST_NUMBER = 6, 8
@@ -117,7 +120,26 @@ def _is_path(text: str) -> bool:
 
 class RedactingConsole(Console):
     """Takes secrets out before a line is folded, which could tear one apart and hide it from the stream.
-    Control characters are shown instead of being sent to the terminal."""
+    Control characters are shown instead of being sent to the terminal.
+
+    Off a terminal nothing is folded, tables take the width they need, and each line carries the time of day.
+    """
+
+    has_times = True
+    """Whether lines off a terminal carry the time; a report that is read later needs none."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if not self.is_terminal:
+            self.width = UNFOLDED
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does; a single text that is not set apart by an empty line gets the time before it."""
+        if self.has_times and not self.is_terminal and len(objects) == 1 and isinstance(objects[0], str):
+            (text,) = objects
+            if text and not text.startswith("\n"):
+                objects = (f"{datetime.now():%H:%M:%S} {text}",)
+        super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         """Nobody reads any more; rich would end the process itself."""

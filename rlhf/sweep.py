@@ -35,7 +35,7 @@ from rlhf.execute import CONFIG_ERROR, CRASH, INTERRUPTED, STOPPED
 from rlhf.interrupt import Stopped, StopSignals
 from rlhf.report.sweep import SweepTable
 from rlhf.run import Run
-from rlhf.secrets import redacted, says_secret
+from rlhf.secrets import RedactingConsole, redacted, says_secret
 from rlhf.trials import NOTE, Outcome, SweepConfig, Trial, is_main_process, read_note
 
 if TYPE_CHECKING:  # `--help` needs neither of these
@@ -175,7 +175,7 @@ class GridSweep(Sweeper):
     def run(self, search: Search) -> int:
         """Run the trials and show what they came to; the highest exit code."""
         codes, main = [0], is_main_process()
-        console = Console(quiet=not main)
+        console = RedactingConsole(quiet=not main)
         table = SweepTable(search.directory, search.knobs, search.trials)
         try:
             if main:

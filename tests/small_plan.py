@@ -16,6 +16,7 @@ from rlhf.data.prepared import Lengths
 from rlhf.experiment import Experiment, build_experiment
 from rlhf.plan.machine import Machine, Speed
 from rlhf.plan.preflight import (
+    Begun,
     Checked,
     preflight,
 )
@@ -46,7 +47,9 @@ def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> Setting:
 
 def check(tmp_path: Path, on: Setting, stage: str, *overrides: str) -> Checked:
     found = experiment(*overrides)
-    return preflight([found.stages[stage]], found.stages, on, tmp_path, NO_CHECKPOINTS, begun={stage: 0.0})
+    return preflight(
+        [found.stages[stage]], found.stages, on, tmp_path, NO_CHECKPOINTS, begun={stage: Begun()}
+    )
 
 
 def with_prompts_of(on: Setting, tokens: int) -> Sizes:

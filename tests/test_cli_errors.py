@@ -72,7 +72,7 @@ def complaint(outcome: Outcome) -> str:
     [
         ("ppo.kl.cof=1", ["ppo.kl.cof"]),
         ("colour=red", ["colour"]),
-        ("model=huge", ["model/huge", "tiny"]),
+        ("model=huge", ["model=huge", "tiny"]),
         ("ppo.kl.coef=[", ["ppo.kl.coef"]),
         ("stage=rl", ["stage=rl", "no such stage", "all, prepare, sft, reward, generate, ppo, "]),
         ("stage=[sft,rl]", ["stage=rl"]),
@@ -136,7 +136,7 @@ def test_a_cut_off_file(chain: Chain) -> None:
         (
             "ppo.prompts",
             json.dumps({"prompt": "x" * CONTEXT}),
-            ["ppo.prompts: bad.jsonl line 1", str(CONTEXT)],
+            ["ppo.prompts: no rows are left", "1 too long (bad.jsonl line 1)", str(CONTEXT)],
         ),
         ("evaluate.prompts", "[1]\n", ["evaluate.prompts: bad.jsonl line 1", "found list"]),
     ],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 import rlhf.progress
 from rlhf.progress import Progress
+from rlhf.secrets import RedactingConsole
 
 
 def test_what_an_earlier_attempt_did_says_nothing_about_the_time_left(
@@ -31,6 +34,32 @@ def test_what_an_earlier_attempt_did_says_nothing_about_the_time_left(
         "  ppo: steps 101/200, 49:30 left  score +1.00",  # 99 steps of 30 s
         "  ppo: steps 103/200, 32:20 left",  # 97 steps of 20 s
     ]
+
+
+def test_off_a_terminal_lines_carry_the_time_and_tables_take_the_width_they_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    said = io.StringIO()
+    console = RedactingConsole(file=said)
+    long = " ".join(["because"] * 60)
+    table = Table("strategy", "because", box=None)
+    table.add_row("lora", long)
+    console.print(f"sft runs {long}", style="yellow")
+    console.print(table)
+    line, _, row = said.getvalue().splitlines()
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d sft runs {long}", line)
+    assert row.split(maxsplit=1) == ["lora", long] or row.split() == ["lora", *long.split()]
+    console.has_times = False
+    console.print("Report: here")
+    assert said.getvalue().splitlines()[-1] == "Report: here"
+
+
+def test_on_a_terminal_lines_fold_and_carry_no_time() -> None:
+    said = io.StringIO()
+    RedactingConsole(file=said, force_terminal=True, width=30).print("sft runs " * 6)
+    assert len(said.getvalue().splitlines()) == 2
+    assert said.getvalue().startswith("sft runs")
 
 
 def test_a_live_bar_starts_where_the_earlier_attempt_ended() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -35,9 +35,18 @@ MARGIN = 1.15
 """How far a prediction may be above what is used in truth; only what does not fit even then is refused."""
 
 
+class Begun(NamedTuple):
+    """What an earlier attempt left of a stage."""
+
+    bytes: float = 0.0
+    """Of its checkpoints."""
+    seconds: float = 0.0
+    """That the newest of them has behind it."""
+
+
 def check_before_loading(
     experiment: Experiment,
-    pending: Mapping[str, float],
+    pending: Mapping[str, Begun],
     base: BaseModelFiles,
     compute: Compute,
     data: PreparedData,
@@ -46,7 +55,7 @@ def check_before_loading(
     """Check what the stages that have to run need, and say roughly how much and how long.
 
     Args:
-        pending: those stages, and the bytes of the checkpoints that each of them has already.
+        pending: those stages, and what an earlier attempt left of each.
 
     Raises:
         ConfigError: it cannot be done here.
@@ -83,7 +92,7 @@ def check_before_loading(
         raise ConfigError("\n".join([*told, "Nothing was loaded. preflight=warn goes on nevertheless."]))
     for line in told:
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
-    console.print(expectations(checked.demands, on), highlight=False)
+    console.print(expectations(checked.demands, on, pending), highlight=False)
 
 
 def check_tunes(
@@ -175,12 +184,12 @@ def preflight(
     on: Setting,
     store: Path,
     checkpoints: CheckpointConfig,
-    begun: Mapping[str, float],
+    begun: Mapping[str, Begun],
 ) -> Checked:
     """Check what these stages need against what there is; no model is loaded.
 
     Args:
-        begun: bytes of a stage's checkpoints that are there already.
+        begun: what an earlier attempt left of each stage.
     """
     demands: dict[str, Demand] = {}
     refused: list[str] = []
@@ -335,12 +344,12 @@ def context_complaints(stage: Stage, demand: Demand, on: Setting) -> Iterator[st
 
 
 def disk_complaints(
-    demands: Mapping[str, Demand], store: Path, checkpoints: CheckpointConfig, begun: Mapping[str, float]
+    demands: Mapping[str, Demand], store: Path, checkpoints: CheckpointConfig, begun: Mapping[str, Begun]
 ) -> Iterator[str]:
     """What is published, and the checkpoints of the stage that needs most, must fit the store's disk, beside
     those that a stage to be resumed has written."""
     published = sum(demand.artifact for demand in demands.values())
-    missing = [checkpoint_bytes(demand, checkpoints) - begun[name] for name, demand in demands.items()]
+    missing = [checkpoint_bytes(demand, checkpoints) - begun[name].bytes for name, demand in demands.items()]
     largest = max(0.0, *missing)
     free = shutil.disk_usage(store).free
     if published + largest > free:
@@ -358,12 +367,12 @@ def checkpoint_bytes(demand: Demand, config: CheckpointConfig) -> float:
     return (config.keep + 1) * demand.checkpoint if is_written else 0.0
 
 
-def expectations(demands: Mapping[str, Demand], on: Setting) -> str:
-    """`About 5:10 to go: sft 2:00, 3.1 GiB; ...`."""
+def expectations(demands: Mapping[str, Demand], on: Setting, begun: Mapping[str, Begun]) -> str:
+    """`About 5:10 to go: sft 2:00, 3.1 GiB; ...`, from where each stage's newest checkpoint is."""
+    left = {name: max(0.0, demand.seconds - begun[name].seconds) for name, demand in demands.items()}
     parts = [
-        f"{name} {clock(demand.seconds)} ({most(demand, on)[1] / GIB:.1f} GiB)"
+        f"{name} {clock(left[name])} ({most(demand, on)[1] / GIB:.1f} GiB)"
         for name, demand in demands.items()
         if demand.phases
     ]
-    total = sum(demand.seconds for demand in demands.values())
-    return f"About {clock(total)} to go: {', '.join(parts)}."
+    return f"About {clock(sum(left.values()))} to go: {', '.join(parts)}."

@@ -20,7 +20,7 @@ from rlhf.report.cells import Cells
 from rlhf.report.compare import comparison_cells
 from rlhf.report.verdict import verdict
 from rlhf.run import GateResult, Run
-from rlhf.secrets import redacted_text
+from rlhf.secrets import RedactingConsole, redacted_text
 
 TUNED = {
     "trained_parameters": ("trained parameters", ",.0f"),
@@ -117,6 +117,8 @@ def print_summary(run: Run, console: Console) -> None:
     of it."""
     if not run.writes:
         return
+    if isinstance(console, RedactingConsole):
+        console.has_times = False
     run.verdict = verdict(run)
     run.write()
     report = write_report(run)

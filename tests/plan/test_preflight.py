@@ -29,11 +29,13 @@ from rlhf.data.prepared import PreparedData
 from rlhf.distributed import Compute
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.load import BaseModelFiles
-from rlhf.plan.demand import Demand
+from rlhf.plan.demand import Demand, Task
 from rlhf.plan.preflight import (
+    Begun,
     check_before_loading,
     check_tunes,
     disk_complaints,
+    expectations,
     preflight,
 )
 from rlhf.plan.shape import UnknownShapeError, shape_of, skeleton
@@ -81,7 +83,8 @@ def test_what_vllm_holds_stays_until_the_run_ends(tmp_path: Path) -> None:
             for name, demand in demands.items()
         }
 
-    together = preflight(stages, found.stages, on, tmp_path, NO_CHECKPOINTS, dict.fromkeys(found.stages, 0.0))
+    begun = dict.fromkeys(found.stages, Begun())
+    together = preflight(stages, found.stages, on, tmp_path, NO_CHECKPOINTS, begun)
     every = {name: {phase.name for phase in demand.phases} for name, demand in together.demands.items()}
     assert held(together.demands) == every | {"sft": set()}
     alone = check(tmp_path, on, "ppo").demands
@@ -97,10 +100,18 @@ def test_what_vllm_holds_stays_until_the_run_ends(tmp_path: Path) -> None:
 def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> None:
     every = NO_CHECKPOINTS.model_copy(update={"every_steps": 5, "keep": 2})
     huge = Demand(artifact=1.0, checkpoint=1e18)
-    assert list(disk_complaints({"sft": huge}, tmp_path, NO_CHECKPOINTS, {"sft": 0.0})) == []
-    assert list(disk_complaints({"sft": huge}, tmp_path, every, {"sft": 3e18})) == []  # they are written
-    (line,) = disk_complaints({"sft": huge}, tmp_path, every, {"sft": 0.0})
+    assert list(disk_complaints({"sft": huge}, tmp_path, NO_CHECKPOINTS, {"sft": Begun()})) == []
+    written = {"sft": Begun(3e18)}
+    assert list(disk_complaints({"sft": huge}, tmp_path, every, written)) == []
+    (line,) = disk_complaints({"sft": huge}, tmp_path, every, {"sft": Begun()})
     assert line.startswith(f"store_dir={tmp_path}") and "checkpoint.keep" in line
+
+
+@pytest.mark.parametrize(("spent", "left"), [(0.0, "3:20"), (70.0, "2:10"), (999.0, "1:40")])
+def test_what_is_to_come_begins_where_the_checkpoint_is(spent: float, left: str) -> None:
+    demands = dict.fromkeys(("sft", "ppo"), Demand(work=[Task("train", 100.0, "")]))
+    said = expectations(demands, gpus(80.0), {"sft": Begun(), "ppo": Begun(1.0, spent)})
+    assert said.startswith(f"About {left} to go")
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +121,10 @@ def chain(finished_chain: tuple[Chain, Outcome]) -> Chain:
 
 def test_the_chain_says_what_is_to_come(finished_chain: tuple[Chain, Outcome]) -> None:
     out = finished_chain[1].out
-    (line,) = [line for line in out.splitlines() if line.startswith("About ")]
+    (line,) = [line for line in out.splitlines() if " to go: " in line]
     assert re.match(
-        r"About \S+ to go: sft \S+ \(\d+\.\d GiB\), reward .*, generate .*, ppo .*, evaluate ", line
+        r"\d\d:\d\d:\d\d About \S+ to go: sft \S+ \(\d+\.\d GiB\), reward .*, generate .*, ppo .*, evaluate ",
+        line,
     )
     assert out.index(line) < out.index("sft runs")
 
@@ -141,7 +153,7 @@ def before(chain: Outcome, compute: Compute, stage: str, *overrides: str, base: 
     found = experiment("model=tiny", f"store_dir={chain.directory}", *overrides)
     data = PreparedData(chain.artifact("prepare"))
     files = BaseModelFiles(base or chain.artifact("sft"), "tiny", found.settings.model)
-    check_before_loading(found, {stage: 0.0}, files, compute, data, Console(file=said, width=300))
+    check_before_loading(found, {stage: Begun()}, files, compute, data, Console(file=said, width=300))
     return said.getvalue()
 
 
