@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from small_job import small_job
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlhf.config import OptimConfig
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
@@ -58,13 +58,13 @@ class Case(NamedTuple):
     """Name of a directory."""
 
 
-def write_large(directory: Path, tiny: Path) -> None:
+def write_large(directory: Path, tiny: Path, *, is_tied: bool) -> None:
     """A model of which every matrix has more elements than those that DeepSpeed never shards (1e5), with an
-    output layer of its own."""
+    output layer of its own or the embedding's."""
     torch.manual_seed(0)
     shape = {"hidden_size": 400, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
-        vocab_size=259, bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=False, **shape
+        vocab_size=259, bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=is_tied, **shape
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     load_tokenizer(tiny, MODEL).save_pretrained(directory)
@@ -115,7 +115,7 @@ def sft(stage: Stage, job: Any) -> dict[str, float]:
     engine = make_engine(ResponseModel(policy), [(policy.parameters(), stage.optim)], compute)
     engine.set_rates(0, 10)
     rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
-    counted = Gathers(engine, policy.get_output_embeddings().weight)
+    counted = Gathers(engine, policy)
     figures = {"held-out loss": float(stage.losses(job, engine, rows[-1:]).sum())}
     counted.check("held-out loss", passes=1, each=1)
     for step, batch in enumerate((rows[:-1], rows[-1:], rows[:-1])):
@@ -151,9 +151,8 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
     rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
     mixed = [SftRow(prompt(ALONE), answer(ALONE))]
     learner.update.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), tokenizer, mixed, 0, 1024)
-    weights = [part.model.get_output_embeddings().weight for part in (learner.policy, learner.reference)]
-    counted = Gathers(learner.engine, weights[0])
-    frozen = Gathers(learner.reference.model, weights[1])
+    counted = Gathers(learner.engine, learner.policy.model)
+    frozen = Gathers(learner.reference.model, learner.reference.model)
 
     figures = {}
     for name, some in (("all", rows[:-1]), ("one", rows[-1:])):
@@ -251,12 +250,14 @@ def decayed(compute: Compute) -> dict[str, dict[str, float]]:
 
 
 class Gathers:
-    """Counts how often a sharded weight is gathered; nothing for a whole one."""
+    """Counts how often a sharded output layer is gathered; nothing for a whole one, or the embedding's."""
 
-    def __init__(self, owner: Engine | nn.Module, weight: Tensor) -> None:
+    def __init__(self, owner: Engine | nn.Module, policy: PreTrainedModel) -> None:
         self.count = 0
+        weight = policy.get_output_embeddings().weight
         model = owner.model if isinstance(owner, Engine) else owner
-        self.is_counted = hasattr(weight, "ds_status") and not getattr(weight, "ds_persist", False)
+        is_sharded = hasattr(weight, "ds_status") and not getattr(weight, "ds_persist", False)
+        self.is_counted = is_sharded and weight is not policy.get_input_embeddings().weight
         for parameter in model.parameters() if self.is_counted else ():
             parameter.all_gather_coalesced = self._counting(parameter.all_gather_coalesced, weight)
 

@@ -21,16 +21,17 @@ CASES = [
         ("zero3_offload", "replicated"),
         ("fsdp2", "sharded"),
     )
-]
+] + [Case("zero3", "sharded", "tied"), Case("fsdp2", "sharded", "tied")]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """tiny: no matrix is larger than DeepSpeed's threshold; large: all are. Each with a reward model."""
+    """tiny: no matrix is above DeepSpeed's threshold; large and tied: all are. Each with a reward model."""
     directory = tmp_path_factory.mktemp("models")
     (directory / "tiny").symlink_to(tiny_model)
-    write_large(directory / "large", tiny_model)
-    for name in ("tiny", "large"):
+    write_large(directory / "large", tiny_model, is_tied=False)
+    write_large(directory / "tied", tiny_model, is_tied=True)
+    for name in ("tiny", "large", "tied"):
         write_reward(directory / f"{name}-reward", directory / name)
     return directory
 
@@ -53,7 +54,7 @@ def test_uneven_rows_give_what_one_rank_computes(ranks: int, models: Path, tmp_p
         worker.start()
     expected = {
         name: all_stages(on_cpu(), models / name, models / f"{name}-reward", "replicated", tmp_path / name)
-        for name in ("tiny", "large")
+        for name in ("tiny", "large", "tied")
     }
     found = [results.get(timeout=600) for _ in workers]
     for worker in workers:
