@@ -142,7 +142,7 @@ def file_digests(
     """
     try:
         before = json.loads(memory.read_bytes())
-    except (FileNotFoundError, ValueError):  # none, or half of one
+    except (OSError, ValueError):  # none, half of one, or another user's
         before = {}
     known: dict[str, Any] = before if isinstance(before, dict) else {}
 
@@ -223,7 +223,10 @@ def read_manifest(directory: Path) -> Manifest:
         )
     if values.get("digest") != _manifest_digest(values):
         raise DamagedError(directory, f"its {MANIFEST} is not what was written")
-    return Manifest.model_validate(values)
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError:
+        raise DamagedError(directory, f"its {MANIFEST} cannot be read") from None
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
