@@ -29,7 +29,7 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.methods import METHODS
 from rlhf.models.actor_critic import ActorCritic
-from rlhf.models.adapters import attach, count_parameters
+from rlhf.models.adapters import attach, check_reached, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import BaseModelFiles, context_left, load_causal_lm
 from rlhf.models.merged import publish_policy
@@ -205,6 +205,7 @@ class PpoStage(PpoConfig, Stage):
         check_head(policy)
         backbone = self.backbone(policy, start, compute)
         adapter = attach(policy, self.peft)
+        check_reached(policy)
         learned = job.inputs["reward"].path if self.reward == "learned" else None
         frozen_on = compute.loads_on if self.frozen == "sharded" else compute.device
         reward = make_reward(

@@ -32,7 +32,7 @@ from rlhf.job import Job
 from rlhf.loop import train_batches
 from rlhf.losses.pairwise import bradley_terry_loss
 from rlhf.methods import METHODS
-from rlhf.models.adapters import attach, count_parameters
+from rlhf.models.adapters import attach, check_reached, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import BaseModelFiles
 from rlhf.models.published import attach_to_merge, bytes_under, save_adapter
@@ -170,6 +170,7 @@ class RewardStage(Stage):
         reset_head(model)  # on the CPU, so that it is the same wherever the model goes
         model.to(job.compute.loads_on)
         attach(model.model, self.peft)
+        check_reached(model.model)
         model.head.requires_grad_(True)
         model.offset.requires_grad_(False)
         if self.activation_checkpointing:

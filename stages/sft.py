@@ -34,7 +34,7 @@ from rlhf.generation.latency import token_seconds
 from rlhf.job import Job
 from rlhf.loop import train_batches
 from rlhf.methods import METHODS
-from rlhf.models.adapters import attach, count_parameters
+from rlhf.models.adapters import attach, check_reached, count_parameters
 from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_causal_lm
 from rlhf.models.merged import publish_policy
@@ -164,6 +164,7 @@ class SftStage(Stage):
             general = self.encoded(tokenizer, replay, room, f"sft.replay={self.replay}: no row")
             batches = self.with_replay(own, general, job.seed)
         attach(policy, self.peft)
+        check_reached(policy)
         if self.activation_checkpointing:
             checkpoint_layers(policy)
         trained, _ = count_parameters(policy)

@@ -24,8 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models.bottleneck import KIND, BottleneckConfig, BottleneckModel
 from rlhf.models.low_rank import LowRankLinear
+from rlhf.models.packed import hidden_states
 from rlhf.models.quantized import quantize
-from rlhf.models.targets import last_layers, linears, sublayer_ends, update_targets
+from rlhf.models.rows import Packed
+from rlhf.models.targets import last_layers, layer_name, linears, sublayer_ends, update_targets
 from rlhf.models.virtual import (
     EMBEDDINGS,
     KINDS,
@@ -189,6 +191,38 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
     if config.method == "qlora":
         quantize(model, update_targets(model, config))
     return Adapter(model, inject(model, tuner, "default"), config)
+
+
+@torch.no_grad()
+def check_reached(model: PreTrainedModel) -> None:
+    """Refuse adapters that no pass goes through, since the model's code (a kernel, say) reads the weights
+    past them: they would learn nothing, silently.
+
+    Raises:
+        ConfigError: names their layers.
+    """
+    if model.device.type == "cpu" and model.config._attn_implementation.startswith("flash"):
+        return  # it is yet to move to a GPU
+    layers: dict[str, Any] = {
+        path: layer for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)
+    }
+    missed = set(map(layer_name, layers))  # by kind: a router may leave out an expert
+
+    def noted(path: str) -> Callable[..., None]:
+        return lambda *_: missed.discard(layer_name(path))
+
+    handles = [layer.register_forward_pre_hook(noted(path)) for path, layer in layers.items()]
+    try:
+        if layers:
+            hidden_states(model, Packed([torch.arange(8)], model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missed:
+        raise ConfigError(
+            f"peft: {type(model).__name__} reads the weights of {', '.join(sorted(missed))} past an adapter, "
+            "which would learn nothing. Name the others in target_modules, or use freeze or none."
+        )
 
 
 def check_attachable(model: PreTrainedModel, config: PeftConfig) -> None:

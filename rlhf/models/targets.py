@@ -21,7 +21,11 @@ from rlhf.methods import METHODS
 from rlhf.models.bottleneck import NAMES
 
 MAMBA = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2")
-READ_PAST = {**dict.fromkeys(MAMBA, "out_proj"), "jamba": "dt_proj"}
+READ_PAST: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(MAMBA, ("out_proj",)),
+    **dict.fromkeys(("falcon_mamba", "mamba"), ("out_proj", "dt_proj")),
+    "jamba": ("dt_proj",),
+}
 """A kind of model -> its linear layers whose weight its code (of Mamba, a kernel on GPUs) reads past any
 adapter on them: that would train nothing."""
 
@@ -111,7 +115,7 @@ def cannot_be_updated(model: PreTrainedModel) -> dict[str, str]:
         name = layer_name(path)
         if name in found:
             continue
-        if READ_PAST.get(model.config.get_text_config().model_type) == name:
+        if name in READ_PAST.get(model.config.get_text_config().model_type, ()):
             found[name] = "its weight is read past an adapter"
         elif not _is_linear(layer):
             found[name] = f"a {type(layer).__name__} gives more than a linear layer"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.models import targets
-from rlhf.models.adapters import Adapter, attach, count_parameters, merged_weights
+from rlhf.models.adapters import Adapter, attach, check_reached, count_parameters, merged_weights
 from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.models.low_rank import LowRankLinear
 from rlhf.models.merged import publish_policy
@@ -222,6 +222,30 @@ def test_peft_reads_an_adapter_of_a_mixture_of_experts(name: str, tiny_model: Pa
     read = PeftModel.from_pretrained(base, artifact / "adapter").eval()
     torch.testing.assert_close(logits(read), logits(model), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits(load(artifact)), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("jamba", "dt_proj"), ("mamba", "dt_proj")])
+def test_adapters_that_no_pass_goes_through_are_refused(
+    name: str, layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_family(name)
+    attach(model, PeftConfig(method="lora"))
+    check_reached(model)
+    monkeypatch.setattr(targets, "READ_PAST", {"mamba": ("out_proj",)})  # which peft refuses
+    unknown = tiny_family(name)
+    attach(unknown, PeftConfig(method="lora"))
+    with pytest.raises(
+        ConfigError, match=f"{type(model).__name__} reads the weights of {layer} past an adapt"
+    ):
+        check_reached(unknown)
+
+
+@pytest.mark.parametrize("method", ["none", "lora", "dora", "ia3", "adapter", "freeze", "prompt"])
+def test_adapters_are_reached(method: str) -> None:
+    for name in ("llama", "phimoe") if method == "lora" else ("llama",):
+        model = tiny_family(name)
+        attach(model, PeftConfig(method=method))
+        check_reached(model)
 
 
 def test_layers_that_cannot_be_held_in_4_bits_are_refused() -> None:
