@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,9 +83,17 @@ class Vllm:
         if self._llm is None:
             self._has_own_group = not distributed.is_initialized()
             self._llm = self._build(model)
+        of_ours: list[Exception] = []
+        weights = _noting(merged_weights(model), of_ours)
         try:
-            (missing,) = self._llm.collective_rpc(_load, args=(merged_weights(model),))
-        except (KeyError, ValueError, AssertionError, RuntimeError) as error:
+            (missing,) = self._llm.collective_rpc(_load, args=(weights,))
+        except (
+            KeyError,
+            ValueError,
+            AssertionError,
+        ) as error:  # vLLM knows no such weight, or of another shape
+            if error in of_ours:
+                raise
             raise _refused(model, str(error)) from error
         if missing:
             raise _refused(model, f"it does not take {len(missing)} weights, such as {min(missing)}")
@@ -217,7 +226,9 @@ class Vllm:
                 )
                 # the CPU's kernels are looked for at the first call only
                 llm.generate([{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1), use_tqdm=False)
-            except (ValueError, NotImplementedError, RuntimeError) as error:  # each says what it cannot do
+            except (ValueError, RuntimeError) as error:
+                if not is_refusal(error):
+                    raise
                 raise _refused(model, str(error)) from error
         return llm
 
@@ -247,6 +258,22 @@ def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     return set() if loaded is None else wanted - set(loaded)
 
 
+def _noting(weights: Iterable[tuple[str, Tensor]], failures: list[Exception]) -> Iterator[tuple[str, Tensor]]:
+    """The weights; what goes wrong while they are computed is noted, as none of vLLM's own."""
+    try:
+        yield from weights
+    except Exception as error:
+        failures.append(error)
+        raise
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether vLLM says that it cannot run a model or its settings, which another choice mends; not that
+    memory ran out, a rank was lost, or something broke."""
+    is_general = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
+    return not is_general or UNSUPPORTED.search(str(error)) is not None
+
+
 def _refused(model: PreTrainedModel, reason: str) -> ConfigError:
     first = next((line.strip() for line in reason.splitlines() if line.strip()), "no reason given")
     return ConfigError(
@@ -267,6 +294,8 @@ def _logps(completion: Any) -> Tensor:
     return torch.tensor([logprobs[token].logprob for token, logprobs in places])
 
 
+UNSUPPORTED = re.compile("unsupported|not (yet )?supported|not implemented", re.I)
+"""What its kernels say to a model that they were not written for, in errors of no class of their own."""
 CHANGED = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "VLLM_ENABLE_V1_MULTIPROCESSING")
 """Variables that vLLM, or this file for it, sets for a process that has nothing else to do."""
 

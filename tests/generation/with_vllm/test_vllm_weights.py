@@ -31,7 +31,7 @@ from rlhf.data.schema import Message
 from rlhf.generation.local import generate
 from rlhf.generation.policy import Policy
 from rlhf.generation.vllm import Vllm
-from rlhf.models.adapters import attach
+from rlhf.models.adapters import attach, merged_weights
 from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
 from rlhf.rl.rollout import Rollout
 
@@ -200,6 +200,33 @@ class TestRefusals:
         delattr(model.model, "norm")
         with pytest.raises(ConfigError, match=r"1 weights, such as model.norm.weight"):
             engine.hand_over(model)
+
+    def test_what_goes_wrong_on_our_side_is_no_refusal(
+        self, engines: Engines, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        errors = [torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug")]
+
+        def failing(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+            yield next(iter(merged_weights(model)))
+            raise errors[-1]
+
+        engine = engines.get()
+        monkeypatch.setattr("rlhf.generation.vllm.merged_weights", failing)
+        while errors:
+            with pytest.raises(type(errors[-1])) as raised:
+                engine.hand_over(model)
+            assert raised.value is errors.pop()
+        engines.close()
+
+    def test_weights_of_another_shape_are_refused(
+        self, engines: Engines, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine, given = engines.get(), merged_weights(model)
+        wider = ((name, weight.repeat(2, *[1] * (weight.dim() - 1))) for name, weight in given)
+        monkeypatch.setattr("rlhf.generation.vllm.merged_weights", lambda model: wider)
+        with pytest.raises(ConfigError, match="vLLM cannot run"):
+            engine.hand_over(model)
+        engines.close()
 
     def test_a_cache_that_is_too_small_for_one_context(
         self, engines: Engines, model: PreTrainedModel
