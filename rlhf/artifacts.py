@@ -392,8 +392,12 @@ class Store:
         return path
 
     def publish(self, scratch: Path, manifest: Manifest) -> Artifact:
-        """Write the manifest, flush everything, and rename into place."""
+        """Write the manifest, flush everything, and rename into place, to be read by whom the umask allows."""
         final = self.root / manifest.stage / manifest.key
+        mode = scratch.stat().st_mode & 0o666  # a new directory's, by the umask
+        for path in scratch.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(mode)  # safetensors lets nobody but the owner read its files
         manifest.files = file_digests(scratch, sorted(_names_below(scratch)), _memory_of(final), read=True)
         with naming(scratch / MANIFEST):
             write_manifest(scratch, manifest)

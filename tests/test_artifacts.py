@@ -205,6 +205,24 @@ def test_a_killed_process_frees_the_lock_and_leaves_no_artifact(tmp_path: Path) 
     assert not list((tmp_path / "sft").glob(".*part-*"))
 
 
+def test_whoever_the_umask_allows_can_read_what_is_published(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        store, key = Store(tmp_path), recipe_key(RECIPE)
+        with store.lock("sft", key):
+            scratch = store.scratch("sft", key)
+            (scratch / "adapter").mkdir()
+            for weights in (scratch / "model.safetensors", scratch / "adapter" / "model.safetensors"):
+                weights.touch(mode=0o600)
+            artifact = store.publish(scratch, manifest_of(RECIPE))
+    finally:
+        os.umask(before)
+    modes = {
+        path.relative_to(tmp_path).name: oct(path.stat().st_mode & 0o777) for path in artifact.path.rglob("*")
+    }
+    assert modes == {"adapter": "0o750", "model.safetensors": "0o640", "manifest.json": "0o640"}
+
+
 def test_a_note_of_a_holder_that_was_killed_is_not_believed(tmp_path: Path) -> None:
     child = subprocess.Popen(["true"])
     child.wait()

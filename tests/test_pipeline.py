@@ -50,6 +50,13 @@ def test_the_whole_chain_runs(first: Outcome) -> None:
         assert f"{name} done in" in first.out
 
 
+def test_weights_are_as_readable_as_everything_else(chain: Chain, first: Outcome) -> None:
+    published = [path for name in STAGES for path in first.artifact(name).rglob("*") if path.is_file()]
+    published += (chain.directory / "store" / "base").rglob("*.safetensors")
+    assert any(path.suffix == ".safetensors" for path in published)
+    assert {path.stat().st_mode for path in published} == {(first.directory / "summary.json").stat().st_mode}
+
+
 def test_summary_keeps_its_contract(first: Outcome) -> None:
     summary = first.summary
     assert set(summary) == {"stages", "gates", "verdict"}

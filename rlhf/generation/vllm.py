@@ -87,11 +87,7 @@ class Vllm:
         weights = _noting(merged_weights(model), of_ours)
         try:
             (missing,) = self._llm.collective_rpc(_load, args=(weights,))
-        except (
-            KeyError,
-            ValueError,
-            AssertionError,
-        ) as error:  # vLLM knows no such weight, or of another shape
+        except (KeyError, ValueError, AssertionError) as error:  # it knows no such weight, or another shape
             if error in of_ours:
                 raise
             raise _refused(model, str(error)) from error

@@ -218,16 +218,6 @@ class TestRefusals:
             assert raised.value is errors.pop()
         engines.close()
 
-    def test_weights_of_another_shape_are_refused(
-        self, engines: Engines, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        engine, given = engines.get(), merged_weights(model)
-        wider = ((name, weight.repeat(2, *[1] * (weight.dim() - 1))) for name, weight in given)
-        monkeypatch.setattr("rlhf.generation.vllm.merged_weights", lambda model: wider)
-        with pytest.raises(ConfigError, match="vLLM cannot run"):
-            engine.hand_over(model)
-        engines.close()
-
     def test_a_cache_that_is_too_small_for_one_context(
         self, engines: Engines, model: PreTrainedModel
     ) -> None:
