@@ -392,7 +392,7 @@ class Store:
         return path
 
     def publish(self, scratch: Path, manifest: Manifest) -> Artifact:
-        """Write the manifest, flush everything, and rename into place, to be read by whom the umask allows."""
+        """Write the manifest, flush everything, and rename into place, for all whom the umask allows."""
         final = self.root / manifest.stage / manifest.key
         mode = scratch.stat().st_mode & 0o666  # a new directory's, by the umask
         for path in scratch.rglob("*"):
