@@ -173,7 +173,7 @@ class SftStage(Stage):
         )
 
         state = job.checkpoints.restore(engine)
-        before_B = state["before_B"] if state else self.losses(job, engine, held_out)
+        before_B = state["before_B"].clone() if state else self.losses(job, engine, held_out)
         train_batches(
             job,
             engine,

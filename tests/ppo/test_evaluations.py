@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from small_ppo import length, prompts, resumed_learner
+from small_ppo import length, ppo_job, ppo_stage, prompts, resumed_learner
 from torch import Tensor
 
 from rlhf.config import ConfigError
@@ -135,6 +135,15 @@ def test_weights_that_only_the_judged_prompts_like_are_not_kept(tmp_path: Path, 
     assert len(calls) == 3
     assert (summary["best_step"], summary["held_out_score_gain"]) == (0, 0.0)
     assert (summary["held_out_score"], summary["held_out_score_last"]) == (10.0, 30.0)
+
+
+def test_one_held_out_prompt_cannot_choose_and_judge(tmp_path: Path, tiny_model: Path) -> None:
+    stage, job = ppo_stage(*SMALL), ppo_job(tmp_path / "job", tiny_model)
+    job.data.write("ppo", "held_out", HELD_OUT[:1])
+    with pytest.raises(ConfigError, match="1 held-out prompt, but at least 2 are needed"):
+        stage.check_data(job.data, job.base)
+    job.data.write("ppo", "held_out", HELD_OUT[:2])
+    stage.check_data(job.data, job.base)
 
 
 def test_a_response_that_looks_like_markup_is_quoted_as_it_is(tmp_path: Path, tiny_model: Path) -> None:
