@@ -81,6 +81,9 @@ class Bound(Strict):
         return " and ".join(parts) or "any"
 
 
+Schedule = Literal["linear", "cosine", "constant"]
+
+
 class OptimConfig(Strict):
     """AdamW and its schedule. Defaults stand in the stage's YAML."""
 
@@ -90,8 +93,10 @@ class OptimConfig(Strict):
     """Decoupled: times the learning rate, each step; of matrices, not of biases and norms."""
     eps: PositiveFloat
     """Added to the root of Adam's second moment."""
+    schedule: Schedule
+    """How the rate goes on behind the warm-up: it falls to 0 in a line or along half a cosine, or stays."""
     warmup_fraction: float = Field(ge=0, lt=1)
-    """Share of the steps over which the rate climbs from 0; it falls linearly to 0 over the rest."""
+    """Share of the steps over which the rate first climbs from 0."""
     max_grad_norm: PositiveFloat
     """Gradients with a larger norm are scaled down to it."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlhf.config import ConfigError, OptimConfig
 from rlhf.distributed import Compute
-from rlhf.training import MasterAdamW, linear_rate, parameter_group, trainable_state
+from rlhf.training import MasterAdamW, parameter_group, rate_factor, trainable_state
 
 Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
 
@@ -44,7 +44,7 @@ class Engine(ABC):
     def set_rates(
         self, step: int, num_steps: int, *, first_steps: Mapping[int, int] = MappingProxyType({})
     ) -> list[float]:
-        """Give each group its rate in `step`, counted from 0, of a linear schedule.
+        """Give each group its rate in `step`, counted from 0, of its schedule.
 
         Args:
             first_steps: by group, a later step than 0 to begin with: its schedule is over the steps from
@@ -53,7 +53,7 @@ class Engine(ABC):
         rates = []
         for index, config in enumerate(self._configs):
             first = first_steps.get(index, 0)
-            factor = linear_rate(step - first, num_steps - first, config.warmup_fraction)
+            factor = rate_factor(config.schedule, step - first, num_steps - first, config.warmup_fraction)
             rates.append(0.0 if step < first else config.lr * factor)
         for group, rate in zip(self._param_groups(), rates, strict=True):
             group["lr"] = rate

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from rlhf.config import OptimConfig
+from rlhf.config import OptimConfig, Schedule
 
 COPIED = ("lr", "eps")
 """What a schedule changes in the outer parameter groups, and AdamW reads in the inner ones."""
@@ -242,13 +242,23 @@ def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
     }
 
 
-def linear_rate(step: int, num_steps: int, warmup_fraction: float) -> float:
-    """Factor of the learning rate in `step`, counted from 0: linear warm-up, then linear decay that would
-    reach 0 one step after the last."""
+def rate_factor(schedule: Schedule, step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Factor of the learning rate in `step`, counted from 0: a linear warm-up, then what the schedule says. A
+    decay would reach 0 one step after the last.
+
+    Source of cosine: Loshchilov and Hutter 2017 (arXiv:1608.03983), without restarts.
+    """
     warmup = round(num_steps * warmup_fraction)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return max(0.0, (num_steps - step) / max(1, num_steps - warmup))
+    left = max(0.0, (num_steps - step) / max(1, num_steps - warmup))
+    match schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return left
+        case "cosine":
+            return (1 - math.cos(math.pi * left)) / 2
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

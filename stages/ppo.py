@@ -38,7 +38,7 @@ from rlhf.models.published import described, origin_of
 from rlhf.models.scalar import ScalarModel, check_scorable, load_scalar_model, reset_head
 from rlhf.models.sharing import Backbone, sharing
 from rlhf.models.start import check_start, digest_of_start, directory_of, inputs_of, kind_of
-from rlhf.models.virtual import KINDS
+from rlhf.models.virtual import KINDS, virtual_tokens
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
 from rlhf.ppo.config import PpoConfig
@@ -48,6 +48,7 @@ from rlhf.ppo.mix import PretrainingMix
 from rlhf.rewards.learned import LearnedReward, make_reward
 from rlhf.rewards.source import Reward, reward_digest, reward_directory
 from rlhf.rl.scores import ScoreNormalizer
+from rlhf.secrets import redacted
 from rlhf.stage import Stage
 
 
@@ -338,6 +339,29 @@ class PpoStage(PpoConfig, Stage):
             )
         return ScoreNormalizer.fixed(metrics["score_mean"], metrics["score_deviation"], self.score.clip)
 
+    def critic_start(
+        self, job: Job, reward: Reward, tokenizer: PreTrainedTokenizerBase
+    ) -> Literal["reward", "sft"]:
+        """What the critic starts from; of `auto`, with the reason."""
+        if self.critic.init != "auto":
+            return self.critic.init
+        against = self.against_critic_on_reward(reward, tokenizer)
+        told = f"sft, the policy's start (ppo.init={self.init}): {against}" if against else "reward"
+        job.progress.console.print(f"ppo.critic.init=auto takes {told}.", highlight=False, markup=False)
+        return "sft" if against else "reward"
+
+    def against_critic_on_reward(self, reward: Reward, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Why the critic cannot start from the reward model; None where it can."""
+        if not isinstance(reward, LearnedReward):
+            return f"ppo.reward={redacted(self.reward)} is no model"
+        if self.score.normalize == "running":
+            return "ppo.score.normalize=running changes the score's units all the time"
+        if reward.digest != tokenizer_digest(tokenizer):
+            return "the reward model has another tokenizer or chat template"
+        if virtual_tokens(reward.model.model) and METHODS[self.peft.method].pads:
+            return f"the reward model has virtual tokens, and gets none of ppo.peft={self.peft.method} too"
+        return None
+
     def load_critic(
         self,
         job: Job,
@@ -350,11 +374,12 @@ class PpoStage(PpoConfig, Stage):
 
         With a backbone it shares its starting point's weights: `backbone`'s, or the reward model's.
         """
-        if self.critic.init == "sft" and backbone is not None:
+        init = self.critic_start(job, reward, tokenizer)
+        if init == "sft" and backbone is not None:
             size = backbone.model.config.get_text_config().hidden_size
             zeros = torch.zeros(1, size, device=job.compute.device)
             return ScalarModel(sharing(backbone.model), nn.Parameter(zeros))
-        if self.critic.init == "sft":
+        if init == "sft":
             directory = job.start(self.init).directory
             critic = load_scalar_model(directory, job.base.config, job.compute.dtype, new_head=True)
             critic.to(job.compute.loads_on)

@@ -91,7 +91,7 @@ def complaint(outcome: Outcome) -> str:
         ("ppo.reward=happiness", ["ppo.reward='happiness'", "python:MODULE:FUNCTION"]),
         ("ppo.reward=http://localhost:abc/score", ["ppo.reward", "'abc'", "http://HOST:PORT/PATH"]),
         ("ppo.steps=5 ppo.critic.warmup_steps=5", ["critic.warmup_steps=5 leaves none of steps=5"]),
-        ("ppo.reward=vader", ["critic.init=reward: vader is no model", "critic.init=sft"]),
+        ("ppo.reward=vader ppo.critic.init=reward", ["critic.init=reward: vader is no model"]),
         ("tracker.mode=loud", ["tracker.mode"]),
         ("model=hub", ["model=hub needs model.id=OWNER/NAME"]),
         ("model=local", ["model=local needs model.path=DIR"]),
@@ -168,7 +168,8 @@ def foreign_reward(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_critic_never_reads_another_models_token_ids(chain: Chain, foreign_reward: Path) -> None:
-    message = complaint(chain.run("stage=ppo", f"ppo.reward=model:{foreign_reward}"))
+    asked = ("stage=ppo", f"ppo.reward=model:{foreign_reward}", "ppo.critic.init=reward")
+    message = complaint(chain.run(*asked))
     assert message.startswith("ppo.critic.init=reward")
     assert "another tokenizer" in message and "Use ppo.critic.init=sft" in message
 

@@ -24,7 +24,9 @@ from rlhf.interrupt import StopSignals
 from rlhf.tracking import Tracker
 
 Event = tuple[str, str]
-OPTIM = OptimConfig(lr=0.1, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1.0)
+OPTIM = OptimConfig(
+    lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1.0
+)
 
 
 @pytest.fixture

@@ -17,7 +17,14 @@ from rlhf.engine import PlainEngine, make_engine
 
 
 def config(**changes: float) -> OptimConfig:
-    values = {"lr": 1.0, "weight_decay": 0.0, "eps": 1e-8, "warmup_fraction": 0.0, "max_grad_norm": 1e9}
+    values = {
+        "lr": 1.0,
+        "weight_decay": 0.0,
+        "eps": 1e-8,
+        "schedule": "linear",
+        "warmup_fraction": 0.0,
+        "max_grad_norm": 1e9,
+    }
     return OptimConfig.model_validate(values | changes)
 
 
@@ -124,3 +131,12 @@ def test_a_checkpoint_of_another_engine_is_told(written: str, now: Zero) -> None
         make_engine(
             model, [(model.parameters(), config())], compute, {"zero": written, "step": 3, "world_size": 1}
         )
+
+
+def test_each_group_has_a_schedule_of_its_own() -> None:
+    engine = Two().engine(config(schedule="constant"), config(schedule="cosine"))
+    rates = [engine.set_rates(step, 4) for step in range(4)]
+    assert [rate for rate, _ in rates] == [rates[0][0]] * 4
+    assert [rate / rates[0][1] for _, rate in rates] == pytest.approx(
+        [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]
+    )

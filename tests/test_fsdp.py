@@ -40,7 +40,13 @@ class Two(nn.Module):
 
 def make(compute: Compute) -> FsdpEngine:
     model = Two()
-    settings = {"weight_decay": 0.0, "eps": 1e-8, "warmup_fraction": 0.0, "max_grad_norm": 1e9}
+    settings = {
+        "weight_decay": 0.0,
+        "eps": 1e-8,
+        "schedule": "linear",
+        "warmup_fraction": 0.0,
+        "max_grad_norm": 1e9,
+    }
     configs = [OptimConfig.model_validate({"lr": rate, **settings}) for rate in RATES]
     engine = FsdpEngine(model, [([model.first], configs[0]), ([model.second], configs[1])], compute)
     engine.set_rates(0, 2)
@@ -90,6 +96,13 @@ def test_the_whole_weights_are_gone_before_the_masters_are_made(
         return parameter_group(*arguments)
 
     monkeypatch.setattr("rlhf.fsdp.parameter_group", count)  # called with the masters
-    settings = {"lr": 0.1, "weight_decay": 0.0, "eps": 1e-8, "warmup_fraction": 0.0, "max_grad_norm": 1e9}
+    settings = {
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "eps": 1e-8,
+        "schedule": "linear",
+        "warmup_fraction": 0.0,
+        "max_grad_norm": 1e9,
+    }
     FsdpEngine(model, [(model.parameters(), OptimConfig.model_validate(settings))], compute)
     assert left == [0]

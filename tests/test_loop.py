@@ -20,7 +20,9 @@ from rlhf.job import Job
 from rlhf.loop import train_batches
 from rlhf.models.load import BaseModelFiles, ModelConfig
 
-OPTIM = OptimConfig(lr=0.1, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1e9)
+OPTIM = OptimConfig(
+    lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9
+)
 NAN = math.nan
 
 

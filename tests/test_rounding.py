@@ -9,7 +9,9 @@ from torch import nn
 from rlhf.config import OptimConfig
 from rlhf.training import MasterAdamW, WeightAverage, parameter_group, round_into
 
-OPTIM = OptimConfig(lr=1e-5, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1e9)
+OPTIM = OptimConfig(
+    lr=1e-5, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9
+)
 
 
 def test_weights_that_bf16_can_hold_are_held_exactly() -> None:

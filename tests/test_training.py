@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import rlhf.training
-from rlhf.config import OptimConfig
+from rlhf.config import OptimConfig, Schedule
 from rlhf.training import (
     MasterAdamW,
     WeightAverage,
-    linear_rate,
     load_trainable,
     parameter_group,
+    rate_factor,
     trainable_state,
 )
 
@@ -28,7 +28,14 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def config(**changes: float) -> OptimConfig:
-    values = {"lr": 1e-2, "weight_decay": 0.0, "eps": 1e-8, "warmup_fraction": 0.0, "max_grad_norm": 1e9}
+    values = {
+        "lr": 1e-2,
+        "weight_decay": 0.0,
+        "eps": 1e-8,
+        "schedule": "linear",
+        "warmup_fraction": 0.0,
+        "max_grad_norm": 1e9,
+    }
     return OptimConfig.model_validate(values | changes)
 
 
@@ -303,12 +310,21 @@ def test_frozen_parameters_are_left_out() -> None:
     ],
 )
 def test_the_schedule_by_hand(num_steps: int, warmup: float, expected: list[float]) -> None:
-    rates = [linear_rate(step, num_steps, warmup) for step in range(num_steps)]
+    rates = [rate_factor("linear", step, num_steps, warmup) for step in range(num_steps)]
     assert rates == pytest.approx(expected)
 
 
-def test_the_rate_is_zero_after_the_last_step() -> None:
-    assert [linear_rate(step, 3, 0.0) for step in range(3, 6)] == [0.0, 0.0, 0.0]
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4, 0, 0]),
+        ("cosine", [1 / 3, 2 / 3, 1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4, 0, 0]),
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_each_schedule_warms_up_alike(schedule: Schedule, expected: list[float]) -> None:
+    """Six steps, of which a third warm up; and two behind the last."""
+    assert [rate_factor(schedule, step, 6, 1 / 3) for step in range(8)] == pytest.approx(expected)
 
 
 def test_the_average_by_hand() -> None:

@@ -28,9 +28,10 @@ class KlConfig(Strict):
 class CriticConfig(Strict):
     """`ppo.critic.*`: the model of values, which learns beside the policy."""
 
-    init: Literal["reward", "sft"]
+    init: Literal["auto", "reward", "sft"]
     """From the reward model, rescaled to the normalised score; or (`sft`) the trunk of the policy's start,
-    `ppo.init`, under a zero head."""
+    `ppo.init`, under a zero head. `auto` takes the reward model where it fits: a model scores, with the
+    policy's tokenizer and template, under a fixed normalisation; and says which it took."""
     optim: OptimConfig
     warmup_steps: NonNegativeInt
     """First steps in which only the critic learns; the policy's learning rate and the KL coefficient begin
@@ -137,6 +138,17 @@ class PpoConfig(Strict):
     activation_checkpointing: bool
     """Keep no activations of a layer but its input; the rest is computed anew: the same result, later."""
 
+    @property
+    def scores_by_rule(self) -> bool:
+        """No model scores."""
+        return self.reward == "vader" or self.reward.startswith(("python:", "http:", "https:"))
+
+    @property
+    def critic_on_reward(self) -> bool:
+        """Whether the critic starts from the reward model, as far as the config tells."""
+        fits = not self.scores_by_rule and self.score.normalize != "running"
+        return self.critic.init == "reward" or (self.critic.init == "auto" and fits)
+
     @model_validator(mode="after")
     def _sizes(self) -> Self:
         if self.minibatch_episodes > self.batch_episodes:
@@ -160,8 +172,7 @@ class PpoConfig(Strict):
                 "critic.init=reward needs a fixed normalisation to speak its units. "
                 "Use score.normalize=sft, or critic.init=sft"
             )
-        by_rule = self.reward == "vader" or self.reward.startswith(("python:", "http:", "https:"))
-        if self.critic.init == "reward" and by_rule:
+        if self.critic.init == "reward" and self.scores_by_rule:
             raise ValueError(
                 f"critic.init=reward: {self.reward} is no model to start from. Use critic.init=sft"
             )

@@ -61,7 +61,7 @@ def ppo_demand(
     folds = shares and reward_method == "lora" and same_start
     """The reward model is the policy's own start with an adapter."""
     own_reward = scorer is not None and not folds
-    critic_on_reward = own_reward and config.critic.init == "reward"
+    critic_on_reward = own_reward and config.critic_on_reward
     critic = scorer if scorer is not None and critic_on_reward else on
     sets = 1 + (critic_on_reward if shares else 1)
     trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)

@@ -34,7 +34,9 @@ def finish_late(*arguments):
 
 checkpoints._finish = finish_late
 model = nn.Linear(1, 1)
-optim = OptimConfig(lr=0.1, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1.0)
+optim = OptimConfig(
+    lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1.0
+)
 checkpoints.save(1, PlainEngine(model, [(model.parameters(), optim)], compute), {})
 stands = (directory / "checkpoints" / "step-00000001").exists()
 if compute.rank == 1:

@@ -42,7 +42,9 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 ROWS, LENGTH = 8, 32
 FULL, LORA = PeftConfig(method="none"), PeftConfig(method="lora", rank=4)
-OPTIM = OptimConfig(lr=1e-3, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1.0)
+OPTIM = OptimConfig(
+    lr=1e-3, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1.0
+)
 
 
 def setting(
@@ -181,7 +183,9 @@ from rlhf.training import ClippedAdamW
 from torch import nn
 
 compute, _ = make_compute("cpu", "fp32", sys.argv[1], timeout=100)
-optim = OptimConfig(lr=1e-3, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1.0)
+optim = OptimConfig(
+    lr=1e-3, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1.0
+)
 model = nn.Sequential(nn.Linear(300, 400, bias=False), nn.Linear(400, 300, bias=False))
 engine = make_engine(model, [(layer.parameters(), optim) for layer in model], compute)
 optimizer, held = engine._engine.optimizer, {}

@@ -42,7 +42,9 @@ OVERRIDES = (
     # the longest row alone fills a pass: ranks have one or two of them
     "sft.micro_batch_tokens=650", "reward.micro_batch_tokens=1300", "ppo.micro_batch_tokens=650",
 )  # fmt: skip
-OPTIM = OptimConfig(lr=0.1, weight_decay=0.0, eps=1e-8, warmup_fraction=0.0, max_grad_norm=1e9)
+OPTIM = OptimConfig(
+    lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9
+)
 LENGTHS = (600, 200, 100, 20)
 """Response tokens of the rows that are dealt out: with two ranks 600 + 100 against 200 + 20."""
 ALONE = 200
