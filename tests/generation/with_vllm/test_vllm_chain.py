@@ -46,7 +46,7 @@ def test_the_chain_samples_with_vllm(tmp_path: Path, directory: Path, engines: E
     assert outcome.code == 0, outcome.err
     assert set(outcome.statuses.values()) == {"ran"}
     lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "ppo/engine_mismatch" in line]
+    steps = [line for line in lines if "step" in line and "ppo/engine_mismatch" in line]
     assert len(steps) == 2
     for step in steps:
         assert 0 < step["ppo/engine_mismatch_max"] < 1e-4  # fp32; another engine, so never exactly 0
