@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -12,10 +13,14 @@ from rlhf.config import Bound, ConfigError, PeftConfig, Strict, did_you_mean
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.distributed import Compute
+from rlhf.evaluation.sampled import ENDS
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
+
+INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
+"""The end of a name that tells a figure's interval, or on how many rows it stands."""
 
 
 class Stage(Strict, ABC):
@@ -85,7 +90,8 @@ class Stage(Strict, ABC):
             ConfigError: with the names that are near.
         """
         known = self.metrics()
-        if known and not any(fnmatchcase(name, each) for each in known):
+        names = (name, INTERVAL.sub("", name))
+        if known and not any(fnmatchcase(each, pattern) for each in names for pattern in known):
             raise ConfigError(
                 f"{key}: {self.name} measures nothing of the name {name}.{did_you_mean(name, known)} "
                 f"It measures {', '.join(known)}."

@@ -58,10 +58,7 @@ OF_EACH = (
     *OF_LAST, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
     "gold_mean", "gold_deviation", "kl", "task_loss", "perplexity", "text_loss_*", "question_accuracy",
 )  # fmt: skip
-OF_ALL = (
-    "prompts", "win_rate_learned", *(f"{name}{end}" for name in ("win_rate", "gold_gain")
-    for end in ("", "_low", "_high")), *OF_LAST,
-)  # fmt: skip
+OF_ALL = ("prompts", "win_rate_learned", "win_rate", "gold_gain", "score_gain", *OF_LAST)
 
 
 @dataclass

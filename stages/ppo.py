@@ -86,7 +86,7 @@ class PpoStage(PpoConfig, Stage):
         return (
             "first_ratio_deviation", "first_kl", "explained_variance", "kl", "engine_mismatch",
             "held_out_score_before", "held_out_score", "held_out_score_gain", "held_out_score_last",
-            "held_out_length", "bad_steps",
+            "held_out_length", "best_step", "bad_steps",
             "steps", "episodes", "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds",
             "token_seconds_base",
         )  # fmt: skip

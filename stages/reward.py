@@ -86,7 +86,8 @@ class RewardStage(Stage):
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
         return (
-            "accuracy", "longer_wins_accuracy", "accuracy_over_baseline", "margin", "calibration_error",
+            "accuracy", "baseline_accuracy", "longer_wins_accuracy", "accuracy_over_baseline", "margin",
+            "calibration_error",
             "length_correlation", "score_mean", "score_deviation", "held_out_pairs", "accuracy_wide_gap",
             "wide_gap_pairs", "train_pairs", "pairs_too_long", "skipped_steps", "trained_parameters",
             "artifact_bytes", "adapter_bytes",

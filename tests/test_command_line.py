@@ -33,7 +33,7 @@ def composed(directory: Path, *arguments: str) -> Outcome:
         (["+experiment=quik"], ["Did you mean quick?", "ends in .yaml"]),
         (["experiment=quick"], ["+experiment=quick"]),
         (["sft.optim=[1,2]"], ["sft.optim=[1,2]: a mapping, not a list", "sft.optim.lr"]),
-        (["evaluate.policies={a:1}"], ["a list, not a mapping", "evaluate.policies=[A,B]"]),
+        (["generate.splits={a:1}"], ["a list, not a mapping", "generate.splits=[A,B]"]),
         (["sft.data=my", "data/x.jsonl"], ["data/x.jsonl: not KEY=VALUE", "'sft.data=my data/x.jsonl'"]),
         (["sft.data={path:", "a.jsonl}"], ["the bracket is not closed"]),
         (["sft.data={path: a=b.jsonl}"], ["sft.data={path: a=b.jsonl}: not a list or a mapping"]),
@@ -96,7 +96,7 @@ def test_an_experiment_by_path_may_choose_a_model_and_needs_no_header(tmp_path: 
         ("sft: [1\n", "mine.yaml line 2, column 1: not valid YAML"),
         ("- a\n", "mine.yaml holds no mapping of keys"),
         ("sft:\n  optim: [1, 2]\n", "sft.optim is a list, and must be a mapping with the keys lr"),
-        ("evaluate:\n  policies: {a: 1}\n", "evaluate.policies is a mapping, and must be a list"),
+        ("generate:\n  splits: {a: 1}\n", "generate.splits is a mapping, and must be a list"),
     ],
 )
 def test_an_experiment_that_is_written_wrong_is_told(tmp_path: Path, content: str, words: str) -> None:
