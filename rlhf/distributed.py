@@ -19,17 +19,29 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
-from pydantic import PositiveFloat
+from pydantic import BeforeValidator, PositiveFloat
 from torch import Tensor, distributed
 
 from rlhf.config import ConfigError, Strict
 from rlhf.data.batching import token_budget_batches
 
-Precision = Literal["auto", "bf16", "fp32"]
+NO_FP16 = (
+    "fp16 is not offered: its range is so small that gradients vanish unless the loss is scaled, which is "
+    "not done here. Use auto, bf16 (a GPU from Ampere on, or a CPU that multiplies it) or fp32"
+)
+
+
+def _offered(value: Any) -> Any:
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(NO_FP16)
+    return value
+
+
+Precision = Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_offered)]
 Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Of malloc.h."""
@@ -351,7 +363,7 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
     """
     if device.type != "cpu":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "supported") if fast else ("fp32", "no bf16 on this GPU")
+        return ("bf16", "supported") if fast else ("fp32", "this GPU has no bf16, and fp16 is not offered")
     flags = Path("/proc/cpuinfo")
     if flags.exists():
         words = set(flags.read_text(encoding="utf-8").split())

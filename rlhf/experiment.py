@@ -74,7 +74,8 @@ class Settings(Strict):
     device: Literal["auto", "cpu"]
     """auto takes the GPU where there is one."""
     precision: Precision
-    """Of weights and activations; auto takes bf16 where this hardware multiplies it faster."""
+    """Of weights and activations; auto takes bf16 where this hardware multiplies it faster, else fp32. fp16
+    is refused: it would need loss scaling."""
     zero: Zero
     """What DeepSpeed shards over the ranks: nothing, optimizer (1), gradients too (2), weights too (3); or
     torch's FSDP2, which shards all three."""

@@ -84,6 +84,7 @@ def complaint(outcome: Outcome) -> str:
         ("ppo.minibatch_episodes=9", ["minibatch_episodes=9 is more than batch_episodes=8"]),
         ("ppo.score.missing_stop=-1 ppo.score.missing_stop_penalty=1", ["ppo.score", "not both"]),
         ("seed=-1", ["seed=-1"]),
+        ("precision=fp16", ["precision='fp16': fp16 is not offered", "the loss is scaled", "Use auto, bf16"]),
         ("precision=fp64", ["precision='fp64'", "'auto', 'bf16' or 'fp32'"]),
         ("sft.peft=lorra", ["sft.peft.method='lorra'", "'none', 'lora'"]),
         ("sft.peft={method:freeze,rank:4}", ["sft.peft: method=freeze does not read rank; it reads layers"]),

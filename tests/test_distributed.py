@@ -24,7 +24,7 @@ from small_job import on_cpu
 
 import rlhf.distributed
 from rlhf.config import ConfigError
-from rlhf.distributed import Compute, MicroBatch, find_rank, make_compute
+from rlhf.distributed import Compute, MicroBatch, choose_precision, find_rank, make_compute
 from rlhf.experiment import build_experiment
 from rlhf.launch import LaunchConfig, ranks_wanted
 from rlhf.pipeline import Pipeline
@@ -286,3 +286,9 @@ def test_two_ranks_hear_the_same(tmp_path: Path, tiny_model: Path) -> None:
     own: list[dict[str, Any]] = [{"unchanged": [1.0 + rank, -5.0 * rank]} for rank in range(2)]
     own[0]["models read"], own[1]["models read"] = [str(tiny_model / "model.safetensors")], []
     assert heard == {rank: expected | own[rank] for rank in range(2)}
+
+
+def test_a_gpu_without_bf16_computes_in_fp32_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    name, why = choose_precision(torch.device("cuda"))
+    assert (name, why) == ("fp32", "this GPU has no bf16, and fp16 is not offered")
