@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,8 +46,11 @@ class Heartbeat:
 
     def progress(self) -> list[str]:
         """What each rank said last of where it is and what it did: equal while none does anything."""
-        files = map(self._file, range(self._compute.world_size))
-        return [file.read_text(encoding="utf-8") if file.exists() else "" for file in files]
+        said = [""] * self._compute.world_size
+        for rank in range(self._compute.world_size):
+            with suppress(OSError):  # not there yet, or replaced on another host while NFS reads it
+                said[rank] = self._file(rank).read_text(encoding="utf-8")
+        return said
 
     def explain(self, timeout: float) -> str:
         """Which rank is missing, and in which stage and step it and this one are."""
@@ -113,9 +117,9 @@ class Heartbeat:
 
 
 def bytes_moved(thread: threading.Thread) -> int:
-    """What a thread of this process has read and written so far; 0 where the kernel does not count it."""
-    counts = Path(f"/proc/self/task/{thread.native_id}/io")
-    if not counts.exists():
+    """What a thread of this process has read and written so far; 0 where the kernel does not tell."""
+    try:
+        words = Path(f"/proc/self/task/{thread.native_id}/io").read_text(encoding="ascii").split()
+    except OSError:
         return 0
-    words = counts.read_text(encoding="ascii").split()
     return int(words[1]) + int(words[3])  # rchar: N wchar: N ...
