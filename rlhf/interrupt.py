@@ -82,14 +82,14 @@ class StopSignals:
 
     def _hear(self, reader: socket.socket, end: Callable[[int, bool], None]) -> None:
         """Each signal is one byte, its number, written by Python's own handler in C."""
-        first = reader.recv(1)
+        first = _next(reader)
         if not first:
             return
         moved, seen = time.monotonic(), self.progress and self.progress()
         reader.settimeout(LOOK_SECONDS)
         while True:
             with suppress(TimeoutError):
-                second = reader.recv(1)
+                second = _next(reader)
                 break
             if self.progress is None:
                 continue
@@ -102,7 +102,7 @@ class StopSignals:
         while second and (left := deadline - time.monotonic()) > 0:  # empty: the main thread has ended
             reader.settimeout(left)
             with suppress(TimeoutError):
-                if not reader.recv(1):
+                if not _next(reader):
                     return
         if second:
             end(second[0], True)
@@ -127,6 +127,13 @@ class StopSignals:
             self.received = signum
             return
         raise Stopped(signum)
+
+
+def _next(reader: socket.socket) -> bytes:
+    """The next signal that stops; none at the end. A library may have a handler of its own for another."""
+    while (signum := reader.recv(1)) and signum[0] not in STOPPING:
+        pass
+    return signum
 
 
 def nobody_reads() -> None:

@@ -113,6 +113,20 @@ def test_whoever_ends_by_itself_is_left_alone() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_only_signals_that_stop_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library may have a handler of its own, such as one for SIGCHLD."""
+    monkeypatch.setattr(interrupt, "AT_ONCE_SECONDS", 0.0)
+    ended: list[tuple[int, bool]] = []
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        with StopSignals().heard(lambda *how: ended.append(how)):
+            for _ in range(3):
+                signal.raise_signal(signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert ended == []
+
+
 def test_progress_is_what_a_rank_that_hangs_does_not_do(tmp_path: Path) -> None:
     compute = Compute(torch.device("cuda"), torch.float32, world_size=2)
     heartbeat = Heartbeat(tmp_path, compute)
