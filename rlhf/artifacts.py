@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rlhf.config import ConfigError
 from rlhf.disk import naming
 from rlhf.locks import Lock
+from rlhf.printable import printable
 
 FORMAT = 2
 KEY_LENGTH = 16
@@ -91,9 +92,9 @@ class DamagedError(ConfigError):
         self.path, self.complaint, self.extra = path, complaint, extra
 
     def __str__(self) -> str:
-        return (
-            f"{self.path} is damaged: {self.complaint}. The command that needs it sets it aside and makes it "
-            "anew; `python -m rlhf verify` looks for more."
+        return printable(
+            f"{self.path} is damaged: {self.complaint}. The next command that needs it, such as the same one "
+            "again, sets it aside and makes it anew; `python -m rlhf verify` looks for more."
         )
 
 
@@ -108,7 +109,7 @@ _digests_read: dict[tuple[int, ...], str] = {}
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, read once by each process: anew only where the file was changed."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         status = os.fstat(file.fileno())
         state = (status.st_dev, *_state(status))
         if state in _digests_read:
@@ -210,7 +211,8 @@ def read_manifest(directory: Path) -> Manifest:
         ConfigError: it was written by another version.
     """
     try:
-        values = json.loads((directory / MANIFEST).read_bytes())
+        with naming(directory / MANIFEST):
+            values = json.loads((directory / MANIFEST).read_bytes())
         written_as = int(values["format"])
     except FileNotFoundError:
         raise DamagedError(directory, f"{MANIFEST} is missing") from None
@@ -365,7 +367,7 @@ class Store:
         newest = max(self.checkpoints(stage, key).glob(f"step-*/{MANIFEST}"), default=None)
         try:
             return 0.0 if newest is None else float(json.loads(newest.read_bytes())["seconds"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return 0.0
 
     def left_behind(self, stage: str, recipe: Recipe) -> str | None:
@@ -373,7 +375,12 @@ class Store:
         for path in sorted((self.root / stage).glob(f".*.checkpoints/step-*/{MANIFEST}")):
             try:
                 other = json.loads(path.read_bytes())["recipe"]
-            except (OSError, ValueError, KeyError):  # damaged, being removed, or of an earlier version
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+            ):  # damaged, being removed, or of an earlier version
                 continue
             differences = _changes(other, recipe)
             if differences and all(each.startswith(READ) for each in differences):

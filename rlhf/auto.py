@@ -52,7 +52,7 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
     for role, key in USER_KEYS.items():
         if _get(found, f"prepare.sources.{role}") == AUTO:  # it repeats the key, as it stood before
             _set(found, f"prepare.sources.{role}", _get(found, key))
-    start = POLICIES.get(_get(found, "ppo.init"), ["base", "init", "ppo"])
+    start = POLICIES.get(str(_get(found, "ppo.init")), ["base", "init", "ppo"])
     if _get(found, "evaluate.policies") == AUTO:
         _set(found, "evaluate.policies", start)
     if _get(found, "compare.artifacts") == AUTO:

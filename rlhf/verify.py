@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.artifacts import MANIFEST, Store, digest_of, file_digest, leads_out
 from rlhf.config import ConfigError
+from rlhf.printable import printable
 
 SOUND, MISUSED, DAMAGED = 0, 2, 3
 CHECKPOINT_FORMAT = 3
@@ -48,7 +49,7 @@ def verify(arguments: Sequence[str], *, store_dir: str) -> int:
         number += 1
         if complaint is not None:
             bad += 1
-            print(complaint, flush=True)
+            print(printable(complaint), flush=True)
     kept = len(list(root.glob("[!.]*/*damaged-*")) + list(root.glob("[!.]*/.*.checkpoints/damaged-*")))
     aside = f" {kept} were set aside earlier (*damaged-*)." if kept else ""
     told = f"{bad} damaged" if bad else "all as they were written"
@@ -98,6 +99,6 @@ def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
         for name, digest in manifest["files"].items():
             if file_digest(checkpoint / name) != digest:
                 return None, f"{name} is not what was written"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"{type(error).__name__}: {error}"
     return manifest, ""

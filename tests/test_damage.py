@@ -295,7 +295,9 @@ def test_damage_behind_what_is_remembered_ends_the_run_before_it_is_loaded(
     flip_unnoticed(path, "model.safetensors")
     refused = copy.run("stage=ppo", "ppo.kl.coef=0.3")
     assert refused.code == 2
-    assert "is damaged: model.safetensors is not what was written. The command that needs it" in refused.err
+    assert (
+        "is damaged: model.safetensors is not what was written. The next command that needs it" in refused.err
+    )
     again = copy.run("stage=ppo", "ppo.kl.coef=0.3")
     assert again.statuses == dict.fromkeys(STAGES[:-1], "reused") | {"sft": "ran", "ppo": "ran"}
 
@@ -392,6 +394,30 @@ def test_verify_reads_checkpoints(store: Store) -> None:
     outcome = run_verify(store.root.parent)
     assert outcome.code == 3
     assert outcome.out.startswith(f"store/sft/.{KEY}.checkpoints/step-00000001 is damaged: loop.pt is not")
+
+
+@pytest.mark.parametrize("content", ["null", "[]"])
+def test_a_checkpoint_whose_manifest_is_no_manifest_is_damaged(store: Store, content: str) -> None:
+    checkpoint = store.checkpoints("sft", KEY) / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(content)
+    assert run_verify(store.root.parent).code == 3
+    assert store.checkpoint_seconds("sft", KEY) == 0.0
+    assert store.left_behind("sft", RECIPE) is None
+
+
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    """Nothing lies at a process's first byte: the kernel answers EIO, as for a bad block."""
+    with pytest.raises(OSError, match=r"Input/output error: '/proc/self/mem'"):
+        file_digest(Path("/proc/self/mem"))
+
+
+def test_control_characters_in_the_name_of_damage_are_shown(store: Store) -> None:
+    path = publish(store).path
+    (path / "a\x1b[2J").touch()
+    with pytest.raises(DamagedError) as caught:
+        store.find(path.parent.name, path.name)
+    assert "a\\x1b[2J is not one of its files" in str(caught.value)
 
 
 @pytest.mark.parametrize(

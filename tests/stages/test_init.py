@@ -58,6 +58,11 @@ def test_the_policies_that_are_compared_follow() -> None:
         experiment("ppo.init=base", "evaluate.policies=[base,init,ppo]")
 
 
+def test_a_start_that_is_no_text_is_refused_by_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.init=\['sft'\]: "):
+        experiment("ppo.init=[sft]")
+
+
 def test_scores_are_normalised_by_the_start_of_the_policy() -> None:
     assert experiment("ppo.init=base").resolved["generate"]["policy"] == "base"
     with pytest.raises(ConfigError, match=r"generate\.policy=sft: .* so this must be base"):
