@@ -224,6 +224,7 @@ class Pipeline:
             ),
             reward_server=self.experiment.settings.reward_server,
             run_directory=run.directory,
+            external=self.external[name],
             vllm=self.vllm,
             experiment=self.experiment,
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_chain import Chain, Outcome
+from small_job import small_job
 from small_plan import experiment, gpus
 
 from rlhf.artifacts import weights_digest
@@ -142,6 +144,13 @@ def test_a_directory_that_is_no_model_is_told_before_anything_trains(
     with pytest.raises(ConfigError, match=words):
         digest_of_start("ppo.init", str(directory))
         check_start("ppo.init", str(directory), base)
+
+
+def test_a_rank_goes_by_what_rank_0_has_read(tiny_model: Path, tmp_path: Path) -> None:
+    base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
+    job = replace(small_job("ppo", tmp_path / "ppo", base), external={"init": "read by rank 0"})
+    start = job.start(str(tmp_path / "nothing that could be read"))
+    assert start.identity == "read by rank 0"
 
 
 def test_the_planner_counts_the_model_that_is_trained(tiny_model: Path) -> None:
