@@ -75,6 +75,8 @@ class Answers:
     """Of each of these answers."""
     retained: Retained
     """What the policy still knows of everything else."""
+    vocabulary: dict[str, int]
+    """Of its tokenizer."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """By "score" (the learned reward) and "gold"."""
 
@@ -321,7 +323,7 @@ class EvaluateStage(Stage):
             task.advance()
             retained = retention(policy, job.data.rows("retention", "evaluation"), self.micro_batch_tokens)
             task.advance()
-        return Answers(rollout, texts, logp_BR, *task_losses, retained)
+        return Answers(rollout, texts, logp_BR, *task_losses, retained, policy.tokenizer.get_vocab())
 
     def harness_metrics(self, job: Job, name: PolicyName, policy: Policy) -> dict[str, float]:
         """What lm-eval's tasks say of a policy."""
@@ -333,8 +335,14 @@ class EvaluateStage(Stage):
     def divergence(
         self, job: Job, answers: Mapping[PolicyName, Answers], reference: Policy
     ) -> dict[str, float]:
-        """KL of every other policy from PPO's start, in nats a sequence, by that policy's own answers."""
-        others = {name: said for name, said in answers.items() if name != self.start}
+        """KL of every other policy from PPO's start, in nats a sequence, by that policy's own answers; none
+        of a policy with other tokens, such as a base model beside evaluate.init=DIRECTORY."""
+        vocabulary = reference.tokenizer.get_vocab()
+        others = {
+            name: said
+            for name, said in answers.items()
+            if name != self.start and said.vocabulary == vocabulary
+        }
         metrics = {}
         for name, said in job.progress.track(others.items(), "evaluate: KL", len(others)):
             logp_BR = reference.log_probabilities(said.rollout, self.temperature, self.micro_batch_tokens)

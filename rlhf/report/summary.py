@@ -186,7 +186,8 @@ def policy_cells(run: Run) -> Cells:
     metrics: Mapping[str, float] = run.stages.get("evaluate", {}).get("metrics", {})
     names = [name for name in POLICIES if f"evaluate/length_mean/{name}" in metrics]
     apart = [name for name in names if f"evaluate/kl/{name}" in metrics]
-    start = next((POLICIES[name] for name in names if apart and name not in apart), POLICIES["sft"])
+    # the last one without: base has none either where it has other tokens
+    start = next((POLICIES[name] for name in reversed(names) if apart and name not in apart), POLICIES["sft"])
     rows = []
     of_harness = {
         metric: (" ".join(metric.split("/")[1:]), "z.3f")

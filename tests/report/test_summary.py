@@ -117,6 +117,11 @@ def test_policies_stand_side_by_side(run: Run, width: int) -> None:
     assert row_of(text, "gold gain over SFT (95%)") == ["-", "-", "+0.42", "(+0.33", "to", "+0.50)"]
 
 
+def test_the_start_is_named_where_base_has_no_distance_from_it(run: Run) -> None:
+    del run.stages["evaluate"]["metrics"]["evaluate/kl/base"]
+    assert row_of(printed(run, 120), "KL from SFT, nats a sequence") == ["-", "-", "0.00"]
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_nothing_is_wider_than_the_terminal_but_paths(run: Run, width: int) -> None:
     lines = [line for line in printed(run, width).splitlines() if str(run.directory) not in line]

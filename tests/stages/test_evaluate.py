@@ -115,6 +115,21 @@ def test_equal_policies_measure_alike_and_another_does_not(finished: Job) -> Non
     )
 
 
+def test_there_is_no_distance_between_models_of_other_tokens(
+    tiny_model: Path, published: dict[str, Path], tmp_path: Path
+) -> None:
+    """As with `ppo.init=DIRECTORY` beside a base model of another family."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer.add_tokens([f"word{number}" for number in range(2000)])
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "another")
+    metrics = run_stage(make_stage(), published | {"base": tmp_path / "another"}, tmp_path / "run").summary
+    assert metrics is not None
+    assert {name for name in metrics if name.startswith("kl/")} == {"kl/ppo"}
+
+
 def test_the_task_is_learned_where_its_answers_become_likelier(
     finished: Job, published: dict[str, Path], tmp_path: Path
 ) -> None:
