@@ -256,14 +256,15 @@ class EvaluateStage(Stage):
         """Every policy answers, is read by itself, SFT and the rewards, and takes the retention tests."""
         on = on.starting(directory_of(self.init))
         prompts = on.sizes("evaluate", "evaluation").first(self.num_prompts)
-        references = on.sizes("sft", "held_out").first(self.num_references)
+        added = most_added(on, [chain[name] for name in self.policies if name in chain])
+        references = on.sizes("sft", "held_out").first(self.num_references).cut(on.shape.context - added)
         retained = on.sizes("retention", "evaluation")
         rewards = [self.reward, self.gold].count("learned")
         return answering_demand(
             on, prompts, samples=1, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
             micro_batch_tokens=self.micro_batch_tokens, policies=len(self.policies), readings=rewards,
             measures=2, models=1, others=[references, retained._replace(rows=PASSES * retained.rows)],
-            added=most_added(on, [chain[name] for name in self.policies if name in chain]),
+            added=added,
         )  # fmt: skip
 
     def run(self, job: Job) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from rlhf.config import ConfigError
-from rlhf.data.prepared import PreparedData
+from rlhf.data.prepared import Lengths, PreparedData
 from rlhf.distributed import Compute
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.load import BaseModelFiles
@@ -216,6 +216,13 @@ def test_a_method_that_does_not_know_the_model(
         return
     with pytest.raises(ConfigError, match=f"^{complaint}"):
         check_tunes(stage, base)
+
+
+def test_a_held_out_answer_beyond_the_context_is_cut_and_not_refused(tmp_path: Path) -> None:
+    on, long = gpus(80.0), Lengths(rows=10, mean=50000.0, deviation=0.0, longest=50000)
+    sizes = on.sizes
+    on = replace(on, sizes=lambda role, split: long if role == "sft" else sizes(role, split))
+    assert check(tmp_path, on, "evaluate", "ppo.peft=prefix").refused == []
 
 
 def test_padded_rows_are_told(finished_chain: tuple[Chain, Outcome]) -> None:
