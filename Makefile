@@ -6,13 +6,15 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-slow test-vllm families crash-test lint clean
+.PHONY: demo test test-fast test-slow test-vllm families crash-test mutants lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m rlhf run_name=demo
 
+test: lint test-fast
+
 # Several at a time, each on one core.
-test: lint
+test-fast: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4
 
 # qlora's package costs every process a second, which is too much for the fast tests.
@@ -26,7 +28,7 @@ lint: $(VENV)/.tested
 	$(BIN)/mypy rlhf stages
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-* mutants build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("rlhf needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
@@ -66,3 +68,8 @@ families: $(VENV)/.tested
 # A PPO run killed at 50 random moments and resumed each time.
 crash-test: $(VENV)/.tested
 	RLHF_KILLS=50 $(BIN)/python -m pytest -s -m slow tests/faults/test_killed.py -k random_moments
+
+# How much of the code can be broken without a test that notices (tests/mutants.py).
+mutants: $(VENV)/.tested
+	$(PIP) install 'mutmut>=3.8,<3.9'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
