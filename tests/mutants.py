@@ -1,7 +1,7 @@
 """`make mutants`: break the code in small ways, one at a time, and count what the tests notice.
 
 All mutations of rlhf/losses and rlhf/rl, and 100 of rlhf/ppo and rlhf/checkpoint.py, drawn with a fixed seed.
-Survivors with their reasons: CONTRIBUTING.md. Ends with 1 below 95%, or when one survives that has no reason there.
+Survivors with their reasons: CONTRIBUTING.md. Ends with 1 below 95%, or when one survives without a reason.
 """
 
 from __future__ import annotations
