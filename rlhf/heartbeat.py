@@ -110,8 +110,9 @@ class Heartbeat:
     def _beat(self) -> None:
         while True:
             beside = self._directory / f".rank{self._compute.rank}.json"
-            beside.write_text(json.dumps(self._said()), encoding="utf-8")
-            beside.rename(self._file(self._compute.rank))
+            with suppress(OSError):  # a full disk, say: others hear nothing of this rank until it has room
+                beside.write_text(json.dumps(self._said()), encoding="utf-8")
+                beside.rename(self._file(self._compute.rank))
             if self._over.wait(INTERVAL_SECONDS):
                 return
 

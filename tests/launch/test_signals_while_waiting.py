@@ -154,6 +154,16 @@ def test_progress_is_what_a_rank_that_hangs_does_not_do(tmp_path: Path) -> None:
     assert bytes_moved(threading.main_thread()) >= before_read + Path(__file__).stat().st_size
 
 
+def test_a_disk_that_refuses_stops_no_heart(tmp_path: Path) -> None:
+    directory = tmp_path / "ranks"
+    heartbeat = Heartbeat(directory, Compute(torch.device("cpu"), torch.float32, world_size=2))
+    heartbeat._over.set()  # after each beat
+    heartbeat._beat()  # as on a full disk
+    directory.mkdir()
+    heartbeat._beat()
+    assert heartbeat.progress()[0]
+
+
 def test_on_a_cpu_computing_is_progress(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, Compute(torch.device("cpu"), torch.float32, world_size=2))
     said, start = heartbeat._said(), time.thread_time()
