@@ -115,7 +115,10 @@ class Pipeline:
             )
         try:
             base = base_files(settings.model, self.model_identity, self.keep_base)
-            check_tokenizer(base, settings.model.said)
+            if (
+                self.needs_weights or "prepare" in self.experiment.needed()
+            ):  # a plan of given sizes has no text
+                check_tokenizer(base, settings.model.said)
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
                 self.compute.at.update(stage=name, step=0)

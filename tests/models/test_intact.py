@@ -51,7 +51,7 @@ def test_whole_files_pass(model: Path) -> None:
     check_weights(model, "model.path=here")
     sharded(model)
     check_weights(model, "model.path=here")
-    check_tokenizer(base(model))
+    check_tokenizer(base(model), "model.path=here")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_missing_shard_and_a_mixed_up_one_are_named(model: Path) -> None:
     ("file", "content", "words"),
     [
         ("tokenizer.json", None, "cannot be read"),
-        ("tokenizer.json", "{}", "do not encode"),
+        ("tokenizer.json", "{}", "cannot be read"),
         ("chat_template.jinja", "{% for", "do not encode"),
         ("chat_template.jinja", "{{ messages[7]['content'] }}", "do not encode"),
     ],
@@ -98,18 +98,18 @@ def test_a_tokenizer_or_a_template_that_fails_is_told(
     else:
         (model / file).write_text(content)
     with pytest.raises(ConfigError, match=words):
-        check_tokenizer(base(model))
+        check_tokenizer(base(model), "model.path=here")
 
 
 def test_a_template_of_the_users_own_is_rendered_too(model: Path, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text("{{ raise_exception('never') }}")
     with pytest.raises(ConfigError, match=r"model\.path=.*never.*model\.chat_template"):
-        check_tokenizer(base(model, chat_template=str(template)))
+        check_tokenizer(base(model, chat_template=str(template)), "model.path=here")
 
 
 def test_ids_that_the_model_has_no_row_for_are_told(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 40}))
     with pytest.raises(ConfigError, match="the model has rows for 40 tokens"):
-        check_tokenizer(base(model))
+        check_tokenizer(base(model), "model.path=here")
