@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.util import find_spec
@@ -242,7 +242,9 @@ class GridSweep(Sweeper):
                 trial.outcome = results[0].return_value
             except Exception as error:  # a job that was killed may have noted more
                 print(f"Trial {trial.number} was lost: {error}", file=sys.stderr)
-                trial.outcome = read_note(trial.directory) or Outcome()
+                trial.outcome = Outcome()
+                with suppress(ConfigError):  # it cannot be read
+                    trial.outcome = read_note(trial.directory) or Outcome()
             assert trial.outcome is not None
             if trial.outcome.code != STOPPED:  # by the scheduler: it goes on from its checkpoint
                 break

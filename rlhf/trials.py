@@ -175,8 +175,18 @@ def write_note(directory: Path, outcome: Outcome) -> None:
 
 
 def read_note(directory: Path) -> Outcome | None:
-    """How the trial in this run directory ended; None if it never began."""
+    """How the trial in this run directory ended; None if it never began.
+
+    Raises:
+        ConfigError: the note was cut off or changed.
+    """
     if not directory.exists() or directory / NOTE not in [*directory.iterdir()]:  # see Store.find
         return None
-    note = json.loads((directory / NOTE).read_bytes())
-    return Outcome(note["code"], note["status"], note["metrics"], tuple(note["gates"]))
+    try:
+        note = json.loads((directory / NOTE).read_bytes())
+        return Outcome(note["code"], note["status"], note["metrics"], tuple(note["gates"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{directory / NOTE} cannot be read ({type(error).__name__}: {error}). Remove it: the table of "
+            "trials then shows this one as not started."
+        ) from None

@@ -16,8 +16,8 @@ from rlhf.__main__ import in_our_words
 from rlhf.config import ConfigError
 from rlhf.report.sweep import SweepTable
 from rlhf.study import JOURNAL, Study
+from rlhf.trials import NOTE, SweepConfig, Trial, read_note, write_note
 from rlhf.trials import Outcome as TrialOutcome
-from rlhf.trials import SweepConfig, Trial
 
 BY_RULE = ("stage=ppo", "ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=running")
 OPTUNA = ("-m", "hydra/sweeper=optuna", "sweep.metric=ppo/held_out_score", "run_name=study", *BY_RULE)
@@ -26,8 +26,9 @@ CALLS: list[int] = []
 
 
 def interrupts_at_first(prompts: list[str], responses: list[str]) -> list[float]:
+    """At PPO's first: before anything trains, it was asked about two rows."""
     CALLS.append(len(responses))
-    if len(CALLS) == 1:
+    if len(CALLS) == 2:
         raise KeyboardInterrupt
     return [float(len(response)) for response in responses]
 
@@ -170,6 +171,7 @@ def test_without_a_name_all_trials_share_the_time(tmp_path: Path) -> None:
     assert names == [names[0], *(f"{names[0]}-{number}" for number in range(3))]
     assert {path.name for path in (tmp_path / "runs" / names[0]).iterdir()} == {
         ".lock",
+        ".lock.holder",
         "sweep.json",
         "sweep.md",
     }
@@ -193,7 +195,7 @@ def test_without_a_name_all_trials_share_the_time(tmp_path: Path) -> None:
         ((*OPTUNA, "run_name=x", "ppo.gamma=tag(lag,interval(0,1))"), "no tag lag. Known: log"),
         ((*OPTUNA, "run_name=x", "sft.peft=none,lorra"), "sft.peft.method='lorra'"),
         ((*OPTUNA, "run_name=x", LR, "sweep.trials=0"), "sweep.trials=0"),
-        (("hydra/sweeper=optima",), "hydra/sweeper/optima"),
+        (("hydra/sweeper=optima",), "hydra/sweeper=optima: there is no such choice"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_before_the_first_trial(
@@ -221,7 +223,7 @@ def test_missing_packages_are_named(chain: Chain, monkeypatch: pytest.MonkeyPatc
     outcome = chain.run(*OPTUNA, LR, "run_name=x")
     assert outcome.code == 2 and "pip install -e '.[optuna]'" in outcome.err
     hydras = Exception("In 'config': Could not find 'hydra/launcher/submitit_slurm'\n\nAvailable options ...")
-    assert in_our_words(hydras) == (
+    assert in_our_words(hydras, []) == (
         "hydra/launcher=submitit_slurm needs submitit: pip install -e '.[slurm]'."
     )
 
@@ -375,3 +377,12 @@ def test_what_a_sweep_writes_holds_no_secret(
     assert {path.name for path in written} >= {"sweep.md", "sweep.json", JOURNAL}
     for path in written:
         assert b"hunter2secret" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("content", ['{"code": 0, "sta', "[]"])
+def test_a_note_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
+    write_note(tmp_path, TrialOutcome(0, "done"))
+    assert read_note(tmp_path) == TrialOutcome(0, "done")
+    (tmp_path / NOTE).write_text(content)
+    with pytest.raises(ConfigError, match=r"trial\.json cannot be read .* Remove it"):
+        read_note(tmp_path)

@@ -104,8 +104,8 @@ def blame(run: Run, directions: dict[str, Direction]) -> str | None:
                 f"To blame is {reward}: PPO raised its score, and the gold score did not follow. The policy "
                 "found what the reward likes by mistake (reward hacking)."
             )
-        return "To blame is ppo: what it publishes is no better than SFT by the gold score."
+        return "To blame is ppo: what it publishes is no better than what it started from, by the gold score."
     if "learned" in bad:
-        return "To blame is ppo: what it publishes scores no better than SFT on new prompts."
+        return "To blame is ppo: what it publishes scores no better than what it started from on new prompts."
     failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
     return f"To blame is {', '.join(failed)}: its gate failed." if failed else None

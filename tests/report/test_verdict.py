@@ -88,6 +88,12 @@ def test_where_nobody_knows_the_gold_score_the_learned_one_is_told(tmp_path: Pat
     )
 
 
+def test_what_is_no_better_is_compared_with_what_ppo_started_from(tmp_path: Path) -> None:
+    """Which is the SFT model, the base model or a directory."""
+    sentence = verdict(run_of(tmp_path, **GOOD | {"ppo": UNKNOWN, "gold": DOWN}))
+    assert sentence.endswith("no better than what it started from, by the gold score.")
+
+
 def test_a_gate_of_something_else_is_told_too(tmp_path: Path) -> None:
     run = run_of(tmp_path, **GOOD)
     run.gates = [GateResult("ppo", "kl", 31.0, Bound(max=20.0, advice="raise ppo.kl.coef"))]
