@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,16 +211,25 @@ def load_causal_lm(
             output_loading_info=True,
         )
     model, found = loaded
-    if found["missing_keys"]:  # transformers would draw them
-        raise ConfigError(
-            f"{directory}: cannot be read as a model: its weights lack "
-            f"{', '.join(sorted(found['missing_keys'])[:3])}. Save it again, whole."
-        )
+    check_complete(directory, found["missing_keys"])
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.eval().to(device)
     if config.attention == "auto":
         pack_where_possible(model)
     return model
+
+
+def check_complete(directory: Path, missing: Collection[str]) -> None:
+    """Refuse a model without some of its weights, which transformers would draw.
+
+    Raises:
+        ConfigError: names some.
+    """
+    if missing:
+        raise ConfigError(
+            f"{directory}: cannot be read as a model: its weights lack {', '.join(sorted(missing)[:3])}. "
+            "Save it again, whole."
+        )
 
 
 def attention_of(config: ModelConfig) -> str | None:

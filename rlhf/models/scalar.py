@@ -29,7 +29,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from rlhf.config import ConfigError
 from rlhf.distributed import Compute
 from rlhf.models.adapters import PREFIX
-from rlhf.models.load import ModelConfig, attention_of, reading
+from rlhf.models.load import ModelConfig, attention_of, check_complete, reading
 from rlhf.models.packed import hidden_states, pack_where_possible
 from rlhf.models.policy import Sequences
 from rlhf.models.published import ADAPTER, WEIGHTS, attach_published, base_of, origin_of
@@ -205,23 +205,22 @@ def load_scalar_model(
         if published is not None:
             scalar.head.weight.data.copy_(published)
         return scalar
-    try:
-        # a head that is not in there is drawn, and then again by `reset_head`
-        with reading(directory), torch.random.fork_rng(devices=[]):
-            settings = AutoConfig.from_pretrained(
-                directory, num_labels=1, trust_remote_code=config.trust_remote_code
-            )
-            model = classifier_for(settings).from_pretrained(
-                directory,
-                config=settings,
-                dtype=dtype,
-                attn_implementation=attention_of(config),
-                use_safetensors=True,
-                trust_remote_code=config.trust_remote_code,
-            )
-    except RuntimeError as error:
-        raise ConfigError(f"{directory}: not a one-label classification model: {error}") from None
+    # a head that is not in there is drawn, and then again by `reset_head`
+    with reading(directory), torch.random.fork_rng(devices=[]):
+        settings = AutoConfig.from_pretrained(
+            directory, num_labels=1, trust_remote_code=config.trust_remote_code
+        )
+        model, found = classifier_for(settings).from_pretrained(
+            directory,
+            config=settings,
+            dtype=dtype,
+            attn_implementation=attention_of(config),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
     head: Any = linear_head(model, directory)
+    check_complete(directory, set(found["missing_keys"]) - {"score.weight"})
     if config.attention == "auto":
         pack_where_possible(model)
     scalar = ScalarModel(model, head.float().weight)

@@ -158,6 +158,19 @@ def test_a_model_without_a_linear_score_head_is_refused(tmp_path: Path) -> None:
         load_scalar_model(tmp_path, TINY, torch.float32)
 
 
+def test_a_reward_model_that_lacks_weights_is_refused(
+    scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Else transformers would draw them."""
+    save_scalar_model(scalar, tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for new_head in (False, True):
+        with pytest.raises(ConfigError, match=r"its weights lack model\.layers\.1\.mlp\.up_proj\.weight"):
+            load_scalar_model(tmp_path, TINY, torch.float32, new_head=new_head)
+
+
 def score_of(directory: Path) -> dict[str, str]:
     """What `ppo.reward=model:DIRECTORY` is asked when the config is checked."""
     return reward_digest(f"model:{directory}")
