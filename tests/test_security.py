@@ -175,7 +175,7 @@ def test_a_chat_template_is_a_sandbox(tmp_path: Path, model: Path, marker: Path)
     (tmp_path / "evil.jinja").write_text(attack)
     outcome = run_model(tmp_path, model, f"model.chat_template={tmp_path / 'evil.jinja'}")
     assert outcome.code == 2
-    assert "the chat template refuses the conversation" in outcome.err
+    assert "(SecurityError: access to attribute '__init__' of 'type' object is unsafe.)" in outcome.err
     assert not marker.exists()
 
 
@@ -249,13 +249,17 @@ Checkpoints = Callable[..., Path]
 
 @pytest.fixture
 def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Chain, Checkpoints]:
-    """A chain, and a function that trains in it and gives the newest checkpoint, which stays."""
+    """A chain, and a function that trains in it and gives the newest checkpoint.
+
+    It is left as by a run that ended before it published: the checkpoints stay, and the artifact is not there.
+    """
     chain = Chain(tmp_path)
     monkeypatch.setattr(Checkpointer, "discard", lambda self: None)
 
     def train(*overrides: str) -> Path:
         outcome = chain.run("stage=sft", "checkpoint.every_steps=1", *overrides)
         assert outcome.code == 0, outcome.err
+        shutil.rmtree(outcome.artifact("sft"))
         return max(tmp_path.glob("store/sft/.*.checkpoints/step-*"))
 
     return chain, train
@@ -264,7 +268,7 @@ def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Chain
 def test_a_checkpoint_that_is_its_own_is_read(checkpointed: tuple[Chain, Checkpoints]) -> None:
     chain, train = checkpointed
     train()
-    outcome = chain.run("stage=sft", "force=[sft]")
+    outcome = chain.run("stage=sft")
     assert outcome.code == 0
     assert "sft: goes on from step" in outcome.out
 
@@ -273,7 +277,7 @@ def test_a_checkpoint_that_is_its_own_is_read(checkpointed: tuple[Chain, Checkpo
 def test_a_poisoned_checkpoint(checkpointed: tuple[Chain, Checkpoints], marker: Path, file: str) -> None:
     chain, train = checkpointed
     assert poison(train(), marker, file) == [file]
-    outcome = chain.run("stage=sft", "force=[sft]")
+    outcome = chain.run("stage=sft")
     assert not marker.exists()
     assert outcome.code == 2
     assert "refused, because it holds more than tensors and numbers" in outcome.err
