@@ -251,7 +251,7 @@ Checkpoints = Callable[..., Path]
 def checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Chain, Checkpoints]:
     """A chain, and a function that trains in it and gives the newest checkpoint.
 
-    It is left as by a run that ended before it published: the checkpoints stay, and the artifact is not there.
+    It is left as by a run that ended before it published: checkpoints stay, and the artifact is not there.
     """
     chain = Chain(tmp_path)
     monkeypatch.setattr(Checkpointer, "discard", lambda self: None)
