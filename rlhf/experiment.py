@@ -70,7 +70,7 @@ class Settings(Strict):
     store_dir: str
     """Where artifacts lie, shared by all runs."""
     seed: NonNegativeInt
-    """Of everything that is drawn."""
+    """Seed of all random numbers in the run."""
     device: Literal["auto", "cpu"]
     """auto takes the GPU where there is one."""
     precision: Precision
