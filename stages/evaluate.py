@@ -416,11 +416,15 @@ def describe(name: PolicyName, said: Answers) -> dict[str, float]:
 
 def task_gain(answers: Mapping[PolicyName, Answers]) -> dict[str, float]:
     """Nats a token that each policy's loss on the held-out answers is below the base model's; without a name,
-    the last policy's. Nothing without such answers."""
+    the last policy's. Nothing without such answers. Those that one of both reads less of do not count."""
     base, gains = answers["base"], dict[str, float]()
     for place, (name, said) in enumerate(answers.items(), 1):
         if len(base.task_nats_B):
-            gain = ratio(base.task_nats_B - said.task_nats_B, base.task_tokens_B)
+            alike_B = (base.task_tokens_B > 0) & (said.task_tokens_B > 0)
+            if said.vocabulary == base.vocabulary:
+                alike_B &= said.task_tokens_B == base.task_tokens_B
+            gain_B = base.task_nats_B - said.task_nats_B
+            gain = ratio(gain_B[alike_B], base.task_tokens_B[alike_B])
             gains |= gain.metrics(f"task_gain/{name}")
             gains |= gain.metrics("task_gain") if place == len(answers) else {}
     return gains

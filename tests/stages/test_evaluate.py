@@ -16,9 +16,11 @@ from rlhf.config import ConfigError, validated
 from rlhf.data.chat import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PromptRow, QuestionRow, Row, SftRow, TextRow
+from rlhf.evaluation.retention import Retained
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, ModelConfig
-from rlhf.stages.evaluate import EvaluateStage
+from rlhf.rl.rollout import Rollout
+from rlhf.stages.evaluate import Answers, EvaluateStage, task_gain
 
 REFERENCES = [
     SftRow([Message(role="user", content=f"Say {word}")], f"{word}, {word}.") for word in ("tea", "rain", "x")
@@ -128,6 +130,23 @@ def test_there_is_no_distance_between_models_of_other_tokens(
     metrics = run_stage(make_stage(), published | {"base": tmp_path / "another"}, tmp_path / "run").summary
     assert metrics is not None
     assert {name for name in metrics if name.startswith("kl/")} == {"kl/ppo"}
+
+
+def test_an_answer_of_which_one_model_reads_less_is_no_gain() -> None:
+    """Behind virtual tokens the context ends earlier."""
+    rollout = Rollout([torch.tensor([1])], [torch.tensor([2])], torch.tensor([True]))
+
+    def answers(nats: list[float], tokens: list[int], size: int = 9) -> Answers:
+        known = Retained([], *[torch.zeros(0)] * 3)
+        measured = torch.tensor(nats, dtype=torch.float64), torch.tensor(tokens)
+        return Answers(rollout, [""], torch.zeros(1, 1), *measured, known, {"a": size})
+
+    base = answers([30.0, 30.0, 40.0], [10, 10, 20])
+    gains = task_gain({"base": base, "ppo": answers([20.0, 25.0, 10.0], [10, 10, 18])})
+    assert gains["task_gain/ppo"] == gains["task_gain"] == pytest.approx(15 / 20)
+    assert gains["task_gain_rows"] == 2
+    gains = task_gain({"base": base, "init": answers([20.0, 25.0, 0.0], [8, 12, 0], size=10)})
+    assert gains["task_gain"] == pytest.approx(15 / 20)  # tokens of another size, each answer whole
 
 
 def test_the_task_is_learned_where_its_answers_become_likelier(
