@@ -30,8 +30,9 @@ def version() -> str:
 
 
 def readable(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra can read them: an experiment that is named by its path,
-    `+experiment=path/to/mine.yaml`, is made known to Hydra, and named by its name.
+    """The arguments as Hydra can read them: `-m` stands first (between keys it would end them), and an
+    experiment that is named by its path, `+experiment=path/to/mine.yaml`, is made known to Hydra, and named
+    by its name.
 
     Raises:
         ConfigError: there is no such file, or it is no YAML mapping; or a key has dashes.
@@ -40,7 +41,8 @@ def readable(arguments: Sequence[str]) -> list[str]:
         key = argument.lstrip("-").partition("=")[0]
         if argument.startswith("--") and "=" in argument and key.partition(".")[0] in shape():
             raise ConfigError(f"{argument}: a key has no dashes before it: {argument.lstrip('-')}.")
-    return [_known_experiment(argument) for argument in arguments]
+    ordered = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
+    return [_known_experiment(argument) for argument in ordered]
 
 
 def _known_experiment(argument: str) -> str:

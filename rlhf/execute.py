@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from rlhf.config import ConfigError
 from rlhf.disk import in_words
-from rlhf.interrupt import nobody_reads
+from rlhf.interrupt import nobody_reads, uninterrupted
 from rlhf.secrets import RedactingConsole
 
 DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED, PIPE = 0, 1, 2, 3, 75, 130, 141
@@ -32,10 +32,11 @@ LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|b
 
 def execute(resolved: Mapping[str, Any], run_name: str) -> int:
     """Check the whole config, run what was asked for, and show what came of it; the exit code."""
-    from rlhf.distributed import find_rank
-
     rank = 0
     try:
+        with uninterrupted():
+            from rlhf.distributed import find_rank
+
         rank, _ = find_rank(os.environ)
         return _execute(resolved, run_name)
     except ConfigError as error:
@@ -97,16 +98,17 @@ def failed(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:
 
 def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
     quiet_libraries()  # before they are imported
-    from torch import distributed
+    with uninterrupted():
+        from torch import distributed
 
-    from rlhf.distributed import make_compute
-    from rlhf.experiment import build_experiment
-    from rlhf.heartbeat import Heartbeat
-    from rlhf.interrupt import QUIET_SECONDS, Stopped, StopSignals
-    from rlhf.launch import launch, ranks_wanted
-    from rlhf.pipeline import Pipeline
-    from rlhf.report.summary import print_summary
-    from rlhf.run import GateError
+        from rlhf.distributed import make_compute
+        from rlhf.experiment import build_experiment
+        from rlhf.heartbeat import Heartbeat
+        from rlhf.interrupt import QUIET_SECONDS, Stopped, StopSignals
+        from rlhf.launch import launch, ranks_wanted
+        from rlhf.pipeline import Pipeline
+        from rlhf.report.summary import print_summary
+        from rlhf.run import GateError
 
     experiment = build_experiment(resolved)
     settings = experiment.settings

@@ -18,6 +18,7 @@ from rlhf.data.schema import USER_KEYS, Role
 from rlhf.data.sources import SourceConfig, SourceList
 from rlhf.distributed import DistributedConfig, Precision, Zero
 from rlhf.generation.vllm import VllmConfig
+from rlhf.interrupt import uninterrupted
 from rlhf.launch import LaunchConfig
 from rlhf.methods import METHODS
 from rlhf.models.load import ModelConfig
@@ -269,5 +270,6 @@ def _is_stage(value: Any) -> bool:
 
 def _stage_class(target: str) -> type[Stage]:
     module, _, name = target.rpartition(".")
-    found: type[Stage] = getattr(import_module(module), name)
+    with uninterrupted():
+        found: type[Stage] = getattr(import_module(module), name)
     return found

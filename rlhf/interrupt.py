@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -134,6 +134,19 @@ def _next(reader: socket.socket) -> bytes:
     while (signum := reader.recv(1)) and signum[0] not in STOPPING:
         pass
     return signum
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """While open, the first signal is put off if `StopSignals` handles it. Compiled code that builds classes
+    makes an error of its own of what a handler raises (pydantic: a SchemaError), so imports are done in here.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    signals = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    with signals.put_off() if isinstance(signals, StopSignals) else nullcontext():
+        yield
 
 
 def nobody_reads() -> None:

@@ -234,7 +234,10 @@ class PrepareStage(Stage):
                 self._bad(data, where, error, advice)
                 continue
             if not data.columns.get(str(source)) and source.samples is None:
-                data.columns[str(source)] = f"has {', '.join(raw)}; read as {read_as(raw, data.role)}"
+                columns = dict.fromkeys(source.fields.get(column, column) for column in raw)
+                data.columns[str(source)] = (
+                    f"has {', '.join(columns)}; read as {read_as(raw, data.role, source.fields)}"
+                )
             text = row_to_json(row)
             if text in seen:
                 data.remove(DUPLICATE, where)

@@ -84,6 +84,43 @@ def test_an_experiment_is_taken_by_its_path(tmp_path: Path, name: str) -> None:
     assert found["ppo"]["kl"]["coef"] == 0.7
 
 
+def test_a_sweep_may_be_asked_for_between_keys(tmp_path: Path) -> None:
+    outcome = run_main(tmp_path, ["model=tiny", "-m", "stage=sft", "ppo.clip=0.1,-1", "device=cpu"], tmp_path)
+    assert outcome.code == 2
+    assert "ppo.clip=-1" in outcome.err and "usage" not in outcome.err
+
+
+AT_AN_IMPORT = """
+import signal, sys
+from rlhf.__main__ import main
+
+class Library:
+    \"\"\"Does to an exception what compiled code does that is building a class.\"\"\"
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException as error:
+                raise ValueError("cannot build the class") from error
+
+sys.meta_path.insert(0, Library())
+sys.argv[1:] = ["model=tiny", "stage=prepare", "device=cpu"]
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["rlhf.distributed", "rlhf.pipeline", "rlhf.stages.ppo"])
+def test_ctrl_c_while_libraries_are_loaded_is_no_crash(tmp_path: Path, module: str) -> None:
+    code = AT_AN_IMPORT.format(module=module)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_experiment_by_path_may_choose_a_model_and_needs_no_header(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults:\n  - override /model: tiny\nseed: 4\n")
     found = yaml.safe_load(composed(tmp_path, f"+experiment={tmp_path}/mine.yaml").out)

@@ -179,11 +179,12 @@ COUSINS = {
 """What columns that hold the same are often called."""
 
 
-def read_as(raw: Raw, role: Role) -> str:
-    """Which column is taken for what, such as `{prompt: question, completion: answer}`."""
+def read_as(raw: Raw, role: Role, fields: Mapping[str, str]) -> str:
+    """Which column is taken for what, such as `{prompt: question, completion: answer}`; of a row whose
+    columns `fields` has renamed, by the source's own names."""
     conversation = _first(raw, CONVERSATION_COLUMNS)
     if role != "reward" and conversation is not None:
-        return _mapping({"messages": conversation})
+        return _mapping({"messages": fields.get(conversation, conversation)})
     prompts = ("chosen", "text") if role in ("ppo", "evaluate") else ()
     columns = {"prompt": _first(raw, (*PROMPT_COLUMNS, *prompts))}
     if role in ("sft", "replay", "ptx"):
@@ -192,7 +193,7 @@ def read_as(raw: Raw, role: Role) -> str:
         columns |= {"chosen": "chosen", "rejected": "rejected"}
     if role == "retention":
         columns = {name: name for name in QUESTION_COLUMNS if _has(raw, "choices")}
-    found = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
+    found = {ours: fields.get(theirs, theirs) for ours, theirs in columns.items() if theirs is not None}
     return _mapping(found or {"text": "text"})
 
 

@@ -80,4 +80,6 @@ def answering_demand(
         ),
     ]  # fmt: skip
     longest = added + max([length.longest, *(each.longest for each in others if added)])
-    return Demand(beside_vllm(on, phases), work, longest=longest, sampled=length.longest)
+    return Demand(
+        beside_vllm(on, phases), work, longest=longest, sampled=length.longest, context=on.shape.context
+    )

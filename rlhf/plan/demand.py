@@ -52,6 +52,8 @@ class Demand:
     """Tokens of the longest sequence that may go through a model."""
     sampled: int = 0
     """Tokens of the longest one that is sampled, its prompt included."""
+    context: float = math.inf
+    """Tokens that the model can read which the stage trains or asks, where it is not the base model."""
 
     @property
     def seconds(self) -> float:
@@ -171,4 +173,5 @@ def one_after_the_other(demands: Sequence[Demand]) -> Demand:
         [task for each in demands for task in each.work],
         longest=max((each.longest for each in demands), default=0),
         sampled=max((each.sampled for each in demands), default=0),
+        context=min((each.context for each in demands), default=math.inf),
     )

@@ -334,12 +334,13 @@ def context_complaints(stage: Stage, demand: Demand, on: Setting) -> Iterator[st
             f"{stage.name}: the longest prompt and its answer are {demand.sampled} tokens, and "
             f"vllm.max_model_len={limit}. Use {demand.sampled} or more."
         )
-    if demand.longest > on.shape.context:
+    context = min(demand.context, on.shape.context)
+    if demand.longest > context:
         key = next(key for key in ("max_new_tokens", "max_tokens") if key in type(stage).model_fields)
         value = stage.model_dump()[key]
         yield (
             f"{stage.name}.{key}={value}: the longest sequence could have {demand.longest} tokens, and the "
-            f"model's context has {on.shape.context}. Lower it by {demand.longest - on.shape.context}."
+            f"model's context has {context:.0f}. Lower it by {max(value, demand.longest) - context:.0f}."
         )
 
 

@@ -81,7 +81,7 @@ def training_demand(
     return Demand(
         phases, work, artifact=artifact_bytes(on, peft, is_scalar=not has_logits),
         checkpoint=3 * FP32 * trained.parameters,
-        longest=longest + METHODS[peft.method].added_tokens(on.shape, peft),
+        longest=longest + METHODS[peft.method].added_tokens(on.shape, peft), context=on.shape.context,
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def ppo_demand(
         artifact=artifact_bytes(on, config.peft),
         checkpoint=3 * FP32 * trained.parameters + best + average,
         longest=length.longest + METHODS[config.peft.method].added_tokens(on.shape, config.peft),
-        sampled=length.longest,
+        sampled=length.longest, context=on.shape.context,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ A reward is a callable from exchanges to one fp32 score each, on the CPU; higher
 from __future__ import annotations
 
 import importlib.metadata
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,13 +79,20 @@ def function_reward(source: str) -> Reward:
     def score(exchanges: Sequence[Exchange]) -> Tensor:
         prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
         try:
-            scores = torch.as_tensor(function(prompts, [exchange.response for exchange in exchanges]))
+            answer = function(prompts, [exchange.response for exchange in exchanges])
         except Exception as error:  # whatever a user's function raises
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
                 f"{source}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno}). "
                 "It must return one number for each response."
             ) from error
+        try:
+            scores = torch.as_tensor(answer)
+        except (RuntimeError, TypeError, ValueError):
+            said = "nothing (None)" if answer is None else f"{reprlib.repr(answer)}, which holds no numbers"
+            raise RewardError(
+                f"{source} returned {said}; it must return one number for each response."
+            ) from None
         if scores.shape != (len(exchanges),):
             raise RewardError(
                 f"{source} returned shape {tuple(scores.shape)} for {len(exchanges)} responses; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +170,19 @@ def test_an_answer_longer_than_the_context_is_refused_unless_told_otherwise(
         before(first, on_cpu(), "evaluate", long)
     assert re.search(complaint, before(first, on_cpu(), "evaluate", long, "preflight=warn"))
     assert "context" not in before(first, on_cpu(), "evaluate")
+
+
+@pytest.mark.parametrize(("stage", "start"), [("generate", "generate.policy"), ("ppo", "ppo.init")])
+def test_the_context_of_a_start_of_ones_own_counts(
+    finished_chain: tuple[Chain, Outcome], tiny_model: Path, tmp_path: Path, stage: str, start: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    alone = ("generate.reward=null", "ppo.score.normalize=running", "ppo.critic.init=sft")
+    long = f"{stage}.max_new_tokens=60"
+    with pytest.raises(ConfigError, match=f"{long}: .* the model's context has 64. Lower"):
+        before(finished_chain[1], on_cpu(), stage, f"{start}={tmp_path}", long, *alone)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,16 @@ def test_the_columns_that_were_found_are_shown(bench):
     )
 
 
+def test_columns_that_were_named_are_shown_as_the_file_has_them(bench):
+    bench.rows["sft"] = [{"id": n, "frage": f"sft {n}", "antwort": "yes"} for n in range(40)]
+    bench.sources["sft"] = {
+        "path": f"{bench.directory}/sft.jsonl",
+        "fields": {"prompt": "frage", "completion": "antwort"},
+    }
+    bench.prepare()
+    assert "sft.jsonl has id, frage, antwort; read as {prompt: frage, completion: antwort}" in bench.output
+
+
 @pytest.mark.parametrize("limit", [3, 10])
 def test_a_limit_leaves_rows_for_every_split(bench, limit):
     path = write(bench.directory / "many.jsonl", [{"prompt": f"many {n}"} for n in range(200)])
