@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Outcome]:
-    """A small chain that has run once, on the tiny model; tests add runs to it, never remove anything."""
-    chain = Chain(tmp_path_factory.mktemp("chain"))
+def _finished_chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Outcome, Path]:
+    directory = tmp_path_factory.mktemp("finished")
+    (directory / "chain").mkdir()
+    chain = Chain(directory / "chain")
     outcome = chain.run()
     assert outcome.code == 0, outcome.err
-    return chain, outcome
+    return chain, outcome, shutil.copytree(chain.directory, directory / "as-finished", symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def finished_chain(_finished_chain: tuple[Chain, Outcome, Path]) -> tuple[Chain, Outcome]:
+    """A small chain that has run once, on the tiny model; tests add runs to it, never remove anything."""
+    return _finished_chain[:2]
+
+
+@pytest.fixture(scope="session")
+def as_finished(_finished_chain: tuple[Chain, Outcome, Path]) -> Path:
+    """The directory of `finished_chain` as its one run left it, to copy: nobody changes anything in it."""
+    return _finished_chain[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_chain import Chain, Outcome
+from small_chain import Chain
 
 from rlhf import artifacts
 from rlhf.artifacts import file_digest, read_manifest, write_manifest
@@ -25,10 +25,10 @@ def length(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def stopped(finished_chain: tuple[Chain, Outcome], tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def stopped(as_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """A chain whose PPO has left a checkpoint behind its first step."""
     directory = tmp_path_factory.mktemp("stopped") / "chain"
-    shutil.copytree(finished_chain[0].directory, directory, symlinks=True)
+    shutil.copytree(as_finished, directory, symlinks=True)
     chain = Chain(directory)
     outcome = chain.run(*STOPPED)
     assert outcome.code == 2 and "ppo: step 2: " in outcome.err

@@ -229,8 +229,8 @@ def test_what_cannot_be_set_aside_is_told(store: Store, monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def copy(finished_chain: tuple[Chain, Outcome], tmp_path: Path) -> Chain:
-    shutil.copytree(finished_chain[0].directory, tmp_path / "copy", symlinks=True)
+def copy(as_finished: Path, tmp_path: Path) -> Chain:
+    shutil.copytree(as_finished, tmp_path / "copy", symlinks=True)
     return Chain(tmp_path / "copy")
 
 

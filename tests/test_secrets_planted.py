@@ -158,9 +158,10 @@ def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
     ],
 )
 def test_two_ranks_that_fail(chain: Chain, how: str, code: int, words: str) -> None:
+    """In step 2: a rank is asked before anything trains, for the held-out prompts, then in each step."""
     done = run_process(
         chain.directory, *BY_RULE, "stage=ppo", "run_name=r", "tracker=tensorboard", "launch.processes=2",
-        "checkpoint.every_steps=1", FAILS="3", HOW=how,
+        "checkpoint.every_steps=1", FAILS="4", HOW=how,
     )  # fmt: skip
     assert done.returncode == code
     assert ("Traceback" in done.stderr) == (how == "crash") and words in done.stderr
