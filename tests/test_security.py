@@ -309,7 +309,7 @@ def deepspeed_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(directory))
         patch.syspath_prepend(directory)
-        patch.setenv("FAILS", "3")
+        patch.setenv("FAILS", "4")
         outcome = Chain(directory).run(*WITH_DEEPSPEED)
     assert "the test ends it here" in outcome.err
     return directory
