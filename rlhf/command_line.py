@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 
 from rlhf.config import ConfigError, did_you_mean
 
@@ -189,8 +189,6 @@ def in_our_words(error: Exception, arguments: Sequence[str]) -> str:
             f"{composed[1]}: a list stands where a mapping of keys must, or a mapping where a list must. "
             "docs/keys.md shows each key's kind."
         )
-    if launcher := re.search(r"Could not find 'hydra/launcher/(submitit_\w+)'", text):
-        return f"hydra/launcher={launcher[1]} needs submitit: pip install -e '.[slurm]'."
     return text
 
 
@@ -246,6 +244,8 @@ def _not_read(error: OverrideParseException, arguments: Sequence[str]) -> str:
             return f"{override}: not KEY=VALUE."
         joined = shlex.quote(" ".join([*before, override]))
         return f"{override}: not KEY=VALUE. Does it belong to {before[0]}? Then write {joined}."
+    if not _can_be_key(key):
+        return no_key(key, arguments)
     if not value.startswith(("[", "{")):
         return (
             f"{override}: some of these characters mean something to Hydra. Put quotes around the value: "
@@ -262,6 +262,15 @@ def _not_read(error: OverrideParseException, arguments: Sequence[str]) -> str:
         "colon, and quotes around a text with =, (, ), a comma or a colon: "
         """"sft.data={path: 'a=b.jsonl'}"."""
     )
+
+
+def _can_be_key(text: str) -> bool:
+    """Whether Hydra can read it before an equals sign."""
+    try:
+        OverridesParser.create().parse_override(f"{text}=0")
+    except HydraException:
+        return False
+    return True
 
 
 def quoted(key: str, value: str) -> str:

@@ -88,7 +88,8 @@ class Outcome:
     code: int | None = None
     """Its exit code; None as long as it has not said."""
     status: str = "unfinished"
-    """`done`, `failed in STAGE`, `stopped in STAGE`; `unfinished` is running, or was killed."""
+    """`done`, `failed in STAGE`, `stopped in STAGE`, or without a stage where none had begun; `unfinished` is
+    running, or was killed."""
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     """Of all its stages, by `STAGE/NAME`; null where not finite."""
     gates: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ def composed(directory: Path, *arguments: str) -> Outcome:
     ("arguments", "words"),
     [
         (["ppo.kl.cof=1"], ["ppo.kl.cof: there is no such key", "Did you mean ppo.kl.coef"]),
+        (["ppo.kl,coef=1"], ["ppo.kl,coef: there is no such key", "Did you mean ppo.kl.coef"]),
         (["modle=tiny"], ["Did you mean model"]),
         (["model=tinny"], ["model=tinny: there is no such choice", "Did you mean tiny?", "hub, local, tiny"]),
         (["tracker=wandbb"], ["Did you mean wandb?"]),

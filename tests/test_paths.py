@@ -75,7 +75,8 @@ def test_a_run_is_one_directory_below_runs(finished_chain: tuple[Chain, Outcome]
 
 
 @pytest.mark.parametrize(
-    "override", ["stage=../sft", "stage=[/sft]", "force=[../sft]", "+../evil._target_=x", "'+a/b.c=1'"]
+    "override",
+    ["stage=../sft", "stage=[/sft]", "force=[../sft]", "+../evil._target_=x", "+a/b.c=1", "'+a/b.c=1'"],
 )
 def test_a_stages_name_has_no_separators(finished_chain: tuple[Chain, Outcome], override: str) -> None:
     chain, _ = finished_chain

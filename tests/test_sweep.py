@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.errors import MissingConfigException
 from optuna.distributions import FloatDistribution
 from small_chain import Chain, Outcome
 
 import rlhf.sweep
-from rlhf.__main__ import in_our_words
+from rlhf.command_line import in_our_words
 from rlhf.config import ConfigError
 from rlhf.report.sweep import SweepTable
 from rlhf.study import JOURNAL, Study
@@ -222,7 +223,8 @@ def test_missing_packages_are_named(chain: Chain, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(rlhf.sweep, "find_spec", lambda name: None if name == "optuna" else find_spec(name))
     outcome = chain.run(*OPTUNA, LR, "run_name=x")
     assert outcome.code == 2 and "pip install -e '.[optuna]'" in outcome.err
-    hydras = Exception("In 'config': Could not find 'hydra/launcher/submitit_slurm'\n\nAvailable options ...")
+    launcher = "hydra/launcher/submitit_slurm"
+    hydras = MissingConfigException(f"In 'config': Could not find '{launcher}'", launcher, ["basic"])
     assert in_our_words(hydras, []) == (
         "hydra/launcher=submitit_slurm needs submitit: pip install -e '.[slurm]'."
     )
