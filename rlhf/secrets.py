@@ -32,11 +32,12 @@ blanking them would blank half of every file."""
 
 KEY_NAME = re.compile(
     r"(?:^|[_.-])(?:password|passwd|passphrase|pwd|pass|pat|secret|cred|creds|credentials?|token)$"
-    r"|[_-]key$|(?:api|access|private|secret)key$|(?-i:[A-Z](?:KEY|TOKEN|SECRET|PASSWORD|PASS|PAT|CREDS?)$)",
+    r"|[_-]key$|(?:api|access|private|secret)key$|(?-i:[A-Z](?:KEY|TOKEN|SECRET|PASSWORD|PASS|PAT|CREDS?)$)"
+    r"|(?-i:[a-z](?:Token|Secret|Password)$)",
     re.I,
 )
 """The end of a key that says its value is a secret. Plurals (max_tokens) count something."""
-NO_SECRET = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_token$", re.I)
+NO_SECRET = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_?token$", re.I)
 USER_INFO = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
 """user:password of a URL. Without a password too: the user is often the token."""
 ASSIGNMENT = re.compile(r"""([?&]?)([\w.-]+\\?)=("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")

@@ -120,6 +120,9 @@ def test_however_it_is_written(monkeypatch: pytest.MonkeyPatch, secret: str) -> 
         "wandb_key",
         "MYKEY",
         "ssh-key",
+        "accessToken",
+        "clientSecret",
+        "userPassword",
     ],
 )
 def test_a_config_key_that_says_so(key: str) -> None:
@@ -132,7 +135,8 @@ def test_a_config_key_that_says_so(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     ["max_tokens", "micro_batch_tokens", "max_new_tokens", "pad_token", "eos_token", "key", "tokenizer",
-     "secretary", "kl_per_token", "tokens", "monkey", "compat", "bypass", "compass", "passes"],
+     "secretary", "kl_per_token", "tokens", "monkey", "padToken", "maxTokens", "compat",
+     "bypass", "compass", "passes"],
 )  # fmt: skip
 def test_a_config_key_that_only_sounds_like_it(key: str) -> None:
     assert redacted({key: "anything"}) == {key: "anything"}
@@ -154,6 +158,7 @@ def test_a_config_key_that_only_sounds_like_it(key: str) -> None:
             "https://h/x?X-Amz-Signature=<redacted>&X-Amz-Date=1",
         ),
         ("https://h/x?page=2", "https://h/x?page=2"),
+        ("https://h/x?accessToken=abc", "https://h/x?accessToken=<redacted>"),
         ("a.b='https://h/x?token=abc'", "a.b='https://h/x?token=<redacted>'"),
         ("a.b=https://h/x?token\\=abc", "a.b=https://h/x?token\\=<redacted>"),
         ("https://host/path@version", "https://host/path@version"),
