@@ -162,12 +162,16 @@ def test_rows_that_ranks_decode_together_are_their_own() -> None:
     assert passes(1, 512) == "answers: 800"
 
 
-def test_virtual_tokens_are_part_of_a_sequence(tmp_path: Path) -> None:
-    on = gpus(80)
-    on = replace(on, shape=replace(on.shape, context=900))
-    assert not check(tmp_path, on, "sft", "stage=sft", "sft.peft=lora").refused
-    (complaint,) = check(tmp_path, on, "sft", "stage=sft", "sft.peft=prefix").refused
-    assert "the longest sequence could have 920 tokens" in complaint
+def test_virtual_tokens_are_part_of_a_sequence() -> None:
+    """Beside them a row of 900 tokens is cut at what the context has left, as SFT does."""
+
+    def longest(peft: str, context: int) -> int:
+        on, found = gpus(80), experiment("stage=sft", f"sft.peft={peft}")
+        on = replace(on, shape=replace(on.shape, context=context))
+        return found.stages["sft"].demand(on, found.stages).longest
+
+    assert (longest("lora", 1000), longest("prefix", 1000)) == (900, 920)
+    assert (longest("lora", 900), longest("prefix", 900)) == (900, 900)
 
 
 def test_virtual_tokens_are_part_of_what_is_answered_and_read(tmp_path: Path) -> None:
