@@ -73,9 +73,10 @@ def test_on_a_bad_disk_each_failure_is_one_line_and_the_same_command_ends_with_t
     assert sum(each["failures"] for each in found) >= 3
     for each in found:
         said = (directory / f"err-{each['attempt']}").read_text()
-        assert (each["code"] == 0) == (each["failures"] == 0), (each, said)
-        if each["failures"]:
-            assert each["code"] == 2 and "Traceback" not in said, said
+        if each["code"] == 0:  # what failed can be done without: a heartbeat, the memory of digests
+            assert said == ""
+        else:
+            assert (each["code"], each["failures"]) == (2, 1) and "Traceback" not in said, said
             (line,) = said.splitlines()
             assert line.startswith("Error: ") and any(advice in line for advice in ADVICE), said
             assert "store/" in line or "runs/" in line, said
