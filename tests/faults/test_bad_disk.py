@@ -76,7 +76,7 @@ def test_on_a_bad_disk_each_failure_is_one_line_and_the_same_command_ends_with_t
         if each["code"] == 0:  # what failed can be done without: a heartbeat, the memory of digests
             assert said == ""
         else:
-            assert (each["code"], each["failures"]) == (2, 1) and "Traceback" not in said, said
+            assert each["code"] == 2 and each["failures"] >= 1 and "Traceback" not in said, (each, said)
             (line,) = said.splitlines()
             assert line.startswith("Error: ") and any(advice in line for advice in ADVICE), said
             assert "store/" in line or "runs/" in line, said
