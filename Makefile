@@ -17,10 +17,11 @@ test: lint test-fast
 test-fast: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4
 
-# qlora's package costs every process a second, which is too much for the fast tests.
+# Two files at a time: half of their time they wait for ranks, signals and daemons. qlora's package costs every
+# process a second, which is too much for the fast tests.
 test-slow: $(VENV)/.tested
 	$(PIP) install --editable '.[qlora]'
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile --durations=30
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
