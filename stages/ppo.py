@@ -266,9 +266,20 @@ class PpoStage(PpoConfig, Stage):
         )
 
     def mix(self, job: Job, tokenizer: PreTrainedTokenizerBase, context: int) -> PretrainingMix:
-        """Of the rows that leave the policy something to learn."""
+        """Of the rows that leave the policy something to learn.
+
+        Raises:
+            ConfigError: none does.
+        """
         rows = job.data.rows(self.mixed_role, "train")
         rows = [row for row in rows if len(prompt_ids(tokenizer, row.prompt)) < context]
+        if not rows:
+            source = "sft.data" if self.ptx.data is None else f"ppo.ptx.data={self.ptx.data}"
+            raise ConfigError(
+                f"ppo.ptx.coef={self.ptx.coef:g}: the prompt of each row of {source} alone fills the "
+                f"policy's context of {context} tokens, so the mix has nothing to learn. Give ppo.ptx.data "
+                "shorter rows."
+            )
         return PretrainingMix(self.ptx, tokenizer, rows, job.seed, context)
 
     @property

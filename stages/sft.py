@@ -140,8 +140,16 @@ class SftStage(Stage):
         )  # fmt: skip
 
     def room(self, context: int) -> int:
-        """Tokens of a row beyond which it is cut: no more than the context has beside virtual tokens."""
+        """Tokens of a row beyond which it is cut: no more than the context has beside virtual tokens.
+
+        Raises:
+            ConfigError: the virtual tokens leave none.
+        """
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
+        if context - virtual < 2:  # one to read, one to learn
+            raise ConfigError(
+                f"sft.peft.tokens={virtual}: they fill the model's context of {context} tokens. Use fewer."
+            )
         return min(self.max_tokens, context - virtual)
 
     def run(self, job: Job) -> None:

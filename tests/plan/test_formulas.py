@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_plan import EIGHT, GIB, check, experiment, gpus, no_gates, with_prompts_of
 
-from rlhf.config import PeftConfig
+from rlhf.config import ConfigError, PeftConfig
 from rlhf.plan.demand import Worker, exactly
 from rlhf.plan.machine import Speed
 from rlhf.plan.strategies import Figure, Strategy, Use, prefill, served
@@ -172,6 +172,9 @@ def test_virtual_tokens_are_part_of_a_sequence() -> None:
 
     assert (longest("lora", 1000), longest("prefix", 1000)) == (900, 920)
     assert (longest("lora", 900), longest("prefix", 900)) == (900, 900)
+    for context in (5, 20, 21):
+        with pytest.raises(ConfigError, match=rf"^sft\.peft\.tokens=20: they fill .* context of {context} "):
+            longest("prefix", context)
 
 
 def test_virtual_tokens_are_part_of_what_is_answered_and_read(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from small_chain import Chain, Outcome
 from small_ppo import ppo_job, ppo_stage
 
+from rlhf.config import ConfigError
 from rlhf.data.schema import Message, SftRow
 
 OWN = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}.") for n in range(8)]
@@ -33,6 +34,14 @@ def test_the_mix_draws_from_its_own_source_where_there_is_one(
     _, answers = learner.update.mix.draw()
     drawn = {learner.policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers}
     assert drawn == {row.completion for row in rows}
+
+
+def test_a_mix_of_which_nothing_fits_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    stage, job = ppo_stage("ppo.ptx.coef=0.5"), ppo_job(tmp_path / "job", tiny_model)
+    long = [Message(role="user", content="word " * 300)]
+    job.data.write("sft", "train", [SftRow(long, "an answer")])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^ppo\.ptx\.coef=0\.5: .* sft\.data .* context of 1024 tokens"):
+        stage.learner(job)
 
 
 def test_its_content_is_in_the_key_and_its_place_is_not(finished_chain: tuple[Chain, Outcome]) -> None:
