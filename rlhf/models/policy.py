@@ -78,7 +78,6 @@ def response_statistics(model: PreTrainedModel, batch: Sequences, temperature: f
     """Log-probability and entropy of every response token, in fp32."""
     hidden_NH = hidden_states(model, batch.packed, batch.predicts_N)
     head, scale = model.get_output_embeddings(), logit_scale(model.config)
-    hidden_NH = hidden_NH.to(head.weight.dtype)  # Mamba's are fp32
     return head_statistics(hidden_NH, head, batch.targets_N, temperature / scale, logit_cap(model.config))
 
 
@@ -133,9 +132,10 @@ def head_statistics(
     assert isinstance(head, nn.Linear), f"an output layer of {type(head)}"
     layer = head
 
+    # ZeRO-3 gathers a weight that is looked at outside of its layer's call, and holds it for a whole pass.
     def all_chunks(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
         statistics: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
-            hidden_NH, layer.weight, layer.bias, targets_N, temperature, cap
+            hidden_NH.to(layer.weight.dtype), layer.weight, layer.bias, targets_N, temperature, cap
         )
         return statistics
 
