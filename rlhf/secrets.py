@@ -79,8 +79,9 @@ def without_environment(text: str) -> str:
 
 
 def says_secret(key: str) -> bool:
-    """Whether a key's own name says that its value is a secret."""
-    return KEY_NAME.search(key) is not None and NO_SECRET.search(key) is None
+    """Whether a key's own name says that its value is a secret; a place (`model:DIR`, a path) is no name."""
+    is_place = ":" in key or "/" in key
+    return not is_place and KEY_NAME.search(key) is not None and NO_SECRET.search(key) is None
 
 
 def _without_value(found: re.Match[str]) -> str:

@@ -185,6 +185,12 @@ def test_a_headers_credential_goes(header: str, clean: str) -> None:
     assert redacted(header) == clean
 
 
+def test_a_place_is_no_name_of_a_secret() -> None:
+    """Digests of what scores stand under its place, and decide an artifact's key."""
+    for place in ("model:my_Secret", "model:dir/token", "python:my.module:password", "runs/api_key"):
+        assert redacted({place: "a digest"}) == {place: "a digest"}
+
+
 def test_no_key_of_the_config_says_that_its_value_is_a_secret() -> None:
     text = (Path(__file__).parents[1] / "docs" / "keys.md").read_text()
     keys = re.findall(r"`([a-z0-9_.]+)`", text)
