@@ -37,7 +37,7 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno in TROUBLE and error.filename is None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
-    except Exception as error:
+    except Exception as error:  # of a class of the library's own; raised again, as it is or as the disk's
         found = IN_A_TEXT.search(str(error))
         if found is None or int(found[1]) not in TROUBLE:
             raise

@@ -258,7 +258,7 @@ def _noting(weights: Iterable[tuple[str, Tensor]], failures: list[Exception]) ->
     """The weights; what goes wrong while they are computed is noted, as none of vLLM's own."""
     try:
         yield from weights
-    except Exception as error:
+    except Exception as error:  # whatever it is: noted, and raised again
         failures.append(error)
         raise
 

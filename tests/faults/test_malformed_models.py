@@ -90,3 +90,10 @@ def test_a_malformed_model_is_one_line_before_anything_trains(
     assert line.startswith("Error: ") and (damage in line or "model.path" in line), line
     assert len(line) < 500, line
     assert "sft done" not in outcome.out
+
+
+def test_a_directory_that_is_called_memory_is_told_like_any_other(chain: Chain, tiny_model: Path) -> None:
+    directory = shutil.copytree(tiny_model, chain.directory / "memory")
+    first_half(directory / "config.json")
+    outcome = chain.run("model=local", "model.path=memory", "stage=sft")
+    assert outcome.code == 2 and "cannot be read as a model" in outcome.err
