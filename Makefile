@@ -17,11 +17,12 @@ test: lint test-fast
 test-fast: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4
 
-# Two files at a time: half of their time they wait for ranks, signals and daemons. qlora's package costs every
-# process a second, which is too much for the fast tests.
+# Two files at a time: half of their time they wait for ranks, signals and daemons. One thread each: two processes of
+# two threads on two cores wait for each other at every barrier, and took five times as long. qlora's package costs
+# every process a second, which is too much for the fast tests.
 test-slow: $(VENV)/.tested
 	$(PIP) install --editable '.[qlora]'
-	$(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile --durations=30
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile --durations=30
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -180,7 +180,8 @@ def test_a_hanging_run_ends_after_a_signal(tmp_path: Path, by: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if by == "torchrun":
         command[:3] = [str(TORCHRUN)]
-        environment |= {"NPROC_PER_NODE": "2", "MASTER_PORT": free_port()}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment |= {"NPROC_PER_NODE": "2", "MASTER_PORT": free_port(), "PATH": path}
     run = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
