@@ -423,7 +423,7 @@ class Store:
         """Why there is no artifact for this recipe: the difference to the most similar one there is."""
         differences: list[list[str]] = []
         for path in (self.root / stage).glob(f"[!.]*/{MANIFEST}"):  # not what is being made
-            with suppress(ValidationError):
+            with suppress(OSError, ValidationError):  # another run replaces it just now, or it is damaged
                 differences.append(_changes(Manifest.model_validate_json(path.read_bytes()).recipe, recipe))
         if not differences:
             return "none was made before"

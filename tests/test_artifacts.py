@@ -146,6 +146,21 @@ def test_explain_tells_new_and_lost_ingredients_and_skips_damage(store: Store) -
     assert store.explain("sft", RECIPE) == "model: None -> 'm1'"
 
 
+def test_explain_goes_on_where_another_run_replaces_what_it_reads(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced, read = publish(store, {**RECIPE, "seed": 3}).path, Path.read_bytes
+    publish(store, {**RECIPE, "seed": 3, "version": 2})
+
+    def read_too_late(path: Path) -> bytes:
+        if path.parent == replaced:
+            replaced.rename(replaced.with_name(f".{replaced.name}.replaced"))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_too_late)
+    assert store.explain("sft", RECIPE) == "seed: 3 -> 0; version: 2 -> 1"
+
+
 def make_or_take(root: str, start: Any, results: Any) -> None:
     """What the pipeline does for one stage: under the lock, take the artifact or make it."""
     store, key = Store(Path(root)), recipe_key(RECIPE)

@@ -146,12 +146,12 @@ class Learner:
                 f"ppo.steps={config.steps}: every step had to be skipped, so nothing was learned. "
                 f"Mend ppo.reward={config.reward}, or lower ppo.optim.lr."
             )
+        mismatches = [each["engine_mismatch"] for each in self.history if "engine_mismatch" in each]
         return {
             "first_ratio_deviation": done[0]["first_ratio_deviation"],
             "first_kl": done[0]["kl_k3"],
-            "engine_mismatch": max(
-                metrics["engine_mismatch"] for metrics in self.history if "engine_mismatch" in metrics
-            ),
+            # not Python's max, which drops a NaN: that must fail the gate
+            "engine_mismatch": float(torch.tensor(mismatches, dtype=torch.float64).max()),
             **self.explained_variance(done).metrics("explained_variance"),
             **mean(best.kl_B).metrics("kl"),
             "held_out_score_before": first.score,

@@ -203,6 +203,8 @@ def test_responses_of_another_policy_end_the_run(tmp_path: Path, tiny_model: Pat
     found = [metrics["engine_mismatch"] for metrics in free.history]
     assert summary["engine_mismatch"] == max(found) > min(found)
     assert 0 < max(found) < 1e-5
+    free.history[1]["engine_mismatch"] = math.nan
+    assert math.isnan(free.summary()["engine_mismatch"])  # so its gate fails
 
     # fp32 rounds too: ten times this bound lies below it
     first = learner_in(tmp_path / "job", tiny_model, Length(), "ppo.gates.engine_mismatch.max=1e-12")
