@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from rlhf.command_line import in_our_words, readable, version
+from rlhf.command_line import in_our_words, not_chosen, readable, version
 from rlhf.config import ConfigError
 from rlhf.interrupt import Stopped, StopSignals, leave_exit_code, nobody_reads
 from rlhf.secrets import redacted, redacted_output
@@ -54,6 +54,9 @@ def run_composed(node: DictConfig) -> Any:
         raise SystemExit(CONFIG_ERROR) from None
     assert isinstance(resolved, dict)
     config = {str(key): value for key, value in resolved.items()}
+    if complaint := next(not_chosen(config), None):  # in a file of --config-dir
+        print(f"Error: {complaint}", file=sys.stderr)
+        raise SystemExit(CONFIG_ERROR)
     name = config["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN:

@@ -15,10 +15,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 
-from rlhf.config import ConfigError, did_you_mean
+from rlhf.config import ConfigError, did_you_mean, nearest
 
 ADDED = ("experiment", "remedy", "sweep")
 """Groups that no run has by itself: `+experiment=NAME`."""
+CHOSEN = ("model", "tracker")
+"""Groups of which every run has one choice: `model=NAME`."""
+SUBMITIT = ("submitit_local", "submitit_slurm")
+"""Launchers that Hydra knows once submitit is installed."""
 EXPERIMENT = re.compile(r"^\+{0,2}experiment=(.+\.ya?ml)$")
 PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.M)
 ALL_KEYS = "`python -m rlhf --cfg job` lists every one, docs/keys.md says what each means."
@@ -82,9 +86,25 @@ def read_experiment(path: Path, argument: str) -> str:
             f"{argument}: {path} holds no mapping of keys. Write lines such as "
             "`sft: {data: answers.jsonl}`."
         )
-    if complaint := next(wrong_kinds(found, shape()), None):
+    for complaint in (*not_chosen(found), *wrong_kinds(found, shape())):
         raise ConfigError(f"{path}: {complaint}")
     return content
+
+
+def not_chosen(values: Mapping[str, Any]) -> Iterator[str]:
+    """Where a file says `model: tiny`, which on the command line chooses a model and in a file does not."""
+    for group in CHOSEN:
+        value = values.get(group)
+        if not isinstance(value, str):
+            continue
+        known = choices(group)
+        name, rest = (nearest(value, known) or [value])[0], []
+        if name not in known and group == "model":  # a directory, or a model of the Hub
+            name, key = ("local", "path") if Path(value).expanduser().is_dir() else ("hub", "id")
+            rest = ["model:", f"  {key}: {value}"]
+        lines = ["", "defaults:", f"  - override /{group}: {name}", *rest]
+        said = f"`{group}: {value}` does not choose a {group} in a file. Write instead:"
+        yield "\n".join([said, *lines])
 
 
 def not_yaml(error: Exception) -> str:
@@ -110,7 +130,7 @@ def shape() -> dict[str, Any]:
         group, name = next(iter(default.items())) if isinstance(default, dict) else (default, "")
         if group.startswith("stages@"):
             whole[group.partition("@")[2]] = read(f"stages/{name}.yaml")
-    return whole | {group: _of_all(group) for group in ("model", "tracker")}
+    return whole | {group: _of_all(group) for group in CHOSEN}
 
 
 def _of_all(group: str) -> dict[str, Any]:
@@ -198,7 +218,7 @@ def no_key(key: str, arguments: Sequence[str]) -> str:
         value = next((each.partition("=")[2] for each in arguments if each.startswith(f"{key}=")), "NAME")
         return f"{key}={value}: it is added, with a plus sign: +{key}={value}."
     group, _, name = key.partition(".")
-    for choice in choices(group) if group in ("model", "tracker") else ():
+    for choice in choices(group) if group in CHOSEN else ():
         text = (resources.files("rlhf.conf") / group / f"{choice}.yaml").read_text(encoding="utf-8")
         if name in yaml.safe_load(text):
             return f"{key}: this key belongs to {group}={choice}, which this run does not have."
@@ -208,8 +228,10 @@ def no_key(key: str, arguments: Sequence[str]) -> str:
 def _no_choice(error: MissingConfigException) -> str:
     group, _, name = str(error.missing_cfg_file).rpartition("/")
     options = sorted(error.options or [])
-    if launcher := re.match(r"submitit_\w+", name):
-        return f"hydra/launcher={launcher[0]} needs submitit: pip install -e '.[slurm]'."
+    if name in SUBMITIT:
+        return f"{group}={name} needs submitit: pip install -e '.[slurm]'."
+    if group == "hydra/launcher":
+        options = sorted({*options, *SUBMITIT})
     plus = "+" if group in ADDED else ""
     own = " Or a path that ends in .yaml." if group == "experiment" else ""
     return (

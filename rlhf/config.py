@@ -38,11 +38,16 @@ SHORT = 6
 """Characters of a word in which one slip is a large part."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` Did you mean sft?`; nothing where nothing that is known is near."""
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """The one or two that are spelt nearly so, the nearest first; none where none is near."""
     names = {name.lower(): name for name in known}
     cutoff = 0.6 if len(word) < SHORT else 0.75
-    near = [names[name] for name in get_close_matches(word.lower(), names, n=2, cutoff=cutoff)]
+    return [names[name] for name in get_close_matches(word.lower(), names, n=2, cutoff=cutoff)]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean sft?`; nothing where nothing that is known is near."""
+    near = nearest(word, known)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -85,6 +85,46 @@ def test_an_experiment_is_taken_by_its_path(tmp_path: Path, name: str) -> None:
     assert found["ppo"]["kl"]["coef"] == 0.7
 
 
+@pytest.mark.parametrize(
+    ("line", "advised", "chosen"),
+    [
+        ("model: tiny", "defaults:\n  - override /model: tiny", {"kind": "tiny"}),
+        (
+            "model: Qwen/Qwen3-0.6B", "defaults:\n  - override /model: hub\nmodel:\n  id: Qwen/Qwen3-0.6B",
+            {"kind": "hub", "id": "Qwen/Qwen3-0.6B"},
+        ),
+        (
+            "model: my_model", "defaults:\n  - override /model: local\nmodel:\n  path: my_model",
+            {"kind": "local", "path": "my_model"},
+        ),
+        ("tracker: wandb", "defaults:\n  - override /tracker: wandb", {"kind": "wandb"}),
+    ],
+)  # fmt: skip
+def test_a_choice_that_a_file_writes_as_a_value_is_told_with_the_lines_to_paste(
+    tmp_path: Path, line: str, advised: str, chosen: dict[str, str]
+) -> None:
+    (tmp_path / "my_model").mkdir()
+    (tmp_path / "mine.yaml").write_text(f"{line}\nppo:\n  steps: 7\n")
+    outcome = composed(tmp_path, "+experiment=mine.yaml")
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"Error: mine.yaml: `{line}` does not choose a ")
+    assert outcome.err.endswith(f"Write instead:\n\n{advised}\n")
+    (tmp_path / "mine.yaml").write_text(f"{advised}\nppo:\n  steps: 7\n")
+    outcome = composed(tmp_path, "+experiment=mine.yaml")
+    found = yaml.safe_load(outcome.out)
+    assert found["ppo"]["steps"] == 7
+    assert chosen.items() <= found[line.partition(":")[0]].items()
+
+
+def test_so_is_one_in_a_file_of_a_config_directory(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "team.yaml").write_text("# @package _global_\nmodel: tinny\n")
+    outcome = run_main(tmp_path, ["--config-dir", "conf", "+experiment=team"], tmp_path)
+    assert outcome.code == 2
+    assert "`model: tinny` does not choose a model in a file." in outcome.err
+    assert outcome.err.endswith("Write instead:\n\ndefaults:\n  - override /model: tiny\n")
+
+
 def test_a_sweep_may_be_asked_for_between_keys(tmp_path: Path) -> None:
     outcome = run_main(tmp_path, ["model=tiny", "-m", "stage=sft", "ppo.clip=0.1,-1", "device=cpu"], tmp_path)
     assert outcome.code == 2
@@ -234,3 +274,14 @@ def test_a_terminal_is_told_before_the_libraries_are_loaded(tmp_path: Path) -> N
         pass
     os.close(mine)
     assert run.wait() == 2
+
+
+def test_the_experiment_that_readme_shows_composes(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (shown,) = (part.partition("```")[0] for part in readme.split("```yaml\n")[1:])
+    (tmp_path / "shown.yaml").write_text(shown)
+    outcome = composed(tmp_path, "+experiment=shown.yaml", "sft.data=other.jsonl")
+    assert outcome.code == 0, outcome.err
+    found = build_experiment(yaml.safe_load(outcome.out)).resolved
+    assert found["model"] | {"kind": "hub", "id": "OWNER/NAME"} == found["model"]
+    assert (found["reward"]["pairs"], found["sft"]["data"]) == ("pairs.parquet", "other.jsonl")

@@ -228,6 +228,11 @@ def test_missing_packages_are_named(chain: Chain, monkeypatch: pytest.MonkeyPatc
     assert in_our_words(hydras, []) == (
         "hydra/launcher=submitit_slurm needs submitit: pip install -e '.[slurm]'."
     )
+    mistyped = MissingConfigException("", "hydra/launcher/submitit_lcoal", ["basic"])
+    assert in_our_words(mistyped, []) == (
+        "hydra/launcher=submitit_lcoal: there is no such choice. Did you mean submitit_local? There are: "
+        "basic, submitit_local, submitit_slurm."
+    )
 
 
 KNOBS = SweepConfig(metric="ppo/kl", direction="minimize", trials=14, parallel=1, seed=0, pareto=None)
