@@ -357,20 +357,24 @@ class PrepareStage(Stage):
         return "held_out" if drawn(entry.identity, self.held_out_fraction, "held_out") else "train"
 
     def _check_not_empty(self, data: dict[Role, RoleData], context: int) -> None:
-        advice: dict[Split, str] = {
-            "train": "Give more rows.",
-            "held_out": f"Give more rows or raise prepare.held_out_fraction={self.held_out_fraction:g}.",
-            "evaluation": "Give more rows or raise prepare.evaluation_fraction="
-            f"{self.evaluation_fraction:g}.",
-        }
         for role in data.values():
             for split, entries in role.splits.items():
                 if not entries and self.sources[role.role]:
                     raise ConfigError(
                         f"{role.key}: no rows are left for {split}: "
                         f"{'; '.join([f'{role.num_read} read', f'{len(role.entries)} kept', *role.why()])}. "
-                        f"{advice[split]}{f' {self._too_long(context)}' if role.count(TOO_LONG) else ''}"
+                        f"{self._more(role, split)}"
+                        f"{f' {self._too_long(context)}' if role.count(TOO_LONG) else ''}"
                     )
+
+    def _more(self, role: RoleData, split: Split) -> str:
+        """What gives a split its first row."""
+        if split == "held_out" and len({entry.identity for entry in role.entries}) == 1:
+            return "Rows with the same prompt stay together: give rows with other prompts."
+        if split == "train" or role.num_read == 1:  # no other share of one row helps
+            return "Give more rows."
+        share = self.held_out_fraction if split == "held_out" else self.evaluation_fraction
+        return f"Give more rows or raise prepare.{split}_fraction={share:g}."
 
     def _write(self, data: dict[Role, RoleData], job: Job) -> None:
         prepared = PreparedData(job.directory)

@@ -280,8 +280,8 @@ def test_the_experiment_that_readme_shows_composes(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     (shown,) = (part.partition("```")[0] for part in readme.split("```yaml\n")[1:])
     (tmp_path / "shown.yaml").write_text(shown)
-    outcome = composed(tmp_path, "+experiment=shown.yaml", "sft.data=other.jsonl")
+    outcome = composed(tmp_path, "--resolve", "+experiment=shown.yaml", "sft.data=other.jsonl")
     assert outcome.code == 0, outcome.err
     found = build_experiment(yaml.safe_load(outcome.out)).resolved
-    assert found["model"] | {"kind": "hub", "id": "OWNER/NAME"} == found["model"]
+    assert (found["model"]["kind"], found["model"]["id"]) == ("hub", "OWNER/NAME")
     assert (found["reward"]["pairs"], found["sft"]["data"]) == ("pairs.parquet", "other.jsonl")

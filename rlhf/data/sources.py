@@ -25,10 +25,12 @@ from pydantic import (
 
 from rlhf.artifacts import digest_of, file_digest
 from rlhf.config import ConfigError, Strict, did_you_mean
-from rlhf.data.recognise import CONVERSATION_COLUMNS
+from rlhf.data.recognise import CONVERSATION_COLUMNS, PROMPT_COLUMNS
 from rlhf.data.schema import RowError
 
 SAMPLES_PACKAGE = "rlhf.samples"
+ROW_COLUMNS = {*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"}
+"""Of which every row has one, unless `fields` names others."""
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
 
@@ -305,10 +307,15 @@ def _not_utf8(error: UnicodeDecodeError) -> RowError:
 
 
 def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
-    """A JSON array; other .json files are taken for JSON lines, as many are."""
+    """A JSON array; other .json files are taken for JSON lines, as many are.
+
+    Raises:
+        ConfigError: it is one object with the rows in it, or spread over lines.
+    """
     lines = list(_lines(path, key, encoding))
     content = b"".join(line for _, line in lines)
     if not content.lstrip().startswith(b"["):
+        _check_is_no_object(content, key, path)
         yield from _jsonl_rows(path, key, encoding)
         return
     try:
@@ -323,6 +330,29 @@ def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
         ) from None
     for number, value in enumerate(values, 1):
         yield Located(f"{path.name} row {number}", _as_row(value))
+
+
+def _check_is_no_object(content: bytes, key: str, path: Path) -> None:
+    """One line may be a row; one object over several lines is none, nor is one that has the rows in it."""
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):  # several objects, as JSON lines are; or told with its line
+        return
+    if not isinstance(whole, dict):
+        return
+    lists = [name for name, value in whole.items() if _holds_objects(value)]
+    if b"\n" not in content.strip() and (not lists or ROW_COLUMNS & {*whole}):
+        return
+    alone = "; ".join(f"jq '.\"{name}\"' {path.name} > {name}.json" for name in lists)
+    raise ConfigError(
+        f"{key}: {path.name} is one object (with {', '.join(whole)}). Wanted is a list of objects, "
+        "[{...}, {...}], or one object a line."
+        + (f" If its rows are in a list, write out that alone: {alone}." if alone else "")
+    )
+
+
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
 
 
 def _decoded(path: Path, key: str, encoding: str | None) -> Iterator[str]:

@@ -161,6 +161,10 @@ GZIPPED = gzip.compress(jsonl([{"text": str(number)} for number in range(5000)])
     ("x.csv", b"prompt,completion\n", "x.csv holds no rows."),
     ("x.json", b'[{"prompt": "a"},\n{"prom', "sft.data: x.json line 2: not valid JSON (Unterminated string"),
     ("x.json", b'[{"prompt":\n"\xf6"}]', "sft.data: x.json line 2: not UTF-8 (byte 0xf6 at position 14)"),
+    ("x.json", b'{"version": 1, "rows": [{"prompt": "a"}]}', "sft.data: x.json is one object (with version, "
+     "rows). Wanted is a list of objects, [{...}, {...}], or one object a line. If its rows are in a list, "
+     "write out that alone: jq '.\"rows\"' x.json > rows.json."),
+    ("x.json", b'{\n"prompt": "a"\n}', "x.json is one object (with prompt). Wanted is a list of objects, "),
     ("x.csv", b"prompt\na\n\xf6\n", "sft.data: x.csv line 3: not UTF-8 (byte 0xf6 at position 1). Windows"),
     ("x.csv", b'prompt\na\n"open\nb\n', "sft.data: x.csv line 3: not valid CSV (unexpected end of data)."),
     ("x.parquet", b"PAR1 and then nothing", "sft.data: x.parquet: not a readable Parquet file ("),
@@ -175,6 +179,16 @@ def test_a_broken_file_gives_one_error(name, content, complaint, tmp_path):
     assert complaint in str(error.value)
     assert str(error.value).startswith(KEY)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]},
+    {"prompt": "a", "completion": "b"},
+    {"anything": "a"},
+])  # fmt: skip
+def test_one_row_alone_may_be_a_file(row, tmp_path):
+    (tmp_path / "x.json").write_bytes(jsonl([row]))
+    assert read(tmp_path / "x.json") == [("x.json line 1", row)]
 
 
 WITH_ACCENTS = [{"prompt": "Grüße", "completion": "naïve ça €"}]

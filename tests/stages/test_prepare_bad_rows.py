@@ -190,6 +190,16 @@ def test_a_role_without_held_out_rows(bench):
     )
 
 
+def test_one_prompt_alone_is_not_advised_another_share(bench):
+    bench.rows["sft"] = [{"prompt": "Which?", "completion": f"This: {number}."} for number in range(2)]
+    for rows, counts in ((2, "2 read; 2 kept"), (1, "1 read; 1 kept")):
+        bench.rows["sft"] = bench.rows["sft"][:rows]
+        assert bench.complaint(held_out_fraction=0.001) == (
+            f"sft.data: no rows are left for held_out: {counts}. "
+            "Rows with the same prompt stay together: give rows with other prompts."
+        )
+
+
 def test_a_file_that_cannot_be_read_is_found_before_any_stage_runs(bench):
     bench.sources["ppo"] = str(bench.directory / "none.jsonl")
     with pytest.raises(ConfigError, match=r"^ppo\.prompts=.*none\.jsonl: there is no such file"):
