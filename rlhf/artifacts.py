@@ -93,8 +93,8 @@ class DamagedError(ConfigError):
 
     def __str__(self) -> str:
         return printable(
-            f"{self.path} is damaged: {self.complaint}. The next command that needs it, such as the same one "
-            "again, sets it aside and makes it anew; `python -m rlhf verify` looks for more."
+            f"{self.path} is damaged: {self.complaint}. The next command whose chain needs it sets it aside "
+            "and makes it anew; `python -m rlhf verify` looks for more."
         )
 
 
@@ -264,8 +264,11 @@ class Store:
         except OSError as error:
             raise ConfigError(f"store_dir={root}: cannot be created ({error.strerror}).") from None
 
-    def find(self, stage: str, key: str) -> Artifact | None:
+    def find(self, stage: str, key: str, *, read: bool = False) -> Artifact | None:
         """The finished artifact, verified, or None. What is remembered of its files is not read again.
+
+        Args:
+            read: as of `file_digests`.
 
         Raises:
             DamagedError: it is not what was published.
@@ -278,7 +281,7 @@ class Store:
         manifest = artifact.manifest
         if (manifest.stage, manifest.key) != (stage, key):
             raise DamagedError(path, f"its {MANIFEST} belongs to {manifest.stage}/{manifest.key}")
-        self.verify(artifact)
+        self.verify(artifact, read=read)
         return artifact
 
     def verify(self, artifact: Artifact, *, read: bool = False) -> None:
@@ -316,9 +319,12 @@ class Store:
         if extra:
             raise DamagedError(path, f"{extra[0]} is not one of its files", extra)
 
-    def set_aside(self, stage: str, key: str) -> str | None:
+    def set_aside(self, stage: str, key: str, *, read: bool = False) -> str | None:
         """Rename what is damaged in the artifact's place, so that it is made anew, or is found again if only
         other files lay in it; call it under the lock.
+
+        Args:
+            read: as of `file_digests`.
 
         Returns:
             What was done, in words; None if nothing is damaged.
@@ -327,7 +333,7 @@ class Store:
             ConfigError: it cannot be renamed.
         """
         try:
-            self.find(stage, key)
+            self.find(stage, key, read=read)
         except DamagedError as damage:
             path = damage.path
             aside = path.with_name(f".{key}.damaged-{uuid4().hex[:4]}")

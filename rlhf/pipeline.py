@@ -26,6 +26,7 @@ from rlhf.job import Job
 from rlhf.lineage import content_digest, make_manifest
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.load import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
+from rlhf.models.published import model_below
 from rlhf.plan.preflight import Begun, check_before_loading
 from rlhf.plan.rehearsal import rehearse_rewards
 from rlhf.progress import Progress, clock
@@ -34,6 +35,14 @@ from rlhf.run import GateError, GateResult, Run
 from rlhf.secrets import redacted
 from rlhf.stage import Stage
 from rlhf.tracking import Tracker, make_tracker
+
+
+class UnsoundInputError(Exception):
+    """What a stage would load is damaged. Raised on every rank, before anything is loaded."""
+
+    def __init__(self, damage: DamagedError) -> None:
+        super().__init__(damage)
+        self.damage = damage
 
 
 class Pipeline:
@@ -56,6 +65,8 @@ class Pipeline:
         self.base: Artifact | None = None
         """The base model, where the store keeps it."""
         self.results = Run(Path(settings.runs_dir) / run_name, writes=compute.is_main)
+        self.made: set[str] = set()
+        """Stages that this run has run: `force=` does not run them once more."""
         self.needs_weights = any(stage.reads_weights for stage in stages)
         self.vllm = None
         if settings.generation == "vllm" and any(stage.samples for stage in stages):
@@ -85,19 +96,56 @@ class Pipeline:
                     )
 
     def run(self) -> None:
-        """Run the chain; `results` says how far it came.
+        """Run the chain; `results` says how far it came. What is damaged and would be loaded is set aside;
+        then the run begins again, and reuses what is sound.
 
         Raises:
             GateError: a gate failed; every finished stage is kept.
+            ConfigError: what was made anew is damaged again.
         """
         with ExitStack() as stack:
-            self.compute.main_only(lambda: self.begin(stack))
-            self.run_stages()
+            self.compute.main_only(lambda: stack.enter_context(self.results.alone()))
+            if self.vllm is not None:
+                stack.callback(self.vllm.close)
+            mended: set[Path] = set()
+            while (damage := self.attempt()) is not None:
+                if damage.path in mended:
+                    raise ConfigError(
+                        f"{damage.path} is damaged again ({damage.complaint}), though this run set it aside "
+                        f"and made it anew. What is written to store_dir={self.store.root} does not stay as "
+                        "it is: check that disk and this machine's memory, or use another store_dir."
+                    )
+                mended.add(damage.path)
+                self.mend(damage)
 
-    def begin(self, stack: ExitStack) -> None:
-        """Take the run's directory."""
+    def attempt(self) -> DamagedError | None:
+        """Run the chain from its beginning to its end.
+
+        Returns:
+            What a stage would have loaded and is damaged; nothing was made from it.
+        """
+        self.results.stages.clear()
+        self.results.gates.clear()
+        self.compute.main_only(self.begin)
+        try:
+            self.run_stages()
+        except UnsoundInputError as unsound:
+            return unsound.damage
+        return None
+
+    def mend(self, damage: DamagedError) -> None:
+        """Set it aside, unless another run just did."""
+        stage, key = damage.path.parent.name, damage.path.name
+        with self.locked(stage, key):
+            told = self.compute.main_only(lambda: self.store.set_aside(stage, key, read=True))
+        self.tell(
+            f"{stage}: {told or f'{damage.path} was damaged ({damage.complaint})'}. The run begins again and "
+            "makes it anew."
+        )
+
+    def begin(self) -> None:
+        """Empty the run's directory of what an earlier run of its name left, or an attempt."""
         run = self.results
-        stack.enter_context(run.alone())
         try:
             run.begin()
             content = to_yaml(redacted(self.experiment.resolved))
@@ -133,8 +181,6 @@ class Pipeline:
                 self.check_gates(name, artifacts[name])
         finally:
             tracker.close()
-            if self.vllm is not None:
-                self.vllm.close()
 
     def finish(
         self,
@@ -147,7 +193,7 @@ class Pipeline:
         stage, run = self.experiment.stages[name], self.results
         recipe = self.recipe(stage, artifacts)
         key = recipe_key(recipe)
-        forced = name in self.experiment.settings.force or not stage.is_kept
+        forced = self.is_forced(stage)
 
         def find() -> Artifact | None:
             return None if forced else self.kept(stage, recipe, artifacts)
@@ -188,17 +234,15 @@ class Pipeline:
             reason: why it runs, where that is known.
         """
         name, key, run, start = stage.name, recipe_key(recipe), self.results, time.monotonic()
+        why = ""
         if self.experiment.settings.why:
             if forced:
                 reason = "force" if stage.is_kept else "it always does"
-            elif reason is None:
-                reason = self.store.explain(name, recipe)
-                if self.store.find(name, key):
-                    reason = "an input was made anew, with another result"
-            self.console.print(f"[cyan]{name}[/] runs ({key}): {reason}", highlight=False)
-        else:
-            self.console.print(f"[cyan]{name}[/] runs ({key})", highlight=False)
-        self.compute.main_only(lambda: self.check_inputs(stage, artifacts))
+            why = f": {reason or self.compute.main_only(lambda: self.explain(recipe))}"
+        self.console.print(f"[cyan]{name}[/] runs ({key}){why}", highlight=False)
+        damage = self.compute.main_only(lambda: self.damaged_input(stage, artifacts))
+        if damage is not None:
+            raise UnsoundInputError(damage)
         self.compute.main_only(lambda: self.check_external(stage, base))
         progress = Progress(self.console)
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
@@ -255,11 +299,18 @@ class Pipeline:
             return self.store.publish(scratch, manifest)
 
         artifact = self.compute.main_only(publish)
+        self.made.add(name)
         self.compute.main_only(job.checkpoints.discard)
         run.record(name, "ran", key, artifact, seconds)
         cost = job.checkpoints.cost()
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
         return artifact
+
+    def explain(self, recipe: Recipe) -> str:
+        """Why the store's artifact is not taken; call it under the artifact's lock."""
+        if self.store.find(recipe["stage"], recipe_key(recipe)):
+            return "an input was made anew, with another result"
+        return self.store.explain(recipe["stage"], recipe)
 
     def checkpointing(self, *, forget: bool) -> CheckpointConfig:
         """How a stage saves its state; `forget` starts it anew whatever is there, as `force=` asks."""
@@ -270,17 +321,24 @@ class Pipeline:
         """Say a line as it is."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def check_inputs(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> None:
-        """Read what the stage is going to load, and compare it with what was published.
+    def is_forced(self, stage: Stage) -> bool:
+        """Whether it runs even where the store has its artifact."""
+        asked = stage.name in self.experiment.settings.force or not stage.is_kept
+        return asked and stage.name not in self.made
 
-        Raises:
-            DamagedError: it differs. Begun again, the run sets it aside.
-        """
+    def damaged_input(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> DamagedError | None:
+        """Read what the stage is going to load, and compare it with what was published."""
+        bases = [] if self.base is None else [self.base]
         loaded = [artifacts[name] for name in stage.inputs()]
-        if stage.reads_base_model() and self.base is not None:
-            loaded.append(self.base)
-        for artifact in loaded:
-            self.store.verify(artifact, read=True)
+        loaded += bases if stage.reads_base_model() else []
+        try:
+            for artifact in loaded:  # it grows
+                self.store.verify(artifact, read=True)
+                below = model_below(artifact.path)
+                loaded += [each for each in (*artifacts.values(), *bases) if each.path.resolve() == below]
+        except DamagedError as damage:
+            return damage
+        return None
 
     def check_external(self, stage: Stage, base: BaseModelFiles) -> None:
         """What lies outside the store is what it was when the key was made of it.
@@ -335,7 +393,7 @@ class Pipeline:
                 pending[name] = Begun()  # without its inputs it cannot have begun
                 continue
             recipe = self.recipe(stage, known)
-            found = None if name in self.experiment.settings.force else self.kept(stage, recipe, known)
+            found = None if self.is_forced(stage) else self.kept(stage, recipe, known)
             if found:
                 known[name] = found
             else:

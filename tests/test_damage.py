@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_chain import STAGES, Chain, Outcome, run_main
+from small_chain import SETTINGS, SOURCES, STAGES, Chain, Outcome, run_main
 from small_store import RECIPE, publish
 
 from rlhf import artifacts
@@ -285,21 +285,119 @@ def test_what_was_made_from_another_result_is_made_anew(
     assert copy.run("stage=[sft,reward]").statuses["reward"] == "reused"
 
 
-def test_damage_behind_what_is_remembered_ends_the_run_before_it_is_loaded(
+def test_damage_behind_what_is_remembered_is_mended_by_the_run_that_finds_it(
     finished_chain: tuple[Chain, Outcome], copy: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
-    first = finished_chain[1]
-    path = copy.directory / "store" / "sft" / first.key("sft")
+    first, store = finished_chain[1], copy.directory / "store"
+    sound = file_digest((path := store / "sft" / first.key("sft")) / "model.safetensors")
     assert copy.run("stage=sft").code == 0
     flip_unnoticed(path, "model.safetensors")
-    refused = copy.run("stage=ppo", "ppo.kl.coef=0.3")
-    assert refused.code == 2
-    assert (
-        "is damaged: model.safetensors is not what was written. The next command that needs it" in refused.err
-    )
-    again = copy.run("stage=ppo", "ppo.kl.coef=0.3")
-    assert again.statuses == dict.fromkeys(STAGES[:-1], "reused") | {"sft": "ran", "ppo": "ran"}
+    outcome = copy.run("stage=ppo", "ppo.kl.coef=0.3", "why=true")
+    assert outcome.code == 0, outcome.err
+    (aside,) = path.parent.glob(".*.damaged-*")
+    words = f"is damaged (model.safetensors is not what was written): set aside as store/sft/{aside.name}."
+    told = f"sft: store/sft/{first.key('sft')} {words} The run begins again and makes it anew."
+    assert outcome.out.count(told) == 1
+    assert outcome.statuses == dict.fromkeys(STAGES[:-1], "reused") | {"sft": "ran", "ppo": "ran"}
+    assert file_digest(path / "model.safetensors") == sound
+    gates = [(gate["stage"], gate["name"]) for gate in outcome.summary["gates"]]
+    assert len(gates) == len({*gates})
+    lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
+    summaries = [line["stage"] for line in lines if line.get("summary")]
+    assert sorted(summaries) == sorted(STAGES[:-1])  # nothing is said twice
+
+
+def test_what_was_made_from_damage_is_made_anew_by_the_same_run(
+    finished_chain: tuple[Chain, Outcome], copy: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SFT model in the store is another one than the stage makes, and so is what was made from it."""
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    path = copy.directory / "store" / "sft" / finished_chain[1].key("sft")
+    other = copy.run("stage=sft", "sft.optim.lr=1e-4").artifact("sft")
+    manifest = artifacts.read_manifest(path)
+    shutil.copyfile(other / "model.safetensors", path / "model.safetensors")
+    manifest.files["model.safetensors"] = file_digest(path / "model.safetensors")
+    artifacts.write_manifest(path, manifest)
+    assert copy.run("stage=[sft,reward]").statuses["reward"] == "ran"
+    flip_unnoticed(path, "model.safetensors")
+    outcome = copy.run("stage=[sft,reward,ppo]", "force=[ppo]")
+    assert outcome.code == 0, outcome.err
+    ran = dict.fromkeys(("sft", "reward", "ppo"), "ran")
+    assert outcome.statuses == {"prepare": "reused", "generate": "reused"} | ran  # of the sound model's
+
+
+def test_a_base_model_and_rows_that_are_damaged_unnoticed_are_mended_too(
+    copy: Chain, finished_chain: tuple[Chain, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    assert copy.run("stage=sft").code == 0
+    (base,) = (copy.directory / "store" / "base").glob("[!.]*")
+    prepared = copy.directory / "store" / "prepare" / finished_chain[1].key("prepare")
+    flip_unnoticed(base, "model.safetensors")
+    flip_unnoticed(prepared, "sft.train.jsonl")
+    outcome = copy.run("stage=sft", "sft.optim.lr=1e-4")
+    assert outcome.code == 0, outcome.err
+    assert outcome.statuses == {"prepare": "ran", "sft": "ran"}
+    assert outcome.out.count("The run begins again and makes it anew.") == 2
+    assert len([*base.parent.glob(".*.damaged-*"), *prepared.parent.glob(".*.damaged-*")]) == 2
+
+
+def test_the_model_below_an_adapter_is_mended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What answers is an SFT model that is nothing but virtual tokens before the base model."""
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    chain, prompt = Chain(tmp_path), ("sft.peft=prompt", "gates=warn", "generate.reward=null")
+    assert chain.run("stage=sft", *prompt).code == 0
+    (base,) = (tmp_path / "store" / "base").glob("[!.]*")
+    flip_unnoticed(base, "model.safetensors")
+    outcome = chain.run("stage=generate", *prompt)
+    assert outcome.code == 0, outcome.err
+    assert f"base: store/base/{base.name} is damaged" in outcome.out
+    assert outcome.statuses == {"prepare": "reused", "sft": "reused", "generate": "ran"}
+
+
+@pytest.mark.slow
+def test_two_ranks_mend_it_together(
+    finished_chain: tuple[Chain, Outcome], copy: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    path = copy.directory / "store" / "sft" / finished_chain[1].key("sft")
+    assert copy.run("stage=sft").code == 0
+    flip_unnoticed(path, "model.safetensors")
+    two = ("stage=reward", "reward.optim.lr=1e-4", "launch.processes=2", "run_name=two")
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf", *SETTINGS, *SOURCES, *two],
+        cwd=copy.directory, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begins again") == 1
+    assert Outcome(0, "", "", copy.directory / "runs" / "two").statuses == {
+        "prepare": "reused", "sft": "ran", "reward": "ran"
+    }  # fmt: skip
+
+
+def test_a_disk_that_damages_everything_ends_the_run(
+    copy: Chain, finished_chain: tuple[Chain, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    assert copy.run("stage=sft").code == 0
+    path, publish = copy.directory / "store" / "sft" / finished_chain[1].key("sft"), Store.publish
+
+    def publish_on_a_bad_disk(
+        store: Store, scratch: Path, manifest: artifacts.Manifest
+    ) -> artifacts.Artifact:
+        artifact = publish(store, scratch, manifest)
+        if manifest.stage == "sft":
+            flip_unnoticed(artifact.path, "model.safetensors")
+        return artifact
+
+    monkeypatch.setattr(Store, "publish", publish_on_a_bad_disk)
+    flip_unnoticed(path, "model.safetensors")
+    outcome = copy.run("stage=ppo", "ppo.kl.coef=0.3")
+    assert outcome.code == 2
+    assert outcome.out.count("The run begins again and makes it anew.") == 1
+    assert f"{path.name} is damaged again (model.safetensors is not what was written), though" in outcome.err
+    assert "check that disk and this machine's memory, or use another store_dir" in outcome.err
 
 
 def test_a_local_model_that_is_damaged_unnoticed_is_not_loaded(

@@ -59,13 +59,17 @@ class Origin(Strict):
         digest = weights_digest(model)
         return cls(directory=directory, key=key, digest=digest, in_4_bits=[*in_4_bits])
 
+    def place(self, artifact: Path) -> Path:
+        """Where the model should lie."""
+        return (artifact.resolve() / self.directory).resolve()
+
     def found(self, artifact: Path) -> Path:
         """Where the model lies.
 
         Raises:
             ConfigError: it is not there, or has other weights.
         """
-        directory = (artifact.resolve() / self.directory).resolve()
+        directory = self.place(artifact)
         if not (directory / "config.json").is_file():
             raise ConfigError(
                 f"{artifact}: its base model ({self.key}) is not in {directory} any more. Run the stage that "
@@ -141,10 +145,14 @@ def origin_of(artifact: Path) -> Origin | None:
 
 def base_of(artifact: Path) -> Path | None:
     """Where the weights lie of an artifact that has none of its own beside its adapter; None where it has."""
-    origin = origin_of(artifact)
-    if origin is None or any(artifact.glob("*.safetensors")):
-        return None
-    return origin.found(artifact)
+    origin = None if any(artifact.glob("*.safetensors")) else origin_of(artifact)
+    return None if origin is None else origin.found(artifact)
+
+
+def model_below(artifact: Path) -> Path | None:
+    """As `base_of`, whatever lies there."""
+    origin = None if any(artifact.glob("*.safetensors")) else origin_of(artifact)
+    return None if origin is None else origin.place(artifact)
 
 
 def described(artifact: Path) -> dict[str, Any]:
