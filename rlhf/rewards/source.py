@@ -6,6 +6,7 @@ A reward is a callable from exchanges to one fp32 score each, on the CPU; higher
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import reprlib
 import sys
 import traceback
@@ -38,6 +39,13 @@ UserFunction = Callable[[list[str], list[str]], Sequence[float]]
 """(the last message of each conversation, responses) -> scores."""
 
 
+WANTED = (
+    "It is called as {name}(prompts, responses), with two lists of texts, and returns a list of floats, one "
+    "for each response."
+)
+"""Of a user's function."""
+
+
 def _checked(source: str) -> str:
     kind, _, rest = source.partition(":")
     if kind in ("http", "https"):
@@ -67,7 +75,7 @@ def function_reward(source: str) -> Reward:
     turns before it ("" of an empty one), and the responses.
 
     Raises:
-        ConfigError: it cannot be imported.
+        ConfigError: it cannot be imported, or not be called with two lists.
     """
     _, module, name = source.split(":", 2)
     imported_code(source)
@@ -75,32 +83,58 @@ def function_reward(source: str) -> Reward:
         function: UserFunction = getattr(sys.modules[module], name)
     except AttributeError as error:
         raise ConfigError(f"{source}: {error}. Name a function of that module.") from None
+    wanted = WANTED.format(name=name)
+    if not callable(function):
+        raise ConfigError(f"{source}: {name} is no function. {wanted}")
+    defined = _defined(function)
+    place = f"{defined[0]}, line {defined[1]}" if defined else module
+    if (arguments := _other_arguments(function)) is not None:
+        raise ConfigError(f"{source}: its arguments are {arguments} ({place}). {wanted}")
 
     def score(exchanges: Sequence[Exchange]) -> Tensor:
         prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
         try:
             answer = function(prompts, [exchange.response for exchange in exchanges])
         except Exception as error:  # whatever a user's function raises
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            raise RewardError(
-                f"{source}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno}). "
-                "It must return one number for each response."
-            ) from error
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if defined and frame.filename == defined[0]]
+            where = f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else place
+            raise RewardError(f"{source}: {type(error).__name__}: {error} ({where}). {wanted}") from error
         try:
             scores = torch.as_tensor(answer)
         except (RuntimeError, TypeError, ValueError):
             said = "nothing (None)" if answer is None else f"{reprlib.repr(answer)}, which holds no numbers"
-            raise RewardError(
-                f"{source} returned {said}; it must return one number for each response."
-            ) from None
+            raise RewardError(f"{source} returned {said} ({place}). {wanted}") from None
         if scores.shape != (len(exchanges),):
             raise RewardError(
-                f"{source} returned shape {tuple(scores.shape)} for {len(exchanges)} responses; "
-                "it must return one number for each."
+                f"{source} returned shape {tuple(scores.shape)} for {len(exchanges)} responses ({place}). "
+                f"{wanted}"
             )
         return scores.detach().float().cpu()
 
     return score
+
+
+def _other_arguments(function: UserFunction) -> str | None:
+    """Its arguments where two lists cannot be these, such as (text)."""
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except ValueError:  # written in C: Python does not know them
+        return None
+    try:
+        signature.bind([], [])
+    except TypeError:
+        return str(signature)
+    return None
+
+
+def _defined(function: UserFunction) -> tuple[str, int] | None:
+    """The file and line where the function's code begins; None where Python does not know it."""
+    try:
+        file, line = inspect.getsourcefile(function), inspect.getsourcelines(function)[1]
+    except (OSError, TypeError):
+        return None
+    return (file, line) if file else None
 
 
 def reward_digest(source: str | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ from small_chain import Chain
 from rlhf.config import ConfigError
 from rlhf.models.load import ModelConfig, base_identity
 from rlhf.rewards.code import has_changed
-from rlhf.rewards.source import reward_digest
+from rlhf.rewards.source import Exchange, function_reward, reward_digest
 
 SOURCE = "python:their_reward:score"
 FUNCTION = "def score(prompts, responses):\n    return [{value} for _ in responses]\n"
@@ -121,6 +121,58 @@ def test_what_cannot_be_imported_is_told(folder: Path, source: str) -> None:
     (folder / "their_reward.py").write_text(FUNCTION.format(value=1))
     with pytest.raises(ConfigError, match=source):
         anew(source)
+
+
+WANTED = (
+    "It is called as score(prompts, responses), with two lists of texts, and returns a list of floats, one "
+    "for each response."
+)
+
+
+@pytest.mark.parametrize(
+    ("definition", "said"),
+    [
+        ("def score(text):", "its arguments are (text) (FILE, line 3)."),
+        (
+            "def score(prompts, responses, tokenizer):",
+            "its arguments are (prompts, responses, tokenizer) (FILE",
+        ),
+        ("def score(*, prompts, responses):", "its arguments are (*, prompts, responses) (FILE, line 3)."),
+        ("score = 3 #", "score is no function."),
+    ],
+)
+def test_a_function_with_other_arguments_is_told_before_anything_runs(
+    folder: Path, definition: str, said: str
+) -> None:
+    file = folder / "their_reward.py"
+    file.write_text(f"import math\n\n{definition}\n    return 0.0\n".replace("#\n   ", "#"))
+    with pytest.raises(ConfigError) as caught:
+        anew()
+    assert str(caught.value).startswith(f"{SOURCE}: {said.replace('FILE', str(file))}")
+    assert str(caught.value).endswith(f" {WANTED}")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            "return len(responses.split())",
+            "AttributeError: 'list' object has no attribute 'split' (FILE, line 4",
+        ),
+        ("return textwrap.dedent(responses)", "(FILE, line 4, in score)"),  # which fails in textwrap.py
+        ("return 0.5", "returned shape () for 2 responses (FILE, line 3)."),
+        ("return None", "returned nothing (None) (FILE, line 3)."),
+        ("raise KeyError('x')", "KeyError: 'x' (FILE, line 4, in score)."),
+    ],
+)
+def test_a_function_that_fails_is_told_by_its_own_line(folder: Path, body: str, said: str) -> None:
+    file = folder / "their_reward.py"
+    file.write_text(f"import textwrap\n\ndef score(prompts, responses, **more):\n    {body}\n")
+    forget()
+    with pytest.raises(ConfigError) as caught:
+        function_reward(SOURCE)([Exchange([], "a b"), Exchange([], "c")])
+    assert said.replace("FILE", str(file)) in str(caught.value)
+    assert str(caught.value).endswith(f" {WANTED}")
 
 
 def test_a_url_counts_whole(monkeypatch: pytest.MonkeyPatch) -> None:
