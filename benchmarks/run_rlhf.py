@@ -8,7 +8,6 @@ last line printed is one JSON object.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import resource
 import sys
@@ -19,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
+import rlhf
 from rlhf.artifacts import Artifact, Manifest
 from rlhf.checkpoint import CheckpointConfig, Checkpointer
 from rlhf.config import ConfigError
@@ -82,13 +83,16 @@ def make_single(overrides: list[str]) -> Experiment:
 
 def about_this_process(device: torch.device) -> dict[str, Any]:
     """What every runner reports at its end; on CUDA the memory is the device's."""
-    packages = ("rlhf", "transformers", "torch")
     on_cuda = device.type == "cuda"
     return {
         "peak_bytes": torch.cuda.max_memory_allocated(device)
         if on_cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {
+            "rlhf": rlhf.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
     }
 
 

@@ -15,7 +15,15 @@ from datetime import datetime
 from importlib import resources
 from typing import Any
 
-import hydra
+try:
+    import hydra
+except ModuleNotFoundError as missing:
+    print(
+        f"Error: rlhf is not installed for {sys.executable} ({missing}). In the checkout: `make install`, "
+        "then `. .venv/bin/activate`.",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode

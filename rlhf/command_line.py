@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 
+from rlhf import __version__
 from rlhf.config import ConfigError, did_you_mean, nearest
 
 ADDED = ("experiment", "remedy", "sweep")
@@ -30,7 +31,7 @@ ALL_KEYS = "`python -m rlhf --cfg job` lists every one, docs/keys.md says what e
 
 def version() -> str:
     """What `--version` says."""
-    return f"rlhf {metadata.version('rlhf')}"
+    return f"rlhf {__version__}"
 
 
 def readable(arguments: Sequence[str]) -> list[str]:

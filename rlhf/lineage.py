@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from rlhf import __version__
 from rlhf.artifacts import Artifact, Manifest, Recipe, digest_of, file_digest, recipe_key
 from rlhf.tracking import Tracker
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-PACKAGES = ("rlhf", "torch", "transformers", "peft", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
 def make_manifest(
@@ -50,7 +51,7 @@ def make_manifest(
         tokenizer=digest_of(tokenizer_files) if tokenizer_files else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         git_revision=git_revision(),
-        packages={name: importlib.metadata.version(name) for name in PACKAGES},
+        packages={"rlhf": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         hardware=hardware() + (f", {num_ranks} ranks" if num_ranks > 1 else ""),
         files={},
         made_from=made_from,

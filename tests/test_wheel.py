@@ -1,4 +1,5 @@
-"""A wheel built from the tree holds all that the program needs, and runs where the tree is not."""
+"""A wheel built from the tree holds all that the program needs, and runs where the tree is not. An editable
+install is seen by type checkers too."""
 
 from __future__ import annotations
 
@@ -24,15 +25,23 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that the checkout stays clean."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged, so that the checkout stays clean."""
+    copy = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, copy / name, ignore=ignore, symlinks=True)
         else:
-            shutil.copy(source, tree / name)
+            shutil.copy(source, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `python -m build` makes of it."""
+    out = tmp_path_factory.mktemp("wheel")
     built = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(tree)],
         capture_output=True, text=True, check=False,
@@ -86,6 +95,7 @@ def run(python: Path, directory: Path, *arguments: str) -> subprocess.CompletedP
 
 def test_the_wheel_holds_our_files_and_nothing_at_top_level(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert wheel.name.startswith("rlhf_chain-")
     assert {name.split("/")[0] for name in names} == {"rlhf", f"{wheel.name.split('-py3')[0]}.dist-info"}
     kinds = {"rlhf": ("py",), "stages": ("py",), "conf": ("py", "yaml"), "data": ("py", "jsonl")}
     expected = {"rlhf/py.typed"}
@@ -106,7 +116,7 @@ def test_metadata_tells_what_is_needed(wheel: Path) -> None:
     assert "Requires-Python: >=3.11" in metadata
     assert "Requires-Dist: transformers<5.40,>=5.16" in metadata
     assert [line for line in metadata.splitlines() if line.startswith("Requires-Dist: trl")] == [
-        'Requires-Dist: trl<1.17,>=1.16; extra == "test"'
+        'Requires-Dist: trl<1.17,>=1.16; extra == "bench"'
     ]
 
 
@@ -118,6 +128,15 @@ def test_the_installed_package_is_the_wheel(python: Path, hostile: Path) -> None
     files = [Path(line) for line in found.stdout.splitlines()]
     assert len(files) == len(modules)
     assert all(file.is_relative_to(python.parents[1]) for file in files), files
+
+
+def test_the_version_is_the_same_wherever_it_is_asked_for(python: Path, hostile: Path) -> None:
+    code = (
+        "import importlib.metadata, rlhf; print(rlhf.__version__, importlib.metadata.version('rlhf-chain'))"
+    )
+    module, distribution = run(python, hostile, "-c", code).stdout.split()
+    assert module == distribution
+    assert run(python, hostile, "-m", "rlhf", "--version").stdout == f"rlhf {module}\n"
 
 
 def test_the_help_page(python: Path, hostile: Path) -> None:
@@ -143,3 +162,18 @@ def test_the_command_is_installed_too(python: Path, hostile: Path) -> None:
     )
     assert shown.returncode == 0, shown.stderr
     assert "Stages, in order" in shown.stdout
+
+
+def test_a_type_checker_finds_the_modules_of_an_editable_install(tree: Path, tmp_path: Path) -> None:
+    """In an environment of its own, without dependencies, so that nothing else can be found there."""
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=True)
+    python = environment / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", tree], check=True)
+    lines = ("import rlhf.conf", "import rlhf.samples", "from rlhf.stages.sft import SftStage", "")
+    user = tmp_path / "user.py"
+    user.write_text("\n".join((*lines, "reveal_type(SftStage.run)\n")))
+    checker = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python), user.name]
+    checked = run(Path(checker[0]), tmp_path, *checker[1:])
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "rlhf.stages.sft.SftStage" in checked.stdout and "rlhf.job.Job" in checked.stdout

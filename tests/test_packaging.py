@@ -1,0 +1,101 @@
+"""What pyproject.toml asks for, what constraints.txt pins, and what is said where nothing is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NAME = PROJECT["name"]
+NOT_PINNED = ("cuda", "nvidia", "triton")  # each build of torch names its own
+LEFT_OUT = "vllm"  # it pins a torch of its own
+
+
+def pins() -> dict[str, str]:
+    """Package -> its version in constraints.txt, for this Python."""
+    found: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        requirement = Requirement(text)
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==" and not requirement.extras, line
+        if requirement.marker is None or requirement.marker.evaluate():
+            name = canonicalize_name(requirement.name)
+            assert name not in found, f"{name} is pinned twice"
+            found[name] = specifier.version
+    return found
+
+
+def asked_for() -> list[Requirement]:
+    """What pyproject.toml asks for, with all extras but vLLM's."""
+    extras = PROJECT["optional-dependencies"]
+    texts = [
+        *PROJECT["dependencies"],
+        *(text for name in extras if name != LEFT_OUT for text in extras[name]),
+    ]
+    return [requirement for text in texts if (requirement := Requirement(text)).name != NAME]
+
+
+def test_the_constraints_satisfy_every_bound() -> None:
+    pinned = pins()
+    wrong = [
+        str(requirement)
+        for requirement in asked_for()
+        if pinned.get(canonicalize_name(requirement.name), "0") not in requirement.specifier
+    ]
+    assert wrong == [], "run `make constraints`"
+
+
+def test_the_constraints_cover_what_the_dependencies_depend_on() -> None:
+    pinned, waiting, seen = pins(), asked_for(), set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            try:
+                needs = metadata.requires(name) or []
+            except metadata.PackageNotFoundError:  # an extra that this environment lacks
+                continue
+            for text in needs:
+                need = Requirement(text)
+                if need.marker is None or need.marker.evaluate({"extra": extra}):
+                    waiting.append(need)
+    names = {name for name, _ in seen}
+    assert len(names) > 100
+    unpinned = {name for name in names - pinned.keys() if not name.startswith(NOT_PINNED)}
+    assert unpinned == set(), "run `make constraints`"
+
+
+def test_the_test_extra_names_the_others() -> None:
+    extras = PROJECT["optional-dependencies"]
+    (own,) = [requirement for text in extras["test"] if (requirement := Requirement(text)).name == NAME]
+    assert own.extras == extras.keys() - {"test", "qlora", LEFT_OUT}
+    others = {Requirement(text).name for name in own.extras for text in extras[name]}
+    assert others & {Requirement(text).name for text in extras["test"]} == set()
+
+
+def test_without_an_installation_one_line_says_how_to_install() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-S", "-m", "rlhf", "model=tiny"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2 and ran.stdout == ""
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith(f"Error: rlhf is not installed for {sys.executable}")
+    assert "`make install`" in line and ". .venv/bin/activate" in line
+    assert "\ninstall: " in (ROOT / "Makefile").read_text()
