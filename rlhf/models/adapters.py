@@ -246,10 +246,10 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
             raise ConfigError(
                 f"method=ia3: peft does not know which layers of a {kind} model to scale. Use lora or dora."
             )
-        return IA3Config()
+        return IA3Config(fan_in_fan_out=_is_transposed(model))
     if config.method == "adapter":
         return BottleneckConfig(size=config.size, target_modules=sublayer_ends(model, config))
-    if config.method == "qlora" and any(isinstance(layer, Conv1D) for _, layer in linears(model)):
+    if config.method == "qlora" and _is_transposed(model):
         raise ConfigError(
             f"method=qlora: bitsandbytes holds no weights of {type(model).__name__} in 4 bits. Use lora."
         )
@@ -258,7 +258,13 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
         lora_alpha=config.alpha,
         target_modules=update_targets(model, config),
         use_dora=config.method == "dora",
+        fan_in_fan_out=_is_transposed(model),
     )
+
+
+def _is_transposed(model: PreTrainedModel) -> bool:
+    """Whether linear layers hold their weights the other way round, as GPT-2's do."""
+    return any(isinstance(layer, Conv1D) for _, layer in linears(model))
 
 
 def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:

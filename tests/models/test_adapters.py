@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -140,6 +140,12 @@ def test_what_is_no_linear_layer_inside_is_refused(name: str, tiny_model: Path) 
         ConfigError, match=rf"target_modules=.*: {name} not among the linear .*\(down_proj, gate"
     ):
         attach(load(tiny_model), PeftConfig(method="lora", target_modules=["q_proj", name]))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_peft_need_not_guess_how_gpt2s_weights_lie(method: Literal["lora", "dora", "ia3"]) -> None:
+    attach(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2)), PeftConfig(method=method))
 
 
 def test_gpt2s_layers_are_linear_too() -> None:

@@ -30,6 +30,7 @@ from rlhf.models.load import (
     load_causal_lm,
     load_tokenizer,
     save_policy,
+    warn_once,
 )
 
 
@@ -103,7 +104,9 @@ def test_long_rope_is_read_up_to_where_its_frequencies_change() -> None:
     assert context_length(Phi3Config(max_position_embeddings=256)) == 256
 
 
-def test_the_chat_template_is_the_configured_one(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_chat_template_is_the_configured_one(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def template(directory: Path, choice: str | None) -> Any:
         files = BaseModelFiles(directory, "x", config(chat_template=choice))
         return files.load_tokenizer().chat_template
@@ -115,7 +118,10 @@ def test_the_chat_template_is_the_configured_one(tiny_model: Path, tmp_path: Pat
     assert template(tiny_model, None) == CHATML  # the tokenizer's own
     assert template(tiny_model, "plain") == PLAIN
     assert template(tiny_model, str(own)) == own.read_text()
-    assert template(bare, None) == PLAIN
+    warn_once.cache_clear()
+    caplog.clear()
+    assert template(bare, None) == template(bare, None) == PLAIN
+    assert caplog.messages == ["The tokenizer has no chat template: using `model.chat_template=plain`."]
     with pytest.raises(
         ConfigError, match=r"model\.chat_template=fancy: neither a file nor one of chatml, plain"
     ):
