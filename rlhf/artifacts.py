@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -190,6 +190,10 @@ def directory_digest(directory: Path, memory: Path | None = None, *, read: bool 
     return digest_of([[name, digests[name]] for name in names])
 
 
+DirectoryDigest = Callable[[Path], str]
+"""`directory_digest` of a user's directory, with the memory of a store: `Store.directory_digest`."""
+
+
 def weights_digest(directory: Path) -> str:
     """sha256 over a saved model's weights and config: equal for equal models, whoever wrote them."""
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
@@ -353,6 +357,10 @@ class Store:
     def memory(self, directory: Path) -> Path:
         """Where to remember the digests of a directory outside the store: see `file_digests`."""
         return self.root / ".digests" / f"{digest_of(str(directory.resolve()))[:KEY_LENGTH]}.json"
+
+    def directory_digest(self, directory: Path, *, read: bool = False) -> str:
+        """Of a directory outside the store. Unless told to `read`, what is remembered is not read again."""
+        return directory_digest(directory, self.memory(directory), read=read)
 
     def lock(self, stage: str, key: str) -> Lock:
         """Held while an artifact is made. The kernel frees it when its holder dies."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Pipeline:
 
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
             identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
-            return identity, {stage.name: stage.external() for stage in stages}
+            return identity, {stage.name: stage.external(self.store.directory_digest) for stage in stages}
 
         # by rank 0: it may read whole models; now: a missing file is not told after hours of training
         self.model_identity, self.external = compute.main_only(identify)
@@ -346,7 +347,8 @@ class Pipeline:
         Raises:
             ConfigError: it was changed since the run began, hours ago perhaps; or the Hub's cache is damaged.
         """
-        settings, now, before = self.experiment.settings, stage.external(), self.external[stage.name]
+        settings, before = self.experiment.settings, self.external[stage.name]
+        now = stage.external(partial(self.store.directory_digest, read=True))
         changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
         if stage.reads_base_model() and settings.model.kind == "hub":
             check_hub_files(settings.model, base.directory, self.store.memory(base.directory))

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.config import Bound, ConfigError, PeftConfig, Strict, did_you_mean
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
@@ -128,8 +129,12 @@ class Stage(Strict, ABC):
         """Gates that do not apply with these knobs, and why: they are not checked, and the run says so."""
         return {}
 
-    def external(self) -> dict[str, str]:
-        """Digests of what lies outside the store and decides the result (data files)."""
+    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+        """Digests of what lies outside the store and decides the result (data files).
+
+        Args:
+            digest: takes those of directories; by default everything is read.
+        """
         return {}
 
     def knobs(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.compare.asking import Answers, answer_one_by_one, make_asking
 from rlhf.compare.cost import break_even, cost_of, model_bytes
 from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig
@@ -167,15 +168,17 @@ class CompareStage(Stage):
         """What scores the answers."""
         return {} if self.reward is None else {"compare.reward": self.reward}
 
-    def external(self) -> dict[str, str]:
+    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """Questions, corpus, artifacts from elsewhere, the user's reward, and the machine that is timed."""
         sources = {QUESTIONS: self.questions, CORPUS: self.corpus}
         digests = {key: source.reading_digest(key) for key, source in sources.items() if source is not None}
         elsewhere = {
-            name: content_of(tuned_artifact(name)) for name in self.artifacts if name not in POLICY_STAGES
+            name: content_of(tuned_artifact(name), digest)
+            for name in self.artifacts
+            if name not in POLICY_STAGES
         }
         versions = {name: importlib.metadata.version(name) for name in SCORING}
-        return digests | elsewhere | reward_digest(self.reward) | versions | {"machine": hardware()}
+        return digests | elsewhere | reward_digest(self.reward, digest) | versions | {"machine": hardware()}
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
+from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Role
@@ -210,11 +211,11 @@ class EvaluateStage(Stage):
         """Of a directory that PPO started from, the content decides, not the place."""
         return super().knobs() | {"init": kind_of(self.init)}
 
-    def external(self) -> dict[str, str]:
+    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
-        digests = reward_digest(self.reward) | reward_digest(self.gold)
+        digests = reward_digest(self.reward, digest) | reward_digest(self.gold, digest)
         if "init" in self.policies:
-            digests |= digest_of_start("evaluate.init", self.init)
+            digests |= digest_of_start("evaluate.init", self.init, digest)
         return digests | ({"lm_eval": self.harness.digest()} if self.lm_eval else {})
 
     def check(self, chain: Mapping[str, Stage]) -> None:

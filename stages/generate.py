@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, Role
 from rlhf.evaluation.intervals import share
@@ -81,9 +82,9 @@ class GenerateStage(Stage):
         """What scores the answers."""
         return {} if self.reward is None else {"generate.reward": self.reward}
 
-    def external(self) -> dict[str, str]:
+    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The model or the code that scores, and the model that answers, where they are the user's."""
-        return reward_digest(self.reward) | digest_of_start("generate.policy", self.policy)
+        return reward_digest(self.reward, digest) | digest_of_start("generate.policy", self.policy, digest)
 
     def knobs(self) -> dict[str, Any]:
         """Of a directory that answers, the content decides, not the place."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.data.chat import prompt_ids, tokenizer_digest
 from rlhf.data.prepared import PreparedData
@@ -110,9 +111,9 @@ class PpoStage(PpoConfig, Stage):
         """What scores each episode."""
         return {"ppo.reward": self.reward}
 
-    def external(self) -> dict[str, str]:
+    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The model or the code that scores, and the model to start from, where they are the user's."""
-        return reward_digest(self.reward) | digest_of_start("ppo.init", self.init)
+        return reward_digest(self.reward, digest) | digest_of_start("ppo.init", self.init, digest)
 
     def not_checked(self) -> dict[str, str]:
         """Some methods change the policy before its first step."""

@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt, model_validator
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.artifacts import digest_of
+from rlhf.artifacts import DirectoryDigest, digest_of, directory_digest
 from rlhf.config import ConfigError, Strict
 from rlhf.data.batching import equal_tokens
 from rlhf.data.chat import prompt_ids
@@ -155,7 +155,7 @@ class PrepareStage(Stage):
         """Its tokenizer and context length decide what is too long."""
         return True
 
-    def external(self) -> dict[str, str]:
+    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The content of every source, wherever it lies; and what retention figures are called."""
         contents = {
             role: self.sources.other(role)

@@ -19,6 +19,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
 from rlhf.data.batching import chunks
 from rlhf.data.chat import exchange_ids
@@ -101,9 +102,9 @@ class RewardStage(Stage):
         """Of a directory that it starts from, the content decides, not the place."""
         return super().knobs() | {"init": kind_of(self.init)}
 
-    def external(self) -> dict[str, str]:
+    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The user's own model that it starts from."""
-        return digest_of_start("reward.init", self.init)
+        return digest_of_start("reward.init", self.init, digest)
 
     def init_directory(self) -> Path | None:
         """The user's own model."""

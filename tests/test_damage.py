@@ -12,13 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from small_chain import SETTINGS, SOURCES, STAGES, Chain, Outcome, run_main
+from small_job import on_cpu
+from small_plan import experiment
 from small_store import RECIPE, publish
 
 from rlhf import artifacts
 from rlhf.artifacts import DamagedError, Store, digest_of, directory_digest, file_digest, recipe_key
 from rlhf.config import ConfigError
 from rlhf.models.load import ModelConfig, check_hub_files
+from rlhf.pipeline import Pipeline
 from rlhf.verify import CHECKPOINT_FORMAT
 
 KEY = recipe_key(RECIPE)
@@ -211,6 +215,37 @@ def test_a_directory_outside_is_remembered_too(store: Store, monkeypatch: pytest
     flip(model / "model.safetensors")
     assert directory_digest(model, store.memory(model)) not in {first, None}
     assert file_digest(model / "model.safetensors") != file_digest(store.memory(model))
+
+
+def test_models_of_the_users_are_not_read_at_every_start(
+    finished_chain: tuple[Chain, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    directories = {name: tmp_path / name for name in ("policy", "start", "judge", "plain")}
+    for name, directory in directories.items():
+        made_by = "reward" if name == "judge" else "sft"
+        shutil.copytree(finished_chain[1].artifact(made_by), directory)
+        (directory / "manifest.json").unlink()
+        (directory / "weights.bin").write_bytes(b"x" * 5_000_000)
+    found = experiment(
+        "model=tiny", "stage=[reward,ppo,compare]", f"store_dir={tmp_path}/store",
+        f"runs_dir={tmp_path}/runs",
+        f"ppo.init={directories['policy']}", f"reward.init={directories['start']}",
+        f"ppo.reward=model:{directories['judge']}", f"compare.artifacts=[{directories['plain']}]",
+    )  # fmt: skip
+
+    def start() -> tuple[int, dict[str, dict[str, str]]]:
+        artifacts._digests_read.clear()  # as a new process
+        before = bytes_read()
+        pipeline = Pipeline(found, "run", Console(quiet=True), on_cpu())
+        return bytes_read() - before, pipeline.external
+
+    first, again = start(), start()
+    assert first[0] > 20_000_000
+    assert again[0] < 4_000_000
+    assert again[1] == first[1]
+    flip(directories["judge"] / "weights.bin")
+    assert 5_000_000 < start()[0] < 9_000_000
 
 
 def test_what_cannot_be_set_aside_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +453,25 @@ def test_a_local_model_that_is_damaged_unnoticed_is_not_loaded(
     assert refused.code == 2
     assert f"sft: model.path={model}: changed since this run began" in refused.err
     assert chain.run("stage=sft", *local).statuses == {"prepare": "ran", "sft": "ran"}  # another model
+
+
+def test_a_start_of_the_users_that_is_damaged_unnoticed_is_not_loaded(
+    finished_chain: tuple[Chain, Outcome], copy: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    shutil.copytree(finished_chain[1].artifact("sft"), mine := copy.directory / "mine")
+    (mine / "manifest.json").unlink()
+    rate = ("stage=generate", f"ppo.init={mine}", "generate.reward=null")
+    assert copy.run(*rate).code == 0
+    flip(mine / "model.safetensors")
+    (memory,) = (copy.directory / "store" / ".digests").iterdir()
+    known = json.loads(memory.read_text())
+    known["model.safetensors"]["state"] = [*artifacts._state((mine / "model.safetensors").stat())]
+    memory.write_text(json.dumps(known))
+    assert copy.run(*rate).statuses["generate"] == "reused"  # which loads nothing
+    refused = copy.run(*rate, "generate.temperature=0.5", "ppo.temperature=0.5")
+    assert refused.code == 2
+    assert "generate: init: changed since this run began" in refused.err
 
 
 def test_a_damaged_file_in_the_hubs_cache_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf.artifacts import Artifact, Store, directory_digest
+from rlhf.artifacts import Artifact, DirectoryDigest, Store
 from rlhf.compare.prompts import Method
 from rlhf.config import ConfigError
 from rlhf.lineage import content_digest
@@ -42,9 +42,9 @@ def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
     return found
 
 
-def content_of(tuned: Artifact | Path) -> str:
-    """Digest of what it holds."""
-    return directory_digest(tuned) if isinstance(tuned, Path) else content_digest(tuned)
+def content_of(tuned: Artifact | Path, digest: DirectoryDigest) -> str:
+    """Digest of what it holds; a plain directory's is taken by `digest`."""
+    return digest(tuned) if isinstance(tuned, Path) else content_digest(tuned)
 
 
 def path_of(tuned: Artifact | Path) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rlhf.artifacts import directory_digest
+from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.config import ConfigError
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.load import BaseModelFiles
@@ -31,11 +31,12 @@ def kind_of(init: str) -> str:
     return init if directory_of(init) is None else "directory"
 
 
-def digest_of_start(key: str, init: str) -> dict[str, str]:
+def digest_of_start(key: str, init: str, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
     """What the user's own directory holds, for the keys of all that is made from it.
 
     Args:
         key: what the user calls it, such as `ppo.init`.
+        digest: as of `Stage.external`.
 
     Raises:
         ConfigError: there is no model.
@@ -52,7 +53,7 @@ def digest_of_start(key: str, init: str) -> dict[str, str]:
             f"{key}={init}: no *.safetensors there. Training starts from plain weights: an adapter must be "
             "merged first, and other formats are not read."
         )
-    return {"init": directory_digest(directory)}
+    return {"init": digest(directory)}
 
 
 def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:

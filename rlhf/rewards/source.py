@@ -19,7 +19,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from rlhf.artifacts import digest_of, directory_digest
+from rlhf.artifacts import DirectoryDigest, digest_of, directory_digest
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
 from rlhf.models.scalar import check_score_head
@@ -137,9 +137,12 @@ def _defined(function: UserFunction) -> tuple[str, int] | None:
     return (file, line) if file else None
 
 
-def reward_digest(source: str | None) -> dict[str, str]:
+def reward_digest(source: str | None, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
     """What decides the scores beside the reward stage's model, by its name: part of the key of all that it
     scored. A directory's content, a function's code as it was imported, a scorer's version, a server's URL.
+
+    Args:
+        digest: as of `Stage.external`.
 
     Raises:
         ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
@@ -149,15 +152,15 @@ def reward_digest(source: str | None) -> dict[str, str]:
         if not (directory / "config.json").is_file():
             raise ConfigError(f"{source}: no config.json there. Give a one-label classification model.")
         check_score_head(directory)
-        return {source: directory_digest(directory)}
+        return {source: digest(directory)}
     if source is not None and source.startswith("python:"):
         function_reward(source)
         return imported_code(source)
     if source is not None and source.startswith(("http:", "https:")):
         # whole, but for what the environment calls a secret: ?key=A and ?key=B may be two rewards, and both
         # are written down as ?key=<redacted>
-        digest = digest_of(USER_INFO.sub("", without_environment(source)))
-        return {f"{redacted(source.partition('?')[0])} ({digest[:8]})": digest}
+        whole = digest_of(USER_INFO.sub("", without_environment(source)))
+        return {f"{redacted(source.partition('?')[0])} ({whole[:8]})": whole}
     if source == "vader":
         return {"vaderSentiment": importlib.metadata.version("vaderSentiment")}
     return {}
