@@ -196,7 +196,6 @@ def preflight(
     warned: list[str] = []
     for stage in stages:
         demand = demands[stage.name] = stage.demand(on, chain)
-        refused += context_complaints(stage, demand, on)
         if not demand.phases:
             continue
         need = shortage(demand, on)
@@ -206,7 +205,8 @@ def preflight(
             warned.append(said(stage, demand, on))
         on = replace(on, has_sampled=on.has_sampled or stage.samples)
     refused += disk_complaints(demands, store, checkpoints, begun)
-    return Checked(demands, refused, warned)
+    too_long = context_complaints(stages, demands, chain, on)
+    return Checked(demands, [*too_long, *refused], warned)
 
 
 def tightest(demand: Demand, on: Setting) -> tuple[Phase, bool | None, float]:
@@ -326,22 +326,45 @@ def is_taken(stage: Stage, on: Setting) -> bool:
     return True
 
 
-def context_complaints(stage: Stage, demand: Demand, on: Setting) -> Iterator[str]:
-    """A sequence that is longer than the model, or vLLM where that samples it, can read."""
+def context_complaints(
+    stages: Sequence[Stage], demands: Mapping[str, Demand], chain: Mapping[str, Stage], on: Setting
+) -> Iterator[str]:
+    """A sequence that is longer than the model, or vLLM where that samples it, can read: for each key that
+    the user would lower, what the stage says that has the longest."""
     limit = None if on.vllm is None else on.vllm.max_model_len
-    if limit is not None and limit < demand.sampled <= on.shape.context:
-        yield (
-            f"{stage.name}: the longest prompt and its answer are {demand.sampled} tokens, and "
-            f"vllm.max_model_len={limit}. Use {demand.sampled} or more."
-        )
-    context = min(demand.context, on.shape.context)
-    if demand.longest > context:
+    excess: dict[str, float] = {}
+    complaints: dict[str, str] = {}
+    for stage in stages:
+        demand = demands[stage.name]
+        if limit is not None and limit < demand.sampled <= on.shape.context:
+            yield (
+                f"{stage.name}: the longest prompt and its answer are {demand.sampled} tokens, and "
+                f"vllm.max_model_len={limit}. Use {demand.sampled} or more."
+            )
+        context = min(demand.context, on.shape.context)
+        if demand.longest <= context:
+            continue
         key = next(key for key in ("max_new_tokens", "max_tokens") if key in type(stage).model_fields)
         value = stage.model_dump()[key]
-        yield (
-            f"{stage.name}.{key}={value}: the longest sequence could have {demand.longest} tokens, and the "
-            f"model's context has {context:.0f}. Lower it by {max(value, demand.longest) - context:.0f}."
-        )
+        name = f"{_owner(stage, key, chain)}.{key}"
+        more = max(value, demand.longest) - context
+        if more > excess.get(name, 0.0):
+            excess[name] = more
+            complaints[name] = (
+                f"{name}={value}: the longest sequence could have {demand.longest} tokens, and the "
+                f"model's context has {context:.0f}. Lower it by {more:.0f}."
+            )
+    yield from complaints.values()
+
+
+def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
+    """The stage whose key the user types: stages of the chain that train nothing repeat that of one that
+    does (`generate.max_new_tokens: ${ppo.max_new_tokens}`)."""
+    if stage.in_chain and stage.tunes() is None:
+        for other in chain.values():
+            if other.tunes() is not None and other.model_dump().get(key) == stage.model_dump()[key]:
+                return other.name
+    return stage.name
 
 
 def disk_complaints(

@@ -148,13 +148,14 @@ def test_a_model_too_large_is_refused_before_it_is_read(
     assert outcome.statuses == {"prepare": "ran"}
 
 
-def before(chain: Outcome, compute: Compute, stage: str, *overrides: str, base: Path | None = None) -> str:
-    """What the check of one stage says, on the finished chain's data."""
+def before(chain: Outcome, compute: Compute, stages: str, *overrides: str, base: Path | None = None) -> str:
+    """What the check of stages says, on the finished chain's data."""
     said = io.StringIO()
     found = experiment("model=tiny", f"store_dir={chain.directory}", *overrides)
     data = PreparedData(chain.artifact("prepare"))
     files = BaseModelFiles(base or chain.artifact("sft"), "tiny", found.settings.model)
-    check_before_loading(found, {stage: Begun()}, files, compute, data, Console(file=said, width=300))
+    begun = {stage: Begun() for stage in stages.split()}
+    check_before_loading(found, begun, files, compute, data, Console(file=said, width=300))
     return said.getvalue()
 
 
@@ -170,6 +171,20 @@ def test_an_answer_longer_than_the_context_is_refused_unless_told_otherwise(
         before(first, on_cpu(), "evaluate", long)
     assert re.search(complaint, before(first, on_cpu(), "evaluate", long, "preflight=warn"))
     assert "context" not in before(first, on_cpu(), "evaluate")
+
+
+def test_an_answer_that_is_too_long_for_several_stages_is_told_once_by_the_key_that_one_types(
+    finished_chain: tuple[Chain, Outcome],
+) -> None:
+    def complaints(*overrides: str) -> list[str]:
+        said = before(finished_chain[1], on_cpu(), "generate ppo evaluate", *overrides, "preflight=warn")
+        return re.findall(r"(\S+): the longest sequence could have", said)
+
+    assert complaints("ppo.max_new_tokens=1020") == ["ppo.max_new_tokens=1020"]
+    assert complaints("evaluate.max_new_tokens=1021", "ppo.max_new_tokens=1020") == [
+        "ppo.max_new_tokens=1020",
+        "evaluate.max_new_tokens=1021",
+    ]
 
 
 @pytest.mark.parametrize(("stage", "start"), [("generate", "generate.policy"), ("ppo", "ppo.init")])
