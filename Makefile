@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # With the versions that the tests ran on, so that both commands do next year what they do today.
 INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: demo test install constraints test-fast test-slow test-vllm families crash-test mutants lint clean
+.PHONY: demo test install constraints test-fast test-slow test-vllm families crash-test mutants lint types clean
 
 install: $(VENV)/.installed
 
@@ -29,9 +29,11 @@ test-slow: $(VENV)/.tested
 	$(INSTALL) --editable '.[qlora]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile --durations=30
 
-lint: $(VENV)/.tested
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.tested
 	$(BIN)/mypy rlhf
 
 clean:

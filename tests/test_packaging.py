@@ -1,15 +1,22 @@
-"""What pyproject.toml asks for, what constraints.txt pins, and what is said where nothing is installed."""
+"""What pyproject.toml asks for and constraints.txt pins, what is said where nothing is installed, and what a
+commit is checked for."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import rlhf
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -99,3 +106,44 @@ def test_without_an_installation_one_line_says_how_to_install() -> None:
     assert line.startswith(f"Error: rlhf is not installed for {sys.executable}")
     assert "`make install`" in line and ". .venv/bin/activate" in line
     assert "\ninstall: " in (ROOT / "Makefile").read_text()
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == rlhf.__version__
+    assert citation["license"] == PROJECT["license"]
+
+
+def test_a_commit_is_checked_by_the_linter_that_ci_runs() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (repository,) = config["repos"]
+    needs = {hook["id"]: hook.get("additional_dependencies", []) for hook in repository["hooks"]}
+    assert needs["ruff-check"] == needs["ruff-format"] == [f"ruff=={pins()['ruff']}"]
+
+
+@pytest.mark.slow
+def test_a_commit_is_refused_for_what_must_not_be_in_it(tmp_path: Path) -> None:
+    """Each hook but mypy's, first on the tree as it is, then on a file that it is for."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    environment = {**os.environ, "PRE_COMMIT_HOME": str(tmp_path / "hooks"), "SKIP": "mypy"}
+
+    def check() -> tuple[int, dict[str, str]]:
+        """The exit code; hook -> Passed or Failed."""
+        subprocess.run(["git", "add", "--all"], cwd=clone, check=True)
+        command = [sys.executable, "-m", "pre_commit", "run", "--all-files"]
+        ran = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
+        return ran.returncode, dict(
+            re.findall(r"^(.+?)\.\.\.+(Passed|Failed|Skipped)$", ran.stdout, re.MULTILINE)
+        )
+
+    code, clean = check()
+    assert code == 0 and len(clean) == 7 and "Failed" not in clean.values(), clean
+    (clone / "broken.yaml").write_text("a: [1\n")
+    (clone / "large.bin").write_bytes(bytes(700 * 1024))
+    (clone / "key.txt").write_text("-----BEGIN OPENSSH " + "PRIVATE KEY-----\n")
+    (clone / "end.md").write_text("no newline")
+    (clone / "lint.py").write_text("import os\n")
+    (clone / "format.py").write_text("x = { 1:2 }\n")
+    code, soiled = check()
+    assert code == 1 and {name for name, result in soiled.items() if result != "Failed"} == {"mypy --strict"}
