@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # With the versions that the tests ran on, so that both commands do next year what they do today.
 INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: demo test install constraints test-fast test-slow test-vllm families crash-test mutants lint types clean
+.PHONY: demo test install constraints test-fast test-slow test-vllm families crash-test mutants docs lint types clean
 
 install: $(VENV)/.installed
 
@@ -36,8 +36,13 @@ lint: types
 types: $(VENV)/.tested
 	$(BIN)/mypy rlhf
 
+# The documentation site; what its build warns of is an error.
+docs: $(VENV)/.documented
+	$(BIN)/python -m sphinx -W --keep-going --quiet docs docs/_build/html
+	@echo "Built: docs/_build/html/index.html"
+
 clean:
-	rm -rf $(VENV) $(VENV)-* mutants build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-* mutants docs/_build build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("rlhf needs Python 3.11 or newer: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
@@ -53,6 +58,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(INSTALL) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.documented: $(VENV)/.installed
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 # vLLM's build for CPUs wants a torch and a transformers of its own, hence an environment of its own.

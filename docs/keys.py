@@ -1,7 +1,9 @@
-"""Every key, its default and its meaning: `python docs/keys.py` writes docs/keys.md."""
+"""Every key, its default and its meaning: `python docs/keys.py` writes docs/keys.md, and docs/schema.json,
+with which editors complete YAML."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,16 +13,22 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from rlhf.config import Bound, OptimConfig, PeftConfig
 from rlhf.data.sources import SourceConfig
 from rlhf.experiment import Settings, build_experiment
+from rlhf.stage import Stage
 
 SHARED = {"source": SourceConfig, "optim": OptimConfig, "peft": PeftConfig, "gate": Bound}
 INTRODUCTION = """# Keys
 
 Every key with its default and its meaning; `${...}` is another key's value. `python docs/keys.py` writes this
-page, from conf/ and the classes that check it."""
+page, from conf/ and the classes that check it; and `docs/schema.json`, with which
+[an editor completes YAML](data.md#write-an-experiment-down)."""
+INTERPOLATION = {"type": "string", "pattern": r"\$\{.+\}"}
+ANY_TEXT = {"type": "string"}
+SOURCE = {"$ref": "#/$defs/SourceConfig"}
 
 
 def row(key: str, default: Any, meaning: str) -> str:
@@ -69,17 +77,23 @@ def part(title: str, about: str | None, lines: Iterable[str]) -> str:
     return "\n\n".join([title, *([" ".join(about.split())] if about else []), table])
 
 
-def page() -> str:
-    """The whole text."""
+def composed() -> tuple[dict[str, Any], dict[str, Stage]]:
+    """The default config as it is written, and its stages."""
     with initialize_config_module("rlhf.conf", version_base="1.3"):
         node = compose("config")
     values, resolved = (OmegaConf.to_container(node, resolve=resolve) for resolve in (False, True))
+    return values, build_experiment(resolved).stages
+
+
+def page() -> str:
+    """The whole text of keys.md."""
+    values, stages = composed()
     found = {name: parts(field.annotation) for name, field in Settings.model_fields.items()}
     sections = {name: each[0] for name, each in found.items() if each and get_origin(each[0]) is not Literal}
     text = [INTRODUCTION, part("## Beside the stages", None, rows(Settings, values, skip=sections))]
     for name, section in sections.items():
         text.append(part(f"## {name}", section.__doc__, rows(section, values[name], f"{name}.")))
-    for name, stage in build_experiment(resolved).stages.items():
+    for name, stage in stages.items():
         about = sys.modules[type(stage).__module__].__doc__.partition("\n")[0]
         text.append(part(f"## {name}", about, rows(type(stage), values[name], f"{name}.")))
     text.append("## What several sections have")
@@ -87,5 +101,68 @@ def page() -> str:
     return "\n\n".join(text) + "\n"
 
 
+def typed(field: dict[str, Any], value: Any) -> dict[str, Any]:
+    """What YAML may say of a key beside what its class holds: one source for several, one name for a list,
+    `auto` where that is the default, and another key's value."""
+    if "$ref" in field:
+        return field
+    kept = {name: field.pop(name) for name in ("description",) if name in field}
+    choices = field.get("anyOf", [field])
+    if any(choice.get("items") == SOURCE for choice in choices):
+        choices = [SOURCE, *choices]
+    if {"type": "array", "items": ANY_TEXT} in choices:
+        choices = [ANY_TEXT, *choices]
+    if not any(choice in (ANY_TEXT, SOURCE) for choice in choices):
+        choices = [*choices, *([{"const": value}] if value == "auto" else []), INTERPOLATION]
+    return kept | (choices[0] if len(choices) == 1 else {"anyOf": choices})
+
+
+def plain(node: Any) -> Any:
+    """A part of pydantic's schema without titles and defaults, and with nothing required: a file says what it
+    changes."""
+    if isinstance(node, list):
+        return [plain(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    found = {key: plain(value) for key, value in node.items() if key not in ("title", "default", "required")}
+    if "properties" in node:
+        found["properties"] = {name: plain(value) for name, value in node["properties"].items()}
+    if "description" in found:
+        found["description"] = " ".join(found["description"].split())
+    return found
+
+
+def schema() -> str:
+    """The whole text of schema.json: an experiment file, or the composed config."""
+    values, stages = composed()
+    models = [Settings, *map(type, stages.values())]
+    _, found = models_json_schema([(model, "validation") for model in models])
+    sections = {name: plain(section) for name, section in found["$defs"].items()}
+    named = {"Settings": values} | {type(stage).__name__: values[name] for name, stage in stages.items()}
+    for name, section in sections.items():
+        default = named.get(name, {})
+        section["properties"] = {
+            key: typed(field, default.get(key)) for key, field in section["properties"].items()
+        }
+    for name, stage in stages.items():
+        section = sections[type(stage).__name__]["properties"]
+        section["_target_"] = {"type": "string", "description": "The class of the stage."}
+        gate = section["gates"]["anyOf"][0]
+        gate["properties"] = {
+            metric: gate["additionalProperties"] | {"description": bound["advice"]}
+            for metric, bound in values[name]["gates"].items()
+        }
+    sections["SourceConfig"] = {"anyOf": [ANY_TEXT, sections["SourceConfig"]]}
+    methods = sections["PeftConfig"]["properties"]["method"]["anyOf"][0]
+    sections["PeftConfig"] = {"anyOf": [methods, sections["PeftConfig"]]}
+    whole = sections.pop("Settings")
+    whole["properties"] |= {
+        name: {"$ref": f"#/$defs/{type(stage).__name__}"} for name, stage in stages.items()
+    } | {"defaults": {"type": "array"}, "hydra": {"type": "object"}}
+    head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "rlhf"}
+    return json.dumps(head | whole | {"$defs": sections}, indent=1) + "\n"
+
+
 if __name__ == "__main__":
-    Path(__file__).with_name("keys.md").write_text(page(), encoding="utf-8")
+    for name, text in (("keys.md", page()), ("schema.json", schema())):
+        Path(__file__).with_name(name).write_text(text, encoding="utf-8")

@@ -426,7 +426,7 @@ class Pipeline:
             "external": self.external[stage.name],
             "inputs": {name: artifacts[name].key for name in stage.inputs() if name != "prepare"},
         }
-        if stage.roles():  # the content of the prepared sets, not the key of `prepare`: see Keys in README
+        if stage.roles():  # the content of the prepared sets, not the key of `prepare`: see docs/store.md
             files = artifacts["prepare"].manifest.files
             recipe["data"] = {role: role_digest(role, files) for role in stage.roles()}
         if stage.reads_base_model():

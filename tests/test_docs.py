@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from runpy import run_path
 
@@ -17,17 +18,9 @@ from rlhf.distributed import Compute
 from rlhf.experiment import Experiment, build_experiment
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "data" / "README.md",
-    ROOT / "docs" / "should-you-fine-tune.md",
-    ROOT / "docs" / "planner.md",
-    ROOT / "docs" / "forgetting.md",
-    ROOT / "docs" / "methods.md",
-    ROOT / "docs" / "cluster.md",
-    ROOT / "docs" / "store.md",
-    ROOT / "conf" / "config.yaml",
-]
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *PAGES]
+DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", *PAGES, ROOT / "conf" / "config.yaml"]
 
 
 def commands() -> list[str]:
@@ -36,11 +29,11 @@ def commands() -> list[str]:
     for document in DOCUMENTS:
         text = document.read_text().replace("\\\n", " ")
         found += re.findall(r"^\s*(python -m rlhf(?: [^\n#]*)?)", text, re.MULTILINE)
-    return [re.split(r"\s{2,}", command.strip())[0] for command in found]
+    return sorted({re.split(r"\s{2,}", command.strip())[0] for command in found})
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(commands()) >= 10
+    assert len(commands()) > 80
 
 
 @pytest.mark.parametrize("command", commands())
@@ -91,25 +84,45 @@ def test_the_pods_share_their_batches() -> None:
 
 
 def test_the_files_that_documents_name_are_there() -> None:
-    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    text = "\n".join(path.read_text() for path in READ)
     named = re.findall(r"`((?:rlhf|stages|conf|data|tests)/[\w/.]+)`", text)
     assert len(named) > 50
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
+def test_the_other_commands_exist() -> None:
+    """What no test here runs itself: make's targets, extras, and the benchmarks with their options."""
+    text = "\n".join(path.read_text().replace("\\\n", " ") for path in READ)
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {*re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)} <= targets
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for group in re.findall(r"-e '\.\[([\w,]+)\]'", text) for name in group.split(",")} - {
+        "NAME"
+    }
+    assert len(named) > 5 and named <= {*extras}
+    scripts = "\n".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    benchmarks = re.findall(r"python (benchmarks/\w+\.py)([^`\n]*)", text)
+    assert len(benchmarks) > 10
+    for script, arguments in benchmarks:
+        assert (ROOT / script).is_file()
+        unknown = [flag for flag in re.findall(r"--[\w-]+", arguments) if f'"{flag}"' not in scripts]
+        assert unknown == [], script
 
 
 def test_links_lead_somewhere() -> None:
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"):
+    for document in READ:
         links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", document.read_text())
         assert [link for link in links if not (document.parent / link).exists()] == [], document
 
 
-def test_the_tree_in_readme_is_the_tree() -> None:
+def test_readme_has_every_room_and_is_short() -> None:
     readme = (ROOT / "README.md").read_text()
     tree = readme[readme.index("## The tree") :]
-    modules = {path.name for path in (ROOT / "rlhf").glob("*.py")} - {"__init__.py"}
     packages = [path.parent for path in (ROOT / "rlhf").glob("*/__init__.py")]
-    folders = {package.name + "/" for package in packages if not package.is_symlink()}
-    assert [name for name in sorted(modules | folders) if name not in tree] == []
+    folders = {f"{package.name}/" for package in packages if not package.is_symlink()}
+    folders |= {f"{name}/" for name in ("stages", "conf", "launch", "docs", "benchmarks", "data", "tests")}
+    assert [name for name in sorted(folders) if name not in tree] == []
+    assert len(readme.splitlines()) <= 160
 
 
 def test_the_page_of_keys_is_the_configs() -> None:

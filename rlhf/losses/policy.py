@@ -21,7 +21,7 @@ class PolicyLoss(NamedTuple):
     max_ratio: Tensor
     """The largest rho, 0 when no token is masked in. Reduce with a maximum."""
     ratio_deviation: Tensor
-    """Sum of |rho - 1|: 0 before the first update, unless the sampler and the trainer disagree."""
+    """Sum of `|rho - 1|`: 0 before the first update, unless the sampler and the trainer disagree."""
 
 
 def clipped_policy_loss(

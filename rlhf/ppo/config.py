@@ -71,7 +71,7 @@ class PtxConfig(Strict):
 
 
 class PpoConfig(Strict):
-    """Every knob of the PPO stage. Sources of the details: docs/ppo.md."""
+    """Every knob of the PPO stage. Sources of the details: docs/algorithms/ppo.md."""
 
     prompts: PromptSource | None
     """Whose responses are scored and learned from; prepared by `prepare`. A source, or `sft.data` or

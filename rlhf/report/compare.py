@@ -34,7 +34,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "storage_bytes": ("storage, MB", ".1f"),
     **{f"break_even_{method}": (f"pays off: {words}", ",.0f") for method, words in METHODS.items()},
 }
-"""Metrics that end in /CONTENDER: (words, format). docs/should-you-fine-tune.md explains each."""
+"""Metrics that end in /CONTENDER: (words, format). docs/stages/compare.md explains each."""
 INTERVALS = ("win_rate", *QUALITIES)
 """Those that may have NAME_low and NAME_high beside them."""
 MARKERS = "o^svDPX<>*"

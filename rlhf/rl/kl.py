@@ -51,7 +51,7 @@ class AdaptiveKL:
     """A coefficient steered so that the KL stays near a target.
 
     Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2:
-    e = clip(kl / target - 1, -0.2, 0.2); coef *= 1 + e * episodes / horizon.
+    `e = clip(kl / target - 1, -0.2, 0.2); coef *= 1 + e * episodes / horizon`.
     """
 
     coef: float

@@ -1,0 +1,54 @@
+"""The documentation site: `make docs` builds it into docs/_build/html; warnings are errors."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bs4 import BeautifulSoup
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+
+project = "rlhf"
+copyright = "the authors of rlhf, Apache-2.0"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "rlhf"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_extra_path = ["schema.json"]
+html_copy_source = False
+myst_heading_anchors = 4
+default_role = "code"  # `NAME` in a docstring
+autodoc_typehints = "none"  # the signature has them
+autodoc_member_order = "bysource"
+
+LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+"""Elements that load something when a page is opened, and where they name it."""
+
+
+def check_own_host(app: Sphinx, error: Exception | None) -> None:
+    """Refuse a page that loads anything from another host.
+
+    Raises:
+        ExtensionError: with the page and the address.
+    """
+    if error is not None:
+        return
+    found = []
+    for page in sorted(Path(app.outdir).rglob("*.html")):
+        for element in BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").find_all([*LOADED]):
+            address = str(element.get(LOADED[element.name], ""))
+            if "//" in address and not address.startswith("data:"):
+                found.append(f"{page.name}: {address}")
+    for sheet in sorted(Path(app.outdir).rglob("*.css")):
+        places = re.findall(r"url\([\"']?((?:https?:)?//[^)]*)", sheet.read_text(encoding="utf-8"))
+        found += [f"{sheet.name}: {place}" for place in places]
+    if found:
+        raise ExtensionError("pages load from another host: " + "; ".join(found))
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls it."""
+    app.connect("build-finished", check_own_host)
