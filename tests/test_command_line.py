@@ -276,9 +276,9 @@ def test_a_terminal_is_told_before_the_libraries_are_loaded(tmp_path: Path) -> N
     assert run.wait() == 2
 
 
-def test_the_experiment_that_readme_shows_composes(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (shown,) = (part.partition("```")[0] for part in readme.split("```yaml\n")[1:])
+def test_the_experiment_that_the_docs_show_composes(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    (shown,) = (part.partition("```")[0] for part in page.split("```yaml\n")[1:])
     (tmp_path / "shown.yaml").write_text(shown)
     outcome = composed(tmp_path, "--resolve", "+experiment=shown.yaml", "sft.data=other.jsonl")
     assert outcome.code == 0, outcome.err
