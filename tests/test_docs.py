@@ -110,7 +110,7 @@ def test_the_other_commands_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in READ:
+    for document in {*READ, *ROOT.glob("*.md")}:
         links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", document.read_text())
         assert [link for link in links if not (document.parent / link).exists()] == [], document
 
