@@ -62,12 +62,12 @@ def assert_same(chain: RealChain, undisturbed: str, name: str) -> None:
 def test_killed_in_each_stage_and_resumed_it_ends_as_if_undisturbed(
     chain: RealChain, name: str, overrides: tuple[str, ...]
 ) -> None:
-    chain.run(f"{name}_undisturbed", *overrides)
+    undisturbed = chain.run_once(*overrides)
     for stage in ("sft", "reward", "ppo"):
         kill(chain.start_until(stage, 2, name, *EACH_STEP, *overrides))
     out, _ = chain.run(name, *EACH_STEP, *overrides)
     assert "ppo: goes on from step " in out
-    assert_same(chain, f"{name}_undisturbed", name)
+    assert_same(chain, undisturbed, name)
 
 
 @pytest.mark.slow
@@ -78,8 +78,7 @@ def test_killed_in_each_stage_and_resumed_it_ends_as_if_undisturbed(
 def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
     chain: RealChain, zero: str, before: int, after: int
 ) -> None:
-    name = f"world_{zero}"
-    chain.run(f"{name}_undisturbed")
+    name, undisturbed = f"world_{zero}", chain.run_once()
     for stage in ("sft", "reward", "ppo"):
         stopped = chain.start_until(stage, 2, name, *EACH_STEP, f"zero={zero}", f"launch.processes={before}")
         stopped.send_signal(signal.SIGTERM)
@@ -87,7 +86,7 @@ def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
         assert stopped.returncode == 75, err
         out, _ = chain.run(name, f"stage={stage}", f"zero={zero}", f"launch.processes={after}")
         assert f"{stage}: goes on from step " in out
-    expected, found = chain.curve(f"{name}_undisturbed"), chain.curve(name)
+    expected, found = chain.curve(undisturbed), chain.curve(name)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
@@ -96,7 +95,7 @@ def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
 @pytest.mark.slow
 def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealChain) -> None:
     longer = ("ppo.steps=30", "ppo.evaluate_every=5", *EACH_STEP)
-    chain.run("random_undisturbed", *longer)
+    undisturbed = chain.run_once(*longer)
     chain.run("random", "stage=[reward,generate]")
     moments, kills, finished = random.Random(0), 0, 0
     while kills < KILLS:
@@ -107,7 +106,7 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
         if process.poll() is not None:  # it was done before: once more from the start
             _, err = process.communicate()
             assert process.returncode == 0, err
-            assert_same(chain, "random_undisturbed", "random")
+            assert_same(chain, undisturbed, "random")
             finished += 1
             for directory in (scratch, chain.directory / "runs" / "random"):
                 shutil.rmtree(directory)
@@ -118,7 +117,7 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
         for artifact in scratch.glob("[!.]*"):
             json.loads((artifact / "manifest.json").read_bytes())  # whole, if it is there at all
     chain.run("random", *longer)
-    assert_same(chain, "random_undisturbed", "random")
+    assert_same(chain, undisturbed, "random")
     print(f"{kills} kills, of runs that ended {finished + 1} times")
 
 
@@ -131,8 +130,7 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
 )
 def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(chain: RealChain, damage: str) -> None:
     name, short = f"damage_{damage}", ("stage=sft",)
-    if not (chain.directory / "runs" / "damage_undisturbed").exists():
-        chain.run("damage_undisturbed", *short)
+    undisturbed = chain.run_once(*short)
     kill(chain.start_until("sft", 4, name, *EACH_STEP, *short))
     step = newest_step(chain.store(name), "sft")
     (newest,) = chain.store(name).glob(f"sft/.*.checkpoints/step-{step:08d}")
@@ -142,7 +140,7 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(chain: RealChain, 
 
     assert f"checkpoint step-{step:08d} is damaged" in out
     assert f"sft: goes on from step {step - 1} " in out
-    assert chain.weights(name, "sft") == chain.weights("damage_undisturbed", "sft")
+    assert chain.weights(name, "sft") == chain.weights(undisturbed, "sft")
 
 
 def spoil(checkpoint: Path, damage: str) -> None:
