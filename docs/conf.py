@@ -27,6 +27,9 @@ autodoc_member_order = "bysource"
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 """Elements that load something when a page is opened, and where they name it."""
 
+kept: dict[str, list[str]] = {}
+"""Name -> docstring, before napoleon has read it."""
+
 
 def check_own_host(app: Sphinx, error: Exception | None) -> None:
     """Refuse a page that loads anything from another host.
@@ -49,6 +52,20 @@ def check_own_host(app: Sphinx, error: Exception | None) -> None:
         raise ExtensionError("pages load from another host: " + "; ".join(found))
 
 
+def keep(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """An attribute's text as it is written: napoleon takes what stands before its first colon for a type."""
+    kept[name] = list(lines)
+
+
+def restore(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Undo what napoleon made of it."""
+    text = kept.pop(name)
+    if what in ("attribute", "data", "property"):
+        lines[:] = text
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls it."""
+    app.connect("autodoc-process-docstring", keep, priority=400)
+    app.connect("autodoc-process-docstring", restore, priority=600)
     app.connect("build-finished", check_own_host)
