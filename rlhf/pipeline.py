@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -377,6 +377,7 @@ class Pipeline:
         """Refuse what cannot be done here, before anything trains."""
         pending = self.compute.main_only(lambda: self.pending(prepared))
         data = PreparedData(prepared.path)
+        self.compute.main_only(lambda: self.check_fits(pending, data, base))
         check_before_loading(self.experiment, pending, base, self.compute, data, self.console)
         settings = self.experiment.settings
         if self.needs_weights:
@@ -384,6 +385,16 @@ class Pipeline:
             check_weights(base.directory, settings.model.said)
         stages = [self.experiment.stages[name] for name in pending]
         rehearse_rewards(stages, data, settings.model, self.compute, settings.reward_server, self.console)
+
+    def check_fits(self, pending: Iterable[str], data: PreparedData, base: BaseModelFiles) -> None:
+        """Refuse rows that do not fit the user's own models.
+
+        Raises:
+            ConfigError: which, and what to do.
+        """
+        stages = map(self.experiment.stages.__getitem__, pending)
+        if complaints := [each for stage in stages for each in stage.misfits(data, base)]:
+            raise ConfigError("\n".join([*complaints, "Nothing was loaded."]))
 
     def pending(self, prepared: Artifact) -> dict[str, Begun]:
         """The stages behind `prepare` that the store does not answer, and what an earlier attempt left."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
@@ -116,6 +116,11 @@ class Stage(Strict, ABC):
         Raises:
             ConfigError: in the user's own keys.
         """
+
+    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
+        """Complaints about rows that do not fit the user's own model that it starts from, in the user's own
+        keys; asked before any stage trains, where the store lacks what this one makes."""
+        yield from ()
 
     def check_compute(self, compute: Compute) -> None:
         """Refuse what these ranks and this machine cannot do; called before any stage trains, where the store

@@ -8,7 +8,7 @@ Writes  responses.jsonl, comparison.jsonl (one prompt a line, all policies' answ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -32,7 +32,7 @@ from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles
 from rlhf.models.policy import check_head
-from rlhf.models.start import Init, check_start, digest_of_start, directory_of, kind_of
+from rlhf.models.start import Init, check_start, digest_of_start, directory_of, kind_of, misfits
 from rlhf.plan.answering import answering_demand, most_added
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
@@ -253,6 +253,22 @@ class EvaluateStage(Stage):
                     f"{gate} needs. Add a source that does, or turn it off with evaluate.gates.{gate}=null."
                 )
 
+    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
+        """Prompts and retention rows that PPO's start, and so the model that PPO makes, cannot read."""
+        yield from misfits(
+            "evaluate.init", self.init, base, f"evaluate.prompts={self.prompts}", self.rows(data),
+            beside=self.max_new_tokens,
+            mend=f"Lower evaluate.max_new_tokens={self.max_new_tokens}, or leave out the longest prompts.",
+        )  # fmt: skip
+        yield from misfits(
+            "evaluate.init", self.init, base, "evaluate.retention", data.rows("retention", "evaluation"),
+            beside=0, mend="Leave out the longest rows.",
+        )  # fmt: skip
+
+    def rows(self, data: PreparedData) -> list[PromptRow]:
+        """The prompts that are answered."""
+        return data.rows("evaluate", "evaluation")[: self.num_prompts]
+
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Every policy answers, is read by itself, SFT and the rewards, and takes the retention tests."""
         on = on.starting(directory_of(self.init))
@@ -270,7 +286,7 @@ class EvaluateStage(Stage):
 
     def run(self, job: Job) -> None:
         """Answer, measure what was learned and what was forgotten, score, compare."""
-        rows = job.data.rows("evaluate", "evaluation")[: self.num_prompts]
+        rows = self.rows(job.data)
         answers: dict[PolicyName, Answers] = {}
         metrics: dict[str, float] = {"prompts": len(rows)}
         # One model in memory at a time; PPO's start last, as it also judges how far the others went from it.

@@ -7,7 +7,7 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from rlhf.evaluation.intervals import share
 from rlhf.generation.policy import Policy
 from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles
-from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of
+from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
 from rlhf.plan.answering import answering_demand, most_added
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
@@ -94,6 +94,18 @@ class GenerateStage(Stage):
         """The user's own model is whole."""
         check_start("generate.policy", self.policy, base)
 
+    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
+        """Prompts that leave no room for an answer."""
+        yield from misfits(
+            "generate.policy", self.policy, base, "ppo.prompts", self.rows(data), beside=self.max_new_tokens,
+            mend=f"Lower generate.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
+            "take a model with a longer context.",
+        )  # fmt: skip
+
+    def rows(self, data: PreparedData) -> list[PromptRow]:
+        """The prompts that are answered."""
+        return [row for split in self.splits for row in data.rows("ppo", split)][: self.num_prompts]
+
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Every sample is decoded, and read once by the reward model."""
         on = on.starting(directory_of(self.policy))
@@ -109,7 +121,7 @@ class GenerateStage(Stage):
 
     def run(self, job: Job) -> None:
         """Sample, score, and write three views of the result."""
-        rows = [row for split in self.splits for row in job.data.rows("ppo", split)][: self.num_prompts]
+        rows = self.rows(job.data)
         repeated = [row for row in rows for _ in range(self.samples_per_prompt)]
         policy = self.load_policy(job)
         with job.progress.task("generate: sampling", len(repeated)) as task:

@@ -10,7 +10,7 @@ The loop itself is rlhf/ppo/learner.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -38,7 +38,7 @@ from rlhf.models.policy import check_head
 from rlhf.models.published import described, origin_of
 from rlhf.models.scalar import ScalarModel, check_scorable, load_scalar_model, reset_head
 from rlhf.models.sharing import Backbone, sharing
-from rlhf.models.start import check_start, digest_of_start, directory_of, inputs_of, kind_of
+from rlhf.models.start import check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
 from rlhf.models.virtual import KINDS, virtual_tokens
 from rlhf.plan.demand import Demand
 from rlhf.plan.setting import Setting
@@ -133,6 +133,17 @@ class PpoStage(PpoConfig, Stage):
                 "half chooses the weights, the other half judges them. Give more prompts, or raise "
                 "prepare.held_out_fraction."
             )
+
+    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
+        """Prompts that leave no room for an answer."""
+        virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
+        rows = [*data.rows("ppo", "train"), *data.rows("ppo", "held_out")[: self.evaluate_prompts]]
+        yield from misfits(
+            "ppo.init", self.init, base, f"ppo.prompts={self.prompts}", rows,
+            beside=virtual + self.max_new_tokens,
+            mend=f"Lower ppo.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or start "
+            "from a model with a longer context.",
+        )  # fmt: skip
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Critic and normalisation must fit the methods of tuning and what `generate` measured."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import BaseModelFiles
 from rlhf.models.published import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.scalar import ScalarModel, check_scorable, load_scalar_model, reset_head, save_scalar_model
-from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of
+from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
 from rlhf.plan.demand import Demand, joined
 from rlhf.plan.setting import Setting
 from rlhf.plan.training import training_demand
@@ -121,6 +121,17 @@ class RewardStage(Stage):
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """A reward model can be made of the model that it starts from."""
         check_scorable(check_start("reward.init", self.init, base).architecture)
+
+    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
+        """Pairs that the model cannot read, and that `max_tokens` does not leave out."""
+        virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
+        rows = [row for split in ("train", "held_out") for row in data.rows("reward", split)]
+        yield from misfits(
+            "reward.init", self.init, base, f"reward.pairs={self.pairs}", rows, beside=virtual,
+            most=self.max_tokens,
+            mend=f"Lower reward.max_tokens={self.max_tokens} to that, so that longer pairs are left out, or "
+            "start from a model with a longer context.",
+        )  # fmt: skip
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
         """Both sides of every pair."""

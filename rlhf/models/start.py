@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from jinja2 import TemplateError
 from pydantic import Field
 
 from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.config import ConfigError
+from rlhf.data.chat import tokenizer_digest
+from rlhf.data.collection import sequences
+from rlhf.data.schema import Row
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.load import BaseModelFiles
 
@@ -70,3 +76,46 @@ def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:
     files = BaseModelFiles(directory, "", base.config)
     check_tokenizer(files, f"{key}={init}")
     return files
+
+
+def misfits(
+    key: str,
+    init: str,
+    base: BaseModelFiles,
+    source: str,
+    rows: Sequence[Row],
+    *,
+    beside: int,
+    mend: str,
+    most: float = math.inf,
+) -> Iterator[str]:
+    """Say which rows do not fit the user's own model that a stage starts from. `prepare` counts by the base
+    model's tokenizer and context; what counts alike and reads as much is not counted again.
+
+    Args:
+        key: what the user calls the model, such as `ppo.init`.
+        source: what the user calls the rows.
+        beside: tokens to leave for an answer and for virtual tokens.
+        mend: what to do, as a sentence.
+        most: rows with more tokens than this are left out by the stage.
+    """
+    directory = directory_of(init)
+    if directory is None:
+        return
+    start = BaseModelFiles(directory, "", base.config)
+    tokenizer, context = start.load_tokenizer(), start.context_length
+    is_alike = tokenizer_digest(tokenizer) == tokenizer_digest(base.load_tokenizer())
+    if is_alike and context >= base.context_length:
+        return
+    try:
+        lengths = [max(map(len, sequences(tokenizer, row))) for row in rows]
+    except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
+        yield f"{source}: the chat template of {key}={init} refuses a conversation: {error}. Leave it out."
+        return
+    too_long = [length for length in lengths if context - beside < length <= most]
+    if too_long:
+        yield (
+            f"{source}: {len(too_long)} of {len(rows)} rows do not fit the model of {key}={init}: they have "
+            f"up to {max(too_long)} of its tokens, and its context of {context} has room for "
+            f"{max(0, context - beside)}. {mend}"
+        )

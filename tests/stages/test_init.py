@@ -146,6 +146,67 @@ def test_a_directory_that_is_no_model_is_told_before_anything_trains(
         check_start("ppo.init", str(directory), base)
 
 
+LONGER = "{% set unused = 'x' %}" + "A long opening. " * 9
+"""Of a chat template: 144 tokens more to each conversation, a byte each."""
+
+
+def another_start(tiny_model: Path, directory: Path, *, context: int, template: str = "") -> Path:
+    """The tiny model with another context, and more words in its chat template."""
+    shutil.copytree(tiny_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    known = directory / "chat_template.jinja"
+    own = known.read_text() if known.exists() else settings["chat_template"]
+    settings.pop("chat_template", None)
+    path.write_text(json.dumps(settings))
+    known.write_text(template + own)
+    return directory
+
+
+@pytest.mark.parametrize(("context", "template"), [(512, LONGER), (100, "")])
+def test_prompts_that_do_not_fit_the_start_are_told_before_anything_trains(
+    tiny_model: Path, tmp_path: Path, context: int, template: str
+) -> None:
+    start = another_start(tiny_model, tmp_path / "start", context=context, template=template)
+    chain = Chain(tmp_path)
+    fits = chain.run("stage=generate", f"ppo.init={start}", "generate.reward=null", "gates=warn")
+    assert fits.code == 0, fits.err
+    prompts = [{"prompt": f"{n} " * (120 if template else 30)} for n in range(10, 34)]
+    long = chain.write("long.jsonl", prompts)
+    refused = chain.run("stage=ppo", f"ppo.init={start}", "reward.init=base", f"ppo.prompts={long}")
+    assert refused.code == 2
+    assert refused.statuses == {"prepare": "ran"}  # and no reward model
+    (told,) = [line for line in refused.err.splitlines() if f"ppo.init={start}" in line]
+    assert f"ppo.prompts={long}: " in told
+    assert f"and its context of {context} has room for {context - 6}. Lower ppo.max_new_tokens=6" in told
+    assert f"the model of generate.policy={start}" in refused.err
+
+
+def test_rows_that_no_stage_could_read_are_told(tiny_model: Path, tmp_path: Path) -> None:
+    """Pairs that `reward.max_tokens` leaves out are none of them."""
+    start = another_start(tiny_model, tmp_path / "start", context=90)
+    chain = Chain(tmp_path)
+    pairs = [{"prompt": f"Rate {n}.", "chosen": "x" * n, "rejected": "y"} for n in range(24, 96)]
+    own = ("stage=reward", f"reward.init={start}", f"reward.pairs={chain.write('long.jsonl', pairs)}")
+    refused = chain.run(*own)
+    assert refused.code == 2
+    assert f"rows do not fit the model of reward.init={start}: " in refused.err
+    assert "its context of 90 has room for 90. Lower reward.max_tokens=" in refused.err
+    taken = chain.run(*own, "reward.max_tokens=90", "gates=warn")
+    assert taken.code == 0, taken.err
+    assert taken.summary["stages"]["reward"]["metrics"]["reward/pairs_too_long"] > 0
+
+
+def test_a_template_of_the_start_that_refuses_a_prompt_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    refuses = "{% if '17' in messages[0]['content'] %}{{ raise_exception('no 17') }}{% endif %}"
+    start = another_start(tiny_model, tmp_path / "start", context=512, template=refuses)
+    refused = Chain(tmp_path).run("stage=ppo", f"ppo.init={start}", "reward.init=base")
+    assert refused.code == 2
+    assert f"the chat template of ppo.init={start} refuses a conversation: no 17." in refused.err
+
+
 def test_a_rank_goes_by_what_rank_0_has_read(tiny_model: Path, tmp_path: Path) -> None:
     base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
     job = replace(small_job("ppo", tmp_path / "ppo", base), external={"init": "read by rank 0"})
