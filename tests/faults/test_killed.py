@@ -130,7 +130,7 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
 )
 def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(chain: RealChain, damage: str) -> None:
     name, short = f"damage_{damage}", ("stage=sft",)
-    undisturbed = chain.run_once(*short)
+    undisturbed = chain.run_once()
     kill(chain.start_until("sft", 4, name, *EACH_STEP, *short))
     step = newest_step(chain.store(name), "sft")
     (newest,) = chain.store(name).glob(f"sft/.*.checkpoints/step-{step:08d}")
@@ -169,7 +169,6 @@ def test_a_signal_saves_then_stops_and_the_same_command_goes_on(
     chain: RealChain, signum: signal.Signals
 ) -> None:
     name, longer = f"signal_{signum.name}", ("ppo.steps=12", "checkpoint.every_minutes=null")
-    chain.run(name, "stage=generate")
     process = chain.start(name, *longer)
     metrics = chain.directory / "runs" / name / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and '"ppo/policy_loss"' in metrics.read_text(), process)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from real_processes import RealChain, kill, ranks_of, wait_until
+from small_chain import Chain
 
 NEEDS_MOUNT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
 BY_SERVER = ("ppo.critic.init=sft", "ppo.score.normalize=none", "stage=ppo", "checkpoint.every_minutes=null")
@@ -190,9 +192,10 @@ def test_a_clock_that_goes_backwards_changes_nothing(chain: RealChain) -> None:
     assert f"goes on from step {int(newest.name.removeprefix('step-'))} " in out
 
 
-def test_a_store_of_another_version_is_refused_by_name(chain: RealChain) -> None:
-    chain.run("version", "stage=prepare")
-    (manifest,) = chain.store("version").glob("prepare/[!.]*/manifest.json")
+def test_a_store_of_another_version_is_refused_by_name(as_finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(as_finished, tmp_path, symlinks=True, dirs_exist_ok=True)
+    (manifest,) = tmp_path.glob("store/prepare/[!.]*/manifest.json")
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
-    _, err = chain.run("version", "stage=prepare", code=2)
-    assert "written in store format 99, this version reads 2" in err
+    refused = Chain(tmp_path).run("stage=prepare")
+    assert refused.code == 2
+    assert "written in store format 99, this version reads 2" in refused.err
