@@ -5,7 +5,7 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 launch/torchrun.sh stage=ppo zero=zero3
 #   launch/torchrun.sh --dry-run stage=ppo      print what would run here
 #
-#   NNODES (1)   NODE_RANK (0)   MASTER_ADDR: machine 0 (127.0.0.1)   MASTER_PORT (29500)
+#   NNODES (1)   of several machines: NODE_RANK, MASTER_ADDR (machine 0) and MASTER_PORT (29500)
 #   NPROC_PER_NODE: ranks on each machine (as many as GPUs; 1 without)
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: the network to use, where host names do not lead to it
 #
@@ -22,11 +22,22 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
   NPROC_PER_NODE=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
 
+RLHF_EXIT_CODES=$(mktemp -d)
+export RLHF_EXIT_CODES
+collector=
+trap 'rm -rf "$RLHF_EXIT_CODES"; if [ -n "$collector" ]; then kill "$collector" 2>/dev/null || true; fi' EXIT
+
+if [ "$NNODES" = 1 ]; then # in a file: torchrun's own port would be open to the network
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # nor does torchrun open one for the ranks, which do so on 127.0.0.1
+  meet=(--rdzv-backend=c10d --rdzv-conf=store_type=file "--rdzv-endpoint=$RLHF_EXIT_CODES/rendezvous"
+    --local-addr=127.0.0.1)
+else
+  meet=("--node-rank=$NODE_RANK" "--master-addr=$MASTER_ADDR" "--master-port=$MASTER_PORT")
+fi
 # torch.distributed.run is torchrun, here of the Python that has rlhf.
 # setsid: Ctrl-C shall reach torchrun once, through the trap below.
 # signals-to-handle: of the others torchrun dies, and leaves its ranks behind.
-run=(setsid python -m torch.distributed.run "--nnodes=$NNODES" "--node-rank=$NODE_RANK"
-  "--nproc-per-node=$NPROC_PER_NODE" "--master-addr=$MASTER_ADDR" "--master-port=$MASTER_PORT"
+run=(setsid python -m torch.distributed.run "--nnodes=$NNODES" "--nproc-per-node=$NPROC_PER_NODE" "${meet[@]}"
   --signals-to-handle "SIGTERM,SIGUSR1,SIGINT" -m rlhf "$@")
 if $dry_run; then
   printf '%q ' "${run[@]}"
@@ -36,10 +47,6 @@ fi
 
 # Else torchrun kills the ranks 30 s after a signal, in the midst of a long step or a large checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
-RLHF_EXIT_CODES=$(mktemp -d)
-export RLHF_EXIT_CODES
-collector=
-trap 'rm -rf "$RLHF_EXIT_CODES"; if [ -n "$collector" ]; then kill "$collector" 2>/dev/null || true; fi' EXIT
 
 # shellcheck disable=SC2329 # the traps call these functions
 signal_ranks() { # torchrun's children
@@ -68,6 +75,7 @@ stop() {
 # shellcheck disable=SC2329
 stop_at_once() { # torchrun would leave its ranks behind
   trap '' TERM USR1 INT
+  sleep 1 # the ranks count the same signal within a second once
   signal_ranks "$1"
   sleep 5
   kill_ranks

@@ -267,8 +267,8 @@ def make_compute(
             local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
         waits = timedelta(seconds=timeout)
-        # torchrun has a store of its own, which its ranks find by the environment
-        is_ours = on_one_host and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+        # torchrun may have a store of its own, which its ranks find by the environment
+        is_ours = on_one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         distributed.init_process_group(
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
             store=store_of_this_host(rank, world_size, waits) if is_ours else None,

@@ -25,6 +25,9 @@ QUIET_SECONDS = 30.0
 """After a signal, a run of several ranks ends when none of them has made progress for so long."""
 AT_ONCE_SECONDS = 3.0
 """What a second signal leaves to Python, to end by itself and say so."""
+SAME_SECONDS = 1.0
+"""The same signal again within so long is the same stop: a control group gives it to the launcher and to its
+ranks, to which the launcher passes it on."""
 LOOK_SECONDS = 1.0
 """Between two looks at the ranks' progress."""
 
@@ -37,6 +40,23 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
+class Heard:
+    """The signals that came, without those that are the same stop again."""
+
+    def __init__(self) -> None:
+        self.signums: list[int] = []
+        self._when = 0.0
+
+    def is_new(self, signum: int) -> bool:
+        """Whether this signal, which comes now, is another stop than the last; it counts from now on."""
+        now = time.monotonic()
+        if self.signums and signum == self.signums[-1] and now - self._when < SAME_SECONDS:
+            return False
+        self.signums.append(signum)
+        self._when = now
+        return True
+
+
 class StopSignals:
     """Turns signals into `Stopped`: at once, or once the current training step is saved."""
 
@@ -47,6 +67,9 @@ class StopSignals:
         """What all ranks have done so far, which is equal only while none does anything; None for one rank,
         which waits for nobody."""
         self._put_off = False
+        self._handled = Heard()
+        self._is_heard, self._is_second = False, False
+        """Whether a thread hears signals, and whether it has heard a second one."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -72,9 +95,11 @@ class StopSignals:
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._hear, args=(reader, end), daemon=True)
         thread.start()
+        self._is_heard = True
         try:
             yield
         finally:
+            self._is_heard = False
             signal.set_wakeup_fd(before)
             writer.close()  # which the thread hears as the end
             thread.join()
@@ -82,15 +107,17 @@ class StopSignals:
 
     def _hear(self, reader: socket.socket, end: Callable[[int, bool], None]) -> None:
         """Each signal is one byte, its number, written by Python's own handler in C."""
-        first = _next(reader)
+        first, heard = _next(reader), Heard()
         if not first:
             return
+        heard.is_new(first[0])
         moved, seen = time.monotonic(), self.progress and self.progress()
         reader.settimeout(LOOK_SECONDS)
         while True:
             with suppress(TimeoutError):
                 second = _next(reader)
-                break
+                if not second or heard.is_new(second[0]):
+                    break
             if self.progress is None:
                 continue
             now = self.progress()
@@ -98,6 +125,10 @@ class StopSignals:
                 moved, seen = time.monotonic(), now
             elif time.monotonic() - moved >= QUIET_SECONDS:
                 end(first[0], False)
+        if second:
+            self._is_second, main = True, threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, second[0])  # whose handler waited for this judgement
         deadline = time.monotonic() + AT_ONCE_SECONDS
         while second and (left := deadline - time.monotonic()) > 0:  # empty: the main thread has ended
             reader.settimeout(left)
@@ -123,10 +154,16 @@ class StopSignals:
             raise Stopped(self.received)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._put_off and self.received is None:
-            self.received = signum
-            return
-        raise Stopped(signum)
+        is_first = not self._handled.signums
+        is_new = self._handled.is_new(signum)
+        if is_first:
+            if self._put_off:
+                self.received = signum
+                return
+        elif self._is_heard:  # the thread knows when it came; here it may have waited for a collective
+            is_new = self._is_second
+        if is_new:
+            raise Stopped(signum)
 
 
 def _next(reader: socket.socket) -> bytes:

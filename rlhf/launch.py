@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import PositiveInt
 
 from rlhf.config import ConfigError, Strict
-from rlhf.interrupt import STOPPING, Stopped, StopSignals
+from rlhf.interrupt import STOPPING, Heard, Stopped, StopSignals
 from rlhf.run import Run
 from rlhf.secrets import redacted_output
 
@@ -90,18 +90,18 @@ def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) ->
     config = json.dumps(resolved).encode()
     ranks = [_start(rank, config, directory, run_directory, environment) for rank in range(processes)]
 
-    heard: list[int] = []
+    heard = Heard()
 
     def forward(signum: int, frame: FrameType | None) -> None:
-        heard.append(signum)
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(signum)
+        if heard.is_new(signum):
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.send_signal(signum)
 
     before = {signum: signal.signal(signum, forward) for signum in STOPPING}
     try:
         while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-            if len(heard) > 1:  # the ranks end at once; those that cannot are ended
+            if len(heard.signums) > 1:  # the ranks end at once; those that cannot are ended
                 break
             time.sleep(0.05)
         ended = _end(ranks)
@@ -113,7 +113,7 @@ def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) ->
     codes = {number: rank.wait() for number, rank in enumerate(ranks) if number not in ended}
     if not codes:
         print("No rank ended by itself after a second signal; all were killed.", file=sys.stderr)
-        return INTERRUPTED if heard[-1] == signal.SIGINT else STOPPED
+        return INTERRUPTED if heard.signums[-1] == signal.SIGINT else STOPPED
     return _verdict(codes, directory)
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from real_processes import RealChain, kill, newest_step, wait_until
+from real_processes import RealChain, kill, newest_step, ranks_of, wait_until
 
 KILLS = int(os.environ.get("RLHF_KILLS", "6"))
 """`make crash-test` takes 50."""
@@ -158,21 +158,24 @@ def spoil(checkpoint: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "signum",
+    ("signum", "is_group"),
     [
-        signal.SIGTERM,
-        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_then_stops_and_the_same_command_goes_on(
-    chain: RealChain, signum: signal.Signals
+    chain: RealChain, signum: signal.Signals, is_group: bool
 ) -> None:
-    name, longer = f"signal_{signum.name}", ("ppo.steps=12", "checkpoint.every_minutes=null")
-    process = chain.start(name, *longer)
+    """Also of a whole control group: each rank has it twice, as the launcher passes its own on."""
+    name, longer = f"signal_{signum.name}_{is_group}", ("ppo.steps=12", "checkpoint.every_minutes=null")
+    process = chain.start(name, *longer, *(["launch.processes=2"] if is_group else []))
     metrics = chain.directory / "runs" / name / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and '"ppo/policy_loss"' in metrics.read_text(), process)
-    process.send_signal(signum)
+    for pid in [*(ranks_of(process.pid).values() if is_group else []), process.pid]:
+        os.kill(pid, signum)
     out, err = process.communicate()
     assert process.returncode == (130 if signum == signal.SIGINT else 75), err
     assert "saving step" in out and "the same command goes on" in err and "Traceback" not in err

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from real_processes import RealChain, children_of, ranks_of, wait_until
 from rlhf import interrupt
 from rlhf.distributed import Compute
 from rlhf.heartbeat import Heartbeat, bytes_moved
-from rlhf.interrupt import StopSignals
+from rlhf.interrupt import Heard, StopSignals
 
 TORCHRUN = Path(__file__).parents[2] / "launch" / "torchrun.sh"
 WAITING = """
@@ -32,7 +33,7 @@ from pathlib import Path
 from rlhf import interrupt
 from rlhf.distributed import make_compute
 from rlhf.heartbeat import Heartbeat
-from rlhf.interrupt import StopSignals
+from rlhf.interrupt import Heard, StopSignals
 
 directory, interrupt.QUIET_SECONDS = Path(sys.argv[1]), float(sys.argv[2])
 compute, _ = make_compute("cpu", "fp32", timeout=600)
@@ -113,6 +114,55 @@ def test_whoever_ends_by_itself_is_left_alone() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.parametrize(("first", "second", "counts"), [
+    (signal.SIGTERM, signal.SIGTERM, False),  # a control group's, and the launcher that passes its own on
+    (signal.SIGTERM, signal.SIGUSR1, True),
+])  # fmt: skip
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_the_same_signal_again_at_once_is_the_same_stop(
+    first: signal.Signals, second: signal.Signals, counts: bool, is_heard: bool
+) -> None:
+    signals = StopSignals()
+    ends = signals.heard(lambda *_: os._exit(1)) if is_heard else nullcontext()
+    came = threading.Event()
+
+    def work() -> None:
+        """A step: what is awaited outlasts the first signal, as its handler does not end it."""
+        with signals.put_off():
+            for signum in (first, second):
+                os.kill(os.getpid(), signum)
+            assert signals.received == first
+            came.wait(60 if counts else 0.1)  # for the thread's judgement
+            came.set()
+
+    with signals.installed(), ends, pytest.raises(interrupt.Stopped) as stopped:
+        work()
+    assert came.is_set() != counts
+    assert stopped.value.signum == (second if counts else first)
+
+
+def test_the_same_signal_later_is_another_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "SAME_SECONDS", 0.0)
+    signals = StopSignals()
+    ends = signals.heard(lambda *_: os._exit(1))
+    with signals.installed(), ends, pytest.raises(interrupt.Stopped), signals.put_off():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(60)
+        pytest.fail("the second one ends the wait")
+
+
+def test_a_launcher_passes_one_on_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard()
+    assert [heard.is_new(signal.SIGTERM), heard.is_new(signal.SIGTERM), heard.is_new(signal.SIGINT)] == [
+        True, False, True,
+    ]  # fmt: skip
+    monkeypatch.setattr(interrupt, "SAME_SECONDS", 0.0)
+    assert heard.is_new(signal.SIGINT)
+    assert heard.signums == [signal.SIGTERM, signal.SIGINT, signal.SIGINT]
+
+
 def test_only_signals_that_stop_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library may have a handler of its own, such as one for SIGCHLD."""
     monkeypatch.setattr(interrupt, "AT_ONCE_SECONDS", 0.0)
@@ -181,7 +231,7 @@ def test_a_hanging_run_ends_after_a_signal(tmp_path: Path, by: str) -> None:
     if by == "torchrun":
         command[:3] = [str(TORCHRUN)]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment |= {"NPROC_PER_NODE": "2", "MASTER_PORT": free_port(), "PATH": path}
+        environment |= {"NPROC_PER_NODE": "2", "PATH": path}
     run = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -191,8 +241,8 @@ def test_a_hanging_run_ends_after_a_signal(tmp_path: Path, by: str) -> None:
     if by == "torchrun":
         (launcher,) = children_of(run.pid)
     ranks = ranks_of(launcher)
-    listening = [each.laddr.ip for rank in ranks.values() for each in psutil.Process(rank).net_connections()
-                 if each.status == "LISTEN"]  # fmt: skip
+    listening = [each.laddr.ip for pid in (launcher, *ranks.values()) for each in
+                 psutil.Process(pid).net_connections() if each.status == "LISTEN"]  # fmt: skip
     assert listening and set(listening) == {"127.0.0.1"}
     os.kill(ranks[1], signal.SIGSTOP)
     run.send_signal(signal.SIGTERM)
