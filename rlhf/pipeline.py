@@ -28,6 +28,7 @@ from rlhf.lineage import content_digest, make_manifest
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.load import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.models.published import model_below
+from rlhf.models.start import of_two_architectures
 from rlhf.plan.preflight import Begun, check_before_loading
 from rlhf.plan.rehearsal import rehearse_rewards
 from rlhf.progress import Progress, clock
@@ -387,13 +388,17 @@ class Pipeline:
         rehearse_rewards(stages, data, settings.model, self.compute, settings.reward_server, self.console)
 
     def check_fits(self, pending: Iterable[str], data: PreparedData, base: BaseModelFiles) -> None:
-        """Refuse rows that do not fit the user's own models.
+        """Refuse what does not fit the user's own models.
 
         Raises:
-            ConfigError: which, and what to do.
+            ConfigError: what, and what to do.
         """
-        stages = map(self.experiment.stages.__getitem__, pending)
-        if complaints := [each for stage in stages for each in stage.misfits(data, base)]:
+        chain = self.experiment.stages
+        complaints = [each for name in pending for each in chain[name].misfits(data, base, chain)]
+        if self.vllm is not None:
+            answering = (each for name in pending for each in chain[name].answering(chain))
+            complaints += of_two_architectures(answering, base)
+        if complaints:
             raise ConfigError("\n".join([*complaints, "Nothing was loaded."]))
 
     def pending(self, prepared: Artifact) -> dict[str, Begun]:

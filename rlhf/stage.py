@@ -117,9 +117,14 @@ class Stage(Strict, ABC):
             ConfigError: in the user's own keys.
         """
 
-    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
-        """Complaints about rows that do not fit the user's own model that it starts from, in the user's own
-        keys; asked before any stage trains, where the store lacks what this one makes."""
+    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
+        """Complaints about what does not fit the user's own models that it or the others start from, in the
+        user's own keys; asked before any stage trains, where the store lacks what this one makes."""
+        yield from ()
+
+    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+        """The models that it samples from: a key, and what the model is or started from (`base`, `sft` or a
+        directory)."""
         yield from ()
 
     def check_compute(self, compute: Compute) -> None:

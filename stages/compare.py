@@ -9,7 +9,7 @@ Writes  comparison.md, comparison.csv and comparison.png; answers.jsonl (one con
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -167,6 +167,12 @@ class CompareStage(Stage):
     def rewards(self) -> Mapping[str, str]:
         """What scores the answers."""
         return {} if self.reward is None else {"compare.reward": self.reward}
+
+    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+        """The base model and the tuned ones; what is merged has the base model's architecture."""
+        starts = {"sft": "sft", "ppo": dict(chain["ppo"])["init"], "merge": "base"}
+        yield "compare.methods", "base"
+        yield from (("compare.artifacts", starts.get(name, name)) for name in self.artifacts)
 
     def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """Questions, corpus, artifacts from elsewhere, the user's reward, and the machine that is timed."""

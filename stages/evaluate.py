@@ -253,7 +253,7 @@ class EvaluateStage(Stage):
                     f"{gate} needs. Add a source that does, or turn it off with evaluate.gates.{gate}=null."
                 )
 
-    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
+    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Prompts and retention rows that PPO's start, and so the model that PPO makes, cannot read."""
         yield from misfits(
             "evaluate.init", self.init, base, f"evaluate.prompts={self.prompts}", self.rows(data),
@@ -264,6 +264,11 @@ class EvaluateStage(Stage):
             "evaluate.init", self.init, base, "evaluate.retention", data.rows("retention", "evaluation"),
             beside=0, mend="Leave out the longest rows.",
         )  # fmt: skip
+
+    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+        """PPO's start and what is made of it; the others have the base model's architecture."""
+        for name in self.policies:
+            yield "evaluate.init", self.init if name in ("init", "ppo") else "base"
 
     def rows(self, data: PreparedData) -> list[PromptRow]:
         """The prompts that are answered."""

@@ -94,13 +94,17 @@ class GenerateStage(Stage):
         """The user's own model is whole."""
         check_start("generate.policy", self.policy, base)
 
-    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
+    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Prompts that leave no room for an answer."""
         yield from misfits(
             "generate.policy", self.policy, base, "ppo.prompts", self.rows(data), beside=self.max_new_tokens,
             mend=f"Lower generate.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
             "take a model with a longer context.",
         )  # fmt: skip
+
+    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+        """One model."""
+        yield "generate.policy", self.policy
 
     def rows(self, data: PreparedData) -> list[PromptRow]:
         """The prompts that are answered."""

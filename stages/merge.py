@@ -6,16 +6,18 @@ Writes  a plain causal-LM directory with the weights base + alpha (tuned - base)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from rlhf.config import ConfigError
+from rlhf.data.prepared import PreparedData
 from rlhf.job import Job
 from rlhf.methods import METHODS
+from rlhf.models.alike import other_token, other_weight
 from rlhf.models.interpolate import interpolate
-from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
+from rlhf.models.load import BaseModelFiles, load_causal_lm, load_tokenizer, save_policy
 from rlhf.models.merged import merged_policy
 from rlhf.models.published import origin_of
 from rlhf.plan.demand import Demand, Worker
@@ -62,6 +64,25 @@ class MergeStage(Stage):
             raise ConfigError(
                 f"merge.policy={self.policy}: {self.policy}.peft={peft.method} cannot be merged into the "
                 f"weights: no weights of the model alone answer as it does. Use {self.policy}.peft={merging}."
+            )
+
+    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
+        """A tuned model that cannot be interpolated with the base model, weight by weight."""
+        directory = chain[self.policy].init_directory()
+        if directory is None:
+            return
+        start = BaseModelFiles(directory, "", base.config)
+        weight = other_weight(
+            base.architecture, start.architecture, trust_remote_code=base.config.trust_remote_code
+        )
+        token = other_token(base.load_tokenizer(), start.load_tokenizer())
+        why = weight and f"weights of another shape ({weight})"
+        why = why or (token and f"another vocabulary ({token!r} has another id, or none)")
+        if why:
+            yield (
+                f"merge.policy={self.policy}: {self.policy}.init={directory} has {why} than "
+                f"{base.config.said}, and merging is between these two, weight by weight. Use model=local "
+                f"model.path={directory} {self.policy}.init=base, or leave merge out."
             )
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:

@@ -134,7 +134,7 @@ class PpoStage(PpoConfig, Stage):
                 "prepare.held_out_fraction."
             )
 
-    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
+    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Prompts that leave no room for an answer."""
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
         rows = [*data.rows("ppo", "train"), *data.rows("ppo", "held_out")[: self.evaluate_prompts]]
@@ -144,6 +144,10 @@ class PpoStage(PpoConfig, Stage):
             mend=f"Lower ppo.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or start "
             "from a model with a longer context.",
         )  # fmt: skip
+
+    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+        """The policy."""
+        yield "ppo.init", self.init
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Critic and normalisation must fit the methods of tuning and what `generate` measured."""

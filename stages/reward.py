@@ -122,7 +122,7 @@ class RewardStage(Stage):
         """A reward model can be made of the model that it starts from."""
         check_scorable(check_start("reward.init", self.init, base).architecture)
 
-    def misfits(self, data: PreparedData, base: BaseModelFiles) -> Iterator[str]:
+    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Pairs that the model cannot read, and that `max_tokens` does not leave out."""
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
         rows = [row for split in ("train", "held_out") for row in data.rows("reward", split)]

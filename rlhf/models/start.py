@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from rlhf.config import ConfigError
 from rlhf.data.chat import tokenizer_digest
 from rlhf.data.collection import sequences
 from rlhf.data.schema import Row
+from rlhf.models.alike import other_setting
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.load import BaseModelFiles
 
@@ -76,6 +77,27 @@ def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:
     files = BaseModelFiles(directory, "", base.config)
     check_tokenizer(files, f"{key}={init}")
     return files
+
+
+def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles) -> Iterator[str]:
+    """Complain where vLLM's one engine would have to answer for models that compute differently.
+
+    Args:
+        models: as of `Stage.answering`.
+    """
+    first = None
+    for key, init in models:
+        directory = directory_of(init)
+        said = base.config.said if directory is None else f"{key}={init}"
+        files = base if directory is None else BaseModelFiles(directory, "", base.config)
+        first = first or (said, files.architecture)
+        if setting := other_setting(first[1], files.architecture):
+            yield (
+                f"generation=vllm: one engine answers for all models of a run, and {first[0]} and {said} are "
+                f"of two architectures ({setting}). Use generation=local, or leave one of them out "
+                "(evaluate.policies, compare.artifacts)."
+            )
+            return
 
 
 def misfits(

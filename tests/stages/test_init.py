@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -16,8 +17,9 @@ from small_plan import experiment, gpus
 
 from rlhf.artifacts import weights_digest
 from rlhf.config import ConfigError
+from rlhf.models import load
 from rlhf.models.load import BaseModelFiles, ModelConfig
-from rlhf.models.start import check_start, digest_of_start
+from rlhf.models.start import check_start, digest_of_start, of_two_architectures
 from rlhf.plan.demand import Demand
 
 
@@ -205,6 +207,81 @@ def test_a_template_of_the_start_that_refuses_a_prompt_is_told(tiny_model: Path,
     refused = Chain(tmp_path).run("stage=ppo", f"ppo.init={start}", "reward.init=base")
     assert refused.code == 2
     assert f"the chat template of ppo.init={start} refuses a conversation: no 17." in refused.err
+
+
+OWN = ("reward.init=base", "gates=warn", "ppo.steps=1", "ppo.evaluate_every=1")
+
+
+@pytest.fixture(scope="module")
+def other_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models of the user's: one is wider, one has another vocabulary, one computes otherwise."""
+    root = tmp_path_factory.mktemp("others")
+    found = {name: root / name for name in ("wider", "other-tokens", "other-angles")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(load.TINY, "hidden_size", 96)
+        load._write_tiny(found["wider"])
+    for name in ("other-tokens", "other-angles"):
+        shutil.copytree(tiny_model, found[name])
+    path = found["other-tokens"] / "tokenizer.json"
+    vocabulary = (content := json.loads(path.read_text()))["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    path.write_text(json.dumps(content))
+    path = found["other-angles"] / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    path.write_text(json.dumps(config))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wider", "weights of another shape (model.embed_tokens.weight: [259, 64] and [259, 96])"),
+        ("other-tokens", "another vocabulary ('A' has another id, or none)"),
+    ],
+)
+def test_merging_with_another_family_is_refused_before_anything_trains(
+    other_models: dict[str, Path], tmp_path: Path, name: str, words: str
+) -> None:
+    refused = Chain(tmp_path).run(
+        "stage=[ppo,merge]", "merge.policy=ppo", f"ppo.init={other_models[name]}", *OWN
+    )
+    assert refused.code == 2
+    assert refused.statuses == {"prepare": "ran"}
+    assert f"merge.policy=ppo: ppo.init={other_models[name]} has {words} than model=tiny" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("wider", "head_dim: 24 and 16"), ("other-angles", "rope_parameters: ")]
+)
+def test_one_engine_of_vllm_is_not_asked_for_two_architectures(
+    other_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())  # nothing of vLLM is imported
+    start, chain = other_models[name], Chain(tmp_path)
+    own = ("generation=vllm", f"ppo.init={start}", "ppo.reward=vader", "ppo.critic.init=sft", "gates=warn")
+    refused = chain.run("stage=[ppo,evaluate]", *own)
+    assert refused.code == 2
+    assert refused.statuses == {"prepare": "ran"}
+    assert f"generate.policy={start} and model=tiny are of two architectures (" in refused.err
+    assert words in refused.err
+
+
+def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_model: Path) -> None:
+    base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
+
+    def complaints(*overrides: str) -> list[str]:
+        chain = experiment("model=tiny", *overrides).stages
+        names = ("ppo", "evaluate", "compare")
+        answering = [each for name in names for each in chain[name].answering(chain)]
+        return list(of_two_architectures(answering, base))
+
+    wider, other_tokens = (f"ppo.init={other_models[name]}" for name in ("wider", "other-tokens"))
+    assert complaints() == complaints(other_tokens) == []  # the engine reads ids alone
+    assert complaints("evaluate.policies=[base,sft,ppo,merge]", "compare.artifacts=[sft,ppo,merge]") == []
+    assert "head_dim: 24 and 16" in complaints(wider)[0]
+    assert len(complaints(wider)) == 1
+    assert "compare.artifacts=" in complaints(f"compare.artifacts=[{other_models['wider']}]")[0]
 
 
 def test_a_rank_goes_by_what_rank_0_has_read(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Whether two models are alike, as far as their files tell without weights."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from rlhf.plan.shape import skeleton
+
+COMPUTES_NOTHING = {
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "label2id", "max_position_embeddings",
+    "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
+    "problem_type", "return_dict", "transformers_version", "use_cache",
+}  # fmt: skip
+"""Settings of a config that decide no value in a forward pass, or none within the context."""
+
+
+def other_setting(first: PreTrainedConfig, second: PreTrainedConfig) -> str | None:
+    """A setting by which two models compute differently, such as `hidden_size: 64 and 128`; None without."""
+    ours, theirs = first.to_dict(), second.to_dict()
+    for name in ("model_type", *sorted({*ours, *theirs} - COMPUTES_NOTHING)):
+        if ours.get(name) != theirs.get(name):
+            return f"{name}: {ours.get(name)} and {theirs.get(name)}"
+    return None
+
+
+def other_weight(first: PreTrainedConfig, second: PreTrainedConfig, *, trust_remote_code: bool) -> str | None:
+    """A weight that two models do not both have in the same shape; None without.
+
+    Raises:
+        UnknownShapeError: one is no causal language model.
+    """
+    ours, theirs = (
+        {
+            name: list(weight.shape)
+            for name, weight in skeleton(each, trust_remote_code=trust_remote_code).named_parameters()
+        }
+        for each in (first, second)
+    )
+    for name in (*ours, *theirs):
+        if ours.get(name) != theirs.get(name):
+            return f"{name}: {ours.get(name)} and {theirs.get(name)}"
+    return None
+
+
+def other_token(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:
+    """A token that has another id, or none, in the second tokenizer; None without."""
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    return min((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), default=None)
