@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import shlex
 import tomllib
 from pathlib import Path
 from runpy import run_path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from small_chain import Chain, Outcome, run_main
 
+import rlhf.plan.machine
 from rlhf.distributed import Compute
 from rlhf.experiment import Experiment, build_experiment
 
@@ -45,6 +51,85 @@ def test_a_documented_command_builds(command: str) -> None:
     if " -m " in command.removeprefix("python -m rlhf") + " ":  # a sweep: its first trial
         overrides = [word.partition(",")[0] for word in overrides if "interval(" not in word]
     built(overrides)
+
+
+NOT_HERE = re.compile(
+    r"generation=vllm|zero=|launch\.processes|submitit|optuna|=qlora|http:|hub:|experiment=hh|REWARD_MODEL"
+    r"|dolly|helpful_base|oasst|wikitext|station"
+)
+"""What needs a GPU, a cluster, several processes, a server, or data that are not in the repository; each has
+tests of its own elsewhere."""
+
+
+SMALL = (
+    "compare.num_questions=2", "compare.max_new_tokens=4", "ppo.steps=4", "ppo.max_new_tokens=16",
+    "generate.num_prompts=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """A directory with the files that a user of the documents would have, and a store that all share."""
+    chain = Chain(tmp_path_factory.mktemp("documented"))
+    folder = chain.directory
+    answers = [{"prompt": f"Say {n}", "completion": f"It is {n}."} for n in range(24)]
+    pairs = [{"prompt": f"Rate {n}", "chosen": "I love it!", "rejected": "No."} for n in range(24)]
+    questions = [{"question": f"{n}+1?", "choices": ["1", "7"], "answer": 0} for n in range(6)]
+    named = {
+        "answers": answers,
+        "task": answers,
+        "held_out": answers[:6],
+        "pairs": pairs,
+        "questions": questions,
+    }
+    for name, rows in named.items():
+        chain.write(f"{name}.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(pairs), folder / "pairs.parquet")
+    (folder / "answers.jsonl.gz").write_bytes(gzip.compress((folder / "answers.jsonl").read_bytes()))
+    (folder / "speeches.txt.gz").write_bytes(gzip.compress(b"Water boils at a hundred degrees.\n" * 4))
+    numbers = [str(n) for n in range(24)]
+    (folder / "general.txt").write_text("".join(f"Water number {n} boils late.\n" for n in numbers))
+    (folder / "manual.txt").write_text("".join(f"Part {n} is in room {n}.\n" for n in numbers))
+    (folder / "prompts.csv").write_text("prompt,question\n" + "".join(f"Tell {n},Ask {n}\n" for n in numbers))
+    (folder / "my_reward.py").write_text(python_blocks(ROOT / "docs" / "rewards.md")[0])
+    return chain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in commands() if not NOT_HERE.search(command)])
+def test_a_documented_command_runs(command: str, own_files: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the tiny model and a few rows; what the command says wins over these settings."""
+    monkeypatch.setattr(rlhf.plan.machine, "CALIBRATION_SECONDS", 0.1)
+    monkeypatch.syspath_prepend(str(own_files.directory))
+    words = [word for word in shlex.split(command)[3:] if not word.startswith("model.")]
+    words = ["model=tiny" if word.startswith("model=") else word for word in words]
+    if words and words[0] in ("verify", "--cfg", "--help"):
+        outcome = run_main(own_files.directory, words, own_files.directory)
+    else:
+        outcome = own_files.run(*SMALL, *words)
+    assert outcome.code == 0, outcome.err
+
+
+def python_blocks(document: Path) -> list[str]:
+    """The Python that a document shows."""
+    return re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
+
+
+def test_the_result_is_used_as_shown(
+    finished_chain: tuple[Chain, Outcome], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = python_blocks(ROOT / "docs" / "quickstart.md")
+    shown = "runs/demo/artifacts/ppo"
+    assert code.count(shown) == 2
+    exec(code.replace(shown, str(finished_chain[1].artifact("ppo"))), {})
+    assert capsys.readouterr().out
+
+
+def test_the_reward_scores_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = python_blocks(ROOT / "docs" / "rewards.md")
+    space: dict[str, Any] = {}
+    exec(code, space)
+    assert space["score"](["", ""], ["one", " ".join(["word"] * 12)]) == [-11, 0]
 
 
 def built(overrides: list[str]) -> Experiment:
