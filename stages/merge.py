@@ -23,6 +23,7 @@ from rlhf.models.published import origin_of
 from rlhf.plan.demand import Demand, Worker
 from rlhf.plan.memory import Part, Phase, over, weight_bytes
 from rlhf.plan.setting import Setting
+from rlhf.plan.shape import UnknownShapeError
 from rlhf.stage import Stage
 
 
@@ -72,9 +73,12 @@ class MergeStage(Stage):
         if directory is None:
             return
         start = BaseModelFiles(directory, "", base.config)
-        weight = other_weight(
-            base.architecture, start.architecture, trust_remote_code=base.config.trust_remote_code
-        )
+        try:
+            weight = other_weight(
+                base.architecture, start.architecture, trust_remote_code=base.config.trust_remote_code
+            )
+        except UnknownShapeError:  # the checks that follow say so
+            return
         token = other_token(base.load_tokenizer(), start.load_tokenizer())
         why = weight and f"weights of another shape ({weight})"
         why = why or (token and f"another vocabulary ({token!r} has another id, or none)")
