@@ -43,7 +43,8 @@ def test_there_are_commands_to_check() -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_documented_command_builds(command: str) -> None:
+def test_a_documented_command_builds(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_TOKEN", "word")
     if command.startswith("python -m rlhf verify"):
         assert shlex.split(command)[4:] in ([], ["store_dir=store"])
         return
