@@ -42,6 +42,14 @@ USER_INFO = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
 """user:password of a URL. Without a password too: the user is often the token."""
 ASSIGNMENT = re.compile(r"""([?&]?)([\w.-]+\\?)=("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
 """`name=value`: of a URL's query, or of a command line."""
+FIELD = re.compile(
+    r"""(?<![\w.-])([\w.-]*(?:key|token|secret|password|passwd|passphrase|pwd|pass|pat|creds?|credentials?))"""
+    r"""(\\*["']\s*:\s*|:[ \t]+)"""
+    r"""(\\+"(?:(?!\\+").)*\\+"|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,;'"}\]\\]+)""",
+    re.I,
+)
+"""`"name": "value"` of JSON, also within a string; `name: value` of a header."""
+EMPTY = ("null", "None", "true", "false", "True", "False")
 AUTHORIZATION = re.compile(
     r"""(\bAuthorization["']?\s*[:=]\s*["']?[\w-]+\s+|\bBearer\s+(?=\S*[\d_~+/=]|\S{20}))[\w.~+/=-]{6,}""",
     re.I,
@@ -68,7 +76,8 @@ def redacted(value: Any) -> Any:
 def redacted_text(text: str) -> str:
     """A text without secrets."""
     text = USER_INFO.sub(PLACEHOLDER, without_environment(text))
-    return ASSIGNMENT.sub(_without_value, AUTHORIZATION.sub(rf"\1{PLACEHOLDER}", text))
+    text = FIELD.sub(_without_field, AUTHORIZATION.sub(rf"\1{PLACEHOLDER}", text))
+    return ASSIGNMENT.sub(_without_value, text)
 
 
 def without_environment(text: str) -> str:
@@ -82,6 +91,15 @@ def says_secret(key: str) -> bool:
     """Whether a key's own name says that its value is a secret; a place (`model:DIR`, a path) is no name."""
     is_place = ":" in key or "/" in key
     return not is_place and KEY_NAME.search(key) is not None and NO_SECRET.search(key) is None
+
+
+def _without_field(found: re.Match[str]) -> str:
+    name, colon, value = found.groups()
+    if not says_secret(name) or value in EMPTY:
+        return found[0]
+    quotes = re.match(r"""\\*["']""", value)
+    mark = quotes[0] if quotes else ""
+    return f"{name}{colon}{mark}{PLACEHOLDER}{mark}"
 
 
 def _without_value(found: re.Match[str]) -> str:

@@ -185,6 +185,30 @@ def test_a_headers_credential_goes(header: str, clean: str) -> None:
     assert redacted(header) == clean
 
 
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("X-Api-Key: v", "X-Api-Key: <redacted>"),
+        ("Host: h\nx-auth-token: a.b-c\nAge: 3", "Host: h\nx-auth-token: <redacted>\nAge: 3"),
+        ('{"api_key": "v", "model": "m"}', '{"api_key": "<redacted>", "model": "m"}'),
+        ("{'apiKey':'v w', 'n': 1}", "{'apiKey':'<redacted>', 'n': 1}"),
+        (
+            r'{"error": "got {\"password\": \"v\", \"n\": 1}"}',
+            r'{"error": "got {\"password\": \"<redacted>\", \"n\": 1}"}',
+        ),
+        (r'{"secret": "v\"w", "n": 1}', '{"secret": "<redacted>", "n": 1}'),
+        ("Error: wandb_api_key: v", "Error: wandb_api_key: <redacted>"),
+        ('{"api_key": 12345}', '{"api_key": <redacted>}'),
+        ('{"api_key": null, "max_tokens": 5, "pad_token": "</s>"}',) * 2,
+        ("ppo.reward=python:my_token:score: no such key: x",) * 2,
+        ("tokens: 5, key: a, sft.data: b",) * 2,
+    ],
+)
+def test_fields_of_json_and_headers_go(text: str, clean: str) -> None:
+    assert redacted(text) == clean
+    assert redacted(clean) == clean
+
+
 def test_a_place_is_no_name_of_a_secret() -> None:
     """Digests of what scores stand under its place, and decide an artifact's key."""
     for place in ("model:my_Secret", "model:dir/token", "python:my.module:password", "runs/api_key"):
