@@ -39,13 +39,14 @@ class CheckpointConfig(Strict):
     """`checkpoint.*`: how often a training stage saves its state."""
 
     every_steps: PositiveInt | None
-    """Steps between two, of PPO rollouts; null goes by the minutes alone."""
+    """Steps between two checkpoints (in PPO: rollouts); null goes by minutes only."""
     every_minutes: PositiveFloat | None
-    """Between two; null goes by the steps alone. With both null none is written on the way."""
+    """Minutes between two checkpoints; null goes by steps only. If both are null, only a signal writes
+    one."""
     keep: PositiveInt
-    """The newest so many stay until the stage is done."""
+    """How many of the newest checkpoints stay until the stage is done."""
     resume: bool
-    """Whether to go on from the newest one; false starts the stage anew."""
+    """Whether to go on from the newest checkpoint; false starts the stage again."""
 
 
 @dataclass

@@ -56,7 +56,7 @@ class DistributedConfig(Strict):
     """`distributed.*`: how ranks wait for each other."""
 
     timeout: PositiveFloat
-    """Seconds that a rank waits for the others before the run ends with the name of the missing one."""
+    """Seconds that a rank waits for the others. Then the run ends and names the missing one."""
 
 
 class MicroBatch(NamedTuple):

@@ -46,40 +46,40 @@ class DemoConfig(Strict):
     """What `auto` takes as long as none of the data is yours: the packaged sets in `data/`."""
 
     sft: SourceConfig
-    """Of `sft.data`."""
+    """What `sft.data=auto` takes."""
     reward: SourceConfig
-    """Of `reward.pairs`."""
+    """What `reward.pairs=auto` takes."""
     ppo: SourceConfig
-    """Of `ppo.prompts`."""
+    """What `ppo.prompts=auto` takes."""
     evaluate: SourceConfig
-    """Of `evaluate.prompts`."""
+    """What `evaluate.prompts=auto` takes."""
     retention: SourceList
-    """Of `evaluate.retention`."""
+    """What `evaluate.retention=auto` takes."""
     gold: RewardSource | None
-    """Of `evaluate.gold`."""
+    """What `evaluate.gold=auto` takes."""
 
 
 class Settings(Strict):
     """The keys beside the stages'. Values: conf/config.yaml."""
 
     stage: Names
-    """`all`, one stage, or a list; what they need and the store lacks is run too."""
+    """`all`, one stage, or a list. The stages that they need, and that are not in the store, run too."""
     run_name: str | None = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-    """Names the run's directory; null makes one from the time."""
+    """Name of the run's directory; null takes the time."""
     runs_dir: str
-    """Where runs' directories lie."""
+    """Directory of all runs."""
     store_dir: str
-    """Where artifacts lie, shared by all runs."""
+    """Directory of the store, which all runs share."""
     seed: NonNegativeInt
     """Seed of all random numbers in the run."""
     device: Literal["auto", "cpu"]
-    """auto takes the GPU where there is one."""
+    """auto takes a GPU if there is one."""
     precision: Precision
-    """Of weights and activations; auto takes bf16 where this hardware multiplies it faster, else fp32. fp16
-    is refused: it would need loss scaling."""
+    """Precision of weights and activations. auto takes bf16 if this hardware multiplies it faster, else fp32.
+    fp16 is refused, because it would need loss scaling."""
     zero: Zero
-    """What DeepSpeed shards over the ranks: nothing, optimizer (1), gradients too (2), weights too (3); or
-    torch's FSDP2, which shards all three."""
+    """What DeepSpeed shards over the ranks: nothing, the optimizer (1), also gradients (2), also weights (3).
+    fsdp2 is torch's own and shards all three."""
     generation: Literal["local", "vllm"]
     """What samples responses: the trained model itself, or vLLM with a copy of its weights."""
     vllm: VllmConfig
@@ -88,13 +88,13 @@ class Settings(Strict):
     distributed: DistributedConfig
     checkpoint: CheckpointConfig
     why: bool
-    """Explain each reuse and each miss, down to the changed knob."""
+    """Explain why each stage is reused or run, down to the changed key."""
     force: Names
-    """Stages to run although the store has their artifact; a checkpoint of theirs is forgotten."""
+    """Stages to run again, even if the store has their artifact; their checkpoints are forgotten."""
     gates: Literal["enforce", "warn"]
     """Whether a failing gate ends the run (exit code 3) or is only reported."""
     preflight: Literal["enforce", "warn"]
-    """Whether a run that memory, disk or context are too small for is refused before a model is loaded."""
+    """Whether a run is refused before a model is loaded, if memory, disk or context are too small for it."""
     sweep: SweepConfig
     model: ModelConfig
     tracker: TrackerConfig

@@ -39,7 +39,7 @@ class LaunchConfig(Strict):
     """`launch.*`: the ranks that `python -m rlhf` starts by itself."""
 
     processes: PositiveInt | None
-    """Ranks on this machine; null takes one for each visible GPU, and one on a machine without."""
+    """Ranks on this machine; null takes one for each visible GPU, or one without a GPU."""
 
 
 def ranks_wanted(config: LaunchConfig, device: str) -> int:

@@ -21,11 +21,11 @@ class TrackerConfig(Strict):
     """`tracker.*`: who else is told, beside the files."""
 
     kind: Literal["none", "wandb", "tensorboard"]
-    """Set by `tracker=NAME`."""
+    """Set it by `tracker=NAME`."""
     mode: Literal["offline", "online"] = "offline"
-    """wandb only; nothing leaves the machine unless this is `online`."""
+    """wandb only: nothing leaves the machine unless this is `online`."""
     project: str = "rlhf"
-    """wandb only: the project that the run belongs to."""
+    """wandb only: the project of the run."""
 
 
 SILENT: dict[str, Any] = {

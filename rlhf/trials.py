@@ -34,26 +34,26 @@ class ParetoConfig(Strict):
     """`sweep.pareto.*`: the two sides of a trade; of both, the base model has 0."""
 
     gain: Metric
-    """More is better."""
+    """Summary metric of which more is better."""
     loss: Metric
-    """Less is better."""
+    """Summary metric of which less is better."""
 
 
 class SweepConfig(Strict):
     """`sweep.*`: what `python -m rlhf -m` looks for. Values: conf/config.yaml."""
 
     metric: Metric | None
-    """What is looked for; `hydra/sweeper=optuna` needs one."""
+    """Summary metric that the sweep looks at, such as evaluate/win_rate; `hydra/sweeper=optuna` needs one."""
     direction: Literal["maximize", "minimize"]
     """Whether more of the metric is better, or less."""
     trials: PositiveInt
-    """How many trials a study of optuna's has in all."""
+    """Trials of an optuna study in all."""
     parallel: PositiveInt
-    """Trials at once, under a launcher that can; hydra's own one runs them one by one."""
+    """Trials at once, if the launcher can do that; Hydra's own launcher runs them one by one."""
     seed: NonNegativeInt
-    """Of optuna's proposals."""
+    """Seed of optuna's proposals."""
     pareto: ParetoConfig | None
-    """Draw the trials' gain against their loss into the sweep's directory; null for no picture."""
+    """Draw a picture of the trials' gain against their loss into the sweep's directory; null for none."""
 
     @property
     def metrics(self) -> dict[str, str]:

@@ -88,11 +88,11 @@ class CompareStage(Stage):
     not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
 
     questions: SourceConfig | None
-    """Rows with a question and, where there is one, its answer; null takes the held-out rows of sft.data."""
+    """Rows with a question and, if there is one, its answer; null takes the held-out rows of sft.data."""
     corpus: SourceConfig | None
     """What retrieval searches: texts, or questions with answers; null takes the training rows of sft.data."""
     num_questions: PositiveInt | None
-    """The first so many questions; null takes all."""
+    """How many questions, the first ones; null takes all."""
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the base model is asked; the first is what the others' win rate is against."""
     artifacts: Annotated[list[str], AfterValidator(_once)]
@@ -101,7 +101,7 @@ class CompareStage(Stage):
     tuned_methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the tuned models are asked."""
     retriever: RetrieverName
-    """bm25 goes by words; embeddings are mean hidden states of the model that answers."""
+    """bm25 compares words; embeddings are mean hidden states of the model that answers."""
     few_shot: FewShotConfig
     retrieval: RetrievalConfig
     reward: RewardSource | None

@@ -102,18 +102,18 @@ class EvaluateStage(Stage):
     )
 
     prompts: PromptSource | None
-    """A source, or a key as in ppo.prompts. Where training reads the same rows, `prepare` sets a share of
-    them aside. `auto` is the demo's, and beside data of yours the same rows as ppo.prompts."""
+    """A source, or a key as in ppo.prompts. If training reads the same rows, `prepare` sets a share of them
+    aside. `auto` takes the demo's; if some data is yours, the same rows as ppo.prompts."""
     retention: SourceList | None
-    """What shall not be forgotten: files of texts, of multiple-choice questions, or of both. Where one is a
-    source that training reads too, `prepare` sets a share of it aside. Null measures no forgetting; `auto` is
-    the demo's, and null beside data of yours."""
+    """What the model should not forget: files of texts, of multiple-choice questions, or both. If training
+    reads one of them too, `prepare` sets a share of it aside. Null measures no forgetting. `auto` takes the
+    demo's; if some data is yours, null."""
     init: Init
     """What PPO started from: `sft`, `base` or a directory. The others are compared with it."""
     policies: list[PolicyName] = Field(min_length=1)
-    """`init` is the directory of evaluate.init, `merge` the merge stage's model. Win rate and gold gain need
-    ppo and what it started from, KL the latter, task gain and forgetting need base; else they are left out.
-    `auto` is base, what PPO started from, and ppo."""
+    """The policies that are compared. `init` is the directory of evaluate.init, `merge` the merge stage's
+    model. Win rate and gold gain need ppo and what it started from, KL the latter, task gain and forgetting
+    need base; otherwise these metrics are left out. `auto` takes base, what PPO started from, and ppo."""
     lm_eval: list[str]
     """Tasks of EleutherAI's lm-eval, asked on one rank while the others wait; [] for none."""
     lm_eval_tasks: str | None
@@ -123,22 +123,23 @@ class EvaluateStage(Stage):
     reward: RewardSource | None
     """What PPO was trained on; null leaves it out."""
     gold: RewardSource | None
-    """What the reward model stands for, where it is known; null leaves it out. `auto` is VADER for the demo,
-    and null beside data of yours."""
+    """The true reward, if it is known; null leaves it out. `auto` takes VADER for the demo; if some data is
+    yours, null."""
     num_prompts: PositiveInt | None
-    """The first so many evaluation prompts; null takes all."""
+    """How many evaluation prompts, the first ones; null takes all."""
     num_references: PositiveInt | None
-    """The first so many held-out answers of sft.data, whose loss tells what was learned; null takes all."""
+    """How many held-out answers of sft.data are used to measure what was learned, the first ones; null takes
+    all."""
     max_new_tokens: PositiveInt
     """A longer response is cut off."""
     temperature: PositiveFloat
     """Divides the logits of every policy."""
     top_p: float = Field(gt=0, le=1)
-    """Below 1, the KL is still that of the whole distribution's log-probabilities."""
+    """Nucleus sampling. Below 1, the KL is still that of the whole distribution."""
     batch_rows: PositiveInt
-    """Rows decoded together."""
+    """Rows that are decoded together."""
     num_shown: int = Field(ge=0)
-    """Prompts whose answers the report shows side by side, from the first on."""
+    """How many prompts the report shows side by side, the first ones."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass that measures; lower it when memory runs out."""
 

@@ -39,13 +39,13 @@ class GenerateStage(Stage):
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 
     policy: Init
-    """Whose answers: `sft`, `base` or a `save_pretrained` directory."""
+    """The model that answers: `sft`, `base` or a `save_pretrained` directory."""
     reward: RewardSource | None
-    """What scores them; null writes responses only."""
+    """What scores the answers; null writes responses only."""
     splits: list[Literal["train", "held_out"]] = Field(min_length=1)
-    """Of the prepared `ppo.prompts`."""
+    """Splits of `ppo.prompts` that are answered."""
     num_prompts: PositiveInt | None
-    """The first so many prompts; null takes all."""
+    """How many prompts, the first ones; null takes all."""
     samples_per_prompt: PositiveInt
     """Responses to each prompt."""
     max_new_tokens: PositiveInt
@@ -53,9 +53,9 @@ class GenerateStage(Stage):
     temperature: PositiveFloat
     """Divides the logits."""
     pair_min_gap: NonNegativeFloat
-    """Score units: pairs that differ less are not written."""
+    """Pairs whose scores differ by less are not written."""
     batch_rows: PositiveInt
-    """Rows decoded together."""
+    """Rows that are decoded together."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass of the reward model."""
 

@@ -65,31 +65,31 @@ class PlanStage(Stage):
     is_kept: ClassVar[bool] = False
 
     trains: list[Literal["sft", "reward", "ppo"]] = Field(min_length=1)
-    """The stages that are planned, with the data and the knobs that they have in this config."""
+    """The stages that are planned, with their data and settings in this config."""
     rows: PositiveInt | None
-    """Training rows of each; null measures the prepared data."""
+    """Training rows of each stage; null measures the prepared data."""
     prompt_tokens: PositiveInt | None
-    """Of a row, on average; given with `rows`."""
+    """Mean prompt tokens of a row; give it together with `rows`."""
     answer_tokens: PositiveInt | None
-    """Likewise."""
+    """Mean answer tokens of a row; give it together with `rows`."""
     gpus: PositiveInt | None
-    """GPUs a node, which need not be here; null plans for what is found."""
+    """GPUs of each node, which need not be here; null plans for this machine."""
     nodes: PositiveInt
-    """With `gpus` each."""
+    """Number of nodes, with `gpus` GPUs each."""
     gpu_memory: Gibibytes
-    """Of a GPU, such as 80GiB; this key and those below count with `gpus` alone."""
+    """Memory of a GPU, such as 80GiB. This key and the next three are read only with `gpus`."""
     host_memory: Gibibytes
-    """Of a node."""
+    """Memory of a node's host."""
     gpu_tflops: PositiveFloat
-    """Dense bf16 matrix products, as the data sheet has them."""
+    """Dense bf16 TFLOP/s of a GPU, from its data sheet."""
     gpu_bandwidth: Terabytes
-    """Of a GPU's memory, a second."""
+    """Bandwidth of a GPU's memory, a second, such as 2.0TB."""
     hours: PositiveFloat | None
-    """The most that the training may take; null for any time."""
+    """Longest training time, hours; null for no limit."""
     price_per_gpu_hour: PositiveFloat | None
-    """In any currency; where there is no GPU, of a rank."""
+    """Price of a GPU hour in any currency; without a GPU, of a rank hour."""
     max_added_latency: float | None = Field(ge=0)
-    """Seconds that an answer may take longer than the base model's; null for any."""
+    """How many seconds longer than the base model's an answer may take; null for no limit."""
     deploy: Literal["merged", "many_adapters", "api_only"]
     """One plain model; many tasks on one model in memory; or a model whose weights cannot be changed."""
     explain: bool

@@ -78,7 +78,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Sources(Strict):
-    """Which source each role reads; null for none."""
+    """Source of each role; null for none. They repeat the keys `sft.data`, `reward.pairs`, ...: set those."""
 
     sft: SourceConfig | None
     replay: SourceConfig | None
@@ -137,12 +137,13 @@ class PrepareStage(Stage):
     held_out_fraction: Share
     """Share of the training prompts that no stage trains on."""
     evaluation_fraction: Share
-    """Share of the rows set aside where evaluate.prompts or evaluate.retention names the same source as a
-    training role."""
+    """Share of the rows that is set aside for evaluation, if evaluate.prompts or evaluate.retention names a
+    source that training reads too."""
     on_bad_row: Literal["error", "drop"]
-    """End the run at the first ones; or leave them out, count them and show where they are."""
+    """error ends the run at the first bad rows; drop leaves them out, counts them and shows where they
+    are."""
     response_tokens: PositiveInt
-    """Tokens of the context to leave for the answer to a prompt."""
+    """Tokens of the context that are left for the answer to a prompt."""
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""

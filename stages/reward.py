@@ -56,23 +56,24 @@ class RewardStage(Stage):
     )
 
     pairs: SourceConfig | None
-    """Rows with a prompt, a chosen and a rejected answer; prepared by `prepare`. `auto` is the demo's, as
-    long as none of the data is yours."""
+    """Rows with a prompt, a chosen and a rejected answer. `auto` takes the demo's, if none of the data is
+    yours."""
     init: Init
-    """The model that it starts from: `sft`, `base`, or a `save_pretrained` directory. Without `sft` no SFT
-    stage is run for it."""
+    """The model that it starts from: `sft`, `base`, or a `save_pretrained` directory. With another than `sft`
+    it needs no SFT stage."""
     optim: OptimConfig
     peft: Peft
     epochs: PositiveInt
-    """One is the rule: reward models overfit in the second (Ouyang et al. 2022, C.2)."""
+    """Passes over the pairs. Usually one: reward models overfit in the second (Ouyang et al. 2022, C.2)."""
     batch_pairs: PositiveInt
     """Pairs per optimizer step, over all ranks."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: bool
-    """Keep no activations of a layer but its input; the rest is computed anew: the same result, later."""
+    """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
+    more time, the same result."""
     max_tokens: PositiveInt
-    """Pairs with a longer side are left out, and counted."""
+    """Pairs with a longer side are left out and counted."""
     center: NonNegativeFloat
     """Weight that pulls scores towards 0 (Eisenstein et al. 2023)."""
 

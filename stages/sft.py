@@ -56,11 +56,10 @@ class SftStage(Stage):
     )
 
     data: SourceConfig | None
-    """Rows with a prompt and its answer; prepared by `prepare`, so its content is in the key. `auto` is the
-    demo's, as long as none of the data is yours."""
+    """Rows with a prompt and its answer. `auto` takes the demo's, if none of the data is yours."""
     replay: SourceConfig | None
-    """Texts or exchanges of a general kind, learned beside `data` so that they are not forgotten: texts as a
-    whole, of exchanges the answers."""
+    """General texts or exchanges that are learned beside `data`, so that the model does not forget them. Of
+    texts everything is learned, of exchanges the answers."""
     replay_fraction: float = Field(ge=0, lt=1)
     """Share of the learned tokens that are replayed, as near as whole rows come; 0 turns it off.
 
@@ -70,18 +69,18 @@ class SftStage(Stage):
     optim: OptimConfig
     peft: Peft
     epochs: PositiveFloat
-    """Passes over the training rows; the last may be a part of one."""
+    """Passes over the training rows, such as 1.5."""
     batch_rows: PositiveInt
     """Rows of `data` per optimizer step, over all ranks; replayed rows come on top."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: bool
-    """Keep no activations of a layer but its input; the rest is computed anew: the same result, later."""
+    """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
+    more time, the same result."""
     turns: Literal["all", "last"]
-    """Which answers of a conversation are learned: every assistant turn, or the last. Rows with one answer
-    are the same in both."""
+    """Which answers of a conversation are learned: every assistant turn, or the last one."""
     max_tokens: PositiveInt
-    """Longer rows are cut (the end of the answer is lost), at the model's context at the latest. Rows whose
+    """Longer rows are cut: the end of the answer is lost. The model's context is a limit too. Rows whose
     prompt leaves no room for an answer are left out. Both are counted."""
 
     @model_validator(mode="after")

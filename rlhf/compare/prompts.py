@@ -29,7 +29,7 @@ class FewShotConfig(Strict):
     """`compare.few_shot.*`: rows of sft.data as earlier turns of the conversation."""
 
     examples: PositiveInt
-    """How many, before each question."""
+    """Number of examples before each question."""
     choice: Literal["nearest", "random"]
     """nearest: found by compare.retriever for each question, and others by the seed where it finds too few;
     random: the same for all, by the seed."""
@@ -41,7 +41,7 @@ class RetrievalConfig(Strict):
     """`compare.retrieval.*`: passages in front of the question."""
 
     passages: PositiveInt
-    """How many are put in front."""
+    """Number of passages before the question."""
     passage_template: Annotated[str, _naming("passage")]
     """One passage; they follow each other, the best first."""
     template: Annotated[str, _naming("passages", "question")]

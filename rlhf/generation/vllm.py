@@ -34,14 +34,14 @@ class VllmConfig(Strict):
     """`vllm.*`: the engine of `generation=vllm`, on each rank. Values: conf/config.yaml."""
 
     kv_cache_gib: PositiveFloat
-    """Memory for keys and values, beside the engine's own copy of the policy; held until the run ends."""
+    """GiB for keys and values, beside the engine's own copy of the policy; held until the run ends."""
     max_num_seqs: PositiveInt
-    """Responses decoded together."""
+    """Responses that are decoded together."""
     max_model_len: PositiveInt | None
-    """Tokens of prompt and response together; null takes the model's context, one of which must fit into
+    """Tokens of prompt and response together; null takes the model's context. One such row must fit into
     kv_cache_gib."""
     enforce_eager: bool
-    """Neither torch.compile nor CUDA graphs: starts sooner, decodes more slowly. Always so on CPUs."""
+    """Use neither torch.compile nor CUDA graphs: starts sooner, decodes more slowly. Always true on CPUs."""
 
 
 class Vllm:

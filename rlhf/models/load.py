@@ -49,7 +49,8 @@ class ModelConfig(Strict):
     """`model.*`: which base model, and how to read it."""
 
     kind: Literal["embedded", "hub", "local", "tiny"]
-    """The packaged SmolLM2-135M; the Hub's; a directory; or a random one for tests. Set by `model=NAME`."""
+    """The packaged SmolLM2-135M, a model of the Hub, a directory, or a random model for tests. Set it by
+    `model=NAME`."""
     id: str | None = None
     """hub: a repository, such as HuggingFaceTB/SmolLM2-360M."""
     revision: str = "main"
@@ -57,9 +58,9 @@ class ModelConfig(Strict):
     path: str | None = None
     """local: a `save_pretrained` directory."""
     chat_template: str | None = None
-    """chatml, plain, or a jinja file; null keeps the tokenizer's own (plain where it has none)."""
+    """chatml, plain, or a jinja file; null keeps the tokenizer's own (plain if it has none)."""
     attention: str = "auto"
-    """auto lays rows end to end where the model allows it, else takes sdpa, else eager; transformers' sdpa,
+    """auto lays rows end to end if the model allows it, else takes sdpa, else eager. transformers' sdpa,
     eager, ... pad rows."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""

@@ -16,40 +16,40 @@ class KlConfig(Strict):
     """`ppo.kl.*`: the penalty for leaving the SFT model."""
 
     coef: NonNegativeFloat
-    """Normalised reward per nat; the starting value when adaptive."""
+    """Coefficient of the penalty: normalised reward for each nat. With adaptive, the first value."""
     controller: Literal["fixed", "adaptive"]
-    """Whether coef stays, or is steered towards target."""
+    """fixed keeps coef; adaptive changes it until the KL is near target."""
     target: PositiveFloat
-    """adaptive: nats a sequence to steer for."""
+    """adaptive: the wanted KL, nats a sequence."""
     horizon: PositiveFloat
-    """adaptive: episodes; longer reacts more slowly."""
+    """adaptive: episodes over which it reacts; a longer horizon reacts more slowly."""
 
 
 class CriticConfig(Strict):
     """`ppo.critic.*`: the model of values, which learns beside the policy."""
 
     init: Literal["auto", "reward", "sft"]
-    """From the reward model, rescaled to the normalised score; or (`sft`) the trunk of the policy's start,
-    `ppo.init`, under a zero head. `auto` takes the reward model where it fits: a model scores, with the
-    policy's tokenizer and template, under a fixed normalisation; and says which it took."""
+    """What the critic starts from: the reward model, rescaled to the normalised score; or (`sft`) the
+    policy's start, `ppo.init`, with a head of zeros. `auto` takes the reward model if it fits: a model
+    scores, with the policy's tokenizer and template, under a fixed normalisation. The run says which."""
     optim: OptimConfig
     warmup_steps: NonNegativeInt
-    """First steps in which only the critic learns; the policy's learning rate and the KL coefficient begin
-    their schedules behind them."""
+    """First steps, in which only the critic learns. The schedules of the policy's learning rate and of the KL
+    coefficient begin after them."""
 
 
 class ScoreConfig(Strict):
     """`ppo.score.*`: from a raw score to the reward of a whole response."""
 
     normalize: Literal["sft", "running", "none"]
-    """With the moments of the scores that the policy starts with (`sft`: measured by `generate` of the model
-    of `ppo.init`), of all scores so far, or not."""
+    """Normalise scores with the mean and deviation of the start's scores (`sft`: measured by `generate` with
+    the model of `ppo.init`), of all scores so far (`running`), or not (`none`)."""
     clip: PositiveFloat | None
     """Deviations beyond which a normalised score is cut."""
     missing_stop: float | None
     """Normalised score of a response without a stop token; null keeps its own."""
     missing_stop_penalty: NonNegativeFloat
-    """Taken from such a response's score instead."""
+    """Subtracted from the normalised score of a response without a stop token."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
@@ -64,8 +64,8 @@ class PtxConfig(Strict):
     coef: NonNegativeFloat
     """Weight beside the policy loss; 0 turns it off."""
     data: SourceConfig | None
-    """Texts or exchanges that shall not be forgotten: whole texts, and the answers of exchanges. Null takes
-    sft.data."""
+    """General texts or exchanges that the policy should not forget: of texts everything is learned, of
+    exchanges the answers. Null takes sft.data."""
     rows: PositiveInt
     """Rows of it per optimizer step."""
 
@@ -74,23 +74,23 @@ class PpoConfig(Strict):
     """Every knob of the PPO stage. Sources of the details: docs/algorithms/ppo.md."""
 
     prompts: PromptSource | None
-    """Whose responses are scored and learned from; prepared by `prepare`. A source, or `sft.data` or
-    `reward.pairs` for the prompts of those rows. `auto` is the demo's, and beside data of yours the prompts
-    of sft.data, or else of reward.pairs."""
+    """The prompts that PPO answers and learns from: a source, or `sft.data` or `reward.pairs` for the prompts
+    of those rows. `auto` takes the demo's; if some data is yours, the prompts of sft.data, else those of
+    reward.pairs."""
     init: Init
-    """The model that the policy starts from: `sft`, `base`, or a `save_pretrained` directory. The reference
-    is the same one. Without `sft` no SFT stage is run for it."""
+    """The model that the policy starts from, which is the reference too: `sft`, `base`, or a
+    `save_pretrained` directory. With another than `sft` it needs no SFT stage."""
     reward: RewardSource
     """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
     classification model), `python:MODULE:FUNCTION`, or the URL of a server."""
     steps: PositiveInt
-    """Rollouts; each one is learned from `epochs` times."""
+    """Number of rollouts; each is learned from `epochs` times."""
     batch_episodes: PositiveInt
     """Episodes per rollout, over all ranks."""
     minibatch_episodes: PositiveInt
     """Episodes per optimizer step, over all ranks."""
     epochs: PositiveInt
-    """Passes over the episodes of a rollout."""
+    """Passes over the episodes of each rollout."""
     stop_epochs_kl: PositiveFloat | None
     """Skip the remaining epochs once the mean of rho - 1 - log rho passes this many nats a token."""
     max_new_tokens: PositiveInt
@@ -104,39 +104,42 @@ class PpoConfig(Strict):
     score: ScoreConfig
     ptx: PtxConfig
     gamma: float = Field(gt=0, le=1)
-    """Discount per token; 1 where the length should not matter."""
+    """Discount per token; 1 if the length should not matter."""
     lam: float = Field(ge=0, le=1)
-    """Of the advantages: 0 trusts the critic alone, 1 the sampled rewards alone."""
+    """Lambda of GAE: 0 relies on the critic only, 1 on the sampled rewards only."""
     clip: float = Field(gt=0, lt=1)
-    """How far the probability ratio may leave 1 and still earn gradient."""
+    """How far the probability ratio may move away from 1 and still get a gradient."""
     clip_high: PositiveFloat | None
-    """The same upwards; null takes clip."""
+    """The same for ratios above 1; null takes clip."""
     dual_clip: float | None = Field(gt=1)
-    """Ratio beyond which a token with a negative advantage stops earning gradient; null for never."""
+    """Ratio above which a token with a negative advantage gets no gradient; null for no limit."""
     value_clip: PositiveFloat | None
-    """How far, in units of the normalised reward, the critic may leave the rollout's value and still earn
-    gradient; null for any distance."""
+    """How far the critic may move away from the rollout's value and still get a gradient, in units of the
+    normalised reward; null for no limit."""
     ema_decay: float | None = Field(gt=0, lt=1)
     """Publish an exponential moving average of the policy's weights; null for the weights themselves."""
     evaluate_every: PositiveInt
     """Steps between evaluations on held-out prompts; the policy with the best score on one half of them is
     published, and judged on the other half."""
     evaluate_prompts: int = Field(ge=2)
-    """The first so many held-out prompts."""
+    """How many held-out prompts, the first ones."""
     max_bad_steps: NonNegativeInt
-    """Steps skipped for a non-finite reward, loss or gradient before the run stops."""
+    """How many steps may be skipped because a reward, loss or gradient is not finite. One more ends the
+    run."""
     max_kl: PositiveFloat | None
-    """Nats a sequence from the SFT model beyond which the run stops, before it learns from them; null for
-    never."""
+    """The run stops before it learns from a rollout with a larger KL, nats a sequence from the reference;
+    null for no limit."""
     batch_rows: PositiveInt | None
-    """Rows decoded together on each rank; null for all. Lower it when memory runs out while sampling."""
+    """Rows that are decoded together on each rank; null for all. Lower it when memory runs out while
+    sampling."""
     frozen: Literal["replicated", "sharded", "offloaded"]
     """Reference and reward model: whole on every rank; sharded over them (ZeRO-3 inference, or FSDP2); or in
     each rank's host memory, and whole on its GPU only while they are used."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: bool
-    """Keep no activations of a layer but its input; the rest is computed anew: the same result, later."""
+    """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
+    more time, the same result."""
 
     @property
     def scores_by_rule(self) -> bool:
