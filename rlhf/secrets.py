@@ -40,8 +40,11 @@ KEY_NAME = re.compile(
 NO_SECRET = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_?token$", re.I)
 USER_INFO = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
 """user:password of a URL. Without a password too: the user is often the token."""
-ASSIGNMENT = re.compile(r"""([?&]?)([\w.-]+\\?)=("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
-"""`name=value`: of a URL's query, or of a command line."""
+ASSIGNMENT = re.compile(r"(?:([?&])|(?<![\w.-]))([\w.-]+\\?)=")
+"""`name=` of a URL's query, or of a command line. A name begins where a word does: tried at each letter, a long
+word without `=` took time by the square of its length."""
+VALUE = re.compile(r"""("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
+"""What may follow."""
 FIELD = re.compile(
     r"""(?<![\w.-])([\w.-]*(?:key|token|secret|password|passwd|passphrase|pwd|pass|pat|creds?|credentials?))"""
     r"""(\\*["']\s*:\s*|:[ \t]+)"""
@@ -77,7 +80,7 @@ def redacted_text(text: str) -> str:
     """A text without secrets."""
     text = USER_INFO.sub(PLACEHOLDER, without_environment(text))
     text = FIELD.sub(_without_field, AUTHORIZATION.sub(rf"\1{PLACEHOLDER}", text))
-    return ASSIGNMENT.sub(_without_value, text)
+    return _without_values(text)
 
 
 def without_environment(text: str) -> str:
@@ -102,12 +105,17 @@ def _without_field(found: re.Match[str]) -> str:
     return f"{name}{colon}{mark}{PLACEHOLDER}{mark}"
 
 
-def _without_value(found: re.Match[str]) -> str:
-    in_query, name, value = found.groups()
-    word = name.removesuffix("\\")  # Hydra wants `=` in a value escaped
-    if says_secret(word) or (in_query and QUERY_NAME.search(word)):
-        return f"{in_query}{name}={PLACEHOLDER}"
-    return f"{in_query}{name}={ASSIGNMENT.sub(_without_value, value)}"
+def _without_values(text: str) -> str:
+    """Without what is assigned to a secret's name; `a=token=v` too."""
+    parts, end = [], 0
+    for found in ASSIGNMENT.finditer(text):
+        word = found[2].removesuffix("\\")  # Hydra wants `=` in a value escaped
+        if found.start() < end or not (says_secret(word) or (found[1] and QUERY_NAME.search(word))):
+            continue
+        if value := VALUE.match(text, found.end()):
+            parts += [text[end : found.end()], PLACEHOLDER]
+            end = value.end()
+    return "".join([*parts, text[end:]])
 
 
 def _environment_secrets() -> list[str]:

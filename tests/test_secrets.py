@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.secrets import RedactingConsole, redacted, redacted_output, says_secret
+from rlhf.secrets import RedactingConsole, redacted, redacted_output, redacted_text, says_secret
 
 PLANTED = "correct-horse/battery"
 
@@ -239,3 +239,10 @@ def test_a_folded_line_cannot_hide_a_secret(monkeypatch: pytest.MonkeyPatch) -> 
     RedactingConsole(file=out, width=20).print(f"see [bold]{'abcdefghij' * 5}[/] there")
     assert "abc" not in out.getvalue()
     assert "<redacted>" in out.getvalue()
+
+
+@pytest.mark.parametrize("part", ["a", "a.b-", "token", "key=", "a=", '"key":', "Bearer ", "a://", "&a"])
+def test_a_long_text_is_read_in_one_pass(part: str) -> None:
+    """With a pattern that looks back at each letter this took minutes, or ended in a RecursionError."""
+    text = part * (200_000 // len(part))
+    assert len(redacted_text(text)) <= 2 * len(text)
