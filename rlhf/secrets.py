@@ -41,8 +41,8 @@ NO_SECRET = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_?token$
 USER_INFO = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
 """user:password of a URL. Without a password too: the user is often the token."""
 ASSIGNMENT = re.compile(r"(?:([?&])|(?<![\w.-]))([\w.-]+\\?)=")
-"""`name=` of a URL's query, or of a command line. A name begins where a word does: tried at each letter, a long
-word without `=` took time by the square of its length."""
+"""`name=` of a URL's query, or of a command line. A name begins where a word does: tried at each letter, long
+words without `=` took time by the square of their length."""
 VALUE = re.compile(r"""("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
 """What may follow."""
 FIELD = re.compile(
@@ -52,6 +52,8 @@ FIELD = re.compile(
     re.I,
 )
 """`"name": "value"` of JSON, also within a string; `name: value` of a header."""
+PROBABLE = re.compile(r"\S*[\d_~+/=]|\S{20}")
+"""Prose has other words behind `password:`, without digits or marks."""
 EMPTY = ("null", "None", "true", "false", "True", "False")
 AUTHORIZATION = re.compile(
     r"""(\bAuthorization["']?\s*[:=]\s*["']?[\w-]+\s+|\bBearer\s+(?=\S*[\d_~+/=]|\S{20}))[\w.~+/=-]{6,}""",
@@ -98,7 +100,8 @@ def says_secret(key: str) -> bool:
 
 def _without_field(found: re.Match[str]) -> str:
     name, colon, value = found.groups()
-    if not says_secret(name) or value in EMPTY:
+    is_prose = colon.startswith(":") and name.isalpha() and not PROBABLE.match(value)
+    if not says_secret(name) or value in EMPTY or is_prose:
         return found[0]
     quotes = re.match(r"""\\*["']""", value)
     mark = quotes[0] if quotes else ""
