@@ -4,6 +4,7 @@ with which editors complete YAML."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -58,9 +59,9 @@ def rows(
         if Bound in found:
             yield row(key, "" if value else value, *shared)
             for gate, bound in value.items():
-                yield row(
-                    f"{key}.{gate}", {k: v for k, v in bound.items() if k in ("min", "max")}, bound["advice"]
-                )
+                limits = {name: limit for name, limit in bound.items() if name in ("min", "max")}
+                advice = re.sub(r"\(docs/([\w/-]+\.md)\)", r"([more](\1))", bound["advice"])
+                yield row(f"{key}.{gate}", limits, f"When it fails: {advice}")
         elif shared:
             yield row(key, value, f"{meaning} {shared[0]}")
         elif found and get_origin(found[0]) is not Literal:

@@ -176,6 +176,17 @@ def test_the_files_that_documents_name_are_there() -> None:
     assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
+def test_the_pages_that_keys_and_errors_name_are_there() -> None:
+    files = [
+        *(ROOT / "conf").rglob("*.yaml"),
+        *(ROOT / "rlhf").rglob("*.py"),
+        *(ROOT / "stages").glob("*.py"),
+    ]
+    named = {page for path in files for page in re.findall(r"docs/[\w/.-]+\.md", path.read_text())}
+    assert len(named) > 15
+    assert [page for page in sorted(named) if not (ROOT / page).exists()] == []
+
+
 def test_the_other_commands_exist() -> None:
     """What no test here runs itself: make's targets, extras, and the benchmarks with their options."""
     text = "\n".join(path.read_text().replace("\\\n", " ") for path in READ)
