@@ -17,7 +17,7 @@ tokens by inverting their distribution function, by the number 0, which always d
 vocabulary, taken as the stop token here.
 
 Peak memory is each engine's own, in a process by itself. The timed process has this project's setting of the
-C library's allocator (`rlhf.distributed.keep_freed_memory`), from which transformers gains too; its own
+C library's allocator (`rlhf.distributed.compute.keep_freed_memory`), from which transformers gains too; its own
 process has not.
 """
 
@@ -46,9 +46,9 @@ from transformers.utils import logging
 from workloads import make_work
 
 from rlhf.data.schema import Message
-from rlhf.distributed import Compute, Precision, make_compute
-from rlhf.generation.local import generate
-from rlhf.generation.policy import Policy
+from rlhf.distributed.compute import Compute, Precision, make_compute
+from rlhf.generation.policy_model import Policy
+from rlhf.generation.sampler import generate
 from rlhf.models.load import ModelConfig
 
 HERE = Path(__file__).parent

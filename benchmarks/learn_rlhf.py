@@ -18,7 +18,7 @@ from peer_work import Report
 from run_rlhf import make_learner
 
 from rlhf.data.schema import PromptRow
-from rlhf.ppo.learner import Learner
+from rlhf.ppo.trainer import Learner
 
 PACKAGES = ["rlhf", "transformers", "torch"]
 

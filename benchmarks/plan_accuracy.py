@@ -25,13 +25,13 @@ from typing import Any
 import psutil
 from run_rlhf import make_experiment
 
+from rlhf.costs.hardware import Speed, calibrated_speed, found_machine
+from rlhf.costs.model_shape import shape_of
+from rlhf.costs.setup import found_setting
 from rlhf.data.prepared import PreparedData
-from rlhf.distributed import Compute, make_compute
+from rlhf.distributed.compute import Compute, make_compute
 from rlhf.models.load import BaseModelFiles
-from rlhf.plan.machine import Speed, calibrated_speed, found_machine
-from rlhf.plan.preflight import most
-from rlhf.plan.setting import found_setting
-from rlhf.plan.shape import shape_of
+from rlhf.pipeline.preflight import most
 
 HERE = Path(__file__).parent
 WORK = HERE / ".work" / "plan"

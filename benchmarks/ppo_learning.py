@@ -50,11 +50,11 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 from workloads import PPO
 
-from rlhf.data.chat import prompt_ids, response_text
+from rlhf.data.chat_template import prompt_ids, response_text
 from rlhf.data.prepared import PreparedData
 from rlhf.models.load import ModelConfig, load_tokenizer
-from rlhf.ppo.learner import prompt_batches
-from rlhf.rewards.source import Exchange, vader_reward
+from rlhf.ppo.trainer import prompt_batches
+from rlhf.rewards.reward import Exchange, vader_reward
 
 HERE = Path(__file__).parent
 NAMES = {"rlhf": "this project", "trl": "TRL"}

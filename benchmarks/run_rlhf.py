@@ -2,7 +2,7 @@
 
     python benchmarks/run_rlhf.py work.json
 
-The steps are the product's own (`rlhf.ppo.learner.Learner.step`), built by the ppo stage from its config. The
+The steps are the product's own (`rlhf.ppo.trainer.Learner.step`), built by the ppo stage from its config. The
 last line printed is one JSON object.
 """
 
@@ -25,22 +25,22 @@ from rich.console import Console
 from torch import nn
 
 import rlhf
-from rlhf.artifacts import Artifact, Manifest
-from rlhf.checkpoint import CheckpointConfig, Checkpointer
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow
-from rlhf.distributed import Compute, make_compute, matmul_speed
-from rlhf.experiment import Experiment, build_experiment
-from rlhf.interrupt import StopSignals
-from rlhf.job import Job
-from rlhf.models.actor_critic import ActorCritic
+from rlhf.distributed.compute import Compute, make_compute, matmul_speed
+from rlhf.distributed.signals import StopSignals
 from rlhf.models.load import BaseModelFiles, ModelConfig
-from rlhf.ppo.learner import Learner
-from rlhf.progress import Progress
-from rlhf.rewards.remote import RewardServerConfig
+from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.store import Artifact, Manifest
+from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.http import RewardServerConfig
 from rlhf.stages.ppo import PpoStage
-from rlhf.tracking import Tracker
+from rlhf.tracking.progress import Progress
+from rlhf.tracking.tracker import Tracker
+from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
 
 def overrides(work: dict[str, Any]) -> list[str]:

@@ -24,9 +24,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow, SftRow
-from rlhf.distributed import make_compute
-from rlhf.experiment import Experiment
-from rlhf.job import Job
+from rlhf.distributed.compute import make_compute
+from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.job import Job
 
 ROWS: dict[str, type[SftRow] | type[PairRow]] = {"sft": SftRow, "reward": PairRow}
 

@@ -36,7 +36,7 @@ from train_rlhf import overrides
 from transformers import PreTrainedTokenizerBase
 from workloads import HH, PACKAGED, PPO, base_model
 
-from rlhf.data.chat import exchange_ids
+from rlhf.data.chat_template import exchange_ids
 from rlhf.models.load import ModelConfig, load_tokenizer
 
 HERE = Path(__file__).parent

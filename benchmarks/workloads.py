@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import PeftConfig
-from rlhf.data.chat import prompt_ids
+from rlhf.data.chat_template import prompt_ids
 from rlhf.data.schema import Message
-from rlhf.models.adapters import attach
 from rlhf.models.load import ModelConfig, base_files, base_identity, load_tokenizer
-from rlhf.models.published import save_adapter
-from rlhf.models.scalar import load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.peft.attach import attach
+from rlhf.models.peft.saved import save_adapter
+from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
 
 PACKAGED = Path(__file__).parent.parent / "data"
 HH = Path(os.environ.get("RLHF_HH", "../shared/data/hh-helpful-base/pairs.jsonl.gz"))

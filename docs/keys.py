@@ -18,8 +18,8 @@ from pydantic.json_schema import models_json_schema
 
 from rlhf.config import Bound, OptimConfig, PeftConfig
 from rlhf.data.sources import SourceConfig
-from rlhf.experiment import Settings, build_experiment
-from rlhf.stage import Stage
+from rlhf.pipeline.experiment import Settings, build_experiment
+from rlhf.pipeline.stage import Stage
 
 SHARED = {"source": SourceConfig, "optim": OptimConfig, "peft": PeftConfig, "gate": Bound}
 INTRODUCTION = """# Keys

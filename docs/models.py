@@ -10,7 +10,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))
 from families import FAMILIES, REFUSED, tiny_config, tiny_family
 
-from rlhf.models.packed import ATTENTION, pack_where_possible
+from rlhf.models.packed_attention import ATTENTION, pack_where_possible
 
 PAGE = Path(__file__).with_name("models.md")
 BEGIN, END = "<!-- begin: python docs/models.py -->", "<!-- end -->"

@@ -31,12 +31,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from rlhf.command_line import in_our_words, not_chosen, readable, version
+from rlhf.cli.messages import in_our_words, not_chosen, readable, version
+from rlhf.cli.sweep.sweepers import SWEEPERS, register
+from rlhf.cli.verify import verify
 from rlhf.config import ConfigError
-from rlhf.interrupt import Stopped, StopSignals, leave_exit_code, nobody_reads
-from rlhf.secrets import redacted, redacted_output
-from rlhf.sweep import SWEEPERS, register
-from rlhf.verify import verify
+from rlhf.distributed.signals import Stopped, StopSignals, leave_exit_code, nobody_reads
+from rlhf.tracking.redaction import redacted, redacted_output
 
 CRASH, CONFIG_ERROR, STOPPED, INTERRUPTED, PIPE = 1, 2, 75, 130, 141
 
@@ -52,8 +52,8 @@ def run_composed(node: DictConfig) -> Any:
     """Run what was composed."""
     if sys.stdout.isatty() and "RANK" not in os.environ:  # it takes seconds, without a sign of life
         print("loading torch and transformers ...", flush=True)
-    from rlhf.execute import end_rank, execute
-    from rlhf.trials import run_trial
+    from rlhf.cli.execute import end_rank, execute
+    from rlhf.cli.sweep.trial import run_trial
 
     try:
         resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)

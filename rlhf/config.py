@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf.methods import METHODS
+from rlhf.models.peft.methods import METHODS
 from rlhf.printable import printable
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -109,7 +109,7 @@ class OptimConfig(Strict):
 class PeftConfig(Strict):
     """Which parameters are trained: `sft.peft=lora`, or `sft.peft={method:lora,rank:8}`.
 
-    What each method is, where it comes from and what can be done with it: rlhf/methods.py.
+    What each method is, where it comes from and what can be done with it: rlhf/models/peft/methods.py.
     """
 
     method: Literal[

@@ -26,15 +26,8 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf.artifacts import DirectoryDigest, directory_digest
-from rlhf.compare.asking import Answers, answer_one_by_one, make_asking
-from rlhf.compare.cost import break_even, cost_of, model_bytes
-from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig
-from rlhf.compare.quality import answer_found, exact_match, rouge_l
-from rlhf.compare.questions import CORPUS, QUESTIONS, Library, find_library, find_questions
-from rlhf.compare.retrieval import RetrieverName, make_index
-from rlhf.compare.room import Room, Sizes, measured
-from rlhf.compare.tuned import (
+from rlhf.compare.answering import Answers, answer_one_by_one, make_asking
+from rlhf.compare.artifacts import (
     POLICY_STAGES,
     contender,
     content_of,
@@ -43,25 +36,32 @@ from rlhf.compare.tuned import (
     training_seconds,
     tuned_artifact,
 )
+from rlhf.compare.context_budget import Room, Sizes, measured
+from rlhf.compare.cost import break_even, cost_of, model_bytes
+from rlhf.compare.dataset import CORPUS, QUESTIONS, Library, find_library, find_questions
+from rlhf.compare.metrics import answer_found, exact_match, rouge_l
+from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig
+from rlhf.compare.retrieval import RetrieverName, make_index
 from rlhf.config import ConfigError
+from rlhf.costs.sampling import answering_demand
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand, joined, one_after_the_other
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import TRAINING_ROLES, Role
 from rlhf.data.sources import SourceConfig
-from rlhf.evaluation.comparison import wins
 from rlhf.evaluation.intervals import mean, ratio, share
-from rlhf.evaluation.references import answer_losses
-from rlhf.generation.policy import Policy
-from rlhf.job import Job
-from rlhf.lineage import hardware
+from rlhf.evaluation.reference_loss import answer_losses
+from rlhf.evaluation.win_rate import wins
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import BaseModelFiles
-from rlhf.models.policy import check_head
-from rlhf.plan.answering import answering_demand
-from rlhf.plan.demand import Demand, joined, one_after_the_other
-from rlhf.plan.setting import Setting
+from rlhf.models.logprobs import check_head
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.manifest import hardware
+from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.store import DirectoryDigest, directory_digest
 from rlhf.report.compare import METHODS, Quality, comparison_cells, contenders, draw, write_csv
-from rlhf.rewards.learned import make_reward
-from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
-from rlhf.stage import Stage
+from rlhf.rewards.model import make_reward
+from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
 
 PACKAGES = ("bm25s", "rapidfuzz", "matplotlib")
 """Of `pip install -e '.[compare]'`; imported where they are used."""

@@ -17,31 +17,31 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.config import ConfigError
+from rlhf.costs.sampling import answering_demand, most_added
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Role
 from rlhf.data.sources import PromptSource, SourceList
-from rlhf.distributed import Compute
-from rlhf.evaluation.comparison import wins
-from rlhf.evaluation.harness import Harness
+from rlhf.distributed.compute import Compute
 from rlhf.evaluation.intervals import mean, ratio, share
-from rlhf.evaluation.references import answer_losses
+from rlhf.evaluation.lm_eval import Harness
+from rlhf.evaluation.reference_loss import answer_losses
 from rlhf.evaluation.retention import Retained, forgetting, retention
-from rlhf.generation.policy import Policy
-from rlhf.job import Job
+from rlhf.evaluation.win_rate import wins
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import BaseModelFiles
-from rlhf.models.policy import check_head
+from rlhf.models.logprobs import check_head
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, kind_of, misfits
-from rlhf.plan.answering import answering_demand, most_added
-from rlhf.plan.demand import Demand
-from rlhf.plan.setting import Setting
-from rlhf.rewards.learned import make_reward
-from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.store import DirectoryDigest, directory_digest
+from rlhf.rewards.model import make_reward
+from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
 from rlhf.rl.kl import kl_k1
 from rlhf.rl.rollout import Rollout
 from rlhf.rl.statistics import distinct_n
-from rlhf.stage import Stage
 
 PolicyName = Literal["base", "sft", "init", "ppo", "merge"]
 CHAIN: tuple[PolicyName, ...] = get_args(PolicyName)

@@ -13,21 +13,21 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rlhf.artifacts import DirectoryDigest, directory_digest
+from rlhf.costs.sampling import answering_demand, most_added
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, Role
 from rlhf.evaluation.intervals import share
-from rlhf.generation.policy import Policy
-from rlhf.job import Job
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import BaseModelFiles
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
-from rlhf.plan.answering import answering_demand, most_added
-from rlhf.plan.demand import Demand
-from rlhf.plan.setting import Setting
-from rlhf.rewards.learned import make_reward
-from rlhf.rewards.source import Exchange, RewardSource, finite_scores, reward_digest
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.store import DirectoryDigest, directory_digest
+from rlhf.rewards.model import make_reward
+from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
 from rlhf.rl.statistics import distinct_n
-from rlhf.stage import Stage
 
 
 class GenerateStage(Stage):

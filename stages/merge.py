@@ -12,19 +12,19 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from rlhf.config import ConfigError
+from rlhf.costs.memory import Part, Phase, over, weight_bytes
+from rlhf.costs.model_shape import UnknownShapeError
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand, Worker
 from rlhf.data.prepared import PreparedData
-from rlhf.job import Job
-from rlhf.methods import METHODS
 from rlhf.models.alike import other_token, other_weight
-from rlhf.models.interpolate import interpolate
+from rlhf.models.interpolation import interpolate
 from rlhf.models.load import BaseModelFiles, load_causal_lm, load_tokenizer, save_policy
-from rlhf.models.merged import merged_policy
-from rlhf.models.published import origin_of
-from rlhf.plan.demand import Demand, Worker
-from rlhf.plan.memory import Part, Phase, over, weight_bytes
-from rlhf.plan.setting import Setting
-from rlhf.plan.shape import UnknownShapeError
-from rlhf.stage import Stage
+from rlhf.models.peft.merge import merged_policy
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.saved import origin_of
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
 
 
 class MergeStage(Stage):

@@ -19,20 +19,20 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.data.chat import exchange_ids, prompt_ids
+from rlhf.costs.hardware import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
+from rlhf.costs.model_shape import Shape, UnknownShapeError, counted, skeleton
+from rlhf.costs.setup import Setting, Sizes, pads_rows
+from rlhf.costs.stage_cost import Demand
+from rlhf.data.chat_template import exchange_ids, prompt_ids
 from rlhf.data.prepared import Lengths
 from rlhf.data.schema import TRAINING_ROLES, Role, Split
-from rlhf.experiment import Experiment
-from rlhf.job import Job
-from rlhf.plan.demand import Demand
-from rlhf.plan.machine import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
-from rlhf.plan.setting import Setting, Sizes, pads_rows
-from rlhf.plan.shape import Shape, UnknownShapeError, counted, skeleton
-from rlhf.plan.strategies import Strategy, Use, rank_strategies
-from rlhf.plan.written import experiment_file, explanation, hardware_line, phases, recommendation, table
-from rlhf.report.cells import Cells
-from rlhf.secrets import redacted
-from rlhf.stage import Stage
+from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+from rlhf.planner.report import experiment_file, explanation, hardware_line, phases, recommendation, table
+from rlhf.planner.strategies import Strategy, Use, rank_strategies
+from rlhf.tracking.redaction import redacted
+from rlhf.tracking.tables import Cells
 
 MEASURED_ROWS = 256
 """Whose prompts and answers are counted apart."""

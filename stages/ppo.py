@@ -4,7 +4,7 @@ Reads   the SFT model, or what `ppo.init` names instead (policy and reference); 
         (`ppo.prompts`); the score's moments.
 Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
         another ppo.peft than none also what was trained of it alone, in `adapter/`.
-The loop itself is rlhf/ppo/learner.py.
+The loop itself is rlhf/ppo/trainer.py.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.data.chat import prompt_ids, tokenizer_digest
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand
+from rlhf.data.chat_template import prompt_ids, tokenizer_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
-from rlhf.distributed import Compute
-from rlhf.engine import make_engine
+from rlhf.distributed.compute import Compute
 from rlhf.generation.latency import token_seconds
-from rlhf.generation.policy import Policy
-from rlhf.job import Job
-from rlhf.methods import METHODS
-from rlhf.models.actor_critic import ActorCritic
-from rlhf.models.adapters import attach, check_reached, count_parameters
-from rlhf.models.checkpointing import checkpoint_layers
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import BaseModelFiles, context_left, load_causal_lm
-from rlhf.models.merged import publish_policy
-from rlhf.models.policy import check_head
-from rlhf.models.published import described, origin_of
-from rlhf.models.scalar import ScalarModel, check_scorable, load_scalar_model, reset_head
-from rlhf.models.sharing import Backbone, sharing
+from rlhf.models.logprobs import check_head
+from rlhf.models.peft.attach import attach, check_reached, count_parameters
+from rlhf.models.peft.merge import publish_policy
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.saved import described, origin_of
+from rlhf.models.peft.virtual_tokens import KINDS, virtual_tokens
+from rlhf.models.recompute import checkpoint_layers
 from rlhf.models.start import check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
-from rlhf.models.virtual import KINDS, virtual_tokens
-from rlhf.plan.demand import Demand
-from rlhf.plan.setting import Setting
+from rlhf.models.value_head import ScalarModel, check_scorable, load_scalar_model, reset_head
+from rlhf.models.weight_sharing import Backbone, sharing
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.store import DirectoryDigest, directory_digest
+from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PpoConfig
-from rlhf.ppo.demand import ppo_demand
-from rlhf.ppo.learner import TIMES_THE_BOUND, Learner
-from rlhf.ppo.mix import PretrainingMix
-from rlhf.rewards.learned import LearnedReward, make_reward
-from rlhf.rewards.source import Reward, reward_digest, reward_directory
+from rlhf.ppo.cost import ppo_demand
+from rlhf.ppo.ptx import PretrainingMix
+from rlhf.ppo.trainer import TIMES_THE_BOUND, Learner
+from rlhf.rewards.model import LearnedReward, make_reward
+from rlhf.rewards.reward import Reward, reward_digest, reward_directory
 from rlhf.rl.scores import ScoreNormalizer
-from rlhf.secrets import redacted
-from rlhf.stage import Stage
+from rlhf.tracking.redaction import redacted
+from rlhf.training.engine import make_engine
 
 
 class PpoStage(PpoConfig, Stage):
@@ -191,7 +191,7 @@ class PpoStage(PpoConfig, Stage):
                 )
 
     def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
-        """See rlhf/ppo/demand.py."""
+        """See rlhf/ppo/cost.py."""
         if self.reward != "learned":
             return ppo_demand(self, on, reward_method=None)
         trained = dict(chain["reward"])
@@ -343,9 +343,9 @@ class PpoStage(PpoConfig, Stage):
     def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:
         """Spread the models that do not train over the ranks."""
         if compute.zero == "fsdp2":
-            from rlhf.fsdp import shard_frozen
+            from rlhf.training.fsdp import shard_frozen
         else:
-            from rlhf.zero import shard_frozen
+            from rlhf.training.deepspeed import shard_frozen
 
         shard_frozen(reference.model, compute)
         if isinstance(reward, LearnedReward):

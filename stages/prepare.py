@@ -19,11 +19,11 @@ from pydantic import Field, PositiveInt, model_validator
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.artifacts import DirectoryDigest, digest_of, directory_digest
 from rlhf.config import ConfigError, Strict
-from rlhf.data.batching import equal_tokens
-from rlhf.data.chat import prompt_ids
-from rlhf.data.collection import (
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand
+from rlhf.data.chat_template import prompt_ids
+from rlhf.data.dataset_stats import (
     BEYOND_LIMIT,
     DUPLICATE,
     IN_EVALUATION,
@@ -38,8 +38,8 @@ from rlhf.data.collection import (
     quantiles,
     sequences,
 )
+from rlhf.data.formats import likely_fields, read_as, recognise
 from rlhf.data.prepared import REPORT, PreparedData, splits_of
-from rlhf.data.recognise import likely_fields, read_as, recognise
 from rlhf.data.schema import (
     EVALUATION_ROLES,
     ROLE_OF,
@@ -60,11 +60,11 @@ from rlhf.data.schema import (
     row_to_json,
 )
 from rlhf.data.sources import PromptSource, RowsOf, SourceConfig, SourceList
-from rlhf.job import Job
-from rlhf.plan.demand import Demand
-from rlhf.plan.setting import Setting
-from rlhf.secrets import redacted_text
-from rlhf.stage import Stage
+from rlhf.distributed.batching import equal_tokens
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.store import DirectoryDigest, digest_of, directory_digest
+from rlhf.tracking.redaction import redacted_text
 
 
 def fields_line(source: SourceConfig, data: RoleData, raw: Mapping[str, Any]) -> str:

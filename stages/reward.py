@@ -19,31 +19,37 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.artifacts import DirectoryDigest, directory_digest
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
-from rlhf.data.batching import chunks
-from rlhf.data.chat import exchange_ids
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand, joined
+from rlhf.costs.training import training_demand
+from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData, splits_of
 from rlhf.data.schema import PairRow, Role
 from rlhf.data.sources import SourceConfig
-from rlhf.distributed import Compute
-from rlhf.engine import Engine, make_engine
-from rlhf.evaluation.ranking import Ranking, rank_quality
-from rlhf.job import Job
-from rlhf.loop import train_batches
+from rlhf.distributed.batching import chunks
+from rlhf.distributed.compute import Compute
+from rlhf.evaluation.reward_model import Ranking, rank_quality
 from rlhf.losses.pairwise import bradley_terry_loss
-from rlhf.methods import METHODS
-from rlhf.models.adapters import attach, check_reached, count_parameters
-from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import BaseModelFiles
-from rlhf.models.published import attach_to_merge, bytes_under, save_adapter
-from rlhf.models.scalar import ScalarModel, check_scorable, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.peft.attach import attach, check_reached, count_parameters
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
+from rlhf.models.recompute import checkpoint_layers
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
-from rlhf.plan.demand import Demand, joined
-from rlhf.plan.setting import Setting
-from rlhf.plan.training import training_demand
-from rlhf.stage import Stage
-from rlhf.training import load_trainable
+from rlhf.models.value_head import (
+    ScalarModel,
+    check_scorable,
+    load_scalar_model,
+    reset_head,
+    save_scalar_model,
+)
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.store import DirectoryDigest, directory_digest
+from rlhf.supervised.loop import train_batches
+from rlhf.training.engine import Engine, make_engine
+from rlhf.training.optimizer import load_trainable
 
 
 class RewardStage(Stage):

@@ -21,29 +21,29 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
-from rlhf.data.batching import chunks, num_batches
-from rlhf.data.chat import TurnsApartError, conversation_ids
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand
+from rlhf.costs.training import training_demand
+from rlhf.data.chat_template import TurnsApartError, conversation_ids
 from rlhf.data.prepared import splits_of
 from rlhf.data.schema import Role, SftRow, each_turn
 from rlhf.data.sources import SourceConfig
-from rlhf.distributed import Compute
-from rlhf.engine import Engine, make_engine
+from rlhf.distributed.batching import chunks, num_batches
+from rlhf.distributed.compute import Compute
 from rlhf.evaluation.intervals import ratio
-from rlhf.generation.check import check_decoding
+from rlhf.generation.decoding_check import check_decoding
 from rlhf.generation.latency import token_seconds
-from rlhf.job import Job
-from rlhf.loop import train_batches
-from rlhf.methods import METHODS
-from rlhf.models.adapters import attach, check_reached, count_parameters
-from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import load_causal_lm
-from rlhf.models.merged import publish_policy
-from rlhf.models.policy import ResponseModel, check_head, pack_sequences, rollout_rows
-from rlhf.plan.demand import Demand
-from rlhf.plan.setting import Setting
-from rlhf.plan.training import training_demand
+from rlhf.models.logprobs import ResponseModel, check_head, pack_sequences, rollout_rows
+from rlhf.models.peft.attach import attach, check_reached, count_parameters
+from rlhf.models.peft.merge import publish_policy
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.recompute import checkpoint_layers
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
 from rlhf.rl.rollout import Rollout
-from rlhf.stage import Stage
+from rlhf.supervised.loop import train_batches
+from rlhf.training.engine import Engine, make_engine
 
 
 class SftStage(Stage):

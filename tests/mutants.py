@@ -1,6 +1,6 @@
 """`make mutants`: break the code in small ways, one at a time, and count what the tests notice.
 
-All mutations of rlhf/losses and rlhf/rl, and 100 of rlhf/ppo and rlhf/checkpoint.py, drawn with a fixed seed.
+All mutations of rlhf/losses and rlhf/rl, and 100 of rlhf/ppo and rlhf/training/checkpoint.py, drawn with a fixed seed.
 Survivors with their reasons: CONTRIBUTING.md. Ends with 1 below 95%, or when one survives without a reason.
 """
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL, SOME = ("rlhf.losses.", "rlhf.rl."), ("rlhf.ppo.", "rlhf.checkpoint.")
+ALL, SOME = ("rlhf.losses.", "rlhf.rl."), ("rlhf.ppo.", "rlhf.training.checkpoint.")
 NUM_DRAWN, SEED, LEAST = 100, 0, 0.95
 KILLED = ("killed", "timeout", "segfault")
 REASONS = Path("CONTRIBUTING.md")

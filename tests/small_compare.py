@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from small_job import small_job
 
-from rlhf.artifacts import Manifest, Store
 from rlhf.config import validated
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
-from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, ModelConfig, _write_tiny
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.store import Manifest, Store
 from rlhf.stages.compare import CompareStage
 
 ANIMALS = ("cat", "dog", "hen", "owl", "fox", "eel")

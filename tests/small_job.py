@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from rlhf.artifacts import Artifact, Manifest
-from rlhf.checkpoint import CheckpointConfig, Checkpointer
 from rlhf.data.prepared import PreparedData
-from rlhf.distributed import Compute
-from rlhf.interrupt import StopSignals
-from rlhf.job import Job
+from rlhf.distributed.compute import Compute
+from rlhf.distributed.signals import StopSignals
 from rlhf.models.load import BaseModelFiles
-from rlhf.progress import Progress
-from rlhf.rewards.remote import RewardServerConfig
-from rlhf.tracking import Tracker
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.store import Artifact, Manifest
+from rlhf.rewards.http import RewardServerConfig
+from rlhf.tracking.progress import Progress
+from rlhf.tracking.tracker import Tracker
+from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
 WHEN_STOPPED = {"every_steps": None, "every_minutes": None, "keep": 2, "resume": True}
 """Checkpoints are written only by what stops a stage."""

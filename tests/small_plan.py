@@ -11,17 +11,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from rlhf.checkpoint import CheckpointConfig
+from rlhf.costs.hardware import Machine, Speed
+from rlhf.costs.model_shape import shape_of
+from rlhf.costs.setup import Setting, Sizes
 from rlhf.data.prepared import Lengths
-from rlhf.experiment import Experiment, build_experiment
-from rlhf.plan.machine import Machine, Speed
-from rlhf.plan.preflight import (
+from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.preflight import (
     Begun,
     Checked,
     preflight,
 )
-from rlhf.plan.setting import Setting, Sizes
-from rlhf.plan.shape import shape_of
+from rlhf.training.checkpoint import CheckpointConfig
 
 EIGHT_BILLION = Qwen3Config(
     hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,

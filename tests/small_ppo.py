@@ -12,17 +12,17 @@ from small_job import small_job
 from torch import Tensor, nn
 
 from rlhf.data.schema import Message, PromptRow, SftRow
-from rlhf.engine import PlainEngine
-from rlhf.experiment import build_experiment
-from rlhf.generation.policy import Policy
-from rlhf.job import Job
-from rlhf.models.actor_critic import ActorCritic
-from rlhf.models.adapters import count_parameters
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
-from rlhf.ppo.learner import Learner
-from rlhf.ppo.mix import PretrainingMix
-from rlhf.rewards.source import Exchange, Reward
+from rlhf.models.peft.attach import count_parameters
+from rlhf.pipeline.experiment import build_experiment
+from rlhf.pipeline.job import Job
+from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.ptx import PretrainingMix
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.reward import Exchange, Reward
 from rlhf.stages.ppo import PpoStage
+from rlhf.training.engine import PlainEngine
 
 SETTINGS = (
     "model=tiny", "ppo.peft=none", "ppo.temperature=1.0", "ppo.critic.init=sft", "ppo.score.normalize=none",

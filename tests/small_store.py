@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf.artifacts import Artifact, Manifest, Recipe, Store, recipe_key
+from rlhf.pipeline.store import Artifact, Manifest, Recipe, Store, recipe_key
 
 RECIPE: Recipe = {
     "stage": "sft",

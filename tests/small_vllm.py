@@ -13,7 +13,7 @@ from small_job import on_cpu
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.generation.local import generate
+from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm, VllmConfig
 from rlhf.models import load
 from rlhf.rl.rollout import Rollout

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from small_store import RECIPE, manifest_of, publish
 
-from rlhf.artifacts import KEY_LENGTH, Store, file_digest, recipe_key
 from rlhf.config import ConfigError
 from rlhf.locks import HeldError, Lock
+from rlhf.pipeline.store import KEY_LENGTH, Store, file_digest, recipe_key
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import yaml
 from small_chain import Chain, Outcome, run_main
 
 from rlhf.config import ConfigError
-from rlhf.experiment import build_experiment
+from rlhf.pipeline.experiment import build_experiment
 
 MINE = "# @package _global_\nsft:\n  epochs: 3\nppo:\n  kl:\n    coef: 0.7\n"
 
@@ -151,7 +151,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["rlhf.distributed", "rlhf.pipeline", "rlhf.stages.ppo"])
+@pytest.mark.parametrize("module", ["rlhf.distributed.compute", "rlhf.pipeline.runner", "rlhf.stages.ppo"])
 def test_ctrl_c_while_libraries_are_loaded_is_no_crash(tmp_path: Path, module: str) -> None:
     code = AT_AN_IMPORT.format(module=module)
     done = subprocess.run(

@@ -18,12 +18,12 @@ from small_job import on_cpu
 from small_plan import experiment
 from small_store import RECIPE, publish
 
-from rlhf import artifacts
-from rlhf.artifacts import DamagedError, Store, digest_of, directory_digest, file_digest, recipe_key
+from rlhf.cli.verify import CHECKPOINT_FORMAT
 from rlhf.config import ConfigError
 from rlhf.models.load import ModelConfig, check_hub_files
-from rlhf.pipeline import Pipeline
-from rlhf.verify import CHECKPOINT_FORMAT
+from rlhf.pipeline import store as artifacts
+from rlhf.pipeline.runner import Pipeline
+from rlhf.pipeline.store import DamagedError, Store, digest_of, directory_digest, file_digest, recipe_key
 
 KEY = recipe_key(RECIPE)
 

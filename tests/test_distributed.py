@@ -22,12 +22,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from small_job import on_cpu
 
-import rlhf.distributed
+import rlhf.distributed.compute
+from rlhf.cli.launcher import LaunchConfig, ranks_wanted
 from rlhf.config import ConfigError
-from rlhf.distributed import Compute, MicroBatch, choose_precision, find_rank, make_compute
-from rlhf.experiment import build_experiment
-from rlhf.launch import LaunchConfig, ranks_wanted
-from rlhf.pipeline import Pipeline
+from rlhf.distributed.compute import Compute, MicroBatch, choose_precision, find_rank, make_compute
+from rlhf.pipeline.experiment import build_experiment
+from rlhf.pipeline.runner import Pipeline
 
 LENGTHS = {
     "alike": [7] * 12,
@@ -226,7 +226,7 @@ def talk(rank: int, port: int, directory: Path, model: Path, results: Any) -> No
         mine = torch.tensor([1.0 + rank, -5.0 * rank])
         lengths = [5, 9, 1, 9, 7]
         failures = []
-        rlhf.distributed.TURN_SECONDS = 0.2
+        rlhf.distributed.compute.TURN_SECONDS = 0.2
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=WAITS_SECONDS))
         for work in (refuse, refuse_late):
             try:

@@ -19,9 +19,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from small_chain import Chain, Outcome, run_main
 
-import rlhf.plan.machine
-from rlhf.distributed import Compute
-from rlhf.experiment import Experiment, build_experiment
+import rlhf.costs.hardware
+from rlhf.distributed.compute import Compute
+from rlhf.pipeline.experiment import Experiment, build_experiment
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
@@ -100,7 +100,7 @@ def own_files(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 @pytest.mark.parametrize("command", [command for command in commands() if not NOT_HERE.search(command)])
 def test_a_documented_command_runs(command: str, own_files: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny model and a few rows; what the command says wins over these settings."""
-    monkeypatch.setattr(rlhf.plan.machine, "CALIBRATION_SECONDS", 0.1)
+    monkeypatch.setattr(rlhf.costs.hardware, "CALIBRATION_SECONDS", 0.1)
     monkeypatch.syspath_prepend(str(own_files.directory))
     words = [word for word in shlex.split(command)[3:] if not word.startswith("model.")]
     words = ["model=tiny" if word.startswith("model=") else word for word in words]

@@ -11,8 +11,8 @@ import pytest
 from small_chain import Chain, Outcome
 from test_docs import built
 
-import rlhf.plan.machine
-from rlhf.stage import INTERVAL
+import rlhf.costs.hardware
+from rlhf.pipeline.stage import INTERVAL
 
 DOCS = Path(__file__).parents[1] / "docs"
 STAGES = ("prepare", "sft", "reward", "generate", "ppo", "merge", "evaluate", "compare", "plan")
@@ -52,7 +52,7 @@ def logged(finished_chain: tuple[Chain, Outcome]) -> dict[str, set[str]]:
     """Stage -> what its lines in metrics.jsonl hold, steps and summary."""
     chain, first = finished_chain
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rlhf.plan.machine, "CALIBRATION_SECONDS", 0.1)
+        patch.setattr(rlhf.costs.hardware, "CALIBRATION_SECONDS", 0.1)
         beside = chain.run(
             "stage=[merge,compare,plan]", "compare.num_questions=2", "compare.max_new_tokens=4"
         )

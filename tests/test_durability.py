@@ -15,13 +15,13 @@ import torch
 from small_job import on_cpu
 from test_artifacts import publish
 
-import rlhf.checkpoint
-from rlhf.artifacts import Store
-from rlhf.checkpoint import CheckpointConfig, Checkpointer
+import rlhf.training.checkpoint
 from rlhf.config import OptimConfig
-from rlhf.engine import PlainEngine
-from rlhf.interrupt import StopSignals
-from rlhf.tracking import Tracker
+from rlhf.distributed.signals import StopSignals
+from rlhf.pipeline.store import Store
+from rlhf.tracking.tracker import Tracker
+from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
+from rlhf.training.engine import PlainEngine
 
 Event = tuple[str, str]
 OPTIM = OptimConfig(
@@ -108,7 +108,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(rlhf.checkpoint, "time", found)
+    monkeypatch.setattr(rlhf.training.checkpoint, "time", found)
     return found
 
 

@@ -12,8 +12,8 @@ from small_job import on_cpu
 from torch import nn
 
 from rlhf.config import ConfigError, OptimConfig
-from rlhf.distributed import Zero
-from rlhf.engine import PlainEngine, make_engine
+from rlhf.distributed.compute import Zero
+from rlhf.training.engine import PlainEngine, make_engine
 
 
 def config(**changes: float) -> OptimConfig:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from rlhf.config import OptimConfig
-from rlhf.distributed import Compute
-from rlhf.fsdp import FsdpEngine
-from rlhf.training import parameter_group
+from rlhf.distributed.compute import Compute
+from rlhf.training.fsdp import FsdpEngine
+from rlhf.training.optimizer import parameter_group
 
 RATES = (0.1, 0.4)
 
@@ -95,7 +95,7 @@ def test_the_whole_weights_are_gone_before_the_masters_are_made(
         left.append(sum(each() is not None for each in whole))
         return parameter_group(*arguments)
 
-    monkeypatch.setattr("rlhf.fsdp.parameter_group", count)  # called with the masters
+    monkeypatch.setattr("rlhf.training.fsdp.parameter_group", count)  # called with the masters
     settings = {
         "lr": 0.1,
         "weight_decay": 0.0,

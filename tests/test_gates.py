@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rlhf.config import Bound
-from rlhf.evaluation.ranking import Ranking, rank_quality
+from rlhf.evaluation.reward_model import Ranking, rank_quality
 from rlhf.evaluation.sampled import Sampled
-from rlhf.run import GateResult, two_digits
+from rlhf.pipeline.run import GateResult, two_digits
 
 AT_LEAST, AT_MOST = Bound(min=0.5, advice="do this"), Bound(max=0.5, advice="do that")
 BETWEEN = Bound(min=0.4, max=0.6, advice="do both")

@@ -17,11 +17,11 @@ LONGEST = 600
 LAZY = ("deepspeed", "vllm", "wandb", "bm25s", "rapidfuzz", "matplotlib", "lm_eval")
 MAY_KNOW_HYDRA = (
     "rlhf/__main__.py",
-    "rlhf/command_line.py",
+    "rlhf/cli/messages.py",
     "rlhf/config.py",
-    "rlhf/experiment.py",
-    "rlhf/pipeline.py",
-    "rlhf/sweep.py",
+    "rlhf/pipeline/experiment.py",
+    "rlhf/pipeline/runner.py",
+    "rlhf/cli/sweep/sweepers.py",
 )
 
 
@@ -109,7 +109,7 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used() -> None:
             assert each.is_lazy, f"{file} imports {each.name} for everybody"
         assert not is_in(each.name, "trl"), f"{file} imports {each.name}, which only the tests may need"
         if is_in(each.name, "deepspeed"):
-            assert file == "rlhf/zero.py"
+            assert file == "rlhf/training/deepspeed.py"
 
 
 def test_only_the_front_door_knows_hydra() -> None:

@@ -14,11 +14,11 @@ from small_job import small_job
 from torch import nn
 
 from rlhf.config import ConfigError, OptimConfig
-from rlhf.engine import PlainEngine
-from rlhf.interrupt import Stopped
-from rlhf.job import Job
-from rlhf.loop import train_batches
+from rlhf.distributed.signals import Stopped
 from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.pipeline.job import Job
+from rlhf.supervised.loop import train_batches
+from rlhf.training.engine import PlainEngine
 
 OPTIM = OptimConfig(
     lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9

@@ -9,9 +9,9 @@ import pytest
 from small_chain import Chain, Outcome
 from test_security import sign
 
-from rlhf.artifacts import MANIFEST, Manifest, Store, file_digest, write_manifest
+from rlhf.cli.verify import CHECKPOINT_FORMAT, verified
 from rlhf.config import ConfigError
-from rlhf.verify import CHECKPOINT_FORMAT, verified
+from rlhf.pipeline.store import MANIFEST, Manifest, Store, file_digest, write_manifest
 
 
 @pytest.mark.parametrize("name", ["../../sft.jsonl", "{absolute}", "link", "linked/sft.jsonl"])

@@ -13,10 +13,10 @@ import yaml
 from small_chain import STAGES, Chain, Outcome, run_main
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.artifacts import Artifact, Manifest, weights_digest
 from rlhf.config import Bound
-from rlhf.models.published import origin_of
-from rlhf.run import GateResult, Run
+from rlhf.models.peft.saved import origin_of
+from rlhf.pipeline.run import GateResult, Run
+from rlhf.pipeline.store import Artifact, Manifest, weights_digest
 
 FAILING = ("gates=enforce", "sft.gates.held_out_loss_change.max=-99")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf.rl.experience
-from rlhf.data.chat import prompt_ids
-from rlhf.job import Job
+from rlhf.data.chat_template import prompt_ids
+from rlhf.pipeline.job import Job
 from rlhf.rl.advantage import whiten
 
 TRAIN, HELD_OUT = range(100, 612), range(700, 828)

@@ -12,7 +12,7 @@ from small_chain import Chain
 
 from rlhf.config import ConfigError
 from rlhf.printable import printable
-from rlhf.secrets import RedactingConsole
+from rlhf.tracking.redaction import RedactingConsole
 
 TITLE = "\x1b]0;owned\x07\x1b[2J"
 

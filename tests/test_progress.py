@@ -10,16 +10,16 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-import rlhf.progress
-from rlhf.progress import Progress
-from rlhf.secrets import RedactingConsole
+import rlhf.tracking.progress
+from rlhf.tracking.progress import Progress
+from rlhf.tracking.redaction import RedactingConsole
 
 
 def test_what_an_earlier_attempt_did_says_nothing_about_the_time_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr(rlhf.progress, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(rlhf.tracking.progress, "time", SimpleNamespace(monotonic=lambda: now))
     said = io.StringIO()
     progress = Progress(Console(file=said, width=80))
     with progress.task("ppo: steps", 200) as task:

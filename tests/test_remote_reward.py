@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from rlhf.data.schema import Message
-from rlhf.rewards import remote
-from rlhf.rewards.remote import RewardServerConfig, remote_reward
-from rlhf.rewards.source import Exchange, RewardError
+from rlhf.rewards import http as remote
+from rlhf.rewards.http import RewardServerConfig, remote_reward
+from rlhf.rewards.reward import Exchange, RewardError
 
 EXCHANGES = [
     Exchange([Message(role="user", content="Say hi")], "hi"),

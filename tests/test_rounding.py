@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rlhf.config import OptimConfig
-from rlhf.training import MasterAdamW, WeightAverage, parameter_group, round_into
+from rlhf.training.optimizer import MasterAdamW, WeightAverage, parameter_group, round_into
 
 OPTIM = OptimConfig(
     lr=1e-5, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9

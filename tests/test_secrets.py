@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.secrets import RedactingConsole, redacted, redacted_output, redacted_text, says_secret
+from rlhf.tracking.redaction import RedactingConsole, redacted, redacted_output, redacted_text, says_secret
 
 PLANTED = "correct-horse/battery"
 

@@ -15,11 +15,11 @@ import pytest
 from small_chain import SETTINGS, Chain, Outcome
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.job import Job
 from rlhf.models.load import _write_tiny
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.run import Run
 from rlhf.report.summary import write_report
-from rlhf.run import Run
-from rlhf.tracking import Tracker
+from rlhf.tracking.tracker import Tracker
 
 SECRETS = {
     "HF_TOKEN": "hf_PlantedToken0123456789",

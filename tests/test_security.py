@@ -14,11 +14,11 @@ import torch
 from small_chain import Chain, Outcome
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.artifacts import MANIFEST, digest_of, file_digest
-from rlhf.checkpoint import Checkpointer
 from rlhf.config import ConfigError
 from rlhf.data.sources import SourceConfig
 from rlhf.models.load import _write_tiny
+from rlhf.pipeline.store import MANIFEST, digest_of, file_digest
+from rlhf.training.checkpoint import Checkpointer
 
 
 class Bomb:

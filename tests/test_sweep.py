@@ -12,13 +12,13 @@ from hydra.errors import MissingConfigException
 from optuna.distributions import FloatDistribution
 from small_chain import Chain, Outcome
 
-import rlhf.sweep
-from rlhf.command_line import in_our_words
+import rlhf.cli.sweep.sweepers
+from rlhf.cli.messages import in_our_words
+from rlhf.cli.sweep.optuna_study import JOURNAL, Study
+from rlhf.cli.sweep.trial import NOTE, SweepConfig, Trial, read_note, write_note
+from rlhf.cli.sweep.trial import Outcome as TrialOutcome
 from rlhf.config import ConfigError
-from rlhf.report.sweep import SweepTable
-from rlhf.study import JOURNAL, Study
-from rlhf.trials import NOTE, SweepConfig, Trial, read_note, write_note
-from rlhf.trials import Outcome as TrialOutcome
+from rlhf.report.sweep_table import SweepTable
 
 BY_RULE = ("stage=ppo", "ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=running")
 OPTUNA = ("-m", "hydra/sweeper=optuna", "sweep.metric=ppo/held_out_score", "run_name=study", *BY_RULE)
@@ -151,14 +151,14 @@ def test_optuna_learns_that_a_trial_failed(chain: Chain) -> None:
 
 
 def test_a_lost_trial_is_told_and_the_others_go_on(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_trial = rlhf.trials.run_trial
+    run_trial = rlhf.cli.sweep.trial.run_trial
 
     def killed_at_first(resolved: dict[str, Any], run_name: str) -> TrialOutcome:
         if run_name.endswith("-0"):
             raise RuntimeError("the job has not produced any output")
         return run_trial(resolved, run_name)
 
-    monkeypatch.setattr("rlhf.trials.run_trial", killed_at_first)
+    monkeypatch.setattr("rlhf.cli.sweep.trial.run_trial", killed_at_first)
     outcome = chain.run("-m", "stage=prepare", "run_name=lost", "seed=0,1")
     assert outcome.code == 1
     assert "Trial 0 was lost: the job has not produced any output" in outcome.err
@@ -220,7 +220,8 @@ def test_a_metric_that_no_trial_has_ends_the_sweep_after_the_first(chain: Chain)
 
 
 def test_missing_packages_are_named(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rlhf.sweep, "find_spec", lambda name: None if name == "optuna" else find_spec(name))
+    found = lambda name: None if name == "optuna" else find_spec(name)  # noqa: E731
+    monkeypatch.setattr(rlhf.cli.sweep.sweepers, "find_spec", found)
     outcome = chain.run(*OPTUNA, LR, "run_name=x")
     assert outcome.code == 2 and "pip install -e '.[optuna]'" in outcome.err
     launcher = "hydra/launcher/submitit_slurm"

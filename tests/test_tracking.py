@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.tracking import Tracker, TrackerConfig, make_tracker
+from rlhf.tracking.tracker import Tracker, TrackerConfig, make_tracker
 
 
 def lines(path: Path) -> list[dict[str, object]]:

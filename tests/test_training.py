@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rlhf.training
+import rlhf.training.optimizer
 from rlhf.config import OptimConfig, Schedule
-from rlhf.training import (
+from rlhf.training.optimizer import (
     MasterAdamW,
     WeightAverage,
     load_trainable,
@@ -259,7 +259,7 @@ def test_a_state_of_other_parameters_is_refused() -> None:
 @pytest.mark.parametrize("bucket", [1, 30, 10**6])
 def test_gradients_of_two_ranks_are_added_up(monkeypatch: pytest.MonkeyPatch, bucket: int) -> None:
     """As if another rank had the same half of the batch: equal to one rank with the whole of it."""
-    monkeypatch.setattr(rlhf.training, "BUCKET_ELEMENTS", bucket)
+    monkeypatch.setattr(rlhf.training.optimizer, "BUCKET_ELEMENTS", bucket)
     sizes: list[int] = []
 
     def with_its_twin(values: Tensor) -> Tensor:

@@ -176,4 +176,4 @@ def test_a_type_checker_finds_the_modules_of_an_editable_install(tree: Path, tmp
     checker = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python), user.name]
     checked = run(Path(checker[0]), tmp_path, *checker[1:])
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "rlhf.stages.sft.SftStage" in checked.stdout and "rlhf.job.Job" in checked.stdout
+    assert "rlhf.stages.sft.SftStage" in checked.stdout and "rlhf.pipeline.job.Job" in checked.stdout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from rlhf.models.published import base_of
+from rlhf.models.peft.saved import base_of
 
 
 def cost_of(seconds: float, price_per_hour: float) -> float:

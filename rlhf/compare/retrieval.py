@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from rlhf.config import ConfigError
-from rlhf.data.batching import token_budget_batches
-from rlhf.data.chat import continuation_ids
-from rlhf.generation.policy import Policy
-from rlhf.models.packed import hidden_states
-from rlhf.models.rows import Packed
+from rlhf.data.chat_template import continuation_ids
+from rlhf.distributed.batching import token_budget_batches
+from rlhf.generation.policy_model import Policy
+from rlhf.models.packed_attention import hidden_states
+from rlhf.models.packed_batch import Packed
 
 RetrieverName = Literal["bm25", "embeddings"]
 

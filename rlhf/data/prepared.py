@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, overload
 
-from rlhf.artifacts import digest_of, file_digest
 from rlhf.config import ConfigError
 from rlhf.data.schema import (
     TRAINING_ROLES,
@@ -24,6 +23,7 @@ from rlhf.data.schema import (
     row_from_json,
     row_to_json,
 )
+from rlhf.pipeline.store import digest_of, file_digest
 
 TrainSplit = Literal["train", "held_out"]
 REPORT = "report.json"

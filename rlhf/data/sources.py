@@ -23,10 +23,10 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf.artifacts import digest_of, file_digest
 from rlhf.config import ConfigError, Strict, did_you_mean
-from rlhf.data.recognise import CONVERSATION_COLUMNS, PROMPT_COLUMNS
+from rlhf.data.formats import CONVERSATION_COLUMNS, PROMPT_COLUMNS
 from rlhf.data.schema import RowError
+from rlhf.pipeline.store import digest_of, file_digest
 
 SAMPLES_PACKAGE = "rlhf.samples"
 ROW_COLUMNS = {*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"}

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.data.chat import continuation_ids
+from rlhf.data.chat_template import continuation_ids
 from rlhf.data.schema import QuestionRow, TextRow
 from rlhf.evaluation.intervals import difference, ratio, share
 from rlhf.evaluation.sampled import Sampled
-from rlhf.generation.policy import Policy
+from rlhf.generation.policy_model import Policy
 from rlhf.rl.rollout import Rollout
 
 

@@ -7,10 +7,10 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.distributed import Compute
-from rlhf.generation.check import UndecodableError, check_decoding
-from rlhf.generation.local import generate
-from rlhf.models.adapters import has_adapters, without_adapters
+from rlhf.distributed.compute import Compute
+from rlhf.generation.decoding_check import UndecodableError, check_decoding
+from rlhf.generation.sampler import generate
+from rlhf.models.peft.attach import has_adapters, without_adapters
 
 TOKENS, ROUNDS = 16, 3
 """Decoded in each round; the fastest of so many rounds counts, since other work can only slow one down."""

@@ -24,9 +24,9 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError, Strict
-from rlhf.distributed import Compute
-from rlhf.generation.local import check_finite
-from rlhf.models.adapters import merged_weights
+from rlhf.distributed.compute import Compute
+from rlhf.generation.sampler import check_finite
+from rlhf.models.peft.attach import merged_weights
 from rlhf.rl.rollout import Rollout
 
 
@@ -110,7 +110,7 @@ class Vllm:
     ) -> Rollout:
         """Sample one response a prompt from the weights that were handed over last.
 
-        As rlhf/generation/local.py, but for: rows are batched by vLLM; a row's random numbers only make the
+        As rlhf/generation/sampler.py, but for: rows are batched by vLLM; a row's random numbers only make the
         seed of its request; with top_p < 1 there are no log-probabilities, as vLLM's are the nucleus' then.
 
         Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from rlhf.config import ConfigError
-from rlhf.data.chat import end_of_turn_id, exchange_ids
+from rlhf.data.chat_template import end_of_turn_id, exchange_ids
 from rlhf.data.schema import Message
 from rlhf.models.load import BaseModelFiles
 

@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.artifacts import digest_of, directory_digest, file_digests
 from rlhf.config import ConfigError, Strict
-from rlhf.data.chat import PLAIN, resolve_template, stop_ids
-from rlhf.models.packed import pack_where_possible
-from rlhf.models.published import attach_published, base_of
-from rlhf.models.virtual import virtual_tokens
+from rlhf.data.chat_template import PLAIN, resolve_template, stop_ids
+from rlhf.models.packed_attention import pack_where_possible
+from rlhf.models.peft.saved import attach_published, base_of
+from rlhf.models.peft.virtual_tokens import virtual_tokens
+from rlhf.pipeline.store import digest_of, directory_digest, file_digests
 
 logger = logging.getLogger(__name__)
 

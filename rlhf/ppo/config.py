@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from rlhf.config import OptimConfig, Peft, Strict
 from rlhf.data.sources import PromptSource, SourceConfig
 from rlhf.models.start import Init
-from rlhf.rewards.source import RewardSource
+from rlhf.rewards.reward import RewardSource
 
 
 class KlConfig(Strict):

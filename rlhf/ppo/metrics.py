@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from rlhf.data.schema import PromptRow
-from rlhf.distributed import Compute
+from rlhf.distributed.compute import Compute
 from rlhf.evaluation.intervals import mean, ratio
 from rlhf.evaluation.sampled import Sampled
-from rlhf.generation.policy import Policy
+from rlhf.generation.policy_model import Policy
 from rlhf.losses.policy import PolicyLoss
 from rlhf.losses.value import ValueLoss
-from rlhf.rewards.source import Exchange, Reward, RewardError
+from rlhf.rewards.reward import Exchange, Reward, RewardError
 from rlhf.rl.kl import kl_k1, kl_k3
 from rlhf.rl.rollout import Experience
 from rlhf.rl.statistics import distinct_n, explained_variance

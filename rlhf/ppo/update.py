@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.engine import Engine
-from rlhf.generation.policy import Policy
-from rlhf.job import Job
+from rlhf.generation.policy_model import Policy
 from rlhf.losses.policy import clipped_policy_loss
 from rlhf.losses.value import clipped_value_loss
-from rlhf.models.policy import Sequences, TokenStatistics, pack_sequences, rollout_rows
+from rlhf.models.logprobs import Sequences, TokenStatistics, pack_sequences, rollout_rows
+from rlhf.pipeline.job import Job
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import UpdateSums
-from rlhf.ppo.mix import PretrainingMix
-from rlhf.ppo.phases import Phases
+from rlhf.ppo.ptx import PretrainingMix
 from rlhf.rl.rollout import Experience, Rollout, minibatches
-from rlhf.training import WeightAverage
+from rlhf.tracking.timer import Phases
+from rlhf.training.engine import Engine
+from rlhf.training.optimizer import WeightAverage
 
 
 class BadStepError(Exception):

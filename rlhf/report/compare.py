@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from rlhf.report.cells import Cells
+from rlhf.tracking.tables import Cells
 
 Quality = Literal["exact_match", "answer_found", "rouge_l", "score"]
 

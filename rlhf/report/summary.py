@@ -14,13 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.disk import naming
+from rlhf.pipeline.run import GateResult, Run
 from rlhf.printable import printable
-from rlhf.progress import clock
-from rlhf.report.cells import Cells
 from rlhf.report.compare import comparison_cells
 from rlhf.report.verdict import verdict
-from rlhf.run import GateResult, Run
-from rlhf.secrets import RedactingConsole, redacted_text
+from rlhf.tracking.progress import clock
+from rlhf.tracking.redaction import RedactingConsole, redacted_text
+from rlhf.tracking.tables import Cells
 
 TUNED = {
     "trained_parameters": ("trained parameters", ",.0f"),

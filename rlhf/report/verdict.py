@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from rlhf.evaluation.sampled import Sampled
-from rlhf.run import Run
+from rlhf.pipeline.run import Run
 
 Direction = Literal["better", "not better", "unknown"]
 

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from rlhf.artifacts import digest_of, file_digest
 from rlhf.config import ConfigError
-from rlhf.lineage import PACKAGES
+from rlhf.pipeline.manifest import PACKAGES
+from rlhf.pipeline.store import digest_of, file_digest
 
 INSTALLED = {"site-packages", "dist-packages"}
 """Folders whose code has a version; all other code is known by its bytes."""

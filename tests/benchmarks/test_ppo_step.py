@@ -16,10 +16,10 @@ from run_rlhf import Positions
 from torch import Tensor
 from transformers import LlamaConfig
 
-from rlhf.models.actor_critic import ActorCritic
 from rlhf.models.load import ModelConfig, load_causal_lm
-from rlhf.models.policy import pack_sequences
-from rlhf.models.scalar import load_scalar_model
+from rlhf.models.logprobs import pack_sequences
+from rlhf.models.value_head import load_scalar_model
+from rlhf.ppo.actor_critic import ActorCritic
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ppo_step.py"
 TRUNK = 3 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 8 * 16 + 8 * 16 + 16 * 8)

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from small_compare import ANIMALS, make_stage, run_stage
 
-from rlhf.artifacts import Artifact, Manifest, Store
+from rlhf.compare.artifacts import label, training_seconds, tuned_artifact
 from rlhf.compare.cost import break_even, cost_of
-from rlhf.compare.quality import answer_found, exact_match, rouge_l
-from rlhf.compare.tuned import label, training_seconds, tuned_artifact
+from rlhf.compare.metrics import answer_found, exact_match, rouge_l
 from rlhf.config import ConfigError
+from rlhf.pipeline.store import Artifact, Manifest, Store
 
 
 @pytest.mark.parametrize(

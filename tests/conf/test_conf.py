@@ -18,10 +18,10 @@ from pydantic import BaseModel
 
 from rlhf.config import Bound, ConfigError, PeftConfig
 from rlhf.data.sources import SourceConfig
-from rlhf.experiment import REPEATING, Experiment, Settings, build_experiment
 from rlhf.models.load import ModelConfig
-from rlhf.stage import Stage
-from rlhf.tracking import TrackerConfig
+from rlhf.pipeline.experiment import REPEATING, Experiment, Settings, build_experiment
+from rlhf.pipeline.stage import Stage
+from rlhf.tracking.tracker import TrackerConfig
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"

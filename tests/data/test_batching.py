@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from rlhf.data.batching import chunks, token_budget_batches
+from rlhf.distributed.batching import chunks, token_budget_batches
 
 
 def test_groups_by_hand() -> None:

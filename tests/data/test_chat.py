@@ -8,7 +8,7 @@ import pytest
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
-from rlhf.data.chat import (
+from rlhf.data.chat_template import (
     CHATML,
     PLAIN,
     continuation_ids,

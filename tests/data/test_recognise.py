@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.data.recognise import recognise
+from rlhf.data.formats import recognise
 from rlhf.data.schema import PairRow, PromptRow, QuestionRow, RowError, SftRow, TextRow
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.compare.quality import answer_found
+from rlhf.compare.metrics import answer_found
 from rlhf.data.sources import SourceConfig
 
 

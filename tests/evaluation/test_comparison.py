@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.evaluation.comparison import wins
+from rlhf.evaluation.win_rate import wins
 
 
 def test_a_tie_is_half_a_win() -> None:

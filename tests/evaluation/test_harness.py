@@ -13,10 +13,10 @@ from real_processes import RealChain
 from small_chain import Chain
 
 from rlhf.config import ConfigError
-from rlhf.distributed import make_compute
-from rlhf.evaluation import harness
-from rlhf.evaluation.harness import Harness
-from rlhf.generation.policy import Policy
+from rlhf.distributed.compute import make_compute
+from rlhf.evaluation import lm_eval as harness
+from rlhf.evaluation.lm_eval import Harness
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import ModelConfig
 
 QUESTIONS = [

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf.evaluation.ranking import Ranking, calibration_error, correlation, rank_quality
+from rlhf.evaluation.reward_model import Ranking, calibration_error, correlation, rank_quality
 from rlhf.evaluation.sampled import Sampled
 
 NAN = float("nan")

@@ -7,8 +7,8 @@ from pathlib import Path
 from small_job import on_cpu
 
 from rlhf.data.schema import Message
-from rlhf.evaluation.references import answer_losses
-from rlhf.generation.policy import Policy
+from rlhf.evaluation.reference_loss import answer_losses
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import ModelConfig
 
 

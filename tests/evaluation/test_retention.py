@@ -11,13 +11,13 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.data.chat import continuation_ids
+from rlhf.data.chat_template import continuation_ids
 from rlhf.data.schema import QuestionRow, TextRow
-from rlhf.distributed import make_compute
+from rlhf.distributed.compute import make_compute
 from rlhf.evaluation import retention
 from rlhf.evaluation.intervals import difference, ratio, share
 from rlhf.evaluation.retention import Retained, forgetting, likeliest_choice, right_answers
-from rlhf.generation.policy import Policy
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import ModelConfig
 
 TEXTS = [

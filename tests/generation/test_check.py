@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.data.schema import Message
-from rlhf.generation.check import check_decoding
-from rlhf.generation.policy import Policy
-from rlhf.models.adapters import attach
+from rlhf.generation.decoding_check import check_decoding
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import ModelConfig, load_tokenizer
-from rlhf.models.packed import pack_where_possible
+from rlhf.models.packed_attention import pack_where_possible
+from rlhf.models.peft.attach import attach
 
 DECODED = ["llama", "gpt2", "gpt_oss", "bloom", "falcon_h1", "qwen3_next", "deepseek_v2", "phimoe"]
 

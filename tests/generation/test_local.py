@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.generation import cache, local
-from rlhf.generation.local import _draw, _nucleus, _sample, generate
+from rlhf.generation import kv_cache as cache
+from rlhf.generation import sampler as local
+from rlhf.generation.sampler import _draw, _nucleus, _sample, generate
 from rlhf.models.load import ModelConfig, load_causal_lm
-from rlhf.models.policy import response_statistics, rollout_rows
+from rlhf.models.logprobs import response_statistics, rollout_rows
 from rlhf.rl.rollout import Rollout
 
 PAD = 0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rlhf.generation.local import generate
-from rlhf.generation.prepacked import Product, is_packable, prepacked
+from rlhf.generation.cpu_linear import Product, is_packable, prepacked
+from rlhf.generation.sampler import generate
 from rlhf.models.load import ModelConfig, load_causal_lm
 
 has_layout = pytest.mark.skipif(

@@ -10,12 +10,12 @@ from pathlib import Path
 ONE_RANK = """
 import json, os, sys, time
 from pathlib import Path
-from rlhf.checkpoint import CheckpointConfig, Checkpointer
-from rlhf.distributed import make_compute
-from rlhf.engine import PlainEngine
-from rlhf.interrupt import StopSignals
-from rlhf.tracking import Tracker
-from rlhf.training import OptimConfig
+from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
+from rlhf.distributed.compute import make_compute
+from rlhf.training.engine import PlainEngine
+from rlhf.distributed.signals import StopSignals
+from rlhf.tracking.tracker import Tracker
+from rlhf.training.optimizer import OptimConfig
 from torch import nn
 
 directory = Path(sys.argv[1])

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from rlhf.config import ConfigError
-from rlhf.distributed import find_rank
-from rlhf.interrupt import leave_exit_code
+from rlhf.distributed.compute import find_rank
+from rlhf.distributed.signals import leave_exit_code
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = [LAUNCH / "slurm.sbatch", LAUNCH / "slurm_pipeline.sh", LAUNCH / "torchrun.sh"]

@@ -21,19 +21,19 @@ import pytest
 import torch
 from real_processes import RealChain, children_of, ranks_of, wait_until
 
-from rlhf import interrupt
-from rlhf.distributed import Compute
-from rlhf.heartbeat import Heartbeat, bytes_moved
-from rlhf.interrupt import Heard, StopSignals
+from rlhf.distributed import signals as interrupt
+from rlhf.distributed.compute import Compute
+from rlhf.distributed.heartbeat import Heartbeat, bytes_moved
+from rlhf.distributed.signals import Heard, StopSignals
 
 TORCHRUN = Path(__file__).parents[2] / "launch" / "torchrun.sh"
 WAITING = """
 import os, sys, threading
 from pathlib import Path
 from rlhf import interrupt
-from rlhf.distributed import make_compute
-from rlhf.heartbeat import Heartbeat
-from rlhf.interrupt import Heard, StopSignals
+from rlhf.distributed.compute import make_compute
+from rlhf.distributed.heartbeat import Heartbeat
+from rlhf.distributed.signals import Heard, StopSignals
 
 directory, interrupt.QUIET_SECONDS = Path(sys.argv[1]), float(sys.argv[2])
 compute, _ = make_compute("cpu", "fp32", timeout=600)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.cli.launcher import launch
 from rlhf.config import ConfigError
-from rlhf.launch import launch
-from rlhf.run import Run
+from rlhf.pipeline.run import Run
 
 
 @pytest.mark.parametrize("lock", [".lock", ".launcher.lock"])

@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.models import targets
-from rlhf.models.adapters import Adapter, attach, check_reached, count_parameters, merged_weights
+from rlhf.costs.model_shape import skeleton
 from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
-from rlhf.models.low_rank import LowRankLinear
-from rlhf.models.merged import publish_policy
-from rlhf.models.policy import pack_sequences, response_statistics
-from rlhf.models.published import rehearse
-from rlhf.models.scalar import load_scalar_model
-from rlhf.models.targets import told
-from rlhf.plan.shape import skeleton
+from rlhf.models.logprobs import pack_sequences, response_statistics
+from rlhf.models.peft import target_modules as targets
+from rlhf.models.peft.attach import Adapter, attach, check_reached, count_parameters, merged_weights
+from rlhf.models.peft.lora import LowRankLinear
+from rlhf.models.peft.merge import publish_policy
+from rlhf.models.peft.saved import rehearse
+from rlhf.models.peft.target_modules import told
+from rlhf.models.value_head import load_scalar_model
 
 TINY = ModelConfig(kind="tiny")
 UP = "model.layers.0.mlp.up_proj.base_layer.weight"

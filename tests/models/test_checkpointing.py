@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.models.actor_critic import ActorCritic
-from rlhf.models.adapters import attach
-from rlhf.models.checkpointing import checkpoint_layers
 from rlhf.models.load import ModelConfig, load_causal_lm
-from rlhf.models.packed import pack_where_possible
-from rlhf.models.policy import ResponseModel, pack_sequences
-from rlhf.models.scalar import load_scalar_model, reset_head
+from rlhf.models.logprobs import ResponseModel, pack_sequences
+from rlhf.models.packed_attention import pack_where_possible
+from rlhf.models.peft.attach import attach
+from rlhf.models.recompute import checkpoint_layers
+from rlhf.models.value_head import load_scalar_model, reset_head
+from rlhf.ppo.actor_critic import ActorCritic
 
 TINY = ModelConfig(kind="tiny")
 CPU = torch.device("cpu")

@@ -22,14 +22,14 @@ from transformers import (
 )
 
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.generation.check import check_decoding
-from rlhf.generation.local import generate
-from rlhf.models.adapters import attach, check_attachable, count_parameters
+from rlhf.costs.model_shape import counted, skeleton
+from rlhf.generation.decoding_check import check_decoding
+from rlhf.generation.sampler import generate
 from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer, save_policy
-from rlhf.models.merged import publish_policy
-from rlhf.models.policy import check_head, pack_sequences, response_statistics
-from rlhf.models.scalar import check_scorable, load_scalar_model, reset_head, save_scalar_model
-from rlhf.plan.shape import counted, skeleton
+from rlhf.models.logprobs import check_head, pack_sequences, response_statistics
+from rlhf.models.peft.attach import attach, check_attachable, count_parameters
+from rlhf.models.peft.merge import publish_policy
+from rlhf.models.value_head import check_scorable, load_scalar_model, reset_head, save_scalar_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 MODELS_PAGE, SHOWN = DOCS / "models.md", run_path(str(DOCS / "models.py"))

@@ -12,7 +12,7 @@ from small_chain import Chain
 from transformers import AutoModelForCausalLM
 
 from rlhf.models.load import ModelConfig, load_tokenizer, save_policy
-from rlhf.models.scalar import load_scalar_model
+from rlhf.models.value_head import load_scalar_model
 
 LOCAL = ModelConfig(kind="local")
 SIX = ("deepseek_v3", "gemma3n_text", "granite", "lfm2", "llama4_text", "nemotron")

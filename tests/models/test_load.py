@@ -17,9 +17,8 @@ import torch
 from families import tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config
 
-from rlhf import artifacts
 from rlhf.config import ConfigError
-from rlhf.data.chat import CHATML, PLAIN
+from rlhf.data.chat_template import CHATML, PLAIN
 from rlhf.models.load import (
     EMBEDDED_PACKAGE,
     BaseModelFiles,
@@ -32,6 +31,7 @@ from rlhf.models.load import (
     save_policy,
     warn_once,
 )
+from rlhf.pipeline import store as artifacts
 
 
 def config(kind: str = "tiny", **changes: Any) -> ModelConfig:

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.compare.cost import model_bytes
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.methods import METHODS
-from rlhf.models.adapters import Adapter, attach, count_parameters, merged_weights
-from rlhf.models.bottleneck import BottleneckConfig, BottleneckLayer
 from rlhf.models.load import load_causal_lm, load_tokenizer, save_settings
-from rlhf.models.merged import merged_policy
-from rlhf.models.published import attach_published, origin_of, save_adapter
+from rlhf.models.peft.attach import Adapter, attach, count_parameters, merged_weights
+from rlhf.models.peft.bottleneck import BottleneckConfig, BottleneckLayer
+from rlhf.models.peft.merge import merged_policy
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.saved import attach_published, origin_of, save_adapter
 
 LINEAR_OUT = 2 * (64 + 32) + 128 + 128 + 64  # q, o; k, v; gate, up; down
 LORA = 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
-from rlhf.generation.policy import Policy
+from rlhf.generation.policy_model import Policy
 from rlhf.models.offload import offload
-from rlhf.models.scalar import reset_head
-from rlhf.rewards.learned import LearnedReward
-from rlhf.rewards.source import Exchange
+from rlhf.models.value_head import reset_head
+from rlhf.rewards.model import LearnedReward
+from rlhf.rewards.reward import Exchange
 from rlhf.rl.rollout import Rollout
 
 ROLLOUT = Rollout([torch.tensor([5, 6, 7])], [torch.tensor([8, 9])], torch.tensor([True]))

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rlhf.generation import local
-from rlhf.generation.cache import growing_cache
-from rlhf.generation.local import generate
-from rlhf.models import packed, short_attention
-from rlhf.models.packed import ATTENTION, hidden_states, pack_where_possible
-from rlhf.models.rows import Packed
+from rlhf.generation import sampler as local
+from rlhf.generation.kv_cache import growing_cache
+from rlhf.generation.sampler import generate
+from rlhf.models import cpu_attention as short_attention
+from rlhf.models import packed_attention as packed
+from rlhf.models.packed_attention import ATTENTION, hidden_states, pack_where_possible
+from rlhf.models.packed_batch import Packed
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "gpt2": {}, "gpt_neox": {}, "phi": {}, "olmo2": {},

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.models import policy
+from rlhf.models import logprobs as policy
 from rlhf.models.load import ModelConfig, load_causal_lm
-from rlhf.models.policy import (
+from rlhf.models.logprobs import (
     check_head,
     head_statistics,
     pack_sequences,

@@ -9,10 +9,10 @@ import torch
 from test_adapters import LINEARS, load, logits, train
 
 from rlhf.config import PeftConfig
-from rlhf.models.adapters import attach, count_parameters
-from rlhf.models.published import attach_to_merge
-from rlhf.models.quantized import round_to_4_bits
-from rlhf.training import load_trainable, trainable_state
+from rlhf.models.peft.attach import attach, count_parameters
+from rlhf.models.peft.quantization import round_to_4_bits
+from rlhf.models.peft.saved import attach_to_merge
+from rlhf.training.optimizer import load_trainable, trainable_state
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.slow  # which installs it

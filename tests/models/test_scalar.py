@@ -21,15 +21,15 @@ from transformers import (
 
 from rlhf.config import ConfigError
 from rlhf.models.load import ModelConfig, load_tokenizer
-from rlhf.models.policy import pack_sequences
-from rlhf.models.scalar import (
+from rlhf.models.logprobs import pack_sequences
+from rlhf.models.value_head import (
     ScalarModel,
     check_scorable,
     load_scalar_model,
     reset_head,
     save_scalar_model,
 )
-from rlhf.rewards.source import reward_digest
+from rlhf.rewards.reward import reward_digest
 
 TINY = ModelConfig(kind="tiny")
 CPU = torch.device("cpu")

@@ -15,19 +15,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, PreTrainedModel
 
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.generation import local
-from rlhf.generation.local import generate
-from rlhf.generation.policy import Policy
-from rlhf.models.adapters import attach, count_parameters, merged_weights
-from rlhf.models.checkpointing import checkpoint_layers
+from rlhf.generation import sampler as local
+from rlhf.generation.policy_model import Policy
+from rlhf.generation.sampler import generate
 from rlhf.models.load import load_causal_lm
-from rlhf.models.merged import merged_policy
-from rlhf.models.packed import hidden_states
-from rlhf.models.policy import pack_sequences, response_statistics
-from rlhf.models.published import attach_published
-from rlhf.models.rows import Packed
-from rlhf.models.sharing import sharing
-from rlhf.models.virtual import virtual_tokens
+from rlhf.models.logprobs import pack_sequences, response_statistics
+from rlhf.models.packed_attention import hidden_states
+from rlhf.models.packed_batch import Packed
+from rlhf.models.peft.attach import attach, count_parameters, merged_weights
+from rlhf.models.peft.merge import merged_policy
+from rlhf.models.peft.saved import attach_published
+from rlhf.models.peft.virtual_tokens import virtual_tokens
+from rlhf.models.recompute import checkpoint_layers
+from rlhf.models.weight_sharing import sharing
 
 METHODS = ["prefix", "prompt", "p_tuning"]
 ROWS = [IDS[0, :9], IDS[0], IDS[0, 3:20]]

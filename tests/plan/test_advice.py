@@ -10,8 +10,8 @@ import pytest
 import torch
 from small_plan import GIB, check, experiment, gpus
 
-from rlhf.distributed import Compute
-from rlhf.plan.preflight import (
+from rlhf.distributed.compute import Compute
+from rlhf.pipeline.preflight import (
     shortage,
 )
 

@@ -10,10 +10,10 @@ import pytest
 from small_plan import EIGHT, GIB, check, experiment, gpus, no_gates, with_prompts_of
 
 from rlhf.config import ConfigError, PeftConfig
-from rlhf.plan.demand import Worker, exactly
-from rlhf.plan.machine import Speed
-from rlhf.plan.strategies import Figure, Strategy, Use, prefill, served
-from rlhf.plan.written import explanation, phases, table
+from rlhf.costs.hardware import Speed
+from rlhf.costs.stage_cost import Worker, exactly
+from rlhf.planner.report import explanation, phases, table
+from rlhf.planner.strategies import Figure, Strategy, Use, prefill, served
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from small_job import on_cpu
 
-from rlhf.distributed import Compute
-from rlhf.plan.machine import LIBRARIES, Speed, found_machine, host_memory, room_in
+from rlhf.costs.hardware import LIBRARIES, Speed, found_machine, host_memory, room_in
+from rlhf.distributed.compute import Compute
 
 
 def test_a_control_group_counts_what_the_kernel_would_not_give_up(tmp_path: Path) -> None:

@@ -20,21 +20,21 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlhf.config import OptimConfig, PeftConfig
-from rlhf.data.batching import token_budget_batches
+from rlhf.costs.hardware import Machine, Speed
+from rlhf.costs.memory import Trained, activations, kept_per_layer, kept_per_token, sampling
+from rlhf.costs.model_shape import shape_of
+from rlhf.costs.setup import Setting, pads_rows
+from rlhf.costs.stage_cost import exactly, joined
 from rlhf.data.prepared import Lengths
-from rlhf.distributed import Zero
-from rlhf.methods import METHODS
-from rlhf.models.adapters import attach
-from rlhf.models.checkpointing import checkpoint_layers
+from rlhf.distributed.batching import token_budget_batches
+from rlhf.distributed.compute import Zero
 from rlhf.models.load import ModelConfig
-from rlhf.models.packed import hidden_states, pack_where_possible
-from rlhf.models.rows import Packed
-from rlhf.plan.demand import exactly, joined
-from rlhf.plan.machine import Machine, Speed
-from rlhf.plan.memory import Trained, activations, kept_per_layer, kept_per_token, sampling
-from rlhf.plan.setting import Setting, pads_rows
-from rlhf.plan.shape import shape_of
-from rlhf.training import MasterAdamW, parameter_group
+from rlhf.models.packed_attention import hidden_states, pack_where_possible
+from rlhf.models.packed_batch import Packed
+from rlhf.models.peft.attach import attach
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.recompute import checkpoint_layers
+from rlhf.training.optimizer import MasterAdamW, parameter_group
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4,
@@ -177,9 +177,9 @@ HOLDING = """
 import json, os, sys
 import torch
 from rlhf.config import OptimConfig
-from rlhf.distributed import make_compute
-from rlhf.engine import make_engine
-from rlhf.training import ClippedAdamW
+from rlhf.distributed.compute import make_compute
+from rlhf.training.engine import make_engine
+from rlhf.training.optimizer import ClippedAdamW
 from torch import nn
 
 compute, _ = make_compute("cpu", "fp32", sys.argv[1], timeout=100)

@@ -13,9 +13,9 @@ from transformers import (
 )
 
 from rlhf.config import PeftConfig
-from rlhf.methods import METHODS
-from rlhf.plan.demand import Worker
-from rlhf.plan.shape import Shape, shape_of
+from rlhf.costs.model_shape import Shape, shape_of
+from rlhf.costs.stage_cost import Worker
+from rlhf.models.peft.methods import METHODS
 
 
 @pytest.fixture

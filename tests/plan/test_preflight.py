@@ -26,12 +26,13 @@ from transformers import (
 )
 
 from rlhf.config import ConfigError
+from rlhf.costs.model_shape import UnknownShapeError, shape_of, skeleton
+from rlhf.costs.stage_cost import Demand, Task
 from rlhf.data.prepared import Lengths, PreparedData
-from rlhf.distributed import Compute
+from rlhf.distributed.compute import Compute
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.load import BaseModelFiles
-from rlhf.plan.demand import Demand, Task
-from rlhf.plan.preflight import (
+from rlhf.pipeline.preflight import (
     Begun,
     check_before_loading,
     check_tunes,
@@ -39,7 +40,6 @@ from rlhf.plan.preflight import (
     expectations,
     preflight,
 )
-from rlhf.plan.shape import UnknownShapeError, shape_of, skeleton
 
 MISTRAL = MistralConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from rlhf.config import PeftConfig
-from rlhf.models.adapters import attach, count_parameters
+from rlhf.costs.model_shape import UnknownShapeError, shape_of
+from rlhf.costs.peft_costs import METHODS
 from rlhf.models.load import BaseModelFiles, ModelConfig
-from rlhf.plan.methods import METHODS
-from rlhf.plan.shape import UnknownShapeError, shape_of
+from rlhf.models.peft.attach import attach, count_parameters
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
 CONFIGS = {

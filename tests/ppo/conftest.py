@@ -10,8 +10,8 @@ import torch
 from small_ppo import SMALL, length, ppo_job, ppo_learner, ppo_stage
 
 from rlhf.data.schema import SftRow
-from rlhf.ppo.learner import Learner
-from rlhf.rewards.source import Reward
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.reward import Reward
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from rich.console import Console
 from small_job import on_cpu, small_job
 from small_ppo import MODEL, length, ppo_stage
 
-from rlhf.data.chat import PLAIN
+from rlhf.data.chat_template import PLAIN
 from rlhf.models.load import BaseModelFiles, load_tokenizer
-from rlhf.models.scalar import load_scalar_model, reset_head, save_scalar_model
-from rlhf.rewards.learned import LearnedReward, load_learned_reward
-from rlhf.rewards.source import Reward
+from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
+from rlhf.rewards.model import LearnedReward, load_learned_reward
+from rlhf.rewards.reward import Reward
 from rlhf.rl.scores import ScoreNormalizer
 
 

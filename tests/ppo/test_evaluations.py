@@ -15,9 +15,9 @@ from small_ppo import length, ppo_job, ppo_stage, prompts, resumed_learner
 from torch import Tensor
 
 from rlhf.config import ConfigError
-from rlhf.ppo.learner import Learner
 from rlhf.ppo.metrics import Evaluation
-from rlhf.rewards.source import Exchange, Reward, RewardError
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.reward import Exchange, Reward, RewardError
 
 SMALL = (
     "ppo.steps=4", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=6",

@@ -12,8 +12,8 @@ from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 from torch import Tensor
 
 from rlhf.evaluation.sampled import Sampled
-from rlhf.rewards.source import Exchange, Reward
-from rlhf.run import GateResult
+from rlhf.pipeline.run import GateResult
+from rlhf.rewards.reward import Exchange, Reward
 
 SMALL = (
     "ppo.steps=3", "ppo.batch_episodes=16", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=3",

@@ -27,14 +27,14 @@ from small_ppo import (
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.data.chat import response_text
+from rlhf.data.chat_template import response_text
 from rlhf.data.schema import Message, SftRow
-from rlhf.engine import PlainEngine
-from rlhf.models.policy import pack_sequences, response_statistics, rollout_rows
-from rlhf.ppo.learner import Learner
+from rlhf.models.logprobs import pack_sequences, response_statistics, rollout_rows
 from rlhf.ppo.metrics import UpdateSums
-from rlhf.rewards.source import Exchange
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.reward import Exchange
 from rlhf.rl.rollout import Rollout
+from rlhf.training.engine import PlainEngine
 
 ANSWERS = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}.") for n in range(8)]
 

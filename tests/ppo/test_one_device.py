@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf.models.policy import pack_sequences, response_statistics
-from rlhf.ppo.learner import Learner
-from rlhf.rewards.learned import LearnedReward
+from rlhf.models.logprobs import pack_sequences, response_statistics
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.model import LearnedReward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 

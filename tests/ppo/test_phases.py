@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 
-from rlhf.data.chat import prompt_ids
-from rlhf.ppo.phases import Phases
-from rlhf.rewards.source import function_reward
+from rlhf.data.chat_template import prompt_ids
+from rlhf.rewards.reward import function_reward
+from rlhf.tracking.timer import Phases
 
 NAMES = ["generate", "reward", "reference", "score", "advantages", "update", "optimizer"]
 

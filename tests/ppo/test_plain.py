@@ -13,10 +13,10 @@ from small_ppo import ROWS, shake
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from rlhf.engine import PlainEngine
-from rlhf.ppo.learner import Learner
 from rlhf.ppo.metrics import UpdateSums
+from rlhf.ppo.trainer import Learner
 from rlhf.rl.rollout import Experience
+from rlhf.training.engine import PlainEngine
 
 CLIP, VALUE_CLIP, TEMPERATURE = 0.2, 0.2, 0.7
 SETTINGS = (

@@ -9,7 +9,7 @@ import torch
 from small_ppo import ROWS, Counting, length, shake
 from torch import Tensor
 
-from rlhf.rewards.source import Exchange
+from rlhf.rewards.reward import Exchange
 
 
 def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:

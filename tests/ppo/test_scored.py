@@ -10,8 +10,8 @@ import torch
 from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 from torch import Tensor
 
-from rlhf.ppo.learner import Learner
-from rlhf.rewards.source import function_reward
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.reward import function_reward
 
 ROWS = prompts(range(8))
 Make = Callable[..., Learner]

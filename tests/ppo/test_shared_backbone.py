@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config import PeftConfig
-from rlhf.data.chat import exchange_ids
-from rlhf.distributed import Compute
-from rlhf.models.adapters import attach
+from rlhf.data.chat_template import exchange_ids
+from rlhf.distributed.compute import Compute
 from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
-from rlhf.models.published import save_adapter
-from rlhf.models.scalar import ScalarModel, load_scalar_model, reset_head, save_scalar_model
-from rlhf.models.sharing import Backbone
-from rlhf.ppo.learner import Learner
+from rlhf.models.peft.attach import attach
+from rlhf.models.peft.saved import save_adapter
+from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.weight_sharing import Backbone
 from rlhf.ppo.metrics import UpdateSums
-from rlhf.rewards.learned import LearnedReward, load_learned_reward
-from rlhf.rewards.source import Exchange, RewardError
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.model import LearnedReward, load_learned_reward
+from rlhf.rewards.reward import Exchange, RewardError
 from rlhf.stages.ppo import PpoStage
 
 ROWS = prompts(range(16))

@@ -15,8 +15,8 @@ from small_ppo import prompts, resumed_learner
 from torch import Tensor
 
 from rlhf.config import ConfigError
-from rlhf.ppo.learner import Learner
-from rlhf.rewards.source import Exchange
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.reward import Exchange
 
 SMALL = (
     "ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=6", "ppo.evaluate_every=2",

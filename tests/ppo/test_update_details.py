@@ -13,12 +13,12 @@ from small_ppo import ROWS, equal, length, prompts, resumed_learner, shake, weig
 from torch import Tensor
 
 from rlhf.data.schema import Message, SftRow
-from rlhf.distributed import Compute, MicroBatch
-from rlhf.engine import PlainEngine
-from rlhf.ppo.learner import Learner
+from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.ppo.metrics import UpdateSums
-from rlhf.rewards.source import Exchange, RewardError
+from rlhf.ppo.trainer import Learner
+from rlhf.rewards.reward import Exchange, RewardError
 from rlhf.rl.kl import AdaptiveKL
+from rlhf.training.engine import PlainEngine
 
 ANSWERS = [
     SftRow([Message(role="user", content=f"Say {n}")], "It is " + "very " * n + f"{n}.") for n in range(8)

@@ -19,20 +19,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlhf.config import OptimConfig
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
-from rlhf.distributed import Compute, make_compute
-from rlhf.engine import Engine, make_engine
-from rlhf.experiment import build_experiment
+from rlhf.distributed.compute import Compute, make_compute
 from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
-from rlhf.models.policy import ResponseModel
-from rlhf.models.scalar import load_scalar_model, reset_head, save_scalar_model
-from rlhf.ppo.mix import PretrainingMix
-from rlhf.rewards.source import Exchange
+from rlhf.models.logprobs import ResponseModel
+from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
+from rlhf.pipeline.experiment import build_experiment
+from rlhf.pipeline.stage import Stage
+from rlhf.ppo.ptx import PretrainingMix
+from rlhf.rewards.reward import Exchange
 from rlhf.rl.experience import RewardRule, make_experience
 from rlhf.rl.rollout import Rollout
-from rlhf.stage import Stage
 from rlhf.stages.ppo import PpoStage
 from rlhf.stages.reward import EncodedPair, RewardStage
 from rlhf.stages.sft import EncodedAnswer, SftStage
+from rlhf.training.engine import Engine, make_engine
 
 MODEL = ModelConfig(kind="tiny")
 OVERRIDES = (

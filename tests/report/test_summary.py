@@ -12,8 +12,8 @@ from rich.console import Console
 
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.run import GateResult, Run
 from rlhf.report.summary import print_summary, write_report
-from rlhf.run import GateResult, Run
 
 ANSWERS = {
     "base": "The [bold]chair[/] stands [/] there, \x1b[31mwith four legs and a back, " + "and so on, " * 12,

@@ -9,8 +9,8 @@ import pytest
 
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.run import GateResult, Run
 from rlhf.report.verdict import verdict
-from rlhf.run import GateResult, Run
 
 NAMES = {
     "sft": ("sft", "held_out_loss_change"), "reward": ("reward", "accuracy_over_baseline"),

@@ -14,7 +14,7 @@ from small_chain import Chain
 from rlhf.config import ConfigError
 from rlhf.models.load import ModelConfig, base_identity
 from rlhf.rewards.code import has_changed
-from rlhf.rewards.source import Exchange, function_reward, reward_digest
+from rlhf.rewards.reward import Exchange, function_reward, reward_digest
 
 SOURCE = "python:their_reward:score"
 FUNCTION = "def score(prompts, responses):\n    return [{value} for _ in responses]\n"

@@ -14,9 +14,9 @@ import pytest
 from small_chain import Chain, Outcome
 from small_compare import ANIMALS, answers_of, asked, make_stage, publish_tiny, run_stage
 
-from rlhf.artifacts import Store
-from rlhf.compare.quality import answer_found, rouge_l
-from rlhf.job import Job
+from rlhf.compare.metrics import answer_found, rouge_l
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.store import Store
 from rlhf.report.compare import contenders
 
 CONTENDERS = ["zero_shot", "few_shot", "retrieval", "{tuned}", "{tuned}+retrieval"]

@@ -10,13 +10,13 @@ import pytest
 from small_chain import Chain
 from small_compare import base_of, make_stage, publish_tiny, run_stage, user
 
-from rlhf.artifacts import Store
 from rlhf.config import ConfigError
+from rlhf.costs.hardware import Machine, Speed
+from rlhf.costs.model_shape import shape_of
+from rlhf.costs.setup import Setting
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import SftRow
-from rlhf.plan.machine import Machine, Speed
-from rlhf.plan.setting import Setting
-from rlhf.plan.shape import shape_of
+from rlhf.pipeline.store import Store
 
 
 def test_a_question_that_does_not_fit_is_an_error(tmp_path: Path) -> None:

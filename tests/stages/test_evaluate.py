@@ -13,12 +13,12 @@ from small_job import small_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config import ConfigError, validated
-from rlhf.data.chat import exchange_ids
+from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PromptRow, QuestionRow, Row, SftRow, TextRow
 from rlhf.evaluation.retention import Retained
-from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.pipeline.job import Job
 from rlhf.rl.rollout import Rollout
 from rlhf.stages.evaluate import Answers, EvaluateStage, task_gain
 

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
-from rlhf.experiment import build_experiment
-from rlhf.generation.policy import Policy
-from rlhf.interrupt import Stopped
-from rlhf.job import Job
+from rlhf.distributed.signals import Stopped
+from rlhf.generation.policy_model import Policy
 from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm
-from rlhf.models.merged import merged_policy
-from rlhf.models.policy import pack_sequences, response_statistics
-from rlhf.models.published import attach_published, origin_of
-from rlhf.models.scalar import ScalarModel, load_scalar_model
-from rlhf.rewards.learned import LearnedReward
-from rlhf.rewards.source import reward_digest
-from rlhf.stage import Stage
+from rlhf.models.logprobs import pack_sequences, response_statistics
+from rlhf.models.peft.merge import merged_policy
+from rlhf.models.peft.saved import attach_published, origin_of
+from rlhf.models.value_head import ScalarModel, load_scalar_model
+from rlhf.pipeline.experiment import build_experiment
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+from rlhf.rewards.model import LearnedReward
+from rlhf.rewards.reward import reward_digest
 from rlhf.stages.ppo import PpoStage
 
 TINY = ModelConfig(kind="tiny")
@@ -284,7 +284,7 @@ def test_a_policy_that_starts_apart_from_its_reference(
     method: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gate would fail after all steps; how far apart it starts is seen in the first one."""
-    monkeypatch.setattr("rlhf.experiment.check_qlora", lambda key, device: None)
+    monkeypatch.setattr("rlhf.pipeline.experiment.check_qlora", lambda key, device: None)
     assert build("stage=ppo", f"ppo.peft={method}")["ppo"].not_checked() == {
         "first_kl": f"with ppo.peft={method} the policy does not start as its own reference"
     }

@@ -15,12 +15,12 @@ from small_chain import Chain, Outcome
 from small_job import small_job
 from small_plan import experiment, gpus
 
-from rlhf.artifacts import weights_digest
 from rlhf.config import ConfigError
+from rlhf.costs.stage_cost import Demand
 from rlhf.models import load
 from rlhf.models.load import BaseModelFiles, ModelConfig
 from rlhf.models.start import check_start, digest_of_start, of_two_architectures
-from rlhf.plan.demand import Demand
+from rlhf.pipeline.store import weights_digest
 
 
 def weights(outcome: Outcome, stage: str) -> dict[str, torch.Tensor]:

@@ -12,8 +12,8 @@ from small_job import small_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config import ConfigError, validated
-from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.pipeline.job import Job
 from rlhf.stages.merge import MergeStage
 
 

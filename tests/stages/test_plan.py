@@ -16,17 +16,17 @@ from small_chain import Chain, Outcome, run_main
 from small_job import on_cpu
 from transformers import MistralConfig, Qwen3Config
 
-import rlhf.plan.machine
-from rlhf import methods
+import rlhf.costs.hardware
+from rlhf.costs.hardware import Machine, Speed, calibrated_speed
+from rlhf.costs.model_shape import counted, skeleton
+from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.setup import GIB, Setting
 from rlhf.data.prepared import Lengths
-from rlhf.experiment import Experiment, build_experiment
 from rlhf.models.load import BaseModelFiles, ModelConfig
-from rlhf.plan.machine import Machine, Speed, calibrated_speed
-from rlhf.plan.methods import METHODS
-from rlhf.plan.setting import GIB, Setting
-from rlhf.plan.shape import counted, skeleton
-from rlhf.plan.strategies import Use, rank_strategies
-from rlhf.plan.written import experiment_file
+from rlhf.models.peft import methods
+from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.planner.report import experiment_file
+from rlhf.planner.strategies import Use, rank_strategies
 
 GIVEN = ("plan.rows=10000", "plan.prompt_tokens=200", "plan.answer_tokens=300")
 VIRTUAL = ("prefix", "prompt", "p_tuning")
@@ -35,7 +35,7 @@ EIGHT_GPUS = ("plan.gpus=8", "plan.gpu_memory=80GiB", "plan.price_per_gpu_hour=2
 
 @pytest.fixture(autouse=True)
 def quick_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rlhf.plan.machine, "CALIBRATION_SECONDS", 0.1)
+    monkeypatch.setattr(rlhf.costs.hardware, "CALIBRATION_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
     trains: list[str], given: tuple[str, ...], from_sft: Sequence[str],
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("rlhf.experiment.check_qlora", lambda key, device: None)
+    monkeypatch.setattr("rlhf.pipeline.experiment.check_qlora", lambda key, device: None)
 
     def compose_and_build(*overrides: str) -> Experiment:
         with initialize_config_module("rlhf.conf", version_base="1.3"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.chat import prompt_ids
+from rlhf.data.chat_template import prompt_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import ROLES, TRAINING_ROLES, Message, QuestionRow, TextRow, prompt_identity
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message, SftRow
-from rlhf.experiment import build_experiment
-from rlhf.job import Job
 from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.pipeline.experiment import build_experiment
+from rlhf.pipeline.job import Job
 from rlhf.stages.sft import EncodedAnswer, SftStage
 
 TINY = ModelConfig(kind="tiny")

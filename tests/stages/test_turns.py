@@ -10,13 +10,13 @@ import torch
 from small_chain import Chain
 from test_sft import TINY, sft_job, sft_stage
 
-from rlhf.data.chat import CHATML, PLAIN, TurnsApartError
-from rlhf.data.recognise import recognise
+from rlhf.data.chat_template import CHATML, PLAIN, TurnsApartError
+from rlhf.data.formats import recognise
 from rlhf.data.schema import Message, SftRow, each_turn
-from rlhf.engine import PlainEngine
 from rlhf.models.load import load_causal_lm, load_tokenizer
-from rlhf.models.policy import ResponseModel
+from rlhf.models.logprobs import ResponseModel
 from rlhf.stages.sft import EncodedAnswer
+from rlhf.training.engine import PlainEngine
 
 
 def said(role: Any, text: str) -> Message:

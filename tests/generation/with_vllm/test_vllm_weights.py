@@ -28,11 +28,11 @@ from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError, PeftConfig
 from rlhf.data.schema import Message
-from rlhf.generation.local import generate
-from rlhf.generation.policy import Policy
+from rlhf.generation.policy_model import Policy
+from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm
-from rlhf.models.adapters import attach, merged_weights
 from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.peft.attach import attach, merged_weights
 from rlhf.rl.rollout import Rollout
 
 

@@ -1,0 +1,193 @@
+"""From a composed config to an exit code, on one rank or by starting several."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.markup import escape
+
+from rlhf.config import ConfigError
+from rlhf.disk import in_words
+from rlhf.distributed.signals import nobody_reads, uninterrupted
+from rlhf.tracking.redaction import RedactingConsole
+
+DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED, PIPE = 0, 1, 2, 3, 75, 130, 141
+"""Exit codes. STOPPED (a scheduler's signal) and INTERRUPTED (Ctrl-C): the same command goes on. PIPE: nobody
+reads the output any more."""
+
+KEPT = "Finished stages and the last checkpoint are kept: the same command goes on from there."
+
+LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|socket", re.I)
+"""What torch's backends say when another rank does not answer."""
+
+
+def execute(resolved: Mapping[str, Any], run_name: str) -> int:
+    """Check the whole config, run what was asked for, and show what came of it; the exit code."""
+    rank = 0
+    try:
+        with uninterrupted():
+            from rlhf.distributed.compute import find_rank
+
+        rank, _ = find_rank(os.environ)
+        return _execute(resolved, run_name)
+    except ConfigError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return leave(CONFIG_ERROR)
+    except BrokenPipeError:
+        nobody_reads()
+        return leave(PIPE)
+    except OSError as error:
+        if (said := in_words(error)) is None:
+            traceback.print_exc()
+            return leave(CRASH)
+        print(f"Error: {said}", file=sys.stderr)
+        return leave(CONFIG_ERROR)
+    except LostRankError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return leave(CRASH)
+    except KeyboardInterrupt as stop:
+        signum = getattr(stop, "signum", signal.SIGINT)
+        if rank == 0:
+            word = "Interrupted" if signum == signal.SIGINT else f"Stopped by {signal.Signals(signum).name}"
+            print(f"\n{word}. {KEPT}", file=sys.stderr)
+        return INTERRUPTED if signum == signal.SIGINT else STOPPED
+    except BaseException:  # a crash (a user's function may call sys.exit): shown whole, told by the exit code
+        traceback.print_exc()
+        return leave(CRASH)
+
+
+class LostRankError(Exception):
+    """Another rank does not answer."""
+
+
+def leave(code: int) -> int:
+    """The code; or the end, where the backend's threads may still wait for other ranks."""
+    from torch import distributed
+
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        end_rank(code)
+    return code
+
+
+def end_rank(code: int) -> NoReturn:
+    """End one rank of several at once: threads of the backend and of DeepSpeed may abort a process that
+    winds down, though all its work is done."""
+    from rlhf.distributed.signals import leave_exit_code
+
+    leave_exit_code(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def failed(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:
+    """Tell the launcher when this rank failed."""
+    from rlhf.cli.launcher import note_failure
+
+    note_failure(Path(resolved["runs_dir"]) / run_name, rank)
+
+
+def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
+    quiet_libraries()  # before they are imported
+    with uninterrupted():
+        from torch import distributed
+
+        from rlhf.cli.launcher import launch, ranks_wanted
+        from rlhf.distributed.compute import make_compute
+        from rlhf.distributed.heartbeat import Heartbeat
+        from rlhf.distributed.signals import QUIET_SECONDS, Stopped, StopSignals
+        from rlhf.pipeline.experiment import build_experiment
+        from rlhf.pipeline.run import GateError
+        from rlhf.pipeline.runner import Pipeline
+        from rlhf.report.summary import print_summary
+
+    experiment = build_experiment(resolved)
+    settings = experiment.settings
+    runs = Path(settings.runs_dir)
+    processes = ranks_wanted(settings.launch, settings.device)
+    alone = settings.zero != "none" and "RANK" not in os.environ
+    if processes > 1 or alone:  # DeepSpeed wants a rank's environment, and a process of its own in a sweep
+        return launch(resolved, runs / run_name, processes)
+
+    signals, heartbeat = StopSignals(), None
+    if "RANK" in os.environ and os.environ["WORLD_SIZE"] != "1":
+        signals.progress = list  # none yet: they wait for each other to join
+
+    def end_hung(signum: int, is_second: bool) -> None:
+        name = signal.Signals(signum).name
+        why = f"a second signal ({name}) came"
+        if not is_second:
+            where = f": {heartbeat.place}; {heartbeat.others()}" if heartbeat is not None else ""
+            why = f"{name} came, and no rank has made progress for {QUIET_SECONDS:g} s{where}"
+        print(f"\nRank {os.environ.get('RANK', '0')} ends at once: {why}. {KEPT}", file=sys.stderr)
+        end_rank(INTERRUPTED if signum == signal.SIGINT else STOPPED)
+
+    with signals.installed(), signals.heard(end_hung):
+        compute, how = make_compute(
+            settings.device, settings.precision, settings.zero, settings.distributed.timeout
+        )
+        try:
+            run_name = compute.broadcast(run_name)  # each rank made its own from the time
+            console = RedactingConsole(quiet=not compute.is_main)
+            console.print(f"Run in {runs / run_name}; {how}.", highlight=False)
+            for line in experiment.told:
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            pipeline = Pipeline(experiment, run_name, console, compute, signals)
+            with Heartbeat(runs / run_name / "ranks", compute) as heartbeat:
+                signals.progress = heartbeat.progress if compute.world_size > 1 else None
+                try:
+                    pipeline.run()
+                except GateError as error:
+                    print_summary(pipeline.results, console)
+                    console.print(f"\n[red]{escape(str(error))}[/]", highlight=False)
+                    console.print(
+                        "Finished stages are kept. `gates=warn` goes on past a failing gate.", highlight=False
+                    )
+                    return GATE_FAILED
+                except RuntimeError as error:
+                    if compute.world_size == 1 or not LOST_PEER.search(str(error)):
+                        raise
+                    if signals.received is not None:  # it ended for the same signal, and could not wait
+                        raise Stopped(signals.received) from error
+                    raise LostRankError(heartbeat.explain(settings.distributed.timeout)) from error
+            print_summary(pipeline.results, console)
+            return DONE
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # raised again: only the launcher is told when
+            if compute.world_size > 1:  # before the others notice, and without waiting for them
+                failed(resolved, run_name, compute.rank)
+            raise
+        finally:
+            if distributed.is_initialized() and sys.exc_info()[0] in (None, Stopped):
+                distributed.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and chatter out of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would warn
+    import datasets
+    import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it misses kernels of others
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # torch renames these in 2.14; DeepSpeed calls them for every parameter
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    # transformers renames this argument in 5.40, beyond the bound in pyproject.toml
+    warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")

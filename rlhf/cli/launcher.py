@@ -1,0 +1,214 @@
+"""Starts one process a rank on this machine, and ends them all when one fails.
+
+Inside torchrun, srun or a Kubernetes job nothing is started: the environment says which rank this is.
+`python -m rlhf.cli.launcher RUN_DIR` is what each rank runs. It is sent the config that was already composed, so
+that all ranks have the same; through a pipe, because secrets in it must not be written down.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import PositiveInt
+
+from rlhf.config import ConfigError, Strict
+from rlhf.distributed.signals import STOPPING, Heard, Stopped, StopSignals
+from rlhf.pipeline.run import Run
+from rlhf.tracking.redaction import redacted_output
+
+GRACE_SECONDS = 5.0
+"""Between the first failed rank and the end of the others: some fail for the same reason and shall say so."""
+LINES_SHOWN = 100
+CONFIG_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
+
+
+class LaunchConfig(Strict):
+    """`launch.*`: the ranks that `python -m rlhf` starts by itself."""
+
+    processes: PositiveInt | None
+    """Ranks on this machine; null takes one for each visible GPU, or one without a GPU."""
+
+
+def ranks_wanted(config: LaunchConfig, device: str) -> int:
+    """How many processes to start here; 1 means none: this one does the work."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return 1
+    num_gpus = _visible_gpus(device)
+    if config.processes is None:
+        return max(1, num_gpus)
+    if config.processes > num_gpus > 0:
+        raise ConfigError(
+            f"launch.processes={config.processes}: this machine has {num_gpus} visible GPU(s), and each rank "
+            "needs one of its own. Use fewer ranks, or device=cpu."
+        )
+    return config.processes
+
+
+def _visible_gpus(device: str) -> int:
+    """Of those that `device=` leaves to a run."""
+    if device == "cpu":
+        return 0
+    import torch  # which takes a second
+
+    return torch.cuda.device_count()
+
+
+def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> int:
+    """Run the experiment on so many ranks; the exit code of the first one that failed, or 0.
+
+    Rank 0 talks to the terminal; what the others say, and every rank's errors, go to RUN_DIR/ranks/. Signals
+    go on to all ranks.
+    """
+    run = Run(run_directory)
+    with run.alone(".launcher.lock"):  # from now on: the ranks take the other one once they are up
+        with run.alone():  # else the ranks' files of a run that goes on would be lost
+            pass
+        return _launch(resolved, run_directory, processes)
+
+
+def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> int:
+    directory = run_directory / "ranks"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    environment = os.environ | {
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+    }  # fmt: skip
+    config = json.dumps(resolved).encode()
+    ranks = [_start(rank, config, directory, run_directory, environment) for rank in range(processes)]
+
+    heard = Heard()
+
+    def forward(signum: int, frame: FrameType | None) -> None:
+        if heard.is_new(signum):
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.send_signal(signum)
+
+    before = {signum: signal.signal(signum, forward) for signum in STOPPING}
+    try:
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            if len(heard.signums) > 1:  # the ranks end at once; those that cannot are ended
+                break
+            time.sleep(0.05)
+        ended = _end(ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    codes = {number: rank.wait() for number, rank in enumerate(ranks) if number not in ended}
+    if not codes:
+        print("No rank ended by itself after a second signal; all were killed.", file=sys.stderr)
+        return INTERRUPTED if heard.signums[-1] == signal.SIGINT else STOPPED
+    return _verdict(codes, directory)
+
+
+def _start(
+    rank: int, config: bytes, directory: Path, run_directory: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    errors = (directory / f"rank{rank}.err").open("wb")
+    output = None if rank == 0 else (directory / f"rank{rank}.out").open("wb")
+    with errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rlhf.cli.launcher", str(run_directory)],
+            env={
+                **environment,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "RLHF_LAUNCHER": str(os.getpid()),
+            },
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
+        )
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin:  # a rank that died says so itself
+        process.stdin.write(config)
+    return process
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
+    """Wait for ranks that are ending; end those that hang because another one failed, and return them."""
+    ended: set[int] = set()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for number, rank in enumerate(ranks):
+            if rank.poll() is None:
+                rank.send_signal(signum)
+                ended.add(number)
+        deadline = time.monotonic() + GRACE_SECONDS / 2
+    return ended
+
+
+def _verdict(codes: Mapping[int, int], directory: Path) -> int:
+    """Show the first error of the ranks that ended by themselves, once."""
+    failed = [rank for rank, code in codes.items() if code != 0]
+    if not failed:
+        return 0
+
+    def when(rank: int) -> float:
+        """A rank that could not say when it failed was killed, which is what the others then noticed."""
+        note = directory / f"rank{rank}.failed"
+        return float(note.read_text(encoding="utf-8")) if note.exists() else 0.0
+
+    first = min(failed, key=when)
+    text = (directory / f"rank{first}.err").read_text(errors="replace", encoding="locale").strip()
+    shown = "\n".join(text.splitlines()[-LINES_SHOWN:])
+    if codes[first] < 0:
+        name = signal.Signals(-codes[first]).name
+        print(f"Rank {first} was killed by {name}; the others were ended.", file=sys.stderr)
+    elif first != 0 and codes[first] not in (CONFIG_ERROR, STOPPED, INTERRUPTED):
+        print(f"Rank {first} failed first; the others were ended.", file=sys.stderr)
+    if shown:
+        print(shown, file=sys.stderr)
+    return codes[first] if codes[first] > 0 else 1
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def note_failure(directory: Path, rank: int) -> None:
+    """Leave the time of a rank's failure for the launcher, which shows the earliest one."""
+    if "RLHF_LAUNCHER" in os.environ:
+        (directory / "ranks" / f"rank{rank}.failed").write_text(str(time.monotonic()), encoding="utf-8")
+
+
+@redacted_output()
+def main() -> None:
+    """One rank."""
+    from rlhf.cli.execute import end_rank, execute
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives its launcher
+    if os.getppid() != int(os.environ["RLHF_LAUNCHER"]):
+        raise SystemExit("the launcher is gone")
+    try:
+        with StopSignals().installed():  # at once: importing torch takes seconds
+            code = execute(json.load(sys.stdin), Path(sys.argv[1]).name)
+    except Stopped as stop:  # before the run began
+        code = INTERRUPTED if stop.signum == signal.SIGINT else STOPPED
+    end_rank(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Optuna's study of a sweep, in a file that a shared file system may hold. The only importer of optuna.
+
+A trial that is not told of stays open, so the next start runs it again with the same values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from rlhf.cli.execute import DONE
+from rlhf.cli.sweep.trial import Outcome, SweepConfig
+from rlhf.config import ConfigError
+
+JOURNAL = "study.journal"
+
+
+class Study:
+    """Proposes values, and learns what came of them."""
+
+    def __init__(
+        self,
+        directory: Path,
+        knobs: SweepConfig,
+        overrides: Sequence[str],
+        distributions: Mapping[str, BaseDistribution],
+    ) -> None:
+        """Begin it, or go on with the one that is there.
+
+        Raises:
+            ConfigError: what is there is the study of another search.
+        """
+        self._knobs, self._distributions = knobs, dict(distributions)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        journal = (directory / JOURNAL).resolve()  # its lock is a link to it, from beside it
+        if journal.exists():
+            lines = journal.read_bytes()
+            journal.write_bytes(lines[: lines.rfind(b"\n") + 1])  # a process killed in mid-write left a part
+        self._study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=directory.name,
+            direction=knobs.direction,
+            load_if_exists=True,
+        )
+        search = [*overrides, f"sweep.metric={knobs.metric}", knobs.direction, f"sweep.seed={knobs.seed}"]
+        known = self._study.user_attrs.get("search", search)
+        if known != search:
+            before, now = sorted({*known} - {*search}), sorted({*search} - {*known})
+            raise ConfigError(
+                f"run_name={directory.name} is the study of another search: it had "
+                f"{', '.join(before) or '-'}, this one has {', '.join(now) or '-'}. Choose another run_name."
+            )
+        self._study.set_user_attr("search", search)
+
+    def known(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Number and values of all trials so far."""
+        for trial in self._study.get_trials(deepcopy=False):
+            yield trial.number, {key: _text(value) for key, value in trial.params.items()}
+
+    def unfinished(self) -> list[int]:
+        """Trials that were killed or stopped."""
+        found = []
+        for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if trial.params.keys() == self._distributions.keys():
+                found.append(trial.number)
+            else:  # killed while it was being proposed: nothing is lost
+                self._study.tell(trial.number, state=TrialState.FAIL)
+        return found
+
+    def ask(self) -> tuple[int, dict[str, str]] | None:
+        """Number and values of a new trial; None when there are `sweep.trials`.
+
+        The sampler's seed depends on the number, so that an interruption changes no proposal.
+        """
+        number = len(self._study.get_trials(deepcopy=False))
+        if number >= self._knobs.trials:
+            return None
+        self._study.sampler = TPESampler(seed=10_000 * self._knobs.seed + number)
+        trial = self._study.ask(self._distributions)
+        return trial.number, {key: _text(value) for key, value in trial.params.items()}
+
+    def tell(self, number: int, outcome: Outcome) -> None:
+        """Say what a trial came to.
+
+        Raises:
+            ConfigError: it is done, and has no such metric.
+        """
+        assert self._knobs.metric is not None
+        if outcome.goes_on:
+            return
+        if outcome.code == DONE and self._knobs.metric not in outcome.metrics:
+            stage = self._knobs.metric.partition("/")[0]
+            names = ", ".join(name for name in outcome.metrics if name.startswith(f"{stage}/"))
+            raise ConfigError(
+                f"sweep.metric={self._knobs.metric}: trial {number} has no such metric. Use one of {names}."
+            )
+        value = outcome.metrics.get(self._knobs.metric)
+        if outcome.code == DONE and value is not None and math.isfinite(value):
+            self._study.tell(number, value)
+        else:
+            self._study.tell(number, state=TrialState.FAIL)
+
+
+def _text(value: str | float) -> str:
+    return value if isinstance(value, str) else repr(value)

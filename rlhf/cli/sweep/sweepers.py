@@ -1,0 +1,352 @@
+"""Sweepers behind `python -m rlhf -m`: every combination of listed values, or proposals by optuna.
+
+Both start their trials through Hydra's launcher (one by one here, or as submitit's jobs), go on when one
+fails, and write a table of all. The same command goes on with a study of optuna's: see rlhf/cli/sweep/optuna_study.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from rich.console import Console
+from rich.markup import escape
+
+from rlhf.cli.execute import CONFIG_ERROR, CRASH, INTERRUPTED, STOPPED
+from rlhf.cli.sweep.trial import NOTE, Outcome, SweepConfig, Trial, is_main_process, read_note
+from rlhf.config import ConfigError, validated
+from rlhf.distributed.signals import Stopped, StopSignals
+from rlhf.pipeline.run import Run
+from rlhf.report.sweep_table import SweepTable
+from rlhf.tracking.redaction import RedactingConsole, redacted, says_secret
+
+if TYPE_CHECKING:  # `--help` needs neither of these
+    from optuna.distributions import BaseDistribution
+
+    from rlhf.pipeline.experiment import Experiment
+    from rlhf.pipeline.stage import Stage
+
+OF_THE_SWEEP = ("sweep", "run_name", "runs_dir")
+MAY_CHANGE = ("sweep.trials", "sweep.parallel", "run_name")
+"""Overrides that leave a study what it is."""
+
+
+@dataclass
+class Search:
+    """The command line of a sweep, read and checked."""
+
+    name: str
+    directory: Path
+    knobs: SweepConfig
+    fixed: Mapping[str, str]
+    """Key -> the override that all trials have."""
+    swept: Mapping[str, Override]
+    trials: list[Trial] = field(default_factory=list)
+
+    def trial(self, number: int, values: Mapping[str, str]) -> Trial:
+        """A trial of it, RUNNAME-NUM."""
+        return Trial(number, self.directory.parent / f"{self.name}-{number}", values)
+
+
+class GridSweep(Sweeper):
+    """Every combination of the listed values."""
+
+    hydra_context: HydraContext
+    config: DictConfig
+    launcher: Launcher
+
+    def __init__(self, params: Mapping[str, str] | None) -> None:
+        self.params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra."""
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run all trials; called by Hydra.
+
+        Raises:
+            SystemExit: with the highest exit code of the trials, unless all are done.
+        """
+        try:
+            with StopSignals().installed():
+                code = self.run(self.search(arguments))
+        except ConfigError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            code = CONFIG_ERROR
+        except Stopped as stop:
+            code = INTERRUPTED if stop.signum == signal.SIGINT else STOPPED
+        if code:
+            raise SystemExit(code)
+
+    def search(self, arguments: Sequence[str]) -> Search:
+        """Read the command line; check all that can be checked before the first trial.
+
+        Raises:
+            ConfigError: a key of the sweep's or of a trial's.
+        """
+        given = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = {each.get_key_element(): each for each in parser.parse_overrides(given)}
+        swept = {key: each for key, each in overrides.items() if each.is_sweep_override()}
+        fixed = {key: str(each.input_line) for key, each in overrides.items() if key not in swept}
+        for key, override in swept.items():
+            if key.partition(".")[0] in OF_THE_SWEEP:
+                raise ConfigError(f"{key}: a sweep's trials share it. Give it one value.")
+            if redacted(override.input_line) != override.input_line or says_secret(key):
+                raise ConfigError(
+                    f"{key}: there is a secret among its values, and a sweep writes down what its trials "
+                    "differ in. Give it one value, from the environment: '${oc.env:NAME}'."
+                )
+        resolved = self.compose([*fixed.values()])
+        name = resolved["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
+        if not isinstance(name, str):
+            raise ConfigError(f"run_name={name}: not a text. Give it a letter.")
+        fixed["run_name"] = f"run_name={name}"
+        knobs = validated(SweepConfig, resolved["sweep"], "sweep")
+        search = Search(name, Path(resolved["runs_dir"], name), knobs, fixed, swept)
+        stages: dict[str, Stage] = {}
+        for trial in self.plan(search):
+            experiment = self.build(search, trial)
+            stages |= {name: experiment.stages[name] for name in experiment.needed()}
+        knobs.check(stages)
+        return search
+
+    def compose(self, overrides: list[str]) -> dict[str, Any]:
+        """The resolved config with these overrides."""
+        node = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with read_write(node), open_dict(node):
+            del node["hydra"]
+        resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        assert isinstance(resolved, dict)
+        return {str(key): value for key, value in resolved.items()}
+
+    def build(self, search: Search, trial: Trial) -> Experiment:
+        """Check a trial's config."""
+        from rlhf.pipeline.experiment import build_experiment
+
+        return build_experiment(self.compose([*search.fixed.values(), *trial.overrides]))
+
+    def plan(self, search: Search) -> list[Trial]:
+        """Trials to be checked beforehand: here, all.
+
+        Raises:
+            ConfigError: an interval is no list of values.
+        """
+        for key, override in search.swept.items():
+            if override.is_interval_sweep():
+                raise ConfigError(f"{key}={override.get_value_string()} needs hydra/sweeper=optuna.")
+        lists = [list(override.sweep_string_iterator()) for override in search.swept.values()]
+        for number, values in enumerate(itertools.product(*lists)):
+            search.trials.append(search.trial(number, dict(zip(search.swept, values, strict=True))))
+        return search.trials
+
+    def begin(self, search: Search) -> None:
+        """Find what an earlier start left; here, the content of the store is enough."""
+
+    def proposals(self, search: Search) -> Iterator[Trial]:
+        """The trials to run, each asked for when it can be started."""
+        yield from search.trials
+
+    def ended(self, search: Search, trial: Trial) -> None:
+        """A trial came to its end, or was lost."""
+
+    def run(self, search: Search) -> int:
+        """Run the trials and show what they came to; the highest exit code."""
+        codes, main = [0], is_main_process()
+        console = RedactingConsole(quiet=not main)
+        table = SweepTable(search.directory, search.knobs, search.trials)
+        try:
+            if main:
+                search.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"runs_dir={search.directory.parent}: {search.directory} cannot be made ({error.strerror})."
+            ) from None
+        with Run(search.directory).alone() if main else nullcontext():
+            self.begin(search)
+            console.print(
+                f"Sweep in {search.directory}; run_name={search.name} goes on with it.", highlight=False
+            )
+            try:
+                for trial in self.run_trials(search, console):
+                    assert trial.outcome is not None
+                    codes.append(CRASH if trial.outcome.code is None else trial.outcome.code)
+                    if main:
+                        table.write()
+                    self.ended(search, trial)
+            finally:
+                if main:
+                    table.write()
+                    table.show(console)
+        return max(codes)
+
+    def run_trials(self, search: Search, console: Console) -> Iterator[Trial]:
+        """Keep as many trials running as the launcher can; each one is handed out when it has ended."""
+        finished: queue.Queue[Trial] = queue.Queue()
+        proposals = self.proposals(search)
+        one_by_one = self.config.hydra.launcher._target_.endswith(".BasicLauncher")
+        most, num_running = 1 if one_by_one else search.knobs.parallel, 0
+        while True:
+            while num_running < most and (proposal := next(proposals, None)):
+                trial, words = proposal, escape(" ".join(proposal.overrides))
+                console.print(f"[bold]Trial {trial.number}[/]: {words}", highlight=False)
+                trial.outcome = Outcome()
+                num_running += 1
+                if one_by_one:
+                    self.launch(search, trial, finished)
+                else:  # a thread for each, so that a lost job leaves the others alone
+                    threading.Thread(target=self.launch, args=(search, trial, finished), daemon=True).start()
+            if not num_running:
+                return
+            trial = finished.get()
+            num_running -= 1
+            assert trial.outcome is not None
+            logs = self.config.hydra.launcher.get("submitit_folder") if trial.outcome.code else None
+            where = f" (its output: {str(logs).replace('%j', '*')})" if logs else ""
+            console.print(f"[bold]Trial {trial.number}[/]: {trial.outcome.status}{where}", highlight=False)
+            yield trial
+            if one_by_one and trial.outcome.code in (STOPPED, INTERRUPTED):
+                return  # the signal was meant for all
+
+    def launch(self, search: Search, trial: Trial, finished: queue.Queue[Trial]) -> None:
+        """Run one trial and wait for its end."""
+        overrides = [*search.fixed.values(), *trial.overrides]
+        retries = self.config.hydra.launcher.get("max_num_timeout", 0)  # of submitit_slurm
+        if is_main_process():
+            (trial.directory / NOTE).unlink(missing_ok=True)
+        for _ in range(1 + retries):
+            try:
+                results = self.launcher.launch([overrides], initial_job_idx=trial.number)
+                trial.outcome = results[0].return_value
+            except Exception as error:  # a job that was killed may have noted more
+                print(f"Trial {trial.number} was lost: {error}", file=sys.stderr)
+                trial.outcome = Outcome()
+                with suppress(ConfigError):  # it cannot be read
+                    trial.outcome = read_note(trial.directory) or Outcome()
+            assert trial.outcome is not None
+            if trial.outcome.code != STOPPED:  # by the scheduler: it goes on from its checkpoint
+                break
+        finished.put(trial)
+
+
+class OptunaSweep(GridSweep):
+    """Values that optuna proposes, by what earlier trials came to."""
+
+    def plan(self, search: Search) -> list[Trial]:
+        """Trials to be checked beforehand: at the upper ends, with every choice.
+
+        Raises:
+            ConfigError: optuna is missing, or was not told what to look for, or where.
+        """
+        if find_spec("optuna") is None:
+            raise ConfigError("hydra/sweeper=optuna needs optuna: pip install -e '.[optuna]'.")
+        if "RANK" in os.environ:
+            raise ConfigError(
+                "hydra/sweeper=optuna: start it as one process; launch.processes gives a trial several ranks."
+            )
+        if search.knobs.metric is None:
+            raise ConfigError(
+                "hydra/sweeper=optuna needs sweep.metric=STAGE/NAME, such as evaluate/gold_mean/ppo."
+            )
+        if not search.swept:
+            raise ConfigError(
+                "hydra/sweeper=optuna has nothing to search. Give a key an interval, a range or a list, "
+                "such as 'ppo.optim.lr=tag(log,interval(1e-5,1e-3))'."
+            )
+        spaces = {key: space_of(key, override) for key, override in search.swept.items()}
+        self.distributions = {key: distribution for key, (distribution, _) in spaces.items()}
+        ends = {key: samples[-1] for key, (_, samples) in spaces.items()}
+        checked = [{**ends, key: value} for key, (_, samples) in spaces.items() for value in samples]
+        return [search.trial(0, values) for values in checked]
+
+    def begin(self, search: Search) -> None:
+        """Open the study.
+
+        Raises:
+            ConfigError: it is of another search.
+        """
+        from rlhf.cli.sweep.optuna_study import Study
+
+        fixed = [redacted(text) for key, text in search.fixed.items() if key not in MAY_CHANGE]
+        swept = [str(override.input_line) for override in search.swept.values()]
+        self.study = Study(search.directory, search.knobs, sorted([*fixed, *swept]), self.distributions)
+        for number, values in self.study.known():
+            trial = search.trial(number, values)
+            trial.outcome = read_note(trial.directory)
+            search.trials.append(trial)
+
+    def proposals(self, search: Search) -> Iterator[Trial]:
+        """Those that an earlier start left unfinished, then new ones."""
+        yield from [search.trials[number] for number in self.study.unfinished()]
+        while (asked := self.study.ask()) is not None:
+            search.trials.append(search.trial(*asked))
+            yield search.trials[-1]
+
+    def ended(self, search: Search, trial: Trial) -> None:
+        """Tell the study."""
+        assert trial.outcome is not None
+        self.study.tell(trial.number, trial.outcome)
+
+
+def space_of(key: str, override: Override) -> tuple[BaseDistribution, list[str]]:
+    """Where optuna may look, and values to check beforehand: of an interval its end, of a list all.
+
+    Raises:
+        ConfigError: it is empty, or a tag is unknown.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    sweep = override.value()
+    tags = sweep.tags if isinstance(sweep, IntervalSweep | RangeSweep) else set()
+    if tags - {"log"}:
+        raise ConfigError(f"{key}: there is no tag {min(tags - {'log'})}. Known: log.")
+    try:
+        if isinstance(sweep, IntervalSweep):
+            assert sweep.start is not None and sweep.end is not None
+            if isinstance(sweep.start, int):  # int(interval(1,8))
+                return IntDistribution(sweep.start, int(sweep.end), "log" in tags), [str(sweep.end)]
+            return FloatDistribution(sweep.start, sweep.end, "log" in tags), [str(sweep.end)]
+        values = [*override.sweep_string_iterator()]
+        if isinstance(sweep, RangeSweep) and all(isinstance(value, int) for value in sweep.range()):
+            numbers = sorted(map(int, values))
+            step = abs(int(sweep.step))
+            return IntDistribution(numbers[0], numbers[-1], "log" in tags, step), [str(numbers[-1])]
+        return CategoricalDistribution(sorted(set(values))), values
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"{key}={override.get_value_string()}: {error}") from None
+
+
+SWEEPERS = {f"rlhf.cli.sweep.sweepers.{sweeper.__name__}": sweeper for sweeper in (GridSweep, OptunaSweep)}
+_of_hydra = Plugins.is_in_toplevel_plugins_module
+
+
+def register() -> None:
+    """Make the sweepers known to Hydra; call it before Hydra's main."""
+    for sweeper in SWEEPERS.values():
+        Plugins.instance().register(sweeper)
+    # Hydra 1.3 instantiates what is in the package `hydra_plugins` only, even of what was registered
+    Plugins.is_in_toplevel_plugins_module = staticmethod(  # type: ignore[assignment]
+        lambda name: name in SWEEPERS or _of_hydra(name)
+    )

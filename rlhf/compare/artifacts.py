@@ -1,0 +1,98 @@
+"""Tuned models from the store, and what it took to make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.compare.prompts import Method
+from rlhf.config import ConfigError
+from rlhf.models.intact import check_weights
+from rlhf.pipeline.manifest import content_digest
+from rlhf.pipeline.store import Artifact, DirectoryDigest, Store
+
+POLICY_STAGES = ("sft", "ppo", "merge")
+"""Whose artifacts answer questions; in compare.artifacts, their names mean this run's own."""
+
+
+def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
+    """The artifact in a directory of a store, or behind a run's link to one, read where it will be loaded;
+    or a plain `save_pretrained` directory from elsewhere, of which nothing is known but its files.
+
+    Raises:
+        ConfigError: there is neither, or the artifact is not a policy's.
+    """
+    path, found = Path(directory).expanduser().resolve(), None
+    if (path / "manifest.json").is_file():
+        store = Store(path.parents[1])
+        found = store.find(path.parent.name, path.name)
+        if found is not None and read:
+            store.verify(found, read=True)
+    elif (path / "config.json").is_file():
+        check_weights(path, f"compare.artifacts={directory}")
+        if not any(path.glob("*.safetensors")):
+            raise ConfigError(f"compare.artifacts: {directory}: no *.safetensors there; no others are read.")
+        return path
+    if found is None or found.manifest.stage not in POLICY_STAGES:
+        raise ConfigError(
+            f"compare.artifacts: {directory}: no finished model of {' or '.join(POLICY_STAGES)} there, and "
+            "no plain model (config.json, *.safetensors). Name sft, ppo or merge for this run's own, or a "
+            "directory such as runs/NAME/artifacts/sft, store/sft/KEY or my/model."
+        )
+    return found
+
+
+def content_of(tuned: Artifact | Path, digest: DirectoryDigest) -> str:
+    """Digest of what it holds; a plain directory's is taken by `digest`."""
+    return digest(tuned) if isinstance(tuned, Path) else content_digest(tuned)
+
+
+def path_of(tuned: Artifact | Path) -> Path:
+    """Its directory."""
+    return tuned if isinstance(tuned, Path) else tuned.path
+
+
+def label(name: str) -> str:
+    """What the tables call an artifact: RUN/STAGE for a run's link, else the last two names of its path."""
+    parts = [part for part in Path(name).parts if part != "artifacts"]
+    return "/".join(parts[-2:])
+
+
+def lineage(artifact: Artifact) -> Iterator[Artifact]:
+    """The artifact and all that it was made from, each once; they lie in the same store.
+
+    Raises:
+        ConfigError: one of them is not there any more.
+    """
+    store = Store(artifact.path.resolve().parents[1])
+    waiting, seen = [artifact], {(artifact.manifest.stage, artifact.key)}
+    while waiting:
+        here = waiting.pop()
+        yield here
+        for stage, key in here.manifest.recipe.get("inputs", {}).items():
+            if (stage, key) in seen:
+                continue
+            seen.add((stage, key))
+            found = store.find(stage, key)
+            if found is None:
+                raise ConfigError(
+                    f"compare.artifacts: {here.path} was made from {stage}/{key}, which is not in the store "
+                    f"{store.root} any more, so what its training cost is not known. Run {stage} again, or "
+                    "leave the artifact out."
+                )
+            waiting.append(found)
+
+
+def training_seconds(tuned: Artifact | Path) -> float | None:
+    """Wall time of all stages in the artifact's lineage, from their manifests; preparing data aside.
+    None of a plain directory, which does not tell."""
+    if isinstance(tuned, Path):
+        return None
+    return sum(each.manifest.seconds for each in lineage(tuned))
+
+
+def contender(model: str | None, method: Method) -> str:
+    """A model asked in one way, in metrics and tables: `few_shot`, `sft`, `sft+retrieval`."""
+    if model is None:
+        return method
+    return label(model) if method == "zero_shot" else f"{label(model)}+{method}"

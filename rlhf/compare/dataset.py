@@ -1,0 +1,108 @@
+"""The questions, the worked examples and the passages, as rows of their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from rlhf.compare.prompts import Question
+from rlhf.config import ConfigError
+from rlhf.data.dataset_stats import limited
+from rlhf.data.formats import recognise
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import TRAINING_ROLES, PromptRow, Role, Row, RowError, SftRow, prompt_identity
+from rlhf.data.sources import SourceConfig
+
+QUESTIONS, CORPUS = "compare.questions", "compare.corpus"
+
+
+class Library(NamedTuple):
+    """What prompts are made of."""
+
+    examples: list[SftRow]
+    """Training rows of one user message and its answer."""
+    passages: list[str]
+
+
+class Found(NamedTuple):
+    """The questions to ask."""
+
+    questions: list[Question]
+    num_leaks: int
+    """Questions left out, because a training row asks the same."""
+
+
+def find_questions(source: SourceConfig | None, data: PreparedData) -> Found:
+    """The source's rows, with their answers where the first row has one; or sft.data's held-out rows.
+
+    Raises:
+        ConfigError: a row is none of that, or none is left.
+    """
+    if source is None:
+        rows = data.rows("sft", "held_out")
+        held_out = [Question("sft.data, held out", row.prompt, row.completion) for row in rows if row.prompt]
+        if not held_out:
+            raise ConfigError(
+                "compare.questions=null takes the held-out rows of sft.data, and these are plain text. "
+                "Give compare.questions rows with prompt and completion."
+            )
+        return Found(held_out, 0)
+    trained = {prompt_identity(row) for role in TRAINING_ROLES for row in data.rows(role, "train")}
+    found, leaks = [], 0
+    for question in _read_questions(source):
+        if prompt_identity(PromptRow(question.prompt)) in trained:
+            leaks += 1
+        else:
+            found.append(question)
+    if not found:
+        raise ConfigError(
+            f"compare.questions={source}: a training row asks the same as each of its {leaks} questions. "
+            "Give questions that nothing was trained on."
+        )
+    return Found(found, leaks)
+
+
+def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
+    """Examples from sft.data's training rows; passages from the corpus, or from the same rows.
+
+    Raises:
+        ConfigError: a row of the corpus is neither a text nor a question with its answer.
+    """
+    rows = data.rows("sft", "train")
+    documents: Iterable[Row] = rows if corpus is None else (row for _, row in _read(corpus, CORPUS, "sft"))
+    passages = []
+    for row in documents:
+        assert isinstance(row, SftRow)
+        passages.append("\n".join([*(turn["content"] for turn in row.prompt), row.completion]))
+    return Library([row for row in rows if len(row.prompt) == 1], passages)
+
+
+def _read_questions(source: SourceConfig) -> Iterator[Question]:
+    for where, row in _read(source, QUESTIONS, "sft" if _has_answers(source) else "evaluate"):
+        assert isinstance(row, SftRow | PromptRow)
+        if not row.prompt:
+            raise ConfigError(f"{QUESTIONS}: {where}: a text without a question. It needs a prompt.")
+        yield Question(where, row.prompt, row.completion if isinstance(row, SftRow) else None)
+
+
+def _has_answers(source: SourceConfig) -> bool:
+    """Whether the first row has one; the others shall be like it."""
+    _, raw = next(source.rows(QUESTIONS))
+    try:
+        if not isinstance(raw, RowError):
+            recognise(raw, "sft")
+    except RowError as error:
+        return error.reason != "no answer"
+    return True
+
+
+def _read(source: SourceConfig, key: str, role: Role) -> list[tuple[str, Row]]:
+    found: list[tuple[str, Row]] = []
+    for where, raw in source.rows(key):
+        try:
+            if isinstance(raw, RowError):
+                raise raw
+            found.append((where, recognise(raw, role)))
+        except RowError as error:
+            raise ConfigError(f"{key}: {where}: {error} Mend the row.") from None
+    return limited(found, source.limit, lambda each: prompt_identity(each[1]))

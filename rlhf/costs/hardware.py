@@ -1,0 +1,135 @@
+"""What there is to compute with: found here, or only planned. Its speed, measured once and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from rlhf.distributed.compute import Compute, matmul_speed
+from rlhf.pipeline.manifest import hardware
+from rlhf.pipeline.store import digest_of
+
+GIB = 2**30
+CUDA_CONTEXT = 0.6 * GIB
+"""What a CUDA process holds before its first tensor."""
+LIBRARIES = 0.25 * GIB
+"""What torch, oneDNN and others take on a CPU once they compute, beside tensors."""
+CALIBRATION_SECONDS = 10.0
+STREAM_BYTES = 2**28
+GROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one rank."""
+
+    gflops: float
+    """Matrix products in the run's precision."""
+    gbytes: float
+    """Memory read and written a second."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One rank's part of the hardware, and how many ranks there are."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    memory: float
+    """Bytes that a rank may use: of its GPU, or its share of the host's."""
+    host_memory: float
+    """Bytes of the host's that a rank may use beside its GPU; 0 on CPUs, where there is nothing beside."""
+    used: float
+    """Bytes that a process holds before it loads a model."""
+    ranks: int
+    speed: Speed
+    ranks_here: int = 1
+    """That share this host's memory."""
+
+
+def found_machine(compute: Compute, speed: Speed) -> Machine:
+    """This rank's."""
+    ranks, ranks_here = compute.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host = host_memory() / ranks_here
+    if compute.device.type == "cuda":
+        torch.cuda.empty_cache()  # of what the calibration multiplied
+        free, _ = torch.cuda.mem_get_info(compute.device)  # beside this process's context
+        return Machine("cuda", hardware(), float(free), host, 0.0, ranks, speed, ranks_here)
+    used = float(psutil.Process().memory_info().rss)
+    return Machine("cpu", hardware(), host + used, 0.0, used + LIBRARIES, ranks, speed, ranks_here)
+
+
+def host_memory() -> float:
+    """Bytes that processes here can still take: what the kernel can free, within the limits of this process's
+    control groups (a container's, a SLURM job's)."""
+    told = Path("/proc/self/cgroup").read_text(encoding="utf-8") if GROUPS.exists() else ""
+    path = told.rpartition("::")[2].strip()
+    groups = [GROUPS / path.strip("/"), *(GROUPS / path.strip("/")).parents]
+    rooms = (room_in(group) for group in groups if group.is_relative_to(GROUPS))
+    return min(float(psutil.virtual_memory().available), *rooms)
+
+
+def room_in(group: Path) -> float:
+    """Bytes left in a control group (version 2); without a limit infinitely many."""
+    limit = group / "memory.max"
+    if not limit.exists() or (most := limit.read_text(encoding="utf-8").strip()) == "max":
+        return float("inf")
+    caches = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+    held = int((group / "memory.current").read_bytes()) - int(caches["inactive_file"])  # given up when asked
+    return float(int(most) - held)
+
+
+def quick_speed(compute: Compute) -> Speed:
+    """A first guess, in some hundred milliseconds."""
+    return Speed(matmul_speed(compute.dtype, compute.device), stream_speed(compute.device))
+
+
+def stream_speed(device: torch.device) -> float:
+    """Best of a few additions to a large tensor, in GB/s read and written."""
+    x = torch.zeros(STREAM_BYTES // 4, device=device)
+    best = float("inf")
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        x.add_(1.0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * STREAM_BYTES / best / 1e9
+
+
+def calibrated_speed(compute: Compute, directory: Path) -> Speed:
+    """Measured for ten seconds, and kept there for this machine and precision."""
+    kept = kept_speed(compute, directory)
+    if kept is not None:
+        return kept
+    found, end = [], time.monotonic() + CALIBRATION_SECONDS
+    while time.monotonic() < end:
+        found.append(quick_speed(compute))
+    speed = Speed(max(each.gflops for each in found), max(each.gbytes for each in found))
+    path = _speed_file(compute, directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps({"machine": hardware(), **asdict(speed)}), encoding="utf-8")
+    beside.rename(path)
+    return speed
+
+
+def kept_speed(compute: Compute, directory: Path) -> Speed | None:
+    """What an earlier calibration of this machine found."""
+    path = _speed_file(compute, directory)
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Speed(values["gflops"], values["gbytes"])
+
+
+def _speed_file(compute: Compute, directory: Path) -> Path:
+    name = digest_of([hardware(), str(compute.dtype), compute.device.type])[:16]
+    return directory / "speeds" / f"{name}.json"

@@ -1,0 +1,214 @@
+"""A causal language model's sizes, from its config alone: no weights are read or made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from rlhf.models.load import context_length
+from rlhf.models.packed_attention import may_pack
+from rlhf.models.peft.target_modules import backbone_of, layer_name
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What transformers calls them, of whatever architecture."""
+
+
+class Linears(NamedTuple):
+    """The linear layers of one name, added up."""
+
+    name: str
+    """As `target_modules` knows it."""
+    sides: int
+    """Inputs plus outputs: a low-rank update has rank times as many parameters."""
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Counts of parameters, and sizes in elements."""
+
+    parameters: int
+    """All; an output layer that is tied to the embeddings counts once."""
+    is_tied: bool
+    """Whether embeddings and output layer are the same weights."""
+    layers: int
+    hidden: int
+    intermediate: int
+    """Of the MLP; of a mixture of experts, of those that a token passes through."""
+    is_gated: bool
+    """The MLP multiplies two projections (SwiGLU), not one."""
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    context: int
+    """Tokens that prompt and response may have together."""
+    linear: int
+    """Parameters of the linear layers inside the backbone: those that a LoRA adapter stands beside."""
+    linears: tuple[Linears, ...]
+    """The same layers by their names."""
+    experts: int
+    """Parameters of a mixture's experts that one token passes through, where they are no linear layers."""
+    normalized: int
+    """Elements a token and layer that are normalised."""
+    has_fused_norm: bool
+    """LayerNorm, which keeps its input; an RMSNorm of transformers computes in fp32, and keeps that."""
+    can_pack: bool
+    """Rows can be laid end to end, as far as the model's kind tells: whether one leaks into the next is only
+    seen when it runs."""
+
+    @property
+    def head(self) -> int:
+        """Parameters of the output layer."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def own_head(self) -> int:
+        """Parameters of an output layer that is not the embeddings: a reward model or critic has none."""
+        return 0 if self.is_tied else self.head
+
+    def updated(self, targets: str | Sequence[str]) -> list[Linears]:
+        """Those that `target_modules` names."""
+        return [each for each in self.linears if targets == "all-linear" or each.name in targets]
+
+    @property
+    def kv_elements(self) -> int:
+        """Keys and values of one token, over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_size
+
+
+class UnknownShapeError(Exception):
+    """The formulas do not hold for this model."""
+
+
+def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device, where tensors have no storage.
+
+    Raises:
+        UnknownShapeError: it is no causal language model.
+    """
+    model: PreTrainedModel
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (RuntimeError, ValueError) as error:  # sizes that no tensor can have; T5
+        raise UnknownShapeError(
+            f"{type(config).__name__}: {str(error).splitlines()[0].partition(' for this kind')[0]}"
+        ) from None
+    return model
+
+
+def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Shape:
+    """Count what the model would have.
+
+    Raises:
+        UnknownShapeError: not a transformer's config.
+    """
+    return counted(skeleton(config, trust_remote_code=trust_remote_code))
+
+
+def counted(model: PreTrainedModel) -> Shape:
+    """Count what a model has; its weights may be on the meta device.
+
+    Raises:
+        UnknownShapeError: it is no transformer.
+    """
+    config, text = model.config, model.config.get_text_config()
+    for name in SIZES:
+        if getattr(text, name, None) is None:
+            raise UnknownShapeError(f"{type(config).__name__} names no {name}")
+    backbone = backbone_of(model)
+    linears = _linears(backbone)
+    heads = int(text.num_attention_heads)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    head_size = int(getattr(text, "head_dim", None) or hidden // heads)
+    norms = {name: module for name, module in backbone.named_modules() if _is_norm(module)}
+    per_token = [_normalized(name, module, heads, kv_heads) for name, module in norms.items()]
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        layers=layers,
+        hidden=hidden,
+        intermediate=_intermediate(text, hidden),
+        is_gated=any("gate" in name for name, _ in backbone.named_modules()),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        vocabulary=int(text.vocab_size),
+        context=context_length(config),
+        linear=sum(layer.weight.numel() for layers in linears.values() for layer in layers),
+        linears=tuple(_added_up(name, layers) for name, layers in linears.items()),
+        experts=_experts(text, backbone),
+        normalized=sum(per_token) // layers,
+        has_fused_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
+        can_pack=may_pack(model),
+    )
+
+
+@cache
+def shape_in(directory: Path) -> Shape:
+    """Of the model whose config lies there; code of its own is not run.
+
+    Raises:
+        UnknownShapeError: it cannot be read, or the formulas do not hold for it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UnknownShapeError(f"{directory}: {str(error).splitlines()[0]}") from None
+    return shape_of(config)
+
+
+def _linears(backbone: nn.Module) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for name, layer in backbone.named_modules():
+        if type(layer).__name__ in ("Linear", "Conv1D"):
+            found.setdefault(layer_name(name), []).append(layer)
+    return found
+
+
+def _added_up(name: str, layers: Sequence[Any]) -> Linears:
+    # GPT-2's Conv1D holds its weight the other way round
+    shapes = [
+        layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape for layer in layers
+    ]
+    return Linears(name, sum(map(sum, shapes)), sum(shape[0] for shape in shapes))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm")
+
+
+def _normalized(name: str, module: nn.Module, heads: int, kv_heads: int) -> int:
+    """Elements a token that pass through; a norm of queries or keys is applied to each head."""
+    size = sum(each.numel() for part, each in module.named_parameters() if part == "weight")
+    if name.endswith("q_norm"):
+        return size * heads
+    return size * kv_heads if name.endswith("k_norm") else size
+
+
+def _experts(text: PreTrainedConfig, backbone: nn.Module) -> int:
+    """transformers holds all experts' projections of a layer in one tensor [experts, outputs, inputs]."""
+    held = [each for each in backbone.parameters() if each.dim() == 3]
+    if not held or not getattr(text, "num_experts_per_tok", None):
+        return 0
+    return sum(each[0].numel() for each in held) * int(text.num_experts_per_tok)
+
+
+def _intermediate(text: PreTrainedConfig, hidden: int) -> int:
+    """Of the MLP that one token passes through; where the config is silent, four times the hidden size."""
+    experts = getattr(text, "num_experts_per_tok", None)
+    size = getattr(text, "moe_intermediate_size", None) if experts else None
+    for name in ("intermediate_size", "ffn_dim", "n_inner"):
+        size = size or getattr(text, name, None)
+    if isinstance(size, list):  # of each layer (Gemma 3n): the widest, for memory is asked layer by layer
+        size = max(size)
+    return int(size or 4 * hidden) * int(experts or 1)

@@ -1,0 +1,85 @@
+"""What the stages that sample and measure need: generate, evaluate, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rlhf.costs.memory import Phase, beside_vllm, frozen_weights, logits, reading, sampling
+from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand, Worker, exactly, joined
+from rlhf.data.prepared import Lengths
+
+if TYPE_CHECKING:
+    from rlhf.pipeline.stage import Stage
+
+
+def most_added(on: Setting, stages: Iterable[Stage]) -> int:
+    """Virtual tokens that any of the models which these stages train puts before its rows."""
+    tuned = (stage.tunes() for stage in stages)
+    return max((METHODS[peft.method].added_tokens(on.shape, peft) for peft in tuned if peft), default=0)
+
+
+def answering_demand(
+    on: Setting,
+    prompts: Lengths,
+    *,
+    samples: int,
+    new_tokens: int,
+    batch_rows: int,
+    micro_batch_tokens: int,
+    policies: int,
+    readings: int,
+    measures: int,
+    models: int,
+    others: Sequence[Lengths] = (),
+    added: int = 0,
+) -> Demand:
+    """One policy at a time answers every prompt, and what it said is read again.
+
+    Args:
+        policies: that answer one after the other.
+        readings: reward models that read every answer.
+        measures: passes over every answer for log-probabilities.
+        models: in memory while answers are scored.
+        others: texts whose log-probabilities each policy gives.
+        added: virtual tokens before every sequence.
+    """
+    answers = prompts.rows * samples
+    of_others = prompts.mean - prompts.in_common
+    repeated = prompts._replace(in_common=prompts.mean - of_others / samples)  # samples of a prompt share it
+    length = joined(repeated, exactly(new_tokens if prompts.rows else 0))
+    model = frozen_weights(on, "policy")
+    rows = min(batch_rows, answers / on.ranks)
+    scored = on.pass_tokens(answers, length, micro_batch_tokens)
+    texts = [(answers, length), *((each.rows, each) for each in others)]
+    most = max(on.pass_tokens(count, each, micro_batch_tokens) for count, each in texts)
+    phases = [
+        Phase("sampling", [model, *sampling(on, rows, prompts.longest, new_tokens)]),
+        Phase("measuring", [model, reading(on, most), logits(on, learns=False)]),
+        Phase("scoring", [*[model] * models, reading(on, scored)]),
+    ]
+    worker = Worker(on)
+    answered = policies * answers
+    computed = on.computed(answered * length.mean, length)
+    work = [
+        worker.load(policies + readings, what="models"),
+        *worker.decode(answered, batch_rows, repeated, new_tokens, what="answers"),
+        worker.read(
+            measures * computed, length.mean, predicted=measures * answered * new_tokens,
+            what="log-probabilities of answers",
+        ),
+        worker.read(readings * computed, length.mean, what="scores"),
+        *(
+            worker.read(
+                policies * each.rows * each.mean, each.mean, predicted=policies * each.rows * each.mean,
+                what="other texts",
+            )
+            for each in others
+        ),
+    ]  # fmt: skip
+    longest = added + max([length.longest, *(each.longest for each in others if added)])
+    return Demand(
+        beside_vllm(on, phases), work, longest=longest, sampled=length.longest, context=on.shape.context
+    )

@@ -1,0 +1,140 @@
+"""Where a stage would run, with which model and on how much data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from rlhf.config import PeftConfig
+from rlhf.costs.hardware import Machine, found_machine, kept_speed, quick_speed
+from rlhf.costs.model_shape import Shape, UnknownShapeError, shape_in
+from rlhf.data.prepared import Lengths
+from rlhf.data.schema import Role, Split
+from rlhf.distributed.batching import token_budget_batches
+from rlhf.distributed.compute import Compute, Zero
+from rlhf.models.load import ModelConfig
+from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.peft.methods import METHODS
+
+if TYPE_CHECKING:
+    from rlhf.generation.vllm import VllmConfig
+    from rlhf.pipeline.experiment import Settings
+
+Sizes = Callable[[Role, Split], Lengths]
+GIB = 2**30
+LARGEST_BATCH = 2.5
+"""Standard deviations by which the largest of some hundred batches passes the mean one."""
+DRAWN_BATCHES = 100
+"""At most, to find the largest pass of padded rows."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that demands are computed from, beside a stage's own knobs."""
+
+    shape: Shape
+    dtype_bytes: int
+    zero: Zero
+    machine: Machine
+    sizes: Sizes
+    vllm: VllmConfig | None = None
+    """Where vLLM samples."""
+    has_sampled: bool = False
+    """An earlier stage of the run has, so that vLLM's memory is taken from the beginning on."""
+    pads: bool = False
+    """Rows are padded to the longest of a pass, not laid end to end."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Tensors are in the host's memory."""
+        return self.machine.kind == "cpu"
+
+    @property
+    def ranks(self) -> int:
+        """Over all nodes."""
+        return self.machine.ranks
+
+    @property
+    def shards_weights(self) -> bool:
+        """No rank has the whole model."""
+        return self.zero in ("zero3", "zero3_offload", "fsdp2")
+
+    def pass_tokens(self, rows: float, lengths: Lengths, most: int) -> float:
+        """Tokens of a rank's largest forward pass, padding included, where so many rows are a batch over all
+        ranks."""
+        if self.pads:
+            return largest_padded(max(1, math.ceil(rows / self.ranks)), lengths, most)
+        tokens = self._real_tokens(rows, lengths, most)
+        return max(float(lengths.longest), self.computed(tokens, lengths))
+
+    def computed(self, tokens: float, lengths: Lengths) -> float:
+        """Of so many tokens in rows of such lengths, those that go through a model: on CPUs what packed rows
+        begin with alike does once."""
+        shares = self.on_cpu and not self.pads and lengths.mean > 0
+        return tokens * (1 - lengths.in_common / lengths.mean) if shares else tokens
+
+    def _real_tokens(self, rows: float, lengths: Lengths, most: int) -> float:
+        mine = rows / self.ranks
+        batch = mine * lengths.mean + LARGEST_BATCH * math.sqrt(mine) * lengths.deviation
+        return max(float(lengths.longest), min(float(most), batch))
+
+    def passes(self, rows: float, lengths: Lengths, most: int) -> int:
+        """Forward passes that a rank takes for a batch."""
+        tokens = rows / self.ranks * lengths.mean
+        return max(1, math.ceil(tokens / max(1.0, self._real_tokens(rows, lengths, most))))
+
+    def starting(self, directory: Path | None) -> Setting:
+        """Where a model of the user's is trained or run instead of the base model: as large as that, where
+        its config does not tell."""
+        try:
+            return self if directory is None else replace(self, shape=shape_in(directory))
+        except UnknownShapeError:
+            return self
+
+    def tuned(self, peft: PeftConfig) -> Setting:
+        """Where a model is tuned like this: rows behind virtual tokens are padded."""
+        return replace(self, pads=self.pads or METHODS[peft.method].pads)
+
+
+@cache
+def largest_padded(rows: int, lengths: Lengths, most: int) -> int:
+    """Rows times the longest row, of the largest pass that batches of so many rows are split into.
+
+    Texts are many short ones and a few long ones: the lengths are drawn from the log-normal distribution of
+    that mean and deviation, and one of them is the longest there is.
+    """
+    chance, largest = Random(0), 0
+    variance = math.log1p((lengths.deviation / max(1.0, lengths.mean)) ** 2)
+    middle = math.log(max(1.0, lengths.mean)) - variance / 2
+    for batch in range(max(1, min(DRAWN_BATCHES, lengths.rows // rows))):
+        drawn = [chance.lognormvariate(middle, math.sqrt(variance)) for _ in range(rows)]
+        tokens = [min(lengths.longest, max(1, round(each))) for each in drawn]
+        if batch == 0:
+            tokens[0] = lengths.longest
+        passes = token_budget_batches(tokens, most)  # the longest rows first, in each too
+        largest = max(largest, *(len(each) * tokens[each[0]] for each in passes))
+    return largest
+
+
+def found_setting(settings: Settings, shape: Shape, compute: Compute, sizes: Sizes) -> Setting:
+    """This run's, with the base model's shape."""
+    speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
+    return Setting(
+        shape=shape,
+        dtype_bytes=compute.dtype.itemsize,
+        zero=settings.zero,
+        machine=found_machine(compute, speed),
+        sizes=sizes,
+        vllm=settings.vllm if settings.generation == "vllm" else None,
+        pads=pads_rows(settings.model, shape),
+    )
+
+
+def pads_rows(model: ModelConfig, shape: Shape) -> bool:
+    """Whether rows are padded: by `model.attention`, or since the model cannot take packed ones."""
+    return model.attention != ATTENTION and not (model.attention == "auto" and shape.can_pack)

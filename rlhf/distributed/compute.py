@@ -1,0 +1,387 @@
+"""Ranks: who computes what, and what all of them must know. Device and precision.
+
+Every rank walks through the same program with the same seeds and the same global batches. A batch is dealt
+out to the ranks by its lengths alone, so no rank has to ask another what it does, and results do not
+depend on how many there are, up to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import platform
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import torch
+from accelerate import PartialState
+from pydantic import BeforeValidator, PositiveFloat
+from torch import Tensor, distributed
+
+from rlhf.config import ConfigError, Strict
+from rlhf.distributed.batching import token_budget_batches
+
+NO_FP16 = (
+    "fp16 is not offered: its range is so small that gradients vanish unless the loss is scaled, which is "
+    "not done here. Use auto, bf16 (a GPU from Ampere on, or a CPU that multiplies it) or fp32"
+)
+
+
+def _offered(value: Any) -> Any:
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(NO_FP16)
+    return value
+
+
+Precision = Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_offered)]
+Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of malloc.h."""
+LOOPBACK = "lo"
+"""The network interface that leads nowhere else."""
+TURN_SECONDS = 1.0
+"""Between two words of a rank that works to those that wait for it; distributed.timeout is longer."""
+Result = TypeVar("Result")
+
+
+class DistributedConfig(Strict):
+    """`distributed.*`: how ranks wait for each other."""
+
+    timeout: PositiveFloat
+    """Seconds that a rank waits for the others. Then the run ends and names the missing one."""
+
+
+class MicroBatch(NamedTuple):
+    """This rank's part of a batch that fits one forward pass."""
+
+    indices: list[int]
+    """Into the whole batch."""
+    weight: float
+    """1; or 0 for a pass that only keeps this rank in step with the others, whose results do not count."""
+    last: bool
+    """No other follows in this batch."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What the stages compute with."""
+
+    device: torch.device
+    """Where this rank's tensors live."""
+    dtype: torch.dtype
+    """Of weights and activations; optimizers keep fp32 masters."""
+    zero: Zero = "none"
+    rank: int = 0
+    world_size: int = 1
+    at: dict[str, Any] = field(default_factory=dict)
+    """Where this rank is: stage and step, and how much it has `moved`. For whoever asks which one hangs."""
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def shards_weights(self) -> bool:
+        """No rank has the whole model."""
+        return self.zero in ("zero3", "zero3_offload", "fsdp2")
+
+    @property
+    def loads_on(self) -> torch.device:
+        """Where models are read that an engine takes: FSDP2 shards layer by layer from the host, so that no
+        device holds a whole one; DeepSpeed moves the whole one first."""
+        return torch.device("cpu") if self.zero == "fsdp2" else self.device
+
+    def moved(self) -> None:
+        """Count one thing that is done: what it was does not matter, only that this rank does not hang."""
+        self.at["moves"] = self.at.get("moves", 0) + 1
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """While open, this rank does not hang, though nothing else shows it, such as a disk that is slow."""
+        self.at["busy"] = True
+        try:
+            yield
+        finally:
+            self.at["busy"] = False
+
+    def global_sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks."""
+        return self._reduced(values, distributed.ReduceOp.SUM)
+
+    def global_max(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+        return self._reduced(values, distributed.ReduceOp.MAX)
+
+    def broadcast(self, value: Result) -> Result:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        self.moved()
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.global_sum(torch.zeros(1))
+
+    def main_only(self, work: Callable[[], Result]) -> Result:
+        """Let rank 0 work, however long that takes; every rank gets its result, or its error.
+
+        Raises:
+            Exception: what rank 0's work raised.
+        """
+        outcome: tuple[Any, Exception | None] | None = None  # None: not yet
+        if self.is_main:
+            with self._others_waiting() if self.world_size > 1 else nullcontext():
+                try:
+                    outcome = (work(), None)
+                except Exception as error:  # raised below, on every rank
+                    outcome = (None, error if self.world_size == 1 else _portable(error))
+        while (heard := self.broadcast(outcome)) is None:
+            pass
+        result, failure = heard
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _others_waiting(self) -> Iterator[None]:
+        """While open on rank 0, tell the others every second that it works, so that none times out.
+
+        The work stays in this thread, which alone gets signals.
+        """
+        over = threading.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # a rank is lost, as the outcome's broadcast will say
+                while not over.wait(TURN_SECONDS):
+                    self.broadcast(None)
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
+
+    def share(self, lengths: Sequence[int]) -> list[int]:
+        """Indices of the items that this rank works on: every so-manieth, by falling length."""
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        return order[self.rank :: self.world_size]
+
+    def collect(self, mine: Sequence[Result], lengths: Sequence[int]) -> list[Result]:
+        """All items' results, in the items' order, on every rank; mine belong to `share(lengths)`."""
+        parts: list[Sequence[Result]] = [mine]
+        if self.world_size > 1:
+            parts = [[] for _ in range(self.world_size)]
+            distributed.all_gather_object(parts, list(mine))
+            self.moved()
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        results: list[Any] = [None] * len(lengths)
+        for rank, part in enumerate(parts):
+            for index, result in zip(order[rank :: self.world_size], part, strict=True):
+                results[index] = result
+        return results
+
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
+        """This rank's share of a batch, in forward passes of at most max_tokens tokens.
+
+        Every rank gets equally many, because sharded models move in step: those with less to do repeat the
+        batch's shortest row without weight.
+        """
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        groups = []
+        for rank in range(self.world_size):
+            mine = order[rank :: self.world_size]
+            found = token_budget_batches([lengths[index] for index in mine], max_tokens)
+            groups.append([[mine[position] for position in group] for group in found])
+        count = max(len(each) for each in groups)
+        filled = [(group, 1.0) for group in groups[self.rank]]
+        filled += [([order[-1]], 0.0)] * (count - len(filled))
+        for place, (group, weight) in enumerate(filled):
+            yield MicroBatch(group, weight, place == count - 1)
+            self.moved()
+
+    def check_divides(self, key: str, value: int) -> None:
+        """Refuse a batch that the ranks cannot share equally.
+
+        Raises:
+            ConfigError: with the nearest sizes that do.
+        """
+        if value % self.world_size:
+            below = value // self.world_size * self.world_size
+            near = f"{below} or {below + self.world_size}" if below else str(self.world_size)
+            raise ConfigError(
+                f"{key}={value} cannot be shared equally by {self.world_size} ranks. Use {near}."
+            )
+
+    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+        if self.world_size == 1:
+            return values
+        total = values.detach().clone()
+        distributed.all_reduce(total, op=operation)
+        self.moved()
+        return total
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same, where it cannot be sent to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does when it is pickled; what it says is kept
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def make_compute(
+    device: Literal["auto", "cpu"], precision: Precision, zero: Zero = "none", timeout: float = 1800.0
+) -> tuple[Compute, str]:
+    """Join the other ranks, where the environment names some; choose device and precision.
+
+    Returns:
+        The second value says which precision was taken and why.
+    """
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    rank, world_size = find_rank(os.environ)
+    on_one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world_size
+    if on_one_host:  # the backends' own sockets too; by default they listen where the host's name leads
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
+    if world_size == 1 and zero != "none" and not distributed.is_initialized():
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(  # sharding needs a group, if only of one
+            "gloo" if on_cpu else "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1
+        )
+    if world_size > 1 and not distributed.is_initialized():
+        if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        waits = timedelta(seconds=timeout)
+        # torchrun may have a store of its own, which its ranks find by the environment
+        is_ours = on_one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        distributed.init_process_group(
+            "gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+            store=store_of_this_host(rank, world_size, waits) if is_ours else None,
+            rank=rank,
+            world_size=world_size,
+            timeout=waits,
+        )
+    if on_cpu:
+        keep_freed_memory()
+    state = PartialState(cpu=on_cpu)
+    name, reason = (precision, "as configured") if precision != "auto" else choose_precision(state.device)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    compute = Compute(state.device, dtype, zero, rank, world_size)
+    ranks = f", {world_size} ranks" if world_size > 1 else ""
+    sharding = f", {zero}" if zero != "none" else ""
+    return compute, f"{name} on {state.device.type} ({reason}){ranks}{sharding}"
+
+
+def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """Where ranks of one host meet: at MASTER_PORT of 127.0.0.1, which no network reaches. By itself torch
+    listens at every address of the host."""
+    port, listening = int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        listening = listener.detach()  # the store's from now on
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
+    )
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what tensors free for the next ones.
+
+    glibc hands large blocks back to the kernel, which fills them with zeros, page by page, whenever they are
+    asked for again: a quarter of a training step on CPUs (malloc(3), mallopt(3)).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
+    """(rank, world size) as torchrun, srun, Kubernetes or our own launcher tell them; (0, 1) for none.
+
+    Under srun the names that torch reads are set from SLURM's.
+
+    Raises:
+        ConfigError: SLURM started several tasks, but nobody said where rank 0 listens.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        environment.setdefault("LOCAL_RANK", "0")
+        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "SLURM_PROCID" in environment:
+        if "MASTER_ADDR" not in environment:
+            raise ConfigError(
+                f"srun started {tasks} tasks, but MASTER_ADDR is not set: where does the first one listen? "
+                "launch/slurm.sbatch sets it."
+            )
+        environment.setdefault("MASTER_PORT", "29500")
+        environment.update(
+            {
+                "RANK": environment["SLURM_PROCID"],
+                "WORLD_SIZE": str(tasks),
+                "LOCAL_RANK": environment["SLURM_LOCALID"],
+                "LOCAL_WORLD_SIZE": str(tasks_on_node(environment)),
+            }
+        )
+        return int(environment["RANK"]), tasks
+    return 0, 1
+
+
+def tasks_on_node(environment: Mapping[str, str]) -> int:
+    """Of this srun step; SLURM writes `4(x2),3` for two nodes with four tasks each, then one with three."""
+    counts: list[int] = []
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        count, _, repeat = part.partition("(x")
+        counts += [int(count)] * int(repeat.rstrip(")") or 1)
+    return counts[int(environment["SLURM_NODEID"])]
+
+
+def choose_precision(device: torch.device) -> tuple[str, str]:
+    """bf16 where it is the faster one.
+
+    CPUs with AVX512-BF16 or AMX multiply bf16 several times faster than fp32; others emulate it. The flags
+    decide where the system tells them, so that a busy moment cannot change the precision, which is part of
+    every artifact's key; elsewhere a short measurement does.
+    """
+    if device.type != "cpu":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "supported") if fast else ("fp32", "this GPU has no bf16, and fp16 is not offered")
+    flags = Path("/proc/cpuinfo")
+    if flags.exists():
+        words = set(flags.read_text(encoding="utf-8").split())
+        found = sorted(words & {"avx512_bf16", "amx_bf16", "bf16"})
+        return ("bf16", f"the CPU has {found[0]}") if found else ("fp32", "the CPU has no bf16 instructions")
+    bf16, fp32 = (matmul_speed(dtype, device) for dtype in (torch.bfloat16, torch.float32))
+    return ("bf16" if bf16 > 1.2 * fp32 else "fp32"), f"matmul: bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s"
+
+
+def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
+    """Best of a few square matrix products, in GFLOP/s; takes some ten milliseconds."""
+    size = 768 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):  # the first one warms up
+        start = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9

@@ -1,0 +1,126 @@
+"""Each rank says every second where it is and what it did, so that the others can name it when it is missing.
+
+What it did, its *progress*, is whatever a rank that hangs does not do: steps, micro-batches, tokens of a
+response, collectives that came to an end (rank 0 calls one every second while the others wait for its work),
+and bytes that its main thread reads or writes; on a CPU also that thread's seconds of computing. On a GPU
+they tell nothing: a thread that waits for one spins.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rlhf.distributed.compute import Compute
+
+INTERVAL_SECONDS = 1.0
+STALE_SECONDS = 5.0
+"""Behind the reader's own last beat, by the file system's clock: those of the hosts may differ."""
+
+
+class Heartbeat:
+    """A thread that writes RUN_DIR/ranks/rankN.json while the run lasts, where there are several ranks."""
+
+    def __init__(self, directory: Path, compute: Compute) -> None:
+        self._directory, self._compute = directory, compute
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._beats = 0
+        self._main = threading.main_thread()
+
+    def __enter__(self) -> Heartbeat:
+        if self._compute.world_size > 1:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+
+    def progress(self) -> list[str]:
+        """What each rank said last of where it is and what it did: equal while none does anything."""
+        said = [""] * self._compute.world_size
+        for rank in range(self._compute.world_size):
+            with suppress(OSError):  # not there yet, or replaced on another host while NFS reads it
+                said[rank] = self._file(rank).read_text(encoding="utf-8")
+        return said
+
+    def explain(self, timeout: float) -> str:
+        """Which rank is missing, and in which stage and step it and this one are."""
+        deadline = time.monotonic() + STALE_SECONDS + 2 * INTERVAL_SECONDS
+        while not (silent := self._silent()) and time.monotonic() < deadline:  # it may just have died
+            time.sleep(INTERVAL_SECONDS / 4)
+        rank = self._compute.rank
+        if silent:
+            return f"{self.place}: rank {rank} waited for {', '.join(silent)} in vain."
+        return (
+            f"{self.place}: rank {rank} waited longer than distributed.timeout={timeout:g} s, all alive: "
+            f"{self.others()}. Where the steps differ one hangs; where not, see the network."
+        )
+
+    @property
+    def place(self) -> str:
+        """Where this rank is."""
+        return f"{self._compute.at.get('stage')}, step {self._compute.at.get('step')}"
+
+    def others(self) -> str:
+        """Where the other ranks are, or where they were last seen."""
+        said = [json.loads(text) if text else {} for text in self.progress()]
+        silent = self._silent()
+        found = []
+        for rank, at in enumerate(said):
+            if rank != self._compute.rank:
+                missing = [words for words in silent if words.startswith(f"rank {rank} ")]
+                found += missing or [f"rank {rank} (in {at.get('stage')}, step {at.get('step')})"]
+        return ", ".join(found)
+
+    def _silent(self) -> list[str]:
+        """Ranks whose last sign of life is much older than this one's."""
+        now = self._file(self._compute.rank).stat().st_mtime
+        silent = []
+        for rank in range(self._compute.world_size):
+            file = self._file(rank)
+            if not file.exists():
+                silent.append(f"rank {rank} (never seen)")
+            elif (age := now - file.stat().st_mtime) > STALE_SECONDS:
+                at = json.loads(file.read_text(encoding="utf-8"))
+                seen = f"last seen {age:.0f} s ago in {at.get('stage')}, step {at.get('step')}"
+                silent.append(f"rank {rank} ({seen})")
+        return silent
+
+    def _file(self, rank: int) -> Path:
+        return self._directory / f"rank{rank}.json"
+
+    def _said(self) -> dict[str, Any]:
+        said = {**self._compute.at, "bytes": bytes_moved(self._main)}
+        if self._compute.device.type == "cpu":
+            assert self._main.ident is not None
+            said["cpu"] = int(time.clock_gettime(time.pthread_getcpuclockid(self._main.ident)))
+        if said.pop("busy", False):
+            self._beats += 1
+        return said | {"beats": self._beats}
+
+    def _beat(self) -> None:
+        while True:
+            beside = self._directory / f".rank{self._compute.rank}.json"
+            with suppress(OSError):  # a full disk, say: others hear nothing of this rank until it has room
+                beside.write_text(json.dumps(self._said()), encoding="utf-8")
+                beside.rename(self._file(self._compute.rank))
+            if self._over.wait(INTERVAL_SECONDS):
+                return
+
+
+def bytes_moved(thread: threading.Thread) -> int:
+    """What a thread of this process has read and written so far; 0 where the kernel does not tell."""
+    try:
+        words = Path(f"/proc/self/task/{thread.native_id}/io").read_text(encoding="ascii").split()
+    except OSError:
+        return 0
+    return int(words[1]) + int(words[3])  # rchar: N wchar: N ...

@@ -1,0 +1,96 @@
+"""A policy on tasks of EleutherAI's harness: github.com/EleutherAI/lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import ConfigError
+from rlhf.generation.policy_model import Policy
+from rlhf.pipeline.store import directory_digest
+
+ROWS = 16
+"""Rows of a forward pass: the harness keeps all their logits."""
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What `evaluate.lm_eval*` asks for."""
+
+    tasks: Sequence[str]
+    """Names of tasks, groups or tags."""
+    folder: Path | None
+    """Of task files; None for the harness's own, whose data it downloads."""
+    limit: int | None
+    """Of questions a task."""
+
+    def check(self) -> None:
+        """Find the package and the tasks.
+
+        Raises:
+            ConfigError: one of them is not there.
+        """
+        if find_spec("lm_eval") is None:
+            raise ConfigError("evaluate.lm_eval needs lm-eval: pip install -e '.[lm_eval]'.")
+        if self.folder is not None and not self.folder.is_dir():
+            raise ConfigError(
+                f"evaluate.lm_eval_tasks={self.folder}: there is no such folder. Give one that "
+                "holds lm-eval's task files (*.yaml)."
+            )
+        known = self._manager().all_tasks
+        unknown = [name for name in self.tasks if name not in known]
+        if unknown:
+            where = f"in evaluate.lm_eval_tasks={self.folder}" if self.folder else "in this lm-eval"
+            near = f": {', '.join(known)}" if len(known) < 20 else "; `lm_eval ls tasks` lists them"
+            raise ConfigError(f"evaluate.lm_eval: there is no task {unknown[0]} {where}. Known{near}.")
+
+    def digest(self) -> str:
+        """The harness's version and the folder's content: what decides the figures beside the names."""
+        version = importlib.metadata.version("lm_eval")
+        return version if self.folder is None else f"{version} {directory_digest(self.folder)}"
+
+    def fetch(self) -> None:
+        """Have the tasks' data on this machine.
+
+        Raises:
+            ConfigError: the data cannot be had.
+        """
+        try:
+            self._manager().load(list(self.tasks))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"evaluate.lm_eval={','.join(self.tasks)}: {str(error).splitlines()[0].rstrip('.')}. lm-eval "
+                "downloads its tasks' data: check the network, or give evaluate.lm_eval_tasks a folder of "
+                "task files whose data lie on this machine."
+            ) from None
+
+    def measure(self, policy: Policy) -> dict[str, float]:
+        """`lm_eval/TASK/METRIC` of all tasks and groups, as the harness defines them; without a template."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        found: Any = simple_evaluate(
+            HFLM(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=ROWS),
+            tasks=list(self.tasks),
+            task_manager=self._manager(),
+            limit=self.limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+        metrics = {}
+        for task, figures in found["results"].items():
+            for name, value in figures.items():
+                metric, comma, chosen_by = name.partition(",")
+                if comma and not metric.endswith("_stderr"):
+                    metric = metric if chosen_by == "none" else name
+                    metrics[f"lm_eval/{task}/{metric}"] = float(value)
+        return metrics
+
+    def _manager(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=self.folder, include_defaults=self.folder is None)

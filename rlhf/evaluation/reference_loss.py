@@ -1,0 +1,39 @@
+"""How likely a policy finds answers that people wrote. Dimensions: B references, R their tokens (padded)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf.data.chat_template import exchange_ids
+from rlhf.data.schema import Message
+from rlhf.generation.policy_model import Policy
+from rlhf.rl.rollout import Rollout
+
+
+def answer_losses(
+    policy: Policy, asked: Sequence[list[Message]], references: Sequence[str], micro_batch_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each reference behind its prompt, in nats, fp64 [B]; and its tokens, [B].
+
+    What the context does not hold is left out of both: all of a reference whose prompt fills it.
+    """
+    nats_B = torch.zeros(len(references), dtype=torch.float64)
+    tokens_B = torch.zeros(len(references), dtype=torch.long)
+    encoded = [
+        exchange_ids(policy.tokenizer, prompt, reference)
+        for prompt, reference in zip(asked, references, strict=True)
+    ]
+    context = policy.context_length
+    rows = [row for row, (_, given) in enumerate(encoded) if given < context]
+    if rows:
+        as_rollout = Rollout(
+            prompt_ids=[torch.tensor(ids[:given]) for ids, given in map(encoded.__getitem__, rows)],
+            response_ids=[torch.tensor(ids[given:context]) for ids, given in map(encoded.__getitem__, rows)],
+            stopped=torch.ones(len(rows), dtype=torch.bool),
+        )
+        logp_BR = policy.log_probabilities(as_rollout, 1.0, micro_batch_tokens)
+        nats_B[rows], tokens_B[rows] = -logp_BR.sum(-1, dtype=torch.float64), as_rollout.response_lengths
+    return nats_B, tokens_B

@@ -1,0 +1,84 @@
+"""How well a reward model ranks. Dimensions: B held-out pairs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.evaluation.intervals import difference, share
+from rlhf.evaluation.win_rate import wins
+
+WIDE_GAP = 0.5
+"""Gold-score units: pairs that differ by at least this much are told apart easily."""
+CALIBRATION_BINS = 10
+
+
+class Ranking(NamedTuple):
+    """Both sides of every pair."""
+
+    chosen_B: Tensor
+    """Learned score, logits."""
+    rejected_B: Tensor
+    chosen_length_B: Tensor
+    """Response tokens."""
+    rejected_length_B: Tensor
+    gold_gap_B: Tensor
+    """Gold score of chosen minus rejected; NaN where unknown."""
+
+
+def rank_quality(ranking: Ranking) -> dict[str, float]:
+    """Accuracy, margin, calibration and the ways a reward model fools one: chance and length.
+
+    accuracy_over_baseline is what is left above the best of chance, "the longer answer wins" and "the shorter
+    answer wins", pair by pair: how often the model is right where that rule is not, minus the reverse. The
+    rule is the one that is best on these very pairs, so the figure is rather too low than too high.
+    """
+    chosen, rejected = ranking.chosen_B, ranking.rejected_B
+    right_B = wins(chosen, rejected)
+    longer_B = wins(ranking.chosen_length_B, ranking.rejected_length_B)
+    longer_wins = float(longer_B.mean())
+    rules = {longer_wins: longer_B, 1 - longer_wins: 1 - longer_B, 0.5: torch.full_like(longer_B, 0.5)}
+    baseline = max(rules)
+    scores = torch.cat([chosen, rejected])
+    lengths = torch.cat([ranking.chosen_length_B, ranking.rejected_length_B]).float()
+    metrics = {
+        **share(right_B).metrics("accuracy"),
+        "longer_wins_accuracy": longer_wins,
+        "baseline_accuracy": baseline,
+        **difference(right_B - rules[baseline]).metrics("accuracy_over_baseline"),
+        "margin": float((chosen - rejected).mean()),
+        "calibration_error": calibration_error(chosen, rejected),
+        "length_correlation": correlation(scores, lengths),
+        "score_mean": float(scores.mean()),
+        "score_deviation": float(scores.std(correction=0)),
+        "held_out_pairs": float(len(chosen)),
+    }
+    wide = ranking.gold_gap_B >= WIDE_GAP  # NaN is never
+    if bool(wide.any()):
+        metrics["accuracy_wide_gap"] = float(right_B[wide].mean())
+        metrics["wide_gap_pairs"] = float(wide.sum())
+    return metrics
+
+
+def calibration_error(chosen_B: Tensor, rejected_B: Tensor) -> float:
+    """Expected calibration error of "this side wins": 0 is calibrated, 1 is sure and always wrong.
+
+    Each pair's confidence is max(p, 1 - p) with p = sigmoid(chosen - rejected); pairs are binned by it, and
+    the gaps between mean confidence and accuracy are averaged with the bins' sizes (Guo et al. 2017,
+    arXiv:1706.04599, eq. 3).
+    """
+    probability_B = torch.sigmoid(chosen_B - rejected_B).double()
+    confidence_B = torch.maximum(probability_B, 1 - probability_B)
+    correct_B = ((chosen_B - rejected_B).sign().double() + 1) / 2  # a tie is half right
+    bin_B = ((confidence_B - 0.5) / 0.5 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bin_B, confidence_B - correct_B)
+    return float(gap.abs().sum() / len(chosen_B))
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's, 0 when either side is constant."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    norm = x.norm() * y.norm()
+    return float((x @ y) / norm) if norm > 0 else 0.0

@@ -1,0 +1,137 @@
+"""One token of a Llama-like model on a CPU, in as few operations as torch has for it.
+
+With a few rows the time goes into reading the weights, and into starting operations, of which a layer of
+transformers takes some forty-five. Here it takes twenty: queries, keys and values are one product, so are
+gate and up; residuals are added within products; queries and keys are turned together. Dimensions: B rows,
+G key/value heads, D size of a head, H hidden size, K tokens in the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    Cache,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+
+from rlhf.generation.cpu_linear import Product
+from rlhf.models.peft.virtual_tokens import virtual_tokens
+
+KINDS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+"""SmolLM2 is a Llama, Qwen 2.5 a Qwen 2."""
+ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention)
+
+
+class LeanDecoder:
+    """Goes on where the model itself has read the prompts, on its weights as they are now."""
+
+    def __init__(self, model: PreTrainedModel, rows: int) -> None:
+        """Only where `is_lean`; `rows` is how many most calls will bring."""
+        backbone: Any = model.model
+        self._embed, self._rotary, self._norm = backbone.embed_tokens, backbone.rotary_emb, backbone.norm
+        self._layers = [_Layer(layer, rows) for layer in backbone.layers]
+        self._head = _product([model.lm_head], rows)
+
+    def __call__(self, ids_B: Tensor, mask_BK: Tensor, positions_B: Tensor, cache: Cache) -> Tensor:
+        """Put one token more a row into the cache.
+
+        Args:
+            mask_BK: 1 where there is a token, the new one included.
+            cache: as the model left it.
+
+        Returns:
+            The logits behind it, [B, V].
+        """
+        x_BH = self._embed(ids_B)
+        cos_B1D, sin_B1D = self._rotary(x_BH, positions_B[:, None])
+        sin_B1D[..., : sin_B1D.shape[-1] // 2].neg_()
+        room, _ = cache.get_mask_sizes(1, 0)
+        unseen_B1K = x_BH.new_full((len(ids_B), 1, room), float("-inf"))
+        unseen_B1K[:, 0, : mask_BK.shape[1]].masked_fill_(mask_BK.bool(), 0.0)
+        unseen = unseen_B1K.repeat_interleave(self._layers[0].groups, dim=0)
+        for layer, kept in zip(self._layers, cache.layers, strict=True):
+            x_BH = layer(x_BH, cos_B1D, sin_B1D, unseen, kept)
+        return self._head(_normed(x_BH, self._norm))
+
+
+class _Layer:
+    def __init__(self, layer: Any, rows: int) -> None:
+        attention = layer.self_attn
+        self._qkv, self._out, self._gate_up, self._down = (
+            _product(together, rows) for together in _linears(layer)
+        )
+        self._before, self._between = layer.input_layernorm, layer.post_attention_layernorm
+        self._activation, self._size, self._scale = layer.mlp.act_fn, attention.head_dim, attention.scaling
+        self.groups = attention.config.num_key_value_heads
+        """G."""
+
+    def __call__(self, x_BH: Tensor, cos_B1D: Tensor, sin_B1D: Tensor, unseen: Tensor, kept: Any) -> Tensor:
+        """The first half of sin is negated; unseen [B * G, 1, K] is added to scores."""
+        rows, groups, size = len(x_BH), self.groups, self._size
+        heads = self._qkv(_normed(x_BH, self._before)).view(rows, -1, size)
+        qk, v = heads[:, :-groups], heads[:, -groups:]
+        qk = torch.addcmul(qk * cos_B1D, qk.roll(size // 2, -1), sin_B1D)
+        q = qk[:, :-groups].reshape(rows * groups, -1, size)
+        keys, values = kept.update(qk[:, -groups:, None], v[:, :, None])
+        scores = torch.baddbmm(unseen, q, keys.flatten(0, 1).mT, alpha=self._scale)
+        out = torch.bmm(scores.softmax(-1), values.flatten(0, 1))
+        x_BH = self._out.plus(x_BH, out.view(rows, -1))
+        gate, up = self._gate_up(_normed(x_BH, self._between)).chunk(2, dim=-1)
+        return self._down.plus(x_BH, self._activation(gate).mul_(up))
+
+
+def is_lean(model: PreTrainedModel, cache: Cache) -> bool:
+    """Whether `LeanDecoder` computes what the model does, with all that was put into it.
+
+    Args:
+        cache: a new one for this model.
+    """
+    if model.device.type != "cpu" or not isinstance(model, KINDS) or virtual_tokens(model) is not None:
+        return False
+    layers: list[Any] = list(model.model.layers)
+    if any(getattr(kept, "is_sliding", True) for kept in cache.layers):
+        return False
+    if not all(type(layer.self_attn) in ATTENTIONS for layer in layers):
+        return False
+    linears = [linear for layer in layers for together in _linears(layer) for linear in together]
+    return all(_plain(linear) is not None for linear in [model.lm_head, *linears])
+
+
+def _linears(layer: Any) -> list[tuple[Any, ...]]:
+    """Those of a layer, in the order in which they run; those of one input stand together."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,),
+    ]  # fmt: skip
+
+
+def _product(layers: Sequence[nn.Module], rows: int) -> Product:
+    return Product([linear for linear in map(_plain, layers) if linear is not None], rows)
+
+
+def _plain(layer: nn.Module) -> nn.Linear | None:
+    """The linear layer that is all that runs when this one is called: itself, or the one inside an adapter
+    that is folded into it or left out."""
+    if isinstance(layer, BaseTunerLayer):
+        inner = layer.get_base_layer()
+        if layer.__dict__.get("forward") != inner.__call__:
+            return None
+        layer = inner
+    return layer if type(layer) is nn.Linear else None
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    return functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)

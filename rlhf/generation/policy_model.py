@@ -1,0 +1,157 @@
+"""A policy: a causal model with its tokenizer, that answers conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data.chat_template import prompt_ids, response_text, special_ids, stop_ids
+from rlhf.data.schema import Message
+from rlhf.distributed.compute import Compute
+from rlhf.generation.decoding_check import check_decoding
+from rlhf.generation.sampler import generate
+from rlhf.generation.vllm import Vllm
+from rlhf.models.load import ModelConfig, context_left, load_causal_lm, load_tokenizer
+from rlhf.models.logprobs import response_statistics, rollout_rows
+from rlhf.models.offload import offload
+from rlhf.rl.rollout import Rollout
+
+
+class Policy:
+    """What samples answers, and says how likely they were."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        compute: Compute,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+        vllm: Vllm | None = None,
+    ) -> None:
+        """`whole` opens a context in which this rank can run the model by itself (sharded weights); `vllm` is
+        the engine that samples, None for the local one."""
+        self.model, self.tokenizer, self.compute, self._whole = model, tokenizer, compute, whole
+        self.vllm = vllm
+        eos = None if model.generation_config is None else model.generation_config.eos_token_id
+        self.stop_ids = stop_ids(tokenizer, eos)
+        self.special_ids = special_ids(tokenizer)
+        assert isinstance(tokenizer.pad_token_id, int)
+        self.pad_id: int = tokenizer.pad_token_id
+        self._is_checked = False
+
+    @classmethod
+    def load(
+        cls,
+        directory: Path,
+        config: ModelConfig,
+        compute: Compute,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        vllm: Vllm | None = None,
+        device: torch.device | None = None,
+    ) -> Policy:
+        """A published model, frozen. A base model's tokenizer is given: only published ones carry the
+        chat template that the config asks for. `device` is another one than where it shall run, if something
+        is going to move it."""
+        model = load_causal_lm(directory, config, compute.dtype, device or compute.device)
+        model.requires_grad_(False)
+        return cls(model, tokenizer or load_tokenizer(directory, config), compute, vllm=vllm)
+
+    def offload(self) -> None:
+        """From now on keep a frozen model's weights in the host's memory while they are not used."""
+        self._whole = offload(self.model, self.compute.device)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and response may have together, in the model and in what samples from it."""
+        own = context_left(self.model)
+        return own if self.vllm is None else min(own, self.vllm.max_model_len or own)
+
+    def hand_over(self) -> None:
+        """Copy the weights into vLLM where that samples; `sample` does it where it was not just done."""
+        if self.vllm is not None:
+            with self._whole():
+                self.vllm.hand_over(self.model)
+
+    def special_token_rate(self, rollout: Rollout) -> float:
+        """Share of responses with a special token inside: before the stop token, where there is one. Text,
+        which rewards and readers see, is without them."""
+        inside = (
+            ids[:-1] if stopped else ids
+            for ids, stopped in zip(rollout.response_ids, rollout.stopped.tolist(), strict=True)
+        )
+        return sum(not self.special_ids.isdisjoint(ids.tolist()) for ids in inside) / len(rollout.stopped)
+
+    def sample(
+        self,
+        prompts: Sequence[list[Message]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator,
+        batch_rows: int,
+        top_p: float = 1.0,
+        on_rows: Callable[[int], None] = lambda rows: None,
+    ) -> tuple[Rollout, list[str]]:
+        """One response a prompt, as ids and as text. Ranks share the work, and each gets all responses.
+
+        Args:
+            generator: on the CPU, in the same state on every rank.
+            batch_rows: rows decoded together, on each rank; vLLM goes by vllm.max_num_seqs.
+            on_rows: told how many more prompts are answered, over all ranks if they are equally fast.
+
+        Raises:
+            ConfigError: the local engine cannot decode this model; found out before its first answer.
+        """
+        ids = [torch.tensor(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
+        uniform_BR = torch.rand(len(ids), max_new_tokens, generator=generator)
+        lengths = [len(row) for row in ids]
+        mine = self.compute.share(lengths)
+        if self.vllm is None:
+            engine = partial(
+                generate, self.model, pad_id=self.pad_id, batch_rows=batch_rows, on_token=self.compute.moved
+            )
+        else:
+            if not self.vllm.holds(self.model):
+                self.hand_over()
+            engine = partial(self.vllm.generate)
+        with self._whole() if self.vllm is None else nullcontext():
+            if self.vllm is None and not self._is_checked:
+                check_decoding(self.model)
+                self._is_checked = True
+            part = engine(
+                [ids[index] for index in mine],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                stop_ids=self.stop_ids,
+                uniform_BR=uniform_BR[mine],
+                on_rows=lambda rows: on_rows(rows * self.compute.world_size),
+            )
+        logps: Sequence[Tensor | None] = part.sampled_logp or [None] * len(mine)
+        rows = list(zip(part.response_ids, part.stopped.tolist(), logps, strict=True))
+        rows = self.compute.collect(rows, lengths)
+        known = [row[2] for row in rows if row[2] is not None]
+        rollout = Rollout(
+            ids,
+            [row[0] for row in rows],
+            torch.tensor([row[1] for row in rows]),
+            known if len(known) == len(rows) else None,
+        )
+        return rollout, [response_text(self.tokenizer, ids.tolist()) for ids in rollout.response_ids]
+
+    def log_probabilities(self, rollout: Rollout, temperature: float, micro_batch_tokens: int) -> Tensor:
+        """Nats, fp32 [B, R] on the CPU, 0 on padding; without gradient."""
+        with self._whole():
+            rows = rollout_rows(
+                rollout,
+                micro_batch_tokens,
+                self.compute,
+                lambda batch: (response_statistics(self.model, batch, temperature).logp_N,),
+            )
+        return rows[0]

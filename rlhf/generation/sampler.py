@@ -1,0 +1,245 @@
+"""The local engine: sampling with a KV cache that drops finished rows.
+
+Dimensions: B rows still going, V vocabulary, K tokens in the cache (prompts padded on the left).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf.config import ConfigError
+from rlhf.distributed.batching import token_budget_batches
+from rlhf.generation.cpu_decoder import LeanDecoder, is_lean
+from rlhf.generation.cpu_linear import prepacked
+from rlhf.generation.kv_cache import JOINABLE, GrowingLayer, growing_cache, joined, without_padding
+from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.packed_batch import Packed
+from rlhf.rl.rollout import Rollout
+
+READ_TOKENS = 4096
+"""Of prompts that go through the model together; a single one may be longer."""
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    uniform_BR: Tensor,
+    batch_rows: int,
+    top_p: float = 1.0,
+    on_rows: Callable[[int], None] = lambda rows: None,
+    on_token: Callable[[], None] = lambda: None,
+) -> Rollout:
+    """Sample one response a prompt.
+
+    Prompts of similar length decode together; a row that has sampled a stop token leaves the cache, so the
+    cost follows the tokens really produced. temperature 0 is greedy. The result is in the prompts' order,
+    with the engine's own log-probabilities (at this temperature, before top_p).
+
+    Args:
+        prompts: 1-D long, at least one token each.
+        uniform_BR: [prompts, max_new_tokens] in [0, 1): each row's own randomness, so that a response does
+            not depend on the rows beside it, however they are batched or spread over ranks.
+        batch_rows: rows decoded together.
+        on_rows: told how many more rows are finished.
+        on_token: called when rows that decode together have one more token each.
+    """
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    responses: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(prompts)
+    logps: list[Tensor] = [torch.empty(0)] * len(prompts)
+    stopped = torch.zeros(len(prompts), dtype=torch.bool)
+    stops = torch.tensor(sorted(stop_ids), device=model.device)
+    lean = None
+    # a single answer may be over before copies have paid: they take as long as several tokens
+    copies_pay = len(prompts) > 1
+    if copies_pay and is_lean(model, growing_cache(model)):
+        lean = LeanDecoder(model, batch_rows)
+    with prepacked(model, batch_rows) if copies_pay and not lean else nullcontext():
+        for start in range(0, len(order), batch_rows):
+            rows = order[start : start + batch_rows]
+            with torch.inference_mode():
+                decoded = _decode(
+                    model,
+                    lean,
+                    [prompts[row] for row in rows],
+                    max_new_tokens,
+                    temperature,
+                    top_p,
+                    stops,
+                    pad_id,
+                    uniform_BR[rows],
+                    on_token,
+                )
+            for row, (ids, logp, ended) in zip(rows, decoded, strict=True):  # copies, that autograd may keep
+                responses[row], logps[row], stopped[row] = ids.clone(), logp.clone(), ended
+            on_rows(len(rows))
+    return Rollout(list(prompts), responses, stopped, logps)
+
+
+def _decode(
+    model: PreTrainedModel,
+    lean: LeanDecoder | None,
+    prompts: list[Tensor],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    stops: Tensor,
+    pad_id: int,
+    uniform_BR: Tensor,
+    on_token: Callable[[], None],
+) -> list[tuple[Tensor, Tensor, bool]]:
+    device = model.device
+    tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
+    logps = torch.zeros(len(prompts), max_new_tokens, device=device)
+    lengths = torch.full((len(prompts),), max_new_tokens, device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    uniform_BR = uniform_BR.to(device)
+    active_B = torch.arange(len(prompts), device=device)  # which row each row of the cache belongs to
+    cache, logits_BV, mask_BK = _read(model, prompts, pad_id)
+    position_B = mask_BK.sum(-1)
+
+    for step in range(max_new_tokens):
+        on_token()
+        token_B, logp_B = _sample(logits_BV.float(), temperature, top_p, uniform_BR[active_B, step])
+        tokens[active_B, step], logps[active_B, step] = token_B, logp_B
+        stop_B = torch.isin(token_B, stops)
+        if bool(stop_B.any()):
+            finished = active_B[stop_B]
+            lengths[finished], ended[finished] = step + 1, True
+            going = (~stop_B).nonzero().squeeze(-1)
+            if len(going) == 0:
+                break
+            # batch_select_indices does not know state-space layers
+            cache.reorder_cache(going)  # type: ignore[arg-type]
+            active_B, token_B, mask_BK, position_B = (
+                active_B[going], token_B[going], mask_BK[going], position_B[going]
+            )  # fmt: skip
+            mask_BK = without_padding(cache, mask_BK)
+        if step + 1 == max_new_tokens:
+            break
+        mask_BK = torch.cat([mask_BK, mask_BK.new_ones(len(mask_BK), 1)], dim=1)
+        if lean:
+            logits_BV = lean(token_B, mask_BK, position_B, cache)
+        else:
+            logits_BV = model(
+                input_ids=token_B[:, None],
+                attention_mask=mask_BK,
+                position_ids=position_B[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        position_B = position_B + 1
+
+    tokens, logps = tokens.cpu(), logps.cpu()
+    return [
+        (tokens[row, :length], logps[row, :length], bool(ended[row]))
+        for row, length in enumerate(lengths.tolist())
+    ]
+
+
+def _read(model: PreTrainedModel, prompts: list[Tensor], pad_id: int) -> tuple[DynamicCache, Tensor, Tensor]:
+    """Put the prompts, the longest first, into a cache: in groups, so that memory for what is computed on the
+    way does not grow with their number. Caches with other states than keys and values are made at once.
+
+    Returns:
+        The cache, the logits behind the prompts [B, V], and where the cache holds a token [B, K]: they are
+        padded on the left.
+    """
+    layers, width = growing_cache(model).layers, len(prompts[0])
+    is_packed = model.config._attn_implementation == ATTENTION
+    is_packed = is_packed and all(isinstance(layer, GrowingLayer) for layer in layers)
+    tokens = [len(row) if is_packed else width for row in prompts]
+    can_join = all(type(layer) in JOINABLE for layer in layers)
+    groups = token_budget_batches(tokens, READ_TOKENS if can_join else sum(tokens))
+    parts = [
+        _read_group(model, [prompts[row] for row in group], width, pad_id, is_packed) for group in groups
+    ]
+    caches, logits, masks = zip(*parts, strict=True)
+    return joined(caches), torch.cat(logits), torch.cat(masks)
+
+
+def _read_group(
+    model: PreTrainedModel, prompts: list[Tensor], width: int, pad_id: int, is_packed: bool
+) -> tuple[DynamicCache, Tensor, Tensor]:
+    packed, cache = Packed(prompts, model.device), growing_cache(model)
+    mask_BK = torch.arange(width) >= width - torch.tensor(packed.lengths)[:, None]
+    mask_BK = mask_BK.long().to(model.device)
+    if is_packed:
+        for layer in cache.layers:
+            assert isinstance(layer, GrowingLayer)
+            layer.prompts = (packed.token_T, mask_BK.flatten().nonzero().squeeze(-1), *mask_BK.shape)
+        last = packed.token_T[packed.last_B]
+        output = model(**packed.call(), past_key_values=cache, use_cache=True, logits_to_keep=last)
+        return cache, output.logits[0], mask_BK
+    ids_BK = torch.full_like(mask_BK, pad_id)
+    ids_BK[mask_BK.bool()] = packed.ids_T
+    # an index: of the number 1 transformers makes a view, for which torch copies the output layer once a row
+    last = torch.tensor([-1], device=model.device)
+    output = model(
+        input_ids=ids_BK,
+        attention_mask=mask_BK,
+        position_ids=(mask_BK.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=last,
+    )
+    return cache, output.logits[:, -1], mask_BK
+
+
+def _sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    scaled_BV = logits_BV / temperature if temperature not in (0.0, 1.0) else logits_BV
+    highest_B1 = scaled_BV.amax(-1, keepdim=True)  # with its index it takes ten times as long on a CPU
+    weight_BV = (scaled_BV - highest_B1).exp_()
+    total_B = weight_BV.sum(-1)
+    check_finite(total_B)
+    if temperature == 0.0:
+        token_B = scaled_BV.argmax(-1)
+    else:
+        token_B = _draw(_nucleus(weight_BV, total_B, top_p), uniform_B)
+    logp_B = (scaled_BV.gather(-1, token_B[:, None]) - highest_B1).squeeze(-1) - total_B.log()
+    return token_B, logp_B
+
+
+def _draw(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """One index a row, with probability proportional to its weight: the inverse of the distribution function.
+
+    On a CPU torch.multinomial takes forty times as long for a vocabulary of 49152. A weight of 0 is never
+    drawn: the first entry that exceeds a number below the total has a weight of its own.
+    """
+    cumulative_BV = weight_BV.cumsum(-1)
+    total_B1 = cumulative_BV[:, -1:]
+    threshold_B1 = torch.minimum(
+        uniform_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1))
+    )
+    return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1)
+
+
+def check_finite(values: Tensor) -> None:
+    """Values that a single NaN in a row's logits reaches.
+
+    Raises:
+        ConfigError: there is one; no token could be chosen.
+    """
+    if not bool(values.isfinite().all()):
+        raise ConfigError(
+            "A policy's logits are not finite: training has broken its weights. "
+            "Lower the learning rate of the stage that trains it (ppo.optim.lr or sft.optim.lr)."
+        )
+
+
+def _nucleus(weight_BV: Tensor, total_B: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of tokens whose probabilities reach top_p (Holtzman et al. 2020)."""
+    if top_p >= 1.0:
+        return weight_BV
+    ordered_BV, index_BV = weight_BV.sort(-1, descending=True)
+    ordered_BV[ordered_BV.cumsum(-1) - ordered_BV >= top_p * total_B[:, None]] = 0.0
+    return torch.zeros_like(weight_BV).scatter(-1, index_BV, ordered_BV)

@@ -1,0 +1,30 @@
+"""Between two models with the same parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rlhf.training.optimizer import round_into
+
+
+@torch.no_grad()
+def interpolate(base: nn.Module, tuned: nn.Module, alpha: float) -> float:
+    """Make the tuned model base + alpha (tuned - base), in place; each weight in fp32, then rounded as
+    masters are.
+
+    Source: WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903, section 3.
+
+    Returns:
+        The norm of the difference to base that is left, over base's own norm.
+    """
+    starts = dict(base.named_parameters())
+    moved = total = 0.0
+    for name, end in tuned.named_parameters():
+        start = starts.pop(name).float()
+        assert start.shape == end.shape, name
+        round_into(end, start.lerp(end.float(), alpha))
+        moved += float((end.float() - start).square().sum(dtype=torch.float64))
+        total += float(start.square().sum(dtype=torch.float64))
+    assert not starts, f"only base has {next(iter(starts))}"
+    return float((moved / total) ** 0.5)

@@ -1,0 +1,377 @@
+"""Log-probabilities of responses under a policy.
+
+Dimensions: B sequences, T tokens of a micro-batch laid end to end, N those of its responses, H hidden size,
+R response tokens (padded). Of the [tokens, vocabulary] logits no more are held at once than those
+of HEAD_CHUNK tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from rlhf.config import ConfigError
+from rlhf.distributed.compute import Compute
+from rlhf.models.packed_attention import hidden_states
+from rlhf.models.packed_batch import Packed
+from rlhf.models.peft.target_modules import backbone_of
+from rlhf.rl.padding import length_mask
+from rlhf.rl.rollout import Rollout
+
+HEAD_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A micro-batch of prompt + response rows."""
+
+    packed: Packed
+    predicts_N: Tensor
+    """Where in T the logits stand that predict each response token: one place before it. Nothing is read at a
+    row's last token, so that is not among the T."""
+    targets_N: Tensor
+    """The response tokens, row by row."""
+    mask_BR: Tensor
+    """bool: true on response tokens, false on padding."""
+
+    def to_rows(self, values_N: Tensor) -> Tensor:
+        """Lay per-token values out as [B, R], zero on padding; differentiable."""
+        rows = values_N.new_zeros(self.mask_BR.shape)
+        return rows.masked_scatter(self.mask_BR, values_N)
+
+
+def pack_sequences(prompts: Sequence[Tensor], responses: Sequence[Tensor], device: torch.device) -> Sequences:
+    """Lay prompts and their responses (1-D, any length from 1) end to end."""
+    assert all(len(row) > 0 for row in prompts), "a response needs at least one token before it"
+    pairs = list(zip(prompts, responses, strict=True))
+    packed = Packed([torch.cat([prompt, response[:-1]]) for prompt, response in pairs], device)
+    response_B = torch.tensor([len(row) for row in responses])
+    predicts_T = torch.cat([
+        torch.arange(length) >= len(prompt) - 1
+        for length, prompt in zip(packed.lengths, prompts, strict=True)
+    ])  # fmt: skip
+    return Sequences(
+        packed,
+        predicts_T.nonzero().squeeze(-1).to(device),
+        torch.cat(list(responses)).to(device),
+        length_mask(response_B).to(device),
+    )
+
+
+class TokenStatistics(NamedTuple):
+    """Per response token, fp32."""
+
+    logp_N: Tensor
+    """Nats; carries the gradient."""
+    entropy_N: Tensor
+    """Nats; detached."""
+
+
+def response_statistics(model: PreTrainedModel, batch: Sequences, temperature: float) -> TokenStatistics:
+    """Log-probability and entropy of every response token, in fp32."""
+    hidden_NH = hidden_states(model, batch.packed, batch.predicts_N)
+    head, scale = model.get_output_embeddings(), logit_scale(model.config)
+    return head_statistics(hidden_NH, head, batch.targets_N, temperature / scale, logit_cap(model.config))
+
+
+def logit_cap(config: PreTrainedConfig) -> float | None:
+    """How large what a model's output layer gives can become (x is made cap tanh(x / cap)), before it is
+    scaled; None where there is no limit.
+
+    Source: Gemma Team 2024, arXiv:2408.00118, section 2.
+    """
+    text: Any = config.get_text_config()
+    # Gemma 2, 3n and 4, NanoChat, VaultGemma; RecurrentGemma
+    caps = [getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
+    return next((float(cap) for cap in caps if cap is not None), None)
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """What a model multiplies by what its output layer gives."""
+    text: Any = config.get_text_config()
+    if text.model_type.startswith("granite"):
+        return 1 / float(text.logits_scaling)
+    if text.model_type.startswith("cohere"):
+        return float(text.logit_scale)
+    if text.model_type == "falcon_h1":
+        return float(text.lm_head_multiplier)
+    if text.model_type == "minicpm3":
+        return float(text.dim_model_base / text.hidden_size)
+    return 1.0
+
+
+class ResponseModel(nn.Module):
+    """A policy whose forward pass is `response_statistics`, for the engine that trains it."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch: Sequences, temperature: float) -> TokenStatistics:
+        """Log-probability and entropy of every response token."""
+        return response_statistics(self.policy, batch, temperature)
+
+
+def head_statistics(
+    hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, temperature: float, cap: float | None = None
+) -> TokenStatistics:
+    """Log-probabilities and entropies behind the output layer, however many tokens there are (also none).
+    `cap` is `logit_cap`'s.
+
+    The layer is called once. A sharding engine gathers a layer's weights, with all ranks, around each call
+    and once more for the call's gradients: were it called once a chunk, ranks with other token counts would
+    wait for each other for ever.
+    """
+    assert isinstance(head, nn.Linear), f"an output layer of {type(head)}"
+    layer = head
+
+    # ZeRO-3 gathers a weight that is looked at outside of its layer's call, and holds it for a whole pass.
+    def all_chunks(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+        statistics: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
+            hidden_NH.to(layer.weight.dtype), layer.weight, layer.bias, targets_N, temperature, cap
+        )
+        return statistics
+
+    with _computing(head, all_chunks):
+        return TokenStatistics(*head(hidden_NH))
+
+
+@contextmanager
+def _computing(module: nn.Module, function: Callable[[Tensor], Any]) -> Iterator[None]:
+    """While open, a call of the module runs its hooks around another function than its own."""
+    assert "forward" not in vars(module)
+    vars(module)["forward"] = function
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+
+
+class _HeadStatistics(torch.autograd.Function):
+    """log softmax((W hidden + b) / temperature) at the targets, and its entropy, in fp32; what is divided is
+    `_capped` before, where there is a cap.
+
+    Logits are computed twice, of a part at a time. Forward, a part is HEAD_CHUNK tokens. Backward, where the
+    weights train, it is some of the vocabulary, of all tokens: a weight's gradient is then a single product,
+    rounded once, and no second copy of it is ever held; the hidden states' is added up in fp32.
+    Dimensions: V vocabulary, C tokens of a part, P of the vocabulary.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor,
+        temperature: float, cap: float | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        logp_N, entropy_N, total_N = (
+            hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32) for _ in range(3)
+        )
+        for chunk in _slices(len(hidden_NH), HEAD_CHUNK):
+            logits_CV = functional.linear(hidden_NH[chunk], weight_VH, bias_V)
+            results = (logp_N[chunk], entropy_N[chunk], total_N[chunk])
+            _categorical(logits_CV, targets_N[chunk], temperature, cap, *results)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, total_N)
+        ctx.temperature, ctx.cap = temperature, cap
+        ctx.mark_non_differentiable(entropy_N)
+        return logp_N, entropy_N
+
+    @staticmethod
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        hidden_NH, weight_VH, bias_V, targets_N, total_N = ctx.saved_tensors
+        gradient_N = gradients[0] / ctx.temperature
+        learns_hidden, learns_weight, learns_bias, *_ = ctx.needs_input_grad
+        num_tokens, vocabulary = len(hidden_NH), len(weight_VH)
+        if learns_weight or learns_bias:
+            chunks = [slice(0, num_tokens)]
+            parts = _slices(vocabulary, max(1, HEAD_CHUNK * vocabulary // max(num_tokens, HEAD_CHUNK)))
+        else:
+            chunks, parts = _slices(num_tokens, HEAD_CHUNK), [slice(0, vocabulary)]
+        to_hidden_NH = to_weight_VH = to_bias_V = None
+        if learns_hidden:
+            to_hidden_NH = torch.zeros_like(hidden_NH, dtype=torch.float32 if len(parts) > 1 else None)
+        if learns_weight:
+            to_weight_VH = torch.empty_like(weight_VH)
+        if learns_bias:
+            to_bias_V = torch.empty_like(bias_V)
+        for chunk in chunks:
+            for part in parts:
+                weight_PH, bias_P = weight_VH[part], None if bias_V is None else bias_V[part]
+                logits_CP = functional.linear(hidden_NH[chunk], weight_PH, bias_P)
+                targets_C = targets_N[chunk] - part.start
+                _into_gradient(
+                    logits_CP, targets_C, total_N[chunk], gradient_N[chunk], ctx.temperature, ctx.cap
+                )
+                if to_hidden_NH is not None:
+                    to_hidden_NH[chunk] += logits_CP @ weight_PH
+                if to_weight_VH is not None:
+                    torch.mm(logits_CP.mT, hidden_NH[chunk], out=to_weight_VH[part])
+                if to_bias_V is not None:
+                    torch.sum(logits_CP, 0, out=to_bias_V[part])
+        if to_hidden_NH is not None:
+            to_hidden_NH = to_hidden_NH.to(hidden_NH.dtype)
+        return to_hidden_NH, to_weight_VH, to_bias_V, None, None, None
+
+
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+CACHED = 16 * 49152
+"""Logits on which a CPU works at a time, so that what is computed on the way stays in its cache."""
+
+
+def _pieces(x: Tensor) -> list[slice]:
+    rows = max(1, CACHED // x.shape[1]) if x.device.type == "cpu" else max(1, len(x))
+    return _slices(len(x), rows)
+
+
+def _capped(x: Tensor, cap: float | None) -> Tensor:
+    """Soft-capped in place: cap tanh(x / cap), whose slope is 1 - (result / cap)^2."""
+    return x if cap is None else x.div_(cap).tanh_().mul_(cap)
+
+
+def _categorical(
+    logits_CV: Tensor, targets_C: Tensor, temperature: float, cap: float | None, logp_C: Tensor,
+    entropy_C: Tensor, total_C: Tensor,
+) -> None:  # fmt: skip
+    """Write a chunk's results: log-probabilities, entropies, and the logarithms of the normalizers."""
+    for rows in _pieces(logits_CV):
+        x = _capped(logits_CV[rows].to(torch.float32, copy=True), cap)
+        if temperature != 1.0:
+            x.div_(temperature)
+        highest = x.amax(-1, keepdim=True)
+        x -= highest
+        target = x.gather(-1, targets_C[rows, None]).squeeze(-1)
+        weight = x.exp()
+        total = weight.sum(-1)
+        log_total = total.log()
+        logp_C[rows] = target - log_total
+        entropy_C[rows] = log_total - weight.mul_(x).sum(-1) / total
+        total_C[rows] = log_total + highest.squeeze(-1)
+
+
+def _into_gradient(
+    logits_CP: Tensor, targets_C: Tensor, total_C: Tensor, gradient_C: Tensor, temperature: float,
+    cap: float | None,
+) -> None:  # fmt: skip
+    """Turn logits into the gradients that reach them.
+
+    Args:
+        targets_C: counted from the part's first token; those outside of it are another part's.
+        gradient_C: of each log-probability, divided by the temperature.
+    """
+    size = logits_CP.shape[1]
+    place_C1 = targets_C.clamp(0, size - 1)[:, None]
+    of_target_C1 = torch.where((targets_C >= 0) & (targets_C < size), gradient_C, 0.0)[:, None]
+    for rows in _pieces(logits_CP):
+        x = _capped(logits_CP[rows].to(torch.float32, copy=True), cap)
+        slope = None if cap is None else 1 - (x / cap).square_()
+        if temperature != 1.0:
+            x.div_(temperature)
+        x.sub_(total_C[rows, None]).exp_().mul_(-gradient_C[rows, None])
+        x.scatter_add_(-1, place_C1[rows], of_target_C1[rows])
+        logits_CP[rows] = x if slope is None else x.mul_(slope)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse models that do more to their logits than `logit_cap` and `logit_scale` know.
+
+    They are also compared with the output layer's results enlarged, so that a cap would show in small ones.
+
+    Raises:
+        ConfigError: the chunked head would train something else than the model.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"model: the output layer of {type(model).__name__} is a {type(head).__name__}; the chunked "
+            "log-probabilities here need a linear one. Choose another model."
+        )
+    ids_1T = torch.arange(min(model.config.get_text_config().vocab_size, 16), device=model.device)[None]
+    with _attention_here(model):
+        logits_TV = _logits(model, ids_1T, 1.0)
+        if not bool(logits_TV.isfinite().all()):
+            raise ConfigError(
+                f"{model.config.name_or_path} ({type(model).__name__}): its logits are not finite. Its "
+                "weights are damaged, or too large for this precision: try precision=fp32."
+            )
+        own_TV = head(backbone_of(model)(input_ids=ids_1T, use_cache=False)[0][0].to(head.weight.dtype))
+        enlarged = PROBED / max(float(own_TV.abs().max()), PROBED / 1e4)
+        theirs = [(1.0, logits_TV), (enlarged, _logits(model, ids_1T, enlarged))]
+    cap, scale = logit_cap(model.config), logit_scale(model.config)
+    # in 16 bits each operation rounds by half an eps: at most three of a cap, one of a scale
+    tolerance = 1e-4 if logits_TV.dtype == torch.float32 else 2 * torch.finfo(logits_TV.dtype).eps
+    for factor, found_TV in theirs:
+        ours_TV = _capped((own_TV * factor).float(), cap) * scale
+        if not torch.allclose(
+            found_TV.float(), ours_TV, rtol=tolerance, atol=tolerance * float(ours_TV.abs().max())
+        ):
+            raise ConfigError(
+                f"model: {type(model).__name__} transforms its logits behind the output layer in a way that "
+                "the chunked log-probabilities here do not know. Choose another model."
+            )
+
+
+PROBED = 64.0
+"""The largest of the enlarged logits: caps are between 15 and 50."""
+
+
+def _logits(model: PreTrainedModel, ids_1T: Tensor, factor: float) -> Tensor:
+    """[T, V] of a whole pass, as if the output layer gave so many times what it gives."""
+    handle = model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: output * factor)
+    try:
+        found: Tensor = model(input_ids=ids_1T, use_cache=False).logits[0]
+    finally:
+        handle.remove()
+    return found
+
+
+@contextmanager
+def _attention_here(model: PreTrainedModel) -> Iterator[None]:
+    """While open, a model that has a GPU's attention and is yet to move there runs with another."""
+    attention = model.config._attn_implementation
+    is_elsewhere = model.device.type == "cpu" and attention.startswith("flash")
+    try:
+        if is_elsewhere:
+            model.set_attn_implementation("sdpa")
+        yield
+    finally:
+        if is_elsewhere:
+            model.set_attn_implementation(attention)
+
+
+@torch.no_grad()
+def rollout_rows(
+    rollout: Rollout,
+    micro_batch_tokens: int,
+    compute: Compute,
+    measure: Callable[[Sequences], tuple[Tensor, ...]],
+) -> list[Tensor]:
+    """Apply measure (a micro-batch -> [N] tensors) to a whole rollout, in token-budget micro-batches.
+
+    Ranks share the work, and each gets the whole result.
+
+    Returns:
+        One fp32 [B, R] tensor on the CPU for each of measure's results, 0 on padding.
+    """
+    shape = rollout.mask_BR.shape
+    results: list[Tensor] = []
+    lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
+    for group, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
+        part = rollout.select(torch.tensor(group))
+        batch = pack_sequences(part.prompt_ids, part.response_ids, compute.device)
+        measured = [batch.to_rows(values_N.float()).cpu() for values_N in measure(batch)]
+        results = results or [torch.zeros(shape) for _ in measured]
+        for result, rows in zip(results, measured, strict=True):
+            if weight:
+                result[group, : rows.shape[1]] = rows
+    return [compute.global_sum(result) for result in results]

@@ -1,0 +1,239 @@
+"""What a model makes of rows laid end to end, so that no padding goes through it.
+
+Linear layers and norms see one long row of U tokens; only attention looks at each row by itself: through a
+variable-length kernel on GPUs, and elsewhere padded for the moment of the attention alone. Dimensions: B
+rows, T tokens of all rows, U different ones of them, L tokens of the longest, H hidden size, A heads, D size
+of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlhf.config import ConfigError
+from rlhf.models.cpu_attention import ShortAttention
+from rlhf.models.packed_batch import Packed, seen
+from rlhf.models.peft.target_modules import backbone_of
+
+ATTENTION = "packed"
+"""The name under which transformers' models find `attention`; `model.attention=packed`."""
+SHORT = 1024
+"""Tokens of the longest row up to which attention on CPUs goes by matrix products."""
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def hidden_states(model: PreTrainedModel, packed: Packed, at_N: Tensor | None = None) -> Tensor:
+    """Final hidden states [N, H] at some of the T tokens, each named once, or at all; before any head."""
+    backbone = backbone_of(model)
+    if model.config._attn_implementation != ATTENTION:
+        ids_BL = packed.ids_T.new_zeros(len(packed.lengths) * packed.longest)
+        ids_BL[packed.places_T] = packed.ids_T
+        ids_BL = ids_BL.view(-1, packed.longest)
+        positions_BL = torch.arange(packed.longest, device=ids_BL.device).expand_as(ids_BL)
+        # padding stands behind every real token, so causal attention needs no mask
+        hidden_BLH = backbone(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).last_hidden_state
+        places = packed.places_T if at_N is None else packed.places_T[at_N]
+        return _take(hidden_BLH.flatten(0, 1), places)
+    hidden_1UH: Tensor = backbone(**packed.call(), use_cache=False).last_hidden_state
+    tokens = packed.token_T if at_N is None else packed.token_T[at_N]
+    return _take(hidden_1UH[0], tokens, may_repeat=packed.has_common)
+
+
+def _take(x: Tensor, places: Tensor, *, may_repeat: bool = False) -> Tensor:
+    """x[places]."""
+    taken: Tensor = _Gather.apply(x, places, may_repeat)  # type: ignore[no-untyped-call]
+    return taken
+
+
+def pack_where_possible(model: PreTrainedModel) -> None:
+    """Let a model take packed rows if nothing but attention mixes its tokens; others get padded ones."""
+    if not may_pack(model):
+        return
+    model.set_attn_implementation(ATTENTION)
+    if _leaks(model):  # state-space layers, say, beside attention
+        model.set_attn_implementation("sdpa")
+
+
+def may_pack(model: PreTrainedModel) -> bool:
+    """Whether a model can take packed rows, as far as its kind tells, without weights."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or LAYER_TYPES)
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    is_latent = getattr(config, "v_head_dim", None) is not None  # values are narrower than keys
+    return (
+        model._supports_attention_backend
+        and model._supports_sdpa
+        and not is_capped
+        and not is_latent
+        and layers <= LAYER_TYPES
+    )
+
+
+class _UnpackableError(ConfigError):
+    """A model's attention is not told of the rows, or of more than the rows."""
+
+
+@torch.no_grad()
+def _leaks(model: PreTrainedModel) -> bool:
+    """Whether a row's states depend, by a single bit, on what stands in the row before it.
+
+    So may, by rounding alone, those of a mixture of experts; then its rows are padded without need.
+    """
+    row = torch.arange(3, 7)
+    try:
+        first, second = (
+            hidden_states(model, Packed([before, row], model.device))[len(row) :]
+            for before in (row + 1, row + 4)
+        )
+    except _UnpackableError:
+        return True
+    return not torch.equal(first, second)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: Packed | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer.
+
+    Args:
+        query: [1, A, U, D]; key and value may have fewer heads.
+        packed: the rows; None is a call that has nothing to do with them, such as decoding.
+
+    Returns:
+        [1, U, A, D].
+    """
+    if packed is None:
+        if attention_mask is not None and attention_mask.dtype == torch.long:  # that of `Packed.call`
+            raise _UnpackableError(
+                f"{type(module).__name__} is not told of rows laid end to end: model.attention=sdpa pads them"
+            )
+        if query.device.type == "cpu" and query.shape[2] == 1:
+            return _of_one_token(query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **options,
+        )  # fmt: skip
+    if attention_mask is not None and attention_mask.numel() > 1:  # not that of `Packed.call`
+        raise _UnpackableError(
+            f"{type(module).__name__} has a mask of its own: model.attention=sdpa pads its rows"
+        )
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
+    assert not unknown, f"attention with {unknown} cannot be packed"
+    assert dropout == 0.0
+    attend = _by_kernel if _has_kernel(query) else _by_row
+    return attend(query[0], key[0], value[0], packed, scaling, sliding_window)[None], None
+
+
+def _of_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of each row's newest token to its cache, by matrix products: on CPUs torch's kernel takes
+    several times as long. q [B, A, 1, D] and k, v [B, heads, K, D] give [B, 1, A, D]; mask [B, 1, 1, K]."""
+    rows, heads, length, size = k.shape
+    q, k, v = q.reshape(rows * heads, -1, size), k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.bmm(q, k.mT).mul_(scale).view(rows, -1, 1, length)
+    if mask is not None:
+        scores.masked_fill_(~mask, float("-inf"))
+    out = torch.bmm(scores.softmax(-1).view(rows * heads, -1, length), v)
+    return out.view(rows, 1, -1, size)
+
+
+def _has_kernel(query: Tensor) -> bool:
+    """FlashAttention 2 wants an Ampere GPU or a newer one, 16 bits, and heads of at most 256."""
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    size = query.shape[-1]
+    return size <= 256 and size % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    starts, longest = packed.starts.int(), packed.longest
+    out: Tensor = varlen_attn(
+        q, k, v, starts, starts, longest, longest, scale=scale,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=k.shape[1] != q.shape[1],
+    )  # type: ignore[assignment]  # fmt: skip
+    return out
+
+
+def _by_row(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float | None, window: int | None
+) -> Tensor:
+    scale = scale or q.shape[-1] ** -0.5
+    if q.device.type == "cpu" and packed.longest <= SHORT:
+        out: Tensor = ShortAttention.apply(q, k, v, packed, scale, window)  # type: ignore[no-untyped-call]
+        return out
+    rows, longest = len(packed.lengths), packed.longest
+
+    def padded(x: Tensor) -> Tensor:  # [heads, U, D] -> [B, heads, L, D]
+        x = x.transpose(0, 1)
+        x = _take(x, packed.token_T, may_repeat=True) if packed.has_common else x
+        places: Tensor = _Spread.apply(x, packed.places_T, rows * longest)  # type: ignore[no-untyped-call]
+        return places.view(rows, longest, *x.shape[1:]).transpose(1, 2)
+
+    is_windowed = window is not None and window < longest
+    out_BALD = functional.scaled_dot_product_attention(
+        padded(q), padded(k), padded(v), attn_mask=seen(longest, window, q.device) if is_windowed else None,
+        is_causal=not is_windowed, scale=scale, enable_gqa=len(k) != len(q),
+    )  # fmt: skip
+    own_U = packed.own(packed.places_T)
+    return _take(out_BALD.transpose(1, 2).flatten(0, 1), own_U)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of [T, ...] put at their places of [places, ...], zeros elsewhere. autograd's own way back adds up
+    where nothing is to be added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places_T: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(places_T)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places_T, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (places_T,) = ctx.saved_tensors
+        return gradients[0].index_select(0, places_T), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of [places, ...] as they are asked for. What comes back to one that was asked for more than once
+    is added up in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, may_repeat: bool) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.size, ctx.may_repeat = len(x), may_repeat
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        gradient = gradients[0]
+        shape = ctx.size, *gradient.shape[1:]
+        if not ctx.may_repeat:
+            return gradient.new_zeros(shape).index_copy_(0, places, gradient), None, None
+        total = gradient.new_zeros(shape, dtype=torch.float32).index_add_(0, places, gradient.float())
+        return total.to(gradient.dtype), None, None
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

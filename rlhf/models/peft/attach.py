@@ -1,0 +1,340 @@
+"""Parameter-efficient tuning: peft's tuners put into a model in place, and merged when it is published.
+
+What is written to disk: rlhf/models/peft/saved.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import IA3Config, IA3Model, LoraConfig, LoraModel, get_peft_model_state_dict
+from peft import PeftConfig as TunerConfig
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as IA3_MODULES
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf.config import ConfigError, PeftConfig
+from rlhf.models.packed_attention import hidden_states
+from rlhf.models.packed_batch import Packed
+from rlhf.models.peft.bottleneck import KIND, BottleneckConfig, BottleneckModel
+from rlhf.models.peft.lora import LowRankLinear
+from rlhf.models.peft.quantization import quantize
+from rlhf.models.peft.target_modules import last_layers, layer_name, linears, sublayer_ends, update_targets
+from rlhf.models.peft.virtual_tokens import (
+    EMBEDDINGS,
+    KINDS,
+    add_virtual_tokens,
+    check_virtual_tokens,
+    virtual_config,
+    virtual_tokens,
+)
+from rlhf.training.optimizer import round_into
+
+PREFIX = "base_model.model."
+"""What stands before an adapter's weights' names in peft's files."""
+TUNERS: dict[str, Callable[..., BaseTuner]] = {"LORA": LoraModel, "IA3": IA3Model, KIND: BottleneckModel}
+"""By peft's name of the method."""
+FACTORS = ("lora_magnitude_vector", "ia3_l")
+"""Parameters that multiply. They stay fp32 in a bf16 model: near 1 bf16 knows steps of 0.4% only."""
+
+
+class Adapter:
+    """What `attach` put into a model. Afterwards the model is used as before; only what it added trains, or
+    the part of the model that the method leaves to train."""
+
+    def __init__(self, model: PreTrainedModel, tuner: BaseTuner | None, config: PeftConfig | None) -> None:
+        """`config` is what `attach` was told; None for an adapter that was trained before."""
+        self._model, self._tuner, self._config = model, tuner, config
+        self.in_4_bits: list[str] = []
+        """Linear layers whose weights were held in 4 bits meanwhile, by the last part of their names."""
+
+    @contextmanager
+    def folded_in(self) -> Iterator[None]:
+        """While open, the model runs on weights that hold the adapter, as fast as a plain one: for sampling.
+
+        They are copies: adding and subtracting the adapter would change the frozen ones a little each time.
+        """
+        modules: list[Any] = [] if self._tuner is None else list(self._tuner.modules())
+        layers: list[Any] = [module for module in modules if _can_fold(module)]
+        frozen = [each for layer in layers for each in layer.get_base_layer().parameters()]
+        originals = [each.data for each in frozen]
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    _fold(layer)
+                    layer._disable_adapters = True
+                    layer.forward = layer.get_base_layer().__call__  # peft's own way there costs time
+            yield
+        finally:
+            for each, original in zip(frozen, originals, strict=True):
+                each.data = original
+            for layer in layers:
+                layer._disable_adapters = False
+                layer.__dict__.pop("forward", None)
+
+    def merge(self) -> None:
+        """Fold the adapter into the weights, so that the model publishes as a plain one.
+
+        Only where the method merges (`METHODS`).
+        """
+        if self._tuner is not None:
+            for layer in self._tuner.modules():
+                if isinstance(layer, LoraLayer | IA3Layer):
+                    assert _can_fold(layer), "an adapter on 4-bit weights would be lost: `attach_to_merge`"
+                    _fold(layer)
+            self._tuner.unload()
+            self._tuner = None
+
+    def described(self) -> dict[str, Any] | None:
+        """The content of peft's adapter_config.json; None where all weights were trained."""
+        described: dict[str, Any]
+        if self._tuner is not None:
+            (config,) = self._tuner.peft_config.values()
+            described = config.to_dict()
+            return described
+        virtual = virtual_tokens(self._model)
+        if virtual is not None:
+            described = virtual.config.to_dict()
+            return described
+        if self._config is not None and self._config.method == "freeze":
+            return {"peft_type": "FREEZE", "layers": self._config.layers}
+        return None
+
+    def weights(self) -> dict[str, Tensor]:
+        """What was trained, under its names in the published file: peft's, or the model's own."""
+        if self._tuner is not None:
+            weights = get_peft_model_state_dict(self._tuner.model)
+            return {PREFIX + name: each for name, each in weights.items()}
+        virtual = virtual_tokens(self._model)
+        if virtual is not None:
+            return {EMBEDDINGS: virtual.embeddings().detach()}
+        last = {id(p) for block in last_layers(self._model, self._config) for p in block.parameters()}
+        return {name: p.detach() for name, p in self._model.named_parameters() if id(p) in last}
+
+
+def _can_fold(module: nn.Module) -> bool:
+    """Whether a layer's adapter is one of its weights; those of 4 bits have no room for it."""
+    if not isinstance(module, LoraLayer | IA3Layer):
+        return False
+    weight: Any = module.get_base_layer().weight
+    return bool(weight.is_floating_point())
+
+
+@torch.no_grad()
+def _fold(layer: Any) -> None:
+    """Point a layer's weights at copies that hold its adapters."""
+    base = layer.get_base_layer()
+    if isinstance(layer, LoraLinear):
+        base.weight.data = _folded(layer)
+        return
+    dtype, parameters = base.weight.dtype, list(base.parameters())
+    for each in parameters:
+        each.data = each.data.float()
+    layer.merge(safe_merge=not base.weight.is_meta)  # of which nothing can be asked
+    layer.merged_adapters.clear()  # the caller puts the weights back, or takes the adapter out
+    for each in parameters:
+        each.data = _rounded(each.data, dtype)
+
+
+def _folded(layer: Any) -> Tensor:
+    """A linear layer's weight with its low-rank updates; DoRA's, with its norms as they are in training."""
+    weight = layer.get_base_layer().weight
+    total = weight.detach().float()
+    for name in layer.active_adapters:
+        a = layer.lora_A[name].weight.detach()
+        b = layer.lora_B[name].weight.detach()
+        left, right = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+        total = torch.addmm(total, left.float(), right.float(), alpha=layer.scaling[name])
+        if name in layer.lora_variant:
+            magnitude = layer.lora_magnitude_vector[name]
+            norms = magnitude.get_weight_norm(weight.detach(), b @ a, layer.scaling[name])
+            factors = (magnitude.weight.detach() / norms).float()
+            total *= factors if layer.fan_in_fan_out else factors[:, None]
+    return _rounded(total, weight.dtype)
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """As the optimizer rounds its masters: to nearest, an adapter that has learned little would be lost."""
+    rounded = torch.empty_like(weight, dtype=dtype)
+    round_into(rounded, weight)
+    return rounded
+
+
+def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
+    """Make model train what config says: all parameters, an adapter beside frozen ones, or the last layers.
+
+    A published adapter that is in there already stays, frozen; the new one adds to it.
+
+    Raises:
+        ConfigError: the method does not know this kind of model.
+    """
+    if config.method == "none":
+        model.requires_grad_(True)
+        return Adapter(model, None, config)
+    if config.method in KINDS.values():
+        add_virtual_tokens(model, virtual_config(model, config))
+        return Adapter(model, None, config)
+    if config.method == "freeze":
+        model.requires_grad_(False)
+        for block in last_layers(model, config):
+            block.requires_grad_(True)
+        return Adapter(model, None, config)
+    tuner = _tuner_config(model, config)
+    if config.method == "qlora":
+        quantize(model, update_targets(model, config))
+    return Adapter(model, inject(model, tuner, "default"), config)
+
+
+@torch.no_grad()
+def check_reached(model: PreTrainedModel) -> None:
+    """Refuse adapters that no pass goes through, since the model's code (a kernel, say) reads the weights
+    past them: they would learn nothing, silently.
+
+    Raises:
+        ConfigError: names their layers.
+    """
+    if model.device.type == "cpu" and model.config._attn_implementation.startswith("flash"):
+        return  # it is yet to move to a GPU
+    layers: dict[str, Any] = {
+        path: layer for path, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)
+    }
+    missed = set(map(layer_name, layers))  # by kind: a router may leave out an expert
+
+    def noted(path: str) -> Callable[..., None]:
+        return lambda *_: missed.discard(layer_name(path))
+
+    handles = [layer.register_forward_pre_hook(noted(path)) for path, layer in layers.items()]
+    try:
+        if layers:
+            hidden_states(model, Packed([torch.arange(8)], model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missed:
+        raise ConfigError(
+            f"peft: {type(model).__name__} reads the weights of {', '.join(sorted(missed))} past an adapter, "
+            "which would learn nothing. Name the others in target_modules, or use freeze or none."
+        )
+
+
+def check_attachable(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Refuse what `attach` would refuse, and leave the model as it is; its weights may be on the meta device.
+
+    Raises:
+        ConfigError: the method does not know this kind of model.
+    """
+    if config.method in KINDS.values():
+        check_virtual_tokens(model, config.method)
+    elif config.method == "freeze":
+        last_layers(model, config)
+    elif config.method != "none":
+        _tuner_config(model, config)
+
+
+def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
+    if config.method == "ia3":
+        kind = model.config.get_text_config().model_type
+        if kind not in IA3_MODULES:
+            raise ConfigError(
+                f"method=ia3: peft does not know which layers of a {kind} model to scale. Use lora or dora."
+            )
+        return IA3Config(fan_in_fan_out=_is_transposed(model))
+    if config.method == "adapter":
+        return BottleneckConfig(size=config.size, target_modules=sublayer_ends(model, config))
+    if config.method == "qlora" and _is_transposed(model):
+        raise ConfigError(
+            f"method=qlora: bitsandbytes holds no weights of {type(model).__name__} in 4 bits. Use lora."
+        )
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=update_targets(model, config),
+        use_dora=config.method == "dora",
+        fan_in_fan_out=_is_transposed(model),
+    )
+
+
+def _is_transposed(model: PreTrainedModel) -> bool:
+    """Whether linear layers hold their weights the other way round, as GPT-2's do."""
+    return any(isinstance(layer, Conv1D) for _, layer in linears(model))
+
+
+def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
+    """Put a tuner's layers, under a name, around those of the model."""
+    assert config.peft_type is not None
+    tuner = TUNERS[config.peft_type](model, config, name)
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:  # peft makes them fp32 and converts all that passes; our masters are fp32
+            parameter.data = parameter.data.to(model.dtype)
+            if any(factor in path for factor in FACTORS):
+                parameter.data = parameter.data.float()
+    LowRankLinear.replace(tuner)
+    for layer in tuner.modules():
+        if isinstance(layer, BaseTunerLayer):  # peft's own way would let all of them train
+            layer._active_adapter = list(getattr(layer, layer.adapter_layer_names[0]))
+    return tuner
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether anything stands beside the model's own weights."""
+    return virtual_tokens(model) is not None or any(isinstance(m, BaseTunerLayer) for m in model.modules())
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While open, the model runs as the one that its adapters were put into."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    virtual = virtual_tokens(model)
+    try:
+        for layer in layers:
+            layer.forward = layer.get_base_layer().__call__
+        if virtual is not None:
+            virtual.are_left_out = True
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+        if virtual is not None:
+            virtual.are_left_out = False
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a model, as it is called and as it would be without adapters: theirs are folded into
+    copies, the model stays as it is.
+
+    Raises:
+        ConfigError: an adapter of a kind that cannot be folded in this way.
+    """
+    if virtual_tokens(model) is not None:
+        raise ConfigError("Virtual tokens are no weights of the model: vLLM cannot be handed them.")
+    adapted: dict[str, Any] = {}
+    own: set[str] = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            if not isinstance(layer, LoraLinear) or layer.lora_variant:
+                kind = "DoRA" if isinstance(layer, LoraLinear) else type(layer).__name__
+                raise ConfigError(f"{name}: an adapter of {kind} cannot be folded into a weight for vLLM.")
+            adapted[name] = layer
+            own |= {f"{name}.{each}" for each, _ in layer.named_parameters() if "base_layer" not in each}
+    for name, parameter in model.named_parameters():
+        owner, adapts, part = name.partition(".base_layer.")
+        if not adapts and name not in own:
+            yield name, parameter.detach()
+        elif adapts:
+            is_out = part == "weight" and not adapted[owner].disable_adapters  # else `folded_in` put it there
+            yield f"{owner}.{part}", _folded(adapted[owner]) if is_out else parameter.detach()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) parameters."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

@@ -1,0 +1,85 @@
+"""Policies as they are published: the weights that a stage trained, put on those that it started from, or
+beside a reference to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.config import ConfigError, PeftConfig
+from rlhf.models.load import ModelConfig, load_causal_lm, save_policy, save_settings
+from rlhf.models.peft.bottleneck import KIND
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.saved import (
+    attach_published,
+    attach_to_merge,
+    bytes_under,
+    described,
+    origin_of,
+    save_adapter,
+)
+from rlhf.models.peft.virtual_tokens import KINDS
+from rlhf.training.optimizer import load_trainable
+
+UNMERGED = {KIND: "adapter", **KINDS}
+"""What peft's files call a method that does not merge, and its name."""
+
+
+def publish_policy(
+    artifact: Path,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    start: Path,
+    key: str,
+    settings: ModelConfig,
+    dtype: torch.dtype,
+    peft: PeftConfig,
+) -> dict[str, float]:
+    """Write what was trained into `adapter/`, and beside it a plain causal model where the method merges.
+
+    Args:
+        artifact: the directory to write to.
+        start: the model that the training started from; `key` names it.
+        weights: what `Engine.trainable_state` gathered of a model that `attach` had prepared in the same way.
+
+    Returns:
+        Summary metrics of what was written.
+    """
+    model = load_causal_lm(start, settings, dtype)
+    adapter = attach_to_merge(model, peft)
+    load_trainable(model, weights)
+    metrics = save_adapter(adapter, artifact, start, key)
+    if METHODS[peft.method].merges:
+        adapter.merge()
+        save_policy(model, tokenizer, artifact)
+    else:
+        save_settings(model, tokenizer, artifact)
+    return {**metrics, "artifact_bytes": bytes_under(artifact)}
+
+
+def merged_policy(artifact: Path, settings: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that an artifact's training started from, with its adapter folded in, on the CPU.
+
+    Raises:
+        ConfigError: there is no adapter, its base model is not to be found, or its method does not merge.
+    """
+    origin = origin_of(artifact)
+    if origin is None:
+        raise ConfigError(
+            f"{artifact}: no adapter/ in it, so nothing to merge: all its weights were trained."
+        )
+    kind = described(artifact)["peft_type"]
+    if kind in UNMERGED:
+        raise ConfigError(
+            f"{artifact}: what {UNMERGED[kind]} trains cannot be merged into the weights: no weights of the "
+            "model alone answer as it does. Use the artifact as it is, or train with lora, dora, ia3 or "
+            "freeze."
+        )
+    model = load_causal_lm(origin.found(artifact), settings, dtype)
+    adapter, _ = attach_published(model, artifact)
+    adapter.merge()
+    return model

@@ -1,0 +1,232 @@
+"""What was trained, on disk: small files beside a reference to the model that they belong to.
+
+`adapter/` of a model's artifact holds adapter_config.json and adapter_model.safetensors, in peft's format
+where the method is one of peft's, and base.json, the reference. Of a method that merges the merged model
+stands beside it; of others there is nothing but the model's settings and its tokenizer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig as TunerConfig
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.config import ConfigError, PeftConfig, Strict
+from rlhf.models.peft.attach import PREFIX, Adapter, attach, check_attachable, inject
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.quantization import round_to_4_bits
+from rlhf.models.peft.target_modules import update_targets
+from rlhf.models.peft.virtual_tokens import EMBEDDINGS, KINDS, add_virtual_tokens
+from rlhf.pipeline.store import weights_digest
+from rlhf.training.optimizer import load_trainable
+
+ADAPTER = "adapter"
+"""The directory in an artifact."""
+CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "base.json"
+HEAD = f"{PREFIX}score.weight"
+
+
+class Origin(Strict):
+    """`base.json`: the model that a stage's training started from."""
+
+    directory: str
+    """Relative to the artifact where both lie in one store, so that the store can be moved."""
+    key: str
+    """Of its artifact, or the base model's identity."""
+    digest: str
+    """`weights_digest`: which weights the trained ones belong to, wherever those lie."""
+    in_4_bits: list[str]
+    """Linear layers of it, by the last part of their names, whose weights were held in 4 bits meanwhile."""
+
+    @classmethod
+    def of(cls, model: Path, key: str, artifact: Path, in_4_bits: Sequence[str] = ()) -> Origin:
+        """The reference that an artifact (STORE/STAGE/KEY, or where it is being made) keeps to a model."""
+        here, there = artifact.resolve(), model.resolve()
+        is_in_store = there.is_relative_to(here.parents[1])
+        directory = os.path.relpath(there, here) if is_in_store else str(there)
+        digest = weights_digest(model)
+        return cls(directory=directory, key=key, digest=digest, in_4_bits=[*in_4_bits])
+
+    def place(self, artifact: Path) -> Path:
+        """Where the model should lie."""
+        return (artifact.resolve() / self.directory).resolve()
+
+    def found(self, artifact: Path) -> Path:
+        """Where the model lies.
+
+        Raises:
+            ConfigError: it is not there, or has other weights.
+        """
+        directory = self.place(artifact)
+        if not (directory / "config.json").is_file():
+            raise ConfigError(
+                f"{artifact}: its base model ({self.key}) is not in {directory} any more. Run the stage that "
+                "makes it again with the same store_dir, or put it back."
+            )
+        if weights_digest(directory) != self.digest:
+            raise ConfigError(
+                f"{artifact}: its base model in {directory} has other weights than the adapter was trained "
+                "on. Train the adapter again, or put the former weights back."
+            )
+        return directory
+
+
+def attach_to_merge(model: PreTrainedModel, config: PeftConfig) -> Adapter:
+    """As `attach`, for weights that were trained elsewhere: what was held in 4 bits meanwhile is in plain
+    weights of the same values, so that the adapter can be merged into them."""
+    if config.method != "qlora":
+        return attach(model, config)
+    names = update_targets(model, config)
+    round_to_4_bits(model, names)
+    adapter = attach(model, config.model_copy(update={"method": "lora"}))
+    adapter.in_4_bits = names
+    return adapter
+
+
+def save_adapter(
+    adapter: Adapter, artifact: Path, start: Path, key: str, head: Tensor | None = None
+) -> dict[str, float]:
+    """Write what was trained beside frozen weights into `adapter/`; where all of them were, nothing.
+
+    Args:
+        start: the model that the training started from; `key` names it.
+        head: the score head [1, H] of a sequence-classification model.
+
+    Returns:
+        What it takes on disk, as a summary metric.
+    """
+    described = adapter.described()
+    if described is None:
+        return {}
+    origin, weights = Origin.of(start, key, artifact, adapter.in_4_bits), adapter.weights()
+    told = described | {"task_type": "CAUSAL_LM", "revision": origin.digest}
+    if head is not None:
+        weights[HEAD] = head.detach()
+        told |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    directory = artifact / ADAPTER
+    directory.mkdir()
+    content = json.dumps(told, default=sorted, indent=2, sort_keys=True)
+    (directory / CONFIG).write_text(content, encoding="utf-8")
+    (directory / ORIGIN).write_text(origin.model_dump_json(indent=2), encoding="utf-8")
+    save_file({name: each.contiguous() for name, each in weights.items()}, directory / WEIGHTS)
+    return {"adapter_bytes": bytes_under(directory)}
+
+
+def bytes_under(directory: Path) -> float:
+    """Of a model's files; not of the metrics beside them, which are still being written."""
+    files = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".jsonl")
+    return float(sum(path.stat().st_size for path in files))
+
+
+def origin_of(artifact: Path) -> Origin | None:
+    """The reference that an artifact keeps; None where it has no adapter.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = artifact / ADAPTER / ORIGIN
+    try:
+        return Origin.model_validate_json(path.read_bytes()) if path.exists() else None
+    except ValidationError:
+        raise ConfigError(f"{path}: cannot be read. Remove the artifact; it is then made anew.") from None
+
+
+def base_of(artifact: Path) -> Path | None:
+    """Where the weights lie of an artifact that has none of its own beside its adapter; None where it has."""
+    origin = None if any(artifact.glob("*.safetensors")) else origin_of(artifact)
+    return None if origin is None else origin.found(artifact)
+
+
+def model_below(artifact: Path) -> Path | None:
+    """As `base_of`, whatever lies there."""
+    origin = None if any(artifact.glob("*.safetensors")) else origin_of(artifact)
+    return None if origin is None else origin.place(artifact)
+
+
+def described(artifact: Path) -> dict[str, Any]:
+    """The content of an artifact's adapter_config.json."""
+    content: dict[str, Any] = json.loads((artifact / ADAPTER / CONFIG).read_bytes())
+    return content
+
+
+def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
+    """See before anything trains that what a method trains can be published: it is attached to a copy of the
+    model, loaded into another one, and merged.
+
+    Args:
+        model: on the meta device, where this costs no memory; it stays as it is.
+
+    Raises:
+        ConfigError: it cannot, or `check_attachable` refuses it.
+    """
+    check_attachable(model, config)
+    if config.method in ("none", "freeze", *KINDS.values()):
+        return
+    if config.method == "qlora":  # as `attach_to_merge`
+        config = config.model_copy(update={"method": "lora"})
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    trained, loaded = copy.deepcopy(model), copy.deepcopy(model)
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            adapter = attach(trained, config)
+            names, told = adapter.weights().keys(), adapter.described()
+            assert told is not None
+            kind = PEFT_TYPE_TO_CONFIG_MAPPING[told["peft_type"]]
+            content = json.loads(json.dumps(told, default=sorted))
+            tuner = inject(loaded, kind.from_peft_type(**content), "published")
+            found = get_peft_model_state_dict(tuner.model, adapter_name="published")
+            if {PREFIX + name for name in found} != names:
+                raise ValueError("it is not loaded as it was saved")
+            if METHODS[config.method].merges:
+                adapter.merge()
+                if {name: weight.shape for name, weight in trained.state_dict().items()} != shapes:
+                    raise ValueError("the merged model has other weights")
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"method={config.method}: what it would train of {type(model).__name__} could not be published: "
+            f"{reason}. Use freeze or none, or other target_modules."
+        ) from error
+
+
+def attach_published(model: PreTrainedModel, artifact: Path) -> tuple[Adapter, Tensor | None]:
+    """Put an artifact's adapter into the model that it was trained on, all frozen; and the score head saved
+    with it, if there is one."""
+    directory, told, origin = artifact / ADAPTER, described(artifact), origin_of(artifact)
+    assert origin is not None
+    round_to_4_bits(model, origin.in_4_bits)
+    weights = load_file(directory / WEIGHTS)
+    head = weights.pop(HEAD, None)
+    if told["peft_type"] == "FREEZE":
+        load_trainable(model, weights)
+        model.requires_grad_(False)
+        return Adapter(model, None, None), head
+    config = TunerConfig.from_pretrained(str(directory))
+    config.modules_to_save = None  # the head
+    if told["peft_type"] in KINDS:
+        config.inference_mode = True
+        with torch.random.fork_rng(devices=[]):
+            virtual = add_virtual_tokens(model, config)
+        virtual.encoder.embedding.weight.data.copy_(weights[EMBEDDINGS])
+        model.requires_grad_(False)
+        return Adapter(model, None, None), head
+    with torch.random.fork_rng(devices=[]):  # what peft draws is overwritten
+        tuner = inject(model, config, "published")
+    weights = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+    assert weights.keys() == get_peft_model_state_dict(model, adapter_name="published").keys()
+    set_peft_model_state_dict(model, weights, adapter_name="published")
+    del model.peft_config  # seeing it, peft would warn of the adapter that `attach` adds
+    model.requires_grad_(False)
+    return Adapter(model, tuner, None), head

@@ -1,0 +1,226 @@
+"""Virtual tokens before every row: what prefix, prompt and P-tuning train, on peft's encoders.
+
+To the layers all three are keys and values that stand before a row's own. Prefix tuning (Li and Liang 2021,
+arXiv:2101.00190) learns them; in prompt tuning (Lester et al. 2021, arXiv:2104.08691) and P-tuning (Liu et
+al. 2021, arXiv:2103.10385) they are what the model makes of learned embeddings. Those look at no row, so they
+are computed once for all rows of a pass. Rows behind them are padded, one sequence a row: laid end to end,
+only the first would see them. Dimensions: B rows, N virtual tokens, A key/value heads, D size of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import (
+    PrefixEncoder,
+    PrefixTuningConfig,
+    PromptEmbedding,
+    PromptEncoder,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
+from peft.config import PromptLearningConfig
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from rlhf.config import ConfigError, PeftConfig
+from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.peft.target_modules import backbone_of
+
+EMBEDDINGS = "prompt_embeddings"
+"""peft's name of what is published: [N, layers * 2 * A * D] for prefix tuning, else [N, hidden size]."""
+KINDS = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "p_tuning"}
+"""What peft's files call the methods."""
+
+
+class VirtualTokens(nn.Module):
+    """Learned tokens; the model that holds them puts them before every row that it reads."""
+
+    def __init__(self, model: PreTrainedModel, config: PromptLearningConfig) -> None:
+        """`config.inference_mode`: as they were published, without what made them."""
+        super().__init__()
+        assert config.num_layers is not None
+        self.config, self.num_layers, self.are_left_out = config, config.num_layers, False
+        self.encoder: PrefixEncoder | PromptEmbedding | PromptEncoder
+        if isinstance(config, PrefixTuningConfig):
+            self.encoder = PrefixEncoder(config)
+        elif isinstance(config, PromptTuningConfig):
+            self.encoder = PromptEmbedding(config, model.get_input_embeddings())
+        else:
+            self.encoder = PromptEncoder(config)
+
+    def embeddings(self) -> Tensor:
+        """What is published of them."""
+        weight: Tensor = self.encoder.embedding.weight
+        if self.config.inference_mode:
+            return weight
+        made: Tensor = self.encoder(torch.arange(len(weight), device=weight.device))
+        return made
+
+    def keys_and_values(self, backbone: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer, [1, A, N, D]."""
+        embeddings = self.embeddings()
+        if not isinstance(self.config, PrefixTuningConfig):
+            return _keys_and_values(backbone, embeddings, self.num_layers)
+        heads = self.config.num_attention_heads
+        assert heads is not None
+        of_layers = embeddings.view(len(embeddings), self.num_layers, 2, heads, -1).permute(1, 2, 3, 0, 4)
+        return [(keys[None], values[None]) for keys, values in of_layers]
+
+    def before(self, backbone: nn.Module, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A hook: changes the arguments of a call to the backbone so that they stand before its rows."""
+        name = "cache" if "cache" in call else "past_key_values"  # its new name and its old one
+        cache = call.get(name)
+        if self.are_left_out or isinstance(cache, _Recorder):  # the tokens themselves are read
+            return args, call
+        if cache is None:
+            cache = Cache(layers=[_Before(*each) for each in self.keys_and_values(backbone)])
+        elif cache.get_seq_length() == 0:
+            given = (*args[:1], call.get("input_ids"), call.get("inputs_embeds"))  # GPT-2 gives it by place
+            inputs = next(each for each in given if each is not None)
+            for layer, (keys, values) in enumerate(self.keys_and_values(backbone)):
+                rows = (len(inputs), -1, -1, -1)
+                cache.update(keys.expand(rows), values.expand(rows), layer)
+        changed = {name: cache, "use_cache": True}
+        count = self.config.num_virtual_tokens
+        if call.get("position_ids") is not None:
+            changed["position_ids"] = call["position_ids"] + count
+        mask_BK = call.get("attention_mask")
+        if mask_BK is not None:
+            changed["attention_mask"] = torch.cat([mask_BK.new_ones(len(mask_BK), count), mask_BK], dim=1)
+        return args, call | changed
+
+
+def virtual_tokens(model: nn.Module) -> VirtualTokens | None:
+    """Those that a model holds."""
+    return next((each for each in model.children() if isinstance(each, VirtualTokens)), None)
+
+
+def add_virtual_tokens(model: PreTrainedModel, config: PromptLearningConfig) -> VirtualTokens:
+    """Let a model put virtual tokens before its rows; nothing but these trains.
+
+    Raises:
+        ConfigError: the model cannot have them.
+    """
+    assert config.peft_type is not None
+    check_virtual_tokens(model, KINDS[config.peft_type])
+    virtual = VirtualTokens(model, config)
+    model.requires_grad_(False)
+    if isinstance(config, PrefixTuningConfig) and not config.inference_mode:
+        _start_from_words(model, virtual)
+    module: nn.Module = virtual.to(model.device, model.dtype)
+    model.add_module("virtual_tokens", module)
+    if model.config._attn_implementation == ATTENTION:
+        model.set_attn_implementation("sdpa")
+    _reader(model).register_forward_pre_hook(virtual.before, with_kwargs=True)
+    return virtual
+
+
+def check_virtual_tokens(model: PreTrainedModel, method: str) -> None:
+    """Refuse a model that cannot have them, or has some; its weights may be on the meta device.
+
+    Raises:
+        ConfigError: why.
+    """
+    if virtual_tokens(model) is not None:
+        raise ConfigError(
+            f"method={method}: {type(model).__name__} has virtual tokens of its own. Use another method."
+        )
+    settings = model.config.get_text_config()
+    kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
+    has_attention = getattr(settings, "num_attention_heads", None) is not None
+    if kinds != {"full_attention"} or getattr(settings, "sliding_window", None) or not has_attention:
+        raise ConfigError(
+            f"method={method}: not every layer of {type(model).__name__} looks at all that stands before a "
+            "token (sliding windows, or no attention), so virtual tokens would be lost. Use lora or adapter."
+        )
+
+
+def _reader(model: PreTrainedModel) -> nn.Module:
+    """The module that every call goes through: the backbone, or its only part (OPT calls that itself)."""
+    backbone = backbone_of(model)
+    return getattr(backbone, "decoder", backbone)
+
+
+def virtual_config(model: PreTrainedModel, config: PeftConfig) -> PromptLearningConfig:
+    """peft's description of the tokens that a method asks for."""
+    settings = model.config.get_text_config()
+    heads, size = settings.num_attention_heads, settings.hidden_size
+    shape = {
+        "num_virtual_tokens": config.tokens, "num_layers": settings.num_hidden_layers, "token_dim": size,
+        "num_attention_heads": heads, "num_transformer_submodules": 1, "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    if config.method == "prompt":
+        return PromptTuningConfig(prompt_tuning_init="SAMPLE_VOCAB", **shape)
+    if config.method == "p_tuning":
+        return PromptEncoderConfig(encoder_hidden_size=size, **shape)
+    head_size = getattr(settings, "head_dim", None) or size // heads
+    heads = getattr(settings, "num_key_value_heads", None) or heads
+    return PrefixTuningConfig(**shape | {"token_dim": heads * head_size, "num_attention_heads": heads})
+
+
+@torch.no_grad()
+def _start_from_words(model: PreTrainedModel, virtual: VirtualTokens) -> None:
+    """Random keys and values would drown a row's own: start from those of real tokens, drawn at random.
+
+    Source: Li and Liang 2021, section 7.4.
+    """
+    words = model.get_input_embeddings()
+    assert isinstance(words, nn.Embedding)
+    drawn = torch.randint(words.num_embeddings, (virtual.config.num_virtual_tokens,)).to(model.device)
+    pairs = _keys_and_values(_reader(model), words(drawn), virtual.num_layers)
+    of_layers = torch.stack([torch.cat(pair) for pair in pairs])  # [layers, 2, A, N, D]
+    start = of_layers.permute(3, 0, 1, 2, 4).flatten(1)
+    virtual.encoder.embedding.weight.copy_(start)
+
+
+def _keys_and_values(backbone: nn.Module, embeddings: Tensor, layers: int) -> list[tuple[Tensor, Tensor]]:
+    cache = _Recorder(layers)
+    places = torch.arange(len(embeddings), device=embeddings.device)
+    backbone(inputs_embeds=embeddings[None], position_ids=places[None], past_key_values=cache, use_cache=True)
+    return [layer.pair for layer in cache.noted]
+
+
+class _Before(DynamicLayer):
+    """Keys and values [1, A, N, D] before those of all rows. It keeps nothing of theirs, so that a layer can
+    be computed anew (activation checkpointing)."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """[B, A, L, D] -> [B, A, N + L, D]."""
+        rows = (len(key_states), -1, -1, -1)
+        assert self.keys is not None and self.values is not None
+        return (
+            torch.cat([self.keys.expand(rows), key_states], dim=-2),
+            torch.cat([self.values.expand(rows), value_states], dim=-2),
+        )
+
+
+class _Recorder(Cache):
+    """Notes what each layer makes of a row."""
+
+    def __init__(self, layers: int) -> None:
+        self.noted = [_Noted() for _ in range(layers)]
+        super().__init__(layers=[*self.noted])
+
+
+class _Noted(DynamicLayer):
+    """The last keys and values that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.pair: tuple[Tensor, Tensor]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """They are returned as they are: nothing stands before them."""
+        self.pair = key_states, value_states
+        return self.pair

@@ -1,0 +1,250 @@
+"""Models that give one number a token: the reward model (read at the last token) and the critic (at all).
+
+Dimensions: B sequences, N response tokens laid end to end, H hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from rlhf.config import ConfigError
+from rlhf.distributed.compute import Compute
+from rlhf.models.load import ModelConfig, attention_of, check_complete, reading
+from rlhf.models.logprobs import Sequences
+from rlhf.models.packed_attention import hidden_states, pack_where_possible
+from rlhf.models.packed_batch import Packed
+from rlhf.models.peft.attach import PREFIX
+from rlhf.models.peft.saved import ADAPTER, WEIGHTS, attach_published, base_of, origin_of
+from rlhf.models.weight_sharing import sharing
+
+NO_HEAD = "{}: {} has no linear `score` head without bias: it cannot serve as a reward model."
+
+
+class ScalarHead(nn.Module):
+    """value = weight . hidden + offset, in fp32 whatever the weights are kept in."""
+
+    def __init__(self, weight: nn.Parameter, offset: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.offset = nn.Parameter(torch.tensor([offset], device=weight.device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [...]."""
+        return functional.linear(hidden.float(), self.weight.float()).squeeze(-1) + self.offset.float()
+
+
+class ScalarModel(nn.Module):
+    """A head, kept in fp32, on a model whose own head, if it has another one, is not run.
+
+    `offset` is added to every value; it is 0 in a reward model and folds a score's bias into a critic.
+    """
+
+    def __init__(self, model: PreTrainedModel, weight: nn.Parameter, offset: float = 0.0) -> None:
+        """`weight` [1, H] is the head; a sequence-classification model's is its own `score.weight`."""
+        super().__init__()
+        self.model = model
+        self.head = ScalarHead(weight, offset)
+
+    @property
+    def offset(self) -> nn.Parameter:
+        """[1], added to every value."""
+        return self.head.offset
+
+    def forward(self, rows: Sequence[Tensor]) -> Tensor:
+        """What the engine that trains a reward model calls: `last_values`."""
+        return self.last_values(rows)
+
+    def values(self, batch: Sequences) -> Tensor:
+        """V(prompt + y_<t) for each response token y_t, fp32 [N]: read where y_t is predicted."""
+        value_N: Tensor = self.head(hidden_states(self.model, batch.packed, batch.predicts_N))
+        return value_N
+
+    def last_values(self, rows: Sequence[Tensor]) -> Tensor:
+        """The value at each row's last token, fp32 [B]: the score of a complete exchange."""
+        packed = Packed(rows, self.model.device)
+        value_B: Tensor = self.head(hidden_states(self.model, packed, packed.last_B))
+        return value_B
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Tensor], micro_batch_tokens: int, compute: Compute) -> Tensor:
+        """`last_values` without gradient, in token-budget micro-batches, on the CPU in the given order.
+
+        Ranks share the work, and each gets all scores.
+        """
+        scores_B = torch.zeros(len(rows))
+        for group, weight, _ in compute.micro_batches([len(row) for row in rows], micro_batch_tokens):
+            part_B = self.last_values([rows[index] for index in group]).cpu()
+            if weight:
+                scores_B[group] = part_B
+        return compute.global_sum(scores_B)
+
+    def sharing_weights(self) -> ScalarModel:
+        """Another one on the very same frozen weights, with a copy of the head."""
+        return sharing(self, own=self.head.parameters())
+
+    def rescale(self, gain: float, bias: float) -> None:
+        """From now on answer gain * value + bias."""
+        with torch.no_grad():
+            self.head.weight.mul_(gain)
+            self.offset.mul_(gain).add_(bias)
+
+
+def check_score_head(directory: Path) -> None:
+    """See that a directory holds one label's trained linear head, by its weights' names and shapes alone.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    files, prefix = sorted(directory.glob("*.safetensors")), ""
+    if not files and origin_of(directory) is not None:
+        files, prefix = [directory / ADAPTER / WEIGHTS], PREFIX
+    shapes: dict[str, list[int]] = {}
+    try:
+        with reading(directory):
+            if not files:
+                raise OSError("no safetensors there")
+            for file in files:
+                with safe_open(file, framework="pt") as weights:
+                    names = {f"{prefix}score.{name}" for name in ("weight", "bias")} & set(weights.keys())
+                    shapes |= {name: weights.get_slice(name).get_shape() for name in names}
+            architectures = json.loads((directory / "config.json").read_bytes()).get("architectures")
+    except SafetensorError as error:
+        raise ConfigError(f"{directory}: cannot be read as a model: {error}.") from None
+    kind = architectures[0] if architectures else "the model"
+    is_trained = f"{prefix}score.weight" in shapes
+    if f"{prefix}score.bias" in shapes or (not is_trained and kind.endswith("ForSequenceClassification")):
+        raise ConfigError(NO_HEAD.format(directory, kind))
+    if not is_trained:
+        raise ConfigError(
+            f"{directory}: its score head was never trained (is it a causal language model?). "
+            "Give a sequence-classification model with one label."
+        )
+    if (labels := shapes[f"{prefix}score.weight"][0]) != 1:
+        raise ConfigError(f"{directory}: not a one-label classification model: it has {labels} labels.")
+
+
+def classifier_for(config: PreTrainedConfig) -> Any:
+    """The sequence-classification class of a family. Where transformers has none, it is made as transformers
+    makes its own: the family's `AutoModel` under a linear `score`."""
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
+    if kind not in MODEL_MAPPING:  # code of its own
+        return AutoModelForSequenceClassification
+    trunk: Any = MODEL_MAPPING[kind]
+    family = trunk.__mro__[1]
+    name = f"{family.__name__.removesuffix('PreTrainedModel')}ForSequenceClassification"
+    return type(name, (GenericForSequenceClassification, family), {"__module__": family.__module__})
+
+
+def linear_head(model: PreTrainedModel, of: object) -> nn.Linear:
+    """The head of a sequence-classification model.
+
+    Raises:
+        ConfigError: it is another one than a linear `score` without bias.
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(NO_HEAD.format(of, type(model).__name__))
+    return head
+
+
+def check_scorable(config: PreTrainedConfig) -> None:
+    """Refuse a base model that no reward model or critic can be made of; no weights are made or read.
+
+    Raises:
+        ConfigError: why.
+    """
+    classifier = classifier_for(config)
+    if classifier is AutoModelForSequenceClassification:
+        if classifier.__name__ not in (getattr(config, "auto_map", None) or {}):
+            raise ConfigError(
+                f"model: the code that comes with this {config.model_type} has no {classifier.__name__} "
+                "(auto_map in config.json), so no reward model can be made of it. Choose another model."
+            )
+    elif not issubclass(classifier, GenericForSequenceClassification):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            linear_head(classifier(config), "model")
+
+
+def load_scalar_model(
+    directory: Path, config: ModelConfig, dtype: torch.dtype, *, new_head: bool = False
+) -> ScalarModel:
+    """A published reward model, or (new_head) a causal model's trunk under a head that `reset_head` must set.
+
+    An artifact that is an adapter beside a reference is its base model with the adapter in it, frozen.
+
+    Raises:
+        ConfigError: it is not a classification model with one label and a trained linear head.
+    """
+    if not new_head:
+        check_score_head(directory)
+    base = base_of(directory)
+    if base is not None:
+        scalar = load_scalar_model(base, config, dtype, new_head=True)
+        _, published = attach_published(scalar.model, directory)
+        if published is not None:
+            scalar.head.weight.data.copy_(published)
+        return scalar
+    # a head that is not in there is drawn, and then again by `reset_head`
+    with reading(directory), torch.random.fork_rng(devices=[]):
+        settings = AutoConfig.from_pretrained(
+            directory, num_labels=1, trust_remote_code=config.trust_remote_code
+        )
+        model, found = classifier_for(settings).from_pretrained(
+            directory,
+            config=settings,
+            dtype=dtype,
+            attn_implementation=attention_of(config),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    head: Any = linear_head(model, directory)
+    check_complete(directory, set(found["missing_keys"]) - {"score.weight"})
+    if config.attention == "auto":
+        pack_where_possible(model)
+    scalar = ScalarModel(model, head.float().weight)
+    scalar.eval()
+    return scalar
+
+
+def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:
+    """Draw the head from N(0, deviation^2); None takes 1/(H+1) as variance, 0 gives a zero head.
+
+    Source: Stiennon et al. 2020 (arXiv:2009.01325, B.1) and Huang et al. 2024 (arXiv:2403.17031, detail 11).
+    """
+    size = scalar.head.weight.shape[1]
+    with torch.no_grad():
+        if deviation == 0.0:
+            scalar.head.weight.zero_()
+        else:
+            scalar.head.weight.normal_(std=math.sqrt(1 / (size + 1)) if deviation is None else deviation)
+
+
+def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a directory that `AutoModelForSequenceClassification` loads and scores with alike, where
+    transformers has such a class and the tokenizer a pad token of its own. docs/models.md has the format."""
+    assert float(scalar.offset.detach()) == 0.0, "a classification head has no bias to keep the offset in"
+    scalar.model.config.pad_token_id = tokenizer.pad_token_id  # where transformers' pooling stops
+    scalar.model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,275 @@
+"""The composed config as typed objects: everything is checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt
+
+from rlhf.cli.launcher import LaunchConfig
+from rlhf.cli.sweep.trial import SweepConfig
+from rlhf.compare.artifacts import POLICY_STAGES
+from rlhf.config import ConfigError, Strict, did_you_mean, validated
+from rlhf.data.schema import USER_KEYS, Role
+from rlhf.data.sources import SourceConfig, SourceList
+from rlhf.distributed.compute import DistributedConfig, Precision, Zero
+from rlhf.distributed.signals import uninterrupted
+from rlhf.generation.vllm import VllmConfig
+from rlhf.models.load import ModelConfig
+from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.peft.methods import METHODS
+from rlhf.pipeline.auto import without_auto
+from rlhf.pipeline.stage import Stage
+from rlhf.rewards.http import RewardServerConfig
+from rlhf.rewards.reward import RewardSource
+from rlhf.tracking.redaction import redacted
+from rlhf.tracking.tracker import TrackerConfig
+from rlhf.training.checkpoint import CheckpointConfig
+
+Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+ADVICE: dict[Role, str] = {
+    "reward": "Another ppo.reward than learned (function, server, model:DIRECTORY) needs no reward.pairs.",
+}
+"""How to do without the data of a role."""
+
+REPEATING = ("prepare", "generate", "evaluate", "compare")
+"""Stages whose YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
+
+
+class DemoConfig(Strict):
+    """What `auto` takes as long as none of the data is yours: the packaged sets in `data/`."""
+
+    sft: SourceConfig
+    """What `sft.data=auto` takes."""
+    reward: SourceConfig
+    """What `reward.pairs=auto` takes."""
+    ppo: SourceConfig
+    """What `ppo.prompts=auto` takes."""
+    evaluate: SourceConfig
+    """What `evaluate.prompts=auto` takes."""
+    retention: SourceList
+    """What `evaluate.retention=auto` takes."""
+    gold: RewardSource | None
+    """What `evaluate.gold=auto` takes."""
+
+
+class Settings(Strict):
+    """The keys beside the stages'. Values: conf/config.yaml."""
+
+    stage: Names
+    """`all`, one stage, or a list. The stages that they need, and that are not in the store, run too."""
+    run_name: str | None = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    """Name of the run's directory; null takes the time."""
+    runs_dir: str
+    """Directory of all runs."""
+    store_dir: str
+    """Directory of the store, which all runs share."""
+    seed: NonNegativeInt
+    """Seed of all random numbers in the run."""
+    device: Literal["auto", "cpu"]
+    """auto takes a GPU if there is one."""
+    precision: Precision
+    """Precision of weights and activations. auto takes bf16 if this hardware multiplies it faster, else fp32.
+    fp16 is refused, because it would need loss scaling."""
+    zero: Zero
+    """What DeepSpeed shards over the ranks: nothing, the optimizer (1), also gradients (2), also weights (3).
+    fsdp2 is torch's own and shards all three."""
+    generation: Literal["local", "vllm"]
+    """What samples responses: the trained model itself, or vLLM with a copy of its weights."""
+    vllm: VllmConfig
+    reward_server: RewardServerConfig
+    launch: LaunchConfig
+    distributed: DistributedConfig
+    checkpoint: CheckpointConfig
+    why: bool
+    """Explain why each stage is reused or run, down to the changed key."""
+    force: Names
+    """Stages to run again, even if the store has their artifact; their checkpoints are forgotten."""
+    gates: Literal["enforce", "warn"]
+    """Whether a failing gate ends the run (exit code 3) or is only reported."""
+    preflight: Literal["enforce", "warn"]
+    """Whether a run is refused before a model is loaded, if memory, disk or context are too small for it."""
+    sweep: SweepConfig
+    model: ModelConfig
+    tracker: TrackerConfig
+    demo: DemoConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole experiment; `settings.stage` says which part of it to run."""
+
+    settings: Settings
+    stages: Mapping[str, Stage]
+    """In the chain's order: every stage stands behind those it reads."""
+    resolved: Mapping[str, Any]
+    """The composed config with every interpolation and every `auto` resolved, as plain values."""
+    told: tuple[str, ...] = ()
+    """What the run says first: what keys at `auto` take beside data of the user's own."""
+
+    def whole_chain(self) -> set[str]:
+        """`stage=all`: the stages of the chain, without a model before the last that none of them reads."""
+        chain = [name for name, stage in self.stages.items() if stage.in_chain]
+        last = [name for name in chain if self.stages[name].tunes() is not None][-1]
+        found: set[str] = set()
+        for name in reversed(chain):
+            is_read = any(name in self.stages[later].inputs() for later in found)
+            if self.stages[name].tunes() is None or name == last or is_read:
+                found.add(name)
+        return found
+
+    def needed(self) -> list[str]:
+        """The requested stages and all that they read, in the chain's order."""
+        wanted = set(self.settings.stage)
+        if "all" in wanted:
+            wanted |= self.whole_chain()
+        for name in reversed(list(self.stages)):
+            if name in wanted:
+                wanted |= set(self.stages[name].inputs())
+        return [name for name in self.stages if name in wanted]
+
+
+def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
+    """Check the whole config.
+
+    Raises:
+        ConfigError: all complaints of the first section that has any.
+    """
+    names = [name for name, value in resolved.items() if _is_stage(value)]
+    settings = validated(Settings, {k: v for k, v in resolved.items() if k not in names}, "")
+    resolved, own, told = without_auto(resolved)
+    sections = {name: resolved[name] for name in names}
+    if not settings.stage:
+        raise ConfigError(f"stage=[]: nothing to do. Use all, or some of {', '.join(sections)}.")
+    for key, names, extra in (("stage", settings.stage, ["all"]), ("force", settings.force, [])):
+        for name in names:
+            if name not in sections and name not in extra:
+                known = [*extra, *sections]
+                raise ConfigError(
+                    f"{key}={name}: there is no such stage.{did_you_mean(name, known)} "
+                    f"Known: {', '.join(known)}."
+                )
+    for key in ("run_name", "runs_dir", "store_dir"):
+        if redacted(resolved[key]) != resolved[key]:
+            raise ConfigError(f"{key}: there is a secret in it, which would become a directory's name.")
+    stages: dict[str, Stage] = {}
+    for name in sorted(sections, key=lambda name: name in REPEATING):
+        section = sections[name]
+        values = {key: value for key, value in section.items() if key != "_target_"}
+        stages[name] = validated(_stage_class(section["_target_"]), values, name)
+    stages = {name: stages[name] for name in sections}
+    for name, stage in stages.items():
+        for gate, bound in stage.gates.items():
+            if bound is not None:
+                stage.check_metric(gate, f"{name}.gates.{gate}")
+        earlier = list(stages)[: list(stages).index(name)]
+        assert set(stage.inputs()) <= set(earlier), f"conf/config.yaml: mount {name} behind {stage.inputs()}"
+    experiment = Experiment(settings, stages, resolved, tuple(told))
+    check_sources(experiment, own)
+    for name in experiment.needed():
+        stages[name].check(stages)
+        check_method(stages[name], experiment)
+        peft = stages[name].tunes()
+        if peft is not None and peft.method == "qlora":
+            check_qlora(f"{name}.peft=qlora", settings.device)
+    return experiment
+
+
+def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
+    """Refuse a run that lacks data: all that is missing at once, and who reads it.
+
+    Args:
+        own: keys that name the user's own data.
+
+    Raises:
+        ConfigError: in the user's own keys.
+    """
+    sources, needed = experiment.resolved["prepare"]["sources"], experiment.needed()
+    readers: dict[Role, list[str]] = {}
+    for name in needed:
+        for role in experiment.stages[name].needs(experiment.stages):
+            if not sources[role]:
+                readers.setdefault(role, []).append(name)
+    if not readers:
+        return
+    missing = [f"{USER_KEYS[role]} (for {' and '.join(names)})" for role, names in readers.items()]
+    why = f" No packaged set is used beside your own data ({', '.join(own)})." if own else ""
+    advice = "".join(f" {ADVICE[role]}" for role in readers if role in ADVICE)
+    raise ConfigError(
+        f"No data for {', '.join(missing)}.{why} Name a source for each: a path, hub:ID or samples:NAME; or "
+        f"choose stages that need none, with stage=.{advice}"
+    )
+
+
+def check_method(stage: Stage, experiment: Experiment) -> None:
+    """Refuse a method of training where it cannot work or was not tried.
+
+    Raises:
+        ConfigError: why, and with what it can.
+    """
+    peft, settings = stage.tunes(), experiment.settings
+    if peft is None:
+        return
+    method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
+    merging = " or ".join(name for name, each in METHODS.items() if each.merges)
+    start = experiment.stages["sft"].tunes() if "sft" in stage.inputs() else None
+    if start is not None and not METHODS[start.method].merges:
+        raise ConfigError(
+            f"sft.peft={start.method}: it is not merged into the weights, so {stage.name}, which trains on "
+            f"the SFT model, would have to publish two adapters. Use sft.peft={merging}; or run only what "
+            f"needs no {stage.name}, such as stage=sft."
+        )
+    if method.pads and settings.model.attention == ATTENTION:
+        raise ConfigError(
+            f"model.attention={ATTENTION}: it lays rows end to end, and with {key} only the first would see "
+            "the virtual tokens. Use model.attention=auto, which pads these rows, or another "
+            f"{stage.name}.peft."
+        )
+    if settings.generation == "vllm" and not method.merges and stage.name in POLICY_STAGES:
+        raise ConfigError(
+            f"generation=vllm: {key} is not merged into the weights, which are all that vLLM is handed. Use "
+            f"generation=local, or {stage.name}.peft={merging}."
+        )
+    if settings.zero != "none" and not method.shards:
+        tried = " or ".join(name for name, each in METHODS.items() if each.shards)
+        raise ConfigError(
+            f"zero={settings.zero}: {key} was not tried with sharded weights. Use zero=none, or "
+            f"{stage.name}.peft={tried}."
+        )
+    if settings.generation == "vllm" and stage.samples and not method.samples_by_vllm:
+        tried = " or ".join(name for name, each in METHODS.items() if each.samples_by_vllm)
+        raise ConfigError(
+            f"generation=vllm: what {key} trains cannot be handed over to vLLM. Use generation=local, or "
+            f"{stage.name}.peft={tried}."
+        )
+
+
+def check_qlora(key: str, device: str) -> None:
+    """Refuse 4-bit weights where there is no GPU for them.
+
+    Raises:
+        ConfigError: with what is missing.
+    """
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        raise ConfigError(f"{key}: 4-bit weights are for a GPU, and this run has none. Use lora.")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{key} needs bitsandbytes: pip install -e '.[qlora]'.")
+
+
+def _is_stage(value: Any) -> bool:
+    return isinstance(value, dict) and "_target_" in value
+
+
+def _stage_class(target: str) -> type[Stage]:
+    module, _, name = target.rpartition(".")
+    with uninterrupted():
+        found: type[Stage] = getattr(import_module(module), name)
+    return found

@@ -1,0 +1,102 @@
+"""What a stage is handed: where to work, what to read, whom to tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.data.prepared import PreparedData
+from rlhf.models.load import BaseModelFiles
+from rlhf.models.start import directory_of
+from rlhf.pipeline.store import Artifact
+from rlhf.tracking.progress import Progress
+from rlhf.tracking.redaction import redacted
+from rlhf.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from rlhf.distributed.compute import Compute
+    from rlhf.generation.vllm import Vllm
+    from rlhf.pipeline.experiment import Experiment
+    from rlhf.rewards.http import RewardServerConfig
+    from rlhf.training.checkpoint import Checkpointer
+
+
+@dataclass
+class Job:
+    """One stage's run."""
+
+    stage: str
+    seed: int
+    compute: Compute
+    """Device, dtype and the accelerator."""
+    base: BaseModelFiles
+    """The base model as a local directory, and how to treat it."""
+    inputs: Mapping[str, Artifact]
+    """Finished artifacts of the stages named by `Stage.inputs`."""
+    data: PreparedData
+    """The prepared data sets: `job.data.rows("sft", "train")`."""
+    directory: Path
+    """Where the stage writes its artifact; renamed into the store once the stage is done."""
+    tracker: Tracker
+    progress: Progress
+    checkpoints: Checkpointer
+    reward_server: RewardServerConfig
+    """How a reward at a URL is asked."""
+    run_directory: Path
+    """For what does not belong into the artifact, such as a batch that could not be learned from."""
+    external: Mapping[str, str] = field(default_factory=dict)
+    """As rank 0 found it: `Stage.external`. Whole models are hashed for it, once."""
+    vllm: Vllm | None = None
+    """What samples with `generation=vllm`; None for the local engine."""
+    experiment: Experiment | None = None
+    """All stages and settings, for a stage that is about the others."""
+    summary: dict[str, float] | None = field(default=None)
+
+    @property
+    def will_sample(self) -> bool:
+        """Whether this stage or another of the run samples by the local engine."""
+        if self.vllm is not None or self.experiment is None:
+            return False
+        stages = self.experiment.stages
+        return any(stages[name].samples for name in self.experiment.needed())
+
+    def start(self, init: str) -> BaseModelFiles:
+        """The model that `STAGE.init` names."""
+        directory = directory_of(init)
+        if directory is not None:
+            return BaseModelFiles(directory, self.external["init"], self.base.config)
+        if init == "base":
+            return self.base
+        return BaseModelFiles(self.inputs[init].path, self.inputs[init].key, self.base.config)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log one step's metrics under the stage's name."""
+        self.tracker.log(self.stage, metrics, step)
+
+    def sample(self, **row: Any) -> None:
+        """Keep one generated text (prompt, response, score, ...) in samples.jsonl."""
+        self.tracker.sample(self.stage, row)
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put a .jsonl file into the artifact."""
+        if not self.compute.is_main:
+            return
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self.directory / name).write_text(text, encoding="utf-8")
+
+    def dump(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Keep rows that something went wrong with, beside the run's other files, for a person to look at."""
+        path = self.run_directory / f"{self.stage}-{name}.jsonl"
+        if self.compute.is_main:
+            text = "".join(json.dumps(redacted(row), ensure_ascii=False) + "\n" for row in rows)
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    def publish(self, metrics: Mapping[str, float]) -> None:
+        """Declare the artifact complete, with its summary metrics (names without the stage's)."""
+        assert self.summary is None, f"{self.stage} published twice"
+        self.summary = {name: float(value) for name, value in metrics.items()}
+        self.tracker.summarize(self.stage, self.summary)

@@ -1,0 +1,90 @@
+"""What is known of an artifact later: who made it, from what, with what."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf import __version__
+from rlhf.pipeline.store import Artifact, Manifest, Recipe, digest_of, file_digest, recipe_key
+from rlhf.tracking.tracker import Tracker
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def make_manifest(
+    stage: str,
+    recipe: Recipe,
+    scratch: Path,
+    *,
+    config: dict[str, Any],
+    metrics: Mapping[str, float],
+    seconds: float,
+    num_ranks: int,
+    made_from: dict[str, str],
+) -> Manifest:
+    """The manifest of what lies in scratch; the store fills in the files.
+
+    Args:
+        config: the whole resolved config of the run, without secrets.
+        seconds: of all attempts.
+        made_from: stage -> `content_digest`.
+    """
+    tokenizer_files = {
+        path.name: file_digest(path) for name in TOKENIZER_FILES if (path := scratch / name).exists()
+    }
+    return Manifest(
+        stage=stage,
+        key=recipe_key(recipe),
+        recipe=recipe,
+        config=config,
+        metrics=dict(metrics),
+        seconds=round(seconds, 2),
+        tokenizer=digest_of(tokenizer_files) if tokenizer_files else None,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        git_revision=git_revision(),
+        packages={"rlhf": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
+        hardware=hardware() + (f", {num_ranks} ranks" if num_ranks > 1 else ""),
+        files={},
+        made_from=made_from,
+    )
+
+
+def hardware() -> str:
+    """This machine: processor, threads, GPU."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{_processor()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def _processor() -> str:
+    """As Linux names it; elsewhere its architecture at least."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def content_digest(artifact: Artifact) -> str:
+    """Of all its bytes, apart from the logs."""
+    logs = (Tracker.METRICS, Tracker.SAMPLES)
+    return digest_of({name: each for name, each in artifact.manifest.files.items() if name not in logs})
+
+
+def git_revision() -> str | None:
+    """The checkout this package runs from, with a mark when it has uncommitted changes."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,402 @@
+"""What is checked before any model is loaded: memory, disk, context length, and what the ranks can share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedModel
+
+from rlhf.config import ConfigError, PeftConfig
+from rlhf.costs.memory import Phase, amount
+from rlhf.costs.model_shape import UnknownShapeError, counted, skeleton
+from rlhf.costs.setup import GIB, Setting, found_setting
+from rlhf.costs.stage_cost import Demand
+from rlhf.data.prepared import PreparedData
+from rlhf.distributed.compute import Compute
+from rlhf.models.load import BaseModelFiles
+from rlhf.models.peft.attach import check_attachable
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.saved import rehearse
+from rlhf.models.peft.target_modules import told as told_of
+from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.stage import Stage
+from rlhf.tracking.progress import clock
+from rlhf.training.checkpoint import CheckpointConfig
+
+MARGIN = 1.15
+"""How far a prediction may be above what is used in truth; only what does not fit even then is refused."""
+
+
+class Begun(NamedTuple):
+    """What an earlier attempt left of a stage."""
+
+    bytes: float = 0.0
+    """Of its checkpoints."""
+    seconds: float = 0.0
+    """That the newest of them has behind it."""
+
+
+def check_before_loading(
+    experiment: Experiment,
+    pending: Mapping[str, Begun],
+    base: BaseModelFiles,
+    compute: Compute,
+    data: PreparedData,
+    console: Console,
+) -> None:
+    """Check what the stages that have to run need, and say roughly how much and how long.
+
+    Args:
+        pending: those stages, and what an earlier attempt left of each.
+
+    Raises:
+        ConfigError: it cannot be done here.
+    """
+    stages, settings = [experiment.stages[name] for name in pending], experiment.settings
+    for stage in stages:
+        stage.check_compute(compute)
+    if not any(stage.reads_weights for stage in stages):
+        return
+    try:
+        model = skeleton(base.architecture, trust_remote_code=settings.model.trust_remote_code)
+        for line in eager_told(model, settings.model.attention):
+            console.print(line, highlight=False, markup=False, style="yellow")
+        models = {stage.name: own_skeleton(stage, base) or model for stage in stages}
+        for index, stage in enumerate(stages):
+            is_known = (stage.tunes(), stage.init_directory()) in [
+                (before.tunes(), before.init_directory()) for before in stages[:index]
+            ]
+            check_tunes(stage, models[stage.name], check_attachable if is_known else rehearse)
+        for line in adapters_told(stages, models):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        on = found_setting(settings, counted(model), compute, data.size)
+    except UnknownShapeError as unknown:
+        unchecked = f"Memory, time, disk and context are not checked: {unknown}."
+        console.print(unchecked, style="yellow", highlight=False)
+        return
+    checked = preflight(
+        stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint, begun=pending
+    )
+    told = [*padding_told(stages, settings.model.attention), *checked.warned, *checked.refused]
+    refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
+    if refused and settings.preflight == "enforce":
+        told = checked.refused or ["Another rank has too little memory or disk: see its output."]
+        raise ConfigError("\n".join([*told, "Nothing was loaded. preflight=warn goes on nevertheless."]))
+    for line in told:
+        console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
+    console.print(expectations(checked.demands, on, pending), highlight=False)
+
+
+def check_tunes(
+    stage: Stage,
+    base: PreTrainedModel,
+    check: Callable[[PreTrainedModel, PeftConfig], None] = check_attachable,
+) -> None:
+    """Refuse a method that the base model cannot be trained with.
+
+    Args:
+        base: its skeleton.
+        check: `rehearse` takes longer, and finds more.
+
+    Raises:
+        ConfigError: why.
+    """
+    peft = stage.tunes()
+    if peft is None:
+        return
+    try:
+        check(base, peft)
+    except ConfigError as error:
+        complaint = f"{stage.name}.peft.{error}"
+        raise ConfigError(complaint.replace(".method=", "=", 1)) from None  # sft.peft=ia3 is what one writes
+
+
+def own_skeleton(stage: Stage, base: BaseModelFiles) -> PreTrainedModel | None:
+    """Of the user's own model that a stage trains instead of the base model; None without one."""
+    directory = stage.init_directory()
+    if directory is None:
+        return None
+    files = replace(base, directory=directory)
+    return skeleton(files.architecture, trust_remote_code=base.config.trust_remote_code)
+
+
+def adapters_told(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]) -> Iterator[str]:
+    """What adapters of `all-linear` are put beside, and what not.
+
+    Args:
+        models: stage -> the skeleton of the model that it trains.
+    """
+    lines: dict[str, list[str]] = {}
+    for stage in stages:
+        peft = stage.tunes()
+        line = None if peft is None else told_of(models[stage.name], peft)
+        if line is not None:
+            lines.setdefault(line, []).append(stage.name)
+    yield from (f"{', '.join(names)}: {line}" for line, names in lines.items())
+
+
+def eager_told(base: PreTrainedModel, attention: str) -> Iterator[str]:
+    """Where `auto` has nothing better than eager attention.
+
+    Args:
+        base: its skeleton.
+    """
+    if attention == "auto" and base.config._attn_implementation == "eager":
+        yield (
+            f"model.attention=auto: {type(base).__name__} has eager attention only: rows are padded, and "
+            "long ones need much memory."
+        )
+
+
+def padding_told(stages: Sequence[Stage], attention: str) -> Iterator[str]:
+    """Where rows are padded that would otherwise be laid end to end."""
+    for stage in stages:
+        peft = stage.tunes()
+        if peft is not None and METHODS[peft.method].pads and attention == "auto":
+            yield (
+                f"{stage.name}.peft={peft.method}: rows are padded, one sequence a row: laid end to end only "
+                "the first would see the virtual tokens."
+            )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the stages that have to run need, and what speaks against it."""
+
+    demands: dict[str, Demand]
+    refused: list[str]
+    """Complaints in the user's own keys."""
+    warned: list[str]
+    """What may not fit."""
+
+
+def preflight(
+    stages: Sequence[Stage],
+    chain: Mapping[str, Stage],
+    on: Setting,
+    store: Path,
+    checkpoints: CheckpointConfig,
+    begun: Mapping[str, Begun],
+) -> Checked:
+    """Check what these stages need against what there is; no model is loaded.
+
+    Args:
+        begun: what an earlier attempt left of each stage.
+    """
+    demands: dict[str, Demand] = {}
+    refused: list[str] = []
+    warned: list[str] = []
+    for stage in stages:
+        demand = demands[stage.name] = stage.demand(on, chain)
+        if not demand.phases:
+            continue
+        need = shortage(demand, on)
+        if need > MARGIN:
+            refused.append(f"{said(stage, demand, on)} {advice(stage, chain, on)}")
+        elif need > 1.0:
+            warned.append(said(stage, demand, on))
+        on = replace(on, has_sampled=on.has_sampled or stage.samples)
+    refused += disk_complaints(demands, store, checkpoints, begun)
+    too_long = context_complaints(stages, demands, chain, on)
+    return Checked(demands, [*too_long, *refused], warned)
+
+
+def tightest(demand: Demand, on: Setting) -> tuple[Phase, bool | None, float]:
+    """The phase that wants the largest share of the memory there is, whether that is the host's (None without
+    a device of its own), and the share; above 1 it is not enough."""
+    machine = on.machine
+    if machine.kind == "cpu":
+        phase = demand.peak()
+        return phase, None, (phase.size() + machine.used) / machine.memory
+    device, host = demand.peak(on_host=False), demand.peak(on_host=True)
+    on_device = (device.size(on_host=False) + machine.used) / machine.memory
+    on_host = host.size(on_host=True) / machine.host_memory
+    return (host, True, on_host) if on_host > on_device else (device, False, on_device)
+
+
+def shortage(demand: Demand, on: Setting) -> float:
+    """The largest share of the memory there is that any phase wants; above 1 it is not enough."""
+    return tightest(demand, on)[2]
+
+
+def most(demand: Demand, on: Setting) -> tuple[Phase, float]:
+    """The phase that needs most of the device, and its bytes with what the process holds anyway; without a
+    device of its own, of the host."""
+    on_host = None if on.on_cpu else False
+    phase = demand.peak(on_host=on_host)
+    return phase, phase.size(on_host=on_host) + on.machine.used
+
+
+def said(stage: Stage, demand: Demand, on: Setting) -> str:
+    """`ppo needs about 31.0 GiB (learning: weights 15.0, ...), and there are 24.0 GiB.`"""
+    machine = on.machine
+    phase, on_host, _ = tightest(demand, on)
+    have, used = (machine.host_memory, 0.0) if on_host else (machine.memory, machine.used)
+    where = {None: "", True: " in the host's memory", False: " on each GPU"}[on_host]
+    total = phase.size(on_host=on_host) + used
+    return (
+        f"{stage.name} needs about {total / GIB:.1f} GiB{where} ({phase.name}: {by_kind(phase, on_host)}), "
+        f"and there are {have / GIB:.1f} GiB."
+    )
+
+
+def by_kind(phase: Phase, on_host: bool | None = None) -> str:
+    """`weights 1.2, optimizer 3.0`, in GiB."""
+    sizes: dict[str, float] = {}
+    for part in phase.parts:
+        if on_host is None or part.on_host == on_host:
+            sizes[part.kind] = sizes.get(part.kind, 0.0) + part.size
+    return ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in sizes.items())
+
+
+def advice(stage: Stage, chain: Mapping[str, Stage], on: Setting) -> str:
+    """The knobs that would make it fit, by trying them: each alone, then together."""
+    found = []
+    knobs = list(savings(stage, on))
+    for key, change, where in knobs:
+        if fits(stage, chain, on, change, where):
+            found.append(key)
+    if found:
+        return f"It would fit with {' or with '.join(found)}."
+    zeros = [knob for knob in knobs if knob[2]]
+    for zero, left_out in product((None, *zeros), (None, *knobs)):
+        chosen = [knob for knob in knobs if knob is not left_out and (knob is zero or knob not in zeros)]
+        for together in list(accumulate(([knob] for knob in chosen), lambda done, new: [*done, *new]))[1:]:
+            change = {name: value for _, changes, _ in together for name, value in changes.items()}
+            if fits(stage, chain, on, change, zero[2] if zero and zero in together else {}):
+                return f"It would fit with {' '.join(key for key, _, _ in together)}."
+    return "No knob here would make it fit: take a smaller model or more memory."
+
+
+def savings(stage: Stage, on: Setting) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(as the user would write it, knobs of the stage, changes of the setting): the cheapest first."""
+    name, fields = stage.name, type(stage).model_fields
+    knobs = stage.model_dump()
+    for key in ("micro_batch_tokens", *(["batch_rows"] if stage.samples else [])):
+        if key in fields:
+            # without a number all rows of a rollout are decoded together
+            together = knobs[key] or max(knobs["batch_episodes"], knobs["evaluate_prompts"]) // on.ranks
+            smaller = max(1, together // 4)
+            yield f"{name}.{key}={smaller}", {key: smaller}, {}
+    if "activation_checkpointing" in fields and not knobs["activation_checkpointing"]:
+        yield f"{name}.activation_checkpointing=true", {"activation_checkpointing": True}, {}
+    shards = "peft" not in fields or METHODS[knobs["peft"]["method"]].shards
+    if shards and on.ranks > 1 and on.zero == "none":
+        yield "zero=zero2", {}, {"zero": "zero2"}
+    if shards and not on.shards_weights and (on.ranks > 1 or not on.on_cpu):
+        for kind in ("zero3", "fsdp2") if on.ranks > 1 else ("zero3_offload",):
+            yield f"zero={kind}", {}, {"zero": kind}
+    if "frozen" in fields and on.zero != "none":
+        yield f"{name}.frozen=sharded", {"frozen": "sharded"}, {}
+    elif "frozen" in fields and not on.on_cpu and knobs["peft"]["method"] == "none":
+        yield f"{name}.frozen=offloaded", {"frozen": "offloaded"}, {}
+    if "peft" in fields and knobs["peft"]["method"] == "none":
+        yield f"{name}.peft=lora", {"peft": PeftConfig(method="lora")}, {}
+
+
+def fits(
+    stage: Stage, chain: Mapping[str, Stage], on: Setting, change: Mapping[str, Any], where: Mapping[str, Any]
+) -> bool:
+    """Whether the stage has memory enough with these changes, and its run would take them."""
+    changed = stage.model_copy(update=dict(change))
+    setting = replace(on, **where)
+    if not is_taken(changed, setting):
+        return False
+    return shortage(changed.demand(setting, {**chain, stage.name: changed}), setting) <= 1.0
+
+
+def is_taken(stage: Stage, on: Setting) -> bool:
+    """Whether a stage would run on these ranks, which is a question of those that train."""
+    if stage.tunes() is None:
+        return True
+    try:
+        stage.check_compute(
+            Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
+        )
+    except ConfigError:
+        return False
+    return True
+
+
+def context_complaints(
+    stages: Sequence[Stage], demands: Mapping[str, Demand], chain: Mapping[str, Stage], on: Setting
+) -> Iterator[str]:
+    """A sequence that is longer than the model, or vLLM where that samples it, can read: for each key that
+    the user would lower, what the stage says that has the longest."""
+    limit = None if on.vllm is None else on.vllm.max_model_len
+    excess: dict[str, float] = {}
+    complaints: dict[str, str] = {}
+    for stage in stages:
+        demand = demands[stage.name]
+        if limit is not None and limit < demand.sampled <= on.shape.context:
+            yield (
+                f"{stage.name}: the longest prompt and its answer are {demand.sampled} tokens, and "
+                f"vllm.max_model_len={limit}. Use {demand.sampled} or more."
+            )
+        context = min(demand.context, on.shape.context)
+        if demand.longest <= context:
+            continue
+        key = next(key for key in ("max_new_tokens", "max_tokens") if key in type(stage).model_fields)
+        value = stage.model_dump()[key]
+        name = f"{_owner(stage, key, chain)}.{key}"
+        more = max(value, demand.longest) - context
+        if more > excess.get(name, 0.0):
+            excess[name] = more
+            complaints[name] = (
+                f"{name}={value}: the longest sequence could have {demand.longest} tokens, and the "
+                f"model's context has {context:.0f}. Lower it by {more:.0f}."
+            )
+    yield from complaints.values()
+
+
+def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
+    """The stage whose key the user types: stages of the chain that train nothing repeat that of one that
+    does (`generate.max_new_tokens: ${ppo.max_new_tokens}`)."""
+    if stage.in_chain and stage.tunes() is None:
+        for other in chain.values():
+            if other.tunes() is not None and other.model_dump().get(key) == stage.model_dump()[key]:
+                return other.name
+    return stage.name
+
+
+def disk_complaints(
+    demands: Mapping[str, Demand], store: Path, checkpoints: CheckpointConfig, begun: Mapping[str, Begun]
+) -> Iterator[str]:
+    """What is published, and the checkpoints of the stage that needs most, must fit the store's disk, beside
+    those that a stage to be resumed has written."""
+    published = sum(demand.artifact for demand in demands.values())
+    missing = [checkpoint_bytes(demand, checkpoints) - begun[name].bytes for name, demand in demands.items()]
+    largest = max(0.0, *missing)
+    free = shutil.disk_usage(store).free
+    if published + largest > free:
+        yield (
+            f"store_dir={store}: the artifacts need about {amount(published)} and the checkpoints "
+            f"{amount(largest)}, and {amount(free)} are free. Make room, choose another store_dir, or lower "
+            "checkpoint.keep."
+        )
+
+
+def checkpoint_bytes(demand: Demand, config: CheckpointConfig) -> float:
+    """Of all that are kept, and the one being written; 0 where the stage ends before the first."""
+    minutes = config.every_minutes
+    is_written = config.every_steps is not None or (minutes is not None and demand.seconds > 60 * minutes)
+    return (config.keep + 1) * demand.checkpoint if is_written else 0.0
+
+
+def expectations(demands: Mapping[str, Demand], on: Setting, begun: Mapping[str, Begun]) -> str:
+    """`About 5:10 to go: sft 2:00, 3.1 GiB; ...`, from where each stage's newest checkpoint is."""
+    left = {name: max(0.0, demand.seconds - begun[name].seconds) for name, demand in demands.items()}
+    parts = [
+        f"{name} {clock(left[name])} ({most(demand, on)[1] / GIB:.1f} GiB)"
+        for name, demand in demands.items()
+        if demand.phases
+    ]
+    return f"About {clock(sum(left.values()))} to go: {', '.join(parts)}."

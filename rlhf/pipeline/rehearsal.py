@@ -1,0 +1,78 @@
+"""Every reward is asked about two rows before anything trains, so that it cannot fail first after hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+
+from rich.console import Console
+from rich.markup import escape
+
+from rlhf.config import ConfigError
+from rlhf.data.prepared import PreparedData, splits_of
+from rlhf.data.schema import PairRow, PromptRow, Row, SftRow
+from rlhf.distributed.compute import Compute
+from rlhf.models.load import ModelConfig
+from rlhf.pipeline.stage import Stage
+from rlhf.rewards.http import RewardServerConfig
+from rlhf.rewards.model import make_reward
+from rlhf.rewards.reward import Exchange
+
+ROWS = 2
+ANSWER = "Yes."
+"""To a prompt that comes without an answer."""
+MICRO_BATCH_TOKENS = 4096
+
+
+def rehearse_rewards(
+    stages: Iterable[Stage],
+    data: PreparedData,
+    config: ModelConfig,
+    compute: Compute,
+    server: RewardServerConfig,
+    console: Console,
+) -> None:
+    """Ask each reward that these stages name, but the one that is still to be learned, about two rows.
+
+    Raises:
+        ConfigError: it does not answer, or not with one number for each, of which one at least is finite.
+    """
+    asked: set[str] = set()
+    for stage in stages:
+        for key, source in stage.rewards().items():
+            if source == "learned" or source in asked:
+                continue
+            asked.add(source)
+            exchanges = list(islice(some_exchanges(stage, data), ROWS))
+            try:
+                reward = make_reward(source, None, config, compute, MICRO_BATCH_TOKENS, server)
+                score_B = reward(exchanges)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{key}: asked about {len(exchanges)} rows before anything trains: {error}"
+                ) from error
+            is_finite_B = score_B.isfinite()
+            if bool(is_finite_B.all()):
+                continue
+            index = int((~is_finite_B).nonzero()[0])
+            said = (
+                f"{key}={source} gave {float(score_B[index])} for the response {exchanges[index].response!r}"
+            )
+            if not bool(is_finite_B.any()):
+                raise ConfigError(
+                    f"{said}, and gave no finite score for any response that it was asked about before "
+                    "anything trains. A score must be a finite number."
+                )
+            console.print(f"[yellow]{escape(said)}[/]: such answers cannot be learned from.", highlight=False)
+
+
+def some_exchanges(stage: Stage, data: PreparedData) -> Iterator[Exchange]:
+    """Rows of the first data that a stage reads, with an answer."""
+    role = stage.roles()[0]
+    rows: Sequence[Row] = data.rows(role, splits_of(role)[0])
+    for row in rows:
+        match row:
+            case SftRow(prompt=prompt, completion=answer) | PairRow(prompt=prompt, chosen=answer):
+                yield Exchange(prompt, answer)
+            case PromptRow(prompt=prompt):
+                yield Exchange(prompt, ANSWER)

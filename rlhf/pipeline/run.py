@@ -1,0 +1,215 @@
+"""One invocation: its directory, what its stages came to, and its gates."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.config import Bound, ConfigError
+from rlhf.disk import naming
+from rlhf.evaluation.sampled import Sampled
+from rlhf.locks import HeldError, Lock
+from rlhf.pipeline.store import Artifact
+from rlhf.tracking.redaction import redacted
+
+GateOutcome = Literal["passed", "failed", "cannot tell", "not checked"]
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One summary metric against its bound."""
+
+    stage: str
+    name: str
+    value: float
+    bound: Bound
+    sampled: Sampled | None = None
+    """The value with its interval, where it was measured on a sample of rows."""
+    not_checked: str | None = None
+    """Why the bound does not apply here."""
+
+    @property
+    def outcome(self) -> GateOutcome:
+        """Whether the value, or its whole interval, lies within the bound, or none of it, or neither."""
+        if self.not_checked is not None:
+            return "not checked"
+        sampled, bound = self.sampled, self.bound
+        if sampled is None or (math.isnan(self.value) and sampled.rows):
+            return "passed" if bound.holds(self.value) else "failed"
+        if bound.holds(sampled.low) and bound.holds(sampled.high):
+            return "passed"
+        is_below = bound.min is not None and sampled.high < bound.min
+        is_above = bound.max is not None and sampled.low > bound.max
+        return "failed" if is_below or is_above else "cannot tell"
+
+    @property
+    def more_rows(self) -> int | None:
+        """About how many rows more would tell, if the value stays what it is: an interval's width goes with
+        the root of its rows. None where that is not known: one row, or a value that lies on the bound."""
+        if self.outcome != "cannot tell" or self.sampled is None:
+            return None
+        half = (self.sampled.high - self.sampled.low) / 2
+        bounds = (bound for bound in (self.bound.min, self.bound.max) if bound is not None)
+        distance = min(abs(self.value - bound) for bound in bounds)
+        if not math.isfinite(half) or not distance > 0:
+            return None
+        return max(1, math.ceil(self.sampled.rows * ((half / distance) ** 2 - 1)))
+
+    @property
+    def advice(self) -> str:
+        """What to do about it, as a sentence; empty where there is nothing to do."""
+        if self.outcome == "failed":
+            return f"Try: {self.bound.advice}."
+        if self.outcome == "not checked":
+            return f"Does not apply: {self.not_checked}."
+        if self.outcome == "passed":
+            return ""
+        where = f" ({self.bound.rows})" if self.bound.rows else ""
+        if self.more_rows is not None:
+            return f"About {two_digits(self.more_rows):,} more rows like these would tell{where}."
+        if self.sampled is not None and self.sampled.rows < 2:
+            return f"That takes more than one row{where}."
+        return "The figure lies on the bound: no number of rows would tell."
+
+    def as_json(self) -> dict[str, Any]:
+        """Its entry in summary.json; a value that is not finite becomes null."""
+        sampled = self.sampled
+        return {
+            "stage": self.stage,
+            "name": self.name,
+            "value": _finite(self.value),
+            "low": _finite(sampled.low) if sampled else None,
+            "high": _finite(sampled.high) if sampled else None,
+            "rows": sampled.rows if sampled else None,
+            "bound": str(self.bound),
+            "outcome": self.outcome,
+            "passed": self.outcome == "passed",
+            "more_rows": self.more_rows,
+            "advice": self.advice,
+        }
+
+    @property
+    def figure(self) -> str:
+        """The value, its interval and its rows."""
+        if self.sampled is None:
+            return "-" if self.not_checked and math.isnan(self.value) else f"{self.value:.4g}"
+        _, low, high, rows = self.sampled
+        return f"{self.value:.4g} (95%: {low:.4g} to {high:.4g}, {rows:,} rows)"
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.name} = {self.figure}, wanted {self.bound}. {self.advice}".rstrip()
+
+
+def two_digits(count: int) -> int:
+    """Rounded up: more digits would claim to know more than an estimate does."""
+    unit: int = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // unit) * unit
+
+
+class GateError(Exception):
+    """A stage finished, but its result is not good enough to go on with. Exit code 3."""
+
+
+@dataclass
+class Run:
+    """One invocation: its directory, and what is known of it so far (summary.json)."""
+
+    directory: Path
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gates: list[GateResult] = field(default_factory=list)
+    writes: bool = True
+    """False on ranks other than 0: one writes for all."""
+    verdict: str | None = None
+    """What the run came to, in words; None before its end."""
+
+    def metrics_of(self, stage: str) -> dict[str, float]:
+        """A stage's summary metrics without its name in front; none where it was not part of the run."""
+        metrics: dict[str, float] = self.stages.get(stage, {}).get("metrics", {})
+        return {name.removeprefix(f"{stage}/"): value for name, value in metrics.items()}
+
+    @contextmanager
+    def alone(self, name: str = ".lock") -> Iterator[None]:
+        """Hold the run directory, which is made, so that two runs cannot mix their files in it.
+
+        Args:
+            name: of the lock; the launcher has one of its own.
+
+        Raises:
+            ConfigError: another run holds it, or it cannot be written.
+        """
+        lock = Lock(self.directory / name)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except HeldError as held:
+            raise ConfigError(
+                f"run_name={self.directory.name}: another run is writing {self.directory} ({held}). "
+                "Choose another run_name."
+            ) from None
+        except OSError as error:
+            raise self.unwritable(error) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def unwritable(self, error: OSError) -> ConfigError:
+        """In the user's own key."""
+        return ConfigError(
+            f"runs_dir={self.directory.parent}: {self.directory} cannot be written ({error.strerror}). "
+            "Mend it, or choose another runs_dir."
+        )
+
+    def record(self, name: str, status: str, key: str, artifact: Artifact | None, seconds: float) -> None:
+        """Note how a stage ended, and link its artifact."""
+        metrics = (
+            {f"{name}/{metric}": value for metric, value in artifact.manifest.metrics.items()}
+            if artifact
+            else {}
+        )
+        self.stages[name] = {
+            "status": status,
+            "key": key,
+            "artifact": str(artifact.path.resolve()) if artifact else None,
+            "seconds": round(seconds, 2),
+            "metrics": metrics,
+        }
+        if artifact and self.writes:
+            link = self.directory / "artifacts" / name
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(artifact.path.resolve())
+        self.write()
+
+    def write(self) -> None:
+        """Write summary.json; figures that are not finite become null."""
+        if not self.writes:
+            return
+        gates = [gate.as_json() for gate in self.gates]
+        stages = {
+            name: stage | {"metrics": {metric: _finite(value) for metric, value in stage["metrics"].items()}}
+            for name, stage in self.stages.items()
+        }
+        beside = self.directory / ".summary.json"
+        content = json.dumps(
+            redacted({"stages": stages, "gates": gates, "verdict": self.verdict}), indent=2, allow_nan=False
+        )
+        with naming(self.directory / "summary.json"):
+            beside.write_text(content, encoding="utf-8")
+            beside.rename(self.directory / "summary.json")
+
+    def begin(self) -> None:
+        """Remove what an earlier run of this name said of itself."""
+        shutil.rmtree(self.directory / "artifacts", ignore_errors=True)
+        (self.directory / "report.md").unlink(missing_ok=True)
+        self.write()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,536 @@
+"""Runs the chosen stages in order: reuses what is finished, runs the rest, says why, checks the gates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from rlhf.config import ConfigError
+from rlhf.data.prepared import PreparedData, role_digest
+from rlhf.disk import naming
+from rlhf.distributed.compute import Compute
+from rlhf.distributed.signals import StopSignals
+from rlhf.evaluation.sampled import Sampled
+from rlhf.generation.vllm import Vllm
+from rlhf.models.intact import check_tokenizer, check_weights
+from rlhf.models.load import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
+from rlhf.models.peft.saved import model_below
+from rlhf.models.start import of_two_architectures
+from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.manifest import content_digest, make_manifest
+from rlhf.pipeline.preflight import Begun, check_before_loading
+from rlhf.pipeline.rehearsal import rehearse_rewards
+from rlhf.pipeline.run import GateError, GateResult, Run
+from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.store import Artifact, DamagedError, Recipe, Store, recipe_key
+from rlhf.rewards.code import has_changed, imported_code
+from rlhf.tracking.progress import Progress, clock
+from rlhf.tracking.redaction import redacted
+from rlhf.tracking.tracker import Tracker, make_tracker
+from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
+
+
+class UnsoundInputError(Exception):
+    """What a stage would load is damaged. Raised on every rank, before anything is loaded."""
+
+    def __init__(self, damage: DamagedError) -> None:
+        super().__init__(damage)
+        self.damage = damage
+
+
+class Pipeline:
+    """Everything that an experiment's stages share."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run_name: str,
+        console: Console,
+        compute: Compute,
+        signals: StopSignals | None = None,
+    ) -> None:
+        """Every rank has one; rank 0 decides what is reused, and alone touches the store and the run."""
+        settings = experiment.settings
+        stages = [experiment.stages[name] for name in experiment.needed()]
+        self.experiment, self.console, self.compute = experiment, console, compute
+        self.signals = signals or StopSignals()
+        self.store = Store(Path(settings.store_dir))
+        self.base: Artifact | None = None
+        """The base model, where the store keeps it."""
+        self.results = Run(Path(settings.runs_dir) / run_name, writes=compute.is_main)
+        self.made: set[str] = set()
+        """Stages that this run has run: `force=` does not run them once more."""
+        self.needs_weights = any(stage.reads_weights for stage in stages)
+        self.vllm = None
+        if settings.generation == "vllm" and any(stage.samples for stage in stages):
+            trusted = settings.model.trust_remote_code
+            self.vllm = Vllm(settings.vllm, compute, trust_remote_code=trusted)
+
+        def identify() -> tuple[str, dict[str, dict[str, str]]]:
+            identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
+            return identity, {stage.name: stage.external(self.store.directory_digest) for stage in stages}
+
+        # by rank 0: it may read whole models; now: a missing file is not told after hours of training
+        self.model_identity, self.external = compute.main_only(identify)
+        self.import_rewards()
+
+    def import_rewards(self) -> None:
+        """Import users' functions on this rank too, before a stage trains for hours while their files change.
+
+        Raises:
+            ConfigError: the code here is not rank 0's.
+        """
+        for external in self.external.values():
+            for source, digest in external.items():
+                if source.startswith("python:") and imported_code(source)[source] != digest:
+                    raise ConfigError(
+                        f"{source}: rank {self.compute.rank} has other code than rank 0. Start all ranks "
+                        "from the same files, and leave these alone while they start."
+                    )
+
+    def run(self) -> None:
+        """Run the chain; `results` says how far it came. What is damaged and would be loaded is set aside;
+        then the run begins again, and reuses what is sound.
+
+        Raises:
+            GateError: a gate failed; every finished stage is kept.
+            ConfigError: what was made anew is damaged again.
+        """
+        with ExitStack() as stack:
+            self.compute.main_only(lambda: stack.enter_context(self.results.alone()))
+            if self.vllm is not None:
+                stack.callback(self.vllm.close)
+            mended: set[Path] = set()
+            while (damage := self.attempt()) is not None:
+                if damage.path in mended:
+                    raise ConfigError(
+                        f"{damage.path} is damaged again ({damage.complaint}), though this run set it aside "
+                        f"and made it anew. What is written to store_dir={self.store.root} does not stay as "
+                        "it is: check that disk and this machine's memory, or use another store_dir."
+                    )
+                mended.add(damage.path)
+                self.mend(damage)
+
+    def attempt(self) -> DamagedError | None:
+        """Run the chain from its beginning to its end.
+
+        Returns:
+            What a stage would have loaded and is damaged; nothing was made from it.
+        """
+        self.results.stages.clear()
+        self.results.gates.clear()
+        self.compute.main_only(self.begin)
+        try:
+            self.run_stages()
+        except UnsoundInputError as unsound:
+            return unsound.damage
+        return None
+
+    def mend(self, damage: DamagedError) -> None:
+        """Set it aside, unless another run just did."""
+        stage, key = damage.path.parent.name, damage.path.name
+        with self.locked(stage, key):
+            told = self.compute.main_only(lambda: self.store.set_aside(stage, key, read=True))
+        self.tell(
+            f"{stage}: {told or f'{damage.path} was damaged ({damage.complaint})'}. The run begins again and "
+            "makes it anew."
+        )
+
+    def begin(self) -> None:
+        """Empty the run's directory of what an earlier run of its name left, or an attempt."""
+        run = self.results
+        try:
+            run.begin()
+            content = to_yaml(redacted(self.experiment.resolved))
+            (run.directory / "config.yaml").write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise run.unwritable(error) from None
+
+    def run_stages(self) -> None:
+        """Run the chain inside its directory."""
+        settings, run = self.experiment.settings, self.results
+        tracker = Tracker(None, [])
+        if self.compute.is_main:
+            tracker = make_tracker(
+                settings.tracker, run.directory.name, run.directory, self.experiment.resolved
+            )
+        try:
+            base = base_files(settings.model, self.model_identity, self.keep_base)
+            if (
+                self.needs_weights or "prepare" in self.experiment.needed()
+            ):  # a plan of given sizes has no text
+                check_tokenizer(base, settings.model.said)
+            artifacts: dict[str, Artifact] = {}
+            for name in self.experiment.needed():
+                self.compute.at.update(stage=name, step=0)
+                artifacts[name] = self.finish(name, artifacts, base, tracker)
+                if name == "prepare":
+                    data = PreparedData(artifacts["prepare"].path)
+                    for each in map(self.experiment.stages.__getitem__, self.experiment.needed()):
+                        for role in each.needs(self.experiment.stages):
+                            data.check_not_empty(role)
+                        each.check_data(data, base)
+                    self.check_before(artifacts["prepare"], base)
+                self.check_gates(name, artifacts[name])
+        finally:
+            tracker.close()
+
+    def finish(
+        self,
+        name: str,
+        artifacts: Mapping[str, Artifact],
+        base: BaseModelFiles,
+        tracker: Tracker,
+    ) -> Artifact:
+        """The stage's artifact: the store's where it is finished, made now otherwise."""
+        stage, run = self.experiment.stages[name], self.results
+        recipe = self.recipe(stage, artifacts)
+        key = recipe_key(recipe)
+        forced = self.is_forced(stage)
+
+        def find() -> Artifact | None:
+            return None if forced else self.kept(stage, recipe, artifacts)
+
+        def find_under_lock() -> tuple[Artifact | None, str | None]:
+            damage = None if forced else self.store.set_aside(name, key)
+            return find(), damage  # another run may just have made it
+
+        found = self.compute.main_only(find)  # without the lock: what is finished never changes
+        if found is None:
+            with self.locked(name, key):
+                found, damage = self.compute.main_only(find_under_lock)
+                if damage is not None:
+                    self.tell(f"{name}: {damage}")
+                if found is None:
+                    reason = damage and "what was there is damaged"
+                    return self.make(stage, recipe, artifacts, base, tracker, forced=forced, reason=reason)
+        tracker.replay(found.path)
+        run.record(name, "reused", key, found, 0.0)
+        why = f": every knob and input equals {found.path}" if self.experiment.settings.why else ""
+        self.console.print(f"[cyan]{name}[/] reused ({key}){why}", highlight=False)
+        return found
+
+    def make(
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        artifacts: Mapping[str, Artifact],
+        base: BaseModelFiles,
+        tracker: Tracker,
+        *,
+        forced: bool,
+        reason: str | None = None,
+    ) -> Artifact:
+        """Run the stage and publish what it made; call it under the artifact's lock.
+
+        Args:
+            reason: why it runs, where that is known.
+        """
+        name, key, run, start = stage.name, recipe_key(recipe), self.results, time.monotonic()
+        why = ""
+        if self.experiment.settings.why:
+            if forced:
+                reason = "force" if stage.is_kept else "it always does"
+            why = f": {reason or self.compute.main_only(lambda: self.explain(recipe))}"
+        self.console.print(f"[cyan]{name}[/] runs ({key}){why}", highlight=False)
+        damage = self.compute.main_only(lambda: self.damaged_input(stage, artifacts))
+        if damage is not None:
+            raise UnsoundInputError(damage)
+        self.compute.main_only(lambda: self.check_external(stage, base))
+        progress = Progress(self.console)
+        scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
+        tracker.begin(scratch)
+        prepared = PreparedData(artifacts["prepare"].path if "prepare" in artifacts else scratch)
+        job = Job(
+            stage=name,
+            seed=self.experiment.settings.seed,
+            compute=self.compute,
+            base=base,
+            inputs={other: artifacts[other] for other in stage.inputs()},
+            data=prepared,
+            directory=scratch,
+            tracker=tracker,
+            progress=progress,
+            checkpoints=Checkpointer(
+                directory=self.store.checkpoints(name, key),
+                config=self.checkpointing(forget=forced),
+                compute=self.compute,
+                tracker=tracker,
+                signals=self.signals,
+                tell=self.tell,
+                stage=name,
+                recipe=recipe,
+                made_from=self.made_from(stage, artifacts),
+            ),
+            reward_server=self.experiment.settings.reward_server,
+            run_directory=run.directory,
+            external=self.external[name],
+            vllm=self.vllm,
+            experiment=self.experiment,
+        )
+        if job.checkpoints.newest is None and not forced:
+            other = self.compute.main_only(lambda: self.store.left_behind(name, recipe))
+            if other is not None:
+                self.tell(f"{name}: starts anew; {other}")
+        torch.manual_seed(job.seed)
+        try:
+            with progress.shown(), naming(scratch):
+                stage.run(job)
+        except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; it goes on up
+            ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
+            run.record(name, ended, key, None, time.monotonic() - start)
+            raise
+        assert job.summary is not None, f"{name} ended without publishing"
+        seconds = job.checkpoints.spent()
+
+        def publish(metrics: dict[str, float] = job.summary) -> Artifact:
+            manifest = make_manifest(
+                name, recipe, scratch, config=redacted(self.experiment.resolved), metrics=metrics,
+                seconds=seconds, num_ranks=self.compute.world_size,
+                made_from=self.made_from(stage, artifacts),
+            )  # fmt: skip
+            return self.store.publish(scratch, manifest)
+
+        artifact = self.compute.main_only(publish)
+        self.made.add(name)
+        self.compute.main_only(job.checkpoints.discard)
+        run.record(name, "ran", key, artifact, seconds)
+        cost = job.checkpoints.cost()
+        self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
+        return artifact
+
+    def explain(self, recipe: Recipe) -> str:
+        """Why the store's artifact is not taken; call it under the artifact's lock."""
+        if self.store.find(recipe["stage"], recipe_key(recipe)):
+            return "an input was made anew, with another result"
+        return self.store.explain(recipe["stage"], recipe)
+
+    def checkpointing(self, *, forget: bool) -> CheckpointConfig:
+        """How a stage saves its state; `forget` starts it anew whatever is there, as `force=` asks."""
+        settings = self.experiment.settings.checkpoint
+        return settings.model_copy(update={"resume": False}) if forget else settings
+
+    def tell(self, text: str) -> None:
+        """Say a line as it is."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def is_forced(self, stage: Stage) -> bool:
+        """Whether it runs even where the store has its artifact."""
+        asked = stage.name in self.experiment.settings.force or not stage.is_kept
+        return asked and stage.name not in self.made
+
+    def damaged_input(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> DamagedError | None:
+        """Read what the stage is going to load, and compare it with what was published."""
+        bases = [] if self.base is None else [self.base]
+        loaded = [artifacts[name] for name in stage.inputs()]
+        loaded += bases if stage.reads_base_model() else []
+        try:
+            for artifact in loaded:  # it grows
+                self.store.verify(artifact, read=True)
+                below = model_below(artifact.path)
+                loaded += [each for each in (*artifacts.values(), *bases) if each.path.resolve() == below]
+        except DamagedError as damage:
+            return damage
+        return None
+
+    def check_external(self, stage: Stage, base: BaseModelFiles) -> None:
+        """What lies outside the store is what it was when the key was made of it.
+
+        Raises:
+            ConfigError: it was changed since the run began, hours ago perhaps; or the Hub's cache is damaged.
+        """
+        settings, before = self.experiment.settings, self.external[stage.name]
+        now = stage.external(partial(self.store.directory_digest, read=True))
+        changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+        if stage.reads_base_model() and settings.model.kind == "hub":
+            check_hub_files(settings.model, base.directory, self.store.memory(base.directory))
+        if stage.reads_base_model() and settings.model.kind == "local":
+            identity = base_identity(
+                settings.model, weights=self.needs_weights, memory=self.store.memory, read=True
+            )
+            changed += [f"model.path={settings.model.path}"] if identity != self.model_identity else []
+        if changed:
+            raise ConfigError(
+                f"{stage.name}: {', '.join(changed)}: changed since this run began, so its key would not "
+                "tell what it was made from. Nothing was made; the same command takes it as it is now."
+            )
+        for source in now:
+            if source.startswith("python:") and has_changed(source):
+                self.tell(f"{stage.name}: the code of {source} was changed; this run keeps what it imported")
+
+    def made_from(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+        """What a stage's inputs hold; the content of the prepared sets is in its recipe."""
+        inputs = {name: content_digest(artifacts[name]) for name in stage.inputs() if name != "prepare"}
+        if stage.reads_base_model() and self.base is not None:
+            inputs["base"] = content_digest(self.base)
+        return inputs
+
+    def check_before(self, prepared: Artifact, base: BaseModelFiles) -> None:
+        """Refuse what cannot be done here, before anything trains."""
+        pending = self.compute.main_only(lambda: self.pending(prepared))
+        data = PreparedData(prepared.path)
+        self.compute.main_only(lambda: self.check_fits(pending, data, base))
+        check_before_loading(self.experiment, pending, base, self.compute, data, self.console)
+        settings = self.experiment.settings
+        if self.needs_weights:
+            fetch_weights(settings.model)
+            check_weights(base.directory, settings.model.said)
+        stages = [self.experiment.stages[name] for name in pending]
+        rehearse_rewards(stages, data, settings.model, self.compute, settings.reward_server, self.console)
+
+    def check_fits(self, pending: Iterable[str], data: PreparedData, base: BaseModelFiles) -> None:
+        """Refuse what does not fit the user's own models.
+
+        Raises:
+            ConfigError: what, and what to do.
+        """
+        chain = self.experiment.stages
+        complaints = [each for name in pending for each in chain[name].misfits(data, base, chain)]
+        if self.vllm is not None:
+            answering = (each for name in pending for each in chain[name].answering(chain))
+            complaints += of_two_architectures(answering, base)
+        if complaints:
+            raise ConfigError("\n".join([*complaints, "Nothing was loaded."]))
+
+    def pending(self, prepared: Artifact) -> dict[str, Begun]:
+        """The stages behind `prepare` that the store does not answer, and what an earlier attempt left."""
+        known: dict[str, Artifact] = {"prepare": prepared}
+        pending: dict[str, Begun] = {}
+        for name in self.experiment.needed()[1:]:
+            stage = self.experiment.stages[name]
+            if not set(stage.inputs()) <= set(known):
+                pending[name] = Begun()  # without its inputs it cannot have begun
+                continue
+            recipe = self.recipe(stage, known)
+            found = None if self.is_forced(stage) else self.kept(stage, recipe, known)
+            if found:
+                known[name] = found
+            else:
+                key = recipe_key(recipe)
+                resumes = self.experiment.settings.checkpoint.resume
+                pending[name] = Begun(
+                    float(self.store.checkpoint_bytes(name, key)),
+                    self.store.checkpoint_seconds(name, key) if resumes else 0.0,
+                )
+        return pending
+
+    def kept(self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Artifact | None:
+        """What the store has, unless it is damaged, or an input was made anew since, with another result."""
+        try:
+            found = self.store.find(stage.name, recipe_key(recipe))
+        except DamagedError:
+            return None
+        if found is None or found.manifest.made_from != self.made_from(stage, artifacts):
+            return None
+        return found
+
+    def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
+        """All that decides the stage's artifact, without secrets: a new password makes no new model."""
+        recipe: Recipe = {
+            "stage": stage.name,
+            "version": stage.version,
+            "knobs": stage.knobs(),
+            "external": self.external[stage.name],
+            "inputs": {name: artifacts[name].key for name in stage.inputs() if name != "prepare"},
+        }
+        if stage.roles():  # the content of the prepared sets, not the key of `prepare`: see docs/store.md
+            files = artifacts["prepare"].manifest.files
+            recipe["data"] = {role: role_digest(role, files) for role in stage.roles()}
+        if stage.reads_base_model():
+            recipe["model"] = self.model_identity
+        if stage.random:
+            recipe["seed"] = self.experiment.settings.seed
+            recipe["dtype"] = str(self.compute.dtype).removeprefix("torch.")
+        if stage.samples and self.vllm is not None:
+            recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
+            if stage.is_timed:
+                recipe["vllm"] = self.experiment.settings.vllm.model_dump()
+        if not stage.is_kept:  # made anew by each run, which must not replace another's
+            recipe["run"] = str(self.results.directory.resolve())
+        found: Recipe = redacted(recipe)
+        return found
+
+    def check_gates(self, name: str, artifact: Artifact) -> None:
+        """Compare the stage's summary with its bounds."""
+        run, stage, metrics = self.results, self.experiment.stages[name], artifact.manifest.metrics
+        not_checked = stage.not_checked()
+        results = [
+            GateResult(
+                name, metric, metrics.get(metric, float("nan")), bound, Sampled.found(metric, metrics),
+                not_checked.get(metric),
+            )
+            for metric, bound in stage.gates.items()
+            if bound is not None
+        ]  # fmt: skip
+        run.gates += results
+        run.write()
+        failed = [result for result in results if result.outcome == "failed"]
+        if failed and self.experiment.settings.gates == "enforce":
+            raise GateError("\n".join(f"Gate failed: {result}" for result in failed))
+        words = {"failed": "Gate failed, going on (gates=warn)", "cannot tell": "Gate cannot tell, going on"}
+        for result in results:
+            if result.outcome in words:
+                told = f"[yellow]{words[result.outcome]}:[/] {escape(str(result))}"
+                self.console.print(told, highlight=False)
+            if result.outcome == "not checked":
+                told = f"Gate {result.name} does not apply: {result.not_checked}."
+                self.console.print(told, highlight=False, markup=False)
+
+    @contextmanager
+    def locked(self, name: str, key: str) -> Iterator[None]:
+        """Hold the artifact's lock; says so when another run has it."""
+
+        def tell(holder: str) -> None:
+            waits = f"[cyan]{name}[/] waits: another run is making {key} ({holder})"
+            self.console.print(waits, highlight=False, soft_wrap=True)
+
+        with ExitStack() as held:
+            self.compute.main_only(lambda: held.enter_context(self.store.lock(name, key).awaited(tell)))
+            yield
+
+    def keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
+        """Make a base model that has to be converted or built first, once, and keep it in the store."""
+        self.base = self.compute.main_only(lambda: self._keep_base(content, write))
+        return self.base.path
+
+    def _keep_base(self, content: list[str], write: Callable[[Path], None]) -> Artifact:
+        recipe: Recipe = {"stage": "base", "version": 2, "content": content}
+        key = recipe_key(recipe)
+        with suppress(DamagedError):
+            if found := self.store.find("base", key):
+                return found
+
+        def tell(holder: str) -> None:
+            self.tell(f"base waits: another run is making {key} ({holder})")
+
+        with self.store.lock("base", key).awaited(tell):
+            if damage := self.store.set_aside("base", key):
+                self.tell(f"base: {damage}")
+            if found := self.store.find("base", key):  # another run may just have made it
+                return found
+            self.console.print(f"[cyan]base[/] model={content[0]}: making it, once", highlight=False)
+            start = time.monotonic()
+            scratch = self.store.scratch("base", key)
+            with naming(scratch):
+                write(scratch)
+            manifest = make_manifest(
+                "base", recipe, scratch, config={}, metrics={}, seconds=time.monotonic() - start, num_ranks=1,
+                made_from={},
+            )  # fmt: skip
+            return self.store.publish(scratch, manifest)
+
+
+def to_yaml(resolved: Mapping[str, Any]) -> str:
+    """A resolved config as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(resolved)))

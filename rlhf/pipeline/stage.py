@@ -1,0 +1,165 @@
+"""What every stage is: a typed, frozen config with one method."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rlhf.config import Bound, ConfigError, PeftConfig, Strict, did_you_mean
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import Role
+from rlhf.distributed.compute import Compute
+from rlhf.evaluation.sampled import ENDS
+from rlhf.models.load import BaseModelFiles
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.store import DirectoryDigest, directory_digest
+
+INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
+"""The end of a name that tells a figure's interval, or on how many rows it stands."""
+
+
+class Stage(Strict, ABC):
+    """One step of the chain. It reads artifacts and data sets and publishes one artifact.
+
+    A subclass's fields are its knobs; their values live in conf/stages/NAME.yaml.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Raise it when the stage's code changes what it publishes: old artifacts are then not reused."""
+    random: ClassVar[bool] = True
+    """Whether the seed and the precision decide the result."""
+    samples: ClassVar[bool] = False
+    """Whether it samples from a policy, so that `generation` decides the result."""
+    reads_weights: ClassVar[bool] = True
+    """Whether it loads a model, or only what describes one."""
+    in_chain: ClassVar[bool] = True
+    """Whether `stage=all` runs it; others run only where they are named."""
+    is_timed: ClassVar[bool] = False
+    """Whether it says how long sampling took, so that `vllm.*` decide the result."""
+    is_kept: ClassVar[bool] = True
+    """Whether its artifact is taken instead of running it again."""
+    not_in_key: ClassVar[frozenset[str]] = frozenset()
+    """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
+
+    gates: dict[str, Bound | None]
+    """Summary metric -> the range it must lie in. Checked after every run and every reuse;
+    null turns a bound off."""
+
+    def inputs(self) -> tuple[str, ...]:
+        """The stages whose artifacts this one reads."""
+        return ()
+
+    def roles(self) -> tuple[Role, ...]:
+        """The prepared data sets this one reads: sft, reward, ppo, evaluate, retention."""
+        return ()
+
+    def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
+        """Those of `roles` that it cannot do without: a run that lacks their data is refused."""
+        return self.roles()
+
+    def rewards(self) -> Mapping[str, str]:
+        """Key -> the reward that it names, such as `ppo.reward` -> `vader`; without those that are null."""
+        return {}
+
+    def init_directory(self) -> Path | None:
+        """A directory of the user's that holds the model it trains, instead of the base or the SFT model."""
+        return None
+
+    def reads_base_model(self) -> bool:
+        """Whether the base model itself (not only a stage's output) decides the result."""
+        return False
+
+    def metrics(self) -> tuple[str, ...]:
+        """The summary metrics that it may publish, which gates and sweeps may name; `a*` stands for all that
+        begin with a. None are said: any may be named."""
+        return ()
+
+    def check_metric(self, name: str, key: str) -> None:
+        """Refuse the name of a metric that it never publishes.
+
+        Args:
+            key: where the name stands.
+
+        Raises:
+            ConfigError: with the names that are near.
+        """
+        known = self.metrics()
+        names = (name, INTERVAL.sub("", name))
+        if known and not any(fnmatchcase(each, pattern) for each in names for pattern in known):
+            raise ConfigError(
+                f"{key}: {self.name} measures nothing of the name {name}.{did_you_mean(name, known)} "
+                f"It measures {', '.join(known)}."
+            )
+
+    def tunes(self) -> PeftConfig | None:
+        """Which parameters it trains; None where it trains none."""
+        return None
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """Refuse what does not fit together with the other stages' knobs.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
+
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """Refuse prepared data that do not fit the knobs or the base model, whose weights may not be there
+        yet; called before any stage trains.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
+
+    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
+        """Complaints about what does not fit the user's own models that it or the others start from, in the
+        user's own keys; asked before any stage trains, where the store lacks what this one makes."""
+        yield from ()
+
+    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
+        """The models that it samples from: a key, and what the model is or started from (`base`, `sft` or a
+        directory)."""
+        yield from ()
+
+    def check_compute(self, compute: Compute) -> None:
+        """Refuse what these ranks and this machine cannot do; called before any stage trains, where the store
+        lacks what this one makes.
+
+        Raises:
+            ConfigError: with what they can.
+        """
+
+    def not_checked(self) -> dict[str, str]:
+        """Gates that do not apply with these knobs, and why: they are not checked, and the run says so."""
+        return {}
+
+    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+        """Digests of what lies outside the store and decides the result (data files).
+
+        Args:
+            digest: takes those of directories; by default everything is read.
+        """
+        return {}
+
+    def knobs(self) -> dict[str, Any]:
+        """The knobs that decide the result, as plain JSON values: part of the artifact's key."""
+        return self.model_dump(mode="json", exclude={"gates", *self.not_in_key})
+
+    @abstractmethod
+    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+        """What it needs in memory, phase by phase, and the work it does, from its knobs alone.
+
+        Args:
+            on: model, hardware, and the lengths of its data.
+            chain: all stages, where others' knobs decide too.
+        """
+
+    @abstractmethod
+    def run(self, job: Job) -> None:
+        """Do the work in `job.directory` and end with `job.publish(metrics)`."""

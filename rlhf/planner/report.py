@@ -1,0 +1,157 @@
+"""A plan as text: the table, the arithmetic, and the experiment that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from rlhf.costs.memory import amount
+from rlhf.costs.setup import GIB, Setting
+from rlhf.pipeline.preflight import most
+from rlhf.planner.strategies import Strategy
+from rlhf.tracking.progress import clock
+from rlhf.tracking.tables import Cells
+
+MISSING = object()
+PROCESS = "the process itself"
+"""What it holds before it loads a model."""
+NOT_PART = ("plan", "run_name", "stage", "force", "why")
+"""Of an experiment: what was planned with, and what is run of it now."""
+
+
+def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
+    """One row a strategy, the best one first."""
+    headings = [
+        "", "strategy", "zero", "peak memory", "hours", "price", "artifact", "added latency", "because",
+    ]  # fmt: skip
+    rows = []
+    for place, strategy in enumerate(strategies, 1):
+        phase, size = most(strategy.demand, strategy.on)
+        cost = "-" if price is None else f"{price_of(strategy, price):.2f}"
+        rows.append([
+            "no" if strategy.against else str(place), strategy.name, strategy.on.zero,
+            f"{size / GIB:.1f} GiB ({phase.name})", f"{strategy.hours:.3g}", cost,
+            amount(strategy.artifact.value), f"{1000 * strategy.latency.value:.3g} ms",
+            "; ".join(strategy.against) or strategy.reason,
+        ])  # fmt: skip
+    return Cells(headings, rows)
+
+
+def phases(strategy: Strategy) -> Cells:
+    """What is in memory in each phase of one strategy, in GiB of a rank; the host's apart from a GPU's."""
+    kinds = list(dict.fromkeys(part.kind for phase in strategy.demand.phases for part in phase.parts))
+    on_cpu, used, rows = strategy.on.on_cpu, strategy.on.machine.used, []
+    for phase in strategy.demand.phases:
+        parts = [part for part in phase.parts if on_cpu or not part.on_host]
+        sizes = [*(sum(part.size for part in parts if part.kind == kind) for kind in kinds), used]
+        totals = [sum(sizes)] if on_cpu else [sum(sizes), phase.size(on_host=True)]
+        rows.append([phase.name, *(f"{size / GIB:.2f}" for size in [*sizes, *totals])])
+    totals_of = ["together"] if on_cpu else ["on the GPU", "on the host"]
+    return Cells([strategy.name, *kinds, PROCESS, *totals_of], rows)
+
+
+def price_of(strategy: Strategy, price: float) -> float:
+    """Of all ranks, for as long as it takes."""
+    return strategy.hours * strategy.on.ranks * price
+
+
+def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator[str]:
+    """Each figure's arithmetic, as Markdown."""
+    for strategy in strategies:
+        yield f"\n## {strategy.name}, zero={strategy.on.zero}\n"
+        if strategy.source:
+            yield f"- source: {strategy.source}"
+        on_cpu, used = strategy.on.on_cpu, strategy.on.machine.used
+        for phase in strategy.demand.phases:
+            size = (phase.size(on_host=None if on_cpu else False) + used) / GIB
+            beside = "" if on_cpu else f" on the GPU, {phase.size(on_host=True) / GIB:.3f} GiB on the host"
+            yield f"- {phase.name}: {size:.3f} GiB{beside}"
+            yield f"    - {PROCESS}: {used / GIB:.3f} GiB"
+            for part in phase.parts:
+                place = ", on the host" if part.on_host and not on_cpu else ""
+                yield f"    - {part.kind}{place}: {part.how} = {part.size / GIB:.3f} GiB"
+        yield f"- time: {clock(strategy.demand.seconds)}"
+        for task in strategy.demand.work:
+            yield f"    - {task.activity}: {task.how} = {task.seconds:.3g} s"
+        if price is not None:
+            how = f"{strategy.hours:.3g} hours x {strategy.on.ranks} ranks x {price:g}"
+            yield f"- price: {how} = {price_of(strategy, price):.2f}"
+        for name, figure in (
+            ("artifact, bytes", strategy.artifact),
+            ("added latency, seconds", strategy.latency),
+        ):
+            yield f"- {name}: {figure.how} = {figure.value:.3g}"
+
+
+def hardware_line(on: Setting) -> str:
+    """What was planned for."""
+    machine = on.machine
+    return (
+        f"{machine.name}: {machine.ranks} ranks of {machine.memory / GIB:.1f} GiB, "
+        f"{machine.speed.gflops:.0f} GFLOP/s, {machine.speed.gbytes:.0f} GB/s"
+    )
+
+
+def experiment_file(resolved: Mapping[str, Any], strategy: Strategy, reason: str) -> str:
+    """A Hydra config that does what was planned: what this run's config changed, and the plan's choices.
+
+    `python -m rlhf --config-dir DIRECTORY +experiment=planned` runs it.
+    """
+    values = changed(resolved)
+    values |= {group: dict(resolved[group]) for group in ("model", "tracker")}
+    for key, value in strategy.overrides.items():
+        place = values
+        *sections, last = key.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    lines = ["# @package _global_", *(f"# {line}" for line in reason.splitlines())]
+    return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True)])
+
+
+def changed(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a composed config has otherwise than the packaged files, without what is only repeated there."""
+    packaged = resources.files("rlhf.conf")
+    top = yaml.safe_load((packaged / "config.yaml").read_text(encoding="utf-8"))
+    own = {key: resolved[key] for key in top if key in resolved}
+    found = differences(own, top, resolved)
+    for name, section in resolved.items():
+        if isinstance(section, dict) and "_target_" in section and name not in NOT_PART:
+            raw = yaml.safe_load((packaged / "stages" / f"{name}.yaml").read_text(encoding="utf-8"))
+            if different := differences(section, raw, resolved):
+                found[name] = different
+    return {key: value for key, value in found.items() if key not in NOT_PART}
+
+
+def differences(
+    values: Mapping[str, Any], raw: Mapping[str, Any], whole: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keys whose value is not the raw one, or that it does not have; `${a.b}` there stands for the whole
+    config's own a.b."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        given = raw.get(key, MISSING)
+        if isinstance(given, dict) and isinstance(value, dict):
+            if different := differences(value, given, whole):
+                found[key] = different
+        elif value != _looked_up(given, whole):
+            found[key] = value
+    return found
+
+
+def _looked_up(given: Any, whole: Mapping[str, Any]) -> Any:
+    if not (isinstance(given, str) and given.startswith("${")):
+        return given
+    found: Any = whole
+    for name in given.removeprefix("${").removesuffix("}").split("."):
+        found = found[name]
+    return found
+
+
+def recommendation(best: Strategy) -> str:
+    """The choice with its reason, in a sentence or two."""
+    chosen = ", ".join(f"{key}={value}" for key, value in best.overrides.items() if value is not None)
+    return f"Recommended: {best.name}, because {best.reason}.\n{chosen}"

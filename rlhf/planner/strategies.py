@@ -1,0 +1,312 @@
+"""The ways to adapt a model, each with what it needs and what speaks against it, the best one first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.config import ConfigError, PeftConfig
+from rlhf.costs.memory import Phase, frozen_weights, sampling
+from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import EFFICIENCY, LAYER_SECONDS, Demand, Worker, one_after_the_other
+from rlhf.distributed.compute import Compute, Zero
+from rlhf.models.peft import methods as tuning_methods
+from rlhf.pipeline.experiment import Experiment, check_method
+from rlhf.pipeline.preflight import check_tunes, shortage, tightest
+from rlhf.pipeline.stage import Stage
+
+BITS_STORED, BITS_A_TOKEN = 2.0, 1.0
+"""A parameter can learn so many bits (Allen-Zhu and Li 2024, arXiv:2404.05405); a token of an answer holds
+about so many (Schulman 2025, "LoRA Without Regret": adapters that can store the data learn it as well)."""
+PROMPT_IS_ENOUGH = 10**10
+"""Parameters from which on a tuned prompt is as good as tuned weights (Lester et al. 2021, figure 1)."""
+WEAKER = ("ia3", "prefix", "p_tuning", "freeze")
+RATE_RATIO = 10.0
+"""Learning rate of adapters over that of all parameters (Schulman 2025)."""
+BYTES_A_TOKEN = 4
+"""Of text."""
+
+
+class Figure(NamedTuple):
+    """A number and where it comes from."""
+
+    value: float
+    how: str
+
+
+class Use(NamedTuple):
+    """The task, in the mean, and what may be spent on it."""
+
+    rows: int
+    prompt: float
+    """Tokens."""
+    answer: float
+    examples: int
+    """Of a few-shot prompt."""
+    passages: int
+    """Of a retrieval prompt."""
+    has_questions: bool
+    """The data are no plain text alone, so there is something to ask."""
+    deploy: str
+    hours: float | None
+    max_added_latency: float | None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to adapt the model."""
+
+    name: str
+    on: Setting
+    demand: Demand
+    artifact: Figure
+    """Bytes."""
+    latency: Figure
+    """Seconds that an answer takes longer."""
+    tier: int
+    """How good it is expected to be; 0 is best."""
+    reason: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Of the experiment that does it, by dotted key."""
+    against: list[str] = field(default_factory=list)
+    """What disqualifies it."""
+    source: str = ""
+    """Where its method was published."""
+
+    @property
+    def hours(self) -> float:
+        """Until it is trained."""
+        return self.demand.seconds / 3600
+
+    @property
+    def rank(self) -> tuple[bool, int, float, float]:
+        """Sorts the best one to the front."""
+        return bool(self.against), self.tier, self.hours, self.latency.value
+
+
+def rank_strategies(
+    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: Setting, use: Use
+) -> list[Strategy]:
+    """Every way, the best one first, what is disqualified last.
+
+    Args:
+        stages: of the experiment, those that train.
+        base: the base model's skeleton.
+    """
+    found = [*prompted(on, use), *(tuned(name, stages, experiment, base, on, use) for name in METHODS)]
+    return sorted(found, key=lambda strategy: strategy.rank)
+
+
+def prompted(on: Setting, use: Use) -> Iterator[Strategy]:
+    """What leaves the weights as they are."""
+    row = use.prompt + use.answer
+    fits_whole = use.rows * row + use.prompt + use.answer <= on.shape.context
+    examples = use.rows if fits_whole else use.examples
+    ways = {
+        "zero-shot": (0.0, 0.0, 4, "nothing tells it how to answer", "zero_shot"),
+        "few-shot": (
+            examples * row, examples * row, 0 if fits_whole else 3,
+            f"all {use.rows} rows fit into one prompt" if fits_whole
+            else f"{examples} examples show the manner, at each request", "few_shot",
+        ),
+        "retrieval": (
+            use.passages * row, use.rows * row, 3,
+            "finds what the training rows say; take it where answers are facts of a corpus", "retrieval",
+        ),
+    }  # fmt: skip
+    for name, (added, stored, tier, reason, method) in ways.items():
+        total = use.prompt + added + use.answer
+        against = []
+        if total > on.shape.context:
+            against.append(f"{total:.0f} tokens, and the context has {on.shape.context}")
+        if not use.has_questions:
+            against.append("sft.data is plain text, so there is no question to ask")
+        phases = [Phase("answering elsewhere")]
+        if use.deploy != "api_only":
+            answering = sampling(on, 1, use.prompt + added, round(use.answer))
+            phases = [Phase("answering", [frozen_weights(on, "model"), *answering])]
+        strategy = Strategy(
+            name, on, Demand(phases),
+            Figure(stored * BYTES_A_TOKEN, f"{stored:.0f} tokens of text x {BYTES_A_TOKEN} B"),
+            prefill(on, added), tier, reason,
+            {"stage": "compare", "compare.methods": [method], "compare.artifacts": [], "compare.reward": None,
+             "compare.quality": "rouge_l"}, against,
+        )  # fmt: skip
+        if name == "few-shot":
+            strategy.overrides["compare.few_shot.examples"] = examples
+            if fits_whole:
+                strategy.overrides["compare.few_shot.choice"] = "random"  # a search could pass some over
+        yield judged(strategy, use)
+
+
+def tuned(
+    name: str, stages: Sequence[Stage], given: Experiment, base: PreTrainedModel, on: Setting, use: Use
+) -> Strategy:
+    """A tuning method, sharded and squeezed as little as makes it fit."""
+    method, tried, fitting = METHODS[name], [], []
+    is_for_all = any(stage.name == "reward" for stage in stages)
+    scored_by = name if is_for_all else dict(given.stages["reward"])["peft"].method
+    for zero, squeeze in attempts(on, name):
+        setting = replace(on, zero=zero)
+        changed = [with_method(stage, name, squeeze, scored_by) for stage in stages]
+        whole = {**given.stages, **{stage.name: stage for stage in changed}}
+        settings = given.settings.model_copy(update={"zero": zero})
+        planned = replace(given, settings=settings, stages=whole)
+        refused = list(refused_by_stages(changed, planned, base, setting))
+        demand = named_after_stages({stage.name: stage.demand(setting, whole) for stage in changed})
+        tried.append((setting, changed, demand, refused))
+        if shortage(demand, setting) <= 1.0:
+            fitting.append(tried[-1])
+            if not refused:
+                break
+    accepted = [each for each in fitting if not each[-1]]
+    setting, changed, demand, refused = (accepted or fitting or tried[-1:])[0]
+    peft = changed[0].tunes()
+    assert peft is not None
+    count = method.published(on.shape, peft)
+    strategy = Strategy(
+        method.title, setting, demand,
+        Figure(on.dtype_bytes * count, f"{count:.3g} parameters x {on.dtype_bytes} B"),
+        served(on, peft, use), *quality(peft, on, use), experiment(stages, changed, setting),
+        source=method.source,
+    )  # fmt: skip
+    against = []
+    if name == "qlora" and on.on_cpu:
+        against.append("4-bit weights need a GPU")
+    if use.deploy == "api_only":
+        against.append("deploy=api_only: weights are out of reach")
+    if use.deploy == "merged" and not tuning_methods.METHODS[name].merges:
+        against.append("deploy=merged: it cannot be folded into the weights")
+    if use.deploy == "many_adapters" and not method.is_adapter:
+        against.append("deploy=many_adapters: each task would need a model of its own")
+    for stage in changed:
+        if stage.name == "sft" and use.prompt + use.answer > (limit := stage.model_dump()["max_tokens"]):
+            against.append(
+                f"a row has {use.prompt + use.answer:.0f} tokens, and sft.max_tokens={limit} cuts them"
+            )
+    return judged(replace(strategy, against=against + refused), use)
+
+
+def refused_by_stages(
+    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: Setting
+) -> Iterator[str]:
+    """What the run of such an experiment would say of this model on these ranks."""
+    compute = Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
+    for stage in stages:
+        try:
+            stage.check_compute(compute)
+            stage.check(experiment.stages)
+            check_method(stage, experiment)
+            check_tunes(stage, base)
+        except ConfigError as error:
+            yield str(error).removesuffix(".")
+
+
+def attempts(on: Setting, method: str) -> Iterator[tuple[Zero, int]]:
+    """(zero, how far memory is saved at the cost of time), the fastest first."""
+    sharded: list[Zero] = ["zero2", "zero3", "fsdp2"] if on.ranks > 1 else []
+    zeros: list[Zero] = ["none", *sharded, *([] if on.on_cpu else ["zero3_offload"])]  # type: ignore[list-item]
+    for zero in zeros if tuning_methods.METHODS[method].shards else zeros[:1]:
+        for squeeze in (0, 1, 2):
+            yield zero, squeeze
+
+
+def with_method(stage: Stage, name: str, squeeze: int, scored_by: str) -> Stage:
+    """The stage with another tuning method, and what PPO asks for with that; squeezed once it checkpoints
+    activations, twice it also takes smaller micro-batches.
+
+    Args:
+        scored_by: the method that the reward model is trained with.
+    """
+    methods, knobs = tuning_methods.METHODS, dict(stage)
+    if methods[name].pads and methods[scored_by].pads and "critic" in knobs:
+        knobs["critic"] = knobs["critic"].model_copy(update={"init": "sft"})
+    peft = knobs["peft"]
+    if peft.method != name:
+        knobs["peft"] = PeftConfig.model_validate({"method": name})
+    knobs["activation_checkpointing"] = squeeze > 0 or knobs["activation_checkpointing"]
+    knobs["micro_batch_tokens"] //= 4 if squeeze > 1 else 1
+    return type(stage).model_construct(**knobs)
+
+
+def experiment(before: Sequence[Stage], after: Sequence[Stage], on: Setting) -> dict[str, Any]:
+    """The overrides that the planned stages differ by."""
+    found: dict[str, Any] = {"stage": [stage.name for stage in after], "zero": on.zero}
+    for old, new in zip(before, after, strict=True):
+        was, now = old.model_dump(), new.model_dump(warnings=False)
+        for key in ("activation_checkpointing", "micro_batch_tokens"):
+            if was[key] != now[key]:
+                found[f"{new.name}.{key}"] = now[key]
+        turned_off = (gate for gate, bound in new.gates.items() if bound is None and old.gates[gate])
+        found |= {f"{new.name}.gates.{gate}": None for gate in turned_off}
+        if "critic" in was and was["critic"]["init"] != now["critic"]["init"]:
+            found[f"{new.name}.critic.init"] = now["critic"]["init"]
+        if was["peft"]["method"] == now["peft"]["method"]:
+            continue
+        found[f"{new.name}.peft"] = now["peft"]["method"]
+        full = {was["peft"]["method"] == "none", now["peft"]["method"] == "none"}
+        factor = 1.0 if len(full) == 1 else RATE_RATIO if was["peft"]["method"] == "none" else 1 / RATE_RATIO
+        found[f"{new.name}.optim.lr"] = was["optim"]["lr"] * factor
+        if "critic" in was:
+            found[f"{new.name}.critic.optim.lr"] = was["critic"]["optim"]["lr"] * factor
+    return found
+
+
+def named_after_stages(demands: Mapping[str, Demand]) -> Demand:
+    """One demand of stages that run one after the other."""
+    prefixed = [
+        replace(demand, phases=[replace(phase, name=f"{name}, {phase.name}") for phase in demand.phases])
+        for name, demand in demands.items()
+    ]
+    return one_after_the_other(prefixed)
+
+
+def quality(peft: PeftConfig, on: Setting, use: Use) -> tuple[int, str]:
+    """(tier, why): whether what trains can store what the answers say."""
+    count = METHODS[peft.method].trained(on.shape, peft)
+    told, room = BITS_A_TOKEN * use.rows * use.answer, BITS_STORED * count
+    holds = f"{count:.3g} trained parameters hold {room:.2g} bits, the answers about {told:.2g}"
+    if told > room:
+        return 2, f"too small: {holds}"
+    if peft.method == "prompt" and on.shape.parameters < PROMPT_IS_ENOUGH:
+        return 2, f"a tuned prompt falls behind below {PROMPT_IS_ENOUGH:.0e} parameters (Lester et al. 2021)"
+    return (1 if peft.method in WEAKER else 0), holds
+
+
+def prefill(on: Setting, tokens: float) -> Figure:
+    """Seconds to read so many more prompt tokens."""
+    each = Worker(on).forward(tokens)
+    seconds = tokens * each / (EFFICIENCY["read"] * on.machine.speed.gflops * 1e9)
+    return Figure(seconds, f"{tokens:.0f} more prompt tokens x {each:.3g} operations")
+
+
+def served(on: Setting, peft: PeftConfig, use: Use) -> Figure:
+    """What an answer takes longer with a method that stays beside the weights."""
+    method = METHODS[peft.method]
+    if tuning_methods.METHODS[peft.method].merges and use.deploy != "many_adapters":
+        return Figure(0.0, "folded into the weights")
+    read = prefill(on, method.added_tokens(on.shape, peft))
+    extra = on.dtype_bytes * method.added(on.shape, peft) / (on.machine.speed.gbytes * 1e9)
+    kernels = on.shape.layers * LAYER_SECONDS * method.added_kernels
+    how = f"{use.answer:.0f} tokens x ({extra:.2g} s of weights + {kernels:.2g} s of kernels); {read.how}"
+    return Figure(read.value + use.answer * (extra + kernels), how)
+
+
+def judged(strategy: Strategy, use: Use) -> Strategy:
+    """With what memory, time and latency say against it."""
+    on, against = strategy.on, list(strategy.against)
+    if shortage(strategy.demand, on) > 1.0:
+        peak, _, _ = tightest(strategy.demand, on)
+        against.append(f"does not fit: {shortage(strategy.demand, on):.1f} times the memory ({peak.name})")
+    if use.hours is not None and strategy.hours > use.hours:
+        against.append(f"{strategy.hours:.2g} hours, and plan.hours={use.hours:g}")
+    if use.max_added_latency is not None and strategy.latency.value > use.max_added_latency:
+        against.append(
+            f"{strategy.latency.value:.2g} s an answer, and plan.max_added_latency={use.max_added_latency:g}"
+        )
+    return replace(strategy, against=against)

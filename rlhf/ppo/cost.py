@@ -1,0 +1,205 @@
+"""What PPO needs: four models, and an engine that trains two of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.costs.memory import (
+    FP32,
+    Part,
+    Phase,
+    Trained,
+    activations,
+    beside_vllm,
+    folded,
+    frozen_weights,
+    loading,
+    logits,
+    over,
+    reading,
+    sampling,
+)
+from rlhf.costs.model_shape import Shape
+from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.setup import Setting
+from rlhf.costs.stage_cost import Demand, Task, Worker, exactly, joined
+from rlhf.costs.training import artifact_bytes, published
+from rlhf.data.prepared import Lengths
+from rlhf.models.peft import methods as tuning_methods
+from rlhf.models.start import directory_of
+from rlhf.ppo.config import PpoConfig
+
+FOLDED = ("lora", "dora", "ia3")
+"""Methods whose adapters are folded into copies of the weights while the policy samples."""
+
+
+def ppo_demand(
+    config: PpoConfig, on: Setting, *, reward_method: str | None, reward_init: str | None = None
+) -> Demand:
+    """Episodes are decoded, read by four models and learned from by two; evaluations are read by three.
+
+    Args:
+        reward_method: how the reward stage tuned its model, where that one scores. A rule is not counted.
+        reward_init: what that stage started from; None for the same model as the policy.
+    """
+    base, same_start = on, reward_init in (None, config.init)
+    on = on.starting(directory_of(config.init)).tuned(config.peft)
+    scorer = own_scorer(config, on)
+    if reward_method is not None:
+        scorer = on if same_start else base.starting(directory_of(reward_init or config.init))
+    prompts = on.sizes("ppo", "train")
+    length = joined(prompts, exactly(config.max_new_tokens))
+    batch, mini, most = config.batch_episodes, config.minibatch_episodes, config.micro_batch_tokens
+    scored = on.pass_tokens(batch, length, most)
+    once = mini == batch and on.passes(batch, length, most) == 1
+    passes = on.passes(mini, length, most)
+
+    method = tuning_methods.METHODS[config.peft.method]
+    shares = method.shares and on.zero == "none"
+    folds = shares and reward_method == "lora" and same_start
+    """The reward model is the policy's own start with an adapter."""
+    own_reward = scorer is not None and not folds
+    critic_on_reward = own_reward and config.critic_on_reward
+    critic = scorer if scorer is not None and critic_on_reward else on
+    sets = 1 + (critic_on_reward if shares else 1)
+    trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)
+    states = [*trained.weights("policy and critic"), trained.optimizer(), *trained.buffers()]
+    if not shares:
+        states.append(frozen_weights(on, "reference", config.frozen))
+    others = []
+    if scorer is not None and own_reward and not (shares and critic_on_reward):
+        states.append(frozen_weights(scorer, "reward model", config.frozen, is_scalar=True))
+        read = frozen_weights(scorer, "reward model", is_scalar=True)
+        others = [read._replace(on_host=on.zero == "fsdp2" and config.frozen == "sharded")]
+    best, here = on.dtype_bytes * trained.of_one, on.machine.ranks_here
+    how = f"a copy of what trained of the best policy so far{over(here)}"
+    states.append(Part("weights", best / here, how, True))
+    average = 0 if config.ema_decay is None else FP32 * trained.of_one
+    if average:
+        states.append(Part("weights", average, "moving average of the policy, in fp32"))
+
+    learned = on.pass_tokens(mini, length, most)
+
+    def graph(of: Setting, beside: Shape | None = None) -> Part:
+        return activations(
+            of, learned, length.longest, config.peft, checkpointing=config.activation_checkpointing,
+            beside=beside,
+        )  # fmt: skip
+
+    both = once or on.zero not in ("none", "fsdp2")
+    kept = graph(on, critic.shape) if both else max(graph(on), graph(critic), key=lambda part: part.size)
+    rows = decoded_rows(config, on, max(batch, config.evaluate_prompts))
+    decoding = sampling(
+        on, rows, prompts.longest, config.max_new_tokens, folds=config.peft.method in FOLDED,
+        gathers=on.shards_weights,
+    )  # fmt: skip
+    mix = list(mixed(config, on, once=once))
+    phases = [
+        loading(on, trained, *others),
+        Phase("sampling", [*states, *decoding]),
+        Phase("reward model", [*states, *([folded(on)] if folds else []), reading(scorer or on, scored)]),
+        Phase("reference", [*states, reading(on, scored), logits(on, learns=False)]),
+        Phase("learning", [*states, *trained.gradients(passes=passes), kept, *mix, logits(on, learns=True)]),
+        Phase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
+        Phase("publishing", [*states, *published(on, trained.of_one)]),
+    ]
+    return Demand(
+        beside_vllm(on, phases), ppo_work(config, on, scorer, critic, trained, once=once),
+        artifact=artifact_bytes(on, config.peft),
+        checkpoint=3 * FP32 * trained.parameters + best + average,
+        longest=length.longest + METHODS[config.peft.method].added_tokens(on.shape, config.peft),
+        sampled=length.longest, context=on.shape.context,
+    )  # fmt: skip
+
+
+def own_scorer(config: PpoConfig, on: Setting) -> Setting | None:
+    """Of the model of `ppo.reward=model:DIR`, as large as the policy where its config does not tell; None
+    where a rule scores."""
+    if not config.reward.startswith("model:"):
+        return None
+    return on.starting(Path(config.reward.removeprefix("model:")))
+
+
+def decoded_rows(config: PpoConfig, on: Setting, rows: int) -> float:
+    """Of so many over all ranks, those that a rank decodes together."""
+    return min(config.batch_rows or rows, rows / on.ranks)
+
+
+def mixed(config: PpoConfig, on: Setting, *, once: bool) -> Iterator[Part]:
+    """Activations of the pretraining mix that are there beside those of PPO's own losses: of a pass, where
+    the rollout's were kept; of all passes under DeepSpeed. Else the larger of both, and none beside."""
+    if not config.ptx.coef:
+        return
+    lengths = mix_lengths(config, on)
+    tokens = on.pass_tokens(config.ptx.rows, lengths, config.micro_batch_tokens)
+    if on.zero not in ("none", "fsdp2"):
+        tokens = max(tokens, config.ptx.rows / on.ranks * lengths.mean)
+    elif not once:
+        length = joined(on.sizes("ppo", "train"), exactly(config.max_new_tokens))
+        own = on.pass_tokens(config.minibatch_episodes, length, config.micro_batch_tokens)
+        tokens = max(0.0, tokens - own)
+    yield activations(on, tokens, lengths.longest, config.peft, checkpointing=config.activation_checkpointing)
+
+
+def mix_lengths(config: PpoConfig, on: Setting) -> Lengths:
+    """Of the rows of the pretraining mix."""
+    return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(on.shape.context)
+
+
+def ppo_work(
+    config: PpoConfig, on: Setting, scorer: Setting | None, critic: Setting, trained: Trained, *, once: bool
+) -> list[Task]:
+    """Of all steps, with responses as long as they may get."""
+    prompts, worker, new = on.sizes("ppo", "train"), Worker(on), config.max_new_tokens
+    both = joined(prompts, exactly(new))
+    length, computed = both.mean, on.computed(both.mean, both)
+    """Tokens of a row, and those of them that go through a model."""
+    episodes = config.steps * config.batch_episodes
+    evaluations = 1 + math.ceil(config.steps / config.evaluate_every)
+    evaluated = evaluations * min(config.evaluate_prompts, on.sizes("ppo", "held_out").rows)
+    by_policies = episodes + 2 * evaluated  # the reference; of evaluations the policy too
+    by_policies += 0 if once else episodes  # policy and critic score before they learn
+    learned = config.epochs * episodes
+    updates = config.steps * config.epochs * math.ceil(config.batch_episodes / config.minibatch_episodes)
+    mixed_in = []
+    if config.ptx.coef:
+        mix = mix_lengths(config, on)
+        tokens = updates * config.ptx.rows * mix.mean
+        mixed_in = [worker.train(
+            tokens, mix.mean, config.peft.method, predicted=tokens,
+            checkpointing=config.activation_checkpointing, what="pretraining mix",
+        )]  # fmt: skip
+    scores = []
+    if scorer is not None:
+        tokens = (episodes + evaluated) * computed
+        scores = [
+            Worker(scorer).load(1, what="reward model"), Worker(scorer).read(tokens, length, what="scores")
+        ]  # fmt: skip
+    return [
+        worker.load(3, what="policy, reference, published model"),
+        Worker(critic).load(1, what="critic"),
+        *scores,
+        *worker.decode(
+            episodes, decoded_rows(config, on, config.batch_episodes), prompts, new, what="episodes"
+        ),
+        *worker.decode(
+            evaluated, decoded_rows(config, on, config.evaluate_prompts), prompts, new,
+            what="evaluations",
+        ),
+        worker.read(
+            by_policies * computed, length, predicted=by_policies * new, what="log-probabilities"
+        ),
+        Worker(critic).read(0 if once else episodes * computed, length, what="values"),
+        worker.train(
+            learned * computed, length, config.peft.method, predicted=learned * new,
+            checkpointing=config.activation_checkpointing, what="policy",
+        ),
+        Worker(critic).train(
+            learned * computed, length, config.peft.method, checkpointing=config.activation_checkpointing,
+            what="critic",
+        ),
+        *mixed_in,
+        worker.optimize(trained.parameters, updates),
+    ]  # fmt: skip

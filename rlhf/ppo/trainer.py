@@ -1,0 +1,372 @@
+"""The PPO loop: sample, score, learn, evaluate.
+
+What is learned from one rollout is rlhf/ppo/update.py. Dimensions: B episodes, R response tokens (padded).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from rlhf.config import ConfigError
+from rlhf.data.schema import PromptRow
+from rlhf.evaluation.intervals import mean
+from rlhf.evaluation.sampled import Sampled
+from rlhf.generation.policy_model import Policy
+from rlhf.pipeline.job import Job
+from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
+from rlhf.ppo.ptx import PretrainingMix
+from rlhf.ppo.update import BadStepError, Scored, Update
+from rlhf.rewards.reward import Exchange, Reward, RewardError
+from rlhf.rl.experience import RewardRule, make_experience
+from rlhf.rl.kl import AdaptiveKL, FixedKL
+from rlhf.rl.rollout import Experience
+from rlhf.rl.scores import ScoreNormalizer
+from rlhf.tracking.timer import Phases
+from rlhf.training.engine import Engine
+
+TIMES_THE_BOUND = 10
+"""How far above its gate's bound `engine_mismatch` ends the run at once."""
+
+
+class TooBadError(Exception):
+    """The run must not go on as it is. Nothing was learned from the step, so that it can be taken anew."""
+
+
+class Learner:
+    """Everything that changes while PPO runs. Every rank has one, in the same state."""
+
+    def __init__(
+        self,
+        config: PpoConfig,
+        *,
+        engine: Engine,
+        policy: Policy,
+        reference: Policy,
+        reward: Reward,
+        normalizer: ScoreNormalizer,
+        mix: PretrainingMix | None,
+        job: Job,
+        trained_parameters: int,
+        mismatch_limit: float,
+    ) -> None:
+        """`engine` trains an ActorCritic whose policy `policy` samples from; so many of its weights train.
+        A step whose `engine_mismatch` is above `mismatch_limit` ends the run."""
+        self.trained_parameters, self.mismatch_limit = trained_parameters, mismatch_limit
+        self.config, self.job, self.compute, self.engine = config, job, job.compute, engine
+        self.policy, self.reference, self.reward = policy, reference, reward
+        self.kl = (
+            AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
+            if config.kl.controller == "adaptive"
+            else FixedKL(config.kl.coef)
+        )
+        self.normalizer = normalizer
+        self.phases = Phases(self.compute.device)
+        self.update = Update(config, engine, policy, mix, job, self.phases)
+        self.sampling = torch.Generator().manual_seed(job.seed)
+        self.bad_steps, self.done, self.evaluated, self.best_step = 0, 0, 0, 0
+        self.last_bad = ""
+        """Why the last of the bad steps was one."""
+        self.texts: list[str] = []
+        """The current step's responses."""
+        self.history: list[dict[str, float]] = []
+        self.first: Evaluation | None = None
+        self.last: Evaluation | None = None
+        self.best: Evaluation | None = None
+        self.best_weights: dict[str, Tensor] = {}
+        """Of the policy, on the CPU of rank 0."""
+
+    def train(self, prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> dict[str, float]:
+        """Run all steps that are not done yet; `best_weights` is the result.
+
+        Returns:
+            The stage's summary metrics.
+
+        Raises:
+            ConfigError: too much went wrong; what was learned before is in the newest checkpoint.
+            Stopped: a signal came; a checkpoint is written.
+        """
+        config, checkpoints = self.config, self.job.checkpoints
+        if not self.restore():
+            self.first = self.last = self.evaluate(held_out)
+        elif self.bad_steps > config.max_bad_steps:
+            raise ConfigError(
+                f"ppo.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps had to be skipped, "
+                f"the last of them step {self.done}. Raise it to go on behind them."
+            )
+        batches = prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed)
+        with self.job.progress.task("ppo: steps", config.steps) as task, checkpoints.training():
+            task.skip(self.done)
+            self.evaluate_if_due(held_out)  # it may be what stopped the run before
+            for step, rows in enumerate(batches, 1):
+                if step <= self.done:
+                    continue
+                sampling, normalizer = self.sampling.get_state(), self.normalizer.state_dict()
+                try:
+                    metrics = self.step(rows, step)
+                except (TooBadError, RewardError) as bad:  # nothing was learned: the step is taken anew
+                    self.sampling.set_state(sampling)
+                    self.normalizer.load_state_dict(normalizer)
+                    checkpoints.save(self.done, self.engine, self.state_dict())
+                    if isinstance(bad, RewardError):
+                        raise
+                    self.stop(step, rows, str(bad), "takes this step again, with the same answers")
+                self.history.append(metrics)
+                self.job.log(metrics, step)
+                self.done = step
+                if self.bad_steps > config.max_bad_steps:
+                    checkpoints.save(self.done, self.engine, self.state_dict())
+                    reason = (
+                        f"{self.bad_steps} steps had to be skipped, more than "
+                        f"ppo.max_bad_steps={config.max_bad_steps}; the last because {self.last_bad} Mend "
+                        f"ppo.reward={config.reward}, or lower ppo.optim.lr"
+                    )
+                    self.stop(step, rows, reason, "goes on behind this step")
+                self.evaluate_if_due(held_out)
+                was_skipped = "score" not in metrics
+                task.advance(
+                    1, "skipped" if was_skipped else f"score {metrics['score']:+.2f} kl {metrics['kl']:.2f}"
+                )
+                checkpoints.after_step(step, self.engine, self.state_dict())
+        return self.summary()
+
+    def summary(self) -> dict[str, float]:
+        """The whole training in a few figures."""
+        config, best, first, last = self.config, self.best, self.first, self.last
+        assert best is not None and first is not None and last is not None
+        done = [metrics for metrics in self.history if "policy_loss" in metrics]
+        if not done:
+            raise ConfigError(
+                f"ppo.steps={config.steps}: every step had to be skipped, so nothing was learned. "
+                f"Mend ppo.reward={config.reward}, or lower ppo.optim.lr."
+            )
+        mismatches = [each["engine_mismatch"] for each in self.history if "engine_mismatch" in each]
+        return {
+            "first_ratio_deviation": done[0]["first_ratio_deviation"],
+            "first_kl": done[0]["kl_k3"],
+            # not Python's max, which drops a NaN: that must fail the gate
+            "engine_mismatch": float(torch.tensor(mismatches, dtype=torch.float64).max()),
+            **self.explained_variance(done).metrics("explained_variance"),
+            **mean(best.kl_B).metrics("kl"),
+            "held_out_score_before": first.score,
+            "held_out_score": best.score,
+            **best.gain_over(first).metrics("held_out_score_gain"),
+            "held_out_score_last": last.score,
+            "held_out_length": float(best.length_B.mean()),
+            "best_step": self.best_step,
+            "bad_steps": self.bad_steps,
+            "steps": config.steps,
+            "episodes": config.steps * config.batch_episodes,
+            "trained_parameters": self.trained_parameters,
+        }
+
+    def explained_variance(self, done: Sequence[Mapping[str, float]]) -> Sampled:
+        """The mean of the last quarter of the steps, which sample independently of each other."""
+        late = done[-max(1, len(done) // 4) :]
+        value = sum(metrics["explained_variance"] for metrics in late) / len(late)
+        half = math.hypot(*(metrics["explained_variance_error"] for metrics in late)) / len(late)
+        return Sampled(value, value - half, value + half, len(late) * self.config.batch_episodes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but what the engine keeps."""
+        return {
+            "best_step": self.best_step, "done": self.done, "evaluated": self.evaluated,
+            "bad_steps": self.bad_steps, "history": self.history,
+            "kl": self.kl.state_dict(), "normalizer": self.normalizer.state_dict(),
+            "sampling": self.sampling.get_state(), "update": self.update.state_dict(),
+            "first": tuple(self.first or ()), "last": tuple(self.last or ()), "best": tuple(self.best or ()),
+            "best_weights": self.best_weights,
+        }  # fmt: skip
+
+    def restore(self) -> bool:
+        """Go on from the newest checkpoint; False without one. Nothing holds on to its file."""
+        state = self.job.checkpoints.restore(self.engine)
+        if state is not None:
+            self.load_state_dict(state)
+        return state is not None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Tensors are copied, weights by rank 0 alone: they are as large as the model."""
+        self.best_step, self.done, self.evaluated = state["best_step"], state["done"], state["evaluated"]
+        self.bad_steps, self.history = state["bad_steps"], state["history"]
+        self.kl.load_state_dict(state["kl"])
+        self.normalizer.load_state_dict(state["normalizer"])
+        self.sampling.set_state(state["sampling"])
+        self.update.load_state_dict(state["update"])
+        self.first, self.last, self.best = (
+            Evaluation(*(each_B.clone() for each_B in state[name])) for name in ("first", "last", "best")
+        )
+        kept = state["best_weights"] if self.compute.is_main else {}
+        self.best_weights = {name: value.clone() for name, value in kept.items()}
+
+    def step(self, rows: Sequence[PromptRow], step: int) -> dict[str, float]:
+        """Roll out, score, learn. What is not finite is not learned from, and counted.
+
+        Raises:
+            TooBadError: the KL passed max_kl, or the engine samples from another policy.
+        """
+        config = self.config
+        self.phases.taken()
+        self.compute.at["step"] = step
+        warm_up = step <= config.critic.warmup_steps
+        first_steps = {0: config.critic.warmup_steps}  # the policy's
+        rates = self.engine.set_rates(step - 1, config.steps, first_steps=first_steps)
+        metrics = {"lr": rates[0], "beta": self.kl.coef}
+        self.texts = []
+        try:
+            experience, scored = self.experience(rows)
+            metrics |= rollout_metrics(experience)
+            metrics["special_token_rate"] = self.policy.special_token_rate(experience.rollout)
+            if metrics.get("engine_mismatch", 0.0) > self.mismatch_limit:
+                raise TooBadError(
+                    "the responses are not sampled from the policy that learns: their log-probabilities are "
+                    f"{metrics['engine_mismatch']:.3g} nats a token off, more than "
+                    f"{self.mismatch_limit:.3g}, {TIMES_THE_BOUND} times ppo.gates.engine_mismatch.max. Use "
+                    "another generation=, or precision=fp32"
+                )
+            if config.max_kl is not None and metrics["kl"] > config.max_kl:
+                raise TooBadError(
+                    f"the policy is {metrics['kl']:.4g} nats a sequence from the SFT model, more than "
+                    f"ppo.max_kl={config.max_kl:g}. Raise ppo.kl.coef, or lower ppo.optim.lr"
+                )
+            metrics |= self.update.learn(experience, scored, critic_only=warm_up)
+            metrics |= self.phases.taken()
+            if not warm_up:  # a policy that does not learn cannot follow the coefficient
+                self.kl.update(metrics["kl"], config.batch_episodes)
+            if metrics["skipped_minibatches"] > 0:
+                self.count_bad(step, "the gradient of a minibatch was not finite.")
+        except BadStepError as bad:
+            self.count_bad(step, str(bad))
+        metrics["bad_steps"] = float(self.bad_steps)
+        return metrics
+
+    def count_bad(self, step: int, reason: str) -> None:
+        """Tell and count a step of which something was skipped."""
+        self.bad_steps += 1
+        self.last_bad = reason
+        self.warn(f"step {step} skipped: {reason}")
+
+    def warn(self, text: str) -> None:
+        """Say it; it may quote a response, whose brackets are no markup."""
+        self.job.progress.console.print(f"ppo: {text}", highlight=False, markup=False, style="yellow")
+
+    def stop(self, step: int, rows: Sequence[PromptRow], reason: str, then: str) -> NoReturn:
+        """Keep the batch and end; the state is kept already. `then` is what a higher limit leads to.
+
+        Raises:
+            ConfigError: always.
+        """
+        texts = [*self.texts, *[None] * (len(rows) - len(self.texts))]
+        path = self.job.dump(
+            f"step{step}",
+            [{"prompt": row.prompt, "response": text} for row, text in zip(rows, texts, strict=True)],
+        )
+        raise ConfigError(
+            f"ppo: step {step}: {reason}. Its batch is in {path}. All that was learned so far is kept: the "
+            f"same command stops here again; with a higher limit it {then}."
+        )
+
+    def experience(self, rows: Sequence[PromptRow]) -> tuple[Experience, Scored | None]:
+        """Sample one response a prompt with the current policy, and score it: see `Update.score`."""
+        config = self.config
+        if self.policy.vllm is not None:
+            with self.phases("sync"):
+                self.policy.hand_over()
+        with self.phases("generate"):
+            rollout, self.texts = self.policy.sample(
+                [row.prompt for row in rows],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                generator=self.sampling,
+                batch_rows=config.batch_rows or len(rows),
+            )
+        with self.phases("reward"):
+            score_B = self.reward(list(map(Exchange, (row.prompt for row in rows), self.texts)))
+        if not bool(score_B.isfinite().all()):
+            index = int((~score_B.isfinite()).nonzero()[0])
+            raise BadStepError(f"the reward of {self.texts[index]!r} is {float(score_B[index])}.")
+
+        with self.phases("reference"):
+            reference_BR = self.reference.log_probabilities(
+                rollout, config.temperature, config.micro_batch_tokens
+            )
+        with self.phases("score"):
+            logp_BR, value_BR, scored = self.update.score(rollout)
+        rule = RewardRule(
+            self.normalizer, self.kl.coef, config.score.missing_stop, config.score.missing_stop_penalty
+        )
+        with self.phases("advantages"):
+            experience = make_experience(
+                rollout,
+                logp_BR=logp_BR,
+                reference_logp_BR=reference_BR,
+                value_BR=value_BR,
+                score_B=score_B,
+                rule=rule,
+                gamma=config.gamma,
+                lam=config.lam,
+            )
+        return experience, scored
+
+    def evaluate_if_due(self, rows: Sequence[PromptRow]) -> None:
+        """Evaluate what the last step has left, once.
+
+        Raises:
+            RewardError: the reward is not there; the step is kept, and the evaluation comes first next time.
+        """
+        due = self.done % self.config.evaluate_every == 0 or self.done == self.config.steps
+        if not due or self.evaluated == self.done:
+            return
+        try:
+            self.last = self.evaluate(rows)
+        except RewardError:
+            self.job.checkpoints.save(self.done, self.engine, self.state_dict())
+            raise
+        self.evaluated = self.done
+
+    def evaluate(self, rows: Sequence[PromptRow]) -> Evaluation:
+        """Measure the policy on held-out prompts; keep its weights when it is the best so far on those that
+        choose."""
+        with self.update.published_weights():
+            result, texts = evaluate_policy(
+                self.policy,
+                self.reference,
+                self.reward,
+                rows,
+                max_new_tokens=self.config.max_new_tokens,
+                temperature=self.config.temperature,
+                seed=self.job.seed,
+                batch_rows=self.config.batch_rows or len(rows),
+                micro_batch_tokens=self.config.micro_batch_tokens,
+            )
+            if self.best is None or result.choice_score > self.best.choice_score:
+                self.best, self.best_weights = result, self.engine.trainable_state(self.policy.model)
+                self.best_step = self.done
+        if result.unscored:
+            self.warn(
+                f"{result.unscored} of {len(rows)} held-out responses got no finite score after step "
+                f"{self.done}; held_out_score is the others' mean."
+            )
+        self.job.log({f"held_out_{name}": value for name, value in result.metrics().items()}, self.done)
+        for row, text in list(zip(rows, texts, strict=True))[:8]:
+            self.job.sample(step=self.done, prompt=row.prompt, response=text)
+        return result
+
+
+def prompt_batches(
+    rows: Sequence[PromptRow], size: int, num_batches: int, seed: int
+) -> Iterator[list[PromptRow]]:
+    """Batches of prompts, every prompt once before any comes again, newly shuffled each time round."""
+    order = random.Random(seed)
+    waiting: list[PromptRow] = []
+    for _ in range(num_batches):
+        while len(waiting) < size:
+            waiting += order.sample(rows, len(rows))
+        yield waiting[:size]
+        waiting = waiting[size:]

@@ -1,0 +1,147 @@
+"""The table of a sweep's trials: on the terminal, and as sweep.md and sweep.json in the sweep's directory;
+with `sweep.pareto`, their picture beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rlhf.cli.sweep.trial import SweepConfig, Trial
+from rlhf.disk import naming
+from rlhf.report.pareto import Point, draw
+from rlhf.tracking.redaction import redacted, redacted_text
+
+MARK, PICTURE = "best", "pareto.png"
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """All trials of a sweep."""
+
+    directory: Path
+    """The sweep's; named like the sweep."""
+    config: SweepConfig
+    trials: Sequence[Trial]
+
+    @property
+    def best(self) -> Trial | None:
+        """The one with the best `sweep.metric` among those that are done."""
+        metric = self.config.metric
+        values = [
+            (value, trial)
+            for trial in self.trials
+            if metric and trial.status == "done" and (value := trial.metric(metric)) is not None
+        ]
+        choose = max if self.config.direction == "maximize" else min
+        return choose(values, key=lambda pair: pair[0])[1] if values else None
+
+    @property
+    def metrics(self) -> list[str]:
+        """What is shown: what `sweep.*` names, and without `sweep.metric` what has a gate."""
+        gates = [name for trial in self.trials if trial.outcome for name in trial.outcome.gates]
+        return list(dict.fromkeys([*self.config.metrics.values(), *([] if self.config.metric else gates)]))
+
+    @property
+    def keys(self) -> list[str]:
+        """The overrides that differ."""
+        keys = dict.fromkeys(key for trial in self.trials for key in trial.values)
+        return [
+            key
+            for key in keys
+            if len(self.trials) == 1 or len({trial.values.get(key) for trial in self.trials}) > 1
+        ]
+
+    @property
+    def points(self) -> list[Point]:
+        """What the picture shows: the trials that have both figures."""
+        pareto, found = self.config.pareto, []
+        if pareto is None:
+            return []
+        for trial in self.trials:
+            gain, loss = trial.metric(pareto.gain), trial.metric(pareto.loss)
+            if gain is not None and loss is not None:
+                name = " ".join(short(trial.values[key]) for key in self.keys)
+                found.append(Point(name or str(trial.number), gain, loss))
+        return found
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Headings and rows."""
+        best = self.best
+        headings = ["trial", "run", *(key.lstrip("+") for key in self.keys), "status", *self.metrics]
+        rows = []
+        for trial in self.trials:
+            values = [shown(trial.metric(name)) for name in self.metrics]
+            if trial is best:
+                values[0] += f" ({MARK})"
+            overrides = [short(trial.values.get(key, "-")) for key in self.keys]
+            rows.append([str(trial.number), str(trial.directory), *overrides, trial.status, *values])
+        return headings, rows
+
+    def write(self) -> None:
+        """Write sweep.md and sweep.json, and draw pareto.png."""
+        headings, rows = self.cells()
+        lines = [headings, ["---"] * len(headings), *rows]
+        table = "\n".join(
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+        )
+        pareto, points = self.config.pareto, self.points
+        picture = ""
+        if pareto is not None and points:
+            draw(points, pareto.gain, pareto.loss, self.directory / PICTURE)
+            picture = f"\n![{pareto.gain} against {pareto.loss}]({PICTURE})\n"
+        text = f"# Sweep {self.directory.name}\n\n{table}\n{picture}"
+        with naming(self.directory / "sweep.md"):
+            (self.directory / "sweep.md").write_text(redacted_text(text), encoding="utf-8")
+        best = self.best
+        content = {
+            "name": self.directory.name,
+            "metric": self.config.metric,
+            "direction": self.config.direction,
+            "best": best.number if best else None,
+            "trials": [
+                {
+                    "number": trial.number,
+                    "run": str(trial.directory),
+                    "overrides": dict(trial.values),
+                    "status": trial.status,
+                    "code": trial.outcome.code if trial.outcome else None,
+                    "metrics": {name: trial.metric(name) for name in self.metrics},
+                }
+                for trial in self.trials
+            ],
+        }
+        beside = self.directory / ".sweep.json"
+        with naming(self.directory / "sweep.json"):
+            beside.write_text(json.dumps(redacted(content), indent=2), encoding="utf-8")
+            beside.rename(self.directory / "sweep.json")
+
+    def show(self, console: Console) -> None:
+        """Print it."""
+        headings, rows = self.cells()
+        table = Table(box=box.SIMPLE_HEAD, title=f"Sweep {self.directory.name}", title_justify="left")
+        for heading in headings:
+            table.add_column(escape(heading), overflow="fold")
+        for trial, cells in zip(self.trials, rows, strict=True):
+            style = "green" if trial is self.best else None if trial.status == "done" else "red"
+            table.add_row(*map(escape, cells), style=style)
+        console.print(table)
+
+
+def shown(value: float | None) -> str:
+    """A metric, or a dash."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def short(text: str) -> str:
+    """An override's value; long numbers are rounded."""
+    try:
+        return f"{float(text):.4g}" if len(text) > 8 else text
+    except ValueError:
+        return text

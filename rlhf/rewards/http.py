@@ -1,0 +1,95 @@
+"""A reward that another process serves: `http://HOST:PORT/PATH` or https.
+
+It is sent {"prompts": [...], "responses": [...]} as JSON by POST, and answers {"scores": [...]}: one
+number for each response; null says that there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from urllib.error import HTTPError
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat
+from torch import Tensor
+
+from rlhf.config import Strict
+from rlhf.rewards.reward import Exchange, Reward, RewardError
+from rlhf.tracking.redaction import redacted
+
+PAUSE_SECONDS = 0.5
+"""Before the second try; doubled before each further one."""
+MAY_PASS = (408, 425, 429)
+"""Statuses below 500 that another try may change: too slow, too early, too many."""
+LONGEST_SHOWN = 300
+"""Characters of an answer."""
+
+
+class RewardServerConfig(Strict):
+    """`reward_server.*`: how a reward at http://... is asked. Values: conf/config.yaml."""
+
+    timeout: PositiveFloat
+    """Seconds that the server may stay silent before it is asked again."""
+    retries: NonNegativeInt
+    """How often it is asked again when it does not answer, or answers with status 408, 425, 429, or 500 and
+    above. Another status, such as 401, ends the run at once."""
+
+
+def remote_reward(url: str, server: RewardServerConfig) -> Reward:
+    """Ask the server for a batch's scores; a server that restarts is given a few seconds."""
+
+    def score(exchanges: Sequence[Exchange]) -> Tensor:
+        prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
+        body = {"prompts": prompts, "responses": [exchange.response for exchange in exchanges]}
+        answer = _ask(url, json.dumps(body).encode(), server)
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if (
+            not isinstance(scores, list)
+            or len(scores) != len(exchanges)
+            or not all(value is None or isinstance(value, int | float) for value in scores)
+        ):
+            raise RewardError(
+                f"{redacted(url)} answered {str(answer)[:LONGEST_SHOWN]!r} to {len(exchanges)} responses; it "
+                'must answer {"scores": [one number for each]}.'
+            )
+        return torch.tensor([float("nan") if value is None else float(value) for value in scores])
+
+    return score
+
+
+def _ask(url: str, body: bytes, server: RewardServerConfig) -> object:
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    for attempt in range(server.retries + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=server.timeout) as response:
+                return json.loads(response.read())
+        except HTTPError as error:
+            reason = f"status {error.code} {error.reason}, {_shown(error)}"
+            if error.code < 500 and error.code not in MAY_PASS:
+                raise RewardError(
+                    f"{redacted(url)}: the reward server refuses: {reason}. Mend the URL or the server, and "
+                    "run the same command again."
+                ) from None
+        # refused connections and timeouts are OSErrors; an answer cut short is an HTTPException
+        except (OSError, ValueError, HTTPException) as error:
+            reason = str(error)
+        if attempt < server.retries:
+            time.sleep(PAUSE_SECONDS * 2**attempt)
+    raise RewardError(
+        f"{redacted(url)}: the reward server does not answer, asked {server.retries + 1} times ({reason}). "
+        f"Start it, or raise reward_server.timeout={server.timeout:g} or "
+        f"reward_server.retries={server.retries}, and run the same command again."
+    )
+
+
+def _shown(error: HTTPError) -> str:
+    """What the server said beside the status; the connection may break while it is read."""
+    try:
+        body = error.read(4 * LONGEST_SHOWN).decode(errors="replace")
+    except (OSError, HTTPException) as broken:
+        return f"and an answer that broke off ({broken})"
+    return f"{body[:LONGEST_SHOWN]!r}"

@@ -1,0 +1,162 @@
+"""Scores of a reward model, read from text in its own template and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.chat_template import exchange_ids, tokenizer_digest
+from rlhf.distributed.compute import Compute
+from rlhf.models.load import ModelConfig, context_left, load_tokenizer
+from rlhf.models.offload import offload
+from rlhf.models.peft.saved import attach_published, described, origin_of
+from rlhf.models.value_head import ScalarModel, load_scalar_model
+from rlhf.models.weight_sharing import Backbone, sharing
+from rlhf.pipeline.store import weights_digest
+from rlhf.rewards.http import RewardServerConfig, remote_reward
+from rlhf.rewards.reward import (
+    Exchange,
+    Reward,
+    RewardError,
+    function_reward,
+    reward_directory,
+    vader_reward,
+)
+
+CUT_TOKENS = 8
+"""A response that fills the context exactly may be so much longer with its end token, decoded and encoded
+again; so much is cut from before that end."""
+
+
+class LearnedReward:
+    """A one-label classification model. The end token is appended also to a response that was cut."""
+
+    def __init__(
+        self,
+        directory: Path,
+        model: ScalarModel,
+        tokenizer: PreTrainedTokenizerBase,
+        micro_batch_tokens: int,
+        compute: Compute,
+        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`whole` opens a context in which the model runs as it was published."""
+        self.directory, self.model, self.tokenizer = directory, model, tokenizer
+        self.micro_batch_tokens, self.compute, self._whole = micro_batch_tokens, compute, whole
+
+    def offload(self) -> None:
+        """From now on keep the model's weights in the host's memory while they are not used."""
+        self._whole = offload(self.model, self.compute.device)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the tokenizer: equal digests mean that ids can be shared."""
+        return tokenizer_digest(self.tokenizer)
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+        rows = [torch.tensor(self._ids(exchange)) for exchange in exchanges]
+        with self._whole():
+            return self.model.score(rows, self.micro_batch_tokens, self.compute)
+
+    def _ids(self, exchange: Exchange) -> list[int]:
+        ids, _ = exchange_ids(self.tokenizer, exchange.prompt, exchange.response)
+        room = context_left(self.model.model)
+        if len(ids) > room + CUT_TOKENS:
+            raise RewardError(
+                f"{self.directory}: the reward model reads {room} tokens, and a prompt with its response has "
+                f"{len(ids)}. Give shorter prompts, sample fewer tokens, or take another reward model."
+            )
+        return [*ids[: room - 1], ids[-1]] if len(ids) > room else ids
+
+
+def load_learned_reward(
+    directory: Path,
+    config: ModelConfig,
+    compute: Compute,
+    micro_batch_tokens: int,
+    backbone: Backbone | None = None,
+    device: torch.device | None = None,
+) -> LearnedReward:
+    """Load a published reward model: its LoRA adapter alone, if it was trained on those of `backbone`.
+
+    The adapter is folded in while it scores. That is how the published weights were made, so it scores with
+    these weights, bit for bit, in any precision (but for a device that multiplies otherwise than the one that
+    merged them).
+
+    Raises:
+        ConfigError: not a sequence-classification model with one label.
+    """
+    tokenizer = load_tokenizer(directory, config)
+    if backbone is not None and stands_on(directory, backbone, compute):
+        trunk = sharing(backbone.model)
+        adapter, head = attach_published(trunk, directory)
+        assert head is not None
+        weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # as load_scalar_model reads it
+        model = ScalarModel(trunk, weight)
+        return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, adapter.folded_in)
+    model = load_scalar_model(directory, config, compute.dtype).to(device or compute.device)
+    return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute)
+
+
+def stands_on(directory: Path, backbone: Backbone, compute: Compute) -> bool:
+    """Whether a published reward model is the backbone, by the digest of its files, with a LoRA adapter."""
+    origin = origin_of(directory)
+    if origin is None or origin.in_4_bits:
+        return False
+    told = described(directory)
+    if told["peft_type"] != "LORA" or told["use_dora"]:
+        return False
+    return origin.digest == compute.main_only(lambda: weights_digest(backbone.directory))
+
+
+def make_reward(
+    source: str,
+    learned: Path | None,
+    config: ModelConfig,
+    compute: Compute,
+    micro_batch_tokens: int,
+    server: RewardServerConfig,
+    backbone: Backbone | None = None,
+    device: torch.device | None = None,
+) -> Reward:
+    """The reward that a `RewardSource` names.
+
+    Args:
+        learned: the reward stage's artifact.
+        server: how a remote one is asked.
+        backbone: what a learned one may share.
+        device: another one than where it shall run, if something is going to move it.
+    """
+    directory = reward_directory(source, learned)
+    if directory is not None:
+        return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, device)
+    if source.startswith(("http:", "https:")):
+        return spread(remote_reward(source, server), compute)
+    return spread(vader_reward if source == "vader" else function_reward(source), compute)
+
+
+def spread(reward: Reward, compute: Compute) -> Reward:
+    """Let each rank score its share, so that all have the same scores, also of a reward that varies."""
+    if compute.world_size == 1:
+        return reward
+
+    def score(exchanges: Sequence[Exchange]) -> Tensor:
+        lengths = [len(exchange.response) for exchange in exchanges]
+        mine = compute.share(lengths)
+        results: list[float | RewardError] = []
+        try:
+            results = reward([exchanges[index] for index in mine]).tolist() if mine else []
+        except RewardError as error:  # all ranks shall stop in the same way
+            results = [error] * len(mine)
+        scores = compute.collect(results, lengths)
+        for score in scores:
+            if isinstance(score, RewardError):
+                raise score
+        return torch.tensor(scores)
+
+    return score

@@ -1,0 +1,198 @@
+"""Where scores come from: one interface for learned, rule and user-written rewards.
+
+A reward is a callable from exchanges to one fp32 score each, on the CPU; higher is better.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import reprlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+from urllib.parse import urlsplit
+
+import torch
+from pydantic import AfterValidator
+from torch import Tensor
+
+from rlhf.config import ConfigError
+from rlhf.data.schema import Message
+from rlhf.models.value_head import check_score_head
+from rlhf.pipeline.store import DirectoryDigest, digest_of, directory_digest
+from rlhf.rewards.code import imported_code
+from rlhf.tracking.redaction import USER_INFO, redacted, without_environment
+
+
+class Exchange(NamedTuple):
+    """A prompt and one response to it, as text."""
+
+    prompt: list[Message]
+    response: str
+
+
+Reward = Callable[[Sequence[Exchange]], Tensor]
+UserFunction = Callable[[list[str], list[str]], Sequence[float]]
+"""(the last message of each conversation, responses) -> scores."""
+
+
+WANTED = (
+    "It is called as {name}(prompts, responses), with two lists of texts, and returns a list of floats, one "
+    "for each response."
+)
+"""Of a user's function."""
+
+
+def _checked(source: str) -> str:
+    kind, _, rest = source.partition(":")
+    if kind in ("http", "https"):
+        try:
+            urlsplit(source).port  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"{error}: use http://HOST:PORT/PATH") from None
+    if source in ("learned", "vader") or (kind in ("model", "http", "https") and rest):
+        return source
+    if kind == "python" and ":" in rest:
+        return source
+    raise ValueError("use learned, vader, model:DIRECTORY, python:MODULE:FUNCTION or http://HOST:PORT/PATH")
+
+
+RewardSource = Annotated[str, AfterValidator(_checked)]
+"""`learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a sequence-classification model with one
+label and a linear `score` head (Llama, Mistral, Qwen, Gemma, GPT-2, ...), its own tokenizer and template),
+`python:MODULE:FUNCTION`, or the URL of a server (rlhf/rewards/http.py)."""
+
+
+class RewardError(ConfigError):
+    """A reward gave no scores. Nothing was learned from what it was asked about."""
+
+
+def function_reward(source: str) -> Reward:
+    """The reward of `python:MODULE:FUNCTION`: called with the last message of each conversation, without the
+    turns before it ("" of an empty one), and the responses.
+
+    Raises:
+        ConfigError: it cannot be imported, or not be called with two lists.
+    """
+    _, module, name = source.split(":", 2)
+    imported_code(source)
+    try:
+        function: UserFunction = getattr(sys.modules[module], name)
+    except AttributeError as error:
+        raise ConfigError(f"{source}: {error}. Name a function of that module.") from None
+    wanted = WANTED.format(name=name)
+    if not callable(function):
+        raise ConfigError(f"{source}: {name} is no function. {wanted}")
+    defined = _defined(function)
+    place = f"{defined[0]}, line {defined[1]}" if defined else module
+    if (arguments := _other_arguments(function)) is not None:
+        raise ConfigError(f"{source}: its arguments are {arguments} ({place}). {wanted}")
+
+    def score(exchanges: Sequence[Exchange]) -> Tensor:
+        prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
+        try:
+            answer = function(prompts, [exchange.response for exchange in exchanges])
+        except Exception as error:  # whatever a user's function raises
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if defined and frame.filename == defined[0]]
+            where = f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else place
+            raise RewardError(f"{source}: {type(error).__name__}: {error} ({where}). {wanted}") from error
+        try:
+            scores = torch.as_tensor(answer)
+        except (RuntimeError, TypeError, ValueError):
+            said = "nothing (None)" if answer is None else f"{reprlib.repr(answer)}, which holds no numbers"
+            raise RewardError(f"{source} returned {said} ({place}). {wanted}") from None
+        if scores.shape != (len(exchanges),):
+            raise RewardError(
+                f"{source} returned shape {tuple(scores.shape)} for {len(exchanges)} responses ({place}). "
+                f"{wanted}"
+            )
+        return scores.detach().float().cpu()
+
+    return score
+
+
+def _other_arguments(function: UserFunction) -> str | None:
+    """Its arguments where two lists cannot be these, such as (text)."""
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except ValueError:  # written in C: Python does not know them
+        return None
+    try:
+        signature.bind([], [])
+    except TypeError:
+        return str(signature)
+    return None
+
+
+def _defined(function: UserFunction) -> tuple[str, int] | None:
+    """The file and line where the function's code begins; None where Python does not know it."""
+    try:
+        file, line = inspect.getsourcefile(function), inspect.getsourcelines(function)[1]
+    except (OSError, TypeError):
+        return None
+    return (file, line) if file else None
+
+
+def reward_digest(source: str | None, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    """What decides the scores beside the reward stage's model, by its name: part of the key of all that it
+    scored. A directory's content, a function's code as it was imported, a scorer's version, a server's URL.
+
+    Args:
+        digest: as of `Stage.external`.
+
+    Raises:
+        ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
+    """
+    if source is not None and source.startswith("model:"):
+        directory = Path(source.removeprefix("model:"))
+        if not (directory / "config.json").is_file():
+            raise ConfigError(f"{source}: no config.json there. Give a one-label classification model.")
+        check_score_head(directory)
+        return {source: digest(directory)}
+    if source is not None and source.startswith("python:"):
+        function_reward(source)
+        return imported_code(source)
+    if source is not None and source.startswith(("http:", "https:")):
+        # whole, but for what the environment calls a secret: ?key=A and ?key=B may be two rewards, and both
+        # are written down as ?key=<redacted>
+        whole = digest_of(USER_INFO.sub("", without_environment(source)))
+        return {f"{redacted(source.partition('?')[0])} ({whole[:8]})": whole}
+    if source == "vader":
+        return {"vaderSentiment": importlib.metadata.version("vaderSentiment")}
+    return {}
+
+
+def vader_reward(exchanges: Sequence[Exchange]) -> Tensor:
+    """VADER's compound sentiment in [-1, 1]: the demo's gold reward (Hutto & Gilbert 2014)."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+    return torch.tensor([analyzer.polarity_scores(exchange.response)["compound"] for exchange in exchanges])
+
+
+def reward_directory(source: str, learned: Path | None) -> Path | None:
+    """The directory of the model that scores, or None for a rule."""
+    if source == "learned":
+        assert learned is not None
+        return learned
+    return Path(source.removeprefix("model:")) if source.startswith("model:") else None
+
+
+def finite_scores(reward: Reward, exchanges: Sequence[Exchange], name: str) -> Tensor:
+    """One finite score each; `name` is what the user called the reward, such as `generate.reward=vader`.
+
+    Raises:
+        ConfigError: a score is NaN or infinite.
+    """
+    score_B = reward(exchanges)
+    if not bool(score_B.isfinite().all()):
+        index = int((~score_B.isfinite()).nonzero()[0])
+        raise ConfigError(
+            f"{name} gave {float(score_B[index])} for the response {exchanges[index].response!r}. "
+            "A score must be a finite number."
+        )
+    return score_B

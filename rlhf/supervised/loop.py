@@ -1,0 +1,67 @@
+"""The training loop of the stages that see fixed data: one optimizer step a batch, resumable after each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rlhf.config import ConfigError
+from rlhf.pipeline.job import Job
+from rlhf.training.engine import Engine
+
+Row = TypeVar("Row")
+
+MOST_SKIPPED = 3
+"""Steps in a row whose gradient was not finite, before the stage gives up."""
+
+
+def train_batches(
+    job: Job,
+    engine: Engine,
+    batches: Sequence[Sequence[Row]],
+    step: Callable[[Sequence[Row]], dict[str, float]],
+    *,
+    state: Mapping[str, Any],
+    as_json: Callable[[Row], Mapping[str, Any]],
+    done: int,
+) -> None:
+    """Take one optimizer step a batch, from the one behind `done` on.
+
+    Args:
+        step: computes a batch's gradients, calls `engine.step` and returns its metrics; `loss` is one.
+        state: kept in every checkpoint, beside the number of batches that are done.
+        as_json: a row as the user would recognise it, for a batch that cannot be learned from.
+
+    Raises:
+        ConfigError: several gradients in a row were not finite. The state before them is kept.
+        Stopped: a signal came; a checkpoint is written.
+    """
+    skipped_in_a_row = 0
+    with job.progress.task(f"{job.stage}: training", len(batches)) as task, job.checkpoints.training():
+        task.skip(done)
+        for index in range(done, len(batches)):
+            job.compute.at["step"] = index + 1
+            rate, *_ = engine.set_rates(index, len(batches))
+            metrics = step(batches[index])
+            job.log({**metrics, "lr": rate, "grad_norm": engine.grad_norm}, index + 1)
+            task.advance(1, f"loss {metrics['loss']:.3f}")
+            skipped_in_a_row = 0 if math.isfinite(engine.grad_norm) else skipped_in_a_row + 1
+            if skipped_in_a_row == MOST_SKIPPED:
+                job.checkpoints.save(index + 1, engine, {"done": index + 1, **state})
+                give_up(job, index + 1, map(as_json, batches[index]))
+            job.checkpoints.after_step(index + 1, engine, {"done": index + 1, **state})
+
+
+def give_up(job: Job, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Say what could not be learned from.
+
+    Raises:
+        ConfigError: always.
+    """
+    path = job.dump(f"step{step}", rows)
+    raise ConfigError(
+        f"{job.stage}: in step {step} and the {MOST_SKIPPED - 1} before it the gradients were not finite; "
+        f"nothing was learned from them. The last batch is in {path}. Mend the data, lower "
+        f"{job.stage}.optim.lr, or try precision=fp32."
+    )

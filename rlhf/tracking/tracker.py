@@ -1,0 +1,247 @@
+"""Where metrics and samples go: metrics.jsonl and samples.jsonl always; wandb or tensorboard by choice."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from uuid import uuid4
+
+from rlhf.config import ConfigError, Strict
+from rlhf.disk import naming
+from rlhf.pipeline.store import digest_of
+from rlhf.tracking.redaction import redacted
+
+
+class TrackerConfig(Strict):
+    """`tracker.*`: who else is told, beside the files."""
+
+    kind: Literal["none", "wandb", "tensorboard"]
+    """Set it by `tracker=NAME`."""
+    mode: Literal["offline", "online"] = "offline"
+    """wandb only: nothing leaves the machine unless this is `online`."""
+    project: str = "rlhf"
+    """wandb only: the project of the run."""
+
+
+SILENT: dict[str, Any] = {
+    "x_disable_meta": True,  # the command line, the host and the user's name
+    "console": "off",  # it would copy what is printed before secrets are taken out
+    "disable_git": True,  # the remote's URL may carry a token, and an uncommitted change anything
+}
+"""wandb keeps a metric's history and the config, and nothing that it finds on the machine by itself."""
+
+
+INIT_TIMEOUT_SECONDS = 60.0
+
+
+class Sink(Protocol):
+    """A tracker beside the files."""
+
+    def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
+        """Record metrics whose names already carry their stage's."""
+
+    def summarize(self, metrics: Mapping[str, float]) -> None:
+        """Record a stage's final figures, apart from the curves of the same names."""
+
+    def close(self) -> None:
+        """Flush and let go."""
+
+
+class WandbSink:
+    """Weights & Biases, offline unless told otherwise.
+
+    RUN_DIR/wandb.json keeps the run's id and how often it was told of each stage: the same command, run
+    again, says the same things in the same order, and goes on with the same wandb run behind them.
+    """
+
+    def __init__(
+        self, config: TrackerConfig, run_name: str, directory: Path, resolved: Mapping[str, Any]
+    ) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("tracker=wandb needs the package: pip install -e '.[wandb]'.") from None
+        self._note = directory / "wandb.json"
+        known = json.loads(self._note.read_text(encoding="utf-8")) if self._note.exists() else {}
+        content = digest_of(redacted(resolved))
+        self._id = known["id"] if known.get("config") == content else uuid4().hex[:8]
+        self._told: dict[str, int] = known.get("lines", {}) if known.get("config") == content else {}
+        self._said: dict[str, int] = {}
+        """By this process."""
+        self._content = content
+        self._teardown = wandb.teardown
+        try:
+            self._run = wandb.init(
+                project=redacted(config.project), name=run_name, dir=str(directory), mode=config.mode,
+                config=redacted(resolved), id=self._id, resume="allow",
+                settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, **SILENT),
+            )  # fmt: skip
+        except (wandb.Error, OSError) as error:
+            raise ConfigError(
+                f"tracker=wandb tracker.mode={config.mode}: wandb cannot begin ({redacted(str(error))}). "
+                "Check the network and `wandb login`, or use tracker.mode=offline; nothing was run."
+            ) from None
+        self._stages: set[str] = set()
+
+    def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
+        """Each stage counts its own steps, so each gets its own x axis."""
+        self._said[stage] = said = self._said.get(stage, 0) + 1
+        if said <= self._told.get(stage, 0):
+            return
+        self._told[stage] = said
+        note = json.dumps({"id": self._id, "config": self._content, "lines": self._told})
+        self._note.write_text(note, encoding="utf-8")
+        if stage not in self._stages:
+            self._stages.add(stage)
+            self._run.define_metric(f"{stage}/step")
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self._run.log({**metrics, f"{stage}/step": step})
+
+    def summarize(self, metrics: Mapping[str, float]) -> None:
+        """Into the run's summary, which the table of runs shows."""
+        self._run.summary.update(dict(metrics))
+
+    def close(self) -> None:
+        """Finish the wandb run, and wait until it is on the disk: `finish` may return before the process that
+        writes for wandb has done so."""
+        self._run.finish()
+        self._teardown()
+
+
+class TensorboardSink:
+    """TensorBoard event files under the run directory."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "tracker=tensorboard needs the package: pip install -e '.[tensorboard]'."
+            ) from None
+        self._writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
+        """One scalar a metric."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def summarize(self, metrics: Mapping[str, float]) -> None:
+        """One scalar a figure, under `summary/`."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"summary/{name}", value)
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self._writer.close()
+
+
+class Tracker:
+    """Writes each stage's lines beside its artifact, and the run's whole story in the run directory.
+
+    A stage's own files travel with its artifact, so a run that reuses the artifact still shows its curve.
+    Without a run directory (ranks other than 0) it writes nothing.
+    """
+
+    METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+    def __init__(self, run_directory: Path | None, sinks: list[Sink]) -> None:
+        self._run_directory, self._sinks = run_directory, sinks
+        self._stage_directory: Path | None = None
+        if run_directory is not None:
+            for name in (self.METRICS, self.SAMPLES):
+                (run_directory / name).write_text("", encoding="utf-8")
+
+    def begin(self, stage_directory: Path) -> None:
+        """Also write to this directory, from now on."""
+        self._stage_directory = stage_directory if self._run_directory else None
+
+    def keep(self, checkpoint: Path) -> None:
+        """Copy what the stage has said so far into a checkpoint."""
+        for name in (self.METRICS, self.SAMPLES):
+            if self._stage_directory and (self._stage_directory / name).exists():
+                shutil.copyfile(self._stage_directory / name, checkpoint / name)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Say again what the stage had said at that checkpoint, and no more: no gap, nothing twice."""
+        if self._stage_directory is None:
+            return
+        for name in (self.METRICS, self.SAMPLES):
+            if (checkpoint / name).exists():
+                shutil.copyfile(checkpoint / name, self._stage_directory / name)
+        self.replay(checkpoint)
+
+    def replay(self, stage_directory: Path) -> None:
+        """Tell the run's files, and the sinks, what a reused artifact's lines say."""
+        if self._run_directory is None:
+            return
+        for name in (self.METRICS, self.SAMPLES):
+            if (stage_directory / name).exists():
+                path = self._run_directory / name
+                with naming(path), path.open("a", encoding="utf-8") as run_file:
+                    run_file.write((stage_directory / name).read_text(encoding="utf-8"))
+        metrics_file = stage_directory / self.METRICS
+        lines = metrics_file.read_bytes().splitlines() if self._sinks and metrics_file.exists() else ()
+        for line in lines:
+            row = json.loads(line)
+            metrics = {name: value for name, value in row.items() if "/" in name and value is not None}
+            for sink in self._sinks:
+                if row.get("summary"):
+                    sink.summarize(metrics)
+                else:
+                    sink.log(metrics, row["stage"], row["step"])
+
+    def log(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
+        """Record one step of one stage; names get the stage's in front."""
+        named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
+        self._append(self.METRICS, {"stage": stage, "step": step, "time": _now(), **_finite(named)})
+        for sink in self._sinks:
+            sink.log(named, stage, step)
+
+    def summarize(self, stage: str, metrics: Mapping[str, float]) -> None:
+        """Record a stage's final figures; their line says `"summary": true`."""
+        named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
+        self._append(self.METRICS, {"stage": stage, "summary": True, "time": _now(), **_finite(named)})
+        for sink in self._sinks:
+            sink.summarize(named)
+
+    def sample(self, stage: str, row: Mapping[str, Any]) -> None:
+        """Record one generated text."""
+        self._append(self.SAMPLES, {"stage": stage, **redacted(row)})
+
+    def close(self) -> None:
+        """Flush the sinks."""
+        for sink in self._sinks:
+            sink.close()
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        for directory in filter(None, (self._run_directory, self._stage_directory)):
+            path = directory / name
+            with naming(path), path.open("a", encoding="utf-8") as file:
+                file.write(line)
+
+
+def _now() -> float:
+    return round(time.time(), 3)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows neither NaN nor infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def make_tracker(
+    config: TrackerConfig, run_name: str, run_directory: Path, resolved: Mapping[str, Any]
+) -> Tracker:
+    """The files, and the tracker that `tracker=` chose."""
+    sinks: list[Sink] = []
+    if config.kind == "wandb":
+        sinks.append(WandbSink(config, run_name, run_directory, resolved))
+    elif config.kind == "tensorboard":
+        sinks.append(TensorboardSink(run_directory))
+    return Tracker(run_directory, sinks)

@@ -1,0 +1,254 @@
+"""Save and resume inside a stage: atomically, verified, and never one file fewer than needed.
+
+Layout: STORE/STAGE/.KEY.checkpoints/step-00000012/manifest.json beside the engine's and the loop's files. The
+key decides the place, so whoever needs the artifact goes on where the last one was stopped, whatever its run
+was called. A checkpoint is written beside its place, flushed, hashed, and renamed; older ones go only then.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+
+from rlhf.cli.verify import CHECKPOINT_FORMAT, verified
+from rlhf.config import ConfigError, Strict
+from rlhf.distributed.compute import Compute
+from rlhf.distributed.signals import Stopped, StopSignals
+from rlhf.pipeline.store import MANIFEST, Recipe, digest_of, file_digest, flush
+from rlhf.tracking.tracker import Tracker
+from rlhf.training.engine import Engine
+
+LOOP = "loop.pt"
+NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write|iostream error", re.I)
+"""What torch.save says when the disk takes no more; anything else is another rank that was lost."""
+
+
+class CheckpointConfig(Strict):
+    """`checkpoint.*`: how often a training stage saves its state."""
+
+    every_steps: PositiveInt | None
+    """Steps between two checkpoints (in PPO: rollouts); null goes by minutes only."""
+    every_minutes: PositiveFloat | None
+    """Minutes between two checkpoints; null goes by steps only. If both are null, only a signal writes
+    one."""
+    keep: PositiveInt
+    """How many of the newest checkpoints stay until the stage is done."""
+    resume: bool
+    """Whether to go on from the newest checkpoint; false starts the stage again."""
+
+
+@dataclass
+class Checkpointer:
+    """One stage's checkpoints. Every rank has one and calls it equally often."""
+
+    directory: Path
+    config: CheckpointConfig
+    compute: Compute
+    tracker: Tracker
+    signals: StopSignals
+    tell: Callable[[str], None]
+    stage: str
+    recipe: Recipe = field(default_factory=dict)
+    """Of the artifact that is being made."""
+    made_from: Mapping[str, str] = field(default_factory=dict)
+    """As in its manifest: what a checkpoint was made from, which nothing else goes on from."""
+    seconds: float = 0.0
+    """What earlier attempts took up to the checkpoint that this one goes on from."""
+    written: list[tuple[float, int]] = field(default_factory=list)
+    """(seconds, bytes) of each one that this attempt wrote."""
+    newest: dict[str, Any] | None = None
+    """The manifest of the newest one that verifies."""
+
+    def __post_init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self.newest = self.compute.main_only(self._find)
+        self.seconds = self.newest["seconds"] if self.newest else 0.0
+
+    def restore(self, engine: Engine) -> dict[str, Any] | None:
+        """Load the newest checkpoint; the loop's state, or None when there is none.
+
+        The state's tensors lie in the checkpoint's file, and take no memory before they are read: copy what
+        is to stay, and let go of the rest.
+        """
+        if self.newest is None:
+            return None
+        directory = self.directory / self.newest["name"]
+        try:
+            engine.load(directory)
+            state: dict[str, Any] = torch.load(
+                directory / LOOP, weights_only=True, mmap=True, map_location="cpu"
+            )
+        except pickle.UnpicklingError as error:
+            raise ConfigError(
+                f"{directory}: refused, because it holds more than tensors and numbers "
+                f"({str(error).splitlines()[0]}) It was not written here. Remove it, or start the stage anew "
+                "with checkpoint.resume=false."
+            ) from None
+        torch.set_rng_state(state.pop("torch_random"))
+        cuda_random = state.pop("cuda_random", None)  # not there if a CPU has come so far
+        if cuda_random is not None and self.compute.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda_random)
+        self.tracker.restore(directory)
+        self.tell(f"{self.stage}: goes on from step {self.newest['step']} ({directory})")
+        return state
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While open, a signal waits for the next `after_step`, which saves and then stops."""
+        self._last = time.monotonic()
+        with self.signals.put_off():
+            yield
+
+    def after_step(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
+        """Save when it is time; save and stop when a signal came to any rank.
+
+        Args:
+            state: the loop's state after `step`: tensors, numbers, strings and containers of them.
+
+        Raises:
+            Stopped: a signal came; the checkpoint is written.
+        """
+        self.compute.at["step"] = step
+        signum, due = self._agreed(step)
+        if not signum and not due:
+            return
+        if signum:
+            self.tell(f"{self.stage}: saving step {step}, then stopping")
+        self.save(step, engine, state)
+        if signum:
+            raise Stopped(signum)
+
+    def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
+        """Write one checkpoint; remove those beyond `keep`.
+
+        Raises:
+            ConfigError: it could not be written; the earlier ones are untouched.
+        """
+        start = time.monotonic()
+        if self.compute.broadcast((self.directory / f"step-{step:08d}").exists()):
+            return
+        part = self.directory / self.compute.broadcast(f".step-{step:08d}.part-{uuid4().hex[:8]}")
+        try:
+            if self.compute.is_main:
+                part.mkdir(parents=True)
+            self.compute.barrier()
+            engine.save(part)
+            if self.compute.is_main:
+                random = {"torch_random": torch.get_rng_state()}
+                if self.compute.device.type == "cuda":
+                    random["cuda_random"] = torch.cuda.get_rng_state()
+                torch.save({**state, **random}, part / LOOP)
+                self.tracker.keep(part)
+            files, size = self._digests(part)
+            # all wait: launchers end the other ranks as soon as one has ended, which would tear this one up
+            self.compute.main_only(lambda: self._finish(part, step, files))
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not NOT_WRITTEN.search(str(error)):
+                raise
+            if self.compute.is_main:
+                shutil.rmtree(part, ignore_errors=True)
+            free = shutil.disk_usage(self.directory.parent).free
+            said = error.strerror if isinstance(error, OSError) else "the disk took only a part of it"
+            raise ConfigError(
+                f"{self.directory}: the checkpoint of step {step} could not be written ({said}); "
+                f"{free / 1e6:.0f} MB are free there. Earlier checkpoints and finished stages are intact: "
+                "mend it (or move store_dir), and the same command goes on."
+            ) from error
+        self._last = time.monotonic()
+        self.written.append((self._last - start, size))
+
+    def discard(self) -> None:
+        """The artifact is published: remove what was only needed to get there."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def cost(self) -> str:
+        """What saving took, in words; empty when nothing was saved."""
+        if not self.written:
+            return ""
+        seconds, size = sum(each for each, _ in self.written), self.written[-1][1]
+        share = seconds / (time.monotonic() - self._start)
+        count = f"{len(self.written)} checkpoint{'s' if len(self.written) > 1 else ''}"
+        each = seconds / len(self.written)
+        return f" ({count} of {size / 1e6:.0f} MB, {each:.1f} s each, {share:.1%} of the time)"
+
+    def spent(self) -> float:
+        """Seconds of this and all earlier attempts."""
+        return self.seconds + time.monotonic() - self._start
+
+    def _agreed(self, step: int) -> tuple[int, bool]:
+        every_steps, every_minutes = self.config.every_steps, self.config.every_minutes
+        due = every_steps is not None and step % every_steps == 0
+        if every_minutes is not None:
+            due = due or time.monotonic() - self._last >= 60 * every_minutes
+        flags = torch.tensor([self.signals.received or 0, int(due and self.compute.is_main)])
+        signum, is_due = self.compute.global_max(flags).tolist()
+        return int(signum), bool(is_due)
+
+    def _digests(self, part: Path) -> tuple[dict[str, str], int]:
+        """Flush and hash all files, each by one of the ranks; their digests and bytes."""
+        self.compute.barrier()
+        names = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
+        sizes = [(part / name).stat().st_size for name in names]
+        mine = [names[index] for index in self.compute.share(sizes)]
+        for name in mine:
+            with self.compute.busy():
+                flush(part / name)
+        digests = self.compute.collect([file_digest(part / name) for name in mine], sizes)
+        return dict(zip(names, digests, strict=True)), sum(sizes)
+
+    def _finish(self, part: Path, step: int, files: Mapping[str, str]) -> None:
+        name = f"step-{step:08d}"
+        manifest = {
+            "format": CHECKPOINT_FORMAT, "name": name, "step": step, "world_size": self.compute.world_size,
+            "zero": self.compute.zero, "seconds": self.spent(), "files": files,
+            "recipe": self.recipe, "made_from": self.made_from,
+        }  # fmt: skip
+        manifest["digest"] = digest_of(manifest)
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        for path in [part / MANIFEST, *(path for path in part.rglob("*") if path.is_dir()), part]:
+            flush(path)
+        final = self.directory / name
+        part.rename(final)
+        flush(self.directory)
+        for old in self._all()[self.config.keep :]:
+            shutil.rmtree(old)
+
+    def _all(self) -> list[Path]:
+        """Finished ones, the newest first."""
+        return sorted(self.directory.glob("step-*"), reverse=True)
+
+    def _find(self) -> dict[str, Any] | None:
+        if not self.config.resume:
+            self.discard()
+            return None
+        for stale in self.directory.glob(".step-*.part-*"):
+            shutil.rmtree(stale)
+        for path in self._all():
+            manifest, complaint = verified(path)
+            if manifest is not None:
+                if manifest["made_from"] == self.made_from:
+                    return manifest
+                changed = {*manifest["made_from"].items()} ^ {*self.made_from.items()}
+                inputs = ", ".join(sorted({name for name, _ in changed}))
+                self.tell(
+                    f"{self.stage}: starts anew, because {inputs} was made anew with another result; the "
+                    f"checkpoints in {self.directory} are removed"
+                )
+                self.discard()
+                return None
+            aside = path.with_name(f"damaged-{path.name}-{uuid4().hex[:4]}")
+            path.rename(aside)
+            self.tell(f"{self.stage}: checkpoint {path.name} is damaged ({complaint}); kept aside as {aside}")
+        return None

@@ -1,0 +1,253 @@
+"""DeepSpeed ZeRO behind the engine's interface. The only importer of deepspeed.
+
+Stage 1 shards optimizer states and masters over ranks, 2 also gradients, 3 also the weights (Rajbhandari et
+al. 2020, arXiv:1910.02054); zero3_offload keeps all three in the host's memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import ConfigError
+from rlhf.distributed.compute import Compute
+from rlhf.training.engine import Engine, Groups
+from rlhf.training.optimizer import ClippedAdamW, parameter_group
+
+TAG, UNIVERSAL = "zero", "zero_universal"
+BUCKET_ELEMENTS = 5 * 10**8
+"""Gradients that are sent together, at most: DeepSpeed's default. It holds a buffer of that size."""
+
+
+class ZeroEngine(Engine):
+    """A model sharded by DeepSpeed."""
+
+    def __init__(
+        self, model: nn.Module, groups: Groups, compute: Compute, *, universal: bool, in_turns: bool
+    ) -> None:
+        super().__init__(compute, [config for _, config in groups])
+        trains = [[each for each in parameters if each.requires_grad] for parameters, _ in groups]
+        matrices = [[each for each in group if each.ndim > 1] for group in trains]
+        others = [[each for each in group if each.ndim < 2] for group in trains]
+        self._client = ClippedAdamW(
+            [
+                parameter_group([*first, *then], config)
+                for first, then, (_, config) in zip(matrices, others, groups, strict=True)
+            ],
+            compute.global_sum,
+        )
+        trained = sum(weight.numel() for group in self._client.param_groups for weight in group["params"])
+        config = zero_config(compute, trained) | {"checkpoint": {"load_universal": universal}}
+        if in_turns:  # it would gather what the last pass used, and throw it away
+            config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
+        self._universal = universal
+        self._waiting: list[Tensor] = []
+        self._engine, _, _, _ = _deepspeed(compute).initialize(
+            model=model, optimizer=self._client, config=config, dist_init_required=False
+        )
+        self._sharded = self._engine.zero_optimization_partition_weights()
+        self._client.leading = [
+            self._leading(*group) for group in zip(matrices, others, self._client.param_groups, strict=True)
+        ]
+        self._engine.optimizer.check_grad_overflow = True  # fp32 would take a step with NaN
+        self.model = self._engine
+
+    def _leading(
+        self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], group: Mapping[str, Any]
+    ) -> int:
+        """How many elements of this rank's shard of a group are of the matrices, which come first.
+
+        Stages 1 and 2 lay a group's weights end to end and cut that into equal parts; stage 3 cuts each.
+        """
+        if self._sharded:
+            return sum(each.partition_numel() for each in matrices)  # type: ignore[attr-defined]
+        (shard,) = group["params"]
+        if not others:
+            return len(shard)
+        start = int(others[0].storage_offset()) - int((matrices or others)[0].storage_offset())
+        return min(max(0, start - self.compute.rank * len(shard)), len(shard))
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._client.param_groups
+        return groups
+
+    def backward_part(self, loss: Tensor) -> None:
+        """DeepSpeed wants all gradients at once: stage 3 adds those that come late to the last step's, and
+        offloading forgets those that come early."""
+        self._waiting.append(loss)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """DeepSpeed averages over ranks; our losses are parts of a global mean, to be added up."""
+        loss = torch.stack([*self._waiting, loss]).sum()
+        self._waiting = []
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self._engine.backward(loss * self.compute.world_size)
+        if not last:
+            self._engine.step()  # counts the micro-batch
+
+    def step(self) -> None:
+        """Update this rank's partition, and gather what it needs of the others'."""
+        self._client.grad_norms = []  # DeepSpeed calls the optimizer once a group
+        self._engine.step()
+        if self._engine.optimizer.overflow:
+            self.skipped_steps += 1
+            self.grad_norms = [float("nan")] * len(self._configs)
+        else:
+            self.grad_norms = self._client.grad_norms
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Gather the module's weights, and run it without DeepSpeed's hooks, which would shard it again."""
+        if not self._sharded:
+            yield
+            return
+        import deepspeed
+
+        offload = self._engine.optimizer.parameter_offload
+        for parameter in self._engine.module.parameters():
+            parameter.ds_active_sub_modules.clear()
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            with deepspeed.zero.GatheredParameters(list(module.parameters())):
+                yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Gathered one parameter at a time, so that no rank holds more than rank 0's copy."""
+        import deepspeed
+
+        state = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self._sharded):
+                    if self.compute.is_main:
+                        state[name] = parameter.detach().cpu().clone()
+        return state
+
+    def save(self, directory: Path) -> None:
+        """Each rank's partition, into DeepSpeed's own files."""
+        self._engine.save_checkpoint(
+            str(directory), tag=TAG, client_state={"skipped": self.skipped_steps}, save_latest=True,
+            exclude_frozen_parameters=True,
+        )  # fmt: skip
+
+    def load(self, directory: Path) -> None:
+        """Restore this rank's partition; from another number of ranks through a universal checkpoint."""
+        tag = TAG
+        if self._universal:
+            self.compute.main_only(lambda: to_universal(directory))
+            tag = UNIVERSAL
+        with only_tensors_and_numbers():
+            path, state = self._engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
+        assert path is not None, f"{directory}: DeepSpeed found nothing to load"
+        if self._universal:
+            self._mend()
+        self.skipped_steps = state["skipped"]
+
+    def _mend(self) -> None:
+        """DeepSpeed's universal loading for stage 3 gives all groups one step counter, which each group then
+        advances, and the first group's settings."""
+        for place, (group, config) in enumerate(zip(self._client.param_groups, self._configs, strict=True)):
+            settings = parameter_group((), config) | {"place": place}
+            group.update({name: value for name, value in settings.items() if name != "params"})
+        for state in self._client.state.values():
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+
+
+def zero_config(compute: Compute, trained: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `zero=`, of so many parameters that train."""
+    stage = int(compute.zero.removeprefix("zero")[0])
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "sub_group_size": 10**12,  # one group of parameters is one group to clip
+        "reduce_bucket_size": min(BUCKET_ELEMENTS, trained),  # its buffer is there whatever the model's size
+    }
+    if compute.zero == "zero3_offload":
+        on_host = {"device": "cpu", "pin_memory": compute.device.type == "cuda"}
+        zero |= {"offload_optimizer": on_host, "offload_param": on_host}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # our loops count their own micro-batches
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the host without being compiled first
+        "gradient_clipping": 0.0,  # ClippedAdamW does it; the default here is 1
+        "steps_per_print": 10**9,
+    }
+    if compute.dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["communication_data_type"] = "fp32"  # else gradients are added up over ranks in bf16
+        if stage > 1:  # for stage 1 this would choose another optimizer, which refuses a gradient of 0
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def shard_frozen(model: nn.Module, compute: Compute) -> None:
+    """Shard a model that does not train (ZeRO-3 inference); from then on ranks must call it equally often."""
+    stage3 = {"stage": 3, **({"offload_param": {"device": "cpu"}} if "offload" in compute.zero else {})}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3, "steps_per_print": 10**9}
+    if compute.dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True}
+    engine, *_ = _deepspeed(compute).initialize(model=model, config=config, dist_init_required=False)
+    engine.eval()
+
+
+@contextmanager
+def only_tensors_and_numbers() -> Iterator[None]:
+    """DeepSpeed reads its files with torch.load(weights_only=False); refuse other objects in them anyway."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(
+            [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+        ):
+            yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def to_universal(directory: Path) -> None:
+    """Write a checkpoint's content so that any number of ranks can read it."""
+    import argparse
+
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)  # no manifest vouches for what lies there
+    with only_tensors_and_numbers():
+        main(
+            argparse.Namespace(
+                input_folder=str(directory / TAG), output_folder=str(directory / UNIVERSAL),
+                num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True,
+                inject_missing_state=True,
+            )
+        )  # fmt: skip
+
+
+def _deepspeed(compute: Compute) -> Any:
+    if compute.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where there is one rank, started by nobody
+    try:
+        import deepspeed
+    except ImportError:
+        raise ConfigError(f"zero={compute.zero} needs DeepSpeed: pip install -e '.[deepspeed]'.") from None
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that ClippedAdamW is not its own
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at the first use
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return deepspeed

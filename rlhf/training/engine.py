@@ -1,0 +1,176 @@
+"""What trains: a model, its optimizer and its learning rates, whole on every rank or sharded."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import ConfigError, OptimConfig
+from rlhf.distributed.compute import Compute
+from rlhf.training.optimizer import MasterAdamW, parameter_group, rate_factor, trainable_state
+
+Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
+
+
+class Engine(ABC):
+    """One optimizer step is any number of `backward` and one `step`; every rank calls both equally often.
+
+    Losses are divided by global counts, so gradients are *summed* over ranks and micro-batches.
+    """
+
+    model: nn.Module
+    grad_norms: list[float]
+    """Of the last step, one a group, over all ranks, before clipping; not all finite if it was skipped."""
+    skipped_steps: int
+    """Steps not taken, because a gradient was not finite."""
+
+    def __init__(self, compute: Compute, configs: Sequence[OptimConfig]) -> None:
+        self.compute, self._configs = compute, list(configs)
+        self.grad_norms, self.skipped_steps = [], 0
+
+    @property
+    def grad_norm(self) -> float:
+        """The last step's, over all groups."""
+        return math.hypot(*self.grad_norms)
+
+    def set_rates(
+        self, step: int, num_steps: int, *, first_steps: Mapping[int, int] = MappingProxyType({})
+    ) -> list[float]:
+        """Give each group its rate in `step`, counted from 0, of its schedule.
+
+        Args:
+            first_steps: by group, a later step than 0 to begin with: its schedule is over the steps from
+                there on, and before them it rests.
+        """
+        rates = []
+        for index, config in enumerate(self._configs):
+            first = first_steps.get(index, 0)
+            factor = rate_factor(config.schedule, step - first, num_steps - first, config.warmup_fraction)
+            rates.append(0.0 if step < first else config.lr * factor)
+        for group, rate in zip(self._param_groups(), rates, strict=True):
+            group["lr"] = rate
+        return rates
+
+    @abstractmethod
+    def _param_groups(self) -> list[dict[str, Any]]: ...
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the loss's gradients; `last` says that `step` follows."""
+
+    def backward_part(self, loss: Tensor) -> None:
+        """Add the gradients of a loss that reaches a part of the model only; `backward` of the rest follows.
+
+        So that the graphs of both parts need not be in memory at the same time.
+        """
+        self.backward(loss, last=False)
+
+    @abstractmethod
+    def step(self) -> None:
+        """Clip each group by its own norm and update; skipped, and counted, when a norm is not finite."""
+
+    @abstractmethod
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A context in which every rank can run a part of the model by itself, for generation."""
+
+    @abstractmethod
+    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Every weight of a part of the model that trains, on the CPU; empty on ranks other than 0."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write all that `load` needs; every rank calls it with the same directory."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> None:
+        """Go on from where `save` was called."""
+
+
+class PlainEngine(Engine):
+    """The whole model on every rank; gradients are added up over ranks in fp32."""
+
+    STATE = "optimizer.pt"
+
+    def __init__(self, model: nn.Module, groups: Groups, compute: Compute) -> None:
+        super().__init__(compute, [config for _, config in groups])
+        self.model = model
+        self.optimizer = MasterAdamW(
+            [parameter_group(parameters, config) for parameters, config in groups],
+            global_sum=compute.global_sum if compute.world_size > 1 else None,
+        )
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the loss's gradients to the masters'."""
+        loss.backward()
+
+    def step(self) -> None:
+        """Add up over ranks, clip, update the masters, round them into the model."""
+        self.optimizer.step()
+        self.grad_norms = self.optimizer.grad_norms
+        self.skipped_steps = self.optimizer.skipped_steps
+
+    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+        """It always is."""
+        return nullcontext()
+
+    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """A copy on the CPU."""
+        return trainable_state(module) if self.compute.is_main else {}
+
+    def save(self, directory: Path) -> None:
+        """Rank 0's masters and moments: those of the others are equal."""
+        if self.compute.is_main:
+            torch.save(self.optimizer.state_dict(), directory / self.STATE)
+
+    def load(self, directory: Path) -> None:
+        """Every rank reads rank 0's file."""
+        state = torch.load(directory / self.STATE, weights_only=True, mmap=True, map_location="cpu")
+        self.optimizer.load_state_dict(state)
+        self.skipped_steps = self.optimizer.skipped_steps
+
+
+def make_engine(
+    model: nn.Module,
+    groups: Groups,
+    compute: Compute,
+    resume: Mapping[str, Any] | None = None,
+    *,
+    in_turns: bool = False,
+) -> Engine:
+    """The engine that `zero=` asks for.
+
+    Args:
+        groups: parameters (those that do not require gradients are left out) and how each group is trained.
+        resume: the manifest of the checkpoint that will be loaded; DeepSpeed must know its number of ranks.
+        in_turns: a pass runs one part of the model, the next another: nothing is fetched ahead of its use.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another engine.
+    """
+    if resume is not None and resume["zero"] != compute.zero:
+        raise ConfigError(
+            f"The checkpoint of step {resume['step']} was written with zero={resume['zero']}, which "
+            f"zero={compute.zero} cannot read. Go on with the former, or start the stage anew with "
+            "checkpoint.resume=false."
+        )
+    if compute.zero == "none":
+        return PlainEngine(model, groups, compute)
+    if compute.zero == "fsdp2":
+        from rlhf.training.fsdp import FsdpEngine
+
+        return FsdpEngine(model, groups, compute)
+    from rlhf.training.deepspeed import ZeroEngine
+
+    universal = resume is not None and resume["world_size"] != compute.world_size
+    return ZeroEngine(model, groups, compute, universal=universal, in_turns=in_turns)

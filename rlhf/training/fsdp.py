@@ -1,0 +1,204 @@
+"""torch's FSDP2 behind the engine's interface: weights, gradients and optimizer states sharded over ranks.
+
+Zhao et al. 2023 (arXiv:2304.11277); `fully_shard` splits each parameter by its first dimension. A layer is a
+unit: its weights are gathered when it runs, and freed behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from rlhf.distributed.compute import Compute
+from rlhf.training.engine import Engine, Groups
+from rlhf.training.optimizer import ClippedAdamW, parameter_group, round_into
+
+
+class FsdpEngine(Engine):
+    """A model sharded by FSDP2. Each rank trains fp32 masters of its shards, and rounds them into these."""
+
+    def __init__(self, model: nn.Module, groups: Groups, compute: Compute) -> None:
+        super().__init__(compute, [config for _, config in groups])
+        self.model = model
+        names = _names(model, groups)
+        self._units = _shard_for_training(model, compute)
+        sharded = dict(model.named_parameters())  # new ones, by the old names
+        self._parameters = [sharded[name] for group in names for name in group]
+        self._shards = [_local(parameter.detach()) for parameter in self._parameters]
+        self._masters = [nn.Parameter(shard.float().clone()) for shard in self._shards]
+        masters = iter(self._masters)
+        self._optimizer = ClippedAdamW(
+            [
+                parameter_group([next(masters) for _ in group], config)
+                for group, (_, config) in zip(names, groups, strict=True)
+            ],
+            compute.global_sum,
+        )
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """FSDP2 averages over ranks, in fp32; our losses are parts of a global mean, to be added up."""
+        (loss * self.compute.world_size).backward()
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if parameter.grad is None:
+                continue
+            gradient = _local(parameter.grad)
+            if master.grad is None:
+                master.grad = gradient.float()
+            else:
+                master.grad.add_(gradient)
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Clip by norms over all ranks, update this rank's masters, round them into its shards."""
+        self._reshard()
+        self._optimizer.grad_norms = []
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.grad_norms = self._optimizer.grad_norms
+        if math.isfinite(self.grad_norm):
+            self._round()
+        else:
+            self.skipped_steps += 1
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Gather the module's weights, and what belongs to no layer (all embeddings, a critic's too)."""
+        assert isinstance(self.model, FSDPModule)
+        self.model._get_fsdp_state()._lazy_init()  # else the first layer to run takes itself for the root
+        units = [self.model, *(each for each in module.modules() if isinstance(each, FSDPModule))]
+        try:
+            for unit in units:
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
+                unit.set_reshard_after_forward(unit is not self.model, recurse=False)
+
+    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Gathered one parameter at a time, so that no rank holds more than rank 0's copy."""
+        self._reshard()
+        state = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                assert isinstance(parameter, DTensor)
+                whole = parameter.full_tensor().detach()
+                if self.compute.is_main:
+                    state[name] = whole.to("cpu", copy=True)  # with one rank it is the live weight itself
+        return state
+
+    def save(self, directory: Path) -> None:
+        """This rank's masters and moments, in a file of its own."""
+        states = [
+            {"master": master.detach(), **self._optimizer.state.get(master, {})} for master in self._masters
+        ]
+        rank = self.compute.rank
+        torch.save({"shards": states, "skipped": self.skipped_steps}, directory / f"fsdp-{rank:05d}.pt")
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """Read this rank's file, or this rank's part out of all files that another number of ranks wrote."""
+        files = sorted(directory.glob("fsdp-*.pt"))
+        if len(files) == self.compute.world_size:
+            files = [files[self.compute.rank]]
+        saved = [torch.load(file, weights_only=True, mmap=True, map_location="cpu") for file in files]
+        for index, master in enumerate(self._masters):
+            state = self._part([each["shards"][index] for each in saved], master)
+            master.copy_(state.pop("master"))
+            if state:
+                self._optimizer.state[master] = state
+        self.skipped_steps = saved[0]["skipped"]
+        self._reshard()
+        self._round()
+
+    def _part(self, pieces: Sequence[Mapping[str, Tensor]], master: Tensor) -> dict[str, Tensor]:
+        """Of one parameter's state: pieces by rank, along the first dimension."""
+        state = {}
+        for name, first in pieces[0].items():
+            if name == "step":
+                state[name] = first.clone()
+                continue
+            value = torch.cat([piece[name] for piece in pieces]) if len(pieces) > 1 else first
+            if len(pieces) > 1:
+                rows = math.ceil(len(value) / self.compute.world_size)  # as torch.chunk, which FSDP2 follows
+                value = value[self.compute.rank * rows :][:rows]
+            assert value.shape == master.shape, f"{value.shape} for a shard of {master.shape}"
+            state[name] = value.to(master.device, copy=True)
+        return state
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for parameter, shard, master in zip(self._parameters, self._shards, self._masters, strict=True):
+            rows = math.ceil(len(parameter) / self.compute.world_size)  # as torch.chunk, which FSDP2 follows
+            round_into(shard, master, self.compute.rank * rows * (parameter.numel() // len(parameter)))
+
+    def _reshard(self) -> None:
+        """Forget gathered copies: a root keeps its own after a forward pass without gradients."""
+        for unit in self._units:
+            unit.reshard()
+
+
+def _names(model: nn.Module, groups: Groups) -> list[list[str]]:
+    """What trains in each group. No parameter itself is held on to: sharding frees them one by one."""
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    return [[name_of[each] for each in parameters if each.requires_grad] for parameters, _ in groups]
+
+
+def _shard_for_training(model: nn.Module, compute: Compute) -> list[FSDPModule]:
+    """Each layer is a unit, the rest another, and an fp32 head its own: a unit's parameters share a dtype."""
+    mesh = init_device_mesh(compute.device.type, (compute.world_size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = _layers(model)
+    within = {module for layer in layers for module in layer.modules()}
+    odd = [
+        module
+        for module in model.modules()
+        if module not in within
+        and any(each.dtype != compute.dtype for each in module.parameters(recurse=False))
+    ]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if odd:
+        fully_shard(odd, mesh=mesh, mp_policy=policy)  # together, because some share a parameter
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def shard_frozen(model: nn.Module, compute: Compute) -> None:
+    """Shard the layers of a model that does not train; from then on ranks must call it equally often."""
+    mesh = init_device_mesh(compute.device.type, (compute.world_size,))
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    for tensor in (*model.parameters(), *model.buffers()):  # what belongs to no layer stays whole
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(compute.device)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """What transformers says must not be split, of every model within."""
+    found = []
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            names = set(part._no_split_modules or ())
+            found += [each for each in part.modules() if type(each).__name__ in names]
+    return list(dict.fromkeys(found))
