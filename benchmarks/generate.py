@@ -17,8 +17,8 @@ tokens by inverting their distribution function, by the number 0, which always d
 vocabulary, taken as the stop token here.
 
 Peak memory is each engine's own, in a process by itself. The timed process has this project's setting of the
-C library's allocator (`rlhf.distributed.compute.keep_freed_memory`), from which transformers gains too; its own
-process has not.
+C library's allocator (`rlhf.distributed.device.keep_freed_memory`), from which transformers gains too; its
+own process has not.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ from transformers.utils import logging
 from workloads import make_work
 
 from rlhf.data.schema import Message
-from rlhf.distributed.compute import Compute, Precision, make_compute
+from rlhf.distributed.compute import Compute, make_compute
+from rlhf.distributed.device import Precision
 from rlhf.generation.policy_model import Policy
 from rlhf.generation.sampler import generate
-from rlhf.models.load import ModelConfig
+from rlhf.models.base import ModelConfig
 
 HERE = Path(__file__).parent
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -27,11 +27,10 @@ from run_rlhf import make_experiment
 
 from rlhf.costs.hardware import Speed, calibrated_speed, found_machine
 from rlhf.costs.model_shape import shape_of
-from rlhf.costs.setup import found_setting
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute, make_compute
-from rlhf.models.load import BaseModelFiles
-from rlhf.pipeline.preflight import most
+from rlhf.models.base import BaseModelFiles
+from rlhf.pipeline.preflight import found_setting, most
 
 HERE = Path(__file__).parent
 WORK = HERE / ".work" / "plan"

@@ -52,7 +52,7 @@ from workloads import PPO
 
 from rlhf.data.chat_template import prompt_ids, response_text
 from rlhf.data.prepared import PreparedData
-from rlhf.models.load import ModelConfig, load_tokenizer
+from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.ppo.trainer import prompt_batches
 from rlhf.rewards.reward import Exchange, vader_reward
 

@@ -28,9 +28,10 @@ import rlhf
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow
-from rlhf.distributed.compute import Compute, make_compute, matmul_speed
+from rlhf.distributed.compute import Compute, make_compute
+from rlhf.distributed.device import matmul_speed
 from rlhf.distributed.signals import StopSignals
-from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Artifact, Manifest

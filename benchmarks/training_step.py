@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from workloads import HH, PACKAGED, PPO, base_model
 
 from rlhf.data.chat_template import exchange_ids
-from rlhf.models.load import ModelConfig, load_tokenizer
+from rlhf.models.base import ModelConfig, load_tokenizer
 
 HERE = Path(__file__).parent
 MAX_TOKENS = 1024

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import PeftConfig
 from rlhf.data.chat_template import prompt_ids
 from rlhf.data.schema import Message
-from rlhf.models.load import ModelConfig, base_files, base_identity, load_tokenizer
+from rlhf.models.base import ModelConfig, base_files, base_identity, load_tokenizer
 from rlhf.models.peft.attach import attach
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.saved import save_adapter
 from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
 

@@ -16,10 +16,12 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from rlhf.config import Bound, OptimConfig, PeftConfig
+from rlhf.config import Bound
 from rlhf.data.sources import SourceConfig
+from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.experiment import Settings, build_experiment
 from rlhf.pipeline.stage import Stage
+from rlhf.training.config import OptimConfig
 
 SHARED = {"source": SourceConfig, "optim": OptimConfig, "peft": PeftConfig, "gate": Bound}
 INTRODUCTION = """# Keys

@@ -36,9 +36,8 @@ from rlhf.cli.sweep.sweepers import SWEEPERS, register
 from rlhf.cli.verify import verify
 from rlhf.config import ConfigError
 from rlhf.distributed.signals import Stopped, StopSignals, leave_exit_code, nobody_reads
+from rlhf.exit_codes import CONFIG_ERROR, CRASH, INTERRUPTED, PIPE, STOPPED
 from rlhf.tracking.redaction import redacted, redacted_output
-
-CRASH, CONFIG_ERROR, STOPPED, INTERRUPTED, PIPE = 1, 2, 75, 130, 141
 
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")

@@ -5,23 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
-    model_validator,
 )
 
-from rlhf.models.peft.methods import METHODS
 from rlhf.printable import printable
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -84,73 +75,6 @@ class Bound(Strict):
         parts = [f">= {self.min:g}"] if self.min is not None else []
         parts += [f"<= {self.max:g}"] if self.max is not None else []
         return " and ".join(parts) or "any"
-
-
-Schedule = Literal["linear", "cosine", "constant"]
-
-
-class OptimConfig(Strict):
-    """AdamW and its schedule. Defaults stand in the stage's YAML."""
-
-    lr: PositiveFloat
-    """The highest learning rate of the schedule."""
-    weight_decay: NonNegativeFloat
-    """Decoupled: times the learning rate, each step; of matrices, not of biases and norms."""
-    eps: PositiveFloat
-    """Added to the root of Adam's second moment."""
-    schedule: Schedule
-    """How the rate goes on behind the warm-up: it falls to 0 in a line or along half a cosine, or stays."""
-    warmup_fraction: float = Field(ge=0, lt=1)
-    """Share of the steps over which the rate first climbs from 0."""
-    max_grad_norm: PositiveFloat
-    """Gradients with a larger norm are scaled down to it."""
-
-
-class PeftConfig(Strict):
-    """Which parameters are trained: `sft.peft=lora`, or `sft.peft={method:lora,rank:8}`.
-
-    What each method is, where it comes from and what can be done with it: rlhf/models/peft/methods.py.
-    """
-
-    method: Literal[
-        "none", "lora", "dora", "qlora", "ia3", "freeze", "adapter", "prefix", "prompt", "p_tuning"
-    ]
-    """none trains all parameters."""
-    rank: PositiveInt = 16
-    """lora, dora, qlora: of the update."""
-    alpha: PositiveInt = 32
-    """lora, dora, qlora: the update is scaled by alpha / rank."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """lora, dora, qlora: the linear layers that are updated, by the last part of their names."""
-    layers: PositiveInt = 2
-    """freeze: so many of the model's last layers are trained."""
-    placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
-    """adapter: a bottleneck behind each feed-forward layer; or behind attention too."""
-    size: PositiveInt = 64
-    """adapter: of the bottlenecks."""
-    tokens: PositiveInt = 20
-    """prefix, prompt, p_tuning: virtual tokens before every row."""
-
-    @model_validator(mode="after")
-    def _reads_what_is_set(self) -> Self:
-        unread = self.model_fields_set - {"method", *METHODS[self.method].knobs}
-        if unread:
-            known = ", ".join(METHODS[self.method].knobs) or "no other key"
-            raise ValueError(
-                f"method={self.method} does not read {', '.join(sorted(unread))}; it reads {known}"
-            )
-        return self
-
-    @model_serializer(mode="wrap")
-    def _what_is_read(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """So that another method's defaults are not part of an artifact's key."""
-        values: dict[str, Any] = serialize(self)
-        return {key: values[key] for key in ("method", *METHODS[self.method].knobs)}
-
-
-Peft = Annotated[
-    PeftConfig, BeforeValidator(lambda value: {"method": value} if isinstance(value, str) else value)
-]
 
 
 def validated(model: type[ModelT], values: Mapping[str, Any], prefix: str) -> ModelT:

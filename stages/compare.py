@@ -27,15 +27,7 @@ from pydantic import (
 )
 
 from rlhf.compare.answering import Answers, answer_one_by_one, make_asking
-from rlhf.compare.artifacts import (
-    POLICY_STAGES,
-    contender,
-    content_of,
-    label,
-    path_of,
-    training_seconds,
-    tuned_artifact,
-)
+from rlhf.compare.artifacts import contender, content_of, label, path_of, training_seconds, tuned_artifact
 from rlhf.compare.context_budget import Room, Sizes, measured
 from rlhf.compare.cost import break_even, cost_of, model_bytes
 from rlhf.compare.dataset import CORPUS, QUESTIONS, Library, find_library, find_questions
@@ -49,16 +41,16 @@ from rlhf.costs.stage_cost import Demand, joined, one_after_the_other
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import TRAINING_ROLES, Role
 from rlhf.data.sources import SourceConfig
+from rlhf.digests import DirectoryDigest, directory_digest
+from rlhf.distributed.device import hardware
 from rlhf.evaluation.intervals import mean, ratio, share
 from rlhf.evaluation.reference_loss import answer_losses
 from rlhf.evaluation.win_rate import wins
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles
 from rlhf.models.logprobs import check_head
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.manifest import hardware
-from rlhf.pipeline.stage import Stage
-from rlhf.pipeline.store import DirectoryDigest, directory_digest
+from rlhf.pipeline.stage import POLICY_STAGES, Stage
 from rlhf.report.compare import METHODS, Quality, comparison_cells, contenders, draw, write_csv
 from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest

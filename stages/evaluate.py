@@ -24,6 +24,7 @@ from rlhf.costs.stage_cost import Demand
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Role
 from rlhf.data.sources import PromptSource, SourceList
+from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.intervals import mean, ratio, share
 from rlhf.evaluation.lm_eval import Harness
@@ -31,12 +32,11 @@ from rlhf.evaluation.reference_loss import answer_losses
 from rlhf.evaluation.retention import Retained, forgetting, retention
 from rlhf.evaluation.win_rate import wins
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles
 from rlhf.models.logprobs import check_head
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, kind_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.pipeline.store import DirectoryDigest, directory_digest
 from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
 from rlhf.rl.kl import kl_k1
@@ -279,7 +279,7 @@ class EvaluateStage(Stage):
         """Every policy answers, is read by itself, SFT and the rewards, and takes the retention tests."""
         on = on.starting(directory_of(self.init))
         prompts = on.sizes("evaluate", "evaluation").first(self.num_prompts)
-        added = most_added(on, [chain[name] for name in self.policies if name in chain])
+        added = most_added(on, [chain[name].tunes() for name in self.policies if name in chain])
         references = on.sizes("sft", "held_out").first(self.num_references).cut(on.shape.context - added)
         retained = on.sizes("retention", "evaluation")
         rewards = [self.reward, self.gold].count("learned")

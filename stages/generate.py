@@ -18,13 +18,13 @@ from rlhf.costs.setup import Setting
 from rlhf.costs.stage_cost import Demand
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, Role
+from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.evaluation.intervals import share
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.pipeline.store import DirectoryDigest, directory_digest
 from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
 from rlhf.rl.statistics import distinct_n
@@ -120,7 +120,7 @@ class GenerateStage(Stage):
             on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
             batch_rows=self.batch_rows, micro_batch_tokens=self.micro_batch_tokens,
             policies=1, readings=1 if scoring else 0, measures=0, models=2 if scoring else 1,
-            added=most_added(on, [chain["sft"]] if self.policy == "sft" else []),
+            added=most_added(on, [chain["sft"].tunes()] if self.policy == "sft" else []),
         )  # fmt: skip
 
     def run(self, job: Job) -> None:

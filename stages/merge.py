@@ -13,16 +13,17 @@ from pydantic import Field
 
 from rlhf.config import ConfigError
 from rlhf.costs.memory import Part, Phase, over, weight_bytes
-from rlhf.costs.model_shape import UnknownShapeError
 from rlhf.costs.setup import Setting
 from rlhf.costs.stage_cost import Demand, Worker
 from rlhf.data.prepared import PreparedData
 from rlhf.models.alike import other_token, other_weight
+from rlhf.models.base import BaseModelFiles, UnknownShapeError, load_tokenizer
 from rlhf.models.interpolation import interpolate
-from rlhf.models.load import BaseModelFiles, load_causal_lm, load_tokenizer, save_policy
+from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.merge import merged_policy
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import origin_of
+from rlhf.models.save import save_policy
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 

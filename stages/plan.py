@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
-from rlhf.costs.model_shape import Shape, UnknownShapeError, counted, skeleton
+from rlhf.costs.model_shape import Shape, counted
 from rlhf.costs.setup import Setting, Sizes, pads_rows
 from rlhf.costs.stage_cost import Demand
 from rlhf.data.chat_template import exchange_ids, prompt_ids
 from rlhf.data.prepared import Lengths
 from rlhf.data.schema import TRAINING_ROLES, Role, Split
+from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage

@@ -18,18 +18,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import ConfigError, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.costs.setup import Setting
 from rlhf.costs.stage_cost import Demand
 from rlhf.data.chat_template import prompt_ids, tokenizer_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
+from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.generation.latency import token_seconds
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import BaseModelFiles, context_left, load_causal_lm
+from rlhf.models.base import BaseModelFiles
+from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import check_head
 from rlhf.models.peft.attach import attach, check_reached, count_parameters
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import publish_policy
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import described, origin_of
@@ -40,7 +43,6 @@ from rlhf.models.value_head import ScalarModel, check_scorable, load_scalar_mode
 from rlhf.models.weight_sharing import Backbone, sharing
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.pipeline.store import DirectoryDigest, directory_digest
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import ppo_demand
@@ -50,7 +52,7 @@ from rlhf.rewards.model import LearnedReward, make_reward
 from rlhf.rewards.reward import Reward, reward_digest, reward_directory
 from rlhf.rl.scores import ScoreNormalizer
 from rlhf.tracking.redaction import redacted
-from rlhf.training.engine import make_engine
+from rlhf.training.make_engine import make_engine
 
 
 class PpoStage(PpoConfig, Stage):

@@ -60,10 +60,10 @@ from rlhf.data.schema import (
     row_to_json,
 )
 from rlhf.data.sources import PromptSource, RowsOf, SourceConfig, SourceList
+from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.distributed.batching import equal_tokens
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.pipeline.store import DirectoryDigest, digest_of, directory_digest
 from rlhf.tracking.redaction import redacted_text
 
 

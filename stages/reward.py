@@ -19,7 +19,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.costs.setup import Setting
 from rlhf.costs.stage_cost import Demand, joined
 from rlhf.costs.training import training_demand
@@ -27,12 +27,14 @@ from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData, splits_of
 from rlhf.data.schema import PairRow, Role
 from rlhf.data.sources import SourceConfig
+from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.batching import chunks
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.reward_model import Ranking, rank_quality
 from rlhf.losses.pairwise import bradley_terry_loss
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.attach import attach, check_reached, count_parameters
+from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.recompute import checkpoint_layers
@@ -46,9 +48,10 @@ from rlhf.models.value_head import (
 )
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.pipeline.store import DirectoryDigest, directory_digest
 from rlhf.supervised.loop import train_batches
-from rlhf.training.engine import Engine, make_engine
+from rlhf.training.config import OptimConfig
+from rlhf.training.engine import Engine
+from rlhf.training.make_engine import make_engine
 from rlhf.training.optimizer import load_trainable
 
 

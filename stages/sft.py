@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import ConfigError, OptimConfig, Peft, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.costs.setup import Setting
 from rlhf.costs.stage_cost import Demand
 from rlhf.costs.training import training_demand
@@ -36,6 +36,7 @@ from rlhf.generation.latency import token_seconds
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, check_head, pack_sequences, rollout_rows
 from rlhf.models.peft.attach import attach, check_reached, count_parameters
+from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.merge import publish_policy
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.recompute import checkpoint_layers
@@ -43,7 +44,9 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.rl.rollout import Rollout
 from rlhf.supervised.loop import train_batches
-from rlhf.training.engine import Engine, make_engine
+from rlhf.training.config import OptimConfig
+from rlhf.training.engine import Engine
+from rlhf.training.make_engine import make_engine
 
 
 class SftStage(Stage):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_chain import Chain, Outcome
 
-from rlhf.models.load import _write_tiny
+from rlhf.models.base import _write_tiny
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """`make mutants`: break the code in small ways, one at a time, and count what the tests notice.
 
-All mutations of rlhf/losses and rlhf/rl, and 100 of rlhf/ppo and rlhf/training/checkpoint.py, drawn with a fixed seed.
+All mutations of rlhf/losses and rlhf/rl, and 100 of rlhf/ppo and rlhf/training/checkpoint.py, drawn with a
+fixed seed.
 Survivors with their reasons: CONTRIBUTING.md. Ends with 1 below 95%, or when one survives without a reason.
 """
 

@@ -12,7 +12,7 @@ from small_job import small_job
 from rlhf.config import validated
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
-from rlhf.models.load import BaseModelFiles, ModelConfig, _write_tiny
+from rlhf.models.base import BaseModelFiles, ModelConfig, _write_tiny
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Manifest, Store
 from rlhf.stages.compare import CompareStage

@@ -11,7 +11,7 @@ from rich.console import Console
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import StopSignals
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Artifact, Manifest
 from rlhf.rewards.http import RewardServerConfig

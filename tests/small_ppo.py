@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rlhf.data.schema import Message, PromptRow, SftRow
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
+from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import count_parameters
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job

@@ -10,7 +10,7 @@ from small_job import small_job
 
 from rlhf.config import ConfigError, validated
 from rlhf.data.prepared import PreparedData
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles
 from rlhf.stages.prepare import PrepareStage
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf.pipeline.store import Artifact, Manifest, Recipe, Store, recipe_key
+from rlhf.digests import Recipe
+from rlhf.pipeline.store import Artifact, Manifest, Store, recipe_key
 
 RECIPE: Recipe = {
     "stage": "sft",

@@ -15,8 +15,9 @@ import pytest
 from small_store import RECIPE, manifest_of, publish
 
 from rlhf.config import ConfigError
+from rlhf.digests import file_digest
 from rlhf.locks import HeldError, Lock
-from rlhf.pipeline.store import KEY_LENGTH, Store, file_digest, recipe_key
+from rlhf.pipeline.store import KEY_LENGTH, Store, recipe_key
 
 
 @pytest.fixture

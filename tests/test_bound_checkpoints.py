@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_chain import Chain
 
+from rlhf.digests import file_digest
 from rlhf.pipeline import store as artifacts
-from rlhf.pipeline.store import file_digest, read_manifest, write_manifest
+from rlhf.pipeline.store import read_manifest, write_manifest
 
 STOPPED = (
     "stage=ppo", f"ppo.reward=python:{__name__}:length", "ppo.critic.init=sft", "ppo.score.normalize=running",

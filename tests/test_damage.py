@@ -18,12 +18,13 @@ from small_job import on_cpu
 from small_plan import experiment
 from small_store import RECIPE, publish
 
-from rlhf.cli.verify import CHECKPOINT_FORMAT
 from rlhf.config import ConfigError
-from rlhf.models.load import ModelConfig, check_hub_files
+from rlhf.digests import digest_of, directory_digest, file_digest
+from rlhf.models.base import ModelConfig, check_hub_files
 from rlhf.pipeline import store as artifacts
 from rlhf.pipeline.runner import Pipeline
-from rlhf.pipeline.store import DamagedError, Store, digest_of, directory_digest, file_digest, recipe_key
+from rlhf.pipeline.store import DamagedError, Store, recipe_key
+from rlhf.training.checkpoint_files import CHECKPOINT_FORMAT
 
 KEY = recipe_key(RECIPE)
 

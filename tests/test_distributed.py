@@ -23,11 +23,13 @@ from rich.console import Console
 from small_job import on_cpu
 
 import rlhf.distributed.compute
-from rlhf.cli.launcher import LaunchConfig, ranks_wanted
+from rlhf.cli.launcher import ranks_wanted
 from rlhf.config import ConfigError
-from rlhf.distributed.compute import Compute, MicroBatch, choose_precision, find_rank, make_compute
+from rlhf.distributed.compute import Compute, MicroBatch, find_rank, make_compute
+from rlhf.distributed.device import choose_precision
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.runner import Pipeline
+from rlhf.pipeline.settings import LaunchConfig
 
 LENGTHS = {
     "alike": [7] * 12,

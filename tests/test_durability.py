@@ -16,11 +16,11 @@ from small_job import on_cpu
 from test_artifacts import publish
 
 import rlhf.training.checkpoint
-from rlhf.config import OptimConfig
 from rlhf.distributed.signals import StopSignals
 from rlhf.pipeline.store import Store
 from rlhf.tracking.tracker import Tracker
 from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
+from rlhf.training.config import OptimConfig
 from rlhf.training.engine import PlainEngine
 
 Event = tuple[str, str]

@@ -11,9 +11,11 @@ import torch
 from small_job import on_cpu
 from torch import nn
 
-from rlhf.config import ConfigError, OptimConfig
+from rlhf.config import ConfigError
 from rlhf.distributed.compute import Zero
-from rlhf.training.engine import PlainEngine, make_engine
+from rlhf.training.config import OptimConfig
+from rlhf.training.engine import PlainEngine
+from rlhf.training.make_engine import make_engine
 
 
 def config(**changes: float) -> OptimConfig:

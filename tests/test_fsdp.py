@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from rlhf.config import OptimConfig
 from rlhf.distributed.compute import Compute
+from rlhf.training.config import OptimConfig
 from rlhf.training.fsdp import FsdpEngine
 from rlhf.training.optimizer import parameter_group
 

@@ -13,11 +13,12 @@ import torch
 from small_job import small_job
 from torch import nn
 
-from rlhf.config import ConfigError, OptimConfig
+from rlhf.config import ConfigError
 from rlhf.distributed.signals import Stopped
-from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
 from rlhf.supervised.loop import train_batches
+from rlhf.training.config import OptimConfig
 from rlhf.training.engine import PlainEngine
 
 OPTIM = OptimConfig(

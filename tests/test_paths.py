@@ -9,9 +9,10 @@ import pytest
 from small_chain import Chain, Outcome
 from test_security import sign
 
-from rlhf.cli.verify import CHECKPOINT_FORMAT, verified
 from rlhf.config import ConfigError
-from rlhf.pipeline.store import MANIFEST, Manifest, Store, file_digest, write_manifest
+from rlhf.digests import MANIFEST, file_digest
+from rlhf.pipeline.store import Manifest, Store, write_manifest
+from rlhf.training.checkpoint_files import CHECKPOINT_FORMAT, verified
 
 
 @pytest.mark.parametrize("name", ["../../sft.jsonl", "{absolute}", "link", "linked/sft.jsonl"])

@@ -14,9 +14,10 @@ from small_chain import STAGES, Chain, Outcome, run_main
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.config import Bound
+from rlhf.digests import weights_digest
 from rlhf.models.peft.saved import origin_of
 from rlhf.pipeline.run import GateResult, Run
-from rlhf.pipeline.store import Artifact, Manifest, weights_digest
+from rlhf.pipeline.store import Artifact, Manifest
 
 FAILING = ("gates=enforce", "sft.gates.held_out_loss_change.max=-99")
 

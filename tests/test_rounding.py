@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.config import OptimConfig
+from rlhf.training.config import OptimConfig
 from rlhf.training.optimizer import MasterAdamW, WeightAverage, parameter_group, round_into
 
 OPTIM = OptimConfig(

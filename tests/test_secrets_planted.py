@@ -15,7 +15,7 @@ import pytest
 from small_chain import SETTINGS, Chain, Outcome
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.models.load import _write_tiny
+from rlhf.models.base import _write_tiny
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.run import Run
 from rlhf.report.summary import write_report

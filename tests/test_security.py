@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.config import ConfigError
 from rlhf.data.sources import SourceConfig
-from rlhf.models.load import _write_tiny
-from rlhf.pipeline.store import MANIFEST, digest_of, file_digest
+from rlhf.digests import MANIFEST, digest_of, file_digest
+from rlhf.models.base import _write_tiny
 from rlhf.training.checkpoint import Checkpointer
 
 

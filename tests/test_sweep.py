@@ -15,10 +15,12 @@ from small_chain import Chain, Outcome
 import rlhf.cli.sweep.sweepers
 from rlhf.cli.messages import in_our_words
 from rlhf.cli.sweep.optuna_study import JOURNAL, Study
-from rlhf.cli.sweep.trial import NOTE, SweepConfig, Trial, read_note, write_note
-from rlhf.cli.sweep.trial import Outcome as TrialOutcome
+from rlhf.cli.sweep.trial import NOTE, read_note, write_note
 from rlhf.config import ConfigError
+from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.sweep_table import SweepTable
+from rlhf.report.trial import Outcome as TrialOutcome
+from rlhf.report.trial import Trial
 
 BY_RULE = ("stage=ppo", "ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=running")
 OPTUNA = ("-m", "hydra/sweeper=optuna", "sweep.metric=ppo/held_out_score", "run_name=study", *BY_RULE)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rlhf.training.optimizer
-from rlhf.config import OptimConfig, Schedule
+from rlhf.training.config import OptimConfig, Schedule
 from rlhf.training.optimizer import (
     MasterAdamW,
     WeightAverage,

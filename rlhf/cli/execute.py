@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -18,11 +19,8 @@ from rich.markup import escape
 from rlhf.config import ConfigError
 from rlhf.disk import in_words
 from rlhf.distributed.signals import nobody_reads, uninterrupted
+from rlhf.exit_codes import CONFIG_ERROR, CRASH, DONE, GATE_FAILED, INTERRUPTED, PIPE, STOPPED
 from rlhf.tracking.redaction import RedactingConsole
-
-DONE, CRASH, CONFIG_ERROR, GATE_FAILED, STOPPED, INTERRUPTED, PIPE = 0, 1, 2, 3, 75, 130, 141
-"""Exit codes. STOPPED (a scheduler's signal) and INTERRUPTED (Ctrl-C): the same command goes on. PIPE: nobody
-reads the output any more."""
 
 KEPT = "Finished stages and the last checkpoint are kept: the same command goes on from there."
 
@@ -91,7 +89,6 @@ def end_rank(code: int) -> NoReturn:
 
 def failed(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:
     """Tell the launcher when this rank failed."""
-    from rlhf.cli.launcher import note_failure
 
     note_failure(Path(resolved["runs_dir"]) / run_name, rank)
 
@@ -191,3 +188,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # transformers renames this argument in 5.40, beyond the bound in pyproject.toml
     warnings.filterwarnings("ignore", message=".*past_key_values.*is deprecated.*")
+
+
+def note_failure(directory: Path, rank: int) -> None:
+    """Leave the time of a rank's failure for the launcher, which shows the earliest one."""
+    if "RLHF_LAUNCHER" in os.environ:
+        (directory / "ranks" / f"rank{rank}.failed").write_text(str(time.monotonic()), encoding="utf-8")

@@ -1,13 +1,12 @@
 """Starts one process a rank on this machine, and ends them all when one fails.
 
 Inside torchrun, srun or a Kubernetes job nothing is started: the environment says which rank this is.
-`python -m rlhf.cli.launcher RUN_DIR` is what each rank runs. It is sent the config that was already composed, so
-that all ranks have the same; through a pipe, because secrets in it must not be written down.
+`python -m rlhf.cli.worker RUN_DIR` is what each rank runs. It is sent the config that was already composed,
+so that all ranks have the same; through a pipe, because secrets in it must not be written down.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -22,24 +21,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pydantic import PositiveInt
-
-from rlhf.config import ConfigError, Strict
-from rlhf.distributed.signals import STOPPING, Heard, Stopped, StopSignals
+from rlhf.config import ConfigError
+from rlhf.distributed.signals import STOPPING, Heard
+from rlhf.exit_codes import CONFIG_ERROR, INTERRUPTED, STOPPED
 from rlhf.pipeline.run import Run
-from rlhf.tracking.redaction import redacted_output
+from rlhf.pipeline.settings import LaunchConfig
 
 GRACE_SECONDS = 5.0
 """Between the first failed rank and the end of the others: some fail for the same reason and shall say so."""
 LINES_SHOWN = 100
-CONFIG_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
-
-
-class LaunchConfig(Strict):
-    """`launch.*`: the ranks that `python -m rlhf` starts by itself."""
-
-    processes: PositiveInt | None
-    """Ranks on this machine; null takes one for each visible GPU, or one without a GPU."""
 
 
 def ranks_wanted(config: LaunchConfig, device: str) -> int:
@@ -124,7 +114,7 @@ def _start(
     output = None if rank == 0 else (directory / f"rank{rank}.out").open("wb")
     with errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rlhf.cli.launcher", str(run_directory)],
+            [sys.executable, "-m", "rlhf.cli.worker", str(run_directory)],
             env={
                 **environment,
                 "RANK": str(rank),
@@ -186,29 +176,3 @@ def _free_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
     return port
-
-
-def note_failure(directory: Path, rank: int) -> None:
-    """Leave the time of a rank's failure for the launcher, which shows the earliest one."""
-    if "RLHF_LAUNCHER" in os.environ:
-        (directory / "ranks" / f"rank{rank}.failed").write_text(str(time.monotonic()), encoding="utf-8")
-
-
-@redacted_output()
-def main() -> None:
-    """One rank."""
-    from rlhf.cli.execute import end_rank, execute
-
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives its launcher
-    if os.getppid() != int(os.environ["RLHF_LAUNCHER"]):
-        raise SystemExit("the launcher is gone")
-    try:
-        with StopSignals().installed():  # at once: importing torch takes seconds
-            code = execute(json.load(sys.stdin), Path(sys.argv[1]).name)
-    except Stopped as stop:  # before the run began
-        code = INTERRUPTED if stop.signum == signal.SIGINT else STOPPED
-    end_rank(code)
-
-
-if __name__ == "__main__":
-    main()

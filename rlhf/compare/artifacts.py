@@ -7,12 +7,11 @@ from pathlib import Path
 
 from rlhf.compare.prompts import Method
 from rlhf.config import ConfigError
+from rlhf.digests import DirectoryDigest
 from rlhf.models.intact import check_weights
 from rlhf.pipeline.manifest import content_digest
-from rlhf.pipeline.store import Artifact, DirectoryDigest, Store
-
-POLICY_STAGES = ("sft", "ppo", "merge")
-"""Whose artifacts answer questions; in compare.artifacts, their names mean this run's own."""
+from rlhf.pipeline.stage import POLICY_STAGES
+from rlhf.pipeline.store import Artifact, Store
 
 
 def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:

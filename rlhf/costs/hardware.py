@@ -12,9 +12,9 @@ from typing import Literal
 import psutil
 import torch
 
-from rlhf.distributed.compute import Compute, matmul_speed
-from rlhf.pipeline.manifest import hardware
-from rlhf.pipeline.store import digest_of
+from rlhf.digests import digest_of
+from rlhf.distributed.compute import Compute
+from rlhf.distributed.device import hardware, matmul_speed
 
 GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from rlhf.config import PeftConfig
 from rlhf.costs.model_shape import Shape
 from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import GIB, Setting
+from rlhf.models.peft.config import PeftConfig
 from rlhf.training.deepspeed import BUCKET_ELEMENTS
 
 Kind = Literal["weights", "gradients", "optimizer", "activations", "logits", "KV cache"]

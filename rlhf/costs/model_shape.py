@@ -8,11 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from rlhf.models.load import context_length
+from rlhf.models.base import UnknownShapeError, context_length, skeleton
 from rlhf.models.packed_attention import may_pack
 from rlhf.models.peft.target_modules import backbone_of, layer_name
 
@@ -82,27 +81,6 @@ class Shape:
     def kv_elements(self) -> int:
         """Keys and values of one token, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size
-
-
-class UnknownShapeError(Exception):
-    """The formulas do not hold for this model."""
-
-
-def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on the meta device, where tensors have no storage.
-
-    Raises:
-        UnknownShapeError: it is no causal language model.
-    """
-    model: PreTrainedModel
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (RuntimeError, ValueError) as error:  # sizes that no tensor can have; T5
-        raise UnknownShapeError(
-            f"{type(config).__name__}: {str(error).splitlines()[0].partition(' for this kind')[0]}"
-        ) from None
-    return model
 
 
 def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Shape:

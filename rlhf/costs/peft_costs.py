@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.config import PeftConfig
 from rlhf.costs.model_shape import Shape
+from rlhf.models.peft.config import PeftConfig
 
 Keeps = Literal["all", "inputs", "values", "last"]
 """What a pass keeps for its gradients. all: what weights and activations need; inputs: of the linear layers

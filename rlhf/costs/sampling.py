@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from rlhf.costs.memory import Phase, beside_vllm, frozen_weights, logits, reading, sampling
 from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import Setting
 from rlhf.costs.stage_cost import Demand, Worker, exactly, joined
 from rlhf.data.prepared import Lengths
-
-if TYPE_CHECKING:
-    from rlhf.pipeline.stage import Stage
+from rlhf.models.peft.config import PeftConfig
 
 
-def most_added(on: Setting, stages: Iterable[Stage]) -> int:
-    """Virtual tokens that any of the models which these stages train puts before its rows."""
-    tuned = (stage.tunes() for stage in stages)
+def most_added(on: Setting, tuned: Iterable[PeftConfig | None]) -> int:
+    """Virtual tokens that any of the models which are trained like this puts before its rows."""
     return max((METHODS[peft.method].added_tokens(on.shape, peft) for peft in tuned if peft), default=0)
 
 

@@ -10,20 +10,19 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from rlhf.config import PeftConfig
-from rlhf.costs.hardware import Machine, found_machine, kept_speed, quick_speed
-from rlhf.costs.model_shape import Shape, UnknownShapeError, shape_in
+from rlhf.costs.hardware import Machine
+from rlhf.costs.model_shape import Shape, shape_in
 from rlhf.data.prepared import Lengths
 from rlhf.data.schema import Role, Split
 from rlhf.distributed.batching import token_budget_batches
-from rlhf.distributed.compute import Compute, Zero
-from rlhf.models.load import ModelConfig
+from rlhf.distributed.compute import Zero
+from rlhf.models.base import ModelConfig, UnknownShapeError
 from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 
 if TYPE_CHECKING:
     from rlhf.generation.vllm import VllmConfig
-    from rlhf.pipeline.experiment import Settings
 
 Sizes = Callable[[Role, Split], Lengths]
 GIB = 2**30
@@ -119,20 +118,6 @@ def largest_padded(rows: int, lengths: Lengths, most: int) -> int:
         passes = token_budget_batches(tokens, most)  # the longest rows first, in each too
         largest = max(largest, *(len(each) * tokens[each[0]] for each in passes))
     return largest
-
-
-def found_setting(settings: Settings, shape: Shape, compute: Compute, sizes: Sizes) -> Setting:
-    """This run's, with the base model's shape."""
-    speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
-    return Setting(
-        shape=shape,
-        dtype_bytes=compute.dtype.itemsize,
-        zero=settings.zero,
-        machine=found_machine(compute, speed),
-        sizes=sizes,
-        vllm=settings.vllm if settings.generation == "vllm" else None,
-        pads=pads_rows(settings.model, shape),
-    )
 
 
 def pads_rows(model: ModelConfig, shape: Shape) -> bool:

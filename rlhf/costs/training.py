@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rlhf.config import PeftConfig
 from rlhf.costs.memory import (
     FP32,
     Part,
@@ -22,6 +21,7 @@ from rlhf.costs.stage_cost import Demand, Worker
 from rlhf.data.prepared import Lengths
 from rlhf.distributed.batching import num_batches
 from rlhf.models.peft import methods as tuning_methods
+from rlhf.models.peft.config import PeftConfig
 
 
 def training_demand(

@@ -23,7 +23,7 @@ from rlhf.data.schema import (
     row_from_json,
     row_to_json,
 )
-from rlhf.pipeline.store import digest_of, file_digest
+from rlhf.digests import digest_of, file_digest
 
 TrainSplit = Literal["train", "held_out"]
 REPORT = "report.json"

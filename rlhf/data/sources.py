@@ -26,7 +26,7 @@ from pydantic import (
 from rlhf.config import ConfigError, Strict, did_you_mean
 from rlhf.data.formats import CONVERSATION_COLUMNS, PROMPT_COLUMNS
 from rlhf.data.schema import RowError
-from rlhf.pipeline.store import digest_of, file_digest
+from rlhf.digests import digest_of, file_digest
 
 SAMPLES_PACKAGE = "rlhf.samples"
 ROW_COLUMNS = {*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"}

@@ -7,44 +7,26 @@ depend on how many there are, up to rounding.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
-import platform
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
-from pydantic import BeforeValidator, PositiveFloat
+from pydantic import PositiveFloat
 from torch import Tensor, distributed
 
 from rlhf.config import ConfigError, Strict
 from rlhf.distributed.batching import token_budget_batches
+from rlhf.distributed.device import Precision, choose_precision, keep_freed_memory
 
-NO_FP16 = (
-    "fp16 is not offered: its range is so small that gradients vanish unless the loss is scaled, which is "
-    "not done here. Use auto, bf16 (a GPU from Ampere on, or a CPU that multiplies it) or fp32"
-)
-
-
-def _offered(value: Any) -> Any:
-    if value in ("fp16", "float16", "half"):
-        raise ValueError(NO_FP16)
-    return value
-
-
-Precision = Annotated[Literal["auto", "bf16", "fp32"], BeforeValidator(_offered)]
 Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of malloc.h."""
 LOOPBACK = "lo"
 """The network interface that leads nowhere else."""
 TURN_SECONDS = 1.0
@@ -302,18 +284,6 @@ def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
     )
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free for the next ones.
-
-    glibc hands large blocks back to the kernel, which fills them with zeros, page by page, whenever they are
-    asked for again: a quarter of a training step on CPUs (malloc(3), mallopt(3)).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
 def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
     """(rank, world size) as torchrun, srun, Kubernetes or our own launcher tell them; (0, 1) for none.
 
@@ -352,36 +322,3 @@ def tasks_on_node(environment: Mapping[str, str]) -> int:
         count, _, repeat = part.partition("(x")
         counts += [int(count)] * int(repeat.rstrip(")") or 1)
     return counts[int(environment["SLURM_NODEID"])]
-
-
-def choose_precision(device: torch.device) -> tuple[str, str]:
-    """bf16 where it is the faster one.
-
-    CPUs with AVX512-BF16 or AMX multiply bf16 several times faster than fp32; others emulate it. The flags
-    decide where the system tells them, so that a busy moment cannot change the precision, which is part of
-    every artifact's key; elsewhere a short measurement does.
-    """
-    if device.type != "cpu":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "supported") if fast else ("fp32", "this GPU has no bf16, and fp16 is not offered")
-    flags = Path("/proc/cpuinfo")
-    if flags.exists():
-        words = set(flags.read_text(encoding="utf-8").split())
-        found = sorted(words & {"avx512_bf16", "amx_bf16", "bf16"})
-        return ("bf16", f"the CPU has {found[0]}") if found else ("fp32", "the CPU has no bf16 instructions")
-    bf16, fp32 = (matmul_speed(dtype, device) for dtype in (torch.bfloat16, torch.float32))
-    return ("bf16" if bf16 > 1.2 * fp32 else "fp32"), f"matmul: bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s"
-
-
-def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
-    """Best of a few square matrix products, in GFLOP/s; takes some ten milliseconds."""
-    size = 768 if device.type == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):  # the first one warms up
-        start = time.perf_counter()
-        left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import ConfigError
+from rlhf.digests import directory_digest
 from rlhf.generation.policy_model import Policy
-from rlhf.pipeline.store import directory_digest
 
 ROWS = 16
 """Rows of a forward pass: the harness keeps all their logits."""

@@ -17,9 +17,10 @@ from rlhf.distributed.compute import Compute
 from rlhf.generation.decoding_check import check_decoding
 from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm
-from rlhf.models.load import ModelConfig, context_left, load_causal_lm, load_tokenizer
+from rlhf.models.base import ModelConfig, load_tokenizer
+from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import response_statistics, rollout_rows
-from rlhf.models.offload import offload
+from rlhf.models.weight_sharing import offload
 from rlhf.rl.rollout import Rollout
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import end_of_turn_id, exchange_ids
 from rlhf.data.schema import Message
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles
 
 INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"

@@ -22,8 +22,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.target_modules import backbone_of
-from rlhf.rl.padding import length_mask
-from rlhf.rl.rollout import Rollout
+from rlhf.rl.rollout import Rollout, length_mask
 
 HEAD_CHUNK = 256
 

@@ -14,10 +14,10 @@ from rlhf.config import ConfigError
 from rlhf.data.chat_template import tokenizer_digest
 from rlhf.data.dataset_stats import sequences
 from rlhf.data.schema import Row
+from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.models.alike import other_setting
+from rlhf.models.base import BaseModelFiles
 from rlhf.models.intact import check_tokenizer, check_weights
-from rlhf.models.load import BaseModelFiles
-from rlhf.pipeline.store import DirectoryDigest, directory_digest
 
 Init = Annotated[str, Field(min_length=1)]
 """`sft`, `base` or a `save_pretrained` directory."""

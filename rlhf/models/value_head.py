@@ -28,7 +28,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
-from rlhf.models.load import ModelConfig, attention_of, check_complete, reading
+from rlhf.models.base import ModelConfig, reading
+from rlhf.models.load import attention_of, check_complete
 from rlhf.models.logprobs import Sequences
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed

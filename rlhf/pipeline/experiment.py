@@ -10,20 +10,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt
 
-from rlhf.cli.launcher import LaunchConfig
-from rlhf.cli.sweep.trial import SweepConfig
-from rlhf.compare.artifacts import POLICY_STAGES
 from rlhf.config import ConfigError, Strict, did_you_mean, validated
 from rlhf.data.schema import USER_KEYS, Role
 from rlhf.data.sources import SourceConfig, SourceList
-from rlhf.distributed.compute import DistributedConfig, Precision, Zero
+from rlhf.distributed.compute import DistributedConfig, Zero
+from rlhf.distributed.device import Precision
 from rlhf.distributed.signals import uninterrupted
 from rlhf.generation.vllm import VllmConfig
-from rlhf.models.load import ModelConfig
+from rlhf.models.base import ModelConfig
 from rlhf.models.packed_attention import ATTENTION
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.auto import without_auto
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.settings import LaunchConfig, SweepConfig
+from rlhf.pipeline.stage import POLICY_STAGES, Stage
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.reward import RewardSource
 from rlhf.tracking.redaction import redacted

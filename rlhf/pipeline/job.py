@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.prepared import PreparedData
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import directory_of
 from rlhf.pipeline.store import Artifact
 from rlhf.tracking.progress import Progress

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlhf import __version__
-from rlhf.pipeline.store import Artifact, Manifest, Recipe, digest_of, file_digest, recipe_key
+from rlhf.digests import PACKAGES, Recipe, digest_of, file_digest
+from rlhf.distributed.device import hardware
+from rlhf.pipeline.store import Artifact, Manifest, recipe_key
 from rlhf.tracking.tracker import Tracker
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
 def make_manifest(
@@ -56,20 +54,6 @@ def make_manifest(
         files={},
         made_from=made_from,
     )
-
-
-def hardware() -> str:
-    """This machine: processor, threads, GPU."""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{_processor()}, {torch.get_num_threads()} threads{gpu}"
-
-
-def _processor() -> str:
-    """As Linux names it; elsewhere its architecture at least."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def content_digest(artifact: Artifact) -> str:

@@ -7,22 +7,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from rlhf.config import ConfigError, PeftConfig
+from rlhf.config import ConfigError
+from rlhf.costs.hardware import found_machine, kept_speed, quick_speed
 from rlhf.costs.memory import Phase, amount
-from rlhf.costs.model_shape import UnknownShapeError, counted, skeleton
-from rlhf.costs.setup import GIB, Setting, found_setting
+from rlhf.costs.model_shape import Shape, counted
+from rlhf.costs.setup import GIB, Setting, Sizes, pads_rows
 from rlhf.costs.stage_cost import Demand
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
 from rlhf.models.peft.attach import check_attachable
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import rehearse
 from rlhf.models.peft.target_modules import told as told_of
@@ -30,6 +32,9 @@ from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.stage import Stage
 from rlhf.tracking.progress import clock
 from rlhf.training.checkpoint import CheckpointConfig
+
+if TYPE_CHECKING:
+    from rlhf.pipeline.experiment import Settings
 
 MARGIN = 1.15
 """How far a prediction may be above what is used in truth; only what does not fit even then is refused."""
@@ -400,3 +405,17 @@ def expectations(demands: Mapping[str, Demand], on: Setting, begun: Mapping[str,
         if demand.phases
     ]
     return f"About {clock(sum(left.values()))} to go: {', '.join(parts)}."
+
+
+def found_setting(settings: Settings, shape: Shape, compute: Compute, sizes: Sizes) -> Setting:
+    """This run's, with the base model's shape."""
+    speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
+    return Setting(
+        shape=shape,
+        dtype_bytes=compute.dtype.itemsize,
+        zero=settings.zero,
+        machine=found_machine(compute, speed),
+        sizes=sizes,
+        vllm=settings.vllm if settings.generation == "vllm" else None,
+        pads=pads_rows(settings.model, shape),
+    )

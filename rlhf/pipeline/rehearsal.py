@@ -12,7 +12,7 @@ from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData, splits_of
 from rlhf.data.schema import PairRow, PromptRow, Row, SftRow
 from rlhf.distributed.compute import Compute
-from rlhf.models.load import ModelConfig
+from rlhf.models.base import ModelConfig
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.model import make_reward

@@ -15,13 +15,14 @@ from rich.markup import escape
 
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData, role_digest
+from rlhf.digests import Recipe
 from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import StopSignals
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.vllm import Vllm
+from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.models.intact import check_tokenizer, check_weights
-from rlhf.models.load import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
 from rlhf.pipeline.experiment import Experiment
@@ -31,7 +32,7 @@ from rlhf.pipeline.preflight import Begun, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
 from rlhf.pipeline.stage import Stage
-from rlhf.pipeline.store import Artifact, DamagedError, Recipe, Store, recipe_key
+from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
 from rlhf.rewards.code import has_changed, imported_code
 from rlhf.tracking.progress import Progress, clock
 from rlhf.tracking.redaction import redacted

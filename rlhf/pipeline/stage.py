@@ -9,16 +9,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rlhf.config import Bound, ConfigError, PeftConfig, Strict, did_you_mean
+from rlhf.config import Bound, ConfigError, Strict, did_you_mean
 from rlhf.costs.setup import Setting
 from rlhf.costs.stage_cost import Demand
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
+from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.sampled import ENDS
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles
+from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.store import DirectoryDigest, directory_digest
 
 INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
 """The end of a name that tells a figure's interval, or on how many rows it stands."""
@@ -163,3 +164,7 @@ class Stage(Strict, ABC):
     @abstractmethod
     def run(self, job: Job) -> None:
         """Do the work in `job.directory` and end with `job.publish(metrics)`."""
+
+
+POLICY_STAGES = ("sft", "ppo", "merge")
+"""Whose artifacts answer questions; in compare.artifacts, their names mean this run's own."""

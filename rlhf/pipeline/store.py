@@ -7,13 +7,9 @@ artifact is verified again without reading it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +19,25 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rlhf.config import ConfigError
+from rlhf.digests import (
+    MANIFEST,
+    Recipe,
+    digest_of,
+    directory_digest,
+    file_digests,
+    files_below,
+    flush,
+    leads_out,
+)
 from rlhf.disk import naming
 from rlhf.locks import Lock
 from rlhf.printable import printable
 
 FORMAT = 2
 KEY_LENGTH = 16
-MANIFEST = "manifest.json"
 
 READ = ("model: ", "data.", "external.", "inputs.")
 """How changes begin in what a recipe says of what is read."""
-
-SETTLED_NANOSECONDS = 2_000_000_000
-"""A file that was written more recently may be written again without another time: some file systems keep two
-seconds only."""
-
-Recipe = dict[str, Any]
 
 
 class Manifest(BaseModel):
@@ -98,115 +97,6 @@ class DamagedError(ConfigError):
         )
 
 
-def digest_of(value: Any) -> str:
-    """sha256 of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-_digests_read: dict[tuple[int, ...], str] = {}
-"""Device and `_state` of the files that this process has read -> their digests."""
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, read once by each process: anew only where the file was changed."""
-    with naming(path), path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        state = (status.st_dev, *_state(status))
-        if state in _digests_read:
-            return _digests_read[state]
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        after = os.fstat(file.fileno())
-    if _state(after) == _state(status) and _is_settled(after):
-        _digests_read[state] = digest
-    return digest
-
-
-def _state(status: os.stat_result) -> tuple[int, ...]:
-    """Changes when a file is written. No program can set ctime, so not even a copied mtime hides it."""
-    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def _is_settled(status: os.stat_result) -> bool:
-    return time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NANOSECONDS
-
-
-def file_digests(
-    directory: Path, names: Iterable[str], memory: Path, *, read: bool = False
-) -> dict[str, str]:
-    """The sha256 of some of a directory's files; what `memory` knows of an unchanged file is not read again.
-
-    A bit that flips on the disk itself changes neither size nor times: only reading finds it.
-
-    Args:
-        memory: a JSON file, which is made or brought up to date where it can be written.
-        read: read every file that this process has not read yet, whatever is remembered of it.
-    """
-    try:
-        before = json.loads(memory.read_bytes())
-    except (OSError, ValueError):  # none, half of one, or another user's
-        before = {}
-    known: dict[str, Any] = before if isinstance(before, dict) else {}
-
-    def look(name: str) -> tuple[str, dict[str, Any] | None]:
-        status = (directory / name).stat()  # before it is read: what is written meanwhile is not remembered
-        state, remembered = [*_state(status)], known.get(name)
-        if not read and isinstance(remembered, dict) and remembered.get("state") == state:
-            digest = str(remembered.get("sha256"))
-        else:
-            digest = file_digest(directory / name)
-        return digest, {"state": state, "sha256": digest} if _is_settled(status) else None
-
-    names = [*names]
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to other threads
-        found = dict(zip(names, pool.map(look, names), strict=True))
-    now = {name: entry for name, (_, entry) in found.items() if entry is not None}
-    if now != before:
-        _write_memory(memory, now)
-    return {name: digest for name, (digest, _) in found.items()}
-
-
-def _write_memory(memory: Path, content: Mapping[str, Any]) -> None:
-    beside = memory.with_name(f"{memory.name}.{uuid4().hex[:8]}")
-    try:
-        memory.parent.mkdir(exist_ok=True)
-        beside.write_text(json.dumps(content), encoding="utf-8")
-        beside.rename(memory)
-    except OSError:  # a store of others', or a full one: then the files are read again next time
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
-def directory_digest(directory: Path, memory: Path | None = None, *, read: bool = False) -> str:
-    """sha256 over the names and bytes of all files below a directory.
-
-    Args:
-        memory: see `file_digests`; None reads every file that this process has not read yet.
-        read: see `file_digests`.
-    """
-    names = sorted(_names_below(directory), key=Path)
-    if memory is None:
-        return digest_of([[name, file_digest(directory / name)] for name in names])
-    digests = file_digests(directory, names, memory, read=read)
-    return digest_of([[name, digests[name]] for name in names])
-
-
-DirectoryDigest = Callable[[Path], str]
-"""`directory_digest` of a user's directory, with the memory of a store: `Store.directory_digest`."""
-
-
-def weights_digest(directory: Path) -> str:
-    """sha256 over a saved model's weights and config: equal for equal models, whoever wrote them."""
-    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    return digest_of([[path.name, file_digest(path)] for path in files])
-
-
-def leads_out(directory: Path, names: Iterable[str]) -> str | None:
-    """The first of these names, or of the links below a directory, that lies elsewhere; None if none does."""
-    root = directory.resolve()
-    links = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_symlink()]
-    return next((name for name in (*names, *links) if not (root / name).resolve().is_relative_to(root)), None)
-
-
 def read_manifest(directory: Path) -> Manifest:
     """What an artifact's manifest says.
 
@@ -247,10 +137,6 @@ def _manifest_digest(values: Mapping[str, Any]) -> str:
 
 def _memory_of(artifact: Path) -> Path:
     return artifact.with_name(f".{artifact.name}.digests.json")
-
-
-def _names_below(directory: Path) -> Iterator[str]:
-    return (str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
 def recipe_key(recipe: Recipe) -> str:
@@ -304,7 +190,7 @@ class Store:
             raise ConfigError(
                 f"{path}: {outside} leads out of the directory. It was tampered with: remove it."
             )
-        there = {name for name in _names_below(path) if name != MANIFEST}
+        there = {name for name in files_below(path) if name != MANIFEST}
         missing = sorted(files.keys() - there)
         if missing:
             raise DamagedError(path, f"{missing[0]} is missing")
@@ -419,7 +305,7 @@ class Store:
         for path in scratch.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 path.chmod(mode)  # safetensors lets nobody but the owner read its files
-        manifest.files = file_digests(scratch, sorted(_names_below(scratch)), _memory_of(final), read=True)
+        manifest.files = file_digests(scratch, sorted(files_below(scratch)), _memory_of(final), read=True)
         with naming(scratch / MANIFEST):
             write_manifest(scratch, manifest)
         for path in [*scratch.rglob("*"), scratch]:
@@ -443,16 +329,6 @@ class Store:
             return "none was made before"
         fewest = min(differences, key=len)
         return "; ".join(fewest)
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.config import ConfigError, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.costs.memory import Phase, frozen_weights, sampling
 from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import Setting
 from rlhf.costs.stage_cost import EFFICIENCY, LAYER_SECONDS, Demand, Worker, one_after_the_other
 from rlhf.distributed.compute import Compute, Zero
 from rlhf.models.peft import methods as tuning_methods
+from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.experiment import Experiment, check_method
 from rlhf.pipeline.preflight import check_tunes, shortage, tightest
 from rlhf.pipeline.stage import Stage

@@ -6,10 +6,12 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from rlhf.config import OptimConfig, Peft, Strict
+from rlhf.config import Strict
 from rlhf.data.sources import PromptSource, SourceConfig
+from rlhf.models.peft.config import Peft
 from rlhf.models.start import Init
 from rlhf.rewards.reward import RewardSource
+from rlhf.training.config import OptimConfig
 
 
 class KlConfig(Strict):

@@ -20,7 +20,8 @@ from rlhf.pipeline.job import Job
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.rl.rollout import Experience, Rollout, minibatches
+from rlhf.rl.experience import Experience, minibatches
+from rlhf.rl.rollout import Rollout
 from rlhf.tracking.timer import Phases
 from rlhf.training.engine import Engine
 from rlhf.training.optimizer import WeightAverage

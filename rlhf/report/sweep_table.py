@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf.cli.sweep.trial import SweepConfig, Trial
 from rlhf.disk import naming
+from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.pareto import Point, draw
+from rlhf.report.trial import Trial
 from rlhf.tracking.redaction import redacted, redacted_text
 
 MARK, PICTURE = "best", "pareto.png"

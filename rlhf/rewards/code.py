@@ -13,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from rlhf.config import ConfigError
-from rlhf.pipeline.manifest import PACKAGES
-from rlhf.pipeline.store import digest_of, file_digest
+from rlhf.digests import PACKAGES, digest_of, file_digest
 
 INSTALLED = {"site-packages", "dist-packages"}
 """Folders whose code has a version; all other code is known by its bytes."""

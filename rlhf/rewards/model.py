@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.chat_template import exchange_ids, tokenizer_digest
+from rlhf.digests import weights_digest
 from rlhf.distributed.compute import Compute
-from rlhf.models.load import ModelConfig, context_left, load_tokenizer
-from rlhf.models.offload import offload
+from rlhf.models.base import ModelConfig, load_tokenizer
+from rlhf.models.load import context_left
 from rlhf.models.peft.saved import attach_published, described, origin_of
 from rlhf.models.value_head import ScalarModel, load_scalar_model
-from rlhf.models.weight_sharing import Backbone, sharing
-from rlhf.pipeline.store import weights_digest
+from rlhf.models.weight_sharing import Backbone, offload, sharing
 from rlhf.rewards.http import RewardServerConfig, remote_reward
 from rlhf.rewards.reward import (
     Exchange,

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
+from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.models.value_head import check_score_head
-from rlhf.pipeline.store import DirectoryDigest, digest_of, directory_digest
 from rlhf.rewards.code import imported_code
 from rlhf.tracking.redaction import USER_INFO, redacted, without_environment
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf.rl.padding import is_right_padded
+from rlhf.rl.rollout import is_right_padded
 
 VARIANCE_FLOOR = 1e-8
 """Keeps whitening finite when all values are equal; Huang et al. 2024, arXiv:2403.17031."""

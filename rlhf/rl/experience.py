@@ -1,11 +1,14 @@
 """From a rollout and what the models say of it to experience. Dimensions: B episodes, R response tokens."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlhf.rl.advantage import generalized_advantage, masked_moments, whiten
-from rlhf.rl.rollout import Experience, Rollout
+from rlhf.rl.rollout import Rollout
 from rlhf.rl.scores import ScoreNormalizer, missing_stop, token_rewards
 
 
@@ -63,3 +66,65 @@ def make_experience(
         advantage_BR=whitened_BR,
         return_BR=return_BR,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """A scored rollout. The [B, R] tensors are fp32, on the CPU, right-padded as `mask_BR` says."""
+
+    rollout: Rollout
+    score_B: Tensor
+    """Raw score units, before normalisation, clipping and the missing-stop rule; for metrics."""
+    logp_BR: Tensor
+    """Nats, under the policy at the rollout, from the training kernels."""
+    reference_logp_BR: Tensor
+    """Nats, under the frozen reference."""
+    value_BR: Tensor
+    """Units of the normalised reward, from the critic at the rollout: V(prompt + y_<t)."""
+    reward_BR: Tensor
+    """Units of the normalised reward; KL penalty included."""
+    advantage_BR: Tensor
+    """Whitened, so unitless."""
+    return_BR: Tensor
+    """Units of the normalised reward; the critic's target, not whitened."""
+
+    def __post_init__(self) -> None:
+        shape = self.mask_BR.shape
+        assert self.score_B.shape == shape[:1]
+        from_models = (self.logp_BR, self.reference_logp_BR, self.value_BR)
+        for x_BR in (*from_models, self.reward_BR, self.advantage_BR, self.return_BR):
+            assert x_BR.shape == shape, f"{tuple(x_BR.shape)} for responses of {tuple(shape)}"
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    @property
+    def mask_BR(self) -> Tensor:
+        """Bool, true on every sampled token. The rollout's, so that the two cannot disagree."""
+        return self.rollout.mask_BR
+
+    def select(self, indices: Tensor) -> Experience:
+        """The episodes at `indices` (long [any number]), in that order; R shrinks to the longest of them."""
+        rollout = self.rollout.select(indices)
+        longest = int(rollout.response_lengths.max())
+        return Experience(
+            rollout=rollout,
+            score_B=self.score_B[indices],
+            logp_BR=self.logp_BR[indices, :longest],
+            reference_logp_BR=self.reference_logp_BR[indices, :longest],
+            value_BR=self.value_BR[indices, :longest],
+            reward_BR=self.reward_BR[indices, :longest],
+            advantage_BR=self.advantage_BR[indices, :longest],
+            return_BR=self.return_BR[indices, :longest],
+        )
+
+
+def minibatches(num_episodes: int, minibatch_size: int, generator: torch.Generator) -> list[Tensor]:
+    """Shuffled episode indices, each long [minibatch_size]: every episode in exactly one minibatch.
+
+    Call it anew for each epoch, so that each is shuffled differently. The last minibatch is smaller when the
+    sizes do not divide.
+    """
+    assert num_episodes > 0 and minibatch_size > 0
+    order = torch.randperm(num_episodes, generator=generator)
+    return [order[start : start + minibatch_size] for start in range(0, num_episodes, minibatch_size)]

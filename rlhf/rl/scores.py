@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf.rl.advantage import mean_and_variance
 from rlhf.rl.kl import kl_k1
-from rlhf.rl.padding import is_right_padded
+from rlhf.rl.rollout import is_right_padded
 
 DEVIATION_FLOOR = 1e-4
 """Score units. Keeps running normalisation finite when all scores so far are equal."""

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 from rlhf.config import ConfigError, Strict
+from rlhf.digests import digest_of
 from rlhf.disk import naming
-from rlhf.pipeline.store import digest_of
 from rlhf.tracking.redaction import redacted
 
 

@@ -22,12 +22,12 @@ from uuid import uuid4
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from rlhf.cli.verify import CHECKPOINT_FORMAT, verified
 from rlhf.config import ConfigError, Strict
+from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, flush
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import Stopped, StopSignals
-from rlhf.pipeline.store import MANIFEST, Recipe, digest_of, file_digest, flush
 from rlhf.tracking.tracker import Tracker
+from rlhf.training.checkpoint_files import CHECKPOINT_FORMAT, verified
 from rlhf.training.engine import Engine
 
 LOOP = "loop.pt"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import ConfigError, OptimConfig
 from rlhf.distributed.compute import Compute
+from rlhf.training.config import OptimConfig
 from rlhf.training.optimizer import MasterAdamW, parameter_group, rate_factor, trainable_state
 
 Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
@@ -138,39 +138,3 @@ class PlainEngine(Engine):
         state = torch.load(directory / self.STATE, weights_only=True, mmap=True, map_location="cpu")
         self.optimizer.load_state_dict(state)
         self.skipped_steps = self.optimizer.skipped_steps
-
-
-def make_engine(
-    model: nn.Module,
-    groups: Groups,
-    compute: Compute,
-    resume: Mapping[str, Any] | None = None,
-    *,
-    in_turns: bool = False,
-) -> Engine:
-    """The engine that `zero=` asks for.
-
-    Args:
-        groups: parameters (those that do not require gradients are left out) and how each group is trained.
-        resume: the manifest of the checkpoint that will be loaded; DeepSpeed must know its number of ranks.
-        in_turns: a pass runs one part of the model, the next another: nothing is fetched ahead of its use.
-
-    Raises:
-        ConfigError: the checkpoint belongs to another engine.
-    """
-    if resume is not None and resume["zero"] != compute.zero:
-        raise ConfigError(
-            f"The checkpoint of step {resume['step']} was written with zero={resume['zero']}, which "
-            f"zero={compute.zero} cannot read. Go on with the former, or start the stage anew with "
-            "checkpoint.resume=false."
-        )
-    if compute.zero == "none":
-        return PlainEngine(model, groups, compute)
-    if compute.zero == "fsdp2":
-        from rlhf.training.fsdp import FsdpEngine
-
-        return FsdpEngine(model, groups, compute)
-    from rlhf.training.deepspeed import ZeroEngine
-
-    universal = resume is not None and resume["world_size"] != compute.world_size
-    return ZeroEngine(model, groups, compute, universal=universal, in_turns=in_turns)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from rlhf.config import OptimConfig, Schedule
+from rlhf.training.config import OptimConfig, Schedule
 
 COPIED = ("lr", "eps")
 """What a schedule changes in the outer parameter groups, and AdamW reads in the inner ones."""

@@ -16,7 +16,8 @@ from run_rlhf import Positions
 from torch import Tensor
 from transformers import LlamaConfig
 
-from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.models.base import ModelConfig
+from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import pack_sequences
 from rlhf.models.value_head import load_scalar_model
 from rlhf.ppo.actor_critic import ActorCritic

@@ -11,7 +11,7 @@ from small_job import on_cpu
 from rlhf.compare.retrieval import bm25_index, embedding_index, embeddings
 from rlhf.config import ConfigError
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import ModelConfig
+from rlhf.models.base import ModelConfig
 
 TEXTS = [
     "The cat sleeps in the post room.",

@@ -16,9 +16,10 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
-from rlhf.config import Bound, ConfigError, PeftConfig
+from rlhf.config import Bound, ConfigError
 from rlhf.data.sources import SourceConfig
-from rlhf.models.load import ModelConfig
+from rlhf.models.base import ModelConfig
+from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.experiment import REPEATING, Experiment, Settings, build_experiment
 from rlhf.pipeline.stage import Stage
 from rlhf.tracking.tracker import TrackerConfig

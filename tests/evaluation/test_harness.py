@@ -17,7 +17,7 @@ from rlhf.distributed.compute import make_compute
 from rlhf.evaluation import lm_eval as harness
 from rlhf.evaluation.lm_eval import Harness
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import ModelConfig
+from rlhf.models.base import ModelConfig
 
 QUESTIONS = [
     {"question": f"{number} and {number}?", "choices": ["twice", "1", "a long answer"], "gold": number % 3}

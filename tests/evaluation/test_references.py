@@ -9,7 +9,7 @@ from small_job import on_cpu
 from rlhf.data.schema import Message
 from rlhf.evaluation.reference_loss import answer_losses
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import ModelConfig
+from rlhf.models.base import ModelConfig
 
 
 def test_a_prompt_that_fills_the_context_leaves_nothing_to_measure(tiny_model: Path) -> None:

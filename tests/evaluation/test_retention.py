@@ -18,7 +18,7 @@ from rlhf.evaluation import retention
 from rlhf.evaluation.intervals import difference, ratio, share
 from rlhf.evaluation.retention import Retained, forgetting, likeliest_choice, right_answers
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import ModelConfig
+from rlhf.models.base import ModelConfig
 
 TEXTS = [
     TextRow("Water boils.", "short"), TextRow("The sun is a star, and a rather ordinary one.", "long"),

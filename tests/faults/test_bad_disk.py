@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from small_chain import SETTINGS, SOURCES, Chain
 
-from rlhf.pipeline.store import file_digest
+from rlhf.digests import file_digest
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc")

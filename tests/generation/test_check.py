@@ -11,13 +11,14 @@ from small_chain import Chain
 from small_job import on_cpu
 from transformers import AutoTokenizer
 
-from rlhf.config import ConfigError, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.data.schema import Message
 from rlhf.generation.decoding_check import check_decoding
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import ModelConfig, load_tokenizer
+from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.attach import attach
+from rlhf.models.peft.config import PeftConfig
 
 DECODED = ["llama", "gpt2", "gpt_oss", "bloom", "falcon_h1", "qwen3_next", "deepseek_v2", "phimoe"]
 

@@ -9,11 +9,12 @@ import torch
 from families import tiny_family
 from small_job import on_cpu
 
-from rlhf.config import PeftConfig
 from rlhf.distributed.compute import Compute
 from rlhf.generation.latency import token_seconds
-from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.models.base import ModelConfig
+from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach, without_adapters
+from rlhf.models.peft.config import PeftConfig
 
 IDS = torch.arange(3, 35)[None]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from rlhf.config import PeftConfig
 from rlhf.generation.cpu_decoder import LeanDecoder, is_lean
 from rlhf.generation.kv_cache import growing_cache
 from rlhf.generation.sampler import generate
 from rlhf.models.peft.attach import attach, without_adapters
+from rlhf.models.peft.config import PeftConfig
 
 LENGTHS, NEW = (3, 9, 1, 6), 5
 KINDS: list[tuple[str, dict[str, Any]]] = [

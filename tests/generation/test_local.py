@@ -15,7 +15,8 @@ from rlhf.config import ConfigError
 from rlhf.generation import kv_cache as cache
 from rlhf.generation import sampler as local
 from rlhf.generation.sampler import _draw, _nucleus, _sample, generate
-from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.models.base import ModelConfig
+from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import response_statistics, rollout_rows
 from rlhf.rl.rollout import Rollout
 

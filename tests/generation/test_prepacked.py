@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.generation.cpu_linear import Product, is_packable, prepacked
 from rlhf.generation.sampler import generate
-from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.models.base import ModelConfig
+from rlhf.models.load import load_causal_lm
 
 has_layout = pytest.mark.skipif(
     not is_packable(nn.Linear(1, 1, dtype=torch.bfloat16)),

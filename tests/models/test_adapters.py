@@ -13,12 +13,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from rlhf.config import ConfigError, PeftConfig
-from rlhf.costs.model_shape import skeleton
-from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.config import ConfigError
+from rlhf.models.base import ModelConfig, load_tokenizer, skeleton
+from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import pack_sequences, response_statistics
 from rlhf.models.peft import target_modules as targets
 from rlhf.models.peft.attach import Adapter, attach, check_reached, count_parameters, merged_weights
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.lora import LowRankLinear
 from rlhf.models.peft.merge import publish_policy
 from rlhf.models.peft.saved import rehearse

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.config import ConfigError, PeftConfig
-from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.config import ConfigError
+from rlhf.models.base import ModelConfig
+from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
 from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.attach import attach
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.recompute import checkpoint_layers
 from rlhf.models.value_head import load_scalar_model, reset_head
 from rlhf.ppo.actor_critic import ActorCritic

@@ -21,14 +21,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.config import ConfigError, PeftConfig
-from rlhf.costs.model_shape import counted, skeleton
+from rlhf.config import ConfigError
+from rlhf.costs.model_shape import counted
 from rlhf.generation.decoding_check import check_decoding
 from rlhf.generation.sampler import generate
-from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer, save_policy
+from rlhf.models.base import ModelConfig, load_tokenizer, skeleton
+from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import check_head, pack_sequences, response_statistics
 from rlhf.models.peft.attach import attach, check_attachable, count_parameters
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import publish_policy
+from rlhf.models.save import save_policy
 from rlhf.models.value_head import check_scorable, load_scalar_model, reset_head, save_scalar_model
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -11,7 +11,8 @@ from families import FAMILIES, REFUSED, tiny_family
 from small_chain import Chain
 from transformers import AutoModelForCausalLM
 
-from rlhf.models.load import ModelConfig, load_tokenizer, save_policy
+from rlhf.models.base import ModelConfig, load_tokenizer
+from rlhf.models.save import save_policy
 from rlhf.models.value_head import load_scalar_model
 
 LOCAL = ModelConfig(kind="local")

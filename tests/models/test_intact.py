@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
+from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.models.intact import INDEX, check_tokenizer, check_weights
-from rlhf.models.load import BaseModelFiles, ModelConfig
 
 WEIGHTS = "model.safetensors"
 

@@ -19,18 +19,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import CHATML, PLAIN
-from rlhf.models.load import (
+from rlhf.models.base import (
     EMBEDDED_PACKAGE,
     BaseModelFiles,
     ModelConfig,
     base_files,
     base_identity,
     context_length,
-    load_causal_lm,
     load_tokenizer,
-    save_policy,
     warn_once,
 )
+from rlhf.models.load import load_causal_lm
+from rlhf.models.save import save_policy
 from rlhf.pipeline import store as artifacts
 
 

@@ -16,13 +16,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.compare.cost import model_bytes
-from rlhf.config import ConfigError, PeftConfig
-from rlhf.models.load import load_causal_lm, load_tokenizer, save_settings
+from rlhf.config import ConfigError
+from rlhf.models.base import load_tokenizer
+from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import Adapter, attach, count_parameters, merged_weights
 from rlhf.models.peft.bottleneck import BottleneckConfig, BottleneckLayer
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import merged_policy
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_published, origin_of, save_adapter
+from rlhf.models.save import save_settings
 
 LINEAR_OUT = 2 * (64 + 32) + 128 + 128 + 64  # q, o; k, v; gate, up; down
 LORA = 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))

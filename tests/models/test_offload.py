@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
 from rlhf.generation.policy_model import Policy
-from rlhf.models.offload import offload
 from rlhf.models.value_head import reset_head
+from rlhf.models.weight_sharing import offload
 from rlhf.rewards.model import LearnedReward
 from rlhf.rewards.reward import Exchange
 from rlhf.rl.rollout import Rollout

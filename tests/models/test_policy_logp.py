@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.models import logprobs as policy
-from rlhf.models.load import ModelConfig, load_causal_lm
+from rlhf.models.base import ModelConfig
+from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import (
     check_head,
     head_statistics,

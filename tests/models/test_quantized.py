@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_adapters import LINEARS, load, logits, train
 
-from rlhf.config import PeftConfig
 from rlhf.models.peft.attach import attach, count_parameters
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.quantization import round_to_4_bits
 from rlhf.models.peft.saved import attach_to_merge
 from rlhf.training.optimizer import load_trainable, trainable_state

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rlhf.config import ConfigError
-from rlhf.models.load import ModelConfig, load_tokenizer
+from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.logprobs import pack_sequences
 from rlhf.models.value_head import (
     ScalarModel,

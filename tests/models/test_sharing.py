@@ -11,15 +11,15 @@ from test_adapters import IDS, TINY, load, logits, tuned
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf.config import PeftConfig
-from rlhf.models.load import load_tokenizer
+from rlhf.digests import weights_digest
+from rlhf.models.base import load_tokenizer
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.attach import attach, count_parameters
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.saved import attach_published, origin_of, save_adapter
 from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.models.weight_sharing import sharing
-from rlhf.pipeline.store import weights_digest
 
 ROWS = [IDS[0, :9], IDS[0], IDS[0, 3:20]]
 

@@ -14,7 +14,7 @@ from test_methods import saved
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, PreTrainedModel
 
-from rlhf.config import ConfigError, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.generation import sampler as local
 from rlhf.generation.policy_model import Policy
 from rlhf.generation.sampler import generate
@@ -23,6 +23,7 @@ from rlhf.models.logprobs import pack_sequences, response_statistics
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.attach import attach, count_parameters, merged_weights
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import merged_policy
 from rlhf.models.peft.saved import attach_published
 from rlhf.models.peft.virtual_tokens import virtual_tokens

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from small_plan import EIGHT, GIB, check, experiment, gpus, no_gates, with_prompts_of
 
-from rlhf.config import ConfigError, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.costs.hardware import Speed
 from rlhf.costs.stage_cost import Worker, exactly
+from rlhf.models.peft.config import PeftConfig
 from rlhf.planner.report import explanation, phases, table
 from rlhf.planner.strategies import Figure, Strategy, Use, prefill, served
 

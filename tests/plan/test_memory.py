@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rlhf.config import OptimConfig, PeftConfig
 from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.memory import Trained, activations, kept_per_layer, kept_per_token, sampling
 from rlhf.costs.model_shape import shape_of
@@ -28,12 +27,14 @@ from rlhf.costs.stage_cost import exactly, joined
 from rlhf.data.prepared import Lengths
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.distributed.compute import Zero
-from rlhf.models.load import ModelConfig
+from rlhf.models.base import ModelConfig
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.attach import attach
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.recompute import checkpoint_layers
+from rlhf.training.config import OptimConfig
 from rlhf.training.optimizer import MasterAdamW, parameter_group
 
 CONFIG = LlamaConfig(

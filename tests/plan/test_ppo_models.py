@@ -12,9 +12,9 @@ from transformers import (
     T5Config,
 )
 
-from rlhf.config import PeftConfig
 from rlhf.costs.model_shape import Shape, shape_of
 from rlhf.costs.stage_cost import Worker
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 
 

@@ -26,12 +26,12 @@ from transformers import (
 )
 
 from rlhf.config import ConfigError
-from rlhf.costs.model_shape import UnknownShapeError, shape_of, skeleton
+from rlhf.costs.model_shape import shape_of
 from rlhf.costs.stage_cost import Demand, Task
 from rlhf.data.prepared import Lengths, PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.generation.vllm import VllmConfig
-from rlhf.models.load import BaseModelFiles
+from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
 from rlhf.pipeline.preflight import (
     Begun,
     check_before_loading,

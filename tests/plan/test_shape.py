@@ -18,11 +18,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from rlhf.config import PeftConfig
-from rlhf.costs.model_shape import UnknownShapeError, shape_of
+from rlhf.costs.model_shape import shape_of
 from rlhf.costs.peft_costs import METHODS
-from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.models.base import BaseModelFiles, ModelConfig, UnknownShapeError
 from rlhf.models.peft.attach import attach, count_parameters
+from rlhf.models.peft.config import PeftConfig
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
 CONFIGS = {

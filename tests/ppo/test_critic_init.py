@@ -13,7 +13,7 @@ from small_job import on_cpu, small_job
 from small_ppo import MODEL, length, ppo_stage
 
 from rlhf.data.chat_template import PLAIN
-from rlhf.models.load import BaseModelFiles, load_tokenizer
+from rlhf.models.base import BaseModelFiles, load_tokenizer
 from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
 from rlhf.rewards.model import LearnedReward, load_learned_reward
 from rlhf.rewards.reward import Reward

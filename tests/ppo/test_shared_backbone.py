@@ -11,12 +11,14 @@ from small_ppo import MODEL, ppo_job, ppo_stage, prompts
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.config import PeftConfig
 from rlhf.data.chat_template import exchange_ids
 from rlhf.distributed.compute import Compute
-from rlhf.models.load import load_causal_lm, load_tokenizer, save_policy
+from rlhf.models.base import load_tokenizer
+from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.saved import save_adapter
+from rlhf.models.save import save_policy
 from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.models.weight_sharing import Backbone
 from rlhf.ppo.metrics import UpdateSums

@@ -17,10 +17,10 @@ from small_job import small_job
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rlhf.config import OptimConfig
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
 from rlhf.distributed.compute import Compute, make_compute
-from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
+from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
 from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
 from rlhf.pipeline.experiment import build_experiment
@@ -32,7 +32,9 @@ from rlhf.rl.rollout import Rollout
 from rlhf.stages.ppo import PpoStage
 from rlhf.stages.reward import EncodedPair, RewardStage
 from rlhf.stages.sft import EncodedAnswer, SftStage
-from rlhf.training.engine import Engine, make_engine
+from rlhf.training.config import OptimConfig
+from rlhf.training.engine import Engine
+from rlhf.training.make_engine import make_engine
 
 MODEL = ModelConfig(kind="tiny")
 OVERRIDES = (

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.cli.sweep.trial import Outcome, SweepConfig, Trial
+from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.pareto import BASE, Point, pareto_front
 from rlhf.report.sweep_table import SweepTable
+from rlhf.report.trial import Outcome, Trial
 
 FULL, LORA, REPLAY, HALF = (
     Point("full", 0.5, 0.3), Point("lora", 0.4, 0.1), Point("replay", 0.4, 0.2), Point("half", 0.3, 0.05),

@@ -12,7 +12,7 @@ import pytest
 from small_chain import Chain
 
 from rlhf.config import ConfigError
-from rlhf.models.load import ModelConfig, base_identity
+from rlhf.models.base import ModelConfig, base_identity
 from rlhf.rewards.code import has_changed
 from rlhf.rewards.reward import Exchange, function_reward, reward_digest
 

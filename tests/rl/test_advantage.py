@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf.rl.advantage import generalized_advantage, masked_moments, whiten
-from rlhf.rl.padding import is_right_padded, length_mask
+from rlhf.rl.rollout import is_right_padded, length_mask
 
 NAN, INF = math.nan, math.inf
 

@@ -10,9 +10,9 @@ from rlhf.losses.pairwise import bradley_terry_loss
 from rlhf.losses.policy import PolicyLoss, clipped_policy_loss
 from rlhf.losses.value import ValueLoss, clipped_value_loss
 from rlhf.rl.advantage import masked_moments, mean_and_variance
+from rlhf.rl.experience import minibatches
 from rlhf.rl.kl import AdaptiveKL
-from rlhf.rl.padding import length_mask
-from rlhf.rl.rollout import Rollout, minibatches
+from rlhf.rl.rollout import Rollout, length_mask
 from rlhf.rl.scores import ScoreNormalizer
 from rlhf.rl.statistics import distinct_n, explained_variance
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.rl.rollout import Experience, Rollout, minibatches
+from rlhf.rl.experience import Experience, minibatches
+from rlhf.rl.rollout import Rollout
 
 
 def rollout(*responses: list[int], first_prompt: int = 0, logp: bool = True) -> Rollout:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf.rl.advantage import masked_moments
-from rlhf.rl.padding import length_mask
+from rlhf.rl.rollout import length_mask
 from rlhf.rl.scores import ScoreNormalizer, missing_stop, token_rewards
 
 NAN = math.nan

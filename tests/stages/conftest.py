@@ -3,7 +3,7 @@
 import pytest
 from small_prepare import Bench, ShorterBase
 
-from rlhf.models.load import ModelConfig, base_files
+from rlhf.models.base import ModelConfig, base_files
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PromptRow, QuestionRow, Row, SftRow, TextRow
 from rlhf.evaluation.retention import Retained
-from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
 from rlhf.rl.rollout import Rollout
 from rlhf.stages.evaluate import Answers, EvaluateStage, task_gain

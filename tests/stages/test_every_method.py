@@ -19,7 +19,8 @@ from rlhf.config import ConfigError
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
 from rlhf.distributed.signals import Stopped
 from rlhf.generation.policy_model import Policy
-from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm
+from rlhf.models.base import BaseModelFiles, ModelConfig
+from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import pack_sequences, response_statistics
 from rlhf.models.peft.merge import merged_policy
 from rlhf.models.peft.saved import attach_published, origin_of

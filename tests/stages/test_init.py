@@ -17,10 +17,10 @@ from small_plan import experiment, gpus
 
 from rlhf.config import ConfigError
 from rlhf.costs.stage_cost import Demand
+from rlhf.digests import weights_digest
 from rlhf.models import load
-from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.models.start import check_start, digest_of_start, of_two_architectures
-from rlhf.pipeline.store import weights_digest
 
 
 def weights(outcome: Outcome, stage: str) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from small_job import small_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config import ConfigError, validated
-from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
 from rlhf.stages.merge import MergeStage
 

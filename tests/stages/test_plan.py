@@ -18,11 +18,11 @@ from transformers import MistralConfig, Qwen3Config
 
 import rlhf.costs.hardware
 from rlhf.costs.hardware import Machine, Speed, calibrated_speed
-from rlhf.costs.model_shape import counted, skeleton
+from rlhf.costs.model_shape import counted
 from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import GIB, Setting
 from rlhf.data.prepared import Lengths
-from rlhf.models.load import BaseModelFiles, ModelConfig
+from rlhf.models.base import BaseModelFiles, ModelConfig, skeleton
 from rlhf.models.peft import methods
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.planner.report import experiment_file

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 import rlhf.stages.reward
 from rlhf.data.schema import Message, PairRow
-from rlhf.models.load import BaseModelFiles, ModelConfig, load_tokenizer
+from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
 from rlhf.models.value_head import ScalarModel
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.stages.reward import EncodedPair, RewardStage

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message, SftRow
-from rlhf.models.load import BaseModelFiles, ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
+from rlhf.models.load import load_causal_lm
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.stages.sft import EncodedAnswer, SftStage

@@ -13,7 +13,8 @@ from test_sft import TINY, sft_job, sft_stage
 from rlhf.data.chat_template import CHATML, PLAIN, TurnsApartError
 from rlhf.data.formats import recognise
 from rlhf.data.schema import Message, SftRow, each_turn
-from rlhf.models.load import load_causal_lm, load_tokenizer
+from rlhf.models.base import load_tokenizer
+from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
 from rlhf.stages.sft import EncodedAnswer
 from rlhf.training.engine import PlainEngine

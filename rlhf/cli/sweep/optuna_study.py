@@ -16,9 +16,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from rlhf.cli.execute import DONE
-from rlhf.cli.sweep.trial import Outcome, SweepConfig
 from rlhf.config import ConfigError
+from rlhf.exit_codes import DONE
+from rlhf.pipeline.settings import SweepConfig
+from rlhf.report.trial import Outcome
 
 JOURNAL = "study.journal"
 

@@ -1,7 +1,7 @@
 """Sweepers behind `python -m rlhf -m`: every combination of listed values, or proposals by optuna.
 
 Both start their trials through Hydra's launcher (one by one here, or as submitit's jobs), go on when one
-fails, and write a table of all. The same command goes on with a study of optuna's: see rlhf/cli/sweep/optuna_study.py.
+fails, and write a table of all. The same command goes on with a study of optuna's: see optuna_study.py.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf.cli.execute import CONFIG_ERROR, CRASH, INTERRUPTED, STOPPED
-from rlhf.cli.sweep.trial import NOTE, Outcome, SweepConfig, Trial, is_main_process, read_note
+from rlhf.cli.sweep.trial import NOTE, is_main_process, read_note
 from rlhf.config import ConfigError, validated
 from rlhf.distributed.signals import Stopped, StopSignals
+from rlhf.exit_codes import CONFIG_ERROR, CRASH, INTERRUPTED, STOPPED
 from rlhf.pipeline.run import Run
+from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.sweep_table import SweepTable
+from rlhf.report.trial import Outcome, Trial
 from rlhf.tracking.redaction import RedactingConsole, redacted, says_secret
 
 if TYPE_CHECKING:  # `--help` needs neither of these

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import ConfigError, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.bottleneck import KIND, BottleneckConfig, BottleneckModel
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.lora import LowRankLinear
 from rlhf.models.peft.quantization import quantize
 from rlhf.models.peft.target_modules import last_layers, layer_name, linears, sublayer_ends, update_targets

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import ConfigError, PeftConfig
-from rlhf.models.load import ModelConfig, load_causal_lm, save_policy, save_settings
+from rlhf.config import ConfigError
+from rlhf.models.base import ModelConfig
+from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.bottleneck import KIND
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import (
     attach_published,
@@ -22,6 +24,7 @@ from rlhf.models.peft.saved import (
     save_adapter,
 )
 from rlhf.models.peft.virtual_tokens import KINDS
+from rlhf.models.save import save_policy, save_settings
 from rlhf.training.optimizer import load_trainable
 
 UNMERGED = {KIND: "adapter", **KINDS}

@@ -32,7 +32,7 @@ METHODS = {
     "lora": Method(UPDATE, shares=True, shards=True, samples_by_vllm=True),
     # Liu et al. 2024, arXiv:2402.09353: a low-rank update of each weight's direction, and its length
     "dora": Method(UPDATE),
-    # Dettmers et al. 2023, arXiv:2305.14314: lora on weights held in 4 bits (rlhf/models/peft/quantization.py)
+    # Dettmers et al. 2023, arXiv:2305.14314: lora on weights held in 4 bits (quantization.py)
     "qlora": Method(UPDATE, starts_apart=True),
     # Liu et al. 2022, arXiv:2205.05638: factors of keys, values and what enters the second linear layer
     "ia3": Method(()),

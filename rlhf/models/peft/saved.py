@@ -23,13 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.config import ConfigError, PeftConfig, Strict
+from rlhf.config import ConfigError, Strict
+from rlhf.digests import weights_digest
 from rlhf.models.peft.attach import PREFIX, Adapter, attach, check_attachable, inject
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.quantization import round_to_4_bits
 from rlhf.models.peft.target_modules import update_targets
 from rlhf.models.peft.virtual_tokens import EMBEDDINGS, KINDS, add_virtual_tokens
-from rlhf.pipeline.store import weights_digest
 from rlhf.training.optimizer import load_trainable
 
 ADAPTER = "adapter"

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from rlhf.config import ConfigError, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.target_modules import backbone_of
 
 EMBEDDINGS = "prompt_embeddings"

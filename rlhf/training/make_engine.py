@@ -1,0 +1,48 @@
+"""The engine that `zero=` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from rlhf.config import ConfigError
+from rlhf.distributed.compute import Compute
+from rlhf.training.engine import Engine, Groups, PlainEngine
+
+
+def make_engine(
+    model: nn.Module,
+    groups: Groups,
+    compute: Compute,
+    resume: Mapping[str, Any] | None = None,
+    *,
+    in_turns: bool = False,
+) -> Engine:
+    """The engine that `zero=` asks for.
+
+    Args:
+        groups: parameters (those that do not require gradients are left out) and how each group is trained.
+        resume: the manifest of the checkpoint that will be loaded; DeepSpeed must know its number of ranks.
+        in_turns: a pass runs one part of the model, the next another: nothing is fetched ahead of its use.
+
+    Raises:
+        ConfigError: the checkpoint belongs to another engine.
+    """
+    if resume is not None and resume["zero"] != compute.zero:
+        raise ConfigError(
+            f"The checkpoint of step {resume['step']} was written with zero={resume['zero']}, which "
+            f"zero={compute.zero} cannot read. Go on with the former, or start the stage anew with "
+            "checkpoint.resume=false."
+        )
+    if compute.zero == "none":
+        return PlainEngine(model, groups, compute)
+    if compute.zero == "fsdp2":
+        from rlhf.training.fsdp import FsdpEngine
+
+        return FsdpEngine(model, groups, compute)
+    from rlhf.training.deepspeed import ZeroEngine
+
+    universal = resume is not None and resume["world_size"] != compute.world_size
+    return ZeroEngine(model, groups, compute, universal=universal, in_turns=in_turns)
