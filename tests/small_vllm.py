@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm, VllmConfig
-from rlhf.models import load
+from rlhf.models import base
 from rlhf.rl.rollout import Rollout
 
 LENGTHS = (5, 17, 1, 9, 30, 9)
@@ -29,8 +29,8 @@ def written(directory: Path, **changes: int) -> Path:
     """The tiny model with changes; its own heads are too small for vLLM's kernels."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes.items():
-            patch.setitem(load.TINY, name, value)
-        load._write_tiny(directory)
+            patch.setitem(base.TINY, name, value)
+        base._write_tiny(directory)
     return directory
 
 

@@ -18,12 +18,13 @@ from small_job import on_cpu
 from small_plan import experiment
 from small_store import RECIPE, publish
 
+from rlhf import digests
 from rlhf.config import ConfigError
 from rlhf.digests import digest_of, directory_digest, file_digest
 from rlhf.models.base import ModelConfig, check_hub_files
 from rlhf.pipeline import store as artifacts
 from rlhf.pipeline.runner import Pipeline
-from rlhf.pipeline.store import DamagedError, Store, recipe_key
+from rlhf.pipeline.store import DamagedError, Store, read_manifest, recipe_key, write_manifest
 from rlhf.training.checkpoint_files import CHECKPOINT_FORMAT
 
 KEY = recipe_key(RECIPE)
@@ -47,7 +48,7 @@ def flip_unnoticed(artifact: Path, name: str) -> None:
     flip(artifact / name)
     memory = artifact.with_name(f".{artifact.name}.digests.json")
     known = json.loads(memory.read_text())
-    known[name]["state"] = [*artifacts._state((artifact / name).stat())]
+    known[name]["state"] = [*digests._state((artifact / name).stat())]
     memory.write_text(json.dumps(known))
 
 
@@ -150,9 +151,9 @@ def bytes_read() -> int:
 
 
 def test_what_was_read_once_is_not_read_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)  # as if the files were older
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)  # as if the files were older
     path = publish(store, text="x" * 4_000_000).path
-    artifacts._digests_read.clear()  # as a new process
+    digests._digests_read.clear()  # as a new process
     before = bytes_read()
     found = store.find("sft", KEY)
     assert found is not None
@@ -177,7 +178,7 @@ def test_damage_below_the_file_system_is_found_by_reading(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is going to be loaded is read, and from then on nobody trusts it."""
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     found = publish(store)
     flip_unnoticed(found.path, "part/model.bin")
     assert store.find("sft", KEY) == found
@@ -191,7 +192,7 @@ def test_damage_below_the_file_system_is_found_by_reading(
 def test_a_damaged_memory_costs_a_reading(
     store: Store, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     found = publish(store)
     memory = found.path.with_name(f".{KEY}.digests.json")
     known = memory.read_text()
@@ -203,13 +204,13 @@ def test_a_damaged_memory_costs_a_reading(
 
 
 def test_a_directory_outside_is_remembered_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     model = store.root.parent / "model"
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"x" * 2_000_000)
     first = directory_digest(model, store.memory(model))
     assert first == directory_digest(model)
-    artifacts._digests_read.clear()
+    digests._digests_read.clear()
     before = bytes_read()
     assert directory_digest(model, store.memory(model)) == first
     assert bytes_read() - before < 1_000_000
@@ -221,7 +222,7 @@ def test_a_directory_outside_is_remembered_too(store: Store, monkeypatch: pytest
 def test_models_of_the_users_are_not_read_at_every_start(
     finished_chain: tuple[Chain, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     directories = {name: tmp_path / name for name in ("policy", "start", "judge", "plain")}
     for name, directory in directories.items():
         made_by = "reward" if name == "judge" else "sft"
@@ -236,7 +237,7 @@ def test_models_of_the_users_are_not_read_at_every_start(
     )  # fmt: skip
 
     def start() -> tuple[int, dict[str, dict[str, str]]]:
-        artifacts._digests_read.clear()  # as a new process
+        digests._digests_read.clear()  # as a new process
         before = bytes_read()
         pipeline = Pipeline(found, "run", Console(quiet=True), on_cpu())
         return bytes_read() - before, pipeline.external
@@ -311,10 +312,10 @@ def test_what_was_made_from_another_result_is_made_anew(
     first = finished_chain[1]
     path = copy.directory / "store" / "sft" / first.key("sft")
     other = copy.run("stage=sft", "sft.optim.lr=1e-4").artifact("sft")
-    manifest = artifacts.read_manifest(path)
+    manifest = read_manifest(path)
     shutil.copyfile(other / "model.safetensors", path / "model.safetensors")
     manifest.files["model.safetensors"] = file_digest(path / "model.safetensors")
-    artifacts.write_manifest(path, manifest)
+    write_manifest(path, manifest)
     outcome = copy.run("stage=[sft,reward]", "why=true")
     assert outcome.statuses == {"prepare": "reused", "sft": "reused", "reward": "ran"}
     assert "an input was made anew, with another result" in outcome.out
@@ -324,7 +325,7 @@ def test_what_was_made_from_another_result_is_made_anew(
 def test_damage_behind_what_is_remembered_is_mended_by_the_run_that_finds_it(
     finished_chain: tuple[Chain, Outcome], copy: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     first, store = finished_chain[1], copy.directory / "store"
     sound = file_digest((path := store / "sft" / first.key("sft")) / "model.safetensors")
     assert copy.run("stage=sft").code == 0
@@ -348,13 +349,13 @@ def test_what_was_made_from_damage_is_made_anew_by_the_same_run(
     finished_chain: tuple[Chain, Outcome], copy: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The SFT model in the store is another one than the stage makes, and so is what was made from it."""
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     path = copy.directory / "store" / "sft" / finished_chain[1].key("sft")
     other = copy.run("stage=sft", "sft.optim.lr=1e-4").artifact("sft")
-    manifest = artifacts.read_manifest(path)
+    manifest = read_manifest(path)
     shutil.copyfile(other / "model.safetensors", path / "model.safetensors")
     manifest.files["model.safetensors"] = file_digest(path / "model.safetensors")
-    artifacts.write_manifest(path, manifest)
+    write_manifest(path, manifest)
     assert copy.run("stage=[sft,reward]").statuses["reward"] == "ran"
     flip_unnoticed(path, "model.safetensors")
     outcome = copy.run("stage=[sft,reward,ppo]", "force=[ppo]")
@@ -366,7 +367,7 @@ def test_what_was_made_from_damage_is_made_anew_by_the_same_run(
 def test_a_base_model_and_rows_that_are_damaged_unnoticed_are_mended_too(
     copy: Chain, finished_chain: tuple[Chain, Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     assert copy.run("stage=sft").code == 0
     (base,) = (copy.directory / "store" / "base").glob("[!.]*")
     prepared = copy.directory / "store" / "prepare" / finished_chain[1].key("prepare")
@@ -381,7 +382,7 @@ def test_a_base_model_and_rows_that_are_damaged_unnoticed_are_mended_too(
 
 def test_the_model_below_an_adapter_is_mended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What answers is an SFT model that is nothing but virtual tokens before the base model."""
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     chain, prompt = Chain(tmp_path), ("sft.peft=prompt", "gates=warn", "generate.reward=null")
     assert chain.run("stage=sft", *prompt).code == 0
     (base,) = (tmp_path / "store" / "base").glob("[!.]*")
@@ -396,7 +397,7 @@ def test_the_model_below_an_adapter_is_mended_too(tmp_path: Path, monkeypatch: p
 def test_two_ranks_mend_it_together(
     finished_chain: tuple[Chain, Outcome], copy: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     path = copy.directory / "store" / "sft" / finished_chain[1].key("sft")
     assert copy.run("stage=sft").code == 0
     flip_unnoticed(path, "model.safetensors")
@@ -415,7 +416,7 @@ def test_two_ranks_mend_it_together(
 def test_a_disk_that_damages_everything_ends_the_run(
     copy: Chain, finished_chain: tuple[Chain, Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     assert copy.run("stage=sft").code == 0
     path, publish = copy.directory / "store" / "sft" / finished_chain[1].key("sft"), Store.publish
 
@@ -440,7 +441,7 @@ def test_a_local_model_that_is_damaged_unnoticed_is_not_loaded(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its digests are remembered, but before a stage loads it it is read."""
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     shutil.copytree(tiny_model, model := tmp_path / "model")
     local = ("model=local", f"model.path={model}", "gates=warn", "precision=fp32")
     chain = Chain(tmp_path)
@@ -448,7 +449,7 @@ def test_a_local_model_that_is_damaged_unnoticed_is_not_loaded(
     flip(model / "model.safetensors")
     (memory,) = (tmp_path / "store" / ".digests").iterdir()
     known = json.loads(memory.read_text())
-    known["model.safetensors"]["state"] = [*artifacts._state((model / "model.safetensors").stat())]
+    known["model.safetensors"]["state"] = [*digests._state((model / "model.safetensors").stat())]
     memory.write_text(json.dumps(known))
     refused = chain.run("stage=sft", *local)
     assert refused.code == 2
@@ -459,7 +460,7 @@ def test_a_local_model_that_is_damaged_unnoticed_is_not_loaded(
 def test_a_start_of_the_users_that_is_damaged_unnoticed_is_not_loaded(
     finished_chain: tuple[Chain, Outcome], copy: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     shutil.copytree(finished_chain[1].artifact("sft"), mine := copy.directory / "mine")
     (mine / "manifest.json").unlink()
     rate = ("stage=generate", f"ppo.init={mine}", "generate.reward=null")
@@ -467,7 +468,7 @@ def test_a_start_of_the_users_that_is_damaged_unnoticed_is_not_loaded(
     flip(mine / "model.safetensors")
     (memory,) = (copy.directory / "store" / ".digests").iterdir()
     known = json.loads(memory.read_text())
-    known["model.safetensors"]["state"] = [*artifacts._state((mine / "model.safetensors").stat())]
+    known["model.safetensors"]["state"] = [*digests._state((mine / "model.safetensors").stat())]
     memory.write_text(json.dumps(known))
     assert copy.run(*rate).statuses["generate"] == "reused"  # which loads nothing
     refused = copy.run(*rate, "generate.temperature=0.5", "ppo.temperature=0.5")
@@ -524,7 +525,7 @@ def test_verify_reads_a_whole_store(finished_chain: tuple[Chain, Outcome], copy:
 
 
 def test_verify_reads_what_is_remembered_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)
     found = publish(store)
     flip_unnoticed(found.path, "part/model.bin")
     assert store.find("sft", KEY) == found

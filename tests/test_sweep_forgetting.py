@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from small_chain import Chain, Outcome
 
-import rlhf.cli.sweep.trial
+import rlhf.pipeline.settings
 
 SWEEP = ("+sweep=forgetting", "run_name=forgetting", "sft.replay=general.txt", "sft.epochs=2")
 REMEDIES = ["full", "lora", "replay", "interpolation"]
@@ -98,7 +98,7 @@ def test_a_mistake_is_told_before_the_first_trial(
 
 def test_a_picture_needs_matplotlib(swept: tuple[Chain, Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     chain, _ = swept
-    monkeypatch.setattr(rlhf.cli.sweep.trial, "find_spec", lambda name: None)
+    monkeypatch.setattr(rlhf.pipeline.settings, "find_spec", lambda name: None)
     outcome = chain.run(*SWEEP, "run_name=mistake")
     assert outcome.code == 2
     assert "sweep.pareto draws with matplotlib: pip install -e '.[compare]'" in outcome.err

@@ -30,7 +30,7 @@ TORCHRUN = Path(__file__).parents[2] / "launch" / "torchrun.sh"
 WAITING = """
 import os, sys, threading
 from pathlib import Path
-from rlhf import interrupt
+from rlhf.distributed import signals as interrupt
 from rlhf.distributed.compute import make_compute
 from rlhf.distributed.heartbeat import Heartbeat
 from rlhf.distributed.signals import Heard, StopSignals

@@ -17,6 +17,7 @@ import torch
 from families import tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config
 
+from rlhf import digests
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import CHATML, PLAIN
 from rlhf.models.base import (
@@ -31,7 +32,6 @@ from rlhf.models.base import (
 )
 from rlhf.models.load import load_causal_lm
 from rlhf.models.save import save_policy
-from rlhf.pipeline import store as artifacts
 
 
 def config(kind: str = "tiny", **changes: Any) -> ModelConfig:
@@ -174,7 +174,7 @@ def test_identities_tell_base_models_apart(tiny_model: Path, tmp_path: Path) -> 
 def test_an_unchanged_directory_is_remembered(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifacts, "SETTLED_NANOSECONDS", -1)  # as if the files were older
+    monkeypatch.setattr(digests, "SETTLED_NANOSECONDS", -1)  # as if the files were older
     local, memory = config("local", path=str(tiny_model)), tmp_path / "digests.json"
     first = base_identity(local, memory=lambda directory: memory)
     assert first == base_identity(local)
@@ -251,7 +251,7 @@ def test_remote_code_is_not_run_unasked(tiny_model: Path, tmp_path: Path) -> Non
 
 def test_the_hub_without_a_network_is_one_clear_error(tmp_path: Path) -> None:
     code = (
-        "from rlhf.models.load import ModelConfig, base_identity\n"
+        "from rlhf.models.base import ModelConfig, base_identity\n"
         "from rlhf.config import ConfigError\n"
         "try:\n    base_identity(ModelConfig(kind='hub', id='nobody/nothing'))\n"
         "except ConfigError as error:\n    print(error)\n"
