@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -531,7 +532,20 @@ class Pipeline:
 
 
 def to_yaml(resolved: Mapping[str, Any]) -> str:
-    """A resolved config as YAML."""
-    from omegaconf import OmegaConf
+    """A resolved config as YAML that Hydra reads as it was: a text that looks like a number is quoted."""
+    return yaml.dump(dict(resolved), Dumper=_Quoting, sort_keys=False, allow_unicode=True)
 
-    return OmegaConf.to_yaml(OmegaConf.create(dict(resolved)))
+
+class _Quoting(yaml.SafeDumper):
+    """PyYAML takes `1e-3` for a text, Hydra for a number."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Quoting.add_representer(str, _quoted)
