@@ -63,7 +63,7 @@ class Bound(Strict):
     max: float | None = None
     """The most that passes; null for no bound."""
     advice: str
-    """What to try when it fails; the run says it."""
+    """What to try when the gate fails; the run says it."""
     rows: str | None = None
     """What gives the metric more rows; the run says it when the gate cannot tell."""
 

@@ -17,12 +17,13 @@ class OptimConfig(Strict):
     lr: PositiveFloat
     """The highest learning rate of the schedule."""
     weight_decay: NonNegativeFloat
-    """Decoupled: times the learning rate, each step; of matrices, not of biases and norms."""
+    """Decoupled weight decay: each step, times the learning rate. Of matrices only, not of biases and
+    norms."""
     eps: PositiveFloat
-    """Added to the root of Adam's second moment."""
+    """Added to the square root of Adam's second moment."""
     schedule: Schedule
-    """How the rate goes on behind the warm-up: it falls to 0 in a line or along half a cosine, or stays."""
+    """How the rate changes after the warm-up: it falls to 0 in a line or along half a cosine, or stays."""
     warmup_fraction: float = Field(ge=0, lt=1)
-    """Share of the steps over which the rate first climbs from 0."""
+    """Share of the steps over which the rate climbs from 0 at first."""
     max_grad_norm: PositiveFloat
     """Gradients with a larger norm are scaled down to it."""

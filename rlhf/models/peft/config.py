@@ -27,17 +27,17 @@ class PeftConfig(Strict):
     ]
     """none trains all parameters."""
     rank: PositiveInt = 16
-    """lora, dora, qlora: of the update."""
+    """lora, dora, qlora: rank of the update."""
     alpha: PositiveInt = 32
     """lora, dora, qlora: the update is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """lora, dora, qlora: the linear layers that are updated, by the last part of their names."""
     layers: PositiveInt = 2
-    """freeze: so many of the model's last layers are trained."""
+    """freeze: how many of the model's last layers are trained."""
     placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
     """adapter: a bottleneck behind each feed-forward layer; or behind attention too."""
     size: PositiveInt = 64
-    """adapter: of the bottlenecks."""
+    """adapter: size of the bottlenecks."""
     tokens: PositiveInt = 20
     """prefix, prompt, p_tuning: virtual tokens before every row."""
 
