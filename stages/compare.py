@@ -70,7 +70,7 @@ def _once(names: list[str]) -> list[str]:
 
 
 class CompareStage(Stage):
-    """What `compare.*` can be told. Values: conf/stages/compare.yaml."""
+    """The keys `compare.*`. Values: conf/stages/compare.yaml."""
 
     name: ClassVar[str] = "compare"
     samples: ClassVar[bool] = True

@@ -92,7 +92,7 @@ class Answers:
 
 
 class EvaluateStage(Stage):
-    """What `evaluate.*` can be told. Values: conf/stages/evaluate.yaml."""
+    """The keys `evaluate.*`. Values: conf/stages/evaluate.yaml."""
 
     name: ClassVar[str] = "evaluate"
     version: ClassVar[int] = 6

@@ -31,7 +31,7 @@ from rlhf.rl.statistics import distinct_n
 
 
 class GenerateStage(Stage):
-    """What `generate.*` can be told. Values: conf/stages/generate.yaml."""
+    """The keys `generate.*`. Values: conf/stages/generate.yaml."""
 
     name: ClassVar[str] = "generate"
     version: ClassVar[int] = 5

@@ -29,7 +29,7 @@ from rlhf.pipeline.stage import Stage
 
 
 class MergeStage(Stage):
-    """What `merge.*` can be told. Values: conf/stages/merge.yaml."""
+    """The keys `merge.*`. Values: conf/stages/merge.yaml."""
 
     name: ClassVar[str] = "merge"
     in_chain: ClassVar[bool] = False

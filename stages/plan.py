@@ -57,7 +57,7 @@ Terabytes = Annotated[ByteSize, _with_unit("TB")]
 
 
 class PlanStage(Stage):
-    """What `plan.*` can be told. Values: conf/stages/plan.yaml."""
+    """The keys `plan.*`. Values: conf/stages/plan.yaml."""
 
     name: ClassVar[str] = "plan"
     random: ClassVar[bool] = False

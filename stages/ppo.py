@@ -56,7 +56,7 @@ from rlhf.training.make_engine import make_engine
 
 
 class PpoStage(PpoConfig, Stage):
-    """What `ppo.*` can be told: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
+    """The keys `ppo.*`: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
     name: ClassVar[str] = "ppo"
     version: ClassVar[int] = 6

@@ -125,7 +125,7 @@ class Sources(Strict):
 
 
 class PrepareStage(Stage):
-    """What `prepare.*` can be told. Values: conf/stages/prepare.yaml."""
+    """The keys `prepare.*`. Values: conf/stages/prepare.yaml."""
 
     name: ClassVar[str] = "prepare"
     version: ClassVar[int] = 6

@@ -56,7 +56,7 @@ from rlhf.training.optimizer import load_trainable
 
 
 class RewardStage(Stage):
-    """What `reward.*` can be told. Values: conf/stages/reward.yaml."""
+    """The keys `reward.*`. Values: conf/stages/reward.yaml."""
 
     name: ClassVar[str] = "reward"
     version: ClassVar[int] = 6

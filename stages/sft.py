@@ -50,7 +50,7 @@ from rlhf.training.make_engine import make_engine
 
 
 class SftStage(Stage):
-    """What `sft.*` can be told. Values: conf/stages/sft.yaml."""
+    """The keys `sft.*`. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
     version: ClassVar[int] = 7

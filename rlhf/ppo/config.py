@@ -1,4 +1,4 @@
-"""What `ppo.*` can be told. Values: conf/stages/ppo.yaml."""
+"""The keys `ppo.*`. Values: conf/stages/ppo.yaml."""
 
 from __future__ import annotations
 

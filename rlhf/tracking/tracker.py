@@ -18,7 +18,7 @@ from rlhf.tracking.redaction import redacted
 
 
 class TrackerConfig(Strict):
-    """`tracker.*`: who else is told, beside the files."""
+    """`tracker.*`: where metrics go, beside the files."""
 
     kind: Literal["none", "wandb", "tensorboard"]
     """Set it by `tracker=NAME`."""
