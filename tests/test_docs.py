@@ -126,7 +126,7 @@ def test_the_result_is_used_as_shown(
     assert capsys.readouterr().out
 
 
-def test_the_reward_scores_as_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reward_scores_as_shown() -> None:
     (code,) = python_blocks(ROOT / "docs" / "rewards.md")
     space: dict[str, Any] = {}
     exec(code, space)
