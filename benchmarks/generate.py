@@ -48,7 +48,7 @@ from workloads import make_work
 from rlhf.data.schema import Message
 from rlhf.distributed.compute import Compute, make_compute
 from rlhf.distributed.device import Precision
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.generation.sampler import generate
 from rlhf.models.base import ModelConfig
 
@@ -98,10 +98,10 @@ class Ours:
 
     def __init__(self, task: Task, compute: Compute) -> None:
         self._task = task
-        self._policy = Policy.load(Path(task.model), ModelConfig(kind="local", path=task.model), compute)
+        self._policy = PolicyModel.load(Path(task.model), ModelConfig(kind="local", path=task.model), compute)
 
     def sample(self, seed: int, new_tokens: int) -> list[list[int]]:
-        """By `Policy.sample`, which is what PPO calls; with drawn lengths by the function below it."""
+        """By `PolicyModel.sample`, which is what PPO calls; with drawn lengths by the function below it."""
         lengths = self._task.lengths(seed)
         if lengths is not None:
             return self._sample_lengths(lengths.clamp(max=new_tokens), seed)
@@ -212,7 +212,7 @@ def make_task(options: argparse.Namespace) -> Task:
     )  # fmt: skip
     torch.set_num_threads(work["threads"])
     config = ModelConfig(kind="local", path=work["model"])
-    policy = Policy.load(Path(work["model"]), config, plain_compute("fp32"))
+    policy = PolicyModel.load(Path(work["model"]), config, plain_compute("fp32"))
     return Task(
         work["model"], work["prompts"][0], work["batches"][0], policy.stop_ids, policy.pad_id,
         options.new_tokens, options.mean_length if options.lengths == "geometric" else None,

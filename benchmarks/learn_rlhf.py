@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from peer_work import Report
-from run_rlhf import make_learner
+from run_rlhf import make_trainer
 
 from rlhf.data.schema import PromptRow
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 
 PACKAGES = ["rlhf", "transformers", "torch"]
 
@@ -26,21 +26,21 @@ PACKAGES = ["rlhf", "transformers", "torch"]
 def measure(work: dict[str, Any]) -> Report:
     """Train on work's prompts; the held-out ones are answered first, last, and whenever it is due."""
     with tempfile.TemporaryDirectory() as scratch:
-        learner, precision = make_learner(work, Path(scratch))
+        trainer, precision = make_trainer(work, Path(scratch))
         report = Report(precision=precision)
         for done, prompts in enumerate(work["prompts"]):
             if done % work["evaluate_every"] == 0:
-                evaluate(learner, work, report, done)
+                evaluate(trainer, work, report, done)
             report.ask()
-            take_step(learner, [PromptRow(prompt) for prompt in prompts], report)
+            take_step(trainer, [PromptRow(prompt) for prompt in prompts], report)
         report.ask()
-        evaluate(learner, work, report, len(work["prompts"]))
+        evaluate(trainer, work, report, len(work["prompts"]))
     return report
 
 
-def take_step(learner: Learner, batch: list[PromptRow], report: Report) -> None:
+def take_step(trainer: PolicyTrainer, batch: list[PromptRow], report: Report) -> None:
     """One step of the product's loop."""
-    metrics = learner.step(batch, len(report.asked))
+    metrics = trainer.step(batch, len(report.asked))
     if metrics["bad_steps"]:
         sys.exit(f"step {len(report.asked)} was skipped: these figures would not be those of all steps")
     report.new_tokens.append(int(metrics["response_tokens"]))
@@ -48,10 +48,10 @@ def take_step(learner: Learner, batch: list[PromptRow], report: Report) -> None:
     report.kl.append(metrics["kl"])
 
 
-def evaluate(learner: Learner, work: dict[str, Any], report: Report, done: int) -> None:
+def evaluate(trainer: PolicyTrainer, work: dict[str, Any], report: Report, done: int) -> None:
     """Answer the held-out prompts with random numbers of their own."""
     with report.paused():
-        rollout, _ = learner.policy.sample(
+        rollout, _ = trainer.policy.sample(
             work["held_out_prompts"],
             max_new_tokens=work["new_tokens"],
             temperature=work["temperature"],

@@ -30,7 +30,7 @@ from rlhf.costs.model_shape import shape_of
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute, make_compute
 from rlhf.models.base import BaseModelFiles
-from rlhf.pipeline.preflight import found_setting, most
+from rlhf.pipeline.preflight import found_context, most
 
 HERE = Path(__file__).parent
 WORK = HERE / ".work" / "plan"
@@ -169,11 +169,11 @@ def predict(case: Case, compute: Compute, speed: Speed) -> tuple[float, float, s
     (base,) = (WORK / "store" / "base").glob("[!.]*/")
     shape = shape_of(BaseModelFiles(base, "embedded", experiment.settings.model).architecture)
     on = replace(
-        found_setting(experiment.settings, shape, compute, data.size), machine=found_machine(compute, speed)
+        found_context(experiment.settings, shape, compute, data.size), machine=found_machine(compute, speed)
     )
-    demand = experiment.stages[case.stage].demand(on, experiment.stages)
-    phase, peak = most(demand, on)
-    return peak, demand.seconds, phase.name
+    cost = experiment.stages[case.stage].cost(on, experiment.stages)
+    phase, peak = most(cost, on)
+    return peak, cost.seconds, phase.name
 
 
 def table() -> str:

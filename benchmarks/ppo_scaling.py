@@ -52,7 +52,7 @@ console = new_console()
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A point to measure."""
 
     sweep: str
@@ -77,7 +77,7 @@ class Settings:
 class Point:
     """A measured point."""
 
-    shape: Shape
+    shape: ModelShape
     settings: Settings
     seconds: list[float]
     """Of each step, the warm-up included."""
@@ -112,19 +112,19 @@ class Fit(NamedTuple):
     r2: float
 
 
-def shapes(options: argparse.Namespace) -> list[Shape]:
+def shapes(options: argparse.Namespace) -> list[ModelShape]:
     """All points, the cheap ones first."""
     fixed = options.micro_batch_tokens
     memory = (options.memory_episodes, options.memory_new_tokens)
     return [
-        *(Shape("response length", options.episodes, length, fixed) for length in options.lengths),
-        *(Shape("batch", episodes, options.new_tokens, fixed) for episodes in options.batches),
-        *(Shape("micro-batch", *memory, tokens) for tokens in options.micro_batches),
-        *(Shape("vocabulary", *memory, fixed, factor) for factor in options.vocabularies),
+        *(ModelShape("response length", options.episodes, length, fixed) for length in options.lengths),
+        *(ModelShape("batch", episodes, options.new_tokens, fixed) for episodes in options.batches),
+        *(ModelShape("micro-batch", *memory, tokens) for tokens in options.micro_batches),
+        *(ModelShape("vocabulary", *memory, fixed, factor) for factor in options.vocabularies),
     ]
 
 
-def measure(shape: Shape, settings: Settings, directory: Path) -> Point:
+def measure(shape: ModelShape, settings: Settings, directory: Path) -> Point:
     """Run one point in a process of its own."""
     work = make_work(
         "uniform", directory, steps=settings.steps, peft=settings.peft, precision=settings.precision,
@@ -182,7 +182,7 @@ def load_points(path: Path) -> list[Point]:
     if not path.exists():
         return []
     return [
-        Point(**{**row, "shape": Shape(**row["shape"]), "settings": Settings(**row["settings"])})
+        Point(**{**row, "shape": ModelShape(**row["shape"]), "settings": Settings(**row["settings"])})
         for row in json.loads(path.read_text(encoding="utf-8"))["points"]
     ]
 

@@ -75,7 +75,7 @@ def operations(
 ) -> dict[str, float]:
     """Useful matrix operations of each phase (2 a weight and token, 6 where it trains): no padding, no
     recomputation, no attention scores, and what rows begin with alike once. The pass in `score` is the first
-    in `update` where the rollout fits into one (`rlhf.ppo.update.Update.score`), and counts there."""
+    in `update` where the rollout fits into one (`rlhf.ppo.update.PolicyUpdater.score`), and counts there."""
     config = AutoConfig.from_pretrained(work["model"])
     head = config.hidden_size * config.vocab_size
     key_value = config.hidden_size // config.num_attention_heads * config.num_key_value_heads

@@ -2,8 +2,8 @@
 
     python benchmarks/run_rlhf.py work.json
 
-The steps are the product's own (`rlhf.ppo.trainer.Learner.step`), built by the ppo stage from its config. The
-last line printed is one JSON object.
+The steps are the product's own (`rlhf.ppo.trainer.PolicyTrainer.step`), built by the ppo stage from its
+config. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Artifact, Manifest
 from rlhf.ppo.actor_critic import ActorCritic
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.stages.ppo import PpoStage
 from rlhf.tracking.progress import Progress
@@ -97,13 +97,13 @@ def about_this_process(device: torch.device) -> dict[str, Any]:
     }
 
 
-def make_learner(work: dict[str, Any], scratch: Path) -> tuple[Learner, str]:
+def make_trainer(work: dict[str, Any], scratch: Path) -> tuple[PolicyTrainer, str]:
     """The loop as the stage makes it, with the given model as its SFT model."""
     experiment = make_single(overrides(work))
     stage = experiment.stages["ppo"]
     assert isinstance(stage, PpoStage)
     compute, how = make_compute(experiment.settings.device, experiment.settings.precision)
-    return stage.learner(make_job(Path(work["model"]), compute, work["seed"], scratch)), how
+    return stage.trainer(make_job(Path(work["model"]), compute, work["seed"], scratch)), how
 
 
 def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
@@ -162,16 +162,16 @@ def main() -> None:
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     with tempfile.TemporaryDirectory() as scratch:
-        learner, precision = make_learner(work, Path(scratch))
+        trainer, precision = make_trainer(work, Path(scratch))
         if not work["honour_stop"]:
-            learner.policy.stop_ids = []
-        assert isinstance(learner.engine.model, ActorCritic)
-        positions, peak = Positions(learner.engine.model), matmul_peak(learner.compute)
+            trainer.policy.stop_ids = []
+        assert isinstance(trainer.engine.model, ActorCritic)
+        positions, peak = Positions(trainer.engine.model), matmul_peak(trainer.compute)
         steps, times = [], [time.perf_counter()]
         for number, batch in enumerate(work["prompts"], 1):
-            steps.append(learner.step([PromptRow(prompt) for prompt in batch], number))
+            steps.append(trainer.step([PromptRow(prompt) for prompt in batch], number))
             times.append(time.perf_counter())
-    about = about_this_process(learner.compute.device)
+    about = about_this_process(trainer.compute.device)
     phases = [{name: step[name] for name in step if name.startswith("seconds_")} for step in steps]
     print(
         json.dumps(
@@ -180,10 +180,10 @@ def main() -> None:
                 "episodes": [len(batch) for batch in work["prompts"]],
                 "phases": phases,
                 "metrics": steps,
-                "micro_batch_tokens": learner.config.micro_batch_tokens,
+                "micro_batch_tokens": trainer.config.micro_batch_tokens,
                 "new_tokens": [step["response_tokens"] for step in steps],
                 "positions_a_token": positions.a_token,
-                "matmul_peak": max(peak, matmul_peak(learner.compute)),
+                "matmul_peak": max(peak, matmul_peak(trainer.compute)),
                 "precision": precision,
                 **about,
             }

@@ -26,18 +26,18 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf.compare.answering import Answers, answer_one_by_one, make_asking
+from rlhf.compare.answering import Answers, answer_one_by_one, make_prompt_builder
 from rlhf.compare.artifacts import contender, content_of, label, path_of, training_seconds, tuned_artifact
-from rlhf.compare.context_budget import Room, Sizes, measured
+from rlhf.compare.context_budget import ContextBudget, Sizes, measured
 from rlhf.compare.cost import break_even, cost_of, model_bytes
 from rlhf.compare.dataset import CORPUS, QUESTIONS, Library, find_library, find_questions
 from rlhf.compare.metrics import answer_found, exact_match, rouge_l
 from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig
 from rlhf.compare.retrieval import RetrieverName, make_index
 from rlhf.config import ConfigError
-from rlhf.costs.sampling import answering_demand
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand, joined, one_after_the_other
+from rlhf.costs.sampling import sampling_cost
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost, joined, one_after_the_other
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import TRAINING_ROLES, Role
 from rlhf.data.sources import SourceConfig
@@ -46,7 +46,7 @@ from rlhf.distributed.device import hardware
 from rlhf.evaluation.intervals import mean, ratio, share
 from rlhf.evaluation.reference_loss import answer_losses
 from rlhf.evaluation.win_rate import wins
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.logprobs import check_head
 from rlhf.pipeline.job import Job
@@ -109,7 +109,7 @@ class CompareStage(Stage):
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass that measures or embeds; lower it when memory runs out."""
     _sizes: Sizes | None = PrivateAttr(None)
-    """Measured by `check_data`, for `demand`."""
+    """Measured by `check_data`, for `cost`."""
 
     @model_validator(mode="after")
     def _quality_can_be_measured(self) -> Self:
@@ -129,7 +129,7 @@ class CompareStage(Stage):
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """Every question, corpus and example can be had, and each question fits the base model's context."""
         questions, _, library = self.material(data)
-        room = Room(base.load_tokenizer(), base.context_length, self.max_new_tokens)
+        room = ContextBudget(base.load_tokenizer(), base.context_length, self.max_new_tokens)
         self._sizes = measured(room, questions, library, {*self.ways()}, self.few_shot, self.retrieval)
 
     def inputs(self) -> tuple[str, ...]:
@@ -137,7 +137,7 @@ class CompareStage(Stage):
         own = (name for name in POLICY_STAGES if name in self.artifacts)
         return ("prepare", *own, *(("reward",) if self.reward == "learned" else ()))
 
-    def roles(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[Role, ...]:
         """Examples and passages are training rows; no training row may ask a question."""
         return TRAINING_ROLES
 
@@ -166,7 +166,7 @@ class CompareStage(Stage):
         yield "compare.methods", "base"
         yield from (("compare.artifacts", starts.get(name, name)) for name in self.artifacts)
 
-    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """Questions, corpus, artifacts from elsewhere, the user's reward, and the machine that is timed."""
         sources = {QUESTIONS: self.questions, CORPUS: self.corpus}
         digests = {key: source.reading_digest(key) for key, source in sources.items() if source is not None}
@@ -178,22 +178,22 @@ class CompareStage(Stage):
         versions = {name: importlib.metadata.version(name) for name in SCORING}
         return digests | elsewhere | reward_digest(self.reward, digest) | versions | {"machine": hardware()}
 
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions
         are asked one at a time, so a single rank answers."""
         on = replace(on, machine=replace(on.machine, ranks=1))
         assert self._sizes is not None, "check_data comes first"
-        demands = []
+        costs = []
         for method in self.ways():
             asked = self._sizes.asked(method, self.few_shot, self.retrieval)
             asked = asked.cut(on.shape.context - self.max_new_tokens)
             known = joined(asked, self._sizes.references).cut(on.shape.context)
-            demands.append(answering_demand(
+            costs.append(sampling_cost(
                 on, asked, samples=1, new_tokens=self.max_new_tokens, batch_rows=1,
                 micro_batch_tokens=self.micro_batch_tokens, policies=1,
                 readings=1 if self.reward == "learned" else 0, measures=0, models=1, others=[known],
             ))  # fmt: skip
-        return one_after_the_other(demands)
+        return one_after_the_other(costs)
 
     def ways(self) -> list[Method]:
         """How each contender is asked."""
@@ -263,7 +263,7 @@ class CompareStage(Stage):
             index = partial(
                 make_index, self.retriever, policy=policy, micro_batch_tokens=self.micro_batch_tokens
             )
-            asking = make_asking(method, library, self.few_shot, self.retrieval, index, job.seed)
+            asking = make_prompt_builder(method, library, self.few_shot, self.retrieval, index, job.seed)
             with job.progress.task(f"compare: {name} answers", len(questions)) as task:
                 said = answer_one_by_one(
                     policy, asking, questions,
@@ -284,16 +284,16 @@ class CompareStage(Stage):
             answers[name] = said
         return answers
 
-    def load(self, job: Job, model: str | None) -> tuple[Policy, float | None, int]:
+    def load(self, job: Job, model: str | None) -> tuple[PolicyModel, float | None, int]:
         """A policy, the seconds that its training took, where that is known, and its bytes."""
         if model is None:
             directory, tokenizer = job.base.directory, job.base.load_tokenizer()
-            policy = Policy.load(directory, job.base.config, job.compute, tokenizer, job.vllm)
+            policy = PolicyModel.load(directory, job.base.config, job.compute, tokenizer, job.vllm)
             check_head(policy.model)
             return policy, 0.0, model_bytes(directory)
         artifact = job.inputs[model] if model in POLICY_STAGES else tuned_artifact(model, read=True)
         path = path_of(artifact)
-        policy = Policy.load(path, job.base.config, job.compute, vllm=job.vllm)
+        policy = PolicyModel.load(path, job.base.config, job.compute, vllm=job.vllm)
         return policy, training_seconds(artifact), model_bytes(path)
 
     def score(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:

@@ -18,9 +18,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from rlhf.config import ConfigError
-from rlhf.costs.sampling import answering_demand, most_added
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand
+from rlhf.costs.sampling import most_added, sampling_cost
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Role
 from rlhf.data.sources import PromptSource, SourceList
@@ -31,7 +31,7 @@ from rlhf.evaluation.lm_eval import Harness
 from rlhf.evaluation.reference_loss import answer_losses
 from rlhf.evaluation.retention import Retained, forgetting, retention
 from rlhf.evaluation.win_rate import wins
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.logprobs import check_head
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, kind_of, misfits
@@ -182,7 +182,7 @@ class EvaluateStage(Stage):
         made = [name for name in CHAIN if name in self.policies and name not in ("base", "init")]
         return ("prepare", *made, *learned)
 
-    def roles(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[Role, ...]:
         """Reads the evaluation prompts, the held-out answers and the retention set."""
         return ("evaluate", "sft", "retention")
 
@@ -212,7 +212,7 @@ class EvaluateStage(Stage):
         """Of a directory that PPO started from, the content decides, not the place."""
         return super().knobs() | {"init": kind_of(self.init)}
 
-    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
         digests = reward_digest(self.reward, digest) | reward_digest(self.gold, digest)
         if "init" in self.policies:
@@ -275,15 +275,15 @@ class EvaluateStage(Stage):
         """The prompts that are answered."""
         return data.rows("evaluate", "evaluation")[: self.num_prompts]
 
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every policy answers, is read by itself, SFT and the rewards, and takes the retention tests."""
         on = on.starting(directory_of(self.init))
         prompts = on.sizes("evaluate", "evaluation").first(self.num_prompts)
-        added = most_added(on, [chain[name].tunes() for name in self.policies if name in chain])
+        added = most_added(on, [chain[name].peft_config() for name in self.policies if name in chain])
         references = on.sizes("sft", "held_out").first(self.num_references).cut(on.shape.context - added)
         retained = on.sizes("retention", "evaluation")
         rewards = [self.reward, self.gold].count("learned")
-        return answering_demand(
+        return sampling_cost(
             on, prompts, samples=1, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
             micro_batch_tokens=self.micro_batch_tokens, policies=len(self.policies), readings=rewards,
             measures=2, models=1, others=[references, retained._replace(rows=PASSES * retained.rows)],
@@ -316,17 +316,17 @@ class EvaluateStage(Stage):
         self.write(job, rows, answers)
         job.publish(metrics)
 
-    def load_policy(self, job: Job, name: PolicyName) -> Policy:
+    def load_policy(self, job: Job, name: PolicyName) -> PolicyModel:
         """One of them, frozen."""
         if name in ("base", "init"):
             start = job.start(self.init if name == "init" else "base")
             tokenizer = start.load_tokenizer()
-            policy = Policy.load(start.directory, start.config, job.compute, tokenizer, job.vllm)
+            policy = PolicyModel.load(start.directory, start.config, job.compute, tokenizer, job.vllm)
             check_head(policy.model)
             return policy
-        return Policy.load(job.inputs[name].path, job.base.config, job.compute, vllm=job.vllm)
+        return PolicyModel.load(job.inputs[name].path, job.base.config, job.compute, vllm=job.vllm)
 
-    def answer(self, job: Job, name: PolicyName, policy: Policy, rows: Sequence[PromptRow]) -> Answers:
+    def answer(self, job: Job, name: PolicyName, policy: PolicyModel, rows: Sequence[PromptRow]) -> Answers:
         """One sampled answer a prompt, every policy with the same seed; how well the policy knows the task's
         own answers, and how well it still knows everything else."""
         with job.progress.task(f"evaluate: {name} answers", len(rows)) as task:
@@ -349,7 +349,7 @@ class EvaluateStage(Stage):
             task.advance()
         return Answers(rollout, texts, logp_BR, *task_losses, retained, policy.tokenizer.get_vocab())
 
-    def harness_metrics(self, job: Job, name: PolicyName, policy: Policy) -> dict[str, float]:
+    def harness_metrics(self, job: Job, name: PolicyName, policy: PolicyModel) -> dict[str, float]:
         """What lm-eval's tasks say of a policy."""
         with job.progress.task(f"evaluate: lm-eval asks {name}", 1) as task:
             found = job.compute.main_only(lambda: self.harness.measure(policy))
@@ -357,7 +357,7 @@ class EvaluateStage(Stage):
         return {f"{metric}/{name}": value for metric, value in found.items()}
 
     def divergence(
-        self, job: Job, answers: Mapping[PolicyName, Answers], reference: Policy
+        self, job: Job, answers: Mapping[PolicyName, Answers], reference: PolicyModel
     ) -> dict[str, float]:
         """KL of every other policy from PPO's start, in nats a sequence, by that policy's own answers; none
         of a policy with other tokens, such as a base model beside evaluate.init=DIRECTORY."""

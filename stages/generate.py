@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rlhf.costs.sampling import answering_demand, most_added
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand
+from rlhf.costs.sampling import most_added, sampling_cost
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, Role
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.evaluation.intervals import share
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
 from rlhf.pipeline.job import Job
@@ -63,7 +63,7 @@ class GenerateStage(Stage):
         """The policy's stage, and the reward's where that is learned."""
         return ("prepare", *inputs_of(self.policy), *(("reward",) if self.reward == "learned" else ()))
 
-    def roles(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[Role, ...]:
         """Reads the training prompts."""
         return ("ppo",)
 
@@ -82,7 +82,7 @@ class GenerateStage(Stage):
         """What scores the answers."""
         return {} if self.reward is None else {"generate.reward": self.reward}
 
-    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The model or the code that scores, and the model that answers, where they are the user's."""
         return reward_digest(self.reward, digest) | digest_of_start("generate.policy", self.policy, digest)
 
@@ -110,17 +110,17 @@ class GenerateStage(Stage):
         """The prompts that are answered."""
         return [row for split in self.splits for row in data.rows("ppo", split)][: self.num_prompts]
 
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every sample is decoded, and read once by the reward model."""
         on = on.starting(directory_of(self.policy))
         sizes = [on.sizes("ppo", split) for split in self.splits]
         prompts = sizes[0]._replace(rows=sum(size.rows for size in sizes)).first(self.num_prompts)
         scoring = self.reward == "learned"
-        return answering_demand(
+        return sampling_cost(
             on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
             batch_rows=self.batch_rows, micro_batch_tokens=self.micro_batch_tokens,
             policies=1, readings=1 if scoring else 0, measures=0, models=2 if scoring else 1,
-            added=most_added(on, [chain["sft"].tunes()] if self.policy == "sft" else []),
+            added=most_added(on, [chain["sft"].peft_config()] if self.policy == "sft" else []),
         )  # fmt: skip
 
     def run(self, job: Job) -> None:
@@ -160,10 +160,10 @@ class GenerateStage(Stage):
             metrics |= self.write_ranked(job, rows, texts, scores)
         job.publish(metrics)
 
-    def load_policy(self, job: Job) -> Policy:
+    def load_policy(self, job: Job) -> PolicyModel:
         """The model that answers."""
         start = job.start(self.policy)
-        return Policy.load(start.directory, start.config, job.compute, start.load_tokenizer(), job.vllm)
+        return PolicyModel.load(start.directory, start.config, job.compute, start.load_tokenizer(), job.vllm)
 
     def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> list[float] | None:
         """One score a response, or None without a reward.

@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from rlhf.config import ConfigError
-from rlhf.costs.memory import Part, Phase, over, weight_bytes
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand, Worker
+from rlhf.costs.memory import Allocation, MemoryPhase, over, weight_bytes
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost, ThroughputModel
 from rlhf.data.prepared import PreparedData
 from rlhf.models.alike import other_token, other_weight
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, load_tokenizer
@@ -60,7 +60,7 @@ class MergeStage(Stage):
         Raises:
             ConfigError: its method is not merged into them.
         """
-        peft = chain[self.policy].tunes()
+        peft = chain[self.policy].peft_config()
         if peft is not None and not METHODS[peft.method].merges:
             merging = " or ".join(name for name, each in METHODS.items() if each.merges)
             raise ConfigError(
@@ -90,12 +90,12 @@ class MergeStage(Stage):
                 f"model.path={directory} {self.policy}.init=base, or leave merge out."
             )
 
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Both models in the host's memory, rank 0's alone; it runs none."""
         here = on.machine.ranks_here
-        models = Part("weights", 2 * weight_bytes(on) / here, f"base and tuned model{over(here)}", True)
-        load = Worker(on).load(3, what="base, tuned and published model")
-        return Demand([Phase("interpolating", [models])], [load], artifact=weight_bytes(on))
+        models = Allocation("weights", 2 * weight_bytes(on) / here, f"base and tuned model{over(here)}", True)
+        load = ThroughputModel(on).load(3, what="base, tuned and published model")
+        return StageCost([MemoryPhase("interpolating", [models])], [load], artifact=weight_bytes(on))
 
     def run(self, job: Job) -> None:
         """Load both, move the tuned one's weights, and publish it."""

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
-from rlhf.costs.model_shape import Shape, counted
-from rlhf.costs.setup import Setting, Sizes, pads_rows
-from rlhf.costs.stage_cost import Demand
+from rlhf.costs.model_shape import ModelShape, counted
+from rlhf.costs.setup import CostContext, Sizes, pads_rows
+from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import exchange_ids, prompt_ids
 from rlhf.data.prepared import Lengths
 from rlhf.data.schema import TRAINING_ROLES, Role, Split
@@ -63,7 +63,7 @@ class PlanStage(Stage):
     random: ClassVar[bool] = False
     in_chain: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
-    is_kept: ClassVar[bool] = False
+    cacheable: ClassVar[bool] = False
 
     trains: list[Literal["sft", "reward", "ppo"]] = Field(min_length=1)
     """The stages that are planned, with their data and settings in this config."""
@@ -109,7 +109,7 @@ class PlanStage(Stage):
         """The prepared data, where their lengths are not given."""
         return ("prepare",) if self.rows is None else ()
 
-    def roles(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[Role, ...]:
         """Their lengths."""
         return TRAINING_ROLES if self.rows is None else ()
 
@@ -129,9 +129,9 @@ class PlanStage(Stage):
         """Its config."""
         return True
 
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """It runs no model."""
-        return Demand()
+        return StageCost()
 
     def run(self, job: Job) -> None:
         """Weigh every strategy, show the table, write the best one down."""
@@ -162,10 +162,10 @@ class PlanStage(Stage):
         job.publish({
             "strategies": sum(not strategy.against for strategy in ranked),
             "hours": best.hours,
-            "peak_gib": best.demand.peak().size() / 2**30,
+            "peak_gib": best.cost.peak().size() / 2**30,
         })  # fmt: skip
 
-    def base(self, job: Job) -> tuple[PreTrainedModel, Shape]:
+    def base(self, job: Job) -> tuple[PreTrainedModel, ModelShape]:
         """The base model without weights, and its sizes.
 
         Raises:
@@ -177,7 +177,7 @@ class PlanStage(Stage):
         except UnknownShapeError as unknown:
             raise ConfigError(f"stage=plan: {unknown}, so its memory cannot be computed.") from None
 
-    def setting(self, job: Job, experiment: Experiment, shape: Shape) -> Setting:
+    def setting(self, job: Job, experiment: Experiment, shape: ModelShape) -> CostContext:
         """The model on the hardware that is planned for."""
         settings = experiment.settings
         if self.gpus is None:
@@ -195,7 +195,7 @@ class PlanStage(Stage):
                 ranks_here=self.gpus,
             )
             dtype_bytes = 4 if settings.precision == "fp32" else 2
-        return Setting(
+        return CostContext(
             shape, dtype_bytes, settings.zero, machine, self.sizes(job),
             settings.vllm if settings.generation == "vllm" else None, pads_rows(settings.model, shape),
         )  # fmt: skip
@@ -232,7 +232,7 @@ class PlanStage(Stage):
             max_added_latency=self.max_added_latency,
         )  # fmt: skip
 
-    def show(self, job: Job, on: Setting, ranked: list[Strategy], cells: Cells, reason: str) -> None:
+    def show(self, job: Job, on: CostContext, ranked: list[Strategy], cells: Cells, reason: str) -> None:
         """On the terminal."""
         console = job.progress.console
         console.print(escape(hardware_line(on)), highlight=False)

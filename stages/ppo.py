@@ -19,15 +19,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import prompt_ids, tokenizer_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.generation.latency import token_seconds
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import check_head
@@ -45,9 +45,9 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PpoConfig
-from rlhf.ppo.cost import ppo_demand
+from rlhf.ppo.cost import ppo_cost
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.ppo.trainer import TIMES_THE_BOUND, Learner
+from rlhf.ppo.trainer import TIMES_THE_BOUND, PolicyTrainer
 from rlhf.rewards.model import LearnedReward, make_reward
 from rlhf.rewards.reward import Reward, reward_digest, reward_directory
 from rlhf.rl.scores import ScoreNormalizer
@@ -80,7 +80,7 @@ class PpoStage(PpoConfig, Stage):
         """The user's own model."""
         return directory_of(self.init)
 
-    def roles(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[Role, ...]:
         """Reads prompts, and the rows of the pretraining mix."""
         return ("ppo", self.mixed_role) if self.ptx.coef > 0 else ("ppo",)
 
@@ -105,7 +105,7 @@ class PpoStage(PpoConfig, Stage):
         del knobs["ptx"]["data"]
         return knobs
 
-    def tunes(self) -> PeftConfig:
+    def peft_config(self) -> PeftConfig:
         """Of the policy; the critic is trained in the same way."""
         return self.peft
 
@@ -113,7 +113,7 @@ class PpoStage(PpoConfig, Stage):
         """What scores each episode."""
         return {"ppo.reward": self.reward}
 
-    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The model or the code that scores, and the model to start from, where they are the user's."""
         return reward_digest(self.reward, digest) | digest_of_start("ppo.init", self.init, digest)
 
@@ -192,30 +192,30 @@ class PpoStage(PpoConfig, Stage):
                     "Or use ppo.score.normalize=running with ppo.critic.init=sft."
                 )
 
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """See rlhf/ppo/cost.py."""
         if self.reward != "learned":
-            return ppo_demand(self, on, reward_method=None)
+            return ppo_cost(self, on, reward_method=None)
         trained = dict(chain["reward"])
-        return ppo_demand(self, on, reward_method=trained["peft"].method, reward_init=trained["init"])
+        return ppo_cost(self, on, reward_method=trained["peft"].method, reward_init=trained["init"])
 
     def run(self, job: Job) -> None:
         """Load the four models, train, and publish the best policy."""
-        learner = self.learner(job)
-        metrics = learner.train(
+        trainer = self.trainer(job)
+        metrics = trainer.train(
             job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
         )
         start = job.start(self.init)
         written = job.compute.main_only(
             lambda: publish_policy(
-                job.directory, learner.best_weights, learner.policy.tokenizer, start=start.directory,
+                job.directory, trainer.best_weights, trainer.policy.tokenizer, start=start.directory,
                 key=start.identity,
                 settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
             )
         )  # fmt: skip
-        job.publish({**metrics, **written, **token_seconds(learner.policy.model, job.compute)})
+        job.publish({**metrics, **written, **token_seconds(trainer.policy.model, job.compute)})
 
-    def learner(self, job: Job) -> Learner:
+    def trainer(self, job: Job) -> PolicyTrainer:
         """The loop with its four models, before its first step."""
         self.check_compute(job.compute)
         settings, compute, tokenizer = job.base.config, job.compute, job.start(self.init).load_tokenizer()
@@ -254,9 +254,9 @@ class PpoStage(PpoConfig, Stage):
             in_turns=True,
         )
         reference = (
-            Policy(backbone.model, tokenizer, compute)
+            PolicyModel(backbone.model, tokenizer, compute)
             if backbone
-            else Policy.load(start, settings, compute, tokenizer, device=frozen_on)
+            else PolicyModel.load(start, settings, compute, tokenizer, device=frozen_on)
         )
         if self.frozen == "sharded":
             self.shard(reference, reward, compute)
@@ -264,14 +264,14 @@ class PpoStage(PpoConfig, Stage):
             reference.offload()
             if isinstance(reward, LearnedReward):
                 reward.offload()
-        return Learner(
+        return PolicyTrainer(
             self,
             engine=engine,
-            policy=Policy(
+            policy=PolicyModel(
                 policy,
                 tokenizer,
                 compute,
-                (lambda: engine.whole(policy)) if compute.zero != "none" else adapter.folded_in,
+                (lambda: engine.gathered(policy)) if compute.zero != "none" else adapter.merged,
                 job.vllm,
             ),
             reference=reference,
@@ -342,7 +342,7 @@ class PpoStage(PpoConfig, Stage):
             return None
         return Backbone(start, sharing(policy))
 
-    def shard(self, reference: Policy, reward: Reward, compute: Compute) -> None:
+    def shard(self, reference: PolicyModel, reward: Reward, compute: Compute) -> None:
         """Spread the models that do not train over the ranks."""
         if compute.zero == "fsdp2":
             from rlhf.training.fsdp import shard_frozen

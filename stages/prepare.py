@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, Strict
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import prompt_ids
 from rlhf.data.dataset_stats import (
     BEYOND_LIMIT,
@@ -156,7 +156,7 @@ class PrepareStage(Stage):
         """Its tokenizer and context length decide what is too long."""
         return True
 
-    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The content of every source, wherever it lies; and what retention figures are called."""
         contents = {
             role: self.sources.other(role)
@@ -165,9 +165,9 @@ class PrepareStage(Stage):
         }
         return contents | {"names": digest_of([source.name for source in self.sources["retention"]])}
 
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """It runs no model."""
-        return Demand()
+        return StageCost()
 
     def run(self, job: Job) -> None:
         """Read and check every role, set the evaluation prompts aside, split the rest."""
@@ -297,7 +297,7 @@ class PrepareStage(Stage):
                             role.remove(TOO_LONG, entry.where)
                             continue
                         role.cut.add(entry.where)
-                    entry.in_common = fmean(equal_tokens(*pair) for pair in pairwise([before, *found]))
+                    entry.shared_prefix = fmean(equal_tokens(*pair) for pair in pairwise([before, *found]))
                     before = found[-1]
                     kept.append(entry)
                 role.entries = kept

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand, joined
-from rlhf.costs.training import training_demand
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost, joined
+from rlhf.costs.training import training_cost
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData, splits_of
 from rlhf.data.schema import PairRow, Role
@@ -90,7 +90,7 @@ class RewardStage(Stage):
         """The SFT stage, where it starts from that model."""
         return ("prepare", *inputs_of(self.init))
 
-    def roles(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[Role, ...]:
         """Reads preference pairs."""
         return ("reward",)
 
@@ -112,7 +112,7 @@ class RewardStage(Stage):
         """Of a directory that it starts from, the content decides, not the place."""
         return super().knobs() | {"init": kind_of(self.init)}
 
-    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The user's own model that it starts from."""
         return digest_of_start("reward.init", self.init, digest)
 
@@ -120,7 +120,7 @@ class RewardStage(Stage):
         """The user's own model."""
         return directory_of(self.init)
 
-    def tunes(self) -> PeftConfig:
+    def peft_config(self) -> PeftConfig:
         """How it trains."""
         return self.peft
 
@@ -143,14 +143,14 @@ class RewardStage(Stage):
             "start from a model with a longer context.",
         )  # fmt: skip
 
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Both sides of every pair."""
         on = on.starting(self.init_directory())
         train, held_out = (
             joined(sides, sides)
             for sides in (on.sizes("reward", split).cut(self.max_tokens) for split in splits_of("reward"))
         )
-        return training_demand(
+        return training_cost(
             on, self.peft, train, held_out, batch_rows=self.batch_pairs, epochs=self.epochs,
             micro_batch_tokens=self.micro_batch_tokens, checkpointing=self.activation_checkpointing,
             has_logits=False, longest=train.longest // 2,

@@ -21,9 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand
-from rlhf.costs.training import training_demand
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
+from rlhf.costs.training import training_cost
 from rlhf.data.chat_template import TurnsApartError, conversation_ids
 from rlhf.data.prepared import splits_of
 from rlhf.data.schema import Role, SftRow, each_turn
@@ -99,7 +99,7 @@ class SftStage(Stage):
         """It reads prepared data."""
         return ("prepare",)
 
-    def roles(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[Role, ...]:
         """Reads prompt/completion rows, and those to replay."""
         return ("sft", "replay") if self.replay_fraction > 0 else ("sft",)
 
@@ -115,7 +115,7 @@ class SftStage(Stage):
         """It trains the base model."""
         return True
 
-    def tunes(self) -> PeftConfig:
+    def peft_config(self) -> PeftConfig:
         """How it trains."""
         return self.peft
 
@@ -123,7 +123,7 @@ class SftStage(Stage):
         """Every rank gets equally many rows."""
         compute.check_divides("sft.batch_rows", self.batch_rows)
 
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""
         train, held_out = (
             on.sizes("sft", split).cut(self.room(on.shape.context)) for split in splits_of("sft")
@@ -135,7 +135,7 @@ class SftStage(Stage):
                 mean=train.mean + beside, longest=max(train.longest, replay.longest),
                 deviation=math.sqrt(train.deviation**2 + beside / replay.mean * replay.deviation**2),
             )  # fmt: skip
-        return training_demand(
+        return training_cost(
             on, self.peft, train, held_out, longest=train.longest, batch_rows=self.batch_rows,
             epochs=self.epochs, micro_batch_tokens=self.micro_batch_tokens,
             checkpointing=self.activation_checkpointing, has_logits=True,

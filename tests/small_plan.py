@@ -13,7 +13,7 @@ from transformers import (
 
 from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.model_shape import shape_of
-from rlhf.costs.setup import Setting, Sizes
+from rlhf.costs.setup import CostContext, Sizes
 from rlhf.data.prepared import Lengths
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.preflight import (
@@ -39,20 +39,20 @@ def experiment(*overrides: str) -> Experiment:
     return build_experiment(resolved)
 
 
-def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> Setting:
+def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> CostContext:
     machine = Machine("cuda", "a test", gib * GIB, host * GIB, 0.6 * GIB, ranks, Speed(300_000.0, 2000.0))
     lengths = Lengths(rows=1000, mean=400.0, deviation=100.0, longest=900)
-    return Setting(shape_of(EIGHT_BILLION), 2, "none", machine, lambda role, split: lengths)
+    return CostContext(shape_of(EIGHT_BILLION), 2, "none", machine, lambda role, split: lengths)
 
 
-def check(tmp_path: Path, on: Setting, stage: str, *overrides: str) -> Checked:
+def check(tmp_path: Path, on: CostContext, stage: str, *overrides: str) -> Checked:
     found = experiment(*overrides)
     return preflight(
         [found.stages[stage]], found.stages, on, tmp_path, NO_CHECKPOINTS, begun={stage: Begun()}
     )
 
 
-def with_prompts_of(on: Setting, tokens: int) -> Sizes:
+def with_prompts_of(on: CostContext, tokens: int) -> Sizes:
     short = Lengths(rows=1000, mean=float(tokens), deviation=0.0, longest=tokens)
     return lambda role, split: short if role == "evaluate" else on.sizes(role, split)
 

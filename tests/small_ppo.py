@@ -1,4 +1,4 @@
-"""The PPO stage and its learner on the tiny model, without the chain around them."""
+"""The PPO stage and its trainer on the tiny model, without the chain around them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from small_job import small_job
 from torch import Tensor, nn
 
 from rlhf.data.schema import Message, PromptRow, SftRow
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import count_parameters
@@ -20,7 +20,7 @@ from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Exchange, Reward
 from rlhf.stages.ppo import PpoStage
 from rlhf.training.engine import PlainEngine
@@ -66,8 +66,8 @@ def ppo_job(directory: Path, model: Path, seed: int = 0, checkpoints: Path | Non
     return small_job("ppo", directory, base, {"sft": model}, checkpoints=checkpoints, seed=seed)
 
 
-def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[SftRow] = ()) -> Learner:
-    """A learner of all parameters, as the stage makes it; the critic starts with a zero head."""
+def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[SftRow] = ()) -> PolicyTrainer:
+    """A trainer of all parameters, as the stage makes it; the critic starts with a zero head."""
     sft = job.inputs["sft"].path
     tokenizer, normalizer = load_tokenizer(sft, MODEL), stage.normalizer(job)
     policy = load_causal_lm(sft, MODEL, job.compute.dtype)
@@ -77,11 +77,11 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
         [(policy.parameters(), stage.optim), (critic.parameters(), stage.critic.optim)],
         job.compute,
     )
-    return Learner(
+    return PolicyTrainer(
         stage,
         engine=engine,
-        policy=Policy(policy, tokenizer, job.compute, lambda: engine.whole(policy)),
-        reference=Policy.load(sft, MODEL, job.compute),
+        policy=PolicyModel(policy, tokenizer, job.compute, lambda: engine.gathered(policy)),
+        reference=PolicyModel.load(sft, MODEL, job.compute),
         reward=reward,
         normalizer=normalizer,
         mix=PretrainingMix(stage.ptx, tokenizer, mix_rows, job.seed, 1024) if mix_rows else None,
@@ -91,7 +91,7 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
     )
 
 
-def resumed_learner(directory: Path, model: Path, reward: Reward, *overrides: str) -> Learner:
+def resumed_learner(directory: Path, model: Path, reward: Reward, *overrides: str) -> PolicyTrainer:
     """As a new process would make it: only the checkpoints beside its directory are of an earlier one."""
     torch.manual_seed(0)
     job = ppo_job(directory, model, checkpoints=directory.with_name("checkpoints"))
@@ -122,9 +122,9 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, right[name]) for name, value in left.items())
 
 
-def shake(learner: Learner) -> None:
+def shake(trainer: PolicyTrainer) -> None:
     """Move policy and critic away from where they were, always to the same place."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in learner.engine.model.parameters():
+        for parameter in trainer.engine.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))

@@ -113,7 +113,7 @@ def test_a_store_of_another_version_is_refused_by_name(store: Store) -> None:
     (path / "manifest.json").write_text(json.dumps(values | {"format": 99}))
     for look in (store.find, store.set_aside):
         with pytest.raises(
-            ConfigError, match=r"store format 99, this version reads 2\. .* remove the directory"
+            ConfigError, match=r"store format 99, this version reads 3\. .* remove the directory"
         ):
             look("sft", recipe_key(RECIPE))
     assert path.exists()

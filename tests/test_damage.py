@@ -240,7 +240,7 @@ def test_models_of_the_users_are_not_read_at_every_start(
         digests._digests_read.clear()  # as a new process
         before = bytes_read()
         pipeline = Pipeline(found, "run", Console(quiet=True), on_cpu())
-        return bytes_read() - before, pipeline.external
+        return bytes_read() - before, pipeline.external_digests
 
     first, again = start(), start()
     assert first[0] > 20_000_000

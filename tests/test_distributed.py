@@ -48,7 +48,7 @@ def ranks(world_size: int) -> list[Compute]:
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("world_size", RANKS)
 def test_shares_cover_everything_once_and_evenly(lengths: list[int], world_size: int) -> None:
-    shares = [compute.share(lengths) for compute in ranks(world_size)]
+    shares = [compute.shard_indices(lengths) for compute in ranks(world_size)]
     assert sorted(index for share in shares for index in share) == list(range(len(lengths)))
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -58,14 +58,14 @@ def test_shares_cover_everything_once_and_evenly(lengths: list[int], world_size:
 
 def test_a_share_by_hand() -> None:
     lengths = [5, 9, 1, 9, 7]  # by falling length, ties in their order: 1, 3, 4, 0, 2
-    assert [compute.share(lengths) for compute in ranks(2)] == [[1, 4, 2], [3, 0]]
+    assert [compute.shard_indices(lengths) for compute in ranks(2)] == [[1, 4, 2], [3, 0]]
 
 
 def test_one_rank_collects_in_the_items_order() -> None:
     lengths = [5, 9, 1]
     compute = on_cpu()
-    assert compute.share(lengths) == [1, 0, 2]
-    assert compute.collect([f"item {index}" for index in compute.share(lengths)], lengths) == [
+    assert compute.shard_indices(lengths) == [1, 0, 2]
+    assert compute.collect([f"item {index}" for index in compute.shard_indices(lengths)], lengths) == [
         "item 0", "item 1", "item 2",
     ]  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_micro_batches_keep_their_promises(lengths: list[int], world_size: int, 
 def test_a_rank_works_on_its_share(lengths: list[int], world_size: int) -> None:
     for compute in ranks(world_size):
         rows = [index for group, weight, _ in compute.micro_batches(lengths, 40) if weight for index in group]
-        assert sorted(rows) == sorted(compute.share(lengths))
+        assert sorted(rows) == sorted(compute.shard_indices(lengths))
 
 
 def test_micro_batches_by_hand() -> None:
@@ -248,7 +248,9 @@ def talk(rank: int, port: int, directory: Path, model: Path, results: Any) -> No
                 each.laddr.ip for each in psutil.Process().net_connections() if each.status == "LISTEN"
             },
             "models read": models_read(compute, directory, model),
-            "collected": compute.collect([(index, rank) for index in compute.share(lengths)], lengths),
+            "collected": compute.collect(
+                [(index, rank) for index in compute.shard_indices(lengths)], lengths
+            ),
         }
         results.put((rank, heard))
         compute.barrier()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.compare.context_budget import Room
+from rlhf.compare.context_budget import ContextBudget
 from rlhf.compare.dataset import Library
 from rlhf.compare.prompts import (
     FewShotConfig,
@@ -25,12 +25,12 @@ from rlhf.compare.prompts import (
 )
 from rlhf.compare.retrieval import Index
 from rlhf.data.schema import Message, SftRow
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.rl.rollout import Rollout
 
 
 @dataclass(frozen=True)
-class Asking:
+class PromptBuilder:
     """How questions become prompts."""
 
     find: Callable[[str], Sequence[Any]]
@@ -43,21 +43,21 @@ class Asking:
     """Of the texts that prompts are made of, and of what searches them."""
 
 
-def make_asking(
+def make_prompt_builder(
     method: Method,
     library: Library,
     few_shot: FewShotConfig,
     retrieval: RetrievalConfig,
     make_index: Callable[[Sequence[str]], Index],
     seed: int,
-) -> Asking:
+) -> PromptBuilder:
     """Index what the method searches; the library has examples if it is few_shot."""
     if method == "zero_shot":
-        return Asking(lambda text: (), lambda question, found: question.prompt, 0.0, 0)
+        return PromptBuilder(lambda text: (), lambda question, found: question.prompt, 0.0, 0)
     start = time.perf_counter()
     if method == "retrieval":
         index = make_index(library.passages)
-        return Asking(
+        return PromptBuilder(
             lambda text: [library.passages[place] for place in index.search(text, retrieval.passages)],
             partial(retrieval_prompt, config=retrieval),
             time.perf_counter() - start,
@@ -66,7 +66,7 @@ def make_asking(
     examples, prompt = library.examples, partial(few_shot_prompt, config=few_shot)
     if few_shot.choice == "random":
         drawn = random.Random(seed).sample(examples, min(few_shot.examples, len(examples)))
-        return Asking(
+        return PromptBuilder(
             lambda text: drawn, prompt, 0.0, sum(_num_bytes(row.prompt, row.completion) for row in drawn)
         )
     index = make_index([row.prompt[-1]["content"] for row in examples])
@@ -77,7 +77,7 @@ def make_asking(
         places = [*found, *(place for place in others if place not in found)]
         return [examples[place] for place in places[: few_shot.examples]]
 
-    return Asking(
+    return PromptBuilder(
         nearest,
         prompt,
         time.perf_counter() - start,
@@ -105,8 +105,8 @@ class Answers:
 
 
 def answer_one_by_one(
-    policy: Policy,
-    asking: Asking,
+    policy: PolicyModel,
+    asking: PromptBuilder,
     questions: Sequence[Question],
     *,
     max_new_tokens: int,
@@ -122,7 +122,7 @@ def answer_one_by_one(
         ConfigError: a question does not fit the context.
     """
     generator = torch.Generator().manual_seed(seed)
-    room = Room(policy.tokenizer, policy.context_length, max_new_tokens)
+    room = ContextBudget(policy.tokenizer, policy.context_length, max_new_tokens)
 
     def answer(question: Question) -> tuple[list[Message], int, Rollout, str]:
         room.check(question, asking.prompt(question, ()))  # a tuned model may have less than the base model

@@ -31,7 +31,7 @@ MEASURED_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Room:
+class ContextBudget:
     """What a model's context has room for."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ class Sizes:
 
 
 def measured(
-    room: Room,
+    room: ContextBudget,
     questions: Sequence[Question],
     library: Library,
     methods: Collection[Method],

@@ -16,7 +16,7 @@ from torch.nn import functional
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import continuation_ids
 from rlhf.distributed.batching import token_budget_batches
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 
@@ -40,7 +40,9 @@ class Index:
         return self.index_bytes + sum(len(text.encode()) for text in self.texts)
 
 
-def make_index(name: RetrieverName, texts: Sequence[str], policy: Policy, micro_batch_tokens: int) -> Index:
+def make_index(
+    name: RetrieverName, texts: Sequence[str], policy: PolicyModel, micro_batch_tokens: int
+) -> Index:
     """Index texts with `compare.retriever`; embeddings are those of the policy that answers."""
     return bm25_index(texts) if name == "bm25" else embedding_index(texts, policy, micro_batch_tokens)
 
@@ -80,7 +82,7 @@ def bm25_index(texts: Sequence[str]) -> Index:
     return Index(texts, search, held + vocabulary)
 
 
-def embedding_index(texts: Sequence[str], policy: Policy, micro_batch_tokens: int) -> Index:
+def embedding_index(texts: Sequence[str], policy: PolicyModel, micro_batch_tokens: int) -> Index:
     """By the cosine between mean final hidden states, without another model. Texts are cut at the context."""
     embedding_BH = embeddings(texts, policy, micro_batch_tokens)
 
@@ -92,7 +94,7 @@ def embedding_index(texts: Sequence[str], policy: Policy, micro_batch_tokens: in
 
 
 @torch.no_grad()
-def embeddings(texts: Sequence[str], policy: Policy, micro_batch_tokens: int) -> Tensor:
+def embeddings(texts: Sequence[str], policy: PolicyModel, micro_batch_tokens: int) -> Tensor:
     """fp32 [B, H] on the CPU, each of length 1: the mean over a text's tokens of the final hidden states."""
     encoded = [continuation_ids(policy.tokenizer, "", text) for text in texts]
     rows = [torch.tensor([*first, *rest][: policy.context_length]) for first, rest in encoded]

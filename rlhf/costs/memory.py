@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from rlhf.costs.model_shape import Shape
+from rlhf.costs.model_shape import ModelShape
 from rlhf.costs.peft_costs import METHODS
-from rlhf.costs.setup import GIB, Setting
+from rlhf.costs.setup import GIB, CostContext
 from rlhf.models.peft.config import PeftConfig
 from rlhf.training.deepspeed import BUCKET_ELEMENTS
 
@@ -32,7 +32,7 @@ LOADING = "loading"
 """The first phase of a stage that trains."""
 
 
-class Part(NamedTuple):
+class Allocation(NamedTuple):
     """Memory for one purpose."""
 
     kind: Kind
@@ -45,11 +45,11 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Phase:
+class MemoryPhase:
     """A moment of a stage: what is in memory then."""
 
     name: str
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Allocation] = field(default_factory=list)
 
     def size(self, *, on_host: bool | None = None) -> float:
         """Bytes; of the host or of the device alone, where it is asked."""
@@ -60,14 +60,14 @@ class Phase:
 class Trained:
     """What one engine trains, all with the same method."""
 
-    on: Setting
+    on: CostContext
     peft: PeftConfig
     models: int = 1
     weight_sets: int = 1
     """Sets of weights that the models stand on."""
     scalars: int = 0
     """Of the models, those that have a scalar head instead of the output layer."""
-    scalar: Shape | None = None
+    scalar: ModelShape | None = None
     """Of those, where it is another one."""
 
     @property
@@ -84,13 +84,13 @@ class Trained:
         return (self.models - self.scalars) * self.of_one + self.scalars * of_scalar
 
     @property
-    def sets(self) -> list[tuple[Setting, bool]]:
+    def sets(self) -> list[tuple[CostContext, bool]]:
         """Each set of weights, in the order of loading, and whether it is a scalar model's own."""
         own = min(self.scalars, self.weight_sets - self.models + self.scalars)
         scalar = replace(self.on, shape=self.scalar or self.on.shape)
         return [(self.on, False)] * (self.weight_sets - own) + [(scalar, True)] * own
 
-    def weights(self, name: str) -> Iterator[Part]:
+    def weights(self, name: str) -> Iterator[Allocation]:
         """Of the models, frozen or not; where they are sharded, a shard and what is gathered to run."""
         on, shape = self.on, self.on.shape
         total = sum(weight_bytes(each, self.peft.method, is_scalar=scalar) for each, scalar in self.sets)
@@ -98,22 +98,22 @@ class Trained:
         total += on.dtype_bytes * self.parameters if METHODS[self.peft.method].is_adapter else 0
         how = f"{name}: {billions(count)} x {on.dtype_bytes} B"
         if not on.shards_weights:
-            yield Part("weights", total, how)
+            yield Allocation("weights", total, how)
             return
-        yield Part("weights", total / on.ranks, f"{how}{over(on.ranks)}", on.zero == "zero3_offload")
+        yield Allocation("weights", total / on.ranks, f"{how}{over(on.ranks)}", on.zero == "zero3_offload")
         gathered = min(count, LIVE_ELEMENTS)
         if on.zero == "fsdp2":
             gathered = 2 * shape.linear // shape.layers
         how = f"gathered while they run: {billions(gathered)} x {on.dtype_bytes} B"
-        yield Part("weights", on.dtype_bytes * gathered, how)
+        yield Allocation("weights", on.dtype_bytes * gathered, how)
 
-    def optimizer(self) -> Part:
+    def optimizer(self) -> Allocation:
         """fp32 masters and Adam's two moments."""
         on, share = self.on, self.on.ranks if self.on.zero != "none" else 1
         how = f"{billions(self.parameters)} trained x (4 master + 4 + 4 moments) B{over(share)}"
-        return Part("optimizer", 3 * FP32 * self.parameters / share, how, on.zero == "zero3_offload")
+        return Allocation("optimizer", 3 * FP32 * self.parameters / share, how, on.zero == "zero3_offload")
 
-    def buffers(self) -> Iterator[Part]:
+    def buffers(self) -> Iterator[Allocation]:
         """What DeepSpeed's stage 3 holds for gradients from its beginning to its end, whether it learns or
         not: this rank's share of them, with offloading once more beside the masters, and the bucket."""
         on, count = self.on, self.parameters
@@ -122,14 +122,14 @@ class Trained:
         offloads = on.zero == "zero3_offload"
         times = 2 if offloads else 1
         how = f"ZeRO-3's: {billions(count)} trained x {times * FP32} B{over(on.ranks)}"
-        yield Part("gradients", times * FP32 * count / on.ranks, how, offloads)
+        yield Allocation("gradients", times * FP32 * count / on.ranks, how, offloads)
         yield self._bucket("DeepSpeed's bucket")
 
-    def _bucket(self, name: str) -> Part:
+    def _bucket(self, name: str) -> Allocation:
         count = min(BUCKET_ELEMENTS, self.parameters)
-        return Part("gradients", FP32 * count, f"{name}: {billions(count)} x {FP32} B")
+        return Allocation("gradients", FP32 * count, f"{name}: {billions(count)} x {FP32} B")
 
-    def gradients(self, *, passes: int, at_step: bool = False) -> Iterator[Part]:
+    def gradients(self, *, passes: int, at_step: bool = False) -> Iterator[Allocation]:
         """Beside `buffers`: fp32; of a single pass in the model's precision, until the optimizer steps."""
         on, count = self.on, self.parameters
         if on.zero in ("zero3", "zero3_offload"):
@@ -138,7 +138,7 @@ class Trained:
             elif on.zero == "zero3":
                 largest = count / self.models
                 how = f"laid end to end: {billions(largest)} x {FP32} B{over(on.ranks)}"
-                yield Part("gradients", FP32 * largest / on.ranks, how)
+                yield Allocation("gradients", FP32 * largest / on.ranks, how)
             return
         if on.zero in ("zero1", "zero2") and not at_step:
             yield self._bucket("DeepSpeed's bucket")
@@ -147,12 +147,14 @@ class Trained:
             # they come while activations go; when all of these are there, the output layer's
             count = on.shape.head if METHODS[self.peft.method].keeps == "all" else count
             how = f"{billions(count)} x {on.dtype_bytes} B, while all activations are there"
-            yield Part("gradients", on.dtype_bytes * count, how)
+            yield Allocation("gradients", on.dtype_bytes * count, how)
             return
-        yield Part("gradients", FP32 * count / share, f"{billions(count)} trained x {FP32} B{over(share)}")
+        yield Allocation(
+            "gradients", FP32 * count / share, f"{billions(count)} trained x {FP32} B{over(share)}"
+        )
 
 
-def weight_bytes(on: Setting, method: str = "none", *, is_scalar: bool = False) -> float:
+def weight_bytes(on: CostContext, method: str = "none", *, is_scalar: bool = False) -> float:
     """Of one model, without adapters; a scalar head instead of the output layer is nothing beside it."""
     quantized, shape = METHODS[method].weight_bytes, on.shape
     count = shape.parameters - (shape.own_head if is_scalar else 0)
@@ -161,7 +163,9 @@ def weight_bytes(on: Setting, method: str = "none", *, is_scalar: bool = False) 
     return on.dtype_bytes * (count - shape.linear) + quantized * shape.linear
 
 
-def frozen_weights(on: Setting, name: str, placed: str = "replicated", *, is_scalar: bool = False) -> Part:
+def frozen_weights(
+    on: CostContext, name: str, placed: str = "replicated", *, is_scalar: bool = False
+) -> Allocation:
     """Of a model that only computes.
 
     Args:
@@ -171,10 +175,10 @@ def frozen_weights(on: Setting, name: str, placed: str = "replicated", *, is_sca
     share = on.ranks if placed == "sharded" else 1
     count = on.shape.parameters - (on.shape.own_head if is_scalar else 0)
     how = f"{name}: {billions(count)} x {on.dtype_bytes} B{over(share)}"
-    return Part("weights", on.dtype_bytes * count / share, how, placed == "offloaded")
+    return Allocation("weights", on.dtype_bytes * count / share, how, placed == "offloaded")
 
 
-def loading(on: Setting, trained: Trained, *others: Part) -> Phase:
+def loading(on: CostContext, trained: Trained, *others: Allocation) -> MemoryPhase:
     """Every rank reads whole models, in the precision of the run, before they are sharded or held in 4 bits
     (those before the last one are by then): onto its device, or where FSDP2 shards into the host's memory.
 
@@ -184,21 +188,21 @@ def loading(on: Setting, trained: Trained, *others: Part) -> Phase:
     *earlier, (last, is_scalar) = trained.sets
     size = sum(weight_bytes(each, trained.peft.method, is_scalar=scalar) for each, scalar in earlier)
     size += weight_bytes(last, is_scalar=is_scalar)
-    parts = [Part("weights", size, f"{trained.weight_sets} whole models", on.zero == "fsdp2"), *others]
+    parts = [Allocation("weights", size, f"{trained.weight_sets} whole models", on.zero == "fsdp2"), *others]
     if not on.on_cpu and on.zero != "fsdp2":
-        parts.append(Part("weights", weight_bytes(on), "the one that is being read", True))
-    return Phase(LOADING, parts)
+        parts.append(Allocation("weights", weight_bytes(on), "the one that is being read", True))
+    return MemoryPhase(LOADING, parts)
 
 
 def activations(
-    on: Setting,
+    on: CostContext,
     tokens: float,
     longest: float,
     peft: PeftConfig,
     *,
     checkpointing: bool,
-    beside: Shape | None = None,
-) -> Part:
+    beside: ModelShape | None = None,
+) -> Allocation:
     """What a pass over so many tokens keeps for its gradients, and what the layer at work needs beside.
 
     Args:
@@ -220,15 +224,15 @@ def activations(
         kept += max(kept_per_layer(each, longest, peft) for each in graphs)
     working = 2 * max(working_per_token(each.shape, b) for each in graphs)
     how = f"{tokens:.0f} tokens x ({' + '.join(hows)}; {working} B at work)"
-    return Part("activations", tokens * (kept + working), how)
+    return Allocation("activations", tokens * (kept + working), how)
 
 
-def kept_layers(on: Setting, peft: PeftConfig) -> int:
+def kept_layers(on: CostContext, peft: PeftConfig) -> int:
     """Layers that keep anything."""
     return min(peft.layers, on.shape.layers) if peft.method == "freeze" else on.shape.layers
 
 
-def kept_per_token(on: Setting, longest: float, peft: PeftConfig) -> float:
+def kept_per_token(on: CostContext, longest: float, peft: PeftConfig) -> float:
     """Bytes a token that all layers keep."""
     kept = kept_layers(on, peft) * kept_per_layer(on, longest, peft)
     if peft.method != "adapter":
@@ -240,7 +244,7 @@ def kept_per_token(on: Setting, longest: float, peft: PeftConfig) -> float:
     return kept - attention - (mlp if peft.placement == "pfeiffer" else 0)
 
 
-def kept_per_layer(on: Setting, longest: float, peft: PeftConfig) -> float:
+def kept_per_layer(on: CostContext, longest: float, peft: PeftConfig) -> float:
     """Bytes a token that one decoder layer keeps: norms, attention, MLP, inputs of linear layers."""
     shape, b, method = on.shape, on.dtype_bytes, METHODS[peft.method]
     norms = shape.normalized * (b if shape.has_fused_norm else FP32)
@@ -254,12 +258,12 @@ def kept_per_layer(on: Setting, longest: float, peft: PeftConfig) -> float:
     return kept + inputs + (0 if shape.has_fused_norm else b * shape.normalized)
 
 
-def kept_by_mlp(on: Setting) -> float:
+def kept_by_mlp(on: CostContext) -> float:
     """Bytes a token of one layer."""
     return on.dtype_bytes * on.shape.intermediate * (3 if on.shape.is_gated else 2)
 
 
-def kept_by_attention(on: Setting, longest: float, peft: PeftConfig) -> float:
+def kept_by_attention(on: CostContext, longest: float, peft: PeftConfig) -> float:
     """Bytes a token of one layer: queries, keys and values, and the kernel's result, unless that is kept as
     the next linear layer's input; packed rows on CPUs are computed anew without it.
 
@@ -274,35 +278,35 @@ def kept_by_attention(on: Setting, longest: float, peft: PeftConfig) -> float:
     return b * (query + keys + (query if has_result else 0))
 
 
-def working_per_token(shape: Shape, b: int) -> int:
+def working_per_token(shape: ModelShape, b: int) -> int:
     """Bytes a token of the layer at work that no graph keeps."""
     mlp = b * shape.intermediate * (3 if shape.is_gated else 2)
     return 2 * b * shape.hidden + max(mlp, 2 * FP32 * shape.hidden)
 
 
-def reading(on: Setting, tokens: float) -> Part:
+def reading(on: CostContext, tokens: float) -> Allocation:
     """A pass without gradients: the layer at work alone."""
     each = working_per_token(on.shape, on.dtype_bytes)
-    return Part("activations", tokens * each, f"{tokens:.0f} tokens x {each} B (the layer at work)")
+    return Allocation("activations", tokens * each, f"{tokens:.0f} tokens x {each} B (the layer at work)")
 
 
-def logits(on: Setting, *, learns: bool) -> Part:
+def logits(on: CostContext, *, learns: bool) -> Allocation:
     """Of a chunk of tokens: never of a whole pass. On CPUs a few rows at a time in fp32."""
     copies = 2 if learns else 1
     each = on.dtype_bytes + (0 if on.on_cpu else FP32)
     size = HEAD_CHUNK * on.shape.vocabulary * each * copies
-    return Part("logits", size, f"{HEAD_CHUNK} tokens x {on.shape.vocabulary} x {each} B x {copies}")
+    return Allocation("logits", size, f"{HEAD_CHUNK} tokens x {on.shape.vocabulary} x {each} B x {copies}")
 
 
 def sampling(
-    on: Setting,
+    on: CostContext,
     rows: float,
     prompt: float,
     new_tokens: int,
     *,
     folds: bool = False,
     gathers: bool = False,
-) -> Iterator[Part]:
+) -> Iterator[Allocation]:
     """What decoding needs beside the model: the cache, the newest tokens' logits, copies of weights.
 
     Args:
@@ -312,23 +316,25 @@ def sampling(
     """
     shape, b = on.shape, on.dtype_bytes
     if gathers:
-        yield Part("weights", weight_bytes(on), "gathered for sampling")
+        yield Allocation("weights", weight_bytes(on), "gathered for sampling")
     if on.vllm is not None:  # see beside_vllm
         return
     if folds:
         yield folded(on)
     if on.on_cpu and b == 2:
         copied = shape.linear + shape.head
-        yield Part("weights", b * copied, f"laid out for decoding: {billions(copied)} x {b} B")
+        yield Allocation("weights", b * copied, f"laid out for decoding: {billions(copied)} x {b} B")
     tokens, per_token = prompt + new_tokens + CACHE_ROOM, b * shape.kv_elements
     how = f"{rows:.0f} rows x ({prompt:.0f} + {new_tokens} + {CACHE_ROOM}) tokens x {per_token} B"
-    yield Part("KV cache", rows * tokens * per_token, how)
+    yield Allocation("KV cache", rows * tokens * per_token, how)
     each = b + 4 * FP32
-    yield Part("logits", rows * shape.vocabulary * each, f"{rows:.0f} rows x {shape.vocabulary} x {each} B")
+    yield Allocation(
+        "logits", rows * shape.vocabulary * each, f"{rows:.0f} rows x {shape.vocabulary} x {each} B"
+    )
     yield reading(on, min(rows * prompt, max(READ_TOKENS, prompt)))
 
 
-def beside_vllm(on: Setting, phases: Sequence[Phase]) -> list[Phase]:
+def beside_vllm(on: CostContext, phases: Sequence[MemoryPhase]) -> list[MemoryPhase]:
     """The phases of a stage that samples, each with what vLLM holds from its first use to the end of the run:
     a copy of the weights and its cache. While models are loaded it is there if an earlier stage has sampled.
     """
@@ -336,19 +342,21 @@ def beside_vllm(on: Setting, phases: Sequence[Phase]) -> list[Phase]:
         return list(phases)
     how = f"vLLM's own: {billions(on.shape.parameters)} x {on.dtype_bytes} B"
     held = [
-        Part("weights", weight_bytes(on), how),
-        Part("KV cache", on.vllm.kv_cache_gib * GIB, "vllm.kv_cache_gib"),
+        Allocation("weights", weight_bytes(on), how),
+        Allocation("KV cache", on.vllm.kv_cache_gib * GIB, "vllm.kv_cache_gib"),
     ]
     return [
-        phase if phase.name == LOADING and not on.has_sampled else Phase(phase.name, [*phase.parts, *held])
+        phase
+        if phase.name == LOADING and not on.has_sampled
+        else MemoryPhase(phase.name, [*phase.parts, *held])
         for phase in phases
     ]
 
 
-def folded(on: Setting) -> Part:
+def folded(on: CostContext) -> Allocation:
     """Copies of the linear layers' weights, with an adapter in them."""
     how = f"adapter folded into copies: {billions(on.shape.linear)} x {on.dtype_bytes} B"
-    return Part("weights", on.dtype_bytes * on.shape.linear, how)
+    return Allocation("weights", on.dtype_bytes * on.shape.linear, how)
 
 
 def amount(size: float) -> str:

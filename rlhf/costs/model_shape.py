@@ -30,7 +30,7 @@ class Linears(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """Counts of parameters, and sizes in elements."""
 
     parameters: int
@@ -83,7 +83,7 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_size
 
 
-def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Shape:
+def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> ModelShape:
     """Count what the model would have.
 
     Raises:
@@ -92,7 +92,7 @@ def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Sh
     return counted(skeleton(config, trust_remote_code=trust_remote_code))
 
 
-def counted(model: PreTrainedModel) -> Shape:
+def counted(model: PreTrainedModel) -> ModelShape:
     """Count what a model has; its weights may be on the meta device.
 
     Raises:
@@ -110,7 +110,7 @@ def counted(model: PreTrainedModel) -> Shape:
     head_size = int(getattr(text, "head_dim", None) or hidden // heads)
     norms = {name: module for name, module in backbone.named_modules() if _is_norm(module)}
     per_token = [_normalized(name, module, heads, kv_heads) for name, module in norms.items()]
-    return Shape(
+    return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         layers=layers,
@@ -132,7 +132,7 @@ def counted(model: PreTrainedModel) -> Shape:
 
 
 @cache
-def shape_in(directory: Path) -> Shape:
+def shape_in(directory: Path) -> ModelShape:
     """Of the model whose config lies there; code of its own is not run.
 
     Raises:

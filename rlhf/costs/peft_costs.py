@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.costs.model_shape import Shape
+from rlhf.costs.model_shape import ModelShape
 from rlhf.models.peft.config import PeftConfig
 
 Keeps = Literal["all", "inputs", "values", "last"]
 """What a pass keeps for its gradients. all: what weights and activations need; inputs: of the linear layers
 that an adapter stands beside too; values: only what is needed on the way to what trains; last: as all, but of
 the layers that train."""
-Count = Callable[[Shape, PeftConfig], int]
+Count = Callable[[ModelShape, PeftConfig], int]
 """Of parameters, or of tokens."""
-Kept = Callable[[Shape, int, PeftConfig], float]
+Kept = Callable[[ModelShape, int, PeftConfig], float]
 """(shape, bytes of an element, knobs) -> bytes."""
 
 
@@ -41,24 +41,24 @@ class Method:
     weight_bytes: float | None = None
     """A frozen weight of the linear layers, where that differs from the precision's."""
 
-    def published(self, shape: Shape, peft: PeftConfig) -> int:
+    def published(self, shape: ModelShape, peft: PeftConfig) -> int:
         """Parameters of what is kept: of soft tokens, not of the network that makes them."""
         return (_prompt if peft.method == "p_tuning" else self.trained)(shape, peft)
 
 
-def _all(shape: Shape, peft: PeftConfig) -> int:
+def _all(shape: ModelShape, peft: PeftConfig) -> int:
     return shape.parameters
 
 
-def _lora(shape: Shape, peft: PeftConfig) -> int:
+def _lora(shape: ModelShape, peft: PeftConfig) -> int:
     return peft.rank * sum(each.sides for each in shape.updated(peft.target_modules))
 
 
-def _dora(shape: Shape, peft: PeftConfig) -> int:
+def _dora(shape: ModelShape, peft: PeftConfig) -> int:
     return _lora(shape, peft) + sum(each.outputs for each in shape.updated(peft.target_modules))
 
 
-def _ia3(shape: Shape, peft: PeftConfig) -> int:
+def _ia3(shape: ModelShape, peft: PeftConfig) -> int:
     return shape.kv_elements + shape.layers * shape.intermediate
 
 
@@ -66,48 +66,48 @@ def _places(peft: PeftConfig) -> int:
     return 2 if peft.placement == "houlsby" else 1
 
 
-def _bottlenecks(shape: Shape, peft: PeftConfig) -> int:
+def _bottlenecks(shape: ModelShape, peft: PeftConfig) -> int:
     return _places(peft) * shape.layers * (2 * shape.hidden * peft.size + peft.size + shape.hidden)
 
 
-def _kept_by_updates(shape: Shape, b: int, peft: PeftConfig) -> float:
+def _kept_by_updates(shape: ModelShape, b: int, peft: PeftConfig) -> float:
     """Of seven linear layers, what `lora_A` makes."""
     return b * 7 * peft.rank
 
 
-def _kept_by_dora(shape: Shape, b: int, peft: PeftConfig) -> float:
+def _kept_by_dora(shape: ModelShape, b: int, peft: PeftConfig) -> float:
     """The frozen weight's result and the update's too: both are multiplied by a factor that trains."""
     results = 2 * sum(each.outputs for each in shape.updated(peft.target_modules))
     return _kept_by_updates(shape, b, peft) + b * results / shape.layers
 
 
-def _kept_by_factors(shape: Shape, b: int, peft: PeftConfig) -> float:
+def _kept_by_factors(shape: ModelShape, b: int, peft: PeftConfig) -> float:
     """What they multiply: keys and values, and in the factors' fp32 what enters the second linear layer."""
     return b * 2 * shape.kv_heads * shape.head_size + 4 * shape.intermediate
 
 
-def _kept_by_bottlenecks(shape: Shape, b: int, peft: PeftConfig) -> float:
+def _kept_by_bottlenecks(shape: ModelShape, b: int, peft: PeftConfig) -> float:
     """The inputs of `down` and of `up`."""
     return _places(peft) * b * (shape.hidden + peft.size)
 
 
-def _prefix(shape: Shape, peft: PeftConfig) -> int:
+def _prefix(shape: ModelShape, peft: PeftConfig) -> int:
     return peft.tokens * shape.kv_elements
 
 
-def _prompt(shape: Shape, peft: PeftConfig) -> int:
+def _prompt(shape: ModelShape, peft: PeftConfig) -> int:
     return peft.tokens * shape.hidden
 
 
-def _p_tuning(shape: Shape, peft: PeftConfig) -> int:
+def _p_tuning(shape: ModelShape, peft: PeftConfig) -> int:
     return peft.tokens * shape.hidden + 3 * shape.hidden * (shape.hidden + 1)
 
 
-def _tokens(shape: Shape, peft: PeftConfig) -> int:
+def _tokens(shape: ModelShape, peft: PeftConfig) -> int:
     return peft.tokens
 
 
-def _last(shape: Shape, peft: PeftConfig) -> int:
+def _last(shape: ModelShape, peft: PeftConfig) -> int:
     return min(peft.layers, shape.layers) * shape.linear // shape.layers
 
 

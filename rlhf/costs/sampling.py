@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rlhf.costs.memory import Phase, beside_vllm, frozen_weights, logits, reading, sampling
+from rlhf.costs.memory import MemoryPhase, beside_vllm, frozen_weights, logits, reading, sampling
 from rlhf.costs.peft_costs import METHODS
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand, Worker, exactly, joined
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost, ThroughputModel, exactly, joined
 from rlhf.data.prepared import Lengths
 from rlhf.models.peft.config import PeftConfig
 
 
-def most_added(on: Setting, tuned: Iterable[PeftConfig | None]) -> int:
+def most_added(on: CostContext, tuned: Iterable[PeftConfig | None]) -> int:
     """Virtual tokens that any of the models which are trained like this puts before its rows."""
     return max((METHODS[peft.method].added_tokens(on.shape, peft) for peft in tuned if peft), default=0)
 
 
-def answering_demand(
-    on: Setting,
+def sampling_cost(
+    on: CostContext,
     prompts: Lengths,
     *,
     samples: int,
@@ -31,7 +31,7 @@ def answering_demand(
     models: int,
     others: Sequence[Lengths] = (),
     added: int = 0,
-) -> Demand:
+) -> StageCost:
     """One policy at a time answers every prompt, and what it said is read again.
 
     Args:
@@ -43,8 +43,10 @@ def answering_demand(
         added: virtual tokens before every sequence.
     """
     answers = prompts.rows * samples
-    of_others = prompts.mean - prompts.in_common
-    repeated = prompts._replace(in_common=prompts.mean - of_others / samples)  # samples of a prompt share it
+    of_others = prompts.mean - prompts.shared_prefix
+    repeated = prompts._replace(
+        shared_prefix=prompts.mean - of_others / samples
+    )  # samples of a prompt share it
     length = joined(repeated, exactly(new_tokens if prompts.rows else 0))
     model = frozen_weights(on, "policy")
     rows = min(batch_rows, answers / on.ranks)
@@ -52,11 +54,11 @@ def answering_demand(
     texts = [(answers, length), *((each.rows, each) for each in others)]
     most = max(on.pass_tokens(count, each, micro_batch_tokens) for count, each in texts)
     phases = [
-        Phase("sampling", [model, *sampling(on, rows, prompts.longest, new_tokens)]),
-        Phase("measuring", [model, reading(on, most), logits(on, learns=False)]),
-        Phase("scoring", [*[model] * models, reading(on, scored)]),
+        MemoryPhase("sampling", [model, *sampling(on, rows, prompts.longest, new_tokens)]),
+        MemoryPhase("measuring", [model, reading(on, most), logits(on, learns=False)]),
+        MemoryPhase("scoring", [*[model] * models, reading(on, scored)]),
     ]
-    worker = Worker(on)
+    worker = ThroughputModel(on)
     answered = policies * answers
     computed = on.computed(answered * length.mean, length)
     work = [
@@ -76,6 +78,6 @@ def answering_demand(
         ),
     ]  # fmt: skip
     longest = added + max([length.longest, *(each.longest for each in others if added)])
-    return Demand(
+    return StageCost(
         beside_vllm(on, phases), work, longest=longest, sampled=length.longest, context=on.shape.context
     )

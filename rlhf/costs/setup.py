@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from rlhf.costs.hardware import Machine
-from rlhf.costs.model_shape import Shape, shape_in
+from rlhf.costs.model_shape import ModelShape, shape_in
 from rlhf.data.prepared import Lengths
 from rlhf.data.schema import Role, Split
 from rlhf.distributed.batching import token_budget_batches
@@ -33,10 +33,10 @@ DRAWN_BATCHES = 100
 
 
 @dataclass(frozen=True)
-class Setting:
-    """All that demands are computed from, beside a stage's own knobs."""
+class CostContext:
+    """All that costs are computed from, beside a stage's own knobs."""
 
-    shape: Shape
+    shape: ModelShape
     dtype_bytes: int
     zero: Zero
     machine: Machine
@@ -75,7 +75,7 @@ class Setting:
         """Of so many tokens in rows of such lengths, those that go through a model: on CPUs what packed rows
         begin with alike does once."""
         shares = self.on_cpu and not self.pads and lengths.mean > 0
-        return tokens * (1 - lengths.in_common / lengths.mean) if shares else tokens
+        return tokens * (1 - lengths.shared_prefix / lengths.mean) if shares else tokens
 
     def _real_tokens(self, rows: float, lengths: Lengths, most: int) -> float:
         mine = rows / self.ranks
@@ -87,7 +87,7 @@ class Setting:
         tokens = rows / self.ranks * lengths.mean
         return max(1, math.ceil(tokens / max(1.0, self._real_tokens(rows, lengths, most))))
 
-    def starting(self, directory: Path | None) -> Setting:
+    def starting(self, directory: Path | None) -> CostContext:
         """Where a model of the user's is trained or run instead of the base model: as large as that, where
         its config does not tell."""
         try:
@@ -95,7 +95,7 @@ class Setting:
         except UnknownShapeError:
             return self
 
-    def tuned(self, peft: PeftConfig) -> Setting:
+    def tuned(self, peft: PeftConfig) -> CostContext:
         """Where a model is tuned like this: rows behind virtual tokens are padded."""
         return replace(self, pads=self.pads or METHODS[peft.method].pads)
 
@@ -120,6 +120,6 @@ def largest_padded(rows: int, lengths: Lengths, most: int) -> int:
     return largest
 
 
-def pads_rows(model: ModelConfig, shape: Shape) -> bool:
+def pads_rows(model: ModelConfig, shape: ModelShape) -> bool:
     """Whether rows are padded: by `model.attention`, or since the model cannot take packed ones."""
     return model.attention != ATTENTION and not (model.attention == "auto" and shape.can_pack)

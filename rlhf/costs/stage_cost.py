@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from rlhf.costs.hardware import Speed
-from rlhf.costs.memory import Phase
+from rlhf.costs.memory import MemoryPhase
 from rlhf.costs.peft_costs import METHODS
-from rlhf.costs.setup import Setting
+from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import Lengths
 
 Activity = Literal["read", "train", "decode", "optimizer", "load"]
@@ -39,10 +39,10 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Demand:
+class StageCost:
     """What a stage needs."""
 
-    phases: list[Phase] = field(default_factory=list)
+    phases: list[MemoryPhase] = field(default_factory=list)
     work: list[Task] = field(default_factory=list)
     artifact: float = 0.0
     """Bytes that it publishes."""
@@ -60,16 +60,16 @@ class Demand:
         """All work."""
         return sum(task.seconds for task in self.work)
 
-    def peak(self, *, on_host: bool | None = None) -> Phase:
+    def peak(self, *, on_host: bool | None = None) -> MemoryPhase:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: phase.size(on_host=on_host))
 
 
 @dataclass(frozen=True)
-class Worker:
+class ThroughputModel:
     """Turns counts of tokens into tasks."""
 
-    on: Setting
+    on: CostContext
 
     @property
     def speed(self) -> Speed:
@@ -157,7 +157,7 @@ def joined(*parts: Lengths) -> Lengths:
         sum(part.mean for part in parts),
         math.sqrt(sum(part.deviation**2 for part in parts)),
         sum(part.longest for part in parts),
-        sum(part.in_common for part in parts),
+        sum(part.shared_prefix for part in parts),
     )
 
 
@@ -166,12 +166,12 @@ def exactly(tokens: int) -> Lengths:
     return Lengths(0, float(tokens), 0.0, tokens)
 
 
-def one_after_the_other(demands: Sequence[Demand]) -> Demand:
+def one_after_the_other(costs: Sequence[StageCost]) -> StageCost:
     """Of parts that are not in memory together."""
-    return Demand(
-        [phase for each in demands for phase in each.phases],
-        [task for each in demands for task in each.work],
-        longest=max((each.longest for each in demands), default=0),
-        sampled=max((each.sampled for each in demands), default=0),
-        context=min((each.context for each in demands), default=math.inf),
+    return StageCost(
+        [phase for each in costs for phase in each.phases],
+        [task for each in costs for task in each.work],
+        longest=max((each.longest for each in costs), default=0),
+        sampled=max((each.sampled for each in costs), default=0),
+        context=min((each.context for each in costs), default=math.inf),
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rlhf.costs.memory import (
     FP32,
-    Part,
-    Phase,
+    Allocation,
+    MemoryPhase,
     Trained,
     activations,
     billions,
@@ -16,16 +16,16 @@ from rlhf.costs.memory import (
     reading,
 )
 from rlhf.costs.peft_costs import METHODS
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand, Worker
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost, ThroughputModel
 from rlhf.data.prepared import Lengths
 from rlhf.distributed.batching import num_batches
 from rlhf.models.peft import methods as tuning_methods
 from rlhf.models.peft.config import PeftConfig
 
 
-def training_demand(
-    on: Setting,
+def training_cost(
+    on: CostContext,
     peft: PeftConfig,
     train: Lengths,
     held_out: Lengths,
@@ -36,7 +36,7 @@ def training_demand(
     checkpointing: bool,
     has_logits: bool,
     longest: int,
-) -> Demand:
+) -> StageCost:
     """One engine that trains one model.
 
     Args:
@@ -53,17 +53,19 @@ def training_demand(
     heads = [logits(on, learns=True)] if has_logits and train.rows else []
     phases = [
         loading(on, trained),
-        Phase("forward and backward", [*states, *trained.gradients(passes=passes), graph, *heads]),
-        Phase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
-        Phase("publishing", [*states, *published(on, trained.parameters, is_scalar=not has_logits)]),
+        MemoryPhase("forward and backward", [*states, *trained.gradients(passes=passes), graph, *heads]),
+        MemoryPhase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
+        MemoryPhase("publishing", [*states, *published(on, trained.parameters, is_scalar=not has_logits)]),
     ]
     if held_out.rows:
         read = reading(on, on.pass_tokens(held_out.rows, held_out, micro_batch_tokens))
         if has_logits:
-            phases.append(Phase("evaluating", [*states, read, *heads]))
+            phases.append(MemoryPhase("evaluating", [*states, read, *heads]))
         else:
-            phases.append(Phase("ranking", [frozen_weights(on, "published model", is_scalar=True), read]))
-    worker, steps = Worker(on), num_batches(train.rows, batch_rows, epochs)
+            phases.append(
+                MemoryPhase("ranking", [frozen_weights(on, "published model", is_scalar=True), read])
+            )
+    worker, steps = ThroughputModel(on), num_batches(train.rows, batch_rows, epochs)
     all_tokens, held_tokens = epochs * train.rows * train.mean, held_out.rows * held_out.mean
     learned, read_tokens = on.computed(all_tokens, train), 2 * on.computed(held_tokens, held_out)
     work = [
@@ -78,25 +80,25 @@ def training_demand(
             what="held-out rows",
         ),
     ]  # fmt: skip
-    return Demand(
+    return StageCost(
         phases, work, artifact=artifact_bytes(on, peft, is_scalar=not has_logits),
         checkpoint=3 * FP32 * trained.parameters,
         longest=longest + METHODS[peft.method].added_tokens(on.shape, peft), context=on.shape.context,
     )  # fmt: skip
 
 
-def published(on: Setting, parameters: float, *, is_scalar: bool = False) -> list[Part]:
+def published(on: CostContext, parameters: float, *, is_scalar: bool = False) -> list[Allocation]:
     """On the host, while the engine is still there: a copy of what trained, and the model to write. Rank 0's
     alone, so a share of it for each rank there."""
     how = f"trained: {billions(parameters)} x {on.dtype_bytes} B"
     here, written = on.machine.ranks_here, frozen_weights(on, "published", is_scalar=is_scalar).size
     return [
-        Part("weights", on.dtype_bytes * parameters / here, how + over(here), True),
-        Part("weights", written / here, f"the model that is written{over(here)}", True),
+        Allocation("weights", on.dtype_bytes * parameters / here, how + over(here), True),
+        Allocation("weights", written / here, f"the model that is written{over(here)}", True),
     ]
 
 
-def artifact_bytes(on: Setting, peft: PeftConfig, *, is_scalar: bool = False) -> float:
+def artifact_bytes(on: CostContext, peft: PeftConfig, *, is_scalar: bool = False) -> float:
     """On disk: the model where the method merges, and what trained beside it."""
     beside = 0 if peft.method == "none" else on.dtype_bytes * METHODS[peft.method].published(on.shape, peft)
     model = frozen_weights(on, "published", is_scalar=is_scalar).size

@@ -49,7 +49,7 @@ class Entry:
     fingerprint: str
     tokens: int = 0
     """Of the longest sequence made from it."""
-    in_common: float = 0.0
+    shared_prefix: float = 0.0
     """Tokens with which a sequence made from it begins like the one before."""
 
     @property
@@ -126,7 +126,7 @@ class RoleData:
     def report(self) -> dict[str, Any]:
         """The role's part of report.json."""
         lengths = [entry.tokens for entry in self.entries]
-        in_common = [entry.in_common for entry in self.entries]
+        shared_prefix = [entry.shared_prefix for entry in self.entries]
         return {
             "read": self.num_read,
             "kept": {split: len(entries) for split, entries in self.splits.items()},
@@ -136,7 +136,7 @@ class RoleData:
             | {
                 "mean": fmean(lengths or [0]),
                 "deviation": pstdev(lengths or [0]),
-                "in_common": fmean(in_common or [0.0]),
+                "in_common": fmean(shared_prefix or [0.0]),
             },
         }
 

@@ -36,13 +36,15 @@ class Lengths(NamedTuple):
     mean: float
     deviation: float
     longest: int
-    in_common: float = 0.0
+    shared_prefix: float = 0.0
     """With how many tokens a row begins like the one before: on CPUs these go through a model once."""
 
     def cut(self, most: int) -> Lengths:
         """Where longer rows are cut or left out."""
         return self._replace(
-            mean=min(self.mean, most), longest=min(self.longest, most), in_common=min(self.in_common, most)
+            mean=min(self.mean, most),
+            longest=min(self.longest, most),
+            shared_prefix=min(self.shared_prefix, most),
         )
 
     def first(self, rows: int | None) -> Lengths:

@@ -63,7 +63,7 @@ class Compute:
     zero: Zero = "none"
     rank: int = 0
     world_size: int = 1
-    at: dict[str, Any] = field(default_factory=dict)
+    position: dict[str, Any] = field(default_factory=dict)
     """Where this rank is: stage and step, and how much it has `moved`. For whoever asks which one hangs."""
 
     @property
@@ -84,16 +84,16 @@ class Compute:
 
     def moved(self) -> None:
         """Count one thing that is done: what it was does not matter, only that this rank does not hang."""
-        self.at["moves"] = self.at.get("moves", 0) + 1
+        self.position["moves"] = self.position.get("moves", 0) + 1
 
     @contextmanager
     def busy(self) -> Iterator[None]:
         """While open, this rank does not hang, though nothing else shows it, such as a disk that is slow."""
-        self.at["busy"] = True
+        self.position["busy"] = True
         try:
             yield
         finally:
-            self.at["busy"] = False
+            self.position["busy"] = False
 
     def global_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
@@ -157,7 +157,7 @@ class Compute:
             over.set()
             teller.join()
 
-    def share(self, lengths: Sequence[int]) -> list[int]:
+    def shard_indices(self, lengths: Sequence[int]) -> list[int]:
         """Indices of the items that this rank works on: every so-manieth, by falling length."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         return order[self.rank :: self.world_size]

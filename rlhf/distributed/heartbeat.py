@@ -68,7 +68,7 @@ class Heartbeat:
     @property
     def place(self) -> str:
         """Where this rank is."""
-        return f"{self._compute.at.get('stage')}, step {self._compute.at.get('step')}"
+        return f"{self._compute.position.get('stage')}, step {self._compute.position.get('step')}"
 
     def others(self) -> str:
         """Where the other ranks are, or where they were last seen."""
@@ -99,7 +99,7 @@ class Heartbeat:
         return self._directory / f"rank{rank}.json"
 
     def _said(self) -> dict[str, Any]:
-        said = {**self._compute.at, "bytes": bytes_moved(self._main)}
+        said = {**self._compute.position, "bytes": bytes_moved(self._main)}
         if self._compute.device.type == "cpu":
             assert self._main.ident is not None
             said["cpu"] = int(time.clock_gettime(time.pthread_getcpuclockid(self._main.ident)))

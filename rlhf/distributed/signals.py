@@ -139,7 +139,7 @@ class StopSignals:
             end(second[0], True)
 
     @contextmanager
-    def put_off(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """While open, the first signal is only noted; whoever opened it looks at `received`.
 
         Raises:
@@ -182,7 +182,7 @@ def uninterrupted() -> Iterator[None]:
         Stopped: a signal came.
     """
     signals = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
-    with signals.put_off() if isinstance(signals, StopSignals) else nullcontext():
+    with signals.deferred() if isinstance(signals, StopSignals) else nullcontext():
         yield
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf.config import ConfigError
 from rlhf.digests import directory_digest
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 
 ROWS = 16
 """Rows of a forward pass: the harness keeps all their logits."""
@@ -68,7 +68,7 @@ class Harness:
                 "task files whose data lie on this machine."
             ) from None
 
-    def measure(self, policy: Policy) -> dict[str, float]:
+    def measure(self, policy: PolicyModel) -> dict[str, float]:
         """`lm_eval/TASK/METRIC` of all tasks and groups, as the harness defines them; without a template."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import Message
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.rl.rollout import Rollout
 
 
 def answer_losses(
-    policy: Policy, asked: Sequence[list[Message]], references: Sequence[str], micro_batch_tokens: int
+    policy: PolicyModel, asked: Sequence[list[Message]], references: Sequence[str], micro_batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each reference behind its prompt, in nats, fp64 [B]; and its tokens, [B].
 

@@ -15,7 +15,7 @@ from rlhf.data.chat_template import continuation_ids
 from rlhf.data.schema import QuestionRow, TextRow
 from rlhf.evaluation.intervals import difference, ratio, share
 from rlhf.evaluation.sampled import Sampled
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.rl.rollout import Rollout
 
 
@@ -46,7 +46,9 @@ class Retained(NamedTuple):
         return known
 
 
-def retention(policy: Policy, rows: Sequence[TextRow | QuestionRow], micro_batch_tokens: int) -> Retained:
+def retention(
+    policy: PolicyModel, rows: Sequence[TextRow | QuestionRow], micro_batch_tokens: int
+) -> Retained:
     """Measure one policy on all rows."""
     texts = [row for row in rows if isinstance(row, TextRow)]
     questions = [row for row in rows if isinstance(row, QuestionRow)]
@@ -83,7 +85,7 @@ def exponential(logarithm: Sampled) -> Sampled:
     return Sampled(value, low, high, logarithm.rows)
 
 
-def right_answers(policy: Policy, rows: Sequence[QuestionRow], micro_batch_tokens: int) -> Tensor:
+def right_answers(policy: PolicyModel, rows: Sequence[QuestionRow], micro_batch_tokens: int) -> Tensor:
     """fp64 [B]: 1 for a question whose right answer is the likeliest one per character."""
     choices = [(f"Question: {row.question}\nAnswer:", f" {choice}") for row in rows for choice in row.choices]
     logp_BR, _ = continuation_logp(policy, choices, micro_batch_tokens)
@@ -106,7 +108,7 @@ def likeliest_choice(logp_B: Tensor, choices: Sequence[str]) -> int:
 
 
 def continuation_logp(
-    policy: Policy, texts: Sequence[tuple[str, str]], micro_batch_tokens: int
+    policy: PolicyModel, texts: Sequence[tuple[str, str]], micro_batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Nats of every token of each (context, continuation), fp32 [B, R], 0 on padding; and the mask."""
     encoded = [continuation_ids(policy.tokenizer, context, continuation) for context, continuation in texts]

@@ -24,7 +24,7 @@ from rlhf.models.weight_sharing import offload
 from rlhf.rl.rollout import Rollout
 
 
-class Policy:
+class PolicyModel:
     """What samples answers, and says how likely they were."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Policy:
         tokenizer: PreTrainedTokenizerBase | None = None,
         vllm: Vllm | None = None,
         device: torch.device | None = None,
-    ) -> Policy:
+    ) -> PolicyModel:
         """A published model, frozen. A base model's tokenizer is given: only published ones carry the
         chat template that the config asks for. `device` is another one than where it shall run, if something
         is going to move it."""
@@ -112,7 +112,7 @@ class Policy:
         ids = [torch.tensor(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         uniform_BR = torch.rand(len(ids), max_new_tokens, generator=generator)
         lengths = [len(row) for row in ids]
-        mine = self.compute.share(lengths)
+        mine = self.compute.shard_indices(lengths)
         if self.vllm is None:
             engine = partial(
                 generate, self.model, pad_id=self.pad_id, batch_rows=batch_rows, on_token=self.compute.moved

@@ -51,7 +51,7 @@ class Packed:
         """What attention over these rows needs in every layer."""
         self._unseen: dict[tuple[Any, ...], Tensor] = {}
         self.ids_T = torch.cat(list(rows)).to(device)
-        self.in_common = [0] * len(rows)
+        self.shared_prefix = [0] * len(rows)
         """How many of a row's first tokens belong to another one."""
         self.token_T = torch.arange(len(self.ids_T), device=self.ids_T.device)
         """Which of the U tokens each of the T is."""
@@ -62,14 +62,14 @@ class Packed:
         """Sorted rows have most in common with the one before; the rest of each is its own."""
         order = sorted(range(len(rows)), key=rows.__getitem__)
         for before, row in pairwise(order):
-            self.in_common[row] = equal_tokens(rows[before], rows[row])
-        if not any(self.in_common):
+            self.shared_prefix[row] = equal_tokens(rows[before], rows[row])
+        if not any(self.shared_prefix):
             return
         of_rows = list(self.token_T.split(self.lengths))
-        own = [len(row) - count for row, count in zip(rows, self.in_common, strict=True)]
+        own = [len(row) - count for row, count in zip(rows, self.shared_prefix, strict=True)]
         firsts = [0, *accumulate(own)]
         for place, row in enumerate(order):
-            count = self.in_common[row]
+            count = self.shared_prefix[row]
             own_tokens = torch.arange(firsts[row], firsts[row + 1])
             before_it = of_rows[order[place - 1]][:count]
             of_rows[row] = torch.cat([before_it, own_tokens])
@@ -79,18 +79,18 @@ class Packed:
         """Of something of each of the T tokens, that of the U: rows' own ones, in order."""
         if not self.has_common:
             return x_T
-        in_common_T = torch.tensor(self.in_common).repeat_interleave(torch.tensor(self.lengths))
+        in_common_T = torch.tensor(self.shared_prefix).repeat_interleave(torch.tensor(self.lengths))
         return x_T[self.positions_T >= in_common_T]
 
     @property
     def size(self) -> int:
         """U."""
-        return len(self.ids_T) - sum(self.in_common)
+        return len(self.ids_T) - sum(self.shared_prefix)
 
     @cached_property
     def has_common(self) -> bool:
         """U < T."""
-        return any(self.in_common)
+        return any(self.shared_prefix)
 
     @property
     def longest(self) -> int:
@@ -116,9 +116,9 @@ class Packed:
     def groups(self, most: int, queries: int) -> list[Group]:
         """Rows beside each other, of which so many queries each have at most `most` attention weights."""
         found: list[Group] = []
-        order = [row for row, length in enumerate(self.lengths) if self.in_common[row] < length]
+        order = [row for row, length in enumerate(self.lengths) if self.shared_prefix[row] < length]
         if self.has_common:
-            order.sort(key=lambda row: (self.in_common[row], self.lengths[row]))
+            order.sort(key=lambda row: (self.shared_prefix[row], self.lengths[row]))
         while order:
             longest, end = self.lengths[order[0]], 1
             while end < len(order):
@@ -132,11 +132,11 @@ class Packed:
 
     def _group(self, rows: list[int], longest: int) -> Group:
         lengths = torch.tensor([self.lengths[row] for row in rows])[:, None]
-        in_common = torch.tensor([self.in_common[row] for row in rows])[:, None]
+        shared_prefix = torch.tensor([self.shared_prefix[row] for row in rows])[:, None]
         positions = torch.arange(aligned(longest))
-        is_own = (positions >= in_common) & (positions < lengths)
+        is_own = (positions >= shared_prefix) & (positions < lengths)
         tokens = self.token_T[self.starts[rows, None] + torch.minimum(positions, lengths - 1)]
-        return Group(tokens, is_own, int(in_common.min()), longest)
+        return Group(tokens, is_own, int(shared_prefix.min()), longest)
 
     def unseen(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """[length, length], to be added to scores: -inf where a query does not look."""

@@ -43,7 +43,7 @@ def digest_of_start(key: str, init: str, digest: DirectoryDigest = directory_dig
 
     Args:
         key: what the user calls it, such as `ppo.init`.
-        digest: as of `Stage.external`.
+        digest: as of `Stage.external_digests`.
 
     Raises:
         ConfigError: there is no model.

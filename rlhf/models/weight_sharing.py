@@ -34,7 +34,7 @@ def sharing(module: ModuleT, own: Iterable[nn.Parameter] = ()) -> ModuleT:
     """A second tree of modules on the very same weights, frozen in it.
 
     Its parameters are new objects on the old storage. So what one tree points elsewhere for a while
-    (`Adapter.folded_in`) stays as it is in the other; what is written into a weight is seen by both.
+    (`Adapter.merged`) stays as it is in the other; what is written into a weight is seen by both.
 
     Args:
         own: parameters that are copied instead.

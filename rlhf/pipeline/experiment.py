@@ -115,11 +115,11 @@ class Experiment:
     def whole_chain(self) -> set[str]:
         """`stage=all`: the stages of the chain, without a model before the last that none of them reads."""
         chain = [name for name, stage in self.stages.items() if stage.in_chain]
-        last = [name for name in chain if self.stages[name].tunes() is not None][-1]
+        last = [name for name in chain if self.stages[name].peft_config() is not None][-1]
         found: set[str] = set()
         for name in reversed(chain):
             is_read = any(name in self.stages[later].inputs() for later in found)
-            if self.stages[name].tunes() is None or name == last or is_read:
+            if self.stages[name].peft_config() is None or name == last or is_read:
                 found.add(name)
         return found
 
@@ -174,7 +174,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     for name in experiment.needed():
         stages[name].check(stages)
         check_method(stages[name], experiment)
-        peft = stages[name].tunes()
+        peft = stages[name].peft_config()
         if peft is not None and peft.method == "qlora":
             check_qlora(f"{name}.peft=qlora", settings.device)
     return experiment
@@ -212,12 +212,12 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
     Raises:
         ConfigError: why, and with what it can.
     """
-    peft, settings = stage.tunes(), experiment.settings
+    peft, settings = stage.peft_config(), experiment.settings
     if peft is None:
         return
     method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
     merging = " or ".join(name for name, each in METHODS.items() if each.merges)
-    start = experiment.stages["sft"].tunes() if "sft" in stage.inputs() else None
+    start = experiment.stages["sft"].peft_config() if "sft" in stage.inputs() else None
     if start is not None and not METHODS[start.method].merges:
         raise ConfigError(
             f"sft.peft={start.method}: it is not merged into the weights, so {stage.name}, which trains on "

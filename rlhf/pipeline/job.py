@@ -47,8 +47,8 @@ class Job:
     """How a reward at a URL is asked."""
     run_directory: Path
     """For what does not belong into the artifact, such as a batch that could not be learned from."""
-    external: Mapping[str, str] = field(default_factory=dict)
-    """As rank 0 found it: `Stage.external`. Whole models are hashed for it, once."""
+    external_digests: Mapping[str, str] = field(default_factory=dict)
+    """As rank 0 found it: `Stage.external_digests`. Whole models are hashed for it, once."""
     vllm: Vllm | None = None
     """What samples with `generation=vllm`; None for the local engine."""
     experiment: Experiment | None = None
@@ -67,7 +67,7 @@ class Job:
         """The model that `STAGE.init` names."""
         directory = directory_of(init)
         if directory is not None:
-            return BaseModelFiles(directory, self.external["init"], self.base.config)
+            return BaseModelFiles(directory, self.external_digests["init"], self.base.config)
         if init == "base":
             return self.base
         return BaseModelFiles(self.inputs[init].path, self.inputs[init].key, self.base.config)

@@ -27,14 +27,14 @@ def make_manifest(
     metrics: Mapping[str, float],
     seconds: float,
     num_ranks: int,
-    made_from: dict[str, str],
+    input_digests: dict[str, str],
 ) -> Manifest:
     """The manifest of what lies in scratch; the store fills in the files.
 
     Args:
         config: the whole resolved config of the run, without secrets.
         seconds: of all attempts.
-        made_from: stage -> `content_digest`.
+        input_digests: stage -> `content_digest`.
     """
     tokenizer_files = {
         path.name: file_digest(path) for name in TOKENIZER_FILES if (path := scratch / name).exists()
@@ -52,7 +52,7 @@ def make_manifest(
         packages={"rlhf": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
         hardware=hardware() + (f", {num_ranks} ranks" if num_ranks > 1 else ""),
         files={},
-        made_from=made_from,
+        input_digests=input_digests,
     )
 
 

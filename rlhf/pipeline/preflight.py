@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import found_machine, kept_speed, quick_speed
-from rlhf.costs.memory import Phase, amount
-from rlhf.costs.model_shape import Shape, counted
-from rlhf.costs.setup import GIB, Setting, Sizes, pads_rows
-from rlhf.costs.stage_cost import Demand
+from rlhf.costs.memory import MemoryPhase, amount
+from rlhf.costs.model_shape import ModelShape, counted
+from rlhf.costs.setup import GIB, CostContext, Sizes, pads_rows
+from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
@@ -76,13 +76,13 @@ def check_before_loading(
             console.print(line, highlight=False, markup=False, style="yellow")
         models = {stage.name: own_skeleton(stage, base) or model for stage in stages}
         for index, stage in enumerate(stages):
-            is_known = (stage.tunes(), stage.init_directory()) in [
-                (before.tunes(), before.init_directory()) for before in stages[:index]
+            is_known = (stage.peft_config(), stage.init_directory()) in [
+                (before.peft_config(), before.init_directory()) for before in stages[:index]
             ]
             check_tunes(stage, models[stage.name], check_attachable if is_known else rehearse)
         for line in adapters_told(stages, models):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        on = found_setting(settings, counted(model), compute, data.size)
+        on = found_context(settings, counted(model), compute, data.size)
     except UnknownShapeError as unknown:
         unchecked = f"Memory, time, disk and context are not checked: {unknown}."
         console.print(unchecked, style="yellow", highlight=False)
@@ -97,7 +97,7 @@ def check_before_loading(
         raise ConfigError("\n".join([*told, "Nothing was loaded. preflight=warn goes on nevertheless."]))
     for line in told:
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
-    console.print(expectations(checked.demands, on, pending), highlight=False)
+    console.print(expectations(checked.costs, on, pending), highlight=False)
 
 
 def check_tunes(
@@ -114,7 +114,7 @@ def check_tunes(
     Raises:
         ConfigError: why.
     """
-    peft = stage.tunes()
+    peft = stage.peft_config()
     if peft is None:
         return
     try:
@@ -141,7 +141,7 @@ def adapters_told(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]
     """
     lines: dict[str, list[str]] = {}
     for stage in stages:
-        peft = stage.tunes()
+        peft = stage.peft_config()
         line = None if peft is None else told_of(models[stage.name], peft)
         if line is not None:
             lines.setdefault(line, []).append(stage.name)
@@ -164,7 +164,7 @@ def eager_told(base: PreTrainedModel, attention: str) -> Iterator[str]:
 def padding_told(stages: Sequence[Stage], attention: str) -> Iterator[str]:
     """Where rows are padded that would otherwise be laid end to end."""
     for stage in stages:
-        peft = stage.tunes()
+        peft = stage.peft_config()
         if peft is not None and METHODS[peft.method].pads and attention == "auto":
             yield (
                 f"{stage.name}.peft={peft.method}: rows are padded, one sequence a row: laid end to end only "
@@ -176,7 +176,7 @@ def padding_told(stages: Sequence[Stage], attention: str) -> Iterator[str]:
 class Checked:
     """What the stages that have to run need, and what speaks against it."""
 
-    demands: dict[str, Demand]
+    costs: dict[str, StageCost]
     refused: list[str]
     """Complaints in the user's own keys."""
     warned: list[str]
@@ -186,7 +186,7 @@ class Checked:
 def preflight(
     stages: Sequence[Stage],
     chain: Mapping[str, Stage],
-    on: Setting,
+    on: CostContext,
     store: Path,
     checkpoints: CheckpointConfig,
     begun: Mapping[str, Begun],
@@ -196,54 +196,54 @@ def preflight(
     Args:
         begun: what an earlier attempt left of each stage.
     """
-    demands: dict[str, Demand] = {}
+    costs: dict[str, StageCost] = {}
     refused: list[str] = []
     warned: list[str] = []
     for stage in stages:
-        demand = demands[stage.name] = stage.demand(on, chain)
-        if not demand.phases:
+        cost = costs[stage.name] = stage.cost(on, chain)
+        if not cost.phases:
             continue
-        need = shortage(demand, on)
+        need = shortage(cost, on)
         if need > MARGIN:
-            refused.append(f"{said(stage, demand, on)} {advice(stage, chain, on)}")
+            refused.append(f"{said(stage, cost, on)} {advice(stage, chain, on)}")
         elif need > 1.0:
-            warned.append(said(stage, demand, on))
+            warned.append(said(stage, cost, on))
         on = replace(on, has_sampled=on.has_sampled or stage.samples)
-    refused += disk_complaints(demands, store, checkpoints, begun)
-    too_long = context_complaints(stages, demands, chain, on)
-    return Checked(demands, [*too_long, *refused], warned)
+    refused += disk_complaints(costs, store, checkpoints, begun)
+    too_long = context_complaints(stages, costs, chain, on)
+    return Checked(costs, [*too_long, *refused], warned)
 
 
-def tightest(demand: Demand, on: Setting) -> tuple[Phase, bool | None, float]:
+def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None, float]:
     """The phase that wants the largest share of the memory there is, whether that is the host's (None without
     a device of its own), and the share; above 1 it is not enough."""
     machine = on.machine
     if machine.kind == "cpu":
-        phase = demand.peak()
+        phase = cost.peak()
         return phase, None, (phase.size() + machine.used) / machine.memory
-    device, host = demand.peak(on_host=False), demand.peak(on_host=True)
+    device, host = cost.peak(on_host=False), cost.peak(on_host=True)
     on_device = (device.size(on_host=False) + machine.used) / machine.memory
     on_host = host.size(on_host=True) / machine.host_memory
     return (host, True, on_host) if on_host > on_device else (device, False, on_device)
 
 
-def shortage(demand: Demand, on: Setting) -> float:
+def shortage(cost: StageCost, on: CostContext) -> float:
     """The largest share of the memory there is that any phase wants; above 1 it is not enough."""
-    return tightest(demand, on)[2]
+    return tightest(cost, on)[2]
 
 
-def most(demand: Demand, on: Setting) -> tuple[Phase, float]:
+def most(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, float]:
     """The phase that needs most of the device, and its bytes with what the process holds anyway; without a
     device of its own, of the host."""
     on_host = None if on.on_cpu else False
-    phase = demand.peak(on_host=on_host)
+    phase = cost.peak(on_host=on_host)
     return phase, phase.size(on_host=on_host) + on.machine.used
 
 
-def said(stage: Stage, demand: Demand, on: Setting) -> str:
+def said(stage: Stage, cost: StageCost, on: CostContext) -> str:
     """`ppo needs about 31.0 GiB (learning: weights 15.0, ...), and there are 24.0 GiB.`"""
     machine = on.machine
-    phase, on_host, _ = tightest(demand, on)
+    phase, on_host, _ = tightest(cost, on)
     have, used = (machine.host_memory, 0.0) if on_host else (machine.memory, machine.used)
     where = {None: "", True: " in the host's memory", False: " on each GPU"}[on_host]
     total = phase.size(on_host=on_host) + used
@@ -253,7 +253,7 @@ def said(stage: Stage, demand: Demand, on: Setting) -> str:
     )
 
 
-def by_kind(phase: Phase, on_host: bool | None = None) -> str:
+def by_kind(phase: MemoryPhase, on_host: bool | None = None) -> str:
     """`weights 1.2, optimizer 3.0`, in GiB."""
     sizes: dict[str, float] = {}
     for part in phase.parts:
@@ -262,7 +262,7 @@ def by_kind(phase: Phase, on_host: bool | None = None) -> str:
     return ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in sizes.items())
 
 
-def advice(stage: Stage, chain: Mapping[str, Stage], on: Setting) -> str:
+def advice(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> str:
     """The knobs that would make it fit, by trying them: each alone, then together."""
     found = []
     knobs = list(savings(stage, on))
@@ -281,7 +281,7 @@ def advice(stage: Stage, chain: Mapping[str, Stage], on: Setting) -> str:
     return "No knob here would make it fit: take a smaller model or more memory."
 
 
-def savings(stage: Stage, on: Setting) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def savings(stage: Stage, on: CostContext) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(as the user would write it, knobs of the stage, changes of the setting): the cheapest first."""
     name, fields = stage.name, type(stage).model_fields
     knobs = stage.model_dump()
@@ -308,19 +308,23 @@ def savings(stage: Stage, on: Setting) -> Iterator[tuple[str, dict[str, Any], di
 
 
 def fits(
-    stage: Stage, chain: Mapping[str, Stage], on: Setting, change: Mapping[str, Any], where: Mapping[str, Any]
+    stage: Stage,
+    chain: Mapping[str, Stage],
+    on: CostContext,
+    change: Mapping[str, Any],
+    where: Mapping[str, Any],
 ) -> bool:
     """Whether the stage has memory enough with these changes, and its run would take them."""
     changed = stage.model_copy(update=dict(change))
     setting = replace(on, **where)
     if not is_taken(changed, setting):
         return False
-    return shortage(changed.demand(setting, {**chain, stage.name: changed}), setting) <= 1.0
+    return shortage(changed.cost(setting, {**chain, stage.name: changed}), setting) <= 1.0
 
 
-def is_taken(stage: Stage, on: Setting) -> bool:
+def is_taken(stage: Stage, on: CostContext) -> bool:
     """Whether a stage would run on these ranks, which is a question of those that train."""
-    if stage.tunes() is None:
+    if stage.peft_config() is None:
         return True
     try:
         stage.check_compute(
@@ -332,7 +336,7 @@ def is_taken(stage: Stage, on: Setting) -> bool:
 
 
 def context_complaints(
-    stages: Sequence[Stage], demands: Mapping[str, Demand], chain: Mapping[str, Stage], on: Setting
+    stages: Sequence[Stage], costs: Mapping[str, StageCost], chain: Mapping[str, Stage], on: CostContext
 ) -> Iterator[str]:
     """A sequence that is longer than the model, or vLLM where that samples it, can read: for each key that
     the user would lower, what the stage says that has the longest."""
@@ -340,23 +344,23 @@ def context_complaints(
     excess: dict[str, float] = {}
     complaints: dict[str, str] = {}
     for stage in stages:
-        demand = demands[stage.name]
-        if limit is not None and limit < demand.sampled <= on.shape.context:
+        cost = costs[stage.name]
+        if limit is not None and limit < cost.sampled <= on.shape.context:
             yield (
-                f"{stage.name}: the longest prompt and its answer are {demand.sampled} tokens, and "
-                f"vllm.max_model_len={limit}. Use {demand.sampled} or more."
+                f"{stage.name}: the longest prompt and its answer are {cost.sampled} tokens, and "
+                f"vllm.max_model_len={limit}. Use {cost.sampled} or more."
             )
-        context = min(demand.context, on.shape.context)
-        if demand.longest <= context:
+        context = min(cost.context, on.shape.context)
+        if cost.longest <= context:
             continue
         key = next(key for key in ("max_new_tokens", "max_tokens") if key in type(stage).model_fields)
         value = stage.model_dump()[key]
         name = f"{_owner(stage, key, chain)}.{key}"
-        more = max(value, demand.longest) - context
+        more = max(value, cost.longest) - context
         if more > excess.get(name, 0.0):
             excess[name] = more
             complaints[name] = (
-                f"{name}={value}: the longest sequence could have {demand.longest} tokens, and the "
+                f"{name}={value}: the longest sequence could have {cost.longest} tokens, and the "
                 f"model's context has {context:.0f}. Lower it by {more:.0f}."
             )
     yield from complaints.values()
@@ -365,20 +369,20 @@ def context_complaints(
 def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
     """The stage whose key the user types: stages of the chain that train nothing repeat that of one that
     does (`generate.max_new_tokens: ${ppo.max_new_tokens}`)."""
-    if stage.in_chain and stage.tunes() is None:
+    if stage.in_chain and stage.peft_config() is None:
         for other in chain.values():
-            if other.tunes() is not None and other.model_dump().get(key) == stage.model_dump()[key]:
+            if other.peft_config() is not None and other.model_dump().get(key) == stage.model_dump()[key]:
                 return other.name
     return stage.name
 
 
 def disk_complaints(
-    demands: Mapping[str, Demand], store: Path, checkpoints: CheckpointConfig, begun: Mapping[str, Begun]
+    costs: Mapping[str, StageCost], store: Path, checkpoints: CheckpointConfig, begun: Mapping[str, Begun]
 ) -> Iterator[str]:
     """What is published, and the checkpoints of the stage that needs most, must fit the store's disk, beside
     those that a stage to be resumed has written."""
-    published = sum(demand.artifact for demand in demands.values())
-    missing = [checkpoint_bytes(demand, checkpoints) - begun[name].bytes for name, demand in demands.items()]
+    published = sum(cost.artifact for cost in costs.values())
+    missing = [checkpoint_bytes(cost, checkpoints) - begun[name].bytes for name, cost in costs.items()]
     largest = max(0.0, *missing)
     free = shutil.disk_usage(store).free
     if published + largest > free:
@@ -389,28 +393,28 @@ def disk_complaints(
         )
 
 
-def checkpoint_bytes(demand: Demand, config: CheckpointConfig) -> float:
+def checkpoint_bytes(cost: StageCost, config: CheckpointConfig) -> float:
     """Of all that are kept, and the one being written; 0 where the stage ends before the first."""
     minutes = config.every_minutes
-    is_written = config.every_steps is not None or (minutes is not None and demand.seconds > 60 * minutes)
-    return (config.keep + 1) * demand.checkpoint if is_written else 0.0
+    is_written = config.every_steps is not None or (minutes is not None and cost.seconds > 60 * minutes)
+    return (config.keep + 1) * cost.checkpoint if is_written else 0.0
 
 
-def expectations(demands: Mapping[str, Demand], on: Setting, begun: Mapping[str, Begun]) -> str:
+def expectations(costs: Mapping[str, StageCost], on: CostContext, begun: Mapping[str, Begun]) -> str:
     """`About 5:10 to go: sft 2:00, 3.1 GiB; ...`, from where each stage's newest checkpoint is."""
-    left = {name: max(0.0, demand.seconds - begun[name].seconds) for name, demand in demands.items()}
+    left = {name: max(0.0, cost.seconds - begun[name].seconds) for name, cost in costs.items()}
     parts = [
-        f"{name} {clock(left[name])} ({most(demand, on)[1] / GIB:.1f} GiB)"
-        for name, demand in demands.items()
-        if demand.phases
+        f"{name} {clock(left[name])} ({most(cost, on)[1] / GIB:.1f} GiB)"
+        for name, cost in costs.items()
+        if cost.phases
     ]
     return f"About {clock(sum(left.values()))} to go: {', '.join(parts)}."
 
 
-def found_setting(settings: Settings, shape: Shape, compute: Compute, sizes: Sizes) -> Setting:
+def found_context(settings: Settings, shape: ModelShape, compute: Compute, sizes: Sizes) -> CostContext:
     """This run's, with the base model's shape."""
     speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
-    return Setting(
+    return CostContext(
         shape=shape,
         dtype_bytes=compute.dtype.itemsize,
         zero=settings.zero,

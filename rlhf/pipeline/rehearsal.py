@@ -68,7 +68,7 @@ def rehearse_rewards(
 
 def some_exchanges(stage: Stage, data: PreparedData) -> Iterator[Exchange]:
     """Rows of the first data that a stage reads, with an answer."""
-    role = stage.roles()[0]
+    role = stage.datasets()[0]
     rows: Sequence[Row] = data.rows(role, splits_of(role)[0])
     for row in rows:
         match row:

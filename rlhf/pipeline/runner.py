@@ -79,10 +79,12 @@ class Pipeline:
 
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
             identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
-            return identity, {stage.name: stage.external(self.store.directory_digest) for stage in stages}
+            return identity, {
+                stage.name: stage.external_digests(self.store.directory_digest) for stage in stages
+            }
 
         # by rank 0: it may read whole models; now: a missing file is not told after hours of training
-        self.model_identity, self.external = compute.main_only(identify)
+        self.model_identity, self.external_digests = compute.main_only(identify)
         self.import_rewards()
 
     def import_rewards(self) -> None:
@@ -91,7 +93,7 @@ class Pipeline:
         Raises:
             ConfigError: the code here is not rank 0's.
         """
-        for external in self.external.values():
+        for external in self.external_digests.values():
             for source, digest in external.items():
                 if source.startswith("python:") and imported_code(source)[source] != digest:
                     raise ConfigError(
@@ -173,7 +175,7 @@ class Pipeline:
                 check_tokenizer(base, settings.model.said)
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
-                self.compute.at.update(stage=name, step=0)
+                self.compute.position.update(stage=name, step=0)
                 artifacts[name] = self.finish(name, artifacts, base, tracker)
                 if name == "prepare":
                     data = PreparedData(artifacts["prepare"].path)
@@ -241,7 +243,7 @@ class Pipeline:
         why = ""
         if self.experiment.settings.why:
             if forced:
-                reason = "force" if stage.is_kept else "it always does"
+                reason = "force" if stage.cacheable else "it always does"
             why = f": {reason or self.compute.main_only(lambda: self.explain(recipe))}"
         self.console.print(f"[cyan]{name}[/] runs ({key}){why}", highlight=False)
         damage = self.compute.main_only(lambda: self.damaged_input(stage, artifacts))
@@ -271,11 +273,11 @@ class Pipeline:
                 tell=self.tell,
                 stage=name,
                 recipe=recipe,
-                made_from=self.made_from(stage, artifacts),
+                input_digests=self.input_digests(stage, artifacts),
             ),
             reward_server=self.experiment.settings.reward_server,
             run_directory=run.directory,
-            external=self.external[name],
+            external_digests=self.external_digests[name],
             vllm=self.vllm,
             experiment=self.experiment,
         )
@@ -298,7 +300,7 @@ class Pipeline:
             manifest = make_manifest(
                 name, recipe, scratch, config=redacted(self.experiment.resolved), metrics=metrics,
                 seconds=seconds, num_ranks=self.compute.world_size,
-                made_from=self.made_from(stage, artifacts),
+                input_digests=self.input_digests(stage, artifacts),
             )  # fmt: skip
             return self.store.publish(scratch, manifest)
 
@@ -327,7 +329,7 @@ class Pipeline:
 
     def is_forced(self, stage: Stage) -> bool:
         """Whether it runs even where the store has its artifact."""
-        asked = stage.name in self.experiment.settings.force or not stage.is_kept
+        asked = stage.name in self.experiment.settings.force or not stage.cacheable
         return asked and stage.name not in self.made
 
     def damaged_input(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> DamagedError | None:
@@ -350,8 +352,8 @@ class Pipeline:
         Raises:
             ConfigError: it was changed since the run began, hours ago perhaps; or the Hub's cache is damaged.
         """
-        settings, before = self.experiment.settings, self.external[stage.name]
-        now = stage.external(partial(self.store.directory_digest, read=True))
+        settings, before = self.experiment.settings, self.external_digests[stage.name]
+        now = stage.external_digests(partial(self.store.directory_digest, read=True))
         changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
         if stage.reads_base_model() and settings.model.kind == "hub":
             check_hub_files(settings.model, base.directory, self.store.memory(base.directory))
@@ -369,7 +371,7 @@ class Pipeline:
             if source.startswith("python:") and has_changed(source):
                 self.tell(f"{stage.name}: the code of {source} was changed; this run keeps what it imported")
 
-    def made_from(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
+    def input_digests(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
         """What a stage's inputs hold; the content of the prepared sets is in its recipe."""
         inputs = {name: content_digest(artifacts[name]) for name in stage.inputs() if name != "prepare"}
         if stage.reads_base_model() and self.base is not None:
@@ -431,7 +433,7 @@ class Pipeline:
             found = self.store.find(stage.name, recipe_key(recipe))
         except DamagedError:
             return None
-        if found is None or found.manifest.made_from != self.made_from(stage, artifacts):
+        if found is None or found.manifest.input_digests != self.input_digests(stage, artifacts):
             return None
         return found
 
@@ -441,12 +443,12 @@ class Pipeline:
             "stage": stage.name,
             "version": stage.version,
             "knobs": stage.knobs(),
-            "external": self.external[stage.name],
+            "external": self.external_digests[stage.name],
             "inputs": {name: artifacts[name].key for name in stage.inputs() if name != "prepare"},
         }
-        if stage.roles():  # the content of the prepared sets, not the key of `prepare`: see docs/store.md
+        if stage.datasets():  # the content of the prepared sets, not the key of `prepare`: see docs/store.md
             files = artifacts["prepare"].manifest.files
-            recipe["data"] = {role: role_digest(role, files) for role in stage.roles()}
+            recipe["data"] = {role: role_digest(role, files) for role in stage.datasets()}
         if stage.reads_base_model():
             recipe["model"] = self.model_identity
         if stage.random:
@@ -456,7 +458,7 @@ class Pipeline:
             recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
             if stage.is_timed:
                 recipe["vllm"] = self.experiment.settings.vllm.model_dump()
-        if not stage.is_kept:  # made anew by each run, which must not replace another's
+        if not stage.cacheable:  # made anew by each run, which must not replace another's
             recipe["run"] = str(self.results.directory.resolve())
         found: Recipe = redacted(recipe)
         return found
@@ -526,7 +528,7 @@ class Pipeline:
                 write(scratch)
             manifest = make_manifest(
                 "base", recipe, scratch, config={}, metrics={}, seconds=time.monotonic() - start, num_ranks=1,
-                made_from={},
+                input_digests={},
             )  # fmt: skip
             return self.store.publish(scratch, manifest)
 

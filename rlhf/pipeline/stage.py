@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rlhf.config import Bound, ConfigError, Strict, did_you_mean
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.digests import DirectoryDigest, directory_digest
@@ -44,7 +44,7 @@ class Stage(Strict, ABC):
     """Whether `stage=all` runs it; others run only where they are named."""
     is_timed: ClassVar[bool] = False
     """Whether it says how long sampling took, so that `vllm.*` decide the result."""
-    is_kept: ClassVar[bool] = True
+    cacheable: ClassVar[bool] = True
     """Whether its artifact is taken instead of running it again."""
     not_in_key: ClassVar[frozenset[str]] = frozenset()
     """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
@@ -57,13 +57,13 @@ class Stage(Strict, ABC):
         """The stages whose artifacts this one reads."""
         return ()
 
-    def roles(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[Role, ...]:
         """The prepared data sets this one reads: sft, reward, ppo, evaluate, retention."""
         return ()
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
         """Those of `roles` that it cannot do without: a run that lacks their data is refused."""
-        return self.roles()
+        return self.datasets()
 
     def rewards(self) -> Mapping[str, str]:
         """Key -> the reward that it names, such as `ppo.reward` -> `vader`; without those that are null."""
@@ -99,7 +99,7 @@ class Stage(Strict, ABC):
                 f"It measures {', '.join(known)}."
             )
 
-    def tunes(self) -> PeftConfig | None:
+    def peft_config(self) -> PeftConfig | None:
         """Which parameters it trains; None where it trains none."""
         return None
 
@@ -140,7 +140,7 @@ class Stage(Strict, ABC):
         """Gates that do not apply with these knobs, and why: they are not checked, and the run says so."""
         return {}
 
-    def external(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """Digests of what lies outside the store and decides the result (data files).
 
         Args:
@@ -153,7 +153,7 @@ class Stage(Strict, ABC):
         return self.model_dump(mode="json", exclude={"gates", *self.not_in_key})
 
     @abstractmethod
-    def demand(self, on: Setting, chain: Mapping[str, Stage]) -> Demand:
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """What it needs in memory, phase by phase, and the work it does, from its knobs alone.
 
         Args:

@@ -33,7 +33,7 @@ from rlhf.disk import naming
 from rlhf.locks import Lock
 from rlhf.printable import printable
 
-FORMAT = 2
+FORMAT = 3
 KEY_LENGTH = 16
 
 READ = ("model: ", "data.", "external.", "inputs.")
@@ -61,7 +61,7 @@ class Manifest(BaseModel):
     """Digest of tokenizer, chat template and special tokens, where the artifact holds one."""
     files: dict[str, str]
     """Relative path -> sha256."""
-    made_from: dict[str, str] = {}
+    input_digests: dict[str, str] = {}
     """Stage (or `base`) -> digest of the content of its artifact that this one was made from."""
     digest: str = ""
     """sha256 of all the other fields; the store fills it in."""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf.costs.memory import amount
-from rlhf.costs.setup import GIB, Setting
+from rlhf.costs.setup import GIB, CostContext
 from rlhf.pipeline.preflight import most
 from rlhf.planner.strategies import Strategy
 from rlhf.tracking.progress import clock
@@ -29,7 +29,7 @@ def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
     ]  # fmt: skip
     rows = []
     for place, strategy in enumerate(strategies, 1):
-        phase, size = most(strategy.demand, strategy.on)
+        phase, size = most(strategy.cost, strategy.on)
         cost = "-" if price is None else f"{price_of(strategy, price):.2f}"
         rows.append([
             "no" if strategy.against else str(place), strategy.name, strategy.on.zero,
@@ -42,9 +42,9 @@ def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
 
 def phases(strategy: Strategy) -> Cells:
     """What is in memory in each phase of one strategy, in GiB of a rank; the host's apart from a GPU's."""
-    kinds = list(dict.fromkeys(part.kind for phase in strategy.demand.phases for part in phase.parts))
+    kinds = list(dict.fromkeys(part.kind for phase in strategy.cost.phases for part in phase.parts))
     on_cpu, used, rows = strategy.on.on_cpu, strategy.on.machine.used, []
-    for phase in strategy.demand.phases:
+    for phase in strategy.cost.phases:
         parts = [part for part in phase.parts if on_cpu or not part.on_host]
         sizes = [*(sum(part.size for part in parts if part.kind == kind) for kind in kinds), used]
         totals = [sum(sizes)] if on_cpu else [sum(sizes), phase.size(on_host=True)]
@@ -65,7 +65,7 @@ def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator
         if strategy.source:
             yield f"- source: {strategy.source}"
         on_cpu, used = strategy.on.on_cpu, strategy.on.machine.used
-        for phase in strategy.demand.phases:
+        for phase in strategy.cost.phases:
             size = (phase.size(on_host=None if on_cpu else False) + used) / GIB
             beside = "" if on_cpu else f" on the GPU, {phase.size(on_host=True) / GIB:.3f} GiB on the host"
             yield f"- {phase.name}: {size:.3f} GiB{beside}"
@@ -73,8 +73,8 @@ def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator
             for part in phase.parts:
                 place = ", on the host" if part.on_host and not on_cpu else ""
                 yield f"    - {part.kind}{place}: {part.how} = {part.size / GIB:.3f} GiB"
-        yield f"- time: {clock(strategy.demand.seconds)}"
-        for task in strategy.demand.work:
+        yield f"- time: {clock(strategy.cost.seconds)}"
+        for task in strategy.cost.work:
             yield f"    - {task.activity}: {task.how} = {task.seconds:.3g} s"
         if price is not None:
             how = f"{strategy.hours:.3g} hours x {strategy.on.ranks} ranks x {price:g}"
@@ -86,7 +86,7 @@ def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator
             yield f"- {name}: {figure.how} = {figure.value:.3g}"
 
 
-def hardware_line(on: Setting) -> str:
+def hardware_line(on: CostContext) -> str:
     """What was planned for."""
     machine = on.machine
     return (

@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.costs.memory import Phase, frozen_weights, sampling
+from rlhf.costs.memory import MemoryPhase, frozen_weights, sampling
 from rlhf.costs.peft_costs import METHODS
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import EFFICIENCY, LAYER_SECONDS, Demand, Worker, one_after_the_other
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import EFFICIENCY, LAYER_SECONDS, StageCost, ThroughputModel, one_after_the_other
 from rlhf.distributed.compute import Compute, Zero
 from rlhf.models.peft import methods as tuning_methods
 from rlhf.models.peft.config import PeftConfig
@@ -63,8 +63,8 @@ class Strategy:
     """One way to adapt the model."""
 
     name: str
-    on: Setting
-    demand: Demand
+    on: CostContext
+    cost: StageCost
     artifact: Figure
     """Bytes."""
     latency: Figure
@@ -82,7 +82,7 @@ class Strategy:
     @property
     def hours(self) -> float:
         """Until it is trained."""
-        return self.demand.seconds / 3600
+        return self.cost.seconds / 3600
 
     @property
     def rank(self) -> tuple[bool, int, float, float]:
@@ -91,7 +91,7 @@ class Strategy:
 
 
 def rank_strategies(
-    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: Setting, use: Use
+    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: CostContext, use: Use
 ) -> list[Strategy]:
     """Every way, the best one first, what is disqualified last.
 
@@ -103,7 +103,7 @@ def rank_strategies(
     return sorted(found, key=lambda strategy: strategy.rank)
 
 
-def prompted(on: Setting, use: Use) -> Iterator[Strategy]:
+def prompted(on: CostContext, use: Use) -> Iterator[Strategy]:
     """What leaves the weights as they are."""
     row = use.prompt + use.answer
     fits_whole = use.rows * row + use.prompt + use.answer <= on.shape.context
@@ -127,12 +127,12 @@ def prompted(on: Setting, use: Use) -> Iterator[Strategy]:
             against.append(f"{total:.0f} tokens, and the context has {on.shape.context}")
         if not use.has_questions:
             against.append("sft.data is plain text, so there is no question to ask")
-        phases = [Phase("answering elsewhere")]
+        phases = [MemoryPhase("answering elsewhere")]
         if use.deploy != "api_only":
             answering = sampling(on, 1, use.prompt + added, round(use.answer))
-            phases = [Phase("answering", [frozen_weights(on, "model"), *answering])]
+            phases = [MemoryPhase("answering", [frozen_weights(on, "model"), *answering])]
         strategy = Strategy(
-            name, on, Demand(phases),
+            name, on, StageCost(phases),
             Figure(stored * BYTES_A_TOKEN, f"{stored:.0f} tokens of text x {BYTES_A_TOKEN} B"),
             prefill(on, added), tier, reason,
             {"stage": "compare", "compare.methods": [method], "compare.artifacts": [], "compare.reward": None,
@@ -146,7 +146,7 @@ def prompted(on: Setting, use: Use) -> Iterator[Strategy]:
 
 
 def tuned(
-    name: str, stages: Sequence[Stage], given: Experiment, base: PreTrainedModel, on: Setting, use: Use
+    name: str, stages: Sequence[Stage], given: Experiment, base: PreTrainedModel, on: CostContext, use: Use
 ) -> Strategy:
     """A tuning method, sharded and squeezed as little as makes it fit."""
     method, tried, fitting = METHODS[name], [], []
@@ -159,19 +159,19 @@ def tuned(
         settings = given.settings.model_copy(update={"zero": zero})
         planned = replace(given, settings=settings, stages=whole)
         refused = list(refused_by_stages(changed, planned, base, setting))
-        demand = named_after_stages({stage.name: stage.demand(setting, whole) for stage in changed})
-        tried.append((setting, changed, demand, refused))
-        if shortage(demand, setting) <= 1.0:
+        cost = named_after_stages({stage.name: stage.cost(setting, whole) for stage in changed})
+        tried.append((setting, changed, cost, refused))
+        if shortage(cost, setting) <= 1.0:
             fitting.append(tried[-1])
             if not refused:
                 break
     accepted = [each for each in fitting if not each[-1]]
-    setting, changed, demand, refused = (accepted or fitting or tried[-1:])[0]
-    peft = changed[0].tunes()
+    setting, changed, cost, refused = (accepted or fitting or tried[-1:])[0]
+    peft = changed[0].peft_config()
     assert peft is not None
     count = method.published(on.shape, peft)
     strategy = Strategy(
-        method.title, setting, demand,
+        method.title, setting, cost,
         Figure(on.dtype_bytes * count, f"{count:.3g} parameters x {on.dtype_bytes} B"),
         served(on, peft, use), *quality(peft, on, use), experiment(stages, changed, setting),
         source=method.source,
@@ -194,7 +194,7 @@ def tuned(
 
 
 def refused_by_stages(
-    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: Setting
+    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: CostContext
 ) -> Iterator[str]:
     """What the run of such an experiment would say of this model on these ranks."""
     compute = Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
@@ -208,7 +208,7 @@ def refused_by_stages(
             yield str(error).removesuffix(".")
 
 
-def attempts(on: Setting, method: str) -> Iterator[tuple[Zero, int]]:
+def attempts(on: CostContext, method: str) -> Iterator[tuple[Zero, int]]:
     """(zero, how far memory is saved at the cost of time), the fastest first."""
     sharded: list[Zero] = ["zero2", "zero3", "fsdp2"] if on.ranks > 1 else []
     zeros: list[Zero] = ["none", *sharded, *([] if on.on_cpu else ["zero3_offload"])]  # type: ignore[list-item]
@@ -235,7 +235,7 @@ def with_method(stage: Stage, name: str, squeeze: int, scored_by: str) -> Stage:
     return type(stage).model_construct(**knobs)
 
 
-def experiment(before: Sequence[Stage], after: Sequence[Stage], on: Setting) -> dict[str, Any]:
+def experiment(before: Sequence[Stage], after: Sequence[Stage], on: CostContext) -> dict[str, Any]:
     """The overrides that the planned stages differ by."""
     found: dict[str, Any] = {"stage": [stage.name for stage in after], "zero": on.zero}
     for old, new in zip(before, after, strict=True):
@@ -258,16 +258,16 @@ def experiment(before: Sequence[Stage], after: Sequence[Stage], on: Setting) -> 
     return found
 
 
-def named_after_stages(demands: Mapping[str, Demand]) -> Demand:
-    """One demand of stages that run one after the other."""
+def named_after_stages(costs: Mapping[str, StageCost]) -> StageCost:
+    """One cost of stages that run one after the other."""
     prefixed = [
-        replace(demand, phases=[replace(phase, name=f"{name}, {phase.name}") for phase in demand.phases])
-        for name, demand in demands.items()
+        replace(cost, phases=[replace(phase, name=f"{name}, {phase.name}") for phase in cost.phases])
+        for name, cost in costs.items()
     ]
     return one_after_the_other(prefixed)
 
 
-def quality(peft: PeftConfig, on: Setting, use: Use) -> tuple[int, str]:
+def quality(peft: PeftConfig, on: CostContext, use: Use) -> tuple[int, str]:
     """(tier, why): whether what trains can store what the answers say."""
     count = METHODS[peft.method].trained(on.shape, peft)
     told, room = BITS_A_TOKEN * use.rows * use.answer, BITS_STORED * count
@@ -279,14 +279,14 @@ def quality(peft: PeftConfig, on: Setting, use: Use) -> tuple[int, str]:
     return (1 if peft.method in WEAKER else 0), holds
 
 
-def prefill(on: Setting, tokens: float) -> Figure:
+def prefill(on: CostContext, tokens: float) -> Figure:
     """Seconds to read so many more prompt tokens."""
-    each = Worker(on).forward(tokens)
+    each = ThroughputModel(on).forward(tokens)
     seconds = tokens * each / (EFFICIENCY["read"] * on.machine.speed.gflops * 1e9)
     return Figure(seconds, f"{tokens:.0f} more prompt tokens x {each:.3g} operations")
 
 
-def served(on: Setting, peft: PeftConfig, use: Use) -> Figure:
+def served(on: CostContext, peft: PeftConfig, use: Use) -> Figure:
     """What an answer takes longer with a method that stays beside the weights."""
     method = METHODS[peft.method]
     if tuning_methods.METHODS[peft.method].merges and use.deploy != "many_adapters":
@@ -301,9 +301,9 @@ def served(on: Setting, peft: PeftConfig, use: Use) -> Figure:
 def judged(strategy: Strategy, use: Use) -> Strategy:
     """With what memory, time and latency say against it."""
     on, against = strategy.on, list(strategy.against)
-    if shortage(strategy.demand, on) > 1.0:
-        peak, _, _ = tightest(strategy.demand, on)
-        against.append(f"does not fit: {shortage(strategy.demand, on):.1f} times the memory ({peak.name})")
+    if shortage(strategy.cost, on) > 1.0:
+        peak, _, _ = tightest(strategy.cost, on)
+        against.append(f"does not fit: {shortage(strategy.cost, on):.1f} times the memory ({peak.name})")
     if use.hours is not None and strategy.hours > use.hours:
         against.append(f"{strategy.hours:.2g} hours, and plan.hours={use.hours:g}")
     if use.max_added_latency is not None and strategy.latency.value > use.max_added_latency:

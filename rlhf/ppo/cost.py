@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rlhf.costs.memory import (
     FP32,
-    Part,
-    Phase,
+    Allocation,
+    MemoryPhase,
     Trained,
     activations,
     beside_vllm,
@@ -21,10 +21,10 @@ from rlhf.costs.memory import (
     reading,
     sampling,
 )
-from rlhf.costs.model_shape import Shape
+from rlhf.costs.model_shape import ModelShape
 from rlhf.costs.peft_costs import METHODS
-from rlhf.costs.setup import Setting
-from rlhf.costs.stage_cost import Demand, Task, Worker, exactly, joined
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost, Task, ThroughputModel, exactly, joined
 from rlhf.costs.training import artifact_bytes, published
 from rlhf.data.prepared import Lengths
 from rlhf.models.peft import methods as tuning_methods
@@ -35,9 +35,9 @@ FOLDED = ("lora", "dora", "ia3")
 """Methods whose adapters are folded into copies of the weights while the policy samples."""
 
 
-def ppo_demand(
-    config: PpoConfig, on: Setting, *, reward_method: str | None, reward_init: str | None = None
-) -> Demand:
+def ppo_cost(
+    config: PpoConfig, on: CostContext, *, reward_method: str | None, reward_init: str | None = None
+) -> StageCost:
     """Episodes are decoded, read by four models and learned from by two; evaluations are read by three.
 
     Args:
@@ -75,14 +75,14 @@ def ppo_demand(
         others = [read._replace(on_host=on.zero == "fsdp2" and config.frozen == "sharded")]
     best, here = on.dtype_bytes * trained.of_one, on.machine.ranks_here
     how = f"a copy of what trained of the best policy so far{over(here)}"
-    states.append(Part("weights", best / here, how, True))
+    states.append(Allocation("weights", best / here, how, True))
     average = 0 if config.ema_decay is None else FP32 * trained.of_one
     if average:
-        states.append(Part("weights", average, "moving average of the policy, in fp32"))
+        states.append(Allocation("weights", average, "moving average of the policy, in fp32"))
 
     learned = on.pass_tokens(mini, length, most)
 
-    def graph(of: Setting, beside: Shape | None = None) -> Part:
+    def graph(of: CostContext, beside: ModelShape | None = None) -> Allocation:
         return activations(
             of, learned, length.longest, config.peft, checkpointing=config.activation_checkpointing,
             beside=beside,
@@ -98,14 +98,18 @@ def ppo_demand(
     mix = list(mixed(config, on, once=once))
     phases = [
         loading(on, trained, *others),
-        Phase("sampling", [*states, *decoding]),
-        Phase("reward model", [*states, *([folded(on)] if folds else []), reading(scorer or on, scored)]),
-        Phase("reference", [*states, reading(on, scored), logits(on, learns=False)]),
-        Phase("learning", [*states, *trained.gradients(passes=passes), kept, *mix, logits(on, learns=True)]),
-        Phase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
-        Phase("publishing", [*states, *published(on, trained.of_one)]),
+        MemoryPhase("sampling", [*states, *decoding]),
+        MemoryPhase(
+            "reward model", [*states, *([folded(on)] if folds else []), reading(scorer or on, scored)]
+        ),
+        MemoryPhase("reference", [*states, reading(on, scored), logits(on, learns=False)]),
+        MemoryPhase(
+            "learning", [*states, *trained.gradients(passes=passes), kept, *mix, logits(on, learns=True)]
+        ),
+        MemoryPhase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
+        MemoryPhase("publishing", [*states, *published(on, trained.of_one)]),
     ]
-    return Demand(
+    return StageCost(
         beside_vllm(on, phases), ppo_work(config, on, scorer, critic, trained, once=once),
         artifact=artifact_bytes(on, config.peft),
         checkpoint=3 * FP32 * trained.parameters + best + average,
@@ -114,7 +118,7 @@ def ppo_demand(
     )  # fmt: skip
 
 
-def own_scorer(config: PpoConfig, on: Setting) -> Setting | None:
+def own_scorer(config: PpoConfig, on: CostContext) -> CostContext | None:
     """Of the model of `ppo.reward=model:DIR`, as large as the policy where its config does not tell; None
     where a rule scores."""
     if not config.reward.startswith("model:"):
@@ -122,12 +126,12 @@ def own_scorer(config: PpoConfig, on: Setting) -> Setting | None:
     return on.starting(Path(config.reward.removeprefix("model:")))
 
 
-def decoded_rows(config: PpoConfig, on: Setting, rows: int) -> float:
+def decoded_rows(config: PpoConfig, on: CostContext, rows: int) -> float:
     """Of so many over all ranks, those that a rank decodes together."""
     return min(config.batch_rows or rows, rows / on.ranks)
 
 
-def mixed(config: PpoConfig, on: Setting, *, once: bool) -> Iterator[Part]:
+def mixed(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocation]:
     """Activations of the pretraining mix that are there beside those of PPO's own losses: of a pass, where
     the rollout's were kept; of all passes under DeepSpeed. Else the larger of both, and none beside."""
     if not config.ptx.coef:
@@ -143,16 +147,23 @@ def mixed(config: PpoConfig, on: Setting, *, once: bool) -> Iterator[Part]:
     yield activations(on, tokens, lengths.longest, config.peft, checkpointing=config.activation_checkpointing)
 
 
-def mix_lengths(config: PpoConfig, on: Setting) -> Lengths:
-    """Of the rows of the pretraining mix."""
-    return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(on.shape.context)
+def mix_lengths(config: PpoConfig, on: CostContext) -> Lengths:
+    """Of the rows of the pretraining mix, cut where virtual tokens leave no room."""
+    room = on.shape.context - METHODS[config.peft.method].added_tokens(on.shape, config.peft)
+    return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(room)
 
 
 def ppo_work(
-    config: PpoConfig, on: Setting, scorer: Setting | None, critic: Setting, trained: Trained, *, once: bool
+    config: PpoConfig,
+    on: CostContext,
+    scorer: CostContext | None,
+    critic: CostContext,
+    trained: Trained,
+    *,
+    once: bool,
 ) -> list[Task]:
     """Of all steps, with responses as long as they may get."""
-    prompts, worker, new = on.sizes("ppo", "train"), Worker(on), config.max_new_tokens
+    prompts, worker, new = on.sizes("ppo", "train"), ThroughputModel(on), config.max_new_tokens
     both = joined(prompts, exactly(new))
     length, computed = both.mean, on.computed(both.mean, both)
     """Tokens of a row, and those of them that go through a model."""
@@ -175,11 +186,12 @@ def ppo_work(
     if scorer is not None:
         tokens = (episodes + evaluated) * computed
         scores = [
-            Worker(scorer).load(1, what="reward model"), Worker(scorer).read(tokens, length, what="scores")
+            ThroughputModel(scorer).load(1, what="reward model"),
+            ThroughputModel(scorer).read(tokens, length, what="scores"),
         ]  # fmt: skip
     return [
         worker.load(3, what="policy, reference, published model"),
-        Worker(critic).load(1, what="critic"),
+        ThroughputModel(critic).load(1, what="critic"),
         *scores,
         *worker.decode(
             episodes, decoded_rows(config, on, config.batch_episodes), prompts, new, what="episodes"
@@ -191,12 +203,12 @@ def ppo_work(
         worker.read(
             by_policies * computed, length, predicted=by_policies * new, what="log-probabilities"
         ),
-        Worker(critic).read(0 if once else episodes * computed, length, what="values"),
+        ThroughputModel(critic).read(0 if once else episodes * computed, length, what="values"),
         worker.train(
             learned * computed, length, config.peft.method, predicted=learned * new,
             checkpointing=config.activation_checkpointing, what="policy",
         ),
-        Worker(critic).train(
+        ThroughputModel(critic).train(
             learned * computed, length, config.peft.method, checkpointing=config.activation_checkpointing,
             what="critic",
         ),

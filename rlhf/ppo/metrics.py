@@ -15,7 +15,7 @@ from rlhf.data.schema import PromptRow
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.intervals import mean, ratio
 from rlhf.evaluation.sampled import Sampled
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.losses.policy import PolicyLoss
 from rlhf.losses.value import ValueLoss
 from rlhf.rewards.reward import Exchange, Reward, RewardError
@@ -170,8 +170,8 @@ def mean_score(score_B: Tensor) -> float:
 
 
 def evaluate_policy(
-    policy: Policy,
-    reference: Policy,
+    policy: PolicyModel,
+    reference: PolicyModel,
     reward: Reward,
     rows: Sequence[PromptRow],
     *,

@@ -17,17 +17,17 @@ from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.pipeline.job import Job
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.ppo.update import BadStepError, Scored, Update
+from rlhf.ppo.update import BadStepError, ForwardPass, PolicyUpdater
 from rlhf.rewards.reward import Exchange, Reward, RewardError
 from rlhf.rl.experience import Experience, RewardRule, make_experience
 from rlhf.rl.kl import AdaptiveKL, FixedKL
 from rlhf.rl.scores import ScoreNormalizer
-from rlhf.tracking.timer import Phases
+from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
 
 TIMES_THE_BOUND = 10
@@ -38,7 +38,7 @@ class TooBadError(Exception):
     """The run must not go on as it is. Nothing was learned from the step, so that it can be taken anew."""
 
 
-class Learner:
+class PolicyTrainer:
     """Everything that changes while PPO runs. Every rank has one, in the same state."""
 
     def __init__(
@@ -46,8 +46,8 @@ class Learner:
         config: PpoConfig,
         *,
         engine: Engine,
-        policy: Policy,
-        reference: Policy,
+        policy: PolicyModel,
+        reference: PolicyModel,
         reward: Reward,
         normalizer: ScoreNormalizer,
         mix: PretrainingMix | None,
@@ -66,8 +66,8 @@ class Learner:
             else FixedKL(config.kl.coef)
         )
         self.normalizer = normalizer
-        self.phases = Phases(self.compute.device)
-        self.update = Update(config, engine, policy, mix, job, self.phases)
+        self.phases = StepTimer(self.compute.device)
+        self.update = PolicyUpdater(config, engine, policy, mix, job, self.phases)
         self.sampling = torch.Generator().manual_seed(job.seed)
         self.bad_steps, self.done, self.evaluated, self.best_step = 0, 0, 0, 0
         self.last_bad = ""
@@ -212,7 +212,7 @@ class Learner:
         """
         config = self.config
         self.phases.taken()
-        self.compute.at["step"] = step
+        self.compute.position["step"] = step
         warm_up = step <= config.critic.warmup_steps
         first_steps = {0: config.critic.warmup_steps}  # the policy's
         rates = self.engine.set_rates(step - 1, config.steps, first_steps=first_steps)
@@ -271,8 +271,8 @@ class Learner:
             f"same command stops here again; with a higher limit it {then}."
         )
 
-    def experience(self, rows: Sequence[PromptRow]) -> tuple[Experience, Scored | None]:
-        """Sample one response a prompt with the current policy, and score it: see `Update.score`."""
+    def experience(self, rows: Sequence[PromptRow]) -> tuple[Experience, ForwardPass | None]:
+        """Sample one response a prompt with the current policy, and score it: see `PolicyUpdater.score`."""
         config = self.config
         if self.policy.vllm is not None:
             with self.phases("sync"):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.losses.policy import clipped_policy_loss
 from rlhf.losses.value import clipped_value_loss
 from rlhf.models.logprobs import Sequences, TokenStatistics, pack_sequences, rollout_rows
@@ -22,7 +22,7 @@ from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.rl.experience import Experience, minibatches
 from rlhf.rl.rollout import Rollout
-from rlhf.tracking.timer import Phases
+from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
 from rlhf.training.optimizer import WeightAverage
 
@@ -31,7 +31,7 @@ class BadStepError(Exception):
     """A step that must not be learned from: something in it is not finite."""
 
 
-class Scored(NamedTuple):
+class ForwardPass(NamedTuple):
     """A forward pass of policy and critic that can still be learned from."""
 
     batch: Sequences
@@ -39,17 +39,17 @@ class Scored(NamedTuple):
     value_N: Tensor
 
 
-class Update:
+class PolicyUpdater:
     """Everything that changes while PPO learns from a rollout, beside the engine."""
 
     def __init__(
         self,
         config: PpoConfig,
         engine: Engine,
-        policy: Policy,
+        policy: PolicyModel,
         mix: PretrainingMix | None,
         job: Job,
-        phases: Phases,
+        phases: StepTimer,
     ) -> None:
         self.config, self.engine, self.compute, self.mix = config, engine, job.compute, mix
         self.phases = phases
@@ -76,7 +76,7 @@ class Update:
         if self.mix is not None:
             self.mix.load_state_dict(state["mix"])
 
-    def score(self, rollout: Rollout) -> tuple[Tensor, Tensor, Scored | None]:
+    def score(self, rollout: Rollout) -> tuple[Tensor, Tensor, ForwardPass | None]:
         """Log-probabilities and values of a rollout, each fp32 [B, R] on the CPU, by policy and critic as
         they are now.
 
@@ -87,20 +87,22 @@ class Update:
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         passes = len(list(self.compute.micro_batches(lengths, config.micro_batch_tokens)))
         once = passes == 1 and len(rollout) == config.minibatch_episodes
-        scored: list[Scored] = []
+        scored: list[ForwardPass] = []
 
         def measure(batch: Sequences) -> tuple[Tensor, Tensor]:
             with torch.set_grad_enabled(once):
                 statistics = self.engine.model("policy", batch, config.temperature)
                 value_N = self.engine.model("critic", batch)
             if once:
-                scored.append(Scored(batch, statistics, value_N))
+                scored.append(ForwardPass(batch, statistics, value_N))
             return statistics.logp_N, value_N
 
         logp_BR, value_BR = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)
         return logp_BR, value_BR, scored[0] if once else None
 
-    def learn(self, experience: Experience, scored: Scored | None, *, critic_only: bool) -> dict[str, float]:
+    def learn(
+        self, experience: Experience, scored: ForwardPass | None, *, critic_only: bool
+    ) -> dict[str, float]:
         """All epochs over one rollout.
 
         Args:
@@ -152,7 +154,7 @@ class Update:
         minibatch: Experience,
         sums: Sequence[UpdateSums],
         critic_only: bool,
-        scored: Scored | None = None,
+        scored: ForwardPass | None = None,
     ) -> float:
         """Add up one optimizer step's gradients over token-budget micro-batches of all ranks.
 

@@ -98,7 +98,7 @@ def load_learned_reward(
         assert head is not None
         weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # as load_scalar_model reads it
         model = ScalarModel(trunk, weight)
-        return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, adapter.folded_in)
+        return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, adapter.merged)
     model = load_scalar_model(directory, config, compute.dtype).to(device or compute.device)
     return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute)
 
@@ -147,7 +147,7 @@ def spread(reward: Reward, compute: Compute) -> Reward:
 
     def score(exchanges: Sequence[Exchange]) -> Tensor:
         lengths = [len(exchange.response) for exchange in exchanges]
-        mine = compute.share(lengths)
+        mine = compute.shard_indices(lengths)
         results: list[float | RewardError] = []
         try:
             results = reward([exchanges[index] for index in mine]).tolist() if mine else []

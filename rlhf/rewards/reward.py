@@ -142,7 +142,7 @@ def reward_digest(source: str | None, digest: DirectoryDigest = directory_digest
     scored. A directory's content, a function's code as it was imported, a scorer's version, a server's URL.
 
     Args:
-        digest: as of `Stage.external`.
+        digest: as of `Stage.external_digests`.
 
     Raises:
         ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.

@@ -41,7 +41,7 @@ def train_batches(
     with job.progress.task(f"{job.stage}: training", len(batches)) as task, job.checkpoints.training():
         task.skip(done)
         for index in range(done, len(batches)):
-            job.compute.at["step"] = index + 1
+            job.compute.position["step"] = index + 1
             rate, *_ = engine.set_rates(index, len(batches))
             metrics = step(batches[index])
             job.log({**metrics, "lr": rate, "grad_norm": engine.grad_norm}, index + 1)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Phases:
+class StepTimer:
     """Seconds of each phase of one step, in the order in which they were first entered."""
 
     def __init__(self, device: torch.device) -> None:

@@ -62,7 +62,7 @@ class Checkpointer:
     stage: str
     recipe: Recipe = field(default_factory=dict)
     """Of the artifact that is being made."""
-    made_from: Mapping[str, str] = field(default_factory=dict)
+    input_digests: Mapping[str, str] = field(default_factory=dict)
     """As in its manifest: what a checkpoint was made from, which nothing else goes on from."""
     seconds: float = 0.0
     """What earlier attempts took up to the checkpoint that this one goes on from."""
@@ -108,7 +108,7 @@ class Checkpointer:
     def training(self) -> Iterator[None]:
         """While open, a signal waits for the next `after_step`, which saves and then stops."""
         self._last = time.monotonic()
-        with self.signals.put_off():
+        with self.signals.deferred():
             yield
 
     def after_step(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
@@ -120,7 +120,7 @@ class Checkpointer:
         Raises:
             Stopped: a signal came; the checkpoint is written.
         """
-        self.compute.at["step"] = step
+        self.compute.position["step"] = step
         signum, due = self._agreed(step)
         if not signum and not due:
             return
@@ -201,7 +201,7 @@ class Checkpointer:
         self.compute.barrier()
         names = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
         sizes = [(part / name).stat().st_size for name in names]
-        mine = [names[index] for index in self.compute.share(sizes)]
+        mine = [names[index] for index in self.compute.shard_indices(sizes)]
         for name in mine:
             with self.compute.busy():
                 flush(part / name)
@@ -213,7 +213,7 @@ class Checkpointer:
         manifest = {
             "format": CHECKPOINT_FORMAT, "name": name, "step": step, "world_size": self.compute.world_size,
             "zero": self.compute.zero, "seconds": self.spent(), "files": files,
-            "recipe": self.recipe, "made_from": self.made_from,
+            "recipe": self.recipe, "input_digests": self.input_digests,
         }  # fmt: skip
         manifest["digest"] = digest_of(manifest)
         (part / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
@@ -238,9 +238,9 @@ class Checkpointer:
         for path in self._all():
             manifest, complaint = verified(path)
             if manifest is not None:
-                if manifest["made_from"] == self.made_from:
+                if manifest["input_digests"] == self.input_digests:
                     return manifest
-                changed = {*manifest["made_from"].items()} ^ {*self.made_from.items()}
+                changed = {*manifest["input_digests"].items()} ^ {*self.input_digests.items()}
                 inputs = ", ".join(sorted({name for name, _ in changed}))
                 self.tell(
                     f"{self.stage}: starts anew, because {inputs} was made anew with another result; the "

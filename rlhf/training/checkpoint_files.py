@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.digests import MANIFEST, digest_of, file_digest, leads_out
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 
 
 def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:

@@ -104,7 +104,7 @@ class ZeroEngine(Engine):
             self.grad_norms = self._client.grad_norms
 
     @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
+    def gathered(self, module: nn.Module) -> Iterator[None]:
         """Gather the module's weights, and run it without DeepSpeed's hooks, which would shard it again."""
         if not self._sharded:
             yield

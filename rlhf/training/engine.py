@@ -78,7 +78,7 @@ class Engine(ABC):
         """Clip each group by its own norm and update; skipped, and counted, when a norm is not finite."""
 
     @abstractmethod
-    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context in which every rank can run a part of the model by itself, for generation."""
 
     @abstractmethod
@@ -120,7 +120,7 @@ class PlainEngine(Engine):
         self.grad_norms = self.optimizer.grad_norms
         self.skipped_steps = self.optimizer.skipped_steps
 
-    def whole(self, module: nn.Module) -> AbstractContextManager[None]:
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """It always is."""
         return nullcontext()
 

@@ -75,7 +75,7 @@ class FsdpEngine(Engine):
             self.skipped_steps += 1
 
     @contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
+    def gathered(self, module: nn.Module) -> Iterator[None]:
         """Gather the module's weights, and what belongs to no layer (all embeddings, a critic's too)."""
         assert isinstance(self.model, FSDPModule)
         self.model._get_fsdp_state()._lazy_init()  # else the first layer to run takes itself for the root

@@ -110,14 +110,14 @@ def test_a_plain_directory_can_be_compared_and_its_training_is_not_priced(
     assert training_seconds(found) is None
     stage = make_stage(artifacts=[str(tiny_model)], methods=["zero_shot"])
     stage.check({})
-    before = stage.external()[str(tiny_model)]
+    before = stage.external_digests()[str(tiny_model)]
     metrics = run_stage(stage, tiny_model, tmp_path / "out").summary
     assert metrics is not None
     name = label(str(tiny_model))
     assert metrics[f"rouge_l/{name}"] == metrics["rouge_l/zero_shot"]  # the same model
     assert f"setup_seconds/{name}" not in metrics and f"break_even_zero_shot/{name}" not in metrics
     assert metrics["setup_seconds/zero_shot"] == 0.0
-    assert before == stage.external()[str(tiny_model)]
+    assert before == stage.external_digests()[str(tiny_model)]
 
 
 def test_a_plain_directory_without_whole_weights_is_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -10,7 +10,7 @@ from small_job import on_cpu
 
 from rlhf.compare.retrieval import bm25_index, embedding_index, embeddings
 from rlhf.config import ConfigError
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import ModelConfig
 
 TEXTS = [
@@ -21,8 +21,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model: Path) -> Policy:
-    return Policy.load(tiny_model, ModelConfig(kind="tiny"), on_cpu())
+def policy(tiny_model: Path) -> PolicyModel:
+    return PolicyModel.load(tiny_model, ModelConfig(kind="tiny"), on_cpu())
 
 
 def test_bm25_ranks_by_shared_words_and_rare_ones_count_more() -> None:
@@ -42,13 +42,13 @@ def test_texts_without_words_cannot_be_searched() -> None:
         bm25_index(["the", "?"])
 
 
-def test_embeddings_find_the_same_text_first_and_never_more_than_there_are(policy: Policy) -> None:
+def test_embeddings_find_the_same_text_first_and_never_more_than_there_are(policy: PolicyModel) -> None:
     index = embedding_index(TEXTS, policy, 4096)
     assert [index.search(text, 1) for text in TEXTS] == [[0], [1], [2]]
     assert sorted(index.search("cat", 9)) == [0, 1, 2]
 
 
-def test_an_embedding_depends_on_its_own_text_only(policy: Policy) -> None:
+def test_an_embedding_depends_on_its_own_text_only(policy: PolicyModel) -> None:
     together = embeddings(TEXTS, policy, 4096)
     alone = torch.cat([embeddings([text], policy, 1) for text in TEXTS])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
@@ -56,12 +56,12 @@ def test_an_embedding_depends_on_its_own_text_only(policy: Policy) -> None:
     assert float((together[0] - together[2]).abs().max()) > 1e-3
 
 
-def test_a_text_longer_than_the_context_is_cut(policy: Policy) -> None:
+def test_a_text_longer_than_the_context_is_cut(policy: PolicyModel) -> None:
     long = "x" * policy.context_length
     torch.testing.assert_close(embeddings([long], policy, 1), embeddings([f"{long}y"], policy, 1))
 
 
-def test_storage_counts_texts_and_index(policy: Policy) -> None:
+def test_storage_counts_texts_and_index(policy: PolicyModel) -> None:
     text_bytes = sum(map(len, TEXTS))
     assert embedding_index(TEXTS, policy, 4096).num_bytes == text_bytes + 3 * 64 * 4  # fp32
     assert bm25_index(TEXTS).num_bytes > text_bytes

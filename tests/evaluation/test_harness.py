@@ -16,7 +16,7 @@ from rlhf.config import ConfigError
 from rlhf.distributed.compute import make_compute
 from rlhf.evaluation import lm_eval as harness
 from rlhf.evaluation.lm_eval import Harness
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import ModelConfig
 
 QUESTIONS = [
@@ -50,9 +50,9 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model: Path) -> Policy:
+def policy(tiny_model: Path) -> PolicyModel:
     compute, _ = make_compute("cpu", "fp32")
-    return Policy.load(tiny_model, ModelConfig(kind="tiny"), compute)
+    return PolicyModel.load(tiny_model, ModelConfig(kind="tiny"), compute)
 
 
 def settings(tasks: Path) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def settings(tasks: Path) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def is_right(policy: Policy, question: str, choices: list[str], gold: int) -> bool:
+def is_right(policy: PolicyModel, question: str, choices: list[str], gold: int) -> bool:
     scores = []
     for choice in choices:
         given, ids = (
@@ -77,7 +77,7 @@ def is_right(policy: Policy, question: str, choices: list[str], gold: int) -> bo
     return scores.index(max(scores)) == gold
 
 
-def test_its_accuracy_is_that_of_whole_logits(policy: Policy, tasks: Path) -> None:
+def test_its_accuracy_is_that_of_whole_logits(policy: PolicyModel, tasks: Path) -> None:
     asked = Harness(["sums"], tasks, None)
     asked.check()
     asked.fetch()
@@ -109,7 +109,7 @@ def test_the_content_of_the_task_files_is_in_the_key(tasks: Path) -> None:
     assert Harness(["sums"], tasks, None).digest() != before
 
 
-def test_the_stage_asks_it(policy: Policy, tasks: Path, tmp_path: Path) -> None:
+def test_the_stage_asks_it(policy: PolicyModel, tasks: Path, tmp_path: Path) -> None:
     outcome = Chain(tmp_path).run(*settings(tasks), "evaluate.lm_eval_limit=4")
     assert outcome.code == 0, outcome.err
     right = [is_right(policy, **question) for question in QUESTIONS[:4]]  # type: ignore[arg-type]

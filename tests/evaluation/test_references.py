@@ -8,12 +8,12 @@ from small_job import on_cpu
 
 from rlhf.data.schema import Message
 from rlhf.evaluation.reference_loss import answer_losses
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import ModelConfig
 
 
 def test_a_prompt_that_fills_the_context_leaves_nothing_to_measure(tiny_model: Path) -> None:
-    policy = Policy.load(tiny_model, ModelConfig(kind="tiny"), on_cpu())
+    policy = PolicyModel.load(tiny_model, ModelConfig(kind="tiny"), on_cpu())
     short, full = ([Message(role="user", content="a" * size)] for size in (5, policy.context_length))
     alone = answer_losses(policy, [short], ["yes"], 4096)
     nats_B, tokens_B = answer_losses(policy, [full, short, full], ["no", "yes", "no"], 4096)

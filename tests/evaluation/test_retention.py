@@ -17,7 +17,7 @@ from rlhf.distributed.compute import make_compute
 from rlhf.evaluation import retention
 from rlhf.evaluation.intervals import difference, ratio, share
 from rlhf.evaluation.retention import Retained, forgetting, likeliest_choice, right_answers
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import ModelConfig
 
 TEXTS = [
@@ -37,12 +37,12 @@ INTERVAL = {
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_model: Path) -> Policy:
+def policy(tiny_model: Path) -> PolicyModel:
     compute, _ = make_compute("cpu", "fp32")
-    return Policy.load(tiny_model, ModelConfig(kind="tiny"), compute)
+    return PolicyModel.load(tiny_model, ModelConfig(kind="tiny"), compute)
 
 
-def whole_logp(policy: Policy, given: list[int], predicted: list[int]) -> float:
+def whole_logp(policy: PolicyModel, given: list[int], predicted: list[int]) -> float:
     """Nats of predicted after given, from transformers' whole logits: one row, no padding."""
     with torch.no_grad():
         logits_TV = policy.model(input_ids=torch.tensor([given + predicted])).logits[0].double()
@@ -50,11 +50,11 @@ def whole_logp(policy: Policy, given: list[int], predicted: list[int]) -> float:
     return sum(float(logp_TV[len(given) + index - 1, token]) for index, token in enumerate(predicted))
 
 
-def text_perplexity(policy: Policy, rows: list[TextRow], micro_batch_tokens: int) -> float:
+def text_perplexity(policy: PolicyModel, rows: list[TextRow], micro_batch_tokens: int) -> float:
     return retention.retention(policy, rows, micro_batch_tokens).metrics()["perplexity"]
 
 
-def question_accuracy(policy: Policy, rows: list[QuestionRow], micro_batch_tokens: int) -> float:
+def question_accuracy(policy: PolicyModel, rows: list[QuestionRow], micro_batch_tokens: int) -> float:
     return float(right_answers(policy, rows, micro_batch_tokens).mean())
 
 
@@ -69,7 +69,7 @@ def test_perplexity_by_hand() -> None:
     assert retained([3.0, 1.0], []).metrics()["perplexity"] == pytest.approx(math.e)
 
 
-def test_perplexity_equals_that_of_whole_logits(policy: Policy) -> None:
+def test_perplexity_equals_that_of_whole_logits(policy: PolicyModel) -> None:
     total, tokens = 0.0, 0
     for row in TEXTS:
         ids = policy.tokenizer(row.text, add_special_tokens=False)["input_ids"]
@@ -77,7 +77,7 @@ def test_perplexity_equals_that_of_whole_logits(policy: Policy) -> None:
     assert text_perplexity(policy, TEXTS, 4096) == pytest.approx(math.exp(-total / tokens), rel=1e-5)
 
 
-def test_each_set_of_texts_has_its_own_figure(policy: Policy) -> None:
+def test_each_set_of_texts_has_its_own_figure(policy: PolicyModel) -> None:
     known = retention.retention(policy, TEXTS, 4096).metrics()
     assert set(known) - INTERVAL == {"perplexity", "text_loss_short", "text_loss_long"}
     long = math.log(text_perplexity(policy, TEXTS[1:2], 4096))
@@ -88,7 +88,7 @@ def test_each_set_of_texts_has_its_own_figure(policy: Policy) -> None:
     assert (set(found) - INTERVAL, found["perplexity"]) == ({"perplexity"}, known["perplexity"])
 
 
-def test_only_what_there_are_rows_for_is_measured(policy: Policy) -> None:
+def test_only_what_there_are_rows_for_is_measured(policy: PolicyModel) -> None:
     questions = [QuestionRow(question, choices, 0) for question, choices in QUESTIONS]
     for rows, names in (
         (questions, {"question_accuracy"}),
@@ -127,7 +127,7 @@ def test_forgetting_is_judged_row_by_row() -> None:
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 50, 10_000])
-def test_neither_splitting_nor_order_matters(policy: Policy, micro_batch_tokens: int) -> None:
+def test_neither_splitting_nor_order_matters(policy: PolicyModel, micro_batch_tokens: int) -> None:
     rows = [QuestionRow(question, choices, 0) for question, choices in QUESTIONS]
     expected = text_perplexity(policy, TEXTS, 100), question_accuracy(policy, rows, 100)
     assert text_perplexity(policy, TEXTS, micro_batch_tokens) == pytest.approx(expected[0], rel=1e-5)
@@ -141,7 +141,7 @@ def test_likeliest_choice_by_hand() -> None:
     assert likeliest_choice(torch.tensor([-4.0, -6.0, -30.0]), ["ab", "abcdef", "abc"]) == 1
 
 
-def test_questions_against_whole_logits(policy: Policy) -> None:
+def test_questions_against_whole_logits(policy: PolicyModel) -> None:
     """A character of this tokenizer is a token, so raw sums and sums per token are known to differ here."""
     best = []
     for question, choices in QUESTIONS:
@@ -163,13 +163,15 @@ def test_questions_against_whole_logits(policy: Policy) -> None:
 
 
 def test_questions_may_differ_in_how_many_choices_they_have(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
+    policy: PolicyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By hand: the second of two and the third of three are the likeliest; both choices have one letter."""
     logp_BR = torch.tensor([[-2.0, -1.0], [-1.0, -1.0], [-3.0, -1.0], [-2.0, -2.0], [-1.5, 0.0]])
     asked: list[tuple[str, str]] = []
 
-    def logp(policy: Policy, texts: list[tuple[str, str]], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def logp(
+        policy: PolicyModel, texts: list[tuple[str, str]], tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         asked.extend(texts)
         return logp_BR, torch.ones(5, 2, dtype=torch.bool)
 

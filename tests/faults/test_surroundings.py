@@ -195,7 +195,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(chain: RealChain) -> None:
 def test_a_store_of_another_version_is_refused_by_name(as_finished: Path, tmp_path: Path) -> None:
     shutil.copytree(as_finished, tmp_path, symlinks=True, dirs_exist_ok=True)
     (manifest,) = tmp_path.glob("store/prepare/[!.]*/manifest.json")
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 99'))
     refused = Chain(tmp_path).run("stage=prepare")
     assert refused.code == 2
-    assert "written in store format 99, this version reads 2" in refused.err
+    assert "written in store format 99, this version reads 3" in refused.err

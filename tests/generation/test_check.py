@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
 from rlhf.generation.decoding_check import check_decoding
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.attach import attach
@@ -62,7 +62,7 @@ def test_what_cannot_be_decoded_at_all_is_refused() -> None:
 def test_it_is_found_out_before_the_first_answer(tiny_model: Path) -> None:
     model = tiny_family("mamba")
     told: list[int] = []
-    policy = Policy(model, load_tokenizer(tiny_model, ModelConfig(kind="tiny")), on_cpu())
+    policy = PolicyModel(model, load_tokenizer(tiny_model, ModelConfig(kind="tiny")), on_cpu())
     with pytest.raises(ConfigError, match="MambaForCausalLM cannot be sampled from"):
         policy.sample(
             [[Message(role="user", content="Hi")]], max_new_tokens=2, temperature=1.0, batch_rows=1,

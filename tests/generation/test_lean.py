@@ -132,7 +132,7 @@ def test_an_adapter_that_is_folded_in_or_left_out(is_folded: bool) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
-    with adapter.folded_in() if is_folded else without_adapters(model):
+    with adapter.merged() if is_folded else without_adapters(model):
         assert applies(model)
         expected = logits(model, lean=False)
         torch.testing.assert_close(logits(model, lean=True), expected, atol=1e-4, rtol=1e-4)

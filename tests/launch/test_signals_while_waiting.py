@@ -46,9 +46,9 @@ def end(signum, is_second):
 
 with Heartbeat(directory / "ranks", compute) as heartbeat, signals.installed(), signals.heard(end):
     signals.progress = heartbeat.progress
-    with signals.put_off():
+    with signals.deferred():
         compute.barrier()
-        compute.at.update(stage="ppo", step=compute.rank)
+        compute.position.update(stage="ppo", step=compute.rank)
         (directory / f"here{compute.rank}").touch()
         if compute.rank == 1:
             threading.Event().wait()
@@ -100,7 +100,7 @@ def test_only_a_run_without_progress_is_ended(monkeypatch: pytest.MonkeyPatch) -
         ended.set()
         monkeypatch.setattr(interrupt, "QUIET_SECONDS", float("inf"))
 
-    with signals.installed(), signals.heard(end), pytest.raises(interrupt.Stopped), signals.put_off():
+    with signals.installed(), signals.heard(end), pytest.raises(interrupt.Stopped), signals.deferred():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert ended.wait(60)
     assert heard == [(signal.SIGUSR1, False, None)]  # none of the hundred states is left
@@ -128,7 +128,7 @@ def test_the_same_signal_again_at_once_is_the_same_stop(
 
     def work() -> None:
         """A step: what is awaited outlasts the first signal, as its handler does not end it."""
-        with signals.put_off():
+        with signals.deferred():
             for signum in (first, second):
                 os.kill(os.getpid(), signum)
             assert signals.received == first
@@ -145,7 +145,7 @@ def test_the_same_signal_later_is_another_stop(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(interrupt, "SAME_SECONDS", 0.0)
     signals = StopSignals()
     ends = signals.heard(lambda *_: os._exit(1))
-    with signals.installed(), ends, pytest.raises(interrupt.Stopped), signals.put_off():
+    with signals.installed(), ends, pytest.raises(interrupt.Stopped), signals.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGTERM)

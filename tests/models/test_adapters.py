@@ -67,7 +67,7 @@ def test_folded_in_for_a_while_it_says_the_same_and_leaves_nothing_behind(tiny_m
     adapter = tuned(model)
     train(model)
     before, weights = logits(model), {name: value.clone() for name, value in model.named_parameters()}
-    with pytest.raises(KeyError), adapter.folded_in():
+    with pytest.raises(KeyError), adapter.merged():
         assert not torch.equal(dict(model.named_parameters())[UP], weights[UP])
         torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
         raise KeyError  # an error in sampling
@@ -123,7 +123,7 @@ def test_merged_weights_are_the_merged_models_and_leave_the_model_alone(tiny_mod
         assert value.data_ptr() == before[name][0]
         assert torch.equal(value, before[name][1])
     assert list(found) == names
-    with adapter.folded_in():
+    with adapter.merged():
         for name, value in merged_weights(model):
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
     adapter.merge()
@@ -156,7 +156,7 @@ def test_gpt2s_layers_are_linear_too() -> None:
     assert count_parameters(model)[0] == 2 * 4 * (32 + 96 + 32 + 32 + 32 + 128 + 128 + 32)
     train(model)
     trained = logits(model)
-    with adapter.folded_in():
+    with adapter.merged():
         torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)
     adapter.merge()
     torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)

@@ -103,7 +103,7 @@ def test_folded_in_it_says_the_same_and_leaves_nothing_behind(method: str, tiny_
     train(model)
     before, weights = logits(model), {name: value.clone() for name, value in model.named_parameters()}
     for _ in range(2):
-        with adapter.folded_in():
+        with adapter.merged():
             torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
         assert torch.equal(logits(model), before)
         for name, value in model.named_parameters():
@@ -163,7 +163,7 @@ def test_in_bf16_factors_stay_fp32_and_it_still_starts_where_the_model_is(
     assert {p.dtype for n, p in model.named_parameters() if "lora_A" in n or "base" in n} <= {torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
     torch.testing.assert_close(logits(model), before, atol=0.01, rtol=0.02)
-    with adapter.folded_in():
+    with adapter.merged():
         torch.testing.assert_close(logits(model), before, atol=0.01, rtol=0.02)
 
 
@@ -317,7 +317,7 @@ def test_in_bf16_small_updates_reach_the_weights(method: str, how: str, tiny_mod
                 elif "ia3_l" in name:
                     parameter.add_(5e-4)
         if how == "folded in":
-            with adapter.folded_in():
+            with adapter.merged():
                 after = {
                     name.replace(".base_layer", ""): w.detach().clone()
                     for name, w in model.named_parameters()

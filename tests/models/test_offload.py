@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.value_head import reset_head
 from rlhf.models.weight_sharing import offload
 from rlhf.rewards.model import LearnedReward
@@ -29,7 +29,7 @@ def places(model: nn.Module) -> list[int]:
 
 
 def test_weights_are_copied_while_they_are_used_and_are_then_where_they_were(tiny_model: Path) -> None:
-    model = Policy.load(tiny_model, MODEL, on_cpu()).model
+    model = PolicyModel.load(tiny_model, MODEL, on_cpu()).model
     on_device = offload(model, torch.device("cpu"))
     on_host, weights = places(model), [parameter.clone() for parameter in model.parameters()]
     for error in (None, KeyError):
@@ -44,7 +44,7 @@ def test_weights_are_copied_while_they_are_used_and_are_then_where_they_were(tin
 
 
 def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: Path) -> None:
-    policy = Policy.load(tiny_model, MODEL, on_cpu())
+    policy = PolicyModel.load(tiny_model, MODEL, on_cpu())
     stage, job = ppo_stage(), ppo_job(tmp_path, tiny_model)
     scalar = stage.load_critic(job, lambda exchanges: torch.zeros(0), stage.normalizer(job), policy.tokenizer)
     reset_head(scalar, deviation=1.0)
@@ -66,11 +66,11 @@ def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: P
 
 def test_without_a_gpu_it_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ppo\.frozen=offloaded .* no GPU\. Use ppo\.frozen=replicated"):
-        ppo_stage("ppo.frozen=offloaded").learner(ppo_job(tmp_path, tiny_model))
+        ppo_stage("ppo.frozen=offloaded").trainer(ppo_job(tmp_path, tiny_model))
 
 
 def test_weights_that_the_policy_shares_cannot_be_away(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"ppo\.frozen=offloaded: with ppo\.peft=lora .*policy's own weights"
     ):
-        ppo_stage("ppo.frozen=offloaded", "ppo.peft=lora").learner(ppo_job(tmp_path, tiny_model))
+        ppo_stage("ppo.frozen=offloaded", "ppo.peft=lora").trainer(ppo_job(tmp_path, tiny_model))

@@ -37,7 +37,7 @@ def test_what_trained_on_4_bits_merges_into_the_same_weights_rounded(tiny_model:
     train(model)
     expected = logits(model)
     assert (expected - logits(rounded)).abs().max() > 1e-2
-    with adapter.folded_in():  # there is nothing that it could be folded into
+    with adapter.merged():  # there is nothing that it could be folded into
         assert torch.equal(logits(model), expected)
     merged = load(tiny_model)
     found = attach_to_merge(merged, CONFIG)

@@ -58,7 +58,7 @@ def test_an_adapter_in_one_tree_is_not_in_the_other(tiny_model: Path) -> None:
     assert not torch.allclose(logits(model), before, atol=1e-2)
     assert torch.equal(logits(other), before)
     assert count_parameters(other)[0] == 0
-    with adapter.folded_in():
+    with adapter.merged():
         assert torch.equal(logits(other), before)
         assert storages(other) - storages(model)
     assert storages(other) < storages(model)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTCon
 
 from rlhf.config import ConfigError
 from rlhf.generation import sampler as local
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.generation.sampler import generate
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import pack_sequences, response_statistics
@@ -192,8 +192,8 @@ def test_sampling_sees_them_in_models_of_other_families(
 
 def test_they_take_room_from_the_context(tiny_model: Path, tmp_path: Path) -> None:
     artifact, _ = saved(tmp_path, tiny_model, "prompt")
-    plain = Policy.load(tiny_model, TINY, on_cpu())
-    found = Policy(load_causal_lm(artifact, TINY, torch.float32), plain.tokenizer, on_cpu())
+    plain = PolicyModel.load(tiny_model, TINY, on_cpu())
+    found = PolicyModel(load_causal_lm(artifact, TINY, torch.float32), plain.tokenizer, on_cpu())
     assert found.context_length == plain.context_length - TOKENS
 
 

@@ -29,7 +29,7 @@ def test_the_advice_makes_it_fit(tmp_path: Path) -> None:
         zero = key.removeprefix("zero=") if key.startswith("zero=") else "none"
         fitting = experiment(*([key] if zero == "none" else [])).stages
         setting = replace(on, zero=zero)
-        assert shortage(fitting["sft"].demand(setting, fitting), setting) <= 1.0, key
+        assert shortage(fitting["sft"].cost(setting, fitting), setting) <= 1.0, key
 
 
 def test_several_knobs_where_one_is_not_enough(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_where_a_rollout_is_too_large_fewer_rows_are_decoded_together(
 def test_rows_of_a_rollout_are_no_more_than_there_are(tmp_path: Path) -> None:
     def cache(*knobs: str) -> float:
         found = experiment("ppo.batch_episodes=64", "ppo.evaluate_prompts=32", *knobs)
-        phases = found.stages["ppo"].demand(gpus(80), found.stages).phases
+        phases = found.stages["ppo"].cost(gpus(80), found.stages).phases
         (phase,) = [each for each in phases if each.name == "sampling"]
         return sum(part.size for part in phase.parts if part.kind == "KV cache")
 
@@ -70,8 +70,8 @@ def test_where_nothing_helps_that_is_said(tmp_path: Path) -> None:
 
 def test_a_prediction_within_the_margin_is_told_and_not_refused(tmp_path: Path) -> None:
     found = experiment("sft.peft=lora")
-    demand = found.stages["sft"].demand(gpus(80), found.stages)
-    need = demand.peak(on_host=False).size(on_host=False) / GIB + 0.6
+    cost = found.stages["sft"].cost(gpus(80), found.stages)
+    need = cost.peak(on_host=False).size(on_host=False) / GIB + 0.6
     for memory, refused, warned in ((need * 1.01, 0, 0), (need / 1.1, 0, 1), (need / 1.2, 1, 0)):
         checked = check(tmp_path, gpus(memory), "sft", "sft.peft=lora")
         assert (len(checked.refused), len(checked.warned)) == (refused, warned)

@@ -11,7 +11,7 @@ from small_plan import EIGHT, GIB, check, experiment, gpus, no_gates, with_promp
 
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import Speed
-from rlhf.costs.stage_cost import Worker, exactly
+from rlhf.costs.stage_cost import ThroughputModel, exactly
 from rlhf.models.peft.config import PeftConfig
 from rlhf.planner.report import explanation, phases, table
 from rlhf.planner.strategies import Figure, Strategy, Use, prefill, served
@@ -34,9 +34,9 @@ def test_what_is_learned_beside_counts_too(stage: str, knobs: list[str], phase: 
     def needs(*overrides: str) -> tuple[float, float]:
         found = experiment("ppo.batch_episodes=8", "ppo.minibatch_episodes=4", f"{stage}.peft=none",
                            f"{stage}.micro_batch_tokens=100000", *overrides)  # fmt: skip
-        demand = found.stages[stage].demand(gpus(80), found.stages)
-        (at,) = [each for each in demand.phases if each.name == phase]
-        return sum(part.size for part in at.parts if part.kind == kind), demand.seconds
+        cost = found.stages[stage].cost(gpus(80), found.stages)
+        (at,) = [each for each in cost.phases if each.name == phase]
+        return sum(part.size for part in at.parts if part.kind == kind), cost.seconds
 
     (without, fast), (beside, slow) = needs(), needs(*knobs)
     assert beside > without * 1.1
@@ -48,7 +48,7 @@ def test_what_cannot_be_merged_takes_little_disk() -> None:
     artifacts = {}
     for method in ("none", "lora", "prompt"):
         found = experiment("stage=sft", f"sft.peft={method}")
-        artifacts[method] = found.stages["sft"].demand(on, found.stages).artifact
+        artifacts[method] = found.stages["sft"].cost(on, found.stages).artifact
     assert artifacts["none"] < artifacts["lora"] < 1.1 * artifacts["none"]
     assert artifacts["prompt"] == 2 * 20 * 4096
 
@@ -57,12 +57,12 @@ def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
     found, on = experiment(), gpus(80, ranks=8)
     here = replace(on, machine=replace(on.machine, ranks_here=8))
     alone, shared = (
-        found.stages["sft"].demand(each, found.stages).peak(on_host=True).size(on_host=True)
+        found.stages["sft"].cost(each, found.stages).peak(on_host=True).size(on_host=True)
         for each in (on, here)
     )
     assert shared == pytest.approx(max(alone / 8, 2 * on.shape.parameters))  # one is read on every rank
     alone, shared = (
-        found.stages["merge"].demand(each, found.stages).peak().size(on_host=True) for each in (on, here)
+        found.stages["merge"].cost(each, found.stages).peak().size(on_host=True) for each in (on, here)
     )
     assert (alone, shared) == (4 * on.shape.parameters, pytest.approx(alone / 8))
 
@@ -70,7 +70,7 @@ def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
 def test_planned_steps_are_those_that_are_taken() -> None:
     found, on = experiment("sft.batch_rows=20", "sft.epochs=1.1"), gpus(80)
     (update,) = (
-        task for task in found.stages["sft"].demand(on, found.stages).work if task.activity == "optimizer"
+        task for task in found.stages["sft"].cost(on, found.stages).work if task.activity == "optimizer"
     )
     assert update.how.startswith("55 x ")  # 1.1 x 50 > 55 in floats
 
@@ -81,7 +81,7 @@ def test_work_by_hand() -> None:
                     vocabulary=30)  # fmt: skip
     machine = replace(gpus(80).machine, ranks=2, speed=Speed(gflops=1e-3, gbytes=1e-3))
     on = replace(gpus(80), shape=shape, machine=machine)
-    worker = Worker(on)
+    worker = ThroughputModel(on)
     # a token of 7: 2 x 1000 + 4 x 2 x 4 x 5 x 7
     assert worker.forward(7) == 3120
     # 10 of them, 4 predicted; two ranks at 0.39 of 1e6 operations a second
@@ -94,8 +94,10 @@ def test_work_by_hand() -> None:
         assert task.seconds == pytest.approx((10 * times * 3120 + logits * 4 * 300) / 2 / 0.43e6)
     # 5 steps, 40 bytes a parameter at 1e6 a second; a shard of it; over PCIe at 25e9
     assert worker.optimize(600, 5).seconds == pytest.approx(5 * 40 * 600 / 1e6)
-    assert Worker(replace(on, zero="zero2")).optimize(600, 5).seconds == pytest.approx(5 * 40 * 300 / 1e6)
-    offloaded = Worker(replace(on, zero="zero3_offload")).optimize(600, 5)
+    assert ThroughputModel(replace(on, zero="zero2")).optimize(600, 5).seconds == pytest.approx(
+        5 * 40 * 300 / 1e6
+    )
+    offloaded = ThroughputModel(replace(on, zero="zero3_offload")).optimize(600, 5)
     assert offloaded.seconds == pytest.approx(5 * 40 * 300 / 25e9)
     # 3 models of 2000 parameters in bf16 at 0.3 gigabytes a second
     assert worker.load(3, what="").seconds == pytest.approx(3 * 4000 / 0.3e9)
@@ -123,9 +125,9 @@ def test_added_latency_by_hand() -> None:
 def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
     for on in (gpus(80), replace(gpus(80), machine=replace(gpus(80).machine, kind="cpu", used=3 * GIB))):
         found = experiment("sft.peft=lora", "stage=sft")
-        demand = found.stages["sft"].demand(on, found.stages)
+        cost = found.stages["sft"].cost(on, found.stages)
         figure = Figure(0.0, "")
-        strategy = Strategy("LoRA", on, demand, figure, figure, 0, "", source="Hu et al.")
+        strategy = Strategy("LoRA", on, cost, figure, figure, 0, "", source="Hu et al.")
         (row,) = table([strategy], None).rows
         peak, name = float(row[3].split()[0]), row[3].partition("(")[2].rstrip(")")
         shown = phases(strategy)
@@ -146,7 +148,7 @@ def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
 def test_a_model_that_is_not_trained_is_loaded_whole_and_once() -> None:
     found = experiment()
     whole, sharded = (
-        found.stages["evaluate"].demand(replace(gpus(80, ranks=8), zero=zero), found.stages).peak().size()
+        found.stages["evaluate"].cost(replace(gpus(80, ranks=8), zero=zero), found.stages).peak().size()
         for zero in ("none", "zero3")
     )
     assert sharded == whole
@@ -156,7 +158,9 @@ def test_rows_that_ranks_decode_together_are_their_own() -> None:
     """64 rows at a time each: 8 ranks answer 512 in as many passes over the weights as one answers 64."""
 
     def passes(ranks: int, rows: int) -> str:
-        _, decoding = Worker(gpus(80, ranks=ranks)).decode(rows, 64, exactly(10), 100, what="answers")
+        _, decoding = ThroughputModel(gpus(80, ranks=ranks)).decode(
+            rows, 64, exactly(10), 100, what="answers"
+        )
         return decoding.how.partition(" times")[0]
 
     assert passes(1, 64) == passes(8, 512) == "answers: 100"
@@ -169,7 +173,7 @@ def test_virtual_tokens_are_part_of_a_sequence() -> None:
     def longest(peft: str, context: int) -> int:
         on, found = gpus(80), experiment("stage=sft", f"sft.peft={peft}")
         on = replace(on, shape=replace(on.shape, context=context))
-        return found.stages["sft"].demand(on, found.stages).longest
+        return found.stages["sft"].cost(on, found.stages).longest
 
     assert (longest("lora", 1000), longest("prefix", 1000)) == (900, 920)
     assert (longest("lora", 900), longest("prefix", 900)) == (900, 900)

@@ -22,7 +22,7 @@ from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, PreTrained
 from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.memory import Trained, activations, kept_per_layer, kept_per_token, sampling
 from rlhf.costs.model_shape import shape_of
-from rlhf.costs.setup import Setting, pads_rows
+from rlhf.costs.setup import CostContext, pads_rows
 from rlhf.costs.stage_cost import exactly, joined
 from rlhf.data.prepared import Lengths
 from rlhf.distributed.batching import token_budget_batches
@@ -50,12 +50,12 @@ OPTIM = OptimConfig(
 
 def setting(
     zero: Zero = "none", ranks: int = 1, kind: str = "cpu", dtype_bytes: int = 2, *, pads: bool = False
-) -> Setting:
+) -> CostContext:
     machine = Machine(
         kind=kind, name="a test", memory=1e9, host_memory=1e9, used=0.0, ranks=ranks, speed=Speed(100.0, 10.0)
     )  # type: ignore[arg-type]  # fmt: skip
     lengths = Lengths(1, 1.0, 0.0, 1)
-    return Setting(shape_of(CONFIG), dtype_bytes, zero, machine, lambda role, split: lengths, pads=pads)
+    return CostContext(shape_of(CONFIG), dtype_bytes, zero, machine, lambda role, split: lengths, pads=pads)
 
 
 def model(peft: PeftConfig, dtype: torch.dtype, attention: str = "auto") -> PreTrainedModel:
@@ -295,14 +295,14 @@ def test_a_prompt_and_its_answer_stand_behind_each_other() -> None:
 
 
 def test_what_rows_begin_with_alike_is_computed_once_where_rows_are_packed_on_a_cpu() -> None:
-    rows = Lengths(rows=100, mean=50.0, deviation=0.0, longest=60, in_common=20.0)
+    rows = Lengths(rows=100, mean=50.0, deviation=0.0, longest=60, shared_prefix=20.0)
     assert setting().computed(1000, rows) == 600
     assert setting().pass_tokens(16, rows, most=4096) == 16 * 30
     assert setting().pass_tokens(1, rows, most=4096) == 60
     for on in (setting(kind="cuda"), setting(pads=True)):
         assert on.computed(1000, rows) == 1000
-    assert joined(rows, rows).in_common == 40.0
-    assert rows.cut(10).in_common == 10.0
+    assert joined(rows, rows).shared_prefix == 40.0
+    assert rows.cut(10).shared_prefix == 10.0
 
 
 def test_sampling_holds_a_cache_that_grows_with_rows_and_tokens() -> None:

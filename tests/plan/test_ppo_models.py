@@ -12,14 +12,17 @@ from transformers import (
     T5Config,
 )
 
-from rlhf.costs.model_shape import Shape, shape_of
-from rlhf.costs.stage_cost import Worker
+from rlhf.costs.model_shape import ModelShape, shape_of
+from rlhf.costs.stage_cost import ThroughputModel
+from rlhf.data.prepared import Lengths
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
+from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.cost import mix_lengths
 
 
 @pytest.fixture
-def other_reward(tmp_path: Path) -> tuple[Shape, str]:
+def other_reward(tmp_path: Path) -> tuple[ModelShape, str]:
     """A reward model's directory with nothing but its config, and `ppo.reward` for it."""
     config = Qwen3Config(
         hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
@@ -33,8 +36,8 @@ def weights_beside(*overrides: str, reward: str = "lora") -> float:
     """Of PPO's models while the reference reads, where the reward stage tunes with that method."""
     stages = experiment(*overrides).stages
     tuned = stages["reward"].model_copy(update={"peft": PeftConfig.model_validate({"method": reward})})
-    demand = stages["ppo"].demand(gpus(80), {**stages, "reward": tuned})
-    (phase,) = [each for each in demand.phases if each.name == "reference"]
+    cost = stages["ppo"].cost(gpus(80), {**stages, "reward": tuned})
+    (phase,) = [each for each in cost.phases if each.name == "reference"]
     return sum(part.size for part in phase.parts if part.kind == "weights")
 
 
@@ -54,7 +57,7 @@ def test_a_reward_model_stands_on_the_policys_weights_where_it_is_a_plain_lora(
 
 
 def test_a_reward_model_of_the_users_counts_as_large_as_it_is(
-    other_reward: tuple[Shape, str],
+    other_reward: tuple[ModelShape, str],
 ) -> None:
     shape, reward = other_reward
     scalar = 2 * (shape.parameters - shape.head)
@@ -69,16 +72,16 @@ def test_a_reward_model_of_the_users_counts_as_large_as_it_is(
     assert weights_beside(reward, *first) == pytest.approx(weights_beside(*RULED) + scalar, rel=0.01)
 
 
-def test_it_reads_as_fast_as_its_own_size_allows(other_reward: tuple[Shape, str]) -> None:
+def test_it_reads_as_fast_as_its_own_size_allows(other_reward: tuple[ModelShape, str]) -> None:
     def scoring(*overrides: str) -> list[float]:
         found = experiment("ppo.critic.init=sft", "ppo.score.normalize=none", *overrides)
-        work = found.stages["ppo"].demand(gpus(80), found.stages).work
+        work = found.stages["ppo"].cost(gpus(80), found.stages).work
         return [task.seconds for task in work if "scores: " in task.how]
 
     shape, reward = other_reward
     ((own,), (learned,)) = scoring(reward), scoring()
     length = 400 + experiment().stages["ppo"].model_dump()["max_new_tokens"]
-    operations = [Worker(replace(gpus(80), shape=each)).forward(length) for each in (shape, EIGHT)]
+    operations = [ThroughputModel(replace(gpus(80), shape=each)).forward(length) for each in (shape, EIGHT)]
     assert own / learned == pytest.approx(operations[0] / operations[1])
     assert scoring("ppo.reward=vader") == []
 
@@ -96,7 +99,7 @@ def test_ppo_shares_weights_where_the_method_does(method: str) -> None:
         found = experiment(*overrides)
         (phase,) = [
             each
-            for each in found.stages["ppo"].demand(gpus(80), found.stages).phases
+            for each in found.stages["ppo"].cost(gpus(80), found.stages).phases
             if each.name == "reference"
         ]
         return sum(part.size for part in phase.parts if part.kind == "weights")
@@ -132,7 +135,7 @@ def test_ppo_loads_its_models_one_after_the_other() -> None:
         found = experiment("reward.peft=none", f"zero={zero}", "device=cpu", *overrides)
         on = replace(gpus(80, ranks=8), zero=zero)
         (phase,) = [
-            each for each in found.stages["ppo"].demand(on, found.stages).phases if each.name == "loading"
+            each for each in found.stages["ppo"].cost(on, found.stages).phases if each.name == "loading"
         ]
         return phase.size(on_host=False), phase.size(on_host=True)
 
@@ -148,7 +151,17 @@ def test_a_reward_model_has_no_output_layer() -> None:
     found, on = experiment("reward.peft=none"), gpus(80)
     sizes = {}
     for stage in ("sft", "reward"):
-        phases = found.stages[stage].demand(on, found.stages).phases
+        phases = found.stages[stage].cost(on, found.stages).phases
         (step,) = [phase for phase in phases if phase.name == "optimizer step"]
         sizes[stage] = step.size()
     assert sizes["sft"] - sizes["reward"] == pytest.approx(on.shape.head * (2 + 12 + 4))
+
+
+def test_the_mix_is_cut_where_virtual_tokens_leave_no_room() -> None:
+    """As `PretrainingMix` cuts it."""
+    endless = Lengths(rows=10, mean=90_000.0, deviation=0.0, longest=90_000)
+    on = replace(gpus(80), sizes=lambda role, split: endless)
+    for peft, longest in (("lora", 40_960), ("{method: prefix, tokens: 100}", 40_860)):
+        config = experiment(f"ppo.peft={peft}", "ppo.ptx.coef=0.5").stages["ppo"]
+        assert isinstance(config, PpoConfig)
+        assert mix_lengths(config, on).longest == longest

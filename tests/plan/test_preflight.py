@@ -27,7 +27,7 @@ from transformers import (
 
 from rlhf.config import ConfigError
 from rlhf.costs.model_shape import shape_of
-from rlhf.costs.stage_cost import Demand, Task
+from rlhf.costs.stage_cost import StageCost, Task
 from rlhf.data.prepared import Lengths, PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.generation.vllm import VllmConfig
@@ -76,31 +76,31 @@ def test_what_vllm_holds_stays_until_the_run_ends(tmp_path: Path) -> None:
     on, found = replace(gpus(8000), vllm=vllm), experiment("stage=evaluate", "sft.peft=none")
     stages = [found.stages[name] for name in ("sft", "generate", "ppo", "evaluate")]
 
-    def held(demands: Mapping[str, Demand]) -> dict[str, set[str]]:
+    def held(costs: Mapping[str, StageCost]) -> dict[str, set[str]]:
         """Stage -> the phases that have vLLM's copy of the weights and its cache."""
         whole = {"vLLM's own: 8.19e9 x 2 B", "vllm.kv_cache_gib"}
         return {
-            name: {phase.name for phase in demand.phases if whole <= {part.how for part in phase.parts}}
-            for name, demand in demands.items()
+            name: {phase.name for phase in cost.phases if whole <= {part.how for part in phase.parts}}
+            for name, cost in costs.items()
         }
 
     begun = dict.fromkeys(found.stages, Begun())
     together = preflight(stages, found.stages, on, tmp_path, NO_CHECKPOINTS, begun)
-    every = {name: {phase.name for phase in demand.phases} for name, demand in together.demands.items()}
-    assert held(together.demands) == every | {"sft": set()}
-    alone = check(tmp_path, on, "ppo").demands
+    every = {name: {phase.name for phase in cost.phases} for name, cost in together.costs.items()}
+    assert held(together.costs) == every | {"sft": set()}
+    alone = check(tmp_path, on, "ppo").costs
     assert held(alone) == {"ppo": every["ppo"] - {"loading"}}
-    (without,) = check(tmp_path, gpus(8000), "ppo").demands.values()
+    (without,) = check(tmp_path, gpus(8000), "ppo").costs.values()
     (learning,), (bare,) = (
-        [phase.size() for phase in demand.phases if phase.name == "learning"]
-        for demand in (alone["ppo"], without)
+        [phase.size() for phase in cost.phases if phase.name == "learning"]
+        for cost in (alone["ppo"], without)
     )
     assert learning - bare == 2 * EIGHT.parameters + 3 * GIB
 
 
 def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> None:
     every = NO_CHECKPOINTS.model_copy(update={"every_steps": 5, "keep": 2})
-    huge = Demand(artifact=1.0, checkpoint=1e18)
+    huge = StageCost(artifact=1.0, checkpoint=1e18)
     assert list(disk_complaints({"sft": huge}, tmp_path, NO_CHECKPOINTS, {"sft": Begun()})) == []
     written = {"sft": Begun(3e18)}
     assert list(disk_complaints({"sft": huge}, tmp_path, every, written)) == []
@@ -110,8 +110,8 @@ def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("spent", "left"), [(0.0, "3:20"), (70.0, "2:10"), (999.0, "1:40")])
 def test_what_is_to_come_begins_where_the_checkpoint_is(spent: float, left: str) -> None:
-    demands = dict.fromkeys(("sft", "ppo"), Demand(work=[Task("train", 100.0, "")]))
-    said = expectations(demands, gpus(80.0), {"sft": Begun(), "ppo": Begun(1.0, spent)})
+    costs = dict.fromkeys(("sft", "ppo"), StageCost(work=[Task("train", 100.0, "")]))
+    said = expectations(costs, gpus(80.0), {"sft": Begun(), "ppo": Begun(1.0, spent)})
     assert said.startswith(f"About {left} to go")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.ppo.metrics import Evaluation
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Exchange, Reward, RewardError
 
 SMALL = (
@@ -50,16 +50,16 @@ class Faulty:
         return scores
 
 
-def learner_in(directory: Path, model: Path, reward: Reward, *overrides: str) -> Learner:
+def learner_in(directory: Path, model: Path, reward: Reward, *overrides: str) -> PolicyTrainer:
     return resumed_learner(directory, model, reward, *SMALL, *overrides)
 
 
-def train(learner: Learner) -> dict[str, float]:
-    return learner.train(TRAIN, HELD_OUT)
+def train(trainer: PolicyTrainer) -> dict[str, float]:
+    return trainer.train(TRAIN, HELD_OUT)
 
 
-def evaluated_steps(learner: Learner) -> list[int]:
-    lines = [json.loads(line) for line in (learner.job.directory / "metrics.jsonl").read_text().splitlines()]
+def evaluated_steps(trainer: PolicyTrainer) -> list[int]:
+    lines = [json.loads(line) for line in (trainer.job.directory / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "ppo/held_out_score" in line]
 
 
@@ -94,9 +94,9 @@ def test_what_a_bad_last_step_left_is_evaluated_by_the_next_run(tmp_path: Path, 
 
 def test_held_out_responses_without_a_score_are_left_out_and_told(tmp_path: Path, tiny_model: Path) -> None:
     reward = Faulty(unscored=1)
-    learner = learner_in(tmp_path / "job", tiny_model, reward)
-    learner.job.progress.console = console = Console(file=StringIO(), width=200)
-    result = learner.evaluate(HELD_OUT)
+    trainer = learner_in(tmp_path / "job", tiny_model, reward)
+    trainer.job.progress.console = console = Console(file=StringIO(), width=200)
+    result = trainer.evaluate(HELD_OUT)
     lengths = [float(len(text.encode())) for text in reward.responses]
     assert result.unscored == 1
     assert (result.choice_score, result.score) == (lengths[2], (lengths[1] + lengths[3]) / 2)
@@ -104,7 +104,7 @@ def test_held_out_responses_without_a_score_are_left_out_and_told(tmp_path: Path
     assert "1 of 4 held-out responses got no finite score after step 0" in console.file.getvalue()
     reward.unscored = 3  # one half is left with none
     with pytest.raises(RewardError, match="no finite score for any of 2 responses"):
-        learner.evaluate(HELD_OUT)
+        trainer.evaluate(HELD_OUT)
 
 
 def evaluation(scores: list[float]) -> Evaluation:
@@ -130,8 +130,8 @@ def test_weights_that_only_the_judged_prompts_like_are_not_kept(tmp_path: Path, 
         return torch.tensor([-judged, judged, -judged, judged])
 
     calls: list[int] = []
-    learner = learner_in(tmp_path / "job", tiny_model, better_each_time)
-    summary = train(learner)
+    trainer = learner_in(tmp_path / "job", tiny_model, better_each_time)
+    summary = train(trainer)
     assert len(calls) == 3
     assert (summary["best_step"], summary["held_out_score_gain"]) == (0, 0.0)
     assert (summary["held_out_score"], summary["held_out_score_last"]) == (10.0, 30.0)
@@ -147,8 +147,8 @@ def test_one_held_out_prompt_cannot_choose_and_judge(tmp_path: Path, tiny_model:
 
 
 def test_a_response_that_looks_like_markup_is_quoted_as_it_is(tmp_path: Path, tiny_model: Path) -> None:
-    learner = learner_in(tmp_path / "job", tiny_model, Faulty())
-    learner.job.progress.console = console = Console(file=StringIO(), width=200)
-    learner.count_bad(1, "the reward of 'no [/INST] [red]' is nan.")
+    trainer = learner_in(tmp_path / "job", tiny_model, Faulty())
+    trainer.job.progress.console = console = Console(file=StringIO(), width=200)
+    trainer.count_bad(1, "the reward of 'no [/INST] [red]' is nan.")
     assert isinstance(console.file, StringIO)
     assert "step 1 skipped: the reward of 'no [/INST] [red]' is nan." in console.file.getvalue()

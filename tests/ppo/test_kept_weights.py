@@ -8,16 +8,16 @@ from small_ppo import ROWS, Counting, equal, weights
 
 
 def test_the_average_lags_behind_the_weights(make) -> None:
-    learner = make("ppo.ema_decay=0.75", "ppo.minibatch_episodes=16")
-    assert learner.update.average is not None
-    before = weights(learner.engine.model.policy)
-    learner.step(ROWS, 1)
-    after = weights(learner.engine.model.policy)
+    trainer = make("ppo.ema_decay=0.75", "ppo.minibatch_episodes=16")
+    assert trainer.update.average is not None
+    before = weights(trainer.engine.model.policy)
+    trainer.step(ROWS, 1)
+    after = weights(trainer.engine.model.policy)
     assert not equal(after, before)
-    with learner.update.average.swapped_in():
-        for name, value in learner.engine.model.policy.named_parameters():
+    with trainer.update.average.swapped_in():
+        for name, value in trainer.engine.model.policy.named_parameters():
             torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name], atol=1e-7, rtol=1e-5)
-    assert equal(weights(learner.engine.model.policy), after)
+    assert equal(weights(trainer.engine.model.policy), after)
 
 
 def test_the_averaged_weights_are_what_is_kept(make) -> None:
@@ -25,8 +25,8 @@ def test_the_averaged_weights_are_what_is_kept(make) -> None:
     plain = make(*overrides, reward=Counting(1.0))  # rises, so that the last policy counts as the best
     averaged = make(*overrides, "ppo.ema_decay=0.9", reward=Counting(1.0))
     start = weights(plain.engine.model.policy)
-    for learner in (plain, averaged):
-        learner.train(ROWS, ROWS[:4])
+    for trainer in (plain, averaged):
+        trainer.train(ROWS, ROWS[:4])
     trained = weights(plain.engine.model.policy)
     assert equal(plain.best_weights, trained)
     assert averaged.best_weights.keys() == start.keys()
@@ -36,13 +36,13 @@ def test_the_averaged_weights_are_what_is_kept(make) -> None:
 
 @pytest.mark.parametrize("change", [+1.0, -1.0])
 def test_the_best_policy_is_kept_not_the_last(make, change: float) -> None:
-    learner = make("ppo.steps=2", "ppo.evaluate_every=1", reward=Counting(change))
-    start = weights(learner.engine.model.policy)
-    summary = learner.train(ROWS, ROWS[:4])
-    last = weights(learner.engine.model.policy)
+    trainer = make("ppo.steps=2", "ppo.evaluate_every=1", reward=Counting(change))
+    start = weights(trainer.engine.model.policy)
+    summary = trainer.train(ROWS, ROWS[:4])
+    last = weights(trainer.engine.model.policy)
     assert not equal(last, start)
-    assert learner.best_weights.keys() == start.keys()
-    assert equal(learner.best_weights, last if change > 0 else start)
+    assert trainer.best_weights.keys() == start.keys()
+    assert equal(trainer.best_weights, last if change > 0 else start)
     calls = (1, 5)  # evaluation, then two steps, each with a rollout and an evaluation
     assert summary["held_out_score"] == max(change * call for call in calls)
     assert summary["held_out_score_last"] == change * 5

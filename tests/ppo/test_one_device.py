@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rlhf.models.logprobs import pack_sequences, response_statistics
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.model import LearnedReward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
@@ -41,10 +41,10 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def learner_on_meta(tmp_path: Path, sft: Path, *overrides: str) -> Learner:
+def learner_on_meta(tmp_path: Path, sft: Path, *overrides: str) -> PolicyTrainer:
     job = ppo_job(tmp_path / "ppo", sft)
     job = replace(job, compute=replace(job.compute, device=META))
-    return ppo_stage(*overrides).learner(job)
+    return ppo_stage(*overrides).trainer(job)
 
 
 @pytest.mark.parametrize("peft", ["none", "lora", "adapter", "ia3"])
@@ -55,7 +55,7 @@ def test_all_weights_and_all_they_meet_are_on_the_device(
     for check in ("models.packed_attention._leaks", "stages.ppo.check_head"):
         monkeypatch.setattr(f"rlhf.{check}", lambda *_: False)  # of numbers, of which there are none
     reward = reward_model(tmp_path / "reward", tiny_model, "lora")
-    learner = learner_on_meta(
+    trainer = learner_on_meta(
         tmp_path,
         tiny_model,
         f"ppo.peft={peft}",
@@ -63,9 +63,9 @@ def test_all_weights_and_all_they_meet_are_on_the_device(
         f"ppo.critic.init={init}",
         "ppo.gates.first_kl=null",
     )
-    assert isinstance(learner.reward, LearnedReward)
-    policy, critic = learner.policy.model, learner.engine.model.critic
-    modules: list[nn.Module] = [policy, critic, learner.reference.model, learner.reward.model]
+    assert isinstance(trainer.reward, LearnedReward)
+    policy, critic = trainer.policy.model, trainer.engine.model.critic
+    modules: list[nn.Module] = [policy, critic, trainer.reference.model, trainer.reward.model]
     for module in modules:
         elsewhere = [name for name, weight in module.named_parameters() if weight.device != META]
         assert [name for name in elsewhere if ".lora_" not in name] == []
@@ -73,10 +73,10 @@ def test_all_weights_and_all_they_meet_are_on_the_device(
     rows = [torch.arange(3, 3 + length) for length in (5, 9)]
     with OneDevice():
         batch = pack_sequences(rows, rows, META)
-        for model in (policy, learner.reference.model):
+        for model in (policy, trainer.reference.model):
             logp_N, entropy_N = response_statistics(model, batch, 0.7)
             assert logp_N.shape == entropy_N.shape == (14,)
         response_statistics(policy, batch, 0.7).logp_N.sum().backward()
         critic.values(batch).sum().backward()
-        with learner.reward._whole():
-            assert learner.reward.model.last_values(rows).shape == (2,)
+        with trainer.reward._whole():
+            assert trainer.reward.model.last_values(rows).shape == (2,)

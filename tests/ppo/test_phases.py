@@ -10,7 +10,7 @@ from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 
 from rlhf.data.chat_template import prompt_ids
 from rlhf.rewards.reward import function_reward
-from rlhf.tracking.timer import Phases
+from rlhf.tracking.timer import StepTimer
 
 NAMES = ["generate", "reward", "reference", "score", "advantages", "update", "optimizer"]
 
@@ -18,22 +18,22 @@ NAMES = ["generate", "reward", "reference", "score", "advantages", "update", "op
 def test_every_step_has_its_own_seconds(tmp_path: Path, tiny_model: Path) -> None:
     stage = ppo_stage("ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=4")
     reward = function_reward("python:small_ppo:starts_with_e")
-    learner = ppo_learner(stage, ppo_job(tmp_path / "ppo", tiny_model), reward)
+    trainer = ppo_learner(stage, ppo_job(tmp_path / "ppo", tiny_model), reward)
     for step in (1, 2):
-        metrics = learner.step(prompts(range(8)), step)
+        metrics = trainer.step(prompts(range(8)), step)
         assert [name for name in metrics if name.startswith("seconds_")] == [f"seconds_{n}" for n in NAMES]
         assert all(metrics[f"seconds_{name}"] > 0 for name in NAMES)
-        assert learner.phases.seconds == {}  # nothing is left over for the next step
-        assert metrics["prompt_tokens"] == sum(map(len, learner_prompts(learner)))
+        assert trainer.phases.seconds == {}  # nothing is left over for the next step
+        assert metrics["prompt_tokens"] == sum(map(len, learner_prompts(trainer)))
         assert metrics["response_tokens"] == 8 * metrics["length"]
 
 
-def learner_prompts(learner) -> list[list[int]]:  # type: ignore[no-untyped-def]
-    return [prompt_ids(learner.policy.tokenizer, row.prompt) for row in prompts(range(8))]
+def learner_prompts(trainer) -> list[list[int]]:  # type: ignore[no-untyped-def]
+    return [prompt_ids(trainer.policy.tokenizer, row.prompt) for row in prompts(range(8))]
 
 
 def test_a_phase_entered_again_adds_up_and_one_that_fails_counts_nothing() -> None:
-    phases = Phases(torch.device("cpu"))
+    phases = StepTimer(torch.device("cpu"))
     with phases("update"):
         pass
     first = phases.seconds["update"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rlhf.ppo.metrics import UpdateSums
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rl.experience import Experience
 from rlhf.training.engine import PlainEngine
 
@@ -87,31 +87,31 @@ def plain_update(
     return {name: loss.item() for name, loss in losses.items()}, found
 
 
-def own_update(learner: Learner, experience: Experience) -> tuple[dict[str, float], dict[str, Tensor]]:
+def own_update(trainer: PolicyTrainer, experience: Experience) -> tuple[dict[str, float], dict[str, Tensor]]:
     sums = UpdateSums()
-    learner.update.accumulate(experience, [sums], critic_only=False)
-    learner.engine.step()
-    assert isinstance(learner.engine, PlainEngine)
-    moments = learner.engine.optimizer.state_dict()["adamw"]["state"].values()
-    names = [name for name, _ in learner.engine.model.named_parameters()]
+    trainer.update.accumulate(experience, [sums], critic_only=False)
+    trainer.engine.step()
+    assert isinstance(trainer.engine, PlainEngine)
+    moments = trainer.engine.optimizer.state_dict()["adamw"]["state"].values()
+    names = [name for name, _ in trainer.engine.model.named_parameters()]
     # the first moment after one step is a tenth of the gradient
     found = {name: each["exp_avg"] * 10 for name, each in zip(names, moments, strict=True)}
-    return sums.means(learner.compute), found
+    return sums.means(trainer.compute), found
 
 
 def test_losses_and_gradients_are_those_of_the_plain_implementation(make, tiny_model: Path) -> None:
-    learner = make(*SETTINGS)
-    learner.policy.stop_ids = list(range(0, 259, 15))  # an untrained model hardly ever says one of its own
-    experience, scored = learner.experience(ROWS)
+    trainer = make(*SETTINGS)
+    trainer.policy.stop_ids = list(range(0, 259, 15))  # an untrained model hardly ever says one of its own
+    experience, scored = trainer.experience(ROWS)
     lengths = [len(ids) for ids in experience.rollout.response_ids]
     total = sum(map(len, experience.rollout.prompt_ids)) + sum(lengths)
     assert scored is None and len(set(lengths)) > 1 and total > 4 * 150  # several micro-batches
-    shake(learner)
+    shake(trainer)
     with torch.no_grad():
-        learner.engine.model.critic.offset.add_(0.35)
-    weights = {name: value.detach().clone() for name, value in learner.engine.model.named_parameters()}
+        trainer.engine.model.critic.offset.add_(0.35)
+    weights = {name: value.detach().clone() for name, value in trainer.engine.model.named_parameters()}
     expected, plain_gradients = plain_update(experience, tiny_model, weights)
-    found, gradients = own_update(learner, experience)
+    found, gradients = own_update(trainer, experience)
     assert found["clip_fraction"] > 0.05 and found["value_clip_fraction"] > 0.05
     for name, loss in expected.items():
         assert found[name] == pytest.approx(loss, rel=1e-5), name

@@ -29,10 +29,10 @@ def test_the_mix_draws_from_its_own_source_where_there_is_one(
     for role, content in (("sft", OWN), ("ptx", GENERAL)):
         job.data.write(role, "train", content)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    learner = stage.learner(job)
-    assert learner.update.mix is not None
-    _, answers = learner.update.mix.draw()
-    drawn = {learner.policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers}
+    trainer = stage.trainer(job)
+    assert trainer.update.mix is not None
+    _, answers = trainer.update.mix.draw()
+    drawn = {trainer.policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers}
     assert drawn == {row.completion for row in rows}
 
 
@@ -41,7 +41,7 @@ def test_a_mix_of_which_nothing_fits_is_refused(tmp_path: Path, tiny_model: Path
     long = [Message(role="user", content="word " * 300)]
     job.data.write("sft", "train", [SftRow(long, "an answer")])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^ppo\.ptx\.coef=0\.5: .* sft\.data .* context of 1024 tokens"):
-        stage.learner(job)
+        stage.trainer(job)
 
 
 def test_its_content_is_in_the_key_and_its_place_is_not(finished_chain: tuple[Chain, Outcome]) -> None:

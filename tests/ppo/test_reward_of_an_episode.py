@@ -13,22 +13,22 @@ from rlhf.rewards.reward import Exchange
 
 
 def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
-    learner = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", "ppo.kl.target=0.1", "ppo.kl.horizon=160")
-    first = learner.step(ROWS, 1)
+    trainer = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", "ppo.kl.target=0.1", "ppo.kl.horizon=160")
+    first = trainer.step(ROWS, 1)
     assert first["beta"] == 0.1  # what the step was made with
     lowered = 0.1 * (1 - 0.2 * 16 / 160)  # KL 0: as far below the target as counts
-    assert learner.kl.coef == pytest.approx(lowered)
-    shake(learner)
-    second = learner.step(ROWS, 2)
+    assert trainer.kl.coef == pytest.approx(lowered)
+    shake(trainer)
+    second = trainer.step(ROWS, 2)
     assert second["beta"] == pytest.approx(lowered)
     assert second["kl"] > 0.12
-    assert learner.kl.coef == pytest.approx(lowered * (1 + 0.2 * 16 / 160))
+    assert trainer.kl.coef == pytest.approx(lowered * (1 + 0.2 * 16 / 160))
 
 
 def test_the_penalty_is_taken_from_every_token(make) -> None:
-    learner = make("ppo.kl.coef=0.3", reward=Counting(0.0))
-    shake(learner)
-    experience = learner.experience(ROWS)[0]
+    trainer = make("ppo.kl.coef=0.3", reward=Counting(0.0))
+    shake(trainer)
+    experience = trainer.experience(ROWS)[0]
     expected_BR = -0.3 * (experience.logp_BR - experience.reference_logp_BR)
     assert expected_BR.abs().max() > 0.01
     torch.testing.assert_close(experience.reward_BR, expected_BR, atol=1e-6, rtol=1e-5)
@@ -57,13 +57,13 @@ def test_an_outlier_is_clipped(make) -> None:
     def one_large(exchanges: Sequence[Exchange]) -> Tensor:
         return torch.tensor([1000.0] + [0.0] * (len(exchanges) - 1))
 
-    learner = make("ppo.score.normalize=none", "ppo.score.clip=5.0", reward=one_large)
-    assert learner.experience(ROWS)[0].reward_BR.sum(1).tolist() == [5.0] + [0.0] * 15
+    trainer = make("ppo.score.normalize=none", "ppo.score.clip=5.0", reward=one_large)
+    assert trainer.experience(ROWS)[0].reward_BR.sum(1).tolist() == [5.0] + [0.0] * 15
 
 
 def test_a_response_without_a_stop_token_is_marked_down(make) -> None:
-    learner = make("ppo.score.missing_stop_penalty=0.5", "ppo.max_new_tokens=60", reward=Counting(0.0))
-    experience = learner.experience(ROWS)[0]
+    trainer = make("ppo.score.missing_stop_penalty=0.5", "ppo.max_new_tokens=60", reward=Counting(0.0))
+    experience = trainer.experience(ROWS)[0]
     stopped_B = experience.rollout.stopped
     assert 0 < int(stopped_B.sum()) < 16
     assert experience.reward_BR.sum(1).tolist() == [

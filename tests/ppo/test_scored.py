@@ -10,18 +10,18 @@ import torch
 from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 from torch import Tensor
 
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import function_reward
 
 ROWS = prompts(range(8))
-Make = Callable[..., Learner]
+Make = Callable[..., PolicyTrainer]
 
 
 @pytest.fixture
 def make(tmp_path: Path, tiny_model: Path) -> Make:
     """Always the same weights and random numbers; a rollout is one minibatch and one forward pass."""
 
-    def learner(*overrides: str) -> Learner:
+    def trainer(*overrides: str) -> PolicyTrainer:
         torch.manual_seed(0)
         stage = ppo_stage(
             "ppo.batch_episodes=8", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=6", "ppo.kl.coef=0.1",
@@ -30,26 +30,26 @@ def make(tmp_path: Path, tiny_model: Path) -> Make:
         reward = function_reward("python:small_ppo:starts_with_e")
         return ppo_learner(stage, ppo_job(tmp_path / "ppo", tiny_model), reward)
 
-    return learner
+    return trainer
 
 
-def weights(learner: Learner) -> list[Tensor]:
-    return [parameter.detach() for parameter in learner.engine.model.parameters()]
+def weights(trainer: PolicyTrainer) -> list[Tensor]:
+    return [parameter.detach() for parameter in trainer.engine.model.parameters()]
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_what_is_learned_is_the_same_with_one_pass_less(make: Make, epochs: int) -> None:
     once, twice = make(f"ppo.epochs={epochs}"), make(f"ppo.epochs={epochs}")
     results, passes = [], []
-    for learner in (once, twice):
-        learner.engine.set_rates(0, 4)
-        experience, scored = learner.experience(ROWS)
+    for trainer in (once, twice):
+        trainer.engine.set_rates(0, 4)
+        experience, scored = trainer.experience(ROWS)
         assert scored is not None
         count: list[int] = []
-        for model in (learner.policy.model, learner.engine.model.critic.model):
+        for model in (trainer.policy.model, trainer.engine.model.critic.model):
             model.get_input_embeddings().register_forward_hook(lambda *_, n=count: n.append(1))
         results.append(
-            learner.update.learn(experience, scored if learner is once else None, critic_only=False)
+            trainer.update.learn(experience, scored if trainer is once else None, critic_only=False)
         )
         passes.append(len(count))
     assert passes == [2 * (epochs - 1), 2 * epochs]

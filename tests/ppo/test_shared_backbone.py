@@ -22,7 +22,7 @@ from rlhf.models.save import save_policy
 from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.models.weight_sharing import Backbone
 from rlhf.ppo.metrics import UpdateSums
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.model import LearnedReward, load_learned_reward
 from rlhf.rewards.reward import Exchange, RewardError
 from rlhf.stages.ppo import PpoStage
@@ -60,19 +60,19 @@ def reward_model(directory: Path, sft: Path, method: str, dtype: torch.dtype = t
     return directory
 
 
-def learners(tmp_path: Path, sft: Path, *overrides: str) -> tuple[Learner, Learner]:
+def learners(tmp_path: Path, sft: Path, *overrides: str) -> tuple[PolicyTrainer, PolicyTrainer]:
     """The stage's own, with shared and with separate weights."""
     stage = ppo_stage(*SETTINGS, *overrides)
     made = []
     for each in (stage, Separate.model_construct(**dict(stage))):
         torch.manual_seed(0)
-        made.append(each.learner(ppo_job(tmp_path / type(each).__name__, sft)))
+        made.append(each.trainer(ppo_job(tmp_path / type(each).__name__, sft)))
     return made[0], made[1]
 
 
-def models(learner: Learner) -> list[nn.Module]:
-    reward = [learner.reward.model] if isinstance(learner.reward, LearnedReward) else []
-    return [learner.engine.model, learner.reference.model, *reward]
+def models(trainer: PolicyTrainer) -> list[nn.Module]:
+    reward = [trainer.reward.model] if isinstance(trainer.reward, LearnedReward) else []
+    return [trainer.engine.model, trainer.reference.model, *reward]
 
 
 def held(modules: list[nn.Module]) -> int:
@@ -81,16 +81,16 @@ def held(modules: list[nn.Module]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def trained(learner: Learner) -> int:
-    parameters = [p for p in learner.engine.model.parameters() if p.requires_grad]
+def trained(trainer: PolicyTrainer) -> int:
+    parameters = [p for p in trainer.engine.model.parameters() if p.requires_grad]
     return sum(p.untyped_storage().nbytes() for p in parameters)
 
 
-def shake(learner: Learner) -> None:
+def shake(trainer: PolicyTrainer) -> None:
     """Move what trains away from where it was, always to the same place: no adapter is the identity then."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in learner.engine.model.parameters():
+        for parameter in trainer.engine.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
@@ -99,36 +99,36 @@ def relative(first: Tensor, second: Tensor) -> float:
     return float((first - second).norm() / second.norm().clamp(min=1e-12))
 
 
-def assert_same_step(shared: Learner, separate: Learner) -> None:
+def assert_same_step(shared: PolicyTrainer, separate: PolicyTrainer) -> None:
     """Scores, values, log-probabilities, losses and gradients, in fp32 to 1e-5."""
     pair = (shared, separate)
-    for learner in pair:
-        shake(learner)
-    experiences = [learner.experience(ROWS)[0] for learner in pair]
+    for trainer in pair:
+        shake(trainer)
+    experiences = [trainer.experience(ROWS)[0] for trainer in pair]
     for name in ("logp_BR", "reference_logp_BR", "value_BR", "advantage_BR", "score_B"):
         assert relative(*(getattr(each, name) for each in experiences)) < 1e-5, name
     assert relative(experiences[0].logp_BR, experiences[0].reference_logp_BR) > 1e-3
     sums = [UpdateSums(), UpdateSums()]
-    for learner, each, experience in zip(pair, sums, experiences, strict=True):
-        learner.update.accumulate(experience, [each], critic_only=False)
+    for trainer, each, experience in zip(pair, sums, experiences, strict=True):
+        trainer.update.accumulate(experience, [each], critic_only=False)
     losses = [each.means(on_cpu()) for each in sums]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-6)
     for group in range(2):  # policy, critic
-        first, second = (gradients(learner, group) for learner in pair)
+        first, second = (gradients(trainer, group) for trainer in pair)
         assert len(first) == len(second) == 2 * 2 * 7 + 2 * group  # A and B; layers; linears; head and offset
         assert all(each.abs().max() > 0.0 for each in first)
         assert relative(*(torch.cat([each.flatten() for each in every]) for every in (first, second))) < 1e-5
 
 
-def gradients(learner: Learner, group: int) -> list[Tensor]:
+def gradients(trainer: PolicyTrainer, group: int) -> list[Tensor]:
     """What the optimizer has of the policy's weights (0) or the critic's (1)."""
-    optimizer = learner.engine.optimizer  # type: ignore[attr-defined]
+    optimizer = trainer.engine.optimizer  # type: ignore[attr-defined]
     return [master.grad for master in optimizer._inner.param_groups[group]["params"]]
 
 
-def assert_same_training(shared: Learner, separate: Learner) -> None:
+def assert_same_training(shared: PolicyTrainer, separate: PolicyTrainer) -> None:
     """All that three steps log, and what would be published."""
-    summaries = [learner.train(ROWS, ROWS[:4]) for learner in (shared, separate)]
+    summaries = [trainer.train(ROWS, ROWS[:4]) for trainer in (shared, separate)]
     assert summaries[0] == pytest.approx(summaries[1], rel=1e-4, abs=1e-5)
     for steps in zip(shared.history, separate.history, strict=True):
         first, second = (

@@ -15,7 +15,7 @@ from small_ppo import prompts, resumed_learner
 from torch import Tensor
 
 from rlhf.config import ConfigError
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Exchange
 
 SMALL = (
@@ -40,25 +40,25 @@ class Length:
         return scores
 
 
-def learner_in(directory: Path, model: Path, reward: Length, *overrides: str) -> Learner:
+def learner_in(directory: Path, model: Path, reward: Length, *overrides: str) -> PolicyTrainer:
     return resumed_learner(directory, model, reward, *SMALL, *overrides)
 
 
-def train(learner: Learner) -> dict[str, float]:
-    return learner.train(TRAIN, HELD_OUT)
+def train(trainer: PolicyTrainer) -> dict[str, float]:
+    return trainer.train(TRAIN, HELD_OUT)
 
 
-def logged_steps(learner: Learner) -> list[int]:
-    lines = [json.loads(line) for line in (learner.job.directory / "metrics.jsonl").read_text().splitlines()]
+def logged_steps(trainer: PolicyTrainer) -> list[int]:
+    lines = [json.loads(line) for line in (trainer.job.directory / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if "ppo/beta" in line]
 
 
-def dumped(learner: Learner, step: int) -> list[dict[str, Any]]:
-    path = learner.job.run_directory / f"ppo-step{step}.jsonl"
+def dumped(trainer: PolicyTrainer, step: int) -> list[dict[str, Any]]:
+    path = trainer.job.run_directory / f"ppo-step{step}.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def assert_same_result(one: Learner, other: Learner) -> None:
+def assert_same_result(one: PolicyTrainer, other: PolicyTrainer) -> None:
     """The same weights and the same figures of every step, bit for bit."""
     assert one.best_weights.keys() == other.best_weights.keys()
     for name, value in other.best_weights.items():
@@ -186,14 +186,14 @@ def test_a_policy_too_far_away_ends_the_run(tmp_path: Path, tiny_model: Path) ->
 
 
 def test_a_step_that_is_too_far_away_is_not_learned_from(tmp_path: Path, tiny_model: Path) -> None:
-    learner = learner_in(tmp_path / "job", tiny_model, Length(), "ppo.steps=2", "ppo.max_kl=1e-12")
+    trainer = learner_in(tmp_path / "job", tiny_model, Length(), "ppo.steps=2", "ppo.max_kl=1e-12")
     with torch.no_grad():
-        for parameter in learner.engine.model.policy.parameters():
+        for parameter in trainer.engine.model.policy.parameters():
             parameter.mul_(1.5)
-    before = [parameter.detach().clone() for parameter in learner.engine.model.parameters()]
+    before = [parameter.detach().clone() for parameter in trainer.engine.model.parameters()]
     with pytest.raises(ConfigError, match=r"ppo: step 1: the policy is .* ppo\.max_kl=1e-12"):
-        train(learner)
-    for parameter, value in zip(learner.engine.model.parameters(), before, strict=True):
+        train(trainer)
+    for parameter, value in zip(trainer.engine.model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
 
 
@@ -248,7 +248,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, tiny_model:
         assert torch.equal(second.best_weights[name], value), name
     untimed = [
         {name: value for name, value in metrics.items() if not name.startswith("seconds")}
-        for learner in (second, through)
-        for metrics in learner.history
+        for trainer in (second, through)
+        for metrics in trainer.history
     ]
     assert untimed[:5] == untimed[5:]

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf.data.schema import Message, SftRow
 from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.ppo.metrics import UpdateSums
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Exchange, RewardError
 from rlhf.rl.kl import AdaptiveKL
 from rlhf.training.engine import PlainEngine
@@ -27,11 +27,11 @@ FREE = ("ppo.optim.max_grad_norm=1e9", "ppo.critic.optim.max_grad_norm=1e9")
 TRAIN, HELD_OUT = prompts(range(100, 140)), prompts(range(700, 704))
 
 
-def gradients(learner: Learner) -> list[Tensor]:
+def gradients(trainer: PolicyTrainer) -> list[Tensor]:
     """Of the optimizer step that is taken now: AdamW's first moment after one step is a tenth of them."""
-    learner.engine.step()
-    assert isinstance(learner.engine, PlainEngine)
-    state: dict[str, Any] = learner.engine.optimizer.state_dict()["adamw"]["state"]
+    trainer.engine.step()
+    assert isinstance(trainer.engine, PlainEngine)
+    state: dict[str, Any] = trainer.engine.optimizer.state_dict()["adamw"]["state"]
     return [moments["exp_avg"] * 10 for moments in state.values()]
 
 
@@ -65,15 +65,15 @@ def test_passes_without_weight_change_no_gradient(make, mixed: bool) -> None:
     results = []
     for idle in (False, True):
         settings = (*FREE, "ppo.micro_batch_tokens=150", f"ppo.ptx.coef={1.0 if mixed else 0.0}")
-        learner = make(*settings, mix_rows=ANSWERS if mixed else ())
-        experience = learner.experience(ROWS)[0]
-        shake(learner)
+        trainer = make(*settings, mix_rows=ANSWERS if mixed else ())
+        experience = trainer.experience(ROWS)[0]
+        shake(trainer)
         if idle:
-            compute = learner.compute
-            learner.update.compute = WithIdlePasses(compute.device, compute.dtype)
+            compute = trainer.compute
+            trainer.update.compute = WithIdlePasses(compute.device, compute.dtype)
         sums = UpdateSums()
-        learner.update.accumulate(experience, [sums], critic_only=False)
-        results.append((sums.means(learner.compute), gradients(learner)))
+        trainer.update.accumulate(experience, [sums], critic_only=False)
+        results.append((sums.means(trainer.compute), gradients(trainer)))
     (expected_means, expected), (means, found) = results
     assert means == pytest.approx(expected_means, rel=1e-5, abs=1e-7)
     assert_close(found, expected)
@@ -82,13 +82,13 @@ def test_passes_without_weight_change_no_gradient(make, mixed: bool) -> None:
 def test_the_pretraining_mix_is_learned_at_temperature_one_whatever_its_micro_batches(make) -> None:
     results = []
     for temperature, micro_batch_tokens in ((1.0, 100_000), (0.5, 100_000), (1.0, 60)):
-        learner = make(
+        trainer = make(
             *FREE, f"ppo.temperature={temperature}", f"ppo.micro_batch_tokens={micro_batch_tokens}",
             "ppo.ptx.coef=1.0", mix_rows=ANSWERS,
         )  # fmt: skip
-        assert learner.update.mix is not None
-        learner.update.accumulate_mix(learner.update.mix)
-        results.append(gradients(learner))
+        assert trainer.update.mix is not None
+        trainer.update.accumulate_mix(trainer.update.mix)
+        results.append(gradients(trainer))
     assert_close(results[1], results[0])
     assert_close(results[2], results[0])
 
@@ -98,48 +98,48 @@ def test_the_adaptive_coefficient_follows_the_mean_log_ratio(make) -> None:
     found = []
     for target in (1.0, None):  # close to the KL, so that the controller's step is not clipped
         wanted = target or found[0]["kl"] * 1.01
-        learner = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", f"ppo.kl.target={wanted}")
-        shake(learner)
-        found.append(learner.step(ROWS, 1))
+        trainer = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", f"ppo.kl.target={wanted}")
+        shake(trainer)
+        found.append(trainer.step(ROWS, 1))
     kl, k3 = found[1]["kl"], found[1]["kl_k3"]
-    by_kl, by_k3 = (AdaptiveKL(0.1, wanted, learner.config.kl.horizon) for _ in range(2))
+    by_kl, by_k3 = (AdaptiveKL(0.1, wanted, trainer.config.kl.horizon) for _ in range(2))
     by_kl.update(kl, len(ROWS))
     by_k3.update(k3, len(ROWS))
-    assert learner.kl.coef == by_kl.coef != by_k3.coef
+    assert trainer.kl.coef == by_kl.coef != by_k3.coef
 
 
 def test_every_evaluation_draws_the_same_and_another_seed_draws_otherwise(make) -> None:
-    learner, other = make(), make()
-    shake(learner)
+    trainer, other = make(), make()
+    shake(trainer)
     shake(other)
     other.job = replace(other.job, seed=other.job.seed + 1)
-    assert learner.evaluate(HELD_OUT).metrics() == learner.evaluate(HELD_OUT).metrics()
-    assert learner.evaluate(HELD_OUT).metrics() != other.evaluate(HELD_OUT).metrics()
+    assert trainer.evaluate(HELD_OUT).metrics() == trainer.evaluate(HELD_OUT).metrics()
+    assert trainer.evaluate(HELD_OUT).metrics() != other.evaluate(HELD_OUT).metrics()
 
 
 def test_of_policies_that_score_alike_the_first_is_kept(make) -> None:
     def alike_when_held_out(exchanges: Sequence[Exchange]) -> Tensor:
         return length(exchanges) if len(exchanges) == len(ROWS) else torch.zeros(len(exchanges))
 
-    learner = make("ppo.steps=2", "ppo.evaluate_every=1", reward=alike_when_held_out)
-    start = weights(learner.policy.model)
-    learner.train(ROWS, HELD_OUT)
-    assert not equal(start, weights(learner.policy.model))
-    assert learner.best_weights.keys() == start.keys()
+    trainer = make("ppo.steps=2", "ppo.evaluate_every=1", reward=alike_when_held_out)
+    start = weights(trainer.policy.model)
+    trainer.train(ROWS, HELD_OUT)
+    assert not equal(start, weights(trainer.policy.model))
+    assert trainer.best_weights.keys() == start.keys()
     for name, value in start.items():
-        assert torch.equal(learner.best_weights[name], value), name
+        assert torch.equal(trainer.best_weights[name], value), name
 
 
 def test_held_out_kl_is_nats_a_sequence_by_the_mean_log_ratio(make) -> None:
-    learner = make()
-    shake(learner)
-    result = learner.evaluate(HELD_OUT)
-    rollout, _ = learner.policy.sample(
+    trainer = make()
+    shake(trainer)
+    result = trainer.evaluate(HELD_OUT)
+    rollout, _ = trainer.policy.sample(
         [row.prompt for row in HELD_OUT], max_new_tokens=12, temperature=1.0,
-        generator=torch.Generator().manual_seed(learner.job.seed), batch_rows=len(HELD_OUT),
+        generator=torch.Generator().manual_seed(trainer.job.seed), batch_rows=len(HELD_OUT),
     )  # fmt: skip
     logp_BR, reference_BR = (
-        each.log_probabilities(rollout, 1.0, 100_000) for each in (learner.policy, learner.reference)
+        each.log_probabilities(rollout, 1.0, 100_000) for each in (trainer.policy, trainer.reference)
     )
     by_hand = sum(
         float((logp_R - reference_R)[mask_R].sum())

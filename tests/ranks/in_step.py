@@ -149,14 +149,14 @@ def reward_model(stage: Stage, job: Any) -> dict[str, float]:
 
 def ppo(stage: Stage, job: Any) -> dict[str, float]:
     assert isinstance(stage, PpoStage)
-    learner = stage.learner(job)
-    learner.engine.set_rates(0, 10)
-    tokenizer = learner.policy.tokenizer
+    trainer = stage.trainer(job)
+    trainer.engine.set_rates(0, 10)
+    tokenizer = trainer.policy.tokenizer
     rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
     mixed = [SftRow(prompt(ALONE), answer(ALONE))]
-    learner.update.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), tokenizer, mixed, 0, 1024)
-    counted = Gathers(learner.engine, learner.policy.model)
-    frozen = Gathers(learner.reference.model, learner.reference.model)
+    trainer.update.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), tokenizer, mixed, 0, 1024)
+    counted = Gathers(trainer.engine, trainer.policy.model)
+    frozen = Gathers(trainer.reference.model, trainer.reference.model)
 
     figures = {}
     for name, some in (("all", rows[:-1]), ("one", rows[-1:])):
@@ -164,11 +164,11 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
             [row.prompt for row in some], [row.answer for row in some], torch.ones(len(some)) > 0
         )
         passes = len(list(job.compute.micro_batches([len(row) for row in some], stage.micro_batch_tokens)))
-        logp_BR, value_BR, scored = learner.update.score(rollout)
+        logp_BR, value_BR, scored = trainer.update.score(rollout)
         counted.check(f"scoring {name}", passes=passes, each=1)
-        reference_BR = learner.reference.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
+        reference_BR = trainer.reference.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
         frozen.check(f"reference {name}", passes=passes, each=1)
-        score_B = learner.reward([Exchange(prompt(0), answer(len(row.answer))) for row in some])
+        score_B = trainer.reward([Exchange(prompt(0), answer(len(row.answer))) for row in some])
         figures |= {
             f"logp {name}": float(logp_BR.sum()), f"value {name}": float(value_BR.abs().sum()),
             f"reference {name}": float(reference_BR.sum()), f"score {name}": float(score_B.sum()),
@@ -176,17 +176,17 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
         if len(some) > 1:
             experience = make_experience(
                 rollout, logp_BR=logp_BR, reference_logp_BR=reference_BR, value_BR=value_BR, score_B=score_B,
-                rule=RewardRule(learner.normalizer, 0.05, None, 0.0), gamma=1.0, lam=0.95,
+                rule=RewardRule(trainer.normalizer, 0.05, None, 0.0), gamma=1.0, lam=0.95,
             )  # fmt: skip
-            learned = learner.update.learn(experience, scored, critic_only=False)
+            learned = trainer.update.learn(experience, scored, critic_only=False)
             counted.check("learning", passes=stage.epochs * (passes + 1), each=2)  # and the mix, of one row
             names = ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm", "entropy")
             figures |= {key: learned[key] for key in names}
-    rollout, _ = learner.policy.sample(
+    rollout, _ = trainer.policy.sample(
         [prompt(3)], max_new_tokens=5, temperature=1.0, generator=torch.Generator(), batch_rows=1
     )
-    alone_BR = learner.policy.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
-    held_out = learner.evaluate([PromptRow(prompt(n)) for n in (1, 20)])
+    alone_BR = trainer.policy.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
+    held_out = trainer.evaluate([PromptRow(prompt(n)) for n in (1, 20)])
     return figures | {
         "held-out score": float(held_out.score_B.sum()), "held-out kl": float(held_out.kl_B.sum()),
         "held-out logp": float(alone_BR.sum()),

@@ -13,7 +13,7 @@ from small_compare import base_of, make_stage, publish_tiny, run_stage, user
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.model_shape import shape_of
-from rlhf.costs.setup import Setting
+from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import SftRow
 from rlhf.pipeline.store import Store
@@ -45,7 +45,7 @@ def test_what_the_stage_needs_follows_from_its_own_questions_and_corpus(
         stage.check_data(data, base_of(tiny_model))
         machine = Machine("cpu", "a test", 1e12, 1e12, 0.0, 1, Speed(100.0, 10.0))
         shape = shape_of(base_of(tiny_model).architecture)
-        return stage.demand(Setting(shape, 4, "none", machine, data.size), {}).longest
+        return stage.cost(CostContext(shape, 4, "none", machine, data.size), {}).longest
 
     def write(name: str, row: dict[str, str]) -> str:
         (tmp_path / name).write_text(json.dumps(row))
@@ -135,8 +135,8 @@ def test_a_model_that_was_made_anew_elsewhere_is_asked_anew(tmp_path: Path) -> N
     store, directory = Store(tmp_path), tmp_path / "sft" / "tuned"
     publish_tiny(store, "sft", {})
     stage = make_stage(artifacts=[str(directory)])
-    before = stage.external()
+    before = stage.external_digests()
     publish_tiny(store, "sft", {})
-    assert stage.external() == before  # the same content
+    assert stage.external_digests() == before  # the same content
     publish_tiny(store, "sft", {}, note="other content")
-    assert stage.external().keys() == before.keys() and stage.external() != before
+    assert stage.external_digests().keys() == before.keys() and stage.external_digests() != before

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
 from rlhf.distributed.signals import Stopped
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import pack_sequences, response_statistics
@@ -142,7 +142,7 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 def assert_samples_with_a_cache(artifact: Path) -> None:
     """What the cache led to is as likely as without one."""
-    policy = Policy.load(artifact, TINY, on_cpu())
+    policy = PolicyModel.load(artifact, TINY, on_cpu())
     rollout, _ = policy.sample(
         [asked("Say 3"), asked("Say")], max_new_tokens=8, temperature=1.0,
         generator=torch.Generator().manual_seed(0), batch_rows=2,
@@ -241,15 +241,15 @@ def test_a_critic_stands_on_a_reward_model_beside_its_base(
     overrides = (f"ppo.peft={peft}", f"ppo.reward=model:{reward}", "ppo.critic.init=reward")
     stage = build("stage=ppo", *overrides)["ppo"]
     assert isinstance(stage, PpoStage)
-    learner = stage.learner(job_of("ppo", tmp_path / "ppo", tiny_model))
-    assert isinstance(learner.reward, LearnedReward)
-    critic = learner.engine.model.critic
+    trainer = stage.trainer(job_of("ppo", tmp_path / "ppo", tiny_model))
+    assert isinstance(trainer.reward, LearnedReward)
+    critic = trainer.engine.model.critic
     with torch.no_grad():
-        scores = learner.reward.model.last_values(ROWS)
+        scores = trainer.reward.model.last_values(ROWS)
         torch.testing.assert_close(critic.last_values(ROWS), scores, atol=1e-5, rtol=1e-5)
-    learner.train([PromptRow(asked(f"{n}?")) for n in range(8)], [PromptRow(asked(f"{n}?")) for n in (8, 9)])
+    trainer.train([PromptRow(asked(f"{n}?")) for n in range(8)], [PromptRow(asked(f"{n}?")) for n in (8, 9)])
     with torch.no_grad():
-        assert torch.equal(learner.reward.model.last_values(ROWS), scores)
+        assert torch.equal(trainer.reward.model.last_values(ROWS), scores)
         assert not torch.allclose(critic.last_values(ROWS), scores, atol=1e-3)
 
 

@@ -16,9 +16,9 @@ from small_job import small_job
 from small_plan import experiment, gpus
 
 from rlhf.config import ConfigError
-from rlhf.costs.stage_cost import Demand
+from rlhf.costs.stage_cost import StageCost
 from rlhf.digests import weights_digest
-from rlhf.models import load
+from rlhf.models import base
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.models.start import check_start, digest_of_start, of_two_architectures
 
@@ -218,8 +218,8 @@ def other_models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     root = tmp_path_factory.mktemp("others")
     found = {name: root / name for name in ("wider", "other-tokens", "other-angles")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(load.TINY, "hidden_size", 96)
-        load._write_tiny(found["wider"])
+        patch.setitem(base.TINY, "hidden_size", 96)
+        base._write_tiny(found["wider"])
     for name in ("other-tokens", "other-angles"):
         shutil.copytree(tiny_model, found[name])
     path = found["other-tokens"] / "tokenizer.json"
@@ -286,7 +286,7 @@ def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_
 
 def test_a_rank_goes_by_what_rank_0_has_read(tiny_model: Path, tmp_path: Path) -> None:
     base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
-    job = replace(small_job("ppo", tmp_path / "ppo", base), external={"init": "read by rank 0"})
+    job = replace(small_job("ppo", tmp_path / "ppo", base), external_digests={"init": "read by rank 0"})
     start = job.start(str(tmp_path / "nothing that could be read"))
     assert start.identity == "read by rank 0"
 
@@ -294,24 +294,22 @@ def test_a_rank_goes_by_what_rank_0_has_read(tiny_model: Path, tmp_path: Path) -
 def test_the_planner_counts_the_model_that_is_trained(tiny_model: Path) -> None:
     """The settings' base model has eight billion parameters, the directory's a hundred thousand."""
 
-    def demand(stage: str, *overrides: str) -> Demand:
+    def cost(stage: str, *overrides: str) -> StageCost:
         found = experiment(*overrides)
-        return found.stages[stage].demand(gpus(80.0), found.stages)
+        return found.stages[stage].cost(gpus(80.0), found.stages)
 
     own = f"ppo.init={tiny_model}"
-    assert demand("ppo").peak().size() > 1000 * demand("ppo", own, f"reward.init={tiny_model}").peak().size()
-    assert demand("reward").peak().size() > 1000 * demand("reward", f"reward.init={tiny_model}").peak().size()
+    assert cost("ppo").peak().size() > 1000 * cost("ppo", own, f"reward.init={tiny_model}").peak().size()
+    assert cost("reward").peak().size() > 1000 * cost("reward", f"reward.init={tiny_model}").peak().size()
     assert (
-        demand("generate").peak().size()
+        cost("generate").peak().size()
         > 1000
-        * demand("generate", own, "generate.reward=null", "ppo.score.normalize=none", "ppo.critic.init=sft")
+        * cost("generate", own, "generate.reward=null", "ppo.score.normalize=none", "ppo.critic.init=sft")
         .peak()
         .size()
     )
-    shared = {part.how for phase in demand("ppo", "reward.peft=lora").phases for part in phase.parts}
+    shared = {part.how for phase in cost("ppo", "reward.peft=lora").phases for part in phase.parts}
     apart = {
-        part.how
-        for phase in demand("ppo", "reward.peft=lora", "ppo.init=base").phases
-        for part in phase.parts
+        part.how for phase in cost("ppo", "reward.peft=lora", "ppo.init=base").phases for part in phase.parts
     }
     assert any("2 whole models" in how for how in apart - shared)

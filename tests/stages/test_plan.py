@@ -20,7 +20,7 @@ import rlhf.costs.hardware
 from rlhf.costs.hardware import Machine, Speed, calibrated_speed
 from rlhf.costs.model_shape import counted
 from rlhf.costs.peft_costs import METHODS
-from rlhf.costs.setup import GIB, Setting
+from rlhf.costs.setup import GIB, CostContext
 from rlhf.data.prepared import Lengths
 from rlhf.models.base import BaseModelFiles, ModelConfig, skeleton
 from rlhf.models.peft import methods
@@ -265,7 +265,7 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
     before = compose_and_build("model=tiny", "stage=prepare", *given)
     base = skeleton(BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny")).architecture)
     machine = Machine("cuda", "a test", 80 * GIB, 80 * GIB, 0.0, 1, Speed(1000.0, 1000.0))
-    on = Setting(counted(base), 2, "none", machine, lambda role, split: Lengths(100, 20.0, 0.0, 20))
+    on = CostContext(counted(base), 2, "none", machine, lambda role, split: Lengths(100, 20.0, 0.0, 20))
     use = Use(100, 10.0, 10.0, 1, 1, True, "many_adapters", None, None)
     ranked = rank_strategies([before.stages[name] for name in trains], before, base, on, use)
     found = {}
@@ -275,7 +275,7 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
         assert not [why for why in strategy.against if "peft" in why or "ppo." in why], strategy.against
         (tmp_path / "experiment" / f"{name}.yaml").write_text(experiment_file(before.resolved, strategy, ""))
         experiment = compose_and_build(f"+experiment={name}")
-        assert experiment.stages[trains[-1]].tunes().method == name
+        assert experiment.stages[trains[-1]].peft_config().method == name
         found[name] = experiment.stages["ppo"].model_dump()
     assert [name for name in found if found[name]["critic"]["init"] == "sft"] == [*from_sft]
 

@@ -72,7 +72,9 @@ def test_both_sides_of_a_pair_have_their_prompt_in_common(bench):
     nothing, prompt = (
         len(prompt_ids(tokenizer, [Message(role="user", content=text)])) for text in ("", "10")
     )
-    found = 2 * prepared.size("reward", "train").in_common  # of the two sides, and of a pair and the next one
+    found = (
+        2 * prepared.size("reward", "train").shared_prefix
+    )  # of the two sides, and of a pair and the next one
     assert prompt < found < prompt + nothing
 
 
@@ -150,10 +152,10 @@ def test_a_source_that_is_null_gives_no_rows(bench):
 
 
 def test_what_retention_figures_are_called_is_in_the_key(bench):
-    before = bench.stage().external()
+    before = bench.stage().external_digests()
     copy = shutil.copy(bench.directory / "texts.jsonl", bench.directory / "facts.jsonl")
     bench.sources["retention"] = [str(copy), str(bench.directory / "questions.jsonl")]
-    after = bench.stage().external()
+    after = bench.stage().external_digests()
     assert {name for name in after if after[name] != before[name]} == {"names"}
 
 
@@ -162,9 +164,11 @@ def test_the_key_is_the_content_of_the_sources_not_their_place(bench):
     moved = shutil.copy(bench.directory / "ppo.jsonl", bench.directory / "elsewhere.jsonl")
     bench.sources["ppo"] = str(moved)
     after = bench.stage()
-    assert (after.external(), after.knobs()) == (before.external(), before.knobs())
+    assert (after.external_digests(), after.knobs()) == (before.external_digests(), before.knobs())
     bench.sources["ppo"] = {"path": str(moved), "limit": 3}
-    changed = {role for role in ROLES if bench.stage().external()[role] != before.external()[role]}
+    changed = {
+        role for role in ROLES if bench.stage().external_digests()[role] != before.external_digests()[role]
+    }
     assert changed == {"ppo"}
 
 

@@ -259,8 +259,8 @@ def test_replay_needs_something_to_replay(tiny_model: Path) -> None:
         stage.encoded(
             load_tokenizer(tiny_model, TINY), too_long, stage.max_tokens, "sft.replay=general.txt: no row"
         )
-    assert sft_stage(REPLAY).roles() == ("sft",)
-    assert stage.roles() == ("sft", "replay")
+    assert sft_stage(REPLAY).datasets() == ("sft",)
+    assert stage.datasets() == ("sft", "replay")
 
 
 def test_rows_of_which_nothing_is_left_to_learn_are_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -58,7 +58,7 @@ class Adapter:
         """Linear layers whose weights were held in 4 bits meanwhile, by the last part of their names."""
 
     @contextmanager
-    def folded_in(self) -> Iterator[None]:
+    def merged(self) -> Iterator[None]:
         """While open, the model runs on weights that hold the adapter, as fast as a plain one: for sampling.
 
         They are copies: adding and subtracting the adapter would change the frozen ones a little each time.
@@ -331,7 +331,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if not adapts and name not in own:
             yield name, parameter.detach()
         elif adapts:
-            is_out = part == "weight" and not adapted[owner].disable_adapters  # else `folded_in` put it there
+            is_out = part == "weight" and not adapted[owner].disable_adapters  # else `merged` put it there
             yield f"{owner}.{part}", _folded(adapted[owner]) if is_out else parameter.detach()
 
 

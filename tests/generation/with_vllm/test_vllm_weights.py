@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
-from rlhf.generation.policy_model import Policy
+from rlhf.generation.policy_model import PolicyModel
 from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm
 from rlhf.models.base import ModelConfig, load_tokenizer
@@ -61,7 +61,7 @@ class Recorded:
         return rollout
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         self.inside = True
         yield
         self.inside = False
@@ -72,7 +72,7 @@ def test_weights_are_handed_over_once_for_each_rollout_and_gathered_only_then(
 ) -> None:
     recorded = Recorded()
     tokenizer = load_tokenizer(directory, ModelConfig(kind="tiny"))
-    policy = Policy(model, tokenizer, on_cpu(), recorded.whole, recorded)  # type: ignore[arg-type]
+    policy = PolicyModel(model, tokenizer, on_cpu(), recorded.gathered, recorded)  # type: ignore[arg-type]
 
     def roll_out() -> Rollout:
         rollout, _ = policy.sample(

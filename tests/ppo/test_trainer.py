@@ -31,7 +31,7 @@ from rlhf.data.chat_template import response_text
 from rlhf.data.schema import Message, SftRow
 from rlhf.models.logprobs import pack_sequences, response_statistics, rollout_rows
 from rlhf.ppo.metrics import UpdateSums
-from rlhf.ppo.trainer import Learner
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Exchange
 from rlhf.rl.rollout import Rollout
 from rlhf.training.engine import PlainEngine
@@ -39,20 +39,20 @@ from rlhf.training.engine import PlainEngine
 ANSWERS = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}.") for n in range(8)]
 
 
-def optimizer_state(learner: Learner) -> dict[str, Any]:
-    assert isinstance(learner.engine, PlainEngine)
-    return learner.engine.optimizer.state_dict()
+def optimizer_state(trainer: PolicyTrainer) -> dict[str, Any]:
+    assert isinstance(trainer.engine, PlainEngine)
+    return trainer.engine.optimizer.state_dict()
 
 
-def gradients(learner: Learner) -> list[Tensor]:
+def gradients(trainer: PolicyTrainer) -> list[Tensor]:
     """Of the last optimizer step, unclipped: AdamW's first moment after one step is a tenth of them."""
-    state = optimizer_state(learner)["adamw"]["state"]
+    state = optimizer_state(trainer)["adamw"]["state"]
     return [moments["exp_avg"] * 10 for moments in state.values()]
 
 
 def test_the_policy_starts_as_its_own_reference(make) -> None:
-    learner = make("ppo.temperature=0.7", "ppo.micro_batch_tokens=150")
-    metrics = learner.step(ROWS, 1)
+    trainer = make("ppo.temperature=0.7", "ppo.micro_batch_tokens=150")
+    metrics = trainer.step(ROWS, 1)
     assert metrics["kl"] == pytest.approx(0.0, abs=1e-5)
     assert metrics["kl_k3"] == pytest.approx(0.0, abs=1e-5)
     assert 0.0 <= metrics["first_ratio_deviation"] < 1e-4
@@ -61,9 +61,9 @@ def test_the_policy_starts_as_its_own_reference(make) -> None:
 
 def test_sampling_and_training_agree_on_every_log_probability(make) -> None:
     """The sampler pads on the left, keeps a cache and drops finished rows; the trainer does none of it."""
-    learner = make("ppo.temperature=0.7")
-    shake(learner)
-    experience = learner.experience(ROWS)[0]
+    trainer = make("ppo.temperature=0.7")
+    shake(trainer)
+    experience = trainer.experience(ROWS)[0]
     lengths = experience.rollout.response_lengths
     assert lengths.max() == 12
     assert len({len(ids) for ids in experience.rollout.prompt_ids}) > 4
@@ -74,9 +74,9 @@ def test_sampling_and_training_agree_on_every_log_probability(make) -> None:
 
 def test_the_second_step_still_begins_at_ratio_one(make) -> None:
     """The policy that samples is the one that was just trained, not a stale copy."""
-    learner = make()
-    learner.step(ROWS, 1)
-    metrics = learner.step(ROWS, 2)
+    trainer = make()
+    trainer.step(ROWS, 1)
+    metrics = trainer.step(ROWS, 2)
     assert metrics["first_ratio_deviation"] < 1e-4
     assert abs(metrics["kl"]) > 1e-3  # while the reference is where it was
 
@@ -94,18 +94,18 @@ def test_in_bf16_the_first_ratios_are_one_up_to_its_rounding(tmp_path: Path, tin
         job = ppo_job(tmp_path / name, wide)
         job.compute = on_cpu(dtype=torch.bfloat16)
         stage = ppo_stage(*SMALL, "ppo.temperature=0.7", f"ppo.minibatch_episodes={minibatch}")
-        learner = ppo_learner(stage, job, length)
-        assert learner.policy.model.dtype == torch.bfloat16
-        return learner.step(ROWS, 1)["first_ratio_deviation"]
+        trainer = ppo_learner(stage, job, length)
+        assert trainer.policy.model.dtype == torch.bfloat16
+        return trainer.step(ROWS, 1)["first_ratio_deviation"]
 
     assert 0.0 <= deviation("two", 8) < 0.01
     assert deviation("one", 16) == 0.0  # by construction: one pass both scored and is learned from
 
 
-def most_rows(learner: Learner, work: Callable[[], object]) -> int:
+def most_rows(trainer: PolicyTrainer, work: Callable[[], object]) -> int:
     """The most rows that went through the policy beside each other; packed ones are a single row."""
     rows: list[int] = []
-    embeddings = learner.policy.model.get_input_embeddings()
+    embeddings = trainer.policy.model.get_input_embeddings()
     hook = embeddings.register_forward_pre_hook(lambda _, ids: rows.append(len(ids[0])))
     work()
     hook.remove()
@@ -115,12 +115,12 @@ def most_rows(learner: Learner, work: Callable[[], object]) -> int:
 def test_no_more_rows_are_decoded_together_than_asked_for(make) -> None:
     every, few = make(), make("ppo.batch_rows=3")
     found: list[Rollout] = []
-    for learner in (every, few):
-        shake(learner)
-        learner.policy.stop_ids = list(range(0, 259, 15))
-        sampled = most_rows(learner, lambda each=learner: found.append(each.experience(ROWS)[0].rollout))
-        evaluated = most_rows(learner, lambda each=learner: each.evaluate(ROWS))
-        assert (sampled, evaluated) == (3, 3) if learner is few else min(sampled, evaluated) > 6
+    for trainer in (every, few):
+        shake(trainer)
+        trainer.policy.stop_ids = list(range(0, 259, 15))
+        sampled = most_rows(trainer, lambda each=trainer: found.append(each.experience(ROWS)[0].rollout))
+        evaluated = most_rows(trainer, lambda each=trainer: each.evaluate(ROWS))
+        assert (sampled, evaluated) == (3, 3) if trainer is few else min(sampled, evaluated) > 6
     expected, split = found
     assert len(set(expected.response_lengths.tolist())) > 3
     assert [ids.tolist() for ids in split.response_ids] == [ids.tolist() for ids in expected.response_ids]
@@ -137,19 +137,19 @@ def test_micro_batches_add_up_to_the_whole(make, critic_only: bool) -> None:
     )  # fmt: skip
     results = []
     for micro_batch_tokens in (100_000, 150, 1):
-        learner = make(*settings, f"ppo.micro_batch_tokens={micro_batch_tokens}")
-        experience = learner.experience(ROWS)[0]
-        shake(learner)  # ratios, values and clips of all kinds
+        trainer = make(*settings, f"ppo.micro_batch_tokens={micro_batch_tokens}")
+        experience = trainer.experience(ROWS)[0]
+        shake(trainer)  # ratios, values and clips of all kinds
         with torch.no_grad():
-            learner.engine.model.critic.offset.add_(0.35)  # towards the returns, past the clip for some
-        moved_BR = learner.policy.log_probabilities(experience.rollout, 1.0, 100_000)
+            trainer.engine.model.critic.offset.add_(0.35)  # towards the returns, past the clip for some
+        moved_BR = trainer.policy.log_probabilities(experience.rollout, 1.0, 100_000)
         by_hand = (moved_BR - experience.logp_BR)[experience.mask_BR].exp().sub(1.0).abs().mean()
         sums = UpdateSums()
-        deviation = learner.update.accumulate(experience, [sums], critic_only)
+        deviation = trainer.update.accumulate(experience, [sums], critic_only)
         assert deviation == pytest.approx(float(by_hand), rel=1e-4)
-        learner.engine.step()
-        compute = learner.compute
-        results.append((deviation, sums.means(compute), sums.max_ratio(compute), gradients(learner)))
+        trainer.engine.step()
+        compute = trainer.compute
+        results.append((deviation, sums.means(compute), sums.max_ratio(compute), gradients(trainer)))
     whole = results[0]
     assert whole[1]["clip_fraction"] > 0.05
     assert 0.05 < whole[1]["value_clip_fraction"] < 0.95
@@ -187,13 +187,13 @@ def most_kept(work: Callable[[], object]) -> int:
 
 
 def test_policy_and_critic_keep_their_graphs_one_after_the_other(make) -> None:
-    learner = make()
-    experience, model = learner.experience(ROWS)[0], learner.engine.model
+    trainer = make()
+    experience, model = trainer.experience(ROWS)[0], trainer.engine.model
     rollout = experience.rollout
     batch = pack_sequences(rollout.prompt_ids, rollout.response_ids, torch.device("cpu"))
     halves = [most_kept(lambda half=half: model(half, batch)) for half in ("policy", "critic")]
     assert min(halves) > 0.8 * max(halves)
-    both = most_kept(lambda: learner.update.accumulate(experience, [UpdateSums()], critic_only=False))
+    both = most_kept(lambda: trainer.update.accumulate(experience, [UpdateSums()], critic_only=False))
     assert max(halves) <= both < 1.1 * max(halves)
 
 
@@ -204,27 +204,27 @@ def test_experience_does_not_depend_on_micro_batches(make) -> None:
 
 
 def test_critic_warm_up_leaves_the_policy_alone(make) -> None:
-    learner = make(
+    trainer = make(
         "ppo.critic.warmup_steps=2", "ppo.ptx.coef=1.0", "ppo.optim.weight_decay=0.1", mix_rows=ANSWERS
     )
-    policy, critic = weights(learner.engine.model.policy), weights(learner.engine.model.critic)
-    value_losses = [learner.step(ROWS, step)["value_loss"] for step in (1, 2)]
-    assert equal(weights(learner.engine.model.policy), policy)
-    assert not equal(weights(learner.engine.model.critic), critic)
+    policy, critic = weights(trainer.engine.model.policy), weights(trainer.engine.model.critic)
+    value_losses = [trainer.step(ROWS, step)["value_loss"] for step in (1, 2)]
+    assert equal(weights(trainer.engine.model.policy), policy)
+    assert not equal(weights(trainer.engine.model.critic), critic)
     assert value_losses[1] < value_losses[0]
-    learner.step(ROWS, 3)
-    assert not equal(weights(learner.engine.model.policy), policy)
+    trainer.step(ROWS, 3)
+    assert not equal(weights(trainer.engine.model.policy), policy)
 
 
 def test_the_policys_schedules_begin_behind_the_critics_warm_up(make) -> None:
     knobs = ("ppo.optim.warmup_fraction=0.5", "ppo.kl.controller=adaptive", "ppo.kl.coef=0.1")
-    learner, alone = make(*knobs, "ppo.steps=6", "ppo.critic.warmup_steps=2"), make(*knobs, "ppo.steps=4")
-    rates = [learner.step(ROWS, step)["lr"] for step in (1, 2)]
+    trainer, alone = make(*knobs, "ppo.steps=6", "ppo.critic.warmup_steps=2"), make(*knobs, "ppo.steps=4")
+    rates = [trainer.step(ROWS, step)["lr"] for step in (1, 2)]
     assert rates == [0.0, 0.0]
-    assert learner.kl.coef == 0.1
+    assert trainer.kl.coef == 0.1
     for step in range(1, 5):
-        assert learner.step(ROWS, step + 2)["lr"] == alone.step(ROWS, step)["lr"] > 0.0
-    assert learner.kl.coef != 0.1
+        assert trainer.step(ROWS, step + 2)["lr"] == alone.step(ROWS, step)["lr"] > 0.0
+    assert trainer.kl.coef != 0.1
 
 
 def test_special_tokens_inside_an_answer_are_counted(make) -> None:
@@ -246,25 +246,25 @@ def test_special_tokens_inside_an_answer_are_counted(make) -> None:
 
 
 def test_the_pretraining_mix_teaches_the_answers(make) -> None:
-    def answer_loss(learner: Learner) -> float:
-        mix = learner.update.mix
+    def answer_loss(trainer: PolicyTrainer) -> float:
+        mix = trainer.update.mix
         assert mix is not None
         prompts, answers = mix.draw()
         with torch.no_grad():
             batch = pack_sequences(prompts, answers, torch.device("cpu"))
-            logp_N = learner.engine.model("policy", batch, 1.0).logp_N
-            return float(mix.loss(logp_N, len(logp_N))) / learner.config.ptx.coef
+            logp_N = trainer.engine.model("policy", batch, 1.0).logp_N
+            return float(mix.loss(logp_N, len(logp_N))) / trainer.config.ptx.coef
 
     changes = {}
     for coef in (0.001, 5.0):
-        learner = make(
+        trainer = make(
             f"ppo.ptx.coef={coef}", "ppo.clip=1e-6", "ppo.optim.max_grad_norm=100",
             reward=Counting(0.0), mix_rows=ANSWERS,
         )  # fmt: skip
-        before = answer_loss(learner)
+        before = answer_loss(trainer)
         for step in range(1, 5):
-            learner.step(ROWS, step)
-        changes[coef] = answer_loss(learner) - before
+            trainer.step(ROWS, step)
+        changes[coef] = answer_loss(trainer) - before
     assert changes[5.0] < -0.5
     assert changes[5.0] < changes[0.001]
 
@@ -287,31 +287,31 @@ def test_epochs_end_early_when_the_policy_has_moved(make) -> None:
     assert full["approximate_kl"] > 1e-6
     patient = make("ppo.epochs=3", "ppo.stop_epochs_kl=1000").step(ROWS, 1)
     assert patient["epochs"] == 3.0
-    steps = [optimizer_state(learner)["adamw"]["state"][0]["step"] for learner in (free, stopped)]
+    steps = [optimizer_state(trainer)["adamw"]["state"][0]["step"] for trainer in (free, stopped)]
     assert [int(step) for step in steps] == [6, 2]  # two minibatches an epoch
 
 
 def test_an_update_that_is_not_finite_is_not_taken(make) -> None:
-    learner = make("ppo.minibatch_episodes=16")
+    trainer = make("ppo.minibatch_episodes=16")
     with torch.no_grad():
-        learner.engine.model.critic.offset.fill_(float("nan"))
-    before = weights(learner.engine.model.policy)
-    metrics = learner.step(ROWS, 1)
+        trainer.engine.model.critic.offset.fill_(float("nan"))
+    before = weights(trainer.engine.model.policy)
+    metrics = trainer.step(ROWS, 1)
     assert metrics["bad_steps"] == 1
     assert "policy_loss" not in metrics
-    assert equal(weights(learner.engine.model.policy), before)
+    assert equal(weights(trainer.engine.model.policy), before)
 
 
 def test_a_first_step_without_a_finite_gradient_does_not_spoil_the_summary(make) -> None:
     def breaks_the_critic_once(exchanges: Sequence[Exchange]) -> Tensor:
         calls.append(len(exchanges))
         with torch.no_grad():  # the second call scores the first rollout
-            learner.engine.model.critic.offset.fill_(float("nan") if len(calls) == 2 else 0.0)
+            trainer.engine.model.critic.offset.fill_(float("nan") if len(calls) == 2 else 0.0)
         return length(exchanges)
 
     calls: list[int] = []
-    learner = make("ppo.steps=3", "ppo.evaluate_every=3", reward=breaks_the_critic_once)
-    summary = learner.train(ROWS, ROWS[:4])
+    trainer = make("ppo.steps=3", "ppo.evaluate_every=3", reward=breaks_the_critic_once)
+    summary = trainer.train(ROWS, ROWS[:4])
     assert summary["bad_steps"] == 1
     assert all(math.isfinite(value) for value in summary.values())
     assert summary["first_ratio_deviation"] < 1e-4
@@ -319,15 +319,15 @@ def test_a_first_step_without_a_finite_gradient_does_not_spoil_the_summary(make)
 
 def test_hidden_padding_does_not_reach_a_log_probability(make) -> None:
     """Alone or beside a longer row, an episode measures the same."""
-    learner = make()
-    rollout = learner.experience(ROWS)[0].rollout
+    trainer = make()
+    rollout = trainer.experience(ROWS)[0].rollout
 
     def logp(indices: list[int]) -> Tensor:
         return rollout_rows(
             rollout.select(torch.tensor(indices)),
             100_000,
-            learner.compute,
-            lambda batch: (response_statistics(learner.engine.model.policy, batch, 1.0).logp_N,),
+            trainer.compute,
+            lambda batch: (response_statistics(trainer.engine.model.policy, batch, 1.0).logp_N,),
         )[0]
 
     together_BR = logp(list(range(16)))
