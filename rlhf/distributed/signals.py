@@ -161,7 +161,7 @@ class StopSignals:
                 self.received = signum
                 return
         elif self._is_heard:  # the thread knows when it came; here it may have waited for a collective
-            is_new = self._is_second
+            is_new, self._is_second = self._is_second, False  # once: the next would break what cleans up
         if is_new:
             raise Stopped(signum)
 
