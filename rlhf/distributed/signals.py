@@ -25,6 +25,8 @@ QUIET_SECONDS = 30.0
 """After a signal, a run of several ranks ends when none of them has made progress for so long."""
 AT_ONCE_SECONDS = 3.0
 """What a second signal leaves to Python, to end by itself and say so."""
+AGAIN_SECONDS = 0.1
+"""Between two words of the thread to a main thread that has not heard the second signal."""
 SAME_SECONDS = 1.0
 """The same signal again within so long is the same stop: a control group gives it to the launcher and to its
 ranks, to which the launcher passes it on."""
@@ -125,16 +127,18 @@ class StopSignals:
                 moved, seen = time.monotonic(), now
             elif time.monotonic() - moved >= QUIET_SECONDS:
                 end(first[0], False)
-        if second:
-            self._is_second, main = True, threading.main_thread().ident
-            assert main is not None
-            signal.pthread_kill(main, second[0])  # whose handler waited for this judgement
-        deadline = time.monotonic() + AT_ONCE_SECONDS
-        while second and (left := deadline - time.monotonic()) > 0:  # empty: the main thread has ended
-            reader.settimeout(left)
+        main, deadline = threading.main_thread().ident, time.monotonic() + AT_ONCE_SECONDS
+        assert main is not None
+        self._is_second = bool(second)  # empty: the main thread has ended
+        reader.settimeout(AGAIN_SECONDS)
+        while second and time.monotonic() < deadline:
+            # its handler waited for this judgement; again and again, for one that comes right before the main
+            # thread waits for something does not wake it
+            signal.pthread_kill(main, second[0])
             with suppress(TimeoutError):
-                if not _next(reader):
-                    return
+                while _next(reader):
+                    pass
+                return
         if second:
             end(second[0], True)
 
