@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -70,3 +73,12 @@ def test_a_live_bar_starts_where_the_earlier_attempt_ended() -> None:
         assert progress.live is not None
         (bar,) = progress.live.tasks
         assert (bar.completed, bar.total) == (6, 8)
+
+
+def test_bars_of_libraries_are_off_whichever_imports_tqdm_first(tmp_path: Path) -> None:
+    """A model that is converted drew one into the log."""
+    code = "from rlhf.cli.execute import execute\nexecute({}, 'x')\nimport tqdm\nlist(tqdm.tqdm(range(3)))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "3/3" not in done.stderr

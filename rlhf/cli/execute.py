@@ -31,6 +31,8 @@ LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|b
 def execute(resolved: Mapping[str, Any], run_name: str) -> int:
     """Check the whole config, run what was asked for, and show what came of it; the exit code."""
     rank = 0
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported, as below
     try:
         with uninterrupted():
             from rlhf.distributed.compute import find_rank
@@ -171,8 +173,6 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
 
 def quiet_libraries() -> None:
     """Keep other libraries' bars and chatter out of ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported
     import torch
 
     if not torch.cuda.is_available():
