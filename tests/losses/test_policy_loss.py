@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.losses.policy import PolicyLoss, clipped_policy_loss
+from rlhf.losses.policy import LOG_RATIO_LIMIT, PolicyLoss, clipped_policy_loss
 
 TRUE = torch.tensor([[True]])
 
@@ -90,6 +90,17 @@ def test_an_overflowing_ratio_earns_no_gradient_instead_of_nan(log_ratio):
     assert all(torch.isfinite(number) for number in result)
     assert logp_BR.grad.tolist() == [[0.0], [0.0]]
     assert result.clipped.item() == 2
+
+
+@pytest.mark.parametrize(("log_ratio", "clipped"), [(LOG_RATIO_LIMIT, 0), (LOG_RATIO_LIMIT + 0.5, 1)])
+def test_a_ratio_at_its_limit_still_earns_gradient(log_ratio, clipped):
+    logp_BR = torch.tensor([[log_ratio]]).requires_grad_()
+    result = clipped_policy_loss(
+        logp_BR, torch.zeros(1, 1), -torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), clip=0.2,
+        total_tokens=1,
+    )  # fmt: skip
+    result.loss.backward()
+    assert result.clipped.item() == clipped == (logp_BR.grad.item() == 0.0)
 
 
 def test_a_nan_on_a_real_token_is_not_hidden():

@@ -64,6 +64,7 @@ def test_moments_by_hand():
         ([1.0, 5.0, NAN], [-1.0, 1.0, 0.0]),  # mean 3, deviation 2
         ([1.0, 5.0, INF], [-1.0, 1.0, 0.0]),
         ([0.1, 0.1, NAN], [0.0, 0.0, 0.0]),  # nothing to tell apart, and no division by 0
+        ([0.0, 2e-4, NAN], [-(0.5**0.5), 0.5**0.5, 0.0]),  # the variance is no more than what is added to it
         ([10001.0, 10003.0, NAN], [-1.0, 1.0, 0.0]),  # fp32 squares would lose this variance
     ],
 )
