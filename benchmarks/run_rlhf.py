@@ -35,8 +35,8 @@ from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Artifact, Manifest
-from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.trainer import PolicyTrainer
+from rlhf.ppo.update import ActorCritic
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.stages.ppo import PpoStage
 from rlhf.tracking.progress import Progress

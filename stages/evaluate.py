@@ -39,7 +39,7 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
-from rlhf.rl.kl import kl_k1
+from rlhf.rl.advantage import kl_k1
 from rlhf.rl.rollout import Rollout
 from rlhf.rl.statistics import distinct_n
 

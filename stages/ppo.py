@@ -43,14 +43,14 @@ from rlhf.models.value_head import ScalarModel, check_scorable, load_scalar_mode
 from rlhf.models.weight_sharing import Backbone, sharing
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import ppo_cost
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.trainer import TIMES_THE_BOUND, PolicyTrainer
+from rlhf.ppo.update import ActorCritic
 from rlhf.rewards.model import LearnedReward, make_reward
 from rlhf.rewards.reward import Reward, reward_digest, reward_directory
-from rlhf.rl.scores import ScoreNormalizer
+from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.tracking.redaction import redacted
 from rlhf.training.make_engine import make_engine
 

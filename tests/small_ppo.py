@@ -18,9 +18,9 @@ from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import count_parameters
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job
-from rlhf.ppo.actor_critic import ActorCritic
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.trainer import PolicyTrainer
+from rlhf.ppo.update import ActorCritic
 from rlhf.rewards.reward import Exchange, Reward
 from rlhf.stages.ppo import PpoStage
 from rlhf.training.engine import PlainEngine

@@ -15,7 +15,7 @@ from small_ppo import ppo_job, ppo_stage, prompts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import rlhf.rl.experience
+import rlhf.rl.rollout
 from rlhf.data.chat_template import prompt_ids
 from rlhf.pipeline.job import Job
 from rlhf.rl.advantage import whiten
@@ -108,7 +108,7 @@ def test_with_the_advantage_negated_the_score_falls(
     def negated(advantage_BR: Tensor, mask_BR: Tensor, moments: Tensor) -> Tensor:
         return -whiten(advantage_BR, mask_BR, moments)
 
-    monkeypatch.setattr(rlhf.rl.experience, "whiten", negated)
+    monkeypatch.setattr(rlhf.rl.rollout, "whiten", negated)
     job, summary = run_stage(tmp_path / "ppo", tiny_model, *COMMON)
     assert summary["held_out_score_last"] < 0.15
     assert summary["held_out_score"] == summary["held_out_score_before"]  # the best policy is kept: the first

@@ -24,7 +24,7 @@ HEAD_CHUNK = 256
 READ_TOKENS = 4096
 """As rlhf/generation/sampler.py: tokens of prompts that are read in one pass."""
 CACHE_ROOM = 64
-"""As rlhf/generation/kv_cache.py: tokens that the cache grows by."""
+"""As rlhf/generation/sampler.py: tokens that the cache grows by."""
 LIVE_ELEMENTS = 10**9
 """DeepSpeed's stage3_max_live_parameters: gathered weights stay until there are so many."""
 FP32 = 4

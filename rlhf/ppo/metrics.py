@@ -19,8 +19,8 @@ from rlhf.generation.policy_model import PolicyModel
 from rlhf.losses.policy import PolicyLoss
 from rlhf.losses.value import ValueLoss
 from rlhf.rewards.reward import Exchange, Reward, RewardError
-from rlhf.rl.experience import Experience
-from rlhf.rl.kl import kl_k1, kl_k3
+from rlhf.rl.advantage import kl_k1, kl_k3
+from rlhf.rl.rollout import Experience
 from rlhf.rl.statistics import distinct_n, explained_variance
 
 

@@ -24,9 +24,8 @@ from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.update import BadStepError, ForwardPass, PolicyUpdater
 from rlhf.rewards.reward import Exchange, Reward, RewardError
-from rlhf.rl.experience import Experience, RewardRule, make_experience
-from rlhf.rl.kl import AdaptiveKL, FixedKL
-from rlhf.rl.scores import ScoreNormalizer
+from rlhf.rl.advantage import AdaptiveKL, FixedKL, ScoreNormalizer
+from rlhf.rl.rollout import Experience, RewardRule, make_experience
 from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
 

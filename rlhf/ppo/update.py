@@ -1,27 +1,35 @@
 """What PPO learns from one rollout: epochs of minibatches of micro-batches.
 
-Dimensions: B episodes, R response tokens (padded), N response tokens of a micro-batch laid end to end.
+Policy and critic are one module, so that one engine and one optimizer hold both. Dimensions: B episodes,
+R response tokens (padded), N response tokens of a micro-batch laid end to end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.losses.policy import clipped_policy_loss
 from rlhf.losses.value import clipped_value_loss
-from rlhf.models.logprobs import Sequences, TokenStatistics, pack_sequences, rollout_rows
+from rlhf.models.logprobs import (
+    Sequences,
+    TokenStatistics,
+    pack_sequences,
+    response_statistics,
+    rollout_rows,
+)
+from rlhf.models.value_head import ScalarModel
 from rlhf.pipeline.job import Job
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.rl.experience import Experience, minibatches
-from rlhf.rl.rollout import Rollout
+from rlhf.rl.rollout import Experience, Rollout, minibatches
 from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
 from rlhf.training.optimizer import WeightAverage
@@ -37,6 +45,28 @@ class ForwardPass(NamedTuple):
     batch: Sequences
     statistics: TokenStatistics
     value_N: Tensor
+
+
+class ActorCritic(nn.Module):
+    """Evaluates responses; both halves see the same token ids, one after the other."""
+
+    def __init__(self, policy: PreTrainedModel, critic: ScalarModel) -> None:
+        super().__init__()
+        self.policy, self.critic = policy, critic
+
+    def forward(
+        self, half: Literal["policy", "critic"], batch: Sequences, temperature: float = 1.0
+    ) -> TokenStatistics | Tensor:
+        """One half's opinion of every response token.
+
+        Returns:
+            policy: log-probability and entropy in nats, at the sampling temperature.
+            critic: V(prompt + y_<t) in units of the normalised reward, fp32 [N] (the response tokens of a
+            micro-batch laid end to end).
+        """
+        if half == "policy":
+            return response_statistics(self.policy, batch, temperature)
+        return self.critic.values(batch)
 
 
 class PolicyUpdater:

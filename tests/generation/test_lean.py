@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rlhf.generation.cpu_decoder import LeanDecoder, is_lean
-from rlhf.generation.kv_cache import growing_cache
-from rlhf.generation.sampler import generate
+from rlhf.generation.sampler import generate, growing_cache
 from rlhf.models.peft.attach import attach, without_adapters
 from rlhf.models.peft.config import PeftConfig
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.generation import kv_cache
 from rlhf.generation import sampler as local
 from rlhf.generation.sampler import _draw, _nucleus, _sample, generate
 from rlhf.models.base import ModelConfig
@@ -77,7 +76,7 @@ def some_stops(model: PreTrainedModel, prompts: list[Tensor]) -> list[int]:
 def test_greedy_equals_transformers_token_for_token(
     model: PreTrainedModel, prompts: list[Tensor], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_cache.GrowingLayer, "ROOM", room)  # so that it has to grow meanwhile
+    monkeypatch.setattr(local.GrowingLayer, "ROOM", room)  # so that it has to grow meanwhile
     rollout = sample(model, prompts)
     assert lists(rollout) == [transformers_greedy(model, prompt, []) for prompt in prompts]
     assert not rollout.stopped.any()
@@ -113,21 +112,21 @@ def test_columns_that_only_a_finished_row_used_are_read_no_more(
     model: PreTrainedModel, prompts: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long, widths = torch.cat([*prompts] * 3), []
-    update = kv_cache.GrowingLayer.update
+    update = local.GrowingLayer.update
 
-    def noted(layer: kv_cache.GrowingLayer, *states: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def noted(layer: local.GrowingLayer, *states: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         keys, values = update(layer, *states, **options)
         widths.append(keys.shape[-2])
         return keys, values
 
-    monkeypatch.setattr(kv_cache.GrowingLayer, "update", noted)
+    monkeypatch.setattr(local.GrowingLayer, "update", noted)
     stops = transformers_greedy(model, long, [])[1:2]
     rollout = sample(model, [*prompts, long], stop_ids=stops)
     expected = [transformers_greedy(model, prompt, stops) for prompt in [*prompts, long]]
     assert lists(rollout) == expected
     assert len(expected[-1]) <= 2 and max(map(len, expected)) == NEW
     assert max(widths) > len(long) > widths[-1]
-    assert widths[-1] <= max(LENGTHS) + NEW + kv_cache.GrowingLayer.ROOM
+    assert widths[-1] <= max(LENGTHS) + NEW + local.GrowingLayer.ROOM
 
 
 def test_prompts_are_read_in_groups_of_so_many_tokens(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rlhf.generation.cpu_linear import Product, is_packable, prepacked
+from rlhf.generation.cpu_decoder import Product, is_packable, prepacked
 from rlhf.generation.sampler import generate
 from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm

@@ -19,7 +19,7 @@ from rlhf.models.peft.attach import attach
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.recompute import checkpoint_layers
 from rlhf.models.value_head import load_scalar_model, reset_head
-from rlhf.ppo.actor_critic import ActorCritic
+from rlhf.ppo.update import ActorCritic
 
 TINY = ModelConfig(kind="tiny")
 CPU = torch.device("cpu")

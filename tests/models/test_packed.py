@@ -12,9 +12,7 @@ from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.generation import sampler as local
-from rlhf.generation.kv_cache import growing_cache
-from rlhf.generation.sampler import generate
-from rlhf.models import cpu_attention
+from rlhf.generation.sampler import generate, growing_cache
 from rlhf.models import packed_attention as packed
 from rlhf.models.packed_attention import ATTENTION, hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
@@ -82,8 +80,8 @@ def test_states_and_gradients_are_those_of_each_row_alone(
     kind: str, are_alike: bool, short: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "SHORT", short)
-    monkeypatch.setattr(cpu_attention, "QUERIES", queries)
-    monkeypatch.setattr(cpu_attention, "CACHED", 4 * 200)  # a few rows a group
+    monkeypatch.setattr(packed, "QUERIES", queries)
+    monkeypatch.setattr(packed, "CACHED", 4 * 200)  # a few rows a group
     model = tiny(kind, KINDS[kind])
     assert model.config._attn_implementation == ATTENTION
     texts = alike() if are_alike else rows()
@@ -124,7 +122,7 @@ def test_what_many_rows_give_back_to_a_token_of_theirs_is_added_up_in_fp32() -> 
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         value = v.to(dtype).requires_grad_()
-        out = cpu_attention.ShortAttention.apply(q.to(dtype), k.to(dtype), value, laid, 8**-0.5, None)  # type: ignore[no-untyped-call]
+        out = packed.ShortAttention.apply(q.to(dtype), k.to(dtype), value, laid, 8**-0.5, None)  # type: ignore[no-untyped-call]
         found.append(torch.autograd.grad(out.sum(), value)[0].float())
     exact, rounded = (each[0, 0] for each in found)  # some 400: in bf16 a half would change nothing there
     assert exact.min() > 300

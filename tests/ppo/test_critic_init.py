@@ -17,7 +17,7 @@ from rlhf.models.base import BaseModelFiles, load_tokenizer
 from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
 from rlhf.rewards.model import LearnedReward, load_learned_reward
 from rlhf.rewards.reward import Reward
-from rlhf.rl.scores import ScoreNormalizer
+from rlhf.rl.advantage import ScoreNormalizer
 
 
 def learned(tiny_model: Path, directory: Path, template: str | None = None) -> LearnedReward:

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.rl.experience import Experience
+from rlhf.rl.rollout import Experience
 from rlhf.training.engine import PlainEngine
 
 CLIP, VALUE_CLIP, TEMPERATURE = 0.2, 0.2, 0.7

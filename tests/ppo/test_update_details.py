@@ -17,7 +17,7 @@ from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Exchange, RewardError
-from rlhf.rl.kl import AdaptiveKL
+from rlhf.rl.advantage import AdaptiveKL
 from rlhf.training.engine import PlainEngine
 
 ANSWERS = [

@@ -27,8 +27,7 @@ from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.stage import Stage
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.rewards.reward import Exchange
-from rlhf.rl.experience import RewardRule, make_experience
-from rlhf.rl.rollout import Rollout
+from rlhf.rl.rollout import RewardRule, Rollout, make_experience
 from rlhf.stages.ppo import PpoStage
 from rlhf.stages.reward import EncodedPair, RewardStage
 from rlhf.stages.sft import EncodedAnswer, SftStage

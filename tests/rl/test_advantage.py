@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from rlhf.rl.advantage import generalized_advantage, masked_moments, whiten
-from rlhf.rl.rollout import is_right_padded, length_mask
+from rlhf.rl.advantage import generalized_advantage, is_right_padded, masked_moments, whiten
+from rlhf.rl.rollout import length_mask
 
 NAN, INF = math.nan, math.inf
 

@@ -9,11 +9,8 @@ from rlhf.losses.language import next_token_loss
 from rlhf.losses.pairwise import bradley_terry_loss
 from rlhf.losses.policy import PolicyLoss, clipped_policy_loss
 from rlhf.losses.value import ValueLoss, clipped_value_loss
-from rlhf.rl.advantage import masked_moments, mean_and_variance
-from rlhf.rl.experience import minibatches
-from rlhf.rl.kl import AdaptiveKL
-from rlhf.rl.rollout import Rollout, length_mask
-from rlhf.rl.scores import ScoreNormalizer
+from rlhf.rl.advantage import AdaptiveKL, ScoreNormalizer, masked_moments, mean_and_variance
+from rlhf.rl.rollout import Rollout, length_mask, minibatches
 from rlhf.rl.statistics import distinct_n, explained_variance
 
 ONE, MASK = torch.tensor([[2.0]]), torch.tensor([[True]])

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.rl.advantage import whiten
-from rlhf.rl.experience import Experience, RewardRule, make_experience
-from rlhf.rl.rollout import Rollout
-from rlhf.rl.scores import ScoreNormalizer
+from rlhf.rl.advantage import ScoreNormalizer, whiten
+from rlhf.rl.rollout import Experience, RewardRule, Rollout, make_experience
 
 NAN = float("nan")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf.rl.kl import AdaptiveKL, FixedKL, kl_k1, kl_k3
+from rlhf.rl.advantage import AdaptiveKL, FixedKL, kl_k1, kl_k3
 
 
 def test_estimators_by_hand():

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.rl.experience import Experience, minibatches
-from rlhf.rl.rollout import Rollout
+from rlhf.rl.rollout import Experience, Rollout, minibatches
 
 
 def rollout(*responses: list[int], first_prompt: int = 0, logp: bool = True) -> Rollout:

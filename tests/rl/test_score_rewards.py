@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from rlhf.rl.advantage import masked_moments
+from rlhf.rl.advantage import ScoreNormalizer, masked_moments, missing_stop, token_rewards
 from rlhf.rl.rollout import length_mask
-from rlhf.rl.scores import ScoreNormalizer, missing_stop, token_rewards
 
 NAN = math.nan
 
