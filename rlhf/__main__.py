@@ -100,6 +100,8 @@ def refuse_to_pickle_secrets(arguments: list[str]) -> None:
 @redacted_output()
 def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
+    if not sys.flags.safe_path and (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)  # for the user's modules; `python -m rlhf` has it there
     with StopSignals().installed():  # at once: importing torch takes seconds, in which a signal would kill
         try:
             try:

@@ -27,7 +27,16 @@ from pydantic import (
 )
 
 from rlhf.compare.answering import Answers, answer_one_by_one, make_prompt_builder
-from rlhf.compare.artifacts import contender, content_of, label, path_of, training_seconds, tuned_artifact
+from rlhf.compare.artifacts import (
+    check_policy,
+    contender,
+    content_of,
+    is_of_this_run,
+    label,
+    path_of,
+    training_seconds,
+    tuned_artifact,
+)
 from rlhf.compare.context_budget import ContextBudget, Sizes, measured
 from rlhf.compare.cost import break_even, cost_of, model_bytes
 from rlhf.compare.dataset import CORPUS, QUESTIONS, Library, find_library, find_questions
@@ -50,7 +59,7 @@ from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.logprobs import check_head
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import POLICY_STAGES, Stage
+from rlhf.pipeline.stage import Stage
 from rlhf.report.compare import METHODS, Quality, comparison_cells, contenders, draw, write_csv
 from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
@@ -73,6 +82,11 @@ class CompareStage(Stage):
     """The keys `compare.*`. Values: conf/stages/compare.yaml."""
 
     name: ClassVar[str] = "compare"
+    repeats_keys: ClassVar[bool] = True
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "questions": ("questions", ".0f"),
+        "leaks": ("left out, as trained on", ".0f"),
+    }
     samples: ClassVar[bool] = True
     is_timed: ClassVar[bool] = True
     version: ClassVar[int] = 5
@@ -88,8 +102,9 @@ class CompareStage(Stage):
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the base model is asked; the first is what the others' win rate is against."""
     artifacts: Annotated[list[str], AfterValidator(_once)]
-    """Tuned models: sft, ppo and merge are this run's; others are directories: of a store, links to one, or
-    any that `save_pretrained` wrote, whose training's cost is not known."""
+    """Tuned models. A word is a stage of this run, such as sft, ppo or merge. What has a slash is a
+    directory: of a store, a link to one, or any that `save_pretrained` wrote, whose training's cost is not
+    known."""
     tuned_methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the tuned models are asked."""
     retriever: RetrieverName
@@ -123,8 +138,10 @@ class CompareStage(Stage):
         if missing:
             raise ConfigError(f"stage=compare needs {', '.join(missing)}: pip install -e '.[compare]'.")
         for name in self.artifacts:
-            if name not in POLICY_STAGES:
-                training_seconds(tuned_artifact(name))
+            if not is_of_this_run(name):
+                found = tuned_artifact(name)
+                check_policy(name, found, chain)
+                training_seconds(found)
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """Every question, corpus and example can be had, and each question fits the base model's context."""
@@ -134,8 +151,12 @@ class CompareStage(Stage):
 
     def inputs(self) -> tuple[str, ...]:
         """This run's tuned models, and the reward's stage where that is learned."""
-        own = (name for name in POLICY_STAGES if name in self.artifacts)
+        own = filter(is_of_this_run, self.artifacts)
         return ("prepare", *own, *(("reward",) if self.reward == "learned" else ()))
+
+    def named_policies(self) -> Iterator[tuple[str, str]]:
+        """This run's tuned models."""
+        yield from (("compare.artifacts", name) for name in self.artifacts if is_of_this_run(name))
 
     def datasets(self) -> tuple[Role, ...]:
         """Examples and passages are training rows; no training row may ask a question."""
@@ -162,9 +183,10 @@ class CompareStage(Stage):
 
     def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
         """The base model and the tuned ones; what is merged has the base model's architecture."""
-        starts = {"sft": "sft", "ppo": dict(chain["ppo"])["init"], "merge": "base"}
         yield "compare.methods", "base"
-        yield from (("compare.artifacts", starts.get(name, name)) for name in self.artifacts)
+        for name in self.artifacts:
+            start = chain[name].init_directory() or "base" if is_of_this_run(name) else name
+            yield "compare.artifacts", str(start)
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """Questions, corpus, artifacts from elsewhere, the user's reward, and the machine that is timed."""
@@ -173,7 +195,7 @@ class CompareStage(Stage):
         elsewhere = {
             name: content_of(tuned_artifact(name), digest)
             for name in self.artifacts
-            if name not in POLICY_STAGES
+            if not is_of_this_run(name)
         }
         versions = {name: importlib.metadata.version(name) for name in SCORING}
         return digests | elsewhere | reward_digest(self.reward, digest) | versions | {"machine": hardware()}
@@ -291,7 +313,7 @@ class CompareStage(Stage):
             policy = PolicyModel.load(directory, job.base.config, job.compute, tokenizer, job.vllm)
             check_head(policy.model)
             return policy, 0.0, model_bytes(directory)
-        artifact = job.inputs[model] if model in POLICY_STAGES else tuned_artifact(model, read=True)
+        artifact = job.inputs[model] if is_of_this_run(model) else tuned_artifact(model, read=True)
         path = path_of(artifact)
         policy = PolicyModel.load(path, job.base.config, job.compute, vllm=job.vllm)
         return policy, training_seconds(artifact), model_bytes(path)

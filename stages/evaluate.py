@@ -8,10 +8,10 @@ Writes  responses.jsonl, comparison.jsonl (one prompt a line, all policies' answ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -43,10 +43,8 @@ from rlhf.rl.advantage import kl_k1
 from rlhf.rl.rollout import Rollout
 from rlhf.rl.statistics import distinct_n
 
-PolicyName = Literal["base", "sft", "init", "ppo", "merge"]
-CHAIN: tuple[PolicyName, ...] = get_args(PolicyName)
-"""In the order in which they are made; the last one is what a run came to. `init` is a directory of the
-user's that PPO started from."""
+NOT_MADE = ("base", "init")
+"""Policies that no stage makes; `init` is a directory of the user's that PPO started from."""
 RETAINED = ("retention_perplexity_ratio", "question_accuracy_change")
 """Gates that need a retention set."""
 PASSES = 2
@@ -95,6 +93,13 @@ class EvaluateStage(Stage):
     """The keys `evaluate.*`. Values: conf/stages/evaluate.yaml."""
 
     name: ClassVar[str] = "evaluate"
+    repeats_keys: ClassVar[bool] = True
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "win_rate": ("win rate", "z.2f"),
+        "gold_gain": ("gold gain", "+z.2f"),
+        "task_gain": ("task gain", "+z.3f"),
+        "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
+    }
     version: ClassVar[int] = 6
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
@@ -110,10 +115,11 @@ class EvaluateStage(Stage):
     demo's; if some data is yours, null."""
     init: Init
     """What PPO started from: `sft`, `base` or a directory. The others are compared with it."""
-    policies: list[PolicyName] = Field(min_length=1)
-    """The policies that are compared. `init` is the directory of evaluate.init, `merge` the merge stage's
-    model. Win rate and gold gain need ppo and what it started from, KL the latter, task gain and forgetting
-    need base; otherwise these metrics are left out. `auto` takes base, what PPO started from, and ppo."""
+    policies: list[str] = Field(min_length=1)
+    """The policies that are compared: base, stages that make one (sft, ppo, merge, your own), and `init`, the
+    directory of evaluate.init. Win rate and gold gain need evaluate.subject and what PPO started from, KL the
+    latter, task gain and forgetting need base; otherwise these metrics are left out. `auto` takes base, what
+    PPO started from, and ppo."""
     lm_eval: list[str]
     """Tasks of EleutherAI's lm-eval, asked on one rank while the others wait; [] for none."""
     lm_eval_tasks: str | None
@@ -130,6 +136,8 @@ class EvaluateStage(Stage):
     num_references: PositiveInt | None
     """How many held-out answers of sft.data are used to measure what was learned, the first ones; null takes
     all."""
+    subject: str
+    """The policy whose win rate and gains are measured, against what PPO started from."""
     max_new_tokens: PositiveInt
     """A longer response is cut off."""
     temperature: PositiveFloat
@@ -145,10 +153,10 @@ class EvaluateStage(Stage):
 
     @model_validator(mode="after")
     def _gates_can_be_measured(self) -> Self:
-        needs: dict[str, tuple[set[PolicyName], bool]] = {
-            "win_rate": ({self.start, "ppo"}, self.gold is None and self.reward is None),
-            "win_rate_learned": ({self.start, "ppo"}, self.reward is None),
-            "gold_gain": ({self.start, "ppo"}, self.gold is None),
+        needs: dict[str, tuple[set[str], bool]] = {
+            "win_rate": ({self.start, self.subject}, self.gold is None and self.reward is None),
+            "win_rate_learned": ({self.start, self.subject}, self.reward is None),
+            "gold_gain": ({self.start, self.subject}, self.gold is None),
             "task_gain": ({"base"}, False),
             "retention_perplexity_ratio": ({"base"}, False),
             "question_accuracy_change": ({"base"}, False),
@@ -172,15 +180,19 @@ class EvaluateStage(Stage):
         return self
 
     @property
-    def start(self) -> PolicyName:
+    def start(self) -> str:
         """What PPO started from, by its name among the policies."""
         return "sft" if self.init == "sft" else "base" if self.init == "base" else "init"
 
     def inputs(self) -> tuple[str, ...]:
         """The stages that made the policies, and the reward's where that is learned."""
         learned = ("reward",) if "learned" in (self.reward, self.gold) else ()
-        made = [name for name in CHAIN if name in self.policies and name not in ("base", "init")]
+        made = [name for name in self.policies if name not in NOT_MADE]
         return ("prepare", *made, *learned)
+
+    def named_policies(self) -> Iterator[tuple[str, str]]:
+        """Those that stages make."""
+        yield from (("evaluate.policies", name) for name in self.policies if name not in NOT_MADE)
 
     def datasets(self) -> tuple[Role, ...]:
         """Reads the evaluation prompts, the held-out answers and the retention set."""
@@ -209,8 +221,10 @@ class EvaluateStage(Stage):
         return {key: source for key, source in named.items() if source is not None}
 
     def knobs(self) -> dict[str, Any]:
-        """Of a directory that PPO started from, the content decides, not the place."""
-        return super().knobs() | {"init": kind_of(self.init)}
+        """Of a directory that PPO started from, the content decides, not the place. The usual subject is not
+        said."""
+        knobs = super().knobs() | {"init": kind_of(self.init)}
+        return {key: value for key, value in knobs.items() if (key, value) != ("subject", "ppo")}
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
@@ -267,9 +281,12 @@ class EvaluateStage(Stage):
         )  # fmt: skip
 
     def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
-        """PPO's start and what is made of it; the others have the base model's architecture."""
+        """PPO's start, and what each stage's policy started from; of most that is the base model."""
         for name in self.policies:
-            yield "evaluate.init", self.init if name in ("init", "ppo") else "base"
+            if name in NOT_MADE:
+                yield "evaluate.init", self.init if name == "init" else "base"
+            else:
+                yield f"{name}.init", str(chain[name].init_directory() or "base")
 
     def rows(self, data: PreparedData) -> list[PromptRow]:
         """The prompts that are answered."""
@@ -293,7 +310,7 @@ class EvaluateStage(Stage):
     def run(self, job: Job) -> None:
         """Answer, measure what was learned and what was forgotten, score, compare."""
         rows = self.rows(job.data)
-        answers: dict[PolicyName, Answers] = {}
+        answers: dict[str, Answers] = {}
         metrics: dict[str, float] = {"prompts": len(rows)}
         # One model in memory at a time; PPO's start last, as it also judges how far the others went from it.
         for name in sorted(self.policies, key=lambda name: name == self.start):
@@ -304,21 +321,31 @@ class EvaluateStage(Stage):
             if name == self.start:
                 metrics |= self.divergence(job, answers, reference=policy)
             del policy
-        answers = {name: answers[name] for name in CHAIN if name in answers}
+        answers = {name: answers[name] for name in self.in_order(job.inputs)}
         self.score(job, rows, answers)
         for name, said in answers.items():
             metrics |= describe(name, said)
-        if self.start in answers and "ppo" in answers:
-            metrics |= self.compare(answers["ppo"], answers[self.start])
+        if self.start in answers and self.subject in answers:
+            metrics |= self.compare(answers[self.subject], answers[self.start])
         if "base" in answers:
             metrics |= task_gain(answers)
             metrics |= forgetting({name: said.retained for name, said in answers.items()})
         self.write(job, rows, answers)
         job.publish(metrics)
 
-    def load_policy(self, job: Job, name: PolicyName) -> PolicyModel:
+    def in_order(self, made: Iterable[str]) -> list[str]:
+        """The policies as they came to be, the last one last: base, and PPO's start right before PPO.
+
+        Args:
+            made: stages in the chain's order.
+        """
+        names = ["base", *made]
+        names.insert(names.index("ppo") if "ppo" in names else len(names), "init")
+        return [name for name in names if name in self.policies]
+
+    def load_policy(self, job: Job, name: str) -> PolicyModel:
         """One of them, frozen."""
-        if name in ("base", "init"):
+        if name in NOT_MADE:
             start = job.start(self.init if name == "init" else "base")
             tokenizer = start.load_tokenizer()
             policy = PolicyModel.load(start.directory, start.config, job.compute, tokenizer, job.vllm)
@@ -326,7 +353,7 @@ class EvaluateStage(Stage):
             return policy
         return PolicyModel.load(job.inputs[name].path, job.base.config, job.compute, vllm=job.vllm)
 
-    def answer(self, job: Job, name: PolicyName, policy: PolicyModel, rows: Sequence[PromptRow]) -> Answers:
+    def answer(self, job: Job, name: str, policy: PolicyModel, rows: Sequence[PromptRow]) -> Answers:
         """One sampled answer a prompt, every policy with the same seed; how well the policy knows the task's
         own answers, and how well it still knows everything else."""
         with job.progress.task(f"evaluate: {name} answers", len(rows)) as task:
@@ -349,7 +376,7 @@ class EvaluateStage(Stage):
             task.advance()
         return Answers(rollout, texts, logp_BR, *task_losses, retained, policy.tokenizer.get_vocab())
 
-    def harness_metrics(self, job: Job, name: PolicyName, policy: PolicyModel) -> dict[str, float]:
+    def harness_metrics(self, job: Job, name: str, policy: PolicyModel) -> dict[str, float]:
         """What lm-eval's tasks say of a policy."""
         with job.progress.task(f"evaluate: lm-eval asks {name}", 1) as task:
             found = job.compute.main_only(lambda: self.harness.measure(policy))
@@ -357,7 +384,7 @@ class EvaluateStage(Stage):
         return {f"{metric}/{name}": value for metric, value in found.items()}
 
     def divergence(
-        self, job: Job, answers: Mapping[PolicyName, Answers], reference: PolicyModel
+        self, job: Job, answers: Mapping[str, Answers], reference: PolicyModel
     ) -> dict[str, float]:
         """KL of every other policy from PPO's start, in nats a sequence, by that policy's own answers; none
         of a policy with other tokens, such as a base model beside evaluate.init=DIRECTORY."""
@@ -374,7 +401,7 @@ class EvaluateStage(Stage):
             metrics[f"kl/{name}"] = float(kl_BR.sum(dtype=torch.float64)) / len(said.texts)
         return metrics
 
-    def score(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[PolicyName, Answers]) -> None:
+    def score(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Let the learned and the gold reward score every answer."""
         learned = job.inputs["reward"].path if "reward" in job.inputs else None
         for kind, key, source in (("score", "reward", self.reward), ("gold", "gold", self.gold)):
@@ -387,20 +414,20 @@ class EvaluateStage(Stage):
                 exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, said.texts, strict=True)]
                 said.scores[kind] = finite_scores(reward, exchanges, f"evaluate.{key}={source}")
 
-    def compare(self, ppo: Answers, start: Answers) -> dict[str, float]:
-        """PPO against what it started from, prompt by prompt; the gold score decides where there is one."""
+    def compare(self, subject: Answers, start: Answers) -> dict[str, float]:
+        """The subject against PPO's start, prompt by prompt; the gold score decides where there is one."""
         metrics: dict[str, float] = {}
-        if "score" in ppo.scores:
-            metrics |= share(wins(ppo.scores["score"], start.scores["score"])).metrics("win_rate_learned")
-        for kind, score_B in ppo.scores.items():
+        if "score" in subject.scores:
+            metrics |= share(wins(subject.scores["score"], start.scores["score"])).metrics("win_rate_learned")
+        for kind, score_B in subject.scores.items():
             gain_B = score_B.double() - start.scores[kind].double()
             metrics |= mean(gain_B).metrics(f"{kind}_gain")
-        judge = "gold" if "gold" in ppo.scores else "score"
-        if judge in ppo.scores:
-            metrics |= share(wins(ppo.scores[judge], start.scores[judge])).metrics("win_rate")
+        judge = "gold" if "gold" in subject.scores else "score"
+        if judge in subject.scores:
+            metrics |= share(wins(subject.scores[judge], start.scores[judge])).metrics("win_rate")
         return metrics
 
-    def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[PolicyName, Answers]) -> None:
+    def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself, and side by side."""
         responses = [
             {"policy": name, "prompt": row.prompt, **said.row(index)}
@@ -419,7 +446,7 @@ class EvaluateStage(Stage):
         )
 
 
-def describe(name: PolicyName, said: Answers) -> dict[str, float]:
+def describe(name: str, said: Answers) -> dict[str, float]:
     """Scores, lengths and variety of one policy's answers, and what it knows."""
     ids = [response.tolist() for response in said.rollout.response_ids]
     metrics = {
@@ -437,7 +464,7 @@ def describe(name: PolicyName, said: Answers) -> dict[str, float]:
     return {f"{metric}/{name}": value for metric, value in metrics.items()}
 
 
-def task_gain(answers: Mapping[PolicyName, Answers]) -> dict[str, float]:
+def task_gain(answers: Mapping[str, Answers]) -> dict[str, float]:
     """Nats a token that each policy's loss on the held-out answers is below the base model's; without a name,
     the last policy's. Nothing without such answers. Those that one of both reads less of do not count."""
     base, gains = answers["base"], dict[str, float]()

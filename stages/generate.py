@@ -34,6 +34,12 @@ class GenerateStage(Stage):
     """The keys `generate.*`. Values: conf/stages/generate.yaml."""
 
     name: ClassVar[str] = "generate"
+    repeats_keys: ClassVar[bool] = True
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "score_mean": ("score", "+z.2f"),
+        "score_deviation": ("deviation", "z.2f"),
+        "stop_rate": ("stops", ".0%"),
+    }
     version: ClassVar[int] = 5
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})

@@ -1,6 +1,6 @@
 """Interpolate between the base model and a tuned one: some of the task for some of what tuning forgot.
 
-Reads   the base model; the SFT or the PPO model.
+Reads   the base model; the model of another stage.
 Writes  a plain causal-LM directory with the weights base + alpha (tuned - base).
 """
 
@@ -32,10 +32,16 @@ class MergeStage(Stage):
     """The keys `merge.*`. Values: conf/stages/merge.yaml."""
 
     name: ClassVar[str] = "merge"
+    title: ClassVar[str] = "merged"
+    publishes: ClassVar[Literal["policy"]] = "policy"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "alpha": ("alpha", ".2f"),
+        "relative_change": ("change of the weights", ".2%"),
+    }
     in_chain: ClassVar[bool] = False
 
-    policy: Literal["sft", "ppo"]
-    """The tuned model."""
+    policy: str
+    """The stage of the tuned model, such as sft or ppo."""
     alpha: float = Field(ge=0, le=1)
     """0 is the base model, 1 the tuned one.
 
@@ -45,6 +51,10 @@ class MergeStage(Stage):
     def inputs(self) -> tuple[str, ...]:
         """The tuned model."""
         return (self.policy,)
+
+    def named_policies(self) -> Iterator[tuple[str, str]]:
+        """The tuned model."""
+        yield "merge.policy", self.policy
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""

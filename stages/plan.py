@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.hardware import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
 from rlhf.costs.model_shape import ModelShape, counted
 from rlhf.costs.setup import CostContext, Sizes, pads_rows
@@ -60,13 +60,18 @@ class PlanStage(Stage):
     """The keys `plan.*`. Values: conf/stages/plan.yaml."""
 
     name: ClassVar[str] = "plan"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "strategies": ("strategies", ".0f"),
+        "hours": ("hours of the best", ".2g"),
+    }
     random: ClassVar[bool] = False
     in_chain: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     cacheable: ClassVar[bool] = False
 
-    trains: list[Literal["sft", "reward", "ppo"]] = Field(min_length=1)
-    """The stages that are planned, with their data and settings in this config."""
+    trains: list[str] = Field(min_length=1)
+    """The stages that are planned, of those that train (sft, reward, ppo, your own), with their data and
+    settings in this config."""
     rows: PositiveInt | None
     """Training rows of each stage; null measures the prepared data."""
     prompt_tokens: PositiveInt | None
@@ -117,9 +122,22 @@ class PlanStage(Stage):
         """What the planned stages need; and sft.data, the task whose prompts and answers are measured."""
         if self.rows is not None:
             return ()
-        return tuple(
-            dict.fromkeys(("sft", *(role for name in self.trains for role in chain[name].needs(chain))))
-        )
+        planned = (chain[name] for name in self.trains if name in chain)
+        return tuple(dict.fromkeys(("sft", *(role for stage in planned for role in stage.needs(chain)))))
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """What is planned trains.
+
+        Raises:
+            ConfigError: it does not, or is no stage.
+        """
+        known = [name for name, stage in chain.items() if stage.peft_config() is not None]
+        for name in self.trains:
+            if name not in known:
+                raise ConfigError(
+                    f"plan.trains={name}: no stage of that name trains.{did_you_mean(name, known)} "
+                    f"Known: {', '.join(known)}."
+                )
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""

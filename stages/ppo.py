@@ -42,7 +42,7 @@ from rlhf.models.start import check_start, digest_of_start, directory_of, inputs
 from rlhf.models.value_head import ScalarModel, check_scorable, load_scalar_model, reset_head
 from rlhf.models.weight_sharing import Backbone, sharing
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import ppo_cost
 from rlhf.ppo.ptx import PretrainingMix
@@ -59,6 +59,14 @@ class PpoStage(PpoConfig, Stage):
     """The keys `ppo.*`: rlhf/ppo/config.py. Values: conf/stages/ppo.yaml."""
 
     name: ClassVar[str] = "ppo"
+    title: ClassVar[str] = "PPO"
+    publishes: ClassVar[Literal["policy"]] = "policy"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "held_out_score_before": ("score before", "+z.2f"),
+        "held_out_score": ("after", "+z.2f"),
+        "kl": ("KL", "z.2f"),
+        **TUNED,
+    }
     version: ClassVar[int] = 6
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({

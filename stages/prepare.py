@@ -128,6 +128,13 @@ class PrepareStage(Stage):
     """The keys `prepare.*`. Values: conf/stages/prepare.yaml."""
 
     name: ClassVar[str] = "prepare"
+    repeats_keys: ClassVar[bool] = True
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "sft_rows": ("SFT rows", ".0f"),
+        "reward_pairs": ("pairs", ".0f"),
+        "ppo_prompts": ("prompts", ".0f"),
+        "evaluation_prompts": ("evaluation prompts", ".0f"),
+    }
     version: ClassVar[int] = 6
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False

@@ -12,7 +12,7 @@ import gc
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -47,7 +47,7 @@ from rlhf.models.value_head import (
     save_scalar_model,
 )
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.supervised.loop import train_batches
 from rlhf.training.config import OptimConfig
 from rlhf.training.engine import Engine
@@ -59,6 +59,14 @@ class RewardStage(Stage):
     """The keys `reward.*`. Values: conf/stages/reward.yaml."""
 
     name: ClassVar[str] = "reward"
+    title: ClassVar[str] = "Reward"
+    publishes: ClassVar[Literal["reward"]] = "reward"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "accuracy": ("accuracy", "z.3f"),
+        "accuracy_wide_gap": ("on wide gaps", "z.3f"),
+        "longer_wins_accuracy": ("longer wins", "z.3f"),
+        **TUNED,
+    }
     version: ClassVar[int] = 6
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"pairs", "micro_batch_tokens", "activation_checkpointing"}

@@ -41,7 +41,7 @@ from rlhf.models.peft.merge import publish_policy
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.recompute import checkpoint_layers
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.rl.rollout import Rollout
 from rlhf.supervised.loop import train_batches
 from rlhf.training.config import OptimConfig
@@ -53,6 +53,13 @@ class SftStage(Stage):
     """The keys `sft.*`. Values: conf/stages/sft.yaml."""
 
     name: ClassVar[str] = "sft"
+    title: ClassVar[str] = "SFT"
+    publishes: ClassVar[Literal["policy"]] = "policy"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "held_out_loss_before": ("loss before", "z.3f"),
+        "held_out_loss": ("after", "z.3f"),
+        **TUNED,
+    }
     version: ClassVar[int] = 7
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}

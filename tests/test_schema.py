@@ -71,7 +71,6 @@ def test_what_a_user_may_write_is_right(config: dict[str, Any]) -> None:
         ({"sft": {"peft": "laura"}}, "$.sft.peft"),
         ({"ppo": {"steps": "many"}}, "$.ppo.steps"),
         ({"zero": "zero4"}, "$.zero"),
-        ({"evaluate": {"policies": ["sftt"]}}, "$.evaluate.policies"),
         ({"sft": {"data": {"pth": "a.jsonl"}}}, "$.sft.data"),
     ],
 )

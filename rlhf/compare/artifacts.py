@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rlhf.compare.prompts import Method
@@ -10,8 +10,18 @@ from rlhf.config import ConfigError
 from rlhf.digests import DirectoryDigest
 from rlhf.models.intact import check_weights
 from rlhf.pipeline.manifest import content_digest
-from rlhf.pipeline.stage import POLICY_STAGES
+from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact, Store
+
+NAMES = (
+    "Name a stage of this run, such as sft, ppo or merge; or a directory, such as runs/NAME/artifacts/sft, "
+    "store/sft/KEY or ./my-model."
+)
+
+
+def is_of_this_run(name: str) -> bool:
+    """Whether `compare.artifacts` names a stage of this run; a directory has a slash."""
+    return "/" not in name
 
 
 def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
@@ -19,7 +29,7 @@ def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
     or a plain `save_pretrained` directory from elsewhere, of which nothing is known but its files.
 
     Raises:
-        ConfigError: there is neither, or the artifact is not a policy's.
+        ConfigError: there is neither.
     """
     path, found = Path(directory).expanduser().resolve(), None
     if (path / "manifest.json").is_file():
@@ -32,13 +42,25 @@ def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
         if not any(path.glob("*.safetensors")):
             raise ConfigError(f"compare.artifacts: {directory}: no *.safetensors there; no others are read.")
         return path
-    if found is None or found.manifest.stage not in POLICY_STAGES:
+    if found is None:
         raise ConfigError(
-            f"compare.artifacts: {directory}: no finished model of {' or '.join(POLICY_STAGES)} there, and "
-            "no plain model (config.json, *.safetensors). Name sft, ppo or merge for this run's own, or a "
-            "directory such as runs/NAME/artifacts/sft, store/sft/KEY or my/model."
+            f"compare.artifacts: {directory}: no finished artifact there, and no plain model (config.json, "
+            f"*.safetensors). {NAMES}"
         )
     return found
+
+
+def check_policy(directory: str, tuned: Artifact | Path, chain: Mapping[str, Stage]) -> None:
+    """Refuse an artifact of a stage that makes no policy, as far as this run has such a stage.
+
+    Raises:
+        ConfigError: with what can be named.
+    """
+    stage = None if isinstance(tuned, Path) else chain.get(tuned.manifest.stage)
+    if stage is not None and stage.publishes != "policy":
+        raise ConfigError(
+            f"compare.artifacts: {directory}: {stage.name} makes no policy, so it cannot answer. {NAMES}"
+        )
 
 
 def content_of(tuned: Artifact | Path, digest: DirectoryDigest) -> str:

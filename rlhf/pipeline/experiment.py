@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt
@@ -22,7 +24,8 @@ from rlhf.models.packed_attention import ATTENTION
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.auto import without_auto
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
-from rlhf.pipeline.stage import POLICY_STAGES, Stage
+from rlhf.pipeline.stage import Stage, in_order
+from rlhf.rewards.code import import_code
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.reward import RewardSource
 from rlhf.tracking.redaction import redacted
@@ -36,9 +39,6 @@ ADVICE: dict[Role, str] = {
     "reward": "Another ppo.reward than learned (function, server, model:DIRECTORY) needs no reward.pairs.",
 }
 """How to do without the data of a role."""
-
-REPEATING = ("prepare", "generate", "evaluate", "compare")
-"""Stages whose YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
 
 
 class DemoConfig(Strict):
@@ -157,18 +157,18 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     for key in ("run_name", "runs_dir", "store_dir"):
         if redacted(resolved[key]) != resolved[key]:
             raise ConfigError(f"{key}: there is a secret in it, which would become a directory's name.")
-    stages: dict[str, Stage] = {}
-    for name in sorted(sections, key=lambda name: name in REPEATING):
-        section = sections[name]
-        values = {key: value for key, value in section.items() if key != "_target_"}
-        stages[name] = validated(_stage_class(section["_target_"]), values, name)
-    stages = {name: stages[name] for name in sections}
+    classes = {name: stage_class(name, section["_target_"]) for name, section in sections.items()}
+    checked: dict[str, Stage] = {}
+    for name in sorted(sections, key=lambda name: classes[name].repeats_keys):
+        values = {key: value for key, value in sections[name].items() if key != "_target_"}
+        checked[name] = validated(classes[name], values, name)
+    for stage in checked.values():
+        check_policies(stage, checked)
+    stages = in_order({name: checked[name] for name in sections})
     for name, stage in stages.items():
         for gate, bound in stage.gates.items():
             if bound is not None:
                 stage.check_metric(gate, f"{name}.gates.{gate}")
-        earlier = list(stages)[: list(stages).index(name)]
-        assert set(stage.inputs()) <= set(earlier), f"conf/config.yaml: mount {name} behind {stage.inputs()}"
     experiment = Experiment(settings, stages, resolved, tuple(told))
     check_sources(experiment, own)
     for name in experiment.needed():
@@ -178,6 +178,21 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         if peft is not None and peft.method == "qlora":
             check_qlora(f"{name}.peft=qlora", settings.device)
     return experiment
+
+
+def check_policies(stage: Stage, stages: Mapping[str, Stage]) -> None:
+    """Refuse the name of a stage that makes no policy.
+
+    Raises:
+        ConfigError: with those that do.
+    """
+    known = [name for name, each in stages.items() if each.publishes == "policy" and each is not stage]
+    for key, name in stage.named_policies():
+        if name not in known:
+            raise ConfigError(
+                f"{key}={name}: no stage of that name makes a policy.{did_you_mean(name, known)} "
+                f"Known: {', '.join(known)}."
+            )
 
 
 def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
@@ -217,20 +232,23 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
         return
     method, key = METHODS[peft.method], f"{stage.name}.peft={peft.method}"
     merging = " or ".join(name for name, each in METHODS.items() if each.merges)
-    start = experiment.stages["sft"].peft_config() if "sft" in stage.inputs() else None
-    if start is not None and not METHODS[start.method].merges:
-        raise ConfigError(
-            f"sft.peft={start.method}: it is not merged into the weights, so {stage.name}, which trains on "
-            f"the SFT model, would have to publish two adapters. Use sft.peft={merging}; or run only what "
-            f"needs no {stage.name}, such as stage=sft."
-        )
+    read = (experiment.stages[name] for name in stage.inputs())
+    for start in (each for each in read if each.publishes == "policy"):
+        before = start.peft_config()
+        if before is not None and not METHODS[before.method].merges:
+            raise ConfigError(
+                f"{start.name}.peft={before.method}: it is not merged into the weights, so {stage.name}, "
+                f"which trains on the {start.title} model, would have to publish two adapters. Use "
+                f"{start.name}.peft={merging}; or run only what needs no {stage.name}, such as "
+                f"stage={start.name}."
+            )
     if method.pads and settings.model.attention == ATTENTION:
         raise ConfigError(
             f"model.attention={ATTENTION}: it lays rows end to end, and with {key} only the first would see "
             "the virtual tokens. Use model.attention=auto, which pads these rows, or another "
             f"{stage.name}.peft."
         )
-    if settings.generation == "vllm" and not method.merges and stage.name in POLICY_STAGES:
+    if settings.generation == "vllm" and not method.merges and stage.publishes == "policy":
         raise ConfigError(
             f"generation=vllm: {key} is not merged into the weights, which are all that vLLM is handed. Use "
             f"generation=local, or {stage.name}.peft={merging}."
@@ -267,8 +285,45 @@ def _is_stage(value: Any) -> bool:
     return isinstance(value, dict) and "_target_" in value
 
 
-def _stage_class(target: str) -> type[Stage]:
-    module, _, name = target.rpartition(".")
-    with uninterrupted():
-        found: type[Stage] = getattr(import_module(module), name)
+def stage_class(name: str, target: str) -> type[Stage]:
+    """The class that a section's `_target_` names.
+
+    Args:
+        name: of the section.
+
+    Raises:
+        ConfigError: there is none, or it is no stage of that name.
+    """
+    key = f"{name}._target_={target}"
+    module, _, attribute = str(target).rpartition(".")
+    if not module:
+        raise ConfigError(f"{key}: write MODULE.CLASS, such as my_stages.DpoStage.")
+    try:
+        with uninterrupted():
+            found = getattr(import_code(module, key), attribute, None)
+    except ImportError as error:
+        package, _, missing = (error.name or module).rpartition(".")
+        is_missing = isinstance(error, ModuleNotFoundError)
+        near = did_you_mean(missing, modules_of(package)) if is_missing else ""
+        raise ConfigError(
+            f"{key}: {error}.{near} Searched: {', '.join(path or '.' for path in sys.path)}. Start where the "
+            "module lies, install it, or put its directory on PYTHONPATH."
+        ) from None
+    if found is None:
+        near = did_you_mean(attribute, [each for each in vars(sys.modules[module]) if each.endswith("Stage")])
+        raise ConfigError(f"{key}: {sys.modules[module].__file__} has no {attribute}.{near}")
+    if not (isinstance(found, type) and issubclass(found, Stage)):
+        raise ConfigError(f"{key}: {attribute} is no subclass of rlhf.pipeline.stage.Stage.")
+    if lacks := " and ".join(sorted(found.__abstractmethods__)):
+        raise ConfigError(f"{key}: a stage needs its own {lacks}, and this one has none.")
+    if (own := getattr(found, "name", None)) != name:
+        raise ConfigError(f"{key}: its name is {own}. Mount it there, or set name = {name!r} in the class.")
+    if found.publishes and not found.title:
+        raise ConfigError(f"{key}: it publishes a {found.publishes}, so give it a title, which tables show.")
     return found
+
+
+def modules_of(package: str) -> list[str]:
+    """The modules of a package; of none, those that can be imported by themselves."""
+    paths = getattr(import_module(package), "__path__", []) if package else None
+    return [each.name for each in iter_modules(paths)]

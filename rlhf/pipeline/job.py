@@ -35,7 +35,7 @@ class Job:
     base: BaseModelFiles
     """The base model as a local directory, and how to treat it."""
     inputs: Mapping[str, Artifact]
-    """Finished artifacts of the stages named by `Stage.inputs`."""
+    """Finished artifacts of the stages named by `Stage.inputs`, in the order in which they are made."""
     data: PreparedData
     """The prepared data sets: `job.data.rows("sft", "train")`."""
     directory: Path

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.config import Bound, ConfigError
 from rlhf.disk import naming
@@ -17,6 +17,9 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.locks import HeldError, Lock
 from rlhf.pipeline.store import Artifact
 from rlhf.tracking.redaction import redacted
+
+if TYPE_CHECKING:
+    from rlhf.pipeline.stage import Stage
 
 GateOutcome = Literal["passed", "failed", "cannot tell", "not checked"]
 
@@ -125,6 +128,8 @@ class Run:
     gates: list[GateResult] = field(default_factory=list)
     writes: bool = True
     """False on ranks other than 0: one writes for all."""
+    kinds: Mapping[str, type[Stage]] = field(default_factory=dict)
+    """The class of each stage of the experiment, in order: what the report calls them."""
     verdict: str | None = None
     """What the run came to, in words; None before its end."""
 

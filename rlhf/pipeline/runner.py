@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData, role_digest
-from rlhf.digests import Recipe
+from rlhf.digests import DirectoryDigest, Recipe
 from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import StopSignals
@@ -34,11 +34,17 @@ from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
-from rlhf.rewards.code import has_changed, imported_code
+from rlhf.rewards.code import has_changed, imported_code, stage_code
 from rlhf.tracking.progress import Progress, clock
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker, make_tracker
 from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
+
+
+def external_digests(stage: Stage, digest: DirectoryDigest) -> dict[str, str]:
+    """What decides the result and lies outside the store: the stage's data, and its code where it is the
+    user's."""
+    return stage.external_digests(digest) | stage_code(type(stage))
 
 
 class UnsoundInputError(Exception):
@@ -68,7 +74,11 @@ class Pipeline:
         self.store = Store(Path(settings.store_dir))
         self.base: Artifact | None = None
         """The base model, where the store keeps it."""
-        self.results = Run(Path(settings.runs_dir) / run_name, writes=compute.is_main)
+        self.results = Run(
+            Path(settings.runs_dir) / run_name,
+            writes=compute.is_main,
+            kinds={name: type(stage) for name, stage in experiment.stages.items()},
+        )
         self.made: set[str] = set()
         """Stages that this run has run: `force=` does not run them once more."""
         self.needs_weights = any(stage.reads_weights for stage in stages)
@@ -80,7 +90,7 @@ class Pipeline:
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
             identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
             return identity, {
-                stage.name: stage.external_digests(self.store.directory_digest) for stage in stages
+                stage.name: external_digests(stage, self.store.directory_digest) for stage in stages
             }
 
         # by rank 0: it may read whole models; now: a missing file is not told after hours of training
@@ -259,7 +269,7 @@ class Pipeline:
             seed=self.experiment.settings.seed,
             compute=self.compute,
             base=base,
-            inputs={other: artifacts[other] for other in stage.inputs()},
+            inputs={other: made for other, made in artifacts.items() if other in stage.inputs()},
             data=prepared,
             directory=scratch,
             tracker=tracker,
@@ -353,7 +363,7 @@ class Pipeline:
             ConfigError: it was changed since the run began, hours ago perhaps; or the Hub's cache is damaged.
         """
         settings, before = self.experiment.settings, self.external_digests[stage.name]
-        now = stage.external_digests(partial(self.store.directory_digest, read=True))
+        now = external_digests(stage, partial(self.store.directory_digest, read=True))
         changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
         if stage.reads_base_model() and settings.model.kind == "hub":
             check_hub_files(settings.model, base.directory, self.store.memory(base.directory))
@@ -409,7 +419,9 @@ class Pipeline:
         """The stages behind `prepare` that the store does not answer, and what an earlier attempt left."""
         known: dict[str, Artifact] = {"prepare": prepared}
         pending: dict[str, Begun] = {}
-        for name in self.experiment.needed()[1:]:
+        for name in self.experiment.needed():
+            if name == "prepare":
+                continue
             stage = self.experiment.stages[name]
             if not set(stage.inputs()) <= set(known):
                 pending[name] = Begun()  # without its inputs it cannot have begun

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rlhf.config import Bound, ConfigError, Strict, did_you_mean
 from rlhf.costs.setup import CostContext
@@ -25,6 +25,16 @@ INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
 """The end of a name that tells a figure's interval, or on how many rows it stands."""
 
 
+TUNED: Mapping[str, tuple[str, str]] = {
+    "trained_parameters": ("trained parameters", ",.0f"),
+    "artifact_bytes": ("artifact MB", ".2f"),
+    "adapter_bytes": ("adapter MB", ".2f"),
+    "token_seconds": ("ms a token", ".1f"),
+    "token_seconds_base": ("without adapter", ".1f"),
+}
+"""Headlines of every stage that trains: what its method of tuning costs."""
+
+
 class Stage(Strict, ABC):
     """One step of the chain. It reads artifacts and data sets and publishes one artifact.
 
@@ -32,6 +42,15 @@ class Stage(Strict, ABC):
     """
 
     name: ClassVar[str]
+    """Its section in the config, and its directory in the store."""
+    title: ClassVar[str] = ""
+    """What tables call the model that it publishes."""
+    publishes: ClassVar[Literal["policy", "reward"] | None] = None
+    """A policy can be evaluated, compared and merged; a reward scores."""
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Its most telling summary metrics, for the report: (words, format)."""
+    repeats_keys: ClassVar[bool] = False
+    """Whether its YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
     version: ClassVar[int] = 1
     """Raise it when the stage's code changes what it publishes: old artifacts are then not reused."""
     random: ClassVar[bool] = True
@@ -64,6 +83,10 @@ class Stage(Strict, ABC):
     def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
         """Those of `roles` that it cannot do without: a run that lacks their data is refused."""
         return self.datasets()
+
+    def named_policies(self) -> Iterator[tuple[str, str]]:
+        """The stages whose policies it reads by name: a key, and the stage that it names."""
+        yield from ()
 
     def rewards(self) -> Mapping[str, str]:
         """Key -> the reward that it names, such as `ppo.reward` -> `vader`; without those that are null."""
@@ -166,5 +189,28 @@ class Stage(Strict, ABC):
         """Do the work in `job.directory` and end with `job.publish(metrics)`."""
 
 
-POLICY_STAGES = ("sft", "ppo", "merge")
-"""Whose artifacts answer questions; in compare.artifacts, their names mean this run's own."""
+def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    """The stages, every one behind those that it reads, else as they are mounted.
+
+    Raises:
+        ConfigError: a stage reads what is not there, or what is made from it.
+    """
+    found: dict[str, Stage] = {}
+
+    def visit(name: str, readers: tuple[str, ...]) -> None:
+        if name in readers:
+            circle = " reads ".join((*readers[readers.index(name) :], name))
+            raise ConfigError(f"{circle}: nothing can be made first. Let one of them read another stage.")
+        if name in found:
+            return
+        if name not in stages:
+            raise ConfigError(
+                f"{readers[-1]}: it reads {name}, and there is no such stage.{did_you_mean(name, stages)}"
+            )
+        for other in stages[name].inputs():
+            visit(other, (*readers, name))
+        found[name] = stages[name]
+
+    for name in stages:
+        visit(name, ())
+    return found

@@ -230,8 +230,10 @@ def with_method(stage: Stage, name: str, squeeze: int, scored_by: str) -> Stage:
     peft = knobs["peft"]
     if peft.method != name:
         knobs["peft"] = PeftConfig.model_validate({"method": name})
-    knobs["activation_checkpointing"] = squeeze > 0 or knobs["activation_checkpointing"]
-    knobs["micro_batch_tokens"] //= 4 if squeeze > 1 else 1
+    if "activation_checkpointing" in knobs:
+        knobs["activation_checkpointing"] |= squeeze > 0
+    if "micro_batch_tokens" in knobs:
+        knobs["micro_batch_tokens"] //= 4 if squeeze > 1 else 1
     return type(stage).model_construct(**knobs)
 
 
@@ -241,7 +243,7 @@ def experiment(before: Sequence[Stage], after: Sequence[Stage], on: CostContext)
     for old, new in zip(before, after, strict=True):
         was, now = old.model_dump(), new.model_dump(warnings=False)
         for key in ("activation_checkpointing", "micro_batch_tokens"):
-            if was[key] != now[key]:
+            if was.get(key) != now.get(key):
                 found[f"{new.name}.{key}"] = now[key]
         turned_off = (gate for gate, bound in new.gates.items() if bound is None and old.gates[gate])
         found |= {f"{new.name}.gates.{gate}": None for gate in turned_off}

@@ -22,59 +22,8 @@ from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole, redacted_text
 from rlhf.tracking.tables import Cells
 
-TUNED = {
-    "trained_parameters": ("trained parameters", ",.0f"),
-    "artifact_bytes": ("artifact MB", ".2f"),
-    "adapter_bytes": ("adapter MB", ".2f"),
-    "token_seconds": ("ms a token", ".1f"),
-    "token_seconds_base": ("without adapter", ".1f"),
-}
-"""What a method of tuning costs: (words, format)."""
 SCALES = {"artifact_bytes": 1e-6, "adapter_bytes": 1e-6, "token_seconds": 1e3, "token_seconds_base": 1e3}
 """What a metric is multiplied by where its headline has another unit."""
-HEADLINES: dict[str, dict[str, tuple[str, str]]] = {
-    "prepare": {
-        "sft_rows": ("SFT rows", ".0f"),
-        "reward_pairs": ("pairs", ".0f"),
-        "ppo_prompts": ("prompts", ".0f"),
-        "evaluation_prompts": ("evaluation prompts", ".0f"),
-    },
-    "sft": {
-        "held_out_loss_before": ("loss before", "z.3f"),
-        "held_out_loss": ("after", "z.3f"),
-        **TUNED,
-    },
-    "reward": {
-        "accuracy": ("accuracy", "z.3f"),
-        "accuracy_wide_gap": ("on wide gaps", "z.3f"),
-        "longer_wins_accuracy": ("longer wins", "z.3f"),
-        **TUNED,
-    },
-    "generate": {
-        "score_mean": ("score", "+z.2f"),
-        "score_deviation": ("deviation", "z.2f"),
-        "stop_rate": ("stops", ".0%"),
-    },
-    "ppo": {
-        "held_out_score_before": ("score before", "+z.2f"),
-        "held_out_score": ("after", "+z.2f"),
-        "kl": ("KL", "z.2f"),
-        **TUNED,
-    },
-    "merge": {"alpha": ("alpha", ".2f"), "relative_change": ("change of the weights", ".2%")},
-    "evaluate": {
-        "win_rate": ("win rate", "z.2f"),
-        "gold_gain": ("gold gain", "+z.2f"),
-        "task_gain": ("task gain", "+z.3f"),
-        "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
-    },
-    "plan": {"strategies": ("strategies", ".0f"), "hours": ("hours of the best", ".2g")},
-    "compare": {"questions": ("questions", ".0f"), "leaks": ("left out, as trained on", ".0f")},
-}
-"""Stage -> its most telling summary metrics: (words, format)."""
-
-MODELS = {"merge": "Merged model", "ppo": "Aligned model", "sft": "SFT model", "reward": "Reward model"}
-POLICIES = {"base": "base", "sft": "SFT", "init": "PPO's start", "ppo": "PPO", "merge": "merged"}
 COMPARED = {
     "gold_mean": ("gold score", "+z.3f"),
     "score_mean": ("learned score", "+z.3f"),
@@ -173,7 +122,7 @@ def stage_cells(run: Run) -> Cells:
     for name, stage in run.stages.items():
         headlines = [
             f"{words} {format(stage['metrics'][f'{name}/{metric}'] * SCALES.get(metric, 1.0), spec)}"
-            for metric, (words, spec) in HEADLINES.get(name, {}).items()
+            for metric, (words, spec) in (run.kinds[name].headlines if name in run.kinds else {}).items()
             if f"{name}/{metric}" in stage["metrics"]
         ]
         time = clock(stage["seconds"]) if stage["status"] != "reused" else "-"
@@ -181,13 +130,24 @@ def stage_cells(run: Run) -> Cells:
     return Cells(["stage", "", "time", "result"], rows)
 
 
+def policies_of(run: Run) -> dict[str, str]:
+    """What can be evaluated -> what tables call it, in the order in which it comes to be."""
+    found = {"base": "base"}
+    for name, kind in run.kinds.items():
+        if kind.publishes == "policy":
+            found |= {"init": "PPO's start"} if name == "ppo" else {}
+            found[name] = kind.title
+    return found
+
+
 def policy_cells(run: Run) -> Cells:
     """One row a metric, one column a policy; no rows when `evaluate` was not part of the run."""
     metrics: Mapping[str, float] = run.stages.get("evaluate", {}).get("metrics", {})
-    names = [name for name in POLICIES if f"evaluate/length_mean/{name}" in metrics]
+    titles = policies_of(run)
+    names = [name for name in titles if f"evaluate/length_mean/{name}" in metrics]
     apart = [name for name in names if f"evaluate/kl/{name}" in metrics]
     # the last one without: base has none either where it has other tokens
-    start = next((POLICIES[name] for name in reversed(names) if apart and name not in apart), POLICIES["sft"])
+    start = next((titles[name] for name in reversed(names) if apart and name not in apart), "SFT")
     rows = []
     of_harness = {
         metric: (" ".join(metric.split("/")[1:]), "z.3f")
@@ -202,11 +162,12 @@ def policy_cells(run: Run) -> Cells:
             )
     for metric, (words, spec) in AGAINST_START.items():
         if f"evaluate/{metric}" in metrics:
+            subject = _keys_of_evaluate(run)["subject"]
             low, high = (format(metrics[f"evaluate/{metric}_{side}"], spec) for side in ("low", "high"))
             value = f"{format(metrics[f'evaluate/{metric}'], spec)} ({low} to {high})"
-            rows.append([words.format(start), *("-" if name != "ppo" else value for name in names)])
+            rows.append([words.format(start), *("-" if name != subject else value for name in names)])
     heading = f"{metrics.get('evaluate/prompts', 0):.0f} prompts"
-    return Cells([heading, *(POLICIES[name] for name in names)], rows)
+    return Cells([heading, *(titles[name] for name in names)], rows)
 
 
 def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
@@ -214,19 +175,25 @@ def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
     if not run.stages.get("evaluate", {}).get("artifact"):
         return
     # Not from the artifact: the knob is outside its key, so a reused one may have been made with another.
-    config = yaml.safe_load((run.directory / "config.yaml").read_text(encoding="utf-8"))
+    num_shown = _keys_of_evaluate(run)["num_shown"]
     path = Path(run.stages["evaluate"]["artifact"]) / "comparison.jsonl"
     with path.open(encoding="utf-8") as file:
-        for line in islice(file, config["evaluate"]["num_shown"]):
+        for line in islice(file, num_shown):
             row = json.loads(line)
             yield (
                 _conversation(row["prompt"]),
                 [
                     ShownAnswer(words, _one_line(row[name]["response"]), _scores(row[name]))
-                    for name, words in POLICIES.items()
+                    for name, words in policies_of(run).items()
                     if name in row
                 ],
             )
+
+
+def _keys_of_evaluate(run: Run) -> dict[str, Any]:
+    config = yaml.safe_load((run.directory / "config.yaml").read_text(encoding="utf-8"))
+    keys: dict[str, Any] = config["evaluate"]
+    return keys
 
 
 def gate_text(gate: GateResult) -> str:
@@ -236,9 +203,9 @@ def gate_text(gate: GateResult) -> str:
 
 def places(run: Run) -> Iterator[tuple[str, Path]]:
     """Where to find what the run made, from its directory."""
-    for name, words in MODELS.items():
-        if run.stages.get(name, {}).get("artifact"):
-            yield words, Path("artifacts", name)
+    for name, kind in reversed([*run.kinds.items()]):
+        if kind.publishes and run.stages.get(name, {}).get("artifact"):
+            yield f"{kind.title[:1].upper()}{kind.title[1:]} model", Path("artifacts", name)
     if run.stages.get("evaluate", {}).get("artifact"):
         yield "All answers", Path("artifacts", "evaluate", "comparison.jsonl")
     if run.stages.get("compare", {}).get("artifact"):

@@ -1,4 +1,4 @@
-"""What decides the scores of a user's function: the code that was imported, and the versions of the rest."""
+"""What a user's own reward or stage does: the code that was imported, and the versions of the rest."""
 
 from __future__ import annotations
 
@@ -33,20 +33,42 @@ def imported_code(source: str) -> dict[str, str]:
         ConfigError: it cannot be imported, or its files change meanwhile.
     """
     name = source.split(":")[1]
-    known = _imported.get(name)
-    if known is not None and known[0] is sys.modules.get(name):
-        return _named(source, known[1])
     try:
-        before = code_on_disk(name)
-        module = import_module(name)
+        import_code(name, source)
     except ImportError as error:
         raise ConfigError(
             f"{source}: {error}. The module must be importable: installed, or in a directory on PYTHONPATH."
         ) from None
+    return _named(source, _imported[name][1])
+
+
+def import_code(name: str, named_by: str) -> ModuleType:
+    """Import a module, and remember what code that is.
+
+    Args:
+        named_by: what the user wrote, for errors.
+
+    Raises:
+        ImportError: it cannot be.
+        ConfigError: its files change meanwhile.
+    """
+    known = _imported.get(name)
+    if known is not None and known[0] is sys.modules.get(name):
+        return known[0]
+    before = code_on_disk(name)
+    module = import_module(name)
     if code_on_disk(name) != before:
-        raise ConfigError(f"{source}: its code changed while it was imported. Run the same command again.")
+        raise ConfigError(f"{named_by}: its code changed while it was imported. Run the same command again.")
     _imported[name] = (module, before)
-    return _named(source, before)
+    return module
+
+
+def stage_code(stage: type) -> dict[str, str]:
+    """What a stage's class does, where it is the user's: see `code_on_disk`. Nothing of this project's, whose
+    stages have a version."""
+    if stage.__module__.partition(".")[0] == "rlhf":
+        return {}
+    return imported_code(f"python:{stage.__module__}:{stage.__name__}")
 
 
 def has_changed(source: str) -> bool:

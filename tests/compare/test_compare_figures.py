@@ -16,6 +16,7 @@ from rlhf.compare.cost import break_even, cost_of
 from rlhf.compare.metrics import answer_found, exact_match, rouge_l
 from rlhf.config import ConfigError
 from rlhf.pipeline.store import Artifact, Manifest, Store
+from rlhf.stages.reward import RewardStage
 
 
 @pytest.mark.parametrize(
@@ -94,12 +95,13 @@ def test_a_lineage_with_a_gap_has_no_known_cost(tmp_path: Path) -> None:
 
 
 def test_only_a_finished_policy_can_be_compared(tmp_path: Path) -> None:
-    reward = publish(Store(tmp_path / "store"), "reward", "b", 1)
-    for directory in (tmp_path / "nowhere", tmp_path, reward.path):
-        with pytest.raises(
-            ConfigError, match=r"compare\.artifacts: .*no finished model of sft or ppo or merge"
-        ):
+    for directory in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ConfigError, match=r"compare\.artifacts: .*no finished artifact there"):
             tuned_artifact(str(directory))
+    reward = publish(Store(tmp_path / "store"), "reward", "b", 1)
+    chain = {"reward": RewardStage.model_construct()}
+    with pytest.raises(ConfigError, match=r"compare\.artifacts: .*reward makes no policy"):
+        make_stage(artifacts=[str(reward.path)]).check(chain)
 
 
 def test_a_plain_directory_can_be_compared_and_its_training_is_not_priced(

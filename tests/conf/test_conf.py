@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import typing
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ from rlhf.config import Bound, ConfigError
 from rlhf.data.sources import SourceConfig
 from rlhf.models.base import ModelConfig
 from rlhf.models.peft.config import PeftConfig
-from rlhf.pipeline.experiment import REPEATING, Experiment, Settings, build_experiment
+from rlhf.pipeline.experiment import Experiment, Settings, build_experiment
+from rlhf.pipeline.experiment import stage_class as class_of_target
 from rlhf.pipeline.stage import Stage
 from rlhf.tracking.tracker import TrackerConfig
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
-CHAIN = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
-STAGES = (*CHAIN[:-1], "merge", "evaluate", "compare", "plan")
 DEFAULT_GROUPS = ("model", "tracker", "hydra/sweeper")
 """In the defaults list, so chosen without a plus."""
 WITH = {
@@ -57,9 +55,21 @@ def compose_plainly(*overrides: str) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
+STAGES = tuple(
+    key.removeprefix("stages@")
+    for entry in read("config.yaml")["defaults"]
+    if isinstance(entry, dict)
+    for key in entry
+    if key.startswith("stages@")
+)
+"""In the order in which they are mounted."""
+
+
 def stage_class(name: str) -> type[Stage]:
-    found: type[Stage] = getattr(import_module(f"rlhf.stages.{name}"), f"{name.capitalize()}Stage")
-    return found
+    return class_of_target(name, f"rlhf.stages.{name}.{name.capitalize()}Stage")
+
+
+CHAIN = tuple(name for name in STAGES if stage_class(name).in_chain)
 
 
 def section_classes(annotation: Any) -> list[type[BaseModel]]:
@@ -93,8 +103,6 @@ def sections_of(model: type[BaseModel]) -> set[type[BaseModel]]:
 def test_one_yaml_and_one_module_for_each_stage() -> None:
     assert {path.stem for path in (CONF / "stages").glob("*.yaml")} == set(STAGES)
     assert {path.stem for path in (ROOT / "stages").glob("*.py")} == {"__init__", *STAGES}
-    mounted = [entry for entry in read("config.yaml")["defaults"] if isinstance(entry, dict)]
-    assert [entry[f"stages@{name}"] for name, entry in zip(STAGES, mounted, strict=False)] == list(STAGES)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -129,7 +137,7 @@ def test_knobs_outside_the_key_exist(name: str) -> None:
 
 def test_stages_that_repeat_others_keys_are_checked_last() -> None:
     repeating = [name for name in STAGES if "${" in (CONF / "stages" / f"{name}.yaml").read_text()]
-    assert repeating == list(REPEATING)
+    assert repeating == [name for name in STAGES if stage_class(name).repeats_keys]
 
 
 def test_keys_beside_the_stages() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.experiment import stage_class
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.report.summary import print_summary, write_report
 
@@ -71,7 +72,7 @@ def run(tmp_path: Path) -> Run:
     (artifact / "comparison.jsonl").write_text(text, encoding="utf-8")
     directory = tmp_path / "runs" / "demo"
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text("evaluate:\n  num_shown: 2\n")
+    (directory / "config.yaml").write_text("evaluate:\n  num_shown: 2\n  subject: ppo\n")
     stages = {
         "prepare": stage("prepare", {"sft_rows": 318, "reward_pairs": 1100})
         | {"status": "reused", "seconds": 0.0},
@@ -90,7 +91,9 @@ def run(tmp_path: Path) -> Run:
         ),
         GateResult("ppo", "first_kl", 0.5, Bound(max=0.02, advice="clear it"), not_checked="it starts apart"),
     ]
-    return Run(directory, stages, gates)
+    names = ("prepare", "sft", "reward", "generate", "ppo", "merge", "evaluate", "compare")
+    kinds = {name: stage_class(name, f"rlhf.stages.{name}.{name.capitalize()}Stage") for name in names}
+    return Run(directory, stages, gates, kinds=kinds)
 
 
 def printed(run: Run, width: int) -> str:
@@ -161,7 +164,7 @@ def test_gates_tell_value_bound_and_advice(run: Run) -> None:
 
 def test_as_many_answers_as_asked_for(run: Run) -> None:
     assert [f"{PROMPT} ({number})" in printed(run, 80) for number in range(3)] == [True, True, False]
-    (run.directory / "config.yaml").write_text("evaluate:\n  num_shown: 0\n")
+    (run.directory / "config.yaml").write_text("evaluate:\n  num_shown: 0\n  subject: ppo\n")
     assert PROMPT not in printed(run, 80)
     assert PROMPT not in write_report(run).read_text()
 

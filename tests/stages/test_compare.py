@@ -178,8 +178,8 @@ def test_inputs_follow_the_artifacts_and_the_reward(tuned: str) -> None:
     assert make_stage(artifacts=[tuned]).inputs() == ("prepare",)
     assert make_stage(artifacts=["ppo", "sft"], reward="learned").inputs() == (
         "prepare",
-        "sft",
         "ppo",
+        "sft",
         "reward",
     )
 

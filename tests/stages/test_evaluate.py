@@ -39,6 +39,7 @@ def make_stage(**changes: Any) -> EvaluateStage:
         "retention": ["samples:retention_sentences", "samples:retention_questions"],
         "init": "sft",
         "policies": ["base", "sft", "ppo"],
+        "subject": "ppo",
         "reward": None,
         "gold": f"python:{__name__}:rating",
         "lm_eval": [],

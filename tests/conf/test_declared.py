@@ -1,0 +1,95 @@
+"""What a stage declares: what it makes, and so who may read it, and when it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_conf import compose_plainly
+
+from rlhf.config import ConfigError
+from rlhf.pipeline.experiment import Experiment, build_experiment
+
+
+def build(*overrides: str, **sections: dict[str, Any]) -> Experiment:
+    return build_experiment(compose_plainly("model=tiny", *overrides) | sections)
+
+
+def test_a_stage_stands_behind_what_it_reads_wherever_it_is_mounted() -> None:
+    composed = compose_plainly("model=tiny", "merge.policy=ppo")
+    backwards = build_experiment(dict(reversed(composed.items())))
+    names = list(backwards.stages)
+    assert sorted(names) == sorted(build().stages)
+    for name, stage in backwards.stages.items():
+        assert {*stage.inputs()} <= {*names[: names.index(name)]}
+    assert backwards.needed() == ["prepare", "sft", "reward", "generate", "ppo", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        (
+            "merge.policy=reward",
+            "merge.policy=reward: no stage .*makes a policy. Known: sft, ppo.",
+        ),
+        ("merge.policy=merge", "merge.policy=merge: no stage of that name makes a policy."),
+        ("evaluate.policies=[base,sftt]", "evaluate.policies=sftt: no stage .* Did you mean sft?"),
+        ("compare.artifacts=[ppoo]", "compare.artifacts=ppoo: no stage .* Known: sft, ppo, merge."),
+        ("compare.artifacts=[generate]", "compare.artifacts=generate: no stage"),
+    ],
+)
+def test_only_a_stage_that_makes_a_policy_is_read_as_one(override: str, complaint: str) -> None:
+    turned_off = ("evaluate.gates.win_rate=null",)
+    with pytest.raises(ConfigError, match=complaint):
+        build(override, *turned_off)
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        (
+            "plan.trains=[sft,generate]",
+            "plan.trains=generate: no stage .*trains. .*sft, reward, ppo",
+        ),
+        ("plan.trains=[rewrd]", "plan.trains=rewrd: .*Did you mean reward?"),
+    ],
+)
+def test_only_a_stage_that_trains_is_planned(override: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        build("stage=plan", override)
+
+
+def test_the_subject_of_evaluate_owns_its_gates() -> None:
+    of_sft = ("evaluate.policies=[base,sft]", "evaluate.subject=sft", "ppo.init=base")
+    assert build("stage=evaluate", *of_sft).stages["evaluate"].inputs()[:2] == ("prepare", "sft")
+    with pytest.raises(ConfigError, match=r"gate win_rate needs merge in evaluate\.policies"):
+        build("stage=evaluate", "evaluate.subject=merge")
+
+
+def test_the_usual_subject_leaves_the_key_as_it_was() -> None:
+    assert "subject" not in build().stages["evaluate"].knobs()
+    changed = build("evaluate.subject=sft").stages["evaluate"].knobs()
+    assert changed["subject"] == "sft"
+
+
+@pytest.mark.parametrize(
+    ("target", "complaint"),
+    [
+        (
+            "rlhf.stages.sftt.SftStage",
+            r"sft\._target_=.*: No module .*mean sft\?",
+        ),
+        ("rlhf.stages.sft.SftStge", r"sft\._target_=.*sft\.py has no SftStge\. Did you mean SftStage\?"),
+        ("no_such_module.Mine", r"sft\._target_=no_such_module.Mine: No module .* Searched: .*PYTHONPATH"),
+        ("rlhf.config.Sft.Stage", r"sft\._target_=.*: No module named 'rlhf\.config\.Sft'"),
+        ("SftStage", r"sft\._target_=SftStage: write MODULE\.CLASS"),
+        ("rlhf.config.Bound", r"Bound is no subclass of rlhf\.pipeline\.stage\.Stage"),
+        ("rlhf.pipeline.stage.Stage", r"a stage needs its own cost and run"),
+        ("rlhf.stages.reward.RewardStage", r"its name is reward\. Mount it there"),
+    ],
+)
+def test_a_mistyped_target_is_told(target: str, complaint: str) -> None:
+    composed = compose_plainly("model=tiny")
+    composed["sft"]["_target_"] = target
+    with pytest.raises(ConfigError, match=complaint):
+        build_experiment(composed)
