@@ -13,6 +13,7 @@ import sys
 import traceback
 from datetime import datetime
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 try:
@@ -100,7 +101,7 @@ def refuse_to_pickle_secrets(arguments: list[str]) -> None:
 @redacted_output()
 def main() -> None:
     """Entry point of `python -m rlhf` and `rlhf`."""
-    if not sys.flags.safe_path and (here := os.getcwd()) not in sys.path:
+    if not sys.flags.safe_path and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # for the user's modules; `python -m rlhf` has it there
     with StopSignals().installed():  # at once: importing torch takes seconds, in which a signal would kill
         try:
