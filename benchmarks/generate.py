@@ -6,7 +6,7 @@
 
 Same weights, same prompts, all of them in one batch, temperature 1, no top-k or top-p. Both run in one
 process and take turns, each going first in every other pair; before that, a few tokens of each warm up. A
-pair's ratio is that of new tokens a second, the stop token included. Ours also returns each token's
+pair's ratio is that of new tokens per second, the stop token included. Ours also returns each token's
 log-probability and the answers as text, within the time.
 
 Natural lengths are those of the `skewed` workload (workloads.py): HH's first turns, answered by a model

@@ -88,7 +88,7 @@ def table(stage: str) -> str:
     """Markdown."""
     heads = [
         f"`{stage}.peft=`", f"`{stage}.optim.lr`", "trained parameters", "`adapter/`, MB",
-        "ms a token, with it and without", *COLUMNS[stage], "seconds",
+        "ms per token, with it and without", *COLUMNS[stage], "seconds",
     ]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     return "\n".join([*lines, *(row(stage, method) for method in RATES)])

@@ -69,7 +69,7 @@ CASES = (
     Case("sft lora, long rows", "sft", (*BASE, "sft.data=long.jsonl", "sft.epochs=0.2")),
     Case("sft full, long rows, checkpointing", "sft",
          ("sft.data=long.jsonl", "sft.epochs=0.2", "sft.activation_checkpointing=true")),
-    Case("sft full, medium rows, 1024 tokens a pass", "sft",
+    Case("sft full, medium rows, 1024 tokens per pass", "sft",
          ("sft.data=medium.jsonl", "sft.epochs=0.4", "sft.micro_batch_tokens=1024")),
     Case("reward lora", "reward", BASE),
     Case("reward full", "reward", (*BASE, *FULL_REWARD)),
@@ -77,7 +77,7 @@ CASES = (
     Case("ppo lora", "ppo", BASE),
     Case("ppo full", "ppo", (*BASE, *FULL_REWARD, *FULL_PPO)),
     Case("ppo lora, one minibatch", "ppo", (*BASE, "ppo.minibatch_episodes=32")),
-    Case("ppo full, 512 tokens a pass", "ppo",
+    Case("ppo full, 512 tokens per pass", "ppo",
          (*BASE, *FULL_REWARD, *FULL_PPO, "ppo.micro_batch_tokens=512")),
 )  # fmt: skip
 

@@ -206,7 +206,7 @@ def show(points: Sequence[Point]) -> None:
     """A table of all points, and the fits."""
     table = Table(
         "sweep", "episodes", "new tokens", "micro-batch tokens", "vocabulary", "real tokens", "seconds",
-        "tokens/s", "positions a token", "peak GB", "state GB", box=None,
+        "tokens/s", "positions per token", "peak GB", "state GB", box=None,
     )  # fmt: skip
     for point in points:
         shape, state = point.shape, point.state_bytes
@@ -220,7 +220,7 @@ def show(points: Sequence[Point]) -> None:
     for name, found in fits_of(points).items():
         verdict = "as wanted" if found.r2 >= WANTED_R2 else f"less than the {WANTED_R2} that are wanted"
         console.print(
-            f"{name}: {found.slope * 1e3:.2f} ms a token and {found.intercept:.2f} s, "
+            f"{name}: {found.slope * 1e3:.2f} ms per token and {found.intercept:.2f} s, "
             f"R² {found.r2:.4f}, {verdict}"
         )
 
@@ -232,7 +232,7 @@ def draw_time(points: Sequence[Point], path: Path) -> None:
         found = [point for point in points if point.shape.sweep == name]
         line = fits_of(found).get(name)
         tokens = [point.step_tokens for point in found]
-        text = name if line is None else f"{name}: {line.slope * 1e3:.2f} ms a token, R² {line.r2:.3f}"
+        text = name if line is None else f"{name}: {line.slope * 1e3:.2f} ms per token, R² {line.r2:.3f}"
         axes.plot(tokens, [p.step_seconds for p in found], marker, color=colour, label=text)
         if line is not None:
             ends = [0.0, max(tokens)]

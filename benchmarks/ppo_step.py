@@ -5,7 +5,7 @@
     python benchmarks/ppo_step.py --peer trl --peer-python ~/trl/bin/python
 
 Every run is a fresh process; with a peer they alternate, and each pair, which has a seed of its own, gives
-one ratio: of the medians over the steps, and beside it that of sampled tokens a second, which differs where
+one ratio: of the medians over the steps, and beside it that of sampled tokens per second, which differs where
 answers do in length. All figures leave out the first step, which warms up. The matmul peak is the better one
 of two measurements in the run's process, before its first step and after its last. Peers' runners are for
 CPUs, so with a peer this project takes device=cpu.
@@ -124,10 +124,10 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any]) -> None:
     table.add_row("step", f"{total:.2f}")
     console.print(table)
     tokens = median(answer["new_tokens"][1:])
-    console.print(f"sampled tokens a step (median, mean): {sampled(answer)}")
+    console.print(f"sampled tokens per step (median, mean): {sampled(answer)}")
     console.print(
         f"{episodes_per_second(answer):.2f} episodes/s, {tokens / total:.0f} response tokens/s, "
-        f"{answer['positions_a_token']:.2f} positions a token, peak memory "
+        f"{answer['positions_a_token']:.2f} positions per token, peak memory "
         f"{answer['peak_bytes'] / 1e9:.2f} GB, matmul peak {peak:.0f} GFLOP/s; {answer['precision']}"
     )
 

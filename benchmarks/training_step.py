@@ -150,7 +150,7 @@ def compare(stage: str, options: argparse.Namespace) -> None:
         "tokens/s",
         "TRL's",
         "ratio",
-        "positions a token",
+        "positions per token",
         "TRL's",
         "peak GB",
         "TRL's",

@@ -3,7 +3,7 @@
 Reads   the policies; evaluation prompts (`evaluate.prompts`); the learned reward and, where it is known, the
         gold one; sft.data's held-out answers, which show what was learned; general texts and questions
         (`evaluate.retention`), which show what was forgotten.
-Writes  responses.jsonl, comparison.jsonl (one prompt a line, all policies' answers), and the summary metrics.
+Writes  responses.jsonl; comparison.jsonl (one prompt per line, all policies' answers); the summary metrics.
 """
 
 from __future__ import annotations
@@ -386,7 +386,7 @@ class EvaluateStage(Stage):
     def divergence(
         self, job: Job, answers: Mapping[str, Answers], reference: PolicyModel
     ) -> dict[str, float]:
-        """KL of every other policy from PPO's start, in nats a sequence, by that policy's own answers; none
+        """KL of every other policy from PPO's start, in nats per sequence, by that policy's own answers; none
         of a policy with other tokens, such as a base model beside evaluate.init=DIRECTORY."""
         vocabulary = reference.tokenizer.get_vocab()
         others = {

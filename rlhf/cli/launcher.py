@@ -1,4 +1,4 @@
-"""Starts one process a rank on this machine, and ends them all when one fails.
+"""Starts one process per rank on this machine, and ends them all when one fails.
 
 Inside torchrun, srun or a Kubernetes job nothing is started: the environment says which rank this is.
 `python -m rlhf.cli.worker RUN_DIR` is what each rank runs. It is sent the config that was already composed,

@@ -37,7 +37,7 @@ class Lengths(NamedTuple):
     deviation: float
     longest: int
     shared_prefix: float = 0.0
-    """With how many tokens a row begins like the one before: on CPUs these go through a model once."""
+    """First tokens that a row shares with the row before it, mean. On CPUs a model computes them once."""
 
     def cut(self, most: int) -> Lengths:
         """Where longer rows are cut or left out."""

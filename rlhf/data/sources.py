@@ -292,7 +292,7 @@ def _json_row(line: bytes) -> dict[str, Any] | RowError:
 def _as_row(value: Any) -> dict[str, Any] | RowError:
     if isinstance(value, dict):
         return value
-    if isinstance(value, str):  # a list of prompts, one JSON text a line
+    if isinstance(value, str):  # a list of prompts, one JSON text per line
         return {"text": value}
     return RowError("wrong type", f"a row is an object or a text, found {type(value).__name__}.")
 

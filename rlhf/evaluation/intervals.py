@@ -61,7 +61,7 @@ def mean(value_B: Tensor) -> Sampled:
 
 
 def ratio(part_B: Tensor, whole_B: Tensor) -> Sampled:
-    """The sum of the parts over the sum of the wholes, such as nats a token of texts of different lengths.
+    """The sum of the parts over the sum of the wholes, such as nats per token of texts of different lengths.
 
     A row's distance from the ratio takes the place of its distance from the mean. With a single row nothing
     is known of how much rows differ: the interval is infinite.

@@ -33,7 +33,7 @@ class Retained(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         """`question_accuracy`; `perplexity` of all texts, and where they are from several sets
-        `text_loss_SET` of each, in nats a token."""
+        `text_loss_SET` of each, in nats per token."""
         known: dict[str, float] = {}
         if len(self.nats_B):
             known |= exponential(ratio(self.nats_B, self.tokens_B)).metrics("perplexity")
@@ -63,7 +63,7 @@ def retention(
 def forgetting(known: Mapping[str, Retained]) -> dict[str, float]:
     """Each policy against the one called base, row by row; without a name, the last policy's.
 
-    `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats a token.
+    `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats per token.
     """
     base, changes = known["base"], dict[str, float]()
     for place, (name, each) in enumerate(known.items(), 1):

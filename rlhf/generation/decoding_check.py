@@ -50,8 +50,8 @@ def check_decoding(model: PreTrainedModel) -> None:
     if not off <= max(share * context, TOO_LITTLE):
         raise _refused(
             model,
-            f"decoded with a KV cache its log-probabilities are {off:.2g} nats a token off those of one pass "
-            "over the whole text, so it keeps a state elsewhere",
+            f"decoded with a KV cache its log-probabilities are {off:.2g} nats per token off those of one "
+            "pass over the whole text, so it keeps a state elsewhere",
         )
 
 

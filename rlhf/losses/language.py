@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def next_token_loss(logp_BT: Tensor, mask_BT: Tensor, *, total_tokens: int | float) -> Tensor:
-    """Negative log-likelihood, in nats a token, of text that the policy should not forget.
+    """Negative log-likelihood, in nats per token, of text that the policy should not forget.
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 2, last term (PPO-ptx), without its weight gamma.
 

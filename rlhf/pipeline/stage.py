@@ -29,7 +29,7 @@ TUNED: Mapping[str, tuple[str, str]] = {
     "trained_parameters": ("trained parameters", ",.0f"),
     "artifact_bytes": ("artifact MB", ".2f"),
     "adapter_bytes": ("adapter MB", ".2f"),
-    "token_seconds": ("ms a token", ".1f"),
+    "token_seconds": ("ms per token", ".1f"),
     "token_seconds_base": ("without adapter", ".1f"),
 }
 """Headlines of every stage that trains: what its method of tuning costs."""

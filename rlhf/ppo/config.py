@@ -22,7 +22,7 @@ class KlConfig(Strict):
     controller: Literal["fixed", "adaptive"]
     """fixed keeps coef; adaptive changes it until the KL is near target."""
     target: PositiveFloat
-    """adaptive: the wanted KL, nats a sequence."""
+    """adaptive: the wanted KL, nats per sequence."""
     horizon: PositiveFloat
     """adaptive: episodes over which it reacts; a longer horizon reacts more slowly."""
 
@@ -94,7 +94,7 @@ class PpoConfig(Strict):
     epochs: PositiveInt
     """Passes over the episodes of each rollout."""
     stop_epochs_kl: PositiveFloat | None
-    """Skip the remaining epochs once the mean of rho - 1 - log rho passes this many nats a token."""
+    """Skip the remaining epochs once the mean of rho - 1 - log rho passes this many nats per token."""
     max_new_tokens: PositiveInt
     """A longer response is cut off."""
     temperature: PositiveFloat
@@ -129,7 +129,7 @@ class PpoConfig(Strict):
     """How many steps may be skipped because a reward, loss or gradient is not finite. One more ends the
     run."""
     max_kl: PositiveFloat | None
-    """The run stops before it learns from a rollout with a larger KL, nats a sequence from the reference;
+    """The run stops before it learns from a rollout with a larger KL, nats per sequence from the reference;
     null for no limit."""
     batch_rows: PositiveInt | None
     """Rows that are decoded together on each rank; null for all. Lower it when memory runs out while

@@ -224,13 +224,13 @@ class PolicyTrainer:
             if metrics.get("engine_mismatch", 0.0) > self.mismatch_limit:
                 raise TooBadError(
                     "the responses are not sampled from the policy that learns: their log-probabilities are "
-                    f"{metrics['engine_mismatch']:.3g} nats a token off, more than "
+                    f"{metrics['engine_mismatch']:.3g} nats per token off, more than "
                     f"{self.mismatch_limit:.3g}, {TIMES_THE_BOUND} times ppo.gates.engine_mismatch.max. Use "
                     "another generation=, or precision=fp32"
                 )
             if config.max_kl is not None and metrics["kl"] > config.max_kl:
                 raise TooBadError(
-                    f"the policy is {metrics['kl']:.4g} nats a sequence from the SFT model, more than "
+                    f"the policy is {metrics['kl']:.4g} nats per sequence from the SFT model, more than "
                     f"ppo.max_kl={config.max_kl:g}. Raise ppo.kl.coef, or lower ppo.optim.lr"
                 )
             metrics |= self.update.learn(experience, scored, critic_only=warm_up)

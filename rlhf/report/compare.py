@@ -20,7 +20,7 @@ QUALITIES: dict[Quality, str] = {
 }
 METHODS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "retrieval": "retrieval"}
 ROWS: dict[str, tuple[str, str]] = {
-    "answer_loss": ("loss, nats a token", "z.3f"),
+    "answer_loss": ("loss, nats per token", "z.3f"),
     **{name: (words, "z.3f") for name, words in QUALITIES.items()},
     "win_rate": ("win rate", "z.2f"),
     "seconds_p50": ("latency p50, s", ".2f"),

@@ -27,12 +27,12 @@ SCALES = {"artifact_bytes": 1e-6, "adapter_bytes": 1e-6, "token_seconds": 1e3, "
 COMPARED = {
     "gold_mean": ("gold score", "+z.3f"),
     "score_mean": ("learned score", "+z.3f"),
-    "kl": ("KL from {}, nats a sequence", "z.2f"),
+    "kl": ("KL from {}, nats per sequence", "z.2f"),
     "length_mean": ("length, tokens", "z.1f"),
     "stop_rate": ("ends by itself", ".0%"),
     "distinct_2": ("distinct bigrams", "z.2f"),
     "task_loss": ("loss on held-out answers", "z.3f"),
-    "task_gain": ("task gain, nats a token", "+z.3f"),
+    "task_gain": ("task gain, nats per token", "+z.3f"),
     "retention_perplexity_ratio": ("perplexity against base", "z.3f"),
     "question_accuracy": ("questions answered right", "z.3f"),
 }
@@ -117,7 +117,7 @@ def write_report(run: Run) -> Path:
 
 
 def stage_cells(run: Run) -> Cells:
-    """One row a stage: how it ended, how long it took, what it measured."""
+    """One row per stage: how it ended, how long it took, what it measured."""
     rows = []
     for name, stage in run.stages.items():
         headlines = [

@@ -156,6 +156,6 @@ def test_the_tiny_model_runs(tmp_path: Path) -> None:
     ]  # fmt: skip
     seconds = [float(line.split()[1]) for line in lines[1:9]]
     assert seconds[-1] == pytest.approx(sum(seconds[:-1]), rel=0.2, abs=0.1)
-    assert lines[9] == "sampled tokens a step (median, mean): 768, 768"  # 16 episodes of 48
-    assert re.search(r"0\.[6-9]\d positions a token", lines[10])
+    assert lines[9] == "sampled tokens per step (median, mean): 768, 768"  # 16 episodes of 48
+    assert re.search(r"0\.[6-9]\d positions per token", lines[10])
     assert re.search(r"peak memory 0\.\d+ GB, matmul peak [1-9]\d* GFLOP/s; (bf16|fp32) on ", lines[10])

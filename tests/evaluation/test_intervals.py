@@ -42,7 +42,7 @@ def test_a_mean_by_hand() -> None:
 
 
 def test_a_ratio_counts_tokens_not_rows() -> None:
-    """9 nats over 12 tokens. Rows that have the same nats a token leave no doubt, whatever their lengths."""
+    """9 nats over 12 tokens. Rows with the same nats per token leave no doubt, whatever their lengths."""
     assert ratio(torch.tensor([1.0, 8.0]), torch.tensor([4.0, 8.0])).value == 0.75
     certain = ratio(torch.tensor([2.0, 1.0, 4.0]), torch.tensor([4.0, 2.0, 8.0]))
     assert certain == (0.5, 0.5, 0.5, 3)

@@ -49,7 +49,7 @@ def test_adapters_and_virtual_tokens_pass() -> None:
 def test_what_keeps_a_state_elsewhere_is_refused(name: str, dtype: torch.dtype) -> None:
     model = tiny_family(name).to(dtype)
     words = rf"generation=local: {type(model).__name__} cannot be sampled from: decoded with a KV cache its "
-    with pytest.raises(ConfigError, match=words + r".* nats a token off"):
+    with pytest.raises(ConfigError, match=words + r".* nats per token off"):
         check_decoding(model)
 
 

@@ -92,7 +92,7 @@ def test_work_by_hand() -> None:
     ):  # fmt: skip
         task = worker.train(10, 7, method, predicted=4, checkpointing=checkpointing, what="")
         assert task.seconds == pytest.approx((10 * times * 3120 + logits * 4 * 300) / 2 / 0.43e6)
-    # 5 steps, 40 bytes a parameter at 1e6 a second; a shard of it; over PCIe at 25e9
+    # 5 steps, 40 bytes per parameter at 1e6 a second; a shard of it; over PCIe at 25e9
     assert worker.optimize(600, 5).seconds == pytest.approx(5 * 40 * 600 / 1e6)
     assert ThroughputModel(replace(on, zero="zero2")).optimize(600, 5).seconds == pytest.approx(
         5 * 40 * 300 / 1e6

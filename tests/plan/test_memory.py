@@ -149,7 +149,7 @@ def test_the_optimizer_holds_what_is_predicted(peft: PeftConfig) -> None:
 
 @pytest.mark.parametrize(
     ("zero", "weights", "gradients", "optimizer"),
-    # bytes a parameter and rank, of four ranks: Rajbhandari et al. 2020, figure 1, with fp32 gradients
+    # bytes per parameter and rank, of four ranks: Rajbhandari et al. 2020, figure 1, with fp32 gradients
     [("none", 2, 4, 12), ("zero1", 2, 4, 3), ("zero2", 2, 1, 3), ("zero3", 2 / 4 + 2, 1, 3)],
 )
 def test_what_is_sharded(zero: Zero, weights: float, gradients: float, optimizer: float) -> None:

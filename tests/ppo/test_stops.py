@@ -163,7 +163,7 @@ def test_a_policy_too_far_away_ends_the_run(tmp_path: Path, tiny_model: Path) ->
     with pytest.raises(ConfigError) as error:
         train(first)
     assert str(error.value).startswith(
-        f"ppo: step {passed}: the policy is {kls[passed - 1]:.4g} nats a sequence from the SFT model, more "
+        f"ppo: step {passed}: the policy is {kls[passed - 1]:.4g} nats per sequence from the SFT model, more "
         "than ppo.max_kl=0.5. Raise ppo.kl.coef, or lower ppo.optim.lr. "
     )
     assert [row["response"] for row in dumped(first, passed)] == first.texts
@@ -213,7 +213,7 @@ def test_responses_of_another_policy_end_the_run(tmp_path: Path, tiny_model: Pat
         train(first)
     assert str(error.value).startswith(
         "ppo: step 1: the responses are not sampled from the policy that learns: their log-probabilities are "
-        f"{found[0]:.3g} nats a token off, more than 1e-11, 10 times ppo.gates.engine_mismatch.max. "
+        f"{found[0]:.3g} nats per token off, more than 1e-11, 10 times ppo.gates.engine_mismatch.max. "
     )
     assert [row["response"] for row in dumped(first, 1)] == first.texts
     for parameter, value in zip(first.engine.model.parameters(), before, strict=True):

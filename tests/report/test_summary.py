@@ -113,16 +113,16 @@ def test_policies_stand_side_by_side(run: Run, width: int) -> None:
     text = printed(run, width)
     assert row_of(text, "96 prompts") == ["base", "SFT", "PPO"]
     assert row_of(text, "gold score") == ["+0.310", "+0.200", "+0.620"]
-    assert row_of(text, "task gain, nats a token") == ["+0.031", "+0.020", "+0.062"]
+    assert row_of(text, "task gain, nats per token") == ["+0.031", "+0.020", "+0.062"]
     assert row_of(text, "arc_easy acc") == ["0.531", "0.520", "0.562"]
-    assert row_of(text, "KL from SFT, nats a sequence") == ["0.30", "-", "0.00"]  # not -0.00
+    assert row_of(text, "KL from SFT, nats per sequence") == ["0.30", "-", "0.00"]  # not -0.00
     assert row_of(text, "win rate against SFT (95%)") == ["-", "-", "0.78", "(0.70", "to", "0.86)"]
     assert row_of(text, "gold gain over SFT (95%)") == ["-", "-", "+0.42", "(+0.33", "to", "+0.50)"]
 
 
 def test_the_start_is_named_where_base_has_no_distance_from_it(run: Run) -> None:
     del run.stages["evaluate"]["metrics"]["evaluate/kl/base"]
-    assert row_of(printed(run, 120), "KL from SFT, nats a sequence") == ["-", "-", "0.00"]
+    assert row_of(printed(run, 120), "KL from SFT, nats per sequence") == ["-", "-", "0.00"]
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -145,7 +145,7 @@ def test_what_a_method_costs_is_told_where_it_was_measured(run: Run) -> None:
     text = printed(run, 200)
     told = "trained parameters 4,884,480, artifact MB 279.00"
     assert " ".join(row_of(text, "reward")[2:]) == f"accuracy 0.750, {told}"
-    latency_told = "adapter MB 9.80, ms a token 59.3, without adapter 40.2"
+    latency_told = "adapter MB 9.80, ms per token 59.3, without adapter 40.2"
     assert " ".join(row_of(text, "ppo")[2:]) == f"{told}, {latency_told}"
     assert "adapter MB 9.80" in write_report(run).read_text()
 

@@ -90,7 +90,7 @@ def test_an_instruction_tuned_model_needs_pairs_alone(tmp_path: Path) -> None:
     assert {origin["digest"] for origin in origins} == {weights_digest(base)}
     assert base.parent.name == "base"
     assert "win rate against base (95%)" in outcome.out
-    assert "KL from base, nats a sequence" in outcome.out
+    assert "KL from base, nats per sequence" in outcome.out
 
 
 def test_a_directory_is_as_good_as_the_stage_that_made_it(
