@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from families import FAMILIES, REFUSED, tiny_config, tiny_family
 
 from rlhf.models.packed_attention import ATTENTION, pack_where_possible
