@@ -113,14 +113,16 @@ def experiment_file(resolved: Mapping[str, Any], strategy: Strategy, reason: str
 
 
 def changed(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a composed config has otherwise than the packaged files, without what is only repeated there."""
+    """What a composed config has otherwise than the packaged files, without what is only repeated there; the
+    whole section of a stage of the user's own."""
     packaged = resources.files("rlhf.conf")
     top = yaml.safe_load((packaged / "config.yaml").read_text(encoding="utf-8"))
     own = {key: resolved[key] for key in top if key in resolved}
     found = differences(own, top, resolved)
     for name, section in resolved.items():
         if isinstance(section, dict) and "_target_" in section and name not in NOT_PART:
-            raw = yaml.safe_load((packaged / "stages" / f"{name}.yaml").read_text(encoding="utf-8"))
+            path = packaged / "stages" / f"{name}.yaml"
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
             if different := differences(section, raw, resolved):
                 found[name] = different
     return {key: value for key, value in found.items() if key not in NOT_PART}

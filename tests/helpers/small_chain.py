@@ -101,6 +101,7 @@ def run_main(directory: Path, arguments: Iterable[str], run_directory: Path) -> 
         contextlib.redirect_stderr(err),
     ):
         patch.setattr(sys, "argv", ["rlhf", *arguments])
+        patch.setattr(sys, "path", [*sys.path])  # main adds the directory
         patch.setenv("HYDRA_FULL_ERROR", "0")  # so that what main sets is undone
         patch.setenv("COLUMNS", "300")
         try:

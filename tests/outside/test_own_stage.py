@@ -1,0 +1,111 @@
+"""A stage of the user's own, with nothing in the package changed: toy_dpo.py and its YAML."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from real_processes import RealChain, kill, newest_step
+from small_chain import Chain, Outcome
+
+HERE = Path(__file__).parent
+CONFIG = f"--config-dir={HERE / 'conf'}"
+MOUNTED = (CONFIG, "+stages@dpo=dpo", "gates=warn")
+
+
+@pytest.fixture(scope="module")
+def finished(finished_chain: tuple[Chain, Outcome]) -> Outcome:
+    """DPO beside the packaged stages, and every stage that is about policies."""
+    chain, _ = finished_chain
+    outcome = chain.run(
+        *MOUNTED, "stage=[all,merge,compare,plan]", "evaluate.policies=[merge,dpo,base,sft,ppo]",
+        "evaluate.subject=dpo", "merge.policy=dpo", "compare.artifacts=[dpo,ppo]", "compare.num_questions=2",
+        "compare.max_new_tokens=4", "plan.trains=[sft,dpo]",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def test_it_runs_behind_sft_and_leaves_the_others_as_they_are(finished: Outcome) -> None:
+    made = {name for name, status in finished.statuses.items() if status == "ran"}
+    assert made == {"dpo", "merge", "evaluate", "compare", "plan"}
+    names = list(finished.statuses)
+    assert names.index("sft") < names.index("dpo") < names.index("merge") < names.index("evaluate")
+    assert (finished.artifact("dpo") / "model.safetensors").is_file()
+
+
+def test_it_is_evaluated_compared_merged_and_planned(finished: Outcome) -> None:
+    metrics = {name: stage["metrics"] for name, stage in finished.summary["stages"].items()}
+    assert {"evaluate/gold_mean/dpo", "evaluate/kl/dpo", "evaluate/task_gain/dpo"} <= {*metrics["evaluate"]}
+    gold = {name: metrics["evaluate"][f"evaluate/gold_mean/{name}"] for name in ("dpo", "sft")}
+    assert metrics["evaluate"]["evaluate/gold_gain"] == pytest.approx(gold["dpo"] - gold["sft"])
+    assert "compare/rouge_l/dpo" in metrics["compare"]
+    assert metrics["compare"]["compare/setup_seconds/dpo"] > 0
+    assert metrics["merge"]["merge/relative_change"] > 0
+    plan = (finished.directory / "artifacts" / "plan" / "plan.md").read_text()
+    assert "sft, forward and backward" in plan and "dpo, forward and backward" in plan
+    planned = finished.directory / "artifacts" / "plan" / "experiment" / "planned.yaml"
+    section = yaml.safe_load(planned.read_text())["dpo"]
+    assert section["_target_"] == "toy_dpo.DpoStage" and section["beta"] == 0.1
+
+
+def test_the_report_shows_it_beside_the_others(finished: Outcome) -> None:
+    report = (finished.directory / "report.md").read_text()
+    assert "| base | SFT | PPO | DPO | merged |" in report
+    (row,) = [line for line in report.splitlines() if line.startswith("| win rate against SFT")]
+    assert [cell.strip() == "-" for cell in row.split("|")[2:-1]] == [True, True, True, False, True]
+    assert "| dpo | ran |" in report and "ranks right" in report
+    assert "- DPO model: `artifacts/dpo`" in report
+    assert "- DPO: `" in report and "DPO model: " in finished.out
+
+
+def test_its_code_is_in_its_key(
+    finished_chain: tuple[Chain, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, _ = finished_chain
+    code = (HERE / "toy_dpo.py").read_text()
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def run(code: str) -> Outcome:
+        (tmp_path / "my_dpo.py").write_text(code)
+        monkeypatch.delitem(sys.modules, "my_dpo", raising=False)
+        outcome = chain.run(*MOUNTED, "stage=dpo", "dpo._target_=my_dpo.DpoStage", "why=true")
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+    first = run(code)
+    assert run(code).statuses["dpo"] == "reused"
+    edited = run(code.replace("-logsigmoid(beta * margin_B)", "(1 - beta * margin_B)"))
+    assert edited.statuses == {"prepare": "reused", "sft": "reused", "dpo": "ran"}
+    assert edited.key("dpo") != first.key("dpo")
+    assert "python:my_dpo:DpoStage" in edited.out
+
+
+def test_the_script_finds_modules_of_the_current_directory(tmp_path: Path) -> None:
+    Chain(tmp_path)
+    shutil.copy(HERE / "toy_dpo.py", tmp_path / "dpo_beside_me.py")
+    arguments = [*MOUNTED, "dpo._target_=dpo_beside_me.DpoStag", "model=tiny", "stage=dpo"]
+    script = Path(sys.executable).with_name("rlhf")
+    done = subprocess.run([script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'dpo_beside_me.py'} has no DpoStag. Did you mean DpoStage?" in done.stderr
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_a_kill_bit_for_bit(tmp_path: Path) -> None:
+    chain = RealChain(tmp_path)
+    shutil.copy(HERE / "toy_dpo.py", tmp_path)
+    settings = ("+stages@dpo=dpo", "stage=dpo", "checkpoint.every_steps=1", "dpo.epochs=3", CONFIG)
+    chain.run("whole", *settings)
+    kill(chain.start_until("dpo", 2, "killed", *settings))
+    assert newest_step(chain.store("killed"), "dpo") >= 2
+    out, _ = chain.run("killed", *settings)
+    assert "sft reused" in out and "dpo runs" in out
+    assert chain.weights("killed", "dpo") == chain.weights("whole", "dpo")
+    assert {key: value for key, value in chain.curve("killed").items() if key[0] == "dpo"} == {
+        key: value for key, value in chain.curve("whole").items() if key[0] == "dpo"
+    }

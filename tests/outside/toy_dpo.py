@@ -1,0 +1,177 @@
+"""A stage from outside the package: DPO on the prepared pairs, from the SFT model.
+
+Reads   the SFT model (policy and reference); preference pairs (`reward.pairs`).
+Writes  a plain causal-LM directory, and how often held-out pairs are ranked right.
+
+Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7. Dimensions: B pairs, N response tokens, R columns.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost, joined
+from rlhf.costs.training import training_cost
+from rlhf.data.chat_template import exchange_ids
+from rlhf.data.schema import PairRow, Role
+from rlhf.distributed.batching import chunks
+from rlhf.distributed.compute import Compute
+from rlhf.evaluation.intervals import share
+from rlhf.models.load import load_causal_lm
+from rlhf.models.logprobs import ResponseModel, pack_sequences
+from rlhf.models.peft.attach import attach
+from rlhf.models.peft.config import Peft, PeftConfig
+from rlhf.models.peft.merge import publish_policy
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+from rlhf.supervised.loop import train_batches
+from rlhf.training.config import OptimConfig
+from rlhf.training.engine import Engine
+from rlhf.training.make_engine import make_engine
+
+
+def dpo_loss(margin_B: Tensor, beta: float, total_pairs: int) -> Tensor:
+    """A micro-batch's part of the mean of -log sigmoid(beta * margin). A margin is how much more likely, in
+    nats, the policy makes the chosen answer than the rejected one, beyond what the reference does."""
+    return -logsigmoid(beta * margin_B).sum() / total_pairs
+
+
+class Pair:
+    """A preference pair as token ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: PairRow) -> None:
+        sides = [exchange_ids(tokenizer, row.prompt, text) for text in (row.chosen, row.rejected)]
+        self.row, self.tokens = row, sum(len(ids) for ids, _ in sides)
+        self.prompts = [torch.tensor(ids[:begin]) for ids, begin in sides]
+        self.answers = [torch.tensor(ids[begin:]) for ids, begin in sides]
+        self.reference = 0.0
+        """The margin under the SFT model, nats."""
+
+
+class DpoStage(Stage):
+    """The keys `dpo.*`. Values: conf/stages/dpo.yaml."""
+
+    name: ClassVar[str] = "dpo"
+    title: ClassVar[str] = "DPO"
+    publishes: ClassVar[Literal["policy"]] = "policy"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {"accuracy": ("ranks right", ".2f")}
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
+
+    optim: OptimConfig
+    peft: Peft
+    beta: PositiveFloat
+    epochs: PositiveInt
+    batch_pairs: PositiveInt
+    micro_batch_tokens: PositiveInt
+
+    def inputs(self) -> tuple[str, ...]:
+        """The prepared data, and the model that it starts from."""
+        return ("prepare", "sft")
+
+    def datasets(self) -> tuple[Role, ...]:
+        """Preference pairs."""
+        return ("reward",)
+
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return ("accuracy", "skipped_steps", "artifact_bytes", "adapter_bytes")
+
+    def peft_config(self) -> PeftConfig:
+        """How it trains."""
+        return self.peft
+
+    def check_compute(self, compute: Compute) -> None:
+        """Every rank gets equally many pairs."""
+        compute.check_divides("dpo.batch_pairs", self.batch_pairs)
+
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+        """Both sides of every pair."""
+        train, held_out = (joined(*[on.sizes("reward", split)] * 2) for split in ("train", "held_out"))
+        return training_cost(
+            on, self.peft, train, held_out, batch_rows=self.batch_pairs, epochs=self.epochs,
+            micro_batch_tokens=self.micro_batch_tokens, checkpointing=False, has_logits=True,
+            longest=train.longest // 2,
+        )  # fmt: skip
+
+    def run(self, job: Job) -> None:
+        """Measure the reference, train, and publish."""
+        self.check_compute(job.compute)
+        start = job.start("sft")
+        tokenizer = start.load_tokenizer()
+        train, held_out = (
+            [Pair(tokenizer, row) for row in job.data.rows("reward", split)]  # type: ignore[call-overload]
+            for split in ("train", "held_out")
+        )
+        policy = load_causal_lm(start.directory, start.config, job.compute.dtype, job.compute.loads_on)
+        attach(policy, self.peft)
+        engine = make_engine(
+            ResponseModel(policy), [(policy.parameters(), self.optim)], job.compute, job.checkpoints.newest
+        )
+        state = job.checkpoints.restore(engine)
+        reference_B = state["reference_B"] if state else self.margins(job, engine, [*train, *held_out])
+        for pair, margin in zip([*train, *held_out], reference_B.tolist(), strict=True):
+            pair.reference = margin
+        shuffled = [random.Random(job.seed + epoch).sample(train, len(train)) for epoch in range(self.epochs)]
+        train_batches(
+            job, engine, [batch for epoch in shuffled for batch in chunks(epoch, self.batch_pairs)],
+            lambda batch: self.step(job, engine, batch), state={"reference_B": reference_B},
+            as_json=self.as_json, done=state["done"] if state else 0,
+        )  # fmt: skip
+        gain_B = self.margins(job, engine, held_out) - torch.tensor([pair.reference for pair in held_out])
+        weights = engine.trainable_state(policy)
+        written = job.compute.main_only(
+            lambda: publish_policy(
+                job.directory, weights, tokenizer, start=start.directory, key=start.identity,
+                settings=start.config, dtype=job.compute.dtype, peft=self.peft,
+            )
+        )  # fmt: skip
+        right = share((gain_B > 0).double()).metrics("accuracy")
+        job.publish({**written, **right, "skipped_steps": engine.skipped_steps})
+
+    def step(self, job: Job, engine: Engine, pairs: Sequence[Pair]) -> dict[str, float]:
+        """One optimizer step: the mean over all pairs of the batch, over all ranks."""
+        total = torch.zeros((), device=job.compute.device)
+        for indices, weight, last in job.compute.micro_batches(
+            [pair.tokens for pair in pairs], self.micro_batch_tokens
+        ):
+            part = [pairs[index] for index in indices]
+            reference_B = torch.tensor([pair.reference for pair in part], device=job.compute.device)
+            margin_B = self.margin(job, engine, part) - reference_B
+            loss = weight * dpo_loss(margin_B, self.beta, len(pairs))
+            engine.backward(loss, last=last)
+            total += loss.detach()
+        engine.step()
+        return {"loss": float(job.compute.global_sum(total))}
+
+    def margin(self, job: Job, engine: Engine, pairs: Sequence[Pair]) -> Tensor:
+        """Of each pair, log p(chosen) - log p(rejected) under the model as it is, nats."""
+        prompts, answers = ([t for p in pairs for t in getattr(p, side)] for side in ("prompts", "answers"))
+        batch = pack_sequences(prompts, answers, job.compute.device)
+        logp_2BR = batch.to_rows(engine.model(batch, temperature=1.0).logp_N.float())
+        return logp_2BR.sum(-1).view(-1, 2) @ logp_2BR.new_tensor([1.0, -1.0])
+
+    @torch.no_grad()
+    def margins(self, job: Job, engine: Engine, pairs: Sequence[Pair]) -> Tensor:
+        """The same of many pairs, on the CPU; ranks share the work."""
+        found_B = torch.zeros(len(pairs))
+        for indices, weight, _ in job.compute.micro_batches(
+            [pair.tokens for pair in pairs], self.micro_batch_tokens
+        ):
+            margin_B = self.margin(job, engine, [pairs[index] for index in indices])
+            if weight:
+                found_B[indices] = margin_B.cpu()
+        return job.compute.global_sum(found_B)
+
+    @staticmethod
+    def as_json(pair: Pair) -> dict[str, Any]:
+        """The pair as the user knows it."""
+        return {"prompt": pair.row.prompt, "chosen": pair.row.chosen, "rejected": pair.row.rejected}
