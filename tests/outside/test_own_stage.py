@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,19 @@ def test_the_script_finds_modules_of_the_current_directory(tmp_path: Path) -> No
     done = subprocess.run([script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"{tmp_path / 'dpo_beside_me.py'} has no DpoStag. Did you mean DpoStage?" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_documented_commands_run(finished_chain: tuple[Chain, Outcome]) -> None:
+    chain, _ = finished_chain
+    page = (HERE.parents[1] / "docs" / "extending.md").read_text()
+    found = re.findall(r"^rlhf --config-dir my_conf (.*)$", page, re.MULTILINE)
+    assert len(found) == 2
+    for words in found:
+        small = ("gates=warn", "compare.num_questions=2", "compare.max_new_tokens=4")
+        outcome = chain.run(CONFIG, *small, *words.split())
+        assert outcome.code == 0, outcome.err
+        assert "dpo" in outcome.statuses
 
 
 @pytest.mark.slow
