@@ -221,7 +221,8 @@ def make_task(options: argparse.Namespace) -> Task:
 
 def plain_compute(precision: str) -> Compute:
     """Device and precision, without this project's settings of the process."""
-    return Compute(torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[precision])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Compute(device, str(DTYPES[precision]).removeprefix("torch."))
 
 
 def compare_greedy(task: Task) -> None:

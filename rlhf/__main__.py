@@ -50,8 +50,6 @@ def compose_and_run(node: DictConfig) -> Any:
 
 def run_composed(node: DictConfig) -> Any:
     """Run what was composed."""
-    if sys.stdout.isatty() and "RANK" not in os.environ:  # it takes seconds, without a sign of life
-        print("loading torch and transformers ...", flush=True)
     from rlhf.cli.execute import end_rank, execute
     from rlhf.cli.sweep.trial import run_trial
 

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
-import torch
 from pydantic import (
     AfterValidator,
     Field,
@@ -26,7 +25,6 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf.compare.answering import Answers, answer_one_by_one, make_prompt_builder
 from rlhf.compare.artifacts import (
     check_policy,
     contender,
@@ -41,8 +39,7 @@ from rlhf.compare.context_budget import ContextBudget, Sizes, measured
 from rlhf.compare.cost import break_even, cost_of, model_bytes
 from rlhf.compare.dataset import CORPUS, QUESTIONS, Library, find_library, find_questions
 from rlhf.compare.metrics import answer_found, exact_match, rouge_l
-from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig
-from rlhf.compare.retrieval import RetrieverName, make_index
+from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig, RetrieverName
 from rlhf.config import ConfigError
 from rlhf.costs.sampling import sampling_cost
 from rlhf.costs.setup import CostContext
@@ -52,17 +49,15 @@ from rlhf.data.schema import TRAINING_ROLES, Role
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.device import hardware
-from rlhf.evaluation.intervals import mean, ratio, share
-from rlhf.evaluation.reference_loss import answer_losses
-from rlhf.evaluation.win_rate import wins
-from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.logprobs import check_head
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.report.compare import METHODS, Quality, comparison_cells, contenders, draw, write_csv
-from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
+
+if TYPE_CHECKING:
+    from rlhf.compare.answering import Answers
+    from rlhf.generation.policy_model import PolicyModel
 
 PACKAGES = ("bm25s", "rapidfuzz", "matplotlib")
 """Of `pip install -e '.[compare]'`; imported where they are used."""
@@ -278,6 +273,11 @@ class CompareStage(Stage):
 
         One model is in memory at a time.
         """
+        from rlhf.compare.answering import answer_one_by_one, make_prompt_builder
+        from rlhf.compare.retrieval import make_index
+        from rlhf.evaluation.intervals import ratio
+        from rlhf.evaluation.reference_loss import answer_losses
+
         policy, training, size = self.load(job, model)
         answers = {}
         for method in self.methods if model is None else self.tuned_methods:
@@ -308,6 +308,9 @@ class CompareStage(Stage):
 
     def load(self, job: Job, model: str | None) -> tuple[PolicyModel, float | None, int]:
         """A policy, the seconds that its training took, where that is known, and its bytes."""
+        from rlhf.generation.policy_model import PolicyModel
+        from rlhf.models.logprobs import check_head
+
         if model is None:
             directory, tokenizer = job.base.directory, job.base.load_tokenizer()
             policy = PolicyModel.load(directory, job.base.config, job.compute, tokenizer, job.vllm)
@@ -320,6 +323,10 @@ class CompareStage(Stage):
 
     def score(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Put every answer beside its reference, and before the reward."""
+        import torch
+
+        from rlhf.rewards.model import make_reward
+
         for said in answers.values():
             for quality, measure in WITH_REFERENCE.items():
                 if questions[0].reference is not None:
@@ -343,6 +350,9 @@ class CompareStage(Stage):
 
     def describe(self, job: Job, name: str, said: Answers, first: Answers) -> dict[str, float]:
         """One contender's figures."""
+        from rlhf.evaluation.intervals import mean, share
+        from rlhf.evaluation.win_rate import wins
+
         mean_seconds = float(said.seconds_B.mean())
         metrics = {
             "seconds_p50": float(said.seconds_B.quantile(0.5)),

@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.costs.sampling import most_added, sampling_cost
@@ -26,22 +24,19 @@ from rlhf.data.schema import PromptRow, QuestionRow, Role
 from rlhf.data.sources import PromptSource, SourceList
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
-from rlhf.evaluation.intervals import mean, ratio, share
 from rlhf.evaluation.lm_eval import Harness
-from rlhf.evaluation.reference_loss import answer_losses
-from rlhf.evaluation.retention import Retained, forgetting, retention
-from rlhf.evaluation.win_rate import wins
-from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.logprobs import check_head
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, kind_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
-from rlhf.rl.advantage import kl_k1
-from rlhf.rl.rollout import Rollout
-from rlhf.rl.statistics import distinct_n
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf.evaluation.retention import Retained
+    from rlhf.generation.policy_model import PolicyModel
+    from rlhf.rl.rollout import Rollout
 
 NOT_MADE = ("base", "init")
 """Policies that no stage makes; `init` is a directory of the user's that PPO started from."""
@@ -309,6 +304,8 @@ class EvaluateStage(Stage):
 
     def run(self, job: Job) -> None:
         """Answer, measure what was learned and what was forgotten, score, compare."""
+        from rlhf.evaluation.retention import forgetting
+
         rows = self.rows(job.data)
         answers: dict[str, Answers] = {}
         metrics: dict[str, float] = {"prompts": len(rows)}
@@ -345,6 +342,9 @@ class EvaluateStage(Stage):
 
     def load_policy(self, job: Job, name: str) -> PolicyModel:
         """One of them, frozen."""
+        from rlhf.generation.policy_model import PolicyModel
+        from rlhf.models.logprobs import check_head
+
         if name in NOT_MADE:
             start = job.start(self.init if name == "init" else "base")
             tokenizer = start.load_tokenizer()
@@ -356,6 +356,11 @@ class EvaluateStage(Stage):
     def answer(self, job: Job, name: str, policy: PolicyModel, rows: Sequence[PromptRow]) -> Answers:
         """One sampled answer a prompt, every policy with the same seed; how well the policy knows the task's
         own answers, and how well it still knows everything else."""
+        import torch
+
+        from rlhf.evaluation.reference_loss import answer_losses
+        from rlhf.evaluation.retention import retention
+
         with job.progress.task(f"evaluate: {name} answers", len(rows)) as task:
             rollout, texts = policy.sample(
                 [row.prompt for row in rows],
@@ -388,6 +393,10 @@ class EvaluateStage(Stage):
     ) -> dict[str, float]:
         """KL of every other policy from PPO's start, in nats per sequence, by that policy's own answers; none
         of a policy with other tokens, such as a base model beside evaluate.init=DIRECTORY."""
+        import torch
+
+        from rlhf.rl.advantage import kl_k1
+
         vocabulary = reference.tokenizer.get_vocab()
         others = {
             name: said
@@ -403,6 +412,8 @@ class EvaluateStage(Stage):
 
     def score(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Let the learned and the gold reward score every answer."""
+        from rlhf.rewards.model import make_reward
+
         learned = job.inputs["reward"].path if "reward" in job.inputs else None
         for kind, key, source in (("score", "reward", self.reward), ("gold", "gold", self.gold)):
             if source is None:
@@ -416,6 +427,9 @@ class EvaluateStage(Stage):
 
     def compare(self, subject: Answers, start: Answers) -> dict[str, float]:
         """The subject against PPO's start, prompt by prompt; the gold score decides where there is one."""
+        from rlhf.evaluation.intervals import mean, share
+        from rlhf.evaluation.win_rate import wins
+
         metrics: dict[str, float] = {}
         if "score" in subject.scores:
             metrics |= share(wins(subject.scores["score"], start.scores["score"])).metrics("win_rate_learned")
@@ -448,6 +462,9 @@ class EvaluateStage(Stage):
 
 def describe(name: str, said: Answers) -> dict[str, float]:
     """Scores, lengths and variety of one policy's answers, and what it knows."""
+    from rlhf.evaluation.intervals import ratio
+    from rlhf.rl.statistics import distinct_n
+
     ids = [response.tolist() for response in said.rollout.response_ids]
     metrics = {
         "length_mean": float(said.rollout.response_lengths.double().mean()),
@@ -467,6 +484,8 @@ def describe(name: str, said: Answers) -> dict[str, float]:
 def task_gain(answers: Mapping[str, Answers]) -> dict[str, float]:
     """Nats a token that each policy's loss on the held-out answers is below the base model's; without a name,
     the last policy's. Nothing without such answers. Those that one of both reads less of do not count."""
+    from rlhf.evaluation.intervals import ratio
+
     base, gains = answers["base"], dict[str, float]()
     for place, (name, said) in enumerate(answers.items(), 1):
         if len(base.task_nats_B):

@@ -8,9 +8,8 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from rlhf.costs.sampling import most_added, sampling_cost
@@ -19,15 +18,14 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, Role
 from rlhf.digests import DirectoryDigest, directory_digest
-from rlhf.evaluation.intervals import share
-from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
-from rlhf.rl.statistics import distinct_n
+
+if TYPE_CHECKING:
+    from rlhf.generation.policy_model import PolicyModel
 
 
 class GenerateStage(Stage):
@@ -131,6 +129,11 @@ class GenerateStage(Stage):
 
     def run(self, job: Job) -> None:
         """Sample, score, and write three views of the result."""
+        import torch
+
+        from rlhf.evaluation.intervals import share
+        from rlhf.rl.statistics import distinct_n
+
         rows = self.rows(job.data)
         repeated = [row for row in rows for _ in range(self.samples_per_prompt)]
         policy = self.load_policy(job)
@@ -168,6 +171,8 @@ class GenerateStage(Stage):
 
     def load_policy(self, job: Job) -> PolicyModel:
         """The model that answers."""
+        from rlhf.generation.policy_model import PolicyModel
+
         start = job.start(self.policy)
         return PolicyModel.load(start.directory, start.config, job.compute, start.load_tokenizer(), job.vllm)
 
@@ -177,6 +182,8 @@ class GenerateStage(Stage):
         Raises:
             ConfigError: the reward gives a number that is not finite.
         """
+        from rlhf.rewards.model import make_reward
+
         if self.reward is None:
             return None
         learned = job.inputs["reward"].path if self.reward == "learned" else None
@@ -194,6 +201,8 @@ class GenerateStage(Stage):
         The best answer is paired with the worst, the second best with the second worst, and so on, as long
         as they differ: no answer is in two pairs.
         """
+        import torch
+
         size, best_scores = self.samples_per_prompt, []
         best: list[dict[str, Any]] = []
         pairs: list[dict[str, Any]] = []

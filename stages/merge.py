@@ -18,9 +18,6 @@ from rlhf.costs.stage_cost import StageCost, ThroughputModel
 from rlhf.data.prepared import PreparedData
 from rlhf.models.alike import other_token, other_weight
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, load_tokenizer
-from rlhf.models.interpolation import interpolate
-from rlhf.models.load import load_causal_lm
-from rlhf.models.peft.merge import merged_policy
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import origin_of
 from rlhf.models.save import save_policy
@@ -114,6 +111,10 @@ class MergeStage(Stage):
 
     def merge(self, job: Job) -> float:
         """Write the model; how far it is from the base model, relative to that."""
+        from rlhf.models.interpolation import interpolate
+        from rlhf.models.load import load_causal_lm
+        from rlhf.models.peft.merge import merged_policy
+
         directory, settings, dtype = job.inputs[self.policy].path, job.base.config, job.compute.dtype
         base = load_causal_lm(job.base.directory, settings, dtype)
         has_adapter = origin_of(directory) is not None

@@ -11,12 +11,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, PositiveFloat, PositiveInt, model_validator
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.hardware import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
@@ -31,9 +30,13 @@ from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.planner.report import experiment_file, explanation, hardware_line, phases, recommendation, table
-from rlhf.planner.strategies import Strategy, Use, rank_strategies
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tables import Cells
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlhf.planner.strategies import Strategy, Use
 
 MEASURED_ROWS = 256
 """Whose prompts and answers are counted apart."""
@@ -153,6 +156,8 @@ class PlanStage(Stage):
 
     def run(self, job: Job) -> None:
         """Weigh every strategy, show the table, write the best one down."""
+        from rlhf.planner.strategies import rank_strategies
+
         experiment = job.experiment
         assert experiment is not None
         chain = experiment.stages
@@ -233,6 +238,8 @@ class PlanStage(Stage):
 
     def use(self, job: Job, experiment: Experiment) -> Use:
         """The task and its limits."""
+        from rlhf.planner.strategies import Use
+
         compare = experiment.resolved["compare"]
         rows, prompt, answer = self.rows, self.prompt_tokens, self.answer_tokens
         mean_prompt, mean_answer, has_questions = float(prompt or 0), float(answer or 0), True

@@ -12,11 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
@@ -26,33 +22,27 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
-from rlhf.generation.latency import token_seconds
-from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.load import context_left, load_causal_lm
-from rlhf.models.logprobs import check_head
-from rlhf.models.peft.attach import attach, check_reached, count_parameters
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.peft.merge import publish_policy
-from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import described, origin_of
-from rlhf.models.peft.virtual_tokens import KINDS, virtual_tokens
-from rlhf.models.recompute import checkpoint_layers
 from rlhf.models.start import check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
-from rlhf.models.value_head import ScalarModel, check_scorable, load_scalar_model, reset_head
-from rlhf.models.weight_sharing import Backbone, sharing
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import ppo_cost
-from rlhf.ppo.ptx import PretrainingMix
-from rlhf.ppo.trainer import TIMES_THE_BOUND, PolicyTrainer
-from rlhf.ppo.update import ActorCritic
-from rlhf.rewards.model import LearnedReward, make_reward
 from rlhf.rewards.reward import Reward, reward_digest, reward_directory
-from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.tracking.redaction import redacted
-from rlhf.training.make_engine import make_engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf.generation.policy_model import PolicyModel
+    from rlhf.models.value_head import ScalarModel
+    from rlhf.models.weight_sharing import Backbone
+    from rlhf.ppo.ptx import PretrainingMix
+    from rlhf.ppo.trainer import PolicyTrainer
+    from rlhf.rl.advantage import ScoreNormalizer
 
 
 class PpoStage(PpoConfig, Stage):
@@ -135,6 +125,8 @@ class PpoStage(PpoConfig, Stage):
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """A critic can be made of its start, and there are two halves of the held-out prompts."""
+        from rlhf.models.value_head import check_scorable
+
         check_scorable(check_start("ppo.init", self.init, base).architecture)
         held_out = len(data.rows("ppo", "held_out"))
         if held_out < 2:
@@ -209,6 +201,9 @@ class PpoStage(PpoConfig, Stage):
 
     def run(self, job: Job) -> None:
         """Load the four models, train, and publish the best policy."""
+        from rlhf.generation.latency import token_seconds
+        from rlhf.models.peft.merge import publish_policy
+
         trainer = self.trainer(job)
         metrics = trainer.train(
             job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
@@ -225,6 +220,16 @@ class PpoStage(PpoConfig, Stage):
 
     def trainer(self, job: Job) -> PolicyTrainer:
         """The loop with its four models, before its first step."""
+        from rlhf.generation.policy_model import PolicyModel
+        from rlhf.models.load import context_left, load_causal_lm
+        from rlhf.models.logprobs import check_head
+        from rlhf.models.peft.attach import attach, check_reached, count_parameters
+        from rlhf.models.recompute import checkpoint_layers
+        from rlhf.ppo.trainer import PolicyTrainer
+        from rlhf.ppo.update import ActorCritic
+        from rlhf.rewards.model import LearnedReward, make_reward
+        from rlhf.training.make_engine import make_engine
+
         self.check_compute(job.compute)
         settings, compute, tokenizer = job.base.config, job.compute, job.start(self.init).load_tokenizer()
         start = job.start(self.init).directory
@@ -297,6 +302,8 @@ class PpoStage(PpoConfig, Stage):
         Raises:
             ConfigError: none does.
         """
+        from rlhf.ppo.ptx import PretrainingMix
+
         rows = job.data.rows(self.mixed_role, "train")
         rows = [row for row in rows if len(prompt_ids(tokenizer, row.prompt)) < context]
         if not rows:
@@ -311,6 +318,8 @@ class PpoStage(PpoConfig, Stage):
     @property
     def mismatch_limit(self) -> float:
         """Nats a token of `engine_mismatch` that end the run at once; none without the gate."""
+        from rlhf.ppo.trainer import TIMES_THE_BOUND
+
         bound = self.gates.get("engine_mismatch")
         return math.inf if bound is None or bound.max is None else TIMES_THE_BOUND * bound.max
 
@@ -346,12 +355,16 @@ class PpoStage(PpoConfig, Stage):
         None with methods other than lora, whose models are loaded one by one, and with any zero= but none:
         what is sharded belongs to one engine.
         """
+        from rlhf.models.weight_sharing import Backbone, sharing
+
         if not METHODS[self.peft.method].shares or compute.zero != "none":
             return None
         return Backbone(start, sharing(policy))
 
     def shard(self, reference: PolicyModel, reward: Reward, compute: Compute) -> None:
         """Spread the models that do not train over the ranks."""
+        from rlhf.rewards.model import LearnedReward
+
         if compute.zero == "fsdp2":
             from rlhf.training.fsdp import shard_frozen
         else:
@@ -363,6 +376,8 @@ class PpoStage(PpoConfig, Stage):
 
     def normalizer(self, job: Job) -> ScoreNormalizer:
         """How raw scores become comparable to the KL penalty."""
+        from rlhf.rl.advantage import ScoreNormalizer
+
         if self.score.normalize == "running":
             return ScoreNormalizer.running(self.score.clip)
         if self.score.normalize == "none":
@@ -389,6 +404,9 @@ class PpoStage(PpoConfig, Stage):
 
     def against_critic_on_reward(self, reward: Reward, tokenizer: PreTrainedTokenizerBase) -> str | None:
         """Why the critic cannot start from the reward model; None where it can."""
+        from rlhf.models.peft.virtual_tokens import virtual_tokens
+        from rlhf.rewards.model import LearnedReward
+
         if not isinstance(reward, LearnedReward):
             return f"ppo.reward={redacted(self.reward)} is no model"
         if self.score.normalize == "running":
@@ -411,6 +429,13 @@ class PpoStage(PpoConfig, Stage):
 
         With a backbone it shares its starting point's weights: `backbone`'s, or the reward model's.
         """
+        import torch
+        from torch import nn
+
+        from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
+        from rlhf.models.weight_sharing import sharing
+        from rlhf.rewards.model import LearnedReward
+
         init = self.critic_start(job, reward, tokenizer)
         if init == "sft" and backbone is not None:
             size = backbone.model.config.get_text_config().hidden_size

@@ -12,12 +12,10 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from jinja2 import TemplateError
 from pydantic import Field, PositiveInt, model_validator
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError, Strict
 from rlhf.costs.setup import CostContext
@@ -65,6 +63,9 @@ from rlhf.distributed.batching import equal_tokens
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.tracking.redaction import redacted_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def fields_line(source: SourceConfig, data: RoleData, raw: Mapping[str, Any]) -> str:
@@ -310,6 +311,8 @@ class PrepareStage(Stage):
                 role.entries = kept
 
     def _sequences(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        from jinja2 import TemplateError
+
         try:
             return sequences(tokenizer, row)
         except TemplateError as error:  # some refuse a system turn, or two turns of one speaker

@@ -12,12 +12,9 @@ import gc
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import NonNegativeFloat, PositiveInt
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
@@ -30,29 +27,22 @@ from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.batching import chunks
 from rlhf.distributed.compute import Compute
-from rlhf.evaluation.reward_model import Ranking, rank_quality
-from rlhf.losses.pairwise import bradley_terry_loss
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.peft.attach import attach, check_reached, count_parameters
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
-from rlhf.models.recompute import checkpoint_layers
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
-from rlhf.models.value_head import (
-    ScalarModel,
-    check_scorable,
-    load_scalar_model,
-    reset_head,
-    save_scalar_model,
-)
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
-from rlhf.supervised.loop import train_batches
 from rlhf.training.config import OptimConfig
-from rlhf.training.engine import Engine
-from rlhf.training.make_engine import make_engine
-from rlhf.training.optimizer import load_trainable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf.evaluation.reward_model import Ranking
+    from rlhf.models.value_head import ScalarModel
+    from rlhf.training.engine import Engine
 
 
 class RewardStage(Stage):
@@ -138,6 +128,8 @@ class RewardStage(Stage):
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """A reward model can be made of the model that it starts from."""
+        from rlhf.models.value_head import check_scorable
+
         check_scorable(check_start("reward.init", self.init, base).architecture)
 
     def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
@@ -166,6 +158,9 @@ class RewardStage(Stage):
 
     def run(self, job: Job) -> None:
         """Train, publish, and measure what was published."""
+        from rlhf.evaluation.reward_model import rank_quality
+        from rlhf.models.value_head import load_scalar_model
+
         self.check_compute(job.compute)
         tokenizer = job.start(self.init).load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
@@ -196,6 +191,12 @@ class RewardStage(Stage):
         self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair]
     ) -> dict[str, float]:
         """Train and publish; summary metrics of both."""
+        from rlhf.models.peft.attach import attach, check_reached, count_parameters
+        from rlhf.models.recompute import checkpoint_layers
+        from rlhf.models.value_head import load_scalar_model, reset_head
+        from rlhf.supervised.loop import train_batches
+        from rlhf.training.make_engine import make_engine
+
         start = job.start(self.init).directory
         model = load_scalar_model(start, job.base.config, job.compute.dtype, new_head=True)
         reset_head(model)  # on the CPU, so that it is the same wherever the model goes
@@ -229,6 +230,10 @@ class RewardStage(Stage):
 
     def step(self, job: Job, engine: Engine, batch: Sequence[EncodedPair]) -> dict[str, float]:
         """One optimizer step: Bradley-Terry, the mean over all pairs of the batch, over all ranks."""
+        import torch
+
+        from rlhf.losses.pairwise import bradley_terry_loss
+
         sums = torch.zeros(2, device=job.compute.device)  # loss, right rankings
         for indices, weight, last in job.compute.micro_batches(
             [2 * pair.longest for pair in batch], self.micro_batch_tokens
@@ -253,6 +258,9 @@ class RewardStage(Stage):
         Returns:
             Summary metrics of what was written.
         """
+        from rlhf.models.value_head import load_scalar_model, save_scalar_model
+        from rlhf.training.optimizer import load_trainable
+
         start = job.start(self.init)
         model = load_scalar_model(start.directory, job.base.config, job.compute.dtype, new_head=True)
         adapter = attach_to_merge(model.model, self.peft)
@@ -268,6 +276,10 @@ class RewardStage(Stage):
 
     def rank(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair]) -> Ranking:
         """Score both sides of every pair."""
+        import torch
+
+        from rlhf.evaluation.reward_model import Ranking
+
         rows = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
         chosen_B, rejected_B = model.score(rows, self.micro_batch_tokens, job.compute).chunk(2)
         return Ranking(
@@ -297,5 +309,7 @@ class EncodedPair:
 
     @staticmethod
     def _encode(tokenizer: PreTrainedTokenizerBase, row: PairRow, response: str) -> tuple[Tensor, int]:
+        import torch
+
         ids, prompt_length = exchange_ids(tokenizer, row.prompt, response)
         return torch.tensor(ids), len(ids) - prompt_length

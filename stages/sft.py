@@ -12,13 +12,9 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
@@ -30,23 +26,17 @@ from rlhf.data.schema import Role, SftRow, each_turn
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import chunks, num_batches
 from rlhf.distributed.compute import Compute
-from rlhf.evaluation.intervals import ratio
-from rlhf.generation.decoding_check import check_decoding
-from rlhf.generation.latency import token_seconds
-from rlhf.models.load import load_causal_lm
-from rlhf.models.logprobs import ResponseModel, check_head, pack_sequences, rollout_rows
-from rlhf.models.peft.attach import attach, check_reached, count_parameters
 from rlhf.models.peft.config import Peft, PeftConfig
-from rlhf.models.peft.merge import publish_policy
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.recompute import checkpoint_layers
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
-from rlhf.rl.rollout import Rollout
-from rlhf.supervised.loop import train_batches
 from rlhf.training.config import OptimConfig
-from rlhf.training.engine import Engine
-from rlhf.training.make_engine import make_engine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf.training.engine import Engine
 
 
 class SftStage(Stage):
@@ -163,6 +153,19 @@ class SftStage(Stage):
 
     def run(self, job: Job) -> None:
         """Train on the answers only, and publish the model."""
+        import torch
+
+        from rlhf.evaluation.intervals import ratio
+        from rlhf.generation.decoding_check import check_decoding
+        from rlhf.generation.latency import token_seconds
+        from rlhf.models.load import load_causal_lm
+        from rlhf.models.logprobs import ResponseModel, check_head
+        from rlhf.models.peft.attach import attach, check_reached, count_parameters
+        from rlhf.models.peft.merge import publish_policy
+        from rlhf.models.recompute import checkpoint_layers
+        from rlhf.supervised.loop import train_batches
+        from rlhf.training.make_engine import make_engine
+
         self.check_compute(job.compute)
         tokenizer = job.base.load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
@@ -297,6 +300,10 @@ class SftStage(Stage):
 
     def step(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> dict[str, float]:
         """One optimizer step: the mean over all answer tokens of the batch, over all ranks."""
+        import torch
+
+        from rlhf.models.logprobs import pack_sequences
+
         total_tokens = sum(row.learned for row in rows)
         loss_sum = torch.zeros((), device=job.compute.device)
         for indices, weight, last in job.compute.micro_batches(
@@ -315,20 +322,26 @@ class SftStage(Stage):
         engine.step()
         return {"loss": float(job.compute.global_sum(loss_sum)), "tokens": float(total_tokens)}
 
-    @torch.no_grad()
     def losses(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> Tensor:
         """Negative log-likelihood of each row's answers, in nats, fp64 [B]."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        from rlhf.models.logprobs import rollout_rows
+        from rlhf.rl.rollout import Rollout
+
         answers = Rollout(
             prompt_ids=[row.prompt for row in rows],
             response_ids=[row.answer for row in rows],
             stopped=torch.ones(len(rows), dtype=torch.bool),
         )
-        (logp_BR,) = rollout_rows(
-            answers,
-            self.micro_batch_tokens,
-            job.compute,
-            lambda batch: (engine.model(batch, temperature=1.0).logp_N,),
-        )
+        with torch.no_grad():
+            (logp_BR,) = rollout_rows(
+                answers,
+                self.micro_batch_tokens,
+                job.compute,
+                lambda batch: (engine.model(batch, temperature=1.0).logp_N,),
+            )
         learned_BR = pad_sequence([row.mask for row in rows], batch_first=True)
         return -(logp_BR * learned_BR).sum(-1, dtype=torch.float64)
 
@@ -359,6 +372,8 @@ class EncodedAnswer:
         Raises:
             TurnsApartError: its turns cannot stand in one sequence.
         """
+        import torch
+
         ids, spans = conversation_ids(tokenizer, row.prompt, row.completion, row.turns)
         self.row, self.conversation, self.is_cut = row, conversation or row, len(ids) > max_tokens
         mask = torch.zeros(len(ids), dtype=torch.bool)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from small_chain import Chain, Outcome
 
+from rlhf.cli.execute import quiet_libraries
 from rlhf.models.base import _write_tiny
+
+quiet_libraries()  # before a test imports them
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,12 @@ import traceback
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -26,7 +27,7 @@ import rlhf.distributed.compute
 from rlhf.cli.launcher import ranks_wanted
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute, MicroBatch, find_rank, make_compute
-from rlhf.distributed.device import choose_precision
+from rlhf.distributed.device import choose_precision, has_gpu
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.runner import Pipeline
 from rlhf.pipeline.settings import LaunchConfig
@@ -143,6 +144,7 @@ SRUN = {
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("rlhf.cli.launcher.has_gpu", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert ranks_wanted(LaunchConfig(processes=None), "auto") == 2
     assert ranks_wanted(LaunchConfig(processes=4), "cpu") == 4
@@ -292,7 +294,19 @@ def test_two_ranks_hear_the_same(tmp_path: Path, tiny_model: Path) -> None:
     assert heard == {rank: expected | own[rank] for rank in range(2)}
 
 
+def test_device_and_precision_found_without_torch_are_those_that_torch_finds() -> None:
+    assert has_gpu() == torch.cuda.is_available()
+    devices: tuple[Literal["auto", "cpu"], ...] = ("auto", "cpu")
+    for device in devices:
+        PartialState._reset_state()
+        compute, how = make_compute(device, "auto")
+        assert compute.device == PartialState(cpu=device == "cpu").device
+        name, why = choose_precision(str(compute.device))
+        assert how == f"{name} on {compute.device.type} ({why})"
+        assert compute.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
 def test_a_gpu_without_bf16_computes_in_fp32_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    name, why = choose_precision(torch.device("cuda"))
+    name, why = choose_precision("cuda")
     assert (name, why) == ("fp32", "this GPU has no bf16, and fp16 is not offered")

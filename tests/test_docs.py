@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -152,7 +151,7 @@ def launches() -> list[tuple[int, str]]:
 @pytest.mark.parametrize(("ranks", "arguments"), launches())
 def test_a_documented_launch_shares_its_batches(ranks: int, arguments: str) -> None:
     experiment = built([word for word in arguments.split() if not word.startswith("model")])
-    compute = Compute(torch.device("cuda"), torch.bfloat16, experiment.settings.zero, world_size=ranks)
+    compute = Compute("cuda", "bfloat16", experiment.settings.zero, world_size=ranks)
     for name in experiment.needed():
         experiment.stages[name].check_compute(compute)
 

@@ -23,7 +23,7 @@ RATES = (0.1, 0.4)
 def compute() -> Iterator[Compute]:
     store = distributed.HashStore()  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield Compute(torch.device("cpu"), torch.float32, "fsdp2")
+    yield Compute("cpu", "float32", "fsdp2")
     distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Who may import whom, how long a file may get, and that the help page needs no torch."""
+"""Who may import whom, how long a file may get, and what a run with nothing to do does not import."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from small_chain import SETTINGS, SOURCES, STAGES, Chain, Outcome
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
@@ -179,14 +180,54 @@ def test_text_files_are_utf_8_whatever_the_locale_is() -> None:
                 assert not is_text or "encoding" in named, f"{path}:{each.lineno}"
 
 
-def test_help_is_a_page_for_newcomers_and_needs_no_torch(tmp_path: Path) -> None:
+HEAVY = {
+    "torch", "transformers", "peft", "accelerate", "datasets", "trl", "optuna", "submitit", "numpy", "scipy",
+    "safetensors",
+}  # fmt: skip
+"""What takes from a tenth of a second to seconds."""
+
+
+def imported_by(directory: Path, *arguments: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:
+    """What `python -m rlhf` imports in a process of its own, and how that ended."""
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "rlhf", "--help"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
+        [sys.executable, "-X", "importtime", "-m", "rlhf", *arguments],
+        cwd=directory, capture_output=True, text=True, check=False,
     )  # fmt: skip
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "hydra" in imported  # so the list was read
-    assert not imported & {"torch", "transformers", "datasets", "trl", "peft", "optuna", "submitit"}
+    assert "rlhf.exit_codes" in imported  # so the list was read
+    return imported, done
+
+
+def test_a_run_that_is_all_in_the_store_needs_no_torch(finished_chain: tuple[Chain, Outcome]) -> None:
+    chain, before = finished_chain
+    imported, done = imported_by(chain.directory, *SETTINGS, *SOURCES, "run_name=again")
+    assert done.returncode == before.code == 0, done.stderr
+    assert done.stdout.count(" reused (") == len(STAGES)
+    assert {"rlhf.pipeline.runner", "rlhf.models.base"} <= imported
+    assert not imported & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("ppo.kl.coeff=1", "ppo.kl.coeff: there is no such key."),
+        ("ppo.steps=many", "ppo.steps"),
+        ("sft.data=none.jsonl", "none.jsonl"),
+        ("model.path=nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_is_told_without_torch(tmp_path: Path, mistake: str, told: str) -> None:
+    model = "local" if mistake.startswith("model.") else "tiny"
+    imported, done = imported_by(tmp_path, f"model={model}", "device=cpu", "stage=sft", mistake)
+    assert done.returncode == 2
+    assert told in done.stderr.rpartition("Error: ")[2]
+    assert not imported & HEAVY
+
+
+def test_help_is_a_page_for_newcomers_and_needs_no_torch(tmp_path: Path) -> None:
+    imported, done = imported_by(tmp_path, "--help")
+    assert done.returncode == 0
+    assert not imported & HEAVY
     for words in ("python -m rlhf stage=sft", "sft.data=", "why=true", "Exit codes"):
         assert words in done.stdout
     assert not list(tmp_path.iterdir())

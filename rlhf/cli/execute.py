@@ -31,12 +31,11 @@ LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|b
 def execute(resolved: Mapping[str, Any], run_name: str) -> int:
     """Check the whole config, run what was asked for, and show what came of it; the exit code."""
     rank = 0
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported, as below
     try:
         with uninterrupted():
             from rlhf.distributed.compute import find_rank
 
+            quiet_libraries()
         rank, _ = find_rank(os.environ)
         return _execute(resolved, run_name)
     except ConfigError as error:
@@ -71,10 +70,11 @@ class LostRankError(Exception):
 
 def leave(code: int) -> int:
     """The code; or the end, where the backend's threads may still wait for other ranks."""
-    from torch import distributed
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from torch import distributed
 
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        end_rank(code)
+        if distributed.is_initialized():
+            end_rank(code)
     return code
 
 
@@ -96,12 +96,9 @@ def failed(resolved: Mapping[str, Any], run_name: str, rank: int) -> None:
 
 
 def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
-    quiet_libraries()  # before they are imported
     with uninterrupted():
-        from torch import distributed
-
         from rlhf.cli.launcher import launch, ranks_wanted
-        from rlhf.distributed.compute import make_compute
+        from rlhf.distributed.compute import leave_group, make_compute
         from rlhf.distributed.heartbeat import Heartbeat
         from rlhf.distributed.signals import QUIET_SECONDS, Stopped, StopSignals
         from rlhf.pipeline.experiment import build_experiment
@@ -167,23 +164,21 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                 failed(resolved, run_name, compute.rank)
             raise
         finally:
-            if distributed.is_initialized() and sys.exc_info()[0] in (None, Stopped):
-                distributed.destroy_process_group()
+            if sys.exc_info()[0] in (None, Stopped):
+                leave_group(compute)
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' bars and chatter out of ours."""
-    import torch
+    """Keep other libraries' bars and chatter out of ours: by what they read when they are first imported."""
+    from rlhf.distributed.device import has_gpu
 
-    if not torch.cuda.is_available():
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for bars in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(bars, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would warn
-    import datasets
-    import transformers
-
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it misses kernels of others
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     # torch renames these in 2.14; DeepSpeed calls them for every parameter
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # transformers renames this argument in 5.40, beyond the bound in pyproject.toml

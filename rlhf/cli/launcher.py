@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from rlhf.config import ConfigError
+from rlhf.distributed.device import has_gpu
 from rlhf.distributed.signals import STOPPING, Heard
 from rlhf.exit_codes import CONFIG_ERROR, INTERRUPTED, STOPPED
 from rlhf.pipeline.run import Run
@@ -49,9 +50,9 @@ def ranks_wanted(config: LaunchConfig, device: str) -> int:
 
 def _visible_gpus(device: str) -> int:
     """Of those that `device=` leaves to a run."""
-    if device == "cpu":
+    if device == "cpu" or not has_gpu():
         return 0
-    import torch  # which takes a second
+    import torch
 
     return torch.cuda.device_count()
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
-from typing import TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, TypeVar
 
 from rlhf.compare.dataset import QUESTIONS, Library
 from rlhf.compare.prompts import (
@@ -24,6 +22,9 @@ from rlhf.costs.stage_cost import joined
 from rlhf.data.chat_template import exchange_ids, prompt_ids
 from rlhf.data.prepared import Lengths
 from rlhf.data.schema import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Item = TypeVar("Item")
 MEASURED_ROWS = 1000

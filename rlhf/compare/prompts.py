@@ -13,6 +13,7 @@ from rlhf.config import Strict
 from rlhf.data.schema import Message, SftRow
 
 Method = Literal["zero_shot", "few_shot", "retrieval"]
+RetrieverName = Literal["bm25", "embeddings"]
 
 
 def _naming(*places: str) -> AfterValidator:

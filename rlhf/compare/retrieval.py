@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlhf.compare.prompts import RetrieverName
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import continuation_ids
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
-
-RetrieverName = Literal["bm25", "embeddings"]
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,16 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
-import torch
 
 from rlhf.digests import digest_of
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.device import hardware, matmul_speed
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB
@@ -56,6 +58,8 @@ class Machine:
 
 def found_machine(compute: Compute, speed: Speed) -> Machine:
     """This rank's."""
+    import torch
+
     ranks, ranks_here = compute.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     host = host_memory() / ranks_here
     if compute.device.type == "cuda":
@@ -93,6 +97,8 @@ def quick_speed(compute: Compute) -> Speed:
 
 def stream_speed(device: torch.device) -> float:
     """Best of a few additions to a large tensor, in GB/s read and written."""
+    import torch
+
     x = torch.zeros(STREAM_BYTES // 4, device=device)
     best = float("inf")
     for _ in range(4):  # the first one warms up

@@ -16,7 +16,6 @@ from rlhf.costs.model_shape import ModelShape
 from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import GIB, CostContext
 from rlhf.models.peft.config import PeftConfig
-from rlhf.training.deepspeed import BUCKET_ELEMENTS
 
 Kind = Literal["weights", "gradients", "optimizer", "activations", "logits", "KV cache"]
 HEAD_CHUNK = 256
@@ -126,6 +125,8 @@ class Trained:
         yield self._bucket("DeepSpeed's bucket")
 
     def _bucket(self, name: str) -> Allocation:
+        from rlhf.training.deepspeed import BUCKET_ELEMENTS
+
         count = min(BUCKET_ELEMENTS, self.parameters)
         return Allocation("gradients", FP32 * count, f"{name}: {billions(count)} x {FP32} B")
 

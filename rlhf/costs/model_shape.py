@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.models.base import UnknownShapeError, context_length, skeleton
-from rlhf.models.packed_attention import may_pack
-from rlhf.models.peft.target_modules import backbone_of, layer_name
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """What transformers calls them, of whatever architecture."""
@@ -98,6 +97,11 @@ def counted(model: PreTrainedModel) -> ModelShape:
     Raises:
         UnknownShapeError: it is no transformer.
     """
+    from torch import nn
+
+    from rlhf.models.packed_attention import may_pack
+    from rlhf.models.peft.target_modules import backbone_of
+
     config, text = model.config, model.config.get_text_config()
     for name in SIZES:
         if getattr(text, name, None) is None:
@@ -138,6 +142,8 @@ def shape_in(directory: Path) -> ModelShape:
     Raises:
         UnknownShapeError: it cannot be read, or the formulas do not hold for it.
     """
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -146,6 +152,8 @@ def shape_in(directory: Path) -> ModelShape:
 
 
 def _linears(backbone: nn.Module) -> dict[str, list[Any]]:
+    from rlhf.models.peft.target_modules import layer_name
+
     found: dict[str, list[Any]] = {}
     for name, layer in backbone.named_modules():
         if type(layer).__name__ in ("Linear", "Conv1D"):
@@ -154,6 +162,8 @@ def _linears(backbone: nn.Module) -> dict[str, list[Any]]:
 
 
 def _added_up(name: str, layers: Sequence[Any]) -> Linears:
+    from torch import nn
+
     # GPT-2's Conv1D holds its weight the other way round
     shapes = [
         layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape for layer in layers

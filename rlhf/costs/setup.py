@@ -16,8 +16,7 @@ from rlhf.data.prepared import Lengths
 from rlhf.data.schema import Role, Split
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.distributed.compute import Zero
-from rlhf.models.base import ModelConfig, UnknownShapeError
-from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.base import ATTENTION, ModelConfig, UnknownShapeError
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 

@@ -15,16 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-import torch
-from accelerate import PartialState
 from pydantic import PositiveFloat
-from torch import Tensor, distributed
 
 from rlhf.config import ConfigError, Strict
 from rlhf.distributed.batching import token_budget_batches
-from rlhf.distributed.device import Precision, choose_precision, keep_freed_memory
+from rlhf.distributed.device import Precision, choose_precision, has_gpu, keep_freed_memory
+from rlhf.distributed.signals import uninterrupted
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 LOOPBACK = "lo"
@@ -54,17 +57,32 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Compute:
-    """What the stages compute with."""
+    """What the stages compute with. Device and dtype are names until a stage runs: torch takes a second."""
 
-    device: torch.device
-    """Where this rank's tensors live."""
-    dtype: torch.dtype
-    """Of weights and activations; optimizers keep fp32 masters."""
+    device_name: str
+    """`cpu`, `cuda:0`, ..."""
+    dtype_name: str
+    """`bfloat16` or `float32`."""
     zero: Zero = "none"
     rank: int = 0
     world_size: int = 1
     position: dict[str, Any] = field(default_factory=dict)
     """Where this rank is: stage and step, and how much it has `moved`. For whoever asks which one hangs."""
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this rank's tensors live."""
+        import torch
+
+        return torch.device(self.device_name)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations; optimizers keep fp32 masters."""
+        import torch
+
+        found: torch.dtype = getattr(torch, self.dtype_name)
+        return found
 
     @property
     def is_main(self) -> bool:
@@ -80,6 +98,8 @@ class Compute:
     def loads_on(self) -> torch.device:
         """Where models are read that an engine takes: FSDP2 shards layer by layer from the host, so that no
         device holds a whole one; DeepSpeed moves the whole one first."""
+        import torch
+
         return torch.device("cpu") if self.zero == "fsdp2" else self.device
 
     def moved(self) -> None:
@@ -97,16 +117,22 @@ class Compute:
 
     def global_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
+        from torch import distributed
+
         return self._reduced(values, distributed.ReduceOp.SUM)
 
     def global_max(self, values: Tensor) -> Tensor:
         """Element-wise maximum over ranks."""
+        from torch import distributed
+
         return self._reduced(values, distributed.ReduceOp.MAX)
 
     def broadcast(self, value: Result) -> Result:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value
+        from torch import distributed
+
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         self.moved()
@@ -114,6 +140,8 @@ class Compute:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
+        import torch
+
         self.global_sum(torch.zeros(1))
 
     def main_only(self, work: Callable[[], Result]) -> Result:
@@ -166,6 +194,8 @@ class Compute:
         """All items' results, in the items' order, on every rank; mine belong to `share(lengths)`."""
         parts: list[Sequence[Result]] = [mine]
         if self.world_size > 1:
+            from torch import distributed
+
             parts = [[] for _ in range(self.world_size)]
             distributed.all_gather_object(parts, list(mine))
             self.moved()
@@ -211,6 +241,8 @@ class Compute:
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
         if self.world_size == 1:
             return values
+        from torch import distributed
+
         total = values.detach().clone()
         distributed.all_reduce(total, op=operation)
         self.moved()
@@ -234,8 +266,27 @@ def make_compute(
     Returns:
         The second value says which precision was taken and why.
     """
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    on_cpu = device == "cpu" or not has_gpu()
     rank, world_size = find_rank(os.environ)
+    if on_cpu:
+        keep_freed_memory()
+    is_alone = on_cpu and world_size == 1 and zero == "none"  # which needs no torch before a stage runs
+    found = "cpu" if is_alone else _joined(on_cpu, rank, world_size, zero, timeout)
+    name, reason = (precision, "as configured") if precision != "auto" else choose_precision(found)
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[name]
+    ranks = f", {world_size} ranks" if world_size > 1 else ""
+    sharding = f", {zero}" if zero != "none" else ""
+    kind = found.partition(":")[0]
+    return Compute(found, dtype, zero, rank, world_size), f"{name} on {kind} ({reason}){ranks}{sharding}"
+
+
+def _joined(on_cpu: bool, rank: int, world_size: int, zero: Zero, timeout: float) -> str:
+    """This rank's device, once it is one of a group, where there is one."""
+    with uninterrupted():
+        import torch
+        from accelerate import PartialState
+        from torch import distributed
+
     on_one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == world_size
     if on_one_host:  # the backends' own sockets too; by default they listen where the host's name leads
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
@@ -258,20 +309,23 @@ def make_compute(
             world_size=world_size,
             timeout=waits,
         )
-    if on_cpu:
-        keep_freed_memory()
-    state = PartialState(cpu=on_cpu)
-    name, reason = (precision, "as configured") if precision != "auto" else choose_precision(state.device)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    compute = Compute(state.device, dtype, zero, rank, world_size)
-    ranks = f", {world_size} ranks" if world_size > 1 else ""
-    sharding = f", {zero}" if zero != "none" else ""
-    return compute, f"{name} on {state.device.type} ({reason}){ranks}{sharding}"
+    return str(PartialState(cpu=on_cpu).device)
+
+
+def leave_group(compute: Compute) -> None:
+    """End what `make_compute` has joined."""
+    if compute.world_size > 1 or compute.zero != "none":
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
     """Where ranks of one host meet: at MASTER_PORT of 127.0.0.1, which no network reaches. By itself torch
     listens at every address of the host."""
+    from torch import distributed
+
     port, listening = int(os.environ["MASTER_PORT"]), None
     if rank == 0:
         listener = socket.socket()

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BeforeValidator
+
+if TYPE_CHECKING:
+    import torch
+
+
+DRIVERS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
+"""Under /dev, what the drivers of GPUs put there: NVIDIA's, Jetson's, AMD's, those of Windows under WSL."""
+
+
+def has_gpu() -> bool:
+    """What `torch.cuda.is_available()` says. Where Linux has no driver of a GPU, torch need not be asked,
+    whose import takes a second."""
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in DRIVERS):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def hardware() -> str:
     """This machine: processor, threads, GPU."""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if has_gpu() else ""
     return f"{_processor()}, {torch.get_num_threads()} threads{gpu}"
 
 
@@ -57,14 +76,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def choose_precision(device: torch.device) -> tuple[str, str]:
+def choose_precision(device: str) -> tuple[str, str]:
     """bf16 where it is the faster one.
 
     CPUs with AVX512-BF16 or AMX multiply bf16 several times faster than fp32; others emulate it. The flags
     decide where the system tells them, so that a busy moment cannot change the precision, which is part of
     every artifact's key; elsewhere a short measurement does.
     """
-    if device.type != "cpu":
+    if device != "cpu":
+        import torch
+
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "supported") if fast else ("fp32", "this GPU has no bf16, and fp16 is not offered")
     flags = Path("/proc/cpuinfo")
@@ -72,12 +93,16 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
         words = set(flags.read_text(encoding="utf-8").split())
         found = sorted(words & {"avx512_bf16", "amx_bf16", "bf16"})
         return ("bf16", f"the CPU has {found[0]}") if found else ("fp32", "the CPU has no bf16 instructions")
-    bf16, fp32 = (matmul_speed(dtype, device) for dtype in (torch.bfloat16, torch.float32))
+    import torch
+
+    bf16, fp32 = (matmul_speed(dtype, torch.device(device)) for dtype in (torch.bfloat16, torch.float32))
     return ("bf16" if bf16 > 1.2 * fp32 else "fp32"), f"matmul: bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s"
 
 
 def matmul_speed(dtype: torch.dtype, device: torch.device) -> float:
     """Best of a few square matrix products, in GFLOP/s; takes some ten milliseconds."""
+    import torch
+
     size = 768 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ConfigError
 from rlhf.digests import directory_digest
-from rlhf.generation.policy_model import PolicyModel
+
+if TYPE_CHECKING:
+    from rlhf.generation.policy_model import PolicyModel
 
 ROWS = 16
 """Rows of a forward pass: the harness keeps all their logits."""

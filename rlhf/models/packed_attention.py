@@ -19,11 +19,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.config import ConfigError
+from rlhf.models.base import ATTENTION
 from rlhf.models.packed_batch import Group, Packed, aligned, seen
 from rlhf.models.peft.target_modules import backbone_of
 
-ATTENTION = "packed"
-"""The name under which transformers' models find `attention`; `model.attention=packed`."""
 SHORT = 1024
 """Tokens of the longest row up to which attention on CPUs goes by matrix products."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rlhf.data.chat_template import stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -17,6 +19,8 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dire
 
 def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write all of a policy but its weights."""
+    from transformers import GenerationConfig
+
     generation = model.generation_config
     assert generation is not None
     generation.eos_token_id = stop_ids(tokenizer, generation.eos_token_id)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from jinja2 import TemplateError
 from pydantic import Field
 
 from rlhf.config import ConfigError
@@ -121,6 +120,8 @@ def misfits(
         mend: what to do, as a sentence.
         most: rows with more tokens than this are left out by the stage.
     """
+    from jinja2 import TemplateError
+
     directory = directory_of(init)
     if directory is None:
         return

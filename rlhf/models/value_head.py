@@ -33,7 +33,7 @@ from rlhf.models.load import attention_of, check_complete
 from rlhf.models.logprobs import Sequences
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
-from rlhf.models.peft.attach import PREFIX
+from rlhf.models.peft.methods import PREFIX
 from rlhf.models.peft.saved import ADAPTER, WEIGHTS, attach_published, base_of, origin_of
 from rlhf.models.weight_sharing import sharing
 

@@ -16,11 +16,10 @@ from rlhf.config import ConfigError, Strict, did_you_mean, validated
 from rlhf.data.schema import USER_KEYS, Role
 from rlhf.data.sources import SourceConfig, SourceList
 from rlhf.distributed.compute import DistributedConfig, Zero
-from rlhf.distributed.device import Precision
+from rlhf.distributed.device import Precision, has_gpu
 from rlhf.distributed.signals import uninterrupted
 from rlhf.generation.vllm import VllmConfig
-from rlhf.models.base import ModelConfig
-from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.auto import without_auto
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
@@ -273,9 +272,7 @@ def check_qlora(key: str, device: str) -> None:
     Raises:
         ConfigError: with what is missing.
     """
-    import torch
-
-    if device == "cpu" or not torch.cuda.is_available():
+    if device == "cpu" or not has_gpu():
         raise ConfigError(f"{key}: 4-bit weights are for a GPU, and this run has none. Use lora.")
     if find_spec("bitsandbytes") is None:
         raise ConfigError(f"{key} needs bitsandbytes: pip install -e '.[qlora]'.")

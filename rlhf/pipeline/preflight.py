@@ -9,10 +9,8 @@ from itertools import accumulate, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import found_machine, kept_speed, quick_speed
@@ -23,17 +21,17 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
-from rlhf.models.peft.attach import check_attachable
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import rehearse
-from rlhf.models.peft.target_modules import told as told_of
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.stage import Stage
 from rlhf.tracking.progress import clock
 from rlhf.training.checkpoint import CheckpointConfig
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from rlhf.pipeline.experiment import Settings
 
 MARGIN = 1.15
@@ -70,6 +68,10 @@ def check_before_loading(
         stage.check_compute(compute)
     if not any(stage.reads_weights for stage in stages):
         return
+    import torch
+
+    from rlhf.models.peft.attach import check_attachable
+
     try:
         model = skeleton(base.architecture, trust_remote_code=settings.model.trust_remote_code)
         for line in eager_told(model, settings.model.attention):
@@ -101,15 +103,13 @@ def check_before_loading(
 
 
 def check_tunes(
-    stage: Stage,
-    base: PreTrainedModel,
-    check: Callable[[PreTrainedModel, PeftConfig], None] = check_attachable,
+    stage: Stage, base: PreTrainedModel, check: Callable[[PreTrainedModel, PeftConfig], None]
 ) -> None:
     """Refuse a method that the base model cannot be trained with.
 
     Args:
         base: its skeleton.
-        check: `rehearse` takes longer, and finds more.
+        check: `check_attachable`; or `rehearse`, which takes longer, and finds more.
 
     Raises:
         ConfigError: why.
@@ -139,6 +139,8 @@ def adapters_told(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]
     Args:
         models: stage -> the skeleton of the model that it trains.
     """
+    from rlhf.models.peft.target_modules import told as told_of
+
     lines: dict[str, list[str]] = {}
     for stage in stages:
         peft = stage.peft_config()
@@ -327,9 +329,7 @@ def is_taken(stage: Stage, on: CostContext) -> bool:
     if stage.peft_config() is None:
         return True
     try:
-        stage.check_compute(
-            Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
-        )
+        stage.check_compute(Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks))
     except ConfigError:
         return False
     return True

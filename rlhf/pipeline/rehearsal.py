@@ -15,7 +15,6 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.http import RewardServerConfig
-from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import Exchange
 
 ROWS = 2
@@ -37,6 +36,8 @@ def rehearse_rewards(
     Raises:
         ConfigError: it does not answer, or not with one number for each, of which one at least is finite.
     """
+    from rlhf.rewards.model import make_reward
+
     asked: set[str] = set()
     for stage in stages:
         for key, source in stage.rewards().items():

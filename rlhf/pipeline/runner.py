@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -9,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +19,7 @@ from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.digests import DirectoryDigest, Recipe
 from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
-from rlhf.distributed.signals import StopSignals
+from rlhf.distributed.signals import StopSignals, uninterrupted
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.vllm import Vllm
 from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
@@ -83,6 +83,7 @@ class Pipeline:
         """Stages that this run has run: `force=` does not run them once more."""
         self.needs_weights = any(stage.reads_weights for stage in stages)
         self.vllm = None
+        self._has_begun = False
         if settings.generation == "vllm" and any(stage.samples for stage in stages):
             trusted = settings.model.trust_remote_code
             self.vllm = Vllm(settings.vllm, compute, trust_remote_code=trusted)
@@ -179,20 +180,11 @@ class Pipeline:
             )
         try:
             base = base_files(settings.model, self.model_identity, self.keep_base)
-            if (
-                self.needs_weights or "prepare" in self.experiment.needed()
-            ):  # a plan of given sizes has no text
-                check_tokenizer(base, settings.model.said)
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
                 self.compute.position.update(stage=name, step=0)
                 artifacts[name] = self.finish(name, artifacts, base, tracker)
                 if name == "prepare":
-                    data = PreparedData(artifacts["prepare"].path)
-                    for each in map(self.experiment.stages.__getitem__, self.experiment.needed()):
-                        for role in each.needs(self.experiment.stages):
-                            data.check_not_empty(role)
-                        each.check_data(data, base)
                     self.check_before(artifacts["prepare"], base)
                 self.check_gates(name, artifacts[name])
         finally:
@@ -249,6 +241,9 @@ class Pipeline:
         Args:
             reason: why it runs, where that is known.
         """
+        self.begin_to_compute(base)
+        import torch
+
         name, key, run, start = stage.name, recipe_key(recipe), self.results, time.monotonic()
         why = ""
         if self.experiment.settings.why:
@@ -388,10 +383,35 @@ class Pipeline:
             inputs["base"] = content_digest(self.base)
         return inputs
 
+    def begin_to_compute(self, base: BaseModelFiles) -> None:
+        """Once, before the first stage that runs: what is reused needs neither libraries nor a tokenizer."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        self.load_libraries()
+        if self.needs_weights or "prepare" in self.experiment.needed():  # a plan of given sizes has no text
+            check_tokenizer(base, self.experiment.settings.model.said)
+
+    def load_libraries(self) -> None:
+        """Import what takes seconds, where a signal can wait."""
+        if self.console.is_terminal and "torch" not in sys.modules:
+            self.console.print("loading torch and transformers ...", highlight=False)
+        with uninterrupted():
+            import rlhf.models.peft.attach  # noqa: F401
+
     def check_before(self, prepared: Artifact, base: BaseModelFiles) -> None:
-        """Refuse what cannot be done here, before anything trains."""
+        """Refuse what cannot be done here, before anything trains; where nothing does, nothing is refused."""
+        data, chain = PreparedData(prepared.path), self.experiment.stages
+        stages = [chain[name] for name in self.experiment.needed()]
+        for stage in stages:
+            for role in stage.needs(chain):
+                data.check_not_empty(role)
         pending = self.compute.main_only(lambda: self.pending(prepared))
-        data = PreparedData(prepared.path)
+        if not pending:
+            return
+        self.begin_to_compute(base)
+        for stage in stages:
+            stage.check_data(data, base)
         self.compute.main_only(lambda: self.check_fits(pending, data, base))
         check_before_loading(self.experiment, pending, base, self.compute, data, self.console)
         settings = self.experiment.settings
@@ -465,7 +485,7 @@ class Pipeline:
             recipe["model"] = self.model_identity
         if stage.random:
             recipe["seed"] = self.experiment.settings.seed
-            recipe["dtype"] = str(self.compute.dtype).removeprefix("torch.")
+            recipe["dtype"] = self.compute.dtype_name
         if stage.samples and self.vllm is not None:
             recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
             if stage.is_timed:
@@ -534,6 +554,7 @@ class Pipeline:
             if found := self.store.find("base", key):  # another run may just have made it
                 return found
             self.console.print(f"[cyan]base[/] model={content[0]}: making it, once", highlight=False)
+            self.load_libraries()
             start = time.monotonic()
             scratch = self.store.scratch("base", key)
             with naming(scratch):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from rlhf.costs.memory import amount
 from rlhf.costs.setup import GIB, CostContext
 from rlhf.pipeline.preflight import most
-from rlhf.planner.strategies import Strategy
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells
+
+if TYPE_CHECKING:
+    from rlhf.planner.strategies import Strategy
 
 MISSING = object()
 PROCESS = "the process itself"

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
@@ -16,6 +15,7 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import EFFICIENCY, LAYER_SECONDS, StageCost, ThroughputModel, one_after_the_other
 from rlhf.distributed.compute import Compute, Zero
 from rlhf.models.peft import methods as tuning_methods
+from rlhf.models.peft.attach import check_attachable
 from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.experiment import Experiment, check_method
 from rlhf.pipeline.preflight import check_tunes, shortage, tightest
@@ -197,13 +197,13 @@ def refused_by_stages(
     stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: CostContext
 ) -> Iterator[str]:
     """What the run of such an experiment would say of this model on these ranks."""
-    compute = Compute(torch.device(on.machine.kind), torch.bfloat16, on.zero, world_size=on.ranks)
+    compute = Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks)
     for stage in stages:
         try:
             stage.check_compute(compute)
             stage.check(experiment.stages)
             check_method(stage, experiment)
-            check_tunes(stage, base)
+            check_tunes(stage, base, check_attachable)
         except ConfigError as error:
             yield str(error).removesuffix(".")
 

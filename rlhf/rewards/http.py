@@ -11,15 +11,17 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
+from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 
-import torch
 from pydantic import NonNegativeInt, PositiveFloat
-from torch import Tensor
 
 from rlhf.config import Strict
 from rlhf.rewards.reward import Exchange, Reward, RewardError
 from rlhf.tracking.redaction import redacted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAUSE_SECONDS = 0.5
 """Before the second try; doubled before each further one."""
@@ -43,6 +45,8 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
     """Ask the server for a batch's scores; a server that restarts is given a few seconds."""
 
     def score(exchanges: Sequence[Exchange]) -> Tensor:
+        import torch
+
         prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
         body = {"prompts": prompts, "responses": [exchange.response for exchange in exchanges]}
         answer = _ask(url, json.dumps(body).encode(), server)

@@ -12,19 +12,19 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 from urllib.parse import urlsplit
 
-import torch
 from pydantic import AfterValidator
-from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
-from rlhf.models.value_head import check_score_head
 from rlhf.rewards.code import imported_code
 from rlhf.tracking.redaction import USER_INFO, redacted, without_environment
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Exchange(NamedTuple):
@@ -34,7 +34,7 @@ class Exchange(NamedTuple):
     response: str
 
 
-Reward = Callable[[Sequence[Exchange]], Tensor]
+Reward = Callable[[Sequence[Exchange]], "Tensor"]
 UserFunction = Callable[[list[str], list[str]], Sequence[float]]
 """(the last message of each conversation, responses) -> scores."""
 
@@ -92,6 +92,8 @@ def function_reward(source: str) -> Reward:
         raise ConfigError(f"{source}: its arguments are {arguments} ({place}). {wanted}")
 
     def score(exchanges: Sequence[Exchange]) -> Tensor:
+        import torch
+
         prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
         try:
             answer = function(prompts, [exchange.response for exchange in exchanges])
@@ -148,6 +150,8 @@ def reward_digest(source: str | None, digest: DirectoryDigest = directory_digest
         ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
     """
     if source is not None and source.startswith("model:"):
+        from rlhf.models.value_head import check_score_head
+
         directory = Path(source.removeprefix("model:"))
         if not (directory / "config.json").is_file():
             raise ConfigError(f"{source}: no config.json there. Give a one-label classification model.")
@@ -168,6 +172,7 @@ def reward_digest(source: str | None, digest: DirectoryDigest = directory_digest
 
 def vader_reward(exchanges: Sequence[Exchange]) -> Tensor:
     """VADER's compound sentiment in [-1, 1]: the demo's gold reward (Hutto & Gilbert 2014)."""
+    import torch
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()

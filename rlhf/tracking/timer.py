@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class StepTimer:
@@ -29,6 +31,8 @@ class StepTimer:
         return {f"seconds_{name}": value for name, value in seconds.items()}
 
     def _now(self) -> float:
+        import torch
+
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.monotonic()

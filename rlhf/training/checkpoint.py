@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import torch
 from pydantic import PositiveFloat, PositiveInt
 
 from rlhf.config import ConfigError, Strict
@@ -28,7 +27,9 @@ from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import Stopped, StopSignals
 from rlhf.tracking.tracker import Tracker
 from rlhf.training.checkpoint_files import CHECKPOINT_FORMAT, verified
-from rlhf.training.engine import Engine
+
+if TYPE_CHECKING:
+    from rlhf.training.engine import Engine
 
 LOOP = "loop.pt"
 NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write|iostream error", re.I)
@@ -82,6 +83,8 @@ class Checkpointer:
         The state's tensors lie in the checkpoint's file, and take no memory before they are read: copy what
         is to stay, and let go of the rest.
         """
+        import torch
+
         if self.newest is None:
             return None
         directory = self.directory / self.newest["name"]
@@ -136,6 +139,8 @@ class Checkpointer:
         Raises:
             ConfigError: it could not be written; the earlier ones are untouched.
         """
+        import torch
+
         start = time.monotonic()
         if self.compute.broadcast((self.directory / f"step-{step:08d}").exists()):
             return
@@ -188,6 +193,8 @@ class Checkpointer:
         return self.seconds + time.monotonic() - self._start
 
     def _agreed(self, step: int) -> tuple[int, bool]:
+        import torch
+
         every_steps, every_minutes = self.config.every_steps, self.config.every_minutes
         due = every_steps is not None and step % every_steps == 0
         if every_minutes is not None:

@@ -45,7 +45,7 @@ def test_nothing_is_measured_where_nothing_was_added_or_weights_are_sharded(tiny
     attach(model, PeftConfig(method="freeze"))
     assert token_seconds(model, on_cpu()) == {}
     attach(model, PeftConfig(method="lora"))
-    sharded = Compute(torch.device("cpu"), torch.float32, rank=0, world_size=1, zero="zero2")
+    sharded = Compute("cpu", "float32", rank=0, world_size=1, zero="zero2")
     assert token_seconds(model, sharded) == {}
 
 

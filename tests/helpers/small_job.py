@@ -25,7 +25,7 @@ WHEN_STOPPED = {"every_steps": None, "every_minutes": None, "keep": 2, "resume":
 
 def on_cpu(rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.float32) -> Compute:
     """One of so many ranks. Only a single one can talk to the others."""
-    return Compute(torch.device("cpu"), dtype, rank=rank, world_size=world_size)
+    return Compute("cpu", str(dtype).removeprefix("torch."), rank=rank, world_size=world_size)
 
 
 def artifact(stage: str, path: Path) -> Artifact:

@@ -18,7 +18,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from real_processes import RealChain, children_of, ranks_of, wait_until
 
 from rlhf.distributed import signals as interrupt
@@ -178,7 +177,7 @@ def test_only_signals_that_stop_are_heard(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_progress_is_what_a_rank_that_hangs_does_not_do(tmp_path: Path) -> None:
-    compute = Compute(torch.device("cuda"), torch.float32, world_size=2)
+    compute = Compute("cuda", "float32", world_size=2)
     heartbeat = Heartbeat(tmp_path, compute)
 
     def read() -> None:
@@ -206,7 +205,7 @@ def test_progress_is_what_a_rank_that_hangs_does_not_do(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_stops_no_heart(tmp_path: Path) -> None:
     directory = tmp_path / "ranks"
-    heartbeat = Heartbeat(directory, Compute(torch.device("cpu"), torch.float32, world_size=2))
+    heartbeat = Heartbeat(directory, Compute("cpu", "float32", world_size=2))
     heartbeat._over.set()  # after each beat
     heartbeat._beat()  # as on a full disk
     directory.mkdir()
@@ -215,7 +214,7 @@ def test_a_disk_that_refuses_stops_no_heart(tmp_path: Path) -> None:
 
 
 def test_on_a_cpu_computing_is_progress(tmp_path: Path) -> None:
-    heartbeat = Heartbeat(tmp_path, Compute(torch.device("cpu"), torch.float32, world_size=2))
+    heartbeat = Heartbeat(tmp_path, Compute("cpu", "float32", world_size=2))
     said, start = heartbeat._said(), time.thread_time()
     while time.thread_time() < start + 1.0:
         pass

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from rlhf.generation import sampler as local
 from rlhf.generation.sampler import generate, growing_cache
 from rlhf.models import packed_attention as packed
-from rlhf.models.packed_attention import ATTENTION, hidden_states, pack_where_possible
+from rlhf.models.base import ATTENTION
+from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
 
 KINDS: dict[str, dict[str, Any]] = {

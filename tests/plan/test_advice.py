@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from small_plan import GIB, check, experiment, gpus
 
 from rlhf.distributed.compute import Compute
@@ -107,7 +106,7 @@ def test_what_is_advised_is_what_the_run_would_take(on: int, given: tuple[str, .
     for way in ways:
         sizes = ("ppo.batch_episodes=64", "ppo.minibatch_episodes=32")
         accepted = experiment(*sizes, *given, *way.split())
-        compute = Compute(torch.device("cuda"), torch.bfloat16, accepted.settings.zero, world_size=on)
+        compute = Compute("cuda", "bfloat16", accepted.settings.zero, world_size=on)
         accepted.stages["ppo"].check_compute(compute)
 
 

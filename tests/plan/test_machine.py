@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from small_job import on_cpu
 
 from rlhf.costs.hardware import LIBRARIES, Speed, found_machine, host_memory, room_in
@@ -44,5 +43,5 @@ def test_of_a_gpu_a_rank_may_have_what_is_free_once_the_calibration_has_given_ba
 
     monkeypatch.setattr("torch.cuda.empty_cache", give_back)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 8e9))
-    machine = found_machine(Compute(torch.device("cuda"), torch.bfloat16), Speed(1.0, 1.0))
+    machine = found_machine(Compute("cuda", "bfloat16"), Speed(1.0, 1.0))
     assert (machine.memory, machine.used) == (7e9, 0.0)

@@ -32,6 +32,7 @@ from rlhf.data.prepared import Lengths, PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
+from rlhf.models.peft.attach import check_attachable
 from rlhf.pipeline.preflight import (
     Begun,
     check_before_loading,
@@ -241,10 +242,10 @@ def test_a_method_that_does_not_know_the_model(
     stage = experiment("stage=prepare", f"sft.peft={peft}").stages["sft"]
     base = skeleton(config)
     if complaint is None:
-        check_tunes(stage, base)
+        check_tunes(stage, base, check_attachable)
         return
     with pytest.raises(ConfigError, match=f"^{complaint}"):
-        check_tunes(stage, base)
+        check_tunes(stage, base, check_attachable)
 
 
 def test_a_held_out_answer_beyond_the_context_is_cut_and_not_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class OneDevice(TorchDispatchMode):
 
 def learner_on_meta(tmp_path: Path, sft: Path, *overrides: str) -> PolicyTrainer:
     job = ppo_job(tmp_path / "ppo", sft)
-    job = replace(job, compute=replace(job.compute, device=META))
+    job = replace(job, compute=replace(job.compute, device_name="meta"))
     return ppo_stage(*overrides).trainer(job)
 
 
@@ -52,7 +52,7 @@ def learner_on_meta(tmp_path: Path, sft: Path, *overrides: str) -> PolicyTrainer
 def test_all_weights_and_all_they_meet_are_on_the_device(
     peft: str, init: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for check in ("models.packed_attention._leaks", "stages.ppo.check_head"):
+    for check in ("models.packed_attention._leaks", "models.logprobs.check_head"):
         monkeypatch.setattr(f"rlhf.{check}", lambda *_: False)  # of numbers, of which there are none
     reward = reward_model(tmp_path / "reward", tiny_model, "lora")
     trainer = learner_on_meta(

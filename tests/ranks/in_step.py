@@ -210,7 +210,7 @@ def norms_of_sums(compute: Compute) -> dict[str, float]:
     """
     norms = {}
     for zero in ("none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"):
-        here = replace(compute, zero=zero, dtype=torch.bfloat16)
+        here = replace(compute, zero=zero, dtype_name="bfloat16")
         model = Slope()
         engine = make_engine(model, [(model.parameters(), OPTIM)], here)
         engine.set_rates(0, 1)

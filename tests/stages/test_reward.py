@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from small_job import small_job
 from transformers import AutoModelForSequenceClassification
 
-import rlhf.stages.reward
+import rlhf.models.value_head
 from rlhf.data.schema import Message, PairRow
 from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
 from rlhf.models.value_head import ScalarModel
@@ -44,7 +44,7 @@ def test_trl_comes_to_the_same_weights(
         with torch.no_grad():
             scalar.head.weight.copy_(head)
 
-    monkeypatch.setattr(rlhf.stages.reward, "reset_head", given_head)
+    monkeypatch.setattr(rlhf.models.value_head, "reset_head", given_head)
     with initialize_config_module("rlhf.conf", version_base="1.3"):
         node = compose("config", overrides=[*SETTINGS])
     stage = build_experiment(OmegaConf.to_container(node, resolve=True)).stages["reward"]

@@ -27,11 +27,11 @@ from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.bottleneck import KIND, BottleneckConfig, BottleneckModel
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.lora import LowRankLinear
+from rlhf.models.peft.methods import KINDS, PREFIX
 from rlhf.models.peft.quantization import quantize
 from rlhf.models.peft.target_modules import last_layers, layer_name, linears, sublayer_ends, update_targets
 from rlhf.models.peft.virtual_tokens import (
     EMBEDDINGS,
-    KINDS,
     add_virtual_tokens,
     check_virtual_tokens,
     virtual_config,
@@ -39,8 +39,6 @@ from rlhf.models.peft.virtual_tokens import (
 )
 from rlhf.training.optimizer import round_into
 
-PREFIX = "base_model.model."
-"""What stands before an adapter's weights' names in peft's files."""
 TUNERS: dict[str, Callable[..., BaseTuner]] = {"LORA": LoraModel, "IA3": IA3Model, KIND: BottleneckModel}
 """By peft's name of the method."""
 FACTORS = ("lora_magnitude_vector", "ia3_l")

@@ -14,7 +14,7 @@ from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.bottleneck import KIND
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import (
     attach_published,
     attach_to_merge,
@@ -23,7 +23,6 @@ from rlhf.models.peft.saved import (
     origin_of,
     save_adapter,
 )
-from rlhf.models.peft.virtual_tokens import KINDS
 from rlhf.models.save import save_policy, save_settings
 from rlhf.training.optimizer import load_trainable
 

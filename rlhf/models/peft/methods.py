@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+PREFIX = "base_model.model."
+"""What stands before an adapter's weights' names in peft's files."""
+KINDS = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "p_tuning"}
+"""What peft's files call the methods of virtual tokens."""
+
 
 class Method(NamedTuple):
     """What has to be known of a method before anything is loaded."""

@@ -12,26 +12,20 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import PeftConfig as TunerConfig
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError, Strict
 from rlhf.digests import weights_digest
-from rlhf.models.peft.attach import PREFIX, Adapter, attach, check_attachable, inject
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.peft.methods import METHODS
-from rlhf.models.peft.quantization import round_to_4_bits
-from rlhf.models.peft.target_modules import update_targets
-from rlhf.models.peft.virtual_tokens import EMBEDDINGS, KINDS, add_virtual_tokens
-from rlhf.training.optimizer import load_trainable
+from rlhf.models.peft.methods import KINDS, METHODS, PREFIX
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from rlhf.models.peft.attach import Adapter
 
 ADAPTER = "adapter"
 """The directory in an artifact."""
@@ -87,6 +81,10 @@ class Origin(Strict):
 def attach_to_merge(model: PreTrainedModel, config: PeftConfig) -> Adapter:
     """As `attach`, for weights that were trained elsewhere: what was held in 4 bits meanwhile is in plain
     weights of the same values, so that the adapter can be merged into them."""
+    from rlhf.models.peft.attach import attach
+    from rlhf.models.peft.quantization import round_to_4_bits
+    from rlhf.models.peft.target_modules import update_targets
+
     if config.method != "qlora":
         return attach(model, config)
     names = update_targets(model, config)
@@ -108,6 +106,8 @@ def save_adapter(
     Returns:
         What it takes on disk, as a summary metric.
     """
+    from safetensors.torch import save_file
+
     described = adapter.described()
     if described is None:
         return {}
@@ -172,6 +172,12 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
     Raises:
         ConfigError: it cannot, or `check_attachable` refuses it.
     """
+    import torch
+    from peft import get_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from rlhf.models.peft.attach import attach, check_attachable, inject
+
     check_attachable(model, config)
     if config.method in ("none", "freeze", *KINDS.values()):
         return
@@ -205,6 +211,16 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
 def attach_published(model: PreTrainedModel, artifact: Path) -> tuple[Adapter, Tensor | None]:
     """Put an artifact's adapter into the model that it was trained on, all frozen; and the score head saved
     with it, if there is one."""
+    import torch
+    from peft import PeftConfig as TunerConfig
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from rlhf.models.peft.attach import Adapter, inject
+    from rlhf.models.peft.quantization import round_to_4_bits
+    from rlhf.models.peft.virtual_tokens import EMBEDDINGS, add_virtual_tokens
+    from rlhf.training.optimizer import load_trainable
+
     directory, told, origin = artifact / ADAPTER, described(artifact), origin_of(artifact)
     assert origin is not None
     round_to_4_bits(model, origin.in_4_bits)

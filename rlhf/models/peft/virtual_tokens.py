@@ -26,14 +26,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from rlhf.config import ConfigError
-from rlhf.models.packed_attention import ATTENTION
+from rlhf.models.base import ATTENTION
 from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.methods import KINDS
 from rlhf.models.peft.target_modules import backbone_of
 
 EMBEDDINGS = "prompt_embeddings"
 """peft's name of what is published: [N, layers * 2 * A * D] for prefix tuning, else [N, hidden size]."""
-KINDS = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "p_tuning"}
-"""What peft's files call the methods."""
 
 
 class VirtualTokens(nn.Module):

@@ -213,7 +213,7 @@ class TestRefusals:
             raise errors[-1]
 
         engine = engines.get()
-        monkeypatch.setattr("rlhf.generation.vllm.merged_weights", failing)
+        monkeypatch.setattr("rlhf.models.peft.attach.merged_weights", failing)
         while errors:
             with pytest.raises(type(errors[-1])) as raised:
                 engine.hand_over(model)
