@@ -1,8 +1,8 @@
 """The command line: compose, build, run; mistakes are shown without a traceback.
 
 Exit codes: 0 done, 1 crash, 2 configuration or data error, 3 a gate failed (of `verify`: there is damage);
-75 stopped by a scheduler's signal and 130 by Ctrl-C, after which the same command goes on; 141 nobody reads
-the output (`| head`).
+75 stopped by a scheduler's signal and 130 by Ctrl-C, after which the same command continues; 141 the output
+was closed (`| head`).
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ class CompareStage(Stage):
         if "few_shot" in self.ways() and not library.examples:
             raise ConfigError(
                 "compare.methods: few_shot takes its examples from the training rows of sft.data that hold "
-                "one question and its answer, and there are none. Leave few_shot out."
+                "one question and its answer, and there are none. Remove few_shot."
             )
         return questions, num_leaks, library
 

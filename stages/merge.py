@@ -72,7 +72,7 @@ class MergeStage(Stage):
             merging = " or ".join(name for name, each in METHODS.items() if each.merges)
             raise ConfigError(
                 f"merge.policy={self.policy}: {self.policy}.peft={peft.method} cannot be merged into the "
-                f"weights: no weights of the model alone answer as it does. Use {self.policy}.peft={merging}."
+                f"weights. Use {self.policy}.peft={merging}."
             )
 
     def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:

@@ -332,16 +332,18 @@ class PpoStage(PpoConfig, Stage):
         for name in ("batch_episodes", "minibatch_episodes"):
             compute.check_divides(f"ppo.{name}", getattr(self, name))
         if self.ema_decay is not None and compute.shards_weights:
-            raise ConfigError("ppo.ema_decay needs whole weights on each rank. Use zero=zero2, or null.")
+            raise ConfigError(
+                "ppo.ema_decay needs whole weights on each rank. Use zero=zero2, or ppo.ema_decay=null."
+            )
         if self.frozen == "sharded" and compute.zero == "none":
             raise ConfigError(
-                "ppo.frozen=sharded is the work of DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 "
-                "or fsdp2."
+                "ppo.frozen=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 or fsdp2, "
+                "or use ppo.frozen=replicated."
             )
         if self.frozen == "offloaded" and METHODS[self.peft.method].shares and compute.zero == "none":
             raise ConfigError(
-                f"ppo.frozen=offloaded: with ppo.peft={self.peft.method} the frozen models stand on the "
-                "policy's own weights, which it needs itself. Use ppo.frozen=replicated."
+                f"ppo.frozen=offloaded: with ppo.peft={self.peft.method} the frozen models share the "
+                "policy's weights, so these must stay on the GPU. Use ppo.frozen=replicated."
             )
         if self.frozen == "offloaded" and compute.device.type == "cpu":
             raise ConfigError(
@@ -385,8 +387,8 @@ class PpoStage(PpoConfig, Stage):
         metrics = job.inputs["generate"].manifest.metrics
         if metrics["score_deviation"] <= 0.0:
             raise ConfigError(
-                "ppo.score.normalize=sft: all responses that `generate` sampled score alike, so there is "
-                "nothing to learn. Use more of them (generate.num_prompts), another reward, or "
+                "ppo.score.normalize=sft: all responses that `generate` sampled have the same score, so "
+                "there is nothing to learn. Use more of them (generate.num_prompts), another reward, or "
                 "ppo.score.normalize=none."
             )
         return ScoreNormalizer.fixed(metrics["score_mean"], metrics["score_deviation"], self.score.clip)
@@ -452,7 +454,7 @@ class PpoStage(PpoConfig, Stage):
             raise ConfigError(
                 f"ppo.critic.init=reward: the reward model of ppo.reward={self.reward} has another tokenizer "
                 "or chat template than the policy, whose token ids the critic reads. "
-                "Use ppo.critic.init=sft; scoring goes through text and is not affected."
+                "Use ppo.critic.init=sft; scoring uses text and is not affected."
             )
         if backbone is not None:
             critic = reward.model.sharing_weights()

@@ -273,7 +273,7 @@ class PrepareStage(Stage):
         if self.on_bad_row == "error" and is_own:
             raise ConfigError(
                 f"{data.key}: {where}: {error}{advice} "
-                "Mend the row, or set prepare.on_bad_row=drop to leave out such rows."
+                "Fix the row, or set prepare.on_bad_row=drop to leave out such rows."
             )
         data.remove(error.reason, where)
 

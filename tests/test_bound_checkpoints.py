@@ -52,7 +52,7 @@ def change_weights(directory: Path) -> None:
 
 
 def test_it_goes_on_with_the_same_inputs(chain: Chain) -> None:
-    """Though the SFT model was made anew: it is the same, bit for bit."""
+    """Though the SFT model was rebuilt: it is the same, bit for bit."""
     assert chain.run("stage=sft", "force=[sft]").statuses["sft"] == "ran"
     assert "ppo: goes on from step 1 (" in chain.run(*GOES_ON).out
 
@@ -62,11 +62,11 @@ def test_another_sft_model_under_the_same_key_starts_ppo_anew(chain: Chain) -> N
     change_weights(path)
     manifest = read_manifest(path)
     manifest.files["model.safetensors"] = file_digest(path / "model.safetensors")
-    write_manifest(path, manifest)  # as if it had been made anew on another machine
+    write_manifest(path, manifest)  # as if it had been rebuilt on another machine
     outcome = chain.run(*GOES_ON)
     (key,) = (chain.directory / "store" / "ppo").glob(f"{outcome.key('ppo')}")
     assert (
-        "ppo: starts anew, because sft was made anew with another result; the checkpoints in "
+        "ppo: starts again, because sft was rebuilt with another result; the checkpoints in "
         f"store/ppo/.{key.name}.checkpoints are removed\n"
     ) in outcome.out
     assert "goes on from" not in outcome.out
@@ -83,7 +83,7 @@ def test_another_base_model_starts_ppo_anew(chain: Chain, tiny_model: Path, tmp_
     outcome = chain.run(*GOES_ON, *local)
     assert outcome.code == 0
     keys = f"inputs.sft: '{before.key('sft')}' -> '{outcome.key('sft')}'"
-    told = f"ppo: starts anew; the checkpoints in store/ppo/.{before.key('ppo')}.checkpoints are of other "
+    told = f"ppo: starts again; the checkpoints in store/ppo/.{before.key('ppo')}.checkpoints are of other "
     assert f"{told}inputs ({keys})\n" in outcome.out
     assert "goes on from" not in outcome.out
 
@@ -91,12 +91,12 @@ def test_another_base_model_starts_ppo_anew(chain: Chain, tiny_model: Path, tmp_
 def test_force_forgets_the_checkpoint(chain: Chain) -> None:
     outcome = chain.run(*GOES_ON, "force=[ppo]")
     assert outcome.statuses == {"prepare": "reused", "sft": "reused", "ppo": "ran"}
-    assert "goes on from" not in outcome.out and "starts anew" not in outcome.out
+    assert "goes on from" not in outcome.out and "starts again" not in outcome.out
     assert not list((chain.directory / "store" / "ppo").glob(".*.checkpoints"))
 
 
 def test_other_knobs_are_not_other_inputs(chain: Chain) -> None:
     outcome = chain.run(*STOPPED, "ppo.gamma=0.9")
     assert outcome.code == 2
-    assert "starts anew" not in outcome.out
+    assert "starts again" not in outcome.out
     assert artifacts.Store(chain.directory / "store").left_behind("ppo", {"stage": "ppo"}) is None

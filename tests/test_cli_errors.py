@@ -224,8 +224,8 @@ def test_a_reward_that_is_never_a_number_is_told_before_anything_trains(chain: C
 def test_too_many_bad_steps_stop_the_run(chain: Chain) -> None:
     outcome = chain.run(f"ppo.reward=python:{__name__}:never_in_training", "ppo.max_bad_steps=1", *BY_RULE)
     message = complaint(outcome)
-    assert message.startswith("ppo: step 2: 2 steps had to be skipped, more than ppo.max_bad_steps=1")
-    assert f"Mend ppo.reward=python:{__name__}:never_in_training" in message
+    assert message.startswith("ppo: step 2: 2 steps were skipped, more than ppo.max_bad_steps=1")
+    assert f"Fix ppo.reward=python:{__name__}:never_in_training" in message
     assert "ppo: step 1 skipped: the reward of" in outcome.out
     assert "ppo: step 2 skipped: the reward of" in outcome.out
     batch = outcome.directory / "ppo-step2.jsonl"
@@ -268,8 +268,8 @@ def test_with_a_higher_limit_the_same_command_goes_on(
 def test_a_run_without_one_good_step_is_no_success(chain: Chain) -> None:
     outcome = chain.run(f"ppo.reward=python:{__name__}:never_in_training", "ppo.max_bad_steps=9", *BY_RULE)
     message = complaint(outcome)
-    assert "every step had to be skipped" in message
-    assert f"Mend ppo.reward=python:{__name__}:never_in_training" in message
+    assert "every step were skipped" in message
+    assert f"Fix ppo.reward=python:{__name__}:never_in_training" in message
 
 
 def test_one_bad_step_is_skipped_counted_and_poisons_nothing(chain: Chain) -> None:

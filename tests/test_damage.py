@@ -1,4 +1,4 @@
-"""Damage in a store: found whatever it is, set aside by name, and made anew."""
+"""Damage in a store: found whatever it is, set aside by name, and rebuilt."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def test_what_was_made_from_another_result_is_made_anew(
     write_manifest(path, manifest)
     outcome = copy.run("stage=[sft,reward]", "why=true")
     assert outcome.statuses == {"prepare": "reused", "sft": "reused", "reward": "ran"}
-    assert "an input was made anew, with another result" in outcome.out
+    assert "an input was rebuilt, with another result" in outcome.out
     assert copy.run("stage=[sft,reward]").statuses["reward"] == "reused"
 
 
@@ -334,7 +334,7 @@ def test_damage_behind_what_is_remembered_is_mended_by_the_run_that_finds_it(
     assert outcome.code == 0, outcome.err
     (aside,) = path.parent.glob(".*.damaged-*")
     words = f"is damaged (model.safetensors is not what was written): set aside as store/sft/{aside.name}."
-    told = f"sft: store/sft/{first.key('sft')} {words} The run begins again and makes it anew."
+    told = f"sft: store/sft/{first.key('sft')} {words} The run starts again and rebuilds it."
     assert outcome.out.count(told) == 1
     assert outcome.statuses == dict.fromkeys(STAGES[:-1], "reused") | {"sft": "ran", "ppo": "ran"}
     assert file_digest(path / "model.safetensors") == sound
@@ -376,7 +376,7 @@ def test_a_base_model_and_rows_that_are_damaged_unnoticed_are_mended_too(
     outcome = copy.run("stage=sft", "sft.optim.lr=1e-4")
     assert outcome.code == 0, outcome.err
     assert outcome.statuses == {"prepare": "ran", "sft": "ran"}
-    assert outcome.out.count("The run begins again and makes it anew.") == 2
+    assert outcome.out.count("The run starts again and rebuilds it.") == 2
     assert len([*base.parent.glob(".*.damaged-*"), *prepared.parent.glob(".*.damaged-*")]) == 2
 
 
@@ -432,7 +432,7 @@ def test_a_disk_that_damages_everything_ends_the_run(
     flip_unnoticed(path, "model.safetensors")
     outcome = copy.run("stage=ppo", "ppo.kl.coef=0.3")
     assert outcome.code == 2
-    assert outcome.out.count("The run begins again and makes it anew.") == 1
+    assert outcome.out.count("The run starts again and rebuilds it.") == 1
     assert f"{path.name} is damaged again (model.safetensors is not what was written), though" in outcome.err
     assert "check that disk and this machine's memory, or use another store_dir" in outcome.err
 

@@ -121,7 +121,7 @@ def test_a_batch_that_cannot_be_shared_equally(value: int, world_size: int, advi
     with pytest.raises(ConfigError) as error:
         on_cpu(0, world_size).check_divides("ppo.batch_episodes", value)
     assert str(error.value) == (
-        f"ppo.batch_episodes={value} cannot be shared equally by {world_size} ranks. {advice}"
+        f"ppo.batch_episodes={value} cannot be divided equally over {world_size} ranks. {advice}"
     )
 
 

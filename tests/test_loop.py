@@ -89,7 +89,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_stage(tmp_path: Path) 
     dumped = bench.job.run_directory / "sft-step4.jsonl"
     assert str(error.value) == (
         "sft: in step 4 and the 2 before it the gradients were not finite; nothing was learned from them. "
-        f"The last batch is in {dumped}. Mend the data, lower sft.optim.lr, or try precision=fp32."
+        f"The last batch is in {dumped}. Fix the data, lower sft.optim.lr, or try precision=fp32."
     )
     assert len(bench.seen) == 4
     assert bench.weight == pytest.approx(4.9, abs=1e-4)  # as after the first batch

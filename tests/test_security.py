@@ -201,7 +201,7 @@ def test_a_data_set_cannot_name_files_of_this_machine(tmp_path: Path, data_set: 
     named = files.replace("{absolute}", str(tmp_path / "outside.jsonl"))
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {named}\n---\n"
     (data_set / "README.md").write_text(card)
-    with pytest.raises(ConfigError, match=r"its card names .*, which is not a part of it"):
+    with pytest.raises(ConfigError, match=r"its card names .*, which is outside the set"):
         rows_of(data_set)
 
 
@@ -280,7 +280,7 @@ def test_a_poisoned_checkpoint(checkpointed: tuple[Chain, Checkpoints], marker: 
     outcome = chain.run("stage=sft")
     assert not marker.exists()
     assert outcome.code == 2
-    assert "refused, because it holds more than tensors and numbers" in outcome.err
+    assert "refused, because it contains more than tensors and numbers" in outcome.err
     assert "checkpoint.resume=false" in outcome.err
 
 
@@ -336,4 +336,4 @@ def test_a_poisoned_checkpoint_of_deepspeed(
     outcome = Chain(directory).run(*WITH_DEEPSPEED)
     assert not marker.exists()
     assert outcome.code == 2
-    assert "refused, because it holds more than tensors and numbers" in outcome.err
+    assert "refused, because it contains more than tensors and numbers" in outcome.err

@@ -97,7 +97,7 @@ def test_the_same_command_goes_on_with_the_study(chain: Chain) -> None:
 def test_another_search_under_its_name_is_refused(chain: Chain) -> None:
     outcome = chain.run(*OPTUNA, "ppo.optim.lr=tag(log,interval(1e-5,1e-2))")
     assert outcome.code == 2
-    assert outcome.err.startswith("Error: run_name=study is the study of another search: it had ppo.optim.lr")
+    assert outcome.err.startswith("Error: run_name=study is a study with another search: it had ppo.optim.lr")
     assert "1e-2" in outcome.err and "Choose another run_name" in outcome.err
 
 

@@ -43,7 +43,7 @@ def ranks_wanted(config: LaunchConfig, device: str) -> int:
     if config.processes > num_gpus > 0:
         raise ConfigError(
             f"launch.processes={config.processes}: this machine has {num_gpus} visible GPU(s), and each rank "
-            "needs one of its own. Use fewer ranks, or device=cpu."
+            "needs its own. Use fewer ranks, or device=cpu."
         )
     return config.processes
 

@@ -177,7 +177,7 @@ def _own(values: Mapping[str, Any]) -> list[str]:
 
 
 def in_our_words(error: Exception, arguments: Sequence[str]) -> str:
-    """What is wrong and how to mend it, from what Hydra, OmegaConf or YAML raised."""
+    """What is wrong and how to fix it, from what Hydra, OmegaConf or YAML raised."""
     if isinstance(error, OverrideParseException):
         return _not_read(error, arguments)
     if isinstance(error, MissingConfigException) and error.options is not None:

@@ -18,7 +18,7 @@ from rlhf.training.checkpoint_files import verified
 HELP = """python -m rlhf verify [store_dir=DIR]
 
 Read every artifact and checkpoint in a store and compare it with its manifest; one line for each that is
-damaged. Nothing is changed: the next command that needs what is damaged sets it aside and makes it anew.
+damaged. Nothing is changed: the next command that needs what is damaged sets it aside and rebuilds it.
 Exit codes: 0 all is as it was written, 2 there is no such store, 3 something is damaged.
 """
 

@@ -40,7 +40,9 @@ def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
     elif (path / "config.json").is_file():
         check_weights(path, f"compare.artifacts={directory}")
         if not any(path.glob("*.safetensors")):
-            raise ConfigError(f"compare.artifacts: {directory}: no *.safetensors there; no others are read.")
+            raise ConfigError(
+                f"compare.artifacts: {directory}: no *.safetensors there; other formats are not read."
+            )
         return path
     if found is None:
         raise ConfigError(
@@ -97,8 +99,8 @@ def lineage(artifact: Artifact) -> Iterator[Artifact]:
             found = store.find(stage, key)
             if found is None:
                 raise ConfigError(
-                    f"compare.artifacts: {here.path} was made from {stage}/{key}, which is not in the store "
-                    f"{store.root} any more, so what its training cost is not known. Run {stage} again, or "
+                    f"compare.artifacts: {here.path} was made from {stage}/{key}, which is no longer in the "
+                    f"store {store.root}, so the cost of its training is unknown. Run {stage} again, or "
                     "leave the artifact out."
                 )
             waiting.append(found)

@@ -64,7 +64,7 @@ class ContextBudget:
         if length > room:
             raise ConfigError(
                 f"{QUESTIONS}: {question.where}: the question has {length} tokens; the model's "
-                f"context of {self.context_length} leaves it {room} beside its answer. Shorten it or lower "
+                f"context of {self.context_length} leaves {room} beside its answer. Shorten it, or lower "
                 f"compare.max_new_tokens={self.max_new_tokens}."
             )
         return length

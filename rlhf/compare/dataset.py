@@ -43,8 +43,8 @@ def find_questions(source: SourceConfig | None, data: PreparedData) -> Found:
         held_out = [Question("sft.data, held out", row.prompt, row.completion) for row in rows if row.prompt]
         if not held_out:
             raise ConfigError(
-                "compare.questions=null takes the held-out rows of sft.data, and these are plain text. "
-                "Give compare.questions rows with prompt and completion."
+                "compare.questions=null uses the held-out rows of sft.data, and these are plain text. "
+                "Set compare.questions to rows with prompt and completion."
             )
         return Found(held_out, 0)
     trained = {prompt_identity(row) for role in TRAINING_ROLES for row in data.rows(role, "train")}
@@ -56,8 +56,8 @@ def find_questions(source: SourceConfig | None, data: PreparedData) -> Found:
             found.append(question)
     if not found:
         raise ConfigError(
-            f"compare.questions={source}: a training row asks the same as each of its {leaks} questions. "
-            "Give questions that nothing was trained on."
+            f"compare.questions={source}: each of its {leaks} questions is also in a training row. "
+            "Give questions that no stage trains on."
         )
     return Found(found, leaks)
 
@@ -104,5 +104,5 @@ def _read(source: SourceConfig, key: str, role: Role) -> list[tuple[str, Row]]:
                 raise raw
             found.append((where, recognise(raw, role)))
         except RowError as error:
-            raise ConfigError(f"{key}: {where}: {error} Mend the row.") from None
+            raise ConfigError(f"{key}: {where}: {error} Fix the row.") from None
     return limited(found, source.limit, lambda each: prompt_identity(each[1]))

@@ -65,8 +65,8 @@ def bm25_index(texts: Sequence[str]) -> Index:
     split = words(texts)
     if not any(split):
         raise ConfigError(
-            f"compare.retriever=bm25: none of the {len(texts)} texts to search holds a word that is not an "
-            "English stop word. Give another compare.corpus, or set compare.retriever=embeddings."
+            f"compare.retriever=bm25: the {len(texts)} texts to search have only English stop words. "
+            "Give another compare.corpus, or set compare.retriever=embeddings."
         )
     ranking = bm25s.BM25()
     ranking.index(split, show_progress=False)

@@ -130,7 +130,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             "The tokenizer names no eos_token and its chat template ends no turn with a special token: "
-            "nothing could stop a response. Set model.chat_template."
+            "nothing would stop a response. Set model.chat_template."
         )
     return int(tokenizer.eos_token_id)
 

@@ -117,7 +117,7 @@ class PreparedData:
                 why = "; ".join([f"{report['read']} rows", *removed])
                 raise ConfigError(
                     f"{USER_KEYS[role]}={report['source']}: no prompts are left for {split}: {why}. "
-                    f"Give more rows, or {USER_KEYS[role]} a source of its own."
+                    f"Give more rows, or set {USER_KEYS[role]} to a source that no other key uses."
                 )
 
     def write(self, role: Role, split: Split, rows: Iterable[Row]) -> None:

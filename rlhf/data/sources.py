@@ -144,7 +144,7 @@ class SourceConfig(Strict):
             if theirs not in row:
                 return RowError(
                     "missing field",
-                    f'"{theirs}" is missing, which `fields` takes "{ours}" from (found: {", ".join(row)}).',
+                    f'"{theirs}" is missing; `fields` reads "{ours}" from it (found: {", ".join(row)}).',
                 )
         # Naming columns says that a conversation beside them is not what is meant.
         taken = {*self.fields.values(), *CONVERSATION_COLUMNS}
@@ -162,7 +162,7 @@ class SourceConfig(Strict):
             )
             raise ConfigError(
                 f"{key}={self.path}: a directory. Name a file in it "
-                f"({', '.join(readable[:5]) or 'it holds none that is readable'})."
+                f"({', '.join(readable[:5]) or 'it has none that can be read'})."
             )
         if not path.exists():
             raise ConfigError(
@@ -238,7 +238,7 @@ def _lines(path: Path, key: str, encoding: str | None) -> Iterator[tuple[int, by
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(
             f"{key}: {path.name}: the gzip data are damaged after line {number} ({error}). "
-            "The file was cut off or is no gzip file; fetch it again."
+            "The file was cut off, or is not a gzip file; fetch it again."
         ) from None
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}).") from None
@@ -326,7 +326,7 @@ def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{key}: {path.name} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}). "
-            "The file may be cut off; mend it or fetch it again."
+            "The file may be cut off; fix it or fetch it again."
         ) from None
     for number, value in enumerate(values, 1):
         yield Located(f"{path.name} row {number}", _as_row(value))
@@ -442,7 +442,9 @@ def _check_inside(builder: Any, where: str) -> None:
             else:
                 is_own = file.startswith(repository) and ".." not in file.split("/")
             if not is_own:
-                raise ConfigError(f"{where}: its card names {file}, which is not a part of it. Refused.")
+                raise ConfigError(
+                    f"{where}: its card names {file}, which is outside the set. Use another data set."
+                )
 
 
 def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Located]:

@@ -235,7 +235,7 @@ class Compute:
             below = value // self.world_size * self.world_size
             near = f"{below} or {below + self.world_size}" if below else str(self.world_size)
             raise ConfigError(
-                f"{key}={value} cannot be shared equally by {self.world_size} ranks. Use {near}."
+                f"{key}={value} cannot be divided equally over {self.world_size} ranks. Use {near}."
             )
 
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
@@ -353,8 +353,8 @@ def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
     if tasks > 1 and "SLURM_PROCID" in environment:
         if "MASTER_ADDR" not in environment:
             raise ConfigError(
-                f"srun started {tasks} tasks, but MASTER_ADDR is not set: where does the first one listen? "
-                "launch/slurm.sbatch sets it."
+                f"srun started {tasks} tasks, but MASTER_ADDR is not set, so they cannot find "
+                "the first one. Set it to the first one's host, or use launch/slurm.sbatch, which does."
             )
         environment.setdefault("MASTER_PORT", "29500")
         environment.update(

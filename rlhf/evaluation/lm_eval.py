@@ -40,8 +40,8 @@ class Harness:
             raise ConfigError("evaluate.lm_eval needs lm-eval: pip install -e '.[lm_eval]'.")
         if self.folder is not None and not self.folder.is_dir():
             raise ConfigError(
-                f"evaluate.lm_eval_tasks={self.folder}: there is no such folder. Give one that "
-                "holds lm-eval's task files (*.yaml)."
+                f"evaluate.lm_eval_tasks={self.folder}: there is no such folder. Name a folder "
+                "with lm-eval's task files (*.yaml)."
             )
         known = self._manager().all_tasks
         unknown = [name for name in self.tasks if name not in known]
@@ -66,8 +66,8 @@ class Harness:
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"evaluate.lm_eval={','.join(self.tasks)}: {str(error).splitlines()[0].rstrip('.')}. lm-eval "
-                "downloads its tasks' data: check the network, or give evaluate.lm_eval_tasks a folder of "
-                "task files whose data lie on this machine."
+                "downloads its tasks' data: check the network, or set evaluate.lm_eval_tasks to a folder of "
+                "task files whose data are on this machine."
             ) from None
 
     def measure(self, policy: PolicyModel) -> dict[str, float]:

@@ -95,7 +95,7 @@ class Vllm:
                 raise
             raise _refused(model, str(error)) from error
         if missing:
-            raise _refused(model, f"it does not take {len(missing)} weights, such as {min(missing)}")
+            raise _refused(model, f"it does not accept {len(missing)} weights, such as {min(missing)}")
         emptied = self._llm.reset_prefix_cache()  # it was computed by the old weights
         assert emptied, "requests are still running"
         self._holds = model
@@ -131,7 +131,7 @@ class Vllm:
         if longest > limit:
             raise ConfigError(
                 f"vllm.max_model_len={self._config.max_model_len}: the longest prompt and max_new_tokens="
-                f"{max_new_tokens} are {longest} tokens, the engine takes {limit}. Use {longest} or more."
+                f"{max_new_tokens} are {longest} tokens, the engine accepts {limit}. Use {longest} or more."
             )
         settings = {
             "temperature": temperature,

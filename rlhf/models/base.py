@@ -213,8 +213,8 @@ def check_hub_files(config: ModelConfig, snapshot: Path, memory: Path) -> None:
         if blobs[name] not in found:
             path = snapshot / name
             raise ConfigError(
-                f"model.id={config.id}: {name} in the Hub's cache is damaged: it is not what the Hub has. "
-                f"Remove {path.resolve()} and {path}; the same command then downloads it again."
+                f"model.id={config.id}: {name} in the Hub's cache is damaged: it differs from the "
+                f"Hub's. Remove {path.resolve()} and {path}; the same command then downloads it again."
             )
 
 
@@ -272,7 +272,8 @@ def _local_directory(config: ModelConfig, *, weights: bool) -> Path:
         )
     if weights and not list(directory.glob("*.safetensors")):
         raise ConfigError(
-            f"model.path={config.path}: no *.safetensors there; other weight formats are not read."
+            f"model.path={config.path}: no *.safetensors there; other weight formats are not read. "
+            "Save the model again with save_pretrained."
         )
     return directory
 

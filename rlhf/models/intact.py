@@ -54,14 +54,14 @@ def check_index(index: Path, held: dict[str, set[str]], key: str) -> None:
     try:
         places: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{key}: {index}: not a list of weights ({error!r}). Fetch it again.") from None
+        raise ConfigError(f"{key}: {index}: not an index of weights ({error!r}). Fetch it again.") from None
     for tensor, file in places.items():
         if file not in held:
-            raise ConfigError(f"{key}: {index.parent / file} is missing, which {INDEX} names. Fetch it.")
+            raise ConfigError(f"{key}: {index.parent / file} is missing, but {INDEX} names it. Fetch it.")
         if tensor not in held[file]:
             raise ConfigError(
-                f"{key}: {index.parent / file} does not hold {tensor}, which {INDEX} says. The files are of "
-                "two versions; fetch all of them again."
+                f"{key}: {index.parent / file} does not hold {tensor}, but {INDEX} says that it does. The "
+                "files are from two versions; fetch all of them again."
             )
 
 
@@ -83,18 +83,18 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
     except Exception as error:  # a template may raise anything, and so may a tokenizer's file
         raise ConfigError(
             f"{key}: its tokenizer and chat template do not encode a question and its answer "
-            f"({type(error).__name__}: {error}). Mend the files in {base.directory}, or set "
+            f"({type(error).__name__}: {error}). Fix the files in {base.directory}, or set "
             "model.chat_template=chatml, plain or a jinja file."
         ) from error
     text_ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     if not text_ids or set(text_ids) == {tokenizer.unk_token_id}:
         raise ConfigError(
-            f"{key}: its tokenizer makes nothing of {ANSWER!r} (ids: {text_ids}). Is it the tokenizer of "
-            f"this model? Its files are in {base.directory}."
+            f"{key}: its tokenizer does not encode {ANSWER!r} (ids: {text_ids}). Check that it is the "
+            f"tokenizer of this model. Its files are in {base.directory}."
         )
     rows = base.architecture.get_text_config().vocab_size
     if max(ids) >= rows:
         raise ConfigError(
-            f"{key}: its tokenizer gives the id {max(ids)}, and the model has rows for {rows} tokens. Give "
+            f"{key}: its tokenizer gives the id {max(ids)}, but the model has only {rows} tokens. Give "
             "the tokenizer that the model was trained with, or another model.chat_template."
         )

@@ -292,8 +292,8 @@ def check_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ConfigError(
-            f"model: the output layer of {type(model).__name__} is a {type(head).__name__}; the chunked "
-            "log-probabilities here need a linear one. Choose another model."
+            f"model: the output layer of {type(model).__name__} is a {type(head).__name__}; this project "
+            "needs a linear one. Choose another model."
         )
     ids_1T = torch.arange(min(model.config.get_text_config().vocab_size, 16), device=model.device)[None]
     with _attention_here(model):
@@ -316,7 +316,7 @@ def check_head(model: PreTrainedModel) -> None:
         ):
             raise ConfigError(
                 f"model: {type(model).__name__} transforms its logits behind the output layer in a way that "
-                "the chunked log-probabilities here do not know. Choose another model."
+                "this project does not support. Choose another model."
             )
 
 

@@ -41,7 +41,7 @@ def checkpoint_layers(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            f"activation_checkpointing=true: {type(model).__name__} has no layers that transformers could "
+            f"activation_checkpointing=true: {type(model).__name__} has no layers that transformers can "
             "checkpoint. Use activation_checkpointing=false and a smaller micro_batch_tokens."
         )
     for layer in layers:

@@ -140,7 +140,7 @@ def check_score_head(directory: Path) -> None:
             "Give a sequence-classification model with one label."
         )
     if (labels := shapes[f"{prefix}score.weight"][0]) != 1:
-        raise ConfigError(f"{directory}: not a one-label classification model: it has {labels} labels.")
+        raise ConfigError(f"{directory}: it has {labels} labels. Give a classification model with one label.")
 
 
 def classifier_for(config: PreTrainedConfig) -> Any:
@@ -180,7 +180,7 @@ def check_scorable(config: PreTrainedConfig) -> None:
         if classifier.__name__ not in (getattr(config, "auto_map", None) or {}):
             raise ConfigError(
                 f"model: the code that comes with this {config.model_type} has no {classifier.__name__} "
-                "(auto_map in config.json), so no reward model can be made of it. Choose another model."
+                "(auto_map in config.json), so it cannot become a reward model. Choose another model."
             )
     elif not issubclass(classifier, GenericForSequenceClassification):
         with torch.device("meta"), torch.random.fork_rng(devices=[]):

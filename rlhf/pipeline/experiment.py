@@ -155,7 +155,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
                 )
     for key in ("run_name", "runs_dir", "store_dir"):
         if redacted(resolved[key]) != resolved[key]:
-            raise ConfigError(f"{key}: there is a secret in it, which would become a directory's name.")
+            raise ConfigError(f"{key}: there is a secret in it, and it names a directory. Use another name.")
     classes = {name: stage_class(name, section["_target_"]) for name, section in sections.items()}
     checked: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: classes[name].repeats_keys):
@@ -238,30 +238,30 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
             raise ConfigError(
                 f"{start.name}.peft={before.method}: it is not merged into the weights, so {stage.name}, "
                 f"which trains on the {start.title} model, would have to publish two adapters. Use "
-                f"{start.name}.peft={merging}; or run only what needs no {stage.name}, such as "
+                f"{start.name}.peft={merging}; or run only stages that do not need {stage.name}, such as "
                 f"stage={start.name}."
             )
     if method.pads and settings.model.attention == ATTENTION:
         raise ConfigError(
-            f"model.attention={ATTENTION}: it lays rows end to end, and with {key} only the first would see "
+            f"model.attention={ATTENTION}: it puts rows end to end, and with {key} only the first would see "
             "the virtual tokens. Use model.attention=auto, which pads these rows, or another "
             f"{stage.name}.peft."
         )
     if settings.generation == "vllm" and not method.merges and stage.publishes == "policy":
         raise ConfigError(
-            f"generation=vllm: {key} is not merged into the weights, which are all that vLLM is handed. Use "
+            f"generation=vllm: {key} is not merged into the weights, and vLLM gets only the weights. Use "
             f"generation=local, or {stage.name}.peft={merging}."
         )
     if settings.zero != "none" and not method.shards:
         tried = " or ".join(name for name, each in METHODS.items() if each.shards)
         raise ConfigError(
-            f"zero={settings.zero}: {key} was not tried with sharded weights. Use zero=none, or "
+            f"zero={settings.zero}: {key} is not tested with sharded weights. Use zero=none, or "
             f"{stage.name}.peft={tried}."
         )
     if settings.generation == "vllm" and stage.samples and not method.samples_by_vllm:
         tried = " or ".join(name for name, each in METHODS.items() if each.samples_by_vllm)
         raise ConfigError(
-            f"generation=vllm: what {key} trains cannot be handed over to vLLM. Use generation=local, or "
+            f"generation=vllm: vLLM cannot use what {key} trains. Use generation=local, or "
             f"{stage.name}.peft={tried}."
         )
 
@@ -273,7 +273,7 @@ def check_qlora(key: str, device: str) -> None:
         ConfigError: with what is missing.
     """
     if device == "cpu" or not has_gpu():
-        raise ConfigError(f"{key}: 4-bit weights are for a GPU, and this run has none. Use lora.")
+        raise ConfigError(f"{key}: 4-bit weights need a GPU, and this run has none. Use lora.")
     if find_spec("bitsandbytes") is None:
         raise ConfigError(f"{key} needs bitsandbytes: pip install -e '.[qlora]'.")
 
@@ -303,16 +303,18 @@ def stage_class(name: str, target: str) -> type[Stage]:
         is_missing = isinstance(error, ModuleNotFoundError)
         near = did_you_mean(missing, modules_of(package)) if is_missing else ""
         raise ConfigError(
-            f"{key}: {error}.{near} Searched: {', '.join(path or '.' for path in sys.path)}. Start where the "
-            "module lies, install it, or put its directory on PYTHONPATH."
+            f"{key}: {error}.{near} Searched: {', '.join(path or '.' for path in sys.path)}. Start in the "
+            "module's directory, install it, or put its directory on PYTHONPATH."
         ) from None
     if found is None:
         near = did_you_mean(attribute, [each for each in vars(sys.modules[module]) if each.endswith("Stage")])
         raise ConfigError(f"{key}: {sys.modules[module].__file__} has no {attribute}.{near}")
     if not (isinstance(found, type) and issubclass(found, Stage)):
-        raise ConfigError(f"{key}: {attribute} is no subclass of rlhf.pipeline.stage.Stage.")
+        raise ConfigError(
+            f"{key}: {attribute} is not a subclass of rlhf.pipeline.stage.Stage. Derive it from that."
+        )
     if lacks := " and ".join(sorted(found.__abstractmethods__)):
-        raise ConfigError(f"{key}: a stage needs its own {lacks}, and this one has none.")
+        raise ConfigError(f"{key}: a stage needs its own {lacks}, and {attribute} has none. Write it.")
     if (own := getattr(found, "name", None)) != name:
         raise ConfigError(f"{key}: its name is {own}. Mount it there, or set name = {name!r} in the class.")
     if found.publishes and not found.title:

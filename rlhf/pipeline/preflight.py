@@ -96,7 +96,7 @@ def check_before_loading(
     refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
     if refused and settings.preflight == "enforce":
         told = checked.refused or ["Another rank has too little memory or disk: see its output."]
-        raise ConfigError("\n".join([*told, "Nothing was loaded. preflight=warn goes on nevertheless."]))
+        raise ConfigError("\n".join([*told, "Nothing was loaded. preflight=warn continues anyway."]))
     for line in told:
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
     console.print(expectations(checked.costs, on, pending), highlight=False)

@@ -50,7 +50,7 @@ def rehearse_rewards(
                 score_B = reward(exchanges)
             except ConfigError as error:
                 raise ConfigError(
-                    f"{key}: asked about {len(exchanges)} rows before anything trains: {error}"
+                    f"{key}: tested on {len(exchanges)} rows before anything trains: {error}"
                 ) from error
             is_finite_B = score_B.isfinite()
             if bool(is_finite_B.all()):
@@ -61,7 +61,7 @@ def rehearse_rewards(
             )
             if not bool(is_finite_B.any()):
                 raise ConfigError(
-                    f"{said}, and gave no finite score for any response that it was asked about before "
+                    f"{said}, and gave no finite score for any response that it was tested on before "
                     "anything trains. A score must be a finite number."
                 )
             console.print(f"[yellow]{escape(said)}[/]: such answers cannot be learned from.", highlight=False)

@@ -168,7 +168,7 @@ class Run:
         """In the user's own key."""
         return ConfigError(
             f"runs_dir={self.directory.parent}: {self.directory} cannot be written ({error.strerror}). "
-            "Mend it, or choose another runs_dir."
+            "Fix it, or choose another runs_dir."
         )
 
     def record(self, name: str, status: str, key: str, artifact: Artifact | None, seconds: float) -> None:

@@ -129,8 +129,8 @@ class Pipeline:
                 if damage.path in mended:
                     raise ConfigError(
                         f"{damage.path} is damaged again ({damage.complaint}), though this run set it aside "
-                        f"and made it anew. What is written to store_dir={self.store.root} does not stay as "
-                        "it is: check that disk and this machine's memory, or use another store_dir."
+                        f"and rebuilt it. What is written to store_dir={self.store.root} changes there: "
+                        "check that disk and this machine's memory, or use another store_dir."
                     )
                 mended.add(damage.path)
                 self.mend(damage)
@@ -156,8 +156,8 @@ class Pipeline:
         with self.locked(stage, key):
             told = self.compute.main_only(lambda: self.store.set_aside(stage, key, read=True))
         self.tell(
-            f"{stage}: {told or f'{damage.path} was damaged ({damage.complaint})'}. The run begins again and "
-            "makes it anew."
+            f"{stage}: {told or f'{damage.path} was damaged ({damage.complaint})'}. The run starts again and "
+            "rebuilds it."
         )
 
     def begin(self) -> None:
@@ -289,7 +289,7 @@ class Pipeline:
         if job.checkpoints.newest is None and not forced:
             other = self.compute.main_only(lambda: self.store.left_behind(name, recipe))
             if other is not None:
-                self.tell(f"{name}: starts anew; {other}")
+                self.tell(f"{name}: starts again; {other}")
         torch.manual_seed(job.seed)
         try:
             with progress.shown(), naming(scratch):
@@ -320,7 +320,7 @@ class Pipeline:
     def explain(self, recipe: Recipe) -> str:
         """Why the store's artifact is not taken; call it under the artifact's lock."""
         if self.store.find(recipe["stage"], recipe_key(recipe)):
-            return "an input was made anew, with another result"
+            return "an input was rebuilt, with another result"
         return self.store.explain(recipe["stage"], recipe)
 
     def checkpointing(self, *, forget: bool) -> CheckpointConfig:
@@ -369,12 +369,12 @@ class Pipeline:
             changed += [f"model.path={settings.model.path}"] if identity != self.model_identity else []
         if changed:
             raise ConfigError(
-                f"{stage.name}: {', '.join(changed)}: changed since this run began, so its key would not "
-                "tell what it was made from. Nothing was made; the same command takes it as it is now."
+                f"{stage.name}: {', '.join(changed)}: changed since this run began, so the artifact's "
+                "key would be wrong. Nothing was written. The same command then uses the changed files."
             )
         for source in now:
             if source.startswith("python:") and has_changed(source):
-                self.tell(f"{stage.name}: the code of {source} was changed; this run keeps what it imported")
+                self.tell(f"{stage.name}: the code of {source} has changed; this run keeps what it imported")
 
     def input_digests(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
         """What a stage's inputs hold; the content of the prepared sets is in its recipe."""

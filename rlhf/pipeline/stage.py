@@ -118,7 +118,7 @@ class Stage(Strict, ABC):
         names = (name, INTERVAL.sub("", name))
         if known and not any(fnmatchcase(each, pattern) for each in names for pattern in known):
             raise ConfigError(
-                f"{key}: {self.name} measures nothing of the name {name}.{did_you_mean(name, known)} "
+                f"{key}: {self.name} has no metric {name}.{did_you_mean(name, known)} "
                 f"It measures {', '.join(known)}."
             )
 
@@ -200,7 +200,9 @@ def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     def visit(name: str, readers: tuple[str, ...]) -> None:
         if name in readers:
             circle = " reads ".join((*readers[readers.index(name) :], name))
-            raise ConfigError(f"{circle}: nothing can be made first. Let one of them read another stage.")
+            raise ConfigError(
+                f"{circle}: they read each other, so none can run first. Let one of them read another stage."
+            )
         if name in found:
             return
         if name not in stages:

@@ -92,8 +92,8 @@ class DamagedError(ConfigError):
 
     def __str__(self) -> str:
         return printable(
-            f"{self.path} is damaged: {self.complaint}. The next command whose chain needs it sets it aside "
-            "and makes it anew; `python -m rlhf verify` looks for more."
+            f"{self.path} is damaged: {self.complaint}. The next command that needs it sets it aside "
+            "and rebuilds it; `python -m rlhf verify` looks for more."
         )
 
 
@@ -115,7 +115,7 @@ def read_manifest(directory: Path) -> Manifest:
     if written_as != FORMAT:
         raise ConfigError(
             f"{directory}: written in store format {written_as}, this version reads {FORMAT}. "
-            "Use another store_dir or remove the directory."
+            "Use another store_dir, or remove the directory."
         )
     if values.get("digest") != _manifest_digest(values):
         raise DamagedError(directory, f"its {MANIFEST} is not what was written")

@@ -95,8 +95,8 @@ class PolicyTrainer:
             self.first = self.last = self.evaluate(held_out)
         elif self.bad_steps > config.max_bad_steps:
             raise ConfigError(
-                f"ppo.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps had to be skipped, "
-                f"the last of them step {self.done}. Raise it to go on behind them."
+                f"ppo.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps were skipped, "
+                f"the last one was step {self.done}. Raise it to continue after them."
             )
         batches = prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed)
         with self.job.progress.task("ppo: steps", config.steps) as task, checkpoints.training():
@@ -121,8 +121,8 @@ class PolicyTrainer:
                 if self.bad_steps > config.max_bad_steps:
                     checkpoints.save(self.done, self.engine, self.state_dict())
                     reason = (
-                        f"{self.bad_steps} steps had to be skipped, more than "
-                        f"ppo.max_bad_steps={config.max_bad_steps}; the last because {self.last_bad} Mend "
+                        f"{self.bad_steps} steps were skipped, more than "
+                        f"ppo.max_bad_steps={config.max_bad_steps}; the last because {self.last_bad} Fix "
                         f"ppo.reward={config.reward}, or lower ppo.optim.lr"
                     )
                     self.stop(step, rows, reason, "goes on behind this step")
@@ -141,8 +141,8 @@ class PolicyTrainer:
         done = [metrics for metrics in self.history if "policy_loss" in metrics]
         if not done:
             raise ConfigError(
-                f"ppo.steps={config.steps}: every step had to be skipped, so nothing was learned. "
-                f"Mend ppo.reward={config.reward}, or lower ppo.optim.lr."
+                f"ppo.steps={config.steps}: every step was skipped, so nothing was learned. "
+                f"Fix ppo.reward={config.reward}, or lower ppo.optim.lr."
             )
         mismatches = [each["engine_mismatch"] for each in self.history if "engine_mismatch" in each]
         return {

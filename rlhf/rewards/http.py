@@ -75,7 +75,7 @@ def _ask(url: str, body: bytes, server: RewardServerConfig) -> object:
             reason = f"status {error.code} {error.reason}, {_shown(error)}"
             if error.code < 500 and error.code not in MAY_PASS:
                 raise RewardError(
-                    f"{redacted(url)}: the reward server refuses: {reason}. Mend the URL or the server, and "
+                    f"{redacted(url)}: the reward server refuses: {reason}. Fix the URL or the server, and "
                     "run the same command again."
                 ) from None
         # refused connections and timeouts are OSErrors; an answer cut short is an HTTPException

@@ -85,7 +85,7 @@ def function_reward(source: str) -> Reward:
         raise ConfigError(f"{source}: {error}. Name a function of that module.") from None
     wanted = WANTED.format(name=name)
     if not callable(function):
-        raise ConfigError(f"{source}: {name} is no function. {wanted}")
+        raise ConfigError(f"{source}: {name} is not a function. {wanted}")
     defined = _defined(function)
     place = f"{defined[0]}, line {defined[1]}" if defined else module
     if (arguments := _other_arguments(function)) is not None:

@@ -62,6 +62,6 @@ def give_up(job: Job, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
     path = job.dump(f"step{step}", rows)
     raise ConfigError(
         f"{job.stage}: in step {step} and the {MOST_SKIPPED - 1} before it the gradients were not finite; "
-        f"nothing was learned from them. The last batch is in {path}. Mend the data, lower "
+        f"nothing was learned from them. The last batch is in {path}. Fix the data, lower "
         f"{job.stage}.optim.lr, or try precision=fp32."
     )

@@ -83,7 +83,7 @@ class WandbSink:
             )  # fmt: skip
         except (wandb.Error, OSError) as error:
             raise ConfigError(
-                f"tracker=wandb tracker.mode={config.mode}: wandb cannot begin ({redacted(str(error))}). "
+                f"tracker=wandb tracker.mode={config.mode}: wandb cannot start ({redacted(str(error))}). "
                 "Check the network and `wandb login`, or use tracker.mode=offline; nothing was run."
             ) from None
         self._stages: set[str] = set()

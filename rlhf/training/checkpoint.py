@@ -95,9 +95,9 @@ class Checkpointer:
             )
         except pickle.UnpicklingError as error:
             raise ConfigError(
-                f"{directory}: refused, because it holds more than tensors and numbers "
-                f"({str(error).splitlines()[0]}) It was not written here. Remove it, or start the stage anew "
-                "with checkpoint.resume=false."
+                f"{directory}: refused, because it contains more than tensors and numbers "
+                f"({str(error).splitlines()[0]}) This project did not write it. Remove it, or start the "
+                "stage again with checkpoint.resume=false."
             ) from None
         torch.set_rng_state(state.pop("torch_random"))
         cuda_random = state.pop("cuda_random", None)  # not there if a CPU has come so far
@@ -169,7 +169,7 @@ class Checkpointer:
             raise ConfigError(
                 f"{self.directory}: the checkpoint of step {step} could not be written ({said}); "
                 f"{free / 1e6:.0f} MB are free there. Earlier checkpoints and finished stages are intact: "
-                "mend it (or move store_dir), and the same command goes on."
+                "fix it (or move store_dir), and the same command goes on."
             ) from error
         self._last = time.monotonic()
         self.written.append((self._last - start, size))
@@ -250,7 +250,7 @@ class Checkpointer:
                 changed = {*manifest["input_digests"].items()} ^ {*self.input_digests.items()}
                 inputs = ", ".join(sorted({name for name, _ in changed}))
                 self.tell(
-                    f"{self.stage}: starts anew, because {inputs} was made anew with another result; the "
+                    f"{self.stage}: starts again, because {inputs} was rebuilt with another result; the "
                     f"checkpoints in {self.directory} are removed"
                 )
                 self.discard()

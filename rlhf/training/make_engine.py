@@ -33,8 +33,8 @@ def make_engine(
     if resume is not None and resume["zero"] != compute.zero:
         raise ConfigError(
             f"The checkpoint of step {resume['step']} was written with zero={resume['zero']}, which "
-            f"zero={compute.zero} cannot read. Go on with the former, or start the stage anew with "
-            "checkpoint.resume=false."
+            f"zero={compute.zero} cannot read. Continue with zero={resume['zero']}, or start the stage again "
+            "with checkpoint.resume=false."
         )
     if compute.zero == "none":
         return PlainEngine(model, groups, compute)

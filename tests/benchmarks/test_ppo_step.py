@@ -62,7 +62,7 @@ def test_what_rows_begin_with_alike_is_worked_on_once(model: Path) -> None:
     ("epochs", "peft", "micro_batch_tokens", "passes"),
     [
         (1, "none", 12, 4),  # the pass of `score` is learned from: backward alone, for inputs and weights
-        (1, "none", 11, 6),  # it does not fit, and is made anew
+        (1, "none", 11, 6),  # it does not fit, and is rebuilt
         (3, "none", 12, 4 + 6 + 6),
         (1, "lora", 12, 2),  # the weights are frozen
         (2, "lora", 11, 4 + 4),

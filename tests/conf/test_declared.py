@@ -83,7 +83,7 @@ def test_the_usual_subject_leaves_the_key_as_it_was() -> None:
         ("no_such_module.Mine", r"sft\._target_=no_such_module.Mine: No module .* Searched: .*PYTHONPATH"),
         ("rlhf.config.Sft.Stage", r"sft\._target_=.*: No module named 'rlhf\.config\.Sft'"),
         ("SftStage", r"sft\._target_=SftStage: write MODULE\.CLASS"),
-        ("rlhf.config.Bound", r"Bound is no subclass of rlhf\.pipeline\.stage\.Stage"),
+        ("rlhf.config.Bound", r"Bound is not a subclass of rlhf\.pipeline\.stage\.Stage"),
         ("rlhf.pipeline.stage.Stage", r"a stage needs its own cost and run"),
         ("rlhf.stages.reward.RewardStage", r"its name is reward\. Mount it there"),
     ],

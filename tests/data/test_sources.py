@@ -117,7 +117,7 @@ def test_fields(tmp_path):
     (_, missing), *_ = read(tmp_path / "x.jsonl", fields={"prompt": "question"})
     assert isinstance(missing, RowError)
     assert str(missing) == (
-        '"question" is missing, which `fields` takes "prompt" from (found: q, a, messages, id).'
+        '"question" is missing; `fields` reads "prompt" from it (found: q, a, messages, id).'
     )
 
 

@@ -149,7 +149,7 @@ def test_a_tracker_that_cannot_be_reached_is_told_before_anything_runs(chain: Re
     )  # fmt: skip
     _, err = process.communicate()
     assert process.returncode == 2, err
-    assert "wandb cannot begin" in err and "tracker.mode=offline" in err
+    assert "wandb cannot start" in err and "tracker.mode=offline" in err
     assert not chain.store("untracked").exists() or not list(chain.store("untracked").glob("sft/[!.]*"))
 
 

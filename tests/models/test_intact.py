@@ -111,5 +111,5 @@ def test_a_template_of_the_users_own_is_rendered_too(model: Path, tmp_path: Path
 def test_ids_that_the_model_has_no_row_for_are_told(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 40}))
-    with pytest.raises(ConfigError, match="the model has rows for 40 tokens"):
+    with pytest.raises(ConfigError, match="the model has only 40 tokens"):
         check_tokenizer(base(model), "model.path=here")

@@ -203,9 +203,9 @@ def test_another_base_or_none_is_refused(tiny_model: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="has other weights than the adapter was trained on"):
         merged_policy(artifact, TINY, torch.float32)
     shutil.rmtree(base)
-    with pytest.raises(ConfigError, match=r"its base model \(1\) is not in .* any more"):
+    with pytest.raises(ConfigError, match=r"its base model \(1\) is no longer in .*"):
         merged_policy(artifact, TINY, torch.float32)
-    with pytest.raises(ConfigError, match="no adapter/ in it"):
+    with pytest.raises(ConfigError, match="it has no adapter/"):
         merged_policy(tiny_model, TINY, torch.float32)
 
 

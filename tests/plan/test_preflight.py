@@ -224,12 +224,12 @@ def test_what_the_model_cannot_be_trained_with_is_refused_before_anything_is_tra
 @pytest.mark.parametrize(
     ("config", "peft", "complaint"),
     [
-        (MISTRAL, "prefix", r"sft\.peft=prefix: not every layer of MistralForCausalLM looks at all that"),
+        (MISTRAL, "prefix", r"sft\.peft=prefix: not every layer of MistralForCausalLM attends to all"),
         (GPT2, "qlora", r"sft\.peft=qlora: bitsandbytes holds no weights of GPT2LMHeadModel in 4 bits"),
         (GPT2, "adapter", r"sft\.peft=adapter: attention and feed-forward of GPT2LMHeadModel could not be"),
         (MAMBA, "ia3", r"sft\.peft=ia3: peft does not know which layers of a mamba model to scale"),
-        (MAMBA, "prompt", r"sft\.peft=prompt: not every layer of MambaForCausalLM looks at all"),
-        (RWKV, "prompt", r"sft\.peft=prompt: not every layer of RwkvForCausalLM looks at all"),
+        (MAMBA, "prompt", r"sft\.peft=prompt: not every layer of MambaForCausalLM attends to all"),
+        (RWKV, "prompt", r"sft\.peft=prompt: not every layer of RwkvForCausalLM attends to all"),
         (MISTRAL, "lora", None),
         (GPT2, "prefix", None),
         (GPT2, "ia3", None),
@@ -287,7 +287,7 @@ def test_ranks_that_cannot_share_a_batch_are_told_before_anything_is_trained(
     finished_chain: tuple[Chain, Outcome],
 ) -> None:
     two = on_cpu(world_size=2)
-    with pytest.raises(ConfigError, match=r"sft.batch_rows=7 cannot be shared equally by 2 ranks"):
+    with pytest.raises(ConfigError, match=r"sft.batch_rows=7 cannot be divided equally over 2 ranks"):
         before(finished_chain[1], two, "sft", "sft.batch_rows=7")
     with pytest.raises(ConfigError, match=r"reward.batch_pairs=7 cannot"):
         before(finished_chain[1], two, "reward", "reward.batch_pairs=7")

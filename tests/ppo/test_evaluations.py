@@ -82,7 +82,7 @@ def test_a_reward_that_is_gone_during_an_evaluation_costs_nothing(
 
 def test_what_a_bad_last_step_left_is_evaluated_by_the_next_run(tmp_path: Path, tiny_model: Path) -> None:
     first = learner_in(tmp_path / "first", tiny_model, Faulty(bad_rollout=4), "ppo.max_bad_steps=0")
-    with pytest.raises(ConfigError, match="ppo: step 4: 1 steps had to be skipped"):
+    with pytest.raises(ConfigError, match="ppo: step 4: 1 steps were skipped"):
         train(first)
     assert evaluated_steps(first) == [0, 2]
     second = learner_in(tmp_path / "second", tiny_model, Faulty(), "ppo.max_bad_steps=1")

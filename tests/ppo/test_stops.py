@@ -80,7 +80,7 @@ def mapped(name: str) -> bool:
 def test_no_rank_holds_a_checkpoint_that_it_goes_on_from(tmp_path: Path, tiny_model: Path) -> None:
     """A policy's best weights are in it: all ranks read the state, and rank 0 alone needs them."""
     first = learner_in(tmp_path / "first", tiny_model, Length(2), "ppo.steps=4", "ppo.max_bad_steps=0")
-    with pytest.raises(ConfigError, match="1 steps had to be skipped"):
+    with pytest.raises(ConfigError, match="1 steps were skipped"):
         train(first)
 
     during: list[bool] = []
@@ -108,7 +108,7 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
     with pytest.raises(ConfigError) as error:
         train(first)
     message = str(error.value)
-    assert message.startswith("ppo: step 4: 2 steps had to be skipped, more than ppo.max_bad_steps=1")
+    assert message.startswith("ppo: step 4: 2 steps were skipped, more than ppo.max_bad_steps=1")
     assert "is nan." in message and "ppo.reward=python:small_ppo:starts_with_e" in message
     assert str(first.job.run_directory / "ppo-step4.jsonl") in message
     assert logged_steps(first) == [1, 2, 3, 4]

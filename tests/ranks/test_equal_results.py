@@ -94,7 +94,7 @@ def test_a_model_trained_by_sharded_ranks_is_a_plain_directory(chain: RealChain,
 def test_a_batch_that_the_ranks_cannot_share_is_refused(chain: RealChain) -> None:
     _, err = chain.run("uneven", "launch.processes=2", "ppo.batch_episodes=9", code=2)
     assert err.count("Error:") == 1
-    assert "ppo.batch_episodes=9 cannot be shared equally by 2 ranks. Use 8 or 10." in err
+    assert "ppo.batch_episodes=9 cannot be divided equally over 2 ranks. Use 8 or 10." in err
 
 
 def test_one_ranks_exception_ends_the_others_and_is_shown_once(chain: RealChain) -> None:

@@ -138,7 +138,7 @@ WANTED = (
             "its arguments are (prompts, responses, tokenizer) (FILE",
         ),
         ("def score(*, prompts, responses):", "its arguments are (*, prompts, responses) (FILE, line 3)."),
-        ("score = 3 #", "score is no function."),
+        ("score = 3 #", "score is not a function."),
     ],
 )
 def test_a_function_with_other_arguments_is_told_before_anything_runs(
@@ -222,7 +222,7 @@ def test_a_judge_edited_while_ppo_trains_is_asked_as_it_was(folder: Path) -> Non
     outcome = chain.run(*MEDDLED)
     assert outcome.code == 0, outcome.err
     assert judge.read_text() == new
-    line = "evaluate: the code of python:their_judge:score was changed; this run keeps what it imported\n"
+    line = "evaluate: the code of python:their_judge:score has changed; this run keeps what it imported\n"
     assert line in outcome.out
     metrics = outcome.summary["stages"]["evaluate"]["metrics"]
     assert metrics["evaluate/gold_mean/ppo"] == 1.0

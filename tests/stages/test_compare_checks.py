@@ -27,7 +27,7 @@ def test_a_question_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     outcome = chain.run("stage=compare", questions, "compare.max_new_tokens=4")
     assert outcome.code == 2
     assert "compare.questions: long.jsonl line 2: the question has 8" in outcome.err
-    assert "context of 1024 leaves it 723 beside its answer" in outcome.err
+    assert "context of 1024 leaves 723 beside its answer" in outcome.err
     assert outcome.statuses == {"prepare": "ran"}  # nothing was trained
 
 
@@ -74,7 +74,7 @@ def test_what_training_rows_ask_is_left_out(asks: str, tiny_model: Path, tmp_pat
     assert job.summary is not None
     assert (job.summary["questions"], job.summary["leaks"]) == (1, 1)
     questions.write_text(json.dumps(rows[0]))
-    with pytest.raises(ConfigError, match="a training row asks the same as each of its 1 questions"):
+    with pytest.raises(ConfigError, match="each of its 1 questions is also in a training row"):
         stage.check_data(job.data, job.base)  # before anything is trained
 
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_compared_is_told_before_the_run(changes: dict[str, Any],
 
 def test_an_artifact_that_lost_its_lineage_is_told_before_the_run(tmp_path: Path) -> None:
     publish_tiny(Store(tmp_path), "ppo", {"inputs": {"sft": "gone"}})
-    with pytest.raises(ConfigError, match="made from sft/gone, which is not in the store"):
+    with pytest.raises(ConfigError, match="made from sft/gone, which is no longer in the store"):
         make_stage(artifacts=[str(tmp_path / "ppo" / "tuned")]).check({})
 
 

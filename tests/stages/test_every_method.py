@@ -219,14 +219,14 @@ def test_dora_and_ia3_were_not_tried_with_sharded_weights() -> None:
     with pytest.raises(ConfigError) as error:
         build("stage=sft", "zero=zero3", "sft.peft=dora")
     assert str(error.value) == (
-        "zero=zero3: sft.peft=dora was not tried with sharded weights. "
+        "zero=zero3: sft.peft=dora is not tested with sharded weights. "
         "Use zero=none, or sft.peft=none or lora."
     )
     build("stage=sft", "zero=zero3", "sft.peft=lora", "ppo.peft=ia3")  # ppo is not run
 
 
 def test_what_vllm_cannot_be_handed() -> None:
-    with pytest.raises(ConfigError, match=r"what ppo\.peft=ia3 trains cannot be handed over"):
+    with pytest.raises(ConfigError, match=r"vLLM cannot use what ppo\.peft=ia3 trains"):
         build("stage=ppo", "generation=vllm", "ppo.peft=ia3", "ppo.score.normalize=none")
     build("stage=sft", "generation=vllm", "sft.peft=ia3")  # published as a plain model
 
@@ -353,5 +353,5 @@ def test_low_rank_updates_of_weights_in_4_bits(name: str, tmp_path: Path, tiny_m
 
 
 def test_4_bits_want_a_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.peft=qlora: 4-bit weights are for a GPU, and this"):
+    with pytest.raises(ConfigError, match=r"reward\.peft=qlora: 4-bit weights need a GPU, and this"):
         build("stage=reward", "reward.peft=qlora", "device=cpu")

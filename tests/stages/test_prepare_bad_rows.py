@@ -24,7 +24,7 @@ def test_a_bad_row_is_one_error_in_the_users_keys(bench):
         "A preference row needs prompt, chosen, rejected. Are they in other columns? "
         f"reward.pairs='{{path: {bench.directory}/reward.jsonl, "
         "fields: {prompt: prompt, chosen: chosen, rejected: COLUMN}}'. "
-        "Mend the row, or set prepare.on_bad_row=drop to leave out such rows."
+        "Fix the row, or set prepare.on_bad_row=drop to leave out such rows."
     )
 
 

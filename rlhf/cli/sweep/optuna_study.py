@@ -56,7 +56,7 @@ class Study:
         if known != search:
             before, now = sorted({*known} - {*search}), sorted({*search} - {*known})
             raise ConfigError(
-                f"run_name={directory.name} is the study of another search: it had "
+                f"run_name={directory.name} is a study with another search: it had "
                 f"{', '.join(before) or '-'}, this one has {', '.join(now) or '-'}. Choose another run_name."
             )
         self._study.set_user_attr("search", search)

@@ -118,8 +118,8 @@ class GridSweep(Sweeper):
                 raise ConfigError(f"{key}: a sweep's trials share it. Give it one value.")
             if redacted(override.input_line) != override.input_line or says_secret(key):
                 raise ConfigError(
-                    f"{key}: there is a secret among its values, and a sweep writes down what its trials "
-                    "differ in. Give it one value, from the environment: '${oc.env:NAME}'."
+                    f"{key}: there is a secret among its values, and a sweep writes the values of its trials "
+                    "to files. Give it one value, from the environment: '${oc.env:NAME}'."
                 )
         resolved = self.compose([*fixed.values()])
         name = resolved["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -184,7 +184,8 @@ class GridSweep(Sweeper):
                 search.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"runs_dir={search.directory.parent}: {search.directory} cannot be made ({error.strerror})."
+                f"runs_dir={search.directory.parent}: {search.directory} cannot be created "
+                f"({error.strerror})."
             ) from None
         with Run(search.directory).alone() if main else nullcontext():
             self.begin(search)

@@ -219,8 +219,8 @@ def check_reached(model: PreTrainedModel) -> None:
             handle.remove()
     if missed:
         raise ConfigError(
-            f"peft: {type(model).__name__} reads the weights of {', '.join(sorted(missed))} past an adapter, "
-            "which would learn nothing. Name the others in target_modules, or use freeze or none."
+            f"peft: {type(model).__name__} would not use an adapter of {', '.join(sorted(missed))}, so it "
+            "would learn nothing. Name only the others in target_modules, or use freeze or none."
         )
 
 
@@ -314,7 +314,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         ConfigError: an adapter of a kind that cannot be folded in this way.
     """
     if virtual_tokens(model) is not None:
-        raise ConfigError("Virtual tokens are no weights of the model: vLLM cannot be handed them.")
+        raise ConfigError("Virtual tokens are not weights of the model, so vLLM cannot use them.")
     adapted: dict[str, Any] = {}
     own: set[str] = set()
     for name, layer in model.named_modules():

@@ -72,14 +72,13 @@ def merged_policy(artifact: Path, settings: ModelConfig, dtype: torch.dtype) -> 
     origin = origin_of(artifact)
     if origin is None:
         raise ConfigError(
-            f"{artifact}: no adapter/ in it, so nothing to merge: all its weights were trained."
+            f"{artifact}: it has no adapter/, so there is nothing to merge: all its weights were trained."
         )
     kind = described(artifact)["peft_type"]
     if kind in UNMERGED:
         raise ConfigError(
-            f"{artifact}: what {UNMERGED[kind]} trains cannot be merged into the weights: no weights of the "
-            "model alone answer as it does. Use the artifact as it is, or train with lora, dora, ia3 or "
-            "freeze."
+            f"{artifact}: what {UNMERGED[kind]} trains cannot be merged into the weights. Use the "
+            "artifact as it is, or train with lora, dora, ia3 or freeze."
         )
     model = load_causal_lm(origin.found(artifact), settings, dtype)
     adapter, _ = attach_published(model, artifact)

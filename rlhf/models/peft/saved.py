@@ -67,13 +67,13 @@ class Origin(Strict):
         directory = self.place(artifact)
         if not (directory / "config.json").is_file():
             raise ConfigError(
-                f"{artifact}: its base model ({self.key}) is not in {directory} any more. Run the stage that "
-                "makes it again with the same store_dir, or put it back."
+                f"{artifact}: its base model ({self.key}) is no longer in {directory}. Run the stage "
+                "that makes it again with the same store_dir, or put it back."
             )
         if weights_digest(directory) != self.digest:
             raise ConfigError(
                 f"{artifact}: its base model in {directory} has other weights than the adapter was trained "
-                "on. Train the adapter again, or put the former weights back."
+                "on. Train the adapter again, or put the old weights back."
             )
         return directory
 
@@ -141,7 +141,7 @@ def origin_of(artifact: Path) -> Origin | None:
     try:
         return Origin.model_validate_json(path.read_bytes()) if path.exists() else None
     except ValidationError:
-        raise ConfigError(f"{path}: cannot be read. Remove the artifact; it is then made anew.") from None
+        raise ConfigError(f"{path}: cannot be read. Remove the artifact; the next run rebuilds it.") from None
 
 
 def base_of(artifact: Path) -> Path | None:
@@ -203,7 +203,7 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
-            f"method={config.method}: what it would train of {type(model).__name__} could not be published: "
+            f"method={config.method}: what it trains in {type(model).__name__} cannot be published: "
             f"{reason}. Use freeze or none, or other target_modules."
         ) from error
 

@@ -126,15 +126,15 @@ def check_virtual_tokens(model: PreTrainedModel, method: str) -> None:
     """
     if virtual_tokens(model) is not None:
         raise ConfigError(
-            f"method={method}: {type(model).__name__} has virtual tokens of its own. Use another method."
+            f"method={method}: {type(model).__name__} already has virtual tokens. Use another method."
         )
     settings = model.config.get_text_config()
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
     has_attention = getattr(settings, "num_attention_heads", None) is not None
     if kinds != {"full_attention"} or getattr(settings, "sliding_window", None) or not has_attention:
         raise ConfigError(
-            f"method={method}: not every layer of {type(model).__name__} looks at all that stands before a "
-            "token (sliding windows, or no attention), so virtual tokens would be lost. Use lora or adapter."
+            f"method={method}: not every layer of {type(model).__name__} attends to all earlier tokens "
+            "(sliding windows, or no attention), so virtual tokens would be lost. Use lora or adapter."
         )
 
 
