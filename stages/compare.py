@@ -53,7 +53,8 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.report.compare import METHODS, Quality, comparison_cells, contenders, draw, write_csv
-from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
+from rlhf.rewards.kinds import RewardSource, reward_digest
+from rlhf.rewards.reward import Exchange, finite_scores
 
 if TYPE_CHECKING:
     from rlhf.compare.answering import Answers

@@ -22,7 +22,8 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.rewards.reward import Exchange, RewardSource, finite_scores, reward_digest
+from rlhf.rewards.kinds import RewardSource, reward_digest
+from rlhf.rewards.reward import Exchange, finite_scores
 
 if TYPE_CHECKING:
     from rlhf.generation.policy_model import PolicyModel

@@ -31,7 +31,8 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import ppo_cost
-from rlhf.rewards.reward import Reward, reward_digest, reward_directory
+from rlhf.rewards.kinds import reward_digest, reward_directory
+from rlhf.rewards.reward import Reward
 from rlhf.tracking.redaction import redacted
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from rlhf.pipeline.settings import LaunchConfig, SweepConfig
 from rlhf.pipeline.stage import Stage, in_order
 from rlhf.rewards.code import import_code
 from rlhf.rewards.http import RewardServerConfig
-from rlhf.rewards.reward import RewardSource
+from rlhf.rewards.kinds import RewardSource
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import TrackerConfig
 from rlhf.training.checkpoint import CheckpointConfig

@@ -10,7 +10,7 @@ from rlhf.config import Strict
 from rlhf.data.sources import PromptSource, SourceConfig
 from rlhf.models.peft.config import Peft
 from rlhf.models.start import Init
-from rlhf.rewards.reward import RewardSource
+from rlhf.rewards.kinds import RewardSource, reward_kind
 from rlhf.training.config import OptimConfig
 
 
@@ -146,7 +146,7 @@ class PpoConfig(Strict):
     @property
     def scores_by_rule(self) -> bool:
         """No model scores."""
-        return self.reward == "vader" or self.reward.startswith(("python:", "http:", "https:"))
+        return not reward_kind(self.reward).has_model
 
     @property
     def critic_on_reward(self) -> bool:

@@ -18,15 +18,9 @@ from rlhf.models.load import context_left
 from rlhf.models.peft.saved import attach_published, described, origin_of
 from rlhf.models.value_head import ScalarModel, load_scalar_model
 from rlhf.models.weight_sharing import Backbone, offload, sharing
-from rlhf.rewards.http import RewardServerConfig, remote_reward
-from rlhf.rewards.reward import (
-    Exchange,
-    Reward,
-    RewardError,
-    function_reward,
-    reward_directory,
-    vader_reward,
-)
+from rlhf.rewards.http import RewardServerConfig
+from rlhf.rewards.kinds import reward_directory, reward_kind
+from rlhf.rewards.reward import Exchange, Reward, RewardError
 
 CUT_TOKENS = 8
 """A response that fills the context exactly may be so much longer with its end token, decoded and encoded
@@ -135,9 +129,9 @@ def make_reward(
     directory = reward_directory(source, learned)
     if directory is not None:
         return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, device)
-    if source.startswith(("http:", "https:")):
-        return spread(remote_reward(source, server), compute)
-    return spread(vader_reward if source == "vader" else function_reward(source), compute)
+    make = reward_kind(source).make
+    assert make is not None, f"{source}: its kind has neither a model nor a rule"
+    return spread(make(source, server), compute)
 
 
 def spread(reward: Reward, compute: Compute) -> Reward:

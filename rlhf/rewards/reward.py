@@ -5,23 +5,16 @@ A reward is a callable from exchanges to one fp32 score each, on the CPU; higher
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
-from urllib.parse import urlsplit
-
-from pydantic import AfterValidator
+from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
-from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.rewards.code import imported_code
-from rlhf.tracking.redaction import USER_INFO, redacted, without_environment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,26 +37,6 @@ WANTED = (
     "for each response."
 )
 """Of a user's function."""
-
-
-def _checked(source: str) -> str:
-    kind, _, rest = source.partition(":")
-    if kind in ("http", "https"):
-        try:
-            urlsplit(source).port  # noqa: B018
-        except ValueError as error:
-            raise ValueError(f"{error}: use http://HOST:PORT/PATH") from None
-    if source in ("learned", "vader") or (kind in ("model", "http", "https") and rest):
-        return source
-    if kind == "python" and ":" in rest:
-        return source
-    raise ValueError("use learned, vader, model:DIRECTORY, python:MODULE:FUNCTION or http://HOST:PORT/PATH")
-
-
-RewardSource = Annotated[str, AfterValidator(_checked)]
-"""`learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a sequence-classification model with one
-label and a linear `score` head (Llama, Mistral, Qwen, Gemma, GPT-2, ...), its own tokenizer and template),
-`python:MODULE:FUNCTION`, or the URL of a server (rlhf/rewards/http.py)."""
 
 
 class RewardError(ConfigError):
@@ -139,37 +112,6 @@ def _defined(function: UserFunction) -> tuple[str, int] | None:
     return (file, line) if file else None
 
 
-def reward_digest(source: str | None, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-    """What decides the scores beside the reward stage's model, by its name: part of the key of all that it
-    scored. A directory's content, a function's code as it was imported, a scorer's version, a server's URL.
-
-    Args:
-        digest: as of `Stage.external_digests`.
-
-    Raises:
-        ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
-    """
-    if source is not None and source.startswith("model:"):
-        from rlhf.models.value_head import check_score_head
-
-        directory = Path(source.removeprefix("model:"))
-        if not (directory / "config.json").is_file():
-            raise ConfigError(f"{source}: no config.json there. Give a one-label classification model.")
-        check_score_head(directory)
-        return {source: digest(directory)}
-    if source is not None and source.startswith("python:"):
-        function_reward(source)
-        return imported_code(source)
-    if source is not None and source.startswith(("http:", "https:")):
-        # whole, but for what the environment calls a secret: ?key=A and ?key=B may be two rewards, and both
-        # are written down as ?key=<redacted>
-        whole = digest_of(USER_INFO.sub("", without_environment(source)))
-        return {f"{redacted(source.partition('?')[0])} ({whole[:8]})": whole}
-    if source == "vader":
-        return {"vaderSentiment": importlib.metadata.version("vaderSentiment")}
-    return {}
-
-
 def vader_reward(exchanges: Sequence[Exchange]) -> Tensor:
     """VADER's compound sentiment in [-1, 1]: the demo's gold reward (Hutto & Gilbert 2014)."""
     import torch
@@ -177,14 +119,6 @@ def vader_reward(exchanges: Sequence[Exchange]) -> Tensor:
 
     analyzer = SentimentIntensityAnalyzer()
     return torch.tensor([analyzer.polarity_scores(exchange.response)["compound"] for exchange in exchanges])
-
-
-def reward_directory(source: str, learned: Path | None) -> Path | None:
-    """The directory of the model that scores, or None for a rule."""
-    if source == "learned":
-        assert learned is not None
-        return learned
-    return Path(source.removeprefix("model:")) if source.startswith("model:") else None
 
 
 def finite_scores(reward: Reward, exchanges: Sequence[Exchange], name: str) -> Tensor:

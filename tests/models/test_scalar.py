@@ -29,7 +29,7 @@ from rlhf.models.value_head import (
     reset_head,
     save_scalar_model,
 )
-from rlhf.rewards.reward import reward_digest
+from rlhf.rewards.kinds import reward_digest
 
 TINY = ModelConfig(kind="tiny")
 CPU = torch.device("cpu")

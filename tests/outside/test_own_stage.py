@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 import yaml
 from real_processes import RealChain, kill, newest_step
 from small_chain import Chain, Outcome
+
+from rlhf.rewards.kinds import REWARD_KINDS
 
 HERE = Path(__file__).parent
 CONFIG = f"--config-dir={HERE / 'conf'}"
@@ -94,6 +97,32 @@ def test_the_script_finds_modules_of_the_current_directory(tmp_path: Path) -> No
     done = subprocess.run([script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"{tmp_path / 'dpo_beside_me.py'} has no DpoStag. Did you mean DpoStage?" in done.stderr
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of reward kinds, as it was before."""
+    monkeypatch.setattr("rlhf.rewards.kinds.REWARD_KINDS", dict(REWARD_KINDS))
+    monkeypatch.delitem(sys.modules, "toy_length", raising=False)
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_reward_kind_of_ones_own_is_like_the_others(finished_chain: tuple[Chain, Outcome]) -> None:
+    chain, _ = finished_chain
+    mounted = (*MOUNTED, "dpo._target_=toy_length.DpoStage", "stage=[ppo,evaluate]")
+    refused = chain.run(*mounted, "ppo.reward=length:many")
+    assert (
+        refused.code == 2 and "python:MODULE:FUNCTION, http://HOST:PORT/PATH or length:COUNT" in refused.err
+    )
+    outcome = chain.run(*mounted, "ppo.reward=length:3", "ppo.score.normalize=none", "evaluate.gold=length:2")
+    assert outcome.code == 0, outcome.err
+    assert "reward" not in outcome.statuses  # no model scores
+    rows = [json.loads(line) for line in (outcome.artifact("evaluate") / "responses.jsonl").open()]
+    for row in rows:
+        count = len(row["response"])
+        assert (row["score"], row["gold"]) == (-abs(count - 3), -abs(count - 2))
+    recipe = json.loads((outcome.artifact("ppo") / "manifest.json").read_text())["recipe"]
+    assert recipe["external"].keys() >= {"length", "python:toy_length:length"}
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ from small_chain import Chain
 from rlhf.config import ConfigError
 from rlhf.models.base import ModelConfig, base_identity
 from rlhf.rewards.code import has_changed
-from rlhf.rewards.reward import Exchange, function_reward, reward_digest
+from rlhf.rewards.kinds import reward_digest
+from rlhf.rewards.reward import Exchange, function_reward
 
 SOURCE = "python:their_reward:score"
 FUNCTION = "def score(prompts, responses):\n    return [{value} for _ in responses]\n"

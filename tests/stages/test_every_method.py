@@ -28,8 +28,8 @@ from rlhf.models.value_head import ScalarModel, load_scalar_model
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
+from rlhf.rewards.kinds import reward_digest
 from rlhf.rewards.model import LearnedReward
-from rlhf.rewards.reward import reward_digest
 from rlhf.stages.ppo import PpoStage
 
 TINY = ModelConfig(kind="tiny")
