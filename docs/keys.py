@@ -93,7 +93,7 @@ def page() -> str:
     values, stages = composed()
     found = {name: parts(field.annotation) for name, field in Settings.model_fields.items()}
     sections = {name: each[0] for name, each in found.items() if each and get_origin(each[0]) is not Literal}
-    text = [INTRODUCTION, part("## Beside the stages", None, rows(Settings, values, skip=sections))]
+    text = [INTRODUCTION, part("## For the whole run", None, rows(Settings, values, skip=sections))]
     for name, section in sections.items():
         text.append(part(f"## {name}", section.__doc__, rows(section, values[name], f"{name}.")))
     for name, stage in stages.items():

@@ -51,21 +51,21 @@ class Strict(BaseModel):
 
 
 class Bound(Strict):
-    """The range a stage's summary metric must lie in, and what to try when it does not.
+    """The range of a stage's summary metric, and what to try if the metric is outside.
 
     Checked after every run and every reuse; `STAGE.gates.METRIC=null` turns it off. A metric that was
-    measured on a sample of rows has a 95% interval: the gate passes where the whole interval lies in the
-    range, fails where none of it does, and cannot tell in between; then the run goes on.
+    measured on a sample of rows has a 95% interval: the gate passes if the whole interval is in the
+    range, and fails if none of it is. In between it cannot tell, and the run continues.
     """
 
     min: float | None = None
-    """The least that passes; null for no bound."""
+    """The smallest value that passes; null for no bound."""
     max: float | None = None
-    """The most that passes; null for no bound."""
+    """The largest value that passes; null for no bound."""
     advice: str
-    """What to try when the gate fails; the run says it."""
+    """What to try if the gate fails. The run prints it."""
     rows: str | None = None
-    """What gives the metric more rows; the run says it when the gate cannot tell."""
+    """How to give the metric more rows. The run prints it if the gate cannot tell."""
 
     def holds(self, value: float) -> bool:
         """Whether value lies in the range; NaN never does."""

@@ -1,4 +1,4 @@
-"""Compare prompting, retrieval and tuned models on the same questions: what an answer is worth, and its cost.
+"""Compare prompting, retrieval and tuned models on the same questions: quality and cost of the answers.
 
 Reads   the base model; tuned artifacts; questions with or without answers; the training rows of `sft.data` as
         examples; a corpus to search; a reward.
@@ -90,17 +90,17 @@ class CompareStage(Stage):
     not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
 
     questions: SourceConfig | None
-    """Rows with a question and, if there is one, its answer; null takes the held-out rows of sft.data."""
+    """Rows with a question and, if there is one, its answer; null uses the held-out rows of sft.data."""
     corpus: SourceConfig | None
-    """What retrieval searches: texts, or questions with answers; null takes the training rows of sft.data."""
+    """What retrieval searches: texts, or questions with answers; null uses the training rows of sft.data."""
     num_questions: PositiveInt | None
-    """How many questions, the first ones; null takes all."""
+    """How many questions, the first ones; null uses all."""
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the base model is asked; the first is what the others' win rate is against."""
     artifacts: Annotated[list[str], AfterValidator(_once)]
-    """Tuned models. A word is a stage of this run, such as sft, ppo or merge. What has a slash is a
-    directory: of a store, a link to one, or any that `save_pretrained` wrote, whose training's cost is not
-    known."""
+    """Tuned models. A word is a stage of this run, such as sft, ppo or merge. A value with a slash
+    is a directory: of a store, a link to one, or any directory that `save_pretrained`
+    wrote (the cost of its training is then unknown)."""
     tuned_methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
     """How the tuned models are asked."""
     retriever: RetrieverName

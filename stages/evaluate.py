@@ -1,4 +1,4 @@
-"""Compare the base, SFT, PPO and merged policies on what nothing was trained on.
+"""Compare the base, SFT, PPO and merged policies on prompts that no stage trains on.
 
 Reads   the policies; evaluation prompts (`evaluate.prompts`); the learned reward and, where it is known, the
         gold one; sft.data's held-out answers, which show what was learned; general texts and questions
@@ -104,33 +104,33 @@ class EvaluateStage(Stage):
 
     prompts: PromptSource | None
     """A source, or a key as in ppo.prompts. If training reads the same rows, `prepare` sets a share of them
-    aside. `auto` takes the demo's; if some data is yours, the same rows as ppo.prompts."""
+    aside. `auto` uses the demo's; if some data is yours, the same rows as ppo.prompts."""
     retention: SourceList | None
     """What the model should not forget: files of texts, of multiple-choice questions, or both. If training
-    reads one of them too, `prepare` sets a share of it aside. Null measures no forgetting. `auto` takes the
+    reads one of them too, `prepare` sets a share of it aside. Null measures no forgetting. `auto` uses the
     demo's; if some data is yours, null."""
     init: Init
     """What PPO started from: `sft`, `base` or a directory. The others are compared with it."""
     policies: list[str] = Field(min_length=1)
     """The policies that are compared: base, stages that make one (sft, ppo, merge, your own), and `init`, the
     directory of evaluate.init. Win rate and gold gain need evaluate.subject and what PPO started from, KL the
-    latter, task gain and forgetting need base; otherwise these metrics are left out. `auto` takes base, what
+    latter, task gain and forgetting need base; otherwise these metrics are left out. `auto` uses base, what
     PPO started from, and ppo."""
     lm_eval: list[str]
     """Tasks of EleutherAI's lm-eval, asked on one rank while the others wait; [] for none."""
     lm_eval_tasks: str | None
     """A folder of lm-eval's task files to take them from; null for its own tasks, whose data it downloads."""
     lm_eval_limit: PositiveInt | None
-    """Questions of each task; null takes all."""
+    """Questions of each task; null uses all."""
     reward: RewardSource | None
     """What PPO was trained on; null leaves it out."""
     gold: RewardSource | None
-    """The true reward, if it is known; null leaves it out. `auto` takes VADER for the demo; if some data is
+    """The true reward, if it is known; null leaves it out. `auto` uses VADER for the demo; if some data is
     yours, null."""
     num_prompts: PositiveInt | None
-    """How many evaluation prompts, the first ones; null takes all."""
+    """How many evaluation prompts, the first ones; null uses all."""
     num_references: PositiveInt | None
-    """How many held-out answers of sft.data are used to measure what was learned, the first ones; null takes
+    """How many held-out answers of sft.data are used to measure what was learned, the first ones; null uses
     all."""
     subject: str
     """The policy whose win rate and gains are measured, against what PPO started from."""

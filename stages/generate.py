@@ -1,4 +1,4 @@
-"""Sample several answers a prompt and score them.
+"""Sample several answers to each prompt and score them.
 
 Reads   the model that PPO starts from; the training prompts (`ppo.prompts`); a reward.
 Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (usable as `reward.pairs`); and
@@ -50,7 +50,7 @@ class GenerateStage(Stage):
     splits: list[Literal["train", "held_out"]] = Field(min_length=1)
     """Splits of `ppo.prompts` that are answered."""
     num_prompts: PositiveInt | None
-    """How many prompts, the first ones; null takes all."""
+    """How many prompts, the first ones; null uses all."""
     samples_per_prompt: PositiveInt
     """Responses to each prompt."""
     max_new_tokens: PositiveInt

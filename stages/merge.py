@@ -1,4 +1,4 @@
-"""Interpolate between the base model and a tuned one: some of the task for some of what tuning forgot.
+"""Interpolate between the base model and a tuned one, to recover a part of what tuning forgot.
 
 Reads   the base model; the model of another stage.
 Writes  a plain causal-LM directory with the weights base + alpha (tuned - base).

@@ -1,4 +1,4 @@
-"""Which way to adapt the model, before anything runs: what each needs, what speaks against it, and a choice.
+"""Which way to adapt the model, before anything trains: what each way needs, what rules it out, and a choice.
 
 Reads   the model's config, without weights; the lengths of the prepared data, unless they are given.
 Writes  plan.md (the table, with every figure's arithmetic) and experiment/planned.yaml, which does what is
@@ -92,7 +92,7 @@ class PlanStage(Stage):
     gpu_tflops: PositiveFloat
     """Dense bf16 TFLOP/s of a GPU, from its data sheet."""
     gpu_bandwidth: Terabytes
-    """Bandwidth of a GPU's memory, a second, such as 2.0TB."""
+    """Bandwidth of a GPU's memory per second, such as 2.0TB."""
     hours: PositiveFloat | None
     """Longest training time, hours; null for no limit."""
     price_per_gpu_hour: PositiveFloat | None

@@ -402,7 +402,7 @@ class PpoStage(PpoConfig, Stage):
             return self.critic.init
         against = self.against_critic_on_reward(reward, tokenizer)
         told = f"sft, the policy's start (ppo.init={self.init}): {against}" if against else "reward"
-        job.progress.console.print(f"ppo.critic.init=auto takes {told}.", highlight=False, markup=False)
+        job.progress.console.print(f"ppo.critic.init=auto uses {told}.", highlight=False, markup=False)
         return "sft" if against else "reward"
 
     def against_critic_on_reward(self, reward: Reward, tokenizer: PreTrainedTokenizerBase) -> str | None:

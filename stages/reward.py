@@ -63,11 +63,11 @@ class RewardStage(Stage):
     )
 
     pairs: SourceConfig | None
-    """Rows with a prompt, a chosen and a rejected answer. `auto` takes the demo's, if none of the data is
+    """Rows with a prompt, a chosen and a rejected answer. `auto` uses the demo's, if none of the data is
     yours."""
     init: Init
-    """The model that it starts from: `sft`, `base`, or a `save_pretrained` directory. With another than `sft`
-    it needs no SFT stage."""
+    """The model that it starts from: `sft`, `base`, or a `save_pretrained` directory. Unless it is `sft`, no
+    SFT stage is needed."""
     optim: OptimConfig
     peft: Peft
     epochs: PositiveInt

@@ -56,12 +56,12 @@ class SftStage(Stage):
     )
 
     data: SourceConfig | None
-    """Rows with a prompt and its answer. `auto` takes the demo's, if none of the data is yours."""
+    """Rows with a prompt and its answer. `auto` uses the demo's, if none of the data is yours."""
     replay: SourceConfig | None
-    """General texts or exchanges that are learned beside `data`, so that the model does not forget them. Of
-    texts everything is learned, of exchanges the answers."""
+    """General texts or conversations that SFT also learns, so that the model does not forget them. It
+    learns whole texts, and the answers of conversations."""
     replay_fraction: float = Field(ge=0, lt=1)
-    """Share of the learned tokens that are replayed, as near as whole rows come; 0 turns it off.
+    """Share of the learned tokens that are replayed, as near as whole rows allow; 0 turns it off.
 
     Source: rehearsal, Robins 1995; for language models Scialom et al. 2022 (arXiv:2205.12393) and Ibrahim et
     al. 2024 (arXiv:2403.08763).
@@ -71,14 +71,14 @@ class SftStage(Stage):
     epochs: PositiveFloat
     """Passes over the training rows, such as 1.5."""
     batch_rows: PositiveInt
-    """Rows of `data` per optimizer step, over all ranks; replayed rows come on top."""
+    """Rows of `data` per optimizer step, over all ranks; replayed rows are added to them."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: bool
     """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
     more time, the same result."""
     turns: Literal["all", "last"]
-    """Which answers of a conversation are learned: every assistant turn, or the last one."""
+    """Which answers of a conversation SFT learns: every assistant turn, or the last one."""
     max_tokens: PositiveInt
     """Longer rows are cut: the end of the answer is lost. The model's context is a limit too. Rows whose
     prompt leaves no room for an answer are left out. Both are counted."""

@@ -207,7 +207,7 @@ def test_malformed_yaml_in_a_config_directory_is_told(tmp_path: Path) -> None:
         ({"plan": {"gpu_memory": 80}}, "plan.gpu_memory=80: a number without a unit. Write 80GiB"),
         ({"plan": {"gpu_memory": "80"}}, "Write 80GiB"),
         ({"plan": {"gpu_bandwidth": 3.35}}, "Write 3.35TB"),
-        ({"ppo": {"gates": {"kll": {"max": 1, "advice": "x"}}}}, "nothing of the name kll. Did you mean kl?"),
+        ({"ppo": {"gates": {"kll": {"max": 1, "advice": "x"}}}}, "has no metric kll. Did you mean kl?"),
         ({"evaluate": {"gates": {"win_rates": {"max": 1, "advice": "x"}}}}, "Did you mean win_rate"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ class FewShotConfig(Strict):
     """nearest: found by compare.retriever for each question, and others by the seed where it finds too few;
     random: the same for all, by the seed."""
     template: Annotated[str, _naming("question")]
-    """What the examples' turns and the last one say."""
+    """The text of the examples' turns and of the last one."""
 
 
 class RetrievalConfig(Strict):
@@ -46,7 +46,7 @@ class RetrievalConfig(Strict):
     passage_template: Annotated[str, _naming("passage")]
     """One passage; they follow each other, the best first."""
     template: Annotated[str, _naming("passages", "question")]
-    """What the question's turn says."""
+    """The text of the question's turn."""
 
 
 @dataclass(frozen=True)

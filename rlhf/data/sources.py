@@ -54,7 +54,7 @@ class SourceConfig(Strict):
     subset: str | None = None
     """hub: the data set's configuration, where it has several."""
     split: str | None = None
-    """hub: which split to read; `train` unless told otherwise."""
+    """hub: which split to read; `train` if null."""
     revision: str | None = None
     """hub: a commit. Without one a data set that changes there is not noticed."""
     limit: PositiveInt | None = None

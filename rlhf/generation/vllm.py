@@ -33,14 +33,14 @@ class VllmConfig(Strict):
     """`vllm.*`: the engine of `generation=vllm`, on each rank. Values: conf/config.yaml."""
 
     kv_cache_gib: PositiveFloat
-    """GiB for keys and values, beside the engine's own copy of the policy; held until the run ends."""
+    """GiB for keys and values, in addition to the engine's copy of the policy; kept until the run ends."""
     max_num_seqs: PositiveInt
     """Responses that are decoded together."""
     max_model_len: PositiveInt | None
-    """Tokens of prompt and response together; null takes the model's context. One such row must fit into
+    """Tokens of prompt and response together; null uses the model's context. One such row must fit into
     kv_cache_gib."""
     enforce_eager: bool
-    """Use neither torch.compile nor CUDA graphs: starts sooner, decodes more slowly. Always true on CPUs."""
+    """Turn torch.compile and CUDA graphs off: starts sooner, decodes more slowly. Always true on CPUs."""
 
 
 class Vllm:

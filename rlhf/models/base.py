@@ -55,8 +55,8 @@ class ModelConfig(Strict):
     chat_template: str | None = None
     """chatml, plain, or a jinja file; null keeps the tokenizer's own (plain if it has none)."""
     attention: str = "auto"
-    """auto lays rows end to end if the model allows it, else takes sdpa, else eager. transformers' sdpa,
-    eager, ... pad rows."""
+    """auto puts rows end to end if the model allows it; otherwise it uses sdpa, or else eager.
+    transformers' sdpa, eager, ... pad rows."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""
 
@@ -155,8 +155,8 @@ LONGEST_REASON = 250
 ADVICE = {
     "safetensors": "Only safetensors are read.",
     "custom code": "Code in the directory is only run with model.trust_remote_code=true.",
-    "attention": "model.attention=auto takes one that the model has.",
-    "attn_implementation": "model.attention=auto takes one that the model has.",
+    "attention": "model.attention=auto uses one that the model has.",
+    "attn_implementation": "model.attention=auto uses one that the model has.",
 }
 """What helps against transformers' complaints, by a word in them."""
 

@@ -77,7 +77,7 @@ def is_own(source: Any) -> bool:
 
 
 def _of_own(key: str, config: Mapping[str, Any], own: list[str]) -> Any:
-    """What `auto` takes where some data are the user's: for prompts the key whose prompts they are."""
+    """What `auto` uses where some data are the user's: for prompts the key whose prompts they are."""
     if key == "evaluate.prompts" and "ppo.prompts" in own:
         return "ppo.prompts"
     if key in ("ppo.prompts", "evaluate.prompts"):

@@ -41,20 +41,20 @@ ADVICE: dict[Role, str] = {
 
 
 class DemoConfig(Strict):
-    """What `auto` takes as long as none of the data is yours: the packaged sets in `data/`."""
+    """What `auto` uses as long as none of the data is yours: the packaged sets in `data/`."""
 
     sft: SourceConfig
-    """What `sft.data=auto` takes."""
+    """What `sft.data=auto` uses."""
     reward: SourceConfig
-    """What `reward.pairs=auto` takes."""
+    """What `reward.pairs=auto` uses."""
     ppo: SourceConfig
-    """What `ppo.prompts=auto` takes."""
+    """What `ppo.prompts=auto` uses."""
     evaluate: SourceConfig
-    """What `evaluate.prompts=auto` takes."""
+    """What `evaluate.prompts=auto` uses."""
     retention: SourceList
-    """What `evaluate.retention=auto` takes."""
+    """What `evaluate.retention=auto` uses."""
     gold: RewardSource | None
-    """What `evaluate.gold=auto` takes."""
+    """What `evaluate.gold=auto` uses."""
 
 
 class Settings(Strict):
@@ -63,7 +63,7 @@ class Settings(Strict):
     stage: Names
     """`all`, one stage, or a list. The stages that they need, and that are not in the store, run too."""
     run_name: str | None = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-    """Name of the run's directory; null takes the time."""
+    """Name of the run's directory. null: the time."""
     runs_dir: str
     """Directory of all runs."""
     store_dir: str
@@ -71,9 +71,9 @@ class Settings(Strict):
     seed: NonNegativeInt
     """Seed of all random numbers in the run."""
     device: Literal["auto", "cpu"]
-    """auto takes a GPU if there is one."""
+    """auto uses a GPU if there is one."""
     precision: Precision
-    """Precision of weights and activations. auto takes bf16 if this hardware multiplies it faster, else fp32.
+    """Precision of weights and activations. auto uses bf16 if this hardware multiplies it faster, else fp32.
     fp16 is refused, because it would need loss scaling."""
     zero: Zero
     """What DeepSpeed shards over the ranks: nothing, the optimizer (1), also gradients (2), also weights (3).
@@ -88,7 +88,7 @@ class Settings(Strict):
     why: bool
     """Explain why each stage is reused or run, down to the changed key."""
     force: Names
-    """Stages to run again, even if the store has their artifact; their checkpoints are forgotten."""
+    """Stages to run again, even if the store has their artifact; their checkpoints are deleted."""
     gates: Literal["enforce", "warn"]
     """Whether a failing gate ends the run (exit code 3) or is only reported."""
     preflight: Literal["enforce", "warn"]

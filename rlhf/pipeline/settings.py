@@ -35,7 +35,7 @@ class SweepConfig(Strict):
     direction: Literal["maximize", "minimize"]
     """Whether more of the metric is better, or less."""
     trials: PositiveInt
-    """Trials of an optuna study in all."""
+    """Number of all trials of an optuna study."""
     parallel: PositiveInt
     """Trials at once, if the launcher can do that; Hydra's own launcher runs them one by one."""
     seed: NonNegativeInt
@@ -73,4 +73,4 @@ class LaunchConfig(Strict):
     """`launch.*`: the ranks that `python -m rlhf` starts by itself."""
 
     processes: PositiveInt | None
-    """Ranks on this machine; null takes one for each visible GPU, or one without a GPU."""
+    """Ranks on this machine; null uses one for each visible GPU, or one without a GPU."""

@@ -28,11 +28,11 @@ class KlConfig(Strict):
 
 
 class CriticConfig(Strict):
-    """`ppo.critic.*`: the model of values, which learns beside the policy."""
+    """`ppo.critic.*`: the model that predicts returns; it trains together with the policy."""
 
     init: Literal["auto", "reward", "sft"]
     """What the critic starts from: the reward model, rescaled to the normalised score; or (`sft`) the
-    policy's start, `ppo.init`, with a head of zeros. `auto` takes the reward model if it fits: a model
+    policy's start, `ppo.init`, with a head of zeros. `auto` uses the reward model if it fits: a model
     scores, with the policy's tokenizer and template, under a fixed normalisation. The run says which."""
     optim: OptimConfig
     warmup_steps: NonNegativeInt
@@ -64,12 +64,12 @@ class PtxConfig(Strict):
     """`ppo.ptx.*`: the pretraining-mix loss (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
 
     coef: NonNegativeFloat
-    """Weight beside the policy loss; 0 turns it off."""
+    """Weight of this loss, added to the policy loss; 0 turns it off."""
     data: SourceConfig | None
-    """General texts or exchanges that the policy should not forget: of texts everything is learned, of
-    exchanges the answers. Null takes sft.data."""
+    """General texts or conversations that the policy should not forget: whole texts, and the answers
+    of conversations. Null uses sft.data."""
     rows: PositiveInt
-    """Rows of it per optimizer step."""
+    """Rows of `data` per optimizer step."""
 
 
 class PpoConfig(Strict):
@@ -77,16 +77,16 @@ class PpoConfig(Strict):
 
     prompts: PromptSource | None
     """The prompts that PPO answers and learns from: a source, or `sft.data` or `reward.pairs` for the prompts
-    of those rows. `auto` takes the demo's; if some data is yours, the prompts of sft.data, else those of
+    of those rows. `auto` uses the demo's; if some data is yours, the prompts of sft.data, else those of
     reward.pairs."""
     init: Init
     """The model that the policy starts from, which is the reference too: `sft`, `base`, or a
-    `save_pretrained` directory. With another than `sft` it needs no SFT stage."""
+    `save_pretrained` directory. Unless it is `sft`, no SFT stage is needed."""
     reward: RewardSource
     """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
     classification model), `python:MODULE:FUNCTION`, or the URL of a server."""
     steps: PositiveInt
-    """Number of rollouts; each is learned from `epochs` times."""
+    """Number of rollouts. PPO passes over each of them `epochs` times."""
     batch_episodes: PositiveInt
     """Episodes per rollout, over all ranks."""
     minibatch_episodes: PositiveInt
@@ -98,7 +98,7 @@ class PpoConfig(Strict):
     max_new_tokens: PositiveInt
     """A longer response is cut off."""
     temperature: PositiveFloat
-    """Divides the logits of policy and reference alike, when sampling and when training."""
+    """Divides the logits of both policy and reference, in sampling and in training."""
     optim: OptimConfig
     peft: Peft
     critic: CriticConfig
@@ -112,7 +112,7 @@ class PpoConfig(Strict):
     clip: float = Field(gt=0, lt=1)
     """How far the probability ratio may move away from 1 and still get a gradient."""
     clip_high: PositiveFloat | None
-    """The same for ratios above 1; null takes clip."""
+    """The same for ratios above 1; null uses clip."""
     dual_clip: float | None = Field(gt=1)
     """Ratio above which a token with a negative advantage gets no gradient; null for no limit."""
     value_clip: PositiveFloat | None

@@ -32,12 +32,12 @@ LONGEST_SHOWN = 300
 
 
 class RewardServerConfig(Strict):
-    """`reward_server.*`: how a reward at http://... is asked. Values: conf/config.yaml."""
+    """`reward_server.*`: how the run calls a reward at http://.... Values: conf/config.yaml."""
 
     timeout: PositiveFloat
-    """Seconds that the server may stay silent before it is asked again."""
+    """Longest wait for the server's answer, in seconds, before the next attempt."""
     retries: NonNegativeInt
-    """How often it is asked again when it does not answer, or answers with status 408, 425, 429, or 500 and
+    """Number of further attempts if it does not answer, or answers with status 408, 425, 429, or 500 and
     above. Another status, such as 401, ends the run at once."""
 
 

@@ -18,7 +18,7 @@ from rlhf.tracking.redaction import redacted
 
 
 class TrackerConfig(Strict):
-    """`tracker.*`: where metrics go, beside the files."""
+    """`tracker.*`: where metrics go, in addition to the files."""
 
     kind: Literal["none", "wandb", "tensorboard"]
     """Set it by `tracker=NAME`."""

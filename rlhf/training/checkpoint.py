@@ -47,7 +47,7 @@ class CheckpointConfig(Strict):
     keep: PositiveInt
     """How many of the newest checkpoints stay until the stage is done."""
     resume: bool
-    """Whether to go on from the newest checkpoint; false starts the stage again."""
+    """Whether to continue from the newest checkpoint; false starts the stage again."""
 
 
 @dataclass

@@ -12,7 +12,7 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 
 class OptimConfig(Strict):
-    """AdamW and its schedule. Defaults stand in the stage's YAML."""
+    """AdamW and its schedule. The stage's YAML has the defaults."""
 
     lr: PositiveFloat
     """The highest learning rate of the schedule."""
@@ -24,6 +24,6 @@ class OptimConfig(Strict):
     schedule: Schedule
     """How the rate changes after the warm-up: it falls to 0 in a line or along half a cosine, or stays."""
     warmup_fraction: float = Field(ge=0, lt=1)
-    """Share of the steps over which the rate climbs from 0 at first."""
+    """Share of the steps at the start in which the rate rises from 0."""
     max_grad_norm: PositiveFloat
     """Gradients with a larger norm are scaled down to it."""

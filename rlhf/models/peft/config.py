@@ -19,7 +19,7 @@ from rlhf.models.peft.methods import METHODS
 class PeftConfig(Strict):
     """Which parameters are trained: `sft.peft=lora`, or `sft.peft={method:lora,rank:8}`.
 
-    What each method is, where it comes from and what can be done with it: rlhf/models/peft/methods.py.
+    What each method is, its source and what works with it: rlhf/models/peft/methods.py.
     """
 
     method: Literal[
@@ -35,7 +35,7 @@ class PeftConfig(Strict):
     layers: PositiveInt = 2
     """freeze: how many of the model's last layers are trained."""
     placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
-    """adapter: a bottleneck behind each feed-forward layer; or behind attention too."""
+    """adapter: a bottleneck after each feed-forward layer; or also after attention."""
     size: PositiveInt = 64
     """adapter: size of the bottlenecks."""
     tokens: PositiveInt = 20
