@@ -53,6 +53,23 @@ def test_a_slip_is_told_with_what_was_meant(tmp_path: Path, arguments: list[str]
         assert word in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["verfy", "store_dir=store"], " Did you mean verify?"),
+        (["sft", "model=tiny"], " Did you mean stage=sft?"),
+        (["x.jsonl"], ""),
+    ],
+)
+def test_a_first_word_without_an_equals_sign_is_a_command(
+    tmp_path: Path, arguments: list[str], meant: str
+) -> None:
+    outcome = run_main(tmp_path, arguments, tmp_path)
+    assert outcome.code == 2
+    grammar = "The form is `python -m rlhf [COMMAND] [key=value ...]`, and COMMAND may be verify."
+    assert outcome.err.startswith(f"Error: {arguments[0]}: there is no such command.{meant} {grammar}")
+
+
 def test_what_is_advised_is_read_as_it_was_meant(tmp_path: Path) -> None:
     outcome = composed(tmp_path, "sft.data='a=b.jsonl'", "reward.pairs=my pairs.jsonl")
     assert yaml.safe_load(outcome.out)["sft"]["data"] == "a=b.jsonl"

@@ -15,7 +15,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 
-from rlhf import __version__
 from rlhf.config import ConfigError, did_you_mean, nearest
 
 ADDED = ("experiment", "remedy", "sweep")
@@ -27,11 +26,6 @@ SUBMITIT = ("submitit_local", "submitit_slurm")
 EXPERIMENT = re.compile(r"^\+{0,2}experiment=(.+\.ya?ml)$")
 PACKAGE = re.compile(r"^\s*#\s*@package\s+(\S+)", re.M)
 ALL_KEYS = "`python -m rlhf --cfg job` lists every one, docs/keys.md says what each means."
-
-
-def version() -> str:
-    """What `--version` says."""
-    return f"rlhf {__version__}"
 
 
 def readable(arguments: Sequence[str]) -> list[str]:
