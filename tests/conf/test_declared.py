@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from test_conf import compose_plainly
 
 from rlhf.config import ConfigError
 from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.stage import in_order
+from rlhf.stages.merge import MergeStage
 
 
-def build(*overrides: str, **sections: dict[str, Any]) -> Experiment:
-    return build_experiment(compose_plainly("model=tiny", *overrides) | sections)
+def build(*overrides: str) -> Experiment:
+    return build_experiment(compose_plainly("model=tiny", *overrides))
 
 
 def test_a_stage_stands_behind_what_it_reads_wherever_it_is_mounted() -> None:
@@ -23,6 +23,19 @@ def test_a_stage_stands_behind_what_it_reads_wherever_it_is_mounted() -> None:
     for name, stage in backwards.stages.items():
         assert {*stage.inputs()} <= {*names[: names.index(name)]}
     assert backwards.needed() == ["prepare", "sft", "reward", "generate", "ppo", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("reads", "complaint"),
+    [
+        ({"a": "b", "b": "c", "c": "b"}, "b reads c reads b: they read each other"),
+        ({"first": "second", "second": "frist"}, r"second: it reads frist, and .* Did you mean first\?"),
+    ],
+)
+def test_what_cannot_be_put_in_order_is_told(reads: dict[str, str], complaint: str) -> None:
+    stages = {name: MergeStage.model_construct(policy=other) for name, other in reads.items()}
+    with pytest.raises(ConfigError, match=complaint):
+        in_order(stages)
 
 
 @pytest.mark.parametrize(
@@ -39,9 +52,8 @@ def test_a_stage_stands_behind_what_it_reads_wherever_it_is_mounted() -> None:
     ],
 )
 def test_only_a_stage_that_makes_a_policy_is_read_as_one(override: str, complaint: str) -> None:
-    turned_off = ("evaluate.gates.win_rate=null",)
     with pytest.raises(ConfigError, match=complaint):
-        build(override, *turned_off)
+        build(override, "evaluate.gates.win_rate=null")
 
 
 @pytest.mark.parametrize(
