@@ -268,7 +268,7 @@ def test_with_a_higher_limit_the_same_command_goes_on(
 def test_a_run_without_one_good_step_is_no_success(chain: Chain) -> None:
     outcome = chain.run(f"ppo.reward=python:{__name__}:never_in_training", "ppo.max_bad_steps=9", *BY_RULE)
     message = complaint(outcome)
-    assert "every step were skipped" in message
+    assert "every step was skipped" in message
     assert f"Fix ppo.reward=python:{__name__}:never_in_training" in message
 
 

@@ -132,7 +132,7 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
         assert torch.equal(restored.best_weights[name], value), name
 
     again = learner_in(tmp_path / "again", tiny_model, Length(), *overrides)
-    with pytest.raises(ConfigError, match=r"^ppo\.max_bad_steps=1: 2 steps .* last of them step 4\. Raise"):
+    with pytest.raises(ConfigError, match=r"^ppo\.max_bad_steps=1: 2 steps .* last one was step 4\. Raise"):
         train(again)
     assert again.reward.rollouts == 0
 
