@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from small_job import on_cpu
 from test_artifacts import publish
 
 import rlhf.training.checkpoint
+from rlhf.config import ConfigError
 from rlhf.distributed.signals import StopSignals
 from rlhf.pipeline.store import Store
 from rlhf.tracking.tracker import Tracker
@@ -133,3 +135,32 @@ def test_the_seconds_of_earlier_attempts_count(tmp_path: Path, clock: Clock) -> 
     second = checkpointer(tmp_path)
     clock.now += 7
     assert second.spent() == 107
+
+
+def test_what_saving_cost_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = checkpointer(tmp_path)
+    assert checkpoints.cost() == ""
+    monkeypatch.setattr(time, "monotonic", lambda now=checkpoints._start: now + 30.0)
+    checkpoints.written = [(1.0, 3_000_000)]
+    assert checkpoints.cost() == " (1 checkpoint of 3 MB, 1.0 s each, 3.3% of the time)"
+    checkpoints.written.append((2.0, 4_000_000))
+    assert checkpoints.cost() == " (2 checkpoints of 4 MB, 1.5 s each, 10.0% of the time)"
+
+
+def test_only_a_file_that_could_not_be_written_is_the_disks_fault(tmp_path: Path) -> None:
+    """torch's writer raises a RuntimeError for a full disk too."""
+
+    class Failing(PlainEngine):
+        said = ""
+
+        def save(self, directory: Path) -> None:
+            raise RuntimeError(self.said)
+
+    model = torch.nn.Linear(2, 2)
+    failing = Failing(model, [(model.parameters(), OPTIM)], on_cpu())
+    failing.said = "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"
+    with pytest.raises(ConfigError, match="the checkpoint of step 1 could not be written"):
+        checkpointer(tmp_path).save(1, failing, {})
+    failing.said = "a shape that does not fit"
+    with pytest.raises(RuntimeError, match="a shape that does not fit"):
+        checkpointer(tmp_path).save(1, failing, {})

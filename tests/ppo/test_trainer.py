@@ -334,3 +334,17 @@ def test_hidden_padding_does_not_reach_a_log_probability(make) -> None:
     for index in range(16):
         alone_BR = logp([index])
         torch.testing.assert_close(alone_BR[0], together_BR[index, : alone_BR.shape[1]], atol=1e-5, rtol=1e-5)
+
+
+def test_explained_variance_is_the_mean_of_the_last_quarter(make) -> None:
+    bad, good = (
+        {"explained_variance": x, "explained_variance_error": e} for x, e in ((-9.0, 9.0), (0.5, 0.2))
+    )
+    trainer = make()
+    one = trainer.explained_variance([bad, bad, bad, good])
+    assert (one.value, one.low, one.high) == pytest.approx((0.5, 0.3, 0.7))
+    assert one.rows == trainer.config.batch_episodes
+    two = trainer.explained_variance([*[bad] * 6, good, {**good, "explained_variance": 0.1}])
+    half = math.hypot(0.2, 0.2) / 2
+    assert (two.value, two.low, two.high) == pytest.approx((0.3, 0.3 - half, 0.3 + half))
+    assert two.rows == 2 * trainer.config.batch_episodes
