@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.sampling import most_added, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
@@ -149,6 +149,11 @@ class EvaluateStage(Stage):
 
     @model_validator(mode="after")
     def _gates_can_be_measured(self) -> Self:
+        if self.subject not in ("ppo", *self.policies):  # ppo, the usual one, may be left out
+            raise ValueError(
+                f"subject={self.subject} is not in policies=[{','.join(self.policies)}]."
+                f"{did_you_mean(self.subject, self.policies)} Add it, or choose one of them"
+            )
         needs: dict[str, tuple[set[str], bool]] = {
             "win_rate": ({self.start, self.subject}, self.gold is None and self.reward is None),
             "win_rate_learned": ({self.start, self.subject}, self.reward is None),

@@ -74,7 +74,7 @@ def test_only_a_stage_that_trains_is_planned(override: str, complaint: str) -> N
 def test_the_subject_of_evaluate_owns_its_gates() -> None:
     of_sft = ("evaluate.policies=[base,sft]", "evaluate.subject=sft", "ppo.init=base")
     assert build("stage=evaluate", *of_sft).stages["evaluate"].inputs()[:2] == ("prepare", "sft")
-    with pytest.raises(ConfigError, match=r"gate win_rate needs merge in evaluate\.policies"):
+    with pytest.raises(ConfigError, match=r"evaluate: subject=merge is not in policies=\[base,sft,ppo\]"):
         build("stage=evaluate", "evaluate.subject=merge")
 
 
