@@ -33,7 +33,7 @@ def commands() -> list[str]:
     found = []
     for document in DOCUMENTS:
         text = document.read_text().replace("\\\n", " ")
-        found += re.findall(r"^\s*(python -m rlhf(?: [^\n#]*)?)", text, re.MULTILINE)
+        found += re.findall(r"^\s*(python -m rlhf(?! \[)(?: [^\n#]*)?)", text, re.MULTILINE)
     return sorted({re.split(r"\s{2,}", command.strip())[0] for command in found})
 
 
