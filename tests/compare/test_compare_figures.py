@@ -89,7 +89,7 @@ def test_training_is_the_whole_lineage_and_each_stage_counts_once(tmp_path: Path
 def test_a_lineage_with_a_gap_has_no_known_cost(tmp_path: Path) -> None:
     ppo = publish(Store(tmp_path / "store"), "ppo", "d", 1000, sft="gone")
     with pytest.raises(
-        ConfigError, match=r"compare\.artifacts: .*made from sft/gone, which is not in the store"
+        ConfigError, match=r"compare\.artifacts: .*made from sft/gone, which is no longer in the store"
     ):
         training_seconds(ppo)
 

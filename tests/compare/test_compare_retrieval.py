@@ -38,7 +38,9 @@ def test_bm25_finds_nothing_where_no_word_is_shared() -> None:
 
 
 def test_texts_without_words_cannot_be_searched() -> None:
-    with pytest.raises(ConfigError, match=r"compare\.retriever=bm25: none of the 2 texts"):
+    with pytest.raises(
+        ConfigError, match=r"compare\.retriever=bm25: the 2 texts to search have only English stop words"
+    ):
         bm25_index(["the", "?"])
 
 
