@@ -164,3 +164,18 @@ def test_only_a_file_that_could_not_be_written_is_the_disks_fault(tmp_path: Path
     failing.said = "a shape that does not fit"
     with pytest.raises(RuntimeError, match="a shape that does not fit"):
         checkpointer(tmp_path).save(1, failing, {})
+
+
+def test_it_saves_at_every_so_many_steps(tmp_path: Path) -> None:
+    checkpoints, model = checkpointer(tmp_path, every_steps=2, keep=9), engine()
+    for step in range(1, 6):
+        checkpoints.after_step(step, model, {})
+    assert sorted(path.name for path in checkpoints.directory.glob("step-*")) == [
+        "step-00000002", "step-00000004",
+    ]  # fmt: skip
+
+
+def test_a_place_that_takes_no_directory_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(ConfigError, match="the checkpoint of step 1 could not be written"):
+        checkpointer(tmp_path).save(1, engine(), {})

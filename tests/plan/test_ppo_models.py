@@ -165,3 +165,61 @@ def test_the_mix_is_cut_where_virtual_tokens_leave_no_room() -> None:
         config = experiment(f"ppo.peft={peft}", "ppo.ptx.coef=0.5").stages["ppo"]
         assert isinstance(config, PpoConfig)
         assert mix_lengths(config, on).longest == longest
+
+
+EVERYTHING = (
+    "ppo.peft=none", "ppo.ema_decay=0.99", "ppo.ptx.coef=0.5", "ppo.ptx.rows=8", "ppo.steps=12",
+    "ppo.batch_episodes=48", "ppo.minibatch_episodes=24", "ppo.epochs=1", "ppo.max_new_tokens=40",
+    "ppo.evaluate_every=6", "ppo.evaluate_prompts=48",
+)  # fmt: skip
+STATES = [
+    "policy and critic", "trained", "reference", "reward model", "a copy of what trained", "moving average",
+]  # fmt: skip
+
+
+def test_the_work_of_ppo_by_hand() -> None:
+    """12 x 48 = 576 episodes, and 3 x 48 = 144 answers of evaluations; prompts of 400 tokens, answers of 40."""
+    found = experiment(*EVERYTHING)
+    work = found.stages["ppo"].cost(gpus(80), found.stages).work
+    assert [(task.activity, task.how.lstrip("(").partition(":")[0]) for task in work] == [
+        ("load", "policy, reference, published model"), ("load", "critic"), ("load", "reward model"),
+        ("read", "scores"), ("read", "episodes"), ("decode", "episodes"), ("read", "evaluations"),
+        ("decode", "evaluations"), ("read", "log-probabilities"), ("read", "values"), ("train", "policy"),
+        ("train", "critic"), ("train", "pretraining mix"),
+        ("optimizer", "24 x 1.58e+10 parameters x 40 B / 2000 GB/s"),
+    ]  # fmt: skip
+    tokens = {task.how.lstrip("(").partition(":")[0]: task.how for task in work if " tokens " in task.how}
+    expected = {
+        "scores": (576 + 144) * 440, "episodes": 576 * 400, "evaluations": 144 * 400,
+        # the reference reads all, the policy what it is evaluated on, and its episodes before it learns
+        "log-probabilities": (576 + 2 * 144 + 576) * 440,
+        "values": 576 * 440, "policy": 576 * 440, "critic": 576 * 440, "pretraining mix": 24 * 8 * 400,
+    }  # fmt: skip
+    assert {name: float(how.partition(" tokens ")[0].rpartition(" ")[2]) for name, how in tokens.items()} == {
+        name: pytest.approx(value, rel=0.005) for name, value in expected.items()
+    }
+
+
+def test_what_ppo_holds_and_when_by_hand() -> None:
+    found = experiment(*EVERYTHING)
+    cost = found.stages["ppo"].cost(gpus(80), found.stages)
+
+    def parts(phase: str) -> list[str]:
+        (held,) = [each.parts for each in cost.phases if each.name == phase]
+        return [part.how.partition(":")[0] for part in held]
+
+    assert [phase.name for phase in cost.phases] == [
+        "loading", "sampling", "reward model", "reference", "learning", "optimizer step", "publishing",
+    ]  # fmt: skip
+    assert parts("loading") == ["2 whole models", "reward model", "the one that is being read"]
+    for phase in cost.phases[1:]:
+        held = parts(phase.name)
+        assert all(name.find(state) >= 0 for name, state in zip(held, STATES, strict=False)), held
+    (average,) = [part for part in cost.phases[1].parts if part.how.startswith("moving average")]
+    trained = EIGHT.parameters
+    scalar = EIGHT.parameters - EIGHT.head + 4096  # a score's head instead of the vocabulary's
+    assert average.size == 4 * trained
+    # masters and two moments in fp32 of both; the best policy so far in bf16, and its average
+    assert cost.checkpoint == pytest.approx(3 * 4 * (trained + scalar) + 2 * trained + 4 * trained, rel=1e-6)
+    assert cost.artifact == pytest.approx(2 * trained, rel=1e-3)
+    assert (cost.longest, cost.sampled, cost.context) == (940, 940, 40_960)
