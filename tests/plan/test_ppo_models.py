@@ -178,7 +178,7 @@ STATES = [
 
 
 def test_the_work_of_ppo_by_hand() -> None:
-    """12 x 48 = 576 episodes, and 3 x 48 = 144 answers of evaluations; prompts of 400 tokens, answers of 40."""
+    """12 x 48 = 576 episodes, 3 x 48 = 144 answers of evaluations; prompts of 400 tokens, answers of 40."""
     found = experiment(*EVERYTHING)
     work = found.stages["ppo"].cost(gpus(80), found.stages).work
     assert [(task.activity, task.how.lstrip("(").partition(":")[0]) for task in work] == [
