@@ -306,6 +306,8 @@ def stage_class(name: str, target: str) -> type[Stage]:
             f"{key}: {error}.{near} Searched: {', '.join(path or '.' for path in sys.path)}. Start in the "
             "module's directory, install it, or put its directory on PYTHONPATH."
         ) from None
+    except SyntaxError as error:
+        raise ConfigError(f"{key}: {error.filename}:{error.lineno}: {error.msg}. Fix that line.") from None
     if found is None:
         near = did_you_mean(attribute, [each for each in vars(sys.modules[module]) if each.endswith("Stage")])
         raise ConfigError(f"{key}: {sys.modules[module].__file__} has no {attribute}.{near}")

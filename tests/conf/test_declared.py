@@ -105,3 +105,14 @@ def test_a_mistyped_target_is_told(target: str, complaint: str) -> None:
     composed["sft"]["_target_"] = target
     with pytest.raises(ConfigError, match=complaint):
         build_experiment(composed)
+
+
+def test_a_module_that_is_no_python_is_told_by_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_written.py").write_text("class DpoStage(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    composed = compose_plainly("model=tiny")
+    composed["sft"]["_target_"] = "half_written.DpoStage"
+    with pytest.raises(ConfigError, match=r"sft\._target_=half_written\.DpoStage: .*half_written\.py:1: "):
+        build_experiment(composed)
