@@ -273,8 +273,8 @@ def test_without_a_launcher_that_asks_no_exit_code_is_left(tmp_path: Path) -> No
 
 
 def run_and_signal(tmp_path: Path, signal_name: str) -> subprocess.Popen[bytes]:
-    """`python -m rlhf` that is signalled while it imports `datasets`, which is before any run began."""
-    early = tmp_path / "datasets"
+    """`python -m rlhf` that is signalled while it imports `hydra`, which is before any run began."""
+    early = tmp_path / "hydra"
     early.mkdir()
     (early / "__init__.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{signal_name})\n")
     return subprocess.Popen(
