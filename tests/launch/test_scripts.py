@@ -276,7 +276,11 @@ def run_and_signal(tmp_path: Path, signal_name: str) -> subprocess.Popen[bytes]:
     """`python -m rlhf` that is signalled while it imports `hydra`, which is before any run began."""
     early = tmp_path / "hydra"
     early.mkdir()
-    (early / "__init__.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{signal_name})\n")
+    (early / "__init__.py").write_text(
+        f"import os, signal, sys\nos.kill(os.getpid(), signal.{signal_name})\n"
+        f"sys.path[:] = [each for each in sys.path if each != {str(tmp_path)!r}]\n"
+        "del sys.modules['hydra']\nimport hydra\n"  # itself
+    )
     return subprocess.Popen(
         [sys.executable, "-m", "rlhf", "model=tiny"], cwd=tmp_path,
         env=os.environ
