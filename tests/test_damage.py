@@ -407,7 +407,7 @@ def test_two_ranks_mend_it_together(
         cwd=copy.directory, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("begins again") == 1
+    assert done.stdout.count("starts again") == 1
     assert Outcome(0, "", "", copy.directory / "runs" / "two").statuses == {
         "prepare": "reused", "sft": "ran", "reward": "ran"
     }  # fmt: skip

@@ -177,9 +177,9 @@ def test_offloading_leaves_on_the_device_what_is_gathered() -> None:
 HOLDING = """
 import json, os, sys
 import torch
-from rlhf.config import OptimConfig
+from rlhf.training.config import OptimConfig
 from rlhf.distributed.compute import make_compute
-from rlhf.training.engine import make_engine
+from rlhf.training.make_engine import make_engine
 from rlhf.training.optimizer import ClippedAdamW
 from torch import nn
 
