@@ -35,10 +35,10 @@ def learned(tiny_model: Path, directory: Path, template: str | None = None) -> L
 @pytest.mark.parametrize(
     ("kind", "overrides", "words"),
     [
-        ("learned", (), "takes reward."),
-        ("learned", ("ppo.score.normalize=running",), "takes sft, .*running changes the score's units"),
-        ("foreign", (), "takes sft, .*the reward model has another tokenizer or chat template"),
-        ("rule", (), r"takes sft, the policy's start \(ppo.init=sft\): ppo.reward=python:.* is no model"),
+        ("learned", (), "uses reward."),
+        ("learned", ("ppo.score.normalize=running",), "uses sft, .*running changes the score's units"),
+        ("foreign", (), "uses sft, .*the reward model has another tokenizer or chat template"),
+        ("rule", (), r"uses sft, the policy's start \(ppo.init=sft\): ppo.reward=python:.* is no model"),
     ],
 )
 def test_what_auto_takes(
