@@ -70,7 +70,5 @@ def test_without_a_gpu_it_is_refused(tiny_model: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_the_policy_shares_cannot_be_away(tmp_path: Path, tiny_model: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"ppo\.frozen=offloaded: with ppo\.peft=lora .*policy's weights"
-    ):
+    with pytest.raises(ConfigError, match=r"ppo\.frozen=offloaded: with ppo\.peft=lora .*policy's weights"):
         ppo_stage("ppo.frozen=offloaded", "ppo.peft=lora").trainer(ppo_job(tmp_path, tiny_model))
