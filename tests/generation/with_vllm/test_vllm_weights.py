@@ -230,5 +230,5 @@ class TestRefusals:
     def test_a_context_that_is_too_short(
         self, engines: Engines, model: PreTrainedModel, prompts: list[Tensor]
     ) -> None:
-        with pytest.raises(ConfigError, match=r"vllm.max_model_len=32: .* 42 tokens.* takes 32"):
+        with pytest.raises(ConfigError, match=r"vllm.max_model_len=32: .* 42 tokens.* accepts 32"):
             sample(engines.get(max_model_len=32), model, prompts)
