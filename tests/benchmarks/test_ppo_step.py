@@ -132,7 +132,7 @@ def test_what_a_benchmark_would_leave_out_is_refused(override: str) -> None:
 
 
 def test_a_peer_on_the_cpu_is_not_compared_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it is refused before a GPU is touched
     check(work_with("device=cpu"), "trl")
     check(work_with("device=auto"), None)
     with pytest.raises(SystemExit, match=r"^device=auto: .* Use device=cpu\.$"):

@@ -200,6 +200,7 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
                 adapter.merge()
                 if {name: weight.shape for name, weight in trained.state_dict().items()} != shapes:
                     raise ValueError("the merged model has other weights")
+    # what peft and transformers raise where a model has other modules than they expect; on the meta device
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
