@@ -54,7 +54,7 @@ from rlhf.data.chat_template import prompt_ids, response_text
 from rlhf.data.prepared import PreparedData
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.ppo.trainer import prompt_batches
-from rlhf.rewards.reward import Exchange, vader_reward
+from rlhf.rewards.reward import vader_reward
 
 HERE = Path(__file__).parent
 NAMES = {"rlhf": "this project", "trl": "TRL"}
@@ -164,12 +164,11 @@ def judge(answer: dict[str, Any], demo: Demo, work: dict[str, Any]) -> dict[str,
     judged, texts = [], []
     for done, rows in answer.pop("evaluations"):
         texts = [response_text(demo.tokenizer, ids) for ids in rows]
-        exchanges = map(Exchange, work["held_out_prompts"], texts)
         judged.append(
             Evaluation(
                 episodes=sum(answer["episodes"][:done]),
                 seconds=sum(answer["seconds"][:done]),
-                gold=float(vader_reward(list(exchanges)).mean()),
+                gold=float(vader_reward(work["held_out_prompts"], texts).mean()),
                 tokens=mean(map(len, rows)),
                 stop_rate=mean(ids[-1] == work["stop_id"] for ids in rows),
             )._asdict()

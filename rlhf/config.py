@@ -30,10 +30,12 @@ SHORT = 6
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """The one or two that are spelt nearly so, the nearest first; none where none is near."""
+    """The one or two that are spelt nearly so, or that begin with the word, the nearest first; or none."""
     names = {name.lower(): name for name in known}
     cutoff = 0.6 if len(word) < SHORT else 0.75
-    return [names[name] for name in get_close_matches(word.lower(), names, n=2, cutoff=cutoff)]
+    near = get_close_matches(word.lower(), names, n=2, cutoff=cutoff)
+    near += [name for name in names if name.startswith(f"{word.lower()}_")]
+    return [names[name] for name in dict.fromkeys(near)][:2]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -75,7 +75,7 @@ def file_digests(
         before = {}
     known: dict[str, Any] = before if isinstance(before, dict) else {}
 
-    def look(name: str) -> tuple[str, dict[str, Any] | None]:
+    def recall(name: str) -> tuple[str, dict[str, Any] | None]:
         status = (directory / name).stat()  # before it is read: what is written meanwhile is not remembered
         state, remembered = [*_state(status)], known.get(name)
         if not read and isinstance(remembered, dict) and remembered.get("state") == state:
@@ -86,7 +86,7 @@ def file_digests(
 
     names = [*names]
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to other threads
-        found = dict(zip(names, pool.map(look, names), strict=True))
+        found = dict(zip(names, pool.map(recall, names), strict=True))
     now = {name: entry for name, (_, entry) in found.items() if entry is not None}
     if now != before:
         _write_memory(memory, now)

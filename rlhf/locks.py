@@ -44,12 +44,12 @@ class Lock:
             beside.rename(self._note)
 
     @contextmanager
-    def awaited(self, tell: Callable[[str], None]) -> Iterator[None]:
-        """Hold it, however long that takes; `tell` is told who has it, if anybody."""
+    def awaited(self, log: Callable[[str], None]) -> Iterator[None]:
+        """Hold it, however long that takes; `log` is given who has it, if anybody."""
         try:
             self.acquire(timeout=0)
         except HeldError as held:
-            tell(str(held))
+            log(str(held))
             self.acquire()
         try:
             yield

@@ -54,7 +54,7 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.report.compare import METHODS, Quality, comparison_cells, contenders, draw, write_csv
 from rlhf.rewards.kinds import RewardSource, reward_digest
-from rlhf.rewards.reward import Exchange, finite_scores
+from rlhf.rewards.reward import finite_scores
 
 if TYPE_CHECKING:
     from rlhf.compare.answering import Answers
@@ -343,11 +343,9 @@ class CompareStage(Stage):
         reward = make_reward(
             self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens, job.reward_server
         )
+        prompts = [question.prompt for question in questions]
         for said in job.progress.track(answers.values(), "compare: score", len(answers)):
-            exchanges = [
-                Exchange(each.prompt, text) for each, text in zip(questions, said.texts, strict=True)
-            ]
-            said.scores["score"] = finite_scores(reward, exchanges, f"compare.reward={self.reward}")
+            said.scores["score"] = finite_scores(reward, prompts, said.texts, f"compare.reward={self.reward}")
 
     def describe(self, job: Job, name: str, said: Answers, first: Answers) -> dict[str, float]:
         """One contender's figures."""

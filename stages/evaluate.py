@@ -26,11 +26,11 @@ from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.lm_eval import Harness
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.start import Init, check_start, digest_of_start, directory_of, kind_of, misfits
+from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import RewardSource, reward_digest
-from rlhf.rewards.reward import Exchange, finite_scores
+from rlhf.rewards.reward import finite_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,14 +224,14 @@ class EvaluateStage(Stage):
     def knobs(self) -> dict[str, Any]:
         """Of a directory that PPO started from, the content decides, not the place. The usual subject is not
         said."""
-        knobs = super().knobs() | {"init": kind_of(self.init)}
+        knobs = super().knobs() | {"init": init_in_key(self.init)}
         return {key: value for key, value in knobs.items() if (key, value) != ("subject", "ppo")}
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
         digests = reward_digest(self.reward, digest) | reward_digest(self.gold, digest)
         if "init" in self.policies:
-            digests |= digest_of_start("evaluate.init", self.init, digest)
+            digests |= init_digest("evaluate.init", self.init, digest)
         return digests | ({"lm_eval": self.harness.digest()} if self.lm_eval else {})
 
     def check(self, chain: Mapping[str, Stage]) -> None:
@@ -421,6 +421,7 @@ class EvaluateStage(Stage):
         from rlhf.rewards.model import make_reward
 
         learned = job.inputs["reward"].path if "reward" in job.inputs else None
+        prompts = [row.prompt for row in rows]
         for kind, key, source in (("score", "reward", self.reward), ("gold", "gold", self.gold)):
             if source is None:
                 continue
@@ -428,8 +429,7 @@ class EvaluateStage(Stage):
                 source, learned, job.base.config, job.compute, self.micro_batch_tokens, job.reward_server
             )
             for said in job.progress.track(answers.values(), f"evaluate: {kind}", len(answers)):
-                exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, said.texts, strict=True)]
-                said.scores[kind] = finite_scores(reward, exchanges, f"evaluate.{key}={source}")
+                said.scores[kind] = finite_scores(reward, prompts, said.texts, f"evaluate.{key}={source}")
 
     def compare(self, subject: Answers, start: Answers) -> dict[str, float]:
         """The subject against PPO's start, prompt by prompt; the gold score decides where there is one."""

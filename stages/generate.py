@@ -19,11 +19,11 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, Role
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
+from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import RewardSource, reward_digest
-from rlhf.rewards.reward import Exchange, finite_scores
+from rlhf.rewards.reward import finite_scores
 
 if TYPE_CHECKING:
     from rlhf.generation.policy_model import PolicyModel
@@ -89,11 +89,11 @@ class GenerateStage(Stage):
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The model or the code that scores, and the model that answers, where they are the user's."""
-        return reward_digest(self.reward, digest) | digest_of_start("generate.policy", self.policy, digest)
+        return reward_digest(self.reward, digest) | init_digest("generate.policy", self.policy, digest)
 
     def knobs(self) -> dict[str, Any]:
         """Of a directory that answers, the content decides, not the place."""
-        return super().knobs() | {"policy": kind_of(self.policy)}
+        return super().knobs() | {"policy": init_in_key(self.policy)}
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """The user's own model is whole."""
@@ -191,8 +191,8 @@ class GenerateStage(Stage):
         reward = make_reward(
             self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens, job.reward_server
         )
-        exchanges = [Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)]
-        return [float(score) for score in finite_scores(reward, exchanges, f"generate.reward={self.reward}")]
+        prompts = [row.prompt for row in rows]
+        return finite_scores(reward, prompts, texts, f"generate.reward={self.reward}").tolist()
 
     def write_ranked(
         self, job: Job, rows: list[PromptRow], texts: list[str], scores: list[float]

@@ -23,7 +23,7 @@ from rlhf.costs.model_shape import ModelShape, counted
 from rlhf.costs.setup import CostContext, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import exchange_ids, prompt_ids
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.data.schema import TRAINING_ROLES, Role, Split
 from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.pipeline.experiment import Experiment
@@ -229,10 +229,10 @@ class PlanStage(Stage):
             return job.data.size
         num_rows, prompt, answer = self.rows, self.prompt_tokens or 0, self.answer_tokens or 0
 
-        def given(role: Role, split: Split) -> Lengths:
+        def given(role: Role, split: Split) -> LengthStats:
             tokens = prompt + (0 if role == "ppo" else answer)
             rows = num_rows if split == "train" else max(1, round(HELD_OUT * num_rows))
-            return Lengths(rows, float(tokens), 0.0, tokens)
+            return LengthStats(rows, float(tokens), 0.0, tokens)
 
         return given
 

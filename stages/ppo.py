@@ -26,7 +26,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import described, origin_of
-from rlhf.models.start import check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
+from rlhf.models.start import check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.ppo.config import PpoConfig
@@ -62,7 +62,7 @@ class PpoStage(PpoConfig, Stage):
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({
         "prompts", "batch_rows", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl",
-        "frozen",
+        "frozen_placement",
     })  # fmt: skip
 
     def inputs(self) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class PpoStage(PpoConfig, Stage):
 
     def knobs(self) -> dict[str, Any]:
         """Without the mix's source and the directory it starts from: their content decides, not the place."""
-        knobs = super().knobs() | {"init": kind_of(self.init)}
+        knobs = super().knobs() | {"init": init_in_key(self.init)}
         del knobs["ptx"]["data"]
         return knobs
 
@@ -114,7 +114,7 @@ class PpoStage(PpoConfig, Stage):
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The model or the code that scores, and the model to start from, where they are the user's."""
-        return reward_digest(self.reward, digest) | digest_of_start("ppo.init", self.init, digest)
+        return reward_digest(self.reward, digest) | init_digest("ppo.init", self.init, digest)
 
     def not_checked(self) -> dict[str, str]:
         """Some methods change the policy before its first step."""
@@ -240,7 +240,7 @@ class PpoStage(PpoConfig, Stage):
         adapter = attach(policy, self.peft)
         check_reached(policy)
         learned = job.inputs["reward"].path if self.reward == "learned" else None
-        frozen_on = compute.loads_on if self.frozen == "sharded" else compute.device
+        frozen_on = compute.loads_on if self.frozen_placement == "sharded" else compute.device
         reward = make_reward(
             self.reward,
             learned,
@@ -272,9 +272,9 @@ class PpoStage(PpoConfig, Stage):
             if backbone
             else PolicyModel.load(start, settings, compute, tokenizer, device=frozen_on)
         )
-        if self.frozen == "sharded":
+        if self.frozen_placement == "sharded":
             self.shard(reference, reward, compute)
-        if self.frozen == "offloaded":
+        if self.frozen_placement == "offloaded":
             reference.offload()
             if isinstance(reward, LearnedReward):
                 reward.offload()
@@ -336,20 +336,22 @@ class PpoStage(PpoConfig, Stage):
             raise ConfigError(
                 "ppo.ema_decay needs whole weights on each rank. Use zero=zero2, or ppo.ema_decay=null."
             )
-        if self.frozen == "sharded" and compute.zero == "none":
+        if self.frozen_placement == "sharded" and compute.zero == "none":
             raise ConfigError(
-                "ppo.frozen=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 or fsdp2, "
-                "or use ppo.frozen=replicated."
+                "ppo.frozen_placement=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 "
+                "or fsdp2, or use ppo.frozen_placement=replicated."
             )
-        if self.frozen == "offloaded" and METHODS[self.peft.method].shares and compute.zero == "none":
+        if self.frozen_placement != "offloaded":
+            return
+        if METHODS[self.peft.method].shares and compute.zero == "none":
             raise ConfigError(
-                f"ppo.frozen=offloaded: with ppo.peft={self.peft.method} the frozen models share the "
-                "policy's weights, so these must stay on the GPU. Use ppo.frozen=replicated."
+                f"ppo.frozen_placement=offloaded: with ppo.peft={self.peft.method} the frozen models share "
+                "the policy's weights, so these must stay on the GPU. Use ppo.frozen_placement=replicated."
             )
-        if self.frozen == "offloaded" and compute.device.type == "cpu":
+        if compute.device.type == "cpu":
             raise ConfigError(
-                "ppo.frozen=offloaded keeps the reference and reward model in the host's memory while a GPU "
-                "does not need them; this run has no GPU. Use ppo.frozen=replicated."
+                "ppo.frozen_placement=offloaded keeps the reference and reward model in the host's memory "
+                "while a GPU does not need them; this run has no GPU. Use ppo.frozen_placement=replicated."
             )
 
     def backbone(self, policy: PreTrainedModel, start: Path, compute: Compute) -> Backbone | None:
@@ -401,8 +403,8 @@ class PpoStage(PpoConfig, Stage):
         if self.critic.init != "auto":
             return self.critic.init
         against = self.against_critic_on_reward(reward, tokenizer)
-        told = f"sft, the policy's start (ppo.init={self.init}): {against}" if against else "reward"
-        job.progress.console.print(f"ppo.critic.init=auto uses {told}.", highlight=False, markup=False)
+        source = f"sft, the policy's start (ppo.init={self.init}): {against}" if against else "reward"
+        job.progress.console.print(f"ppo.critic.init=auto uses {source}.", highlight=False, markup=False)
         return "sft" if against else "reward"
 
     def against_critic_on_reward(self, reward: Reward, tokenizer: PreTrainedTokenizerBase) -> str | None:

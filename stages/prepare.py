@@ -101,7 +101,7 @@ class Sources(Strict):
         source = None if role == "retention" else self._named(role)
         return ROLE_OF[source] if isinstance(source, str) else None
 
-    def told(self, role: Role) -> list[str]:
+    def described(self, role: Role) -> list[str]:
         """As the user wrote them."""
         other = self.other(role)
         return [USER_KEYS[other]] if other else [*map(str, self[role])]
@@ -120,7 +120,7 @@ class Sources(Strict):
     def _others_have_rows(self) -> Self:
         for role in ROLES:
             other = self.other(role)
-            if other is not None and (other == role or not self.told(other)):
+            if other is not None and (other == role or not self.described(other)):
                 raise ValueError(f"{USER_KEYS[role]}={USER_KEYS[other]}: there are no rows. Name a source")
         return self
 
@@ -393,9 +393,9 @@ class PrepareStage(Stage):
         for role in data.values():
             for split, entries in role.splits.items():
                 prepared.write(role.role, split, (entry.row for entry in entries))
-            if not self.sources.told(role.role):
+            if not self.sources.described(role.role):
                 continue
-            sources, digest = ", ".join(self.sources.told(role.role)), prepared.digest(role.role)
+            sources, digest = ", ".join(self.sources.described(role.role)), prepared.digest(role.role)
             report[role.role] = {"source": sources, "digest": digest, **role.report()}
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (job.directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
@@ -406,7 +406,7 @@ class PrepareStage(Stage):
         for heading in ("read", "train", "held out", "evaluation", "dropped", "tokens p50", "p95", "max"):
             table.add_column(heading, justify="right")
         for role in data.values():
-            if self.sources.told(role.role):
+            if self.sources.described(role.role):
                 table.add_row(*self._table_cells(role))
         console.print(table, highlight=False)
         for role in data.values():
@@ -433,7 +433,7 @@ class PrepareStage(Stage):
 
     def _table_cells(self, role: RoleData) -> Iterator[str]:
         yield role.key
-        yield ", ".join(source.rsplit("/", 1)[-1] for source in self.sources.told(role.role))
+        yield ", ".join(source.rsplit("/", 1)[-1] for source in self.sources.described(role.role))
         yield str(role.num_read)
         for split in ("train", "held_out", "evaluation"):
             yield str(len(role.splits[split])) if split in role.splits else "-"

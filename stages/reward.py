@@ -31,7 +31,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
-from rlhf.models.start import Init, check_start, digest_of_start, directory_of, inputs_of, kind_of, misfits
+from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.training.config import OptimConfig
@@ -108,11 +108,11 @@ class RewardStage(Stage):
 
     def knobs(self) -> dict[str, Any]:
         """Of a directory that it starts from, the content decides, not the place."""
-        return super().knobs() | {"init": kind_of(self.init)}
+        return super().knobs() | {"init": init_in_key(self.init)}
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The user's own model that it starts from."""
-        return digest_of_start("reward.init", self.init, digest)
+        return init_digest("reward.init", self.init, digest)
 
     def init_directory(self) -> Path | None:
         """The user's own model."""

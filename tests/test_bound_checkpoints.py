@@ -54,7 +54,7 @@ def change_weights(directory: Path) -> None:
 def test_it_goes_on_with_the_same_inputs(chain: Chain) -> None:
     """Though the SFT model was rebuilt: it is the same, bit for bit."""
     assert chain.run("stage=sft", "force=[sft]").statuses["sft"] == "ran"
-    assert "ppo: goes on from step 1 (" in chain.run(*GOES_ON).out
+    assert "ppo: continues from step 1 (" in chain.run(*GOES_ON).out
 
 
 def test_another_sft_model_under_the_same_key_starts_ppo_anew(chain: Chain) -> None:

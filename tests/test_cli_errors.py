@@ -258,9 +258,9 @@ def test_with_a_higher_limit_the_same_command_goes_on(
     gone_on = chain.run(*settings, higher)
     assert gone_on.code == 0, gone_on.err
     assert gone_on.key("ppo") == stopped.key("ppo")
-    assert f"ppo: goes on from step {step - kept} (" in gone_on.out
+    assert f"ppo: continues from step {step - kept} (" in gone_on.out
     lines = [json.loads(line) for line in (gone_on.directory / "metrics.jsonl").read_text().splitlines()]
-    told = [line["step"] for line in lines if "ppo/beta" in line]
+    told = [line["step"] for line in lines if "ppo/kl_coef" in line]
     assert told == [1, 2, 3, 4]
     assert not list((tmp_path / "store" / "ppo").glob(".*.checkpoints"))  # published: no longer needed
 
@@ -283,7 +283,7 @@ def test_one_bad_step_is_skipped_counted_and_poisons_nothing(chain: Chain) -> No
     assert metrics["ppo/bad_steps"] == 1
     lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "ppo/policy_loss" in line] == [2, 3]
-    assert [line["ppo/bad_steps"] for line in lines if "ppo/beta" in line] == [1, 1, 1]
+    assert [line["ppo/bad_steps"] for line in lines if "ppo/kl_coef" in line] == [1, 1, 1]
     assert weights_are_finite(outcome.artifact("ppo"))
     assert metrics["ppo/first_kl"] == pytest.approx(0.0, abs=1e-4)  # step 2 began where step 1 did
     assert all(math.isfinite(value) for value in metrics.values())

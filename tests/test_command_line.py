@@ -28,6 +28,7 @@ def composed(directory: Path, *arguments: str) -> Outcome:
         (["ppo.kl.cof=1"], ["ppo.kl.cof: there is no such key", "Did you mean ppo.kl.coef"]),
         (["ppo.kl,coef=1"], ["ppo.kl,coef: there is no such key", "Did you mean ppo.kl.coef"]),
         (["modle=tiny"], ["Did you mean model"]),
+        (["ppo.frozen=sharded"], ["Did you mean ppo.frozen_placement?"]),
         (["model=tinny"], ["model=tinny: there is no such choice", "Did you mean tiny?", "hub, local, tiny"]),
         (["tracker=wandbb"], ["Did you mean wandb?"]),
         (["model.path=x"], ["model.path: this key belongs to model=local"]),

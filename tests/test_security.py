@@ -270,7 +270,7 @@ def test_a_checkpoint_that_is_its_own_is_read(checkpointed: tuple[Chain, Checkpo
     train()
     outcome = chain.run("stage=sft")
     assert outcome.code == 0
-    assert "sft: goes on from step" in outcome.out
+    assert "sft: continues from step" in outcome.out
 
 
 @pytest.mark.parametrize("file", ["loop.pt", "optimizer.pt"])

@@ -105,7 +105,7 @@ def test_the_other_takes_over_from_one_that_was_killed(pair: tuple[Process, Proc
     newest = max(int(path.name.partition("-")[2]) for path in checkpoints.glob("step-*"))
     first.process.kill()
     assert second.ended_well() == {"prepare": "reused", "sft": "ran"}
-    assert f"sft: goes on from step {newest} " in second.said
+    assert f"sft: continues from step {newest} " in second.said
     assert num_sft_models(second) == 1
     steps = second.metric_steps()
     assert steps == list(range(1, steps[-1] + 1)) and steps[-1] > newest  # no step lost, none taken twice

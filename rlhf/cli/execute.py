@@ -135,7 +135,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
             run_name = compute.broadcast(run_name)  # each rank made its own from the time
             console = RedactingConsole(quiet=not compute.is_main)
             console.print(f"Run in {runs / run_name}; {how}.", highlight=False)
-            for line in experiment.told:
+            for line in experiment.notes:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             pipeline = Pipeline(experiment, run_name, console, compute, signals)
             with Heartbeat(runs / run_name / "ranks", compute) as heartbeat:

@@ -74,8 +74,8 @@ def read_experiment(path: Path, argument: str) -> str:
     except OSError as error:
         raise ConfigError(f"{argument}: {path.absolute()} cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        told = not_yaml(error).replace("<unicode string>", str(path))
-        raise ConfigError(f"{argument}: {told}") from None
+        reason = not_yaml(error).replace("<unicode string>", str(path))
+        raise ConfigError(f"{argument}: {reason}") from None
     if not isinstance(found, dict):
         raise ConfigError(
             f"{argument}: {path} holds no mapping of keys. Write lines such as "

@@ -50,8 +50,8 @@ def verify(arguments: Sequence[str], *, store_dir: str) -> int:
             print(printable(complaint), flush=True)
     kept = len(list(root.glob("[!.]*/*damaged-*")) + list(root.glob("[!.]*/.*.checkpoints/damaged-*")))
     aside = f" {kept} were set aside earlier (*damaged-*)." if kept else ""
-    told = f"{bad} damaged" if bad else "all as they were written"
-    print(f"{number} artifacts and checkpoints in {root}: {told}.{aside}")
+    outcome = f"{bad} damaged" if bad else "all as they were written"
+    print(f"{number} artifacts and checkpoints in {root}: {outcome}.{aside}")
     return GATE_FAILED if bad else DONE
 
 

@@ -20,7 +20,7 @@ from rlhf.compare.prompts import (
 from rlhf.config import ConfigError
 from rlhf.costs.stage_cost import joined
 from rlhf.data.chat_template import exchange_ids, prompt_ids
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.data.schema import Message
 
 if TYPE_CHECKING:
@@ -74,13 +74,13 @@ class ContextBudget:
 class Sizes:
     """How long everything is that prompts are made of."""
 
-    questions: dict[Method, Lengths]
+    questions: dict[Method, LengthStats]
     """With nothing around them but the method's template."""
-    references: Lengths
-    examples: Lengths
-    passages: Lengths
+    references: LengthStats
+    examples: LengthStats
+    passages: LengthStats
 
-    def asked(self, method: Method, few_shot: FewShotConfig, retrieval: RetrievalConfig) -> Lengths:
+    def asked(self, method: Method, few_shot: FewShotConfig, retrieval: RetrievalConfig) -> LengthStats:
         """Questions with all that a method would put before them, if it fitted."""
         question = self.questions[method]
         before = {
@@ -125,11 +125,11 @@ def measured(
     return Sizes(asked, lengths_of(references), lengths_of(examples), lengths_of(passages))
 
 
-def lengths_of(tokens: Sequence[int]) -> Lengths:
+def lengths_of(tokens: Sequence[int]) -> LengthStats:
     """Of rows with so many tokens."""
     if not tokens:
-        return Lengths(0, 0.0, 0.0, 0)
-    return Lengths(len(tokens), fmean(tokens), pstdev(tokens), max(tokens))
+        return LengthStats(0, 0.0, 0.0, 0)
+    return LengthStats(len(tokens), fmean(tokens), pstdev(tokens), max(tokens))
 
 
 def _some(rows: Sequence[Item]) -> Sequence[Item]:

@@ -73,8 +73,8 @@ def found_machine(compute: Compute, speed: Speed) -> Machine:
 def host_memory() -> float:
     """Bytes that processes here can still take: what the kernel can free, within the limits of this process's
     control groups (a container's, a SLURM job's)."""
-    told = Path("/proc/self/cgroup").read_text(encoding="utf-8") if GROUPS.exists() else ""
-    path = told.rpartition("::")[2].strip()
+    listed = Path("/proc/self/cgroup").read_text(encoding="utf-8") if GROUPS.exists() else ""
+    path = listed.rpartition("::")[2].strip()
     groups = [GROUPS / path.strip("/"), *(GROUPS / path.strip("/")).parents]
     rooms = (room_in(group) for group in groups if group.is_relative_to(GROUPS))
     return min(float(psutil.virtual_memory().available), *rooms)

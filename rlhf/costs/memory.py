@@ -170,7 +170,7 @@ def frozen_weights(
     """Of a model that only computes.
 
     Args:
-        placed: as ppo.frozen.
+        placed: as ppo.frozen_placement.
         is_scalar: it has a scalar head instead of the output layer.
     """
     share = on.ranks if placed == "sharded" else 1

@@ -8,7 +8,7 @@ from rlhf.costs.memory import MemoryPhase, beside_vllm, frozen_weights, logits, 
 from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel, exactly, joined
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.config import PeftConfig
 
 
@@ -19,7 +19,7 @@ def most_added(on: CostContext, tuned: Iterable[PeftConfig | None]) -> int:
 
 def sampling_cost(
     on: CostContext,
-    prompts: Lengths,
+    prompts: LengthStats,
     *,
     samples: int,
     new_tokens: int,
@@ -29,7 +29,7 @@ def sampling_cost(
     readings: int,
     measures: int,
     models: int,
-    others: Sequence[Lengths] = (),
+    others: Sequence[LengthStats] = (),
     added: int = 0,
 ) -> StageCost:
     """One policy at a time answers every prompt, and what it said is read again.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.costs.hardware import Machine
 from rlhf.costs.model_shape import ModelShape, shape_in
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.data.schema import Role, Split
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.distributed.compute import Zero
@@ -23,7 +23,7 @@ from rlhf.models.peft.methods import METHODS
 if TYPE_CHECKING:
     from rlhf.generation.vllm import VllmConfig
 
-Sizes = Callable[[Role, Split], Lengths]
+Sizes = Callable[[Role, Split], LengthStats]
 GIB = 2**30
 LARGEST_BATCH = 2.5
 """Standard deviations by which the largest of some hundred batches passes the mean one."""
@@ -62,7 +62,7 @@ class CostContext:
         """No rank has the whole model."""
         return self.zero in ("zero3", "zero3_offload", "fsdp2")
 
-    def pass_tokens(self, rows: float, lengths: Lengths, most: int) -> float:
+    def pass_tokens(self, rows: float, lengths: LengthStats, most: int) -> float:
         """Tokens of a rank's largest forward pass, padding included, where so many rows are a batch over all
         ranks."""
         if self.pads:
@@ -70,18 +70,18 @@ class CostContext:
         tokens = self._real_tokens(rows, lengths, most)
         return max(float(lengths.longest), self.computed(tokens, lengths))
 
-    def computed(self, tokens: float, lengths: Lengths) -> float:
+    def computed(self, tokens: float, lengths: LengthStats) -> float:
         """Of so many tokens in rows of such lengths, those that go through a model: on CPUs what packed rows
         begin with alike does once."""
         shares = self.on_cpu and not self.pads and lengths.mean > 0
         return tokens * (1 - lengths.shared_prefix / lengths.mean) if shares else tokens
 
-    def _real_tokens(self, rows: float, lengths: Lengths, most: int) -> float:
+    def _real_tokens(self, rows: float, lengths: LengthStats, most: int) -> float:
         mine = rows / self.ranks
         batch = mine * lengths.mean + LARGEST_BATCH * math.sqrt(mine) * lengths.deviation
         return max(float(lengths.longest), min(float(most), batch))
 
-    def passes(self, rows: float, lengths: Lengths, most: int) -> int:
+    def passes(self, rows: float, lengths: LengthStats, most: int) -> int:
         """Forward passes that a rank takes for a batch."""
         tokens = rows / self.ranks * lengths.mean
         return max(1, math.ceil(tokens / max(1.0, self._real_tokens(rows, lengths, most))))
@@ -100,7 +100,7 @@ class CostContext:
 
 
 @cache
-def largest_padded(rows: int, lengths: Lengths, most: int) -> int:
+def largest_padded(rows: int, lengths: LengthStats, most: int) -> int:
     """Rows times the longest row, of the largest pass that batches of so many rows are split into.
 
     Texts are many short ones and a few long ones: the lengths are drawn from the log-normal distribution of

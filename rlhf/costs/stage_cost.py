@@ -15,7 +15,7 @@ from rlhf.costs.hardware import Speed
 from rlhf.costs.memory import MemoryPhase
 from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import CostContext
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 
 Activity = Literal["read", "train", "decode", "optimizer", "load"]
 EFFICIENCY: dict[Activity, float] = {"read": 0.39, "train": 0.43, "decode": 0.4}
@@ -117,7 +117,7 @@ class ThroughputModel:
         return Task("optimizer", seconds, how)
 
     def decode(
-        self, rows: float, batch_rows: float, prompts: Lengths, new_tokens: float, *, what: str
+        self, rows: float, batch_rows: float, prompts: LengthStats, new_tokens: float, *, what: str
     ) -> list[Task]:
         """Prompts are read; then each token of a batch reads all weights once.
 
@@ -150,9 +150,9 @@ class ThroughputModel:
         return Task(activity, seconds, f"({how}) / {self.on.ranks} ranks / {share}")
 
 
-def joined(*parts: Lengths) -> Lengths:
+def joined(*parts: LengthStats) -> LengthStats:
     """Of rows that stand one behind the other, such as a prompt and its answer."""
-    return Lengths(
+    return LengthStats(
         max(part.rows for part in parts),
         sum(part.mean for part in parts),
         math.sqrt(sum(part.deviation**2 for part in parts)),
@@ -161,9 +161,9 @@ def joined(*parts: Lengths) -> Lengths:
     )
 
 
-def exactly(tokens: int) -> Lengths:
+def exactly(tokens: int) -> LengthStats:
     """Answers that all have so many tokens: the most that are allowed."""
-    return Lengths(0, float(tokens), 0.0, tokens)
+    return LengthStats(0, float(tokens), 0.0, tokens)
 
 
 def one_after_the_other(costs: Sequence[StageCost]) -> StageCost:

@@ -18,7 +18,7 @@ from rlhf.costs.memory import (
 from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.distributed.batching import num_batches
 from rlhf.models.peft import methods as tuning_methods
 from rlhf.models.peft.config import PeftConfig
@@ -27,8 +27,8 @@ from rlhf.models.peft.config import PeftConfig
 def training_cost(
     on: CostContext,
     peft: PeftConfig,
-    train: Lengths,
-    held_out: Lengths,
+    train: LengthStats,
+    held_out: LengthStats,
     *,
     batch_rows: int,
     epochs: float,

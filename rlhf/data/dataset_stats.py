@@ -19,7 +19,7 @@ from rlhf.data.schema import (
     Split,
     TextRow,
     each_turn,
-    lot,
+    hash_fraction,
     prompt_identity,
 )
 
@@ -156,7 +156,7 @@ def limited(
     """
     if limit is None or len(items) <= limit:
         return list(items)
-    order = sorted(range(len(items)), key=lambda index: lot(identity(items[index]), "limit"))
+    order = sorted(range(len(items)), key=lambda index: hash_fraction(identity(items[index]), "limit"))
     firsts: dict[str, int] = {}
     for index in order:
         firsts.setdefault(kind(items[index]), index)

@@ -29,7 +29,7 @@ TrainSplit = Literal["train", "held_out"]
 REPORT = "report.json"
 
 
-class Lengths(NamedTuple):
+class LengthStats(NamedTuple):
     """How many rows there are and how many tokens they have: what time and memory depend on."""
 
     rows: int
@@ -39,7 +39,7 @@ class Lengths(NamedTuple):
     shared_prefix: float = 0.0
     """First tokens that a row shares with the row before it, mean. On CPUs a model computes them once."""
 
-    def cut(self, most: int) -> Lengths:
+    def cut(self, most: int) -> LengthStats:
         """Where longer rows are cut or left out."""
         return self._replace(
             mean=min(self.mean, most),
@@ -47,7 +47,7 @@ class Lengths(NamedTuple):
             shared_prefix=min(self.shared_prefix, most),
         )
 
-    def first(self, rows: int | None) -> Lengths:
+    def first(self, rows: int | None) -> LengthStats:
         """Of so many rows at most."""
         return self if rows is None else self._replace(rows=min(self.rows, rows))
 
@@ -93,13 +93,13 @@ class PreparedData:
         paths = [self._path(role, split) for split in splits_of(role)]
         return role_digest(role, {path.name: file_digest(path) for path in paths})
 
-    def size(self, role: Role, split: Split) -> Lengths:
+    def size(self, role: Role, split: Split) -> LengthStats:
         """Rows of a split, and the lengths of the role's rows; of pairs, those of the longer side."""
         report = json.loads((self.directory / REPORT).read_text(encoding="utf-8")).get(role)
         if report is None:  # it has no source
-            return Lengths(0, 0.0, 0.0, 0)
+            return LengthStats(0, 0.0, 0.0, 0)
         tokens = report["tokens"]
-        return Lengths(
+        return LengthStats(
             report["kept"][split], tokens["mean"], tokens["deviation"], tokens["max"], tokens["in_common"]
         )
 

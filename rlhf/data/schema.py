@@ -147,7 +147,7 @@ def prompt_identity(row: Row) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
-def lot(identity: str, purpose: Literal["evaluation", "held_out", "limit"]) -> float:
+def hash_fraction(identity: str, purpose: Literal["evaluation", "held_out", "limit"]) -> float:
     """A prompt's number in [0, 1), from the hash of purpose and identity."""
     digest = hashlib.sha256(f"{purpose}:{identity}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
@@ -160,4 +160,4 @@ def drawn(identity: str, fraction: float, purpose: Literal["evaluation", "held_o
     on its role nor on the rows around it, and the two draws are independent: held-out rows are as large a
     share of what the evaluation left as they would be of everything.
     """
-    return lot(identity, purpose) < fraction
+    return hash_fraction(identity, purpose) < fraction

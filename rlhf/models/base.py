@@ -143,7 +143,7 @@ def reading(directory: Path) -> Iterator[None]:
             reason = f"{reason[:LONGEST_REASON]}..."
         if not isinstance(error, (ImportError, OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
-        advice = [told for word, told in ADVICE.items() if word in text.lower()]
+        advice = [way for word, way in ADVICE.items() if word in text.lower()]
         raise ConfigError(
             " ".join([f"{directory}: cannot be read as a model: {reason.rstrip(' .')}.", *advice[:1]])
         ) from error

@@ -32,12 +32,12 @@ def inputs_of(init: str) -> tuple[str, ...]:
     return ("sft",) if init == "sft" else ()
 
 
-def kind_of(init: str) -> str:
-    """What an artifact's key says of it: a directory's content counts (`digest_of_start`), not its place."""
+def init_in_key(init: str) -> str:
+    """What an artifact's key says of it: a directory's content counts (`init_digest`), not its place."""
     return init if directory_of(init) is None else "directory"
 
 
-def digest_of_start(key: str, init: str, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+def init_digest(key: str, init: str, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
     """What the user's own directory holds, for the keys of all that is made from it.
 
     Args:

@@ -38,7 +38,7 @@ class Resolved(NamedTuple):
     config: dict[str, Any]
     own: list[str]
     """The keys that name the user's own data."""
-    told: list[str]
+    notes: list[str]
     """What was decided for own data, a line each."""
 
 
@@ -57,14 +57,14 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
         _set(found, "evaluate.policies", start)
     if _get(found, "compare.artifacts") == AUTO:
         _set(found, "compare.artifacts", [name for name in start if name not in ("base", "init")])
-    told = []
+    notes = []
     if own and asked:
         taken = ", ".join(f"{key}={_get(found, key) or 'null'}" for key in asked)
-        told.append(
+        notes.append(
             f"Your own data: {taken}. No packaged set is used unless you name it, such as "
             "evaluate.retention=[samples:retention_sentences,samples:retention_questions]."
         )
-    return Resolved(found, own, told)
+    return Resolved(found, own, notes)
 
 
 def is_own(source: Any) -> bool:

@@ -108,7 +108,7 @@ class Experiment:
     """In the chain's order: every stage stands behind those it reads."""
     resolved: Mapping[str, Any]
     """The composed config with every interpolation and every `auto` resolved, as plain values."""
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     """What the run says first: what keys at `auto` take beside data of the user's own."""
 
     def whole_chain(self) -> set[str]:
@@ -141,7 +141,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     """
     names = [name for name, value in resolved.items() if _is_stage(value)]
     settings = validated(Settings, {k: v for k, v in resolved.items() if k not in names}, "")
-    resolved, own, told = without_auto(resolved)
+    resolved, own, notes = without_auto(resolved)
     sections = {name: resolved[name] for name in names}
     if not settings.stage:
         raise ConfigError(f"stage=[]: nothing to do. Use all, or some of {', '.join(sections)}.")
@@ -168,7 +168,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         for gate, bound in stage.gates.items():
             if bound is not None:
                 stage.check_metric(gate, f"{name}.gates.{gate}")
-    experiment = Experiment(settings, stages, resolved, tuple(told))
+    experiment = Experiment(settings, stages, resolved, tuple(notes))
     check_sources(experiment, own)
     for name in experiment.needed():
         stages[name].check(stages)

@@ -74,7 +74,7 @@ def check_before_loading(
 
     try:
         model = skeleton(base.architecture, trust_remote_code=settings.model.trust_remote_code)
-        for line in eager_told(model, settings.model.attention):
+        for line in eager_notes(model, settings.model.attention):
             console.print(line, highlight=False, markup=False, style="yellow")
         models = {stage.name: own_skeleton(stage, base) or model for stage in stages}
         for index, stage in enumerate(stages):
@@ -82,7 +82,7 @@ def check_before_loading(
                 (before.peft_config(), before.init_directory()) for before in stages[:index]
             ]
             check_tunes(stage, models[stage.name], check_attachable if is_known else rehearse)
-        for line in adapters_told(stages, models):
+        for line in adapter_notes(stages, models):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         on = found_context(settings, counted(model), compute, data.size)
     except UnknownShapeError as unknown:
@@ -92,12 +92,12 @@ def check_before_loading(
     checked = preflight(
         stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint, begun=pending
     )
-    told = [*padding_told(stages, settings.model.attention), *checked.warned, *checked.refused]
+    lines = [*padding_notes(stages, settings.model.attention), *checked.warned, *checked.refused]
     refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
     if refused and settings.preflight == "enforce":
-        told = checked.refused or ["Another rank has too little memory or disk: see its output."]
-        raise ConfigError("\n".join([*told, "Nothing was loaded. preflight=warn continues anyway."]))
-    for line in told:
+        lines = checked.refused or ["Another rank has too little memory or disk: see its output."]
+        raise ConfigError("\n".join([*lines, "Nothing was loaded. preflight=warn continues anyway."]))
+    for line in lines:
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
     console.print(expectations(checked.costs, on, pending), highlight=False)
 
@@ -133,24 +133,24 @@ def own_skeleton(stage: Stage, base: BaseModelFiles) -> PreTrainedModel | None:
     return skeleton(files.architecture, trust_remote_code=base.config.trust_remote_code)
 
 
-def adapters_told(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]) -> Iterator[str]:
+def adapter_notes(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]) -> Iterator[str]:
     """What adapters of `all-linear` are put beside, and what not.
 
     Args:
         models: stage -> the skeleton of the model that it trains.
     """
-    from rlhf.models.peft.target_modules import told as told_of
+    from rlhf.models.peft.target_modules import described_targets
 
     lines: dict[str, list[str]] = {}
     for stage in stages:
         peft = stage.peft_config()
-        line = None if peft is None else told_of(models[stage.name], peft)
+        line = None if peft is None else described_targets(models[stage.name], peft)
         if line is not None:
             lines.setdefault(line, []).append(stage.name)
     yield from (f"{', '.join(names)}: {line}" for line, names in lines.items())
 
 
-def eager_told(base: PreTrainedModel, attention: str) -> Iterator[str]:
+def eager_notes(base: PreTrainedModel, attention: str) -> Iterator[str]:
     """Where `auto` has nothing better than eager attention.
 
     Args:
@@ -163,7 +163,7 @@ def eager_told(base: PreTrainedModel, attention: str) -> Iterator[str]:
         )
 
 
-def padding_told(stages: Sequence[Stage], attention: str) -> Iterator[str]:
+def padding_notes(stages: Sequence[Stage], attention: str) -> Iterator[str]:
     """Where rows are padded that would otherwise be laid end to end."""
     for stage in stages:
         peft = stage.peft_config()
@@ -301,10 +301,10 @@ def savings(stage: Stage, on: CostContext) -> Iterator[tuple[str, dict[str, Any]
     if shards and not on.shards_weights and (on.ranks > 1 or not on.on_cpu):
         for kind in ("zero3", "fsdp2") if on.ranks > 1 else ("zero3_offload",):
             yield f"zero={kind}", {}, {"zero": kind}
-    if "frozen" in fields and on.zero != "none":
-        yield f"{name}.frozen=sharded", {"frozen": "sharded"}, {}
-    elif "frozen" in fields and not on.on_cpu and knobs["peft"]["method"] == "none":
-        yield f"{name}.frozen=offloaded", {"frozen": "offloaded"}, {}
+    if "frozen_placement" in fields and on.zero != "none":
+        yield f"{name}.frozen_placement=sharded", {"frozen_placement": "sharded"}, {}
+    elif "frozen_placement" in fields and not on.on_cpu and knobs["peft"]["method"] == "none":
+        yield f"{name}.frozen_placement=offloaded", {"frozen_placement": "offloaded"}, {}
     if "peft" in fields and knobs["peft"]["method"] == "none":
         yield f"{name}.peft=lora", {"peft": PeftConfig(method="lora")}, {}
 

@@ -10,12 +10,11 @@ from rich.markup import escape
 
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData, splits_of
-from rlhf.data.schema import PairRow, PromptRow, Row, SftRow
+from rlhf.data.schema import Message, PairRow, PromptRow, Row, SftRow
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.http import RewardServerConfig
-from rlhf.rewards.reward import Exchange
 
 ROWS = 2
 ANSWER = "Yes."
@@ -44,21 +43,19 @@ def rehearse_rewards(
             if source == "learned" or source in asked:
                 continue
             asked.add(source)
-            exchanges = list(islice(some_exchanges(stage, data), ROWS))
+            prompts, completions = zip(*islice(some_rows(stage, data), ROWS), strict=True)
             try:
                 reward = make_reward(source, None, config, compute, MICRO_BATCH_TOKENS, server)
-                score_B = reward(exchanges)
+                score_B = reward(prompts, completions)
             except ConfigError as error:
                 raise ConfigError(
-                    f"{key}: tested on {len(exchanges)} rows before anything trains: {error}"
+                    f"{key}: tested on {len(completions)} rows before anything trains: {error}"
                 ) from error
             is_finite_B = score_B.isfinite()
             if bool(is_finite_B.all()):
                 continue
             index = int((~is_finite_B).nonzero()[0])
-            said = (
-                f"{key}={source} gave {float(score_B[index])} for the response {exchanges[index].response!r}"
-            )
+            said = f"{key}={source} gave {float(score_B[index])} for the response {completions[index]!r}"
             if not bool(is_finite_B.any()):
                 raise ConfigError(
                     f"{said}, and gave no finite score for any response that it was tested on before "
@@ -67,13 +64,13 @@ def rehearse_rewards(
             console.print(f"[yellow]{escape(said)}[/]: such answers cannot be learned from.", highlight=False)
 
 
-def some_exchanges(stage: Stage, data: PreparedData) -> Iterator[Exchange]:
+def some_rows(stage: Stage, data: PreparedData) -> Iterator[tuple[list[Message], str]]:
     """Rows of the first data that a stage reads, with an answer."""
     role = stage.datasets()[0]
     rows: Sequence[Row] = data.rows(role, splits_of(role)[0])
     for row in rows:
         match row:
             case SftRow(prompt=prompt, completion=answer) | PairRow(prompt=prompt, chosen=answer):
-                yield Exchange(prompt, answer)
+                yield prompt, answer
             case PromptRow(prompt=prompt):
-                yield Exchange(prompt, ANSWER)
+                yield prompt, ANSWER

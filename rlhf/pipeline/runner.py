@@ -154,9 +154,9 @@ class Pipeline:
         """Set it aside, unless another run just did."""
         stage, key = damage.path.parent.name, damage.path.name
         with self.locked(stage, key):
-            told = self.compute.main_only(lambda: self.store.set_aside(stage, key, read=True))
-        self.tell(
-            f"{stage}: {told or f'{damage.path} was damaged ({damage.complaint})'}. The run starts again and "
+            line = self.compute.main_only(lambda: self.store.set_aside(stage, key, read=True))
+        self.log(
+            f"{stage}: {line or f'{damage.path} was damaged ({damage.complaint})'}. The run starts again and "
             "rebuilds it."
         )
 
@@ -215,7 +215,7 @@ class Pipeline:
             with self.locked(name, key):
                 found, damage = self.compute.main_only(find_under_lock)
                 if damage is not None:
-                    self.tell(f"{name}: {damage}")
+                    self.log(f"{name}: {damage}")
                 if found is None:
                     reason = damage and "what was there is damaged"
                     return self.make(stage, recipe, artifacts, base, tracker, forced=forced, reason=reason)
@@ -275,7 +275,7 @@ class Pipeline:
                 compute=self.compute,
                 tracker=tracker,
                 signals=self.signals,
-                tell=self.tell,
+                log=self.log,
                 stage=name,
                 recipe=recipe,
                 input_digests=self.input_digests(stage, artifacts),
@@ -289,7 +289,7 @@ class Pipeline:
         if job.checkpoints.newest is None and not forced:
             other = self.compute.main_only(lambda: self.store.left_behind(name, recipe))
             if other is not None:
-                self.tell(f"{name}: starts again; {other}")
+                self.log(f"{name}: starts again; {other}")
         torch.manual_seed(job.seed)
         try:
             with progress.shown(), naming(scratch):
@@ -328,7 +328,7 @@ class Pipeline:
         settings = self.experiment.settings.checkpoint
         return settings.model_copy(update={"resume": False}) if forget else settings
 
-    def tell(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Say a line as it is."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -374,7 +374,7 @@ class Pipeline:
             )
         for source in now:
             if source.startswith("python:") and has_changed(source):
-                self.tell(f"{stage.name}: the code of {source} has changed; this run keeps what it imported")
+                self.log(f"{stage.name}: the code of {source} has changed; this run keeps what it imported")
 
     def input_digests(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
         """What a stage's inputs hold; the content of the prepared sets is in its recipe."""
@@ -515,22 +515,22 @@ class Pipeline:
         words = {"failed": "Gate failed, going on (gates=warn)", "cannot tell": "Gate cannot tell, going on"}
         for result in results:
             if result.outcome in words:
-                told = f"[yellow]{words[result.outcome]}:[/] {escape(str(result))}"
-                self.console.print(told, highlight=False)
+                line = f"[yellow]{words[result.outcome]}:[/] {escape(str(result))}"
+                self.console.print(line, highlight=False)
             if result.outcome == "not checked":
-                told = f"Gate {result.name} does not apply: {result.not_checked}."
-                self.console.print(told, highlight=False, markup=False)
+                line = f"Gate {result.name} does not apply: {result.not_checked}."
+                self.console.print(line, highlight=False, markup=False)
 
     @contextmanager
     def locked(self, name: str, key: str) -> Iterator[None]:
         """Hold the artifact's lock; says so when another run has it."""
 
-        def tell(holder: str) -> None:
+        def log(holder: str) -> None:
             waits = f"[cyan]{name}[/] waits: another run is making {key} ({holder})"
             self.console.print(waits, highlight=False, soft_wrap=True)
 
         with ExitStack() as held:
-            self.compute.main_only(lambda: held.enter_context(self.store.lock(name, key).awaited(tell)))
+            self.compute.main_only(lambda: held.enter_context(self.store.lock(name, key).awaited(log)))
             yield
 
     def keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
@@ -545,12 +545,12 @@ class Pipeline:
             if found := self.store.find("base", key):
                 return found
 
-        def tell(holder: str) -> None:
-            self.tell(f"base waits: another run is making {key} ({holder})")
+        def log(holder: str) -> None:
+            self.log(f"base waits: another run is making {key} ({holder})")
 
-        with self.store.lock("base", key).awaited(tell):
+        with self.store.lock("base", key).awaited(log):
             if damage := self.store.set_aside("base", key):
-                self.tell(f"base: {damage}")
+                self.log(f"base: {damage}")
             if found := self.store.find("base", key):  # another run may just have made it
                 return found
             self.console.print(f"[cyan]base[/] model={content[0]}: making it, once", highlight=False)

@@ -36,8 +36,8 @@ from rlhf.printable import printable
 FORMAT = 3
 KEY_LENGTH = 16
 
-READ = ("model: ", "data.", "external.", "inputs.")
-"""How changes begin in what a recipe says of what is read."""
+INPUT_PREFIXES = ("model: ", "data.", "external.", "inputs.")
+"""Recipe entries with these prefixes describe what a stage reads, not its settings."""
 
 
 class Manifest(BaseModel):
@@ -283,7 +283,7 @@ class Store:
             ):  # damaged, being removed, or of an earlier version
                 continue
             differences = _changes(other, recipe)
-            if differences and all(each.startswith(READ) for each in differences):
+            if differences and all(each.startswith(INPUT_PREFIXES) for each in differences):
                 return f"the checkpoints in {path.parents[1]} are of other inputs ({'; '.join(differences)})"
         return None
 

@@ -272,9 +272,9 @@ def named_after_stages(costs: Mapping[str, StageCost]) -> StageCost:
 def quality(peft: PeftConfig, on: CostContext, use: Use) -> tuple[int, str]:
     """(tier, why): whether what trains can store what the answers say."""
     count = METHODS[peft.method].trained(on.shape, peft)
-    told, room = BITS_A_TOKEN * use.rows * use.answer, BITS_STORED * count
-    holds = f"{count:.3g} trained parameters hold {room:.2g} bits, the answers about {told:.2g}"
-    if told > room:
+    answer_bits, stored_bits = BITS_A_TOKEN * use.rows * use.answer, BITS_STORED * count
+    holds = f"{count:.3g} trained parameters hold {stored_bits:.2g} bits, the answers about {answer_bits:.2g}"
+    if answer_bits > stored_bits:
         return 2, f"too small: {holds}"
     if peft.method == "prompt" and on.shape.parameters < PROMPT_IS_ENOUGH:
         return 2, f"a tuned prompt falls behind below {PROMPT_IS_ENOUGH:.0e} parameters (Lester et al. 2021)"

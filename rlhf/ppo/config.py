@@ -134,7 +134,7 @@ class PpoConfig(Strict):
     batch_rows: PositiveInt | None
     """Rows that are decoded together on each rank; null for all. Lower it when memory runs out while
     sampling."""
-    frozen: Literal["replicated", "sharded", "offloaded"]
+    frozen_placement: Literal["replicated", "sharded", "offloaded"]
     """Reference and reward model: whole on every rank; sharded over them (ZeRO-3 inference, or FSDP2); or in
     each rank's host memory, and whole on its GPU only while they are used."""
     micro_batch_tokens: PositiveInt

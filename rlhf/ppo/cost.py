@@ -26,7 +26,7 @@ from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, Task, ThroughputModel, exactly, joined
 from rlhf.costs.training import artifact_bytes, published
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.models.peft import methods as tuning_methods
 from rlhf.models.start import directory_of
 from rlhf.ppo.config import PpoConfig
@@ -67,12 +67,12 @@ def ppo_cost(
     trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)
     states = [*trained.weights("policy and critic"), trained.optimizer(), *trained.buffers()]
     if not shares:
-        states.append(frozen_weights(on, "reference", config.frozen))
+        states.append(frozen_weights(on, "reference", config.frozen_placement))
     others = []
     if scorer is not None and own_reward and not (shares and critic_on_reward):
-        states.append(frozen_weights(scorer, "reward model", config.frozen, is_scalar=True))
+        states.append(frozen_weights(scorer, "reward model", config.frozen_placement, is_scalar=True))
         read = frozen_weights(scorer, "reward model", is_scalar=True)
-        others = [read._replace(on_host=on.zero == "fsdp2" and config.frozen == "sharded")]
+        others = [read._replace(on_host=on.zero == "fsdp2" and config.frozen_placement == "sharded")]
     best, here = on.dtype_bytes * trained.of_one, on.machine.ranks_here
     how = f"a copy of what trained of the best policy so far{over(here)}"
     states.append(Allocation("weights", best / here, how, True))
@@ -147,7 +147,7 @@ def mixed(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocat
     yield activations(on, tokens, lengths.longest, config.peft, checkpointing=config.activation_checkpointing)
 
 
-def mix_lengths(config: PpoConfig, on: CostContext) -> Lengths:
+def mix_lengths(config: PpoConfig, on: CostContext) -> LengthStats:
     """Of the rows of the pretraining mix, cut where virtual tokens leave no room."""
     room = on.shape.context - METHODS[config.peft.method].added_tokens(on.shape, config.peft)
     return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(room)

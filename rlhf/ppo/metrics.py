@@ -18,7 +18,7 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.losses.policy import PolicyLoss
 from rlhf.losses.value import ValueLoss
-from rlhf.rewards.reward import Exchange, Reward, RewardError
+from rlhf.rewards.reward import Reward, RewardError
 from rlhf.rl.advantage import kl_k1, kl_k3
 from rlhf.rl.rollout import Experience
 from rlhf.rl.statistics import distinct_n, explained_variance
@@ -193,7 +193,7 @@ def evaluate_policy(
         generator=torch.Generator().manual_seed(seed),
         batch_rows=batch_rows,
     )
-    score_B = reward([Exchange(row.prompt, text) for row, text in zip(rows, texts, strict=True)])
+    score_B = reward([row.prompt for row in rows], texts)
     for half in (CHOICE, JUDGED):
         if not bool(score_B[half].isfinite().any()):
             raise RewardError(

@@ -23,7 +23,7 @@ from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.update import BadStepError, ForwardPass, PolicyUpdater
-from rlhf.rewards.reward import Exchange, Reward, RewardError
+from rlhf.rewards.reward import Reward, RewardError
 from rlhf.rl.advantage import AdaptiveKL, FixedKL, ScoreNormalizer
 from rlhf.rl.rollout import Experience, RewardRule, make_experience
 from rlhf.tracking.timer import StepTimer
@@ -215,7 +215,7 @@ class PolicyTrainer:
         warm_up = step <= config.critic.warmup_steps
         first_steps = {0: config.critic.warmup_steps}  # the policy's
         rates = self.engine.set_rates(step - 1, config.steps, first_steps=first_steps)
-        metrics = {"lr": rates[0], "beta": self.kl.coef}
+        metrics = {"lr": rates[0], "kl_coef": self.kl.coef}
         self.texts = []
         try:
             experience, scored = self.experience(rows)
@@ -285,7 +285,7 @@ class PolicyTrainer:
                 batch_rows=config.batch_rows or len(rows),
             )
         with self.phases("reward"):
-            score_B = self.reward(list(map(Exchange, (row.prompt for row in rows), self.texts)))
+            score_B = self.reward([row.prompt for row in rows], self.texts)
         if not bool(score_B.isfinite().all()):
             index = int((~score_B.isfinite()).nonzero()[0])
             raise BadStepError(f"the reward of {self.texts[index]!r} is {float(score_B[index])}.")

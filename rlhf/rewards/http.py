@@ -17,7 +17,7 @@ from urllib.error import HTTPError
 from pydantic import NonNegativeInt, PositiveFloat
 
 from rlhf.config import Strict
-from rlhf.rewards.reward import Exchange, Reward, RewardError
+from rlhf.rewards.reward import Prompts, Reward, RewardError, last_messages
 from rlhf.tracking.redaction import redacted
 
 if TYPE_CHECKING:
@@ -44,21 +44,20 @@ class RewardServerConfig(Strict):
 def remote_reward(url: str, server: RewardServerConfig) -> Reward:
     """Ask the server for a batch's scores; a server that restarts is given a few seconds."""
 
-    def score(exchanges: Sequence[Exchange]) -> Tensor:
+    def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         import torch
 
-        prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
-        body = {"prompts": prompts, "responses": [exchange.response for exchange in exchanges]}
+        body = {"prompts": last_messages(prompts), "responses": list(completions)}
         answer = _ask(url, json.dumps(body).encode(), server)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if (
             not isinstance(scores, list)
-            or len(scores) != len(exchanges)
+            or len(scores) != len(completions)
             or not all(value is None or isinstance(value, int | float) for value in scores)
         ):
             raise RewardError(
-                f"{redacted(url)} answered {str(answer)[:LONGEST_SHOWN]!r} to {len(exchanges)} responses; it "
-                'must answer {"scores": [one number for each]}.'
+                f"{redacted(url)} answered {str(answer)[:LONGEST_SHOWN]!r} to {len(completions)} responses; "
+                'it must answer {"scores": [one number for each]}.'
             )
         return torch.tensor([float("nan") if value is None else float(value) for value in scores])
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.chat_template import exchange_ids, tokenizer_digest
+from rlhf.data.schema import Message
 from rlhf.digests import weights_digest
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, load_tokenizer
@@ -20,7 +21,7 @@ from rlhf.models.value_head import ScalarModel, load_scalar_model
 from rlhf.models.weight_sharing import Backbone, offload, sharing
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import reward_directory, reward_kind
-from rlhf.rewards.reward import Exchange, Reward, RewardError
+from rlhf.rewards.reward import Prompts, Reward, RewardError
 
 CUT_TOKENS = 8
 """A response that fills the context exactly may be so much longer with its end token, decoded and encoded
@@ -52,13 +53,13 @@ class LearnedReward:
         """Identity of the tokenizer: equal digests mean that ids can be shared."""
         return tokenizer_digest(self.tokenizer)
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
-        rows = [torch.tensor(self._ids(exchange)) for exchange in exchanges]
+    def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        rows = [torch.tensor(self._ids(*each)) for each in zip(prompts, completions, strict=True)]
         with self._whole():
             return self.model.score(rows, self.micro_batch_tokens, self.compute)
 
-    def _ids(self, exchange: Exchange) -> list[int]:
-        ids, _ = exchange_ids(self.tokenizer, exchange.prompt, exchange.response)
+    def _ids(self, prompt: list[Message], completion: str) -> list[int]:
+        ids, _ = exchange_ids(self.tokenizer, prompt, completion)
         room = context_left(self.model.model)
         if len(ids) > room + CUT_TOKENS:
             raise RewardError(
@@ -102,8 +103,8 @@ def stands_on(directory: Path, backbone: Backbone, compute: Compute) -> bool:
     origin = origin_of(directory)
     if origin is None or origin.in_4_bits:
         return False
-    told = described(directory)
-    if told["peft_type"] != "LORA" or told["use_dora"]:
+    adapter = described(directory)
+    if adapter["peft_type"] != "LORA" or adapter["use_dora"]:
         return False
     return origin.digest == compute.main_only(lambda: weights_digest(backbone.directory))
 
@@ -139,12 +140,13 @@ def spread(reward: Reward, compute: Compute) -> Reward:
     if compute.world_size == 1:
         return reward
 
-    def score(exchanges: Sequence[Exchange]) -> Tensor:
-        lengths = [len(exchange.response) for exchange in exchanges]
+    def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        lengths = [len(completion) for completion in completions]
         mine = compute.shard_indices(lengths)
         results: list[float | RewardError] = []
         try:
-            results = reward([exchanges[index] for index in mine]).tolist() if mine else []
+            if mine:
+                results = reward([prompts[i] for i in mine], [completions[i] for i in mine]).tolist()
         except RewardError as error:  # all ranks shall stop in the same way
             results = [error] * len(mine)
         scores = compute.collect(results, lengths)

@@ -1,6 +1,7 @@
 """Where scores come from: one interface for learned, rule and user-written rewards.
 
-A reward is a callable from exchanges to one fp32 score each, on the CPU; higher is better.
+A reward is called as reward(prompts, completions) and returns one fp32 score for each completion, on the CPU;
+higher is better.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message
@@ -20,14 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Exchange(NamedTuple):
-    """A prompt and one response to it, as text."""
-
-    prompt: list[Message]
-    response: str
-
-
-Reward = Callable[[Sequence[Exchange]], "Tensor"]
+Prompts = Sequence[list[Message]]
+Reward = Callable[[Prompts, Sequence[str]], "Tensor"]
 UserFunction = Callable[[list[str], list[str]], Sequence[float]]
 """(the last message of each conversation, responses) -> scores."""
 
@@ -64,12 +59,11 @@ def function_reward(source: str) -> Reward:
     if (arguments := _other_arguments(function)) is not None:
         raise ConfigError(f"{source}: its arguments are {arguments} ({place}). {wanted}")
 
-    def score(exchanges: Sequence[Exchange]) -> Tensor:
+    def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         import torch
 
-        prompts = [exchange.prompt[-1]["content"] if exchange.prompt else "" for exchange in exchanges]
         try:
-            answer = function(prompts, [exchange.response for exchange in exchanges])
+            answer = function(last_messages(prompts), list(completions))
         except Exception as error:  # whatever a user's function raises
             frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if defined and frame.filename == defined[0]]
@@ -80,14 +74,19 @@ def function_reward(source: str) -> Reward:
         except (RuntimeError, TypeError, ValueError):
             said = "nothing (None)" if answer is None else f"{reprlib.repr(answer)}, which holds no numbers"
             raise RewardError(f"{source} returned {said} ({place}). {wanted}") from None
-        if scores.shape != (len(exchanges),):
+        if scores.shape != (len(completions),):
             raise RewardError(
-                f"{source} returned shape {tuple(scores.shape)} for {len(exchanges)} responses ({place}). "
+                f"{source} returned shape {tuple(scores.shape)} for {len(completions)} responses ({place}). "
                 f"{wanted}"
             )
         return scores.detach().float().cpu()
 
     return score
+
+
+def last_messages(prompts: Prompts) -> list[str]:
+    """The text of each prompt's last message; "" of an empty prompt."""
+    return [prompt[-1]["content"] if prompt else "" for prompt in prompts]
 
 
 def _other_arguments(function: UserFunction) -> str | None:
@@ -112,26 +111,26 @@ def _defined(function: UserFunction) -> tuple[str, int] | None:
     return (file, line) if file else None
 
 
-def vader_reward(exchanges: Sequence[Exchange]) -> Tensor:
+def vader_reward(prompts: Prompts, completions: Sequence[str]) -> Tensor:
     """VADER's compound sentiment in [-1, 1]: the demo's gold reward (Hutto & Gilbert 2014)."""
     import torch
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()
-    return torch.tensor([analyzer.polarity_scores(exchange.response)["compound"] for exchange in exchanges])
+    return torch.tensor([analyzer.polarity_scores(completion)["compound"] for completion in completions])
 
 
-def finite_scores(reward: Reward, exchanges: Sequence[Exchange], name: str) -> Tensor:
+def finite_scores(reward: Reward, prompts: Prompts, completions: Sequence[str], name: str) -> Tensor:
     """One finite score each; `name` is what the user called the reward, such as `generate.reward=vader`.
 
     Raises:
         ConfigError: a score is NaN or infinite.
     """
-    score_B = reward(exchanges)
+    score_B = reward(prompts, completions)
     if not bool(score_B.isfinite().all()):
         index = int((~score_B.isfinite()).nonzero()[0])
         raise ConfigError(
-            f"{name} gave {float(score_B[index])} for the response {exchanges[index].response!r}. "
+            f"{name} gave {float(score_B[index])} for the response {completions[index]!r}. "
             "A score must be a finite number."
         )
     return score_B

@@ -59,7 +59,7 @@ class Checkpointer:
     compute: Compute
     tracker: Tracker
     signals: StopSignals
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
     stage: str
     recipe: Recipe = field(default_factory=dict)
     """Of the artifact that is being made."""
@@ -104,7 +104,7 @@ class Checkpointer:
         if cuda_random is not None and self.compute.device.type == "cuda":
             torch.cuda.set_rng_state(cuda_random)
         self.tracker.restore(directory)
-        self.tell(f"{self.stage}: goes on from step {self.newest['step']} ({directory})")
+        self.log(f"{self.stage}: continues from step {self.newest['step']} ({directory})")
         return state
 
     @contextmanager
@@ -128,7 +128,7 @@ class Checkpointer:
         if not signum and not due:
             return
         if signum:
-            self.tell(f"{self.stage}: saving step {step}, then stopping")
+            self.log(f"{self.stage}: saving step {step}, then stopping")
         self.save(step, engine, state)
         if signum:
             raise Stopped(signum)
@@ -249,7 +249,7 @@ class Checkpointer:
                     return manifest
                 changed = {*manifest["input_digests"].items()} ^ {*self.input_digests.items()}
                 inputs = ", ".join(sorted({name for name, _ in changed}))
-                self.tell(
+                self.log(
                     f"{self.stage}: starts again, because {inputs} was rebuilt with another result; the "
                     f"checkpoints in {self.directory} are removed"
                 )
@@ -257,5 +257,5 @@ class Checkpointer:
                 return None
             aside = path.with_name(f"damaged-{path.name}-{uuid4().hex[:4]}")
             path.rename(aside)
-            self.tell(f"{self.stage}: checkpoint {path.name} is damaged ({complaint}); kept aside as {aside}")
+            self.log(f"{self.stage}: checkpoint {path.name} is damaged ({complaint}); kept aside as {aside}")
         return None

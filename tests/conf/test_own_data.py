@@ -43,7 +43,7 @@ def test_without_own_data_it_is_the_demo() -> None:
     assert values() == values("sft.replay=samples:retention_sentences") == DEMO
     named = "samples:retention_questions"
     assert values(f"evaluate.retention={named}") == DEMO | {"evaluate.retention": named}
-    assert build().told == ()
+    assert build().notes == ()
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,13 @@ def assert_same(chain: RealChain, undisturbed: str, name: str) -> None:
         pytest.param("two_ranks", ("launch.processes=2",), marks=pytest.mark.slow),
         pytest.param(
             "zero3_lora_bf16",
-            (*ZERO3, "ppo.peft=lora", "sft.peft=lora", "precision=bf16", "ppo.frozen=sharded"),
+            (*ZERO3, "ppo.peft=lora", "sft.peft=lora", "precision=bf16", "ppo.frozen_placement=sharded"),
             marks=pytest.mark.slow,
         ),
         pytest.param("fsdp2", FSDP2, marks=pytest.mark.slow),
         pytest.param(
             "fsdp2_bf16",
-            (*FSDP2, "sft.peft=lora", "precision=bf16", "ppo.frozen=sharded"),
+            (*FSDP2, "sft.peft=lora", "precision=bf16", "ppo.frozen_placement=sharded"),
             marks=pytest.mark.slow,
         ),
         pytest.param("zero1", ("launch.processes=2", "zero=zero1"), marks=pytest.mark.slow),
@@ -66,7 +66,7 @@ def test_killed_in_each_stage_and_resumed_it_ends_as_if_undisturbed(
     for stage in ("sft", "reward", "ppo"):
         kill(chain.start_until(stage, 2, name, *EACH_STEP, *overrides))
     out, _ = chain.run(name, *EACH_STEP, *overrides)
-    assert "ppo: goes on from step " in out
+    assert "ppo: continues from step " in out
     assert_same(chain, undisturbed, name)
 
 
@@ -85,7 +85,7 @@ def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
         _, err = stopped.communicate()
         assert stopped.returncode == 75, err
         out, _ = chain.run(name, f"stage={stage}", f"zero={zero}", f"launch.processes={after}")
-        assert f"{stage}: goes on from step " in out
+        assert f"{stage}: continues from step " in out
     expected, found = chain.curve(undisturbed), chain.curve(name)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(chain: RealChain, 
     out, _ = chain.run(name, *EACH_STEP, *short)
 
     assert f"checkpoint step-{step:08d} is damaged" in out
-    assert f"sft: goes on from step {step - 1} " in out
+    assert f"sft: continues from step {step - 1} " in out
     assert chain.weights(name, "sft") == chain.weights(undisturbed, "sft")
 
 
@@ -182,4 +182,4 @@ def test_a_signal_saves_then_stops_and_the_same_command_goes_on(
     summary = json.loads((chain.directory / "runs" / name / "summary.json").read_text())
     assert summary["stages"]["ppo"]["status"] == "stopped"
     out, _ = chain.run(name, *longer)
-    assert "ppo: goes on from step " in out
+    assert "ppo: continues from step " in out

@@ -137,7 +137,7 @@ def test_a_reward_server_that_goes_away_costs_nothing(chain: RealChain) -> None:
     assert err.count("Error:") == 1 and "the reward server does not answer, asked 4 times" in err
     with reward_server(port):
         out, _ = chain.run("away", reward, *BY_SERVER)
-    assert "ppo: goes on from step " in out
+    assert "ppo: continues from step " in out
     assert chain.weights("away", "ppo") == chain.weights("served", "ppo")
 
 
@@ -189,7 +189,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(chain: RealChain) -> None:
         os.utime(path, (time.time() - 86400,) * 2)
     assert older
     out, _ = chain.run("clock", "stage=sft", "checkpoint.every_steps=1")
-    assert f"goes on from step {int(newest.name.removeprefix('step-'))} " in out
+    assert f"continues from step {int(newest.name.removeprefix('step-'))} " in out
 
 
 def test_a_store_of_another_version_is_refused_by_name(as_finished: Path, tmp_path: Path) -> None:

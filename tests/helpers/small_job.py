@@ -80,7 +80,7 @@ def small_job(
             compute=compute,
             tracker=tracker,
             signals=StopSignals(),
-            tell=lambda text: console.print(text, highlight=False),
+            log=lambda text: console.print(text, highlight=False),
             stage=stage,
         ),
         reward_server=RewardServerConfig(timeout=10.0, retries=0),

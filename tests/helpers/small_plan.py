@@ -14,7 +14,7 @@ from transformers import (
 from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext, Sizes
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.preflight import (
     Begun,
@@ -41,7 +41,7 @@ def experiment(*overrides: str) -> Experiment:
 
 def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> CostContext:
     machine = Machine("cuda", "a test", gib * GIB, host * GIB, 0.6 * GIB, ranks, Speed(300_000.0, 2000.0))
-    lengths = Lengths(rows=1000, mean=400.0, deviation=100.0, longest=900)
+    lengths = LengthStats(rows=1000, mean=400.0, deviation=100.0, longest=900)
     return CostContext(shape_of(EIGHT_BILLION), 2, "none", machine, lambda role, split: lengths)
 
 
@@ -53,7 +53,7 @@ def check(tmp_path: Path, on: CostContext, stage: str, *overrides: str) -> Check
 
 
 def with_prompts_of(on: CostContext, tokens: int) -> Sizes:
-    short = Lengths(rows=1000, mean=float(tokens), deviation=0.0, longest=tokens)
+    short = LengthStats(rows=1000, mean=float(tokens), deviation=0.0, longest=tokens)
     return lambda role, split: short if role == "evaluate" else on.sizes(role, split)
 
 

@@ -21,7 +21,7 @@ from rlhf.pipeline.job import Job
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.ppo.update import ActorCritic
-from rlhf.rewards.reward import Exchange, Reward
+from rlhf.rewards.reward import Prompts, Reward
 from rlhf.stages.ppo import PpoStage
 from rlhf.training.engine import PlainEngine
 
@@ -98,9 +98,9 @@ def resumed_learner(directory: Path, model: Path, reward: Reward, *overrides: st
     return ppo_learner(ppo_stage(*overrides), job, reward)
 
 
-def length(exchanges: Sequence[Exchange]) -> Tensor:
+def length(prompts: Prompts, completions: Sequence[str]) -> Tensor:
     """A reward that differs from answer to answer."""
-    return torch.tensor([float(len(exchange.response.encode())) for exchange in exchanges])
+    return torch.tensor([float(len(completion.encode())) for completion in completions])
 
 
 class Counting:
@@ -109,9 +109,9 @@ class Counting:
     def __init__(self, change: float) -> None:
         self.change, self.calls = change, 0
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+    def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
         self.calls += 1
-        return torch.full((len(exchanges),), self.change * self.calls)
+        return torch.full((len(completions),), self.change * self.calls)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def test_a_preempted_pipeline_ends_as_an_undisturbed_one(cluster: SlurmCluster) 
         ended = cluster.finished(job)
         assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log_of(job)
     stopped_at = re.search(r"ppo: saving step (\d+), then stopping", log_of(ppo))
-    went_on = re.search(r"ppo: goes on from step (\d+)", log_of(ppo))
+    went_on = re.search(r"ppo: continues from step (\d+)", log_of(ppo))
     assert stopped_at and went_on and stopped_at[1] == went_on[1], log_of(ppo)
     assert 3 <= int(went_on[1]) < 10
     assert "2 ranks, zero3" in log_of(ppo)
@@ -109,7 +109,7 @@ def test_slurm_preempts_it_and_the_user_cancels_it(cluster: SlurmCluster) -> Non
     assert cluster.finished(urgent, seconds=90)["JobState"] == "COMPLETED"
     assert cluster.job(job)["Restarts"] == "1", log_of(job)
 
-    wait_for("it goes on", lambda: "ppo: goes on from step" in log_of(job), seconds=120)
+    wait_for("it goes on", lambda: "ppo: continues from step" in log_of(job), seconds=120)
     before = steps_of(job)
     wait_for("it takes more steps", lambda: steps_of(job) > before, seconds=60)
     cluster.command("scancel", job)

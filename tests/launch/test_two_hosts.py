@@ -75,7 +75,7 @@ def test_a_signal_on_one_host_stops_both_and_the_same_commands_go_on(tmp_path: P
 
         codes = [run.wait(timeout=240) for run in start_on_both(hosts, tmp_path, *command)]
     assert codes == [0, 0], logs(tmp_path)
-    assert "ppo: goes on from step" in logs(tmp_path)[0]
+    assert "ppo: continues from step" in logs(tmp_path)[0]
 
 
 def test_when_the_cable_is_cut_both_ends_fail_and_name_the_missing_rank(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.lora import LowRankLinear
 from rlhf.models.peft.merge import publish_policy
 from rlhf.models.peft.saved import rehearse
-from rlhf.models.peft.target_modules import told
+from rlhf.models.peft.target_modules import described_targets
 from rlhf.models.value_head import load_scalar_model
 
 TINY = ModelConfig(kind="tiny")
@@ -179,9 +179,9 @@ NAMED = "not gate_proj, up_proj, down_proj (peft means the experts by that)"
 )  # fmt: skip
 def test_what_all_linear_takes_is_told(name: str, line: str) -> None:
     base = skeleton(tiny_config(name))
-    assert told(base, PeftConfig(method="lora")) == line
-    assert told(base, PeftConfig(method="lora", target_modules=["q_proj"])) is None
-    assert told(base, PeftConfig(method="none")) is None
+    assert described_targets(base, PeftConfig(method="lora")) == line
+    assert described_targets(base, PeftConfig(method="lora", target_modules=["q_proj"])) is None
+    assert described_targets(base, PeftConfig(method="none")) is None
 
 
 def test_layers_that_peft_takes_for_experts_are_refused_by_name() -> None:

@@ -17,11 +17,10 @@ from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.value_head import reset_head
 from rlhf.models.weight_sharing import offload
 from rlhf.rewards.model import LearnedReward
-from rlhf.rewards.reward import Exchange
 from rlhf.rl.rollout import Rollout
 
 ROLLOUT = Rollout([torch.tensor([5, 6, 7])], [torch.tensor([8, 9])], torch.tensor([True]))
-EXCHANGE = Exchange([Message(role="user", content="Hi")], "Hello")
+PROMPT = [Message(role="user", content="Hi")]
 
 
 def places(model: nn.Module) -> list[int]:
@@ -46,12 +45,14 @@ def test_weights_are_copied_while_they_are_used_and_are_then_where_they_were(tin
 def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: Path) -> None:
     policy = PolicyModel.load(tiny_model, MODEL, on_cpu())
     stage, job = ppo_stage(), ppo_job(tmp_path, tiny_model)
-    scalar = stage.load_critic(job, lambda exchanges: torch.zeros(0), stage.normalizer(job), policy.tokenizer)
+    scalar = stage.load_critic(
+        job, lambda prompts, completions: torch.zeros(0), stage.normalizer(job), policy.tokenizer
+    )
     reset_head(scalar, deviation=1.0)
     reward = LearnedReward(tiny_model, scalar, policy.tokenizer, 1000, on_cpu())
 
     def scores() -> tuple[Tensor, Tensor]:
-        return policy.log_probabilities(ROLLOUT, 1.0, 1000), reward([EXCHANGE])
+        return policy.log_probabilities(ROLLOUT, 1.0, 1000), reward([PROMPT], ["Hello"])
 
     expected = scores()
     for each in (policy, reward):
@@ -65,10 +66,14 @@ def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: P
 
 
 def test_without_a_gpu_it_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ppo\.frozen=offloaded .* no GPU\. Use ppo\.frozen=replicated"):
-        ppo_stage("ppo.frozen=offloaded").trainer(ppo_job(tmp_path, tiny_model))
+    with pytest.raises(
+        ConfigError, match=r"ppo\.frozen_placement=offloaded .* no GPU\. Use ppo\.frozen_placement=replicated"
+    ):
+        ppo_stage("ppo.frozen_placement=offloaded").trainer(ppo_job(tmp_path, tiny_model))
 
 
 def test_weights_that_the_policy_shares_cannot_be_away(tmp_path: Path, tiny_model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ppo\.frozen=offloaded: with ppo\.peft=lora .*policy's weights"):
-        ppo_stage("ppo.frozen=offloaded", "ppo.peft=lora").trainer(ppo_job(tmp_path, tiny_model))
+    with pytest.raises(
+        ConfigError, match=r"ppo\.frozen_placement=offloaded: with ppo\.peft=lora .*policy's weights"
+    ):
+        ppo_stage("ppo.frozen_placement=offloaded", "ppo.peft=lora").trainer(ppo_job(tmp_path, tiny_model))

@@ -11,7 +11,7 @@ from toy_dpo import DpoStage
 from rlhf.rewards.code import imported_code
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import REWARD_KINDS, RewardKind
-from rlhf.rewards.reward import Exchange, Reward
+from rlhf.rewards.reward import Prompts, Reward
 
 __all__ = ["DpoStage"]  # the stage whose `_target_` brings this module
 
@@ -20,8 +20,8 @@ def length(source: str, server: RewardServerConfig) -> Reward:
     """The reward of `length:COUNT`: minus the characters that a response has too many or too few."""
     count = int(source.removeprefix("length:"))
 
-    def score(exchanges: Sequence[Exchange]) -> Tensor:
-        return torch.tensor([-float(abs(len(each.response) - count)) for each in exchanges])
+    def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        return torch.tensor([-float(abs(len(completion) - count)) for completion in completions])
 
     return score
 

@@ -24,7 +24,7 @@ from rlhf.costs.memory import Trained, activations, kept_per_layer, kept_per_tok
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext, pads_rows
 from rlhf.costs.stage_cost import exactly, joined
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.distributed.compute import Zero
 from rlhf.models.base import ModelConfig
@@ -54,7 +54,7 @@ def setting(
     machine = Machine(
         kind=kind, name="a test", memory=1e9, host_memory=1e9, used=0.0, ranks=ranks, speed=Speed(100.0, 10.0)
     )  # type: ignore[arg-type]  # fmt: skip
-    lengths = Lengths(1, 1.0, 0.0, 1)
+    lengths = LengthStats(1, 1.0, 0.0, 1)
     return CostContext(shape_of(CONFIG), dtype_bytes, zero, machine, lambda role, split: lengths, pads=pads)
 
 
@@ -243,7 +243,7 @@ def test_deepspeed_holds_the_gradients_that_are_predicted(tmp_path: Path, zero: 
 
 def test_the_largest_pass_is_within_the_budget_but_holds_the_longest_row() -> None:
     on = setting(ranks=2)
-    rows = Lengths(rows=100, mean=50.0, deviation=0.0, longest=60)
+    rows = LengthStats(rows=100, mean=50.0, deviation=0.0, longest=60)
     assert on.pass_tokens(16, rows, most=4096) == 8 * 50  # a rank's half of the batch
     assert on.pass_tokens(16, rows, most=128) == 128
     assert on.pass_tokens(16, rows, most=16) == 60
@@ -270,7 +270,7 @@ def test_the_largest_padded_pass_is_that_of_the_batches(kind: str, most: int, ro
         for batch in (lengths[first : first + rows] for first in range(0, 2001 - rows, rows)):
             for places in token_budget_batches(batch, most):
                 seen = max(seen, len(places) * max(batch[place] for place in places))
-    of_all = Lengths(len(lengths), fmean(lengths), pstdev(lengths), max(lengths))
+    of_all = LengthStats(len(lengths), fmean(lengths), pstdev(lengths), max(lengths))
     on = setting(ranks=2, pads=True)
     assert on.pass_tokens(2 * rows, of_all, most) == pytest.approx(seen, rel=0.15)
     assert on.passes(2 * rows, of_all, most) == setting(ranks=2).passes(2 * rows, of_all, most)
@@ -290,12 +290,12 @@ def test_rows_are_padded_behind_virtual_tokens_and_where_they_cannot_be_packed()
 
 
 def test_a_prompt_and_its_answer_stand_behind_each_other() -> None:
-    both = joined(Lengths(9, 30.0, 3.0, 40), exactly(20))
-    assert both == Lengths(9, 50.0, 3.0, 60)
+    both = joined(LengthStats(9, 30.0, 3.0, 40), exactly(20))
+    assert both == LengthStats(9, 50.0, 3.0, 60)
 
 
 def test_what_rows_begin_with_alike_is_computed_once_where_rows_are_packed_on_a_cpu() -> None:
-    rows = Lengths(rows=100, mean=50.0, deviation=0.0, longest=60, shared_prefix=20.0)
+    rows = LengthStats(rows=100, mean=50.0, deviation=0.0, longest=60, shared_prefix=20.0)
     assert setting().computed(1000, rows) == 600
     assert setting().pass_tokens(16, rows, most=4096) == 16 * 30
     assert setting().pass_tokens(1, rows, most=4096) == 60

@@ -14,7 +14,7 @@ from transformers import (
 
 from rlhf.costs.model_shape import ModelShape, shape_of
 from rlhf.costs.stage_cost import ThroughputModel
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.ppo.config import PpoConfig
@@ -144,7 +144,7 @@ def test_ppo_loads_its_models_one_after_the_other() -> None:
     full = ("ppo.peft=none",)
     assert loading("zero3", *full) == (model + 2 * scalar, model)
     assert loading("fsdp2", *full) == (scalar, model + scalar)
-    assert loading("fsdp2", *full, "ppo.frozen=sharded") == (0, model + 2 * scalar)
+    assert loading("fsdp2", *full, "ppo.frozen_placement=sharded") == (0, model + 2 * scalar)
 
 
 def test_a_reward_model_has_no_output_layer() -> None:
@@ -159,7 +159,7 @@ def test_a_reward_model_has_no_output_layer() -> None:
 
 def test_the_mix_is_cut_where_virtual_tokens_leave_no_room() -> None:
     """As `PretrainingMix` cuts it."""
-    endless = Lengths(rows=10, mean=90_000.0, deviation=0.0, longest=90_000)
+    endless = LengthStats(rows=10, mean=90_000.0, deviation=0.0, longest=90_000)
     on = replace(gpus(80), sizes=lambda role, split: endless)
     for peft, longest in (("lora", 40_960), ("{method: prefix, tokens: 100}", 40_860)):
         config = experiment(f"ppo.peft={peft}", "ppo.ptx.coef=0.5").stages["ppo"]

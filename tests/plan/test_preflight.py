@@ -28,7 +28,7 @@ from transformers import (
 from rlhf.config import ConfigError
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.stage_cost import StageCost, Task
-from rlhf.data.prepared import Lengths, PreparedData
+from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
@@ -249,7 +249,7 @@ def test_a_method_that_does_not_know_the_model(
 
 
 def test_a_held_out_answer_beyond_the_context_is_cut_and_not_refused(tmp_path: Path) -> None:
-    on, long = gpus(80.0), Lengths(rows=10, mean=50000.0, deviation=0.0, longest=50000)
+    on, long = gpus(80.0), LengthStats(rows=10, mean=50000.0, deviation=0.0, longest=50000)
     sizes = on.sizes
     on = replace(on, sizes=lambda role, split: long if role == "sft" else sizes(role, split))
     assert check(tmp_path, on, "evaluate", "ppo.peft=prefix").refused == []

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf.config import ConfigError
 from rlhf.ppo.metrics import Evaluation
 from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.rewards.reward import Exchange, Reward, RewardError
+from rlhf.rewards.reward import Prompts, Reward, RewardError
 
 SMALL = (
     "ppo.steps=4", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=6",
@@ -35,10 +35,10 @@ class Faulty:
         self.rollouts, self.evaluations = 0, 0
         self.responses: list[str] = []
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
-        scores = length(exchanges)
-        self.responses = [exchange.response for exchange in exchanges]
-        if len(exchanges) == len(HELD_OUT):
+    def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        scores = length(prompts, completions)
+        self.responses = list(completions)
+        if len(completions) == len(HELD_OUT):
             if self.evaluations >= self.away_since:
                 raise RewardError("the reward server does not answer")
             self.evaluations += 1
@@ -122,10 +122,10 @@ def test_a_gain_is_of_the_judged_prompts_that_have_both_scores() -> None:
 
 
 def test_weights_that_only_the_judged_prompts_like_are_not_kept(tmp_path: Path, tiny_model: Path) -> None:
-    def better_each_time(exchanges: Sequence[Exchange]) -> Tensor:
-        if len(exchanges) != len(HELD_OUT):
-            return length(exchanges)
-        calls.append(len(exchanges))
+    def better_each_time(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        if len(completions) != len(HELD_OUT):
+            return length(prompts, completions)
+        calls.append(len(completions))
         judged = 10.0 * len(calls)
         return torch.tensor([-judged, judged, -judged, judged])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult
-from rlhf.rewards.reward import Exchange, Reward
+from rlhf.rewards.reward import Prompts, Reward
 
 SMALL = (
     "ppo.steps=3", "ppo.batch_episodes=16", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=3",
@@ -22,15 +22,15 @@ SMALL = (
 TRAIN, HELD_OUT = prompts(range(100, 164)), prompts(range(700, 748))
 
 
-def of_a_hash(exchanges: Sequence[Exchange]) -> Tensor:
+def of_a_hash(prompts: Prompts, completions: Sequence[str]) -> Tensor:
     """0 to 1, by a hash of the text: nothing about an answer says what another one would score."""
-    digests = (hashlib.sha256(exchange.response.encode()).digest() for exchange in exchanges)
+    digests = (hashlib.sha256(completion.encode()).digest() for completion in completions)
     return torch.tensor([digest[0] / 255 for digest in digests])
 
 
-def small_letters(exchanges: Sequence[Exchange]) -> Tensor:
+def small_letters(prompts: Prompts, completions: Sequence[str]) -> Tensor:
     """How many characters are of the lower half of all bytes."""
-    return torch.tensor([float(sum(c.isascii() for c in exchange.response)) for exchange in exchanges])
+    return torch.tensor([float(sum(c.isascii() for c in completion)) for completion in completions])
 
 
 def gain_gate(directory: Path, model: Path, reward: Reward, seed: int, *overrides: str) -> GateResult:

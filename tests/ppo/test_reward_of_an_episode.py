@@ -9,18 +9,18 @@ import torch
 from small_ppo import ROWS, Counting, length, shake
 from torch import Tensor
 
-from rlhf.rewards.reward import Exchange
+from rlhf.rewards.reward import Prompts
 
 
 def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
     trainer = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", "ppo.kl.target=0.1", "ppo.kl.horizon=160")
     first = trainer.step(ROWS, 1)
-    assert first["beta"] == 0.1  # what the step was made with
+    assert first["kl_coef"] == 0.1  # what the step was made with
     lowered = 0.1 * (1 - 0.2 * 16 / 160)  # KL 0: as far below the target as counts
     assert trainer.kl.coef == pytest.approx(lowered)
     shake(trainer)
     second = trainer.step(ROWS, 2)
-    assert second["beta"] == pytest.approx(lowered)
+    assert second["kl_coef"] == pytest.approx(lowered)
     assert second["kl"] > 0.12
     assert trainer.kl.coef == pytest.approx(lowered * (1 + 0.2 * 16 / 160))
 
@@ -35,8 +35,8 @@ def test_the_penalty_is_taken_from_every_token(make) -> None:
 
 
 def test_running_normalisation_makes_the_reward_unitless(make) -> None:
-    def scaled(exchanges: Sequence[Exchange]) -> Tensor:
-        return 300.0 + 1000.0 * length(exchanges)
+    def scaled(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        return 300.0 + 1000.0 * length(prompts, completions)
 
     plain, large = (make("ppo.score.normalize=running", reward=reward) for reward in (length, scaled))
     scores = []
@@ -54,8 +54,8 @@ def test_running_normalisation_makes_the_reward_unitless(make) -> None:
 
 
 def test_an_outlier_is_clipped(make) -> None:
-    def one_large(exchanges: Sequence[Exchange]) -> Tensor:
-        return torch.tensor([1000.0] + [0.0] * (len(exchanges) - 1))
+    def one_large(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        return torch.tensor([1000.0] + [0.0] * (len(completions) - 1))
 
     trainer = make("ppo.score.normalize=none", "ppo.score.clip=5.0", reward=one_large)
     assert trainer.experience(ROWS)[0].reward_BR.sum(1).tolist() == [5.0] + [0.0] * 15

@@ -24,7 +24,7 @@ from rlhf.models.weight_sharing import Backbone
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.model import LearnedReward, load_learned_reward
-from rlhf.rewards.reward import Exchange, RewardError
+from rlhf.rewards.reward import RewardError
 from rlhf.stages.ppo import PpoStage
 
 ROWS = prompts(range(16))
@@ -33,7 +33,8 @@ SETTINGS = (
     "ppo.max_new_tokens=12", "ppo.evaluate_every=3", "ppo.optim.lr=1e-3", "ppo.critic.optim.lr=1e-3",
     "ppo.kl.coef=0.1",
 )  # fmt: skip
-EXCHANGES = [Exchange(row.prompt, "An answer. " * n) for n, row in enumerate(ROWS)]
+PROMPTS = [row.prompt for row in ROWS]
+COMPLETIONS = ["An answer. " * n for n in range(len(ROWS))]
 
 
 class Separate(PpoStage):
@@ -175,7 +176,7 @@ def test_as_many_backbones_as_there_are_different_ones(
 
 
 def scores(learned: LearnedReward) -> Tensor:
-    found = learned(EXCHANGES)
+    found = learned(PROMPTS, COMPLETIONS)
     assert found.std() > 0.05
     return found
 
@@ -246,7 +247,7 @@ def test_a_response_that_fills_the_context_is_scored_with_its_end(tmp_path: Path
     )
     prompt = ROWS[0].prompt
     room = 1024 - len(exchange_ids(learned.tokenizer, prompt, "")[0])
-    fits, cut = learned([Exchange(prompt, "a" * room), Exchange(prompt, "a" * (room + 8))])
+    fits, cut = learned([prompt, prompt], ["a" * room, "a" * (room + 8)])
     assert fits == cut
     with pytest.raises(RewardError, match=r"the reward model reads 1024 tokens, and a prompt .* has 1033"):
-        learned([Exchange(prompt, "a" * (room + 9))])
+        learned([prompt], ["a" * (room + 9)])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.rewards.reward import Exchange
+from rlhf.rewards.reward import Prompts
 
 SMALL = (
     "ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=6", "ppo.evaluate_every=2",
@@ -31,9 +31,9 @@ class Length:
     def __init__(self, *bad: int) -> None:
         self.bad, self.rollouts = bad, 0
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
-        scores = torch.tensor([float(len(exchange.response.encode())) for exchange in exchanges])
-        if len(exchanges) == 8:
+    def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        scores = torch.tensor([float(len(completion.encode())) for completion in completions])
+        if len(completions) == 8:
             self.rollouts += 1
             if self.rollouts in self.bad:
                 scores[3] = math.nan
@@ -50,7 +50,7 @@ def train(trainer: PolicyTrainer) -> dict[str, float]:
 
 def logged_steps(trainer: PolicyTrainer) -> list[int]:
     lines = [json.loads(line) for line in (trainer.job.directory / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if "ppo/beta" in line]
+    return [line["step"] for line in lines if "ppo/kl_coef" in line]
 
 
 def dumped(trainer: PolicyTrainer, step: int) -> list[dict[str, Any]]:
@@ -86,9 +86,9 @@ def test_no_rank_holds_a_checkpoint_that_it_goes_on_from(tmp_path: Path, tiny_mo
     during: list[bool] = []
 
     class Looking(Length):
-        def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
+        def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
             during.append(mapped("loop.pt") or mapped("optimizer.pt"))
-            return super().__call__(exchanges)
+            return super().__call__(prompts, completions)
 
     second = learner_in(tmp_path / "second", tiny_model, Looking(), "ppo.steps=4", "ppo.max_bad_steps=1")
     state = second.job.checkpoints.restore(second.engine)

@@ -32,7 +32,7 @@ from rlhf.data.schema import Message, SftRow
 from rlhf.models.logprobs import pack_sequences, response_statistics, rollout_rows
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.rewards.reward import Exchange
+from rlhf.rewards.reward import Prompts
 from rlhf.rl.rollout import Rollout
 from rlhf.training.engine import PlainEngine
 
@@ -303,11 +303,11 @@ def test_an_update_that_is_not_finite_is_not_taken(make) -> None:
 
 
 def test_a_first_step_without_a_finite_gradient_does_not_spoil_the_summary(make) -> None:
-    def breaks_the_critic_once(exchanges: Sequence[Exchange]) -> Tensor:
-        calls.append(len(exchanges))
+    def breaks_the_critic_once(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        calls.append(len(completions))
         with torch.no_grad():  # the second call scores the first rollout
             trainer.engine.model.critic.offset.fill_(float("nan") if len(calls) == 2 else 0.0)
-        return length(exchanges)
+        return length(prompts, completions)
 
     calls: list[int] = []
     trainer = make("ppo.steps=3", "ppo.evaluate_every=3", reward=breaks_the_critic_once)

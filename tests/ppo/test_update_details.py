@@ -16,7 +16,7 @@ from rlhf.data.schema import Message, SftRow
 from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.rewards.reward import Exchange, RewardError
+from rlhf.rewards.reward import Prompts, RewardError
 from rlhf.rl.advantage import AdaptiveKL
 from rlhf.training.engine import PlainEngine
 
@@ -118,8 +118,10 @@ def test_every_evaluation_draws_the_same_and_another_seed_draws_otherwise(make) 
 
 
 def test_of_policies_that_score_alike_the_first_is_kept(make) -> None:
-    def alike_when_held_out(exchanges: Sequence[Exchange]) -> Tensor:
-        return length(exchanges) if len(exchanges) == len(ROWS) else torch.zeros(len(exchanges))
+    def alike_when_held_out(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        return (
+            length(prompts, completions) if len(completions) == len(ROWS) else torch.zeros(len(completions))
+        )
 
     trainer = make("ppo.steps=2", "ppo.evaluate_every=1", reward=alike_when_held_out)
     start = weights(trainer.policy.model)
@@ -155,12 +157,12 @@ class AwayOnce:
     def __init__(self, rollout: int = 0) -> None:
         self.away_at, self.rollouts = rollout, 0
 
-    def __call__(self, exchanges: Sequence[Exchange]) -> Tensor:
-        if len(exchanges) == 8:
+    def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        if len(completions) == 8:
             self.rollouts += 1
             if self.rollouts == self.away_at:
                 raise RewardError("the reward server does not answer")
-        return length(exchanges)
+        return length(prompts, completions)
 
 
 def test_a_step_whose_reward_was_away_is_sampled_anew_with_the_same_numbers(

@@ -26,7 +26,6 @@ from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_mo
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.stage import Stage
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.rewards.reward import Exchange
 from rlhf.rl.rollout import RewardRule, Rollout, make_experience
 from rlhf.stages.ppo import PpoStage
 from rlhf.stages.reward import EncodedPair, RewardStage
@@ -93,7 +92,7 @@ def prompt(number: int) -> list[Message]:
 def all_stages(compute: Compute, model: Path, reward: Path, frozen: str, scratch: Path) -> dict[str, float]:
     """Every kind of pass that a stage makes, on this rank; figures of which all ranks have the same."""
     with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=[*OVERRIDES, f"ppo.frozen={frozen}"])
+        node = compose("config", overrides=[*OVERRIDES, f"ppo.frozen_placement={frozen}"])
     resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     stages = build_experiment(resolved).stages
     base = BaseModelFiles(model, "tiny", MODEL)
@@ -167,7 +166,7 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
         counted.check(f"scoring {name}", passes=passes, each=1)
         reference_BR = trainer.reference.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
         frozen.check(f"reference {name}", passes=passes, each=1)
-        score_B = trainer.reward([Exchange(prompt(0), answer(len(row.answer))) for row in some])
+        score_B = trainer.reward([prompt(0)] * len(some), [answer(len(row.answer)) for row in some])
         figures |= {
             f"logp {name}": float(logp_BR.sum()), f"value {name}": float(value_BR.abs().sum()),
             f"reference {name}": float(reference_BR.sum()), f"score {name}": float(score_B.sum()),

@@ -17,13 +17,13 @@ VARIANTS = {
         "ppo.micro_batch_tokens=60",
     ),
     "two_ranks": ("launch.processes=2",),
-    "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen=sharded"),
+    "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen_placement=sharded"),
 }
 ONE_PASS = "ppo.minibatch_episodes=8"
 """A rollout is one minibatch, which is learned from by the pass that scored it."""
 CHECKPOINTED = tuple(f"{stage}.activation_checkpointing=true" for stage in ("sft", "reward", "ppo"))
 SLOW = {
-    "zero3": ("launch.processes=2", "zero=zero3", "ppo.frozen=sharded"),
+    "zero3": ("launch.processes=2", "zero=zero3", "ppo.frozen_placement=sharded"),
     "checkpointed_zero2": ("launch.processes=2", "zero=zero2", *CHECKPOINTED),
     "checkpointed_zero3": ("launch.processes=2", "zero=zero3", *CHECKPOINTED),
     "checkpointed_fsdp2": ("launch.processes=2", "zero=fsdp2", *CHECKPOINTED),

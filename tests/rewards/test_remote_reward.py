@@ -14,12 +14,9 @@ import pytest
 from rlhf.data.schema import Message
 from rlhf.rewards import http as remote
 from rlhf.rewards.http import RewardServerConfig, remote_reward
-from rlhf.rewards.reward import Exchange, RewardError
+from rlhf.rewards.reward import RewardError
 
-EXCHANGES = [
-    Exchange([Message(role="user", content="Say hi")], "hi"),
-    Exchange([Message(role="user", content="Say nothing")], ""),
-]
+ROWS = ([[Message(role="user", content=text)] for text in ("Say hi", "Say nothing")], ["hi", ""])
 
 ASKED = RewardServerConfig(timeout=5.0, retries=3)
 
@@ -62,18 +59,18 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_prompts_and_responses_are_sent_and_scores_come_back(server: Server) -> None:
     server.answers = [(200, {"scores": [1, -0.5]})]
-    assert remote_reward(server.url, ASKED)(EXCHANGES).tolist() == [1.0, -0.5]
+    assert remote_reward(server.url, ASKED)(*ROWS).tolist() == [1.0, -0.5]
     assert server.asked == [{"prompts": ["Say hi", "Say nothing"], "responses": ["hi", ""]}]
 
 
 def test_a_server_that_fails_once_is_asked_again(server: Server) -> None:
     server.answers = [(503, {}), (200, {"scores": [1, 2]})]
-    assert remote_reward(server.url, ASKED)(EXCHANGES).tolist() == [1.0, 2.0]
+    assert remote_reward(server.url, ASKED)(*ROWS).tolist() == [1.0, 2.0]
 
 
 def test_a_score_that_is_null_is_not_a_number(server: Server) -> None:
     server.answers = [(200, {"scores": [None, 2]})]
-    scores = remote_reward(server.url, ASKED)(EXCHANGES)
+    scores = remote_reward(server.url, ASKED)(*ROWS)
     assert scores.isnan().tolist() == [True, False]
 
 
@@ -81,13 +78,13 @@ def test_a_score_that_is_null_is_not_a_number(server: Server) -> None:
 def test_an_answer_of_another_form_is_told(server: Server, answer: Any) -> None:
     server.answers = [(200, answer)]
     with pytest.raises(RewardError, match="it must answer"):
-        remote_reward(server.url, ASKED)(EXCHANGES)
+        remote_reward(server.url, ASKED)(*ROWS)
 
 
 def test_a_server_that_is_not_there_is_told(server: Server) -> None:
     server.http.server_close()
     with pytest.raises(RewardError, match="does not answer, asked 4 times"):
-        remote_reward(server.url, ASKED)(EXCHANGES)
+        remote_reward(server.url, ASKED)(*ROWS)
 
 
 def test_an_answer_cut_short_is_asked_for_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +98,7 @@ def test_an_answer_cut_short_is_asked_for_again(server: Server, monkeypatch: pyt
         end_headers(self)
 
     monkeypatch.setattr(handler, "end_headers", promises_more)
-    assert remote_reward(server.url, ASKED)(EXCHANGES).tolist() == [1.0, 2.0]
+    assert remote_reward(server.url, ASKED)(*ROWS).tolist() == [1.0, 2.0]
     assert len(server.asked) == 2
 
 
@@ -111,14 +108,14 @@ def test_what_another_try_cannot_change_is_told_at_once_with_what_the_server_sai
 ) -> None:
     server.answers = [(status, {"detail": "who are you?"})]
     with pytest.raises(RewardError, match=f"status {status} .*who are you"):
-        remote_reward(server.url, ASKED)(EXCHANGES)
+        remote_reward(server.url, ASKED)(*ROWS)
     assert len(server.asked) == 1
 
 
 def test_the_last_answer_is_shown_and_retries_are_counted(server: Server) -> None:
     server.answers = [(500, "boom")] * 2
     with pytest.raises(RewardError, match=r"asked 2 times \(status 500 .*boom.*reward_server.retries=1"):
-        remote_reward(server.url, RewardServerConfig(timeout=5.0, retries=1))(EXCHANGES)
+        remote_reward(server.url, RewardServerConfig(timeout=5.0, retries=1))(*ROWS)
     assert len(server.asked) == 2
 
 
@@ -126,4 +123,4 @@ def test_a_silent_server_is_waited_for_as_long_as_the_timeout_says() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/score"
         with pytest.raises(RewardError, match=r"asked 1 times \(timed out\).*timeout=0\.1"):
-            remote_reward(url, RewardServerConfig(timeout=0.1, retries=0))(EXCHANGES)
+            remote_reward(url, RewardServerConfig(timeout=0.1, retries=0))(*ROWS)

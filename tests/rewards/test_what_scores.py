@@ -15,7 +15,7 @@ from rlhf.config import ConfigError
 from rlhf.models.base import ModelConfig, base_identity
 from rlhf.rewards.code import has_changed
 from rlhf.rewards.kinds import reward_digest
-from rlhf.rewards.reward import Exchange, function_reward
+from rlhf.rewards.reward import function_reward
 
 SOURCE = "python:their_reward:score"
 FUNCTION = "def score(prompts, responses):\n    return [{value} for _ in responses]\n"
@@ -171,7 +171,7 @@ def test_a_function_that_fails_is_told_by_its_own_line(folder: Path, body: str, 
     file.write_text(f"import textwrap\n\ndef score(prompts, responses, **more):\n    {body}\n")
     forget()
     with pytest.raises(ConfigError) as caught:
-        function_reward(SOURCE)([Exchange([], "a b"), Exchange([], "c")])
+        function_reward(SOURCE)([[], []], ["a b", "c"])
     assert said.replace("FILE", str(file)) in str(caught.value)
     assert str(caught.value).endswith(f" {WANTED}")
 

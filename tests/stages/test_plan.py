@@ -21,7 +21,7 @@ from rlhf.costs.hardware import Machine, Speed, calibrated_speed
 from rlhf.costs.model_shape import counted
 from rlhf.costs.peft_costs import METHODS
 from rlhf.costs.setup import GIB, CostContext
-from rlhf.data.prepared import Lengths
+from rlhf.data.prepared import LengthStats
 from rlhf.models.base import BaseModelFiles, ModelConfig, skeleton
 from rlhf.models.peft import methods
 from rlhf.pipeline.experiment import Experiment, build_experiment
@@ -265,7 +265,7 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
     before = compose_and_build("model=tiny", "stage=prepare", *given)
     base = skeleton(BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny")).architecture)
     machine = Machine("cuda", "a test", 80 * GIB, 80 * GIB, 0.0, 1, Speed(1000.0, 1000.0))
-    on = CostContext(counted(base), 2, "none", machine, lambda role, split: Lengths(100, 20.0, 0.0, 20))
+    on = CostContext(counted(base), 2, "none", machine, lambda role, split: LengthStats(100, 20.0, 0.0, 20))
     use = Use(100, 10.0, 10.0, 1, 1, True, "many_adapters", None, None)
     ranked = rank_strategies([before.stages[name] for name in trains], before, base, on, use)
     found = {}

@@ -37,10 +37,10 @@ def run_trial(resolved: Mapping[str, Any], run_name: str) -> Outcome:
     directory = Path(resolved["runs_dir"]) / run_name
     directory.mkdir(parents=True, exist_ok=True)
 
-    def tell(holder: str) -> None:
+    def log(holder: str) -> None:
         print(f"{run_name} waits: another process runs this trial ({holder})", flush=True)
 
-    with Lock(directory / ".trial.lock").awaited(tell):
+    with Lock(directory / ".trial.lock").awaited(log):
         write_note(directory, Outcome())
         summary = directory / "summary.json"
         summary.unlink(missing_ok=True)

@@ -112,13 +112,13 @@ def save_adapter(
     if described is None:
         return {}
     origin, weights = Origin.of(start, key, artifact, adapter.in_4_bits), adapter.weights()
-    told = described | {"task_type": "CAUSAL_LM", "revision": origin.digest}
+    saved = described | {"task_type": "CAUSAL_LM", "revision": origin.digest}
     if head is not None:
         weights[HEAD] = head.detach()
-        told |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        saved |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     directory = artifact / ADAPTER
     directory.mkdir()
-    content = json.dumps(told, default=sorted, indent=2, sort_keys=True)
+    content = json.dumps(saved, default=sorted, indent=2, sort_keys=True)
     (directory / CONFIG).write_text(content, encoding="utf-8")
     (directory / ORIGIN).write_text(origin.model_dump_json(indent=2), encoding="utf-8")
     save_file({name: each.contiguous() for name, each in weights.items()}, directory / WEIGHTS)
@@ -188,10 +188,10 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             adapter = attach(trained, config)
-            names, told = adapter.weights().keys(), adapter.described()
-            assert told is not None
-            kind = PEFT_TYPE_TO_CONFIG_MAPPING[told["peft_type"]]
-            content = json.loads(json.dumps(told, default=sorted))
+            names, saved = adapter.weights().keys(), adapter.described()
+            assert saved is not None
+            kind = PEFT_TYPE_TO_CONFIG_MAPPING[saved["peft_type"]]
+            content = json.loads(json.dumps(saved, default=sorted))
             tuner = inject(loaded, kind.from_peft_type(**content), "published")
             found = get_peft_model_state_dict(tuner.model, adapter_name="published")
             if {PREFIX + name for name in found} != names:
@@ -222,18 +222,18 @@ def attach_published(model: PreTrainedModel, artifact: Path) -> tuple[Adapter, T
     from rlhf.models.peft.virtual_tokens import EMBEDDINGS, add_virtual_tokens
     from rlhf.training.optimizer import load_trainable
 
-    directory, told, origin = artifact / ADAPTER, described(artifact), origin_of(artifact)
+    directory, saved, origin = artifact / ADAPTER, described(artifact), origin_of(artifact)
     assert origin is not None
     round_to_4_bits(model, origin.in_4_bits)
     weights = load_file(directory / WEIGHTS)
     head = weights.pop(HEAD, None)
-    if told["peft_type"] == "FREEZE":
+    if saved["peft_type"] == "FREEZE":
         load_trainable(model, weights)
         model.requires_grad_(False)
         return Adapter(model, None, None), head
     config = TunerConfig.from_pretrained(str(directory))
     config.modules_to_save = None  # the head
-    if told["peft_type"] in KINDS:
+    if saved["peft_type"] in KINDS:
         config.inference_mode = True
         with torch.random.fork_rng(devices=[]):
             virtual = add_virtual_tokens(model, config)

@@ -161,7 +161,7 @@ def in_one(model: PreTrainedModel) -> list[str]:
     )
 
 
-def told(model: PreTrainedModel, config: PeftConfig) -> str | None:
+def described_targets(model: PreTrainedModel, config: PeftConfig) -> str | None:
     """What `all-linear` takes of a model, and what it leaves, in a line; None with another choice."""
     if "target_modules" not in METHODS[config.method].knobs or config.target_modules != "all-linear":
         return None

@@ -100,6 +100,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, directo
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     out, _ = chain.run("killed", *overrides)
-    assert "ppo: goes on from step" in out
+    assert "ppo: continues from step" in out
     assert chain.weights("killed", "ppo") == chain.weights("whole", "ppo")
     assert chain.curve("killed") == chain.curve("whole")
