@@ -111,7 +111,7 @@ def make_work(stage: str, options: argparse.Namespace) -> dict[str, Any]:
             f"there are {len(short)}. Use fewer."
         )
     train, seed = short[:count], PPO["seed"]
-    order = random.Random(seed).sample(train, count)  # as the stages shuffle them (stages/sft.py: batches)
+    order = random.Random(seed).sample(train, count)  # as the stages shuffle them (distributed/batching.py)
     work = {
         "stage": stage, "model": str(model), "rows": train, "held_out": short[count : count + NUM_HELD_OUT],
         "encoded": [encode(stage, row, tokenizer) for row in order], "batch": options.batch, "seed": seed,

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
-from rlhf.data.chat_template import prompt_ids, tokenizer_digest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Role
 from rlhf.digests import DirectoryDigest, directory_digest
@@ -32,18 +31,9 @@ from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import ppo_cost
 from rlhf.rewards.kinds import reward_digest, reward_directory
-from rlhf.rewards.reward import Reward
-from rlhf.tracking.redaction import redacted
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from rlhf.generation.policy_model import PolicyModel
-    from rlhf.models.value_head import ScalarModel
-    from rlhf.models.weight_sharing import Backbone
-    from rlhf.ppo.ptx import PretrainingMix
     from rlhf.ppo.trainer import PolicyTrainer
-    from rlhf.rl.advantage import ScoreNormalizer
 
 
 class PpoStage(PpoConfig, Stage):
@@ -92,11 +82,6 @@ class PpoStage(PpoConfig, Stage):
             "steps", "episodes", "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds",
             "token_seconds_base",
         )  # fmt: skip
-
-    @property
-    def mixed_role(self) -> Literal["sft", "ptx"]:
-        """Whose rows the pretraining mix draws."""
-        return "sft" if self.ptx.data is None else "ptx"
 
     def knobs(self) -> dict[str, Any]:
         """Without the mix's source and the directory it starts from: their content decides, not the place."""
@@ -221,100 +206,10 @@ class PpoStage(PpoConfig, Stage):
 
     def trainer(self, job: Job) -> PolicyTrainer:
         """The loop with its four models, before its first step."""
-        from rlhf.generation.policy_model import PolicyModel
-        from rlhf.models.load import context_left, load_causal_lm
-        from rlhf.models.logprobs import check_head
-        from rlhf.models.peft.attach import attach, check_reached, count_parameters
-        from rlhf.models.recompute import checkpoint_layers
-        from rlhf.ppo.trainer import PolicyTrainer
-        from rlhf.ppo.update import ActorCritic
-        from rlhf.rewards.model import LearnedReward, make_reward
-        from rlhf.training.make_engine import make_engine
+        from rlhf.ppo.build import build_trainer
 
         self.check_compute(job.compute)
-        settings, compute, tokenizer = job.base.config, job.compute, job.start(self.init).load_tokenizer()
-        start = job.start(self.init).directory
-        policy = load_causal_lm(start, settings, compute.dtype, compute.loads_on)
-        check_head(policy)
-        backbone = self.backbone(policy, start, compute)
-        adapter = attach(policy, self.peft)
-        check_reached(policy)
-        learned = job.inputs["reward"].path if self.reward == "learned" else None
-        frozen_on = compute.loads_on if self.frozen_placement == "sharded" else compute.device
-        reward = make_reward(
-            self.reward,
-            learned,
-            settings,
-            compute,
-            self.micro_batch_tokens,
-            job.reward_server,
-            backbone,
-            frozen_on,
-        )
-        normalizer = self.normalizer(job)
-        critic = self.load_critic(job, reward, normalizer, tokenizer, backbone)
-        attach(critic.model, self.peft)
-        critic.head.requires_grad_(True)
-        critic.offset.requires_grad_(True)
-        trained, _ = count_parameters(policy)  # before they are sharded
-        model = ActorCritic(policy, critic)
-        if self.activation_checkpointing:
-            checkpoint_layers(model)
-        engine = make_engine(
-            model,
-            [(policy.parameters(), self.optim), (critic.parameters(), self.critic.optim)],
-            compute,
-            job.checkpoints.newest,
-            in_turns=True,
-        )
-        reference = (
-            PolicyModel(backbone.model, tokenizer, compute)
-            if backbone
-            else PolicyModel.load(start, settings, compute, tokenizer, device=frozen_on)
-        )
-        if self.frozen_placement == "sharded":
-            self.shard(reference, reward, compute)
-        if self.frozen_placement == "offloaded":
-            reference.offload()
-            if isinstance(reward, LearnedReward):
-                reward.offload()
-        return PolicyTrainer(
-            self,
-            engine=engine,
-            policy=PolicyModel(
-                policy,
-                tokenizer,
-                compute,
-                (lambda: engine.gathered(policy)) if compute.zero != "none" else adapter.merged,
-                job.vllm,
-            ),
-            reference=reference,
-            reward=reward,
-            normalizer=normalizer,
-            mix=self.mix(job, tokenizer, context_left(policy)) if self.ptx.coef > 0 else None,
-            job=job,
-            trained_parameters=trained,
-            mismatch_limit=self.mismatch_limit,
-        )
-
-    def mix(self, job: Job, tokenizer: PreTrainedTokenizerBase, context: int) -> PretrainingMix:
-        """Of the rows that leave the policy something to learn.
-
-        Raises:
-            ConfigError: none does.
-        """
-        from rlhf.ppo.ptx import PretrainingMix
-
-        rows = job.data.rows(self.mixed_role, "train")
-        rows = [row for row in rows if len(prompt_ids(tokenizer, row.prompt)) < context]
-        if not rows:
-            source = "sft.data" if self.ptx.data is None else f"ppo.ptx.data={self.ptx.data}"
-            raise ConfigError(
-                f"ppo.ptx.coef={self.ptx.coef:g}: the prompt of each row of {source} alone fills the "
-                f"policy's context of {context} tokens, so the mix has nothing to learn. Give ppo.ptx.data "
-                "shorter rows."
-            )
-        return PretrainingMix(self.ptx, tokenizer, rows, job.seed, context)
+        return build_trainer(self, job, self.mismatch_limit)
 
     @property
     def mismatch_limit(self) -> float:
@@ -353,117 +248,3 @@ class PpoStage(PpoConfig, Stage):
                 "ppo.frozen_placement=offloaded keeps the reference and reward model in the host's memory "
                 "while a GPU does not need them; this run has no GPU. Use ppo.frozen_placement=replicated."
             )
-
-    def backbone(self, policy: PreTrainedModel, start: Path, compute: Compute) -> Backbone | None:
-        """What reference, critic and reward model may share with a policy that has no adapter yet.
-
-        None with methods other than lora, whose models are loaded one by one, and with any zero= but none:
-        what is sharded belongs to one engine.
-        """
-        from rlhf.models.weight_sharing import Backbone, sharing
-
-        if not METHODS[self.peft.method].shares or compute.zero != "none":
-            return None
-        return Backbone(start, sharing(policy))
-
-    def shard(self, reference: PolicyModel, reward: Reward, compute: Compute) -> None:
-        """Spread the models that do not train over the ranks."""
-        from rlhf.rewards.model import LearnedReward
-
-        if compute.zero == "fsdp2":
-            from rlhf.training.fsdp import shard_frozen
-        else:
-            from rlhf.training.deepspeed import shard_frozen
-
-        shard_frozen(reference.model, compute)
-        if isinstance(reward, LearnedReward):
-            shard_frozen(reward.model, compute)
-
-    def normalizer(self, job: Job) -> ScoreNormalizer:
-        """How raw scores become comparable to the KL penalty."""
-        from rlhf.rl.advantage import ScoreNormalizer
-
-        if self.score.normalize == "running":
-            return ScoreNormalizer.running(self.score.clip)
-        if self.score.normalize == "none":
-            return ScoreNormalizer.fixed(0.0, 1.0, self.score.clip)
-        metrics = job.inputs["generate"].manifest.metrics
-        if metrics["score_deviation"] <= 0.0:
-            raise ConfigError(
-                "ppo.score.normalize=sft: all responses that `generate` sampled have the same score, so "
-                "there is nothing to learn. Use more of them (generate.num_prompts), another reward, or "
-                "ppo.score.normalize=none."
-            )
-        return ScoreNormalizer.fixed(metrics["score_mean"], metrics["score_deviation"], self.score.clip)
-
-    def critic_start(
-        self, job: Job, reward: Reward, tokenizer: PreTrainedTokenizerBase
-    ) -> Literal["reward", "sft"]:
-        """What the critic starts from; of `auto`, with the reason."""
-        if self.critic.init != "auto":
-            return self.critic.init
-        against = self.against_critic_on_reward(reward, tokenizer)
-        source = f"sft, the policy's start (ppo.init={self.init}): {against}" if against else "reward"
-        job.progress.console.print(f"ppo.critic.init=auto uses {source}.", highlight=False, markup=False)
-        return "sft" if against else "reward"
-
-    def against_critic_on_reward(self, reward: Reward, tokenizer: PreTrainedTokenizerBase) -> str | None:
-        """Why the critic cannot start from the reward model; None where it can."""
-        from rlhf.models.peft.virtual_tokens import virtual_tokens
-        from rlhf.rewards.model import LearnedReward
-
-        if not isinstance(reward, LearnedReward):
-            return f"ppo.reward={redacted(self.reward)} is no model"
-        if self.score.normalize == "running":
-            return "ppo.score.normalize=running changes the score's units all the time"
-        if reward.digest != tokenizer_digest(tokenizer):
-            return "the reward model has another tokenizer or chat template"
-        if virtual_tokens(reward.model.model) and METHODS[self.peft.method].pads:
-            return f"the reward model has virtual tokens, and gets none of ppo.peft={self.peft.method} too"
-        return None
-
-    def load_critic(
-        self,
-        job: Job,
-        reward: Reward,
-        normalizer: ScoreNormalizer,
-        tokenizer: PreTrainedTokenizerBase,
-        backbone: Backbone | None = None,
-    ) -> ScalarModel:
-        """The critic, speaking the normalised score's units from its first step.
-
-        With a backbone it shares its starting point's weights: `backbone`'s, or the reward model's.
-        """
-        import torch
-        from torch import nn
-
-        from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
-        from rlhf.models.weight_sharing import sharing
-        from rlhf.rewards.model import LearnedReward
-
-        init = self.critic_start(job, reward, tokenizer)
-        if init == "sft" and backbone is not None:
-            size = backbone.model.config.get_text_config().hidden_size
-            zeros = torch.zeros(1, size, device=job.compute.device)
-            return ScalarModel(sharing(backbone.model), nn.Parameter(zeros))
-        if init == "sft":
-            directory = job.start(self.init).directory
-            critic = load_scalar_model(directory, job.base.config, job.compute.dtype, new_head=True)
-            critic.to(job.compute.loads_on)
-            reset_head(critic, deviation=0.0)
-            return critic
-        assert isinstance(reward, LearnedReward)
-        if reward.digest != tokenizer_digest(tokenizer):
-            raise ConfigError(
-                f"ppo.critic.init=reward: the reward model of ppo.reward={self.reward} has another tokenizer "
-                "or chat template than the policy, whose token ids the critic reads. "
-                "Use ppo.critic.init=sft; scoring uses text and is not affected."
-            )
-        if backbone is not None:
-            critic = reward.model.sharing_weights()
-        else:
-            critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype)
-            critic.to(job.compute.loads_on)
-        if self.score.normalize == "sft":
-            critic.rescale(1 / normalizer.deviation, -normalizer.mean / normalizer.deviation)
-        return critic

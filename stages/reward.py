@@ -9,7 +9,6 @@ Writes  a sequence-classification model with one label, and how well it ranks he
 from __future__ import annotations
 
 import gc
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,12 +19,11 @@ from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined
 from rlhf.costs.training import training_cost
-from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData, splits_of
 from rlhf.data.schema import PairRow, Role
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, directory_digest
-from rlhf.distributed.batching import chunks
+from rlhf.distributed.batching import shuffled_batches
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft, PeftConfig
@@ -34,15 +32,12 @@ from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
+from rlhf.supervised.pairs import EncodedPair, pair_step, rank_pairs
 from rlhf.training.config import OptimConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from rlhf.evaluation.reward_model import Ranking
-    from rlhf.models.value_head import ScalarModel
-    from rlhf.training.engine import Engine
 
 
 class RewardStage(Stage):
@@ -178,7 +173,7 @@ class RewardStage(Stage):
         metrics = self.train(job, tokenizer, train)
         gc.collect()  # engines hold themselves in cycles, and their memory is needed now
         published = load_scalar_model(job.directory, job.base.config, job.compute.dtype)
-        ranking = self.rank(job, published.to(job.compute.device), held_out)
+        ranking = rank_pairs(published.to(job.compute.device), held_out, self.micro_batch_tokens, job.compute)
         too_long = sum(map(len, pairs.values())) - len(train) - len(held_out)
         job.publish({
             **rank_quality(ranking),
@@ -195,7 +190,6 @@ class RewardStage(Stage):
         from rlhf.models.recompute import checkpoint_layers
         from rlhf.models.value_head import load_scalar_model, reset_head
         from rlhf.supervised.loop import train_batches
-        from rlhf.training.make_engine import make_engine
 
         start = job.start(self.init).directory
         model = load_scalar_model(start, job.base.config, job.compute.dtype, new_head=True)
@@ -208,13 +202,12 @@ class RewardStage(Stage):
         if self.activation_checkpointing:
             checkpoint_layers(model)
         trained, _ = count_parameters(model)
-        engine = make_engine(model, [(model.parameters(), self.optim)], job.compute, job.checkpoints.newest)
-        state = job.checkpoints.restore(engine)
+        engine, state = job.engine(model, [(model.parameters(), self.optim)])
         train_batches(
             job,
             engine,
-            self.batches(pairs, job.seed),
-            lambda batch: self.step(job, engine, batch),
+            shuffled_batches(pairs, self.batch_pairs, self.epochs, job.seed),
+            lambda batch: pair_step(engine, batch, self.micro_batch_tokens, job.compute, center=self.center),
             state={},
             as_json=EncodedPair.as_json,
             done=state["done"] if state else 0,
@@ -222,33 +215,6 @@ class RewardStage(Stage):
         weights = engine.trainable_state(model)
         written = job.compute.main_only(lambda: self.save(job, weights, tokenizer))
         return {**written, "trained_parameters": trained, "skipped_steps": engine.skipped_steps}
-
-    def batches(self, pairs: Sequence[EncodedPair], seed: int) -> list[Sequence[EncodedPair]]:
-        """The whole training in order, newly shuffled in each epoch."""
-        shuffled = (random.Random(seed + epoch).sample(pairs, len(pairs)) for epoch in range(self.epochs))
-        return [batch for epoch in shuffled for batch in chunks(epoch, self.batch_pairs)]
-
-    def step(self, job: Job, engine: Engine, batch: Sequence[EncodedPair]) -> dict[str, float]:
-        """One optimizer step: Bradley-Terry, the mean over all pairs of the batch, over all ranks."""
-        import torch
-
-        from rlhf.losses.pairwise import bradley_terry_loss
-
-        sums = torch.zeros(2, device=job.compute.device)  # loss, right rankings
-        for indices, weight, last in job.compute.micro_batches(
-            [2 * pair.longest for pair in batch], self.micro_batch_tokens
-        ):
-            pairs = [batch[index] for index in indices]
-            score_2B = engine.model([*(p.chosen for p in pairs), *(p.rejected for p in pairs)])
-            chosen_B, rejected_B = score_2B.chunk(2)
-            loss = weight * bradley_terry_loss(
-                chosen_B, rejected_B, total_pairs=len(batch), center=self.center
-            )
-            engine.backward(loss, last=last)
-            sums += torch.stack([loss.detach(), weight * (chosen_B > rejected_B).sum() / len(batch)])
-        engine.step()
-        loss_sum, accuracy = job.compute.global_sum(sums).tolist()
-        return {"loss": loss_sum, "train_accuracy": accuracy}
 
     def save(
         self, job: Job, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
@@ -273,43 +239,3 @@ class RewardStage(Stage):
             model.model.config.save_pretrained(job.directory)
             tokenizer.save_pretrained(job.directory)
         return {**metrics, "artifact_bytes": bytes_under(job.directory)}
-
-    def rank(self, job: Job, model: ScalarModel, pairs: Sequence[EncodedPair]) -> Ranking:
-        """Score both sides of every pair."""
-        import torch
-
-        from rlhf.evaluation.reward_model import Ranking
-
-        rows = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-        chosen_B, rejected_B = model.score(rows, self.micro_batch_tokens, job.compute).chunk(2)
-        return Ranking(
-            chosen_B,
-            rejected_B,
-            torch.tensor([pair.chosen_length for pair in pairs]),
-            torch.tensor([pair.rejected_length for pair in pairs]),
-            torch.tensor([pair.gold_gap for pair in pairs]),
-        )
-
-
-class EncodedPair:
-    """A preference pair as token ids."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: PairRow) -> None:
-        self.chosen, self.chosen_length = self._encode(tokenizer, row, row.chosen)
-        self.rejected, self.rejected_length = self._encode(tokenizer, row, row.rejected)
-        self.row = row
-        self.longest = max(len(self.chosen), len(self.rejected))
-        self.gold_gap = float("nan")
-        if row.chosen_gold is not None and row.rejected_gold is not None:
-            self.gold_gap = row.chosen_gold - row.rejected_gold
-
-    def as_json(self) -> dict[str, Any]:
-        """The pair as the user knows it."""
-        return {"prompt": self.row.prompt, "chosen": self.row.chosen, "rejected": self.row.rejected}
-
-    @staticmethod
-    def _encode(tokenizer: PreTrainedTokenizerBase, row: PairRow, response: str) -> tuple[Tensor, int]:
-        import torch
-
-        ids, prompt_length = exchange_ids(tokenizer, row.prompt, response)
-        return torch.tensor(ids), len(ids) - prompt_length

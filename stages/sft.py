@@ -8,10 +8,7 @@ Writes  a plain causal-LM directory, and the held-out loss before and after; wit
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import count
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -20,23 +17,27 @@ from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.costs.training import training_cost
-from rlhf.data.chat_template import TurnsApartError, conversation_ids
 from rlhf.data.prepared import splits_of
-from rlhf.data.schema import Role, SftRow, each_turn
+from rlhf.data.schema import Role, SftRow
 from rlhf.data.sources import SourceConfig
-from rlhf.distributed.batching import chunks, num_batches
+from rlhf.distributed.batching import shuffled_batches
 from rlhf.distributed.compute import Compute
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
+from rlhf.supervised.answers import (
+    EncodedAnswer,
+    answer_losses,
+    answer_step,
+    encode_answers,
+    num_conversations,
+    with_replay,
+)
 from rlhf.training.config import OptimConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from rlhf.training.engine import Engine
 
 
 class SftStage(Stage):
@@ -164,7 +165,6 @@ class SftStage(Stage):
         from rlhf.models.peft.merge import publish_policy
         from rlhf.models.recompute import checkpoint_layers
         from rlhf.supervised.loop import train_batches
-        from rlhf.training.make_engine import make_engine
 
         self.check_compute(job.compute)
         tokenizer = job.base.load_tokenizer()
@@ -178,32 +178,29 @@ class SftStage(Stage):
         train = self.encoded(tokenizer, rows, room, "sft.data: no training row")
         held_out = self.encoded(tokenizer, held_rows, room, "sft.data: no held-out row")
         self.tell_cut(job, train, len(rows) - num_conversations(train), room)
-        batches = own = self.batches(train, job.seed)
+        batches = own = shuffled_batches(train, self.batch_rows, self.epochs, job.seed)
         if self.replay_fraction > 0:
             replay = job.data.rows("replay", "train")
             general = self.encoded(tokenizer, replay, room, f"sft.replay={self.replay}: no row")
-            batches = self.with_replay(own, general, job.seed)
+            batches = with_replay(own, general, self.replay_fraction, job.seed)
         attach(policy, self.peft)
         check_reached(policy)
         if self.activation_checkpointing:
             checkpoint_layers(policy)
         trained, _ = count_parameters(policy)
-        engine = make_engine(
-            ResponseModel(policy), [(policy.parameters(), self.optim)], job.compute, job.checkpoints.newest
-        )
-
-        state = job.checkpoints.restore(engine)
-        before_B = state["before_B"].clone() if state else self.losses(job, engine, held_out)
+        engine, state = job.engine(ResponseModel(policy), [(policy.parameters(), self.optim)])
+        budget, compute = self.micro_batch_tokens, job.compute
+        before_B = state["before_B"].clone() if state else answer_losses(engine, held_out, budget, compute)
         train_batches(
             job,
             engine,
             batches,
-            lambda batch: self.step(job, engine, batch),
+            lambda batch: answer_step(engine, batch, budget, compute),
             state={"before_B": before_B},
             as_json=lambda row: {"prompt": row.row.prompt, "completion": row.row.completion},
             done=state["done"] if state else 0,
         )
-        after_B = self.losses(job, engine, held_out)
+        after_B = answer_losses(engine, held_out, budget, compute)
         tokens_B = torch.tensor([row.learned for row in held_out])
 
         weights = engine.trainable_state(policy)
@@ -249,141 +246,15 @@ class SftStage(Stage):
     def encoded(
         self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow], room: int, none: str
     ) -> list[EncodedAnswer]:
-        """Those rows of which the first `room` tokens leave anything to learn.
+        """The rows that leave something to learn.
 
         Raises:
-            ConfigError: there is none; it begins with `none`.
+            ConfigError: there is none. The message begins with `none`.
         """
-        found = [each for row in rows for each in self.sequences(tokenizer, row, room)]
-        found = [row for row in found if row.learned]
+        found = encode_answers(tokenizer, rows, room, all_turns=self.turns == "all")
         if not found:
             raise ConfigError(
                 f"{none} has anything to learn within sft.max_tokens={self.max_tokens}. Raise it, or give "
                 "rows with shorter prompts."
             )
         return found
-
-    def sequences(
-        self, tokenizer: PreTrainedTokenizerBase, row: SftRow, room: int
-    ) -> Iterator[EncodedAnswer]:
-        """A row as one sequence; or each of its turns, where the template renders them otherwise together."""
-        whole = row if self.turns == "all" else replace(row, turns=1)
-        try:
-            yield EncodedAnswer(tokenizer, whole, room)
-        except TurnsApartError:
-            yield from (EncodedAnswer(tokenizer, turn, room, whole) for turn in each_turn(whole))
-
-    def batches(self, rows: Sequence[EncodedAnswer], seed: int) -> list[Sequence[EncodedAnswer]]:
-        """The whole training in order, newly shuffled in each epoch; the last epoch may be a part of one."""
-        shuffled = (
-            random.Random(seed + epoch).sample(rows, len(rows)) for epoch in range(math.ceil(self.epochs))
-        )
-        batches = [batch for epoch in shuffled for batch in chunks(epoch, self.batch_rows)]
-        return batches[: num_batches(len(rows), self.batch_rows, self.epochs)]
-
-    def with_replay(
-        self, batches: Sequence[Sequence[EncodedAnswer]], rows: Sequence[EncodedAnswer], seed: int
-    ) -> list[Sequence[EncodedAnswer]]:
-        """Each batch with replayed rows behind it, until `replay_fraction` of all tokens learned so far are
-        replayed; the rows come in passes, newly shuffled in each."""
-        found: list[Sequence[EncodedAnswer]] = []
-        replayed, wanted, drawn = 0, 0.0, shuffled_passes(rows, seed)
-        a_token = self.replay_fraction / (1 - self.replay_fraction)
-        for batch in batches:
-            wanted += a_token * sum(row.learned for row in batch)
-            mixed = list(batch)
-            while replayed < wanted:
-                mixed.append(next(drawn))
-                replayed += mixed[-1].learned
-            found.append(mixed)
-        return found
-
-    def step(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> dict[str, float]:
-        """One optimizer step: the mean over all answer tokens of the batch, over all ranks."""
-        import torch
-
-        from rlhf.models.logprobs import pack_sequences
-
-        total_tokens = sum(row.learned for row in rows)
-        loss_sum = torch.zeros((), device=job.compute.device)
-        for indices, weight, last in job.compute.micro_batches(
-            [len(row) for row in rows], self.micro_batch_tokens
-        ):
-            batch = pack_sequences(
-                [rows[index].prompt for index in indices],
-                [rows[index].answer for index in indices],
-                job.compute.device,
-            )
-            logp_N = engine.model(batch, temperature=1.0).logp_N
-            learned_N = torch.cat([rows[index].mask for index in indices]).to(logp_N.device)
-            loss = -weight * (logp_N * learned_N).sum() / total_tokens
-            engine.backward(loss, last=last)
-            loss_sum += loss.detach()
-        engine.step()
-        return {"loss": float(job.compute.global_sum(loss_sum)), "tokens": float(total_tokens)}
-
-    def losses(self, job: Job, engine: Engine, rows: Sequence[EncodedAnswer]) -> Tensor:
-        """Negative log-likelihood of each row's answers, in nats, fp64 [B]."""
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-
-        from rlhf.models.logprobs import rollout_rows
-        from rlhf.rl.rollout import Rollout
-
-        answers = Rollout(
-            prompt_ids=[row.prompt for row in rows],
-            response_ids=[row.answer for row in rows],
-            stopped=torch.ones(len(rows), dtype=torch.bool),
-        )
-        with torch.no_grad():
-            (logp_BR,) = rollout_rows(
-                answers,
-                self.micro_batch_tokens,
-                job.compute,
-                lambda batch: (engine.model(batch, temperature=1.0).logp_N,),
-            )
-        learned_BR = pad_sequence([row.mask for row in rows], batch_first=True)
-        return -(logp_BR * learned_BR).sum(-1, dtype=torch.float64)
-
-
-def shuffled_passes(rows: Sequence[EncodedAnswer], seed: int) -> Iterator[EncodedAnswer]:
-    """All rows, and all again in another order, without end."""
-    for number in count():
-        yield from random.Random(f"replay {seed} {number}").sample(rows, len(rows))
-
-
-def num_conversations(rows: Iterable[EncodedAnswer]) -> int:
-    """Rows of the data that these are made of."""
-    return len({id(row.conversation) for row in rows})
-
-
-class EncodedAnswer:
-    """A training row as token ids, its end cut off where it is too long."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        row: SftRow,
-        max_tokens: int,
-        conversation: SftRow | None = None,
-    ) -> None:
-        """`conversation` is the row that this one is a turn of.
-
-        Raises:
-            TurnsApartError: its turns cannot stand in one sequence.
-        """
-        import torch
-
-        ids, spans = conversation_ids(tokenizer, row.prompt, row.completion, row.turns)
-        self.row, self.conversation, self.is_cut = row, conversation or row, len(ids) > max_tokens
-        mask = torch.zeros(len(ids), dtype=torch.bool)
-        for start, end in spans:
-            mask[start:end] = True
-        ids, begin = ids[:max_tokens], spans[0][0]
-        self.prompt, self.answer = torch.tensor(ids[:begin]), torch.tensor(ids[begin:])
-        self.mask = mask[begin:max_tokens]
-        """Of the answer: true on what is learned, false on turns between."""
-        self.learned = int(self.mask.sum())
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)

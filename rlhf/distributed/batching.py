@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TypeVar
@@ -30,6 +31,13 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
 def num_batches(rows: int, batch_rows: int, epochs: float) -> int:
     """Of a training over so many rows; the last epoch may be a part of one."""
     return math.ceil(Fraction(str(epochs)) * math.ceil(rows / batch_rows))  # in floats 1.1 x 50 > 55
+
+
+def shuffled_batches(rows: Sequence[Item], batch_rows: int, epochs: float, seed: int) -> list[Sequence[Item]]:
+    """The batches of a whole training, in order: each epoch shuffles the rows anew."""
+    shuffled = (random.Random(seed + epoch).sample(rows, len(rows)) for epoch in range(math.ceil(epochs)))
+    batches = [batch for epoch in shuffled for batch in chunks(epoch, batch_rows)]
+    return batches[: num_batches(len(rows), batch_rows, epochs)]
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -17,11 +17,14 @@ from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from rlhf.distributed.compute import Compute
     from rlhf.generation.vllm import Vllm
     from rlhf.pipeline.experiment import Experiment
     from rlhf.rewards.http import RewardServerConfig
     from rlhf.training.checkpoint import Checkpointer
+    from rlhf.training.engine import Engine, Groups
 
 
 @dataclass
@@ -71,6 +74,17 @@ class Job:
         if init == "base":
             return self.base
         return BaseModelFiles(self.inputs[init].path, self.inputs[init].key, self.base.config)
+
+    def engine(self, model: nn.Module, groups: Groups) -> tuple[Engine, dict[str, Any] | None]:
+        """The engine that `zero=` asks for, as the newest checkpoint left it.
+
+        Returns:
+            The engine, and the loop's state in that checkpoint; None if there is no checkpoint.
+        """
+        from rlhf.training.make_engine import make_engine
+
+        engine = make_engine(model, groups, self.compute, self.checkpoints.newest)
+        return engine, self.checkpoints.restore(engine)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step's metrics under the stage's name."""

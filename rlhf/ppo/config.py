@@ -144,6 +144,11 @@ class PpoConfig(Strict):
     more time, the same result."""
 
     @property
+    def mixed_role(self) -> Literal["sft", "ptx"]:
+        """Whose rows the pretraining mix draws."""
+        return "sft" if self.ptx.data is None else "ptx"
+
+    @property
     def scores_by_rule(self) -> bool:
         """No model scores."""
         return not reward_kind(self.reward).has_model

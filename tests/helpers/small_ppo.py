@@ -18,6 +18,7 @@ from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import count_parameters
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job
+from rlhf.ppo.build import load_critic, score_normalizer
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.ppo.update import ActorCritic
@@ -69,9 +70,9 @@ def ppo_job(directory: Path, model: Path, seed: int = 0, checkpoints: Path | Non
 def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[SftRow] = ()) -> PolicyTrainer:
     """A trainer of all parameters, as the stage makes it; the critic starts with a zero head."""
     sft = job.inputs["sft"].path
-    tokenizer, normalizer = load_tokenizer(sft, MODEL), stage.normalizer(job)
+    tokenizer, normalizer = load_tokenizer(sft, MODEL), score_normalizer(stage, job)
     policy = load_causal_lm(sft, MODEL, job.compute.dtype)
-    critic = stage.load_critic(job, reward, normalizer, tokenizer)
+    critic = load_critic(stage, job, reward, normalizer, tokenizer)
     engine = PlainEngine(
         ActorCritic(policy, critic),
         [(policy.parameters(), stage.optim), (critic.parameters(), stage.critic.optim)],

@@ -16,6 +16,7 @@ from rlhf.data.schema import Message
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.value_head import reset_head
 from rlhf.models.weight_sharing import offload
+from rlhf.ppo.build import load_critic, score_normalizer
 from rlhf.rewards.model import LearnedReward
 from rlhf.rl.rollout import Rollout
 
@@ -45,9 +46,8 @@ def test_weights_are_copied_while_they_are_used_and_are_then_where_they_were(tin
 def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: Path) -> None:
     policy = PolicyModel.load(tiny_model, MODEL, on_cpu())
     stage, job = ppo_stage(), ppo_job(tmp_path, tiny_model)
-    scalar = stage.load_critic(
-        job, lambda prompts, completions: torch.zeros(0), stage.normalizer(job), policy.tokenizer
-    )
+    normalizer = score_normalizer(stage, job)
+    scalar = load_critic(stage, job, lambda *_: torch.zeros(0), normalizer, policy.tokenizer)
     reset_head(scalar, deviation=1.0)
     reward = LearnedReward(tiny_model, scalar, policy.tokenizer, 1000, on_cpu())
 

@@ -8,7 +8,6 @@ Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7. Dimensions: B pairs, N re
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +22,7 @@ from rlhf.costs.stage_cost import StageCost, joined
 from rlhf.costs.training import training_cost
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import PairRow, Role
-from rlhf.distributed.batching import chunks
+from rlhf.distributed.batching import shuffled_batches
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.intervals import share
 from rlhf.models.load import load_causal_lm
@@ -36,7 +35,6 @@ from rlhf.pipeline.stage import Stage
 from rlhf.supervised.loop import train_batches
 from rlhf.training.config import OptimConfig
 from rlhf.training.engine import Engine
-from rlhf.training.make_engine import make_engine
 
 
 def dpo_loss(margin_B: Tensor, beta: float, total_pairs: int) -> Tensor:
@@ -113,16 +111,12 @@ class DpoStage(Stage):
         )
         policy = load_causal_lm(start.directory, start.config, job.compute.dtype, job.compute.loads_on)
         attach(policy, self.peft)
-        engine = make_engine(
-            ResponseModel(policy), [(policy.parameters(), self.optim)], job.compute, job.checkpoints.newest
-        )
-        state = job.checkpoints.restore(engine)
+        engine, state = job.engine(ResponseModel(policy), [(policy.parameters(), self.optim)])
         reference_B = state["reference_B"] if state else self.margins(job, engine, [*train, *held_out])
         for pair, margin in zip([*train, *held_out], reference_B.tolist(), strict=True):
             pair.reference = margin
-        shuffled = [random.Random(job.seed + epoch).sample(train, len(train)) for epoch in range(self.epochs)]
         train_batches(
-            job, engine, [batch for epoch in shuffled for batch in chunks(epoch, self.batch_pairs)],
+            job, engine, shuffled_batches(train, self.batch_pairs, self.epochs, job.seed),
             lambda batch: self.step(job, engine, batch), state={"reference_B": reference_B},
             as_json=self.as_json, done=state["done"] if state else 0,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from small_ppo import MODEL, length, ppo_stage
 from rlhf.data.chat_template import PLAIN
 from rlhf.models.base import BaseModelFiles, load_tokenizer
 from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
+from rlhf.ppo.build import load_critic
 from rlhf.rewards.model import LearnedReward, load_learned_reward
 from rlhf.rewards.reward import Reward
 from rlhf.rl.advantage import ScoreNormalizer
@@ -55,6 +56,6 @@ def test_what_auto_takes(
     }
     reward = rewards[kind]
     normalizer = ScoreNormalizer.running(None) if overrides else ScoreNormalizer.fixed(0.0, 1.0, None)
-    critic = stage.load_critic(job, reward, normalizer, load_tokenizer(tiny_model, MODEL))
+    critic = load_critic(stage, job, reward, normalizer, load_tokenizer(tiny_model, MODEL))
     assert re.search(f"ppo.critic.init=auto {words}", out.getvalue())
     assert bool(critic.head.weight.any()) == (kind == "learned" and not overrides)

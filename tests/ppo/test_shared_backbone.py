@@ -9,10 +9,8 @@ import torch
 from small_job import on_cpu
 from small_ppo import MODEL, ppo_job, ppo_stage, prompts
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rlhf.data.chat_template import exchange_ids
-from rlhf.distributed.compute import Compute
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach
@@ -21,11 +19,11 @@ from rlhf.models.peft.saved import save_adapter
 from rlhf.models.save import save_policy
 from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head, save_scalar_model
 from rlhf.models.weight_sharing import Backbone
+from rlhf.ppo import build
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.model import LearnedReward, load_learned_reward
 from rlhf.rewards.reward import RewardError
-from rlhf.stages.ppo import PpoStage
 
 ROWS = prompts(range(16))
 SETTINGS = (
@@ -35,13 +33,6 @@ SETTINGS = (
 )  # fmt: skip
 PROMPTS = [row.prompt for row in ROWS]
 COMPLETIONS = ["An answer. " * n for n in range(len(ROWS))]
-
-
-class Separate(PpoStage):
-    """Loads each model for itself, as under `zero=zero1` and above."""
-
-    def backbone(self, policy: PreTrainedModel, sft: Path, compute: Compute) -> Backbone | None:
-        return None
 
 
 def reward_model(directory: Path, sft: Path, method: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -62,13 +53,14 @@ def reward_model(directory: Path, sft: Path, method: str, dtype: torch.dtype = t
 
 
 def learners(tmp_path: Path, sft: Path, *overrides: str) -> tuple[PolicyTrainer, PolicyTrainer]:
-    """The stage's own, with shared and with separate weights."""
+    """The stage's own, with shared weights, and with separate ones, as under `zero=zero1` and above."""
     stage = ppo_stage(*SETTINGS, *overrides)
-    made = []
-    for each in (stage, Separate.model_construct(**dict(stage))):
+    torch.manual_seed(0)
+    shared = stage.trainer(ppo_job(tmp_path / "shared", sft))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "shared_backbone", lambda *_: None)
         torch.manual_seed(0)
-        made.append(each.trainer(ppo_job(tmp_path / type(each).__name__, sft)))
-    return made[0], made[1]
+        return shared, stage.trainer(ppo_job(tmp_path / "separate", sft))
 
 
 def models(trainer: PolicyTrainer) -> list[nn.Module]:

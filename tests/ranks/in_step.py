@@ -28,8 +28,10 @@ from rlhf.pipeline.stage import Stage
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.rl.rollout import RewardRule, Rollout, make_experience
 from rlhf.stages.ppo import PpoStage
-from rlhf.stages.reward import EncodedPair, RewardStage
-from rlhf.stages.sft import EncodedAnswer, SftStage
+from rlhf.stages.reward import RewardStage
+from rlhf.stages.sft import SftStage
+from rlhf.supervised.answers import EncodedAnswer, answer_losses, answer_step
+from rlhf.supervised.pairs import EncodedPair, pair_step
 from rlhf.training.config import OptimConfig
 from rlhf.training.engine import Engine
 from rlhf.training.make_engine import make_engine
@@ -117,15 +119,15 @@ def sft(stage: Stage, job: Any) -> dict[str, float]:
     engine = make_engine(ResponseModel(policy), [(policy.parameters(), stage.optim)], compute)
     engine.set_rates(0, 10)
     rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
-    counted = Gathers(engine, policy)
-    figures = {"held-out loss": float(stage.losses(job, engine, rows[-1:]).sum())}
+    counted, budget = Gathers(engine, policy), stage.micro_batch_tokens
+    figures = {"held-out loss": float(answer_losses(engine, rows[-1:], budget, compute).sum())}
     counted.check("held-out loss", passes=1, each=1)
     for step, batch in enumerate((rows[:-1], rows[-1:], rows[:-1])):
-        passes = len(list(compute.micro_batches([len(row) for row in batch], stage.micro_batch_tokens)))
-        figures[f"loss {step}"] = stage.step(job, engine, batch)["loss"]
+        passes = len(list(compute.micro_batches([len(row) for row in batch], budget)))
+        figures[f"loss {step}"] = answer_step(engine, batch, budget, compute)["loss"]
         figures[f"norm {step}"] = engine.grad_norm
         counted.check(f"step {step}", passes=passes, each=2)
-    return figures | {"loss behind": float(stage.losses(job, engine, rows).mean())}
+    return figures | {"loss behind": float(answer_losses(engine, rows, budget, compute).mean())}
 
 
 def reward_model(stage: Stage, job: Any) -> dict[str, float]:
@@ -140,7 +142,8 @@ def reward_model(stage: Stage, job: Any) -> dict[str, float]:
     rows = [EncodedPair(tokenizer, PairRow(prompt(n), answer(n), answer(n // 2))) for n in (*LENGTHS, ALONE)]
     figures = {}
     for step, batch in enumerate((rows[:-1], rows[-1:], rows[:-1])):
-        figures[f"loss {step}"] = stage.step(job, engine, batch)["loss"]
+        learned = pair_step(engine, batch, stage.micro_batch_tokens, compute, center=stage.center)
+        figures[f"loss {step}"] = learned["loss"]
         figures[f"norm {step}"] = engine.grad_norm
     return figures
 

@@ -14,10 +14,12 @@ from transformers import AutoModelForSequenceClassification
 
 import rlhf.models.value_head
 from rlhf.data.schema import Message, PairRow
+from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
 from rlhf.models.value_head import ScalarModel
 from rlhf.pipeline.experiment import build_experiment
-from rlhf.stages.reward import EncodedPair, RewardStage
+from rlhf.stages.reward import RewardStage
+from rlhf.supervised.pairs import EncodedPair
 
 TINY = ModelConfig(kind="tiny")
 SETTINGS = (
@@ -56,7 +58,7 @@ def test_trl_comes_to_the_same_weights(
     stage.run(job)
 
     tokenizer = load_tokenizer(tiny_model, TINY)
-    batches = stage.batches([EncodedPair(tokenizer, row) for row in pairs], job.seed)
+    batches = shuffled_batches([EncodedPair(tokenizer, row) for row in pairs], stage.batch_pairs, 1, job.seed)
     examples = [
         {"chosen_ids": each.chosen.tolist(), "rejected_ids": each.rejected.tolist()}
         for batch in batches

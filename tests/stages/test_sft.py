@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import Message, SftRow
+from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job
-from rlhf.stages.sft import EncodedAnswer, SftStage
+from rlhf.stages.sft import SftStage
+from rlhf.supervised.answers import EncodedAnswer, with_replay
 
 TINY = ModelConfig(kind="tiny")
 SETTINGS = (
@@ -87,7 +89,7 @@ def test_trl_comes_to_the_same_weights(tmp_path: Path, tiny_model: Path) -> None
     stage, tokenizer = sft_stage(), load_tokenizer(tiny_model, TINY)
     rows = [EncodedAnswer(tokenizer, row, stage.max_tokens) for row in TRAIN]
     assert any(row.is_cut for row in rows)
-    batches = stage.batches(rows, job.seed)
+    batches = shuffled_batches(rows, stage.batch_rows, stage.epochs, job.seed)
     assert [len(batch) for batch in batches] == [4, 4, 4, 2] * 2
     model = load_causal_lm(tiny_model, TINY, torch.float32)
     examples = [
@@ -172,28 +174,27 @@ def test_a_prompt_is_read_but_not_learned(tmp_path: Path, tiny_model: Path) -> N
 
 
 def test_every_epoch_sees_each_row_once_in_another_order() -> None:
-    stage, rows = sft_stage("sft.epochs=2"), list(range(14))
-    batches = stage.batches(rows, 0)  # type: ignore[arg-type]
+    rows = list(range(14))
+    batches = shuffled_batches(rows, 4, 2.0, seed=0)
     first = [row for batch in batches[:4] for row in batch]
     second = [row for batch in batches[4:] for row in batch]
     assert sorted(first) == sorted(second) == rows
     assert first != second
-    assert stage.batches(rows, 0) == batches  # type: ignore[arg-type]
-    assert stage.batches(rows, 1) != batches  # type: ignore[arg-type]
+    assert shuffled_batches(rows, 4, 2.0, seed=0) == batches
+    assert shuffled_batches(rows, 4, 2.0, seed=1) != batches
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.25, 1), (0.5, 2), (1.0, 4), (1.3, 6), (2.0, 8)])
 def test_a_part_of_an_epoch_is_a_part_of_its_batches(epochs: float, steps: int) -> None:
-    stage, rows = sft_stage(f"sft.epochs={epochs}"), list(range(14))
-    batches = stage.batches(rows, 0)  # type: ignore[arg-type]
+    rows = list(range(14))
+    batches = shuffled_batches(rows, 4, epochs, seed=0)
     assert len(batches) == steps
-    assert batches == sft_stage("sft.epochs=2").batches(rows, 0)[:steps]  # type: ignore[arg-type]
+    assert batches == shuffled_batches(rows, 4, 2.0, seed=0)[:steps]
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.1, 55), (1.11, 56), (1e-9, 1)])  # 1.1 x 50 > 55 in floats
 def test_a_part_of_an_epoch_is_as_it_is_written(epochs: float, steps: int) -> None:
-    stage = sft_stage(f"sft.epochs={epochs}", "sft.batch_rows=1")
-    assert len(stage.batches(list(range(50)), 0)) == steps  # type: ignore[arg-type]
+    assert len(shuffled_batches(list(range(50)), 1, epochs, seed=0)) == steps
 
 
 def encoded(directory: Path, rows: list[SftRow]) -> list[EncodedAnswer]:
@@ -205,10 +206,9 @@ REPLAY = "sft.replay=samples:retention_sentences"
 
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 0.75])
 def test_replay_is_its_share_of_the_learned_tokens(tiny_model: Path, fraction: float) -> None:
-    stage = sft_stage(REPLAY, f"sft.replay_fraction={fraction}")
     task, general = encoded(tiny_model, TRAIN), encoded(tiny_model, GENERAL)
-    batches = stage.batches(task, 0)
-    mixed = stage.with_replay(batches, general, 0)
+    batches = shuffled_batches(task, 4, 2.0, seed=0)
+    mixed = with_replay(batches, general, fraction, seed=0)
     longest = max(len(row.answer) for row in general)
     learned = replayed = 0
     for batch, own in zip(mixed, batches, strict=True):
@@ -220,10 +220,10 @@ def test_replay_is_its_share_of_the_learned_tokens(tiny_model: Path, fraction: f
     order = [general.index(row) for batch in mixed for row in batch if row in general]
     passes = [order[start : start + 6] for start in range(0, len(order) - 5, 6)]
     assert all(sorted(each) == list(range(6)) for each in passes)  # none comes again before all have come
-    assert stage.with_replay(batches, general, 0) == mixed  # so that a resumed run is the same run
+    assert with_replay(batches, general, fraction, seed=0) == mixed  # so that a resumed run is the same run
     if fraction == 0.75:
         assert len({tuple(each) for each in passes}) > 1
-        assert stage.with_replay(batches, general, 1) != mixed
+        assert with_replay(batches, general, fraction, seed=1) != mixed
 
 
 def test_what_is_replayed_is_learned(tmp_path: Path, tiny_model: Path) -> None:

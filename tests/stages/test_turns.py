@@ -16,7 +16,7 @@ from rlhf.data.schema import Message, SftRow, each_turn
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
-from rlhf.stages.sft import EncodedAnswer
+from rlhf.supervised.answers import EncodedAnswer, answer_losses, answer_step
 from rlhf.training.engine import PlainEngine
 
 
@@ -79,8 +79,8 @@ def test_one_sequence_teaches_what_its_turns_teach_apart(tiny_model: Path, tmp_p
         job = sft_job(tmp_path / str(len(rows)), tiny_model)
         engine = PlainEngine(ResponseModel(model), [(model.parameters(), stage.optim)], job.compute)
         encoded = [EncodedAnswer(words, row, 1000) for row in rows]
-        losses_B = stage.losses(job, engine, encoded)
-        step = stage.step(job, engine, encoded)
+        losses_B = answer_losses(engine, encoded, stage.micro_batch_tokens, job.compute)
+        step = answer_step(engine, encoded, stage.micro_batch_tokens, job.compute)
         found.append((float(losses_B.sum()), step["loss"], step["tokens"], engine.grad_norms[0]))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 

@@ -1,0 +1,228 @@
+"""PPO's four models and its loop, built from the keys `ppo.*`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.config import ConfigError
+from rlhf.data.chat_template import prompt_ids, tokenizer_digest
+from rlhf.distributed.compute import Compute
+from rlhf.generation.policy_model import PolicyModel
+from rlhf.models.load import context_left, load_causal_lm
+from rlhf.models.logprobs import check_head
+from rlhf.models.peft.attach import attach, check_reached, count_parameters
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.virtual_tokens import virtual_tokens
+from rlhf.models.recompute import checkpoint_layers
+from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
+from rlhf.models.weight_sharing import Backbone, sharing
+from rlhf.pipeline.job import Job
+from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.ptx import PretrainingMix
+from rlhf.ppo.trainer import PolicyTrainer
+from rlhf.ppo.update import ActorCritic
+from rlhf.rewards.model import LearnedReward, make_reward
+from rlhf.rewards.reward import Reward
+from rlhf.rl.advantage import ScoreNormalizer
+from rlhf.tracking.redaction import redacted
+from rlhf.training.make_engine import make_engine
+
+
+def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyTrainer:
+    """The loop with its four models, before its first step."""
+    settings, compute, tokenizer = job.base.config, job.compute, job.start(config.init).load_tokenizer()
+    start = job.start(config.init).directory
+    policy = load_causal_lm(start, settings, compute.dtype, compute.loads_on)
+    check_head(policy)
+    backbone = shared_backbone(config, policy, start, compute)
+    adapter = attach(policy, config.peft)
+    check_reached(policy)
+    learned = job.inputs["reward"].path if config.reward == "learned" else None
+    frozen_on = compute.loads_on if config.frozen_placement == "sharded" else compute.device
+    reward = make_reward(
+        config.reward,
+        learned,
+        settings,
+        compute,
+        config.micro_batch_tokens,
+        job.reward_server,
+        backbone,
+        frozen_on,
+    )
+    normalizer = score_normalizer(config, job)
+    critic = load_critic(config, job, reward, normalizer, tokenizer, backbone)
+    attach(critic.model, config.peft)
+    critic.head.requires_grad_(True)
+    critic.offset.requires_grad_(True)
+    trained, _ = count_parameters(policy)  # before they are sharded
+    model = ActorCritic(policy, critic)
+    if config.activation_checkpointing:
+        checkpoint_layers(model)
+    engine = make_engine(  # the trainer restores it, when all models are loaded
+        model,
+        [(policy.parameters(), config.optim), (critic.parameters(), config.critic.optim)],
+        compute,
+        job.checkpoints.newest,
+        in_turns=True,
+    )
+    reference = (
+        PolicyModel(backbone.model, tokenizer, compute)
+        if backbone
+        else PolicyModel.load(start, settings, compute, tokenizer, device=frozen_on)
+    )
+    if config.frozen_placement == "sharded":
+        shard(reference, reward, compute)
+    if config.frozen_placement == "offloaded":
+        reference.offload()
+        if isinstance(reward, LearnedReward):
+            reward.offload()
+    return PolicyTrainer(
+        config,
+        engine=engine,
+        policy=PolicyModel(
+            policy,
+            tokenizer,
+            compute,
+            (lambda: engine.gathered(policy)) if compute.zero != "none" else adapter.merged,
+            job.vllm,
+        ),
+        reference=reference,
+        reward=reward,
+        normalizer=normalizer,
+        mix=pretraining_mix(config, job, tokenizer, context_left(policy)) if config.ptx.coef > 0 else None,
+        job=job,
+        trained_parameters=trained,
+        mismatch_limit=mismatch_limit,
+    )
+
+
+def pretraining_mix(
+    config: PpoConfig, job: Job, tokenizer: PreTrainedTokenizerBase, context: int
+) -> PretrainingMix:
+    """The mix of the rows that leave the policy something to learn.
+
+    Raises:
+        ConfigError: no row does.
+    """
+    rows = job.data.rows(config.mixed_role, "train")
+    rows = [row for row in rows if len(prompt_ids(tokenizer, row.prompt)) < context]
+    if not rows:
+        source = "sft.data" if config.ptx.data is None else f"ppo.ptx.data={config.ptx.data}"
+        raise ConfigError(
+            f"ppo.ptx.coef={config.ptx.coef:g}: the prompt of each row of {source} alone fills the "
+            f"policy's context of {context} tokens, so the mix has nothing to learn. Give ppo.ptx.data "
+            "shorter rows."
+        )
+    return PretrainingMix(config.ptx, tokenizer, rows, job.seed, context)
+
+
+def shared_backbone(
+    config: PpoConfig, policy: PreTrainedModel, start: Path, compute: Compute
+) -> Backbone | None:
+    """The weights that reference, critic and reward model share with the policy, which has no adapter yet.
+
+    None if they cannot: only LoRA leaves the weights as they are, and sharded weights belong to one engine.
+    """
+    if not METHODS[config.peft.method].shares or compute.zero != "none":
+        return None
+    return Backbone(start, sharing(policy))
+
+
+def shard(reference: PolicyModel, reward: Reward, compute: Compute) -> None:
+    """Shard the reference and reward model over the ranks."""
+    if compute.zero == "fsdp2":
+        from rlhf.training.fsdp import shard_frozen
+    else:
+        from rlhf.training.deepspeed import shard_frozen
+
+    shard_frozen(reference.model, compute)
+    if isinstance(reward, LearnedReward):
+        shard_frozen(reward.model, compute)
+
+
+def score_normalizer(config: PpoConfig, job: Job) -> ScoreNormalizer:
+    """How raw scores become comparable to the KL penalty."""
+    if config.score.normalize == "running":
+        return ScoreNormalizer.running(config.score.clip)
+    if config.score.normalize == "none":
+        return ScoreNormalizer.fixed(0.0, 1.0, config.score.clip)
+    metrics = job.inputs["generate"].manifest.metrics
+    if metrics["score_deviation"] <= 0.0:
+        raise ConfigError(
+            "ppo.score.normalize=sft: all responses that `generate` sampled have the same score, so "
+            "there is nothing to learn. Use more of them (generate.num_prompts), another reward, or "
+            "ppo.score.normalize=none."
+        )
+    return ScoreNormalizer.fixed(metrics["score_mean"], metrics["score_deviation"], config.score.clip)
+
+
+def load_critic(
+    config: PpoConfig,
+    job: Job,
+    reward: Reward,
+    normalizer: ScoreNormalizer,
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: Backbone | None = None,
+) -> ScalarModel:
+    """The critic. Its values are in units of the normalised score from the first step on.
+
+    With a backbone, the critic shares the weights of its start: `backbone`'s, or the reward model's.
+    """
+    init = critic_start(config, job, reward, tokenizer)
+    if init == "sft" and backbone is not None:
+        size = backbone.model.config.get_text_config().hidden_size
+        zeros = torch.zeros(1, size, device=job.compute.device)
+        return ScalarModel(sharing(backbone.model), nn.Parameter(zeros))
+    if init == "sft":
+        directory = job.start(config.init).directory
+        critic = load_scalar_model(directory, job.base.config, job.compute.dtype, new_head=True)
+        critic.to(job.compute.loads_on)
+        reset_head(critic, deviation=0.0)
+        return critic
+    assert isinstance(reward, LearnedReward)
+    if reward.digest != tokenizer_digest(tokenizer):
+        raise ConfigError(
+            f"ppo.critic.init=reward: the reward model of ppo.reward={config.reward} has another tokenizer "
+            "or chat template than the policy, whose token ids the critic reads. "
+            "Use ppo.critic.init=sft; scoring uses text and is not affected."
+        )
+    if backbone is not None:
+        critic = reward.model.sharing_weights()
+    else:
+        critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype)
+        critic.to(job.compute.loads_on)
+    if config.score.normalize == "sft":
+        critic.rescale(1 / normalizer.deviation, -normalizer.mean / normalizer.deviation)
+    return critic
+
+
+def critic_start(
+    config: PpoConfig, job: Job, reward: Reward, tokenizer: PreTrainedTokenizerBase
+) -> Literal["reward", "sft"]:
+    """What the critic starts from. For `auto` the choice and its reason are printed."""
+    if config.critic.init != "auto":
+        return config.critic.init
+    against = against_critic_on_reward(config, reward, tokenizer)
+    source = f"sft, the policy's start (ppo.init={config.init}): {against}" if against else "reward"
+    job.progress.console.print(f"ppo.critic.init=auto uses {source}.", highlight=False, markup=False)
+    return "sft" if against else "reward"
+
+
+def against_critic_on_reward(
+    config: PpoConfig, reward: Reward, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """Why the critic cannot start from the reward model; None where it can."""
+    if not isinstance(reward, LearnedReward):
+        return f"ppo.reward={redacted(config.reward)} is no model"
+    if config.score.normalize == "running":
+        return "ppo.score.normalize=running changes the score's units all the time"
+    if reward.digest != tokenizer_digest(tokenizer):
+        return "the reward model has another tokenizer or chat template"
+    if virtual_tokens(reward.model.model) and METHODS[config.peft.method].pads:
+        return f"the reward model has virtual tokens, and gets none of ppo.peft={config.peft.method} too"
+    return None
