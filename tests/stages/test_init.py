@@ -20,7 +20,7 @@ from rlhf.costs.stage_cost import StageCost
 from rlhf.digests import weights_digest
 from rlhf.models import base
 from rlhf.models.base import BaseModelFiles, ModelConfig
-from rlhf.models.start import check_start, digest_of_start, of_two_architectures
+from rlhf.models.start import check_start, init_digest, of_two_architectures
 
 
 def weights(outcome: Outcome, stage: str) -> dict[str, torch.Tensor]:
@@ -144,7 +144,7 @@ def test_a_directory_that_is_no_model_is_told_before_anything_trains(
         file.write_bytes(file.read_bytes()[:-100])
     base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
     with pytest.raises(ConfigError, match=words):
-        digest_of_start("ppo.init", str(directory))
+        init_digest("ppo.init", str(directory))
         check_start("ppo.init", str(directory), base)
 
 

@@ -58,7 +58,9 @@ def test_trl_comes_to_the_same_weights(
     stage.run(job)
 
     tokenizer = load_tokenizer(tiny_model, TINY)
-    batches = shuffled_batches([EncodedPair(tokenizer, row) for row in pairs], stage.batch_pairs, 1, job.seed)
+    batches = shuffled_batches(
+        [EncodedPair(tokenizer, row) for row in pairs], stage.batch_pairs, stage.epochs, job.seed
+    )
     examples = [
         {"chosen_ids": each.chosen.tolist(), "rejected_ids": each.rejected.tolist()}
         for batch in batches

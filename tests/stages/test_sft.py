@@ -291,10 +291,9 @@ def test_a_learning_rate_that_explodes_ends_with_the_batch_and_a_way_out(
     with pytest.raises(ConfigError, match="sft: in step 4 and the 2 before it the gradients were not finite"):
         sft_stage("sft.optim.lr=1e38", "sft.optim.warmup_fraction=0").run(job)
     lines = (job.run_directory / "sft-step4.jsonl").read_text(encoding="utf-8").splitlines()
-    batch = sft_stage().batches(TRAIN, job.seed)[3]  # type: ignore[arg-type]
+    batch = shuffled_batches(TRAIN, 4, 2.0, seed=job.seed)[3]
     assert [json.loads(line) for line in lines] == [
-        {"prompt": row.prompt, "completion": row.completion}  # type: ignore[attr-defined]
-        for row in batch
+        {"prompt": row.prompt, "completion": row.completion} for row in batch
     ]
 
 
