@@ -32,17 +32,17 @@ from rlhf.models.start import directory_of
 from rlhf.ppo.config import PpoConfig
 
 FOLDED = ("lora", "dora", "ia3")
-"""Methods whose adapters are folded into copies of the weights while the policy samples."""
+"""Methods whose adapters are merged into copies of the weights while the policy samples."""
 
 
 def ppo_cost(
     config: PpoConfig, on: CostContext, *, reward_method: str | None, reward_init: str | None = None
 ) -> StageCost:
-    """Episodes are decoded, read by four models and learned from by two; evaluations are read by three.
+    """Four models read each episode and two learn from it. Three models read each evaluated answer.
 
     Args:
-        reward_method: how the reward stage tuned its model, where that one scores. A rule is not counted.
-        reward_init: what that stage started from; None for the same model as the policy.
+        reward_method: how the reward stage tuned its model; None if another model or a rule scores.
+        reward_init: what that stage started from; None if it is the policy's start.
     """
     base, same_start = on, reward_init in (None, config.init)
     on = on.starting(directory_of(config.init)).tuned(config.peft)
@@ -59,7 +59,7 @@ def ppo_cost(
     method = tuning_methods.METHODS[config.peft.method]
     shares = method.shares and on.zero == "none"
     folds = shares and reward_method == "lora" and same_start
-    """The reward model is the policy's own start with an adapter."""
+    """The reward model is the policy's start with an adapter."""
     own_reward = scorer is not None and not folds
     critic_on_reward = own_reward and config.critic_on_reward
     critic = scorer if scorer is not None and critic_on_reward else on
@@ -119,21 +119,22 @@ def ppo_cost(
 
 
 def own_scorer(config: PpoConfig, on: CostContext) -> CostContext | None:
-    """Of the model of `ppo.reward=model:DIR`, as large as the policy where its config does not tell; None
-    where a rule scores."""
+    """The shape of `ppo.reward=model:DIR`: the policy's if its config does not say; None if a rule scores."""
     if not config.reward.startswith("model:"):
         return None
     return on.starting(Path(config.reward.removeprefix("model:")))
 
 
 def decoded_rows(config: PpoConfig, on: CostContext, rows: int) -> float:
-    """Of so many over all ranks, those that a rank decodes together."""
+    """How many of all ranks' rows one rank decodes together."""
     return min(config.batch_rows or rows, rows / on.ranks)
 
 
 def mixed(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocation]:
-    """Activations of the pretraining mix that are there beside those of PPO's own losses: of a pass, where
-    the rollout's were kept; of all passes under DeepSpeed. Else the larger of both, and none beside."""
+    """Activations of the pretraining mix that are in memory together with those of PPO's losses.
+
+    One pass if the rollout's pass was kept, all passes under DeepSpeed; else none, and the larger counts.
+    """
     if not config.ptx.coef:
         return
     lengths = mix_lengths(config, on)
@@ -148,7 +149,7 @@ def mixed(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocat
 
 
 def mix_lengths(config: PpoConfig, on: CostContext) -> LengthStats:
-    """Of the rows of the pretraining mix, cut where virtual tokens leave no room."""
+    """Lengths of the mix's rows, cut to the context beside virtual tokens."""
     room = on.shape.context - METHODS[config.peft.method].added_tokens(on.shape, config.peft)
     return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(room)
 
@@ -162,15 +163,15 @@ def ppo_work(
     *,
     once: bool,
 ) -> list[Task]:
-    """Of all steps, with responses as long as they may get."""
+    """The work of all steps, if each response is as long as it may be."""
     prompts, worker, new = on.sizes("ppo", "train"), ThroughputModel(on), config.max_new_tokens
     both = joined(prompts, exactly(new))
     length, computed = both.mean, on.computed(both.mean, both)
-    """Tokens of a row, and those of them that go through a model."""
+    """The tokens of a row, and how many of them a model computes."""
     episodes = config.steps * config.batch_episodes
     evaluations = 1 + math.ceil(config.steps / config.evaluate_every)
     evaluated = evaluations * min(config.evaluate_prompts, on.sizes("ppo", "held_out").rows)
-    by_policies = episodes + 2 * evaluated  # the reference; of evaluations the policy too
+    by_policies = episodes + 2 * evaluated  # the reference; in evaluations the policy too
     by_policies += 0 if once else episodes  # policy and critic score before they learn
     learned = config.epochs * episodes
     updates = config.steps * config.epochs * math.ceil(config.batch_episodes / config.minibatch_episodes)

@@ -1,4 +1,4 @@
-"""What PPO reports of itself. Every figure is of real tokens or episodes of all ranks, never of padding.
+"""The metrics of PPO. Each one counts real tokens or episodes of all ranks, never padding.
 
 Dimensions: B episodes, R response tokens (padded).
 """
@@ -25,7 +25,7 @@ from rlhf.rl.statistics import distinct_n, explained_variance
 
 
 def rollout_metrics(experience: Experience) -> dict[str, float]:
-    """Of one scored rollout, all ranks' episodes, before anything was learned from it."""
+    """Metrics of one scored rollout, over all ranks, before the update."""
     mask_BR, rollout = experience.mask_BR, experience.rollout
     episodes, tokens = len(experience), int(mask_BR.sum())
     lengths_B = rollout.response_lengths.double()
@@ -63,9 +63,9 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
 
 
 def explained_variance_error(experience: Experience) -> float:
-    """Half of the 95% interval of `explained_variance`, by episodes: an episode's tokens share its score.
+    """Half the 95% interval of `explained_variance`. It counts episodes: an episode's tokens share a score.
 
-    Explained variance is 1 minus a ratio of two sums of squares, to which each episode adds its share.
+    Explained variance is 1 minus the ratio of two sums of squares. Each episode adds its part to both.
     """
     mask_BR = experience.mask_BR
 
@@ -75,7 +75,7 @@ def explained_variance_error(experience: Experience) -> float:
         return torch.where(mask_BR, values_BR - mean_of_all, 0.0).square().sum(-1)
 
     returns_B = squares(experience.return_BR)
-    if not float(returns_B.sum()) > 0.0:  # nothing to foresee
+    if not float(returns_B.sum()) > 0.0:  # nothing to predict
         return 0.0
     unforeseen = ratio(squares(experience.return_BR - experience.value_BR), returns_B)
     return (unforeseen.high - unforeseen.low) / 2
@@ -116,15 +116,15 @@ class UpdateSums:
 
 
 CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
-"""Of the held-out prompts. One half says which weights are kept. The other half says what these are worth: on
-the prompts that chose it, the luckiest of several policies looks better than it is."""
+"""Halves of the held-out prompts. The first chooses which weights are kept, the second judges them: on the
+prompts that chose it, the luckiest of several policies looks better than it is."""
 
 
 class Evaluation(NamedTuple):
     """A policy on held-out prompts."""
 
     score_B: Tensor
-    """Learned (or rule) score, raw; not finite where there is none."""
+    """Raw score; not finite if the reward gave none."""
     kl_B: Tensor
     """Nats a sequence, from the reference."""
     length_B: Tensor
@@ -134,12 +134,12 @@ class Evaluation(NamedTuple):
 
     @property
     def score(self) -> float:
-        """Mean of the judged prompts' scores, of those that have one."""
+        """Mean of the judged prompts' finite scores."""
         return mean_score(self.score_B[JUDGED])
 
     @property
     def choice_score(self) -> float:
-        """The same of the prompts that choose the weights."""
+        """Mean of the finite scores of the prompts that choose the weights."""
         return mean_score(self.score_B[CHOICE])
 
     @property
@@ -148,7 +148,7 @@ class Evaluation(NamedTuple):
         return int((~self.score_B.isfinite()).sum())
 
     def metrics(self) -> dict[str, float]:
-        """In a few figures."""
+        """As metrics."""
         return {
             "score": self.score,
             "choice_score": self.choice_score,
@@ -159,13 +159,13 @@ class Evaluation(NamedTuple):
         }
 
     def gain_over(self, other: Evaluation) -> Sampled:
-        """How much higher it scores on the judged prompts, prompt by prompt, where both have a score."""
+        """How much higher it scores on the judged prompts. Prompts without two scores are left out."""
         gain_B = self.score_B[JUDGED].double() - other.score_B[JUDGED].double()
         return mean(gain_B[gain_B.isfinite()])
 
 
 def mean_score(score_B: Tensor) -> float:
-    """Of those that are finite."""
+    """The mean over the finite values."""
     return float(score_B[score_B.isfinite()].double().mean())
 
 
@@ -181,10 +181,10 @@ def evaluate_policy(
     batch_rows: int,
     micro_batch_tokens: int,
 ) -> tuple[Evaluation, list[str]]:
-    """Sample one response a prompt, always with the same seed, and measure them.
+    """Sample one response per prompt, always with the same seed, and measure them.
 
     Raises:
-        RewardError: no response of the judged half, or of the other one, got a finite score.
+        RewardError: no response of one half of the prompts got a finite score.
     """
     rollout, texts = policy.sample(
         [row.prompt for row in rows],

@@ -27,7 +27,7 @@ class PretrainingMix:
         seed: int,
         context: int,
     ) -> None:
-        """`context` is how many tokens of a row the policy can read; the rest is cut off."""
+        """Rows are cut at `context` tokens, which is what the policy can read."""
         self._context = context
         self._config, self._tokenizer, self._rows = config, tokenizer, list(rows)
         self._random = random.Random(seed)
@@ -42,7 +42,7 @@ class PretrainingMix:
         )
 
     def loss(self, logp_N: Tensor, total_tokens: int) -> Tensor:
-        """coef x negative log-likelihood, in nats, of some of the answer tokens / total_tokens."""
+        """coef x negative log-likelihood of these answer tokens, in nats, / total_tokens."""
         mask_N = torch.ones_like(logp_N, dtype=torch.bool)
         return self._config.coef * next_token_loss(logp_N, mask_N, total_tokens=total_tokens)
 
@@ -51,6 +51,6 @@ class PretrainingMix:
         return {"random": self._random.getstate()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the rows that come next."""
+        """Continue with the rows that come next."""
         version, numbers, gauss = state["random"]
         self._random.setstate((version, tuple(numbers), gauss))

@@ -30,15 +30,15 @@ from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
 
 TIMES_THE_BOUND = 10
-"""How far above its gate's bound `engine_mismatch` ends the run at once."""
+"""`engine_mismatch` ends the run at so many times its gate's bound."""
 
 
 class TooBadError(Exception):
-    """The run must not go on as it is. Nothing was learned from the step, so that it can be taken anew."""
+    """The run must stop. Nothing was learned from the step, so that it can be repeated."""
 
 
 class PolicyTrainer:
-    """Everything that changes while PPO runs. Every rank has one, in the same state."""
+    """The PPO loop and everything that changes in it. All ranks have the same state."""
 
     def __init__(
         self,
@@ -54,8 +54,11 @@ class PolicyTrainer:
         trained_parameters: int,
         mismatch_limit: float,
     ) -> None:
-        """`engine` trains an ActorCritic whose policy `policy` samples from; so many of its weights train.
-        A step whose `engine_mismatch` is above `mismatch_limit` ends the run."""
+        """Args:
+        engine: trains an ActorCritic, whose policy is that of `policy`.
+        trained_parameters: how many weights of the policy train; a metric.
+        mismatch_limit: a step whose `engine_mismatch` is above it ends the run.
+        """
         self.trained_parameters, self.mismatch_limit = trained_parameters, mismatch_limit
         self.config, self.job, self.compute, self.engine = config, job, job.compute, engine
         self.policy, self.reference, self.reward = policy, reference, reward
@@ -70,7 +73,7 @@ class PolicyTrainer:
         self.sampling = torch.Generator().manual_seed(job.seed)
         self.bad_steps, self.done, self.evaluated, self.best_step = 0, 0, 0, 0
         self.last_bad = ""
-        """Why the last of the bad steps was one."""
+        """Why the last bad step was bad."""
         self.texts: list[str] = []
         """The current step's responses."""
         self.history: list[dict[str, float]] = []
@@ -78,10 +81,10 @@ class PolicyTrainer:
         self.last: Evaluation | None = None
         self.best: Evaluation | None = None
         self.best_weights: dict[str, Tensor] = {}
-        """Of the policy, on the CPU of rank 0."""
+        """The best policy's, on the CPU of rank 0."""
 
     def train(self, prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> dict[str, float]:
-        """Run all steps that are not done yet; `best_weights` is the result.
+        """Run the steps that are left; the result is `best_weights`.
 
         Returns:
             The stage's summary metrics.
@@ -108,7 +111,7 @@ class PolicyTrainer:
                 sampling, normalizer = self.sampling.get_state(), self.normalizer.state_dict()
                 try:
                     metrics = self.step(rows, step)
-                except (TooBadError, RewardError) as bad:  # nothing was learned: the step is taken anew
+                except (TooBadError, RewardError) as bad:  # nothing was learned: the step is repeated
                     self.sampling.set_state(sampling)
                     self.normalizer.load_state_dict(normalizer)
                     checkpoints.save(self.done, self.engine, self.state_dict())
@@ -135,7 +138,7 @@ class PolicyTrainer:
         return self.summary()
 
     def summary(self) -> dict[str, float]:
-        """The whole training in a few figures."""
+        """The stage's summary metrics."""
         config, best, first, last = self.config, self.best, self.first, self.last
         assert best is not None and first is not None and last is not None
         done = [metrics for metrics in self.history if "policy_loss" in metrics]
@@ -148,7 +151,7 @@ class PolicyTrainer:
         return {
             "first_ratio_deviation": done[0]["first_ratio_deviation"],
             "first_kl": done[0]["kl_k3"],
-            # not Python's max, which drops a NaN: that must fail the gate
+            # Python's max drops a NaN, which must fail the gate
             "engine_mismatch": float(torch.tensor(mismatches, dtype=torch.float64).max()),
             **self.explained_variance(done).metrics("explained_variance"),
             **mean(best.kl_B).metrics("kl"),
@@ -165,14 +168,14 @@ class PolicyTrainer:
         }
 
     def explained_variance(self, done: Sequence[Mapping[str, float]]) -> Sampled:
-        """The mean of the last quarter of the steps, which sample independently of each other."""
+        """The mean over the last quarter of the steps; steps are independent samples."""
         late = done[-max(1, len(done) // 4) :]
         value = sum(metrics["explained_variance"] for metrics in late) / len(late)
         half = math.hypot(*(metrics["explained_variance_error"] for metrics in late)) / len(late)
         return Sampled(value, value - half, value + half, len(late) * self.config.batch_episodes)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but what the engine keeps."""
+        """Everything but the engine's state."""
         return {
             "best_step": self.best_step, "done": self.done, "evaluated": self.evaluated,
             "bad_steps": self.bad_steps, "history": self.history,
@@ -183,14 +186,14 @@ class PolicyTrainer:
         }  # fmt: skip
 
     def restore(self) -> bool:
-        """Go on from the newest checkpoint; False without one. Nothing holds on to its file."""
+        """Continue from the newest checkpoint; False if there is none. Its file is closed."""
         state = self.job.checkpoints.restore(self.engine)
         if state is not None:
             self.load_state_dict(state)
         return state is not None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Tensors are copied, weights by rank 0 alone: they are as large as the model."""
+        """Continue from there. Only rank 0 copies the weights, which are as large as the model."""
         self.best_step, self.done, self.evaluated = state["best_step"], state["done"], state["evaluated"]
         self.bad_steps, self.history = state["bad_steps"], state["history"]
         self.kl.load_state_dict(state["kl"])
@@ -204,7 +207,7 @@ class PolicyTrainer:
         self.best_weights = {name: value.clone() for name, value in kept.items()}
 
     def step(self, rows: Sequence[PromptRow], step: int) -> dict[str, float]:
-        """Roll out, score, learn. What is not finite is not learned from, and counted.
+        """Sample, score, learn. Values that are not finite are counted, and nothing is learned from them.
 
         Raises:
             TooBadError: the KL passed max_kl, or the engine samples from another policy.
@@ -245,17 +248,17 @@ class PolicyTrainer:
         return metrics
 
     def count_bad(self, step: int, reason: str) -> None:
-        """Tell and count a step of which something was skipped."""
+        """Report and count a step of which something was skipped."""
         self.bad_steps += 1
         self.last_bad = reason
         self.warn(f"step {step} skipped: {reason}")
 
     def warn(self, text: str) -> None:
-        """Say it; it may quote a response, whose brackets are no markup."""
+        """Print it. It may quote a response, so brackets are no markup."""
         self.job.progress.console.print(f"ppo: {text}", highlight=False, markup=False, style="yellow")
 
     def stop(self, step: int, rows: Sequence[PromptRow], reason: str, then: str) -> NoReturn:
-        """Keep the batch and end; the state is kept already. `then` is what a higher limit leads to.
+        """Write the batch to a file and end. `then` says what the same command does with a higher limit.
 
         Raises:
             ConfigError: always.
@@ -271,7 +274,7 @@ class PolicyTrainer:
         )
 
     def experience(self, rows: Sequence[PromptRow]) -> tuple[Experience, ForwardPass | None]:
-        """Sample one response a prompt with the current policy, and score it: see `PolicyUpdater.score`."""
+        """Sample one response per prompt with the current policy, and score it (`PolicyUpdater.score`)."""
         config = self.config
         if self.policy.vllm is not None:
             with self.phases("sync"):
@@ -313,10 +316,10 @@ class PolicyTrainer:
         return experience, scored
 
     def evaluate_if_due(self, rows: Sequence[PromptRow]) -> None:
-        """Evaluate what the last step has left, once.
+        """Evaluate the policy of the last step, if that is due and not done.
 
         Raises:
-            RewardError: the reward is not there; the step is kept, and the evaluation comes first next time.
+            RewardError: the reward does not answer. The step is kept; the next start evaluates first.
         """
         due = self.done % self.config.evaluate_every == 0 or self.done == self.config.steps
         if not due or self.evaluated == self.done:
@@ -329,8 +332,7 @@ class PolicyTrainer:
         self.evaluated = self.done
 
     def evaluate(self, rows: Sequence[PromptRow]) -> Evaluation:
-        """Measure the policy on held-out prompts; keep its weights when it is the best so far on those that
-        choose."""
+        """Measure the policy on held-out prompts. Keep its weights if the choosing half scores the best."""
         with self.update.published_weights():
             result, texts = evaluate_policy(
                 self.policy,
@@ -360,7 +362,7 @@ class PolicyTrainer:
 def prompt_batches(
     rows: Sequence[PromptRow], size: int, num_batches: int, seed: int
 ) -> Iterator[list[PromptRow]]:
-    """Batches of prompts, every prompt once before any comes again, newly shuffled each time round."""
+    """Batches of prompts. Each pass over all prompts shuffles them anew."""
     order = random.Random(seed)
     waiting: list[PromptRow] = []
     for _ in range(num_batches):

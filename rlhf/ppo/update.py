@@ -36,11 +36,11 @@ from rlhf.training.optimizer import WeightAverage
 
 
 class BadStepError(Exception):
-    """A step that must not be learned from: something in it is not finite."""
+    """Nothing may be learned from the step: something in it is not finite."""
 
 
 class ForwardPass(NamedTuple):
-    """A forward pass of policy and critic that can still be learned from."""
+    """A forward pass of policy and critic, with its graph."""
 
     batch: Sequences
     statistics: TokenStatistics
@@ -48,7 +48,7 @@ class ForwardPass(NamedTuple):
 
 
 class ActorCritic(nn.Module):
-    """Evaluates responses; both halves see the same token ids, one after the other."""
+    """Policy and critic in one module. They read the same token ids, one after the other."""
 
     def __init__(self, policy: PreTrainedModel, critic: ScalarModel) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class ActorCritic(nn.Module):
     def forward(
         self, half: Literal["policy", "critic"], batch: Sequences, temperature: float = 1.0
     ) -> TokenStatistics | Tensor:
-        """One half's opinion of every response token.
+        """Run one half on every response token.
 
         Returns:
             policy: log-probability and entropy in nats, at the sampling temperature.
@@ -70,7 +70,7 @@ class ActorCritic(nn.Module):
 
 
 class PolicyUpdater:
-    """Everything that changes while PPO learns from a rollout, beside the engine."""
+    """Learns from a rollout. Holds what changes meanwhile, except the engine's state."""
 
     def __init__(
         self,
@@ -87,11 +87,11 @@ class PolicyUpdater:
         self.shuffling = torch.Generator().manual_seed(job.seed)
 
     def published_weights(self) -> AbstractContextManager[None]:
-        """While open, the policy has the weights that would be published: the average's, if there is one."""
+        """A context in which the policy has the weights to publish: the average, if there is one."""
         return self.average.swapped_in() if self.average is not None else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """All but what the engine keeps."""
+        """Everything but the engine's state."""
         return {
             "shuffling": self.shuffling.get_state(),
             "average": self.average and self.average.state_dict(),
@@ -99,7 +99,7 @@ class PolicyUpdater:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from there."""
         self.shuffling.set_state(state["shuffling"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -107,11 +107,10 @@ class PolicyUpdater:
             self.mix.load_state_dict(state["mix"])
 
     def score(self, rollout: Rollout) -> tuple[Tensor, Tensor, ForwardPass | None]:
-        """Log-probabilities and values of a rollout, each fp32 [B, R] on the CPU, by policy and critic as
-        they are now.
+        """Log-probabilities and values of a rollout by the current models: fp32 [B, R], on the CPU.
 
-        Where the rollout is one minibatch and fits into one forward pass, that pass is also the first one
-        that is learned from: it comes back with its graphs, for `learn`.
+        If the rollout is one minibatch and fits into one forward pass, `learn` uses this pass as its first:
+        it is returned with its graph.
         """
         config = self.config
         lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
@@ -136,11 +135,11 @@ class PolicyUpdater:
         """All epochs over one rollout.
 
         Args:
-            scored: what `score` returned of it.
+            scored: what `score` returned for this rollout.
 
         Returns:
-            Metrics. `first_ratio_deviation` is the first minibatch's; it compares the scoring pass with
-            another one of the same weights, so it says nothing (0) where that pass itself is learned from.
+            Metrics. `first_ratio_deviation` compares the scoring pass with the first minibatch's,
+            which has the same weights. It is 0 by construction if both are the same pass.
 
         Raises:
             BadStepError: no minibatch had a finite gradient, so no optimizer step was taken.
@@ -189,11 +188,10 @@ class PolicyUpdater:
         """Add up one optimizer step's gradients over token-budget micro-batches of all ranks.
 
         Args:
-            scored: the forward pass over the minibatch, where it was made already.
+            scored: the forward pass over the minibatch, if there is one already.
 
         Returns:
-            The mean |ratio - 1| over the minibatch's tokens; 0 before the first update, up to rounding (with
-            `scored` by construction: the old log-probabilities are then this very pass's).
+            The mean |ratio - 1| over the minibatch's tokens: 0 before the first update, up to rounding.
         """
         config, device = self.config, self.compute.device
         total_tokens = int(minibatch.mask_BR.sum())
@@ -219,7 +217,7 @@ class PolicyUpdater:
                 dual_clip=config.dual_clip,
                 total_tokens=total_tokens,
             )
-            # while only the critic learns the policy's gradients are zeros: sharding wants some of each
+            # sharding needs a gradient for each weight: zeros for the policy while only the critic learns
             self.engine.backward_part((0.0 if critic_only else weight) * policy_loss.loss)
             value_N = self.engine.model("critic", batch) if scored is None else scored.value_N
             value_loss = clipped_value_loss(

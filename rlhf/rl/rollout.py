@@ -23,16 +23,16 @@ from rlhf.rl.advantage import (
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Prompts and what the policy answered, one entry an episode, not padded."""
+    """Prompts and responses, one entry per episode, not padded."""
 
     prompt_ids: list[Tensor]
     """Each long [prompt length]."""
     response_ids: list[Tensor]
     """Each long [response length >= 1], up to and including the stop token when one was sampled."""
     stopped: Tensor
-    """Bool [B]: whether the answer ended by itself, instead of by the length limit."""
+    """Bool [B]: the response ended with a stop token, not at the length limit."""
     sampled_logp: list[Tensor] | None = None
-    """Each fp32 [response length], nats, as the generation engine reports them; None when it does not."""
+    """Each fp32 [response length], nats, as the generation engine reports them; None if it does not."""
 
     def __post_init__(self) -> None:
         assert len(self.prompt_ids) == len(self.response_ids) == len(self.stopped)
@@ -94,7 +94,7 @@ class RewardRule:
     missing_stop_score: float | None
     """Normalised score that replaces the score of a response cut by the length limit; None keeps it."""
     missing_stop_penalty: float
-    """Taken from such a response's normalised score; only without a replacement."""
+    """Subtracted from such a response's normalised score; unused with a replacement."""
 
 
 def make_experience(

@@ -1,4 +1,4 @@
-"""The training loop of the stages that see fixed data: one optimizer step a batch, resumable after each."""
+"""The training loop of stages with fixed data: one optimizer step per batch, resumable after each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.training.engine import Engine
 Row = TypeVar("Row")
 
 MOST_SKIPPED = 3
-"""Steps in a row whose gradient was not finite, before the stage gives up."""
+"""The stage ends after so many steps in a row with a gradient that is not finite."""
 
 
 def train_batches(
@@ -26,12 +26,12 @@ def train_batches(
     as_json: Callable[[Row], Mapping[str, Any]],
     done: int,
 ) -> None:
-    """Take one optimizer step a batch, from the one behind `done` on.
+    """Take one optimizer step per batch. The first `done` batches are done already.
 
     Args:
-        step: computes a batch's gradients, calls `engine.step` and returns its metrics; `loss` is one.
-        state: kept in every checkpoint, beside the number of batches that are done.
-        as_json: a row as the user would recognise it, for a batch that cannot be learned from.
+        step: computes a batch's gradients, calls `engine.step` and returns metrics, among them `loss`.
+        state: kept in every checkpoint, with the number of batches that are done.
+        as_json: a row as in the user's file, for the report of a batch with bad gradients.
 
     Raises:
         ConfigError: several gradients in a row were not finite. The state before them is kept.
@@ -54,7 +54,7 @@ def train_batches(
 
 
 def give_up(job: Job, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Say what could not be learned from.
+    """End the stage, and name the file with the batch.
 
     Raises:
         ConfigError: always.
