@@ -1,7 +1,7 @@
-"""What the keys at `auto` take: decided in one place, before anything is checked.
+"""Replaces `auto` in keys that name data, before anything is checked.
 
-As long as none of the data is the user's, they take the packaged demo (`demo.*`). As soon as one source is,
-no packaged set is used unless the user names it: prompts are those of the user's own rows, the rest is null.
+If no data are the user's, `auto` means the packaged demo (`demo.*`). If one source is the user's, no packaged
+set is used unless the user names it: prompts are those of the user's rows, the rest is null.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEMO = {
 
 
 POLICIES = {"sft": ["base", "sft", "ppo"], "base": ["base", "ppo"]}
-"""What PPO starts from -> the policies that are evaluated; of a directory, it is one of them."""
+"""What PPO starts from -> the policies that are evaluated. A directory is one of them."""
 
 
 class Resolved(NamedTuple):
@@ -39,7 +39,7 @@ class Resolved(NamedTuple):
     own: list[str]
     """The keys that name the user's own data."""
     notes: list[str]
-    """What was decided for own data, a line each."""
+    """What was decided for the user's data, one line each."""
 
 
 def without_auto(config: Mapping[str, Any]) -> Resolved:
@@ -68,7 +68,7 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
 
 
 def is_own(source: Any) -> bool:
-    """Whether a source, or one of a list, is none of the packaged sets, and not another key's rows."""
+    """Whether a source, or one of a list, is the user's: no packaged set, and no other key's rows."""
     if isinstance(source, list):
         return any(map(is_own, source))
     if isinstance(source, Mapping):
@@ -77,7 +77,7 @@ def is_own(source: Any) -> bool:
 
 
 def _of_own(key: str, config: Mapping[str, Any], own: list[str]) -> Any:
-    """What `auto` uses where some data are the user's: for prompts the key whose prompts they are."""
+    """What `auto` means if some data are the user's: for prompts, the key of the rows that have them."""
     if key == "evaluate.prompts" and "ppo.prompts" in own:
         return "ppo.prompts"
     if key in ("ppo.prompts", "evaluate.prompts"):
@@ -86,7 +86,7 @@ def _of_own(key: str, config: Mapping[str, Any], own: list[str]) -> Any:
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:
-    """A key's value; None where it is not there, which is told when its section is checked."""
+    """A key's value; None if it is missing, which the check of its section reports."""
     found: Any = config
     for name in key.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None

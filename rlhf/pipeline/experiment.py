@@ -109,10 +109,10 @@ class Experiment:
     resolved: Mapping[str, Any]
     """The composed config with every interpolation and every `auto` resolved, as plain values."""
     notes: tuple[str, ...] = ()
-    """What the run says first: what keys at `auto` take beside data of the user's own."""
+    """What the run prints first: what `auto` means beside the user's data."""
 
     def whole_chain(self) -> set[str]:
-        """`stage=all`: the stages of the chain, without a model before the last that none of them reads."""
+        """`stage=all`: the stages of the chain, without models that no other stage reads."""
         chain = [name for name, stage in self.stages.items() if stage.in_chain]
         last = [name for name in chain if self.stages[name].peft_config() is not None][-1]
         found: set[str] = set()
@@ -221,10 +221,10 @@ def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
 
 
 def check_method(stage: Stage, experiment: Experiment) -> None:
-    """Refuse a method of training where it cannot work or was not tried.
+    """Refuse a method of tuning if it cannot work here or was never tested so.
 
     Raises:
-        ConfigError: why, and with what it can.
+        ConfigError: why, and what works instead.
     """
     peft, settings = stage.peft_config(), experiment.settings
     if peft is None:
@@ -267,10 +267,10 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
 
 
 def check_qlora(key: str, device: str) -> None:
-    """Refuse 4-bit weights where there is no GPU for them.
+    """Refuse 4-bit weights if there is no GPU for them.
 
     Raises:
-        ConfigError: with what is missing.
+        ConfigError: what is missing.
     """
     if device == "cpu" or not has_gpu():
         raise ConfigError(f"{key}: 4-bit weights need a GPU, and this run has none. Use lora.")
@@ -289,7 +289,7 @@ def stage_class(name: str, target: str) -> type[Stage]:
         name: of the section.
 
     Raises:
-        ConfigError: there is none, or it is no stage of that name.
+        ConfigError: there is no such class, or it is no stage of that name.
     """
     key = f"{name}._target_={target}"
     module, _, attribute = str(target).rpartition(".")
@@ -325,6 +325,6 @@ def stage_class(name: str, target: str) -> type[Stage]:
 
 
 def modules_of(package: str) -> list[str]:
-    """The modules of a package; of none, those that can be imported by themselves."""
+    """The modules of a package; without one, the modules that can be imported by themselves."""
     paths = getattr(import_module(package), "__path__", []) if package else None
     return [each.name for each in iter_modules(paths)]

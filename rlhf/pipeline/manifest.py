@@ -1,4 +1,4 @@
-"""What is known of an artifact later: who made it, from what, with what."""
+"""What a manifest says of an artifact: the code and hardware that made it, and its inputs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def make_manifest(
     num_ranks: int,
     input_digests: dict[str, str],
 ) -> Manifest:
-    """The manifest of what lies in scratch; the store fills in the files.
+    """The manifest of the artifact in `scratch`; the store adds the files.
 
     Args:
         config: the whole resolved config of the run, without secrets.
-        seconds: of all attempts.
+        seconds: the time of all attempts.
         input_digests: stage -> `content_digest`.
     """
     tokenizer_files = {
@@ -57,13 +57,13 @@ def make_manifest(
 
 
 def content_digest(artifact: Artifact) -> str:
-    """Of all its bytes, apart from the logs."""
+    """Digest of all its files except the logs."""
     logs = (Tracker.METRICS, Tracker.SAMPLES)
     return digest_of({name: each for name, each in artifact.manifest.files.items() if name not in logs})
 
 
 def git_revision() -> str | None:
-    """The checkout this package runs from, with a mark when it has uncommitted changes."""
+    """The commit of the checkout that this package runs from, with a mark for uncommitted changes."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

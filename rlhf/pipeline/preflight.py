@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from rlhf.pipeline.experiment import Settings
 
 MARGIN = 1.15
-"""How far a prediction may be above what is used in truth; only what does not fit even then is refused."""
+"""A prediction may be too high by this factor; a run is refused only if it would not fit even then."""
 
 
 class Begun(NamedTuple):
-    """What an earlier attempt left of a stage."""
+    """What an earlier attempt at a stage left."""
 
     bytes: float = 0.0
-    """Of its checkpoints."""
+    """Bytes of its checkpoints."""
     seconds: float = 0.0
-    """That the newest of them has behind it."""
+    """Seconds of work that the newest checkpoint holds."""
 
 
 def check_before_loading(
@@ -55,13 +55,13 @@ def check_before_loading(
     data: PreparedData,
     console: Console,
 ) -> None:
-    """Check what the stages that have to run need, and say roughly how much and how long.
+    """Check what the stages that will run need, and print about how much memory and time that is.
 
     Args:
         pending: those stages, and what an earlier attempt left of each.
 
     Raises:
-        ConfigError: it cannot be done here.
+        ConfigError: this machine cannot run them.
     """
     stages, settings = [experiment.stages[name] for name in pending], experiment.settings
     for stage in stages:
@@ -105,11 +105,11 @@ def check_before_loading(
 def check_tunes(
     stage: Stage, base: PreTrainedModel, check: Callable[[PreTrainedModel, PeftConfig], None]
 ) -> None:
-    """Refuse a method that the base model cannot be trained with.
+    """Refuse a method of tuning that does not work with the model.
 
     Args:
-        base: its skeleton.
-        check: `check_attachable`; or `rehearse`, which takes longer, and finds more.
+        base: the model on the meta device.
+        check: `check_attachable`; or `rehearse`, which takes longer and finds more.
 
     Raises:
         ConfigError: why.
@@ -121,11 +121,11 @@ def check_tunes(
         check(base, peft)
     except ConfigError as error:
         complaint = f"{stage.name}.peft.{error}"
-        raise ConfigError(complaint.replace(".method=", "=", 1)) from None  # sft.peft=ia3 is what one writes
+        raise ConfigError(complaint.replace(".method=", "=", 1)) from None  # the user types sft.peft=ia3
 
 
 def own_skeleton(stage: Stage, base: BaseModelFiles) -> PreTrainedModel | None:
-    """Of the user's own model that a stage trains instead of the base model; None without one."""
+    """The user's own model that a stage trains, on the meta device; None if it trains the base model."""
     directory = stage.init_directory()
     if directory is None:
         return None
@@ -134,10 +134,10 @@ def own_skeleton(stage: Stage, base: BaseModelFiles) -> PreTrainedModel | None:
 
 
 def adapter_notes(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]) -> Iterator[str]:
-    """What adapters of `all-linear` are put beside, and what not.
+    """Lines that say which layers `all-linear` adapts, and which not.
 
     Args:
-        models: stage -> the skeleton of the model that it trains.
+        models: stage -> the model that it trains, on the meta device.
     """
     from rlhf.models.peft.target_modules import described_targets
 
@@ -151,7 +151,7 @@ def adapter_notes(stages: Sequence[Stage], models: Mapping[str, PreTrainedModel]
 
 
 def eager_notes(base: PreTrainedModel, attention: str) -> Iterator[str]:
-    """Where `auto` has nothing better than eager attention.
+    """A line if `attention=auto` finds nothing better than eager attention.
 
     Args:
         base: its skeleton.
@@ -164,7 +164,7 @@ def eager_notes(base: PreTrainedModel, attention: str) -> Iterator[str]:
 
 
 def padding_notes(stages: Sequence[Stage], attention: str) -> Iterator[str]:
-    """Where rows are padded that would otherwise be laid end to end."""
+    """A line if a method of tuning pads rows that would otherwise be packed."""
     for stage in stages:
         peft = stage.peft_config()
         if peft is not None and METHODS[peft.method].pads and attention == "auto":
@@ -176,13 +176,13 @@ def padding_notes(stages: Sequence[Stage], attention: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Checked:
-    """What the stages that have to run need, and what speaks against it."""
+    """What the stages that will run need, and the complaints."""
 
     costs: dict[str, StageCost]
     refused: list[str]
     """Complaints in the user's own keys."""
     warned: list[str]
-    """What may not fit."""
+    """What perhaps does not fit."""
 
 
 def preflight(
@@ -193,7 +193,7 @@ def preflight(
     checkpoints: CheckpointConfig,
     begun: Mapping[str, Begun],
 ) -> Checked:
-    """Check what these stages need against what there is; no model is loaded.
+    """Compare what these stages need with what this machine has. No model is loaded.
 
     Args:
         begun: what an earlier attempt left of each stage.
@@ -217,8 +217,8 @@ def preflight(
 
 
 def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None, float]:
-    """The phase that wants the largest share of the memory there is, whether that is the host's (None without
-    a device of its own), and the share; above 1 it is not enough."""
+    """The phase that needs the largest share of the available memory, whether that is the host's (None
+    without a GPU), and the share. Above 1 the memory is not enough."""
     machine = on.machine
     if machine.kind == "cpu":
         phase = cost.peak()
@@ -230,13 +230,13 @@ def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None
 
 
 def shortage(cost: StageCost, on: CostContext) -> float:
-    """The largest share of the memory there is that any phase wants; above 1 it is not enough."""
+    """The largest share of the available memory that any phase needs. Above 1 it is not enough."""
     return tightest(cost, on)[2]
 
 
 def most(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, float]:
-    """The phase that needs most of the device, and its bytes with what the process holds anyway; without a
-    device of its own, of the host."""
+    """The phase that needs most memory of the GPU (without a GPU: of the host), and its bytes together with
+    what the process holds anyway."""
     on_host = None if on.on_cpu else False
     phase = cost.peak(on_host=on_host)
     return phase, phase.size(on_host=on_host) + on.machine.used
@@ -265,7 +265,7 @@ def by_kind(phase: MemoryPhase, on_host: bool | None = None) -> str:
 
 
 def advice(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> str:
-    """The knobs that would make it fit, by trying them: each alone, then together."""
+    """The keys that would make it fit, found by trying them: each alone, then together."""
     found = []
     knobs = list(savings(stage, on))
     for key, change, where in knobs:
@@ -284,7 +284,7 @@ def advice(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> str:
 
 
 def savings(stage: Stage, on: CostContext) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(as the user would write it, knobs of the stage, changes of the setting): the cheapest first."""
+    """(what the user would type, changed keys of the stage, changes of the context), the cheapest first."""
     name, fields = stage.name, type(stage).model_fields
     knobs = stage.model_dump()
     for key in ("micro_batch_tokens", *(["batch_rows"] if stage.samples else [])):
@@ -316,7 +316,7 @@ def fits(
     change: Mapping[str, Any],
     where: Mapping[str, Any],
 ) -> bool:
-    """Whether the stage has memory enough with these changes, and its run would take them."""
+    """Whether the stage fits into memory with these changes, and accepts them."""
     changed = stage.model_copy(update=dict(change))
     setting = replace(on, **where)
     if not is_taken(changed, setting):
@@ -325,7 +325,7 @@ def fits(
 
 
 def is_taken(stage: Stage, on: CostContext) -> bool:
-    """Whether a stage would run on these ranks, which is a question of those that train."""
+    """Whether the stage can run on these ranks."""
     if stage.peft_config() is None:
         return True
     try:
@@ -379,8 +379,8 @@ def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
 def disk_complaints(
     costs: Mapping[str, StageCost], store: Path, checkpoints: CheckpointConfig, begun: Mapping[str, Begun]
 ) -> Iterator[str]:
-    """What is published, and the checkpoints of the stage that needs most, must fit the store's disk, beside
-    those that a stage to be resumed has written."""
+    """The artifacts, and the checkpoints of the stage that needs most, must fit on the store's disk, beside
+    the checkpoints that are there."""
     published = sum(cost.artifact for cost in costs.values())
     missing = [checkpoint_bytes(cost, checkpoints) - begun[name].bytes for name, cost in costs.items()]
     largest = max(0.0, *missing)
@@ -394,7 +394,7 @@ def disk_complaints(
 
 
 def checkpoint_bytes(cost: StageCost, config: CheckpointConfig) -> float:
-    """Of all that are kept, and the one being written; 0 where the stage ends before the first."""
+    """Bytes of all kept checkpoints and of the one being written; 0 if the stage ends before the first."""
     minutes = config.every_minutes
     is_written = config.every_steps is not None or (minutes is not None and cost.seconds > 60 * minutes)
     return (config.keep + 1) * cost.checkpoint if is_written else 0.0
@@ -412,7 +412,7 @@ def expectations(costs: Mapping[str, StageCost], on: CostContext, begun: Mapping
 
 
 def found_context(settings: Settings, shape: ModelShape, compute: Compute, sizes: Sizes) -> CostContext:
-    """This run's, with the base model's shape."""
+    """The context of this run's costs, with the base model's shape."""
     speed = kept_speed(compute, Path(settings.store_dir)) or quick_speed(compute)
     return CostContext(
         shape=shape,

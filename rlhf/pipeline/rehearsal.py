@@ -18,7 +18,7 @@ from rlhf.rewards.http import RewardServerConfig
 
 ROWS = 2
 ANSWER = "Yes."
-"""To a prompt that comes without an answer."""
+"""The answer to a prompt that comes without one."""
 MICRO_BATCH_TOKENS = 4096
 
 
@@ -30,10 +30,10 @@ def rehearse_rewards(
     server: RewardServerConfig,
     console: Console,
 ) -> None:
-    """Ask each reward that these stages name, but the one that is still to be learned, about two rows.
+    """Ask each reward that these stages name about two rows. The learned one does not exist yet.
 
     Raises:
-        ConfigError: it does not answer, or not with one number for each, of which one at least is finite.
+        ConfigError: it does not answer with one number per row, or none of them is finite.
     """
     from rlhf.rewards.model import make_reward
 
@@ -65,7 +65,7 @@ def rehearse_rewards(
 
 
 def some_rows(stage: Stage, data: PreparedData) -> Iterator[tuple[list[Message], str]]:
-    """Rows of the first data that a stage reads, with an answer."""
+    """(prompt, answer) of the first data that a stage reads."""
     role = stage.datasets()[0]
     rows: Sequence[Row] = data.rows(role, splits_of(role)[0])
     for row in rows:

@@ -1,4 +1,4 @@
-"""One invocation: its directory, what its stages came to, and its gates."""
+"""One invocation: its directory, how its stages ended, and its gates."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class GateResult:
     value: float
     bound: Bound
     sampled: Sampled | None = None
-    """The value with its interval, where it was measured on a sample of rows."""
+    """The value with its interval, if it was measured on a sample of rows."""
     not_checked: str | None = None
     """Why the bound does not apply here."""
 
     @property
     def outcome(self) -> GateOutcome:
-        """Whether the value, or its whole interval, lies within the bound, or none of it, or neither."""
+        """passed if the whole interval lies in the bound, failed if none of it does, else cannot tell."""
         if self.not_checked is not None:
             return "not checked"
         sampled, bound = self.sampled, self.bound
@@ -53,8 +53,8 @@ class GateResult:
 
     @property
     def more_rows(self) -> int | None:
-        """About how many rows more would tell, if the value stays what it is: an interval's width goes with
-        the root of its rows. None where that is not known: one row, or a value that lies on the bound."""
+        """About how many more rows would decide it, if the value does not change: the interval's width goes
+        with the root of the rows. None for one row, or a value on the bound."""
         if self.outcome != "cannot tell" or self.sampled is None:
             return None
         half = (self.sampled.high - self.sampled.low) / 2
@@ -66,7 +66,7 @@ class GateResult:
 
     @property
     def advice(self) -> str:
-        """What to do about it, as a sentence; empty where there is nothing to do."""
+        """What to do, as a sentence; empty if there is nothing to do."""
         if self.outcome == "failed":
             return f"Try: {self.bound.advice}."
         if self.outcome == "not checked":
@@ -110,43 +110,43 @@ class GateResult:
 
 
 def two_digits(count: int) -> int:
-    """Rounded up: more digits would claim to know more than an estimate does."""
+    """Rounded up to two digits: it is an estimate."""
     unit: int = 10 ** max(0, len(str(count)) - 2)
     return -(-count // unit) * unit
 
 
 class GateError(Exception):
-    """A stage finished, but its result is not good enough to go on with. Exit code 3."""
+    """A stage finished, but a gate says that its result is not good enough. Exit code 3."""
 
 
 @dataclass
 class Run:
-    """One invocation: its directory, and what is known of it so far (summary.json)."""
+    """One invocation: its directory and its results so far (summary.json)."""
 
     directory: Path
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     gates: list[GateResult] = field(default_factory=list)
     writes: bool = True
-    """False on ranks other than 0: one writes for all."""
+    """True on rank 0, which writes for all."""
     kinds: Mapping[str, type[Stage]] = field(default_factory=dict)
     """The class of each stage of the experiment, in order: what the report calls them."""
     verdict: str | None = None
-    """What the run came to, in words; None before its end."""
+    """The verdict, as sentences; None before the run's end."""
 
     def metrics_of(self, stage: str) -> dict[str, float]:
-        """A stage's summary metrics without its name in front; none where it was not part of the run."""
+        """A stage's summary metrics, without its name; empty if it was not part of the run."""
         metrics: dict[str, float] = self.stages.get(stage, {}).get("metrics", {})
         return {name.removeprefix(f"{stage}/"): value for name, value in metrics.items()}
 
     @contextmanager
     def alone(self, name: str = ".lock") -> Iterator[None]:
-        """Hold the run directory, which is made, so that two runs cannot mix their files in it.
+        """Make and lock the run directory, so that two runs cannot mix their files in it.
 
         Args:
-            name: of the lock; the launcher has one of its own.
+            name: of the lock file; the launcher has one of its own.
 
         Raises:
-            ConfigError: another run holds it, or it cannot be written.
+            ConfigError: another run holds it, or the directory cannot be written.
         """
         lock = Lock(self.directory / name)
         try:
@@ -210,7 +210,7 @@ class Run:
             beside.rename(self.directory / "summary.json")
 
     def begin(self) -> None:
-        """Remove what an earlier run of this name said of itself."""
+        """Remove the results of an earlier run of this name."""
         shutil.rmtree(self.directory / "artifacts", ignore_errors=True)
         (self.directory / "report.md").unlink(missing_ok=True)
         self.write()

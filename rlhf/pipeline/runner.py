@@ -42,13 +42,12 @@ from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
 
 def external_digests(stage: Stage, digest: DirectoryDigest) -> dict[str, str]:
-    """What decides the result and lies outside the store: the stage's data, and its code where it is the
-    user's."""
+    """Digests of what decides the result and lies outside the store: data, and the user's code."""
     return stage.external_digests(digest) | stage_code(type(stage))
 
 
 class UnsoundInputError(Exception):
-    """What a stage would load is damaged. Raised on every rank, before anything is loaded."""
+    """An artifact that a stage would load is damaged. Raised on every rank, before anything is loaded."""
 
     def __init__(self, damage: DamagedError) -> None:
         super().__init__(damage)
@@ -66,21 +65,21 @@ class Pipeline:
         compute: Compute,
         signals: StopSignals | None = None,
     ) -> None:
-        """Every rank has one; rank 0 decides what is reused, and alone touches the store and the run."""
+        """Every rank has one. Rank 0 decides what is reused, and only it writes to the store and the run."""
         settings = experiment.settings
         stages = [experiment.stages[name] for name in experiment.needed()]
         self.experiment, self.console, self.compute = experiment, console, compute
         self.signals = signals or StopSignals()
         self.store = Store(Path(settings.store_dir))
         self.base: Artifact | None = None
-        """The base model, where the store keeps it."""
+        """The base model in the store, if it had to be made."""
         self.results = Run(
             Path(settings.runs_dir) / run_name,
             writes=compute.is_main,
             kinds={name: type(stage) for name, stage in experiment.stages.items()},
         )
         self.made: set[str] = set()
-        """Stages that this run has run: `force=` does not run them once more."""
+        """Stages that this run has run. `force=` does not run them again."""
         self.needs_weights = any(stage.reads_weights for stage in stages)
         self.vllm = None
         self._has_begun = False
@@ -94,15 +93,15 @@ class Pipeline:
                 stage.name: external_digests(stage, self.store.directory_digest) for stage in stages
             }
 
-        # by rank 0: it may read whole models; now: a missing file is not told after hours of training
+        # rank 0 alone, as it may read whole models; here, so that a missing file is found before training
         self.model_identity, self.external_digests = compute.main_only(identify)
         self.import_rewards()
 
     def import_rewards(self) -> None:
-        """Import users' functions on this rank too, before a stage trains for hours while their files change.
+        """Import the user's functions on this rank now: later their files may have changed.
 
         Raises:
-            ConfigError: the code here is not rank 0's.
+            ConfigError: this rank's code differs from rank 0's.
         """
         for external in self.external_digests.values():
             for source, digest in external.items():
@@ -113,12 +112,12 @@ class Pipeline:
                     )
 
     def run(self) -> None:
-        """Run the chain; `results` says how far it came. What is damaged and would be loaded is set aside;
-        then the run begins again, and reuses what is sound.
+        """Run the chain. `results` holds what is done. A damaged artifact that would be loaded is set aside,
+        and the run starts again and reuses what is sound.
 
         Raises:
             GateError: a gate failed; every finished stage is kept.
-            ConfigError: what was made anew is damaged again.
+            ConfigError: an artifact is damaged again after it was rebuilt.
         """
         with ExitStack() as stack:
             self.compute.main_only(lambda: stack.enter_context(self.results.alone()))
@@ -136,10 +135,10 @@ class Pipeline:
                 self.mend(damage)
 
     def attempt(self) -> DamagedError | None:
-        """Run the chain from its beginning to its end.
+        """Run the chain once.
 
         Returns:
-            What a stage would have loaded and is damaged; nothing was made from it.
+            The damage of an artifact that a stage would have loaded; None if there is none.
         """
         self.results.stages.clear()
         self.results.gates.clear()
@@ -151,7 +150,7 @@ class Pipeline:
         return None
 
     def mend(self, damage: DamagedError) -> None:
-        """Set it aside, unless another run just did."""
+        """Set the artifact aside, unless another run just did."""
         stage, key = damage.path.parent.name, damage.path.name
         with self.locked(stage, key):
             line = self.compute.main_only(lambda: self.store.set_aside(stage, key, read=True))
@@ -161,7 +160,7 @@ class Pipeline:
         )
 
     def begin(self) -> None:
-        """Empty the run's directory of what an earlier run of its name left, or an attempt."""
+        """Remove what an earlier run or attempt left in the run's directory."""
         run = self.results
         try:
             run.begin()
@@ -197,7 +196,7 @@ class Pipeline:
         base: BaseModelFiles,
         tracker: Tracker,
     ) -> Artifact:
-        """The stage's artifact: the store's where it is finished, made now otherwise."""
+        """The stage's artifact, from the store or made now."""
         stage, run = self.experiment.stages[name], self.results
         recipe = self.recipe(stage, artifacts)
         key = recipe_key(recipe)
@@ -236,10 +235,10 @@ class Pipeline:
         forced: bool,
         reason: str | None = None,
     ) -> Artifact:
-        """Run the stage and publish what it made; call it under the artifact's lock.
+        """Run the stage and publish its artifact. The caller holds the artifact's lock.
 
         Args:
-            reason: why it runs, where that is known.
+            reason: why it runs, if that is known.
         """
         self.begin_to_compute(base)
         import torch
@@ -294,7 +293,7 @@ class Pipeline:
         try:
             with progress.shown(), naming(scratch):
                 stage.run(job)
-        except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; it goes on up
+        except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
             run.record(name, ended, key, None, time.monotonic() - start)
             raise
@@ -318,27 +317,27 @@ class Pipeline:
         return artifact
 
     def explain(self, recipe: Recipe) -> str:
-        """Why the store's artifact is not taken; call it under the artifact's lock."""
+        """Why the store's artifact is not used. The caller holds the artifact's lock."""
         if self.store.find(recipe["stage"], recipe_key(recipe)):
             return "an input was rebuilt, with another result"
         return self.store.explain(recipe["stage"], recipe)
 
     def checkpointing(self, *, forget: bool) -> CheckpointConfig:
-        """How a stage saves its state; `forget` starts it anew whatever is there, as `force=` asks."""
+        """How a stage saves its state. `forget` deletes the checkpoints that are there, for `force=`."""
         settings = self.experiment.settings.checkpoint
         return settings.model_copy(update={"resume": False}) if forget else settings
 
     def log(self, text: str) -> None:
-        """Say a line as it is."""
+        """Print a line, without markup."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def is_forced(self, stage: Stage) -> bool:
-        """Whether it runs even where the store has its artifact."""
+        """Whether it runs even if the store has its artifact."""
         asked = stage.name in self.experiment.settings.force or not stage.cacheable
         return asked and stage.name not in self.made
 
     def damaged_input(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> DamagedError | None:
-        """Read what the stage is going to load, and compare it with what was published."""
+        """Read what the stage will load, and compare it with the manifest."""
         bases = [] if self.base is None else [self.base]
         loaded = [artifacts[name] for name in stage.inputs()]
         loaded += bases if stage.reads_base_model() else []
@@ -352,10 +351,10 @@ class Pipeline:
         return None
 
     def check_external(self, stage: Stage, base: BaseModelFiles) -> None:
-        """What lies outside the store is what it was when the key was made of it.
+        """Check that what lies outside the store has not changed since the key was computed.
 
         Raises:
-            ConfigError: it was changed since the run began, hours ago perhaps; or the Hub's cache is damaged.
+            ConfigError: it has changed since the run began; or the Hub's cache is damaged.
         """
         settings, before = self.experiment.settings, self.external_digests[stage.name]
         now = external_digests(stage, partial(self.store.directory_digest, read=True))
@@ -377,14 +376,14 @@ class Pipeline:
                 self.log(f"{stage.name}: the code of {source} has changed; this run keeps what it imported")
 
     def input_digests(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> dict[str, str]:
-        """What a stage's inputs hold; the content of the prepared sets is in its recipe."""
+        """Content digests of a stage's inputs. Those of the prepared sets are in its recipe."""
         inputs = {name: content_digest(artifacts[name]) for name in stage.inputs() if name != "prepare"}
         if stage.reads_base_model() and self.base is not None:
             inputs["base"] = content_digest(self.base)
         return inputs
 
     def begin_to_compute(self, base: BaseModelFiles) -> None:
-        """Once, before the first stage that runs: what is reused needs neither libraries nor a tokenizer."""
+        """Check and load what stages need, once, before the first one runs. Reuse needs none of it."""
         if self._has_begun:
             return
         self._has_begun = True
@@ -393,14 +392,14 @@ class Pipeline:
             check_tokenizer(base, self.experiment.settings.model.said)
 
     def load_libraries(self) -> None:
-        """Import what takes seconds, where a signal can wait."""
+        """Import the slow libraries here, where a signal can wait."""
         if self.console.is_terminal and "torch" not in sys.modules:
             self.console.print("loading torch and transformers ...", highlight=False)
         with uninterrupted():
             import rlhf.models.peft.attach  # noqa: F401
 
     def check_before(self, prepared: Artifact, base: BaseModelFiles) -> None:
-        """Refuse what cannot be done here, before anything trains; where nothing does, nothing is refused."""
+        """Refuse what cannot run here, before anything trains. If nothing runs, nothing is refused."""
         data, chain = PreparedData(prepared.path), self.experiment.stages
         stages = [chain[name] for name in self.experiment.needed()]
         for stage in stages:
@@ -425,7 +424,7 @@ class Pipeline:
         """Refuse what does not fit the user's own models.
 
         Raises:
-            ConfigError: what, and what to do.
+            ConfigError: what does not fit, and the fix.
         """
         chain = self.experiment.stages
         complaints = [each for name in pending for each in chain[name].misfits(data, base, chain)]
@@ -436,7 +435,7 @@ class Pipeline:
             raise ConfigError("\n".join([*complaints, "Nothing was loaded."]))
 
     def pending(self, prepared: Artifact) -> dict[str, Begun]:
-        """The stages behind `prepare` that the store does not answer, and what an earlier attempt left."""
+        """The stages behind `prepare` that are not in the store, and what an earlier attempt left."""
         known: dict[str, Artifact] = {"prepare": prepared}
         pending: dict[str, Begun] = {}
         for name in self.experiment.needed():
@@ -460,7 +459,7 @@ class Pipeline:
         return pending
 
     def kept(self, stage: Stage, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> Artifact | None:
-        """What the store has, unless it is damaged, or an input was made anew since, with another result."""
+        """The store's artifact; None if it is damaged, or an input was rebuilt since with another result."""
         try:
             found = self.store.find(stage.name, recipe_key(recipe))
         except DamagedError:
@@ -470,7 +469,7 @@ class Pipeline:
         return found
 
     def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
-        """All that decides the stage's artifact, without secrets: a new password makes no new model."""
+        """Everything that decides the artifact. Secrets are left out: a new password is no new model."""
         recipe: Recipe = {
             "stage": stage.name,
             "version": stage.version,
@@ -490,7 +489,7 @@ class Pipeline:
             recipe["generation"] = "vllm"  # without: local, as in artifacts from before there was a choice
             if stage.is_timed:
                 recipe["vllm"] = self.experiment.settings.vllm.model_dump()
-        if not stage.cacheable:  # made anew by each run, which must not replace another's
+        if not stage.cacheable:  # each run makes its own, and must not replace another's
             recipe["run"] = str(self.results.directory.resolve())
         found: Recipe = redacted(recipe)
         return found
@@ -523,7 +522,7 @@ class Pipeline:
 
     @contextmanager
     def locked(self, name: str, key: str) -> Iterator[None]:
-        """Hold the artifact's lock; says so when another run has it."""
+        """Hold the artifact's lock. Prints who has it while it waits."""
 
         def log(holder: str) -> None:
             waits = f"[cyan]{name}[/] waits: another run is making {key} ({holder})"
@@ -534,7 +533,7 @@ class Pipeline:
             yield
 
     def keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
-        """Make a base model that has to be converted or built first, once, and keep it in the store."""
+        """Convert or build a base model that needs it, once, and keep it in the store."""
         self.base = self.compute.main_only(lambda: self._keep_base(content, write))
         return self.base.path
 
