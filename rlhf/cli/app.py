@@ -1,4 +1,4 @@
-"""What has no command: compose a config and run it. Hydra's own mistakes are told in our words."""
+"""Compose a config and run it. Messages of Hydra about mistakes are replaced by clearer ones."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from rlhf.tracking.redaction import redacted, redacted_output
 
 
 def run(arguments: list[str]) -> None:
-    """Compose what `key=value ...` says, and run it.
+    """Compose the config of `key=value ...` and run it.
 
     Raises:
-        SystemExit: whenever the exit code is not 0.
+        SystemExit: the exit code is not 0.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, instead of printing and ending with exit code 1
     register()
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://rlhf.conf", config_name="config")
 def compose_and_run(node: DictConfig) -> Any:
-    """One job: the only one, or one trial of a sweep, whose outcome goes back to the sweeper."""
+    """One job: the only one, or one trial of a sweep, whose outcome the sweeper gets."""
     with redacted_output():  # here too: a trial on a cluster does not come through main
         return run_composed(node)
 
@@ -87,7 +87,7 @@ def run_composed(node: DictConfig) -> Any:
 
 
 def refuse_to_pickle_secrets(arguments: list[str]) -> None:
-    """Submitit hands the command line to its jobs in a file.
+    """Refuse secrets: submitit writes the command line of its jobs to a file.
 
     Raises:
         SystemExit: there is a secret in it.

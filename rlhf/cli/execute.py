@@ -25,11 +25,11 @@ from rlhf.tracking.redaction import RedactingConsole
 KEPT = "Finished stages and the last checkpoint are kept: the same command goes on from there."
 
 LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|socket", re.I)
-"""What torch's backends say when another rank does not answer."""
+"""Messages of torch's backends if another rank does not answer."""
 
 
 def execute(resolved: Mapping[str, Any], run_name: str) -> int:
-    """Check the whole config, run what was asked for, and show what came of it; the exit code."""
+    """Check the whole config, run the chosen stages and show the results. Returns the exit code."""
     rank = 0
     try:
         with uninterrupted():
@@ -69,7 +69,7 @@ class LostRankError(Exception):
 
 
 def leave(code: int) -> int:
-    """The code; or the end, where the backend's threads may still wait for other ranks."""
+    """Return the code; or end the process, if the backend's threads may wait for other ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from torch import distributed
 
@@ -79,8 +79,8 @@ def leave(code: int) -> int:
 
 
 def end_rank(code: int) -> NoReturn:
-    """End one rank of several at once: threads of the backend and of DeepSpeed may abort a process that
-    winds down, though all its work is done."""
+    """End one rank of several at once. Threads of the backend and of DeepSpeed may otherwise abort a process
+    whose work is done."""
     from rlhf.distributed.signals import leave_exit_code
 
     leave_exit_code(code)
@@ -169,7 +169,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' bars and chatter out of ours: by what they read when they are first imported."""
+    """Turn off other libraries' progress bars and messages, by variables that they read at their import."""
     from rlhf.distributed.device import has_gpu
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -186,6 +186,6 @@ def quiet_libraries() -> None:
 
 
 def note_failure(directory: Path, rank: int) -> None:
-    """Leave the time of a rank's failure for the launcher, which shows the earliest one."""
+    """Write the time of a rank's failure for the launcher, which shows the earliest one."""
     if "RLHF_LAUNCHER" in os.environ:
         (directory / "ranks" / f"rank{rank}.failed").write_text(str(time.monotonic()), encoding="utf-8")

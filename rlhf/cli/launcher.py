@@ -29,12 +29,12 @@ from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import LaunchConfig
 
 GRACE_SECONDS = 5.0
-"""Between the first failed rank and the end of the others: some fail for the same reason and shall say so."""
+"""Seconds between the first failed rank and the end of the others, which may fail for the same reason."""
 LINES_SHOWN = 100
 
 
 def ranks_wanted(config: LaunchConfig, device: str) -> int:
-    """How many processes to start here; 1 means none: this one does the work."""
+    """How many processes to start here. 1 means none: this process does the work."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return 1
     num_gpus = _visible_gpus(device)
@@ -58,11 +58,10 @@ def _visible_gpus(device: str) -> int:
 
 
 def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> int:
-    """Run the experiment on so many ranks; the exit code of the first one that failed, or 0.
+    """Run the experiment on so many ranks. Returns 0, or the exit code of the first rank that failed.
 
-    Rank 0 talks to the terminal; what the others say, and every rank's errors, go to RUN_DIR/ranks/. Signals
-    go on to all ranks.
-    """
+    Rank 0 prints to the terminal. The output of the others, and every rank's errors, go to RUN_DIR/ranks/.
+    All ranks get the signals."""
     run = Run(run_directory)
     with run.alone(".launcher.lock"):  # from now on: the ranks take the other one once they are up
         with run.alone():  # else the ranks' files of a run that goes on would be lost
@@ -134,7 +133,7 @@ def _start(
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
-    """Wait for ranks that are ending; end those that hang because another one failed, and return them."""
+    """Wait for the ranks to end. End those that hang because another one failed, and return them."""
     ended: set[int] = set()
     deadline = time.monotonic() + GRACE_SECONDS
     for signum in (signal.SIGTERM, signal.SIGKILL):
@@ -149,13 +148,13 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> set[int]:
 
 
 def _verdict(codes: Mapping[int, int], directory: Path) -> int:
-    """Show the first error of the ranks that ended by themselves, once."""
+    """Show the first error of the ranks that ended by themselves."""
     failed = [rank for rank, code in codes.items() if code != 0]
     if not failed:
         return 0
 
     def when(rank: int) -> float:
-        """A rank that could not say when it failed was killed, which is what the others then noticed."""
+        """When a rank failed. One that wrote no time was killed, and counts as the first."""
         note = directory / f"rank{rank}.failed"
         return float(note.read_text(encoding="utf-8")) if note.exists() else 0.0
 

@@ -1,4 +1,4 @@
-"""What is typed, before Hydra reads it; and what Hydra and YAML say of a mistake in it, in our words."""
+"""Reads the command line before Hydra does, and rewrites messages of Hydra and YAML about mistakes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from rlhf.config import ConfigError, did_you_mean, nearest
 
 ADDED = ("experiment", "remedy", "sweep")
-"""Groups that no run has by itself: `+experiment=NAME`."""
+"""Groups that must be added: `+experiment=NAME`."""
 CHOSEN = ("model", "tracker")
-"""Groups of which every run has one choice: `model=NAME`."""
+"""Groups with one choice in every run: `model=NAME`."""
 SUBMITIT = ("submitit_local", "submitit_slurm")
 """Launchers that Hydra knows once submitit is installed."""
 EXPERIMENT = re.compile(r"^\+{0,2}experiment=(.+\.ya?ml)$")
@@ -87,7 +87,7 @@ def read_experiment(path: Path, argument: str) -> str:
 
 
 def not_chosen(values: Mapping[str, Any]) -> Iterator[str]:
-    """Where a file says `model: tiny`, which on the command line chooses a model and in a file does not."""
+    """The advice for a file with `model: tiny`, which chooses a model only on the command line."""
     for group in CHOSEN:
         value = values.get(group)
         if not isinstance(value, str):
@@ -103,7 +103,7 @@ def not_chosen(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def not_yaml(error: Exception) -> str:
-    """Where a file is no YAML, and why."""
+    """The place and reason why a file is no YAML."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         problem = f"{error.context + ': ' if error.context else ''}{error.problem}"
@@ -113,7 +113,7 @@ def not_yaml(error: Exception) -> str:
 
 @cache
 def shape() -> dict[str, Any]:
-    """The packaged config without its choices: every key, and what kind of value it has."""
+    """The packaged config without its choices: every key and its kind of value."""
     conf = resources.files("rlhf.conf")
 
     def read(name: str) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def shape() -> dict[str, Any]:
 
 
 def _of_all(group: str) -> dict[str, Any]:
-    """The keys that any choice of a group has, but those that it sets elsewhere."""
+    """The keys of all choices of a group, without those that a choice sets elsewhere."""
     found: dict[str, Any] = {}
     for file in choices(group):
         text = (resources.files("rlhf.conf") / group / f"{file}.yaml").read_text(encoding="utf-8")
@@ -155,7 +155,7 @@ def keys(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
 
 
 def wrong_kinds(values: Mapping[str, Any], known: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    """Where a mapping stands for a list, or a list for a mapping."""
+    """The keys that have a mapping instead of a list, or a list instead of a mapping."""
     for name, value in values.items():
         wanted, key = known.get(str(name)), f"{before}{name}"
         if isinstance(wanted, dict) and isinstance(value, dict):
@@ -171,7 +171,7 @@ def _own(values: Mapping[str, Any]) -> list[str]:
 
 
 def in_our_words(error: Exception, arguments: Sequence[str]) -> str:
-    """What is wrong and how to fix it, from what Hydra, OmegaConf or YAML raised."""
+    """What is wrong and how to fix it, for an error of Hydra, OmegaConf or YAML."""
     if isinstance(error, OverrideParseException):
         return _not_read(error, arguments)
     if isinstance(error, MissingConfigException) and error.options is not None:
@@ -208,7 +208,7 @@ def in_our_words(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def no_key(key: str, arguments: Sequence[str]) -> str:
-    """There is no such key."""
+    """The message for a key that does not exist."""
     if key in ADDED:
         value = next((each.partition("=")[2] for each in arguments if each.startswith(f"{key}=")), "NAME")
         return f"{key}={value}: it is added, with a plus sign: +{key}={value}."
@@ -282,7 +282,7 @@ def _not_read(error: OverrideParseException, arguments: Sequence[str]) -> str:
 
 
 def _can_be_key(text: str) -> bool:
-    """Whether Hydra can read it before an equals sign."""
+    """Whether Hydra can read the text as a key."""
     try:
         OverridesParser.create().parse_override(f"{text}=0")
     except HydraException:
@@ -291,7 +291,7 @@ def _can_be_key(text: str) -> bool:
 
 
 def quoted(key: str, value: str) -> str:
-    """An override as one types it in a shell, so that the value is taken as it stands."""
+    """An override as typed in a shell, with quotes that keep the value as it is."""
     bare = value.strip("'\"")
     escaped = bare.replace("\\", "\\\\").replace("'", "\\'")
     override = f"{key}='{escaped}'"

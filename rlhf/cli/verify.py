@@ -1,6 +1,6 @@
-"""`python -m rlhf verify`: whether a store holds what was written, read byte by byte; without torch.
+"""`python -m rlhf verify`: reads a whole store and compares it with its manifests. Needs no torch.
 
-Exit codes: 0 all is as it was written, 2 there is no such store, 3 something is damaged.
+Exit codes: 0 nothing is damaged, 2 there is no such store, 3 something is damaged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Exit codes: 0 all is as it was written, 2 there is no such store, 3 something is
 
 
 def verify(arguments: Sequence[str], *, store_dir: str) -> int:
-    """Check a whole store, `store_dir` unless the arguments name another, and say what is damaged.
+    """Check a whole store, `store_dir` or the one that the arguments name, and print what is damaged.
 
     Returns:
         The exit code.
@@ -56,7 +56,7 @@ def verify(arguments: Sequence[str], *, store_dir: str) -> int:
 
 
 def complaints(root: Path) -> Iterator[str | None]:
-    """What is wrong with each artifact and checkpoint of a store; None where nothing is."""
+    """The damage of each artifact and checkpoint of a store; None for a sound one."""
     store = Store(root)
     for path in sorted(root.glob("[!.]*/[!.]*")):
         if path.is_dir():

@@ -1,9 +1,9 @@
 """One token of a Llama-like model on a CPU, in as few operations as torch has for it.
 
-With a few rows the time goes into reading the weights, and into starting operations, of which a layer of
-transformers takes some forty-five. Here it takes twenty: queries, keys and values are one product, so are
-gate and up; residuals are added within products; queries and keys are turned together. A `Product`'s weights
-are laid out once; `prepacked` does so for models that are not Llama-like. Dimensions: B rows, G key/value
+With few rows, the time goes into reading weights and starting operations. A layer of transformers starts some
+forty-five operations, a layer here twenty: queries, keys and values are one product, and so are gate and up;
+residuals are added within products; queries and keys are rotated together. `prepacked` packs the weights of
+other models once. Dimensions: B rows, G key/value
 heads, D size of a head, H hidden size, K tokens in the cache, V vocabulary.
 """
 
@@ -36,21 +36,21 @@ ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention)
 
 
 class LeanDecoder:
-    """Goes on where the model itself has read the prompts, on its weights as they are now."""
+    """Decodes after the model has read the prompts, with its current weights."""
 
     def __init__(self, model: PreTrainedModel, rows: int) -> None:
-        """Only where `is_lean`; `rows` is how many most calls will bring."""
+        """`is_lean` must hold. Most calls bring `rows` tokens."""
         backbone: Any = model.model
         self._embed, self._rotary, self._norm = backbone.embed_tokens, backbone.rotary_emb, backbone.norm
         self._layers = [_Layer(layer, rows) for layer in backbone.layers]
         self._head = _product([model.lm_head], rows)
 
     def __call__(self, ids_B: Tensor, mask_BK: Tensor, positions_B: Tensor, cache: Cache) -> Tensor:
-        """Put one token more a row into the cache.
+        """Put one more token per row into the cache.
 
         Args:
             mask_BK: 1 where there is a token, the new one included.
-            cache: as the model left it.
+            cache: as the model left it after the prompts.
 
         Returns:
             The logits behind it, [B, V].
@@ -94,7 +94,7 @@ class _Layer:
 
 
 def is_lean(model: PreTrainedModel, cache: Cache) -> bool:
-    """Whether `LeanDecoder` computes what the model does, with all that was put into it.
+    """Whether `LeanDecoder` computes what this model does, adapters included.
 
     Args:
         cache: a new one for this model.
@@ -111,7 +111,7 @@ def is_lean(model: PreTrainedModel, cache: Cache) -> bool:
 
 
 def _linears(layer: Any) -> list[tuple[Any, ...]]:
-    """Those of a layer, in the order in which they run; those of one input stand together."""
+    """The linear layers of a layer, in the order in which they run, grouped by their input."""
     attention, mlp = layer.self_attn, layer.mlp
     return [
         (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
@@ -124,8 +124,8 @@ def _product(layers: Sequence[nn.Module], rows: int) -> Product:
 
 
 def _plain(layer: nn.Module) -> nn.Linear | None:
-    """The linear layer that is all that runs when this one is called: itself, or the one inside an adapter
-    that is folded into it or left out."""
+    """The one linear layer that runs when this one is called: itself, or the one inside an adapter that is
+    merged or turned off."""
     if isinstance(layer, BaseTunerLayer):
         inner = layer.get_base_layer()
         if layer.__dict__.get("forward") != inner.__call__:
@@ -141,8 +141,8 @@ def _normed(x: Tensor, norm: Any) -> Tensor:
 class Product:
     """Linear layers of one input as one product: x [..., in] -> [..., all their outputs].
 
-    bf16 weights on a CPU are copied into oneDNN's own layout, as they are now: torch would rearrange each of
-    them in every call, which for a few rows takes longer than to multiply. Others are used where they are.
+    bf16 weights on a CPU are copied into oneDNN's layout. torch would rearrange them in every call, which for
+    few rows takes longer than the product. Other weights are not copied.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
@@ -173,7 +173,7 @@ class Product:
 
 
 def is_packable(layer: nn.Module) -> bool:
-    """Whether oneDNN has a layout for it, and torch the bf16 arithmetic that it needs."""
+    """Whether oneDNN has a layout for the weight, and torch the bf16 arithmetic for it."""
     if type(layer) is not nn.Linear or not torch.backends.mkldnn.is_available():
         return False
     is_bf16 = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16
@@ -182,7 +182,7 @@ def is_packable(layer: nn.Module) -> bool:
 
 @contextmanager
 def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
-    """While open, a model's linear layers run as `Product`s, one each, where that is more than they are.
+    """A context in which a model's linear layers run as `Product`s, if that changes anything.
 
     The weights must not change meanwhile.
 

@@ -1,4 +1,4 @@
-"""Whether the local engine decodes a model as the model itself reads a whole text."""
+"""Checks that the local engine's decoding agrees with one forward pass over the whole text."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from rlhf.rl.rollout import Rollout
 PROMPTS, TOKENS, ROWS = (6, 4, 3, 2, 1), 6, 3
 """Tokens of each prompt and of a whole answer, and rows decoded together: two batches of padded rows."""
 EXACT, ROUNDED = 0.01, 0.25
-"""How far a row's log-probabilities may be off in fp32 and in 16 bits, as a share of what their context, but
-for its last token, does to them.
+"""Largest error of a row's log-probabilities in fp32 and in 16 bits, as a share of what their context without
+its last token changes in them.
 
-A model that forgets is off by a quarter of that or more. Right ones (random models of 50 families) were off
-by 1e-5 in fp32; in bf16 by 0.02 and less, SmolLM2 too, one mixture of experts, whose router flips, by 0.11.
-"""
+A model that forgets is off by a quarter or more. Correct random models of 50 families were off by 1e-5 in
+fp32; in bf16, as SmolLM2, by at most 0.02, and one mixture of experts, whose router flips, by 0.11. """
 TOO_LITTLE = 0.01
 """Nats a token, below which a difference is none: bf16 makes up to five times as much of SmolLM2's."""
 
 
 class UndecodableError(ConfigError):
-    """The local engine would sample something else than the model."""
+    """The local engine would not sample what the model says."""
 
 
 @torch.no_grad()
 def check_decoding(model: PreTrainedModel) -> None:
-    """Refuse a model whose cache holds less than it remembers: a few answers are sampled, and their
+    """Refuse a model whose state is not all in its cache. A few answers are sampled, and their
     log-probabilities compared with those of one pass over the whole texts.
 
-    The rows differ in length, some end before others of their batch, and a second batch follows the first.
+    The rows differ in length, some end before others in their batch, and a second batch follows the first.
 
     Raises:
-        UndecodableError: the local engine would sample something else than the model.
+        UndecodableError: the local engine would not sample what the model says.
         ConfigError: the model's logits are not finite.
     """
     try:
@@ -63,8 +62,8 @@ def _refused(model: PreTrainedModel, reason: str) -> UndecodableError:
 
 
 def _measured(model: PreTrainedModel) -> tuple[float, float]:
-    """Mean |difference| of a row's decoded tokens from one pass, of the row where it is largest, and the mean
-    effect of their context on that pass; nats."""
+    """For the row with the largest error, in nats: the mean |difference| between decoding and one pass, and
+    the mean effect of the context on that pass."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
     prompts = [torch.randint(size, (length,), generator=generator) for length in PROMPTS]

@@ -1,4 +1,4 @@
-"""What an adapter that stands beside the weights adds to the time of a token."""
+"""How much longer a token takes with an adapter that is not merged."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from rlhf.generation.sampler import generate
 from rlhf.models.peft.attach import has_adapters, without_adapters
 
 TOKENS, ROUNDS = 16, 3
-"""Decoded in each round; the fastest of so many rounds counts, since other work can only slow one down."""
+"""Tokens per round, and rounds. The fastest round counts, since other work can only slow one down."""
 
 
 def token_seconds(model: PreTrainedModel, compute: Compute) -> dict[str, float]:
-    """Seconds to decode a token of one row, greedily and with a KV cache, with the adapters and without them,
-    as summary metrics. Measured by rank 0 on whole weights; none for a model without adapters, or one that
-    the local engine does not decode.
-    """
+    """Summary metrics: seconds to decode a token of one row, greedily and with a KV cache, with and without
+    the adapters. Rank 0 measures on whole weights. Empty for a model without adapters, or one that the local
+    engine does not decode."""
     if compute.zero != "none" or not has_adapters(model):
         return {}
     return compute.main_only(lambda: _measured(model))

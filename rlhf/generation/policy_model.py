@@ -1,4 +1,4 @@
-"""A policy: a causal model with its tokenizer, that answers conversations."""
+"""A policy: a causal model with its tokenizer, which answers conversations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rlhf.rl.rollout import Rollout
 
 
 class PolicyModel:
-    """What samples answers, and says how likely they were."""
+    """Samples answers, and computes how likely they are."""
 
     def __init__(
         self,
@@ -35,8 +35,8 @@ class PolicyModel:
         whole: Callable[[], AbstractContextManager[None]] = nullcontext,
         vllm: Vllm | None = None,
     ) -> None:
-        """`whole` opens a context in which this rank can run the model by itself (sharded weights); `vllm` is
-        the engine that samples, None for the local one."""
+        """`whole` opens a context in which this rank can run a sharded model by itself. `vllm` samples; None
+        for the local engine."""
         self.model, self.tokenizer, self.compute, self._whole = model, tokenizer, compute, whole
         self.vllm = vllm
         eos = None if model.generation_config is None else model.generation_config.eos_token_id
@@ -56,32 +56,35 @@ class PolicyModel:
         vllm: Vllm | None = None,
         device: torch.device | None = None,
     ) -> PolicyModel:
-        """A published model, frozen. A base model's tokenizer is given: only published ones carry the
-        chat template that the config asks for. `device` is another one than where it shall run, if something
-        is going to move it."""
+        """A published model, frozen.
+
+        Args:
+            tokenizer: needed for a base model; a published one carries the config's chat template.
+            device: where to load it, if it is moved later; None for where it runs.
+        """
         model = load_causal_lm(directory, config, compute.dtype, device or compute.device)
         model.requires_grad_(False)
         return cls(model, tokenizer or load_tokenizer(directory, config), compute, vllm=vllm)
 
     def offload(self) -> None:
-        """From now on keep a frozen model's weights in the host's memory while they are not used."""
+        """Keep a frozen model's weights in the host's memory while they are not used."""
         self._whole = offload(self.model, self.compute.device)
 
     @property
     def context_length(self) -> int:
-        """Tokens that prompt and response may have together, in the model and in what samples from it."""
+        """Most tokens of prompt and response together, in the model and in the engine that samples."""
         own = context_left(self.model)
         return own if self.vllm is None else min(own, self.vllm.max_model_len or own)
 
     def hand_over(self) -> None:
-        """Copy the weights into vLLM where that samples; `sample` does it where it was not just done."""
+        """Copy the weights into vLLM, if it samples. `sample` does it, if nobody did."""
         if self.vllm is not None:
             with self._whole():
                 self.vllm.hand_over(self.model)
 
     def special_token_rate(self, rollout: Rollout) -> float:
-        """Share of responses with a special token inside: before the stop token, where there is one. Text,
-        which rewards and readers see, is without them."""
+        """Share of responses with a special token before their stop token. Rewards and readers see text,
+        which has none."""
         inside = (
             ids[:-1] if stopped else ids
             for ids, stopped in zip(rollout.response_ids, rollout.stopped.tolist(), strict=True)
@@ -99,15 +102,16 @@ class PolicyModel:
         top_p: float = 1.0,
         on_rows: Callable[[int], None] = lambda rows: None,
     ) -> tuple[Rollout, list[str]]:
-        """One response a prompt, as ids and as text. Ranks share the work, and each gets all responses.
+        """Sample one response per prompt, as ids and as text. Ranks share the work, and each gets all
+        responses.
 
         Args:
             generator: on the CPU, in the same state on every rank.
-            batch_rows: rows decoded together, on each rank; vLLM goes by vllm.max_num_seqs.
-            on_rows: told how many more prompts are answered, over all ranks if they are equally fast.
+            batch_rows: rows decoded together on each rank; vLLM uses vllm.max_num_seqs.
+            on_rows: called with the number of newly answered prompts, as if all ranks were equally fast.
 
         Raises:
-            ConfigError: the local engine cannot decode this model; found out before its first answer.
+            ConfigError: the local engine cannot decode this model; raised before its first answer.
         """
         ids = [torch.tensor(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         uniform_BR = torch.rand(len(ids), max_new_tokens, generator=generator)

@@ -1,6 +1,6 @@
-"""The local engine: sampling with a KV cache that grows with room to spare and drops finished rows.
+"""The local engine: sampling with a KV cache that grows in steps and drops finished rows.
 
-Dimensions: B rows still going, V vocabulary, K tokens in the cache (prompts padded on the left), D size of a
+Dimensions: B unfinished rows, V vocabulary, K tokens in the cache (prompts padded on the left), D size of a
 head, T tokens of packed prompts, U different ones of them.
 """
 
@@ -23,7 +23,7 @@ from rlhf.models.packed_batch import Packed
 from rlhf.rl.rollout import Rollout
 
 READ_TOKENS = 4096
-"""Of prompts that go through the model together; a single one may be longer."""
+"""Tokens of prompts that go through the model together; a single prompt may be longer."""
 
 
 def generate(
@@ -40,19 +40,19 @@ def generate(
     on_rows: Callable[[int], None] = lambda rows: None,
     on_token: Callable[[], None] = lambda: None,
 ) -> Rollout:
-    """Sample one response a prompt.
+    """Sample one response per prompt.
 
-    Prompts of similar length decode together; a row that has sampled a stop token leaves the cache, so the
-    cost follows the tokens really produced. temperature 0 is greedy. The result is in the prompts' order,
-    with the engine's own log-probabilities (at this temperature, before top_p).
+    Prompts of similar length decode together. A row that has sampled a stop token leaves the cache, so only
+    sampled tokens cost time. temperature 0 is greedy. The result is in the prompts' order, with the engine's
+    log-probabilities (at this temperature, before top_p).
 
     Args:
         prompts: 1-D long, at least one token each.
-        uniform_BR: [prompts, max_new_tokens] in [0, 1): each row's own randomness, so that a response does
-            not depend on the rows beside it, however they are batched or spread over ranks.
+        uniform_BR: [prompts, max_new_tokens] in [0, 1): each row's random numbers, so that a
+            response depends neither on the batch nor on the ranks.
         batch_rows: rows decoded together.
-        on_rows: told how many more rows are finished.
-        on_token: called when rows that decode together have one more token each.
+        on_rows: called with the number of newly finished rows.
+        on_token: called after each decoding step.
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     responses: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(prompts)
@@ -60,7 +60,7 @@ def generate(
     stopped = torch.zeros(len(prompts), dtype=torch.bool)
     stops = torch.tensor(sorted(stop_ids), device=model.device)
     lean = None
-    # a single answer may be over before copies have paid: they take as long as several tokens
+    # one answer may end before the copies have paid off: they take as long as several tokens
     copies_pay = len(prompts) > 1
     if copies_pay and is_lean(model, growing_cache(model)):
         lean = LeanDecoder(model, batch_rows)
@@ -148,11 +148,11 @@ def _decode(
 
 
 def _read(model: PreTrainedModel, prompts: list[Tensor], pad_id: int) -> tuple[DynamicCache, Tensor, Tensor]:
-    """Put the prompts, the longest first, into a cache: in groups, so that memory for what is computed on the
-    way does not grow with their number. Caches with other states than keys and values are made at once.
+    """Read the prompts, the longest first, into a cache. They go in groups, so that activations do not grow
+    with their number; prompts of models with other states than keys and values go together.
 
     Returns:
-        The cache, the logits behind the prompts [B, V], and where the cache holds a token [B, K]: they are
+        The cache, the logits after the prompts [B, V], and where the cache holds a token [B, K]: prompts are
         padded on the left.
     """
     layers, width = growing_cache(model).layers, len(prompts[0])
@@ -211,10 +211,10 @@ def _sample(logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tens
 
 
 def _draw(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One index a row, with probability proportional to its weight: the inverse of the distribution function.
+    """One index per row, with probability proportional to its weight, by the inverse distribution function.
 
     On a CPU torch.multinomial takes forty times as long for a vocabulary of 49152. A weight of 0 is never
-    drawn: the first entry that exceeds a number below the total has a weight of its own.
+    drawn: the first entry that exceeds a number below the total has a positive weight.
     """
     cumulative_BV = weight_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
@@ -225,10 +225,10 @@ def _draw(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def check_finite(values: Tensor) -> None:
-    """Values that a single NaN in a row's logits reaches.
+    """Check values that any NaN in a row's logits reaches.
 
     Raises:
-        ConfigError: there is one; no token could be chosen.
+        ConfigError: there is a NaN, so no token can be chosen.
     """
     if not bool(values.isfinite().all()):
         raise ConfigError(
@@ -247,10 +247,10 @@ def _nucleus(weight_BV: Tensor, total_B: Tensor, top_p: float) -> Tensor:
 
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache:
-    """transformers' cache, whose plain layers have room to spare instead of being copied for every token.
+    """transformers' cache, whose plain layers grow in steps instead of being copied for every token.
 
-    Models need an attention_mask with it: the room is masked. Those that make something of their own as long
-    as that mask (Bloom's ALiBi) get the plain cache.
+    The model needs an attention_mask with it, which hides the unused places. Models that compute something of
+    the mask's length (Bloom's ALiBi) get the plain cache.
     """
     cache = DynamicCache(config=model.config)
     if model._supports_attention_backend:
@@ -259,25 +259,25 @@ def growing_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 class GrowingLayer(DynamicLayer):
-    """`keys` and `values` [B, heads, room, D] are filled up to a length, the rest is zeros: what the model's
-    mask hides. Whole buffers, because products of matrices would copy parts of them."""
+    """`keys` and `values` [B, heads, room, D] are filled up to a length. The rest is zeros, which the mask
+    hides. The model gets whole buffers: matrix products would copy parts."""
 
     ROOM = 64
-    """Tokens that fit before the buffers are copied again."""
+    """Tokens by which the buffers grow."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._length = 0
         self.prompts: tuple[Tensor, Tensor, int, int] | None = None
-        """Before the first call, if it is going to bring packed prompts: which of the U tokens each of the T
-        is, the places [T] that these get in [B, K], flattened, and B and K."""
+        """Announce packed prompts for the first call: which of the U tokens each of the T is, their places
+        [T] in the flattened [B, K], and B and K."""
 
     def get_seq_length(self) -> int:
         """Tokens so far."""
         return self._length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """What `update` is going to return: its length, and where it begins."""
+        """The length and offset of what `update` will return."""
         return self._room_for(self._length + query_length), 0
 
     def _room_for(self, length: int) -> int:
@@ -289,7 +289,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens behind those that are there."""
+        """Append the new tokens."""
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = self._padded(key_states), self._padded(value_states)
@@ -330,11 +330,11 @@ def _widened(x: Tensor, room: int) -> Tensor:
 
 
 JOINABLE = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)
-"""Layers of a cache that hold keys and values [B, heads, K, D] and nothing else."""
+"""Cache layers that hold keys and values [B, heads, K, D] and nothing else."""
 
 
 def joined(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """The rows of all, equally wide ones, in the first: layer by layer, and the others are emptied."""
+    """Move the rows of all caches, which are equally wide, into the first one, layer by layer."""
     if len(caches) > 1:
         for layers in zip(*(cache.layers for cache in caches), strict=True):
             layers[0].keys = torch.cat([layer.keys for layer in layers])
@@ -345,10 +345,10 @@ def joined(caches: Sequence[DynamicCache]) -> DynamicCache:
 
 
 def without_padding(cache: DynamicCache, mask_BK: Tensor) -> Tensor:
-    """Drop the columns in front that hold no token of any row, where every layer can; virtual tokens stay.
+    """Drop leading columns that hold no token of any row, if every layer can. Virtual tokens stay.
 
     Returns:
-        The mask of what is left.
+        The mask of the columns that are left.
     """
     layers = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
     unused = int(mask_BK.any(0).int().argmax())

@@ -1,9 +1,8 @@
 """vLLM as the engine: in this process, on this rank's device, with weights handed over in place.
 
-It never reads a policy from disk again: before each rollout the trained model's weights are copied into the
-running engine (`hand_over`), by vLLM's own reloading, which keeps CUDA graphs and repacks what its kernels
-keep in a form of their own. Dimensions: B prompts, R response tokens.
-"""
+It never reads a policy from disk again. Before each rollout `hand_over` copies the trained weights into the
+running engine. It uses vLLM's own reloading, which keeps CUDA graphs and repacks weights for its kernels.
+Dimensions: B prompts, R response tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ class VllmConfig(Strict):
 
 
 class Vllm:
-    """One engine for all policies of a run, which have one architecture; built when it is first needed."""
+    """One engine for all policies of a run, which have one architecture. Built at the first use."""
 
     def __init__(self, config: VllmConfig, compute: Compute, *, trust_remote_code: bool = False) -> None:
         """Imports nothing yet.
@@ -64,17 +63,17 @@ class Vllm:
 
     @property
     def max_model_len(self) -> int | None:
-        """Tokens of prompt and response together, where the user limits them."""
+        """The user's limit for tokens of prompt and response together."""
         return self._config.max_model_len
 
     def holds(self, model: PreTrainedModel) -> bool:
-        """Whether the model's weights were handed over, and nothing was sampled since."""
+        """Whether the model's weights were handed over and not yet sampled from."""
         return self._holds is model
 
     def hand_over(self, model: PreTrainedModel) -> None:
-        """Copy the model's weights into the engine, adapters folded in; the model itself stays as it is.
+        """Copy the model's weights, with merged adapters, into the engine. The model does not change.
 
-        Call it where this rank sees the weights whole.
+        This rank must see whole weights.
 
         Raises:
             ConfigError: vLLM cannot run this model, or leaves some of its weights as they were.
@@ -111,10 +110,10 @@ class Vllm:
         top_p: float = 1.0,
         on_rows: Callable[[int], None] = lambda rows: None,
     ) -> Rollout:
-        """Sample one response a prompt from the weights that were handed over last.
+        """Sample one response per prompt with the weights that were handed over last.
 
-        As rlhf/generation/sampler.py, but for: rows are batched by vLLM; a row's random numbers only make the
-        seed of its request; with top_p < 1 there are no log-probabilities, as vLLM's are the nucleus' then.
+        Differences from rlhf/generation/sampler.py: vLLM makes the batches; a row's random numbers only seed
+        its request; with top_p < 1 there are no log-probabilities, because vLLM's are those of the nucleus.
 
         Raises:
             ConfigError: prompt and response do not fit into the engine's context, or a policy is broken.
@@ -155,8 +154,7 @@ class Vllm:
         )
 
     def close(self) -> None:
-        """Free the engine's memory, where that does no harm: vLLM ends the process group that it finds, so
-        beside other ranks it stays until their processes end."""
+        """Free the engine's memory if there is one rank. vLLM would end the process group of several."""
         if self._llm is not None and self._has_own_group:
             import torch
 
@@ -192,7 +190,7 @@ class Vllm:
         return [each.outputs[0] for each in outputs]
 
     def _build(self, model: PreTrainedModel) -> Any:
-        """An engine with this model's architecture.
+        """Build an engine with this model's architecture.
 
         Raises:
             ConfigError: this vLLM is for another device, or cannot run the model.
@@ -240,10 +238,10 @@ class Vllm:
 
 
 def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Runs in vLLM's worker: take these weights; the names of those that it kept as they were.
+    """Runs in vLLM's worker: load these weights. Returns the names of weights that did not change.
 
     The worker's own `reload_weights` only logs what is missing, and forgets a tied output layer on CPUs: its
-    kernel has a packed copy, which is not made anew because no weight of that name comes.
+    kernel has a packed copy, which is not renewed because no weight has its name.
     """
     import torch
     from vllm.config import set_current_vllm_config
@@ -266,7 +264,7 @@ def _load(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
 
 
 def _noting(weights: Iterable[tuple[str, Tensor]], failures: list[Exception]) -> Iterator[tuple[str, Tensor]]:
-    """The weights; what goes wrong while they are computed is noted, as none of vLLM's own."""
+    """The weights. An error while they are computed is noted as not vLLM's."""
     try:
         yield from weights
     except Exception as error:  # whatever it is: noted, and raised again
@@ -275,8 +273,8 @@ def _noting(weights: Iterable[tuple[str, Tensor]], failures: list[Exception]) ->
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether vLLM says that it cannot run a model or its settings, which another choice mends; not that
-    memory ran out, a rank was lost, or something broke."""
+    """Whether the error says that vLLM cannot run the model or its settings, which the user can change. Out
+    of memory, a lost rank and other failures are not."""
     is_general = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
     return not is_general or UNSUPPORTED.search(str(error)) is not None
 
@@ -290,13 +288,13 @@ def _refused(model: PreTrainedModel, reason: str) -> ConfigError:
 
 
 def _seed(uniform_R: Tensor) -> int:
-    """63 bits of a row's random numbers."""
+    """63 bits from a row's random numbers."""
     digest = hashlib.blake2b(uniform_R.contiguous().numpy().tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def _logps(completion: Any) -> Tensor:
-    """Nats [R] of the tokens that were sampled."""
+    """Log-probabilities [R] of the sampled tokens, in nats."""
     import torch
 
     places = zip(completion.token_ids, completion.logprobs, strict=True)
@@ -304,14 +302,14 @@ def _logps(completion: Any) -> Tensor:
 
 
 UNSUPPORTED = re.compile("unsupported|not (yet )?supported|not implemented", re.I)
-"""What its kernels say to a model that they were not written for, in errors of no class of their own."""
+"""Messages of its kernels for models that they do not support; the errors have no class of their own."""
 CHANGED = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LOCAL_WORLD_SIZE", "VLLM_ENABLE_V1_MULTIPROCESSING")
-"""Variables that vLLM, or this file for it, sets for a process that has nothing else to do."""
+"""Environment variables that vLLM, or this file for it, sets for the whole process."""
 
 
 @contextmanager
 def _undisturbed(compute: Compute) -> Iterator[None]:
-    """Give the trainer its random state, threads and environment back: vLLM takes itself for alone."""
+    """Restore the random state, threads and environment, which vLLM changes for the whole process."""
     import numpy
     import torch
 

@@ -36,14 +36,14 @@ ROWS: dict[str, tuple[str, str]] = {
 }
 """Metrics that end in /CONTENDER: (words, format). docs/stages/compare.md explains each."""
 INTERVALS = ("win_rate", *QUALITIES)
-"""Those that may have NAME_low and NAME_high beside them."""
+"""Metrics that may have NAME_low and NAME_high."""
 MARKERS = "o^svDPX<>*"
 PROMPTED, TUNED = "#d55e00", "#0072b2"
-"""Told apart by the colour-blind too (Okabe and Ito 2008)."""
+"""Colours that the colour-blind can distinguish (Okabe and Ito 2008)."""
 
 
 def contenders(metrics: Mapping[str, float]) -> list[str]:
-    """Whose answers were compared, in the order of the table."""
+    """The contenders, in the order of the table."""
     return [name.partition("/")[2] for name in metrics if name.startswith("seconds_p50/")]
 
 
@@ -57,12 +57,12 @@ def written(metric: str, value: float | None) -> str:
 
 
 def requests_words(value: float) -> str:
-    """A number of requests after which training has paid off."""
+    """The number of requests after which training has paid off."""
     return "never" if math.isinf(value) else f"{math.ceil(value):,}"
 
 
 def comparison_cells(metrics: Mapping[str, float]) -> Cells:
-    """One row a metric, one column a contender; no rows where nothing was compared."""
+    """One row per metric, one column per contender; no rows if nothing was compared."""
     names, rows = contenders(metrics), []
     for metric, (words, _) in ROWS.items():
         values = [metrics.get(f"{metric}/{name}") for name in names]
@@ -81,13 +81,13 @@ def comparison_cells(metrics: Mapping[str, float]) -> Cells:
 
 
 def words_of(contender: str) -> str:
-    """A contender as the table calls it."""
+    """A contender's name in the table."""
     model, plus, method = contender.rpartition("+")
     return f"{model}{plus}{METHODS.get(method, method)}"
 
 
 def write_csv(metrics: Mapping[str, float], path: Path) -> None:
-    """One row a contender, one column a metric, unrounded."""
+    """One row per contender, one column per metric, unrounded."""
     names = contenders(metrics)
     columns = list(dict.fromkeys(name.partition("/")[0] for name in metrics if "/" in name))
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -98,7 +98,7 @@ def write_csv(metrics: Mapping[str, float], path: Path) -> None:
 
 
 def draw(metrics: Mapping[str, float], quality: Quality, path: Path) -> None:
-    """Quality, with its interval, against the cost of 1000 answers; tuned models say when they pay off."""
+    """Quality with its interval against the cost of 1000 answers. Tuned models show when they pay off."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.6, 3.8), layout="constrained")

@@ -1,4 +1,4 @@
-"""Which trials are worth a choice: no other one gains more and loses less."""
+"""The Pareto front of a sweep: trials that no other trial beats in gain and loss."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ON_FRONT, OFF_FRONT = "#0072b2", "#d55e00"
-"""Told apart by the colour-blind too (Okabe and Ito 2008)."""
+"""Colours that the colour-blind can distinguish (Okabe and Ito 2008)."""
 
 
 class Point(NamedTuple):
-    """What one trial gained, and what that cost, both against the base model."""
+    """One trial's gain and loss against the base model."""
 
     name: str
     gain: float
@@ -34,7 +34,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def draw(points: Sequence[Point], gain: str, loss: str, path: Path) -> None:
-    """Gain against loss, and the front through the points that are on it; the base model is one of them.
+    """Draw gain against loss, and the front. The base model is one of the points.
 
     Args:
         gain: words on the axis; loss likewise.

@@ -1,5 +1,5 @@
-"""The table of a sweep's trials: on the terminal, and as sweep.md and sweep.json in the sweep's directory;
-with `sweep.pareto`, their picture beside it."""
+"""The table of a sweep's trials, on the terminal and as sweep.md and sweep.json in the sweep's directory.
+With `sweep.pareto` also their picture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SweepTable:
 
     @property
     def best(self) -> Trial | None:
-        """The one with the best `sweep.metric` among those that are done."""
+        """The finished trial with the best `sweep.metric`."""
         metric = self.config.metric
         values = [
             (value, trial)
@@ -45,7 +45,7 @@ class SweepTable:
 
     @property
     def metrics(self) -> list[str]:
-        """What is shown: what `sweep.*` names, and without `sweep.metric` what has a gate."""
+        """The metrics shown: those that `sweep.*` names; without `sweep.metric`, those with a gate."""
         gates = [name for trial in self.trials if trial.outcome for name in trial.outcome.gates]
         return list(dict.fromkeys([*self.config.metrics.values(), *([] if self.config.metric else gates)]))
 
@@ -61,7 +61,7 @@ class SweepTable:
 
     @property
     def points(self) -> list[Point]:
-        """What the picture shows: the trials that have both figures."""
+        """The picture's points: trials with both metrics."""
         pareto, found = self.config.pareto, []
         if pareto is None:
             return []

@@ -14,43 +14,43 @@ class Outcome:
     """How a trial ended."""
 
     code: int | None = None
-    """Its exit code; None as long as it has not said."""
+    """Its exit code; None if it has not ended."""
     status: str = "unfinished"
     """`done`, `failed in STAGE`, `stopped in STAGE`, or without a stage where none had begun; `unfinished` is
     running, or was killed."""
     metrics: Mapping[str, float | None] = field(default_factory=dict)
-    """Of all its stages, by `STAGE/NAME`; null where not finite."""
+    """Metrics of all its stages, `STAGE/NAME` -> value; null if not finite."""
     gates: tuple[str, ...] = ()
-    """The metrics that have a bound."""
+    """The metrics with a gate."""
 
     @property
     def goes_on(self) -> bool:
-        """Whether the same command goes on with it."""
+        """Whether the same command continues it."""
         return self.code in (None, STOPPED, INTERRUPTED)
 
 
 @dataclass
 class Trial:
-    """A trial that was planned, and what became of it."""
+    """A trial and its outcome."""
 
     number: int
     directory: Path
     """Its run's."""
     values: Mapping[str, str]
-    """Of the swept keys, in Hydra's grammar."""
+    """The overrides of the swept keys, in Hydra's grammar."""
     outcome: Outcome | None = None
-    """None as long as it has not begun."""
+    """None if it has not begun."""
 
     @property
     def overrides(self) -> list[str]:
-        """As on the command line."""
+        """The overrides as typed on the command line."""
         return [f"{key}={value}" for key, value in self.values.items()]
 
     @property
     def status(self) -> str:
-        """In words."""
+        """How it ended, in words."""
         return self.outcome.status if self.outcome else "not started"
 
     def metric(self, name: str) -> float | None:
-        """None where it was not measured, or is not finite."""
+        """A metric; None if it was not measured or is not finite."""
         return self.outcome.metrics.get(name) if self.outcome else None

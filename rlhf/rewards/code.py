@@ -1,4 +1,4 @@
-"""What a user's own reward or stage does: the code that was imported, and the versions of the rest."""
+"""Identity of a user's code: the bytes that were imported, and the versions of installed packages."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from rlhf.config import ConfigError
 from rlhf.digests import PACKAGES, digest_of, file_digest
 
 INSTALLED = {"site-packages", "dist-packages"}
-"""Folders whose code has a version; all other code is known by its bytes."""
+"""Folders of installed packages, which have versions. All other code is identified by its bytes."""
 
 _imported: dict[str, tuple[ModuleType, dict[str, str]]] = {}
 """Module -> itself, and `code_on_disk` as it was imported."""
 
 
 def imported_code(source: str) -> dict[str, str]:
-    """Import `python:MODULE:FUNCTION`, and say what code that is: as it was imported, whatever the files hold
-    later.
+    """Import `python:MODULE:FUNCTION`, and identify the imported code, whatever the files hold later.
 
     Returns:
         See `code_on_disk`.
@@ -43,13 +42,13 @@ def imported_code(source: str) -> dict[str, str]:
 
 
 def import_code(name: str, named_by: str) -> ModuleType:
-    """Import a module, and remember what code that is.
+    """Import a module, and remember its identity.
 
     Args:
         named_by: what the user wrote, for errors.
 
     Raises:
-        ImportError: it cannot be.
+        ImportError: it cannot be imported.
         ConfigError: its files change meanwhile.
     """
     known = _imported.get(name)
@@ -64,15 +63,15 @@ def import_code(name: str, named_by: str) -> ModuleType:
 
 
 def stage_code(stage: type) -> dict[str, str]:
-    """What a stage's class does, where it is the user's: see `code_on_disk`. Nothing of this project's, whose
-    stages have a version."""
+    """Identity of a user's stage class: see `code_on_disk`. Empty for stages of this package, which have a
+    version."""
     if stage.__module__.partition(".")[0] == "rlhf":
         return {}
     return imported_code(f"python:{stage.__module__}:{stage.__name__}")
 
 
 def has_changed(source: str) -> bool:
-    """Whether the files of `python:MODULE:FUNCTION` are others than those that were imported."""
+    """Whether the files of `python:MODULE:FUNCTION` have changed since the import."""
     return imported_code(source) != _named(source, code_on_disk(source.split(":")[1]))
 
 
@@ -81,11 +80,11 @@ def _named(source: str, found: dict[str, str]) -> dict[str, str]:
 
 
 def code_on_disk(module: str) -> dict[str, str]:
-    """What decides what a module does, as far as its code tells.
+    """Identity of a module's code.
 
-    Its own top-level module or package, every module in it, and all that these import and is not installed:
-    by their bytes. What is installed: by its version. Not the standard library, this project, and what its
-    chain stands on, whose versions are in every manifest (torch, transformers, ...).
+    By bytes: its top-level module or package with every module in it, and everything that these import and
+    that is not installed. By version: installed packages. Not counted: the standard library, this project,
+    and packages whose versions are in every manifest (torch, transformers, ...).
 
     Returns:
         "" -> a digest of the files; distribution -> its version.
@@ -115,8 +114,8 @@ def _distributions() -> dict[str, list[str]]:
 
 
 def _files_of(name: str) -> tuple[Path, list[Path]]:
-    """The code of a top-level module or package, and the folder that it lies in; none of what cannot be
-    imported, such as an optional package."""
+    """The files of a top-level module or package, and their folder; none if it cannot be imported, such as an
+    optional package."""
     try:
         spec = find_spec(name)
     except ValueError:  # such as __main__
@@ -132,7 +131,7 @@ def _files_of(name: str) -> tuple[Path, list[Path]]:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """The top-level names that a file imports, wherever in it; relative ones are of its own package."""
+    """The top-level names that a file imports anywhere. Relative imports are its own package's."""
     try:
         tree = ast.parse(path.read_bytes()) if path.suffix == ".py" else None
     except (SyntaxError, ValueError):  # then nothing has imported it

@@ -1,7 +1,7 @@
 """A reward that another process serves: `http://HOST:PORT/PATH` or https.
 
-It is sent {"prompts": [...], "responses": [...]} as JSON by POST, and answers {"scores": [...]}: one
-number for each response; null says that there is none.
+The request is a POST of {"prompts": [...], "responses": [...]} as JSON. The answer is {"scores": [...]}: one
+number per response, or null for no score.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PAUSE_SECONDS = 0.5
-"""Before the second try; doubled before each further one."""
+"""Seconds before the second try; doubled before each further one."""
 MAY_PASS = (408, 425, 429)
-"""Statuses below 500 that another try may change: too slow, too early, too many."""
+"""Statuses below 500 that are tried again: too slow, too early, too many."""
 LONGEST_SHOWN = 300
-"""Characters of an answer."""
+"""Characters of an answer that an error shows."""
 
 
 class RewardServerConfig(Strict):
@@ -42,7 +42,7 @@ class RewardServerConfig(Strict):
 
 
 def remote_reward(url: str, server: RewardServerConfig) -> Reward:
-    """Ask the server for a batch's scores; a server that restarts is given a few seconds."""
+    """The reward of a server. A server that restarts gets a few seconds."""
 
     def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         import torch
@@ -90,7 +90,7 @@ def _ask(url: str, body: bytes, server: RewardServerConfig) -> object:
 
 
 def _shown(error: HTTPError) -> str:
-    """What the server said beside the status; the connection may break while it is read."""
+    """The body of an error answer. The connection may break while it is read."""
     try:
         body = error.read(4 * LONGEST_SHOWN).decode(errors="replace")
     except (OSError, HTTPException) as broken:

@@ -21,22 +21,22 @@ from rlhf.tracking.redaction import USER_INFO, redacted, without_environment
 
 @dataclass(frozen=True)
 class RewardKind:
-    """What the word before a `RewardSource`'s colon stands for: all that depends on it."""
+    """What the word before a `RewardSource`'s colon stands for."""
 
     form: str
     """How it is written, such as `model:DIRECTORY`."""
     check: Callable[[str], bool]
-    """Whether a source is written so; it may raise ValueError, if it knows better what to say."""
+    """Whether a source is written correctly. It may raise ValueError with a better message."""
     digest: Callable[[str, DirectoryDigest], dict[str, str]]
-    """What decides the scores of a source, by its name: see `reward_digest`."""
+    """Digests of what decides a source's scores: see `reward_digest`."""
     make: Callable[[str, RewardServerConfig], Reward] | None = None
-    """The rule that a source names; None where a model scores."""
+    """Makes the rule that a source names; None if a model scores."""
     directory: Callable[[str, Path | None], Path] | None = None
     """The directory of the model that scores: of a source, or the reward stage's; None for a rule."""
 
     @property
     def has_model(self) -> bool:
-        """Whether a model scores, on which a critic can start."""
+        """Whether a model scores. A critic can start from it."""
         return self.directory is not None
 
 
@@ -60,8 +60,8 @@ label and a linear `score` head (Llama, Mistral, Qwen, Gemma, GPT-2, ...), its o
 
 
 def reward_digest(source: str | None, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-    """What decides the scores beside the reward stage's model, by its name: part of the key of all that it
-    scored. A directory's content, a function's code as it was imported, a scorer's version, a server's URL.
+    """Digests of what decides the scores, except the reward stage's model. They are in the key of what it
+    scored: a directory's content, a function's imported code, a scorer's version, a server's URL.
 
     Args:
         digest: as of `Stage.external_digests`.
@@ -143,4 +143,4 @@ REWARD_KINDS: dict[str, RewardKind] = {
     "http": _SERVER,
     "https": _SERVER,
 }
-"""The word before the colon -> what it stands for. A module of the user's own may add to it."""
+"""The word before the colon -> the kind. A module of the user's own may add one."""

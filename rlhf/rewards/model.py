@@ -1,4 +1,4 @@
-"""Scores of a reward model, read from text in its own template and tokenizer."""
+"""Scores of a reward model, which reads text with its own template and tokenizer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from rlhf.rewards.kinds import reward_directory, reward_kind
 from rlhf.rewards.reward import Prompts, Reward, RewardError
 
 CUT_TOKENS = 8
-"""A response that fills the context exactly may be so much longer with its end token, decoded and encoded
-again; so much is cut from before that end."""
+"""A response that fills the context may have so many more tokens when its text is encoded again with an end
+token. So many are cut before that end."""
 
 
 class LearnedReward:
-    """A one-label classification model. The end token is appended also to a response that was cut."""
+    """A one-label classification model. A response that was cut gets the end token too."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class LearnedReward:
         self.micro_batch_tokens, self.compute, self._whole = micro_batch_tokens, compute, whole
 
     def offload(self) -> None:
-        """From now on keep the model's weights in the host's memory while they are not used."""
+        """Keep the model's weights in the host's memory while they are not used."""
         self._whole = offload(self.model, self.compute.device)
 
     @property
@@ -79,9 +79,8 @@ def load_learned_reward(
 ) -> LearnedReward:
     """Load a published reward model: its LoRA adapter alone, if it was trained on those of `backbone`.
 
-    The adapter is folded in while it scores. That is how the published weights were made, so it scores with
-    these weights, bit for bit, in any precision (but for a device that multiplies otherwise than the one that
-    merged them).
+    The adapter is merged while it scores. The published weights were made in the same way, so the scores are
+    the same bit for bit, in any precision, on a device that multiplies as the one that published them.
 
     Raises:
         ConfigError: not a sequence-classification model with one label.
@@ -123,9 +122,9 @@ def make_reward(
 
     Args:
         learned: the reward stage's artifact.
-        server: how a remote one is asked.
-        backbone: what a learned one may share.
-        device: another one than where it shall run, if something is going to move it.
+        server: how to ask a reward at a URL.
+        backbone: weights that a learned reward may share.
+        device: where to load a model, if it is moved later; None for where it runs.
     """
     directory = reward_directory(source, learned)
     if directory is not None:
@@ -136,7 +135,7 @@ def make_reward(
 
 
 def spread(reward: Reward, compute: Compute) -> Reward:
-    """Let each rank score its share, so that all have the same scores, also of a reward that varies."""
+    """Let each rank score its share. So all ranks have the same scores, even if the reward varies."""
     if compute.world_size == 1:
         return reward
 

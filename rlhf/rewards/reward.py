@@ -31,19 +31,19 @@ WANTED = (
     "It is called as {name}(prompts, responses), with two lists of texts, and returns a list of floats, one "
     "for each response."
 )
-"""Of a user's function."""
+"""How a user's function is called."""
 
 
 class RewardError(ConfigError):
-    """A reward gave no scores. Nothing was learned from what it was asked about."""
+    """A reward gave no scores. Nothing was learned from these responses."""
 
 
 def function_reward(source: str) -> Reward:
-    """The reward of `python:MODULE:FUNCTION`: called with the last message of each conversation, without the
-    turns before it ("" of an empty one), and the responses.
+    """The reward of `python:MODULE:FUNCTION`. The function gets the last message of each conversation ("" for
+    an empty one) and the responses.
 
     Raises:
-        ConfigError: it cannot be imported, or not be called with two lists.
+        ConfigError: it cannot be imported, or cannot be called with two lists.
     """
     _, module, name = source.split(":", 2)
     imported_code(source)
@@ -90,7 +90,7 @@ def last_messages(prompts: Prompts) -> list[str]:
 
 
 def _other_arguments(function: UserFunction) -> str | None:
-    """Its arguments where two lists cannot be these, such as (text)."""
+    """Its arguments, if it cannot be called with two lists, such as (text)."""
     try:
         signature = inspect.signature(function, follow_wrapped=False)
     except ValueError:  # written in C: Python does not know them
@@ -103,7 +103,7 @@ def _other_arguments(function: UserFunction) -> str | None:
 
 
 def _defined(function: UserFunction) -> tuple[str, int] | None:
-    """The file and line where the function's code begins; None where Python does not know it."""
+    """The file and line of the function; None if Python does not know them."""
     try:
         file, line = inspect.getsourcefile(function), inspect.getsourcelines(function)[1]
     except (OSError, TypeError):

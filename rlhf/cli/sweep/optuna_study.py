@@ -1,6 +1,6 @@
 """Optuna's study of a sweep, in a file that a shared file system may hold. The only importer of optuna.
 
-A trial that is not told of stays open, so the next start runs it again with the same values.
+A trial without a reported result stays open. The next start runs it again with the same values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ JOURNAL = "study.journal"
 
 
 class Study:
-    """Proposes values, and learns what came of them."""
+    """Proposes values, and gets the results."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class Study:
         overrides: Sequence[str],
         distributions: Mapping[str, BaseDistribution],
     ) -> None:
-        """Begin it, or go on with the one that is there.
+        """Begin the study, or continue the one that is there.
 
         Raises:
-            ConfigError: what is there is the study of another search.
+            ConfigError: the study that is there is another search's.
         """
         self._knobs, self._distributions = knobs, dict(distributions)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -77,7 +77,7 @@ class Study:
         return found
 
     def ask(self) -> tuple[int, dict[str, str]] | None:
-        """Number and values of a new trial; None when there are `sweep.trials`.
+        """Number and values of a new trial; None if there are `sweep.trials` of them.
 
         The sampler's seed depends on the number, so that an interruption changes no proposal.
         """
@@ -89,10 +89,10 @@ class Study:
         return trial.number, {key: _text(value) for key, value in trial.params.items()}
 
     def tell(self, number: int, outcome: Outcome) -> None:
-        """Say what a trial came to.
+        """Report a trial's result.
 
         Raises:
-            ConfigError: it is done, and has no such metric.
+            ConfigError: the trial is done, but has no such metric.
         """
         assert self._knobs.metric is not None
         if outcome.goes_on:

@@ -1,8 +1,7 @@
-"""One trial of a sweep: it runs like any other run, and notes how it ended.
+"""One trial of a sweep: it runs like any other run, and writes how it ended.
 
-The note, trial.json in the trial's run directory, is how a sweep that is started again, on whatever node,
-knows what its trials came to. The same is returned, and so comes back from a launcher's job.
-"""
+trial.json in the trial's run directory tells a sweep that starts again, on any node, how its trials ended.
+The same is returned, for launchers that pass it on."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ NOTE = "trial.json"
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process, or the first of several that were started side by side."""
+    """Whether this is the only process, or the first of several ranks."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 def run_trial(resolved: Mapping[str, Any], run_name: str) -> Outcome:
-    """Run one trial and note how it ended. One that was queued twice waits for its other self."""
+    """Run one trial and write how it ended. If it was queued twice, the second one waits for the first."""
     if not is_main_process():
         return outcome_of(execute(resolved, run_name), {})
     directory = Path(resolved["runs_dir"]) / run_name
@@ -76,7 +75,7 @@ def read_note(directory: Path) -> Outcome | None:
     """How the trial in this run directory ended; None if it never began.
 
     Raises:
-        ConfigError: the note was cut off or changed.
+        ConfigError: the file was cut off or changed.
     """
     if not directory.exists() or directory / NOTE not in [*directory.iterdir()]:  # see Store.find
         return None
