@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from slurm_cluster import SlurmCluster, wait_for
 from small_chain import SETTINGS, SOURCES, Chain
-from test_sweep import check_submitit_sweep, submitit_sweep_arguments
+from small_sweep import check_submitit_sweep, submitit_sweep_arguments
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"

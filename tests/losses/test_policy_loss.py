@@ -1,4 +1,4 @@
-"""PPO's clipped objective, by hand. Padding, splitting and order: test_losses_masked.py."""
+"""PPO's clipped objective, by hand. Padding, splitting and order: test_masking.py."""
 
 import math
 

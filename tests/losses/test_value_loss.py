@@ -1,4 +1,4 @@
-"""The clipped value loss, by hand. Padding, splitting and order: test_losses_masked.py."""
+"""The clipped value loss, by hand. Padding, splitting and order: test_masking.py."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
-from test_adapters import TINY, load, logits, train
+from test_lora import TINY, load, logits, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

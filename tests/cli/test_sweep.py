@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,14 @@ import pytest
 from hydra.errors import MissingConfigException
 from optuna.distributions import FloatDistribution
 from small_chain import Chain, Outcome
+from small_sweep import (
+    BY_RULE,
+    check_submitit_sweep,
+    finished,
+    submitit_sweep_arguments,
+    sweep_file,
+    trial_run,
+)
 
 import rlhf.cli.sweep.sweepers
 from rlhf.cli.messages import in_our_words
@@ -22,7 +29,6 @@ from rlhf.report.sweep_table import SweepTable
 from rlhf.report.trial import Outcome as TrialOutcome
 from rlhf.report.trial import Trial
 
-BY_RULE = ("stage=ppo", "ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=running")
 OPTUNA = ("-m", "hydra/sweeper=optuna", "sweep.metric=ppo/held_out_score", "run_name=study", *BY_RULE)
 LR = "ppo.optim.lr=tag(log,interval(1e-5,1e-3))"
 CALLS: list[int] = []
@@ -34,20 +40,6 @@ def interrupts_at_first(prompts: list[str], responses: list[str]) -> list[float]
     if len(CALLS) == 2:
         raise KeyboardInterrupt
     return [float(len(response)) for response in responses]
-
-
-def sweep_file(chain: Chain, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((chain.directory / "runs" / name / "sweep.json").read_text())
-    return found
-
-
-def trial_run(chain: Chain, name: str, number: int) -> Outcome:
-    return Outcome(0, "", "", chain.directory / "runs" / f"{name}-{number}")
-
-
-def finished(chain: Chain, stage: str) -> int:
-    """How many artifacts of a stage there are."""
-    return len(list((chain.directory / "store" / stage).glob("*/manifest.json")))
 
 
 @pytest.fixture(scope="module")
@@ -334,24 +326,6 @@ def test_a_grid_of_several_keys(chain: Chain) -> None:
     assert outcome.code == 0, outcome.err
     pairs = [tuple(trial["overrides"].values()) for trial in sweep_file(chain, "two")["trials"]]
     assert pairs == [("0", "error"), ("0", "drop"), ("1", "error"), ("1", "drop")]
-
-
-def submitit_sweep_arguments(launcher: str, *settings: str) -> list[str]:
-    """Four PPO trials that need the same SFT model, as submitit's jobs, two at once."""
-    return [
-        "-m", *BY_RULE, f"hydra/launcher={launcher}", *(f"hydra.launcher.{each}" for each in settings),
-        "sweep.parallel=2", "sweep.metric=ppo/held_out_score", "run_name=jobs",
-        "ppo.kl.coef=0.01,0.02,0.03,0.04",
-    ]  # fmt: skip
-
-
-def check_submitit_sweep(chain: Chain) -> None:
-    """All are done, and the SFT model was trained once."""
-    content = sweep_file(chain, "jobs")
-    assert [trial["status"] for trial in content["trials"]] == ["done"] * 4
-    ran = [trial_run(chain, "jobs", number).statuses["sft"] for number in range(4)]
-    assert sorted(ran) == ["ran", "reused", "reused", "reused"]
-    assert (finished(chain, "sft"), finished(chain, "ppo")) == (1, 4)
 
 
 @pytest.mark.slow

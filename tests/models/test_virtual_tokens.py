@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from small_job import on_cpu
-from test_adapters import IDS, TINY, load, train
+from test_lora import IDS, TINY, load, train
 from test_methods import saved
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, PreTrainedModel

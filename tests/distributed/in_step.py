@@ -1,4 +1,4 @@
-"""What one of several ranks does in tests/ranks/test_in_step.py: every stage's passes over uneven rows."""
+"""What one of several ranks does in test_in_step.py: every stage's passes over uneven rows."""
 
 from __future__ import annotations
 

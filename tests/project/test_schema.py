@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_module
 from jsonschema import Draft7Validator
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 SCHEMA = json.loads((ROOT / "docs" / "schema.json").read_text(encoding="utf-8"))
 FILES = [path for path in sorted(CONF.rglob("*.yaml")) if "hydra" not in path.parts]

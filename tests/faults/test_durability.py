@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_job import on_cpu
-from test_artifacts import publish
+from small_store import publish
 
 import rlhf.training.checkpoint
 from rlhf.config import ConfigError

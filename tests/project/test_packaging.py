@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 import rlhf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAME = PROJECT["name"]
 NOT_PINNED = ("cuda", "nvidia", "triton")  # each build of torch names its own

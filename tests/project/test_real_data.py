@@ -15,7 +15,7 @@ import torch
 from small_chain import STAGES
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 ANSWERS = DATA / "dolly-nocontext" / "train.jsonl.gz"
 PAIRS = DATA / "hh-helpful-base" / "pairs.jsonl.gz"
 PROMPTS = DATA / "oasst-prompts" / "prompt_lottery_en_250_text.jsonl"

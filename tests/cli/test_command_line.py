@@ -300,7 +300,7 @@ def test_a_terminal_is_told_before_the_libraries_are_loaded(tmp_path: Path) -> N
 
 
 def test_the_experiment_that_the_docs_show_composes(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     (shown,) = (part.partition("```")[0] for part in page.split("```yaml\n")[1:])
     (tmp_path / "shown.yaml").write_text(shown)
     outcome = composed(tmp_path, "--resolve", "+experiment=shown.yaml", "sft.data=other.jsonl")

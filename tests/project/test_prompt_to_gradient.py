@@ -11,7 +11,7 @@ from typing import Any
 
 from small_chain import Chain, Outcome
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "prompt-to-gradient.md").read_text(encoding="utf-8")
 MOST = 25
 FILE = r"(?:rlhf|stages)/[\w/]+\.py"

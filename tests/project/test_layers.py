@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from small_chain import SETTINGS, SOURCES, STAGES, Chain, Outcome
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 LONGEST = 600
 LAZY = ("deepspeed", "vllm", "wandb", "bm25s", "rapidfuzz", "matplotlib", "lm_eval")

@@ -26,7 +26,7 @@ RARE = (
     "ppo.kl.coef=0.001", "ppo.evaluate_every=20", "ppo.evaluate_prompts=128", "ppo.micro_batch_tokens=16384",
 )  # fmt: skip
 COMMON = (
-    "ppo.reward=python:test_ppo_learns:is_ascii", "ppo.steps=12", "ppo.batch_episodes=64",
+    "ppo.reward=python:test_learns:is_ascii", "ppo.steps=12", "ppo.batch_episodes=64",
     "ppo.minibatch_episodes=16", "ppo.max_new_tokens=1", "ppo.evaluate_every=12", "ppo.evaluate_prompts=128",
 )  # fmt: skip
 
@@ -96,7 +96,7 @@ def test_a_common_property_is_learned_in_few_steps(tmp_path: Path, tiny_model: P
 
 
 def test_the_opposite_reward_teaches_the_opposite(tmp_path: Path, tiny_model: Path) -> None:
-    reward = "ppo.reward=python:test_ppo_learns:is_not_ascii"
+    reward = "ppo.reward=python:test_learns:is_not_ascii"
     _, summary = run_stage(tmp_path / "ppo", tiny_model, *COMMON, reward)
     assert 0.3 < summary["held_out_score_before"] < 0.65
     assert summary["held_out_score_last"] > 0.85

@@ -22,7 +22,7 @@ import rlhf.costs.hardware
 from rlhf.distributed.compute import Compute
 from rlhf.pipeline.experiment import Experiment, build_experiment
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
 READ = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *PAGES]
 DOCUMENTS = [ROOT / "README.md", ROOT / "data" / "README.md", *PAGES, ROOT / "conf" / "config.yaml"]

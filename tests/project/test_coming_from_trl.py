@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from small_plan import experiment
 
-PAGE = (Path(__file__).parents[1] / "docs" / "coming-from-trl.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "coming-from-trl.md").read_text(encoding="utf-8")
 PPO_CONFIG = (
     "dataset_num_proc", "num_mini_batches", "total_episodes", "local_rollout_forward_batch_size",
     "num_sample_generations", "response_length", "stop_token", "stop_token_id", "temperature",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adapters import LINEARS, load, logits, train
+from test_lora import LINEARS, load, logits, train
 
 from rlhf.models.peft.attach import attach, count_parameters
 from rlhf.models.peft.config import PeftConfig

@@ -14,7 +14,7 @@ from test_docs import built
 import rlhf.costs.hardware
 from rlhf.pipeline.stage import INTERVAL
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 STAGES = ("prepare", "sft", "reward", "generate", "ppo", "merge", "evaluate", "compare", "plan")
 PLACES = {
     "POLICY": r"\w+",

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from small_chain import STAGES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ("rlhf", "stages", "conf", "data", "pyproject.toml", "README.md", "LICENSE")
 MAPPED = {"stages": "rlhf/stages", "conf": "rlhf/conf", "data": "rlhf/samples"}
 HOSTILE = "raise RuntimeError('a folder of the current directory was imported')\n"

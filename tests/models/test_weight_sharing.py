@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from test_adapters import IDS, TINY, load, logits, tuned
+from test_lora import IDS, TINY, load, logits, tuned
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
