@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_plan import EIGHT, GIB, check, experiment, gpus, no_gates, with_prompts_of
+from experiments import build
+from small_plan import EIGHT, GIB, check, gpus, no_gates, with_prompts_of
 
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import Speed
@@ -32,7 +33,7 @@ from rlhf.planner.strategies import Figure, Strategy, Use, prefill, served
 )
 def test_what_is_learned_beside_counts_too(stage: str, knobs: list[str], phase: str, kind: str) -> None:
     def needs(*overrides: str) -> tuple[float, float]:
-        found = experiment("ppo.batch_episodes=8", "ppo.minibatch_episodes=4", f"{stage}.peft=none",
+        found = build("ppo.batch_episodes=8", "ppo.minibatch_episodes=4", f"{stage}.peft=none",
                            f"{stage}.micro_batch_tokens=100000", *overrides)  # fmt: skip
         cost = found.stages[stage].cost(gpus(80), found.stages)
         (at,) = [each for each in cost.phases if each.name == phase]
@@ -47,14 +48,14 @@ def test_what_cannot_be_merged_takes_little_disk() -> None:
     on = gpus(80)
     artifacts = {}
     for method in ("none", "lora", "prompt"):
-        found = experiment("stage=sft", f"sft.peft={method}")
+        found = build("stage=sft", f"sft.peft={method}")
         artifacts[method] = found.stages["sft"].cost(on, found.stages).artifact
     assert artifacts["none"] < artifacts["lora"] < 1.1 * artifacts["none"]
     assert artifacts["prompt"] == 2 * 20 * 4096
 
 
 def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
-    found, on = experiment(), gpus(80, ranks=8)
+    found, on = build(), gpus(80, ranks=8)
     here = replace(on, machine=replace(on.machine, ranks_here=8))
     alone, shared = (
         found.stages["sft"].cost(each, found.stages).peak(on_host=True).size(on_host=True)
@@ -68,7 +69,7 @@ def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
 
 
 def test_planned_steps_are_those_that_are_taken() -> None:
-    found, on = experiment("sft.batch_rows=20", "sft.epochs=1.1"), gpus(80)
+    found, on = build("sft.batch_rows=20", "sft.epochs=1.1"), gpus(80)
     (update,) = (
         task for task in found.stages["sft"].cost(on, found.stages).work if task.activity == "optimizer"
     )
@@ -124,7 +125,7 @@ def test_added_latency_by_hand() -> None:
 
 def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
     for on in (gpus(80), replace(gpus(80), machine=replace(gpus(80).machine, kind="cpu", used=3 * GIB))):
-        found = experiment("sft.peft=lora", "stage=sft")
+        found = build("sft.peft=lora", "stage=sft")
         cost = found.stages["sft"].cost(on, found.stages)
         figure = Figure(0.0, "")
         strategy = Strategy("LoRA", on, cost, figure, figure, 0, "", source="Hu et al.")
@@ -146,7 +147,7 @@ def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
 
 
 def test_a_model_that_is_not_trained_is_loaded_whole_and_once() -> None:
-    found = experiment()
+    found = build()
     whole, sharded = (
         found.stages["evaluate"].cost(replace(gpus(80, ranks=8), zero=zero), found.stages).peak().size()
         for zero in ("none", "zero3")
@@ -171,7 +172,7 @@ def test_virtual_tokens_are_part_of_a_sequence() -> None:
     """Beside them a row of 900 tokens is cut at what the context has left, as SFT does."""
 
     def longest(peft: str, context: int) -> int:
-        on, found = gpus(80), experiment("stage=sft", f"sft.peft={peft}")
+        on, found = gpus(80), build("stage=sft", f"sft.peft={peft}")
         on = replace(on, shape=replace(on.shape, context=context))
         return found.stages["sft"].cost(on, found.stages).longest
 

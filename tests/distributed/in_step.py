@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from experiments import build
 from small_job import small_job
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -23,7 +22,6 @@ from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
 from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
-from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.stage import Stage
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.rl.rollout import RewardRule, Rollout, make_experience
@@ -93,10 +91,7 @@ def prompt(number: int) -> list[Message]:
 
 def all_stages(compute: Compute, model: Path, reward: Path, frozen: str, scratch: Path) -> dict[str, float]:
     """Every kind of pass that a stage makes, on this rank; figures of which all ranks have the same."""
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=[*OVERRIDES, f"ppo.frozen_placement={frozen}"])
-    resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    stages = build_experiment(resolved).stages
+    stages = build(*OVERRIDES, f"ppo.frozen_placement={frozen}").stages
     base = BaseModelFiles(model, "tiny", MODEL)
 
     def job(name: str) -> Any:

@@ -18,8 +18,7 @@ import psutil
 import pytest
 import torch
 from accelerate import PartialState
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from experiments import build
 from rich.console import Console
 from small_job import on_cpu
 
@@ -28,7 +27,6 @@ from rlhf.cli.launcher import ranks_wanted
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute, MicroBatch, find_rank, make_compute
 from rlhf.distributed.device import choose_precision, has_gpu
-from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.runner import Pipeline
 from rlhf.pipeline.settings import LaunchConfig
 
@@ -205,14 +203,7 @@ def take_long() -> str:
 
 def models_read(compute: Compute, directory: Path, model: Path) -> list[str]:
     """The weights that this rank reads to know a local model by what it holds."""
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose(
-            "config",
-            overrides=["model=local", f"model.path={model}", f"store_dir={directory}/store", "stage=sft"],
-        )
-    resolved = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(resolved, dict)
-    experiment = build_experiment({str(key): value for key, value in resolved.items()})
+    experiment = build("model=local", f"model.path={model}", f"store_dir={directory}/store", "stage=sft")
     read: list[str] = []
     sys.addaudithook(lambda event, details: read.append(str(details[0])) if event == "open" else None)
     Pipeline(experiment, "run", Console(quiet=True), compute)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from experiments import build
 from transformers import (
     Qwen3Config,
 )
@@ -15,7 +13,6 @@ from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext, Sizes
 from rlhf.data.prepared import LengthStats
-from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.preflight import (
     Begun,
     Checked,
@@ -32,13 +29,6 @@ GIB = 2**30
 NO_CHECKPOINTS = CheckpointConfig(every_steps=None, every_minutes=None, keep=1, resume=True)
 
 
-def experiment(*overrides: str) -> Experiment:
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=list(overrides))
-    resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    return build_experiment(resolved)
-
-
 def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> CostContext:
     machine = Machine("cuda", "a test", gib * GIB, host * GIB, 0.6 * GIB, ranks, Speed(300_000.0, 2000.0))
     lengths = LengthStats(rows=1000, mean=400.0, deviation=100.0, longest=900)
@@ -46,7 +36,7 @@ def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> CostContext:
 
 
 def check(tmp_path: Path, on: CostContext, stage: str, *overrides: str) -> Checked:
-    found = experiment(*overrides)
+    found = build(*overrides)
     return preflight(
         [found.stages[stage]], found.stages, on, tmp_path, NO_CHECKPOINTS, begun={stage: Begun()}
     )
@@ -58,4 +48,4 @@ def with_prompts_of(on: CostContext, tokens: int) -> Sizes:
 
 
 def no_gates(stage: str) -> list[str]:
-    return [f"{stage}.gates.{name}=null" for name in experiment().stages[stage].gates]
+    return [f"{stage}.gates.{name}=null" for name in build().stages[stage].gates]

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from experiments import build_stage
 from small_job import small_job
 from torch import Tensor, nn
 
@@ -16,7 +15,6 @@ from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import count_parameters
-from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.ppo.build import load_critic, score_normalizer
 from rlhf.ppo.ptx import PretrainingMix
@@ -52,13 +50,7 @@ def prompts(numbers: range) -> list[PromptRow]:
 
 def ppo_stage(*overrides: str) -> PpoStage:
     """The stage as the command line builds it."""
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=[*SETTINGS, *overrides])
-    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    assert isinstance(resolved, dict)
-    stage = build_experiment({str(key): value for key, value in resolved.items()}).stages["ppo"]
-    assert isinstance(stage, PpoStage)
-    return stage
+    return build_stage(PpoStage, *SETTINGS, *overrides)
 
 
 def ppo_job(directory: Path, model: Path, seed: int = 0, checkpoints: Path | None = None) -> Job:

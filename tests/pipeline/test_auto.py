@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
+from experiments import build
 from small_chain import SETTINGS, Outcome, run_main
-from test_conf import build
 
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData

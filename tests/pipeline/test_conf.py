@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_module
+from experiments import build, compose
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
@@ -19,7 +19,7 @@ from rlhf.config import Bound, ConfigError
 from rlhf.data.sources import SourceConfig
 from rlhf.models.base import ModelConfig
 from rlhf.models.peft.config import PeftConfig
-from rlhf.pipeline.experiment import Experiment, Settings, build_experiment
+from rlhf.pipeline.experiment import Settings, build_experiment
 from rlhf.pipeline.experiment import stage_class as class_of_target
 from rlhf.pipeline.stage import Stage
 from rlhf.tracking.tracker import TrackerConfig
@@ -45,14 +45,6 @@ CHOICES = [
 def read(name: str) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load((CONF / name).read_text())
     return found
-
-
-def compose_plainly(*overrides: str) -> dict[str, Any]:
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=list(overrides))
-    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
 
 
 STAGES = tuple(
@@ -152,24 +144,20 @@ def test_keys_beside_the_stages() -> None:
 def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
     plus = "" if group in DEFAULT_GROUPS else "+"
     beside = WITH.get(group, ())
-    experiment = build_experiment(compose_plainly(*beside, f"{plus}{group}={choice}"))
+    experiment = build(*beside, f"{plus}{group}={choice}")
     assert list(experiment.stages) == list(STAGES)
     if group in DEFAULT_GROUPS and hasattr(experiment.settings, group):
         assert getattr(experiment.settings, group).kind == choice
 
 
 def test_advice_names_keys_that_exist() -> None:
-    resolved = compose_plainly()
+    resolved = compose()
     pattern = re.compile(rf"\b((?:{'|'.join(STAGES)})(?:\.[a-z_]+)+)")
     advice = [gate["advice"] for name in STAGES for gate in resolved[name]["gates"].values()]
     keys = {key for text in advice for key in pattern.findall(text)}
     assert len(keys) > 5
     for key in keys:
         assert OmegaConf.select(OmegaConf.create(resolved), key, default="missing") != "missing", key
-
-
-def build(*overrides: str) -> Experiment:
-    return build_experiment(compose_plainly("model=tiny", *overrides))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +198,7 @@ def test_a_stage_is_frozen_after_the_check() -> None:
 
 
 def test_all_complaints_of_a_section_come_at_once() -> None:
-    resolved = compose_plainly("model=tiny", "ppo.clip=-1", "ppo.kl.coef=much")
+    resolved = compose("model=tiny", "ppo.clip=-1", "ppo.kl.coef=much")
     resolved["ppo"]["kl"] |= {"speed": 1}
     del resolved["ppo"]["gamma"]
     with pytest.raises(ConfigError) as caught:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from experiments import build
 from rich.console import Console
 from small_chain import SETTINGS, SOURCES, STAGES, Chain, Outcome, run_main
 from small_job import on_cpu
-from small_plan import experiment
 from small_store import RECIPE, publish
 
 from rlhf import digests
@@ -229,7 +229,7 @@ def test_models_of_the_users_are_not_read_at_every_start(
         shutil.copytree(finished_chain[1].artifact(made_by), directory)
         (directory / "manifest.json").unlink()
         (directory / "weights.bin").write_bytes(b"x" * 5_000_000)
-    found = experiment(
+    found = build(
         "model=tiny", "stage=[reward,ppo,compare]", f"store_dir={tmp_path}/store",
         f"runs_dir={tmp_path}/runs",
         f"ppo.init={directories['policy']}", f"reward.init={directories['start']}",

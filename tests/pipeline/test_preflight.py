@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from experiments import build
 from families import tiny_family
 from rich.console import Console
 from small_chain import Chain, Outcome
 from small_job import on_cpu
-from small_plan import EIGHT, GIB, NO_CHECKPOINTS, check, experiment, gpus
+from small_plan import EIGHT, GIB, NO_CHECKPOINTS, check, gpus
 from transformers import (
     GPT2Config,
     MambaConfig,
@@ -74,7 +75,7 @@ def test_what_vllm_may_not_sample_is_told_before_anything_is_trained(tmp_path: P
 
 def test_what_vllm_holds_stays_until_the_run_ends(tmp_path: Path) -> None:
     vllm = VllmConfig(kv_cache_gib=3.0, max_num_seqs=8, max_model_len=None, enforce_eager=True)
-    on, found = replace(gpus(8000), vllm=vllm), experiment("stage=evaluate", "sft.peft=none")
+    on, found = replace(gpus(8000), vllm=vllm), build("stage=evaluate", "sft.peft=none")
     stages = [found.stages[name] for name in ("sft", "generate", "ppo", "evaluate")]
 
     def held(costs: Mapping[str, StageCost]) -> dict[str, set[str]]:
@@ -152,7 +153,7 @@ def test_a_model_too_large_is_refused_before_it_is_read(
 def before(chain: Outcome, compute: Compute, stages: str, *overrides: str, base: Path | None = None) -> str:
     """What the check of stages says, on the finished chain's data."""
     said = io.StringIO()
-    found = experiment("model=tiny", f"store_dir={chain.directory}", *overrides)
+    found = build("model=tiny", f"store_dir={chain.directory}", *overrides)
     data = PreparedData(chain.artifact("prepare"))
     files = BaseModelFiles(base or chain.artifact("sft"), "tiny", found.settings.model)
     begun = {stage: Begun() for stage in stages.split()}
@@ -239,7 +240,7 @@ def test_what_the_model_cannot_be_trained_with_is_refused_before_anything_is_tra
 def test_a_method_that_does_not_know_the_model(
     config: PreTrainedConfig, peft: str, complaint: str | None
 ) -> None:
-    stage = experiment("stage=prepare", f"sft.peft={peft}").stages["sft"]
+    stage = build("stage=prepare", f"sft.peft={peft}").stages["sft"]
     base = skeleton(config)
     if complaint is None:
         check_tunes(stage, base, check_attachable)
@@ -279,8 +280,8 @@ def test_eager_attention_is_told_once(finished_chain: tuple[Chain, Outcome], tmp
 
 def test_virtual_tokens_and_rows_laid_end_to_end() -> None:
     with pytest.raises(ConfigError, match=r"^model\.attention=packed: .* and with sft\.peft=prompt only the"):
-        experiment("stage=sft", "sft.peft=prompt", "model.attention=packed")
-    experiment("stage=sft", "sft.peft=lora", "model.attention=packed")
+        build("stage=sft", "sft.peft=prompt", "model.attention=packed")
+    build("stage=sft", "sft.peft=lora", "model.attention=packed")
 
 
 def test_ranks_that_cannot_share_a_batch_are_told_before_anything_is_trained(

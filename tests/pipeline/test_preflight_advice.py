@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_plan import GIB, check, experiment, gpus
+from experiments import build
+from small_plan import GIB, check, gpus
 
 from rlhf.distributed.compute import Compute
 from rlhf.pipeline.preflight import (
@@ -26,7 +27,7 @@ def test_the_advice_makes_it_fit(tmp_path: Path) -> None:
     assert not [key for key in offered if key.startswith("sft.micro_batch_tokens")]  # it alone would not do
     for key in offered:
         zero = key.removeprefix("zero=") if key.startswith("zero=") else "none"
-        fitting = experiment(*([key] if zero == "none" else [])).stages
+        fitting = build(*([key] if zero == "none" else [])).stages
         setting = replace(on, zero=zero)
         assert shortage(fitting["sft"].cost(setting, fitting), setting) <= 1.0, key
 
@@ -53,7 +54,7 @@ def test_where_a_rollout_is_too_large_fewer_rows_are_decoded_together(
 
 def test_rows_of_a_rollout_are_no_more_than_there_are(tmp_path: Path) -> None:
     def cache(*knobs: str) -> float:
-        found = experiment("ppo.batch_episodes=64", "ppo.evaluate_prompts=32", *knobs)
+        found = build("ppo.batch_episodes=64", "ppo.evaluate_prompts=32", *knobs)
         phases = found.stages["ppo"].cost(gpus(80), found.stages).phases
         (phase,) = [each for each in phases if each.name == "sampling"]
         return sum(part.size for part in phase.parts if part.kind == "KV cache")
@@ -68,7 +69,7 @@ def test_where_nothing_helps_that_is_said(tmp_path: Path) -> None:
 
 
 def test_a_prediction_within_the_margin_is_told_and_not_refused(tmp_path: Path) -> None:
-    found = experiment("sft.peft=lora")
+    found = build("sft.peft=lora")
     cost = found.stages["sft"].cost(gpus(80), found.stages)
     need = cost.peak(on_host=False).size(on_host=False) / GIB + 0.6
     for memory, refused, warned in ((need * 1.01, 0, 0), (need / 1.1, 0, 1), (need / 1.2, 1, 0)):
@@ -105,7 +106,7 @@ def test_what_is_advised_is_what_the_run_would_take(on: int, given: tuple[str, .
     assert ways
     for way in ways:
         sizes = ("ppo.batch_episodes=64", "ppo.minibatch_episodes=32")
-        accepted = experiment(*sizes, *given, *way.split())
+        accepted = build(*sizes, *given, *way.split())
         compute = Compute("cuda", "bfloat16", accepted.settings.zero, world_size=on)
         accepted.stages["ppo"].check_compute(compute)
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_conf import compose_plainly
+from experiments import build, compose
 
 from rlhf.config import ConfigError
-from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.stage import in_order
 from rlhf.stages.merge import MergeStage
 
 
-def build(*overrides: str) -> Experiment:
-    return build_experiment(compose_plainly("model=tiny", *overrides))
-
-
 def test_a_stage_stands_behind_what_it_reads_wherever_it_is_mounted() -> None:
-    composed = compose_plainly("model=tiny", "merge.policy=ppo")
+    composed = compose("model=tiny", "merge.policy=ppo")
     backwards = build_experiment(dict(reversed(composed.items())))
     names = list(backwards.stages)
     assert sorted(names) == sorted(build().stages)
@@ -103,7 +99,7 @@ def test_the_usual_subject_leaves_the_key_as_it_was() -> None:
     ],
 )
 def test_a_mistyped_target_is_told(target: str, complaint: str) -> None:
-    composed = compose_plainly("model=tiny")
+    composed = compose("model=tiny")
     composed["sft"]["_target_"] = target
     with pytest.raises(ConfigError, match=complaint):
         build_experiment(composed)
@@ -114,7 +110,7 @@ def test_a_module_that_is_no_python_is_told_by_its_line(
 ) -> None:
     (tmp_path / "half_written.py").write_text("class DpoStage(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    composed = compose_plainly("model=tiny")
+    composed = compose("model=tiny")
     composed["sft"]["_target_"] = "half_written.DpoStage"
     with pytest.raises(ConfigError, match=r"sft\._target_=half_written\.DpoStage: .*half_written\.py:1: "):
         build_experiment(composed)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_plan import EIGHT, EIGHT_BILLION, check, experiment, gpus
+from experiments import build
+from small_plan import EIGHT, EIGHT_BILLION, check, gpus
 from transformers import (
     Qwen3Config,
     T5Config,
@@ -34,7 +35,7 @@ def other_reward(tmp_path: Path) -> tuple[ModelShape, str]:
 
 def weights_beside(*overrides: str, reward: str = "lora") -> float:
     """Of PPO's models while the reference reads, where the reward stage tunes with that method."""
-    stages = experiment(*overrides).stages
+    stages = build(*overrides).stages
     tuned = stages["reward"].model_copy(update={"peft": PeftConfig.model_validate({"method": reward})})
     cost = stages["ppo"].cost(gpus(80), {**stages, "reward": tuned})
     (phase,) = [each for each in cost.phases if each.name == "reference"]
@@ -74,13 +75,13 @@ def test_a_reward_model_of_the_users_counts_as_large_as_it_is(
 
 def test_it_reads_as_fast_as_its_own_size_allows(other_reward: tuple[ModelShape, str]) -> None:
     def scoring(*overrides: str) -> list[float]:
-        found = experiment("ppo.critic.init=sft", "ppo.score.normalize=none", *overrides)
+        found = build("ppo.critic.init=sft", "ppo.score.normalize=none", *overrides)
         work = found.stages["ppo"].cost(gpus(80), found.stages).work
         return [task.seconds for task in work if "scores: " in task.how]
 
     shape, reward = other_reward
     ((own,), (learned,)) = scoring(reward), scoring()
-    length = 400 + experiment().stages["ppo"].model_dump()["max_new_tokens"]
+    length = 400 + build().stages["ppo"].model_dump()["max_new_tokens"]
     operations = [ThroughputModel(replace(gpus(80), shape=each)).forward(length) for each in (shape, EIGHT)]
     assert own / learned == pytest.approx(operations[0] / operations[1])
     assert scoring("ppo.reward=vader") == []
@@ -96,7 +97,7 @@ def test_a_reward_model_of_unknown_shape_counts_as_large_as_the_policy(tmp_path:
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"qlora"}))
 def test_ppo_shares_weights_where_the_method_does(method: str) -> None:
     def weights(*overrides: str) -> float:
-        found = experiment(*overrides)
+        found = build(*overrides)
         (phase,) = [
             each
             for each in found.stages["ppo"].cost(gpus(80), found.stages).phases
@@ -132,7 +133,7 @@ def test_ppo_loads_its_models_one_after_the_other() -> None:
     """Policy and critic are read before the engine takes them, and a reward model stays."""
 
     def loading(zero: str, *overrides: str) -> tuple[float, float]:
-        found = experiment("reward.peft=none", f"zero={zero}", "device=cpu", *overrides)
+        found = build("reward.peft=none", f"zero={zero}", "device=cpu", *overrides)
         on = replace(gpus(80, ranks=8), zero=zero)
         (phase,) = [
             each for each in found.stages["ppo"].cost(on, found.stages).phases if each.name == "loading"
@@ -148,7 +149,7 @@ def test_ppo_loads_its_models_one_after_the_other() -> None:
 
 
 def test_a_reward_model_has_no_output_layer() -> None:
-    found, on = experiment("reward.peft=none"), gpus(80)
+    found, on = build("reward.peft=none"), gpus(80)
     sizes = {}
     for stage in ("sft", "reward"):
         phases = found.stages[stage].cost(on, found.stages).phases
@@ -162,7 +163,7 @@ def test_the_mix_is_cut_where_virtual_tokens_leave_no_room() -> None:
     endless = LengthStats(rows=10, mean=90_000.0, deviation=0.0, longest=90_000)
     on = replace(gpus(80), sizes=lambda role, split: endless)
     for peft, longest in (("lora", 40_960), ("{method: prefix, tokens: 100}", 40_860)):
-        config = experiment(f"ppo.peft={peft}", "ppo.ptx.coef=0.5").stages["ppo"]
+        config = build(f"ppo.peft={peft}", "ppo.ptx.coef=0.5").stages["ppo"]
         assert isinstance(config, PpoConfig)
         assert mix_lengths(config, on).longest == longest
 
@@ -179,7 +180,7 @@ STATES = [
 
 def test_the_work_of_ppo_by_hand() -> None:
     """12 x 48 = 576 episodes, 3 x 48 = 144 answers of evaluations; prompts of 400 tokens, answers of 40."""
-    found = experiment(*EVERYTHING)
+    found = build(*EVERYTHING)
     work = found.stages["ppo"].cost(gpus(80), found.stages).work
     assert [(task.activity, task.how.lstrip("(").partition(":")[0]) for task in work] == [
         ("load", "policy, reference, published model"), ("load", "critic"), ("load", "reward model"),
@@ -201,7 +202,7 @@ def test_the_work_of_ppo_by_hand() -> None:
 
 
 def test_what_ppo_holds_and_when_by_hand() -> None:
-    found = experiment(*EVERYTHING)
+    found = build(*EVERYTHING)
     cost = found.stages["ppo"].cost(gpus(80), found.stages)
 
     def parts(phase: str) -> list[str]:

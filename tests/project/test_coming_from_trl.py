@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from experiments import build
 from omegaconf import OmegaConf
-from small_plan import experiment
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming-from-trl.md").read_text(encoding="utf-8")
 PPO_CONFIG = (
@@ -33,7 +33,7 @@ def test_every_key_of_ppo_config_is_there() -> None:
 
 
 def test_every_key_of_ours_exists_and_has_the_default_that_is_told() -> None:
-    resolved = OmegaConf.create(dict(experiment().resolved))
+    resolved = OmegaConf.create(dict(build().resolved))
     named = [(key, told) for row in rows() for key, told in re.findall(r"`([\w.]+)`(?: \(([^),]+))?", row[1])]
     assert len(named) > 40
     for key, told in named:

@@ -14,13 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from experiments import build
 from small_chain import Chain, Outcome, run_main
 
 import rlhf.costs.hardware
 from rlhf.distributed.compute import Compute
-from rlhf.pipeline.experiment import Experiment, build_experiment
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
@@ -50,7 +48,7 @@ def test_a_documented_command_builds(command: str, monkeypatch: pytest.MonkeyPat
     overrides = [word for word in shlex.split(command)[3:] if "=" in word and not word.startswith("-")]
     if " -m " in command.removeprefix("python -m rlhf") + " ":  # a sweep: its first trial
         overrides = [word.partition(",")[0] for word in overrides if "interval(" not in word]
-    built(overrides)
+    build(*overrides)
 
 
 NOT_HERE = re.compile(
@@ -132,14 +130,6 @@ def test_the_reward_scores_as_shown() -> None:
     assert space["score"](["", ""], ["one", " ".join(["word"] * 12)]) == [-11, 0]
 
 
-def built(overrides: list[str]) -> Experiment:
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides)
-    resolved = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(resolved, dict)
-    return build_experiment({str(key): value for key, value in resolved.items()})
-
-
 def launches() -> list[tuple[int, str]]:
     """(ranks, arguments) of every launch on several nodes that is shown."""
     shown = [ROOT / "README.md", ROOT / "docs" / "cluster.md", *(ROOT / "launch").iterdir()]
@@ -150,7 +140,7 @@ def launches() -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize(("ranks", "arguments"), launches())
 def test_a_documented_launch_shares_its_batches(ranks: int, arguments: str) -> None:
-    experiment = built([word for word in arguments.split() if not word.startswith("model")])
+    experiment = build(*[word for word in arguments.split() if not word.startswith("model")])
     compute = Compute("cuda", "bfloat16", experiment.settings.zero, world_size=ranks)
     for name in experiment.needed():
         experiment.stages[name].check_compute(compute)

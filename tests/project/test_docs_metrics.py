@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from experiments import build
 from small_chain import Chain, Outcome
-from test_docs import built
 
 import rlhf.costs.hardware
 from rlhf.pipeline.stage import INTERVAL
@@ -68,7 +68,7 @@ def logged(finished_chain: tuple[Chain, Outcome]) -> dict[str, set[str]]:
 @pytest.fixture(scope="module")
 def declared() -> dict[str, tuple[str, ...]]:
     """Stage -> the summary metrics that it may publish, with every option on."""
-    stages = built([]).stages
+    stages = build().stages
     asking = stages["evaluate"].model_copy(update={"lm_eval": ["arc_easy"]})
     return {name: stage.metrics() for name, stage in {**stages, "evaluate": asking}.items()}
 

@@ -8,7 +8,7 @@ from runpy import run_path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
+from experiments import compose
 from jsonschema import Draft7Validator
 from omegaconf import OmegaConf
 
@@ -44,9 +44,7 @@ def test_every_file_of_conf_is_right(path: Path) -> None:
 
 @pytest.mark.parametrize("resolve", [False, True])
 def test_the_composed_config_is_right(resolve: bool) -> None:
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config")
-    assert complaints(OmegaConf.to_container(node, resolve=resolve)) == []
+    assert complaints(compose(resolve=resolve)) == []
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@ trained beside a reference, reads it back, and samples from it with a KV cache."
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from experiments import build
 from safetensors.torch import load_file
 from small_chain import Chain
 from small_job import on_cpu, small_job
@@ -25,7 +25,6 @@ from rlhf.models.logprobs import pack_sequences, response_statistics
 from rlhf.models.peft.merge import merged_policy
 from rlhf.models.peft.saved import attach_published, origin_of
 from rlhf.models.value_head import ScalarModel, load_scalar_model
-from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import reward_digest
@@ -72,12 +71,8 @@ def asked(text: str) -> list[Message]:
     return [Message(role="user", content=text)]
 
 
-def build(*overrides: str) -> dict[str, Stage]:
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=[*SETTINGS, *overrides])
-    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    assert isinstance(resolved, dict)
-    return dict(build_experiment({str(key): value for key, value in resolved.items()}).stages)
+def stages_of(*overrides: str) -> Mapping[str, Stage]:
+    return build(*SETTINGS, *overrides).stages
 
 
 def job_of(name: str, directory: Path, model: Path) -> Job:
@@ -97,7 +92,8 @@ def job_of(name: str, directory: Path, model: Path) -> Job:
 def trained(name: str, directory: Path, model: Path, method: str) -> Job:
     """The stage's artifact, made by a run that was stopped behind its first step, and by another that went
     on from there; it must be that of an undisturbed run."""
-    stage = build("stage=prepare" if "qlora" in method else f"stage={name}", f"{name}.peft={method}")[name]
+    chosen = "prepare" if "qlora" in method else name
+    stage = stages_of(f"stage={chosen}", f"{name}.peft={method}")[name]
     through = job_of(name, directory / "through" / "job", model)
     FIRST_ANSWERS.clear()
     torch.manual_seed(0)
@@ -217,18 +213,18 @@ def test_a_reward_model(method: str, tmp_path: Path, tiny_model: Path) -> None:
 
 def test_dora_and_ia3_were_not_tried_with_sharded_weights() -> None:
     with pytest.raises(ConfigError) as error:
-        build("stage=sft", "zero=zero3", "sft.peft=dora")
+        stages_of("stage=sft", "zero=zero3", "sft.peft=dora")
     assert str(error.value) == (
         "zero=zero3: sft.peft=dora is not tested with sharded weights. "
         "Use zero=none, or sft.peft=none or lora."
     )
-    build("stage=sft", "zero=zero3", "sft.peft=lora", "ppo.peft=ia3")  # ppo is not run
+    stages_of("stage=sft", "zero=zero3", "sft.peft=lora", "ppo.peft=ia3")  # ppo is not run
 
 
 def test_what_vllm_cannot_be_handed() -> None:
     with pytest.raises(ConfigError, match=r"vLLM cannot use what ppo\.peft=ia3 trains"):
-        build("stage=ppo", "generation=vllm", "ppo.peft=ia3", "ppo.score.normalize=none")
-    build("stage=sft", "generation=vllm", "sft.peft=ia3")  # published as a plain model
+        stages_of("stage=ppo", "generation=vllm", "ppo.peft=ia3", "ppo.score.normalize=none")
+    stages_of("stage=sft", "generation=vllm", "sft.peft=ia3")  # published as a plain model
 
 
 @pytest.mark.parametrize(
@@ -239,7 +235,7 @@ def test_a_critic_stands_on_a_reward_model_beside_its_base(
 ) -> None:
     reward = trained("reward", tmp_path / "reward", tiny_model, BESIDE[method]).directory
     overrides = (f"ppo.peft={peft}", f"ppo.reward=model:{reward}", "ppo.critic.init=reward")
-    stage = build("stage=ppo", *overrides)["ppo"]
+    stage = stages_of("stage=ppo", *overrides)["ppo"]
     assert isinstance(stage, PpoStage)
     trainer = stage.trainer(job_of("ppo", tmp_path / "ppo", tiny_model))
     assert isinstance(trainer.reward, LearnedReward)
@@ -257,14 +253,14 @@ def test_a_critic_stands_on_a_reward_model_beside_its_base(
 def test_a_critic_gets_virtual_tokens_where_its_start_has_none(reward: str) -> None:
     learned = ("stage=ppo", "ppo.reward=learned", "ppo.critic.init=reward")
     with pytest.raises(ConfigError) as error:
-        build(*learned, f"reward.peft={reward}", "ppo.peft=prompt")
+        stages_of(*learned, f"reward.peft={reward}", "ppo.peft=prompt")
     assert str(error.value) == (
         f"ppo.critic.init=reward: the reward model has virtual tokens (reward.peft={reward}), and a critic "
         "on it cannot get those of ppo.peft=prompt too. Use ppo.critic.init=sft, or another ppo.peft."
     )
-    build(*learned, "ppo.critic.init=sft", f"reward.peft={reward}", "ppo.peft=prompt")
-    build(*learned, f"reward.peft={reward}", "ppo.peft=lora")
-    build(*learned, "reward.peft=lora", "ppo.peft=prompt")
+    stages_of(*learned, "ppo.critic.init=sft", f"reward.peft={reward}", "ppo.peft=prompt")
+    stages_of(*learned, f"reward.peft={reward}", "ppo.peft=lora")
+    stages_of(*learned, "reward.peft=lora", "ppo.peft=prompt")
 
 
 def test_nor_on_a_reward_model_from_elsewhere(tmp_path: Path, tiny_model: Path) -> None:
@@ -274,8 +270,8 @@ def test_nor_on_a_reward_model_from_elsewhere(tmp_path: Path, tiny_model: Path) 
     }
     on = {name: (f"ppo.reward=model:{path}", "ppo.critic.init=reward") for name, path in made.items()}
     with pytest.raises(ConfigError, match=r"the reward model has virtual tokens \(ppo\.reward=model:"):
-        build("stage=ppo", *on["prompt"], "ppo.peft=prefix")
-    build("stage=ppo", *on["lora"], "ppo.peft=prefix")
+        stages_of("stage=ppo", *on["prompt"], "ppo.peft=prefix")
+    stages_of("stage=ppo", *on["lora"], "ppo.peft=prefix")
 
 
 @pytest.mark.parametrize(
@@ -286,13 +282,13 @@ def test_a_policy_that_starts_apart_from_its_reference(
 ) -> None:
     """The gate would fail after all steps; how far apart it starts is seen in the first one."""
     monkeypatch.setattr("rlhf.pipeline.experiment.check_qlora", lambda key, device: None)
-    assert build("stage=ppo", f"ppo.peft={method}")["ppo"].not_checked() == {
+    assert stages_of("stage=ppo", f"ppo.peft={method}")["ppo"].not_checked() == {
         "first_kl": f"with ppo.peft={method} the policy does not start as its own reference"
     }
-    assert build("stage=ppo", "ppo.peft=lora")["ppo"].not_checked() == {}
+    assert stages_of("stage=ppo", "ppo.peft=lora")["ppo"].not_checked() == {}
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
-    stage = build("stage=ppo", f"ppo.peft={method}")["ppo"]
+    stage = stages_of("stage=ppo", f"ppo.peft={method}")["ppo"]
     job = job_of("ppo", tmp_path / "ppo", tiny_model)
     stage.run(job)
     assert job.summary is not None and job.summary["first_kl"] > 1e-4
@@ -302,14 +298,14 @@ def test_what_is_not_merged_is_nothing_to_train_on() -> None:
     with pytest.raises(
         ConfigError, match=r"sft\.peft=adapter: it is not merged .* so reward, which trains on"
     ):
-        build("stage=reward", "sft.peft=adapter")
-    build("stage=sft", "sft.peft=adapter")
-    build("stage=ppo", "ppo.peft=adapter", "reward.peft=adapter")
+        stages_of("stage=reward", "sft.peft=adapter")
+    stages_of("stage=sft", "sft.peft=adapter")
+    stages_of("stage=ppo", "ppo.peft=adapter", "reward.peft=adapter")
     with pytest.raises(
         ConfigError, match=r"generation=vllm: sft\.peft=adapter is not merged into the weights"
     ):
-        build("stage=sft", "generation=vllm", "sft.peft=adapter")
-    build("stage=reward", "generation=vllm", "reward.peft=adapter")  # nobody samples from it
+        stages_of("stage=sft", "generation=vllm", "sft.peft=adapter")
+    stages_of("stage=reward", "generation=vllm", "reward.peft=adapter")  # nobody samples from it
 
 
 def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -> None:
@@ -354,4 +350,4 @@ def test_low_rank_updates_of_weights_in_4_bits(name: str, tmp_path: Path, tiny_m
 
 def test_4_bits_want_a_gpu() -> None:
     with pytest.raises(ConfigError, match=r"reward\.peft=qlora: 4-bit weights need a GPU, and this"):
-        build("stage=reward", "reward.peft=qlora", "device=cpu")
+        stages_of("stage=reward", "reward.peft=qlora", "device=cpu")

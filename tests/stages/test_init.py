@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments import build
 from safetensors.torch import load_file
 from small_chain import Chain, Outcome
 from small_job import small_job
-from small_plan import experiment, gpus
+from small_plan import gpus
 
 from rlhf.config import ConfigError
 from rlhf.costs.stage_cost import StageCost
@@ -45,32 +46,32 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     ],
 )  # fmt: skip
 def test_no_model_is_trained_that_nothing_reads(overrides: str, needed: list[str]) -> None:
-    assert experiment("model=tiny", *overrides.split()).needed() == needed
+    assert build("model=tiny", *overrides.split()).needed() == needed
 
 
 def test_the_policies_that_are_compared_follow() -> None:
     def policies(*overrides: str) -> list[str]:
-        found: list[str] = experiment(*overrides).resolved["evaluate"]["policies"]
+        found: list[str] = build(*overrides).resolved["evaluate"]["policies"]
         return found
 
     assert policies() == ["base", "sft", "ppo"]
     assert policies("ppo.init=base") == ["base", "ppo"]
     assert policies("ppo.init=some/where") == ["base", "init", "ppo"]
     with pytest.raises(ConfigError, match=r"evaluate\.gates.win_rate=null"):
-        experiment("ppo.init=base", "evaluate.policies=[sft,ppo]")
+        build("ppo.init=base", "evaluate.policies=[sft,ppo]")
     with pytest.raises(ConfigError, match=r"init is a directory, and evaluate\.init=base"):
-        experiment("ppo.init=base", "evaluate.policies=[base,init,ppo]")
+        build("ppo.init=base", "evaluate.policies=[base,init,ppo]")
 
 
 def test_a_start_that_is_no_text_is_refused_by_its_key() -> None:
     with pytest.raises(ConfigError, match=r"ppo\.init=\['sft'\]: "):
-        experiment("ppo.init=[sft]")
+        build("ppo.init=[sft]")
 
 
 def test_scores_are_normalised_by_the_start_of_the_policy() -> None:
-    assert experiment("ppo.init=base").resolved["generate"]["policy"] == "base"
+    assert build("ppo.init=base").resolved["generate"]["policy"] == "base"
     with pytest.raises(ConfigError, match=r"generate\.policy=sft: .* so this must be base"):
-        experiment("ppo.init=base", "generate.policy=sft")
+        build("ppo.init=base", "generate.policy=sft")
 
 
 def test_an_instruction_tuned_model_needs_pairs_alone(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_
     base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
 
     def complaints(*overrides: str) -> list[str]:
-        chain = experiment("model=tiny", *overrides).stages
+        chain = build("model=tiny", *overrides).stages
         names = ("ppo", "evaluate", "compare")
         answering = [each for name in names for each in chain[name].answering(chain)]
         return list(of_two_architectures(answering, base))
@@ -295,7 +296,7 @@ def test_the_planner_counts_the_model_that_is_trained(tiny_model: Path) -> None:
     """The settings' base model has eight billion parameters, the directory's a hundred thousand."""
 
     def cost(stage: str, *overrides: str) -> StageCost:
-        found = experiment(*overrides)
+        found = build(*overrides)
         return found.stages[stage].cost(gpus(80.0), found.stages)
 
     own = f"ppo.init={tiny_model}"

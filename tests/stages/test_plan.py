@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from experiments import build
 from small_chain import Chain, Outcome, run_main
 from small_job import on_cpu
 from transformers import MistralConfig, Qwen3Config
@@ -24,7 +23,7 @@ from rlhf.costs.setup import GIB, CostContext
 from rlhf.data.prepared import LengthStats
 from rlhf.models.base import BaseModelFiles, ModelConfig, skeleton
 from rlhf.models.peft import methods
-from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.experiment import Experiment
 from rlhf.planner.report import experiment_file
 from rlhf.planner.strategies import Use, rank_strategies
 
@@ -255,14 +254,10 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("rlhf.pipeline.experiment.check_qlora", lambda key, device: None)
 
-    def compose_and_build(*overrides: str) -> Experiment:
-        with initialize_config_module("rlhf.conf", version_base="1.3"):
-            node = compose("config", overrides=[f"hydra.searchpath=[file://{tmp_path}]", *overrides])
-        resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-        assert isinstance(resolved, dict)
-        return build_experiment({str(key): value for key, value in resolved.items()})
+    def build_here(*overrides: str) -> Experiment:
+        return build(f"hydra.searchpath=[file://{tmp_path}]", *overrides)
 
-    before = compose_and_build("model=tiny", "stage=prepare", *given)
+    before = build_here("model=tiny", "stage=prepare", *given)
     base = skeleton(BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny")).architecture)
     machine = Machine("cuda", "a test", 80 * GIB, 80 * GIB, 0.0, 1, Speed(1000.0, 1000.0))
     on = CostContext(counted(base), 2, "none", machine, lambda role, split: LengthStats(100, 20.0, 0.0, 20))
@@ -274,7 +269,7 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
         (strategy,) = [each for each in ranked if each.name == method.title]
         assert not [why for why in strategy.against if "peft" in why or "ppo." in why], strategy.against
         (tmp_path / "experiment" / f"{name}.yaml").write_text(experiment_file(before.resolved, strategy, ""))
-        experiment = compose_and_build(f"+experiment={name}")
+        experiment = build_here(f"+experiment={name}")
         assert experiment.stages[trains[-1]].peft_config().method == name
         found[name] = experiment.stages["ppo"].model_dump()
     assert [name for name in found if found[name]["critic"]["init"] == "sft"] == [*from_sft]

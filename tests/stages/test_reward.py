@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from experiments import build_stage
 from small_job import small_job
 from transformers import AutoModelForSequenceClassification
 
@@ -17,7 +16,6 @@ from rlhf.data.schema import Message, PairRow
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
 from rlhf.models.value_head import ScalarModel
-from rlhf.pipeline.experiment import build_experiment
 from rlhf.stages.reward import RewardStage
 from rlhf.supervised.pairs import EncodedPair
 
@@ -47,10 +45,7 @@ def test_trl_comes_to_the_same_weights(
             scalar.head.weight.copy_(head)
 
     monkeypatch.setattr(rlhf.models.value_head, "reset_head", given_head)
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=[*SETTINGS])
-    stage = build_experiment(OmegaConf.to_container(node, resolve=True)).stages["reward"]
-    assert isinstance(stage, RewardStage)
+    stage = build_stage(RewardStage, *SETTINGS)
     pairs = [pair(number) for number in range(12)]
     job = small_job("reward", tmp_path / "job", BaseModelFiles(tiny_model, "tiny", TINY), {"sft": tiny_model})
     job.data.write("reward", "train", pairs)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from experiments import build_stage
 from small_job import small_job
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -18,7 +17,6 @@ from rlhf.data.schema import Message, SftRow
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
 from rlhf.models.load import load_causal_lm
-from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.stages.sft import SftStage
 from rlhf.supervised.answers import EncodedAnswer, with_replay
@@ -37,13 +35,7 @@ HELD_OUT = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}") for
 
 
 def sft_stage(*overrides: str) -> SftStage:
-    with initialize_config_module("rlhf.conf", version_base="1.3"):
-        node = compose("config", overrides=[*SETTINGS, *overrides])
-    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    assert isinstance(resolved, dict)
-    stage = build_experiment({str(key): value for key, value in resolved.items()}).stages["sft"]
-    assert isinstance(stage, SftStage)
-    return stage
+    return build_stage(SftStage, *SETTINGS, *overrides)
 
 
 def sft_job(directory: Path, model: Path) -> Job:
