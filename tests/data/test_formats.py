@@ -1,20 +1,24 @@
 """Every row format people publish, and the complaint about each kind of bad row."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 
 from rlhf.data.formats import recognise
-from rlhf.data.schema import PairRow, PromptRow, QuestionRow, RowError, SftRow, TextRow
+from rlhf.data.schema import Message, PairRow, PromptRow, QuestionRow, Role, RowError, SftRow, TextRow
 
 
-def user(content):
+def user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def assistant(content):
+def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def system(content):
+def system(content: str) -> Message:
     return {"role": "system", "content": content}
 
 
@@ -51,7 +55,7 @@ TWO_TURNS = [user("Hi"), assistant("Hello."), user("Bye")]
     ({"text": "Yes"}, []),
     ({"text": "\n\nHuman: Hi\n\nAssistant: Yes"}, HI),
 ])  # fmt: skip
-def test_sft_formats(raw, prompt):
+def test_sft_formats(raw: dict[str, Any], prompt: list[Message]) -> None:
     turns = 2 if raw.get("messages") and prompt is TWO_TURNS else 1  # of a conversation, all are learned
     assert recognise(raw, "sft") == SftRow(prompt, "Yes", turns)
 
@@ -81,11 +85,11 @@ def test_sft_formats(raw, prompt):
       "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: Bad"}, TWO_TURNS),
     ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Good", "rejected": " Bad"}, HI),
 ])  # fmt: skip
-def test_preference_formats(raw, prompt):
+def test_preference_formats(raw: dict[str, Any], prompt: list[Message]) -> None:
     assert recognise(raw, "reward") == PairRow(prompt, "Good", "Bad")
 
 
-def test_gold_scores_are_kept_and_may_be_text_as_in_csv():
+def test_gold_scores_are_kept_and_may_be_text_as_in_csv() -> None:
     raw = {"prompt": "Hi", "chosen": "Good", "rejected": "Bad", "chosen_gold": "0.5", "rejected_gold": -1}
     assert recognise(raw, "reward") == PairRow(HI, "Good", "Bad", 0.5, -1.0)
 
@@ -107,11 +111,11 @@ def test_gold_scores_are_kept_and_may_be_text_as_in_csv():
     ({"text": "Hi", "role": "prompter", "parent_id": None}, HI),  # OpenAssistant's messages
     ({"prompt": {"text": "Hi", "role": "prompter", "replies": []}}, HI),  # and its trees
 ])  # fmt: skip
-def test_any_format_gives_its_prompt(raw, prompt, role):
+def test_any_format_gives_its_prompt(raw: dict[str, Any], prompt: list[Message], role: Role) -> None:
     assert recognise(raw, role) == PromptRow(prompt)
 
 
-def test_retention_formats():
+def test_retention_formats() -> None:
     for more in ({}, {"answer": "so"}, {"choices": None}):
         assert recognise({"text": "Water boils. ", **more}, "retention") == TextRow("Water boils.")
     question = {"question": "1+1?", "choices": ["1", "2", "3"]}
@@ -187,13 +191,13 @@ SFT_NEEDS = (
     ("retention", {"question": "?", "choices": ["a", "b"], "answer": True}, "wrong answer index",
      '"answer" must be the index of a choice (0 to 1) or its letter, found True (bool).'),
 ])  # fmt: skip
-def test_a_bad_row_is_told_what_is_wrong(role, raw, reason, message):
+def test_a_bad_row_is_told_what_is_wrong(role: Role, raw: Any, reason: str, message: str) -> None:
     with pytest.raises(RowError) as error:
         recognise(raw, role)
     assert str(error.value) == message
     assert error.value.reason == reason
 
 
-def test_an_unknown_speaker_is_named():
+def test_an_unknown_speaker_is_named() -> None:
     with pytest.raises(RowError, match=r"\"messages\[1\]\" has the role 'tool'; known: system, user,"):
         recognise({"messages": [user("Hi"), {"role": "tool", "content": "x"}]}, "sft")

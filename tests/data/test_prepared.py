@@ -1,5 +1,9 @@
 """What a prompt's lot depends on, and that prepared rows come back as they were written."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import pytest
 
 from rlhf.data.prepared import PreparedData
@@ -9,7 +13,7 @@ HI = [{"role": "user", "content": "Write about Größe"}]
 IDENTITIES = [prompt_identity(TextRow(f"text {number}")) for number in range(4000)]
 
 
-def test_a_prompt_has_one_identity_in_every_role():
+def test_a_prompt_has_one_identity_in_every_role() -> None:
     rows = [SftRow(HI, "a"), SftRow(HI, "b"), PairRow(HI, "a", "b"), PromptRow(HI), TextRow(HI[0]["content"])]
     assert len({prompt_identity(row) for row in rows}) == 1
 
@@ -20,11 +24,11 @@ def test_a_prompt_has_one_identity_in_every_role():
     "Write about Gro\u0308ße",  # decomposed umlaut
     "\uff37rite about Größe",  # full-width letter
 ])  # fmt: skip
-def test_form_does_not_change_the_identity(same):
+def test_form_does_not_change_the_identity(same: str) -> None:
     assert prompt_identity(PromptRow([{"role": "user", "content": same}])) == prompt_identity(PromptRow(HI))
 
 
-def test_other_words_and_other_turns_change_it():
+def test_other_words_and_other_turns_change_it() -> None:
     rows = [
         PromptRow(HI),
         PromptRow([{"role": "user", "content": "Write about a size"}]),
@@ -35,20 +39,20 @@ def test_other_words_and_other_turns_change_it():
     assert len({prompt_identity(row) for row in rows}) == len(rows)
 
 
-def test_a_draw_takes_its_fraction_and_grows_with_it():
+def test_a_draw_takes_its_fraction_and_grows_with_it() -> None:
     tenth = {identity for identity in IDENTITIES if drawn(identity, 0.1, "held_out")}
     fifth = {identity for identity in IDENTITIES if drawn(identity, 0.2, "held_out")}
     assert 0.085 < len(tenth) / len(IDENTITIES) < 0.115  # three standard deviations
     assert tenth < fifth
 
 
-def test_the_two_draws_are_independent():
+def test_the_two_draws_are_independent() -> None:
     evaluation = [identity for identity in IDENTITIES if drawn(identity, 0.5, "evaluation")]
     held_out = [identity for identity in evaluation if drawn(identity, 0.5, "held_out")]
     assert 0.46 < len(held_out) / len(evaluation) < 0.54
 
 
-def test_rows_come_back_as_written(tmp_path):
+def test_rows_come_back_as_written(tmp_path: Path) -> None:
     data = PreparedData(tmp_path)
     question = [QuestionRow("1+1?", ["1", "2"], 1)]
     pairs = [PairRow(HI, "a\u2028b", "c", 0.5, None)]
@@ -62,7 +66,7 @@ def test_rows_come_back_as_written(tmp_path):
     assert data.rows("retention", "evaluation") == [TextRow("x\ny", "speeches"), *question]
 
 
-def test_the_digest_is_of_both_splits_and_of_no_other_role(tmp_path):
+def test_the_digest_is_of_both_splits_and_of_no_other_role(tmp_path: Path) -> None:
     data = PreparedData(tmp_path)
     data.write("sft", "train", [SftRow(HI, "a")])
     data.write("sft", "held_out", [SftRow(HI, "b")])

@@ -1,8 +1,13 @@
 """Every kind of file, and one clear error for each way it can be broken."""
 
+from __future__ import annotations
+
 import csv
 import gzip
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,26 +20,26 @@ BOM = b"\xef\xbb\xbf"
 ROWS = [{"prompt": "Größe?", "completion": 'He said "no",\nthen left.'}, {"prompt": "b", "completion": "c"}]
 
 
-def source(value):
+def source(value: Any) -> SourceConfig:
     return SourceConfig.model_validate(value)
 
 
-def read(path, **detail):
+def read(path: Path, **detail: Any) -> list[tuple[str, Any]]:
     return list(source({"path": str(path), **detail}).rows(KEY))
 
 
-def jsonl(rows):
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def write_csv(path, rows):
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8-sig") as file:  # with a byte order mark, as Excel writes
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def write_parquet(path, rows):
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -53,12 +58,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_the_same_rows(name, tmp_path):
+def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path / name)
     assert [row for _, row in read(tmp_path / name)] == ROWS
 
 
-def test_rows_know_their_place(tmp_path):
+def test_rows_know_their_place(tmp_path: Path) -> None:
     for name, places in {
         "x.jsonl.gz": ["x.jsonl.gz line 1", "x.jsonl.gz line 2"],
         "blank-lines.jsonl": ["blank-lines.jsonl line 1", "blank-lines.jsonl line 3"],
@@ -69,14 +74,14 @@ def test_rows_know_their_place(tmp_path):
         assert [where for where, _ in read(tmp_path / name)] == places
 
 
-def test_plain_text_and_json_texts_are_one_row_a_line(tmp_path):
+def test_plain_text_and_json_texts_are_one_row_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
     (tmp_path / "b.jsonl").write_text('"one"\n"two"\n')
     for name in ("a.txt", "b.jsonl"):
         assert [row for _, row in read(tmp_path / name)] == [{"text": "one"}, {"text": "two"}]
 
 
-def test_a_string_names_a_source():
+def test_a_string_names_a_source() -> None:
     assert source("samples:prompts") == source({"samples": "prompts"})
     assert source("hub:a/b") == source({"hub": "a/b"})
     assert source("../x.csv") == source({"path": "../x.csv"})
@@ -92,7 +97,7 @@ def test_a_string_names_a_source():
     ({"path": "a", "revision": "b"}, "revision has a meaning for hub only, not for path."),
     ({"path": "a", "column": "b"}, "sft.data.column: there is no such key."),
 ])  # fmt: skip
-def test_a_wrong_source_is_refused_when_the_config_is_built(value, complaint):
+def test_a_wrong_source_is_refused_when_the_config_is_built(value: Any, complaint: str) -> None:
     class Stage(Strict):
         data: SourceConfig
 
@@ -101,7 +106,7 @@ def test_a_wrong_source_is_refused_when_the_config_is_built(value, complaint):
     assert complaint in str(error.value)
 
 
-def test_packaged_samples_are_found_and_a_wrong_name_lists_them():
+def test_packaged_samples_are_found_and_a_wrong_name_lists_them() -> None:
     _, row = next(source("samples:prompts").rows(KEY))
     assert row["prompt"]
     with pytest.raises(ConfigError) as error:
@@ -110,7 +115,7 @@ def test_packaged_samples_are_found_and_a_wrong_name_lists_them():
     assert "instructions, " in str(error.value)
 
 
-def test_fields(tmp_path):
+def test_fields(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(jsonl([{"q": "1", "a": "2", "messages": [], "id": 9}] * 3))
     rows = read(tmp_path / "x.jsonl", fields={"prompt": "q", "completion": "a"})
     assert [row for _, row in rows] == [{"prompt": "1", "completion": "2", "id": 9}] * 3
@@ -131,7 +136,9 @@ def test_fields(tmp_path):
     (b"[1]\n", "wrong type", "a row is an object or a text, found list."),
     (b"[" * 100_000 + b"\n", "broken JSON", "nested too deeply to be a row."),
 ])  # fmt: skip
-def test_a_bad_line_is_a_bad_row_and_the_others_are_read(line, reason, complaint, tmp_path):
+def test_a_bad_line_is_a_bad_row_and_the_others_are_read(
+    line: bytes, reason: str, complaint: str, tmp_path: Path
+) -> None:
     (tmp_path / "x.jsonl").write_bytes(jsonl(ROWS) + line)
     *good, (where, bad) = read(tmp_path / "x.jsonl")
     assert [row for _, row in good] == ROWS
@@ -140,7 +147,7 @@ def test_a_bad_line_is_a_bad_row_and_the_others_are_read(line, reason, complaint
     assert (bad.reason, str(bad)) == (reason, complaint)
 
 
-def test_a_csv_row_with_too_many_cells_is_bad(tmp_path):
+def test_a_csv_row_with_too_many_cells_is_bad(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt,completion\na,b,c\na\n")
     (_, long), (_, short) = read(tmp_path / "x.csv")
     assert str(long) == "more cells than the header has columns."
@@ -172,7 +179,7 @@ GZIPPED = gzip.compress(jsonl([{"text": str(number)} for number in range(5000)])
      ".txt; all but .parquet also with .gz."),
     ("x.parquet.gz", b"PK", "x.parquet.gz: cannot read this kind of file."),
 ])  # fmt: skip
-def test_a_broken_file_gives_one_error(name, content, complaint, tmp_path):
+def test_a_broken_file_gives_one_error(name: str, content: bytes, complaint: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError) as error:
         read(tmp_path / name)
@@ -186,7 +193,7 @@ def test_a_broken_file_gives_one_error(name, content, complaint, tmp_path):
     {"prompt": "a", "completion": "b"},
     {"anything": "a"},
 ])  # fmt: skip
-def test_one_row_alone_may_be_a_file(row, tmp_path):
+def test_one_row_alone_may_be_a_file(row: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(jsonl([row]))
     assert read(tmp_path / "x.json") == [("x.json line 1", row)]
 
@@ -195,7 +202,7 @@ WITH_ACCENTS = [{"prompt": "Grüße", "completion": "naïve ça €"}]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
-def test_an_encoding_with_a_mark_is_recognised(encoding, tmp_path):
+def test_an_encoding_with_a_mark_is_recognised(encoding: str, tmp_path: Path) -> None:
     text = "prompt;completion\nGrüße;naïve ça €\n"
     (tmp_path / "x.csv").write_bytes(text.encode(encoding))
     assert [row for _, row in read(tmp_path / "x.csv")] == WITH_ACCENTS
@@ -208,14 +215,16 @@ def test_an_encoding_with_a_mark_is_recognised(encoding, tmp_path):
 
 
 @pytest.mark.parametrize(("encoding", "named"), [("utf-16-le", "utf-16-le"), ("utf-16-be", "utf-16-be")])
-def test_utf_16_without_its_mark_is_refused_by_name_and_can_be_named(encoding, named, tmp_path):
+def test_utf_16_without_its_mark_is_refused_by_name_and_can_be_named(
+    encoding: str, named: str, tmp_path: Path
+) -> None:
     (tmp_path / "x.csv").write_bytes("prompt,completion\nGrüße,naïve ça €\n".encode(encoding))
     with pytest.raises(ConfigError, match=f"UTF-16 without its mark.*encoding: {named}"):
         read(tmp_path / "x.csv")
     assert [row for _, row in read(tmp_path / "x.csv", encoding=named)] == WITH_ACCENTS
 
 
-def test_cp1252_is_refused_by_name_and_can_be_named(tmp_path):
+def test_cp1252_is_refused_by_name_and_can_be_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes("prompt;completion\nGrüße;naïve ça €\n".encode("cp1252"))
     with pytest.raises(ConfigError, match=r"x\.csv line 2: not UTF-8 .*encoding: cp1252"):
         read(tmp_path / "x.csv")
@@ -227,19 +236,19 @@ def test_cp1252_is_refused_by_name_and_can_be_named(tmp_path):
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
-def test_what_separates_the_columns_is_recognised(mark, tmp_path):
+def test_what_separates_the_columns_is_recognised(mark: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(
         f'prompt{mark}completion\n"a{mark}b"{mark}c, d\n'.replace("c, d", '"c, d"')
     )
     assert [row for _, row in read(tmp_path / "x.csv")] == [{"prompt": f"a{mark}b", "completion": "c, d"}]
 
 
-def test_a_single_column_needs_no_mark(tmp_path):
+def test_a_single_column_needs_no_mark(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt\nWhy; and how?\n")
     assert [row for _, row in read(tmp_path / "x.csv")] == [{"prompt": "Why; and how?"}]
 
 
-def test_a_missing_file_and_a_directory_are_told_apart(tmp_path):
+def test_a_missing_file_and_a_directory_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         source(str(tmp_path / "none.jsonl")).fingerprint(KEY)
     expected = f"sft.data={tmp_path}/none.jsonl: there is no such file (looked in {tmp_path})."
@@ -251,13 +260,15 @@ def test_a_missing_file_and_a_directory_are_told_apart(tmp_path):
     assert str(error.value) == f"sft.data={tmp_path}: a directory. Name a file in it (train.jsonl)."
 
 
-def test_relative_paths_start_at_the_current_directory(tmp_path, monkeypatch):
+def test_relative_paths_start_at_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x.jsonl").write_bytes(jsonl(ROWS))
     monkeypatch.chdir(tmp_path)
     assert len(list(source("x.jsonl").rows(KEY))) == 2
 
 
-def test_the_fingerprint_is_the_contents_not_the_place(tmp_path):
+def test_the_fingerprint_is_the_contents_not_the_place(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.jsonl").write_bytes(jsonl(ROWS))
@@ -273,7 +284,7 @@ def test_the_fingerprint_is_the_contents_not_the_place(tmp_path):
     assert splits[0] == splits[1] != splits[2]
 
 
-def test_hub_sources_go_through_datasets(tmp_path, monkeypatch):
+def test_hub_sources_go_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

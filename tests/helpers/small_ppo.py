@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from experiments import build_stage
@@ -94,6 +95,14 @@ def resumed_learner(directory: Path, model: Path, reward: Reward, *overrides: st
 def length(prompts: Prompts, completions: Sequence[str]) -> Tensor:
     """A reward that differs from answer to answer."""
     return torch.tensor([float(len(completion.encode())) for completion in completions])
+
+
+class MakeTrainer(Protocol):
+    """Make a trainer: always the same weights, data and random numbers."""
+
+    def __call__(
+        self, *overrides: str, reward: Reward = ..., mix_rows: Sequence[SftRow] = ...
+    ) -> PolicyTrainer: ...
 
 
 class Counting:

@@ -1,8 +1,13 @@
 """`prepare` on small data sets for every role."""
 
+from __future__ import annotations
+
 import dataclasses
 import io
 import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -21,11 +26,11 @@ class ShorterBase(BaseModelFiles):
     length: int = 1 << 20
 
     @property
-    def context_length(self):
+    def context_length(self) -> int:
         return self.length
 
 
-def write(path, rows):
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -33,7 +38,7 @@ def write(path, rows):
 class Bench:
     """Small data sets for every role, and a way to prepare them."""
 
-    def __init__(self, directory, base):
+    def __init__(self, directory: Path, base: BaseModelFiles) -> None:
         self.directory, self.base, self.printed, self.num_runs = directory, base, io.StringIO(), 0
         numbers = range(40)
         self.rows = {
@@ -48,7 +53,7 @@ class Bench:
         }
         self.sources = {}
 
-    def stage(self, **knobs):
+    def stage(self, **knobs: Any) -> PrepareStage:
         sources = {role: write(self.directory / f"{role}.jsonl", rows) for role, rows in self.rows.items()}
         sources["retention"] = [sources.pop("texts"), sources.pop("questions")]
         settings = {
@@ -57,7 +62,7 @@ class Bench:
         }  # fmt: skip
         return validated(PrepareStage, settings | knobs, "prepare")
 
-    def prepare(self, **knobs):
+    def prepare(self, **knobs: Any) -> PreparedData:
         self.num_runs += 1
         out = self.directory / f"out{self.num_runs}"
         self.printed = io.StringIO()
@@ -66,11 +71,11 @@ class Bench:
         self.report = json.loads((out / "report.json").read_text())
         return PreparedData(out)
 
-    def complaint(self, **knobs):
+    def complaint(self, **knobs: Any) -> str:
         with pytest.raises(ConfigError) as error:
             self.prepare(**knobs)
         return str(error.value)
 
     @property
-    def output(self):
+    def output(self) -> str:
         return " ".join(self.printed.getvalue().split())

@@ -1,5 +1,7 @@
 """What must not matter to any loss over tokens: padding, splitting into micro-batches, order of rows."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 
@@ -49,7 +51,7 @@ def loss_and_gradient(loss: Loss, inputs: Tensor, mask_BR: Tensor) -> tuple[Tens
 @every_loss
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
 @pytest.mark.parametrize("which", [[0], [1], [2], [0, 1, 2]])
-def test_nothing_in_padding_reaches_loss_or_gradient(loss, garbage, which):
+def test_nothing_in_padding_reaches_loss_or_gradient(loss: Loss, garbage: float, which: list[int]) -> None:
     clean, dirty = tensors(), tensors()
     for i in which:
         dirty[i][~MASK_BR] = garbage
@@ -63,7 +65,7 @@ def test_nothing_in_padding_reaches_loss_or_gradient(loss, garbage, which):
 
 @every_loss
 @pytest.mark.parametrize("sizes", [[1, 4], [2, 3], [1, 1, 1, 1, 1]])
-def test_micro_batches_cropped_to_their_own_length_add_up(loss, sizes):
+def test_micro_batches_cropped_to_their_own_length_add_up(loss: Loss, sizes: list[int]) -> None:
     expected, expected_gradient_BR = loss_and_gradient(loss, tensors(), MASK_BR)
     total, gradients = torch.zeros(()), torch.zeros(5, 6)
     for rows in torch.arange(5).split(sizes):
@@ -76,7 +78,7 @@ def test_micro_batches_cropped_to_their_own_length_add_up(loss, sizes):
 
 
 @every_loss
-def test_the_order_of_rows_does_not_matter(loss):
+def test_the_order_of_rows_does_not_matter(loss: Loss) -> None:
     order = torch.tensor([3, 0, 4, 2, 1])
     expected, expected_gradient_BR = loss_and_gradient(loss, tensors(), MASK_BR)
     result, gradient_BR = loss_and_gradient(loss, tensors()[:, order], MASK_BR[order])
@@ -85,7 +87,7 @@ def test_the_order_of_rows_does_not_matter(loss):
 
 
 @every_loss
-def test_a_micro_batch_without_tokens_still_has_a_graph(loss):
+def test_a_micro_batch_without_tokens_still_has_a_graph(loss: Loss) -> None:
     # A rank whose share is empty must take part in the backward pass, or the other ranks wait for it.
     result, gradient_BR = loss_and_gradient(loss, tensors(), torch.zeros_like(MASK_BR))
     assert result.item() == 0.0
@@ -93,12 +95,12 @@ def test_a_micro_batch_without_tokens_still_has_a_graph(loss):
 
 
 @every_loss
-def test_shapes_that_would_broadcast_are_refused(loss):
+def test_shapes_that_would_broadcast_are_refused(loss: Loss) -> None:
     with pytest.raises(AssertionError):
         loss(*tensors(), MASK_BR[:1], TOTAL)
 
 
-def test_next_token_loss_by_hand():
+def test_next_token_loss_by_hand() -> None:
     logp_BT = torch.tensor([[-1.0, -2.0], [-4.0, math.nan]], requires_grad=True)
     mask_BT = torch.tensor([[True, True], [False, False]])
     result = next_token_loss(logp_BT, mask_BT, total_tokens=10)

@@ -1,5 +1,7 @@
 """The Bradley-Terry loss, by hand."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -29,7 +31,14 @@ LN_3 = math.log(3.0)
         (-500.0, 500.0, 0.0, 1000.0, -1.0, +1.0),  # no overflow
     ],
 )
-def test_by_hand(chosen, rejected, center, loss, gradient_chosen, gradient_rejected):
+def test_by_hand(
+    chosen: float,
+    rejected: float,
+    center: float,
+    loss: float,
+    gradient_chosen: float,
+    gradient_rejected: float,
+) -> None:
     chosen_B = torch.tensor([chosen], requires_grad=True)
     rejected_B = torch.tensor([rejected], requires_grad=True)
     result = bradley_terry_loss(chosen_B, rejected_B, total_pairs=1, center=center)
@@ -39,12 +48,12 @@ def test_by_hand(chosen, rejected, center, loss, gradient_chosen, gradient_rejec
     assert rejected_B.grad.item() == pytest.approx(gradient_rejected, rel=1e-4)
 
 
-def test_shapes_that_would_broadcast_are_refused():
+def test_shapes_that_would_broadcast_are_refused() -> None:
     with pytest.raises(AssertionError):
         bradley_terry_loss(torch.zeros(4), torch.zeros(4, 1), total_pairs=4)
 
 
-def test_micro_batches_add_up_to_the_mean_over_all_pairs():
+def test_micro_batches_add_up_to_the_mean_over_all_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     chosen_B, rejected_B = torch.randn(2, 5, generator=generator)
     parts = [

@@ -1,5 +1,7 @@
 """PPO's clipped objective, by hand. Padding, splitting and order: test_masking.py."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -41,14 +43,16 @@ def one_token(ratio: float, advantage: float, **knobs: float) -> tuple[PolicyLos
         (0.5, -1.0, {"dual_clip": 3.0}, +0.8, 0.0),
     ],
 )
-def test_equation_7_by_hand(ratio, advantage, knobs, loss, gradient):
+def test_equation_7_by_hand(
+    ratio: float, advantage: float, knobs: dict[str, float], loss: float, gradient: float
+) -> None:
     result, gradient_BR = one_token(ratio, advantage, **knobs)
     assert result.loss.item() == pytest.approx(loss, rel=1e-5)
     assert gradient_BR.item() == pytest.approx(gradient, rel=1e-5)
     assert result.clipped.item() == (gradient == 0.0)
 
 
-def test_metrics_by_hand():
+def test_metrics_by_hand() -> None:
     mask_BR = torch.tensor([[True, True, True, False]])
     logp_BR = torch.tensor([[1.5, 0.5, 1.0, 7.0]]).log().requires_grad_()
     advantage_BR = torch.tensor([[1.0, 1.0, -1.0, 9.0]])
@@ -63,7 +67,7 @@ def test_metrics_by_hand():
 
 
 @pytest.mark.parametrize(("real", "expected"), [(True, 0.5), (False, 0.0)])
-def test_paddings_ratio_of_1_is_not_the_largest(real, expected):
+def test_paddings_ratio_of_1_is_not_the_largest(real: bool, expected: float) -> None:
     mask_BR = torch.tensor([[real, False]])
     logp_BR = torch.full((1, 2), math.log(0.5))
     result = clipped_policy_loss(
@@ -72,7 +76,7 @@ def test_paddings_ratio_of_1_is_not_the_largest(real, expected):
     assert result.max_ratio.item() == pytest.approx(expected)
 
 
-def test_small_ratios_keep_their_kl():
+def test_small_ratios_keep_their_kl() -> None:
     # ln rho = 1e-4: rho - 1 - ln rho = 1e-8 / 2; subtracting 1 in fp32 would leave noise of 1e-7.
     logp_BR = torch.full((1, 1), 1e-4)
     result = clipped_policy_loss(logp_BR, torch.zeros(1, 1), torch.ones(1, 1), TRUE, clip=0.2, total_tokens=1)
@@ -80,7 +84,7 @@ def test_small_ratios_keep_their_kl():
 
 
 @pytest.mark.parametrize("log_ratio", [100.0, -100.0, math.inf, -math.inf])
-def test_an_overflowing_ratio_earns_no_gradient_instead_of_nan(log_ratio):
+def test_an_overflowing_ratio_earns_no_gradient_instead_of_nan(log_ratio: float) -> None:
     logp_BR = torch.tensor([[log_ratio], [log_ratio]], requires_grad=True)
     advantage_BR = torch.tensor([[1.0], [-1.0]])
     result = clipped_policy_loss(
@@ -93,7 +97,7 @@ def test_an_overflowing_ratio_earns_no_gradient_instead_of_nan(log_ratio):
 
 
 @pytest.mark.parametrize(("log_ratio", "clipped"), [(LOG_RATIO_LIMIT, 0), (LOG_RATIO_LIMIT + 0.5, 1)])
-def test_a_ratio_at_its_limit_still_earns_gradient(log_ratio, clipped):
+def test_a_ratio_at_its_limit_still_earns_gradient(log_ratio: float, clipped: int) -> None:
     logp_BR = torch.tensor([[log_ratio]]).requires_grad_()
     result = clipped_policy_loss(
         logp_BR, torch.zeros(1, 1), -torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), clip=0.2,
@@ -103,7 +107,7 @@ def test_a_ratio_at_its_limit_still_earns_gradient(log_ratio, clipped):
     assert result.clipped.item() == clipped == (logp_BR.grad.item() == 0.0)
 
 
-def test_a_nan_on_a_real_token_is_not_hidden():
+def test_a_nan_on_a_real_token_is_not_hidden() -> None:
     logp_BR = torch.tensor([[math.nan]])
     result = clipped_policy_loss(logp_BR, torch.zeros(1, 1), torch.ones(1, 1), TRUE, clip=0.2, total_tokens=1)
     assert math.isnan(result.loss.item())

@@ -1,5 +1,7 @@
 """The clipped value loss, by hand. Padding, splitting and order: test_masking.py."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
@@ -18,7 +20,9 @@ from rlhf.losses.value import clipped_value_loss
         (1.5, 2.0, None, 0.125, -0.5),  # plain squared error
     ],
 )
-def test_both_branches_by_hand(value, target, clip, loss, gradient):
+def test_both_branches_by_hand(
+    value: float, target: float, clip: float | None, loss: float, gradient: float
+) -> None:
     value_BR = torch.tensor([[value]], requires_grad=True)
     old_value_BR, return_BR, mask_BR = torch.ones(1, 1), torch.tensor([[target]]), torch.tensor([[True]])
     result = clipped_value_loss(value_BR, old_value_BR, return_BR, mask_BR, clip=clip, total_tokens=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,7 +231,7 @@ def test_a_model_that_transforms_its_logits_is_refused(model: PreTrainedModel) -
     check_head(plain)
 
     class Capped(GPT2LMHeadModel):
-        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
             output.logits = 0.1 * torch.tanh(output.logits / 0.1)
             return output

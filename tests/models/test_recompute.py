@@ -78,7 +78,9 @@ def train(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> tuple[float,
 
 @pytest.mark.parametrize("peft", ["none", "lora"])
 @pytest.mark.parametrize("stage", [sft, reward, ppo])
-def test_loss_and_gradients_are_the_same_and_less_is_kept(tiny_model: Path, stage, peft: str) -> None:
+def test_loss_and_gradients_are_the_same_and_less_is_kept(
+    tiny_model: Path, stage: Callable[[Path, str], tuple[nn.Module, Callable[[nn.Module], Tensor]]], peft: str
+) -> None:
     found = []
     for checkpointed in (False, True):
         torch.manual_seed(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_ppo import SMALL, length, ppo_job, ppo_learner, ppo_stage
+from small_ppo import SMALL, MakeTrainer, length, ppo_job, ppo_learner, ppo_stage
 
 from rlhf.data.schema import SftRow
 from rlhf.ppo.trainer import PolicyTrainer
@@ -15,7 +15,7 @@ from rlhf.rewards.reward import Reward
 
 
 @pytest.fixture
-def make(tmp_path: Path, tiny_model: Path):
+def make(tmp_path: Path, tiny_model: Path) -> MakeTrainer:
     """Make a trainer: always the same weights, data and random numbers."""
     made: list[PolicyTrainer] = []
 

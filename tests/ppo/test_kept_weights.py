@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_ppo import ROWS, Counting, equal, weights
+from small_ppo import ROWS, Counting, MakeTrainer, equal, weights
 
 
-def test_the_average_lags_behind_the_weights(make) -> None:
+def test_the_average_lags_behind_the_weights(make: MakeTrainer) -> None:
     trainer = make("ppo.ema_decay=0.75", "ppo.minibatch_episodes=16")
     assert trainer.update.average is not None
     before = weights(trainer.engine.model.policy)
@@ -20,7 +20,7 @@ def test_the_average_lags_behind_the_weights(make) -> None:
     assert equal(weights(trainer.engine.model.policy), after)
 
 
-def test_the_averaged_weights_are_what_is_kept(make) -> None:
+def test_the_averaged_weights_are_what_is_kept(make: MakeTrainer) -> None:
     overrides = ("ppo.steps=1", "ppo.minibatch_episodes=16", "ppo.evaluate_every=1")
     plain = make(*overrides, reward=Counting(1.0))  # rises, so that the last policy counts as the best
     averaged = make(*overrides, "ppo.ema_decay=0.9", reward=Counting(1.0))
@@ -35,7 +35,7 @@ def test_the_averaged_weights_are_what_is_kept(make) -> None:
 
 
 @pytest.mark.parametrize("change", [+1.0, -1.0])
-def test_the_best_policy_is_kept_not_the_last(make, change: float) -> None:
+def test_the_best_policy_is_kept_not_the_last(make: MakeTrainer, change: float) -> None:
     trainer = make("ppo.steps=2", "ppo.evaluate_every=1", reward=Counting(change))
     start = weights(trainer.engine.model.policy)
     summary = trainer.train(ROWS, ROWS[:4])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_ppo import ROWS, shake
+from small_ppo import ROWS, MakeTrainer, shake
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -99,7 +99,9 @@ def own_update(trainer: PolicyTrainer, experience: Experience) -> tuple[dict[str
     return sums.means(trainer.compute), found
 
 
-def test_losses_and_gradients_are_those_of_the_plain_implementation(make, tiny_model: Path) -> None:
+def test_losses_and_gradients_are_those_of_the_plain_implementation(
+    make: MakeTrainer, tiny_model: Path
+) -> None:
     trainer = make(*SETTINGS)
     trainer.policy.stop_ids = list(range(0, 259, 15))  # an untrained model hardly ever says one of its own
     experience, scored = trainer.experience(ROWS)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from small_ppo import ROWS, Counting, length, shake
+from small_ppo import ROWS, Counting, MakeTrainer, length, shake
 from torch import Tensor
 
 from rlhf.rewards.reward import Prompts
 
 
-def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
+def test_the_adaptive_coefficient_steers_towards_its_target(make: MakeTrainer) -> None:
     trainer = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", "ppo.kl.target=0.1", "ppo.kl.horizon=160")
     first = trainer.step(ROWS, 1)
     assert first["kl_coef"] == 0.1  # what the step was made with
@@ -25,7 +25,7 @@ def test_the_adaptive_coefficient_steers_towards_its_target(make) -> None:
     assert trainer.kl.coef == pytest.approx(lowered * (1 + 0.2 * 16 / 160))
 
 
-def test_the_penalty_is_taken_from_every_token(make) -> None:
+def test_the_penalty_is_taken_from_every_token(make: MakeTrainer) -> None:
     trainer = make("ppo.kl.coef=0.3", reward=Counting(0.0))
     shake(trainer)
     experience = trainer.experience(ROWS)[0]
@@ -34,7 +34,7 @@ def test_the_penalty_is_taken_from_every_token(make) -> None:
     torch.testing.assert_close(experience.reward_BR, expected_BR, atol=1e-6, rtol=1e-5)
 
 
-def test_running_normalisation_makes_the_reward_unitless(make) -> None:
+def test_running_normalisation_makes_the_reward_unitless(make: MakeTrainer) -> None:
     def scaled(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         return 300.0 + 1000.0 * length(prompts, completions)
 
@@ -53,7 +53,7 @@ def test_running_normalisation_makes_the_reward_unitless(make) -> None:
     assert float(seen.std()) > 100
 
 
-def test_an_outlier_is_clipped(make) -> None:
+def test_an_outlier_is_clipped(make: MakeTrainer) -> None:
     def one_large(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         return torch.tensor([1000.0] + [0.0] * (len(completions) - 1))
 
@@ -61,7 +61,7 @@ def test_an_outlier_is_clipped(make) -> None:
     assert trainer.experience(ROWS)[0].reward_BR.sum(1).tolist() == [5.0] + [0.0] * 15
 
 
-def test_a_response_without_a_stop_token_is_marked_down(make) -> None:
+def test_a_response_without_a_stop_token_is_marked_down(make: MakeTrainer) -> None:
     trainer = make("ppo.score.missing_stop_penalty=0.5", "ppo.max_new_tokens=60", reward=Counting(0.0))
     experience = trainer.experience(ROWS)[0]
     stopped_B = experience.rollout.stopped

@@ -9,6 +9,7 @@ import torch
 from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 
 from rlhf.data.chat_template import prompt_ids
+from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import function_reward
 from rlhf.tracking.timer import StepTimer
 
@@ -28,7 +29,7 @@ def test_every_step_has_its_own_seconds(tmp_path: Path, tiny_model: Path) -> Non
         assert metrics["response_tokens"] == 8 * metrics["length"]
 
 
-def learner_prompts(trainer) -> list[list[int]]:  # type: ignore[no-untyped-def]
+def learner_prompts(trainer: PolicyTrainer) -> list[list[int]]:
     return [prompt_ids(trainer.policy.tokenizer, row.prompt) for row in prompts(range(8))]
 
 

@@ -16,6 +16,7 @@ from small_ppo import (
     ROWS,
     SMALL,
     Counting,
+    MakeTrainer,
     equal,
     length,
     ppo_job,
@@ -50,7 +51,7 @@ def gradients(trainer: PolicyTrainer) -> list[Tensor]:
     return [moments["exp_avg"] * 10 for moments in state.values()]
 
 
-def test_the_policy_starts_as_its_own_reference(make) -> None:
+def test_the_policy_starts_as_its_own_reference(make: MakeTrainer) -> None:
     trainer = make("ppo.temperature=0.7", "ppo.micro_batch_tokens=150")
     metrics = trainer.step(ROWS, 1)
     assert metrics["kl"] == pytest.approx(0.0, abs=1e-5)
@@ -59,7 +60,7 @@ def test_the_policy_starts_as_its_own_reference(make) -> None:
     assert metrics["max_ratio"] > 1.0  # of all minibatches: the second one came after an update
 
 
-def test_sampling_and_training_agree_on_every_log_probability(make) -> None:
+def test_sampling_and_training_agree_on_every_log_probability(make: MakeTrainer) -> None:
     """The sampler pads on the left, keeps a cache and drops finished rows; the trainer does none of it."""
     trainer = make("ppo.temperature=0.7")
     shake(trainer)
@@ -72,7 +73,7 @@ def test_sampling_and_training_agree_on_every_log_probability(make) -> None:
     assert (experience.logp_BR - experience.reference_logp_BR).abs().max() > 0.1  # the reference stayed
 
 
-def test_the_second_step_still_begins_at_ratio_one(make) -> None:
+def test_the_second_step_still_begins_at_ratio_one(make: MakeTrainer) -> None:
     """The policy that samples is the one that was just trained, not a stale copy."""
     trainer = make()
     trainer.step(ROWS, 1)
@@ -112,7 +113,7 @@ def most_rows(trainer: PolicyTrainer, work: Callable[[], object]) -> int:
     return max(rows)
 
 
-def test_no_more_rows_are_decoded_together_than_asked_for(make) -> None:
+def test_no_more_rows_are_decoded_together_than_asked_for(make: MakeTrainer) -> None:
     every, few = make(), make("ppo.batch_rows=3")
     found: list[Rollout] = []
     for trainer in (every, few):
@@ -130,7 +131,7 @@ def test_no_more_rows_are_decoded_together_than_asked_for(make) -> None:
 
 
 @pytest.mark.parametrize("critic_only", [False, True])
-def test_micro_batches_add_up_to_the_whole(make, critic_only: bool) -> None:
+def test_micro_batches_add_up_to_the_whole(make: MakeTrainer, critic_only: bool) -> None:
     settings = (
         "ppo.value_clip=0.2", "ppo.dual_clip=1.5", "ppo.clip_high=0.3", "ppo.optim.max_grad_norm=1e9",
         "ppo.critic.optim.max_grad_norm=1e9",
@@ -186,7 +187,7 @@ def most_kept(work: Callable[[], object]) -> int:
     return max(sizes)
 
 
-def test_policy_and_critic_keep_their_graphs_one_after_the_other(make) -> None:
+def test_policy_and_critic_keep_their_graphs_one_after_the_other(make: MakeTrainer) -> None:
     trainer = make()
     experience, model = trainer.experience(ROWS)[0], trainer.engine.model
     rollout = experience.rollout
@@ -197,13 +198,13 @@ def test_policy_and_critic_keep_their_graphs_one_after_the_other(make) -> None:
     assert max(halves) <= both < 1.1 * max(halves)
 
 
-def test_experience_does_not_depend_on_micro_batches(make) -> None:
+def test_experience_does_not_depend_on_micro_batches(make: MakeTrainer) -> None:
     whole, split = (make(f"ppo.micro_batch_tokens={n}").experience(ROWS)[0] for n in (100_000, 100))
     for name in ("logp_BR", "reference_logp_BR", "value_BR", "advantage_BR", "return_BR"):
         torch.testing.assert_close(getattr(split, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
 
 
-def test_critic_warm_up_leaves_the_policy_alone(make) -> None:
+def test_critic_warm_up_leaves_the_policy_alone(make: MakeTrainer) -> None:
     trainer = make(
         "ppo.critic.warmup_steps=2", "ppo.ptx.coef=1.0", "ppo.optim.weight_decay=0.1", mix_rows=ANSWERS
     )
@@ -216,7 +217,7 @@ def test_critic_warm_up_leaves_the_policy_alone(make) -> None:
     assert not equal(weights(trainer.engine.model.policy), policy)
 
 
-def test_the_policys_schedules_begin_behind_the_critics_warm_up(make) -> None:
+def test_the_policys_schedules_begin_behind_the_critics_warm_up(make: MakeTrainer) -> None:
     knobs = ("ppo.optim.warmup_fraction=0.5", "ppo.kl.controller=adaptive", "ppo.kl.coef=0.1")
     trainer, alone = make(*knobs, "ppo.steps=6", "ppo.critic.warmup_steps=2"), make(*knobs, "ppo.steps=4")
     rates = [trainer.step(ROWS, step)["lr"] for step in (1, 2)]
@@ -227,7 +228,7 @@ def test_the_policys_schedules_begin_behind_the_critics_warm_up(make) -> None:
     assert trainer.kl.coef != 0.1
 
 
-def test_special_tokens_inside_an_answer_are_counted(make) -> None:
+def test_special_tokens_inside_an_answer_are_counted(make: MakeTrainer) -> None:
     """The reward sees the text, which is without them: they cost nothing, so that they show in no score."""
     policy = make().policy
     bos, pad, letter = (
@@ -245,7 +246,7 @@ def test_special_tokens_inside_an_answer_are_counted(make) -> None:
     assert response_text(policy.tokenizer, responses[1]) == "ee"
 
 
-def test_the_pretraining_mix_teaches_the_answers(make) -> None:
+def test_the_pretraining_mix_teaches_the_answers(make: MakeTrainer) -> None:
     def answer_loss(trainer: PolicyTrainer) -> float:
         mix = trainer.update.mix
         assert mix is not None
@@ -269,7 +270,7 @@ def test_the_pretraining_mix_teaches_the_answers(make) -> None:
     assert changes[5.0] < changes[0.001]
 
 
-def test_without_reward_the_mix_is_all_that_moves_the_policy(make) -> None:
+def test_without_reward_the_mix_is_all_that_moves_the_policy(make: MakeTrainer) -> None:
     """All advantages are 0 then, so a policy without the mix stays exactly where it was."""
     still = make(reward=Counting(0.0))
     moved = make("ppo.ptx.coef=1.0", reward=Counting(0.0), mix_rows=ANSWERS)
@@ -280,7 +281,7 @@ def test_without_reward_the_mix_is_all_that_moves_the_policy(make) -> None:
     assert not equal(weights(moved.engine.model.policy), start)
 
 
-def test_epochs_end_early_when_the_policy_has_moved(make) -> None:
+def test_epochs_end_early_when_the_policy_has_moved(make: MakeTrainer) -> None:
     free, stopped = make("ppo.epochs=3"), make("ppo.epochs=3", "ppo.stop_epochs_kl=1e-6")
     full, short = free.step(ROWS, 1), stopped.step(ROWS, 1)
     assert (full["epochs"], short["epochs"]) == (3.0, 1.0)
@@ -291,7 +292,7 @@ def test_epochs_end_early_when_the_policy_has_moved(make) -> None:
     assert [int(step) for step in steps] == [6, 2]  # two minibatches an epoch
 
 
-def test_an_update_that_is_not_finite_is_not_taken(make) -> None:
+def test_an_update_that_is_not_finite_is_not_taken(make: MakeTrainer) -> None:
     trainer = make("ppo.minibatch_episodes=16")
     with torch.no_grad():
         trainer.engine.model.critic.offset.fill_(float("nan"))
@@ -302,7 +303,7 @@ def test_an_update_that_is_not_finite_is_not_taken(make) -> None:
     assert equal(weights(trainer.engine.model.policy), before)
 
 
-def test_a_first_step_without_a_finite_gradient_does_not_spoil_the_summary(make) -> None:
+def test_a_first_step_without_a_finite_gradient_does_not_spoil_the_summary(make: MakeTrainer) -> None:
     def breaks_the_critic_once(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         calls.append(len(completions))
         with torch.no_grad():  # the second call scores the first rollout
@@ -317,7 +318,7 @@ def test_a_first_step_without_a_finite_gradient_does_not_spoil_the_summary(make)
     assert summary["first_ratio_deviation"] < 1e-4
 
 
-def test_hidden_padding_does_not_reach_a_log_probability(make) -> None:
+def test_hidden_padding_does_not_reach_a_log_probability(make: MakeTrainer) -> None:
     """Alone or beside a longer row, an episode measures the same."""
     trainer = make()
     rollout = trainer.experience(ROWS)[0].rollout
@@ -336,7 +337,7 @@ def test_hidden_padding_does_not_reach_a_log_probability(make) -> None:
         torch.testing.assert_close(alone_BR[0], together_BR[index, : alone_BR.shape[1]], atol=1e-5, rtol=1e-5)
 
 
-def test_explained_variance_is_the_mean_of_the_last_quarter(make) -> None:
+def test_explained_variance_is_the_mean_of_the_last_quarter(make: MakeTrainer) -> None:
     bad, good = (
         {"explained_variance": x, "explained_variance_error": e} for x, e in ((-9.0, 9.0), (0.5, 0.2))
     )

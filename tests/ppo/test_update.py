@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_ppo import ROWS, equal, length, prompts, resumed_learner, shake, weights
+from small_ppo import ROWS, MakeTrainer, equal, length, prompts, resumed_learner, shake, weights
 from torch import Tensor
 
 from rlhf.data.schema import Message, SftRow
@@ -41,7 +41,7 @@ def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-7)
 
 
-def test_epochs_end_by_the_last_epochs_own_kl_not_by_the_mean_of_all(make) -> None:
+def test_epochs_end_by_the_last_epochs_own_kl_not_by_the_mean_of_all(make: MakeTrainer) -> None:
     one, two = (make(f"ppo.epochs={n}").step(ROWS, 1)["approximate_kl"] for n in (1, 2))
     second = 2 * two - one  # both epochs have the same tokens
     assert one < two < second
@@ -61,7 +61,7 @@ class WithIdlePasses(Compute):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_passes_without_weight_change_no_gradient(make, mixed: bool) -> None:
+def test_passes_without_weight_change_no_gradient(make: MakeTrainer, mixed: bool) -> None:
     results = []
     for idle in (False, True):
         settings = (*FREE, "ppo.micro_batch_tokens=150", f"ppo.ptx.coef={1.0 if mixed else 0.0}")
@@ -79,7 +79,9 @@ def test_passes_without_weight_change_no_gradient(make, mixed: bool) -> None:
     assert_close(found, expected)
 
 
-def test_the_pretraining_mix_is_learned_at_temperature_one_whatever_its_micro_batches(make) -> None:
+def test_the_pretraining_mix_is_learned_at_temperature_one_whatever_its_micro_batches(
+    make: MakeTrainer,
+) -> None:
     results = []
     for temperature, micro_batch_tokens in ((1.0, 100_000), (0.5, 100_000), (1.0, 60)):
         trainer = make(
@@ -93,7 +95,7 @@ def test_the_pretraining_mix_is_learned_at_temperature_one_whatever_its_micro_ba
     assert_close(results[2], results[0])
 
 
-def test_the_adaptive_coefficient_follows_the_mean_log_ratio(make) -> None:
+def test_the_adaptive_coefficient_follows_the_mean_log_ratio(make: MakeTrainer) -> None:
     """k1, the KL that the penalty is made of, not k3, which is never negative."""
     found = []
     for target in (1.0, None):  # close to the KL, so that the controller's step is not clipped
@@ -108,7 +110,7 @@ def test_the_adaptive_coefficient_follows_the_mean_log_ratio(make) -> None:
     assert trainer.kl.coef == by_kl.coef != by_k3.coef
 
 
-def test_every_evaluation_draws_the_same_and_another_seed_draws_otherwise(make) -> None:
+def test_every_evaluation_draws_the_same_and_another_seed_draws_otherwise(make: MakeTrainer) -> None:
     trainer, other = make(), make()
     shake(trainer)
     shake(other)
@@ -117,7 +119,7 @@ def test_every_evaluation_draws_the_same_and_another_seed_draws_otherwise(make) 
     assert trainer.evaluate(HELD_OUT).metrics() != other.evaluate(HELD_OUT).metrics()
 
 
-def test_of_policies_that_score_alike_the_first_is_kept(make) -> None:
+def test_of_policies_that_score_alike_the_first_is_kept(make: MakeTrainer) -> None:
     def alike_when_held_out(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         return (
             length(prompts, completions) if len(completions) == len(ROWS) else torch.zeros(len(completions))
@@ -132,7 +134,7 @@ def test_of_policies_that_score_alike_the_first_is_kept(make) -> None:
         assert torch.equal(trainer.best_weights[name], value), name
 
 
-def test_held_out_kl_is_nats_a_sequence_by_the_mean_log_ratio(make) -> None:
+def test_held_out_kl_is_nats_a_sequence_by_the_mean_log_ratio(make: MakeTrainer) -> None:
     trainer = make()
     shake(trainer)
     result = trainer.evaluate(HELD_OUT)

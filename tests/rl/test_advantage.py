@@ -1,5 +1,7 @@
 """Advantage estimation and whitening."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -11,7 +13,7 @@ from rlhf.rl.rollout import length_mask
 NAN, INF = math.nan, math.inf
 
 
-def test_generalized_advantage_by_hand():
+def test_generalized_advantage_by_hand() -> None:
     # gamma lam = 0.72. Row 0, backwards:
     #   delta_2 = 2 + 0       + 1   = 3.0    A_2 =  3.0                 R_2 = 3.0    - 1   = 2.0
     #   delta_1 = 0 - 0.9     - 1   = -1.9   A_1 = -1.9 + 0.72 * 3.0    R_1 = 0.26   + 1   = 1.26
@@ -28,7 +30,7 @@ def test_generalized_advantage_by_hand():
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_lambda_1_is_monte_carlo_and_lambda_0_is_the_td_error(gamma):
+def test_lambda_1_is_monte_carlo_and_lambda_0_is_the_td_error(gamma: float) -> None:
     generator = torch.Generator().manual_seed(2)
     reward_BR, value_BR = torch.randn(2, 4, 7, generator=generator)
     lengths = [7, 1, 4, 6]
@@ -45,13 +47,13 @@ def test_lambda_1_is_monte_carlo_and_lambda_0_is_the_td_error(gamma):
             )
 
 
-def test_a_mask_with_holes_is_refused():
+def test_a_mask_with_holes_is_refused() -> None:
     zeros_BR, mask_BR = torch.zeros(1, 3), torch.tensor([[True, False, True]])
     with pytest.raises(AssertionError):
         generalized_advantage(zeros_BR, zeros_BR, mask_BR, gamma=1.0, lam=0.95)
 
 
-def test_moments_by_hand():
+def test_moments_by_hand() -> None:
     x_BR, mask_BR = torch.tensor([[1.0, 5.0], [2.0, NAN]]), torch.tensor([[True, True], [False, False]])
     moments = masked_moments(x_BR, mask_BR)
     assert moments.dtype == torch.float64
@@ -68,13 +70,13 @@ def test_moments_by_hand():
         ([10001.0, 10003.0, NAN], [-1.0, 1.0, 0.0]),  # fp32 squares would lose this variance
     ],
 )
-def test_whitening_by_hand(x, expected):
+def test_whitening_by_hand(x: list[float], expected: list[float]) -> None:
     x_BR, mask_BR = torch.tensor([x]), torch.tensor([[True, True, False]])
     result = whiten(x_BR, mask_BR, masked_moments(x_BR, mask_BR))
     torch.testing.assert_close(result, torch.tensor([expected]), atol=1e-5, rtol=0)
 
 
-def test_whitening_does_not_depend_on_the_number_of_ranks():
+def test_whitening_does_not_depend_on_the_number_of_ranks() -> None:
     x_BR = torch.randn(5, 6, generator=torch.Generator().manual_seed(3)) * 4 + 7
     mask_BR = length_mask(torch.tensor([1, 2, 6, 3, 5]))
     together_BR = whiten(x_BR, mask_BR, masked_moments(x_BR, mask_BR))
@@ -86,7 +88,7 @@ def test_whitening_does_not_depend_on_the_number_of_ranks():
     assert together_BR[mask_BR].var(correction=0).item() == pytest.approx(1.0, abs=1e-5)
 
 
-def test_masks():
+def test_masks() -> None:
     mask_BR = length_mask(torch.tensor([2, 0, 3]))
     assert mask_BR.tolist() == [[True, True, False], [False, False, False], [True, True, True]]
     assert is_right_padded(mask_BR)

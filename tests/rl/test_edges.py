@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from rlhf.losses.language import next_token_loss
 from rlhf.losses.pairwise import bradley_terry_loss
@@ -26,7 +29,9 @@ def value_loss(mask: torch.Tensor = MASK, tokens: float = 1, clip: float | None 
 
 @pytest.mark.parametrize("loss", [policy_loss, value_loss])
 @pytest.mark.parametrize(("mask", "tokens"), [(MASK, 0), (MASK.float(), 1), (MASK.float(), 0)])
-def test_losses_refuse_no_tokens_and_masks_that_are_no_masks(loss, mask, tokens) -> None:
+def test_losses_refuse_no_tokens_and_masks_that_are_no_masks(
+    loss: Callable[[Tensor, int], PolicyLoss | ValueLoss], mask: Tensor, tokens: int
+) -> None:
     with pytest.raises(AssertionError):
         loss(mask, tokens)
     with pytest.raises(AssertionError):

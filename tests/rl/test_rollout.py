@@ -1,5 +1,7 @@
 """Rollouts, experience and minibatches."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import pytest
@@ -23,14 +25,14 @@ def lists(tensors: list[Tensor] | None) -> list[list[float]] | None:
     return None if tensors is None else [tensor.tolist() for tensor in tensors]
 
 
-def test_the_mask_counts_stop_tokens_that_are_also_padding():
+def test_the_mask_counts_stop_tokens_that_are_also_padding() -> None:
     episodes = rollout([5, 0], [7, 0, 0, 8], [9])
     assert episodes.response_lengths.tolist() == [2, 4, 1]
     assert episodes.mask_BR.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("logp", [True, False])
-def test_select_and_concatenate(logp):
+def test_select_and_concatenate(logp: bool) -> None:
     whole = Rollout.concatenate(
         [rollout([5, 0], [6], logp=logp), rollout([7, 8, 9], first_prompt=2, logp=logp)]
     )
@@ -42,7 +44,7 @@ def test_select_and_concatenate(logp):
     assert lists(picked.sampled_logp) == ([[-7.0, -8.0, -9.0], [-5.0, 0.0]] if logp else None)
 
 
-def test_a_half_known_rollout_is_refused():
+def test_a_half_known_rollout_is_refused() -> None:
     with pytest.raises(AssertionError):
         Rollout.concatenate([rollout([1]), rollout([2], logp=False)])
     with pytest.raises(AssertionError):
@@ -67,7 +69,7 @@ def experience() -> Experience:
     )
 
 
-def test_selected_experience_is_cropped_to_its_longest_answer():
+def test_selected_experience_is_cropped_to_its_longest_answer() -> None:
     picked = experience().select(torch.tensor([2, 0]))
     assert len(picked) == 2
     assert picked.mask_BR.int().tolist() == [[1, 0], [1, 1]]
@@ -82,13 +84,13 @@ def test_selected_experience_is_cropped_to_its_longest_answer():
     assert torch.equal(picked.return_BR, tokens_BR + 500)
 
 
-def test_experience_of_another_shape_than_its_rollout_is_refused():
+def test_experience_of_another_shape_than_its_rollout_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"\(3, 3\) for responses of \(3, 4\)"):
         dataclasses.replace(experience(), return_BR=torch.zeros(3, 3))
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(4, [4, 4, 4]), (5, [5, 5, 2]), (12, [12]), (100, [12])])
-def test_minibatches_are_a_partition_reshuffled_every_epoch(size, sizes):
+def test_minibatches_are_a_partition_reshuffled_every_epoch(size: int, sizes: list[int]) -> None:
     generator = torch.Generator().manual_seed(5)
     first = minibatches(12, size, generator)
     second = minibatches(12, size, generator)

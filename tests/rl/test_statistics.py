@@ -1,5 +1,7 @@
 """Masked metrics."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -27,13 +29,13 @@ MASK_BR = torch.tensor([[True, True, False]])
         ([0.0, 1.0], [0.1, 0.1], 0.0),  # equal returns: by definition
     ],
 )
-def test_explained_variance_by_hand(values, returns, expected):
+def test_explained_variance_by_hand(values: list[float], returns: list[float], expected: float) -> None:
     value_BR, return_BR = torch.tensor([[*values, math.nan]]), torch.tensor([[*returns, 1e20]])
     assert explained_variance(value_BR, return_BR, MASK_BR) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("length", [3, 7])
-def test_equal_returns_leave_no_rounding_behind(length):
+def test_equal_returns_leave_no_rounding_behind(length: int) -> None:
     # float64 0.7: mean of squares minus squared mean is +1.7e-16 for three of them, -2.2e-16 for seven.
     return_BR = torch.full((1, length), 0.7, dtype=torch.float64)
     value_BR, mask_BR = torch.arange(float(length))[None], torch.ones(1, length, dtype=torch.bool)
@@ -41,7 +43,7 @@ def test_equal_returns_leave_no_rounding_behind(length):
     assert explained_variance(value_BR, return_BR, mask_BR) == 0.0
 
 
-def test_explained_variance_does_not_depend_on_the_number_of_ranks():
+def test_explained_variance_does_not_depend_on_the_number_of_ranks() -> None:
     value_BR, return_BR = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(7))
     mask_BR = torch.tensor([3, 1, 2, 3, 3, 1])[:, None] > torch.arange(3)
     ranks = (slice(0, 1), slice(1, 6))
@@ -60,5 +62,5 @@ def test_explained_variance_does_not_depend_on_the_number_of_ranks():
         (5, 0.0),  # no sequence is that long
     ],
 )
-def test_distinct_n_by_hand(n, expected):
+def test_distinct_n_by_hand(n: int, expected: float) -> None:
     assert distinct_n([[1, 2, 1, 2], [2, 3]], n) == expected

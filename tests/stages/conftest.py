@@ -1,5 +1,10 @@
 """Data sets to prepare."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from small_prepare import Bench, ShorterBase
 
@@ -7,8 +12,8 @@ from rlhf.models.base import ModelConfig, base_files
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    def build(content, write):
+def base(tmp_path_factory: pytest.TempPathFactory) -> ShorterBase:
+    def build(content: list[str], write: Callable[[Path], None]) -> Path:
         directory = tmp_path_factory.mktemp(content[0])
         write(directory)
         return directory
@@ -18,5 +23,5 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
-def bench(tmp_path, base):
+def bench(tmp_path: Path, base: ShorterBase) -> Bench:
     return Bench(tmp_path, base)

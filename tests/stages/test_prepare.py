@@ -1,27 +1,30 @@
 """`prepare` on real files: what is kept, where it lands, and what is said about the rest."""
 
+from __future__ import annotations
+
 import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+from small_prepare import Bench
 
 from rlhf.data.chat_template import prompt_ids
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import ROLES, TRAINING_ROLES, Message, QuestionRow, TextRow, prompt_identity
+from rlhf.data.schema import ROLES, TRAINING_ROLES, Message, QuestionRow, Role, TextRow, prompt_identity
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
 SAMPLES = ROOT / "data"
 
 
-def identities(data, role):
+def identities(data: PreparedData, role: Role) -> dict[str, set[str]]:
     splits = ("train", "held_out") if role in TRAINING_ROLES else ("evaluation",)
     return {split: {prompt_identity(row) for row in data.rows(role, split)} for split in splits}
 
 
-def assert_apart(data):
+def assert_apart(data: PreparedData) -> None:
     """No prompt of any role is in two of train, held-out and evaluation."""
     prompts = {"train": set(), "held_out": set(), "evaluation": identities(data, "evaluate")["evaluation"]}
     for role in TRAINING_ROLES:
@@ -34,7 +37,7 @@ def assert_apart(data):
     assert not prompts["held_out"] & prompts["evaluation"]
 
 
-def test_every_row_is_kept_once_and_counted(bench):
+def test_every_row_is_kept_once_and_counted(bench: Bench) -> None:
     data = bench.prepare()
     assert_apart(data)
     for role in TRAINING_ROLES:
@@ -53,7 +56,7 @@ def test_every_row_is_kept_once_and_counted(bench):
     assert "sft.data sft.jsonl 40" in bench.output
 
 
-def test_token_lengths(bench):
+def test_token_lengths(bench: Bench) -> None:
     # A byte is a token. Of the lengths 1 to 40, sorted: 5 % is item round(1.95), the median item round(19.5).
     bench.rows["sft"] = [{"text": "x" * n} for n in range(40, 0, -1)]
     bench.prepare()
@@ -65,7 +68,7 @@ def test_token_lengths(bench):
     }  # fmt: skip
 
 
-def test_both_sides_of_a_pair_have_their_prompt_in_common(bench):
+def test_both_sides_of_a_pair_have_their_prompt_in_common(bench: Bench) -> None:
     bench.rows["reward"] = [{"prompt": f"{n:02}", "chosen": "a", "rejected": "b"} for n in range(10, 50)]
     prepared = bench.prepare()
     tokenizer = bench.job.base.load_tokenizer()
@@ -78,7 +81,7 @@ def test_both_sides_of_a_pair_have_their_prompt_in_common(bench):
     assert prompt < found < prompt + nothing
 
 
-def test_evaluation_is_drawn_when_it_shares_its_source(bench):
+def test_evaluation_is_drawn_when_it_shares_its_source(bench: Bench) -> None:
     bench.sources["evaluate"] = str(bench.directory / "ppo.jsonl")
     bench.rows["reward"] += [{"prompt": f"ppo {n}", "chosen": "good", "rejected": "bad"} for n in range(40)]
     data = bench.prepare()
@@ -92,14 +95,14 @@ def test_evaluation_is_drawn_when_it_shares_its_source(bench):
     assert "LEAK" not in bench.output
 
 
-def test_the_same_file_elsewhere_is_the_same_source(bench):
+def test_the_same_file_elsewhere_is_the_same_source(bench: Bench) -> None:
     bench.stage()
     copy = shutil.copy(bench.directory / "ppo.jsonl", bench.directory / "copy.jsonl")
     bench.sources["evaluate"] = str(copy)
     assert_apart(bench.prepare())
 
 
-def test_a_leak_from_another_source_is_removed_and_told_loudly(bench):
+def test_a_leak_from_another_source_is_removed_and_told_loudly(bench: Bench) -> None:
     bench.rows["evaluate"][3] = {"prompt": "SFT  7"}  # as sft 7, but for case and spacing
     bench.rows["evaluate"][4] = {"prompt": "ppo 2"}
     data = bench.prepare()
@@ -113,7 +116,7 @@ def test_a_leak_from_another_source_is_removed_and_told_loudly(bench):
     ) in bench.output
 
 
-def test_a_retention_row_that_is_trained_on_is_a_leak(bench):
+def test_a_retention_row_that_is_trained_on_is_a_leak(bench: Bench) -> None:
     bench.rows["sft"] += [{"text": "Fact 7"}, {"prompt": "question 3", "completion": "a"}]
     data = bench.prepare()
     assert bench.job.summary["leaks"] == 2
@@ -121,7 +124,7 @@ def test_a_retention_row_that_is_trained_on_is_a_leak(bench):
     assert "2 in sft.data (sft.jsonl line 41, sft.jsonl line 42)" in bench.output
 
 
-def test_retention_shares_a_source_with_training_and_only_that_one_is_divided(bench):
+def test_retention_shares_a_source_with_training_and_only_that_one_is_divided(bench: Bench) -> None:
     bench.sources["sft"] = str(bench.directory / "texts.jsonl")
     data = bench.prepare()
     retention = data.rows("retention", "evaluation")
@@ -133,7 +136,7 @@ def test_retention_shares_a_source_with_training_and_only_that_one_is_divided(be
     assert bench.job.summary["leaks"] == 0
 
 
-def test_what_is_replayed_or_mixed_in_is_neither_evaluated_nor_held_out(bench):
+def test_what_is_replayed_or_mixed_in_is_neither_evaluated_nor_held_out(bench: Bench) -> None:
     bench.sources |= {role: str(bench.directory / "texts.jsonl") for role in ("sft", "replay", "ptx")}
     data = bench.prepare()
     assert_apart(data)
@@ -143,7 +146,7 @@ def test_what_is_replayed_or_mixed_in_is_neither_evaluated_nor_held_out(bench):
         assert not kept & {row.completion for row in data.rows(role, "train")}
 
 
-def test_a_source_that_is_null_gives_no_rows(bench):
+def test_a_source_that_is_null_gives_no_rows(bench: Bench) -> None:
     bench.sources |= {"replay": None, "ptx": None}
     data = bench.prepare()
     assert data.rows("replay", "train") == data.rows("ptx", "held_out") == []
@@ -151,7 +154,7 @@ def test_a_source_that_is_null_gives_no_rows(bench):
     assert "sft.replay" not in bench.output
 
 
-def test_what_retention_figures_are_called_is_in_the_key(bench):
+def test_what_retention_figures_are_called_is_in_the_key(bench: Bench) -> None:
     before = bench.stage().external_digests()
     copy = shutil.copy(bench.directory / "texts.jsonl", bench.directory / "facts.jsonl")
     bench.sources["retention"] = [str(copy), str(bench.directory / "questions.jsonl")]
@@ -159,7 +162,7 @@ def test_what_retention_figures_are_called_is_in_the_key(bench):
     assert {name for name in after if after[name] != before[name]} == {"names"}
 
 
-def test_the_key_is_the_content_of_the_sources_not_their_place(bench):
+def test_the_key_is_the_content_of_the_sources_not_their_place(bench: Bench) -> None:
     before = bench.stage()
     moved = shutil.copy(bench.directory / "ppo.jsonl", bench.directory / "elsewhere.jsonl")
     bench.sources["ppo"] = str(moved)
@@ -172,7 +175,7 @@ def test_the_key_is_the_content_of_the_sources_not_their_place(bench):
     assert changed == {"ppo"}
 
 
-def test_a_role_does_not_change_with_another_roles_source(bench):
+def test_a_role_does_not_change_with_another_roles_source(bench: Bench) -> None:
     before = bench.prepare()
     digests = {role: before.digest(role) for role in ROLES}
     bench.rows["ppo"] = bench.rows["ppo"][:20] + [{"prompt": f"new {n}"} for n in range(9)]
@@ -180,7 +183,7 @@ def test_a_role_does_not_change_with_another_roles_source(bench):
     assert {role for role in ROLES if after.digest(role) != digests[role]} == {"ppo"}
 
 
-def test_the_split_is_stable_under_order_and_added_rows(bench):
+def test_the_split_is_stable_under_order_and_added_rows(bench: Bench) -> None:
     bench.sources["evaluate"] = str(bench.directory / "ppo.jsonl")
     before = bench.prepare()
     bench.rows["ppo"] += [{"prompt": f"more {n}"} for n in range(40)]
@@ -191,13 +194,13 @@ def test_the_split_is_stable_under_order_and_added_rows(bench):
         assert found < identities(after, "ppo")[split]
 
 
-def packaged(role, name):
+def packaged(role: str, name: str) -> dict[str, str]:
     if not (SAMPLES / f"{name}.jsonl").exists():
         pytest.skip(f"data/{name}.jsonl is not there")
     return {role: f"samples:{name}"}
 
 
-def test_packaged_prompts_never_overlap_and_hold_no_bad_row(bench):
+def test_packaged_prompts_never_overlap_and_hold_no_bad_row(bench: Bench) -> None:
     bench.sources = {
         **packaged("sft", "instructions"),
         **packaged("reward", "pairs"),
@@ -209,7 +212,7 @@ def test_packaged_prompts_never_overlap_and_hold_no_bad_row(bench):
     assert bench.job.summary["dropped"] == 0
 
 
-def test_packaged_prompts_never_overlap_with_pairs_on_the_same_prompts(bench):
+def test_packaged_prompts_never_overlap_with_pairs_on_the_same_prompts(bench: Bench) -> None:
     prompts = [json.loads(line) for line in (SAMPLES / "prompts.jsonl").read_text().splitlines()]
     bench.rows["reward"] = [{**row, "chosen": "good", "rejected": "bad"} for row in prompts]
     bench.sources = {
@@ -226,7 +229,7 @@ def test_packaged_prompts_never_overlap_with_pairs_on_the_same_prompts(bench):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not there")
-def test_real_human_data_is_read_completely(bench):
+def test_real_human_data_is_read_completely(bench: Bench) -> None:
     prompts = sorted((REAL / "oasst-prompts").glob("*.jsonl"))[0]
     bench.sources = {
         "sft": str(REAL / "dolly-nocontext" / "train.jsonl.gz"),

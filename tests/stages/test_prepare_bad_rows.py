@@ -1,15 +1,18 @@
 """`prepare` on rows that cannot be used: what is said, in the user's keys, and what is dropped."""
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
-from small_prepare import ShorterBase, write
+from small_prepare import Bench, ShorterBase, write
 
 from rlhf.config import ConfigError
 
 
-def test_exact_duplicates_go_and_other_answers_stay(bench):
+def test_exact_duplicates_go_and_other_answers_stay(bench: Bench) -> None:
     bench.rows["sft"] += [bench.rows["sft"][5], {"prompt": "sft 5", "completion": "another"}]
     bench.prepare()
     assert bench.report["sft"]["removed"] == {"duplicate": {"count": 1, "examples": ["sft.jsonl line 41"]}}
@@ -17,7 +20,7 @@ def test_exact_duplicates_go_and_other_answers_stay(bench):
     assert bench.job.summary["dropped"] == 1
 
 
-def test_a_bad_row_is_one_error_in_the_users_keys(bench):
+def test_a_bad_row_is_one_error_in_the_users_keys(bench: Bench) -> None:
     del bench.rows["reward"][11]["rejected"]
     assert bench.complaint() == (
         'reward.pairs: reward.jsonl line 12: "rejected" is missing (found: prompt, chosen). '
@@ -28,7 +31,7 @@ def test_a_bad_row_is_one_error_in_the_users_keys(bench):
     )
 
 
-def test_prompts_without_answers(bench):
+def test_prompts_without_answers(bench: Bench) -> None:
     bench.sources["sft"] = str(bench.directory / "ppo.jsonl")
     assert bench.complaint().startswith(
         'sft.data: ppo.jsonl line 1: "completion" is missing (found: prompt): a prompt without an answer.'
@@ -39,7 +42,7 @@ def test_prompts_without_answers(bench):
     )
 
 
-def test_dropped_rows_are_counted_by_reason(bench):
+def test_dropped_rows_are_counted_by_reason(bench: Bench) -> None:
     pairs = bench.rows["reward"]
     pairs[0]["rejected"] = "good"
     pairs[1]["rejected"] = 7
@@ -63,7 +66,7 @@ def test_dropped_rows_are_counted_by_reason(bench):
 
 
 @pytest.mark.parametrize("role", ["ppo", "evaluate"])
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(bench, role):
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(bench: Bench, role: str) -> None:
     bench.base = dataclasses.replace(bench.base, length=256)
     bench.rows[role][2] = {"prompt": "x" * 220}
     # "<im_start>user\n", the text, "<im_end>\n<im_start>assistant\n": 6 + 220 + 13 tokens
@@ -78,7 +81,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(benc
     )
 
 
-def test_a_pair_longer_than_the_context_is_left_out_and_counted(bench):
+def test_a_pair_longer_than_the_context_is_left_out_and_counted(bench: Bench) -> None:
     bench.base = dataclasses.replace(bench.base, length=256)
     bench.rows["reward"][2] = {"prompt": "x", "chosen": "x", "rejected": "x" * 300}
     bench.prepare()
@@ -87,7 +90,7 @@ def test_a_pair_longer_than_the_context_is_left_out_and_counted(bench):
 
 
 @pytest.mark.parametrize("role", ["sft", "replay", "ptx"])
-def test_an_answer_longer_than_the_context_stays_to_be_cut(bench, role):
+def test_an_answer_longer_than_the_context_stays_to_be_cut(bench: Bench, role: str) -> None:
     bench.base = dataclasses.replace(bench.base, length=256)
     bench.rows[role] = [{"prompt": f"{role} {n}", "completion": "yes"} for n in range(40)]
     bench.rows[role][2] = {"prompt": "x", "completion": "x" * 300}
@@ -99,7 +102,7 @@ def test_an_answer_longer_than_the_context_stays_to_be_cut(bench, role):
     assert f"1 to be cut ({role}.jsonl line 3)" in bench.output
 
 
-def test_where_all_is_too_long_the_limits_are_told(bench):
+def test_where_all_is_too_long_the_limits_are_told(bench: Bench) -> None:
     bench.base = dataclasses.replace(bench.base, length=256)
     bench.rows["ppo"] = [{"prompt": "x" * 300}]
     assert "1 too long (ppo.jsonl line 1)" in bench.complaint()
@@ -113,14 +116,16 @@ def test_where_all_is_too_long_the_limits_are_told(bench):
      "{prompt: query, chosen: preferred, rejected: dispreferred}"),
     ("ppo", {"query": "x"}, "{prompt: query}"),
 ])  # fmt: skip
-def test_other_columns_are_shown_with_a_line_that_is_ready(bench, role, row, fields):
+def test_other_columns_are_shown_with_a_line_that_is_ready(
+    bench: Bench, role: str, row: dict[str, Any], fields: str
+) -> None:
     bench.rows[role] = [row | {next(iter(row)): f"{n}"} for n in range(40)]
     complaint = bench.complaint()
     assert f"found: {', '.join(row)}" in complaint
     assert f"='{{path: {bench.directory}/{role}.jsonl, fields: {fields}}}'" in complaint
 
 
-def test_the_columns_that_were_found_are_shown(bench):
+def test_the_columns_that_were_found_are_shown(bench: Bench) -> None:
     bench.rows["sft"] = [{"id": n, "instruction": f"sft {n}", "output": "yes"} for n in range(40)]
     bench.prepare()
     told = (
@@ -132,7 +137,7 @@ def test_the_columns_that_were_found_are_shown(bench):
     )
 
 
-def test_columns_that_were_named_are_shown_as_the_file_has_them(bench):
+def test_columns_that_were_named_are_shown_as_the_file_has_them(bench: Bench) -> None:
     bench.rows["sft"] = [{"id": n, "frage": f"sft {n}", "antwort": "yes"} for n in range(40)]
     bench.sources["sft"] = {
         "path": f"{bench.directory}/sft.jsonl",
@@ -143,7 +148,7 @@ def test_columns_that_were_named_are_shown_as_the_file_has_them(bench):
 
 
 @pytest.mark.parametrize("limit", [3, 10])
-def test_a_limit_leaves_rows_for_every_split(bench, limit):
+def test_a_limit_leaves_rows_for_every_split(bench: Bench, limit: int) -> None:
     path = write(bench.directory / "many.jsonl", [{"prompt": f"many {n}"} for n in range(200)])
     bench.sources["ppo"] = {"path": path, "limit": limit}
     bench.sources["evaluate"] = {"path": path, "limit": limit}
@@ -155,7 +160,7 @@ def test_a_limit_leaves_rows_for_every_split(bench, limit):
     assert max(numbers) > 2 * limit  # drawn, not the first ones
 
 
-def test_a_larger_limit_keeps_the_rows_of_a_smaller_one(bench):
+def test_a_larger_limit_keeps_the_rows_of_a_smaller_one(bench: Bench) -> None:
     path = write(bench.directory / "many.jsonl", [{"prompt": f"many {n}"} for n in range(200)])
     found = []
     for limit in (20, 60):
@@ -166,12 +171,14 @@ def test_a_larger_limit_keeps_the_rows_of_a_smaller_one(bench):
     assert len(found[0]) == 20 and found[0] < found[1]
 
 
-def test_an_answer_as_long_as_the_context_is_refused(bench):
+def test_an_answer_as_long_as_the_context_is_refused(bench: Bench) -> None:
     bench.base = dataclasses.replace(bench.base, length=256)
     assert "ppo.max_new_tokens=256 leaves no room for a prompt" in bench.complaint(response_tokens=256)
 
 
-def test_a_conversation_the_template_refuses_is_a_bad_row(bench, base, monkeypatch):
+def test_a_conversation_the_template_refuses_is_a_bad_row(
+    bench: Bench, base: ShorterBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = base.load_tokenizer()
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
@@ -183,14 +190,14 @@ def test_a_conversation_the_template_refuses_is_a_bad_row(bench, base, monkeypat
     assert "sft.jsonl line 1: the chat template refuses the conversation: no system turns." in complaint
 
 
-def test_a_role_without_held_out_rows(bench):
+def test_a_role_without_held_out_rows(bench: Bench) -> None:
     assert bench.complaint(held_out_fraction=0.001) == (
         "sft.data: no rows are left for held_out: 40 read; 40 kept. "
         "Give more rows or raise prepare.held_out_fraction=0.001."
     )
 
 
-def test_one_prompt_alone_is_not_advised_another_share(bench):
+def test_one_prompt_alone_is_not_advised_another_share(bench: Bench) -> None:
     bench.rows["sft"] = [{"prompt": "Which?", "completion": f"This: {number}."} for number in range(2)]
     for rows, counts in ((2, "2 read; 2 kept"), (1, "1 read; 1 kept")):
         bench.rows["sft"] = bench.rows["sft"][:rows]
@@ -200,7 +207,7 @@ def test_one_prompt_alone_is_not_advised_another_share(bench):
         )
 
 
-def test_a_file_that_cannot_be_read_is_found_before_any_stage_runs(bench):
+def test_a_file_that_cannot_be_read_is_found_before_any_stage_runs(bench: Bench) -> None:
     bench.sources["ppo"] = str(bench.directory / "none.jsonl")
     with pytest.raises(ConfigError, match=r"^ppo\.prompts=.*none\.jsonl: there is no such file"):
         bench.stage().external_digests()

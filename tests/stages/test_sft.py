@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_trl_comes_to_the_same_weights(tmp_path: Path, tiny_model: Path) -> None
     class InOurOrder(torch.utils.data.Sampler[list[int]]):
         """The stage's batches: an epoch's last one is smaller."""
 
-        def __iter__(self):  # type: ignore[no-untyped-def]
+        def __iter__(self) -> Iterator[list[int]]:
             start = 0
             for batch in batches:
                 yield list(range(start, start + len(batch)))
@@ -106,7 +107,7 @@ def test_trl_comes_to_the_same_weights(tmp_path: Path, tiny_model: Path) -> None
             return len(batches)
 
     class Trainer(SFTTrainer):  # type: ignore[misc]
-        def get_train_dataloader(self):  # type: ignore[no-untyped-def]
+        def get_train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(
                 self.train_dataset, batch_sampler=InOurOrder(), collate_fn=self.data_collator
             )
