@@ -1,4 +1,4 @@
-"""FSDP2's engine on one rank; what it does on several is in tests/ranks and tests/faults."""
+"""FSDP2's engine on one rank; what it does on several is in tests/distributed and tests/faults."""
 
 from __future__ import annotations
 
