@@ -1,4 +1,4 @@
-"""Compare the base, SFT, PPO and merged policies on prompts that no stage trains on.
+"""Compare policies of the chain, such as base, SFT and PPO, on prompts that no stage trains on.
 
 Reads   the policies; evaluation prompts (`evaluate.prompts`); the learned reward and, where it is known, the
         gold one; sft.data's held-out answers, which show what was learned; general texts and questions
@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.sampling import most_added, sampling_cost
@@ -25,6 +25,7 @@ from rlhf.data.sources import PromptSource, SourceList
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.lm_eval import Harness
+from rlhf.evaluation.sampled import ENDS, beside
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, misfits
 from rlhf.pipeline.job import Job
@@ -47,14 +48,15 @@ PASSES = 2
 """Of a retention row, roughly: one of a text, one for each answer of a question."""
 
 
-OF_LAST = ("task_gain", "retention_perplexity_ratio", "retention_loss", "question_accuracy_change")
-"""Summary metrics of each policy, /POLICY behind them; without a name, of the last one."""
+OF_SUBJECT = (
+    "win_rate", "win_rate_learned", "gold_gain", "score_gain",
+    "task_gain", "retention_perplexity_ratio", "retention_loss", "question_accuracy_change",
+)  # fmt: skip
+"""Summary metrics of each policy, /POLICY behind them; without a name, of evaluate.subject."""
 OF_EACH = (
-    *OF_LAST, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
+    *OF_SUBJECT, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
     "gold_mean", "gold_deviation", "kl", "task_loss", "perplexity", "text_loss_*", "question_accuracy",
 )  # fmt: skip
-OF_ALL = ("prompts", "win_rate_learned", "win_rate", "gold_gain", "score_gain", *OF_LAST)
-
 
 @dataclass
 class Answers:
@@ -96,7 +98,7 @@ class EvaluateStage(Stage):
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
@@ -111,11 +113,11 @@ class EvaluateStage(Stage):
     demo's; if some data is yours, null."""
     init: Init
     """What PPO started from: `sft`, `base` or a directory. The others are compared with it."""
-    policies: list[str] = Field(min_length=1)
-    """The policies that are compared: base, stages that make one (sft, ppo, merge, your own), and `init`, the
-    directory of evaluate.init. Win rate and gold gain need evaluate.subject and what PPO started from, KL the
-    latter, task gain and forgetting need base; otherwise these metrics are left out. `auto` uses base, what
-    PPO started from, and ppo."""
+    policies: Annotated[list[str], Field(min_length=1), AfterValidator(sorted)]
+    """The policies that are compared, in any order: base, stages that make one (sft, ppo, merge, your own),
+    and `init`, the directory of evaluate.init. Win rate, gold gain and KL need what PPO started from, task
+    gain and forgetting need base; otherwise these metrics are left out. `auto` uses base, what PPO started
+    from, and ppo."""
     lm_eval: list[str]
     """Tasks of EleutherAI's lm-eval, asked on one rank while the others wait; [] for none."""
     lm_eval_tasks: str | None
@@ -133,7 +135,9 @@ class EvaluateStage(Stage):
     """How many held-out answers of sft.data are used to measure what was learned, the first ones; null uses
     all."""
     subject: str
-    """The policy whose win rate and gains are measured, against what PPO started from."""
+    """The policy whose win rate, gains and forgetting stand without a name, so that gates bound them. `auto`
+    uses the only policy that is neither base nor what PPO started from; of several, ppo; of none, what PPO
+    started from."""
     max_new_tokens: PositiveInt
     """A longer response is cut off."""
     temperature: PositiveFloat
@@ -149,25 +153,25 @@ class EvaluateStage(Stage):
 
     @model_validator(mode="after")
     def _gates_can_be_measured(self) -> Self:
-        if self.subject not in ("ppo", *self.policies):  # ppo, the usual one, may be left out
+        if self.subject not in self.policies:
             raise ValueError(
                 f"subject={self.subject} is not in policies=[{','.join(self.policies)}]."
-                f"{did_you_mean(self.subject, self.policies)} Add it, or choose one of them"
+                f"{did_you_mean(self.subject, self.policies)} Add it, or set evaluate.subject to one of them"
             )
-        needs: dict[str, tuple[set[str], bool]] = {
-            "win_rate": ({self.start, self.subject}, self.gold is None and self.reward is None),
-            "win_rate_learned": ({self.start, self.subject}, self.reward is None),
-            "gold_gain": ({self.start, self.subject}, self.gold is None),
-            "task_gain": ({"base"}, False),
-            "retention_perplexity_ratio": ({"base"}, False),
-            "question_accuracy_change": ({"base"}, False),
+        start = f"{self.start} in evaluate.policies" if self.start not in self.policies else ""
+        other = f"another evaluate.subject than {self.start}" if self.subject == self.start else ""
+        base = "base in evaluate.policies" if "base" not in self.policies else ""
+        reward = "" if self.reward else "a reward"
+        needs = {
+            "win_rate": (start, other, "" if self.gold else reward and "a reward or gold"),
+            "win_rate_learned": (start, other, reward),
+            "score_gain": (start, other, reward),
+            "gold_gain": (start, other, "" if self.gold else "gold"),
+            **dict.fromkeys(("task_gain", *RETAINED), (base,)),
         }
-        for gate, (policies, no_reward) in needs.items():
-            if self.gates.get(gate) is None or gate in self.not_checked():
-                continue
-            missing = sorted(policies - set(self.policies))
-            if missing or no_reward:
-                lacks = f"{' and '.join(missing)} in evaluate.policies" if missing else "a reward or gold"
+        for gate, missing in needs.items():
+            lacks = next(filter(None, missing), None)
+            if lacks and self.gates.get(gate) is not None and gate not in self.not_checked():
                 raise ValueError(f"gate {gate} needs {lacks}. Turn it off with evaluate.gates.{gate}=null")
         if "init" in self.policies and self.start != "init":
             raise ValueError(f"policies: init is a directory, and evaluate.init={self.init}. Leave it out")
@@ -209,8 +213,8 @@ class EvaluateStage(Stage):
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
-        names = (*OF_ALL, *(f"{metric}/{name}" for name in self.policies for metric in OF_EACH))
-        return (*names, *(("lm_eval/*",) if self.lm_eval else ()))
+        of_each = (f"{metric}/{name}" for name in self.policies for metric in OF_EACH)
+        return ("prompts", *OF_SUBJECT, *of_each, *(("lm_eval/*",) if self.lm_eval else ()))
 
     def reads_base_model(self) -> bool:
         """It is one of the policies."""
@@ -222,10 +226,8 @@ class EvaluateStage(Stage):
         return {key: source for key, source in named.items() if source is not None}
 
     def knobs(self) -> dict[str, Any]:
-        """Of a directory that PPO started from, the content decides, not the place. The usual subject is not
-        said."""
-        knobs = super().knobs() | {"init": init_in_key(self.init)}
-        return {key: value for key, value in knobs.items() if (key, value) != ("subject", "ppo")}
+        """Of a directory that PPO started from, the content decides, not the place."""
+        return super().knobs() | {"init": init_in_key(self.init)}
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
@@ -328,11 +330,12 @@ class EvaluateStage(Stage):
         self.score(job, rows, answers)
         for name, said in answers.items():
             metrics |= describe(name, said)
-        if self.start in answers and self.subject in answers:
-            metrics |= self.compare(answers[self.subject], answers[self.start])
+        if self.start in answers:
+            metrics |= self.gains(answers)
         if "base" in answers:
             metrics |= task_gain(answers)
             metrics |= forgetting({name: said.retained for name, said in answers.items()})
+        metrics |= self.of_subject(metrics)
         self.write(job, rows, answers)
         job.publish(metrics)
 
@@ -431,21 +434,33 @@ class EvaluateStage(Stage):
             for said in job.progress.track(answers.values(), f"evaluate: {kind}", len(answers)):
                 said.scores[kind] = finite_scores(reward, prompts, said.texts, f"evaluate.{key}={source}")
 
-    def compare(self, subject: Answers, start: Answers) -> dict[str, float]:
-        """The subject against PPO's start, prompt by prompt; the gold score decides where there is one."""
+    def gains(self, answers: Mapping[str, Answers]) -> dict[str, float]:
+        """Every other policy against PPO's start, prompt by prompt; the gold score decides who wins where
+        there is one."""
         from rlhf.evaluation.intervals import mean, share
         from rlhf.evaluation.win_rate import wins
 
-        metrics: dict[str, float] = {}
-        if "score" in subject.scores:
-            metrics |= share(wins(subject.scores["score"], start.scores["score"])).metrics("win_rate_learned")
-        for kind, score_B in subject.scores.items():
-            gain_B = score_B.double() - start.scores[kind].double()
-            metrics |= mean(gain_B).metrics(f"{kind}_gain")
-        judge = "gold" if "gold" in subject.scores else "score"
-        if judge in subject.scores:
-            metrics |= share(wins(subject.scores[judge], start.scores[judge])).metrics("win_rate")
+        start, metrics = answers[self.start].scores, dict[str, float]()
+        for name, said in answers.items():
+            if name == self.start:
+                continue
+            won = {kind: share(wins(score_B, start[kind])) for kind, score_B in said.scores.items()}
+            for kind, score_B in said.scores.items():
+                metrics |= mean(score_B.double() - start[kind].double()).metrics(f"{kind}_gain/{name}")
+            if "score" in won:
+                metrics |= won["score"].metrics(f"win_rate_learned/{name}")
+            if won:
+                metrics |= won["gold" if "gold" in won else "score"].metrics(f"win_rate/{name}")
         return metrics
+
+    def of_subject(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The subject's figures once more, without its name."""
+        return {
+            beside(metric, end): metrics[name]
+            for metric in OF_SUBJECT
+            for end in ENDS
+            if (name := beside(f"{metric}/{self.subject}", end)) in metrics
+        }
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself, and side by side."""
@@ -488,18 +503,16 @@ def describe(name: str, said: Answers) -> dict[str, float]:
 
 
 def task_gain(answers: Mapping[str, Answers]) -> dict[str, float]:
-    """Nats a token that each policy's loss on the held-out answers is below the base model's; without a name,
-    the last policy's. Nothing without such answers. Those that one of both reads less of do not count."""
+    """Nats a token that each policy's loss on the held-out answers is below the base model's; nothing without
+    such answers. Those that one of both reads less of do not count."""
     from rlhf.evaluation.intervals import ratio
 
     base, gains = answers["base"], dict[str, float]()
-    for place, (name, said) in enumerate(answers.items(), 1):
+    for name, said in answers.items():
         if len(base.task_nats_B):
             alike_B = (base.task_tokens_B > 0) & (said.task_tokens_B > 0)
             if said.vocabulary == base.vocabulary:
                 alike_B &= said.task_tokens_B == base.task_tokens_B
             gain_B = base.task_nats_B - said.task_nats_B
-            gain = ratio(gain_B[alike_B], base.task_tokens_B[alike_B])
-            gains |= gain.metrics(f"task_gain/{name}")
-            gains |= gain.metrics("task_gain") if place == len(answers) else {}
+            gains |= ratio(gain_B[alike_B], base.task_tokens_B[alike_B]).metrics(f"task_gain/{name}")
     return gains

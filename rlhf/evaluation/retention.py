@@ -61,12 +61,12 @@ def retention(
 
 
 def forgetting(known: Mapping[str, Retained]) -> dict[str, float]:
-    """Each policy against the one called base, row by row; without a name, the last policy's.
+    """Each policy against the one called base, row by row.
 
     `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats per token.
     """
     base, changes = known["base"], dict[str, float]()
-    for place, (name, each) in enumerate(known.items(), 1):
+    for name, each in known.items():
         found: dict[str, Sampled] = {}
         if len(base.nats_B):
             found["retention_loss"] = ratio(each.nats_B - base.nats_B, base.tokens_B)
@@ -75,7 +75,6 @@ def forgetting(known: Mapping[str, Retained]) -> dict[str, float]:
             found["question_accuracy_change"] = difference(each.right_B - base.right_B)
         for metric, change in found.items():
             changes |= change.metrics(f"{metric}/{name}")
-            changes |= change.metrics(metric) if place == len(known) else {}
     return changes
 
 

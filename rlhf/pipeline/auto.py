@@ -55,6 +55,8 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
     start = POLICIES.get(str(_get(found, "ppo.init")), ["base", "init", "ppo"])
     if _get(found, "evaluate.policies") == AUTO:
         _set(found, "evaluate.policies", start)
+    if _get(found, "evaluate.subject") == AUTO:
+        _set(found, "evaluate.subject", _subject(_get(found, "evaluate.policies"), start[:-1]))
     if _get(found, "compare.artifacts") == AUTO:
         _set(found, "compare.artifacts", [name for name in start if name not in ("base", "init")])
     notes = []
@@ -83,6 +85,20 @@ def _of_own(key: str, config: Mapping[str, Any], own: list[str]) -> Any:
     if key in ("ppo.prompts", "evaluate.prompts"):
         return next((name for name in PROMPTS_OF if name in own), None)
     return None
+
+
+def _subject(policies: Any, started: list[str]) -> str:
+    """The policy that evaluate's gates are about, whatever the order of the list.
+
+    Args:
+        policies: as the user wrote them; if that is no list, it is told when they are checked.
+        started: base, and what PPO started from.
+    """
+    named = policies if isinstance(policies, list) else []
+    others = [name for name in named if name not in started]
+    if not others:
+        return next((name for name in reversed(started) if name in named), "ppo")
+    return str(others[0]) if len(others) == 1 else "ppo"
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.disk import naming
+from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.printable import printable
 from rlhf.report.compare import comparison_cells
@@ -38,10 +39,10 @@ COMPARED = {
 }
 """Metrics of `evaluate` that end in /POLICY: (words, format)."""
 AGAINST_START = {
-    "win_rate": ("win rate against {} (95%)", "z.2f"),
-    "gold_gain": ("gold gain over {} (95%)", "+z.2f"),
+    "win_rate": ("win rate against {}", "z.2f"),
+    "gold_gain": ("gold gain over {}", "+z.2f"),
 }
-"""Metrics of `evaluate` with an interval: (words, format). {} is what PPO started from."""
+"""Those with their intervals, of every policy but {}, which is what PPO started from: (words, format)."""
 MARKS = {
     "passed": "[green]passed[/]",
     "failed": "[bold red]FAILED[/]",
@@ -161,11 +162,11 @@ def policy_cells(run: Run) -> Cells:
                 [words.format(start), *("-" if value is None else format(value, spec) for value in values)]
             )
     for metric, (words, spec) in AGAINST_START.items():
-        if f"evaluate/{metric}" in metrics:
-            subject = _keys_of_evaluate(run)["subject"]
-            low, high = (format(metrics[f"evaluate/{metric}_{side}"], spec) for side in ("low", "high"))
-            value = f"{format(metrics[f'evaluate/{metric}'], spec)} ({low} to {high})"
-            rows.append([words.format(start), *("-" if name != subject else value for name in names)])
+        found = [Sampled.found(f"{metric}/{name}", run.metrics_of("evaluate")) for name in names]
+        if any(found):
+            values = ("-" if each is None else format(each.value, spec) for each in found)
+            intervals = ("-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in found)
+            rows += [[words.format(start), *values], ["  95% interval", *intervals]]
     heading = f"{metrics.get('evaluate/prompts', 0):.0f} prompts"
     return Cells([heading, *(titles[name] for name in names)], rows)
 

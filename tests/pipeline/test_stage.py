@@ -72,14 +72,31 @@ def test_only_a_stage_that_trains_is_planned(override: str, complaint: str) -> N
 def test_the_subject_of_evaluate_owns_its_gates() -> None:
     of_sft = ("evaluate.policies=[base,sft]", "evaluate.subject=sft", "ppo.init=base")
     assert build("stage=evaluate", *of_sft).stages["evaluate"].inputs()[:2] == ("prepare", "sft")
-    with pytest.raises(ConfigError, match=r"evaluate: subject=merge is not in policies=\[base,sft,ppo\]"):
+    with pytest.raises(ConfigError, match=r"evaluate: subject=merge is not in policies=\[base,ppo,sft\]"):
         build("stage=evaluate", "evaluate.subject=merge")
 
 
-def test_the_usual_subject_leaves_the_key_as_it_was() -> None:
-    assert "subject" not in build().stages["evaluate"].knobs()
-    changed = build("evaluate.subject=sft").stages["evaluate"].knobs()
-    assert changed["subject"] == "sft"
+@pytest.mark.parametrize(
+    ("policies", "subject"),
+    [
+        ("base,sft,ppo", "ppo"),
+        ("merge,sft,ppo,base", "ppo"),
+        ("merge,sft,base", "merge"),
+        ("sft,base", "sft"),
+        ("base", "base"),
+    ],
+)
+def test_the_subject_is_found_whatever_the_order_of_the_list(policies: str, subject: str) -> None:
+    for names in (policies.split(","), policies.split(",")[::-1]):
+        override = f"evaluate.policies=[{','.join(names)}]"
+        found = build("stage=evaluate", override, "evaluate.gates.win_rate=null").stages["evaluate"]
+        assert found.knobs()["subject"] == subject
+
+
+def test_of_several_policies_without_ppo_one_is_to_be_named() -> None:
+    several = "evaluate.policies=[sft,merge]"
+    with pytest.raises(ConfigError, match=r"subject=ppo is not in policies=.* set evaluate\.subject to one"):
+        build("stage=evaluate", "ppo.init=base", several)
 
 
 @pytest.mark.parametrize(

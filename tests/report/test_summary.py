@@ -45,14 +45,10 @@ def evaluation(policies: tuple[str, ...] = ("base", "sft", "ppo")) -> dict[str, 
             f"lm_eval/arc_easy/acc/{name}": 0.5 + gold[name] / 10,
         }
     if "ppo" in policies and "sft" in policies:
-        metrics |= {
-            "win_rate": 0.78,
-            "win_rate_low": 0.7,
-            "win_rate_high": 0.86,
-            "kl/ppo": -0.001,
-            "kl/base": 0.3,
-        }
-        metrics |= {"gold_gain": 0.42, "gold_gain_low": 0.33, "gold_gain_high": 0.5}
+        metrics |= {"kl/ppo": -0.001, "kl/base": 0.3}
+        for name, win_rate, gain in (("base", 0.6, 0.11), ("ppo", 0.78, 0.42)):
+            metrics |= Sampled(win_rate, win_rate - 0.08, win_rate + 0.08, 96).metrics(f"win_rate/{name}")
+            metrics |= Sampled(gain, gain - 0.12, gain + 0.08, 96).metrics(f"gold_gain/{name}")
     return metrics
 
 
@@ -72,7 +68,7 @@ def run(tmp_path: Path) -> Run:
     (artifact / "comparison.jsonl").write_text(text, encoding="utf-8")
     directory = tmp_path / "runs" / "demo"
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text("evaluate:\n  num_shown: 2\n  subject: ppo\n")
+    (directory / "config.yaml").write_text("evaluate:\n  num_shown: 2\n")
     stages = {
         "prepare": stage("prepare", {"sft_rows": 318, "reward_pairs": 1100})
         | {"status": "reused", "seconds": 0.0},
@@ -116,8 +112,10 @@ def test_policies_stand_side_by_side(run: Run, width: int) -> None:
     assert row_of(text, "task gain, nats per token") == ["+0.031", "+0.020", "+0.062"]
     assert row_of(text, "arc_easy acc") == ["0.531", "0.520", "0.562"]
     assert row_of(text, "KL from SFT, nats per sequence") == ["0.30", "-", "0.00"]  # not -0.00
-    assert row_of(text, "win rate against SFT (95%)") == ["-", "-", "0.78", "(0.70", "to", "0.86)"]
-    assert row_of(text, "gold gain over SFT (95%)") == ["-", "-", "+0.42", "(+0.33", "to", "+0.50)"]
+    assert row_of(text, "win rate against SFT") == ["0.60", "-", "0.78"]
+    assert row_of(text, "gold gain over SFT") == ["+0.11", "-", "+0.42"]
+    intervals = [line.split()[2:] for line in text.splitlines() if line.startswith("  95% interval")]
+    assert intervals == [["0.52..0.68", "-", "0.70..0.86"], ["-0.01..+0.19", "-", "+0.30..+0.50"]]
 
 
 def test_the_start_is_named_where_base_has_no_distance_from_it(run: Run) -> None:
@@ -164,7 +162,7 @@ def test_gates_tell_value_bound_and_advice(run: Run) -> None:
 
 def test_as_many_answers_as_asked_for(run: Run) -> None:
     assert [f"{PROMPT} ({number})" in printed(run, 80) for number in range(3)] == [True, True, False]
-    (run.directory / "config.yaml").write_text("evaluate:\n  num_shown: 0\n  subject: ppo\n")
+    (run.directory / "config.yaml").write_text("evaluate:\n  num_shown: 0\n")
     assert PROMPT not in printed(run, 80)
     assert PROMPT not in write_report(run).read_text()
 
@@ -186,7 +184,8 @@ def test_report_says_the_same(run: Run) -> None:
     assert "# Run demo" in report
     assert "| sft | ran | 1:11 | loss before 2.410, after 2.010 |" in report
     assert "| gold score | +0.310 | +0.200 | +0.620 |" in report
-    assert "| win rate against SFT (95%) | - | - | 0.78 (0.70 to 0.86) |" in report
+    assert "| win rate against SFT | 0.60 | - | 0.78 |" in report
+    assert "|   95% interval | 0.52..0.68 | - | 0.70..0.86 |" in report
     assert "- SFT: (empty) (gold +0.25, score -1.50)" in report
     assert "- PPO: `I love this 'beautiful' chair, it makes me happy every day!`" in report
     assert "- **failed**: evaluate/win_rate = 0.45, wanted >= 0.5. Try: raise ppo.steps." in report

@@ -144,10 +144,10 @@ def test_an_answer_of_which_one_model_reads_less_is_no_gain() -> None:
 
     base = answers([30.0, 30.0, 40.0], [10, 10, 20])
     gains = task_gain({"base": base, "ppo": answers([20.0, 25.0, 10.0], [10, 10, 18])})
-    assert gains["task_gain/ppo"] == gains["task_gain"] == pytest.approx(15 / 20)
-    assert gains["task_gain_rows"] == 2
+    assert gains["task_gain/ppo"] == pytest.approx(15 / 20)
+    assert gains["task_gain_rows/ppo"] == 2
     gains = task_gain({"base": base, "init": answers([20.0, 25.0, 0.0], [8, 12, 0], size=10)})
-    assert gains["task_gain"] == pytest.approx(15 / 20)  # tokens of another size, each answer whole
+    assert gains["task_gain/init"] == pytest.approx(15 / 20)  # tokens of another size, each answer whole
 
 
 def test_the_task_is_learned_where_its_answers_become_likelier(
@@ -210,6 +210,40 @@ def test_the_comparison_is_of_ppo(finished: Job) -> None:
     )
     assert metrics["gold_gain"] == pytest.approx(metrics["gold_mean/ppo"] - metrics["gold_mean/sft"])
     assert metrics["win_rate_low"] <= metrics["win_rate"] <= metrics["win_rate_high"]
+
+
+def test_every_policy_is_compared_with_what_ppo_started_from(finished: Job) -> None:
+    metrics = finished.summary
+    assert metrics is not None
+    for metric in ("win_rate", "gold_gain"):
+        names = [f"{metric}{end}" for end in ("", "_low", "_high", "_rows")]
+        assert [metrics[f"{name}/ppo"] for name in names] == [metrics[name] for name in names]
+        assert not {f"{name}/sft" for name in names} & metrics.keys()
+    assert metrics["gold_gain/ppo"] == pytest.approx(metrics["gold_mean/ppo"] - metrics["gold_mean/sft"])
+    assert (metrics["win_rate/base"], metrics["gold_gain/base"]) == (0.5, 0.0)  # the same weights as SFT's
+    assert metrics["win_rate_low/base"] < 0.5 < metrics["win_rate_high/base"]
+
+
+def test_the_order_of_the_policies_decides_nothing(
+    finished: Job, published: dict[str, Path], tmp_path: Path
+) -> None:
+    stages = make_stage(), make_stage(policies=["ppo", "base", "sft"])
+    assert stages[0].knobs() == stages[1].knobs() and stages[0].inputs() == stages[1].inputs()
+    job = run_stage(stages[1], published, tmp_path / "run")
+    assert job.summary == finished.summary
+    for name in ("comparison.jsonl", "responses.jsonl"):
+        assert (job.directory / name).read_bytes() == (finished.directory / name).read_bytes()
+
+
+def test_the_subject_decides_what_stands_without_a_name(
+    finished: Job, published: dict[str, Path], tmp_path: Path
+) -> None:
+    metrics = run_stage(make_stage(subject="base"), published, tmp_path / "run").summary
+    assert metrics is not None and finished.summary is not None
+    assert {name for name in metrics if "/" in name} == {name for name in finished.summary if "/" in name}
+    for metric in ("win_rate", "gold_gain", "task_gain", "retention_loss", "question_accuracy_change"):
+        assert metrics[metric] == metrics[f"{metric}/base"] == finished.summary[f"{metric}/base"]
+    assert finished.summary["retention_loss"] != 0 == metrics["retention_loss"]
 
 
 def test_figures_follow_from_the_answers_in_the_files(finished: Job) -> None:
@@ -277,7 +311,9 @@ def test_a_score_must_be_a_number(published: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"policies": ["base", "sft"]}, "win_rate needs ppo in evaluate.policies"),
+        ({"policies": ["base", "ppo"]}, "win_rate needs sft in evaluate.policies"),
+        ({"subject": "sft"}, "win_rate needs another evaluate.subject than sft"),
+        ({"policies": ["base", "sft"]}, r"subject=ppo is not in policies=\[base,sft\]"),
         ({"gold": None}, "win_rate needs a reward or gold"),
         ({"policies": ["sft", "sft", "ppo"]}, "names one twice"),
         ({"policies": []}, "at least 1 item"),
@@ -289,11 +325,12 @@ def test_a_gate_that_nothing_can_measure_is_told_before_the_run(
     gates = {"win_rate": {"min": 0.5, "advice": "raise ppo.steps"}}
     with pytest.raises(ConfigError, match=complaint):
         make_stage(gates=gates, **changes)
-    if "gate" in complaint or "needs" in complaint:
+    if "needs" in complaint:
         make_stage(gates={"win_rate": None}, **changes)
 
 
 def test_inputs_follow_the_policies_and_the_rewards() -> None:
-    assert make_stage().inputs() == ("prepare", "sft", "ppo")
-    assert make_stage(policies=["base"]).inputs() == ("prepare",)
-    assert make_stage(policies=["sft"], reward="learned").inputs() == ("prepare", "sft", "reward")
+    assert make_stage().inputs() == ("prepare", "ppo", "sft")
+    assert make_stage(policies=["base"], subject="base").inputs() == ("prepare",)
+    learned = make_stage(policies=["sft"], subject="sft", reward="learned")
+    assert learned.inputs() == ("prepare", "sft", "reward")

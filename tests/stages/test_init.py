@@ -90,7 +90,7 @@ def test_an_instruction_tuned_model_needs_pairs_alone(tmp_path: Path) -> None:
     base = (outcome.artifact("ppo") / origins[1]["directory"]).resolve()
     assert {origin["digest"] for origin in origins} == {weights_digest(base)}
     assert base.parent.name == "base"
-    assert "win rate against base (95%)" in outcome.out
+    assert "win rate against base " in outcome.out
     assert "KL from base, nats per sequence" in outcome.out
 
 
@@ -114,7 +114,7 @@ def test_a_directory_is_as_good_as_the_stage_that_made_it(
     for name in ("win_rate", "gold_gain", "kl/ppo", "task_loss/base"):
         assert found[f"evaluate/{name}"] == wanted[f"evaluate/{name}"], name
     assert found["evaluate/task_loss/init"] == wanted["evaluate/task_loss/sft"]
-    assert "win rate against PPO's start (95%)" in outcome.out
+    assert "win rate against PPO's start " in outcome.out
 
     mine.rename(moved)
     assert set(run(moved, "stage=ppo").statuses.values()) == {"reused"}
