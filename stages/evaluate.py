@@ -58,6 +58,7 @@ OF_EACH = (
     "gold_mean", "gold_deviation", "kl", "task_loss", "perplexity", "text_loss_*", "question_accuracy",
 )  # fmt: skip
 
+
 @dataclass
 class Answers:
     """What one policy said, how it was scored, and what it knows. Tensors have one entry a row."""

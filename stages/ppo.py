@@ -27,7 +27,7 @@ from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import described, origin_of
 from rlhf.models.start import check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Stage
+from rlhf.pipeline.stage import TUNED, Purpose, Stage
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import ppo_cost
 from rlhf.rewards.kinds import reward_digest, reward_directory
@@ -48,6 +48,10 @@ class PpoStage(PpoConfig, Stage):
         "kl": ("KL", "z.2f"),
         **TUNED,
     }
+    purpose: ClassVar[Purpose] = Purpose(
+        "held_out_score_gain", "PPO's score on held-out prompts", 1,
+        "PPO found no policy that scores better",
+    )  # fmt: skip
     version: ClassVar[int] = 6
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({

@@ -31,7 +31,7 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Stage
+from rlhf.pipeline.stage import TUNED, Purpose, Stage
 from rlhf.supervised.pairs import EncodedPair, pair_step, rank_pairs
 from rlhf.training.config import OptimConfig
 
@@ -52,6 +52,10 @@ class RewardStage(Stage):
         "longer_wins_accuracy": ("longer wins", "z.3f"),
         **TUNED,
     }
+    purpose: ClassVar[Purpose] = Purpose(
+        "accuracy_over_baseline", "the reward model's ranking against chance and length", 1,
+        "it ranks no better than a rule that reads no word, so PPO cannot learn from it",
+    )  # fmt: skip
     version: ClassVar[int] = 6
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"pairs", "micro_batch_tokens", "activation_checkpointing"}

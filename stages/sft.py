@@ -25,7 +25,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Stage
+from rlhf.pipeline.stage import TUNED, Purpose, Stage
 from rlhf.supervised.answers import (
     EncodedAnswer,
     answer_losses,
@@ -51,6 +51,10 @@ class SftStage(Stage):
         "held_out_loss": ("after", "z.3f"),
         **TUNED,
     }
+    purpose: ClassVar[Purpose] = Purpose(
+        "held_out_loss_change", "SFT's loss on held-out answers", -1,
+        "it learned nothing of its examples, and all that follows starts from it",
+    )  # fmt: skip
     version: ClassVar[int] = 7
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}

@@ -76,7 +76,7 @@ class Pipeline:
         self.results = Run(
             Path(settings.runs_dir) / run_name,
             writes=compute.is_main,
-            kinds={name: type(stage) for name, stage in experiment.stages.items()},
+            chain=experiment.stages,
         )
         self.made: set[str] = set()
         """Stages that this run has run. `force=` does not run them again."""

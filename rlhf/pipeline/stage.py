@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from rlhf.config import Bound, ConfigError, Strict, did_you_mean
 from rlhf.costs.setup import CostContext
@@ -35,6 +35,18 @@ TUNED: Mapping[str, tuple[str, str]] = {
 """Headlines of every stage that trains: what its method of tuning costs."""
 
 
+class Purpose(NamedTuple):
+    """A summary metric with its interval that tells whether a stage did what it is for: 0 is no change."""
+
+    metric: str
+    words: str
+    """What the verdict calls it, such as `SFT's loss on held-out answers`."""
+    sign: Literal[1, -1]
+    """1 where more is better, -1 where less is."""
+    failed: str
+    """What the verdict says where it did not improve, such as `it learned nothing of its examples`."""
+
+
 class Stage(Strict, ABC):
     """One step of the chain. It reads artifacts and data sets and publishes one artifact.
 
@@ -49,6 +61,8 @@ class Stage(Strict, ABC):
     """A policy can be evaluated, compared and merged; a reward scores."""
     headlines: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Its most telling summary metrics, for the report: (words, format)."""
+    purpose: ClassVar[Purpose | None] = None
+    """What the verdict judges it by; a policy is also judged by what `evaluate` says of it."""
     repeats_keys: ClassVar[bool] = False
     """Whether its YAML repeats keys of others (`${ppo.reward}`): a complaint shall name the others' first."""
     version: ClassVar[int] = 1

@@ -123,7 +123,7 @@ def stage_cells(run: Run) -> Cells:
     for name, stage in run.stages.items():
         headlines = [
             f"{words} {format(stage['metrics'][f'{name}/{metric}'] * SCALES.get(metric, 1.0), spec)}"
-            for metric, (words, spec) in (run.kinds[name].headlines if name in run.kinds else {}).items()
+            for metric, (words, spec) in (run.chain[name].headlines if name in run.chain else {}).items()
             if f"{name}/{metric}" in stage["metrics"]
         ]
         time = clock(stage["seconds"]) if stage["status"] != "reused" else "-"
@@ -134,10 +134,10 @@ def stage_cells(run: Run) -> Cells:
 def policies_of(run: Run) -> dict[str, str]:
     """What can be evaluated -> what tables call it, in the order in which it comes to be."""
     found = {"base": "base"}
-    for name, kind in run.kinds.items():
-        if kind.publishes == "policy":
+    for name, each in run.chain.items():
+        if each.publishes == "policy":
             found |= {"init": "PPO's start"} if name == "ppo" else {}
-            found[name] = kind.title
+            found[name] = each.title
     return found
 
 
@@ -204,9 +204,9 @@ def gate_text(gate: GateResult) -> str:
 
 def places(run: Run) -> Iterator[tuple[str, Path]]:
     """Where to find what the run made, from its directory."""
-    for name, kind in reversed([*run.kinds.items()]):
-        if kind.publishes and run.stages.get(name, {}).get("artifact"):
-            yield f"{kind.title[:1].upper()}{kind.title[1:]} model", Path("artifacts", name)
+    for name, each in reversed([*run.chain.items()]):
+        if each.publishes and run.stages.get(name, {}).get("artifact"):
+            yield f"{each.title[:1].upper()}{each.title[1:]} model", Path("artifacts", name)
     if run.stages.get("evaluate", {}).get("artifact"):
         yield "All answers", Path("artifacts", "evaluate", "comparison.jsonl")
     if run.stages.get("compare", {}).get("artifact"):

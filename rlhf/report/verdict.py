@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import Run
+from rlhf.pipeline.stage import Stage
 
 Direction = Literal["better", "not better", "unknown"]
 
-
-class Measure(NamedTuple):
-    """A summary metric that tells whether a stage did what it is for: against no change, which is 0."""
-
-    stage: str
-    metric: str
-    sign: int
-    """1 where more is better, -1 where less is."""
-    words: str
-    format: str
-
-
-MEASURES = {
-    "sft": Measure("sft", "held_out_loss_change", -1, "SFT's loss on held-out answers", "+.3g"),
-    "reward": Measure(
-        "reward", "accuracy_over_baseline", 1, "the reward model's ranking against chance and length", "+.3g"
-    ),
-    "ppo": Measure("ppo", "held_out_score_gain", 1, "PPO's score on held-out prompts", "+.3g"),
-    "gold": Measure("evaluate", "gold_gain", 1, "the gold score on new prompts", "+.3g"),
-    "learned": Measure("evaluate", "score_gain", 1, "the reward's score on new prompts", "+.3g"),
-}
-"""In the order of the chain. The last is of interest where nobody knows the gold score."""
+SCORES = {"gold_gain": "gold score", "score_gain": "reward's score"}
+"""Metrics of `evaluate` that tell whether a policy became better: its words. The second is of interest where
+nobody knows the gold score."""
 
 
 class Finding(NamedTuple):
-    """A measure as this run has it."""
+    """A figure of this run that tells whether a stage did what it is for: against no change, which is 0."""
 
-    measure: Measure
+    words: str
+    sign: Literal[1, -1]
+    """1 where more is better, -1 where less is."""
     sampled: Sampled
+    metric: str
 
     @property
     def direction(self) -> Direction:
         """Whether the whole interval is on one side of no change."""
         _, low, high, _ = self.sampled
-        worst, best = (low, high) if self.measure.sign > 0 else (-high, -low)
+        worst, best = (low, high) if self.sign > 0 else (-high, -low)
         return "better" if worst > 0 else "not better" if best <= 0 else "unknown"
 
     def __str__(self) -> str:
-        return f"{self.measure.words} ({self.sampled.value:{self.measure.format}})"
+        return f"{self.words} ({self.sampled.value:+.3g})"
 
 
 def verdict(run: Run) -> str:
     """What improved, what did not, and who is to blame; or that nothing can be said."""
-    findings = found(run)
+    own, scored = dict(measured(run)), dict(evaluated(run))
+    findings = [*own.values(), *scored.values()]
     if not findings:
         return "Nothing can be said: no stage of this run measures whether anything improved."
     parts = []
@@ -61,51 +48,80 @@ def verdict(run: Run) -> str:
         ("Did not improve", "not better"),
         ("Cannot be told from so few rows", "unknown"),
     ):
-        named = [str(finding) for finding in findings.values() if finding.direction == direction]
+        named = [str(finding) for finding in findings if finding.direction == direction]
         parts += [f"{word}: {'; '.join(named)}."] if named else []
-    blamed = blame(run, {name: finding.direction for name, finding in findings.items()})
-    if blamed is None and all(finding.direction == "unknown" for finding in findings.values()):
-        return f"Nothing can be said. {' '.join(parts)}"
-    return " ".join([*parts, blamed or ""]).rstrip()
-
-
-def found(run: Run) -> dict[str, Finding]:
-    """What the run measured, by its name in MEASURES."""
-    findings = {}
-    for name, measure in MEASURES.items():
-        sampled = Sampled.found(measure.metric, run.metrics_of(measure.stage))
-        if sampled is not None and not (name == "learned" and "gold" in findings):
-            findings[name] = Finding(measure, sampled)
-    return findings
-
-
-def blame(run: Run, directions: dict[str, Direction]) -> str | None:
-    """The first stage of the chain that did not do what it is for, and why it is that one; None where none
-    is known to have failed."""
-    bad = [name for name, direction in directions.items() if direction == "not better"]
-    if "sft" in bad:
-        return "To blame is sft: it learned nothing of its examples, and all that follows starts from it."
-    if "reward" in bad:
-        return (
-            "To blame is reward: it ranks no better than a rule that reads no word: PPO cannot learn from it."
-        )
-    if "ppo" in bad and directions.get("reward") == "unknown":
-        return (
-            "To blame is reward or ppo: PPO did not raise its score, and nobody can tell whether the reward "
-            "model ranks well enough to learn from."
-        )
-    if "ppo" in bad:
-        ranks = "the reward model ranks well" if "reward" in directions else "its reward is not learned"
-        return f"To blame is ppo: {ranks}, and PPO found no policy that scores better."
-    if "gold" in bad:
-        if directions.get("ppo") == "better":
-            reward = "reward" if "reward" in directions else "the reward"
-            return (
-                f"To blame is {reward}: PPO raised its score, and the gold score did not follow. The policy "
-                "found what the reward likes by mistake (reward hacking)."
-            )
-        return "To blame is ppo: what it publishes is no better than what it started from, by the gold score."
-    if "learned" in bad:
-        return "To blame is ppo: what it publishes scores no better than what it started from on new prompts."
+    blamed = [f"To blame is {reason}" for reason in reasons(run.chain, own, scored)]
     failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
-    return f"To blame is {', '.join(failed)}: its gate failed." if failed else None
+    if failed and not blamed:
+        blamed = [f"To blame is {', '.join(failed)}: its gate failed."]
+    if not blamed and all(finding.direction == "unknown" for finding in findings):
+        return f"Nothing can be said. {' '.join(parts)}"
+    return " ".join([*parts, *blamed])
+
+
+def measured(run: Run) -> Iterator[tuple[str, Finding]]:
+    """What the stages found out about themselves, in the chain's order."""
+    for name, stage in run.chain.items():
+        if stage.purpose is not None:
+            metric, words, sign, _ = stage.purpose
+            sampled = Sampled.found(metric, run.metrics_of(name))
+            if sampled is not None:
+                yield name, Finding(words, sign, sampled, metric)
+
+
+def evaluated(run: Run) -> Iterator[tuple[str, Finding]]:
+    """What `evaluate` found out about the stages that make a policy, in the chain's order."""
+    metrics = run.metrics_of("evaluate")
+    for name, stage in run.chain.items():
+        for metric, words in SCORES.items() if stage.publishes == "policy" else ():
+            sampled = Sampled.found(f"{metric}/{name}", metrics)
+            if sampled is not None:
+                yield (
+                    name,
+                    Finding(f"the {words} of the {stage.title} model on new prompts", 1, sampled, metric),
+                )
+                break
+
+
+def reasons(
+    chain: Mapping[str, Stage], own: Mapping[str, Finding], scored: Mapping[str, Finding]
+) -> Iterator[str]:
+    """Each stage that did not do what it is for, although all that it reads did, and why it is that one."""
+    spoiled: set[str] = set()
+    """Those that failed, and all that is made from them."""
+    for name, stage in chain.items():
+        findings = [found[name] for found in (own, scored) if name in found]
+        is_bad = any(finding.direction == "not better" for finding in findings)
+        is_spoiled = bool(spoiled & {*stage.inputs()})
+        if is_bad and not is_spoiled:
+            yield reason(name, chain, own, scored.get(name))
+        did_its_own = name in own and own[name].direction == "better"
+        if is_spoiled or (is_bad and not did_its_own):
+            spoiled.add(name)
+
+
+def reason(name: str, chain: Mapping[str, Stage], own: Mapping[str, Finding], score: Finding | None) -> str:
+    """Who is to blame where this stage failed, and why."""
+    stage, mine = chain[name], own.get(name)
+    reward = next((each for each in stage.inputs() if chain[each].publishes == "reward"), None)
+    if mine is not None and mine.direction == "not better":
+        assert stage.purpose is not None
+        why = stage.purpose.failed
+        if reward is None:
+            return f"{name}: {f'its reward is not learned, and {why}' if stage.rewards() else why}."
+        if reward in own and own[reward].direction == "better":
+            return f"{name}: the reward model ranks well, and {why}."
+        return (
+            f"{reward} or {name}: {why}, and nobody can tell whether the reward model ranks well enough to "
+            "learn from."
+        )
+    assert score is not None
+    by, against = SCORES[score.metric], "what it publishes is no better than what PPO started from"
+    if mine is None or mine.direction != "better" or score.metric != "gold_gain":
+        return f"{name}: {against}, by the {by} on new prompts."
+    if not stage.rewards():
+        return f"{name}: it improved on its own data, and the gold score did not follow."
+    return (
+        f"{reward or 'the reward'}: {stage.title} raised its score, and the gold score did not follow. The "
+        "policy found what the reward likes by mistake (reward hacking)."
+    )

@@ -67,6 +67,7 @@ def test_the_report_shows_it_beside_the_others(finished: Outcome) -> None:
     assert "| dpo | ran |" in report and "ranks right" in report
     assert "- DPO model: `artifacts/dpo`" in report
     assert "- DPO: `" in report and "DPO model: " in finished.out
+    assert "the gold score of the DPO model on new prompts (" in finished.summary["verdict"]
 
 
 def test_its_code_is_in_its_key(

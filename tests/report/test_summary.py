@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from experiments import build
 from rich.console import Console
 
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.experiment import stage_class
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.report.summary import print_summary, write_report
 
@@ -87,9 +87,7 @@ def run(tmp_path: Path) -> Run:
         ),
         GateResult("ppo", "first_kl", 0.5, Bound(max=0.02, advice="clear it"), not_checked="it starts apart"),
     ]
-    names = ("prepare", "sft", "reward", "generate", "ppo", "merge", "evaluate", "compare")
-    kinds = {name: stage_class(name, f"rlhf.stages.{name}.{name.capitalize()}Stage") for name in names}
-    return Run(directory, stages, gates, kinds=kinds)
+    return Run(directory, stages, gates, chain=build("model=tiny").stages)
 
 
 def printed(run: Run, width: int) -> str:

@@ -3,38 +3,72 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from experiments import build
 
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult, Run
+from rlhf.pipeline.stage import Purpose, Stage, in_order
 from rlhf.report.verdict import verdict
+from rlhf.stages.merge import MergeStage
 
 NAMES = {
     "sft": ("sft", "held_out_loss_change"), "reward": ("reward", "accuracy_over_baseline"),
-    "ppo": ("ppo", "held_out_score_gain"), "gold": ("evaluate", "gold_gain"),
-    "learned": ("evaluate", "score_gain"),
+    "ppo": ("ppo", "held_out_score_gain"), "gold": ("evaluate", "gold_gain/ppo"),
+    "learned": ("evaluate", "score_gain/ppo"), "of_sft": ("evaluate", "gold_gain/sft"),
+    "dpo": ("dpo", "margin"), "gold_dpo": ("evaluate", "gold_gain/dpo"),
+    "gold_merge": ("evaluate", "gold_gain/merge"),
 }  # fmt: skip
 UP, DOWN, NONE, UNKNOWN = (0.2, 0.1, 0.3), (-0.2, -0.3, -0.1), (0.0, 0.0, 0.0), (0.1, -0.1, 0.3)
 GOOD = {"sft": DOWN, "reward": UP, "ppo": UP, "gold": UP, "learned": UP}
 
 
-def run_of(directory: Path, **figures: tuple[float, float, float]) -> Run:
+class OwnStage(MergeStage):
+    """A stage from outside the package that makes a policy of the SFT model's."""
+
+    name: ClassVar[str] = "dpo"
+    title: ClassVar[str] = "DPO"
+
+    def inputs(self) -> tuple[str, ...]:
+        return ("prepare", "sft")
+
+
+class JudgedStage(OwnStage):
+    """It says what it is for."""
+
+    purpose: ClassVar[Purpose] = Purpose("margin", "DPO's margin on held-out pairs", 1, "it ranks no better")
+
+
+def chain_of(own: type[Stage] = OwnStage, *overrides: str) -> dict[str, Stage]:
+    """The packaged stages, merge(dpo), and the stage from outside behind those it reads."""
+    stages = dict(build("model=tiny", *overrides).stages)
+    stages["dpo"] = own.model_construct(gates={})
+    stages["merge"] = MergeStage.model_construct(policy="dpo", gates={})
+    return in_order(stages)
+
+
+@pytest.fixture(scope="module")
+def chain() -> dict[str, Stage]:
+    return chain_of()
+
+
+def run_of(directory: Path, chain: dict[str, Stage], **figures: tuple[float, float, float]) -> Run:
     """A run that measured these, each with its interval."""
     stages: dict[str, dict[str, Any]] = {"prepare": {"metrics": {"prepare/sft_rows": 9.0}}}
     for name, figure in figures.items():
         stage, metric = NAMES[name]
         metrics = stages.setdefault(stage, {"metrics": {}})["metrics"]
         metrics |= {f"{stage}/{key}": value for key, value in Sampled(*figure, 30).metrics(metric).items()}
-    return Run(directory, stages)
+    return Run(directory, stages, chain=chain)
 
 
-def test_all_is_well(tmp_path: Path) -> None:
-    assert verdict(run_of(tmp_path, **GOOD)) == (
+def test_all_is_well(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    assert verdict(run_of(tmp_path, chain, **GOOD)) == (
         "Improved: SFT's loss on held-out answers (-0.2); the reward model's ranking against chance and "
-        "length (+0.2); PPO's score on held-out prompts (+0.2); the gold score on new prompts (+0.2)."
+        "length (+0.2); PPO's score on held-out prompts (+0.2); the gold score of the PPO model on new prompts (+0.2)."
     )
 
 
@@ -46,22 +80,26 @@ def test_all_is_well(tmp_path: Path) -> None:
         ({"reward": NONE, "ppo": NONE}, "the reward model's ranking", "reward: it ranks no better"),
         ({"ppo": NONE, "gold": NONE}, "PPO's score on held-out prompts (+0)", "ppo: the reward model"),
         ({"ppo": DOWN, "gold": DOWN}, "PPO's score on held-out prompts (-0.2)", "ppo: the reward model"),
-        ({"gold": DOWN}, "the gold score on new prompts (-0.2)", "reward: PPO raised its score"),
-        ({"ppo": UNKNOWN, "gold": DOWN}, "the gold score on new prompts", "ppo: what it publishes is no"),
-        ({"ppo": NONE, "reward": UNKNOWN}, "PPO's score on held-out prompts (+0)", "reward or ppo: PPO did"),
+        ({"gold": DOWN}, "the gold score of the PPO model on new prompts (-0.2)", "reward: PPO raised its score"),
+        ({"ppo": UNKNOWN, "gold": DOWN}, "the gold score of the PPO model", "ppo: what it publishes is no"),
+        ({"ppo": NONE, "reward": UNKNOWN}, "PPO's score on held-out prompts (+0)", "reward or ppo: PPO found no"),
     ],
 )  # fmt: skip
 def test_one_stage_is_to_blame(
-    tmp_path: Path, changed: dict[str, tuple[float, float, float]], not_improved: str, blamed: str
+    tmp_path: Path,
+    chain: dict[str, Stage],
+    changed: dict[str, tuple[float, float, float]],
+    not_improved: str,
+    blamed: str,
 ) -> None:
-    sentence = verdict(run_of(tmp_path, **GOOD | changed))
+    sentence = verdict(run_of(tmp_path, chain, **GOOD | changed))
     assert f"Did not improve: {not_improved}" in sentence
     assert f" To blame is {blamed}" in sentence
     assert sentence.endswith(".") and ".." not in sentence
 
 
-def test_a_reward_model_that_cannot_be_judged_blames_nobody(tmp_path: Path) -> None:
-    sentence = verdict(run_of(tmp_path, **GOOD | {"reward": UNKNOWN}))
+def test_a_reward_model_that_cannot_be_judged_blames_nobody(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    sentence = verdict(run_of(tmp_path, chain, **GOOD | {"reward": UNKNOWN}))
     assert (
         "Cannot be told from so few rows: the reward model's ranking against chance and length (+0.1)"
         in sentence
@@ -69,32 +107,75 @@ def test_a_reward_model_that_cannot_be_judged_blames_nobody(tmp_path: Path) -> N
     assert "To blame" not in sentence and "Did not improve" not in sentence
 
 
-def test_nothing_can_be_said(tmp_path: Path) -> None:
-    assert verdict(run_of(tmp_path)) == (
+def test_nothing_can_be_said(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    assert verdict(run_of(tmp_path, chain)) == (
         "Nothing can be said: no stage of this run measures whether anything improved."
     )
-    few = verdict(run_of(tmp_path, sft=UNKNOWN, reward=UNKNOWN))
+    few = verdict(run_of(tmp_path, chain, sft=UNKNOWN, reward=UNKNOWN))
     assert few.startswith("Nothing can be said. Cannot be told from so few rows: SFT's loss")
 
 
 def test_where_nobody_knows_the_gold_score_the_learned_one_is_told(tmp_path: Path) -> None:
+    chain = chain_of(OwnStage, "ppo.reward=vader", "ppo.score.normalize=none")
     figures = {name: figure for name, figure in GOOD.items() if name not in ("gold", "reward")}
-    assert "the reward's score on new prompts (+0.2)" in verdict(run_of(tmp_path, **figures))
+    assert "the reward's score of the PPO model on new prompts (+0.2)" in verdict(
+        run_of(tmp_path, chain, **figures)
+    )
     assert "To blame is ppo: its reward is not learned" in verdict(
-        run_of(tmp_path, **figures | {"ppo": NONE})
+        run_of(tmp_path, chain, **figures | {"ppo": NONE})
     )
-    assert "To blame is ppo: what it publishes scores no" in verdict(
-        run_of(tmp_path, **figures | {"learned": DOWN})
+    assert (
+        "To blame is ppo: what it publishes is no better than what PPO started from, by the reward's"
+        in verdict(run_of(tmp_path, chain, **figures | {"learned": DOWN}))
     )
 
 
-def test_what_is_no_better_is_compared_with_what_ppo_started_from(tmp_path: Path) -> None:
+def test_what_is_no_better_is_compared_with_what_ppo_started_from(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
     """Which is the SFT model, the base model or a directory."""
-    sentence = verdict(run_of(tmp_path, **GOOD | {"ppo": UNKNOWN, "gold": DOWN}))
-    assert sentence.endswith("no better than what it started from, by the gold score.")
+    sentence = verdict(run_of(tmp_path, chain, **GOOD | {"ppo": UNKNOWN, "gold": DOWN}))
+    assert sentence.endswith("no better than what PPO started from, by the gold score on new prompts.")
 
 
-def test_a_gate_of_something_else_is_told_too(tmp_path: Path) -> None:
-    run = run_of(tmp_path, **GOOD)
+def test_a_policy_of_ones_own_is_praised_and_blamed(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    praised = verdict(run_of(tmp_path, chain, **GOOD, gold_dpo=UP))
+    assert "the gold score of the PPO model on new prompts (+0.2); the gold score of the DPO model" in praised
+    assert "To blame" not in praised
+    sentence = verdict(run_of(tmp_path, chain, **GOOD, gold_dpo=DOWN, gold_merge=DOWN))
+    assert "Did not improve: the gold score of the DPO model on new prompts (-0.2); the gold" in sentence
+    assert sentence.count("To blame") == 1  # what merge publishes is made from dpo's
+    assert (
+        "To blame is dpo: what it publishes is no better than what PPO started from, by the gold" in sentence
+    )
+
+
+def test_two_that_read_nothing_of_each_other_are_both_to_blame(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
+    sentence = verdict(run_of(tmp_path, chain, **GOOD | {"gold": DOWN}, gold_dpo=DOWN))
+    assert "To blame is reward: PPO raised its score" in sentence and "To blame is dpo: what it" in sentence
+    sentence = verdict(run_of(tmp_path, chain, **GOOD | {"sft": UP, "gold": DOWN}, gold_dpo=DOWN))
+    assert sentence.count("To blame") == 1 and "To blame is sft: it learned nothing" in sentence
+
+
+def test_a_stage_of_ones_own_says_what_it_is_for(tmp_path: Path) -> None:
+    chain = chain_of(JudgedStage)
+    assert "DPO's margin on held-out pairs (+0.2)" in verdict(run_of(tmp_path, chain, dpo=UP))
+    assert verdict(run_of(tmp_path, chain, dpo=NONE)).endswith(" To blame is dpo: it ranks no better.")
+    hacked = verdict(run_of(tmp_path, chain, dpo=UP, gold_dpo=DOWN))
+    assert hacked.endswith("dpo: it improved on its own data, and the gold score did not follow.")
+
+
+def test_a_policy_that_learned_its_own_task_spoils_nothing(tmp_path: Path) -> None:
+    """SFT's answers need not have a high gold score; PPO, which reads it, is judged by itself."""
+    chain = chain_of()
+    sentence = verdict(run_of(tmp_path, chain, **GOOD | {"gold": DOWN}, of_sft=DOWN))
+    assert "To blame is sft: it improved on its own data" in sentence
+    assert "To blame is reward: PPO raised its score" in sentence
+
+
+def test_a_gate_of_something_else_is_told_too(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
     run.gates = [GateResult("ppo", "kl", 31.0, Bound(max=20.0, advice="raise ppo.kl.coef"))]
     assert verdict(run).endswith(" To blame is ppo (kl = 31): its gate failed.")
