@@ -68,7 +68,8 @@ def run_of(directory: Path, chain: dict[str, Stage], **figures: tuple[float, flo
 def test_all_is_well(tmp_path: Path, chain: dict[str, Stage]) -> None:
     assert verdict(run_of(tmp_path, chain, **GOOD)) == (
         "Improved: SFT's loss on held-out answers (-0.2); the reward model's ranking against chance and "
-        "length (+0.2); PPO's score on held-out prompts (+0.2); the gold score of the PPO model on new prompts (+0.2)."
+        "length (+0.2); PPO's score on held-out prompts (+0.2); the gold score of the PPO model on "
+        "new prompts (+0.2)."
     )
 
 
@@ -80,9 +81,9 @@ def test_all_is_well(tmp_path: Path, chain: dict[str, Stage]) -> None:
         ({"reward": NONE, "ppo": NONE}, "the reward model's ranking", "reward: it ranks no better"),
         ({"ppo": NONE, "gold": NONE}, "PPO's score on held-out prompts (+0)", "ppo: the reward model"),
         ({"ppo": DOWN, "gold": DOWN}, "PPO's score on held-out prompts (-0.2)", "ppo: the reward model"),
-        ({"gold": DOWN}, "the gold score of the PPO model on new prompts (-0.2)", "reward: PPO raised its score"),
+        ({"gold": DOWN}, "the gold score of the PPO model on new prompts (-0.2)", "reward: PPO raised"),
         ({"ppo": UNKNOWN, "gold": DOWN}, "the gold score of the PPO model", "ppo: what it publishes is no"),
-        ({"ppo": NONE, "reward": UNKNOWN}, "PPO's score on held-out prompts (+0)", "reward or ppo: PPO found no"),
+        ({"ppo": NONE, "reward": UNKNOWN}, "PPO's score on held-out prompts (+0)", "reward or ppo: PPO"),
     ],
 )  # fmt: skip
 def test_one_stage_is_to_blame(
