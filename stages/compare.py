@@ -36,9 +36,8 @@ from rlhf.compare.artifacts import (
     tuned_artifact,
 )
 from rlhf.compare.context_budget import ContextBudget, Sizes, measured
-from rlhf.compare.cost import break_even, cost_of, model_bytes
+from rlhf.compare.cost import cost_of, model_bytes
 from rlhf.compare.dataset import CORPUS, QUESTIONS, Library, find_library, find_questions
-from rlhf.compare.metrics import answer_found, exact_match, rouge_l
 from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig, RetrieverName
 from rlhf.config import ConfigError
 from rlhf.costs.sampling import sampling_cost
@@ -52,7 +51,7 @@ from rlhf.distributed.device import hardware
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.report.compare import METHODS, Quality, comparison_cells, contenders, draw, write_csv
+from rlhf.report.compare import Quality, comparison_cells, draw, write_csv
 from rlhf.rewards.kinds import RewardSource, reward_digest
 from rlhf.rewards.reward import finite_scores
 
@@ -64,8 +63,6 @@ PACKAGES = ("bm25s", "rapidfuzz", "matplotlib")
 """Of `pip install -e '.[compare]'`; imported where they are used."""
 SCORING = ("bm25s", "rapidfuzz")
 """Whose versions decide figures: what is found, and ROUGE-L."""
-WITH_REFERENCE = {"exact_match": exact_match, "answer_found": answer_found, "rouge_l": rouge_l}
-"""What an answer is worth beside its reference."""
 
 
 def _once(names: list[str]) -> list[str]:
@@ -241,19 +238,25 @@ class CompareStage(Stage):
 
     def run(self, job: Job) -> None:
         """Ask everybody everything, score the answers, count what they cost."""
+        from rlhf.compare.figures import break_evens, described, win_rate
+
         questions, num_leaks, library = self.material(job.data)
         if num_leaks:
             job.progress.console.print(
                 f"{num_leaks} questions are asked by training rows too; they are left out.", style="bold red"
             )
-        metrics: dict[str, float] = {"questions": len(questions), "leaks": num_leaks}
         answers: dict[str, Answers] = {}
         for model in (None, *self.artifacts):
-            answers |= self.ask(job, model, library, questions, metrics)
+            answers |= self.ask(job, model, library, questions)
         self.score(job, questions, answers)
+        metrics: dict[str, float] = {"questions": len(questions), "leaks": num_leaks}
+        first = next(iter(answers.values()))
         for name, said in answers.items():
-            metrics |= self.describe(job, name, said, first=next(iter(answers.values())))
-        metrics |= break_evens(metrics)
+            found = described(said, self.price_per_hour)
+            if said is not first:
+                found |= win_rate(said, first)
+            metrics |= {f"{metric}/{name}": value for metric, value in found.items()}
+        metrics |= break_evens(metrics, list(answers))
         self.write(job, questions, answers)
         if job.compute.is_main:
             text = comparison_cells(metrics).markdown()
@@ -263,17 +266,9 @@ class CompareStage(Stage):
         job.publish(metrics)
 
     def ask(
-        self,
-        job: Job,
-        model: str | None,
-        library: Library,
-        questions: Sequence[Question],
-        metrics: dict[str, float],
+        self, job: Job, model: str | None, library: Library, questions: Sequence[Question]
     ) -> dict[str, Answers]:
-        """Every answer of one model (None: the base), by contender; what it took goes into the metrics.
-
-        One model is in memory at a time.
-        """
+        """Every answer of one model (None: the base), by contender; it is the only one in memory."""
         from rlhf.compare.answering import answer_one_by_one, make_prompt_builder
         from rlhf.compare.retrieval import make_index
         from rlhf.evaluation.intervals import ratio
@@ -296,12 +291,12 @@ class CompareStage(Stage):
             references = [question.reference for question in questions if question.reference is not None]
             if references:
                 losses = answer_losses(policy, said.asked, references, self.micro_batch_tokens)
-                metrics |= ratio(*losses).metrics(f"answer_loss/{name}")
-            metrics[f"storage_bytes/{name}"] = size + asking.num_bytes
+                said.figures |= ratio(*losses).metrics("answer_loss")
+            said.figures["storage_bytes"] = size + asking.num_bytes
             if training is not None:
                 setup = training + asking.setup_seconds
-                metrics |= {
-                    f"setup_seconds/{name}": setup, f"setup_cost/{name}": cost_of(setup, self.price_per_hour)
+                said.figures |= {
+                    "setup_seconds": setup, "setup_cost": cost_of(setup, self.price_per_hour)
                 }  # fmt: skip
             tell_cut(job, name, method, said)
             answers[name] = said
@@ -309,68 +304,24 @@ class CompareStage(Stage):
 
     def load(self, job: Job, model: str | None) -> tuple[PolicyModel, float | None, int]:
         """A policy, the seconds that its training took, where that is known, and its bytes."""
-        from rlhf.generation.policy_model import PolicyModel
-        from rlhf.models.logprobs import check_head
-
         if model is None:
-            directory, tokenizer = job.base.directory, job.base.load_tokenizer()
-            policy = PolicyModel.load(directory, job.base.config, job.compute, tokenizer, job.vllm)
-            check_head(policy.model)
-            return policy, 0.0, model_bytes(directory)
+            return job.policy(job.base), 0.0, model_bytes(job.base.directory)
         artifact = job.inputs[model] if is_of_this_run(model) else tuned_artifact(model, read=True)
         path = path_of(artifact)
-        policy = PolicyModel.load(path, job.base.config, job.compute, vllm=job.vllm)
-        return policy, training_seconds(artifact), model_bytes(path)
+        return job.policy(path), training_seconds(artifact), model_bytes(path)
 
     def score(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Put every answer beside its reference, and before the reward."""
-        import torch
-
-        from rlhf.rewards.model import make_reward
+        from rlhf.compare.figures import put_beside_references
 
         for said in answers.values():
-            for quality, measure in WITH_REFERENCE.items():
-                if questions[0].reference is not None:
-                    values = [
-                        measure(text, question.reference)
-                        for text, question in zip(said.texts, questions, strict=True)
-                        if question.reference is not None
-                    ]
-                    said.scores[quality] = torch.tensor(values, dtype=torch.float64)
+            put_beside_references(said, questions)
         if self.reward is None:
             return
-        learned = job.inputs["reward"].path if self.reward == "learned" else None
-        reward = make_reward(
-            self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens, job.reward_server
-        )
+        reward = job.reward(self.reward, self.micro_batch_tokens)
         prompts = [question.prompt for question in questions]
         for said in job.progress.track(answers.values(), "compare: score", len(answers)):
             said.scores["score"] = finite_scores(reward, prompts, said.texts, f"compare.reward={self.reward}")
-
-    def describe(self, job: Job, name: str, said: Answers, first: Answers) -> dict[str, float]:
-        """One contender's figures."""
-        from rlhf.evaluation.intervals import mean, share
-        from rlhf.evaluation.win_rate import wins
-
-        mean_seconds = float(said.seconds_B.mean())
-        metrics = {
-            "seconds_p50": float(said.seconds_B.quantile(0.5)),
-            "seconds_p95": float(said.seconds_B.quantile(0.95)),
-            "seconds_mean": mean_seconds,
-            "prompt_tokens": sum(len(ids) for ids in said.rollout.prompt_ids) / len(said.texts),
-            "answer_tokens": float(said.rollout.response_lengths.double().mean()),
-            "prompts_cut": sum(count > 0 for count in said.num_cut),
-            "cost_per_thousand": 1000 * cost_of(mean_seconds, self.price_per_hour),
-        }
-        found = {f"{metric}/{name}": value for metric, value in metrics.items()}
-        for quality, score_B in said.scores.items():  # all but a reward's score are between 0 and 1
-            measured = mean(score_B) if quality == "score" else share(score_B)
-            found |= measured.metrics(f"{quality}/{name}")
-        if said is not first:
-            judge = "rouge_l" if self.reward is None else "score"
-            won = share(wins(said.scores[judge], first.scores[judge]))
-            found |= won.metrics(f"win_rate/{name}")
-        return found
 
     def write(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself."""
@@ -379,12 +330,7 @@ class CompareStage(Stage):
                 "contender": name,
                 "prompt": question.prompt,
                 "reference": question.reference,
-                "response": said.texts[index],
-                "stopped": bool(said.rollout.stopped[index]),
-                "tokens": len(said.rollout.response_ids[index]),
-                "seconds": round(float(said.seconds_B[index]), 4),
-                "cut": said.num_cut[index],
-                **{quality: round(float(score_B[index]), 4) for quality, score_B in said.scores.items()},
+                **said.row(index),
                 "asked": said.asked[index],
             }
             for name, said in answers.items()
@@ -407,16 +353,3 @@ def tell_cut(job: Job, name: str, method: Method, said: Answers) -> None:
             "longer context.",
             style="bold red", markup=False, highlight=False,
         )  # fmt: skip
-
-
-def break_evens(metrics: Mapping[str, float]) -> dict[str, float]:
-    """For every tuned contender, after how many requests it has cost as little as each way of prompting."""
-    names = contenders(metrics)
-    found = {}
-    for tuned in (name for name in names if name not in METHODS and f"setup_seconds/{name}" in metrics):
-        for method in (name for name in names if name in METHODS):
-            found[f"break_even_{method}/{tuned}"] = break_even(
-                metrics[f"setup_seconds/{tuned}"], metrics[f"seconds_mean/{tuned}"],
-                metrics[f"setup_seconds/{method}"], metrics[f"seconds_mean/{method}"],
-            )  # fmt: skip
-    return found

@@ -9,7 +9,6 @@ Writes  responses.jsonl; comparison.jsonl (one prompt per line, all policies' an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
@@ -25,20 +24,16 @@ from rlhf.data.sources import PromptSource, SourceList
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.lm_eval import Harness
-from rlhf.evaluation.sampled import ENDS, beside
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import INTERVAL, Stage
 from rlhf.rewards.kinds import RewardSource, reward_digest
 from rlhf.rewards.reward import finite_scores
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from rlhf.evaluation.retention import Retained
+    from rlhf.evaluation.answers import Answers
     from rlhf.generation.policy_model import PolicyModel
-    from rlhf.rl.rollout import Rollout
 
 NOT_MADE = ("base", "init")
 """Policies that no stage makes; `init` is a directory of the user's that PPO started from."""
@@ -57,35 +52,6 @@ OF_EACH = (
     *OF_SUBJECT, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
     "gold_mean", "gold_deviation", "kl", "task_loss", "perplexity", "text_loss_*", "question_accuracy",
 )  # fmt: skip
-
-
-@dataclass
-class Answers:
-    """What one policy said, how it was scored, and what it knows. Tensors have one entry a row."""
-
-    rollout: Rollout
-    texts: list[str]
-    logp_BR: Tensor
-    """Nats, under the policy itself at the sampling temperature."""
-    task_nats_B: Tensor
-    """Of each held-out answer of sft.data, its negative log-likelihood."""
-    task_tokens_B: Tensor
-    """Of each of these answers."""
-    retained: Retained
-    """What the policy still knows of everything else."""
-    vocabulary: dict[str, int]
-    """Of its tokenizer."""
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    """By "score" (the learned reward) and "gold"."""
-
-    def row(self, index: int) -> dict[str, Any]:
-        """One answer as plain values."""
-        return {
-            "response": self.texts[index],
-            "stopped": bool(self.rollout.stopped[index]),
-            "tokens": len(self.rollout.response_ids[index]),
-            **{name: round(float(score_B[index]), 4) for name, score_B in self.scores.items()},
-        }
 
 
 class EvaluateStage(Stage):
@@ -312,36 +278,41 @@ class EvaluateStage(Stage):
         )  # fmt: skip
 
     def run(self, job: Job) -> None:
-        """Answer, measure what was learned and what was forgotten, score, compare."""
-        from rlhf.evaluation.retention import forgetting
+        """Let every policy answer, score the answers, and compare them."""
+        from rlhf.evaluation.answers import figures
 
         rows = self.rows(job.data)
-        answers: dict[str, Answers] = {}
-        metrics: dict[str, float] = {"prompts": len(rows)}
-        # One model in memory at a time; PPO's start last, as it also judges how far the others went from it.
-        for name in sorted(self.policies, key=lambda name: name == self.start):
-            policy = self.load_policy(job, name)
-            answers[name] = self.answer(job, name, policy, rows)
-            if self.lm_eval:
-                metrics |= self.harness_metrics(job, name, policy)
-            if name == self.start:
-                metrics |= self.divergence(job, answers, reference=policy)
-            del policy
-        answers = {name: answers[name] for name in self.in_order(job.inputs)}
+        answers = self.ask(job, rows)
         self.score(job, rows, answers)
-        for name, said in answers.items():
-            metrics |= describe(name, said)
-        if self.start in answers:
-            metrics |= self.gains(answers)
-        if "base" in answers:
-            metrics |= task_gain(answers)
-            metrics |= forgetting({name: said.retained for name, said in answers.items()})
-        metrics |= self.of_subject(metrics)
+        metrics: dict[str, float] = {"prompts": len(rows)}
+        for name in answers:
+            found = figures(name, answers, self.start)
+            metrics |= {f"{metric}/{name}": value for metric, value in found.items()}
+            if name == self.subject:
+                metrics |= {
+                    metric: value for metric, value in found.items() if INTERVAL.sub("", metric) in OF_SUBJECT
+                }
         self.write(job, rows, answers)
         job.publish(metrics)
 
+    def ask(self, job: Job, rows: Sequence[PromptRow]) -> dict[str, Answers]:
+        """What every policy says and knows; one model is in memory at a time."""
+        from rlhf.evaluation.answers import divergence
+
+        answers: dict[str, Answers] = {}
+        # PPO's start is the last, as it also judges how far the others went from it
+        for name in sorted(self.policies, key=lambda name: name == self.start):
+            policy = self.load(job, name)
+            answers[name] = self.answer(job, name, policy, rows)
+            if name == self.start:
+                others = [said for other, said in answers.items() if other != name]
+                for said in job.progress.track(others, "evaluate: KL", len(others)):
+                    said.figures |= divergence(said, policy, self.temperature, self.micro_batch_tokens)
+            del policy
+        return {name: answers[name] for name in self.in_order(job.inputs)}
+
     def in_order(self, made: Iterable[str]) -> list[str]:
-        """The policies as they came to be, the last one last: base, and PPO's start right before PPO.
+        """The policies as they came to be: base, and PPO's start right before PPO.
 
         Args:
             made: stages in the chain's order.
@@ -350,24 +321,18 @@ class EvaluateStage(Stage):
         names.insert(names.index("ppo") if "ppo" in names else len(names), "init")
         return [name for name in names if name in self.policies]
 
-    def load_policy(self, job: Job, name: str) -> PolicyModel:
-        """One of them, frozen."""
-        from rlhf.generation.policy_model import PolicyModel
-        from rlhf.models.logprobs import check_head
-
+    def load(self, job: Job, name: str) -> PolicyModel:
+        """One of the policies, frozen."""
         if name in NOT_MADE:
-            start = job.start(self.init if name == "init" else "base")
-            tokenizer = start.load_tokenizer()
-            policy = PolicyModel.load(start.directory, start.config, job.compute, tokenizer, job.vllm)
-            check_head(policy.model)
-            return policy
-        return PolicyModel.load(job.inputs[name].path, job.base.config, job.compute, vllm=job.vllm)
+            return job.policy(job.start(self.init if name == "init" else "base"))
+        return job.policy(job.inputs[name].path)
 
     def answer(self, job: Job, name: str, policy: PolicyModel, rows: Sequence[PromptRow]) -> Answers:
         """One sampled answer a prompt, every policy with the same seed; how well the policy knows the task's
         own answers, and how well it still knows everything else."""
         import torch
 
+        from rlhf.evaluation.answers import Answers
         from rlhf.evaluation.reference_loss import answer_losses
         from rlhf.evaluation.retention import retention
 
@@ -389,79 +354,22 @@ class EvaluateStage(Stage):
             task.advance()
             retained = retention(policy, job.data.rows("retention", "evaluation"), self.micro_batch_tokens)
             task.advance()
-        return Answers(rollout, texts, logp_BR, *task_losses, retained, policy.tokenizer.get_vocab())
-
-    def harness_metrics(self, job: Job, name: str, policy: PolicyModel) -> dict[str, float]:
-        """What lm-eval's tasks say of a policy."""
-        with job.progress.task(f"evaluate: lm-eval asks {name}", 1) as task:
-            found = job.compute.main_only(lambda: self.harness.measure(policy))
-            task.advance()
-        return {f"{metric}/{name}": value for metric, value in found.items()}
-
-    def divergence(
-        self, job: Job, answers: Mapping[str, Answers], reference: PolicyModel
-    ) -> dict[str, float]:
-        """KL of every other policy from PPO's start, in nats per sequence, by that policy's own answers; none
-        of a policy with other tokens, such as a base model beside evaluate.init=DIRECTORY."""
-        import torch
-
-        from rlhf.rl.advantage import kl_k1
-
-        vocabulary = reference.tokenizer.get_vocab()
-        others = {
-            name: said
-            for name, said in answers.items()
-            if name != self.start and said.vocabulary == vocabulary
-        }
-        metrics = {}
-        for name, said in job.progress.track(others.items(), "evaluate: KL", len(others)):
-            logp_BR = reference.log_probabilities(said.rollout, self.temperature, self.micro_batch_tokens)
-            kl_BR = kl_k1(said.logp_BR, logp_BR, said.rollout.mask_BR)
-            metrics[f"kl/{name}"] = float(kl_BR.sum(dtype=torch.float64)) / len(said.texts)
-        return metrics
+        said = Answers(rollout, texts, logp_BR, *task_losses, retained, policy.tokenizer.get_vocab())
+        if self.lm_eval:
+            with job.progress.task(f"evaluate: lm-eval asks {name}", 1) as task:
+                said.figures |= job.compute.main_only(lambda: self.harness.measure(policy))
+                task.advance()
+        return said
 
     def score(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Let the learned and the gold reward score every answer."""
-        from rlhf.rewards.model import make_reward
-
-        learned = job.inputs["reward"].path if "reward" in job.inputs else None
         prompts = [row.prompt for row in rows]
         for kind, key, source in (("score", "reward", self.reward), ("gold", "gold", self.gold)):
             if source is None:
                 continue
-            reward = make_reward(
-                source, learned, job.base.config, job.compute, self.micro_batch_tokens, job.reward_server
-            )
+            reward = job.reward(source, self.micro_batch_tokens)
             for said in job.progress.track(answers.values(), f"evaluate: {kind}", len(answers)):
                 said.scores[kind] = finite_scores(reward, prompts, said.texts, f"evaluate.{key}={source}")
-
-    def gains(self, answers: Mapping[str, Answers]) -> dict[str, float]:
-        """Every other policy against PPO's start, prompt by prompt; the gold score decides who wins where
-        there is one."""
-        from rlhf.evaluation.intervals import mean, share
-        from rlhf.evaluation.win_rate import wins
-
-        start, metrics = answers[self.start].scores, dict[str, float]()
-        for name, said in answers.items():
-            if name == self.start:
-                continue
-            won = {kind: share(wins(score_B, start[kind])) for kind, score_B in said.scores.items()}
-            for kind, score_B in said.scores.items():
-                metrics |= mean(score_B.double() - start[kind].double()).metrics(f"{kind}_gain/{name}")
-            if "score" in won:
-                metrics |= won["score"].metrics(f"win_rate_learned/{name}")
-            if won:
-                metrics |= won["gold" if "gold" in won else "score"].metrics(f"win_rate/{name}")
-        return metrics
-
-    def of_subject(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The subject's figures once more, without its name."""
-        return {
-            beside(metric, end): metrics[name]
-            for metric in OF_SUBJECT
-            for end in ENDS
-            if (name := beside(f"{metric}/{self.subject}", end)) in metrics
-        }
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself, and side by side."""
@@ -480,40 +388,3 @@ class EvaluateStage(Stage):
                 for index, row in enumerate(rows)
             ),
         )
-
-
-def describe(name: str, said: Answers) -> dict[str, float]:
-    """Scores, lengths and variety of one policy's answers, and what it knows."""
-    from rlhf.evaluation.intervals import ratio
-    from rlhf.rl.statistics import distinct_n
-
-    ids = [response.tolist() for response in said.rollout.response_ids]
-    metrics = {
-        "length_mean": float(said.rollout.response_lengths.double().mean()),
-        "stop_rate": float(said.rollout.stopped.double().mean()),
-        "distinct_1": distinct_n(ids, 1),
-        "distinct_2": distinct_n(ids, 2),
-    }
-    for kind, score_B in said.scores.items():
-        metrics[f"{kind}_mean"] = float(score_B.double().mean())
-        metrics[f"{kind}_deviation"] = float(score_B.double().std(correction=0))
-    if len(said.task_nats_B):
-        metrics["task_loss"] = ratio(said.task_nats_B, said.task_tokens_B).value
-    metrics |= said.retained.metrics()
-    return {f"{metric}/{name}": value for metric, value in metrics.items()}
-
-
-def task_gain(answers: Mapping[str, Answers]) -> dict[str, float]:
-    """Nats a token that each policy's loss on the held-out answers is below the base model's; nothing without
-    such answers. Those that one of both reads less of do not count."""
-    from rlhf.evaluation.intervals import ratio
-
-    base, gains = answers["base"], dict[str, float]()
-    for name, said in answers.items():
-        if len(base.task_nats_B):
-            alike_B = (base.task_tokens_B > 0) & (said.task_tokens_B > 0)
-            if said.vocabulary == base.vocabulary:
-                alike_B &= said.task_tokens_B == base.task_tokens_B
-            gain_B = base.task_nats_B - said.task_nats_B
-            gains |= ratio(gain_B[alike_B], base.task_tokens_B[alike_B]).metrics(f"task_gain/{name}")
-    return gains

@@ -8,7 +8,7 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -24,9 +24,6 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import RewardSource, reward_digest
 from rlhf.rewards.reward import finite_scores
-
-if TYPE_CHECKING:
-    from rlhf.generation.policy_model import PolicyModel
 
 
 class GenerateStage(Stage):
@@ -137,7 +134,7 @@ class GenerateStage(Stage):
 
         rows = self.rows(job.data)
         repeated = [row for row in rows for _ in range(self.samples_per_prompt)]
-        policy = self.load_policy(job)
+        policy = job.policy(job.start(self.policy))
         with job.progress.task("generate: sampling", len(repeated)) as task:
             rollout, texts = policy.sample(
                 [row.prompt for row in repeated],
@@ -170,27 +167,15 @@ class GenerateStage(Stage):
             metrics |= self.write_ranked(job, rows, texts, scores)
         job.publish(metrics)
 
-    def load_policy(self, job: Job) -> PolicyModel:
-        """The model that answers."""
-        from rlhf.generation.policy_model import PolicyModel
-
-        start = job.start(self.policy)
-        return PolicyModel.load(start.directory, start.config, job.compute, start.load_tokenizer(), job.vllm)
-
     def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> list[float] | None:
         """One score a response, or None without a reward.
 
         Raises:
             ConfigError: the reward gives a number that is not finite.
         """
-        from rlhf.rewards.model import make_reward
-
         if self.reward is None:
             return None
-        learned = job.inputs["reward"].path if self.reward == "learned" else None
-        reward = make_reward(
-            self.reward, learned, job.base.config, job.compute, self.micro_batch_tokens, job.reward_server
-        )
+        reward = job.reward(self.reward, self.micro_batch_tokens)
         prompts = [row.prompt for row in rows]
         return finite_scores(reward, prompts, texts, f"generate.reward={self.reward}").tolist()
 

@@ -102,6 +102,19 @@ class Answers:
     """Examples or passages left out, because they did not fit the context."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """fp64 [B] by the quality's name."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What was measured while the model was in memory, as metrics."""
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One answer as plain values."""
+        return {
+            "response": self.texts[index],
+            "stopped": bool(self.rollout.stopped[index]),
+            "tokens": len(self.rollout.response_ids[index]),
+            "seconds": round(float(self.seconds_B[index]), 4),
+            "cut": self.num_cut[index],
+            **{quality: round(float(score_B[index]), 4) for quality, score_B in self.scores.items()},
+        }
 
 
 def answer_one_by_one(

@@ -5,7 +5,7 @@ Dimensions: B texts, questions or continuations, R continuation tokens (padded).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,21 +60,18 @@ def retention(
     return Retained([row.source for row in texts], nats_B, tokens_B, right_B)
 
 
-def forgetting(known: Mapping[str, Retained]) -> dict[str, float]:
-    """Each policy against the one called base, row by row.
+def forgetting(known: Retained, base: Retained) -> dict[str, float]:
+    """What a policy knows against what the base model does, row by row.
 
     `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats per token.
     """
-    base, changes = known["base"], dict[str, float]()
-    for name, each in known.items():
-        found: dict[str, Sampled] = {}
-        if len(base.nats_B):
-            found["retention_loss"] = ratio(each.nats_B - base.nats_B, base.tokens_B)
-            found["retention_perplexity_ratio"] = exponential(found["retention_loss"])
-        if len(base.right_B):
-            found["question_accuracy_change"] = difference(each.right_B - base.right_B)
-        for metric, change in found.items():
-            changes |= change.metrics(f"{metric}/{name}")
+    changes: dict[str, float] = {}
+    if len(base.nats_B):
+        loss = ratio(known.nats_B - base.nats_B, base.tokens_B)
+        changes |= loss.metrics("retention_loss")
+        changes |= exponential(loss).metrics("retention_perplexity_ratio")
+    if len(base.right_B):
+        changes |= difference(known.right_B - base.right_B).metrics("question_accuracy_change")
     return changes
 
 

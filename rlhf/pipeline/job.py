@@ -17,12 +17,16 @@ from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from rlhf.distributed.compute import Compute
+    from rlhf.generation.policy_model import PolicyModel
     from rlhf.generation.vllm import Vllm
+    from rlhf.models.weight_sharing import Backbone
     from rlhf.pipeline.experiment import Experiment
     from rlhf.rewards.http import RewardServerConfig
+    from rlhf.rewards.reward import Reward
     from rlhf.training.checkpoint import Checkpointer
     from rlhf.training.engine import Engine, Groups
 
@@ -85,6 +89,48 @@ class Job:
 
         engine = make_engine(model, groups, self.compute, self.checkpoints.newest)
         return engine, self.checkpoints.restore(engine)
+
+    def policy(self, model: BaseModelFiles | Path) -> PolicyModel:
+        """A frozen policy that answers by the run's engine.
+
+        Args:
+            model: the base model or a directory of `STAGE.init`, as `start` gives it: it is checked, and
+                speaks the config's chat template. Or the directory of a published model, with its own.
+
+        Raises:
+            ConfigError: the model's output layer is of a kind that is not supported.
+        """
+        from rlhf.generation.policy_model import PolicyModel
+        from rlhf.models.logprobs import check_head
+
+        if isinstance(model, Path):
+            return PolicyModel.load(model, self.base.config, self.compute, vllm=self.vllm)
+        tokenizer = model.load_tokenizer()
+        policy = PolicyModel.load(model.directory, model.config, self.compute, tokenizer, self.vllm)
+        check_head(policy.model)
+        return policy
+
+    def reward(
+        self,
+        source: str,
+        micro_batch_tokens: int,
+        backbone: Backbone | None = None,
+        device: torch.device | None = None,
+    ) -> Reward:
+        """The reward that a `RewardSource` names; `learned` is the reward stage's model.
+
+        Args:
+            micro_batch_tokens: of a model's forward pass.
+            backbone: weights that a learned one may share.
+            device: another one than where it shall run, if something is going to move it.
+        """
+        from rlhf.rewards.model import make_reward
+
+        learned = self.inputs["reward"].path if source == "learned" else None
+        return make_reward(
+            source, learned, self.base.config, self.compute, micro_batch_tokens, self.reward_server,
+            backbone, device,
+        )  # fmt: skip
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step's metrics under the stage's name."""

@@ -99,30 +99,28 @@ def test_only_what_there_are_rows_for_is_measured(policy: PolicyModel) -> None:
 
 
 def test_forgetting_by_hand() -> None:
-    known = {
-        "base": retained([1.0, 3.0], [1.0, 1.0, 1.0, 0.0]),
-        "sft": retained([1.0, 5.0], [1.0, 1.0, 0.0, 0.0]),
-        "ppo": retained([1.0, 1.0], [1.0, 1.0, 1.0, 1.0]),
-    }
-    found = forgetting(known)
-    assert found["retention_loss/sft"] == pytest.approx(0.5)  # 2 nats more over 4 tokens
-    assert found["retention_perplexity_ratio/sft"] == pytest.approx(math.exp(0.5))
-    assert found["retention_loss/ppo"] == pytest.approx(-0.5)
-    assert [found[f"question_accuracy_change/{name}"] for name in ("sft", "ppo")] == [-0.25, 0.25]
-    assert found["retention_loss/base"] == found["question_accuracy_change/base"] == 0.0
-    texts = {name: each._replace(right_B=torch.zeros(0)) for name, each in known.items()}
-    assert not [name for name in forgetting(texts) if name.startswith("question")]
+    base = retained([1.0, 3.0], [1.0, 1.0, 1.0, 0.0])
+    sft, ppo = retained([1.0, 5.0], [1.0, 1.0, 0.0, 0.0]), retained([1.0, 1.0], [1.0, 1.0, 1.0, 1.0])
+    found = forgetting(sft, base)
+    assert found["retention_loss"] == pytest.approx(0.5)  # 2 nats more over 4 tokens
+    assert found["retention_perplexity_ratio"] == pytest.approx(math.exp(0.5))
+    assert forgetting(ppo, base)["retention_loss"] == pytest.approx(-0.5)
+    assert [forgetting(each, base)["question_accuracy_change"] for each in (sft, ppo)] == [-0.25, 0.25]
+    of_base = forgetting(base, base)
+    assert of_base["retention_loss"] == of_base["question_accuracy_change"] == 0.0
+    sft, base = (each._replace(right_B=torch.zeros(0)) for each in (sft, base))
+    assert not [name for name in forgetting(sft, base) if name.startswith("question")]
 
 
 def test_forgetting_is_judged_row_by_row() -> None:
     """Texts differ much from each other, and hardly in how much they were forgotten."""
     base, later = retained([1.0, 90.0], [1.0, 0.0]), retained([1.1, 90.3], [1.0, 0.0])
-    found = forgetting({"base": base, "ppo": later})
+    found = forgetting(later, base)
     change = ratio(torch.tensor([0.1, 0.3]), torch.tensor([1.0, 3.0]))
-    assert found["retention_loss_high/ppo"] == pytest.approx(change.high, abs=1e-4)
-    assert found["retention_perplexity_ratio_high/ppo"] == pytest.approx(math.exp(change.high), abs=1e-4)
-    assert found["retention_perplexity_ratio_rows/ppo"] == 2
-    assert found["question_accuracy_change_low/ppo"] == pytest.approx(difference(torch.zeros(2)).low)
+    assert found["retention_loss_high"] == pytest.approx(change.high, abs=1e-4)
+    assert found["retention_perplexity_ratio_high"] == pytest.approx(math.exp(change.high), abs=1e-4)
+    assert found["retention_perplexity_ratio_rows"] == 2
+    assert found["question_accuracy_change_low"] == pytest.approx(difference(torch.zeros(2)).low)
     assert base.metrics()["question_accuracy_low"] == share(torch.tensor([1.0, 0.0])).low
 
 

@@ -16,11 +16,12 @@ from rlhf.config import ConfigError, validated
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import Message, PromptRow, QuestionRow, Row, SftRow, TextRow
+from rlhf.evaluation.answers import Answers, task_gain
 from rlhf.evaluation.retention import Retained
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
 from rlhf.rl.rollout import Rollout
-from rlhf.stages.evaluate import Answers, EvaluateStage, task_gain
+from rlhf.stages.evaluate import EvaluateStage
 
 REFERENCES = [
     SftRow([Message(role="user", content=f"Say {word}")], f"{word}, {word}.") for word in ("tea", "rain", "x")
@@ -143,11 +144,11 @@ def test_an_answer_of_which_one_model_reads_less_is_no_gain() -> None:
         return Answers(rollout, [""], torch.zeros(1, 1), *measured, known, {"a": size})
 
     base = answers([30.0, 30.0, 40.0], [10, 10, 20])
-    gains = task_gain({"base": base, "ppo": answers([20.0, 25.0, 10.0], [10, 10, 18])})
-    assert gains["task_gain/ppo"] == pytest.approx(15 / 20)
-    assert gains["task_gain_rows/ppo"] == 2
-    gains = task_gain({"base": base, "init": answers([20.0, 25.0, 0.0], [8, 12, 0], size=10)})
-    assert gains["task_gain/init"] == pytest.approx(15 / 20)  # tokens of another size, each answer whole
+    gains = task_gain(answers([20.0, 25.0, 10.0], [10, 10, 18]), base)
+    assert gains["task_gain"] == pytest.approx(15 / 20)
+    assert gains["task_gain_rows"] == 2
+    gains = task_gain(answers([20.0, 25.0, 0.0], [8, 12, 0], size=10), base)
+    assert gains["task_gain"] == pytest.approx(15 / 20)  # tokens of another size, each answer whole
 
 
 def test_the_task_is_learned_where_its_answers_become_likelier(

@@ -1,0 +1,123 @@
+"""What a policy answered, and what follows from it: by itself, and beside another policy's answers.
+
+Dimensions: B rows, R response tokens (padded). Metrics are named without the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.evaluation.intervals import mean, ratio, share
+from rlhf.evaluation.retention import Retained, forgetting
+from rlhf.evaluation.win_rate import wins
+from rlhf.generation.policy_model import PolicyModel
+from rlhf.rl.advantage import kl_k1
+from rlhf.rl.rollout import Rollout
+from rlhf.rl.statistics import distinct_n
+
+
+@dataclass
+class Answers:
+    """What one policy said, how it was scored, and what it knows. Tensors have one entry a row."""
+
+    rollout: Rollout
+    texts: list[str]
+    logp_BR: Tensor
+    """Nats, under the policy itself at the sampling temperature."""
+    task_nats_B: Tensor
+    """Of each held-out answer of sft.data, its negative log-likelihood."""
+    task_tokens_B: Tensor
+    """Of each of these answers."""
+    retained: Retained
+    """What the policy still knows of everything else."""
+    vocabulary: dict[str, int]
+    """Of its tokenizer."""
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    """By "score" (the learned reward) and "gold"."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What was measured while a model was in memory, as metrics."""
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One answer as plain values."""
+        return {
+            "response": self.texts[index],
+            "stopped": bool(self.rollout.stopped[index]),
+            "tokens": len(self.rollout.response_ids[index]),
+            **{name: round(float(score_B[index]), 4) for name, score_B in self.scores.items()},
+        }
+
+
+def figures(name: str, answers: Mapping[str, Answers], start: str) -> dict[str, float]:
+    """All of one policy: by itself, against what PPO started from, and against the base model, where these
+    answered too.
+
+    Args:
+        start: what PPO started from, by its name among the policies.
+    """
+    said = answers[name]
+    found = described(said)
+    if name != start and start in answers:
+        found |= gains(said, answers[start])
+    if "base" in answers:
+        found |= task_gain(said, answers["base"]) | forgetting(said.retained, answers["base"].retained)
+    return found
+
+
+def described(said: Answers) -> dict[str, float]:
+    """Scores, lengths and variety of the answers, and what the policy knows."""
+    ids = [response.tolist() for response in said.rollout.response_ids]
+    metrics = {
+        "length_mean": float(said.rollout.response_lengths.double().mean()),
+        "stop_rate": float(said.rollout.stopped.double().mean()),
+        "distinct_1": distinct_n(ids, 1),
+        "distinct_2": distinct_n(ids, 2),
+    }
+    for kind, score_B in said.scores.items():
+        metrics[f"{kind}_mean"] = float(score_B.double().mean())
+        metrics[f"{kind}_deviation"] = float(score_B.double().std(correction=0))
+    if len(said.task_nats_B):
+        metrics["task_loss"] = ratio(said.task_nats_B, said.task_tokens_B).value
+    return metrics | said.retained.metrics() | said.figures
+
+
+def gains(said: Answers, start: Answers) -> dict[str, float]:
+    """The scores against those of what PPO started from, prompt by prompt; the gold score decides who wins
+    where there is one."""
+    metrics: dict[str, float] = {}
+    won = {kind: share(wins(score_B, start.scores[kind])) for kind, score_B in said.scores.items()}
+    for kind, score_B in said.scores.items():
+        metrics |= mean(score_B.double() - start.scores[kind].double()).metrics(f"{kind}_gain")
+    if "score" in won:
+        metrics |= won["score"].metrics("win_rate_learned")
+    if won:
+        metrics |= won["gold" if "gold" in won else "score"].metrics("win_rate")
+    return metrics
+
+
+def task_gain(said: Answers, base: Answers) -> dict[str, float]:
+    """Nats a token that the loss on the held-out answers is below the base model's; nothing without such
+    answers. Those that one of both reads less of do not count."""
+    if not len(base.task_nats_B):
+        return {}
+    alike_B = (base.task_tokens_B > 0) & (said.task_tokens_B > 0)
+    if said.vocabulary == base.vocabulary:
+        alike_B &= said.task_tokens_B == base.task_tokens_B
+    gain_B = base.task_nats_B - said.task_nats_B
+    return ratio(gain_B[alike_B], base.task_tokens_B[alike_B]).metrics("task_gain")
+
+
+def divergence(
+    said: Answers, reference: PolicyModel, temperature: float, micro_batch_tokens: int
+) -> dict[str, float]:
+    """KL from the reference in nats per sequence, by the policy's own answers; nothing of a policy with other
+    tokens, such as a base model beside evaluate.init=DIRECTORY."""
+    if said.vocabulary != reference.tokenizer.get_vocab():
+        return {}
+    logp_BR = reference.log_probabilities(said.rollout, temperature, micro_batch_tokens)
+    kl_BR = kl_k1(said.logp_BR, logp_BR, said.rollout.mask_BR)
+    return {"kl": float(kl_BR.sum(dtype=torch.float64)) / len(said.texts)}
