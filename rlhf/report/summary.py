@@ -164,9 +164,10 @@ def policy_cells(run: Run) -> Cells:
     for metric, (words, spec) in AGAINST_START.items():
         found = [Sampled.found(f"{metric}/{name}", run.metrics_of("evaluate")) for name in names]
         if any(found):
-            values = ("-" if each is None else format(each.value, spec) for each in found)
-            intervals = ("-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in found)
-            rows += [[words.format(start), *values], ["  95% interval", *intervals]]
+            cells = ["-" if each is None else format(each.value, spec) for each in found]
+            rows.append([words.format(start), *cells])
+            cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in found]
+            rows.append(["  95% interval", *cells])
     heading = f"{metrics.get('evaluate/prompts', 0):.0f} prompts"
     return Cells([heading, *(titles[name] for name in names)], rows)
 
