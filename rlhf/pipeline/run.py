@@ -127,7 +127,7 @@ class Run:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     gates: list[GateResult] = field(default_factory=list)
     writes: bool = True
-    """False on ranks other than 0: one writes for all."""
+    """True on rank 0, which writes for all."""
     chain: Mapping[str, Stage] = field(default_factory=dict)
     """The experiment's stages, in order: what they make, what they read, and what the report calls them."""
     verdict: str | None = None
