@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,20 +13,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS, THEIRS, OTHER = "#0072b2", "#d55e00", "#555555"
-"""Told apart by the colour-blind too (Okabe and Ito 2008), and by their markers."""
+OURS, THEIRS, OTHER = "#0072b2", "#d55e00", "#808080"
+"""The colour-blind can tell them apart too (Okabe and Ito 2008), and by their markers; seen on both
+themes."""
+THEMES = {"light": "#24292f", "dark": "#cfd0d0"}
+"""The colour of text and axes; the ground is the page's own."""
 STYLE = {
     "font.size": 9,
     "figure.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e5e5e5",
+    "grid.color": OTHER,
+    "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "legend.fontsize": 8,
     "legend.frameon": False,
+    "savefig.transparent": True,
+    "svg.fonttype": "none",  # text stays text, in the reader's own font
+    "svg.hashsalt": "rlhf",
 }
 
 
@@ -36,17 +44,10 @@ def new_console() -> Console:
 
 def new_figure(title: str, num_panels: int) -> tuple[Figure, list[Axes]]:
     """A row of panels."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("The pictures need matplotlib: pip install -e '.[bench]'")
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(STYLE)
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(
-        1, num_panels, figsize=(4.2 * num_panels, 3.2), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4.2 * num_panels, 3.2), layout="constrained")
+    axes = figure.subplots(1, num_panels, squeeze=False)
     figure.suptitle(title)
     return figure, list(axes[0])
 
@@ -60,6 +61,17 @@ def label(axes: Axes, x: str, y: str, *, from_0: bool = True) -> None:
     axes.legend()
 
 
-def save(figure: Figure, path: Path) -> None:
-    """As PNG, without the date: equal figures make equal files."""
-    figure.savefig(path, dpi=160, metadata={"Software": None})
+def save(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a picture for both themes: NAME-light.svg and NAME-dark.svg for NAME.svg.
+
+    Without the date: equal figures make equal files.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("The pictures need matplotlib: pip install -e '.[bench]'")
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    for theme, colour in THEMES.items():
+        with matplotlib.rc_context({**STYLE, **dict.fromkeys(names, colour)}):
+            target = path.with_name(f"{path.stem}-{theme}.svg")
+            draw().savefig(target, metadata={"Date": None})

@@ -27,7 +27,7 @@ plays no part.
 
 The directory keeps a JSON file for each trainer and seed, and those that are there are not run again; they
 must come from the same settings. Without --peer-python only this project's runs that are missing are run. In
-the end: a table, and ppo_learning.png, mean and standard deviation over the seeds.
+the end: a table, and ppo-learning-light.svg and -dark.svg, mean and standard deviation over the seeds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from look import OURS, THEIRS, label, new_console, new_figure, save
 from peer_work import Work
@@ -55,6 +55,9 @@ from rlhf.data.prepared import PreparedData
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.ppo.trainer import prompt_batches
 from rlhf.rewards.reward import vader_reward
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 NAMES = {"rlhf": "this project", "trl": "TRL"}
@@ -250,7 +253,7 @@ def show_difference(ours: Sequence[Run], theirs: Sequence[Run]) -> None:
         )
 
 
-def draw(runs: dict[str, list[Run]], path: Path) -> None:
+def draw(runs: dict[str, list[Run]]) -> Figure:
     """Gold against episodes, and against seconds."""
     figure, every_axes = new_figure("gold reward on held-out prompts, mean and deviation over seeds", 2)
     for axes, (field, text) in zip(
@@ -265,7 +268,7 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
             low, high = ([m + sign * s for m, s in zip(middle, around, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=COLOURS[trainer], alpha=0.15, linewidth=0)
         label(axes, text, "mean of VADER's compound score", from_0=False)
-    save(figure, path)
+    return figure
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -318,8 +321,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 last = runs[trainer][-1].evaluations[-1]
                 console.print(f"{trainer} seed {seed}: gold {last.gold:+.3f} after {last.seconds:.0f} s")
     show(runs)
-    draw(runs, directory / "ppo_learning.png")
-    console.print(f"written: a JSON file for each trainer and seed, and ppo_learning.png, in {directory}")
+    save(lambda: draw(runs), directory / "ppo-learning.svg")
+    console.print(
+        f"written to {directory}: a JSON file for each trainer and seed, ppo-learning-light.svg and -dark.svg"
+    )
 
 
 if __name__ == "__main__":

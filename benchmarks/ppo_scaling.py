@@ -19,8 +19,9 @@ model with rows of zeros below its embeddings, which tokens are rarely drawn fro
 and optimizer states take is counted, not measured: 4 + 4 + 8 bytes a trained parameter for fp32 masters,
 their gradients and Adam's moments, and each model's own copy.
 
-The directory gets ppo_scaling.json with every point, and two pictures. Points that it holds already, with
-the same settings, are not measured again: remove it after a change of the code.
+The directory gets ppo_scaling.json with every point, and two pictures, each for a light and a dark page.
+Points that it holds already, with the same settings, are not measured again: remove it after a change of the
+code.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import correlation, linear_regression, median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from look import OTHER, OURS, THEIRS, label, new_console, new_figure, save
@@ -40,6 +41,9 @@ from ppo_step import run
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from workloads import make_work, reward_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 WANTED_R2 = 0.98
@@ -225,7 +229,7 @@ def show(points: Sequence[Point]) -> None:
         )
 
 
-def draw_time(points: Sequence[Point], path: Path) -> None:
+def draw_time(points: Sequence[Point]) -> Figure:
     """Seconds against real tokens, with the fitted lines."""
     figure, (axes,) = new_figure(title(points), 1)
     for name, colour, marker in (("response length", OURS, "o"), ("batch", THEIRS, "s")):
@@ -238,10 +242,10 @@ def draw_time(points: Sequence[Point], path: Path) -> None:
             ends = [0.0, max(tokens)]
             axes.plot(ends, [line.intercept + line.slope * x for x in ends], "-", color=colour)
     label(axes, "prompt and response tokens of a step", "seconds of a step")
-    save(figure, path)
+    return figure
 
 
-def draw_memory(points: Sequence[Point], path: Path) -> None:
+def draw_memory(points: Sequence[Point]) -> Figure:
     """Peak memory against what it may depend on."""
     panels: list[tuple[str, str, Callable[[Point], float]]] = [
         ("micro-batch", "tokens of a micro-batch (at most)", lambda p: p.shape.micro_batch_tokens),
@@ -257,7 +261,7 @@ def draw_memory(points: Sequence[Point], path: Path) -> None:
         if len(states) == len(x):
             axes.plot(x, states, "s--", color=OTHER, label="weights, gradients, Adam (counted)")
         label(axes, x_label, "peak memory (GB)")
-    save(figure, path)
+    return figure
 
 
 def title(points: Sequence[Point]) -> str:
@@ -311,9 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         points.append(known[shape, settings])
     write(path, points)
     show(points)
-    draw_time(points, directory / "ppo_scaling_time.png")
-    draw_memory(points, directory / "ppo_scaling_memory.png")
-    console.print(f"written: ppo_scaling.json, ppo_scaling_time.png, ppo_scaling_memory.png in {directory}")
+    save(lambda: draw_time(points), directory / "ppo-scaling-time.svg")
+    save(lambda: draw_memory(points), directory / "ppo-scaling-memory.svg")
+    console.print(f"written: ppo_scaling.json, and ppo-scaling-*-light.svg and -dark.svg, in {directory}")
 
 
 if __name__ == "__main__":

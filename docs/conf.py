@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from bs4 import BeautifulSoup
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,26 @@ def check_own_host(app: Sphinx, error: Exception | None) -> None:
         logger.warning("loads from another host: %s", place)
 
 
+class Pictures(SphinxTransform):
+    """`<picture>` shows the right picture on GitHub. Here the reader may choose the theme with a button,
+    which `<picture>` does not see: both images are on the page, and furo hides one."""
+
+    default_priority = 200
+
+    def apply(self) -> None:
+        """Replace every `<picture>` of a page."""
+        for raw in list(self.document.findall(nodes.raw)):
+            picture = BeautifulSoup(raw.astext(), "html.parser").picture
+            if picture is None:
+                continue
+            shown = nodes.paragraph()
+            for theme, element, place in (("light", picture.img, "src"), ("dark", picture.source, "srcset")):
+                assert picture.img is not None and element is not None, raw.astext()
+                words = {"uri": str(element[place]), "alt": str(picture.img["alt"])}
+                shown += nodes.image("", classes=[f"only-{theme}"], **words)
+            raw.replace_self(shown)
+
+
 def keep(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """An attribute's text as it is written: napoleon takes what stands before its first colon for a type."""
     kept[name] = list(lines)
@@ -64,6 +86,7 @@ def restore(app: Sphinx, what: str, name: str, thing: object, options: object, l
 
 def setup(app: Sphinx) -> None:
     """Sphinx calls it."""
+    app.add_transform(Pictures)
     app.connect("autodoc-process-docstring", keep, priority=400)
     app.connect("autodoc-process-docstring", restore, priority=600)
     app.connect("build-finished", check_own_host)

@@ -11,7 +11,7 @@
 #
 # All machines must share store_dir and runs_dir. SIGTERM, SIGUSR1 or Ctrl-C on any of them lets all ranks save
 # and end; a second one ends the ranks of its machine at once. The exit code is that of `python -m rlhf`; after 75
-# the same commands go on.
+# the same commands continue.
 set -euo pipefail
 
 dry_run=false

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -23,6 +24,34 @@ class ConfigError(Exception):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+@contextmanager
+def said_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Say complaints from inside in the user's own words: `ppo.init=mine` instead of the directory `mine`.
+
+    Code that does not know which stage it serves writes `STAGE.peft=lora`; `{"STAGE": "sft"}` says which.
+
+    Args:
+        names: what the code calls a thing -> what the user wrote, which replaces the first mention.
+
+    Raises:
+        ConfigError: the same complaint, in other words.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        (text, *rest) = error.args
+        if not isinstance(text, str):  # it makes its words itself
+            raise
+        for name, words in names.items():
+            if name == "STAGE":
+                text = text.replace("STAGE.", f"{words}.")
+                continue
+            alone = rf"(?<![\w=/:.]){re.escape(name)}(?![\w/]|[.-]\w)"
+            text = re.sub(alone, lambda _, words=words: words, text, count=1)  # type: ignore[misc]
+        error.args = (text, *rest)
+        raise
 
 
 SHORT = 6

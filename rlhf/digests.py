@@ -1,4 +1,4 @@
-"""sha256 of values, files and directories, what is remembered of them, flushing to disk; without torch."""
+"""sha256 of values, files and directories, a memory of these digests, and flushing to disk; without torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MANIFEST = "manifest.json"
 
 
 SETTLED_NANOSECONDS = 2_000_000_000
-"""A file that was written more recently may be written again without another time: some file systems keep two
-seconds only."""
+"""The digest of a file that changed less than this ago is not remembered: it may change again and keep its
+time, because some file systems store times in steps of two seconds."""
 
 
 Recipe = dict[str, Any]
@@ -36,7 +36,7 @@ _digests_read: dict[tuple[int, ...], str] = {}
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, read once by each process: anew only where the file was changed."""
+    """sha256 of a file's bytes. Each process reads a file once, and again only after it changed."""
     with naming(path), path.open("rb") as file:
         status = os.fstat(file.fileno())
         state = (status.st_dev, *_state(status))
@@ -61,13 +61,13 @@ def _is_settled(status: os.stat_result) -> bool:
 def file_digests(
     directory: Path, names: Iterable[str], memory: Path, *, read: bool = False
 ) -> dict[str, str]:
-    """The sha256 of some of a directory's files; what `memory` knows of an unchanged file is not read again.
+    """The sha256 of some files of a directory. An unchanged file that `memory` knows is not read again.
 
-    A bit that flips on the disk itself changes neither size nor times: only reading finds it.
+    A bit that flips on the disk changes neither the size nor the times of a file. Only reading finds it.
 
     Args:
-        memory: a JSON file, which is made or brought up to date where it can be written.
-        read: read every file that this process has not read yet, whatever is remembered of it.
+        memory: a JSON file. It is created or updated, if it can be written.
+        read: read every file that this process has not read yet, even if `memory` knows it.
     """
     try:
         before = json.loads(memory.read_bytes())
@@ -119,17 +119,18 @@ def directory_digest(directory: Path, memory: Path | None = None, *, read: bool 
 
 
 DirectoryDigest = Callable[[Path], str]
-"""`directory_digest` of a user's directory, with the memory of a store: `Store.directory_digest`."""
+"""Digest of a user's directory. `Store.directory_digest` is one that remembers."""
 
 
 def weights_digest(directory: Path) -> str:
-    """sha256 over a saved model's weights and config: equal for equal models, whoever wrote them."""
+    """sha256 over the weights and the config of a saved model. Equal models have equal digests."""
     files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
     return digest_of([[path.name, file_digest(path)] for path in files])
 
 
 def leads_out(directory: Path, names: Iterable[str]) -> str | None:
-    """The first of these names, or of the links below a directory, that lies elsewhere; None if none does."""
+    """The first of these names, or of the links in the directory, that points outside it; None if none
+    does."""
     root = directory.resolve()
     links = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_symlink()]
     return next((name for name in (*names, *links) if not (root / name).resolve().is_relative_to(root)), None)
@@ -140,7 +141,7 @@ def files_below(directory: Path) -> Iterator[str]:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or a directory."""
+    """Make sure that what was written to a file or a directory is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):

@@ -18,15 +18,15 @@ TROUBLE = {
     errno.EIO: "Look whether the disk is sound (dmesg), or choose another store_dir= or runs_dir=",
     errno.ESTALE: "Mount the file system again, or choose another store_dir= or runs_dir=",
 }
-"""What a disk says when it does not do as it was told, and what the user can do."""
+"""Error number of a failed disk operation -> what the user can do."""
 
 IN_A_TEXT = re.compile(r"\bos error (\d+)\b")
-"""How libraries in Rust (safetensors, tokenizers) tell an error of the system, in classes of their own."""
+"""Libraries in Rust (safetensors, tokenizers) have their own error classes, with the number in the text."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name a file or directory in errors of the system that name none: a failed write or fsync does not.
+    """Add the name of a file or directory to system errors without one, such as those of write and fsync.
 
     Raises:
         OSError: with `filename`.
@@ -37,7 +37,7 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno in TROUBLE and error.filename is None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
-    except Exception as error:  # of a class of the library's own; raised again, as it is or as the disk's
+    except Exception as error:  # a library's own class; raised again, as it is or as an OSError
         found = IN_A_TEXT.search(str(error))
         if found is None or int(found[1]) not in TROUBLE:
             raise
@@ -45,10 +45,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def in_words(error: OSError) -> str | None:
-    """What happened, to which file, and what to do; None for an error that is not the disk's."""
+    """What happened to which file, and what to do; None if the disk is not the cause."""
     if error.errno not in TROUBLE:
         return None
     return (
         f"{error.filename or 'disk'}: {os.strerror(error.errno)}. Finished stages and earlier checkpoints "
-        f"are kept. {TROUBLE[error.errno]}; then the same command goes on."
+        f"are kept. {TROUBLE[error.errno]}; then the same command continues."
     )

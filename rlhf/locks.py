@@ -15,20 +15,20 @@ from filelock import FileLock, Timeout
 
 
 class HeldError(TimeoutError):
-    """Another process holds the lock; in words, who."""
+    """Another process holds the lock. The text says which one."""
 
 
 class Lock:
-    """A lock that the kernel frees when its holder dies. Beside it lies who took it last."""
+    """A file lock. The kernel frees it when its holder dies. A file beside it says who took it last."""
 
     def __init__(self, path: Path) -> None:
         self._lock, self._note = FileLock(path), path.with_name(f"{path.name}.holder")
 
     def acquire(self, timeout: float = -1) -> None:
-        """Take it, within so many seconds; -1 waits for ever.
+        """Take the lock. Wait at most `timeout` seconds; -1 waits for ever.
 
         Raises:
-            HeldError: somebody else has it.
+            HeldError: another process has it.
             OSError: the file cannot be opened.
         """
         try:
@@ -45,7 +45,8 @@ class Lock:
 
     @contextmanager
     def awaited(self, log: Callable[[str], None]) -> Iterator[None]:
-        """Hold it, however long that takes; `log` is given who has it, if anybody."""
+        """Hold the lock while open. If another process has it, wait, and first call `log` with its
+        description."""
         try:
             self.acquire(timeout=0)
         except HeldError as held:
@@ -61,14 +62,14 @@ class Lock:
         self._lock.release()
 
     def holder(self) -> str:
-        """`pid 12 on host n1, started 2026-11-27 15:04:05`; or that it is not known."""
+        """Who holds it, such as `pid 12 on host n1, started 2026-11-27 15:04:05`."""
         try:
             said = json.loads(self._note.read_bytes())
             host, pid, started = said["host"], int(said["pid"]), float(said["started"])
         except (OSError, ValueError, KeyError, TypeError):
             return "which one is not known"
         if host == socket.gethostname() and not _lives(pid, started):
-            return "which one is not known"  # the note is of an earlier one, which was killed
+            return "which one is not known"  # the file is from an earlier holder, which was killed
         return f"pid {pid} on host {host}, started {datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}"
 
     def __enter__(self) -> None:

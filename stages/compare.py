@@ -262,7 +262,8 @@ class CompareStage(Stage):
             text = comparison_cells(metrics).markdown()
             (job.directory / "comparison.md").write_text(f"{text}\n", encoding="utf-8")
             write_csv(metrics, job.directory / "comparison.csv")
-            draw(metrics, self.quality, job.directory / "comparison.png")
+            figure = draw(metrics, self.quality)
+            figure.savefig(job.directory / "comparison.png", dpi=160, metadata={"Software": None})
         job.publish(metrics)
 
     def ask(

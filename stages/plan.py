@@ -198,7 +198,9 @@ class PlanStage(Stage):
             base = skeleton(job.base.architecture, trust_remote_code=job.base.config.trust_remote_code)
             return base, counted(base)
         except UnknownShapeError as unknown:
-            raise ConfigError(f"stage=plan: {unknown}, so its memory cannot be computed.") from None
+            raise ConfigError(
+                f"stage=plan: {unknown}, so its memory cannot be computed. Plan for another model."
+            ) from None
 
     def setting(self, job: Job, experiment: Experiment, shape: ModelShape) -> CostContext:
         """The model on the hardware that is planned for."""

@@ -22,7 +22,7 @@ from rlhf.distributed.signals import nobody_reads, uninterrupted
 from rlhf.exit_codes import CONFIG_ERROR, CRASH, DONE, GATE_FAILED, INTERRUPTED, PIPE, STOPPED
 from rlhf.tracking.redaction import RedactingConsole
 
-KEPT = "Finished stages and the last checkpoint are kept: the same command goes on from there."
+KEPT = "Finished stages and the last checkpoint are kept: the same command continues from there."
 
 LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|socket", re.I)
 """Messages of torch's backends if another rank does not answer."""
@@ -146,7 +146,8 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                     print_summary(pipeline.results, console)
                     console.print(f"\n[red]{escape(str(error))}[/]", highlight=False)
                     console.print(
-                        "Finished stages are kept. `gates=warn` goes on past a failing gate.", highlight=False
+                        "Finished stages are kept. `gates=warn` continues after a failed gate.",
+                        highlight=False,
                     )
                     return GATE_FAILED
                 except RuntimeError as error:

@@ -72,7 +72,10 @@ def read_experiment(path: Path, argument: str) -> str:
         content = path.read_text(encoding="utf-8")
         found = yaml.safe_load(content)
     except OSError as error:
-        raise ConfigError(f"{argument}: {path.absolute()} cannot be read ({error.strerror}).") from None
+        raise ConfigError(
+            f"{argument}: {path.absolute()} cannot be read ({error.strerror}). "
+            "Name a YAML file that is there."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = not_yaml(error).replace("<unicode string>", str(path))
         raise ConfigError(f"{argument}: {reason}") from None

@@ -41,7 +41,8 @@ def tuned_artifact(directory: str, *, read: bool = False) -> Artifact | Path:
         check_weights(path, f"compare.artifacts={directory}")
         if not any(path.glob("*.safetensors")):
             raise ConfigError(
-                f"compare.artifacts: {directory}: no *.safetensors there; other formats are not read."
+                f"compare.artifacts: {directory}: no *.safetensors there; other formats are not read. "
+                "Save it again with save_pretrained."
             )
         return path
     if found is None:

@@ -38,7 +38,8 @@ def resolve_template(choice: str) -> str:
     path = Path(choice)
     if not path.is_file():
         raise ConfigError(
-            f"model.chat_template={choice}: neither a file nor one of {', '.join(sorted(TEMPLATES))}."
+            f"model.chat_template={choice}: there is no such file. Use one of "
+            f"{', '.join(sorted(TEMPLATES))}, or a jinja file."
         )
     return path.read_text(encoding="utf-8")
 

@@ -113,7 +113,7 @@ class SourceConfig(Strict):
         try:
             return digest_of(["file", _suffixes(path), file_digest(path)])
         except OSError as error:
-            raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}).") from None
+            raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}). {MAY_READ}") from None
 
     def reading_digest(self, key: str) -> str:
         """Digest of the rows this source gives: its content, and which part of it is read."""
@@ -135,7 +135,7 @@ class SourceConfig(Strict):
             is_empty = False
             yield Located(where, self._renamed(row))
         if is_empty:
-            raise ConfigError(f"{key}: {self} holds no rows.")
+            raise ConfigError(f"{key}={self}: it holds no rows. Add rows, or name another source.")
 
     def _renamed(self, row: dict[str, Any] | RowError) -> dict[str, Any] | RowError:
         if isinstance(row, RowError) or not self.fields:
@@ -166,12 +166,13 @@ class SourceConfig(Strict):
             )
         if not path.exists():
             raise ConfigError(
-                f"{key}={self.path}: there is no such file (looked in {path.absolute().parent})."
+                f"{key}={self.path}: there is no such file (looked in {path.absolute().parent}). "
+                "Check its name."
             )
         if not _is_readable(path):
             raise ConfigError(
-                f"{key}={self.path}: cannot read this kind of file. Known: {', '.join(FORMATS)}; "
-                "all but .parquet also with .gz."
+                f"{key}={self.path}: cannot read this kind of file. Convert it to one of "
+                f"{', '.join(FORMATS)}; all but .parquet also with .gz."
             )
         return path
 
@@ -241,7 +242,10 @@ def _lines(path: Path, key: str, encoding: str | None) -> Iterator[tuple[int, by
             "The file was cut off, or is not a gzip file; fetch it again."
         ) from None
     except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}).") from None
+        raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}). {MAY_READ}") from None
+
+
+MAY_READ = "Check that you may read it, and that its disk is sound."
 
 
 BEGIN_BYTES = 200
@@ -383,7 +387,9 @@ def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
                 yield Located(where, {column: cell for column, cell in row.items() if cell is not None})
     except csv.Error as error:
         line = reader.line_num + 1  # where the row begins; an open quote swallows the lines after it
-        raise ConfigError(f"{key}: {path.name} line {line}: not valid CSV ({error}).") from None
+        raise ConfigError(
+            f"{key}: {path.name} line {line}: not valid CSV ({error}). Fix the line, or save the file again."
+        ) from None
 
 
 def _txt_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:

@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in groups of at most max_tokens together, similar lengths beside each other.
+    """Group indices so that each group has at most max_tokens tokens, and rows of similar length.
 
     A single row longer than the budget gets a group of its own.
     """
@@ -29,7 +29,7 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
 
 
 def num_batches(rows: int, batch_rows: int, epochs: float) -> int:
-    """Of a training over so many rows; the last epoch may be a part of one."""
+    """Number of batches that a training needs; `epochs` may be a fraction."""
     return math.ceil(Fraction(str(epochs)) * math.ceil(rows / batch_rows))  # in floats 1.1 x 50 > 55
 
 
@@ -47,6 +47,6 @@ def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def equal_tokens(first: Sequence[int], second: Sequence[int]) -> int:
-    """With how many tokens both begin."""
+    """Length of the prefix that both have."""
     different = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(different, min(len(first), len(second)))

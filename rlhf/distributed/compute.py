@@ -1,8 +1,8 @@
-"""Ranks: who computes what, and what all of them must know. Device and precision.
+"""Ranks: who computes what, and what all ranks must know. Device and precision.
 
-Every rank walks through the same program with the same seeds and the same global batches. A batch is dealt
-out to the ranks by its lengths alone, so no rank has to ask another what it does, and results do not
-depend on how many there are, up to rounding.
+Every rank runs the same program with the same seeds and the same global batches. The lengths of a batch's
+rows alone decide which rank gets which rows. So no rank has to ask another one, and the results do not depend
+on the number of ranks, up to rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
 LOOPBACK = "lo"
 """The network interface that leads nowhere else."""
 TURN_SECONDS = 1.0
-"""Between two words of a rank that works to those that wait for it; distributed.timeout is longer."""
+"""Time between two messages of rank 0 to the ranks that wait for it; distributed.timeout is longer."""
 Result = TypeVar("Result")
 
 
@@ -50,14 +50,15 @@ class MicroBatch(NamedTuple):
     indices: list[int]
     """Into the whole batch."""
     weight: float
-    """1; or 0 for a pass that only keeps this rank in step with the others, whose results do not count."""
+    """1; or 0 if the results do not count, and the pass only keeps this rank in step with the others."""
     last: bool
-    """No other follows in this batch."""
+    """Whether it is the last one of the batch."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """What the stages compute with. Device and dtype are names until a stage runs: torch takes a second."""
+    """Device, dtype and ranks. Device and dtype are names until a stage runs: importing torch takes a
+    second."""
 
     device_name: str
     """`cpu`, `cuda:0`, ..."""
@@ -67,7 +68,7 @@ class Compute:
     rank: int = 0
     world_size: int = 1
     position: dict[str, Any] = field(default_factory=dict)
-    """Where this rank is: stage and step, and how much it has `moved`. For whoever asks which one hangs."""
+    """Where this rank is (stage and step), and how often it has `moved`. It shows which rank hangs."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -78,7 +79,7 @@ class Compute:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations; optimizers keep fp32 masters."""
+        """The dtype of weights and activations. Optimizers keep fp32 masters."""
         import torch
 
         found: torch.dtype = getattr(torch, self.dtype_name)
@@ -91,24 +92,25 @@ class Compute:
 
     @property
     def shards_weights(self) -> bool:
-        """No rank has the whole model."""
+        """Whether the weights are sharded, so that no rank has the whole model."""
         return self.zero in ("zero3", "zero3_offload", "fsdp2")
 
     @property
     def loads_on(self) -> torch.device:
-        """Where models are read that an engine takes: FSDP2 shards layer by layer from the host, so that no
-        device holds a whole one; DeepSpeed moves the whole one first."""
+        """The device that a model is loaded to before an engine takes it. FSDP2 shards layer by layer from
+        the host, so no device holds the whole model. DeepSpeed moves the whole model first."""
         import torch
 
         return torch.device("cpu") if self.zero == "fsdp2" else self.device
 
     def moved(self) -> None:
-        """Count one thing that is done: what it was does not matter, only that this rank does not hang."""
+        """Count one finished piece of work. This shows that the rank does not hang."""
         self.position["moves"] = self.position.get("moves", 0) + 1
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """While open, this rank does not hang, though nothing else shows it, such as a disk that is slow."""
+        """While open, this rank counts as alive, even if nothing else shows it (for example on a slow
+        disk)."""
         self.position["busy"] = True
         try:
             yield
@@ -145,7 +147,7 @@ class Compute:
         self.global_sum(torch.zeros(1))
 
     def main_only(self, work: Callable[[], Result]) -> Result:
-        """Let rank 0 work, however long that takes; every rank gets its result, or its error.
+        """Run `work` on rank 0, with no time limit. Every rank gets its result, or its error.
 
         Raises:
             Exception: what rank 0's work raised.
@@ -166,9 +168,9 @@ class Compute:
 
     @contextmanager
     def _others_waiting(self) -> Iterator[None]:
-        """While open on rank 0, tell the others every second that it works, so that none times out.
+        """While open, rank 0 tells the others every second that it still works, so that none times out.
 
-        The work stays in this thread, which alone gets signals.
+        The work stays in this thread, because only the main thread gets signals.
         """
         over = threading.Event()
 
@@ -186,12 +188,13 @@ class Compute:
             teller.join()
 
     def shard_indices(self, lengths: Sequence[int]) -> list[int]:
-        """Indices of the items that this rank works on: every so-manieth, by falling length."""
+        """Indices of the items that this rank works on: every world_size-th item, the longest first."""
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         return order[self.rank :: self.world_size]
 
     def collect(self, mine: Sequence[Result], lengths: Sequence[int]) -> list[Result]:
-        """All items' results, in the items' order, on every rank; mine belong to `share(lengths)`."""
+        """Results of all items in the items' order, on every rank. `mine` are those of
+        `shard_indices(lengths)`."""
         parts: list[Sequence[Result]] = [mine]
         if self.world_size > 1:
             from torch import distributed
@@ -207,10 +210,10 @@ class Compute:
         return results
 
     def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
-        """This rank's share of a batch, in forward passes of at most max_tokens tokens.
+        """This rank's share of a batch, as forward passes of at most max_tokens tokens.
 
-        Every rank gets equally many, because sharded models move in step: those with less to do repeat the
-        batch's shortest row without weight.
+        Every rank gets the same number of passes, because sharded models need all ranks in each pass. A rank
+        with fewer passes repeats the batch's shortest row with weight 0.
         """
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         groups = []
@@ -229,7 +232,7 @@ class Compute:
         """Refuse a batch that the ranks cannot share equally.
 
         Raises:
-            ConfigError: with the nearest sizes that do.
+            ConfigError: with the nearest sizes that they can share.
         """
         if value % self.world_size:
             below = value // self.world_size * self.world_size
@@ -250,7 +253,7 @@ class Compute:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or one that says the same, where it cannot be sent to other ranks."""
+    """The error, or a RuntimeError with the same text if the error cannot be sent to other ranks."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its class does when it is pickled; what it says is kept
@@ -261,7 +264,7 @@ def _portable(error: Exception) -> Exception:
 def make_compute(
     device: Literal["auto", "cpu"], precision: Precision, zero: Zero = "none", timeout: float = 1800.0
 ) -> tuple[Compute, str]:
-    """Join the other ranks, where the environment names some; choose device and precision.
+    """Join the other ranks, if the environment names any. Choose device and precision.
 
     Returns:
         The second value says which precision was taken and why.
@@ -281,7 +284,7 @@ def make_compute(
 
 
 def _joined(on_cpu: bool, rank: int, world_size: int, zero: Zero, timeout: float) -> str:
-    """This rank's device, once it is one of a group, where there is one."""
+    """Join the group of ranks, if there is one. Returns this rank's device."""
     with uninterrupted():
         import torch
         from accelerate import PartialState
@@ -313,7 +316,7 @@ def _joined(on_cpu: bool, rank: int, world_size: int, zero: Zero, timeout: float
 
 
 def leave_group(compute: Compute) -> None:
-    """End what `make_compute` has joined."""
+    """Leave the group that `make_compute` joined."""
     if compute.world_size > 1 or compute.zero != "none":
         from torch import distributed
 
@@ -322,8 +325,8 @@ def leave_group(compute: Compute) -> None:
 
 
 def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
-    """Where ranks of one host meet: at MASTER_PORT of 127.0.0.1, which no network reaches. By itself torch
-    listens at every address of the host."""
+    """The meeting point for ranks of one host: MASTER_PORT of 127.0.0.1, which no network reaches. By default
+    torch listens on every address of the host."""
     from torch import distributed
 
     port, listening = int(os.environ["MASTER_PORT"]), None
@@ -339,12 +342,12 @@ def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
 
 
 def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
-    """(rank, world size) as torchrun, srun, Kubernetes or our own launcher tell them; (0, 1) for none.
+    """(rank, world size) as torchrun, srun, Kubernetes or our own launcher set them; (0, 1) without them.
 
-    Under srun the names that torch reads are set from SLURM's.
+    Under srun, the variables that torch reads are set from SLURM's.
 
     Raises:
-        ConfigError: SLURM started several tasks, but nobody said where rank 0 listens.
+        ConfigError: SLURM started several tasks, but MASTER_ADDR is not set.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         environment.setdefault("LOCAL_RANK", "0")
@@ -370,7 +373,8 @@ def find_rank(environment: MutableMapping[str, str]) -> tuple[int, int]:
 
 
 def tasks_on_node(environment: Mapping[str, str]) -> int:
-    """Of this srun step; SLURM writes `4(x2),3` for two nodes with four tasks each, then one with three."""
+    """Tasks of this srun step on this node. SLURM writes `4(x2),3` for two nodes with four and one with
+    three."""
     counts: list[int] = []
     for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):
         count, _, repeat = part.partition("(x")

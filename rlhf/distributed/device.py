@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 DRIVERS = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")
-"""Under /dev, what the drivers of GPUs put there: NVIDIA's, Jetson's, AMD's, those of Windows under WSL."""
+"""Names under /dev of GPU drivers: NVIDIA's, Jetson's, AMD's, and those of Windows under WSL."""
 
 
 def has_gpu() -> bool:
-    """What `torch.cuda.is_available()` says. Where Linux has no driver of a GPU, torch need not be asked,
-    whose import takes a second."""
+    """What `torch.cuda.is_available()` says. If Linux has no GPU driver, the answer is no without importing
+    torch, which takes a second."""
     if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in DRIVERS):
         return False
     import torch
@@ -38,7 +38,7 @@ def hardware() -> str:
 
 
 def _processor() -> str:
-    """As Linux names it; elsewhere its architecture at least."""
+    """The processor's name on Linux; its architecture on other systems."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -65,10 +65,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what tensors free for the next ones.
+    """Let the C library keep freed memory for the next tensors.
 
-    glibc hands large blocks back to the kernel, which fills them with zeros, page by page, whenever they are
-    asked for again: a quarter of a training step on CPUs (malloc(3), mallopt(3)).
+    By default glibc returns large blocks to the kernel. The kernel then fills them with zeros, page by page,
+    when they are needed again. This took a quarter of a training step on CPUs (malloc(3), mallopt(3)).
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -77,11 +77,11 @@ def keep_freed_memory() -> None:
 
 
 def choose_precision(device: str) -> tuple[str, str]:
-    """bf16 where it is the faster one.
+    """bf16 if it is faster than fp32 here.
 
-    CPUs with AVX512-BF16 or AMX multiply bf16 several times faster than fp32; others emulate it. The flags
-    decide where the system tells them, so that a busy moment cannot change the precision, which is part of
-    every artifact's key; elsewhere a short measurement does.
+    CPUs with AVX512-BF16 or AMX multiply bf16 several times faster than fp32; other CPUs emulate it. The
+    CPU's flags decide, if the system shows them: a busy moment must not change the precision, because it is
+    part of every artifact's key. Otherwise a short measurement decides.
     """
     if device != "cpu":
         import torch

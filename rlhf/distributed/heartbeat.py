@@ -1,9 +1,9 @@
-"""Each rank says every second where it is and what it did, so that the others can name it when it is missing.
+"""Each rank writes every second where it is and what it did. So the others can name a rank that is missing.
 
-What it did, its *progress*, is whatever a rank that hangs does not do: steps, micro-batches, tokens of a
-response, collectives that came to an end (rank 0 calls one every second while the others wait for its work),
-and bytes that its main thread reads or writes; on a CPU also that thread's seconds of computing. On a GPU
-they tell nothing: a thread that waits for one spins.
+What it did, its *progress*, is everything that a rank that hangs does not do: steps, micro-batches, tokens of
+a response, finished collectives (rank 0 calls one every second while the others wait for its work), and bytes
+that its main thread reads or writes. On a CPU the thread's seconds of computing count too. On a GPU they do
+not, because a thread that waits for a GPU also uses the CPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from rlhf.distributed.compute import Compute
 
 INTERVAL_SECONDS = 1.0
 STALE_SECONDS = 5.0
-"""Behind the reader's own last beat, by the file system's clock: those of the hosts may differ."""
+"""A rank is missing if its last beat is this much older than the reader's own. The file system's clock
+counts, because the clocks of the hosts may differ."""
 
 
 class Heartbeat:
-    """A thread that writes RUN_DIR/ranks/rankN.json while the run lasts, where there are several ranks."""
+    """A thread that writes RUN_DIR/ranks/rankN.json during the run, if there are several ranks."""
 
     def __init__(self, directory: Path, compute: Compute) -> None:
         self._directory, self._compute = directory, compute
@@ -45,7 +46,7 @@ class Heartbeat:
         self._over.set()
 
     def progress(self) -> list[str]:
-        """What each rank said last of where it is and what it did: equal while none does anything."""
+        """The last report of each rank. Two results are equal if no rank did anything in between."""
         said = [""] * self._compute.world_size
         for rank in range(self._compute.world_size):
             with suppress(OSError):  # not there yet, or replaced on another host while NFS reads it
@@ -53,7 +54,7 @@ class Heartbeat:
         return said
 
     def explain(self, timeout: float) -> str:
-        """Which rank is missing, and in which stage and step it and this one are."""
+        """Which rank is missing, and the stage and step of that rank and of this one."""
         deadline = time.monotonic() + STALE_SECONDS + 2 * INTERVAL_SECONDS
         while not (silent := self._silent()) and time.monotonic() < deadline:  # it may just have died
             time.sleep(INTERVAL_SECONDS / 4)
@@ -118,7 +119,7 @@ class Heartbeat:
 
 
 def bytes_moved(thread: threading.Thread) -> int:
-    """What a thread of this process has read and written so far; 0 where the kernel does not tell."""
+    """Bytes that a thread of this process has read and written so far; 0 if the kernel does not say."""
     try:
         words = Path(f"/proc/self/task/{thread.native_id}/io").read_text(encoding="ascii").split()
     except OSError:

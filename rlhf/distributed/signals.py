@@ -1,7 +1,7 @@
-"""Signals: what trains finishes its step and saves first; everything else ends at once.
+"""Signals: training finishes its step and saves it first; everything else ends at once.
 
-Python calls signal handlers in the main thread, between two of its own instructions. A rank that waits in a
-collective executes none, so a second thread hears signals too: see `StopSignals.heard`.
+Python calls signal handlers in the main thread, between two Python instructions. A rank that waits in a
+collective executes none. So a second thread receives signals too: see `StopSignals.heard`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pathlib import Path
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Ctrl-C; a scheduler's end; a scheduler's warning of it, and submitit's."""
+"""Ctrl-C; a scheduler's order to end; a scheduler's and submitit's warning before that order."""
 
 
 QUIET_SECONDS = 30.0
-"""After a signal, a run of several ranks ends when none of them has made progress for so long."""
+"""After a signal, a run of several ranks ends if no rank makes progress for this time."""
 AT_ONCE_SECONDS = 3.0
-"""What a second signal leaves to Python, to end by itself and say so."""
+"""Time that Python has after a second signal to end by itself and report it."""
 AGAIN_SECONDS = 0.1
-"""Between two words of the thread to a main thread that has not heard the second signal."""
+"""Time between two signals from the thread to a main thread that has not reacted to the second signal."""
 SAME_SECONDS = 1.0
-"""The same signal again within so long is the same stop: a control group gives it to the launcher and to its
-ranks, to which the launcher passes it on."""
+"""The same signal again within this time is the same stop. A control group sends it to the launcher and to
+the ranks, and the launcher passes it on to the ranks too."""
 LOOK_SECONDS = 1.0
-"""Between two looks at the ranks' progress."""
+"""Time between two checks of the ranks' progress."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,14 +43,14 @@ class Stopped(KeyboardInterrupt):
 
 
 class Heard:
-    """The signals that came, without those that are the same stop again."""
+    """The signals that came, without repetitions of the same stop."""
 
     def __init__(self) -> None:
         self.signums: list[int] = []
         self._when = 0.0
 
     def is_new(self, signum: int) -> bool:
-        """Whether this signal, which comes now, is another stop than the last; it counts from now on."""
+        """Whether this signal, which comes now, is a new stop. If it is, remember it."""
         now = time.monotonic()
         if self.signums and signum == self.signums[-1] and now - self._when < SAME_SECONDS:
             return False
@@ -64,10 +64,10 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """The signal that came while stopping was put off."""
+        """The signal that came while stopping was deferred."""
         self.progress: Callable[[], object] | None = None
-        """What all ranks have done so far, which is equal only while none does anything; None for one rank,
-        which waits for nobody."""
+        """What all ranks have done so far: two results are equal only if no rank did anything in between.
+        None for one rank, which waits for nobody."""
         self._put_off = False
         self._handled = Heard()
         self._is_heard, self._is_second = False, False
@@ -85,12 +85,12 @@ class StopSignals:
 
     @contextmanager
     def heard(self, end: Callable[[int, bool], None]) -> Iterator[None]:
-        """While open, hear signals in a thread of its own, for a main thread that waits in a collective.
+        """While open, a second thread receives signals too, because the main thread may wait in a collective.
 
         Args:
-            end: ends this process, whatever its main thread does; given the signal, and whether it was a
-                second one (after which the main thread had `AT_ONCE_SECONDS`), or else that no rank has made
-                progress for `QUIET_SECONDS` since the first.
+            end: ends this process, whatever its main thread does. It gets the signal, and the reason: true if
+                it was a second signal and the main thread did not end within `AT_ONCE_SECONDS`; false if no
+                rank made progress for `QUIET_SECONDS` after the first signal.
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
@@ -108,7 +108,7 @@ class StopSignals:
             reader.close()
 
     def _hear(self, reader: socket.socket, end: Callable[[int, bool], None]) -> None:
-        """Each signal is one byte, its number, written by Python's own handler in C."""
+        """Python's own handler in C writes each signal as one byte: its number."""
         first, heard = _next(reader), Heard()
         if not first:
             return
@@ -144,10 +144,10 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """While open, the first signal is only noted; whoever opened it looks at `received`.
+        """While open, the first signal is only noted. The caller must look at `received`.
 
         Raises:
-            Stopped: a signal came, and nobody looked.
+            Stopped: a signal came after the last look.
         """
         self._put_off = True
         try:
@@ -171,7 +171,7 @@ class StopSignals:
 
 
 def _next(reader: socket.socket) -> bytes:
-    """The next signal that stops; none at the end. A library may have a handler of its own for another."""
+    """The next signal that stops; empty at the end. Other signals may have a handler of a library."""
     while (signum := reader.recv(1)) and signum[0] not in STOPPING:
         pass
     return signum
@@ -179,8 +179,8 @@ def _next(reader: socket.socket) -> bytes:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """While open, the first signal is put off if `StopSignals` handles it. Compiled code that builds classes
-    makes an error of its own of what a handler raises (pydantic: a SchemaError), so imports are done in here.
+    """While open, the first signal is deferred, if `StopSignals` handles it. Use it around imports: compiled
+    code that builds classes turns what a handler raises into its own error (pydantic: a SchemaError).
 
     Raises:
         Stopped: a signal came.
@@ -191,15 +191,15 @@ def uninterrupted() -> Iterator[None]:
 
 
 def nobody_reads() -> None:
-    """Let what is still written to stdout go nowhere: Python would tell at its end that a pipe is broken."""
+    """Discard further output to stdout. Otherwise Python reports a broken pipe at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def leave_exit_code(code: int | str | None) -> None:
-    """Note how this rank ended, for the scripts in launch/, where the launcher does not tell.
+    """Write down how this rank ended, for the scripts in launch/, because the launchers do not report it.
 
-    torchrun ends with 1 whatever its ranks ended with; srun with the highest code, which is 75 when one rank
-    crashed and the others were then stopped. From here on no signal can change how this process ends.
+    torchrun always ends with 1 if a rank failed. srun ends with the highest code, which is 75 if one rank
+    crashed and the others were then stopped. After this call no signal can change how this process ends.
     """
     directory = os.environ.get("RLHF_EXIT_CODES")
     if directory is None:

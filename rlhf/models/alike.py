@@ -1,4 +1,4 @@
-"""Whether two models are alike, as far as their files tell without weights."""
+"""Whether two models are equal, as far as their files without the weights show it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ COMPUTES_NOTHING = {
     "max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
     "problem_type", "return_dict", "transformers_version", "use_cache",
 }  # fmt: skip
-"""Settings of a config that decide no value in a forward pass, or none within the context."""
+"""Settings of a config that do not change the result of a forward pass, at least within the context."""
 
 
 def other_setting(first: PreTrainedConfig, second: PreTrainedConfig) -> str | None:
-    """A setting by which two models compute differently, such as `hidden_size: 64 and 128`; None without."""
+    """A setting that makes two models compute differently, such as `hidden_size: 64 and 128`; None if none
+    does."""
     ours, theirs = first.to_dict(), second.to_dict()
     for name in ("model_type", *sorted({*ours, *theirs} - COMPUTES_NOTHING)):
         if ours.get(name) != theirs.get(name):
@@ -28,7 +29,7 @@ def other_setting(first: PreTrainedConfig, second: PreTrainedConfig) -> str | No
 
 
 def other_weight(first: PreTrainedConfig, second: PreTrainedConfig, *, trust_remote_code: bool) -> str | None:
-    """A weight that two models do not both have in the same shape; None without.
+    """A weight that the models do not both have in the same shape; None if there is none.
 
     Raises:
         UnknownShapeError: one is no causal language model.
@@ -47,6 +48,6 @@ def other_weight(first: PreTrainedConfig, second: PreTrainedConfig, *, trust_rem
 
 
 def other_token(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str | None:
-    """A token that has another id, or none, in the second tokenizer; None without."""
+    """A token that has another id, or none, in the second tokenizer; None if there is no such token."""
     ours, theirs = first.get_vocab(), second.get_vocab()
     return min((name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)), default=None)

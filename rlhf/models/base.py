@@ -1,4 +1,4 @@
-"""The base model: which it is, where its files are, and what makes it another one."""
+"""The base model: which one it is, where its files are, and its identity."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ TOKENIZER = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 
 @cache
 def warn_once(said: str) -> None:
-    """Of what every stage finds, such as when it loads the tokenizer."""
+    """Print a warning once, although every stage finds its reason (for example when it loads the
+    tokenizer)."""
     logger.warning(said)
 
 
@@ -89,7 +90,7 @@ class BaseModelFiles:
 
     @property
     def architecture(self) -> PreTrainedConfig:
-        """The model's config, for which no weights need to be there."""
+        """The model's config. It can be read without the weights."""
         from transformers import AutoConfig
 
         with reading(self.directory):
@@ -105,10 +106,10 @@ class BaseModelFiles:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Tokens that prompt and response may have together; of a model that names no limit, a million.
+    """Tokens that prompt and response may have together; a million if the model names no limit.
 
-    With LongRoPE (Phi-3.5, Phi-4-mini) no more than it was first trained on: one longer row would change the
-    positions of all rows beside it.
+    With LongRoPE (Phi-3.5, Phi-4-mini) it is the length that the model was first trained on: one longer row
+    would change the positions of all rows in its batch.
     """
     text = config.get_text_config()
     length = int(getattr(text, "max_position_embeddings", 1 << 20))
@@ -120,10 +121,10 @@ def context_length(config: PreTrainedConfig) -> int:
 
 @contextmanager
 def reading(directory: Path) -> Iterator[None]:
-    """Say in one line why a model's directory cannot be read.
+    """While open, an error while a model's directory is read becomes one line.
 
     Raises:
-        ConfigError: no safetensors, code of its own, an adapter, damage.
+        ConfigError: there are no safetensors, the model brings code, it is an adapter, or a file is damaged.
     """
     import torch
 
@@ -144,28 +145,29 @@ def reading(directory: Path) -> Iterator[None]:
         if not isinstance(error, (ImportError, OSError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
         advice = [way for word, way in ADVICE.items() if word in text.lower()]
-        raise ConfigError(
-            " ".join([f"{directory}: cannot be read as a model: {reason.rstrip(' .')}.", *advice[:1]])
-        ) from error
+        mend = (advice or [f"Check the files in {directory.absolute()}: fetch or save them again."])[0]
+        raise ConfigError(f"{directory}: cannot be read as a model: {reason.rstrip(' .')}. {mend}") from error
 
 
 LONGEST_REASON = 250
 
 
 ADVICE = {
-    "safetensors": "Only safetensors are read.",
+    "safetensors": "Only safetensors are read: save it again with save_pretrained.",
     "custom code": "Code in the directory is only run with model.trust_remote_code=true.",
-    "attention": "model.attention=auto uses one that the model has.",
-    "attn_implementation": "model.attention=auto uses one that the model has.",
+    "attention": "Use model.attention=auto: it takes one that the model has.",
+    "attn_implementation": "Use model.attention=auto: it takes one that the model has.",
 }
-"""What helps against transformers' complaints, by a word in them."""
+"""A word in an error message of transformers -> what helps."""
 
 
 def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """A published model's tokenizer, with a pad token that is not a stop token, where it has one to spare.
+    """A published model's tokenizer. Its pad token is not a stop token, if it has another special token to
+    use.
 
-    transformers' classifiers look for the last token that differs from pad: with pad == eos they would
-    score the token before the end. Every mask here is explicit, but others load our reward models too.
+    transformers' classifiers read the last token that is not pad. With pad == eos they would read the token
+    before the end. This project does not depend on it (every mask is explicit), but others load our reward
+    models too.
     """
     from transformers import AutoTokenizer
 
@@ -189,14 +191,14 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
 
 
 def fetch_weights(config: ModelConfig) -> None:
-    """Download a Hub model's weights; the rest is there."""
+    """Download a Hub model's weights. The other files are there already."""
     if config.kind == "hub":
         _hub_snapshot(config, weights=True)
 
 
 def check_hub_files(config: ModelConfig, snapshot: Path, memory: Path) -> None:
-    """Read a Hub model's files and compare them with their names in the Hub's cache, which are their digests:
-    sha256 of large files, git's of the others (of some proxies, sha1).
+    """Read a Hub model's files and compare them with their names in the Hub's cache. The names are digests:
+    sha256 for large files, git's digest for the others (some proxies use sha1).
 
     Raises:
         ConfigError: one is damaged.
@@ -225,12 +227,13 @@ def base_identity(
     memory: Callable[[Path], Path | None] = lambda directory: None,
     read: bool = False,
 ) -> str:
-    """What distinguishes this base model from every other one, without loading its weights.
+    """A digest that only this base model has, computed without loading the weights.
 
     Args:
-        weights: whether a directory must have some.
-        memory: where a directory's digests are remembered, as `Store.memory`; else all of it is read.
-        read: whatever is remembered, for what is going to be loaded.
+        weights: whether a local directory must have weights.
+        memory: a file that remembers a directory's digests, as `Store.memory`; without one everything is
+            read.
+        read: read all files, even if their digests are remembered. For a model that is going to be loaded.
     """
     template = config.chat_template and resolve_template(config.chat_template)
     choices = [template, config.attention, config.trust_remote_code]
@@ -247,9 +250,9 @@ def base_identity(
 def base_files(
     config: ModelConfig, identity: str, build: Callable[[list[str], Callable[[Path], None]], Path]
 ) -> BaseModelFiles:
-    """The base model's directory; `build(content, write)` makes and keeps one that has to be made first.
+    """The base model's directory. If it must be made first, `build(content, write)` makes and keeps it.
 
-    A Hub model's has no weights before `fetch_weights`.
+    The directory of a Hub model has no weights before `fetch_weights`.
     """
     if config.kind == "embedded":
         directory = build(["embedded", EMBEDDED_PACKAGE, _embedded_version()], _write_embedded)
@@ -361,14 +364,14 @@ def _write_tiny(directory: Path) -> None:
 
 
 class UnknownShapeError(Exception):
-    """The formulas do not hold for this model."""
+    """The formulas of `costs/` do not fit this model."""
 
 
 def skeleton(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on the meta device, where tensors have no storage.
+    """The model on the meta device, so its tensors take no memory.
 
     Raises:
-        UnknownShapeError: it is no causal language model.
+        UnknownShapeError: it is not a causal language model.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -1,11 +1,12 @@
-"""A model's files, before anything trains: weights are whole, the tokenizer encodes, the template renders."""
+"""Checks of a model's files before anything trains: whole weights, a tokenizer that encodes, a template that
+renders."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, said_as
 from rlhf.data.chat_template import end_of_turn_id, exchange_ids
 from rlhf.data.schema import Message
 from rlhf.models.base import BaseModelFiles
@@ -16,7 +17,7 @@ QUESTION, ANSWER = Message(role="user", content="How are you?"), "Fine, thank yo
 
 
 def check_weights(directory: Path, key: str) -> None:
-    """See that every safetensors file is whole, and that none is missing, by their headers alone.
+    """Check that every safetensors file is whole and that none is missing. Only their headers are read.
 
     Args:
         key: what the user calls the model, such as `model.path=DIR`.
@@ -46,7 +47,7 @@ def check_weights(directory: Path, key: str) -> None:
 
 
 def check_index(index: Path, held: dict[str, set[str]], key: str) -> None:
-    """See that every tensor that the index names is in its file.
+    """Check that every tensor in the index is in its file.
 
     Raises:
         ConfigError: it is not, or the index cannot be read.
@@ -66,7 +67,7 @@ def check_index(index: Path, held: dict[str, set[str]], key: str) -> None:
 
 
 def check_tokenizer(base: BaseModelFiles, key: str) -> None:
-    """See that the tokenizer is there, that the template renders, and that the model has a row for each id.
+    """Check that the tokenizer is there, the template renders, and the model has an embedding for each id.
 
     Args:
         key: as of `check_weights`.
@@ -75,9 +76,10 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
         ConfigError: what is wrong.
     """
     try:
-        tokenizer = base.load_tokenizer()
-        ids, _ = exchange_ids(tokenizer, [QUESTION], ANSWER)
-        end_of_turn_id(tokenizer)
+        with said_as({str(base.directory): key}):
+            tokenizer = base.load_tokenizer()
+            ids, _ = exchange_ids(tokenizer, [QUESTION], ANSWER)
+            end_of_turn_id(tokenizer)
     except ConfigError:
         raise
     except Exception as error:  # a template may raise anything, and so may a tokenizer's file
@@ -92,7 +94,8 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
             f"{key}: its tokenizer does not encode {ANSWER!r} (ids: {text_ids}). Check that it is the "
             f"tokenizer of this model. Its files are in {base.directory}."
         )
-    rows = base.architecture.get_text_config().vocab_size
+    with said_as({str(base.directory): key}):
+        rows = base.architecture.get_text_config().vocab_size
     if max(ids) >= rows:
         raise ConfigError(
             f"{key}: its tokenizer gives the id {max(ids)}, but the model has only {rows} tokens. Give "

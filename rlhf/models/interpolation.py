@@ -10,13 +10,13 @@ from rlhf.training.optimizer import round_into
 
 @torch.no_grad()
 def interpolate(base: nn.Module, tuned: nn.Module, alpha: float) -> float:
-    """Make the tuned model base + alpha (tuned - base), in place; each weight in fp32, then rounded as
-    masters are.
+    """Make the tuned model base + alpha (tuned - base), in place. Each weight is computed in fp32 and then
+    rounded like the optimizer's masters.
 
     Source: WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903, section 3.
 
     Returns:
-        The norm of the difference to base that is left, over base's own norm.
+        The norm of the result's difference to base, divided by the norm of base.
     """
     starts = dict(base.named_parameters())
     moved = total = 0.0

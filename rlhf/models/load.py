@@ -1,4 +1,4 @@
-"""Where base models come from: the embedded one, the Hub, a directory, or a tiny random one for tests."""
+"""Load a causal language model from a directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf.models.peft.virtual_tokens import virtual_tokens
 
 
 def context_left(model: PreTrainedModel) -> int:
-    """Tokens that prompt and response may have together behind a model's virtual tokens, if it has any."""
+    """Tokens that prompt and response may have together, after the model's virtual tokens (if it has any)."""
     virtual = virtual_tokens(model)
     return context_length(model.config) - (virtual.config.num_virtual_tokens if virtual else 0)
 
@@ -29,9 +29,10 @@ def context_left(model: PreTrainedModel) -> int:
 def load_causal_lm(
     directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A policy in dtype on device; in evaluation mode, so that dropout is off.
+    """A policy in dtype on device. It is in evaluation mode, so dropout is off.
 
-    An artifact that is an adapter beside a reference is its base model with the adapter in it, frozen.
+    If the artifact is an adapter with a reference to its base model, the result is the base model with the
+    adapter in it, all frozen.
     """
     model: PreTrainedModel
     base = base_of(directory)
@@ -61,7 +62,7 @@ def load_causal_lm(
 
 
 def check_complete(directory: Path, missing: Collection[str]) -> None:
-    """Refuse a model without some of its weights, which transformers would draw.
+    """Refuse a model that lacks weights. transformers would use random ones.
 
     Raises:
         ConfigError: names some.
@@ -74,6 +75,6 @@ def check_complete(directory: Path, missing: Collection[str]) -> None:
 
 
 def attention_of(config: ModelConfig) -> str | None:
-    """What transformers is told when it loads a model; with None it takes sdpa, or eager where a model has no
-    other."""
+    """The attention that transformers gets when it loads a model. With None it uses sdpa, or eager if the
+    model has nothing else."""
     return None if config.attention == "auto" else config.attention

@@ -33,15 +33,15 @@ class Sequences:
 
     packed: Packed
     predicts_N: Tensor
-    """Where in T the logits stand that predict each response token: one place before it. Nothing is read at a
-    row's last token, so that is not among the T."""
+    """The position in T whose logits predict each response token: one place before the token. A row's last
+    token predicts nothing, so it is not among the T."""
     targets_N: Tensor
     """The response tokens, row by row."""
     mask_BR: Tensor
     """bool: true on response tokens, false on padding."""
 
     def to_rows(self, values_N: Tensor) -> Tensor:
-        """Lay per-token values out as [B, R], zero on padding; differentiable."""
+        """Arrange per-token values as [B, R], with zeros on padding. Differentiable."""
         rows = values_N.new_zeros(self.mask_BR.shape)
         return rows.masked_scatter(self.mask_BR, values_N)
 
@@ -81,8 +81,8 @@ def response_statistics(model: PreTrainedModel, batch: Sequences, temperature: f
 
 
 def logit_cap(config: PreTrainedConfig) -> float | None:
-    """How large what a model's output layer gives can become (x is made cap tanh(x / cap)), before it is
-    scaled; None where there is no limit.
+    """The cap of a model's logits before they are scaled: x becomes cap tanh(x / cap). None if there is no
+    cap.
 
     Source: Gemma Team 2024, arXiv:2408.00118, section 2.
     """
@@ -93,7 +93,7 @@ def logit_cap(config: PreTrainedConfig) -> float | None:
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """What a model multiplies by what its output layer gives."""
+    """The factor that a model applies to the result of its output layer."""
     text: Any = config.get_text_config()
     if text.model_type.startswith("granite"):
         return 1 / float(text.logits_scaling)
@@ -121,11 +121,11 @@ class ResponseModel(nn.Module):
 def head_statistics(
     hidden_NH: Tensor, head: nn.Module, targets_N: Tensor, temperature: float, cap: float | None = None
 ) -> TokenStatistics:
-    """Log-probabilities and entropies behind the output layer, however many tokens there are (also none).
-    `cap` is `logit_cap`'s.
+    """Log-probabilities and entropies from the output layer, for any number of tokens (also none). `cap` is
+    from `logit_cap`.
 
     The layer is called once. A sharding engine gathers a layer's weights, with all ranks, around each call
-    and once more for the call's gradients: were it called once a chunk, ranks with other token counts would
+    and once more for its gradients. With one call per chunk, ranks with different numbers of tokens would
     wait for each other for ever.
     """
     assert isinstance(head, nn.Linear), f"an output layer of {type(head)}"
@@ -144,7 +144,8 @@ def head_statistics(
 
 @contextmanager
 def _computing(module: nn.Module, function: Callable[[Tensor], Any]) -> Iterator[None]:
-    """While open, a call of the module runs its hooks around another function than its own."""
+    """While open, a call of the module runs `function` instead of its own, with the module's hooks around
+    it."""
     assert "forward" not in vars(module)
     vars(module)["forward"] = function
     try:
@@ -154,12 +155,12 @@ def _computing(module: nn.Module, function: Callable[[Tensor], Any]) -> Iterator
 
 
 class _HeadStatistics(torch.autograd.Function):
-    """log softmax((W hidden + b) / temperature) at the targets, and its entropy, in fp32; what is divided is
-    `_capped` before, where there is a cap.
+    """log softmax((W hidden + b) / temperature) at the targets, and its entropy, in fp32. If there is a cap,
+    the logits are `_capped` before the division.
 
-    Logits are computed twice, of a part at a time. Forward, a part is HEAD_CHUNK tokens. Backward, where the
-    weights train, it is some of the vocabulary, of all tokens: a weight's gradient is then a single product,
-    rounded once, and no second copy of it is ever held; the hidden states' is added up in fp32.
+    Logits are computed twice, in parts. In the forward pass a part is HEAD_CHUNK tokens. In the backward
+    pass, if the weights train, a part is a slice of the vocabulary for all tokens. So a weight's gradient is
+    one product, rounded once, without a second copy. The gradient of the hidden states is added up in fp32.
     Dimensions: V vocabulary, C tokens of a part, P of the vocabulary.
     """
 
@@ -224,7 +225,7 @@ def _slices(length: int, size: int) -> list[slice]:
 
 
 CACHED = 16 * 49152
-"""Logits on which a CPU works at a time, so that what is computed on the way stays in its cache."""
+"""Number of logits that a CPU works on at a time, so that intermediate results stay in its cache."""
 
 
 def _pieces(x: Tensor) -> list[slice]:
@@ -241,7 +242,7 @@ def _categorical(
     logits_CV: Tensor, targets_C: Tensor, temperature: float, cap: float | None, logp_C: Tensor,
     entropy_C: Tensor, total_C: Tensor,
 ) -> None:  # fmt: skip
-    """Write a chunk's results: log-probabilities, entropies, and the logarithms of the normalizers."""
+    """Write the results of a chunk: log-probabilities, entropies, and the logarithms of the normalizers."""
     for rows in _pieces(logits_CV):
         x = _capped(logits_CV[rows].to(torch.float32, copy=True), cap)
         if temperature != 1.0:
@@ -264,8 +265,8 @@ def _into_gradient(
     """Turn logits into the gradients that reach them.
 
     Args:
-        targets_C: counted from the part's first token; those outside of it are another part's.
-        gradient_C: of each log-probability, divided by the temperature.
+        targets_C: counted from the first token of the part. Targets outside belong to another part.
+        gradient_C: gradient of each log-probability, divided by the temperature.
     """
     size = logits_CP.shape[1]
     place_C1 = targets_C.clamp(0, size - 1)[:, None]
@@ -282,9 +283,9 @@ def _into_gradient(
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse models that do more to their logits than `logit_cap` and `logit_scale` know.
+    """Refuse a model that changes its logits in other ways than `logit_cap` and `logit_scale`.
 
-    They are also compared with the output layer's results enlarged, so that a cap would show in small ones.
+    The comparison is repeated with enlarged results of the output layer: small ones would not show a cap.
 
     Raises:
         ConfigError: the chunked head would train something else than the model.
@@ -325,7 +326,7 @@ PROBED = 64.0
 
 
 def _logits(model: PreTrainedModel, ids_1T: Tensor, factor: float) -> Tensor:
-    """[T, V] of a whole pass, as if the output layer gave so many times what it gives."""
+    """Logits [T, V] of a whole pass, with the output layer's result multiplied by `factor`."""
     handle = model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: output * factor)
     try:
         found: Tensor = model(input_ids=ids_1T, use_cache=False).logits[0]
@@ -336,7 +337,7 @@ def _logits(model: PreTrainedModel, ids_1T: Tensor, factor: float) -> Tensor:
 
 @contextmanager
 def _attention_here(model: PreTrainedModel) -> Iterator[None]:
-    """While open, a model that has a GPU's attention and is yet to move there runs with another."""
+    """While open, a model with a GPU's attention that is still on the CPU runs with another attention."""
     attention = model.config._attn_implementation
     is_elsewhere = model.device.type == "cpu" and attention.startswith("flash")
     try:
@@ -355,9 +356,9 @@ def rollout_rows(
     compute: Compute,
     measure: Callable[[Sequences], tuple[Tensor, ...]],
 ) -> list[Tensor]:
-    """Apply measure (a micro-batch -> [N] tensors) to a whole rollout, in token-budget micro-batches.
+    """Apply measure (a micro-batch -> [N] tensors) to a whole rollout, in micro-batches with a token budget.
 
-    Ranks share the work, and each gets the whole result.
+    The ranks share the work, and each gets the whole result.
 
     Returns:
         One fp32 [B, R] tensor on the CPU for each of measure's results, 0 on padding.

@@ -24,12 +24,13 @@ from rlhf.models.packed_batch import Group, Packed, aligned, seen
 from rlhf.models.peft.target_modules import backbone_of
 
 SHORT = 1024
-"""Tokens of the longest row up to which attention on CPUs goes by matrix products."""
+"""On CPUs, attention uses matrix products if the longest row has at most this many tokens."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def hidden_states(model: PreTrainedModel, packed: Packed, at_N: Tensor | None = None) -> Tensor:
-    """Final hidden states [N, H] at some of the T tokens, each named once, or at all; before any head."""
+    """Final hidden states [N, H], before any head, at some of the T tokens (each named once), or at all of
+    them."""
     backbone = backbone_of(model)
     if model.config._attn_implementation != ATTENTION:
         ids_BL = packed.ids_T.new_zeros(len(packed.lengths) * packed.longest)
@@ -52,7 +53,7 @@ def _take(x: Tensor, places: Tensor, *, may_repeat: bool = False) -> Tensor:
 
 
 def pack_where_possible(model: PreTrainedModel) -> None:
-    """Let a model take packed rows if nothing but attention mixes its tokens; others get padded ones."""
+    """Let a model take packed rows if only its attention mixes tokens. Other models get padded rows."""
     if not may_pack(model):
         return
     model.set_attn_implementation(ATTENTION)
@@ -61,7 +62,7 @@ def pack_where_possible(model: PreTrainedModel) -> None:
 
 
 def may_pack(model: PreTrainedModel) -> bool:
-    """Whether a model can take packed rows, as far as its kind tells, without weights."""
+    """Whether a model of this kind may take packed rows. It needs no weights, so it may be wrong."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or LAYER_TYPES)
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
@@ -76,14 +77,14 @@ def may_pack(model: PreTrainedModel) -> bool:
 
 
 class _UnpackableError(ConfigError):
-    """A model's attention is not told of the rows, or of more than the rows."""
+    """The model does not pass the rows on to its attention, or passes on more than the rows."""
 
 
 @torch.no_grad()
 def _leaks(model: PreTrainedModel) -> bool:
-    """Whether a row's states depend, by a single bit, on what stands in the row before it.
+    """Whether the states of a row depend on the row before it, in even a single bit.
 
-    So may, by rounding alone, those of a mixture of experts; then its rows are padded without need.
+    In a mixture of experts this can happen by rounding alone. Its rows are then padded without need.
     """
     row = torch.arange(3, 7)
     try:
@@ -109,11 +110,11 @@ def attention(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer.
+    """The attention function that transformers calls in each layer.
 
     Args:
         query: [1, A, U, D]; key and value may have fewer heads.
-        packed: the rows; None is a call that has nothing to do with them, such as decoding.
+        packed: the rows; None for calls without packed rows, such as decoding.
 
     Returns:
         [1, U, A, D].
@@ -141,7 +142,7 @@ def attention(
 
 
 def _of_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of each row's newest token to its cache, by matrix products: on CPUs torch's kernel takes
+    """Attention of each row's newest token to its cache, by matrix products. On CPUs torch's kernel takes
     several times as long. q [B, A, 1, D] and k, v [B, heads, K, D] give [B, 1, A, D]; mask [B, 1, 1, K]."""
     rows, heads, length, size = k.shape
     q, k, v = q.reshape(rows * heads, -1, size), k.flatten(0, 1), v.flatten(0, 1)
@@ -153,7 +154,8 @@ def _of_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 
 
 def _has_kernel(query: Tensor) -> bool:
-    """FlashAttention 2 wants an Ampere GPU or a newer one, 16 bits, and heads of at most 256."""
+    """Whether FlashAttention 2 can run: it needs an Ampere GPU or newer, 16 bits, and heads of at most
+    256."""
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     size = query.shape[-1]
@@ -199,8 +201,8 @@ def _by_row(
 
 
 class _Spread(torch.autograd.Function):
-    """Rows of [T, ...] put at their places of [places, ...], zeros elsewhere. autograd's own way back adds up
-    where nothing is to be added."""
+    """Put rows of [T, ...] at their places of [places, ...], with zeros elsewhere. autograd's own backward
+    pass would add up where there is nothing to add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places_T: Tensor, size: int) -> Tensor:
@@ -214,8 +216,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of [places, ...] as they are asked for. What comes back to one that was asked for more than once
-    is added up in fp32."""
+    """Take rows of [places, ...]. If a row is taken more than once, its gradients are added up in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, may_repeat: bool) -> Tensor:
@@ -235,14 +236,14 @@ class _Gather(torch.autograd.Function):
 
 
 CACHED = 1 << 20
-"""Attention weights that are held at once."""
+"""Largest number of attention weights in memory at once."""
 QUERIES = 128
-"""Tokens of a row that attend together, to what stands before them and to themselves."""
+"""Number of tokens of a row that attend in one product, to the tokens before them and to themselves."""
 
 
 class ShortAttention(torch.autograd.Function):
-    """Attention by matrix products, a few rows at a time, so that their weights stay in the cache; on the
-    way back they are computed anew. On CPUs and for short rows it takes half the time of torch's tiled
+    """Attention by matrix products, a few rows at a time, so that the attention weights stay in the cache.
+    The backward pass computes them again. On CPUs and for short rows it takes half the time of torch's tiled
     kernel, and as little memory. q [A, U, D] and k, v [A / S, U, D] give [U, A, D]."""
 
     @staticmethod

@@ -1,10 +1,10 @@
-"""Rows laid end to end, and on CPUs what they begin with alike but once.
+"""Rows laid end to end. On CPUs a prefix that rows share is computed once.
 
-What a model makes of a token depends on the tokens before it alone, so rows that begin alike (with a system
-prompt; with the prompt of a preference pair) have their first tokens in common: together they are a tree
-(Juravsky et al. 2024, arXiv:2402.05099, decode so). Variable-length kernels of GPUs know no trees: there
-every row has all of its tokens. Dimensions: B rows, T tokens of all rows, U different ones of them (T, where
-nothing is in common), L tokens of the longest.
+The states of a token depend only on the tokens before it. So rows with the same first tokens (a system
+prompt, or the prompt of a preference pair) can share the states of these tokens: the rows form a tree
+(Juravsky et al. 2024, arXiv:2402.05099, decode in this way). The variable-length kernels of GPUs do not
+support trees, so on GPUs every row has all of its tokens. Dimensions: B rows, T tokens of all rows, U
+different ones of them (T if nothing is shared), L tokens of the longest row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional
 from rlhf.distributed.batching import equal_tokens
 
 ALIGNED = 32
-"""Torch's softmax on CPUs takes what is beyond a multiple of so many numbers one by one."""
+"""torch's softmax on CPUs is slow for lengths that are not a multiple of this."""
 
 
 def aligned(length: int) -> int:
@@ -33,11 +33,12 @@ class Group(NamedTuple):
     """Rows that attend together."""
 
     tokens: Tensor
-    """[rows, L], a multiple of ALIGNED: which of the U tokens; padding names the row's last one again."""
+    """[rows, L], L a multiple of ALIGNED: index of each token among the U. Padding repeats the row's last
+    token."""
     is_own: Tensor
-    """[rows, L]: where they are real, and the row's own."""
+    """[rows, L]: true on the row's own tokens, false on padding and on tokens shared with an earlier row."""
     first: int
-    """Where the first own tokens stand: nobody asks what tokens before them see."""
+    """Position of the first own token of any row. No query is needed for the tokens before it."""
     longest: int
     """Tokens of the longest row."""
 
@@ -48,18 +49,18 @@ class Packed:
     def __init__(self, rows: Sequence[Tensor], device: torch.device | str) -> None:
         self.lengths = [len(row) for row in rows]
         self.kept: dict[tuple[int, int], Any] = {}
-        """What attention over these rows needs in every layer."""
+        """What the attention over these rows needs in every layer, kept between layers."""
         self._unseen: dict[tuple[Any, ...], Tensor] = {}
         self.ids_T = torch.cat(list(rows)).to(device)
         self.shared_prefix = [0] * len(rows)
-        """How many of a row's first tokens belong to another one."""
+        """By row: the number of its first tokens that it shares with an earlier row."""
         self.token_T = torch.arange(len(self.ids_T), device=self.ids_T.device)
-        """Which of the U tokens each of the T is."""
+        """Index among the U tokens of each of the T tokens."""
         if self.ids_T.device.type == "cpu":
             self._share([row.tolist() for row in rows])
 
     def _share(self, rows: list[list[int]]) -> None:
-        """Sorted rows have most in common with the one before; the rest of each is its own."""
+        """Find the shared prefixes: a sorted row shares most tokens with the row before it."""
         order = sorted(range(len(rows)), key=rows.__getitem__)
         for before, row in pairwise(order):
             self.shared_prefix[row] = equal_tokens(rows[before], rows[row])
@@ -76,7 +77,7 @@ class Packed:
         self.token_T = torch.cat(of_rows)
 
     def own(self, x_T: Tensor) -> Tensor:
-        """Of something of each of the T tokens, that of the U: rows' own ones, in order."""
+        """From values for each of the T tokens, take those of the U tokens: the rows' own ones, in order."""
         if not self.has_common:
             return x_T
         in_common_T = torch.tensor(self.shared_prefix).repeat_interleave(torch.tensor(self.lengths))
@@ -109,12 +110,13 @@ class Packed:
 
     @cached_property
     def places_T(self) -> Tensor:
-        """Where each token stands in [B, L], flattened."""
+        """Position of each token in [B, L], flattened."""
         row_T = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
         return row_T.to(self.ids_T.device) * self.longest + self.positions_T
 
     def groups(self, most: int, queries: int) -> list[Group]:
-        """Rows beside each other, of which so many queries each have at most `most` attention weights."""
+        """Groups of neighbouring rows. With `queries` queries a row, a group has at most `most` attention
+        weights."""
         found: list[Group] = []
         order = [row for row, length in enumerate(self.lengths) if self.shared_prefix[row] < length]
         if self.has_common:
@@ -139,7 +141,7 @@ class Packed:
         return Group(tokens, is_own, int(shared_prefix.min()), longest)
 
     def unseen(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[length, length], to be added to scores: -inf where a query does not look."""
+        """[length, length], to be added to scores: -inf where a query must not look."""
         key = (length, window, dtype)
         if key not in self._unseen:
             bias = torch.zeros(length, length, dtype=dtype, device=self.ids_T.device)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a function computes on its way is computed anew for its gradients, not kept.
+"""Activation checkpointing: intermediate results are not kept, but computed again for the gradients.
 
 Source: Chen et al. 2016 (arXiv:1604.06174).
 """
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def recomputed(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """function(*args, **kwargs), of which the graph keeps the tensors in args only."""
+    """function(*args, **kwargs). For the gradients only the tensors in args are kept."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     # dropout is off in our models, so there are no random numbers to be drawn again
@@ -29,11 +29,11 @@ def recomputed(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Re
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Let each layer of the models within keep nothing but its input.
+    """Let each layer of the models inside keep only its input.
 
-    Losses and gradients stay the same, bit for bit; a training pass costs another forward pass of the layers.
-    transformers' own switch works in training mode only, which would turn dropout on. Like it, this wraps a
-    layer's `forward`, so that a sharding engine's hooks on the layer do not run again.
+    Losses and gradients stay the same, bit for bit. A training pass costs one more forward pass of the
+    layers. transformers' own switch works only in training mode, which would turn dropout on. Like that
+    switch, this wraps a layer's `forward`, so a sharding engine's hooks on the layer do not run again.
 
     Raises:
         ConfigError: transformers does not know the model's layers.
@@ -41,8 +41,8 @@ def checkpoint_layers(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
-            f"activation_checkpointing=true: {type(model).__name__} has no layers that transformers can "
-            "checkpoint. Use activation_checkpointing=false and a smaller micro_batch_tokens."
+            f"STAGE.activation_checkpointing=true: {type(model).__name__} has no layers that transformers "
+            "can checkpoint. Use STAGE.activation_checkpointing=false and a smaller STAGE.micro_batch_tokens."
         )
     for layer in layers:
         layer.forward = partial(recomputed, layer.forward)

@@ -1,4 +1,4 @@
-"""A model directory that transformers loads without this package."""
+"""Write a model directory that transformers can load without this package."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a plain directory whose generation config stops where this template's turns end."""
+    """Write a model directory. Its generation config stops at the token that ends this template's turns."""
     save_settings(model, tokenizer, directory)
     model.save_pretrained(directory)
 
 
 def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write all of a policy but its weights."""
+    """Write everything of a policy except its weights."""
     from transformers import GenerationConfig
 
     generation = model.generation_config

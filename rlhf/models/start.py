@@ -56,8 +56,8 @@ def init_digest(key: str, init: str, digest: DirectoryDigest = directory_digest)
         )
     if not any(directory.glob("*.safetensors")):
         raise ConfigError(
-            f"{key}={init}: no *.safetensors there. Training starts from plain weights: an adapter must be "
-            "merged first, and other formats are not read."
+            f"{key}={init}: no *.safetensors there. Training starts from plain weights: merge an adapter "
+            "first, and save other formats again with save_pretrained."
         )
     return {"init": digest(directory)}
 

@@ -1,4 +1,5 @@
-"""Models that give one number a token: the reward model (read at the last token) and the critic (at all).
+"""Models with one number per token: the reward model (only the last token counts) and the critic (all
+tokens).
 
 Dimensions: B sequences, N response tokens laid end to end, H hidden size.
 """
@@ -37,11 +38,13 @@ from rlhf.models.peft.methods import PREFIX
 from rlhf.models.peft.saved import ADAPTER, WEIGHTS, attach_published, base_of, origin_of
 from rlhf.models.weight_sharing import sharing
 
-NO_HEAD = "{}: {} has no linear `score` head without bias: it cannot serve as a reward model."
+NO_HEAD = (
+    "{}: {} has no linear `score` head without bias, as a reward model needs. Use another family of model."
+)
 
 
 class ScalarHead(nn.Module):
-    """value = weight . hidden + offset, in fp32 whatever the weights are kept in."""
+    """value = weight . hidden + offset, computed in fp32 for any dtype of the weights."""
 
     def __init__(self, weight: nn.Parameter, offset: float) -> None:
         super().__init__()
@@ -54,13 +57,14 @@ class ScalarHead(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A head, kept in fp32, on a model whose own head, if it has another one, is not run.
+    """An fp32 head on a model. The model's own head, if it has another one, is not run.
 
-    `offset` is added to every value; it is 0 in a reward model and folds a score's bias into a critic.
+    `offset` is added to every value. It is 0 in a reward model. In a critic it carries the bias of a
+    normalised score.
     """
 
     def __init__(self, model: PreTrainedModel, weight: nn.Parameter, offset: float = 0.0) -> None:
-        """`weight` [1, H] is the head; a sequence-classification model's is its own `score.weight`."""
+        """`weight` [1, H] is the head. In a sequence-classification model it is its own `score.weight`."""
         super().__init__()
         self.model = model
         self.head = ScalarHead(weight, offset)
@@ -71,11 +75,11 @@ class ScalarModel(nn.Module):
         return self.head.offset
 
     def forward(self, rows: Sequence[Tensor]) -> Tensor:
-        """What the engine that trains a reward model calls: `last_values`."""
+        """`last_values`, for the engine that trains a reward model."""
         return self.last_values(rows)
 
     def values(self, batch: Sequences) -> Tensor:
-        """V(prompt + y_<t) for each response token y_t, fp32 [N]: read where y_t is predicted."""
+        """V(prompt + y_<t) for each response token y_t, fp32 [N], at the position that predicts y_t."""
         value_N: Tensor = self.head(hidden_states(self.model, batch.packed, batch.predicts_N))
         return value_N
 
@@ -87,9 +91,10 @@ class ScalarModel(nn.Module):
 
     @torch.no_grad()
     def score(self, rows: Sequence[Tensor], micro_batch_tokens: int, compute: Compute) -> Tensor:
-        """`last_values` without gradient, in token-budget micro-batches, on the CPU in the given order.
+        """`last_values` without gradient, in micro-batches with a token budget; on the CPU, in the given
+        order.
 
-        Ranks share the work, and each gets all scores.
+        The ranks share the work, and each gets all scores.
         """
         scores_B = torch.zeros(len(rows))
         for group, weight, _ in compute.micro_batches([len(row) for row in rows], micro_batch_tokens):
@@ -99,18 +104,18 @@ class ScalarModel(nn.Module):
         return compute.global_sum(scores_B)
 
     def sharing_weights(self) -> ScalarModel:
-        """Another one on the very same frozen weights, with a copy of the head."""
+        """A second ScalarModel on the same frozen weights, with a copy of the head."""
         return sharing(self, own=self.head.parameters())
 
     def rescale(self, gain: float, bias: float) -> None:
-        """From now on answer gain * value + bias."""
+        """Change the model so that it returns gain * value + bias."""
         with torch.no_grad():
             self.head.weight.mul_(gain)
             self.offset.mul_(gain).add_(bias)
 
 
 def check_score_head(directory: Path) -> None:
-    """See that a directory holds one label's trained linear head, by its weights' names and shapes alone.
+    """Check that a directory has a trained linear head with one label. Only names and shapes are read.
 
     Raises:
         ConfigError: there is none.
@@ -129,7 +134,9 @@ def check_score_head(directory: Path) -> None:
                     shapes |= {name: weights.get_slice(name).get_shape() for name in names}
             architectures = json.loads((directory / "config.json").read_bytes()).get("architectures")
     except SafetensorError as error:
-        raise ConfigError(f"{directory}: cannot be read as a model: {error}.") from None
+        raise ConfigError(
+            f"{directory}: cannot be read as a model: {error}. Fetch or save its weights again."
+        ) from None
     kind = architectures[0] if architectures else "the model"
     is_trained = f"{prefix}score.weight" in shapes
     if f"{prefix}score.bias" in shapes or (not is_trained and kind.endswith("ForSequenceClassification")):
@@ -144,8 +151,8 @@ def check_score_head(directory: Path) -> None:
 
 
 def classifier_for(config: PreTrainedConfig) -> Any:
-    """The sequence-classification class of a family. Where transformers has none, it is made as transformers
-    makes its own: the family's `AutoModel` under a linear `score`."""
+    """The sequence-classification class of a family. If transformers has none, it is made in the same way as
+    transformers' own: the family's `AutoModel` with a linear `score`."""
     kind = type(config)
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[kind]
@@ -161,7 +168,7 @@ def linear_head(model: PreTrainedModel, of: object) -> nn.Linear:
     """The head of a sequence-classification model.
 
     Raises:
-        ConfigError: it is another one than a linear `score` without bias.
+        ConfigError: it is not a linear `score` without bias.
     """
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
@@ -170,7 +177,7 @@ def linear_head(model: PreTrainedModel, of: object) -> nn.Linear:
 
 
 def check_scorable(config: PreTrainedConfig) -> None:
-    """Refuse a base model that no reward model or critic can be made of; no weights are made or read.
+    """Refuse a base model that cannot become a reward model or critic. No weights are made or read.
 
     Raises:
         ConfigError: why.
@@ -190,9 +197,11 @@ def check_scorable(config: PreTrainedConfig) -> None:
 def load_scalar_model(
     directory: Path, config: ModelConfig, dtype: torch.dtype, *, new_head: bool = False
 ) -> ScalarModel:
-    """A published reward model, or (new_head) a causal model's trunk under a head that `reset_head` must set.
+    """A published reward model; or, with new_head, a causal model's trunk with a head that `reset_head` must
+    set.
 
-    An artifact that is an adapter beside a reference is its base model with the adapter in it, frozen.
+    If the artifact is an adapter with a reference to its base model, the result is the base model with the
+    adapter in it, all frozen.
 
     Raises:
         ConfigError: it is not a classification model with one label and a trained linear head.
@@ -243,8 +252,8 @@ def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:
 
 
 def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a directory that `AutoModelForSequenceClassification` loads and scores with alike, where
-    transformers has such a class and the tokenizer a pad token of its own. docs/models.md has the format."""
+    """Write a reward model. `AutoModelForSequenceClassification` loads it and gives the same scores, if
+    transformers has such a class and the tokenizer has its own pad token. docs/models.md has the format."""
     assert float(scalar.offset.detach()) == 0.0, "a classification head has no bias to keep the offset in"
     scalar.model.config.pad_token_id = tokenizer.pad_token_id  # where transformers' pooling stops
     scalar.model.save_pretrained(directory)

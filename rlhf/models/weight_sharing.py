@@ -1,8 +1,8 @@
-"""One set of frozen weights under several models.
+"""Several models on one set of frozen weights.
 
-While only adapters and heads train, PPO's policy, reference, critic and reward model can stand on the same
-backbone. Each keeps a tree of modules of its own, with its own adapters in it, so nothing has to be switched
-between one model's pass and another's; only the weights are held once.
+If only adapters and heads train, PPO's policy, reference, critic and reward model can use the same backbone.
+Each has its own tree of modules with its own adapters. So nothing is switched between the passes of two
+models. Only the weights are in memory once.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Backbone:
-    """A causal model for others to share the weights of, without an adapter."""
+    """A causal model without an adapter, whose weights other models share."""
 
     directory: Path
-    """Where it was read."""
+    """The directory that it was read from."""
     model: PreTrainedModel
 
 
 def sharing(module: ModuleT, own: Iterable[nn.Parameter] = ()) -> ModuleT:
-    """A second tree of modules on the very same weights, frozen in it.
+    """A second tree of modules on the same weights, where they are frozen.
 
-    Its parameters are new objects on the old storage. So what one tree points elsewhere for a while
-    (`Adapter.merged`) stays as it is in the other; what is written into a weight is seen by both.
+    Its parameters are new objects with the old storage. So if one tree replaces a weight for some time
+    (`Adapter.merged`), the other one keeps it. If a weight is written in place, both see it.
 
     Args:
-        own: parameters that are copied instead.
+        own: parameters that are copied and not shared.
     """
     copied = {id(parameter) for parameter in own}
     memo = {
@@ -51,10 +51,10 @@ def sharing(module: ModuleT, own: Iterable[nn.Parameter] = ()) -> ModuleT:
 def offload(model: nn.Module, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
     """Move the weights of a model that does not train to the host's memory.
 
-    Its buffers stay where they are: they are small. Nothing is ever copied back, because nothing changes.
+    Its buffers are small and stay on the device. Nothing is copied back, because nothing changes.
 
     Returns:
-        What opens a context in which the weights are on `device`.
+        A function that opens a context in which the weights are on `device`.
     """
     parameters = list(model.parameters())
     on_host = [parameter.detach().to("cpu") for parameter in parameters]

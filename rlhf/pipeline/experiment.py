@@ -273,7 +273,8 @@ def check_qlora(key: str, device: str) -> None:
         ConfigError: what is missing.
     """
     if device == "cpu" or not has_gpu():
-        raise ConfigError(f"{key}: 4-bit weights need a GPU, and this run has none. Use lora.")
+        other = key.replace("=qlora", "=lora")
+        raise ConfigError(f"{key}: 4-bit weights need a GPU, and this run has none. Use {other}.")
     if find_spec("bitsandbytes") is None:
         raise ConfigError(f"{key} needs bitsandbytes: pip install -e '.[qlora]'.")
 
@@ -310,7 +311,9 @@ def stage_class(name: str, target: str) -> type[Stage]:
         raise ConfigError(f"{key}: {error.filename}:{error.lineno}: {error.msg}. Fix that line.") from None
     if found is None:
         near = did_you_mean(attribute, [each for each in vars(sys.modules[module]) if each.endswith("Stage")])
-        raise ConfigError(f"{key}: {sys.modules[module].__file__} has no {attribute}.{near}")
+        raise ConfigError(
+            f"{key}: {sys.modules[module].__file__} has no {attribute}.{near} Name a class of that file."
+        )
     if not (isinstance(found, type) and issubclass(found, Stage)):
         raise ConfigError(
             f"{key}: {attribute} is not a subclass of rlhf.pipeline.stage.Stage. Derive it from that."

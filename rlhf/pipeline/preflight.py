@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, said_as
 from rlhf.costs.hardware import found_machine, kept_speed, quick_speed
 from rlhf.costs.memory import MemoryPhase, amount
 from rlhf.costs.model_shape import ModelShape, counted
@@ -117,11 +117,8 @@ def check_tunes(
     peft = stage.peft_config()
     if peft is None:
         return
-    try:
+    with said_as({"STAGE": stage.name}):
         check(base, peft)
-    except ConfigError as error:
-        complaint = f"{stage.name}.peft.{error}"
-        raise ConfigError(complaint.replace(".method=", "=", 1)) from None  # the user types sft.peft=ia3
 
 
 def own_skeleton(stage: Stage, base: BaseModelFiles) -> PreTrainedModel | None:

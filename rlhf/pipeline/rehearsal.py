@@ -38,7 +38,7 @@ def rehearse_rewards(
     from rlhf.rewards.model import make_reward
 
     asked: set[str] = set()
-    for stage in stages:
+    for stage in sorted(stages, key=lambda stage: stage.repeats_keys):
         for key, source in stage.rewards().items():
             if source == "learned" or source in asked:
                 continue
@@ -59,7 +59,7 @@ def rehearse_rewards(
             if not bool(is_finite_B.any()):
                 raise ConfigError(
                     f"{said}, and gave no finite score for any response that it was tested on before "
-                    "anything trains. A score must be a finite number."
+                    "anything trains. A score must be a finite number: fix the reward, or use another one."
                 )
             console.print(f"[yellow]{escape(said)}[/]: such answers cannot be learned from.", highlight=False)
 

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, said_as
 from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.digests import DirectoryDigest, Recipe
 from rlhf.disk import naming
@@ -32,7 +32,7 @@ from rlhf.pipeline.manifest import content_digest, make_manifest
 from rlhf.pipeline.preflight import Begun, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, users_words
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
 from rlhf.rewards.code import has_changed, imported_code, stage_code
 from rlhf.tracking.progress import Progress, clock
@@ -43,7 +43,8 @@ from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
 def external_digests(stage: Stage, digest: DirectoryDigest) -> dict[str, str]:
     """Digests of what decides the result and lies outside the store: data, and the user's code."""
-    return stage.external_digests(digest) | stage_code(type(stage))
+    with said_as(users_words(stage)):
+        return stage.external_digests(digest) | stage_code(type(stage))
 
 
 class UnsoundInputError(Exception):
@@ -90,7 +91,8 @@ class Pipeline:
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
             identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
             return identity, {
-                stage.name: external_digests(stage, self.store.directory_digest) for stage in stages
+                stage.name: external_digests(stage, self.store.directory_digest)
+                for stage in sorted(stages, key=lambda stage: stage.repeats_keys)
             }
 
         # rank 0 alone, as it may read whole models; here, so that a missing file is found before training
@@ -291,7 +293,7 @@ class Pipeline:
                 self.log(f"{name}: starts again; {other}")
         torch.manual_seed(job.seed)
         try:
-            with progress.shown(), naming(scratch):
+            with progress.shown(), naming(scratch), said_as(users_words(stage, base)):
                 stage.run(job)
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
@@ -369,7 +371,8 @@ class Pipeline:
         if changed:
             raise ConfigError(
                 f"{stage.name}: {', '.join(changed)}: changed since this run began, so the artifact's "
-                "key would be wrong. Nothing was written. The same command then uses the changed files."
+                "key would be wrong. Nothing was written. Run the same command again: it uses the changed "
+                "files."
             )
         for source in now:
             if source.startswith("python:") and has_changed(source):
@@ -410,7 +413,8 @@ class Pipeline:
             return
         self.begin_to_compute(base)
         for stage in stages:
-            stage.check_data(data, base)
+            with said_as(users_words(stage, base)):
+                stage.check_data(data, base)
         self.compute.main_only(lambda: self.check_fits(pending, data, base))
         check_before_loading(self.experiment, pending, base, self.compute, data, self.console)
         settings = self.experiment.settings

@@ -20,6 +20,7 @@ from rlhf.evaluation.sampled import ENDS
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.job import Job
+from rlhf.tracking.redaction import redacted
 
 INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
 """The end of a name that tells a figure's interval, or on how many rows it stands."""
@@ -203,6 +204,25 @@ class Stage(Strict, ABC):
         """Do the work in `job.directory` and end with `job.publish(metrics)`."""
 
 
+def users_words(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:
+    """What complaints from inside a stage call a thing -> what the user wrote: see `rlhf.config.said_as`.
+
+    Args:
+        base: the base model's files, once they are known.
+    """
+    words = {"STAGE": stage.name}
+    for key, source in stage.rewards().items():
+        if ":" in source:  # others are usual words
+            said = redacted(source)
+            words.setdefault(said, f"{key}={said}")
+            words.setdefault(source.removeprefix("model:"), f"{key}={said}")
+    if (directory := stage.init_directory()) is not None:
+        words[str(directory)] = f"{stage.name}.init={directory}"
+    if base is not None:
+        words.setdefault(str(base.directory), base.config.said)
+    return words
+
+
 def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
     """The stages, every one behind those that it reads, else as they are mounted.
 
@@ -221,7 +241,8 @@ def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
             return
         if name not in stages:
             raise ConfigError(
-                f"{readers[-1]}: it reads {name}, and there is no such stage.{did_you_mean(name, stages)}"
+                f"{readers[-1]}: it reads {name}, and there is no such stage.{did_you_mean(name, stages)} "
+                f"Add `- stages@{name}: {name}` to the defaults, or let it read another stage."
             )
         for other in stages[name].inputs():
             visit(other, (*readers, name))

@@ -152,7 +152,9 @@ class Store:
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"store_dir={root}: cannot be created ({error.strerror}).") from None
+            raise ConfigError(
+                f"store_dir={root}: cannot be created ({error.strerror}). Choose another store_dir."
+            ) from None
 
     def find(self, stage: str, key: str, *, read: bool = False) -> Artifact | None:
         """The finished artifact, verified, or None. What is remembered of its files is not read again.

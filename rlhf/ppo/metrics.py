@@ -198,7 +198,7 @@ def evaluate_policy(
         if not bool(score_B[half].isfinite().any()):
             raise RewardError(
                 f"ppo.reward gave no finite score for any of {len(score_B[half])} responses to held-out "
-                "prompts. Fix it."
+                "prompts. Fix that reward, or use another one."
             )
     logp_BR = policy.log_probabilities(rollout, temperature, micro_batch_tokens)
     reference_BR = reference.log_probabilities(rollout, temperature, micro_batch_tokens)

@@ -128,7 +128,7 @@ class PolicyTrainer:
                         f"ppo.max_bad_steps={config.max_bad_steps}; the last because {self.last_bad} Fix "
                         f"ppo.reward={config.reward}, or lower ppo.optim.lr"
                     )
-                    self.stop(step, rows, reason, "goes on behind this step")
+                    self.stop(step, rows, reason, "continues after this step")
                 self.evaluate_if_due(held_out)
                 was_skipped = "score" not in metrics
                 task.advance(

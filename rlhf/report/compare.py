@@ -6,9 +6,12 @@ import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rlhf.tracking.tables import Cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Quality = Literal["exact_match", "answer_found", "rouge_l", "score"]
 
@@ -97,7 +100,7 @@ def write_csv(metrics: Mapping[str, float], path: Path) -> None:
             writer.writerow([name, *(metrics.get(f"{column}/{name}", "") for column in columns)])
 
 
-def draw(metrics: Mapping[str, float], quality: Quality, path: Path) -> None:
+def draw(metrics: Mapping[str, float], quality: Quality) -> Figure:
     """Quality with its interval against the cost of 1000 answers. Tuned models show when they pay off."""
     from matplotlib.figure import Figure
 
@@ -117,9 +120,9 @@ def draw(metrics: Mapping[str, float], quality: Quality, path: Path) -> None:
     axes.set(xlabel="cost of 1000 answers, one request at a time", ylabel=QUALITIES[quality])
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e5e5e5", linewidth=0.6)
+    axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=160, metadata={"Software": None})
+    return figure
 
 
 def _pays_off(metrics: Mapping[str, float], name: str) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ON_FRONT, OFF_FRONT = "#0072b2", "#d55e00"
 """Colours that the colour-blind can distinguish (Okabe and Ito 2008)."""
@@ -33,7 +35,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return sorted((point for point in points if not beaten(point)), key=lambda point: point.loss)
 
 
-def draw(points: Sequence[Point], gain: str, loss: str, path: Path) -> None:
+def draw(points: Sequence[Point], gain: str, loss: str) -> Figure:
     """Draw gain against loss, and the front. The base model is one of the points.
 
     Args:
@@ -45,12 +47,12 @@ def draw(points: Sequence[Point], gain: str, loss: str, path: Path) -> None:
     front = pareto_front(points)
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    axes.step([point.loss for point in front], [point.gain for point in front], where="post", color="#c0c0c0")
+    axes.step([point.loss for point in front], [point.gain for point in front], where="post", color="#808080")
     for point in points:
         axes.plot(point.loss, point.gain, "o", color=ON_FRONT if point in front else OFF_FRONT)
         axes.annotate(point.name, (point.loss, point.gain), xytext=(6, 4), textcoords="offset points")
     axes.set(xlabel=f"{loss} (less is better)", ylabel=f"{gain} (more is better)")
     axes.margins(x=0.18, y=0.1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e5e5e5", linewidth=0.6)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
+    return figure

@@ -95,7 +95,8 @@ class SweepTable:
         pareto, points = self.config.pareto, self.points
         picture = ""
         if pareto is not None and points:
-            draw(points, pareto.gain, pareto.loss, self.directory / PICTURE)
+            figure = draw(points, pareto.gain, pareto.loss)
+            figure.savefig(self.directory / PICTURE, dpi=130, metadata={"Software": None})
             picture = f"\n![{pareto.gain} against {pareto.loss}]({PICTURE})\n"
         text = f"# Sweep {self.directory.name}\n\n{table}\n{picture}"
         with naming(self.directory / "sweep.md"):

@@ -131,6 +131,6 @@ def finite_scores(reward: Reward, prompts: Prompts, completions: Sequence[str], 
         index = int((~score_B.isfinite()).nonzero()[0])
         raise ConfigError(
             f"{name} gave {float(score_B[index])} for the response {completions[index]!r}. "
-            "A score must be a finite number."
+            "A score must be a finite number: fix the reward for such responses, or use another one."
         )
     return score_B

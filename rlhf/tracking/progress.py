@@ -23,7 +23,7 @@ def clock(seconds: float) -> str:
 
 
 class Task:
-    """One thing that is being counted."""
+    """Counts the progress of one loop."""
 
     def __init__(self, progress: Progress, label: str, total: int) -> None:
         self._progress, self._label, self._total, self._done = progress, label, total, 0
@@ -32,7 +32,7 @@ class Task:
         self._bar = progress.live.add_task(label, total=total, note="") if progress.live else None
 
     def skip(self, count: int) -> None:
-        """Count what an earlier attempt did: it says nothing about how long the rest will take."""
+        """Count what an earlier attempt did. The estimate of the time left does not use it."""
         self._done, self._earlier = self._done + count, self._earlier + count
         if self._progress.live and self._bar is not None:
             self._progress.live.reset(self._bar, completed=self._done)
@@ -58,7 +58,7 @@ class Task:
 
 
 class Progress:
-    """Hands out tasks; shows them as bars only where a person watches a terminal."""
+    """Makes tasks. On a terminal they are bars, elsewhere single lines."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -1,7 +1,9 @@
-"""What must not be written down: secrets of the environment, values that are called one, credentials in URLs.
+"""What must not be written down: secrets from the environment, values whose name says so, credentials in
+URLs.
 
-Two nets. Config and recipes are redacted before they are written, so that their structure survives. And all
-that goes to stdout or stderr is redacted on its way, whoever wrote it: a traceback, a library, a user's code.
+It happens in two places. Config and recipes are redacted before they are written, which keeps their
+structure. Everything that goes to stdout or stderr is redacted too: tracebacks, output of libraries and of a
+user's code.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from rich.text import Text
 from rlhf.printable import printable
 
 UNFOLDED = 10_000
-"""Columns where no terminal folds a line."""
+"""Width of the output if it is not a terminal: no line is folded."""
 PLACEHOLDER = "<redacted>"
 ENVIRONMENT_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD|(?:CREDS?|PAT|PASS|PASSWD|_PWD)$", re.I)
 SHORTEST, SHORTEST_NUMBER = 6, 8
-"""Characters of an environment's value. TOKENIZERS_PARALLELISM=false and MAX_TOKENS=8192 are no secrets, and
-blanking them would blank half of every file."""
+"""A value in the environment that is shorter is not a secret. TOKENIZERS_PARALLELISM=false and
+MAX_TOKENS=8192 are not secrets, and redacting their values would redact half of every file."""
 
 KEY_NAME = re.compile(
     r"(?:^|[_.-])(?:password|passwd|passphrase|pwd|pass|pat|secret|cred|creds|credentials?|token)$"
@@ -36,36 +38,36 @@ KEY_NAME = re.compile(
     r"|(?-i:[a-z](?:Token|Secret|Password)$)",
     re.I,
 )
-"""The end of a key that says its value is a secret. Plurals (max_tokens) count something."""
+"""Ends of keys whose value is a secret. Plurals (max_tokens) are numbers, not secrets."""
 NO_SECRET = re.compile(r"(?:^|[_.-])(?:pad|eos|bos|unk|sep|cls|mask|per)_?token$", re.I)
 USER_INFO = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
-"""user:password of a URL. Without a password too: the user is often the token."""
+"""user:password in a URL, or the user alone, who is often the token."""
 ASSIGNMENT = re.compile(r"(?:([?&])|(?<![\w.-]))([\w.-]+\\?)=")
-"""`name=` of a URL's query, or of a command line. A name begins where a word does: tried at each letter, long
-words without `=` took time by the square of their length."""
+"""`name=` in a URL's query or on a command line. A name starts at the start of a word. Trying every letter
+would take quadratic time for long words without `=`."""
 VALUE = re.compile(r"""("[^"]*"|'[^']*'|[^\s&#,'"}\]]+)""")
-"""What may follow."""
+"""The value after it."""
 FIELD = re.compile(
     r"""(?<![\w.-])([\w.-]*(?:key|token|secret|password|passwd|passphrase|pwd|pass|pat|creds?|credentials?))"""
     r"""(\\*["']\s*:\s*|:[ \t]+)"""
     r"""(\\+"(?:(?!\\+").)*\\+"|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s,;'"}\]\\]+)""",
     re.I,
 )
-"""`"name": "value"` of JSON, also within a string; `name: value` of a header."""
+"""`"name": "value"` in JSON, also inside a string; `name: value` in a header."""
 PROBABLE = re.compile(r"\S*[\d_~+/=]|\S{20}")
-"""Prose has other words behind `password:`, without digits or marks."""
+"""What looks like a secret after `password:`. In prose, words follow that have no digits or marks."""
 EMPTY = ("null", "None", "true", "false", "True", "False")
 AUTHORIZATION = re.compile(
     r"""(\bAuthorization["']?\s*[:=]\s*["']?[\w-]+\s+|\bBearer\s+(?=\S*[\d_~+/=]|\S{20}))[\w.~+/=-]{6,}""",
     re.I,
 )
-"""A header's value. Prose has words behind "bearer", not digits or marks."""
+"""The value of a header. In prose, words without digits or marks follow "bearer"."""
 QUERY_NAME = re.compile(r"^(?:key|sig|auth)$|signature$", re.I)
-"""Further names of secrets, in a URL's query only."""
+"""Names that mean a secret only in a URL's query."""
 
 
 def redacted(value: Any) -> Any:
-    """The same config value, or text, with every secret in it replaced; keys of mappings too."""
+    """The config value or text with every secret replaced, also in the keys of mappings."""
     if isinstance(value, str):
         return redacted_text(value)
     if isinstance(value, Mapping):
@@ -86,14 +88,14 @@ def redacted_text(text: str) -> str:
 
 
 def without_environment(text: str) -> str:
-    """A text without the values of variables of the environment whose names say that they are secret."""
+    """The text without the values of environment variables whose names say that they are secret."""
     for secret in _environment_secrets():
         text = text.replace(secret, PLACEHOLDER)
     return text
 
 
 def says_secret(key: str) -> bool:
-    """Whether a key's own name says that its value is a secret; a place (`model:DIR`, a path) is no name."""
+    """Whether a key's name says that its value is a secret. Paths and `model:DIR` are not such names."""
     is_place = ":" in key or "/" in key
     return not is_place and KEY_NAME.search(key) is not None and NO_SECRET.search(key) is None
 
@@ -109,7 +111,7 @@ def _without_field(found: re.Match[str]) -> str:
 
 
 def _without_values(text: str) -> str:
-    """Without what is assigned to a secret's name; `a=token=v` too."""
+    """The text without values assigned to the name of a secret, also in `a=token=v`."""
     parts, end = [], 0
     for found in ASSIGNMENT.finditer(text):
         word = found[2].removesuffix("\\")  # Hydra wants `=` in a value escaped
@@ -122,7 +124,7 @@ def _without_values(text: str) -> str:
 
 
 def _environment_secrets() -> list[str]:
-    """Every form in which they may stand in a text, the longest first: one may be a part of another."""
+    """All forms of these secrets in a text. The longest comes first, because one may be part of another."""
     found: set[str] = set()
     for name, value in os.environ.items():
         if ENVIRONMENT_NAME.search(name) and not _is_path(value):
@@ -142,7 +144,8 @@ def _is_number(text: str) -> bool:
 
 
 def _is_path(text: str) -> bool:
-    """Such as SSH_KEY_FILE=/home/me/.ssh/id: where a secret is, is none."""
+    """Whether the value is a path, such as SSH_KEY_FILE=/home/me/.ssh/id. The path of a secret is not a
+    secret."""
     try:
         return text.startswith(("/", "./")) and Path(text).exists()
     except (OSError, ValueError):  # too long to be one
@@ -150,14 +153,15 @@ def _is_path(text: str) -> bool:
 
 
 class RedactingConsole(Console):
-    """Takes secrets out before a line is folded, which could tear one apart and hide it from the stream.
-    Control characters are shown instead of being sent to the terminal.
+    """Removes secrets before a line is folded: the second filter would not find one that is cut in two.
+    Control characters become visible.
 
-    Off a terminal nothing is folded, tables take the width they need, and each line carries the time of day.
+    If the output is not a terminal, nothing is folded, tables are as wide as needed, and each line begins
+    with the time of day.
     """
 
     has_times = True
-    """Whether lines off a terminal carry the time; a report that is read later needs none."""
+    """Whether lines begin with the time if the output is not a terminal. A report needs no times."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -165,7 +169,7 @@ class RedactingConsole(Console):
             self.width = UNFOLDED
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich does; a single text that is not set apart by an empty line gets the time before it."""
+        """As rich does, with the time before a single text that does not begin with an empty line."""
         if self.has_times and not self.is_terminal and len(objects) == 1 and isinstance(objects[0], str):
             (text,) = objects
             if text and not text.startswith("\n"):
@@ -173,7 +177,7 @@ class RedactingConsole(Console):
         super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
-        """Nobody reads any more; rich would end the process itself."""
+        """Nobody reads the output any more. rich would end the process here."""
         raise BrokenPipeError
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -182,8 +186,8 @@ class RedactingConsole(Console):
 
 
 class RedactingStream:
-    """A text stream that leaves secrets out of what it passes on; a question mark stands for a character that
-    the terminal does not have."""
+    """A text stream that removes secrets. A character that the terminal does not have becomes a question
+    mark."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -205,7 +209,7 @@ class RedactingStream:
 
 @contextmanager
 def redacted_output() -> Iterator[None]:
-    """While open, no secret of a known kind goes to stdout or stderr, whoever writes it. Also a decorator."""
+    """While open, no secret of a known kind goes to stdout or stderr. It also works as a decorator."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (RedactingStream(stream) for stream in before)
     try:

@@ -20,13 +20,13 @@ class StepTimer:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """What runs inside belongs to the phase; entered again it adds up."""
+        """Time what runs inside, as a part of the phase `name`."""
         start = self._now()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
 
     def taken(self) -> dict[str, float]:
-        """As `seconds_NAME`; the next step starts from nothing."""
+        """The times as `seconds_NAME`. After this call all times are 0 again."""
         seconds, self.seconds = self.seconds, {}
         return {f"seconds_{name}": value for name, value in seconds.items()}
 

@@ -33,7 +33,7 @@ SILENT: dict[str, Any] = {
     "console": "off",  # it would copy what is printed before secrets are taken out
     "disable_git": True,  # the remote's URL may carry a token, and an uncommitted change anything
 }
-"""wandb keeps a metric's history and the config, and nothing that it finds on the machine by itself."""
+"""So wandb gets only metrics and the config, and nothing else that it finds on the machine."""
 
 
 INIT_TIMEOUT_SECONDS = 60.0
@@ -46,17 +46,18 @@ class Sink(Protocol):
         """Record metrics whose names already carry their stage's."""
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
-        """Record a stage's final figures, apart from the curves of the same names."""
+        """Record a stage's final figures, separate from the curves with the same names."""
 
     def close(self) -> None:
-        """Flush and let go."""
+        """Write everything and close."""
 
 
 class WandbSink:
-    """Weights & Biases, offline unless told otherwise.
+    """Weights & Biases, offline by default.
 
-    RUN_DIR/wandb.json keeps the run's id and how often it was told of each stage: the same command, run
-    again, says the same things in the same order, and goes on with the same wandb run behind them.
+    RUN_DIR/wandb.json keeps the run's id and the number of lines that each stage has logged. The same
+    command, run again, logs the same lines in the same order. So it continues the same wandb run after the
+    known lines.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class WandbSink:
         self._id = known["id"] if known.get("config") == content else uuid4().hex[:8]
         self._told: dict[str, int] = known.get("lines", {}) if known.get("config") == content else {}
         self._said: dict[str, int] = {}
-        """By this process."""
+        """Lines that each stage has logged in this process."""
         self._content = content
         self._teardown = wandb.teardown
         try:
@@ -103,12 +104,12 @@ class WandbSink:
         self._run.log({**metrics, f"{stage}/step": step})
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
-        """Into the run's summary, which the table of runs shows."""
+        """Write them to the run's summary, which the table of runs shows."""
         self._run.summary.update(dict(metrics))
 
     def close(self) -> None:
-        """Finish the wandb run, and wait until it is on the disk: `finish` may return before the process that
-        writes for wandb has done so."""
+        """Finish the wandb run and wait until it is on the disk: `finish` may return before wandb's own
+        process has written everything."""
         self._run.finish()
         self._teardown()
 
@@ -126,12 +127,12 @@ class TensorboardSink:
         self._writer = SummaryWriter(str(directory / "tensorboard"))
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
-        """One scalar a metric."""
+        """One scalar for each metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def summarize(self, metrics: Mapping[str, float]) -> None:
-        """One scalar a figure, under `summary/`."""
+        """One scalar for each figure, under `summary/`."""
         for name, value in metrics.items():
             self._writer.add_scalar(f"summary/{name}", value)
 
@@ -141,10 +142,10 @@ class TensorboardSink:
 
 
 class Tracker:
-    """Writes each stage's lines beside its artifact, and the run's whole story in the run directory.
+    """Writes each stage's lines into its artifact, and the lines of all stages into the run directory.
 
-    A stage's own files travel with its artifact, so a run that reuses the artifact still shows its curve.
-    Without a run directory (ranks other than 0) it writes nothing.
+    Because the artifact has the stage's lines, a run that reuses it still shows its curve. Without a run
+    directory (on ranks other than 0) nothing is written.
     """
 
     METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -157,17 +158,17 @@ class Tracker:
                 (run_directory / name).write_text("", encoding="utf-8")
 
     def begin(self, stage_directory: Path) -> None:
-        """Also write to this directory, from now on."""
+        """From now on, also write to this directory."""
         self._stage_directory = stage_directory if self._run_directory else None
 
     def keep(self, checkpoint: Path) -> None:
-        """Copy what the stage has said so far into a checkpoint."""
+        """Copy the lines that the stage has written so far into a checkpoint."""
         for name in (self.METRICS, self.SAMPLES):
             if self._stage_directory and (self._stage_directory / name).exists():
                 shutil.copyfile(self._stage_directory / name, checkpoint / name)
 
     def restore(self, checkpoint: Path) -> None:
-        """Say again what the stage had said at that checkpoint, and no more: no gap, nothing twice."""
+        """Go back to the lines at that checkpoint, so that nothing is missing or written twice."""
         if self._stage_directory is None:
             return
         for name in (self.METRICS, self.SAMPLES):
@@ -176,7 +177,7 @@ class Tracker:
         self.replay(checkpoint)
 
     def replay(self, stage_directory: Path) -> None:
-        """Tell the run's files, and the sinks, what a reused artifact's lines say."""
+        """Copy the lines of a reused artifact to the run's files and to the sinks."""
         if self._run_directory is None:
             return
         for name in (self.METRICS, self.SAMPLES):
@@ -196,14 +197,14 @@ class Tracker:
                     sink.log(metrics, row["stage"], row["step"])
 
     def log(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
-        """Record one step of one stage; names get the stage's in front."""
+        """Record one step of one stage. The stage's name is put before each metric's name."""
         named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
         self._append(self.METRICS, {"stage": stage, "step": step, "time": _now(), **_finite(named)})
         for sink in self._sinks:
             sink.log(named, stage, step)
 
     def summarize(self, stage: str, metrics: Mapping[str, float]) -> None:
-        """Record a stage's final figures; their line says `"summary": true`."""
+        """Record a stage's final figures, in a line with `"summary": true`."""
         named = {f"{stage}/{name}": float(value) for name, value in metrics.items()}
         self._append(self.METRICS, {"stage": stage, "summary": True, "time": _now(), **_finite(named)})
         for sink in self._sinks:
@@ -231,7 +232,7 @@ def _now() -> float:
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows neither NaN nor infinity."""
+    """The metrics with None for NaN and infinity, which JSON does not have."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 

@@ -1,8 +1,9 @@
-"""Save and resume inside a stage: atomically, verified, and never one file fewer than needed.
+"""Save and resume inside a stage. Checkpoints are atomic and verified, and one always stays.
 
 Layout: STORE/STAGE/.KEY.checkpoints/step-00000012/manifest.json beside the engine's and the loop's files. The
-key decides the place, so whoever needs the artifact goes on where the last one was stopped, whatever its run
-was called. A checkpoint is written beside its place, flushed, hashed, and renamed; older ones go only then.
+artifact's key decides the place. So any run that needs the artifact continues from the last checkpoint,
+whatever the name of the run. A checkpoint is written under another name, flushed, hashed and renamed. Only
+then are older ones removed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 LOOP = "loop.pt"
 NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write|iostream error", re.I)
-"""What torch.save says when the disk takes no more; anything else is another rank that was lost."""
+"""What torch.save says if it cannot write to the disk. Any other error means that another rank was lost."""
 
 
 class CheckpointConfig(Strict):
@@ -52,7 +53,7 @@ class CheckpointConfig(Strict):
 
 @dataclass
 class Checkpointer:
-    """One stage's checkpoints. Every rank has one and calls it equally often."""
+    """One stage's checkpoints. Every rank has a Checkpointer, and all ranks make the same calls."""
 
     directory: Path
     config: CheckpointConfig
@@ -62,15 +63,15 @@ class Checkpointer:
     log: Callable[[str], None]
     stage: str
     recipe: Recipe = field(default_factory=dict)
-    """Of the artifact that is being made."""
+    """The recipe of the artifact that is being made."""
     input_digests: Mapping[str, str] = field(default_factory=dict)
-    """As in its manifest: what a checkpoint was made from, which nothing else goes on from."""
+    """Digests of the stage's inputs. A checkpoint that was made from other inputs is not used."""
     seconds: float = 0.0
-    """What earlier attempts took up to the checkpoint that this one goes on from."""
+    """Seconds of earlier attempts, up to the checkpoint that this one continues from."""
     written: list[tuple[float, int]] = field(default_factory=list)
-    """(seconds, bytes) of each one that this attempt wrote."""
+    """(seconds, bytes) of each checkpoint that this attempt wrote."""
     newest: dict[str, Any] | None = None
-    """The manifest of the newest one that verifies."""
+    """The manifest of the newest checkpoint that is intact."""
 
     def __post_init__(self) -> None:
         self._start = self._last = time.monotonic()
@@ -78,10 +79,10 @@ class Checkpointer:
         self.seconds = self.newest["seconds"] if self.newest else 0.0
 
     def restore(self, engine: Engine) -> dict[str, Any] | None:
-        """Load the newest checkpoint; the loop's state, or None when there is none.
+        """Load the newest checkpoint and return the loop's state; None if there is no checkpoint.
 
-        The state's tensors lie in the checkpoint's file, and take no memory before they are read: copy what
-        is to stay, and let go of the rest.
+        The state's tensors are mapped from the checkpoint's file and take no memory before they are read.
+        Copy what you keep, and drop the rest.
         """
         import torch
 
@@ -109,13 +110,13 @@ class Checkpointer:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """While open, a signal waits for the next `after_step`, which saves and then stops."""
+        """While open, a signal to stop waits for the next `after_step`, which saves and then stops."""
         self._last = time.monotonic()
         with self.signals.deferred():
             yield
 
     def after_step(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
-        """Save when it is time; save and stop when a signal came to any rank.
+        """Save if a checkpoint is due. If any rank got a signal, save and stop.
 
         Args:
             state: the loop's state after `step`: tensors, numbers, strings and containers of them.
@@ -134,10 +135,10 @@ class Checkpointer:
             raise Stopped(signum)
 
     def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
-        """Write one checkpoint; remove those beyond `keep`.
+        """Write one checkpoint. Then remove the oldest ones, so that `keep` stay.
 
         Raises:
-            ConfigError: it could not be written; the earlier ones are untouched.
+            ConfigError: it could not be written. The earlier ones are unchanged.
         """
         import torch
 
@@ -168,18 +169,18 @@ class Checkpointer:
             said = error.strerror if isinstance(error, OSError) else "the disk took only a part of it"
             raise ConfigError(
                 f"{self.directory}: the checkpoint of step {step} could not be written ({said}); "
-                f"{free / 1e6:.0f} MB are free there. Earlier checkpoints and finished stages are intact: "
-                "fix it (or move store_dir), and the same command goes on."
+                f"{free / 1e6:.0f} MB are free there. Earlier checkpoints and finished stages are intact. "
+                "Fix it, or move store_dir; the same command then continues."
             ) from error
         self._last = time.monotonic()
         self.written.append((self._last - start, size))
 
     def discard(self) -> None:
-        """The artifact is published: remove what was only needed to get there."""
+        """Remove all checkpoints, once the artifact is published."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def cost(self) -> str:
-        """What saving took, in words; empty when nothing was saved."""
+        """The time that saving took, in words; empty if nothing was saved."""
         if not self.written:
             return ""
         seconds, size = sum(each for each, _ in self.written), self.written[-1][1]
@@ -204,7 +205,8 @@ class Checkpointer:
         return int(signum), bool(is_due)
 
     def _digests(self, part: Path) -> tuple[dict[str, str], int]:
-        """Flush and hash all files, each by one of the ranks; their digests and bytes."""
+        """Flush and hash all files, divided over the ranks. Returns their digests and the sum of their
+        bytes."""
         self.compute.barrier()
         names = sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file())
         sizes = [(part / name).stat().st_size for name in names]
@@ -233,7 +235,7 @@ class Checkpointer:
             shutil.rmtree(old)
 
     def _all(self) -> list[Path]:
-        """Finished ones, the newest first."""
+        """The finished checkpoints, the newest first."""
         return sorted(self.directory.glob("step-*"), reverse=True)
 
     def _find(self) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""A checkpoint on the disk, without torch: its format, and whether it is what was written."""
+"""A checkpoint's files: the format, and a check that they are unchanged. Without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHECKPOINT_FORMAT = 4
 
 
 def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
-    """The manifest of a checkpoint whose files are what was written; else None and what is wrong."""
+    """The manifest of a checkpoint whose files are unchanged; otherwise None, and what is wrong."""
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_bytes())
         if manifest["format"] != CHECKPOINT_FORMAT:

@@ -24,7 +24,7 @@ from rlhf.training.optimizer import ClippedAdamW, parameter_group
 
 TAG, UNIVERSAL = "zero", "zero_universal"
 BUCKET_ELEMENTS = 5 * 10**8
-"""Gradients that are sent together, at most: DeepSpeed's default. It holds a buffer of that size."""
+"""Largest number of gradients that are sent together: DeepSpeed's default. Its buffer has this size."""
 
 
 class ZeroEngine(Engine):
@@ -63,9 +63,10 @@ class ZeroEngine(Engine):
     def _leading(
         self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], group: Mapping[str, Any]
     ) -> int:
-        """How many elements of this rank's shard of a group are of the matrices, which come first.
+        """Number of elements in this rank's shard of a group that belong to matrices. The matrices come
+        first.
 
-        Stages 1 and 2 lay a group's weights end to end and cut that into equal parts; stage 3 cuts each.
+        Stages 1 and 2 join a group's weights and cut the result into equal parts. Stage 3 cuts each weight.
         """
         if self._sharded:
             return sum(each.partition_numel() for each in matrices)  # type: ignore[attr-defined]
@@ -80,12 +81,12 @@ class ZeroEngine(Engine):
         return groups
 
     def backward_part(self, loss: Tensor) -> None:
-        """DeepSpeed wants all gradients at once: stage 3 adds those that come late to the last step's, and
-        offloading forgets those that come early."""
+        """Keep the loss for `backward`. DeepSpeed needs all gradients at once: stage 3 would add late ones to
+        the next step, and offloading would lose early ones."""
         self._waiting.append(loss)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """DeepSpeed averages over ranks; our losses are parts of a global mean, to be added up."""
+        """Multiply by the number of ranks: DeepSpeed averages over ranks, but our losses must be added up."""
         loss = torch.stack([*self._waiting, loss]).sum()
         self._waiting = []
         self._engine.set_gradient_accumulation_boundary(is_boundary=last)
@@ -94,7 +95,7 @@ class ZeroEngine(Engine):
             self._engine.step()  # counts the micro-batch
 
     def step(self) -> None:
-        """Update this rank's partition, and gather what it needs of the others'."""
+        """Update this rank's partition, and get what it needs of the others."""
         self._client.grad_norms = []  # DeepSpeed calls the optimizer once a group
         self._engine.step()
         if self._engine.optimizer.overflow:
@@ -105,7 +106,8 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
-        """Gather the module's weights, and run it without DeepSpeed's hooks, which would shard it again."""
+        """Gather the module's weights. DeepSpeed's hooks are removed meanwhile, because they would shard it
+        again."""
         if not self._sharded:
             yield
             return
@@ -143,7 +145,7 @@ class ZeroEngine(Engine):
         )  # fmt: skip
 
     def load(self, directory: Path) -> None:
-        """Restore this rank's partition; from another number of ranks through a universal checkpoint."""
+        """Restore this rank's partition. From another number of ranks this needs a universal checkpoint."""
         tag = TAG
         if self._universal:
             self.compute.main_only(lambda: to_universal(directory))
@@ -156,8 +158,8 @@ class ZeroEngine(Engine):
         self.skipped_steps = state["skipped"]
 
     def _mend(self) -> None:
-        """DeepSpeed's universal loading for stage 3 gives all groups one step counter, which each group then
-        advances, and the first group's settings."""
+        """Repair what DeepSpeed's universal loading for stage 3 does wrong: it gives all groups the settings
+        of the first one, and one shared step counter, which each group would advance."""
         for place, (group, config) in enumerate(zip(self._client.param_groups, self._configs, strict=True)):
             settings = parameter_group((), config) | {"place": place}
             group.update({name: value for name, value in settings.items() if name != "params"})
@@ -166,7 +168,7 @@ class ZeroEngine(Engine):
 
 
 def zero_config(compute: Compute, trained: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `zero=`, of so many parameters that train."""
+    """DeepSpeed's configuration for `zero=`; `trained` is the number of parameters that train."""
     stage = int(compute.zero.removeprefix("zero")[0])
     zero: dict[str, Any] = {
         "stage": stage,
@@ -194,7 +196,8 @@ def zero_config(compute: Compute, trained: int) -> dict[str, Any]:
 
 
 def shard_frozen(model: nn.Module, compute: Compute) -> None:
-    """Shard a model that does not train (ZeRO-3 inference); from then on ranks must call it equally often."""
+    """Shard a model that does not train (ZeRO-3 inference). After that all ranks must call it equally
+    often."""
     stage3 = {"stage": 3, **({"offload_param": {"device": "cpu"}} if "offload" in compute.zero else {})}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3, "steps_per_print": 10**9}
     if compute.dtype == torch.bfloat16:
@@ -205,7 +208,8 @@ def shard_frozen(model: nn.Module, compute: Compute) -> None:
 
 @contextmanager
 def only_tensors_and_numbers() -> Iterator[None]:
-    """DeepSpeed reads its files with torch.load(weights_only=False); refuse other objects in them anyway."""
+    """While open, DeepSpeed's files may hold only tensors and numbers, although it reads them with
+    torch.load(weights_only=False)."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -223,7 +227,7 @@ def only_tensors_and_numbers() -> Iterator[None]:
 
 
 def to_universal(directory: Path) -> None:
-    """Write a checkpoint's content so that any number of ranks can read it."""
+    """Convert a checkpoint so that any number of ranks can read it."""
     import argparse
 
     from deepspeed.checkpoint.ds_to_universal import main

@@ -1,4 +1,4 @@
-"""What trains: a model, its optimizer and its learning rates, whole on every rank or sharded."""
+"""A model with its optimizer and learning rates, in full on every rank or sharded."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
 
 
 class Engine(ABC):
-    """One optimizer step is any number of `backward` and one `step`; every rank calls both equally often.
+    """One optimizer step is any number of calls of `backward` and one of `step`. All ranks make the same
+    calls.
 
     Losses are divided by global counts, so gradients are *summed* over ranks and micro-batches.
     """
 
     model: nn.Module
     grad_norms: list[float]
-    """Of the last step, one a group, over all ranks, before clipping; not all finite if it was skipped."""
+    """Gradient norms of the last step: one per group, over all ranks, before clipping. If the step was
+    skipped, not all of them are finite."""
     skipped_steps: int
-    """Steps not taken, because a gradient was not finite."""
+    """Number of steps that were skipped because a gradient was not finite."""
 
     def __init__(self, compute: Compute, configs: Sequence[OptimConfig]) -> None:
         self.compute, self._configs = compute, list(configs)
@@ -38,17 +40,17 @@ class Engine(ABC):
 
     @property
     def grad_norm(self) -> float:
-        """The last step's, over all groups."""
+        """The gradient norm of the last step, over all groups."""
         return math.hypot(*self.grad_norms)
 
     def set_rates(
         self, step: int, num_steps: int, *, first_steps: Mapping[int, int] = MappingProxyType({})
     ) -> list[float]:
-        """Give each group its rate in `step`, counted from 0, of its schedule.
+        """Set each group's learning rate for `step` (counted from 0) by its schedule.
 
         Args:
-            first_steps: by group, a later step than 0 to begin with: its schedule is over the steps from
-                there on, and before them it rests.
+            first_steps: group -> its first step, if that is later than 0. Its schedule covers the steps from
+                there on. Before them its rate is 0.
         """
         rates = []
         for index, config in enumerate(self._configs):
@@ -64,38 +66,38 @@ class Engine(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the loss's gradients; `last` says that `step` follows."""
+        """Add the gradients of the loss. `last`: the next call is `step`."""
 
     def backward_part(self, loss: Tensor) -> None:
-        """Add the gradients of a loss that reaches a part of the model only; `backward` of the rest follows.
+        """Add the gradients of a loss that uses only a part of the model. `backward` of the rest must follow.
 
-        So that the graphs of both parts need not be in memory at the same time.
+        So the graphs of both parts need not be in memory at the same time.
         """
         self.backward(loss, last=False)
 
     @abstractmethod
     def step(self) -> None:
-        """Clip each group by its own norm and update; skipped, and counted, when a norm is not finite."""
+        """Clip each group by its own norm and update. If a norm is not finite, skip the step and count it."""
 
     @abstractmethod
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
-        """A context in which every rank can run a part of the model by itself, for generation."""
+        """A context in which every rank can run a part of the model alone, for generation."""
 
     @abstractmethod
     def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """Every weight of a part of the model that trains, on the CPU; empty on ranks other than 0."""
+        """The trained weights of a part of the model, on the CPU; empty on ranks other than 0."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write all that `load` needs; every rank calls it with the same directory."""
+        """Write everything that `load` needs. Every rank calls it with the same directory."""
 
     @abstractmethod
     def load(self, directory: Path) -> None:
-        """Go on from where `save` was called."""
+        """Restore the state that `save` wrote."""
 
 
 class PlainEngine(Engine):
-    """The whole model on every rank; gradients are added up over ranks in fp32."""
+    """The whole model on every rank. Gradients are added up over ranks in fp32."""
 
     STATE = "optimizer.pt"
 
@@ -121,7 +123,7 @@ class PlainEngine(Engine):
         self.skipped_steps = self.optimizer.skipped_steps
 
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
-        """It always is."""
+        """Nothing to do: every rank has the whole model."""
         return nullcontext()
 
     def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
@@ -129,7 +131,7 @@ class PlainEngine(Engine):
         return trainable_state(module) if self.compute.is_main else {}
 
     def save(self, directory: Path) -> None:
-        """Rank 0's masters and moments: those of the others are equal."""
+        """Write rank 0's masters and moments. The other ranks have the same."""
         if self.compute.is_main:
             torch.save(self.optimizer.state_dict(), directory / self.STATE)
 

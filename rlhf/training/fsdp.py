@@ -1,7 +1,7 @@
 """torch's FSDP2 behind the engine's interface: weights, gradients and optimizer states sharded over ranks.
 
-Zhao et al. 2023 (arXiv:2304.11277); `fully_shard` splits each parameter by its first dimension. A layer is a
-unit: its weights are gathered when it runs, and freed behind it.
+Zhao et al. 2023 (arXiv:2304.11277). `fully_shard` splits each parameter by its first dimension. A layer is a
+unit: its weights are gathered when it runs, and freed after it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from rlhf.training.optimizer import ClippedAdamW, parameter_group, round_into
 
 
 class FsdpEngine(Engine):
-    """A model sharded by FSDP2. Each rank trains fp32 masters of its shards, and rounds them into these."""
+    """A model sharded by FSDP2. Each rank trains fp32 masters of its shards and rounds them into the
+    shards."""
 
     def __init__(self, model: nn.Module, groups: Groups, compute: Compute) -> None:
         super().__init__(compute, [config for _, config in groups])
@@ -50,7 +51,8 @@ class FsdpEngine(Engine):
         return groups
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """FSDP2 averages over ranks, in fp32; our losses are parts of a global mean, to be added up."""
+        """Multiply by the number of ranks: FSDP2 averages over ranks (in fp32), but our losses must be added
+        up."""
         (loss * self.compute.world_size).backward()
         for parameter, master in zip(self._parameters, self._masters, strict=True):
             if parameter.grad is None:
@@ -76,7 +78,7 @@ class FsdpEngine(Engine):
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
-        """Gather the module's weights, and what belongs to no layer (all embeddings, a critic's too)."""
+        """Gather the module's weights and everything outside the layers (all embeddings, also a critic's)."""
         assert isinstance(self.model, FSDPModule)
         self.model._get_fsdp_state()._lazy_init()  # else the first layer to run takes itself for the root
         units = [self.model, *(each for each in module.modules() if isinstance(each, FSDPModule))]
@@ -103,7 +105,7 @@ class FsdpEngine(Engine):
         return state
 
     def save(self, directory: Path) -> None:
-        """This rank's masters and moments, in a file of its own."""
+        """Write this rank's masters and moments to its own file."""
         states = [
             {"master": master.detach(), **self._optimizer.state.get(master, {})} for master in self._masters
         ]
@@ -112,7 +114,8 @@ class FsdpEngine(Engine):
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Read this rank's file, or this rank's part out of all files that another number of ranks wrote."""
+        """Read this rank's file. If another number of ranks wrote the files, read this rank's part from all
+        of them."""
         files = sorted(directory.glob("fsdp-*.pt"))
         if len(files) == self.compute.world_size:
             files = [files[self.compute.rank]]
@@ -127,7 +130,8 @@ class FsdpEngine(Engine):
         self._round()
 
     def _part(self, pieces: Sequence[Mapping[str, Tensor]], master: Tensor) -> dict[str, Tensor]:
-        """Of one parameter's state: pieces by rank, along the first dimension."""
+        """This rank's part of one parameter's state. `pieces`: by old rank, split along the first
+        dimension."""
         state = {}
         for name, first in pieces[0].items():
             if name == "step":
@@ -148,19 +152,21 @@ class FsdpEngine(Engine):
             round_into(shard, master, self.compute.rank * rows * (parameter.numel() // len(parameter)))
 
     def _reshard(self) -> None:
-        """Forget gathered copies: a root keeps its own after a forward pass without gradients."""
+        """Free gathered copies. A root keeps its own after a forward pass without gradients."""
         for unit in self._units:
             unit.reshard()
 
 
 def _names(model: nn.Module, groups: Groups) -> list[list[str]]:
-    """What trains in each group. No parameter itself is held on to: sharding frees them one by one."""
+    """Names of the parameters that train in each group. No parameter is kept, so sharding can free them one
+    by one."""
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     return [[name_of[each] for each in parameters if each.requires_grad] for parameters, _ in groups]
 
 
 def _shard_for_training(model: nn.Module, compute: Compute) -> list[FSDPModule]:
-    """Each layer is a unit, the rest another, and an fp32 head its own: a unit's parameters share a dtype."""
+    """Each layer is a unit, an fp32 head is another, and the rest is one. All parameters of a unit have one
+    dtype."""
     mesh = init_device_mesh(compute.device.type, (compute.world_size,))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = _layers(model)
@@ -180,7 +186,7 @@ def _shard_for_training(model: nn.Module, compute: Compute) -> list[FSDPModule]:
 
 
 def shard_frozen(model: nn.Module, compute: Compute) -> None:
-    """Shard the layers of a model that does not train; from then on ranks must call it equally often."""
+    """Shard the layers of a model that does not train. After that all ranks must call it equally often."""
     mesh = init_device_mesh(compute.device.type, (compute.world_size,))
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -195,7 +201,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """What transformers says must not be split, of every model within."""
+    """The modules of every model inside that transformers says must not be split."""
     found = []
     for part in model.modules():
         if isinstance(part, PreTrainedModel):

@@ -24,8 +24,8 @@ def make_engine(
 
     Args:
         groups: parameters (those that do not require gradients are left out) and how each group is trained.
-        resume: the manifest of the checkpoint that will be loaded; DeepSpeed must know its number of ranks.
-        in_turns: a pass runs one part of the model, the next another: nothing is fetched ahead of its use.
+        resume: the manifest of the checkpoint that will be loaded. DeepSpeed must know its number of ranks.
+        in_turns: passes run different parts of the model in turns, so weights are not fetched in advance.
 
     Raises:
         ConfigError: the checkpoint belongs to another engine.

@@ -16,28 +16,31 @@ from torch.optim import AdamW
 from rlhf.training.config import OptimConfig, Schedule
 
 COPIED = ("lr", "eps")
-"""What a schedule changes in the outer parameter groups, and AdamW reads in the inner ones."""
+"""Settings that a schedule changes in the outer parameter groups and AdamW reads in the inner ones."""
 
 THRESHOLDS, GOLDEN = 1 << 16, 40503
-"""Of rounding to bf16, in the parts of its step that fp32 knows. Odd, and near THRESHOLDS over the golden
-ratio: every threshold comes once, and neighbours are far apart."""
+"""THRESHOLDS: number of thresholds for rounding to bf16; a step of bf16 has so many steps of fp32. GOLDEN is
+odd and near THRESHOLDS / golden ratio. So every threshold is used once, and neighbours have distant
+thresholds."""
 
 QUIET_NAN = 0x7FC00000
-"""The largest bits that are rounded: CUDA's NaN, 0x7FFFFFFF, would become -0."""
+"""Larger bits are set to this before rounding: CUDA's NaN, 0x7FFFFFFF, would become -0."""
 
 UPPER_HALF = 1 if sys.byteorder == "little" else 0
 
 BUCKET_ELEMENTS = 25_000_000
-"""Gradients that are added up together, over ranks or for a norm: few messages, and a bounded copy."""
+"""Gradients are added up (over ranks, or for a norm) in groups of about this size: few messages, small
+copies."""
 
 
 class MasterAdamW(torch.optim.Optimizer):
-    """AdamW whose state and master weights are fp32 while the model computes in its own dtype.
+    """AdamW with fp32 state and fp32 master weights. The model computes in its own dtype.
 
-    Gradients are added up in fp32 as soon as autograd has finished with a parameter, so that accumulating
-    many micro-batches loses nothing in bf16; a single one's stay in bf16, which takes half the room, until
-    `step`. `step` clips each group by its own norm (a critic's large gradients must not shrink the policy's)
-    and is skipped, and counted, when a norm is not finite: one NaN would otherwise poison every parameter.
+    Gradients of several micro-batches are added up in fp32, as soon as autograd has finished with a
+    parameter. So nothing is lost in bf16. The gradients of a single micro-batch stay in bf16 until `step`,
+    which takes half the memory. `step` clips each group by its own norm, because a critic's large gradients
+    must not shrink the policy's. If a norm is not finite, the step is skipped and counted: one NaN would
+    spoil every parameter.
 
     Args:
         groups: each with params, lr, decay, eps and max_grad_norm.
@@ -62,7 +65,7 @@ class MasterAdamW(torch.optim.Optimizer):
             inner_groups.append({"params": masters, **{name: group[name] for name in COPIED}})
         self._inner = AdamW(inner_groups, weight_decay=0.0, fused=True)
         self.grad_norms: list[float] = []
-        """Of the last step, one a group, before clipping."""
+        """Gradient norms of the last step: one per group, before clipping."""
         self.skipped_steps = 0
 
     @torch.no_grad()
@@ -104,7 +107,7 @@ class MasterAdamW(torch.optim.Optimizer):
                 bucket = []
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of both copies."""
+        """Remove the gradients of the model and of the masters."""
         super().zero_grad(set_to_none)
         self._inner.zero_grad(set_to_none)
 
@@ -130,16 +133,16 @@ class MasterAdamW(torch.optim.Optimizer):
 
 @torch.no_grad()
 def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
-    """Write fp32 masters into the weights that the model computes with.
+    """Round fp32 masters into the weights that the model computes with.
 
-    bf16 has steps of 0.4 to 0.8%, and weights start on its grid: by rounding to nearest, updates that add up
-    to less than half a step would move none of them, and training would stand still at first. Here each
-    weight has a threshold of its own at which it goes over, evenly spread from 0 to a whole step, so that
-    all weights together follow their masters. It stays the same, so that no weight flickers; what bf16 can
-    hold is held exactly.
+    Numbers in bf16 are 0.4 to 0.8% apart, and weights start exactly on such numbers. With rounding to the
+    nearest number, an update of less than half a step changes no weight, and training does nothing at first.
+    Here each weight has its own threshold for rounding up. The thresholds are spread evenly from 0 to a whole
+    step, so all weights together follow their masters. A weight's threshold never changes, so no weight jumps
+    back and forth. Values that bf16 has are kept exactly.
 
     Args:
-        start: the place of the first element in the whole parameter, where this is a shard.
+        start: position of the first element in the whole parameter, if this is a shard.
     """
     if parameter.dtype != torch.bfloat16:
         parameter.copy_(master)
@@ -158,17 +161,18 @@ def round_into(parameter: Tensor, master: Tensor, start: int = 0) -> None:
 
 @lru_cache(maxsize=4)
 def _thresholds(device: torch.device, start: int) -> Tensor:
-    """Int32, all of them several times: what is added to a master's bits before the lower half is cut off.
-    So many are rounded together: few enough for a CPU's cache, and enough for a GPU's kernels."""
+    """What is added to a master's bits (int32) before the lower half is cut off: all thresholds, several
+    times. So many weights are rounded together: few enough for a CPU's cache, and enough for a GPU's
+    kernels."""
     repeats = 4 if device.type == "cpu" else 64
     places = torch.arange(start, start + repeats * THRESHOLDS, device=device)
     return (places * GOLDEN + THRESHOLDS // 2).remainder_(THRESHOLDS).int()
 
 
 class ClippedAdamW(AdamW):
-    """AdamW on this rank's fp32 shards, which clips each group by its own norm over all ranks.
+    """AdamW on this rank's fp32 shards. It clips each group by its own norm over all ranks, like MasterAdamW.
 
-    So does MasterAdamW; DeepSpeed's and torch's clipping know one norm for all groups.
+    DeepSpeed's and torch's own clipping use one norm for all groups.
     """
 
     def __init__(
@@ -179,13 +183,14 @@ class ClippedAdamW(AdamW):
         super().__init__([{**group, "place": place} for place, group in enumerate(groups)], weight_decay=0.0)
         self._global_sum = global_sum
         self.leading: Sequence[int] | None = None
-        """By group, where each is one flat shard: so many of its first elements are of matrices."""
+        """If each group is one flat shard: by group, the number of its first elements that belong to
+        matrices."""
         self.grad_norms: list[float] = []
-        """Of the groups with gradients that `step` met since the list was emptied."""
+        """Norms of the groups with gradients that `step` has seen since the list was emptied."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Clip and update. A norm that is not finite touches nothing."""
+        """Clip and update. If a norm is not finite, no weight changes."""
         assert closure is None
         for group in self.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
@@ -208,7 +213,7 @@ class ClippedAdamW(AdamW):
 
 
 def _square_sum(values: Tensor) -> Tensor:
-    """In double precision, piece by piece: one tensor may be all that a rank trains."""
+    """Sum of squares in double precision. It goes piece by piece, because one tensor may be a whole model."""
     pieces = values.flatten().split(BUCKET_ELEMENTS)
     return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
 
@@ -224,15 +229,16 @@ def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
 
 
 def decay(weights: Sequence[Tensor], group: Mapping[str, Any]) -> None:
-    """AdamW's decoupled decay (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2), done here so that
-    matrices alone decay, while a group is clipped as a whole: biases and the gains of norms, which have one
-    dimension, are no weights whose size says anything of what a model remembers."""
+    """AdamW's decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2).
+
+    It is done here so that only matrices decay, while a group is clipped as a whole. Biases and the gains of
+    norms have one dimension and do not decay."""
     if weights and group["decay"]:
         torch._foreach_mul_(list(weights), 1 - group["lr"] * group["decay"])
 
 
 def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> dict[str, Any]:
-    """One learning-rate group of everything that trains."""
+    """One optimizer group, of those parameters that train."""
     return {
         "params": [parameter for parameter in parameters if parameter.requires_grad],
         "lr": config.lr,
@@ -243,8 +249,8 @@ def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
 
 
 def rate_factor(schedule: Schedule, step: int, num_steps: int, warmup_fraction: float) -> float:
-    """Factor of the learning rate in `step`, counted from 0: a linear warm-up, then what the schedule says. A
-    decay would reach 0 one step after the last.
+    """Factor of the learning rate in `step` (counted from 0): a linear warm-up, then the schedule. A decaying
+    schedule reaches 0 one step after the last.
 
     Source of cosine: Loshchilov and Hutter 2017 (arXiv:1608.03983), without restarts.
     """
@@ -296,7 +302,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with this average."""
+        """Restore a saved average."""
         for name, value in state.items():
             self._average[name].copy_(value)
 

@@ -135,7 +135,7 @@ def test_a_cut_off_file(chain: Chain) -> None:
 @pytest.mark.parametrize(
     ("key", "content", "words"),
     [
-        ("sft.data", "", ["sft.data: bad.jsonl holds no rows"]),
+        ("sft.data", "", ["sft.data=bad.jsonl: it holds no rows. Add rows, or name another source."]),
         ("sft.data", '{"prompt": "a"}\n', ["sft.data: bad.jsonl line 1", "answer"]),
         (
             "reward.pairs",
@@ -311,8 +311,13 @@ def test_weights_that_were_cut_off_are_told_before_anything_trains(
 def test_generated_scores_must_be_numbers(chain: Chain) -> None:
     outcome = chain.run("stage=generate", f"generate.reward=python:{__name__}:never_a_number")
     assert f"generate.reward=python:{__name__}:never_a_number gave nan" in complaint(outcome)
+    assert "fix the reward, or use another one." in complaint(outcome)
     outcome = chain.run("stage=generate", f"generate.reward=python:{__name__}:never_in_training")
-    assert f"generate.reward=python:{__name__}:never_in_training gave nan" in complaint(outcome)
+    message = complaint(outcome)
+    assert message.startswith(
+        f"generate.reward=python:{__name__}:never_in_training gave nan for the response"
+    )
+    assert message.endswith("fix the reward for such responses, or use another one.")
     assert outcome.statuses["generate"] == "failed"
 
 

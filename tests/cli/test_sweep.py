@@ -176,7 +176,7 @@ def test_without_a_name_all_trials_share_the_time(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (("ppo.kl.coef=interval(0,1)",), "ppo.kl.coef=interval(0,1) needs hydra/sweeper=optuna"),
-        (("run_name=20261104", "seed=1,2"), "run_name=20261104: not a text"),
+        (("run_name=20261104", "seed=1,2"), "run_name=20261104: it must be a text. Put a letter in it."),
         (("run_name=a,b",), "run_name: a sweep's trials share it"),
         (("sweep.metric=gold", "seed=1,2"), "sweep.metric='gold'"),
         (("sweep.metric=ppo/held_out_scor", "seed=1,2"), "Did you mean held_out_score"),

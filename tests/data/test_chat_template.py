@@ -197,5 +197,7 @@ def test_templates_have_names_or_files(tmp_path: Path) -> None:
     assert resolve_template("chatml") == CHATML
     assert resolve_template("plain") == PLAIN
     assert resolve_template(str(path)) == "{{ x }}"
-    with pytest.raises(ConfigError, match=r"model\.chat_template=Chatml: neither a file nor one of chatml"):
+    with pytest.raises(
+        ConfigError, match=r"model\.chat_template=Chatml: there is no such file. Use one of chatml"
+    ):
         resolve_template("Chatml")

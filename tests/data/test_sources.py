@@ -162,10 +162,10 @@ GZIPPED = gzip.compress(jsonl([{"text": str(number)} for number in range(5000)])
     ("x.jsonl.gz", GZIPPED[:-2000], f"{DAMAGED} after line "),
     ("x.jsonl.gz", jsonl(ROWS), f"{DAMAGED} after line 0 (Not a gzipped file"),
     ("x.jsonl.gz", GZIPPED[:100] + b"\xff" * 50 + GZIPPED[150:], DAMAGED),
-    ("x.jsonl", b"", "x.jsonl holds no rows."),
-    ("x.jsonl", b"\n \n", "x.jsonl holds no rows."),
-    ("x.json", b"[]", "x.json holds no rows."),
-    ("x.csv", b"prompt,completion\n", "x.csv holds no rows."),
+    ("x.jsonl", b"", "/x.jsonl: it holds no rows. Add rows, or name another source."),
+    ("x.jsonl", b"\n \n", "/x.jsonl: it holds no rows. Add rows, or name another source."),
+    ("x.json", b"[]", "/x.json: it holds no rows. Add rows, or name another source."),
+    ("x.csv", b"prompt,completion\n", "/x.csv: it holds no rows. Add rows, or name another source."),
     ("x.json", b'[{"prompt": "a"},\n{"prom', "sft.data: x.json line 2: not valid JSON (Unterminated string"),
     ("x.json", b'[{"prompt":\n"\xf6"}]', "sft.data: x.json line 2: not UTF-8 (byte 0xf6 at position 14)"),
     ("x.json", b'{"version": 1, "rows": [{"prompt": "a"}]}', "sft.data: x.json is one object (with version, "
@@ -173,10 +173,11 @@ GZIPPED = gzip.compress(jsonl([{"text": str(number)} for number in range(5000)])
      "write out that alone: jq '.\"rows\"' x.json > rows.json."),
     ("x.json", b'{\n"prompt": "a"\n}', "x.json is one object (with prompt). Wanted is a list of objects, "),
     ("x.csv", b"prompt\na\n\xf6\n", "sft.data: x.csv line 3: not UTF-8 (byte 0xf6 at position 1). Windows"),
-    ("x.csv", b'prompt\na\n"open\nb\n', "sft.data: x.csv line 3: not valid CSV (unexpected end of data)."),
+    ("x.csv", b'prompt\na\n"open\nb\n', "sft.data: x.csv line 3: not valid CSV (unexpected end of data). Fix "
+     "the line, or save the file again."),
     ("x.parquet", b"PAR1 and then nothing", "sft.data: x.parquet: not a readable Parquet file ("),
-    ("x.xlsx", b"PK", "x.xlsx: cannot read this kind of file. Known: .jsonl, .json, .parquet, .csv, "
-     ".txt; all but .parquet also with .gz."),
+    ("x.xlsx", b"PK", "x.xlsx: cannot read this kind of file. Convert it to one of .jsonl, .json, "
+     ".parquet, .csv, .txt; all but .parquet also with .gz."),
     ("x.parquet.gz", b"PK", "x.parquet.gz: cannot read this kind of file."),
 ])  # fmt: skip
 def test_a_broken_file_gives_one_error(name: str, content: bytes, complaint: str, tmp_path: Path) -> None:
@@ -251,7 +252,9 @@ def test_a_single_column_needs_no_mark(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_directory_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         source(str(tmp_path / "none.jsonl")).fingerprint(KEY)
-    expected = f"sft.data={tmp_path}/none.jsonl: there is no such file (looked in {tmp_path})."
+    expected = (
+        f"sft.data={tmp_path}/none.jsonl: there is no such file (looked in {tmp_path}). Check its name."
+    )
     assert str(error.value) == expected
     (tmp_path / "train.jsonl").write_bytes(jsonl(ROWS))
     (tmp_path / "notes.md").write_text("")

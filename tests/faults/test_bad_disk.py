@@ -17,7 +17,7 @@ from rlhf.digests import file_digest
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc")
-ADVICE = ("the same command goes on", "choose another runs_dir")
+ADVICE = ("the same command continues", "choose another runs_dir")
 
 
 @pytest.fixture(scope="module")

@@ -178,7 +178,7 @@ def test_a_signal_saves_then_stops_and_the_same_command_goes_on(
         os.kill(pid, signum)
     out, err = process.communicate()
     assert process.returncode == (130 if signum == signal.SIGINT else 75), err
-    assert "saving step" in out and "the same command goes on" in err and "Traceback" not in err
+    assert "saving step" in out and "the same command continues" in err and "Traceback" not in err
     summary = json.loads((chain.directory / "runs" / name / "summary.json").read_text())
     assert summary["stages"]["ppo"]["status"] == "stopped"
     out, _ = chain.run(name, *longer)

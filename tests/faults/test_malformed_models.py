@@ -87,7 +87,7 @@ def test_a_malformed_model_is_one_line_before_anything_trains(
     outcome = chain.run("model=local", f"model.path={damage}", "stage=sft")
     assert outcome.code == 2, outcome.out
     (line,) = outcome.err.strip().splitlines()
-    assert line.startswith("Error: ") and (damage in line or "model.path" in line), line
+    assert line.startswith(f"Error: model.path={damage}: ") and line.endswith("."), line
     assert len(line) < 500, line
     assert "sft done" not in outcome.out
 

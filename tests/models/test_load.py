@@ -123,7 +123,7 @@ def test_the_chat_template_is_the_configured_one(
     assert template(bare, None) == template(bare, None) == PLAIN
     assert caplog.messages == ["The tokenizer has no chat template: using `model.chat_template=plain`."]
     with pytest.raises(
-        ConfigError, match=r"model\.chat_template=fancy: neither a file nor one of chatml, plain"
+        ConfigError, match=r"model\.chat_template=fancy: there is no such file. Use one of chatml, plain"
     ):
         template(tiny_model, "fancy")
 

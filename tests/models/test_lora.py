@@ -137,9 +137,11 @@ def test_merged_weights_are_the_merged_models_and_leave_the_model_alone(tiny_mod
 @pytest.mark.parametrize("name", ["v_prjo", "lm_head", "embed_tokens"])
 def test_what_is_no_linear_layer_inside_is_refused(name: str, tiny_model: Path) -> None:
     """An update of embeddings would change the output layer too, where they are tied and it is merged."""
-    with pytest.raises(
-        ConfigError, match=rf"target_modules=.*: {name} not among the linear .*\(down_proj, gate"
-    ):
+    words = (
+        rf"^STAGE\.peft\.target_modules=\[q_proj,{name}\]: {name} is not a linear layer inside Llama.* "
+        r"Leave it out, or use STAGE\.peft\.target_modules=all-linear, which takes down_proj, gate"
+    )
+    with pytest.raises(ConfigError, match=words):
         attach(load(tiny_model), PeftConfig(method="lora", target_modules=["q_proj", name]))
 
 
@@ -187,7 +189,8 @@ def test_what_all_linear_takes_is_told(name: str, line: str) -> None:
 def test_layers_that_peft_takes_for_experts_are_refused_by_name() -> None:
     base = skeleton(tiny_config("deepseek_v3"))
     words = (
-        r"target_modules=.*: gate_proj of DeepseekV3ForCausalLM cannot be updated \(peft means the experts"
+        r"^STAGE\.peft\.target_modules=\[o_proj,gate_proj\]: gate_proj of DeepseekV3ForCausalLM cannot be "
+        r"updated \(peft means the experts by that\)\. Leave it out, or use STAGE\.peft\.target_modules=all"
     )
     with pytest.raises(ConfigError, match=words):
         attach(base, PeftConfig(method="lora", target_modules=["o_proj", "gate_proj"]))
@@ -205,7 +208,10 @@ def test_what_could_not_be_published_is_refused_before_it_trains(monkeypatch: py
     base, config = skeleton(tiny_config("deepseek_v3")), PeftConfig(method="lora")
     rehearse(base, config)
     monkeypatch.setattr(targets, "cannot_be_updated", lambda model: {})  # peft adapts the experts then
-    words = "^method=lora: what it trains in DeepseekV3ForCausalLM cannot be published: 'DeepseekV3Ex"
+    words = (
+        r"^STAGE\.peft=lora: what it trains in DeepseekV3ForCausalLM cannot be published: 'DeepseekV3Ex.* "
+        r"Use STAGE\.peft=freeze or none, or name other layers in STAGE\.peft\.target_modules\.$"
+    )
     with pytest.raises(ConfigError, match=words):
         rehearse(base, config)
 
@@ -241,7 +247,11 @@ def test_adapters_that_no_pass_goes_through_are_refused(
     monkeypatch.setattr(targets, "READ_PAST", {"mamba": ("out_proj",)})  # which peft refuses
     unknown = tiny_family(name)
     attach(unknown, PeftConfig(method="lora"))
-    with pytest.raises(ConfigError, match=f"{type(model).__name__} would not use an adapter of {layer}, "):
+    words = (
+        rf"^STAGE\.peft: {type(model).__name__} would not use an adapter of {layer}, .* "
+        r"Name only other layers in STAGE\.peft\.target_modules, or use STAGE\.peft=freeze or none\.$"
+    )
+    with pytest.raises(ConfigError, match=words):
         check_reached(unknown)
 
 
@@ -255,7 +265,9 @@ def test_adapters_are_reached(method: str) -> None:
 
 def test_layers_that_cannot_be_held_in_4_bits_are_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300))
-    with pytest.raises(ConfigError, match="method=qlora: bitsandbytes holds no weights of GPT2LMHeadModel"):
+    with pytest.raises(
+        ConfigError, match=r"^STAGE\.peft=qlora: .* of GPT2LMHeadModel .* Use STAGE\.peft=lora"
+    ):
         attach(model, PeftConfig(method="qlora", rank=4))
 
 

@@ -170,7 +170,9 @@ def test_in_bf16_factors_stay_fp32_and_it_still_starts_where_the_model_is(
 def test_dora_is_not_handed_over_as_if_it_were_lora(tiny_model: Path) -> None:
     model = load(tiny_model)
     tuned(model, "dora")
-    with pytest.raises(ConfigError, match="q_proj: an adapter of DoRA cannot be folded"):
+    with pytest.raises(
+        ConfigError, match=r"^generation=vllm: .*q_proj: an adapter of DoRA cannot be .* Use generation=local"
+    ):
         list(merged_weights(model))
 
 
@@ -218,14 +220,21 @@ def test_freeze_leaves_the_last_layers_to_train(tiny_model: Path) -> None:
 
 
 def test_more_layers_than_there_are(tiny_model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^layers=3: LlamaForCausalLM has 2 layers"):
+    words = (
+        r"^STAGE\.peft\.layers=3: LlamaForCausalLM has 2 layers that can be told apart\. "
+        r"Use STAGE\.peft\.layers=2 or less, or STAGE\.peft=none\.$"
+    )
+    with pytest.raises(ConfigError, match=words):
         attach(load(tiny_model), PeftConfig(method="freeze", layers=3))
 
 
 def test_ia3_on_a_model_that_peft_does_not_know(tiny_model: Path) -> None:
     model = load(tiny_model)
     model.config.model_type = "unheard-of"
-    with pytest.raises(ConfigError, match=r"^method=ia3: peft does not know which layers of a unheard-of"):
+    words = (
+        r"^STAGE\.peft=ia3: peft does not know which layers of a unheard-of .* Use STAGE\.peft=lora or dora"
+    )
+    with pytest.raises(ConfigError, match=words):
         attach(model, PeftConfig(method="ia3"))
 
 
@@ -287,7 +296,11 @@ def test_bottlenecks_in_a_model_whose_layers_cannot_be_told_apart(tiny_model: Pa
     model = load(tiny_model)
     for layer in model.model.layers:
         layer.mlp.down_proj = torch.nn.Identity()
-    with pytest.raises(ConfigError, match=r"could not be told apart \(found self_attn.o_proj\)"):
+    words = (
+        r"^STAGE\.peft=adapter: .* cannot be told apart \(found: self_attn.o_proj\)\. "
+        r"Use STAGE\.peft=lora or dora\.$"
+    )
+    with pytest.raises(ConfigError, match=words):
         attach(model, PeftConfig(method="adapter"))
 
 

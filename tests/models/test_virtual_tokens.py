@@ -100,7 +100,9 @@ def test_they_cannot_be_merged_nor_handed_over(method: str, tiny_model: Path, tm
     artifact, _ = saved(tmp_path, tiny_model, method)
     with pytest.raises(ConfigError, match=f"what {method} trains cannot be merged into the weights"):
         merged_policy(artifact, TINY, torch.float32)
-    with pytest.raises(ConfigError, match="vLLM cannot use them"):
+    with pytest.raises(
+        ConfigError, match=r"^generation=vllm: .* vLLM cannot use them\. Use generation=local"
+    ):
         list(merged_weights(load_causal_lm(artifact, TINY, torch.float32)))
 
 
@@ -199,9 +201,13 @@ def test_they_take_room_from_the_context(tiny_model: Path, tmp_path: Path) -> No
 
 def test_what_cannot_have_them(tiny_model: Path) -> None:
     model = with_tokens(tiny_model, "prompt")
-    with pytest.raises(ConfigError, match=r"method=prefix: .* already has virtual tokens"):
+    words = r"^STAGE\.peft=prefix: .* already has virtual tokens\. Use another STAGE\.peft, such as lora\."
+    with pytest.raises(ConfigError, match=words):
         attach(model, PeftConfig(method="prefix"))
     windowed = load(tiny_model)
     windowed.config.sliding_window = 8
-    with pytest.raises(ConfigError, match="not every layer of LlamaForCausalLM attends to all"):
+    words = (
+        r"^STAGE\.peft=p_tuning: not every layer of LlamaForCausalLM attends .* Use STAGE\.peft=lora or ada"
+    )
+    with pytest.raises(ConfigError, match=words):
         attach(windowed, PeftConfig(method="p_tuning"))

@@ -69,7 +69,7 @@ def test_another_sft_model_under_the_same_key_starts_ppo_anew(chain: Chain) -> N
         "ppo: starts again, because sft was rebuilt with another result; the checkpoints in "
         f"store/ppo/.{key.name}.checkpoints are removed\n"
     ) in outcome.out
-    assert "goes on from" not in outcome.out
+    assert "continues from" not in outcome.out
     assert outcome.statuses == {"prepare": "reused", "sft": "reused", "ppo": "ran"}
 
 
@@ -85,13 +85,13 @@ def test_another_base_model_starts_ppo_anew(chain: Chain, tiny_model: Path, tmp_
     keys = f"inputs.sft: '{before.key('sft')}' -> '{outcome.key('sft')}'"
     told = f"ppo: starts again; the checkpoints in store/ppo/.{before.key('ppo')}.checkpoints are of other "
     assert f"{told}inputs ({keys})\n" in outcome.out
-    assert "goes on from" not in outcome.out
+    assert "continues from" not in outcome.out
 
 
 def test_force_forgets_the_checkpoint(chain: Chain) -> None:
     outcome = chain.run(*GOES_ON, "force=[ppo]")
     assert outcome.statuses == {"prepare": "reused", "sft": "reused", "ppo": "ran"}
-    assert "goes on from" not in outcome.out and "starts again" not in outcome.out
+    assert "continues from" not in outcome.out and "starts again" not in outcome.out
     assert not list((chain.directory / "store" / "ppo").glob(".*.checkpoints"))
 
 

@@ -205,12 +205,18 @@ def test_the_context_of_a_start_of_ones_own_counts(
 @pytest.mark.parametrize(
     ("stage", "peft", "complaint"),
     [
-        ("sft", "{method: freeze, layers: 99}", r"sft\.peft\.layers=99: LlamaForCausalLM has 2 layers that"),
+        (
+            "sft",
+            "{method: freeze, layers: 99}",
+            r"sft\.peft\.layers=99: LlamaForCausalLM has 2 layers that can be told apart\. "
+            r"Use sft\.peft\.layers=2 or less, or sft\.peft=none\.$",
+        ),
         ("ppo", "{method: freeze, layers: 99}", r"ppo\.peft\.layers=99: LlamaForCausalLM has 2 layers that"),
         (
             "reward",
             "{method: lora, target_modules: [nope]}",
-            r"reward\.peft\.target_modules=\['nope'\]",
+            r"reward\.peft\.target_modules=\[nope\]: nope is not a linear layer inside LlamaForCausalLM\. "
+            r"Leave it out, or use reward\.peft\.target_modules=all-linear, which takes down_proj, ",
         ),
     ],
 )
@@ -226,8 +232,8 @@ def test_what_the_model_cannot_be_trained_with_is_refused_before_anything_is_tra
     ("config", "peft", "complaint"),
     [
         (MISTRAL, "prefix", r"sft\.peft=prefix: not every layer of MistralForCausalLM attends to all"),
-        (GPT2, "qlora", r"sft\.peft=qlora: bitsandbytes holds no weights of GPT2LMHeadModel in 4 bits"),
-        (GPT2, "adapter", r"sft\.peft=adapter: attention and feed-forward of GPT2LMHeadModel could not be"),
+        (GPT2, "qlora", r"sft\.peft=qlora: bitsandbytes cannot hold the weights of GPT2LMHeadModel"),
+        (GPT2, "adapter", r"sft\.peft=adapter: attention and feed-forward of GPT2LMHeadModel cannot be"),
         (MAMBA, "ia3", r"sft\.peft=ia3: peft does not know which layers of a mamba model to scale"),
         (MAMBA, "prompt", r"sft\.peft=prompt: not every layer of MambaForCausalLM attends to all"),
         (RWKV, "prompt", r"sft\.peft=prompt: not every layer of RwkvForCausalLM attends to all"),

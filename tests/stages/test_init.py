@@ -130,7 +130,7 @@ def test_a_directory_is_as_good_as_the_stage_that_made_it(
         ("config.json", "ppo.init=.*: no config.json there. Use sft, base or a save_pretrained directory"),
         ("model.safetensors", r"ppo.init=.*: no \*.safetensors there. .* an adapter must be merged first"),
         ("", "not a whole safetensors file"),
-        ("tokenizer.json", "mine: cannot be read as a model: .* tokenizer"),
+        ("tokenizer.json", "^ppo.init=.*/mine: cannot be read as a model: .* tokenizer.*save them again"),
     ],
 )
 def test_a_directory_that_is_no_model_is_told_before_anything_trains(

@@ -124,7 +124,7 @@ class GridSweep(Sweeper):
         resolved = self.compose([*fixed.values()])
         name = resolved["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
         if not isinstance(name, str):
-            raise ConfigError(f"run_name={name}: not a text. Give it a letter.")
+            raise ConfigError(f"run_name={name}: it must be a text. Put a letter in it.")
         fixed["run_name"] = f"run_name={name}"
         knobs = validated(SweepConfig, resolved["sweep"], "sweep")
         search = Search(name, Path(resolved["runs_dir"], name), knobs, fixed, swept)
@@ -185,12 +185,12 @@ class GridSweep(Sweeper):
         except OSError as error:
             raise ConfigError(
                 f"runs_dir={search.directory.parent}: {search.directory} cannot be created "
-                f"({error.strerror})."
+                f"({error.strerror}). Choose another runs_dir."
             ) from None
         with Run(search.directory).alone() if main else nullcontext():
             self.begin(search)
             console.print(
-                f"Sweep in {search.directory}; run_name={search.name} goes on with it.", highlight=False
+                f"Sweep in {search.directory}; run_name={search.name} continues it.", highlight=False
             )
             try:
                 for trial in self.run_trials(search, console):
@@ -338,7 +338,10 @@ def space_of(key: str, override: Override) -> tuple[BaseDistribution, list[str]]
             return IntDistribution(numbers[0], numbers[-1], "log" in tags, step), [str(numbers[-1])]
         return CategoricalDistribution(sorted(set(values))), values
     except (ValueError, IndexError) as error:
-        raise ConfigError(f"{key}={override.get_value_string()}: {error}") from None
+        raise ConfigError(
+            f"{key}={override.get_value_string()}: {str(error).rstrip('.')}. Give an interval, a range or a "
+            "list with values in it."
+        ) from None
 
 
 SWEEPERS = {f"rlhf.cli.sweep.sweepers.{sweeper.__name__}": sweeper for sweeper in (GridSweep, OptunaSweep)}

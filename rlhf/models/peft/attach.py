@@ -1,4 +1,4 @@
-"""Parameter-efficient tuning: peft's tuners put into a model in place, and merged when it is published.
+"""Parameter-efficient tuning: put peft's tuners into a model in place, and merge them when it is published.
 
 What is written to disk: rlhf/models/peft/saved.py.
 """
@@ -40,26 +40,28 @@ from rlhf.models.peft.virtual_tokens import (
 from rlhf.training.optimizer import round_into
 
 TUNERS: dict[str, Callable[..., BaseTuner]] = {"LORA": LoraModel, "IA3": IA3Model, KIND: BottleneckModel}
-"""By peft's name of the method."""
+"""peft's name of a method -> its tuner."""
 FACTORS = ("lora_magnitude_vector", "ia3_l")
-"""Parameters that multiply. They stay fp32 in a bf16 model: near 1 bf16 knows steps of 0.4% only."""
+"""Parameters that are factors. They stay fp32 in a bf16 model, because near 1 a step of bf16 is 0.4%."""
 
 
 class Adapter:
-    """What `attach` put into a model. Afterwards the model is used as before; only what it added trains, or
-    the part of the model that the method leaves to train."""
+    """What `attach` put into a model. The model is used as before. Only the added parameters train, or
+    (freeze) the last layers."""
 
     def __init__(self, model: PreTrainedModel, tuner: BaseTuner | None, config: PeftConfig | None) -> None:
-        """`config` is what `attach` was told; None for an adapter that was trained before."""
+        """`config` is the argument of `attach`; None for an adapter that was trained before."""
         self._model, self._tuner, self._config = model, tuner, config
         self.in_4_bits: list[str] = []
-        """Linear layers whose weights were held in 4 bits meanwhile, by the last part of their names."""
+        """Linear layers that had 4-bit weights during the training, by the last part of their names."""
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """While open, the model runs on weights that hold the adapter, as fast as a plain one: for sampling.
+        """While open, the adapter is merged into the weights, so that sampling is as fast as with a plain
+        model.
 
-        They are copies: adding and subtracting the adapter would change the frozen ones a little each time.
+        The merged weights are copies. Adding and subtracting the adapter would change the frozen weights a
+        little each time.
         """
         modules: list[Any] = [] if self._tuner is None else list(self._tuner.modules())
         layers: list[Any] = [module for module in modules if _can_fold(module)]
@@ -80,9 +82,9 @@ class Adapter:
                 layer.__dict__.pop("forward", None)
 
     def merge(self) -> None:
-        """Fold the adapter into the weights, so that the model publishes as a plain one.
+        """Merge the adapter into the weights, so that a plain model can be published.
 
-        Only where the method merges (`METHODS`).
+        Only for methods that merge (`METHODS`).
         """
         if self._tuner is not None:
             for layer in self._tuner.modules():
@@ -93,7 +95,7 @@ class Adapter:
             self._tuner = None
 
     def described(self) -> dict[str, Any] | None:
-        """The content of peft's adapter_config.json; None where all weights were trained."""
+        """The content of peft's adapter_config.json; None if all weights were trained."""
         described: dict[str, Any]
         if self._tuner is not None:
             (config,) = self._tuner.peft_config.values()
@@ -108,7 +110,7 @@ class Adapter:
         return None
 
     def weights(self) -> dict[str, Tensor]:
-        """What was trained, under its names in the published file: peft's, or the model's own."""
+        """The trained weights by their names in the published file: peft's names, or the model's own."""
         if self._tuner is not None:
             weights = get_peft_model_state_dict(self._tuner.model)
             return {PREFIX + name: each for name, each in weights.items()}
@@ -120,7 +122,7 @@ class Adapter:
 
 
 def _can_fold(module: nn.Module) -> bool:
-    """Whether a layer's adapter is one of its weights; those of 4 bits have no room for it."""
+    """Whether a layer's adapter can be merged into its weights. 4-bit weights are too coarse."""
     if not isinstance(module, LoraLayer | IA3Layer):
         return False
     weight: Any = module.get_base_layer().weight
@@ -129,7 +131,7 @@ def _can_fold(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _fold(layer: Any) -> None:
-    """Point a layer's weights at copies that hold its adapters."""
+    """Replace a layer's weights by copies with its adapters merged in."""
     base = layer.get_base_layer()
     if isinstance(layer, LoraLinear):
         base.weight.data = _folded(layer)
@@ -144,7 +146,8 @@ def _fold(layer: Any) -> None:
 
 
 def _folded(layer: Any) -> Tensor:
-    """A linear layer's weight with its low-rank updates; DoRA's, with its norms as they are in training."""
+    """A linear layer's weight with its low-rank updates. For DoRA with the norms that are used in
+    training."""
     weight = layer.get_base_layer().weight
     total = weight.detach().float()
     for name in layer.active_adapters:
@@ -161,16 +164,17 @@ def _folded(layer: Any) -> Tensor:
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the optimizer rounds its masters: to nearest, an adapter that has learned little would be lost."""
+    """Round as the optimizer rounds its masters. Rounding to nearest would lose an adapter that learned
+    little."""
     rounded = torch.empty_like(weight, dtype=dtype)
     round_into(rounded, weight)
     return rounded
 
 
 def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
-    """Make model train what config says: all parameters, an adapter beside frozen ones, or the last layers.
+    """Make the model train what config says: all parameters, an adapter on frozen ones, or the last layers.
 
-    A published adapter that is in there already stays, frozen; the new one adds to it.
+    A published adapter that is in the model already stays there, frozen. The new one is added to it.
 
     Raises:
         ConfigError: the method does not know this kind of model.
@@ -194,11 +198,11 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
 
 @torch.no_grad()
 def check_reached(model: PreTrainedModel) -> None:
-    """Refuse adapters that no pass goes through, since the model's code (a kernel, say) reads the weights
-    past them: they would learn nothing, silently.
+    """Refuse adapters that no pass uses, because the model's code (for example a kernel) reads the weights
+    directly. They would learn nothing, without any error.
 
     Raises:
-        ConfigError: names their layers.
+        ConfigError: with the names of the layers.
     """
     if model.device.type == "cpu" and model.config._attn_implementation.startswith("flash"):
         return  # it is yet to move to a GPU
@@ -219,13 +223,14 @@ def check_reached(model: PreTrainedModel) -> None:
             handle.remove()
     if missed:
         raise ConfigError(
-            f"peft: {type(model).__name__} would not use an adapter of {', '.join(sorted(missed))}, so it "
-            "would learn nothing. Name only the others in target_modules, or use freeze or none."
+            f"STAGE.peft: {type(model).__name__} would not use an adapter of {', '.join(sorted(missed))}, so "
+            "it would learn nothing. Name only other layers in STAGE.peft.target_modules, or use "
+            "STAGE.peft=freeze or none."
         )
 
 
 def check_attachable(model: PreTrainedModel, config: PeftConfig) -> None:
-    """Refuse what `attach` would refuse, and leave the model as it is; its weights may be on the meta device.
+    """Refuse what `attach` would refuse. The model does not change; its weights may be on the meta device.
 
     Raises:
         ConfigError: the method does not know this kind of model.
@@ -243,14 +248,16 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
         kind = model.config.get_text_config().model_type
         if kind not in IA3_MODULES:
             raise ConfigError(
-                f"method=ia3: peft does not know which layers of a {kind} model to scale. Use lora or dora."
+                f"STAGE.peft=ia3: peft does not know which layers of a {kind} model to scale. "
+                "Use STAGE.peft=lora or dora."
             )
         return IA3Config(fan_in_fan_out=_is_transposed(model))
     if config.method == "adapter":
         return BottleneckConfig(size=config.size, target_modules=sublayer_ends(model, config))
     if config.method == "qlora" and _is_transposed(model):
         raise ConfigError(
-            f"method=qlora: bitsandbytes holds no weights of {type(model).__name__} in 4 bits. Use lora."
+            f"STAGE.peft=qlora: bitsandbytes cannot hold the weights of {type(model).__name__} in 4 bits. "
+            "Use STAGE.peft=lora."
         )
     return LoraConfig(
         r=config.rank,
@@ -262,12 +269,12 @@ def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
 
 
 def _is_transposed(model: PreTrainedModel) -> bool:
-    """Whether linear layers hold their weights the other way round, as GPT-2's do."""
+    """Whether linear layers have transposed weights, as GPT-2's do."""
     return any(isinstance(layer, Conv1D) for _, layer in linears(model))
 
 
 def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
-    """Put a tuner's layers, under a name, around those of the model."""
+    """Wrap layers of the model in a tuner's layers, under an adapter name."""
     assert config.peft_type is not None
     tuner = TUNERS[config.peft_type](model, config, name)
     for path, parameter in model.named_parameters():
@@ -283,13 +290,13 @@ def inject(model: PreTrainedModel, config: TunerConfig, name: str) -> BaseTuner:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether anything stands beside the model's own weights."""
+    """Whether the model has adapters or virtual tokens."""
     return virtual_tokens(model) is not None or any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """While open, the model runs as the one that its adapters were put into."""
+    """While open, the model runs without its adapters and virtual tokens."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     virtual = virtual_tokens(model)
     try:
@@ -307,21 +314,27 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model, as it is called and as it would be without adapters: theirs are folded into
-    copies, the model stays as it is.
+    """Every weight of a model with its adapters merged in, under its name without adapters. Merged weights
+    are copies; the model does not change.
 
     Raises:
-        ConfigError: an adapter of a kind that cannot be folded in this way.
+        ConfigError: there is an adapter that cannot be merged in this way.
     """
     if virtual_tokens(model) is not None:
-        raise ConfigError("Virtual tokens are not weights of the model, so vLLM cannot use them.")
+        raise ConfigError(
+            "generation=vllm: virtual tokens are not weights of the model, so vLLM cannot use them. "
+            "Use generation=local."
+        )
     adapted: dict[str, Any] = {}
     own: set[str] = set()
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             if not isinstance(layer, LoraLinear) or layer.lora_variant:
                 kind = "DoRA" if isinstance(layer, LoraLinear) else type(layer).__name__
-                raise ConfigError(f"{name}: an adapter of {kind} cannot be folded into a weight for vLLM.")
+                raise ConfigError(
+                    f"generation=vllm: {name}: an adapter of {kind} cannot be merged into a weight for vLLM. "
+                    "Use generation=local."
+                )
             adapted[name] = layer
             own |= {f"{name}.{each}" for each, _ in layer.named_parameters() if "base_layer" not in each}
     for name, parameter in model.named_parameters():

@@ -1,10 +1,10 @@
-"""Bottleneck adapters as a tuner of peft's kind, because peft has none, and the package that does, adapters
-1.3, wants transformers 4.57 where this project is on 5.
+"""Bottleneck adapters as a peft tuner. peft has none; the package adapters 1.3 has them, but needs
+transformers 4.57, and this project uses 5.
 
-Behind the last linear layer of a sub-layer, before the residual connection, stands h + up(relu(down(h))).
-`up` starts at zero, so the model starts as it was. Houlsby et al. 2019 (arXiv:1902.00751, figure 2) put one
-behind attention and one behind the feed-forward layer, Pfeiffer et al. 2020 (arXiv:2005.00247, section 3)
-only the latter. It is no linear function of the input, so it cannot be merged into weights.
+After the last linear layer of a sub-layer, before the residual connection, comes h + up(relu(down(h))). `up`
+starts at zero, so the model does not change at first. Houlsby et al. 2019 (arXiv:1902.00751, figure 2) put
+one after attention and one after the feed-forward layer. Pfeiffer et al. 2020 (arXiv:2005.00247, section 3)
+put only the second one. It is not a linear function of the input, so it cannot be merged into weights.
 Dimensions: H hidden size, S size of the bottleneck.
 """
 
@@ -25,7 +25,7 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 
 KIND, NAMES = "BOTTLENECK", "bottleneck_"
-"""What peft's files call the method, and how the names of its modules begin."""
+"""The method's name in peft's files, and the prefix of its modules' names."""
 
 
 @dataclass
@@ -35,9 +35,9 @@ class BottleneckConfig(TunerConfig):
     size: int = 64
     """S."""
     target_modules: Iterable[str] | None = None
-    """The linear layers that get one behind them, by the ends of their names."""
+    """The linear layers that a bottleneck follows, by the ends of their names."""
     modules_to_save: list[str] | None = None
-    """What else trains: a score head."""
+    """Other modules that train: a score head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ class BottleneckConfig(TunerConfig):
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A linear layer with bottlenecks behind it, each under an adapter's name."""
+    """A linear layer followed by bottlenecks, each with an adapter's name."""
 
     adapter_layer_names: tuple[str, ...] = (f"{NAMES}down", f"{NAMES}up")
 
@@ -59,7 +59,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.update_layer(name, config)
 
     def update_layer(self, name: str, config: BottleneckConfig) -> None:
-        """Add an adapter. `down` is drawn as torch draws a linear layer."""
+        """Add an adapter. `down` is initialized like torch's linear layers."""
         linear = self.get_base_layer()
         assert isinstance(linear, nn.Linear)
         size = linear.out_features
@@ -71,7 +71,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """[..., in] -> [..., H]; one adapter works on what the one before it made."""
+        """[..., in] -> [..., H]. Each adapter gets the result of the one before it."""
         hidden: Tensor = self.base_layer(x, *args, **options)
         if self.disable_adapters:
             return hidden
@@ -81,7 +81,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
 
 class BottleneckModel(BaseTuner):
-    """Puts bottlenecks behind linear layers, in place."""
+    """Puts bottlenecks after linear layers, in place."""
 
     prefix: str = NAMES
     tuner_layer_cls = BottleneckLayer

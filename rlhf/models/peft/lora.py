@@ -1,4 +1,4 @@
-"""peft's LoRA layer with its update added by the second product itself."""
+"""peft's LoRA layer, where the second matrix product adds the update."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 class LowRankLinear(Linear):
-    """What peft's layer computes, whose way there writes a tensor as large as its output twice more, and once
-    more on the way back."""
+    """Computes the same as peft's layer. peft's own code writes two more tensors of the output's size in the
+    forward pass, and one more in the backward pass."""
 
     @classmethod
     def replace(cls, layers: nn.Module) -> None:
-        """Of the layers inside, let the plain ones of peft's compute in this way."""
+        """Make peft's plain LoRA layers inside compute in this way."""
         for layer in layers.modules():
             if type(layer) is Linear and not layer.lora_variant:
                 layer.__class__ = cls

@@ -1,5 +1,5 @@
-"""Policies as they are published: the weights that a stage trained, put on those that it started from, or
-beside a reference to them."""
+"""Publish a policy: merge the trained weights into those that the stage started from, or save them with a
+reference to these."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rlhf.models.save import save_policy, save_settings
 from rlhf.training.optimizer import load_trainable
 
 UNMERGED = {KIND: "adapter", **KINDS}
-"""What peft's files call a method that does not merge, and its name."""
+"""Methods that do not merge: name in peft's files -> our name."""
 
 
 def publish_policy(
@@ -41,12 +41,12 @@ def publish_policy(
     dtype: torch.dtype,
     peft: PeftConfig,
 ) -> dict[str, float]:
-    """Write what was trained into `adapter/`, and beside it a plain causal model where the method merges.
+    """Write what was trained into `adapter/`. If the method merges, write a plain causal model beside it.
 
     Args:
         artifact: the directory to write to.
         start: the model that the training started from; `key` names it.
-        weights: what `Engine.trainable_state` gathered of a model that `attach` had prepared in the same way.
+        weights: from `Engine.trainable_state`, of a model that `attach` prepared in the same way.
 
     Returns:
         Summary metrics of what was written.
@@ -64,10 +64,10 @@ def publish_policy(
 
 
 def merged_policy(artifact: Path, settings: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that an artifact's training started from, with its adapter folded in, on the CPU.
+    """The model that an artifact's training started from, with its adapter merged in, on the CPU.
 
     Raises:
-        ConfigError: there is no adapter, its base model is not to be found, or its method does not merge.
+        ConfigError: there is no adapter, its base model is missing, or its method does not merge.
     """
     origin = origin_of(artifact)
     if origin is None:

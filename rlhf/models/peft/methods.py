@@ -5,28 +5,28 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PREFIX = "base_model.model."
-"""What stands before an adapter's weights' names in peft's files."""
+"""Prefix of the names of an adapter's weights in peft's files."""
 KINDS = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "p_tuning"}
-"""What peft's files call the methods of virtual tokens."""
+"""Methods with virtual tokens: name in peft's files -> our name."""
 
 
 class Method(NamedTuple):
-    """What has to be known of a method before anything is loaded."""
+    """What must be known about a method before anything is loaded."""
 
     knobs: tuple[str, ...]
     """The keys of `PeftConfig` that it reads."""
     merges: bool = True
-    """Whether it can be folded into the weights, so that a plain model is published."""
+    """Whether it can be merged into the weights, so that a plain model is published."""
     shares: bool = False
-    """Whether PPO's models can stand on one backbone: nothing but the adapter's own weights changes."""
+    """Whether PPO's models can share one backbone, because only the adapter's own weights change."""
     shards: bool = False
-    """Whether it was tried with every `zero=`."""
+    """Whether it was tested with every `zero=`."""
     samples_by_vllm: bool = False
     """Whether a model that is being trained can be handed over to vLLM."""
     pads: bool = False
-    """Whether it puts virtual tokens before every row, for which rows are padded."""
+    """Whether it puts virtual tokens before every row. Rows are then padded."""
     starts_apart: bool = False
-    """Whether a model, before its first step, is another one than it was without the method."""
+    """Whether the method changes the model before its first step."""
 
 
 UPDATE = ("rank", "alpha", "target_modules")

@@ -1,7 +1,7 @@
-"""Linear layers held in 4 bits while a low-rank update of them trains.
+"""Keep linear layers in 4 bits while a low-rank update of them trains.
 
 Source: Dettmers et al. 2023 (arXiv:2305.14314): 4-bit NormalFloat in blocks of 64, whose scales are quantized
-in turn. The products are bitsandbytes', which is imported where it is needed.
+in turn. bitsandbytes computes the products. It is imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FORMAT: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 
 @torch.no_grad()
 def quantize(model: PreTrainedModel, names: list[str]) -> None:
-    """Hold linear layers in 4 bits, where they are, one after the other; they cannot train any more.
+    """Convert linear layers to 4 bits in place, one after the other. They cannot train any more.
 
     Args:
         names: the last parts of their names.
@@ -39,7 +39,7 @@ def quantize(model: PreTrainedModel, names: list[str]) -> None:
 
 @torch.no_grad()
 def round_to_4_bits(model: PreTrainedModel, names: list[str]) -> None:
-    """Give linear layers the weights that `quantize` has them compute with, as plain weights."""
+    """Give linear layers, as plain weights, the values that they have after `quantize`."""
     for _, _, linear in _linears(model, names):
         linear.weight.copy_(_rounded(linear.weight))
 

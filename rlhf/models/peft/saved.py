@@ -1,8 +1,8 @@
-"""What was trained, on disk: small files beside a reference to the model that they belong to.
+"""Trained adapters on disk: small files, with a reference to the model that they belong to.
 
-`adapter/` of a model's artifact holds adapter_config.json and adapter_model.safetensors, in peft's format
-where the method is one of peft's, and base.json, the reference. Of a method that merges the merged model
-stands beside it; of others there is nothing but the model's settings and its tokenizer.
+`adapter/` in a model's artifact has adapter_config.json and adapter_model.safetensors, in peft's format if
+peft has the method, and base.json, the reference. If the method merges, the artifact also has the merged
+model. Otherwise it has only the model's settings and tokenizer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rlhf.models.peft.attach import Adapter
 
 ADAPTER = "adapter"
-"""The directory in an artifact."""
+"""Name of the directory in an artifact."""
 CONFIG, WEIGHTS, ORIGIN = "adapter_config.json", "adapter_model.safetensors", "base.json"
 HEAD = f"{PREFIX}score.weight"
 
@@ -37,17 +37,17 @@ class Origin(Strict):
     """`base.json`: the model that a stage's training started from."""
 
     directory: str
-    """Relative to the artifact where both lie in one store, so that the store can be moved."""
+    """Relative to the artifact if both are in the same store, so that the store can be moved."""
     key: str
-    """Of its artifact, or the base model's identity."""
+    """The key of its artifact, or the base model's identity."""
     digest: str
-    """`weights_digest`: which weights the trained ones belong to, wherever those lie."""
+    """`weights_digest` of the model that the trained weights belong to."""
     in_4_bits: list[str]
-    """Linear layers of it, by the last part of their names, whose weights were held in 4 bits meanwhile."""
+    """Its linear layers that had 4-bit weights during the training, by the last part of their names."""
 
     @classmethod
     def of(cls, model: Path, key: str, artifact: Path, in_4_bits: Sequence[str] = ()) -> Origin:
-        """The reference that an artifact (STORE/STAGE/KEY, or where it is being made) keeps to a model."""
+        """The reference from an artifact (STORE/STAGE/KEY, or where it is being made) to a model."""
         here, there = artifact.resolve(), model.resolve()
         is_in_store = there.is_relative_to(here.parents[1])
         directory = os.path.relpath(there, here) if is_in_store else str(there)
@@ -55,14 +55,14 @@ class Origin(Strict):
         return cls(directory=directory, key=key, digest=digest, in_4_bits=[*in_4_bits])
 
     def place(self, artifact: Path) -> Path:
-        """Where the model should lie."""
+        """The directory where the model should be."""
         return (artifact.resolve() / self.directory).resolve()
 
     def found(self, artifact: Path) -> Path:
-        """Where the model lies.
+        """The directory of the model.
 
         Raises:
-            ConfigError: it is not there, or has other weights.
+            ConfigError: the model is not there, or has other weights.
         """
         directory = self.place(artifact)
         if not (directory / "config.json").is_file():
@@ -79,8 +79,8 @@ class Origin(Strict):
 
 
 def attach_to_merge(model: PreTrainedModel, config: PeftConfig) -> Adapter:
-    """As `attach`, for weights that were trained elsewhere: what was held in 4 bits meanwhile is in plain
-    weights of the same values, so that the adapter can be merged into them."""
+    """Like `attach`, for weights that were already trained. Layers that had 4-bit weights get plain weights
+    with the same values, so that the adapter can be merged into them."""
     from rlhf.models.peft.attach import attach
     from rlhf.models.peft.quantization import round_to_4_bits
     from rlhf.models.peft.target_modules import update_targets
@@ -97,14 +97,14 @@ def attach_to_merge(model: PreTrainedModel, config: PeftConfig) -> Adapter:
 def save_adapter(
     adapter: Adapter, artifact: Path, start: Path, key: str, head: Tensor | None = None
 ) -> dict[str, float]:
-    """Write what was trained beside frozen weights into `adapter/`; where all of them were, nothing.
+    """Write what was trained on frozen weights into `adapter/`. If all weights were trained, write nothing.
 
     Args:
         start: the model that the training started from; `key` names it.
         head: the score head [1, H] of a sequence-classification model.
 
     Returns:
-        What it takes on disk, as a summary metric.
+        Its size on disk, as a summary metric.
     """
     from safetensors.torch import save_file
 
@@ -126,13 +126,13 @@ def save_adapter(
 
 
 def bytes_under(directory: Path) -> float:
-    """Of a model's files; not of the metrics beside them, which are still being written."""
+    """Size of a model's files, without the metrics beside them, which are still being written."""
     files = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".jsonl")
     return float(sum(path.stat().st_size for path in files))
 
 
 def origin_of(artifact: Path) -> Origin | None:
-    """The reference that an artifact keeps; None where it has no adapter.
+    """The artifact's reference to its base model; None if it has no adapter.
 
     Raises:
         ConfigError: it cannot be read.
@@ -145,13 +145,13 @@ def origin_of(artifact: Path) -> Origin | None:
 
 
 def base_of(artifact: Path) -> Path | None:
-    """Where the weights lie of an artifact that has none of its own beside its adapter; None where it has."""
+    """The directory of the base model, if the artifact has only an adapter and no weights; None otherwise."""
     origin = None if any(artifact.glob("*.safetensors")) else origin_of(artifact)
     return None if origin is None else origin.found(artifact)
 
 
 def model_below(artifact: Path) -> Path | None:
-    """As `base_of`, whatever lies there."""
+    """Like `base_of`, without a check of what is there."""
     origin = None if any(artifact.glob("*.safetensors")) else origin_of(artifact)
     return None if origin is None else origin.place(artifact)
 
@@ -163,14 +163,14 @@ def described(artifact: Path) -> dict[str, Any]:
 
 
 def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
-    """See before anything trains that what a method trains can be published: it is attached to a copy of the
-    model, loaded into another one, and merged.
+    """Check before anything trains that the result of a method can be published. The adapter is attached to a
+    copy of the model, loaded into another copy, and merged.
 
     Args:
-        model: on the meta device, where this costs no memory; it stays as it is.
+        model: on the meta device, where this costs no memory. It does not change.
 
     Raises:
-        ConfigError: it cannot, or `check_attachable` refuses it.
+        ConfigError: it cannot be published, or `check_attachable` refuses it.
     """
     import torch
     from peft import get_peft_model_state_dict
@@ -181,6 +181,7 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
     check_attachable(model, config)
     if config.method in ("none", "freeze", *KINDS.values()):
         return
+    key = f"STAGE.peft={config.method}"
     if config.method == "qlora":  # as `attach_to_merge`
         config = config.model_copy(update={"method": "lora"})
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
@@ -204,14 +205,14 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
     except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
-            f"method={config.method}: what it trains in {type(model).__name__} cannot be published: "
-            f"{reason}. Use freeze or none, or other target_modules."
+            f"{key}: what it trains in {type(model).__name__} cannot be published: {reason}. "
+            "Use STAGE.peft=freeze or none, or name other layers in STAGE.peft.target_modules."
         ) from error
 
 
 def attach_published(model: PreTrainedModel, artifact: Path) -> tuple[Adapter, Tensor | None]:
-    """Put an artifact's adapter into the model that it was trained on, all frozen; and the score head saved
-    with it, if there is one."""
+    """Put an artifact's adapter into the model that it was trained on, all frozen. The second value is the
+    score head that was saved with it, or None."""
     import torch
     from peft import PeftConfig as TunerConfig
     from peft import get_peft_model_state_dict, set_peft_model_state_dict

@@ -1,6 +1,6 @@
-"""The parts of a model that a method of tuning is about, by their names or by what they are.
+"""The parts of a model that a tuning method changes.
 
-Complaints name the keys of `PeftConfig`; whoever knows the stage puts its name before them.
+Complaints say `STAGE.peft`: `rlhf.config.said_as` puts the stage's name in its place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, did_you_mean
 from rlhf.models.peft.bottleneck import NAMES
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
@@ -27,8 +27,8 @@ READ_PAST: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("falcon_mamba", "mamba"), ("out_proj", "dt_proj")),
     "jamba": ("dt_proj",),
 }
-"""A kind of model -> its linear layers whose weight its code (of Mamba, a kernel on GPUs) reads past any
-adapter on them: that would train nothing."""
+"""Type of a model -> its linear layers whose weights its code reads directly (in Mamba a GPU kernel does). An
+adapter on such a layer would learn nothing."""
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:
@@ -40,46 +40,50 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
 
 
 def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """The linear layers that a low-rank update is of, by the last part of their names.
+    """The linear layers that get a low-rank update, by the last part of their names.
 
     Raises:
-        ConfigError: there is none, or none of a name.
+        ConfigError: there are none, or a given name is not one of them.
     """
-    names, left_out = _inner_linears(model), cannot_be_updated(model)
+    names, left_out, kind = _inner_linears(model), cannot_be_updated(model), type(model).__name__
     known = [name for name in names if name not in left_out]
-    if config.target_modules == "all-linear" and known:
+    if not known:
+        raise ConfigError(
+            f"STAGE.peft={config.method}: {kind} has no linear layers inside that an adapter can update. "
+            "Use STAGE.peft=freeze, prompt, prefix or none."
+        )
+    if config.target_modules == "all-linear":
         return known
+    key = f"STAGE.peft.target_modules=[{','.join(config.target_modules)}]"
+    mend = f"use STAGE.peft.target_modules=all-linear, which takes {', '.join(known)}."
     for name in config.target_modules:
         if name in left_out:
             raise ConfigError(
-                f"target_modules={config.target_modules}: {name} of {type(model).__name__} cannot be updated "
-                f"({left_out[name]}). Leave it out; all-linear takes {', '.join(known) or 'nothing'}."
+                f"{key}: {name} of {kind} cannot be updated ({left_out[name]}). Leave it out, or {mend}"
             )
-    unknown = [name for name in config.target_modules if name not in known]
-    if config.target_modules == "all-linear" or unknown:
-        # output layer and embeddings may be tied: merged, an update of one would change the other
-        raise ConfigError(
-            f"target_modules={config.target_modules}: "
-            + (f"{', '.join(unknown)} not among the" if known else "no")
-            + f" linear layers inside {type(model).__name__}"
-            + (f" ({', '.join(known)})." if known else ". Use freeze, prompt, prefix or none.")
-        )
+        if name not in known:
+            # output layer and embeddings may be tied: merged, an update of one would change the other
+            raise ConfigError(
+                f"{key}: {name} is not a linear layer inside {kind}.{did_you_mean(name, known)} "
+                f"Leave it out, or {mend}"
+            )
     return config.target_modules
 
 
 def last_layers(model: PreTrainedModel, config: PeftConfig | None) -> list[nn.Module]:
-    """Those that `freeze` leaves to train; none with another method.
+    """The last layers, which `freeze` trains; none with another method.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: the model has fewer layers.
     """
     if config is None or config.method != "freeze":
         return []
     blocks = _layers(model)
     if len(blocks) < config.layers:
+        mend = f"STAGE.peft.layers={len(blocks)} or less" if blocks else "STAGE.peft=lora"
         raise ConfigError(
-            f"layers={config.layers}: {type(model).__name__} has {len(blocks)} layers that could be told "
-            "apart. Train fewer, or use method=none."
+            f"STAGE.peft.layers={config.layers}: {type(model).__name__} has {len(blocks)} layers that can be "
+            f"told apart. Use {mend}, or STAGE.peft=none."
         )
     return blocks[-config.layers :]
 
@@ -90,8 +94,8 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
-    """The last linear layers of a layer's attention and feed-forward part, which get bottlenecks behind
-    them, by their names in it.
+    """The last linear layer of attention and of the feed-forward part, by their names in a layer. Bottlenecks
+    come after them.
 
     Raises:
         ConfigError: they cannot be told apart.
@@ -102,15 +106,15 @@ def sublayer_ends(model: PreTrainedModel, config: PeftConfig) -> list[str]:
         ends += [f"{name}.{names[-1]}".rstrip(".")] if names else []
     if len(ends) != 2:
         raise ConfigError(
-            f"method=adapter: attention and feed-forward of {type(model).__name__} could not be told apart "
-            f"(found {', '.join(ends) or 'none'}). Use lora or dora."
+            f"STAGE.peft=adapter: attention and feed-forward of {type(model).__name__} cannot be told apart "
+            f"(found: {', '.join(ends) or 'none'}). Use STAGE.peft=lora or dora."
         )
     return ends if config.placement == "houlsby" else ends[1:]
 
 
 def cannot_be_updated(model: PreTrainedModel) -> dict[str, str]:
-    """The linear layers of the backbone that no low-rank update can be of, and why; by the last part of their
-    names."""
+    """The linear layers of the backbone that cannot get a low-rank update, by the last part of their names,
+    with the reason."""
     found: dict[str, str] = {}
     for path, layer in linears(backbone_of(model)):
         name = layer_name(path)
@@ -127,7 +131,7 @@ def cannot_be_updated(model: PreTrainedModel) -> dict[str, str]:
 
 @torch.no_grad()
 def _is_linear(layer: nn.Module) -> bool:
-    """Whether a layer gives what a linear one does: a router that is made of one gives more."""
+    """Whether a layer returns what a linear layer returns. A router that is derived from one returns more."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is nn.Linear.forward:
         return True
     memo = {id(each): nn.Parameter(each.to("meta"), requires_grad=False) for each in layer.parameters()}
@@ -139,8 +143,8 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _means_experts(model: PreTrainedModel, name: str) -> bool:
-    """Whether peft, reading a published adapter, would put updates of that name beside all experts' weights
-    in one, as which transformers 5 holds what were linear layers in 4."""
+    """Whether peft would apply updates of that name to the experts' weights when it reads a published
+    adapter. In transformers 4 experts were linear layers; transformers 5 has one tensor for all experts."""
     config = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(config, model, None)
@@ -150,7 +154,7 @@ def _means_experts(model: PreTrainedModel, name: str) -> bool:
 
 
 def in_one(model: PreTrainedModel) -> list[str]:
-    """Parts of the backbone that are no linear layers but hold matrices of several, such as experts."""
+    """Parts of the backbone that are not linear layers, but hold the matrices of several, such as experts."""
     return sorted(
         {
             layer_name(path)
@@ -162,7 +166,7 @@ def in_one(model: PreTrainedModel) -> list[str]:
 
 
 def described_targets(model: PreTrainedModel, config: PeftConfig) -> str | None:
-    """What `all-linear` takes of a model, and what it leaves, in a line; None with another choice."""
+    """One line: what `all-linear` updates in a model, and what it leaves out. None with another choice."""
     if "target_modules" not in METHODS[config.method].knobs or config.target_modules != "all-linear":
         return None
     reasons: dict[str, list[str]] = {}
@@ -176,19 +180,19 @@ def described_targets(model: PreTrainedModel, config: PeftConfig) -> str | None:
 
 
 def _inner_linears(model: PreTrainedModel) -> list[str]:
-    """Every linear layer of the backbone; not the output layer or a score head."""
+    """Every linear layer of the backbone, without the output layer or a score head."""
     return sorted({layer_name(path) for path, _ in linears(backbone_of(model))})
 
 
 def layer_name(path: str) -> str:
-    """What layers of one kind have in common: the last part of their paths, with the one before it where
-    that is a number (Gemma 3n's `altup_projections.0`)."""
+    """The name that layers of one kind share: the last part of their paths. If that is a number, the part
+    before it belongs to the name too (Gemma 3n's `altup_projections.0`)."""
     *_, before, last = ("", *path.split("."))
     return f"{before}.{last}" if last.isdigit() else last
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's own linear layers, by the names that they have without adapters."""
+    """The model's own linear layers, by their names without adapters."""
     for name, layer in module.named_modules():
         is_added = any(part in name for part in (".lora_", f".{NAMES}"))
         if isinstance(layer, nn.Linear | Conv1D) and not is_added:

@@ -1,10 +1,11 @@
-"""Virtual tokens before every row: what prefix, prompt and P-tuning train, on peft's encoders.
+"""Virtual tokens before every row, for prefix, prompt and P-tuning, with peft's encoders.
 
-To the layers all three are keys and values that stand before a row's own. Prefix tuning (Li and Liang 2021,
-arXiv:2101.00190) learns them; in prompt tuning (Lester et al. 2021, arXiv:2104.08691) and P-tuning (Liu et
-al. 2021, arXiv:2103.10385) they are what the model makes of learned embeddings. Those look at no row, so they
-are computed once for all rows of a pass. Rows behind them are padded, one sequence a row: laid end to end,
-only the first would see them. Dimensions: B rows, N virtual tokens, A key/value heads, D size of a head.
+For the layers, virtual tokens are keys and values before those of a row. Prefix tuning (Li and Liang 2021,
+arXiv:2101.00190) learns these keys and values. In prompt tuning (Lester et al. 2021, arXiv:2104.08691) and
+P-tuning (Liu et al. 2021, arXiv:2103.10385) the model computes them from learned embeddings. They do not
+depend on the rows, so they are computed once for all rows of a pass. The rows are padded, one sequence a row:
+of rows laid end to end only the first would see the virtual tokens.
+Dimensions: B rows, N virtual tokens, A key/value heads, D size of a head.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ from rlhf.models.peft.methods import KINDS
 from rlhf.models.peft.target_modules import backbone_of
 
 EMBEDDINGS = "prompt_embeddings"
-"""peft's name of what is published: [N, layers * 2 * A * D] for prefix tuning, else [N, hidden size]."""
+"""peft's name of the published tensor: [N, layers * 2 * A * D] for prefix tuning, else [N, hidden size]."""
 
 
 class VirtualTokens(nn.Module):
-    """Learned tokens; the model that holds them puts them before every row that it reads."""
+    """Learned tokens that a model puts before every row."""
 
     def __init__(self, model: PreTrainedModel, config: PromptLearningConfig) -> None:
-        """`config.inference_mode`: as they were published, without what made them."""
+        """With `config.inference_mode` only the published tensor is kept, without the encoder that made
+        it."""
         super().__init__()
         assert config.num_layers is not None
         self.config, self.num_layers, self.are_left_out = config, config.num_layers, False
@@ -52,7 +54,7 @@ class VirtualTokens(nn.Module):
             self.encoder = PromptEncoder(config)
 
     def embeddings(self) -> Tensor:
-        """What is published of them."""
+        """The tensor that is published."""
         weight: Tensor = self.encoder.embedding.weight
         if self.config.inference_mode:
             return weight
@@ -60,7 +62,7 @@ class VirtualTokens(nn.Module):
         return made
 
     def keys_and_values(self, backbone: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Of each layer, [1, A, N, D]."""
+        """Keys and values of each layer, each [1, A, N, D]."""
         embeddings = self.embeddings()
         if not isinstance(self.config, PrefixTuningConfig):
             return _keys_and_values(backbone, embeddings, self.num_layers)
@@ -70,7 +72,8 @@ class VirtualTokens(nn.Module):
         return [(keys[None], values[None]) for keys, values in of_layers]
 
     def before(self, backbone: nn.Module, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """A hook: changes the arguments of a call to the backbone so that they stand before its rows."""
+        """A hook that changes the arguments of a call of the backbone, so that the tokens come before its
+        rows."""
         name = "cache" if "cache" in call else "past_key_values"  # its new name and its old one
         cache = call.get(name)
         if self.are_left_out or isinstance(cache, _Recorder):  # the tokens themselves are read
@@ -94,15 +97,15 @@ class VirtualTokens(nn.Module):
 
 
 def virtual_tokens(model: nn.Module) -> VirtualTokens | None:
-    """Those that a model holds."""
+    """The model's virtual tokens; None if it has none."""
     return next((each for each in model.children() if isinstance(each, VirtualTokens)), None)
 
 
 def add_virtual_tokens(model: PreTrainedModel, config: PromptLearningConfig) -> VirtualTokens:
-    """Let a model put virtual tokens before its rows; nothing but these trains.
+    """Let a model put virtual tokens before its rows. Only the virtual tokens train.
 
     Raises:
-        ConfigError: the model cannot have them.
+        ConfigError: the model cannot have virtual tokens.
     """
     assert config.peft_type is not None
     check_virtual_tokens(model, KINDS[config.peft_type])
@@ -119,33 +122,35 @@ def add_virtual_tokens(model: PreTrainedModel, config: PromptLearningConfig) -> 
 
 
 def check_virtual_tokens(model: PreTrainedModel, method: str) -> None:
-    """Refuse a model that cannot have them, or has some; its weights may be on the meta device.
+    """Refuse a model that cannot have virtual tokens, or has some. Its weights may be on the meta device.
 
     Raises:
         ConfigError: why.
     """
     if virtual_tokens(model) is not None:
         raise ConfigError(
-            f"method={method}: {type(model).__name__} already has virtual tokens. Use another method."
+            f"STAGE.peft={method}: {type(model).__name__} already has virtual tokens. "
+            "Use another STAGE.peft, such as lora."
         )
     settings = model.config.get_text_config()
     kinds = set(getattr(settings, "layer_types", None) or ["full_attention"])
     has_attention = getattr(settings, "num_attention_heads", None) is not None
     if kinds != {"full_attention"} or getattr(settings, "sliding_window", None) or not has_attention:
         raise ConfigError(
-            f"method={method}: not every layer of {type(model).__name__} attends to all earlier tokens "
-            "(sliding windows, or no attention), so virtual tokens would be lost. Use lora or adapter."
+            f"STAGE.peft={method}: not every layer of {type(model).__name__} attends to all earlier tokens "
+            "(sliding windows, or no attention), so virtual tokens would be lost. Use STAGE.peft=lora or "
+            "adapter."
         )
 
 
 def _reader(model: PreTrainedModel) -> nn.Module:
-    """The module that every call goes through: the backbone, or its only part (OPT calls that itself)."""
+    """The module that every call goes through: the backbone, or its decoder (OPT calls that directly)."""
     backbone = backbone_of(model)
     return getattr(backbone, "decoder", backbone)
 
 
 def virtual_config(model: PreTrainedModel, config: PeftConfig) -> PromptLearningConfig:
-    """peft's description of the tokens that a method asks for."""
+    """peft's config for a method's virtual tokens."""
     settings = model.config.get_text_config()
     heads, size = settings.num_attention_heads, settings.hidden_size
     shape = {
@@ -163,7 +168,7 @@ def virtual_config(model: PreTrainedModel, config: PeftConfig) -> PromptLearning
 
 @torch.no_grad()
 def _start_from_words(model: PreTrainedModel, virtual: VirtualTokens) -> None:
-    """Random keys and values would drown a row's own: start from those of real tokens, drawn at random.
+    """Start with the keys and values of random real tokens. Random numbers would dominate a row's own values.
 
     Source: Li and Liang 2021, section 7.4.
     """
@@ -184,8 +189,8 @@ def _keys_and_values(backbone: nn.Module, embeddings: Tensor, layers: int) -> li
 
 
 class _Before(DynamicLayer):
-    """Keys and values [1, A, N, D] before those of all rows. It keeps nothing of theirs, so that a layer can
-    be computed anew (activation checkpointing)."""
+    """Puts keys and values [1, A, N, D] before those of all rows. It keeps nothing of the rows, so a layer
+    can be computed again (activation checkpointing)."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -204,7 +209,7 @@ class _Before(DynamicLayer):
 
 
 class _Recorder(Cache):
-    """Notes what each layer makes of a row."""
+    """Records the keys and values that each layer computes."""
 
     def __init__(self, layers: int) -> None:
         self.noted = [_Noted() for _ in range(layers)]
@@ -212,7 +217,7 @@ class _Recorder(Cache):
 
 
 class _Noted(DynamicLayer):
-    """The last keys and values that it was given."""
+    """Records the last keys and values that it got."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -221,6 +226,6 @@ class _Noted(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """They are returned as they are: nothing stands before them."""
+        """Return the keys and values unchanged."""
         self.pair = key_states, value_states
         return self.pair

@@ -1,0 +1,85 @@
+"""The documentation's pictures, each for the light and the dark theme, from the figures in the pages' own
+tables.
+
+    python benchmarks/pictures.py     # writes docs/images/*-light.svg and *-dark.svg
+
+Pictures of benchmarks are not among them: `ppo_learning.py` and `ppo_scaling.py` draw theirs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from look import THEMES, save
+
+from rlhf.report.compare import METHODS, QUALITIES, ROWS, Quality, draw
+from rlhf.report.pareto import Point
+from rlhf.report.pareto import draw as draw_pareto
+
+DOCS = Path(__file__).parent.parent / "docs"
+CHAIN = {"#57606a": "#9198a1"}
+"""Colours in the picture of the chain, which is written by hand for the light theme -> the dark theme's."""
+TRIALS = {"full": "full", "LoRA": "lora", "full + replay": "replay", "half-way": "half-way"}
+
+
+def table(page: str, first: str) -> list[list[str]]:
+    """The cells of the table whose first heading this is, the headings included."""
+    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [rows[0], *rows[2:]]
+
+
+def comparison(first: str) -> dict[str, float]:
+    """A table of `stage=compare` as the metrics that it was made from."""
+    (_, *names), *rows = table("should-you-fine-tune.md", first)
+    keys = {words: key for key, (words, _) in ROWS.items()}
+    contenders = [{words: key for key, words in METHODS.items()}.get(name, name) for name in names]
+    metrics: dict[str, float] = {}
+    key = ""
+    for words, *cells in rows:
+        for name, cell in zip(contenders, cells, strict=True):
+            if words == "95% interval" and cell != "-":
+                low, high = cell.split("..")
+                metrics |= {f"{key}_low/{name}": float(low), f"{key}_high/{name}": float(high)}
+            elif words in keys and cell != "-":
+                metrics[f"{keys[words]}/{name}"] = float(cell.replace(",", ""))
+        key = keys.get(words, key)
+    return metrics
+
+
+def forgetting() -> list[Point]:
+    """The trials of the sweep."""
+    (_, *names), *rows = table("forgetting.md", "against the base model")
+    cells = {
+        words.partition(",")[0]: [float(cell.strip("*")) for cell in found] for words, *found in rows[:2]
+    }
+    gains, losses = cells["task gain"], cells["retention loss"]
+    return [Point(TRIALS[name], *figures) for name, *figures in zip(names, gains, losses, strict=True)]
+
+
+def main() -> None:
+    """Draw all."""
+    images = DOCS / "images"
+    found: dict[str, tuple[str, Quality]] = {
+        "compare-station": ("43 questions", "answer_found"),
+        "compare-dolly": ("40 questions", "rouge_l"),
+    }
+    for name, (first, quality) in found.items():
+        metrics = comparison(first)
+        assert f"{quality}_low/sft" in metrics, f"{name}: no interval of {QUALITIES[quality]}"
+        save(lambda metrics=metrics, quality=quality: draw(metrics, quality), images / f"{name}.svg")  # type: ignore[misc]
+    axes = ("task gain, nats per token", "retention loss, nats per token")
+    save(lambda: draw_pareto(forgetting(), *axes), images / "forgetting.svg")
+    chain = (images / f"chain-{next(iter(THEMES))}.svg").read_text(encoding="utf-8")
+    for light, dark in CHAIN.items():
+        chain = chain.replace(light, dark)
+    (images / "chain-dark.svg").write_text(chain, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

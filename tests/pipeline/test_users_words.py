@@ -1,0 +1,73 @@
+"""A complaint from deep inside names what the user wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small_chain import Chain
+from small_plan import experiment
+
+from rlhf.config import ConfigError, said_as
+from rlhf.models.base import BaseModelFiles, ModelConfig
+from rlhf.pipeline.stage import users_words
+
+WORDS = {"STAGE": "sft", "mine": "ppo.init=mine", "python:m:f": "ppo.reward=python:m:f"}
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside"),
+    [
+        ("STAGE.peft=ia3: no. Use STAGE.peft=lora.", "sft.peft=ia3: no. Use sft.peft=lora."),
+        ("mine: cannot be read.", "ppo.init=mine: cannot be read."),
+        ("ppo.init=mine: cannot be read.", "ppo.init=mine: cannot be read."),  # it says so already
+        ("/is/mine: no. mine/x: no. mine.txt: no. mine-2: no.", None),  # other files
+        ("python:m:f: gave 2 scores.", "ppo.reward=python:m:f: gave 2 scores."),
+        ("mine: no. mine: no.", "ppo.init=mine: no. mine: no."),
+    ],
+)
+def test_names_from_inside_become_the_users_keys(inside: str, outside: str | None) -> None:
+    with pytest.raises(ConfigError) as error, said_as(WORDS):
+        raise ConfigError(inside)
+    assert str(error.value) == (outside or inside)
+
+
+def test_what_a_stage_was_told(tmp_path: Path) -> None:
+    base = BaseModelFiles(tmp_path, "", ModelConfig(kind="local", path="here"))
+    stages = experiment("ppo.init=mine", "ppo.reward=model:judge").stages
+    assert users_words(stages["ppo"], base) == {
+        "STAGE": "ppo",
+        "model:judge": "ppo.reward=model:judge",
+        "judge": "ppo.reward=model:judge",
+        "mine": "ppo.init=mine",
+        str(tmp_path): "model.path=here",
+    }
+    stages = experiment("ppo.reward=vader", "ppo.critic.init=sft").stages
+    assert users_words(stages["ppo"]) == {"STAGE": "ppo"}  # vader may stand for something else
+
+
+def test_a_reward_models_directory_is_named_by_its_key(tmp_path: Path, tiny_model: Path) -> None:
+    chain, judge = Chain(tmp_path), tmp_path / "judge"
+    shutil.copytree(tiny_model, judge)
+    key = "Error: ppo.reward=model:judge"
+    settings = ("stage=ppo", "ppo.reward=model:judge", "ppo.critic.init=sft", "evaluate.reward=null")
+    assert chain.run(*settings).err.startswith(f"{key}: its score head was never trained")
+    (judge / "model.safetensors").write_bytes(b"no weights")
+    outcome = chain.run(*settings)
+    assert outcome.err.startswith(f"{key}: cannot be read as a model: ") and outcome.code == 2
+    assert outcome.err.rstrip().endswith("Fetch or save its weights again.")
+    (judge / "config.json").unlink()
+    assert chain.run(*settings).err.startswith(f"{key}: no config.json there")
+
+
+def test_a_complaint_that_leaves_a_running_stage_is_named_too(tmp_path: Path, tiny_model: Path) -> None:
+    chain, base = Chain(tmp_path), tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))  # one has no weights
+    outcome = chain.run("stage=sft", "model=local", "model.path=base")
+    assert outcome.statuses["sft"] == "failed"
+    assert outcome.err.startswith("Error: model.path=base: cannot be read as a model: its weights lack ")
+    assert outcome.err.rstrip().endswith("Save it again, whole.")
