@@ -236,7 +236,7 @@ def draw_time(points: Sequence[Point]) -> Figure:
         found = [point for point in points if point.shape.sweep == name]
         line = fits_of(found).get(name)
         tokens = [point.step_tokens for point in found]
-        text = name if line is None else f"{name}: {line.slope * 1e3:.2f} ms per token, R² {line.r2:.3f}"
+        text = name if line is None else f"{name}: {line.slope * 1e3:.1f} ms per token, R² {line.r2:.3f}"
         axes.plot(tokens, [p.step_seconds for p in found], marker, color=colour, label=text)
         if line is not None:
             ends = [0.0, max(tokens)]
