@@ -28,7 +28,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.2,
-    "lines.markersize": 4,
+    "lines.markersize": 5,
     "legend.fontsize": 8,
     "legend.frameon": False,
     "savefig.transparent": True,
@@ -46,7 +46,8 @@ def new_figure(title: str, num_panels: int) -> tuple[Figure, list[Axes]]:
     """A row of panels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * num_panels, 3.2), layout="constrained")
+    width = min(4.2 * num_panels, 9.0)  # no wider than a page
+    figure = Figure(figsize=(width, 3.2), layout="constrained")
     axes = figure.subplots(1, num_panels, squeeze=False)
     figure.suptitle(title)
     return figure, list(axes[0])
