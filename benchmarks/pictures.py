@@ -47,7 +47,8 @@ def comparison(first: str) -> dict[str, float]:
                 low, high = cell.split("..")
                 metrics |= {f"{key}_low/{name}": float(low), f"{key}_high/{name}": float(high)}
             elif words in keys and cell != "-":
-                metrics[f"{keys[words]}/{name}"] = float(cell.replace(",", ""))
+                scale = 1e6 if keys[words] == "storage_bytes" else 1.0
+                metrics[f"{keys[words]}/{name}"] = float(cell.replace(",", "")) * scale
         key = keys.get(words, key)
     return metrics
 

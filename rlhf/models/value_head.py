@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -124,19 +124,14 @@ def check_score_head(directory: Path) -> None:
     if not files and origin_of(directory) is not None:
         files, prefix = [directory / ADAPTER / WEIGHTS], PREFIX
     shapes: dict[str, list[int]] = {}
-    try:
-        with reading(directory):
-            if not files:
-                raise OSError("no safetensors there")
-            for file in files:
-                with safe_open(file, framework="pt") as weights:
-                    names = {f"{prefix}score.{name}" for name in ("weight", "bias")} & set(weights.keys())
-                    shapes |= {name: weights.get_slice(name).get_shape() for name in names}
-            architectures = json.loads((directory / "config.json").read_bytes()).get("architectures")
-    except SafetensorError as error:
-        raise ConfigError(
-            f"{directory}: cannot be read as a model: {error}. Fetch or save its weights again."
-        ) from None
+    with reading(directory):
+        if not files:
+            raise OSError("no safetensors there")
+        for file in files:
+            with safe_open(file, framework="pt") as weights:
+                names = {f"{prefix}score.{name}" for name in ("weight", "bias")} & set(weights.keys())
+                shapes |= {name: weights.get_slice(name).get_shape() for name in names}
+        architectures = json.loads((directory / "config.json").read_bytes()).get("architectures")
     kind = architectures[0] if architectures else "the model"
     is_trained = f"{prefix}score.weight" in shapes
     if f"{prefix}score.bias" in shapes or (not is_trained and kind.endswith("ForSequenceClassification")):

@@ -184,7 +184,7 @@ def test_what_cannot_score_is_told_without_being_loaded(
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     bert = BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=1, **sizes))
     bert.save_pretrained(tmp_path / "bert")
-    with pytest.raises(ConfigError, match=r"BertForS.* has no linear `score` head without bias: it cannot"):
+    with pytest.raises(ConfigError, match=r"BertForS.* has no linear `score` head without bias, as a reward"):
         score_of(tmp_path / "bert")
     with pytest.raises(ConfigError, match="its score head was never trained"):
         score_of(tiny_model)

@@ -57,7 +57,7 @@ def test_a_reward_models_directory_is_named_by_its_key(tmp_path: Path, tiny_mode
     (judge / "model.safetensors").write_bytes(b"no weights")
     outcome = chain.run(*settings)
     assert outcome.err.startswith(f"{key}: cannot be read as a model: ") and outcome.code == 2
-    assert outcome.err.rstrip().endswith("Fetch or save its weights again.")
+    assert outcome.err.rstrip().endswith("judge: fetch or save them again.")
     (judge / "config.json").unlink()
     assert chain.run(*settings).err.startswith(f"{key}: no config.json there")
 
