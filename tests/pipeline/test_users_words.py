@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from experiments import build
 from small_chain import Chain
-from small_plan import experiment
 
 from rlhf.config import ConfigError, said_as
 from rlhf.models.base import BaseModelFiles, ModelConfig
@@ -36,7 +36,7 @@ def test_names_from_inside_become_the_users_keys(inside: str, outside: str | Non
 
 def test_what_a_stage_was_told(tmp_path: Path) -> None:
     base = BaseModelFiles(tmp_path, "", ModelConfig(kind="local", path="here"))
-    stages = experiment("ppo.init=mine", "ppo.reward=model:judge").stages
+    stages = build("ppo.init=mine", "ppo.reward=model:judge").stages
     assert users_words(stages["ppo"], base) == {
         "STAGE": "ppo",
         "model:judge": "ppo.reward=model:judge",
@@ -44,7 +44,7 @@ def test_what_a_stage_was_told(tmp_path: Path) -> None:
         "mine": "ppo.init=mine",
         str(tmp_path): "model.path=here",
     }
-    stages = experiment("ppo.reward=vader", "ppo.critic.init=sft").stages
+    stages = build("ppo.reward=vader", "ppo.critic.init=sft").stages
     assert users_words(stages["ppo"]) == {"STAGE": "ppo"}  # vader may stand for something else
 
 
