@@ -13,19 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from rlhf.costs.model_shape import ModelShape
-from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import GIB, CostContext
 from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.methods import MethodName
 
 Kind = Literal["weights", "gradients", "optimizer", "activations", "logits", "KV cache"]
-HEAD_CHUNK = 256
-"""As rlhf/models/logprobs.py: tokens whose logits are held at once."""
-READ_TOKENS = 4096
-"""As rlhf/generation/sampler.py: tokens of prompts that are read in one pass."""
-CACHE_ROOM = 64
-"""As rlhf/generation/sampler.py: tokens that the cache grows by."""
-LIVE_ELEMENTS = 10**9
-"""DeepSpeed's stage3_max_live_parameters: gathered weights stay until there are so many."""
 FP32 = 4
 LOADING = "loading"
 """The first phase of a stage that trains."""
@@ -72,13 +65,13 @@ class Trained:
     @property
     def of_one(self) -> int:
         """Parameters that train, of a model with an output layer."""
-        return METHODS[self.peft.method].trained(self.on.shape, self.peft)
+        return COSTS[self.peft.method].trained(self.on.shape, self.peft)
 
     @property
     def parameters(self) -> int:
         """That train, of all models."""
         shape = self.scalar or self.on.shape
-        of_scalar = METHODS[self.peft.method].trained(shape, self.peft)
+        of_scalar = COSTS[self.peft.method].trained(shape, self.peft)
         of_scalar -= shape.own_head if self.peft.method == "none" else 0
         return (self.models - self.scalars) * self.of_one + self.scalars * of_scalar
 
@@ -94,15 +87,18 @@ class Trained:
         on, shape = self.on, self.on.shape
         total = sum(weight_bytes(each, self.peft.method, is_scalar=scalar) for each, scalar in self.sets)
         count = sum(each.shape.parameters for each, _ in self.sets)
-        total += on.dtype_bytes * self.parameters if METHODS[self.peft.method].is_adapter else 0
+        total += on.dtype_bytes * self.parameters if COSTS[self.peft.method].is_adapter else 0
         how = f"{name}: {billions(count)} x {on.dtype_bytes} B"
         if not on.shards_weights:
             yield Allocation("weights", total, how)
             return
         yield Allocation("weights", total / on.ranks, f"{how}{over(on.ranks)}", on.zero == "zero3_offload")
-        gathered = min(count, LIVE_ELEMENTS)
         if on.zero == "fsdp2":
             gathered = 2 * shape.linear // shape.layers
+        else:
+            from rlhf.training.deepspeed import LIVE_ELEMENTS
+
+            gathered = min(count, LIVE_ELEMENTS)
         how = f"gathered while they run: {billions(gathered)} x {on.dtype_bytes} B"
         yield Allocation("weights", on.dtype_bytes * gathered, how)
 
@@ -146,7 +142,7 @@ class Trained:
         share = on.ranks if on.zero not in ("none", "zero1") else 1
         if passes == 1 and not at_step and on.zero == "none":
             # they come while activations go; when all of these are there, the output layer's
-            count = on.shape.head if METHODS[self.peft.method].keeps == "all" else count
+            count = on.shape.head if COSTS[self.peft.method].keeps == "all" else count
             how = f"{billions(count)} x {on.dtype_bytes} B, while all activations are there"
             yield Allocation("gradients", on.dtype_bytes * count, how)
             return
@@ -155,9 +151,9 @@ class Trained:
         )
 
 
-def weight_bytes(on: CostContext, method: str = "none", *, is_scalar: bool = False) -> float:
+def weight_bytes(on: CostContext, method: MethodName = "none", *, is_scalar: bool = False) -> float:
     """Of one model, without adapters; a scalar head instead of the output layer is nothing beside it."""
-    quantized, shape = METHODS[method].weight_bytes, on.shape
+    quantized, shape = COSTS[method].weight_bytes, on.shape
     count = shape.parameters - (shape.own_head if is_scalar else 0)
     if quantized is None:
         return on.dtype_bytes * count
@@ -247,7 +243,7 @@ def kept_per_token(on: CostContext, longest: float, peft: PeftConfig) -> float:
 
 def kept_per_layer(on: CostContext, longest: float, peft: PeftConfig) -> float:
     """Bytes a token that one decoder layer keeps: norms, attention, MLP, inputs of linear layers."""
-    shape, b, method = on.shape, on.dtype_bytes, METHODS[peft.method]
+    shape, b, method = on.shape, on.dtype_bytes, COSTS[peft.method]
     norms = shape.normalized * (b if shape.has_fused_norm else FP32)
     kept = norms + kept_by_attention(on, longest, peft) + kept_by_mlp(on) + method.keeps_too(shape, b, peft)
     if method.keeps == "values":
@@ -270,7 +266,7 @@ def kept_by_attention(on: CostContext, longest: float, peft: PeftConfig) -> floa
 
     Behind virtual tokens, under a mask, each head has keys and values of its own, and the mask is kept too.
     """
-    shape, b, method = on.shape, on.dtype_bytes, METHODS[peft.method]
+    shape, b, method = on.shape, on.dtype_bytes, COSTS[peft.method]
     query, keys = shape.heads * shape.head_size, 2 * shape.kv_heads * shape.head_size
     if added := method.added_tokens(shape, peft):
         seen = longest + added
@@ -293,6 +289,8 @@ def reading(on: CostContext, tokens: float) -> Allocation:
 
 def logits(on: CostContext, *, learns: bool) -> Allocation:
     """Of a chunk of tokens: never of a whole pass. On CPUs a few rows at a time in fp32."""
+    from rlhf.models.logprobs import HEAD_CHUNK
+
     copies = 2 if learns else 1
     each = on.dtype_bytes + (0 if on.on_cpu else FP32)
     size = HEAD_CHUNK * on.shape.vocabulary * each * copies
@@ -320,13 +318,16 @@ def sampling(
         yield Allocation("weights", weight_bytes(on), "gathered for sampling")
     if on.vllm is not None:  # see beside_vllm
         return
+    from rlhf.generation.sampler import READ_TOKENS, GrowingLayer
+
     if folds:
         yield folded(on)
     if on.on_cpu and b == 2:
         copied = shape.linear + shape.head
         yield Allocation("weights", b * copied, f"laid out for decoding: {billions(copied)} x {b} B")
-    tokens, per_token = prompt + new_tokens + CACHE_ROOM, b * shape.kv_elements
-    how = f"{rows:.0f} rows x ({prompt:.0f} + {new_tokens} + {CACHE_ROOM}) tokens x {per_token} B"
+    room, per_token = GrowingLayer.ROOM, b * shape.kv_elements
+    tokens = prompt + new_tokens + room
+    how = f"{rows:.0f} rows x ({prompt:.0f} + {new_tokens} + {room}) tokens x {per_token} B"
     yield Allocation("KV cache", rows * tokens * per_token, how)
     each = b + 4 * FP32
     yield Allocation(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from rlhf.costs.model_shape import ModelShape
 from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.methods import MethodName
 
 Keeps = Literal["all", "inputs", "values", "last"]
 """What a pass keeps for its gradients. all: what weights and activations need; inputs: of the linear layers
@@ -20,11 +21,9 @@ Kept = Callable[[ModelShape, int, PeftConfig], float]
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to tune."""
+class MethodCost:
+    """Of one way to tune."""
 
-    title: str
-    source: str
     trained: Count
     keeps: Keeps
     keeps_too: Kept = lambda shape, b, peft: 0.0
@@ -111,38 +110,20 @@ def _last(shape: ModelShape, peft: PeftConfig) -> int:
     return min(peft.layers, shape.layers) * shape.linear // shape.layers
 
 
-METHODS: dict[str, Method] = {
-    "none": Method("full", "every parameter", _all, "all", is_adapter=False),
-    "lora": Method(
-        "LoRA", "Hu et al. 2021, arXiv:2106.09685", _lora, "inputs", _kept_by_updates, added=_lora,
-        added_kernels=3.0,
+COSTS: dict[MethodName, MethodCost] = {
+    "none": MethodCost(_all, "all", is_adapter=False),
+    "lora": MethodCost(_lora, "inputs", _kept_by_updates, added=_lora, added_kernels=3.0),
+    "dora": MethodCost(_dora, "inputs", _kept_by_dora, added=_dora, added_kernels=33.0),
+    "qlora": MethodCost(
+        _lora, "inputs", _kept_by_updates, added=_lora, added_kernels=3.0, weight_bytes=4.127 / 8
     ),
-    "dora": Method(
-        "DoRA", "Liu et al. 2024, arXiv:2402.09353", _dora, "inputs", _kept_by_dora, added=_dora,
-        added_kernels=33.0,
+    "ia3": MethodCost(_ia3, "values", _kept_by_factors, added=_ia3, added_kernels=0.5),
+    "adapter": MethodCost(
+        _bottlenecks, "values", _kept_by_bottlenecks, added=_bottlenecks, added_kernels=0.8
     ),
-    "qlora": Method(
-        "QLoRA", "Dettmers et al. 2023, arXiv:2305.14314, NF4 with double quantization: 4.127 bits a weight",
-        _lora, "inputs", _kept_by_updates, added=_lora, added_kernels=3.0, weight_bytes=4.127 / 8,
-    ),
-    "ia3": Method(
-        "IA3", "Liu et al. 2022, arXiv:2205.05638", _ia3, "values", _kept_by_factors, added=_ia3,
-        added_kernels=0.5,
-    ),
-    "adapter": Method(
-        "adapter", "Pfeiffer et al. 2020, arXiv:2005.00247: a bottleneck a layer", _bottlenecks, "values",
-        _kept_by_bottlenecks, added=_bottlenecks, added_kernels=0.8,
-    ),
-    "prefix": Method(
-        "prefix", "Li and Liang 2021, arXiv:2101.00190", _prefix, "values", added_tokens=_tokens
-    ),
-    "prompt": Method(
-        "prompt", "Lester et al. 2021, arXiv:2104.08691", _prompt, "values", added_tokens=_tokens
-    ),
-    "p_tuning": Method(
-        "p-tuning", "Liu et al. 2021, arXiv:2103.10385: an MLP makes the soft tokens", _p_tuning, "values",
-        added_tokens=_tokens,
-    ),
-    "freeze": Method("last layers", "the last layers train", _last, "last", is_adapter=False),
-}  # fmt: skip
-"""By the name that `peft=` has for it; what can be done with it is in `rlhf.models.peft.methods.METHODS`."""
+    "prefix": MethodCost(_prefix, "values", added_tokens=_tokens),
+    "prompt": MethodCost(_prompt, "values", added_tokens=_tokens),
+    "p_tuning": MethodCost(_p_tuning, "values", added_tokens=_tokens),
+    "freeze": MethodCost(_last, "last", is_adapter=False),
+}
+"""Of each of `rlhf.models.peft.methods.METHODS`."""

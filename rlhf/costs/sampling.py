@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rlhf.costs.memory import MemoryPhase, beside_vllm, frozen_weights, logits, reading, sampling
-from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel, exactly, joined
 from rlhf.data.prepared import LengthStats
@@ -14,7 +14,7 @@ from rlhf.models.peft.config import PeftConfig
 
 def most_added(on: CostContext, tuned: Iterable[PeftConfig | None]) -> int:
     """Virtual tokens that any of the models which are trained like this puts before its rows."""
-    return max((METHODS[peft.method].added_tokens(on.shape, peft) for peft in tuned if peft), default=0)
+    return max((COSTS[peft.method].added_tokens(on.shape, peft) for peft in tuned if peft), default=0)
 
 
 def sampling_cost(

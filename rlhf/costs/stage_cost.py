@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple
 
 from rlhf.costs.hardware import Speed
 from rlhf.costs.memory import MemoryPhase
-from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
+from rlhf.models.peft.methods import MethodName
 
 Activity = Literal["read", "train", "decode", "optimizer", "load"]
 EFFICIENCY: dict[Activity, float] = {"read": 0.39, "train": 0.43, "decode": 0.4}
@@ -91,14 +92,14 @@ class ThroughputModel:
         self,
         tokens: float,
         length: float,
-        method: str,
+        method: MethodName,
         *,
         predicted: float = 0.0,
         checkpointing: bool,
         what: str,
     ) -> Task:
         """Forward and backward; logits are computed twice, checkpointed layers too."""
-        is_full = METHODS[method].keeps == "all"
+        is_full = COSTS[method].keeps == "all"
         times = (3 if is_full else 2) + (1 if checkpointing else 0)
         head = (4 if is_full else 3) * 2 * predicted * self.on.shape.head
         work = tokens * times * self.forward(length) + head

@@ -15,13 +15,13 @@ from rlhf.costs.memory import (
     over,
     reading,
 )
-from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel
 from rlhf.data.prepared import LengthStats
 from rlhf.distributed.batching import num_batches
-from rlhf.models.peft import methods as tuning_methods
 from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.methods import METHODS
 
 
 def training_cost(
@@ -83,7 +83,7 @@ def training_cost(
     return StageCost(
         phases, work, artifact=artifact_bytes(on, peft, is_scalar=not has_logits),
         checkpoint=3 * FP32 * trained.parameters,
-        longest=longest + METHODS[peft.method].added_tokens(on.shape, peft), context=on.shape.context,
+        longest=longest + COSTS[peft.method].added_tokens(on.shape, peft), context=on.shape.context,
     )  # fmt: skip
 
 
@@ -100,6 +100,6 @@ def published(on: CostContext, parameters: float, *, is_scalar: bool = False) ->
 
 def artifact_bytes(on: CostContext, peft: PeftConfig, *, is_scalar: bool = False) -> float:
     """On disk: the model where the method merges, and what trained beside it."""
-    beside = 0 if peft.method == "none" else on.dtype_bytes * METHODS[peft.method].published(on.shape, peft)
+    beside = 0 if peft.method == "none" else on.dtype_bytes * COSTS[peft.method].published(on.shape, peft)
     model = frozen_weights(on, "published", is_scalar=is_scalar).size
-    return beside + (model if tuning_methods.METHODS[peft.method].merges else 0)
+    return beside + (model if METHODS[peft.method].merges else 0)

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.costs.memory import MemoryPhase, frozen_weights, sampling
-from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import EFFICIENCY, LAYER_SECONDS, StageCost, ThroughputModel, one_after_the_other
 from rlhf.distributed.compute import Compute, Zero
-from rlhf.models.peft import methods as tuning_methods
 from rlhf.models.peft.attach import check_attachable
 from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment, check_method
 from rlhf.pipeline.preflight import check_tunes, shortage, tightest
 from rlhf.pipeline.stage import Stage
@@ -146,7 +146,12 @@ def prompted(on: CostContext, use: Use) -> Iterator[Strategy]:
 
 
 def tuned(
-    name: str, stages: Sequence[Stage], given: Experiment, base: PreTrainedModel, on: CostContext, use: Use
+    name: MethodName,
+    stages: Sequence[Stage],
+    given: Experiment,
+    base: PreTrainedModel,
+    on: CostContext,
+    use: Use,
 ) -> Strategy:
     """A tuning method, sharded and squeezed as little as makes it fit."""
     method, tried, fitting = METHODS[name], [], []
@@ -169,7 +174,7 @@ def tuned(
     setting, changed, cost, refused = (accepted or fitting or tried[-1:])[0]
     peft = changed[0].peft_config()
     assert peft is not None
-    count = method.published(on.shape, peft)
+    count = COSTS[name].published(on.shape, peft)
     strategy = Strategy(
         method.title, setting, cost,
         Figure(on.dtype_bytes * count, f"{count:.3g} parameters x {on.dtype_bytes} B"),
@@ -181,9 +186,9 @@ def tuned(
         against.append("4-bit weights need a GPU")
     if use.deploy == "api_only":
         against.append("deploy=api_only: weights are out of reach")
-    if use.deploy == "merged" and not tuning_methods.METHODS[name].merges:
+    if use.deploy == "merged" and not method.merges:
         against.append("deploy=merged: it cannot be folded into the weights")
-    if use.deploy == "many_adapters" and not method.is_adapter:
+    if use.deploy == "many_adapters" and not COSTS[name].is_adapter:
         against.append("deploy=many_adapters: each task would need a model of its own")
     for stage in changed:
         if stage.name == "sft" and use.prompt + use.answer > (limit := stage.model_dump()["max_tokens"]):
@@ -208,24 +213,24 @@ def refused_by_stages(
             yield str(error).removesuffix(".")
 
 
-def attempts(on: CostContext, method: str) -> Iterator[tuple[Zero, int]]:
+def attempts(on: CostContext, method: MethodName) -> Iterator[tuple[Zero, int]]:
     """(zero, how far memory is saved at the cost of time), the fastest first."""
     sharded: list[Zero] = ["zero2", "zero3", "fsdp2"] if on.ranks > 1 else []
     zeros: list[Zero] = ["none", *sharded, *([] if on.on_cpu else ["zero3_offload"])]  # type: ignore[list-item]
-    for zero in zeros if tuning_methods.METHODS[method].shards else zeros[:1]:
+    for zero in zeros if METHODS[method].shards else zeros[:1]:
         for squeeze in (0, 1, 2):
             yield zero, squeeze
 
 
-def with_method(stage: Stage, name: str, squeeze: int, scored_by: str) -> Stage:
+def with_method(stage: Stage, name: MethodName, squeeze: int, scored_by: MethodName) -> Stage:
     """The stage with another tuning method, and what PPO asks for with that; squeezed once it checkpoints
     activations, twice it also takes smaller micro-batches.
 
     Args:
         scored_by: the method that the reward model is trained with.
     """
-    methods, knobs = tuning_methods.METHODS, dict(stage)
-    if methods[name].pads and methods[scored_by].pads and "critic" in knobs:
+    knobs = dict(stage)
+    if METHODS[name].pads and METHODS[scored_by].pads and "critic" in knobs:
         knobs["critic"] = knobs["critic"].model_copy(update={"init": "sft"})
     peft = knobs["peft"]
     if peft.method != name:
@@ -271,7 +276,7 @@ def named_after_stages(costs: Mapping[str, StageCost]) -> StageCost:
 
 def quality(peft: PeftConfig, on: CostContext, use: Use) -> tuple[int, str]:
     """(tier, why): whether what trains can store what the answers say."""
-    count = METHODS[peft.method].trained(on.shape, peft)
+    count = COSTS[peft.method].trained(on.shape, peft)
     answer_bits, stored_bits = BITS_A_TOKEN * use.rows * use.answer, BITS_STORED * count
     holds = f"{count:.3g} trained parameters hold {stored_bits:.2g} bits, the answers about {answer_bits:.2g}"
     if answer_bits > stored_bits:
@@ -290,12 +295,12 @@ def prefill(on: CostContext, tokens: float) -> Figure:
 
 def served(on: CostContext, peft: PeftConfig, use: Use) -> Figure:
     """What an answer takes longer with a method that stays beside the weights."""
-    method = METHODS[peft.method]
-    if tuning_methods.METHODS[peft.method].merges and use.deploy != "many_adapters":
+    cost = COSTS[peft.method]
+    if METHODS[peft.method].merges and use.deploy != "many_adapters":
         return Figure(0.0, "folded into the weights")
-    read = prefill(on, method.added_tokens(on.shape, peft))
-    extra = on.dtype_bytes * method.added(on.shape, peft) / (on.machine.speed.gbytes * 1e9)
-    kernels = on.shape.layers * LAYER_SECONDS * method.added_kernels
+    read = prefill(on, cost.added_tokens(on.shape, peft))
+    extra = on.dtype_bytes * cost.added(on.shape, peft) / (on.machine.speed.gbytes * 1e9)
+    kernels = on.shape.layers * LAYER_SECONDS * cost.added_kernels
     how = f"{use.answer:.0f} tokens x ({extra:.2g} s of weights + {kernels:.2g} s of kernels); {read.how}"
     return Figure(read.value + use.answer * (extra + kernels), how)
 

@@ -22,12 +22,12 @@ from rlhf.costs.memory import (
     sampling,
 )
 from rlhf.costs.model_shape import ModelShape
-from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, Task, ThroughputModel, exactly, joined
 from rlhf.costs.training import artifact_bytes, published
 from rlhf.data.prepared import LengthStats
-from rlhf.models.peft import methods as tuning_methods
+from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import directory_of
 from rlhf.ppo.config import PpoConfig
 
@@ -56,7 +56,7 @@ def ppo_cost(
     once = mini == batch and on.passes(batch, length, most) == 1
     passes = on.passes(mini, length, most)
 
-    method = tuning_methods.METHODS[config.peft.method]
+    method = METHODS[config.peft.method]
     shares = method.shares and on.zero == "none"
     folds = shares and reward_method == "lora" and same_start
     """The reward model is the policy's start with an adapter."""
@@ -113,7 +113,7 @@ def ppo_cost(
         beside_vllm(on, phases), ppo_work(config, on, scorer, critic, trained, once=once),
         artifact=artifact_bytes(on, config.peft),
         checkpoint=3 * FP32 * trained.parameters + best + average,
-        longest=length.longest + METHODS[config.peft.method].added_tokens(on.shape, config.peft),
+        longest=length.longest + COSTS[config.peft.method].added_tokens(on.shape, config.peft),
         sampled=length.longest, context=on.shape.context,
     )  # fmt: skip
 
@@ -150,7 +150,7 @@ def mixed(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocat
 
 def mix_lengths(config: PpoConfig, on: CostContext) -> LengthStats:
     """Lengths of the mix's rows, cut to the context beside virtual tokens."""
-    room = on.shape.context - METHODS[config.peft.method].added_tokens(on.shape, config.peft)
+    room = on.shape.context - COSTS[config.peft.method].added_tokens(on.shape, config.peft)
     return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(room)
 
 

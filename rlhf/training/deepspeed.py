@@ -25,6 +25,8 @@ from rlhf.training.optimizer import ClippedAdamW, parameter_group
 TAG, UNIVERSAL = "zero", "zero_universal"
 BUCKET_ELEMENTS = 5 * 10**8
 """Largest number of gradients that are sent together: DeepSpeed's default. Its buffer has this size."""
+LIVE_ELEMENTS = 10**9
+"""Stage 3 keeps gathered weights until there are so many: DeepSpeed's default."""
 
 
 class ZeroEngine(Engine):
@@ -174,6 +176,7 @@ def zero_config(compute: Compute, trained: int) -> dict[str, Any]:
         "stage": stage,
         "sub_group_size": 10**12,  # one group of parameters is one group to clip
         "reduce_bucket_size": min(BUCKET_ELEMENTS, trained),  # its buffer is there whatever the model's size
+        "stage3_max_live_parameters": LIVE_ELEMENTS,
     }
     if compute.zero == "zero3_offload":
         on_host = {"device": "cpu", "pin_memory": compute.device.type == "cuda"}

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlhf.costs.model_shape import shape_of
-from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.peft_costs import COSTS
 from rlhf.models.base import BaseModelFiles, ModelConfig, UnknownShapeError
 from rlhf.models.peft.attach import attach, count_parameters
 from rlhf.models.peft.config import PeftConfig
@@ -63,7 +63,7 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
     ids=str,
 )  # fmt: skip
 def test_a_method_trains_and_publishes_as_many_parameters_as_are_counted(name: str, peft: PeftConfig) -> None:
-    model, method, shape = real(CONFIGS[name]), METHODS[peft.method], shape_of(CONFIGS[name])
+    model, method, shape = real(CONFIGS[name]), COSTS[peft.method], shape_of(CONFIGS[name])
     adapter = attach(model, peft)
     assert method.trained(shape, peft) == count_parameters(model)[0]
     if peft.method != "none":
@@ -74,7 +74,7 @@ def test_what_is_counted_nearly(tiny_model: Path) -> None:
     for peft in (PeftConfig(method="freeze", layers=1), PeftConfig(method="ia3")):
         model = real(CONFIGS["tied"])
         attach(model, peft)
-        counted = METHODS[peft.method].trained(shape_of(CONFIGS["tied"]), peft)
+        counted = COSTS[peft.method].trained(shape_of(CONFIGS["tied"]), peft)
         assert counted == pytest.approx(count_parameters(model)[0], rel=0.01)  # but for the norms
 
 

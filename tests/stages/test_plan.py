@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from transformers import MistralConfig, Qwen3Config
 import rlhf.costs.hardware
 from rlhf.costs.hardware import Machine, Speed, calibrated_speed
 from rlhf.costs.model_shape import counted
-from rlhf.costs.peft_costs import METHODS
+from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import GIB, CostContext
 from rlhf.data.prepared import LengthStats
 from rlhf.models.base import BaseModelFiles, ModelConfig, skeleton
-from rlhf.models.peft import methods
+from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment
 from rlhf.planner.report import experiment_file
 from rlhf.planner.strategies import Use, rank_strategies
@@ -90,8 +91,8 @@ def test_a_model_that_is_not_here_on_gpus_that_are_not_here(chain: Chain, config
 
 
 def test_every_method_of_peft_is_planned() -> None:
-    assert METHODS.keys() == methods.METHODS.keys()
-    assert {name for name, method in METHODS.items() if not method.is_adapter} == {"none", "freeze"}
+    assert COSTS.keys() == METHODS.keys() == {*get_args(MethodName)}
+    assert {name for name, method in COSTS.items() if not method.is_adapter} == {"none", "freeze"}
 
 
 def test_one_small_gpu_needs_the_hosts_memory(chain: Chain, config_of_8b: Path) -> None:

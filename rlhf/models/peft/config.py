@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from rlhf.config import Strict
-from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.methods import METHODS, MethodName
 
 
 class PeftConfig(Strict):
@@ -22,9 +22,7 @@ class PeftConfig(Strict):
     What each method is, its source and what works with it: rlhf/models/peft/methods.py.
     """
 
-    method: Literal[
-        "none", "lora", "dora", "qlora", "ia3", "freeze", "adapter", "prefix", "prompt", "p_tuning"
-    ]
+    method: MethodName
     """none trains all parameters."""
     rank: PositiveInt = 16
     """lora, dora, qlora: rank of the update."""
