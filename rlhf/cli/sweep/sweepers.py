@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,29 +42,11 @@ from rlhf.tracking.redaction import RedactingConsole, redacted, says_secret
 if TYPE_CHECKING:  # `--help` needs neither of these
     from optuna.distributions import BaseDistribution
 
-    from rlhf.pipeline.experiment import Experiment
     from rlhf.pipeline.stage import Stage
 
 OF_THE_SWEEP = ("sweep", "run_name", "runs_dir")
 MAY_CHANGE = ("sweep.trials", "sweep.parallel", "run_name")
 """Overrides that leave a study what it is."""
-
-
-@dataclass
-class Search:
-    """The command line of a sweep, read and checked."""
-
-    name: str
-    directory: Path
-    knobs: SweepConfig
-    fixed: Mapping[str, str]
-    """Key -> the override that all trials have."""
-    swept: Mapping[str, Override]
-    trials: list[Trial] = field(default_factory=list)
-
-    def trial(self, number: int, values: Mapping[str, str]) -> Trial:
-        """A trial of it, RUNNAME-NUM."""
-        return Trial(number, self.directory.parent / f"{self.name}-{number}", values)
 
 
 class GridSweep(Sweeper):
@@ -74,9 +55,16 @@ class GridSweep(Sweeper):
     hydra_context: HydraContext
     config: DictConfig
     launcher: Launcher
+    directory: Path
+    """The sweep's; named like the sweep."""
+    knobs: SweepConfig
+    fixed: dict[str, str]
+    """Key -> the override that all trials have."""
+    swept: dict[str, Override]
 
     def __init__(self, params: Mapping[str, str] | None) -> None:
         self.params = params or {}
+        self.trials: list[Trial] = []
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra."""
@@ -93,7 +81,8 @@ class GridSweep(Sweeper):
         """
         try:
             with StopSignals().installed():
-                code = self.run(self.search(arguments))
+                self.read(arguments)
+                code = self.run()
         except ConfigError as error:
             print(f"Error: {error}", file=sys.stderr)
             code = CONFIG_ERROR
@@ -102,7 +91,7 @@ class GridSweep(Sweeper):
         if code:
             raise SystemExit(code)
 
-    def search(self, arguments: Sequence[str]) -> Search:
+    def read(self, arguments: Sequence[str]) -> None:
         """Read the command line; check all that can be checked before the first trial.
 
         Raises:
@@ -111,9 +100,9 @@ class GridSweep(Sweeper):
         given = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = {each.get_key_element(): each for each in parser.parse_overrides(given)}
-        swept = {key: each for key, each in overrides.items() if each.is_sweep_override()}
-        fixed = {key: str(each.input_line) for key, each in overrides.items() if key not in swept}
-        for key, override in swept.items():
+        self.swept = {key: each for key, each in overrides.items() if each.is_sweep_override()}
+        self.fixed = {key: str(each.input_line) for key, each in overrides.items() if key not in self.swept}
+        for key, override in self.swept.items():
             if key.partition(".")[0] in OF_THE_SWEEP:
                 raise ConfigError(f"{key}: a sweep's trials share it. Give it one value.")
             if redacted(override.input_line) != override.input_line or says_secret(key):
@@ -121,96 +110,88 @@ class GridSweep(Sweeper):
                     f"{key}: there is a secret among its values, and a sweep writes the values of its trials "
                     "to files. Give it one value, from the environment: '${oc.env:NAME}'."
                 )
-        resolved = self.compose([*fixed.values()])
+        resolved = self.compose([])
         name = resolved["run_name"] or datetime.now().strftime("%Y%m%d-%H%M%S")
         if not isinstance(name, str):
             raise ConfigError(f"run_name={name}: it must be a text. Put a letter in it.")
-        fixed["run_name"] = f"run_name={name}"
-        knobs = validated(SweepConfig, resolved["sweep"], "sweep")
-        search = Search(name, Path(resolved["runs_dir"], name), knobs, fixed, swept)
-        stages: dict[str, Stage] = {}
-        for trial in self.plan(search):
-            experiment = self.build(search, trial)
-            stages |= {name: experiment.stages[name] for name in experiment.needed()}
-        knobs.check(stages)
-        return search
+        self.fixed["run_name"] = f"run_name={name}"
+        self.knobs = validated(SweepConfig, resolved["sweep"], "sweep")
+        self.directory = Path(resolved["runs_dir"], name)
+        from rlhf.pipeline.experiment import build_experiment
 
-    def compose(self, overrides: list[str]) -> dict[str, Any]:
-        """The resolved config with these overrides."""
-        node = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        stages: dict[str, Stage] = {}
+        for trial in self.to_check():
+            experiment = build_experiment(self.compose(trial.overrides))
+            stages |= {name: experiment.stages[name] for name in experiment.needed()}
+        self.knobs.check(stages)
+
+    def trial(self, number: int, values: Mapping[str, str]) -> Trial:
+        """A trial of it, RUNNAME-NUM."""
+        return Trial(number, self.directory.with_name(f"{self.directory.name}-{number}"), values)
+
+    def compose(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """The resolved config of a trial with these overrides."""
+        every = [*self.fixed.values(), *overrides]
+        node = self.hydra_context.config_loader.load_sweep_config(self.config, every)
         with read_write(node), open_dict(node):
             del node["hydra"]
         resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         assert isinstance(resolved, dict)
         return {str(key): value for key, value in resolved.items()}
 
-    def build(self, search: Search, trial: Trial) -> Experiment:
-        """Check a trial's config."""
-        from rlhf.pipeline.experiment import build_experiment
-
-        return build_experiment(self.compose([*search.fixed.values(), *trial.overrides]))
-
-    def plan(self, search: Search) -> list[Trial]:
+    def to_check(self) -> list[Trial]:
         """Trials to be checked beforehand: here, all.
 
         Raises:
             ConfigError: an interval is no list of values.
         """
-        for key, override in search.swept.items():
+        for key, override in self.swept.items():
             if override.is_interval_sweep():
                 raise ConfigError(f"{key}={override.get_value_string()} needs hydra/sweeper=optuna.")
-        lists = [list(override.sweep_string_iterator()) for override in search.swept.values()]
+        lists = [list(override.sweep_string_iterator()) for override in self.swept.values()]
         for number, values in enumerate(itertools.product(*lists)):
-            search.trials.append(search.trial(number, dict(zip(search.swept, values, strict=True))))
-        return search.trials
+            self.trials.append(self.trial(number, dict(zip(self.swept, values, strict=True))))
+        return self.trials
 
-    def begin(self, search: Search) -> None:
+    def begin(self) -> None:
         """Find what an earlier start left; here, the content of the store is enough."""
 
-    def proposals(self, search: Search) -> Iterator[Trial]:
+    def proposals(self) -> Iterator[Trial]:
         """The trials to run, each asked for when it can be started."""
-        yield from search.trials
+        yield from self.trials
 
-    def ended(self, search: Search, trial: Trial) -> None:
+    def ended(self, trial: Trial) -> None:
         """A trial came to its end, or was lost."""
 
-    def run(self, search: Search) -> int:
+    def run(self) -> int:
         """Run the trials and show what they came to; the highest exit code."""
         codes, main = [0], is_main_process()
         console = RedactingConsole(quiet=not main)
-        table = SweepTable(search.directory, search.knobs, search.trials)
-        try:
-            if main:
-                search.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"runs_dir={search.directory.parent}: {search.directory} cannot be created "
-                f"({error.strerror}). Choose another runs_dir."
-            ) from None
-        with Run(search.directory).alone() if main else nullcontext():
-            self.begin(search)
+        table = SweepTable(self.directory, self.knobs, self.trials)
+        with Run(self.directory).alone() if main else nullcontext():
+            self.begin()
             console.print(
-                f"Sweep in {search.directory}; run_name={search.name} continues it.", highlight=False
+                f"Sweep in {self.directory}; run_name={self.directory.name} continues it.", highlight=False
             )
             try:
-                for trial in self.run_trials(search, console):
+                for trial in self.run_trials(console):
                     assert trial.outcome is not None
                     codes.append(CRASH if trial.outcome.code is None else trial.outcome.code)
                     if main:
                         table.write()
-                    self.ended(search, trial)
+                    self.ended(trial)
             finally:
                 if main:
                     table.write()
                     table.show(console)
         return max(codes)
 
-    def run_trials(self, search: Search, console: Console) -> Iterator[Trial]:
+    def run_trials(self, console: Console) -> Iterator[Trial]:
         """Keep as many trials running as the launcher can; each one is handed out when it has ended."""
         finished: queue.Queue[Trial] = queue.Queue()
-        proposals = self.proposals(search)
+        proposals = self.proposals()
         one_by_one = self.config.hydra.launcher._target_.endswith(".BasicLauncher")
-        most, num_running = 1 if one_by_one else search.knobs.parallel, 0
+        most, num_running = 1 if one_by_one else self.knobs.parallel, 0
         while True:
             while num_running < most and (proposal := next(proposals, None)):
                 trial, words = proposal, escape(" ".join(proposal.overrides))
@@ -218,9 +199,9 @@ class GridSweep(Sweeper):
                 trial.outcome = Outcome()
                 num_running += 1
                 if one_by_one:
-                    self.launch(search, trial, finished)
+                    self.launch(trial, finished)
                 else:  # a thread for each, so that a lost job leaves the others alone
-                    threading.Thread(target=self.launch, args=(search, trial, finished), daemon=True).start()
+                    threading.Thread(target=self.launch, args=(trial, finished), daemon=True).start()
             if not num_running:
                 return
             trial = finished.get()
@@ -233,9 +214,9 @@ class GridSweep(Sweeper):
             if one_by_one and trial.outcome.code in (STOPPED, INTERRUPTED):
                 return  # the signal was meant for all
 
-    def launch(self, search: Search, trial: Trial, finished: queue.Queue[Trial]) -> None:
+    def launch(self, trial: Trial, finished: queue.Queue[Trial]) -> None:
         """Run one trial and wait for its end."""
-        overrides = [*search.fixed.values(), *trial.overrides]
+        overrides = [*self.fixed.values(), *trial.overrides]
         retries = self.config.hydra.launcher.get("max_num_timeout", 0)  # of submitit_slurm
         if is_main_process():
             (trial.directory / NOTE).unlink(missing_ok=True)
@@ -257,7 +238,7 @@ class GridSweep(Sweeper):
 class OptunaSweep(GridSweep):
     """Values that optuna proposes, by what earlier trials came to."""
 
-    def plan(self, search: Search) -> list[Trial]:
+    def to_check(self) -> list[Trial]:
         """Trials to be checked beforehand: at the upper ends, with every choice.
 
         Raises:
@@ -269,22 +250,22 @@ class OptunaSweep(GridSweep):
             raise ConfigError(
                 "hydra/sweeper=optuna: start it as one process; launch.processes gives a trial several ranks."
             )
-        if search.knobs.metric is None:
+        if self.knobs.metric is None:
             raise ConfigError(
                 "hydra/sweeper=optuna needs sweep.metric=STAGE/NAME, such as evaluate/gold_mean/ppo."
             )
-        if not search.swept:
+        if not self.swept:
             raise ConfigError(
                 "hydra/sweeper=optuna has nothing to search. Give a key an interval, a range or a list, "
                 "such as 'ppo.optim.lr=tag(log,interval(1e-5,1e-3))'."
             )
-        spaces = {key: space_of(key, override) for key, override in search.swept.items()}
+        spaces = {key: space_of(key, override) for key, override in self.swept.items()}
         self.distributions = {key: distribution for key, (distribution, _) in spaces.items()}
         ends = {key: samples[-1] for key, (_, samples) in spaces.items()}
         checked = [{**ends, key: value} for key, (_, samples) in spaces.items() for value in samples]
-        return [search.trial(0, values) for values in checked]
+        return [self.trial(0, values) for values in checked]
 
-    def begin(self, search: Search) -> None:
+    def begin(self) -> None:
         """Open the study.
 
         Raises:
@@ -292,22 +273,22 @@ class OptunaSweep(GridSweep):
         """
         from rlhf.cli.sweep.optuna_study import Study
 
-        fixed = [redacted(text) for key, text in search.fixed.items() if key not in MAY_CHANGE]
-        swept = [str(override.input_line) for override in search.swept.values()]
-        self.study = Study(search.directory, search.knobs, sorted([*fixed, *swept]), self.distributions)
+        fixed = [redacted(text) for key, text in self.fixed.items() if key not in MAY_CHANGE]
+        swept = [str(override.input_line) for override in self.swept.values()]
+        self.study = Study(self.directory, self.knobs, sorted([*fixed, *swept]), self.distributions)
         for number, values in self.study.known():
-            trial = search.trial(number, values)
+            trial = self.trial(number, values)
             trial.outcome = read_note(trial.directory)
-            search.trials.append(trial)
+            self.trials.append(trial)
 
-    def proposals(self, search: Search) -> Iterator[Trial]:
+    def proposals(self) -> Iterator[Trial]:
         """Those that an earlier start left unfinished, then new ones."""
-        yield from [search.trials[number] for number in self.study.unfinished()]
+        yield from [self.trials[number] for number in self.study.unfinished()]
         while (asked := self.study.ask()) is not None:
-            search.trials.append(search.trial(*asked))
-            yield search.trials[-1]
+            self.trials.append(self.trial(*asked))
+            yield self.trials[-1]
 
-    def ended(self, search: Search, trial: Trial) -> None:
+    def ended(self, trial: Trial) -> None:
         """Tell the study."""
         assert trial.outcome is not None
         self.study.tell(trial.number, trial.outcome)

@@ -10,16 +10,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.cli.execute import execute
 from rlhf.config import ConfigError
 from rlhf.exit_codes import DONE, GATE_FAILED, INTERRUPTED, STOPPED
 from rlhf.locks import Lock
 from rlhf.report.trial import Outcome
-
-if TYPE_CHECKING:  # `--help` needs no torch
-    pass
 
 NOTE = "trial.json"
 
