@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from rlhf.disk import naming
+from rlhf.disk import naming, replace_text
 
 MANIFEST = "manifest.json"
 
@@ -94,14 +93,9 @@ def file_digests(
 
 
 def _write_memory(memory: Path, content: Mapping[str, Any]) -> None:
-    beside = memory.with_name(f"{memory.name}.{uuid4().hex[:8]}")
-    try:
+    with suppress(OSError):  # a store of others', or a full one: then the files are read again next time
         memory.parent.mkdir(exist_ok=True)
-        beside.write_text(json.dumps(content), encoding="utf-8")
-        beside.rename(memory)
-    except OSError:  # a store of others', or a full one: then the files are read again next time
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+        replace_text(memory, json.dumps(content))
 
 
 def directory_digest(directory: Path, memory: Path | None = None, *, read: bool = False) -> str:

@@ -6,8 +6,9 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 TROUBLE = {
     errno.ENOSPC: "Make room, or choose another store_dir= or runs_dir=",
@@ -42,6 +43,22 @@ def naming(path: Path) -> Iterator[None]:
         if found is None or int(found[1]) not in TROUBLE:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside it and rename that, so that whoever reads finds the old one or the new one, whole.
+
+    Raises:
+        OSError: with `filename`.
+    """
+    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        with naming(path):
+            beside.write_text(text, encoding="utf-8")
+            beside.rename(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def in_words(error: OSError) -> str | None:

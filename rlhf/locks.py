@@ -13,6 +13,8 @@ from types import TracebackType
 import psutil
 from filelock import FileLock, Timeout
 
+from rlhf.disk import replace_text
+
 
 class HeldError(TimeoutError):
     """Another process holds the lock. The text says which one."""
@@ -36,12 +38,10 @@ class Lock:
         except Timeout:
             raise HeldError(self.holder()) from None
         me = psutil.Process()
-        beside = self._note.with_name(f".{self._note.name}.{me.pid}")
         said = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}
         with suppress(OSError):  # a full disk: then nobody learns who holds it
             self._note.unlink(missing_ok=True)
-            beside.write_text(json.dumps(said), encoding="utf-8")
-            beside.rename(self._note)
+            replace_text(self._note, json.dumps(said))
 
     @contextmanager
     def awaited(self, log: Callable[[str], None]) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 
 from rlhf.digests import digest_of
+from rlhf.disk import replace_text
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.device import hardware, matmul_speed
 
@@ -121,9 +122,7 @@ def calibrated_speed(compute: Compute, directory: Path) -> Speed:
     speed = Speed(max(each.gflops for each in found), max(each.gbytes for each in found))
     path = _speed_file(compute, directory)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps({"machine": hardware(), **asdict(speed)}), encoding="utf-8")
-    beside.rename(path)
+    replace_text(path, json.dumps({"machine": hardware(), **asdict(speed)}))
     return speed
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rlhf.disk import replace_text
 from rlhf.distributed.compute import Compute
 
 INTERVAL_SECONDS = 1.0
@@ -110,10 +111,8 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while True:
-            beside = self._directory / f".rank{self._compute.rank}.json"
             with suppress(OSError):  # a full disk, say: others hear nothing of this rank until it has room
-                beside.write_text(json.dumps(self._said()), encoding="utf-8")
-                beside.rename(self._file(self._compute.rank))
+                replace_text(self._file(self._compute.rank), json.dumps(self._said()))
             if self._over.wait(INTERVAL_SECONDS):
                 return
 

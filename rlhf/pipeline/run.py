@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.config import Bound, ConfigError
-from rlhf.disk import naming
+from rlhf.disk import replace_text
 from rlhf.evaluation.sampled import Sampled
 from rlhf.locks import HeldError, Lock
 from rlhf.pipeline.store import Artifact
@@ -201,13 +201,8 @@ class Run:
             name: stage | {"metrics": {metric: _finite(value) for metric, value in stage["metrics"].items()}}
             for name, stage in self.stages.items()
         }
-        beside = self.directory / ".summary.json"
-        content = json.dumps(
-            redacted({"stages": stages, "gates": gates, "verdict": self.verdict}), indent=2, allow_nan=False
-        )
-        with naming(self.directory / "summary.json"):
-            beside.write_text(content, encoding="utf-8")
-            beside.rename(self.directory / "summary.json")
+        content = redacted({"stages": stages, "gates": gates, "verdict": self.verdict})
+        replace_text(self.directory / "summary.json", json.dumps(content, indent=2, allow_nan=False))
 
     def begin(self) -> None:
         """Remove the results of an earlier run of this name."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf.disk import naming
+from rlhf.disk import naming, replace_text
 from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.pareto import Point, draw
 from rlhf.report.trial import Trial
@@ -119,10 +119,7 @@ class SweepTable:
                 for trial in self.trials
             ],
         }
-        beside = self.directory / ".sweep.json"
-        with naming(self.directory / "sweep.json"):
-            beside.write_text(json.dumps(redacted(content), indent=2), encoding="utf-8")
-            beside.rename(self.directory / "sweep.json")
+        replace_text(self.directory / "sweep.json", json.dumps(redacted(content), indent=2))
 
     def show(self, console: Console) -> None:
         """Print it."""

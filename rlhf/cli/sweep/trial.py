@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf.cli.execute import execute
 from rlhf.config import ConfigError
+from rlhf.disk import replace_text
 from rlhf.exit_codes import DONE, GATE_FAILED, INTERRUPTED, STOPPED
 from rlhf.locks import Lock
 from rlhf.report.trial import Outcome
@@ -63,9 +64,7 @@ def outcome_of(code: int, summary: Mapping[str, Any]) -> Outcome:
 
 def write_note(directory: Path, outcome: Outcome) -> None:
     """Replace trial.json."""
-    beside = directory / f".{NOTE}"
-    beside.write_text(json.dumps(asdict(outcome), indent=2), encoding="utf-8")
-    beside.rename(directory / NOTE)
+    replace_text(directory / NOTE, json.dumps(asdict(outcome), indent=2))
 
 
 def read_note(directory: Path) -> Outcome | None:
