@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import Message
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.rl.rollout import Rollout
+from rlhf.rl.rollout import Responses
 
 
 def answer_losses(
@@ -29,11 +29,10 @@ def answer_losses(
     context = policy.context_length
     rows = [row for row, (_, given) in enumerate(encoded) if given < context]
     if rows:
-        as_rollout = Rollout(
+        kept = Responses(
             prompt_ids=[torch.tensor(ids[:given]) for ids, given in map(encoded.__getitem__, rows)],
             response_ids=[torch.tensor(ids[given:context]) for ids, given in map(encoded.__getitem__, rows)],
-            stopped=torch.ones(len(rows), dtype=torch.bool),
         )
-        logp_BR = policy.log_probabilities(as_rollout, 1.0, micro_batch_tokens)
-        nats_B[rows], tokens_B[rows] = -logp_BR.sum(-1, dtype=torch.float64), as_rollout.response_lengths
+        logp_BR = policy.log_probabilities(kept, 1.0, micro_batch_tokens)
+        nats_B[rows], tokens_B[rows] = -logp_BR.sum(-1, dtype=torch.float64), kept.response_lengths
     return nats_B, tokens_B

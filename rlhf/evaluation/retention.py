@@ -16,7 +16,7 @@ from rlhf.data.schema import QuestionRow, TextRow
 from rlhf.evaluation.intervals import difference, ratio, share
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.rl.rollout import Rollout
+from rlhf.rl.rollout import Responses
 
 
 class Retained(NamedTuple):
@@ -108,10 +108,9 @@ def continuation_logp(
 ) -> tuple[Tensor, Tensor]:
     """Nats of every token of each (context, continuation), fp32 [B, R], 0 on padding; and the mask."""
     encoded = [continuation_ids(policy.tokenizer, context, continuation) for context, continuation in texts]
-    as_rollout = Rollout(
+    continuations = Responses(
         prompt_ids=[torch.tensor(context) for context, _ in encoded],
         response_ids=[torch.tensor(continuation) for _, continuation in encoded],
-        stopped=torch.zeros(len(encoded), dtype=torch.bool),
     )
-    logp_BR = policy.log_probabilities(as_rollout, temperature=1.0, micro_batch_tokens=micro_batch_tokens)
-    return logp_BR, as_rollout.mask_BR
+    logp_BR = policy.log_probabilities(continuations, 1.0, micro_batch_tokens)
+    return logp_BR, continuations.mask_BR

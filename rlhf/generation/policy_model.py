@@ -21,7 +21,7 @@ from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import response_statistics, rollout_rows
 from rlhf.models.weight_sharing import offload
-from rlhf.rl.rollout import Rollout
+from rlhf.rl.rollout import Responses, Rollout
 
 
 class PolicyModel:
@@ -150,11 +150,11 @@ class PolicyModel:
         )
         return rollout, [response_text(self.tokenizer, ids.tolist()) for ids in rollout.response_ids]
 
-    def log_probabilities(self, rollout: Rollout, temperature: float, micro_batch_tokens: int) -> Tensor:
+    def log_probabilities(self, responses: Responses, temperature: float, micro_batch_tokens: int) -> Tensor:
         """Nats, fp32 [B, R] on the CPU, 0 on padding; without gradient."""
         with self._whole():
             rows = rollout_rows(
-                rollout,
+                responses,
                 micro_batch_tokens,
                 self.compute,
                 lambda batch: (response_statistics(self.model, batch, temperature).logp_N,),

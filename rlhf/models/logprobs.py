@@ -22,7 +22,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.target_modules import backbone_of
-from rlhf.rl.rollout import Rollout, length_mask
+from rlhf.rl.rollout import Responses, length_mask
 
 HEAD_CHUNK = 256
 
@@ -351,24 +351,25 @@ def _attention_here(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def rollout_rows(
-    rollout: Rollout,
+    responses: Responses,
     micro_batch_tokens: int,
     compute: Compute,
     measure: Callable[[Sequences], tuple[Tensor, ...]],
 ) -> list[Tensor]:
-    """Apply measure (a micro-batch -> [N] tensors) to a whole rollout, in micro-batches with a token budget.
+    """Apply measure (a micro-batch -> [N] tensors) to all responses, in micro-batches with a token budget.
 
     The ranks share the work, and each gets the whole result.
 
     Returns:
         One fp32 [B, R] tensor on the CPU for each of measure's results, 0 on padding.
     """
-    shape = rollout.mask_BR.shape
+    shape = responses.mask_BR.shape
     results: list[Tensor] = []
-    lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-    for group, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
-        part = rollout.select(torch.tensor(group))
-        batch = pack_sequences(part.prompt_ids, part.response_ids, compute.device)
+    for group, weight, _ in compute.micro_batches(responses.lengths, micro_batch_tokens):
+        prompts, answers = (
+            [ids[index] for index in group] for ids in (responses.prompt_ids, responses.response_ids)
+        )
+        batch = pack_sequences(prompts, answers, compute.device)
         measured = [batch.to_rows(values_N.float()).cpu() for values_N in measure(batch)]
         results = results or [torch.zeros(shape) for _ in measured]
         for result, rows in zip(results, measured, strict=True):

@@ -113,8 +113,7 @@ class PolicyUpdater:
         it is returned with its graph.
         """
         config = self.config
-        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
-        passes = len(list(self.compute.micro_batches(lengths, config.micro_batch_tokens)))
+        passes = len(list(self.compute.micro_batches(rollout.lengths, config.micro_batch_tokens)))
         once = passes == 1 and len(rollout) == config.minibatch_episodes
         scored: list[ForwardPass] = []
 
@@ -195,11 +194,10 @@ class PolicyUpdater:
         """
         config, device = self.config, self.compute.device
         total_tokens = int(minibatch.mask_BR.sum())
-        rollout = minibatch.rollout
-        lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, rollout.response_ids, strict=True)]
         if self.mix is not None and not critic_only:
             self.accumulate_mix(self.mix)
         deviation = 0.0
+        lengths = minibatch.rollout.lengths
         for group, weight, last in self.compute.micro_batches(lengths, config.micro_batch_tokens):
             part = minibatch.select(torch.tensor(group))
             if scored is None:

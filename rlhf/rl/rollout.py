@@ -22,39 +22,54 @@ from rlhf.rl.advantage import (
 
 
 @dataclass(frozen=True, eq=False)
-class Rollout:
-    """Prompts and responses, one entry per episode, not padded."""
+class Responses:
+    """Prompts and a response to each, sampled or given, not padded."""
 
     prompt_ids: list[Tensor]
     """Each long [prompt length]."""
     response_ids: list[Tensor]
-    """Each long [response length >= 1], up to and including the stop token when one was sampled."""
+    """Each long [response length >= 1]."""
+
+    def __post_init__(self) -> None:
+        assert len(self.prompt_ids) == len(self.response_ids)
+        assert all(len(ids) > 0 for ids in self.response_ids), "every response has at least one token"
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt with its response."""
+        return [len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)]
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """Long [B], tokens; a stop token counts."""
+        return torch.tensor([len(ids) for ids in self.response_ids], dtype=torch.long)
+
+    @property
+    def mask_BR(self) -> Tensor:
+        """Bool, right-padded to the longest response; true on every response token, a stop token included.
+
+        From the lengths, never from token ids: the padding id and the stop id may be the same.
+        """
+        return length_mask(self.response_lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout(Responses):
+    """What the policy answered, one entry per episode. A sampled stop token is the response's last."""
+
     stopped: Tensor
     """Bool [B]: the response ended with a stop token, not at the length limit."""
     sampled_logp: list[Tensor] | None = None
     """Each fp32 [response length], nats, as the generation engine reports them; None if it does not."""
 
     def __post_init__(self) -> None:
-        assert len(self.prompt_ids) == len(self.response_ids) == len(self.stopped)
-        assert all(len(ids) > 0 for ids in self.response_ids), "every episode has at least one sampled token"
+        super().__post_init__()
+        assert len(self.stopped) == len(self)
         if self.sampled_logp is not None:
             assert [len(logp) for logp in self.sampled_logp] == [len(ids) for ids in self.response_ids]
-
-    def __len__(self) -> int:
-        return len(self.response_ids)
-
-    @property
-    def response_lengths(self) -> Tensor:
-        """Long [B], tokens; the stop token counts."""
-        return torch.tensor([len(ids) for ids in self.response_ids], dtype=torch.long)
-
-    @property
-    def mask_BR(self) -> Tensor:
-        """Bool, right-padded to the longest response; true on every sampled token, the stop token included.
-
-        From the lengths, never from token ids: the padding id and the stop id may be the same.
-        """
-        return length_mask(self.response_lengths)
 
     def select(self, indices: Tensor) -> Rollout:
         """The episodes at `indices` (long [any number]), in that order."""

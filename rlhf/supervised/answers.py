@@ -138,13 +138,9 @@ def answer_losses(
     from torch.nn.utils.rnn import pad_sequence
 
     from rlhf.models.logprobs import rollout_rows
-    from rlhf.rl.rollout import Rollout
+    from rlhf.rl.rollout import Responses
 
-    answers = Rollout(
-        prompt_ids=[row.prompt for row in rows],
-        response_ids=[row.answer for row in rows],
-        stopped=torch.ones(len(rows), dtype=torch.bool),
-    )
+    answers = Responses([row.prompt for row in rows], [row.answer for row in rows])
     with torch.no_grad():
         (logp_BR,) = rollout_rows(
             answers, micro_batch_tokens, compute, lambda batch: (engine.model(batch, temperature=1.0).logp_N,)

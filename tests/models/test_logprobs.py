@@ -23,7 +23,7 @@ from rlhf.models.logprobs import (
     response_statistics,
     rollout_rows,
 )
-from rlhf.rl.rollout import Rollout
+from rlhf.rl.rollout import Responses, Rollout
 
 PAD = 2
 CPU = torch.device("cpu")
@@ -199,7 +199,7 @@ def test_a_token_decides_its_own_and_later_probabilities_only(model: PreTrainedM
     prompts, responses = rows()
     before = measured(model, rollout(), 10_000)
     responses[row][changed] = (responses[row][changed] + 40) % 259
-    after = measured(model, Rollout(prompts, responses, torch.zeros(4, dtype=torch.bool)), 10_000)
+    after = measured(model, Responses(prompts, responses), 10_000)
     differs = (after[row] - before[row]).abs() > 1e-4
     assert differs.tolist() == [position >= changed for position in range(8)]
     others = torch.tensor([0, 1, 3])
