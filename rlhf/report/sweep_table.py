@@ -18,6 +18,7 @@ from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.pareto import Point, draw
 from rlhf.report.trial import Trial
 from rlhf.tracking.redaction import redacted, redacted_text
+from rlhf.tracking.tables import Cells
 
 MARK, PICTURE = "best", "pareto.png"
 
@@ -72,7 +73,7 @@ class SweepTable:
                 found.append(Point(name or str(trial.number), gain, loss))
         return found
 
-    def cells(self) -> tuple[list[str], list[list[str]]]:
+    def cells(self) -> Cells:
         """Headings and rows."""
         best = self.best
         headings = ["trial", "run", *(key.lstrip("+") for key in self.keys), "status", *self.metrics]
@@ -83,22 +84,17 @@ class SweepTable:
                 values[0] += f" ({MARK})"
             overrides = [short(trial.values.get(key, "-")) for key in self.keys]
             rows.append([str(trial.number), str(trial.directory), *overrides, trial.status, *values])
-        return headings, rows
+        return Cells(headings, rows)
 
     def write(self) -> None:
         """Write sweep.md and sweep.json, and draw pareto.png."""
-        headings, rows = self.cells()
-        lines = [headings, ["---"] * len(headings), *rows]
-        table = "\n".join(
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-        )
         pareto, points = self.config.pareto, self.points
         picture = ""
         if pareto is not None and points:
             figure = draw(points, pareto.gain, pareto.loss)
             figure.savefig(self.directory / PICTURE, dpi=130, metadata={"Software": None})
             picture = f"\n![{pareto.gain} against {pareto.loss}]({PICTURE})\n"
-        text = f"# Sweep {self.directory.name}\n\n{table}\n{picture}"
+        text = f"# Sweep {self.directory.name}\n\n{self.cells().markdown()}\n{picture}"
         with naming(self.directory / "sweep.md"):
             (self.directory / "sweep.md").write_text(redacted_text(text), encoding="utf-8")
         best = self.best

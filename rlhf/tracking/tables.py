@@ -12,6 +12,7 @@ class Cells(NamedTuple):
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """As a Markdown table."""
+        """As a Markdown table; a `|` in a cell ends none."""
         lines = [self.headings, ["---"] * len(self.headings), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
