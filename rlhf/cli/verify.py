@@ -13,7 +13,7 @@ from rlhf.config import ConfigError
 from rlhf.exit_codes import CONFIG_ERROR, DONE, GATE_FAILED
 from rlhf.pipeline.store import Store
 from rlhf.printable import printable
-from rlhf.training.checkpoint_files import verified
+from rlhf.training.checkpoint import verified
 
 HELP = """python -m rlhf verify [store_dir=DIR]
 

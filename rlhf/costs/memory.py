@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from rlhf.costs.hardware import GIB
 from rlhf.costs.model_shape import ModelShape
 from rlhf.costs.peft_costs import COSTS
-from rlhf.costs.setup import GIB, CostContext
+from rlhf.costs.setup import CostContext
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import MethodName
 

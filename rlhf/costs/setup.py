@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rlhf.generation.vllm import VllmConfig
 
 Sizes = Callable[[Role, Split], LengthStats]
-GIB = 2**30
 LARGEST_BATCH = 2.5
 """Standard deviations by which the largest of some hundred batches passes the mean one."""
 DRAWN_BATCHES = 100

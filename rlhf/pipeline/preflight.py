@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from rlhf.config import ConfigError, said_as
-from rlhf.costs.hardware import found_machine, kept_speed, quick_speed
+from rlhf.costs.hardware import GIB, found_machine, kept_speed, quick_speed
 from rlhf.costs.memory import MemoryPhase, amount
 from rlhf.costs.model_shape import ModelShape, counted
-from rlhf.costs.setup import GIB, CostContext, Sizes, pads_rows
+from rlhf.costs.setup import CostContext, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from rlhf.costs.hardware import GIB
 from rlhf.costs.memory import amount
-from rlhf.costs.setup import GIB, CostContext
+from rlhf.costs.setup import CostContext
 from rlhf.pipeline.preflight import most
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells

@@ -23,15 +23,15 @@ from uuid import uuid4
 from pydantic import PositiveFloat, PositiveInt
 
 from rlhf.config import ConfigError, Strict
-from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, flush
+from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, flush, leads_out
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import Stopped, StopSignals
 from rlhf.tracking.tracker import Tracker
-from rlhf.training.checkpoint_files import CHECKPOINT_FORMAT, verified
 
 if TYPE_CHECKING:
     from rlhf.training.engine import Engine
 
+CHECKPOINT_FORMAT = 4
 LOOP = "loop.pt"
 NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write|iostream error", re.I)
 """What torch.save says if it cannot write to the disk. Any other error means that another rank was lost."""
@@ -49,6 +49,30 @@ class CheckpointConfig(Strict):
     """How many of the newest checkpoints stay until the stage is done."""
     resume: bool
     """Whether to continue from the newest checkpoint; false starts the stage again."""
+
+
+def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
+    """The manifest of a checkpoint whose files are unchanged; otherwise None, and what is wrong."""
+    try:
+        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_bytes())
+        if manifest["format"] != CHECKPOINT_FORMAT:
+            return None, f"written in format {manifest['format']}, this version reads {CHECKPOINT_FORMAT}"
+        if (
+            digest_of({key: value for key, value in manifest.items() if key != "digest"})
+            != manifest["digest"]
+        ):
+            return None, f"{MANIFEST} is not what was written"
+        if manifest["name"] != checkpoint.name:
+            return None, f"{MANIFEST} belongs to {manifest['name']}"
+        outside = leads_out(checkpoint, manifest["files"])
+        if outside is not None:
+            return None, f"{outside} leads out of its directory"
+        for name, digest in manifest["files"].items():
+            if file_digest(checkpoint / name) != digest:
+                return None, f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+    return manifest, ""
 
 
 @dataclass

@@ -25,7 +25,7 @@ from rlhf.models.base import ModelConfig, check_hub_files
 from rlhf.pipeline import store as artifacts
 from rlhf.pipeline.runner import Pipeline
 from rlhf.pipeline.store import DamagedError, Store, read_manifest, recipe_key, write_manifest
-from rlhf.training.checkpoint_files import CHECKPOINT_FORMAT
+from rlhf.training.checkpoint import CHECKPOINT_FORMAT
 
 KEY = recipe_key(RECIPE)
 

@@ -12,7 +12,7 @@ from test_security import sign
 from rlhf.config import ConfigError
 from rlhf.digests import MANIFEST, file_digest
 from rlhf.pipeline.store import Manifest, Store, write_manifest
-from rlhf.training.checkpoint_files import CHECKPOINT_FORMAT, verified
+from rlhf.training.checkpoint import CHECKPOINT_FORMAT, verified
 
 
 @pytest.mark.parametrize("name", ["../../sft.jsonl", "{absolute}", "link", "linked/sft.jsonl"])

@@ -17,10 +17,10 @@ from small_job import on_cpu
 from transformers import MistralConfig, Qwen3Config
 
 import rlhf.costs.hardware
-from rlhf.costs.hardware import Machine, Speed, calibrated_speed
+from rlhf.costs.hardware import GIB, Machine, Speed, calibrated_speed
 from rlhf.costs.model_shape import counted
 from rlhf.costs.peft_costs import COSTS
-from rlhf.costs.setup import GIB, CostContext
+from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
 from rlhf.models.base import BaseModelFiles, ModelConfig, skeleton
 from rlhf.models.peft.methods import METHODS, MethodName
