@@ -82,13 +82,13 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_size
 
 
-def shape_of(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> ModelShape:
-    """Count what the model would have.
+def shape_of(config: PreTrainedConfig) -> ModelShape:
+    """Count what the model would have; code of its own is not run.
 
     Raises:
         UnknownShapeError: not a transformer's config.
     """
-    return counted(skeleton(config, trust_remote_code=trust_remote_code))
+    return counted(skeleton(config))
 
 
 def counted(model: PreTrainedModel) -> ModelShape:

@@ -46,10 +46,10 @@ NO_HEAD = (
 class ScalarHead(nn.Module):
     """value = weight . hidden + offset, computed in fp32 for any dtype of the weights."""
 
-    def __init__(self, weight: nn.Parameter, offset: float) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
-        self.offset = nn.Parameter(torch.tensor([offset], device=weight.device))
+        self.offset = nn.Parameter(torch.zeros(1, device=weight.device))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [...]."""
@@ -63,11 +63,11 @@ class ScalarModel(nn.Module):
     normalised score.
     """
 
-    def __init__(self, model: PreTrainedModel, weight: nn.Parameter, offset: float = 0.0) -> None:
+    def __init__(self, model: PreTrainedModel, weight: nn.Parameter) -> None:
         """`weight` [1, H] is the head. In a sequence-classification model it is its own `score.weight`."""
         super().__init__()
         self.model = model
-        self.head = ScalarHead(weight, offset)
+        self.head = ScalarHead(weight)
 
     @property
     def offset(self) -> nn.Parameter:
