@@ -79,7 +79,7 @@ def test_minibatches_of_one_and_none_of_nothing() -> None:
 
 
 def test_an_episode_without_a_token_is_refused_in_words() -> None:
-    with pytest.raises(AssertionError, match=r"^every episode has at least one sampled token"):
+    with pytest.raises(AssertionError, match=r"^every response has at least one token"):
         Rollout([torch.tensor([1])], [torch.tensor([], dtype=torch.long)], torch.tensor([True]))
 
 
