@@ -155,8 +155,9 @@ def tuned(
 ) -> Strategy:
     """A tuning method, sharded and squeezed as little as makes it fit."""
     method, tried, fitting = METHODS[name], [], []
-    is_for_all = any(stage.name == "reward" for stage in stages)
-    scored_by = name if is_for_all else dict(given.stages["reward"])["peft"].method
+    reward = next(stage for stage in given.stages.values() if stage.publishes == "reward")
+    is_for_all = any(stage.name == reward.name for stage in stages)
+    scored_by = name if is_for_all else dict(reward)["peft"].method
     for zero, squeeze in attempts(on, name):
         setting = replace(on, zero=zero)
         changed = [with_method(stage, name, squeeze, scored_by) for stage in stages]

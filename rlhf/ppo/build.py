@@ -26,7 +26,7 @@ from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.ppo.update import ActorCritic
-from rlhf.rewards.model import LearnedReward, make_reward
+from rlhf.rewards.model import LearnedReward
 from rlhf.rewards.reward import Reward
 from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.tracking.redaction import redacted
@@ -42,18 +42,8 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
     backbone = shared_backbone(config, policy, start, compute)
     adapter = attach(policy, config.peft)
     check_reached(policy)
-    learned = job.inputs["reward"].path if config.reward == "learned" else None
     frozen_on = compute.loads_on if config.frozen_placement == "sharded" else compute.device
-    reward = make_reward(
-        config.reward,
-        learned,
-        settings,
-        compute,
-        config.micro_batch_tokens,
-        job.reward_server,
-        backbone,
-        frozen_on,
-    )
+    reward = job.reward(config.reward, config.micro_batch_tokens, backbone, frozen_on)
     normalizer = score_normalizer(config, job)
     critic = load_critic(config, job, reward, normalizer, tokenizer, backbone)
     attach(critic.model, config.peft)

@@ -46,7 +46,7 @@ def chain_of(own: type[Stage] = OwnStage, *overrides: str) -> dict[str, Stage]:
     """The packaged stages, merge(dpo), and the stage from outside behind those it reads."""
     stages = dict(build("model=tiny", *overrides).stages)
     stages["dpo"] = own.model_construct(gates={})
-    stages["merge"] = MergeStage.model_construct(policy="dpo", gates={})
+    stages["merge"] = MergeStage.model_construct(policy="dpo", alpha=0.5, gates={})
     return in_order(stages)
 
 
