@@ -7,7 +7,9 @@
 #
 #   NNODES (1)   of several machines: NODE_RANK, MASTER_ADDR (machine 0) and MASTER_PORT (29500)
 #   NPROC_PER_NODE: ranks on each machine (as many as GPUs; 1 without)
+#   OMP_NUM_THREADS: threads of each rank (the machine's cores, shared by its ranks)
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: the network to use, where host names do not lead to it
+#   PROLOGUE: a file that is read first, for modules and such variables (launch/prologue.sh)
 #
 # All machines must share store_dir and runs_dir. SIGTERM, SIGUSR1 or Ctrl-C on any of them lets all ranks save
 # and end; a second one ends the ranks of its machine at once. The exit code is that of `python -m rlhf`; after 75
@@ -17,19 +19,35 @@ set -euo pipefail
 dry_run=false
 if [ "${1:-}" = --dry-run ]; then dry_run=true; shift; fi
 
+if [ -n "${PROLOGUE:-}" ]; then
+  if [ ! -r "$PROLOGUE" ]; then
+    echo "Error: PROLOGUE=$PROLOGUE: no such file, seen from $PWD." >&2
+    exit 2
+  fi
+  set +u # `module` reads variables that nobody has set
+  # shellcheck source=launch/prologue.sh
+  . "$PROLOGUE"
+  set -u
+fi
+
 : "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}"
 if [ -z "${NPROC_PER_NODE:-}" ]; then
   NPROC_PER_NODE=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 fi
+if [ -z "${OMP_NUM_THREADS:-}" ]; then # torchrun would give each of several ranks one
+  OMP_NUM_THREADS=$(($(nproc) / NPROC_PER_NODE))
+  if [ "$OMP_NUM_THREADS" -eq 0 ]; then OMP_NUM_THREADS=1; fi
+fi
+export OMP_NUM_THREADS
 
-RLHF_EXIT_CODES=$(mktemp -d)
-export RLHF_EXIT_CODES
+RLHF_NOTES=$(mktemp -d)
+export RLHF_NOTES
 collector=
-trap 'rm -rf "$RLHF_EXIT_CODES"; if [ -n "$collector" ]; then kill "$collector" 2>/dev/null || true; fi' EXIT
+trap 'rm -rf "$RLHF_NOTES"; if [ -n "$collector" ]; then kill "$collector" 2>/dev/null || true; fi' EXIT
 
 if [ "$NNODES" = 1 ]; then # in a file: torchrun's own port would be open to the network
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # nor does torchrun open one for the ranks, which do so on 127.0.0.1
-  meet=(--rdzv-backend=c10d --rdzv-conf=store_type=file "--rdzv-endpoint=$RLHF_EXIT_CODES/rendezvous"
+  meet=(--rdzv-backend=c10d --rdzv-conf=store_type=file "--rdzv-endpoint=$RLHF_NOTES/rendezvous"
     --local-addr=127.0.0.1)
 else
   meet=("--node-rank=$NODE_RANK" "--master-addr=$MASTER_ADDR" "--master-port=$MASTER_PORT")
@@ -40,7 +58,7 @@ fi
 run=(setsid python -m torch.distributed.run "--nnodes=$NNODES" "--nproc-per-node=$NPROC_PER_NODE" "${meet[@]}"
   --signals-to-handle "SIGTERM,SIGUSR1,SIGINT" -m rlhf "$@")
 if $dry_run; then
-  printf '%q ' "${run[@]}"
+  printf '%q ' "OMP_NUM_THREADS=$OMP_NUM_THREADS" "${run[@]}"
   echo
   exit
 fi
@@ -55,12 +73,12 @@ signal_ranks() { # torchrun's children
 }
 # shellcheck disable=SC2329
 kill_ranks() {
-  touch "$RLHF_EXIT_CODES/killed"
+  touch "$RLHF_NOTES/killed"
   signal_ranks KILL
 }
 # shellcheck disable=SC2329
 collect() { # once a rank has ended, the others have a minute, as under srun: one that hangs hears nothing
-  until ls "$RLHF_EXIT_CODES"/rank* >/dev/null 2>&1; do sleep 1; done
+  until ls "$RLHF_NOTES"/rank* >/dev/null 2>&1; do sleep 1; done
   for _ in {1..60}; do sleep 1; done
   kill_ranks
 }
@@ -94,11 +112,11 @@ while kill -0 "$torchrun" 2>/dev/null; do # a signal ended `wait`, not torchrun
 done
 
 if [ "$code" -ne 0 ]; then # always 1; what the ranks ended with says more
-  failed=$(cat "$RLHF_EXIT_CODES"/rank* 2>/dev/null | grep -vx -e 0 -e 75 | head -n 1) || true
-  stopped=$(cat "$RLHF_EXIT_CODES"/rank* 2>/dev/null | grep -cx 75) || true
+  failed=$(cat "$RLHF_NOTES"/rank* 2>/dev/null | grep -vx -e 0 -e 75 | head -n 1) || true
+  stopped=$(cat "$RLHF_NOTES"/rank* 2>/dev/null | grep -cx 75) || true
   if [ -n "$failed" ]; then
     code=$failed
-  elif [ "$stopped" = "$NPROC_PER_NODE" ] || [ -e "$RLHF_EXIT_CODES/killed" ]; then
+  elif [ "$stopped" = "$NPROC_PER_NODE" ] || [ -e "$RLHF_NOTES/killed" ]; then
     code=75
   fi
 fi

@@ -6,6 +6,7 @@ collective executes none. So a second thread receives signals too: see `StopSign
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -201,10 +202,18 @@ def leave_exit_code(code: int | str | None) -> None:
     torchrun always ends with 1 if a rank failed. srun ends with the highest code, which is 75 if one rank
     crashed and the others were then stopped. After this call no signal can change how this process ends.
     """
-    directory = os.environ.get("RLHF_EXIT_CODES")
-    if directory is None:
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    with suppress(OSError):  # the run ended as it did, whether or not its launcher can be told
-        (Path(directory) / f"rank{rank}").write_text(f"{code or 0}\n", encoding="utf-8")
+    if "RLHF_NOTES" in os.environ:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        _leave_note(f"rank{os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))}", code or 0)
+
+
+def leave_stop_seconds(seconds: float) -> None:
+    """Note how long a stop takes, for launch/slurm.sbatch, which signals that long before the time limit."""
+    if "RLHF_NOTES" in os.environ:
+        _leave_note("stop_seconds", math.ceil(seconds))
+
+
+def _leave_note(name: str, content: object) -> None:
+    """Write to the directory where the scripts in launch/ look for what ranks tell them."""
+    with suppress(OSError):  # the run goes on, or ended as it did, whether or not its launcher can be told
+        (Path(os.environ["RLHF_NOTES"]) / name).write_text(f"{content}\n", encoding="utf-8")

@@ -25,7 +25,7 @@ from pydantic import PositiveFloat, PositiveInt
 from rlhf.config import ConfigError, Strict
 from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, flush, leads_out
 from rlhf.distributed.compute import Compute
-from rlhf.distributed.signals import Stopped, StopSignals
+from rlhf.distributed.signals import Stopped, StopSignals, leave_stop_seconds
 from rlhf.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -98,9 +98,11 @@ class Checkpointer:
     """The manifest of the newest checkpoint that is intact."""
 
     def __post_init__(self) -> None:
-        self._start = self._last = time.monotonic()
+        self._start = self._last = self._step_start = time.monotonic()
+        self._longest_step = 0.0
         self.newest = self.compute.main_only(self._find)
         self.seconds = self.newest["seconds"] if self.newest else 0.0
+        self._save_seconds = self.newest.get("save_seconds") if self.newest else None
 
     def restore(self, engine: Engine) -> dict[str, Any] | None:
         """Load the newest checkpoint and return the loop's state; None if there is no checkpoint.
@@ -135,7 +137,7 @@ class Checkpointer:
     @contextmanager
     def training(self) -> Iterator[None]:
         """While open, a signal to stop waits for the next `after_step`, which saves and then stops."""
-        self._last = time.monotonic()
+        self._last = self._step_start = time.monotonic()
         with self.signals.deferred():
             yield
 
@@ -149,14 +151,17 @@ class Checkpointer:
             Stopped: a signal came; the checkpoint is written.
         """
         self.compute.position["step"] = step
+        self._longest_step = max(self._longest_step, time.monotonic() - self._step_start)
         signum, due = self._agreed(step)
-        if not signum and not due:
-            return
         if signum:
             self.log(f"{self.stage}: saving step {step}, then stopping")
-        self.save(step, engine, state)
+        if signum or due:
+            self.save(step, engine, state)
         if signum:
             raise Stopped(signum)
+        if self.compute.is_main and self._save_seconds is not None:
+            leave_stop_seconds(self._longest_step + self._save_seconds)
+        self._step_start = time.monotonic()
 
     def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
         """Write one checkpoint. Then remove the oldest ones, so that `keep` stay.
@@ -183,6 +188,7 @@ class Checkpointer:
                 self.tracker.keep(part)
             files, size = self._digests(part)
             # all wait: launchers end the other ranks as soon as one has ended, which would tear this one up
+            self._save_seconds = time.monotonic() - start
             self.compute.main_only(lambda: self._finish(part, step, files))
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not NOT_WRITTEN.search(str(error)):
@@ -246,6 +252,7 @@ class Checkpointer:
         manifest = {
             "format": CHECKPOINT_FORMAT, "name": name, "step": step, "world_size": self.compute.world_size,
             "zero": self.compute.zero, "seconds": self.spent(), "files": files,
+            "save_seconds": self._save_seconds,
             "recipe": self.recipe, "input_digests": self.input_digests,
         }  # fmt: skip
         manifest["digest"] = digest_of(manifest)

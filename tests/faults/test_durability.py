@@ -137,6 +137,38 @@ def test_the_seconds_of_earlier_attempts_count(tmp_path: Path, clock: Clock) -> 
     assert second.spent() == 107
 
 
+def test_what_a_stop_takes_is_told_to_the_script_that_started_the_run(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest step of this attempt and the last save; after a resume as soon as a step was taken."""
+
+    class Slow(PlainEngine):
+        def save(self, directory: Path) -> None:
+            clock.now += 7
+            super().save(directory)
+
+    monkeypatch.setenv("RLHF_NOTES", str(tmp_path))
+    note = tmp_path / "stop_seconds"
+    model = torch.nn.Linear(2, 2)
+    trained = Slow(model, [(model.parameters(), OPTIM)], on_cpu())
+    checkpoints = checkpointer(tmp_path, every_steps=2)
+    told = []
+    with checkpoints.training():
+        for step, seconds in enumerate((30, 20.5, 40), 1):
+            clock.now += seconds
+            checkpoints.after_step(step, trained, {})
+            told.append(note.read_text() if note.exists() else None)
+    assert told == [None, "37\n", "47\n"]  # seven seconds of saving are no part of a step
+
+    note.unlink()
+    again = checkpointer(tmp_path)
+    with again.training():
+        assert not note.exists()  # a job warned before its first step would not move
+        clock.now += 9.5
+        again.after_step(3, trained, {})
+    assert note.read_text() == "17\n"
+
+
 def test_what_saving_cost_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = checkpointer(tmp_path)
     assert checkpoints.cost() == ""

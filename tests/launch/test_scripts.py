@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rlhf.distributed.compute import find_rank
 from rlhf.distributed.signals import leave_exit_code
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+PROLOGUE = LAUNCH / "prologue.sh"
 SCRIPTS = [LAUNCH / "slurm.sbatch", LAUNCH / "slurm_pipeline.sh", LAUNCH / "torchrun.sh"]
 QUOTED = "ppo.peft={method: lora, rank: 8}"
 
@@ -34,13 +36,19 @@ def dry_run(script: Path, *arguments: str, **variables: str) -> list[list[str]]:
 
 
 def test_every_script_is_known_here() -> None:
-    assert sorted(path for path in LAUNCH.iterdir() if path.suffix != ".yaml") == sorted(SCRIPTS)
+    assert sorted(path for path in LAUNCH.iterdir() if path.suffix != ".yaml") == sorted([*SCRIPTS, PROLOGUE])
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, PROLOGUE], ids=lambda path: path.name)
 def test_shellcheck_has_nothing_to_say(script: Path) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [shellcheck, "--external-sources", script],
+        cwd=LAUNCH.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -84,6 +92,66 @@ def test_more_ranks_than_cpus_are_refused() -> None:
     assert "8 ranks a node, but 1 CPU" in done.stderr and "--cpus-per-gpu" in done.stderr
 
 
+def test_a_container_gets_the_directory_of_submission(tmp_path: Path) -> None:
+    """So that relative paths, the store and the ranks' notes are where they are outside."""
+    (words,) = dry_run(
+        LAUNCH / "slurm.sbatch", CONTAINER_IMAGE="/images/rlhf.sqsh", CONTAINER_MOUNTS="/data:/data"
+    )
+    here = Path.cwd()
+    options = words[words.index("srun") : words.index("python")]
+    assert {
+        "--container-image=/images/rlhf.sqsh", f"--container-workdir={here}",
+        f"--container-mounts={here}:{here},/data:/data",
+    } < set(options)  # fmt: skip
+    (plain,) = dry_run(LAUNCH / "slurm.sbatch")
+    assert not [word for word in plain if word.startswith("--container")]
+
+
+def test_the_users_own_srun_options_come_last() -> None:
+    (words,) = dry_run(LAUNCH / "slurm.sbatch", SRUN_ARGS="--mpi=none --wait=5")
+    place = words.index("python")
+    assert words[place - 2 : place] == ["--mpi=none", "--wait=5"] and "--wait=60" in words
+
+
+PROLOGUE_LINES = """
+if [ -n "$NOBODY_SET_THIS" ]; then exit 1; fi
+export OMP_NUM_THREADS=7 NCCL_SOCKET_IFNAME=ib0
+SRUN_ARGS=--mpi=none CONTAINER_IMAGE=image
+"""
+
+
+def test_a_prologue_is_read_first(tmp_path: Path) -> None:
+    prologue = tmp_path / "prologue of mine.sh"
+    prologue.write_text(PROLOGUE_LINES)
+    (words,) = dry_run(LAUNCH / "slurm.sbatch", PROLOGUE=str(prologue))
+    assert {"--mpi=none", "--container-image=image"} < set(words)
+    (words,) = dry_run(LAUNCH / "torchrun.sh", PROLOGUE=str(prologue), NPROC_PER_NODE="1")
+    assert words[0] == "OMP_NUM_THREADS=7"
+
+
+def test_what_a_prologue_exports_reaches_the_ranks(tmp_path: Path) -> None:
+    prologue = tmp_path / "prologue.sh"
+    prologue.write_text(PROLOGUE_LINES)
+    first = "echo $NCCL_SOCKET_IFNAME > interface"
+    assert run_with_ranks(tmp_path, "slurm.sbatch", [0], 0, first=first, PROLOGUE=str(prologue)) == (0, False)
+    assert (tmp_path / "interface").read_text() == "ib0\n"
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "torchrun.sh"])
+@pytest.mark.parametrize(("content", "code"), [(None, 2), ("false\ntrue\n", 1)])
+def test_nothing_starts_without_its_prologue(
+    tmp_path: Path, script: str, content: str | None, code: int
+) -> None:
+    if content is not None:
+        (tmp_path / "prologue.sh").write_text(content)
+    outcome = run_with_ranks(tmp_path, script, [0], 0, first="touch started", PROLOGUE="prologue.sh")
+    assert outcome == (code, False) and not (tmp_path / "started").exists()
+
+
+def test_the_prologue_as_it_is_changes_nothing() -> None:
+    assert dry_run(LAUNCH / "slurm.sbatch", PROLOGUE=str(PROLOGUE)) == dry_run(LAUNCH / "slurm.sbatch")
+
+
 def test_the_users_run_name_is_kept() -> None:
     (words,) = dry_run(LAUNCH / "slurm.sbatch", "run_name=mine", SLURM_JOB_ID="7")
     assert [word for word in words if word.startswith("run_name=")] == ["run_name=mine"]
@@ -102,7 +170,27 @@ def test_a_pipeline_is_a_chain_of_jobs_of_their_own_size() -> None:
         assert job[-2:] == ["zero=zero3", QUOTED]
         assert (f"--dependency=afterok:{str(before).upper()}_JOB" in job) == (before is not None)
         assert ("--nodes=4" in job and "--gpus-per-node=8" in job) == (name == "ppo")
-        assert ("--nodes=1" in job and "--gpus-per-node=2" in job) == (name != "ppo")
+        assert ("--nodes=1" in job and "--gpus-per-node=2" in job) == (name not in ("prepare", "ppo"))
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        (
+            "--partition=gpu --nodes=2 --gpus-per-node=8 --exclusive --cpus-per-gpu=12 --account=mine",
+            ["--partition=gpu", "--account=mine"],
+        ),
+        ("-p gpu -N 2 -G 16 --mem-per-gpu 64G -A mine", ["-p", "gpu", "-A", "mine"]),
+        ("--gres=gpu:8 --tres-per-task=gres/gpu:1 --time=2:00:00 --gpus 4", ["--time=2:00:00"]),
+    ],
+)
+def test_prepare_gets_no_gpus(options: str, left: list[str]) -> None:
+    """It computes on CPUs; SIZE_PREPARE is taken as it is."""
+    prepare, sft, *_ = dry_run(LAUNCH / "slurm_pipeline.sh", SIZE=options)
+    assert prepare[3:-2] == [*left, "--nodes=1"]
+    assert sft[3 : 3 + len(options.split())] == options.split()
+    prepare, *_ = dry_run(LAUNCH / "slurm_pipeline.sh", SIZE=options, SIZE_PREPARE="--gpus=1")
+    assert prepare[3:-2] == ["--gpus=1"]
 
 
 def test_torchrun_gets_the_machines_and_the_signals() -> None:
@@ -115,6 +203,22 @@ def test_torchrun_gets_the_machines_and_the_signals() -> None:
         "--nnodes=3", "--node-rank=2", "--nproc-per-node=8", "--master-addr=10.0.0.1", "--master-port=29500",
     } < set(words)  # fmt: skip
     assert words[words.index("--signals-to-handle") + 1].split(",") == ["SIGTERM", "SIGUSR1", "SIGINT"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "given", "threads"),
+    [("96", "8", None, 12), ("7", "2", None, 3), ("2", "4", None, 1), ("96", "8", "5", 5)],
+)
+def test_torchrun_shares_the_cores_among_the_ranks(
+    tmp_path: Path, cores: str, ranks: str, given: str | None, threads: int
+) -> None:
+    (tmp_path / "nproc").write_text(f"#!/bin/sh\necho {cores}\n")
+    (tmp_path / "nproc").chmod(0o755)
+    variables = {} if given is None else {"OMP_NUM_THREADS": given}
+    (words,) = dry_run(
+        LAUNCH / "torchrun.sh", NPROC_PER_NODE=ranks, PATH=f"{tmp_path}:{os.environ['PATH']}", **variables
+    )
+    assert words[0] == f"OMP_NUM_THREADS={threads}"
 
 
 def test_kubernetes_runs_torchrun_on_every_pod_with_one_shared_volume() -> None:
@@ -164,21 +268,25 @@ def run_with_ranks(
     *,
     state: str = "RUNNING",
     first: str = "",
+    **variables: str,
 ) -> tuple[int, bool]:
     """Run a script whose launcher only leaves these codes; its exit code, and whether it requeued.
 
     Args:
         state: what SLURM says of the job.
         first: what the launcher does before.
+        variables: of the script's environment.
     """
-    notes = "".join(f'echo {code} > "$RLHF_EXIT_CODES/rank{rank}"\n' for rank, code in enumerate(rank_codes))
+    notes = "".join(f'echo {code} > "$RLHF_NOTES/rank{rank}"\n' for rank, code in enumerate(rank_codes))
     launcher = f"#!/bin/bash\n{first}\n{notes}exit {launcher_code}\n"
     commands = {"srun": launcher, "python": launcher, "squeue": f"#!/bin/bash\necho {state}\n"}
     commands["scontrol"] = "#!/bin/bash\ntouch requeued\n"
+    commands["sleep"] = "#!/bin/bash\necho >> looks\nexec /bin/sleep 0.05\n"
     for name, text in commands.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC_PER_NODE": "2", "SLURM_JOB_ID": "7"}
+    environment |= variables
     done = subprocess.run(["bash", LAUNCH / script], cwd=tmp_path, env=environment, check=False)
     assert not list(tmp_path.glob(".slurm-*"))  # it tidies up
     return done.returncode, (tmp_path / "requeued").exists()
@@ -207,6 +315,35 @@ def test_a_job_warned_before_python_was_up_goes_back_to_the_queue(tmp_path: Path
     """The warning comes to the batch script, which passes it on to srun, which dies of it here."""
     warn = 'kill -USR1 "$PPID"; while :; do :; done'
     assert run_with_ranks(tmp_path, "slurm.sbatch", [], 0, first=warn) == (75, True)
+
+
+# A launcher that goes on until it is warned, or until nobody has done so in three looks at the clock.
+WARNED = """
+trap 'echo warned >> warnings' USR1
+echo {stop} > "$RLHF_NOTES/stop_seconds"
+touch looks
+until [ -e warnings ] || [ "$(wc -l < looks)" -ge 3 ]; do :; done
+{more}
+"""
+
+
+@pytest.mark.parametrize(("left", "stop", "warned"), [(700, 400, True), (700, 300, False)])
+def test_a_job_is_warned_twice_the_time_that_a_stop_takes_before_its_limit(
+    tmp_path: Path, left: int, stop: int, warned: bool
+) -> None:
+    end = str(int(time.time()) + left)
+    first = WARNED.format(stop=stop, more="")
+    run_with_ranks(tmp_path, "slurm.sbatch", [75], 75, first=first, SLURM_JOB_END_TIME=end)
+    assert (tmp_path / "warnings").exists() == warned
+
+
+def test_slurms_own_warning_does_not_end_what_saves_after_an_earlier_one(tmp_path: Path) -> None:
+    """A second signal would end the ranks at once. A passed one comes within milliseconds."""
+    first = WARNED.format(stop=400, more='kill -USR1 "$PPID"; /bin/sleep 0.5')
+    end = str(int(time.time()) + 700)
+    code = run_with_ranks(tmp_path, "slurm.sbatch", [75], 75, first=first, SLURM_JOB_END_TIME=end)
+    assert code == (75, True)
+    assert (tmp_path / "warnings").read_text() == "warned\n"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +404,7 @@ def test_alone_there_is_one_rank(one_task: dict[str, str]) -> None:
 def test_without_a_launcher_that_asks_no_exit_code_is_left(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        patch.delenv("RLHF_EXIT_CODES", raising=False)
+        patch.delenv("RLHF_NOTES", raising=False)
         leave_exit_code(75)
     assert not list(tmp_path.iterdir())
 
@@ -284,7 +421,7 @@ def run_and_signal(tmp_path: Path, signal_name: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "rlhf", "model=tiny"], cwd=tmp_path,
         env=os.environ
-        | {"PYTHONPATH": str(tmp_path), "RLHF_EXIT_CODES": str(tmp_path), "RANK": "3", "WORLD_SIZE": "1"},
+        | {"PYTHONPATH": str(tmp_path), "RLHF_NOTES": str(tmp_path), "RANK": "3", "WORLD_SIZE": "1"},
     )  # fmt: skip
 
 

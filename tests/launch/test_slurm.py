@@ -117,6 +117,23 @@ def test_slurm_preempts_it_and_the_user_cancels_it(cluster: SlurmCluster) -> Non
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "1"), log_of(job)
 
 
+def test_a_job_whose_time_is_nearly_up_saves_what_it_has_measured_to_need(cluster: SlurmCluster) -> None:
+    """SLURM's own warning comes 28 minutes later. The prologue lets the first start end soon."""
+    Path("prologue.sh").write_text(
+        'test "$SLURM_JOB_END_TIME" -gt "$(date +%s)"\n'
+        'if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then SLURM_JOB_END_TIME=$(date +%s); fi\n'
+    )
+    job = submit(
+        cluster, "--nodes=2", "--time=30", "--export=ALL,PROLOGUE=prologue.sh", SCRIPT, *COMMAND,
+        "stage=sft", "sft.epochs=1000", "checkpoint.every_steps=2",
+    )  # fmt: skip
+    wait_for("it is back in the queue", lambda: cluster.job(job)["Restarts"] == "1", seconds=240)
+    wait_for("it goes on", lambda: "sft: continues from step" in log_of(job), seconds=120)
+    assert re.search(r"sft: saving step \d+, then stopping", log_of(job)), log_of(job)
+    cluster.command("scancel", job)
+    assert cluster.finished(job, seconds=60)["JobState"] == "CANCELLED", log_of(job)
+
+
 @pytest.mark.parametrize(
     ("overrides", "code"),
     [

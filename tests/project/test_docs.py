@@ -147,7 +147,7 @@ def test_a_documented_launch_shares_its_batches(ranks: int, arguments: str) -> N
 
 
 def test_launches_are_shown_in_all_places() -> None:
-    assert len(launches()) == 6
+    assert len(launches()) == 7
 
 
 def test_the_pods_share_their_batches() -> None:
