@@ -44,7 +44,7 @@ from rlhf.costs.sampling import sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined, one_after_the_other
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import TRAINING_ROLES, Role
+from rlhf.data.roles import training_roles
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.device import hardware
@@ -151,11 +151,11 @@ class CompareStage(Stage):
         """This run's tuned models."""
         yield from (("compare.artifacts", name) for name in self.artifacts if is_of_this_run(name))
 
-    def datasets(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[str, ...]:
         """Examples and passages are training rows; no training row may ask a question."""
-        return TRAINING_ROLES
+        return training_roles()
 
-    def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
+    def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """Rows of sft.data where they are the questions, the examples or the corpus."""
         searches = self.corpus is None and "retrieval" in self.ways()
         return ("sft",) if self.questions is None or searches or "few_shot" in self.ways() else ()

@@ -19,7 +19,7 @@ from rlhf.costs.sampling import most_added, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import PromptRow, QuestionRow, Role
+from rlhf.data.schema import PromptRow, QuestionRow
 from rlhf.data.sources import PromptSource, SourceList
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
@@ -166,11 +166,11 @@ class EvaluateStage(Stage):
         """Those that stages make."""
         yield from (("evaluate.policies", name) for name in self.policies if name not in NOT_MADE)
 
-    def datasets(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[str, ...]:
         """Reads the evaluation prompts, the held-out answers and the retention set."""
         return ("evaluate", "sft", "retention")
 
-    def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
+    def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """Without held-out answers and retention sets their figures are left out."""
         return ("evaluate",)
 

@@ -16,7 +16,7 @@ from rlhf.costs.sampling import most_added, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import PromptRow, Role
+from rlhf.data.schema import PromptRow
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
@@ -65,7 +65,7 @@ class GenerateStage(Stage):
         """The policy's stage, and the reward's where that is learned."""
         return ("prepare", *inputs_of(self.policy), *(("reward",) if self.reward == "learned" else ()))
 
-    def datasets(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[str, ...]:
         """Reads the training prompts."""
         return ("ppo",)
 

@@ -24,7 +24,8 @@ from rlhf.costs.setup import CostContext, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import exchange_ids, prompt_ids
 from rlhf.data.prepared import LengthStats
-from rlhf.data.schema import TRAINING_ROLES, Role, Split
+from rlhf.data.roles import ROLES, training_roles
+from rlhf.data.schema import PromptRow, Split
 from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
@@ -117,11 +118,11 @@ class PlanStage(Stage):
         """The prepared data, where their lengths are not given."""
         return ("prepare",) if self.rows is None else ()
 
-    def datasets(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[str, ...]:
         """Their lengths."""
-        return TRAINING_ROLES if self.rows is None else ()
+        return training_roles() if self.rows is None else ()
 
-    def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
+    def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """What the planned stages need; and sft.data, the task whose prompts and answers are measured."""
         if self.rows is not None:
             return ()
@@ -231,8 +232,9 @@ class PlanStage(Stage):
             return job.data.size
         num_rows, prompt, answer = self.rows, self.prompt_tokens or 0, self.answer_tokens or 0
 
-        def given(role: Role, split: Split) -> LengthStats:
-            tokens = prompt + (0 if role == "ppo" else answer)
+        def given(role: str, split: Split) -> LengthStats:
+            has_answer = not issubclass(ROLES[role].row_types[0], PromptRow)
+            tokens = prompt + (answer if has_answer else 0)
             rows = num_rows if split == "train" else max(1, round(HELD_OUT * num_rows))
             return LengthStats(rows, float(tokens), 0.0, tokens)
 

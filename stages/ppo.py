@@ -18,7 +18,6 @@ from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import Role
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
@@ -73,7 +72,7 @@ class PpoStage(PpoConfig, Stage):
         """The user's own model."""
         return directory_of(self.init)
 
-    def datasets(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[str, ...]:
         """Reads prompts, and the rows of the pretraining mix."""
         return ("ppo", self.mixed_role) if self.ptx.coef > 0 else ("ppo",)
 

@@ -19,8 +19,9 @@ from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined
 from rlhf.costs.training import training_cost
-from rlhf.data.prepared import PreparedData, splits_of
-from rlhf.data.schema import PairRow, Role
+from rlhf.data.prepared import PreparedData
+from rlhf.data.roles import TRAINING
+from rlhf.data.schema import PairRow
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.batching import shuffled_batches
@@ -87,9 +88,9 @@ class RewardStage(Stage):
         """The SFT stage, where it starts from that model."""
         return ("prepare", *inputs_of(self.init))
 
-    def datasets(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[str, ...]:
         """Reads preference pairs."""
-        return ("reward",)
+        return ("pairs",)
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
@@ -134,7 +135,7 @@ class RewardStage(Stage):
     def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Pairs that the model cannot read, and that `max_tokens` does not leave out."""
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
-        rows = [row for split in ("train", "held_out") for row in data.rows("reward", split)]
+        rows = [row for split in ("train", "held_out") for row in data.rows("pairs", split)]
         yield from misfits(
             "reward.init", self.init, base, f"reward.pairs={self.pairs}", rows, beside=virtual,
             most=self.max_tokens,
@@ -147,7 +148,7 @@ class RewardStage(Stage):
         on = on.starting(self.init_directory())
         train, held_out = (
             joined(sides, sides)
-            for sides in (on.sizes("reward", split).cut(self.max_tokens) for split in splits_of("reward"))
+            for sides in (on.sizes("pairs", split).cut(self.max_tokens) for split in TRAINING)
         )
         return training_cost(
             on, self.peft, train, held_out, batch_rows=self.batch_pairs, epochs=self.epochs,
@@ -167,7 +168,7 @@ class RewardStage(Stage):
         def encode(rows: Sequence[PairRow]) -> list[EncodedPair]:
             return [EncodedPair(tokenizer, row) for row in rows]
 
-        pairs = {split: encode(job.data.rows("reward", split)) for split in ("train", "held_out")}
+        pairs = {split: encode(job.data.rows("pairs", split)) for split in ("train", "held_out")}
         train, held_out = (
             [pair for pair in pairs[split] if pair.longest <= self.max_tokens]
             for split in ("train", "held_out")

@@ -17,8 +17,8 @@ from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.costs.training import training_cost
-from rlhf.data.prepared import splits_of
-from rlhf.data.schema import Role, SftRow
+from rlhf.data.roles import TRAINING
+from rlhf.data.schema import SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.distributed.compute import Compute
@@ -101,7 +101,7 @@ class SftStage(Stage):
         """It reads prepared data."""
         return ("prepare",)
 
-    def datasets(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[str, ...]:
         """Reads prompt/completion rows, and those to replay."""
         return ("sft", "replay") if self.replay_fraction > 0 else ("sft",)
 
@@ -127,9 +127,8 @@ class SftStage(Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""
-        train, held_out = (
-            on.sizes("sft", split).cut(self.room(on.shape.context)) for split in splits_of("sft")
-        )
+        room = self.room(on.shape.context)
+        train, held_out = (on.sizes("sft", split).cut(room) for split in TRAINING)
         if self.replay_fraction > 0:
             replay = on.sizes("replay", "train").cut(self.room(on.shape.context))
             beside = train.mean * self.replay_fraction / (1 - self.replay_fraction)  # tokens to each row

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from rlhf.compare.prompts import Question
 from rlhf.config import ConfigError
-from rlhf.data.dataset_stats import limited
-from rlhf.data.formats import recognise
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import TRAINING_ROLES, PromptRow, Role, Row, RowError, SftRow, prompt_identity
+from rlhf.data.roles import ROLES, training_roles
+from rlhf.data.schema import PromptRow, Row, RowError, SftRow, limited, prompt_identity
 from rlhf.data.sources import SourceConfig
 
 QUESTIONS, CORPUS = "compare.questions", "compare.corpus"
@@ -47,7 +46,7 @@ def find_questions(source: SourceConfig | None, data: PreparedData) -> Found:
                 "Set compare.questions to rows with prompt and completion."
             )
         return Found(held_out, 0)
-    trained = {prompt_identity(row) for role in TRAINING_ROLES for row in data.rows(role, "train")}
+    trained = {prompt_identity(row) for role in training_roles() for row in data.rows(role, "train")}
     found, leaks = [], 0
     for question in _read_questions(source):
         if prompt_identity(PromptRow(question.prompt)) in trained:
@@ -90,19 +89,19 @@ def _has_answers(source: SourceConfig) -> bool:
     _, raw = next(source.rows(QUESTIONS))
     try:
         if not isinstance(raw, RowError):
-            recognise(raw, "sft")
+            ROLES["sft"].parse(raw)
     except RowError as error:
         return error.reason != "no answer"
     return True
 
 
-def _read(source: SourceConfig, key: str, role: Role) -> list[tuple[str, Row]]:
+def _read(source: SourceConfig, key: str, role: str) -> list[tuple[str, Row]]:
     found: list[tuple[str, Row]] = []
     for where, raw in source.rows(key):
         try:
             if isinstance(raw, RowError):
                 raise raw
-            found.append((where, recognise(raw, role)))
+            found.append((where, ROLES[role].parse(raw)))
         except RowError as error:
             raise ConfigError(f"{key}: {where}: {error} Fix the row.") from None
     return limited(found, source.limit, lambda each: prompt_identity(each[1]))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlhf.costs.hardware import Machine
 from rlhf.costs.model_shape import ModelShape, shape_in
 from rlhf.data.prepared import LengthStats
-from rlhf.data.schema import Role, Split
+from rlhf.data.schema import Split
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.distributed.compute import Zero
 from rlhf.models.base import ATTENTION, ModelConfig, UnknownShapeError
@@ -23,7 +23,8 @@ from rlhf.models.peft.methods import METHODS
 if TYPE_CHECKING:
     from rlhf.generation.vllm import VllmConfig
 
-Sizes = Callable[[Role, Split], LengthStats]
+Sizes = Callable[[str, Split], LengthStats]
+"""Role and split -> how many rows there are, and how long."""
 LARGEST_BATCH = 2.5
 """Standard deviations by which the largest of some hundred batches passes the mean one."""
 DRAWN_BATCHES = 100

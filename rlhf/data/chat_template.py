@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ConfigError
-from rlhf.data.schema import Message
+from rlhf.data.schema import Message, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +71,14 @@ def exchange_ids(
     """
     prompt = prompt_ids(tokenizer, messages)
     return [*prompt, *_encode(tokenizer, response), end_of_turn_id(tokenizer)], len(prompt)
+
+
+def sequences(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[list[int]]:
+    """Token ids that are made from a row; of a pair, both sides."""
+    return [
+        prompt_ids(tokenizer, prompt) if answer is None else exchange_ids(tokenizer, prompt, answer)[0]
+        for prompt, answer in row.exchanges()
+    ]
 
 
 class TurnsApartError(ValueError):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from rlhf.data.schema import Message, PairRow, PromptRow, QuestionRow, Role, Row, RowError, SftRow, TextRow
+from rlhf.data.schema import Message, PairRow, PromptRow, QuestionRow, RowError, SftRow, TextRow
 
 Raw = Mapping[str, Any]
 
@@ -40,16 +40,12 @@ RETENTION_NEEDS = "A retention row needs text; or question, choices, answer."
 HH_START, HH_TURN = "\n\nHuman:", re.compile(r"\n\n(Human|Assistant):")
 
 
-def recognise(raw: Raw, role: Role) -> Row:
-    """The normalised row.
+def sft_row(raw: Raw) -> SftRow:
+    """A row to learn an answer from.
 
     Raises:
         RowError: what is missing or wrong, what was found, what is needed.
     """
-    return RECOGNISERS[role](raw)
-
-
-def _sft(raw: Raw) -> SftRow:
     column = _first(raw, CONVERSATION_COLUMNS)
     if column is not None:
         return _last_exchange(_with_system(raw, _messages(raw[column], column)), column)
@@ -73,7 +69,12 @@ def _sft(raw: Raw) -> SftRow:
     return SftRow([], _text(raw["text"], "text"))
 
 
-def _pair(raw: Raw) -> PairRow:
+def pair_row(raw: Raw) -> PairRow:
+    """Two answers to one prompt.
+
+    Raises:
+        RowError: what is missing or wrong, what was found, what is needed.
+    """
     for needed in ("chosen", "rejected"):
         if not _has(raw, needed):
             raise _missing(needed, raw, PAIR_NEEDS)
@@ -101,7 +102,12 @@ def _pair(raw: Raw) -> PairRow:
     )
 
 
-def _prompt_row(raw: Raw) -> PromptRow:
+def prompt_row(raw: Raw) -> PromptRow:
+    """The prompt of any row; what answers it is left out.
+
+    Raises:
+        RowError: what is missing or wrong, what was found, what is needed.
+    """
     column = _first(raw, (*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"))
     if column is None:
         raise _missing("prompt", raw, PROMPT_NEEDS)
@@ -119,7 +125,12 @@ def _prompt_row(raw: Raw) -> PromptRow:
     return PromptRow(_asking(prompt, column))
 
 
-def _retention(raw: Raw) -> TextRow | QuestionRow:
+def retention_row(raw: Raw) -> TextRow | QuestionRow:
+    """A text or a question that shows what a model still knows.
+
+    Raises:
+        RowError: what is missing or wrong, what was found, what is needed.
+    """
     if _has(raw, "text") and not _has(raw, "choices"):
         return TextRow(_text(raw["text"], "text"))
     if _first(raw, QUESTION_COLUMNS) is None:
@@ -149,26 +160,6 @@ def _question(raw: Raw) -> QuestionRow:
     return QuestionRow(question, texts, answer)
 
 
-RECOGNISERS: dict[Role, Callable[[Raw], Row]] = {
-    "sft": _sft,
-    "replay": _sft,
-    "reward": _pair,
-    "ppo": _prompt_row,
-    "ptx": _sft,
-    "evaluate": _prompt_row,
-    "retention": _retention,
-}
-
-
-NEEDED: dict[Role, tuple[str, ...]] = {
-    "sft": ("prompt", "completion"),
-    "replay": ("prompt", "completion"),
-    "reward": ("prompt", "chosen", "rejected"),
-    "ppo": ("prompt",),
-    "ptx": ("prompt", "completion"),
-    "evaluate": ("prompt",),
-    "retention": ("text",),
-}
 COUSINS = {
     "prompt": (*PROMPT_COLUMNS, "query", "input", "request", "user", "context", "title"),
     "completion": (*ANSWER_COLUMNS, "reply", "target", "assistant", "text", "solution"),
@@ -179,31 +170,36 @@ COUSINS = {
 """What columns that hold the same are often called."""
 
 
-def read_as(raw: Raw, role: Role, fields: Mapping[str, str]) -> str:
+def read_as(raw: Raw, columns: Sequence[str], fields: Mapping[str, str]) -> str:
     """Which column is taken for what, such as `{prompt: question, completion: answer}`; of a row whose
-    columns `fields` has renamed, by the source's own names."""
+    columns `fields` has renamed, by the source's own names.
+
+    Args:
+        columns: our names, as `Role.columns`.
+    """
     conversation = _first(raw, CONVERSATION_COLUMNS)
-    if role != "reward" and conversation is not None:
+    if "chosen" not in columns and conversation is not None:
         return _mapping({"messages": fields.get(conversation, conversation)})
-    prompts = ("chosen", "text") if role in ("ppo", "evaluate") else ()
-    columns = {"prompt": _first(raw, (*PROMPT_COLUMNS, *prompts))}
-    if role in ("sft", "replay", "ptx"):
-        columns["completion"] = _first(raw, ANSWER_COLUMNS)
-    if role == "reward":
-        columns |= {"chosen": "chosen", "rejected": "rejected"}
-    if role == "retention":
-        columns = {name: name for name in QUESTION_COLUMNS if _has(raw, "choices")}
-    found = {ours: fields.get(theirs, theirs) for ours, theirs in columns.items() if theirs is not None}
+    if columns == ("text",) and _has(raw, "choices"):
+        columns = QUESTION_COLUMNS
+    has_answer = bool({"completion", "chosen"} & {*columns})
+    accepted = {
+        "prompt": PROMPT_COLUMNS if has_answer else (*PROMPT_COLUMNS, "chosen", "text"),
+        "completion": ANSWER_COLUMNS,
+    }
+    read = {ours: _first(raw, accepted.get(ours, (ours,))) for ours in columns}
+    found = {ours: fields.get(theirs, theirs) for ours, theirs in read.items() if theirs is not None}
     return _mapping(found or {"text": "text"})
 
 
-def likely_fields(raw: Raw, role: Role) -> str:
-    """`fields` for a row that lacks what its role needs: by the columns' names, then by their order;
-    COLUMN where none is left."""
+def likely_fields(raw: Raw, columns: Sequence[str]) -> str:
+    """`fields` for a row that lacks the columns that its role needs: by the columns' names, then by their
+    order; COLUMN where none is left."""
     left = [str(column) for column in raw]
     found: dict[str, str] = {}
-    for ours in NEEDED[role]:
-        near = (get_close_matches(cousin, left, n=1, cutoff=0.75) for cousin in COUSINS[ours])
+    for ours in columns:
+        cousins = COUSINS.get(ours, (ours,))
+        near = (get_close_matches(cousin, left, n=1, cutoff=0.75) for cousin in cousins)
         found[ours] = next((names[0] for names in near if names), "")
         left = [column for column in left if column != found[ours]]
     return _mapping({ours: theirs or (left.pop(0) if left else "COLUMN") for ours, theirs in found.items()})

@@ -6,16 +6,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from rlhf.config import ConfigError
+from rlhf.data.roles import ROLES
 from rlhf.data.schema import (
-    TRAINING_ROLES,
-    USER_KEYS,
     PairRow,
     PromptRow,
     QuestionRow,
-    Role,
     Row,
     SftRow,
     Split,
@@ -52,14 +50,9 @@ class LengthStats(NamedTuple):
         return self if rows is None else self._replace(rows=min(self.rows, rows))
 
 
-def splits_of(role: Role) -> tuple[Split, ...]:
-    """The splits that `prepare` writes for a role."""
-    return ("train", "held_out") if role in TRAINING_ROLES else ("evaluation",)
-
-
-def role_digest(role: Role, files: Mapping[str, str]) -> str:
+def role_digest(role: str, files: Mapping[str, str]) -> str:
     """`PreparedData.digest`, from the digests of files that a manifest names."""
-    return digest_of({split: files[f"{role}.{split}.jsonl"] for split in splits_of(role)})
+    return digest_of({split: files[f"{role}.{split}.jsonl"] for split in ROLES[role].splits})
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class PreparedData:
     @overload
     def rows(self, role: Literal["sft", "replay", "ptx"], split: TrainSplit) -> list[SftRow]: ...
     @overload
-    def rows(self, role: Literal["reward"], split: TrainSplit) -> list[PairRow]: ...
+    def rows(self, role: Literal["pairs"], split: TrainSplit) -> list[PairRow]: ...
     @overload
     def rows(self, role: Literal["ppo"], split: TrainSplit) -> list[PromptRow]: ...
     @overload
@@ -81,19 +74,20 @@ class PreparedData:
         self, role: Literal["retention"], split: Literal["evaluation"]
     ) -> list[TextRow | QuestionRow]: ...
     @overload
-    def rows(self, role: Role, split: Split) -> list[Row]: ...
+    def rows(self, role: str, split: Split) -> list[Any]: ...
 
-    def rows(self, role: Role, split: Split) -> object:
-        """The rows of one split, in the order of their source; none of a role without a source."""
+    def rows(self, role: str, split: Split) -> object:
+        """The rows of one split, in the order of their source; none of a role without a source. A role of a
+        user's stage gives rows of its own type."""
         with self._path(role, split).open(encoding="utf-8") as file:
-            return [row_from_json(line, role) for line in file]
+            return [row_from_json(line, ROLES[role].row_types) for line in file]
 
-    def digest(self, role: Role) -> str:
+    def digest(self, role: str) -> str:
         """Digest of a role's rows: what depends on this role's data depends on nothing else here."""
-        paths = [self._path(role, split) for split in splits_of(role)]
+        paths = [self._path(role, split) for split in ROLES[role].splits]
         return role_digest(role, {path.name: file_digest(path) for path in paths})
 
-    def size(self, role: Role, split: Split) -> LengthStats:
+    def size(self, role: str, split: Split) -> LengthStats:
         """Rows of a split, and the lengths of the role's rows; of pairs, those of the longer side."""
         report = json.loads((self.directory / REPORT).read_text(encoding="utf-8")).get(role)
         if report is None:  # it has no source
@@ -103,7 +97,7 @@ class PreparedData:
             report["kept"][split], tokens["mean"], tokens["deviation"], tokens["max"], tokens["in_common"]
         )
 
-    def check_not_empty(self, role: Role) -> None:
+    def check_not_empty(self, role: str) -> None:
         """Refuse rows that `prepare` took from others' where none are left; an empty source of the role's own
         it refuses itself.
 
@@ -116,15 +110,15 @@ class PreparedData:
                 removed = [f"{each['count']} {reason}" for reason, each in report["removed"].items()]
                 why = "; ".join([f"{report['read']} rows", *removed])
                 raise ConfigError(
-                    f"{USER_KEYS[role]}={report['source']}: no prompts are left for {split}: {why}. "
-                    f"Give more rows, or set {USER_KEYS[role]} to a source that no other key uses."
+                    f"{ROLES[role].key}={report['source']}: no prompts are left for {split}: {why}. "
+                    f"Give more rows, or set {ROLES[role].key} to a source that no other key uses."
                 )
 
-    def write(self, role: Role, split: Split, rows: Iterable[Row]) -> None:
+    def write(self, role: str, split: Split, rows: Iterable[Row]) -> None:
         """Write one split; only `prepare` does."""
         with self._path(role, split).open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(row_to_json(row) + "\n" for row in rows)
 
-    def _path(self, role: Role, split: Split) -> Path:
-        assert split in splits_of(role), f"{role} has no split {split}"
+    def _path(self, role: str, split: Split) -> Path:
+        assert split in ROLES[role].splits, f"{role} has no split {split}"
         return self.directory / f"{role}.{split}.jsonl"

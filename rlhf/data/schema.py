@@ -1,35 +1,17 @@
-"""The rows that stages read, the roles they play, and what makes a row bad."""
+"""The rows that stages read, what they ask, and what makes a row bad."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict, get_args
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar
 
-Role = Literal["sft", "replay", "reward", "ppo", "ptx", "evaluate", "retention"]
-TrainingRole = Literal["sft", "replay", "reward", "ppo", "ptx"]
 Split = Literal["train", "held_out", "evaluation"]
-
-ROLES: tuple[Role, ...] = get_args(Role)
-TRAINING_ROLES: tuple[TrainingRole, ...] = get_args(TrainingRole)
-EVALUATION_ROLES: tuple[Role, ...] = ("evaluate", "retention")
-
-USER_KEYS: dict[Role, str] = {
-    "sft": "sft.data",
-    "replay": "sft.replay",
-    "reward": "reward.pairs",
-    "ppo": "ppo.prompts",
-    "ptx": "ppo.ptx.data",
-    "evaluate": "evaluate.prompts",
-    "retention": "evaluate.retention",
-}
-"""What the user calls each role's source; every complaint starts with it."""
-
-
-ROLE_OF: dict[str, Role] = {key: role for role, key in USER_KEYS.items()}
+Item = TypeVar("Item")
 
 
 class Message(TypedDict):
@@ -39,8 +21,23 @@ class Message(TypedDict):
     content: str
 
 
+class Row(ABC):
+    """One example of a data set. A subclass is a frozen dataclass whose fields are plain JSON values."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @abstractmethod
+    def exchanges(self) -> list[tuple[list[Message], str | None]]:
+        """The conversations that are made from it, each with its answer; None where one is to be sampled."""
+
+    def asked(self) -> str:
+        """What it asks, as text; of plain text, the text itself."""
+        prompt, answer = self.exchanges()[0]
+        return "\n".join(message["content"] for message in prompt) if prompt else answer or ""
+
+
 @dataclass(frozen=True)
-class SftRow:
+class SftRow(Row):
     """A conversation and the answer to learn; plain text has an empty conversation."""
 
     prompt: list[Message]
@@ -48,9 +45,13 @@ class SftRow:
     turns: int = 1
     """How many of the assistant's turns are answers to learn: the completion, and the last ones before it."""
 
+    def exchanges(self) -> list[tuple[list[Message], str | None]]:
+        """The whole conversation."""
+        return [(self.prompt, self.completion)]
+
 
 @dataclass(frozen=True)
-class PairRow:
+class PairRow(Row):
     """Two answers to one conversation, the better one first."""
 
     prompt: list[Message]
@@ -60,43 +61,50 @@ class PairRow:
     """What the true reward says of the answer, where it is known; never trained on."""
     rejected_gold: float | None = None
 
+    def exchanges(self) -> list[tuple[list[Message], str | None]]:
+        """Both sides."""
+        return [(self.prompt, self.chosen), (self.prompt, self.rejected)]
+
 
 @dataclass(frozen=True)
-class PromptRow:
+class PromptRow(Row):
     """A conversation that waits for an answer."""
 
     prompt: list[Message]
 
+    def exchanges(self) -> list[tuple[list[Message], str | None]]:
+        """The prompt."""
+        return [(self.prompt, None)]
+
 
 @dataclass(frozen=True)
-class TextRow:
+class TextRow(Row):
     """A text whose perplexity shows what the model still knows."""
 
     text: str
     source: str = ""
     """Name of the set that it is from."""
 
+    def exchanges(self) -> list[tuple[list[Message], str | None]]:
+        """The text, behind no prompt."""
+        return [([], self.text)]
+
 
 @dataclass(frozen=True)
-class QuestionRow:
+class QuestionRow(Row):
     """A multiple-choice question; `answer` is the index of the right choice."""
 
     question: str
     choices: list[str]
     answer: int
 
+    def exchanges(self) -> list[tuple[list[Message], str | None]]:
+        """Question and choices, as plain text."""
+        return [([], "\n".join([self.question, *self.choices]))]
 
-Row = SftRow | PairRow | PromptRow | TextRow | QuestionRow
-
-ROW_TYPES: dict[Role, tuple[type[Row], ...]] = {
-    "sft": (SftRow,),
-    "replay": (SftRow,),
-    "reward": (PairRow,),
-    "ppo": (PromptRow,),
-    "ptx": (SftRow,),
-    "evaluate": (PromptRow,),
-    "retention": (TextRow, QuestionRow),
-}
+    def asked(self) -> str:
+        """The question without its choices."""
+        return self.question
 
 
 class RowError(ValueError):
@@ -112,11 +120,11 @@ def row_to_json(row: Row) -> str:
     return json.dumps(vars(row), ensure_ascii=False)
 
 
-def row_from_json(line: str, role: Role) -> Row:
-    """The row that `row_to_json` wrote."""
+def row_from_json(line: str, row_types: Sequence[type[Row]]) -> Row:
+    """The row that `row_to_json` wrote: of the type that has its fields."""
     values = json.loads(line)
-    (kind,) = (kind for kind in ROW_TYPES[role] if kind.__dataclass_fields__.keys() == values.keys())
-    return kind(**values)
+    (found,) = (each for each in row_types if each.__dataclass_fields__.keys() == values.keys())
+    return found(**values)
 
 
 def each_turn(row: SftRow) -> Iterator[SftRow]:
@@ -127,23 +135,12 @@ def each_turn(row: SftRow) -> Iterator[SftRow]:
     yield replace(row, turns=1)
 
 
-def prompt_of(row: Row) -> list[Message]:
-    """The conversation that a row answers; none of a plain text or a question."""
-    return row.prompt if isinstance(row, SftRow | PairRow | PromptRow) else []
-
-
 def prompt_identity(row: Row) -> str:
     """sha256 of what the row asks: equal for prompts that differ only in case, spacing or Unicode form.
 
-    It is the text of all messages; of plain text, the text itself. Roles share it, so that a prompt is
-    recognised wherever it turns up.
+    Roles share it, so that a prompt is recognised wherever it turns up.
     """
-    match row:
-        case SftRow(prompt=[], completion=text) | TextRow(text=text) | QuestionRow(question=text):
-            pass
-        case SftRow(prompt=prompt) | PairRow(prompt=prompt) | PromptRow(prompt=prompt):
-            text = "\n".join(message["content"] for message in prompt)
-    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    plain = " ".join(unicodedata.normalize("NFKC", row.asked()).casefold().split())
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
@@ -156,8 +153,30 @@ def hash_fraction(identity: str, purpose: Literal["evaluation", "held_out", "lim
 def drawn(identity: str, fraction: float, purpose: Literal["evaluation", "held_out"]) -> bool:
     """Whether a prompt belongs to the `fraction` set aside for this purpose.
 
-    The hash of purpose and identity, read as a number in [0, 1), decides. So a prompt's lot depends neither
-    on its role nor on the rows around it, and the two draws are independent: held-out rows are as large a
+    The hash of purpose and identity, read as a number in [0, 1), decides. So the draw depends neither on the
+    prompt's role nor on the rows around it, and the two draws are independent: held-out rows are as large a
     share of what the evaluation left as they would be of everything.
     """
     return hash_fraction(identity, purpose) < fraction
+
+
+def limited(
+    items: Sequence[Item],
+    limit: int | None,
+    identity: Callable[[Item], str],
+    kind: Callable[[Item], str] = lambda item: "",
+) -> list[Item]:
+    """At most `limit` items in their order, drawn by their prompts' hash, one of each kind at least.
+
+    Args:
+        identity: an item's `prompt_identity`.
+        kind: such as the split that it belongs to.
+    """
+    if limit is None or len(items) <= limit:
+        return list(items)
+    order = sorted(range(len(items)), key=lambda index: hash_fraction(identity(items[index]), "limit"))
+    firsts: dict[str, int] = {}
+    for index in order:
+        firsts.setdefault(kind(items[index]), index)
+    chosen = set(list(dict.fromkeys([*firsts.values(), *order]))[:limit])
+    return [item for index, item in enumerate(items) if index in chosen]

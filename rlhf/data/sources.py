@@ -8,11 +8,11 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import (
     BeforeValidator,
@@ -25,6 +25,7 @@ from pydantic import (
 
 from rlhf.config import ConfigError, Strict, did_you_mean
 from rlhf.data.formats import CONVERSATION_COLUMNS, PROMPT_COLUMNS
+from rlhf.data.roles import ROLES
 from rlhf.data.schema import RowError
 from rlhf.digests import digest_of, file_digest
 
@@ -182,16 +183,42 @@ SourceList = Annotated[list[SourceConfig], Field(min_length=1), AsList]
 """One source, or several that are read one after the other."""
 
 
-RowsOf = Literal["sft.data", "reward.pairs", "ppo.prompts"]
-"""The key of other rows, whose prompts are taken."""
+def _prompts(value: Any, _: ValidatorFunctionWrapHandler) -> SourceConfig | str:
+    is_key = value in [role.key for role in ROLES.values() if role.lends_prompts]
+    return str(value) if is_key else SourceConfig.model_validate(value)
 
 
-def _prompts(value: Any, _: ValidatorFunctionWrapHandler) -> SourceConfig | RowsOf:
-    return value if value in get_args(RowsOf) else SourceConfig.model_validate(value)
-
-
-PromptSource = Annotated[SourceConfig | RowsOf, WrapValidator(_prompts)]
+PromptSource = Annotated[SourceConfig | str, WrapValidator(_prompts)]
 """A source of prompts, or the key whose rows they are the prompts of."""
+
+
+Sources = Mapping[str, SourceConfig | Sequence[SourceConfig] | str | None]
+"""Role -> what its key names: a source or several, the key of other rows, whose prompts it takes, or none."""
+
+
+def own_sources(sources: Sources, role: str) -> list[SourceConfig]:
+    """The role's own; none where its prompts are another's."""
+    named = sources[role]
+    if named is None or isinstance(named, str):
+        return []
+    return [named] if isinstance(named, SourceConfig) else [*named]
+
+
+def lender(sources: Sources, role: str) -> str | None:
+    """The role whose rows' prompts it takes."""
+    return next((name for name, each in ROLES.items() if each.key == sources[role]), None)
+
+
+def check_lenders(sources: Sources) -> None:
+    """Refuse a key that names itself, or one without rows.
+
+    Raises:
+        ConfigError: which.
+    """
+    for role, entry in ROLES.items():
+        other = lender(sources, role)
+        if other is not None and (other == role or not sources[other]):
+            raise ConfigError(f"{entry.key}={ROLES[other].key}: there are no rows. Name a source.")
 
 
 def _sample_file(name: str, key: str) -> Path:

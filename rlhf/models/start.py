@@ -10,8 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from rlhf.config import ConfigError
-from rlhf.data.chat_template import tokenizer_digest
-from rlhf.data.dataset_stats import sequences
+from rlhf.data.chat_template import sequences, tokenizer_digest
 from rlhf.data.schema import Row
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.models.alike import other_setting

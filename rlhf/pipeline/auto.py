@@ -10,24 +10,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rlhf.data.schema import USER_KEYS
+from rlhf.data.roles import ROLES
 
 AUTO = "auto"
-SOURCES = (*USER_KEYS.values(), "compare.questions", "compare.corpus")
-"""Every key that names data."""
-PROMPTS_OF = ("sft.data", "reward.pairs")
-"""Whose prompts `ppo.prompts` takes: the first of these that is the user's."""
-DEMO = {
-    "sft.data": "sft",
-    "reward.pairs": "reward",
-    "ppo.prompts": "ppo",
-    "evaluate.prompts": "evaluate",
-    "evaluate.retention": "retention",
-    "evaluate.gold": "gold",
-}
-"""The keys that may be `auto`, and their names in `demo`."""
-
-
+NO_ROLE = ("compare.questions", "compare.corpus")
+"""Keys that name data which `prepare` does not read."""
 POLICIES = {"sft": ["base", "sft", "ppo"], "base": ["base", "ppo"]}
 """What PPO starts from -> the policies that are evaluated. A directory is one of them."""
 
@@ -45,13 +32,12 @@ class Resolved(NamedTuple):
 def without_auto(config: Mapping[str, Any]) -> Resolved:
     """The composed config with a value for every key that is `auto`."""
     found = copy.deepcopy(dict(config))
-    own = [key for key in SOURCES if is_own(_get(found, key))]
-    asked = [key for key in DEMO if _get(found, key) == AUTO]
+    keys = {name: role.key for name, role in ROLES.items()}
+    own = [key for key in (*keys.values(), *NO_ROLE) if is_own(_get(found, key))]
+    demo = {(keys | {"gold": "evaluate.gold"})[name]: value for name, value in found["demo"].items()}
+    asked = [key for key in demo if _get(found, key) == AUTO]
     for key in asked:
-        _set(found, key, _of_own(key, found, own) if own else found["demo"][DEMO[key]])
-    for role, key in USER_KEYS.items():
-        if _get(found, f"prepare.sources.{role}") == AUTO:  # it repeats the key, as it stood before
-            _set(found, f"prepare.sources.{role}", _get(found, key))
+        _set(found, key, _of_own(key, own) if own else demo[key])
     start = POLICIES.get(str(_get(found, "ppo.init")), ["base", "init", "ppo"])
     if _get(found, "evaluate.policies") == AUTO:
         _set(found, "evaluate.policies", start)
@@ -75,16 +61,17 @@ def is_own(source: Any) -> bool:
         return any(map(is_own, source))
     if isinstance(source, Mapping):
         return source.get("samples") is None
-    return source not in (None, AUTO, *USER_KEYS.values()) and not str(source).startswith("samples:")
+    keys = [role.key for role in ROLES.values()]
+    return source not in (None, AUTO, *keys) and not str(source).startswith("samples:")
 
 
-def _of_own(key: str, config: Mapping[str, Any], own: list[str]) -> Any:
-    """What `auto` means if some data are the user's: for prompts, the key of the rows that have them."""
-    if key == "evaluate.prompts" and "ppo.prompts" in own:
-        return "ppo.prompts"
-    if key in ("ppo.prompts", "evaluate.prompts"):
-        return next((name for name in PROMPTS_OF if name in own), None)
-    return None
+def _of_own(key: str, own: list[str]) -> str | None:
+    """What `auto` means if some data are the user's: for prompts, the key of the rows that have them;
+    `ppo.prompts` comes before all others."""
+    if key not in ("ppo.prompts", "evaluate.prompts"):
+        return None
+    lenders = [role.key for role in ROLES.values() if role.lends_prompts and role.key in own]
+    return "ppo.prompts" if "ppo.prompts" in lenders else next(iter(lenders), None)
 
 
 def _subject(policies: Any, started: list[str]) -> str:

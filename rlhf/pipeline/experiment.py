@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt
 
 from rlhf.config import ConfigError, Strict, did_you_mean, validated
-from rlhf.data.schema import USER_KEYS, Role
+from rlhf.data.roles import PACKAGED, ROLES
 from rlhf.data.sources import SourceConfig, SourceList
 from rlhf.distributed.compute import DistributedConfig, Zero
 from rlhf.distributed.device import Precision, has_gpu
@@ -23,7 +23,7 @@ from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.auto import without_auto
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
-from rlhf.pipeline.stage import Stage, in_order
+from rlhf.pipeline.stage import Stage, in_order, named_sources
 from rlhf.rewards.code import import_code
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import RewardSource
@@ -34,18 +34,12 @@ from rlhf.training.checkpoint import CheckpointConfig
 Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
-ADVICE: dict[Role, str] = {
-    "reward": "Another ppo.reward than learned (function, server, model:DIRECTORY) needs no reward.pairs.",
-}
-"""How to do without the data of a role."""
-
-
 class DemoConfig(Strict):
     """What `auto` uses as long as none of the data is yours: the packaged sets in `data/`."""
 
     sft: SourceConfig
     """What `sft.data=auto` uses."""
-    reward: SourceConfig
+    pairs: SourceConfig
     """What `reward.pairs=auto` uses."""
     ppo: SourceConfig
     """What `ppo.prompts=auto` uses."""
@@ -141,7 +135,6 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     """
     names = [name for name, value in resolved.items() if _is_stage(value)]
     settings = validated(Settings, {k: v for k, v in resolved.items() if k not in names}, "")
-    resolved, own, notes = without_auto(resolved)
     sections = {name: resolved[name] for name in names}
     if not settings.stage:
         raise ConfigError(f"stage=[]: nothing to do. Use all, or some of {', '.join(sections)}.")
@@ -157,12 +150,15 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         if redacted(resolved[key]) != resolved[key]:
             raise ConfigError(f"{key}: there is a secret in it, and it names a directory. Use another name.")
     classes = {name: stage_class(name, section["_target_"]) for name, section in sections.items()}
+    know_roles(classes)
+    resolved, own, notes = without_auto(resolved)
     checked: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: classes[name].repeats_keys):
-        values = {key: value for key, value in sections[name].items() if key != "_target_"}
+        values = {key: value for key, value in resolved[name].items() if key != "_target_"}
         checked[name] = validated(classes[name], values, name)
     for stage in checked.values():
         check_policies(stage, checked)
+        check_roles(stage)
     stages = in_order({name: checked[name] for name in sections})
     for name, stage in stages.items():
         for gate, bound in stage.gates.items():
@@ -177,6 +173,36 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         if peft is not None and peft.method == "qlora":
             check_qlora(f"{name}.peft=qlora", settings.device)
     return experiment
+
+
+def know_roles(classes: Mapping[str, type[Stage]]) -> None:
+    """Put the roles that the stages bring along into the table, beside the package's; no others.
+
+    Raises:
+        ConfigError: two roles have one name.
+    """
+    ROLES.clear()
+    ROLES.update(PACKAGED)
+    for name, stage in classes.items():
+        for role, entry in stage.roles.items():
+            if ROLES.setdefault(role, entry) is not entry:
+                raise ConfigError(
+                    f"{name}: it brings a role {role} along, and there is one already. Rename it."
+                )
+
+
+def check_roles(stage: Stage) -> None:
+    """Refuse the name of a role that does not exist.
+
+    Raises:
+        ConfigError: with those that do.
+    """
+    for role in stage.datasets():
+        if role not in ROLES:
+            raise ConfigError(
+                f"{stage.name}: it reads the data of {role}, and there is no such role."
+                f"{did_you_mean(role, ROLES)} Known: {', '.join(ROLES)}."
+            )
 
 
 def check_policies(stage: Stage, stages: Mapping[str, Stage]) -> None:
@@ -203,17 +229,17 @@ def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
     Raises:
         ConfigError: in the user's own keys.
     """
-    sources, needed = experiment.resolved["prepare"]["sources"], experiment.needed()
-    readers: dict[Role, list[str]] = {}
+    sources, needed = named_sources(experiment.stages), experiment.needed()
+    readers: dict[str, list[str]] = {}
     for name in needed:
         for role in experiment.stages[name].needs(experiment.stages):
             if not sources[role]:
                 readers.setdefault(role, []).append(name)
     if not readers:
         return
-    missing = [f"{USER_KEYS[role]} (for {' and '.join(names)})" for role, names in readers.items()]
+    missing = [f"{ROLES[role].key} (for {' and '.join(names)})" for role, names in readers.items()]
     why = f" No packaged set is used beside your own data ({', '.join(own)})." if own else ""
-    advice = "".join(f" {ADVICE[role]}" for role in readers if role in ADVICE)
+    advice = "".join(f" {ROLES[role].advice}" for role in readers if ROLES[role].advice)
     raise ConfigError(
         f"No data for {', '.join(missing)}.{why} Name a source for each: a path, hub:ID or samples:NAME; or "
         f"choose stages that need none, with stage=.{advice}"

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from rlhf.config import ConfigError
-from rlhf.data.prepared import PreparedData, splits_of
-from rlhf.data.schema import Message, PairRow, PromptRow, Row, SftRow
+from rlhf.data.prepared import PreparedData
+from rlhf.data.roles import ROLES
+from rlhf.data.schema import Message, Row
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig
 from rlhf.pipeline.stage import Stage
@@ -67,10 +68,7 @@ def rehearse_rewards(
 def some_rows(stage: Stage, data: PreparedData) -> Iterator[tuple[list[Message], str]]:
     """(prompt, answer) of the first data that a stage reads."""
     role = stage.datasets()[0]
-    rows: Sequence[Row] = data.rows(role, splits_of(role)[0])
+    rows: Sequence[Row] = data.rows(role, ROLES[role].splits[0])
     for row in rows:
-        match row:
-            case SftRow(prompt=prompt, completion=answer) | PairRow(prompt=prompt, chosen=answer):
-                yield prompt, answer
-            case PromptRow(prompt=prompt):
-                yield prompt, ANSWER
+        prompt, answer = row.exchanges()[0]
+        yield prompt, ANSWER if answer is None else answer

@@ -34,7 +34,7 @@ from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
 from rlhf.pipeline.stage import Stage, users_words
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
-from rlhf.rewards.code import has_changed, imported_code, stage_code
+from rlhf.rewards.code import has_changed, imported_code, own_code
 from rlhf.tracking.progress import Progress, clock
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker, make_tracker
@@ -43,8 +43,9 @@ from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
 def external_digests(stage: Stage, digest: DirectoryDigest) -> dict[str, str]:
     """Digests of what decides the result and lies outside the store: data, and the user's code."""
+    kind = type(stage)
     with said_as(users_words(stage)):
-        return stage.external_digests(digest) | stage_code(type(stage))
+        return stage.external_digests(digest) | own_code(kind.__module__, kind.__name__)
 
 
 class UnsoundInputError(Exception):

@@ -13,7 +13,8 @@ from rlhf.config import Bound, ConfigError, Strict, did_you_mean
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import Role
+from rlhf.data.roles import ROLES, Role
+from rlhf.data.sources import Sources
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.sampled import ENDS
@@ -80,6 +81,8 @@ class Stage(Strict, ABC):
     """Whether it says how long sampling took, so that `vllm.*` decide the result."""
     cacheable: ClassVar[bool] = True
     """Whether its artifact is taken instead of running it again."""
+    roles: ClassVar[Mapping[str, Role]] = {}
+    """Data roles that it brings along, by name: `prepare` reads, checks, splits and counts their rows."""
     not_in_key: ClassVar[frozenset[str]] = frozenset()
     """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
 
@@ -91,12 +94,12 @@ class Stage(Strict, ABC):
         """The stages whose artifacts this one reads."""
         return ()
 
-    def datasets(self) -> tuple[Role, ...]:
-        """The prepared data sets this one reads: sft, reward, ppo, evaluate, retention."""
+    def datasets(self) -> tuple[str, ...]:
+        """The roles whose prepared data this one reads: names in `rlhf.data.roles.ROLES`."""
         return ()
 
-    def needs(self, chain: Mapping[str, Stage]) -> tuple[Role, ...]:
-        """Those of `roles` that it cannot do without: a run that lacks their data is refused."""
+    def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
+        """Those of `datasets` that it cannot do without: a run that lacks their data is refused."""
         return self.datasets()
 
     def named_policies(self) -> Iterator[tuple[str, str]]:
@@ -250,4 +253,27 @@ def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
 
     for name in stages:
         visit(name, ())
+    return found
+
+
+def named_sources(chain: Mapping[str, Stage]) -> Sources:
+    """What each role's key names, in the stages' own configs.
+
+    Raises:
+        ConfigError: a role's key is none of theirs.
+    """
+    return {name: _named(chain, name, role.key) for name, role in ROLES.items()}
+
+
+def _named(chain: Mapping[str, Stage], role: str, key: str) -> Any:
+    section, *names = key.split(".")
+    try:
+        found: Any = chain[section]
+        for name in names:
+            found = dict(found)[name]
+    except KeyError:
+        raise ConfigError(
+            f"{key}: the role {role} is read from there, and there is no such key. Add it to the stage, or "
+            "change the role's key."
+        ) from None
     return found

@@ -62,12 +62,10 @@ def import_code(name: str, named_by: str) -> ModuleType:
     return module
 
 
-def stage_code(stage: type) -> dict[str, str]:
-    """Identity of a user's stage class: see `code_on_disk`. Empty for stages of this package, which have a
-    version."""
-    if stage.__module__.partition(".")[0] == "rlhf":
-        return {}
-    return imported_code(f"python:{stage.__module__}:{stage.__name__}")
+def own_code(module: str, name: str) -> dict[str, str]:
+    """Identity of a user's class or function: see `code_on_disk`. Empty for those of this package, whose
+    stages have a version."""
+    return {} if module.partition(".")[0] == "rlhf" else imported_code(f"python:{module}:{name}")
 
 
 def has_changed(source: str) -> bool:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.formats import recognise
-from rlhf.data.schema import Message, PairRow, PromptRow, QuestionRow, Role, RowError, SftRow, TextRow
+from rlhf.data.formats import pair_row, retention_row, sft_row
+from rlhf.data.roles import ROLES
+from rlhf.data.schema import Message, PairRow, PromptRow, QuestionRow, RowError, SftRow, TextRow
 
 
 def user(content: str) -> Message:
@@ -57,7 +58,7 @@ TWO_TURNS = [user("Hi"), assistant("Hello."), user("Bye")]
 ])  # fmt: skip
 def test_sft_formats(raw: dict[str, Any], prompt: list[Message]) -> None:
     turns = 2 if raw.get("messages") and prompt is TWO_TURNS else 1  # of a conversation, all are learned
-    assert recognise(raw, "sft") == SftRow(prompt, "Yes", turns)
+    assert sft_row(raw) == SftRow(prompt, "Yes", turns)
 
 
 @pytest.mark.parametrize(("raw", "prompt"), [
@@ -86,12 +87,12 @@ def test_sft_formats(raw: dict[str, Any], prompt: list[Message]) -> None:
     ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Good", "rejected": " Bad"}, HI),
 ])  # fmt: skip
 def test_preference_formats(raw: dict[str, Any], prompt: list[Message]) -> None:
-    assert recognise(raw, "reward") == PairRow(prompt, "Good", "Bad")
+    assert pair_row(raw) == PairRow(prompt, "Good", "Bad")
 
 
 def test_gold_scores_are_kept_and_may_be_text_as_in_csv() -> None:
     raw = {"prompt": "Hi", "chosen": "Good", "rejected": "Bad", "chosen_gold": "0.5", "rejected_gold": -1}
-    assert recognise(raw, "reward") == PairRow(HI, "Good", "Bad", 0.5, -1.0)
+    assert pair_row(raw) == PairRow(HI, "Good", "Bad", 0.5, -1.0)
 
 
 @pytest.mark.parametrize("role", ["ppo", "evaluate"])
@@ -111,16 +112,16 @@ def test_gold_scores_are_kept_and_may_be_text_as_in_csv() -> None:
     ({"text": "Hi", "role": "prompter", "parent_id": None}, HI),  # OpenAssistant's messages
     ({"prompt": {"text": "Hi", "role": "prompter", "replies": []}}, HI),  # and its trees
 ])  # fmt: skip
-def test_any_format_gives_its_prompt(raw: dict[str, Any], prompt: list[Message], role: Role) -> None:
-    assert recognise(raw, role) == PromptRow(prompt)
+def test_any_format_gives_its_prompt(raw: dict[str, Any], prompt: list[Message], role: str) -> None:
+    assert ROLES[role].parse(raw) == PromptRow(prompt)
 
 
 def test_retention_formats() -> None:
     for more in ({}, {"answer": "so"}, {"choices": None}):
-        assert recognise({"text": "Water boils. ", **more}, "retention") == TextRow("Water boils.")
+        assert retention_row({"text": "Water boils. ", **more}) == TextRow("Water boils.")
     question = {"question": "1+1?", "choices": ["1", "2", "3"]}
     for answer in (1, "B", "b"):
-        row = recognise({**question, "answer": answer}, "retention")
+        row = retention_row({**question, "answer": answer})
         assert row == QuestionRow("1+1?", ["1", "2", "3"], 1)
 
 
@@ -131,25 +132,25 @@ SFT_NEEDS = (
 
 
 @pytest.mark.parametrize(("role", "raw", "reason", "message"), [
-    ("reward", {"prompt": "Hi", "chosen": "A"}, "missing field",
+    ("pairs", {"prompt": "Hi", "chosen": "A"}, "missing field",
      f'"rejected" is missing (found: prompt, chosen). {PAIR_NEEDS}'),
-    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": None}, "missing field",
+    ("pairs", {"prompt": "Hi", "chosen": "A", "rejected": None}, "missing field",
      f'"rejected" is missing (found: prompt, chosen, rejected (null)). {PAIR_NEEDS}'),
-    ("reward", {"chosen": "A", "rejected": "B"}, "missing field",
+    ("pairs", {"chosen": "A", "rejected": "B"}, "missing field",
      f'"prompt" is missing (found: chosen, rejected). {PAIR_NEEDS}'),
-    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": "A "}, "tie",
+    ("pairs", {"prompt": "Hi", "chosen": "A", "rejected": "A "}, "tie",
      '"chosen" and "rejected" are the same text: a tie teaches nothing.'),
-    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": 7}, "wrong type",
+    ("pairs", {"prompt": "Hi", "chosen": "A", "rejected": 7}, "wrong type",
      '"rejected" must be text or a list of messages, found 7 (int).'),
-    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": "B", "chosen_gold": "much"}, "wrong type",
+    ("pairs", {"prompt": "Hi", "chosen": "A", "rejected": "B", "chosen_gold": "much"}, "wrong type",
      "\"chosen_gold\" must be a finite number, found 'much' (str)."),
-    ("reward", {"prompt": "Hi", "chosen": "A", "rejected": "B", "chosen_gold": float("nan")}, "wrong type",
+    ("pairs", {"prompt": "Hi", "chosen": "A", "rejected": "B", "chosen_gold": float("nan")}, "wrong type",
      '"chosen_gold" must be a finite number, found nan (float).'),
-    ("reward", {"chosen": [*HI, assistant("A")], "rejected": [user("Ho"), assistant("B")]},
+    ("pairs", {"chosen": [*HI, assistant("A")], "rejected": [user("Ho"), assistant("B")]},
      "conversations differ",
      '"chosen" and "rejected" differ before their last turn. '
      'A pair is two answers to the same conversation.'),
-    ("reward", {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant:"},
+    ("pairs", {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant:"},
      "no answer",
      '"rejected" ends with a user turn, not with an answer.'),
     ("sft", {"prompt": "Hi"}, "no answer",
@@ -191,13 +192,13 @@ SFT_NEEDS = (
     ("retention", {"question": "?", "choices": ["a", "b"], "answer": True}, "wrong answer index",
      '"answer" must be the index of a choice (0 to 1) or its letter, found True (bool).'),
 ])  # fmt: skip
-def test_a_bad_row_is_told_what_is_wrong(role: Role, raw: Any, reason: str, message: str) -> None:
+def test_a_bad_row_is_told_what_is_wrong(role: str, raw: Any, reason: str, message: str) -> None:
     with pytest.raises(RowError) as error:
-        recognise(raw, role)
+        ROLES[role].parse(raw)
     assert str(error.value) == message
     assert error.value.reason == reason
 
 
 def test_an_unknown_speaker_is_named() -> None:
     with pytest.raises(RowError, match=r"\"messages\[1\]\" has the role 'tool'; known: system, user,"):
-        recognise({"messages": [user("Hi"), {"role": "tool", "content": "x"}]}, "sft")
+        sft_row({"messages": [user("Hi"), {"role": "tool", "content": "x"}]})

@@ -57,11 +57,11 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
     question = [QuestionRow("1+1?", ["1", "2"], 1)]
     pairs = [PairRow(HI, "a\u2028b", "c", 0.5, None)]
     data.write("sft", "train", [SftRow(HI, "a"), SftRow([], "b")])
-    data.write("reward", "held_out", pairs)
+    data.write("pairs", "held_out", pairs)
     data.write("evaluate", "evaluation", [PromptRow(HI)])
     data.write("retention", "evaluation", [TextRow("x\ny", "speeches"), *question])
     assert data.rows("sft", "train") == [SftRow(HI, "a"), SftRow([], "b")]
-    assert data.rows("reward", "held_out") == pairs
+    assert data.rows("pairs", "held_out") == pairs
     assert data.rows("evaluate", "evaluation") == [PromptRow(HI)]
     assert data.rows("retention", "evaluation") == [TextRow("x\ny", "speeches"), *question]
 

@@ -66,7 +66,7 @@ def run_stage(stage: CompareStage, tiny_model: Path, directory: Path, console: C
     ]
     data.write("sft", "train", rows[:4])
     data.write("sft", "held_out", rows[4:])
-    data.write("reward", "train", [PairRow(user("Where is the newt?"), "There.", "No.")])
+    data.write("pairs", "train", [PairRow(user("Where is the newt?"), "There.", "No.")])
     data.write("ppo", "train", [PromptRow(user("Where is the toad?"))])
     data.write("replay", "train", [SftRow(user("Where is the gnu?"), "There.")])
     data.write("ptx", "train", [SftRow([], "A text.")])

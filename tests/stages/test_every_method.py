@@ -83,7 +83,7 @@ def job_of(name: str, directory: Path, model: Path) -> Job:
     for split, numbers in (("train", range(8)), ("held_out", range(20, 24))):
         job.data.write("sft", split, [SftRow(asked(f"Say {n}"), f"It is {n}") for n in numbers])  # type: ignore[arg-type]
         job.data.write(
-            "reward", split, [PairRow(asked(f"Say {n}"), f"It is {n}", "No" * (n % 3 + 1)) for n in numbers]
+            "pairs", split, [PairRow(asked(f"Say {n}"), f"It is {n}", "No" * (n % 3 + 1)) for n in numbers]
         )  # type: ignore[arg-type]
         job.data.write("ppo", split, [PromptRow(asked(f"{n}?")) for n in numbers])  # type: ignore[arg-type]
     return job

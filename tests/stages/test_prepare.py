@@ -12,22 +12,22 @@ from small_prepare import Bench
 
 from rlhf.data.chat_template import prompt_ids
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import ROLES, TRAINING_ROLES, Message, QuestionRow, Role, TextRow, prompt_identity
+from rlhf.data.roles import ROLES, training_roles
+from rlhf.data.schema import Message, QuestionRow, TextRow, prompt_identity
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
 SAMPLES = ROOT / "data"
 
 
-def identities(data: PreparedData, role: Role) -> dict[str, set[str]]:
-    splits = ("train", "held_out") if role in TRAINING_ROLES else ("evaluation",)
-    return {split: {prompt_identity(row) for row in data.rows(role, split)} for split in splits}
+def identities(data: PreparedData, role: str) -> dict[str, set[str]]:
+    return {split: {prompt_identity(row) for row in data.rows(role, split)} for split in ROLES[role].splits}
 
 
 def assert_apart(data: PreparedData) -> None:
     """No prompt of any role is in two of train, held-out and evaluation."""
     prompts = {"train": set(), "held_out": set(), "evaluation": identities(data, "evaluate")["evaluation"]}
-    for role in TRAINING_ROLES:
+    for role in training_roles():
         for split, found in identities(data, role).items():
             assert found, f"{role} {split} is empty"
             prompts[split] |= found
@@ -40,7 +40,7 @@ def assert_apart(data: PreparedData) -> None:
 def test_every_row_is_kept_once_and_counted(bench: Bench) -> None:
     data = bench.prepare()
     assert_apart(data)
-    for role in TRAINING_ROLES:
+    for role in training_roles():
         assert sum(len(data.rows(role, split)) for split in ("train", "held_out")) == 40
     assert len(data.rows("evaluate", "evaluation")) == 40
     retention = data.rows("retention", "evaluation")
@@ -69,28 +69,28 @@ def test_token_lengths(bench: Bench) -> None:
 
 
 def test_both_sides_of_a_pair_have_their_prompt_in_common(bench: Bench) -> None:
-    bench.rows["reward"] = [{"prompt": f"{n:02}", "chosen": "a", "rejected": "b"} for n in range(10, 50)]
+    bench.rows["pairs"] = [{"prompt": f"{n:02}", "chosen": "a", "rejected": "b"} for n in range(10, 50)]
     prepared = bench.prepare()
     tokenizer = bench.job.base.load_tokenizer()
     nothing, prompt = (
         len(prompt_ids(tokenizer, [Message(role="user", content=text)])) for text in ("", "10")
     )
     found = (
-        2 * prepared.size("reward", "train").shared_prefix
+        2 * prepared.size("pairs", "train").shared_prefix
     )  # of the two sides, and of a pair and the next one
     assert prompt < found < prompt + nothing
 
 
 def test_evaluation_is_drawn_when_it_shares_its_source(bench: Bench) -> None:
     bench.sources["evaluate"] = str(bench.directory / "ppo.jsonl")
-    bench.rows["reward"] += [{"prompt": f"ppo {n}", "chosen": "good", "rejected": "bad"} for n in range(40)]
+    bench.rows["pairs"] += [{"prompt": f"ppo {n}", "chosen": "good", "rejected": "bad"} for n in range(40)]
     data = bench.prepare()
     assert_apart(data)
     num_evaluation = len(data.rows("evaluate", "evaluation"))
     assert 4 <= num_evaluation <= 16  # a quarter of 40
     assert bench.report["evaluate"]["removed"]["left_for_training"]["count"] == 40 - num_evaluation
     assert bench.report["ppo"]["removed"]["in_evaluation"]["count"] == num_evaluation
-    assert bench.report["reward"]["removed"]["in_evaluation"]["count"] == num_evaluation
+    assert bench.report["pairs"]["removed"]["in_evaluation"]["count"] == num_evaluation
     assert bench.job.summary["leaks"] == bench.job.summary["dropped"] == 0  # by design, so no leak
     assert "LEAK" not in bench.output
 
@@ -203,7 +203,7 @@ def packaged(role: str, name: str) -> dict[str, str]:
 def test_packaged_prompts_never_overlap_and_hold_no_bad_row(bench: Bench) -> None:
     bench.sources = {
         **packaged("sft", "instructions"),
-        **packaged("reward", "pairs"),
+        **packaged("pairs", "pairs"),
         **packaged("ppo", "prompts"),
         **packaged("evaluate", "prompts"),
         "retention": ["samples:retention_sentences", "samples:retention_questions"],
@@ -214,7 +214,7 @@ def test_packaged_prompts_never_overlap_and_hold_no_bad_row(bench: Bench) -> Non
 
 def test_packaged_prompts_never_overlap_with_pairs_on_the_same_prompts(bench: Bench) -> None:
     prompts = [json.loads(line) for line in (SAMPLES / "prompts.jsonl").read_text().splitlines()]
-    bench.rows["reward"] = [{**row, "chosen": "good", "rejected": "bad"} for row in prompts]
+    bench.rows["pairs"] = [{**row, "chosen": "good", "rejected": "bad"} for row in prompts]
     bench.sources = {
         "sft": "samples:instructions",
         "ppo": "samples:prompts",
@@ -225,7 +225,7 @@ def test_packaged_prompts_never_overlap_with_pairs_on_the_same_prompts(bench: Be
     assert bench.job.summary["dropped"] == bench.job.summary["leaks"] == 0
     # Held-out prompts are the same ones for the reward model and for PPO.
     data = PreparedData(bench.job.directory)
-    assert identities(data, "reward") == identities(data, "ppo")
+    assert identities(data, "pairs") == identities(data, "ppo")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not there")
@@ -233,13 +233,13 @@ def test_real_human_data_is_read_completely(bench: Bench) -> None:
     prompts = sorted((REAL / "oasst-prompts").glob("*.jsonl"))[0]
     bench.sources = {
         "sft": str(REAL / "dolly-nocontext" / "train.jsonl.gz"),
-        "reward": str(REAL / "hh-helpful-base" / "pairs.jsonl.gz"),
+        "pairs": str(REAL / "hh-helpful-base" / "pairs.jsonl.gz"),
         "ppo": str(prompts),
         "evaluate": str(prompts),
         "retention": str(REAL / "wikitext2-valid" / "valid.txt.gz"),
     }
     assert_apart(bench.prepare())
     assert bench.report["sft"]["read"] == bench.job.summary["sft_rows"] == 5027
-    assert bench.report["reward"]["read"] == bench.job.summary["reward_pairs"] == 2339
+    assert bench.report["pairs"]["read"] == bench.job.summary["reward_pairs"] == 2339
     assert bench.report["ppo"]["read"] == 263
     assert bench.job.summary["ppo_prompts"] + bench.job.summary["evaluation_prompts"] == 263

@@ -21,11 +21,11 @@ def test_exact_duplicates_go_and_other_answers_stay(bench: Bench) -> None:
 
 
 def test_a_bad_row_is_one_error_in_the_users_keys(bench: Bench) -> None:
-    del bench.rows["reward"][11]["rejected"]
+    del bench.rows["pairs"][11]["rejected"]
     assert bench.complaint() == (
-        'reward.pairs: reward.jsonl line 12: "rejected" is missing (found: prompt, chosen). '
+        'reward.pairs: pairs.jsonl line 12: "rejected" is missing (found: prompt, chosen). '
         "A preference row needs prompt, chosen, rejected. Are they in other columns? "
-        f"reward.pairs='{{path: {bench.directory}/reward.jsonl, "
+        f"reward.pairs='{{path: {bench.directory}/pairs.jsonl, "
         "fields: {prompt: prompt, chosen: chosen, rejected: COLUMN}}'. "
         "Fix the row, or set prepare.on_bad_row=drop to leave out such rows."
     )
@@ -43,26 +43,26 @@ def test_prompts_without_answers(bench: Bench) -> None:
 
 
 def test_dropped_rows_are_counted_by_reason(bench: Bench) -> None:
-    pairs = bench.rows["reward"]
+    pairs = bench.rows["pairs"]
     pairs[0]["rejected"] = "good"
     pairs[1]["rejected"] = 7
     pairs[2]["prompt"] = None
     for number in (3, 4, 5, 6):
         pairs[number]["chosen"] = " "
-    path = bench.directory / "pairs.jsonl"
+    path = bench.directory / "damaged.jsonl"
     path.write_bytes(Path(write(path, pairs)).read_bytes() + b'{"prompt": "\xff"}\n{"prompt": "cut')
-    bench.sources["reward"] = str(path)
+    bench.sources["pairs"] = str(path)
     bench.prepare(on_bad_row="drop")
-    report = bench.report["reward"]
+    report = bench.report["pairs"]
     assert report["read"] == 42
     assert sum(report["kept"].values()) == bench.job.summary["reward_pairs"] == 33
     assert bench.job.summary["dropped"] == 9
     assert {reason: removed["count"] for reason, removed in report["removed"].items()} == {
         "tie": 1, "wrong type": 1, "missing field": 1, "empty": 4, "bad encoding": 1, "broken JSON": 1,
     }  # fmt: skip
-    assert report["removed"]["empty"]["examples"] == [f"pairs.jsonl line {number}" for number in (4, 5, 6)]
-    assert "1 tie (pairs.jsonl line 1)" in bench.output
-    assert "4 empty (pairs.jsonl line 4, pairs.jsonl line 5, pairs.jsonl line 6, ...)" in bench.output
+    assert report["removed"]["empty"]["examples"] == [f"damaged.jsonl line {number}" for number in (4, 5, 6)]
+    assert "1 tie (damaged.jsonl line 1)" in bench.output
+    assert "4 empty (damaged.jsonl line 4, damaged.jsonl line 5, damaged.jsonl line 6, ...)" in bench.output
 
 
 @pytest.mark.parametrize("role", ["ppo", "evaluate"])
@@ -83,10 +83,10 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_left_out_and_counted(benc
 
 def test_a_pair_longer_than_the_context_is_left_out_and_counted(bench: Bench) -> None:
     bench.base = dataclasses.replace(bench.base, length=256)
-    bench.rows["reward"][2] = {"prompt": "x", "chosen": "x", "rejected": "x" * 300}
+    bench.rows["pairs"][2] = {"prompt": "x", "chosen": "x", "rejected": "x" * 300}
     bench.prepare()
-    assert bench.report["reward"]["removed"]["too long"]["count"] == 1
-    assert sum(bench.report["reward"]["kept"].values()) == 39
+    assert bench.report["pairs"]["removed"]["too long"]["count"] == 1
+    assert sum(bench.report["pairs"]["kept"].values()) == 39
 
 
 @pytest.mark.parametrize("role", ["sft", "replay", "ptx"])
@@ -112,7 +112,7 @@ def test_where_all_is_too_long_the_limits_are_told(bench: Bench) -> None:
 @pytest.mark.parametrize(("role", "row", "fields"), [
     ("sft", {"id": "1", "Question": "x", "Reply": "y"}, "{prompt: Question, completion: Reply}"),
     ("sft", {"frage": "x", "antwort": "y"}, "{prompt: frage, completion: antwort}"),
-    ("reward", {"query": "x", "preferred": "y", "dispreferred": "z"},
+    ("pairs", {"query": "x", "preferred": "y", "dispreferred": "z"},
      "{prompt: query, chosen: preferred, rejected: dispreferred}"),
     ("ppo", {"query": "x"}, "{prompt: query}"),
 ])  # fmt: skip
@@ -132,9 +132,7 @@ def test_the_columns_that_were_found_are_shown(bench: Bench) -> None:
         "sft.data: sft.jsonl has id, instruction, output; read as {prompt: instruction, completion: output}"
     )
     assert told in bench.output
-    assert (
-        "reward.jsonl has prompt, chosen, rejected; read as {prompt: prompt, chosen: chosen" in bench.output
-    )
+    assert "pairs.jsonl has prompt, chosen, rejected; read as {prompt: prompt, chosen: chosen" in bench.output
 
 
 def test_columns_that_were_named_are_shown_as_the_file_has_them(bench: Bench) -> None:

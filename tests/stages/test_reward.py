@@ -48,8 +48,8 @@ def test_trl_comes_to_the_same_weights(
     stage = build_stage(RewardStage, *SETTINGS)
     pairs = [pair(number) for number in range(12)]
     job = small_job("reward", tmp_path / "job", BaseModelFiles(tiny_model, "tiny", TINY), {"sft": tiny_model})
-    job.data.write("reward", "train", pairs)
-    job.data.write("reward", "held_out", [pair(number) for number in range(20, 24)])
+    job.data.write("pairs", "train", pairs)
+    job.data.write("pairs", "held_out", [pair(number) for number in range(20, 24)])
     stage.run(job)
 
     tokenizer = load_tokenizer(tiny_model, TINY)

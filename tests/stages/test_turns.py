@@ -11,7 +11,7 @@ from small_chain import Chain
 from test_sft import TINY, sft_job, sft_stage
 
 from rlhf.data.chat_template import CHATML, PLAIN, TurnsApartError
-from rlhf.data.formats import recognise
+from rlhf.data.formats import sft_row
 from rlhf.data.schema import Message, SftRow, each_turn
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
@@ -99,9 +99,9 @@ def test_a_template_that_forgets_thinking_has_its_turns_apart(tiny_model: Path) 
 
 def test_which_turns_a_row_teaches() -> None:
     messages = [*CONVERSATION.prompt, said("assistant", CONVERSATION.completion), said("user", "Bye")]
-    assert recognise({"messages": messages}, "sft") == CONVERSATION  # not the greeting, which answers nobody
+    assert sft_row({"messages": messages}) == CONVERSATION  # not the greeting, which answers nobody
     apart = {"prompt": CONVERSATION.prompt, "completion": "You are welcome."}
-    assert recognise(apart, "sft") == SftRow(CONVERSATION.prompt, "You are welcome.", turns=1)
+    assert sft_row(apart) == SftRow(CONVERSATION.prompt, "You are welcome.", turns=1)
 
 
 def test_the_chain_counts_them_and_an_earlier_turn_is_no_leak(tmp_path: Path) -> None:

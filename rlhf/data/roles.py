@@ -1,0 +1,76 @@
+"""What data sets are for: a table of roles, from which all that depends on roles follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rlhf.data.formats import Raw, pair_row, prompt_row, retention_row, sft_row
+from rlhf.data.schema import PairRow, PromptRow, QuestionRow, Row, SftRow, Split, TextRow
+
+TRAINING: tuple[Split, ...] = ("train", "held_out")
+EVALUATION: tuple[Split, ...] = ("evaluation",)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a data set is for: which key names it, what its rows become, and where they go."""
+
+    key: str
+    """The config key of its source; every complaint starts with it."""
+    row_types: tuple[type[Row], ...]
+    """What its rows become."""
+    parse: Callable[[Raw], Row]
+    """Makes a row of what stands in a source; raises RowError where it cannot."""
+    columns: tuple[str, ...]
+    """What a row needs, by our names: `fields` maps them to the source's."""
+    splits: tuple[Split, ...] = TRAINING
+    """TRAINING: `prepare.held_out_fraction` of its prompts are held out, and none is evaluated on.
+    EVALUATION: no stage trains on what it asks."""
+    metrics: tuple[str, ...] = ()
+    """What `prepare` calls the number of its rows: a name for each of `row_types`, or none at all."""
+    lends_prompts: bool = False
+    """Whether `ppo.prompts` and `evaluate.prompts` may name its key, and then take its rows' prompts."""
+    advice: str = ""
+    """How to do without its data."""
+
+
+PACKAGED: Mapping[str, Role] = {
+    "sft": Role(
+        "sft.data", (SftRow,), sft_row, ("prompt", "completion"), metrics=("sft_rows",), lends_prompts=True
+    ),
+    "replay": Role("sft.replay", (SftRow,), sft_row, ("prompt", "completion")),
+    "pairs": Role(
+        "reward.pairs",
+        (PairRow,),
+        pair_row,
+        ("prompt", "chosen", "rejected"),
+        metrics=("reward_pairs",),
+        lends_prompts=True,
+        advice="Another ppo.reward than learned (function, server, model:DIRECTORY) needs no reward.pairs.",
+    ),
+    "ppo": Role(
+        "ppo.prompts", (PromptRow,), prompt_row, ("prompt",), metrics=("ppo_prompts",), lends_prompts=True
+    ),
+    "ptx": Role("ppo.ptx.data", (SftRow,), sft_row, ("prompt", "completion")),
+    "evaluate": Role(
+        "evaluate.prompts", (PromptRow,), prompt_row, ("prompt",), EVALUATION, ("evaluation_prompts",)
+    ),
+    "retention": Role(
+        "evaluate.retention",
+        (TextRow, QuestionRow),
+        retention_row,
+        ("text",),
+        EVALUATION,
+        ("retention_texts", "retention_questions"),
+    ),
+}
+"""Those of this package's stages."""
+ROLES: dict[str, Role] = dict(PACKAGED)
+"""Name -> role. `build_experiment` adds those of the user's stages (`Stage.roles`). The order is the one in
+which `prepare` tells of them."""
+
+
+def training_roles() -> tuple[str, ...]:
+    """Names of the roles that a stage may train on."""
+    return tuple(name for name, role in ROLES.items() if "train" in role.splits)
