@@ -74,9 +74,9 @@ class PreparedData:
         self, role: Literal["retention"], split: Literal["evaluation"]
     ) -> list[TextRow | QuestionRow]: ...
     @overload
-    def rows(self, role: str, split: Split) -> list[Any]: ...
+    def rows(self, role: str, split: str) -> list[Any]: ...
 
-    def rows(self, role: str, split: Split) -> object:
+    def rows(self, role: str, split: str) -> object:
         """The rows of one split, in the order of their source; none of a role without a source. A role of a
         user's stage gives rows of its own type."""
         with self._path(role, split).open(encoding="utf-8") as file:
@@ -119,6 +119,6 @@ class PreparedData:
         with self._path(role, split).open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(row_to_json(row) + "\n" for row in rows)
 
-    def _path(self, role: str, split: Split) -> Path:
+    def _path(self, role: str, split: str) -> Path:
         assert split in ROLES[role].splits, f"{role} has no split {split}"
         return self.directory / f"{role}.{split}.jsonl"

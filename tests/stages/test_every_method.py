@@ -84,7 +84,7 @@ def job_of(name: str, directory: Path, model: Path) -> Job:
         job.data.write("sft", split, [SftRow(asked(f"Say {n}"), f"It is {n}") for n in numbers])  # type: ignore[arg-type]
         job.data.write(
             "pairs", split, [PairRow(asked(f"Say {n}"), f"It is {n}", "No" * (n % 3 + 1)) for n in numbers]
-        )  # type: ignore[arg-type]
+        )
         job.data.write("ppo", split, [PromptRow(asked(f"{n}?")) for n in numbers])  # type: ignore[arg-type]
     return job
 
