@@ -273,7 +273,7 @@ class CompareStage(Stage):
         from rlhf.compare.answering import answer_one_by_one, make_prompt_builder
         from rlhf.compare.retrieval import make_index
         from rlhf.evaluation.intervals import ratio
-        from rlhf.evaluation.reference_loss import answer_losses
+        from rlhf.evaluation.reference_loss import reference_losses
 
         policy, training, size = self.load(job, model)
         answers = {}
@@ -291,7 +291,7 @@ class CompareStage(Stage):
                 )  # fmt: skip
             references = [question.reference for question in questions if question.reference is not None]
             if references:
-                losses = answer_losses(policy, said.asked, references, self.micro_batch_tokens)
+                losses = reference_losses(policy, said.asked, references, self.micro_batch_tokens)
                 said.figures |= ratio(*losses).metrics("answer_loss")
             said.figures["storage_bytes"] = size + asking.num_bytes
             if training is not None:

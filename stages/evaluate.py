@@ -333,7 +333,7 @@ class EvaluateStage(Stage):
         import torch
 
         from rlhf.evaluation.answers import Answers
-        from rlhf.evaluation.reference_loss import answer_losses
+        from rlhf.evaluation.reference_loss import reference_losses
         from rlhf.evaluation.retention import retention
 
         with job.progress.task(f"evaluate: {name} answers", len(rows)) as task:
@@ -350,7 +350,7 @@ class EvaluateStage(Stage):
         known = job.data.rows("sft", "held_out")[: self.num_references]
         with job.progress.task(f"evaluate: what {name} knows", 2) as task:
             prompts, references = [row.prompt for row in known], [row.completion for row in known]
-            task_losses = answer_losses(policy, prompts, references, self.micro_batch_tokens)
+            task_losses = reference_losses(policy, prompts, references, self.micro_batch_tokens)
             task.advance()
             retained = retention(policy, job.data.rows("retention", "evaluation"), self.micro_batch_tokens)
             task.advance()

@@ -13,7 +13,7 @@ from rlhf.generation.policy_model import PolicyModel
 from rlhf.rl.rollout import Responses
 
 
-def answer_losses(
+def reference_losses(
     policy: PolicyModel, asked: Sequence[list[Message]], references: Sequence[str], micro_batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each reference behind its prompt, in nats, fp64 [B]; and its tokens, [B].

@@ -19,7 +19,7 @@ from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.load import context_left, load_causal_lm
-from rlhf.models.logprobs import response_statistics, rollout_rows
+from rlhf.models.logprobs import ResponseModel, answer_logprobs
 from rlhf.models.weight_sharing import offload
 from rlhf.rl.rollout import Responses, Rollout
 
@@ -153,10 +153,5 @@ class PolicyModel:
     def log_probabilities(self, responses: Responses, temperature: float, micro_batch_tokens: int) -> Tensor:
         """Nats, fp32 [B, R] on the CPU, 0 on padding; without gradient."""
         with self._whole():
-            rows = rollout_rows(
-                responses,
-                micro_batch_tokens,
-                self.compute,
-                lambda batch: (response_statistics(self.model, batch, temperature).logp_N,),
-            )
-        return rows[0]
+            model = ResponseModel(self.model)
+            return answer_logprobs(model, responses, temperature, micro_batch_tokens, self.compute)

@@ -349,6 +349,24 @@ def _attention_here(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(attention)
 
 
+def answer_logprobs(
+    model: nn.Module, responses: Responses, temperature: float, micro_batch_tokens: int, compute: Compute
+) -> Tensor:
+    """Log-probability of every response token, without gradient. The ranks share the work, and each gets the
+    whole result.
+
+    Args:
+        model: a `ResponseModel`, by itself or as an engine holds it.
+
+    Returns:
+        Nats, fp32 [B, R] on the CPU, 0 on padding.
+    """
+    (logp_BR,) = rollout_rows(
+        responses, micro_batch_tokens, compute, lambda batch: (model(batch, temperature).logp_N,)
+    )
+    return logp_BR
+
+
 @torch.no_grad()
 def rollout_rows(
     responses: Responses,

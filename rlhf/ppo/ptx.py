@@ -14,6 +14,7 @@ from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import SftRow
 from rlhf.losses.language import next_token_loss
 from rlhf.ppo.config import PtxConfig
+from rlhf.rl.rollout import Responses
 
 
 class PretrainingMix:
@@ -32,11 +33,11 @@ class PretrainingMix:
         self._config, self._tokenizer, self._rows = config, tokenizer, list(rows)
         self._random = random.Random(seed)
 
-    def draw(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The next few rows, as (prompts, answers); the same on every rank."""
+    def draw(self) -> Responses:
+        """The next few rows; the same on every rank."""
         chosen = self._random.sample(self._rows, min(self._config.rows, len(self._rows)))
         encoded = [exchange_ids(self._tokenizer, row.prompt, row.completion) for row in chosen]
-        return (
+        return Responses(
             [torch.tensor(ids[:prompt]) for ids, prompt in encoded],
             [torch.tensor(ids[prompt : self._context]) for ids, prompt in encoded],
         )

@@ -236,13 +236,13 @@ class PolicyUpdater:
 
     def accumulate_mix(self, mix: PretrainingMix) -> None:
         """Add the gradients of the pretraining mix, over all ranks."""
-        prompts, answers = mix.draw()
-        lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        for group, weight, _ in self.compute.micro_batches(lengths, self.config.micro_batch_tokens):
+        drawn = mix.draw()
+        total_tokens = int(drawn.response_lengths.sum())
+        for group, weight, _ in self.compute.micro_batches(drawn.lengths, self.config.micro_batch_tokens):
             batch = pack_sequences(
-                [prompts[index] for index in group],
-                [answers[index] for index in group],
+                [drawn.prompt_ids[index] for index in group],
+                [drawn.response_ids[index] for index in group],
                 self.compute.device,
             )
             logp_N = self.engine.model("policy", batch, 1.0).logp_N
-            self.engine.backward_part(weight * mix.loss(logp_N, sum(map(len, answers))))
+            self.engine.backward_part(weight * mix.loss(logp_N, total_tokens))

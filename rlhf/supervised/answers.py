@@ -137,13 +137,10 @@ def answer_losses(
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from rlhf.models.logprobs import rollout_rows
+    from rlhf.models.logprobs import answer_logprobs
     from rlhf.rl.rollout import Responses
 
     answers = Responses([row.prompt for row in rows], [row.answer for row in rows])
-    with torch.no_grad():
-        (logp_BR,) = rollout_rows(
-            answers, micro_batch_tokens, compute, lambda batch: (engine.model(batch, temperature=1.0).logp_N,)
-        )
+    logp_BR = answer_logprobs(engine.model, answers, 1.0, micro_batch_tokens, compute)
     learned_BR = pad_sequence([row.mask for row in rows], batch_first=True)
     return -(logp_BR * learned_BR).sum(-1, dtype=torch.float64)

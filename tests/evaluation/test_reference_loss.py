@@ -7,7 +7,7 @@ from pathlib import Path
 from small_job import on_cpu
 
 from rlhf.data.schema import Message
-from rlhf.evaluation.reference_loss import answer_losses
+from rlhf.evaluation.reference_loss import reference_losses
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.base import ModelConfig
 
@@ -15,8 +15,8 @@ from rlhf.models.base import ModelConfig
 def test_a_prompt_that_fills_the_context_leaves_nothing_to_measure(tiny_model: Path) -> None:
     policy = PolicyModel.load(tiny_model, ModelConfig(kind="tiny"), on_cpu())
     short, full = ([Message(role="user", content="a" * size)] for size in (5, policy.context_length))
-    alone = answer_losses(policy, [short], ["yes"], 4096)
-    nats_B, tokens_B = answer_losses(policy, [full, short, full], ["no", "yes", "no"], 4096)
+    alone = reference_losses(policy, [short], ["yes"], 4096)
+    nats_B, tokens_B = reference_losses(policy, [full, short, full], ["no", "yes", "no"], 4096)
     assert nats_B.tolist() == [0.0, alone[0].item(), 0.0]
     assert tokens_B.tolist() == [0, len("yes") + 1, 0]
-    assert answer_losses(policy, [full], ["no"], 4096)[1].tolist() == [0]
+    assert reference_losses(policy, [full], ["no"], 4096)[1].tolist() == [0]

@@ -16,7 +16,7 @@ from rlhf.generation import sampler as local
 from rlhf.generation.sampler import _draw, _nucleus, _sample, generate
 from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
-from rlhf.models.logprobs import response_statistics, rollout_rows
+from rlhf.models.logprobs import ResponseModel, answer_logprobs
 from rlhf.rl.rollout import Rollout
 
 PAD = 0
@@ -167,10 +167,7 @@ def test_reported_log_probabilities_are_the_policys(
 ) -> None:
     stops = some_stops(model, prompts)
     rollout = sample(model, prompts, temperature=temperature, top_p=top_p, stop_ids=stops, batch_rows=4)
-    (logp_BR,) = rollout_rows(
-        rollout, 200, on_cpu(),
-        lambda batch: (response_statistics(model, batch, temperature or 1.0).logp_N,),
-    )  # fmt: skip
+    logp_BR = answer_logprobs(ResponseModel(model), rollout, temperature or 1.0, 200, on_cpu())
     assert rollout.sampled_logp is not None
     reported_BR = torch.nn.utils.rnn.pad_sequence(rollout.sampled_logp, batch_first=True)
     torch.testing.assert_close(reported_BR, logp_BR, atol=1e-4, rtol=1e-4)

@@ -17,11 +17,12 @@ from rlhf.models import logprobs as policy
 from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import (
+    ResponseModel,
+    answer_logprobs,
     check_head,
     head_statistics,
     pack_sequences,
     response_statistics,
-    rollout_rows,
 )
 from rlhf.rl.rollout import Responses, Rollout
 
@@ -167,13 +168,7 @@ def rollout() -> Rollout:
 
 
 def measured(model: PreTrainedModel, episodes: Rollout, micro_batch_tokens: int) -> Tensor:
-    (logp_BR,) = rollout_rows(
-        episodes,
-        micro_batch_tokens,
-        on_cpu(),
-        lambda batch: (response_statistics(model, batch, 0.7).logp_N,),
-    )
-    return logp_BR
+    return answer_logprobs(ResponseModel(model), episodes, 0.7, micro_batch_tokens, on_cpu())
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 10_000])

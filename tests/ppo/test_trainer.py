@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.data.chat_template import response_text
 from rlhf.data.schema import Message, SftRow
-from rlhf.models.logprobs import pack_sequences, response_statistics, rollout_rows
+from rlhf.models.logprobs import ResponseModel, answer_logprobs, pack_sequences
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts
@@ -250,9 +250,9 @@ def test_the_pretraining_mix_teaches_the_answers(make: MakeTrainer) -> None:
     def answer_loss(trainer: PolicyTrainer) -> float:
         mix = trainer.update.mix
         assert mix is not None
-        prompts, answers = mix.draw()
+        drawn = mix.draw()
         with torch.no_grad():
-            batch = pack_sequences(prompts, answers, torch.device("cpu"))
+            batch = pack_sequences(drawn.prompt_ids, drawn.response_ids, torch.device("cpu"))
             logp_N = trainer.engine.model("policy", batch, 1.0).logp_N
             return float(mix.loss(logp_N, len(logp_N))) / trainer.config.ptx.coef
 
@@ -324,12 +324,8 @@ def test_hidden_padding_does_not_reach_a_log_probability(make: MakeTrainer) -> N
     rollout = trainer.experience(ROWS)[0].rollout
 
     def logp(indices: list[int]) -> Tensor:
-        return rollout_rows(
-            rollout.select(torch.tensor(indices)),
-            100_000,
-            trainer.compute,
-            lambda batch: (response_statistics(trainer.engine.model.policy, batch, 1.0).logp_N,),
-        )[0]
+        model, some = ResponseModel(trainer.engine.model.policy), rollout.select(torch.tensor(indices))
+        return answer_logprobs(model, some, 1.0, 100_000, trainer.compute)
 
     together_BR = logp(list(range(16)))
     for index in range(16):

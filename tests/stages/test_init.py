@@ -128,7 +128,7 @@ def test_a_directory_is_as_good_as_the_stage_that_made_it(
     ("damage", "words"),
     [
         ("config.json", "ppo.init=.*: no config.json there. Use sft, base or a save_pretrained directory"),
-        ("model.safetensors", r"ppo.init=.*: no \*.safetensors there. .* an adapter must be merged first"),
+        ("model.safetensors", r"ppo.init=.*: no \*.safetensors there. .*: merge an adapter first"),
         ("", "not a whole safetensors file"),
         ("tokenizer.json", "^ppo.init=.*/mine: cannot be read as a model: .* tokenizer.*save them again"),
     ],
