@@ -317,7 +317,7 @@ def test_generated_scores_must_be_numbers(chain: Chain) -> None:
     assert message.startswith(
         f"generate.reward=python:{__name__}:never_in_training gave nan for the response"
     )
-    assert message.endswith("fix the reward for such responses, or use another one.")
+    assert message.rstrip().endswith("fix the reward for such responses, or use another one.")
     assert outcome.statuses["generate"] == "failed"
 
 
