@@ -139,8 +139,9 @@ def _complaints(error: ValidationError, prefix: str, model: type[BaseModel]) -> 
         elif detail["type"] == "literal_error":
             near = did_you_mean(str(detail["input"]), re.findall("'([^']*)'", message))
             lines.append(f"{key}={detail['input']!r}: {message}.{near}")
-        elif isinstance(detail["input"], Mapping):  # a cross-check of a whole section
-            lines.append(f"{key}: {message}.")
+        elif isinstance(detail["input"], Mapping):  # a cross-check of a whole section, which it calls KEY
+            words = message.replace("KEY.", f"{key}." if key else "")
+            lines.append(f"{words}." if words != message else f"{key}: {message}.")
         else:
             lines.append(f"{key}={detail['input']!r}: {message}.")
     return lines

@@ -122,7 +122,7 @@ class CompareStage(Stage):
     @model_validator(mode="after")
     def _quality_can_be_measured(self) -> Self:
         if self.quality == "score" and self.reward is None:
-            raise ValueError("quality=score needs compare.reward. Give one, or choose another quality")
+            raise ValueError("KEY.quality=score needs KEY.reward. Give one, or choose another KEY.quality")
         return self
 
     def check(self, chain: Mapping[str, Stage]) -> None:

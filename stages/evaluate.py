@@ -122,7 +122,7 @@ class EvaluateStage(Stage):
     def _gates_can_be_measured(self) -> Self:
         if self.subject not in self.policies:
             raise ValueError(
-                f"subject={self.subject} is not in policies=[{','.join(self.policies)}]."
+                f"KEY.subject={self.subject} is not in KEY.policies=[{','.join(self.policies)}]."
                 f"{did_you_mean(self.subject, self.policies)} Add it, or set evaluate.subject to one of them"
             )
         start = f"{self.start} in evaluate.policies" if self.start not in self.policies else ""
@@ -139,15 +139,18 @@ class EvaluateStage(Stage):
         for gate, missing in needs.items():
             lacks = next(filter(None, missing), None)
             if lacks and self.gates.get(gate) is not None and gate not in self.not_checked():
-                raise ValueError(f"gate {gate} needs {lacks}. Turn it off with evaluate.gates.{gate}=null")
+                raise ValueError(f"KEY.gates.{gate} needs {lacks}. Turn it off with KEY.gates.{gate}=null")
         if "init" in self.policies and self.start != "init":
-            raise ValueError(f"policies: init is a directory, and evaluate.init={self.init}. Leave it out")
+            raise ValueError(
+                f"KEY.policies: init is a directory, and KEY.init={self.init} is none. Leave init out"
+            )
         if len(set(self.policies)) < len(self.policies):
-            raise ValueError(f"policies={self.policies} names one twice")
+            raise ValueError(f"KEY.policies=[{','.join(self.policies)}] names one twice. Remove one")
         sets = [source.name for source in self.retention or []]
         if len(set(sets)) < len(sets):
             raise ValueError(
-                f"retention has two sets that figures would call by one name ({', '.join(sets)}). Rename one"
+                f"KEY.retention has two sets whose figures would have the same name ({', '.join(sets)}). "
+                "Rename one file"
             )
         return self
 

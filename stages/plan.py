@@ -109,9 +109,11 @@ class PlanStage(Stage):
     def _all_or_nothing(self) -> Self:
         given = (self.rows, self.prompt_tokens, self.answer_tokens)
         if None in given and any(given):
-            raise ValueError("give rows, prompt_tokens and answer_tokens together; null measures all three")
+            raise ValueError(
+                "Give KEY.rows, KEY.prompt_tokens and KEY.answer_tokens together; null measures all three"
+            )
         if self.nodes > 1 and self.gpus is None:
-            raise ValueError(f"nodes={self.nodes} needs plan.gpus, the GPUs of each")
+            raise ValueError(f"KEY.nodes={self.nodes} needs KEY.gpus, the GPUs of each node. Set it")
         return self
 
     def inputs(self) -> tuple[str, ...]:

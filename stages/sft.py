@@ -92,8 +92,8 @@ class SftStage(Stage):
     def _something_to_replay(self) -> Self:
         if self.replay_fraction > 0 and self.replay is None:
             raise ValueError(
-                f"replay_fraction={self.replay_fraction:g} needs sft.replay, a source of general data. "
-                "Give one, or replay_fraction=0"
+                f"KEY.replay_fraction={self.replay_fraction:g} needs KEY.replay, a source of general data. "
+                "Give one, or set KEY.replay_fraction=0"
             )
         return self
 

@@ -56,7 +56,7 @@ class ScoreConfig(Strict):
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         if self.missing_stop is not None and self.missing_stop_penalty > 0:
-            raise ValueError("set missing_stop or missing_stop_penalty, not both")
+            raise ValueError("Set only one of KEY.missing_stop and KEY.missing_stop_penalty")
         return self
 
 
@@ -163,27 +163,27 @@ class PpoConfig(Strict):
     def _sizes(self) -> Self:
         if self.minibatch_episodes > self.batch_episodes:
             raise ValueError(
-                f"minibatch_episodes={self.minibatch_episodes} is more than "
-                f"batch_episodes={self.batch_episodes}"
+                f"KEY.minibatch_episodes={self.minibatch_episodes} is more than "
+                f"KEY.batch_episodes={self.batch_episodes}. Lower it, or raise the other"
             )
         if self.critic.warmup_steps >= self.steps:
             raise ValueError(
-                f"critic.warmup_steps={self.critic.warmup_steps} leaves none of steps={self.steps} in which "
-                "the policy learns. Lower it"
+                f"KEY.critic.warmup_steps={self.critic.warmup_steps} leaves none of KEY.steps={self.steps} "
+                "in which the policy learns. Lower it"
             )
         if self.kl.controller == "adaptive" and self.kl.horizon <= 0.2 * self.batch_episodes:
             raise ValueError(
-                f"kl.horizon={self.kl.horizon:g} episodes is too short for "
-                f"batch_episodes={self.batch_episodes}: the coefficient could turn negative. "
+                f"KEY.kl.horizon={self.kl.horizon:g} episodes is too short for "
+                f"KEY.batch_episodes={self.batch_episodes}: the coefficient could turn negative. "
                 "Use at least ten times the batch"
             )
         if self.critic.init == "reward" and self.score.normalize == "running":
             raise ValueError(
-                "critic.init=reward needs a fixed normalisation to speak its units. "
-                "Use score.normalize=sft, or critic.init=sft"
+                "KEY.critic.init=reward: such a critic needs scores in fixed units. "
+                "Use KEY.score.normalize=sft, or KEY.critic.init=sft"
             )
         if self.critic.init == "reward" and self.scores_by_rule:
             raise ValueError(
-                f"critic.init=reward: {self.reward} is no model to start from. Use critic.init=sft"
+                f"KEY.critic.init=reward: {self.reward} is no model to start from. Use KEY.critic.init=sft"
             )
         return self

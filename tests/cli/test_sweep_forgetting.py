@@ -83,7 +83,7 @@ def test_one_remedy_alone_and_then_all_again(swept: tuple[Chain, Outcome]) -> No
     [
         ("sweep.pareto.loss=ppo/kl", "sweep.pareto.loss=ppo/kl: the trials have no such stage"),
         ("sweep.pareto.gain=gain", "sweep.pareto.gain='gain'"),
-        ("sft.replay=null", "sft: replay_fraction=0.3 needs sft.replay"),
+        ("sft.replay=null", "sft.replay_fraction=0.3 needs sft.replay"),
     ],
 )
 def test_a_mistake_is_told_before_the_first_trial(

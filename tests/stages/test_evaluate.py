@@ -312,11 +312,11 @@ def test_a_score_must_be_a_number(published: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"policies": ["base", "ppo"]}, "win_rate needs sft in evaluate.policies"),
+        ({"policies": ["base", "ppo"]}, r"^evaluate\.gates\.win_rate needs sft in evaluate.policies"),
         ({"subject": "sft"}, "win_rate needs another evaluate.subject than sft"),
-        ({"policies": ["base", "sft"]}, r"subject=ppo is not in policies=\[base,sft\]"),
+        ({"policies": ["base", "sft"]}, r"^evaluate\.subject=ppo is not in evaluate\.policies=\[base,sft\]"),
         ({"gold": None}, "win_rate needs a reward or gold"),
-        ({"policies": ["sft", "sft", "ppo"]}, "names one twice"),
+        ({"policies": ["sft", "sft", "ppo"]}, r"names one twice\. Remove one"),
         ({"policies": []}, "at least 1 item"),
     ],
 )

@@ -291,8 +291,8 @@ def test_another_runs_plan_is_left_as_it_is(chain: Chain, config_of_8b: Path) ->
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("plan.rows=5", "plan: give rows, prompt_tokens and answer_tokens together"),
-        ("plan.nodes=2", "plan: nodes=2 needs plan.gpus"),
+        ("plan.rows=5", "Give plan.rows, plan.prompt_tokens and plan.answer_tokens together"),
+        ("plan.nodes=2", "plan.nodes=2 needs plan.gpus, the GPUs of each node. Set it"),
         ("plan.gpu_memory=80apples", "plan.gpu_memory='80apples'"),
         ("plan.trains=[generate]", "plan.trains"),
     ],

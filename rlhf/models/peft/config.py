@@ -45,7 +45,8 @@ class PeftConfig(Strict):
         if unread:
             known = ", ".join(METHODS[self.method].knobs) or "no other key"
             raise ValueError(
-                f"method={self.method} does not read {', '.join(sorted(unread))}; it reads {known}"
+                f"KEY.method={self.method} does not read {', '.join(sorted(unread))}; it reads {known}. "
+                "Remove the others"
             )
         return self
 
