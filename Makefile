@@ -34,7 +34,7 @@ lint: types
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.tested
-	$(BIN)/mypy rlhf
+	$(BIN)/mypy
 
 # The documentation site; what its build warns of is an error.
 docs: $(VENV)/.documented
@@ -77,7 +77,7 @@ $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
 	$(VLLM_PIP) install --editable '.[deepspeed]' 'pytest>=9'
 	@touch $@
 
-# Every family of tests/helpers/families.py against transformers, then the whole chain on it; docs/models.md.
+# Every family of tests/helpers/models.py against transformers, then the whole chain on it; docs/models.md.
 families: $(VENV)/.tested
 	RLHF_FAMILIES=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 \
 		tests/models/test_families.py tests/models/test_family_chains.py

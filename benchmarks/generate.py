@@ -147,7 +147,8 @@ class Transformers:
 
     def __init__(self, task: Task, compute: Compute) -> None:
         self._task = task
-        self._model = AutoModelForCausalLM.from_pretrained(task.model, dtype=compute.dtype).to(compute.device)
+        model: Any = AutoModelForCausalLM.from_pretrained(task.model, dtype=compute.dtype)
+        self._model = model.to(compute.device)
         self._model.eval()
         width = max(map(len, task.prompt_ids))
         rows = [[task.pad_id] * (width - len(ids)) + ids for ids in task.prompt_ids]

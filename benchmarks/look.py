@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -18,7 +18,7 @@ OURS, THEIRS, OTHER = "#0072b2", "#d55e00", "#808080"
 themes."""
 THEMES = {"light": "#24292f", "dark": "#cfd0d0"}
 """The colour of text and axes; the ground is the page's own."""
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "figure.titlesize": 9,
     "axes.spines.top": False,
@@ -71,7 +71,7 @@ def save(draw: Callable[[], Figure], path: Path) -> None:
         import matplotlib
     except ImportError:
         sys.exit("The pictures need matplotlib: pip install -e '.[bench]'")
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    names: Any = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     for theme, colour in THEMES.items():
         with matplotlib.rc_context({**STYLE, **dict.fromkeys(names, colour)}):
             target = path.with_name(f"{path.stem}-{theme}.svg")

@@ -79,14 +79,14 @@ class TokenIds:
         self.pad_id, self.eos_id, self.stop_tokens = pad_id, eos_id, stop_tokens
 
 
-class LoadOnly(FullModelHFCheckpointer):  # type: ignore[misc]
+class LoadOnly(FullModelHFCheckpointer):  # type: ignore[misc]  # torchtune has no types here
     """A checkpointer component that leaves out the checkpoint after the last step."""
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Not measured."""
 
 
-class KeepSteps(StdoutLogger):  # type: ignore[misc]
+class KeepSteps(StdoutLogger):  # type: ignore[misc]  # torchtune has no types here
     """A metric logger component that keeps what it is told."""
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 
-class Meter(TrainerCallback):  # type: ignore[misc]
+class Meter(TrainerCallback):
     """Notes when each step is done, and what went through the model until then."""
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ def make_trainer(work: dict[str, Any], directory: str, meter: Meter) -> SFTTrain
     lora = LoraConfig(
         task_type=task, r=work["lora_rank"], lora_alpha=work["lora_alpha"], target_modules="all-linear"
     )
-    trainer = trainer_class(
+    trainer: SFTTrainer | RewardTrainer = trainer_class(
         model=work["model"],
         args=make_config(work, directory),
         train_dataset=Dataset.from_list(work["encoded"]),

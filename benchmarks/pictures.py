@@ -8,6 +8,7 @@ Pictures of benchmarks are not among them: `ppo_learning.py` and `ppo_scaling.py
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from look import THEMES, save
@@ -73,7 +74,7 @@ def main() -> None:
     for name, (first, quality) in found.items():
         metrics = comparison(first)
         assert f"{quality}_low/sft" in metrics, f"{name}: no interval of {QUALITIES[quality]}"
-        save(lambda metrics=metrics, quality=quality: draw(metrics, quality), images / f"{name}.svg")  # type: ignore[misc]
+        save(partial(draw, metrics, quality), images / f"{name}.svg")
     axes = ("task gain, nats per token", "retention loss, nats per token")
     save(lambda: draw_pareto(forgetting(), *axes), images / "forgetting.svg")
     chain = (images / f"chain-{next(iter(THEMES))}.svg").read_text(encoding="utf-8")

@@ -152,7 +152,7 @@ def with_vocabulary(model: Path, factor: int) -> Path:
     """The model with so many times its vocabulary, kept beside it."""
     target = model.with_name(f"{model.name}-vocabulary-{factor}")
     if not (target / "config.json").exists():
-        larger = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        larger: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         size = larger.config.vocab_size
         larger.resize_token_embeddings(factor * size, mean_resizing=False)
         with torch.no_grad():

@@ -56,7 +56,8 @@ def run(python: str, script: str, work: dict[str, Any], log: Path) -> dict[str, 
 
 def episodes_per_second(answer: dict[str, Any]) -> float:
     """Median over the steps but the first, which warms up."""
-    return median(n / s for n, s in zip(answer["episodes"][1:], answer["seconds"][1:], strict=True))
+    found: float = median(n / s for n, s in zip(answer["episodes"][1:], answer["seconds"][1:], strict=True))
+    return found
 
 
 def tokens_per_second(answer: dict[str, Any]) -> float:

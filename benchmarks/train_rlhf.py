@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import PairRow, SftRow
+from rlhf.data.schema import PairRow, SftRow, Split
 from rlhf.distributed.compute import make_compute
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
@@ -73,7 +73,8 @@ def make_timed_job(work: dict[str, Any], experiment: Experiment, scratch: Path) 
     plain = make_job(Path(work["model"]), compute, work["seed"], scratch)
     job = TimedJob(**{**vars(plain), "stage": work["stage"]})
     row_type = ROWS[work["stage"]]
-    for split, rows in (("train", work["rows"]), ("held_out", work["held_out"])):
+    splits: dict[Split, Any] = {"train": work["rows"], "held_out": work["held_out"]}
+    for split, rows in splits.items():
         PreparedData(scratch).write(work["stage"], split, [row_type(**row) for row in rows])
     return job, how
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
-from families import FAMILIES, REFUSED, tiny_config, tiny_family
-
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.models import FAMILIES, REFUSED, tiny_config, tiny_family
 from rlhf.models.packed_attention import ATTENTION, pack_where_possible
 
 PAGE = Path(__file__).with_name("models.md")

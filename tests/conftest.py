@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_chain import Chain, Outcome
 
+from helpers.chains import Chain, Outcome
 from rlhf.cli.execute import quiet_libraries
 from rlhf.models.base import _write_tiny
 

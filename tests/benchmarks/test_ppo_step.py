@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def split(rows: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     ],
 )
 def test_a_peers_response_tokens_include_the_stop_token(honour_stop: bool, pad_id: int, tokens: int) -> None:
-    known = {field.name: 0 for field in fields(Work)}
+    known: dict[str, Any] = {field.name: 0 for field in fields(Work)}
     work = Work(**{**known, "new_tokens": 8, "stop_id": 2, "honour_stop": honour_stop})
     assert work.response_tokens([3, 8, 0], pad_id) == tokens
 

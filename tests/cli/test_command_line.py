@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_chain import Chain, Outcome, run_main
 
+from helpers.chains import Chain, Outcome, run_main
 from rlhf.config import ConfigError
 from rlhf.pipeline.experiment import build_experiment
 

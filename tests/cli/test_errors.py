@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_chain import STAGES, Chain, Outcome
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from helpers.chains import STAGES, Chain, Outcome
 
 CONTEXT = 1024  # of the tiny model
 BY_RULE = ("ppo.critic.init=sft", "ppo.score.normalize=running", "stage=ppo")
@@ -247,8 +248,8 @@ def test_with_a_higher_limit_the_same_command_goes_on(
     """`kept` steps before the one that stopped it."""
     chain = Chain(tmp_path)
     CALLS.clear()
-    settings = ("ppo.steps=4", "ppo.optim.lr=0.05", f"ppo.reward=python:{__name__}:fails_at_third", *BY_RULE)
-    settings = (*settings, "ppo.max_bad_steps=9") if "max_kl" in limit else settings
+    settings = ["ppo.steps=4", "ppo.optim.lr=0.05", f"ppo.reward=python:{__name__}:fails_at_third", *BY_RULE]
+    settings += ["ppo.max_bad_steps=9"] if "max_kl" in limit else []
     stopped = chain.run(*settings, limit)
     message = complaint(stopped)
     assert message.startswith("ppo: step ") and limit in message

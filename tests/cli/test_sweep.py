@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 from hydra.errors import MissingConfigException
 from optuna.distributions import FloatDistribution
-from small_chain import Chain, Outcome
-from small_sweep import (
+
+import rlhf.cli.sweep.sweepers
+from helpers.chains import (
     BY_RULE,
+    Chain,
+    Outcome,
     check_submitit_sweep,
     finished,
     submitit_sweep_arguments,
     sweep_file,
     trial_run,
 )
-
-import rlhf.cli.sweep.sweepers
 from rlhf.cli.messages import in_our_words
 from rlhf.cli.sweep.optuna_study import JOURNAL, Study
 from rlhf.cli.sweep.trial import NOTE, read_note, write_note

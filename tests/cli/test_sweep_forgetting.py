@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-from small_chain import Chain, Outcome
 
 import rlhf.pipeline.settings
+from helpers.chains import Chain, Outcome, sweep_file, trial_run
 
 SWEEP = ("+sweep=forgetting", "run_name=forgetting", "sft.replay=general.txt", "sft.epochs=2")
 REMEDIES = ["full", "lora", "replay", "interpolation"]
@@ -24,18 +23,14 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Chain, Outcome]:
     return chain, outcome
 
 
-def sweep_file(chain: Chain) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((chain.directory / "runs" / "forgetting" / "sweep.json").read_text())
-    return found
-
-
 def summary(chain: Chain, number: int) -> dict[str, Any]:
-    return Outcome(0, "", "", chain.directory / "runs" / f"forgetting-{number}").summary["stages"]  # type: ignore[no-any-return]
+    stages: dict[str, Any] = trial_run(chain, "forgetting", number).summary["stages"]
+    return stages
 
 
 def test_each_remedy_is_a_trial_and_shares_what_it_can(swept: tuple[Chain, Outcome]) -> None:
     chain, _ = swept
-    trials = sweep_file(chain)["trials"]
+    trials = sweep_file(chain, "forgetting")["trials"]
     assert [trial["overrides"] for trial in trials] == [{"+remedy": remedy} for remedy in REMEDIES]
     assert [trial["status"] for trial in trials] == ["done"] * 4
     full, lora, replay, half = (summary(chain, number) for number in range(4))
@@ -55,12 +50,12 @@ def test_each_remedy_is_a_trial_and_shares_what_it_can(swept: tuple[Chain, Outco
 
 def test_both_sides_are_in_the_table_and_the_picture(swept: tuple[Chain, Outcome]) -> None:
     chain, outcome = swept
-    for number, trial in enumerate(sweep_file(chain)["trials"]):
+    for number, trial in enumerate(sweep_file(chain, "forgetting")["trials"]):
         metrics = summary(chain, number)["evaluate"]["metrics"]
         last = "merge" if number == 3 else "sft"
         for name in ("task_gain", "retention_loss"):
             assert trial["metrics"][f"evaluate/{name}"] == metrics[f"evaluate/{name}/{last}"]
-    gains = [trial["metrics"]["evaluate/task_gain"] for trial in sweep_file(chain)["trials"]]
+    gains = [trial["metrics"]["evaluate/task_gain"] for trial in sweep_file(chain, "forgetting")["trials"]]
     assert gains[0] > gains[3] > 0
     assert "evaluate/retention_loss" in outcome.out
     directory = chain.directory / "runs" / "forgetting"

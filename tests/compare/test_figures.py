@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_compare import ANIMALS, make_stage, run_stage
 
+from helpers.experiments import build_stage
+from helpers.stages import ANIMALS, compare_stage, run_compare
+from helpers.store import manifest
 from rlhf.compare.artifacts import label, training_seconds, tuned_artifact
 from rlhf.compare.cost import break_even, cost_of
 from rlhf.compare.metrics import answer_found, exact_match, rouge_l
 from rlhf.config import ConfigError
-from rlhf.pipeline.store import Artifact, Manifest, Store
+from rlhf.pipeline.store import Artifact, Store
 from rlhf.stages.reward import RewardStage
 
 
@@ -64,11 +66,8 @@ def test_when_training_has_paid_off(
 
 def publish(store: Store, stage: str, key: str, seconds: float, **inputs: str) -> Artifact:
     (store.root / stage).mkdir(exist_ok=True)
-    manifest = Manifest(
-        stage=stage, key=key, recipe={"inputs": inputs}, config={}, metrics={}, seconds=seconds, created="",
-        git_revision=None, packages={}, hardware="", files={},
-    )  # fmt: skip
-    return store.publish(store.scratch(stage, key), manifest)
+    made = manifest(stage, key, recipe={"inputs": inputs}, seconds=seconds)
+    return store.publish(store.scratch(stage, key), made)
 
 
 def test_training_is_the_whole_lineage_and_each_stage_counts_once(tmp_path: Path) -> None:
@@ -99,9 +98,9 @@ def test_only_a_finished_policy_can_be_compared(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"compare\.artifacts: .*no finished artifact there"):
             tuned_artifact(str(directory))
     reward = publish(Store(tmp_path / "store"), "reward", "b", 1)
-    chain = {"reward": RewardStage.model_construct()}
+    chain = {"reward": build_stage(RewardStage)}
     with pytest.raises(ConfigError, match=r"compare\.artifacts: .*reward makes no policy"):
-        make_stage(artifacts=[str(reward.path)]).check(chain)
+        compare_stage(artifacts=[str(reward.path)]).check(chain)
 
 
 def test_a_plain_directory_can_be_compared_and_its_training_is_not_priced(
@@ -110,10 +109,10 @@ def test_a_plain_directory_can_be_compared_and_its_training_is_not_priced(
     found = tuned_artifact(str(tiny_model))
     assert found == tiny_model.resolve()
     assert training_seconds(found) is None
-    stage = make_stage(artifacts=[str(tiny_model)], methods=["zero_shot"])
+    stage = compare_stage(artifacts=[str(tiny_model)], methods=["zero_shot"])
     stage.check({})
     before = stage.external_digests()[str(tiny_model)]
-    metrics = run_stage(stage, tiny_model, tmp_path / "out").summary
+    metrics = run_compare(stage, tiny_model, tmp_path / "out").summary
     assert metrics is not None
     name = label(str(tiny_model))
     assert metrics[f"rouge_l/{name}"] == metrics["rouge_l/zero_shot"]  # the same model
@@ -135,8 +134,8 @@ def test_a_plain_directory_without_whole_weights_is_refused(tmp_path: Path, tiny
 def test_passages_that_do_not_fit_are_told_loudly(tmp_path: Path, tiny_model: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(f"{' '.join(ANIMALS)} {number} {'far ' * 180}\n" for number in range(4)))
-    stage = make_stage(methods=["retrieval"], corpus=str(corpus))
+    stage = compare_stage(methods=["retrieval"], corpus=str(corpus))
     printed = io.StringIO()
-    run_stage(stage, tiny_model, tmp_path / "out", Console(file=printed, width=300))
+    run_compare(stage, tiny_model, tmp_path / "out", Console(file=printed, width=300))
     assert "CUT: retrieval lost " in printed.getvalue()
     assert "compare.retrieval.passages" in printed.getvalue()

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_job import on_cpu
 
+from helpers.jobs import TINY, on_cpu
 from rlhf.compare.retrieval import bm25_index, embedding_index, embeddings
 from rlhf.config import ConfigError
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.models.base import ModelConfig
 
 TEXTS = [
     "The cat sleeps in the post room.",
@@ -22,7 +21,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def policy(tiny_model: Path) -> PolicyModel:
-    return PolicyModel.load(tiny_model, ModelConfig(kind="tiny"), on_cpu())
+    return PolicyModel.load(tiny_model, TINY, on_cpu())
 
 
 def test_bm25_ranks_by_shared_words_and_rare_ones_count_more() -> None:

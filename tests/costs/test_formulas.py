@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from experiments import build
-from small_plan import EIGHT, GIB, check, gpus, no_gates, with_prompts_of
 
+from helpers.costs import EIGHT, GIB, check, gpus, no_gates, with_prompts_of
+from helpers.experiments import build
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import Speed
 from rlhf.costs.stage_cost import ThroughputModel, exactly
 from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.methods import MethodName
 from rlhf.planner.report import explanation, phases, table
 from rlhf.planner.strategies import Figure, Strategy, Use, prefill, served
 
@@ -65,7 +66,7 @@ def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
     alone, shared = (
         found.stages["merge"].cost(each, found.stages).peak().size(on_host=True) for each in (on, here)
     )
-    assert (alone, shared) == (4 * on.shape.parameters, pytest.approx(alone / 8))
+    assert alone == 4 * on.shape.parameters and shared == pytest.approx(alone / 8)
 
 
 def test_planned_steps_are_those_that_are_taken() -> None:
@@ -88,9 +89,10 @@ def test_work_by_hand() -> None:
     # 10 of them, 4 predicted; two ranks at 0.39 of 1e6 operations a second
     seconds = (10 * 3120 + 2 * 4 * 300) / 2 / 0.39e6
     assert worker.read(10, 7, predicted=4, what="").seconds == pytest.approx(seconds)
-    for method, checkpointing, times, logits in (
+    cases: list[tuple[MethodName, bool, int, int]] = [
         ("none", False, 3, 8), ("lora", False, 2, 6), ("lora", True, 3, 6),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for method, checkpointing, times, logits in cases:
         task = worker.train(10, 7, method, predicted=4, checkpointing=checkpointing, what="")
         assert task.seconds == pytest.approx((10 * times * 3120 + logits * 4 * 300) / 2 / 0.43e6)
     # 5 steps, 40 bytes per parameter at 1e6 a second; a shard of it; over PCIe at 25e9

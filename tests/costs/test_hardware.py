@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_job import on_cpu
 
+from helpers.jobs import on_cpu
 from rlhf.costs.hardware import LIBRARIES, Speed, found_machine, host_memory, room_in
 from rlhf.distributed.compute import Compute
 

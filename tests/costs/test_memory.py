@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from helpers.jobs import TINY
+from helpers.models import in_dtype
 from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.memory import Trained, activations, kept_per_layer, kept_per_token, sampling
 from rlhf.costs.model_shape import shape_of
@@ -49,18 +52,24 @@ OPTIM = OptimConfig(
 
 
 def setting(
-    zero: Zero = "none", ranks: int = 1, kind: str = "cpu", dtype_bytes: int = 2, *, pads: bool = False
+    zero: Zero = "none",
+    ranks: int = 1,
+    kind: Literal["cpu", "cuda"] = "cpu",
+    dtype_bytes: int = 2,
+    *,
+    pads: bool = False,
 ) -> CostContext:
     machine = Machine(
         kind=kind, name="a test", memory=1e9, host_memory=1e9, used=0.0, ranks=ranks, speed=Speed(100.0, 10.0)
-    )  # type: ignore[arg-type]  # fmt: skip
+    )
     lengths = LengthStats(1, 1.0, 0.0, 1)
     return CostContext(shape_of(CONFIG), dtype_bytes, zero, machine, lambda role, split: lengths, pads=pads)
 
 
 def model(peft: PeftConfig, dtype: torch.dtype, attention: str = "auto") -> PreTrainedModel:
     torch.manual_seed(0)
-    found = LlamaForCausalLM(deepcopy(CONFIG)).to(dtype).eval()
+    found = in_dtype(LlamaForCausalLM(deepcopy(CONFIG)), dtype)
+    found.eval()
     if attention == "auto":
         pack_where_possible(found)
     attach(found, peft)
@@ -278,12 +287,12 @@ def test_the_largest_padded_pass_is_that_of_the_batches(kind: str, most: int, ro
 
 def test_rows_are_padded_behind_virtual_tokens_and_where_they_cannot_be_packed() -> None:
     shape = shape_of(CONFIG)
-    assert not pads_rows(ModelConfig(kind="tiny"), shape)
+    assert not pads_rows(TINY, shape)
     assert not pads_rows(ModelConfig(kind="tiny", attention="packed"), shape)
     assert pads_rows(ModelConfig(kind="tiny", attention="sdpa"), shape)
     capped = Gemma2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                           head_dim=8, intermediate_size=48, vocab_size=64)  # fmt: skip
-    assert pads_rows(ModelConfig(kind="tiny"), shape_of(capped))
+    assert pads_rows(TINY, shape_of(capped))
     padded = {name for name in METHODS if setting().tuned(PeftConfig(method=name)).pads}
     assert padded == {"prefix", "prompt", "p_tuning"}
     assert setting(pads=True).tuned(LORA).pads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,19 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from helpers.jobs import tiny_base
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.peft_costs import COSTS
-from rlhf.models.base import BaseModelFiles, ModelConfig, UnknownShapeError
+from rlhf.models.base import UnknownShapeError
 from rlhf.models.peft.attach import attach, count_parameters
 from rlhf.models.peft.config import PeftConfig
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+}
 CONFIGS = {
     "tied": LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2, tie_word_embeddings=True),
     "untied": LlamaConfig(**SMALL, intermediate_size=48, tie_word_embeddings=False),
@@ -104,7 +111,7 @@ def test_norms_of_queries_and_keys_count_for_each_head() -> None:
 
 def test_the_base_models_config_needs_no_weights(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
-    files = BaseModelFiles(tmp_path, "tiny", ModelConfig(kind="tiny"))
+    files = tiny_base(tmp_path)
     alone = files.architecture
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert shape_of(alone).parameters == count_parameters(model)[1]

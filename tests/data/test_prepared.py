@@ -6,15 +6,32 @@ from pathlib import Path
 
 import pytest
 
+from helpers.jobs import user
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import PairRow, PromptRow, QuestionRow, SftRow, TextRow, drawn, prompt_identity
+from rlhf.data.schema import (
+    Message,
+    PairRow,
+    PromptRow,
+    QuestionRow,
+    Row,
+    SftRow,
+    TextRow,
+    drawn,
+    prompt_identity,
+)
 
-HI = [{"role": "user", "content": "Write about Größe"}]
+HI = user("Write about Größe")
 IDENTITIES = [prompt_identity(TextRow(f"text {number}")) for number in range(4000)]
 
 
 def test_a_prompt_has_one_identity_in_every_role() -> None:
-    rows = [SftRow(HI, "a"), SftRow(HI, "b"), PairRow(HI, "a", "b"), PromptRow(HI), TextRow(HI[0]["content"])]
+    rows: list[Row] = [
+        SftRow(HI, "a"),
+        SftRow(HI, "b"),
+        PairRow(HI, "a", "b"),
+        PromptRow(HI),
+        TextRow(HI[0]["content"]),
+    ]
     assert len({prompt_identity(row) for row in rows}) == 1
 
 
@@ -25,14 +42,14 @@ def test_a_prompt_has_one_identity_in_every_role() -> None:
     "\uff37rite about Größe",  # full-width letter
 ])  # fmt: skip
 def test_form_does_not_change_the_identity(same: str) -> None:
-    assert prompt_identity(PromptRow([{"role": "user", "content": same}])) == prompt_identity(PromptRow(HI))
+    assert prompt_identity(PromptRow(user(same))) == prompt_identity(PromptRow(HI))
 
 
 def test_other_words_and_other_turns_change_it() -> None:
-    rows = [
+    rows: list[Row] = [
         PromptRow(HI),
-        PromptRow([{"role": "user", "content": "Write about a size"}]),
-        PromptRow([*HI, {"role": "assistant", "content": "Well?"}, {"role": "user", "content": "Go on"}]),
+        PromptRow(user("Write about a size")),
+        PromptRow([*HI, Message(role="assistant", content="Well?"), *user("Go on")]),
         SftRow([], "the completion of plain text"),
         SftRow([], "another text"),
     ]

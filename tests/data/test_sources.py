@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-WRITERS = {
+WRITERS: dict[str, Callable[[Path], object]] = {
     "x.jsonl": lambda path: path.write_bytes(jsonl(ROWS)),
     "x.jsonl.gz": lambda path: path.write_bytes(gzip.compress(jsonl(ROWS))),
     "blank-lines.jsonl": lambda path: path.write_bytes(BOM + jsonl(ROWS).replace(b"\n", b"\r\n\r\n")),
@@ -108,7 +108,7 @@ def test_a_wrong_source_is_refused_when_the_config_is_built(value: Any, complain
 
 def test_packaged_samples_are_found_and_a_wrong_name_lists_them() -> None:
     _, row = next(source("samples:prompts").rows(KEY))
-    assert row["prompt"]
+    assert isinstance(row, dict) and row["prompt"]
     with pytest.raises(ConfigError) as error:
         list(source("samples:nonsense").rows(KEY))
     assert str(error.value).startswith("sft.data=samples:nonsense: there is no such sample set. There are: ")

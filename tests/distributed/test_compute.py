@@ -18,11 +18,11 @@ import psutil
 import pytest
 import torch
 from accelerate import PartialState
-from experiments import build
 from rich.console import Console
-from small_job import on_cpu
 
 import rlhf.distributed.compute
+from helpers.experiments import build
+from helpers.jobs import on_cpu
 from rlhf.cli.launcher import ranks_wanted
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute, MicroBatch, find_rank, make_compute

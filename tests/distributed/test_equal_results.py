@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from real_processes import RealChain
+
+from helpers.chains import RealChain
 
 TOLERANCE = 1e-3
 """Relative, over six optimizer steps of fp32 training; a first step agrees to about 1e-6."""

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_step import Case, all_stages, be_a_rank, write_large, write_reward
-from small_job import on_cpu
 
-CASES = [
-    Case(zero, frozen, model)
-    for model in ("large", "tiny")
-    for zero, frozen in (
-        ("zero3", "sharded"),
-        ("zero2", "sharded"),
-        ("zero3_offload", "replicated"),
-        ("fsdp2", "sharded"),
-    )
-] + [Case("zero3", "sharded", "tied"), Case("fsdp2", "sharded", "tied")]
+from helpers.jobs import on_cpu
+from helpers.models import write_reward
+from helpers.ranks import Case, all_stages, be_a_rank, write_large
+from rlhf.distributed.compute import Zero
+
+SHARDED: list[tuple[Zero, str]] = [
+    ("zero3", "sharded"), ("zero2", "sharded"), ("zero3_offload", "replicated"), ("fsdp2", "sharded"),
+]  # fmt: skip
+CASES = [Case(zero, frozen, model) for model in ("large", "tiny") for zero, frozen in SHARDED] + [
+    Case("zero3", "sharded", "tied"),
+    Case("fsdp2", "sharded", "tied"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 import pytest
-from real_processes import RealChain, children_of, ranks_of, wait_until
 
+from helpers.chains import RealChain, children_of, ranks_of, wait_until
 from rlhf.distributed import signals as interrupt
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.heartbeat import Heartbeat, bytes_moved

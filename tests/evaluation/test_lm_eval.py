@@ -5,21 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
-from real_processes import RealChain
-from small_chain import Chain
 
+from helpers.chains import Chain, RealChain
+from helpers.jobs import TINY
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import make_compute
 from rlhf.evaluation import lm_eval as harness
 from rlhf.evaluation.lm_eval import Harness
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.models.base import ModelConfig
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": f"{number} and {number}?", "choices": ["twice", "1", "a long answer"], "gold": number % 3}
     for number in range(9)
 ]
@@ -52,7 +52,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def policy(tiny_model: Path) -> PolicyModel:
     compute, _ = make_compute("cpu", "fp32")
-    return PolicyModel.load(tiny_model, ModelConfig(kind="tiny"), compute)
+    return PolicyModel.load(tiny_model, TINY, compute)
 
 
 def settings(tasks: Path) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def test_its_accuracy_is_that_of_whole_logits(policy: PolicyModel, tasks: Path) 
     asked = Harness(["sums"], tasks, None)
     asked.check()
     asked.fetch()
-    right = [is_right(policy, **question) for question in QUESTIONS]  # type: ignore[arg-type]
+    right = [is_right(policy, **question) for question in QUESTIONS]
     assert asked.measure(policy) == {"lm_eval/sums/acc": pytest.approx(sum(right) / 9)}
     assert 0 < sum(right) < 9
     first = sum(right[:4]) / 4
@@ -112,7 +112,7 @@ def test_the_content_of_the_task_files_is_in_the_key(tasks: Path) -> None:
 def test_the_stage_asks_it(policy: PolicyModel, tasks: Path, tmp_path: Path) -> None:
     outcome = Chain(tmp_path).run(*settings(tasks), "evaluate.lm_eval_limit=4")
     assert outcome.code == 0, outcome.err
-    right = [is_right(policy, **question) for question in QUESTIONS[:4]]  # type: ignore[arg-type]
+    right = [is_right(policy, **question) for question in QUESTIONS[:4]]
     measured = outcome.summary["stages"]["evaluate"]["metrics"]
     assert measured["evaluate/lm_eval/sums/acc/base"] == pytest.approx(sum(right) / 4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from helpers.jobs import TINY
 from rlhf.data.chat_template import continuation_ids
 from rlhf.data.schema import QuestionRow, TextRow
 from rlhf.distributed.compute import make_compute
@@ -18,7 +20,6 @@ from rlhf.evaluation import retention
 from rlhf.evaluation.intervals import difference, ratio, share
 from rlhf.evaluation.retention import Retained, forgetting, likeliest_choice, right_answers
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.models.base import ModelConfig
 
 TEXTS = [
     TextRow("Water boils.", "short"), TextRow("The sun is a star, and a rather ordinary one.", "long"),
@@ -39,7 +40,7 @@ INTERVAL = {
 @pytest.fixture(scope="module")
 def policy(tiny_model: Path) -> PolicyModel:
     compute, _ = make_compute("cpu", "fp32")
-    return PolicyModel.load(tiny_model, ModelConfig(kind="tiny"), compute)
+    return PolicyModel.load(tiny_model, TINY, compute)
 
 
 def whole_logp(policy: PolicyModel, given: list[int], predicted: list[int]) -> float:
@@ -90,11 +91,12 @@ def test_each_set_of_texts_has_its_own_figure(policy: PolicyModel) -> None:
 
 def test_only_what_there_are_rows_for_is_measured(policy: PolicyModel) -> None:
     questions = [QuestionRow(question, choices, 0) for question, choices in QUESTIONS]
-    for rows, names in (
+    cases: list[tuple[Sequence[TextRow | QuestionRow], set[str]]] = [
         (questions, {"question_accuracy"}),
         (TEXTS[::2], {"perplexity"}),
         ([*questions, TEXTS[0]], {"perplexity", "question_accuracy"}),
-    ):
+    ]
+    for rows, names in cases:
         assert set(retention.retention(policy, rows, 4096).metrics()) - INTERVAL == names
 
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_chain import SETTINGS, SOURCES, Chain
 
+from helpers.chains import SETTINGS, SOURCES, Chain
 from rlhf.digests import file_digest
 
 HERE = Path(__file__).parent

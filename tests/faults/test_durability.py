@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_job import on_cpu
-from small_store import publish
 
 import rlhf.training.checkpoint
+from helpers.jobs import on_cpu
+from helpers.store import publish
 from rlhf.config import ConfigError
 from rlhf.distributed.signals import StopSignals
 from rlhf.pipeline.store import Store

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from real_processes import RealChain, kill, newest_step, ranks_of, wait_until
+
+from helpers.chains import RealChain, kill, newest_step, ranks_of, wait_until
 
 KILLS = int(os.environ.get("RLHF_KILLS", "6"))
 """`make crash-test` takes 50."""

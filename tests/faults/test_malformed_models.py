@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_chain import Chain
+
+from helpers.chains import Chain
 
 
-def text(content: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text(content) and None
+def text(content: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(content)
 
 
 def first_half(path: Path) -> None:
@@ -39,11 +40,11 @@ def with_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
 
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
-DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "config_cut": ("config.json", first_half),
     "config_is_a_list": ("config.json", text("[]")),
     "config_is_empty": ("config.json", text("")),
-    "config_is_binary": ("config.json", lambda path: path.write_bytes(b"\xff\xfe\x00") and None),
+    "config_is_binary": ("config.json", lambda path: path.write_bytes(b"\xff\xfe\x00")),
     "no_model_type": ("config.json", text("{}")),
     "unknown_model_type": ("config.json", changed(model_type="no_such_model")),
     "size_is_a_text": ("config.json", changed(hidden_size="many")),
@@ -59,7 +60,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "tokenizer_config_is_a_list": ("tokenizer_config.json", text("[]")),
     "generation_config_cut": ("generation_config.json", first_half),
     "template_is_broken": ("chat_template.jinja", text("{% for message in messages %}{{ message")),
-    "template_is_binary": ("chat_template.jinja", lambda path: path.write_bytes(b"\xff\xfe\x00") and None),
+    "template_is_binary": ("chat_template.jinja", lambda path: path.write_bytes(b"\xff\xfe\x00")),
     "weights_cut": ("model.safetensors", first_half),
     "weights_are_garbage": ("model.safetensors", text("garbage, not weights at all")),
     "weights_are_empty": ("model.safetensors", text("")),

@@ -15,8 +15,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from real_processes import RealChain, kill, ranks_of, wait_until
-from small_chain import Chain
+
+from helpers.chains import Chain, RealChain, kill, ranks_of, wait_until
 
 NEEDS_MOUNT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
 BY_SERVER = ("ppo.critic.init=sft", "ppo.score.normalize=none", "stage=ppo", "checkpoint.every_minutes=null")

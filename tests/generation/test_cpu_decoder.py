@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from helpers.models import in_dtype
 from rlhf.generation.cpu_decoder import LeanDecoder, is_lean
 from rlhf.generation.sampler import generate, growing_cache
 from rlhf.models.peft.attach import attach, without_adapters
@@ -42,7 +43,7 @@ def tiny(kind: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
             parameter.copy_(
                 torch.randn_like(parameter) * 0.2 + (parameter.mean() if parameter.dim() == 1 else 0)
             )
-    return model.to(dtype)
+    return in_dtype(model, dtype)
 
 
 def applies(model: PreTrainedModel) -> bool:

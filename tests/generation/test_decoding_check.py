@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_family
-from small_chain import Chain
-from small_job import on_cpu
 from transformers import AutoTokenizer
 
+from helpers.chains import Chain
+from helpers.jobs import TINY, on_cpu, user
+from helpers.models import tiny_family
 from rlhf.config import ConfigError
-from rlhf.data.schema import Message
 from rlhf.generation.decoding_check import check_decoding
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.models.base import ModelConfig, load_tokenizer
+from rlhf.models.base import load_tokenizer
 from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.attach import attach
 from rlhf.models.peft.config import PeftConfig
@@ -26,7 +25,7 @@ DECODED = ["llama", "gpt2", "gpt_oss", "bloom", "falcon_h1", "qwen3_next", "deep
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", DECODED)
 def test_what_is_decoded_rightly_passes(name: str, dtype: torch.dtype) -> None:
-    model = tiny_family(name).to(dtype)
+    model = tiny_family(name, dtype)
     pack_where_possible(model)
     check_decoding(model)
 
@@ -47,7 +46,7 @@ def test_adapters_and_virtual_tokens_pass() -> None:
     ],
 )  # fmt: skip
 def test_what_keeps_a_state_elsewhere_is_refused(name: str, dtype: torch.dtype) -> None:
-    model = tiny_family(name).to(dtype)
+    model = tiny_family(name, dtype)
     words = rf"generation=local: {type(model).__name__} cannot be sampled from: decoded with a KV cache its "
     with pytest.raises(ConfigError, match=words + r".* nats per token off"):
         check_decoding(model)
@@ -62,10 +61,10 @@ def test_what_cannot_be_decoded_at_all_is_refused() -> None:
 def test_it_is_found_out_before_the_first_answer(tiny_model: Path) -> None:
     model = tiny_family("mamba")
     told: list[int] = []
-    policy = PolicyModel(model, load_tokenizer(tiny_model, ModelConfig(kind="tiny")), on_cpu())
+    policy = PolicyModel(model, load_tokenizer(tiny_model, TINY), on_cpu())
     with pytest.raises(ConfigError, match="MambaForCausalLM cannot be sampled from"):
         policy.sample(
-            [[Message(role="user", content="Hi")]], max_new_tokens=2, temperature=1.0, batch_rows=1,
+            [user("Hi")], max_new_tokens=2, temperature=1.0, batch_rows=1,
             generator=torch.Generator(), on_rows=told.append,
         )  # fmt: skip
     assert not told

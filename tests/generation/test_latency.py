@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_family
-from small_job import on_cpu
 
+from helpers.jobs import TINY, on_cpu
+from helpers.models import tiny_family
 from rlhf.distributed.compute import Compute
 from rlhf.generation.latency import token_seconds
-from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach, without_adapters
 from rlhf.models.peft.config import PeftConfig
@@ -22,7 +21,7 @@ IDS = torch.arange(3, 35)[None]
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adapter", "prefix", "prompt", "p_tuning"])
 @torch.no_grad()
 def test_without_its_adapters_a_model_is_its_base_for_a_while(method: str, tiny_model: Path) -> None:
-    model = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    model = load_causal_lm(tiny_model, TINY, torch.float32)
     base = model(input_ids=IDS).logits
     attach(model, PeftConfig.model_validate({"method": method}))
     for parameter in model.parameters():
@@ -41,7 +40,7 @@ def test_without_its_adapters_a_model_is_its_base_for_a_while(method: str, tiny_
 
 
 def test_nothing_is_measured_where_nothing_was_added_or_weights_are_sharded(tiny_model: Path) -> None:
-    model = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    model = load_causal_lm(tiny_model, TINY, torch.float32)
     attach(model, PeftConfig(method="freeze"))
     assert token_seconds(model, on_cpu()) == {}
     attach(model, PeftConfig(method="lora"))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from helpers.jobs import TINY
 from rlhf.generation.cpu_decoder import Product, is_packable, prepacked
 from rlhf.generation.sampler import generate
-from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 
 has_layout = pytest.mark.skipif(
@@ -22,7 +22,7 @@ IDS = torch.arange(3, 15).view(2, 6)
 
 
 def load(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    return load_causal_lm(directory, ModelConfig(kind="tiny"), dtype)
+    return load_causal_lm(directory, TINY, dtype)
 
 
 def replaced(model: PreTrainedModel) -> int:

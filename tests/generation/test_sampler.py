@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_job import on_cpu
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from helpers.jobs import TINY, on_cpu
 from rlhf.config import ConfigError
 from rlhf.generation import sampler as local
 from rlhf.generation.sampler import _draw, _nucleus, _sample, generate
-from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, answer_logprobs
 from rlhf.rl.rollout import Rollout
@@ -27,7 +26,7 @@ NEW = 12
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> PreTrainedModel:
     """Sharper than the tiny model, whose logits hardly differ."""
-    found = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    found = load_causal_lm(tiny_model, TINY, torch.float32)
     with torch.no_grad():
         for parameter in found.parameters():
             parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
@@ -54,7 +53,8 @@ def sample(model: PreTrainedModel, prompts: list[Tensor], **changes: Any) -> Rol
 
 def transformers_greedy(model: PreTrainedModel, prompt: Tensor, stop_ids: list[int]) -> list[int]:
     """One row at a time, so without padding."""
-    output = model.generate(
+    theirs: Any = model
+    output = theirs.generate(
         prompt[None], attention_mask=torch.ones_like(prompt)[None], max_new_tokens=NEW, do_sample=False,
         eos_token_id=stop_ids or -1, pad_token_id=PAD,
     )  # fmt: skip

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_chain import Chain
 
+from helpers.chains import Chain
 from rlhf.config import ConfigError
 from rlhf.printable import printable
 from rlhf.tracking.redaction import RedactingConsole

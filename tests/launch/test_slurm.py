@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import SlurmCluster, wait_for
-from small_chain import SETTINGS, SOURCES, Chain
-from small_sweep import check_submitit_sweep, submitit_sweep_arguments
+
+from helpers.chains import SETTINGS, SOURCES, Chain, check_submitit_sweep, submitit_sweep_arguments
+from helpers.hosts import SlurmCluster, wait_for
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import wait_for
-from small_chain import SETTINGS, SOURCES, Chain
-from two_hosts import TwoHosts
+
+from helpers.chains import SETTINGS, SOURCES, Chain
+from helpers.hosts import TwoHosts, wait_for
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [

@@ -97,7 +97,8 @@ def test_a_micro_batch_without_tokens_still_has_a_graph(loss: Loss) -> None:
 @every_loss
 def test_shapes_that_would_broadcast_are_refused(loss: Loss) -> None:
     with pytest.raises(AssertionError):
-        loss(*tensors(), MASK_BR[:1], TOTAL)
+        x_BR, old_BR, target_BR = tensors()
+        loss(x_BR, old_BR, target_BR, MASK_BR[:1], TOTAL)
 
 
 def test_next_token_loss_by_hand() -> None:

@@ -44,6 +44,7 @@ def test_by_hand(
     result = bradley_terry_loss(chosen_B, rejected_B, total_pairs=1, center=center)
     result.backward()
     assert result.item() == pytest.approx(loss, rel=1e-5)
+    assert chosen_B.grad is not None and rejected_B.grad is not None
     assert chosen_B.grad.item() == pytest.approx(gradient_chosen, rel=1e-4)
     assert rejected_B.grad.item() == pytest.approx(gradient_rejected, rel=1e-4)
 

@@ -92,6 +92,7 @@ def test_an_overflowing_ratio_earns_no_gradient_instead_of_nan(log_ratio: float)
     )
     result.loss.backward()
     assert all(torch.isfinite(number) for number in result)
+    assert logp_BR.grad is not None
     assert logp_BR.grad.tolist() == [[0.0], [0.0]]
     assert result.clipped.item() == 2
 
@@ -104,6 +105,7 @@ def test_a_ratio_at_its_limit_still_earns_gradient(log_ratio: float, clipped: in
         total_tokens=1,
     )  # fmt: skip
     result.loss.backward()
+    assert logp_BR.grad is not None
     assert result.clipped.item() == clipped == (logp_BR.grad.item() == 0.0)
 
 

@@ -28,5 +28,6 @@ def test_both_branches_by_hand(
     result = clipped_value_loss(value_BR, old_value_BR, return_BR, mask_BR, clip=clip, total_tokens=1)
     result.loss.backward()
     assert result.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert value_BR.grad is not None
     assert value_BR.grad.item() == pytest.approx(gradient, rel=1e-5)
     assert result.clipped.item() == (gradient == 0.0)

@@ -1,4 +1,4 @@
-"""Every family of `families.py`: what runs, runs as transformers runs it, and the rest is refused by name."""
+"""Every family of helpers/models.py: what runs, runs as transformers runs it; the rest is refused by name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, REFUSED, tiny_family
-from small_job import on_cpu
 from torch import Tensor
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -21,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from helpers.jobs import on_cpu
+from helpers.models import FAMILIES, REFUSED, tiny_family
 from rlhf.config import ConfigError
 from rlhf.costs.model_shape import counted
 from rlhf.generation.decoding_check import check_decoding
@@ -146,8 +146,9 @@ def test_greedy_answers_are_those_of_transformers_own_generate(family: Family) -
         uniform_BR=torch.zeros(len(prompts), 12), batch_rows=len(prompts),
     )  # fmt: skip
     expected = []
+    theirs: Any = family.model
     for prompt in prompts:
-        ids = family.model.generate(
+        ids = theirs.generate(
             prompt[None], attention_mask=torch.ones_like(prompt)[None], max_new_tokens=12, do_sample=False,
             eos_token_id=None, use_cache=True,
         )  # fmt: skip

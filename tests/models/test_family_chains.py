@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, REFUSED, tiny_family
-from small_chain import Chain
 from transformers import AutoModelForCausalLM
 
+from helpers.chains import Chain
+from helpers.models import FAMILIES, REFUSED, tiny_family
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.save import save_policy
 from rlhf.models.value_head import load_scalar_model

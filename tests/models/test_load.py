@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config
 
+from helpers.models import tiny_family
 from rlhf import digests
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import CHATML, PLAIN
@@ -276,7 +276,8 @@ def test_the_embedded_model_writes_sentences(tmp_path: Path) -> None:
     model = load_causal_lm(files.directory, embedded, torch.float32)
     assert 130e6 < sum(parameter.numel() for parameter in model.parameters()) < 140e6
     ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
-    answer = model.generate(ids, max_new_tokens=3, do_sample=False)
+    theirs: Any = model
+    answer = theirs.generate(ids, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
     for dtype in (torch.float32, torch.bfloat16):
         attention = load_causal_lm(files.directory, embedded, dtype).config._attn_implementation

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_family
-from small_job import on_cpu
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from helpers.jobs import TINY, on_cpu
+from helpers.models import tiny_family
 from rlhf.config import ConfigError
 from rlhf.models import logprobs as policy
-from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import (
     ResponseModel,
@@ -35,7 +34,7 @@ LENGTHS = [(3, 5), (9, 1), (1, 8), (6, 6)]
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> PreTrainedModel:
     """Sharper than the tiny model, whose logits hardly differ."""
-    found = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    found = load_causal_lm(tiny_model, TINY, torch.float32)
     with torch.no_grad():
         for parameter in found.parameters():
             parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
@@ -152,7 +151,7 @@ def test_entropy_by_definition_and_without_gradient(model: PreTrainedModel) -> N
 
 
 def test_a_uniform_model_is_worth_log_of_the_vocabulary(tiny_model: Path) -> None:
-    flat = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    flat = load_causal_lm(tiny_model, TINY, torch.float32)
     with torch.no_grad():
         for parameter in flat.parameters():
             parameter.zero_()
@@ -167,7 +166,7 @@ def rollout() -> Rollout:
     return Rollout(prompts, responses, torch.tensor([True, True, False, False]))
 
 
-def measured(model: PreTrainedModel, episodes: Rollout, micro_batch_tokens: int) -> Tensor:
+def measured(model: PreTrainedModel, episodes: Responses, micro_batch_tokens: int) -> Tensor:
     return answer_logprobs(ResponseModel(model), episodes, 0.7, micro_batch_tokens, on_cpu())
 
 
@@ -232,7 +231,7 @@ def test_a_model_that_transforms_its_logits_is_refused(model: PreTrainedModel) -
             return output
 
     with pytest.raises(ConfigError, match="Capped transforms its logits"):
-        check_head(Capped(plain.config).eval())
+        check_head(Capped(plain.config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -247,7 +246,7 @@ def test_what_is_done_to_logits_is_known_to_a_few_per_cent(
     name: str, known: str, wrong: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The largest logits are about 2 here, of which a cap of 30 takes a thousandth."""
-    family = tiny_family(name).to(dtype)
+    family = tiny_family(name, dtype)
     check_head(family)
     monkeypatch.setattr(policy, known, lambda config: wrong)
     with pytest.raises(ConfigError, match="transforms its logits behind the output layer in a way"):
@@ -280,7 +279,7 @@ def test_soft_capped_logits(cap: float, temperature: float, is_frozen: bool) -> 
 
 
 def test_hidden_states_that_are_more_exact_than_the_output_layer() -> None:
-    family = tiny_family("mamba").to(torch.bfloat16)
+    family = tiny_family("mamba", torch.bfloat16)
     check_head(family)
     prompts, responses = rows()
     plain = torch.cat([by_hand(family, *pair, 1.0) for pair in zip(prompts, responses, strict=True)])
@@ -289,7 +288,7 @@ def test_hidden_states_that_are_more_exact_than_the_output_layer() -> None:
 
 
 def test_a_model_with_damaged_weights_is_refused(tiny_model: Path) -> None:
-    damaged = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+    damaged = load_causal_lm(tiny_model, TINY, torch.float32)
     with torch.no_grad():
         damaged.model.norm.weight[3] = float("nan")
     with pytest.raises(ConfigError, match="its logits are not finite"):

@@ -7,18 +7,17 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from families import tiny_config, tiny_family
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from helpers.jobs import TINY
+from helpers.models import IDS, LINEARS, load, logits, tiny_config, tiny_family, train, tuned
 from rlhf.config import ConfigError
-from rlhf.models.base import ModelConfig, load_tokenizer, skeleton
-from rlhf.models.load import load_causal_lm
-from rlhf.models.logprobs import pack_sequences, response_statistics
+from rlhf.models.base import load_tokenizer, skeleton
 from rlhf.models.peft import target_modules as targets
-from rlhf.models.peft.attach import Adapter, attach, check_reached, count_parameters, merged_weights
+from rlhf.models.peft.attach import attach, check_reached, count_parameters, merged_weights
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.lora import LowRankLinear
 from rlhf.models.peft.merge import publish_policy
@@ -26,33 +25,7 @@ from rlhf.models.peft.saved import rehearse
 from rlhf.models.peft.target_modules import described_targets
 from rlhf.models.value_head import load_scalar_model
 
-TINY = ModelConfig(kind="tiny")
 UP = "model.layers.0.mlp.up_proj.base_layer.weight"
-IDS = torch.arange(3, 35)[None]
-LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-
-
-def load(directory: Path) -> PreTrainedModel:
-    return load_causal_lm(directory, TINY, torch.float32)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(input_ids=IDS).logits
-
-
-def train(model: PreTrainedModel, steps: int = 3) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    batch = pack_sequences([IDS[0, :4]], [IDS[0, 4:]], torch.device("cpu"))
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (-response_statistics(model, batch, 1.0).logp_N.mean()).backward()
-        optimizer.step()
-
-
-def tuned(model: PreTrainedModel, rank: int = 4) -> Adapter:
-    torch.manual_seed(0)
-    return attach(model, PeftConfig(method="lora", rank=rank, alpha=8.0))
 
 
 def test_lora_starts_as_the_identity(tiny_model: Path) -> None:
@@ -124,8 +97,8 @@ def test_merged_weights_are_the_merged_models_and_leave_the_model_alone(tiny_mod
         assert torch.equal(value, before[name][1])
     assert list(found) == names
     with adapter.merged():
-        for name, value in merged_weights(model):
-            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
+        for name, merged in merged_weights(model):
+            torch.testing.assert_close(found[name], merged, atol=1e-5, rtol=1e-5, msg=name)
     adapter.merge()
     for name, value in model.named_parameters():
         torch.testing.assert_close(found[name], value.detach(), atol=1e-5, rtol=1e-5, msg=name)
@@ -221,7 +194,7 @@ def test_peft_reads_an_adapter_of_a_mixture_of_experts(name: str, tiny_model: Pa
     tiny_family(name).save_pretrained(tmp_path / "base")
     model, config = load(tmp_path / "base"), PeftConfig(method="lora", rank=4)
     attach(model, config)
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for parameter in trained.values():
             parameter.normal_(std=0.1)

@@ -11,21 +11,19 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
-from test_lora import TINY, load, logits, train
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from helpers.jobs import TINY
+from helpers.models import embedding, in_dtype, load, logits, saved, store, train
 from rlhf.compare.cost import model_bytes
 from rlhf.config import ConfigError
-from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import Adapter, attach, count_parameters, merged_weights
 from rlhf.models.peft.bottleneck import BottleneckConfig, BottleneckLayer
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import merged_policy
-from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.models.peft.saved import attach_published, origin_of, save_adapter
-from rlhf.models.save import save_settings
 
 LINEAR_OUT = 2 * (64 + 32) + 128 + 128 + 64  # q, o; k, v; gate, up; down
 LORA = 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
@@ -36,46 +34,25 @@ TRAINED = {
     "adapter": 2 * BOTTLENECK,
 }  # fmt: skip
 """Parameters of rank-4 updates, of the last of two layers, or of bottlenecks of size 8."""
-MERGING = ["lora", "dora", "ia3", "freeze"]
-EVERY = [*MERGING, "adapter"]
-IN_PEFTS_FORMAT = ["lora", "dora", "ia3", "adapter"]
+MERGING: list[MethodName] = ["lora", "dora", "ia3", "freeze"]
+EVERY: list[MethodName] = [*MERGING, "adapter"]
+IN_PEFTS_FORMAT: list[MethodName] = ["lora", "dora", "ia3", "adapter"]
 
 
-def config(method: str) -> PeftConfig:
+def config(method: MethodName) -> PeftConfig:
     size = {"rank": 4, "layers": 1, "size": 8}
     return PeftConfig.model_validate(
         {"method": method, **{key: size[key] for key in METHODS[method].knobs if key in size}}
     )
 
 
-def tuned(model: PreTrainedModel, method: str) -> Adapter:
+def tuned(model: PreTrainedModel, method: MethodName) -> Adapter:
     torch.manual_seed(0)
     return attach(model, config(method))
 
 
-def store(directory: Path, tiny_model: Path) -> tuple[Path, Path]:
-    """A base model and a place for an artifact, as they lie in a store."""
-    base, artifact = directory / "base" / "1", directory / "sft" / "2"
-    shutil.copytree(tiny_model, base)
-    artifact.mkdir(parents=True)
-    return base, artifact
-
-
-def saved(directory: Path, tiny_model: Path, method: str) -> tuple[Path, Tensor]:
-    """An artifact with a trained adapter and no weights beside it, and what the trained model says."""
-    base, artifact = store(directory, tiny_model)
-    model = load(base)
-    adapter = tuned(model, method)
-    train(model)
-    metrics = save_adapter(adapter, artifact, base, "1")
-    save_settings(model, load_tokenizer(base, TINY), artifact)
-    files = list((artifact / "adapter").iterdir())
-    assert metrics == {"adapter_bytes": sum(path.stat().st_size for path in files)}
-    return artifact, logits(model)
-
-
 @pytest.mark.parametrize("method", EVERY)
-def test_it_starts_as_the_model_it_is_put_into(method: str, tiny_model: Path) -> None:
+def test_it_starts_as_the_model_it_is_put_into(method: MethodName, tiny_model: Path) -> None:
     model = load(tiny_model)
     before = logits(model)
     tuned(model, method)
@@ -83,7 +60,7 @@ def test_it_starts_as_the_model_it_is_put_into(method: str, tiny_model: Path) ->
 
 
 @pytest.mark.parametrize("method", EVERY)
-def test_it_trains_what_it_says_and_nothing_else(method: str, tiny_model: Path) -> None:
+def test_it_trains_what_it_says_and_nothing_else(method: MethodName, tiny_model: Path) -> None:
     model = load(tiny_model)
     before = logits(model)
     tuned(model, method)
@@ -97,7 +74,7 @@ def test_it_trains_what_it_says_and_nothing_else(method: str, tiny_model: Path) 
 
 
 @pytest.mark.parametrize("method", EVERY)
-def test_folded_in_it_says_the_same_and_leaves_nothing_behind(method: str, tiny_model: Path) -> None:
+def test_folded_in_it_says_the_same_and_leaves_nothing_behind(method: MethodName, tiny_model: Path) -> None:
     model = load(tiny_model)
     adapter = tuned(model, method)
     train(model)
@@ -112,9 +89,9 @@ def test_folded_in_it_says_the_same_and_leaves_nothing_behind(method: str, tiny_
 
 @pytest.mark.parametrize("method", EVERY)
 def test_what_is_saved_belongs_on_its_base_and_says_the_same(
-    method: str, tiny_model: Path, tmp_path: Path
+    method: MethodName, tiny_model: Path, tmp_path: Path
 ) -> None:
-    artifact, expected = saved(tmp_path, tiny_model, method)
+    artifact, expected = saved(tmp_path, tiny_model, config(method))
     base = tmp_path / "base" / "1"
     assert not torch.allclose(logits(load(base)), expected, atol=1e-3)
     model = load(base)
@@ -133,7 +110,7 @@ def test_what_is_saved_belongs_on_its_base_and_says_the_same(
 
 
 def test_what_answers_is_counted_once(tiny_model: Path, tmp_path: Path) -> None:
-    artifact, _ = saved(tmp_path, tiny_model, "adapter")
+    artifact, _ = saved(tmp_path, tiny_model, config("adapter"))
     base = tmp_path / "base" / "1"
     alone, whole = (sum(path.stat().st_size for path in base.iterdir()), model_bytes(artifact))
     assert whole > alone == model_bytes(base)
@@ -144,8 +121,8 @@ def test_what_answers_is_counted_once(tiny_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", IN_PEFTS_FORMAT)
-def test_peft_reads_it(method: str, tiny_model: Path, tmp_path: Path) -> None:
-    artifact, expected = saved(tmp_path, tiny_model, method)
+def test_peft_reads_it(method: MethodName, tiny_model: Path, tmp_path: Path) -> None:
+    artifact, expected = saved(tmp_path, tiny_model, config(method))
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, artifact / "adapter").eval()
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
@@ -153,7 +130,7 @@ def test_peft_reads_it(method: str, tiny_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["dora", "ia3"])
 def test_in_bf16_factors_stay_fp32_and_it_still_starts_where_the_model_is(
-    method: str, tiny_model: Path
+    method: MethodName, tiny_model: Path
 ) -> None:
     model = load_causal_lm(tiny_model, TINY, torch.bfloat16)
     before = logits(model)
@@ -177,7 +154,7 @@ def test_dora_is_not_handed_over_as_if_it_were_lora(tiny_model: Path) -> None:
 
 
 def test_a_moved_store_is_still_whole(tiny_model: Path, tmp_path: Path) -> None:
-    saved(tmp_path / "before", tiny_model, "ia3")
+    saved(tmp_path / "before", tiny_model, config("ia3"))
     (tmp_path / "before").rename(tmp_path / "after")
     artifact = tmp_path / "after" / "sft" / "2"
     origin = origin_of(artifact)
@@ -196,11 +173,11 @@ def test_a_base_elsewhere_is_named_by_its_whole_path(tiny_model: Path, tmp_path:
 
 
 def test_another_base_or_none_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    artifact, _ = saved(tmp_path, tiny_model, "freeze")
+    artifact, _ = saved(tmp_path, tiny_model, config("freeze"))
     base = tmp_path / "base" / "1"
     other = load(base)
     with torch.no_grad():
-        other.get_input_embeddings().weight[7, 7] += 1e-3
+        embedding(other)[7, 7] += 1e-3
     other.save_pretrained(base)
     with pytest.raises(ConfigError, match="has other weights than the adapter was trained on"):
         merged_policy(artifact, TINY, torch.float32)
@@ -230,7 +207,7 @@ def test_more_layers_than_there_are(tiny_model: Path) -> None:
 
 def test_ia3_on_a_model_that_peft_does_not_know(tiny_model: Path) -> None:
     model = load(tiny_model)
-    model.config.model_type = "unheard-of"
+    setattr(model.config, "model_type", "unheard-of")  # noqa: B010 (to mypy it is the class's)
     words = (
         r"^STAGE\.peft=ia3: peft does not know which layers of a unheard-of .* Use STAGE\.peft=lora or dora"
     )
@@ -268,6 +245,7 @@ def test_a_bottleneck_by_hand() -> None:
     layer = BottleneckLayer(linear, "default", BottleneckConfig(size=2))
     layer._active_adapter = ["default"]
     down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
+    assert isinstance(down, torch.nn.Linear) and isinstance(up, torch.nn.Linear)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
         linear.bias.zero_()
@@ -279,9 +257,11 @@ def test_a_bottleneck_by_hand() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter"])
-def test_a_new_adapter_stands_on_published_bottlenecks(method: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_new_adapter_stands_on_published_bottlenecks(
+    method: MethodName, tiny_model: Path, tmp_path: Path
+) -> None:
     """As a critic's on the reward model's: it starts as that and trains alone."""
-    artifact, expected = saved(tmp_path, tiny_model, "adapter")
+    artifact, expected = saved(tmp_path, tiny_model, config("adapter"))
     model = load_causal_lm(artifact, TINY, torch.float32)
     tuned(model, method)
     torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
@@ -316,11 +296,11 @@ def test_bottlenecks_in_a_model_whose_layers_cannot_be_told_apart(tiny_model: Pa
         ("ia3", "merged"),
     ],
 )
-def test_in_bf16_small_updates_reach_the_weights(method: str, how: str, tiny_model: Path) -> None:
+def test_in_bf16_small_updates_reach_the_weights(method: MethodName, how: str, tiny_model: Path) -> None:
     """In the mean: rounded to nearest, nearly all weights would stay where they are."""
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
-        model = load_causal_lm(tiny_model, TINY, torch.bfloat16).to(dtype)
+        model = in_dtype(load_causal_lm(tiny_model, TINY, torch.bfloat16), dtype)
         before = {name: weight.detach().clone().float() for name, weight in model.named_parameters()}
         adapter = tuned(model, method)
         with torch.no_grad():

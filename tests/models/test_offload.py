@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_job import on_cpu
-from small_ppo import MODEL, ppo_job, ppo_stage
 from torch import Tensor, nn
 
+from helpers.jobs import TINY, on_cpu, user
+from helpers.ppo import ppo_job, ppo_stage
 from rlhf.config import ConfigError
-from rlhf.data.schema import Message
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.value_head import reset_head
 from rlhf.models.weight_sharing import offload
@@ -21,7 +20,7 @@ from rlhf.rewards.model import LearnedReward
 from rlhf.rl.rollout import Rollout
 
 ROLLOUT = Rollout([torch.tensor([5, 6, 7])], [torch.tensor([8, 9])], torch.tensor([True]))
-PROMPT = [Message(role="user", content="Hi")]
+PROMPT = user("Hi")
 
 
 def places(model: nn.Module) -> list[int]:
@@ -29,7 +28,7 @@ def places(model: nn.Module) -> list[int]:
 
 
 def test_weights_are_copied_while_they_are_used_and_are_then_where_they_were(tiny_model: Path) -> None:
-    model = PolicyModel.load(tiny_model, MODEL, on_cpu()).model
+    model = PolicyModel.load(tiny_model, TINY, on_cpu()).model
     on_device = offload(model, torch.device("cpu"))
     on_host, weights = places(model), [parameter.clone() for parameter in model.parameters()]
     for error in (None, KeyError):
@@ -44,7 +43,7 @@ def test_weights_are_copied_while_they_are_used_and_are_then_where_they_were(tin
 
 
 def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: Path) -> None:
-    policy = PolicyModel.load(tiny_model, MODEL, on_cpu())
+    policy = PolicyModel.load(tiny_model, TINY, on_cpu())
     stage, job = ppo_stage(), ppo_job(tmp_path, tiny_model)
     normalizer = score_normalizer(stage, job)
     scalar = load_critic(stage, job, lambda *_: torch.zeros(0), normalizer, policy.tokenizer)

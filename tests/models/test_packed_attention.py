@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -123,7 +123,7 @@ def test_what_many_rows_give_back_to_a_token_of_theirs_is_added_up_in_fp32() -> 
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         value = v.to(dtype).requires_grad_()
-        out = packed.ShortAttention.apply(q.to(dtype), k.to(dtype), value, laid, 8**-0.5, None)  # type: ignore[no-untyped-call]
+        out = packed.ShortAttention.apply(q.to(dtype), k.to(dtype), value, laid, 8**-0.5, None)  # type: ignore[no-untyped-call]  # torch's
         found.append(torch.autograd.grad(out.sum(), value)[0].float())
     exact, rounded = (each[0, 0] for each in found)  # some 400: in bf16 a half would change nothing there
     assert exact.min() > 300
@@ -174,7 +174,7 @@ def test_the_kernel_of_gpus_is_told_rows_windows_scales_and_groups(
 def test_the_kernel_of_gpus_gives_what_each_row_gives_alone(kind: str) -> None:
     model = tiny(kind, KINDS[kind])
     expected = alone(model)
-    model.to("cuda", torch.bfloat16)
+    nn.Module.to(model, "cuda", torch.bfloat16)
     with torch.no_grad():
         found = hidden_states(model, Packed(rows(), "cuda")).float().cpu()
     assert float((found - expected).norm() / expected.norm()) < 0.02

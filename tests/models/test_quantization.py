@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lora import LINEARS, load, logits, train
 
+from helpers.models import LINEARS, load, logits, train
 from rlhf.models.peft.attach import attach, count_parameters
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.quantization import round_to_4_bits

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from helpers.jobs import TINY
 from rlhf.config import ConfigError
-from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
 from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.attach import attach
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.recompute import checkpoint_layers
-from rlhf.models.value_head import load_scalar_model, reset_head
+from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
 from rlhf.ppo.update import ActorCritic
 
-TINY = ModelConfig(kind="tiny")
 CPU = torch.device("cpu")
 generator = torch.Generator().manual_seed(0)
 PROMPTS, RESPONSES = (
@@ -30,18 +30,18 @@ PROMPTS, RESPONSES = (
 )
 
 
-def policy(directory: Path, peft: str) -> nn.Module:
+def policy(directory: Path, peft: Any) -> PreTrainedModel:
     model = load_causal_lm(directory, TINY, torch.float32)
     attach(model, PeftConfig(method=peft))
     return model
 
 
-def sft(directory: Path, peft: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def sft(directory: Path, peft: Any) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     batch = pack_sequences(PROMPTS, RESPONSES, CPU)
     return ResponseModel(policy(directory, peft)), lambda model: -model(batch, 1.0).logp_N.sum()
 
 
-def reward(directory: Path, peft: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def reward(directory: Path, peft: Any) -> tuple[ScalarModel, Callable[[nn.Module], Tensor]]:
     model = load_scalar_model(directory, TINY, torch.float32, new_head=True)
     reset_head(model, deviation=1.0)
     attach(model.model, PeftConfig(method=peft))
@@ -49,11 +49,12 @@ def reward(directory: Path, peft: str) -> tuple[nn.Module, Callable[[nn.Module],
     return model, lambda model: model([*PROMPTS, *RESPONSES]).square().sum()
 
 
-def ppo(directory: Path, peft: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def ppo(directory: Path, peft: Any) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     batch, (critic, _) = pack_sequences(PROMPTS, RESPONSES, CPU), reward(directory, peft)
 
     def loss(model: nn.Module) -> Tensor:
-        return -model("policy", batch, 0.7).logp_N.sum() + model("critic", batch).square().sum()
+        found: Tensor = -model("policy", batch, 0.7).logp_N.sum() + model("critic", batch).square().sum()
+        return found
 
     return ActorCritic(policy(directory, peft), critic), loss
 
@@ -91,8 +92,8 @@ def test_loss_and_gradients_are_the_same_and_less_is_kept(
         if checkpointed:
             checkpoint_layers(model)
         found.append(train(model, loss))
-    (plain_loss, plain_gradients, plain_size), (loss, gradients, size) = found
-    assert loss == plain_loss
+    (plain_loss, plain_gradients, plain_size), (found_loss, gradients, size) = found
+    assert found_loss == plain_loss
     assert gradients.keys() == plain_gradients.keys() and len(gradients) > 10
     for name, gradient in gradients.items():
         assert torch.equal(gradient, plain_gradients[name]), name

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_job import on_cpu
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from helpers.jobs import TINY, on_cpu
 from rlhf.config import ConfigError
-from rlhf.models.base import ModelConfig, load_tokenizer
+from rlhf.models.base import load_tokenizer
 from rlhf.models.logprobs import pack_sequences
 from rlhf.models.value_head import (
     ScalarModel,
@@ -31,7 +31,6 @@ from rlhf.models.value_head import (
 )
 from rlhf.rewards.kinds import reward_digest
 
-TINY = ModelConfig(kind="tiny")
 CPU = torch.device("cpu")
 STOP = 2
 
@@ -62,7 +61,7 @@ def rows() -> list[Tensor]:
 @torch.no_grad()
 def by_hand(scalar: ScalarModel, row: Tensor) -> Tensor:
     """The head on every position of one row, without padding."""
-    hidden_TH = scalar.model.model(input_ids=row[None]).last_hidden_state[0]
+    hidden_TH: Tensor = scalar.model.model(input_ids=row[None]).last_hidden_state[0]
     return hidden_TH @ scalar.head.weight[0] + float(scalar.offset)
 
 
@@ -152,8 +151,11 @@ def test_a_head_that_nobody_trained_is_no_reward_model(tiny_model: Path) -> None
 def test_a_model_without_a_linear_score_head_is_refused(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=1, **sizes)).save_pretrained(tmp_path)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "num_labels": 1,
+    }  # fmt: skip
+    BertForSequenceClassification(BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"Bert.* no linear `score` head"):
         load_scalar_model(tmp_path, TINY, torch.float32)
 
@@ -181,8 +183,11 @@ def test_what_cannot_score_is_told_without_being_loaded(
 ) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    bert = BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=1, **sizes))
+    sizes: dict[str, Any] = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "num_labels": 1,
+    }  # fmt: skip
+    bert = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes))
     bert.save_pretrained(tmp_path / "bert")
     with pytest.raises(ConfigError, match=r"BertForS.* has no linear `score` head without bias, as a reward"):
         score_of(tmp_path / "bert")

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from small_job import on_cpu
-from test_lora import IDS, TINY, load, train
-from test_methods import saved
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, PreTrainedModel
 
+from helpers.jobs import TINY, on_cpu
+from helpers.models import IDS, load, saved, train
 from rlhf.config import ConfigError
 from rlhf.generation import sampler as local
 from rlhf.generation.policy_model import PolicyModel
@@ -81,7 +80,7 @@ def test_every_row_has_them_before_it_whatever_stands_beside_it(method: str, tin
 
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_reads_what_is_saved_and_says_the_same(method: str, tiny_model: Path, tmp_path: Path) -> None:
-    artifact, expected = saved(tmp_path, tiny_model, method)
+    artifact, expected = saved(tmp_path, tiny_model, PeftConfig.model_validate({"method": method}))
     ours = load(tiny_model)
     attach_published(ours, artifact)
     assert count_parameters(ours)[0] == 0
@@ -97,7 +96,7 @@ def test_peft_reads_what_is_saved_and_says_the_same(method: str, tiny_model: Pat
 
 @pytest.mark.parametrize("method", METHODS)
 def test_they_cannot_be_merged_nor_handed_over(method: str, tiny_model: Path, tmp_path: Path) -> None:
-    artifact, _ = saved(tmp_path, tiny_model, method)
+    artifact, _ = saved(tmp_path, tiny_model, PeftConfig.model_validate({"method": method}))
     with pytest.raises(ConfigError, match=f"what {method} trains cannot be merged into the weights"):
         merged_policy(artifact, TINY, torch.float32)
     with pytest.raises(
@@ -147,7 +146,7 @@ def test_a_second_tree_has_tokens_of_its_own(method: str, tiny_model: Path) -> N
 
 
 def small_model(kind: str) -> PreTrainedModel:
-    sizes = {"vocab_size": 300, "max_position_embeddings": 64, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 300, "max_position_embeddings": 64, "num_attention_heads": 2}
     if kind == "gpt2":
         config: Any = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=300, n_positions=64)
     elif kind == "opt":
@@ -157,8 +156,8 @@ def small_model(kind: str) -> PreTrainedModel:
     else:
         config = GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, **sizes)
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -193,7 +192,7 @@ def test_sampling_sees_them_in_models_of_other_families(
 
 
 def test_they_take_room_from_the_context(tiny_model: Path, tmp_path: Path) -> None:
-    artifact, _ = saved(tmp_path, tiny_model, "prompt")
+    artifact, _ = saved(tmp_path, tiny_model, PeftConfig.model_validate({"method": "prompt"}))
     plain = PolicyModel.load(tiny_model, TINY, on_cpu())
     found = PolicyModel(load_causal_lm(artifact, TINY, torch.float32), plain.tokenizer, on_cpu())
     assert found.context_length == plain.context_length - TOKENS

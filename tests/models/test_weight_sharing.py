@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from test_lora import IDS, TINY, load, logits, tuned
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from helpers.jobs import TINY
+from helpers.models import IDS, load, logits, tuned
 from rlhf.digests import weights_digest
 from rlhf.models.base import load_tokenizer
 from rlhf.models.packed_attention import hidden_states
@@ -150,7 +151,7 @@ def test_a_new_adapter_adds_to_a_published_one(published: tuple[Path, ScalarMode
     state = torch.get_rng_state()
     _, head = attach_published(model, directory)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(head, merged.head.weight)
+    assert head is not None and torch.equal(head, merged.head.weight)
     assert count_parameters(model)[0] == 0
     packed = Packed(ROWS, "cpu")
 

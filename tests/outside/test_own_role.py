@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from real_processes import RealChain, kill, newest_step
-from small_chain import Chain, Outcome
 
+from helpers.chains import Chain, Outcome, RealChain, kill, newest_step
 from rlhf.data.prepared import PreparedData
 
 HERE = Path(__file__).parent

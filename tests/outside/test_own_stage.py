@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from real_processes import RealChain, kill, newest_step
-from small_chain import Chain, Outcome
 
+from helpers.chains import Chain, Outcome, RealChain, kill, newest_step
 from rlhf.rewards.kinds import REWARD_KINDS
 
 HERE = Path(__file__).parent

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
-from experiments import build
-from small_chain import SETTINGS, Outcome, run_main
 
+from helpers.chains import SETTINGS, Outcome, run_main
+from helpers.experiments import build
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 
-TRAINING = ("train", "held_out")
+TRAINING: tuple[Literal["train", "held_out"], ...] = ("train", "held_out")
 DEMO = {
     "sft.data": "samples:instructions",
     "reward.pairs": "samples:pairs",
@@ -172,11 +172,12 @@ def test_own_answers_alone_are_enough_to_tune_and_to_judge(tmp_path: Path) -> No
     checked = [gate["name"] for gate in of_evaluation if gate["outcome"] != "not checked"]
     assert checked == ["win_rate"]
     data = PreparedData(outcome.artifact("prepare"))
-    asked = {
-        (role, split): {row.prompt[0]["content"] for row in data.rows(role, split)}
-        for role, splits in [("sft", TRAINING), ("ppo", TRAINING), ("evaluate", ("evaluation",))]
-        for split in splits
-    }
+    asked: dict[tuple[str, str], set[str]] = {}
+    for split in TRAINING:
+        asked["sft", split] = {row.prompt[0]["content"] for row in data.rows("sft", split)}
+        asked["ppo", split] = {row.prompt[0]["content"] for row in data.rows("ppo", split)}
+    rows = data.rows("evaluate", "evaluation")
+    asked["evaluate", "evaluation"] = {row.prompt[0]["content"] for row in rows}
     assert asked["ppo", "train"] == asked["sft", "train"]
     assert asked["ppo", "held_out"] == asked["sft", "held_out"]
     assert all(asked.values())

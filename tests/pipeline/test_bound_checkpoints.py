@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_chain import Chain
 
+from helpers.chains import Chain
 from rlhf.digests import file_digest
 from rlhf.pipeline import store as artifacts
 from rlhf.pipeline.store import read_manifest, write_manifest

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
-from experiments import build, compose
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
+from helpers.experiments import build, build_stage, compose
 from rlhf.config import Bound, ConfigError
 from rlhf.data.sources import SourceConfig
 from rlhf.models.base import ModelConfig
@@ -22,6 +22,8 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.experiment import Settings, build_experiment
 from rlhf.pipeline.experiment import stage_class as class_of_target
 from rlhf.pipeline.stage import Stage
+from rlhf.stages.ppo import PpoStage
+from rlhf.stages.sft import SftStage
 from rlhf.tracking.tracker import TrackerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -186,15 +188,15 @@ def test_a_rule_reward_needs_no_reward_model() -> None:
 
 @pytest.mark.parametrize("text", ["lora", "{method:lora,rank:8}"])
 def test_peft_is_one_word_or_a_section(text: str) -> None:
-    peft = build(f"sft.peft={text}").stages["sft"].peft  # type: ignore[attr-defined]
+    peft = build_stage(SftStage, f"sft.peft={text}").peft
     assert (peft.method, peft.alpha) == ("lora", 32.0)
     assert peft.rank == (8 if "8" in text else 16)
 
 
 def test_a_stage_is_frozen_after_the_check() -> None:
-    stage = build().stages["ppo"]
+    stage = build_stage(PpoStage)
     with pytest.raises(ValueError, match="frozen"):
-        stage.steps = 3  # type: ignore[attr-defined]
+        stage.steps = 3  # type: ignore[misc]  # which is tested
 
 
 def test_all_complaints_of_a_section_come_at_once() -> None:

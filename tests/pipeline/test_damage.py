@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from experiments import build
 from rich.console import Console
-from small_chain import SETTINGS, SOURCES, STAGES, Chain, Outcome, run_main
-from small_job import on_cpu
-from small_store import RECIPE, publish
 
+from helpers.chains import SETTINGS, SOURCES, STAGES, Chain, Outcome, run_main
+from helpers.experiments import build
+from helpers.jobs import on_cpu
+from helpers.store import RECIPE, publish
 from rlhf import digests
 from rlhf.config import ConfigError
 from rlhf.digests import digest_of, directory_digest, file_digest

@@ -11,12 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from experiments import build
-from families import tiny_family
 from rich.console import Console
-from small_chain import Chain, Outcome
-from small_job import on_cpu
-from small_plan import EIGHT, GIB, NO_CHECKPOINTS, check, gpus
 from transformers import (
     GPT2Config,
     MambaConfig,
@@ -26,6 +21,11 @@ from transformers import (
     T5Config,
 )
 
+from helpers.chains import Chain, Outcome
+from helpers.costs import EIGHT, GIB, NO_CHECKPOINTS, check, gpus
+from helpers.experiments import build
+from helpers.jobs import on_cpu
+from helpers.models import tiny_family
 from rlhf.config import ConfigError
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.stage_cost import StageCost, Task

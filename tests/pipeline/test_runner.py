@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small_chain import STAGES, Chain, Outcome, run_main
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from helpers.chains import STAGES, Chain, Outcome, run_main
 from rlhf.config import Bound
 from rlhf.digests import weights_digest
 from rlhf.models.peft.saved import origin_of

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from small_chain import Chain
+
+from helpers.chains import Chain
 
 ROWS, EPOCHS = 24, 40
 PATIENCE_SECONDS = 120.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from experiments import build, compose
 
+from helpers.experiments import build, compose
 from rlhf.config import ConfigError
 from rlhf.pipeline.experiment import build_experiment
 from rlhf.pipeline.stage import in_order
@@ -31,7 +31,9 @@ def test_a_stage_stands_behind_what_it_reads_wherever_it_is_mounted() -> None:
     ],
 )
 def test_what_cannot_be_put_in_order_is_told(reads: dict[str, str], complaint: str) -> None:
-    stages = {name: MergeStage.model_construct(policy=other) for name, other in reads.items()}
+    stages = {
+        name: MergeStage.model_construct(policy=other, alpha=0.5, gates={}) for name, other in reads.items()
+    }
     with pytest.raises(ConfigError, match=complaint):
         in_order(stages)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_store import RECIPE, manifest_of, publish
 
+from helpers.store import RECIPE, manifest_of, publish
 from rlhf.config import ConfigError
 from rlhf.digests import file_digest
 from rlhf.locks import HeldError, Lock

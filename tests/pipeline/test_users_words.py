@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from experiments import build
-from small_chain import Chain
 
+from helpers.chains import Chain
+from helpers.experiments import build
 from rlhf.config import ConfigError, said_as
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.stage import users_words

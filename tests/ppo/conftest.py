@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_ppo import SMALL, MakeTrainer, length, ppo_job, ppo_learner, ppo_stage
 
+from helpers.ppo import SMALL, MakeTrainer, length, ppo_job, ppo_learner, ppo_stage
 from rlhf.data.schema import SftRow
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Reward

@@ -6,18 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from experiments import build
-from small_plan import EIGHT, EIGHT_BILLION, check, gpus
 from transformers import (
     Qwen3Config,
     T5Config,
 )
 
+from helpers.costs import EIGHT, EIGHT_BILLION, check, gpus
+from helpers.experiments import build
 from rlhf.costs.model_shape import ModelShape, shape_of
 from rlhf.costs.stage_cost import ThroughputModel
 from rlhf.data.prepared import LengthStats
+from rlhf.distributed.compute import Zero
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.peft.methods import METHODS
+from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import mix_lengths
 
@@ -95,7 +96,7 @@ def test_a_reward_model_of_unknown_shape_counts_as_large_as_the_policy(tmp_path:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"qlora"}))
-def test_ppo_shares_weights_where_the_method_does(method: str) -> None:
+def test_ppo_shares_weights_where_the_method_does(method: MethodName) -> None:
     def weights(*overrides: str) -> float:
         found = build(*overrides)
         (phase,) = [
@@ -132,7 +133,7 @@ def test_whole_models_are_loaded_before_they_are_sharded(tmp_path: Path) -> None
 def test_ppo_loads_its_models_one_after_the_other() -> None:
     """Policy and critic are read before the engine takes them, and a reward model stays."""
 
-    def loading(zero: str, *overrides: str) -> tuple[float, float]:
+    def loading(zero: Zero, *overrides: str) -> tuple[float, float]:
         found = build("reward.peft=none", f"zero={zero}", "device=cpu", *overrides)
         on = replace(gpus(80, ranks=8), zero=zero)
         (phase,) = [

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from small_ppo import length, ppo_job, ppo_stage, prompts, resumed_learner
 from torch import Tensor
 
+from helpers.ppo import length, ppo_job, ppo_stage, prompts, resumed_learner
 from rlhf.config import ConfigError
 from rlhf.ppo.metrics import Evaluation
 from rlhf.ppo.trainer import PolicyTrainer
@@ -72,9 +72,10 @@ def test_a_reward_that_is_gone_during_an_evaluation_costs_nothing(
     first = learner_in(tmp_path / "first", tiny_model, Faulty(away_since=evaluation))
     with pytest.raises(RewardError):
         train(first)
-    second = learner_in(tmp_path / "second", tiny_model, Faulty())
+    asked = Faulty()
+    second = learner_in(tmp_path / "second", tiny_model, asked)
     assert train(second) == expected
-    assert second.reward.rollouts == 4 - 2 * evaluation
+    assert asked.rollouts == 4 - 2 * evaluation
     assert evaluated_steps(second) == evaluated_steps(through) == [0, 2, 4]
     for name, value in through.best_weights.items():
         assert torch.equal(second.best_weights[name], value), name
@@ -85,10 +86,11 @@ def test_what_a_bad_last_step_left_is_evaluated_by_the_next_run(tmp_path: Path, 
     with pytest.raises(ConfigError, match="ppo: step 4: 1 steps were skipped"):
         train(first)
     assert evaluated_steps(first) == [0, 2]
-    second = learner_in(tmp_path / "second", tiny_model, Faulty(), "ppo.max_bad_steps=1")
+    asked = Faulty()
+    second = learner_in(tmp_path / "second", tiny_model, asked, "ppo.max_bad_steps=1")
     summary = train(second)
     assert evaluated_steps(second) == [0, 2, 4]
-    assert second.reward.rollouts == 0
+    assert asked.rollouts == 0
     assert second.last is not None and summary["held_out_score_last"] == second.last.score
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 from torch import Tensor
 
+from helpers.ppo import actor_critic, ppo_job, ppo_learner, ppo_stage, prompts
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import function_reward
 
@@ -27,7 +27,7 @@ def make(tmp_path: Path, tiny_model: Path) -> Make:
             "ppo.batch_episodes=8", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=6", "ppo.kl.coef=0.1",
             "ppo.optim.warmup_fraction=0.0", "ppo.critic.optim.warmup_fraction=0.0", *overrides,
         )  # fmt: skip
-        reward = function_reward("python:small_ppo:starts_with_e")
+        reward = function_reward("python:helpers.ppo:starts_with_e")
         return ppo_learner(stage, ppo_job(tmp_path / "ppo", tiny_model), reward)
 
     return trainer
@@ -46,7 +46,7 @@ def test_what_is_learned_is_the_same_with_one_pass_less(make: Make, epochs: int)
         experience, scored = trainer.experience(ROWS)
         assert scored is not None
         count: list[int] = []
-        for model in (trainer.policy.model, trainer.engine.model.critic.model):
+        for model in (trainer.policy.model, actor_critic(trainer).critic.model):
             model.get_input_embeddings().register_forward_hook(lambda *_, n=count: n.append(1))
         results.append(
             trainer.update.learn(experience, scored if trainer is once else None, critic_only=False)

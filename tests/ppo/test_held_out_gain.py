@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 from torch import Tensor
 
+from helpers.ppo import ppo_job, ppo_learner, ppo_stage, prompts
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult
 from rlhf.rewards.reward import Prompts, Reward

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_ppo import ROWS, Counting, MakeTrainer, equal, weights
+
+from helpers.ppo import ROWS, Counting, MakeTrainer, actor_critic, equal, weights
 
 
 def test_the_average_lags_behind_the_weights(make: MakeTrainer) -> None:
     trainer = make("ppo.ema_decay=0.75", "ppo.minibatch_episodes=16")
     assert trainer.update.average is not None
-    before = weights(trainer.engine.model.policy)
+    before = weights(actor_critic(trainer).policy)
     trainer.step(ROWS, 1)
-    after = weights(trainer.engine.model.policy)
+    after = weights(actor_critic(trainer).policy)
     assert not equal(after, before)
     with trainer.update.average.swapped_in():
-        for name, value in trainer.engine.model.policy.named_parameters():
+        for name, value in actor_critic(trainer).policy.named_parameters():
             torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name], atol=1e-7, rtol=1e-5)
-    assert equal(weights(trainer.engine.model.policy), after)
+    assert equal(weights(actor_critic(trainer).policy), after)
 
 
 def test_the_averaged_weights_are_what_is_kept(make: MakeTrainer) -> None:
     overrides = ("ppo.steps=1", "ppo.minibatch_episodes=16", "ppo.evaluate_every=1")
     plain = make(*overrides, reward=Counting(1.0))  # rises, so that the last policy counts as the best
     averaged = make(*overrides, "ppo.ema_decay=0.9", reward=Counting(1.0))
-    start = weights(plain.engine.model.policy)
+    start = weights(actor_critic(plain).policy)
     for trainer in (plain, averaged):
         trainer.train(ROWS, ROWS[:4])
-    trained = weights(plain.engine.model.policy)
+    trained = weights(actor_critic(plain).policy)
     assert equal(plain.best_weights, trained)
     assert averaged.best_weights.keys() == start.keys()
     for name, value in averaged.best_weights.items():
@@ -37,9 +38,9 @@ def test_the_averaged_weights_are_what_is_kept(make: MakeTrainer) -> None:
 @pytest.mark.parametrize("change", [+1.0, -1.0])
 def test_the_best_policy_is_kept_not_the_last(make: MakeTrainer, change: float) -> None:
     trainer = make("ppo.steps=2", "ppo.evaluate_every=1", reward=Counting(change))
-    start = weights(trainer.engine.model.policy)
+    start = weights(actor_critic(trainer).policy)
     summary = trainer.train(ROWS, ROWS[:4])
-    last = weights(trainer.engine.model.policy)
+    last = weights(actor_critic(trainer).policy)
     assert not equal(last, start)
     assert trainer.best_weights.keys() == start.keys()
     assert equal(trainer.best_weights, last if change > 0 else start)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_ppo import ppo_job, ppo_stage, prompts
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf.rl.rollout
+from helpers.ppo import ppo_job, ppo_stage, prompts
 from rlhf.data.chat_template import prompt_ids
 from rlhf.pipeline.job import Job
 from rlhf.rl.advantage import whiten
@@ -63,7 +63,7 @@ def chance_of_e(directory: Path) -> Tensor:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     ids = [prompt_ids(tokenizer, row.prompt) for row in prompts(HELD_OUT)]
-    logp_BV = model(input_ids=torch.tensor(ids)).logits[:, -1].log_softmax(-1)
+    logp_BV: Tensor = model(input_ids=torch.tensor(ids)).logits[:, -1].log_softmax(-1)
     return logp_BV[:, tokenizer.convert_tokens_to_ids("e")].exp()
 
 

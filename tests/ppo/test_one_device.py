@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_ppo import ppo_job, ppo_stage
-from test_shared_backbone import reward_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.ppo import actor_critic, ppo_job, ppo_stage, reward_model
 from rlhf.models.logprobs import pack_sequences, response_statistics
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.model import LearnedReward
@@ -64,14 +63,14 @@ def test_all_weights_and_all_they_meet_are_on_the_device(
         "ppo.gates.first_kl=null",
     )
     assert isinstance(trainer.reward, LearnedReward)
-    policy, critic = trainer.policy.model, trainer.engine.model.critic
+    policy, critic = trainer.policy.model, actor_critic(trainer).critic
     modules: list[nn.Module] = [policy, critic, trainer.reference.model, trainer.reward.model]
     for module in modules:
         elsewhere = [name for name, weight in module.named_parameters() if weight.device != META]
         assert [name for name in elsewhere if ".lora_" not in name] == []
         module.to(META)  # where the first adapter is on it peft leaves the second one alone
     rows = [torch.arange(3, 3 + length) for length in (5, 9)]
-    with OneDevice():
+    with OneDevice():  # type: ignore[no-untyped-call]  # torch's
         batch = pack_sequences(rows, rows, META)
         for model in (policy, trainer.reference.model):
             logp_N, entropy_N = response_statistics(model, batch, 0.7)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_ppo import ROWS, MakeTrainer, shake
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from helpers.ppo import ROWS, MakeTrainer, actor_critic, shake
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rl.rollout import Experience
@@ -110,7 +110,7 @@ def test_losses_and_gradients_are_those_of_the_plain_implementation(
     assert scored is None and len(set(lengths)) > 1 and total > 4 * 150  # several micro-batches
     shake(trainer)
     with torch.no_grad():
-        trainer.engine.model.critic.offset.add_(0.35)
+        actor_critic(trainer).critic.offset.add_(0.35)
     weights = {name: value.detach().clone() for name, value in trainer.engine.model.named_parameters()}
     expected, plain_gradients = plain_update(experience, tiny_model, weights)
     found, gradients = own_update(trainer, experience)

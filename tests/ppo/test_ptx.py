@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_chain import Chain, Outcome
-from small_ppo import ppo_job, ppo_stage
 
+from helpers.chains import Chain, Outcome
+from helpers.jobs import user
+from helpers.ppo import ppo_job, ppo_stage
 from rlhf.config import ConfigError
-from rlhf.data.schema import Message, SftRow
+from rlhf.data.schema import SftRow
 
-OWN = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}.") for n in range(8)]
+OWN = [SftRow(user(f"Say {n}"), f"It is {n}.") for n in range(8)]
 GENERAL = [SftRow([], f"Water boils at {n} degrees.") for n in range(8)]
 RULE = (
     "ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=running", "ppo.ptx.coef=0.5",
@@ -26,8 +27,8 @@ def test_the_mix_draws_from_its_own_source_where_there_is_one(
     tmp_path: Path, tiny_model: Path, data: str, rows: list[SftRow]
 ) -> None:
     stage, job = ppo_stage("ppo.ptx.coef=0.5", f"ppo.ptx.data={data}"), ppo_job(tmp_path / "job", tiny_model)
-    for role, content in (("sft", OWN), ("ptx", GENERAL)):
-        job.data.write(role, "train", content)  # type: ignore[arg-type]
+    job.data.write("sft", "train", OWN)
+    job.data.write("ptx", "train", GENERAL)
     torch.manual_seed(0)
     trainer = stage.trainer(job)
     assert trainer.update.mix is not None
@@ -38,8 +39,8 @@ def test_the_mix_draws_from_its_own_source_where_there_is_one(
 
 def test_a_mix_of_which_nothing_fits_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     stage, job = ppo_stage("ppo.ptx.coef=0.5"), ppo_job(tmp_path / "job", tiny_model)
-    long = [Message(role="user", content="word " * 300)]
-    job.data.write("sft", "train", [SftRow(long, "an answer")])  # type: ignore[arg-type]
+    long = user("word " * 300)
+    job.data.write("sft", "train", [SftRow(long, "an answer")])
     with pytest.raises(ConfigError, match=r"^ppo\.ptx\.coef=0\.5: .* sft\.data .* context of 1024 tokens"):
         stage.trainer(job)
 

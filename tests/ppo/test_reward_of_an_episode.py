@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from small_ppo import ROWS, Counting, MakeTrainer, length, shake
 from torch import Tensor
 
+from helpers.ppo import ROWS, Counting, MakeTrainer, length, shake
 from rlhf.rewards.reward import Prompts
 
 

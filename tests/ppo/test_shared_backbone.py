@@ -6,24 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_job import on_cpu
-from small_ppo import MODEL, ppo_job, ppo_stage, prompts
 from torch import Tensor, nn
 
+from helpers.jobs import TINY, on_cpu
+from helpers.models import embedding
+from helpers.ppo import ppo_job, ppo_stage, prompts, reward_model
 from rlhf.data.chat_template import exchange_ids
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.peft.saved import save_adapter
 from rlhf.models.save import save_policy
-from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.value_head import ScalarModel, load_scalar_model
 from rlhf.models.weight_sharing import Backbone
 from rlhf.ppo import build
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.model import LearnedReward, load_learned_reward
 from rlhf.rewards.reward import RewardError
+from rlhf.training.engine import PlainEngine
 
 ROWS = prompts(range(16))
 SETTINGS = (
@@ -33,23 +34,6 @@ SETTINGS = (
 )  # fmt: skip
 PROMPTS = [row.prompt for row in ROWS]
 COMPLETIONS = ["An answer. " * n for n in range(len(ROWS))]
-
-
-def reward_model(directory: Path, sft: Path, method: str, dtype: torch.dtype = torch.float32) -> Path:
-    """What the reward stage would publish; every weight that trains has been moved."""
-    torch.manual_seed(5)
-    scalar = load_scalar_model(sft, MODEL, dtype, new_head=True)
-    reset_head(scalar)
-    adapter = attach(scalar.model, PeftConfig.model_validate({"method": method}))
-    with torch.no_grad():
-        for parameter in scalar.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape))
-    directory.mkdir(exist_ok=True)
-    save_adapter(adapter, directory, sft, "key", scalar.head.weight)
-    adapter.merge()
-    save_scalar_model(scalar, load_tokenizer(sft, MODEL), directory)
-    return directory
 
 
 def learners(tmp_path: Path, sft: Path, *overrides: str) -> tuple[PolicyTrainer, PolicyTrainer]:
@@ -115,7 +99,8 @@ def assert_same_step(shared: PolicyTrainer, separate: PolicyTrainer) -> None:
 
 def gradients(trainer: PolicyTrainer, group: int) -> list[Tensor]:
     """What the optimizer has of the policy's weights (0) or the critic's (1)."""
-    optimizer = trainer.engine.optimizer  # type: ignore[attr-defined]
+    assert isinstance(trainer.engine, PlainEngine)
+    optimizer = trainer.engine.optimizer
     return [master.grad for master in optimizer._inner.param_groups[group]["params"]]
 
 
@@ -138,7 +123,7 @@ def test_one_backbone_where_the_reward_model_is_an_adapter_on_the_sft_model(
 ) -> None:
     reward = reward_model(tmp_path / "reward", tiny_model, "lora")
     adapter = (reward / "adapter" / "adapter_model.safetensors").stat().st_size
-    one = held([load_causal_lm(tiny_model, MODEL, torch.float32)])
+    one = held([load_causal_lm(tiny_model, TINY, torch.float32)])
     for assert_same in (assert_same_step, assert_same_training):
         shared, separate = learners(
             tmp_path, tiny_model, f"ppo.reward=model:{reward}", "ppo.critic.init=reward"
@@ -156,11 +141,11 @@ def test_as_many_backbones_as_there_are_different_ones(
     tmp_path: Path, tiny_model: Path, reward: str, init: str, num_backbones: int
 ) -> None:
     """A reward model that was trained in full, or by another method than lora, has its own."""
-    source = "python:small_ppo:starts_with_e"
+    source = "python:helpers.ppo:starts_with_e"
     if reward != "python":
         source = f"model:{reward_model(tmp_path / 'reward', tiny_model, reward)}"
     heads = 4 * 64 * 4  # fp32
-    one = held([load_causal_lm(tiny_model, MODEL, torch.float32)])
+    one = held([load_causal_lm(tiny_model, TINY, torch.float32)])
     for assert_same in (assert_same_step, assert_same_training):
         shared, separate = learners(tmp_path, tiny_model, f"ppo.reward={source}", f"ppo.critic.init={init}")
         assert_same(shared, separate)
@@ -178,12 +163,10 @@ def test_an_adapter_scores_as_the_merged_model_that_was_published(
     tmp_path: Path, tiny_model: Path, dtype: torch.dtype
 ) -> None:
     reward, compute = reward_model(tmp_path / "reward", tiny_model, "lora", dtype), on_cpu(dtype=dtype)
-    backbone = Backbone(tiny_model, load_causal_lm(tiny_model, MODEL, dtype))
-    published = load_learned_reward(reward, MODEL, compute, 1000)
-    shared = load_learned_reward(reward, MODEL, compute, 1000, backbone)
-    assert shared.model.model.get_input_embeddings().weight.data_ptr() == (
-        backbone.model.get_input_embeddings().weight.data_ptr()
-    )
+    backbone = Backbone(tiny_model, load_causal_lm(tiny_model, TINY, dtype))
+    published = load_learned_reward(reward, TINY, compute, 1000)
+    shared = load_learned_reward(reward, TINY, compute, 1000, backbone)
+    assert embedding(shared.model.model).data_ptr() == (embedding(backbone.model).data_ptr())
     for _ in range(2):
         torch.testing.assert_close(scores(shared), scores(published), rtol=1e-5, atol=1e-5)
     merged = dict(published.model.named_parameters())
@@ -212,11 +195,11 @@ def test_in_bf16_a_critic_of_two_adapters_is_as_near_to_fp32_as_a_merged_one(
 
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        backbone = Backbone(tiny_model, load_causal_lm(tiny_model, MODEL, dtype))
-        shared = load_learned_reward(reward, MODEL, on_cpu(dtype=dtype), 1000, backbone)
+        backbone = Backbone(tiny_model, load_causal_lm(tiny_model, TINY, dtype))
+        shared = load_learned_reward(reward, TINY, on_cpu(dtype=dtype), 1000, backbone)
         found.append(values(shared.model.sharing_weights(), dtype))
     exact_B, factored_B = found
-    merged_B = values(load_scalar_model(reward, MODEL, torch.bfloat16), torch.bfloat16)
+    merged_B = values(load_scalar_model(reward, TINY, torch.bfloat16), torch.bfloat16)
     factored, merged = (float((each_B - exact_B).std() / exact_B.std()) for each_B in (factored_B, merged_B))
     assert 0.0 < merged < 0.06
     assert 0.0 < factored < 1.5 * merged
@@ -224,19 +207,17 @@ def test_in_bf16_a_critic_of_two_adapters_is_as_near_to_fp32_as_a_merged_one(
 
 def test_an_adapter_on_another_model_keeps_its_own_weights(tmp_path: Path, tiny_model: Path) -> None:
     reward, other = reward_model(tmp_path / "reward", tiny_model, "lora"), tmp_path / "other"
-    model = load_causal_lm(tiny_model, MODEL, torch.float32)
+    model = load_causal_lm(tiny_model, TINY, torch.float32)
     with torch.no_grad():
-        model.get_input_embeddings().weight[7, 7] += 1e-3
-    save_policy(model, load_tokenizer(tiny_model, MODEL), other)
-    published = load_learned_reward(reward, MODEL, on_cpu(), 1000)
-    found = load_learned_reward(reward, MODEL, on_cpu(), 1000, Backbone(other, model))
+        embedding(model)[7, 7] += 1e-3
+    save_policy(model, load_tokenizer(tiny_model, TINY), other)
+    published = load_learned_reward(reward, TINY, on_cpu(), 1000)
+    found = load_learned_reward(reward, TINY, on_cpu(), 1000, Backbone(other, model))
     assert torch.equal(scores(found), scores(published))
 
 
 def test_a_response_that_fills_the_context_is_scored_with_its_end(tmp_path: Path, tiny_model: Path) -> None:
-    learned = load_learned_reward(
-        reward_model(tmp_path / "reward", tiny_model, "none"), MODEL, on_cpu(), 2000
-    )
+    learned = load_learned_reward(reward_model(tmp_path / "reward", tiny_model, "none"), TINY, on_cpu(), 2000)
     prompt = ROWS[0].prompt
     room = 1024 - len(exchange_ids(learned.tokenizer, prompt, "")[0])
     fits, cut = learned([prompt, prompt], ["a" * room, "a" * (room + 8)])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_ppo import ppo_job, ppo_learner, ppo_stage, prompts
 
+from helpers.ppo import ppo_job, ppo_learner, ppo_stage, prompts
 from rlhf.data.chat_template import prompt_ids
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import function_reward
@@ -18,7 +18,7 @@ NAMES = ["generate", "reward", "reference", "score", "advantages", "update", "op
 
 def test_every_step_has_its_own_seconds(tmp_path: Path, tiny_model: Path) -> None:
     stage = ppo_stage("ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=4")
-    reward = function_reward("python:small_ppo:starts_with_e")
+    reward = function_reward("python:helpers.ppo:starts_with_e")
     trainer = ppo_learner(stage, ppo_job(tmp_path / "ppo", tiny_model), reward)
     for step in (1, 2):
         metrics = trainer.step(prompts(range(8)), step)

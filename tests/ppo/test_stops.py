@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_job import on_cpu
-from small_ppo import prompts, resumed_learner
 from torch import Tensor
 
+from helpers.jobs import on_cpu
+from helpers.ppo import actor_critic, prompts, resumed_learner
 from rlhf.config import ConfigError
+from rlhf.data.schema import PromptRow
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts
 
@@ -109,7 +110,7 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
         train(first)
     message = str(error.value)
     assert message.startswith("ppo: step 4: 2 steps were skipped, more than ppo.max_bad_steps=1")
-    assert "is nan." in message and "ppo.reward=python:small_ppo:starts_with_e" in message
+    assert "is nan." in message and "ppo.reward=python:helpers.ppo:starts_with_e" in message
     assert str(first.job.run_directory / "ppo-step4.jsonl") in message
     assert logged_steps(first) == [1, 2, 3, 4]
 
@@ -131,14 +132,15 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
     for name, value in first.best_weights.items():
         assert torch.equal(restored.best_weights[name], value), name
 
-    again = learner_in(tmp_path / "again", tiny_model, Length(), *overrides)
+    asked = Length()
+    again = learner_in(tmp_path / "again", tiny_model, asked, *overrides)
     with pytest.raises(ConfigError, match=r"^ppo\.max_bad_steps=1: 2 steps .* last one was step 4\. Raise"):
         train(again)
-    assert again.reward.rollouts == 0
+    assert asked.rollouts == 0
 
-    second = learner_in(tmp_path / "second", tiny_model, Length(), "ppo.steps=6", "ppo.max_bad_steps=2")
+    second = learner_in(tmp_path / "second", tiny_model, asked, "ppo.steps=6", "ppo.max_bad_steps=2")
     summary = train(second)
-    assert second.reward.rollouts == 2  # steps 5 and 6
+    assert asked.rollouts == 2  # steps 5 and 6
     assert summary["bad_steps"] == 2
     assert all(math.isfinite(value) for value in summary.values())
     assert logged_steps(second) == [1, 2, 3, 4, 5, 6]
@@ -178,9 +180,10 @@ def test_a_policy_too_far_away_ends_the_run(tmp_path: Path, tiny_model: Path) ->
         assert str(the_same.value).replace(f"{attempt}.run", "first.run") == str(error.value)
         assert again.texts == first.texts
 
-    second = learner_in(tmp_path / "second", tiny_model, Length(), *overrides, "ppo.max_kl=1000")
+    asked = Length()
+    second = learner_in(tmp_path / "second", tiny_model, asked, *overrides, "ppo.max_kl=1000")
     assert train(second) == free.summary()
-    assert second.reward.rollouts == 7 - passed
+    assert asked.rollouts == 7 - passed
     assert logged_steps(second) == [1, 2, 3, 4, 5, 6]
     assert_same_result(second, free)
 
@@ -188,7 +191,7 @@ def test_a_policy_too_far_away_ends_the_run(tmp_path: Path, tiny_model: Path) ->
 def test_a_step_that_is_too_far_away_is_not_learned_from(tmp_path: Path, tiny_model: Path) -> None:
     trainer = learner_in(tmp_path / "job", tiny_model, Length(), "ppo.steps=2", "ppo.max_kl=1e-12")
     with torch.no_grad():
-        for parameter in trainer.engine.model.policy.parameters():
+        for parameter in actor_critic(trainer).policy.parameters():
             parameter.mul_(1.5)
     before = [parameter.detach().clone() for parameter in trainer.engine.model.parameters()]
     with pytest.raises(ConfigError, match=r"ppo: step 1: the policy is .* ppo\.max_kl=1e-12"):
@@ -223,26 +226,29 @@ def test_responses_of_another_policy_end_the_run(tmp_path: Path, tiny_model: Pat
     assert without.mismatch_limit == math.inf
 
 
-def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, tiny_model: Path) -> None:
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Checkpoints every step; the second attempt starts from the last one, bit for bit."""
     overrides = ("ppo.steps=5", "ppo.ema_decay=0.5", "ppo.critic.warmup_steps=1")
     through = learner_in(tmp_path / "through" / "job", tiny_model, Length(), *overrides)
     expected = train(through)
 
     first = learner_in(tmp_path / "first", tiny_model, Length(), *overrides)
-    step = first.step
+    take = first.step
 
-    def interrupted(rows: Any, number: int) -> dict[str, float]:
-        if number == 3:
+    def interrupted(rows: Sequence[PromptRow], step: int) -> dict[str, float]:
+        if step == 3:
             first.job.checkpoints.signals._handle(15, None)
-        return step(rows, number)
+        return take(rows, step)
 
-    first.step = interrupted  # type: ignore[method-assign]
+    monkeypatch.setattr(first, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(first)
-    second = learner_in(tmp_path / "second", tiny_model, Length(), *overrides)
+    asked = Length()
+    second = learner_in(tmp_path / "second", tiny_model, asked, *overrides)
     assert train(second) == expected
-    assert second.reward.rollouts == 2
+    assert asked.rollouts == 2
     assert second.best_weights.keys() == through.best_weights.keys()
     for name, value in through.best_weights.items():
         assert torch.equal(second.best_weights[name], value), name

@@ -6,17 +6,22 @@ import math
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_job import on_cpu
-from small_ppo import (
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from helpers.jobs import on_cpu, user
+from helpers.ppo import (
     ROWS,
     SMALL,
     Counting,
     MakeTrainer,
+    actor_critic,
     equal,
     length,
     ppo_job,
@@ -25,11 +30,8 @@ from small_ppo import (
     shake,
     weights,
 )
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from rlhf.data.chat_template import response_text
-from rlhf.data.schema import Message, SftRow
+from rlhf.data.schema import SftRow
 from rlhf.models.logprobs import ResponseModel, answer_logprobs, pack_sequences
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
@@ -37,7 +39,7 @@ from rlhf.rewards.reward import Prompts
 from rlhf.rl.rollout import Rollout
 from rlhf.training.engine import PlainEngine
 
-ANSWERS = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}.") for n in range(8)]
+ANSWERS = [SftRow(user(f"Say {n}"), f"It is {n}.") for n in range(8)]
 
 
 def optimizer_state(trainer: PolicyTrainer) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def test_sampling_and_training_agree_on_every_log_probability(make: MakeTrainer)
     lengths = experience.rollout.response_lengths
     assert lengths.max() == 12
     assert len({len(ids) for ids in experience.rollout.prompt_ids}) > 4
+    assert experience.rollout.sampled_logp is not None
     engine_BR = torch.nn.utils.rnn.pad_sequence(experience.rollout.sampled_logp, batch_first=True)
     torch.testing.assert_close(engine_BR, experience.logp_BR, atol=1e-4, rtol=1e-4)
     assert (experience.logp_BR - experience.reference_logp_BR).abs().max() > 0.1  # the reference stayed
@@ -116,17 +119,23 @@ def most_rows(trainer: PolicyTrainer, work: Callable[[], object]) -> int:
 def test_no_more_rows_are_decoded_together_than_asked_for(make: MakeTrainer) -> None:
     every, few = make(), make("ppo.batch_rows=3")
     found: list[Rollout] = []
+
+    def sample(trainer: PolicyTrainer) -> None:
+        found.append(trainer.experience(ROWS)[0].rollout)
+
     for trainer in (every, few):
         shake(trainer)
         trainer.policy.stop_ids = list(range(0, 259, 15))
-        sampled = most_rows(trainer, lambda each=trainer: found.append(each.experience(ROWS)[0].rollout))
-        evaluated = most_rows(trainer, lambda each=trainer: each.evaluate(ROWS))
+        sampled = most_rows(trainer, partial(sample, trainer))
+        evaluated = most_rows(trainer, partial(trainer.evaluate, ROWS))
         assert (sampled, evaluated) == (3, 3) if trainer is few else min(sampled, evaluated) > 6
     expected, split = found
     assert len(set(expected.response_lengths.tolist())) > 3
     assert [ids.tolist() for ids in split.response_ids] == [ids.tolist() for ids in expected.response_ids]
+    assert split.sampled_logp is not None and expected.sampled_logp is not None
     for left, right in zip(split.sampled_logp, expected.sampled_logp, strict=True):
         torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+    assert every.best is not None and few.best is not None
     assert every.best.score == pytest.approx(few.best.score)
 
 
@@ -142,7 +151,7 @@ def test_micro_batches_add_up_to_the_whole(make: MakeTrainer, critic_only: bool)
         experience = trainer.experience(ROWS)[0]
         shake(trainer)  # ratios, values and clips of all kinds
         with torch.no_grad():
-            trainer.engine.model.critic.offset.add_(0.35)  # towards the returns, past the clip for some
+            actor_critic(trainer).critic.offset.add_(0.35)  # towards the returns, past the clip for some
         moved_BR = trainer.policy.log_probabilities(experience.rollout, 1.0, 100_000)
         by_hand = (moved_BR - experience.logp_BR)[experience.mask_BR].exp().sub(1.0).abs().mean()
         sums = UpdateSums()
@@ -192,7 +201,7 @@ def test_policy_and_critic_keep_their_graphs_one_after_the_other(make: MakeTrain
     experience, model = trainer.experience(ROWS)[0], trainer.engine.model
     rollout = experience.rollout
     batch = pack_sequences(rollout.prompt_ids, rollout.response_ids, torch.device("cpu"))
-    halves = [most_kept(lambda half=half: model(half, batch)) for half in ("policy", "critic")]
+    halves = [most_kept(partial(model, half, batch)) for half in ("policy", "critic")]
     assert min(halves) > 0.8 * max(halves)
     both = most_kept(lambda: trainer.update.accumulate(experience, [UpdateSums()], critic_only=False))
     assert max(halves) <= both < 1.1 * max(halves)
@@ -208,13 +217,13 @@ def test_critic_warm_up_leaves_the_policy_alone(make: MakeTrainer) -> None:
     trainer = make(
         "ppo.critic.warmup_steps=2", "ppo.ptx.coef=1.0", "ppo.optim.weight_decay=0.1", mix_rows=ANSWERS
     )
-    policy, critic = weights(trainer.engine.model.policy), weights(trainer.engine.model.critic)
+    policy, critic = weights(actor_critic(trainer).policy), weights(actor_critic(trainer).critic)
     value_losses = [trainer.step(ROWS, step)["value_loss"] for step in (1, 2)]
-    assert equal(weights(trainer.engine.model.policy), policy)
-    assert not equal(weights(trainer.engine.model.critic), critic)
+    assert equal(weights(actor_critic(trainer).policy), policy)
+    assert not equal(weights(actor_critic(trainer).critic), critic)
     assert value_losses[1] < value_losses[0]
     trainer.step(ROWS, 3)
-    assert not equal(weights(trainer.engine.model.policy), policy)
+    assert not equal(weights(actor_critic(trainer).policy), policy)
 
 
 def test_the_policys_schedules_begin_behind_the_critics_warm_up(make: MakeTrainer) -> None:
@@ -274,11 +283,11 @@ def test_without_reward_the_mix_is_all_that_moves_the_policy(make: MakeTrainer) 
     """All advantages are 0 then, so a policy without the mix stays exactly where it was."""
     still = make(reward=Counting(0.0))
     moved = make("ppo.ptx.coef=1.0", reward=Counting(0.0), mix_rows=ANSWERS)
-    start = weights(still.engine.model.policy)
+    start = weights(actor_critic(still).policy)
     still.step(ROWS, 1)
     moved.step(ROWS, 1)
-    assert equal(weights(still.engine.model.policy), start)
-    assert not equal(weights(moved.engine.model.policy), start)
+    assert equal(weights(actor_critic(still).policy), start)
+    assert not equal(weights(actor_critic(moved).policy), start)
 
 
 def test_epochs_end_early_when_the_policy_has_moved(make: MakeTrainer) -> None:
@@ -295,19 +304,19 @@ def test_epochs_end_early_when_the_policy_has_moved(make: MakeTrainer) -> None:
 def test_an_update_that_is_not_finite_is_not_taken(make: MakeTrainer) -> None:
     trainer = make("ppo.minibatch_episodes=16")
     with torch.no_grad():
-        trainer.engine.model.critic.offset.fill_(float("nan"))
-    before = weights(trainer.engine.model.policy)
+        actor_critic(trainer).critic.offset.fill_(float("nan"))
+    before = weights(actor_critic(trainer).policy)
     metrics = trainer.step(ROWS, 1)
     assert metrics["bad_steps"] == 1
     assert "policy_loss" not in metrics
-    assert equal(weights(trainer.engine.model.policy), before)
+    assert equal(weights(actor_critic(trainer).policy), before)
 
 
 def test_a_first_step_without_a_finite_gradient_does_not_spoil_the_summary(make: MakeTrainer) -> None:
     def breaks_the_critic_once(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         calls.append(len(completions))
         with torch.no_grad():  # the second call scores the first rollout
-            trainer.engine.model.critic.offset.fill_(float("nan") if len(calls) == 2 else 0.0)
+            actor_critic(trainer).critic.offset.fill_(float("nan") if len(calls) == 2 else 0.0)
         return length(prompts, completions)
 
     calls: list[int] = []
@@ -324,7 +333,7 @@ def test_hidden_padding_does_not_reach_a_log_probability(make: MakeTrainer) -> N
     rollout = trainer.experience(ROWS)[0].rollout
 
     def logp(indices: list[int]) -> Tensor:
-        model, some = ResponseModel(trainer.engine.model.policy), rollout.select(torch.tensor(indices))
+        model, some = ResponseModel(actor_critic(trainer).policy), rollout.select(torch.tensor(indices))
         return answer_logprobs(model, some, 1.0, 100_000, trainer.compute)
 
     together_BR = logp(list(range(16)))

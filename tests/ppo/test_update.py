@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_ppo import ROWS, MakeTrainer, equal, length, prompts, resumed_learner, shake, weights
 from torch import Tensor
 
-from rlhf.data.schema import Message, SftRow
+from helpers.jobs import user
+from helpers.ppo import ROWS, MakeTrainer, equal, length, prompts, resumed_learner, shake, weights
+from rlhf.data.schema import SftRow
 from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
@@ -20,9 +21,7 @@ from rlhf.rewards.reward import Prompts, RewardError
 from rlhf.rl.advantage import AdaptiveKL
 from rlhf.training.engine import PlainEngine
 
-ANSWERS = [
-    SftRow([Message(role="user", content=f"Say {n}")], "It is " + "very " * n + f"{n}.") for n in range(8)
-]
+ANSWERS = [SftRow(user(f"Say {n}"), "It is " + "very " * n + f"{n}.") for n in range(8)]
 FREE = ("ppo.optim.max_grad_norm=1e9", "ppo.critic.optim.max_grad_norm=1e9")
 TRAIN, HELD_OUT = prompts(range(100, 140)), prompts(range(700, 704))
 
@@ -53,11 +52,12 @@ def test_epochs_end_by_the_last_epochs_own_kl_not_by_the_mean_of_all(make: MakeT
 class WithIdlePasses(Compute):
     """A rank with less to do than another: two more passes that only keep it in step."""
 
-    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
+    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
         """The shortest row again, without weight, before the last pass and behind it."""
         found = super().micro_batches(lengths, max_tokens)
         idle = MicroBatch([min(range(len(lengths)), key=lambda index: lengths[index])], 0.0, False)
-        return [*(each._replace(last=False) for each in found), idle, idle._replace(last=True)]
+        yield from (each._replace(last=False) for each in found)
+        yield from (idle, idle._replace(last=True))
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -70,7 +70,7 @@ def test_passes_without_weight_change_no_gradient(make: MakeTrainer, mixed: bool
         shake(trainer)
         if idle:
             compute = trainer.compute
-            trainer.update.compute = WithIdlePasses(compute.device, compute.dtype)
+            trainer.update.compute = WithIdlePasses(compute.device_name, compute.dtype_name)
         sums = UpdateSums()
         trainer.update.accumulate(experience, [sums], critic_only=False)
         results.append((sums.means(trainer.compute), gradients(trainer)))
@@ -97,7 +97,7 @@ def test_the_pretraining_mix_is_learned_at_temperature_one_whatever_its_micro_ba
 
 def test_the_adaptive_coefficient_follows_the_mean_log_ratio(make: MakeTrainer) -> None:
     """k1, the KL that the penalty is made of, not k3, which is never negative."""
-    found = []
+    found: list[dict[str, float]] = []
     for target in (1.0, None):  # close to the KL, so that the controller's step is not clipped
         wanted = target or found[0]["kl"] * 1.01
         trainer = make("ppo.kl.controller=adaptive", "ppo.kl.coef=0.1", f"ppo.kl.target={wanted}")
@@ -179,6 +179,7 @@ def test_a_step_whose_reward_was_away_is_sampled_anew_with_the_same_numbers(
     first = resumed_learner(tmp_path / "first", tiny_model, AwayOnce(2), *small)
     with pytest.raises(RewardError):
         first.train(TRAIN, HELD_OUT)
-    second = resumed_learner(tmp_path / "second", tiny_model, AwayOnce(), *small)
+    asked = AwayOnce()
+    second = resumed_learner(tmp_path / "second", tiny_model, asked, *small)
     assert second.train(TRAIN, HELD_OUT) == expected
-    assert second.reward.rollouts == 2  # steps 2 and 3
+    assert asked.rollouts == 2  # steps 2 and 3

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from experiments import build
 from omegaconf import OmegaConf
+
+from helpers.experiments import build
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coming-from-trl.md").read_text(encoding="utf-8")
 PPO_CONFIG = (

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from experiments import build
-from small_chain import Chain, Outcome, run_main
 
 import rlhf.costs.hardware
+from helpers.chains import Chain, Outcome, run_main
+from helpers.experiments import build
 from rlhf.distributed.compute import Compute
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def own_files(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     answers = [{"prompt": f"Say {n}", "completion": f"It is {n}."} for n in range(24)]
     pairs = [{"prompt": f"Rate {n}", "chosen": "I love it!", "rejected": "No."} for n in range(24)]
     questions = [{"question": f"{n}+1?", "choices": ["1", "7"], "answer": 0} for n in range(6)]
-    named = {
+    named: dict[str, list[dict[str, Any]]] = {
         "answers": answers,
         "task": answers,
         "held_out": answers[:6],

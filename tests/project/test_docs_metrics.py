@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-from experiments import build
-from small_chain import Chain, Outcome
 
 import rlhf.costs.hardware
+from helpers.chains import Chain, Outcome
+from helpers.experiments import build
 from rlhf.pipeline.stage import INTERVAL
 
 DOCS = Path(__file__).parents[2] / "docs"

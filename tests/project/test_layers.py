@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from small_chain import SETTINGS, SOURCES, STAGES, Chain, Outcome
+
+from helpers.chains import SETTINGS, SOURCES, STAGES, Chain, Outcome
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
@@ -148,6 +149,12 @@ def test_no_circle_of_imports() -> None:
 def test_every_room_stands_in_the_table() -> None:
     rooms = {room_of(path.relative_to(ROOT).as_posix()) for path in FILES} - {"__init__"}
     assert rooms == set(ROW_OF)
+
+
+def test_a_test_lies_in_the_room_of_what_it_tests() -> None:
+    own = {"ground", "benchmarks", "faults", "launch", "outside", "project"}
+    folders = {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").rglob("test_*.py")}
+    assert folders - own <= set(ROW_OF)
 
 
 def test_heavy_and_optional_packages_are_imported_where_they_are_used() -> None:

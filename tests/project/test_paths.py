@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_chain import Chain, Outcome
-from test_security import sign
 
+from helpers.chains import Chain, Outcome
+from helpers.store import manifest, sign
 from rlhf.config import ConfigError
 from rlhf.digests import MANIFEST, file_digest
-from rlhf.pipeline.store import Manifest, Store, write_manifest
+from rlhf.pipeline.store import Store, write_manifest
 from rlhf.training.checkpoint import CHECKPOINT_FORMAT, verified
 
 
@@ -28,11 +28,7 @@ def test_a_manifests_names_stay_in_its_directory(tmp_path: Path, name: str) -> N
     named = name.replace("{absolute}", str(outside / "sft.jsonl")).replace("../../", "../../../outside/")
     assert (artifact / named).exists()
     files = {named: file_digest(artifact / named)}
-    manifest = Manifest(
-        stage="sft", key="key", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
-        packages={}, hardware="", files=files,
-    )  # fmt: skip
-    write_manifest(artifact, manifest)
+    write_manifest(artifact, manifest("sft", "key", files=files))
     with pytest.raises(ConfigError, match=r"leads out of the directory\. It was tampered with"):
         Store(tmp_path / "store").find("sft", "key")
     sign(artifact, {"format": CHECKPOINT_FORMAT, "name": "key", "files": files})

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from small_chain import Chain, Outcome
+from helpers.chains import Chain, Outcome
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "prompt-to-gradient.md").read_text(encoding="utf-8")

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_chain import STAGES
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from helpers.chains import STAGES
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ANSWERS = DATA / "dolly-nocontext" / "train.jsonl.gz"

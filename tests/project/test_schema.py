@@ -8,9 +8,10 @@ from runpy import run_path
 from typing import Any
 
 import pytest
-from experiments import compose
 from jsonschema import Draft7Validator
 from omegaconf import OmegaConf
+
+from helpers.experiments import compose
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from small_chain import SETTINGS, Chain, Outcome
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from helpers.chains import SETTINGS, Chain, Outcome
 from rlhf.models.base import _write_tiny
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.run import Run

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_chain import Chain, Outcome
 from transformers import AutoModelForSequenceClassification
 
+from helpers.chains import Chain, Outcome
+from helpers.store import sign
 from rlhf.config import ConfigError
 from rlhf.data.sources import SourceConfig
-from rlhf.digests import MANIFEST, digest_of, file_digest
+from rlhf.digests import MANIFEST, file_digest
 from rlhf.models.base import _write_tiny
 from rlhf.training.checkpoint import Checkpointer
 
@@ -237,11 +238,6 @@ def poison(checkpoint: Path, marker: Path, pattern: str) -> list[str]:
     manifest["files"] = {name: file_digest(checkpoint / name) for name in manifest["files"]}
     sign(checkpoint, manifest)
     return [path.name for path in poisoned]
-
-
-def sign(checkpoint: Path, manifest: dict[str, Any]) -> None:
-    manifest["digest"] = digest_of({key: value for key, value in manifest.items() if key != "digest"})
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 Checkpoints = Callable[..., Path]

@@ -14,7 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from small_chain import STAGES
+
+from helpers.chains import STAGES
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("rlhf", "stages", "conf", "data", "pyproject.toml", "README.md", "LICENSE")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments import build
 from rich.console import Console
 
+from helpers.experiments import build
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult, Run

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.schema import Message
+from helpers.jobs import user
 from rlhf.rewards import http as remote
 from rlhf.rewards.http import RewardServerConfig, remote_reward
 from rlhf.rewards.reward import RewardError
 
-ROWS = ([[Message(role="user", content=text)] for text in ("Say hi", "Say nothing")], ["hi", ""])
+ROWS = ([user(text) for text in ("Say hi", "Say nothing")], ["hi", ""])
 
 ASKED = RewardServerConfig(timeout=5.0, retries=3)
 
@@ -89,7 +89,7 @@ def test_a_server_that_is_not_there_is_told(server: Server) -> None:
 
 def test_an_answer_cut_short_is_asked_for_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.answers = [(200, {"scores": [1, 2]}), (200, {"scores": [1, 2]})]
-    handler = server.http.RequestHandlerClass
+    handler: Any = server.http.RequestHandlerClass
     end_headers = handler.end_headers
 
     def promises_more(self: Any) -> None:

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_chain import Chain
 
+from helpers.chains import Chain
+from helpers.jobs import TINY
 from rlhf.config import ConfigError
 from rlhf.models.base import ModelConfig, base_identity
 from rlhf.rewards.code import has_changed
@@ -193,7 +194,7 @@ def test_a_url_counts_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_code_of_a_model_that_may_run_is_another_model() -> None:
     trusting = ModelConfig(kind="tiny", trust_remote_code=True)
-    assert base_identity(trusting) != base_identity(ModelConfig(kind="tiny"))
+    assert base_identity(trusting) != base_identity(TINY)
 
 
 MEDDLER = """

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_prepare import Bench, ShorterBase
 
-from rlhf.models.base import ModelConfig, base_files
+from helpers.jobs import TINY
+from helpers.stages import Bench, ShorterBase
+from rlhf.models.base import base_files
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +19,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ShorterBase:
         write(directory)
         return directory
 
-    files = base_files(ModelConfig(kind="tiny"), "tiny", build)
+    files = base_files(TINY, "tiny", build)
     return ShorterBase(files.directory, files.identity, files.config)
 
 

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_chain import Chain, Outcome
-from small_compare import ANIMALS, answers_of, asked, make_stage, publish_tiny, run_stage
 
+from helpers.chains import Chain, Outcome
+from helpers.stages import ANIMALS, answers_of, asked, compare_stage, publish_tiny, run_compare
 from rlhf.compare.metrics import answer_found, rouge_l
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Store
@@ -37,10 +37,12 @@ def tuned(store: Store) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tuned: str, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    stage = make_stage(
-        artifacts=[tuned], tuned_methods=["zero_shot", "retrieval"], reward="python:small_compare:length"
+    stage = compare_stage(
+        artifacts=[tuned],
+        tuned_methods=["zero_shot", "retrieval"],
+        reward="python:helpers.stages:answer_length",
     )
-    return run_stage(stage, tiny_model, tmp_path_factory.mktemp("compare") / "run")
+    return run_compare(stage, tiny_model, tmp_path_factory.mktemp("compare") / "run")
 
 
 def test_figures_follow_from_the_answers_in_the_file(finished: Job) -> None:
@@ -94,8 +96,8 @@ def test_examples_are_as_many_as_asked_for_where_no_word_is_shared(tiny_model: P
     rows = [{"prompt": text, "completion": "Yes."} for text in ("Quarks?", "An owl?")]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     few_shot = {"examples": 3, "choice": "nearest", "template": "{question}"}
-    stage = make_stage(questions=str(questions), methods=["few_shot"], few_shot=few_shot)
-    quarks, owl = asked(run_stage(stage, tiny_model, tmp_path / "run"), "few_shot")
+    stage = compare_stage(questions=str(questions), methods=["few_shot"], few_shot=few_shot)
+    quarks, owl = asked(run_compare(stage, tiny_model, tmp_path / "run"), "few_shot")
     for turns in (quarks, owl):
         examples = turns[:-1:2]
         assert len(examples) == len(set(examples)) == 3
@@ -139,7 +141,7 @@ def test_what_does_not_fit_is_cut_and_counted(tiny_model: Path, tmp_path: Path) 
     corpus = tmp_path / "corpus.jsonl"
     texts = ["The fox is here." + "x" * 700, "The fox, the fox " + "y" * 700, "eel", "hen"]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    job = run_stage(make_stage(methods=["retrieval"], corpus=str(corpus)), tiny_model, tmp_path / "run")
+    job = run_compare(compare_stage(methods=["retrieval"], corpus=str(corpus)), tiny_model, tmp_path / "run")
     fox, eel = answers_of(job)
     assert (fox["cut"], eel["cut"]) == (1, 0)
     assert "fox" in fox["asked"][0]["content"].replace("Where is the fox?", "")
@@ -153,10 +155,10 @@ def test_embeddings_find_the_passage_that_says_the_same(tiny_model: Path, tmp_pa
     texts = ["The cat sleeps.", "Where is the eel?", "A hen, an owl.", "Where is the fox?"]
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     retrieval = {"passages": 1, "passage_template": "- {passage}\n", "template": "{passages}{question}"}
-    stage = make_stage(
+    stage = compare_stage(
         methods=["zero_shot", "retrieval"], retriever="embeddings", corpus=str(corpus), retrieval=retrieval
     )
-    job = run_stage(stage, tiny_model, tmp_path / "run")
+    job = run_compare(stage, tiny_model, tmp_path / "run")
     assert asked(job, "retrieval") == [
         ["- Where is the fox?\nWhere is the fox?"],
         ["- Where is the eel?\nWhere is the eel?"],
@@ -168,15 +170,15 @@ def test_embeddings_find_the_passage_that_says_the_same(tiny_model: Path, tmp_pa
 
 def test_random_examples_are_the_same_for_all_questions(tiny_model: Path, tmp_path: Path) -> None:
     few_shot = {"examples": 3, "choice": "random", "template": "{question}"}
-    job = run_stage(make_stage(methods=["few_shot"], few_shot=few_shot), tiny_model, tmp_path / "run")
+    job = run_compare(compare_stage(methods=["few_shot"], few_shot=few_shot), tiny_model, tmp_path / "run")
     fox, eel = asked(job, "few_shot")
     assert fox[:-1] == eel[:-1]
     assert len(fox) == 7
 
 
 def test_inputs_follow_the_artifacts_and_the_reward(tuned: str) -> None:
-    assert make_stage(artifacts=[tuned]).inputs() == ("prepare",)
-    assert make_stage(artifacts=["ppo", "sft"], reward="learned").inputs() == (
+    assert compare_stage(artifacts=[tuned]).inputs() == ("prepare",)
+    assert compare_stage(artifacts=["ppo", "sft"], reward="learned").inputs() == (
         "prepare",
         "ppo",
         "sft",

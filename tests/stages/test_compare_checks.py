@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_chain import Chain
-from small_compare import base_of, make_stage, publish_tiny, run_stage, user
 
+from helpers.chains import Chain
+from helpers.jobs import tiny_base, user
+from helpers.stages import compare_stage, publish_tiny, run_compare
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.model_shape import shape_of
@@ -41,10 +42,10 @@ def test_what_the_stage_needs_follows_from_its_own_questions_and_corpus(
         data.write(role, "train", [])
 
     def longest(**changes: Any) -> int:
-        stage = make_stage(methods=["retrieval"], num_questions=2, **changes)
-        stage.check_data(data, base_of(tiny_model))
+        stage = compare_stage(methods=["retrieval"], num_questions=2, **changes)
+        stage.check_data(data, tiny_base(tiny_model))
         machine = Machine("cpu", "a test", 1e12, 1e12, 0.0, 1, Speed(100.0, 10.0))
-        shape = shape_of(base_of(tiny_model).architecture)
+        shape = shape_of(tiny_base(tiny_model).architecture)
         return stage.cost(CostContext(shape, 4, "none", machine, data.size), {}).longest
 
     def write(name: str, row: dict[str, str]) -> str:
@@ -69,8 +70,8 @@ def test_what_training_rows_ask_is_left_out(asks: str, tiny_model: Path, tmp_pat
     questions = tmp_path / "questions.jsonl"
     rows = [{"prompt": text, "completion": "There."} for text in (asks, "Where is the yak?")]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = make_stage(questions=str(questions), methods=["zero_shot"])
-    job = run_stage(stage, tiny_model, tmp_path / "run")
+    stage = compare_stage(questions=str(questions), methods=["zero_shot"])
+    job = run_compare(stage, tiny_model, tmp_path / "run")
     assert job.summary is not None
     assert (job.summary["questions"], job.summary["leaks"]) == (1, 1)
     questions.write_text(json.dumps(rows[0]))
@@ -85,17 +86,19 @@ def test_few_shot_without_examples_is_told_before_anything_is_trained(
     data.write("sft", "train", [SftRow([], "A text.")])
     data.write("sft", "held_out", [SftRow(user("Where is the fox?"), "There.")])
     with pytest.raises(ConfigError, match=r"compare\.methods: few_shot takes its examples"):
-        make_stage().check_data(data, base_of(tiny_model))
-    make_stage(methods=["zero_shot", "retrieval"]).check_data(data, base_of(tiny_model))
+        compare_stage().check_data(data, tiny_base(tiny_model))
+    compare_stage(methods=["zero_shot", "retrieval"]).check_data(data, tiny_base(tiny_model))
 
 
 def test_without_references_the_reward_decides(tiny_model: Path, tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"prompt": "Where is the yak?"}\n')
     with pytest.raises(ConfigError, match=r"compare\.quality=rouge_l needs answers in compare\.questions="):
-        run_stage(make_stage(questions=str(questions)), tiny_model, tmp_path / "rouge")
-    stage = make_stage(questions=str(questions), reward="python:small_compare:length", quality="score")
-    metrics = run_stage(stage, tiny_model, tmp_path / "score").summary
+        run_compare(compare_stage(questions=str(questions)), tiny_model, tmp_path / "rouge")
+    stage = compare_stage(
+        questions=str(questions), reward="python:helpers.stages:answer_length", quality="score"
+    )
+    metrics = run_compare(stage, tiny_model, tmp_path / "score").summary
     assert metrics is not None
     assert "score/few_shot" in metrics
     assert "win_rate/few_shot" in metrics
@@ -113,28 +116,28 @@ def test_without_references_the_reward_decides(tiny_model: Path, tmp_path: Path)
 )
 def test_what_cannot_be_compared_is_told_before_the_run(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        make_stage(**changes)
+        compare_stage(**changes)
 
 
 def test_an_artifact_that_lost_its_lineage_is_told_before_the_run(tmp_path: Path) -> None:
     publish_tiny(Store(tmp_path), "ppo", {"inputs": {"sft": "gone"}})
     with pytest.raises(ConfigError, match="made from sft/gone, which is no longer in the store"):
-        make_stage(artifacts=[str(tmp_path / "ppo" / "tuned")]).check({})
+        compare_stage(artifacts=[str(tmp_path / "ppo" / "tuned")]).check({})
 
 
 def test_a_missing_package_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_stage().check({})
+    compare_stage().check({})
     monkeypatch.setattr("rlhf.stages.compare.PACKAGES", ("bm25s", "no_such_package"))
     with pytest.raises(
         ConfigError, match=r"stage=compare needs no_such_package: pip install -e '\.\[compare\]'"
     ):
-        make_stage().check({})
+        compare_stage().check({})
 
 
 def test_a_model_that_was_made_anew_elsewhere_is_asked_anew(tmp_path: Path) -> None:
     store, directory = Store(tmp_path), tmp_path / "sft" / "tuned"
     publish_tiny(store, "sft", {})
-    stage = make_stage(artifacts=[str(directory)])
+    stage = compare_stage(artifacts=[str(directory)])
     before = stage.external_digests()
     publish_tiny(store, "sft", {})
     assert stage.external_digests() == before  # the same content

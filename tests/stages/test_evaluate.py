@@ -8,25 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from small_chain import Chain, Outcome
-from small_job import small_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.chains import Chain, Outcome
+from helpers.jobs import small_job, tiny_base, user
 from rlhf.config import ConfigError, validated
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
-from rlhf.data.schema import Message, PromptRow, QuestionRow, Row, SftRow, TextRow
+from rlhf.data.schema import PromptRow, QuestionRow, Row, SftRow, TextRow
 from rlhf.evaluation.answers import Answers, task_gain
 from rlhf.evaluation.retention import Retained
-from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
 from rlhf.rl.rollout import Rollout
 from rlhf.stages.evaluate import EvaluateStage
 
-REFERENCES = [
-    SftRow([Message(role="user", content=f"Say {word}")], f"{word}, {word}.") for word in ("tea", "rain", "x")
-]
-RETENTION = [
+REFERENCES = [SftRow(user(f"Say {word}"), f"{word}, {word}.") for word in ("tea", "rain", "x")]
+RETENTION: list[Row] = [
     TextRow("Water boils."),
     QuestionRow("Which?", ["a", "bb", "c c", "d"], 1),
     TextRow("Ice melts in the sun."),
@@ -35,7 +32,7 @@ PROMPTS = ["Say a word about tea.", "Name a colour!", "What is rain?", *(f"What 
 
 
 def make_stage(**changes: Any) -> EvaluateStage:
-    values = {
+    values: dict[str, Any] = {
         "prompts": "samples:prompts",
         "retention": ["samples:retention_sentences", "samples:retention_questions"],
         "init": "sft",
@@ -85,11 +82,11 @@ def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 def run_stage(stage: EvaluateStage, published: dict[str, Path], directory: Path) -> Job:
     directory.mkdir(parents=True)
     data = PreparedData(directory)
-    prompts = [PromptRow([Message(role="user", content=text)]) for text in PROMPTS]
+    prompts = [PromptRow(user(text)) for text in PROMPTS]
     data.write("evaluate", "evaluation", prompts)
     data.write("sft", "held_out", REFERENCES)
     data.write("retention", "evaluation", RETENTION)
-    base = BaseModelFiles(published["base"], "tiny", ModelConfig(kind="tiny"))
+    base = tiny_base(published["base"])
     inputs = {name: published[name] for name in ("sft", "ppo")}
     job = small_job("evaluate", directory, base, inputs, data=data)
     stage.run(job)
@@ -184,7 +181,7 @@ def test_a_gate_needs_its_rows_in_the_retention_set(
     tmp_path: Path, published: dict[str, Path], rows: list[Row], gate: str, missing: str
 ) -> None:
     data = PreparedData(tmp_path)
-    base = BaseModelFiles(published["base"], "tiny", ModelConfig(kind="tiny"))
+    base = tiny_base(published["base"])
     data.write("retention", "evaluation", rows)
     stage = make_stage(gates={gate: {"min": 0.0, "advice": ""}})
     with pytest.raises(ConfigError, match=f"evaluate.retention=samples:.* holds no {missing},"):

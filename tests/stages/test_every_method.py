@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments import build
 from safetensors.torch import load_file
-from small_chain import Chain
-from small_job import on_cpu, small_job
 from torch import Tensor
 
+from helpers.chains import Chain
+from helpers.experiments import build
+from helpers.jobs import TINY, on_cpu, small_job, tiny_base, user
+from helpers.ppo import actor_critic
 from rlhf.config import ConfigError
-from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
+from rlhf.data.schema import PairRow, PromptRow, SftRow, Split
 from rlhf.distributed.signals import Stopped
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import pack_sequences, response_statistics
 from rlhf.models.peft.merge import merged_policy
@@ -31,7 +31,6 @@ from rlhf.rewards.kinds import reward_digest
 from rlhf.rewards.model import LearnedReward
 from rlhf.stages.ppo import PpoStage
 
-TINY = ModelConfig(kind="tiny")
 SETTINGS = (
     "model=tiny", "sft.batch_rows=4", "sft.epochs=1", "sft.optim.lr=1e-2", "reward.batch_pairs=4",
     "reward.optim.lr=1e-2", "ppo.steps=2", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4",
@@ -67,10 +66,6 @@ def other_than_first(prompts: list[str], responses: list[str]) -> list[float]:
     return [score(*pair) for pair in zip(prompts, responses, strict=True)]
 
 
-def asked(text: str) -> list[Message]:
-    return [Message(role="user", content=text)]
-
-
 def stages_of(*overrides: str) -> Mapping[str, Stage]:
     return build(*SETTINGS, *overrides).stages
 
@@ -78,14 +73,15 @@ def stages_of(*overrides: str) -> Mapping[str, Stage]:
 def job_of(name: str, directory: Path, model: Path) -> Job:
     inputs = {} if name == "sft" else {"sft": model}
     checkpoints = directory.with_name("checkpoints")
-    base = BaseModelFiles(model, "tiny", TINY)
+    base = tiny_base(model)
     job = small_job(name, directory, base, inputs, checkpoints=checkpoints)
-    for split, numbers in (("train", range(8)), ("held_out", range(20, 24))):
-        job.data.write("sft", split, [SftRow(asked(f"Say {n}"), f"It is {n}") for n in numbers])  # type: ignore[arg-type]
+    splits: dict[Split, range] = {"train": range(8), "held_out": range(20, 24)}
+    for split, numbers in splits.items():
+        job.data.write("sft", split, [SftRow(user(f"Say {n}"), f"It is {n}") for n in numbers])
         job.data.write(
-            "pairs", split, [PairRow(asked(f"Say {n}"), f"It is {n}", "No" * (n % 3 + 1)) for n in numbers]
+            "pairs", split, [PairRow(user(f"Say {n}"), f"It is {n}", "No" * (n % 3 + 1)) for n in numbers]
         )
-        job.data.write("ppo", split, [PromptRow(asked(f"{n}?")) for n in numbers])  # type: ignore[arg-type]
+        job.data.write("ppo", split, [PromptRow(user(f"{n}?")) for n in numbers])
     return job
 
 
@@ -140,7 +136,7 @@ def assert_samples_with_a_cache(artifact: Path) -> None:
     """What the cache led to is as likely as without one."""
     policy = PolicyModel.load(artifact, TINY, on_cpu())
     rollout, _ = policy.sample(
-        [asked("Say 3"), asked("Say")], max_new_tokens=8, temperature=1.0,
+        [user("Say 3"), user("Say")], max_new_tokens=8, temperature=1.0,
         generator=torch.Generator().manual_seed(0), batch_rows=2,
     )  # fmt: skip
     batch = pack_sequences(rollout.prompt_ids, rollout.response_ids, torch.device("cpu"))
@@ -239,11 +235,11 @@ def test_a_critic_stands_on_a_reward_model_beside_its_base(
     assert isinstance(stage, PpoStage)
     trainer = stage.trainer(job_of("ppo", tmp_path / "ppo", tiny_model))
     assert isinstance(trainer.reward, LearnedReward)
-    critic = trainer.engine.model.critic
+    critic = actor_critic(trainer).critic
     with torch.no_grad():
         scores = trainer.reward.model.last_values(ROWS)
         torch.testing.assert_close(critic.last_values(ROWS), scores, atol=1e-5, rtol=1e-5)
-    trainer.train([PromptRow(asked(f"{n}?")) for n in range(8)], [PromptRow(asked(f"{n}?")) for n in (8, 9)])
+    trainer.train([PromptRow(user(f"{n}?")) for n in range(8)], [PromptRow(user(f"{n}?")) for n in (8, 9)])
     with torch.no_grad():
         assert torch.equal(trainer.reward.model.last_values(ROWS), scores)
         assert not torch.allclose(critic.last_values(ROWS), scores, atol=1e-3)
@@ -343,8 +339,8 @@ def test_low_rank_updates_of_weights_in_4_bits(name: str, tmp_path: Path, tiny_m
         found = ScalarModel(trunk, torch.nn.Parameter(head)).last_values(ROWS)
         torch.testing.assert_close(found, published, atol=1e-5, rtol=1e-5)
         return
-    published = load_causal_lm(artifact, TINY, torch.float32)
-    assert torch.equal(logits(published), logits(merged_policy(artifact, TINY, torch.float32)))
+    policy = load_causal_lm(artifact, TINY, torch.float32)
+    assert torch.equal(logits(policy), logits(merged_policy(artifact, TINY, torch.float32)))
     assert_samples_with_a_cache(artifact)
 
 

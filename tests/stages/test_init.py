@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments import build
 from safetensors.torch import load_file
-from small_chain import Chain, Outcome
-from small_job import small_job
-from small_plan import gpus
 
+from helpers.chains import Chain, Outcome
+from helpers.costs import gpus
+from helpers.experiments import build
+from helpers.jobs import small_job, tiny_base
 from rlhf.config import ConfigError
 from rlhf.costs.stage_cost import StageCost
 from rlhf.digests import weights_digest
 from rlhf.models import base
-from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.models.start import check_start, init_digest, of_two_architectures
 
 
@@ -143,7 +142,7 @@ def test_a_directory_that_is_no_model_is_told_before_anything_trains(
     else:
         file = directory / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
-    base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
+    base = tiny_base(tiny_model)
     with pytest.raises(ConfigError, match=words):
         init_digest("ppo.init", str(directory))
         check_start("ppo.init", str(directory), base)
@@ -269,7 +268,7 @@ def test_one_engine_of_vllm_is_not_asked_for_two_architectures(
 
 
 def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_model: Path) -> None:
-    base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
+    base = tiny_base(tiny_model)
 
     def complaints(*overrides: str) -> list[str]:
         chain = build("model=tiny", *overrides).stages
@@ -286,7 +285,7 @@ def test_which_models_vllm_would_answer_for(other_models: dict[str, Path], tiny_
 
 
 def test_a_rank_goes_by_what_rank_0_has_read(tiny_model: Path, tmp_path: Path) -> None:
-    base = BaseModelFiles(tiny_model, "", ModelConfig(kind="tiny"))
+    base = tiny_base(tiny_model)
     job = replace(small_job("ppo", tmp_path / "ppo", base), external_digests={"init": "read by rank 0"})
     start = job.start(str(tmp_path / "nothing that could be read"))
     assert start.identity == "read by rank 0"

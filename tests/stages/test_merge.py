@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_chain import Chain, Outcome
-from small_job import small_job
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.chains import Chain, Outcome
+from helpers.jobs import small_job, tiny_base
 from rlhf.config import ConfigError, validated
-from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
 from rlhf.stages.merge import MergeStage
 
@@ -36,9 +35,7 @@ def tuned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merge(directory: Path, base: Path, tuned: Path, alpha: float) -> Job:
     stage = validated(MergeStage, {"policy": "ppo", "alpha": alpha, "gates": {}}, "merge")
-    job = small_job(
-        "merge", directory, BaseModelFiles(base, "tiny", ModelConfig(kind="tiny")), {"ppo": tuned}
-    )
+    job = small_job("merge", directory, tiny_base(base), {"ppo": tuned})
     stage.run(job)
     return job
 

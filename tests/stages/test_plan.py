@@ -11,25 +11,25 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-from experiments import build
-from small_chain import Chain, Outcome, run_main
-from small_job import on_cpu
 from transformers import MistralConfig, Qwen3Config
 
 import rlhf.costs.hardware
+from helpers.chains import Chain, Outcome, run_main
+from helpers.experiments import build
+from helpers.jobs import on_cpu, tiny_base
 from rlhf.costs.hardware import GIB, Machine, Speed, calibrated_speed
 from rlhf.costs.model_shape import counted
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
-from rlhf.models.base import BaseModelFiles, ModelConfig, skeleton
+from rlhf.models.base import skeleton
 from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment
 from rlhf.planner.report import experiment_file
 from rlhf.planner.strategies import Use, rank_strategies
 
 GIVEN = ("plan.rows=10000", "plan.prompt_tokens=200", "plan.answer_tokens=300")
-VIRTUAL = ("prefix", "prompt", "p_tuning")
+VIRTUAL: tuple[MethodName, ...] = ("prefix", "prompt", "p_tuning")
 EIGHT_GPUS = ("plan.gpus=8", "plan.gpu_memory=80GiB", "plan.price_per_gpu_hour=2")
 
 
@@ -259,7 +259,7 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
         return build(f"hydra.searchpath=[file://{tmp_path}]", *overrides)
 
     before = build_here("model=tiny", "stage=prepare", *given)
-    base = skeleton(BaseModelFiles(tiny_model, "tiny", ModelConfig(kind="tiny")).architecture)
+    base = skeleton(tiny_base(tiny_model).architecture)
     machine = Machine("cuda", "a test", 80 * GIB, 80 * GIB, 0.0, 1, Speed(1000.0, 1000.0))
     on = CostContext(counted(base), 2, "none", machine, lambda role, split: LengthStats(100, 20.0, 0.0, 20))
     use = Use(100, 10.0, 10.0, 1, 1, True, "many_adapters", None, None)
@@ -271,7 +271,8 @@ def test_every_strategy_is_an_experiment_that_is_accepted(
         assert not [why for why in strategy.against if "peft" in why or "ppo." in why], strategy.against
         (tmp_path / "experiment" / f"{name}.yaml").write_text(experiment_file(before.resolved, strategy, ""))
         experiment = build_here(f"+experiment={name}")
-        assert experiment.stages[trains[-1]].peft_config().method == name
+        peft = experiment.stages[trains[-1]].peft_config()
+        assert peft is not None and peft.method == name
         found[name] = experiment.stages["ppo"].model_dump()
     assert [name for name in found if found[name]["critic"]["init"] == "sft"] == [*from_sft]
 

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_prepare import Bench
 
+from helpers.jobs import user
+from helpers.stages import Bench
 from rlhf.data.chat_template import prompt_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES, training_roles
-from rlhf.data.schema import Message, QuestionRow, TextRow, prompt_identity
+from rlhf.data.schema import QuestionRow, TextRow, prompt_identity
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
@@ -46,7 +47,7 @@ def test_every_row_is_kept_once_and_counted(bench: Bench) -> None:
     retention = data.rows("retention", "evaluation")
     assert retention[:40] == [TextRow(f"fact {n}", "texts") for n in range(40)]
     assert retention[40:] == [QuestionRow(f"question {n}", ["a", "b"], 0) for n in range(40)]
-    assert bench.job.summary == {
+    assert bench.summary == {
         "sft_rows": 40, "reward_pairs": 40, "ppo_prompts": 40, "evaluation_prompts": 40,
         "retention_texts": 40, "retention_questions": 40, "dropped": 0, "leaks": 0,
     }  # fmt: skip
@@ -72,9 +73,7 @@ def test_both_sides_of_a_pair_have_their_prompt_in_common(bench: Bench) -> None:
     bench.rows["pairs"] = [{"prompt": f"{n:02}", "chosen": "a", "rejected": "b"} for n in range(10, 50)]
     prepared = bench.prepare()
     tokenizer = bench.job.base.load_tokenizer()
-    nothing, prompt = (
-        len(prompt_ids(tokenizer, [Message(role="user", content=text)])) for text in ("", "10")
-    )
+    nothing, prompt = (len(prompt_ids(tokenizer, user(text))) for text in ("", "10"))
     found = (
         2 * prepared.size("pairs", "train").shared_prefix
     )  # of the two sides, and of a pair and the next one
@@ -91,7 +90,7 @@ def test_evaluation_is_drawn_when_it_shares_its_source(bench: Bench) -> None:
     assert bench.report["evaluate"]["removed"]["left_for_training"]["count"] == 40 - num_evaluation
     assert bench.report["ppo"]["removed"]["in_evaluation"]["count"] == num_evaluation
     assert bench.report["pairs"]["removed"]["in_evaluation"]["count"] == num_evaluation
-    assert bench.job.summary["leaks"] == bench.job.summary["dropped"] == 0  # by design, so no leak
+    assert bench.summary["leaks"] == bench.summary["dropped"] == 0  # by design, so no leak
     assert "LEAK" not in bench.output
 
 
@@ -107,8 +106,8 @@ def test_a_leak_from_another_source_is_removed_and_told_loudly(bench: Bench) -> 
     bench.rows["evaluate"][4] = {"prompt": "ppo 2"}
     data = bench.prepare()
     assert_apart(data)
-    assert bench.job.summary["leaks"] == 2
-    assert bench.job.summary["sft_rows"] == bench.job.summary["ppo_prompts"] == 39
+    assert bench.summary["leaks"] == 2
+    assert bench.summary["sft_rows"] == bench.summary["ppo_prompts"] == 39
     assert bench.report["sft"]["removed"] == {"leak": {"count": 1, "examples": ["sft.jsonl line 8"]}}
     assert (
         "LEAK: 2 training rows ask what evaluate.prompts or evaluate.retention asks; they are left out: "
@@ -119,7 +118,7 @@ def test_a_leak_from_another_source_is_removed_and_told_loudly(bench: Bench) -> 
 def test_a_retention_row_that_is_trained_on_is_a_leak(bench: Bench) -> None:
     bench.rows["sft"] += [{"text": "Fact 7"}, {"prompt": "question 3", "completion": "a"}]
     data = bench.prepare()
-    assert bench.job.summary["leaks"] == 2
+    assert bench.summary["leaks"] == 2
     assert len(data.rows("retention", "evaluation")) == 80
     assert "2 in sft.data (sft.jsonl line 41, sft.jsonl line 42)" in bench.output
 
@@ -133,7 +132,7 @@ def test_retention_shares_a_source_with_training_and_only_that_one_is_divided(be
     assert 4 <= len(kept) <= 16  # a quarter of 40
     assert (kept & trained, len(kept | trained)) == (set(), 40)
     assert len(retention) - len(kept) == 40  # all questions
-    assert bench.job.summary["leaks"] == 0
+    assert bench.summary["leaks"] == 0
 
 
 def test_what_is_replayed_or_mixed_in_is_neither_evaluated_nor_held_out(bench: Bench) -> None:
@@ -209,7 +208,7 @@ def test_packaged_prompts_never_overlap_and_hold_no_bad_row(bench: Bench) -> Non
         "retention": ["samples:retention_sentences", "samples:retention_questions"],
     }
     assert_apart(bench.prepare(held_out_fraction=0.1, evaluation_fraction=0.15))
-    assert bench.job.summary["dropped"] == 0
+    assert bench.summary["dropped"] == 0
 
 
 def test_packaged_prompts_never_overlap_with_pairs_on_the_same_prompts(bench: Bench) -> None:
@@ -222,7 +221,7 @@ def test_packaged_prompts_never_overlap_with_pairs_on_the_same_prompts(bench: Be
         "retention": ["samples:retention_sentences", "samples:retention_questions"],
     }
     assert_apart(bench.prepare(held_out_fraction=0.1, evaluation_fraction=0.15))
-    assert bench.job.summary["dropped"] == bench.job.summary["leaks"] == 0
+    assert bench.summary["dropped"] == bench.summary["leaks"] == 0
     # Held-out prompts are the same ones for the reward model and for PPO.
     data = PreparedData(bench.job.directory)
     assert identities(data, "pairs") == identities(data, "ppo")
@@ -239,7 +238,7 @@ def test_real_human_data_is_read_completely(bench: Bench) -> None:
         "retention": str(REAL / "wikitext2-valid" / "valid.txt.gz"),
     }
     assert_apart(bench.prepare())
-    assert bench.report["sft"]["read"] == bench.job.summary["sft_rows"] == 5027
-    assert bench.report["pairs"]["read"] == bench.job.summary["reward_pairs"] == 2339
+    assert bench.report["sft"]["read"] == bench.summary["sft_rows"] == 5027
+    assert bench.report["pairs"]["read"] == bench.summary["reward_pairs"] == 2339
     assert bench.report["ppo"]["read"] == 263
-    assert bench.job.summary["ppo_prompts"] + bench.job.summary["evaluation_prompts"] == 263
+    assert bench.summary["ppo_prompts"] + bench.summary["evaluation_prompts"] == 263

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_prepare import Bench, ShorterBase, write
 
+from helpers.stages import Bench, ShorterBase, write_rows
 from rlhf.config import ConfigError
 
 
@@ -16,8 +16,8 @@ def test_exact_duplicates_go_and_other_answers_stay(bench: Bench) -> None:
     bench.rows["sft"] += [bench.rows["sft"][5], {"prompt": "sft 5", "completion": "another"}]
     bench.prepare()
     assert bench.report["sft"]["removed"] == {"duplicate": {"count": 1, "examples": ["sft.jsonl line 41"]}}
-    assert bench.job.summary["sft_rows"] == 41
-    assert bench.job.summary["dropped"] == 1
+    assert bench.summary["sft_rows"] == 41
+    assert bench.summary["dropped"] == 1
 
 
 def test_a_bad_row_is_one_error_in_the_users_keys(bench: Bench) -> None:
@@ -50,13 +50,13 @@ def test_dropped_rows_are_counted_by_reason(bench: Bench) -> None:
     for number in (3, 4, 5, 6):
         pairs[number]["chosen"] = " "
     path = bench.directory / "damaged.jsonl"
-    path.write_bytes(Path(write(path, pairs)).read_bytes() + b'{"prompt": "\xff"}\n{"prompt": "cut')
+    path.write_bytes(Path(write_rows(path, pairs)).read_bytes() + b'{"prompt": "\xff"}\n{"prompt": "cut')
     bench.sources["pairs"] = str(path)
     bench.prepare(on_bad_row="drop")
     report = bench.report["pairs"]
     assert report["read"] == 42
-    assert sum(report["kept"].values()) == bench.job.summary["reward_pairs"] == 33
-    assert bench.job.summary["dropped"] == 9
+    assert sum(report["kept"].values()) == bench.summary["reward_pairs"] == 33
+    assert bench.summary["dropped"] == 9
     assert {reason: removed["count"] for reason, removed in report["removed"].items()} == {
         "tie": 1, "wrong type": 1, "missing field": 1, "empty": 4, "bad encoding": 1, "broken JSON": 1,
     }  # fmt: skip
@@ -147,7 +147,7 @@ def test_columns_that_were_named_are_shown_as_the_file_has_them(bench: Bench) ->
 
 @pytest.mark.parametrize("limit", [3, 10])
 def test_a_limit_leaves_rows_for_every_split(bench: Bench, limit: int) -> None:
-    path = write(bench.directory / "many.jsonl", [{"prompt": f"many {n}"} for n in range(200)])
+    path = write_rows(bench.directory / "many.jsonl", [{"prompt": f"many {n}"} for n in range(200)])
     bench.sources["ppo"] = {"path": path, "limit": limit}
     bench.sources["evaluate"] = {"path": path, "limit": limit}
     data = bench.prepare()
@@ -159,7 +159,7 @@ def test_a_limit_leaves_rows_for_every_split(bench: Bench, limit: int) -> None:
 
 
 def test_a_larger_limit_keeps_the_rows_of_a_smaller_one(bench: Bench) -> None:
-    path = write(bench.directory / "many.jsonl", [{"prompt": f"many {n}"} for n in range(200)])
+    path = write_rows(bench.directory / "many.jsonl", [{"prompt": f"many {n}"} for n in range(200)])
     found = []
     for limit in (20, 60):
         bench.sources["ppo"] = {"path": path, "limit": limit}

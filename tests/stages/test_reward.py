@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments import build_stage
-from small_job import small_job
 from transformers import AutoModelForSequenceClassification
 
 import rlhf.models.value_head
-from rlhf.data.schema import Message, PairRow
+from helpers.experiments import build_stage
+from helpers.jobs import TINY, small_job, tiny_base, user
+from rlhf.data.schema import PairRow
 from rlhf.distributed.batching import shuffled_batches
-from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
+from rlhf.models.base import load_tokenizer
 from rlhf.models.value_head import ScalarModel
 from rlhf.stages.reward import RewardStage
 from rlhf.supervised.pairs import EncodedPair
 
-TINY = ModelConfig(kind="tiny")
 SETTINGS = (
     "model=tiny", "reward.peft=none", "reward.optim.lr=3e-3", "reward.batch_pairs=4", "reward.epochs=2",
     "reward.optim.warmup_fraction=0", "reward.optim.eps=1e-8", "reward.micro_batch_tokens=120",
@@ -27,7 +26,7 @@ SETTINGS = (
 
 
 def pair(number: int) -> PairRow:
-    prompt = [Message(role="user", content=f"Rate {number}{' please' * (number % 3)}")]
+    prompt = user(f"Rate {number}{' please' * (number % 3)}")
     return PairRow(prompt, f"I love it{'!' * number}", f"No{' way' * (number % 4)}.")
 
 
@@ -47,7 +46,7 @@ def test_trl_comes_to_the_same_weights(
     monkeypatch.setattr(rlhf.models.value_head, "reset_head", given_head)
     stage = build_stage(RewardStage, *SETTINGS)
     pairs = [pair(number) for number in range(12)]
-    job = small_job("reward", tmp_path / "job", BaseModelFiles(tiny_model, "tiny", TINY), {"sft": tiny_model})
+    job = small_job("reward", tmp_path / "job", tiny_base(tiny_model), {"sft": tiny_model})
     job.data.write("pairs", "train", pairs)
     job.data.write("pairs", "held_out", [pair(number) for number in range(20, 24)])
     stage.run(job)

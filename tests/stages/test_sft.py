@@ -9,42 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import build_stage
-from small_job import small_job
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from helpers.jobs import TINY, user
+from helpers.stages import GENERAL, HELD_OUT, TRAIN, sft_job, sft_stage
 from rlhf.config import ConfigError
-from rlhf.data.schema import Message, SftRow
+from rlhf.data.schema import SftRow
 from rlhf.distributed.batching import shuffled_batches
-from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
+from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.pipeline.job import Job
-from rlhf.stages.sft import SftStage
 from rlhf.supervised.answers import EncodedAnswer, with_replay
-
-TINY = ModelConfig(kind="tiny")
-SETTINGS = (
-    "model=tiny", "sft.optim.lr=3e-3", "sft.batch_rows=4", "sft.epochs=2", "sft.optim.warmup_fraction=0.25",
-    "sft.optim.weight_decay=0.1", "sft.optim.max_grad_norm=0.5", "sft.max_tokens=80",
-)  # fmt: skip
-TRAIN = [
-    SftRow([Message(role="user", content=f"Say {n}{' please' * (n % 3)}")], f"It is {n}{'!' * (5 * n)}")
-    for n in range(14)
-]
-GENERAL = [SftRow([], f"Water boils at {n} degrees{'!' * (3 * n)}") for n in range(6)]
-HELD_OUT = [SftRow([Message(role="user", content=f"Say {n}")], f"It is {n}") for n in range(20, 24)]
-
-
-def sft_stage(*overrides: str) -> SftStage:
-    return build_stage(SftStage, *SETTINGS, *overrides)
-
-
-def sft_job(directory: Path, model: Path) -> Job:
-    job = small_job("sft", directory, BaseModelFiles(model, "tiny", TINY))
-    job.data.write("sft", "train", TRAIN)
-    job.data.write("sft", "held_out", HELD_OUT)
-    job.data.write("replay", "train", GENERAL)
-    return job
 
 
 def run_stage(directory: Path, model: Path, *overrides: str) -> Job:
@@ -106,7 +81,7 @@ def test_trl_comes_to_the_same_weights(tmp_path: Path, tiny_model: Path) -> None
         def __len__(self) -> int:
             return len(batches)
 
-    class Trainer(SFTTrainer):  # type: ignore[misc]
+    class Trainer(SFTTrainer):  # type: ignore[misc]  # trl has no types
         def get_train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(
                 self.train_dataset, batch_sampler=InOurOrder(), collate_fn=self.data_collator
@@ -115,7 +90,7 @@ def test_trl_comes_to_the_same_weights(tmp_path: Path, tiny_model: Path) -> None
     matrices, norms = (
         [each for each in model.parameters() if (each.ndim > 1) == is_one] for is_one in (True, False)
     )
-    spared = {"params": norms, "weight_decay": 0.0}
+    spared: dict[str, Any] = {"params": norms, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([{"params": matrices}, spared], lr=3e-3, weight_decay=0.1, eps=1e-8)
     arguments = SFTConfig(
         output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, num_train_epochs=1,
@@ -247,7 +222,7 @@ def test_replay_needs_something_to_replay(tiny_model: Path) -> None:
     ):
         sft_stage("sft.replay_fraction=0.2")
     stage = sft_stage(REPLAY, "sft.replay_fraction=0.2")
-    too_long = [SftRow([Message(role="user", content="x" * 90)], "never read")]
+    too_long = [SftRow(user("x" * 90), "never read")]
     with pytest.raises(ConfigError, match=r"sft\.replay=general\.txt: no row .* sft\.max_tokens=80"):
         stage.encoded(
             load_tokenizer(tiny_model, TINY), too_long, stage.max_tokens, "sft.replay=general.txt: no row"
@@ -266,7 +241,7 @@ def test_rows_of_which_nothing_is_left_to_learn_are_refused(tmp_path: Path, tiny
 def test_a_row_whose_prompt_fills_the_limit_is_left_out_and_counted(tmp_path: Path, tiny_model: Path) -> None:
     without = run_stage(tmp_path / "without", tiny_model)
     job = sft_job(tmp_path / "job", tiny_model)
-    too_long = SftRow([Message(role="user", content="x" * 90)], "never read")
+    too_long = SftRow(user("x" * 90), "never read")
     job.data.write("sft", "train", [*TRAIN, too_long])
     job.data.write("sft", "held_out", [*HELD_OUT, too_long])
     torch.manual_seed(0)

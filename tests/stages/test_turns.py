@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_chain import Chain
-from test_sft import TINY, sft_job, sft_stage
 
+from helpers.chains import Chain
+from helpers.jobs import TINY
+from helpers.stages import sft_job, sft_stage
 from rlhf.data.chat_template import CHATML, PLAIN, TurnsApartError
 from rlhf.data.formats import sft_row
 from rlhf.data.schema import Message, SftRow, each_turn

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_job import small_job
 from torch import nn
 
+from helpers.jobs import small_job, tiny_base
 from rlhf.config import ConfigError
 from rlhf.distributed.signals import Stopped
-from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
 from rlhf.supervised.loop import train_batches
 from rlhf.training.config import OptimConfig
@@ -30,8 +29,8 @@ NAN = math.nan
 class Bench:
     """One number that learns from batches of numbers: the loss is their sum times it."""
 
-    def __init__(self, directory: Path, **checkpoint: object) -> None:
-        base = BaseModelFiles(directory, "none", ModelConfig(kind="tiny"))
+    def __init__(self, directory: Path, **checkpoint: Any) -> None:
+        base = tiny_base(directory)
         kept = directory.with_name("checkpoints")
         self.job: Job = small_job("sft", directory, base, checkpoints=kept, **checkpoint)
         self.model = nn.Linear(1, 1, bias=False)
@@ -118,7 +117,9 @@ def test_a_good_step_between_bad_ones_forgives_them(tmp_path: Path) -> None:
     assert not list(bench.job.run_directory.glob("sft-step*"))
 
 
-def test_a_signal_waits_for_the_step_and_its_checkpoint(tmp_path: Path) -> None:
+def test_a_signal_waits_for_the_step_and_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches = [[1.0], [2.0], [3.0]]
     first = Bench(tmp_path / "first")
     step = first.step
@@ -128,7 +129,7 @@ def test_a_signal_waits_for_the_step_and_its_checkpoint(tmp_path: Path) -> None:
             first.job.checkpoints.signals._handle(15, None)  # what the operating system would call
         return step(batch)
 
-    first.step = interrupted  # type: ignore[method-assign]
+    monkeypatch.setattr(first, "step", interrupted)
     with pytest.raises(Stopped) as stop:
         first.train(batches)
     assert stop.value.signum == 15

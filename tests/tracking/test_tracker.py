@@ -79,7 +79,7 @@ def ids_of(runs: Iterable[Path]) -> set[str]:
 
 def history_steps(run: Path) -> list[int]:
     """The `ppo/step` of every history record that wandb kept."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at import
 
     steps = []
     for content in wandb_records(run):

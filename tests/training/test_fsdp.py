@@ -21,7 +21,7 @@ RATES = (0.1, 0.4)
 
 @pytest.fixture
 def compute() -> Iterator[Compute]:
-    store = distributed.HashStore()  # type: ignore[attr-defined]
+    store = distributed.HashStore()  # type: ignore[attr-defined]  # torch's stub lacks it
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield Compute("cpu", "float32", "fsdp2")
     distributed.destroy_process_group()

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_vllm import (
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from helpers.jobs import TINY
+from helpers.vllm import (
     LENGTHS,
     Engines,
     scale,
     written,
 )
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from rlhf.generation.vllm import Vllm
-from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 
 
@@ -29,7 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(directory: Path) -> PreTrainedModel:
     """Sharper than the tiny model, whose logits hardly differ."""
-    found = load_causal_lm(directory, ModelConfig(kind="tiny"), torch.float32)
+    found = load_causal_lm(directory, TINY, torch.float32)
     scale(found, 6.0)
     return found
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_processes import RealChain
-from small_chain import Chain
-from small_vllm import (
+
+from helpers.chains import Chain, RealChain
+from helpers.vllm import (
     CHAIN,
     Engines,
     needs_vllm,

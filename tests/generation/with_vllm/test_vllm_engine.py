@@ -12,7 +12,10 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from small_vllm import (
+from torch import Tensor, distributed
+from transformers import PreTrainedModel
+
+from helpers.vllm import (
     NEW,
     Engines,
     assert_same,
@@ -23,9 +26,6 @@ from small_vllm import (
     sample,
     uniform,
 )
-from torch import Tensor, distributed
-from transformers import PreTrainedModel
-
 from rlhf.generation.vllm import Vllm
 
 
@@ -129,8 +129,9 @@ class TestEngine:
         self, engines: Engines, model: PreTrainedModel, prompts: list[Tensor]
     ) -> None:
         def state() -> list[Any]:
+            numbers: Any = numpy.random.get_state()
             return [
-                torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist(),
+                torch.get_rng_state().tolist(), random.getstate(), numbers[1].tolist(),
                 torch.set_num_threads, torch.get_num_threads(), os.environ.get("LD_PRELOAD"),
                 os.environ.get("LOCAL_WORLD_SIZE"), torch.get_default_dtype(), torch.is_grad_enabled(),
             ]  # fmt: skip

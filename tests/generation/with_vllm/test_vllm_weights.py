@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_job import on_cpu
-from small_vllm import (
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from helpers.jobs import TINY, on_cpu, user
+from helpers.vllm import (
     NEW,
     Engines,
     assert_same,
@@ -23,15 +26,11 @@ from small_vllm import (
     shake,
     written,
 )
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from rlhf.config import ConfigError
-from rlhf.data.schema import Message
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm
-from rlhf.models.base import ModelConfig, load_tokenizer
+from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach, merged_weights
 from rlhf.models.peft.config import PeftConfig
@@ -70,13 +69,13 @@ class Recorded:
 def test_weights_are_handed_over_once_for_each_rollout_and_gathered_only_then(
     directory: Path, model: PreTrainedModel
 ) -> None:
-    recorded = Recorded()
-    tokenizer = load_tokenizer(directory, ModelConfig(kind="tiny"))
-    policy = PolicyModel(model, tokenizer, on_cpu(), recorded.gathered, recorded)  # type: ignore[arg-type]
+    recorded, tokenizer = Recorded(), load_tokenizer(directory, TINY)
+    engine: Any = recorded
+    policy = PolicyModel(model, tokenizer, on_cpu(), recorded.gathered, engine)
 
     def roll_out() -> Rollout:
         rollout, _ = policy.sample(
-            [[Message(role="user", content="Hi")]] * 2, max_new_tokens=NEW, temperature=1.0, batch_rows=2,
+            [user("Hi")] * 2, max_new_tokens=NEW, temperature=1.0, batch_rows=2,
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         return rollout
@@ -126,7 +125,7 @@ class TestHandingOver:
         self, engines: Engines, tmp_path: Path, prompts: list[Tensor]
     ) -> None:
         untied = load_causal_lm(
-            written(tmp_path, head_dim=32, tie_word_embeddings=False), ModelConfig(kind="tiny"), torch.float32
+            written(tmp_path, head_dim=32, tie_word_embeddings=False), TINY, torch.float32
         )
         scale(untied, 6.0)
         shake(untied, 5)
@@ -161,7 +160,7 @@ class TestHandingOver:
     def test_two_policies_take_turns(
         self, engine: Vllm, model: PreTrainedModel, directory: Path, prompts: list[Tensor]
     ) -> None:
-        other = load_causal_lm(directory, ModelConfig(kind="tiny"), torch.float32)
+        other = load_causal_lm(directory, TINY, torch.float32)
         scale(other, 6.0)
         shake(other, 9)
         for each in (model, other, model):
@@ -169,7 +168,7 @@ class TestHandingOver:
 
     def test_bf16_weights_stay_bf16(self, engines: Engines, directory: Path, prompts: list[Tensor]) -> None:
         """Rounding changes tokens of a random model; the distribution is the same within bf16's precision."""
-        model = load_causal_lm(directory, ModelConfig(kind="tiny"), torch.bfloat16)
+        model = load_causal_lm(directory, TINY, torch.bfloat16)
         for seed in range(2):
             shake(model, seed)
             rollout = sample(engines.get(torch.bfloat16), model, prompts, temperature=1.0)
@@ -192,7 +191,7 @@ class TestRefusals:
 
     def test_a_model_that_vllm_cannot_run(self, engines: Engines, tiny_model: Path) -> None:
         engines.close()
-        model = load_causal_lm(tiny_model, ModelConfig(kind="tiny"), torch.float32)
+        model = load_causal_lm(tiny_model, TINY, torch.float32)
         with pytest.raises(ConfigError, match=r"vLLM cannot run .*head_dim=16.*generation=local"):
             engines.get().hand_over(model)
         engines.close()

@@ -8,33 +8,37 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from helpers.store import manifest
 from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import Message
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import StopSignals
-from rlhf.models.base import BaseModelFiles
+from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.store import Artifact, Manifest
+from rlhf.pipeline.store import Artifact
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.tracker import Tracker
 from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
+TINY = ModelConfig(kind="tiny")
 WHEN_STOPPED = {"every_steps": None, "every_minutes": None, "keep": 2, "resume": True}
 """Checkpoints are written only by what stops a stage."""
+
+
+def tiny_base(model: Path) -> BaseModelFiles:
+    """The tiny model in a directory as the experiment's base model."""
+    return BaseModelFiles(model, "tiny", TINY)
+
+
+def user(text: str) -> list[Message]:
+    """A prompt of one turn."""
+    return [Message(role="user", content=text)]
 
 
 def on_cpu(rank: int = 0, world_size: int = 1, dtype: torch.dtype = torch.float32) -> Compute:
     """One of so many ranks. Only a single one can talk to the others."""
     return Compute("cpu", str(dtype).removeprefix("torch."), rank=rank, world_size=world_size)
-
-
-def artifact(stage: str, path: Path) -> Artifact:
-    """A directory as a stage's artifact."""
-    manifest = Manifest(
-        stage=stage, key="0", recipe={}, config={}, metrics={}, seconds=0.0, created="", git_revision=None,
-        packages={}, hardware="", files={},
-    )  # fmt: skip
-    return Artifact(path, manifest)
 
 
 def small_job(
@@ -69,7 +73,7 @@ def small_job(
         seed=seed,
         compute=compute,
         base=base,
-        inputs={name: artifact(name, path) for name, path in (inputs or {}).items()},
+        inputs={name: Artifact(path, manifest(name)) for name, path in (inputs or {}).items()},
         data=data or PreparedData(directory),
         directory=directory,
         tracker=tracker,

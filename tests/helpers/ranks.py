@@ -5,23 +5,23 @@ from __future__ import annotations
 import gc
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from experiments import build
-from small_job import small_job
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from helpers.experiments import build
+from helpers.jobs import TINY, small_job, tiny_base, user
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
-from rlhf.distributed.compute import Compute, make_compute
-from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
+from rlhf.distributed.compute import Compute, Zero, make_compute
+from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
-from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
+from rlhf.models.value_head import load_scalar_model, reset_head
 from rlhf.pipeline.stage import Stage
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.rl.rollout import RewardRule, Rollout, make_experience
@@ -34,7 +34,6 @@ from rlhf.training.config import OptimConfig
 from rlhf.training.engine import Engine
 from rlhf.training.make_engine import make_engine
 
-MODEL = ModelConfig(kind="tiny")
 OVERRIDES = (
     "model=tiny", "sft.peft=none", "reward.peft=none", "ppo.peft=none", "ppo.critic.init=sft",
     "ppo.score.normalize=none", "ppo.max_new_tokens=5", "ppo.epochs=2", "ppo.minibatch_episodes=4",
@@ -54,7 +53,7 @@ ALONE = 200
 class Case(NamedTuple):
     """One way to be spread over ranks, and one model."""
 
-    zero: str
+    zero: Zero
     frozen: str
     model: str
     """Name of a directory."""
@@ -64,20 +63,17 @@ def write_large(directory: Path, tiny: Path, *, is_tied: bool) -> None:
     """A model of which every matrix has more elements than those that DeepSpeed never shards (1e5), with an
     output layer of its own or the embedding's."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 400, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "hidden_size": 400,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(
         vocab_size=259, bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=is_tied, **shape
     )
     LlamaForCausalLM(config).save_pretrained(directory)
-    load_tokenizer(tiny, MODEL).save_pretrained(directory)
-
-
-def write_reward(directory: Path, model: Path) -> None:
-    """A reward model of any weights."""
-    torch.manual_seed(1)
-    scalar = load_scalar_model(model, MODEL, torch.float32, new_head=True)
-    reset_head(scalar)
-    save_scalar_model(scalar, load_tokenizer(model, MODEL), directory)
+    load_tokenizer(tiny, TINY).save_pretrained(directory)
 
 
 def answer(length: int) -> str:
@@ -86,20 +82,20 @@ def answer(length: int) -> str:
 
 
 def prompt(number: int) -> list[Message]:
-    return [Message(role="user", content=f"{number}?")]
+    return user(f"{number}?")
 
 
 def all_stages(compute: Compute, model: Path, reward: Path, frozen: str, scratch: Path) -> dict[str, float]:
     """Every kind of pass that a stage makes, on this rank; figures of which all ranks have the same."""
     stages = build(*OVERRIDES, f"ppo.frozen_placement={frozen}").stages
-    base = BaseModelFiles(model, "tiny", MODEL)
+    base = tiny_base(model)
 
     def job(name: str) -> Any:
         return small_job(
             name, scratch / name / "artifact", base, {"sft": model, "reward": reward}, compute=compute
         )
 
-    figures = {}
+    figures: dict[str, float] = {}
     for name, learn in (("sft", sft), ("reward", reward_model), ("ppo", ppo)):
         torch.manual_seed(0)
         figures |= {f"{name}: {key}": value for key, value in learn(stages[name], job(name)).items()}
@@ -110,7 +106,7 @@ def all_stages(compute: Compute, model: Path, reward: Path, frozen: str, scratch
 def sft(stage: Stage, job: Any) -> dict[str, float]:
     assert isinstance(stage, SftStage)
     compute, tokenizer = job.compute, job.base.load_tokenizer()
-    policy = load_causal_lm(job.base.directory, MODEL, compute.dtype, compute.loads_on)
+    policy = load_causal_lm(job.base.directory, TINY, compute.dtype, compute.loads_on)
     engine = make_engine(ResponseModel(policy), [(policy.parameters(), stage.optim)], compute)
     engine.set_rates(0, 10)
     rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
@@ -128,14 +124,14 @@ def sft(stage: Stage, job: Any) -> dict[str, float]:
 def reward_model(stage: Stage, job: Any) -> dict[str, float]:
     assert isinstance(stage, RewardStage)
     compute, tokenizer = job.compute, job.base.load_tokenizer()
-    model = load_scalar_model(job.base.directory, MODEL, compute.dtype, new_head=True)
+    model = load_scalar_model(job.base.directory, TINY, compute.dtype, new_head=True)
     reset_head(model)
     model.to(compute.loads_on)
     model.offset.requires_grad_(False)
     engine = make_engine(model, [(model.parameters(), stage.optim)], compute)
     engine.set_rates(0, 10)
     rows = [EncodedPair(tokenizer, PairRow(prompt(n), answer(n), answer(n // 2))) for n in (*LENGTHS, ALONE)]
-    figures = {}
+    figures: dict[str, float] = {}
     for step, batch in enumerate((rows[:-1], rows[-1:], rows[:-1])):
         learned = pair_step(engine, batch, stage.micro_batch_tokens, compute, center=stage.center)
         figures[f"loss {step}"] = learned["loss"]
@@ -154,7 +150,7 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
     counted = Gathers(trainer.engine, trainer.policy.model)
     frozen = Gathers(trainer.reference.model, trainer.reference.model)
 
-    figures = {}
+    figures: dict[str, float] = {}
     for name, some in (("all", rows[:-1]), ("one", rows[-1:])):
         rollout = Rollout(
             [row.prompt for row in some], [row.answer for row in some], torch.ones(len(some)) > 0
@@ -220,6 +216,11 @@ def norms_of_sums(compute: Compute) -> dict[str, float]:
 class Layers(nn.Module):
     """Two matrices, a norm's gain and a bias, of sizes that ranks cannot share evenly."""
 
+    bias: nn.Parameter
+    matrix: nn.Parameter
+    gain: nn.Parameter
+    last: nn.Parameter
+
     def __init__(self) -> None:
         super().__init__()
         values = torch.Generator().manual_seed(0)
@@ -227,7 +228,8 @@ class Layers(nn.Module):
             setattr(self, name, nn.Parameter(torch.randn(shape, generator=values)))
 
     def forward(self, x_I: Tensor) -> Tensor:
-        return (self.gain * (self.last @ (self.matrix @ (x_I + self.bias)))).sum()
+        found: Tensor = (self.gain * (self.last @ (self.matrix @ (x_I + self.bias)))).sum()
+        return found
 
 
 def decayed(compute: Compute) -> dict[str, dict[str, float]]:
@@ -258,7 +260,8 @@ class Gathers:
         model = owner.model if isinstance(owner, Engine) else owner
         is_sharded = hasattr(weight, "ds_status") and not getattr(weight, "ds_persist", False)
         self.is_counted = is_sharded and weight is not policy.get_input_embeddings().weight
-        for parameter in model.parameters() if self.is_counted else ():
+        parameters: Iterable[Any] = model.parameters()  # DeepSpeed gives them methods
+        for parameter in parameters if self.is_counted else ():
             parameter.all_gather_coalesced = self._counting(parameter.all_gather_coalesced, weight)
 
     def _counting(self, gather: Callable[..., Any], weight: Tensor) -> Callable[..., Any]:
@@ -292,7 +295,7 @@ def be_a_rank(
         found["decayed"] = decayed(compute)
         for case in cases:
             found[case] = all_stages(
-                replace(compute, zero=case.zero),  # type: ignore[arg-type]
+                replace(compute, zero=case.zero),
                 models / case.model, models / f"{case.model}-reward", case.frozen,
                 scratch / "-".join(case) / str(rank),
             )  # fmt: skip

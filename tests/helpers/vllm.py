@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_job import on_cpu
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from helpers.jobs import on_cpu
 from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm, VllmConfig
 from rlhf.models import base

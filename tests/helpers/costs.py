@@ -1,14 +1,14 @@
-"""Settings and experiments for tests of the planner."""
+"""What the planner and the check before a run count with."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from experiments import build
 from transformers import (
     Qwen3Config,
 )
 
+from helpers.experiments import build
 from rlhf.costs.hardware import Machine, Speed
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext, Sizes

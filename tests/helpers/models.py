@@ -1,11 +1,24 @@
-"""Tiny models of many families: two layers of random weights, from the configs below."""
+"""The tiny model, tuned and published; and tiny models of many families, of two layers of random weights."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from helpers.jobs import TINY
+from rlhf.models.base import load_tokenizer
+from rlhf.models.load import load_causal_lm
+from rlhf.models.logprobs import pack_sequences, response_statistics
+from rlhf.models.peft.attach import Adapter, attach
+from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.saved import save_adapter
+from rlhf.models.save import save_settings
+from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -126,8 +139,14 @@ def tiny_config(family: str) -> PreTrainedConfig:
     return config
 
 
-def tiny_family(family: str) -> PreTrainedModel:
-    """A model in fp32 whose answers differ from prompt to prompt."""
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model; transformers' own `to` has lost its types."""
+    nn.Module.to(model, dtype)
+    return model
+
+
+def tiny_family(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model whose answers differ from prompt to prompt."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
@@ -137,4 +156,74 @@ def tiny_family(family: str) -> PreTrainedModel:
                     parameter.mul_(3.0)
                 else:  # biases, norms and scales, so that none is without effect
                     parameter.add_(0.02 * torch.randn(parameter.shape))
-    return model.eval()
+    model.eval()
+    return in_dtype(model, dtype)
+
+
+IDS = torch.arange(3, 35)[None]
+LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def load(directory: Path) -> PreTrainedModel:
+    return load_causal_lm(directory, TINY, torch.float32)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+def embedding(model: PreTrainedModel) -> Tensor:
+    """Its first weights."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def train(model: PreTrainedModel, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    batch = pack_sequences([IDS[0, :4]], [IDS[0, 4:]], torch.device("cpu"))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-response_statistics(model, batch, 1.0).logp_N.mean()).backward()
+        optimizer.step()
+
+
+def tuned(model: PreTrainedModel, rank: int = 4) -> Adapter:
+    torch.manual_seed(0)
+    return attach(model, PeftConfig(method="lora", rank=rank, alpha=8.0))
+
+
+def store(directory: Path, tiny_model: Path) -> tuple[Path, Path]:
+    """A base model and a place for an artifact, as they lie in a store."""
+    base, artifact = directory / "base" / "1", directory / "sft" / "2"
+    shutil.copytree(tiny_model, base)
+    artifact.mkdir(parents=True)
+    return base, artifact
+
+
+def saved(directory: Path, tiny_model: Path, peft: PeftConfig) -> tuple[Path, Tensor]:
+    """An artifact with a trained adapter and no weights beside it, and what the trained model says."""
+    base, artifact = store(directory, tiny_model)
+    model = load(base)
+    torch.manual_seed(0)
+    adapter = attach(model, peft)
+    train(model)
+    metrics = save_adapter(adapter, artifact, base, "1")
+    save_settings(model, load_tokenizer(base, TINY), artifact)
+    files = list((artifact / "adapter").iterdir())
+    assert metrics == {"adapter_bytes": sum(path.stat().st_size for path in files)}
+    return artifact, logits(model)
+
+
+def write_reward(directory: Path, model: Path, template: str | None = None) -> Path:
+    """A reward model of any weights on that model; with another chat template if one is given."""
+    torch.manual_seed(1)
+    scalar = load_scalar_model(model, TINY, torch.float32, new_head=True)
+    reset_head(scalar)
+    tokenizer = load_tokenizer(model, TINY)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    directory.mkdir(exist_ok=True)
+    save_scalar_model(scalar, tokenizer, directory)
+    return directory

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from experiments import build_stage
-from small_job import small_job
 from torch import Tensor, nn
 
-from rlhf.data.schema import Message, PromptRow, SftRow
+from helpers.experiments import build_stage
+from helpers.jobs import TINY, small_job, tiny_base, user
+from rlhf.data.schema import PromptRow, SftRow
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.models.base import BaseModelFiles, ModelConfig, load_tokenizer
+from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
-from rlhf.models.peft.attach import count_parameters
+from rlhf.models.peft.attach import attach, count_parameters
+from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.saved import save_adapter
+from rlhf.models.value_head import load_scalar_model, reset_head, save_scalar_model
 from rlhf.pipeline.job import Job
 from rlhf.ppo.build import load_critic, score_normalizer
 from rlhf.ppo.ptx import PretrainingMix
@@ -28,15 +31,14 @@ from rlhf.training.engine import PlainEngine
 SETTINGS = (
     "model=tiny", "ppo.peft=none", "ppo.temperature=1.0", "ppo.critic.init=sft", "ppo.score.normalize=none",
     "ppo.score.missing_stop_penalty=0.0", "ppo.kl.coef=0.0", "ppo.optim.lr=6e-3", "ppo.critic.optim.lr=6e-3",
-    "ppo.reward=python:small_ppo:starts_with_e",
+    "ppo.reward=python:helpers.ppo:starts_with_e",
 )  # fmt: skip
-MODEL = ModelConfig(kind="tiny")
 SMALL = (
     "ppo.steps=4", "ppo.batch_episodes=16", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=12",
     "ppo.optim.warmup_fraction=0.0", "ppo.critic.optim.warmup_fraction=0.0",
 )  # fmt: skip
 QUESTIONS = ["Hi", "What is rain?", "Name a colour, a river and a town.", "7 + 5 = ?"]
-ROWS = [PromptRow([Message(role="user", content=f"{QUESTIONS[n % 4]} {n}")]) for n in range(16)]
+ROWS = [PromptRow(user(f"{QUESTIONS[n % 4]} {n}")) for n in range(16)]
 
 
 def starts_with_e(prompts: list[str], responses: list[str]) -> list[float]:
@@ -46,7 +48,7 @@ def starts_with_e(prompts: list[str], responses: list[str]) -> list[float]:
 
 def prompts(numbers: range) -> list[PromptRow]:
     """Short questions of different lengths."""
-    return [PromptRow([Message(role="user", content=f"{number}?")]) for number in numbers]
+    return [PromptRow(user(f"{number}?")) for number in numbers]
 
 
 def ppo_stage(*overrides: str) -> PpoStage:
@@ -56,15 +58,14 @@ def ppo_stage(*overrides: str) -> PpoStage:
 
 def ppo_job(directory: Path, model: Path, seed: int = 0, checkpoints: Path | None = None) -> Job:
     """What the pipeline would hand to the stage, with the untrained model as its SFT model."""
-    base = BaseModelFiles(model, "tiny", MODEL)
-    return small_job("ppo", directory, base, {"sft": model}, checkpoints=checkpoints, seed=seed)
+    return small_job("ppo", directory, tiny_base(model), {"sft": model}, checkpoints=checkpoints, seed=seed)
 
 
 def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[SftRow] = ()) -> PolicyTrainer:
     """A trainer of all parameters, as the stage makes it; the critic starts with a zero head."""
     sft = job.inputs["sft"].path
-    tokenizer, normalizer = load_tokenizer(sft, MODEL), score_normalizer(stage, job)
-    policy = load_causal_lm(sft, MODEL, job.compute.dtype)
+    tokenizer, normalizer = load_tokenizer(sft, TINY), score_normalizer(stage, job)
+    policy = load_causal_lm(sft, TINY, job.compute.dtype)
     critic = load_critic(stage, job, reward, normalizer, tokenizer)
     engine = PlainEngine(
         ActorCritic(policy, critic),
@@ -75,7 +76,7 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
         stage,
         engine=engine,
         policy=PolicyModel(policy, tokenizer, job.compute, lambda: engine.gathered(policy)),
-        reference=PolicyModel.load(sft, MODEL, job.compute),
+        reference=PolicyModel.load(sft, TINY, job.compute),
         reward=reward,
         normalizer=normalizer,
         mix=PretrainingMix(stage.ptx, tokenizer, mix_rows, job.seed, 1024) if mix_rows else None,
@@ -90,6 +91,12 @@ def resumed_learner(directory: Path, model: Path, reward: Reward, *overrides: st
     torch.manual_seed(0)
     job = ppo_job(directory, model, checkpoints=directory.with_name("checkpoints"))
     return ppo_learner(ppo_stage(*overrides), job, reward)
+
+
+def actor_critic(trainer: PolicyTrainer) -> ActorCritic:
+    """What its engine trains."""
+    assert isinstance(trainer.engine.model, ActorCritic)
+    return trainer.engine.model
 
 
 def length(prompts: Prompts, completions: Sequence[str]) -> Tensor:
@@ -130,3 +137,20 @@ def shake(trainer: PolicyTrainer) -> None:
     with torch.no_grad():
         for parameter in trainer.engine.model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def reward_model(directory: Path, sft: Path, method: str, dtype: torch.dtype = torch.float32) -> Path:
+    """What the reward stage would publish; every weight that trains has been moved."""
+    torch.manual_seed(5)
+    scalar = load_scalar_model(sft, TINY, dtype, new_head=True)
+    reset_head(scalar)
+    adapter = attach(scalar.model, PeftConfig.model_validate({"method": method}))
+    with torch.no_grad():
+        for parameter in scalar.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    directory.mkdir(exist_ok=True)
+    save_adapter(adapter, directory, sft, "key", scalar.head.weight)
+    adapter.merge()
+    save_scalar_model(scalar, load_tokenizer(sft, TINY), directory)
+    return directory

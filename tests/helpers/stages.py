@@ -1,0 +1,183 @@
+"""Stages on small rows: preparation, the comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from helpers.experiments import build_stage
+from helpers.jobs import small_job, tiny_base, user
+from helpers.store import manifest
+from rlhf.config import ConfigError, validated
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import PairRow, PromptRow, SftRow
+from rlhf.data.sources import SourceConfig
+from rlhf.models.base import BaseModelFiles, _write_tiny
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.store import Store
+from rlhf.stages.compare import CompareStage
+from rlhf.stages.prepare import PrepareStage
+from rlhf.stages.sft import SftStage
+
+ANIMALS = ("cat", "dog", "hen", "owl", "fox", "eel")
+
+
+def compare_stage(**changes: Any) -> CompareStage:
+    values = {
+        "questions": None, "corpus": None, "num_questions": None,
+        "methods": ["zero_shot", "few_shot", "retrieval"], "artifacts": [], "tuned_methods": ["zero_shot"],
+        "retriever": "bm25",
+        "few_shot": {"examples": 2, "choice": "nearest", "template": "{question}"},
+        "retrieval": {"passages": 2, "passage_template": "- {passage}\n", "template": "{passages}{question}"},
+        "reward": None, "quality": "rouge_l", "price_per_hour": 3600.0, "max_new_tokens": 4,
+        "temperature": 0.0, "micro_batch_tokens": 4096, "gates": {},
+    }  # fmt: skip
+    return validated(CompareStage, values | changes, "compare")
+
+
+def answer_length(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward."""
+    return [float(len(response)) for response in responses]
+
+
+def publish_tiny(store: Store, stage: str, recipe: dict[str, Any], note: str = "") -> None:
+    (store.root / stage).mkdir(exist_ok=True)
+    scratch = store.scratch(stage, "tuned")
+    _write_tiny(scratch)
+    (scratch / "note.txt").write_text(note)
+    store.publish(scratch, manifest(stage, "tuned", recipe=recipe, seconds=50.0))
+
+
+def run_compare(
+    stage: CompareStage, tiny_model: Path, directory: Path, console: Console | None = None
+) -> Job:
+    directory.mkdir(parents=True)
+    data = PreparedData(directory)
+    rows = [
+        SftRow(user(f"Where is the {animal}?"), f"The {animal} is in room {animal}9.") for animal in ANIMALS
+    ]
+    data.write("sft", "train", rows[:4])
+    data.write("sft", "held_out", rows[4:])
+    data.write("pairs", "train", [PairRow(user("Where is the newt?"), "There.", "No.")])
+    data.write("ppo", "train", [PromptRow(user("Where is the toad?"))])
+    data.write("replay", "train", [SftRow(user("Where is the gnu?"), "There.")])
+    data.write("ptx", "train", [SftRow([], "A text.")])
+    job = small_job("compare", directory, tiny_base(tiny_model), data=data, console=console)
+    stage.run(job)
+    return job
+
+
+def answers_of(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job.directory / "answers.jsonl").read_text().splitlines()]
+
+
+def asked(job: Job, contender: str) -> list[list[str]]:
+    """What every turn said, prompt by prompt."""
+    rows = [row for row in answers_of(job) if row["contender"] == contender]
+    return [[turn["content"] for turn in row["asked"]] for row in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShorterBase(BaseModelFiles):
+    """The tiny model's tokenizer (a byte is a token) with another context length."""
+
+    length: int = 1 << 20
+
+    @property
+    def context_length(self) -> int:
+        return self.length
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def named(source: Any) -> SourceConfig | list[SourceConfig] | None:
+    """What a role's key names, as its stage's config has it."""
+    if isinstance(source, list):
+        return [SourceConfig.model_validate(each) for each in source]
+    return None if source is None else SourceConfig.model_validate(source)
+
+
+class Bench:
+    """Small data sets for every role, and a way to prepare them."""
+
+    def __init__(self, directory: Path, base: ShorterBase) -> None:
+        self.directory, self.base, self.printed, self.num_runs = directory, base, io.StringIO(), 0
+        numbers = range(40)
+        self.rows: dict[str, list[dict[str, Any]]] = {
+            "sft": [{"prompt": f"sft {n}", "completion": "yes"} for n in numbers],
+            "replay": [{"text": f"replay {n}"} for n in numbers],
+            "pairs": [{"prompt": f"pair {n}", "chosen": "good", "rejected": "bad"} for n in numbers],
+            "ppo": [{"prompt": f"ppo {n}"} for n in numbers],
+            "ptx": [{"prompt": f"ptx {n}", "completion": "yes"} for n in numbers],
+            "evaluate": [{"prompt": f"evaluate {n}"} for n in numbers],
+            "texts": [{"text": f"fact {n}"} for n in numbers],
+            "questions": [{"question": f"question {n}", "choices": ["a", "b"], "answer": 0} for n in numbers],
+        }
+        self.sources: dict[str, Any] = {}
+
+    def stage(self, **knobs: Any) -> PrepareStage:
+        sources: dict[str, Any] = {
+            role: write_rows(self.directory / f"{role}.jsonl", rows) for role, rows in self.rows.items()
+        }
+        sources["retention"] = [sources.pop("texts"), sources.pop("questions")]
+        settings = {
+            "held_out_fraction": 0.2, "evaluation_fraction": 0.25, "on_bad_row": "error",
+            "response_tokens": 8, "gates": {},
+        }  # fmt: skip
+        stage = validated(PrepareStage, settings | knobs, "prepare")
+        stage._sources = {role: named(source) for role, source in (sources | self.sources).items()}
+        return stage
+
+    def prepare(self, **knobs: Any) -> PreparedData:
+        self.num_runs += 1
+        out = self.directory / f"out{self.num_runs}"
+        self.printed = io.StringIO()
+        self.job = small_job("prepare", out, self.base, console=Console(file=self.printed, width=200))
+        self.stage(**knobs).run(self.job)
+        self.report = json.loads((out / "report.json").read_text())
+        return PreparedData(out)
+
+    def complaint(self, **knobs: Any) -> str:
+        with pytest.raises(ConfigError) as error:
+            self.prepare(**knobs)
+        return str(error.value)
+
+    @property
+    def summary(self) -> dict[str, float]:
+        assert self.job.summary is not None
+        return self.job.summary
+
+    @property
+    def output(self) -> str:
+        return " ".join(self.printed.getvalue().split())
+
+
+SFT_SETTINGS = (
+    "model=tiny", "sft.optim.lr=3e-3", "sft.batch_rows=4", "sft.epochs=2", "sft.optim.warmup_fraction=0.25",
+    "sft.optim.weight_decay=0.1", "sft.optim.max_grad_norm=0.5", "sft.max_tokens=80",
+)  # fmt: skip
+TRAIN = [SftRow(user(f"Say {n}{' please' * (n % 3)}"), f"It is {n}{'!' * (5 * n)}") for n in range(14)]
+GENERAL = [SftRow([], f"Water boils at {n} degrees{'!' * (3 * n)}") for n in range(6)]
+HELD_OUT = [SftRow(user(f"Say {n}"), f"It is {n}") for n in range(20, 24)]
+
+
+def sft_stage(*overrides: str) -> SftStage:
+    return build_stage(SftStage, *SFT_SETTINGS, *overrides)
+
+
+def sft_job(directory: Path, model: Path) -> Job:
+    job = small_job("sft", directory, tiny_base(model))
+    job.data.write("sft", "train", TRAIN)
+    job.data.write("sft", "held_out", HELD_OUT)
+    job.data.write("replay", "train", GENERAL)
+    return job
