@@ -49,6 +49,7 @@ class LabelsStage(DpoStage):
             parse=labelled,
             columns=("prompt", "label"),
             metrics=("labelled_prompts",),
+            lends_prompts=True,
         )
     }
 
