@@ -335,10 +335,6 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-TINY_VOCABULARY = 3 + 256
-"""Special tokens and bytes."""
-
-
 def _write_tiny(directory: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
