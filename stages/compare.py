@@ -52,7 +52,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.report.compare import Quality, comparison_cells, draw, write_csv
-from rlhf.rewards.kinds import RewardSource, reward_digest
+from rlhf.rewards.kinds import RewardSource
 from rlhf.rewards.reward import finite_scores
 
 if TYPE_CHECKING:
@@ -142,11 +142,6 @@ class CompareStage(Stage):
         room = ContextBudget(base.load_tokenizer(), base.context_length, self.max_new_tokens)
         self._sizes = measured(room, questions, library, {*self.ways()}, self.few_shot, self.retrieval)
 
-    def inputs(self) -> tuple[str, ...]:
-        """This run's tuned models, and the reward's stage where that is learned."""
-        own = filter(is_of_this_run, self.artifacts)
-        return ("prepare", *own, *(("reward",) if self.reward == "learned" else ()))
-
     def named_policies(self) -> Iterator[tuple[str, str]]:
         """This run's tuned models."""
         yield from (("compare.artifacts", name) for name in self.artifacts if is_of_this_run(name))
@@ -191,7 +186,8 @@ class CompareStage(Stage):
             if not is_of_this_run(name)
         }
         versions = {name: importlib.metadata.version(name) for name in SCORING}
-        return digests | elsewhere | reward_digest(self.reward, digest) | versions | {"machine": hardware()}
+        rewards = super().external_digests(digest)
+        return digests | elsewhere | rewards | versions | {"machine": hardware()}
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions

@@ -28,7 +28,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import INTERVAL, Stage
-from rlhf.rewards.kinds import RewardSource, reward_digest
+from rlhf.rewards.kinds import RewardSource
 from rlhf.rewards.reward import finite_scores
 
 if TYPE_CHECKING:
@@ -159,12 +159,6 @@ class EvaluateStage(Stage):
         """What PPO started from, by its name among the policies."""
         return "sft" if self.init == "sft" else "base" if self.init == "base" else "init"
 
-    def inputs(self) -> tuple[str, ...]:
-        """The stages that made the policies, and the reward's where that is learned."""
-        learned = ("reward",) if "learned" in (self.reward, self.gold) else ()
-        made = [name for name in self.policies if name not in NOT_MADE]
-        return ("prepare", *made, *learned)
-
     def named_policies(self) -> Iterator[tuple[str, str]]:
         """Those that stages make."""
         yield from (("evaluate.policies", name) for name in self.policies if name not in NOT_MADE)
@@ -201,7 +195,7 @@ class EvaluateStage(Stage):
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
-        digests = reward_digest(self.reward, digest) | reward_digest(self.gold, digest)
+        digests = super().external_digests(digest)
         if "init" in self.policies:
             digests |= init_digest("evaluate.init", self.init, digest)
         return digests | ({"lm_eval": self.harness.digest()} if self.lm_eval else {})

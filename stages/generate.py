@@ -17,12 +17,11 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow
-from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
+from rlhf.models.start import Init, check_start, directory_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.rewards.kinds import RewardSource, reward_digest
+from rlhf.rewards.kinds import RewardSource
 from rlhf.rewards.reward import finite_scores
 
 
@@ -61,9 +60,9 @@ class GenerateStage(Stage):
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass of the reward model."""
 
-    def inputs(self) -> tuple[str, ...]:
-        """The policy's stage, and the reward's where that is learned."""
-        return ("prepare", *inputs_of(self.policy), *(("reward",) if self.reward == "learned" else ()))
+    def starts_from(self) -> tuple[str, str]:
+        """The model that it samples from."""
+        return "policy", self.policy
 
     def datasets(self) -> tuple[str, ...]:
         """Reads the training prompts."""
@@ -76,21 +75,9 @@ class GenerateStage(Stage):
             "best_of_n_mean", "pairs",
         )  # fmt: skip
 
-    def reads_base_model(self) -> bool:
-        """Only when it samples from the base model."""
-        return self.policy == "base"
-
     def rewards(self) -> Mapping[str, str]:
         """What scores the answers."""
         return {} if self.reward is None else {"generate.reward": self.reward}
-
-    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-        """The model or the code that scores, and the model that answers, where they are the user's."""
-        return reward_digest(self.reward, digest) | init_digest("generate.policy", self.policy, digest)
-
-    def knobs(self) -> dict[str, Any]:
-        """Of a directory that answers, the content decides, not the place."""
-        return super().knobs() | {"policy": init_in_key(self.policy)}
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """The user's own model is whole."""
@@ -103,10 +90,6 @@ class GenerateStage(Stage):
             mend=f"Lower generate.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
             "take a model with a longer context.",
         )  # fmt: skip
-
-    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
-        """One model."""
-        yield "generate.policy", self.policy
 
     def rows(self, data: PreparedData) -> list[PromptRow]:
         """The prompts that are answered."""

@@ -45,10 +45,6 @@ class MergeStage(Stage):
     Source: WiSE-FT, Wortsman et al. 2022 (arXiv:2109.01903).
     """
 
-    def inputs(self) -> tuple[str, ...]:
-        """The tuned model."""
-        return (self.policy,)
-
     def named_policies(self) -> Iterator[tuple[str, str]]:
         """The tuned model."""
         yield "merge.policy", self.policy

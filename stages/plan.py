@@ -116,10 +116,6 @@ class PlanStage(Stage):
             raise ValueError(f"KEY.nodes={self.nodes} needs KEY.gpus, the GPUs of each node. Set it")
         return self
 
-    def inputs(self) -> tuple[str, ...]:
-        """The prepared data, where their lengths are not given."""
-        return ("prepare",) if self.rows is None else ()
-
     def datasets(self) -> tuple[str, ...]:
         """Their lengths."""
         return training_roles() if self.rows is None else ()

@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
-from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import KINDS, METHODS
 from rlhf.models.peft.saved import described, origin_of
-from rlhf.models.start import check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
+from rlhf.models.start import check_start, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Purpose, Stage
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import ppo_cost
-from rlhf.rewards.kinds import reward_digest, reward_directory
+from rlhf.rewards.kinds import reward_directory
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PolicyTrainer
@@ -59,18 +57,12 @@ class PpoStage(PpoConfig, Stage):
     })  # fmt: skip
 
     def inputs(self) -> tuple[str, ...]:
-        """The model that it starts from, and what the reward and its normalisation need."""
-        learned = ("reward",) if self.reward == "learned" else ()
-        measured = ("generate",) if self.score.normalize == "sft" else ()
-        return ("prepare", *inputs_of(self.init), *learned, *measured)
+        """Also what normalises the scores."""
+        return (*super().inputs(), *(("generate",) if self.score.normalize == "sft" else ()))
 
-    def reads_base_model(self) -> bool:
-        """Only where it starts from that."""
-        return self.init == "base"
-
-    def init_directory(self) -> Path | None:
-        """The user's own model."""
-        return directory_of(self.init)
+    def starts_from(self) -> tuple[str, str]:
+        """The model that it trains."""
+        return "init", self.init
 
     def datasets(self) -> tuple[str, ...]:
         """Reads prompts, and the rows of the pretraining mix."""
@@ -87,8 +79,8 @@ class PpoStage(PpoConfig, Stage):
         )  # fmt: skip
 
     def knobs(self) -> dict[str, Any]:
-        """Without the mix's source and the directory it starts from: their content decides, not the place."""
-        knobs = super().knobs() | {"init": init_in_key(self.init)}
+        """Without the mix's source: its content decides, not the place."""
+        knobs = super().knobs()
         del knobs["ptx"]["data"]
         return knobs
 
@@ -99,10 +91,6 @@ class PpoStage(PpoConfig, Stage):
     def rewards(self) -> Mapping[str, str]:
         """What scores each episode."""
         return {"ppo.reward": self.reward}
-
-    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-        """The model or the code that scores, and the model to start from, where they are the user's."""
-        return reward_digest(self.reward, digest) | init_digest("ppo.init", self.init, digest)
 
     def not_checked(self) -> dict[str, str]:
         """Some methods change the policy before its first step."""
@@ -135,10 +123,6 @@ class PpoStage(PpoConfig, Stage):
             mend=f"Lower ppo.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or start "
             "from a model with a longer context.",
         )  # fmt: skip
-
-    def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
-        """The policy."""
-        yield "ppo.init", self.init
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Critic and normalisation must fit the methods of tuning and what `generate` measured."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -23,14 +22,13 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import TRAINING
 from rlhf.data.schema import PairRow
 from rlhf.data.sources import SourceConfig
-from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
-from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, inputs_of, misfits
+from rlhf.models.start import Init, check_start, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Purpose, Stage
 from rlhf.supervised.pairs import EncodedPair, pair_step, rank_pairs
@@ -84,9 +82,9 @@ class RewardStage(Stage):
     center: NonNegativeFloat
     """Weight that pulls scores towards 0 (Eisenstein et al. 2023)."""
 
-    def inputs(self) -> tuple[str, ...]:
-        """The SFT stage, where it starts from that model."""
-        return ("prepare", *inputs_of(self.init))
+    def starts_from(self) -> tuple[str, str]:
+        """The model that it trains."""
+        return "init", self.init
 
     def datasets(self) -> tuple[str, ...]:
         """Reads preference pairs."""
@@ -101,22 +99,6 @@ class RewardStage(Stage):
             "wide_gap_pairs", "train_pairs", "pairs_too_long", "skipped_steps", "trained_parameters",
             "artifact_bytes", "adapter_bytes",
         )  # fmt: skip
-
-    def reads_base_model(self) -> bool:
-        """Only where it starts from that."""
-        return self.init == "base"
-
-    def knobs(self) -> dict[str, Any]:
-        """Of a directory that it starts from, the content decides, not the place."""
-        return super().knobs() | {"init": init_in_key(self.init)}
-
-    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-        """The user's own model that it starts from."""
-        return init_digest("reward.init", self.init, digest)
-
-    def init_directory(self) -> Path | None:
-        """The user's own model."""
-        return directory_of(self.init)
 
     def peft_config(self) -> PeftConfig:
         """How it trains."""

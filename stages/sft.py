@@ -97,10 +97,6 @@ class SftStage(Stage):
             )
         return self
 
-    def inputs(self) -> tuple[str, ...]:
-        """It reads prepared data."""
-        return ("prepare",)
-
     def datasets(self) -> tuple[str, ...]:
         """Reads prompt/completion rows, and those to replay."""
         return ("sft", "replay") if self.replay_fraction > 0 else ("sft",)

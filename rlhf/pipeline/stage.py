@@ -20,7 +20,9 @@ from rlhf.distributed.compute import Compute
 from rlhf.evaluation.sampled import ENDS
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import PeftConfig
+from rlhf.models.start import directory_of, init_digest, init_in_key, inputs_of
 from rlhf.pipeline.job import Job
+from rlhf.rewards.kinds import reward_digest
 from rlhf.tracking.redaction import redacted
 
 INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
@@ -91,8 +93,19 @@ class Stage(Strict, ABC):
     null turns a bound off."""
 
     def inputs(self) -> tuple[str, ...]:
-        """The stages whose artifacts this one reads."""
-        return ()
+        """The stages whose artifacts this one reads: by default all that its other hooks name."""
+        start = self.starts_from()
+        return (
+            *(("prepare",) if self.datasets() else ()),
+            *(inputs_of(start[1]) if start else ()),
+            *(name for _, name in self.named_policies()),
+            *(("reward",) if "learned" in self.rewards().values() else ()),
+        )
+
+    def starts_from(self) -> tuple[str, str] | None:
+        """The model that it trains or samples from, where a key names it: that key without the stage's name,
+        and its value (`sft`, `base` or a directory)."""
+        return None
 
     def datasets(self) -> tuple[str, ...]:
         """The roles whose prepared data this one reads: names in `rlhf.data.roles.ROLES`."""
@@ -112,11 +125,13 @@ class Stage(Strict, ABC):
 
     def init_directory(self) -> Path | None:
         """A directory of the user's that holds the model it trains, instead of the base or the SFT model."""
-        return None
+        start = self.starts_from()
+        return directory_of(start[1]) if start and self.peft_config() is not None else None
 
     def reads_base_model(self) -> bool:
         """Whether the base model itself (not only a stage's output) decides the result."""
-        return False
+        start = self.starts_from()
+        return start is not None and start[1] == "base"
 
     def metrics(self) -> tuple[str, ...]:
         """The summary metrics that it may publish, which gates and sweeps may name; `a*` stands for all that
@@ -166,8 +181,10 @@ class Stage(Strict, ABC):
 
     def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
         """The models that it samples from: a key, and what the model is or started from (`base`, `sft` or a
-        directory)."""
-        yield from ()
+        directory). By default the one that `starts_from` names, where it samples."""
+        start = self.starts_from()
+        if self.samples and start:
+            yield f"{self.name}.{start[0]}", start[1]
 
     def check_compute(self, compute: Compute) -> None:
         """Refuse what these ranks and this machine cannot do; called before any stage trains, where the store
@@ -182,16 +199,24 @@ class Stage(Strict, ABC):
         return {}
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-        """Digests of what lies outside the store and decides the result (data files).
+        """Digests of what lies outside the store and decides the result: by default those of the rewards that
+        it names, and of the user's model that it starts from.
 
         Args:
             digest: takes those of directories; by default everything is read.
         """
-        return {}
+        found: dict[str, str] = {}
+        for source in self.rewards().values():
+            found |= reward_digest(source, digest)
+        start = self.starts_from()
+        return found | (init_digest(f"{self.name}.{start[0]}", start[1], digest) if start else {})
 
     def knobs(self) -> dict[str, Any]:
-        """The knobs that decide the result, as plain JSON values: part of the artifact's key."""
-        return self.model_dump(mode="json", exclude={"gates", *self.not_in_key})
+        """The knobs that decide the result, as plain JSON values: part of the artifact's key. Of a directory
+        that it starts from, the content decides, not the place."""
+        knobs = self.model_dump(mode="json", exclude={"gates", *self.not_in_key})
+        start = self.starts_from()
+        return knobs | ({start[0]: init_in_key(start[1])} if start else {})
 
     @abstractmethod
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:

@@ -59,7 +59,7 @@ label and a linear `score` head (Llama, Mistral, Qwen, Gemma, GPT-2, ...), its o
 `python:MODULE:FUNCTION`, or the URL of a server (rlhf/rewards/http.py)."""
 
 
-def reward_digest(source: str | None, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+def reward_digest(source: str, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
     """Digests of what decides the scores, except the reward stage's model. They are in the key of what it
     scored: a directory's content, a function's imported code, a scorer's version, a server's URL.
 
@@ -69,7 +69,7 @@ def reward_digest(source: str | None, digest: DirectoryDigest = directory_digest
     Raises:
         ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
     """
-    return {} if source is None else reward_kind(source).digest(source, digest)
+    return reward_kind(source).digest(source, digest)
 
 
 def _digest_of_model(source: str, digest: DirectoryDigest) -> dict[str, str]:
