@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, TypeVar
 
 import hydra
 from omegaconf import OmegaConf
 
+from rlhf.config import validated
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.stage import Stage
 
@@ -22,6 +24,12 @@ def compose(*overrides: str, resolve: bool = True) -> dict[str, Any]:
     return {str(key): value for key, value in found.items()}
 
 
+@cache
+def _defaults(stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = compose()[stage]
+    return {key: value for key, value in found.items() if key != "_target_"}
+
+
 def build(*overrides: str) -> Experiment:
     """The experiment of these overrides."""
     return build_experiment(compose(*overrides))
@@ -32,3 +40,8 @@ def build_stage(kind: type[AnyStage], *overrides: str) -> AnyStage:
     found = build(*overrides).stages[kind.name]
     assert isinstance(found, kind)
     return found
+
+
+def stage_with(kind: type[AnyStage], **changes: Any) -> AnyStage:
+    """A stage with its defaults but for these, checked by itself."""
+    return validated(kind, _defaults(kind.name) | changes, kind.name)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from helpers.experiments import build_stage
+from helpers.experiments import build_stage, stage_with
 from helpers.jobs import small_job, tiny_base, user
 from helpers.store import manifest
-from rlhf.config import ConfigError, validated
+from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow, PromptRow, SftRow
 from rlhf.data.sources import SourceConfig
@@ -30,16 +30,12 @@ ANIMALS = ("cat", "dog", "hen", "owl", "fox", "eel")
 
 
 def compare_stage(**changes: Any) -> CompareStage:
-    values = {
-        "questions": None, "corpus": None, "num_questions": None,
-        "methods": ["zero_shot", "few_shot", "retrieval"], "artifacts": [], "tuned_methods": ["zero_shot"],
-        "retriever": "bm25",
+    values: dict[str, Any] = {
+        "num_questions": None, "artifacts": [], "reward": None, "price_per_hour": 3600.0, "max_new_tokens": 4,
         "few_shot": {"examples": 2, "choice": "nearest", "template": "{question}"},
         "retrieval": {"passages": 2, "passage_template": "- {passage}\n", "template": "{passages}{question}"},
-        "reward": None, "quality": "rouge_l", "price_per_hour": 3600.0, "max_new_tokens": 4,
-        "temperature": 0.0, "micro_batch_tokens": 4096, "gates": {},
     }  # fmt: skip
-    return validated(CompareStage, values | changes, "compare")
+    return stage_with(CompareStage, **(values | changes))
 
 
 def answer_length(prompts: list[str], responses: list[str]) -> list[float]:
@@ -130,11 +126,8 @@ class Bench:
             role: write_rows(self.directory / f"{role}.jsonl", rows) for role, rows in self.rows.items()
         }
         sources["retention"] = [sources.pop("texts"), sources.pop("questions")]
-        settings = {
-            "held_out_fraction": 0.2, "evaluation_fraction": 0.25, "on_bad_row": "error",
-            "response_tokens": 8, "gates": {},
-        }  # fmt: skip
-        stage = validated(PrepareStage, settings | knobs, "prepare")
+        settings = {"held_out_fraction": 0.2, "evaluation_fraction": 0.25, "response_tokens": 8}
+        stage = stage_with(PrepareStage, **(settings | knobs))
         stage._sources = {role: named(source) for role, source in (sources | self.sources).items()}
         return stage
 

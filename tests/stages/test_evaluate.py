@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chains import Chain, Outcome
+from helpers.experiments import stage_with
 from helpers.jobs import small_job, tiny_base, user
-from rlhf.config import ConfigError, validated
+from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Row, SftRow, TextRow
@@ -35,25 +36,17 @@ def make_stage(**changes: Any) -> EvaluateStage:
     values: dict[str, Any] = {
         "prompts": "samples:prompts",
         "retention": ["samples:retention_sentences", "samples:retention_questions"],
-        "init": "sft",
         "policies": ["base", "sft", "ppo"],
         "subject": "ppo",
         "reward": None,
         "gold": f"python:{__name__}:rating",
-        "lm_eval": [],
-        "lm_eval_tasks": None,
-        "lm_eval_limit": None,
         "num_prompts": None,
         "num_references": None,
         "max_new_tokens": 6,
-        "temperature": 0.7,
-        "top_p": 1.0,
-        "batch_rows": 64,
         "num_shown": 2,
-        "micro_batch_tokens": 4096,
         "gates": {},
     }
-    return validated(EvaluateStage, values | changes, "evaluate")
+    return stage_with(EvaluateStage, **(values | changes))
 
 
 def rating(prompts: list[str], responses: list[str]) -> list[float]:

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chains import Chain, Outcome
+from helpers.experiments import stage_with
 from helpers.jobs import small_job, tiny_base
-from rlhf.config import ConfigError, validated
+from rlhf.config import ConfigError
 from rlhf.pipeline.job import Job
 from rlhf.stages.merge import MergeStage
 
@@ -34,7 +35,7 @@ def tuned(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merge(directory: Path, base: Path, tuned: Path, alpha: float) -> Job:
-    stage = validated(MergeStage, {"policy": "ppo", "alpha": alpha, "gates": {}}, "merge")
+    stage = stage_with(MergeStage, policy="ppo", alpha=alpha)
     job = small_job("merge", directory, tiny_base(base), {"ppo": tuned})
     stage.run(job)
     return job
@@ -67,7 +68,7 @@ def test_text_goes_in_as_into_the_tuned_model(tiny_model: Path, tuned: Path, tmp
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])
 def test_alpha_lies_between_the_two(alpha: float) -> None:
     with pytest.raises(ConfigError, match=r"merge\.alpha="):
-        validated(MergeStage, {"policy": "sft", "alpha": alpha, "gates": {}}, "merge")
+        stage_with(MergeStage, alpha=alpha)
 
 
 def test_a_merged_policy_is_judged_beside_the_others(finished_chain: tuple[Chain, Outcome]) -> None:
