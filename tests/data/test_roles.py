@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal, get_args, get_origin, get_overloads, get_type_hints
 
 import pytest
-from experiments import build
 
+from helpers.experiments import build
 from rlhf.config import ConfigError
 from rlhf.data.formats import prompt_row
 from rlhf.data.prepared import PreparedData
