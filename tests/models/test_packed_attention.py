@@ -168,18 +168,6 @@ def test_the_kernel_of_gpus_is_told_rows_windows_scales_and_groups(
         torch.testing.assert_close(gradient, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-3)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3_text", "granite", "gpt2"])
-def test_the_kernel_of_gpus_gives_what_each_row_gives_alone(kind: str) -> None:
-    model = tiny(kind, KINDS[kind])
-    expected = alone(model)
-    nn.Module.to(model, "cuda", torch.bfloat16)
-    with torch.no_grad():
-        found = hidden_states(model, Packed(rows(), "cuda")).float().cpu()
-    assert float((found - expected).norm() / expected.norm()) < 0.02
-
-
 @pytest.mark.parametrize("kind", PADDED)
 def test_models_that_cannot_be_packed_get_padded_rows(kind: str) -> None:
     model = tiny(kind, PADDED[kind])
