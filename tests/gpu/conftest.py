@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_checks import OneRank, Reaches
 
+from helpers.gpu import OneRank, Reaches
 from rlhf.distributed.compute import Compute, Zero, leave_group, make_compute
 from rlhf.distributed.device import hardware, has_gpu
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from gpu_checks import Reaches, error
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from helpers.gpu import Reaches, error
 from rlhf.models.base import ATTENTION
 from rlhf.models.packed_attention import _has_kernel, attention, hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
@@ -85,7 +86,7 @@ def test_each_row_attends_to_itself_alone(
         return attention(nn.Module(), *rows, None, packed=packed, sliding_window=window)[0][0]
 
     found = mode(attend, q, k, v)
-    wanted = mode(lambda *x: row_by_row(*x, lengths, window), q.float(), k.float(), v.float())
+    wanted = mode(partial(row_by_row, lengths=lengths, window=window), q.float(), k.float(), v.float())
     reaches("error", max(error([x], [y]) for x, y in zip(found, wanted, strict=True)), at_most=ROUNDING)
 
 
@@ -124,7 +125,7 @@ def test_a_model_and_its_gradients_are_those_of_each_row_alone(
     (alone_TH * weights_TH).sum().backward()
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    model.to(device, torch.bfloat16)
+    nn.Module.to(model, device, torch.bfloat16)
     if recomputes:
         checkpoint_layers(model)
     found_TH = hidden_states(model, Packed(rows, device))
