@@ -159,8 +159,10 @@ class RewardStage(Stage):
             raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
         metrics = self.train(job, tokenizer, train)
         gc.collect()  # engines hold themselves in cycles, and their memory is needed now
-        published = load_scalar_model(job.directory, job.base.config, job.compute.dtype)
-        ranking = rank_pairs(published.to(job.compute.device), held_out, self.micro_batch_tokens, job.compute)
+        published = load_scalar_model(
+            job.directory, job.base.config, job.compute.dtype, job.compute.device, job.compute
+        )
+        ranking = rank_pairs(published, held_out, self.micro_batch_tokens, job.compute)
         too_long = sum(map(len, pairs.values())) - len(train) - len(held_out)
         job.publish({
             **rank_quality(ranking),
@@ -179,11 +181,13 @@ class RewardStage(Stage):
         from rlhf.supervised.loop import train_batches
 
         start = job.start(self.init).directory
-        model = load_scalar_model(start, job.base.config, job.compute.dtype, new_head=True)
-        reset_head(model)  # on the CPU, so that it is the same wherever the model goes
-        model.to(job.compute.loads_on)
+        compute = job.compute
+        model = load_scalar_model(
+            start, job.base.config, compute.dtype, compute.loads_on, compute, new_head=True
+        )
+        reset_head(model)
         attach(model.model, self.peft)
-        check_reached(model.model)
+        compute.ask_once(lambda: check_reached(model.model))
         model.head.requires_grad_(True)
         model.offset.requires_grad_(False)
         if self.activation_checkpointing:

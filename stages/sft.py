@@ -168,10 +168,11 @@ class SftStage(Stage):
         self.check_compute(job.compute)
         tokenizer = job.base.load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
-        policy = load_causal_lm(job.base.directory, job.base.config, job.compute.dtype, job.compute.loads_on)
-        check_head(policy)
+        compute = job.compute
+        policy = load_causal_lm(job.base.directory, job.base.config, compute.dtype, compute.loads_on, compute)
+        compute.ask_once(lambda: check_head(policy))
         if job.will_sample:  # better refused now than by a later stage
-            check_decoding(policy)
+            compute.ask_once(lambda: check_decoding(policy))
         rows = job.data.rows("sft", "train")
         room, held_rows = self.room(job.base.context_length), job.data.rows("sft", "held_out")
         train = self.encoded(tokenizer, rows, room, "sft.data: no training row")
@@ -183,12 +184,12 @@ class SftStage(Stage):
             general = self.encoded(tokenizer, replay, room, f"sft.replay={self.replay}: no row")
             batches = with_replay(own, general, self.replay_fraction, job.seed)
         attach(policy, self.peft)
-        check_reached(policy)
+        compute.ask_once(lambda: check_reached(policy))
         if self.activation_checkpointing:
             checkpoint_layers(policy)
         trained, _ = count_parameters(policy)
         engine, state = job.engine(ResponseModel(policy), [(policy.parameters(), self.optim)])
-        budget, compute = self.micro_batch_tokens, job.compute
+        budget = self.micro_batch_tokens
         before_B = state["before_B"].clone() if state else answer_losses(engine, held_out, budget, compute)
         train_batches(
             job,

@@ -177,8 +177,10 @@ def frozen_weights(
 
 
 def loading(on: CostContext, trained: Trained, *others: Allocation) -> MemoryPhase:
-    """Every rank reads whole models, in the precision of the run, before they are sharded or held in 4 bits
-    (those before the last one are by then): onto its device, or where FSDP2 shards into the host's memory.
+    """Every rank reads its slices of sharded models; else whole ones onto its device, in the precision of the
+    run, before they are held in 4 bits (those before the last one are by then).
+
+    Files in another precision than the run's are converted whole, on the host: that is not counted.
 
     Args:
         others: models beside those of the engine that are there by then.
@@ -186,10 +188,9 @@ def loading(on: CostContext, trained: Trained, *others: Allocation) -> MemoryPha
     *earlier, (last, is_scalar) = trained.sets
     size = sum(weight_bytes(each, trained.peft.method, is_scalar=scalar) for each, scalar in earlier)
     size += weight_bytes(last, is_scalar=is_scalar)
-    parts = [Allocation("weights", size, f"{trained.weight_sets} whole models", on.zero == "fsdp2"), *others]
-    if not on.on_cpu and on.zero != "fsdp2":
-        parts.append(Allocation("weights", weight_bytes(on), "the one that is being read", True))
-    return MemoryPhase(LOADING, parts)
+    how = f"{trained.weight_sets} {'sharded' if on.shards_weights else 'whole'} models"
+    size /= on.ranks if on.shards_weights else 1
+    return MemoryPhase(LOADING, [Allocation("weights", size, how, on.zero == "zero3_offload"), *others])
 
 
 def activations(

@@ -97,11 +97,20 @@ class Compute:
 
     @property
     def loads_on(self) -> torch.device:
-        """The device that a model is loaded to before an engine takes it. FSDP2 shards layer by layer from
-        the host, so no device holds the whole model. DeepSpeed moves the whole model first."""
+        """The device that a model is loaded to before an engine takes it. An engine that shards weights
+        copies this rank's slices from the files, which the host maps. So neither holds a whole model."""
         import torch
 
-        return torch.device("cpu") if self.zero == "fsdp2" else self.device
+        return torch.device("cpu") if self.shards_weights else self.device
+
+    def ask_once(self, work: Callable[[], Result]) -> Result:
+        """The result of work that looks at a whole model. If ranks shard weights, only rank 0 does it, and
+        tells the others.
+
+        Raises:
+            Exception: what the work raised.
+        """
+        return self.main_only(work) if self.shards_weights else work()
 
     def moved(self) -> None:
         """Count one finished piece of work. This shows that the rank does not hang."""

@@ -62,7 +62,7 @@ class PolicyModel:
             tokenizer: needed for a base model; a published one carries the config's chat template.
             device: where to load it, if it is moved later; None for where it runs.
         """
-        model = load_causal_lm(directory, config, compute.dtype, device or compute.device)
+        model = load_causal_lm(directory, config, compute.dtype, device or compute.device, compute)
         model.requires_grad_(False)
         return cls(model, tokenizer or load_tokenizer(directory, config), compute, vllm=vllm)
 

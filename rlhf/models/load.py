@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from rlhf.config import ConfigError
+from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, context_length, reading
 from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.saved import attach_published, base_of
@@ -27,17 +28,27 @@ def context_left(model: PreTrainedModel) -> int:
 
 
 def load_causal_lm(
-    directory: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    compute: Compute | None = None,
 ) -> PreTrainedModel:
     """A policy in dtype on device. It is in evaluation mode, so dropout is off.
 
+    On the CPU, weights whose files are in dtype stay in these files, which are mapped. They take memory only
+    when they are copied or written to. To another device the weights are read one by one.
+
     If the artifact is an adapter with a reference to its base model, the result is the base model with the
     adapter in it, all frozen.
+
+    Args:
+        compute: of ranks that all load the model at the same time.
     """
     model: PreTrainedModel
     base = base_of(directory)
     if base is not None:
-        model = load_causal_lm(base, config, dtype, device)
+        model = load_causal_lm(base, config, dtype, device, compute)
         attach_published(model, directory)
         model.generation_config = GenerationConfig.from_pretrained(directory)
         return model
@@ -47,6 +58,7 @@ def load_causal_lm(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
+            device_map=device_map(device),
             attn_implementation=attention_of(config),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
@@ -57,8 +69,13 @@ def load_causal_lm(
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.eval().to(device)
     if config.attention == "auto":
-        pack_where_possible(model)
+        pack_where_possible(model, compute)
     return model
+
+
+def device_map(device: torch.device | str) -> dict[str, torch.device | str] | None:
+    """What makes transformers read each weight straight onto a device. The CPU is its default."""
+    return None if torch.device(device).type == "cpu" else {"": device}
 
 
 def check_complete(directory: Path, missing: Collection[str]) -> None:

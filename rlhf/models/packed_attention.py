@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf.config import ConfigError
+from rlhf.distributed.compute import Compute
 from rlhf.models.base import ATTENTION
 from rlhf.models.packed_batch import Group, Packed, aligned, seen
 from rlhf.models.peft.target_modules import backbone_of
@@ -52,12 +53,17 @@ def _take(x: Tensor, places: Tensor, *, may_repeat: bool = False) -> Tensor:
     return taken
 
 
-def pack_where_possible(model: PreTrainedModel) -> None:
-    """Let a model take packed rows if only its attention mixes tokens. Other models get padded rows."""
+def pack_where_possible(model: PreTrainedModel, compute: Compute | None = None) -> None:
+    """Let a model take packed rows if only its attention mixes tokens. Other models get padded rows.
+
+    Args:
+        compute: of ranks that all have this model.
+    """
     if not may_pack(model):
         return
     model.set_attn_implementation(ATTENTION)
-    if _leaks(model):  # state-space layers, say, beside attention
+    leaks = _leaks(model) if compute is None else compute.ask_once(lambda: _leaks(model))
+    if leaks:  # state-space layers, say, beside attention
         model.set_attn_implementation("sdpa")
 
 

@@ -30,7 +30,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, reading
-from rlhf.models.load import attention_of, check_complete
+from rlhf.models.load import attention_of, check_complete, device_map
 from rlhf.models.logprobs import Sequences
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
@@ -190,13 +190,22 @@ def check_scorable(config: PreTrainedConfig) -> None:
 
 
 def load_scalar_model(
-    directory: Path, config: ModelConfig, dtype: torch.dtype, *, new_head: bool = False
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    compute: Compute | None = None,
+    *,
+    new_head: bool = False,
 ) -> ScalarModel:
     """A published reward model; or, with new_head, a causal model's trunk with a head that `reset_head` must
     set.
 
     If the artifact is an adapter with a reference to its base model, the result is the base model with the
     adapter in it, all frozen.
+
+    Args:
+        device, compute: as of `load_causal_lm`.
 
     Raises:
         ConfigError: it is not a classification model with one label and a trained linear head.
@@ -205,7 +214,7 @@ def load_scalar_model(
         check_score_head(directory)
     base = base_of(directory)
     if base is not None:
-        scalar = load_scalar_model(base, config, dtype, new_head=True)
+        scalar = load_scalar_model(base, config, dtype, device, compute, new_head=True)
         _, published = attach_published(scalar.model, directory)
         if published is not None:
             scalar.head.weight.data.copy_(published)
@@ -219,6 +228,7 @@ def load_scalar_model(
             directory,
             config=settings,
             dtype=dtype,
+            device_map=device_map(device),
             attn_implementation=attention_of(config),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
@@ -227,9 +237,9 @@ def load_scalar_model(
     head: Any = linear_head(model, directory)
     check_complete(directory, set(found["missing_keys"]) - {"score.weight"})
     if config.attention == "auto":
-        pack_where_possible(model)
+        pack_where_possible(model, compute)
     scalar = ScalarModel(model, head.float().weight)
-    scalar.eval()
+    scalar.eval().to(device)
     return scalar
 
 
@@ -243,7 +253,9 @@ def reset_head(scalar: ScalarModel, deviation: float | None = None) -> None:
         if deviation == 0.0:
             scalar.head.weight.zero_()
         else:
-            scalar.head.weight.normal_(std=math.sqrt(1 / (size + 1)) if deviation is None else deviation)
+            deviation = math.sqrt(1 / (size + 1)) if deviation is None else deviation
+            drawn_1H = torch.empty(1, size).normal_(std=deviation)  # on the CPU: the same for every device
+            scalar.head.weight.copy_(drawn_1H)
 
 
 def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -37,12 +37,12 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
     """The loop with its four models, before its first step."""
     settings, compute, tokenizer = job.base.config, job.compute, job.start(config.init).load_tokenizer()
     start = job.start(config.init).directory
-    policy = load_causal_lm(start, settings, compute.dtype, compute.loads_on)
-    check_head(policy)
+    policy = load_causal_lm(start, settings, compute.dtype, compute.loads_on, compute)
+    compute.ask_once(lambda: check_head(policy))
     backbone = shared_backbone(config, policy, start, compute)
     adapter = attach(policy, config.peft)
-    check_reached(policy)
-    frozen_on = compute.loads_on if config.frozen_placement == "sharded" else compute.device
+    compute.ask_once(lambda: check_reached(policy))
+    frozen_on = torch.device("cpu") if config.frozen_placement == "sharded" else compute.device
     reward = job.reward(config.reward, config.micro_batch_tokens, backbone, frozen_on)
     normalizer = score_normalizer(config, job)
     critic = load_critic(config, job, reward, normalizer, tokenizer, backbone)
@@ -170,8 +170,9 @@ def load_critic(
         return ScalarModel(sharing(backbone.model), nn.Parameter(zeros))
     if init == "sft":
         directory = job.start(config.init).directory
-        critic = load_scalar_model(directory, job.base.config, job.compute.dtype, new_head=True)
-        critic.to(job.compute.loads_on)
+        critic = load_scalar_model(
+            directory, job.base.config, job.compute.dtype, job.compute.loads_on, job.compute, new_head=True
+        )
         reset_head(critic, deviation=0.0)
         return critic
     assert isinstance(reward, LearnedReward)
@@ -184,8 +185,9 @@ def load_critic(
     if backbone is not None:
         critic = reward.model.sharing_weights()
     else:
-        critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype)
-        critic.to(job.compute.loads_on)
+        critic = load_scalar_model(
+            reward.directory, job.base.config, job.compute.dtype, job.compute.loads_on, job.compute
+        )
     if config.score.normalize == "sft":
         critic.rescale(1 / normalizer.deviation, -normalizer.mean / normalizer.deviation)
     return critic

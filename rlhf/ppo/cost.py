@@ -71,8 +71,8 @@ def ppo_cost(
     others = []
     if scorer is not None and own_reward and not (shares and critic_on_reward):
         states.append(frozen_weights(scorer, "reward model", config.frozen_placement, is_scalar=True))
-        read = frozen_weights(scorer, "reward model", is_scalar=True)
-        others = [read._replace(on_host=on.zero == "fsdp2" and config.frozen_placement == "sharded")]
+        read_as = "sharded" if config.frozen_placement == "sharded" else "replicated"
+        others = [frozen_weights(scorer, "reward model", read_as, is_scalar=True)]
     best, here = on.dtype_bytes * trained.of_one, on.machine.ranks_here
     how = f"a copy of what trained of the best policy so far{over(here)}"
     states.append(Allocation("weights", best / here, how, True))

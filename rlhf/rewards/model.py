@@ -93,7 +93,7 @@ def load_learned_reward(
         weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # as load_scalar_model reads it
         model = ScalarModel(trunk, weight)
         return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, adapter.merged)
-    model = load_scalar_model(directory, config, compute.dtype).to(device or compute.device)
+    model = load_scalar_model(directory, config, compute.dtype, device or compute.device, compute)
     return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute)
 
 

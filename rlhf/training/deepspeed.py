@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,10 @@ class ZeroEngine(Engine):
             config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
         self._universal = universal
         self._waiting: list[Tensor] = []
-        self._engine, _, _, _ = _deepspeed(compute).initialize(
+        deepspeed = _deepspeed(compute)
+        if compute.shards_weights:
+            _read_slices(deepspeed, model, config, compute)
+        self._engine, _, _, _ = deepspeed.initialize(
             model=model, optimizer=self._client, config=config, dist_init_required=False
         )
         self._sharded = self._engine.zero_optimization_partition_weights()
@@ -205,8 +208,28 @@ def shard_frozen(model: nn.Module, compute: Compute) -> None:
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3, "steps_per_print": 10**9}
     if compute.dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
-    engine, *_ = _deepspeed(compute).initialize(model=model, config=config, dist_init_required=False)
+    deepspeed = _deepspeed(compute)
+    _read_slices(deepspeed, model, config, compute)
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     engine.eval()
+
+
+def _read_slices(deepspeed: Any, model: nn.Module, config: Mapping[str, Any], compute: Compute) -> None:
+    """Shard weights as DeepSpeed would, but each rank copies its slice of each to its device: of weights that
+    lie in a mapped file, it reads no others. By itself DeepSpeed has rank 0 send every weight whole."""
+
+    class FromThisRank(deepspeed.zero.Init):  # type: ignore[misc]
+        def _convert_to_zero_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
+            for each in parameters:
+                if compute.dtype == torch.bfloat16:  # a critic's head too, as DeepSpeed would
+                    each.data = each.data.bfloat16()
+                self._convert_to_deepspeed_param(each)
+                each.partition()  # type: ignore[attr-defined]
+                each.data = each.data.to(compute.device)  # nothing: where it will be gathered
+
+    FromThisRank(module=model, config_dict_or_path=dict(config))
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(compute.device)
 
 
 @contextmanager

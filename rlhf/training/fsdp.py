@@ -177,11 +177,12 @@ def _shard_for_training(model: nn.Module, compute: Compute) -> list[FSDPModule]:
         if module not in within
         and any(each.dtype != compute.dtype for each in module.parameters(recurse=False))
     ]
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    if odd:
-        fully_shard(odd, mesh=mesh, mp_policy=policy)  # together, because some share a parameter
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    with _slices_read(model, compute):
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        if odd:
+            fully_shard(odd, mesh=mesh, mp_policy=policy)  # together, because some share a parameter
+        fully_shard(model, mesh=mesh, mp_policy=policy)
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -189,10 +190,32 @@ def shard_frozen(model: nn.Module, compute: Compute) -> None:
     """Shard the layers of a model that does not train. After that all ranks must call it equally often."""
     mesh = init_device_mesh(compute.device.type, (compute.world_size,))
     for layer in _layers(model):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        with _slices_read(layer, compute):
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     for tensor in (*model.parameters(), *model.buffers()):  # what belongs to no layer stays whole
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(compute.device)
+
+
+@contextmanager
+def _slices_read(module: nn.Module, compute: Compute) -> Iterator[None]:
+    """While open, a module's weights have shapes alone, so that sharding reads none of them. Then each rank
+    copies its rows of each weight to its device: of weights that lie in a mapped file, it reads no others."""
+    whole = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    shapes = {
+        parameter: nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in module.parameters()
+    }
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            setattr(part, name, shapes[parameter])
+    shapes.clear()
+    yield
+    module._apply(lambda each: torch.empty_like(each, device=compute.device) if each.is_meta else each)
+    for name, parameter in module.named_parameters():
+        shard, source = _local(parameter.detach()), whole.pop(name)
+        rows = math.ceil(len(source) / compute.world_size)  # as torch.chunk, which FSDP2 follows
+        shard.copy_(source[compute.rank * rows :][:rows])
 
 
 def _local(tensor: Tensor) -> Tensor:

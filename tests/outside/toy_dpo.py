@@ -110,7 +110,9 @@ class DpoStage(Stage):
             [Pair(tokenizer, self.pair(row)) for row in job.data.rows(self.role, split)]
             for split in ("train", "held_out")
         )
-        policy = load_causal_lm(start.directory, start.config, job.compute.dtype, job.compute.loads_on)
+        policy = load_causal_lm(
+            start.directory, start.config, job.compute.dtype, job.compute.loads_on, job.compute
+        )
         attach(policy, self.peft)
         engine, state = job.engine(ResponseModel(policy), [(policy.parameters(), self.optim)])
         reference_B = state["reference_B"] if state else self.margins(job, engine, [*train, *held_out])

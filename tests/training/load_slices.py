@@ -1,0 +1,114 @@
+"""What one of several ranks does in test_load_slices.py: sharded, models are what they are whole."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.distributed.compute import Compute, make_compute
+from rlhf.models.base import ModelConfig
+from rlhf.models.load import load_causal_lm
+from rlhf.models.logprobs import ResponseModel
+from rlhf.models.packed_attention import hidden_states
+from rlhf.models.packed_batch import Packed
+from rlhf.models.peft.attach import attach
+from rlhf.models.peft.config import PeftConfig
+from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
+from rlhf.training.config import OptimConfig
+from rlhf.training.make_engine import make_engine
+
+MODEL = ModelConfig(kind="local")
+OPTIM = OptimConfig(
+    lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9
+)
+ROWS = [torch.arange(3, 40), torch.arange(7, 12)]
+
+
+class Case(NamedTuple):
+    """A model that is read, and what it is for."""
+
+    zero: str
+    role: str
+    """policy, critic, reference or reward."""
+    model: str
+    """Name of a directory."""
+    method: str = "none"
+
+
+def load(case: Case, compute: Compute, models: Path) -> PreTrainedModel | ScalarModel:
+    """As a stage would, before there is an engine."""
+    torch.manual_seed(0)
+    directory, on = models / case.model, compute.loads_on
+    if case.role in ("policy", "reference"):
+        policy = load_causal_lm(directory, MODEL, compute.dtype, on, compute)
+        if case.role == "policy":
+            attach(policy, PeftConfig(method=case.method))
+        return policy
+    scalar = load_scalar_model(directory, MODEL, compute.dtype, on, compute, new_head=case.role == "critic")
+    if case.role == "critic":
+        reset_head(scalar)
+        attach(scalar.model, PeftConfig(method=case.method))
+        scalar.head.requires_grad_(True)
+    return scalar
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel | ScalarModel) -> Tensor:
+    """Of every token; of a policy what its output layer gives."""
+    if isinstance(model, ScalarModel):
+        return model.last_values(ROWS)
+    logits: Tensor = model.get_output_embeddings()(hidden_states(model, Packed(ROWS, "cpu")))
+    return logits
+
+
+def differences(case: Case, compute: Compute, models: Path) -> list[str]:
+    """Where the sharded model is another one than the whole one, by a single bit."""
+    whole = load(case, replace(compute, zero="none", world_size=1, rank=0), models)
+    here = replace(compute, zero=case.zero)  # type: ignore[arg-type]
+    model = load(case, here, models)
+    if case.role in ("reference", "reward"):
+        if case.zero == "fsdp2":
+            from rlhf.training.fsdp import shard_frozen
+        else:
+            from rlhf.training.deepspeed import shard_frozen
+        shard_frozen(model.requires_grad_(False), here)
+        return [] if torch.equal(outputs(model), outputs(whole)) else ["outputs"]
+    root: nn.Module = model if isinstance(model, ScalarModel) else ResponseModel(model)
+    engine = make_engine(root, [(model.parameters(), OPTIM)], here)
+    expected = dict(whole.named_parameters())
+    with engine.gathered(model):
+        found = dict(model.named_parameters())
+        assert found.keys() == expected.keys()
+        other = [name for name, each in found.items() if not torch.equal(each, expected[name])]
+        return other if torch.equal(outputs(model), outputs(whole)) else [*other, "outputs"]
+
+
+def be_a_rank(rank: int, ranks: int, port: int, cases: Sequence[Case], models: Path, results: Any) -> None:
+    """Go through all cases in step with the others; put (rank, what differs) into the queue."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    case: Case | None = None
+    found: dict[Case, list[str]] = {}
+    try:
+        compute, _ = make_compute("cpu", "fp32", timeout=300.0)
+        for case in cases:
+            found[case] = differences(case, compute, models)
+        results.put((rank, found))
+        compute.barrier()
+    except BaseException:  # the test shows what ended this rank
+        results.put((rank, f"{case}\n{traceback.format_exc()}"))
+    finally:
+        results.close()
+        results.join_thread()
+        os._exit(0)  # threads of the backend may wait for ranks that are lost

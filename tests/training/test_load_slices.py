@@ -1,0 +1,71 @@
+"""Each rank reads its slices of a model alone, and the sharded model is the whole one, bit for bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from load_slices import Case, be_a_rank
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+CASES = [
+    case
+    for zero in ("fsdp2", "zero3")
+    for case in (
+        Case(zero, "policy", "tied"),
+        Case(zero, "policy", "pieces", "lora"),
+        Case(zero, "critic", "pieces"),
+        Case(zero, "critic", "tied", "lora"),
+        Case(zero, "reference", "pieces"),
+        Case(zero, "reward", "reward"),
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tied: one file; pieces: several, with an output layer of its own. No matrix is small enough for
+    DeepSpeed to leave it whole, and three ranks cannot share any equally."""
+    directory = tmp_path_factory.mktemp("models")
+    shape: dict[str, Any] = {
+        "hidden_size": 400,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    torch.manual_seed(0)
+    for name, is_tied, size in (("tied", True, "1GB"), ("pieces", False, "1MB")):
+        config = LlamaConfig(vocab_size=259, tie_word_embeddings=is_tied, **shape, **ids)
+        LlamaForCausalLM(config).save_pretrained(directory / name, max_shard_size=size)
+    scorer = LlamaConfig(vocab_size=259, **shape, **ids)
+    scorer.num_labels = 1
+    LlamaForSequenceClassification(scorer).save_pretrained(directory / "reward")
+    assert len(list((directory / "pieces").glob("*.safetensors"))) > 2
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_sharded_model_is_the_whole_one(ranks: int, models: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [
+        context.Process(target=be_a_rank, args=(rank, ranks, port, CASES, models, results), daemon=True)
+        for rank in range(ranks)
+    ]
+    for worker in workers:
+        worker.start()
+    found = dict(results.get(timeout=900) for _ in workers)
+    for worker in workers:
+        worker.join()
+    for rank, by_case in sorted(found.items()):
+        assert isinstance(by_case, dict), f"rank {rank}: {by_case}"
+        assert by_case == {case: [] for case in CASES}
