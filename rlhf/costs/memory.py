@@ -344,9 +344,10 @@ def beside_vllm(on: CostContext, phases: Sequence[MemoryPhase]) -> list[MemoryPh
     """
     if on.vllm is None:
         return list(phases)
-    how = f"vLLM's own: {billions(on.shape.parameters)} x {on.dtype_bytes} B"
+    share = on.vllm.tensor_parallel
+    how = f"vLLM's own: {billions(on.shape.parameters)} x {on.dtype_bytes} B{over(share)}"
     held = [
-        Allocation("weights", weight_bytes(on), how),
+        Allocation("weights", weight_bytes(on) / share, how),
         Allocation("KV cache", on.vllm.kv_cache_gib * GIB, "vllm.kv_cache_gib"),
     ]
     return [

@@ -196,14 +196,17 @@ class Compute:
             over.set()
             teller.join()
 
-    def shard_indices(self, lengths: Sequence[int]) -> list[int]:
-        """Indices of the items that this rank works on: every world_size-th item, the longest first."""
-        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        return order[self.rank :: self.world_size]
+    def shard_indices(self, lengths: Sequence[int], group_size: int = 1) -> list[int]:
+        """Indices of the items that this rank works on: sorted by falling length, every n-th of n groups.
 
-    def collect(self, mine: Sequence[Result], lengths: Sequence[int]) -> list[Result]:
-        """Results of all items in the items' order, on every rank. `mine` are those of
-        `shard_indices(lengths)`."""
+        Args:
+            group_size: consecutive ranks that work on the same items together.
+        """
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        return order[self.rank // group_size :: self.world_size // group_size]
+
+    def collect(self, mine: Sequence[Result], lengths: Sequence[int], group_size: int = 1) -> list[Result]:
+        """All items' results, in the items' order, on every rank. `mine` are those of `shard_indices`."""
         parts: list[Sequence[Result]] = [mine]
         if self.world_size > 1:
             from torch import distributed
@@ -213,8 +216,8 @@ class Compute:
             self.moved()
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         results: list[Any] = [None] * len(lengths)
-        for rank, part in enumerate(parts):
-            for index, result in zip(order[rank :: self.world_size], part, strict=True):
+        for group, part in enumerate(parts[::group_size]):  # a group's ranks have the same results
+            for index, result in zip(order[group :: self.world_size // group_size], part, strict=True):
                 results[index] = result
         return results
 

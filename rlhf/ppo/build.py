@@ -80,6 +80,7 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
             compute,
             (lambda: engine.gathered(policy)) if compute.zero != "none" else adapter.merged,
             job.vllm,
+            engine.gathered_weights,
         ),
         reference=reference,
         reward=reward,

@@ -130,6 +130,15 @@ class ZeroEngine(Engine):
         finally:
             offload._register_deepspeed_module(offload.module)
 
+    @contextmanager
+    def gathered_weights(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Gather the weights on every rank."""
+        import deepspeed
+
+        weights = [weight for each in modules for weight in each.parameters(recurse=False)]
+        with deepspeed.zero.GatheredParameters(weights, enabled=self._sharded):
+            yield
+
     def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
         """Gathered one parameter at a time, so that no rank holds more than rank 0's copy."""
         import deepspeed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,8 @@ from rlhf.training.config import OptimConfig
 from rlhf.training.optimizer import MasterAdamW, parameter_group, rate_factor, trainable_state
 
 Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
+Gather = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
+"""`Engine.gathered_weights`."""
 
 
 class Engine(ABC):
@@ -82,6 +84,10 @@ class Engine(ABC):
     @abstractmethod
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context in which every rank can run a part of the model alone, for generation."""
+
+    def gathered_weights(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """A context in which every rank sees the whole weights of a few modules, without their children's."""
+        return nullcontext()
 
     @abstractmethod
     def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:

@@ -92,6 +92,20 @@ class FsdpEngine(Engine):
                 unit.reshard()
                 unit.set_reshard_after_forward(unit is not self.model, recurse=False)
 
+    @contextmanager
+    def gathered_weights(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Put whole copies of the weights in the places of the shards."""
+        self._reshard()
+        places = [(each, name, weight) for each in modules for name, weight in each._parameters.items()]
+        try:
+            for each, name, weight in places:
+                if isinstance(weight, DTensor):
+                    each._parameters[name] = nn.Parameter(weight.full_tensor().detach(), weight.requires_grad)
+            yield
+        finally:
+            for each, name, weight in places:
+                each._parameters[name] = weight
+
     def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
         """Gathered one parameter at a time, so that no rank holds more than rank 0's copy."""
         self._reshard()

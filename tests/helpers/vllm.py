@@ -20,7 +20,9 @@ from rlhf.rl.rollout import Rollout
 
 LENGTHS = (5, 17, 1, 9, 30, 9)
 NEW = 12
-SMALL = VllmConfig(kv_cache_gib=0.03, max_num_seqs=64, max_model_len=None, enforce_eager=True)
+SMALL = VllmConfig(
+    tensor_parallel=1, kv_cache_gib=0.03, max_num_seqs=64, max_model_len=None, enforce_eager=True
+)
 CHAIN = ("generation=vllm", "vllm.kv_cache_gib=0.03")
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

@@ -65,7 +65,9 @@ def test_what_is_not_checked_of_an_unknown_shape_is_said(
 
 
 def test_what_vllm_may_not_sample_is_told_before_anything_is_trained(tmp_path: Path) -> None:
-    limited = VllmConfig(kv_cache_gib=1.0, max_num_seqs=8, max_model_len=920, enforce_eager=True)
+    limited = VllmConfig(
+        tensor_parallel=1, kv_cache_gib=1.0, max_num_seqs=8, max_model_len=920, enforce_eager=True
+    )
     on, stage = replace(gpus(80), vllm=limited), "generate"
     (line,) = check(tmp_path, on, stage, "stage=generate", "generate.max_new_tokens=40").refused
     assert line.endswith("are 940 tokens, and vllm.max_model_len=920. Use 940 or more.")
@@ -74,7 +76,9 @@ def test_what_vllm_may_not_sample_is_told_before_anything_is_trained(tmp_path: P
 
 
 def test_what_vllm_holds_stays_until_the_run_ends(tmp_path: Path) -> None:
-    vllm = VllmConfig(kv_cache_gib=3.0, max_num_seqs=8, max_model_len=None, enforce_eager=True)
+    vllm = VllmConfig(
+        tensor_parallel=1, kv_cache_gib=3.0, max_num_seqs=8, max_model_len=None, enforce_eager=True
+    )
     on, found = replace(gpus(8000), vllm=vllm), build("stage=evaluate", "sft.peft=none")
     stages = [found.stages[name] for name in ("sft", "generate", "ppo", "evaluate")]
 

@@ -6,7 +6,7 @@ What is written to disk: rlhf/models/peft/saved.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from rlhf.models.peft.virtual_tokens import (
     virtual_config,
     virtual_tokens,
 )
+from rlhf.training.engine import Gather
 from rlhf.training.optimizer import round_into
 
 TUNERS: dict[str, Callable[..., BaseTuner]] = {"LORA": LoraModel, "IA3": IA3Model, KIND: BottleneckModel}
@@ -313,9 +314,14 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model with its adapters merged in, under its name without adapters. Merged weights
-    are copies; the model does not change.
+def merged_weights(
+    model: nn.Module,
+    gathered: Gather = lambda modules: nullcontext(),
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a model with its name, adapters merged into copies. The model does not change.
+
+    Args:
+        gathered: `Engine.gathered_weights`. A yielded weight is valid until the next one is asked for.
 
     Raises:
         ConfigError: there is an adapter that cannot be merged in this way.
@@ -337,13 +343,20 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 )
             adapted[name] = layer
             own |= {f"{name}.{each}" for each, _ in layer.named_parameters() if "base_layer" not in each}
-    for name, parameter in model.named_parameters():
+    for name in [name for name, _ in model.named_parameters()]:
         owner, adapts, part = name.partition(".base_layer.")
         if not adapts and name not in own:
-            yield name, parameter.detach()
+            path, _, part = name.rpartition(".")
+            with gathered([model.get_submodule(path)]):
+                yield name, model.get_parameter(name).detach()
         elif adapts:
-            is_out = part == "weight" and not adapted[owner].disable_adapters  # else `merged` put it there
-            yield f"{owner}.{part}", _folded(adapted[owner]) if is_out else parameter.detach()
+            layer = adapted[owner]
+            with gathered([*layer.modules()]):
+                is_out = part == "weight" and not layer.disable_adapters  # else `merged` put it there
+                yield (
+                    f"{owner}.{part}",
+                    _folded(layer) if is_out else layer.get_parameter(f"base_layer.{part}").detach(),
+                )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

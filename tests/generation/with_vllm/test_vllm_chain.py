@@ -67,15 +67,19 @@ def test_the_chain_samples_with_vllm(tmp_path: Path, directory: Path, engines: E
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ["none", "zero3", "fsdp2"])
-def test_each_of_two_ranks_has_its_engine(tmp_path: Path, directory: Path, zero: str) -> None:
-    """The mismatch says whether each rank sampled from the gathered, trained weights."""
+@pytest.mark.parametrize(
+    ("zero", "tensor_parallel"), [("none", 1), ("zero3", 1), ("none", 2), ("zero3", 2), ("fsdp2", 2)]
+)
+def test_two_ranks_have_an_engine_each_or_one_together(
+    tmp_path: Path, directory: Path, zero: str, tensor_parallel: int
+) -> None:
+    """The mismatch says whether they sampled from the whole, trained weights."""
     if zero == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     chain = RealChain(tmp_path)
     out, _ = chain.run(
         "two", *CHAIN, "model.kind=local", f"+model.path={directory}", "launch.processes=2", f"zero={zero}",
-        "ppo.peft=lora", "ppo.steps=3", "ppo.optim.lr=1e-2",
+        f"vllm.tensor_parallel={tensor_parallel}", "ppo.peft=lora", "ppo.steps=3", "ppo.optim.lr=1e-2",
     )  # fmt: skip
     assert "2 ranks" in out
     lines = (tmp_path / "runs" / "two" / "metrics.jsonl").read_text().splitlines()
@@ -84,6 +88,21 @@ def test_each_of_two_ranks_has_its_engine(tmp_path: Path, directory: Path, zero:
     assert len(mismatches) == 3
     assert max(mismatches) < 1e-4
     assert max(line.get("ppo/approximate_kl", 0) for line in found) > 1e-4  # so the policy did move
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_ranks_that_share_an_engine_sample_what_one_rank_samples(tmp_path: Path, directory: Path) -> None:
+    found = []
+    for ranks in (1, 2):
+        chain = RealChain(tmp_path / str(ranks))
+        chain.run(
+            "samples", *CHAIN, "stage=generate", "model.kind=local", f"+model.path={directory}",
+            f"launch.processes={ranks}", f"vllm.tensor_parallel={ranks}",
+        )  # fmt: skip
+        path = chain.directory / "runs" / "samples" / "artifacts" / "generate" / "responses.jsonl"
+        found.append([json.loads(line)["response"] for line in path.read_text(encoding="utf-8").splitlines()])
+    assert found[0] == found[1] and len(set(found[0])) > 1
 
 
 @needs_vllm
