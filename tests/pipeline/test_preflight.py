@@ -75,6 +75,18 @@ def test_what_vllm_may_not_sample_is_told_before_anything_is_trained(tmp_path: P
     assert not check(tmp_path, replace(on, vllm=None), stage, "stage=generate").refused
 
 
+def test_ranks_that_run_one_engine_together_share_its_weights(tmp_path: Path) -> None:
+    def held(ranks: int) -> float:
+        vllm = VllmConfig(
+            tensor_parallel=ranks, kv_cache_gib=3.0, max_num_seqs=8, max_model_len=None, enforce_eager=True
+        )
+        on = replace(gpus(8000), vllm=vllm)
+        cost = build("stage=generate").stages["generate"].cost(on, {})
+        return sum(part.size for part in cost.phases[-1].parts if part.how.startswith("vLLM's own"))
+
+    assert held(2) == held(1) / 2 > 0
+
+
 def test_what_vllm_holds_stays_until_the_run_ends(tmp_path: Path) -> None:
     vllm = VllmConfig(
         tensor_parallel=1, kv_cache_gib=3.0, max_num_seqs=8, max_model_len=None, enforce_eager=True

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from helpers.jobs import TINY, on_cpu, user
@@ -35,10 +35,13 @@ from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach, merged_weights
 from rlhf.models.peft.config import PeftConfig
 from rlhf.rl.rollout import Rollout
+from rlhf.training.engine import Gather
 
 
 class Recorded:
     """In vLLM's place: notes who calls it, and answers with the local engine."""
+
+    group_size = 1
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -48,19 +51,23 @@ class Recorded:
     def holds(self, model: PreTrainedModel) -> bool:
         return self.model is model
 
-    def hand_over(self, model: PreTrainedModel) -> None:
-        self.calls.append(f"hand over, whole={self.inside}")
+    def hand_over(self, model: PreTrainedModel, gathered: Gather) -> None:
+        with gathered([model]):
+            self.calls.append(f"hand over, gathered={self.inside}")
         self.model = model
 
     def generate(self, prompts: Sequence[Tensor], **settings: Any) -> Rollout:
-        self.calls.append(f"generate, whole={self.inside}")
+        self.calls.append(f"generate, gathered={self.inside}")
         assert self.model is not None
         rollout = generate(self.model, prompts, pad_id=0, batch_rows=64, **settings)
         self.model = None
         return rollout
 
+    def whole(self) -> AbstractContextManager[None]:
+        raise AssertionError("no rank needs the whole policy")
+
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def gathered(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         self.inside = True
         yield
         self.inside = False
@@ -71,7 +78,7 @@ def test_weights_are_handed_over_once_for_each_rollout_and_gathered_only_then(
 ) -> None:
     recorded, tokenizer = Recorded(), load_tokenizer(directory, TINY)
     engine: Any = recorded
-    policy = PolicyModel(model, tokenizer, on_cpu(), recorded.gathered, engine)
+    policy = PolicyModel(model, tokenizer, on_cpu(), recorded.whole, engine, recorded.gathered)
 
     def roll_out() -> Rollout:
         rollout, _ = policy.sample(
@@ -80,7 +87,7 @@ def test_weights_are_handed_over_once_for_each_rollout_and_gathered_only_then(
         )  # fmt: skip
         return rollout
 
-    expected = ["hand over, whole=True", "generate, whole=False"]
+    expected = ["hand over, gathered=True", "generate, gathered=False"]
     first = roll_out()
     assert recorded.calls == expected
     shake(model, 1)
@@ -207,7 +214,7 @@ class TestRefusals:
     ) -> None:
         errors = [torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug")]
 
-        def failing(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        def failing(model: PreTrainedModel, gathered: Gather) -> Iterator[tuple[str, Tensor]]:
             yield next(iter(merged_weights(model)))
             raise errors[-1]
 
