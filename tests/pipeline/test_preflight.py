@@ -81,7 +81,8 @@ def test_ranks_that_run_one_engine_together_share_its_weights(tmp_path: Path) ->
             tensor_parallel=ranks, kv_cache_gib=3.0, max_num_seqs=8, max_model_len=None, enforce_eager=True
         )
         on = replace(gpus(8000), vllm=vllm)
-        cost = build("stage=generate").stages["generate"].cost(on, {})
+        chain = build("stage=generate").stages
+        cost = chain["generate"].cost(on, chain)
         return sum(part.size for part in cost.phases[-1].parts if part.how.startswith("vLLM's own"))
 
     assert held(2) == held(1) / 2 > 0

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from load_slices import Case, be_a_rank
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from helpers.slices import Case, be_a_rank
 
 CASES = [
     case
