@@ -49,7 +49,7 @@ def said_as(names: Mapping[str, str]) -> Iterator[None]:
                 text = text.replace("STAGE.", f"{words}.")
                 continue
             alone = rf"(?<![\w=/:.]){re.escape(name)}(?![\w/]|[.-]\w)"
-            text = re.sub(alone, lambda _, words=words: words, text, count=1)  # type: ignore[misc]
+            text = re.sub(alone, lambda _, words=words: words, text, count=1)  # type: ignore[misc]  # bound now
         error.args = (text, *rest)
         raise
 

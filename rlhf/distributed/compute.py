@@ -173,7 +173,7 @@ class Compute:
         result, failure = heard
         if failure is not None:
             raise failure
-        return result  # type: ignore[no-any-return]
+        return result  # type: ignore[no-any-return]  # it came by pickle
 
     @contextmanager
     def _others_waiting(self) -> Iterator[None]:
@@ -306,7 +306,7 @@ def _joined(on_cpu: bool, rank: int, world_size: int, zero: Zero, timeout: float
     if on_one_host:  # the backends' own sockets too; by default they listen where the host's name leads
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
     if world_size == 1 and zero != "none" and not distributed.is_initialized():
-        store = distributed.HashStore()  # type: ignore[attr-defined]
+        store = distributed.HashStore()  # type: ignore[attr-defined]  # torch's stub lacks it
         distributed.init_process_group(  # sharding needs a group, if only of one
             "gloo" if on_cpu else "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1
         )
@@ -348,7 +348,7 @@ def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
         listener.bind(("127.0.0.1", port))
         listener.listen()
         listening = listener.detach()  # the store's from now on
-    return distributed.TCPStore(  # type: ignore[attr-defined]
+    return distributed.TCPStore(  # type: ignore[attr-defined]  # torch's stub lacks it
         "127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout, master_listen_fd=listening
     )
 

@@ -120,7 +120,7 @@ def _decode(
             if len(going) == 0:
                 break
             # batch_select_indices does not know state-space layers
-            cache.reorder_cache(going)  # type: ignore[arg-type]
+            cache.reorder_cache(going)  # type: ignore[arg-type]  # typed as LongTensor
             active_B, token_B, mask_BK, position_B = (
                 active_B[going], token_B[going], mask_BK[going], position_B[going]
             )  # fmt: skip
@@ -266,7 +266,7 @@ class GrowingLayer(DynamicLayer):
     """Tokens by which the buffers grow."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped
         self._length = 0
         self.prompts: tuple[Tensor, Tensor, int, int] | None = None
         """Announce packed prompts for the first call: which of the U tokens each of the T is, their places

@@ -133,7 +133,7 @@ def head_statistics(
 
     # ZeRO-3 gathers a weight that is looked at outside of its layer's call, and holds it for a whole pass.
     def all_chunks(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
-        statistics: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]
+        statistics: tuple[Tensor, Tensor] = _HeadStatistics.apply(  # type: ignore[no-untyped-call]  # torch's
             hidden_NH.to(layer.weight.dtype), layer.weight, layer.bias, targets_N, temperature, cap
         )
         return statistics

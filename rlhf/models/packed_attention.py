@@ -49,7 +49,7 @@ def hidden_states(model: PreTrainedModel, packed: Packed, at_N: Tensor | None = 
 
 def _take(x: Tensor, places: Tensor, *, may_repeat: bool = False) -> Tensor:
     """x[places]."""
-    taken: Tensor = _Gather.apply(x, places, may_repeat)  # type: ignore[no-untyped-call]
+    taken: Tensor = _Gather.apply(x, places, may_repeat)  # type: ignore[no-untyped-call]  # torch's
     return taken
 
 
@@ -178,7 +178,7 @@ def _by_kernel(
     out: Tensor = varlen_attn(
         q, k, v, starts, starts, longest, longest, scale=scale,
         window_size=(-1 if window is None else window - 1, 0), enable_gqa=k.shape[1] != q.shape[1],
-    )  # type: ignore[assignment]  # fmt: skip
+    )  # type: ignore[assignment]  # a tuple only when asked  # fmt: skip
     return out
 
 
@@ -187,14 +187,14 @@ def _by_row(
 ) -> Tensor:
     scale = scale or q.shape[-1] ** -0.5
     if q.device.type == "cpu" and packed.longest <= SHORT:
-        out: Tensor = ShortAttention.apply(q, k, v, packed, scale, window)  # type: ignore[no-untyped-call]
+        out: Tensor = ShortAttention.apply(q, k, v, packed, scale, window)  # type: ignore[no-untyped-call]  # torch's
         return out
     rows, longest = len(packed.lengths), packed.longest
 
     def padded(x: Tensor) -> Tensor:  # [heads, U, D] -> [B, heads, L, D]
         x = x.transpose(0, 1)
         x = _take(x, packed.token_T, may_repeat=True) if packed.has_common else x
-        places: Tensor = _Spread.apply(x, packed.places_T, rows * longest)  # type: ignore[no-untyped-call]
+        places: Tensor = _Spread.apply(x, packed.places_T, rows * longest)  # type: ignore[no-untyped-call]  # torch's
         return places.view(rows, longest, *x.shape[1:]).transpose(1, 2)
 
     is_windowed = window is not None and window < longest

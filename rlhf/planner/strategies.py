@@ -217,7 +217,7 @@ def refused_by_stages(
 def attempts(on: CostContext, method: MethodName) -> Iterator[tuple[Zero, int]]:
     """(zero, how far memory is saved at the cost of time), the fastest first."""
     sharded: list[Zero] = ["zero2", "zero3", "fsdp2"] if on.ranks > 1 else []
-    zeros: list[Zero] = ["none", *sharded, *([] if on.on_cpu else ["zero3_offload"])]  # type: ignore[list-item]
+    zeros: list[Zero] = ["none", *sharded, *([] if on.on_cpu else ["zero3_offload"])]  # type: ignore[list-item]  # mypy takes it for str
     for zero in zeros if METHODS[method].shards else zeros[:1]:
         for squeeze in (0, 1, 2):
             yield zero, squeeze

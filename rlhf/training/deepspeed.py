@@ -74,7 +74,7 @@ class ZeroEngine(Engine):
         Stages 1 and 2 join a group's weights and cut the result into equal parts. Stage 3 cuts each weight.
         """
         if self._sharded:
-            return sum(each.partition_numel() for each in matrices)  # type: ignore[attr-defined]
+            return sum(each.partition_numel() for each in matrices)  # type: ignore[attr-defined]  # DeepSpeed's
         (shard,) = group["params"]
         if not others:
             return len(shard)
@@ -227,13 +227,13 @@ def _read_slices(deepspeed: Any, model: nn.Module, config: Mapping[str, Any], co
     """Shard weights as DeepSpeed would, but each rank copies its slice of each to its device: of weights that
     lie in a mapped file, it reads no others. By itself DeepSpeed has rank 0 send every weight whole."""
 
-    class FromThisRank(deepspeed.zero.Init):  # type: ignore[misc]
+    class FromThisRank(deepspeed.zero.Init):  # type: ignore[misc]  # untyped
         def _convert_to_zero_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
             for each in parameters:
                 if compute.dtype == torch.bfloat16:  # a critic's head too, as DeepSpeed would
                     each.data = each.data.bfloat16()
                 self._convert_to_deepspeed_param(each)
-                each.partition()  # type: ignore[attr-defined]
+                each.partition()  # type: ignore[attr-defined]  # DeepSpeed's
                 each.data = each.data.to(compute.device)  # nothing: where it will be gathered
 
     FromThisRank(module=model, config_dict_or_path=dict(config))

@@ -69,7 +69,7 @@ class MasterAdamW(torch.optim.Optimizer):
         self.skipped_steps = 0
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # without a loss
         """Clip, update the masters, and round them into the model."""
         assert closure is None
         for _, master in self._pairs:
@@ -189,7 +189,7 @@ class ClippedAdamW(AdamW):
         """Norms of the groups with gradients that `step` has seen since the list was emptied."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # without a loss
         """Clip and update. If a norm is not finite, no weight changes."""
         assert closure is None
         for group in self.param_groups:

@@ -72,4 +72,4 @@ def main(model: str, directory: str, zero: Zero, steps: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])  # type: ignore[arg-type]
+    main(*sys.argv[1:])  # type: ignore[arg-type]  # its caller's words

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.distributed.compute import Compute, make_compute
+from rlhf.distributed.compute import Compute, Zero, make_compute
 from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
@@ -35,7 +35,7 @@ ROWS = [torch.arange(3, 40), torch.arange(7, 12)]
 class Case(NamedTuple):
     """A model that is read, and what it is for."""
 
-    zero: str
+    zero: Zero
     role: str
     """policy, critic, reference or reward."""
     model: str
@@ -72,7 +72,7 @@ def outputs(model: PreTrainedModel | ScalarModel) -> Tensor:
 def differences(case: Case, compute: Compute, models: Path) -> list[str]:
     """Where the sharded model is another one than the whole one, by a single bit."""
     whole = load(case, replace(compute, zero="none", world_size=1, rank=0), models)
-    here = replace(compute, zero=case.zero)  # type: ignore[arg-type]
+    here = replace(compute, zero=case.zero)
     model = load(case, here, models)
     if case.role in ("reference", "reward"):
         if case.zero == "fsdp2":

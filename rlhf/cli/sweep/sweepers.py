@@ -334,6 +334,6 @@ def register() -> None:
     for sweeper in SWEEPERS.values():
         Plugins.instance().register(sweeper)
     # Hydra 1.3 instantiates what is in the package `hydra_plugins` only, even of what was registered
-    Plugins.is_in_toplevel_plugins_module = staticmethod(  # type: ignore[assignment]
+    Plugins.is_in_toplevel_plugins_module = staticmethod(  # type: ignore[assignment]  # replaced on purpose
         lambda name: name in SWEEPERS or _of_hydra(name)
     )

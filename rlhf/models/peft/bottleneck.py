@@ -40,7 +40,7 @@ class BottleneckConfig(TunerConfig):
     """Other modules that train: a score head."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()  # type: ignore[no-untyped-call]  # peft's
         self.peft_type = KIND
         self.target_modules = set(self.target_modules or ())
 

@@ -193,7 +193,7 @@ class _Before(DynamicLayer):
     can be computed again (activation checkpointing)."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self.keys, self.values, self.is_initialized = keys, values, True
 
     def update(
@@ -220,7 +220,7 @@ class _Noted(DynamicLayer):
     """Records the last keys and values that it got."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers'
         self.pair: tuple[Tensor, Tensor]
 
     def update(
