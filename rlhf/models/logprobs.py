@@ -301,7 +301,7 @@ def check_head(model: PreTrainedModel) -> None:
         logits_TV = _logits(model, ids_1T, 1.0)
         if not bool(logits_TV.isfinite().all()):
             raise ConfigError(
-                f"{model.config.name_or_path} ({type(model).__name__}): its logits are not finite. Its "
+                f"{model.config.name_or_path}: the logits of this {type(model).__name__} are not finite. Its "
                 "weights are damaged, or too large for this precision: try precision=fp32."
             )
         own_TV = head(backbone_of(model)(input_ids=ids_1T, use_cache=False)[0][0].to(head.weight.dtype))
