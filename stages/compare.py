@@ -38,7 +38,7 @@ from rlhf.compare.artifacts import (
 from rlhf.compare.context_budget import ContextBudget, Sizes, measured
 from rlhf.compare.cost import cost_of, model_bytes
 from rlhf.compare.dataset import CORPUS, QUESTIONS, Library, find_library, find_questions
-from rlhf.compare.prompts import FewShotConfig, Method, Question, RetrievalConfig, RetrieverName
+from rlhf.compare.prompts import FewShotConfig, PromptMethod, Question, RetrievalConfig, RetrieverName
 from rlhf.config import ConfigError
 from rlhf.costs.sampling import sampling_cost
 from rlhf.costs.setup import CostContext
@@ -92,13 +92,13 @@ class CompareStage(Stage):
     """What retrieval searches: texts, or questions with answers; null uses the training rows of sft.data."""
     num_questions: PositiveInt | None
     """How many questions, the first ones; null uses all."""
-    methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
+    methods: Annotated[list[PromptMethod], Field(min_length=1), AfterValidator(_once)]
     """How the base model is asked; the first is what the others' win rate is against."""
     artifacts: Annotated[list[str], AfterValidator(_once)]
     """Tuned models. A word is a stage of this run, such as sft, ppo or merge. A value with a slash
     is a directory: of a store, a link to one, or any directory that `save_pretrained`
     wrote (the cost of its training is then unknown)."""
-    tuned_methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_once)]
+    tuned_methods: Annotated[list[PromptMethod], Field(min_length=1), AfterValidator(_once)]
     """How the tuned models are asked."""
     retriever: RetrieverName
     """bm25 compares words; embeddings are mean hidden states of the model that answers."""
@@ -206,7 +206,7 @@ class CompareStage(Stage):
             ))  # fmt: skip
         return one_after_the_other(costs)
 
-    def ways(self) -> list[Method]:
+    def ways(self) -> list[PromptMethod]:
         """How each contender is asked."""
         return [*self.methods, *(method for _ in self.artifacts for method in self.tuned_methods)]
 
@@ -338,7 +338,7 @@ class CompareStage(Stage):
             job.sample(**{name: value for name, value in row.items() if name != "asked"})
 
 
-def tell_cut(job: Job, name: str, method: Method, said: Answers) -> None:
+def tell_cut(job: Job, name: str, method: PromptMethod, said: Answers) -> None:
     """Say loudly that a contender was not given all that it should have been."""
     cut = sum(count > 0 for count in said.num_cut)
     if cut:

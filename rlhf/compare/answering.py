@@ -16,7 +16,7 @@ from rlhf.compare.context_budget import ContextBudget
 from rlhf.compare.dataset import Library
 from rlhf.compare.prompts import (
     FewShotConfig,
-    Method,
+    PromptMethod,
     Question,
     RetrievalConfig,
     few_shot_prompt,
@@ -44,7 +44,7 @@ class PromptBuilder:
 
 
 def make_prompt_builder(
-    method: Method,
+    method: PromptMethod,
     library: Library,
     few_shot: FewShotConfig,
     retrieval: RetrievalConfig,

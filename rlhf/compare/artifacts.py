@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rlhf.compare.prompts import Method
+from rlhf.compare.prompts import PromptMethod
 from rlhf.config import ConfigError
 from rlhf.digests import DirectoryDigest
 from rlhf.models.intact import check_weights
@@ -115,7 +115,7 @@ def training_seconds(tuned: Artifact | Path) -> float | None:
     return sum(each.manifest.seconds for each in lineage(tuned))
 
 
-def contender(model: str | None, method: Method) -> str:
+def contender(model: str | None, method: PromptMethod) -> str:
     """A model asked in one way, in metrics and tables: `few_shot`, `sft`, `sft+retrieval`."""
     if model is None:
         return method

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rlhf.compare.dataset import QUESTIONS, Library
 from rlhf.compare.prompts import (
     FewShotConfig,
-    Method,
+    PromptMethod,
     Question,
     RetrievalConfig,
     few_shot_prompt,
@@ -74,13 +74,13 @@ class ContextBudget:
 class Sizes:
     """How long everything is that prompts are made of."""
 
-    questions: dict[Method, LengthStats]
+    questions: dict[PromptMethod, LengthStats]
     """With nothing around them but the method's template."""
     references: LengthStats
     examples: LengthStats
     passages: LengthStats
 
-    def asked(self, method: Method, few_shot: FewShotConfig, retrieval: RetrievalConfig) -> LengthStats:
+    def asked(self, method: PromptMethod, few_shot: FewShotConfig, retrieval: RetrievalConfig) -> LengthStats:
         """Questions with all that a method would put before them, if it fitted."""
         question = self.questions[method]
         before = {
@@ -95,7 +95,7 @@ def measured(
     room: ContextBudget,
     questions: Sequence[Question],
     library: Library,
-    methods: Collection[Method],
+    methods: Collection[PromptMethod],
     few_shot: FewShotConfig,
     retrieval: RetrievalConfig,
 ) -> Sizes:
@@ -105,7 +105,7 @@ def measured(
         ConfigError: a question does not fit the context, even with nothing around it.
     """
 
-    def bare(method: Method, question: Question) -> Sequence[Message]:
+    def bare(method: PromptMethod, question: Question) -> Sequence[Message]:
         if method == "few_shot":
             return few_shot_prompt(question, (), few_shot)
         return retrieval_prompt(question, (), retrieval)

@@ -10,7 +10,7 @@ import torch
 from rlhf.compare.answering import Answers
 from rlhf.compare.cost import break_even, cost_of
 from rlhf.compare.metrics import answer_found, exact_match, rouge_l
-from rlhf.compare.prompts import Method, Question
+from rlhf.compare.prompts import PromptMethod, Question
 from rlhf.evaluation.intervals import mean, share
 from rlhf.evaluation.win_rate import wins
 
@@ -58,7 +58,7 @@ def break_evens(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str,
     Args:
         metrics: setup_seconds/NAME, where that is known, and seconds_mean/NAME of all contenders.
     """
-    methods: tuple[str, ...] = get_args(Method)
+    methods: tuple[str, ...] = get_args(PromptMethod)
     found = {}
     for tuned in (name for name in names if name not in methods and f"setup_seconds/{name}" in metrics):
         for method in (name for name in names if name in methods):

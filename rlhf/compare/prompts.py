@@ -12,7 +12,7 @@ from pydantic import AfterValidator, PositiveInt
 from rlhf.config import Strict
 from rlhf.data.schema import Message, SftRow
 
-Method = Literal["zero_shot", "few_shot", "retrieval"]
+PromptMethod = Literal["zero_shot", "few_shot", "retrieval"]
 RetrieverName = Literal["bm25", "embeddings"]
 
 

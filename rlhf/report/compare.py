@@ -21,7 +21,7 @@ QUALITIES: dict[Quality, str] = {
     "rouge_l": "ROUGE-L",
     "score": "reward's score",
 }
-METHODS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "retrieval": "retrieval"}
+PROMPT_METHODS = {"zero_shot": "zero-shot", "few_shot": "few-shot", "retrieval": "retrieval"}
 ROWS: dict[str, tuple[str, str]] = {
     "answer_loss": ("loss, nats per token", "z.3f"),
     **{name: (words, "z.3f") for name, words in QUALITIES.items()},
@@ -35,7 +35,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "setup_seconds": ("set-up, s", ".3g"),
     "setup_cost": ("cost of set-up", ".2g"),
     "storage_bytes": ("storage, MB", ".1f"),
-    **{f"break_even_{method}": (f"pays off: {words}", ",.0f") for method, words in METHODS.items()},
+    **{f"break_even_{method}": (f"pays off: {words}", ",.0f") for method, words in PROMPT_METHODS.items()},
 }
 """Metrics that end in /CONTENDER: (words, format). docs/stages/compare.md explains each."""
 INTERVALS = ("win_rate", *QUALITIES)
@@ -86,7 +86,7 @@ def comparison_cells(metrics: Mapping[str, float]) -> Cells:
 def words_of(contender: str) -> str:
     """A contender's name in the table."""
     model, plus, method = contender.rpartition("+")
-    return f"{model}{plus}{METHODS.get(method, method)}"
+    return f"{model}{plus}{PROMPT_METHODS.get(method, method)}"
 
 
 def write_csv(metrics: Mapping[str, float], path: Path) -> None:
@@ -114,7 +114,7 @@ def draw(metrics: Mapping[str, float], quality: Quality) -> Figure:
         axes.errorbar(
             x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],  # of few samples, not around the mean
             fmt=MARKERS[number % len(MARKERS)], capsize=3,
-            color=PROMPTED if name in METHODS else TUNED,
+            color=PROMPTED if name in PROMPT_METHODS else TUNED,
             label="\n".join([words_of(name), *_pays_off(metrics, name)]),
         )  # fmt: skip
     axes.set(xlabel="cost of 1000 answers, one request at a time", ylabel=QUALITIES[quality])
@@ -128,7 +128,7 @@ def draw(metrics: Mapping[str, float], quality: Quality) -> Figure:
 def _pays_off(metrics: Mapping[str, float], name: str) -> list[str]:
     found = {
         words: metrics[f"break_even_{method}/{name}"]
-        for method, words in METHODS.items()
+        for method, words in PROMPT_METHODS.items()
         if f"break_even_{method}/{name}" in metrics
     }
     return [
