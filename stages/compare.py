@@ -82,7 +82,7 @@ class CompareStage(Stage):
     }
     samples: ClassVar[bool] = True
     is_timed: ClassVar[bool] = True
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     in_chain: ClassVar[bool] = False
     not_in_key: ClassVar[frozenset[str]] = frozenset({"questions", "corpus", "micro_batch_tokens"})
 

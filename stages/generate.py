@@ -35,7 +35,7 @@ class GenerateStage(Stage):
         "score_deviation": ("deviation", "z.2f"),
         "stop_rate": ("stops", ".0%"),
     }
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 

@@ -49,7 +49,7 @@ class PpoStage(PpoConfig, Stage):
         "held_out_score_gain", "PPO's score on held-out prompts", 1,
         "PPO found no policy that scores better",
     )  # fmt: skip
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({
         "prompts", "batch_rows", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl",

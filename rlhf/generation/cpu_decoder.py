@@ -2,15 +2,13 @@
 
 With few rows, the time goes into reading weights and starting operations. A layer of transformers starts some
 forty-five operations, a layer here twenty: queries, keys and values are one product, and so are gate and up;
-residuals are added within products; queries and keys are rotated together. `prepacked` packs the weights of
-other models once. Dimensions: B rows, G key/value
+residuals are added within products; queries and keys are rotated together. Dimensions: B rows, G key/value
 heads, D size of a head, H hidden size, K tokens in the cache, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -178,22 +176,3 @@ def is_packable(layer: nn.Module) -> bool:
         return False
     is_bf16 = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16
     return is_bf16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@contextmanager
-def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
-    """A context in which a model's linear layers run as `Product`s, if that changes anything.
-
-    The weights must not change meanwhile.
-
-    Args:
-        rows: tokens that most calls will bring.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and is_packable(layer)]
-    try:
-        for layer in layers:
-            layer.__dict__["forward"] = Product([layer], rows)
-        yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)

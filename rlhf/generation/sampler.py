@@ -7,7 +7,6 @@ head, T tokens of packed prompts, U different ones of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf.config import ConfigError
 from rlhf.distributed.batching import token_budget_batches
-from rlhf.generation.cpu_decoder import LeanDecoder, is_lean, prepacked
+from rlhf.generation.cpu_decoder import LeanDecoder, is_lean
 from rlhf.models.base import ATTENTION
 from rlhf.models.packed_batch import Packed
 from rlhf.rl.rollout import Rollout
@@ -61,28 +60,26 @@ def generate(
     stops = torch.tensor(sorted(stop_ids), device=model.device)
     lean = None
     # one answer may end before the copies have paid off: they take as long as several tokens
-    copies_pay = len(prompts) > 1
-    if copies_pay and is_lean(model, growing_cache(model)):
+    if len(prompts) > 1 and is_lean(model, growing_cache(model)):
         lean = LeanDecoder(model, batch_rows)
-    with prepacked(model, batch_rows) if copies_pay and not lean else nullcontext():
-        for start in range(0, len(order), batch_rows):
-            rows = order[start : start + batch_rows]
-            with torch.inference_mode():
-                decoded = _decode(
-                    model,
-                    lean,
-                    [prompts[row] for row in rows],
-                    max_new_tokens,
-                    temperature,
-                    top_p,
-                    stops,
-                    pad_id,
-                    uniform_BR[rows],
-                    on_token,
-                )
-            for row, (ids, logp, ended) in zip(rows, decoded, strict=True):  # copies, that autograd may keep
-                responses[row], logps[row], stopped[row] = ids.clone(), logp.clone(), ended
-            on_rows(len(rows))
+    for start in range(0, len(order), batch_rows):
+        rows = order[start : start + batch_rows]
+        with torch.inference_mode():
+            decoded = _decode(
+                model,
+                lean,
+                [prompts[row] for row in rows],
+                max_new_tokens,
+                temperature,
+                top_p,
+                stops,
+                pad_id,
+                uniform_BR[rows],
+                on_token,
+            )
+        for row, (ids, logp, ended) in zip(rows, decoded, strict=True):  # copies, that autograd may keep
+            responses[row], logps[row], stopped[row] = ids.clone(), logp.clone(), ended
+        on_rows(len(rows))
     return Rollout(list(prompts), responses, stopped, logps)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from helpers.models import in_dtype
-from rlhf.generation.cpu_decoder import LeanDecoder, is_lean
+from rlhf.generation.cpu_decoder import LeanDecoder, Product, is_lean
 from rlhf.generation.sampler import generate, growing_cache
 from rlhf.models.peft.attach import attach, without_adapters
 from rlhf.models.peft.config import PeftConfig
@@ -149,3 +149,19 @@ def test_the_engine_decodes_with_it(rows: int, calls: int) -> None:
         uniform_BR=torch.full((rows, 3), 0.5), batch_rows=rows,
     )  # fmt: skip
     assert len(lengths) == calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biases", ["", "qkv", "q", "kv"])
+@torch.no_grad()
+def test_layers_that_are_multiplied_together_answer_for_themselves(biases: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Linear(32, size, bias=name in biases, dtype=dtype)
+        for name, size in (("q", 32), ("k", 16), ("v", 16))
+    ]
+    x, other = torch.randn(2, 32, dtype=dtype), torch.randn(2, 64, dtype=dtype)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    product = Product(layers, 2)
+    torch.testing.assert_close(product(x), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(product.plus(other, x), expected + other, rtol=0.02, atol=0.02)
