@@ -13,7 +13,7 @@ from pathlib import Path
 
 from look import THEMES, save
 
-from rlhf.report.compare import METHODS, QUALITIES, ROWS, Quality, draw
+from rlhf.report.compare import PROMPT_METHODS, QUALITIES, ROWS, Quality, draw
 from rlhf.report.pareto import Point
 from rlhf.report.pareto import draw as draw_pareto
 
@@ -39,7 +39,7 @@ def comparison(first: str) -> dict[str, float]:
     """A table of `stage=compare` as the metrics that it was made from."""
     (_, *names), *rows = table("should-you-fine-tune.md", first)
     keys = {words: key for key, (words, _) in ROWS.items()}
-    contenders = [{words: key for key, words in METHODS.items()}.get(name, name) for name in names]
+    contenders = [{words: key for key, words in PROMPT_METHODS.items()}.get(name, name) for name in names]
     metrics: dict[str, float] = {}
     key = ""
     for words, *cells in rows:
