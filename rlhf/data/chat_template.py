@@ -1,6 +1,6 @@
-"""Templates and token ids: the one place where text becomes ids, for every stage.
+"""Templates and token ids: the only place where text becomes ids, for every stage.
 
-A response's ids always follow its prompt's ids, tokenized apart, because that is how they are sampled.
+A prompt and its response are tokenized separately, because the response is sampled after the prompt's ids.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ def resolve_template(choice: str) -> str:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """The ids a response is sampled after: the conversation and the opening of the assistant's turn.
+    """The ids before a response: the conversation and the opening of the assistant's turn.
 
-    An empty conversation (plain text) gives the beginning-of-text token; where the model has none, the end
-    token, behind which a new text starts in pretraining.
+    An empty conversation (plain text) gives the beginning-of-text token. If the model has none, it gives the
+    end
+    token: in pretraining, a new text starts after it.
     """
     if not messages:
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -64,10 +65,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
 def exchange_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str
 ) -> tuple[list[int], int]:
-    """Ids of prompt + response + end of turn, and how many of them are the prompt.
+    """Ids of prompt + response + end of turn, and the number of ids of the prompt.
 
-    The end token is there also when the response was cut by a length limit: reward models are trained
-    and asked on complete turns only (Stiennon et al. 2020).
+    The end token is added even if the response was cut by a length limit: reward models see only complete
+    turns, in training and when they score (Stiennon et al. 2020).
     """
     prompt = prompt_ids(tokenizer, messages)
     return [*prompt, *_encode(tokenizer, response), end_of_turn_id(tokenizer)], len(prompt)
@@ -82,17 +83,18 @@ def sequences(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[list[int]]:
 
 
 class TurnsApartError(ValueError):
-    """The template renders earlier turns otherwise once later ones follow (some drop earlier thinking)."""
+    """The template renders earlier turns differently when later ones follow (some remove earlier
+    thinking)."""
 
 
 def conversation_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str, turns: int
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a conversation with its response, and where its last `turns` assistant turns begin and end in
-    them, ends of turn included.
+    """Ids of a conversation with its response, and the (begin, end) of each of its last `turns` assistant
+    turns. The end of turn belongs to the turn.
 
     Raises:
-        TurnsApartError: in one sequence, a turn would not stand behind the ids that it is sampled after.
+        TurnsApartError: in one sequence, a turn would follow other ids than when it is sampled.
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     earlier = answers[len(answers) - turns + 1 :]
@@ -111,11 +113,11 @@ def conversation_ids(
 def continuation_ids(
     tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
 ) -> tuple[list[int], list[int]]:
-    """Ids of plain text, no template: what is given and what is to be predicted.
+    """Ids of plain text without a template: the context, and what is to be predicted.
 
-    Both are tokenized together and cut where the context alone ends, since some tokenizers begin every text
-    with a space of their own. Without a beginning-of-text token an empty context gives the first token away;
-    a text of a single one stands behind the end token.
+    Both are tokenized together and cut where the context alone ends, because some tokenizers add a space
+    before every text. With an empty context and no beginning-of-text token, the text's first token is the
+    context. If the text has only one token, the end token is the context.
     """
     begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     ids = [*begin, *_encode(tokenizer, context + continuation)]
@@ -152,14 +154,14 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | Sequence[
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every id that `response_text` leaves out."""
+    """Every id that `response_text` removes."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """A sampled response as text, without its stop token and any other special token: written out, they would
-    be read as turns of the conversation by whoever encodes the text again."""
+    """A sampled response as text, without its stop token and other special tokens. If they were in the text,
+    they would become turns of the conversation when the text is encoded again."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 

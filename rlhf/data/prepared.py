@@ -1,4 +1,4 @@
-"""The prepared data sets, as every later stage reads them."""
+"""The prepared data sets, as later stages read them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ REPORT = "report.json"
 
 
 class LengthStats(NamedTuple):
-    """How many rows there are and how many tokens they have: what time and memory depend on."""
+    """Number of rows and of their tokens. Time and memory depend on them."""
 
     rows: int
     mean: float
     deviation: float
     longest: int
     shared_prefix: float = 0.0
-    """First tokens that a row shares with the row before it, mean. On CPUs a model computes them once."""
+    """Mean number of first tokens that a row shares with the row before it. On CPUs they are computed
+    once."""
 
     def cut(self, most: int) -> LengthStats:
-        """Where longer rows are cut or left out."""
+        """The lengths if rows with more than `most` tokens are cut or left out."""
         return self._replace(
             mean=min(self.mean, most),
             longest=min(self.longest, most),
@@ -46,12 +47,12 @@ class LengthStats(NamedTuple):
         )
 
     def first(self, rows: int | None) -> LengthStats:
-        """Of so many rows at most."""
+        """The lengths of the first `rows` rows."""
         return self if rows is None else self._replace(rows=min(self.rows, rows))
 
 
 def role_digest(role: str, files: Mapping[str, str]) -> str:
-    """`PreparedData.digest`, from the digests of files that a manifest names."""
+    """Like `PreparedData.digest`, from the file digests in a manifest."""
     return digest_of({split: files[f"{role}.{split}.jsonl"] for split in ROLES[role].splits})
 
 
@@ -83,12 +84,12 @@ class PreparedData:
             return [row_from_json(line, ROLES[role].row_types) for line in file]
 
     def digest(self, role: str) -> str:
-        """Digest of a role's rows: what depends on this role's data depends on nothing else here."""
+        """Digest of a role's rows. It does not depend on other roles."""
         paths = [self._path(role, split) for split in ROLES[role].splits]
         return role_digest(role, {path.name: file_digest(path) for path in paths})
 
     def size(self, role: str, split: Split) -> LengthStats:
-        """Rows of a split, and the lengths of the role's rows; of pairs, those of the longer side."""
+        """Number of rows in a split, with the lengths of the role's rows; for pairs, of the longer side."""
         report = json.loads((self.directory / REPORT).read_text(encoding="utf-8")).get(role)
         if report is None:  # it has no source
             return LengthStats(0, 0.0, 0.0, 0)
@@ -115,7 +116,7 @@ class PreparedData:
                 )
 
     def write(self, role: str, split: Split, rows: Iterable[Row]) -> None:
-        """Write one split; only `prepare` does."""
+        """Write one split. Only `prepare` calls it."""
         with self._path(role, split).open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(row_to_json(row) + "\n" for row in rows)
 

@@ -36,7 +36,7 @@ FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
 
 class Located(NamedTuple):
-    """A row as it was found, or why the line holds none."""
+    """A row as it was found, or the reason why the line has none."""
 
     where: str
     """Such as `train.jsonl line 412`."""
@@ -106,8 +106,8 @@ class SourceConfig(Strict):
         return Path(str(self).removeprefix("samples:")).name.partition(".")[0]
 
     def fingerprint(self, key: str) -> str:
-        """Digest of the source's content, equal for the same file in two places: a file's bytes and format; a
-        Hub data set's name, revision, subset and split."""
+        """Digest of the source's content: a file's bytes and format, or a Hub data set's name, revision,
+        subset and split. The same file in two places has the same digest."""
         if self.hub is not None:
             return digest_of(["hub", self.hub, self.revision, self.subset, self.split or "train"])
         path = self._file(key)
@@ -117,11 +117,11 @@ class SourceConfig(Strict):
             raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}). {MAY_READ}") from None
 
     def reading_digest(self, key: str) -> str:
-        """Digest of the rows this source gives: its content, and which part of it is read."""
+        """Digest of the rows that this source gives: its content, and which part of it is read."""
         return digest_of([self.fingerprint(key), self.limit, self.fields, self.encoding])
 
     def rows(self, key: str) -> Iterator[Located]:
-        """Every row with its place, whatever `limit` says; `key` is what the user calls this source.
+        """Every row with its place. `limit` is not applied. `key` is the user's key of this source.
 
         Raises:
             ConfigError: the source as a whole cannot be read, or is empty.
@@ -245,7 +245,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def _lines(path: Path, key: str, encoding: str | None) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines in UTF-8, uncompressed; damage to the file as a whole is a ConfigError."""
+    """Numbered lines of text, uncompressed. A damaged file is a ConfigError."""
     number = 0
     try:
         with _opened(path) as file:
@@ -284,7 +284,7 @@ def _opened(path: Path) -> gzip.GzipFile | io.BufferedReader:
 
 
 def _recognised(begin: bytes, where: str) -> str | None:
-    """The encoding that a file's mark tells; None for UTF-8.
+    """The encoding that a file's byte order mark shows; None for UTF-8.
 
     Raises:
         ConfigError: it is UTF-16 or UTF-32 without a mark.
@@ -338,7 +338,7 @@ def _not_utf8(error: UnicodeDecodeError) -> RowError:
 
 
 def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
-    """A JSON array; other .json files are taken for JSON lines, as many are.
+    """The rows of a JSON array. Other .json files are read as JSON lines, which many of them are.
 
     Raises:
         ConfigError: it is one object with the rows in it, or spread over lines.
@@ -364,7 +364,8 @@ def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
 
 
 def _check_is_no_object(content: bytes, key: str, path: Path) -> None:
-    """One line may be a row; one object over several lines is none, nor is one that has the rows in it."""
+    """One object on one line may be a row. An object over several lines, or one that contains the rows, is
+    refused."""
     try:
         whole = json.loads(content)
     except (ValueError, RecursionError):  # several objects, as JSON lines are; or told with its line
@@ -395,7 +396,8 @@ def _decoded(path: Path, key: str, encoding: str | None) -> Iterator[str]:
 
 
 def _delimiter(header: str) -> str:
-    """What separates the columns: a comma; or what does where no comma is (Excel in much of Europe: ;)."""
+    """The character between columns: a comma; without commas, another one (; from Excel in much of
+    Europe)."""
     counts = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in (",", ";", "\t", "|")}
     return max(counts, key=counts.__getitem__) if counts[","] == 1 else ","
 
@@ -461,7 +463,7 @@ def _hub_rows(source: SourceConfig, key: str) -> Iterator[Located]:
 
 
 def _check_inside(builder: Any, where: str) -> None:
-    """A data set's card names its files, and could name any other file of this machine.
+    """Refuse a data set whose card names files outside the set: it could name any file of this machine.
 
     Raises:
         ConfigError: it does.

@@ -22,22 +22,22 @@ Init = Annotated[str, Field(min_length=1)]
 
 
 def directory_of(init: str) -> Path | None:
-    """The user's own directory; None of `sft` and `base`."""
+    """The user's own directory; None for `sft` and `base`."""
     return None if init in ("sft", "base") else Path(init)
 
 
 def inputs_of(init: str) -> tuple[str, ...]:
-    """The stages that make it."""
+    """The stages that make this model."""
     return ("sft",) if init == "sft" else ()
 
 
 def init_in_key(init: str) -> str:
-    """What an artifact's key says of it: a directory's content counts (`init_digest`), not its place."""
+    """What an artifact's key contains: the word, or `directory`, whose content is in `init_digest`."""
     return init if directory_of(init) is None else "directory"
 
 
 def init_digest(key: str, init: str, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
-    """What the user's own directory holds, for the keys of all that is made from it.
+    """Digest of the user's own directory, for the keys of everything that is made from it.
 
     Args:
         key: what the user calls it, such as `ppo.init`.
@@ -62,11 +62,11 @@ def init_digest(key: str, init: str, digest: DirectoryDigest = directory_digest)
 
 
 def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:
-    """The files of the model that a stage starts from; of the SFT model, which is not there yet, the base
-    model's.
+    """The files of the model that a stage starts from. The SFT model does not exist yet, so for `sft` these
+    are the base model's.
 
     Raises:
-        ConfigError: it is the user's own, and its weights are not whole, or its tokenizer does not encode.
+        ConfigError: the user's own model has damaged weights, or a tokenizer that does not encode.
     """
     directory = directory_of(init)
     if directory is None:
@@ -78,7 +78,7 @@ def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:
 
 
 def of_two_architectures(models: Iterable[tuple[str, str]], base: BaseModelFiles) -> Iterator[str]:
-    """Complain where vLLM's one engine would have to answer for models that compute differently.
+    """Complain if vLLM's single engine would have to run models of different architectures.
 
     Args:
         models: as of `Stage.answering`.
@@ -109,15 +109,16 @@ def misfits(
     mend: str,
     most: float = math.inf,
 ) -> Iterator[str]:
-    """Say which rows do not fit the user's own model that a stage starts from. `prepare` counts by the base
-    model's tokenizer and context; what counts alike and reads as much is not counted again.
+    """Say which rows do not fit the user's own model that a stage starts from. `prepare` counts with the base
+    model's tokenizer and context. If the model has the same tokenizer and no shorter context, nothing is
+    counted.
 
     Args:
         key: what the user calls the model, such as `ppo.init`.
         source: what the user calls the rows.
         beside: tokens to leave for an answer and for virtual tokens.
         mend: what to do, as a sentence.
-        most: rows with more tokens than this are left out by the stage.
+        most: the stage leaves out rows with more tokens than this.
     """
     from jinja2 import TemplateError
 
