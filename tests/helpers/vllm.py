@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def shake(model: PreTrainedModel, seed: int) -> None:
 class Engines:
     """One at a time: closing one ends what another would need."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
         self.current: Vllm | None = None
         self.made: tuple[Any, ...] = ()
 
@@ -62,7 +64,8 @@ class Engines:
         wanted = (dtype, changes)
         if self.current is None or self.made != wanted:
             self.close()
-            self.current = Vllm(SMALL.model_copy(update=changes), on_cpu(dtype=dtype))
+            compute = replace(on_cpu(dtype=dtype), device_name=str(self.device))
+            self.current = Vllm(SMALL.model_copy(update=changes), compute)
             self.made = wanted
         return self.current
 
@@ -101,7 +104,8 @@ def own_logp(model: PreTrainedModel, rollout: Rollout, temperature: float) -> li
     """The model's log-probabilities of each response, row by row."""
     found = []
     for prompt, response in zip(rollout.prompt_ids, rollout.response_ids, strict=True):
-        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        ids = torch.cat([prompt, response]).to(model.device)
+        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1].cpu()
         found.append((logits / temperature).log_softmax(-1).gather(-1, response[:, None]).squeeze(-1))
     return found
 
