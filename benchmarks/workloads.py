@@ -45,6 +45,7 @@ def make_work(
     peft: str,
     precision: str,
     model: str = "embedded",
+    policy: Path | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Everything that a runner has to know.
@@ -52,6 +53,7 @@ def make_work(
     Args:
         name: `uniform` (prompts of 36 to 63 tokens, every response equally long) or `skewed` (first turns of
             HH, natural lengths, by a model tuned on HH's answers; the packaged prompts where HH is absent).
+        policy: a model to take instead, with its tokenizer.
         changes: to the shape, such as episodes=8.
     """
     if name == "skewed" and not HH.exists():
@@ -61,9 +63,9 @@ def make_work(
         )
         name = "skewed-packaged"
     shape = {**SHAPES[name], **changes}
-    policy = (
-        tuned_model(directory, model, name) if name.startswith("skewed") else base_model(directory, model)
-    )
+    if policy is None and name.startswith("skewed"):
+        policy = tuned_model(directory, model, name)
+    policy = policy or base_model(directory, model)
     tokenizer = load_tokenizer(policy, ModelConfig(kind="local", path=str(policy)))
     prompts = draw(candidates(name, tokenizer), steps * shape["episodes"])
     batches = [

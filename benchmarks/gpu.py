@@ -1,0 +1,117 @@
+"""What one GPU does: PPO steps of models of 0.1 to 8B, and one step against TRL's GRPO with vLLM.
+
+    python benchmarks/gpu.py                                              # on a GPU: all sizes, LoRA
+    python benchmarks/gpu.py --sizes 0.1B --peer-python grpo/bin/python   # peer_trl_grpo.py makes that environment
+    python benchmarks/gpu.py --sizes tiny --steps 2 --episodes 8 --new-tokens 8 --peer-python .venv/bin/python
+
+Weights are random, so only time and memory mean anything: every answer has all of its tokens. Each size is a
+fresh process. This project samples with its local engine, TRL with vLLM. PPO trains a critic too, which GRPO
+has not. The last line above runs on a CPU, to see that all of it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from look import new_console
+from peer_work import Work
+from ppo_step import HERE, episodes_per_second, operations, run, show_phases, tokens_per_second
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+from workloads import base_model, make_work
+
+from rlhf.distributed.device import hardware, has_gpu
+from rlhf.models.base import ModelConfig, load_tokenizer
+
+SIZES = {
+    "tiny": (64, 2, 4, 2, 128), "0.1B": (576, 30, 9, 3, 1536), "0.5B": (1024, 24, 16, 8, 4096),
+    "1.5B": (2048, 24, 16, 8, 8192), "3B": (3072, 28, 24, 8, 8192), "8B": (4096, 32, 32, 8, 14336),
+}  # fmt: skip
+"""Hidden size, layers, heads, heads of keys and values, size of the MLP."""
+console = new_console()
+
+
+def random_model(directory: Path, size: str) -> Path:
+    """A Llama of that size in bf16, made on the device, with the packaged model's tokenizer."""
+    target = directory / f"random-{size}"
+    if (target / "config.json").exists():
+        return target
+    tokenizer = load_tokenizer(base_model(directory, "embedded"), ModelConfig(kind="embedded"))
+    hidden, layers, heads, kv_heads, intermediate = SIZES[size]
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=intermediate, vocab_size=len(tokenizer), max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda" if has_gpu() else "cpu"):
+        model = LlamaForCausalLM._from_config(config)
+    tokenizer.save_pretrained(target)
+    model.save_pretrained(target)
+    return target
+
+
+def share_of_peak(work: dict[str, Any], answer: dict[str, Any]) -> float:
+    """Useful operations of a step, median, over what the device multiplies in its time."""
+    shares = []
+    for step, seconds in list(zip(answer["metrics"], answer["seconds"], strict=True))[1:]:
+        useful = operations(work, step, answer["micro_batch_tokens"], answer["positions_a_token"])
+        shares.append(sum(useful.values()) / seconds / 1e9 / answer["matmul_peak"])
+    return float(median(shares))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = [size for size in SIZES if size != "tiny"]
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=sizes)
+    parser.add_argument("--peft", choices=["none", "lora"], default="lora")
+    parser.add_argument("--steps", type=int, default=4, help="the first one warms up")
+    parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument(
+        "--peer-python", help="of TRL's environment (peer_trl_grpo.py); without, no comparison"
+    )
+    parser.add_argument("--directory", type=Path, default=HERE / ".work", help="for models and logs")
+    options = parser.parse_args(arguments)
+    directory = options.directory.resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    columns = ("size", "s a step", "episodes/s", "tokens/s", "of the peak", "memory, GB", "GRPO, s a step",
+               "episodes/s, ratio", "tokens/s, ratio")  # fmt: skip
+    table = Table(*columns, title=hardware(), box=None)
+    for size in options.sizes:
+        work = make_work(
+            "uniform", directory, steps=options.steps, peft=options.peft, precision="bf16",
+            policy=random_model(directory, size), episodes=options.episodes, new_tokens=options.new_tokens,
+        )  # fmt: skip
+        ours = run(sys.executable, "run_rlhf.py", work, directory / "rlhf.log")
+        show_phases(work, ours)
+        row = [
+            size, f"{median(ours['seconds'][1:]):.2f}", f"{episodes_per_second(ours):.2f}",
+            f"{tokens_per_second(ours):.0f}", f"{share_of_peak(work, ours):.3f}",
+            f"{ours['peak_bytes'] / 1e9:.1f}",
+        ]  # fmt: skip
+        if options.peer_python:
+            known = {field.name: work[field.name] for field in fields(Work) if field.name in work}
+            theirs = run(options.peer_python, "peer_trl_grpo.py", known, directory / "grpo.log")
+            row += [
+                f"{median(theirs['seconds'][1:]):.2f}",
+                f"{episodes_per_second(ours) / episodes_per_second(theirs):.2f}",
+                f"{tokens_per_second(ours) / tokens_per_second(theirs):.2f}",
+            ]
+        table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
