@@ -1,7 +1,7 @@
 """What one GPU does: PPO steps of models of 0.1 to 8B, and one step against TRL's GRPO with vLLM.
 
-    python benchmarks/gpu.py                                              # on a GPU: all sizes, LoRA
-    python benchmarks/gpu.py --sizes 0.1B --peer-python grpo/bin/python   # peer_trl_grpo.py makes that environment
+    python benchmarks/gpu.py                                    # on a GPU: all sizes, LoRA
+    python benchmarks/gpu.py --sizes 0.1B --peer-python grpo/bin/python   # as peer_trl_grpo.py installs it
     python benchmarks/gpu.py --sizes tiny --steps 2 --episodes 8 --new-tokens 8 --peer-python .venv/bin/python
 
 Weights are random, so only time and memory mean anything: every answer has all of its tokens. Each size is a
