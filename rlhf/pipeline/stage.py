@@ -43,6 +43,7 @@ class Purpose(NamedTuple):
     """A summary metric with its interval that tells whether a stage did what it is for: 0 is no change."""
 
     metric: str
+    """Its name, without the stage's."""
     words: str
     """What the verdict calls it, such as `SFT's loss on held-out answers`."""
     sign: Literal[1, -1]
