@@ -46,7 +46,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file beside it and rename that, so that whoever reads finds the old one or the new one, whole.
+    """Replace a file at once: a reader finds the old text or the new one, never a part of it.
 
     Raises:
         OSError: with `filename`.
