@@ -26,7 +26,9 @@ import gc
 import json
 import multiprocessing
 import os
+import queue
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -162,7 +164,13 @@ def on_ranks(ranks: int, directory: Path, zero: str) -> list[dict[str, float]]:
     ]
     for worker in workers:
         worker.start()
-    found = dict(results.get(timeout=1800) for _ in workers)
+    found: dict[int, dict[str, float]] = {}
+    while len(found) < ranks:
+        try:
+            found.update([results.get(timeout=5)])
+        except queue.Empty:
+            if any(worker.exitcode for worker in workers):
+                sys.exit("A rank has ended: see above; if nothing is there, the system had no more memory.")
     for worker in workers:
         worker.join()
     return [found[rank] for rank in range(ranks)]

@@ -175,18 +175,18 @@ class RewardStage(Stage):
         self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair]
     ) -> dict[str, float]:
         """Train and publish; summary metrics of both."""
-        from rlhf.models.peft.attach import attach, check_reached, count_parameters
+        from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
         from rlhf.models.recompute import checkpoint_layers
         from rlhf.models.value_head import load_scalar_model, reset_head
         from rlhf.supervised.loop import train_batches
 
         start = job.start(self.init).directory
         compute = job.compute
-        model = load_scalar_model(
-            start, job.base.config, compute.dtype, compute.loads_on, compute, new_head=True
-        )
+        read_to = loads_on(self.peft, compute)
+        model = load_scalar_model(start, job.base.config, compute.dtype, read_to, compute, new_head=True)
         reset_head(model)
-        attach(model.model, self.peft)
+        attach(model.model, self.peft, compute.device)
+        model.to(compute.loads_on)  # its head, behind what QLoRA took there
         compute.ask_once(lambda: check_reached(model.model))
         model.head.requires_grad_(True)
         model.offset.requires_grad_(False)

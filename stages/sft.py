@@ -160,7 +160,7 @@ class SftStage(Stage):
         from rlhf.generation.latency import token_seconds
         from rlhf.models.load import load_causal_lm
         from rlhf.models.logprobs import ResponseModel, check_head
-        from rlhf.models.peft.attach import attach, check_reached, count_parameters
+        from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
         from rlhf.models.peft.merge import publish_policy
         from rlhf.models.recompute import checkpoint_layers
         from rlhf.supervised.loop import train_batches
@@ -169,10 +169,11 @@ class SftStage(Stage):
         tokenizer = job.base.load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
         compute = job.compute
-        policy = load_causal_lm(job.base.directory, job.base.config, compute.dtype, compute.loads_on, compute)
+        read_to = loads_on(self.peft, compute)
+        policy = load_causal_lm(job.base.directory, job.base.config, compute.dtype, read_to, compute)
         compute.ask_once(lambda: check_head(policy))
         if job.will_sample:  # better refused now than by a later stage
-            compute.ask_once(lambda: check_decoding(policy))
+            compute.ask_once(lambda: check_decoding(policy, copies=False))
         rows = job.data.rows("sft", "train")
         room, held_rows = self.room(job.base.context_length), job.data.rows("sft", "held_out")
         train = self.encoded(tokenizer, rows, room, "sft.data: no training row")
@@ -183,7 +184,7 @@ class SftStage(Stage):
             replay = job.data.rows("replay", "train")
             general = self.encoded(tokenizer, replay, room, f"sft.replay={self.replay}: no row")
             batches = with_replay(own, general, self.replay_fraction, job.seed)
-        attach(policy, self.peft)
+        attach(policy, self.peft, compute.device)
         compute.ask_once(lambda: check_reached(policy))
         if self.activation_checkpointing:
             checkpoint_layers(policy)

@@ -36,6 +36,7 @@ def generate(
     uniform_BR: Tensor,
     batch_rows: int,
     top_p: float = 1.0,
+    copies: bool = True,
     on_rows: Callable[[int], None] = lambda rows: None,
     on_token: Callable[[], None] = lambda: None,
 ) -> Rollout:
@@ -50,6 +51,7 @@ def generate(
         uniform_BR: [prompts, max_new_tokens] in [0, 1): each row's random numbers, so that a
             response depends neither on the batch nor on the ranks.
         batch_rows: rows decoded together.
+        copies: on CPUs weights may be copied for the time of the call, so that they multiply faster.
         on_rows: called with the number of newly finished rows.
         on_token: called after each decoding step.
     """
@@ -60,7 +62,7 @@ def generate(
     stops = torch.tensor(sorted(stop_ids), device=model.device)
     lean = None
     # one answer may end before the copies have paid off: they take as long as several tokens
-    if len(prompts) > 1 and is_lean(model, growing_cache(model)):
+    if copies and len(prompts) > 1 and is_lean(model, growing_cache(model)):
         lean = LeanDecoder(model, batch_rows)
     for start in range(0, len(order), batch_rows):
         rows = order[start : start + batch_rows]

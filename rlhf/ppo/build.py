@@ -15,7 +15,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import check_head
-from rlhf.models.peft.attach import attach, check_reached, count_parameters
+from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.virtual_tokens import virtual_tokens
 from rlhf.models.recompute import checkpoint_layers
@@ -37,16 +37,17 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
     """The loop with its four models, before its first step."""
     settings, compute, tokenizer = job.base.config, job.compute, job.start(config.init).load_tokenizer()
     start = job.start(config.init).directory
-    policy = load_causal_lm(start, settings, compute.dtype, compute.loads_on, compute)
+    policy = load_causal_lm(start, settings, compute.dtype, loads_on(config.peft, compute), compute)
     compute.ask_once(lambda: check_head(policy))
     backbone = shared_backbone(config, policy, start, compute)
-    adapter = attach(policy, config.peft)
+    adapter = attach(policy, config.peft, compute.device)
     compute.ask_once(lambda: check_reached(policy))
     frozen_on = torch.device("cpu") if config.frozen_placement == "sharded" else compute.device
     reward = job.reward(config.reward, config.micro_batch_tokens, backbone, frozen_on)
     normalizer = score_normalizer(config, job)
     critic = load_critic(config, job, reward, normalizer, tokenizer, backbone)
-    attach(critic.model, config.peft)
+    attach(critic.model, config.peft, compute.device)
+    critic.to(compute.loads_on)  # its head, behind what QLoRA took there
     critic.head.requires_grad_(True)
     critic.offset.requires_grad_(True)
     trained, _ = count_parameters(policy)  # before they are sharded
@@ -165,6 +166,7 @@ def load_critic(
     With a backbone, the critic shares the weights of its start: `backbone`'s, or the reward model's.
     """
     init = critic_start(config, job, reward, tokenizer)
+    read_to = loads_on(config.peft, job.compute)
     if init == "sft" and backbone is not None:
         size = backbone.model.config.get_text_config().hidden_size
         zeros = torch.zeros(1, size, device=job.compute.device)
@@ -172,7 +174,7 @@ def load_critic(
     if init == "sft":
         directory = job.start(config.init).directory
         critic = load_scalar_model(
-            directory, job.base.config, job.compute.dtype, job.compute.loads_on, job.compute, new_head=True
+            directory, job.base.config, job.compute.dtype, read_to, job.compute, new_head=True
         )
         reset_head(critic, deviation=0.0)
         return critic
@@ -186,9 +188,7 @@ def load_critic(
     if backbone is not None:
         critic = reward.model.sharing_weights()
     else:
-        critic = load_scalar_model(
-            reward.directory, job.base.config, job.compute.dtype, job.compute.loads_on, job.compute
-        )
+        critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype, read_to, job.compute)
     if config.score.normalize == "sft":
         critic.rescale(1 / normalizer.deviation, -normalizer.mean / normalizer.deviation)
     return critic

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import ConfigError
+from rlhf.distributed.compute import Compute
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.bottleneck import KIND, BottleneckConfig, BottleneckModel
@@ -172,10 +173,19 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
+def loads_on(config: PeftConfig, compute: Compute) -> torch.device:
+    """The device that a model is loaded to before `attach`. QLoRA's stays in its files, which the host maps:
+    so its device only gets the weights in 4 bits."""
+    return torch.device("cpu") if config.method == "qlora" else compute.loads_on
+
+
+def attach(model: PreTrainedModel, config: PeftConfig, device: torch.device | None = None) -> Adapter:
     """Make the model train what config says: all parameters, an adapter on frozen ones, or the last layers.
 
     A published adapter that is in the model already stays there, frozen. The new one is added to it.
+
+    Args:
+        device: where QLoRA takes the model; None is where the model is. Other methods leave it there.
 
     Raises:
         ConfigError: the method does not know this kind of model.
@@ -193,7 +203,7 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> Adapter:
         return Adapter(model, None, config)
     tuner = _tuner_config(model, config)
     if config.method == "qlora":
-        quantize(model, update_targets(model, config))
+        quantize(model, update_targets(model, config), device or model.device)
     return Adapter(model, inject(model, tuner, "default"), config)
 
 

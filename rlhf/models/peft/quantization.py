@@ -16,8 +16,9 @@ FORMAT: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 
 
 @torch.no_grad()
-def quantize(model: PreTrainedModel, names: list[str]) -> None:
-    """Convert linear layers to 4 bits in place, one after the other. They cannot train any more.
+def quantize(model: PreTrainedModel, names: list[str], device: torch.device) -> None:
+    """Convert linear layers to 4 bits, one after the other, on the way to a device. The rest of the model
+    follows. The layers cannot train any more.
 
     Args:
         names: the last parts of their names.
@@ -31,9 +32,10 @@ def quantize(model: PreTrainedModel, names: list[str]) -> None:
             device="meta", **FORMAT,
         )  # fmt: skip
         weight = kinds.Params4bit(linear.weight.data, requires_grad=False, module=held, **FORMAT)
-        held.weight, held.bias = weight.to(linear.weight.device), linear.bias
+        held.weight, held.bias = weight.to(device), linear.bias
         setattr(parent, name, held)
-    model.requires_grad_(False)
+    module: nn.Module = model  # transformers' own `to` hides its signature from type checkers
+    module.to(device).requires_grad_(False)
     model.__dict__["is_loaded_in_4bit"] = True  # where peft looks
 
 
