@@ -177,17 +177,13 @@ def frozen_weights(
 
 
 def loading(on: CostContext, trained: Trained, *others: Allocation) -> MemoryPhase:
-    """Every rank reads its slices of sharded models; else whole ones onto its device, in the precision of the
-    run, before they are held in 4 bits (those before the last one are by then).
-
-    Files in another precision than the run's are converted whole, on the host: that is not counted.
+    """Every rank reads its slices of sharded models, or whole models: in the precision of the run, or in 4
+    bits. Files in another precision than the run's are converted whole on the host, which is not counted.
 
     Args:
         others: models beside those of the engine that are there by then.
     """
-    *earlier, (last, is_scalar) = trained.sets
-    size = sum(weight_bytes(each, trained.peft.method, is_scalar=scalar) for each, scalar in earlier)
-    size += weight_bytes(last, is_scalar=is_scalar)
+    size = sum(weight_bytes(each, trained.peft.method, is_scalar=scalar) for each, scalar in trained.sets)
     how = f"{trained.weight_sets} {'sharded' if on.shards_weights else 'whole'} models"
     size /= on.ranks if on.shards_weights else 1
     return MemoryPhase(LOADING, [Allocation("weights", size, how, on.zero == "zero3_offload"), *others])
