@@ -18,6 +18,8 @@ from rlhf.pipeline.stage import Stage
 from rlhf.rewards.http import RewardServerConfig
 
 ROWS = 2
+PROMPT = [Message(role="user", content="Is this a test?")]
+"""For a stage that reads no data."""
 ANSWER = "Yes."
 """The answer to a prompt that comes without one."""
 MICRO_BATCH_TOKENS = 4096
@@ -44,7 +46,8 @@ def rehearse_rewards(
             if source == "learned" or source in asked:
                 continue
             asked.add(source)
-            prompts, completions = zip(*islice(some_rows(stage, data), ROWS), strict=True)
+            rows = list(islice(some_rows(stage, data), ROWS)) or [(PROMPT, ANSWER)]
+            prompts, completions = zip(*rows, strict=True)
             try:
                 reward = make_reward(source, None, config, compute, MICRO_BATCH_TOKENS, server)
                 score_B = reward(prompts, completions)
@@ -67,8 +70,8 @@ def rehearse_rewards(
 
 def some_rows(stage: Stage, data: PreparedData) -> Iterator[tuple[list[Message], str]]:
     """(prompt, answer) of the first data that a stage reads."""
-    role = stage.datasets()[0]
-    rows: Sequence[Row] = data.rows(role, ROLES[role].splits[0])
-    for row in rows:
-        prompt, answer = row.exchanges()[0]
-        yield prompt, ANSWER if answer is None else answer
+    for role in stage.datasets()[:1]:
+        rows: Sequence[Row] = data.rows(role, ROLES[role].splits[0])
+        for row in rows:
+            prompt, answer = row.exchanges()[0]
+            yield prompt, ANSWER if answer is None else answer

@@ -1,0 +1,46 @@
+"""Rewards are asked before anything trains, whatever the stage that names them reads."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from rich.console import Console
+
+from helpers.jobs import TINY, on_cpu
+from rlhf.config import ConfigError
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
+from rlhf.data.prepared import PreparedData
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.rehearsal import ANSWER, rehearse_rewards
+from rlhf.pipeline.stage import Stage
+from rlhf.rewards.http import RewardServerConfig
+
+
+class ReadsNothing(Stage):
+    name: ClassVar[str] = "reads_nothing"
+
+    def rewards(self) -> Mapping[str, str]:
+        return {"reads_nothing.reward": "python:never_finite:score"}
+
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+        return StageCost()
+
+    def run(self, job: Job) -> None:
+        raise AssertionError("nothing runs here")
+
+
+def test_a_stage_that_reads_no_data_has_its_reward_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "def score(prompts, responses):\n    return [float('nan')] * len(responses)\n"
+    (tmp_path / "never_finite.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    server = RewardServerConfig(timeout=1.0, retries=0)
+    stages, console = [ReadsNothing(gates={})], Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match=rf"never_finite:score gave nan for the response '{ANSWER}'"):
+        rehearse_rewards(stages, PreparedData(tmp_path), TINY, on_cpu(), server, console)
