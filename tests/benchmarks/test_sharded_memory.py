@@ -11,5 +11,6 @@ from sharded_memory import main
 def test_no_rank_of_two_holds_a_whole_model(zero: str) -> None:
     (one,), (first, second) = main(["--model", "small", "--zero", zero])[zero]
     for phase in ("policy", "reference", "reward"):
-        assert max(first[phase], second[phase]) <= 0.6 * one[phase], phase
+        share = 0.65 if zero == "zero3" else 0.6  # one of DeepSpeed's buffers is whole on each rank
+        assert max(first[phase], second[phase]) <= share * one[phase], phase
         assert first[phase] == pytest.approx(second[phase], rel=0.1), phase
