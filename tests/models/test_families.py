@@ -146,9 +146,9 @@ def test_greedy_answers_are_those_of_transformers_own_generate(family: Family) -
         uniform_BR=torch.zeros(len(prompts), 12), batch_rows=len(prompts),
     )  # fmt: skip
     expected = []
-    theirs: Any = family.model
+    untyped: Any = family.model
     for prompt in prompts:
-        ids = theirs.generate(
+        ids = untyped.generate(
             prompt[None], attention_mask=torch.ones_like(prompt)[None], max_new_tokens=12, do_sample=False,
             eos_token_id=None, use_cache=True,
         )  # fmt: skip
