@@ -154,7 +154,11 @@ def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
     ("how", "code", "words"),
     [
         ("crash", 1, "indiscreet.CrashError: cannot connect with <redacted> to"),
-        ("mistake", 2, "Error: ppo.reward=python:indiscreet:score: RuntimeError: cannot connect with <redacted> to"),
+        (
+            "mistake",
+            2,
+            "Error: ppo.reward=python:indiscreet:score: RuntimeError: cannot connect with <redacted>",
+        ),
     ],
 )
 def test_two_ranks_that_fail(chain: Chain, how: str, code: int, words: str) -> None:
