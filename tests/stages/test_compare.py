@@ -189,7 +189,9 @@ def test_inputs_follow_the_artifacts_and_the_reward(tuned: str) -> None:
 def test_the_run_shows_it(finished_chain: tuple[Chain, Outcome]) -> None:
     chain, first = finished_chain
     assert "compare" not in first.statuses
-    outcome = chain.run("stage=compare", "compare.max_new_tokens=4", "compare.num_questions=2")
+    outcome = chain.run(
+        "stage=compare", "compare.max_new_tokens=4", "compare.num_questions=2", "force=[compare]"
+    )
     assert outcome.code == 0, outcome.err
     assert outcome.statuses["compare"] == "ran"
     assert {outcome.statuses[name] for name in ("sft", "reward", "ppo")} == {"reused"}
