@@ -96,6 +96,12 @@ def test_an_old_checkpoint_goes_only_once_the_new_one_is_in_place(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
+def test_what_is_no_tensor_or_number_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    checkpointer(tmp_path).save(1, engine(), {"where": Path("anything")})
+    with pytest.raises(ConfigError, match=r"or start the stage again with checkpoint\.resume=false\.$"):
+        checkpointer(tmp_path).restore(engine())
+
+
 class Clock:
     """A clock that is moved by hand."""
 

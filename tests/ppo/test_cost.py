@@ -14,13 +14,14 @@ from transformers import (
 from helpers.costs import EIGHT, EIGHT_BILLION, check, gpus
 from helpers.experiments import build
 from rlhf.costs.model_shape import ModelShape, shape_of
+from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import ThroughputModel
 from rlhf.data.prepared import LengthStats
 from rlhf.distributed.compute import Zero
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.ppo.config import PpoConfig
-from rlhf.ppo.cost import mix_lengths
+from rlhf.ppo.cost import mix_lengths, mixed, ppo_cost
 
 
 @pytest.fixture
@@ -221,3 +222,37 @@ def test_what_ppo_holds_and_when_by_hand() -> None:
     assert cost.checkpoint == pytest.approx(3 * 4 * (trained + scalar) + 2 * trained + 4 * trained, rel=1e-6)
     assert cost.artifact == pytest.approx(2 * trained, rel=1e-3)
     assert (cost.longest, cost.sampled, cost.context) == (940, 940, 40_960)
+
+
+def work_of(on: CostContext, *overrides: str) -> dict[str, float]:
+    """Task -> seconds, of PPO with a rule."""
+    stage = build(*RULED, *overrides).stages["ppo"]
+    assert isinstance(stage, PpoConfig)
+    return {task.how.lstrip("(").partition(":")[0]: task.seconds for task in ppo_cost(stage, on, reward_method=None).work}
+
+
+def test_a_rollout_that_is_one_pass_is_not_scored_before_it_is_learned_from() -> None:
+    whole = ("ppo.batch_episodes=8", "ppo.minibatch_episodes=8")
+    once = work_of(gpus(80), *whole, "ppo.micro_batch_tokens=1000000")
+    twice = work_of(gpus(80), *whole, "ppo.micro_batch_tokens=1000")
+    assert once["values"] == 0 < twice["values"]
+    assert once["log-probabilities"] < twice["log-probabilities"]
+
+
+def test_the_policys_training_counts_its_logits() -> None:
+    on = gpus(80)
+    more = replace(on, shape=replace(on.shape, vocabulary=2 * on.shape.vocabulary))
+    first, second = (work_of(each)["policy"] for each in (on, more))
+    assert second > first * 1.001
+    assert work_of(on)["critic"] == work_of(more)["critic"]
+
+
+def test_the_mix_lies_beside_a_minibatch_under_deepspeed_alone() -> None:
+    stage = build(*RULED, "ppo.ptx.coef=0.5", "ppo.ptx.rows=64", "ppo.micro_batch_tokens=4000").stages["ppo"]
+    assert isinstance(stage, PpoConfig)
+    sizes = {}
+    zeros: tuple[Zero, ...] = ("none", "fsdp2", "zero2")
+    for zero in zeros:
+        (found,) = mixed(stage, replace(gpus(80), zero=zero), once=False)
+        sizes[zero] = found.size
+    assert sizes["none"] == sizes["fsdp2"] < sizes["zero2"]
