@@ -228,7 +228,8 @@ def work_of(on: CostContext, *overrides: str) -> dict[str, float]:
     """Task -> seconds, of PPO with a rule."""
     stage = build(*RULED, *overrides).stages["ppo"]
     assert isinstance(stage, PpoConfig)
-    return {task.how.lstrip("(").partition(":")[0]: task.seconds for task in ppo_cost(stage, on, reward_method=None).work}
+    work = ppo_cost(stage, on, reward_method=None).work
+    return {task.how.lstrip("(").partition(":")[0]: task.seconds for task in work}
 
 
 def test_a_rollout_that_is_one_pass_is_not_scored_before_it_is_learned_from() -> None:
