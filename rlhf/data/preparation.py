@@ -332,7 +332,7 @@ class Preparation:
         is_own = lender(self.sources, data.role) is None  # the user never said that others' rows are prompts
         if self.on_bad_row == "error" and is_own:
             raise ConfigError(
-                f"{data.key}: {where}: {error}{advice} "
+                f"{data.key}: {where}: {str(error).removesuffix('.')}.{advice} "
                 "Fix the row, or set prepare.on_bad_row=drop to leave out such rows."
             )
         data.remove(error.reason, where)

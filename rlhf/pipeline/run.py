@@ -75,7 +75,8 @@ class GateResult:
             return ""
         where = f" ({self.bound.rows})" if self.bound.rows else ""
         if self.more_rows is not None:
-            return f"About {two_digits(self.more_rows):,} more rows like these would tell{where}."
+            rows = two_digits(self.more_rows)
+            return f"About {rows:,} more row{'s' * (rows > 1)} like these would tell{where}."
         if self.sampled is not None and self.sampled.rows < 2:
             return f"That takes more than one row{where}."
         return "The figure lies on the bound: no number of rows would tell."

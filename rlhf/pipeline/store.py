@@ -93,7 +93,7 @@ class DamagedError(ConfigError):
     def __str__(self) -> str:
         return printable(
             f"{self.path} is damaged: {self.complaint}. The next command that needs it sets it aside "
-            "and rebuilds it; `python -m rlhf verify` looks for more."
+            "and rebuilds it. `python -m rlhf verify` checks the whole store."
         )
 
 

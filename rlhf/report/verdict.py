@@ -108,7 +108,7 @@ def reason(name: str, chain: Mapping[str, Stage], own: Mapping[str, Finding], sc
         assert stage.purpose is not None
         why = stage.purpose.failed
         if reward is None:
-            return f"{name}: {f'its reward is not learned, and {why}' if stage.rewards() else why}."
+            return f"{name}: {f'no model was trained to score, and {why}' if stage.rewards() else why}."
         if reward in own and own[reward].direction == "better":
             return f"{name}: the reward model ranks well, and {why}."
         return (
@@ -118,6 +118,11 @@ def reason(name: str, chain: Mapping[str, Stage], own: Mapping[str, Finding], sc
     assert score is not None
     by, against = SCORES[score.metric], "what it publishes is no better than what PPO started from"
     if mine is None or mine.direction != "better" or score.metric != "gold_gain":
+        if reward is not None and reward in own and own[reward].direction == "unknown":
+            return (
+                f"{reward} or {name}: {against}, by the {by} on new prompts, and nobody can tell whether the "
+                "reward model ranks well enough to learn from."
+            )
         return f"{name}: {against}, by the {by} on new prompts."
     if not stage.rewards():
         return f"{name}: it improved on its own data, and the gold score did not follow."

@@ -21,11 +21,13 @@ from rlhf.models.value_head import ScalarModel, load_scalar_model
 from rlhf.models.weight_sharing import Backbone, offload, sharing
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import reward_directory, reward_kind
-from rlhf.rewards.reward import Prompts, Reward, RewardError
+from rlhf.rewards.reward import Prompts, Reward, RewardError, as_scores
 
 CUT_TOKENS = 8
 """A response that fills the context may have so many more tokens when its text is encoded again with an end
 token. So many are cut before that end."""
+BROKEN_TOKENS = 3
+"""A sampled token that is part of a character is decoded as U+FFFD: three bytes, and at most three tokens."""
 
 
 class LearnedReward:
@@ -61,7 +63,8 @@ class LearnedReward:
     def _ids(self, prompt: list[Message], completion: str) -> list[int]:
         ids, _ = exchange_ids(self.tokenizer, prompt, completion)
         room = context_left(self.model.model)
-        if len(ids) > room + CUT_TOKENS:
+        broken = BROKEN_TOKENS * completion.count("\N{REPLACEMENT CHARACTER}")
+        if len(ids) > room + CUT_TOKENS + broken:
             raise RewardError(
                 f"{self.directory}: the reward model reads {room} tokens, and a prompt with its response has "
                 f"{len(ids)}. Give shorter prompts, sample fewer tokens, or take another reward model."
@@ -131,7 +134,13 @@ def make_reward(
         return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, device)
     make = reward_kind(source).make
     assert make is not None, f"{source}: its kind has neither a model nor a rule"
-    return spread(make(source, server), compute)
+    rule = make(source, server)
+
+    def checked(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        advice = "(`RewardKind.make`). It must return one number for each response."
+        return as_scores(rule(prompts, completions), len(completions), source, advice)
+
+    return spread(checked, compute)
 
 
 def spread(reward: Reward, compute: Compute) -> Reward:

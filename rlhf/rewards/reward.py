@@ -60,8 +60,6 @@ def function_reward(source: str) -> Reward:
         raise ConfigError(f"{source}: its arguments are {arguments} ({place}). {wanted}")
 
     def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
-        import torch
-
         try:
             answer = function(last_messages(prompts), list(completions))
         except Exception as error:  # whatever a user's function raises
@@ -69,19 +67,27 @@ def function_reward(source: str) -> Reward:
             own = [frame for frame in frames if defined and frame.filename == defined[0]]
             where = f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else place
             raise RewardError(f"{source}: {type(error).__name__}: {error} ({where}). {wanted}") from error
-        try:
-            scores = torch.as_tensor(answer)
-        except (RuntimeError, TypeError, ValueError):
-            said = "nothing (None)" if answer is None else f"{reprlib.repr(answer)}, which holds no numbers"
-            raise RewardError(f"{source} returned {said} ({place}). {wanted}") from None
-        if scores.shape != (len(completions),):
-            raise RewardError(
-                f"{source} returned shape {tuple(scores.shape)} for {len(completions)} responses ({place}). "
-                f"{wanted}"
-            )
-        return scores.detach().float().cpu()
+        return as_scores(answer, len(completions), source, f"({place}). {wanted}")
 
     return score
+
+
+def as_scores(answer: object, count: int, source: str, advice: str) -> Tensor:
+    """What a reward returned as `count` fp32 scores on the CPU.
+
+    Raises:
+        RewardError: it holds no numbers, or another number of them. The message ends with `advice`.
+    """
+    import torch
+
+    try:
+        scores = torch.as_tensor(answer)
+    except (RuntimeError, TypeError, ValueError):
+        said = "nothing (None)" if answer is None else f"{reprlib.repr(answer)}, which holds no numbers"
+        raise RewardError(f"{source} returned {said} {advice}") from None
+    if scores.shape != (count,):
+        raise RewardError(f"{source} returned shape {tuple(scores.shape)} for {count} responses {advice}")
+    return scores.detach().float().cpu()
 
 
 def last_messages(prompts: Prompts) -> list[str]:

@@ -222,5 +222,7 @@ def test_a_response_that_fills_the_context_is_scored_with_its_end(tmp_path: Path
     room = 1024 - len(exchange_ids(learned.tokenizer, prompt, "")[0])
     fits, cut = learned([prompt, prompt], ["a" * room, "a" * (room + 8)])
     assert fits == cut
+    broken = "\N{REPLACEMENT CHARACTER}" * (room // 2)  # one token each when they were sampled
+    assert learned([prompt], [broken]).isfinite().all()
     with pytest.raises(RewardError, match=r"the reward model reads 1024 tokens, and a prompt .* has 1033"):
         learned([prompt], ["a" * (room + 9)])

@@ -83,6 +83,10 @@ def test_all_is_well(tmp_path: Path, chain: dict[str, Stage]) -> None:
         ({"ppo": DOWN, "gold": DOWN}, "PPO's score on held-out prompts (-0.2)", "ppo: the reward model"),
         ({"gold": DOWN}, "the gold score of the PPO model on new prompts (-0.2)", "reward: PPO raised"),
         ({"ppo": UNKNOWN, "gold": DOWN}, "the gold score of the PPO model", "ppo: what it publishes is no"),
+        (
+            {"ppo": UNKNOWN, "reward": UNKNOWN, "gold": NONE}, "the gold score of the PPO model",
+            "reward or ppo: what it publishes is no better",
+        ),
         ({"ppo": NONE, "reward": UNKNOWN}, "PPO's score on held-out prompts (+0)", "reward or ppo: PPO"),
     ],
 )  # fmt: skip
@@ -122,7 +126,7 @@ def test_where_nobody_knows_the_gold_score_the_learned_one_is_told(tmp_path: Pat
     assert "the reward's score of the PPO model on new prompts (+0.2)" in verdict(
         run_of(tmp_path, chain, **figures)
     )
-    assert "To blame is ppo: its reward is not learned" in verdict(
+    assert "To blame is ppo: no model was trained to score, and" in verdict(
         run_of(tmp_path, chain, **figures | {"ppo": NONE})
     )
     assert (

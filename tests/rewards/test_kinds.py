@@ -7,16 +7,19 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helpers.chains import Chain
-from helpers.jobs import TINY
+from helpers.jobs import TINY, on_cpu
 from rlhf.config import ConfigError
 from rlhf.models.base import ModelConfig, base_identity
 from rlhf.rewards.code import has_changed
-from rlhf.rewards.kinds import reward_digest
-from rlhf.rewards.reward import function_reward
+from rlhf.rewards.http import RewardServerConfig
+from rlhf.rewards.kinds import REWARD_KINDS, RewardKind, reward_digest
+from rlhf.rewards.model import make_reward
+from rlhf.rewards.reward import RewardError, function_reward
 
 SOURCE = "python:their_reward:score"
 FUNCTION = "def score(prompts, responses):\n    return [{value} for _ in responses]\n"
@@ -249,3 +252,18 @@ def test_a_base_model_that_is_replaced_while_ppo_trains_is_not_evaluated(
     assert outcome.code == 2
     assert f"evaluate: model.path={model}: changed since this run began" in outcome.err
     assert list(outcome.statuses) == ["prepare", "sft", "ppo"]
+
+
+def test_a_kind_of_the_users_may_return_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chars(source: str, server: RewardServerConfig) -> Any:
+        return lambda prompts, completions: [len(completion) for completion in completions if completion]
+
+    kind = RewardKind(form="chars:", check=lambda source: True, digest=lambda source, digest: {}, make=chars)
+    monkeypatch.setitem(REWARD_KINDS, "chars", kind)
+    server = RewardServerConfig(timeout=1.0, retries=0)
+    reward = make_reward("chars:", None, TINY, on_cpu(), 1000, server)
+    assert reward([[], []], ["ab", "c"]).tolist() == [2.0, 1.0]
+    with pytest.raises(
+        RewardError, match=r"chars: returned shape \(1,\) for 2 responses .*one number for each"
+    ):
+        reward([[], []], ["ab", ""])
