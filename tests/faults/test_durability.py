@@ -102,6 +102,13 @@ def test_what_is_no_tensor_or_number_is_refused_with_the_way_out(tmp_path: Path)
         checkpointer(tmp_path).restore(engine())
 
 
+def test_what_an_interrupted_save_left_is_removed(tmp_path: Path) -> None:
+    half = tmp_path / "checkpoints" / ".step-00000002.part-1"
+    half.mkdir(parents=True)
+    checkpointer(tmp_path)
+    assert not half.exists()
+
+
 class Clock:
     """A clock that is moved by hand."""
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from helpers.jobs import TINY, on_cpu, small_job, tiny_base
@@ -52,3 +53,17 @@ def test_what_auto_takes(
     critic = load_critic(stage, job, reward, normalizer, load_tokenizer(tiny_model, TINY))
     assert re.search(f"ppo.critic.init=auto {words}", out.getvalue())
     assert bool(critic.head.weight.any()) == (kind == "learned" and not overrides)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_critic_on_the_reward_model_has_the_runs_precision(
+    tiny_model: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Its files are fp32; the head stays so."""
+    reward = learned(tiny_model, tmp_path / "learned")
+    compute = on_cpu(dtype=dtype)
+    job = small_job("ppo", tmp_path / "job", tiny_base(tiny_model), {"sft": tiny_model}, compute=compute)
+    stage, normalizer = ppo_stage("ppo.critic.init=auto"), ScoreNormalizer.fixed(0.0, 1.0, None)
+    critic = load_critic(stage, job, reward, normalizer, load_tokenizer(tiny_model, TINY))
+    assert {each.dtype for each in critic.model.parameters()} == {dtype}
+    assert critic.head.weight.dtype == torch.float32
