@@ -65,5 +65,5 @@ def test_a_critic_on_the_reward_model_has_the_runs_precision(
     job = small_job("ppo", tmp_path / "job", tiny_base(tiny_model), {"sft": tiny_model}, compute=compute)
     stage, normalizer = ppo_stage("ppo.critic.init=auto"), ScoreNormalizer.fixed(0.0, 1.0, None)
     critic = load_critic(stage, job, reward, normalizer, load_tokenizer(tiny_model, TINY))
-    assert {each.dtype for each in critic.model.parameters()} == {dtype}
+    assert critic.model.get_input_embeddings().weight.dtype == dtype
     assert critic.head.weight.dtype == torch.float32
