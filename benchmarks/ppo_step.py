@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,8 +47,10 @@ def run(python: str, script: str, work: dict[str, Any], log: Path) -> dict[str, 
     ):
         json.dump(work, file)
         file.flush()
+        of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # a runner is alone, whatever starts this process
+        alone = {name: value for name, value in os.environ.items() if name not in of_ranks}
         command = [python, str(HERE / script), file.name]
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        result = subprocess.run(command, env=alone, stdout=subprocess.PIPE, stderr=errors, text=True)
     if result.returncode:
         sys.exit(f"{script} ended with {result.returncode}:\n{log.read_text(encoding='utf-8')[-3000:]}")
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])

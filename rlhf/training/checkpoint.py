@@ -200,7 +200,7 @@ class Checkpointer:
             raise ConfigError(
                 f"{self.directory}: the checkpoint of step {step} could not be written ({said}); "
                 f"{free / 1e6:.0f} MB are free there. Earlier checkpoints and finished stages are intact. "
-                "Fix it, or move store_dir; the same command then continues."
+                "Fix it, or move store_dir; then the same command continues."
             ) from error
         self._last = time.monotonic()
         self.written.append((self._last - start, size))
