@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -60,6 +61,30 @@ def test_the_dual_clip_cuts_no_token_that_went_well() -> None:
         logp_BR, torch.zeros(1, 1), torch.tensor([[0.5]]), MASK, clip=9.0, total_tokens=1, dual_clip=2.0
     )
     assert float(found.loss) == pytest.approx(-0.5 * torch.e) and int(found.clipped) == 0
+
+
+@pytest.mark.parametrize(("advantage", "gradient"), [(0.0, 0.0), (-1.0, math.exp(0.5))])
+def test_the_dual_clip_begins_above_its_ratio_and_below_no_advantage(
+    advantage: float, gradient: float
+) -> None:
+    """A token without an advantage is not cut, nor is one whose ratio is the dual clip itself."""
+    logp_BR = torch.tensor([[0.5]], requires_grad=True)
+    ratio = float(torch.tensor(0.5).exp())
+    found = clipped_policy_loss(
+        logp_BR, torch.zeros(1, 1), torch.tensor([[advantage]]), MASK, clip=0.2, total_tokens=1,
+        dual_clip=ratio if advantage else 1.1,
+    )  # fmt: skip
+    assert int(found.clipped) == 0
+    (found_gradient,) = torch.autograd.grad(found.loss, logp_BR)
+    assert found_gradient.item() == pytest.approx(gradient)
+
+
+def test_a_variance_at_the_limit_of_rounding_is_none() -> None:
+    """Of one value whose square's mean is 1e13: one part in 1e13 is what the subtraction may leave."""
+    at_the_limit = torch.tensor([1.0, 3162277.660168221, 1e13], dtype=torch.float64)
+    assert mean_and_variance(at_the_limit)[1] == 0.0
+    above = torch.tensor([1.0, 3162277.66, 1e13], dtype=torch.float64)
+    assert mean_and_variance(above)[1] > 1.0
 
 
 def test_pairs_are_not_centered_unless_asked() -> None:
