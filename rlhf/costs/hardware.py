@@ -1,4 +1,4 @@
-"""What there is to compute with: found here, or only planned. Its speed, measured once and kept."""
+"""The hardware, found here or planned. Its speed is measured once and kept."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB
-"""What a CUDA process holds before its first tensor."""
+"""Bytes that a CUDA process holds before its first tensor."""
 LIBRARIES = 0.25 * GIB
-"""What torch, oneDNN and others take on a CPU once they compute, beside tensors."""
+"""Bytes that torch, oneDNN and others take on a CPU, apart from tensors."""
 CALIBRATION_SECONDS = 10.0
 STREAM_BYTES = 2**28
 GROUPS = Path("/sys/fs/cgroup")
@@ -31,12 +31,12 @@ GROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one rank."""
+    """The speed of one rank."""
 
     gflops: float
-    """Matrix products in the run's precision."""
+    """GFLOP/s of matrix products in the run's precision."""
     gbytes: float
-    """Memory read and written a second."""
+    """GB/s of memory that is read and written."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Machine:
     memory: float
     """Bytes that a rank may use: of its GPU, or its share of the host's."""
     host_memory: float
-    """Bytes of the host's that a rank may use beside its GPU; 0 on CPUs, where there is nothing beside."""
+    """Bytes of host memory that a rank may use beside its GPU; 0 on CPUs."""
     used: float
     """Bytes that a process holds before it loads a model."""
     ranks: int
     speed: Speed
     ranks_here: int = 1
-    """That share this host's memory."""
+    """Ranks that share this host's memory."""
 
 
 def found_machine(compute: Compute, speed: Speed) -> Machine:
-    """This rank's."""
+    """This rank's machine."""
     import torch
 
     ranks, ranks_here = compute.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -82,7 +82,7 @@ def host_memory() -> float:
 
 
 def room_in(group: Path) -> float:
-    """Bytes left in a control group (version 2); without a limit infinitely many."""
+    """Bytes left in a control group (version 2); infinite without a limit."""
     limit = group / "memory.max"
     if not limit.exists() or (most := limit.read_text(encoding="utf-8").strip()) == "max":
         return float("inf")
@@ -97,7 +97,7 @@ def quick_speed(compute: Compute) -> Speed:
 
 
 def stream_speed(device: torch.device) -> float:
-    """Best of a few additions to a large tensor, in GB/s read and written."""
+    """The best of a few additions to a large tensor, in GB/s read and written."""
     import torch
 
     x = torch.zeros(STREAM_BYTES // 4, device=device)
@@ -112,7 +112,7 @@ def stream_speed(device: torch.device) -> float:
 
 
 def calibrated_speed(compute: Compute, directory: Path) -> Speed:
-    """Measured for ten seconds, and kept there for this machine and precision."""
+    """Measure for ten seconds, and keep the result for this machine and precision."""
     kept = kept_speed(compute, directory)
     if kept is not None:
         return kept

@@ -1,4 +1,4 @@
-"""Bytes a rank needs, by what they are for, each with its arithmetic.
+"""Bytes that a rank needs, by purpose, each with its arithmetic.
 
 Weights, gradients and optimizer: Rajbhandari et al. 2020 (arXiv:1910.02054), section 3. Activations: counted
 from what autograd keeps of transformers' decoder layers, as Korthikanti et al. 2022 (arXiv:2205.05198),
@@ -39,7 +39,7 @@ class Allocation(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPhase:
-    """A moment of a stage: what is in memory then."""
+    """A phase of a stage, and what is in memory then."""
 
     name: str
     parts: list[Allocation] = field(default_factory=list)
@@ -51,13 +51,13 @@ class MemoryPhase:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one engine trains, all with the same method."""
+    """What one engine trains, with one method."""
 
     on: CostContext
     peft: PeftConfig
     models: int = 1
     weight_sets: int = 1
-    """Sets of weights that the models stand on."""
+    """Sets of weights under the models."""
     scalars: int = 0
     """Of the models, those that have a scalar head instead of the output layer."""
     scalar: ModelShape | None = None
@@ -164,7 +164,7 @@ def weight_bytes(on: CostContext, method: MethodName = "none", *, is_scalar: boo
 def frozen_weights(
     on: CostContext, name: str, placed: str = "replicated", *, is_scalar: bool = False
 ) -> Allocation:
-    """Of a model that only computes.
+    """The weights of a model that does not train.
 
     Args:
         placed: as ppo.frozen_placement.
@@ -355,7 +355,7 @@ def beside_vllm(on: CostContext, phases: Sequence[MemoryPhase]) -> list[MemoryPh
 
 
 def folded(on: CostContext) -> Allocation:
-    """Copies of the linear layers' weights, with an adapter in them."""
+    """Copies of the linear layers' weights, with the adapter merged."""
     how = f"adapter folded into copies: {billions(on.shape.linear)} x {on.dtype_bytes} B"
     return Allocation("weights", on.dtype_bytes * on.shape.linear, how)
 

@@ -83,16 +83,16 @@ class ModelShape:
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
-    """Count what the model would have; code of its own is not run.
+    """Count from a config. Code of the model's own is not run.
 
     Raises:
-        UnknownShapeError: not a transformer's config.
+        UnknownShapeError: it is not a transformer's config.
     """
     return counted(skeleton(config))
 
 
 def counted(model: PreTrainedModel) -> ModelShape:
-    """Count what a model has; its weights may be on the meta device.
+    """Count a model's parameters; its weights may be on the meta device.
 
     Raises:
         UnknownShapeError: it is no transformer.
@@ -137,10 +137,10 @@ def counted(model: PreTrainedModel) -> ModelShape:
 
 @cache
 def shape_in(directory: Path) -> ModelShape:
-    """Of the model whose config lies there; code of its own is not run.
+    """The shape of the model in a directory. Code of the model's own is not run.
 
     Raises:
-        UnknownShapeError: it cannot be read, or the formulas do not hold for it.
+        UnknownShapeError: the config cannot be read, or the formulas do not hold for it.
     """
     from transformers import AutoConfig
 

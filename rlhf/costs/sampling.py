@@ -1,4 +1,4 @@
-"""What the stages that sample and measure need: generate, evaluate, compare."""
+"""Costs of the stages that sample and measure: generate, evaluate, compare."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sampling_cost(
     others: Sequence[LengthStats] = (),
     added: int = 0,
 ) -> StageCost:
-    """One policy at a time answers every prompt, and what it said is read again.
+    """The policies answer every prompt one after the other, and each answer is read again.
 
     Args:
         policies: that answer one after the other.

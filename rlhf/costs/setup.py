@@ -1,4 +1,4 @@
-"""Where a stage would run, with which model and on how much data."""
+"""The context of a cost: hardware, model and lengths of data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rlhf.generation.vllm import VllmConfig
 
 Sizes = Callable[[str, Split], LengthStats]
-"""Role and split -> how many rows there are, and how long."""
+"""(role, split) -> how many rows there are, and their lengths."""
 LARGEST_BATCH = 2.5
 """Standard deviations by which the largest of some hundred batches passes the mean one."""
 DRAWN_BATCHES = 100
@@ -33,7 +33,7 @@ DRAWN_BATCHES = 100
 
 @dataclass(frozen=True)
 class CostContext:
-    """All that costs are computed from, beside a stage's own knobs."""
+    """Everything that costs are computed from, except the stage's own keys."""
 
     shape: ModelShape
     dtype_bytes: int
@@ -41,11 +41,11 @@ class CostContext:
     machine: Machine
     sizes: Sizes
     vllm: VllmConfig | None = None
-    """Where vLLM samples."""
+    """vLLM's settings; None for the local engine."""
     has_sampled: bool = False
-    """An earlier stage of the run has, so that vLLM's memory is taken from the beginning on."""
+    """An earlier stage of the run has sampled, so vLLM holds its memory from the beginning."""
     pads: bool = False
-    """Rows are padded to the longest of a pass, not laid end to end."""
+    """Rows are padded to the longest of a pass, not packed."""
 
     @property
     def on_cpu(self) -> bool:
@@ -54,7 +54,7 @@ class CostContext:
 
     @property
     def ranks(self) -> int:
-        """Over all nodes."""
+        """Ranks on all nodes."""
         return self.machine.ranks
 
     @property
@@ -82,7 +82,7 @@ class CostContext:
         return max(float(lengths.longest), min(float(most), batch))
 
     def passes(self, rows: float, lengths: LengthStats, most: int) -> int:
-        """Forward passes that a rank takes for a batch."""
+        """Forward passes of one rank for a batch."""
         tokens = rows / self.ranks * lengths.mean
         return max(1, math.ceil(tokens / max(1.0, self._real_tokens(rows, lengths, most))))
 
@@ -120,5 +120,5 @@ def largest_padded(rows: int, lengths: LengthStats, most: int) -> int:
 
 
 def pads_rows(model: ModelConfig, shape: ModelShape) -> bool:
-    """Whether rows are padded: by `model.attention`, or since the model cannot take packed ones."""
+    """Whether rows are padded: by `model.attention`, or because the model cannot take packed rows."""
     return model.attention != ATTENTION and not (model.attention == "auto" and shape.can_pack)

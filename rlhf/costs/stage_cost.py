@@ -1,4 +1,4 @@
-"""What a stage needs: memory phase by phase, and the work it does. Time is work over speed.
+"""The cost of a stage: memory phase by phase, and its work. Time is work divided by speed.
 
 Source of the operation counts: Kaplan et al. 2020 (arXiv:2001.08361), section 2.1: 2 a parameter and token
 forward, twice that backward. Half of the latter is for gradients of weights, which frozen ones do not need.
@@ -20,7 +20,7 @@ from rlhf.models.peft.methods import MethodName
 
 Activity = Literal["read", "train", "decode", "optimizer", "load"]
 EFFICIENCY: dict[Activity, float] = {"read": 0.39, "train": 0.43, "decode": 0.4}
-"""Share of the measured matmul speed that it reaches: fitted to the table of docs/planner.md."""
+"""Share of the measured matmul speed that each activity reaches; fitted to the table of docs/planner.md."""
 OPTIMIZER_BYTES = 40
 """A trained parameter and step: gradients read twice; master, both moments and weight read and written."""
 PCIE_GBYTES = 25.0
@@ -32,7 +32,7 @@ LOAD_BYTES = 0.3e9
 
 
 class Task(NamedTuple):
-    """Some work of one kind."""
+    """Work of one kind."""
 
     activity: Activity
     seconds: float

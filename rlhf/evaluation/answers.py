@@ -23,27 +23,27 @@ from rlhf.rl.statistics import distinct_n
 
 @dataclass
 class Answers:
-    """What one policy said, how it was scored, and what it knows. Tensors have one entry a row."""
+    """One policy's answers, their scores, and what the policy knows. Tensors have one entry per row."""
 
     rollout: Rollout
     texts: list[str]
     logp_BR: Tensor
-    """Nats, under the policy itself at the sampling temperature."""
+    """Log-probabilities in nats, under the policy at the sampling temperature."""
     task_nats_B: Tensor
-    """Of each held-out answer of sft.data, its negative log-likelihood."""
+    """Negative log-likelihood of each held-out answer of sft.data, in nats."""
     task_tokens_B: Tensor
-    """Of each of these answers."""
+    """Tokens of each of these answers."""
     retained: Retained
-    """What the policy still knows of everything else."""
+    """Results on the retention set."""
     vocabulary: dict[str, int]
-    """Of its tokenizer."""
+    """The tokenizer's vocabulary."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """By "score" (the learned reward) and "gold"."""
     figures: dict[str, float] = field(default_factory=dict)
-    """What was measured while a model was in memory, as metrics."""
+    """Metrics that were measured while the model was in memory."""
 
     def row(self, index: int) -> dict[str, Any]:
-        """One answer as plain values."""
+        """One answer as JSON values."""
         return {
             "response": self.texts[index],
             "stopped": bool(self.rollout.stopped[index]),

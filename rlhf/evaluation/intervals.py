@@ -1,7 +1,7 @@
-"""Figures that were measured on a sample of rows, each with its 95% interval.
+"""Means, shares and ratios over a sample of rows, each with its 95% interval.
 
-Dimensions: B rows, drawn independently of each other: prompts, pairs, questions, texts. Where two models are
-compared, a row's value is the difference between them on that row, so that how hard the row is cancels out.
+Dimensions: B rows, drawn independently of each other: prompts, pairs, questions, texts. If two models are
+compared, a row's value is their difference on that row. So the difficulty of rows cancels out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 def share(value_B: Tensor) -> Sampled:
     """The mean of values from 0 to 1, such as wins (a tie is 0.5).
 
-    The interval never shrinks to a point, not even where all rows agree. With values between 0 and 1 it is a
+    The interval never shrinks to a point, even if all rows agree. With values between 0 and 1 it is a
     little too wide: their variance is at most that of zeros and ones with the same mean.
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.
     """
@@ -38,7 +38,7 @@ def share(value_B: Tensor) -> Sampled:
 def difference(value_B: Tensor) -> Sampled:
     """The mean of values from -1 to 1: how often one model is right where another is not, minus the reverse.
 
-    As `share`, it stays wide where all rows agree: two rows are added, one for each model.
+    As with `share`, the interval stays wide if all rows agree: two rows are added, one for each model.
     Source: Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions
     based on paired data", Journal of Educational and Behavioral Statistics 37(4).
     """
@@ -80,7 +80,7 @@ def ratio(part_B: Tensor, whole_B: Tensor) -> Sampled:
 
 
 def nothing() -> Sampled:
-    """Of no rows at all."""
+    """The result for no rows."""
     return Sampled(math.nan, -math.inf, math.inf, 0)
 
 

@@ -21,20 +21,20 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Harness:
-    """What `evaluate.lm_eval*` asks for."""
+    """The settings `evaluate.lm_eval*`."""
 
     tasks: Sequence[str]
     """Names of tasks, groups or tags."""
     folder: Path | None
-    """Of task files; None for the harness's own, whose data it downloads."""
+    """Folder of task files; None for the harness's own tasks, whose data it downloads."""
     limit: int | None
-    """Of questions a task."""
+    """Most questions per task."""
 
     def check(self) -> None:
         """Find the package and the tasks.
 
         Raises:
-            ConfigError: one of them is not there.
+            ConfigError: the package or a task is missing.
         """
         if find_spec("lm_eval") is None:
             raise ConfigError("evaluate.lm_eval needs lm-eval: pip install -e '.[lm_eval]'.")
@@ -51,15 +51,15 @@ class Harness:
             raise ConfigError(f"evaluate.lm_eval: there is no task {unknown[0]} {where}. Known{near}.")
 
     def digest(self) -> str:
-        """The harness's version and the folder's content: what decides the figures beside the names."""
+        """Digest of the harness's version and the folder's content, which decide the figures."""
         version = importlib.metadata.version("lm_eval")
         return version if self.folder is None else f"{version} {directory_digest(self.folder)}"
 
     def fetch(self) -> None:
-        """Have the tasks' data on this machine.
+        """Download the tasks' data, if they are not there.
 
         Raises:
-            ConfigError: the data cannot be had.
+            ConfigError: the data cannot be downloaded.
         """
         try:
             self._manager().load(list(self.tasks))

@@ -1,4 +1,4 @@
-"""How likely a policy finds answers that people wrote. Dimensions: B references, R their tokens (padded)."""
+"""The likelihood of reference answers under a policy. Dimensions: B references, R their tokens (padded)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def reference_losses(
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each reference behind its prompt, in nats, fp64 [B]; and its tokens, [B].
 
-    What the context does not hold is left out of both: all of a reference whose prompt fills it.
+    Tokens beyond the context are left out of both. If the prompt fills the context, the whole reference is.
     """
     nats_B = torch.zeros(len(references), dtype=torch.float64)
     tokens_B = torch.zeros(len(references), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""What a policy still knows: perplexity of general texts, and multiple-choice questions.
+"""The retention set: perplexity of general texts, and multiple-choice questions.
 
 Dimensions: B texts, questions or continuations, R continuation tokens (padded).
 """
@@ -20,16 +20,16 @@ from rlhf.rl.rollout import Responses
 
 
 class Retained(NamedTuple):
-    """What one policy knows, row by row; tensors are empty where there are no such rows."""
+    """One policy's results, row by row. Tensors are empty if there are no such rows."""
 
     sources: list[str]
-    """Of each text, the set it is from."""
+    """The set that each text is from."""
     nats_B: Tensor
-    """Of each text, its negative log-likelihood."""
+    """Negative log-likelihood of each text, in nats."""
     tokens_B: Tensor
-    """Of each text."""
+    """Tokens of each text."""
     right_B: Tensor
-    """Of each question, 1 where the right answer is the likeliest one per character."""
+    """1 for a question whose right answer is the likeliest one per character, else 0."""
 
     def metrics(self) -> dict[str, float]:
         """`question_accuracy`; `perplexity` of all texts, and where they are from several sets
@@ -61,7 +61,7 @@ def retention(
 
 
 def forgetting(known: Retained, base: Retained) -> dict[str, float]:
-    """What a policy knows against what the base model does, row by row.
+    """A policy compared with the base model, row by row.
 
     `retention_loss` is the logarithm of `retention_perplexity_ratio`: nats per token.
     """
@@ -93,7 +93,7 @@ def right_answers(policy: PolicyModel, rows: Sequence[QuestionRow], micro_batch_
 
 
 def likeliest_choice(logp_B: Tensor, choices: Sequence[str]) -> int:
-    """The choice with the highest log-likelihood per character, so that long ones are not at a disadvantage.
+    """The choice with the highest log-likelihood per character, so that long answers have no disadvantage.
 
     Source: `acc_norm` of EleutherAI's lm-evaluation-harness.
 

@@ -11,7 +11,7 @@ from rlhf.evaluation.intervals import difference, share
 from rlhf.evaluation.win_rate import wins
 
 WIDE_GAP = 0.5
-"""Gold-score units: pairs that differ by at least this much are told apart easily."""
+"""Gold-score units: pairs that differ by at least this much are easy to rank."""
 CALIBRATION_BINS = 10
 
 
@@ -29,11 +29,11 @@ class Ranking(NamedTuple):
 
 
 def rank_quality(ranking: Ranking) -> dict[str, float]:
-    """Accuracy, margin, calibration and the ways a reward model fools one: chance and length.
+    """Accuracy, margin, calibration, and comparison with chance and length.
 
-    accuracy_over_baseline is what is left above the best of chance, "the longer answer wins" and "the shorter
+    accuracy_over_baseline is the accuracy above the best of chance, "the longer answer wins" and "the shorter
     answer wins", pair by pair: how often the model is right where that rule is not, minus the reverse. The
-    rule is the one that is best on these very pairs, so the figure is rather too low than too high.
+    rule is chosen on the same pairs, so the figure is rather too low than too high.
     """
     chosen, rejected = ranking.chosen_B, ranking.rejected_B
     right_B = wins(chosen, rejected)

@@ -1,6 +1,6 @@
 """A figure that was measured on a sample of rows, as a value and as plain metrics.
 
-Without torch, for the front door reads it; rlhf/evaluation/intervals.py makes such figures.
+It needs no torch, because checks of the config import it. rlhf/evaluation/intervals.py makes such figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Sampled(NamedTuple):
 
     @classmethod
     def found(cls, name: str, metrics: Mapping[str, float]) -> Sampled | None:
-        """What `metrics` put there; None for a figure that has no interval."""
+        """Read what `metrics` wrote; None for a figure without an interval."""
         names = [beside(name, end) for end in ENDS]
         if not all(each in metrics for each in names):
             return None
