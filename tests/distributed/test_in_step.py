@@ -3,8 +3,6 @@ of it is what one rank computes. DeepSpeed gathers the output layer at most twic
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,8 @@ import torch
 
 from helpers.jobs import on_cpu
 from helpers.models import write_reward
-from helpers.ranks import Case, all_stages, be_a_rank, write_large
+from helpers.ranks import Case, all_stages, go_through, write_large
+from helpers.spawned import start_ranks
 from rlhf.distributed.compute import Zero
 
 SHARDED: list[tuple[Zero, str]] = [
@@ -39,27 +38,13 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_uneven_rows_give_what_one_rank_computes(ranks: int, models: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [
-        context.Process(
-            target=be_a_rank, args=(rank, ranks, port, CASES, models, tmp_path, results), daemon=True
-        )
-        for rank in range(ranks)
-    ]
-    for worker in workers:
-        worker.start()
+    wait = start_ranks(go_through, ranks, CASES, models, tmp_path, timeout=90, seconds=600)
     expected = {
         name: all_stages(on_cpu(), models / name, models / f"{name}-reward", "replicated", tmp_path / name)
         for name in ("tiny", "large", "tied")
     }
-    found = [results.get(timeout=600) for _ in workers]
-    for worker in workers:
-        worker.join()
-    for rank, cases in found:
+    found = wait()
+    for rank, cases in found.items():
         assert isinstance(cases, dict), f"rank {rank}: {cases}"
         sums, decayed = cases.pop("sums"), cases.pop("decayed")
         for zero, weights in decayed.items():  # matrices alone, whatever a rank holds of them

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from helpers.experiments import build
 from helpers.jobs import TINY, small_job, tiny_base, user
+from helpers.spawned import each_case
 from rlhf.data.schema import Message, PairRow, PromptRow, SftRow
-from rlhf.distributed.compute import Compute, Zero, make_compute
+from rlhf.distributed.compute import Compute, Zero
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
@@ -278,32 +277,13 @@ class Gathers:
         self.count = 0
 
 
-def be_a_rank(
-    rank: int, ranks: int, port: int, cases: Sequence[Case], models: Path, scratch: Path, results: Any
-) -> None:
-    """Go through all cases in step with the others; put (rank, what came out) into the queue."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    found: dict[Case | str, dict[str, Any]] = {}
-    case: Case | None = None
-    try:
-        compute, _ = make_compute("cpu", "fp32", timeout=90.0)
-        found["sums"] = norms_of_sums(compute)
-        found["decayed"] = decayed(compute)
-        for case in cases:
-            found[case] = all_stages(
-                replace(compute, zero=case.zero),
-                models / case.model, models / f"{case.model}-reward", case.frozen,
-                scratch / "-".join(case) / str(rank),
-            )  # fmt: skip
-        results.put((rank, found))
-        compute.barrier()
-    except BaseException:  # the test shows what ended this rank
-        results.put((rank, f"{case}\n{traceback.format_exc()}"))
-    finally:
-        results.close()
-        results.join_thread()
-        os._exit(0)  # threads of the backend may wait for ranks that are lost
+def go_through(compute: Compute, cases: Sequence[Case], models: Path, scratch: Path) -> dict[Any, Any]:
+    """All cases, in step with the other ranks, and what does not depend on a model."""
+
+    def figures(case: Case) -> dict[str, float]:
+        return all_stages(
+            replace(compute, zero=case.zero), models / case.model, models / f"{case.model}-reward",
+            case.frozen, scratch / "-".join(case) / str(compute.rank),
+        )  # fmt: skip
+
+    return {"sums": norms_of_sums(compute), "decayed": decayed(compute), **each_case(cases, figures)}

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.distributed.compute import Compute, Zero, make_compute
+from helpers.spawned import each_case
+from rlhf.distributed.compute import Compute, Zero
 from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
@@ -91,24 +90,6 @@ def differences(case: Case, compute: Compute, models: Path) -> list[str]:
         return other if torch.equal(outputs(model), outputs(whole)) else [*other, "outputs"]
 
 
-def be_a_rank(rank: int, ranks: int, port: int, cases: Sequence[Case], models: Path, results: Any) -> None:
-    """Go through all cases in step with the others; put (rank, what differs) into the queue."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    case: Case | None = None
-    found: dict[Case, list[str]] = {}
-    try:
-        compute, _ = make_compute("cpu", "fp32", timeout=300.0)
-        for case in cases:
-            found[case] = differences(case, compute, models)
-        results.put((rank, found))
-        compute.barrier()
-    except BaseException:  # the test shows what ended this rank
-        results.put((rank, f"{case}\n{traceback.format_exc()}"))
-    finally:
-        results.close()
-        results.join_thread()
-        os._exit(0)  # threads of the backend may wait for ranks that are lost
+def go_through(compute: Compute, cases: Sequence[Case], models: Path) -> dict[Case, list[str]]:
+    """What differs in each case, in step with the other ranks."""
+    return each_case(cases, lambda case: differences(case, compute, models))

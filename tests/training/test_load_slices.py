@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from helpers.slices import Case, be_a_rank
+from helpers.slices import Case, go_through
+from helpers.spawned import start_ranks
 
 CASES = [
     case
@@ -53,20 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_sharded_model_is_the_whole_one(ranks: int, models: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [
-        context.Process(target=be_a_rank, args=(rank, ranks, port, CASES, models, results), daemon=True)
-        for rank in range(ranks)
-    ]
-    for worker in workers:
-        worker.start()
-    found = dict(results.get(timeout=900) for _ in workers)
-    for worker in workers:
-        worker.join()
+    found = start_ranks(go_through, ranks, CASES, models, timeout=300, seconds=900)()
     for rank, by_case in sorted(found.items()):
         assert isinstance(by_case, dict), f"rank {rank}: {by_case}"
         assert by_case == {case: [] for case in CASES}
