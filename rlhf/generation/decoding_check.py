@@ -18,7 +18,7 @@ EXACT, ROUNDED = 0.01, 0.25
 its last token changes in them.
 
 A model that forgets is off by a quarter or more. Correct random models of 50 families were off by 1e-5 in
-fp32; in bf16, as SmolLM2, by at most 0.02, and one mixture of experts, whose router flips, by 0.11. """
+fp32; in bf16, as SmolLM2, by at most 0.02, and one mixture of experts, whose router flips, by 0.11."""
 TOO_LITTLE = 0.01
 """Nats a token, below which a difference is none: bf16 makes up to five times as much of SmolLM2's."""
 

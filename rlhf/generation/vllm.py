@@ -2,7 +2,8 @@
 
 It never reads a policy from disk again. Before each rollout `hand_over` copies the trained weights into the
 running engine. It uses vLLM's own reloading, which keeps CUDA graphs and repacks weights for its kernels.
-Dimensions: B prompts, R response tokens."""
+Dimensions: B prompts, R response tokens.
+"""
 
 from __future__ import annotations
 
