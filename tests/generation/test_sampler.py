@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from helpers.jobs import TINY, on_cpu
+from helpers.jobs import on_cpu
+from helpers.models import sharper
 from rlhf.config import ConfigError
 from rlhf.generation import sampler as local
 from rlhf.generation.sampler import _draw, _nucleus, _sample, generate
-from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, answer_logprobs
 from rlhf.rl.rollout import Rollout
 
@@ -25,12 +25,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> PreTrainedModel:
-    """Sharper than the tiny model, whose logits hardly differ."""
-    found = load_causal_lm(tiny_model, TINY, torch.float32)
-    with torch.no_grad():
-        for parameter in found.parameters():
-            parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
-    return found
+    return sharper(tiny_model)
 
 
 @pytest.fixture(scope="module")

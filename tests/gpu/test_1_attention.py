@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from helpers.gpu import Reaches, error
+from helpers.models import small_of
 from rlhf.models.base import ATTENTION
-from rlhf.models.packed_attention import _has_kernel, attention, hidden_states, pack_where_possible
+from rlhf.models.packed_attention import _has_kernel, attention, hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.recompute import checkpoint_layers
 
@@ -96,19 +96,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def small(kind: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        kind, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-        vocab_size=100, n_embd=64, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        **{"num_key_value_heads": 2, **KINDS[kind]},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    pack_where_possible(model)
-    assert model.config._attn_implementation == ATTENTION
-    return model
-
-
 @pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_and_its_gradients_are_those_of_each_row_alone(
@@ -116,7 +103,8 @@ def test_a_model_and_its_gradients_are_those_of_each_row_alone(
 ) -> None:
     """In fp32 on the CPU each row by itself; in bf16 on the device all together."""
     rows = [torch.randint(3, 100, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 19, 1, 16)]
-    model = small(kind)
+    model = small_of(kind, KINDS[kind])
+    assert model.config._attn_implementation == ATTENTION
     backbone = getattr(model, model.base_model_prefix)
     alone_TH = torch.cat([backbone(input_ids=row[None], use_cache=False)[0][0] for row in rows])
     weights_TH = functional.normalize(

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from helpers.gpu import OPTIM, ROWS, Reaches
 from helpers.jobs import TINY
-from helpers.vllm import LENGTHS, Engines, lists, needs_vllm, own_logp, sample, scale, written
+from helpers.models import scale
+from helpers.vllm import LENGTHS, Engines, lists, needs_vllm, own_logp, sample, written
 from rlhf.config import ConfigError
 from rlhf.generation.vllm import Vllm
 from rlhf.models.base import load_tokenizer

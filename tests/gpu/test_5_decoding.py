@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from helpers.gpu import Reaches, error
 from helpers.jobs import TINY
+from helpers.models import scale
 from helpers.ppo import ppo_job, ppo_stage
-from helpers.vllm import lists, own_logp, scale, uniform
+from helpers.vllm import lists, own_logp, uniform
 from rlhf.data.schema import Message
 from rlhf.distributed.compute import Compute
 from rlhf.generation.policy_model import PolicyModel

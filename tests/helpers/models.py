@@ -14,6 +14,7 @@ from helpers.jobs import TINY
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import pack_sequences, response_statistics
+from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.attach import Adapter, attach
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.saved import save_adapter
@@ -162,6 +163,33 @@ def tiny_family(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 IDS = torch.arange(3, 35)[None]
 LINEARS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+@torch.no_grad()
+def scale(model: PreTrainedModel, factor: float) -> None:
+    """Multiply all matrices, so that logits differ more."""
+    for parameter in model.parameters():
+        parameter.mul_(factor if parameter.dim() > 1 else 1.0)
+
+
+def sharper(directory: Path) -> PreTrainedModel:
+    """A tiny model whose logits differ, as those of the untrained one hardly do."""
+    found = load_causal_lm(directory, TINY, torch.float32)
+    scale(found, 6.0)
+    return found
+
+
+def small_of(kind: str, options: dict[str, Any]) -> PreTrainedModel:
+    """A random model of two layers; packed, where its kind can be."""
+    config = AutoConfig.for_model(
+        kind, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+        vocab_size=100, n_embd=64, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **{"num_key_value_heads": 2, **options},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    pack_where_possible(model)
+    return model
 
 
 def load(directory: Path) -> PreTrainedModel:

@@ -38,12 +38,6 @@ def written(directory: Path, **changes: int) -> Path:
 
 
 @torch.no_grad()
-def scale(model: PreTrainedModel, factor: float) -> None:
-    for parameter in model.parameters():
-        parameter.mul_(factor if parameter.dim() > 1 else 1.0)
-
-
-@torch.no_grad()
 def shake(model: PreTrainedModel, seed: int) -> None:
     """Change every weight in place, as an optimizer does."""
     generator = torch.Generator().manual_seed(seed)

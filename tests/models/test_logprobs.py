@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from helpers.jobs import TINY, on_cpu
-from helpers.models import tiny_family
+from helpers.models import sharper, tiny_family
 from rlhf.config import ConfigError
 from rlhf.models import logprobs as policy
 from rlhf.models.load import load_causal_lm
@@ -33,12 +33,7 @@ LENGTHS = [(3, 5), (9, 1), (1, 8), (6, 6)]
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> PreTrainedModel:
-    """Sharper than the tiny model, whose logits hardly differ."""
-    found = load_causal_lm(tiny_model, TINY, torch.float32)
-    with torch.no_grad():
-        for parameter in found.parameters():
-            parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
-    return found
+    return sharper(tiny_model)
 
 
 def rows() -> tuple[list[Tensor], list[Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from helpers.models import small_of
 from rlhf.generation import sampler as local
 from rlhf.generation.sampler import generate, growing_cache
 from rlhf.models import packed_attention as packed
@@ -31,18 +32,6 @@ PADDED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Whose layers know no way to be told where a row ends."""
 LENGTHS = (3, 9, 1, 6, 9)
-
-
-def tiny(kind: str, options: dict[str, Any]) -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        kind, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
-        vocab_size=100, n_embd=64, n_layer=2, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        **{"num_key_value_heads": 2, **options},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-    pack_where_possible(model)
-    return model
 
 
 def rows() -> list[Tensor]:
@@ -83,7 +72,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(
     monkeypatch.setattr(packed, "SHORT", short)
     monkeypatch.setattr(packed, "QUERIES", queries)
     monkeypatch.setattr(packed, "CACHED", 4 * 200)  # a few rows a group
-    model = tiny(kind, KINDS[kind])
+    model = small_of(kind, KINDS[kind])
     assert model.config._attn_implementation == ATTENTION
     texts = alike() if are_alike else rows()
     assert Packed(texts, "cpu").has_common == are_alike
@@ -106,7 +95,7 @@ def test_tokens_that_rows_begin_with_alike_go_through_the_model_once() -> None:
 @pytest.mark.parametrize("implementation", [ATTENTION, "sdpa"])
 def test_states_at_some_tokens_are_those_among_all(implementation: str) -> None:
     """Two of the rows are the same, so their last tokens are one."""
-    model, texts = tiny("llama", {}), alike()
+    model, texts = small_of("llama", {}), alike()
     model.set_attn_implementation(implementation)
     laid = Packed(texts, "cpu")
     found, expected = hidden_states(model, laid, laid.last_B), alone(model, texts)[laid.last_B]
@@ -157,7 +146,7 @@ def test_the_kernel_of_gpus_is_told_rows_windows_scales_and_groups(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel alone is replaced: it runs on GPUs only."""
-    model = tiny(kind, KINDS[kind] | ({"attention_multiplier": 0.5} if kind == "granite" else {}))
+    model = small_of(kind, KINDS[kind] | ({"attention_multiplier": 0.5} if kind == "granite" else {}))
     expected = alone(model)
     monkeypatch.setattr(varlen, "varlen_attn", attention_by_hand)
     monkeypatch.setattr(packed, "_by_row", packed._by_kernel)
@@ -170,7 +159,7 @@ def test_the_kernel_of_gpus_is_told_rows_windows_scales_and_groups(
 
 @pytest.mark.parametrize("kind", PADDED)
 def test_models_that_cannot_be_packed_get_padded_rows(kind: str) -> None:
-    model = tiny(kind, PADDED[kind])
+    model = small_of(kind, PADDED[kind])
     assert model.config._attn_implementation != ATTENTION
     torch.testing.assert_close(
         hidden_states(model, Packed(rows(), "cpu")), alone(model), atol=1e-5, rtol=1e-5
@@ -179,12 +168,12 @@ def test_models_that_cannot_be_packed_get_padded_rows(kind: str) -> None:
 
 def test_a_model_whose_rows_would_mix_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "LAYER_TYPES", {"conv", "full_attention"})
-    assert tiny("lfm2", {"layer_types": ["conv", "full_attention"]}).config._attn_implementation == "sdpa"
-    assert tiny("lfm2", {"layer_types": ["full_attention"] * 2}).config._attn_implementation == ATTENTION
+    assert small_of("lfm2", {"layer_types": ["conv", "full_attention"]}).config._attn_implementation == "sdpa"
+    assert small_of("lfm2", {"layer_types": ["full_attention"] * 2}).config._attn_implementation == ATTENTION
 
 
 def test_no_position_but_a_rows_own_goes_through_a_model() -> None:
-    model = tiny("llama", {})
+    model = small_of("llama", {})
     positions: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: positions.append(ids[0].numel()))
     hidden_states(model, Packed(rows(), "cpu"))
@@ -213,7 +202,7 @@ def test_a_model_that_puts_more_into_its_mask_is_padded() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_sees_its_rows_cache_and_no_padding(kind: str) -> None:
-    model, length = tiny(kind, KINDS[kind]), max(LENGTHS)
+    model, length = small_of(kind, KINDS[kind]), max(LENGTHS)
     ids_BL, mask_BL = torch.zeros(2, len(LENGTHS), length, dtype=torch.long)
     for place, row in enumerate(rows()):
         ids_BL[place, length - len(row) :], mask_BL[place, length - len(row) :] = row, 1
@@ -234,7 +223,7 @@ def test_prompts_that_are_read_together_are_answered_as_each_alone(
     kind: str, read_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "READ_TOKENS", read_tokens)
-    model = tiny(kind, (KINDS | PADDED)[kind])
+    model = small_of(kind, (KINDS | PADDED)[kind])
     with torch.no_grad():
         for parameter in model.parameters():  # else all answers are alike
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)

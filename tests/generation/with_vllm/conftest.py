@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from helpers.jobs import TINY
+from helpers.models import sharper
 from helpers.vllm import (
     LENGTHS,
     Engines,
-    scale,
     written,
 )
 from rlhf.generation.vllm import Vllm
-from rlhf.models.load import load_causal_lm
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +26,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(directory: Path) -> PreTrainedModel:
-    """Sharper than the tiny model, whose logits hardly differ."""
-    found = load_causal_lm(directory, TINY, torch.float32)
-    scale(found, 6.0)
-    return found
+    return sharper(directory)
 
 
 @pytest.fixture(scope="module")

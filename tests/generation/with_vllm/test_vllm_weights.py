@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from helpers.jobs import TINY, on_cpu, user
+from helpers.models import scale
 from helpers.vllm import (
     NEW,
     Engines,
@@ -22,7 +23,6 @@ from helpers.vllm import (
     needs_vllm,
     own_logp,
     sample,
-    scale,
     shake,
     written,
 )
