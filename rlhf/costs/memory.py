@@ -23,6 +23,12 @@ Kind = Literal["weights", "gradients", "optimizer", "activations", "logits", "KV
 FP32 = 4
 LOADING = "loading"
 """The first phase of a stage that trains."""
+SAMPLING = "sampling"
+"""The phase in which answers are sampled: the one in which vLLM is awake on a GPU."""
+FILE_BYTES = 5e9
+"""Of the largest file of a published model: what publishing holds in the host's memory, not a whole model."""
+VLLM_GRAPHS = 1.0 * GIB
+"""Bytes of vLLM's CUDA graphs, which stay while it sleeps: assumed."""
 
 
 class Allocation(NamedTuple):
@@ -84,28 +90,34 @@ class Trained:
         return [(self.on, False)] * (self.weight_sets - own) + [(scalar, True)] * own
 
     def weights(self, name: str) -> Iterator[Allocation]:
-        """Of the models, frozen or not; where they are sharded, a shard and what is gathered to run."""
-        on, shape = self.on, self.on.shape
+        """Of the models, frozen or not; where they are sharded, this rank's share, and what stays whole."""
+        on = self.on
         total = sum(weight_bytes(each, self.peft.method, is_scalar=scalar) for each, scalar in self.sets)
         count = sum(each.shape.parameters for each, _ in self.sets)
-        total += on.dtype_bytes * self.parameters if COSTS[self.peft.method].is_adapter else 0
-        how = f"{name}: {billions(count)} x {on.dtype_bytes} B"
+        adapters = self.parameters if COSTS[self.peft.method].is_adapter else 0
+        total += on.dtype_bytes * adapters
+        how, on_host = f"{name}: {billions(count)} x {on.dtype_bytes} B", on.zero == "zero3_offload"
         if not on.shards_weights:
             yield Allocation("weights", total, how)
             return
-        yield Allocation("weights", total / on.ranks, f"{how}{over(on.ranks)}", on.zero == "zero3_offload")
-        if on.zero == "fsdp2":
-            gathered = 2 * shape.linear // shape.layers
-        else:
-            from rlhf.training.deepspeed import LIVE_ELEMENTS
+        yield Allocation("weights", total / on.shard_ranks, f"{how}{over(on.shard_ranks)}", on_host)
+        if is_deepspeeds(on):
+            small = sum(each.shape.small for each, _ in self.sets) + adapters
+            how = f"whole on every rank, because they are small: {billions(small)} x {on.dtype_bytes} B"
+            yield Allocation("weights", on.dtype_bytes * small, how)
 
-            gathered = min(count, LIVE_ELEMENTS)
-        how = f"gathered while they run: {billions(gathered)} x {on.dtype_bytes} B"
-        yield Allocation("weights", on.dtype_bytes * gathered, how)
+    def gathered(self) -> Iterator[Allocation]:
+        """Of sharded weights, what is gathered while the models run. One runs after the other; FSDP2 keeps
+        what belongs to no layer of all of them until the optimizer steps."""
+        if not self.on.shards_weights:
+            return
+        shapes = [each.shape for each, _ in self.sets]
+        outside = [each.shape.outside - (each.shape.own_head if scalar else 0) for each, scalar in self.sets]
+        yield gathered_layers(self.on, max(shapes, key=lambda shape: shape.layer), sum(outside))
 
     def optimizer(self) -> Allocation:
         """fp32 masters and Adam's two moments."""
-        on, share = self.on, self.on.ranks if self.on.zero != "none" else 1
+        on, share = self.on, self.on.shard_ranks
         how = f"{billions(self.parameters)} trained x (4 master + 4 + 4 moments) B{over(share)}"
         return Allocation("optimizer", 3 * FP32 * self.parameters / share, how, on.zero == "zero3_offload")
 
@@ -140,7 +152,9 @@ class Trained:
             return
         if on.zero in ("zero1", "zero2") and not at_step:
             yield self._bucket("DeepSpeed's bucket")
-        share = on.ranks if on.zero not in ("none", "zero1") else 1
+        if on.shards_weights:
+            yield self._sent(at_step=at_step)
+        share = on.shard_ranks if on.zero != "zero1" else 1
         if passes == 1 and not at_step and on.zero == "none":
             # they come while activations go; when all of these are there, the output layer's
             count = on.shape.head if COSTS[self.peft.method].keeps == "all" else count
@@ -150,6 +164,23 @@ class Trained:
         yield Allocation(
             "gradients", FP32 * count / share, f"{billions(count)} trained x {FP32} B{over(share)}"
         )
+
+    def _sent(self, *, at_step: bool) -> Allocation:
+        """Of FSDP2: a layer's whole gradients, and again in fp32 as they are sent; those outside the layers
+        grow until the pass ends, and are sent then, when no activations are left."""
+        on, b = self.on, self.on.dtype_bytes
+        if COSTS[self.peft.method].keeps != "all":
+            count = self.parameters / self.models / on.shape.layers
+            return Allocation("gradients", (b + FP32) * count, f"sent: {billions(count)} x {b + FP32} B")
+        outside = sum(
+            each.shape.outside - (each.shape.own_head if scalar else 0) for each, scalar in self.sets
+        )
+        if at_step:
+            how = f"sent as the pass ends: {billions(outside)} outside the layers x ({b} + {b} + {FP32}) B"
+            return Allocation("gradients", (2 * b + FP32) * outside, how)
+        layer = max(each.shape.layer for each, _ in self.sets)
+        how = f"sent: a layer's {billions(layer)} x ({b} + {FP32}) B, {billions(outside)} outside x {b} B"
+        return Allocation("gradients", (b + FP32) * layer + b * outside, how)
 
 
 def weight_bytes(on: CostContext, method: MethodName = "none", *, is_scalar: bool = False) -> float:
@@ -161,6 +192,50 @@ def weight_bytes(on: CostContext, method: MethodName = "none", *, is_scalar: boo
     return on.dtype_bytes * (count - shape.linear) + quantized * shape.linear
 
 
+def is_deepspeeds(on: CostContext) -> bool:
+    """DeepSpeed's stage 3 shards the weights, not FSDP2."""
+    return on.zero in ("zero3", "zero3_offload")
+
+
+def gathered_layers(on: CostContext, shape: ModelShape, outside: float) -> Allocation:
+    """What a pass through a sharded model gathers on each rank, layer by layer.
+
+    FSDP2 holds the layer that runs and the next one, and all that is outside the layers. DeepSpeed keeps
+    gathered weights up to a number.
+
+    Args:
+        outside: parameters outside the layers, which FSDP2 gathers once for the whole pass.
+    """
+    if is_deepspeeds(on):
+        from rlhf.training.deepspeed import LIVE_ELEMENTS
+
+        count: float = min(shape.parameters, LIVE_ELEMENTS)
+        what = ""
+    else:
+        count = 2 * shape.layer + outside
+        what = f" (2 layers of {billions(shape.layer)}, {billions(outside)} outside them)"
+    how = f"gathered while they run{what}: {billions(count)} x {on.dtype_bytes} B"
+    return Allocation("weights", on.dtype_bytes * count, how)
+
+
+def gathered_whole(on: CostContext) -> Allocation:
+    """A sharded policy that is gathered whole on every rank, so that the local engine samples from it without
+    the other ranks (`local_sampling` whole)."""
+    how = f"gathered whole for sampling: {billions(on.shape.parameters)} x {on.dtype_bytes} B"
+    return Allocation("weights", weight_bytes(on), how)
+
+
+def gathered_by_layers(on: CostContext) -> Allocation:
+    """A sharded policy that the local engine samples from layer by layer, all ranks in step
+    (`local_sampling` layers)."""
+    return gathered_layers(on, on.shape, on.shape.outside)
+
+
+def frozen_placed(on: CostContext, placed: str) -> str:
+    """Where a frozen model is: sharded wherever the weights that train are, unless it is offloaded."""
+    return "sharded" if on.shards_weights and placed != "offloaded" else placed
+
+
 def frozen_weights(
     on: CostContext, name: str, placed: str = "replicated", *, is_scalar: bool = False
 ) -> Allocation:
@@ -170,10 +245,27 @@ def frozen_weights(
         placed: as ppo.frozen_placement.
         is_scalar: it has a scalar head instead of the output layer.
     """
-    share = on.ranks if placed == "sharded" else 1
-    count = on.shape.parameters - (on.shape.own_head if is_scalar else 0)
-    how = f"{name}: {billions(count)} x {on.dtype_bytes} B{over(share)}"
-    return Allocation("weights", on.dtype_bytes * count / share, how, placed == "offloaded")
+    head, b = on.shape.own_head if is_scalar else 0, on.dtype_bytes
+    count = on.shape.parameters - head
+    if placed != "sharded":
+        how = f"{name}: {billions(count)} x {b} B"
+        return Allocation("weights", b * count, how, placed == "offloaded")
+    whole = on.shape.small if is_deepspeeds(on) else on.shape.outside - head
+    share = on.shard_ranks if on.shards_weights else on.ranks
+    how = f"{name}: {billions(count - whole)} x {b} B{over(share)}, and {billions(whole)} x {b} B whole"
+    return Allocation("weights", b * ((count - whole) / share + whole), how, on.zero == "zero3_offload")
+
+
+def frozen_runs(
+    on: CostContext, name: str, placed: str = "replicated", *, is_scalar: bool = False
+) -> list[Allocation]:
+    """A frozen model that runs: its weights, and the layers that are gathered meanwhile if it is sharded."""
+    placed = frozen_placed(on, placed)
+    parts = [frozen_weights(on, name, placed, is_scalar=is_scalar)]
+    if placed == "offloaded":
+        size = weight_bytes(on, is_scalar=is_scalar)
+        parts.append(Allocation("weights", size, f"{name}, on the GPU while it runs"))
+    return [*parts, gathered_layers(on, on.shape, 0.0)] if placed == "sharded" else parts
 
 
 def loading(on: CostContext, trained: Trained, *others: Allocation) -> MemoryPhase:
@@ -185,7 +277,7 @@ def loading(on: CostContext, trained: Trained, *others: Allocation) -> MemoryPha
     """
     size = sum(weight_bytes(each, trained.peft.method, is_scalar=scalar) for each, scalar in trained.sets)
     how = f"{trained.weight_sets} {'sharded' if on.shards_weights else 'whole'} models"
-    size /= on.ranks if on.shards_weights else 1
+    size /= on.shard_ranks if on.shards_weights else 1
     return MemoryPhase(LOADING, [Allocation("weights", size, how, on.zero == "zero3_offload"), *others])
 
 
@@ -312,15 +404,20 @@ def sampling(
         gathers: the weights are sharded otherwise.
     """
     shape, b = on.shape, on.dtype_bytes
-    if gathers:
-        yield Allocation("weights", weight_bytes(on), "gathered for sampling")
     if on.vllm is not None:  # see beside_vllm
+        if gathers:
+            how = f"the largest weight, gathered to hand it over: {billions(shape.head)} x {b} B"
+            yield Allocation("weights", b * shape.head, how)
         return
+    if gathers:
+        yield gathered_whole(on) if on.local_sampling == "whole" else gathered_by_layers(on)
+    from rlhf.generation.cpu_decoder import multiplies_bf16
     from rlhf.generation.sampler import READ_TOKENS, GrowingLayer
 
     if folds:
         yield folded(on)
-    if on.on_cpu and b == 2:
+    by_layers = gathers and on.local_sampling == "layers"
+    if on.on_cpu and b == 2 and rows > 1 and shape.is_lean and not by_layers and multiplies_bf16():
         copied = shape.linear + shape.head
         yield Allocation("weights", b * copied, f"laid out for decoding: {billions(copied)} x {b} B")
     room, per_token = GrowingLayer.ROOM, b * shape.kv_elements
@@ -336,20 +433,25 @@ def sampling(
 
 def beside_vllm(on: CostContext, phases: Sequence[MemoryPhase]) -> list[MemoryPhase]:
     """The phases of a stage that samples, each with what vLLM holds from its first use to the end of the run:
-    a copy of the weights and its cache. While models are loaded it is there if an earlier stage has sampled.
+    a part of the weights and its cache. On a GPU it sleeps outside of sampling, and holds its graphs alone.
+    While models are loaded it is there if an earlier stage has sampled.
     """
     if on.vllm is None:
         return list(phases)
     share = on.vllm.tensor_parallel
     how = f"vLLM's own: {billions(on.shape.parameters)} x {on.dtype_bytes} B{over(share)}"
-    held = [
+    awake = [
         Allocation("weights", weight_bytes(on) / share, how),
         Allocation("KV cache", on.vllm.kv_cache_gib * GIB, "vllm.kv_cache_gib"),
     ]
+    graphs = Allocation("activations", VLLM_GRAPHS, "vLLM's CUDA graphs")
+    always = [] if on.on_cpu or on.vllm.enforce_eager else [graphs]
     return [
         phase
         if phase.name == LOADING and not on.has_sampled
-        else MemoryPhase(phase.name, [*phase.parts, *held])
+        else MemoryPhase(
+            phase.name, [*phase.parts, *always, *(awake if on.on_cpu or phase.name == SAMPLING else [])]
+        )
         for phase in phases
     ]
 

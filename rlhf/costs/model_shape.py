@@ -18,6 +18,10 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"
 """What transformers calls them, of whatever architecture."""
 
 
+PERSISTENT = 10**5
+"""Elements of the largest tensor that ZeRO-3 keeps whole on every rank: DeepSpeed's default."""
+
+
 class Linears(NamedTuple):
     """The linear layers of one name, added up."""
 
@@ -51,13 +55,21 @@ class ModelShape:
     linear: int
     """Parameters of the linear layers inside the backbone: those that a LoRA adapter stands beside."""
     linears: tuple[Linears, ...]
-    """The same layers by their names."""
+    """The same layers by their names, without those that a low-rank update leaves out."""
     experts: int
     """Parameters of a mixture's experts that one token passes through, where they are no linear layers."""
     normalized: int
     """Elements a token and layer that are normalised."""
     has_fused_norm: bool
     """LayerNorm, which keeps its input; an RMSNorm of transformers computes in fp32, and keeps that."""
+    layer: int
+    """Parameters of the largest decoder layer."""
+    outside: int
+    """Parameters outside the decoder layers: embeddings, last norm, an output layer of its own."""
+    small: int
+    """Parameters of tensors with at most `PERSISTENT` elements, which ZeRO-3 does not shard."""
+    is_lean: bool
+    """On CPUs `LeanDecoder` decodes it, from copies of bf16 weights."""
     can_pack: bool
     """Rows can be laid end to end, as far as the model's kind tells: whether one leaks into the next is only
     seen when it runs."""
@@ -99,23 +111,31 @@ def counted(model: PreTrainedModel) -> ModelShape:
     """
     from torch import nn
 
+    from rlhf.generation.cpu_decoder import is_lean_kind
+    from rlhf.generation.sampler import growing_cache
     from rlhf.models.packed_attention import may_pack
-    from rlhf.models.peft.target_modules import backbone_of
+    from rlhf.models.peft.target_modules import backbone_of, cannot_be_updated
 
     config, text = model.config, model.config.get_text_config()
     for name in SIZES:
         if getattr(text, name, None) is None:
             raise UnknownShapeError(f"{type(config).__name__} names no {name}")
     backbone = backbone_of(model)
-    linears = _linears(backbone)
+    linears, left_out = _linears(backbone), cannot_be_updated(model)
     heads = int(text.num_attention_heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     head_size = int(getattr(text, "head_dim", None) or hidden // heads)
     norms = {name: module for name, module in backbone.named_modules() if _is_norm(module)}
+    each_layer = [
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in backbone.modules()
+        if type(module).__name__ in set(model._no_split_modules or ())
+    ] or [sum(parameter.numel() for parameter in backbone.parameters()) // layers] * layers
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     per_token = [_normalized(name, module, heads, kv_heads) for name, module in norms.items()]
     return ModelShape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         layers=layers,
         hidden=hidden,
@@ -127,10 +147,14 @@ def counted(model: PreTrainedModel) -> ModelShape:
         vocabulary=int(text.vocab_size),
         context=context_length(config),
         linear=sum(layer.weight.numel() for layers in linears.values() for layer in layers),
-        linears=tuple(_added_up(name, layers) for name, layers in linears.items()),
+        linears=tuple(_added_up(name, each) for name, each in linears.items() if name not in left_out),
         experts=_experts(text, backbone),
         normalized=sum(per_token) // layers,
         has_fused_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
+        layer=max(each_layer),
+        outside=parameters - sum(each_layer),
+        small=sum(each.numel() for each in model.parameters() if each.numel() <= PERSISTENT),
+        is_lean=is_lean_kind(model, growing_cache(model)),
         can_pack=may_pack(model),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rlhf.costs.memory import MemoryPhase, beside_vllm, frozen_weights, logits, reading, sampling
+from rlhf.costs.memory import SAMPLING, MemoryPhase, beside_vllm, frozen_runs, logits, reading, sampling
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel, exactly, joined
@@ -48,15 +48,17 @@ def sampling_cost(
         shared_prefix=prompts.mean - of_others / samples
     )  # samples of a prompt share it
     length = joined(repeated, exactly(new_tokens if prompts.rows else 0))
-    model = frozen_weights(on, "policy")
+    shards = on.shards_weights
+    running = frozen_runs(on, "policy")
+    model = running[0]
     rows = min(batch_rows, answers / on.ranks)
     scored = on.pass_tokens(answers, length, micro_batch_tokens)
     texts = [(answers, length), *((each.rows, each) for each in others)]
     most = max(on.pass_tokens(count, each, micro_batch_tokens) for count, each in texts)
     phases = [
-        MemoryPhase("sampling", [model, *sampling(on, rows, prompts.longest, new_tokens)]),
-        MemoryPhase("measuring", [model, reading(on, most), logits(on, learns=False)]),
-        MemoryPhase("scoring", [*[model] * models, reading(on, scored)]),
+        MemoryPhase(SAMPLING, [model, *sampling(on, rows, prompts.longest, new_tokens, gathers=shards)]),
+        MemoryPhase("measuring", [*running, reading(on, most), logits(on, learns=False)]),
+        MemoryPhase("scoring", [*[model] * (models - 1), *running, reading(on, scored)]),
     ]
     worker = ThroughputModel(on)
     answered = policies * answers

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rlhf.costs.hardware import Machine
 from rlhf.costs.model_shape import ModelShape, shape_in
@@ -23,6 +23,8 @@ from rlhf.models.peft.methods import METHODS
 if TYPE_CHECKING:
     from rlhf.generation.vllm import VllmConfig
 
+LocalSampling = Literal["whole", "layers"]
+"""Sharded weights are gathered whole for a rollout, which is fast; or layer by layer in each pass."""
 Sizes = Callable[[str, Split], LengthStats]
 """(role, split) -> how many rows there are, and their lengths."""
 LARGEST_BATCH = 2.5
@@ -46,6 +48,8 @@ class CostContext:
     """An earlier stage of the run has sampled, so vLLM holds its memory from the beginning."""
     pads: bool = False
     """Rows are padded to the longest of a pass, not packed."""
+    local_sampling: LocalSampling = "whole"
+    """How the local engine samples from sharded weights. The preflight chooses."""
 
     @property
     def on_cpu(self) -> bool:
@@ -60,7 +64,16 @@ class CostContext:
     @property
     def shards_weights(self) -> bool:
         """No rank has the whole model."""
-        return self.zero in ("zero3", "zero3_offload", "fsdp2")
+        return self.zero not in ("none", "zero1", "zero2")
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks over which `zero=` shards: all of them, or with hsdp those of a node; 1 without sharding."""
+        if self.zero == "none":
+            return 1
+        if self.zero in ("zero1", "zero2", "zero3", "zero3_offload", "fsdp2"):
+            return self.ranks
+        return min(self.machine.ranks_here, self.ranks)
 
     def pass_tokens(self, rows: float, lengths: LengthStats, most: int) -> float:
         """Tokens of a rank's largest forward pass, padding included, where so many rows are a batch over all

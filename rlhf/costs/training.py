@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from rlhf.costs.memory import (
+    FILE_BYTES,
     FP32,
     Allocation,
     MemoryPhase,
     Trained,
     activations,
+    amount,
     billions,
+    frozen_runs,
     frozen_weights,
     loading,
     logits,
     over,
     reading,
+    weight_bytes,
 )
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
@@ -51,20 +55,19 @@ def training_cost(
     states = [*trained.weights("model"), trained.optimizer(), *trained.buffers()]
     graph = activations(on, tokens, longest, peft, checkpointing=checkpointing)
     heads = [logits(on, learns=True)] if has_logits and train.rows else []
+    running = [*states, *trained.gathered()]
     phases = [
         loading(on, trained),
-        MemoryPhase("forward and backward", [*states, *trained.gradients(passes=passes), graph, *heads]),
+        MemoryPhase("forward and backward", [*running, *trained.gradients(passes=passes), graph, *heads]),
         MemoryPhase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
-        MemoryPhase("publishing", [*states, *published(on, trained.parameters, is_scalar=not has_logits)]),
+        MemoryPhase("publishing", [*states, *published(on, trained.parameters)]),
     ]
     if held_out.rows:
         read = reading(on, on.pass_tokens(held_out.rows, held_out, micro_batch_tokens))
         if has_logits:
-            phases.append(MemoryPhase("evaluating", [*states, read, *heads]))
+            phases.append(MemoryPhase("evaluating", [*running, read, *heads]))
         else:
-            phases.append(
-                MemoryPhase("ranking", [frozen_weights(on, "published model", is_scalar=True), read])
-            )
+            phases.append(MemoryPhase("ranking", [*frozen_runs(on, "published model", is_scalar=True), read]))
     worker, steps = ThroughputModel(on), num_batches(train.rows, batch_rows, epochs)
     all_tokens, held_tokens = epochs * train.rows * train.mean, held_out.rows * held_out.mean
     learned, read_tokens = on.computed(all_tokens, train), 2 * on.computed(held_tokens, held_out)
@@ -87,15 +90,21 @@ def training_cost(
     )  # fmt: skip
 
 
-def published(on: CostContext, parameters: float, *, is_scalar: bool = False) -> list[Allocation]:
-    """On the host, while the engine is still there: a copy of what trained, and the model to write. Rank 0's
-    alone, so a share of it for each rank there."""
-    how = f"trained: {billions(parameters)} x {on.dtype_bytes} B"
-    here, written = on.machine.ranks_here, frozen_weights(on, "published", is_scalar=is_scalar).size
-    return [
-        Allocation("weights", on.dtype_bytes * parameters / here, how + over(here), True),
-        Allocation("weights", written / here, f"the model that is written{over(here)}", True),
+def published(on: CostContext, parameters: float) -> list[Allocation]:
+    """While the engine is still there. Each rank that writes gathers one weight at a time, and keeps on the
+    host what will be one file; then rank 0 writes the model from mapped files, one of its files at a time."""
+    b, writers = on.dtype_bytes, on.ranks if on.shards_weights else 1
+    here = on.machine.ranks_here
+    own = min(FILE_BYTES, b * parameters / writers) / (1 if on.shards_weights else here)
+    file = min(FILE_BYTES, weight_bytes(on)) / here
+    parts = [
+        Allocation("weights", own, f"of what trained, at most a file of {amount(FILE_BYTES)}", True),
+        Allocation("weights", file, f"the file that is written: {amount(file * here)}{over(here)}", True),
     ]
+    if on.shards_weights:
+        how = f"the largest weight, gathered to write it: {billions(on.shape.head)} x {b} B"
+        parts.append(Allocation("weights", b * min(on.shape.head, parameters), how))
+    return parts
 
 
 def artifact_bytes(on: CostContext, peft: PeftConfig, *, is_scalar: bool = False) -> float:

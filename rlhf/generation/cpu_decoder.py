@@ -97,7 +97,12 @@ def is_lean(model: PreTrainedModel, cache: Cache) -> bool:
     Args:
         cache: a new one for this model.
     """
-    if model.device.type != "cpu" or not isinstance(model, KINDS) or virtual_tokens(model) is not None:
+    return model.device.type == "cpu" and virtual_tokens(model) is None and is_lean_kind(model, cache)
+
+
+def is_lean_kind(model: PreTrainedModel, cache: Cache) -> bool:
+    """Whether it is a model of a kind that `LeanDecoder` computes; it may be on the meta device."""
+    if not isinstance(model, KINDS):
         return False
     layers: list[Any] = list(model.model.layers)
     if any(getattr(kept, "is_sliding", True) for kept in cache.layers):
@@ -172,7 +177,12 @@ class Product:
 
 def is_packable(layer: nn.Module) -> bool:
     """Whether oneDNN has a layout for the weight, and torch the bf16 arithmetic for it."""
-    if type(layer) is not nn.Linear or not torch.backends.mkldnn.is_available():
+    if type(layer) is not nn.Linear:
         return False
     is_bf16 = layer.weight.device.type == "cpu" and layer.weight.dtype == torch.bfloat16
-    return is_bf16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return is_bf16 and multiplies_bf16()
+
+
+def multiplies_bf16() -> bool:
+    """Whether oneDNN has layouts for bf16 weights on this CPU."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

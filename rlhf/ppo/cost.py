@@ -8,16 +8,18 @@ from pathlib import Path
 
 from rlhf.costs.memory import (
     FP32,
+    SAMPLING,
     Allocation,
     MemoryPhase,
     Trained,
     activations,
     beside_vllm,
     folded,
+    frozen_placed,
+    frozen_runs,
     frozen_weights,
     loading,
     logits,
-    over,
     reading,
     sampling,
 )
@@ -66,20 +68,23 @@ def ppo_cost(
     sets = 1 + (critic_on_reward if shares else 1)
     trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)
     states = [*trained.weights("policy and critic"), trained.optimizer(), *trained.buffers()]
+    placed, of_reference, of_reward = frozen_placed(on, config.frozen_placement), [], []
     if not shares:
-        states.append(frozen_weights(on, "reference", config.frozen_placement))
+        held, *of_reference = frozen_runs(on, "reference", placed)
+        states.append(held)
     others = []
     if scorer is not None and own_reward and not (shares and critic_on_reward):
-        states.append(frozen_weights(scorer, "reward model", config.frozen_placement, is_scalar=True))
-        read_as = "sharded" if config.frozen_placement == "sharded" else "replicated"
+        held, *of_reward = frozen_runs(scorer, "reward model", placed, is_scalar=True)
+        states.append(held)
+        read_as = "sharded" if placed == "sharded" else "replicated"
         others = [frozen_weights(scorer, "reward model", read_as, is_scalar=True)]
-    best, here = on.dtype_bytes * trained.of_one, on.machine.ranks_here
-    how = f"a copy of what trained of the best policy so far{over(here)}"
-    states.append(Allocation("weights", best / here, how, True))
+    best = on.dtype_bytes * trained.of_one
+    """Bytes of the best policy so far, which is on disk."""
     average = 0 if config.ema_decay is None else FP32 * trained.of_one
     if average:
         states.append(Allocation("weights", average, "moving average of the policy, in fp32"))
 
+    running = [*states, *trained.gathered()]
     learned = on.pass_tokens(mini, length, most)
 
     def graph(of: CostContext, beside: ModelShape | None = None) -> Allocation:
@@ -98,13 +103,14 @@ def ppo_cost(
     mix = list(mixed(config, on, once=once))
     phases = [
         loading(on, trained, *others),
-        MemoryPhase("sampling", [*states, *decoding]),
+        MemoryPhase(SAMPLING, [*states, *decoding]),
         MemoryPhase(
-            "reward model", [*states, *([folded(on)] if folds else []), reading(scorer or on, scored)]
+            "reward model",
+            [*states, *of_reward, *([folded(on)] if folds else []), reading(scorer or on, scored)],
         ),
-        MemoryPhase("reference", [*states, reading(on, scored), logits(on, learns=False)]),
+        MemoryPhase("reference", [*states, *of_reference, reading(on, scored), logits(on, learns=False)]),
         MemoryPhase(
-            "learning", [*states, *trained.gradients(passes=passes), kept, *mix, logits(on, learns=True)]
+            "learning", [*running, *trained.gradients(passes=passes), kept, *mix, logits(on, learns=True)]
         ),
         MemoryPhase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
         MemoryPhase("publishing", [*states, *published(on, trained.of_one)]),

@@ -12,6 +12,8 @@ from helpers.costs import EIGHT, GIB, check, gpus, no_gates, with_prompts_of
 from helpers.experiments import build
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import Speed
+from rlhf.costs.memory import FILE_BYTES, gathered_by_layers, gathered_whole
+from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import ThroughputModel, exactly
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import MethodName
@@ -56,7 +58,7 @@ def test_what_cannot_be_merged_takes_little_disk() -> None:
 
 
 def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
-    found, on = build(), gpus(80, ranks=8)
+    found, on = build("sft.peft=none"), gpus(80, ranks=8)
     here = replace(on, machine=replace(on.machine, ranks_here=8))
     alone, shared = (
         found.stages["sft"].cost(each, found.stages).peak(on_host=True).size(on_host=True)
@@ -148,13 +150,44 @@ def test_the_parts_of_a_phase_add_up_to_the_tables_figure() -> None:
         assert float(total) == pytest.approx(sum(each), abs=0.01) == pytest.approx(peak, abs=0.06)
 
 
-def test_a_model_that_is_not_trained_is_loaded_whole_and_once() -> None:
-    found = build()
-    whole, sharded = (
-        found.stages["evaluate"].cost(replace(gpus(80, ranks=8), zero=zero), found.stages).peak().size()
-        for zero in ("none", "zero3")
-    )
-    assert sharded == whole
+def test_a_model_that_is_not_trained_is_sharded_where_weights_are() -> None:
+    """64 ranks: none holds a policy that only answers, unless it is gathered whole for the local engine."""
+    found, on = build(), gpus(80, ranks=64)
+
+    def weights(phase: str, on: CostContext) -> float:
+        cost = found.stages["evaluate"].cost(on, found.stages)
+        (at,) = [each for each in cost.phases if each.name == phase]
+        return sum(part.size for part in at.parts if part.kind == "weights")
+
+    whole = 2 * EIGHT.parameters
+    assert weights("measuring", on) == weights("sampling", on) == whole
+    for zero in ("zero3", "fsdp2"):
+        sharded = replace(on, zero=zero)
+        by_layers = replace(sharded, local_sampling="layers")
+        assert weights("measuring", sharded) < 0.4 * whole
+        more = weights("sampling", sharded) - weights("sampling", by_layers)
+        assert more == pytest.approx(whole - gathered_by_layers(sharded).size)
+        assert weights("sampling", by_layers) < 0.5 * whole
+
+
+def test_what_is_gathered_to_sample_by_hand() -> None:
+    shape = replace(EIGHT, parameters=5 * 10**9, layer=200, outside=1000)
+    on = replace(gpus(80, ranks=4), shape=shape, zero="fsdp2")
+    assert gathered_whole(on).size == 2 * 5 * 10**9
+    assert gathered_by_layers(on).size == 2 * (2 * 200 + 1000)
+    assert gathered_by_layers(replace(on, zero="zero3")).size == 2 * 10**9  # DeepSpeed's limit
+
+
+def test_publishing_holds_a_file_and_not_a_model_on_the_host() -> None:
+    found = build("sft.peft=none", "stage=sft")
+    machine = replace(gpus(80, ranks=64).machine, ranks_here=8)
+    for zero in ("none", "zero3", "fsdp2"):
+        on = replace(gpus(80), zero=zero, machine=machine)
+        (phase,) = [
+            each for each in found.stages["sft"].cost(on, found.stages).phases if each.name == "publishing"
+        ]
+        of_host = 8 * phase.size(on_host=True)
+        assert FILE_BYTES <= of_host <= 2 * FILE_BYTES < 2 * EIGHT.parameters
 
 
 def test_rows_that_ranks_decode_together_are_their_own() -> None:

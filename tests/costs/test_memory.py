@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Literal
@@ -30,6 +31,7 @@ from rlhf.costs.stage_cost import exactly, joined
 from rlhf.data.prepared import LengthStats
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.distributed.compute import Zero
+from rlhf.generation.cpu_decoder import multiplies_bf16
 from rlhf.models.base import ModelConfig
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
@@ -159,14 +161,22 @@ def test_the_optimizer_holds_what_is_predicted(peft: PeftConfig) -> None:
 @pytest.mark.parametrize(
     ("zero", "weights", "gradients", "optimizer"),
     # bytes per parameter and rank, of four ranks: Rajbhandari et al. 2020, figure 1, with fp32 gradients
-    [("none", 2, 4, 12), ("zero1", 2, 4, 3), ("zero2", 2, 1, 3), ("zero3", 2 / 4 + 2, 1, 3)],
+    [
+        ("none", 2, 4, 12),
+        ("zero1", 2, 4, 3),
+        ("zero2", 2, 1, 3),
+        ("zero3", 2 / 4, 1, 3),
+        ("fsdp2", 2 / 4, 1, 3),
+    ],
 )
 def test_what_is_sharded(zero: Zero, weights: float, gradients: float, optimizer: float) -> None:
     trained = Trained(setting(zero, ranks=4), FULL)
     count = trained.parameters
-    assert sum(part.size for part in trained.weights("model")) == pytest.approx(weights * count)
+    held = [part.size for part in trained.weights("model") if "small" not in part.how]
+    assert sum(held) == pytest.approx(weights * count)
     parts = [*trained.buffers(), *trained.gradients(passes=2)]
-    assert sum(part.size for part in parts if "bucket" not in part.how) == pytest.approx(gradients * count)
+    held = [part.size for part in parts if "bucket" not in part.how and "sent" not in part.how]
+    assert sum(held) == pytest.approx(gradients * count)
     assert trained.optimizer().size == pytest.approx(optimizer * count)
 
 
@@ -179,8 +189,9 @@ def test_layers_that_train_are_the_models_own() -> None:
 
 def test_offloading_leaves_on_the_device_what_is_gathered() -> None:
     trained = Trained(setting("zero3_offload", ranks=2, kind="cuda"), FULL)
-    parts = [*trained.weights("model"), trained.optimizer(), *trained.buffers(), *trained.gradients(passes=2)]
-    assert [part.on_host for part in parts] == [True, False, True, True, False, False]
+    parts = [*trained.weights("model"), trained.optimizer(), *trained.buffers(), *trained.gradients(passes=2),
+             *trained.gathered()]  # fmt: skip
+    assert [part.on_host for part in parts] == [True, False, True, True, False, False, False]
 
 
 HOLDING = """
@@ -322,6 +333,14 @@ def test_sampling_holds_a_cache_that_grows_with_rows_and_tokens() -> None:
     per_token = 2 * 2 * 16 * 4 * 2  # keys and values, 2 heads of 16, 4 layers, bf16
     assert cache(3, 26) == 3 * (10 + 26 + 64) * per_token
     assert cache(6, 26) == 2 * cache(3, 26)
+
+
+@pytest.mark.parametrize(("lean", "rows", "copies"), [(True, 2, 1), (True, 1, 0), (False, 2, 0)])
+def test_only_the_lean_decoder_copies_weights(lean: bool, rows: int, copies: int) -> None:
+    on = setting()
+    on = replace(on, shape=replace(on.shape, is_lean=lean))
+    parts = [part for part in sampling(on, rows, 10, 26) if part.how.startswith("laid out")]
+    assert len(parts) == copies * multiplies_bf16()
 
 
 def test_prompts_are_read_in_groups() -> None:

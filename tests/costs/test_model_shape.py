@@ -12,17 +12,20 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MambaConfig,
+    MistralConfig,
     MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from helpers.jobs import tiny_base
+from helpers.models import tiny_config
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.peft_costs import COSTS
-from rlhf.models.base import UnknownShapeError
+from rlhf.models.base import UnknownShapeError, skeleton
 from rlhf.models.peft.attach import attach, count_parameters
 from rlhf.models.peft.config import PeftConfig
 
@@ -102,6 +105,32 @@ def test_keys_and_values_of_a_token_are_those_that_the_cache_holds(name: str) ->
 def test_a_mixtures_experts_count_as_far_as_a_token_passes_them(config: PreTrainedConfig) -> None:
     assert shape_of(config).experts == 3 * 2 * (3 * 32 * 48)  # layers, experts of a token, three projections
     assert shape_of(CONFIGS["tied"]).experts == 0
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "qwen3_moe"])
+def test_layers_that_a_low_rank_update_leaves_out_do_not_count_as_updated(name: str) -> None:
+    """peft means a mixture's experts by the names of its dense layers."""
+    config, peft = tiny_config(name), PeftConfig(method="lora", rank=5)
+    model = skeleton(config)
+    attach(model, peft)
+    assert COSTS["lora"].trained(shape_of(config), peft) == count_parameters(model)[0]
+
+
+def test_parameters_of_layers_and_beside_them() -> None:
+    for name in ("tied", "untied", "wide heads", "gpt2"):
+        shape, model = shape_of(CONFIGS[name]), real(CONFIGS[name])
+        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        assert shape.layer == count_parameters(blocks[0])[1]
+        assert shape.outside + 3 * shape.layer == shape.parameters
+        assert shape.small == shape.parameters  # no tensor has a hundred thousand elements
+    wide = LlamaConfig(**SMALL | {"vocab_size": 5000}, intermediate_size=48, tie_word_embeddings=True)
+    assert shape_of(wide).small == shape_of(wide).parameters - 5000 * 32
+
+
+def test_what_the_lean_decoder_runs() -> None:
+    assert shape_of(CONFIGS["tied"]).is_lean
+    assert not shape_of(CONFIGS["gpt2"]).is_lean and not shape_of(CONFIGS["wide heads"]).is_lean
+    assert not shape_of(MistralConfig(**SMALL, intermediate_size=48, sliding_window=8)).is_lean
 
 
 def test_norms_of_queries_and_keys_count_for_each_head() -> None:
