@@ -255,7 +255,7 @@ class EvaluateStage(Stage):
             else:
                 yield f"{name}.init", str(chain[name].init_directory() or "base")
 
-    def rows(self, data: PreparedData) -> list[PromptRow]:
+    def rows(self, data: PreparedData) -> Sequence[PromptRow]:
         """The prompts that are answered."""
         return data.rows("evaluate", "evaluation")[: self.num_prompts]
 

@@ -8,6 +8,7 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -93,7 +94,8 @@ class GenerateStage(Stage):
 
     def rows(self, data: PreparedData) -> list[PromptRow]:
         """The prompts that are answered."""
-        return [row for split in self.splits for row in data.rows("ppo", split)][: self.num_prompts]
+        rows = chain.from_iterable(data.rows("ppo", split) for split in self.splits)
+        return list(islice(rows, self.num_prompts))
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every sample is decoded, and read once by the reward model."""

@@ -1,7 +1,7 @@
 """Check the data sets, split them, and measure them.
 
 Reads   the sources that the roles' keys name (sft.data, reward.pairs, ...); the base model's tokenizer.
-Writes  normalised rows, ROLE.SPLIT.jsonl, and report.json: what was read, kept, dropped and why.
+Writes  normalised rows, ROLE.SPLIT.arrow, and report.json: what was read, kept, dropped and why.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PrepareStage(Stage):
         "ppo_prompts": ("prompts", ".0f"),
         "evaluation_prompts": ("evaluation prompts", ".0f"),
     }
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from rlhf.config import ConfigError
+from rlhf.data.arrow import ArrowWriter, mapped, pieces
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import (
     PairRow,
@@ -23,6 +24,10 @@ from rlhf.data.schema import (
 )
 from rlhf.digests import digest_of, file_digest
 
+if TYPE_CHECKING:
+    import pyarrow
+
+AnyRow = TypeVar("AnyRow")
 TrainSplit = Literal["train", "held_out"]
 REPORT = "report.json"
 
@@ -53,35 +58,65 @@ class LengthStats(NamedTuple):
 
 def role_digest(role: str, files: Mapping[str, str]) -> str:
     """Like `PreparedData.digest`, from the file digests in a manifest."""
-    return digest_of({split: files[f"{role}.{split}.jsonl"] for split in ROLES[role].splits})
+    return digest_of({split: files[f"{role}.{split}.arrow"] for split in ROLES[role].splits})
+
+
+class Rows(Sequence[AnyRow], Generic[AnyRow]):
+    """Rows in a file. Each is made when it is asked for, so that a million of them need no memory."""
+
+    def __init__(self, column: pyarrow.ChunkedArray, types: Sequence[type[Row]], picked: range) -> None:
+        """The rows of `column` at the places `picked`, each of one of the types."""
+        self._column, self._types, self._picked = column, types, picked
+
+    def __len__(self) -> int:
+        return len(self._picked)
+
+    @overload
+    def __getitem__(self, index: int) -> AnyRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows[AnyRow]: ...
+
+    def __getitem__(self, index: int | slice) -> AnyRow | Rows[AnyRow]:
+        if isinstance(index, slice):
+            return Rows(self._column, self._types, self._picked[index])
+        return self._made(self._column[self._picked[index]].as_py())
+
+    def __iter__(self) -> Iterator[AnyRow]:
+        for texts in pieces(self._column, self._picked):
+            yield from map(self._made, texts)
+
+    def _made(self, text: str) -> AnyRow:
+        row: Any = row_from_json(text, self._types)
+        return row  # type: ignore[no-any-return]  # the role's entry in ROLES says which types it has
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """ROLE.SPLIT.jsonl files in one directory."""
+    """ROLE.SPLIT.arrow files in one directory. Their column `row` has each row as JSON, since rows of users'
+    roles have fields of any kind."""
 
     directory: Path
 
     @overload
-    def rows(self, role: Literal["sft", "replay", "ptx"], split: TrainSplit) -> list[SftRow]: ...
+    def rows(self, role: Literal["sft", "replay", "ptx"], split: TrainSplit) -> Rows[SftRow]: ...
     @overload
-    def rows(self, role: Literal["pairs"], split: TrainSplit) -> list[PairRow]: ...
+    def rows(self, role: Literal["pairs"], split: TrainSplit) -> Rows[PairRow]: ...
     @overload
-    def rows(self, role: Literal["ppo"], split: TrainSplit) -> list[PromptRow]: ...
+    def rows(self, role: Literal["ppo"], split: TrainSplit) -> Rows[PromptRow]: ...
     @overload
-    def rows(self, role: Literal["evaluate"], split: Literal["evaluation"]) -> list[PromptRow]: ...
+    def rows(self, role: Literal["evaluate"], split: Literal["evaluation"]) -> Rows[PromptRow]: ...
     @overload
     def rows(
         self, role: Literal["retention"], split: Literal["evaluation"]
-    ) -> list[TextRow | QuestionRow]: ...
+    ) -> Rows[TextRow | QuestionRow]: ...
     @overload
-    def rows(self, role: str, split: str) -> list[Any]: ...
+    def rows(self, role: str, split: str) -> Rows[Any]: ...
 
     def rows(self, role: str, split: str) -> object:
         """The rows of one split, in the order of their source; none of a role without a source. A role of a
         user's stage gives rows of its own type."""
-        with self._path(role, split).open(encoding="utf-8") as file:
-            return [row_from_json(line, ROLES[role].row_types) for line in file]
+        column = mapped(self._path(role, split))["row"]
+        return Rows(column, ROLES[role].row_types, range(len(column)))
 
     def digest(self, role: str) -> str:
         """Digest of a role's rows. It does not depend on other roles."""
@@ -117,9 +152,13 @@ class PreparedData:
 
     def write(self, role: str, split: Split, rows: Iterable[Row]) -> None:
         """Write one split. Only `prepare` calls it."""
-        with self._path(role, split).open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(row_to_json(row) + "\n" for row in rows)
+        import pyarrow
+
+        schema = pyarrow.schema([("row", pyarrow.string())])
+        with ArrowWriter(self._path(role, split), schema) as file:
+            for row in rows:
+                file.add({"row": row_to_json(row)})
 
     def _path(self, role: str, split: str) -> Path:
         assert split in ROLES[role].splits, f"{role} has no split {split}"
-        return self.directory / f"{role}.{split}.jsonl"
+        return self.directory / f"{role}.{split}.arrow"

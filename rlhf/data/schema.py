@@ -116,13 +116,13 @@ class RowError(ValueError):
 
 
 def row_to_json(row: Row) -> str:
-    """One line of a prepared file."""
+    """As it stands in a prepared file."""
     return json.dumps(vars(row), ensure_ascii=False)
 
 
-def row_from_json(line: str, row_types: Sequence[type[Row]]) -> Row:
+def row_from_json(text: str, row_types: Sequence[type[Row]]) -> Row:
     """The row that `row_to_json` wrote: of the type that has its fields."""
-    values = json.loads(line)
+    values = json.loads(text)
     (found,) = (each for each in row_types if each.__dataclass_fields__.keys() == values.keys())
     return found(**values)
 

@@ -101,8 +101,8 @@ def pretraining_mix(
     Raises:
         ConfigError: no row does.
     """
-    rows = job.data.rows(config.mixed_role, "train")
-    rows = [row for row in rows if len(prompt_ids(tokenizer, row.prompt)) < context]
+    found = job.data.rows(config.mixed_role, "train")
+    rows = [row for row in found if len(prompt_ids(tokenizer, row.prompt)) < context]
     if not rows:
         source = "sft.data" if config.ptx.data is None else f"ppo.ptx.data={config.ptx.data}"
         raise ConfigError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -364,9 +365,9 @@ def prompt_batches(
 ) -> Iterator[list[PromptRow]]:
     """Batches of prompts. Each pass over all prompts shuffles them anew."""
     order = random.Random(seed)
-    waiting: list[PromptRow] = []
+    waiting = array("q")  # indices: the texts may be more than memory holds
     for _ in range(num_batches):
         while len(waiting) < size:
-            waiting += order.sample(rows, len(rows))
-        yield waiting[:size]
-        waiting = waiting[size:]
+            waiting.extend(order.sample(range(len(rows)), len(rows)))
+        yield [rows[index] for index in waiting[:size]]
+        del waiting[:size]

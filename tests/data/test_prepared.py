@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from helpers.jobs import user
 from rlhf.data.prepared import PreparedData
@@ -77,10 +80,10 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
     data.write("pairs", "held_out", pairs)
     data.write("evaluate", "evaluation", [PromptRow(HI)])
     data.write("retention", "evaluation", [TextRow("x\ny", "speeches"), *question])
-    assert data.rows("sft", "train") == [SftRow(HI, "a"), SftRow([], "b")]
-    assert data.rows("pairs", "held_out") == pairs
-    assert data.rows("evaluate", "evaluation") == [PromptRow(HI)]
-    assert data.rows("retention", "evaluation") == [TextRow("x\ny", "speeches"), *question]
+    assert [*data.rows("sft", "train")] == [SftRow(HI, "a"), SftRow([], "b")]
+    assert [*data.rows("pairs", "held_out")] == pairs
+    assert [*data.rows("evaluate", "evaluation")] == [PromptRow(HI)]
+    assert [*data.rows("retention", "evaluation")] == [TextRow("x\ny", "speeches"), *question]
 
 
 def test_the_digest_is_of_both_splits_and_of_no_other_role(tmp_path: Path) -> None:
@@ -92,3 +95,37 @@ def test_the_digest_is_of_both_splits_and_of_no_other_role(tmp_path: Path) -> No
     assert data.digest("sft") == before
     data.write("sft", "held_out", [SftRow(HI, "c")])
     assert data.digest("sft") != before
+
+
+def test_rows_are_a_sequence_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    data = PreparedData(tmp_path)
+    rows = [SftRow(user(f"Größe {n} 🙂"), "x" * (n % 7)) for n in range(2500)]  # more than two pieces
+    data.write("sft", "train", rows)
+    found = data.rows("sft", "train")
+    assert (len(found), found[0], found[2400], found[-1]) == (2500, rows[0], rows[2400], rows[-1])
+    assert [*found] == rows
+    assert [*found[1990:2010]] == rows[1990:2010]
+    assert [*found[::-3][5:]] == rows[::-3][5:]
+    assert random.Random(0).sample(found, 5) == random.Random(0).sample(rows, 5)
+    with pytest.raises(IndexError):
+        found[2500]
+
+
+def test_one_very_long_row_and_none_at_all(tmp_path: Path) -> None:
+    data = PreparedData(tmp_path)
+    rows = [SftRow(HI, "y" * 10_000_000), SftRow(HI, "z")]
+    data.write("sft", "train", rows)
+    data.write("sft", "held_out", [])
+    assert [*data.rows("sft", "train")] == rows
+    assert [*data.rows("sft", "held_out")] == [*data.rows("sft", "train")[5:]] == []
+
+
+def test_the_datasets_library_opens_the_file_and_equal_rows_are_equal_bytes(tmp_path: Path) -> None:
+    written = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        PreparedData(tmp_path / name).write("sft", "train", [SftRow(HI, str(n)) for n in range(1500)])
+        written.append(tmp_path / name / "sft.train.arrow")
+    assert written[0].read_bytes() == written[1].read_bytes()
+    opened = Dataset.from_file(str(written[0]))
+    assert json.loads(opened[1234]["row"]) == {"prompt": HI, "completion": "1234", "turns": 1}

@@ -20,6 +20,7 @@ from helpers.jobs import on_cpu
 from helpers.store import RECIPE, publish
 from rlhf import digests
 from rlhf.config import ConfigError
+from rlhf.data.prepared import PreparedData
 from rlhf.digests import digest_of, directory_digest, file_digest
 from rlhf.models.base import ModelConfig, check_hub_files
 from rlhf.pipeline import store as artifacts
@@ -287,14 +288,15 @@ def test_a_flipped_bit_in_the_sft_model_is_no_longer_loaded(
 
 
 def test_a_cut_file_of_prepared_rows_is_made_anew(finished_chain: tuple[Chain, Outcome], copy: Chain) -> None:
-    """Cut at a line's end, it reads well."""
+    """Cut behind a piece, it reads well."""
     first = finished_chain[1]
-    path = copy.directory / "store" / "prepare" / first.key("prepare") / "sft.train.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:3]))
+    path = copy.directory / "store" / "prepare" / first.key("prepare") / "sft.train.arrow"
+    whole = path.read_bytes()
+    data = PreparedData(path.parent)
+    data.write("sft", "train", [*data.rows("sft", "train")[:3]])
     outcome = copy.run("stage=sft")
     assert outcome.statuses == {"prepare": "ran", "sft": "reused"}
-    assert path.read_text() == "".join(lines)
+    assert path.read_bytes() == whole
 
 
 def test_a_damaged_base_model_is_made_anew(finished_chain: tuple[Chain, Outcome], copy: Chain) -> None:
@@ -372,7 +374,7 @@ def test_a_base_model_and_rows_that_are_damaged_unnoticed_are_mended_too(
     (base,) = (copy.directory / "store" / "base").glob("[!.]*")
     prepared = copy.directory / "store" / "prepare" / finished_chain[1].key("prepare")
     flip_unnoticed(base, "model.safetensors")
-    flip_unnoticed(prepared, "sft.train.jsonl")
+    flip_unnoticed(prepared, "sft.train.arrow")
     outcome = copy.run("stage=sft", "sft.optim.lr=1e-4")
     assert outcome.code == 0, outcome.err
     assert outcome.statuses == {"prepare": "ran", "sft": "ran"}

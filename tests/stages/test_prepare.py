@@ -44,7 +44,7 @@ def test_every_row_is_kept_once_and_counted(bench: Bench) -> None:
     for role in training_roles():
         assert sum(len(data.rows(role, split)) for split in ("train", "held_out")) == 40
     assert len(data.rows("evaluate", "evaluation")) == 40
-    retention = data.rows("retention", "evaluation")
+    retention = [*data.rows("retention", "evaluation")]
     assert retention[:40] == [TextRow(f"fact {n}", "texts") for n in range(40)]
     assert retention[40:] == [QuestionRow(f"question {n}", ["a", "b"], 0) for n in range(40)]
     assert bench.summary == {
@@ -126,7 +126,7 @@ def test_a_retention_row_that_is_trained_on_is_a_leak(bench: Bench) -> None:
 def test_retention_shares_a_source_with_training_and_only_that_one_is_divided(bench: Bench) -> None:
     bench.sources["sft"] = str(bench.directory / "texts.jsonl")
     data = bench.prepare()
-    retention = data.rows("retention", "evaluation")
+    retention = [*data.rows("retention", "evaluation")]
     kept = {row.text for row in retention if isinstance(row, TextRow)}
     trained = {row.completion for split in ("train", "held_out") for row in data.rows("sft", split)}
     assert 4 <= len(kept) <= 16  # a quarter of 40
@@ -141,14 +141,14 @@ def test_what_is_replayed_or_mixed_in_is_neither_evaluated_nor_held_out(bench: B
     assert_apart(data)
     kept = {row.text for row in data.rows("retention", "evaluation") if isinstance(row, TextRow)}
     for role in ("replay", "ptx"):
-        assert data.rows(role, "train") == data.rows("sft", "train")
+        assert [*data.rows(role, "train")] == [*data.rows("sft", "train")]
         assert not kept & {row.completion for row in data.rows(role, "train")}
 
 
 def test_a_source_that_is_null_gives_no_rows(bench: Bench) -> None:
     bench.sources |= {"replay": None, "ptx": None}
     data = bench.prepare()
-    assert data.rows("replay", "train") == data.rows("ptx", "held_out") == []
+    assert [*data.rows("replay", "train")] == [*data.rows("ptx", "held_out")] == []
     assert "replay" not in bench.report
     assert "sft.replay" not in bench.output
 
