@@ -196,30 +196,32 @@ class Compute:
             over.set()
             teller.join()
 
-    def shard_indices(self, lengths: Sequence[int], group_size: int = 1) -> list[int]:
-        """Indices of the items that this rank works on: sorted by falling length, every n-th of n groups.
+    def shard_indices(self, lengths: Sequence[int]) -> list[int]:
+        """Indices of the items that this rank works on: sorted by falling length, every n-th of n ranks."""
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        return order[self.rank :: self.world_size]
+
+    def collect(self, mine: Sequence[Result], lengths: Sequence[int]) -> list[Result]:
+        """All items' results, in the items' order, on every rank. `mine` are those of `shard_indices`."""
+        indices = self.shard_indices(lengths)
+        return self.collect_taken(dict(zip(indices, mine, strict=True)), len(lengths))
+
+    def collect_taken(self, mine: Mapping[int, Result], count: int) -> list[Result]:
+        """All items' results, in the items' order, on every rank.
 
         Args:
-            group_size: consecutive ranks that work on the same items together.
+            mine: index -> result, of the items that this rank worked on. Ranks that worked on an item
+                together may all have its result.
         """
-        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        return order[self.rank // group_size :: self.world_size // group_size]
-
-    def collect(self, mine: Sequence[Result], lengths: Sequence[int], group_size: int = 1) -> list[Result]:
-        """All items' results, in the items' order, on every rank. `mine` are those of `shard_indices`."""
-        parts: list[Sequence[Result]] = [mine]
+        parts = [mine]
         if self.world_size > 1:
             from torch import distributed
 
-            parts = [[] for _ in range(self.world_size)]
-            distributed.all_gather_object(parts, list(mine))
+            parts = [{} for _ in range(self.world_size)]
+            distributed.all_gather_object(parts, dict(mine))
             self.moved()
-        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        results: list[Any] = [None] * len(lengths)
-        for group, part in enumerate(parts[::group_size]):  # a group's ranks have the same results
-            for index, result in zip(order[group :: self.world_size // group_size], part, strict=True):
-                results[index] = result
-        return results
+        found = {index: result for part in parts for index, result in part.items()}
+        return [found[index] for index in range(count)]
 
     def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
         """This rank's share of a batch, as forward passes of at most max_tokens tokens.

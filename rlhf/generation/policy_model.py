@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,41 +122,53 @@ class PolicyModel:
         """
         ids = [torch.tensor(prompt_ids(self.tokenizer, prompt)) for prompt in prompts]
         uniform_BR = torch.rand(len(ids), max_new_tokens, generator=generator)
-        lengths = [len(row) for row in ids]
-        group = 1 if self.vllm is None else self.vllm.group_size
-        mine = self.compute.shard_indices(lengths, group)
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+            "stop_ids": self.stop_ids,
+        }  # fmt: skip
         if self.vllm is None:
-            engine = partial(
-                generate, self.model, pad_id=self.pad_id, batch_rows=batch_rows, on_token=self.compute.moved
-            )
+            rollout = self._sample_locally(ids, uniform_BR, batch_rows, on_rows, settings)
         else:
             if not self.vllm.holds(self.model):
                 self.hand_over()
-            engine = partial(self.vllm.generate)
-        with self._whole() if self.vllm is None else nullcontext():
-            if self.vllm is None and not self._is_checked:
+            rollout = self.vllm.generate(ids, uniform_BR=uniform_BR, on_rows=on_rows, **settings)
+        return rollout, [response_text(self.tokenizer, ids.tolist()) for ids in rollout.response_ids]
+
+    def _sample_locally(
+        self,
+        ids: list[Tensor],
+        uniform_BR: Tensor,
+        batch_rows: int,
+        on_rows: Callable[[int], None],
+        settings: Mapping[str, Any],
+    ) -> Rollout:
+        """`sample` with the local engine: this rank's share of the prompts, collected from all ranks."""
+        lengths = [len(row) for row in ids]
+        mine = self.compute.shard_indices(lengths)
+        with self._whole():
+            if not self._is_checked:
                 check_decoding(self.model)
                 self._is_checked = True
-            part = engine(
+            part = generate(
+                self.model,
                 [ids[index] for index in mine],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                stop_ids=self.stop_ids,
+                pad_id=self.pad_id,
+                batch_rows=batch_rows,
+                on_token=self.compute.moved,
                 uniform_BR=uniform_BR[mine],
-                on_rows=lambda rows: on_rows(rows * self.compute.world_size // group),
+                on_rows=lambda rows: on_rows(rows * self.compute.world_size),
+                **settings,
             )
         logps: Sequence[Tensor | None] = part.sampled_logp or [None] * len(mine)
         rows = list(zip(part.response_ids, part.stopped.tolist(), logps, strict=True))
-        rows = self.compute.collect(rows, lengths, group)
+        rows = self.compute.collect(rows, lengths)
         known = [row[2] for row in rows if row[2] is not None]
-        rollout = Rollout(
+        return Rollout(
             ids,
             [row[0] for row in rows],
             torch.tensor([row[1] for row in rows]),
             known if len(known) == len(rows) else None,
         )
-        return rollout, [response_text(self.tokenizer, ids.tolist()) for ids in rollout.response_ids]
 
     def log_probabilities(self, responses: Responses, temperature: float, micro_batch_tokens: int) -> Tensor:
         """Nats, fp32 [B, R] on the CPU, 0 on padding; without gradient."""

@@ -2,6 +2,7 @@
 
 It never reads a policy from disk again. Before each rollout `hand_over` copies the trained weights into the
 running engine. It uses vLLM's own reloading, which keeps CUDA graphs and repacks weights for its kernels.
+On a GPU the engine sleeps between rollouts: its weights and its cache are gone, and learning has the memory.
 Dimensions: B prompts, R response tokens.
 """
 
@@ -23,6 +24,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from rlhf.config import ConfigError, Strict
 from rlhf.distributed.compute import Compute
+from rlhf.distributed.shared_queue import SharedQueue
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 
     from rlhf.rl.rollout import Rollout
     from rlhf.training.engine import Gather
+
+WEIGHTS, CACHE = "weights", "kv_cache"
+"""vLLM's names for what it can lose while it sleeps, and get back alone."""
+PORTIONS = 8
+"""In so many portions, at least, an engine takes its share of the prompts. With one portion the engine that
+asks first would get all of the longest."""
 
 
 class VllmConfig(Strict):
@@ -39,9 +47,10 @@ class VllmConfig(Strict):
     """Ranks that run one engine together, each with a part of its weights and of its keys and values. Must
     divide the number of ranks."""
     kv_cache_gib: PositiveFloat
-    """GiB for keys and values, in addition to the engine's copy of the policy; kept until the run ends."""
+    """GiB for keys and values, in addition to the engine's copy of the policy. A GPU has them back between
+    rollouts."""
     max_num_seqs: PositiveInt
-    """Responses that are decoded together."""
+    """Responses that one engine decodes together."""
     max_model_len: PositiveInt | None
     """Tokens of prompt and response together; null uses the model's context. One such row must fit into
     kv_cache_gib."""
@@ -72,6 +81,10 @@ class Vllm:
         self._llm: Any = None
         self._holds: PreTrainedModel | None = None
         self._has_own_group = False
+        self._sleeps = compute.device_name.startswith("cuda")  # for CPUs vLLM takes the calls, to no effect
+        self._asleep: set[str] = set()
+        self._engines = compute.world_size // config.tensor_parallel
+        self._rollouts = 0
 
     @property
     def max_model_len(self) -> int | None:
@@ -81,11 +94,6 @@ class Vllm:
     def holds(self, model: PreTrainedModel) -> bool:
         """Whether the model's weights were handed over and not yet sampled from."""
         return self._holds is model
-
-    @property
-    def group_size(self) -> int:
-        """Ranks that run one engine together. All of them must call `generate` with the same prompts."""
-        return self._config.tensor_parallel
 
     def hand_over(self, model: PreTrainedModel, gathered: Gather = lambda modules: nullcontext()) -> None:
         """Copy the model's weights, with merged adapters, into the engine. The model does not change.
@@ -103,6 +111,7 @@ class Vllm:
         if self._llm is None:
             self._has_own_group = not distributed.is_initialized()
             self._llm = self._build(model)
+        self._wake(WEIGHTS)
         of_ours: list[Exception] = []
         weights = _noting(merged_weights(model, gathered), of_ours)
         try:
@@ -128,10 +137,14 @@ class Vllm:
         top_p: float = 1.0,
         on_rows: Callable[[int], None] = lambda rows: None,
     ) -> Rollout:
-        """Sample one response per prompt with the weights that were handed over last.
+        """Sample one response per prompt with the weights that were handed over last. Engines share the work,
+        and each rank gets all responses.
 
         Differences from rlhf/generation/sampler.py: vLLM makes the batches; a row's random numbers only seed
         its request; with top_p < 1 there are no log-probabilities, because vLLM's are those of the nucleus.
+
+        Args:
+            on_rows: called with the number of newly answered prompts, as if all engines were equally fast.
 
         Raises:
             ConfigError: prompt and response do not fit into the engine's context, or a policy is broken.
@@ -143,13 +156,6 @@ class Vllm:
 
         assert self._holds is not None, "no weights were handed over"
         self._holds = None  # what is sampled next may be another policy
-        limit = self._llm.llm_engine.model_config.max_model_len
-        longest = max(map(len, prompts), default=0) + max_new_tokens
-        if longest > limit:
-            raise ConfigError(
-                f"vllm.max_model_len={self._config.max_model_len}: the longest prompt and max_new_tokens="
-                f"{max_new_tokens} are {longest} tokens, the engine accepts {limit}. Use {longest} or more."
-            )
         settings = {
             "temperature": temperature,
             "top_p": top_p,
@@ -159,15 +165,36 @@ class Vllm:
             "logprobs": 0,  # the sampled token's alone
             "detokenize": False,
         }
-        seeded = [{**settings, "seed": _seed(uniform_R)} for uniform_R in uniform_BR]
-        outputs = self._run([prompt.tolist() for prompt in prompts], seeded, on_rows)
-        logps = [_logps(output) for output in outputs]
+        told = 0
+
+        def tell(answered: int) -> None:
+            nonlocal told
+            now = min(len(prompts), answered * self._engines)
+            if now > told:
+                on_rows(now - told)
+            told = max(now, told)
+
+        with self._until_asleep():
+            self._check_length(max(map(len, prompts), default=0), max_new_tokens)
+            seeded = [{**settings, "seed": _seed(uniform_R)} for uniform_R in uniform_BR]
+            self._rollouts += 1
+            queue = SharedQueue(
+                self._compute, f"rollout {self._rollouts}", len(prompts), self._config.tensor_parallel
+            )
+            mine = self._run([prompt.tolist() for prompt in prompts], seeded, queue, tell)
+        rows = self._compute.collect_taken(
+            {index: (one.token_ids, one.finish_reason == "stop", _logps(one)) for index, one in mine.items()},
+            len(prompts),
+        )
+        queue.close()
+        tell(len(prompts))
+        logps = [logp for _, _, logp in rows]
         if logps:
             check_finite(torch.cat(logps))
         return Rollout(
             prompt_ids=list(prompts),
-            response_ids=[torch.tensor(output.token_ids) for output in outputs],
-            stopped=torch.tensor([output.finish_reason == "stop" for output in outputs], dtype=torch.bool),
+            response_ids=[torch.tensor(ids) for ids, _, _ in rows],
+            stopped=torch.tensor([stopped for _, stopped, _ in rows], dtype=torch.bool),
             sampled_logp=logps if top_p >= 1.0 else None,
         )
 
@@ -176,36 +203,86 @@ class Vllm:
         if self._llm is not None and self._has_own_group:
             import torch
 
+            gc.collect()
+            if self._sleeps:  # its allocator cannot free what is asleep, whole or in part
+                self._llm.collective_rpc("wake_up")
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = self._holds = None
+            self._asleep.clear()
             gc.collect()
             if self._compute.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _wake(self, tag: str) -> None:
+        """Give the engine the memory of its weights or of its cache again; what was in it is lost."""
+        if tag in self._asleep:
+            self._llm.wake_up(tags=[tag])
+            self._asleep.remove(tag)
+
+    @contextmanager
+    def _until_asleep(self) -> Iterator[None]:
+        """While open, the engine can sample. Then, or if something fails, it sleeps."""
+        try:
+            self._wake(CACHE)
+            yield
+        finally:
+            if self._sleeps:
+                self._asleep = {WEIGHTS, CACHE}
+                self._llm.sleep(level=2)  # without a copy in the host's memory
+
+    def _check_length(self, prompt: int, max_new_tokens: int) -> None:
+        """Refuse a prompt of so many tokens if its response may not fit into the engine's context."""
+        limit, longest = self._llm.llm_engine.model_config.max_model_len, prompt + max_new_tokens
+        if longest > limit:
+            raise ConfigError(
+                f"vllm.max_model_len={self._config.max_model_len}: the longest prompt and max_new_tokens="
+                f"{max_new_tokens} are {longest} tokens, the engine accepts {limit}. Use {longest} or more."
+            )
 
     def _run(
         self,
         prompts: Sequence[list[int]],
         settings: Sequence[Mapping[str, Any]],
-        on_rows: Callable[[int], None],
-    ) -> list[Any]:
-        """Each prompt's completion, in order."""
+        queue: SharedQueue,
+        tell: Callable[[int], None],
+    ) -> dict[int, Any]:
+        """The completions of the prompts that this rank's engine takes, by the prompts' places.
+
+        Engines take prompts from one queue, the longest first, a few at a time, and together no more than
+        their share. So each gets prompts of all lengths, and one that is done early takes more.
+        """
         from vllm import SamplingParams
 
-        outputs = []
+        engine, scheduler = self._llm.llm_engine, self._llm.llm_engine.engine_core.engine_core.scheduler
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        most, at_once = len(order), len(order)
+        if self._engines > 1:
+            most = min(-(-most // self._engines), self._config.max_num_seqs)
+            at_once = max(1, most // PORTIONS)
+        taken: list[int] = []
+        outputs: list[Any] = []
         with _undisturbed(self._compute):
-            self._llm.enqueue(
-                [{"prompt_token_ids": ids} for ids in prompts],
-                [SamplingParams(**each) for each in settings],
-                use_tqdm=False,
-            )
-            while self._llm.llm_engine.has_unfinished_requests():
-                finished = [each for each in self._llm.llm_engine.step() if each.finished]
-                outputs += finished
-                self._compute.moved()
-                if finished:
-                    on_rows(len(finished))
+            try:
+                while not queue.is_empty or len(outputs) < len(taken):
+                    room = min(at_once, most - len(taken) + len(outputs))
+                    if room > 0 and not queue.is_empty and scheduler.get_request_counts()[1] == 0:
+                        more = [order[place] for place in queue.take(room)]
+                        self._llm.enqueue(
+                            [{"prompt_token_ids": prompts[index]} for index in more],
+                            [SamplingParams(**settings[index]) for index in more],
+                            use_tqdm=False,
+                        )
+                        taken += more
+                    if len(outputs) == len(taken):
+                        break
+                    outputs += [each for each in engine.step() if each.finished]
+                    self._compute.moved()
+                    tell(len(outputs))
+            except BaseException:  # whatever it is: what is left would be answered in the next rollout
+                engine.abort_request(list(engine.output_processor.request_states), internal=True)
+                raise
         outputs.sort(key=lambda each: int(each.request_id))  # vLLM counts them
-        return [each.outputs[0] for each in outputs]
+        return {index: each.outputs[0] for index, each in zip(taken, outputs, strict=True)}
 
     def _build(self, model: PreTrainedModel) -> Any:
         """Build an engine with this model's architecture.
@@ -246,6 +323,7 @@ class Vllm:
                     # beside other ranks it must join their process group, and take its own rank's device
                     distributed_executor_backend="external_launcher" if compute.world_size > 1 else "uni",
                     tensor_parallel_size=config.tensor_parallel,
+                    enable_sleep_mode=compute.device.type == "cuda",
                 )
                 # the CPU's kernels are looked for at the first call only
                 llm.generate([{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1), use_tqdm=False)

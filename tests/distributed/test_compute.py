@@ -23,10 +23,12 @@ from rich.console import Console
 import rlhf.distributed.compute
 from helpers.experiments import build
 from helpers.jobs import on_cpu
+from rlhf.cli.execute import LOST_PEER
 from rlhf.cli.launcher import ranks_wanted
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute, MicroBatch, find_rank, make_compute
 from rlhf.distributed.device import choose_precision, has_gpu
+from rlhf.distributed.shared_queue import SharedQueue
 from rlhf.pipeline.runner import Pipeline
 from rlhf.pipeline.settings import LaunchConfig
 
@@ -67,6 +69,13 @@ def test_one_rank_collects_in_the_items_order() -> None:
     assert compute.collect([f"item {index}" for index in compute.shard_indices(lengths)], lengths) == [
         "item 0", "item 1", "item 2",
     ]  # fmt: skip
+
+
+def test_one_rank_takes_what_is_left() -> None:
+    queue = SharedQueue(on_cpu(), "mine", 5)
+    assert [[*queue.take(most)] for most in (2, 2, 2, 2)] == [[0, 1], [2, 3], [4], []]
+    assert queue.is_empty
+    assert SharedQueue(on_cpu(), "none", 0).is_empty
 
 
 def everything(lengths: list[int], world_size: int, budget: int) -> list[list[MicroBatch]]:
@@ -210,6 +219,45 @@ def models_read(compute: Compute, directory: Path, model: Path) -> list[str]:
     return [path for path in read if path.endswith(".safetensors")]
 
 
+def share(compute: Compute) -> list[list[int]]:
+    """What this rank takes from a queue of five: each one, then rank 0 more, then rank 1 of what is left."""
+    queue = SharedQueue(compute, "five", 5)
+    taken = []
+    for rank, most in ((0, 1), (1, 1), (0, 2), (1, 4), (0, 1)):
+        if compute.rank == rank:
+            taken.append([*queue.take(most)])
+        compute.barrier()
+    queue.close()
+    return taken
+
+
+def share_in_step(compute: Compute) -> list[list[int]]:
+    """What a group of two takes at the same turns; twice, by the name that is free again."""
+    taken = []
+    for _ in range(2):
+        queue = SharedQueue(compute, "in step", 3, group_size=2)
+        while not queue.is_empty:
+            taken.append([*queue.take(2)])
+        compute.barrier()
+        queue.close()
+        compute.barrier()
+    return taken
+
+
+def is_told_lost(compute: Compute) -> bool:
+    """Whether the second rank of a group hears in time that the first one does not come to take anything."""
+    store: Any = torch.distributed.distributed_c10d._get_default_store()  # torch's stub lacks its timeout
+    patience, said = store.timeout, ""
+    if compute.rank == 1:
+        store.set_timeout(timedelta(seconds=0.2))
+        with pytest.raises(RuntimeError) as raised:
+            SharedQueue(compute, "alone", 3, group_size=2).take(1)
+        said = str(raised.value)
+        store.set_timeout(patience)
+    compute.barrier()
+    return LOST_PEER.search(said) is not None
+
+
 def talk(rank: int, port: int, directory: Path, model: Path, results: Any) -> None:
     """What one of two ranks hears of the other."""
     os.environ.update(
@@ -244,6 +292,9 @@ def talk(rank: int, port: int, directory: Path, model: Path, results: Any) -> No
             "collected": compute.collect(
                 [(index, rank) for index in compute.shard_indices(lengths)], lengths
             ),
+            "shared": share(compute),
+            "shared in step": share_in_step(compute),
+            "told lost": is_told_lost(compute),
         }
         results.put((rank, heard))
         compute.barrier()
@@ -279,9 +330,12 @@ def test_two_ranks_hear_the_same(tmp_path: Path, tiny_model: Path) -> None:
         "failures": ["only rank 0 tried"] * 2,
         "listens": {"127.0.0.1"},
         "collected": [(0, 1), (1, 0), (2, 0), (3, 1), (4, 0)],
+        "shared in step": 2 * [[0, 1], [2]],
     }
     own: list[dict[str, Any]] = [{"unchanged": [1.0 + rank, -5.0 * rank]} for rank in range(2)]
     own[0]["models read"], own[1]["models read"] = [str(tiny_model / "model.safetensors")], []
+    own[0]["shared"], own[1]["shared"] = [[0], [2, 3], []], [[1], [4]]
+    own[0]["told lost"], own[1]["told lost"] = False, True
     assert heard == {rank: expected | own[rank] for rank in range(2)}
 
 

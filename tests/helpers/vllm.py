@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from helpers.jobs import on_cpu
+from helpers.models import sharper
+from rlhf.distributed.compute import Compute
 from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm, VllmConfig
 from rlhf.models import base
@@ -69,6 +71,11 @@ class Engines:
             self.current = None
 
 
+def asleep(engine: Vllm) -> set[str]:
+    """What vLLM says that it has put to sleep."""
+    return set(engine._llm.llm_engine.engine_core.engine_core.model_executor.sleeping_tags)
+
+
 def uniform(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -112,3 +119,68 @@ def assert_same(first: Rollout, second: Rollout) -> None:
     torch.testing.assert_close(
         torch.cat(first.sampled_logp), torch.cat(second.sampled_logp), atol=1e-4, rtol=0
     )
+
+
+ROLLOUTS = ((20, 1.0), (20, 0.0), (3, 1.0), (1, 1.0), (0, 1.0))
+"""Prompts and temperature of the rollouts that ranks make together."""
+
+
+def some_prompts(count: int) -> list[Tensor]:
+    """Prompts of 1 to 60 tokens."""
+    generator = torch.Generator().manual_seed(count)
+    return [torch.randint(0, 259, (1 + 7 * row % 60,), generator=generator) for row in range(count)]
+
+
+class Answers(NamedTuple):
+    """A rollout without tensors, which another process could not read once this one has ended."""
+
+    ids: list[list[int]]
+    stopped: list[bool]
+    logps: list[float]
+    told: int
+    """Answers that were told while they came."""
+
+
+def roll_out(engine: Vllm, model: PreTrainedModel) -> dict[tuple[int, float], Answers]:
+    """Each of `ROLLOUTS`."""
+    found = {}
+    for count, temperature in ROLLOUTS:
+        told: list[int] = []
+        rollout = sample(
+            engine, model, some_prompts(count), temperature=temperature, stop_ids=range(3, 23),
+            on_rows=told.append, uniform_BR=uniform(count, NEW),
+        )  # fmt: skip
+        logps = torch.cat([torch.zeros(0), *(rollout.sampled_logp or [])]).tolist()
+        found[count, temperature] = Answers(lists(rollout), rollout.stopped.tolist(), logps, sum(told))
+    return found
+
+
+def held(engine: Vllm) -> dict[str, int]:
+    """Elements of each matrix that this rank's part of the engine multiplies by. A CPU's kernels keep them in
+    a form of their own, so the parameters themselves are empty."""
+
+    def sizes(worker: Any) -> dict[str, int]:
+        modules = dict(worker.model_runner.get_model().named_modules())
+        linear = {
+            name: module.input_size_per_partition * module.output_size_per_partition
+            for name, module in modules.items()
+            if hasattr(module, "output_size_per_partition")
+        }
+        embedding = {
+            name: module.num_embeddings_per_partition * module.embedding_dim
+            for name, module in modules.items()
+            if hasattr(module, "num_embeddings_per_partition")
+        }
+        return linear | embedding
+
+    (found,) = engine._llm.collective_rpc(sizes)
+    return dict(found)
+
+
+def together(
+    compute: Compute, directory: Path, tensor_parallel: int
+) -> tuple[dict[tuple[int, float], Answers], dict[str, int]]:
+    """What one of several ranks gets, and holds."""
+    config = SMALL.model_copy(update={"tensor_parallel": tensor_parallel, "max_num_seqs": 3})
+    engine = Vllm(config, compute)
+    return roll_out(engine, sharper(directory)), held(engine)
