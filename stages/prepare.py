@@ -1,12 +1,15 @@
 """Check the data sets, split them, and measure them.
 
 Reads   the sources that the roles' keys name (sft.data, reward.pairs, ...); the base model's tokenizer.
-Writes  normalised rows, ROLE.SPLIT.arrow, and report.json: what was read, kept, dropped and why.
+Writes  normalised rows, ROLE.SPLIT.arrow; their token ids, ROLE.SPLIT.tokens.arrow; and report.json: what was
+        read, kept, dropped and why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, PrivateAttr
@@ -88,16 +91,22 @@ class PrepareStage(Stage):
 
     def run(self, job: Job) -> None:
         """Read and check every role, set the evaluation prompts aside, split the rest."""
-        preparation = Preparation(
-            self._sources,
-            self.held_out_fraction,
-            self.evaluation_fraction,
-            self.on_bad_row,
-            self.response_tokens,
-            job.base.load_tokenizer(),
-            job.base.context_length,
-        )
-        preparation.prepare(job.progress)
-        job.compute.main_only(lambda: preparation.write(job.directory))  # all ranks have read the same
-        preparation.show(job.progress.console)
-        job.publish(preparation.metrics())
+        job.publish(job.compute.main_only(lambda: self.prepare(job)))
+
+    def prepare(self, job: Job) -> dict[str, int]:
+        """Write the artifact; gives the summary metrics."""
+        with TemporaryDirectory(dir=job.directory) as scratch:
+            preparation = Preparation(
+                self._sources,
+                self.held_out_fraction,
+                self.evaluation_fraction,
+                self.on_bad_row,
+                self.response_tokens,
+                job.base.load_tokenizer(),
+                job.base.context_length,
+                Path(scratch),
+            )
+            preparation.prepare(job.progress)
+            preparation.write(job.directory)
+            preparation.show(job.progress.console)
+            return preparation.metrics()

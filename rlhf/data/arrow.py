@@ -57,7 +57,7 @@ class ArrowWriter:
     def _flush(self) -> None:
         import pyarrow
 
-        if self._items:
+        if any(self._columns.values()):
             self._stream.write_batch(pyarrow.RecordBatch.from_pydict(self._columns, self._schema))
         self._columns = {name: [] for name in self._schema.names}
         self._items = 0

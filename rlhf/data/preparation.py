@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,24 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.config import ConfigError
-from rlhf.data.chat_template import prompt_ids, sequences
+from rlhf.data.arrow import pieces
+from rlhf.data.chat_template import tokenizer_digest
+from rlhf.data.examine import Complaint, Examined, Examiner, RowStore
 from rlhf.data.formats import likely_fields, read_as
 from rlhf.data.prepared import REPORT, PreparedData
 from rlhf.data.roles import ROLES, training_roles
-from rlhf.data.schema import (
-    PromptRow,
-    Row,
-    RowError,
-    SftRow,
-    Split,
-    TextRow,
-    drawn,
-    each_turn,
-    limited,
-    prompt_identity,
-    row_to_json,
-)
+from rlhf.data.schema import PromptRow, Row, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
+from rlhf.data.tokens import Encoded, TokenWriter
 from rlhf.distributed.batching import equal_tokens
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text
@@ -52,26 +47,6 @@ QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
 @dataclass
-class Entry:
-    """A row, where it was found, what it asks (`prompt_identity`), and its source's fingerprint."""
-
-    where: str
-    row: Row
-    identity: str
-    fingerprint: str
-    tokens: int = 0
-    """Of the longest sequence made from it."""
-    shared_prefix: float = 0.0
-    """Tokens with which a sequence made from it begins like the one before."""
-
-    @property
-    def asks(self) -> set[str]:
-        """`prompt_identity` of all that it teaches an answer to: of a conversation, each turn."""
-        turns = each_turn(self.row) if isinstance(self.row, SftRow) else [self.row]
-        return {prompt_identity(turn) for turn in turns}
-
-
-@dataclass
 class Removed:
     """How many rows went for one reason, and where the first of them stand."""
 
@@ -84,6 +59,11 @@ class Removed:
         if len(self.examples) < NUM_EXAMPLES:
             self.examples.append(where)
 
+    def extend(self, other: Removed) -> None:
+        """Count others too."""
+        self.count += other.count
+        self.examples = [*self.examples, *other.examples][:NUM_EXAMPLES]
+
     def places(self) -> str:
         """Such as `train.jsonl line 4, train.jsonl line 9, ...`."""
         return ", ".join([*self.examples, *(["..."] if self.count > len(self.examples) else [])])
@@ -91,17 +71,23 @@ class Removed:
 
 @dataclass
 class RoleData:
-    """One role's rows and what became of them."""
+    """One role's rows and what became of them. A row is known by its number in the store."""
 
     role: str
+    store: RowStore
+    prompts_only: bool = False
+    """Whether it takes the prompts of the store's rows, which another role reads."""
     num_read: int = 0
-    entries: list[Entry] = field(default_factory=list)
+    rows: array[int] = field(default_factory=lambda: array("i"))
+    """Those that are kept, in the order of their source."""
+    shared_prefix: array[float] = field(default_factory=lambda: array("d"))
+    """Of each row of the store: tokens with which its sequences begin like the ones before."""
     removed: dict[str, Removed] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
     """Of each source that is the user's: what it has, and what is read."""
     cut: Removed = field(default_factory=Removed)
     """Rows that are kept, though their end is beyond the model's context: training cuts them."""
-    splits: dict[Split, list[Entry]] = field(default_factory=dict)
+    splits: dict[Split, array[int]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -112,15 +98,57 @@ class RoleData:
         """Count a row that is not kept."""
         self.removed.setdefault(reason, Removed()).add(where)
 
-    def keep(self, wanted: Callable[[Entry], bool], reason: str) -> None:
-        """Remove the entries that are not wanted."""
-        kept = []
-        for entry in self.entries:
-            if wanted(entry):
-                kept.append(entry)
+    def remove_row(self, reason: str, number: int) -> None:
+        """Count a row of the store that is not kept."""
+        removed = self.removed.setdefault(reason, Removed())
+        removed.add(self.store.where(number) if len(removed.examples) < NUM_EXAMPLES else "")
+
+    def keep(self, wanted: Callable[[int], bool], reason: str) -> None:
+        """Remove the rows that are not wanted."""
+        kept = array("i")
+        for number in self.rows:
+            if wanted(number):
+                kept.append(number)
             else:
-                self.remove(reason, entry.where)
-        self.entries = kept
+                self.remove_row(reason, number)
+        self.rows = kept
+
+    def identity(self, number: int) -> str:
+        """`prompt_identity` of a row."""
+        return self.store.identity[number].hex()
+
+    def asks_none_of(self, prompts: AbstractSet[bytes], number: int) -> bool:
+        """Whether a row teaches no answer to these prompts; a conversation may teach several answers."""
+        alone = (self.store.identity[number],)
+        asks = alone if self.prompts_only else self.store.asks.get(number, alone)
+        return prompts.isdisjoint(asks)
+
+    def fingerprints(self) -> set[str]:
+        """Of the sources of its rows."""
+        return {self.store.fingerprint[number] for number in self.rows}
+
+    def num_of(self, row_type: type[Row]) -> int:
+        """How many of its rows are of this type."""
+        if self.prompts_only:
+            return len(self.rows) if row_type is PromptRow else 0
+        types = ROLES[self.role].row_types
+        return sum(issubclass(types[self.store.kind[number]], row_type) for number in self.rows)
+
+    def num_exchanges(self, number: int) -> int:
+        """How many of its sequences are of exchanges; the others are turns apart."""
+        return 1 if self.prompts_only else self.store.num_exchanges[number]
+
+    def tokens(self, number: int) -> int:
+        """Of the longest sequence made from a row."""
+        return (self.store.prompt_tokens if self.prompts_only else self.store.tokens)[number]
+
+    def sequences(self, number: int) -> list[Encoded]:
+        """All that are made from a row."""
+        store = self.store
+        places = range(store.sequences[number], store.sequences[number + 1])
+        if self.prompts_only:
+            return [Encoded(store.ids[places[0]][: store.prompt_tokens[number]], [])]
+        return [store.ids.encoded(place) for place in places]
 
     def count(self, reason: str) -> int:
         """Rows removed for this reason."""
@@ -137,11 +165,11 @@ class RoleData:
 
     def report(self) -> dict[str, Any]:
         """The role's part of report.json."""
-        lengths = [entry.tokens for entry in self.entries]
-        shared_prefix = [entry.shared_prefix for entry in self.entries]
+        lengths = [self.tokens(number) for number in self.rows]
+        shared_prefix = [self.shared_prefix[number] for number in self.rows]
         return {
             "read": self.num_read,
-            "kept": {split: len(entries) for split, entries in self.splits.items()},
+            "kept": {split: len(rows) for split, rows in self.splits.items()},
             "longer_than_context": vars(self.cut),
             "removed": {reason: vars(removed) for reason, removed in self.removed.items()},
             "tokens": quantiles(lengths)
@@ -179,6 +207,8 @@ class Preparation:
     """The base model's: its chat template decides what a row's tokens are."""
     context: int
     """Of the base model, tokens."""
+    scratch: Path
+    """A directory for what was read. It is needed until all is written."""
     data: dict[str, RoleData] = field(default_factory=dict)
     """Role -> its rows, in the order of the table of roles."""
 
@@ -189,9 +219,9 @@ class Preparation:
             ConfigError: a source or a row cannot be used, or no row is left for a split.
         """
         for role in ROLES:
-            self._read(role)
+            self._read(role, progress)
         self.data = {role: self.data[role] for role in ROLES}
-        self._measure(progress)
+        self._measure()
         self._choose_evaluation()
         self._split()
         self._check_not_empty()
@@ -201,8 +231,13 @@ class Preparation:
         prepared = PreparedData(directory)
         report = {}
         for role in self.data.values():
-            for split, entries in role.splits.items():
-                prepared.write(role.role, split, (entry.row for entry in entries))
+            for split, rows in role.splits.items():
+                column = role.store.table["prompt" if role.prompts_only else "row"]
+                prepared.write_json(role.role, split, chain.from_iterable(pieces(column, rows)))
+                tokens = TokenWriter(prepared.tokens_path(role.role, split), role.store.tokenizer)
+                with tokens.file:
+                    for number in rows:
+                        tokens.add(role.sequences(number))
             if not self.sources[role.role]:
                 continue
             source, digest = ", ".join(self._names(role.role)), prepared.digest(role.role)
@@ -213,7 +248,7 @@ class Preparation:
     def metrics(self) -> dict[str, int]:
         """How many rows there are, and how many were left out."""
         counts = {
-            name: sum(isinstance(entry.row, row_type) for entry in self.data[role].entries)
+            name: self.data[role].num_of(row_type)
             for role, entry_of_role in ROLES.items()
             if entry_of_role.metrics
             for name, row_type in zip(entry_of_role.metrics, entry_of_role.row_types, strict=True)
@@ -258,134 +293,156 @@ class Preparation:
             )
             console.print(text, style="bold red", markup=False, highlight=False)
 
-    def _read(self, role: str) -> None:
+    def _read(self, role: str, progress: Progress) -> None:
         """Read a role, after the one whose prompts it takes."""
         if role in self.data:
             return
         other = lender(self.sources, role)
         if other is not None:
-            self._read(other)
-        data = self.data[role] = RoleData(role)
-        if other is not None:
-            self._take_prompts(data, self.data[other])
-        seen: set[str] = set()
-        for source in own_sources(self.sources, role):
-            self._read_source(source, data, seen)
+            self._read(other, progress)
+            self._take_prompts(role, self.data[other])
+            return
+        sources = own_sources(self.sources, role)
+        alike = next((data for data in self.data.values() if self._reads_the_same(data, role)), None)
+        if alike is not None:  # rows are read and encoded once
+            self.data[role] = replace(
+                alike, role=role, rows=alike.rows[:], removed=deepcopy(alike.removed), cut=Removed()
+            )
+            return
+        store = RowStore(self.scratch, role, tokenizer_digest(self.tokenizer))
+        data = self.data[role] = RoleData(role, store)
+        seen: set[bytes] = set()
+        with store, progress.task(f"reading {data.key}", None) as task:
+            for source in sources:
+                for _ in self._read_source(source, data, seen):
+                    task.advance()
 
-    def _take_prompts(self, data: RoleData, rows: RoleData) -> None:
+    def _reads_the_same(self, data: RoleData, role: str) -> bool:
+        """Whether `data` is what the role would read too."""
+        one, other = ROLES[data.role], ROLES[role]
+        same_sources = own_sources(self.sources, data.role) == own_sources(self.sources, role)
+        has_prompts = self._is_lent(data.role) or not self._is_lent(role)
+        return not data.prompts_only and one.parse is other.parse and same_sources and has_prompts
+
+    def _is_lent(self, role: str) -> bool:
+        return any(lender(self.sources, other) == role for other in ROLES)
+
+    def _take_prompts(self, role: str, lends: RoleData) -> None:
         """The prompts of another role's rows, each once."""
-        seen: set[str] = set()
-        for entry in rows.entries:
+        data = self.data[role] = RoleData(role, lends.store, prompts_only=True)
+        seen: set[bytes] = set()
+        for number in lends.rows:
             data.num_read += 1
-            prompt, _ = entry.row.exchanges()[0]
-            if not prompt:
-                data.remove(NO_PROMPT, entry.where)
-            elif entry.identity in seen:
-                data.remove(SAME_PROMPT, entry.where)
+            identity = data.store.identity[number]
+            if not data.store.has_prompt[number]:
+                data.remove(NO_PROMPT, data.store.where(number))
+            elif identity in seen:
+                data.remove_row(SAME_PROMPT, number)
             else:
-                seen.add(entry.identity)
-                data.entries.append(replace(entry, row=PromptRow(prompt)))
+                seen.add(identity)
+                data.rows.append(number)
 
-    def _read_source(self, source: SourceConfig, data: RoleData, seen: set[str]) -> None:
-        fingerprint, found, role = source.fingerprint(data.key), list[Entry](), ROLES[data.role]
-        for where, raw in source.rows(data.key):
+    def _read_source(self, source: SourceConfig, data: RoleData, seen: set[bytes]) -> Iterator[None]:
+        """Read a source. Gives None for each row, as one that is counted."""
+        role, fingerprint, beyond = ROLES[data.role], source.fingerprint(data.key), Removed()
+        examiner = Examiner(role, source, self.tokenizer, self._is_lent(data.role))
+        if source.limit is not None:
+            examiner = replace(examiner, chosen=self._within_limit(examiner, source.limit, seen))
+        for (where, raw), found in examiner.all():
             data.num_read += 1
-            try:
-                if isinstance(raw, RowError):
-                    raise raw
-                row = role.parse(raw)
-            except RowError as error:
-                advice, lacks = "", error.reason in ("missing field", "no answer")
+            yield
+            if isinstance(found, Complaint):
+                advice, lacks = "", found.reason in ("missing field", "no answer")
                 if lacks and isinstance(raw, dict) and not source.fields:
                     advice = f" Are they in other columns? {fields_line(source, data, raw)}."
-                self._bad(data, where, error, advice)
+                self._bad(data, where, found, advice)
                 continue
+            assert isinstance(raw, dict)
             if not data.columns.get(str(source)) and source.samples is None:
                 columns = dict.fromkeys(source.fields.get(column, column) for column in raw)
                 data.columns[str(source)] = (
                     f"has {', '.join(columns)}; read as {read_as(raw, role.columns, source.fields)}"
                 )
-            text = row_to_json(row)
-            if text in seen:
+            if found.digest in seen:
                 data.remove(DUPLICATE, where)
                 continue
-            seen.add(text)
-            if isinstance(row, TextRow):
-                row = replace(row, source=source.name)
-            found.append(Entry(where, row, prompt_identity(row), fingerprint))
-        kept = limited(found, source.limit, lambda entry: entry.identity, self._kind)
-        left = set(map(id, kept))
-        for entry in found:
-            if id(entry) not in left:
-                data.remove(BEYOND_LIMIT, entry.where)
-        data.entries += kept
+            seen.add(found.digest)
+            if found.sequences is None:
+                beyond.add(where)
+            else:
+                data.rows.append(data.store.add(where, found, fingerprint))
+        if beyond.count:
+            data.removed.setdefault(BEYOND_LIMIT, Removed()).extend(beyond)
 
-    def _kind(self, entry: Entry) -> Split:
+    def _within_limit(self, examiner: Examiner, limit: int, seen: Collection[bytes]) -> set[bytes]:
+        """Digests of the rows that a source's limit leaves."""
+        identities: dict[bytes, str] = {}
+        for _, found in replace(examiner, chosen=()).all():
+            if isinstance(found, Examined) and found.digest not in seen:
+                identities.setdefault(found.digest, found.identity.hex())
+        return {
+            *limited([*identities], limit, identities.__getitem__, lambda row: self._kind(identities[row]))
+        }
+
+    def _kind(self, identity: str) -> Split:
         """The split that a row would be in if evaluation read its source too."""
-        is_evaluated = drawn(entry.identity, self.evaluation_fraction, "evaluation")
-        return "evaluation" if is_evaluated else self._training_split(entry)
+        is_evaluated = drawn(identity, self.evaluation_fraction, "evaluation")
+        return "evaluation" if is_evaluated else self._training_split(identity)
 
-    def _training_split(self, entry: Entry) -> Split:
-        return "held_out" if drawn(entry.identity, self.held_out_fraction, "held_out") else "train"
+    def _training_split(self, identity: str) -> Split:
+        return "held_out" if drawn(identity, self.held_out_fraction, "held_out") else "train"
 
-    def _bad(self, data: RoleData, where: str, error: RowError, advice: str = "") -> None:
+    def _bad(self, data: RoleData, where: str, complaint: Complaint, advice: str = "") -> None:
         is_own = lender(self.sources, data.role) is None  # the user never said that others' rows are prompts
         if self.on_bad_row == "error" and is_own:
             raise ConfigError(
-                f"{data.key}: {where}: {str(error).removesuffix('.')}.{advice} "
+                f"{data.key}: {where}: {complaint.text.removesuffix('.')}.{advice} "
                 "Fix the row, or set prepare.on_bad_row=drop to leave out such rows."
             )
-        data.remove(error.reason, where)
+        data.remove(complaint.reason, where)
 
-    def _measure(self, progress: Progress) -> None:
-        """Count tokens. A row that does not fit the context is left out and counted. Where its answer can be
-        cut it stays, and training cuts it, as `sft.max_tokens` says."""
+    def _measure(self) -> None:
+        """A row that does not fit the context is left out and counted. Where its answer can be cut it stays,
+        and training cuts it, as `sft.max_tokens` says."""
         if self.response_tokens >= self.context:
             raise ConfigError(
                 f"ppo.max_new_tokens={self.response_tokens} leaves no room for a prompt "
                 f"in the model's context of {self.context} tokens. Lower it."
             )
-        total = sum(len(role.entries) for role in self.data.values())
-        with progress.task("counting tokens", total) as task:
-            for role in self.data.values():
-                kept: list[Entry] = []
-                before: list[int] = []
-                for entry in role.entries:
-                    task.advance()
-                    try:
-                        found = self._sequences(entry.row)
-                    except RowError as error:
-                        self._bad(role, entry.where, error)
+        for role in self.data.values():
+            kept, before = array("i"), Encoded([], [])
+            role.shared_prefix = array("d", bytes(8 * len(role.store.identity)))
+            for number in role.rows:
+                refused = role.store.refused.get(number)
+                if refused is not None:
+                    self._bad(role, role.store.where(number), refused)
+                    continue
+                if role.tokens(number) > self._room(role, number):
+                    if not self._can_be_cut(role, number):
+                        role.remove_row(TOO_LONG, number)
                         continue
-                    entry.tokens = max(map(len, found))
-                    if entry.tokens > self._room(entry.row):
-                        if not self._can_be_cut(entry.row):
-                            role.remove(TOO_LONG, entry.where)
-                            continue
-                        role.cut.add(entry.where)
-                    entry.shared_prefix = fmean(equal_tokens(*pair) for pair in pairwise([before, *found]))
-                    before = found[-1]
-                    kept.append(entry)
-                role.entries = kept
+                    role.cut.add(role.store.where(number))
+                found = role.sequences(number)[: role.num_exchanges(number)]
+                role.shared_prefix[number] = fmean(
+                    equal_tokens(one.ids, other.ids) for one, other in pairwise([before, *found])
+                )
+                before = found[-1]
+                kept.append(number)
+            role.rows = kept
 
-    def _sequences(self, row: Row) -> list[list[int]]:
-        from jinja2 import TemplateError
-
-        try:
-            return sequences(self.tokenizer, row)
-        except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
-            raise RowError(
-                "refused by template", f"the chat template refuses the conversation: {error}."
-            ) from None
-
-    def _room(self, row: Row) -> int:
+    def _room(self, role: RoleData, number: int) -> int:
         """Tokens that a row may have: a prompt leaves some for its answer."""
-        waits = any(answer is None for _, answer in row.exchanges())
+        waits = role.prompts_only or role.store.waits[number]
         return self.context - (self.response_tokens if waits else 0)
 
-    def _can_be_cut(self, row: Row) -> bool:
+    def _can_be_cut(self, role: RoleData, number: int) -> bool:
         """Whether the context has room for a part of the answer."""
-        return isinstance(row, SftRow) and len(prompt_ids(self.tokenizer, row.prompt)) < self.context
+        store = role.store
+        return (
+            not role.prompts_only
+            and bool(store.can_be_cut[number])
+            and store.prompt_tokens[number] < self.context
+        )
 
     def _too_long(self) -> str:
         """What is too long, and what becomes of it."""
@@ -404,46 +461,46 @@ class Preparation:
         """
         names = training_roles()
         training = [self.data[role] for role in names]
-        trained = {entry.fingerprint for role in training for entry in role.entries}
-        shared: set[str] = set()
-        apart: set[str] = set()
+        trained = {fingerprint for role in training for fingerprint in role.fingerprints()}
+        shared: set[bytes] = set()
+        apart: set[bytes] = set()
         for role in self.data.values():
-            if role.role in names:
-                continue
-            role.keep(
-                lambda entry: (
-                    entry.fingerprint not in trained
-                    or drawn(entry.identity, self.evaluation_fraction, "evaluation")
-                ),
-                LEFT_FOR_TRAINING,
-            )
-            for entry in role.entries:
-                (shared if entry.fingerprint in trained else apart).add(entry.identity)
+            if role.role not in names:
+                role.keep(partial(self._is_evaluated, role, trained), LEFT_FOR_TRAINING)
+                for number in role.rows:
+                    is_shared = role.store.fingerprint[number] in trained
+                    (shared if is_shared else apart).add(role.store.identity[number])
         for role in training:
-            role.keep(lambda entry: not entry.asks & shared, IN_EVALUATION)
-            role.keep(lambda entry: not entry.asks & apart, LEAK)
+            role.keep(partial(role.asks_none_of, shared), IN_EVALUATION)
+            role.keep(partial(role.asks_none_of, apart), LEAK)
+
+    def _is_evaluated(self, role: RoleData, trained: Collection[str], number: int) -> bool:
+        """Whether an evaluation role keeps a row, if training reads the sources `trained`."""
+        is_shared = role.store.fingerprint[number] in trained
+        return not is_shared or drawn(role.identity(number), self.evaluation_fraction, "evaluation")
 
     def _split(self) -> None:
         for role in self.data.values():
             splits = ROLES[role.role].splits
-            role.splits = {split: [] for split in splits}
-            for entry in role.entries:
-                role.splits[self._training_split(entry) if "train" in splits else "evaluation"].append(entry)
+            role.splits = {split: array("i") for split in splits}
+            for number in role.rows:
+                split = self._training_split(role.identity(number)) if "train" in splits else "evaluation"
+                role.splits[split].append(number)
 
     def _check_not_empty(self) -> None:
         for role in self.data.values():
-            for split, entries in role.splits.items():
-                if not entries and own_sources(self.sources, role.role):
+            for split, rows in role.splits.items():
+                if not rows and own_sources(self.sources, role.role):
                     raise ConfigError(
                         f"{role.key}: no rows are left for {split}: "
-                        f"{'; '.join([f'{role.num_read} read', f'{len(role.entries)} kept', *role.why()])}. "
+                        f"{'; '.join([f'{role.num_read} read', f'{len(role.rows)} kept', *role.why()])}. "
                         f"{self._more(role, split)}"
                         f"{f' {self._too_long()}' if role.count(TOO_LONG) else ''}"
                     )
 
     def _more(self, role: RoleData, split: Split) -> str:
         """What gives a split its first row."""
-        if split == "held_out" and len({entry.identity for entry in role.entries}) == 1:
+        if split == "held_out" and len({role.identity(number) for number in role.rows}) == 1:
             return "Rows with the same prompt stay together: give rows with other prompts."
         if split == "train" or role.num_read == 1:  # no other share of one row helps
             return "Give more rows."
@@ -462,6 +519,6 @@ class Preparation:
         for split in ("train", "held_out", "evaluation"):
             yield str(len(role.splits[split])) if split in role.splits else "-"
         yield str(role.num_dropped)
-        lengths = quantiles(entry.tokens for entry in role.entries)
+        lengths = quantiles(map(role.tokens, role.rows))
         for name in ("p50", "p95", "max"):
             yield str(lengths[name])

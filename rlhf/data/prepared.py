@@ -151,13 +151,21 @@ class PreparedData:
                 )
 
     def write(self, role: str, split: Split, rows: Iterable[Row]) -> None:
-        """Write one split. Only `prepare` calls it."""
+        """Write one split."""
+        self.write_json(role, split, map(row_to_json, rows))
+
+    def write_json(self, role: str, split: Split, rows: Iterable[str]) -> None:
+        """Write one split. Its rows are what `row_to_json` made."""
         import pyarrow
 
         schema = pyarrow.schema([("row", pyarrow.string())])
         with ArrowWriter(self._path(role, split), schema) as file:
             for row in rows:
-                file.add({"row": row_to_json(row)})
+                file.add({"row": row})
+
+    def tokens_path(self, role: str, split: str) -> Path:
+        """Where the token ids of a split's rows are, by the base model's tokenizer: a file of `TokenIds`."""
+        return self.directory / f"{role}.{split}.tokens.arrow"
 
     def _path(self, role: str, split: str) -> Path:
         assert split in ROLES[role].splits, f"{role} has no split {split}"

@@ -25,7 +25,7 @@ def clock(seconds: float) -> str:
 class Task:
     """Counts the progress of one loop."""
 
-    def __init__(self, progress: Progress, label: str, total: int) -> None:
+    def __init__(self, progress: Progress, label: str, total: int | None) -> None:
         self._progress, self._label, self._total, self._done = progress, label, total, 0
         self._earlier = 0
         self._start = self._last_line = time.monotonic()
@@ -44,8 +44,12 @@ class Task:
             self._progress.live.update(self._bar, advance=count, note=note)
             return
         now = time.monotonic()
-        if now - self._last_line >= LINE_EVERY_SECONDS and self._done < self._total:
-            self._last_line = now
+        if now - self._last_line < LINE_EVERY_SECONDS:
+            return
+        self._last_line = now
+        if self._total is None:
+            self._progress.console.print(f"  {self._label} {self._done}  {note}", highlight=False)
+        elif self._done < self._total:
             left = (now - self._start) / (self._done - self._earlier) * (self._total - self._done)
             self._progress.console.print(
                 f"  {self._label} {self._done}/{self._total}, {clock(left)} left  {note}", highlight=False
@@ -81,8 +85,8 @@ class Progress:
                 self.live = None
 
     @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Task]:
-        """A counted task, removed when the block ends."""
+    def task(self, label: str, total: int | None) -> Iterator[Task]:
+        """A counted task, removed when the block ends. Without a total nobody knows how much there is."""
         task = Task(self, label, total)
         try:
             yield task

@@ -1,0 +1,70 @@
+"""A function over many pieces of work, on all cores."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
+from multiprocessing import get_context, parent_process
+from typing import Any, TypeVar
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+FEW = 4
+"""So many pieces are not worth another process."""
+
+_function: Callable[[Any], Any]
+"""Of a worker."""
+
+
+def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
+    """function(piece) of each piece, in their order. Results do not depend on the number of cores.
+
+    Pieces and results travel between processes; the function does not, so it may hold anything. Only a few
+    pieces are taken ahead of the results, so that they need not fit into memory together.
+    """
+    pieces, num_cores = iter(pieces), len(os.sched_getaffinity(0))
+    first = list(islice(pieces, FEW))
+    if len(first) < FEW or num_cores == 1:
+        yield from map(function, chain(first, pieces))
+        return
+    # Forked, as roles, tokenizers and functions of the user's are objects that need not pickle.
+    with ProcessPoolExecutor(num_cores, get_context("fork"), _begin, (function,)) as pool:
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for piece in chain(first, pieces):
+                waiting.append(pool.submit(_call, piece))
+                if len(waiting) > 2 * num_cores:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(function: Callable[[Any], Any]) -> None:
+    """In a worker, before its first piece."""
+    global _function
+    _function = function
+    signal.set_wakeup_fd(-1)
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent too, which ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent leaves nobody who would end its workers."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call(piece: Any) -> Any:
+    return _function(piece)
