@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from rlhf.data.arrow import ArrowWriter, mapped
+from rlhf.data.chat_template import Encoded, encode
 from rlhf.data.cores import on_all_cores
 from rlhf.data.roles import Role
 from rlhf.data.schema import (
@@ -28,7 +29,7 @@ from rlhf.data.schema import (
     row_to_json,
 )
 from rlhf.data.sources import Located, SourceConfig
-from rlhf.data.tokens import Encoded, TokenIds, TokenWriter, encode, in_pieces
+from rlhf.data.tokens import TokenIds, TokenWriter, in_pieces
 
 if TYPE_CHECKING:
     import pyarrow

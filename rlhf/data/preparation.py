@@ -19,14 +19,14 @@ from rich.table import Table
 
 from rlhf.config import ConfigError
 from rlhf.data.arrow import pieces
-from rlhf.data.chat_template import tokenizer_digest
+from rlhf.data.chat_template import Encoded, tokenizer_digest
 from rlhf.data.examine import Complaint, Examined, Examiner, RowStore
 from rlhf.data.formats import likely_fields, read_as
 from rlhf.data.prepared import REPORT, PreparedData
 from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Row, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
-from rlhf.data.tokens import Encoded, TokenWriter
+from rlhf.data.tokens import TokenWriter
 from rlhf.distributed.batching import equal_tokens
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text

@@ -6,18 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rlhf.data.arrow import ArrowWriter, mapped
-from rlhf.data.chat_template import (
-    TurnsApartError,
-    conversation_ids,
-    exchange_ids,
-    prompt_ids,
-    tokenizer_digest,
-)
+from rlhf.data.chat_template import Encoded, encode, tokenizer_digest
 from rlhf.data.cores import on_all_cores
-from rlhf.data.schema import Row, SftRow, each_turn
+from rlhf.data.schema import Row
 
 if TYPE_CHECKING:
     import numpy
@@ -26,43 +20,6 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 500
 """Rows that a process encodes before it hands them over."""
-
-
-class Encoded(NamedTuple):
-    """A sequence that is made of a row."""
-
-    ids: Any
-    """A list of ints, or an array in a mapped file."""
-    spans: Any
-    """The (begin, end) of each answer in it; none in a prompt that waits for one."""
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens before its first answer."""
-        return int(self.spans[0][0]) if len(self.spans) else len(self.ids)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Encoded]:
-    """One sequence for each of the row's exchanges.
-
-    If a conversation has several answers, its sequence has the span of each. If the chat template renders
-    earlier turns in another way when later ones follow, it has the last answer's alone, and each earlier turn
-    is one more sequence, behind it.
-    """
-    if isinstance(row, SftRow) and row.turns > 1:
-        try:
-            return [Encoded(*conversation_ids(tokenizer, row.prompt, row.completion, row.turns))]
-        except TurnsApartError:
-            *earlier, last = each_turn(row)
-            return [encode(tokenizer, turn)[0] for turn in (last, *earlier)]
-    found = []
-    for prompt, answer in row.exchanges():
-        if answer is None:
-            found.append(Encoded(prompt_ids(tokenizer, prompt), []))
-        else:
-            ids, begin = exchange_ids(tokenizer, prompt, answer)
-            found.append(Encoded(ids, [(begin, len(ids))]))
-    return found
 
 
 class TokenIds:
