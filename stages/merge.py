@@ -20,7 +20,7 @@ from rlhf.models.alike import other_token, other_weight
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, load_tokenizer
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import origin_of
-from rlhf.models.save import save_policy
+from rlhf.models.save import kept_on_disk, save_policy
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 
@@ -112,9 +112,12 @@ class MergeStage(Stage):
         from rlhf.models.peft.merge import merged_policy
 
         directory, settings, dtype = job.inputs[self.policy].path, job.base.config, job.compute.dtype
-        base = load_causal_lm(job.base.directory, settings, dtype)
-        has_adapter = origin_of(directory) is not None
-        tuned = (merged_policy if has_adapter else load_causal_lm)(directory, settings, dtype)
-        change = interpolate(base, tuned, self.alpha)
-        save_policy(tuned, load_tokenizer(directory, settings), job.directory)
+        with kept_on_disk(job.directory) as keep:
+            base = load_causal_lm(job.base.directory, settings, dtype)
+            if origin_of(directory) is not None:
+                tuned = merged_policy(directory, settings, dtype, keep)
+            else:
+                tuned = load_causal_lm(directory, settings, dtype)
+            change = interpolate(base, tuned, self.alpha, keep)
+            save_policy(tuned, load_tokenizer(directory, settings), job.directory)
         return change

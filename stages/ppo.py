@@ -184,7 +184,7 @@ class PpoStage(PpoConfig, Stage):
         start = job.start(self.init)
         written = job.compute.main_only(
             lambda: publish_policy(
-                job.directory, trainer.best_weights, trainer.policy.tokenizer, start=start.directory,
+                job.directory, job.checkpoints.best, trainer.policy.tokenizer, start=start.directory,
                 key=start.identity,
                 settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, PositiveInt
@@ -28,6 +29,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
+from rlhf.models.save import kept_on_disk
 from rlhf.models.start import Init, check_start, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Purpose, Stage
@@ -35,7 +37,6 @@ from rlhf.supervised.pairs import EncodedPair, pair_step, rank_pairs
 from rlhf.training.config import OptimConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -203,30 +204,34 @@ class RewardStage(Stage):
             as_json=EncodedPair.as_json,
             done=state["done"] if state else 0,
         )
-        weights = engine.trainable_state(model)
-        written = job.compute.main_only(lambda: self.save(job, weights, tokenizer))
+        with job.trained(engine, model) as weights:
+            written = job.compute.main_only(lambda: self.save(job, weights, tokenizer))
         return {**written, "trained_parameters": trained, "skipped_steps": engine.skipped_steps}
 
-    def save(
-        self, job: Job, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, float]:
+    def save(self, job: Job, weights: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
         """Publish what was trained, and a plain classification model where the method merges.
+
+        Args:
+            weights: what `Engine.save_trained` wrote.
 
         Returns:
             Summary metrics of what was written.
         """
         from rlhf.models.value_head import load_scalar_model, save_scalar_model
-        from rlhf.training.optimizer import load_trainable
+        from rlhf.training.trained import load_trained, put_weights
 
         start = job.start(self.init)
-        model = load_scalar_model(start.directory, job.base.config, job.compute.dtype, new_head=True)
-        adapter = attach_to_merge(model.model, self.peft)
-        load_trainable(model, weights)
-        metrics = save_adapter(adapter, job.directory, start.directory, start.identity, model.head.weight)
-        if METHODS[self.peft.method].merges:
-            adapter.merge()
-            save_scalar_model(model, tokenizer, job.directory)
-        else:
-            model.model.config.save_pretrained(job.directory)
-            tokenizer.save_pretrained(job.directory)
+        with kept_on_disk(job.directory) as keep:
+            model = load_scalar_model(start.directory, job.base.config, job.compute.dtype, new_head=True)
+            adapter = attach_to_merge(model.model, self.peft, keep)
+            model.head.requires_grad_(True)
+            model.offset.requires_grad_(False)
+            put_weights(model, load_trained(weights))
+            metrics = save_adapter(adapter, job.directory, start.directory, start.identity, model.head.weight)
+            if METHODS[self.peft.method].merges:
+                adapter.merge(keep)
+                save_scalar_model(model, tokenizer, job.directory)
+            else:
+                model.model.config.save_pretrained(job.directory)
+                tokenizer.save_pretrained(job.directory)
         return {**metrics, "artifact_bytes": bytes_under(job.directory)}

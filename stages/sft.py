@@ -204,13 +204,13 @@ class SftStage(Stage):
         after_B = answer_losses(engine, held_out, budget, compute)
         tokens_B = torch.tensor([row.learned for row in held_out])
 
-        weights = engine.trainable_state(policy)
-        written = job.compute.main_only(
-            lambda: publish_policy(
-                job.directory, weights, tokenizer, start=job.base.directory, key=job.base.identity,
-                settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
-            )
-        )  # fmt: skip
+        with job.trained(engine, policy) as weights:
+            written = job.compute.main_only(
+                lambda: publish_policy(
+                    job.directory, weights, tokenizer, start=job.base.directory, key=job.base.identity,
+                    settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
+                )
+            )  # fmt: skip
         job.publish({
             **written,
             **token_seconds(policy, job.compute),

@@ -36,6 +36,7 @@ from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.methods import PREFIX
 from rlhf.models.peft.saved import ADAPTER, WEIGHTS, attach_published, base_of, origin_of
+from rlhf.models.save import write_model
 from rlhf.models.weight_sharing import sharing
 
 NO_HEAD = (
@@ -263,5 +264,5 @@ def save_scalar_model(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, d
     transformers has such a class and the tokenizer has its own pad token. docs/models.md has the format."""
     assert float(scalar.offset.detach()) == 0.0, "a classification head has no bias to keep the offset in"
     scalar.model.config.pad_token_id = tokenizer.pad_token_id  # where transformers' pooling stops
-    scalar.model.save_pretrained(directory)
+    write_model(scalar.model, directory)
     tokenizer.save_pretrained(directory)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +91,19 @@ class Job:
 
         engine = make_engine(model, groups, self.compute, self.checkpoints.newest)
         return engine, self.checkpoints.restore(engine)
+
+    @contextmanager
+    def trained(self, engine: Engine, module: nn.Module) -> Iterator[Path]:
+        """While open, a directory with the trained weights of a part of the engine's model, for
+        `publish_policy`. Every rank calls it."""
+        # by this name the store removes it with the artifact's directory, if it is left behind
+        directory = self.directory.with_name(f"{self.directory.name}.trained")
+        engine.save_trained(module, directory)
+        try:
+            yield directory
+        finally:
+            if self.compute.is_main:
+                shutil.rmtree(directory)
 
     def policy(self, model: BaseModelFiles | Path) -> PolicyModel:
         """A frozen policy that answers by the run's engine.

@@ -260,9 +260,9 @@ class Store:
         return self.root / stage / f".{key}.checkpoints"
 
     def checkpoint_bytes(self, stage: str, key: str) -> int:
-        """What those take."""
-        files = self.checkpoints(stage, key).rglob("*")
-        return sum(path.stat().st_size for path in files if path.is_file())
+        """What those take. A file under several names counts once."""
+        files = [path.stat() for path in self.checkpoints(stage, key).rglob("*") if path.is_file()]
+        return sum({(status.st_dev, status.st_ino): status.st_size for status in files}.values())
 
     def checkpoint_seconds(self, stage: str, key: str) -> float:
         """What the newest of those has spent; 0 where it cannot be read, and so is not gone on from."""

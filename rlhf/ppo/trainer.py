@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
@@ -81,11 +80,10 @@ class PolicyTrainer:
         self.first: Evaluation | None = None
         self.last: Evaluation | None = None
         self.best: Evaluation | None = None
-        self.best_weights: dict[str, Tensor] = {}
-        """The best policy's, on the CPU of rank 0."""
+        """Of the policy whose weights `job.checkpoints` keeps."""
 
     def train(self, prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> dict[str, float]:
-        """Run the steps that are left; the result is `best_weights`.
+        """Run the steps that are left; the result is in `job.checkpoints.best`.
 
         Returns:
             The stage's summary metrics.
@@ -183,7 +181,6 @@ class PolicyTrainer:
             "kl": self.kl.state_dict(), "normalizer": self.normalizer.state_dict(),
             "sampling": self.sampling.get_state(), "update": self.update.state_dict(),
             "first": tuple(self.first or ()), "last": tuple(self.last or ()), "best": tuple(self.best or ()),
-            "best_weights": self.best_weights,
         }  # fmt: skip
 
     def restore(self) -> bool:
@@ -194,7 +191,7 @@ class PolicyTrainer:
         return state is not None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there. Only rank 0 copies the weights, which are as large as the model."""
+        """Continue from there."""
         self.best_step, self.done, self.evaluated = state["best_step"], state["done"], state["evaluated"]
         self.bad_steps, self.history = state["bad_steps"], state["history"]
         self.kl.load_state_dict(state["kl"])
@@ -204,8 +201,6 @@ class PolicyTrainer:
         self.first, self.last, self.best = (
             Evaluation(*(each_B.clone() for each_B in state[name])) for name in ("first", "last", "best")
         )
-        kept = state["best_weights"] if self.compute.is_main else {}
-        self.best_weights = {name: value.clone() for name, value in kept.items()}
 
     def step(self, rows: Sequence[PromptRow], step: int) -> dict[str, float]:
         """Sample, score, learn. Values that are not finite are counted, and nothing is learned from them.
@@ -347,8 +342,8 @@ class PolicyTrainer:
                 micro_batch_tokens=self.config.micro_batch_tokens,
             )
             if self.best is None or result.choice_score > self.best.choice_score:
-                self.best, self.best_weights = result, self.engine.trainable_state(self.policy.model)
-                self.best_step = self.done
+                self.job.checkpoints.keep_best(self.engine, self.policy.model)
+                self.best, self.best_step = result, self.done
         if result.unscored:
             self.warn(
                 f"{result.unscored} of {len(rows)} held-out responses got no finite score after step "

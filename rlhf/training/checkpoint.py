@@ -4,11 +4,16 @@ Layout: STORE/STAGE/.KEY.checkpoints/step-00000012/manifest.json beside the engi
 artifact's key decides the place. So any run that needs the artifact continues from the last checkpoint,
 whatever the name of the run. A checkpoint is written under another name, flushed, hashed and renamed. Only
 then are older ones removed.
+
+`best/` beside them has the best weights so far, if a stage keeps such. Each checkpoint has hard links to
+those files, and its manifest vouches for them. A run that goes on takes them from its checkpoint.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import re
 import shutil
@@ -29,10 +34,14 @@ from rlhf.distributed.signals import Stopped, StopSignals, leave_stop_seconds
 from rlhf.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from rlhf.training.engine import Engine
 
-CHECKPOINT_FORMAT = 4
-LOOP = "loop.pt"
+CHECKPOINT_FORMAT = 5
+LOOP, BEST = "loop.pt", "best"
+NO_LINKS = (errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)
+"""Errors of `link` on file systems without hard links, or without another one to this file."""
 NOT_WRITTEN = re.compile("unexpected pos|PytorchStreamWriter|write|iostream error", re.I)
 """What torch.save says if it cannot write to the disk. Any other error means that another rank was lost."""
 
@@ -100,7 +109,9 @@ class Checkpointer:
     def __post_init__(self) -> None:
         self._start = self._last = self._step_start = time.monotonic()
         self._longest_step = 0.0
-        self.newest = self.compute.main_only(self._find)
+        self.newest = self.compute.main_only(self._begin)
+        there = {} if self.newest is None else self.newest["files"]
+        self._best_files = {name: there[name] for name in there if name.startswith(f"{BEST}/")}
         self.seconds = self.newest["seconds"] if self.newest else 0.0
         self._save_seconds = self.newest.get("save_seconds") if self.newest else None
 
@@ -163,6 +174,27 @@ class Checkpointer:
             leave_stop_seconds(self._longest_step + self._save_seconds)
         self._step_start = time.monotonic()
 
+    @property
+    def best(self) -> Path:
+        """The directory with what `keep_best` wrote last, for `load_trained`."""
+        assert self._best_files, f"{self.stage}: nothing was kept"
+        return self.directory / BEST
+
+    def keep_best(self, engine: Engine, module: nn.Module) -> None:
+        """Write the trained weights of a part of the engine's model, in the place of those before. They are
+        in every checkpoint from now on.
+
+        Raises:
+            ConfigError: they could not be written.
+        """
+        part = self.directory / f".{BEST}.part"
+        with self._writing("the best weights", part):
+            self.compute.main_only(lambda: _empty(part))
+            engine.save_trained(module, part)
+            files, _ = self._digests(part)
+            self.compute.main_only(lambda: self._replace_best(part))
+        self._best_files = {f"{BEST}/{name}": digest for name, digest in files.items()}
+
     def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
         """Write one checkpoint. Then remove the oldest ones, so that `keep` stay.
 
@@ -175,7 +207,7 @@ class Checkpointer:
         if self.compute.broadcast((self.directory / f"step-{step:08d}").exists()):
             return
         part = self.directory / self.compute.broadcast(f".step-{step:08d}.part-{uuid4().hex[:8]}")
-        try:
+        with self._writing(f"the checkpoint of step {step}", part):
             if self.compute.is_main:
                 part.mkdir(parents=True)
             self.compute.barrier()
@@ -187,21 +219,12 @@ class Checkpointer:
                 torch.save({**state, **random}, part / LOOP)
                 self.tracker.keep(part)
             files, size = self._digests(part)
+            if self.compute.is_main and self._best_files:
+                _link_files(self.directory / BEST, part / BEST)
+            files |= self._best_files  # hashed when they were written: a link changes nothing
             # all wait: launchers end the other ranks as soon as one has ended, which would tear this one up
             self._save_seconds = time.monotonic() - start
             self.compute.main_only(lambda: self._finish(part, step, files))
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not NOT_WRITTEN.search(str(error)):
-                raise
-            if self.compute.is_main:
-                shutil.rmtree(part, ignore_errors=True)
-            free = shutil.disk_usage(self.directory.parent).free
-            said = error.strerror if isinstance(error, OSError) else "the disk took only a part of it"
-            raise ConfigError(
-                f"{self.directory}: the checkpoint of step {step} could not be written ({said}); "
-                f"{free / 1e6:.0f} MB are free there. Earlier checkpoints and finished stages are intact. "
-                "Fix it, or move store_dir; then the same command continues."
-            ) from error
         self._last = time.monotonic()
         self.written.append((self._last - start, size))
 
@@ -222,6 +245,28 @@ class Checkpointer:
     def spent(self) -> float:
         """Seconds of this and all earlier attempts."""
         return self.seconds + time.monotonic() - self._start
+
+    @contextmanager
+    def _writing(self, what: str, part: Path) -> Iterator[None]:
+        """While open, what the disk refuses ends the run, and `part` is removed.
+
+        Raises:
+            ConfigError: `what` could not be written.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not NOT_WRITTEN.search(str(error)):
+                raise
+            if self.compute.is_main:
+                shutil.rmtree(part, ignore_errors=True)
+            free = shutil.disk_usage(self.directory.parent).free
+            said = error.strerror if isinstance(error, OSError) else "the disk took only a part of it"
+            raise ConfigError(
+                f"{self.directory}: {what} could not be written ({said}); "
+                f"{free / 1e6:.0f} MB are free there. Earlier checkpoints and finished stages are intact. "
+                "Fix it, or move store_dir; then the same command continues."
+            ) from error
 
     def _agreed(self, step: int) -> tuple[int, bool]:
         import torch
@@ -269,6 +314,22 @@ class Checkpointer:
         """The finished checkpoints, the newest first."""
         return sorted(self.directory.glob("step-*"), reverse=True)
 
+    def _replace_best(self, part: Path) -> None:
+        flush(part)
+        shutil.rmtree(self.directory / BEST, ignore_errors=True)
+        part.rename(self.directory / BEST)
+        flush(self.directory)
+
+    def _begin(self) -> dict[str, Any] | None:
+        """Find the newest intact checkpoint. `best/` becomes what that one has: what lies there may be of a
+        later step."""
+        newest = self._find()
+        shutil.rmtree(self.directory / BEST, ignore_errors=True)
+        shutil.rmtree(self.directory / f".{BEST}.part", ignore_errors=True)
+        if newest is not None and (self.directory / newest["name"] / BEST).exists():
+            _link_files(self.directory / newest["name"] / BEST, self.directory / BEST)
+        return newest
+
     def _find(self) -> dict[str, Any] | None:
         if not self.config.resume:
             self.discard()
@@ -292,3 +353,21 @@ class Checkpointer:
             path.rename(aside)
             self.log(f"{self.stage}: checkpoint {path.name} is damaged ({complaint}); kept aside as {aside}")
         return None
+
+
+def _empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """A second directory of the same files: hard links, or copies on a file system without them."""
+    target.mkdir()
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            shutil.copyfile(file, target / file.name)
+            flush(target / file.name)

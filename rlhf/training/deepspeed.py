@@ -139,17 +139,13 @@ class ZeroEngine(Engine):
         with deepspeed.zero.GatheredParameters(weights, enabled=self._sharded):
             yield
 
-    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """Gathered one parameter at a time, so that no rank holds more than rank 0's copy."""
+    def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
+        if not self._sharded:
+            return parameter.detach()
         import deepspeed
 
-        state = {}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=self._sharded):
-                    if self.compute.is_main:
-                        state[name] = parameter.detach().cpu().clone()
-        return state
+        with deepspeed.zero.GatheredParameters([parameter]):  # and then it is freed
+            return parameter.detach().to("cpu", copy=True) if is_owner else parameter.detach()
 
     def save(self, directory: Path) -> None:
         """Each rank's partition, into DeepSpeed's own files."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from rlhf.distributed.compute import Compute
 from rlhf.training.config import OptimConfig
-from rlhf.training.optimizer import MasterAdamW, parameter_group, rate_factor, trainable_state
+from rlhf.training.optimizer import MasterAdamW, parameter_group, rate_factor
+from rlhf.training.trained import TrainedFiles, owners
 
 Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
 Gather = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
@@ -89,9 +90,35 @@ class Engine(ABC):
         """A context in which every rank sees the whole weights of a few modules, without their children's."""
         return nullcontext()
 
+    def save_trained(self, module: nn.Module, directory: Path) -> None:
+        """Write the trained weights of a part of the model, for `load_trained`: each weight whole, under its
+        name in the part, and tied weights once. Every rank calls it with the same directory.
+
+        Each weight is gathered alone and written by one rank. So a rank holds at most what goes into one
+        file.
+        """
+        trained = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
+        sizes = [_elements(each) * each.element_size() for _, each in trained]
+        directory.mkdir(exist_ok=True)
+        files = TrainedFiles(directory, self.compute.rank)
+        ranks = owners(sizes, self.compute.world_size)
+        for (name, parameter), size, owner in zip(trained, sizes, ranks, strict=True):
+            is_owner = owner == self.compute.rank
+            if is_owner:
+                with self.compute.busy():
+                    files.make_room(size)
+            weight = self._whole(parameter, is_owner=is_owner)
+            if is_owner:
+                files.add(name, weight)
+            del weight
+            self.compute.moved()
+        with self.compute.busy():
+            files.close()
+        self.compute.barrier()
+
     @abstractmethod
-    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """The trained weights of a part of the model, on the CPU; empty on ranks other than 0."""
+    def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
+        """One weight, gathered. On ranks that are not its owner the result is not used."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -100,6 +127,11 @@ class Engine(ABC):
     @abstractmethod
     def load(self, directory: Path) -> None:
         """Restore the state that `save` wrote."""
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Of the whole weight; one that DeepSpeed shards has none of its own."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 class PlainEngine(Engine):
@@ -132,9 +164,8 @@ class PlainEngine(Engine):
         """Nothing to do: every rank has the whole model."""
         return nullcontext()
 
-    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """A copy on the CPU."""
-        return trainable_state(module) if self.compute.is_main else {}
+    def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
+        return parameter.detach()
 
     def save(self, directory: Path) -> None:
         """Write rank 0's masters and moments. The other ranks have the same."""

@@ -106,17 +106,14 @@ class FsdpEngine(Engine):
             for each, name, weight in places:
                 each._parameters[name] = weight
 
-    def trainable_state(self, module: nn.Module) -> dict[str, Tensor]:
-        """Gathered one parameter at a time, so that no rank holds more than rank 0's copy."""
+    def save_trained(self, module: nn.Module, directory: Path) -> None:
+        """The shards are what is gathered, not what a forward pass has left."""
         self._reshard()
-        state = {}
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                assert isinstance(parameter, DTensor)
-                whole = parameter.full_tensor().detach()
-                if self.compute.is_main:
-                    state[name] = whole.to("cpu", copy=True)  # with one rank it is the live weight itself
-        return state
+        super().save_trained(module, directory)
+
+    def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
+        assert isinstance(parameter, DTensor)
+        return parameter.full_tensor().detach()
 
     def save(self, directory: Path) -> None:
         """Write this rank's masters and moments to its own file."""

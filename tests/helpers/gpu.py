@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers.jobs import TINY, small_job, tiny_base, user
+from helpers.trained import trained_weights
 from rlhf.data.schema import SftRow
 from rlhf.distributed.compute import Compute, Zero, leave_group, make_compute
 from rlhf.models.load import load_causal_lm
@@ -60,7 +61,7 @@ def go_on(model: Path, directory: Path, compute: Compute, *, steps: int) -> dict
         engine.set_rates(step, 10)
         answer_step(engine, rows, 1000, compute)
     checkpoints.save(steps, engine, {"step": steps})
-    return engine.trainable_state(policy)
+    return trained_weights(engine, policy)
 
 
 def main(model: str, directory: str, zero: Zero, steps: str) -> None:

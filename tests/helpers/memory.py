@@ -97,7 +97,8 @@ def main(model: Path, scratch: Path, device: torch.device) -> dict[str, tuple[fl
         ),
     )  # fmt: skip
     meter.during("a step", lambda: trainer.step(rows, 2))
-    weights = trainer.engine.trainable_state(trainer.policy.model)
+    weights = scratch / "trained"
+    trainer.engine.save_trained(trainer.policy.model, weights)
     meter.during(
         PUBLISHING,
         lambda: publish_policy(

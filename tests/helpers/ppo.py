@@ -27,6 +27,7 @@ from rlhf.ppo.update import ActorCritic
 from rlhf.rewards.reward import Prompts, Reward
 from rlhf.stages.ppo import PpoStage
 from rlhf.training.engine import PlainEngine
+from rlhf.training.trained import load_trained
 
 SETTINGS = (
     "model=tiny", "ppo.peft=none", "ppo.temperature=1.0", "ppo.critic.init=sft", "ppo.score.normalize=none",
@@ -123,12 +124,18 @@ class Counting:
         return torch.full((len(completions),), self.change * self.calls)
 
 
+def best_weights(trainer: PolicyTrainer) -> dict[str, Tensor]:
+    """A copy of those that would be published."""
+    kept = load_trained(trainer.job.checkpoints.best)
+    return {name: weight.clone() for name, weight in kept.items()}
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value, right[name]) for name, value in left.items())
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def shake(trainer: PolicyTrainer) -> None:

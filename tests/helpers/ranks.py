@@ -32,6 +32,7 @@ from rlhf.supervised.pairs import EncodedPair, pair_step
 from rlhf.training.config import OptimConfig
 from rlhf.training.engine import Engine
 from rlhf.training.make_engine import make_engine
+from rlhf.training.trained import load_trained
 
 OVERRIDES = (
     "model=tiny", "sft.peft=none", "reward.peft=none", "ppo.peft=none", "ppo.critic.init=sft",
@@ -231,7 +232,7 @@ class Layers(nn.Module):
         return found
 
 
-def decayed(compute: Compute) -> dict[str, dict[str, float]]:
+def decayed(compute: Compute, scratch: Path) -> dict[str, dict[str, float]]:
     """By engine, what each weight is after steps with a large decay: a sum in which every place counts."""
     found = {}
     optim = OPTIM.model_copy(update={"weight_decay": 0.5, "max_grad_norm": 1.0})
@@ -242,10 +243,10 @@ def decayed(compute: Compute) -> dict[str, dict[str, float]]:
             engine.set_rates(step, 4)
             engine.backward(engine.model(torch.arange(7.0) + compute.rank), last=True)
             engine.step()
-        state = engine.trainable_state(model)  # of rank 0
+        engine.save_trained(model, scratch / zero)
         found[zero] = {
             name: float((value.flatten() * torch.arange(1.0, value.numel() + 1)).sum())
-            for name, value in state.items()
+            for name, value in load_trained(scratch / zero).items()
         }
     return found
 
@@ -286,4 +287,4 @@ def go_through(compute: Compute, cases: Sequence[Case], models: Path, scratch: P
             case.frozen, scratch / "-".join(case) / str(compute.rank),
         )  # fmt: skip
 
-    return {"sums": norms_of_sums(compute), "decayed": decayed(compute), **each_case(cases, figures)}
+    return {"sums": norms_of_sums(compute), "decayed": decayed(compute, scratch), **each_case(cases, figures)}

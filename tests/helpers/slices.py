@@ -23,6 +23,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
 from rlhf.training.config import OptimConfig
 from rlhf.training.make_engine import make_engine
+from rlhf.training.trained import load_trained
 
 MODEL = ModelConfig(kind="local")
 OPTIM = OptimConfig(
@@ -68,8 +69,8 @@ def outputs(model: PreTrainedModel | ScalarModel) -> Tensor:
     return logits
 
 
-def differences(case: Case, compute: Compute, models: Path) -> list[str]:
-    """Where the sharded model is another one than the whole one, by a single bit."""
+def differences(case: Case, compute: Compute, models: Path, scratch: Path) -> list[str]:
+    """Where the sharded model is another one than the whole one, by a single bit; so is what it writes."""
     whole = load(case, replace(compute, zero="none", world_size=1, rank=0), models)
     here = replace(compute, zero=case.zero)
     model = load(case, here, models)
@@ -83,6 +84,11 @@ def differences(case: Case, compute: Compute, models: Path) -> list[str]:
     root: nn.Module = model if isinstance(model, ScalarModel) else ResponseModel(model)
     engine = make_engine(root, [(model.parameters(), OPTIM)], here)
     expected = dict(whole.named_parameters())
+    engine.save_trained(model, scratch / "-".join(case))
+    written = load_trained(scratch / "-".join(case))
+    assert len(list((scratch / "-".join(case)).iterdir())) == compute.world_size  # each rank its share
+    assert written.keys() == {name for name, each in expected.items() if each.requires_grad}
+    assert all(torch.equal(each, expected[name]) for name, each in written.items())
     with engine.gathered(model):
         found = dict(model.named_parameters())
         assert found.keys() == expected.keys()
@@ -90,6 +96,6 @@ def differences(case: Case, compute: Compute, models: Path) -> list[str]:
         return other if torch.equal(outputs(model), outputs(whole)) else [*other, "outputs"]
 
 
-def go_through(compute: Compute, cases: Sequence[Case], models: Path) -> dict[Case, list[str]]:
+def go_through(compute: Compute, cases: Sequence[Case], models: Path, scratch: Path) -> dict[Case, list[str]]:
     """What differs in each case, in step with the other ranks."""
-    return each_case(cases, lambda case: differences(case, compute, models))
+    return each_case(cases, lambda case: differences(case, compute, models, scratch))

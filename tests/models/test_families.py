@@ -21,6 +21,7 @@ from transformers import (
 
 from helpers.jobs import on_cpu
 from helpers.models import FAMILIES, REFUSED, tiny_family
+from helpers.trained import write_trained
 from rlhf.config import ConfigError
 from rlhf.costs.model_shape import counted
 from rlhf.generation.decoding_check import check_decoding
@@ -206,7 +207,7 @@ def test_an_adapter_trains_and_is_merged(family: Family, tmp_path: Path) -> None
     artifact = tmp_path / "sft" / "0"
     artifact.mkdir(parents=True)
     publish_policy(
-        artifact, {name: each.detach() for name, each in trained.items()}, family.tokenizer, key="base",
+        artifact, write_trained(tmp_path / "trained", trained), family.tokenizer, key="base",
         start=family.directory, settings=LOCAL, dtype=torch.float32, peft=LORA,
     )  # fmt: skip
     torch.testing.assert_close(

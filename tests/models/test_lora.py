@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from helpers.jobs import TINY
 from helpers.models import IDS, LINEARS, load, logits, tiny_config, tiny_family, train, tuned
+from helpers.trained import write_trained
 from rlhf.config import ConfigError
 from rlhf.models.base import load_tokenizer, skeleton
 from rlhf.models.peft import target_modules as targets
@@ -201,8 +202,8 @@ def test_peft_reads_an_adapter_of_a_mixture_of_experts(name: str, tiny_model: Pa
     artifact = tmp_path / "sft" / "0"
     artifact.mkdir(parents=True)
     publish_policy(
-        artifact, trained, load_tokenizer(tiny_model, TINY), start=tmp_path / "base", key="", settings=TINY,
-        dtype=torch.float32, peft=config,
+        artifact, write_trained(tmp_path / "trained", trained), load_tokenizer(tiny_model, TINY), key="",
+        start=tmp_path / "base", settings=TINY, dtype=torch.float32, peft=config,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     read = PeftModel.from_pretrained(base, artifact / "adapter").eval()

@@ -40,7 +40,7 @@ def test_what_trained_on_4_bits_merges_into_the_same_weights_rounded(tiny_model:
     with adapter.merged():  # there is nothing that it could be folded into
         assert torch.equal(logits(model), expected)
     merged = load(tiny_model)
-    found = attach_to_merge(merged, CONFIG)
+    found = attach_to_merge(merged, CONFIG, lambda weight: weight)
     assert found.in_4_bits == LINEARS
     load_trainable(merged, trainable_state(model))
     found.merge()

@@ -124,13 +124,13 @@ class DpoStage(Stage):
             as_json=self.as_json, done=state["done"] if state else 0,
         )  # fmt: skip
         gain_B = self.margins(job, engine, held_out) - torch.tensor([pair.reference for pair in held_out])
-        weights = engine.trainable_state(policy)
-        written = job.compute.main_only(
-            lambda: publish_policy(
-                job.directory, weights, tokenizer, start=start.directory, key=start.identity,
-                settings=start.config, dtype=job.compute.dtype, peft=self.peft,
-            )
-        )  # fmt: skip
+        with job.trained(engine, policy) as weights:
+            written = job.compute.main_only(
+                lambda: publish_policy(
+                    job.directory, weights, tokenizer, start=start.directory, key=start.identity,
+                    settings=start.config, dtype=job.compute.dtype, peft=self.peft,
+                )
+            )  # fmt: skip
         right = share((gain_B > 0).double()).metrics("accuracy")
         job.publish({**written, **right, "skipped_steps": engine.skipped_steps})
 

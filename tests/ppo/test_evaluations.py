@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from helpers.ppo import length, ppo_job, ppo_stage, prompts, resumed_learner
+from helpers.ppo import best_weights, equal, length, ppo_job, ppo_stage, prompts, resumed_learner
+from helpers.trained import write_trained
 from rlhf.config import ConfigError
 from rlhf.ppo.metrics import Evaluation
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts, Reward, RewardError
+from rlhf.training.checkpoint import verified
 
 SMALL = (
     "ppo.steps=4", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4", "ppo.max_new_tokens=6",
@@ -50,6 +54,11 @@ class Faulty:
         return scores
 
 
+def letters(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+    """What a policy learns within three steps."""
+    return torch.tensor([float(sum(map(str.isascii, each))) for each in completions])
+
+
 def learner_in(directory: Path, model: Path, reward: Reward, *overrides: str) -> PolicyTrainer:
     return resumed_learner(directory, model, reward, *SMALL, *overrides)
 
@@ -77,8 +86,7 @@ def test_a_reward_that_is_gone_during_an_evaluation_costs_nothing(
     assert train(second) == expected
     assert asked.rollouts == 4 - 2 * evaluation
     assert evaluated_steps(second) == evaluated_steps(through) == [0, 2, 4]
-    for name, value in through.best_weights.items():
-        assert torch.equal(second.best_weights[name], value), name
+    assert equal(best_weights(second), best_weights(through))
 
 
 def test_what_a_bad_last_step_left_is_evaluated_by_the_next_run(tmp_path: Path, tiny_model: Path) -> None:
@@ -154,3 +162,57 @@ def test_a_response_that_looks_like_markup_is_quoted_as_it_is(tmp_path: Path, ti
     trainer.count_bad(1, "the reward of 'no [/INST] [red]' is nan.")
     assert isinstance(console.file, StringIO)
     assert "step 1 skipped: the reward of 'no [/INST] [red]' is nan." in console.file.getvalue()
+
+
+@pytest.mark.parametrize("after", ["save_trained", "keep_best", "log"])
+def test_killed_between_the_best_weights_and_the_checkpoint_it_ends_the_same(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """What lies beside the checkpoint is half written then, or of a later step."""
+    overrides = ("ppo.evaluate_every=1", "ppo.steps=3", "ppo.optim.lr=3e-2")
+    through = learner_in(tmp_path / "through" / "job", tiny_model, letters, *overrides)
+    expected, moment = train(through), through.best_step
+    assert moment > 1
+    first = learner_in(tmp_path / "first", tiny_model, letters, *overrides)
+    checkpoints = first.job.checkpoints
+    checkpoints.config = checkpoints.config.model_copy(update={"every_steps": 1})
+    owners: dict[str, Any] = {"save_trained": first.engine, "keep_best": checkpoints, "log": first.job}
+    work = getattr(owners[after], after)
+
+    def then_killed(*arguments: Any) -> None:
+        work(*arguments)
+        if first.done == moment:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(owners[after], after, then_killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(first)
+    second = learner_in(tmp_path / "second", tiny_model, letters, *overrides)
+    assert second.job.checkpoints.newest is not None
+    assert second.job.checkpoints.newest["step"] == moment - 1
+    assert not (tmp_path / "checkpoints" / ".best.part").exists()
+    assert train(second) == expected
+    assert equal(best_weights(second), best_weights(through))
+
+
+def test_the_best_weights_come_from_the_checkpoint_whatever_lies_beside_it(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """And on the disk they are there once."""
+    first = learner_in(tmp_path / "first", tiny_model, Faulty(), "ppo.steps=3")
+    checkpoints = first.job.checkpoints
+    checkpoints.config = checkpoints.config.model_copy(update={"every_steps": 1})
+    train(first)
+    best, directory = best_weights(first), tmp_path / "checkpoints"
+    names = {path.name for path in (directory / "best").iterdir()}
+    for name in names:
+        files = {path.stat().st_ino for path in directory.rglob(name)}
+        assert (
+            len(list(directory.rglob(name))) == 3 and len(files) == 1
+        )  # of two checkpoints, and beside them
+    shutil.rmtree(directory / "best")
+    write_trained(directory / "best", {"other": torch.zeros(1)})
+    second = learner_in(tmp_path / "second", tiny_model, Faulty(), "ppo.steps=3")
+    assert equal(best_weights(second), best)
+    (directory / "step-00000003" / "best" / min(names)).write_bytes(b"")
+    assert "is not what was written" in verified(directory / "step-00000003")[1]

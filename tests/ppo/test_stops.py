@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.jobs import on_cpu
-from helpers.ppo import actor_critic, prompts, resumed_learner
+from helpers.ppo import actor_critic, best_weights, equal, prompts, resumed_learner
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.ppo.trainer import PolicyTrainer
@@ -61,9 +60,7 @@ def dumped(trainer: PolicyTrainer, step: int) -> list[dict[str, Any]]:
 
 def assert_same_result(one: PolicyTrainer, other: PolicyTrainer) -> None:
     """The same weights and the same figures of every step, bit for bit."""
-    assert one.best_weights.keys() == other.best_weights.keys()
-    for name, value in other.best_weights.items():
-        assert torch.equal(one.best_weights[name], value), name
+    assert equal(best_weights(one), best_weights(other))
     for name, tensor in other.engine.model.state_dict().items():
         assert torch.equal(one.engine.model.state_dict()[name], tensor), name
     histories = [
@@ -80,7 +77,6 @@ def mapped(directory: Path, name: str) -> bool:
 
 
 def test_no_rank_holds_a_checkpoint_that_it_goes_on_from(tmp_path: Path, tiny_model: Path) -> None:
-    """A policy's best weights are in it: all ranks read the state, and rank 0 alone needs them."""
     first = learner_in(tmp_path / "first", tiny_model, Length(2), "ppo.steps=4", "ppo.max_bad_steps=0")
     with pytest.raises(ConfigError, match="1 steps were skipped"):
         train(first)
@@ -95,13 +91,10 @@ def test_no_rank_holds_a_checkpoint_that_it_goes_on_from(tmp_path: Path, tiny_mo
     second = learner_in(tmp_path / "second", tiny_model, Looking(), "ppo.steps=4", "ppo.max_bad_steps=1")
     state = second.job.checkpoints.restore(second.engine)
     assert state is not None and mapped(tmp_path, "loop.pt")  # not copied into memory
-    second.compute = on_cpu(rank=1, world_size=2)
     second.load_state_dict(state)
-    assert second.best_weights == {}
-    second.compute = second.job.compute
     del state
     train(second)
-    assert second.best_weights and during and not any(during)
+    assert during and not any(during)
 
 
 def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> None:
@@ -119,8 +112,8 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
     assert [row["response"] for row in rows] == first.texts
     seen_before = [row.prompt for row in TRAIN]
     assert len(rows) == 8 and all(row["prompt"] in seen_before for row in rows)
-    (kept,) = (tmp_path / "checkpoints").iterdir()
-    assert kept.name == "step-00000004"
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best", "step-00000004"}
+    best = best_weights(first)
     restored = learner_in(tmp_path / "restored", tiny_model, Length(), *overrides)
     state = restored.job.checkpoints.restore(restored.engine)
     assert state is not None
@@ -129,9 +122,7 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
         for restored_B, expected_B in zip(getattr(restored, name), getattr(first, name), strict=True):
             assert torch.equal(restored_B, expected_B)
     assert restored.best_step == first.best_step
-    assert first.best_weights and restored.best_weights.keys() == first.best_weights.keys()
-    for name, value in first.best_weights.items():
-        assert torch.equal(restored.best_weights[name], value), name
+    assert best and equal(best_weights(restored), best)
 
     asked = Length()
     again = learner_in(tmp_path / "again", tiny_model, asked, *overrides)
@@ -171,8 +162,8 @@ def test_a_policy_too_far_away_ends_the_run(tmp_path: Path, tiny_model: Path) ->
     )
     assert [row["response"] for row in dumped(first, passed)] == first.texts
     assert [metrics["kl"] for metrics in first.history] == kls[: passed - 1]  # the same until then
-    (kept,) = (tmp_path / "checkpoints").iterdir()
-    assert kept.name == f"step-{passed - 1:08d}"
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"best", f"step-{passed - 1:08d}"}
 
     for attempt in ("again", "once more"):  # no attempt passes by skipping the step
         again = learner_in(tmp_path / attempt, tiny_model, Length(), *overrides, "ppo.max_kl=0.5")
@@ -250,9 +241,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     second = learner_in(tmp_path / "second", tiny_model, asked, *overrides)
     assert train(second) == expected
     assert asked.rollouts == 2
-    assert second.best_weights.keys() == through.best_weights.keys()
-    for name, value in through.best_weights.items():
-        assert torch.equal(second.best_weights[name], value), name
+    assert equal(best_weights(second), best_weights(through))
     untimed = [
         {name: value for name, value in metrics.items() if not name.startswith("seconds")}
         for trainer in (second, through)

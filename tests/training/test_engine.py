@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from helpers.jobs import on_cpu
+from helpers.trained import trained_weights
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Zero
 from rlhf.training.config import OptimConfig
@@ -116,7 +117,7 @@ def test_trainable_weights_are_copied_from_the_part_that_was_named() -> None:
     model = nn.ModuleDict({"policy": nn.Linear(2, 1), "critic": nn.Linear(2, 1)})
     model["policy"].bias.requires_grad_(False)
     engine = make_engine(model, [(model.parameters(), config())], on_cpu())
-    state = engine.trainable_state(model["policy"])
+    state = trained_weights(engine, model["policy"])
     assert list(state) == ["weight"]
     before = state["weight"].clone()
     with torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
+from helpers.trained import trained_weights
 from rlhf.distributed.compute import Compute
 from rlhf.training.config import OptimConfig
 from rlhf.training.fsdp import FsdpEngine
@@ -57,12 +58,12 @@ def step(engine: FsdpEngine, *slopes: float) -> dict[str, float]:
     """The weights behind it."""
     engine.backward(engine.model(slopes), last=True)
     engine.step()
-    return {name: float(value) for name, value in engine.trainable_state(engine.model).items()}
+    return {name: float(value) for name, value in trained_weights(engine, engine.model).items()}
 
 
 def test_what_is_kept_of_the_weights_does_not_follow_them(compute: Compute) -> None:
     engine = make(compute)
-    kept = engine.trainable_state(engine.model)
+    kept = trained_weights(engine, engine.model)
     assert step(engine, 3.0, 4.0) == pytest.approx({"first": 0.9, "second": 0.6})
     assert {name: float(value) for name, value in kept.items()} == {"first": 1.0, "second": 1.0}
 

@@ -51,8 +51,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_sharded_model_is_the_whole_one(ranks: int, models: Path) -> None:
-    found = start_ranks(go_through, ranks, CASES, models, timeout=300, seconds=900)()
+def test_a_sharded_model_is_the_whole_one(ranks: int, models: Path, tmp_path: Path) -> None:
+    found = start_ranks(go_through, ranks, CASES, models, tmp_path, timeout=300, seconds=900)()
     for rank, by_case in sorted(found.items()):
         assert isinstance(by_case, dict), f"rank {rank}: {by_case}"
         assert by_case == {case: [] for case in CASES}

@@ -38,6 +38,7 @@ from rlhf.models.peft.virtual_tokens import (
     virtual_config,
     virtual_tokens,
 )
+from rlhf.models.save import Keep
 from rlhf.training.engine import Gather
 from rlhf.training.optimizer import round_into
 
@@ -83,16 +84,19 @@ class Adapter:
                 layer._disable_adapters = False
                 layer.__dict__.pop("forward", None)
 
-    def merge(self) -> None:
+    def merge(self, keep: Keep = lambda weight: weight) -> None:
         """Merge the adapter into the weights, so that a plain model can be published.
 
         Only for methods that merge (`METHODS`).
+
+        Args:
+            keep: gets each weight that is made.
         """
         if self._tuner is not None:
             for layer in self._tuner.modules():
                 if isinstance(layer, LoraLayer | IA3Layer):
                     assert _can_fold(layer), "an adapter on 4-bit weights would be lost: `attach_to_merge`"
-                    _fold(layer)
+                    _fold(layer, keep)
             self._tuner.unload()
             self._tuner = None
 
@@ -132,11 +136,11 @@ def _can_fold(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _fold(layer: Any) -> None:
+def _fold(layer: Any, keep: Keep = lambda weight: weight) -> None:
     """Replace a layer's weights by copies with its adapters merged in."""
     base = layer.get_base_layer()
     if isinstance(layer, LoraLinear):
-        base.weight.data = _folded(layer)
+        base.weight.data = keep(_folded(layer))
         return
     dtype, parameters = base.weight.dtype, list(base.parameters())
     for each in parameters:
@@ -144,7 +148,7 @@ def _fold(layer: Any) -> None:
     layer.merge(safe_merge=not base.weight.is_meta)  # of which nothing can be asked
     layer.merged_adapters.clear()  # the caller puts the weights back, or takes the adapter out
     for each in parameters:
-        each.data = _rounded(each.data, dtype)
+        each.data = keep(_rounded(each.data, dtype))
 
 
 def _folded(layer: Any) -> Tensor:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
@@ -23,8 +22,8 @@ from rlhf.models.peft.saved import (
     origin_of,
     save_adapter,
 )
-from rlhf.models.save import save_policy, save_settings
-from rlhf.training.optimizer import load_trainable
+from rlhf.models.save import Keep, kept_on_disk, save_policy, save_settings
+from rlhf.training.trained import load_trained, put_weights
 
 UNMERGED = {KIND: "adapter", **KINDS}
 """Methods that do not merge: name in peft's files -> our name."""
@@ -32,7 +31,7 @@ UNMERGED = {KIND: "adapter", **KINDS}
 
 def publish_policy(
     artifact: Path,
-    weights: dict[str, Tensor],
+    trained: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
     start: Path,
@@ -46,25 +45,31 @@ def publish_policy(
     Args:
         artifact: the directory to write to.
         start: the model that the training started from; `key` names it.
-        weights: from `Engine.trainable_state`, of a model that `attach` prepared in the same way.
+        trained: what `Engine.save_trained` wrote, of a model that `attach` prepared in the same way.
 
     Returns:
         Summary metrics of what was written.
     """
-    model = load_causal_lm(start, settings, dtype)
-    adapter = attach_to_merge(model, peft)
-    load_trainable(model, weights)
-    metrics = save_adapter(adapter, artifact, start, key)
-    if METHODS[peft.method].merges:
-        adapter.merge()
-        save_policy(model, tokenizer, artifact)
-    else:
-        save_settings(model, tokenizer, artifact)
+    with kept_on_disk(artifact) as keep:
+        model = load_causal_lm(start, settings, dtype)
+        adapter = attach_to_merge(model, peft, keep)
+        put_weights(model, load_trained(trained))
+        metrics = save_adapter(adapter, artifact, start, key)
+        if METHODS[peft.method].merges:
+            adapter.merge(keep)
+            save_policy(model, tokenizer, artifact)
+        else:
+            save_settings(model, tokenizer, artifact)
     return {**metrics, "artifact_bytes": bytes_under(artifact)}
 
 
-def merged_policy(artifact: Path, settings: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def merged_policy(
+    artifact: Path, settings: ModelConfig, dtype: torch.dtype, keep: Keep = lambda weight: weight
+) -> PreTrainedModel:
     """The model that an artifact's training started from, with its adapter merged in, on the CPU.
+
+    Args:
+        keep: gets each weight that is made.
 
     Raises:
         ConfigError: there is no adapter, its base model is missing, or its method does not merge.
@@ -81,6 +86,6 @@ def merged_policy(artifact: Path, settings: ModelConfig, dtype: torch.dtype) -> 
             "artifact as it is, or train with lora, dora, ia3 or freeze."
         )
     model = load_causal_lm(origin.found(artifact), settings, dtype)
-    adapter, _ = attach_published(model, artifact)
-    adapter.merge()
+    adapter, _ = attach_published(model, artifact, keep)
+    adapter.merge(keep)
     return model

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.models.save import Keep
+
 FORMAT: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 
 
@@ -40,10 +42,14 @@ def quantize(model: PreTrainedModel, names: list[str], device: torch.device) -> 
 
 
 @torch.no_grad()
-def round_to_4_bits(model: PreTrainedModel, names: list[str]) -> None:
-    """Give linear layers, as plain weights, the values that they have after `quantize`."""
+def round_to_4_bits(model: PreTrainedModel, names: list[str], keep: Keep = lambda weight: weight) -> None:
+    """Give linear layers, as plain weights, the values that they have after `quantize`.
+
+    Args:
+        keep: gets each weight that is made.
+    """
     for _, _, linear in _linears(model, names):
-        linear.weight.copy_(_rounded(linear.weight))
+        linear.weight.data = keep(_rounded(linear.weight).to(linear.weight.dtype))
 
 
 def _rounded(weight: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rlhf.models.peft.attach import Adapter
+    from rlhf.models.save import Keep
 
 ADAPTER = "adapter"
 """Name of the directory in an artifact."""
@@ -78,9 +79,13 @@ class Origin(Strict):
         return directory
 
 
-def attach_to_merge(model: PreTrainedModel, config: PeftConfig) -> Adapter:
+def attach_to_merge(model: PreTrainedModel, config: PeftConfig, keep: Keep) -> Adapter:
     """Like `attach`, for weights that were already trained. Layers that had 4-bit weights get plain weights
-    with the same values, so that the adapter can be merged into them."""
+    with the same values, so that the adapter can be merged into them.
+
+    Args:
+        keep: gets each weight that is made.
+    """
     from rlhf.models.peft.attach import attach
     from rlhf.models.peft.quantization import round_to_4_bits
     from rlhf.models.peft.target_modules import update_targets
@@ -88,7 +93,7 @@ def attach_to_merge(model: PreTrainedModel, config: PeftConfig) -> Adapter:
     if config.method != "qlora":
         return attach(model, config)
     names = update_targets(model, config)
-    round_to_4_bits(model, names)
+    round_to_4_bits(model, names, keep)
     adapter = attach(model, config.model_copy(update={"method": "lora"}))
     adapter.in_4_bits = names
     return adapter
@@ -210,9 +215,15 @@ def rehearse(model: PreTrainedModel, config: PeftConfig) -> None:
         ) from error
 
 
-def attach_published(model: PreTrainedModel, artifact: Path) -> tuple[Adapter, Tensor | None]:
+def attach_published(
+    model: PreTrainedModel, artifact: Path, keep: Keep = lambda weight: weight
+) -> tuple[Adapter, Tensor | None]:
     """Put an artifact's adapter into the model that it was trained on, all frozen. The second value is the
-    score head that was saved with it, or None."""
+    score head that was saved with it, or None.
+
+    Args:
+        keep: gets each weight that is made.
+    """
     import torch
     from peft import PeftConfig as TunerConfig
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -221,15 +232,16 @@ def attach_published(model: PreTrainedModel, artifact: Path) -> tuple[Adapter, T
     from rlhf.models.peft.attach import Adapter, inject
     from rlhf.models.peft.quantization import round_to_4_bits
     from rlhf.models.peft.virtual_tokens import EMBEDDINGS, add_virtual_tokens
-    from rlhf.training.optimizer import load_trainable
 
     directory, saved, origin = artifact / ADAPTER, described(artifact), origin_of(artifact)
     assert origin is not None
-    round_to_4_bits(model, origin.in_4_bits)
+    round_to_4_bits(model, origin.in_4_bits, keep)
     weights = load_file(directory / WEIGHTS)
     head = weights.pop(HEAD, None)
     if saved["peft_type"] == "FREEZE":
-        load_trainable(model, weights)
+        for name, weight in weights.items():
+            parameter = model.get_parameter(name)
+            parameter.data = weight.to(parameter)
         model.requires_grad_(False)
         return Adapter(model, None, None), head
     config = TunerConfig.from_pretrained(str(directory))

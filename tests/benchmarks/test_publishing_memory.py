@@ -1,0 +1,70 @@
+"""What publishing takes of each rank's private memory: about a file of weights, not a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sharded_memory import MODEL, OPTIM, PrivateMemory, write_model
+from transformers import AutoTokenizer
+
+from helpers.spawned import start_ranks
+from rlhf.distributed.compute import Compute, Zero
+from rlhf.models.load import load_causal_lm
+from rlhf.models.logprobs import ResponseModel
+from rlhf.models.peft.attach import attach
+from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.merge import publish_policy
+from rlhf.training import trained
+from rlhf.training.make_engine import make_engine
+
+FILE = 20 * 2**20
+"""Of the 117 MiB of weights; the largest one has 16."""
+BOUND = 80.0
+"""MiB: a file, and the largest weight as its gathering holds it three times."""
+
+
+def publish(compute: Compute, start: Path, tokenizer: Path, directory: Path) -> dict[tuple[str, str], float]:
+    """By engine and method: MiB of private memory at most, above what the engine holds."""
+    trained.FILE_BYTES = FILE
+    found: dict[tuple[str, str], float] = {}
+    engines = []
+    zeros: tuple[Zero, ...] = ("none", "fsdp2")
+    for zero in zeros:
+        for method in ("none", "lora", "dora"):
+            here = replace(compute, zero=zero)
+            policy = load_causal_lm(start, MODEL, here.dtype, here.loads_on, here)
+            attach(policy, PeftConfig(method=method))
+            engine = make_engine(ResponseModel(policy), [(policy.parameters(), OPTIM)], here)
+            engines.append(engine)  # else freed memory would be used again, unnoticed
+            artifact = directory / f"{zero}-{method}"
+            compute.main_only(artifact.mkdir)
+
+            def write(method: str = method, artifact: Path = artifact) -> None:
+                publish_policy(
+                    artifact, artifact.with_suffix(".trained"), AutoTokenizer.from_pretrained(tokenizer),
+                    start=start, key="", settings=MODEL, dtype=compute.dtype, peft=PeftConfig(method=method),
+                )  # fmt: skip
+
+            memory = PrivateMemory()
+            with memory.phase("publishing"):
+                engine.save_trained(policy, artifact.with_suffix(".trained"))
+                compute.main_only(write)
+            found[zero, method] = memory.peaks["publishing"]
+    return found
+
+
+@pytest.mark.slow
+def test_publishing_takes_about_a_file_not_a_model(tmp_path: Path, tiny_model: Path) -> None:
+    write_model(tmp_path / "start", "small")
+    directory = tmp_path / "store" / "sft"
+    directory.mkdir(parents=True)
+    found = start_ranks(publish, 2, tmp_path / "start", tiny_model, directory, timeout=300, seconds=600)()
+    for rank, peaks in found.items():
+        assert isinstance(peaks, dict), f"rank {rank}: {peaks}"
+        for case, peak in peaks.items():
+            assert peak <= BOUND, (rank, case)
+    for artifact in directory.glob("*[!d]"):
+        assert all(file.stat().st_size <= FILE + 2**20 for file in artifact.glob("*.safetensors"))
+        assert len(list(artifact.glob("*.safetensors"))) > 5
