@@ -76,6 +76,8 @@ def make_single(overrides: list[str]) -> Experiment:
     """
     experiment = make_experiment(overrides)
     zero, generation = experiment.settings.zero, experiment.settings.generation
+    if generation == "auto":  # what a run decides, which this is none of
+        generation = "local"
     for key, value, can in (("zero", zero, "none"), ("generation", generation, "local")):
         if value != can:
             raise ConfigError(f"{key}={value}: the benchmarks run one process by itself. Use {key}={can}.")

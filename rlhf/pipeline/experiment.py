@@ -22,6 +22,7 @@ from rlhf.generation.vllm import VllmConfig
 from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.auto import without_auto
+from rlhf.pipeline.sampling_engine import unusable_by_vllm
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
 from rlhf.pipeline.stage import Stage, in_order, named_sources
 from rlhf.rewards.code import import_code
@@ -72,8 +73,9 @@ class Settings(Strict):
     zero: Zero
     """What DeepSpeed shards over the ranks: nothing, the optimizer (1), also gradients (2), also weights (3).
     fsdp2 is torch's own and shards all three."""
-    generation: Literal["local", "vllm"]
-    """What samples responses: the trained model itself, or vLLM with a copy of its weights."""
+    generation: Literal["auto", "local", "vllm"]
+    """What samples responses: the trained model itself, or vLLM with a copy of its weights. auto uses vLLM on
+    a GPU, if it is installed and can run every model of the run."""
     vllm: VllmConfig
     reward_server: RewardServerConfig
     launch: LaunchConfig
@@ -273,21 +275,14 @@ def check_method(stage: Stage, experiment: Experiment) -> None:
             "the virtual tokens. Use model.attention=auto, which pads these rows, or another "
             f"{stage.name}.peft."
         )
-    if settings.generation == "vllm" and not method.merges and stage.publishes == "policy":
-        raise ConfigError(
-            f"generation=vllm: {key} is not merged into the weights, and vLLM gets only the weights. Use "
-            f"generation=local, or {stage.name}.peft={merging}."
-        )
+    if settings.generation == "vllm" and (reason := unusable_by_vllm(stage)):
+        tried = " or ".join(name for name, each in METHODS.items() if each.samples_by_vllm)
+        other = tried if stage.samples else merging
+        raise ConfigError(f"generation=vllm: {reason}. Use generation=local, or {stage.name}.peft={other}.")
     if settings.zero != "none" and not method.shards:
         tried = " or ".join(name for name, each in METHODS.items() if each.shards)
         raise ConfigError(
             f"zero={settings.zero}: {key} is not tested with sharded weights. Use zero=none, or "
-            f"{stage.name}.peft={tried}."
-        )
-    if settings.generation == "vllm" and stage.samples and not method.samples_by_vllm:
-        tried = " or ".join(name for name, each in METHODS.items() if each.samples_by_vllm)
-        raise ConfigError(
-            f"generation=vllm: vLLM cannot use what {key} trains. Use generation=local, or "
             f"{stage.name}.peft={tried}."
         )
 

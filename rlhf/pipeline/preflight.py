@@ -302,6 +302,8 @@ def savings(stage: Stage, on: CostContext) -> Iterator[tuple[str, dict[str, Any]
         yield f"{name}.frozen_placement=sharded", {"frozen_placement": "sharded"}, {}
     elif "frozen_placement" in fields and not on.on_cpu and knobs["peft"]["method"] == "none":
         yield f"{name}.frozen_placement=offloaded", {"frozen_placement": "offloaded"}, {}
+    if stage.samples and on.vllm is not None:
+        yield "generation=local", {}, {"vllm": None}
     if "peft" in fields and knobs["peft"]["method"] == "none":
         yield f"{name}.peft=lora", {"peft": PeftConfig(method="lora")}, {}
 

