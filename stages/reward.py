@@ -9,7 +9,7 @@ Writes  a sequence-classification model with one label, and how well it ranks he
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -21,7 +21,6 @@ from rlhf.costs.stage_cost import StageCost, joined
 from rlhf.costs.training import training_cost
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import TRAINING
-from rlhf.data.schema import PairRow
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.distributed.compute import Compute
@@ -33,7 +32,7 @@ from rlhf.models.save import kept_on_disk
 from rlhf.models.start import Init, check_start, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Purpose, Stage
-from rlhf.supervised.pairs import EncodedPair, pair_step, rank_pairs
+from rlhf.supervised.pairs import Pairs, pair_step, rank_pairs
 from rlhf.training.config import OptimConfig
 
 if TYPE_CHECKING:
@@ -147,14 +146,10 @@ class RewardStage(Stage):
         self.check_compute(job.compute)
         tokenizer = job.start(self.init).load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
-
-        def encode(rows: Sequence[PairRow]) -> list[EncodedPair]:
-            return [EncodedPair(tokenizer, row) for row in rows]
-
-        pairs = {split: encode(job.data.rows("pairs", split)) for split in ("train", "held_out")}
+        rows = [job.data.rows("pairs", split) for split in TRAINING]
         train, held_out = (
-            [pair for pair in pairs[split] if pair.longest <= self.max_tokens]
-            for split in ("train", "held_out")
+            Pairs(rows[number], job.tokens("pairs", split, tokenizer), self.max_tokens)
+            for number, split in enumerate(TRAINING)
         )
         if not train or not held_out:
             raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
@@ -164,7 +159,7 @@ class RewardStage(Stage):
             job.directory, job.base.config, job.compute.dtype, job.compute.device, job.compute
         )
         ranking = rank_pairs(published, held_out, self.micro_batch_tokens, job.compute)
-        too_long = sum(map(len, pairs.values())) - len(train) - len(held_out)
+        too_long = sum(map(len, rows)) - len(train) - len(held_out)
         job.publish({
             **rank_quality(ranking),
             **metrics,
@@ -172,9 +167,7 @@ class RewardStage(Stage):
             "pairs_too_long": too_long,
         })  # fmt: skip
 
-    def train(
-        self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair]
-    ) -> dict[str, float]:
+    def train(self, job: Job, tokenizer: PreTrainedTokenizerBase, pairs: Pairs) -> dict[str, float]:
         """Train and publish; summary metrics of both."""
         from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
         from rlhf.models.recompute import checkpoint_layers
@@ -198,10 +191,12 @@ class RewardStage(Stage):
         train_batches(
             job,
             engine,
-            shuffled_batches(pairs, self.batch_pairs, self.epochs, job.seed),
-            lambda batch: pair_step(engine, batch, self.micro_batch_tokens, job.compute, center=self.center),
+            shuffled_batches(range(len(pairs)), self.batch_pairs, self.epochs, job.seed),
+            lambda batch: pair_step(
+                engine, pairs.pick(batch), self.micro_batch_tokens, job.compute, center=self.center
+            ),
             state={},
-            as_json=EncodedPair.as_json,
+            as_json=pairs.as_json,
             done=state["done"] if state else 0,
         )
         with job.trained(engine, model) as weights:

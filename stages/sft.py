@@ -8,7 +8,7 @@ Writes  a plain causal-LM directory, and the held-out loss before and after; wit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -17,8 +17,9 @@ from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.costs.training import training_cost
+from rlhf.data.answers import Answers
 from rlhf.data.roles import TRAINING
-from rlhf.data.schema import SftRow
+from rlhf.data.schema import Split
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.distributed.compute import Compute
@@ -26,14 +27,7 @@ from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Purpose, Stage
-from rlhf.supervised.answers import (
-    EncodedAnswer,
-    answer_losses,
-    answer_step,
-    encode_answers,
-    num_conversations,
-    with_replay,
-)
+from rlhf.supervised.answers import answer_losses, answer_step, with_replay
 from rlhf.training.config import OptimConfig
 
 if TYPE_CHECKING:
@@ -174,16 +168,15 @@ class SftStage(Stage):
         compute.ask_once(lambda: check_head(policy))
         if job.will_sample:  # better refused now than by a later stage
             compute.ask_once(lambda: check_decoding(policy, copies=False))
-        rows = job.data.rows("sft", "train")
-        room, held_rows = self.room(job.base.context_length), job.data.rows("sft", "held_out")
-        train = self.encoded(tokenizer, rows, room, "sft.data: no training row")
-        held_out = self.encoded(tokenizer, held_rows, room, "sft.data: no held-out row")
-        self.tell_cut(job, train, len(rows) - num_conversations(train), room)
-        batches = own = shuffled_batches(train, self.batch_rows, self.epochs, job.seed)
+        train = answers = self.answers(job, tokenizer, "sft", "train", "sft.data: no training row")
+        held_out = self.answers(job, tokenizer, "sft", "held_out", "sft.data: no held-out row")
+        left_out = len(job.data.rows("sft", "train")) - train.num_rows
+        self.tell_cut(job, train, left_out)
+        batches = own = shuffled_batches(range(len(train)), self.batch_rows, self.epochs, job.seed)
         if self.replay_fraction > 0:
-            replay = job.data.rows("replay", "train")
-            general = self.encoded(tokenizer, replay, room, f"sft.replay={self.replay}: no row")
-            batches = with_replay(own, general, self.replay_fraction, job.seed)
+            general = self.answers(job, tokenizer, "replay", "train", f"sft.replay={self.replay}: no row")
+            answers = Answers.joined(train, general)
+            batches = with_replay(own, train, general, self.replay_fraction, job.seed)
         attach(policy, self.peft, compute.device)
         compute.ask_once(lambda: check_reached(policy))
         if self.activation_checkpointing:
@@ -196,13 +189,13 @@ class SftStage(Stage):
             job,
             engine,
             batches,
-            lambda batch: answer_step(engine, batch, budget, compute),
+            lambda batch: answer_step(engine, answers.pick(batch), budget, compute),
             state={"before_B": before_B},
-            as_json=lambda row: {"prompt": row.row.prompt, "completion": row.row.completion},
+            as_json=answers.as_json,
             done=state["done"] if state else 0,
         )
         after_B = answer_losses(engine, held_out, budget, compute)
-        tokens_B = torch.tensor([row.learned for row in held_out])
+        tokens_B = torch.from_numpy(held_out.learned.astype("int64"))
 
         with job.trained(engine, policy) as weights:
             written = job.compute.main_only(
@@ -218,41 +211,43 @@ class SftStage(Stage):
             "held_out_loss": ratio(after_B, tokens_B).value,
             **ratio(after_B - before_B, tokens_B).metrics("held_out_loss_change"),
             "skipped_steps": engine.skipped_steps,
-            "rows_cut": sum(row.is_cut for row in train),
-            "rows_left_out": len(rows) - num_conversations(train),
-            "turns_apart": num_conversations(row for row in train if row.row is not row.conversation),
+            "rows_cut": train.num_cut,
+            "rows_left_out": left_out,
+            "turns_apart": train.num_apart,
             "trained_parameters": trained,
-            "tokens": sum(len(row) for batch in batches for row in batch),
+            "tokens": sum(int(answers.lengths[batch].sum()) for batch in batches),
             "replayed_rows": sum(map(len, batches)) - sum(map(len, own)),
         })  # fmt: skip
 
-    def tell_cut(self, job: Job, rows: Sequence[EncodedAnswer], left_out: int, room: int) -> None:
+    def tell_cut(self, job: Job, train: Answers, left_out: int) -> None:
         """Say how many training rows were too long, and how many conversations are in pieces."""
-        apart = num_conversations(row for row in rows if row.row is not row.conversation)
+        apart, room = train.num_apart, self.room(job.base.context_length)
         if apart:
             job.progress.console.print(
                 f"sft.turns=all: the chat template renders earlier turns of {apart} conversations otherwise "
                 "once later ones follow: each of their turns is a sequence of its own.",
                 style="yellow", highlight=False,
             )  # fmt: skip
-        cut = sum(row.is_cut for row in rows)
+        cut = train.num_cut
         if cut or left_out:
             job.progress.console.print(
-                f"sft: {cut} of {len(rows) + left_out} training rows are cut at {room} tokens, "
+                f"sft: {cut} of {len(train) + left_out} training rows are cut at {room} tokens, "
                 f"{left_out} are left out, since their prompts leave no room for an answer "
                 f"(sft.max_tokens={self.max_tokens}).",
                 style="yellow", highlight=False,
             )  # fmt: skip
 
-    def encoded(
-        self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow], room: int, none: str
-    ) -> list[EncodedAnswer]:
-        """The rows that leave something to learn.
+    def answers(
+        self, job: Job, tokenizer: PreTrainedTokenizerBase, role: str, split: Split, none: str
+    ) -> Answers:
+        """The rows of a split that leave something to learn.
 
         Raises:
             ConfigError: there is none. The message begins with `none`.
         """
-        found = encode_answers(tokenizer, rows, room, all_turns=self.turns == "all")
+        rows, ids = job.data.rows(role, split), job.tokens(role, split, tokenizer)
+        room = self.room(job.base.context_length)
+        found = Answers.of(rows, ids, room, all_turns=self.turns == "all")
         if not found:
             raise ConfigError(
                 f"{none} has anything to learn within sft.max_tokens={self.max_tokens}. Raise it, or give "

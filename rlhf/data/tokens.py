@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -101,13 +101,23 @@ class TokenWriter:
         self._num_rows += 1
 
 
-def write_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> None:
-    """Encode rows on all cores, and write their ids."""
+def write_tokens(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> None:
+    """Encode rows on all cores, and write their ids.
+
+    Args:
+        on_rows: called with the number of rows that are newly written.
+    """
     writer = TokenWriter(path, tokenizer_digest(tokenizer))
     with writer.file:
         for some in on_all_cores(partial(_encode_all, tokenizer), in_pieces(rows)):
             for sequences in some:
                 writer.add(sequences)
+            on_rows(len(some))
 
 
 def in_pieces(rows: Iterable[Any]) -> Iterator[list[Any]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import TypeVar
+from typing import TypeVar, overload
 
 Item = TypeVar("Item")
 
@@ -33,11 +34,40 @@ def num_batches(rows: int, batch_rows: int, epochs: float) -> int:
     return math.ceil(Fraction(str(epochs)) * math.ceil(rows / batch_rows))  # in floats 1.1 x 50 > 55
 
 
-def shuffled_batches(rows: Sequence[Item], batch_rows: int, epochs: float, seed: int) -> list[Sequence[Item]]:
+class Batches(Sequence[Sequence[Item]]):
+    """Batches of rows. Their rows are taken when they are asked for; in memory are numbers."""
+
+    def __init__(self, rows: Sequence[Item], order: array[int], ends: array[int]) -> None:
+        """Args:
+        order: indices of the rows of all batches, one after the other.
+        ends: where each batch ends in it.
+        """
+        self._rows, self._order, self._ends = rows, order, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Item]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[Item]]: ...
+
+    def __getitem__(self, index: int | slice) -> list[Item] | list[list[Item]]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        place = range(len(self))[index]
+        begin = self._ends[place - 1] if place else 0
+        return [self._rows[each] for each in self._order[begin : self._ends[place]]]
+
+
+def shuffled_batches(rows: Sequence[Item], batch_rows: int, epochs: float, seed: int) -> Batches[Item]:
     """The batches of a whole training, in order: each epoch shuffles the rows anew."""
-    shuffled = (random.Random(seed + epoch).sample(rows, len(rows)) for epoch in range(math.ceil(epochs)))
-    batches = [batch for epoch in shuffled for batch in chunks(epoch, batch_rows)]
-    return batches[: num_batches(len(rows), batch_rows, epochs)]
+    order, ends, places = array("i"), array("q"), range(len(rows))
+    for epoch in range(math.ceil(epochs) if rows else 0):
+        order.extend(random.Random(seed + epoch).sample(places, len(places)))
+        ends.extend(range(len(order) - len(places) + batch_rows, len(order), batch_rows))
+        ends.append(len(order))
+    return Batches(rows, order, ends[: num_batches(len(rows), batch_rows, epochs)])
 
 
 def chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import sequences, tokenizer_digest
+from rlhf.data.cores import on_all_cores
 from rlhf.data.schema import Row
+from rlhf.data.tokens import in_pieces
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.models.alike import other_setting
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.intact import check_tokenizer, check_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Init = Annotated[str, Field(min_length=1)]
 """`sft`, `base` or a `save_pretrained` directory."""
@@ -131,7 +139,7 @@ def misfits(
     if is_alike and context >= base.context_length:
         return
     try:
-        lengths = [max(map(len, sequences(tokenizer, row))) for row in rows]
+        lengths = array("i", chain.from_iterable(on_all_cores(partial(_longest, tokenizer), in_pieces(rows))))
     except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
         yield f"{source}: the chat template of {key}={init} refuses a conversation: {error}. Leave it out."
         return
@@ -142,3 +150,8 @@ def misfits(
             f"up to {max(too_long)} of its tokens, and its context of {context} has room for "
             f"{max(0, context - beside)}. {mend}"
         )
+
+
+def _longest(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[int]:
+    """Tokens of the longest sequence of each row."""
+    return [max(map(len, sequences(tokenizer, row))) for row in rows]

@@ -91,14 +91,24 @@ class ScalarModel(nn.Module):
         return value_B
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Tensor], micro_batch_tokens: int, compute: Compute) -> Tensor:
+    def score(
+        self,
+        rows: Sequence[Tensor],
+        micro_batch_tokens: int,
+        compute: Compute,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """`last_values` without gradient, in micro-batches with a token budget; on the CPU, in the given
         order.
 
         The ranks share the work, and each gets all scores.
+
+        Args:
+            lengths: of the rows, if they are read when they are asked for: a rank asks for its own share.
         """
         scores_B = torch.zeros(len(rows))
-        for group, weight, _ in compute.micro_batches([len(row) for row in rows], micro_batch_tokens):
+        lengths = [len(row) for row in rows] if lengths is None else lengths
+        for group, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
             part_B = self.last_values([rows[index] for index in group]).cpu()
             if weight:
                 scores_B[group] = part_B

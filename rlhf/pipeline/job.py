@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.data.chat_template import tokenizer_digest
 from rlhf.data.prepared import PreparedData
+from rlhf.data.tokens import TokenIds, write_tokens
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import directory_of
 from rlhf.pipeline.store import Artifact
@@ -21,6 +23,7 @@ from rlhf.tracking.tracker import Tracker
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from rlhf.distributed.compute import Compute
     from rlhf.generation.policy_model import PolicyModel
@@ -80,6 +83,26 @@ class Job:
         if init == "base":
             return self.base
         return BaseModelFiles(self.inputs[init].path, self.inputs[init].key, self.base.config)
+
+    def tokens(self, role: str, split: str, tokenizer: PreTrainedTokenizerBase) -> TokenIds:
+        """Token ids of a split's rows. Those of the base model's tokenizer were made by `prepare`. Those of
+        another one are made here, by rank 0 on all its cores."""
+        kept = self.data.tokens_path(role, split)
+        if kept.exists():
+            found = TokenIds(kept)
+            if found.tokenizer == tokenizer_digest(tokenizer):
+                return found
+        path, rows = (
+            self.run_directory / f"{self.stage}-{role}-{split}.tokens.arrow",
+            self.data.rows(role, split),
+        )
+        with self.progress.task(f"{self.stage}: tokenizing {role}, {split}", len(rows)) as task:
+            self.compute.main_only(lambda: write_tokens(path, tokenizer, rows, task.advance))
+        found = TokenIds(path)
+        self.compute.barrier()
+        if self.compute.is_main:
+            path.unlink()  # it is mapped, and goes with the last process that reads it
+        return found
 
     def engine(self, model: nn.Module, groups: Groups) -> tuple[Engine, dict[str, Any] | None]:
         """The engine that `zero=` asks for, as the newest checkpoint left it.

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
-from rlhf.data.chat_template import prompt_ids, tokenizer_digest
+from rlhf.data.answers import Answers
+from rlhf.data.chat_template import tokenizer_digest
 from rlhf.distributed.compute import Compute
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.load import context_left, load_causal_lm
@@ -101,16 +102,16 @@ def pretraining_mix(
     Raises:
         ConfigError: no row does.
     """
-    found = job.data.rows(config.mixed_role, "train")
-    rows = [row for row in found if len(prompt_ids(tokenizer, row.prompt)) < context]
-    if not rows:
+    rows, ids = job.data.rows(config.mixed_role, "train"), job.tokens(config.mixed_role, "train", tokenizer)
+    answers = Answers.of(rows, ids, context, all_turns=False)
+    if not answers:
         source = "sft.data" if config.ptx.data is None else f"ppo.ptx.data={config.ptx.data}"
         raise ConfigError(
             f"ppo.ptx.coef={config.ptx.coef:g}: the prompt of each row of {source} alone fills the "
             f"policy's context of {context} tokens, so the mix has nothing to learn. Give ppo.ptx.data "
             "shorter rows."
         )
-    return PretrainingMix(config.ptx, tokenizer, rows, job.seed, context)
+    return PretrainingMix(config.ptx, answers, job.seed)
 
 
 def shared_backbone(

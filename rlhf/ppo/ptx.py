@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.chat_template import exchange_ids
-from rlhf.data.schema import SftRow
+from rlhf.data.answers import Answers
 from rlhf.losses.language import next_token_loss
 from rlhf.ppo.config import PtxConfig
-from rlhf.rl.rollout import Responses
 
 
 class PretrainingMix:
     """Draws rows and computes their weighted loss (Ouyang et al. 2022, arXiv:2203.02155, eq. 2)."""
 
-    def __init__(
-        self,
-        config: PtxConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: Sequence[SftRow],
-        seed: int,
-        context: int,
-    ) -> None:
-        """Rows are cut at `context` tokens, which is what the policy can read."""
-        self._context = context
-        self._config, self._tokenizer, self._rows = config, tokenizer, list(rows)
+    def __init__(self, config: PtxConfig, answers: Answers, seed: int) -> None:
+        """`answers` are what is mixed in, cut at the tokens that the policy can read."""
+        self._config, self._answers = config, answers
         self._random = random.Random(seed)
 
-    def draw(self) -> Responses:
+    def draw(self) -> Answers:
         """The next few rows; the same on every rank."""
-        chosen = self._random.sample(self._rows, min(self._config.rows, len(self._rows)))
-        encoded = [exchange_ids(self._tokenizer, row.prompt, row.completion) for row in chosen]
-        return Responses(
-            [torch.tensor(ids[:prompt]) for ids, prompt in encoded],
-            [torch.tensor(ids[prompt : self._context]) for ids, prompt in encoded],
-        )
+        places = range(len(self._answers))
+        return self._answers.pick(self._random.sample(places, min(self._config.rows, len(places))))
 
     def loss(self, logp_N: Tensor, total_tokens: int) -> Tensor:
         """coef x negative log-likelihood of these answer tokens, in nats, / total_tokens."""

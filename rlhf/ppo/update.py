@@ -237,12 +237,11 @@ class PolicyUpdater:
     def accumulate_mix(self, mix: PretrainingMix) -> None:
         """Add the gradients of the pretraining mix, over all ranks."""
         drawn = mix.draw()
-        total_tokens = int(drawn.response_lengths.sum())
-        for group, weight, _ in self.compute.micro_batches(drawn.lengths, self.config.micro_batch_tokens):
+        total_tokens, lengths = int(drawn.learned.sum()), drawn.lengths.tolist()
+        for group, weight, _ in self.compute.micro_batches(lengths, self.config.micro_batch_tokens):
+            rows = [drawn[index] for index in group]
             batch = pack_sequences(
-                [drawn.prompt_ids[index] for index in group],
-                [drawn.response_ids[index] for index in group],
-                self.compute.device,
+                [row.prompt for row in rows], [row.answer for row in rows], self.compute.device
             )
             logp_N = self.engine.model("policy", batch, 1.0).logp_N
             self.engine.backward_part(weight * mix.loss(logp_N, total_tokens))

@@ -56,9 +56,29 @@ class LearnedReward:
         return tokenizer_digest(self.tokenizer)
 
     def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
-        rows = [torch.tensor(self._ids(*each)) for each in zip(prompts, completions, strict=True)]
+        rows = [torch.tensor(ids) for ids in self._all_ids(prompts, completions)]
         with self._whole():
             return self.model.score(rows, self.micro_batch_tokens, self.compute)
+
+    def _all_ids(self, prompts: Prompts, completions: Sequence[str]) -> list[list[int]]:
+        """Token ids of all rows. Each rank encodes its share.
+
+        Raises:
+            RewardError: a row is too long; on every rank.
+        """
+        lengths = [len(completion) for completion in completions]
+        mine: list[list[int] | RewardError] = []
+        try:
+            for index in self.compute.shard_indices(lengths):
+                mine.append(self._ids(prompts[index], completions[index]))
+        except RewardError as error:
+            mine = [error] * len(self.compute.shard_indices(lengths))
+        found = []
+        for ids in self.compute.collect(mine, lengths):
+            if isinstance(ids, RewardError):
+                raise ids
+            found.append(ids)
+        return found
 
     def _ids(self, prompt: list[Message], completion: str) -> list[int]:
         ids, _ = exchange_ids(self.tokenizer, prompt, completion)

@@ -2,58 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import PairRow
+from rlhf.data.tokens import TokenIds
 from rlhf.distributed.compute import Compute
 
 if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
     from rlhf.evaluation.reward_model import Ranking
     from rlhf.models.value_head import ScalarModel
     from rlhf.training.engine import Engine
 
 
-class EncodedPair:
-    """A preference pair as token ids."""
+class EncodedPair(NamedTuple):
+    """Both sides of a pair: prompt and answer, long [length]."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: PairRow) -> None:
-        self.chosen, self.chosen_length = self._encode(tokenizer, row, row.chosen)
-        self.rejected, self.rejected_length = self._encode(tokenizer, row, row.rejected)
-        self.row = row
-        self.longest = max(len(self.chosen), len(self.rejected))
-        self.gold_gap = float("nan")
-        if row.chosen_gold is not None and row.rejected_gold is not None:
-            self.gold_gap = row.chosen_gold - row.rejected_gold
+    chosen: Tensor
+    rejected: Tensor
 
-    def as_json(self) -> dict[str, Any]:
-        """The pair as the user knows it."""
-        return {"prompt": self.row.prompt, "chosen": self.row.chosen, "rejected": self.row.rejected}
 
-    @staticmethod
-    def _encode(tokenizer: PreTrainedTokenizerBase, row: PairRow, response: str) -> tuple[Tensor, int]:
+class Pairs(Sequence[EncodedPair]):
+    """Preference pairs as token ids in a mapped file. In memory are numbers; a pair is read when it is asked
+    for."""
+
+    def __init__(
+        self,
+        rows: Sequence[PairRow],
+        ids: TokenIds,
+        max_tokens: int,
+        kept: NDArray[numpy.int32] | None = None,
+    ) -> None:
+        """Those whose sides have at most `max_tokens` tokens.
+
+        Args:
+            ids: of the rows.
+            kept: of these rows only.
+        """
+        import numpy
+
+        self._rows, self._ids, self._max_tokens = rows, ids, max_tokens
+        lengths_N2 = ids.lengths.reshape(-1, 2)  # a pair's sides follow each other
+        if kept is None:
+            kept = numpy.flatnonzero(lengths_N2.max(-1) <= max_tokens).astype("int32")
+        self._kept, self.lengths = kept, lengths_N2[kept]
+        """Tokens of the chosen and the rejected side, [pairs, 2]."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pairs: ...
+
+    def __getitem__(self, index: int | slice) -> EncodedPair | Pairs:
+        if isinstance(index, slice):
+            return Pairs(self._rows, self._ids, self._max_tokens, self._kept[index])
+        return EncodedPair(self.side(index, 0), self.side(index, 1))
+
+    def pick(self, indices: Sequence[int]) -> Pairs:
+        """Those at these places."""
+        return Pairs(self._rows, self._ids, self._max_tokens, self._kept[list(indices)])
+
+    def side(self, index: int, side: int) -> Tensor:
+        """The ids of the chosen (0) or the rejected one (1)."""
         import torch
 
-        ids, prompt_length = exchange_ids(tokenizer, row.prompt, response)
-        return torch.tensor(ids), len(ids) - prompt_length
+        return torch.from_numpy(self._ids[2 * int(self._kept[index]) + side].astype("int64"))
+
+    @property
+    def answer_lengths(self) -> NDArray[numpy.int64]:
+        """Tokens of both answers without the prompt, [pairs, 2]."""
+        found: NDArray[numpy.int64] = self._ids.lengths - self._ids.spans[:, 0]  # an answer ends its sequence
+        return found.reshape(-1, 2)[self._kept]
+
+    def gold_gaps(self) -> Iterator[float]:
+        """By how much the true reward of each chosen answer is higher; nan if it is not known."""
+        for index in self._kept:
+            row = self._rows[int(index)]
+            if row.chosen_gold is None or row.rejected_gold is None:
+                yield float("nan")
+            else:
+                yield row.chosen_gold - row.rejected_gold
+
+    def as_json(self, index: int) -> dict[str, Any]:
+        """The pair as the user knows it."""
+        row = self._rows[int(self._kept[index])]
+        return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+
+
+class BothSides(Sequence["Tensor"]):
+    """The chosen sides of pairs, then the rejected ones."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return 2 * len(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        side, place = divmod(index, len(self._pairs))
+        return self._pairs.side(place, side)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        found: list[int] = self._pairs.lengths.T.flatten().tolist()
+        return found
 
 
 def pair_step(
-    engine: Engine, batch: Sequence[EncodedPair], micro_batch_tokens: int, compute: Compute, *, center: float
+    engine: Engine, batch: Pairs, micro_batch_tokens: int, compute: Compute, *, center: float
 ) -> dict[str, float]:
-    """One optimizer step. The Bradley-Terry loss is the mean over all pairs of the batch, over all ranks."""
+    """One optimizer step. The Bradley-Terry loss is the mean over all pairs of the batch, over all ranks.
+    Each rank reads its own share of the pairs."""
     import torch
 
     from rlhf.losses.pairwise import bradley_terry_loss
 
     sums = torch.zeros(2, device=compute.device)  # loss, right rankings
-    for indices, weight, last in compute.micro_batches(
-        [2 * pair.longest for pair in batch], micro_batch_tokens
-    ):
+    lengths = (2 * batch.lengths.max(-1)).tolist()
+    for indices, weight, last in compute.micro_batches(lengths, micro_batch_tokens):
         pairs = [batch[index] for index in indices]
         score_2B = engine.model([*(p.chosen for p in pairs), *(p.rejected for p in pairs)])
         chosen_B, rejected_B = score_2B.chunk(2)
@@ -65,20 +147,14 @@ def pair_step(
     return {"loss": loss_sum, "train_accuracy": accuracy}
 
 
-def rank_pairs(
-    model: ScalarModel, pairs: Sequence[EncodedPair], micro_batch_tokens: int, compute: Compute
-) -> Ranking:
-    """Score both sides of every pair."""
+def rank_pairs(model: ScalarModel, pairs: Pairs, micro_batch_tokens: int, compute: Compute) -> Ranking:
+    """Score both sides of every pair. Each rank reads its own share of them."""
     import torch
 
     from rlhf.evaluation.reward_model import Ranking
 
-    rows = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-    chosen_B, rejected_B = model.score(rows, micro_batch_tokens, compute).chunk(2)
-    return Ranking(
-        chosen_B,
-        rejected_B,
-        torch.tensor([pair.chosen_length for pair in pairs]),
-        torch.tensor([pair.rejected_length for pair in pairs]),
-        torch.tensor([pair.gold_gap for pair in pairs]),
-    )
+    sides = BothSides(pairs)
+    chosen_B, rejected_B = model.score(sides, micro_batch_tokens, compute, sides.lengths).chunk(2)
+    chosen_length_B, rejected_length_B = torch.from_numpy(pairs.answer_lengths.astype("int64")).T
+    gold_gap_B = torch.tensor(array("f", pairs.gold_gaps()))
+    return Ranking(chosen_B, rejected_B, chosen_length_B, rejected_length_B, gold_gap_B)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from helpers.encoded import answers_of
 from helpers.gpu import OPTIM, ROWS, Reaches
 from helpers.jobs import TINY
 from helpers.models import scale
@@ -19,7 +20,7 @@ from rlhf.generation.vllm import Vllm
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
-from rlhf.supervised.answers import EncodedAnswer, answer_step
+from rlhf.supervised.answers import answer_step
 from rlhf.training.make_engine import make_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, needs_vllm]
@@ -75,7 +76,7 @@ def test_what_a_trainer_learns_arrives_twice(
     compute = vllm._compute
     optim = OPTIM.model_copy(update={"lr": 0.02})
     trainer = make_engine(ResponseModel(model), [(model.parameters(), optim)], compute)
-    rows = [EncodedAnswer(load_tokenizer(directory, TINY), row, 1000) for row in ROWS]
+    rows = answers_of(load_tokenizer(directory, TINY), ROWS)
     answers = [lists(sample(vllm, model, prompts))]
     for step in range(2):
         trainer.set_rates(step, 10)

@@ -10,13 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from helpers.encoded import answers_of
 from helpers.jobs import TINY, small_job, tiny_base, user
 from helpers.trained import trained_weights
 from rlhf.data.schema import SftRow
 from rlhf.distributed.compute import Compute, Zero, leave_group, make_compute
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
-from rlhf.supervised.answers import EncodedAnswer, answer_step
+from rlhf.supervised.answers import answer_step
 from rlhf.training.config import OptimConfig
 from rlhf.training.make_engine import make_engine
 
@@ -47,7 +48,7 @@ def go_on(model: Path, directory: Path, compute: Compute, *, steps: int) -> dict
     written; the weights."""
     base = tiny_base(model)
     tokenizer = base.load_tokenizer()
-    rows = [EncodedAnswer(tokenizer, row, 1000) for row in ROWS]
+    rows = answers_of(tokenizer, ROWS)
     job = small_job(
         "sft", directory / f"to-{steps}-{compute.device.type}", base, compute=compute,
         checkpoints=directory / "checkpoints", keep=9,

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from helpers.encoded import answers_of
 from helpers.experiments import build_stage
 from helpers.jobs import TINY, small_job, tiny_base, user
 from rlhf.data.schema import PromptRow, SftRow
@@ -80,7 +81,7 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
         reference=PolicyModel.load(sft, TINY, job.compute),
         reward=reward,
         normalizer=normalizer,
-        mix=PretrainingMix(stage.ptx, tokenizer, mix_rows, job.seed, 1024) if mix_rows else None,
+        mix=PretrainingMix(stage.ptx, answers_of(tokenizer, mix_rows, 1024), job.seed) if mix_rows else None,
         job=job,
         trained_parameters=count_parameters(policy)[0],
         mismatch_limit=stage.mismatch_limit,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from helpers.encoded import answers_of, pairs_of
 from helpers.experiments import build
 from helpers.jobs import TINY, small_job, tiny_base, user
 from helpers.spawned import each_case
@@ -27,8 +28,8 @@ from rlhf.rl.rollout import RewardRule, Rollout, make_experience
 from rlhf.stages.ppo import PpoStage
 from rlhf.stages.reward import RewardStage
 from rlhf.stages.sft import SftStage
-from rlhf.supervised.answers import EncodedAnswer, answer_losses, answer_step
-from rlhf.supervised.pairs import EncodedPair, pair_step
+from rlhf.supervised.answers import answer_losses, answer_step
+from rlhf.supervised.pairs import pair_step
 from rlhf.training.config import OptimConfig
 from rlhf.training.engine import Engine
 from rlhf.training.make_engine import make_engine
@@ -109,7 +110,7 @@ def sft(stage: Stage, job: Any) -> dict[str, float]:
     policy = load_causal_lm(job.base.directory, TINY, compute.dtype, compute.loads_on)
     engine = make_engine(ResponseModel(policy), [(policy.parameters(), stage.optim)], compute)
     engine.set_rates(0, 10)
-    rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
+    rows = answers_of(tokenizer, [SftRow(prompt(n), answer(n)) for n in (*LENGTHS, ALONE)])
     counted, budget = Gathers(engine, policy), stage.micro_batch_tokens
     figures = {"held-out loss": float(answer_losses(engine, rows[-1:], budget, compute).sum())}
     counted.check("held-out loss", passes=1, each=1)
@@ -130,7 +131,7 @@ def reward_model(stage: Stage, job: Any) -> dict[str, float]:
     model.offset.requires_grad_(False)
     engine = make_engine(model, [(model.parameters(), stage.optim)], compute)
     engine.set_rates(0, 10)
-    rows = [EncodedPair(tokenizer, PairRow(prompt(n), answer(n), answer(n // 2))) for n in (*LENGTHS, ALONE)]
+    rows = pairs_of(tokenizer, [PairRow(prompt(n), answer(n), answer(n // 2)) for n in (*LENGTHS, ALONE)])
     figures: dict[str, float] = {}
     for step, batch in enumerate((rows[:-1], rows[-1:], rows[:-1])):
         learned = pair_step(engine, batch, stage.micro_batch_tokens, compute, center=stage.center)
@@ -144,9 +145,9 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
     trainer = stage.trainer(job)
     trainer.engine.set_rates(0, 10)
     tokenizer = trainer.policy.tokenizer
-    rows = [EncodedAnswer(tokenizer, SftRow(prompt(n), answer(n)), 1000) for n in (*LENGTHS, ALONE)]
-    mixed = [SftRow(prompt(ALONE), answer(ALONE))]
-    trainer.update.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), tokenizer, mixed, 0, 1024)
+    rows = answers_of(tokenizer, [SftRow(prompt(n), answer(n)) for n in (*LENGTHS, ALONE)])
+    mixed = answers_of(tokenizer, [SftRow(prompt(ALONE), answer(ALONE))], 1024)
+    trainer.update.mix = PretrainingMix(stage.ptx.model_copy(update={"coef": 0.5}), mixed, 0)
     counted = Gathers(trainer.engine, trainer.policy.model)
     frozen = Gathers(trainer.reference.model, trainer.reference.model)
 

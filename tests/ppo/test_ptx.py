@@ -32,7 +32,7 @@ def test_the_mix_draws_from_its_own_source_where_there_is_one(
     torch.manual_seed(0)
     trainer = stage.trainer(job)
     assert trainer.update.mix is not None
-    answers = trainer.update.mix.draw().response_ids
+    answers = [row.answer for row in trainer.update.mix.draw()]
     drawn = {trainer.policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers}
     assert drawn == {row.completion for row in rows}
 

@@ -37,6 +37,7 @@ from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts
 from rlhf.rl.rollout import Rollout
+from rlhf.supervised.answers import packed
 from rlhf.training.engine import PlainEngine
 
 ANSWERS = [SftRow(user(f"Say {n}"), f"It is {n}.") for n in range(8)]
@@ -261,7 +262,7 @@ def test_the_pretraining_mix_teaches_the_answers(make: MakeTrainer) -> None:
         assert mix is not None
         drawn = mix.draw()
         with torch.no_grad():
-            batch = pack_sequences(drawn.prompt_ids, drawn.response_ids, torch.device("cpu"))
+            batch = packed(drawn, trainer.compute)
             logp_N = trainer.engine.model("policy", batch, 1.0).logp_N
             return float(mix.loss(logp_N, len(logp_N))) / trainer.config.ptx.coef
 

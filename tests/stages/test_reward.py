@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import rlhf.models.value_head
+from helpers.encoded import pairs_of
 from helpers.experiments import build_stage
 from helpers.jobs import TINY, small_job, tiny_base, user
 from rlhf.data.schema import PairRow
@@ -17,7 +18,6 @@ from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import load_tokenizer
 from rlhf.models.value_head import ScalarModel
 from rlhf.stages.reward import RewardStage
-from rlhf.supervised.pairs import EncodedPair
 
 SETTINGS = (
     "model=tiny", "reward.peft=none", "reward.optim.lr=3e-3", "reward.batch_pairs=4", "reward.epochs=2",
@@ -52,9 +52,7 @@ def test_trl_comes_to_the_same_weights(
     stage.run(job)
 
     tokenizer = load_tokenizer(tiny_model, TINY)
-    batches = shuffled_batches(
-        [EncodedPair(tokenizer, row) for row in pairs], stage.batch_pairs, stage.epochs, job.seed
-    )
+    batches = shuffled_batches(pairs_of(tokenizer, pairs), stage.batch_pairs, stage.epochs, job.seed)
     examples = [
         {"chosen_ids": each.chosen.tolist(), "rejected_ids": each.rejected.tolist()}
         for batch in batches

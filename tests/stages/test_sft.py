@@ -11,15 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from helpers.encoded import answers_of
 from helpers.jobs import TINY, user
 from helpers.stages import GENERAL, HELD_OUT, TRAIN, sft_job, sft_stage
 from rlhf.config import ConfigError
+from rlhf.data.answers import Answers
 from rlhf.data.schema import SftRow
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.pipeline.job import Job
-from rlhf.supervised.answers import EncodedAnswer, with_replay
+from rlhf.supervised.answers import with_replay
 
 
 def run_stage(directory: Path, model: Path, *overrides: str) -> Job:
@@ -55,7 +57,7 @@ def test_trl_comes_to_the_same_weights(tmp_path: Path, tiny_model: Path) -> None
     job = run_stage(tmp_path / "job", tiny_model, "sft.micro_batch_tokens=90")
 
     stage, tokenizer = sft_stage(), load_tokenizer(tiny_model, TINY)
-    rows = [EncodedAnswer(tokenizer, row, stage.max_tokens) for row in TRAIN]
+    rows = answers_of(tokenizer, TRAIN, stage.max_tokens)
     assert any(row.is_cut for row in rows)
     batches = shuffled_batches(rows, stage.batch_rows, stage.epochs, job.seed)
     assert [len(batch) for batch in batches] == [4, 4, 4, 2] * 2
@@ -130,7 +132,7 @@ def test_a_prompt_is_read_but_not_learned(tmp_path: Path, tiny_model: Path) -> N
     job = run_stage(tmp_path / "job", tiny_model, "sft.batch_rows=14", "sft.epochs=1")
     model, tokenizer = load_causal_lm(tiny_model, TINY, torch.float32), load_tokenizer(tiny_model, TINY)
     nats, tokens = 0.0, 0
-    for row in (EncodedAnswer(tokenizer, row, 80) for row in TRAIN):
+    for row in answers_of(tokenizer, TRAIN, 80):
         ids = torch.cat([row.prompt, row.answer])
         with torch.no_grad():
             logp_TV = model(ids[None]).logits[0].log_softmax(-1)
@@ -143,13 +145,13 @@ def test_a_prompt_is_read_but_not_learned(tmp_path: Path, tiny_model: Path) -> N
 
 def test_every_epoch_sees_each_row_once_in_another_order() -> None:
     rows = list(range(14))
-    batches = shuffled_batches(rows, 4, 2.0, seed=0)
+    batches = [*shuffled_batches(rows, 4, 2.0, seed=0)]
     first = [row for batch in batches[:4] for row in batch]
     second = [row for batch in batches[4:] for row in batch]
     assert sorted(first) == sorted(second) == rows
     assert first != second
-    assert shuffled_batches(rows, 4, 2.0, seed=0) == batches
-    assert shuffled_batches(rows, 4, 2.0, seed=1) != batches
+    assert [*shuffled_batches(rows, 4, 2.0, seed=0)] == batches
+    assert [*shuffled_batches(rows, 4, 2.0, seed=1)] != batches
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.25, 1), (0.5, 2), (1.0, 4), (1.3, 6), (2.0, 8)])
@@ -157,7 +159,7 @@ def test_a_part_of_an_epoch_is_a_part_of_its_batches(epochs: float, steps: int) 
     rows = list(range(14))
     batches = shuffled_batches(rows, 4, epochs, seed=0)
     assert len(batches) == steps
-    assert batches == shuffled_batches(rows, 4, 2.0, seed=0)[:steps]
+    assert [*batches] == shuffled_batches(rows, 4, 2.0, seed=0)[:steps]
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.1, 55), (1.11, 56), (1e-9, 1)])  # 1.1 x 50 > 55 in floats
@@ -165,8 +167,8 @@ def test_a_part_of_an_epoch_is_as_it_is_written(epochs: float, steps: int) -> No
     assert len(shuffled_batches(list(range(50)), 1, epochs, seed=0)) == steps
 
 
-def encoded(directory: Path, rows: list[SftRow]) -> list[EncodedAnswer]:
-    return [EncodedAnswer(load_tokenizer(directory, TINY), row, 80) for row in rows]
+def encoded(directory: Path, rows: list[SftRow]) -> Answers:
+    return answers_of(load_tokenizer(directory, TINY), rows, 80)
 
 
 REPLAY = "sft.replay=samples:retention_sentences"
@@ -175,23 +177,24 @@ REPLAY = "sft.replay=samples:retention_sentences"
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 0.75])
 def test_replay_is_its_share_of_the_learned_tokens(tiny_model: Path, fraction: float) -> None:
     task, general = encoded(tiny_model, TRAIN), encoded(tiny_model, GENERAL)
-    batches = shuffled_batches(task, 4, 2.0, seed=0)
-    mixed = with_replay(batches, general, fraction, seed=0)
+    both, batches = Answers.joined(task, general), shuffled_batches(range(len(task)), 4, 2.0, seed=0)
+    mixed = with_replay(batches, task, general, fraction, seed=0)
     longest = max(len(row.answer) for row in general)
     learned = replayed = 0
     for batch, own in zip(mixed, batches, strict=True):
         assert batch[: len(own)] == own  # the task is learned as without replay
-        assert all(row in general for row in batch[len(own) :])
-        learned += sum(len(row.answer) for row in batch)
-        replayed += sum(len(row.answer) for row in batch[len(own) :])
+        assert min(batch[len(own) :], default=len(task)) >= len(task)
+        learned += sum(len(both[index].answer) for index in batch)
+        replayed += sum(len(both[index].answer) for index in batch[len(own) :])
         assert 0 <= replayed - fraction * learned < longest
-    order = [general.index(row) for batch in mixed for row in batch if row in general]
+    order = [index - len(task) for batch in mixed for index in batch if index >= len(task)]
     passes = [order[start : start + 6] for start in range(0, len(order) - 5, 6)]
     assert all(sorted(each) == list(range(6)) for each in passes)  # none comes again before all have come
-    assert with_replay(batches, general, fraction, seed=0) == mixed  # so that a resumed run is the same run
+    again = with_replay(batches, task, general, fraction, seed=0)
+    assert [*again] == [*mixed]  # so that a resumed run is the same run
     if fraction == 0.75:
         assert len({tuple(each) for each in passes}) > 1
-        assert with_replay(batches, general, fraction, seed=1) != mixed
+        assert [*with_replay(batches, task, general, fraction, seed=1)] != [*mixed]
 
 
 def test_what_is_replayed_is_learned(tmp_path: Path, tiny_model: Path) -> None:
@@ -216,17 +219,18 @@ def test_what_is_replayed_is_learned(tmp_path: Path, tiny_model: Path) -> None:
     assert logged(jobs["0.5"], "tokens")[0] > logged(jobs["0"], "tokens")[0]
 
 
-def test_replay_needs_something_to_replay(tiny_model: Path) -> None:
+def test_replay_needs_something_to_replay(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"replay_fraction=0\.2 needs sft\.replay, a source of general data"
     ):
         sft_stage("sft.replay_fraction=0.2")
     stage = sft_stage(REPLAY, "sft.replay_fraction=0.2")
-    too_long = [SftRow(user("x" * 90), "never read")]
-    with pytest.raises(ConfigError, match=r"sft\.replay=general\.txt: no row .* sft\.max_tokens=80"):
-        stage.encoded(
-            load_tokenizer(tiny_model, TINY), too_long, stage.max_tokens, "sft.replay=general.txt: no row"
-        )
+    job = sft_job(tmp_path / "job", tiny_model)
+    job.data.write("replay", "train", [SftRow(user("x" * 90), "never read")])
+    with pytest.raises(
+        ConfigError, match=r"sft\.replay=samples:retention_sentences: no row .* sft\.max_tokens=80"
+    ):
+        stage.run(job)
     assert sft_stage(REPLAY).datasets() == ("sft",)
     assert stage.datasets() == ("sft", "replay")
 

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from helpers.chains import Chain
+from helpers.encoded import answers_of
 from helpers.jobs import TINY
 from helpers.stages import sft_job, sft_stage
-from rlhf.data.chat_template import CHATML, PLAIN, TurnsApartError
+from rlhf.data.answers import EncodedAnswer
+from rlhf.data.chat_template import CHATML, PLAIN, TurnsApartError, conversation_ids
 from rlhf.data.formats import sft_row
 from rlhf.data.schema import Message, SftRow, each_turn
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
-from rlhf.supervised.answers import EncodedAnswer, answer_losses, answer_step
+from rlhf.supervised.answers import answer_losses, answer_step
 from rlhf.training.engine import PlainEngine
 
 
@@ -42,6 +44,11 @@ SPACED = (
 )
 
 
+def encoded(words: Any, row: SftRow, max_tokens: int = 1000) -> EncodedAnswer:
+    (found,) = answers_of(words, [row], max_tokens)
+    return found
+
+
 def tokenizer(directory: Path, template: str) -> Any:
     found = load_tokenizer(directory, TINY)
     found.chat_template = template
@@ -51,24 +58,24 @@ def tokenizer(directory: Path, template: str) -> Any:
 @pytest.mark.parametrize("template", [CHATML, PLAIN, SPACED])
 def test_what_is_learned_is_each_answer_and_its_end(tiny_model: Path, template: str) -> None:
     words = tokenizer(tiny_model, template)
-    row = EncodedAnswer(words, CONVERSATION, 1000)
+    row = encoded(words, CONVERSATION)
     learned = words.decode(row.answer[row.mask])
     assert learned == "".join(f"{answer}<|im_end|>" for answer in ANSWERS)
     assert row.learned == len(words(learned)["input_ids"])
     whole = words.decode(torch.cat([row.prompt, row.answer]))
     assert whole.count("Where is the cat?") == whole.count("Thanks.") == 1
     for turn in each_turn(CONVERSATION):  # each stands behind what it is sampled after
-        alone = EncodedAnswer(words, turn, 1000)
+        alone = encoded(words, turn)
         ids = torch.cat([alone.prompt, alone.answer])
         assert torch.equal(torch.cat([row.prompt, row.answer])[: len(ids)], ids)
 
 
 def test_a_cut_conversation_keeps_its_first_answers(tiny_model: Path) -> None:
     words = tokenizer(tiny_model, CHATML)
-    whole = EncodedAnswer(words, CONVERSATION, 1000)
-    cut = EncodedAnswer(words, CONVERSATION, len(whole.prompt) + 5)
+    whole = encoded(words, CONVERSATION)
+    cut = encoded(words, CONVERSATION, len(whole.prompt) + 5)
     assert (cut.is_cut, cut.learned, len(cut)) == (True, 5, len(whole.prompt) + 5)
-    assert EncodedAnswer(words, CONVERSATION, len(whole.prompt)).learned == 0
+    assert not answers_of(words, [CONVERSATION], len(whole.prompt))
 
 
 def test_one_sequence_teaches_what_its_turns_teach_apart(tiny_model: Path, tmp_path: Path) -> None:
@@ -79,22 +86,25 @@ def test_one_sequence_teaches_what_its_turns_teach_apart(tiny_model: Path, tmp_p
         model = load_causal_lm(tiny_model, TINY, torch.float32)
         job = sft_job(tmp_path / str(len(rows)), tiny_model)
         engine = PlainEngine(ResponseModel(model), [(model.parameters(), stage.optim)], job.compute)
-        encoded = [EncodedAnswer(words, row, 1000) for row in rows]
-        losses_B = answer_losses(engine, encoded, stage.micro_batch_tokens, job.compute)
-        step = answer_step(engine, encoded, stage.micro_batch_tokens, job.compute)
+        answers = answers_of(words, rows)
+        losses_B = answer_losses(engine, answers, stage.micro_batch_tokens, job.compute)
+        step = answer_step(engine, answers, stage.micro_batch_tokens, job.compute)
         found.append((float(losses_B.sum()), step["loss"], step["tokens"], engine.grad_norms[0]))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_template_that_forgets_thinking_has_its_turns_apart(tiny_model: Path) -> None:
-    words, stage = tokenizer(tiny_model, FORGETFUL), sft_stage("stage=sft")
+    words = tokenizer(tiny_model, FORGETFUL)
     with pytest.raises(TurnsApartError):
-        EncodedAnswer(words, CONVERSATION, 1000)
-    found = stage.encoded(words, [CONVERSATION], 1000, "none")
+        conversation_ids(words, CONVERSATION.prompt, CONVERSATION.completion, CONVERSATION.turns)
+    found = answers_of(words, [CONVERSATION])
     assert [words.decode(row.answer) for row in found] == [f"{answer}<|im_end|>" for answer in ANSWERS]
     assert "look" not in words.decode(found[1].prompt)
-    assert {id(row.conversation) for row in found} == {id(found[0].conversation)}
-    (last,) = sft_stage("stage=sft", "sft.turns=last").encoded(words, [CONVERSATION], 1000, "none")
+    assert [found.as_json(index) for index in range(3)] == [
+        {"prompt": turn.prompt, "completion": turn.completion} for turn in each_turn(CONVERSATION)
+    ]
+    assert (found.num_rows, found.num_apart) == (1, 1)
+    (last,) = answers_of(words, [CONVERSATION], all_turns=False)
     assert words.decode(last.answer) == "You are welcome.<|im_end|>"
 
 
