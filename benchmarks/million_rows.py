@@ -1,0 +1,217 @@
+"""A million rows: what `prepare` takes beside the tokenizer alone, and what a rank keeps of them in memory.
+
+    python benchmarks/million_rows.py --rows 100000
+    python benchmarks/million_rows.py --rows 300 --model tiny      # does it run?
+
+Answers of about 500 tokens, of words from the packaged samples, the same for each number of rows. `prepare`
+reads them as sft.data, and takes their prompts for ppo.prompts and evaluate.prompts. Pairs (`--pairs`, none
+by default) are as long on each side. Then the tokenizer alone encodes the same texts with all of its threads,
+and with as many processes as there are cores. Then two processes read the result as two ranks of the stages
+do:
+
+    sft       one epoch's batches, in each the rank's share
+    reward    the same of the pairs
+    ppo       the prompts of as many steps as fit once
+
+Memory is the peak of anonymous memory: of `prepare` with its processes (Pss_Anon, asked every 0.2 s), and of
+a rank above what it has with its libraries loaded (RssAnon, every 5 ms). Pages of mapped files are not in it:
+the system shares them between processes, and takes them back when memory runs short.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+from look import new_console
+from rich.table import Table
+from sharded_memory import MIB, PrivateMemory
+
+from rlhf.data.answers import Answers
+from rlhf.data.cores import on_all_cores
+from rlhf.data.prepared import PreparedData
+from rlhf.data.tokens import TokenIds, in_pieces
+from rlhf.distributed.batching import shuffled_batches
+from rlhf.distributed.compute import Compute
+from rlhf.models.base import ModelConfig, load_tokenizer
+from rlhf.ppo.trainer import prompt_batches
+from rlhf.supervised.pairs import Pairs
+
+SAMPLES = Path(__file__).parents[1] / "data"
+TOKENS = 500
+BATCH, MAX_TOKENS, MICRO_BATCH_TOKENS = 64, 1024, 8192
+TEXTS_AT_ONCE = 10_000
+"""That the tokenizer's own threads encode together."""
+
+
+def words() -> list[str]:
+    """Of the packaged instructions, in their order."""
+    lines = (SAMPLES / "instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [word for line in lines for value in json.loads(line).values() for word in str(value).split()]
+
+
+def write_rows(path: Path, rows: int, sides: Sequence[str], words_per_row: int) -> None:
+    """Rows with a prompt and these answers; each text has half of the row's words."""
+    draw, known = random.Random(0), words()
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            texts = [" ".join(draw.choices(known, k=words_per_row // 2)) for _ in ("prompt", *sides)]
+            row = dict(zip(("prompt", *sides), texts, strict=True))
+            row["prompt"] = f"{number}: {row['prompt']}"
+            file.write(json.dumps(row) + "\n")
+
+
+def anonymous_bytes(process: psutil.Process) -> int:
+    """Of a process and those that it started."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            lines = Path(f"/proc/{each.pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon"))
+    return total
+
+
+def prepare(folder: Path, model: str, with_pairs: bool) -> dict[str, float]:
+    """Run the stage in a process of its own, after one that makes the base model and reads two rows."""
+    command = [
+        sys.executable, "-m", "rlhf", "stage=prepare", f"model={model}", "device=cpu", "ppo.prompts=sft.data",
+        "evaluate.prompts=sft.data", f"runs_dir={folder}/runs", f"store_dir={folder}/store",
+        *([f"reward.pairs={folder}/pairs.jsonl"] if with_pairs else []),
+    ]  # fmt: skip
+    found: dict[str, float] = {}
+    for name, source in (("few", f"{{path: {folder}/sft.jsonl, limit: 20}}"), ("all", f"{folder}/sft.jsonl")):
+        start, peak = time.monotonic(), 0
+        started = subprocess.Popen([*command, f"run_name={name}", f"sft.data={source}"], cwd=folder)
+        process = psutil.Process(started.pid)
+        while started.poll() is None:
+            peak = max(peak, anonymous_bytes(process))
+            time.sleep(0.2)
+        if started.returncode:
+            sys.exit("`prepare` failed: see above.")
+        found |= {f"{name}: seconds": time.monotonic() - start, f"{name}: peak MiB": peak / MIB}
+    return found
+
+
+def texts_of(data: PreparedData) -> Iterator[str]:
+    """The texts that `prepare` encodes, as the chat template renders them, once each."""
+    for role, split in (("sft", "train"), ("sft", "held_out"), ("pairs", "train"), ("pairs", "held_out")):
+        for row in data.rows(role, split):
+            (prompt, *_), *_ = row.exchanges()
+            yield prompt[0]["content"]
+            yield from (answer for _, answer in row.exchanges())
+
+
+def tokenizer_alone(tokenizer: Any, data: PreparedData) -> dict[str, float]:
+    """Seconds of encoding, without reading: by the tokenizer's threads, and by a process for each core."""
+    threads, tokens, found = 0.0, 0, texts_of(data)
+    while texts := list(islice(found, TEXTS_AT_ONCE)):
+        start = time.monotonic()
+        encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        threads += time.monotonic() - start
+        tokens += sum(map(len, encoded))
+
+    def encode(texts: Sequence[str]) -> int:
+        rows = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return sum(map(len, rows))
+
+    start = time.monotonic()
+    same = sum(on_all_cores(encode, in_pieces(texts_of(data))))
+    assert same == tokens
+    return {"threads: seconds": threads, "processes: seconds": time.monotonic() - start, "tokens": tokens}
+
+
+def be_a_rank(rank: int, artifact: Path, results: Any) -> None:
+    """Read as the stages do; put (rank, peaks in MiB) into the queue."""
+    import pyarrow.compute  # noqa: F401 - a library that an idle rank has loaded
+    import torch
+
+    torch.set_num_threads(1)
+    compute, data = Compute("cpu", "float32", rank=rank, world_size=2), PreparedData(artifact)
+    memory = PrivateMemory()
+    with memory.phase("sft"):
+        rows, ids = data.rows("sft", "train"), TokenIds(data.tokens_path("sft", "train"))
+        answers = Answers.of(rows, ids, MAX_TOKENS, all_turns=True)
+        for batch in shuffled_batches(range(len(answers)), BATCH, 1, seed=0):
+            part = answers.pick(batch)
+            for indices, _, _ in compute.micro_batches(part.lengths.tolist(), MICRO_BATCH_TOKENS):
+                assert all(len(part[index]) <= MAX_TOKENS for index in indices)
+    with memory.phase("reward"):
+        pairs = Pairs(data.rows("pairs", "train"), TokenIds(data.tokens_path("pairs", "train")), MAX_TOKENS)
+        for batch in shuffled_batches(range(len(pairs)), BATCH, 1, seed=0):
+            some = pairs.pick(batch)
+            for indices, _, _ in compute.micro_batches(some.lengths.max(-1).tolist(), MICRO_BATCH_TOKENS):
+                assert all(len(some[index].chosen) <= MAX_TOKENS for index in indices)
+    with memory.phase("ppo"):
+        prompts = data.rows("ppo", "train")
+        for asked in prompt_batches(prompts, BATCH, max(1, len(prompts) // BATCH), seed=0):
+            assert all(row.prompt for row in asked)
+    results.put((rank, memory.peaks))
+
+
+def on_two_ranks(artifact: Path) -> list[dict[str, float]]:
+    """The peaks of each rank."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [context.Process(target=be_a_rank, args=(rank, artifact, results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    found = dict(results.get(timeout=3600) for _ in ranks)
+    for rank in ranks:
+        rank.join()
+    return [found[rank] for rank in range(2)]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--model", choices=("embedded", "tiny"), default="embedded")
+    parser.add_argument("--scratch", type=Path, help="a directory on a disk with room: 10 GB for a million")
+    options = parser.parse_args(arguments)
+    console = new_console()
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        per_row = 60 if options.model == "tiny" else 370  # a byte is a token; or 1.35 tokens to a word
+        write_rows(folder / "sft.jsonl", options.rows, ["completion"], per_row)
+        write_rows(folder / "pairs.jsonl", options.pairs, ["chosen", "rejected"], per_row)
+        found: dict[str, Any] = prepare(folder, options.model, options.pairs > 0)
+        artifact = folder / "runs" / "all" / "artifacts" / "prepare"
+        (base,) = (folder / "store" / "base").glob("[!.]*")
+        tokenizer = load_tokenizer(base, ModelConfig(kind=options.model))
+        found |= tokenizer_alone(tokenizer, PreparedData(artifact))
+        ranks = on_two_ranks(artifact)
+    cores = len(os.sched_getaffinity(0))
+    table = Table(
+        "what", "", title=f"{options.rows} rows, {options.pairs} pairs, {found['tokens'] / 1e6:.1f}M tokens, "
+        f"{cores} cores"
+    )  # fmt: skip
+    table.add_row("prepare, seconds", f"{found['all: seconds']:.0f}")
+    table.add_row("prepare of 20 rows, seconds", f"{found['few: seconds']:.0f}")
+    table.add_row("tokenizer alone, its own threads, seconds", f"{found['threads: seconds']:.0f}")
+    table.add_row("tokenizer alone, processes, seconds", f"{found['processes: seconds']:.0f}")
+    table.add_row("prepare's peak, all its processes, MiB", f"{found['all: peak MiB']:.0f}")
+    table.add_row("prepare's peak for 20 rows, MiB", f"{found['few: peak MiB']:.0f}")
+    for rank, peaks in enumerate(ranks):
+        for phase, peak in peaks.items():
+            table.add_row(f"rank {rank} above an idle one, {phase}, MiB", f"{peak:.0f}")
+    console.print(table)
+    return found | {"ranks": ranks}
+
+
+if __name__ == "__main__":
+    main()
