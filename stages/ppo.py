@@ -220,8 +220,8 @@ class PpoStage(PpoConfig, Stage):
             )
         if self.frozen_placement == "sharded" and compute.zero == "none":
             raise ConfigError(
-                "ppo.frozen_placement=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, zero3 "
-                "or fsdp2, or use ppo.frozen_placement=replicated."
+                "ppo.frozen_placement=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, "
+                "zero3, fsdp2 or hsdp, or use ppo.frozen_placement=replicated."
             )
         if self.frozen_placement != "offloaded":
             return

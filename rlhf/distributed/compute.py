@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
+Zero = Literal["none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp"]
 LOOPBACK = "lo"
 """The network interface that leads nowhere else."""
 TURN_SECONDS = 1.0
@@ -67,6 +67,8 @@ class Compute:
     zero: Zero = "none"
     rank: int = 0
     world_size: int = 1
+    node_ranks: int = 1
+    """Ranks on each node. Those of a node follow each other."""
     position: dict[str, Any] = field(default_factory=dict)
     """Where this rank is (stage and step), and how often it has `moved`. It shows which rank hangs."""
 
@@ -93,7 +95,32 @@ class Compute:
     @property
     def shards_weights(self) -> bool:
         """Whether the weights are sharded, so that no rank has the whole model."""
-        return self.zero in ("zero3", "zero3_offload", "fsdp2")
+        return self.zero in ("zero3", "zero3_offload") or self.uses_fsdp
+
+    @property
+    def uses_fsdp(self) -> bool:
+        """Whether torch's FSDP2 shards, instead of DeepSpeed."""
+        return self.zero in ("fsdp2", "hsdp")
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks that hold a model together: with hsdp those of a node, otherwise all."""
+        return self.node_ranks if self.zero == "hsdp" else self.world_size
+
+    @property
+    def shard(self) -> int:
+        """Which of these ranks this one is."""
+        return self.rank % self.num_shards
+
+    @property
+    def num_replicas(self) -> int:
+        """Groups of ranks that each hold a model together: with hsdp one a node, otherwise one."""
+        return self.world_size // self.num_shards
+
+    @property
+    def replica(self) -> int:
+        """Which of these groups this rank is in."""
+        return self.rank // self.num_shards
 
     @property
     def loads_on(self) -> torch.device:
@@ -292,9 +319,40 @@ def make_compute(
     name, reason = (precision, "as configured") if precision != "auto" else choose_precision(found)
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[name]
     ranks = f", {world_size} ranks" if world_size > 1 else ""
+    node_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1
+    if zero == "hsdp":
+        check_nodes(rank, world_size, node_ranks)
     sharding = f", {zero}" if zero != "none" else ""
+    if zero == "hsdp" and node_ranks == world_size:
+        sharding += " (on one node it is fsdp2)"
     kind = found.partition(":")[0]
-    return Compute(found, dtype, zero, rank, world_size), f"{name} on {kind} ({reason}){ranks}{sharding}"
+    compute = Compute(found, dtype, zero, rank, world_size, node_ranks)
+    return compute, f"{name} on {kind} ({reason}){ranks}{sharding}"
+
+
+def check_nodes(rank: int, world_size: int, node_ranks: int) -> None:
+    """Refuse nodes with different numbers of ranks, or whose ranks do not follow each other.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    if world_size == 1:
+        return
+    from torch import distributed
+
+    nodes: list[tuple[int, int]] = [(0, 0)] * world_size
+    distributed.all_gather_object(nodes, (node_ranks, int(os.environ.get("LOCAL_RANK", rank % node_ranks))))
+    numbers = sorted({number for number, _ in nodes})
+    if len(numbers) > 1 or world_size % node_ranks:
+        raise ConfigError(
+            f"zero=hsdp: nodes have {' and '.join(map(str, numbers))} ranks, and each node must hold a whole "
+            "model in equal shares. Start equally many ranks on every node, or use zero=fsdp2."
+        )
+    if any(place != index % node_ranks for index, (_, place) in enumerate(nodes)):
+        raise ConfigError(
+            "zero=hsdp: the ranks of a node do not follow each other. Start them in blocks (srun "
+            "--distribution=block), or use zero=fsdp2."
+        )
 
 
 def _joined(on_cpu: bool, rank: int, world_size: int, zero: Zero, timeout: float) -> str:

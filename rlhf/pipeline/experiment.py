@@ -72,7 +72,8 @@ class Settings(Strict):
     fp16 is refused, because it would need loss scaling."""
     zero: Zero
     """What DeepSpeed shards over the ranks: nothing, the optimizer (1), also gradients (2), also weights (3).
-    fsdp2 is torch's own and shards all three."""
+    fsdp2 is torch's own and shards all three. hsdp does so over the ranks of a node, and each node has a
+    whole model."""
     generation: Literal["auto", "local", "vllm"]
     """What samples responses: the trained model itself, or vLLM with a copy of its weights. auto uses vLLM on
     a GPU, if it is installed and can run every model of the run."""

@@ -128,7 +128,7 @@ def shared_backbone(
 
 def shard(reference: PolicyModel, reward: Reward, compute: Compute) -> None:
     """Shard the reference and reward model over the ranks."""
-    if compute.zero == "fsdp2":
+    if compute.uses_fsdp:
         from rlhf.training.fsdp import shard_frozen
     else:
         from rlhf.training.deepspeed import shard_frozen

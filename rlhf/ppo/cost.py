@@ -93,7 +93,7 @@ def ppo_cost(
             beside=beside,
         )  # fmt: skip
 
-    both = once or on.zero not in ("none", "fsdp2")
+    both = once or on.zero not in ("none", "fsdp2", "hsdp")
     kept = graph(on, critic.shape) if both else max(graph(on), graph(critic), key=lambda part: part.size)
     rows = decoded_rows(config, on, max(batch, config.evaluate_prompts))
     decoding = sampling(
@@ -145,7 +145,7 @@ def mixed(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocat
         return
     lengths = mix_lengths(config, on)
     tokens = on.pass_tokens(config.ptx.rows, lengths, config.micro_batch_tokens)
-    if on.zero not in ("none", "fsdp2"):
+    if on.zero not in ("none", "fsdp2", "hsdp"):
         tokens = max(tokens, config.ptx.rows / on.ranks * lengths.mean)
     elif not once:
         length = joined(on.sizes("ppo", "train"), exactly(config.max_new_tokens))

@@ -155,7 +155,11 @@ class ZeroEngine(Engine):
         )  # fmt: skip
 
     def load(self, directory: Path) -> None:
-        """Restore this rank's partition. From another number of ranks this needs a universal checkpoint."""
+        """Restore this rank's partition. From another number of ranks this needs a universal checkpoint.
+
+        Rank 0 makes it. It holds one old rank's share at a time, and the disk twice the optimizer's state
+        more.
+        """
         tag = TAG
         if self._universal:
             self.compute.main_only(lambda: to_universal(directory))

@@ -2,19 +2,22 @@
 
 Zhao et al. 2023 (arXiv:2304.11277). `fully_shard` splits each parameter by its first dimension. A layer is a
 unit: its weights are gathered when it runs, and freed after it.
+
+With `zero=hsdp` the ranks of a node shard (`Compute.shard` of `num_shards`), and each node has a replica.
+Gradients are averaged over the ranks that shard, then over the replicas. Replicas stay equal, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -43,7 +46,7 @@ class FsdpEngine(Engine):
                 parameter_group([next(masters) for _ in group], config)
                 for group, (_, config) in zip(names, groups, strict=True)
             ],
-            compute.global_sum,
+            lambda values: compute.global_sum(values) / compute.num_replicas,  # each shard counts once
         )
 
     def _param_groups(self) -> list[dict[str, Any]]:
@@ -116,51 +119,42 @@ class FsdpEngine(Engine):
         return parameter.full_tensor().detach()
 
     def save(self, directory: Path) -> None:
-        """Write this rank's masters and moments to its own file."""
+        """Write this rank's masters and moments to its own file. Other replicas have the same."""
+        if self.compute.replica:
+            return
         states = [
             {"master": master.detach(), **self._optimizer.state.get(master, {})} for master in self._masters
         ]
-        rank = self.compute.rank
-        torch.save({"shards": states, "skipped": self.skipped_steps}, directory / f"fsdp-{rank:05d}.pt")
+        file = directory / f"fsdp-{self.compute.shard:05d}.pt"
+        torch.save({"shards": states, "skipped": self.skipped_steps}, file)
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Read this rank's file. If another number of ranks wrote the files, read this rank's part from all
-        of them."""
-        files = sorted(directory.glob("fsdp-*.pt"))
-        if len(files) == self.compute.world_size:
-            files = [files[self.compute.rank]]
-        saved = [torch.load(file, weights_only=True, mmap=True, map_location="cpu") for file in files]
-        for index, master in enumerate(self._masters):
-            state = self._part([each["shards"][index] for each in saved], master)
-            master.copy_(state.pop("master"))
+        """Read this rank's rows of each state from the files, which are mapped. Any number of ranks may have
+        written them."""
+        saved = [
+            torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+            for file in sorted(directory.glob("fsdp-*.pt"))
+        ]
+        for index, (master, parameter) in enumerate(zip(self._masters, self._parameters, strict=True)):
+            pieces = [each["shards"][index] for each in saved]
+            start, _ = _rows(len(parameter), self.compute)
+            copy_rows(master.data, [each.pop("master") for each in pieces], start)
+            state = {name: value.clone() for name, value in pieces[0].items() if name == "step"}
+            for name in pieces[0].keys() - state.keys():
+                state[name] = torch.empty_like(master)
+                copy_rows(state[name], [each[name] for each in pieces], start)
             if state:
                 self._optimizer.state[master] = state
         self.skipped_steps = saved[0]["skipped"]
         self._reshard()
         self._round()
 
-    def _part(self, pieces: Sequence[Mapping[str, Tensor]], master: Tensor) -> dict[str, Tensor]:
-        """This rank's part of one parameter's state. `pieces`: by old rank, split along the first
-        dimension."""
-        state = {}
-        for name, first in pieces[0].items():
-            if name == "step":
-                state[name] = first.clone()
-                continue
-            value = torch.cat([piece[name] for piece in pieces]) if len(pieces) > 1 else first
-            if len(pieces) > 1:
-                rows = math.ceil(len(value) / self.compute.world_size)  # as torch.chunk, which FSDP2 follows
-                value = value[self.compute.rank * rows :][:rows]
-            assert value.shape == master.shape, f"{value.shape} for a shard of {master.shape}"
-            state[name] = value.to(master.device, copy=True)
-        return state
-
     @torch.no_grad()
     def _round(self) -> None:
         for parameter, shard, master in zip(self._parameters, self._shards, self._masters, strict=True):
-            rows = math.ceil(len(parameter) / self.compute.world_size)  # as torch.chunk, which FSDP2 follows
-            round_into(shard, master, self.compute.rank * rows * (parameter.numel() // len(parameter)))
+            start, _ = _rows(len(parameter), self.compute)
+            round_into(shard, master, start * (parameter.numel() // len(parameter)))
 
     def _reshard(self) -> None:
         """Free gathered copies. A root keeps its own after a forward pass without gradients."""
@@ -178,7 +172,7 @@ def _names(model: nn.Module, groups: Groups) -> list[list[str]]:
 def _shard_for_training(model: nn.Module, compute: Compute) -> list[FSDPModule]:
     """Each layer is a unit, an fp32 head is another, and the rest is one. All parameters of a unit have one
     dtype."""
-    mesh = init_device_mesh(compute.device.type, (compute.world_size,))
+    mesh = _mesh(compute)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = _layers(model)
     within = {module for layer in layers for module in layer.modules()}
@@ -199,7 +193,7 @@ def _shard_for_training(model: nn.Module, compute: Compute) -> list[FSDPModule]:
 
 def shard_frozen(model: nn.Module, compute: Compute) -> None:
     """Shard the layers of a model that does not train. After that all ranks must call it equally often."""
-    mesh = init_device_mesh(compute.device.type, (compute.world_size,))
+    mesh = _mesh(compute)
     for layer in _layers(model):
         with _slices_read(layer, compute):
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -225,8 +219,36 @@ def _slices_read(module: nn.Module, compute: Compute) -> Iterator[None]:
     module._apply(lambda each: torch.empty_like(each, device=compute.device) if each.is_meta else each)
     for name, parameter in module.named_parameters():
         shard, source = _local(parameter.detach()), whole.pop(name)
-        rows = math.ceil(len(source) / compute.world_size)  # as torch.chunk, which FSDP2 follows
-        shard.copy_(source[compute.rank * rows :][:rows])
+        start, rows = _rows(len(source), compute)
+        shard.copy_(source[start:][:rows])
+
+
+def _mesh(compute: Compute) -> DeviceMesh:
+    """The ranks that shard; with several replicas the second of two dimensions."""
+    if compute.num_replicas == 1:
+        return init_device_mesh(compute.device.type, (compute.world_size,))
+    shape, names = (compute.num_replicas, compute.num_shards), ("replicate", "shard")
+    return init_device_mesh(compute.device.type, shape, mesh_dim_names=names)
+
+
+def _rows(length: int, compute: Compute) -> tuple[int, int]:
+    """Where this rank's rows of a weight begin, and how many they are at most: as torch.chunk, which FSDP2
+    follows."""
+    rows = math.ceil(length / compute.num_shards)
+    return compute.shard * rows, rows
+
+
+def copy_rows(target: Tensor, pieces: Sequence[Tensor], start: int) -> None:
+    """Fill a tensor with the rows from `start` on of what the pieces are end to end. No other rows are
+    read."""
+    offset, copied = 0, 0
+    for piece in pieces:
+        first, last = max(start, offset), min(start + len(target), offset + len(piece))
+        if first < last:
+            target[first - start : last - start] = piece[first - offset : last - offset]
+            copied += last - first
+        offset += len(piece)
+    assert copied == len(target), f"{copied} of {len(target)} rows from {start} on"
 
 
 def _local(tensor: Tensor) -> Tensor:

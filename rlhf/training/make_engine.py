@@ -38,7 +38,7 @@ def make_engine(
         )
     if compute.zero == "none":
         return PlainEngine(model, groups, compute)
-    if compute.zero == "fsdp2":
+    if compute.uses_fsdp:
         from rlhf.training.fsdp import FsdpEngine
 
         return FsdpEngine(model, groups, compute)

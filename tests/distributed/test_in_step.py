@@ -51,7 +51,9 @@ def test_uneven_rows_give_what_one_rank_computes(ranks: int, models: Path, tmp_p
             assert weights == pytest.approx(decayed["none"], rel=1e-5), zero
         total = torch.tensor(1 + (ranks - 1) / 512)
         in_fp32 = dict.fromkeys(sums, 8 * float(total))
-        in_fp32 |= dict.fromkeys(("zero1", "fsdp2"), 8 * float(total.bfloat16()))  # rounded behind the sum
+        in_fp32 |= dict.fromkeys(
+            ("zero1", "fsdp2", "hsdp"), 8 * float(total.bfloat16())
+        )  # rounded behind the sum
         assert sums == pytest.approx(in_fp32, rel=1e-6)
         assert list(cases) == CASES
         for case, figures in cases.items():

@@ -203,8 +203,8 @@ def norms_of_sums(compute: Compute) -> dict[str, float]:
     bf16 holds each of both, and not their sum.
     """
     norms = {}
-    for zero in ("none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"):
-        here = replace(compute, zero=zero, dtype_name="bfloat16")
+    for zero in ("none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp"):
+        here = replace(compute, zero=zero, dtype_name="bfloat16", node_ranks=2)
         model = Slope()
         engine = make_engine(model, [(model.parameters(), OPTIM)], here)
         engine.set_rates(0, 1)
@@ -237,9 +237,9 @@ def decayed(compute: Compute, scratch: Path) -> dict[str, dict[str, float]]:
     """By engine, what each weight is after steps with a large decay: a sum in which every place counts."""
     found = {}
     optim = OPTIM.model_copy(update={"weight_decay": 0.5, "max_grad_norm": 1.0})
-    for zero in ("none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"):
+    for zero in ("none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp"):
         model = Layers()
-        engine = make_engine(model, [(model.parameters(), optim)], replace(compute, zero=zero))
+        engine = make_engine(model, [(model.parameters(), optim)], replace(compute, zero=zero, node_ranks=2))
         for step in range(3):
             engine.set_rates(step, 4)
             engine.backward(engine.model(torch.arange(7.0) + compute.rank), last=True)

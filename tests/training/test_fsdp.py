@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from helpers.trained import trained_weights
 from rlhf.distributed.compute import Compute
 from rlhf.training.config import OptimConfig
-from rlhf.training.fsdp import FsdpEngine
+from rlhf.training.fsdp import FsdpEngine, copy_rows
 from rlhf.training.optimizer import parameter_group
 
 RATES = (0.1, 0.4)
@@ -107,3 +107,21 @@ def test_the_whole_weights_are_gone_before_the_masters_are_made(
     }
     FsdpEngine(model, [(model.parameters(), OptimConfig.model_validate(settings))], compute)
     assert left == [0]
+
+
+@pytest.mark.parametrize(("ranks", "now"), [(2, 3), (4, 2), (3, 1), (1, 4)])
+def test_another_number_of_ranks_finds_its_rows_in_the_old_pieces(ranks: int, now: int) -> None:
+    whole = torch.arange(14.0).view(7, 2)
+    pieces = [whole[each * math.ceil(7 / ranks) :][: math.ceil(7 / ranks)] for each in range(ranks)]
+    found = []
+    for rank in range(now):
+        start = rank * math.ceil(7 / now)
+        target = torch.full((max(0, min(math.ceil(7 / now), 7 - start)), 2), math.nan)
+        copy_rows(target, pieces, start)
+        found.append(target)
+    assert torch.equal(torch.cat(found), whole)
+
+
+def test_pieces_that_lack_rows_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="1 of 2 rows from 2 on"):
+        copy_rows(torch.zeros(2, 1), [torch.ones(3, 1)], 2)
