@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from helpers.encoded import answers_of
 from helpers.jobs import TINY, small_job, tiny_base, user
 from rlhf.config import ConfigError
 from rlhf.data.schema import SftRow
 from rlhf.distributed.compute import Compute, check_nodes
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
-from rlhf.supervised.answers import EncodedAnswer, answer_step
+from rlhf.supervised.answers import answer_step
 from rlhf.training.config import OptimConfig
 
 OPTIM = OptimConfig(
@@ -30,7 +31,7 @@ def train(compute: Compute, model: Path, directory: Path, name: str, *, steps: i
         Losses and gradient norms of the steps taken, and how many files a checkpoint has of the engine.
     """
     base = tiny_base(model)
-    rows = [EncodedAnswer(base.load_tokenizer(), row, 1000) for row in ROWS]
+    rows = answers_of(base.load_tokenizer(), ROWS)
     job = small_job(
         "sft", directory / f"{name}-{compute.rank}", base, compute=compute,
         checkpoints=directory / "checkpoints", keep=9,
