@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --sizes tiny --steps 2 --episodes 8 --new-tokens 8 --peer-python .venv/bin/python
 
 Weights are random, so only time and memory mean anything: every answer has all of its tokens. Each size is a
-fresh process. This project samples with its local engine, TRL with vLLM. PPO trains a critic too, which GRPO
-has not. The last line above runs on a CPU, to see that all of it works.
+fresh process. Both sample with vLLM (this project without it: --generation local). PPO trains a critic too,
+which GRPO has not. The memory is torch's; on a GPU vLLM has its own beside. The last line above runs on a
+CPU, to see that all of it works; with --generation vllm also vLLM for CPUs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from look import new_console
@@ -29,9 +30,10 @@ from workloads import base_model, make_work
 
 from rlhf.distributed.device import hardware, has_gpu
 from rlhf.models.base import ModelConfig, load_tokenizer
+from rlhf.pipeline.sampling_engine import installed_vllm
 
 SIZES = {
-    "tiny": (64, 2, 4, 2, 128), "0.1B": (576, 30, 9, 3, 1536), "0.5B": (1024, 24, 16, 8, 4096),
+    "tiny": (64, 2, 2, 1, 128), "0.1B": (576, 30, 9, 3, 1536), "0.5B": (1024, 24, 16, 8, 4096),
     "1.5B": (2048, 24, 16, 8, 8192), "3B": (3072, 28, 24, 8, 8192), "8B": (4096, 32, 32, 8, 14336),
 }  # fmt: skip
 """Hidden size, layers, heads, heads of keys and values, size of the MLP."""
@@ -39,11 +41,12 @@ console = new_console()
 
 
 def random_model(directory: Path, size: str) -> Path:
-    """A Llama of that size in bf16, made on the device, with the packaged model's tokenizer."""
+    """A Llama of that size in bf16, made on the device, with the tokenizer of a packaged one."""
     target = directory / f"random-{size}"
     if (target / "config.json").exists():
         return target
-    tokenizer = load_tokenizer(base_model(directory, "embedded"), ModelConfig(kind="embedded"))
+    kind: Literal["tiny", "embedded"] = "tiny" if size == "tiny" else "embedded"
+    tokenizer = load_tokenizer(base_model(directory, kind), ModelConfig(kind=kind))
     hidden, layers, heads, kv_heads, intermediate = SIZES[size]
     config = LlamaConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
@@ -82,18 +85,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--peer-python", help="of TRL's environment (peer_trl_grpo.py); without, no comparison"
     )
+    parser.add_argument(
+        "--generation", choices=["local", "vllm"], help="what samples; by default vLLM on a GPU that has it"
+    )
     parser.add_argument("--directory", type=Path, default=HERE / ".work", help="for models and logs")
     options = parser.parse_args(arguments)
     directory = options.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     columns = ("size", "s a step", "episodes/s", "tokens/s", "of the peak", "memory, GB", "GRPO, s a step",
                "episodes/s, ratio", "tokens/s, ratio")  # fmt: skip
-    table = Table(*columns, title=hardware(), box=None)
+    by_vllm = has_gpu() and installed_vllm() is not None
+    generation = options.generation or ("vllm" if by_vllm else "local")
+    table = Table(*columns, title=f"{hardware()}; generation={generation}", box=None)
     for size in options.sizes:
         work = make_work(
             "uniform", directory, steps=options.steps, peft=options.peft, precision="bf16",
             policy=random_model(directory, size), episodes=options.episodes, new_tokens=options.new_tokens,
         )  # fmt: skip
+        work["overrides"] = [f"generation={generation}", *([] if has_gpu() else ["vllm.kv_cache_gib=0.1"])]
         ours = run(sys.executable, "run_rlhf.py", work, directory / "rlhf.log")
         show_phases(work, ours)
         row = [

@@ -34,6 +34,7 @@ from rlhf.distributed.signals import StopSignals
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.sampling_engine import make_vllm
 from rlhf.pipeline.store import Artifact, Manifest
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.ppo.update import ActorCritic
@@ -101,11 +102,13 @@ def about_this_process(device: torch.device) -> dict[str, Any]:
 
 def make_trainer(work: dict[str, Any], scratch: Path) -> tuple[PolicyTrainer, str]:
     """The loop as the stage makes it, with the given model as its SFT model."""
-    experiment = make_single(overrides(work))
+    experiment = make_experiment(overrides(work))
     stage = experiment.stages["ppo"]
     assert isinstance(stage, PpoStage)
     compute, how = make_compute(experiment.settings.device, experiment.settings.precision)
-    return stage.trainer(make_job(Path(work["model"]), compute, work["seed"], scratch)), how
+    job = make_job(Path(work["model"]), compute, work["seed"], scratch)
+    job.vllm = make_vllm(experiment, compute)
+    return stage.trainer(job), how
 
 
 def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
@@ -173,6 +176,8 @@ def main() -> None:
         for number, batch in enumerate(work["prompts"], 1):
             steps.append(trainer.step([PromptRow(prompt) for prompt in batch], number))
             times.append(time.perf_counter())
+        if trainer.policy.vllm is not None:
+            trainer.policy.vllm.close()
     about = about_this_process(trainer.compute.device)
     phases = [{name: step[name] for name in step if name.startswith("seconds_")} for step in steps]
     print(

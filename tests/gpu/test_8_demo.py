@@ -31,6 +31,7 @@ def run(directory: Path, on_gpu: bool) -> Outcome:
 def test_the_chain_runs_in_bf16(tmp_path: Path, device: torch.device, on_gpu: bool, reaches: Reaches) -> None:
     outcome = run(tmp_path, on_gpu)
     assert outcome.code == 0, outcome.err
+    assert not on_gpu or "generation=auto is vllm" in outcome.out
     assert set(outcome.statuses.values()) == {"ran"}
     lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step" in line and "ppo/seconds_update" in line][
