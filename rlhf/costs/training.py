@@ -71,12 +71,14 @@ def training_cost(
     worker, steps = ThroughputModel(on), num_batches(train.rows, batch_rows, epochs)
     all_tokens, held_tokens = epochs * train.rows * train.mean, held_out.rows * held_out.mean
     learned, read_tokens = on.computed(all_tokens, train), 2 * on.computed(held_tokens, held_out)
+    training = worker.train(
+        learned, train.mean, peft.method, predicted=all_tokens if has_logits else 0.0,
+        checkpointing=checkpointing, what="training",
+    )  # fmt: skip
     work = [
         worker.load(3, what="model, published model"),
-        worker.train(
-            learned, train.mean, peft.method, predicted=all_tokens if has_logits else 0.0,
-            checkpointing=checkpointing, what="training",
-        ),
+        training,
+        worker.exchanging(steps * passes, steps, trained.parameters, [training], what="training"),
         worker.optimize(trained.parameters, steps),
         worker.read(
             read_tokens, held_out.mean, predicted=2 * held_tokens if has_logits else 0.0,
@@ -85,7 +87,7 @@ def training_cost(
     ]  # fmt: skip
     return StageCost(
         phases, work, artifact=artifact_bytes(on, peft, is_scalar=not has_logits),
-        checkpoint=3 * FP32 * trained.parameters,
+        checkpoint=3 * FP32 * trained.parameters, tokens=all_tokens,
         longest=longest + COSTS[peft.method].added_tokens(on.shape, peft), context=on.shape.context,
     )  # fmt: skip
 
