@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB
 """Bytes that a CUDA process holds before its first tensor."""
+CUDA_PROCESS = 2.0 * GIB
+"""Bytes that it holds in the host's memory: assumed."""
 LIBRARIES = 0.25 * GIB
 """Bytes that torch, oneDNN and others take on a CPU, apart from tensors."""
 CALIBRATION_SECONDS = 10.0
@@ -58,6 +60,8 @@ class Machine:
     speed: Speed
     ranks_here: int = 1
     """Ranks that share this host's memory."""
+    host_used: float = 0.0
+    """Bytes of the host's memory that a process on a GPU holds before it loads a model."""
     disk: float = LOAD_BYTES
     """Bytes a second that a host reads or writes."""
     link: float = math.inf
