@@ -198,7 +198,7 @@ class PlanStage(Stage):
 
     def run(self, job: Job) -> None:
         """Weigh every strategy, show the table, write the best one down."""
-        from rlhf.planner.strategies import rank_strategies
+        from rlhf.planner.strategies import out_of_reach, rank_strategies
 
         experiment = job.experiment
         assert experiment is not None
@@ -209,7 +209,10 @@ class PlanStage(Stage):
         ranked = rank_strategies(planned, experiment, base, on, use, self.methods)
         best = ranked[0]
         cells = table(ranked, self.price_per_gpu_hour)
-        reason = recommendation(best) if not best.against else "Nothing here can be done: each row says why."
+        reason = recommendation(best)
+        if best.against:
+            instead = [*out_of_reach(planned, experiment, base, on, use)]
+            reason = f"Nothing here can be done: each row says why. {'; '.join(instead)}".rstrip()
         text = [
             f"# Plan\n\n{hardware_line(on)}\n",
             cells.markdown(),

@@ -99,9 +99,10 @@ def assumptions(strategy: Strategy, lengths: str) -> Iterator[str]:
             "between nodes, beside computing"
         )
     yield (
-        f"Speed: tokens of prompts and answers, without loading. Assumed: of {speed.gflops / 1000:.3g} TFLOP/s "
-        f"{shares}{network}; a disk of {machine.disk / 1e9:.1f} GB/s a node. No GPU has confirmed it. Batches "
-        "are the smallest that the ranks can share; larger ones need the network less often."
+        "Speed: tokens of prompts and answers, without loading. "
+        f"Assumed: of {speed.gflops / 1000:.3g} TFLOP/s {shares}{network}; a disk of "
+        f"{machine.disk / 1e9:.1f} GB/s a node. No GPU has confirmed it. Batches are the smallest that the "
+        "ranks can share; larger ones need the network less often."
     )
     if "ppo" in strategy.costs and not strategy.on.on_cpu:
         yield ORIENTATION

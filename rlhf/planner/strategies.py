@@ -37,6 +37,8 @@ BYTES_A_TOKEN = 4
 DOES_NOT_FIT = "does not fit"
 WORTH_IT = 0.98
 """A configuration that saves more memory must be faster by this factor to be taken before one that fits."""
+NODE = 8
+"""GPUs of a usual node."""
 CACHE_SHARE = 0.8
 """Of the memory that is left while vLLM samples, what its cache may take."""
 
@@ -137,6 +139,27 @@ def rank_strategies(
         if instead is not None and any(why.startswith(DOES_NOT_FIT) for why in strategy.against):
             ranked[place] = replace(strategy, against=[*strategy.against, f"instead: {instead}"])
     return ranked
+
+
+def out_of_reach(
+    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: CostContext, use: Use
+) -> Iterator[str]:
+    """Where nothing fits: what does on this hardware, and how much of it all parameters need."""
+    for stage in stages if len(stages) > 1 else ():
+        alone = (tuned(name, [stage], experiment, base, on, use) for name in METHODS)
+        found = min((each for each in alone if not each.against), key=lambda each: each.rank, default=None)
+        if found is not None:
+            yield f"{stage.name} alone fits with {found.name}: plan.trains=[{stage.name}]"
+    here = on.machine.ranks_here
+    for doublings in range(1, 10):
+        ranks = on.ranks * 2**doublings
+        now = here if on.ranks > here else min(ranks, NODE)
+        host = on.machine.host_memory * here / now
+        machine = replace(on.machine, ranks=ranks, ranks_here=now, host_memory=host)
+        larger = tuned("none", stages, experiment, base, replace(on, machine=machine), use)
+        if not any(why.startswith(DOES_NOT_FIT) for why in larger.against):
+            yield f"all parameters fit on {ranks} of these {'ranks' if on.on_cpu else 'GPUs'}"
+            return
 
 
 def prompted(on: CostContext, use: Use) -> Iterator[Strategy]:
@@ -262,7 +285,10 @@ def with_cache(found: Attempt, given: Experiment, use: Use) -> Attempt:
     """With as large a cache for vLLM as its rows can use, and as is left beside what else is there."""
     on, vllm = found.on, found.on.vllm
     assert vllm is not None
-    held = max(phase.size(on_host=False) for phase in found.cost.phases if phase.name.endswith(SAMPLING))
+    held = max(
+        (phase.size(on_host=False) for phase in found.cost.phases if phase.name.endswith(SAMPLING)),
+        default=0.0,
+    )
     left = CACHE_SHARE * (on.machine.memory - on.machine.used - held) / GIB
     rows = vllm.max_num_seqs * (use.prompt + use.answer) * on.dtype_bytes * on.shape.kv_elements
     wanted = rows / min(vllm.tensor_parallel, on.shape.kv_heads) / GIB
@@ -298,7 +324,7 @@ def attempts(
     samples = any(stage.samples for stage in stages)
     for zero in zeros if METHODS[method].shards else zeros[:1]:
         for squeeze in (0, 1, 2):
-            for engine in engines(on, use) if samples else [on.vllm]:
+            for engine in engines(on, use) if samples else [on.vllm if use.wants_vllm else None]:
                 yield zero, squeeze, engine
 
 
