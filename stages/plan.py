@@ -275,7 +275,7 @@ class PlanStage(Stage):
             dtype_bytes = 4 if settings.precision == "fp32" else 2
         return CostContext(
             shape, dtype_bytes, settings.zero, machine, self.sizes(job),
-            settings.vllm if self.gpus or settings.generation == "vllm" else None,
+            settings.vllm if settings.generation in (("vllm", "auto") if self.gpus else ("vllm",)) else None,
             pads_rows(settings.model, shape),
         )  # fmt: skip
 

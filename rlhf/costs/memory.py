@@ -25,8 +25,6 @@ LOADING = "loading"
 """The first phase of a stage that trains."""
 SAMPLING = "sampling"
 """The phase in which answers are sampled: the one in which vLLM is awake on a GPU."""
-FILE_BYTES = 5e9
-"""Of the largest file of a published model: what publishing holds in the host's memory, not a whole model."""
 VLLM_GRAPHS = 1.0 * GIB
 """Bytes of vLLM's CUDA graphs, which stay while it sleeps: assumed."""
 
