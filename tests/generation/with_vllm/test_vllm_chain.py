@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers.chains import Chain, RealChain
+from helpers.chains import Chain, RealChain, ranks_of
 from helpers.vllm import (
     CHAIN,
     Engines,
@@ -143,3 +143,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, directo
     assert "ppo: continues from step" in out
     assert chain.weights("killed", "ppo") == chain.weights("whole", "ppo")
     assert chain.curve("killed") == chain.curve("whole")
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_a_rank_that_hangs_is_named(tmp_path: Path, directory: Path, tensor_parallel: int) -> None:
+    """While it samples, most probably: learning takes no time here."""
+    overrides = (
+        *CHAIN, "model.kind=local", f"+model.path={directory}", "launch.processes=2", "ppo.steps=300",
+        f"vllm.tensor_parallel={tensor_parallel}", "checkpoint.every_steps=1", "distributed.timeout=15",
+        "ppo.reward=vader", "ppo.critic.init=sft", "ppo.score.normalize=none", "sft.epochs=1",
+        "ppo.max_new_tokens=400",
+    )  # fmt: skip
+    process = RealChain(tmp_path).start_until("ppo", 1, "hangs", *overrides)
+    os.kill(ranks_of(process.pid)[1], signal.SIGSTOP)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 0 waited for rank 1 (last seen " in err, err
