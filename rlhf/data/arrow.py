@@ -71,13 +71,12 @@ def mapped(path: Path) -> pyarrow.Table:
         return stream.read_all()
 
 
-def pieces(column: pyarrow.ChunkedArray, picked: range | Sequence[int]) -> Iterator[list[Any]]:
-    """A column's values at these places, in their order, as Python's values, some at a time."""
-    import pyarrow
-
+def values(column: pyarrow.ChunkedArray, picked: Sequence[int]) -> Iterator[Any]:
+    """A column's values at these places, in their order, as Python's values."""
     for start in range(0, len(picked), PIECE_ROWS):
         some = picked[start : start + PIECE_ROWS]
         if isinstance(some, range) and some.step == 1:
-            yield column.slice(some.start, len(some)).to_pylist()
-        else:
-            yield column.take(pyarrow.array(some, pyarrow.int64())).to_pylist()
+            yield from column.slice(some.start, len(some)).to_pylist()
+        else:  # one by one, as `take` copies the whole column first
+            for place in some:
+                yield column[place].as_py()

@@ -29,7 +29,7 @@ from rlhf.data.schema import (
     row_to_json,
 )
 from rlhf.data.sources import Located, SourceConfig
-from rlhf.data.tokens import TokenIds, TokenWriter, in_pieces
+from rlhf.data.tokens import TokenIds, TokenWriter, compact, in_pieces
 
 if TYPE_CHECKING:
     import pyarrow
@@ -125,7 +125,7 @@ class Examiner:
         from jinja2 import TemplateError
 
         try:
-            return encode(self.tokenizer, row)
+            return compact(encode(self.tokenizer, row))
         except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
             text = f"the chat template refuses the conversation: {error}."
             return Complaint("refused by template", text)

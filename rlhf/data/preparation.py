@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.config import ConfigError
-from rlhf.data.arrow import pieces
+from rlhf.data.arrow import values
 from rlhf.data.chat_template import Encoded, tokenizer_digest
 from rlhf.data.examine import Complaint, Examined, Examiner, RowStore
 from rlhf.data.formats import likely_fields, read_as
@@ -209,8 +209,13 @@ class Preparation:
     """Of the base model, tokens."""
     scratch: Path
     """A directory for what was read. It is needed until all is written."""
+    digest: str = field(init=False)
+    """`tokenizer_digest`."""
     data: dict[str, RoleData] = field(default_factory=dict)
     """Role -> its rows, in the order of the table of roles."""
+
+    def __post_init__(self) -> None:
+        self.digest = tokenizer_digest(self.tokenizer)
 
     def prepare(self, progress: Progress) -> None:
         """Read and check every role, set the evaluation prompts aside, split the rest.
@@ -233,7 +238,7 @@ class Preparation:
         for role in self.data.values():
             for split, rows in role.splits.items():
                 column = role.store.table["prompt" if role.prompts_only else "row"]
-                prepared.write_json(role.role, split, chain.from_iterable(pieces(column, rows)))
+                prepared.write_json(role.role, split, values(column, rows))
                 tokens = TokenWriter(prepared.tokens_path(role.role, split), role.store.tokenizer)
                 with tokens.file:
                     for number in rows:
@@ -309,7 +314,7 @@ class Preparation:
                 alike, role=role, rows=alike.rows[:], removed=deepcopy(alike.removed), cut=Removed()
             )
             return
-        store = RowStore(self.scratch, role, tokenizer_digest(self.tokenizer))
+        store = RowStore(self.scratch, role, self.digest)
         data = self.data[role] = RoleData(role, store)
         seen: set[bytes] = set()
         with store, progress.task(f"reading {data.key}", None) as task:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, overload
 
 from rlhf.config import ConfigError
-from rlhf.data.arrow import ArrowWriter, mapped, pieces
+from rlhf.data.arrow import ArrowWriter, mapped, values
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import (
     PairRow,
@@ -82,8 +82,7 @@ class Rows(Sequence[AnyRow], Generic[AnyRow]):
         return self._made(self._column[self._picked[index]].as_py())
 
     def __iter__(self) -> Iterator[AnyRow]:
-        for texts in pieces(self._column, self._picked):
-            yield from map(self._made, texts)
+        yield from map(self._made, values(self._column, self._picked))
 
     def _made(self, text: str) -> AnyRow:
         row: Any = row_from_json(text, self._types)
