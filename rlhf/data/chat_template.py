@@ -120,8 +120,8 @@ class Encoded(NamedTuple):
 
     @property
     def num_prompt(self) -> int:
-        """Tokens before its first answer."""
-        return int(self.spans[0][0]) if len(self.spans) else len(self.ids)
+        """Tokens of the exchange's prompt: before its last answer."""
+        return int(self.spans[-1][0]) if len(self.spans) else len(self.ids)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Encoded]:

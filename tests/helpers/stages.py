@@ -17,6 +17,7 @@ from helpers.jobs import small_job, tiny_base, user
 from helpers.store import manifest
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
+from rlhf.data.roles import ROLES
 from rlhf.data.schema import PairRow, PromptRow, SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.models.base import BaseModelFiles, _write_tiny
@@ -96,8 +97,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     return str(path)
 
 
-def named(source: Any) -> SourceConfig | list[SourceConfig] | None:
+def named(source: Any) -> SourceConfig | list[SourceConfig] | str | None:
     """What a role's key names, as its stage's config has it."""
+    if source in [role.key for role in ROLES.values()]:
+        return str(source)
     if isinstance(source, list):
         return [SourceConfig.model_validate(each) for each in source]
     return None if source is None else SourceConfig.model_validate(source)

@@ -202,7 +202,7 @@ def test_what_mypy_passes_over_says_why() -> None:
 
 HEAVY = {
     "torch", "transformers", "peft", "accelerate", "datasets", "trl", "optuna", "submitit", "numpy", "scipy",
-    "safetensors",
+    "safetensors", "pyarrow", "pandas",
 }  # fmt: skip
 """What takes from a tenth of a second to seconds."""
 

@@ -1,0 +1,170 @@
+"""Token ids are made once, on all cores, and a rank reads those of its share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.encoded import MANY, TALK, answers_of, ids_of, on_one_core, pairs_of, stored, wanted
+from helpers.jobs import TINY, small_job, tiny_base, user
+from rlhf.config import ConfigError
+from rlhf.data.answers import Answers
+from rlhf.data.chat_template import exchange_ids, prompt_ids
+from rlhf.data.cores import FEW, on_all_cores
+from rlhf.data.prepared import PreparedData
+from rlhf.data.schema import PairRow, SftRow
+from rlhf.data.tokens import TokenIds, write_tokens
+from rlhf.distributed.batching import shuffled_batches
+from rlhf.distributed.compute import Compute
+from rlhf.models.base import load_tokenizer
+
+
+def rows(number: int) -> list[SftRow]:
+    return [SftRow(user(f"Größe {n} 🙂"), "x" * (n % 5) + "é") for n in range(number)]
+
+
+def test_pieces_keep_their_order_and_stay_here_if_they_are_few() -> None:
+    def worked(piece: int) -> tuple[int, int]:
+        return piece * piece, os.getpid()
+
+    few = [*on_all_cores(worked, range(FEW - 1))]
+    assert few == [(piece * piece, os.getpid()) for piece in range(FEW - 1)]
+    squares, workers = zip(*on_all_cores(worked, range(100)), strict=True)
+    assert squares == tuple(piece * piece for piece in range(100))
+    assert len(os.sched_getaffinity(0)) == 1 or os.getpid() not in workers
+
+
+def test_an_error_of_a_worker_is_raised_here() -> None:
+    def refuse(piece: int) -> int:
+        if piece == 40:
+            raise ConfigError("the fortieth")
+        return piece
+
+    with pytest.raises(ConfigError, match="the fortieth"):
+        list(on_all_cores(refuse, range(100)))
+
+
+KILLS_ITS_PARENT = """
+import os, signal
+from rlhf.data.cores import on_all_cores
+def kill(piece):
+    os.kill(os.getppid(), signal.SIGKILL)
+list(on_all_cores(kill, range(100)))
+"""
+
+
+def test_workers_end_when_their_parent_is_killed() -> None:
+    """They hold its output: `communicate` waits for the last of them."""
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLS_ITS_PARENT], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as parent:
+        parent.communicate(timeout=120)
+    assert parent.returncode == -9 or len(os.sched_getaffinity(0)) == 1
+
+
+def test_a_file_of_ids_is_what_the_rows_encode_to_on_any_number_of_cores(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    tokenizer, data = (
+        load_tokenizer(tiny_model, TINY),
+        [*rows(MANY), SftRow([], "plain"), SftRow(TALK, "29029")],
+    )
+    write_tokens(tmp_path / "all", tokenizer, data)
+    with on_one_core():
+        write_tokens(tmp_path / "one", tokenizer, data)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "all").read_bytes()
+    assert stored(TokenIds(tmp_path / "all")) == wanted(tokenizer, data)
+
+
+def test_a_stage_takes_the_ids_of_prepare_and_makes_those_of_another_tokenizer(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    tokenizer, data = load_tokenizer(tiny_model, TINY), rows(3)
+    job = small_job("sft", tmp_path / "job", tiny_base(tiny_model))
+    job.data.write("sft", "train", data)
+    kept = job.data.tokens_path("sft", "train")
+    write_tokens(kept, tokenizer, data[:1])  # fewer than there are, to know them again
+    assert len(job.tokens("sft", "train", tokenizer)) == 1
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    before = {*job.run_directory.iterdir()}
+    found = job.tokens("sft", "train", tokenizer)
+    assert stored(found) == wanted(tokenizer, data)
+    assert {*job.run_directory.iterdir()} == before  # nothing stays
+
+
+class Watched(TokenIds):
+    """Notes which sequences are read."""
+
+    def __init__(self, ids: TokenIds) -> None:
+        self.__dict__.update(vars(ids))
+        self.read: list[int] = []
+
+    def __getitem__(self, index: int) -> Any:
+        self.read.append(int(index))
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 8])
+def test_two_ranks_read_each_row_of_a_step_once_however_uneven_their_shares(
+    tiny_model: Path, batch_rows: int
+) -> None:
+    data = [SftRow(user("?"), "x" * length) for length in (900, 5, 4, 300, 2, 2, 1, 70, 1, 1, 8)]
+    tokenizer = load_tokenizer(tiny_model, TINY)
+    ids = [Watched(ids_of(tokenizer, data)) for _ in range(2)]
+    for rank, own in enumerate(ids):
+        answers = Answers.of(data, own, 600, all_turns=True)
+        compute = Compute("cpu", "float32", rank=rank, world_size=2)
+        for batch in shuffled_batches(range(len(answers)), batch_rows, 1, seed=3):
+            part = answers.pick(batch)
+            assert own.read == [] or batch_rows < len(data)
+            for indices, weight, _ in compute.micro_batches(part.lengths.tolist(), 400):
+                before = len(own.read)
+                lengths = [len(part[index]) for index in indices]
+                assert lengths == [int(part.lengths[index]) for index in indices]
+                if not weight:  # a pass that keeps it in step reads a row again
+                    del own.read[before:]
+    assert sorted([*ids[0].read, *ids[1].read]) == list(range(len(data)))
+
+
+def test_answers_are_cut_counted_and_left_out_by_numbers_alone(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model, TINY)
+    data = [SftRow(user("a"), "bc"), SftRow(user("long " * 30), "never read"), SftRow(user("a"), "b" * 200)]
+    prompt = len(prompt_ids(tokenizer, user("a")))
+    found = answers_of(tokenizer, data, prompt + 10)
+    assert (len(found), found.num_rows, found.num_cut, found.num_apart) == (2, 2, 1, 0)
+    assert found.learned.tolist() == [3, 10]  # two bytes and the end of the turn
+    assert [len(row) for row in found] == found.lengths.tolist() == [prompt + 3, prompt + 10]
+    assert [(row.learned, row.is_cut) for row in found] == [(3, False), (10, True)]
+    assert found[1:].as_json(0) == {"prompt": user("a"), "completion": "b" * 200}
+    assert not answers_of(tokenizer, [], 10)
+
+
+def test_pairs_are_both_sides_and_those_that_are_too_long_are_left_out(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(tiny_model, TINY)
+    data = [
+        PairRow(user("a"), "bb", "c"),
+        PairRow(user("a"), "b", "c" * 2000),
+        PairRow(user("d"), "e", "", 1.5, 0.5),
+    ]
+    found = pairs_of(tokenizer, data)
+    assert len(found) == 2
+    for index, row in enumerate((data[0], data[2])):
+        sides = [exchange_ids(tokenizer, row.prompt, text) for text in (row.chosen, row.rejected)]
+        assert [side.tolist() for side in found[index]] == [ids for ids, _ in sides]
+        assert found.lengths[index].tolist() == [len(ids) for ids, _ in sides]
+        assert found.answer_lengths[index].tolist() == [len(ids) - begin for ids, begin in sides]
+    first, second = found.gold_gaps()
+    assert first != first and second == 1.0
+    assert found.pick([1]).as_json(0) == {"prompt": user("d"), "chosen": "e", "rejected": ""}
+
+
+def test_one_row_is_enough_for_a_file(tmp_path: Path, tiny_model: Path) -> None:
+    data = PreparedData(tmp_path)
+    data.write("sft", "train", rows(1))
+    assert [*data.rows("sft", "train")] == rows(1)
+    assert len(ids_of(load_tokenizer(tiny_model, TINY), rows(1))) == 1
