@@ -354,7 +354,7 @@ class EvaluateStage(Stage):
         said = Answers(rollout, texts, logp_BR, *task_losses, retained, policy.tokenizer.get_vocab())
         if self.lm_eval:
             with job.progress.task(f"evaluate: lm-eval asks {name}", 1) as task:
-                said.figures |= job.compute.main_only(lambda: self.harness.measure(policy))
+                said.figures |= policy.on_main(lambda: self.harness.measure(policy))
                 task.advance()
         return said
 
@@ -367,6 +367,7 @@ class EvaluateStage(Stage):
             reward = job.reward(source, self.micro_batch_tokens)
             for said in job.progress.track(answers.values(), f"evaluate: {kind}", len(answers)):
                 said.scores[kind] = finite_scores(reward, prompts, said.texts, f"evaluate.{key}={source}")
+            del reward  # its memory is needed for the next one
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself, and side by side."""

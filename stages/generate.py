@@ -129,6 +129,7 @@ class GenerateStage(Stage):
                 batch_rows=self.batch_rows,
                 on_rows=task.advance,
             )
+        del policy  # its memory is needed for the reward model
         scores = self.score(job, repeated, texts)
         stopped_BS = rollout.stopped.double().view(len(rows), self.samples_per_prompt)
         metrics = {

@@ -51,7 +51,6 @@ class PpoStage(PpoConfig, Stage):
     )  # fmt: skip
     version: ClassVar[int] = 7
     samples: ClassVar[bool] = True
-    divided: ClassVar[tuple[str, ...]] = ("batch_episodes", "minibatch_episodes")
     not_in_key: ClassVar[frozenset[str]] = frozenset({
         "prompts", "batch_rows", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl",
         "frozen_placement",
@@ -213,7 +212,8 @@ class PpoStage(PpoConfig, Stage):
         Raises:
             ConfigError: with what can.
         """
-        super().check_compute(compute)
+        for name in ("batch_episodes", "minibatch_episodes"):
+            compute.check_divides(f"ppo.{name}", getattr(self, name))
         if self.ema_decay is not None and compute.shards_weights:
             raise ConfigError(
                 "ppo.ema_decay needs whole weights on each rank. Use zero=zero2, or ppo.ema_decay=null."

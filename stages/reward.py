@@ -8,7 +8,6 @@ Writes  a sequence-classification model with one label, and how well it ranks he
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -23,6 +22,7 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import TRAINING
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
+from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
@@ -55,7 +55,6 @@ class RewardStage(Stage):
         "it ranks no better than a rule that reads no word, so PPO cannot learn from it",
     )  # fmt: skip
     version: ClassVar[int] = 6
-    divided: ClassVar[tuple[str, ...]] = ("batch_pairs",)
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"pairs", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -104,6 +103,10 @@ class RewardStage(Stage):
         """How it trains."""
         return self.peft
 
+    def check_compute(self, compute: Compute) -> None:
+        """Every rank gets equally many pairs."""
+        compute.check_divides("reward.batch_pairs", self.batch_pairs)
+
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """A reward model can be made of the model that it starts from."""
         from rlhf.models.value_head import check_scorable
@@ -138,6 +141,7 @@ class RewardStage(Stage):
         """Train, publish, and measure what was published."""
         from rlhf.evaluation.reward_model import rank_quality
         from rlhf.models.value_head import load_scalar_model
+        from rlhf.models.weight_sharing import frozen
 
         self.check_compute(job.compute)
         tokenizer = job.start(self.init).load_tokenizer()
@@ -150,9 +154,11 @@ class RewardStage(Stage):
         if not train or not held_out:
             raise ConfigError(f"reward.max_tokens={self.max_tokens}: no pair is that short. Raise it.")
         metrics = self.train(job, tokenizer, train)
-        gc.collect()  # engines hold themselves in cycles, and their memory is needed now
-        published = load_scalar_model(
-            job.directory, job.base.config, job.compute.dtype, job.compute.device, job.compute
+        published, _ = frozen(
+            lambda device: load_scalar_model(
+                job.directory, job.base.config, job.compute.dtype, device, job.compute
+            ),
+            job.compute,
         )
         ranking = rank_pairs(published, held_out, self.micro_batch_tokens, job.compute)
         too_long = sum(map(len, rows)) - len(train) - len(held_out)

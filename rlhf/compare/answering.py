@@ -146,15 +146,16 @@ def answer_one_by_one(
         )
         return asked, num_cut, rollout, texts[0]
 
-    answer(questions[0])
-    generator.manual_seed(seed)
     found, seconds = [], []
-    for question in questions:
-        policy.hand_over()  # vLLM lets go of the weights after each call, which a server would not
-        start = time.perf_counter()
-        found.append(answer(question))
-        seconds.append(time.perf_counter() - start)
-        on_answer()
+    with policy.ready():
+        answer(questions[0])
+        generator.manual_seed(seed)
+        for question in questions:
+            policy.hand_over()  # vLLM lets go of the weights after each call, which a server would not
+            start = time.perf_counter()
+            found.append(answer(question))
+            seconds.append(time.perf_counter() - start)
+            on_answer()
     asked, num_cut, rollouts, texts = zip(*found, strict=True)
     seconds_B = torch.tensor(seconds, dtype=torch.float64)
     return Answers(list(asked), Rollout.concatenate(list(rollouts)), list(texts), seconds_B, list(num_cut))

@@ -25,6 +25,8 @@ LOADING = "loading"
 """The first phase of a stage that trains."""
 SAMPLING = "sampling"
 """The phase in which answers are sampled: the one in which vLLM is awake on a GPU."""
+FILE_BYTES = 5e9
+"""Of the largest file of a published model: what publishing holds in the host's memory, not a whole model."""
 VLLM_GRAPHS = 1.0 * GIB
 """Bytes of vLLM's CUDA graphs, which stay while it sleeps: assumed."""
 
@@ -137,42 +139,19 @@ class Trained:
         count = min(BUCKET_ELEMENTS, self.parameters)
         return Allocation("gradients", FP32 * count, f"{name}: {billions(count)} x {FP32} B")
 
-    def _bucket_sent(self) -> Iterator[Allocation]:
-        """A copy of the bucket, and of stage 3 this rank's part of what comes back."""
-        yield self._bucket("the bucket as it is sent")
-        if self.on.zero in ("zero3", "zero3_offload"):
-            from rlhf.training.deepspeed import BUCKET_ELEMENTS
-
-            count = min(BUCKET_ELEMENTS, self.parameters)
-            how = f"this rank's part of it: {billions(count)} x {FP32} B{over(self.on.ranks)}"
-            yield Allocation("gradients", FP32 * count / self.on.ranks, how)
-
-    def _stepping(self) -> Iterator[Allocation]:
-        """DeepSpeed updates all weights of a model as if they were one: their gradients are laid end to end
-        (unless they are so on the host), and Adam's intermediate results are as large as its moments."""
-        on, count = self.on, self.parameters / self.models
-        offloads, copies = on.zero == "zero3_offload", 4 if is_deepspeeds(on) else 3
-        if not offloads:
-            how = f"one model's, laid end to end: {billions(count)} x {FP32} B{over(on.ranks)}"
-            yield Allocation("gradients", FP32 * count / on.ranks, how)
-        how = f"at work on one model: {billions(count)} x {copies} x {FP32} B{over(on.ranks)}"
-        yield Allocation("optimizer", copies * FP32 * count / on.ranks, how, offloads)
-
     def gradients(self, *, passes: int, at_step: bool = False) -> Iterator[Allocation]:
         """Beside `buffers`: fp32; of a single pass in the model's precision, until the optimizer steps."""
         on, count = self.on, self.parameters
         if on.zero in ("zero3", "zero3_offload"):
             if not at_step:
-                yield from self._bucket_sent()
-            else:
-                yield from self._stepping()
+                yield self._bucket("the bucket as it is sent")
+            elif on.zero == "zero3":
+                largest = count / self.models
+                how = f"laid end to end: {billions(largest)} x {FP32} B{over(on.ranks)}"
+                yield Allocation("gradients", FP32 * largest / on.ranks, how)
             return
-        if on.zero in ("zero1", "zero2"):
-            if at_step:
-                yield from self._stepping()
-            else:
-                yield self._bucket("DeepSpeed's bucket")
-                yield from self._bucket_sent()
+        if on.zero in ("zero1", "zero2") and not at_step:
+            yield self._bucket("DeepSpeed's bucket")
         if on.shards_weights:
             yield self._sent(at_step=at_step)
         share = on.shard_ranks if on.zero != "zero1" else 1
@@ -253,8 +232,10 @@ def gathered_by_layers(on: CostContext) -> Allocation:
 
 
 def frozen_placed(on: CostContext, placed: str) -> str:
-    """Where a frozen model is: sharded wherever the weights that train are, unless it is offloaded."""
-    return "sharded" if on.shards_weights and placed != "offloaded" else placed
+    """Where a frozen model is. `auto`: as the weights that train."""
+    if placed != "auto":
+        return placed
+    return "sharded" if on.shards_weights else "replicated"
 
 
 def frozen_weights(
@@ -271,14 +252,14 @@ def frozen_weights(
     if placed != "sharded":
         how = f"{name}: {billions(count)} x {b} B"
         return Allocation("weights", b * count, how, placed == "offloaded")
-    whole = on.shape.small if is_deepspeeds(on) else on.shape.outside - head
+    whole = on.shape.small if is_deepspeeds(on) else 0
     share = on.shard_ranks if on.shards_weights else on.ranks
     how = f"{name}: {billions(count - whole)} x {b} B{over(share)}, and {billions(whole)} x {b} B whole"
     return Allocation("weights", b * ((count - whole) / share + whole), how, on.zero == "zero3_offload")
 
 
 def frozen_runs(
-    on: CostContext, name: str, placed: str = "replicated", *, is_scalar: bool = False
+    on: CostContext, name: str, placed: str = "auto", *, is_scalar: bool = False
 ) -> list[Allocation]:
     """A frozen model that runs: its weights, and the layers that are gathered meanwhile if it is sharded."""
     placed = frozen_placed(on, placed)
@@ -286,7 +267,7 @@ def frozen_runs(
     if placed == "offloaded":
         size = weight_bytes(on, is_scalar=is_scalar)
         parts.append(Allocation("weights", size, f"{name}, on the GPU while it runs"))
-    return [*parts, gathered_layers(on, on.shape, 0.0)] if placed == "sharded" else parts
+    return [*parts, gathered_layers(on, on.shape, on.shape.head)] if placed == "sharded" else parts
 
 
 def loading(on: CostContext, trained: Trained, *others: Allocation) -> MemoryPhase:

@@ -190,7 +190,7 @@ class Compute:
         """
         outcome: tuple[Any, Exception | None] | None = None  # None: not yet
         if self.is_main:
-            with self._others_waiting() if self.world_size > 1 else nullcontext():
+            with self.others_waiting() if self.world_size > 1 else nullcontext():
                 try:
                     outcome = (work(), None)
                 except Exception as error:  # raised below, on every rank
@@ -203,7 +203,7 @@ class Compute:
         return result  # type: ignore[no-any-return]  # it came by pickle
 
     @contextmanager
-    def _others_waiting(self) -> Iterator[None]:
+    def others_waiting(self) -> Iterator[None]:
         """While open, rank 0 tells the others every second that it still works, so that none times out.
 
         The work stays in this thread, because only the main thread gets signals.

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
+from rlhf.distributed.compute import Compute
 from rlhf.generation.sampler import generate
 from rlhf.models.logprobs import pack_sequences, response_statistics
 from rlhf.rl.rollout import Rollout
@@ -28,21 +29,21 @@ class UndecodableError(ConfigError):
 
 
 @torch.no_grad()
-def check_decoding(model: PreTrainedModel, *, copies: bool = True) -> None:
+def check_decoding(model: PreTrainedModel, *, copies: bool = True, together: Compute | None = None) -> None:
     """Refuse a model whose state is not all in its cache. A few answers are sampled, and their
     log-probabilities compared with those of one pass over the whole texts.
 
     The rows differ in length, some end before others in their batch, and a second batch follows the first.
 
     Args:
-        copies: as of `generate`.
+        copies, together: as of `generate`.
 
     Raises:
         UndecodableError: the local engine would not sample what the model says.
         ConfigError: the model's logits are not finite.
     """
     try:
-        off, context = _measured(model, copies)
+        off, context = _measured(model, copies, together)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -64,18 +65,18 @@ def _refused(model: PreTrainedModel, reason: str) -> UndecodableError:
     )
 
 
-def _measured(model: PreTrainedModel, copies: bool) -> tuple[float, float]:
+def _measured(model: PreTrainedModel, copies: bool, together: Compute | None) -> tuple[float, float]:
     """For the row with the largest error, in nats: the mean |difference| between decoding and one pass, and
     the mean effect of the context on that pass."""
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config().vocab_size
     prompts = [torch.randint(size, (length,), generator=generator) for length in PROMPTS]
     uniform_BR = torch.rand(len(prompts), TOKENS, generator=generator)
-    first = _sampled(model, prompts, uniform_BR[:, :2], [], copies)
+    first = _sampled(model, prompts, uniform_BR[:, :2], [], copies, together)
     begun = {int(ids[0]) for ids in first.response_ids}
     # the longest row of each batch ends early, and none at once: rows leave the cache, and columns too
     stops = [stop for row in (0, ROWS) if (stop := int(first.response_ids[row][1])) not in begun]
-    rollout = _sampled(model, prompts, uniform_BR, stops, copies)
+    rollout = _sampled(model, prompts, uniform_BR, stops, copies, together)
     assert rollout.sampled_logp is not None
     answers = rollout.response_ids
     # in one pass: every answer behind its prompt, and each decoded token behind the one before it alone
@@ -92,7 +93,12 @@ def _measured(model: PreTrainedModel, copies: bool) -> tuple[float, float]:
 
 
 def _sampled(
-    model: PreTrainedModel, prompts: list[Tensor], uniform_BR: Tensor, stops: list[int], copies: bool
+    model: PreTrainedModel,
+    prompts: list[Tensor],
+    uniform_BR: Tensor,
+    stops: list[int],
+    copies: bool,
+    together: Compute | None,
 ) -> Rollout:
     return generate(
         model,
@@ -104,4 +110,5 @@ def _sampled(
         uniform_BR=uniform_BR,
         batch_rows=ROWS,
         copies=copies,
+        together=together,
     )

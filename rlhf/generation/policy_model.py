@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,14 +15,17 @@ from rlhf.data.chat_template import prompt_ids, response_text, special_ids, stop
 from rlhf.data.schema import Message
 from rlhf.distributed.compute import Compute
 from rlhf.generation.decoding_check import check_decoding
+from rlhf.generation.lockstep import on_main
 from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.load import context_left, load_causal_lm
-from rlhf.models.logprobs import ResponseModel, answer_logprobs
-from rlhf.models.weight_sharing import offload
+from rlhf.models.logprobs import ResponseModel, answer_logprobs, check_head
+from rlhf.models.weight_sharing import Placement, frozen
 from rlhf.rl.rollout import Responses, Rollout
-from rlhf.training.engine import Gather
+from rlhf.training.engine import WHOLE, Access, Gather
+
+Result = TypeVar("Result")
 
 
 class PolicyModel:
@@ -33,26 +36,29 @@ class PolicyModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         compute: Compute,
-        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+        access: Access = WHOLE,
         vllm: Vllm | None = None,
         gathered: Gather = lambda modules: nullcontext(),
+        local_sampling: Literal["whole", "layers"] = "whole",
     ) -> None:
         """Put a model and its tokenizer together.
 
         Args:
-            whole: opens a context in which this rank can run a sharded model by itself.
+            access: how the model is run.
             vllm: samples; None for the local engine.
             gathered: `Engine.gathered_weights` of the engine that trains the model.
+            local_sampling: how the local engine samples from sharded weights: gathered whole for the rollout,
+                or layer by layer, with all ranks in step. `Job.local_sampling`.
         """
-        self._gathered = gathered
-        self.model, self.tokenizer, self.compute, self._whole = model, tokenizer, compute, whole
+        self._gathered, self._local_sampling = gathered, local_sampling
+        self.model, self.tokenizer, self.compute, self.access = model, tokenizer, compute, access
         self.vllm = vllm
         eos = None if model.generation_config is None else model.generation_config.eos_token_id
         self.stop_ids = stop_ids(tokenizer, eos)
         self.special_ids = special_ids(tokenizer)
         assert isinstance(tokenizer.pad_token_id, int)
         self.pad_id: int = tokenizer.pad_token_id
-        self._is_checked = False
+        self._is_checked, self._is_ready = False, False
 
     @classmethod
     def load(
@@ -62,21 +68,29 @@ class PolicyModel:
         compute: Compute,
         tokenizer: PreTrainedTokenizerBase | None = None,
         vllm: Vllm | None = None,
-        device: torch.device | None = None,
+        *,
+        placement: Placement | None = None,
+        local_sampling: Literal["whole", "layers"] = "whole",
+        check: bool = False,
     ) -> PolicyModel:
         """A published model, frozen.
 
         Args:
             tokenizer: needed for a base model; a published one carries the config's chat template.
-            device: where to load it, if it is moved later; None for where it runs.
-        """
-        model = load_causal_lm(directory, config, compute.dtype, device or compute.device, compute)
-        model.requires_grad_(False)
-        return cls(model, tokenizer or load_tokenizer(directory, config), compute, vllm=vllm)
+            placement: None for as the weights that train.
+            check: refuse a model whose output layer is not supported.
 
-    def offload(self) -> None:
-        """Keep a frozen model's weights in the host's memory while they are not used."""
-        self._whole = offload(self.model, self.compute.device)
+        Raises:
+            ConfigError: its output layer is of a kind that is not supported.
+        """
+        model, access = frozen(
+            lambda device: load_causal_lm(directory, config, compute.dtype, device, compute),
+            compute,
+            placement,
+            (lambda model: compute.ask_once(lambda: check_head(model))) if check else lambda model: None,
+        )
+        tokenizer = tokenizer or load_tokenizer(directory, config)
+        return cls(model, tokenizer, compute, access, vllm, local_sampling=local_sampling)
 
     @property
     def context_length(self) -> int:
@@ -88,6 +102,36 @@ class PolicyModel:
         """Copy the weights into vLLM, if it samples. `sample` does it, if nobody did."""
         if self.vllm is not None:
             self.vllm.hand_over(self.model, self._gathered)
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether all ranks sample together, layer by layer."""
+        return self.vllm is None and self.access.together is not None and self._local_sampling == "layers"
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """While open, the weights are as `sample` needs them. So whole ones are gathered once for many
+        calls."""
+        if self._is_ready or self.vllm is not None:
+            yield
+            return
+        with self.access.reading() if self._in_step else self.access.alone():
+            self._is_ready = True
+            try:
+                yield
+            finally:
+                self._is_ready = False
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Run work that calls the model on rank 0. Every rank gets its result, or its error.
+
+        Raises:
+            Exception: what rank 0's work raised.
+        """
+        if self.access.together is None:
+            return self.compute.main_only(work)
+        with self.access.together():
+            return on_main(self.model, self.compute, work)
 
     def special_token_rate(self, rollout: Rollout) -> float:
         """Share of responses with a special token before their stop token. Rewards and readers see text,
@@ -145,15 +189,17 @@ class PolicyModel:
         """`sample` with the local engine: this rank's share of the prompts, collected from all ranks."""
         lengths = [len(row) for row in ids]
         mine = self.compute.shard_indices(lengths)
-        with self._whole():
+        together = self.compute if self._in_step else None
+        with self.ready():
             if not self._is_checked:
-                check_decoding(self.model)
+                check_decoding(self.model, together=together)
                 self._is_checked = True
             part = generate(
                 self.model,
                 [ids[index] for index in mine],
                 pad_id=self.pad_id,
                 batch_rows=batch_rows,
+                together=together,
                 on_token=self.compute.moved,
                 uniform_BR=uniform_BR[mine],
                 on_rows=lambda rows: on_rows(rows * self.compute.world_size),
@@ -172,6 +218,6 @@ class PolicyModel:
 
     def log_probabilities(self, responses: Responses, temperature: float, micro_batch_tokens: int) -> Tensor:
         """Nats, fp32 [B, R] on the CPU, 0 on padding; without gradient."""
-        with self._whole():
+        with nullcontext() if self._is_ready else self.access.reading():
             model = ResponseModel(self.model)
             return answer_logprobs(model, responses, temperature, micro_batch_tokens, self.compute)

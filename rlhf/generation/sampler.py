@@ -7,6 +7,7 @@ head, T tokens of packed prompts, U different ones of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlhf.config import ConfigError
 from rlhf.distributed.batching import token_budget_batches
+from rlhf.distributed.compute import Compute
 from rlhf.generation.cpu_decoder import LeanDecoder, is_lean
+from rlhf.generation.lockstep import in_step
 from rlhf.models.base import ATTENTION
 from rlhf.models.packed_batch import Packed
 from rlhf.rl.rollout import Rollout
@@ -37,6 +40,7 @@ def generate(
     batch_rows: int,
     top_p: float = 1.0,
     copies: bool = True,
+    together: Compute | None = None,
     on_rows: Callable[[int], None] = lambda rows: None,
     on_token: Callable[[], None] = lambda: None,
 ) -> Rollout:
@@ -52,6 +56,8 @@ def generate(
             response depends neither on the batch nor on the ranks.
         batch_rows: rows decoded together.
         copies: on CPUs weights may be copied for the time of the call, so that they multiply faster.
+        together: the ranks that share the model's weights and gather them layer by layer. All of them must
+            call this; each has its own prompts, or none.
         on_rows: called with the number of newly finished rows.
         on_token: called after each decoding step.
     """
@@ -62,11 +68,13 @@ def generate(
     stops = torch.tensor(sorted(stop_ids), device=model.device)
     lean = None
     # one answer may end before the copies have paid off: they take as long as several tokens
-    if copies and len(prompts) > 1 and is_lean(model, growing_cache(model)):
+    if copies and together is None and len(prompts) > 1 and is_lean(model, growing_cache(model)):
         lean = LeanDecoder(model, batch_rows)
-    for start in range(0, len(order), batch_rows):
-        rows = order[start : start + batch_rows]
-        with torch.inference_mode():
+    # what is gathered in inference mode could never learn again
+    no_graph = torch.inference_mode() if together is None else torch.no_grad()
+    with no_graph, nullcontext() if together is None else in_step(model, together):
+        for start in range(0, len(order), batch_rows):
+            rows = order[start : start + batch_rows]
             decoded = _decode(
                 model,
                 lean,
@@ -79,9 +87,13 @@ def generate(
                 uniform_BR[rows],
                 on_token,
             )
-        for row, (ids, logp, ended) in zip(rows, decoded, strict=True):  # copies, that autograd may keep
-            responses[row], logps[row], stopped[row] = ids.clone(), logp.clone(), ended
-        on_rows(len(rows))
+            for row, (ids, logp, ended) in zip(rows, decoded, strict=True):
+                responses[row], logps[row], stopped[row] = ids, logp, ended
+            on_rows(len(rows))
+    responses, logps = (
+        [ids.clone() for ids in responses],
+        [logp.clone() for logp in logps],
+    )  # autograd may keep them
     return Rollout(list(prompts), responses, stopped, logps)
 
 

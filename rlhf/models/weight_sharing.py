@@ -8,16 +8,24 @@ models. Only the weights are in memory once.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf.distributed.compute import Compute
+from rlhf.training.engine import WHOLE, Access
+from rlhf.training.make_engine import shard_frozen
+
+Placement = Literal["replicated", "sharded", "offloaded"]
+"""Where a model that does not train is: whole on each rank, spread over the ranks, or in the host's memory
+while it is not used."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -75,3 +83,26 @@ def offload(model: nn.Module, device: torch.device) -> Callable[[], AbstractCont
 
     put(on_host)
     return on_device
+
+
+def frozen(
+    load: Callable[[torch.device], ModuleT],
+    compute: Compute,
+    placement: Placement | None = None,
+    check: Callable[[ModuleT], None] = lambda model: None,
+) -> tuple[ModuleT, Access]:
+    """A model that does not train, where it belongs.
+
+    Args:
+        load: reads it to a device.
+        placement: None for as the weights that train: sharded where these are.
+        check: is called with the whole model, before it is sharded.
+    """
+    gc.collect()  # models before it: hooks hold themselves in cycles
+    placement = placement or ("sharded" if compute.shards_weights else "replicated")
+    model = load(torch.device("cpu") if placement == "sharded" else compute.device)
+    model.requires_grad_(False)
+    check(model)
+    if placement == "sharded":
+        return model, shard_frozen(model, compute)
+    return model, Access(offload(model, compute.device)) if placement == "offloaded" else WHOLE

@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.data.chat_template import tokenizer_digest
 from rlhf.data.prepared import PreparedData
@@ -21,14 +22,13 @@ from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from rlhf.distributed.compute import Compute
     from rlhf.generation.policy_model import PolicyModel
     from rlhf.generation.vllm import Vllm
-    from rlhf.models.weight_sharing import Backbone
+    from rlhf.models.weight_sharing import Backbone, Placement
     from rlhf.pipeline.experiment import Experiment
     from rlhf.rewards.http import RewardServerConfig
     from rlhf.rewards.reward import Reward
@@ -63,6 +63,9 @@ class Job:
     """As rank 0 found it: `Stage.external_digests`. Whole models are hashed for it, once."""
     vllm: Vllm | None = None
     """What samples with `generation=vllm`; None for the local engine."""
+    local_sampling: Literal["whole", "layers"] = "whole"
+    """How the local engine samples from sharded weights: gathered whole for a rollout, or layer by layer. The
+    preflight chooses."""
     experiment: Experiment | None = None
     """All stages and settings, for a stage that is about the others."""
     summary: dict[str, float] | None = field(default=None)
@@ -139,35 +142,35 @@ class Job:
             ConfigError: the model's output layer is of a kind that is not supported.
         """
         from rlhf.generation.policy_model import PolicyModel
-        from rlhf.models.logprobs import check_head
 
+        load = partial(
+            PolicyModel.load, config=self.base.config, compute=self.compute, vllm=self.vllm,
+            local_sampling=self.local_sampling,
+        )  # fmt: skip
         if isinstance(model, Path):
-            return PolicyModel.load(model, self.base.config, self.compute, vllm=self.vllm)
-        tokenizer = model.load_tokenizer()
-        policy = PolicyModel.load(model.directory, model.config, self.compute, tokenizer, self.vllm)
-        check_head(policy.model)
-        return policy
+            return load(model)
+        return load(model.directory, tokenizer=model.load_tokenizer(), check=True)
 
     def reward(
         self,
         source: str,
         micro_batch_tokens: int,
         backbone: Backbone | None = None,
-        device: torch.device | None = None,
+        placement: Placement | None = None,
     ) -> Reward:
         """The reward that a `RewardSource` names; `learned` is the reward stage's model.
 
         Args:
             micro_batch_tokens: of a model's forward pass.
             backbone: weights that a learned one may share.
-            device: another one than where it shall run, if something is going to move it.
+            placement: of a model; None for as the weights that train.
         """
         from rlhf.rewards.model import make_reward
 
         learned = self.inputs["reward"].path if source == "learned" else None
         return make_reward(
             source, learned, self.base.config, self.compute, micro_batch_tokens, self.reward_server,
-            backbone, device,
+            backbone, placement,
         )  # fmt: skip
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

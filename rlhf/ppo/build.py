@@ -16,7 +16,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import check_head
-from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
+from rlhf.models.peft.attach import Adapter, attach, check_reached, count_parameters, loads_on
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.virtual_tokens import virtual_tokens
 from rlhf.models.recompute import checkpoint_layers
@@ -31,6 +31,7 @@ from rlhf.rewards.model import LearnedReward
 from rlhf.rewards.reward import Reward
 from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.tracking.redaction import redacted
+from rlhf.training.engine import Access, Engine
 from rlhf.training.make_engine import make_engine
 
 
@@ -43,8 +44,8 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
     backbone = shared_backbone(config, policy, start, compute)
     adapter = attach(policy, config.peft, compute.device)
     compute.ask_once(lambda: check_reached(policy))
-    frozen_on = torch.device("cpu") if config.frozen_placement == "sharded" else compute.device
-    reward = job.reward(config.reward, config.micro_batch_tokens, backbone, frozen_on)
+    placement = config.placement(shards_weights=compute.shards_weights)
+    reward = job.reward(config.reward, config.micro_batch_tokens, backbone, placement)
     normalizer = score_normalizer(config, job)
     critic = load_critic(config, job, reward, normalizer, tokenizer, backbone)
     attach(critic.model, config.peft, compute.device)
@@ -65,14 +66,8 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
     reference = (
         PolicyModel(backbone.model, tokenizer, compute)
         if backbone
-        else PolicyModel.load(start, settings, compute, tokenizer, device=frozen_on)
+        else PolicyModel.load(start, settings, compute, tokenizer, placement=placement)
     )
-    if config.frozen_placement == "sharded":
-        shard(reference, reward, compute)
-    if config.frozen_placement == "offloaded":
-        reference.offload()
-        if isinstance(reward, LearnedReward):
-            reward.offload()
     return PolicyTrainer(
         config,
         engine=engine,
@@ -80,9 +75,10 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
             policy,
             tokenizer,
             compute,
-            (lambda: engine.gathered(policy)) if compute.zero != "none" else adapter.merged,
+            policy_access(engine, policy, adapter, compute),
             job.vllm,
             engine.gathered_weights,
+            job.local_sampling,
         ),
         reference=reference,
         reward=reward,
@@ -126,16 +122,12 @@ def shared_backbone(
     return Backbone(start, sharing(policy))
 
 
-def shard(reference: PolicyModel, reward: Reward, compute: Compute) -> None:
-    """Shard the reference and reward model over the ranks."""
-    if compute.uses_fsdp:
-        from rlhf.training.fsdp import shard_frozen
-    else:
-        from rlhf.training.deepspeed import shard_frozen
-
-    shard_frozen(reference.model, compute)
-    if isinstance(reward, LearnedReward):
-        shard_frozen(reward.model, compute)
+def policy_access(engine: Engine, policy: PreTrainedModel, adapter: Adapter, compute: Compute) -> Access:
+    """How the policy that trains is run."""
+    if compute.zero == "none":
+        return Access(adapter.merged)
+    together = (lambda: engine.by_layers(policy)) if compute.shards_weights else None
+    return Access(lambda: engine.gathered(policy), together)
 
 
 def score_normalizer(config: PpoConfig, job: Job) -> ScoreNormalizer:

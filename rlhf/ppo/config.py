@@ -134,14 +134,21 @@ class PpoConfig(Strict):
     batch_rows: PositiveInt | None
     """Rows that are decoded together on each rank; null for all. Lower it when memory runs out while
     sampling."""
-    frozen_placement: Literal["replicated", "sharded", "offloaded"]
-    """Reference and reward model: whole on every rank; sharded over them (ZeRO-3 inference, or FSDP2); or in
-    each rank's host memory, and whole on its GPU only while they are used."""
+    frozen_placement: Literal["auto", "replicated", "sharded", "offloaded"]
+    """Reference and reward model: whole on every rank (replicated); sharded over them (ZeRO-3 inference, or
+    FSDP2); or in each rank's host memory, and whole on its GPU only while they are used (offloaded). `auto`
+    shards them where `zero=` shards the weights that train, and replicates them elsewhere."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: bool
     """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
     more time, the same result."""
+
+    def placement(self, *, shards_weights: bool) -> Literal["replicated", "sharded", "offloaded"]:
+        """Where reference and reward model are, if the weights that train are sharded or not."""
+        if self.frozen_placement == "auto":
+            return "sharded" if shards_weights else "replicated"
+        return self.frozen_placement
 
     @property
     def mixed_role(self) -> Literal["sft", "ptx"]:

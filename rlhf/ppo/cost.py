@@ -15,7 +15,6 @@ from rlhf.costs.memory import (
     activations,
     beside_vllm,
     folded,
-    frozen_placed,
     frozen_runs,
     frozen_weights,
     loading,
@@ -68,7 +67,8 @@ def ppo_cost(
     sets = 1 + (critic_on_reward if shares else 1)
     trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)
     states = [*trained.weights("policy and critic"), trained.optimizer(), *trained.buffers()]
-    placed, of_reference, of_reward = frozen_placed(on, config.frozen_placement), [], []
+    placed = config.placement(shards_weights=on.shards_weights)
+    of_reference, of_reward = [], []
     if not shares:
         held, *of_reference = frozen_runs(on, "reference", placed)
         states.append(held)
@@ -121,7 +121,6 @@ def ppo_cost(
         checkpoint=3 * FP32 * trained.parameters + best + average,
         longest=length.longest + COSTS[config.peft.method].added_tokens(on.shape, config.peft),
         sampled=length.longest, context=on.shape.context,
-        tokens=config.steps * batch * length.mean,
     )  # fmt: skip
 
 
@@ -197,25 +196,6 @@ def ppo_work(
             ThroughputModel(scorer).load(1, what="reward model"),
             ThroughputModel(scorer).read(tokens, length, what="scores"),
         ]  # fmt: skip
-    passes = config.steps * on.passes(config.batch_episodes, both, config.micro_batch_tokens)
-    updating = updates * on.passes(config.minibatch_episodes, both, config.micro_batch_tokens)
-    readings = [
-        worker.read(
-            by_policies * computed, length, predicted=by_policies * new, what="log-probabilities"
-        ),
-        ThroughputModel(critic).read(0 if once else episodes * computed, length, what="values"),
-    ]  # fmt: skip
-    learning = [
-        worker.train(
-            learned * computed, length, config.peft.method, predicted=learned * new,
-            checkpointing=config.activation_checkpointing, what="policy",
-        ),
-        ThroughputModel(critic).train(
-            learned * computed, length, config.peft.method, checkpointing=config.activation_checkpointing,
-            what="critic",
-        ),
-    ]  # fmt: skip
-    models = (1 if scorer is None else 2) + (0 if once else 2)  # reward and reference; policy and critic
     return [
         worker.load(3, what="policy, reference, published model"),
         ThroughputModel(critic).load(1, what="critic"),
@@ -227,11 +207,18 @@ def ppo_work(
             evaluated, decoded_rows(config, on, config.evaluate_prompts), prompts, new,
             what="evaluations",
         ),
-        *readings,
-        worker.gathering(models * passes, [*scores[1:], *readings], what="scoring"),
-        worker.gathering(config.steps, [], what="weights to sample from"),
-        *learning,
-        worker.exchanging(2 * updating, updates, trained.parameters / 2, learning, what="learning"),
+        worker.read(
+            by_policies * computed, length, predicted=by_policies * new, what="log-probabilities"
+        ),
+        ThroughputModel(critic).read(0 if once else episodes * computed, length, what="values"),
+        worker.train(
+            learned * computed, length, config.peft.method, predicted=learned * new,
+            checkpointing=config.activation_checkpointing, what="policy",
+        ),
+        ThroughputModel(critic).train(
+            learned * computed, length, config.peft.method, checkpointing=config.activation_checkpointing,
+            what="critic",
+        ),
         *mixed_in,
         worker.optimize(trained.parameters, updates),
     ]  # fmt: skip

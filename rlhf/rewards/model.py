@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +17,11 @@ from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.load import context_left
 from rlhf.models.peft.saved import attach_published, described, origin_of
 from rlhf.models.value_head import ScalarModel, load_scalar_model
-from rlhf.models.weight_sharing import Backbone, offload, sharing
+from rlhf.models.weight_sharing import Backbone, Placement, frozen, sharing
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import reward_directory, reward_kind
 from rlhf.rewards.reward import Prompts, Reward, RewardError, as_scores
+from rlhf.training.engine import WHOLE, Access
 
 CUT_TOKENS = 8
 """A response that fills the context may have so many more tokens when its text is encoded again with an end
@@ -40,15 +40,11 @@ class LearnedReward:
         tokenizer: PreTrainedTokenizerBase,
         micro_batch_tokens: int,
         compute: Compute,
-        whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+        access: Access = WHOLE,
     ) -> None:
-        """`whole` opens a context in which the model runs as it was published."""
+        """`access`: how the model runs as it was published."""
         self.directory, self.model, self.tokenizer = directory, model, tokenizer
-        self.micro_batch_tokens, self.compute, self._whole = micro_batch_tokens, compute, whole
-
-    def offload(self) -> None:
-        """Keep the model's weights in the host's memory while they are not used."""
-        self._whole = offload(self.model, self.compute.device)
+        self.micro_batch_tokens, self.compute, self.access = micro_batch_tokens, compute, access
 
     @property
     def digest(self) -> str:
@@ -57,7 +53,7 @@ class LearnedReward:
 
     def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
         rows = [torch.tensor(ids) for ids in self._all_ids(prompts, completions)]
-        with self._whole():
+        with self.access.reading():
             return self.model.score(rows, self.micro_batch_tokens, self.compute)
 
     def _all_ids(self, prompts: Prompts, completions: Sequence[str]) -> list[list[int]]:
@@ -98,7 +94,7 @@ def load_learned_reward(
     compute: Compute,
     micro_batch_tokens: int,
     backbone: Backbone | None = None,
-    device: torch.device | None = None,
+    placement: Placement | None = None,
 ) -> LearnedReward:
     """Load a published reward model: its LoRA adapter alone, if it was trained on those of `backbone`.
 
@@ -115,9 +111,13 @@ def load_learned_reward(
         assert head is not None
         weight = nn.Parameter(head.to(compute.device, compute.dtype).float())  # as load_scalar_model reads it
         model = ScalarModel(trunk, weight)
-        return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, adapter.merged)
-    model = load_scalar_model(directory, config, compute.dtype, device or compute.device, compute)
-    return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute)
+        return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, Access(adapter.merged))
+    model, access = frozen(
+        lambda device: load_scalar_model(directory, config, compute.dtype, device, compute),
+        compute,
+        placement,
+    )
+    return LearnedReward(directory, model, tokenizer, micro_batch_tokens, compute, access)
 
 
 def stands_on(directory: Path, backbone: Backbone, compute: Compute) -> bool:
@@ -139,7 +139,7 @@ def make_reward(
     micro_batch_tokens: int,
     server: RewardServerConfig,
     backbone: Backbone | None = None,
-    device: torch.device | None = None,
+    placement: Placement | None = None,
 ) -> Reward:
     """The reward that a `RewardSource` names.
 
@@ -147,11 +147,11 @@ def make_reward(
         learned: the reward stage's artifact.
         server: how to ask a reward at a URL.
         backbone: weights that a learned reward may share.
-        device: where to load a model, if it is moved later; None for where it runs.
+        placement: of a model; None for as the weights that train.
     """
     directory = reward_directory(source, learned)
     if directory is not None:
-        return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, device)
+        return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, placement)
     make = reward_kind(source).make
     assert make is not None, f"{source}: its kind has neither a model nor a rule"
     rule = make(source, server)

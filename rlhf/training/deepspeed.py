@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
-from rlhf.training.engine import Engine, Groups
+from rlhf.training.engine import Access, Engine, Groups
 from rlhf.training.optimizer import ClippedAdamW, parameter_group
 
 TAG, UNIVERSAL = "zero", "zero_universal"
@@ -62,6 +63,9 @@ class ZeroEngine(Engine):
         self._client.leading = [
             self._leading(*group) for group in zip(matrices, others, self._client.param_groups, strict=True)
         ]
+        _let_go(model)
+        # its gradient hooks hold it, and no garbage collector sees that
+        weakref.finalize(self, _destroy, self._engine).atexit = False
         self._engine.optimizer.check_grad_overflow = True  # fp32 would take a step with NaN
         self.model = self._engine
 
@@ -111,24 +115,19 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
-        """Gather the module's weights. DeepSpeed's hooks are removed meanwhile, because they would shard it
-        again."""
-        if not self._sharded:
+        """Gather the module's weights."""
+        with _gathered(self._engine.optimizer.parameter_offload, module) if self._sharded else nullcontext():
             yield
-            return
-        import deepspeed
 
-        offload = self._engine.optimizer.parameter_offload
-        for parameter in self._engine.module.parameters():
-            parameter.ds_active_sub_modules.clear()
-        for hook in (*offload.forward_hooks, *offload.backward_hooks):
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        try:
-            with deepspeed.zero.GatheredParameters(list(module.parameters())):
-                yield
-        finally:
-            offload._register_deepspeed_module(offload.module)
+    def by_layers(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Let DeepSpeed's hooks gather. They drop the order of modules that they recorded while it learned:
+        it is another one."""
+        if (
+            self._sharded
+            and not (order := self._engine.optimizer.parameter_offload.param_coordinator).is_invalid_trace()
+        ):
+            order._invalidate_trace()
+        return nullcontext()
 
     @contextmanager
     def gathered_weights(self, modules: Sequence[nn.Module]) -> Iterator[None]:
@@ -210,9 +209,49 @@ def zero_config(compute: Compute, trained: int) -> dict[str, Any]:
     return config
 
 
-def shard_frozen(model: nn.Module, compute: Compute) -> None:
-    """Shard a model that does not train (ZeRO-3 inference). After that all ranks must call it equally
-    often."""
+@contextmanager
+def _gathered(offload: Any, module: nn.Module) -> Iterator[None]:
+    """While open, a module's weights are whole. DeepSpeed's hooks are removed meanwhile, because they would
+    shard it again.
+
+    Args:
+        offload: the `DeepSpeedZeRoOffload` of the model that the module is a part of.
+    """
+    import deepspeed
+
+    for parameter in offload.module.parameters():
+        parameter.ds_active_sub_modules.clear()
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            yield
+    finally:
+        offload._register_deepspeed_module(offload.module)
+
+
+def _destroy(engine: Any) -> None:
+    """Let the garbage collector have an engine: no hook and no cache of DeepSpeed's holds it."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Order
+
+    engine.destroy()
+    cached: Any = vars(Order)["_PartitionedParameterCoordinator__params_to_release"]
+    while not hasattr(cached, "cache_clear"):
+        cached = cached.__wrapped__
+    cached.cache_clear()
+
+
+def _let_go(model: nn.Module) -> None:
+    """Remove a model from DeepSpeed's list of running modules, which would hold it for the life of the
+    process."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK[:] = [each for each in FWD_MODULE_STACK if each is not model]
+
+
+def shard_frozen(model: nn.Module, compute: Compute) -> Access:
+    """Shard a model that does not train (ZeRO-3 inference)."""
     stage3 = {"stage": 3, **({"offload_param": {"device": "cpu"}} if "offload" in compute.zero else {})}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3, "steps_per_print": 10**9}
     if compute.dtype == torch.bfloat16:
@@ -221,6 +260,11 @@ def shard_frozen(model: nn.Module, compute: Compute) -> None:
     _read_slices(deepspeed, model, config, compute)
     engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     engine.eval()
+    _let_go(model)
+    offload = engine.optimizer
+    # it records the order of modules, which changes from pass to pass, and keeps weights for the next pass
+    offload.fwd_pre_hook.remove()
+    return Access(lambda: _gathered(offload, model), nullcontext)
 
 
 def _read_slices(deepspeed: Any, model: nn.Module, config: Mapping[str, Any], compute: Compute) -> None:

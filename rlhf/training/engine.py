@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,25 @@ from rlhf.training.trained import TrainedFiles, owners
 Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
 Gather = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
 """`Engine.gathered_weights`."""
+
+
+class Access(NamedTuple):
+    """How a model is run. Each field opens a context for it."""
+
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Each rank runs the model by itself, as often as it likes."""
+    together: Callable[[], AbstractContextManager[None]] | None = None
+    """Ranks that share the weights run the model equally often and gather layer by layer. None: each rank has
+    the whole model."""
+
+    @property
+    def reading(self) -> Callable[[], AbstractContextManager[None]]:
+        """The context for passes that all ranks make equally often. No more than a layer is gathered."""
+        return self.together or self.alone
+
+
+WHOLE = Access()
+"""Each rank has the whole model, where it runs."""
 
 
 class Engine(ABC):
@@ -85,6 +104,11 @@ class Engine(ABC):
     @abstractmethod
     def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context in which every rank can run a part of the model alone, for generation."""
+
+    def by_layers(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A context in which all ranks run a part of the model equally often, though not through the engine.
+        Each layer is gathered for the time that it runs."""
+        return nullcontext()
 
     def gathered_weights(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """A context in which every rank sees the whole weights of a few modules, without their children's."""

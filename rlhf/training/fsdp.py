@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rlhf.distributed.compute import Compute
-from rlhf.training.engine import Engine, Groups
+from rlhf.training.engine import Access, Engine, Groups
 from rlhf.training.optimizer import ClippedAdamW, parameter_group, round_into
 
 
@@ -82,18 +82,20 @@ class FsdpEngine(Engine):
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
         """Gather the module's weights and everything outside the layers (all embeddings, also a critic's)."""
+        within = [each for each in module.modules() if each is not self.model]
+        with self.by_layers(module), _unsharded([each for each in within if isinstance(each, FSDPModule)]):
+            yield
+
+    @contextmanager
+    def by_layers(self, module: nn.Module) -> Iterator[None]:
+        """Gather everything outside the layers. The layers' own hooks gather these."""
         assert isinstance(self.model, FSDPModule)
         self.model._get_fsdp_state()._lazy_init()  # else the first layer to run takes itself for the root
-        units = [self.model, *(each for each in module.modules() if isinstance(each, FSDPModule))]
+        self.model.unshard()
         try:
-            for unit in units:
-                unit.set_reshard_after_forward(False, recurse=False)
-                unit.unshard()
             yield
         finally:
-            for unit in units:
-                unit.reshard()
-                unit.set_reshard_after_forward(unit is not self.model, recurse=False)
+            self.model.reshard()
 
     @contextmanager
     def gathered_weights(self, modules: Sequence[nn.Module]) -> Iterator[None]:
@@ -188,18 +190,56 @@ def _shard_for_training(model: nn.Module, compute: Compute) -> list[FSDPModule]:
         if odd:
             fully_shard(odd, mesh=mesh, mp_policy=policy)  # together, because some share a parameter
         fully_shard(model, mesh=mesh, mp_policy=policy)
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return _units(model)
 
 
-def shard_frozen(model: nn.Module, compute: Compute) -> None:
-    """Shard the layers of a model that does not train. After that all ranks must call it equally often."""
+def _units(module: nn.Module) -> list[FSDPModule]:
+    return [each for each in module.modules() if isinstance(each, FSDPModule)]
+
+
+@contextmanager
+def _unsharded(units: Sequence[FSDPModule]) -> Iterator[None]:
+    """While open, the weights of these units are whole on each rank, whatever runs."""
+    try:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+
+
+def shard_frozen(model: nn.Module, compute: Compute) -> Access:
+    """Shard a model that does not train: each layer, embedding and output layer is a unit."""
     mesh = _mesh(compute)
-    for layer in _layers(model):
-        with _slices_read(layer, compute):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    for tensor in (*model.parameters(), *model.buffers()):  # what belongs to no layer stays whole
+    for unit in (*_layers(model), *_tables(model)):
+        with _slices_read(unit, compute):
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    for tensor in (*model.parameters(), *model.buffers()):  # norms and a scalar head stay whole
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(compute.device)
+    return Access(lambda: _unsharded(_units(model)), nullcontext)
+
+
+def _tables(model: nn.Module) -> list[nn.Module]:
+    """Embeddings and linear layers outside the layers, each with a weight of its own. One that is tied gets a
+    parameter of its own, because a unit that is run by itself cannot share one."""
+    within = {part for layer in _layers(model) for part in layer.modules()}
+    outside = [part for part in model.modules() if part not in within]
+    tables: list[nn.Module] = [part for part in outside if isinstance(part, nn.Embedding | nn.Linear)]
+    others = {
+        weight for part in outside if part not in tables for weight in part.parameters(recurse=False)
+    }  # a scalar head's weight is also that of a linear layer that does not run
+    tables = [part for part in tables if others.isdisjoint(part.parameters())]
+    seen: set[nn.Parameter] = set()
+    for part in tables:
+        for name, weight in list(part.named_parameters()):
+            if weight in seen:
+                setattr(part, name, nn.Parameter(weight.detach(), requires_grad=False))
+            seen.add(weight)
+    return tables
 
 
 @contextmanager

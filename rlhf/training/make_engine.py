@@ -1,4 +1,4 @@
-"""The engine that `zero=` asks for."""
+"""The engine that `zero=` asks for; and models that do not train, sharded by the same library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
-from rlhf.training.engine import Engine, Groups, PlainEngine
+from rlhf.training.engine import Access, Engine, Groups, PlainEngine
 
 
 def make_engine(
@@ -46,3 +46,13 @@ def make_engine(
 
     universal = resume is not None and resume["world_size"] != compute.world_size
     return ZeroEngine(model, groups, compute, universal=universal, in_turns=in_turns)
+
+
+def shard_frozen(model: nn.Module, compute: Compute) -> Access:
+    """Spread a model that does not train over the ranks. Each copies its slices to its device: of weights in
+    mapped files, it reads no others."""
+    if compute.uses_fsdp:
+        from rlhf.training.fsdp import shard_frozen as shard
+    else:
+        from rlhf.training.deepspeed import shard_frozen as shard
+    return shard(model.requires_grad_(False), compute)

@@ -15,11 +15,13 @@ from helpers.spawned import start_ranks
 from rlhf.distributed.compute import Zero
 
 SHARDED: list[tuple[Zero, str]] = [
-    ("zero3", "sharded"), ("zero2", "sharded"), ("zero3_offload", "replicated"), ("fsdp2", "sharded"),
+    ("zero3", "auto"), ("zero2", "sharded"), ("zero3_offload", "replicated"), ("fsdp2", "auto"),
 ]  # fmt: skip
-CASES = [Case(zero, frozen, model) for model in ("large", "tiny") for zero, frozen in SHARDED] + [
-    Case("zero3", "sharded", "tied"),
-    Case("fsdp2", "sharded", "tied"),
+CASES = [
+    *(Case(zero, frozen, "whole", "large") for zero, frozen in SHARDED),
+    *(Case(zero, frozen, "layers", "tiny") for zero, frozen in SHARDED),
+    Case("zero3", "sharded", "layers", "tied"),
+    Case("fsdp2", "sharded", "layers", "tied"),
 ]
 
 

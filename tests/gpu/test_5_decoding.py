@@ -21,9 +21,11 @@ from rlhf.generation.policy_model import PolicyModel
 from rlhf.generation.sampler import _draw, _nucleus, generate
 from rlhf.models.load import load_causal_lm
 from rlhf.models.value_head import reset_head
+from rlhf.models.weight_sharing import offload
 from rlhf.ppo.build import load_critic, score_normalizer
 from rlhf.rewards.model import LearnedReward
 from rlhf.rl.rollout import Rollout
+from rlhf.training.engine import Access
 
 pytestmark = pytest.mark.gpu
 VOCABULARY = 151_936
@@ -123,8 +125,8 @@ def test_offloaded_models_give_the_memory_back_and_the_same_scores(
 
     wanted = scores()
     weights = sum(p.nbytes for model in (policy.model, scalar) for p in {*model.parameters()})
-    policy.offload()
-    reward.offload()
+    for each in (policy, reward):
+        each.access = Access(offload(each.model, device))
     reaches("error of the scores", error(scores(), wanted), at_most=1e-6)
     devices = {p.device.type for model in (policy.model, scalar) for p in model.parameters()}
     assert devices == {"cpu"}

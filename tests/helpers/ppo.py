@@ -27,7 +27,7 @@ from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.ppo.update import ActorCritic
 from rlhf.rewards.reward import Prompts, Reward
 from rlhf.stages.ppo import PpoStage
-from rlhf.training.engine import PlainEngine
+from rlhf.training.engine import Access, PlainEngine
 from rlhf.training.trained import load_trained
 
 SETTINGS = (
@@ -77,7 +77,7 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
     return PolicyTrainer(
         stage,
         engine=engine,
-        policy=PolicyModel(policy, tokenizer, job.compute, lambda: engine.gathered(policy)),
+        policy=PolicyModel(policy, tokenizer, job.compute, Access(lambda: engine.gathered(policy))),
         reference=PolicyModel.load(sft, TINY, job.compute),
         reward=reward,
         normalizer=normalizer,

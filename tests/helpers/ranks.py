@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class Case(NamedTuple):
 
     zero: Zero
     frozen: str
+    sampling: Literal["whole", "layers"]
     model: str
     """Name of a directory."""
 
@@ -86,15 +87,22 @@ def prompt(number: int) -> list[Message]:
     return user(f"{number}?")
 
 
-def all_stages(compute: Compute, model: Path, reward: Path, frozen: str, scratch: Path) -> dict[str, float]:
+def all_stages(
+    compute: Compute,
+    model: Path,
+    reward: Path,
+    frozen: str,
+    scratch: Path,
+    sampling: Literal["whole", "layers"] = "whole",
+) -> dict[str, float]:
     """Every kind of pass that a stage makes, on this rank; figures of which all ranks have the same."""
     stages = build(*OVERRIDES, f"ppo.frozen_placement={frozen}").stages
     base = tiny_base(model)
 
     def job(name: str) -> Any:
-        return small_job(
-            name, scratch / name / "artifact", base, {"sft": model, "reward": reward}, compute=compute
-        )
+        inputs = {"sft": model, "reward": reward}
+        made = small_job(name, scratch / name / "artifact", base, inputs, compute=compute)
+        return replace(made, local_sampling=sampling)
 
     figures: dict[str, float] = {}
     for name, learn in (("sft", sft), ("reward", reward_model), ("ppo", ppo)):
@@ -285,7 +293,7 @@ def go_through(compute: Compute, cases: Sequence[Case], models: Path, scratch: P
     def figures(case: Case) -> dict[str, float]:
         return all_stages(
             replace(compute, zero=case.zero), models / case.model, models / f"{case.model}-reward",
-            case.frozen, scratch / "-".join(case) / str(compute.rank),
+            case.frozen, scratch / "-".join(case) / str(compute.rank), case.sampling,
         )  # fmt: skip
 
     return {"sums": norms_of_sums(compute), "decayed": decayed(compute, scratch), **each_case(cases, figures)}

@@ -22,7 +22,7 @@ from rlhf.models.peft.attach import attach
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
 from rlhf.training.config import OptimConfig
-from rlhf.training.make_engine import make_engine
+from rlhf.training.make_engine import make_engine, shard_frozen
 from rlhf.training.trained import load_trained
 
 MODEL = ModelConfig(kind="local")
@@ -75,11 +75,7 @@ def differences(case: Case, compute: Compute, models: Path, scratch: Path) -> li
     here = replace(compute, zero=case.zero)
     model = load(case, here, models)
     if case.role in ("reference", "reward"):
-        if case.zero == "fsdp2":
-            from rlhf.training.fsdp import shard_frozen
-        else:
-            from rlhf.training.deepspeed import shard_frozen
-        shard_frozen(model.requires_grad_(False), here)
+        shard_frozen(model, here)
         return [] if torch.equal(outputs(model), outputs(whole)) else ["outputs"]
     root: nn.Module = model if isinstance(model, ScalarModel) else ResponseModel(model)
     engine = make_engine(root, [(model.parameters(), OPTIM)], here)

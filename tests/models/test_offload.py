@@ -18,6 +18,7 @@ from rlhf.models.weight_sharing import offload
 from rlhf.ppo.build import load_critic, score_normalizer
 from rlhf.rewards.model import LearnedReward
 from rlhf.rl.rollout import Rollout
+from rlhf.training.engine import Access
 
 ROLLOUT = Rollout([torch.tensor([5, 6, 7])], [torch.tensor([8, 9])], torch.tensor([True]))
 PROMPT = user("Hi")
@@ -55,7 +56,7 @@ def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: P
 
     expected = scores()
     for each in (policy, reward):
-        each.offload()
+        each.access = Access(offload(each.model, torch.device("cpu")))
     used: list[int] = []
     for model in (policy.model, scalar.model):
         model.model.register_forward_pre_hook(lambda backbone, _: used.extend(places(backbone)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rlhf.config import ConfigError
 from rlhf.pipeline.store import Artifact
 from rlhf.ppo.build import build_trainer, score_normalizer
 from rlhf.rl.advantage import ScoreNormalizer
+from rlhf.training.engine import WHOLE
 
 
 @pytest.mark.parametrize("placement", ["replicated", "offloaded"])
@@ -25,7 +25,7 @@ def test_the_reference_waits_on_the_host_where_that_is_asked_for(
     """The stage refuses it without a GPU; the mechanism is the same."""
     stage = ppo_stage(f"ppo.frozen_placement={placement}")
     trainer = build_trainer(stage, ppo_job(tmp_path / "ppo", tiny_model), math.inf)
-    assert (trainer.reference._whole is not nullcontext) == (placement == "offloaded")
+    assert (trainer.reference.access is not WHOLE) == (placement == "offloaded")
 
 
 def test_scores_are_normalised_by_what_generate_measured(tmp_path: Path, tiny_model: Path) -> None:

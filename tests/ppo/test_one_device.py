@@ -77,5 +77,5 @@ def test_all_weights_and_all_they_meet_are_on_the_device(
             assert logp_N.shape == entropy_N.shape == (14,)
         response_statistics(policy, batch, 0.7).logp_N.sum().backward()
         critic.values(batch).sum().backward()
-        with trainer.reward._whole():
+        with trainer.reward.access.alone():
             assert trainer.reward.model.last_values(rows).shape == (2,)

@@ -168,7 +168,7 @@ def test_an_adapter_scores_as_the_merged_model_that_was_published(
     for _ in range(2):
         torch.testing.assert_close(scores(shared), scores(published), rtol=1e-5, atol=1e-5)
     merged = dict(published.model.named_parameters())
-    with shared._whole():
+    with shared.access.alone():
         folded = {
             name.replace(".base_layer", ""): value
             for name, value in shared.model.named_parameters()

@@ -10,6 +10,8 @@ Dimensions: B rows, N virtual tokens, A key/value heads, D size of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ class VirtualTokens(nn.Module):
         super().__init__()
         assert config.num_layers is not None
         self.config, self.num_layers, self.are_left_out = config, config.num_layers, False
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
         self.encoder: PrefixEncoder | PromptEmbedding | PromptEncoder
         if isinstance(config, PrefixTuningConfig):
             self.encoder = PrefixEncoder(config)
@@ -55,14 +58,16 @@ class VirtualTokens(nn.Module):
 
     def embeddings(self) -> Tensor:
         """The tensor that is published."""
-        weight: Tensor = self.encoder.embedding.weight
-        if self.config.inference_mode:
-            return weight
-        made: Tensor = self.encoder(torch.arange(len(weight), device=weight.device))
+        embedding = self.encoder.embedding
+        count = torch.arange(self.config.num_virtual_tokens, device=embedding.weight.device)
+        # called, because a sharding engine gathers the weights around a call
+        made: Tensor = embedding(count) if self.config.inference_mode else self.encoder(count)
         return made
 
     def keys_and_values(self, backbone: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer, each [1, A, N, D]."""
+        if self._kept is not None:
+            return self._kept
         embeddings = self.embeddings()
         if not isinstance(self.config, PrefixTuningConfig):
             return _keys_and_values(backbone, embeddings, self.num_layers)
@@ -70,6 +75,16 @@ class VirtualTokens(nn.Module):
         assert heads is not None
         of_layers = embeddings.view(len(embeddings), self.num_layers, 2, heads, -1).permute(1, 2, 3, 0, 4)
         return [(keys[None], values[None]) for keys, values in of_layers]
+
+    @contextmanager
+    def computed_once(self, model: PreTrainedModel) -> Iterator[None]:
+        """While open, the keys and values are those of its beginning. So a call that reads a prompt runs each
+        layer once, as one that decodes does."""
+        self._kept = self.keys_and_values(_reader(model))
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def before(self, backbone: nn.Module, args: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """A hook that changes the arguments of a call of the backbone, so that the tokens come before its

@@ -35,7 +35,7 @@ from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach, merged_weights
 from rlhf.models.peft.config import PeftConfig
 from rlhf.rl.rollout import Rollout
-from rlhf.training.engine import Gather
+from rlhf.training.engine import Access, Gather
 
 
 class Recorded:
@@ -78,7 +78,7 @@ def test_weights_are_handed_over_once_for_each_rollout_and_gathered_only_then(
 ) -> None:
     recorded, tokenizer = Recorded(), load_tokenizer(directory, TINY)
     engine: Any = recorded
-    policy = PolicyModel(model, tokenizer, on_cpu(), recorded.whole, engine, recorded.gathered)
+    policy = PolicyModel(model, tokenizer, on_cpu(), Access(recorded.whole), engine, recorded.gathered)
 
     def roll_out() -> Rollout:
         rollout, _ = policy.sample(
