@@ -52,6 +52,8 @@ from rlhf.supervised.pairs import Pairs
 SAMPLES = Path(__file__).parents[1] / "data"
 TOKENS = 500
 BATCH, MAX_TOKENS, MICRO_BATCH_TOKENS = 64, 1024, 8192
+FEW = 40
+"""Rows that show what `prepare` takes besides them."""
 TEXTS_AT_ONCE = 10_000
 """That the tokenizer's own threads encode together."""
 
@@ -85,25 +87,22 @@ def anonymous_bytes(process: psutil.Process) -> int:
     return total
 
 
-def prepare(folder: Path, model: str, with_pairs: bool) -> dict[str, float]:
-    """Run the stage in a process of its own, after one that makes the base model and reads two rows."""
+def prepare(folder: Path, model: str, name: str, *sources: str) -> dict[str, float]:
+    """Run the stage in a process of its own, with these sources beside prompts of sft.data."""
     command = [
-        sys.executable, "-m", "rlhf", "stage=prepare", f"model={model}", "device=cpu", "ppo.prompts=sft.data",
-        "evaluate.prompts=sft.data", f"runs_dir={folder}/runs", f"store_dir={folder}/store",
-        *([f"reward.pairs={folder}/pairs.jsonl"] if with_pairs else []),
+        sys.executable, "-m", "rlhf", "stage=prepare", f"model={model}", "device=cpu", f"run_name={name}",
+        f"runs_dir={folder}/runs", f"store_dir={folder}/store", "ppo.prompts=sft.data",
+        "evaluate.prompts=sft.data", *sources,
     ]  # fmt: skip
-    found: dict[str, float] = {}
-    for name, source in (("few", f"{{path: {folder}/sft.jsonl, limit: 20}}"), ("all", f"{folder}/sft.jsonl")):
-        start, peak = time.monotonic(), 0
-        started = subprocess.Popen([*command, f"run_name={name}", f"sft.data={source}"], cwd=folder)
-        process = psutil.Process(started.pid)
-        while started.poll() is None:
-            peak = max(peak, anonymous_bytes(process))
-            time.sleep(0.2)
-        if started.returncode:
-            sys.exit("`prepare` failed: see above.")
-        found |= {f"{name}: seconds": time.monotonic() - start, f"{name}: peak MiB": peak / MIB}
-    return found
+    start, peak = time.monotonic(), 0
+    started = subprocess.Popen(command, cwd=folder)
+    process = psutil.Process(started.pid)
+    while started.poll() is None:
+        peak = max(peak, anonymous_bytes(process))
+        time.sleep(0.2)
+    if started.returncode:
+        sys.exit("`prepare` failed: see above.")
+    return {f"{name}: seconds": time.monotonic() - start, f"{name}: peak MiB": peak / MIB}
 
 
 def texts_of(data: PreparedData) -> Iterator[str]:
@@ -189,7 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         per_row = 60 if options.model == "tiny" else 370  # a byte is a token; or 1.35 tokens to a word
         write_rows(folder / "sft.jsonl", options.rows, ["completion"], per_row)
         write_rows(folder / "pairs.jsonl", options.pairs, ["chosen", "rejected"], per_row)
-        found: dict[str, Any] = prepare(folder, options.model, options.pairs > 0)
+        write_rows(folder / "few.jsonl", FEW, ["completion"], per_row)
+        pairs = [f"reward.pairs={folder}/pairs.jsonl"] if options.pairs else []
+        prepare(folder, options.model, "base", f"sft.data={folder}/few.jsonl", "prepare.response_tokens=9")
+        found: dict[str, Any] = prepare(folder, options.model, "few", f"sft.data={folder}/few.jsonl")
+        found |= prepare(folder, options.model, "all", f"sft.data={folder}/sft.jsonl", *pairs)
         artifact = folder / "runs" / "all" / "artifacts" / "prepare"
         (base,) = (folder / "store" / "base").glob("[!.]*")
         tokenizer = load_tokenizer(base, ModelConfig(kind=options.model))
@@ -201,11 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         f"{cores} cores"
     )  # fmt: skip
     table.add_row("prepare, seconds", f"{found['all: seconds']:.0f}")
-    table.add_row("prepare of 20 rows, seconds", f"{found['few: seconds']:.0f}")
+    table.add_row(f"prepare of {FEW} rows, seconds", f"{found['few: seconds']:.0f}")
     table.add_row("tokenizer alone, its own threads, seconds", f"{found['threads: seconds']:.0f}")
     table.add_row("tokenizer alone, processes, seconds", f"{found['processes: seconds']:.0f}")
     table.add_row("prepare's peak, all its processes, MiB", f"{found['all: peak MiB']:.0f}")
-    table.add_row("prepare's peak for 20 rows, MiB", f"{found['few: peak MiB']:.0f}")
+    table.add_row(f"prepare's peak for {FEW} rows, MiB", f"{found['few: peak MiB']:.0f}")
     for rank, peaks in enumerate(ranks):
         for phase, peak in peaks.items():
             table.add_row(f"rank {rank} above an idle one, {phase}, MiB", f"{peak:.0f}")

@@ -7,8 +7,8 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
-from itertools import chain, islice
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -92,10 +92,10 @@ class GenerateStage(Stage):
             "take a model with a longer context.",
         )  # fmt: skip
 
-    def rows(self, data: PreparedData) -> list[PromptRow]:
+    def rows(self, data: PreparedData) -> Iterator[PromptRow]:
         """The prompts that are answered."""
-        rows = chain.from_iterable(data.rows("ppo", split) for split in self.splits)
-        return list(islice(rows, self.num_prompts))
+        every = itertools.chain.from_iterable(data.rows("ppo", split) for split in self.splits)
+        return itertools.islice(every, self.num_prompts)
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every sample is decoded, and read once by the reward model."""
@@ -117,7 +117,7 @@ class GenerateStage(Stage):
         from rlhf.evaluation.intervals import share
         from rlhf.rl.statistics import distinct_n
 
-        rows = self.rows(job.data)
+        rows = list(self.rows(job.data))
         repeated = [row for row in rows for _ in range(self.samples_per_prompt)]
         policy = job.policy(job.start(self.policy))
         with job.progress.task("generate: sampling", len(repeated)) as task:

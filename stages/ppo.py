@@ -9,6 +9,7 @@ The loop itself is rlhf/ppo/trainer.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -116,7 +117,8 @@ class PpoStage(PpoConfig, Stage):
     def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Prompts that leave no room for an answer."""
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
-        rows = [*data.rows("ppo", "train"), *data.rows("ppo", "held_out")[: self.evaluate_prompts]]
+        held_out = data.rows("ppo", "held_out")[: self.evaluate_prompts]
+        rows = itertools.chain(data.rows("ppo", "train"), held_out)
         yield from misfits(
             "ppo.init", self.init, base, f"ppo.prompts={self.prompts}", rows,
             beside=virtual + self.max_new_tokens,

@@ -8,6 +8,7 @@ Writes  a sequence-classification model with one label, and how well it ranks he
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -116,7 +117,7 @@ class RewardStage(Stage):
     def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Pairs that the model cannot read, and that `max_tokens` does not leave out."""
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
-        rows = [row for split in ("train", "held_out") for row in data.rows("pairs", split)]
+        rows = itertools.chain.from_iterable(data.rows("pairs", split) for split in TRAINING)
         yield from misfits(
             "reward.init", self.init, base, f"reward.pairs={self.pairs}", rows, beside=virtual,
             most=self.max_tokens,

@@ -111,7 +111,7 @@ def misfits(
     init: str,
     base: BaseModelFiles,
     source: str,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     *,
     beside: int,
     mend: str,
@@ -146,8 +146,8 @@ def misfits(
     too_long = [length for length in lengths if context - beside < length <= most]
     if too_long:
         yield (
-            f"{source}: {len(too_long)} of {len(rows)} rows do not fit the model of {key}={init}: they have "
-            f"up to {max(too_long)} of its tokens, and its context of {context} has room for "
+            f"{source}: {len(too_long)} of {len(lengths)} rows do not fit the model of {key}={init}: they "
+            f"have up to {max(too_long)} of its tokens, and its context of {context} has room for "
             f"{max(0, context - beside)}. {mend}"
         )
 
