@@ -23,7 +23,7 @@ from rlhf.models.load import context_left, load_causal_lm
 from rlhf.models.logprobs import ResponseModel, answer_logprobs, check_head
 from rlhf.models.weight_sharing import Placement, frozen
 from rlhf.rl.rollout import Responses, Rollout
-from rlhf.training.engine import WHOLE, Access, Gather
+from rlhf.training.engine import WHOLE, Access
 
 Result = TypeVar("Result")
 
@@ -38,7 +38,6 @@ class PolicyModel:
         compute: Compute,
         access: Access = WHOLE,
         vllm: Vllm | None = None,
-        gathered: Gather = lambda modules: nullcontext(),
         local_sampling: Literal["whole", "layers"] = "whole",
     ) -> None:
         """Put a model and its tokenizer together.
@@ -46,11 +45,10 @@ class PolicyModel:
         Args:
             access: how the model is run.
             vllm: samples; None for the local engine.
-            gathered: `Engine.gathered_weights` of the engine that trains the model.
             local_sampling: how the local engine samples from sharded weights: gathered whole for the rollout,
                 or layer by layer, with all ranks in step. `Job.local_sampling`.
         """
-        self._gathered, self._local_sampling = gathered, local_sampling
+        self._local_sampling = local_sampling
         self.model, self.tokenizer, self.compute, self.access = model, tokenizer, compute, access
         self.vllm = vllm
         eos = None if model.generation_config is None else model.generation_config.eos_token_id
@@ -101,7 +99,7 @@ class PolicyModel:
     def hand_over(self) -> None:
         """Copy the weights into vLLM, if it samples. `sample` does it, if nobody did."""
         if self.vllm is not None:
-            self.vllm.hand_over(self.model, self._gathered)
+            self.vllm.hand_over(self.model, self.access.weights)
 
     @property
     def _in_step(self) -> bool:

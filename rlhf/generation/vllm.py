@@ -99,7 +99,7 @@ class Vllm:
         """Copy the model's weights, with merged adapters, into the engine. The model does not change.
 
         Args:
-            gathered: `Engine.gathered_weights` of the engine that trains the model.
+            gathered: as of `Access.weights`.
 
         Raises:
             ConfigError: vLLM cannot run this model, or leaves some of its weights as they were.

@@ -77,7 +77,6 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
             compute,
             policy_access(engine, policy, adapter, compute),
             job.vllm,
-            engine.gathered_weights,
             job.local_sampling,
         ),
         reference=reference,
@@ -127,7 +126,7 @@ def policy_access(engine: Engine, policy: PreTrainedModel, adapter: Adapter, com
     if compute.zero == "none":
         return Access(adapter.merged)
     together = (lambda: engine.by_layers(policy)) if compute.shards_weights else None
-    return Access(lambda: engine.gathered(policy), together)
+    return Access(lambda: engine.gathered(policy), together, engine.gathered_weights)
 
 
 def score_normalizer(config: PpoConfig, job: Job) -> ScoreNormalizer:

@@ -129,14 +129,9 @@ class ZeroEngine(Engine):
             order._invalidate_trace()
         return nullcontext()
 
-    @contextmanager
-    def gathered_weights(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def gathered_weights(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """Gather the weights on every rank."""
-        import deepspeed
-
-        weights = [weight for each in modules for weight in each.parameters(recurse=False)]
-        with deepspeed.zero.GatheredParameters(weights, enabled=self._sharded):
-            yield
+        return _gathered_weights(modules) if self._sharded else nullcontext()
 
     def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
         if not self._sharded:
@@ -231,6 +226,15 @@ def _gathered(offload: Any, module: nn.Module) -> Iterator[None]:
         offload._register_deepspeed_module(offload.module)
 
 
+def _gathered_weights(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """While open, the weights of these modules, without those below, are whole on every rank."""
+    import deepspeed
+
+    weights = [weight for each in modules for weight in each.parameters(recurse=False)]
+    gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(weights)
+    return gathered
+
+
 def _destroy(engine: Any) -> None:
     """Let the garbage collector have an engine: no hook and no cache of DeepSpeed's holds it."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Order
@@ -264,7 +268,7 @@ def shard_frozen(model: nn.Module, compute: Compute) -> Access:
     offload = engine.optimizer
     # it records the order of modules, which changes from pass to pass, and keeps weights for the next pass
     offload.fwd_pre_hook.remove()
-    return Access(lambda: _gathered(offload, model), nullcontext)
+    return Access(lambda: _gathered(offload, model), nullcontext, _gathered_weights)
 
 
 def _read_slices(deepspeed: Any, model: nn.Module, config: Mapping[str, Any], compute: Compute) -> None:

@@ -20,7 +20,7 @@ from rlhf.training.trained import TrainedFiles, owners
 
 Groups = Sequence[tuple[Iterable[nn.Parameter], OptimConfig]]
 Gather = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
-"""`Engine.gathered_weights`."""
+"""Opens a context in which the weights of modules, without those below, are whole on each rank."""
 
 
 class Access(NamedTuple):
@@ -31,6 +31,8 @@ class Access(NamedTuple):
     together: Callable[[], AbstractContextManager[None]] | None = None
     """Ranks that share the weights run the model equally often and gather layer by layer. None: each rank has
     the whole model."""
+    weights: Gather = lambda modules: nullcontext()
+    """The weights of some modules, without those below, are whole on each rank, to be copied elsewhere."""
 
     @property
     def reading(self) -> Callable[[], AbstractContextManager[None]]:

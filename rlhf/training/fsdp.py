@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +97,9 @@ class FsdpEngine(Engine):
         finally:
             self.model.reshard()
 
-    @contextmanager
-    def gathered_weights(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def gathered_weights(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """Put whole copies of the weights in the places of the shards."""
-        self._reshard()
-        places = [(each, name, weight) for each in modules for name, weight in each._parameters.items()]
-        try:
-            for each, name, weight in places:
-                if isinstance(weight, DTensor):
-                    each._parameters[name] = nn.Parameter(weight.full_tensor().detach(), weight.requires_grad)
-            yield
-        finally:
-            for each, name, weight in places:
-                each._parameters[name] = weight
+        return _gathered_weights(self._units, modules)
 
     def save_trained(self, module: nn.Module, directory: Path) -> None:
         """The shards are what is gathered, not what a forward pass has left."""
@@ -211,6 +201,27 @@ def _unsharded(units: Sequence[FSDPModule]) -> Iterator[None]:
             unit.set_reshard_after_forward(True, recurse=False)
 
 
+@contextmanager
+def _gathered_weights(units: Sequence[FSDPModule], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """While open, whole copies of the weights of these modules, without those below, are in the places of
+    the shards.
+
+    Args:
+        units: of the whole model. A pass may have left them gathered.
+    """
+    for unit in units:
+        unit.reshard()
+    places = [(each, name, weight) for each in modules for name, weight in each._parameters.items()]
+    try:
+        for each, name, weight in places:
+            if isinstance(weight, DTensor):
+                each._parameters[name] = nn.Parameter(weight.full_tensor().detach(), weight.requires_grad)
+        yield
+    finally:
+        for each, name, weight in places:
+            each._parameters[name] = weight
+
+
 def shard_frozen(model: nn.Module, compute: Compute) -> Access:
     """Shard a model that does not train: each layer, embedding and output layer is a unit."""
     mesh = _mesh(compute)
@@ -220,7 +231,8 @@ def shard_frozen(model: nn.Module, compute: Compute) -> Access:
     for tensor in (*model.parameters(), *model.buffers()):  # norms and a scalar head stay whole
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.data.to(compute.device)
-    return Access(lambda: _unsharded(_units(model)), nullcontext)
+    units = _units(model)
+    return Access(lambda: _unsharded(units), nullcontext, lambda modules: _gathered_weights(units, modules))
 
 
 def _tables(model: nn.Module) -> list[nn.Module]:

@@ -335,7 +335,7 @@ def merged_weights(
     """Every weight of a model with its name, adapters merged into copies. The model does not change.
 
     Args:
-        gathered: `Engine.gathered_weights`. A yielded weight is valid until the next one is asked for.
+        gathered: as of `Access.weights`. A yielded weight is valid until the next one is asked for.
 
     Raises:
         ConfigError: there is an adapter that cannot be merged in this way.

@@ -78,7 +78,8 @@ def test_weights_are_handed_over_once_for_each_rollout_and_gathered_only_then(
 ) -> None:
     recorded, tokenizer = Recorded(), load_tokenizer(directory, TINY)
     engine: Any = recorded
-    policy = PolicyModel(model, tokenizer, on_cpu(), Access(recorded.whole), engine, recorded.gathered)
+    access = Access(recorded.whole, weights=recorded.gathered)
+    policy = PolicyModel(model, tokenizer, on_cpu(), access, engine)
 
     def roll_out() -> Rollout:
         rollout, _ = policy.sample(
