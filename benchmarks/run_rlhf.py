@@ -120,7 +120,7 @@ def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
     )  # fmt: skip
     tracker = Tracker(scratch, [])
     tracker.begin(scratch)
-    settings = {"every_steps": None, "every_minutes": None, "keep": 1, "resume": False}
+    settings = {"every_steps": None, "every_minutes": None, "background": False, "keep": 1, "resume": False}
     checkpoints = Checkpointer(
         scratch / "checkpoints", CheckpointConfig.model_validate(settings), compute, tracker, StopSignals(),
         lambda text: None, "ppo",

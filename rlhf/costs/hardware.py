@@ -14,7 +14,7 @@ import psutil
 from rlhf.digests import digest_of
 from rlhf.disk import replace_text
 from rlhf.distributed.compute import Compute
-from rlhf.distributed.device import hardware, matmul_speed
+from rlhf.distributed.device import hardware, host_memory, matmul_speed
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ LIBRARIES = 0.25 * GIB
 """Bytes that torch, oneDNN and others take on a CPU, apart from tensors."""
 CALIBRATION_SECONDS = 10.0
 STREAM_BYTES = 2**28
-GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -69,26 +68,6 @@ def found_machine(compute: Compute, speed: Speed) -> Machine:
         return Machine("cuda", hardware(), float(free), host, 0.0, ranks, speed, ranks_here)
     used = float(psutil.Process().memory_info().rss)
     return Machine("cpu", hardware(), host + used, 0.0, used + LIBRARIES, ranks, speed, ranks_here)
-
-
-def host_memory() -> float:
-    """Bytes that processes here can still take: what the kernel can free, within the limits of this process's
-    control groups (a container's, a SLURM job's)."""
-    listed = Path("/proc/self/cgroup").read_text(encoding="utf-8") if GROUPS.exists() else ""
-    path = listed.rpartition("::")[2].strip()
-    groups = [GROUPS / path.strip("/"), *(GROUPS / path.strip("/")).parents]
-    rooms = (room_in(group) for group in groups if group.is_relative_to(GROUPS))
-    return min(float(psutil.virtual_memory().available), *rooms)
-
-
-def room_in(group: Path) -> float:
-    """Bytes left in a control group (version 2); infinite without a limit."""
-    limit = group / "memory.max"
-    if not limit.exists() or (most := limit.read_text(encoding="utf-8").strip()) == "max":
-        return float("inf")
-    caches = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-    held = int((group / "memory.current").read_bytes()) - int(caches["inactive_file"])  # given up when asked
-    return float(int(most) - held)
 
 
 def quick_speed(compute: Compute) -> Speed:

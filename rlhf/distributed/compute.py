@@ -194,7 +194,7 @@ class Compute:
                 try:
                     outcome = (work(), None)
                 except Exception as error:  # raised below, on every rank
-                    outcome = (None, error if self.world_size == 1 else _portable(error))
+                    outcome = (None, error if self.world_size == 1 else portable(error))
         while (heard := self.broadcast(outcome)) is None:
             pass
         result, failure = heard
@@ -293,7 +293,7 @@ class Compute:
         return total
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error, or a RuntimeError with the same text if the error cannot be sent to other ranks."""
     try:
         pickle.loads(pickle.dumps(error))

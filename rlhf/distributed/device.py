@@ -76,6 +76,31 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+GROUPS = Path("/sys/fs/cgroup")
+
+
+def host_memory() -> float:
+    """Bytes that processes here can still take: what the kernel can free, within the limits of this process's
+    control groups (a container's, a SLURM job's)."""
+    import psutil
+
+    listed = Path("/proc/self/cgroup").read_text(encoding="utf-8") if GROUPS.exists() else ""
+    path = listed.rpartition("::")[2].strip()
+    groups = [GROUPS / path.strip("/"), *(GROUPS / path.strip("/")).parents]
+    rooms = (room_in(group) for group in groups if group.is_relative_to(GROUPS))
+    return min(float(psutil.virtual_memory().available), *rooms)
+
+
+def room_in(group: Path) -> float:
+    """Bytes left in a control group (version 2); infinite without a limit."""
+    limit = group / "memory.max"
+    if not limit.exists() or (most := limit.read_text(encoding="utf-8").strip()) == "max":
+        return float("inf")
+    caches = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+    held = int((group / "memory.current").read_bytes()) - int(caches["inactive_file"])  # given up when asked
+    return float(int(most) - held)
+
+
 def choose_precision(device: str) -> tuple[str, str]:
     """bf16 if it is faster than fp32 here.
 

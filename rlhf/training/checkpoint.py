@@ -5,6 +5,10 @@ artifact's key decides the place. So any run that needs the artifact continues f
 whatever the name of the run. A checkpoint is written under another name, flushed, hashed and renamed. Only
 then are older ones removed.
 
+In the background, training goes on as soon as the state is copied. A thread of each rank writes, flushes and
+hashes the rank's own files, and asks no other rank anything. `after_step` finishes the checkpoint once the
+threads of all ranks are done, which all ranks learn at the same moment.
+
 `best/` beside them has the best weights so far, if a stage keeps such. Each checkpoint has hard links to
 those files, and its manifest vouches for them. A run that goes on takes them from its checkpoint.
 """
@@ -17,24 +21,26 @@ import os
 import pickle
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
 from pydantic import PositiveFloat, PositiveInt
 
 from rlhf.config import ConfigError, Strict
 from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, flush, leads_out
-from rlhf.distributed.compute import Compute
+from rlhf.distributed.compute import Compute, portable
+from rlhf.distributed.device import host_memory
 from rlhf.distributed.signals import Stopped, StopSignals, leave_stop_seconds
 from rlhf.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from rlhf.training.engine import Engine
 
@@ -54,6 +60,9 @@ class CheckpointConfig(Strict):
     every_minutes: PositiveFloat | None
     """Minutes between two checkpoints; null goes by steps only. If both are null, only a signal writes
     one."""
+    background: Literal["auto"] | bool
+    """Whether training goes on while a checkpoint is written, from a copy of the state in the host's memory.
+    auto does so on GPUs, if the copy fits. Under DeepSpeed training always waits."""
     keep: PositiveInt
     """How many of the newest checkpoints stay until the stage is done."""
     resume: bool
@@ -82,6 +91,25 @@ def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"{type(error).__name__}: {error}"
     return manifest, ""
+
+
+@dataclass
+class Writing:
+    """A checkpoint that this rank's thread writes."""
+
+    step: int
+    part: Path
+    spent: float
+    """Seconds of this and all earlier attempts when the state was copied."""
+    paused: float
+    """Seconds that training waited for the copy."""
+    best_files: Mapping[str, str]
+    thread: threading.Thread
+    files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Digest and size of the files that this rank wrote."""
+    error: Exception | None = None
+    seconds: float = 0.0
+    """What the copy and the writing took."""
 
 
 @dataclass
@@ -114,6 +142,7 @@ class Checkpointer:
         self._best_files = {name: there[name] for name in there if name.startswith(f"{BEST}/")}
         self.seconds = self.newest["seconds"] if self.newest else 0.0
         self._save_seconds = self.newest.get("save_seconds") if self.newest else None
+        self._writing_now: Writing | None = None
 
     def restore(self, engine: Engine) -> dict[str, Any] | None:
         """Load the newest checkpoint and return the loop's state; None if there is no checkpoint.
@@ -151,6 +180,7 @@ class Checkpointer:
         self._last = self._step_start = time.monotonic()
         with self.signals.deferred():
             yield
+            self._complete()
 
     def after_step(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
         """Save if a checkpoint is due. If any rank got a signal, save and stop.
@@ -159,19 +189,25 @@ class Checkpointer:
             state: the loop's state after `step`: tensors, numbers, strings and containers of them.
 
         Raises:
+            ConfigError: a checkpoint could not be written, this one or the one that was written meanwhile.
             Stopped: a signal came; the checkpoint is written.
         """
         self.compute.position["step"] = step
         self._longest_step = max(self._longest_step, time.monotonic() - self._step_start)
-        signum, due = self._agreed(step)
+        signum, due, is_written = self._agreed(step)
         if signum:
             self.log(f"{self.stage}: saving step {step}, then stopping")
-        if signum or due:
+        if is_written:
+            self._complete()
+        if due and not signum and self._goes_on(engine):
+            self._save_in_background(step, engine, state)
+        elif signum or due:
             self.save(step, engine, state)
         if signum:
             raise Stopped(signum)
         if self.compute.is_main and self._save_seconds is not None:
-            leave_stop_seconds(self._longest_step + self._save_seconds)
+            saves = 1 if self._writing_now is None else 2  # it would wait for this one first
+            leave_stop_seconds(self._longest_step + saves * self._save_seconds)
         self._step_start = time.monotonic()
 
     @property
@@ -203,30 +239,120 @@ class Checkpointer:
         """
         import torch
 
+        self._complete()
         start = time.monotonic()
         if self.compute.broadcast((self.directory / f"step-{step:08d}").exists()):
             return
-        part = self.directory / self.compute.broadcast(f".step-{step:08d}.part-{uuid4().hex[:8]}")
+        part = self._part(step)
         with self._writing(f"the checkpoint of step {step}", part):
-            if self.compute.is_main:
-                part.mkdir(parents=True)
-            self.compute.barrier()
+            self.compute.main_only(lambda: part.mkdir(parents=True))
             engine.save(part)
             if self.compute.is_main:
-                random = {"torch_random": torch.get_rng_state()}
-                if self.compute.device.type == "cuda":
-                    random["cuda_random"] = torch.cuda.get_rng_state()
-                torch.save({**state, **random}, part / LOOP)
+                torch.save({**state, **self._random()}, part / LOOP)
                 self.tracker.keep(part)
             files, size = self._digests(part)
             if self.compute.is_main and self._best_files:
                 _link_files(self.directory / BEST, part / BEST)
             files |= self._best_files  # hashed when they were written: a link changes nothing
             # all wait: launchers end the other ranks as soon as one has ended, which would tear this one up
-            self._save_seconds = time.monotonic() - start
-            self.compute.main_only(lambda: self._finish(part, step, files))
+            self._save_seconds, spent = time.monotonic() - start, self.spent()
+            self.compute.main_only(lambda: self._finish(part, step, files, spent))
         self._last = time.monotonic()
         self.written.append((self._last - start, size))
+
+    def _part(self, step: int) -> Path:
+        return self.directory / self.compute.broadcast(f".step-{step:08d}.part-{uuid4().hex[:8]}")
+
+    def _random(self) -> dict[str, Tensor]:
+        import torch
+
+        random = {"torch_random": torch.get_rng_state()}
+        if self.compute.device.type == "cuda":
+            random["cuda_random"] = torch.cuda.get_rng_state()
+        return random
+
+    def _goes_on(self, engine: Engine) -> bool:
+        """Whether training goes on while this engine's state is written; the same on all ranks."""
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        state, wanted = engine.state(), self.config.background
+        if state is None or wanted is False or (wanted == "auto" and self.compute.device.type != "cuda"):
+            return False
+        if wanted is True:
+            return True
+        self._complete()  # whose copy is in memory still
+        size = sum(each.nbytes for each in tree_leaves(state) if isinstance(each, torch.Tensor))
+        lacks = size > host_memory() / self.compute.node_ranks
+        return not int(self.compute.global_max(torch.tensor([int(lacks)])))
+
+    def _save_in_background(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
+        """Copy the state, and let a thread write it."""
+        import torch
+        from torch.utils._pytree import tree_map_only
+
+        self._complete()
+        start = time.monotonic()
+        part = self._part(step)
+        contents = dict(engine.state() or {})
+        if self.compute.is_main:
+            contents[LOOP] = {**state, **self._random()}
+        contents = tree_map_only(torch.Tensor, lambda each: each.detach().to("cpu", copy=True), contents)
+
+        def begin() -> None:
+            part.mkdir(parents=True)
+            self.tracker.keep(part)
+
+        with self._writing(f"the checkpoint of step {step}", part):
+            self.compute.main_only(begin)
+            there = [path.name for path in part.iterdir()] if self.compute.is_main else []
+            if self.compute.is_main and self._best_files:
+                _link_files(self.directory / BEST, part / BEST)
+
+        def write() -> None:
+            try:
+                for name in [*contents]:
+                    torch.save(contents.pop(name), part / name)
+                    there.append(name)
+                for name in there:
+                    flush(part / name)
+                    writing.files[name] = (file_digest(part / name), (part / name).stat().st_size)
+            except Exception as error:  # raised by the next `after_step`, on all ranks
+                writing.error = portable(error)
+            writing.seconds = time.monotonic() - start
+
+        self._last = time.monotonic()
+        writing = Writing(
+            step, part, self.spent(), self._last - start, self._best_files,
+            threading.Thread(target=write, daemon=True),
+        )  # fmt: skip
+        self._writing_now = writing
+        writing.thread.start()
+
+    def _complete(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and finish it.
+
+        Raises:
+            ConfigError: it could not be written. The earlier ones are unchanged.
+        """
+        writing, self._writing_now = self._writing_now, None
+        if writing is None:
+            return
+        start = time.monotonic()
+        with self.compute.busy():
+            writing.thread.join()
+        mine = (writing.files, writing.error)
+        ranks = self.compute.collect_taken({self.compute.rank: mine}, self.compute.world_size)
+        with self._writing(f"the checkpoint of step {writing.step}", writing.part):
+            for _, error in ranks:
+                if error is not None:
+                    raise error
+            found = {name: entry for files, _ in ranks for name, entry in files.items()}
+            self._save_seconds = writing.seconds
+            digests = {name: digest for name, (digest, _) in sorted(found.items())} | dict(writing.best_files)
+            self.compute.main_only(lambda: self._finish(writing.part, writing.step, digests, writing.spent))
+        paused = writing.paused + time.monotonic() - start
+        self.written.append((paused, sum(size for _, size in found.values())))
 
     def discard(self) -> None:
         """Remove all checkpoints, once the artifact is published."""
@@ -268,16 +394,23 @@ class Checkpointer:
                 "Fix it, or move store_dir; then the same command continues."
             ) from error
 
-    def _agreed(self, step: int) -> tuple[int, bool]:
+    def _agreed(self, step: int) -> tuple[int, bool, bool]:
+        """The signal that any rank got, or 0; whether rank 0 wants a checkpoint; whether the threads of all
+        ranks have written theirs."""
         import torch
 
         every_steps, every_minutes = self.config.every_steps, self.config.every_minutes
         due = every_steps is not None and step % every_steps == 0
         if every_minutes is not None:
             due = due or time.monotonic() - self._last >= 60 * every_minutes
-        flags = torch.tensor([self.signals.received or 0, int(due and self.compute.is_main)])
-        signum, is_due = self.compute.global_max(flags).tolist()
-        return int(signum), bool(is_due)
+        writing = self._writing_now
+        flags = [
+            self.signals.received or 0,
+            int(due and self.compute.is_main),
+            int(writing is None or writing.thread.is_alive()),
+        ]
+        signum, is_due, is_written_not = self.compute.global_max(torch.tensor(flags)).tolist()
+        return int(signum), bool(is_due), not is_written_not
 
     def _digests(self, part: Path) -> tuple[dict[str, str], int]:
         """Flush and hash all files, divided over the ranks. Returns their digests and the sum of their
@@ -292,11 +425,11 @@ class Checkpointer:
         digests = self.compute.collect([file_digest(part / name) for name in mine], sizes)
         return dict(zip(names, digests, strict=True)), sum(sizes)
 
-    def _finish(self, part: Path, step: int, files: Mapping[str, str]) -> None:
+    def _finish(self, part: Path, step: int, files: Mapping[str, str], spent: float) -> None:
         name = f"step-{step:08d}"
         manifest = {
             "format": CHECKPOINT_FORMAT, "name": name, "step": step, "world_size": self.compute.world_size,
-            "zero": self.compute.zero, "seconds": self.spent(), "files": files,
+            "zero": self.compute.zero, "seconds": spent, "files": files,
             "save_seconds": self._save_seconds,
             "recipe": self.recipe, "input_digests": self.input_digests,
         }  # fmt: skip

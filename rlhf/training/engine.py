@@ -146,9 +146,15 @@ class Engine(ABC):
     def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
         """One weight, gathered. On ranks that are not its owner the result is not used."""
 
-    @abstractmethod
+    def state(self) -> dict[str, Any] | None:
+        """What this rank saves: file -> content, which is the live state, not a copy. None if the engine has
+        its own way of saving."""
+        return None
+
     def save(self, directory: Path) -> None:
         """Write everything that `load` needs. Every rank calls it with the same directory."""
+        for name, content in (self.state() or {}).items():
+            torch.save(content, directory / name)
 
     @abstractmethod
     def load(self, directory: Path) -> None:
@@ -193,10 +199,9 @@ class PlainEngine(Engine):
     def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
         return parameter.detach()
 
-    def save(self, directory: Path) -> None:
-        """Write rank 0's masters and moments. The other ranks have the same."""
-        if self.compute.is_main:
-            torch.save(self.optimizer.state_dict(), directory / self.STATE)
+    def state(self) -> dict[str, Any]:
+        """Masters and moments on rank 0. The other ranks have the same."""
+        return {self.STATE: self.optimizer.state_dict()} if self.compute.is_main else {}
 
     def load(self, directory: Path) -> None:
         """Every rank reads rank 0's file."""

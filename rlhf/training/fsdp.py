@@ -110,15 +110,14 @@ class FsdpEngine(Engine):
         assert isinstance(parameter, DTensor)
         return parameter.full_tensor().detach()
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's masters and moments to its own file. Other replicas have the same."""
+    def state(self) -> dict[str, Any]:
+        """This rank's masters and moments, in a file of its own. Other replicas have the same."""
         if self.compute.replica:
-            return
-        states = [
+            return {}
+        shards = [
             {"master": master.detach(), **self._optimizer.state.get(master, {})} for master in self._masters
         ]
-        file = directory / f"fsdp-{self.compute.shard:05d}.pt"
-        torch.save({"shards": states, "skipped": self.skipped_steps}, file)
+        return {f"fsdp-{self.compute.shard:05d}.pt": {"shards": shards, "skipped": self.skipped_steps}}
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:

@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from helpers.jobs import on_cpu
-from rlhf.costs.hardware import LIBRARIES, Speed, found_machine, host_memory, room_in
+from rlhf.costs.hardware import LIBRARIES, Speed, found_machine
 from rlhf.distributed.compute import Compute
+from rlhf.distributed.device import host_memory, room_in
 
 
 def test_a_control_group_counts_what_the_kernel_would_not_give_up(tmp_path: Path) -> None:

@@ -66,7 +66,13 @@ def test_an_artifact_is_on_the_disk_before_it_has_its_name(tmp_path: Path, event
 
 
 def checkpointer(directory: Path, **changes: object) -> Checkpointer:
-    values = {"every_steps": None, "every_minutes": None, "keep": 1, "resume": True} | changes
+    values = {
+        "every_steps": None,
+        "every_minutes": None,
+        "background": False,
+        "keep": 1,
+        "resume": True,
+    } | changes
     (directory / "run").mkdir(parents=True, exist_ok=True)
     return Checkpointer(
         directory / "checkpoints", CheckpointConfig.model_validate(values), on_cpu(),

@@ -50,6 +50,8 @@ def assert_same(chain: RealChain, undisturbed: str, name: str) -> None:
             (*FSDP2, "sft.peft=lora", "precision=bf16", "ppo.frozen_placement=sharded"),
             marks=pytest.mark.slow,
         ),
+        pytest.param("background", ("checkpoint.background=true",), marks=pytest.mark.slow),
+        pytest.param("fsdp2_background", (*FSDP2, "checkpoint.background=true"), marks=pytest.mark.slow),
         pytest.param("zero1", ("launch.processes=2", "zero=zero1"), marks=pytest.mark.slow),
         pytest.param("zero2", ("launch.processes=2", "zero=zero2"), marks=pytest.mark.slow),
         pytest.param(

@@ -26,7 +26,7 @@ EIGHT_BILLION = Qwen3Config(
 )  # fmt: skip
 EIGHT = shape_of(EIGHT_BILLION)
 GIB = 2**30
-NO_CHECKPOINTS = CheckpointConfig(every_steps=None, every_minutes=None, keep=1, resume=True)
+NO_CHECKPOINTS = CheckpointConfig(every_steps=None, every_minutes=None, background=False, keep=1, resume=True)
 
 
 def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> CostContext:

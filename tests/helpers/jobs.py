@@ -22,7 +22,7 @@ from rlhf.tracking.tracker import Tracker
 from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
 TINY = ModelConfig(kind="tiny")
-WHEN_STOPPED = {"every_steps": None, "every_minutes": None, "keep": 2, "resume": True}
+WHEN_STOPPED = {"every_steps": None, "every_minutes": None, "background": False, "keep": 2, "resume": True}
 """Checkpoints are written only by what stops a stage."""
 
 

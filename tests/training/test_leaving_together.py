@@ -20,7 +20,7 @@ from torch import nn
 
 directory = Path(sys.argv[1])
 compute, _ = make_compute("cpu", "fp32", timeout=60)
-config = CheckpointConfig(every_steps=1, every_minutes=None, keep=1, resume=True)
+config = CheckpointConfig(every_steps=1, every_minutes=None, background=False, keep=1, resume=True)
 tracker = Tracker(None, [])
 tracker.begin(directory)
 checkpoints = Checkpointer(directory / "checkpoints", config, compute, tracker, StopSignals(), print, "sft")
