@@ -8,9 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
+
+from rlhf.config import ConfigError
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -27,6 +30,10 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
 
     Pieces and results travel between processes; the function does not, so it may hold anything. Only a few
     pieces are taken ahead of the results, so that they need not fit into memory together.
+
+    Raises:
+        ConfigError: a process was killed.
+        Exception: what the function raised.
     """
     pieces, num_cores = iter(pieces), len(os.sched_getaffinity(0))
     first = list(islice(pieces, FEW))
@@ -43,6 +50,11 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ConfigError(
+                "A process that works on rows was killed. The system does this when memory is short: give it "
+                f"more, or let fewer than {num_cores} cores work (`taskset -c 0-3 python -m rlhf ...`)."
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -52,9 +64,8 @@ def _begin(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
     signal.set_wakeup_fd(-1)
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the parent too, which ends us
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)  # what stops the run reaches the parent too, which ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

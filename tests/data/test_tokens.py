@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,15 @@ def test_an_error_of_a_worker_is_raised_here() -> None:
 
     with pytest.raises(ConfigError, match="the fortieth"):
         list(on_all_cores(refuse, range(100)))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one core has no workers")
+def test_a_worker_that_is_killed_is_told() -> None:
+    def die(piece: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ConfigError, match="was killed"):
+        list(on_all_cores(die, range(100)))
 
 
 KILLS_ITS_PARENT = """
