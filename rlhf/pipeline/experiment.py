@@ -76,7 +76,7 @@ class Settings(Strict):
     whole model."""
     generation: Literal["auto", "local", "vllm"]
     """What samples responses: the trained model itself, or vLLM with a copy of its weights. auto uses vLLM on
-    a GPU, if it is installed and can run every model of the run."""
+    a GPU, if it is installed and can run every model of the config."""
     vllm: VllmConfig
     reward_server: RewardServerConfig
     launch: LaunchConfig

@@ -1,8 +1,8 @@
-"""What `generation=auto` means: vLLM on a GPU where it runs every model of the run, else the local engine."""
+"""What `generation=auto` means: vLLM on a GPU where it runs all models of the config, else the local engine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -28,9 +28,8 @@ def without_auto_generation(
     """
     if experiment.settings.generation != "auto" or not _samples(experiment):
         return experiment, None
-    stages = [experiment.stages[name] for name in experiment.needed()]
-    reason = compute.main_only(lambda: why_local(stages, experiment.stages, base, compute, installed_vllm()))
-    found, why = ("vllm", "it can run every model of this run") if reason is None else ("local", reason)
+    reason = compute.main_only(lambda: why_local(experiment.stages, base, compute, installed_vllm()))
+    found, why = ("vllm", "it can run every model") if reason is None else ("local", reason)
     settings = experiment.settings.model_copy(update={"generation": found})
     return replace(experiment, settings=settings), f"generation=auto is {found}: {why}."
 
@@ -63,8 +62,7 @@ def installed_vllm() -> str | None:
 
 
 def why_local(
-    stages: Sequence[Stage],
-    chain: Mapping[str, Stage],
+    stages: Mapping[str, Stage],
     base: BaseModelFiles,
     compute: Compute,
     vllm: str | None,
@@ -72,8 +70,8 @@ def why_local(
     """Why the local engine samples; None if vLLM can.
 
     Args:
-        stages: those of the run. One that is in the store already counts too: what is there does not decide
-            what samples, and so what its artifact's key is.
+        stages: all of the config. Neither `stage=` nor what is in the store decides what samples, and so what
+            keys the artifacts have.
         vllm: as of `installed_vllm`.
     """
     if not compute.device_name.startswith("cuda"):
@@ -86,12 +84,12 @@ def why_local(
         return f"vLLM's kernels for GPUs want bf16, and this run computes in {compute.dtype_name}"
     if base.config.kind == "tiny":
         return "the heads of model=tiny are too small for vLLM's kernels"
-    for stage in stages:
+    for stage in stages.values():
         if complaint := unusable_by_vllm(stage):
             return complaint
-    models = [each for stage in stages for each in stage.answering(chain)]
+    models = [each for stage in stages.values() for each in stage.answering(stages)]
     if any(directory_of(init) for _, init in models) and any(of_two_architectures(models, base)):
-        return "one vLLM engine answers for all models of a run, and these are of two architectures"
+        return "one vLLM engine answers for all models, and these are of two architectures"
     return None
 
 

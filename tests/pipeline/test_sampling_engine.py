@@ -22,9 +22,7 @@ BASE = ModelConfig(kind="local", path="somewhere", attention="auto", trust_remot
 def chosen(
     *overrides: str, base: BaseModelFiles, compute: Compute = GPU, vllm: str | None = VLLM
 ) -> str | None:
-    experiment = build(*overrides)
-    stages = [experiment.stages[name] for name in experiment.needed()]
-    return why_local(stages, experiment.stages, base, compute, vllm)
+    return why_local(build(*overrides).stages, base, compute, vllm)
 
 
 @pytest.fixture
@@ -52,8 +50,11 @@ def test_what_vllm_cannot_use_is_sampled_locally(
     assert found is not None and found.startswith(reason)
 
 
-def test_a_method_that_nobody_samples_with_does_not_count(base: BaseModelFiles) -> None:
-    assert chosen("stage=generate", "ppo.peft=dora", "sft.peft=dora", base=base) is None
+def test_the_stages_that_are_asked_for_do_not_decide(base: BaseModelFiles) -> None:
+    """Otherwise `generate` would be made again once PPO is asked for too."""
+    for asked in ("generate", "ppo", "all"):
+        assert "ppo.peft=dora" in (chosen(f"stage={asked}", "ppo.peft=dora", base=base) or "")
+        assert chosen(f"stage={asked}", "sft.peft=dora", "reward.peft=dora", base=base) is None
 
 
 def test_two_architectures_are_sampled_locally(base: BaseModelFiles, tmp_path: Path) -> None:
