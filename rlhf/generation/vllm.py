@@ -248,8 +248,8 @@ class Vllm:
     ) -> dict[int, Any]:
         """The completions of the prompts that this rank's engine takes, by the prompts' places.
 
-        Engines take prompts from one queue, the longest first, a few at a time, and together no more than
-        their share. So each gets prompts of all lengths, and one that is done early takes more.
+        Engines take prompts from one queue, the longest first, a few at a time, and none has more than its
+        share at once. So each gets prompts of all lengths, and one that is done early takes more.
         """
         from vllm import SamplingParams
 

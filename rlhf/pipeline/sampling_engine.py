@@ -1,4 +1,4 @@
-"""What `generation=auto` means: vLLM on a GPU where it runs all models of the config, else the local engine."""
+"""What `generation=auto` means: vLLM on a GPU where it can run all models, else the local engine."""
 
 from __future__ import annotations
 
