@@ -25,10 +25,12 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -87,6 +89,22 @@ def anonymous_bytes(process: psutil.Process) -> int:
     return total
 
 
+class Clock:
+    """Seconds since it was made, and those of all cores together: others may use the machine too."""
+
+    def __init__(self) -> None:
+        self._start, self._work = time.monotonic(), self._all_cores()
+
+    def taken(self, name: str) -> dict[str, float]:
+        """Both, under this name."""
+        seconds, work = time.monotonic() - self._start, self._all_cores() - self._work
+        return {f"{name}: seconds": seconds, f"{name}: core seconds": work}
+
+    def _all_cores(self) -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 def prepare(folder: Path, model: str, name: str, *sources: str) -> dict[str, float]:
     """Run the stage in a process of its own, with these sources beside prompts of sft.data."""
     command = [
@@ -94,7 +112,7 @@ def prepare(folder: Path, model: str, name: str, *sources: str) -> dict[str, flo
         f"runs_dir={folder}/runs", f"store_dir={folder}/store", "ppo.prompts=sft.data",
         "evaluate.prompts=sft.data", *sources,
     ]  # fmt: skip
-    start, peak = time.monotonic(), 0
+    start, peak = Clock(), 0
     started = subprocess.Popen(command, cwd=folder)
     process = psutil.Process(started.pid)
     while started.poll() is None:
@@ -102,7 +120,7 @@ def prepare(folder: Path, model: str, name: str, *sources: str) -> dict[str, flo
         time.sleep(0.2)
     if started.returncode:
         sys.exit("`prepare` failed: see above.")
-    return {f"{name}: seconds": time.monotonic() - start, f"{name}: peak MiB": peak / MIB}
+    return {**start.taken(name), f"{name}: peak MiB": peak / MIB}
 
 
 def texts_of(data: PreparedData) -> Iterator[str]:
@@ -116,21 +134,23 @@ def texts_of(data: PreparedData) -> Iterator[str]:
 
 def tokenizer_alone(tokenizer: Any, data: PreparedData) -> dict[str, float]:
     """Seconds of encoding, without reading: by the tokenizer's threads, and by a process for each core."""
-    threads, tokens, found = 0.0, 0, texts_of(data)
+    figures: dict[str, float] = defaultdict(float)
+    tokens, found = 0, texts_of(data)
     while texts := list(islice(found, TEXTS_AT_ONCE)):
-        start = time.monotonic()
+        start = Clock()
         encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        threads += time.monotonic() - start
+        for name, seconds in start.taken("threads").items():
+            figures[name] += seconds
         tokens += sum(map(len, encoded))
 
     def encode(texts: Sequence[str]) -> int:
         rows = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return sum(map(len, rows))
 
-    start = time.monotonic()
+    start = Clock()
     same = sum(on_all_cores(encode, in_pieces(texts_of(data))))
     assert same == tokens
-    return {"threads: seconds": threads, "processes: seconds": time.monotonic() - start, "tokens": tokens}
+    return {**figures, **start.taken("processes"), "tokens": tokens}
 
 
 def be_a_rank(rank: int, artifact: Path, results: Any) -> None:
@@ -199,19 +219,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         found |= tokenizer_alone(tokenizer, PreparedData(artifact))
         ranks = on_two_ranks(artifact)
     cores = len(os.sched_getaffinity(0))
-    table = Table(
-        "what", "", title=f"{options.rows} rows, {options.pairs} pairs, {found['tokens'] / 1e6:.1f}M tokens, "
-        f"{cores} cores"
-    )  # fmt: skip
-    table.add_row("prepare, seconds", f"{found['all: seconds']:.0f}")
-    table.add_row(f"prepare of {FEW} rows, seconds", f"{found['few: seconds']:.0f}")
-    table.add_row("tokenizer alone, its own threads, seconds", f"{found['threads: seconds']:.0f}")
-    table.add_row("tokenizer alone, processes, seconds", f"{found['processes: seconds']:.0f}")
-    table.add_row("prepare's peak, all its processes, MiB", f"{found['all: peak MiB']:.0f}")
-    table.add_row(f"prepare's peak for {FEW} rows, MiB", f"{found['few: peak MiB']:.0f}")
+    title = f"{options.rows} rows, {options.pairs} pairs, {found['tokens'] / 1e6:.1f}M tokens, {cores} cores"
+    table = Table("", "seconds", "of all cores", "peak MiB", title=title)
+    for name, what in (
+        ("all", "prepare, with its processes"),
+        ("few", f"prepare of {FEW} rows"),
+        ("threads", "the tokenizer alone, its threads"),
+        ("processes", "the tokenizer alone, processes"),
+    ):
+        peak = found.get(f"{name}: peak MiB")
+        times = [f"{found[f'{name}: {unit}']:.0f}" for unit in ("seconds", "core seconds")]
+        table.add_row(what, *times, "" if peak is None else f"{peak:.0f}")
     for rank, peaks in enumerate(ranks):
         for phase, peak in peaks.items():
-            table.add_row(f"rank {rank} above an idle one, {phase}, MiB", f"{peak:.0f}")
+            table.add_row(f"rank {rank} above an idle one, {phase}", "", "", f"{peak:.0f}")
     console.print(table)
     return found | {"ranks": ranks}
 

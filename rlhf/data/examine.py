@@ -115,7 +115,7 @@ class Examiner:
             digest,
             bytes.fromhex(prompt_identity(row)),
             tuple(bytes.fromhex(prompt_identity(turn)) for turn in turns),
-            self.role.row_types.index(type(row)),
+            next(kind for kind, row_type in enumerate(self.role.row_types) if isinstance(row, row_type)),
             len(exchanges),
             isinstance(row, SftRow),
             self._sequences(row) if self.chosen is None or digest in self.chosen else None,
@@ -174,7 +174,11 @@ class RowStore:
         self._ids.file.__exit__(kind, error, trace)
 
     def add(self, where: str, row: Examined, fingerprint: str) -> int:
-        """Append a row with its sequences; gives its number."""
+        """Append a row with its sequences.
+
+        Returns:
+            Its number.
+        """
         number = len(self.identity)
         self._rows.add({"row": row.text, "prompt": row.prompt, "where": where})
         self.identity.append(row.identity)

@@ -340,7 +340,7 @@ class Preparation:
             data.num_read += 1
             identity = data.store.identity[number]
             if not data.store.has_prompt[number]:
-                data.remove(NO_PROMPT, data.store.where(number))
+                data.remove_row(NO_PROMPT, number)
             elif identity in seen:
                 data.remove_row(SAME_PROMPT, number)
             else:
