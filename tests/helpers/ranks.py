@@ -293,7 +293,7 @@ def go_through(compute: Compute, cases: Sequence[Case], models: Path, scratch: P
     def figures(case: Case) -> dict[str, float]:
         return all_stages(
             replace(compute, zero=case.zero), models / case.model, models / f"{case.model}-reward",
-            case.frozen, scratch / "-".join(case) / str(compute.rank), case.sampling,
+            case.frozen, scratch / "-".join(case), case.sampling,
         )  # fmt: skip
 
     return {"sums": norms_of_sums(compute), "decayed": decayed(compute, scratch), **each_case(cases, figures)}
