@@ -192,8 +192,14 @@ class CompareStage(Stage):
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Each contender decodes an answer to each question, and reads it behind its longer prompt. Questions
         are asked one at a time, so a single rank answers."""
-        on = replace(on, machine=replace(on.machine, ranks=1))
         assert self._sizes is not None, "check_data comes first"
+        alone = replace(on, machine=replace(on.machine, ranks=1))
+        cost = self.cost_on(alone)
+        return replace(cost, phases=self.cost_on(on).phases) if on.shards_weights else cost
+
+    def cost_on(self, on: CostContext) -> StageCost:
+        """`cost` with these ranks."""
+        assert self._sizes is not None
         costs = []
         for method in self.ways():
             asked = self._sizes.asked(method, self.few_shot, self.retrieval)

@@ -14,9 +14,9 @@ from rich.markup import escape
 
 from rlhf.config import ConfigError, said_as
 from rlhf.costs.hardware import GIB, found_machine, kept_speed, quick_speed
-from rlhf.costs.memory import MemoryPhase, amount
+from rlhf.costs.memory import SAMPLING, MemoryPhase, amount, weight_bytes
 from rlhf.costs.model_shape import ModelShape, counted
-from rlhf.costs.setup import CostContext, Sizes, pads_rows
+from rlhf.costs.setup import CostContext, LocalSampling, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
@@ -54,11 +54,14 @@ def check_before_loading(
     compute: Compute,
     data: PreparedData,
     console: Console,
-) -> None:
+) -> dict[str, LocalSampling]:
     """Check what the stages that will run need, and print about how much memory and time that is.
 
     Args:
         pending: those stages, and what an earlier attempt left of each.
+
+    Returns:
+        For each stage that samples from sharded weights by the local engine: how. All ranks have the same.
 
     Raises:
         ConfigError: this machine cannot run them.
@@ -67,7 +70,7 @@ def check_before_loading(
     for stage in stages:
         stage.check_compute(compute)
     if not any(stage.reads_weights for stage in stages):
-        return
+        return {}
     import torch
 
     from rlhf.models.peft.attach import check_attachable
@@ -88,9 +91,17 @@ def check_before_loading(
     except UnknownShapeError as unknown:
         unchecked = f"Memory, time, disk and context are not checked: {unknown}."
         console.print(unchecked, style="yellow", highlight=False)
-        return
+        return {}  # layer by layer, which needs least
+    ways: dict[str, LocalSampling] = {}
+    for stage in stages:
+        if chooses(stage, on):
+            way = chosen(stage, experiment.stages, on)
+            by_layers = float(compute.global_max(torch.tensor(float(way.local_sampling == "layers"))))
+            ways[stage.name] = "layers" if by_layers else "whole"
+            line = sampling_note(stage, experiment.stages, on, ways[stage.name])
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     checked = preflight(
-        stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint, begun=pending
+        stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint, begun=pending, ways=ways
     )
     lines = [*padding_notes(stages, settings.model.attention), *checked.warned, *checked.refused]
     refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
@@ -100,6 +111,45 @@ def check_before_loading(
     for line in lines:
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
     console.print(expectations(checked.costs, on, pending), highlight=False)
+    return ways
+
+
+def chooses(stage: Stage, on: CostContext) -> bool:
+    """Whether the stage samples from sharded weights by the local engine, which can be done in two ways."""
+    return stage.samples and on.shards_weights and on.vllm is None
+
+
+def chosen(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostContext:
+    """The context, with the way in which the stage samples: whole if there is memory for it while it does."""
+    if not chooses(stage, on):
+        return on
+    whole, layers = (replace(on, local_sampling=way) for way in ("whole", "layers"))
+    return whole if shortage(while_sampling(stage, chain, whole), whole) <= 1.0 else layers
+
+
+def while_sampling(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> StageCost:
+    """What the stage needs while it samples."""
+    cost = stage.cost(on, chain)
+    phases = [phase for phase in cost.phases if phase.name == SAMPLING]
+    return replace(cost, phases=phases or cost.phases or [MemoryPhase(SAMPLING)])
+
+
+def sampling_note(stage: Stage, chain: Mapping[str, Stage], on: CostContext, way: LocalSampling) -> str:
+    """How the stage samples from sharded weights, and the arithmetic behind it."""
+    needs: dict[LocalSampling, str] = {}
+    for each in ("whole", "layers"):
+        there = replace(on, local_sampling=each)
+        cost = while_sampling(stage, chain, there)
+        phase, on_host, _ = tightest(cost, there)
+        used = 0.0 if on_host else on.machine.used
+        needs[each] = f"{(phase.size(on_host=on_host) + used) / GIB:.1f} GiB ({by_kind(phase, on_host)})"
+    have = f"{on.machine.memory / GIB:.1f} GiB"
+    if way == "whole":
+        return f"{stage.name} samples from weights gathered whole: that needs {needs['whole']} of {have}."
+    return (
+        f"{stage.name} samples layer by layer, all ranks in step: that needs {needs['layers']} of {have}. "
+        f"With weights gathered whole it would need {needs['whole']}. It is slow; generation=vllm is not."
+    )
 
 
 def check_tunes(
@@ -189,22 +239,26 @@ def preflight(
     store: Path,
     checkpoints: CheckpointConfig,
     begun: Mapping[str, Begun],
+    ways: Mapping[str, LocalSampling] | None = None,
 ) -> Checked:
     """Compare what these stages need with what this machine has. No model is loaded.
 
     Args:
         begun: what an earlier attempt left of each stage.
+        ways: how stages sample from sharded weights by the local engine, where that is decided.
     """
     costs: dict[str, StageCost] = {}
     refused: list[str] = []
     warned: list[str] = []
     for stage in stages:
-        cost = costs[stage.name] = stage.cost(on, chain)
+        way = (ways or {}).get(stage.name)
+        there = chosen(stage, chain, on) if way is None else replace(on, local_sampling=way)
+        cost = costs[stage.name] = stage.cost(there, chain)
         if not cost.phases:
             continue
         need = shortage(cost, on)
         if need > MARGIN:
-            refused.append(f"{said(stage, cost, on)} {advice(stage, chain, on)}")
+            refused.append(f"{said(stage, cost, on)} {advice(stage, chain, on)}{vllm_advice(stage, on)}")
         elif need > 1.0:
             warned.append(said(stage, cost, on))
         on = replace(on, has_sampled=on.has_sampled or stage.samples)
@@ -280,6 +334,16 @@ def advice(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> str:
     return "No knob here would make it fit: take a smaller model or more memory."
 
 
+def vllm_advice(stage: Stage, on: CostContext) -> str:
+    """What else samples from a model that no rank can hold: vLLM, over so many ranks that its part of the
+    weights takes at most a quarter of a rank's memory; over all ranks here if that is never so."""
+    if not chooses(stage, on):
+        return ""
+    parts = [count for count in range(1, on.machine.ranks_here + 1) if on.ranks % count == 0]
+    enough = [count for count in parts if weight_bytes(on) / count <= on.machine.memory / 4]
+    return f" Or sample with generation=vllm vllm.tensor_parallel={(enough or parts[-1:])[0]}."
+
+
 def savings(stage: Stage, on: CostContext) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(what the user would type, changed keys of the stage, changes of the context), the cheapest first."""
     name, fields = stage.name, type(stage).model_fields
@@ -298,7 +362,7 @@ def savings(stage: Stage, on: CostContext) -> Iterator[tuple[str, dict[str, Any]
     if shards and not on.shards_weights and (on.ranks > 1 or not on.on_cpu):
         for kind in ("zero3", "fsdp2") if on.ranks > 1 else ("zero3_offload",):
             yield f"zero={kind}", {}, {"zero": kind}
-    if "frozen_placement" in fields and on.zero != "none":
+    if "frozen_placement" in fields and on.zero != "none" and not on.shards_weights:
         yield f"{name}.frozen_placement=sharded", {"frozen_placement": "sharded"}, {}
     elif "frozen_placement" in fields and not on.on_cpu and knobs["peft"]["method"] == "none":
         yield f"{name}.frozen_placement=offloaded", {"frozen_placement": "offloaded"}, {}
@@ -320,7 +384,9 @@ def fits(
     setting = replace(on, **where)
     if not is_taken(changed, setting):
         return False
-    return shortage(changed.cost(setting, {**chain, stage.name: changed}), setting) <= 1.0
+    changed_chain = {**chain, stage.name: changed}
+    setting = chosen(changed, changed_chain, setting)
+    return shortage(changed.cost(setting, changed_chain), setting) <= 1.0
 
 
 def is_taken(stage: Stage, on: CostContext) -> bool:

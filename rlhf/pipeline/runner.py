@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rlhf.config import ConfigError, said_as
+from rlhf.costs.setup import LocalSampling
 from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.digests import DirectoryDigest, Recipe
 from rlhf.disk import naming
@@ -84,6 +85,8 @@ class Pipeline:
         """Stages that this run has run. `force=` does not run them again."""
         self.needs_weights = any(stage.reads_weights for stage in stages)
         self.vllm = make_vllm(experiment, compute)
+        self.local_sampling: dict[str, LocalSampling] = {}
+        """How stages sample from sharded weights, as the preflight chose. If it could not: by layers."""
         self._has_begun = False
 
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
@@ -291,6 +294,7 @@ class Pipeline:
             run_directory=run.directory,
             external_digests=self.external_digests[name],
             vllm=self.vllm,
+            local_sampling=self.local_sampling.get(name, "layers"),
             experiment=self.experiment,
         )
         if job.checkpoints.newest is None and not forced:
@@ -422,7 +426,9 @@ class Pipeline:
             with said_as(users_words(stage, base)):
                 stage.check_data(data, base)
         self.compute.main_only(lambda: self.check_fits(pending, data, base))
-        check_before_loading(self.experiment, pending, base, self.compute, data, self.console)
+        self.local_sampling = check_before_loading(
+            self.experiment, pending, base, self.compute, data, self.console
+        )
         settings = self.experiment.settings
         if self.needs_weights:
             fetch_weights(settings.model)

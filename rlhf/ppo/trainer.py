@@ -29,6 +29,7 @@ from rlhf.rl.rollout import Experience, RewardRule, make_experience
 from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
 
+BY = {"whole": "whole", "layers": "layer by layer"}
 TIMES_THE_BOUND = 10
 """`engine_mismatch` ends the run at so many times its gate's bound."""
 
@@ -181,6 +182,7 @@ class PolicyTrainer:
             "kl": self.kl.state_dict(), "normalizer": self.normalizer.state_dict(),
             "sampling": self.sampling.get_state(), "update": self.update.state_dict(),
             "first": tuple(self.first or ()), "last": tuple(self.last or ()), "best": tuple(self.best or ()),
+            "local_sampling": self.job.local_sampling,
         }  # fmt: skip
 
     def restore(self) -> bool:
@@ -198,6 +200,11 @@ class PolicyTrainer:
         self.normalizer.load_state_dict(state["normalizer"])
         self.sampling.set_state(state["sampling"])
         self.update.load_state_dict(state["update"])
+        if state["local_sampling"] != self.job.local_sampling:
+            self.warn(
+                f"weights are gathered for sampling {BY[self.job.local_sampling]} from here on, and were "
+                f"{BY[state['local_sampling']]} until step {self.done}: answers may differ by rounding."
+            )
         self.first, self.last, self.best = (
             Evaluation(*(each_B.clone() for each_B in state[name])) for name in ("first", "last", "best")
         )

@@ -30,6 +30,7 @@ from helpers.models import tiny_family
 from rlhf.config import ConfigError
 from rlhf.costs.memory import VLLM_GRAPHS
 from rlhf.costs.model_shape import shape_of
+from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, Task
 from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.distributed.compute import Compute
@@ -40,9 +41,11 @@ from rlhf.pipeline.preflight import (
     Begun,
     check_before_loading,
     check_tunes,
+    chosen,
     disk_complaints,
     expectations,
     preflight,
+    sampling_note,
 )
 
 MISTRAL = MistralConfig(
@@ -88,6 +91,38 @@ def test_ranks_that_run_one_engine_together_share_its_weights(tmp_path: Path) ->
         return sum(part.size for part in cost.phases[0].parts if part.how.startswith("vLLM's own"))
 
     assert held(2) == held(1) / 2 > 0
+
+
+@pytest.mark.parametrize("name", ["generate", "ppo", "evaluate"])
+def test_sharded_weights_are_gathered_whole_for_sampling_only_where_there_is_memory(
+    name: str, tmp_path: Path
+) -> None:
+    stages = build("stage=evaluate", "ppo.peft=none", "ppo.gates.first_kl=null").stages
+    stage = stages[name]
+
+    def on(gib: float, ranks: int = 64) -> CostContext:
+        found = gpus(gib, ranks=ranks)
+        return replace(found, zero="fsdp2", machine=replace(found.machine, ranks_here=8))
+
+    def while_sampling(at: CostContext) -> float:
+        cost = stage.cost(at, stages)
+        return max(phase.size(on_host=False) for phase in cost.phases if phase.name == "sampling")
+
+    large = chosen(stage, stages, on(800))
+    assert large.local_sampling == "whole"
+    whole, layers = (while_sampling(replace(large, local_sampling=way)) for way in ("whole", "layers"))
+    assert whole - layers > EIGHT.parameters  # of 2 bytes each, less two layers and the embeddings
+    between = on((whole + layers) / 2 / GIB)
+    assert chosen(stage, stages, between).local_sampling == "layers"
+    said = sampling_note(stage, stages, between, "layers")
+    assert (
+        said.startswith(f"{name} samples layer by layer") and f"of {(whole + layers) / 2 / GIB:.1f}" in said
+    )
+    (line,) = check(tmp_path, on(0.5), name, "ppo.peft=none", "ppo.gates.first_kl=null").refused
+    assert line.endswith("Or sample with generation=vllm vllm.tensor_parallel=8.")
+    assert (
+        chosen(stage, stages, replace(between, zero="zero2")).local_sampling == "whole"
+    )  # nothing to choose
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
