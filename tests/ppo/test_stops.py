@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from helpers.ppo import actor_critic, best_weights, equal, prompts, resumed_learner
@@ -91,7 +93,12 @@ def test_no_rank_holds_a_checkpoint_that_it_goes_on_from(tmp_path: Path, tiny_mo
     second = learner_in(tmp_path / "second", tiny_model, Looking(), "ppo.steps=4", "ppo.max_bad_steps=1")
     state = second.job.checkpoints.restore(second.engine)
     assert state is not None and mapped(tmp_path, "loop.pt")  # not copied into memory
+    said = io.StringIO()
+    second.job.progress.console = Console(file=said, width=300)
     second.load_state_dict(state)
+    assert said.getvalue() == ""
+    second.load_state_dict(state | {"local_sampling": "layers"})
+    assert "gathered for sampling whole from here on, and were layer by layer until step" in said.getvalue()
     del state
     train(second)
     assert during and not any(during)
