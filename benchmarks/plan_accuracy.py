@@ -2,10 +2,14 @@
 
     python benchmarks/plan_accuracy.py              # measure what is not measured yet, then the table
     python benchmarks/plan_accuracy.py --table      # the table alone
+    python benchmarks/plan_accuracy.py --ranks      # the same of two and four ranks: memory alone
 
 Each case is `python -m rlhf` in a fresh process that has one stage to run: what it reads is in the store. Its
 peak is the process's largest resident size, its seconds are the stage's own. Measurements are kept in
 benchmarks/.work/plan, one file a case; delete one to measure it anew. Nothing else should run beside.
+
+Of several ranks each one's peak is taken, without the pages of models that it maps. Memory does not depend on
+what runs beside, so their seconds are left out.
 """
 
 from __future__ import annotations
@@ -17,15 +21,19 @@ import random
 import resource
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from run_rlhf import make_experiment
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.costs.hardware import Speed, calibrated_speed, found_machine
+from rlhf.costs.hardware import Speed, calibrated_speed, found_machine, quick_speed
 from rlhf.costs.model_shape import shape_of
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute, make_compute
@@ -45,6 +53,7 @@ class Case:
     name: str
     stage: str
     overrides: tuple[str, ...]
+    ranks: int = 1
 
 
 SHORT, MEDIUM, LONG = 24, 160, 640
@@ -82,6 +91,18 @@ CASES = (
 )  # fmt: skip
 
 
+RANKS = tuple(
+    Case(f"{stage} full, {zero}, {ranks} ranks", stage,
+         (*overrides, "model=local", "model.path=small", f"zero={zero}", f"launch.processes={ranks}"), ranks)
+    for stage, overrides in (("sft", ("sft.epochs=1",)), ("ppo", (*BASE, *FULL_REWARD, *FULL_PPO)))
+    for zero in ("zero2", "zero3", "fsdp2")
+    for ranks in (2, 4)
+)  # fmt: skip
+"""Of a random model of 38 million parameters, so that four ranks fit beside each other."""
+SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6,
+         "num_key_value_heads": 2}  # fmt: skip
+
+
 def write_data(directory: Path) -> None:
     """Rows of three lengths, pairs and prompts, out of the packaged sentences."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,6 +128,20 @@ def write_data(directory: Path) -> None:
         [{"prompt": f"Say fact {n}.", "chosen": text(96), "rejected": text(96)} for n in range(100)],
     )
     write("prompts.jsonl", [{"prompt": f"Write fact {n}: {text(SHORT)}"} for n in range(120)])
+
+
+def write_small(directory: Path) -> None:
+    """A random model with the embedded one's tokenizer."""
+    if directory.exists():
+        return
+    first = [*COMMON, "stage=prepare", "run_name=embedded"]
+    subprocess.run([sys.executable, "-m", "rlhf", *first], cwd=WORK, check=True, stdout=subprocess.DEVNULL)
+    (base,) = (WORK / "store" / "base").glob("[!.]*/")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(base)
+    config.update(SMALL | {"head_dim": 64})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(base).save_pretrained(directory)
 
 
 def name_of(case: Case) -> str:
@@ -138,10 +173,47 @@ def wait_for(pid: int) -> tuple[int, resource.struct_rusage, float]:
         last = now
 
 
+class Ranks(threading.Thread):
+    """Asks the ranks that a process has started for their memory, until it ends."""
+
+    def __init__(self, launcher: int) -> None:
+        super().__init__(daemon=True)
+        self._launcher, self._over = psutil.Process(launcher), threading.Event()
+        self.peaks: dict[int, float] = {}
+        """Bytes by process."""
+
+    def run(self) -> None:
+        """Until `end`."""
+        while not self._over.wait(POLL_SECONDS / 5):
+            with suppress(psutil.Error):  # one that ends meanwhile
+                for process in self._launcher.children():
+                    with suppress(psutil.Error):
+                        self._ask(process)
+
+    def _ask(self, process: psutil.Process) -> None:
+        found = process.memory_info()
+        own, peak = float(found.rss), self.peaks.get(process.pid, 0.0)
+        if own > peak:  # the mapped pages are only counted then: it takes long
+            maps = process.memory_maps(grouped=True)
+            own -= sum(each.rss - each.anonymous for each in maps if each.path.endswith(".safetensors"))
+            self.peaks[process.pid] = max(own, peak)
+
+    def end(self, ranks: int) -> list[float]:
+        """The peaks, without those of what else was started."""
+        self._over.set()
+        self.join()
+        return sorted(self.peaks.values(), reverse=True)[:ranks]
+
+
 def run(case: Case) -> dict[str, Any] | None:
-    """Peak bytes of the whole process and seconds of the stage; None if it ran an earlier stage too."""
+    """Peak bytes of the whole process (of several ranks, each one's) and seconds of the stage; None if it ran
+    an earlier stage too."""
     arguments = [*command(case), f"force=[{case.stage}]"]
-    process = subprocess.Popen([sys.executable, "-m", "rlhf", *arguments], cwd=WORK)
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if case.ranks > 1 else {})
+    process = subprocess.Popen([sys.executable, "-m", "rlhf", *arguments], cwd=WORK, env=environment)
+    ranks = Ranks(process.pid)
+    if case.ranks > 1:
+        ranks.start()
     status, usage, stopped = wait_for(process.pid)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -150,7 +222,8 @@ def run(case: Case) -> dict[str, Any] | None:
     others = {name for name, stage in stages.items() if stage["status"] == "ran"}
     if others - {case.stage, "prepare"}:
         return None
-    return {"peak_bytes": usage.ru_maxrss * 1024, "seconds": stages[case.stage]["seconds"] - stopped}
+    found = {"peak_bytes": usage.ru_maxrss * 1024, "seconds": stages[case.stage]["seconds"] - stopped}
+    return found if case.ranks == 1 else {"peak_bytes": ranks.end(case.ranks)}
 
 
 def measure(case: Case) -> None:
@@ -162,15 +235,18 @@ def measure(case: Case) -> None:
 
 def predict(case: Case, compute: Compute, speed: Speed) -> tuple[float, float, str]:
     """(peak bytes, seconds, the phase of the peak), as the planner has them before the run."""
-    prepare = [*COMMON, "stage=prepare", "run_name=prepared", *case.overrides]
+    alone = [each for each in case.overrides if not each.startswith("launch.")]
+    prepare = [*COMMON, "stage=prepare", "run_name=prepared", *alone]
     subprocess.run([sys.executable, "-m", "rlhf", *prepare], cwd=WORK, check=True, stdout=subprocess.DEVNULL)
     experiment = make_experiment(command(case))
     data = PreparedData(WORK / "runs" / "prepared" / "artifacts" / "prepare")
     (base,) = (WORK / "store" / "base").glob("[!.]*/")
-    shape = shape_of(BaseModelFiles(base, "embedded", experiment.settings.model).architecture)
-    on = replace(
-        found_context(experiment.settings, shape, compute, data.size), machine=found_machine(compute, speed)
-    )
+    base = base if case.ranks == 1 else WORK / "small"
+    shape = shape_of(BaseModelFiles(base, "the model", experiment.settings.model).architecture)
+    if experiment.settings.zero.startswith("zero"):
+        import deepspeed  # noqa: F401 - what every rank has loaded
+    machine = replace(found_machine(compute, speed), ranks=case.ranks, ranks_here=case.ranks)
+    on = replace(found_context(experiment.settings, shape, compute, data.size), machine=machine)
     cost = experiment.stages[case.stage].cost(on, experiment.stages)
     phase, peak = most(cost, on)
     return peak, cost.seconds, phase.name
@@ -198,20 +274,41 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def table_of_ranks() -> str:
+    """Markdown: predicted and measured memory of the cases on several ranks."""
+    compute, _ = make_compute("cpu", "bf16")
+    lines = [
+        "| case | peak of a rank, predicted (phase) | measured, by rank | error |",
+        "| -- | -- | -- | -- |",
+    ]
+    for case in RANKS:
+        if not result_file(case).exists():
+            continue
+        peaks = json.loads(result_file(case).read_text(encoding="utf-8"))["peak_bytes"]
+        peak, _, phase = predict(case, compute, quick_speed(compute))
+        measured = f"{min(peaks) / 2**30:.2f} to {max(peaks) / 2**30:.2f}"
+        error = f"{peak / max(peaks) - 1:+.0%}"
+        lines.append(f"| {case.name} | {peak / 2**30:.2f} GiB ({phase}) | {measured} GiB | {error} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure what is missing, print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--ranks", action="store_true", help="the cases on several ranks")
     parser.add_argument("--most", type=int, default=len(CASES), help="measure so many cases at most")
     options = parser.parse_args()
     write_data(WORK)
-    missing = [case for case in CASES if not result_file(case).exists()]
+    write_small(WORK / "small")
+    cases = RANKS if options.ranks else CASES
+    missing = [case for case in cases if not result_file(case).exists()]
     for case in [] if options.table else missing[: options.most]:
         measure(case)
     if options.table or len(missing) <= options.most:
-        print(table())
+        print(table_of_ranks() if options.ranks else table())
 
 
 if __name__ == "__main__":

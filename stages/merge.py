@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from rlhf.config import ConfigError
-from rlhf.costs.memory import Allocation, MemoryPhase, over, weight_bytes
+from rlhf.costs.memory import Allocation, MemoryPhase, billions, over, weight_bytes
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, ThroughputModel
 from rlhf.data.prepared import PreparedData
@@ -94,9 +94,10 @@ class MergeStage(Stage):
             )
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """Both models in the host's memory, rank 0's alone; it runs none."""
-        here = on.machine.ranks_here
-        models = Allocation("weights", 2 * weight_bytes(on) / here, f"base and tuned model{over(here)}", True)
+        """Both models are mapped from files, and rank 0 computes one weight after the other in fp32."""
+        here, count = on.machine.ranks_here, on.shape.head
+        how = f"the largest weight of both and what comes of them: {billions(count)} x 3 x 4 B{over(here)}"
+        models = Allocation("weights", 3 * 4 * count / here, how, True)
         load = ThroughputModel(on).load(3, what="base, tuned and published model")
         return StageCost([MemoryPhase("interpolating", [models])], [load], artifact=weight_bytes(on))
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.config import ConfigError, did_you_mean
-from rlhf.costs.hardware import CUDA_CONTEXT, Machine, Speed, calibrated_speed, found_machine
+from rlhf.costs.hardware import CUDA_CONTEXT, CUDA_PROCESS, Machine, Speed, calibrated_speed, found_machine
 from rlhf.costs.model_shape import ModelShape, counted
 from rlhf.costs.setup import CostContext, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost
@@ -27,10 +27,20 @@ from rlhf.data.prepared import LengthStats
 from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Split
 from rlhf.models.base import UnknownShapeError, skeleton
+from rlhf.models.peft.methods import MethodName
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.planner.report import experiment_file, explanation, hardware_line, phases, recommendation, table
+from rlhf.planner.report import (
+    assumptions,
+    experiment_file,
+    explanation,
+    hardware_line,
+    phases,
+    recommendation,
+    speeds,
+    table,
+)
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tables import Cells
 
@@ -57,7 +67,10 @@ def _with_unit(unit: str) -> BeforeValidator:
 
 
 Gibibytes = Annotated[ByteSize, _with_unit("GiB")]
+Gigabytes = Annotated[ByteSize, _with_unit("GB")]
 Terabytes = Annotated[ByteSize, _with_unit("TB")]
+ASSUMED = {"rows": 10_000, "prompt_tokens": 512, "answer_tokens": 512}
+"""For GPUs that are not here, where the data need not be either."""
 
 
 class PlanStage(Stage):
@@ -73,27 +86,37 @@ class PlanStage(Stage):
     reads_weights: ClassVar[bool] = False
     cacheable: ClassVar[bool] = False
 
-    trains: list[str] = Field(min_length=1)
+    trains: list[str] | None = Field(min_length=1)
     """The stages that are planned, of those that train (sft, reward, ppo, your own), with their data and
-    settings in this config."""
-    rows: PositiveInt | None
-    """Training rows of each stage; null measures the prepared data."""
+    settings in this config. null plans sft; with `gpus` all three."""
+    methods: list[MethodName] | None
+    """The only ways of tuning to weigh, such as [none] for all parameters; null weighs all, and those that
+    leave the weights as they are."""
+    rows: PositiveInt | Literal["prepared"] | None
+    """Training rows of each stage. null measures the prepared data, or with `gpus` takes 10000; `prepared`
+    measures in any case."""
     prompt_tokens: PositiveInt | None
-    """Mean prompt tokens of a row; give it together with `rows`."""
+    """Mean prompt tokens of a row; with `gpus` null takes 512, else give it together with `rows`."""
     answer_tokens: PositiveInt | None
-    """Mean answer tokens of a row; give it together with `rows`."""
+    """Mean answer tokens of a row, and the longest answers of PPO; null as of `prompt_tokens`."""
     gpus: PositiveInt | None
     """GPUs of each node, which need not be here; null plans for this machine."""
     nodes: PositiveInt
     """Number of nodes, with `gpus` GPUs each."""
     gpu_memory: Gibibytes
-    """Memory of a GPU, such as 80GiB. This key and the next three are read only with `gpus`."""
+    """Memory of a GPU, such as 80GiB. This key and the next six are read only with `gpus`."""
     host_memory: Gibibytes
     """Memory of a node's host."""
     gpu_tflops: PositiveFloat
     """Dense bf16 TFLOP/s of a GPU, from its data sheet."""
     gpu_bandwidth: Terabytes
     """Bandwidth of a GPU's memory per second, such as 2.0TB."""
+    gpu_link: Gigabytes
+    """What a GPU gets from the others of its node per second, such as 300GB."""
+    network: Gigabytes
+    """What a GPU gets from other nodes per second, such as 50GB."""
+    disk: Gigabytes
+    """What a node reads or writes per second, such as 1GB."""
     hours: PositiveFloat | None
     """Longest training time, hours; null for no limit."""
     price_per_gpu_hour: PositiveFloat | None
@@ -108,23 +131,43 @@ class PlanStage(Stage):
     @model_validator(mode="after")
     def _all_or_nothing(self) -> Self:
         given = (self.rows, self.prompt_tokens, self.answer_tokens)
-        if None in given and any(given):
+        if self.gpus is None and None in given and any(given) and self.rows != "prepared":
             raise ValueError(
                 "Give KEY.rows, KEY.prompt_tokens and KEY.answer_tokens together; null measures all three"
+            )
+        if self.rows == "prepared" and any(given[1:]):
+            raise ValueError(
+                "KEY.rows=prepared measures KEY.prompt_tokens and KEY.answer_tokens too. Leave them out"
             )
         if self.nodes > 1 and self.gpus is None:
             raise ValueError(f"KEY.nodes={self.nodes} needs KEY.gpus, the GPUs of each node. Set it")
         return self
 
+    @property
+    def measures(self) -> bool:
+        """Whether the prepared data's lengths are planned for, not given or assumed ones."""
+        return self.rows == "prepared" or (self.rows is None and self.gpus is None)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Rows and tokens that are planned for where they are not measured."""
+        given = {"rows": self.rows, "prompt_tokens": self.prompt_tokens, "answer_tokens": self.answer_tokens}
+        return {key: ASSUMED[key] if value is None else int(value) for key, value in given.items()}
+
+    def planned(self, chain: Mapping[str, Stage]) -> list[str]:
+        """The stages that are planned, in the chain's order."""
+        names = self.trains or (["sft"] if self.gpus is None else ["sft", "reward", "ppo"])
+        return [name for name in chain if name in names]
+
     def datasets(self) -> tuple[str, ...]:
         """Their lengths."""
-        return training_roles() if self.rows is None else ()
+        return training_roles() if self.measures else ()
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """What the planned stages need; and sft.data, the task whose prompts and answers are measured."""
-        if self.rows is not None:
+        if not self.measures:
             return ()
-        planned = (chain[name] for name in self.trains if name in chain)
+        planned = (chain[name] for name in self.planned(chain))
         return tuple(dict.fromkeys(("sft", *(role for stage in planned for role in stage.needs(chain)))))
 
     def check(self, chain: Mapping[str, Stage]) -> None:
@@ -134,7 +177,7 @@ class PlanStage(Stage):
             ConfigError: it does not, or is no stage.
         """
         known = [name for name, stage in chain.items() if stage.peft_config() is not None]
-        for name in self.trains:
+        for name in self.trains or ():
             if name not in known:
                 raise ConfigError(
                     f"plan.trains={name}: no stage of that name trains.{did_you_mean(name, known)} "
@@ -155,21 +198,28 @@ class PlanStage(Stage):
 
     def run(self, job: Job) -> None:
         """Weigh every strategy, show the table, write the best one down."""
-        from rlhf.planner.strategies import rank_strategies
+        from rlhf.planner.strategies import out_of_reach, rank_strategies
 
         experiment = job.experiment
         assert experiment is not None
         chain = experiment.stages
         base, shape = self.base(job)
         on, use = self.setting(job, experiment, shape), self.use(job, experiment)
-        ranked = rank_strategies([chain[name] for name in self.trains], experiment, base, on, use)
+        planned = [chain[name] for name in self.planned(chain)]
+        ranked = rank_strategies(planned, experiment, base, on, use, self.methods)
         best = ranked[0]
         cells = table(ranked, self.price_per_gpu_hour)
-        reason = recommendation(best) if not best.against else "Nothing here can be done: each row says why."
+        reason = recommendation(best)
+        if best.against:
+            instead = [*out_of_reach(planned, experiment, base, on, use)]
+            reason = f"Nothing here can be done: each row says why. {'; '.join(instead)}".rstrip()
         text = [
             f"# Plan\n\n{hardware_line(on)}\n",
             cells.markdown(),
             f"\n{reason}\n",
+            speeds(best).markdown(),
+            "",
+            *(f"{line}\n" for line in assumptions(best, self.said_lengths())),
             phases(best).markdown(),
         ]
         if job.compute.is_main:
@@ -217,18 +267,23 @@ class PlanStage(Stage):
                 ranks=self.gpus * self.nodes,
                 speed=Speed(1000 * self.gpu_tflops, self.gpu_bandwidth / 1e9),
                 ranks_here=self.gpus,
+                host_used=CUDA_PROCESS,
+                disk=float(self.disk),
+                link=float(self.gpu_link),
+                network=float(self.network),
             )
             dtype_bytes = 4 if settings.precision == "fp32" else 2
         return CostContext(
             shape, dtype_bytes, settings.zero, machine, self.sizes(job),
-            settings.vllm if settings.generation == "vllm" else None, pads_rows(settings.model, shape),
+            settings.vllm if settings.generation in (("vllm", "auto") if self.gpus else ("vllm",)) else None,
+            pads_rows(settings.model, shape),
         )  # fmt: skip
 
     def sizes(self, job: Job) -> Sizes:
         """Of every role: the prepared ones, or those given."""
-        if self.rows is None:
+        if self.measures:
             return job.data.size
-        num_rows, prompt, answer = self.rows, self.prompt_tokens or 0, self.answer_tokens or 0
+        num_rows, prompt, answer = self.lengths.values()
 
         def given(role: str, split: Split) -> LengthStats:
             has_answer = not issubclass(ROLES[role].row_types[0], PromptRow)
@@ -238,14 +293,23 @@ class PlanStage(Stage):
 
         return given
 
+    def said_lengths(self) -> str:
+        """What is planned for."""
+        if self.measures:
+            return "Lengths: those of the prepared data."
+        values = {key: f"plan.{key}={value}" for key, value in self.lengths.items()}
+        assumed = [said for key, said in values.items() if getattr(self, key) is None]
+        given = [said for said in values.values() if said not in assumed]
+        parts = {"given": ", ".join(given), "assumed, as nothing was given": ", ".join(assumed)}
+        return f"Lengths {'; '.join(f'{how}: {which}' for how, which in parts.items() if which)}."
+
     def use(self, job: Job, experiment: Experiment) -> Use:
         """The task and its limits."""
         from rlhf.planner.strategies import Use
 
         compare = experiment.resolved["compare"]
-        rows, prompt, answer = self.rows, self.prompt_tokens, self.answer_tokens
-        mean_prompt, mean_answer, has_questions = float(prompt or 0), float(answer or 0), True
-        if rows is None:
+        rows, mean_prompt, mean_answer, has_questions = *map(float, self.lengths.values()), True
+        if self.measures:
             found = job.data.rows("sft", "train")
             rows, tokenizer = len(found), job.base.load_tokenizer()
             some, has_questions = found[:MEASURED_ROWS], any(row.prompt for row in found)
@@ -253,7 +317,8 @@ class PlanStage(Stage):
             both = fmean(len(exchange_ids(tokenizer, row.prompt, row.completion)[0]) for row in some)
             mean_answer = both - mean_prompt
         return Use(
-            rows, mean_prompt, mean_answer,
+            round(rows), mean_prompt, mean_answer, plans_answers=self.gpus is not None and not self.measures,
+            wants_vllm=experiment.settings.generation == "vllm",
             examples=compare["few_shot"]["examples"], passages=compare["retrieval"]["passages"],
             has_questions=has_questions, deploy=self.deploy, hours=self.hours,
             max_added_latency=self.max_added_latency,
@@ -263,14 +328,16 @@ class PlanStage(Stage):
         """On the terminal."""
         console = job.progress.console
         console.print(escape(hardware_line(on)), highlight=False)
-        for each in (cells, phases(ranked[0])):
+        for each in (cells, phases(ranked[0]), *([speeds(ranked[0])] if ranked[0].costs else [])):
             shown = Table(*each.headings, box=None, pad_edge=False, header_style="dim")
             for row in each.rows:
                 shown.add_row(*map(escape, row))
             console.print(shown, highlight=False)
         if self.explain:
             console.print(escape("\n".join(explanation(ranked, self.price_per_gpu_hour))), highlight=False)
-        console.print(escape(reason), highlight=False)
+        for line in assumptions(ranked[0], self.said_lengths()):
+            console.print(escape(line), highlight=False)
+        console.print(escape(reason), highlight=False, soft_wrap=True)
         if not ranked[0].against:
             directory = job.run_directory / "artifacts" / self.name
             command = f"python -m rlhf --config-dir {directory} +experiment=planned"

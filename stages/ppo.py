@@ -52,6 +52,7 @@ class PpoStage(PpoConfig, Stage):
     )  # fmt: skip
     version: ClassVar[int] = 7
     samples: ClassVar[bool] = True
+    divided: ClassVar[tuple[str, ...]] = ("batch_episodes", "minibatch_episodes")
     not_in_key: ClassVar[frozenset[str]] = frozenset({
         "prompts", "batch_rows", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl",
         "frozen_placement",
@@ -214,8 +215,7 @@ class PpoStage(PpoConfig, Stage):
         Raises:
             ConfigError: with what can.
         """
-        for name in ("batch_episodes", "minibatch_episodes"):
-            compute.check_divides(f"ppo.{name}", getattr(self, name))
+        super().check_compute(compute)
         if self.ema_decay is not None and compute.shards_weights:
             raise ConfigError(
                 "ppo.ema_decay needs whole weights on each rank. Use zero=zero2, or ppo.ema_decay=null."

@@ -23,7 +23,6 @@ from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import TRAINING
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
-from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
@@ -56,6 +55,7 @@ class RewardStage(Stage):
         "it ranks no better than a rule that reads no word, so PPO cannot learn from it",
     )  # fmt: skip
     version: ClassVar[int] = 6
+    divided: ClassVar[tuple[str, ...]] = ("batch_pairs",)
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"pairs", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -103,10 +103,6 @@ class RewardStage(Stage):
     def peft_config(self) -> PeftConfig:
         """How it trains."""
         return self.peft
-
-    def check_compute(self, compute: Compute) -> None:
-        """Every rank gets equally many pairs."""
-        compute.check_divides("reward.batch_pairs", self.batch_pairs)
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """A reward model can be made of the model that it starts from."""

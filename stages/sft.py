@@ -22,7 +22,6 @@ from rlhf.data.roles import TRAINING
 from rlhf.data.schema import Split
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
-from rlhf.distributed.compute import Compute
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.pipeline.job import Job
@@ -50,6 +49,7 @@ class SftStage(Stage):
         "it learned nothing of its examples, and all that follows starts from it",
     )  # fmt: skip
     version: ClassVar[int] = 7
+    divided: ClassVar[tuple[str, ...]] = ("batch_rows",)
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
     )
@@ -110,10 +110,6 @@ class SftStage(Stage):
     def peft_config(self) -> PeftConfig:
         """How it trains."""
         return self.peft
-
-    def check_compute(self, compute: Compute) -> None:
-        """Every rank gets equally many rows."""
-        compute.check_divides("sft.batch_rows", self.batch_rows)
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""

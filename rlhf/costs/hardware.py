@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
 GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB
 """Bytes that a CUDA process holds before its first tensor."""
+CUDA_PROCESS = 2.0 * GIB
+"""Bytes that it holds in the host's memory: assumed."""
 LIBRARIES = 0.25 * GIB
 """Bytes that torch, oneDNN and others take on a CPU, apart from tensors."""
 CALIBRATION_SECONDS = 10.0
 STREAM_BYTES = 2**28
+LOAD_BYTES = 0.3e9
+"""A second, of what is read from and written to a disk that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,19 @@ class Machine:
     speed: Speed
     ranks_here: int = 1
     """Ranks that share this host's memory."""
+    host_used: float = 0.0
+    """Bytes of the host's memory that a process on a GPU holds before it loads a model."""
+    disk: float = LOAD_BYTES
+    """Bytes a second that a host reads or writes."""
+    link: float = math.inf
+    """Bytes a second that a rank gets from others on its host; infinite where it is not counted."""
+    network: float = math.inf
+    """Bytes a second that a rank gets from other hosts; infinite where it is not counted."""
+
+    @property
+    def nodes(self) -> int:
+        """Hosts with so many ranks."""
+        return max(1, self.ranks // self.ranks_here)
 
 
 def found_machine(compute: Compute, speed: Speed) -> Machine:

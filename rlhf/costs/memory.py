@@ -25,8 +25,6 @@ LOADING = "loading"
 """The first phase of a stage that trains."""
 SAMPLING = "sampling"
 """The phase in which answers are sampled: the one in which vLLM is awake on a GPU."""
-FILE_BYTES = 5e9
-"""Of the largest file of a published model: what publishing holds in the host's memory, not a whole model."""
 VLLM_GRAPHS = 1.0 * GIB
 """Bytes of vLLM's CUDA graphs, which stay while it sleeps: assumed."""
 
@@ -139,19 +137,42 @@ class Trained:
         count = min(BUCKET_ELEMENTS, self.parameters)
         return Allocation("gradients", FP32 * count, f"{name}: {billions(count)} x {FP32} B")
 
+    def _bucket_sent(self) -> Iterator[Allocation]:
+        """A copy of the bucket, and of stage 3 this rank's part of what comes back."""
+        yield self._bucket("the bucket as it is sent")
+        if self.on.zero in ("zero3", "zero3_offload"):
+            from rlhf.training.deepspeed import BUCKET_ELEMENTS
+
+            count = min(BUCKET_ELEMENTS, self.parameters)
+            how = f"this rank's part of it: {billions(count)} x {FP32} B{over(self.on.ranks)}"
+            yield Allocation("gradients", FP32 * count / self.on.ranks, how)
+
+    def _stepping(self) -> Iterator[Allocation]:
+        """DeepSpeed updates all weights of a model as if they were one: their gradients are laid end to end
+        (unless they are so on the host), and Adam's intermediate results are as large as its moments."""
+        on, count = self.on, self.parameters / self.models
+        offloads, copies = on.zero == "zero3_offload", 4 if is_deepspeeds(on) else 3
+        if not offloads:
+            how = f"one model's, laid end to end: {billions(count)} x {FP32} B{over(on.ranks)}"
+            yield Allocation("gradients", FP32 * count / on.ranks, how)
+        how = f"at work on one model: {billions(count)} x {copies} x {FP32} B{over(on.ranks)}"
+        yield Allocation("optimizer", copies * FP32 * count / on.ranks, how, offloads)
+
     def gradients(self, *, passes: int, at_step: bool = False) -> Iterator[Allocation]:
         """Beside `buffers`: fp32; of a single pass in the model's precision, until the optimizer steps."""
         on, count = self.on, self.parameters
         if on.zero in ("zero3", "zero3_offload"):
             if not at_step:
-                yield self._bucket("the bucket as it is sent")
-            elif on.zero == "zero3":
-                largest = count / self.models
-                how = f"laid end to end: {billions(largest)} x {FP32} B{over(on.ranks)}"
-                yield Allocation("gradients", FP32 * largest / on.ranks, how)
+                yield from self._bucket_sent()
+            else:
+                yield from self._stepping()
             return
-        if on.zero in ("zero1", "zero2") and not at_step:
-            yield self._bucket("DeepSpeed's bucket")
+        if on.zero in ("zero1", "zero2"):
+            if at_step:
+                yield from self._stepping()
+            else:
+                yield self._bucket("DeepSpeed's bucket")
+                yield from self._bucket_sent()
         if on.shards_weights:
             yield self._sent(at_step=at_step)
         share = on.shard_ranks if on.zero != "zero1" else 1

@@ -71,9 +71,12 @@ class CostContext:
         """Ranks over which `zero=` shards: all of them, or with hsdp those of a node; 1 without sharding."""
         if self.zero == "none":
             return 1
-        if self.zero in ("zero1", "zero2", "zero3", "zero3_offload", "fsdp2"):
-            return self.ranks
-        return min(self.machine.ranks_here, self.ranks)
+        return min(self.machine.ranks_here, self.ranks) if self.zero == "hsdp" else self.ranks
+
+    def gathers_a_rollout(self, new_tokens: int) -> int:
+        """How often sharded weights are gathered to sample: once, or for each token."""
+        by_layers = self.vllm is None and self.local_sampling == "layers"
+        return new_tokens if by_layers and self.shards_weights else 1
 
     def pass_tokens(self, rows: float, lengths: LengthStats, most: int) -> float:
         """Tokens of a rank's largest forward pass, padding included, where so many rows are a batch over all

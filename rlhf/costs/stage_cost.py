@@ -7,18 +7,18 @@ forward, twice that backward. Half of the latter is for gradients of weights, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from rlhf.costs.hardware import Speed
+from rlhf.costs.hardware import GIB, Machine, Speed
 from rlhf.costs.memory import MemoryPhase
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.methods import MethodName
 
-Activity = Literal["read", "train", "decode", "optimizer", "load"]
+Activity = Literal["read", "train", "decode", "optimizer", "load", "network"]
 EFFICIENCY: dict[Activity, float] = {"read": 0.39, "train": 0.43, "decode": 0.4}
 """Share of the measured matmul speed that each activity reaches; fitted to the table of docs/planner.md."""
 OPTIMIZER_BYTES = 40
@@ -27,8 +27,9 @@ PCIE_GBYTES = 25.0
 """Between a GPU and its host, a second: PCIe 4.0 x16, of 31.5 by the standard."""
 LAYER_SECONDS = 2e-4
 """Of one layer on one decoded token, whatever its size: the host's work between two kernels."""
-LOAD_BYTES = 0.3e9
-"""A second, of what is read from and written to disk."""
+VLLM_LAYER_SECONDS = 2e-5
+"""The same with vLLM's CUDA graphs, with what the ranks of a tensor-parallel group add up."""
+FP32 = 4
 
 
 class Task(NamedTuple):
@@ -49,6 +50,9 @@ class StageCost:
     """Bytes that it publishes."""
     checkpoint: float = 0.0
     """Bytes of one checkpoint."""
+    tokens: float = 0.0
+    """Tokens of all rows that it learns from, prompts included, once for each time that they are learned or
+    sampled anew."""
     longest: int = 0
     """Tokens of the longest sequence that may go through a model."""
     sampled: int = 0
@@ -60,6 +64,15 @@ class StageCost:
     def seconds(self) -> float:
         """All work."""
         return sum(task.seconds for task in self.work)
+
+    def throughput(self, ranks: int) -> float:
+        """Tokens a second and rank, without what loading takes."""
+        seconds = sum(task.seconds for task in self.work if task.activity != "load")
+        return self.tokens / seconds / ranks if seconds else 0.0
+
+    def checkpoint_seconds(self, machine: Machine) -> float:
+        """What writing a checkpoint takes, which each host writes its part of."""
+        return self.checkpoint / (machine.disk * machine.nodes)
 
     def peak(self, *, on_host: bool | None = None) -> MemoryPhase:
         """The phase that needs most."""
@@ -126,6 +139,8 @@ class ThroughputModel:
             rows: over all ranks.
             batch_rows: that a rank decodes together.
         """
+        if self.on.vllm is not None and not self.on.on_cpu:
+            return self._decode_by_vllm(rows, prompts, new_tokens, what=what)
         shape = self.on.shape
         batches = math.ceil(rows / self.on.ranks / max(1.0, batch_rows))
         steps = batches * new_tokens
@@ -139,16 +154,83 @@ class ThroughputModel:
         read = self.read(tokens, prompts.mean, predicted=rows, what=f"{what}: prompts")
         return [read, Task("decode", seconds, how)]
 
+    def _decode_by_vllm(
+        self, rows: float, prompts: LengthStats, new_tokens: float, *, what: str
+    ) -> list[Task]:
+        """Each group of ranks answers its share, as many rows together as its cache and settings let it."""
+        on, shape, vllm = self.on, self.on.shape, self.on.vllm
+        assert vllm is not None
+        group, length = vllm.tensor_parallel, prompts.mean + new_tokens
+        mine, row_bytes = rows * group / on.ranks, on.dtype_bytes * shape.kv_elements
+        room = vllm.kv_cache_gib * GIB * min(group, shape.kv_heads) / (row_bytes * length)
+        together = max(1.0, min(float(vllm.max_num_seqs), room, mine))
+        steps = math.ceil(mine / together) * new_tokens
+        read: float = on.dtype_bytes * (shape.linear + shape.experts + shape.head)
+        read = (read + together * row_bytes * (prompts.mean + new_tokens / 2)) / group
+        work = mine * new_tokens * (self.forward(prompts.mean + new_tokens / 2) + 2 * shape.head) / group
+        seconds = steps * (read / (self.speed.gbytes * 1e9) + shape.layers * VLLM_LAYER_SECONDS)
+        seconds += work / (EFFICIENCY["decode"] * self.speed.gflops * 1e9)
+        how = f"{what}: {steps:.0f} times {read:.3g} B of weights and cache, {together:.0f} rows together"
+        tokens = self.read(rows * prompts.mean, prompts.mean, predicted=rows, what=f"{what}: prompts")
+        return [tokens, Task("decode", seconds, f"{how}, and {work:.3g} operations")]
+
     def load(self, models: float, *, what: str) -> Task:
-        """Models from and to disk."""
+        """Models from and to disk; each host reads what its ranks hold of them."""
         size = models * self.on.dtype_bytes * self.on.shape.parameters
-        return Task("load", size / LOAD_BYTES, f"{what}: {size:.3g} B")
+        machine, share = self.on.machine, self.on.shard_ranks if self.on.shards_weights else 1
+        rate = machine.disk * max(1, share // machine.ranks_here)
+        return Task("load", size / rate, f"{what}: {size:.3g} B at {rate / 1e9:.2g} GB/s")
+
+    def gathering(self, passes: float, beside: Sequence[Task], *, what: str) -> Task:
+        """Sharded weights are gathered once for each pass."""
+        on = self.on
+        size = passes * on.dtype_bytes * on.shape.parameters * _of_others(on.shard_ranks)
+        return self._sent({on.shard_ranks: size if on.shards_weights else 0.0}, beside, what)
+
+    def exchanging(
+        self, passes: float, steps: float, trained: float, beside: Sequence[Task], *, what: str
+    ) -> Task:
+        """Training: sharded weights are gathered forward and backward; gradients are added up over ranks in
+        fp32, of `none` and `zero1` once a step, else in each pass.
+
+        Args:
+            passes: forward and backward, of each rank.
+            trained: parameters.
+        """
+        on, sizes = self.on, {}
+        share, gradients = on.shard_ranks, FP32 * trained
+        if on.zero in ("none", "zero1"):
+            sizes[on.ranks] = steps * 2 * gradients * _of_others(on.ranks)
+        else:
+            weights = 2 * passes * on.shape.parameters if on.shards_weights else steps * trained
+            sizes[share] = (passes * gradients + on.dtype_bytes * weights) * _of_others(share)
+            if share < on.ranks:  # replicas' shards
+                sizes[on.ranks] = passes * 2 * gradients / share * _of_others(on.ranks // share)
+        return self._sent(sizes, beside, what)
+
+    def _sent(self, sizes: Mapping[int, float], beside: Sequence[Task], what: str) -> Task:
+        """What the network takes longer than the work that goes on meanwhile.
+
+        Args:
+            sizes: ranks of a group -> bytes that each of them gets.
+        """
+        machine, seconds = self.on.machine, 0.0
+        for ranks, size in sizes.items():
+            seconds += size / (machine.link if ranks <= machine.ranks_here else machine.network)
+        hidden = min(seconds, sum(task.seconds for task in beside))
+        how = f"{what}: {sum(sizes.values()):.3g} B a rank, {hidden:.3g} of {seconds:.3g} s beside computing"
+        return Task("network", seconds - hidden, how)
 
     def _task(self, activity: Activity, operations: float, how: str) -> Task:
         rate = EFFICIENCY[activity] * self.speed.gflops * 1e9
         seconds = operations / self.on.ranks / rate
         share = f"{EFFICIENCY[activity]:g} of {self.speed.gflops:.0f} GFLOP/s"
         return Task(activity, seconds, f"({how}) / {self.on.ranks} ranks / {share}")
+
+
+def _of_others(ranks: int) -> float:
+    """The part that one of so many ranks has not itself."""
+    return (ranks - 1) / ranks
 
 
 def joined(*parts: LengthStats) -> LengthStats:
@@ -175,4 +257,6 @@ def one_after_the_other(costs: Sequence[StageCost]) -> StageCost:
         longest=max((each.longest for each in costs), default=0),
         sampled=max((each.sampled for each in costs), default=0),
         context=min((each.context for each in costs), default=math.inf),
+        checkpoint=max((each.checkpoint for each in costs), default=0.0),
+        artifact=sum(each.artifact for each in costs),
     )

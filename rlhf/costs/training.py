@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rlhf.costs.memory import (
-    FILE_BYTES,
     FP32,
     Allocation,
     MemoryPhase,
@@ -17,7 +16,6 @@ from rlhf.costs.memory import (
     logits,
     over,
     reading,
-    weight_bytes,
 )
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
@@ -71,12 +69,14 @@ def training_cost(
     worker, steps = ThroughputModel(on), num_batches(train.rows, batch_rows, epochs)
     all_tokens, held_tokens = epochs * train.rows * train.mean, held_out.rows * held_out.mean
     learned, read_tokens = on.computed(all_tokens, train), 2 * on.computed(held_tokens, held_out)
+    training = worker.train(
+        learned, train.mean, peft.method, predicted=all_tokens if has_logits else 0.0,
+        checkpointing=checkpointing, what="training",
+    )  # fmt: skip
     work = [
         worker.load(3, what="model, published model"),
-        worker.train(
-            learned, train.mean, peft.method, predicted=all_tokens if has_logits else 0.0,
-            checkpointing=checkpointing, what="training",
-        ),
+        training,
+        worker.exchanging(steps * passes, steps, trained.parameters, [training], what="training"),
         worker.optimize(trained.parameters, steps),
         worker.read(
             read_tokens, held_out.mean, predicted=2 * held_tokens if has_logits else 0.0,
@@ -85,22 +85,20 @@ def training_cost(
     ]  # fmt: skip
     return StageCost(
         phases, work, artifact=artifact_bytes(on, peft, is_scalar=not has_logits),
-        checkpoint=3 * FP32 * trained.parameters,
+        checkpoint=3 * FP32 * trained.parameters, tokens=all_tokens,
         longest=longest + COSTS[peft.method].added_tokens(on.shape, peft), context=on.shape.context,
     )  # fmt: skip
 
 
 def published(on: CostContext, parameters: float) -> list[Allocation]:
-    """While the engine is still there. Each rank that writes gathers one weight at a time, and keeps on the
-    host what will be one file; then rank 0 writes the model from mapped files, one of its files at a time."""
-    b, writers = on.dtype_bytes, on.ranks if on.shards_weights else 1
-    here = on.machine.ranks_here
-    own = min(FILE_BYTES, b * parameters / writers) / (1 if on.shards_weights else here)
-    file = min(FILE_BYTES, weight_bytes(on)) / here
-    parts = [
-        Allocation("weights", own, f"of what trained, at most a file of {amount(FILE_BYTES)}", True),
-        Allocation("weights", file, f"the file that is written: {amount(file * here)}{over(here)}", True),
-    ]
+    """While the engine is still there: each rank gathers one weight at a time, and keeps on the host what
+    will be one file of its own. What rank 0 then makes of it is mapped from files."""
+    from rlhf.training.trained import FILE_BYTES
+
+    b = on.dtype_bytes
+    own = min(FILE_BYTES, b * parameters / on.ranks)
+    how = f"trained: {billions(parameters)} x {b} B{over(on.ranks)}, at most a file of {amount(FILE_BYTES)}"
+    parts = [Allocation("weights", own, how, True)]
     if on.shards_weights:
         how = f"the largest weight, gathered to write it: {billions(on.shape.head)} x {b} B"
         parts.append(Allocation("weights", b * min(on.shape.head, parameters), how))

@@ -276,7 +276,7 @@ def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None
         return phase, None, (phase.size() + machine.used) / machine.memory
     device, host = cost.peak(on_host=False), cost.peak(on_host=True)
     on_device = (device.size(on_host=False) + machine.used) / machine.memory
-    on_host = host.size(on_host=True) / machine.host_memory
+    on_host = (host.size(on_host=True) + machine.host_used) / machine.host_memory
     return (host, True, on_host) if on_host > on_device else (device, False, on_device)
 
 
@@ -297,7 +297,9 @@ def said(stage: Stage, cost: StageCost, on: CostContext) -> str:
     """`ppo needs about 31.0 GiB (learning: weights 15.0, ...), and there are 24.0 GiB.`"""
     machine = on.machine
     phase, on_host, _ = tightest(cost, on)
-    have, used = (machine.host_memory, 0.0) if on_host else (machine.memory, machine.used)
+    have, used = machine.memory, machine.used
+    if on_host:
+        have, used = machine.host_memory, machine.host_used
     where = {None: "", True: " in the host's memory", False: " on each GPU"}[on_host]
     total = phase.size(on_host=on_host) + used
     return (
@@ -469,11 +471,17 @@ def expectations(costs: Mapping[str, StageCost], on: CostContext, begun: Mapping
     """`About 5:10 to go: sft 2:00, 3.1 GiB; ...`, from where each stage's newest checkpoint is."""
     left = {name: max(0.0, cost.seconds - begun[name].seconds) for name, cost in costs.items()}
     parts = [
-        f"{name} {clock(left[name])} ({most(cost, on)[1] / GIB:.1f} GiB)"
+        f"{name} {clock(left[name])} ({most(cost, on)[1] / GIB:.1f} GiB{saving(cost, on)})"
         for name, cost in costs.items()
         if cost.phases
     ]
     return f"About {clock(sum(left.values()))} to go: {', '.join(parts)}."
+
+
+def saving(cost: StageCost, on: CostContext) -> str:
+    """What a checkpoint takes, where it takes seconds."""
+    seconds = cost.checkpoint_seconds(on.machine)
+    return f", {seconds:.0f} s a checkpoint" if seconds >= 1 else ""
 
 
 def found_context(settings: Settings, shape: ModelShape, compute: Compute, sizes: Sizes) -> CostContext:

@@ -86,6 +86,8 @@ class Stage(Strict, ABC):
     """Whether its artifact is taken instead of running it again."""
     roles: ClassVar[Mapping[str, Role]] = {}
     """Data roles that it brings along, by name: `prepare` reads, checks, splits and counts their rows."""
+    divided: ClassVar[tuple[str, ...]] = ()
+    """Its knobs that are sizes of batches over all ranks, which must be able to share them equally."""
     not_in_key: ClassVar[frozenset[str]] = frozenset()
     """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
 
@@ -189,11 +191,13 @@ class Stage(Strict, ABC):
 
     def check_compute(self, compute: Compute) -> None:
         """Refuse what these ranks and this machine cannot do; called before any stage trains, where the store
-        lacks what this one makes.
+        lacks what this one makes. By default: `divided` sizes that the ranks cannot share equally.
 
         Raises:
             ConfigError: with what they can.
         """
+        for name in self.divided:
+            compute.check_divides(f"{self.name}.{name}", getattr(self, name))
 
     def not_checked(self) -> dict[str, str]:
         """Gates that do not apply with these knobs, and why: they are not checked, and the run says so."""

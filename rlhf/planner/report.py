@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import yaml
 from rlhf.costs.hardware import GIB
 from rlhf.costs.memory import amount
 from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import EFFICIENCY, Activity
 from rlhf.pipeline.preflight import most
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells
@@ -19,6 +21,11 @@ if TYPE_CHECKING:
     from rlhf.planner.strategies import Strategy
 
 MISSING = object()
+ORIENTATION = (
+    "For orientation, as published, of other programs and settings: 907 tokens/s a GPU (verl 0.3, PPO, "
+    "Qwen2-7B, 8 H100), 1581 (NeMo-RL, GRPO, Llama-3.1-8B, 16 H100)."
+)
+DOING: dict[Activity, str] = {"read": "reading", "train": "training", "decode": "decoding"}
 PROCESS = "the process itself"
 """What it holds before it loads a model."""
 NOT_PART = ("plan", "run_name", "stage", "force", "why")
@@ -50,10 +57,55 @@ def phases(strategy: Strategy) -> Cells:
     for phase in strategy.cost.phases:
         parts = [part for part in phase.parts if on_cpu or not part.on_host]
         sizes = [*(sum(part.size for part in parts if part.kind == kind) for kind in kinds), used]
-        totals = [sum(sizes)] if on_cpu else [sum(sizes), phase.size(on_host=True)]
+        host = phase.size(on_host=True) + strategy.on.machine.host_used
+        totals = [sum(sizes)] if on_cpu else [sum(sizes), host, host * strategy.on.machine.ranks_here]
         rows.append([phase.name, *(f"{size / GIB:.2f}" for size in [*sizes, *totals])])
-    totals_of = ["together"] if on_cpu else ["on the GPU", "on the host"]
+    totals_of = ["together"] if on_cpu else ["on the GPU", "on the host", "on a node's host"]
     return Cells([strategy.name, *kinds, PROCESS, *totals_of], rows)
+
+
+def speeds(strategy: Strategy) -> Cells:
+    """How fast each stage is expected to be, and what a checkpoint takes."""
+    rows = [
+        [
+            name, f"{cost.throughput(strategy.on.ranks):.0f}", clock(cost.seconds), amount(cost.checkpoint),
+            clock(cost.checkpoint_seconds(strategy.on.machine)),
+        ]
+        for name, cost in strategy.costs.items()
+    ]  # fmt: skip
+    return Cells(["stage", f"tokens/s a {unit(strategy.on)}", "time", "checkpoint", "time to write"], rows)
+
+
+def unit(on: CostContext) -> str:
+    """What a rank runs on."""
+    return "rank" if on.on_cpu else "GPU"
+
+
+def assumptions(strategy: Strategy, lengths: str) -> Iterator[str]:
+    """What the expected speed rests on, a line each.
+
+    Args:
+        lengths: what is known of the data.
+    """
+    yield lengths
+    if not strategy.costs:
+        return
+    machine, speed = strategy.on.machine, strategy.on.machine.speed
+    shares = ", ".join(f"{EFFICIENCY[activity]:g} {doing}" for activity, doing in DOING.items())
+    network = ""
+    if machine.network < math.inf:
+        network = (
+            f"; {machine.link / 1e9:.0f} GB/s between the GPUs of a node and {machine.network / 1e9:.0f} "
+            "between nodes, beside computing"
+        )
+    yield (
+        "Speed: tokens of prompts and answers, without loading. "
+        f"Assumed: of {speed.gflops / 1000:.3g} TFLOP/s {shares}{network}; a disk of "
+        f"{machine.disk / 1e9:.1f} GB/s a node. No GPU has confirmed it. Batches are the smallest that the "
+        "ranks can share; larger ones need the network less often."
+    )
+    if "ppo" in strategy.costs and not strategy.on.on_cpu:
+        yield ORIENTATION
 
 
 def price_of(strategy: Strategy, price: float) -> float:
@@ -65,14 +117,18 @@ def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator
     """Each figure's arithmetic, as Markdown."""
     for strategy in strategies:
         yield f"\n## {strategy.name}, zero={strategy.on.zero}\n"
+        yield f"- keys: `{keys(strategy)}`"
         if strategy.source:
             yield f"- source: {strategy.source}"
         on_cpu, used = strategy.on.on_cpu, strategy.on.machine.used
         for phase in strategy.cost.phases:
             size = (phase.size(on_host=None if on_cpu else False) + used) / GIB
-            beside = "" if on_cpu else f" on the GPU, {phase.size(on_host=True) / GIB:.3f} GiB on the host"
+            host = phase.size(on_host=True) + strategy.on.machine.host_used
+            beside = "" if on_cpu else f" on the GPU, {host / GIB:.3f} GiB on the host"
             yield f"- {phase.name}: {size:.3f} GiB{beside}"
             yield f"    - {PROCESS}: {used / GIB:.3f} GiB"
+            if strategy.on.machine.host_used:
+                yield f"    - {PROCESS}, on the host: {strategy.on.machine.host_used / GIB:.3f} GiB"
             for part in phase.parts:
                 place = ", on the host" if part.on_host and not on_cpu else ""
                 yield f"    - {part.kind}{place}: {part.how} = {part.size / GIB:.3f} GiB"
@@ -158,5 +214,18 @@ def _looked_up(given: Any, whole: Mapping[str, Any]) -> Any:
 
 def recommendation(best: Strategy) -> str:
     """The choice with its reason, in a sentence or two."""
-    chosen = ", ".join(f"{key}={value}" for key, value in best.overrides.items() if value is not None)
-    return f"Recommended: {best.name}, because {best.reason}.\n{chosen}"
+    return f"Recommended: {best.name}, because {best.reason}.\n{keys(best)}"
+
+
+def keys(strategy: Strategy) -> str:
+    """The keys of its experiment, to paste behind `python -m rlhf`."""
+    return " ".join(f"{key}={typed(value)}" for key, value in strategy.overrides.items())
+
+
+def typed(value: Any) -> str:
+    """A value as one types it on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(typed, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

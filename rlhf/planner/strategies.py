@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -9,11 +10,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.costs.memory import MemoryPhase, frozen_weights, sampling
+from rlhf.costs.hardware import GIB
+from rlhf.costs.memory import SAMPLING, MemoryPhase, frozen_weights, sampling
 from rlhf.costs.peft_costs import COSTS
-from rlhf.costs.setup import CostContext
+from rlhf.costs.setup import CostContext, LocalSampling
 from rlhf.costs.stage_cost import EFFICIENCY, LAYER_SECONDS, StageCost, ThroughputModel, one_after_the_other
 from rlhf.distributed.compute import Compute, Zero
+from rlhf.generation.vllm import VllmConfig
 from rlhf.models.peft.attach import check_attachable
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
@@ -31,6 +34,13 @@ RATE_RATIO = 10.0
 """Learning rate of adapters over that of all parameters (Schulman 2025)."""
 BYTES_A_TOKEN = 4
 """Of text."""
+DOES_NOT_FIT = "does not fit"
+WORTH_IT = 0.98
+"""A configuration that saves more memory must be faster by this factor to be taken before one that fits."""
+NODE = 8
+"""GPUs of a usual node."""
+CACHE_SHARE = 0.8
+"""Of the memory that is left while vLLM samples, what its cache may take."""
 
 
 class Figure(NamedTuple):
@@ -56,6 +66,10 @@ class Use(NamedTuple):
     deploy: str
     hours: float | None
     max_added_latency: float | None
+    plans_answers: bool = False
+    """PPO's answers are as long as `answer`, whatever ppo.max_new_tokens says."""
+    wants_vllm: bool = False
+    """Nothing else may sample."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,8 @@ class Strategy:
     """What disqualifies it."""
     source: str = ""
     """Where its method was published."""
+    costs: dict[str, StageCost] = field(default_factory=dict)
+    """By stage, of those that train."""
 
     @property
     def hours(self) -> float:
@@ -90,17 +106,60 @@ class Strategy:
         return bool(self.against), self.tier, self.hours, self.latency.value
 
 
+class Attempt(NamedTuple):
+    """One configuration that a way was tried with."""
+
+    on: CostContext
+    stages: list[Stage]
+    cost: StageCost
+    costs: dict[str, StageCost]
+    refused: list[str]
+
+
 def rank_strategies(
-    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: CostContext, use: Use
+    stages: Sequence[Stage],
+    experiment: Experiment,
+    base: PreTrainedModel,
+    on: CostContext,
+    use: Use,
+    methods: Sequence[MethodName] | None = None,
 ) -> list[Strategy]:
     """Every way, the best one first, what is disqualified last.
 
     Args:
         stages: of the experiment, those that train.
         base: the base model's skeleton.
+        methods: the only ones that are weighed; None for all, and ways that leave the weights as they are.
     """
-    found = [*prompted(on, use), *(tuned(name, stages, experiment, base, on, use) for name in METHODS)]
-    return sorted(found, key=lambda strategy: strategy.rank)
+    found = [] if methods else [*prompted(on, use)]
+    found += [tuned(name, stages, experiment, base, on, use) for name in methods or METHODS]
+    ranked = sorted(found, key=lambda strategy: strategy.rank)
+    instead = next((each.name for each in ranked if each.costs and not each.against), None)
+    for place, strategy in enumerate(ranked):
+        if instead is not None and any(why.startswith(DOES_NOT_FIT) for why in strategy.against):
+            ranked[place] = replace(strategy, against=[*strategy.against, f"instead: {instead}"])
+    return ranked
+
+
+def out_of_reach(
+    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: CostContext, use: Use
+) -> Iterator[str]:
+    """Where nothing fits: what does on this hardware, and how much of it all parameters need."""
+    for stage in stages if len(stages) > 1 else ():
+        alone = (tuned(name, [stage], experiment, base, on, use) for name in METHODS)
+        found = min((each for each in alone if not each.against), key=lambda each: each.rank, default=None)
+        if found is not None:
+            yield f"{stage.name} alone fits with {found.name}: plan.trains=[{stage.name}]"
+    here = on.machine.ranks_here
+    for doublings in range(1, 10):
+        ranks = on.ranks * 2**doublings
+        now = here if on.ranks > here else min(ranks, NODE)
+        host = on.machine.host_memory * here / now
+        machine = replace(on.machine, ranks=ranks, ranks_here=now, host_memory=host)
+        larger = tuned("none", stages, experiment, base, replace(on, machine=machine), use)
+        if not any(why.startswith(DOES_NOT_FIT) for why in larger.against):
+            yield f"all parameters fit on {ranks} of these {'ranks' if on.on_cpu else 'GPUs'}"
+            return
 
 
 def prompted(on: CostContext, use: Use) -> Iterator[Strategy]:
@@ -153,34 +212,35 @@ def tuned(
     on: CostContext,
     use: Use,
 ) -> Strategy:
-    """A tuning method, sharded and squeezed as little as makes it fit."""
-    method, tried, fitting = METHODS[name], [], []
+    """A tuning method, in the fastest configuration that fits."""
+    method = METHODS[name]
     reward = next(stage for stage in given.stages.values() if stage.publishes == "reward")
     is_for_all = any(stage.name == reward.name for stage in stages)
     scored_by = name if is_for_all else dict(reward)["peft"].method
-    for zero, squeeze in attempts(on, name):
-        setting = replace(on, zero=zero)
-        changed = [with_method(stage, name, squeeze, scored_by) for stage in stages]
-        whole = {**given.stages, **{stage.name: stage for stage in changed}}
-        settings = given.settings.model_copy(update={"zero": zero})
-        planned = replace(given, settings=settings, stages=whole)
-        refused = list(refused_by_stages(changed, planned, base, setting))
-        cost = named_after_stages({stage.name: stage.cost(setting, whole) for stage in changed})
-        tried.append((setting, changed, cost, refused))
-        if shortage(cost, setting) <= 1.0:
-            fitting.append(tried[-1])
-            if not refused:
-                break
-    accepted = [each for each in fitting if not each[-1]]
-    setting, changed, cost, refused = (accepted or fitting or tried[-1:])[0]
+    best: Attempt | None = None
+    for zero, squeeze, engine, local in attempts(on, name, stages, use):
+        setting = replace(on, zero=zero, vllm=engine, local_sampling=local)
+        changed = [with_method(stage, name, squeeze, scored_by, setting, use) for stage in stages]
+        tried = attempted(changed, given, setting)
+        if shortage(tried.cost, setting) > 1.0:
+            continue
+        if engine is not None and not on.on_cpu:
+            tried = with_cache(tried, given, use)
+        if best and not best.refused and tried.cost.seconds > WORTH_IT * best.cost.seconds:
+            continue
+        tried = tried._replace(refused=list(refused_by_stages(tried, given, base)))
+        if best is None or not tried.refused:
+            best = tried
+    found = best or tried._replace(refused=list(refused_by_stages(tried, given, base)))
+    setting, changed, cost, refused = found.on, found.stages, found.cost, found.refused
     peft = changed[0].peft_config()
     assert peft is not None
     count = COSTS[name].published(on.shape, peft)
     strategy = Strategy(
         method.title, setting, cost,
         Figure(on.dtype_bytes * count, f"{count:.3g} parameters x {on.dtype_bytes} B"),
-        served(on, peft, use), *quality(peft, on, use), experiment(stages, changed, setting),
-        source=method.source,
+        served(on, peft, use), *quality(peft, on, use), experiment(stages, changed, setting, on.vllm),
+        source=method.source, costs=found.costs,
     )  # fmt: skip
     against = []
     if name == "qlora" and on.on_cpu:
@@ -199,33 +259,95 @@ def tuned(
     return judged(replace(strategy, against=against + refused), use)
 
 
-def refused_by_stages(
-    stages: Sequence[Stage], experiment: Experiment, base: PreTrainedModel, on: CostContext
-) -> Iterator[str]:
+def attempted(stages: list[Stage], given: Experiment, on: CostContext) -> Attempt:
+    """What it costs."""
+    whole = with_answers({**given.stages, **{stage.name: stage for stage in stages}}, stages)
+    costs = {stage.name: stage.cost(on, whole) for stage in stages}
+    return Attempt(on, stages, named_after_stages(costs), costs, [])
+
+
+def with_answers(chain: Mapping[str, Stage], stages: Sequence[Stage]) -> dict[str, Stage]:
+    """The chain in which stages that repeat PPO's longest answer (`${ppo.max_new_tokens}`) still do."""
+    lengths = {
+        dict(stage)["max_new_tokens"] for stage in stages if "max_new_tokens" in type(stage).model_fields
+    }
+    if not lengths:
+        return dict(chain)
+    return {
+        name: stage.model_copy(update={"max_new_tokens": max(lengths)})
+        if stage.in_chain and "max_new_tokens" in type(stage).model_fields
+        else stage
+        for name, stage in chain.items()
+    }
+
+
+def with_cache(found: Attempt, given: Experiment, use: Use) -> Attempt:
+    """With as large a cache for vLLM as its rows can use, and as is left beside what else is there."""
+    on, vllm = found.on, found.on.vllm
+    assert vllm is not None
+    held = max(
+        (phase.size(on_host=False) for phase in found.cost.phases if phase.name.endswith(SAMPLING)),
+        default=0.0,
+    )
+    left = CACHE_SHARE * (on.machine.memory - on.machine.used - held) / GIB
+    rows = vllm.max_num_seqs * (use.prompt + use.answer) * on.dtype_bytes * on.shape.kv_elements
+    wanted = rows / min(vllm.tensor_parallel, on.shape.kv_heads) / GIB
+    size = max(vllm.kv_cache_gib, float(math.floor(min(wanted + 1, vllm.kv_cache_gib + left))))
+    larger = replace(on, vllm=vllm.model_copy(update={"kv_cache_gib": size}))
+    return attempted(found.stages, given, larger)
+
+
+def refused_by_stages(found: Attempt, given: Experiment, base: PreTrainedModel) -> Iterator[str]:
     """What the run of such an experiment would say of this model on these ranks."""
+    on = found.on
+    generation = "local" if on.vllm is None else "vllm"
+    settings = given.settings.model_copy(update={"zero": on.zero, "generation": generation})
+    chain = with_answers({**given.stages, **{stage.name: stage for stage in found.stages}}, found.stages)
+    planned = replace(given, settings=settings, stages=chain)
     compute = Compute(on.machine.kind, "bfloat16", on.zero, world_size=on.ranks)
-    for stage in stages:
+    for stage in found.stages:
         try:
             stage.check_compute(compute)
-            stage.check(experiment.stages)
-            check_method(stage, experiment)
+            stage.check(chain)
+            check_method(stage, planned)
             check_tunes(stage, base, check_attachable)
         except ConfigError as error:
             yield str(error).removesuffix(".")
 
 
-def attempts(on: CostContext, method: MethodName) -> Iterator[tuple[Zero, int]]:
-    """(zero, how far memory is saved at the cost of time), the fastest first."""
+def attempts(
+    on: CostContext, method: MethodName, stages: Sequence[Stage], use: Use
+) -> Iterator[tuple[Zero, int, VllmConfig | None, LocalSampling]]:
+    """(zero, how far memory is saved at the cost of time, what samples and how), the simplest first."""
     sharded: list[Zero] = ["zero2", "zero3", "fsdp2"] if on.ranks > 1 else []
+    sharded += ["hsdp"] if on.machine.nodes > 1 else []
     zeros: list[Zero] = ["none", *sharded, *([] if on.on_cpu else ["zero3_offload"])]  # type: ignore[list-item]  # mypy takes it for str
+    samples = any(stage.samples for stage in stages)
     for zero in zeros if METHODS[method].shards else zeros[:1]:
         for squeeze in (0, 1, 2):
-            yield zero, squeeze
+            for engine in engines(on, use) if samples else [on.vllm if use.wants_vllm else None]:
+                yield zero, squeeze, engine, "whole"
+                if samples and engine is None and replace(on, zero=zero).shards_weights:
+                    yield zero, squeeze, engine, "layers"  # the run's preflight chooses so, too
 
 
-def with_method(stage: Stage, name: MethodName, squeeze: int, scored_by: MethodName) -> Stage:
-    """The stage with another tuning method, and what PPO asks for with that; squeezed once it checkpoints
-    activations, twice it also takes smaller micro-batches.
+def engines(on: CostContext, use: Use) -> list[VllmConfig | None]:
+    """vLLM over one or several GPUs of a host; and the local engine, unless vLLM is asked for."""
+    if on.vllm is None or on.on_cpu:
+        return [on.vllm]
+    heads, here = on.shape.heads, min(on.machine.ranks_here, on.ranks)
+    groups = [size for size in (1, 2, 4, 8) if here % size == 0 and heads % size == 0]
+    fewest = on.vllm.tensor_parallel
+    found = [on.vllm.model_copy(update={"tensor_parallel": size}) for size in groups if size >= fewest]
+    return [*found, *([] if use.wants_vllm else [None])]
+
+
+def with_method(
+    stage: Stage, name: MethodName, squeeze: int, scored_by: MethodName, on: CostContext, use: Use
+) -> Stage:
+    """The stage with another tuning method, and what PPO asks for with that; with sizes of batches that the
+    ranks can share, and answers as long as the plan's. Squeezed once it checkpoints activations and shards
+    frozen models, twice it also takes smaller micro-batches.
 
     Args:
         scored_by: the method that the reward model is trained with.
@@ -236,19 +358,33 @@ def with_method(stage: Stage, name: MethodName, squeeze: int, scored_by: MethodN
     peft = knobs["peft"]
     if peft.method != name:
         knobs["peft"] = PeftConfig.model_validate({"method": name})
+    for size in stage.divided:
+        knobs[size] = math.ceil(knobs[size] / on.ranks) * on.ranks
+    if use.plans_answers and "max_new_tokens" in knobs:
+        knobs["max_new_tokens"] = round(use.answer)
     if "activation_checkpointing" in knobs:
         knobs["activation_checkpointing"] |= squeeze > 0
+    if "frozen_placement" in knobs and (on.shards_weights or (squeeze > 0 and on.zero != "none")):
+        knobs["frozen_placement"] = "sharded"
     if "micro_batch_tokens" in knobs:
         knobs["micro_batch_tokens"] //= 4 if squeeze > 1 else 1
     return type(stage).model_construct(**knobs)
 
 
-def experiment(before: Sequence[Stage], after: Sequence[Stage], on: CostContext) -> dict[str, Any]:
+def experiment(
+    before: Sequence[Stage], after: Sequence[Stage], on: CostContext, was_vllm: VllmConfig | None
+) -> dict[str, Any]:
     """The overrides that the planned stages differ by."""
     found: dict[str, Any] = {"stage": [stage.name for stage in after], "zero": on.zero}
+    if on.vllm is not None and any(stage.samples for stage in after):
+        found["generation"] = "vllm"
+        for key, value in on.vllm.model_dump().items():
+            if was_vllm is None or value != was_vllm.model_dump()[key]:
+                found[f"vllm.{key}"] = value
     for old, new in zip(before, after, strict=True):
         was, now = old.model_dump(), new.model_dump(warnings=False)
-        for key in ("activation_checkpointing", "micro_batch_tokens"):
+        keys = ("activation_checkpointing", "micro_batch_tokens", "frozen_placement", "max_new_tokens")
+        for key in (*new.divided, *keys):
             if was.get(key) != now.get(key):
                 found[f"{new.name}.{key}"] = now[key]
         turned_off = (gate for gate, bound in new.gates.items() if bound is None and old.gates[gate])
@@ -311,7 +447,7 @@ def judged(strategy: Strategy, use: Use) -> Strategy:
     on, against = strategy.on, list(strategy.against)
     if shortage(strategy.cost, on) > 1.0:
         peak, _, _ = tightest(strategy.cost, on)
-        against.append(f"does not fit: {shortage(strategy.cost, on):.1f} times the memory ({peak.name})")
+        against.append(f"{DOES_NOT_FIT}: {shortage(strategy.cost, on):.1f} times the memory ({peak.name})")
     if use.hours is not None and strategy.hours > use.hours:
         against.append(f"{strategy.hours:.2g} hours, and plan.hours={use.hours:g}")
     if use.max_added_latency is not None and strategy.latency.value > use.max_added_latency:

@@ -121,6 +121,7 @@ def ppo_cost(
         checkpoint=3 * FP32 * trained.parameters + best + average,
         longest=length.longest + COSTS[config.peft.method].added_tokens(on.shape, config.peft),
         sampled=length.longest, context=on.shape.context,
+        tokens=config.steps * batch * length.mean,
     )  # fmt: skip
 
 
@@ -196,6 +197,25 @@ def ppo_work(
             ThroughputModel(scorer).load(1, what="reward model"),
             ThroughputModel(scorer).read(tokens, length, what="scores"),
         ]  # fmt: skip
+    passes = config.steps * on.passes(config.batch_episodes, both, config.micro_batch_tokens)
+    updating = updates * on.passes(config.minibatch_episodes, both, config.micro_batch_tokens)
+    readings = [
+        worker.read(
+            by_policies * computed, length, predicted=by_policies * new, what="log-probabilities"
+        ),
+        ThroughputModel(critic).read(0 if once else episodes * computed, length, what="values"),
+    ]  # fmt: skip
+    learning = [
+        worker.train(
+            learned * computed, length, config.peft.method, predicted=learned * new,
+            checkpointing=config.activation_checkpointing, what="policy",
+        ),
+        ThroughputModel(critic).train(
+            learned * computed, length, config.peft.method, checkpointing=config.activation_checkpointing,
+            what="critic",
+        ),
+    ]  # fmt: skip
+    models = (1 if scorer is None else 2) + (0 if once else 2)  # reward and reference; policy and critic
     return [
         worker.load(3, what="policy, reference, published model"),
         ThroughputModel(critic).load(1, what="critic"),
@@ -207,18 +227,13 @@ def ppo_work(
             evaluated, decoded_rows(config, on, config.evaluate_prompts), prompts, new,
             what="evaluations",
         ),
-        worker.read(
-            by_policies * computed, length, predicted=by_policies * new, what="log-probabilities"
+        *readings,
+        worker.gathering(models * passes, [*scores[1:], *readings], what="scoring"),
+        worker.gathering(
+            config.steps * on.gathers_a_rollout(new), [], what="weights to sample from"
         ),
-        ThroughputModel(critic).read(0 if once else episodes * computed, length, what="values"),
-        worker.train(
-            learned * computed, length, config.peft.method, predicted=learned * new,
-            checkpointing=config.activation_checkpointing, what="policy",
-        ),
-        ThroughputModel(critic).train(
-            learned * computed, length, config.peft.method, checkpointing=config.activation_checkpointing,
-            what="critic",
-        ),
+        *learning,
+        worker.exchanging(2 * updating, updates, trained.parameters / 2, learning, what="learning"),
         *mixed_in,
         worker.optimize(trained.parameters, updates),
     ]  # fmt: skip

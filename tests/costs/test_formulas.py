@@ -12,13 +12,14 @@ from helpers.costs import EIGHT, GIB, check, gpus, no_gates, with_prompts_of
 from helpers.experiments import build
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import Speed
-from rlhf.costs.memory import FILE_BYTES, gathered_by_layers, gathered_whole
+from rlhf.costs.memory import gathered_by_layers, gathered_whole
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import ThroughputModel, exactly
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import MethodName
 from rlhf.planner.report import explanation, phases, table
 from rlhf.planner.strategies import Figure, Strategy, Use, prefill, served
+from rlhf.training.trained import FILE_BYTES
 
 
 @pytest.mark.parametrize(
@@ -58,17 +59,12 @@ def test_what_cannot_be_merged_takes_little_disk() -> None:
 
 
 def test_what_rank_0_alone_holds_is_shared_by_the_ranks_of_a_host() -> None:
-    found, on = build("sft.peft=none"), gpus(80, ranks=8)
+    found, on = build(), gpus(80, ranks=8)
     here = replace(on, machine=replace(on.machine, ranks_here=8))
-    alone, shared = (
-        found.stages["sft"].cost(each, found.stages).peak(on_host=True).size(on_host=True)
-        for each in (on, here)
-    )
-    assert shared == pytest.approx(alone / 8)
     alone, shared = (
         found.stages["merge"].cost(each, found.stages).peak().size(on_host=True) for each in (on, here)
     )
-    assert alone == 4 * on.shape.parameters and shared == pytest.approx(alone / 8)
+    assert alone == 12 * on.shape.head and shared == pytest.approx(alone / 8)
 
 
 def test_planned_steps_are_those_that_are_taken() -> None:
@@ -186,8 +182,10 @@ def test_publishing_holds_a_file_and_not_a_model_on_the_host() -> None:
         (phase,) = [
             each for each in found.stages["sft"].cost(on, found.stages).phases if each.name == "publishing"
         ]
-        of_host = 8 * phase.size(on_host=True)
-        assert FILE_BYTES <= of_host <= 2 * FILE_BYTES < 2 * EIGHT.parameters
+        assert phase.size(on_host=True) == pytest.approx(2 * EIGHT.parameters / 64)
+    alone = found.stages["sft"].cost(gpus(8000), found.stages).phases
+    (phase,) = [each for each in alone if each.name == "publishing"]
+    assert phase.size(on_host=True) == FILE_BYTES < 2 * EIGHT.parameters
 
 
 def test_rows_that_ranks_decode_together_are_their_own() -> None:

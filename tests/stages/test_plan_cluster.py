@@ -1,0 +1,137 @@
+"""`stage=plan` for models and GPUs that are not here, from a config.json: what it proposes is accepted."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from helpers.chains import Outcome, run_main
+from helpers.costs import GIB, NO_CHECKPOINTS
+from helpers.experiments import build
+from rlhf.costs.hardware import CUDA_CONTEXT, Machine, Speed
+from rlhf.costs.model_shape import ModelShape, shape_in
+from rlhf.costs.setup import CostContext
+from rlhf.data.prepared import LengthStats
+from rlhf.distributed.compute import Compute
+from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.preflight import Begun, preflight
+
+CONFIGS = Path(__file__).parents[1] / "costs" / "configs"
+MODELS = ("llama_8b", "qwen_32b", "llama_70b")
+SIXTY_FOUR = ("plan.nodes=8", "plan.gpus=8", "plan.gpu_memory=80GiB")
+
+
+def planned(directory: Path, model: str, *overrides: str) -> Outcome:
+    """The plan of a model of which there is a config.json and nothing else."""
+    base = directory / model
+    base.mkdir(exist_ok=True)
+    shutil.copy(CONFIGS / f"{model}.json", base / "config.json")
+    arguments = ["stage=plan", "device=cpu", "model=local", f"model.path={base}", "run_name=plan", *overrides]
+    outcome = run_main(directory, arguments, directory / "runs" / "plan")
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def shape_of_file(model: str, directory: Path) -> ModelShape:
+    base = directory / "shape" / model
+    base.mkdir(parents=True)
+    shutil.copy(CONFIGS / f"{model}.json", base / "config.json")
+    return shape_in(base)
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"), [("llama_8b", 8.03), ("qwen_32b", 32.76), ("llama_70b", 70.55)]
+)
+def test_parameters_are_those_of_the_published_models(model: str, billions: float, tmp_path: Path) -> None:
+    assert shape_of_file(model, tmp_path).parameters / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+class Taken(NamedTuple):
+    """What the preflight of all ranks says of a planned experiment."""
+
+    experiment: Experiment
+    refused: list[str]
+
+
+def taken(outcome: Outcome, shape: ModelShape, ranks: int, monkeypatch: pytest.MonkeyPatch) -> Taken:
+    """Compose the planned experiment, and check each of its stages on so many GPUs of 80 GiB."""
+    found = build(
+        f"hydra.searchpath=[file://{outcome.directory / 'artifacts' / 'plan'}]", "+experiment=planned"
+    )
+    stages, settings = [found.stages[name] for name in found.needed()], found.settings
+    compute = Compute("cuda", "bfloat16", settings.zero, world_size=ranks)
+    for stage in stages:
+        stage.check_compute(compute)
+    machine = Machine(
+        "cuda", "a test", 80.0 * GIB, 64.0 * GIB, CUDA_CONTEXT, ranks, Speed(3e5, 2e3), min(ranks, 8)
+    )
+
+    def sizes(role: str, split: str) -> LengthStats:
+        tokens = 1024 if role in ("sft", "pairs") else 512
+        return LengthStats(10_000, float(tokens), 0.0, tokens)
+
+    vllm = settings.vllm if settings.generation == "vllm" else None
+    on = CostContext(shape, 2, settings.zero, machine, sizes, vllm)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**15, 0, 10**15))
+    begun = {stage.name: Begun() for stage in stages}
+    checked = preflight(stages, found.stages, on, Path("/"), NO_CHECKPOINTS, begun)
+    assert {"sft", "reward", "generate", "ppo"} <= set(checked.costs)
+    return Taken(found, [*checked.refused, *checked.warned])
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("methods", ["null", "[none]"])
+def test_what_is_planned_for_64_gpus_is_accepted_by_the_preflight_of_these_ranks(
+    model: str, methods: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = planned(tmp_path, model, *SIXTY_FOUR, f"plan.methods={methods}")
+    experiment, refused = taken(outcome, shape_of_file(model, tmp_path), 64, monkeypatch)
+    assert refused == []
+    sft, ppo = experiment.stages["sft"].model_dump(), experiment.stages["ppo"].model_dump()
+    assert sft["batch_rows"] == ppo["batch_episodes"] == ppo["minibatch_episodes"] == 64
+    assert ppo["max_new_tokens"] == 512
+    assert sft["peft"]["method"] == ppo["peft"]["method"]
+    if methods == "[none]":
+        assert ppo["peft"]["method"] == "none"
+    if model != "llama_8b":
+        assert experiment.settings.zero not in ("none", "zero2") and ppo["frozen_placement"] == "sharded"
+
+
+def test_a_plan_says_what_it_proposes_and_what_it_assumes(tmp_path: Path) -> None:
+    outcome = planned(tmp_path, "llama_70b", *SIXTY_FOUR, "plan.methods=[none]", "plan.answer_tokens=400")
+    said = " ".join(outcome.out.split())
+    for words in (
+        "zero=", "vllm.tensor_parallel=", "sft.batch_rows=64", "ppo.activation_checkpointing=true",
+        "ppo.frozen_placement=sharded", "ppo.max_new_tokens=400", "tokens/s a GPU",
+        "plan.rows=10000", "plan.answer_tokens=400", "of 312 TFLOP/s 0.39 reading",
+        "907 tokens/s a GPU (verl 0.3", "1581 (NeMo-RL",
+    ):  # fmt: skip
+        assert words in said, words
+    text = (outcome.artifact("plan") / "plan.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| ppo, learning")]
+    assert re.fullmatch(r"(\| [^|]+ )+\|", row.strip())
+    (speed,) = re.findall(r"^\| ppo \| (\d+) \|", text, re.MULTILINE)
+    assert 0 < int(speed) < 1000
+
+
+def test_what_is_out_of_reach_says_why_and_what_is_not(tmp_path: Path) -> None:
+    one = ("plan.gpus=1", "plan.gpu_memory=80GiB")
+    outcome = planned(tmp_path, "llama_70b", *one)
+    said = " ".join(outcome.out.split())
+    assert "Nothing here can be done" in said and "sft alone fits with QLoRA" in said
+    (needed,) = re.findall(r"all parameters fit on (\d+) of these GPUs", said)
+    assert int(needed) in (32, 64)
+    again = " ".join(planned(tmp_path, "llama_70b", *one, "plan.trains=[sft]").out.split())
+    assert "Recommended: QLoRA" in again
+    text = (tmp_path / "runs" / "plan" / "artifacts" / "plan" / "plan.md").read_text()
+    (full,) = [line for line in text.splitlines() if line.startswith("| no | full ")]
+    assert "times the memory" in full and "instead: QLoRA" in full
+
+
+def test_larger_ranks_share_a_batch_that_is_proposed(tmp_path: Path) -> None:
+    outcome = planned(tmp_path, "llama_8b", "plan.gpus=3", "plan.trains=[sft]", "plan.methods=[lora]")
+    assert "sft.batch_rows=18" in outcome.out
