@@ -27,7 +27,9 @@ def kept_on_disk(artifact: Path) -> Iterator[Keep]:
     from safetensors.torch import load_file, save_file
 
     numbers = itertools.count()
-    with TemporaryDirectory(prefix=f"{artifact.name}.", dir=artifact.parent) as scratch:
+    with TemporaryDirectory(
+        prefix=f"{artifact.name}.", dir=artifact.parent, ignore_cleanup_errors=True
+    ) as scratch:  # on NFS a directory whose files are still mapped stays until the store clears it
 
         def keep(weight: Tensor) -> Tensor:
             file = Path(scratch) / f"{next(numbers)}.safetensors"

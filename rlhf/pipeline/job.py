@@ -129,7 +129,7 @@ class Job:
             yield directory
         finally:
             if self.compute.is_main:
-                shutil.rmtree(directory)
+                shutil.rmtree(directory, ignore_errors=True)  # on NFS its files may still be mapped
 
     def policy(self, model: BaseModelFiles | Path) -> PolicyModel:
         """A frozen policy that answers by the run's engine.

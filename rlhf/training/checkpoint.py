@@ -253,6 +253,7 @@ class Checkpointer:
             files, size = self._digests(part)
             if self.compute.is_main and self._best_files:
                 _link_files(self.directory / BEST, part / BEST)
+                size += _bytes_in(part / BEST)
             files |= self._best_files  # hashed when they were written: a link changes nothing
             # all wait: launchers end the other ranks as soon as one has ended, which would tear this one up
             self._save_seconds, spent = time.monotonic() - start, self.spent()
@@ -348,11 +349,14 @@ class Checkpointer:
                 if error is not None:
                     raise error
             found = {name: entry for files, _ in ranks for name, entry in files.items()}
+            size = sum(size for _, size in found.values())
+            if self.compute.is_main and writing.best_files:
+                size += _bytes_in(writing.part / BEST)
             self._save_seconds = writing.seconds
             digests = {name: digest for name, (digest, _) in sorted(found.items())} | dict(writing.best_files)
             self.compute.main_only(lambda: self._finish(writing.part, writing.step, digests, writing.spent))
         paused = writing.paused + time.monotonic() - start
-        self.written.append((paused, sum(size for _, size in found.values())))
+        self.written.append((paused, size))
 
     def discard(self) -> None:
         """Remove all checkpoints, once the artifact is published."""
@@ -486,6 +490,10 @@ class Checkpointer:
             path.rename(aside)
             self.log(f"{self.stage}: checkpoint {path.name} is damaged ({complaint}); kept aside as {aside}")
         return None
+
+
+def _bytes_in(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir())
 
 
 def _empty(directory: Path) -> None:
