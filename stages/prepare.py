@@ -95,7 +95,9 @@ class PrepareStage(Stage):
 
     def prepare(self, job: Job) -> dict[str, int]:
         """Write the artifact; gives the summary metrics."""
-        with TemporaryDirectory(dir=job.directory) as scratch:
+        with TemporaryDirectory(
+            prefix=f"{job.directory.name}.", dir=job.directory.parent, ignore_cleanup_errors=True
+        ) as scratch:  # on NFS a directory whose files are still mapped stays until the store clears it
             preparation = Preparation(
                 self._sources,
                 self.held_out_fraction,

@@ -95,10 +95,8 @@ class Job:
             found = TokenIds(kept)
             if found.tokenizer == tokenizer_digest(tokenizer):
                 return found
-        path, rows = (
-            self.run_directory / f"{self.stage}-{role}-{split}.tokens.arrow",
-            self.data.rows(role, split),
-        )
+        rows = self.data.rows(role, split)
+        path = self.run_directory / f"{self.stage}-{role}-{split}.tokens.arrow"
         with self.progress.task(f"{self.stage}: tokenizing {role}, {split}", len(rows)) as task:
             self.compute.main_only(lambda: write_tokens(path, tokenizer, rows, task.advance))
         found = TokenIds(path)
