@@ -426,10 +426,8 @@ class Pipeline:
             with said_as(users_words(stage, base)):
                 stage.check_data(data, base)
         self.compute.main_only(lambda: self.check_fits(pending, data, base))
-        self.local_sampling = check_before_loading(
-            self.experiment, pending, base, self.compute, data, self.console
-        )
-        settings = self.experiment.settings
+        settings, args = self.experiment.settings, (self.compute, data, self.console)
+        self.local_sampling = check_before_loading(self.experiment, pending, base, *args)
         if self.needs_weights:
             fetch_weights(settings.model)
             check_weights(base.directory, settings.model.said)

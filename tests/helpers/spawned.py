@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,19 @@ Work = Callable[..., Any]
 
 
 def start_ranks(
-    work: Work, ranks: int, *arguments: Any, timeout: float, seconds: float
+    work: Work,
+    ranks: int,
+    *arguments: Any,
+    timeout: float,
+    seconds: float,
+    lost: Collection[int] = (),
 ) -> Callable[[], dict[int, Any]]:
     """Start ranks that call `work(compute, *arguments)`.
 
     Args:
         timeout: how long a rank waits for another.
         seconds: how long the test waits for them all.
+        lost: ranks that end without a result.
 
     Returns:
         Waits for them: rank -> what it returned, or its traceback.
@@ -43,7 +49,7 @@ def start_ranks(
         worker.start()
 
     def wait() -> dict[int, Any]:
-        found = dict(results.get(timeout=seconds) for _ in workers)
+        found = dict(results.get(timeout=seconds) for _ in range(ranks - len(lost)))
         for worker in workers:
             worker.join()
         return found
