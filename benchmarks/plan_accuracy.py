@@ -33,7 +33,7 @@ import torch
 from run_rlhf import make_experiment
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.costs.hardware import Speed, calibrated_speed, found_machine, quick_speed
+from rlhf.costs.hardware import Machine, calibrated_speed, found_machine, quick_speed
 from rlhf.costs.model_shape import shape_of
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute, make_compute
@@ -233,8 +233,12 @@ def measure(case: Case) -> None:
     result_file(case).write_text(json.dumps(found), encoding="utf-8")
 
 
-def predict(case: Case, compute: Compute, speed: Speed) -> tuple[float, float, str]:
-    """(peak bytes, seconds, the phase of the peak), as the planner has them before the run."""
+def predict(case: Case, compute: Compute, machine: Machine) -> tuple[float, float, str]:
+    """(peak bytes, seconds, the phase of the peak), as the planner has them before the run.
+
+    Args:
+        machine: as a process finds it that has just begun.
+    """
     alone = [each for each in case.overrides if not each.startswith("launch.")]
     prepare = [*COMMON, "stage=prepare", "run_name=prepared", *alone]
     subprocess.run([sys.executable, "-m", "rlhf", *prepare], cwd=WORK, check=True, stdout=subprocess.DEVNULL)
@@ -243,9 +247,7 @@ def predict(case: Case, compute: Compute, speed: Speed) -> tuple[float, float, s
     (base,) = (WORK / "store" / "base").glob("[!.]*/")
     base = base if case.ranks == 1 else WORK / "small"
     shape = shape_of(BaseModelFiles(base, "the model", experiment.settings.model).architecture)
-    if experiment.settings.zero.startswith("zero"):
-        import deepspeed  # noqa: F401 - what every rank has loaded
-    machine = replace(found_machine(compute, speed), ranks=case.ranks, ranks_here=case.ranks)
+    machine = replace(machine, ranks=case.ranks, ranks_here=case.ranks)
     on = replace(found_context(experiment.settings, shape, compute, data.size), machine=machine)
     cost = experiment.stages[case.stage].cost(on, experiment.stages)
     phase, peak = most(cost, on)
@@ -256,6 +258,7 @@ def table() -> str:
     """Markdown: predicted and measured, case by case."""
     compute, _ = make_compute("cpu", "bf16")
     speed = calibrated_speed(compute, WORK / "store")
+    machine = found_machine(compute, speed)
     lines = [
         f"Calibration: {speed.gflops:.0f} GFLOP/s, {speed.gbytes:.1f} GB/s.\n",
         "| stage | peak, predicted (phase) | measured | error | time, predicted | measured | error |",
@@ -265,7 +268,7 @@ def table() -> str:
         if not result_file(case).exists():
             continue
         found = json.loads(result_file(case).read_text(encoding="utf-8"))
-        peak, seconds, phase = predict(case, compute, speed)
+        peak, seconds, phase = predict(case, compute, machine)
         errors = (peak / found["peak_bytes"] - 1, seconds / found["seconds"] - 1)
         lines.append(
             f"| {case.name} | {peak / 2**30:.2f} GiB ({phase}) | {found['peak_bytes'] / 2**30:.2f} GiB "
@@ -277,6 +280,7 @@ def table() -> str:
 def table_of_ranks() -> str:
     """Markdown: predicted and measured memory of the cases on several ranks."""
     compute, _ = make_compute("cpu", "bf16")
+    machine = found_machine(compute, quick_speed(compute))
     lines = [
         "| case | peak of a rank, predicted (phase) | measured, by rank | error |",
         "| -- | -- | -- | -- |",
@@ -285,7 +289,7 @@ def table_of_ranks() -> str:
         if not result_file(case).exists():
             continue
         peaks = json.loads(result_file(case).read_text(encoding="utf-8"))["peak_bytes"]
-        peak, _, phase = predict(case, compute, quick_speed(compute))
+        peak, _, phase = predict(case, compute, machine)
         measured = f"{min(peaks) / 2**30:.2f} to {max(peaks) / 2**30:.2f}"
         error = f"{peak / max(peaks) - 1:+.0%}"
         lines.append(f"| {case.name} | {peak / 2**30:.2f} GiB ({phase}) | {measured} GiB | {error} |")

@@ -158,8 +158,14 @@ class Trained:
         how = f"at work on one model: {billions(count)} x {copies} x {FP32} B{over(on.ranks)}"
         yield Allocation("optimizer", copies * FP32 * count / on.ranks, how, offloads)
 
-    def gradients(self, *, passes: int, at_step: bool = False) -> Iterator[Allocation]:
-        """Beside `buffers`: fp32; of a single pass in the model's precision, until the optimizer steps."""
+    def gradients(
+        self, *, passes: int, at_step: bool = False, together: bool = False
+    ) -> Iterator[Allocation]:
+        """Beside `buffers`: fp32; of a single pass in the model's precision, until the optimizer steps.
+
+        Args:
+            together: one backward pass goes through all models.
+        """
         on, count = self.on, self.parameters
         if on.zero in ("zero3", "zero3_offload"):
             if not at_step:
@@ -174,7 +180,7 @@ class Trained:
                 yield self._bucket("DeepSpeed's bucket")
                 yield from self._bucket_sent()
         if on.shards_weights:
-            yield self._sent(at_step=at_step)
+            yield self._sent(at_step=at_step, together=together)
         share = on.shard_ranks if on.zero != "zero1" else 1
         if passes == 1 and not at_step and on.zero == "none":
             # they come while activations go; when all of these are there, the output layer's
@@ -186,19 +192,19 @@ class Trained:
             "gradients", FP32 * count / share, f"{billions(count)} trained x {FP32} B{over(share)}"
         )
 
-    def _sent(self, *, at_step: bool) -> Allocation:
+    def _sent(self, *, at_step: bool, together: bool) -> Allocation:
         """Of FSDP2: a layer's whole gradients, and again in fp32 as they are sent; those outside the layers
         grow until the pass ends, and are sent then, when no activations are left."""
         on, b = self.on, self.on.dtype_bytes
         if COSTS[self.peft.method].keeps != "all":
             count = self.parameters / self.models / on.shape.layers
             return Allocation("gradients", (b + FP32) * count, f"sent: {billions(count)} x {b + FP32} B")
-        outside = sum(
-            each.shape.outside - (each.shape.own_head if scalar else 0) for each, scalar in self.sets
-        )
+        every = [each.shape.outside - (each.shape.own_head if scalar else 0) for each, scalar in self.sets]
+        outside = sum(every) if together else max(every)
         if at_step:
-            how = f"sent as the pass ends: {billions(outside)} outside the layers x ({b} + {b} + {FP32}) B"
-            return Allocation("gradients", (2 * b + FP32) * outside, how)
+            how = f"sent as the pass ends: {billions(outside)} outside the layers x ({b} + {FP32}) B"
+            gathered = f"{billions(sum(every))} x {b} B are still gathered"
+            return Allocation("gradients", (b + FP32) * outside + b * sum(every), f"{how}, {gathered}")
         layer = max(each.shape.layer for each, _ in self.sets)
         how = f"sent: a layer's {billions(layer)} x ({b} + {FP32}) B, {billions(outside)} outside x {b} B"
         return Allocation("gradients", (b + FP32) * layer + b * outside, how)

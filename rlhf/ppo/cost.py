@@ -110,9 +110,12 @@ def ppo_cost(
         ),
         MemoryPhase("reference", [*states, *of_reference, reading(on, scored), logits(on, learns=False)]),
         MemoryPhase(
-            "learning", [*running, *trained.gradients(passes=passes), kept, *mix, logits(on, learns=True)]
+            "learning",
+            [*running, *trained.gradients(passes=passes, together=once), kept, *mix, logits(on, learns=True)],
         ),
-        MemoryPhase("optimizer step", [*states, *trained.gradients(passes=passes, at_step=True)]),
+        MemoryPhase(
+            "optimizer step", [*states, *trained.gradients(passes=passes, at_step=True, together=once)]
+        ),
         MemoryPhase("publishing", [*states, *published(on, trained.of_one)]),
     ]
     return StageCost(

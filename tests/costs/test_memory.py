@@ -190,6 +190,28 @@ def test_hsdp_shards_over_the_ranks_of_a_node() -> None:
     assert Trained(on, FULL).optimizer().size == 12 * trained.parameters  # each rank is a node
 
 
+def test_fsdp2_sends_a_layers_gradients_and_at_the_end_those_outside_the_layers() -> None:
+    """Policy and critic of 10 parameters outside layers of 1000, whose backward passes follow each other."""
+    on = setting("fsdp2", ranks=2)
+    on = replace(on, shape=replace(on.shape, layer=1000, outside=10))
+    trained = Trained(on, FULL, models=2, weight_sets=2, scalars=1)
+
+    def sent(**how: bool) -> float:
+        return sum(part.size for part in trained.gradients(passes=1, **how) if "sent" in part.how)
+
+    assert sent() == (2 + 4) * 1000 + 2 * 10
+    assert sent(together=True) == (2 + 4) * 1000 + 2 * 20
+    assert sent(at_step=True) == (2 + 4) * 10 + 2 * 20  # both are still gathered
+    assert [part.size for part in trained.gathered()] == [2 * (2 * 1000 + 20)]
+
+
+def test_deepspeeds_step_works_on_one_model_at_a_time() -> None:
+    for zero, copies in (("zero2", 4), ("zero3", 5)):
+        trained = Trained(setting(zero, ranks=2), FULL, models=2, weight_sets=2)  # type: ignore[arg-type]  # a str
+        parts = [each for each in trained.gradients(passes=2, at_step=True) if "one model" in each.how]
+        assert sum(part.size for part in parts) == copies * 4 * trained.parameters / 2 / 2
+
+
 def test_layers_that_train_are_the_models_own() -> None:
     def held(method: str) -> float:
         return sum(part.size for part in Trained(setting(), PeftConfig(method=method)).weights("model"))
