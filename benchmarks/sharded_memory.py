@@ -1,37 +1,44 @@
-"""What a rank takes of the host's memory for models that are sharded, on one rank and on two.
+"""What a rank takes of the host's memory while a stage trains a sharded model, on one rank and on more.
 
     python benchmarks/sharded_memory.py
-    python benchmarks/sharded_memory.py --model small --zero fsdp2     # 30M parameters: does it run?
+    python benchmarks/sharded_memory.py --model small --stages sft --zero fsdp2    # 30M parameters
+    python benchmarks/sharded_memory.py --generation vllm              # where vLLM is installed
 
-A random Llama in fp32, 0.25B parameters in three files, is read as the stages read it: all its parameters
-train under an engine, or frozen and sharded they are the reference and the reward model. The phases follow
-each other in one process:
+A random Llama in fp32, 0.25B parameters in three files, goes through the product's own stages, from the
+config to the published directory. All its parameters train: two optimizer steps of short rows in SFT; two
+steps of a few episodes in PPO, where reference and reward model are as large. The phases:
 
-    policy      read and sharded, with the engine's masters and what else it holds
-    reference   a second model, read and sharded
-    reward      a third one, under a scalar head
-    learning    an optimizer step of the first, from one row of 64 tokens a rank
+    loading         from an idle rank until the first pass: files are read, weights sharded, masters made
+    sampling        responses, by the local engine layer by layer, or by a vLLM that all ranks run together
+    reading         passes without gradients: held-out losses, log-probabilities, rewards
+    learning        forward, backward, optimizer steps
+    checkpointing   the engine's state, hashed and flushed; in PPO also the best weights so far
+    publishing      whole weights on disk: in PPO the best ones so far, at the end the plain model directory
 
 A figure is the peak, over a phase, of the process's private memory (RssAnon in /proc/self/status, asked
-every 5 ms) above that of a rank that has loaded its libraries and joined the others; so what earlier phases
-hold is in it. Pages of the files that the system has mapped are not in it: they are shared by all processes
-and given up when memory runs short. While models are read, a rank of two wants at most 0.6 of what one rank
-wants, and both want the same, up to a tenth.
+every 5 ms) above that of an idle rank, which has loaded its libraries and its rows, and joined the others. So
+what earlier phases hold is in it; what is free is given back before each phase. Pages of the files that the
+system has mapped are not in it: they are shared by all processes and given up when memory runs short. The
+share is the larger rank's, of what one rank takes with the same `zero=`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import gc
+import importlib
 import json
 import multiprocessing
 import os
 import queue
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,25 +46,37 @@ from typing import Any
 import torch
 from look import new_console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from run_rlhf import make_experiment
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from workloads import base_model
 
-from rlhf.cli.execute import quiet_libraries
-from rlhf.distributed.compute import Compute, make_compute
-from rlhf.models.base import ModelConfig
-from rlhf.models.load import load_causal_lm
-from rlhf.models.logprobs import ResponseModel, pack_sequences
-from rlhf.models.value_head import load_scalar_model, reset_head
-from rlhf.training.config import OptimConfig
-from rlhf.training.make_engine import make_engine
+from rlhf.cli.execute import execute, quiet_libraries
+from rlhf.exit_codes import DONE
+from rlhf.models.base import ModelConfig, load_tokenizer
 
-MODEL = ModelConfig(kind="local", attention="sdpa")
 SIZES: dict[str, dict[str, Any]] = {
-    "small": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 8000},
-    "quarter": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 13, "vocab_size": 16000},
+    "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16, "vocab_size": 1000},
+    "quarter": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 24, "vocab_size": 16000},
 }
-OPTIM = OptimConfig(
-    lr=1e-5, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1.0
-)
+STAGES = ("sft", "ppo")
+PHASES: dict[str, tuple[str, ...]] = {
+    "sampling": ("rlhf.generation.policy_model:PolicyModel.sample",),
+    "reading": (
+        "rlhf.stages.sft:answer_losses", "rlhf.generation.policy_model:PolicyModel.log_probabilities",
+        "rlhf.rewards.model:LearnedReward.__call__", "rlhf.ppo.update:PolicyUpdater.score",
+    ),
+    "learning": ("rlhf.stages.sft:answer_step", "rlhf.ppo.update:PolicyUpdater.learn"),
+    "checkpointing": ("rlhf.training.checkpoint:Checkpointer.save",),
+    "publishing": (
+        "rlhf.training.engine:PlainEngine.save_trained", "rlhf.training.fsdp:FsdpEngine.save_trained",
+        "rlhf.training.deepspeed:ZeroEngine.save_trained",
+    ),
+}  # fmt: skip
+"""Phase -> the functions with which it begins. It lasts until another one begins."""
+IDLE_UNTIL = "rlhf.models.load:load_causal_lm"
+LIBRARIES = ("pyarrow.compute", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama")
+"""That an idle rank has loaded, beside those that the engine needs."""
+LOADING = "loading"
 MIB = 2**20
 
 
@@ -65,28 +84,50 @@ class PrivateMemory:
     """Peaks above what there was at first, by phase, in MiB."""
 
     def __init__(self) -> None:
-        gc.collect()
         self.peaks: dict[str, float] = {}
+        give_back()
         self._idle = _private()
+        self._phase: str | None = None
+        self._over = threading.Event()
+        self._asking = threading.Thread(target=self._ask, daemon=True)
+        self._asking.start()
+
+    def begin(self, phase: str) -> None:
+        """End the phase before, and begin this one."""
+        self._note()
+        give_back()
+        self._phase = phase
+        self._note()
+
+    def end(self) -> dict[str, float]:
+        """The peaks."""
+        self._note()
+        self._over.set()
+        self._asking.join()
+        return self.peaks
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """While open, ask again and again."""
-        over, seen = threading.Event(), [_private()]
+        """While open, this phase lasts."""
+        self.begin(name)
+        yield
+        self._note()
+        self._phase = None
 
-        def ask() -> None:
-            while not over.wait(0.005):
-                seen.append(_private())
+    def _ask(self) -> None:
+        while not self._over.wait(0.005):
+            self._note()
 
-        asking = threading.Thread(target=ask)
-        asking.start()
-        try:
-            yield
-        finally:
-            seen.append(_private())
-            over.set()
-            asking.join()
-        self.peaks[name] = (max(seen) - self._idle) / MIB
+    def _note(self) -> None:
+        phase = self._phase
+        if phase is not None:
+            self.peaks[phase] = max(self.peaks.get(phase, 0.0), (_private() - self._idle) / MIB)
+
+
+def give_back() -> None:
+    """What is free goes back to the system: on CPUs the product keeps it for its next tensors."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _private() -> int:
@@ -94,64 +135,96 @@ def _private() -> int:
         return sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-def write_model(directory: Path, size: str) -> None:
-    """Random weights, in several files."""
+def write_models(directory: Path, size: str) -> None:
+    """A causal model and a reward model with random weights, in several files each."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **SIZES[size], num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False,
         bos_token_id=1, eos_token_id=2, pad_token_id=2, max_position_embeddings=512,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    bytes_of_all = sum(each.nbytes for each in model.parameters())
-    model.save_pretrained(directory, max_shard_size=f"{bytes_of_all // 2_000_000}MB")
+    config.num_labels = 1
+    tokenizer = load_tokenizer(base_model(directory, "tiny"), ModelConfig(kind="tiny"))
+    for name, kind in (("model", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
+        model = kind(config)
+        bytes_of_all = sum(each.nbytes for each in model.parameters())
+        model.save_pretrained(directory / name, max_shard_size=f"{bytes_of_all // 2_000_000}MB")
+        tokenizer.save_pretrained(directory / name)
 
 
-def measure(directory: Path, compute: Compute) -> dict[str, float]:
-    """The peak of each phase on this rank."""
-    if compute.zero == "fsdp2":
-        from rlhf.training.fsdp import shard_frozen
-    else:
-        import deepspeed  # noqa: F401 - a library that an idle rank has loaded
-
-        from rlhf.training.deepspeed import shard_frozen
-    compute.barrier()
-    memory = PrivateMemory()
-    with memory.phase("policy"):
-        policy = load_causal_lm(directory, MODEL, compute.dtype, compute.loads_on, compute)
-        engine = make_engine(ResponseModel(policy), [(policy.parameters(), OPTIM)], compute)
-    with memory.phase("reference"):
-        reference = load_causal_lm(directory, MODEL, compute.dtype, "cpu", compute)
-        shard_frozen(reference.requires_grad_(False), compute)
-    with memory.phase("reward"):
-        reward = load_scalar_model(directory, MODEL, compute.dtype, "cpu", compute, new_head=True)
-        reset_head(reward)
-        shard_frozen(reward.requires_grad_(False), compute)
-    with memory.phase("learning"):
-        ids = torch.arange(64) + compute.rank
-        batch = pack_sequences([ids[:1]], [ids[1:]], compute.device)
-        engine.set_rates(0, 1)
-        engine.backward(-engine.model(batch, 1.0).logp_N.sum() / 126, last=True)
-        engine.step()
-    return memory.peaks
+def overrides(directory: Path, stage: str, zero: str, ranks: int, generation: str) -> list[str]:
+    """The run of one stage."""
+    rows = [{"prompt": f"Count to {n}.", "completion": "one two three four five"} for n in range(24)]
+    for name in ("sft", "prompts"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return [
+        f"stage={stage}", f"zero={zero}", "model=local", f"model.path={directory / 'model'}", "device=cpu",
+        "precision=fp32", f"store_dir={directory / 'store'}", f"runs_dir={directory / 'runs'}",
+        "gates=warn", "preflight=warn", f"force=[{stage}]", "checkpoint.every_steps=1",
+        f"sft.data={directory / 'sft.jsonl'}", "sft.peft=none", "sft.batch_rows=8", "sft.epochs=1.0",
+        "prepare.held_out_fraction=0.3", f"ppo.prompts={directory / 'prompts.jsonl'}", "ppo.init=base",
+        "ppo.peft=none", f"ppo.reward=model:{directory / 'reward'}", "ppo.critic.init=sft",
+        "ppo.score.normalize=none", "ppo.steps=2", "ppo.batch_episodes=8", "ppo.minibatch_episodes=8",
+        *(f"{each}.activation_checkpointing=true" for each in STAGES),
+        *(f"{each}.micro_batch_tokens=64" for each in STAGES), "ppo.max_new_tokens=8",
+        "ppo.evaluate_every=1", "ppo.evaluate_prompts=4", "ppo.epochs=1",
+        f"generation={generation}", "vllm.kv_cache_gib=0.1", "vllm.max_model_len=64",
+        f"vllm.tensor_parallel={ranks if generation == 'vllm' else 1}",
+    ]  # fmt: skip
 
 
-def be_a_rank(rank: int, ranks: int, port: int, directory: Path, zero: Any, results: Any) -> None:
-    """Measure beside the other ranks; put (rank, peaks) into the queue."""
+def watch(result: Callable[[PrivateMemory], None]) -> None:
+    """Begin to measure where the first model is loaded, and hand over what measures."""
+    memory: list[PrivateMemory] = []
+
+    def begins(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def called(*arguments: Any, **named: Any) -> Any:
+            if not memory and phase == LOADING:
+                memory.append(PrivateMemory())
+                result(memory[0])
+                memory[0].begin(LOADING)
+            if memory and phase != LOADING:
+                memory[0].begin(phase)
+            return function(*arguments, **named)
+
+        return called
+
+    for phase, places in {LOADING: (IDLE_UNTIL,), **PHASES}.items():
+        for place in places:
+            module, _, path = place.partition(":")
+            owner, _, name = path.rpartition(".")
+            holder: Any = importlib.import_module(module)
+            holder = getattr(holder, owner) if owner else holder
+            setattr(holder, name, begins(phase, getattr(holder, name)))
+
+
+def be_a_rank(rank: int, ranks: int, port: int, arguments: Sequence[str], results: Any) -> None:
+    """Run the stage beside the other ranks; put (rank, peaks) into the queue."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
     quiet_libraries()
-    compute, _ = make_compute("cpu", "fp32", zero)
-    results.put((rank, measure(directory, compute)))
-    compute.barrier()
-    results.close()
-    results.join_thread()
-    os._exit(0)  # threads of the backend may wait for ranks that have left
+    sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    if any(each.startswith("zero=zero") for each in arguments):
+        importlib.import_module("deepspeed")
+    if "generation=vllm" in arguments:
+        importlib.import_module("vllm")
+    found: list[PrivateMemory] = []
+    watch(found.append)
+    code = execute(make_experiment([*arguments]).resolved, "measured")
+    if code == DONE:
+        results.put((rank, found[0].end()))
+        results.close()
+        results.join_thread()
+    os._exit(code)  # threads of the backend may wait for ranks that have left
 
 
-def on_ranks(ranks: int, directory: Path, zero: str) -> list[dict[str, float]]:
+def on_ranks(ranks: int, arguments: Sequence[str]) -> list[dict[str, float]]:
     """The peaks of each rank."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -159,7 +232,7 @@ def on_ranks(ranks: int, directory: Path, zero: str) -> list[dict[str, float]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = [
-        context.Process(target=be_a_rank, args=(rank, ranks, port, directory, zero, results), daemon=True)
+        context.Process(target=be_a_rank, args=(rank, ranks, port, arguments, results), daemon=True)
         for rank in range(ranks)
     ]
     for worker in workers:
@@ -177,34 +250,46 @@ def on_ranks(ranks: int, directory: Path, zero: str) -> list[dict[str, float]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[dict[str, float]]]]:
-    """Measure and print; by `zero=` the peaks of one rank and of two."""
+    """Measure and print; by stage and `zero=` the peaks of one rank and of several."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="quarter")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--zero", nargs="+", choices=("fsdp2", "zero3"), default=["fsdp2", "zero3"])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--generation", choices=("local", "vllm"), default="local")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args(arguments)
     quiet_libraries()  # the ranks', too, by their environment
     found: dict[str, list[list[dict[str, float]]]] = {}
     console = new_console()
     with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "model"
-        write_model(directory, options.model)
-        size = sum(file.stat().st_size for file in directory.glob("*.safetensors")) / MIB
-        for zero in options.zero:
-            found[zero] = [on_ranks(ranks, directory, zero) for ranks in (1, 2)]
-            (one,), (first, second) = found[zero]
-            table = Table(
-                "phase", "one rank", "rank 0 of 2", "rank 1 of 2", "share",
-                title=f"zero={zero}: peaks in MiB; the model's files have {size:.0f} MiB",
-            )  # fmt: skip
-            for phase in one:
-                peaks = [each[phase] for each in (one, first, second)]
-                share = max(peaks[1:]) / peaks[0]
-                table.add_row(phase, *(f"{peak:.0f}" for peak in peaks), f"{share:.2f}")
-            console.print(table)
+        directory = Path(scratch)
+        write_models(directory, options.model)
+        size = sum(file.stat().st_size for file in (directory / "model").glob("*.safetensors")) / MIB
+        prepare = overrides(directory, "prepare", "none", 1, "local")
+        subprocess.run([sys.executable, "-m", "rlhf", *prepare], check=True, stdout=subprocess.DEVNULL)
+        for stage in options.stages:
+            for zero in options.zero:
+                runs = [
+                    on_ranks(ranks, overrides(directory, stage, zero, ranks, options.generation))
+                    for ranks in (1, options.ranks)
+                ]
+                found[f"{stage} {zero}"] = runs
+                show(console, f"stage={stage} zero={zero}: peaks in MiB; the model has {size:.0f}", runs)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
     return found
+
+
+def show(console: Any, title: str, runs: Sequence[Sequence[dict[str, float]]]) -> None:
+    """The table of one stage."""
+    (one,), several = runs
+    headings = [f"rank {rank} of {len(several)}" for rank in range(len(several))]
+    table = Table("phase", "one rank", *headings, "share", title=title)
+    for phase in one:
+        peaks = [each[phase] for each in (one, *several)]
+        table.add_row(phase, *(f"{peak:.0f}" for peak in peaks), f"{max(peaks[1:]) / peaks[0]:.2f}")
+    console.print(table)
 
 
 if __name__ == "__main__":

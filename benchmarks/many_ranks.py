@@ -1,0 +1,165 @@
+"""Every stage on many ranks, with every `zero=`, against one rank: by how much the results differ, in fp32.
+
+    python benchmarks/many_ranks.py                                  # eight ranks on this machine, 5 GB
+    python benchmarks/many_ranks.py --ranks 4 --zero zero3 fsdp2
+
+The model is `model=tiny`, all its parameters train. SFT, reward model and PPO take two optimizer steps; then
+`generate`, `evaluate` and `compare` run. Each `zero=` begins anew. Compared are every step's metrics and the
+stages' summaries, both without times and sizes, and the published weights. A figure is the largest
+difference, of a metric relative to its size or to 1, if that is larger. On CPUs ranks talk over gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from look import new_console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from rlhf.distributed.compute import Zero
+
+STAGES = ("sft", "reward", "generate", "ppo", "evaluate", "compare")
+TRAINED = ("sft", "reward", "ppo")
+OTHER_EACH_TIME = re.compile("seconds|latency|bytes|break_even|cost|time")
+SETTINGS = (
+    "model=tiny", "device=cpu", "precision=fp32", "gates=warn", "preflight=warn",
+    "prepare.held_out_fraction=0.3", "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl",
+    "ppo.prompts=prompts.jsonl",
+    "evaluate.prompts=evaluation.jsonl", "evaluate.retention=[sentences.jsonl,questions.jsonl]",
+    "evaluate.gold=vader", "sft.peft=none", "sft.batch_rows=8", "sft.epochs=1", "reward.peft=none",
+    "reward.batch_pairs=8", "reward.epochs=1", "generate.num_prompts=6", "ppo.peft=none", "ppo.steps=2",
+    "ppo.epochs=1", "ppo.batch_episodes=8", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=6",
+    "ppo.evaluate_prompts=6", "ppo.evaluate_every=1", "evaluate.num_prompts=6", "compare.num_questions=3",
+    "compare.max_new_tokens=6", "sft.optim.eps=1e-4", "ppo.optim.eps=1e-4", "reward.optim.eps=1e-4",
+    "ppo.critic.optim.eps=1e-4",
+)  # fmt: skip
+"""Adam divides by a gradient's size: an eps far above rounding keeps it from making much of it."""
+
+
+def write_data(directory: Path) -> None:
+    """Rows of every role; 17 and 7 of them are trained on and held out, which no number of ranks divides."""
+    numbers = range(24)
+    rows: dict[str, list[dict[str, object]]] = {
+        "sft": [{"prompt": f"Say {n}", "completion": "word " * (1 + n % 7)} for n in numbers],
+        "pairs": [
+            {"prompt": f"Rate {n}", "chosen": "I love it! " * (1 + n % 3), "rejected": "No."} for n in numbers
+        ],
+        "prompts": [{"prompt": f"Tell me {'more ' * (n % 5)}about {n}"} for n in numbers],
+        "evaluation": [{"prompt": f"What is {n}?"} for n in numbers[:7]],
+        "sentences": [{"text": f"Water boils at {n} degrees."} for n in numbers[:5]],
+        "questions": [{"question": f"{n}+1?", "choices": ["1", "7"], "answer": 0} for n in numbers[:3]],
+    }
+    for name, content in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in content)
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def run(directory: Path, zero: str, ranks: int) -> str:
+    """All stages; the run's name, which is its store's too."""
+    name = f"{zero}-{ranks}"
+    for stage in ("all", "compare"):
+        finished = subprocess.run(
+            [
+                sys.executable, "-m", "rlhf", f"run_name={name}-{stage}", f"store_dir=store-{name}",
+                f"stage={stage}", f"zero={zero}", f"launch.processes={ranks}", *SETTINGS,
+            ],
+            cwd=directory, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if finished.returncode != 0:
+            sys.exit(f"zero={zero} on {ranks} ranks:\n{finished.stdout}\n{finished.stderr}")
+    return name
+
+
+def figures(directory: Path, name: str) -> dict[str, dict[str, float]]:
+    """By stage what can be compared: each step's metrics and the summary's."""
+    found: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
+    for part in ("all", "compare"):
+        run_directory = directory / "runs" / f"{name}-{part}"
+        summary = json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
+        for stage in STAGES:
+            for metric, value in summary["stages"].get(stage, {}).get("metrics", {}).items():
+                found[stage][metric] = value
+        lines = (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        for line in map(json.loads, lines):
+            for metric, value in line.items():
+                stage = metric.partition("/")[0]
+                if stage in found and isinstance(value, int | float):
+                    found[stage][f"{metric} of step {line.get('step')}"] = value
+    return {
+        stage: {name: value for name, value in each.items() if not OTHER_EACH_TIME.search(name)}
+        for stage, each in found.items()
+    }
+
+
+def difference(one: dict[str, float], many: dict[str, float]) -> tuple[float, str]:
+    """The largest one, and of which metric.
+
+    Raises:
+        SystemExit: they have not the same metrics.
+    """
+    if one.keys() != many.keys():
+        sys.exit(f"other metrics: {sorted(one.keys() ^ many.keys())}")
+
+    def between(name: str) -> float:
+        a, b = one[name], many[name]
+        if math.isnan(a) and math.isnan(b):
+            return 0.0
+        found = abs(a - b) / max(1.0, abs(a))
+        return math.inf if math.isnan(found) else found
+
+    worst = max(one, key=between)
+    return between(worst), worst
+
+
+def weights_apart(directory: Path, one: str, many: str, stage: str) -> float:
+    """The largest difference between two published weights."""
+    (a, b) = (
+        load_file(directory / "runs" / f"{name}-all" / "artifacts" / stage / "model.safetensors")
+        for name in (one, many)
+    )
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    """Run, compare and print; by `zero=` the largest difference of each stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--zero", nargs="+", choices=get_args(Zero), default=list(get_args(Zero)))
+    options = parser.parse_args(arguments)
+    found: dict[str, dict[str, float]] = {}
+    table = Table("zero=", *STAGES, "weights", title=f"{options.ranks} ranks against one")
+    worst_of_all = (0.0, "")
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        write_data(directory)
+        one = run(directory, "none", 1)
+        expected = figures(directory, one)
+        for zero in options.zero:
+            many = run(directory, zero, options.ranks)
+            measured = figures(directory, many)
+            apart = {stage: difference(expected[stage], measured[stage]) for stage in STAGES}
+            worst_of_all = max(worst_of_all, *apart.values())
+            weights = max(weights_apart(directory, one, many, stage) for stage in TRAINED)
+            found[zero] = {stage: value for stage, (value, _) in apart.items()} | {"weights": weights}
+            table.add_row(zero, *(f"{value:.1e}" for value in found[zero].values()))
+    console = new_console()
+    console.print(table)
+    console.print(f"The largest difference of a metric: {worst_of_all[0]:.1e} of {worst_of_all[1]}.")
+    return found
+
+
+if __name__ == "__main__":
+    main()
