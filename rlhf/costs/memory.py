@@ -132,18 +132,18 @@ class Trained:
         yield self._bucket("DeepSpeed's bucket")
 
     def _bucket(self, name: str) -> Allocation:
-        from rlhf.training.deepspeed import BUCKET_ELEMENTS
+        from rlhf.training.deepspeed import bucket_elements
 
-        count = min(BUCKET_ELEMENTS, self.parameters)
+        count = bucket_elements(self.parameters)
         return Allocation("gradients", FP32 * count, f"{name}: {billions(count)} x {FP32} B")
 
     def _bucket_sent(self) -> Iterator[Allocation]:
         """A copy of the bucket, and of stage 3 this rank's part of what comes back."""
         yield self._bucket("the bucket as it is sent")
         if self.on.zero in ("zero3", "zero3_offload"):
-            from rlhf.training.deepspeed import BUCKET_ELEMENTS
+            from rlhf.training.deepspeed import bucket_elements
 
-            count = min(BUCKET_ELEMENTS, self.parameters)
+            count = bucket_elements(self.parameters)
             how = f"this rank's part of it: {billions(count)} x {FP32} B{over(self.on.ranks)}"
             yield Allocation("gradients", FP32 * count / self.on.ranks, how)
 
@@ -234,9 +234,9 @@ def gathered_layers(on: CostContext, shape: ModelShape, outside: float) -> Alloc
         outside: parameters outside the layers, which FSDP2 gathers once for the whole pass.
     """
     if is_deepspeeds(on):
-        from rlhf.training.deepspeed import LIVE_ELEMENTS
+        from rlhf.training.deepspeed import live_elements
 
-        count: float = min(shape.parameters, LIVE_ELEMENTS)
+        count: float = max(live_elements(shape.parameters), shape.layer)
         what = ""
     else:
         count = 2 * shape.layer + outside

@@ -24,10 +24,30 @@ from rlhf.training.engine import Access, Engine, Groups
 from rlhf.training.optimizer import ClippedAdamW, parameter_group
 
 TAG, UNIVERSAL = "zero", "zero_universal"
-BUCKET_ELEMENTS = 5 * 10**8
-"""Largest number of gradients that are sent together: DeepSpeed's default. Its buffer has this size."""
-LIVE_ELEMENTS = 10**9
-"""Stage 3 keeps gathered weights until there are so many: DeepSpeed's default."""
+BUCKET_ELEMENTS, LIVE_ELEMENTS, PREFETCH_ELEMENTS = 5 * 10**8, 10**9, 5 * 10**7
+"""Gradients that are sent together, from a buffer of this size; weights that stage 3 keeps gathered, and that
+it gathers in advance. These are DeepSpeed's defaults, and upper limits here: they would hold all of a small
+model on each rank."""
+
+
+def bucket_elements(trained: int) -> int:
+    """How many gradients are sent together, of so many in all: an eighth, or the upper limit."""
+    return max(1, min(BUCKET_ELEMENTS, trained // 8))
+
+
+def live_elements(total: int) -> int:
+    """How many gathered weights of a model with `total` parameters stage 3 keeps: an eighth, or the upper
+    limit."""
+    return min(LIVE_ELEMENTS, total // 8)
+
+
+def gathering(total: int) -> dict[str, int]:
+    """DeepSpeed's settings of what it gathers of a model with `total` parameters."""
+    return {
+        "stage3_max_live_parameters": live_elements(total),
+        "stage3_max_reuse_distance": live_elements(total),
+        "stage3_prefetch_bucket_size": min(PREFETCH_ELEMENTS, total // 16),
+    }
 
 
 class ZeroEngine(Engine):
@@ -48,7 +68,8 @@ class ZeroEngine(Engine):
             compute.global_sum,
         )
         trained = sum(weight.numel() for group in self._client.param_groups for weight in group["params"])
-        config = zero_config(compute, trained) | {"checkpoint": {"load_universal": universal}}
+        total = sum(weight.numel() for weight in model.parameters())
+        config = zero_config(compute, trained, total) | {"checkpoint": {"load_universal": universal}}
         if in_turns:  # it would gather what the last pass used, and throw it away
             config["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
         self._universal = universal
@@ -116,6 +137,7 @@ class ZeroEngine(Engine):
     @contextmanager
     def gathered(self, module: nn.Module) -> Iterator[None]:
         """Gather the module's weights."""
+        self._settle()
         with _gathered(self._engine.optimizer.parameter_offload, module) if self._sharded else nullcontext():
             yield
 
@@ -131,13 +153,23 @@ class ZeroEngine(Engine):
 
     def gathered_weights(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """Gather the weights on every rank."""
+        self._settle()
         return _gathered_weights(modules) if self._sharded else nullcontext()
+
+    def _settle(self) -> None:
+        """Free what the last pass gathered in advance: nobody else can gather it while it is under way."""
+        if not self._sharded:
+            return
+        parameters = self._engine.module.parameters()
+        if any(each.ds_status.name != "NOT_AVAILABLE" for each in parameters if not each.ds_persist):
+            self._engine.empty_partition_cache()
 
     def _whole(self, parameter: nn.Parameter, *, is_owner: bool) -> Tensor:
         if not self._sharded:
             return parameter.detach()
         import deepspeed
 
+        self._settle()
         with deepspeed.zero.GatheredParameters([parameter]):  # and then it is freed
             return parameter.detach().to("cpu", copy=True) if is_owner else parameter.detach()
 
@@ -175,14 +207,14 @@ class ZeroEngine(Engine):
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
 
 
-def zero_config(compute: Compute, trained: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `zero=`; `trained` is the number of parameters that train."""
+def zero_config(compute: Compute, trained: int, total: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `zero=`, of a model with `total` parameters, of which `trained` train."""
     stage = int(compute.zero.removeprefix("zero")[0])
     zero: dict[str, Any] = {
         "stage": stage,
         "sub_group_size": 10**12,  # one group of parameters is one group to clip
-        "reduce_bucket_size": min(BUCKET_ELEMENTS, trained),  # its buffer is there whatever the model's size
-        "stage3_max_live_parameters": LIVE_ELEMENTS,
+        "reduce_bucket_size": bucket_elements(trained),
+        **gathering(total),
     }
     if compute.zero == "zero3_offload":
         on_host = {"device": "cpu", "pin_memory": compute.device.type == "cuda"}
@@ -241,9 +273,9 @@ def _destroy(engine: Any) -> None:
 
     engine.destroy()
     cached: Any = vars(Order)["_PartitionedParameterCoordinator__params_to_release"]
-    while not hasattr(cached, "cache_clear"):
-        cached = cached.__wrapped__
-    cached.cache_clear()
+    for each in (cached, *(cell.cell_contents for cell in cached.__closure__ or ())):  # under a decorator
+        if hasattr(each, "cache_clear"):
+            each.cache_clear()
 
 
 def _let_go(model: nn.Module) -> None:
@@ -256,7 +288,10 @@ def _let_go(model: nn.Module) -> None:
 
 def shard_frozen(model: nn.Module, compute: Compute) -> Access:
     """Shard a model that does not train (ZeRO-3 inference)."""
-    stage3 = {"stage": 3, **({"offload_param": {"device": "cpu"}} if "offload" in compute.zero else {})}
+    total = sum(weight.numel() for weight in model.parameters())
+    stage3: dict[str, Any] = {"stage": 3, **gathering(total)}
+    if "offload" in compute.zero:
+        stage3["offload_param"] = {"device": "cpu"}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3, "steps_per_print": 10**9}
     if compute.dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True}
