@@ -66,7 +66,7 @@ def sampling_cost(
     work = [
         worker.load(policies + readings, what="models"),
         *worker.decode(answered, batch_rows, repeated, new_tokens, what="answers"),
-        worker.gathering(policies * on.gathers_a_rollout(new_tokens), [], what="weights to sample from"),
+        *worker.gathering(policies * on.gathers_a_rollout(new_tokens), [], what="weights to sample from"),
         worker.read(
             measures * computed, length.mean, predicted=measures * answered * new_tokens,
             what="log-probabilities of answers",

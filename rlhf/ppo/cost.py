@@ -231,12 +231,12 @@ def ppo_work(
             what="evaluations",
         ),
         *readings,
-        worker.gathering(models * passes, [*scores[1:], *readings], what="scoring"),
-        worker.gathering(
+        *worker.gathering(models * passes, [*scores[1:], *readings], what="scoring"),
+        *worker.gathering(
             config.steps * on.gathers_a_rollout(new), [], what="weights to sample from"
         ),
         *learning,
-        worker.exchanging(2 * updating, updates, trained.parameters / 2, learning, what="learning"),
+        *worker.exchanging(2 * updating, updates, trained.parameters / 2, learning, what="learning"),
         *mixed_in,
         worker.optimize(trained.parameters, updates),
     ]  # fmt: skip

@@ -115,11 +115,11 @@ def test_ppo_shares_weights_where_the_method_does(method: MethodName) -> None:
         # the reward model, and the critic on it
         assert model + scalar < weights(f"ppo.peft={method}", "reward.peft=none") < 1.1 * (model + scalar)
     else:
-        assert 2 * (model + scalar) < found < 2.6 * (model + scalar)
+        assert 2 * (model + scalar) <= found < 2.1 * (model + scalar)
 
 
 def test_a_sharded_model_is_never_whole_on_a_rank(tmp_path: Path) -> None:
-    on, lora = gpus(12, ranks=8), ("sft.peft=lora", "sft.micro_batch_tokens=1024")
+    on, lora = gpus(14, ranks=8), ("sft.peft=lora", "sft.micro_batch_tokens=1024")
     (line,) = check(tmp_path, replace(on, zero="zero2"), "sft", *lora).refused
     assert "zero=fsdp2" in line and "zero=zero3" in line
     for zero in ("zero3", "fsdp2"):
@@ -142,8 +142,10 @@ def test_ppo_reads_slices_of_its_models_or_whole_ones() -> None:
     full = ("ppo.peft=none",)
     assert loading("zero2", *full) == (model + 2 * scalar, 0)
     for zero in ("zero3", "fsdp2"):
-        assert loading(zero, *full) == ((model + scalar) / 8 + scalar, 0)
-        assert loading(zero, *full, "ppo.frozen_placement=sharded") == ((model + 2 * scalar) / 8, 0)
+        # of DeepSpeed's frozen model the gains of norms stay whole
+        on_device, on_host = loading(zero, *full)
+        assert on_device == pytest.approx((model + 2 * scalar) / 8, rel=1e-3) and on_host == 0
+        assert loading(zero, *full, "ppo.frozen_placement=replicated") == ((model + scalar) / 8 + scalar, 0)
 
 
 def test_a_reward_model_has_no_output_layer() -> None:
@@ -172,7 +174,7 @@ EVERYTHING = (
     "ppo.evaluate_every=6", "ppo.evaluate_prompts=48",
 )  # fmt: skip
 STATES = [
-    "policy and critic", "trained", "reference", "reward model", "a copy of what trained", "moving average",
+    "policy and critic", "trained", "reference", "reward model", "moving average",
 ]  # fmt: skip
 
 
