@@ -13,7 +13,8 @@ steps of a few episodes in PPO, where reference and reward model are as large. T
     reading         passes without gradients: held-out losses, log-probabilities, rewards
     learning        forward, backward, optimizer steps
     checkpointing   the engine's state, hashed and flushed; in PPO also the best weights so far
-    publishing      whole weights on disk: in PPO the best ones so far, at the end the plain model directory
+    publishing      whole weights on disk, in 16 files: in PPO the best ones so far, at the end what the plain
+                    model directory is made of
 
 A figure is the peak, over a phase, of the process's private memory (RssAnon in /proc/self/status, asked
 every 5 ms) above that of an idle rank, which has loaded its libraries and its rows, and joined the others. So
@@ -55,7 +56,7 @@ from rlhf.exit_codes import DONE
 from rlhf.models.base import ModelConfig, load_tokenizer
 
 SIZES: dict[str, dict[str, Any]] = {
-    "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16, "vocab_size": 1000},
+    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 36, "vocab_size": 1000},
     "quarter": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 24, "vocab_size": 16000},
 }
 STAGES = ("sft", "ppo")
@@ -77,6 +78,8 @@ IDLE_UNTIL = "rlhf.models.load:load_causal_lm"
 LIBRARIES = ("pyarrow.compute", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama")
 """That an idle rank has loaded, beside those that the engine needs."""
 LOADING = "loading"
+FILES = 16
+"""Into which weights are written. One of 5 GB, as the product writes them, would hold all of these models."""
 MIB = 2**20
 
 
@@ -199,7 +202,9 @@ def watch(result: Callable[[PrivateMemory], None]) -> None:
             setattr(holder, name, begins(phase, getattr(holder, name)))
 
 
-def be_a_rank(rank: int, ranks: int, port: int, arguments: Sequence[str], results: Any) -> None:
+def be_a_rank(
+    rank: int, ranks: int, port: int, arguments: Sequence[str], file_bytes: int, results: Any
+) -> None:
     """Run the stage beside the other ranks; put (rank, peaks) into the queue."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
@@ -208,10 +213,14 @@ def be_a_rank(rank: int, ranks: int, port: int, arguments: Sequence[str], result
     torch.set_num_threads(1)
     quiet_libraries()
     sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    from rlhf.training import trained
+
+    trained.FILE_BYTES = file_bytes
     for library in LIBRARIES:
         importlib.import_module(library)
     if any(each.startswith("zero=zero") for each in arguments):
-        importlib.import_module("deepspeed")
+        for library in ("deepspeed", "torch._inductor.compile_fx"):  # which DeepSpeed imports late
+            importlib.import_module(library)
     if "generation=vllm" in arguments:
         importlib.import_module("vllm")
     found: list[PrivateMemory] = []
@@ -224,7 +233,7 @@ def be_a_rank(rank: int, ranks: int, port: int, arguments: Sequence[str], result
     os._exit(code)  # threads of the backend may wait for ranks that have left
 
 
-def on_ranks(ranks: int, arguments: Sequence[str]) -> list[dict[str, float]]:
+def on_ranks(ranks: int, arguments: Sequence[str], file_bytes: int) -> list[dict[str, float]]:
     """The peaks of each rank."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -232,7 +241,9 @@ def on_ranks(ranks: int, arguments: Sequence[str]) -> list[dict[str, float]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = [
-        context.Process(target=be_a_rank, args=(rank, ranks, port, arguments, results), daemon=True)
+        context.Process(
+            target=be_a_rank, args=(rank, ranks, port, arguments, file_bytes, results), daemon=True
+        )
         for rank in range(ranks)
     ]
     for worker in workers:
@@ -265,17 +276,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[dict[str
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         write_models(directory, options.model)
-        size = sum(file.stat().st_size for file in (directory / "model").glob("*.safetensors")) / MIB
+        size = sum(file.stat().st_size for file in (directory / "model").glob("*.safetensors"))
         prepare = overrides(directory, "prepare", "none", 1, "local")
         subprocess.run([sys.executable, "-m", "rlhf", *prepare], check=True, stdout=subprocess.DEVNULL)
         for stage in options.stages:
             for zero in options.zero:
                 runs = [
-                    on_ranks(ranks, overrides(directory, stage, zero, ranks, options.generation))
+                    on_ranks(
+                        ranks, overrides(directory, stage, zero, ranks, options.generation), size // FILES
+                    )
                     for ranks in (1, options.ranks)
                 ]
                 found[f"{stage} {zero}"] = runs
-                show(console, f"stage={stage} zero={zero}: peaks in MiB; the model has {size:.0f}", runs)
+                show(
+                    console, f"stage={stage} zero={zero}: peaks in MiB; the model has {size / MIB:.0f}", runs
+                )
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
     return found

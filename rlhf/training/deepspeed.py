@@ -31,14 +31,14 @@ model on each rank."""
 
 
 def bucket_elements(trained: int) -> int:
-    """How many gradients are sent together, of so many in all: an eighth, or the upper limit."""
-    return max(1, min(BUCKET_ELEMENTS, trained // 8))
+    """How many gradients are sent together, of so many in all: a 16th, or the upper limit."""
+    return max(1, min(BUCKET_ELEMENTS, trained // 16))
 
 
 def live_elements(total: int) -> int:
-    """How many gathered weights of a model with `total` parameters stage 3 keeps: an eighth, or the upper
+    """How many gathered weights of a model with `total` parameters stage 3 keeps: a 16th, or the upper
     limit."""
-    return min(LIVE_ELEMENTS, total // 8)
+    return min(LIVE_ELEMENTS, total // 16)
 
 
 def gathering(total: int) -> dict[str, int]:
@@ -46,7 +46,7 @@ def gathering(total: int) -> dict[str, int]:
     return {
         "stage3_max_live_parameters": live_elements(total),
         "stage3_max_reuse_distance": live_elements(total),
-        "stage3_prefetch_bucket_size": min(PREFETCH_ELEMENTS, total // 16),
+        "stage3_prefetch_bucket_size": min(PREFETCH_ELEMENTS, total // 32),
     }
 
 
