@@ -42,6 +42,11 @@ def row(key: str, default: Any, meaning: str) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
+def in_yaml(choice: object) -> str:
+    """As the user writes it."""
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
+
+
 def parts(annotation: Any) -> list[Any]:
     """The config sections and the choices in a type."""
     is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
@@ -70,7 +75,7 @@ def rows(
             yield row(key, "" if value else value, meaning or found[0].__doc__)
             yield from rows(found[0], value or {}, f"{key}.")
         else:
-            choices = ", ".join(f"`{choice}`" for each in found for choice in get_args(each))
+            choices = ", ".join(f"`{in_yaml(choice)}`" for each in found for choice in get_args(each))
             yield row(key, value, f"{choices}. {meaning}" if choices else meaning)
 
 

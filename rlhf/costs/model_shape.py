@@ -120,6 +120,8 @@ def counted(model: PreTrainedModel) -> ModelShape:
     for name in SIZES:
         if getattr(text, name, None) is None:
             raise UnknownShapeError(f"{type(config).__name__} names no {name}")
+        if int(getattr(text, name)) < 1:
+            raise UnknownShapeError(f"{type(config).__name__} has {name}={getattr(text, name)}")
     backbone = backbone_of(model)
     linears, left_out = _linears(backbone), cannot_be_updated(model)
     heads = int(text.num_attention_heads)

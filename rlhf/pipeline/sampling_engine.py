@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from rlhf.distributed.compute import Compute
-from rlhf.generation.vllm import Vllm
+from rlhf.generation.vllm import Vllm, check_groups
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import directory_of, of_two_architectures
@@ -41,6 +41,8 @@ def make_vllm(experiment: Experiment, compute: Compute) -> Vllm | None:
         ConfigError: vLLM is not installed, or does not fit the number of ranks.
     """
     settings = experiment.settings
+    if settings.generation != "local":  # `auto` too, whatever it will be
+        check_groups(settings.vllm, compute)
     if settings.generation != "vllm" or not _samples(experiment):
         return None
     return Vllm(settings.vllm, compute, trust_remote_code=settings.model.trust_remote_code)

@@ -60,7 +60,7 @@ class CheckpointConfig(Strict):
     every_minutes: PositiveFloat | None
     """Minutes between two checkpoints; null goes by steps only. If both are null, only a signal writes
     one."""
-    background: Literal["auto"] | bool
+    background: Literal["auto", True, False]
     """Whether training goes on while a checkpoint is written, from a copy of the state in the host's memory.
     auto does so on GPUs, if the copy fits. Under DeepSpeed training always waits."""
     keep: PositiveInt

@@ -147,5 +147,8 @@ def test_the_base_models_config_needs_no_weights(tmp_path: Path, tiny_model: Pat
 
 
 def test_what_is_no_transformer_is_said_so() -> None:
+    nothing = LlamaConfig(num_hidden_layers=0)
+    with pytest.raises(UnknownShapeError, match="LlamaConfig has num_hidden_layers=0"):
+        shape_of(nothing)
     with pytest.raises(UnknownShapeError, match="MambaConfig names no num_attention_heads"):
         shape_of(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1))

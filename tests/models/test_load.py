@@ -121,7 +121,9 @@ def test_the_chat_template_is_the_configured_one(
     warn_once.cache_clear()
     caplog.clear()
     assert template(bare, None) == template(bare, None) == PLAIN
-    assert caplog.messages == ["The tokenizer has no chat template: using `model.chat_template=plain`."]
+    warning = f"{bare}: its tokenizer has no chat template: using `model.chat_template=plain`."
+    assert caplog.messages == [warning]
+    assert load_tokenizer(bare, config()).chat_template == PLAIN  # a reward model's own, such as model:DIR
     with pytest.raises(
         ConfigError, match=r"model\.chat_template=fancy: there is no such file. Use one of chatml, plain"
     ):

@@ -92,6 +92,12 @@ def test_on_a_cpu_the_run_says_local_and_reuses_what_local_made(tmp_path: Path) 
     assert "generation=" not in chain.run("stage=sft").out  # which samples nothing
 
 
+def test_engines_that_the_ranks_cannot_share_are_refused_before_auto_is_decided(tmp_path: Path) -> None:
+    found = Chain(tmp_path).run("stage=generate", "vllm.tensor_parallel=3")
+    assert found.code == 2
+    assert "vllm.tensor_parallel=3 does not divide the 1 ranks" in found.err
+
+
 def test_the_installed_vllm_is_known_without_importing_it() -> None:
     found = installed_vllm()
     assert found is None or found[0].isdigit()
