@@ -20,9 +20,8 @@ from rich.table import Table
 from rlhf.config import ConfigError
 from rlhf.data.arrow import values
 from rlhf.data.chat_template import Encoded, tokenizer_digest
-from rlhf.data.examine import Complaint, Examined, Examiner, RowStore
-from rlhf.data.formats import likely_fields, read_as
-from rlhf.data.prepared import REPORT, PreparedData
+from rlhf.data.formats import Complaint, Examined, Examiner, likely_fields, read_as
+from rlhf.data.prepared import REPORT, PreparedData, RowStore
 from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Row, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources

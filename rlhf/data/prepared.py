@@ -1,15 +1,19 @@
-"""The prepared data sets, as later stages read them."""
+"""Rows in files: as `prepare` reads them, one role after the other, and as later stages read the result."""
 
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, overload
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeVar, overload
 
 from rlhf.config import ConfigError
 from rlhf.data.arrow import ArrowWriter, mapped, values
+from rlhf.data.formats import Complaint, Examined
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import (
     PairRow,
@@ -26,6 +30,9 @@ from rlhf.digests import digest_of, file_digest
 
 if TYPE_CHECKING:
     import pyarrow
+
+    from rlhf.data.chat_template import Encoded
+    from rlhf.data.tokens import TokenIds
 
 AnyRow = TypeVar("AnyRow")
 TrainSplit = Literal["train", "held_out"]
@@ -169,3 +176,97 @@ class PreparedData:
     def _path(self, role: str, split: str) -> Path:
         assert split in ROLES[role].splits, f"{role} has no split {split}"
         return self.directory / f"{role}.{split}.arrow"
+
+
+@dataclass
+class RowStore:
+    """Rows of one role as they were read. Numbers are in memory; texts and ids in two files."""
+
+    directory: Path
+    name: str
+    tokenizer: str
+    """`tokenizer_digest`."""
+    identity: list[bytes] = field(default_factory=list)
+    asks: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
+    """Of conversations with several answers."""
+    fingerprint: list[str] = field(default_factory=list)
+    """Of each row's source."""
+    kind: bytearray = field(default_factory=bytearray)
+    can_be_cut: bytearray = field(default_factory=bytearray)
+    has_prompt: bytearray = field(default_factory=bytearray)
+    waits: bytearray = field(default_factory=bytearray)
+    """Whether it has an answer that is to be sampled."""
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    """Of the longest sequence of its exchanges."""
+    prompt_tokens: array[int] = field(default_factory=lambda: array("i"))
+    """Of its first exchange."""
+    num_exchanges: array[int] = field(default_factory=lambda: array("i"))
+    sequences: array[int] = field(default_factory=lambda: array("q", [0]))
+    """Number of sequences before each row, and of all."""
+    refused: dict[int, Complaint] = field(default_factory=dict)
+    """By the chat template."""
+
+    def __enter__(self) -> Self:
+        import pyarrow
+
+        from rlhf.data.tokens import TokenWriter
+
+        columns = [(name, pyarrow.string()) for name in ("row", "prompt", "where")]
+        self._rows = ArrowWriter(self._path("rows"), pyarrow.schema(columns))
+        self._ids = TokenWriter(self._path("ids"), self.tokenizer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._rows.__exit__(kind, error, trace)
+        self._ids.file.__exit__(kind, error, trace)
+
+    def add(self, where: str, row: Examined, fingerprint: str) -> int:
+        """Append a row with its sequences.
+
+        Returns:
+            Its number.
+        """
+        number = len(self.identity)
+        self._rows.add({"row": row.text, "prompt": row.prompt, "where": where})
+        self.identity.append(row.identity)
+        self.fingerprint.append(fingerprint)
+        self.kind.append(row.kind)
+        self.can_be_cut.append(row.can_be_cut)
+        self.has_prompt.append(row.prompt is not None)
+        self.num_exchanges.append(row.num_exchanges)
+        if row.asks:
+            self.asks[number] = row.asks
+        found: list[Encoded] = []
+        if isinstance(row.sequences, Complaint):
+            self.refused[number] = row.sequences
+        else:
+            assert row.sequences is not None
+            found = row.sequences
+        own = found[: row.num_exchanges]
+        self.waits.append(any(not each.spans for each in own))
+        self.tokens.append(max((len(each.ids) for each in own), default=0))
+        self.prompt_tokens.append(own[0].num_prompt if own else 0)
+        self.sequences.append(self.sequences[-1] + len(found))
+        self._ids.add(found)
+        return number
+
+    @cached_property
+    def table(self) -> pyarrow.Table:
+        """Columns row, prompt and where."""
+        return mapped(self._path("rows"))
+
+    @cached_property
+    def ids(self) -> TokenIds:
+        """Token ids of all rows."""
+        from rlhf.data.tokens import TokenIds
+
+        return TokenIds(self._path("ids"))
+
+    def where(self, number: int) -> str:
+        """Where a row was found."""
+        return str(self.table["where"][number].as_py())
+
+    def _path(self, what: str) -> Path:
+        return self.directory / f"{self.name}.{what}.arrow"

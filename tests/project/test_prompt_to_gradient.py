@@ -13,7 +13,7 @@ from helpers.chains import Chain, Outcome
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "prompt-to-gradient.md").read_text(encoding="utf-8")
-MOST = 26
+MOST = 25
 FILE = r"(?:rlhf|stages)/[\w/]+\.py"
 BEGINS = {"PrepareStage.run", "PolicyTrainer.step"}
 ENDS = {"PrepareStage.run", "PlainEngine.backward"}
