@@ -142,9 +142,8 @@ def test_ppo_reads_slices_of_its_models_or_whole_ones() -> None:
     full = ("ppo.peft=none",)
     assert loading("zero2", *full) == (model + 2 * scalar, 0)
     for zero in ("zero3", "fsdp2"):
-        # of DeepSpeed's frozen model the gains of norms stay whole
-        on_device, on_host = loading(zero, *full)
-        assert on_device == pytest.approx((model + 2 * scalar) / 8, rel=1e-3) and on_host == 0
+        small = 2 * shape.small * 7 / 8 if zero == "zero3" else 0  # DeepSpeed keeps norms' gains whole
+        assert loading(zero, *full) == ((model + 2 * scalar) / 8 + small, 0)
         assert loading(zero, *full, "ppo.frozen_placement=replicated") == ((model + scalar) / 8 + scalar, 0)
 
 
