@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -392,7 +393,10 @@ def leave_group(compute: Compute) -> None:
     if compute.world_size > 1 or compute.zero != "none":
         from torch import distributed
 
-        if distributed.is_initialized():
+        deepspeed: Any = sys.modules.get("deepspeed")
+        if deepspeed is not None and deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()  # torch's, and what DeepSpeed remembers of it
+        elif distributed.is_initialized():
             distributed.destroy_process_group()
 
 

@@ -14,7 +14,7 @@ import torch
 from helpers.jobs import TINY
 from helpers.ranks import OPTIM, write_large
 from helpers.spawned import start_ranks
-from rlhf.distributed.compute import Compute
+from rlhf.distributed.compute import Compute, leave_group, make_compute
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
 from rlhf.training.make_engine import make_engine
@@ -60,3 +60,11 @@ def test_weights_on_their_way_are_no_obstacle_to_publishing(found: dict[int, Any
 
 def test_an_engine_that_nobody_needs_is_let_go(found: dict[int, Any]) -> None:
     assert (found[0]["kept"], found[1]["kept"]) == (0, 0)
+
+
+def test_a_process_that_left_its_group_joins_another(tiny_model: Path) -> None:
+    for _ in range(2):
+        compute, _ = make_compute("cpu", "fp32", "zero1")
+        policy = load_causal_lm(tiny_model, TINY, compute.dtype)
+        make_engine(ResponseModel(policy), [(policy.parameters(), OPTIM)], compute)
+        leave_group(compute)
