@@ -81,6 +81,8 @@ LOADING = "loading"
 FILES = 16
 """Into which weights are written. One of 5 GB, as the product writes them, would hold all of these models."""
 MIB = 2**20
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
 
 
 class PrivateMemory:
@@ -127,8 +129,17 @@ class PrivateMemory:
             self.peaks[phase] = max(self.peaks.get(phase, 0.0), (_private() - self._idle) / MIB)
 
 
+def map_each_block() -> None:
+    """Map each tensor alone, so that it is given back when it is freed.
+
+    On CPUs the product keeps what is freed for its next tensors. How chance cuts that into pieces made a peak
+    differ by a fifth from run to run.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+
+
 def give_back() -> None:
-    """What is free goes back to the system: on CPUs the product keeps it for its next tensors."""
+    """What is free goes back to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -213,9 +224,11 @@ def be_a_rank(
     torch.set_num_threads(1)
     quiet_libraries()
     sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    from rlhf.distributed import compute
     from rlhf.training import trained
 
     trained.FILE_BYTES = file_bytes
+    compute.keep_freed_memory = map_each_block  # type: ignore[attr-defined]
     for library in LIBRARIES:
         importlib.import_module(library)
     if any(each.startswith("zero=zero") for each in arguments):

@@ -13,6 +13,6 @@ def test_no_rank_of_two_holds_a_whole_model(stage: str, zero: str) -> None:
     (one,), (first, second) = main(["--model", "small", "--zero", zero, "--stages", stage])[f"{stage} {zero}"]
     assert {"loading", "reading", "learning", "checkpointing", "publishing"} <= one.keys()
     for phase in one:
-        share = 0.6 if zero == "fsdp2" else 0.65 if phase == "loading" else 0.7  # what DeepSpeed itself takes
+        share = 0.6 if zero == "fsdp2" else 0.65  # what DeepSpeed itself takes does not shrink with the model
         assert max(first[phase], second[phase]) <= share * one[phase], phase
         assert first[phase] == pytest.approx(second[phase], rel=0.1), phase
