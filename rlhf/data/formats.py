@@ -125,12 +125,12 @@ def pair_row(raw: Raw) -> PairRow:
 
 
 def prompt_row(raw: Raw) -> PromptRow:
-    """The prompt of any row; what answers it is left out.
+    """The prompt of any row, with its other columns.
 
     Raises:
         RowError: what is missing or wrong, what was found, what is needed.
     """
-    column = _first(raw, (*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"))
+    column = _prompt_column(raw)
     if column is None:
         raise _missing("prompt", raw, PROMPT_NEEDS)
     if column in CONVERSATION_COLUMNS:
@@ -144,7 +144,29 @@ def prompt_row(raw: Raw) -> PromptRow:
         prompt = _prompt(raw, column)
     while prompt and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
-    return PromptRow(_asking(prompt, column))
+    return with_columns(_asking(prompt, column), raw)
+
+
+def with_columns(prompt: list[Message], raw: Raw) -> PromptRow:
+    """A row of this prompt with all columns of `raw` but the one that the prompt is from.
+
+    Raises:
+        RowError: a column is no valid Unicode.
+    """
+    column = _prompt_column(raw)
+    others = {str(name): value for name, value in raw.items() if name != column and value is not None}
+    row = PromptRow(prompt, columns=others, is_text=column is not None and not isinstance(raw[column], list))
+    try:
+        row_to_json(row).encode()
+    except UnicodeEncodeError:
+        raise RowError(
+            "bad encoding", "a column holds half of a surrogate pair: not valid Unicode."
+        ) from None
+    return row
+
+
+def _prompt_column(raw: Raw) -> str | None:
+    return _first(raw, (*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"))
 
 
 def retention_row(raw: Raw) -> TextRow | QuestionRow:
@@ -465,22 +487,24 @@ class Examiner:
     def _one(self, raw: dict[str, Any]) -> Examined | Complaint:
         try:
             row = self.role.parse(raw)
+            prompt = row.exchanges()[0][0]
+            lent = row_to_json(with_columns(prompt, raw)) if self.is_lent and prompt else None
         except RowError as error:
             return Complaint(error.reason, str(error))
-        digest = hashlib.sha256(row_to_json(row).encode()).digest()[:16]
+        # one prompt is one row, whatever its other columns hold
+        alone = replace(row, columns={}, is_text=False) if isinstance(row, PromptRow) else row
+        digest = hashlib.sha256(row_to_json(alone).encode()).digest()[:16]
         if isinstance(row, TextRow):
             row = replace(row, source=self.source.name)
-        exchanges = row.exchanges()
-        prompt = exchanges[0][0]
         turns = each_turn(row) if isinstance(row, SftRow) and row.turns > 1 else ()
         return Examined(
             row_to_json(row),
-            row_to_json(PromptRow(prompt)) if self.is_lent and prompt else None,
+            lent,
             digest,
             bytes.fromhex(prompt_identity(row)),
             tuple(bytes.fromhex(prompt_identity(turn)) for turn in turns),
             next(kind for kind, row_type in enumerate(self.role.row_types) if isinstance(row, row_type)),
-            len(exchanges),
+            len(row.exchanges()),
             isinstance(row, SftRow),
             self._sequences(row) if self.chosen is None or digest in self.chosen else None,
         )

@@ -7,7 +7,9 @@ import json
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any, ClassVar, Literal, TypedDict, TypeVar
 
 Split = Literal["train", "held_out", "evaluation"]
@@ -68,9 +70,13 @@ class PairRow(Row):
 
 @dataclass(frozen=True)
 class PromptRow(Row):
-    """A conversation that waits for an answer."""
+    """A conversation that waits for an answer, with what else its file says of it."""
 
     prompt: list[Message]
+    columns: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    """The other columns of its file, such as `answer`, without those that are null. Rewards read them."""
+    is_text: bool = field(default=False, kw_only=True)
+    """Whether the file gives the prompt as text, not as messages. A function in TRL's form then gets texts."""
 
     def exchanges(self) -> list[tuple[list[Message], str | None]]:
         """The prompt."""
@@ -117,7 +123,13 @@ class RowError(ValueError):
 
 def row_to_json(row: Row) -> str:
     """As it stands in a prepared file."""
-    return json.dumps(vars(row), ensure_ascii=False)
+    return json.dumps(vars(row), ensure_ascii=False, default=_as_json)
+
+
+def _as_json(value: Any) -> Any:
+    """A value that Parquet or the Hub knows and JSON does not: a date, a time or a decimal number as text;
+    others, such as images, as null."""
+    return str(value) if isinstance(value, date | time | timedelta | Decimal) else None
 
 
 def row_from_json(text: str, row_types: Sequence[type[Row]]) -> Row:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import math
 from typing import Any
 
 import pytest
 
-from rlhf.data.formats import pair_row, retention_row, sft_row
+from rlhf.data.formats import pair_row, prompt_row, retention_row, sft_row
 from rlhf.data.roles import ROLES
-from rlhf.data.schema import Message, PairRow, PromptRow, QuestionRow, RowError, SftRow, TextRow
+from rlhf.data.schema import (
+    Message,
+    PairRow,
+    PromptRow,
+    QuestionRow,
+    RowError,
+    SftRow,
+    TextRow,
+    row_from_json,
+    row_to_json,
+)
 
 
 def user(content: str) -> Message:
@@ -113,7 +126,31 @@ def test_gold_scores_are_kept_and_may_be_text_as_in_csv() -> None:
     ({"prompt": {"text": "Hi", "role": "prompter", "replies": []}}, HI),  # and its trees
 ])  # fmt: skip
 def test_any_format_gives_its_prompt(raw: dict[str, Any], prompt: list[Message], role: str) -> None:
-    assert ROLES[role].parse(raw) == PromptRow(prompt)
+    row = ROLES[role].parse(raw)
+    assert isinstance(row, PromptRow) and row.prompt == prompt
+
+
+@pytest.mark.parametrize(("raw", "columns", "is_text"), [
+    ({"prompt": "2+2?", "answer": "4", "tests": ["a", "b"]}, {"answer": "4", "tests": ["a", "b"]}, True),
+    ({"messages": TWO_TURNS, "category": {"of": 1}, "empty": None}, {"category": {"of": 1}}, False),
+    ({"question": "Hi", "answer": "Yes", "prompt": None}, {"answer": "Yes"}, True),
+    ({"prompt": HI}, {}, False),
+])  # fmt: skip
+def test_a_prompt_keeps_the_other_columns_of_its_file(
+    raw: dict[str, Any], columns: dict[str, Any], is_text: bool
+) -> None:
+    row = prompt_row(raw)
+    assert (row.columns, row.is_text) == (columns, is_text)
+
+
+def test_columns_of_any_kind_can_be_kept() -> None:
+    when, price = datetime.date(2026, 11, 28), decimal.Decimal("1.50")
+    row = prompt_row({"prompt": "Hi", "when": when, "price": price, "image": b"\x00", "nan": math.nan})
+    back = row_from_json(row_to_json(row), [PromptRow])
+    assert isinstance(back, PromptRow) and math.isnan(back.columns.pop("nan"))
+    assert back.columns == {"when": "2026-11-28", "price": "1.50", "image": None}
+    with pytest.raises(RowError, match="not valid Unicode"):
+        prompt_row({"prompt": "Hi", "answer": "\ud800"})
 
 
 def test_retention_formats() -> None:

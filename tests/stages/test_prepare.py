@@ -57,6 +57,27 @@ def test_every_row_is_kept_once_and_counted(bench: Bench) -> None:
     assert "sft.data sft.jsonl 40" in bench.output
 
 
+def test_prompts_keep_their_columns_also_where_another_role_lends_them(bench: Bench) -> None:
+    bench.rows["sft"] = [
+        {"question": f"what is {n}?", "answer": f"it is {n}", "level": n % 2 or None} for n in range(40)
+    ] + [{"question": "what is 0?", "answer": "it is 0", "level": 7}]
+    bench.sources["ppo"] = "sft.data"
+    asks = bench.prepare().rows("ppo", "train")
+    assert len(asks) > 20
+    for row in asks:
+        number = int(row.asked().removeprefix("what is ").removesuffix("?"))
+        level = {"level": 1} if number % 2 else {}
+        assert row.columns == {"answer": f"it is {number}"} | level and row.is_text
+
+
+def test_rows_that_differ_in_other_columns_alone_ask_the_same(bench: Bench) -> None:
+    bench.rows["ppo"] = [{"prompt": f"ask {n % 20}", "id": n} for n in range(40)]
+    data = bench.prepare()
+    rows = [*data.rows("ppo", "train"), *data.rows("ppo", "held_out")]
+    assert sorted(row.columns["id"] for row in rows) == [*range(20)]
+    assert bench.report["ppo"]["removed"]["duplicate"]["count"] == 20
+
+
 def test_token_lengths(bench: Bench) -> None:
     # A byte is a token. Of the lengths 1 to 40, sorted: 5 % is item round(1.95), the median item round(19.5).
     bench.rows["sft"] = [{"text": "x" * n} for n in range(40, 0, -1)]
