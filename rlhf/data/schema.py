@@ -76,7 +76,7 @@ class PromptRow(Row):
     columns: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """The other columns of its file, such as `answer`, without those that are null. Rewards read them."""
     is_text: bool = field(default=False, kw_only=True)
-    """Whether the file gives the prompt as text, not as messages. A function in TRL's form then gets texts."""
+    """Whether the file gives the prompt as text, not as messages. Functions in TRL's form then get texts."""
 
     def exchanges(self) -> list[tuple[list[Message], str | None]]:
         """The prompt."""
