@@ -1,7 +1,9 @@
-"""PPO's four models and its loop, built from the keys `ppo.*`."""
+"""The models of a policy gradient and its loop, built from the stage's keys. PPO has four models; without a
+critic there are three."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -23,20 +25,56 @@ from rlhf.models.recompute import checkpoint_layers
 from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
 from rlhf.models.weight_sharing import Backbone, sharing
 from rlhf.pipeline.job import Job
-from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.config import PolicyConfig, PpoConfig
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.ppo.update import ActorCritic
+from rlhf.ppo.update import ActorAlone, ActorCritic, Objective, PpoObjective
 from rlhf.rewards.model import LearnedReward
 from rlhf.rewards.reward import Reward
 from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.tracking.redaction import redacted
+from rlhf.training.config import OptimConfig
 from rlhf.training.engine import Access, Engine
 from rlhf.training.make_engine import make_engine
 
 
 def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyTrainer:
-    """The loop with its four models, before its first step."""
+    """PPO's loop with its four models, before its first step."""
+
+    def critic(
+        reward: Reward,
+        normalizer: ScoreNormalizer,
+        tokenizer: PreTrainedTokenizerBase,
+        backbone: Backbone | None,
+    ) -> tuple[ScalarModel, OptimConfig]:
+        return load_critic(config, job, reward, normalizer, tokenizer, backbone), config.critic.optim
+
+    def mix(tokenizer: PreTrainedTokenizerBase, context: int) -> PretrainingMix | None:
+        return pretraining_mix(config, job, tokenizer, context) if config.ptx.coef > 0 else None
+
+    return build_loop(config, PpoObjective(config), job, mismatch_limit, critic=critic, mix=mix)
+
+
+LoadCritic = Callable[
+    [Reward, ScoreNormalizer, PreTrainedTokenizerBase, Backbone | None], tuple[ScalarModel, OptimConfig]
+]
+
+
+def build_loop(
+    config: PolicyConfig,
+    objective: Objective,
+    job: Job,
+    mismatch_limit: float,
+    *,
+    critic: LoadCritic | None = None,
+    mix: Callable[[PreTrainedTokenizerBase, int], PretrainingMix | None] = lambda tokenizer, context: None,
+) -> PolicyTrainer:
+    """The loop with its models, before its first step.
+
+    Args:
+        critic: loads it, and says how it is trained; None for an algorithm without one.
+        mix: makes the pretraining mix of rows that fit into so many tokens, if there is one.
+    """
     settings, compute, tokenizer = job.base.config, job.compute, job.start(config.init).load_tokenizer()
     start = job.start(config.init).directory
     policy = load_causal_lm(start, settings, compute.dtype, loads_on(config.peft, compute), compute)
@@ -47,21 +85,25 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
     placement = config.placement(shards_weights=compute.shards_weights)
     reward = job.reward(config.reward, config.micro_batch_tokens, backbone, placement)
     normalizer = score_normalizer(config, job)
-    critic = load_critic(config, job, reward, normalizer, tokenizer, backbone)
-    attach(critic.model, config.peft, compute.device)
-    critic.to(compute.loads_on)  # its head, behind what QLoRA took there
-    critic.head.requires_grad_(True)
-    critic.offset.requires_grad_(True)
+    groups: list[tuple[Iterable[nn.Parameter], OptimConfig]] = [(policy.parameters(), config.optim)]
+    model: nn.Module = ActorAlone(policy)
+    if critic is not None:
+        scalar, optim = critic(reward, normalizer, tokenizer, backbone)
+        attach(scalar.model, config.peft, compute.device)
+        scalar.to(compute.loads_on)  # its head, behind what QLoRA took there
+        scalar.head.requires_grad_(True)
+        scalar.offset.requires_grad_(True)
+        groups.append((scalar.parameters(), optim))
+        model = ActorCritic(policy, scalar)
     trained, _ = count_parameters(policy)  # before they are sharded
-    model = ActorCritic(policy, critic)
     if config.activation_checkpointing:
         checkpoint_layers(model)
     engine = make_engine(  # the trainer restores it, when all models are loaded
         model,
-        [(policy.parameters(), config.optim), (critic.parameters(), config.critic.optim)],
+        groups,
         compute,
         job.checkpoints.newest,
-        in_turns=True,
+        in_turns=critic is not None,
     )
     reference = (
         PolicyModel(backbone.model, tokenizer, compute)
@@ -70,6 +112,7 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
     )
     return PolicyTrainer(
         config,
+        objective,
         engine=engine,
         policy=PolicyModel(
             policy,
@@ -82,7 +125,7 @@ def build_trainer(config: PpoConfig, job: Job, mismatch_limit: float) -> PolicyT
         reference=reference,
         reward=reward,
         normalizer=normalizer,
-        mix=pretraining_mix(config, job, tokenizer, context_left(policy)) if config.ptx.coef > 0 else None,
+        mix=mix(tokenizer, context_left(policy)),
         job=job,
         trained_parameters=trained,
         mismatch_limit=mismatch_limit,
@@ -110,7 +153,7 @@ def pretraining_mix(
 
 
 def shared_backbone(
-    config: PpoConfig, policy: PreTrainedModel, start: Path, compute: Compute
+    config: PolicyConfig, policy: PreTrainedModel, start: Path, compute: Compute
 ) -> Backbone | None:
     """The weights that reference, critic and reward model share with the policy, which has no adapter yet.
 
@@ -129,7 +172,7 @@ def policy_access(engine: Engine, policy: PreTrainedModel, adapter: Adapter, com
     return Access(lambda: engine.gathered(policy), together, engine.gathered_weights)
 
 
-def score_normalizer(config: PpoConfig, job: Job) -> ScoreNormalizer:
+def score_normalizer(config: PolicyConfig, job: Job) -> ScoreNormalizer:
     """How raw scores become comparable to the KL penalty."""
     if config.score.normalize == "running":
         return ScoreNormalizer.running(config.score.clip)
@@ -138,9 +181,9 @@ def score_normalizer(config: PpoConfig, job: Job) -> ScoreNormalizer:
     metrics = job.inputs["generate"].manifest.metrics
     if metrics["score_deviation"] <= 0.0:
         raise ConfigError(
-            "ppo.score.normalize=sft: all responses that `generate` sampled have the same score, so "
+            f"{job.stage}.score.normalize=sft: all responses that `generate` sampled have the same score, so "
             "there is nothing to learn. Use more of them (generate.num_prompts), another reward, or "
-            "ppo.score.normalize=none."
+            f"{job.stage}.score.normalize=none."
         )
     return ScoreNormalizer.fixed(metrics["score_mean"], metrics["score_deviation"], config.score.clip)
 

@@ -1,4 +1,7 @@
-"""The keys `ppo.*`. Values: conf/stages/ppo.yaml."""
+"""The keys that PPO and the policy gradients without a critic share, and PPO's own.
+
+Values: conf/stages/ppo.yaml. The others' own keys: rlhf/ppo/group_config.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from rlhf.training.config import OptimConfig
 
 
 class KlConfig(Strict):
-    """`ppo.kl.*`: the penalty for leaving the SFT model."""
+    """`STAGE.kl.*`: the penalty for leaving the model that the policy starts from."""
 
     coef: NonNegativeFloat
     """Coefficient of the penalty: normalised reward for each nat. With adaptive, the first value."""
@@ -41,11 +44,11 @@ class CriticConfig(Strict):
 
 
 class ScoreConfig(Strict):
-    """`ppo.score.*`: from a raw score to the reward of a whole response."""
+    """`STAGE.score.*`: from a raw score to the reward of a whole response."""
 
     normalize: Literal["sft", "running", "none"]
     """Normalise scores with the mean and deviation of the start's scores (`sft`: measured by `generate` with
-    the model of `ppo.init`), of all scores so far (`running`), or not (`none`)."""
+    the model that the policy starts from), of all scores so far (`running`), or not (`none`)."""
     clip: PositiveFloat | None
     """Deviations beyond which a normalised score is cut."""
     missing_stop: float | None
@@ -72,13 +75,9 @@ class PtxConfig(Strict):
     """Rows of `data` per optimizer step."""
 
 
-class PpoConfig(Strict):
-    """Every knob of the PPO stage. Sources of the details: docs/algorithms/ppo.md."""
+class PolicyConfig(Strict):
+    """The knobs of every stage that samples from a policy, scores what it said and learns from that."""
 
-    prompts: PromptSource | None
-    """The prompts that PPO answers and learns from: a source, or `sft.data` or `reward.pairs` for the prompts
-    of those rows. `auto` uses the demo's; if some data is yours, the prompts of sft.data, else those of
-    reward.pairs."""
     init: Init
     """The model that the policy starts from, which is the reference too: `sft`, `base`, or a
     `save_pretrained` directory. Unless it is `sft`, no SFT stage is needed."""
@@ -86,7 +85,7 @@ class PpoConfig(Strict):
     """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
     classification model), `python:MODULE:FUNCTION`, or the URL of a server."""
     steps: PositiveInt
-    """Number of rollouts. PPO passes over each of them `epochs` times."""
+    """Number of rollouts. The policy learns from each of them in `epochs` passes."""
     batch_episodes: PositiveInt
     """Episodes per rollout, over all ranks."""
     minibatch_episodes: PositiveInt
@@ -101,23 +100,14 @@ class PpoConfig(Strict):
     """Divides the logits of both policy and reference, in sampling and in training."""
     optim: OptimConfig
     peft: Peft
-    critic: CriticConfig
     kl: KlConfig
     score: ScoreConfig
-    ptx: PtxConfig
-    gamma: float = Field(gt=0, le=1)
-    """Discount per token; 1 if the length should not matter."""
-    lam: float = Field(ge=0, le=1)
-    """Lambda of GAE: 0 relies on the critic only, 1 on the sampled rewards only."""
     clip: float = Field(gt=0, lt=1)
     """How far the probability ratio may move away from 1 and still get a gradient."""
     clip_high: PositiveFloat | None
     """The same for ratios above 1; null uses clip."""
     dual_clip: float | None = Field(gt=1)
     """Ratio above which a token with a negative advantage gets no gradient; null for no limit."""
-    value_clip: PositiveFloat | None
-    """How far the critic may move away from the rollout's value and still get a gradient, in units of the
-    normalised reward; null for no limit."""
     ema_decay: float | None = Field(gt=0, lt=1)
     """Publish an exponential moving average of the policy's weights; null for the weights themselves."""
     evaluate_every: PositiveInt
@@ -151,20 +141,19 @@ class PpoConfig(Strict):
         return self.frozen_placement
 
     @property
-    def mixed_role(self) -> Literal["sft", "ptx"]:
-        """Whose rows the pretraining mix draws."""
-        return "sft" if self.ptx.data is None else "ptx"
+    def group_size(self) -> int:
+        """Episodes that answer the same prompt."""
+        return 1
+
+    @property
+    def warmup_steps(self) -> int:
+        """First steps, in which the policy does not learn."""
+        return 0
 
     @property
     def scores_by_rule(self) -> bool:
         """No model scores."""
         return not reward_kind(self.reward).has_model
-
-    @property
-    def critic_on_reward(self) -> bool:
-        """Whether the critic starts from the reward model, as far as the config tells."""
-        fits = not self.scores_by_rule and self.score.normalize != "running"
-        return self.critic.init == "reward" or (self.critic.init == "auto" and fits)
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -173,16 +162,54 @@ class PpoConfig(Strict):
                 f"KEY.minibatch_episodes={self.minibatch_episodes} is more than "
                 f"KEY.batch_episodes={self.batch_episodes}. Lower it, or raise the other"
             )
-        if self.critic.warmup_steps >= self.steps:
-            raise ValueError(
-                f"KEY.critic.warmup_steps={self.critic.warmup_steps} leaves none of KEY.steps={self.steps} "
-                "in which the policy learns. Lower it"
-            )
         if self.kl.controller == "adaptive" and self.kl.horizon <= 0.2 * self.batch_episodes:
             raise ValueError(
                 f"KEY.kl.horizon={self.kl.horizon:g} episodes is too short for "
                 f"KEY.batch_episodes={self.batch_episodes}: the coefficient could turn negative. "
                 "Use at least ten times the batch"
+            )
+        return self
+
+
+class PpoConfig(PolicyConfig):
+    """Every knob of the PPO stage. Sources of the details: docs/algorithms/ppo.md."""
+
+    prompts: PromptSource | None
+    """The prompts that PPO answers and learns from: a source, or `sft.data` or `reward.pairs` for the prompts
+    of those rows. `auto` uses the demo's; if some data is yours, the prompts of sft.data, else those of
+    reward.pairs."""
+    critic: CriticConfig
+    ptx: PtxConfig
+    gamma: float = Field(gt=0, le=1)
+    """Discount per token; 1 if the length should not matter."""
+    lam: float = Field(ge=0, le=1)
+    """Lambda of GAE: 0 relies on the critic only, 1 on the sampled rewards only."""
+    value_clip: PositiveFloat | None
+    """How far the critic may move away from the rollout's value and still get a gradient, in units of the
+    normalised reward; null for no limit."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """First steps, in which only the critic learns."""
+        return self.critic.warmup_steps
+
+    @property
+    def mixed_role(self) -> Literal["sft", "ptx"]:
+        """Whose rows the pretraining mix draws."""
+        return "sft" if self.ptx.data is None else "ptx"
+
+    @property
+    def critic_on_reward(self) -> bool:
+        """Whether the critic starts from the reward model, as far as the config tells."""
+        fits = not self.scores_by_rule and self.score.normalize != "running"
+        return self.critic.init == "reward" or (self.critic.init == "auto" and fits)
+
+    @model_validator(mode="after")
+    def _critic(self) -> Self:
+        if self.critic.warmup_steps >= self.steps:
+            raise ValueError(
+                f"KEY.critic.warmup_steps={self.critic.warmup_steps} leaves none of KEY.steps={self.steps} "
+                "in which the policy learns. Lower it"
             )
         if self.critic.init == "reward" and self.score.normalize == "running":
             raise ValueError(

@@ -1,11 +1,11 @@
-"""The metrics of PPO. Each one counts real tokens or episodes of all ranks, never padding.
+"""The metrics of policy gradients. Each one counts real tokens or episodes of all ranks, never padding.
 
 Dimensions: B episodes, R response tokens (padded).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from rlhf.evaluation.intervals import mean, ratio
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.losses.policy import PolicyLoss
-from rlhf.losses.value import ValueLoss
 from rlhf.rewards.reward import Reward, RewardError
 from rlhf.rl.advantage import kl_k1, kl_k3
 from rlhf.rl.rollout import Experience
@@ -47,13 +46,14 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
         "length_p95": float(lengths_B.quantile(0.95)),
         "stop_rate": stop_rate,
         "truncation_rate": 1 - stop_rate,
-        "value": total(experience.value_BR) / tokens,
-        "return": total(experience.return_BR) / tokens,
-        "explained_variance": explained_variance(experience.value_BR, experience.return_BR, mask_BR),
-        "explained_variance_error": explained_variance_error(experience),
         "distinct_1": distinct_n(ids, 1),
         "distinct_2": distinct_n(ids, 2),
     }
+    if experience.values is not None:
+        value_BR, return_BR = experience.values
+        metrics["value"], metrics["return"] = total(value_BR) / tokens, total(return_BR) / tokens
+        metrics["explained_variance"] = explained_variance(value_BR, return_BR, mask_BR)
+        metrics["explained_variance_error"] = explained_variance_error(experience)
     if rollout.sampled_logp is not None:
         engine_BR = torch.nn.utils.rnn.pad_sequence(rollout.sampled_logp, batch_first=True)
         mismatch = torch.where(mask_BR, engine_BR - experience.logp_BR, 0.0).abs()
@@ -84,22 +84,26 @@ def explained_variance_error(experience: Experience) -> float:
 class UpdateSums:
     """Sums over the tokens of all optimizer steps of one rollout."""
 
-    NAMES = ("policy_loss", "value_loss", "entropy", "clip_fraction", "value_clip_fraction", "approximate_kl")
+    NAMES = ("policy_loss", "entropy", "clip_fraction", "approximate_kl")
 
-    def __init__(self) -> None:
-        self._sums = torch.zeros(len(self.NAMES), dtype=torch.float64)
+    def __init__(self, beside: Sequence[str] = ()) -> None:
+        """`beside`: names of what is counted beside the policy, such as the critic's loss."""
+        self.names = (*self.NAMES, *beside)
+        self._sums = torch.zeros(len(self.names), dtype=torch.float64)
         self._tokens = 0.0
         self._max_ratio = 0.0
 
     def add(
-        self, policy: PolicyLoss, value: ValueLoss, entropy_sum: Tensor, tokens: int, total_tokens: float
-    ) -> None:
-        """Count one of this rank's micro-batches; its losses are already divided by total_tokens."""
-        sums = torch.stack([
-            policy.loss.detach() * total_tokens, value.loss.detach() * total_tokens, entropy_sum,
-            policy.clipped.float(), value.clipped.float(), policy.approximate_kl,
-        ])  # fmt: skip
-        self._sums += sums.double().cpu()
+        self, policy: PolicyLoss, entropy_sum: Tensor, tokens: int, total_tokens: float,
+        beside: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Count one of this rank's micro-batches; its loss is already divided by total_tokens, the figures
+        beside it are sums over tokens."""
+        figures = {
+            "policy_loss": policy.loss.detach() * total_tokens, "entropy": entropy_sum,
+            "clip_fraction": policy.clipped, "approximate_kl": policy.approximate_kl, **beside,
+        }  # fmt: skip
+        self._sums += torch.stack([figures[name].float() for name in self.names]).double().cpu()
         self._tokens += tokens
         self._max_ratio = max(self._max_ratio, float(policy.max_ratio))
 
@@ -112,7 +116,7 @@ class UpdateSums:
         *sums, tokens = compute.global_sum(
             torch.cat([self._sums, torch.tensor([self._tokens], dtype=torch.float64)])
         ).tolist()
-        return {name: value / tokens for name, value in zip(self.NAMES, sums, strict=True)}
+        return {name: value / tokens for name, value in zip(self.names, sums, strict=True)}
 
 
 CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
@@ -197,7 +201,7 @@ def evaluate_policy(
     for half in (CHOICE, JUDGED):
         if not bool(score_B[half].isfinite().any()):
             raise RewardError(
-                f"ppo.reward gave no finite score for any of {len(score_B[half])} responses to held-out "
+                f"STAGE.reward gave no finite score for any of {len(score_B[half])} responses to held-out "
                 "prompts. Fix that reward, or use another one."
             )
     logp_BR = policy.log_probabilities(rollout, temperature, micro_batch_tokens)

@@ -1,4 +1,4 @@
-"""The PPO loop: sample, score, learn, evaluate.
+"""The loop of policy gradients: sample, score, learn, evaluate.
 
 What is learned from one rollout is rlhf/ppo/update.py. Dimensions: B episodes, R response tokens (padded).
 """
@@ -19,12 +19,12 @@ from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.pipeline.job import Job
-from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.ppo.update import BadStepError, ForwardPass, PolicyUpdater
+from rlhf.ppo.update import BadStepError, ForwardPass, Objective, PolicyUpdater
 from rlhf.rewards.reward import Reward, RewardError
-from rlhf.rl.advantage import AdaptiveKL, FixedKL, ScoreNormalizer
+from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.rl.rollout import Experience, RewardRule, make_experience
 from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
@@ -39,11 +39,12 @@ class TooBadError(Exception):
 
 
 class PolicyTrainer:
-    """The PPO loop and everything that changes in it. All ranks have the same state."""
+    """The loop and everything that changes in it. All ranks have the same state."""
 
     def __init__(
         self,
-        config: PpoConfig,
+        config: PolicyConfig,
+        objective: Objective,
         *,
         engine: Engine,
         policy: PolicyModel,
@@ -63,14 +64,10 @@ class PolicyTrainer:
         self.trained_parameters, self.mismatch_limit = trained_parameters, mismatch_limit
         self.config, self.job, self.compute, self.engine = config, job, job.compute, engine
         self.policy, self.reference, self.reward = policy, reference, reward
-        self.kl = (
-            AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
-            if config.kl.controller == "adaptive"
-            else FixedKL(config.kl.coef)
-        )
+        self.objective, self.kl = objective, objective.kl
         self.normalizer = normalizer
         self.phases = StepTimer(self.compute.device)
-        self.update = PolicyUpdater(config, engine, policy, mix, job, self.phases)
+        self.update = PolicyUpdater(config, objective, engine, policy, mix, job, self.phases)
         self.sampling = torch.Generator().manual_seed(job.seed)
         self.bad_steps, self.done, self.evaluated, self.best_step = 0, 0, 0, 0
         self.last_bad = ""
@@ -93,21 +90,23 @@ class PolicyTrainer:
             ConfigError: too much went wrong; what was learned before is in the newest checkpoint.
             Stopped: a signal came; a checkpoint is written.
         """
-        config, checkpoints = self.config, self.job.checkpoints
+        config, checkpoints, name = self.config, self.job.checkpoints, self.job.stage
         if not self.restore():
             self.first = self.last = self.evaluate(held_out)
         elif self.bad_steps > config.max_bad_steps:
             raise ConfigError(
-                f"ppo.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps were skipped, "
+                f"{name}.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps were skipped, "
                 f"the last one was step {self.done}. Raise it to continue after them."
             )
-        batches = prompt_batches(prompts, config.batch_episodes, config.steps, self.job.seed)
-        with self.job.progress.task("ppo: steps", config.steps) as task, checkpoints.training():
+        num_prompts = config.batch_episodes // config.group_size
+        batches = prompt_batches(prompts, num_prompts, config.steps, self.job.seed)
+        with self.job.progress.task(f"{self.job.stage}: steps", config.steps) as task, checkpoints.training():
             task.skip(self.done)
             self.evaluate_if_due(held_out)  # it may be what stopped the run before
-            for step, rows in enumerate(batches, 1):
+            for step, asked in enumerate(batches, 1):
                 if step <= self.done:
                     continue
+                rows = [row for row in asked for _ in range(config.group_size)]
                 sampling, normalizer = self.sampling.get_state(), self.normalizer.state_dict()
                 try:
                     metrics = self.step(rows, step)
@@ -125,8 +124,8 @@ class PolicyTrainer:
                     checkpoints.save(self.done, self.engine, self.state_dict())
                     reason = (
                         f"{self.bad_steps} steps were skipped, more than "
-                        f"ppo.max_bad_steps={config.max_bad_steps}; the last because {self.last_bad} Fix "
-                        f"ppo.reward={config.reward}, or lower ppo.optim.lr"
+                        f"{name}.max_bad_steps={config.max_bad_steps}; the last because {self.last_bad} Fix "
+                        f"{name}.reward={config.reward}, or lower {name}.optim.lr"
                     )
                     self.stop(step, rows, reason, "continues after this step")
                 self.evaluate_if_due(held_out)
@@ -139,13 +138,14 @@ class PolicyTrainer:
 
     def summary(self) -> dict[str, float]:
         """The stage's summary metrics."""
-        config, best, first, last = self.config, self.best, self.first, self.last
+        config, name = self.config, self.job.stage
+        best, first, last = self.best, self.first, self.last
         assert best is not None and first is not None and last is not None
         done = [metrics for metrics in self.history if "policy_loss" in metrics]
         if not done:
             raise ConfigError(
-                f"ppo.steps={config.steps}: every step was skipped, so nothing was learned. "
-                f"Fix ppo.reward={config.reward}, or lower ppo.optim.lr."
+                f"{name}.steps={config.steps}: every step was skipped, so nothing was learned. "
+                f"Fix {name}.reward={config.reward}, or lower {name}.optim.lr."
             )
         mismatches = [each["engine_mismatch"] for each in self.history if "engine_mismatch" in each]
         return {
@@ -153,7 +153,7 @@ class PolicyTrainer:
             "first_kl": done[0]["kl_k3"],
             # Python's max drops a NaN, which must fail the gate
             "engine_mismatch": float(torch.tensor(mismatches, dtype=torch.float64).max()),
-            **self.explained_variance(done).metrics("explained_variance"),
+            **self.of_critic(done),
             **mean(best.kl_B).metrics("kl"),
             "held_out_score_before": first.score,
             "held_out_score": best.score,
@@ -166,6 +166,12 @@ class PolicyTrainer:
             "episodes": config.steps * config.batch_episodes,
             "trained_parameters": self.trained_parameters,
         }
+
+    def of_critic(self, done: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Its summary metrics, if there is one."""
+        if not self.objective.has_critic:
+            return {}
+        return self.explained_variance(done).metrics("explained_variance")
 
     def explained_variance(self, done: Sequence[Mapping[str, float]]) -> Sampled:
         """The mean over the last quarter of the steps; steps are independent samples."""
@@ -215,11 +221,11 @@ class PolicyTrainer:
         Raises:
             TooBadError: the KL passed max_kl, or the engine samples from another policy.
         """
-        config = self.config
+        config, name = self.config, self.job.stage
         self.phases.taken()
         self.compute.position["step"] = step
-        warm_up = step <= config.critic.warmup_steps
-        first_steps = {0: config.critic.warmup_steps}  # the policy's
+        warm_up = step <= config.warmup_steps
+        first_steps = {0: config.warmup_steps}  # the policy's
         rates = self.engine.set_rates(step - 1, config.steps, first_steps=first_steps)
         metrics = {"lr": rates[0], "kl_coef": self.kl.coef}
         self.texts = []
@@ -231,13 +237,13 @@ class PolicyTrainer:
                 raise TooBadError(
                     "the responses are not sampled from the policy that learns: their log-probabilities are "
                     f"{metrics['engine_mismatch']:.3g} nats per token off, more than "
-                    f"{self.mismatch_limit:.3g}, {TIMES_THE_BOUND} times ppo.gates.engine_mismatch.max. Use "
-                    "another generation=, or precision=fp32"
+                    f"{self.mismatch_limit:.3g}, {TIMES_THE_BOUND} times {name}.gates.engine_mismatch.max. "
+                    "Use another generation=, or precision=fp32"
                 )
             if config.max_kl is not None and metrics["kl"] > config.max_kl:
                 raise TooBadError(
                     f"the policy is {metrics['kl']:.4g} nats per sequence from the SFT model, more than "
-                    f"ppo.max_kl={config.max_kl:g}. Raise ppo.kl.coef, or lower ppo.optim.lr"
+                    f"{name}.max_kl={config.max_kl:g}. Raise {name}.kl.coef, or lower {name}.optim.lr"
                 )
             metrics |= self.update.learn(experience, scored, critic_only=warm_up)
             metrics |= self.phases.taken()
@@ -258,7 +264,9 @@ class PolicyTrainer:
 
     def warn(self, text: str) -> None:
         """Print it. It may quote a response, so brackets are no markup."""
-        self.job.progress.console.print(f"ppo: {text}", highlight=False, markup=False, style="yellow")
+        self.job.progress.console.print(
+            f"{self.job.stage}: {text}", highlight=False, markup=False, style="yellow"
+        )
 
     def stop(self, step: int, rows: Sequence[PromptRow], reason: str, then: str) -> NoReturn:
         """Write the batch to a file and end. `then` says what the same command does with a higher limit.
@@ -272,12 +280,12 @@ class PolicyTrainer:
             [{"prompt": row.prompt, "response": text} for row, text in zip(rows, texts, strict=True)],
         )
         raise ConfigError(
-            f"ppo: step {step}: {reason}. Its batch is in {path}. All that was learned so far is kept: the "
-            f"same command stops here again; with a higher limit it {then}."
+            f"{self.job.stage}: step {step}: {reason}. Its batch is in {path}. All that was learned so far "
+            f"is kept: the same command stops here again; with a higher limit it {then}."
         )
 
     def experience(self, rows: Sequence[PromptRow]) -> tuple[Experience, ForwardPass | None]:
-        """Sample one response per prompt with the current policy, and score it (`PolicyUpdater.score`)."""
+        """Sample one response to each row with the current policy, and score it (`PolicyUpdater.score`)."""
         config = self.config
         if self.policy.vllm is not None:
             with self.phases("sync"):
@@ -303,18 +311,19 @@ class PolicyTrainer:
         with self.phases("score"):
             logp_BR, value_BR, scored = self.update.score(rollout)
         rule = RewardRule(
-            self.normalizer, self.kl.coef, config.score.missing_stop, config.score.missing_stop_penalty
+            self.normalizer,
+            self.objective.reward_kl_coef,
+            config.score.missing_stop,
+            config.score.missing_stop_penalty,
         )
         with self.phases("advantages"):
             experience = make_experience(
                 rollout,
                 logp_BR=logp_BR,
                 reference_logp_BR=reference_BR,
-                value_BR=value_BR,
                 score_B=score_B,
                 rule=rule,
-                gamma=config.gamma,
-                lam=config.lam,
+                advantages=self.objective.estimator(value_BR),
             )
         return experience, scored
 

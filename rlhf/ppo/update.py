@@ -1,4 +1,4 @@
-"""What PPO learns from one rollout: epochs of minibatches of micro-batches.
+"""What a policy gradient learns from one rollout: epochs of minibatches of micro-batches.
 
 Policy and critic are one module, so that one engine and one optimizer hold both. Dimensions: B episodes,
 R response tokens (padded), N response tokens of a micro-batch laid end to end.
@@ -6,16 +6,18 @@ R response tokens (padded), N response tokens of a micro-batch laid end to end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.generation.policy_model import PolicyModel
-from rlhf.losses.policy import clipped_policy_loss
+from rlhf.losses.policy import PolicyLoss, clipped_policy_loss
 from rlhf.losses.value import clipped_value_loss
 from rlhf.models.logprobs import (
     Sequences,
@@ -26,10 +28,11 @@ from rlhf.models.logprobs import (
 )
 from rlhf.models.value_head import ScalarModel
 from rlhf.pipeline.job import Job
-from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.config import PolicyConfig, PpoConfig
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.rl.rollout import Experience, Rollout, minibatches
+from rlhf.rl.advantage import AdaptiveKL, FixedKL
+from rlhf.rl.rollout import Advantages, Experience, Rollout, critic_advantages, minibatches
 from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
 from rlhf.training.optimizer import WeightAverage
@@ -44,7 +47,97 @@ class ForwardPass(NamedTuple):
 
     batch: Sequences
     statistics: TokenStatistics
-    value_N: Tensor
+    value_N: Tensor | None
+    """None without a critic."""
+
+
+class Objective(ABC):
+    """What makes one algorithm differ from another: its advantages and its losses.
+
+    PPO's is here; those without a critic are in rlhf/ppo/group_objective.py.
+    """
+
+    has_critic: ClassVar[bool]
+    figures: ClassVar[tuple[str, ...]]
+    """What it counts of every update, beside the policy's figures."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self.kl = (
+            AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
+            if config.kl.controller == "adaptive"
+            else FixedKL(config.kl.coef)
+        )
+
+    @property
+    def reward_kl_coef(self) -> float:
+        """Coefficient of the KL penalty in the reward."""
+        return self.kl.coef
+
+    @abstractmethod
+    def estimator(self, value_BR: Tensor | None) -> Callable[[Tensor, Tensor], Advantages]:
+        """What makes advantages of rewards: see `make_experience`. value_BR: the critic's."""
+
+    @abstractmethod
+    def policy_loss(
+        self, logp_BR: Tensor, part: Experience, *, total_tokens: int, num_episodes: int
+    ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
+        """The policy's loss on a micro-batch, on logp_BR's device.
+
+        Args:
+            logp_BR: nats, of the policy that trains; carries the gradient.
+            total_tokens: response tokens of the whole optimizer step, over all ranks.
+            num_episodes: of the whole optimizer step, over all ranks.
+
+        Returns:
+            The loss; and those of `figures` that the policy has, as sums over tokens.
+        """
+
+    @abstractmethod
+    def critic_loss(
+        self, value_BR: Tensor, part: Experience, *, total_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The critic's loss on a micro-batch, and its `figures`; called if there is a critic."""
+
+
+class PpoObjective(Objective):
+    """PPO: advantages from a critic, the clipped policy loss, the critic's squared error."""
+
+    has_critic: ClassVar[bool] = True
+    figures: ClassVar[tuple[str, ...]] = ("value_loss", "value_clip_fraction")
+
+    def __init__(self, config: PpoConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def estimator(self, value_BR: Tensor | None) -> Callable[[Tensor, Tensor], Advantages]:
+        """GAE."""
+        assert value_BR is not None
+        return partial(critic_advantages, value_BR=value_BR, gamma=self.config.gamma, lam=self.config.lam)
+
+    def policy_loss(
+        self, logp_BR: Tensor, part: Experience, *, total_tokens: int, num_episodes: int
+    ) -> tuple[PolicyLoss, Mapping[str, Tensor]]:
+        """See rlhf/losses/policy.py."""
+        config, device = self.config, logp_BR.device
+        return clipped_policy_loss(
+            logp_BR, part.logp_BR.to(device), part.advantage_BR.to(device), part.mask_BR.to(device),
+            clip=config.clip, clip_high=config.clip_high, dual_clip=config.dual_clip,
+            total_tokens=total_tokens,
+        ), {}  # fmt: skip
+
+    def critic_loss(
+        self, value_BR: Tensor, part: Experience, *, total_tokens: int
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """See rlhf/losses/value.py."""
+        device = value_BR.device
+        found = clipped_value_loss(
+            value_BR, part.value_BR.to(device), part.return_BR.to(device), part.mask_BR.to(device),
+            clip=self.config.value_clip, total_tokens=total_tokens,
+        )  # fmt: skip
+        figures = {
+            "value_loss": found.loss.detach() * total_tokens, "value_clip_fraction": found.clipped,
+        }  # fmt: skip
+        return found.loss, figures
 
 
 class ActorCritic(nn.Module):
@@ -69,19 +162,33 @@ class ActorCritic(nn.Module):
         return self.critic.values(batch)
 
 
+class ActorAlone(nn.Module):
+    """A policy without a critic, called as an ActorCritic's half."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, half: Literal["policy"], batch: Sequences, temperature: float = 1.0) -> TokenStatistics:
+        """Log-probability and entropy of every response token, in nats, at the sampling temperature."""
+        return response_statistics(self.policy, batch, temperature)
+
+
 class PolicyUpdater:
     """Learns from a rollout. Holds what changes meanwhile, except the engine's state."""
 
     def __init__(
         self,
-        config: PpoConfig,
+        config: PolicyConfig,
+        objective: Objective,
         engine: Engine,
         policy: PolicyModel,
         mix: PretrainingMix | None,
         job: Job,
         phases: StepTimer,
     ) -> None:
-        self.config, self.engine, self.compute, self.mix = config, engine, job.compute, mix
+        self.config, self.objective, self.mix = config, objective, mix
+        self.engine, self.compute = engine, job.compute
         self.phases = phases
         self.average = WeightAverage(policy.model, config.ema_decay) if config.ema_decay is not None else None
         self.shuffling = torch.Generator().manual_seed(job.seed)
@@ -106,8 +213,9 @@ class PolicyUpdater:
         if self.mix is not None:
             self.mix.load_state_dict(state["mix"])
 
-    def score(self, rollout: Rollout) -> tuple[Tensor, Tensor, ForwardPass | None]:
-        """Log-probabilities and values of a rollout by the current models: fp32 [B, R], on the CPU.
+    def score(self, rollout: Rollout) -> tuple[Tensor, Tensor | None, ForwardPass | None]:
+        """Log-probabilities and (with a critic) values of a rollout by the current models: fp32 [B, R], on
+        the CPU.
 
         If the rollout is one minibatch and fits into one forward pass, `learn` uses this pass as its first:
         it is returned with its graph.
@@ -117,16 +225,16 @@ class PolicyUpdater:
         once = passes == 1 and len(rollout) == config.minibatch_episodes
         scored: list[ForwardPass] = []
 
-        def measure(batch: Sequences) -> tuple[Tensor, Tensor]:
+        def measure(batch: Sequences) -> tuple[Tensor, ...]:
             with torch.set_grad_enabled(once):
                 statistics = self.engine.model("policy", batch, config.temperature)
-                value_N = self.engine.model("critic", batch)
+                value_N = self.engine.model("critic", batch) if self.objective.has_critic else None
             if once:
                 scored.append(ForwardPass(batch, statistics, value_N))
-            return statistics.logp_N, value_N
+            return statistics.logp_N, *(() if value_N is None else (value_N,))
 
-        logp_BR, value_BR = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)
-        return logp_BR, value_BR, scored[0] if once else None
+        logp_BR, *values = rollout_rows(rollout, config.micro_batch_tokens, self.compute, measure)
+        return logp_BR, values[0] if values else None, scored[0] if once else None
 
     def learn(
         self, experience: Experience, scored: ForwardPass | None, *, critic_only: bool
@@ -144,10 +252,12 @@ class PolicyUpdater:
             BadStepError: no minibatch had a finite gradient, so no optimizer step was taken.
         """
         config, metrics = self.config, {}
-        sums, norms, skipped = UpdateSums(), [], 0
+        sums, norms, skipped = UpdateSums(self.objective.figures), [], 0
         for epoch in range(config.epochs):
             epoch_sums = UpdateSums()
-            for indices in minibatches(len(experience), config.minibatch_episodes, self.shuffling):
+            for indices in minibatches(
+                len(experience), config.minibatch_episodes, self.shuffling, config.group_size
+            ):
                 minibatch = experience if scored is not None else experience.select(indices)
                 with self.phases("update"):
                     deviation = self.accumulate(minibatch, [sums, epoch_sums], critic_only, scored)
@@ -169,13 +279,12 @@ class PolicyUpdater:
                 break
         if not norms:
             raise BadStepError("no gradient was finite.")
-        policy_norms, critic_norms = zip(*norms, strict=True)
+        policy_norms, *critic_norms = zip(*norms, strict=True)
         return metrics | sums.means(self.compute) | {
             "skipped_minibatches": float(skipped),
             "max_ratio": sums.max_ratio(self.compute),
             "grad_norm": sum(policy_norms) / len(norms),
-            "critic_grad_norm": sum(critic_norms) / len(norms),
-        }  # fmt: skip
+        } | ({"critic_grad_norm": sum(critic_norms[0]) / len(norms)} if critic_norms else {})  # fmt: skip
 
     def accumulate(
         self,
@@ -192,7 +301,7 @@ class PolicyUpdater:
         Returns:
             The mean |ratio - 1| over the minibatch's tokens: 0 before the first update, up to rounding.
         """
-        config, device = self.config, self.compute.device
+        config, objective, device = self.config, self.objective, self.compute.device
         total_tokens = int(minibatch.mask_BR.sum())
         if self.mix is not None and not critic_only:
             self.accumulate_mix(self.mix)
@@ -205,33 +314,26 @@ class PolicyUpdater:
                 statistics = self.engine.model("policy", batch, config.temperature)
             else:
                 batch, statistics = scored.batch, scored.statistics
-            policy_loss = clipped_policy_loss(
-                batch.to_rows(statistics.logp_N),
-                part.logp_BR.to(device),
-                part.advantage_BR.to(device),
-                batch.mask_BR,
-                clip=config.clip,
-                clip_high=config.clip_high,
-                dual_clip=config.dual_clip,
-                total_tokens=total_tokens,
+            policy_loss, figures = objective.policy_loss(
+                batch.to_rows(statistics.logp_N), part, total_tokens=total_tokens, num_episodes=len(minibatch)
             )
-            # sharding needs a gradient for each weight: zeros for the policy while only the critic learns
-            self.engine.backward_part((0.0 if critic_only else weight) * policy_loss.loss)
-            value_N = self.engine.model("critic", batch) if scored is None else scored.value_N
-            value_loss = clipped_value_loss(
-                batch.to_rows(value_N),
-                part.value_BR.to(device),
-                part.return_BR.to(device),
-                batch.mask_BR,
-                clip=config.value_clip,
-                total_tokens=total_tokens,
-            )
-            self.engine.backward(weight * value_loss.loss, last=last)
+            if objective.has_critic:
+                # sharding needs a gradient for each weight: zeros for the policy while only the critic learns
+                self.engine.backward_part((0.0 if critic_only else weight) * policy_loss.loss)
+                value_N = scored.value_N if scored is not None else self.engine.model("critic", batch)
+                assert value_N is not None
+                loss, of_critic = objective.critic_loss(
+                    batch.to_rows(value_N), part, total_tokens=total_tokens
+                )
+                figures = {**figures, **of_critic}
+            else:
+                loss = policy_loss.loss
+            self.engine.backward(weight * loss, last=last)
             if weight:
                 deviation += float(policy_loss.ratio_deviation)
                 entropy = statistics.entropy_N.sum()
                 for each in sums:
-                    each.add(policy_loss, value_loss, entropy, len(statistics.logp_N), total_tokens)
+                    each.add(policy_loss, entropy, len(statistics.logp_N), total_tokens, figures)
         return float(self.compute.global_sum(torch.tensor([deviation], dtype=torch.float64))) / total_tokens
 
     def accumulate_mix(self, mix: PretrainingMix) -> None:

@@ -5,8 +5,10 @@ Dimensions: B episodes, R response tokens (prompt excluded).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,25 +114,50 @@ class RewardRule:
     """Subtracted from such a response's normalised score; unused with a replacement."""
 
 
+class Values(NamedTuple):
+    """What a critic adds to an experience."""
+
+    value_BR: Tensor
+    """Units of the normalised reward, from the critic at the rollout: V(prompt + y_<t)."""
+    return_BR: Tensor
+    """Units of the normalised reward; the critic's target, not whitened."""
+
+
+class Advantages(NamedTuple):
+    """What an estimator makes of rewards."""
+
+    advantage_BR: Tensor
+    """0 on padding."""
+    values: Values | None
+    """None without a critic."""
+
+
+def critic_advantages(
+    reward_BR: Tensor, mask_BR: Tensor, value_BR: Tensor, *, gamma: float, lam: float
+) -> Advantages:
+    """`generalized_advantage`, whitened over the whole rollout, and the critic's targets."""
+    advantage_BR, return_BR = generalized_advantage(reward_BR, value_BR, mask_BR, gamma=gamma, lam=lam)
+    whitened_BR = whiten(advantage_BR, mask_BR, masked_moments(advantage_BR, mask_BR))
+    return Advantages(whitened_BR, Values(value_BR, return_BR))
+
+
 def make_experience(
     rollout: Rollout,
     *,
     logp_BR: Tensor,
     reference_logp_BR: Tensor,
-    value_BR: Tensor,
     score_B: Tensor,
     rule: RewardRule,
-    gamma: float,
-    lam: float,
+    advantages: Callable[[Tensor, Tensor], Advantages],
 ) -> Experience:
-    """Rewards, advantages (whitened over the whole rollout) and returns.
+    """Rewards and advantages.
 
     Args:
         rollout: all episodes, of all ranks: moments of a part would make the result depend on their number.
         logp_BR: nats, under the sampling policy, from the training kernels.
         reference_logp_BR: nats, under the frozen reference.
-        value_BR: units of the normalised reward.
         score_B: raw score units; finite.
+        advantages: the estimator, of reward_BR (units of the normalised reward) and mask_BR.
     """
     mask_BR = rollout.mask_BR
     rule.normalizer.update(masked_moments(score_B, score_B.isfinite()))
@@ -141,17 +168,15 @@ def make_experience(
         penalty=rule.missing_stop_penalty,
     )
     reward_BR = token_rewards(logp_BR, reference_logp_BR, mask_BR, normalized_B, kl_coef=rule.kl_coef)
-    advantage_BR, return_BR = generalized_advantage(reward_BR, value_BR, mask_BR, gamma=gamma, lam=lam)
-    whitened_BR = whiten(advantage_BR, mask_BR, masked_moments(advantage_BR, mask_BR))
+    advantage_BR, values = advantages(reward_BR, mask_BR)
     return Experience(
         rollout=rollout,
         score_B=score_B,
         logp_BR=logp_BR,
         reference_logp_BR=reference_logp_BR,
-        value_BR=value_BR,
         reward_BR=reward_BR,
-        advantage_BR=whitened_BR,
-        return_BR=return_BR,
+        advantage_BR=advantage_BR,
+        values=values,
     )
 
 
@@ -166,20 +191,18 @@ class Experience:
     """Nats, under the policy at the rollout, from the training kernels."""
     reference_logp_BR: Tensor
     """Nats, under the frozen reference."""
-    value_BR: Tensor
-    """Units of the normalised reward, from the critic at the rollout: V(prompt + y_<t)."""
     reward_BR: Tensor
     """Units of the normalised reward; KL penalty included."""
     advantage_BR: Tensor
-    """Whitened, so unitless."""
-    return_BR: Tensor
-    """Units of the normalised reward; the critic's target, not whitened."""
+    """Unitless where the estimator divides by a deviation, else in units of the normalised reward."""
+    values: Values | None
+    """None without a critic."""
 
     def __post_init__(self) -> None:
         shape = self.mask_BR.shape
         assert self.score_B.shape == shape[:1]
-        from_models = (self.logp_BR, self.reference_logp_BR, self.value_BR)
-        for x_BR in (*from_models, self.reward_BR, self.advantage_BR, self.return_BR):
+        from_models = (self.logp_BR, self.reference_logp_BR)
+        for x_BR in (*from_models, self.reward_BR, self.advantage_BR, *(self.values or ())):
             assert x_BR.shape == shape, f"{tuple(x_BR.shape)} for responses of {tuple(shape)}"
 
     def __len__(self) -> int:
@@ -190,6 +213,18 @@ class Experience:
         """Bool, true on every sampled token. The rollout's, so that the two cannot disagree."""
         return self.rollout.mask_BR
 
+    @property
+    def value_BR(self) -> Tensor:
+        """The critic's, which there must be."""
+        assert self.values is not None
+        return self.values.value_BR
+
+    @property
+    def return_BR(self) -> Tensor:
+        """The critic's target, which there must be."""
+        assert self.values is not None
+        return self.values.return_BR
+
     def select(self, indices: Tensor) -> Experience:
         """The episodes at `indices` (long [any number]), in that order; R shrinks to the longest of them."""
         rollout = self.rollout.select(indices)
@@ -199,19 +234,25 @@ class Experience:
             score_B=self.score_B[indices],
             logp_BR=self.logp_BR[indices, :longest],
             reference_logp_BR=self.reference_logp_BR[indices, :longest],
-            value_BR=self.value_BR[indices, :longest],
             reward_BR=self.reward_BR[indices, :longest],
             advantage_BR=self.advantage_BR[indices, :longest],
-            return_BR=self.return_BR[indices, :longest],
+            values=self.values and Values(*(x_BR[indices, :longest] for x_BR in self.values)),
         )
 
 
-def minibatches(num_episodes: int, minibatch_size: int, generator: torch.Generator) -> list[Tensor]:
+def minibatches(
+    num_episodes: int, minibatch_size: int, generator: torch.Generator, group_size: int = 1
+) -> list[Tensor]:
     """Shuffled episode indices, each long [minibatch_size]: every episode in exactly one minibatch.
 
     Call it anew for each epoch, so that each is shuffled differently. The last minibatch is smaller when the
     sizes do not divide.
+
+    Args:
+        group_size: so many neighbouring episodes stay together; it divides both sizes.
     """
     assert num_episodes > 0 and minibatch_size > 0
-    order = torch.randperm(num_episodes, generator=generator)
+    assert num_episodes % group_size == minibatch_size % group_size == 0
+    first = torch.randperm(num_episodes // group_size, generator=generator) * group_size
+    order = (first[:, None] + torch.arange(group_size)).flatten()
     return [order[start : start + minibatch_size] for start in range(0, num_episodes, minibatch_size)]

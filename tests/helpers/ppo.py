@@ -24,7 +24,7 @@ from rlhf.pipeline.job import Job
 from rlhf.ppo.build import load_critic, score_normalizer
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.ppo.update import ActorCritic
+from rlhf.ppo.update import ActorCritic, PpoObjective
 from rlhf.rewards.reward import Prompts, Reward
 from rlhf.stages.ppo import PpoStage
 from rlhf.training.engine import Access, PlainEngine
@@ -76,6 +76,7 @@ def ppo_learner(stage: PpoStage, job: Job, reward: Reward, mix_rows: Sequence[Sf
     )
     return PolicyTrainer(
         stage,
+        PpoObjective(stage),
         engine=engine,
         policy=PolicyModel(policy, tokenizer, job.compute, Access(lambda: engine.gathered(policy))),
         reference=PolicyModel.load(sft, TINY, job.compute),

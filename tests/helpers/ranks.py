@@ -166,6 +166,7 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
         )
         passes = len(list(job.compute.micro_batches([len(row) for row in some], stage.micro_batch_tokens)))
         logp_BR, value_BR, scored = trainer.update.score(rollout)
+        assert value_BR is not None
         counted.check(f"scoring {name}", passes=passes, each=1)
         reference_BR = trainer.reference.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
         frozen.check(f"reference {name}", passes=passes, each=1)
@@ -176,8 +177,9 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
         }  # fmt: skip
         if len(some) > 1:
             experience = make_experience(
-                rollout, logp_BR=logp_BR, reference_logp_BR=reference_BR, value_BR=value_BR, score_B=score_B,
-                rule=RewardRule(trainer.normalizer, 0.05, None, 0.0), gamma=1.0, lam=0.95,
+                rollout, logp_BR=logp_BR, reference_logp_BR=reference_BR, score_B=score_B,
+                rule=RewardRule(trainer.normalizer, 0.05, None, 0.0),
+                advantages=trainer.objective.estimator(value_BR),
             )  # fmt: skip
             learned = trainer.update.learn(experience, scored, critic_only=False)
             counted.check("learning", passes=stage.epochs * (passes + 1), each=2)  # and the mix, of one row

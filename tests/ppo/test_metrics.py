@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.ppo import ROWS, SMALL, MakeTrainer, ppo_stage, shake
 from rlhf.ppo.metrics import Evaluation, rollout_metrics
-from rlhf.rl.rollout import Experience, Rollout, minibatches
+from rlhf.rl.rollout import Experience, Rollout, Values, minibatches
 
 
 def experience_of(reward_BR: Tensor, return_BR: Tensor) -> Experience:
@@ -27,7 +27,7 @@ def experience_of(reward_BR: Tensor, return_BR: Tensor) -> Experience:
     zeros_BR = torch.zeros_like(reward_BR)
     return Experience(
         rollout=rollout, score_B=torch.zeros(rows), logp_BR=zeros_BR, reference_logp_BR=zeros_BR,
-        value_BR=zeros_BR, reward_BR=reward_BR, advantage_BR=zeros_BR, return_BR=return_BR,
+        reward_BR=reward_BR, advantage_BR=zeros_BR, values=Values(zeros_BR, return_BR),
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def plain_update(
 
 
 def own_update(trainer: PolicyTrainer, experience: Experience) -> tuple[dict[str, float], dict[str, Tensor]]:
-    sums = UpdateSums()
+    sums = UpdateSums(trainer.objective.figures)
     trainer.update.accumulate(experience, [sums], critic_only=False)
     trainer.engine.step()
     assert isinstance(trainer.engine, PlainEngine)

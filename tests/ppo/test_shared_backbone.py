@@ -85,7 +85,7 @@ def assert_same_step(shared: PolicyTrainer, separate: PolicyTrainer) -> None:
     for name in ("logp_BR", "reference_logp_BR", "value_BR", "advantage_BR", "score_B"):
         assert relative(*(getattr(each, name) for each in experiences)) < 1e-5, name
     assert relative(experiences[0].logp_BR, experiences[0].reference_logp_BR) > 1e-3
-    sums = [UpdateSums(), UpdateSums()]
+    sums = [UpdateSums(trainer.objective.figures) for trainer in pair]
     for trainer, each, experience in zip(pair, sums, experiences, strict=True):
         trainer.update.accumulate(experience, [each], critic_only=False)
     losses = [each.means(on_cpu()) for each in sums]

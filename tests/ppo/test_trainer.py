@@ -33,6 +33,7 @@ from helpers.ppo import (
 from rlhf.data.chat_template import response_text
 from rlhf.data.schema import SftRow
 from rlhf.models.logprobs import ResponseModel, answer_logprobs, pack_sequences
+from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts
@@ -155,7 +156,7 @@ def test_micro_batches_add_up_to_the_whole(make: MakeTrainer, critic_only: bool)
             actor_critic(trainer).critic.offset.add_(0.35)  # towards the returns, past the clip for some
         moved_BR = trainer.policy.log_probabilities(experience.rollout, 1.0, 100_000)
         by_hand = (moved_BR - experience.logp_BR)[experience.mask_BR].exp().sub(1.0).abs().mean()
-        sums = UpdateSums()
+        sums = UpdateSums(trainer.objective.figures)
         deviation = trainer.update.accumulate(experience, [sums], critic_only)
         assert deviation == pytest.approx(float(by_hand), rel=1e-4)
         trainer.engine.step()
@@ -264,6 +265,7 @@ def test_the_pretraining_mix_teaches_the_answers(make: MakeTrainer) -> None:
         with torch.no_grad():
             batch = packed(drawn, trainer.compute)
             logp_N = trainer.engine.model("policy", batch, 1.0).logp_N
+            assert isinstance(trainer.config, PpoConfig)
             return float(mix.loss(logp_N, len(logp_N))) / trainer.config.ptx.coef
 
     changes = {}

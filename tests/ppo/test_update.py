@@ -81,7 +81,7 @@ def test_passes_without_weight_change_no_gradient(make: MakeTrainer, mixed: bool
         if idle:
             compute = trainer.compute
             trainer.update.compute = WithIdlePasses(compute.device_name, compute.dtype_name)
-        sums = UpdateSums()
+        sums = UpdateSums(trainer.objective.figures)
         trainer.update.accumulate(experience, [sums], critic_only=False)
         results.append((sums.means(trainer.compute), gradients(trainer)))
     (expected_means, expected), (means, found) = results

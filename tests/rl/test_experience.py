@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf.rl.advantage import ScoreNormalizer, whiten
-from rlhf.rl.rollout import Experience, RewardRule, Rollout, make_experience
+from rlhf.rl.rollout import Experience, RewardRule, Rollout, critic_advantages, make_experience
 
 NAN = float("nan")
 
@@ -28,8 +30,8 @@ SCORE_B = torch.tensor([10.0, 6.0])
 
 def experience(rule: RewardRule, score_B: Tensor = SCORE_B) -> Experience:
     return make_experience(
-        rollout(), logp_BR=LOGP_BR, reference_logp_BR=REFERENCE_BR, value_BR=VALUE_BR, score_B=score_B,
-        rule=rule, gamma=0.9, lam=0.8,
+        rollout(), logp_BR=LOGP_BR, reference_logp_BR=REFERENCE_BR, score_B=score_B, rule=rule,
+        advantages=partial(critic_advantages, value_BR=VALUE_BR, gamma=0.9, lam=0.8),
     )  # fmt: skip
 
 

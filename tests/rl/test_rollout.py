@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.rl.rollout import Experience, Rollout, minibatches
+from rlhf.rl.rollout import Experience, Rollout, Values, minibatches
 
 
 def rollout(*responses: list[int], first_prompt: int = 0, logp: bool = True) -> Rollout:
@@ -62,10 +62,9 @@ def experience() -> Experience:
         score_B=torch.tensor([0.1, 0.2, 0.3]),
         logp_BR=tokens_BR,
         reference_logp_BR=tokens_BR + 100,
-        value_BR=tokens_BR + 200,
         reward_BR=tokens_BR + 300,
         advantage_BR=tokens_BR + 400,
-        return_BR=tokens_BR + 500,
+        values=Values(tokens_BR + 200, tokens_BR + 500),
     )
 
 
@@ -86,7 +85,7 @@ def test_selected_experience_is_cropped_to_its_longest_answer() -> None:
 
 def test_experience_of_another_shape_than_its_rollout_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"\(3, 3\) for responses of \(3, 4\)"):
-        dataclasses.replace(experience(), return_BR=torch.zeros(3, 3))
+        dataclasses.replace(experience(), values=Values(torch.zeros(3, 4), torch.zeros(3, 3)))
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(4, [4, 4, 4]), (5, [5, 5, 2]), (12, [12]), (100, [12])])

@@ -1,0 +1,200 @@
+"""What the stages of policy gradients (PPO, and those without a critic) have in common."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from rlhf.config import ConfigError
+from rlhf.data.prepared import PreparedData
+from rlhf.distributed.compute import Compute
+from rlhf.models.base import BaseModelFiles
+from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.start import check_start, misfits
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import TUNED, Stage
+from rlhf.ppo.config import PolicyConfig
+
+if TYPE_CHECKING:
+    from rlhf.ppo.trainer import PolicyTrainer
+
+
+class PolicyStage(PolicyConfig, Stage):
+    """A stage that learns from the scores of what it samples."""
+
+    publishes: ClassVar[Literal["policy"]] = "policy"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "held_out_score_before": ("score before", "+z.2f"),
+        "held_out_score": ("after", "+z.2f"),
+        "kl": ("KL", "z.2f"),
+        **TUNED,
+    }
+    samples: ClassVar[bool] = True
+    divided: ClassVar[tuple[str, ...]] = ("batch_episodes", "minibatch_episodes")
+    not_in_key: ClassVar[frozenset[str]] = frozenset({
+        "batch_rows", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "max_kl",
+        "frozen_placement",
+    })  # fmt: skip
+
+    @property
+    def prompts_said(self) -> str:
+        """Where the prompts come from, in the user's own keys."""
+        return "ppo.prompts"
+
+    @property
+    def instead_of_moments(self) -> str:
+        """What needs no scores of the start, in the user's own keys."""
+        return f"{self.name}.score.normalize=running"
+
+    def inputs(self) -> tuple[str, ...]:
+        """Also what normalises the scores."""
+        return (*super().inputs(), *(("generate",) if self.score.normalize == "sft" else ()))
+
+    def starts_from(self) -> tuple[str, str]:
+        """The model that it trains."""
+        return "init", self.init
+
+    def datasets(self) -> tuple[str, ...]:
+        """Reads prompts."""
+        return ("ppo",)
+
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return (
+            "first_ratio_deviation", "first_kl", "kl", "engine_mismatch",
+            "held_out_score_before", "held_out_score", "held_out_score_gain", "held_out_score_last",
+            "held_out_length", "best_step", "bad_steps",
+            "steps", "episodes", "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds",
+            "token_seconds_base",
+        )  # fmt: skip
+
+    def peft_config(self) -> PeftConfig:
+        """Of the policy; a critic is trained in the same way."""
+        return self.peft
+
+    def rewards(self) -> Mapping[str, str]:
+        """What scores each episode."""
+        return {f"{self.name}.reward": self.reward}
+
+    def not_checked(self) -> dict[str, str]:
+        """Some methods change the policy before its first step."""
+        method = self.peft.method
+        if not METHODS[method].starts_apart:
+            return {}
+        return {"first_kl": f"with {self.name}.peft={method} the policy does not start as its own reference"}
+
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """There are two halves of the held-out prompts."""
+        check_start(f"{self.name}.init", self.init, base)
+        held_out = len(data.rows("ppo", "held_out"))
+        if held_out < 2:
+            raise ConfigError(
+                f"{self.prompts_said}: {held_out} held-out prompt, but at least 2 are needed: one "
+                "half chooses the weights, the other half judges them. Give more prompts, or raise "
+                "prepare.held_out_fraction."
+            )
+
+    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
+        """Prompts that leave no room for an answer."""
+        virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
+        held_out = data.rows("ppo", "held_out")[: self.evaluate_prompts]
+        rows = itertools.chain(data.rows("ppo", "train"), held_out)
+        name = self.name
+        yield from misfits(
+            f"{name}.init", self.init, base, self.prompts_said, rows,
+            beside=virtual + self.max_new_tokens,
+            mend=f"Lower {name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
+            "start from a model with a longer context.",
+        )  # fmt: skip
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """The normalisation must fit what `generate` measured."""
+        self.check_moments(chain)
+
+    def check_moments(self, chain: Mapping[str, Stage]) -> None:
+        """The moments that scores are normalised with must be those of the scores that PPO sees.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
+        if self.score.normalize != "sft":
+            return
+        wanted = {"policy": self.init} | {
+            name: getattr(self, name) for name in ("reward", "temperature", "max_new_tokens")
+        }
+        measured = chain["generate"].model_dump()
+        for name, value in wanted.items():
+            if measured[name] != value:
+                raise ConfigError(
+                    f"generate.{name}={measured[name]}: {self.name}.score.normalize=sft takes the score's "
+                    f"mean and deviation from `generate`, so this must be {value}. "
+                    f"Or use {self.instead_of_moments}."
+                )
+
+    def run(self, job: Job) -> None:
+        """Load the models, train, and publish the best policy."""
+        from rlhf.generation.latency import token_seconds
+        from rlhf.models.peft.merge import publish_policy
+
+        trainer = self.trainer(job)
+        metrics = trainer.train(
+            job.data.rows("ppo", "train"), job.data.rows("ppo", "held_out")[: self.evaluate_prompts]
+        )
+        start = job.start(self.init)
+        written = job.compute.main_only(
+            lambda: publish_policy(
+                job.directory, job.checkpoints.best, trainer.policy.tokenizer, start=start.directory,
+                key=start.identity,
+                settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
+            )
+        )  # fmt: skip
+        job.publish({**metrics, **written, **token_seconds(trainer.policy.model, job.compute)})
+
+    @abstractmethod
+    def trainer(self, job: Job) -> PolicyTrainer:
+        """The loop with its models, before its first step."""
+
+    @property
+    def mismatch_limit(self) -> float:
+        """Nats a token of `engine_mismatch` that end the run at once; none without the gate."""
+        from rlhf.ppo.trainer import TIMES_THE_BOUND
+
+        bound = self.gates.get("engine_mismatch")
+        return math.inf if bound is None or bound.max is None else TIMES_THE_BOUND * bound.max
+
+    def check_compute(self, compute: Compute) -> None:
+        """Refuse what cannot be done on these ranks and this device.
+
+        Raises:
+            ConfigError: with what can.
+        """
+        super().check_compute(compute)
+        name = self.name
+        if self.ema_decay is not None and compute.shards_weights:
+            raise ConfigError(
+                f"{name}.ema_decay needs whole weights on each rank. Use zero=zero2, or "
+                f"{name}.ema_decay=null."
+            )
+        if self.frozen_placement == "sharded" and compute.zero == "none":
+            raise ConfigError(
+                f"{name}.frozen_placement=sharded needs DeepSpeed or FSDP2. Use it with zero=zero1, zero2, "
+                f"zero3, fsdp2 or hsdp, or use {name}.frozen_placement=replicated."
+            )
+        if self.frozen_placement != "offloaded":
+            return
+        if METHODS[self.peft.method].shares and compute.zero == "none":
+            raise ConfigError(
+                f"{name}.frozen_placement=offloaded: with {name}.peft={self.peft.method} the frozen models "
+                "share the policy's weights, so these must stay on the GPU. Use "
+                f"{name}.frozen_placement=replicated."
+            )
+        if compute.device.type == "cpu":
+            raise ConfigError(
+                f"{name}.frozen_placement=offloaded keeps the reference and reward model in the host's "
+                "memory while a GPU does not need them; this run has no GPU. Use "
+                f"{name}.frozen_placement=replicated."
+            )
