@@ -228,7 +228,7 @@ def be_a_rank(
     from rlhf.training import trained
 
     trained.FILE_BYTES = file_bytes
-    compute.keep_freed_memory = map_each_block  # type: ignore[attr-defined]
+    compute.keep_freed_memory = map_each_block  # type: ignore[attr-defined]  # of another module
     for library in LIBRARIES:
         importlib.import_module(library)
     if any(each.startswith("zero=zero") for each in arguments):

@@ -18,9 +18,10 @@ from rlhf.costs.stage_cost import StageCost, ThroughputModel
 from rlhf.data.prepared import PreparedData
 from rlhf.models.alike import other_token, other_weight
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, load_tokenizer
+from rlhf.models.on_disk import kept_on_disk
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import origin_of
-from rlhf.models.save import kept_on_disk, save_policy
+from rlhf.models.save import save_policy
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 
@@ -113,12 +114,12 @@ class MergeStage(Stage):
         from rlhf.models.peft.merge import merged_policy
 
         directory, settings, dtype = job.inputs[self.policy].path, job.base.config, job.compute.dtype
-        with kept_on_disk(job.directory) as keep:
-            base = load_causal_lm(job.base.directory, settings, dtype)
+        with kept_on_disk(job.directory) as scratch:
+            base = load_causal_lm(job.base.directory, settings, dtype, scratch=scratch.directory)
             if origin_of(directory) is not None:
-                tuned = merged_policy(directory, settings, dtype, keep)
+                tuned = merged_policy(directory, settings, dtype, scratch)
             else:
-                tuned = load_causal_lm(directory, settings, dtype)
-            change = interpolate(base, tuned, self.alpha, keep)
+                tuned = load_causal_lm(directory, settings, dtype, scratch=scratch.directory)
+            change = interpolate(base, tuned, self.alpha, scratch.keep)
             save_policy(tuned, load_tokenizer(directory, settings), job.directory)
         return change

@@ -24,10 +24,10 @@ from rlhf.data.roles import TRAINING
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import BaseModelFiles
+from rlhf.models.on_disk import kept_on_disk
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
-from rlhf.models.save import kept_on_disk
 from rlhf.models.start import Init, check_start, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Purpose, Stage
@@ -215,15 +215,17 @@ class RewardStage(Stage):
         from rlhf.training.trained import load_trained, put_weights
 
         start = job.start(self.init)
-        with kept_on_disk(job.directory) as keep:
-            model = load_scalar_model(start.directory, job.base.config, job.compute.dtype, new_head=True)
-            adapter = attach_to_merge(model.model, self.peft, keep)
+        with kept_on_disk(job.directory) as scratch:
+            model = load_scalar_model(
+                start.directory, job.base.config, job.compute.dtype, new_head=True, scratch=scratch.directory
+            )
+            adapter = attach_to_merge(model.model, self.peft, scratch.keep)
             model.head.requires_grad_(True)
             model.offset.requires_grad_(False)
             put_weights(model, load_trained(weights))
             metrics = save_adapter(adapter, job.directory, start.directory, start.identity, model.head.weight)
             if METHODS[self.peft.method].merges:
-                adapter.merge(keep)
+                adapter.merge(scratch.keep)
                 save_scalar_model(model, tokenizer, job.directory)
             else:
                 model.model.config.save_pretrained(job.directory)

@@ -10,8 +10,8 @@ from rlhf.config import ConfigError, said_as
 from rlhf.data.chat_template import end_of_turn_id, exchange_ids
 from rlhf.data.schema import Message
 from rlhf.models.base import BaseModelFiles
+from rlhf.models.on_disk import INDEX
 
-INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 QUESTION, ANSWER = Message(role="user", content="How are you?"), "Fine, thank you."
 

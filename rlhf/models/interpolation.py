@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rlhf.models.save import Keep
+from rlhf.models.on_disk import Keep
 from rlhf.training.optimizer import round_into
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, context_length, reading
+from rlhf.models.on_disk import in_precision
 from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.saved import attach_published, base_of
 from rlhf.models.peft.virtual_tokens import virtual_tokens
@@ -33,6 +35,7 @@ def load_causal_lm(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     compute: Compute | None = None,
+    scratch: Path | None = None,
 ) -> PreTrainedModel:
     """A policy in dtype on device. It is in evaluation mode, so dropout is off.
 
@@ -44,19 +47,20 @@ def load_causal_lm(
 
     Args:
         compute: of ranks that all load the model at the same time.
+        scratch: where weights in another dtype are converted to; see `in_precision`.
     """
     model: PreTrainedModel
     base = base_of(directory)
     if base is not None:
-        model = load_causal_lm(base, config, dtype, device, compute)
+        model = load_causal_lm(base, config, dtype, device, compute, scratch)
         attach_published(model, directory)
         model.generation_config = GenerationConfig.from_pretrained(directory)
         return model
-    with reading(directory):
+    with reading(directory), files_in_precision(directory, dtype, device, compute, scratch) as files:
         if (directory / "generation_config.json").exists():  # a damaged one would be left out without a word
             GenerationConfig.from_pretrained(directory)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
+            files,
             dtype=dtype,
             device_map=device_map(device),
             attn_implementation=attention_of(config),
@@ -65,6 +69,7 @@ def load_causal_lm(
             output_loading_info=True,
         )
     model, found = loaded
+    model.name_or_path = model.config.name_or_path = str(directory)
     check_complete(directory, found["missing_keys"])
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
     module.eval().to(device)
@@ -76,6 +81,18 @@ def load_causal_lm(
 def device_map(device: torch.device | str) -> dict[str, torch.device | str] | None:
     """What makes transformers read each weight straight onto a device. The CPU is its default."""
     return None if torch.device(device).type == "cpu" else {"": device}
+
+
+def files_in_precision(
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    compute: Compute | None,
+    scratch: Path | None,
+) -> AbstractContextManager[Path]:
+    """The directory to read from: see `in_precision`. Other devices than the CPU convert while they read."""
+    on_cpu = torch.device(device).type == "cpu"
+    return in_precision(directory, dtype, compute, scratch) if on_cpu else nullcontext(directory)
 
 
 def check_complete(directory: Path, missing: Collection[str]) -> None:

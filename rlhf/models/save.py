@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from rlhf.data.chat_template import stop_ids
-from rlhf.disk import naming
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Keep = Callable[["Tensor"], "Tensor"]
-"""Takes a weight that was made, and returns the one to put in its place."""
-
-
-@contextmanager
-def kept_on_disk(artifact: Path) -> Iterator[Keep]:
-    """While open, weights that are made are written to files beside the artifact and mapped from them. So a
-    model of new weights takes no memory of its own."""
-    from safetensors.torch import load_file, save_file
-
-    numbers = itertools.count()
-    with TemporaryDirectory(
-        prefix=f"{artifact.name}.", dir=artifact.parent, ignore_cleanup_errors=True
-    ) as scratch:  # on NFS a directory whose files are still mapped stays until the store clears it
-
-        def keep(weight: Tensor) -> Tensor:
-            file = Path(scratch) / f"{next(numbers)}.safetensors"
-            with naming(file):
-                save_file({"weight": weight.contiguous()}, file)
-            return load_file(file)["weight"]
-
-        yield keep
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

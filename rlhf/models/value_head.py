@@ -30,7 +30,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, reading
-from rlhf.models.load import attention_of, check_complete, device_map
+from rlhf.models.load import attention_of, check_complete, device_map, files_in_precision
 from rlhf.models.logprobs import Sequences
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
@@ -208,6 +208,7 @@ def load_scalar_model(
     compute: Compute | None = None,
     *,
     new_head: bool = False,
+    scratch: Path | None = None,
 ) -> ScalarModel:
     """A published reward model; or, with new_head, a causal model's trunk with a head that `reset_head` must
     set.
@@ -216,7 +217,7 @@ def load_scalar_model(
     adapter in it, all frozen.
 
     Args:
-        device, compute: as of `load_causal_lm`.
+        device, compute, scratch: as of `load_causal_lm`.
 
     Raises:
         ConfigError: it is not a classification model with one label and a trained linear head.
@@ -225,18 +226,22 @@ def load_scalar_model(
         check_score_head(directory)
     base = base_of(directory)
     if base is not None:
-        scalar = load_scalar_model(base, config, dtype, device, compute, new_head=True)
+        scalar = load_scalar_model(base, config, dtype, device, compute, new_head=True, scratch=scratch)
         _, published = attach_published(scalar.model, directory)
         if published is not None:
             scalar.head.weight.data.copy_(published)
         return scalar
     # a head that is not in there is drawn, and then again by `reset_head`
-    with reading(directory), torch.random.fork_rng(devices=[]):
+    with (
+        reading(directory),
+        torch.random.fork_rng(devices=[]),
+        files_in_precision(directory, dtype, device, compute, scratch) as files,
+    ):
         settings = AutoConfig.from_pretrained(
             directory, num_labels=1, trust_remote_code=config.trust_remote_code
         )
         model, found = classifier_for(settings).from_pretrained(
-            directory,
+            files,
             config=settings,
             dtype=dtype,
             device_map=device_map(device),
@@ -245,6 +250,7 @@ def load_scalar_model(
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
+    model.config.name_or_path = str(directory)
     head: Any = linear_head(model, directory)
     check_complete(directory, set(found["missing_keys"]) - {"score.weight"})
     if config.attention == "auto":

@@ -31,33 +31,34 @@ BOUND = 40.0
 """MiB: a file, and a few weights as they are gathered and merged."""
 
 
-def publish(compute: Compute, start: Path, directory: Path) -> dict[tuple[str, str], float]:
-    """By engine and method: MiB of private memory at most, above what the engine holds."""
+def publish(compute: Compute, start: Path, directory: Path) -> dict[tuple[str, str, str], float]:
+    """By engine, method and precision: MiB of private memory at most, above what the engine holds. The files
+    are in fp32."""
     trained.FILE_BYTES = FILE
-    found: dict[tuple[str, str], float] = {}
+    found: dict[tuple[str, str, str], float] = {}
     engines = []
     zeros: tuple[Zero, ...] = ("none", "fsdp2")
-    for zero in zeros:
-        for method in ("none", "lora", "dora"):
-            here = replace(compute, zero=zero)
-            policy = load_causal_lm(start, MODEL, here.dtype, here.loads_on, here)
-            attach(policy, PeftConfig(method=method))
-            engine = make_engine(ResponseModel(policy), [(policy.parameters(), OPTIM)], here)
-            engines.append(engine)  # else freed memory would be used again, unnoticed
-            artifact = directory / f"{zero}-{method}"
-            compute.main_only(artifact.mkdir)
+    cases = [(zero, method, "float32") for zero in zeros for method in ("none", "lora", "dora")]
+    for zero, method, dtype in [*cases, ("none", "lora", "bfloat16"), ("fsdp2", "none", "bfloat16")]:
+        here = replace(compute, zero=zero, dtype_name=dtype)
+        policy = load_causal_lm(start, MODEL, here.dtype, here.loads_on, here)
+        attach(policy, PeftConfig(method=method))
+        engine = make_engine(ResponseModel(policy), [(policy.parameters(), OPTIM)], here)
+        engines.append(engine)  # else freed memory would be used again, unnoticed
+        artifact = directory / f"{zero}-{method}-{dtype}"
+        compute.main_only(artifact.mkdir)
 
-            def write(method: str = method, artifact: Path = artifact) -> None:
-                publish_policy(
-                    artifact, artifact.with_suffix(".trained"), AutoTokenizer.from_pretrained(start),
-                    start=start, key="", settings=MODEL, dtype=compute.dtype, peft=PeftConfig(method=method),
-                )  # fmt: skip
+        def write(here: Compute = here, method: str = method, artifact: Path = artifact) -> None:
+            publish_policy(
+                artifact, artifact.with_suffix(".trained"), AutoTokenizer.from_pretrained(start),
+                start=start, key="", settings=MODEL, dtype=here.dtype, peft=PeftConfig(method=method),
+            )  # fmt: skip
 
-            memory = PrivateMemory()
-            with memory.phase("publishing"):
-                engine.save_trained(policy, artifact.with_suffix(".trained"))
-                compute.main_only(write)
-            found[zero, method] = memory.peaks["publishing"]
+        memory = PrivateMemory()
+        with memory.phase("publishing"):
+            engine.save_trained(policy, artifact.with_suffix(".trained"))
+            compute.main_only(write)
+        found[zero, method, dtype] = memory.peaks["publishing"]
     return found
 
 
@@ -73,4 +74,4 @@ def test_publishing_takes_about_a_file_not_a_model(tmp_path: Path) -> None:
             assert peak <= BOUND, (rank, case)
     for artifact in directory.glob("*[!d]"):
         assert all(file.stat().st_size <= FILE + 2**20 for file in artifact.glob("*.safetensors"))
-        assert len(list(artifact.glob("*.safetensors"))) > 5
+        assert len(list(artifact.glob("*.safetensors"))) > (5 if artifact.name.endswith("float32") else 2)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
 from rlhf.models.base import BaseModelFiles, ModelConfig
-from rlhf.models.intact import INDEX, check_tokenizer, check_weights
+from rlhf.models.intact import check_tokenizer, check_weights
+from rlhf.models.on_disk import INDEX
 
 WEIGHTS = "model.safetensors"
 

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
+from rlhf.models.on_disk import Keep
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.bottleneck import KIND, BottleneckConfig, BottleneckModel
@@ -38,7 +39,6 @@ from rlhf.models.peft.virtual_tokens import (
     virtual_config,
     virtual_tokens,
 )
-from rlhf.models.save import Keep
 from rlhf.training.engine import Gather
 from rlhf.training.optimizer import round_into
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.config import ConfigError
 from rlhf.models.base import ModelConfig
 from rlhf.models.load import load_causal_lm
+from rlhf.models.on_disk import Scratch, kept_on_disk
 from rlhf.models.peft.bottleneck import KIND
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import KINDS, METHODS
@@ -22,7 +23,7 @@ from rlhf.models.peft.saved import (
     origin_of,
     save_adapter,
 )
-from rlhf.models.save import Keep, kept_on_disk, save_policy, save_settings
+from rlhf.models.save import save_policy, save_settings
 from rlhf.training.trained import load_trained, put_weights
 
 UNMERGED = {KIND: "adapter", **KINDS}
@@ -50,13 +51,13 @@ def publish_policy(
     Returns:
         Summary metrics of what was written.
     """
-    with kept_on_disk(artifact) as keep:
-        model = load_causal_lm(start, settings, dtype)
-        adapter = attach_to_merge(model, peft, keep)
+    with kept_on_disk(artifact) as scratch:
+        model = load_causal_lm(start, settings, dtype, scratch=scratch.directory)
+        adapter = attach_to_merge(model, peft, scratch.keep)
         put_weights(model, load_trained(trained))
         metrics = save_adapter(adapter, artifact, start, key)
         if METHODS[peft.method].merges:
-            adapter.merge(keep)
+            adapter.merge(scratch.keep)
             save_policy(model, tokenizer, artifact)
         else:
             save_settings(model, tokenizer, artifact)
@@ -64,12 +65,12 @@ def publish_policy(
 
 
 def merged_policy(
-    artifact: Path, settings: ModelConfig, dtype: torch.dtype, keep: Keep = lambda weight: weight
+    artifact: Path, settings: ModelConfig, dtype: torch.dtype, scratch: Scratch | None = None
 ) -> PreTrainedModel:
     """The model that an artifact's training started from, with its adapter merged in, on the CPU.
 
     Args:
-        keep: gets each weight that is made.
+        scratch: where each weight goes that is made; None keeps it in memory.
 
     Raises:
         ConfigError: there is no adapter, its base model is missing, or its method does not merge.
@@ -85,7 +86,9 @@ def merged_policy(
             f"{artifact}: what {UNMERGED[kind]} trains cannot be merged into the weights. Use the "
             "artifact as it is, or train with lora, dora, ia3 or freeze."
         )
-    model = load_causal_lm(origin.found(artifact), settings, dtype)
+    keep = (lambda weight: weight) if scratch is None else scratch.keep
+    place = None if scratch is None else scratch.directory
+    model = load_causal_lm(origin.found(artifact), settings, dtype, scratch=place)
     adapter, _ = attach_published(model, artifact, keep)
     adapter.merge(keep)
     return model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.models.save import Keep
+from rlhf.models.on_disk import Keep
 
 FORMAT: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
 

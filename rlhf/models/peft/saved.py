@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from rlhf.models.on_disk import Keep
     from rlhf.models.peft.attach import Adapter
-    from rlhf.models.save import Keep
 
 ADAPTER = "adapter"
 """Name of the directory in an artifact."""

@@ -1,0 +1,69 @@
+"""Ranks that load a model whose files are in another precision: nobody converts it in memory of their own."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.jobs import TINY
+from helpers.ranks import write_large
+from helpers.spawned import start_ranks
+from rlhf.distributed.compute import Compute
+from rlhf.models.load import load_causal_lm
+from rlhf.models.on_disk import kept_on_disk
+from rlhf.models.value_head import load_scalar_model
+from rlhf.training import trained
+
+
+def mapped(weight: Tensor) -> bool:
+    """Whether it lies in a file."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        first, last = (int(each, 16) for each in line.split()[0].split("-"))
+        if first <= weight.data_ptr() < last:
+            return ".safetensors" in line
+    return False
+
+
+def load(compute: Compute, directory: Path, scratch: Path) -> dict[str, object]:
+    tempfile.tempdir, trained.FILE_BYTES = str(scratch), 500_000  # several files
+    dtype = torch.bfloat16
+    policy = load_causal_lm(directory, TINY, dtype, compute=compute)
+    critic = load_scalar_model(directory, TINY, dtype, compute=compute, new_head=True)
+    trunk = {name: each for name, each in critic.model.named_parameters() if "score" not in name}
+    return {
+        "name": policy.name_or_path,
+        "in memory": [
+            name for name, each in (*policy.named_parameters(), *trunk.items()) if not mapped(each)
+        ],
+        "different": [
+            name
+            for name, each in load_causal_lm(directory, TINY, dtype).named_parameters()
+            if not torch.equal(each, dict(policy.named_parameters())[name])
+        ],
+    }
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_model_in_another_precision_is_mapped_by_all_ranks(
+    is_tied: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    directory, scratch = tmp_path / "model", tmp_path / "scratch"
+    write_large(directory, tiny_model, is_tied=is_tied)
+    scratch.mkdir()
+    found = start_ranks(load, 2, directory, scratch, timeout=60, seconds=120)()
+    wanted = {"name": str(directory), "in memory": [], "different": []}
+    assert found == {0: wanted, 1: wanted}
+    assert not list(scratch.iterdir())
+
+
+def test_what_publishes_a_model_in_another_precision_maps_it(tiny_model: Path, tmp_path: Path) -> None:
+    with kept_on_disk(tmp_path / "artifact") as scratch:
+        model = load_causal_lm(tiny_model, TINY, torch.bfloat16, scratch=scratch.directory)
+    weights = dict(model.named_parameters())
+    assert all(mapped(each) for each in weights.values())
+    for name, each in load_causal_lm(tiny_model, TINY, torch.bfloat16).named_parameters():
+        assert torch.equal(each, weights[name]), name
