@@ -9,12 +9,15 @@ rows give equal bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    import numpy
     import pyarrow
+    from numpy.typing import NDArray
 
 PIECE_ROWS = 1000
 """Rows that are read or written together."""
@@ -54,6 +57,11 @@ class ArrowWriter:
         if len(next(iter(self._columns.values()))) == PIECE_ROWS or self._items >= PIECE_ITEMS:
             self._flush()
 
+    def add_batch(self, batch: pyarrow.RecordBatch) -> None:
+        """Append rows as one piece."""
+        self._flush()
+        self._stream.write_batch(batch)
+
     def _flush(self) -> None:
         import pyarrow
 
@@ -69,6 +77,35 @@ def mapped(path: Path) -> pyarrow.Table:
 
     with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
         return stream.read_all()
+
+
+def picked(
+    table: pyarrow.Table, places: NDArray[numpy.integer[Any]], items: NDArray[numpy.integer[Any]]
+) -> Iterator[pyarrow.RecordBatch]:
+    """The rows at these places, which ascend, in the pieces that `ArrowWriter.add` would write.
+
+    Args:
+        items: of each of the rows, as `PIECE_ITEMS` counts them.
+    """
+    import numpy
+    import pyarrow
+
+    batches = table.to_batches()
+    starts = numpy.cumsum([0, *(len(batch) for batch in batches)])
+    ends = items.cumsum(dtype=numpy.int64)
+    begin = 0
+    while begin < len(places):
+        before = ends[begin - 1] if begin else 0
+        full = int(numpy.searchsorted(ends, before + PIECE_ITEMS)) + 1
+        some = places[begin : min(begin + PIECE_ROWS, full)]
+        begin += len(some)
+        found = []
+        first, last = numpy.searchsorted(starts, some[[0, -1]], side="right") - 1
+        bounds = numpy.searchsorted(some, starts[first : last + 2])
+        for number, (low, high) in enumerate(pairwise(bounds), first):
+            if low < high:
+                found.append(batches[number].take(pyarrow.array(some[low:high] - starts[number])))
+        yield found[0] if len(found) == 1 else pyarrow.concat_batches(found)
 
 
 def values(column: pyarrow.ChunkedArray, picked: Sequence[int]) -> Iterator[Any]:

@@ -213,4 +213,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if not tokenizer.is_fast:
+        return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    # what that call does too, but without the offsets: in two thirds of the time
+    backend: Any = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import Pipe, get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import Any, TypeVar
 
 from rlhf.config import ConfigError
@@ -21,8 +23,13 @@ Result = TypeVar("Result")
 FEW = 4
 """So many pieces are not worth another process."""
 
+STOP = signal.SIGALRM
+"""What a worker's second thread sends to its first one."""
+
 _function: Callable[[Any], Any]
-"""Of a worker."""
+_stopped: Connection
+_is_working = False
+"""Of a worker. In `_stopped` there is something to read when the parent wants no more results."""
 
 
 def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -> Iterator[Result]:
@@ -40,8 +47,13 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
     if len(first) < FEW or num_cores == 1:
         yield from map(function, chain(first, pieces))
         return
+    stopped, stop = Pipe(duplex=False)
     # Forked, as roles, tokenizers and functions of the user's are objects that need not pickle.
-    with ProcessPoolExecutor(num_cores, get_context("fork"), _begin, (function,)) as pool:
+    with (
+        stopped,
+        stop,
+        ProcessPoolExecutor(num_cores, get_context("fork"), _begin, (function, stopped)) as pool,
+    ):
         waiting: deque[Future[Any]] = deque()
         try:
             for piece in chain(first, pieces):
@@ -56,26 +68,44 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
                 f"more, or let fewer than {num_cores} cores work (`taskset -c 0-3 python -m rlhf ...`)."
             ) from None
         finally:
+            stop.send_bytes(b"stop")  # they all see it, as nobody reads it
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin(function: Callable[[Any], Any]) -> None:
+def _begin(function: Callable[[Any], Any], stopped: Connection) -> None:
     """In a worker, before its first piece."""
-    global _function
-    _function = function
+    global _function, _stopped
+    _function, _stopped = function, stopped
     signal.set_wakeup_fd(-1)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_IGN)  # what stops the run reaches the parent too, which ends us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+        signal.signal(signum, signal.SIG_IGN)  # what stops the run reaches the parent too, which stops us
+    signal.signal(STOP, _give_up)
+    threading.Thread(target=_hear_parent, args=(threading.get_ident(),), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A killed parent leaves nobody who would end its workers."""
+def _hear_parent(worker: int) -> None:
+    """Wait until the parent wants no more results, or is killed, which leaves nobody who would end us."""
     parent = parent_process()
     assert parent is not None
+    if parent.sentinel in wait([parent.sentinel, _stopped]):
+        os._exit(1)
+    signal.pthread_kill(worker, STOP)
     parent.join()
     os._exit(1)
 
 
+def _give_up(signum: int, frame: FrameType | None) -> None:
+    """Stop the piece, but not a result that is on its way: half of one would keep the parent waiting."""
+    if _is_working:
+        raise KeyboardInterrupt
+
+
 def _call(piece: Any) -> Any:
-    return _function(piece)
+    global _is_working
+    _is_working = True
+    try:
+        if _stopped.poll():  # it came between two pieces
+            raise KeyboardInterrupt
+        return _function(piece)
+    finally:
+        _is_working = False

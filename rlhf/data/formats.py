@@ -1,5 +1,4 @@
 """From a row as people publish it to the row a stage reads, or a complaint that says what is wrong with it.
-`Examiner` does so for a whole source, on all cores, with what each row asks and its token ids.
 
 Recognised: prompt/completion and its cousins, messages, Alpaca, ShareGPT, plain text, preference rows
 (answers as text or as message lists, the prompt apart or inside them) and HH transcripts.
@@ -7,34 +6,22 @@ Recognised: prompt/completion and its cousins, messages, Alpaca, ShareGPT, plain
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from rlhf.data.schema import (
     Message,
     PairRow,
     PromptRow,
     QuestionRow,
-    Row,
     RowError,
     SftRow,
     TextRow,
-    each_turn,
-    prompt_identity,
     row_to_json,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from rlhf.data.chat_template import Encoded
-    from rlhf.data.roles import Role
-    from rlhf.data.sources import Located, SourceConfig
 
 Raw = Mapping[str, Any]
 
@@ -417,106 +404,3 @@ def _found(raw: Raw) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
-
-
-class Complaint(NamedTuple):
-    """A `RowError` that can travel between processes."""
-
-    reason: str
-    text: str
-
-
-class Examined(NamedTuple):
-    """A row that can be used, if its template agrees."""
-
-    text: str
-    """Its JSON."""
-    prompt: str | None
-    """JSON of the `PromptRow` that other roles take; None where it has no prompt, or no role takes it."""
-    digest: bytes
-    """Of the row, without its source's name: equal for duplicates."""
-    identity: bytes
-    """`prompt_identity`."""
-    asks: tuple[bytes, ...]
-    """`prompt_identity` of all that it teaches an answer to, of a conversation with several answers."""
-    kind: int
-    """Which of the role's types it is of."""
-    num_exchanges: int
-    can_be_cut: bool
-    """Whether training may cut off the end of its answer."""
-    sequences: list[Encoded] | Complaint | None
-    """None where nobody asked for them."""
-
-
-@dataclass(frozen=True)
-class Examiner:
-    """Examines the rows of one source for one role."""
-
-    role: Role
-    source: SourceConfig
-    tokenizer: PreTrainedTokenizerBase
-    is_lent: bool
-    """Whether another role takes the rows' prompts."""
-    chosen: Collection[bytes] | None = None
-    """Digests of the rows that are encoded; None for all."""
-
-    def all(self) -> Iterator[tuple[Located, Examined | Complaint]]:
-        """Every row of the source, with what it was found to be.
-
-        Raises:
-            ConfigError: the source as a whole cannot be read.
-        """
-        from rlhf.data.cores import on_all_cores
-        from rlhf.data.tokens import in_pieces
-
-        waiting: list[list[Located]] = []
-
-        def contents() -> Iterator[list[dict[str, Any] | Complaint]]:
-            for piece in in_pieces(self.source.rows(self.role.key)):
-                waiting.append(piece)
-                yield [
-                    Complaint(raw.reason, str(raw)) if isinstance(raw, RowError) else raw for _, raw in piece
-                ]
-
-        for found in on_all_cores(self._some, contents()):
-            yield from zip(waiting.pop(0), found, strict=True)
-
-    def _some(self, piece: Sequence[dict[str, Any] | Complaint]) -> list[Examined | Complaint]:
-        return [raw if isinstance(raw, Complaint) else self._one(raw) for raw in piece]
-
-    def _one(self, raw: dict[str, Any]) -> Examined | Complaint:
-        try:
-            row = self.role.parse(raw)
-            prompt = row.exchanges()[0][0]
-            lent = row_to_json(with_columns(prompt, raw)) if self.is_lent and prompt else None
-        except RowError as error:
-            return Complaint(error.reason, str(error))
-        # one prompt is one row, whatever its other columns hold
-        alone = replace(row, columns={}, is_text=False) if isinstance(row, PromptRow) else row
-        digest = hashlib.sha256(row_to_json(alone).encode()).digest()[:16]
-        if isinstance(row, TextRow):
-            row = replace(row, source=self.source.name)
-        turns = each_turn(row) if isinstance(row, SftRow) and row.turns > 1 else ()
-        return Examined(
-            row_to_json(row),
-            lent,
-            digest,
-            bytes.fromhex(prompt_identity(row)),
-            tuple(bytes.fromhex(prompt_identity(turn)) for turn in turns),
-            next(kind for kind, row_type in enumerate(self.role.row_types) if isinstance(row, row_type)),
-            len(row.exchanges()),
-            isinstance(row, SftRow),
-            self._sequences(row) if self.chosen is None or digest in self.chosen else None,
-        )
-
-    def _sequences(self, row: Row) -> list[Encoded] | Complaint:
-        from jinja2 import TemplateError
-
-        from rlhf.data.chat_template import encode
-        from rlhf.data.tokens import compact
-
-        try:
-            return compact(encode(self.tokenizer, row))
-        except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
-            text = f"the chat template refuses the conversation: {error}."
-            return Complaint("refused by template", text)

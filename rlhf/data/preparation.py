@@ -9,7 +9,6 @@ from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,19 +17,19 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.config import ConfigError
-from rlhf.data.arrow import values
-from rlhf.data.chat_template import Encoded, tokenizer_digest
-from rlhf.data.formats import Complaint, Examined, Examiner, likely_fields, read_as
+from rlhf.data.arrow import picked
+from rlhf.data.chat_template import tokenizer_digest
+from rlhf.data.formats import likely_fields, read_as
 from rlhf.data.prepared import REPORT, PreparedData, RowStore
 from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Row, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
-from rlhf.data.tokens import TokenWriter
-from rlhf.distributed.batching import equal_tokens
+from rlhf.data.tokens import Bad, Complaint, Examiner, TokenWriter
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
@@ -141,13 +140,38 @@ class RoleData:
         """Of the longest sequence made from a row."""
         return (self.store.prompt_tokens if self.prompts_only else self.store.tokens)[number]
 
-    def sequences(self, number: int) -> list[Encoded]:
-        """All that are made from a row."""
-        store = self.store
-        places = range(store.sequences[number], store.sequences[number + 1])
-        if self.prompts_only:
-            return [Encoded(store.ids[places[0]][: store.prompt_tokens[number]], [])]
-        return [store.ids.encoded(place) for place in places]
+    def measure_shared_prefix(self) -> None:
+        """Set `shared_prefix` of the rows that are kept."""
+        import numpy
+
+        self.shared_prefix = array("d", bytes(8 * len(self.store)))
+        if not self.rows:
+            return
+        store, rows = self.store, numpy.array(self.rows, numpy.int64)
+        counts = numpy.array([self.num_exchanges(number) for number in self.rows])
+        places = ranges(numpy.array(store.sequences)[rows], counts)
+        most = numpy.array(store.prompt_tokens)[rows] if self.prompts_only else store.ids.lengths[places]
+        shared = numpy.add.reduceat(store.ids.shared_prefix(places, most), counts.cumsum() - counts)
+        numpy.frombuffer(self.shared_prefix)[rows] = shared / counts
+
+    def write(self, prepared: PreparedData) -> None:
+        """The rows of each split, and their token ids."""
+        import numpy
+
+        store, sequences = self.store, numpy.array(self.store.sequences)
+        texts = store.table.select(["prompt" if self.prompts_only else "row"])
+        items = numpy.array(store.prompt_characters if self.prompts_only else store.characters)
+        for split, numbers in self.splits.items():
+            rows = numpy.array(numbers, numpy.int64)
+            prepared.write_batches(self.role, split, picked(texts, rows, items[rows]))
+            first, prompts = sequences[rows], None
+            counts = sequences[rows + 1] - first
+            if self.prompts_only:
+                counts, prompts = numpy.ones_like(rows), numpy.array(store.prompt_tokens)[rows]
+            row = numpy.repeat(numpy.arange(len(rows)), counts)
+            tokens = TokenWriter(prepared.tokens_path(self.role, split), store.tokenizer)
+            with tokens.file:
+                tokens.copy(store.ids, ranges(first, counts), row, prompts)
 
     def count(self, reason: str) -> int:
         """Rows removed for this reason."""
@@ -178,6 +202,13 @@ class RoleData:
                 "in_common": fmean(shared_prefix or [0.0]),
             },
         }
+
+
+def ranges(begins: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
+    """The numbers from each begin on, so many as its count says, one range behind the other."""
+    import numpy
+
+    return numpy.repeat(begins - (counts.cumsum() - counts), counts) + numpy.arange(counts.sum())
 
 
 def quantiles(lengths: Iterable[int]) -> dict[str, int]:
@@ -235,13 +266,7 @@ class Preparation:
         prepared = PreparedData(directory)
         report = {}
         for role in self.data.values():
-            for split, rows in role.splits.items():
-                column = role.store.table["prompt" if role.prompts_only else "row"]
-                prepared.write_json(role.role, split, values(column, rows))
-                tokens = TokenWriter(prepared.tokens_path(role.role, split), role.store.tokenizer)
-                with tokens.file:
-                    for number in rows:
-                        tokens.add(role.sequences(number))
+            role.write(prepared)
             if not self.sources[role.role]:
                 continue
             source, digest = ", ".join(self._names(role.role)), prepared.digest(role.role)
@@ -313,13 +338,13 @@ class Preparation:
                 alike, role=role, rows=alike.rows[:], removed=deepcopy(alike.removed), cut=Removed()
             )
             return
-        store = RowStore(self.scratch, role, self.digest)
+        store = RowStore(directory=self.scratch, name=role, tokenizer=self.digest)
         data = self.data[role] = RoleData(role, store)
         seen: set[bytes] = set()
         with store, progress.task(f"reading {data.key}", None) as task:
             for source in sources:
-                for _ in self._read_source(source, data, seen):
-                    task.advance()
+                for num_rows in self._read_source(source, data, seen):
+                    task.advance(num_rows)
 
     def _reads_the_same(self, data: RoleData, role: str) -> bool:
         """Whether `data` is what the role would read too."""
@@ -346,44 +371,45 @@ class Preparation:
                 seen.add(identity)
                 data.rows.append(number)
 
-    def _read_source(self, source: SourceConfig, data: RoleData, seen: set[bytes]) -> Iterator[None]:
-        """Read a source. Gives None for each row, as one that is counted."""
+    def _read_source(self, source: SourceConfig, data: RoleData, seen: set[bytes]) -> Iterator[int]:
+        """Read a source. Gives the number of rows that are newly read."""
         role, fingerprint, beyond = ROLES[data.role], source.fingerprint(data.key), Removed()
         examiner = Examiner(role, source, self.tokenizer, self._is_lent(data.role))
         if source.limit is not None:
             examiner = replace(examiner, chosen=self._within_limit(examiner, source.limit, seen))
-        for (where, raw), found in examiner.all():
-            data.num_read += 1
-            yield
-            if isinstance(found, Complaint):
-                advice, lacks = "", found.reason in ("missing field", "no answer")
-                if lacks and isinstance(raw, dict) and not source.fields:
-                    advice = f" Are they in other columns? {fields_line(source, data, raw)}."
-                self._bad(data, where, found, advice)
-                continue
-            assert isinstance(raw, dict)
-            if not data.columns.get(str(source)) and source.samples is None:
-                columns = dict.fromkeys(source.fields.get(column, column) for column in raw)
+        for piece in examiner.all():
+            data.num_read += len(piece.found)
+            yield len(piece.found)
+            if piece.first is not None and str(source) not in data.columns and source.samples is None:
+                columns = dict.fromkeys(source.fields.get(column, column) for column in piece.first)
                 data.columns[str(source)] = (
-                    f"has {', '.join(columns)}; read as {read_as(raw, role.columns, source.fields)}"
+                    f"has {', '.join(columns)}; read as {read_as(piece.first, role.columns, source.fields)}"
                 )
-            if found.digest in seen:
-                data.remove(DUPLICATE, where)
-                continue
-            seen.add(found.digest)
-            if found.sequences is None:
-                beyond.add(where)
-            else:
-                data.rows.append(data.store.add(where, found, fingerprint))
+            first, place = data.store.add_piece(piece, fingerprint), 0
+            for found in piece.found:
+                if isinstance(found, Bad):
+                    self._bad(data, found.where, found.complaint, self._advice(source, data, found))
+                    continue
+                if found in seen:
+                    data.remove(DUPLICATE, piece.where(place))
+                else:
+                    seen.add(found)
+                    if examiner.chosen is None or found in examiner.chosen:
+                        data.rows.append(first + place)
+                    else:
+                        beyond.add(piece.where(place))
+                place += 1
         if beyond.count:
             data.removed.setdefault(BEYOND_LIMIT, Removed()).extend(beyond)
 
     def _within_limit(self, examiner: Examiner, limit: int, seen: Collection[bytes]) -> set[bytes]:
         """Digests of the rows that a source's limit leaves."""
         identities: dict[bytes, str] = {}
-        for _, found in replace(examiner, chosen=()).all():
-            if isinstance(found, Examined) and found.digest not in seen:
-                identities.setdefault(found.digest, found.identity.hex())
+        for piece in replace(examiner, chosen=()).all():
+            usable = (found for found in piece.found if isinstance(found, bytes))
+            for digest, identity in zip(usable, piece.numbers.identity, strict=True):
+                if digest not in seen:
+                    identities.setdefault(digest, identity.hex())
         return {
             *limited([*identities], limit, identities.__getitem__, lambda row: self._kind(identities[row]))
         }
@@ -395,6 +421,13 @@ class Preparation:
 
     def _training_split(self, identity: str) -> Split:
         return "held_out" if drawn(identity, self.held_out_fraction, "held_out") else "train"
+
+    def _advice(self, source: SourceConfig, data: RoleData, bad: Bad) -> str:
+        """How to name the columns of a row that lacks some."""
+        lacks = bad.complaint.reason in ("missing field", "no answer")
+        if not lacks or bad.raw is None or source.fields:
+            return ""
+        return f" Are they in other columns? {fields_line(source, data, bad.raw)}."
 
     def _bad(self, data: RoleData, where: str, complaint: Complaint, advice: str = "") -> None:
         is_own = lender(self.sources, data.role) is None  # the user never said that others' rows are prompts
@@ -414,8 +447,7 @@ class Preparation:
                 f"in the model's context of {self.context} tokens. Lower it."
             )
         for role in self.data.values():
-            kept, before = array("i"), Encoded([], [])
-            role.shared_prefix = array("d", bytes(8 * len(role.store.identity)))
+            kept = array("i")
             for number in role.rows:
                 refused = role.store.refused.get(number)
                 if refused is not None:
@@ -426,13 +458,9 @@ class Preparation:
                         role.remove_row(TOO_LONG, number)
                         continue
                     role.cut.add(role.store.where(number))
-                found = role.sequences(number)[: role.num_exchanges(number)]
-                role.shared_prefix[number] = fmean(
-                    equal_tokens(one.ids, other.ids) for one, other in pairwise([before, *found])
-                )
-                before = found[-1]
                 kept.append(number)
             role.rows = kept
+            role.measure_shared_prefix()
 
     def _room(self, role: RoleData, number: int) -> int:
         """Tokens that a row may have: a prompt leaves some for its answer."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Self, TypeV
 
 from rlhf.config import ConfigError
 from rlhf.data.arrow import ArrowWriter, mapped, values
-from rlhf.data.formats import Complaint, Examined
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import (
     PairRow,
@@ -26,13 +24,11 @@ from rlhf.data.schema import (
     row_from_json,
     row_to_json,
 )
+from rlhf.data.tokens import ExaminedPiece, RowNumbers, TokenIds, TokenWriter, text_schema
 from rlhf.digests import digest_of, file_digest
 
 if TYPE_CHECKING:
     import pyarrow
-
-    from rlhf.data.chat_template import Encoded
-    from rlhf.data.tokens import TokenIds
 
 AnyRow = TypeVar("AnyRow")
 TrainSplit = Literal["train", "held_out"]
@@ -158,16 +154,20 @@ class PreparedData:
 
     def write(self, role: str, split: Split, rows: Iterable[Row]) -> None:
         """Write one split."""
-        self.write_json(role, split, map(row_to_json, rows))
+        with self._writer(role, split) as file:
+            for row in rows:
+                file.add({"row": row_to_json(row)})
 
-    def write_json(self, role: str, split: Split, rows: Iterable[str]) -> None:
-        """Write one split. Its rows are what `row_to_json` made."""
+    def write_batches(self, role: str, split: Split, batches: Iterable[pyarrow.RecordBatch]) -> None:
+        """Write one split. The batches have one column: what `row_to_json` made."""
+        with self._writer(role, split) as file:
+            for batch in batches:
+                file.add_batch(batch.rename_columns(["row"]))
+
+    def _writer(self, role: str, split: Split) -> ArrowWriter:
         import pyarrow
 
-        schema = pyarrow.schema([("row", pyarrow.string())])
-        with ArrowWriter(self._path(role, split), schema) as file:
-            for row in rows:
-                file.add({"row": row})
+        return ArrowWriter(self._path(role, split), pyarrow.schema([("row", pyarrow.string())]))
 
     def tokens_path(self, role: str, split: str) -> Path:
         """Where the token ids of a split's rows are, by the base model's tokenizer: a file of `TokenIds`."""
@@ -179,40 +179,19 @@ class PreparedData:
 
 
 @dataclass
-class RowStore:
-    """Rows of one role as they were read. Numbers are in memory; texts and ids in two files."""
+class RowStore(RowNumbers):
+    """Rows of one role as they were read, with those that are not kept. Numbers are in memory; texts and ids
+    in two files."""
 
-    directory: Path
-    name: str
-    tokenizer: str
+    directory: Path = field(kw_only=True)
+    name: str = field(kw_only=True)
+    tokenizer: str = field(kw_only=True)
     """`tokenizer_digest`."""
-    identity: list[bytes] = field(default_factory=list)
-    asks: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
-    """Of conversations with several answers."""
     fingerprint: list[str] = field(default_factory=list)
     """Of each row's source."""
-    kind: bytearray = field(default_factory=bytearray)
-    can_be_cut: bytearray = field(default_factory=bytearray)
-    has_prompt: bytearray = field(default_factory=bytearray)
-    waits: bytearray = field(default_factory=bytearray)
-    """Whether it has an answer that is to be sampled."""
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    """Of the longest sequence of its exchanges."""
-    prompt_tokens: array[int] = field(default_factory=lambda: array("i"))
-    """Of its first exchange."""
-    num_exchanges: array[int] = field(default_factory=lambda: array("i"))
-    sequences: array[int] = field(default_factory=lambda: array("q", [0]))
-    """Number of sequences before each row, and of all."""
-    refused: dict[int, Complaint] = field(default_factory=dict)
-    """By the chat template."""
 
     def __enter__(self) -> Self:
-        import pyarrow
-
-        from rlhf.data.tokens import TokenWriter
-
-        columns = [(name, pyarrow.string()) for name in ("row", "prompt", "where")]
-        self._rows = ArrowWriter(self._path("rows"), pyarrow.schema(columns))
+        self._rows = ArrowWriter(self._path("rows"), text_schema())
         self._ids = TokenWriter(self._path("ids"), self.tokenizer)
         return self
 
@@ -222,35 +201,18 @@ class RowStore:
         self._rows.__exit__(kind, error, trace)
         self._ids.file.__exit__(kind, error, trace)
 
-    def add(self, where: str, row: Examined, fingerprint: str) -> int:
-        """Append a row with its sequences.
+    def add_piece(self, piece: ExaminedPiece, fingerprint: str) -> int:
+        """Append rows with their sequences.
 
         Returns:
-            Its number.
+            The first one's number.
         """
-        number = len(self.identity)
-        self._rows.add({"row": row.text, "prompt": row.prompt, "where": where})
-        self.identity.append(row.identity)
-        self.fingerprint.append(fingerprint)
-        self.kind.append(row.kind)
-        self.can_be_cut.append(row.can_be_cut)
-        self.has_prompt.append(row.prompt is not None)
-        self.num_exchanges.append(row.num_exchanges)
-        if row.asks:
-            self.asks[number] = row.asks
-        found: list[Encoded] = []
-        if isinstance(row.sequences, Complaint):
-            self.refused[number] = row.sequences
-        else:
-            assert row.sequences is not None
-            found = row.sequences
-        own = found[: row.num_exchanges]
-        self.waits.append(any(not each.spans for each in own))
-        self.tokens.append(max((len(each.ids) for each in own), default=0))
-        self.prompt_tokens.append(own[0].num_prompt if own else 0)
-        self.sequences.append(self.sequences[-1] + len(found))
-        self._ids.add(found)
-        return number
+        first = len(self)
+        self._rows.add_batch(piece.texts)
+        self._ids.add(piece.sequences, len(piece.numbers))
+        self.extend(piece.numbers)
+        self.fingerprint += [fingerprint] * len(piece.numbers)
+        return first
 
     @cached_property
     def table(self) -> pyarrow.Table:
@@ -260,8 +222,6 @@ class RowStore:
     @cached_property
     def ids(self) -> TokenIds:
         """Token ids of all rows."""
-        from rlhf.data.tokens import TokenIds
-
         return TokenIds(self._path("ids"))
 
     def where(self, number: int) -> str:

@@ -120,6 +120,9 @@ class RowError(ValueError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return RowError, (self.reason, str(self))  # another process may have found it
+
 
 def row_to_json(row: Row) -> str:
     """As it stands in a prepared file."""

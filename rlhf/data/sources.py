@@ -43,6 +43,14 @@ class Located(NamedTuple):
     row: dict[str, Any] | RowError
 
 
+class Unread(NamedTuple):
+    """A row that `SourceConfig.read` is still to make."""
+
+    where: str
+    content: bytes | dict[str, Any] | RowError
+    """A line of JSON, or what a reader that takes several rows at once made of it."""
+
+
 class SourceConfig(Strict):
     """Where a data set comes from: `samples:NAME`, a path, `hub:ID`, or a mapping with more detail."""
 
@@ -126,19 +134,26 @@ class SourceConfig(Strict):
         Raises:
             ConfigError: the source as a whole cannot be read, or is empty.
         """
+        for where, content in self.unread(key):
+            yield Located(where, self.read(content))
+
+    def unread(self, key: str) -> Iterator[Unread]:
+        """Like `rows`, but each row is still to be `read`. Another process can do so."""
         if self.hub is not None:
             found = _hub_rows(self, key)
         else:
             path = self._file(key)
             found = READERS[_suffixes(path)[0]](path, key, self.encoding)
         is_empty = True
-        for where, row in found:
+        for each in found:
             is_empty = False
-            yield Located(where, self._renamed(row))
+            yield each
         if is_empty:
             raise ConfigError(f"{key}={self}: it holds no rows. Add rows, or name another source.")
 
-    def _renamed(self, row: dict[str, Any] | RowError) -> dict[str, Any] | RowError:
+    def read(self, content: bytes | dict[str, Any] | RowError) -> dict[str, Any] | RowError:
+        """The row that stands in a place of this source."""
+        row = _json_row(content) if isinstance(content, bytes) else content
         if isinstance(row, RowError) or not self.fields:
             return row
         for ours, theirs in self.fields.items():
@@ -302,10 +317,10 @@ def _recognised(begin: bytes, where: str) -> str | None:
     return None
 
 
-def _jsonl_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
+def _jsonl_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     for number, line in _lines(path, key, encoding):
         if line.strip():
-            yield Located(f"{path.name} line {number}", _json_row(line))
+            yield Unread(f"{path.name} line {number}", line)
 
 
 def _json_row(line: bytes) -> dict[str, Any] | RowError:
@@ -337,7 +352,7 @@ def _not_utf8(error: UnicodeDecodeError) -> RowError:
     )
 
 
-def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
+def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     """The rows of a JSON array. Other .json files are read as JSON lines, which many of them are.
 
     Raises:
@@ -360,7 +375,7 @@ def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
             "The file may be cut off; fix it or fetch it again."
         ) from None
     for number, value in enumerate(values, 1):
-        yield Located(f"{path.name} row {number}", _as_row(value))
+        yield Unread(f"{path.name} row {number}", _as_row(value))
 
 
 def _check_is_no_object(content: bytes, key: str, path: Path) -> None:
@@ -402,7 +417,7 @@ def _delimiter(header: str) -> str:
     return max(counts, key=counts.__getitem__) if counts[","] == 1 else ","
 
 
-def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
+def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
     lines = _decoded(path, key, encoding)
     header = next(lines, "")
@@ -411,9 +426,9 @@ def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
         for row in reader:
             where = f"{path.name} line {reader.line_num}"
             if None in row:
-                yield Located(where, RowError("wrong type", "more cells than the header has columns."))
+                yield Unread(where, RowError("wrong type", "more cells than the header has columns."))
             else:
-                yield Located(where, {column: cell for column, cell in row.items() if cell is not None})
+                yield Unread(where, {column: cell for column, cell in row.items() if cell is not None})
     except csv.Error as error:
         line = reader.line_num + 1  # where the row begins; an open quote swallows the lines after it
         raise ConfigError(
@@ -421,17 +436,17 @@ def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
         ) from None
 
 
-def _txt_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
+def _txt_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     for number, line in _lines(path, key, encoding):
         if line.strip():
             try:
                 row: dict[str, Any] | RowError = {"text": line.decode().strip()}
             except UnicodeDecodeError as error:
                 row = _not_utf8(error)
-            yield Located(f"{path.name} line {number}", row)
+            yield Unread(f"{path.name} line {number}", row)
 
 
-def _parquet_rows(path: Path, key: str, encoding: str | None) -> Iterator[Located]:
+def _parquet_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     import pyarrow
     from pyarrow import parquet
 
@@ -446,7 +461,7 @@ def _parquet_rows(path: Path, key: str, encoding: str | None) -> Iterator[Locate
         ) from None
 
 
-def _hub_rows(source: SourceConfig, key: str) -> Iterator[Located]:
+def _hub_rows(source: SourceConfig, key: str) -> Iterator[Unread]:
     import datasets
 
     try:
@@ -482,9 +497,9 @@ def _check_inside(builder: Any, where: str) -> None:
                 )
 
 
-def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Located]:
+def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Unread]:
     for number, row in enumerate(rows, 1):
-        yield Located(f"{name} row {number}", _as_row(row))
+        yield Unread(f"{name} row {number}", _as_row(row))
 
 
 READERS = {

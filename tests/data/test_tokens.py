@@ -77,6 +77,32 @@ def test_workers_end_when_their_parent_is_killed() -> None:
     assert parent.returncode == -9 or len(os.sched_getaffinity(0)) == 1
 
 
+WANTS_NO_MORE = """
+import os
+from rlhf.data.cores import on_all_cores
+nobody_writes, writer = os.pipe()
+def work(piece):
+    if piece:
+        os.read(nobody_writes, 1)
+    return piece
+results = on_all_cores(work, range(100))
+print(next(results))
+results.close()
+print("closed")
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one core has no workers")
+def test_workers_leave_their_pieces_when_nobody_wants_the_results() -> None:
+    """As after Ctrl-C. These pieces would never end."""
+    with subprocess.Popen([sys.executable, "-c", WANTS_NO_MORE], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            out, _ = parent.communicate(timeout=60)
+        finally:
+            parent.kill()
+    assert (out.split(), parent.returncode) == (["0", "closed"], 0)
+
+
 def test_a_file_of_ids_is_what_the_rows_encode_to_on_any_number_of_cores(
     tmp_path: Path, tiny_model: Path
 ) -> None:
