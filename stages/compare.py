@@ -45,6 +45,7 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, joined, one_after_the_other
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import training_roles
+from rlhf.data.schema import PromptRow
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.device import hardware
@@ -53,7 +54,7 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.report.compare import Quality, comparison_cells, draw, write_csv
 from rlhf.rewards.kinds import RewardSource
-from rlhf.rewards.reward import finite_scores
+from rlhf.rewards.reward import usable_scores
 
 if TYPE_CHECKING:
     from rlhf.compare.answering import Answers
@@ -322,9 +323,9 @@ class CompareStage(Stage):
         if self.reward is None:
             return
         reward = job.reward(self.reward, self.micro_batch_tokens)
-        prompts = [question.prompt for question in questions]
+        rows = [PromptRow(question.prompt, columns=question.columns) for question in questions]
         for said in job.progress.track(answers.values(), "compare: score", len(answers)):
-            said.scores["score"] = finite_scores(reward, prompts, said.texts, f"compare.reward={self.reward}")
+            said.scores["score"] = usable_scores(reward, rows, said.texts, f"compare.reward={self.reward}")
 
     def write(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself."""

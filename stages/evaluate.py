@@ -29,7 +29,7 @@ from rlhf.models.start import Init, check_start, directory_of, init_digest, init
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import INTERVAL, Stage
 from rlhf.rewards.kinds import RewardSource
-from rlhf.rewards.reward import finite_scores
+from rlhf.rewards.reward import usable_scores, with_token_ids
 
 if TYPE_CHECKING:
     from rlhf.evaluation.answers import Answers
@@ -50,7 +50,8 @@ OF_SUBJECT = (
 """Summary metrics of each policy, /POLICY behind them; without a name, of evaluate.subject."""
 OF_EACH = (
     *OF_SUBJECT, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
-    "gold_mean", "gold_deviation", "kl", "task_loss", "perplexity", "text_loss_*", "question_accuracy",
+    "score_unscored", "gold_mean", "gold_deviation", "gold_unscored", "kl", "task_loss", "perplexity",
+    "text_loss_*", "question_accuracy",
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ class EvaluateStage(Stage):
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
@@ -360,13 +361,13 @@ class EvaluateStage(Stage):
 
     def score(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Let the learned and the gold reward score every answer."""
-        prompts = [row.prompt for row in rows]
         for kind, key, source in (("score", "reward", self.reward), ("gold", "gold", self.gold)):
             if source is None:
                 continue
             reward = job.reward(source, self.micro_batch_tokens)
             for said in job.progress.track(answers.values(), f"evaluate: {kind}", len(answers)):
-                said.scores[kind] = finite_scores(reward, prompts, said.texts, f"evaluate.{key}={source}")
+                answered = with_token_ids(rows, said.rollout.response_ids)
+                said.scores[kind] = usable_scores(reward, answered, said.texts, f"evaluate.{key}={source}")
             del reward  # its memory is needed for the next one
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:

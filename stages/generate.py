@@ -8,6 +8,7 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +24,7 @@ from rlhf.models.start import Init, check_start, directory_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import RewardSource
-from rlhf.rewards.reward import finite_scores
+from rlhf.rewards.reward import usable_scores, with_token_ids
 
 
 class GenerateStage(Stage):
@@ -36,7 +37,7 @@ class GenerateStage(Stage):
         "score_deviation": ("deviation", "z.2f"),
         "stop_rate": ("stops", ".0%"),
     }
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 
@@ -73,7 +74,7 @@ class GenerateStage(Stage):
         """What `run` publishes."""
         return (
             "responses", "stop_rate", "length_mean", "distinct_2", "score_mean", "score_deviation",
-            "best_of_n_mean", "pairs",
+            "unscored", "best_of_n_mean", "pairs",
         )  # fmt: skip
 
     def rewards(self) -> Mapping[str, str]:
@@ -130,7 +131,7 @@ class GenerateStage(Stage):
                 on_rows=task.advance,
             )
         del policy  # its memory is needed for the reward model
-        scores = self.score(job, repeated, texts)
+        scores = self.score(job, with_token_ids(repeated, rollout.response_ids), texts)
         stopped_BS = rollout.stopped.double().view(len(rows), self.samples_per_prompt)
         metrics = {
             "responses": len(texts),
@@ -145,7 +146,10 @@ class GenerateStage(Stage):
             )
         ]
         if scores is not None:
-            answers = [{**row, "score": score} for row, score in zip(answers, scores, strict=True)]
+            answers = [
+                {**row, "score": None if math.isnan(score) else score}
+                for row, score in zip(answers, scores, strict=True)
+            ]
         job.write_rows("responses.jsonl", answers)
         for answer in answers:
             job.sample(policy=self.policy, **answer)
@@ -154,16 +158,15 @@ class GenerateStage(Stage):
         job.publish(metrics)
 
     def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> list[float] | None:
-        """One score a response, or None without a reward.
+        """One score a response, NaN for no score; or None without a reward.
 
         Raises:
-            ConfigError: the reward gives a number that is not finite.
+            ConfigError: a score is infinite, or no response has one.
         """
         if self.reward is None:
             return None
         reward = job.reward(self.reward, self.micro_batch_tokens)
-        prompts = [row.prompt for row in rows]
-        return finite_scores(reward, prompts, texts, f"generate.reward={self.reward}").tolist()
+        return usable_scores(reward, rows, texts, f"generate.reward={self.reward}").tolist()
 
     def write_ranked(
         self, job: Job, rows: list[PromptRow], texts: list[str], scores: list[float]
@@ -171,7 +174,7 @@ class GenerateStage(Stage):
         """best_of_n.jsonl and pairs.jsonl; the score's moments.
 
         The best answer is paired with the worst, the second best with the second worst, and so on, as long
-        as they differ: no answer is in two pairs.
+        as they differ: no answer is in two pairs. Answers without a score are left out.
         """
         import torch
 
@@ -180,21 +183,27 @@ class GenerateStage(Stage):
         pairs: list[dict[str, Any]] = []
         for index, row in enumerate(rows):
             group = slice(index * size, (index + 1) * size)
-            ranked = sorted(zip(scores[group], texts[group], strict=True), reverse=True)
+            answers = zip(scores[group], texts[group], strict=True)
+            ranked = sorted((each for each in answers if not math.isnan(each[0])), reverse=True)
+            if not ranked:
+                continue
             best_scores.append(ranked[0][0])
             if ranked[0][1]:
                 best.append({"prompt": row.prompt, "completion": ranked[0][1], "score": ranked[0][0]})
-            for (high, chosen), (low, rejected) in zip(ranked[: size // 2], reversed(ranked), strict=False):
+            for (high, chosen), (low, rejected) in zip(
+                ranked[: len(ranked) // 2], reversed(ranked), strict=False
+            ):
                 if high - low >= self.pair_min_gap and high > low and chosen and rejected:
                     gold = {"chosen_gold": round(high, 4), "rejected_gold": round(low, 4)}
                     pair = {"prompt": row.prompt, "chosen": chosen, "rejected": rejected}
                     pairs.append(pair | (gold if self.reward == "vader" else {}))
         job.write_rows("best_of_n.jsonl", best)
         job.write_rows("pairs.jsonl", pairs)
-        moments = torch.tensor(scores, dtype=torch.float64)
+        moments = torch.tensor([score for score in scores if not math.isnan(score)], dtype=torch.float64)
         return {
             "score_mean": float(moments.mean()),
             "score_deviation": float(moments.std(correction=0)),
+            "unscored": len(scores) - len(moments),
             "best_of_n_mean": sum(best_scores) / len(best_scores),
             "pairs": float(len(pairs)),
         }

@@ -40,7 +40,7 @@ class PpoStage(PpoConfig, PolicyStage):
         "held_out_score_gain", "PPO's score on held-out prompts", 1,
         "PPO found no policy that scores better",
     )  # fmt: skip
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     not_in_key: ClassVar[frozenset[str]] = PolicyStage.not_in_key | {"prompts"}
 
     @property

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rlhf.compare.prompts import Question
 from rlhf.config import ConfigError
+from rlhf.data.formats import Raw, with_columns
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Row, RowError, SftRow, limited, prompt_identity
@@ -39,7 +40,11 @@ def find_questions(source: SourceConfig | None, data: PreparedData) -> Found:
     """
     if source is None:
         rows = data.rows("sft", "held_out")
-        held_out = [Question("sft.data, held out", row.prompt, row.completion) for row in rows if row.prompt]
+        held_out = [
+            Question("sft.data, held out", row.prompt, row.completion, {"completion": row.completion})
+            for row in rows
+            if row.prompt
+        ]
         if not held_out:
             raise ConfigError(
                 "compare.questions=null uses the held-out rows of sft.data, and these are plain text. "
@@ -68,7 +73,7 @@ def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
         ConfigError: a row of the corpus is neither a text nor a question with its answer.
     """
     rows = data.rows("sft", "train")
-    documents: Iterable[Row] = rows if corpus is None else (row for _, row in _read(corpus, CORPUS, "sft"))
+    documents: Iterable[Row] = rows if corpus is None else (row for _, row, _ in _read(corpus, CORPUS, "sft"))
     passages = []
     for row in documents:
         assert isinstance(row, SftRow)
@@ -77,11 +82,12 @@ def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
 
 
 def _read_questions(source: SourceConfig) -> Iterator[Question]:
-    for where, row in _read(source, QUESTIONS, "sft" if _has_answers(source) else "evaluate"):
+    for where, row, raw in _read(source, QUESTIONS, "sft" if _has_answers(source) else "evaluate"):
         assert isinstance(row, SftRow | PromptRow)
         if not row.prompt:
             raise ConfigError(f"{QUESTIONS}: {where}: a text without a question. It needs a prompt.")
-        yield Question(where, row.prompt, row.completion if isinstance(row, SftRow) else None)
+        reference = row.completion if isinstance(row, SftRow) else None
+        yield Question(where, row.prompt, reference, with_columns(row.prompt, raw).columns)
 
 
 def _has_answers(source: SourceConfig) -> bool:
@@ -95,13 +101,13 @@ def _has_answers(source: SourceConfig) -> bool:
     return True
 
 
-def _read(source: SourceConfig, key: str, role: str) -> list[tuple[str, Row]]:
-    found: list[tuple[str, Row]] = []
+def _read(source: SourceConfig, key: str, role: str) -> list[tuple[str, Row, Raw]]:
+    found: list[tuple[str, Row, Raw]] = []
     for where, raw in source.rows(key):
         try:
             if isinstance(raw, RowError):
                 raise raw
-            found.append((where, ROLES[role].parse(raw)))
+            found.append((where, ROLES[role].parse(raw), raw))
         except RowError as error:
             raise ConfigError(f"{key}: {where}: {error} Fix the row.") from None
     return limited(found, source.limit, lambda each: prompt_identity(each[1]))

@@ -12,7 +12,7 @@ from rlhf.compare.cost import break_even, cost_of
 from rlhf.compare.metrics import answer_found, exact_match, rouge_l
 from rlhf.compare.prompts import PromptMethod, Question
 from rlhf.evaluation.intervals import mean, share
-from rlhf.evaluation.win_rate import wins
+from rlhf.evaluation.win_rate import both_scored, wins
 
 WITH_REFERENCE = {"exact_match": exact_match, "answer_found": answer_found, "rouge_l": rouge_l}
 """What an answer is worth beside its reference."""
@@ -42,6 +42,7 @@ def described(said: Answers, price_per_hour: float) -> dict[str, float]:
         "cost_per_thousand": 1000 * cost_of(mean_seconds, price_per_hour),
     }
     for quality, score_B in said.scores.items():  # all but a reward's score are between 0 and 1
+        score_B = score_B[~score_B.isnan()]
         metrics |= (mean(score_B) if quality == "score" else share(score_B)).metrics(quality)
     return metrics
 
@@ -49,7 +50,7 @@ def described(said: Answers, price_per_hour: float) -> dict[str, float]:
 def win_rate(said: Answers, first: Answers) -> dict[str, float]:
     """How often the answers are better than the first contender's, by the reward; without one, by ROUGE-L."""
     judge = "score" if "score" in said.scores else "rouge_l"
-    return share(wins(said.scores[judge], first.scores[judge])).metrics("win_rate")
+    return share(wins(*both_scored(said.scores[judge], first.scores[judge]))).metrics("win_rate")
 
 
 def break_evens(metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

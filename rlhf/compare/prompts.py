@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, PositiveInt
@@ -57,6 +57,8 @@ class Question:
     """Such as `questions.jsonl line 4`."""
     prompt: list[Message]
     reference: str | None
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The other columns of its file, for a reward."""
 
     @property
     def text(self) -> str:

@@ -5,6 +5,7 @@ Dimensions: B rows, R response tokens (padded). Metrics are named without the po
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rlhf.evaluation.intervals import mean, ratio, share
 from rlhf.evaluation.retention import Retained, forgetting
-from rlhf.evaluation.win_rate import wins
+from rlhf.evaluation.win_rate import both_scored, wins
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.rl.advantage import kl_k1
 from rlhf.rl.rollout import Rollout
@@ -48,8 +49,13 @@ class Answers:
             "response": self.texts[index],
             "stopped": bool(self.rollout.stopped[index]),
             "tokens": len(self.rollout.response_ids[index]),
-            **{name: round(float(score_B[index]), 4) for name, score_B in self.scores.items()},
+            **{name: rounded(float(score_B[index])) for name, score_B in self.scores.items()},
         }
+
+
+def rounded(score: float) -> float | None:
+    """As JSON; None for no score."""
+    return None if math.isnan(score) else round(score, 4)
 
 
 def figures(name: str, answers: Mapping[str, Answers], start: str) -> dict[str, float]:
@@ -78,20 +84,24 @@ def described(said: Answers) -> dict[str, float]:
         "distinct_2": distinct_n(ids, 2),
     }
     for kind, score_B in said.scores.items():
-        metrics[f"{kind}_mean"] = float(score_B.double().mean())
-        metrics[f"{kind}_deviation"] = float(score_B.double().std(correction=0))
+        known_B = score_B[~score_B.isnan()].double()
+        metrics[f"{kind}_mean"] = float(known_B.mean())
+        metrics[f"{kind}_deviation"] = float(known_B.std(correction=0))
+        metrics[f"{kind}_unscored"] = len(score_B) - len(known_B)
     if len(said.task_nats_B):
         metrics["task_loss"] = ratio(said.task_nats_B, said.task_tokens_B).value
     return metrics | said.retained.metrics() | said.figures
 
 
 def gains(said: Answers, start: Answers) -> dict[str, float]:
-    """The scores against those of what PPO started from, prompt by prompt; the gold score decides who wins
-    where there is one."""
+    """The scores against those of what PPO started from, prompt by prompt, where both have one; the gold
+    score decides who wins where there is one."""
     metrics: dict[str, float] = {}
-    won = {kind: share(wins(score_B, start.scores[kind])) for kind, score_B in said.scores.items()}
+    won = {}
     for kind, score_B in said.scores.items():
-        metrics |= mean(score_B.double() - start.scores[kind].double()).metrics(f"{kind}_gain")
+        own_B, other_B = both_scored(score_B, start.scores[kind])
+        won[kind] = share(wins(own_B, other_B))
+        metrics |= mean(own_B.double() - other_B.double()).metrics(f"{kind}_gain")
     if "score" in won:
         metrics |= won["score"].metrics("win_rate_learned")
     if won:

@@ -432,7 +432,7 @@ class Pipeline:
             fetch_weights(settings.model)
             check_weights(base.directory, settings.model.said)
         stages = [self.experiment.stages[name] for name in pending]
-        rehearse_rewards(stages, data, settings.model, self.compute, settings.reward_server, self.console)
+        rehearse_rewards(stages, data, base, self.compute, settings.reward_server, self.console)
 
     def check_fits(self, pending: Iterable[str], data: PreparedData, base: BaseModelFiles) -> None:
         """Refuse what does not fit the user's own models.

@@ -17,7 +17,7 @@ from rlhf.evaluation.intervals import mean, ratio
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.losses.policy import PolicyLoss
-from rlhf.rewards.reward import Reward, RewardError
+from rlhf.rewards.reward import Reward, RewardError, with_token_ids
 from rlhf.rl.advantage import kl_k1, kl_k3
 from rlhf.rl.rollout import Experience
 from rlhf.rl.statistics import distinct_n, explained_variance
@@ -35,8 +35,9 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
         return float(torch.where(mask_BR, values_BR, 0.0).sum(dtype=torch.float64))
 
     metrics = {
-        "score": float(experience.score_B.double().mean()),
-        "score_p95": float(experience.score_B.quantile(0.95)),
+        "score": mean_score(experience.score_B),
+        "score_p95": float(experience.score_B.nanquantile(0.95)),
+        "unscored": float(experience.score_B.isnan().sum()),
         "reward": total(experience.reward_BR) / episodes,
         "kl": total(kl_k1(experience.logp_BR, experience.reference_logp_BR, mask_BR)) / episodes,  # nats
         "kl_k3": total(kl_k3(experience.logp_BR, experience.reference_logp_BR, mask_BR)) / episodes,
@@ -52,7 +53,7 @@ def rollout_metrics(experience: Experience) -> dict[str, float]:
     if experience.values is not None:
         value_BR, return_BR = experience.values
         metrics["value"], metrics["return"] = total(value_BR) / tokens, total(return_BR) / tokens
-        metrics["explained_variance"] = explained_variance(value_BR, return_BR, mask_BR)
+        metrics["explained_variance"] = explained_variance(value_BR, return_BR, experience.scored_BR)
         metrics["explained_variance_error"] = explained_variance_error(experience)
     if rollout.sampled_logp is not None:
         engine_BR = torch.nn.utils.rnn.pad_sequence(rollout.sampled_logp, batch_first=True)
@@ -67,7 +68,7 @@ def explained_variance_error(experience: Experience) -> float:
 
     Explained variance is 1 minus the ratio of two sums of squares. Each episode adds its part to both.
     """
-    mask_BR = experience.mask_BR
+    mask_BR = experience.scored_BR
 
     def squares(values_BR: Tensor) -> Tensor:
         values_BR = torch.where(mask_BR, values_BR.double(), 0.0)
@@ -197,7 +198,7 @@ def evaluate_policy(
         generator=torch.Generator().manual_seed(seed),
         batch_rows=batch_rows,
     )
-    score_B = reward([row.prompt for row in rows], texts)
+    score_B = reward(with_token_ids(rows, rollout.response_ids), texts)
     for half in (CHOICE, JUDGED):
         if not bool(score_B[half].isfinite().any()):
             raise RewardError(

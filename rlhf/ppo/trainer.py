@@ -23,7 +23,7 @@ from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.update import BadStepError, ForwardPass, Objective, PolicyUpdater
-from rlhf.rewards.reward import Reward, RewardError
+from rlhf.rewards.reward import Reward, RewardError, why_unusable, with_token_ids
 from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.rl.rollout import Experience, RewardRule, make_experience
 from rlhf.tracking.timer import StepTimer
@@ -299,10 +299,9 @@ class PolicyTrainer:
                 batch_rows=config.batch_rows or len(rows),
             )
         with self.phases("reward"):
-            score_B = self.reward([row.prompt for row in rows], self.texts)
-        if not bool(score_B.isfinite().all()):
-            index = int((~score_B.isfinite()).nonzero()[0])
-            raise BadStepError(f"the reward of {self.texts[index]!r} is {float(score_B[index])}.")
+            score_B = self.reward(with_token_ids(rows, rollout.response_ids), self.texts)
+        if (why := why_unusable(score_B, self.texts)) is not None:
+            raise BadStepError(f"the reward {why}.")
 
         with self.phases("reference"):
             reference_BR = self.reference.log_probabilities(

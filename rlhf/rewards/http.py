@@ -1,6 +1,7 @@
 """A reward that another process serves: `http://HOST:PORT/PATH` or https.
 
-The request is a POST of {"prompts": [...], "responses": [...]} as JSON. The answer is {"scores": [...]}: one
+The request is a POST of {"prompts": [...], "responses": [...], "columns": {NAME: [...], ...}} as JSON. The
+columns are the others of the prompts' file, null where a row lacks one. The answer is {"scores": [...]}: one
 number per response, or null for no score.
 """
 
@@ -17,7 +18,7 @@ from urllib.error import HTTPError
 from pydantic import NonNegativeInt, PositiveFloat
 
 from rlhf.config import Strict
-from rlhf.rewards.reward import Prompts, Reward, RewardError, last_messages
+from rlhf.rewards.reward import Prompts, Reward, RewardError, as_scores, columns_of, last_messages
 from rlhf.tracking.redaction import redacted
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
     """The reward of a server. A server that restarts gets a few seconds."""
 
     def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
-        import torch
-
-        body = {"prompts": last_messages(prompts), "responses": list(completions)}
+        body = {
+            "prompts": last_messages(prompts),
+            "responses": list(completions),
+            "columns": columns_of(prompts),
+        }
         answer = _ask(url, json.dumps(body).encode(), server)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if (
@@ -59,7 +62,7 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
                 f"{redacted(url)} answered {str(answer)[:LONGEST_SHOWN]!r} to {len(completions)} responses; "
                 'it must answer {"scores": [one number for each]}.'
             )
-        return torch.tensor([float("nan") if value is None else float(value) for value in scores])
+        return as_scores([None if value is None else float(value) for value in scores], len(scores), url, "")
 
     return score
 

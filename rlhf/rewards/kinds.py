@@ -14,8 +14,9 @@ from pydantic import AfterValidator
 from rlhf.config import ConfigError
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.rewards.code import imported_code
+from rlhf.rewards.function import function_reward
 from rlhf.rewards.http import RewardServerConfig, remote_reward
-from rlhf.rewards.reward import Reward, function_reward, vader_reward
+from rlhf.rewards.reward import Reward, vader_reward
 from rlhf.tracking.redaction import USER_INFO, redacted, without_environment
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.chat_template import exchange_ids, tokenizer_digest
-from rlhf.data.schema import Message
+from rlhf.data.schema import PromptRow
 from rlhf.digests import weights_digest
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, load_tokenizer
@@ -76,8 +76,8 @@ class LearnedReward:
             found.append(ids)
         return found
 
-    def _ids(self, prompt: list[Message], completion: str) -> list[int]:
-        ids, _ = exchange_ids(self.tokenizer, prompt, completion)
+    def _ids(self, row: PromptRow, completion: str) -> list[int]:
+        ids, _ = exchange_ids(self.tokenizer, row.prompt, completion)
         room = context_left(self.model.model)
         broken = BROKEN_TOKENS * completion.count("\N{REPLACEMENT CHARACTER}")
         if len(ids) > room + CUT_TOKENS + broken:

@@ -1,85 +1,64 @@
 """Where scores come from: one interface for learned, rule and user-written rewards.
 
-A reward is called as reward(prompts, completions) and returns one fp32 score for each completion, on the CPU;
-higher is better.
+A reward is called as reward(prompts, completions): rows with the other columns of their file, and one text
+for each. It returns one fp32 score for each completion, on the CPU; higher is better, NaN is no score.
 """
 
 from __future__ import annotations
 
-import inspect
+import math
 import reprlib
-import sys
-import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ConfigError
-from rlhf.data.schema import Message
-from rlhf.rewards.code import imported_code
+from rlhf.data.schema import PromptRow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-Prompts = Sequence[list[Message]]
+Prompts = Sequence[PromptRow]
 Reward = Callable[[Prompts, Sequence[str]], "Tensor"]
-UserFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""(the last message of each conversation, responses) -> scores."""
-
-
-WANTED = (
-    "It is called as {name}(prompts, responses), with two lists of texts, and returns a list of floats, one "
-    "for each response."
-)
-"""How a user's function is called."""
+TOKEN_IDS = "completion_ids"
+"""The column that holds a response's token ids, as TRL calls them."""
 
 
 class RewardError(ConfigError):
     """A reward gave no scores. Nothing was learned from these responses."""
 
 
-def function_reward(source: str) -> Reward:
-    """The reward of `python:MODULE:FUNCTION`. The function gets the last message of each conversation ("" for
-    an empty one) and the responses.
+def with_token_ids(prompts: Prompts, response_ids: Sequence[Tensor]) -> list[PromptRow]:
+    """The rows, each with its response's token ids as one more column."""
+    return [
+        replace(row, columns=row.columns | {TOKEN_IDS: ids.tolist()})
+        for row, ids in zip(prompts, response_ids, strict=True)
+    ]
 
-    Raises:
-        ConfigError: it cannot be imported, or cannot be called with two lists.
-    """
-    _, module, name = source.split(":", 2)
-    imported_code(source)
-    try:
-        function: UserFunction = getattr(sys.modules[module], name)
-    except AttributeError as error:
-        raise ConfigError(f"{source}: {error}. Name a function of that module.") from None
-    wanted = WANTED.format(name=name)
-    if not callable(function):
-        raise ConfigError(f"{source}: {name} is not a function. {wanted}")
-    defined = _defined(function)
-    place = f"{defined[0]}, line {defined[1]}" if defined else module
-    if (arguments := _other_arguments(function)) is not None:
-        raise ConfigError(f"{source}: its arguments are {arguments} ({place}). {wanted}")
 
-    def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
-        try:
-            answer = function(last_messages(prompts), list(completions))
-        except Exception as error:  # whatever a user's function raises
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [frame for frame in frames if defined and frame.filename == defined[0]]
-            where = f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else place
-            raise RewardError(f"{source}: {type(error).__name__}: {error} ({where}). {wanted}") from error
-        return as_scores(answer, len(completions), source, f"({place}). {wanted}")
+def columns_of(prompts: Prompts, needed: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """Every column that one of the rows has, and the needed ones, with a value for each row: None where a row
+    lacks it."""
+    names = dict.fromkeys([*(name for row in prompts for name in row.columns), *needed])
+    return {name: [row.columns.get(name) for row in prompts] for name in names}
 
-    return score
+
+def last_messages(prompts: Prompts) -> list[str]:
+    """The text of each prompt's last message; "" of an empty prompt."""
+    return [row.prompt[-1]["content"] if row.prompt else "" for row in prompts]
 
 
 def as_scores(answer: object, count: int, source: str, advice: str) -> Tensor:
-    """What a reward returned as `count` fp32 scores on the CPU.
+    """What a reward returned as `count` fp32 scores on the CPU; NaN for None.
 
     Raises:
         RewardError: it holds no numbers, or another number of them. The message ends with `advice`.
     """
     import torch
 
+    if isinstance(answer, list | tuple):
+        answer = [math.nan if value is None else value for value in answer]
     try:
         scores = torch.as_tensor(answer)
     except (RuntimeError, TypeError, ValueError):
@@ -88,33 +67,6 @@ def as_scores(answer: object, count: int, source: str, advice: str) -> Tensor:
     if scores.shape != (count,):
         raise RewardError(f"{source} returned shape {tuple(scores.shape)} for {count} responses {advice}")
     return scores.detach().float().cpu()
-
-
-def last_messages(prompts: Prompts) -> list[str]:
-    """The text of each prompt's last message; "" of an empty prompt."""
-    return [prompt[-1]["content"] if prompt else "" for prompt in prompts]
-
-
-def _other_arguments(function: UserFunction) -> str | None:
-    """Its arguments, if it cannot be called with two lists, such as (text)."""
-    try:
-        signature = inspect.signature(function, follow_wrapped=False)
-    except ValueError:  # written in C: Python does not know them
-        return None
-    try:
-        signature.bind([], [])
-    except TypeError:
-        return str(signature)
-    return None
-
-
-def _defined(function: UserFunction) -> tuple[str, int] | None:
-    """The file and line of the function; None if Python does not know them."""
-    try:
-        file, line = inspect.getsourcefile(function), inspect.getsourcelines(function)[1]
-    except (OSError, TypeError):
-        return None
-    return (file, line) if file else None
 
 
 def vader_reward(prompts: Prompts, completions: Sequence[str]) -> Tensor:
@@ -126,17 +78,30 @@ def vader_reward(prompts: Prompts, completions: Sequence[str]) -> Tensor:
     return torch.tensor([analyzer.polarity_scores(completion)["compound"] for completion in completions])
 
 
-def finite_scores(reward: Reward, prompts: Prompts, completions: Sequence[str], name: str) -> Tensor:
-    """One finite score each; `name` is what the user called the reward, such as `generate.reward=vader`.
+def why_unusable(score_B: Tensor, completions: Sequence[str]) -> str | None:
+    """Why nothing can be done with these scores, such as `gave inf for the response 'Yes'`: one is infinite,
+    or none is a number. None where they can be used."""
+    if bool(score_B.isinf().any()):
+        index = int(score_B.isinf().nonzero()[0])
+        return f"gave {float(score_B[index])} for the response {completions[index]!r}"
+    if bool(score_B.isnan().all()):
+        return (
+            f"gave nan for the response {completions[0]!r}, and no score for any of {len(score_B)} responses"
+        )
+    return None
+
+
+def usable_scores(reward: Reward, prompts: Prompts, completions: Sequence[str], name: str) -> Tensor:
+    """Scores of which one at least is a number; `name` is what the user called the reward, such as
+    `generate.reward=vader`.
 
     Raises:
-        ConfigError: a score is NaN or infinite.
+        ConfigError: a score is infinite, or none is a number.
     """
     score_B = reward(prompts, completions)
-    if not bool(score_B.isfinite().all()):
-        index = int((~score_B.isfinite()).nonzero()[0])
+    if (why := why_unusable(score_B, completions)) is not None:
         raise ConfigError(
-            f"{name} gave {float(score_B[index])} for the response {completions[index]!r}. "
-            "A score must be a finite number: fix the reward for such responses, or use another one."
+            f"{name} {why}. A score must be a finite number, or None for no score: fix the reward for such "
+            "responses, or use another one."
         )
     return score_B

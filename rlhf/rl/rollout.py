@@ -152,14 +152,19 @@ def make_experience(
 ) -> Experience:
     """Rewards and advantages.
 
+    From an episode without a score nothing is learned: its reward and advantages are 0, and its returns are
+    the values that the critic gave it. Moments leave it out.
+
     Args:
         rollout: all episodes, of all ranks: moments of a part would make the result depend on their number.
         logp_BR: nats, under the sampling policy, from the training kernels.
         reference_logp_BR: nats, under the frozen reference.
-        score_B: raw score units; finite.
-        advantages: the estimator, of reward_BR (units of the normalised reward) and mask_BR.
+        score_B: raw score units; NaN for no score.
+        advantages: the estimator, of reward_BR (units of the normalised reward) and a mask that is true on
+            the tokens of episodes with a score. Outside of it advantages are 0.
     """
     mask_BR = rollout.mask_BR
+    scored_BR = mask_BR & ~score_B.isnan()[:, None]
     rule.normalizer.update(masked_moments(score_B, score_B.isfinite()))
     normalized_B = missing_stop(
         rule.normalizer.apply(score_B),
@@ -168,7 +173,11 @@ def make_experience(
         penalty=rule.missing_stop_penalty,
     )
     reward_BR = token_rewards(logp_BR, reference_logp_BR, mask_BR, normalized_B, kl_coef=rule.kl_coef)
-    advantage_BR, values = advantages(reward_BR, mask_BR)
+    reward_BR = torch.where(scored_BR, reward_BR, 0.0)
+    advantage_BR, values = advantages(reward_BR, scored_BR)
+    if values is not None:
+        own_BR = torch.where(mask_BR & ~scored_BR, values.value_BR, values.return_BR)
+        values = Values(values.value_BR, own_BR)
     return Experience(
         rollout=rollout,
         score_B=score_B,
@@ -186,7 +195,8 @@ class Experience:
 
     rollout: Rollout
     score_B: Tensor
-    """Raw score units, before normalisation, clipping and the missing-stop rule; for metrics."""
+    """Raw score units, before normalisation, clipping and the missing-stop rule; for metrics. NaN for no
+    score."""
     logp_BR: Tensor
     """Nats, under the policy at the rollout, from the training kernels."""
     reference_logp_BR: Tensor
@@ -224,6 +234,11 @@ class Experience:
         """The critic's target, which there must be."""
         assert self.values is not None
         return self.values.return_BR
+
+    @property
+    def scored_BR(self) -> Tensor:
+        """Bool, true on the sampled tokens of episodes with a score."""
+        return self.mask_BR & ~self.score_B.isnan()[:, None]
 
     def select(self, indices: Tensor) -> Experience:
         """The episodes at `indices` (long [any number]), in that order; R shrinks to the longest of them."""

@@ -227,8 +227,8 @@ def test_too_many_bad_steps_stop_the_run(chain: Chain) -> None:
     message = complaint(outcome)
     assert message.startswith("ppo: step 2: 2 steps were skipped, more than ppo.max_bad_steps=1")
     assert f"Fix ppo.reward=python:{__name__}:never_in_training" in message
-    assert "ppo: step 1 skipped: the reward of" in outcome.out
-    assert "ppo: step 2 skipped: the reward of" in outcome.out
+    assert "ppo: step 1 skipped: the reward gave nan" in outcome.out
+    assert "ppo: step 2 skipped: the reward gave nan" in outcome.out
     batch = outcome.directory / "ppo-step2.jsonl"
     assert f"Its batch is in {batch.relative_to(chain.directory)}." in message
     rows = [json.loads(line) for line in batch.read_text(encoding="utf-8").splitlines()]

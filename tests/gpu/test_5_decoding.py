@@ -15,7 +15,7 @@ from helpers.jobs import TINY
 from helpers.models import scale
 from helpers.ppo import ppo_job, ppo_stage
 from helpers.vllm import lists, own_logp, uniform
-from rlhf.data.schema import Message
+from rlhf.data.schema import Message, PromptRow
 from rlhf.distributed.compute import Compute
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.generation.sampler import _draw, _nucleus, generate
@@ -118,7 +118,7 @@ def test_offloaded_models_give_the_memory_back_and_the_same_scores(
     reset_head(scalar, deviation=1.0)
     reward = LearnedReward(tiny_model, scalar.to(device), policy.tokenizer, 1000, compute)
     rollout = Rollout([torch.tensor([5, 6, 7])], [torch.tensor([8, 9])], torch.tensor([True]))
-    prompt = [Message(role="user", content="Hi")]
+    prompt = PromptRow([Message(role="user", content="Hi")])
 
     def scores() -> list[Tensor]:
         return [policy.log_probabilities(rollout, 1.0, 1000), reward([prompt], ["Hello"])]

@@ -170,7 +170,9 @@ def ppo(stage: Stage, job: Any) -> dict[str, float]:
         counted.check(f"scoring {name}", passes=passes, each=1)
         reference_BR = trainer.reference.log_probabilities(rollout, 1.0, stage.micro_batch_tokens)
         frozen.check(f"reference {name}", passes=passes, each=1)
-        score_B = trainer.reward([prompt(0)] * len(some), [answer(len(row.answer)) for row in some])
+        score_B = trainer.reward(
+            [PromptRow(prompt(0)) for _ in some], [answer(len(row.answer)) for row in some]
+        )
         figures |= {
             f"logp {name}": float(logp_BR.sum()), f"value {name}": float(value_BR.abs().sum()),
             f"reference {name}": float(reference_BR.sum()), f"score {name}": float(score_B.sum()),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from helpers.jobs import TINY, on_cpu, user
 from helpers.ppo import ppo_job, ppo_stage
 from rlhf.config import ConfigError
+from rlhf.data.schema import PromptRow
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.value_head import reset_head
 from rlhf.models.weight_sharing import offload
@@ -52,7 +53,7 @@ def test_policy_and_reward_compute_with_the_copies(tiny_model: Path, tmp_path: P
     reward = LearnedReward(tiny_model, scalar, policy.tokenizer, 1000, on_cpu())
 
     def scores() -> tuple[Tensor, Tensor]:
-        return policy.log_probabilities(ROLLOUT, 1.0, 1000), reward([PROMPT], ["Hello"])
+        return policy.log_probabilities(ROLLOUT, 1.0, 1000), reward([PromptRow(PROMPT)], ["Hello"])
 
     expected = scores()
     for each in (policy, reward):

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 from rich.console import Console
 
-from helpers.jobs import TINY, on_cpu
+from helpers.jobs import on_cpu, tiny_base
 from rlhf.config import ConfigError
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
@@ -35,7 +35,7 @@ class ReadsNothing(Stage):
 
 
 def test_a_stage_that_reads_no_data_has_its_reward_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
     code = "def score(prompts, responses):\n    return [float('nan')] * len(responses)\n"
     (tmp_path / "never_finite.py").write_text(code, encoding="utf-8")
@@ -43,4 +43,4 @@ def test_a_stage_that_reads_no_data_has_its_reward_asked(
     server = RewardServerConfig(timeout=1.0, retries=0)
     stages, console = [ReadsNothing(gates={})], Console(file=io.StringIO())
     with pytest.raises(ConfigError, match=rf"never_finite:score gave nan for the response '{ANSWER}'"):
-        rehearse_rewards(stages, PreparedData(tmp_path), TINY, on_cpu(), server, console)
+        rehearse_rewards(stages, PreparedData(tmp_path), tiny_base(tiny_model), on_cpu(), server, console)

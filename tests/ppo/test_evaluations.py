@@ -50,7 +50,7 @@ class Faulty:
         else:
             self.rollouts += 1
             if self.rollouts == self.bad_rollout:
-                scores[3] = math.nan
+                scores[3] = math.inf
         return scores
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.ppo import actor_critic, ppo_job, ppo_learner, ppo_stage, prompts
 from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.rewards.reward import function_reward
+from rlhf.rewards.function import function_reward
 
 ROWS = prompts(range(8))
 Make = Callable[..., PolicyTrainer]

@@ -32,7 +32,6 @@ SETTINGS = (
     "ppo.max_new_tokens=12", "ppo.evaluate_every=3", "ppo.optim.lr=1e-3", "ppo.critic.optim.lr=1e-3",
     "ppo.kl.coef=0.1",
 )  # fmt: skip
-PROMPTS = [row.prompt for row in ROWS]
 COMPLETIONS = ["An answer. " * n for n in range(len(ROWS))]
 
 
@@ -151,7 +150,7 @@ def test_as_many_backbones_as_there_are_different_ones(
 
 
 def scores(learned: LearnedReward) -> Tensor:
-    found = learned(PROMPTS, COMPLETIONS)
+    found = learned(ROWS, COMPLETIONS)
     assert found.std() > 0.05
     return found
 
@@ -216,8 +215,8 @@ def test_an_adapter_on_another_model_keeps_its_own_weights(tmp_path: Path, tiny_
 
 def test_a_response_that_fills_the_context_is_scored_with_its_end(tmp_path: Path, tiny_model: Path) -> None:
     learned = load_learned_reward(reward_model(tmp_path / "reward", tiny_model, "none"), TINY, on_cpu(), 2000)
-    prompt = ROWS[0].prompt
-    room = 1024 - len(exchange_ids(learned.tokenizer, prompt, "")[0])
+    prompt = ROWS[0]
+    room = 1024 - len(exchange_ids(learned.tokenizer, prompt.prompt, "")[0])
     fits, cut = learned([prompt, prompt], ["a" * room, "a" * (room + 8)])
     assert fits == cut
     broken = "\N{REPLACEMENT CHARACTER}" * (room // 2)  # one token each when they were sampled

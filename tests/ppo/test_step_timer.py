@@ -10,7 +10,7 @@ import torch
 from helpers.ppo import ppo_job, ppo_learner, ppo_stage, prompts
 from rlhf.data.chat_template import prompt_ids
 from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.rewards.reward import function_reward
+from rlhf.rewards.function import function_reward
 from rlhf.tracking.timer import StepTimer
 
 NAMES = ["generate", "reward", "reference", "score", "advantages", "update", "optimizer"]

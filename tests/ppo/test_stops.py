@@ -28,7 +28,7 @@ TRAIN, HELD_OUT = prompts(range(100, 140)), prompts(range(700, 704))
 
 
 class Length:
-    """The response's length in bytes; NaN in the chosen rollouts (of 8 rows; held-out prompts are 4)."""
+    """The response's length in bytes; infinite in the chosen rollouts (of 8 rows; held-out prompts are 4)."""
 
     def __init__(self, *bad: int) -> None:
         self.bad, self.rollouts = bad, 0
@@ -38,7 +38,7 @@ class Length:
         if len(completions) == 8:
             self.rollouts += 1
             if self.rollouts in self.bad:
-                scores[3] = math.nan
+                scores[3] = math.inf
         return scores
 
 
@@ -111,7 +111,10 @@ def test_too_many_bad_steps_end_the_run(tmp_path: Path, tiny_model: Path) -> Non
         train(first)
     message = str(error.value)
     assert message.startswith("ppo: step 4: 2 steps were skipped, more than ppo.max_bad_steps=1")
-    assert "is nan." in message and "ppo.reward=python:helpers.ppo:starts_with_e" in message
+    assert (
+        "the reward gave inf for the response" in message
+        and "ppo.reward=python:helpers.ppo:starts_with_e" in message
+    )
     assert str(first.job.run_directory / "ppo-step4.jsonl") in message
     assert logged_steps(first) == [1, 2, 3, 4]
 

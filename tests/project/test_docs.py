@@ -124,10 +124,11 @@ def test_the_result_is_used_as_shown(
 
 
 def test_the_reward_scores_as_shown() -> None:
-    (code,) = python_blocks(ROOT / "docs" / "rewards.md")
+    two_lists, with_columns = python_blocks(ROOT / "docs" / "rewards.md")
     space: dict[str, Any] = {}
-    exec(code, space)
+    exec(two_lists + with_columns, space)
     assert space["score"](["", ""], ["one", " ".join(["word"] * 12)]) == [-11, 0]
+    assert space["exact"](prompts=["", ""], completions=["4 ", "5"], answer=["4", None]) == [1.0, None]
 
 
 def launches() -> list[tuple[int, str]]:

@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 
 from helpers.jobs import user
+from rlhf.data.schema import PromptRow
 from rlhf.rewards import http as remote
 from rlhf.rewards.http import RewardServerConfig, remote_reward
 from rlhf.rewards.reward import RewardError
 
-ROWS = ([user(text) for text in ("Say hi", "Say nothing")], ["hi", ""])
+PROMPTS = [
+    PromptRow(user("Say hi"), columns={"answer": "hi", "level": 2}),
+    PromptRow(user("Say nothing"), columns={"answer": ""}),
+]
+ROWS = (PROMPTS, ["hi", ""])
 
 ASKED = RewardServerConfig(timeout=5.0, retries=3)
 
@@ -60,7 +65,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def test_prompts_and_responses_are_sent_and_scores_come_back(server: Server) -> None:
     server.answers = [(200, {"scores": [1, -0.5]})]
     assert remote_reward(server.url, ASKED)(*ROWS).tolist() == [1.0, -0.5]
-    assert server.asked == [{"prompts": ["Say hi", "Say nothing"], "responses": ["hi", ""]}]
+    assert server.asked == [
+        {
+            "prompts": ["Say hi", "Say nothing"], "responses": ["hi", ""],
+            "columns": {"answer": ["hi", ""], "level": [2, None]},
+        }
+    ]  # fmt: skip
 
 
 def test_a_server_that_fails_once_is_asked_again(server: Server) -> None:

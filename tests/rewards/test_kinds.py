@@ -14,12 +14,15 @@ import pytest
 from helpers.chains import Chain
 from helpers.jobs import TINY, on_cpu
 from rlhf.config import ConfigError
+from rlhf.data.schema import PromptRow
 from rlhf.models.base import ModelConfig, base_identity
 from rlhf.rewards.code import has_changed
+from rlhf.rewards.function import WANTED as HOW
+from rlhf.rewards.function import function_reward
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import REWARD_KINDS, RewardKind, reward_digest
 from rlhf.rewards.model import make_reward
-from rlhf.rewards.reward import RewardError, function_reward
+from rlhf.rewards.reward import RewardError
 
 SOURCE = "python:their_reward:score"
 FUNCTION = "def score(prompts, responses):\n    return [{value} for _ in responses]\n"
@@ -128,10 +131,7 @@ def test_what_cannot_be_imported_is_told(folder: Path, source: str) -> None:
         anew(source)
 
 
-WANTED = (
-    "It is called as score(prompts, responses), with two lists of texts, and returns a list of floats, one "
-    "for each response."
-)
+WANTED = HOW.format(name="score")
 
 
 @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ def test_a_function_with_other_arguments_is_told_before_anything_runs(
 )
 def test_a_function_that_fails_is_told_by_its_own_line(folder: Path, body: str, said: str) -> None:
     file = folder / "their_reward.py"
-    file.write_text(f"import textwrap\n\ndef score(prompts, responses, **more):\n    {body}\n")
+    file.write_text(f"import textwrap\n\ndef score(prompts, responses):\n    {body}\n")
     forget()
     with pytest.raises(ConfigError) as caught:
-        function_reward(SOURCE)([[], []], ["a b", "c"])
+        function_reward(SOURCE)([PromptRow([]), PromptRow([])], ["a b", "c"])
     assert said.replace("FILE", str(file)) in str(caught.value)
     assert str(caught.value).endswith(f" {WANTED}")
 
@@ -262,8 +262,8 @@ def test_a_kind_of_the_users_may_return_a_list(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(REWARD_KINDS, "chars", kind)
     server = RewardServerConfig(timeout=1.0, retries=0)
     reward = make_reward("chars:", None, TINY, on_cpu(), 1000, server)
-    assert reward([[], []], ["ab", "c"]).tolist() == [2.0, 1.0]
+    assert reward([PromptRow([]), PromptRow([])], ["ab", "c"]).tolist() == [2.0, 1.0]
     with pytest.raises(
         RewardError, match=r"chars: returned shape \(1,\) for 2 responses .*one number for each"
     ):
-        reward([[], []], ["ab", ""])
+        reward([PromptRow([]), PromptRow([])], ["ab", ""])

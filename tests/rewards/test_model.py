@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from helpers.jobs import TINY, user
+from rlhf.data.schema import PromptRow
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import load_tokenizer
 from rlhf.models.value_head import load_scalar_model
 from rlhf.rewards.model import LearnedReward
 from rlhf.rewards.reward import RewardError
 
-PROMPTS = [user(f"Say {n}") for n in range(5)]
+PROMPTS = [PromptRow(user(f"Say {n}")) for n in range(5)]
 ANSWERS = ["a", "bb" * 40, "", "dddd", "e" * 7]
 
 

@@ -74,3 +74,19 @@ def test_whitening_alike_values_divides_by_no_zero() -> None:
     x_BR, mask_BR = torch.full((2, 2), 3.0), torch.ones(2, 2, dtype=torch.bool)
     moments = torch.tensor([4.0, 12.0, 36.0], dtype=torch.float64)
     assert whiten(x_BR, mask_BR, moments).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_from_an_episode_without_a_score_nothing_is_learned() -> None:
+    """The other is as if it had been sampled alone; its own advantages and errors are 0."""
+    rule = RewardRule(ScoreNormalizer.fixed(4.0, 4.0, None), 0.1, -2.0, 0.0)
+    found, others = experience(rule, torch.tensor([10.0, NAN])), rollout().select(torch.tensor([0]))
+    alone = make_experience(
+        others, logp_BR=LOGP_BR[:1], reference_logp_BR=REFERENCE_BR[:1], score_B=torch.tensor([10.0]),
+        rule=rule,
+        advantages=partial(critic_advantages, value_BR=VALUE_BR[:1], gamma=0.9, lam=0.8),
+    )  # fmt: skip
+    assert found.reward_BR[1].tolist() == found.advantage_BR[1].tolist() == [0.0, 0.0, 0.0]
+    assert found.return_BR[1].tolist() == [1.0, 2.0, 0.0]  # the critic's own values, and padding
+    assert found.scored_BR.any(-1).tolist() == [True, False]
+    for name in ("reward_BR", "advantage_BR", "return_BR"):
+        assert torch.equal(getattr(found, name)[:1], getattr(alone, name))

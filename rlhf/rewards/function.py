@@ -1,0 +1,185 @@
+"""Rewards that are a user's function, in one of two forms.
+
+TRL's: a function that takes `**`, such as reward(prompts, completions, **columns). It is called by name, with
+all that TRL's GRPOTrainer passes; prompts and completions are texts where the file gives its prompts as text,
+and message lists where it gives messages.
+
+Two lists: any other function. It is called with the last message of each prompt, and the responses, as texts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import ConfigError
+from rlhf.data.schema import Message
+from rlhf.rewards.code import imported_code
+from rlhf.rewards.reward import (
+    TOKEN_IDS,
+    Prompts,
+    Reward,
+    RewardError,
+    as_scores,
+    columns_of,
+    last_messages,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Function = Callable[..., Any]
+OWN_ARGUMENTS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+"""What a call in TRL's form passes beside the columns; a column with such a name is left out."""
+
+WANTED = (
+    "It is called as {name}(prompts, responses), with two lists of texts, or in TRL's form as "
+    "{name}(prompts, completions, **columns), and returns a list, one number for each response, or None for "
+    "no score."
+)
+"""How a user's function is called."""
+
+
+def function_reward(source: str) -> Reward:
+    """The reward of `python:MODULE:FUNCTION`.
+
+    Raises:
+        ConfigError: it cannot be imported, or cannot be called in either form.
+    """
+    return called(source, imported_function(source))
+
+
+def imported_function(source: str) -> Function:
+    """The function of `python:MODULE:FUNCTION`.
+
+    Raises:
+        ConfigError: it cannot be imported, or cannot be called in either form.
+    """
+    _, module, name = source.split(":", 2)
+    imported_code(source)
+    try:
+        function: Function = getattr(sys.modules[module], name)
+    except AttributeError as error:
+        raise ConfigError(f"{source}: {error}. Name a function of that module.") from None
+    wanted = WANTED.format(name=name)
+    if not callable(function):
+        raise ConfigError(f"{source}: {name} is not a function. {wanted}")
+    if (arguments := _other_arguments(function)) is not None:
+        place = _place(function, module)
+        raise ConfigError(f"{source}: its arguments are {arguments} ({place}). {wanted}")
+    return function
+
+
+def needed_columns(function: Function) -> frozenset[str]:
+    """The columns that a function in TRL's form cannot be called without; none of other functions."""
+    if not is_in_trl_form(function):
+        return frozenset()
+    parameters = inspect.signature(function).parameters.values()
+    needed = {
+        each.name
+        for each in parameters
+        if each.default is each.empty and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+    }
+    return frozenset(needed - {*OWN_ARGUMENTS, TOKEN_IDS})
+
+
+def called(source: str, function: Function, *, as_messages: bool = False) -> Reward:
+    """The reward of a function.
+
+    Args:
+        as_messages: in TRL's form, it always gets message lists.
+    """
+    name = source.rpartition(":")[2]
+    wanted = WANTED.format(name=name)
+    place = _place(function, source.split(":")[1])
+
+    def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        try:
+            if is_in_trl_form(function):
+                answer = function(**_by_name(function, prompts, completions, as_messages))
+            else:
+                answer = function(last_messages(prompts), list(completions))
+            if inspect.iscoroutine(answer):
+                answer = asyncio.run(answer)
+        except Exception as error:  # whatever a user's function raises
+            defined = _defined(function)
+            frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if defined and frame.filename == defined[0]]
+            where = f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else place
+            raise RewardError(f"{source}: {type(error).__name__}: {error} ({where}). {wanted}") from error
+        return as_scores(answer, len(completions), source, f"({place}). {wanted}")
+
+    return score
+
+
+def is_in_trl_form(function: Function) -> bool:
+    """Whether it takes `**`."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # written in C: Python does not know its arguments
+        return False
+    return any(each.kind == each.VAR_KEYWORD for each in parameters)
+
+
+def _by_name(
+    function: Function, prompts: Prompts, completions: Sequence[str], as_messages: bool
+) -> dict[str, Any]:
+    """What TRL's GRPOTrainer passes (trl 1.16, `_calculate_rewards`). There is no trainer of TRL's, so its
+    state is None, and what the function logs is not kept."""
+
+    def asked(index: int) -> list[Message] | str:
+        return prompts[index].prompt if is_list[index] else texts[index]
+
+    def answered(index: int) -> list[Message] | str:
+        said = completions[index]
+        return [Message(role="assistant", content=said)] if is_list[index] else said
+
+    texts, is_list = last_messages(prompts), [as_messages or not row.is_text for row in prompts]
+    columns = columns_of(prompts, sorted(needed_columns(function)))
+    own: dict[str, Any] = {
+        "prompts": [asked(index) for index in range(len(prompts))],
+        "completions": [answered(index) for index in range(len(prompts))],
+        "trainer_state": None,
+        "log_extra": _not_kept,
+        "log_metric": _not_kept,
+    }
+    return columns | own
+
+
+def _not_kept(name: str, value: object) -> None:
+    """What a function logs by TRL's `log_extra` and `log_metric`; our own metrics say how it scores."""
+
+
+def _other_arguments(function: Function) -> str | None:
+    """Its arguments, if it can be called in neither form, such as (text)."""
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+    except ValueError:  # written in C: Python does not know them
+        return None
+    if is_in_trl_form(function):
+        return None
+    names = [*signature.parameters]
+    try:
+        signature.bind([], [])
+    except TypeError:
+        return str(signature)
+    return str(signature) if "completions" in names and names.index("completions") != 1 else None
+
+
+def _place(function: Function, module: str) -> str:
+    """Where it stands: file and line, or its module."""
+    defined = _defined(function)
+    return f"{defined[0]}, line {defined[1]}" if defined else module
+
+
+def _defined(function: Function) -> tuple[str, int] | None:
+    """The file and line of the function; None if Python does not know them."""
+    try:
+        file, line = inspect.getsourcefile(function), inspect.getsourcelines(function)[1]
+    except (OSError, TypeError):
+        return None
+    return (file, line) if file else None
