@@ -126,8 +126,9 @@ def test_data_that_cannot_be_had_are_told_before_anything_is_trained(tasks: Path
 
 
 @pytest.mark.slow
-def test_the_other_ranks_wait_for_a_task_that_takes_longer_than_their_patience(
-    tasks: Path, tmp_path: Path
+@pytest.mark.parametrize("zero", ["none", "fsdp2"])
+def test_the_other_ranks_take_part_in_a_task_that_takes_longer_than_their_patience(
+    zero: str, policy: PolicyModel, tasks: Path, tmp_path: Path
 ) -> None:
     (tasks / "slow.py").write_text(
         "import time\n\n\ndef question(row):\n    time.sleep(0.8)\n    return row['question']\n"
@@ -139,9 +140,12 @@ def test_the_other_ranks_wait_for_a_task_that_takes_longer_than_their_patience(
     chain = RealChain(tmp_path / "chain")
     process = chain.start(
         "slow", *settings(tasks), "launch.processes=2", "distributed.timeout=6",
+        f"zero={zero}",
         environment={"HF_DATASETS_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
     summary = json.loads((chain.directory / "runs" / "slow" / "summary.json").read_text())
-    assert "evaluate/lm_eval/sums/acc/base" in summary["stages"]["evaluate"]["metrics"]
+    right = [is_right(policy, **question) for question in QUESTIONS]
+    measured = summary["stages"]["evaluate"]["metrics"]
+    assert measured["evaluate/lm_eval/sums/acc/base"] == pytest.approx(sum(right) / 9)
