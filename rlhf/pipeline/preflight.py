@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from rlhf.config import ConfigError, said_as
 from rlhf.costs.hardware import GIB, found_machine, kept_speed, quick_speed
-from rlhf.costs.memory import SAMPLING, MemoryPhase, amount, weight_bytes
+from rlhf.costs.memory import SAMPLING, Allocation, MemoryPhase, amount, over, weight_bytes
 from rlhf.costs.model_shape import ModelShape, counted
 from rlhf.costs.setup import CostContext, LocalSampling, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost
@@ -253,7 +253,7 @@ def preflight(
     for stage in stages:
         way = (ways or {}).get(stage.name)
         there = chosen(stage, chain, on) if way is None else replace(on, local_sampling=way)
-        cost = costs[stage.name] = stage.cost(there, chain)
+        cost = costs[stage.name] = with_copy(stage.cost(there, chain), there, checkpoints)
         if not cost.phases:
             continue
         need = shortage(cost, on)
@@ -443,12 +443,24 @@ def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:
     return stage.name
 
 
+def with_copy(cost: StageCost, on: CostContext, config: CheckpointConfig) -> StageCost:
+    """The cost with the copy of the state that `checkpoint.background=true` writes from, on the host. With
+    `auto` there is only one where there is memory for it; DeepSpeed makes none."""
+    if config.background is not True or on.zero.startswith("zero") or not checkpoint_bytes(cost, config):
+        return cost
+    size = cost.checkpoint / on.shard_ranks  # else rank 0 has it all
+    how = f"what checkpoint.background=true writes from: {amount(cost.checkpoint)}{over(on.shard_ranks)}"
+    copy = Allocation("optimizer", size, how, on_host=True)
+    return replace(cost, phases=[replace(each, parts=[*each.parts, copy]) for each in cost.phases])
+
+
 def disk_complaints(
     costs: Mapping[str, StageCost], store: Path, checkpoints: CheckpointConfig, begun: Mapping[str, Begun]
 ) -> Iterator[str]:
-    """The artifacts, and the checkpoints of the stage that needs most, must fit on the store's disk, beside
-    the checkpoints that are there."""
+    """The artifacts, what one is made from while it is written, and the checkpoints of the stage that needs
+    most, must fit on the store's disk, beside the checkpoints that are there."""
     published = sum(cost.artifact for cost in costs.values())
+    published += max((cost.artifact for cost in costs.values()), default=0.0)  # what was trained, or merged
     missing = [checkpoint_bytes(cost, checkpoints) - begun[name].bytes for name, cost in costs.items()]
     largest = max(0.0, *missing)
     free = shutil.disk_usage(store).free

@@ -28,12 +28,12 @@ from helpers.experiments import build
 from helpers.jobs import on_cpu
 from helpers.models import tiny_family
 from rlhf.config import ConfigError
-from rlhf.costs.memory import VLLM_GRAPHS
+from rlhf.costs.memory import VLLM_GRAPHS, MemoryPhase
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost, Task
 from rlhf.data.prepared import LengthStats, PreparedData
-from rlhf.distributed.compute import Compute
+from rlhf.distributed.compute import Compute, Zero
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
 from rlhf.models.peft.attach import check_attachable
@@ -46,6 +46,7 @@ from rlhf.pipeline.preflight import (
     expectations,
     preflight,
     sampling_note,
+    with_copy,
 )
 
 MISTRAL = MistralConfig(
@@ -170,6 +171,32 @@ def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> N
     assert list(disk_complaints({"sft": huge}, tmp_path, every, written)) == []
     (line,) = disk_complaints({"sft": huge}, tmp_path, every, {"sft": Begun()})
     assert line.startswith(f"store_dir={tmp_path}") and "checkpoint.keep" in line
+
+
+def test_what_an_artifact_is_made_from_is_on_the_disk_too(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    two = {"sft": StageCost(artifact=0.4 * free), "reward": StageCost(artifact=0.3 * free)}
+    begun = dict.fromkeys(two, Begun())
+    assert list(disk_complaints({"sft": two["sft"]}, tmp_path, NO_CHECKPOINTS, begun)) == []
+    assert len(list(disk_complaints(two, tmp_path, NO_CHECKPOINTS, begun))) == 1
+
+
+@pytest.mark.parametrize(
+    ("zero", "background", "share"),
+    [
+        ("none", True, 1.0), ("fsdp2", True, 0.25), ("zero3", True, 0.0), ("fsdp2", "auto", 0.0),
+        ("fsdp2", False, 0.0),
+    ],
+)  # fmt: skip
+def test_the_copy_that_the_background_writes_from_counts(
+    zero: Zero, background: Literal["auto", True, False], share: float
+) -> None:
+    on = replace(gpus(80.0, ranks=4), zero=zero)
+    config = NO_CHECKPOINTS.model_copy(update={"background": background, "every_steps": 5})
+    cost = StageCost([MemoryPhase("learning"), MemoryPhase("publishing")], checkpoint=8.0)
+    assert [each.size(on_host=True) for each in with_copy(cost, on, config).phases] == [8.0 * share] * 2
+    never = config.model_copy(update={"every_steps": None, "every_minutes": None})
+    assert with_copy(cost, on, never) == cost
 
 
 @pytest.mark.parametrize(("spent", "left"), [(0.0, "3:20"), (70.0, "2:10"), (999.0, "1:40")])
