@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf.config import ConfigError
-from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.methods import KINDS, METHODS
@@ -23,7 +21,6 @@ from rlhf.models.start import check_start
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Purpose, Stage
 from rlhf.ppo.config import PpoConfig
-from rlhf.ppo.cost import ppo_cost
 from rlhf.ppo.stage import PolicyStage
 from rlhf.rewards.kinds import reward_directory
 
@@ -94,13 +91,6 @@ class PpoStage(PpoConfig, PolicyStage):
         if directory is None or origin_of(directory) is None:
             return None
         return f"ppo.reward={self.reward}" if described(directory)["peft_type"] in KINDS else None
-
-    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
-        """See rlhf/ppo/cost.py."""
-        if self.reward != "learned":
-            return ppo_cost(self, on, reward_method=None)
-        trained = dict(chain["reward"])
-        return ppo_cost(self, on, reward_method=trained["peft"].method, reward_init=trained["init"])
 
     def trainer(self, job: Job) -> PolicyTrainer:
         """The loop with its four models, before its first step."""

@@ -146,6 +146,11 @@ class PolicyConfig(Strict):
         return 1
 
     @property
+    def resamples(self) -> int:
+        """How often groups of episodes with equal scores are replaced by answers to other prompts."""
+        return 0
+
+    @property
     def warmup_steps(self) -> int:
         """First steps, in which the policy does not learn."""
         return 0

@@ -1,4 +1,5 @@
-"""What PPO needs: four models, and an engine that trains two of them."""
+"""What a policy gradient needs: for PPO four models, and an engine that trains two of them; without a critic
+three, of which one trains."""
 
 from __future__ import annotations
 
@@ -30,16 +31,17 @@ from rlhf.costs.training import artifact_bytes, published
 from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import directory_of
-from rlhf.ppo.config import PpoConfig
+from rlhf.ppo.config import PolicyConfig, PpoConfig
 
 FOLDED = ("lora", "dora", "ia3")
 """Methods whose adapters are merged into copies of the weights while the policy samples."""
 
 
-def ppo_cost(
-    config: PpoConfig, on: CostContext, *, reward_method: str | None, reward_init: str | None = None
+def policy_cost(
+    config: PolicyConfig, on: CostContext, *, reward_method: str | None, reward_init: str | None = None
 ) -> StageCost:
-    """Four models read each episode and two learn from it. Three models read each evaluated answer.
+    """All models read each episode, and policy and critic learn from it. Three models read each evaluated
+    answer.
 
     Args:
         reward_method: how the reward stage tuned its model; None if another model or a rule scores.
@@ -62,11 +64,17 @@ def ppo_cost(
     folds = shares and reward_method == "lora" and same_start
     """The reward model is the policy's start with an adapter."""
     own_reward = scorer is not None and not folds
-    critic_on_reward = own_reward and config.critic_on_reward
-    critic = scorer if scorer is not None and critic_on_reward else on
-    sets = 1 + (critic_on_reward if shares else 1)
-    trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)
-    states = [*trained.weights("policy and critic"), trained.optimizer(), *trained.buffers()]
+    with_critic = config if isinstance(config, PpoConfig) else None
+    critic_on_reward = own_reward and with_critic is not None and with_critic.critic_on_reward
+    critic = None
+    if with_critic is not None:
+        critic = scorer if scorer is not None and critic_on_reward else on
+    trained = Trained(on, config.peft)
+    if critic is not None:
+        sets = 1 + (critic_on_reward if shares else 1)
+        trained = Trained(on, config.peft, models=2, weight_sets=sets, scalars=1, scalar=critic.shape)
+    named = "policy" if critic is None else "policy and critic"
+    states = [*trained.weights(named), trained.optimizer(), *trained.buffers()]
     placed = config.placement(shards_weights=on.shards_weights)
     of_reference, of_reward = [], []
     if not shares:
@@ -94,13 +102,15 @@ def ppo_cost(
         )  # fmt: skip
 
     both = once or on.zero not in ("none", "fsdp2", "hsdp")
-    kept = graph(on, critic.shape) if both else max(graph(on), graph(critic), key=lambda part: part.size)
+    kept = graph(on)
+    if critic is not None:
+        kept = graph(on, critic.shape) if both else max(kept, graph(critic), key=lambda part: part.size)
     rows = decoded_rows(config, on, max(batch, config.evaluate_prompts))
     decoding = sampling(
         on, rows, prompts.longest, config.max_new_tokens, folds=config.peft.method in FOLDED,
         gathers=on.shards_weights,
     )  # fmt: skip
-    mix = list(mixed(config, on, once=once))
+    mix = list(mixed(with_critic, on, once=once)) if with_critic is not None else []
     phases = [
         loading(on, trained, *others),
         MemoryPhase(SAMPLING, [*states, *decoding]),
@@ -119,7 +129,7 @@ def ppo_cost(
         MemoryPhase("publishing", [*states, *published(on, trained.of_one)]),
     ]
     return StageCost(
-        beside_vllm(on, phases), ppo_work(config, on, scorer, critic, trained, once=once),
+        beside_vllm(on, phases), policy_work(config, on, scorer, critic, trained, once=once),
         artifact=artifact_bytes(on, config.peft),
         checkpoint=3 * FP32 * trained.parameters + best + average,
         longest=length.longest + COSTS[config.peft.method].added_tokens(on.shape, config.peft),
@@ -128,14 +138,14 @@ def ppo_cost(
     )  # fmt: skip
 
 
-def own_scorer(config: PpoConfig, on: CostContext) -> CostContext | None:
-    """The shape of `ppo.reward=model:DIR`: the policy's if its config does not say; None if a rule scores."""
+def own_scorer(config: PolicyConfig, on: CostContext) -> CostContext | None:
+    """The shape of the reward `model:DIR`: the policy's if its config does not say; None if a rule scores."""
     if not config.reward.startswith("model:"):
         return None
     return on.starting(Path(config.reward.removeprefix("model:")))
 
 
-def decoded_rows(config: PpoConfig, on: CostContext, rows: int) -> float:
+def decoded_rows(config: PolicyConfig, on: CostContext, rows: int) -> float:
     """How many of all ranks' rows one rank decodes together."""
     return min(config.batch_rows or rows, rows / on.ranks)
 
@@ -164,17 +174,25 @@ def mix_lengths(config: PpoConfig, on: CostContext) -> LengthStats:
     return on.sizes("sft" if config.ptx.data is None else "ptx", "train").cut(room)
 
 
-def ppo_work(
-    config: PpoConfig,
+def in_groups(prompts: LengthStats, size: int) -> LengthStats:
+    """Prompts of which each is answered so often: all but one of a group share the whole prompt."""
+    own = prompts.mean - prompts.shared_prefix
+    return prompts._replace(shared_prefix=prompts.mean - own / size)
+
+
+def policy_work(
+    config: PolicyConfig,
     on: CostContext,
     scorer: CostContext | None,
-    critic: CostContext,
+    critic: CostContext | None,
     trained: Trained,
     *,
     once: bool,
 ) -> list[Task]:
     """The work of all steps, if each response is as long as it may be."""
-    prompts, worker, new = on.sizes("ppo", "train"), ThroughputModel(on), config.max_new_tokens
+    worker, new = ThroughputModel(on), config.max_new_tokens
+    asked = on.sizes("ppo", "train")
+    prompts = in_groups(asked, config.group_size)
     both = joined(prompts, exactly(new))
     length, computed = both.mean, on.computed(both.mean, both)
     """The tokens of a row, and how many of them a model computes."""
@@ -182,11 +200,11 @@ def ppo_work(
     evaluations = 1 + math.ceil(config.steps / config.evaluate_every)
     evaluated = evaluations * min(config.evaluate_prompts, on.sizes("ppo", "held_out").rows)
     by_policies = episodes + 2 * evaluated  # the reference; in evaluations the policy too
-    by_policies += 0 if once else episodes  # policy and critic score before they learn
+    by_policies += 0 if once else episodes  # they score before they learn
     learned = config.epochs * episodes
     updates = config.steps * config.epochs * math.ceil(config.batch_episodes / config.minibatch_episodes)
     mixed_in = []
-    if config.ptx.coef:
+    if isinstance(config, PpoConfig) and config.ptx.coef:
         mix = mix_lengths(config, on)
         tokens = updates * config.ptx.rows * mix.mean
         mixed_in = [worker.train(
@@ -206,29 +224,33 @@ def ppo_work(
         worker.read(
             by_policies * computed, length, predicted=by_policies * new, what="log-probabilities"
         ),
-        ThroughputModel(critic).read(0 if once else episodes * computed, length, what="values"),
     ]  # fmt: skip
     learning = [
         worker.train(
             learned * computed, length, config.peft.method, predicted=learned * new,
             checkpointing=config.activation_checkpointing, what="policy",
         ),
-        ThroughputModel(critic).train(
+    ]  # fmt: skip
+    loads = []
+    if critic is not None:
+        model = ThroughputModel(critic)
+        readings.append(model.read(0 if once else episodes * computed, length, what="values"))
+        learning.append(model.train(
             learned * computed, length, config.peft.method, checkpointing=config.activation_checkpointing,
             what="critic",
-        ),
-    ]  # fmt: skip
-    models = (1 if scorer is None else 2) + (0 if once else 2)  # reward and reference; policy and critic
+        ))  # fmt: skip
+        loads.append(model.load(1, what="critic"))
+    of_policy = 1 if critic is None else 2
+    models = (1 if scorer is None else 2) + (0 if once else of_policy)  # reward and reference; policy, critic
     return [
         worker.load(3, what="policy, reference, published model"),
-        ThroughputModel(critic).load(1, what="critic"),
+        *loads,
         *scores,
         *worker.decode(
             episodes, decoded_rows(config, on, config.batch_episodes), prompts, new, what="episodes"
         ),
         *worker.decode(
-            evaluated, decoded_rows(config, on, config.evaluate_prompts), prompts, new,
-            what="evaluations",
+            evaluated, decoded_rows(config, on, config.evaluate_prompts), asked, new, what="evaluations",
         ),
         *readings,
         *worker.gathering(models * passes, [*scores[1:], *readings], what="scoring"),
@@ -236,7 +258,9 @@ def ppo_work(
             config.steps * on.gathers_a_rollout(new), [], what="weights to sample from"
         ),
         *learning,
-        *worker.exchanging(2 * updating, updates, trained.parameters / 2, learning, what="learning"),
+        *worker.exchanging(
+            of_policy * updating, updates, trained.parameters / of_policy, learning, what="learning"
+        ),
         *mixed_in,
         worker.optimize(trained.parameters, updates),
     ]  # fmt: skip

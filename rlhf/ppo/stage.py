@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rlhf.config import ConfigError
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
@@ -18,6 +20,7 @@ from rlhf.models.start import check_start, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.ppo.config import PolicyConfig
+from rlhf.ppo.cost import policy_cost
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PolicyTrainer
@@ -153,6 +156,13 @@ class PolicyStage(PolicyConfig, Stage):
             )
         )  # fmt: skip
         job.publish({**metrics, **written, **token_seconds(trainer.policy.model, job.compute)})
+
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+        """See rlhf/ppo/cost.py."""
+        if self.reward != "learned":
+            return policy_cost(self, on, reward_method=None)
+        trained = dict(chain["reward"])
+        return policy_cost(self, on, reward_method=trained["peft"].method, reward_init=trained["init"])
 
     @abstractmethod
     def trainer(self, job: Job) -> PolicyTrainer:

@@ -9,9 +9,10 @@ import math
 import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
@@ -25,7 +26,8 @@ from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.update import BadStepError, ForwardPass, Objective, PolicyUpdater
 from rlhf.rewards.reward import Reward, RewardError, why_unusable, with_token_ids
 from rlhf.rl.advantage import ScoreNormalizer
-from rlhf.rl.rollout import Experience, RewardRule, make_experience
+from rlhf.rl.group import group_spread, neighbours
+from rlhf.rl.rollout import Experience, Rollout, make_experience
 from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
 
@@ -72,8 +74,13 @@ class PolicyTrainer:
         self.bad_steps, self.done, self.evaluated, self.best_step = 0, 0, 0, 0
         self.last_bad = ""
         """Why the last bad step was bad."""
+        self.prompts: Sequence[PromptRow] = []
+        """What it learns from."""
+        self.rows: Sequence[PromptRow] = []
         self.texts: list[str] = []
-        """The current step's responses."""
+        """What was asked last in the current step, and the responses."""
+        self.resampled = 0
+        """Groups of the current step that were replaced."""
         self.history: list[dict[str, float]] = []
         self.first: Evaluation | None = None
         self.last: Evaluation | None = None
@@ -98,6 +105,7 @@ class PolicyTrainer:
                 f"{name}.max_bad_steps={config.max_bad_steps}: {self.bad_steps} steps were skipped, "
                 f"the last one was step {self.done}. Raise it to continue after them."
             )
+        self.prompts = prompts
         num_prompts = config.batch_episodes // config.group_size
         batches = prompt_batches(prompts, num_prompts, config.steps, self.job.seed)
         with self.job.progress.task(f"{self.job.stage}: steps", config.steps) as task, checkpoints.training():
@@ -106,7 +114,7 @@ class PolicyTrainer:
             for step, asked in enumerate(batches, 1):
                 if step <= self.done:
                     continue
-                rows = [row for row in asked for _ in range(config.group_size)]
+                rows = repeated(asked, config.group_size)
                 sampling, normalizer = self.sampling.get_state(), self.normalizer.state_dict()
                 try:
                     metrics = self.step(rows, step)
@@ -116,7 +124,7 @@ class PolicyTrainer:
                     checkpoints.save(self.done, self.engine, self.state_dict())
                     if isinstance(bad, RewardError):
                         raise
-                    self.stop(step, rows, str(bad), "takes this step again, with the same answers")
+                    self.stop(step, str(bad), "takes this step again, with the same answers")
                 self.history.append(metrics)
                 self.job.log(metrics, step)
                 self.done = step
@@ -127,7 +135,7 @@ class PolicyTrainer:
                         f"{name}.max_bad_steps={config.max_bad_steps}; the last because {self.last_bad} Fix "
                         f"{name}.reward={config.reward}, or lower {name}.optim.lr"
                     )
-                    self.stop(step, rows, reason, "continues after this step")
+                    self.stop(step, reason, "continues after this step")
                 self.evaluate_if_due(held_out)
                 was_skipped = "score" not in metrics
                 task.advance(
@@ -154,6 +162,7 @@ class PolicyTrainer:
             # Python's max drops a NaN, which must fail the gate
             "engine_mismatch": float(torch.tensor(mismatches, dtype=torch.float64).max()),
             **self.of_critic(done),
+            **self.of_groups(done),
             **mean(best.kl_B).metrics("kl"),
             "held_out_score_before": first.score,
             "held_out_score": best.score,
@@ -172,6 +181,15 @@ class PolicyTrainer:
         if not self.objective.has_critic:
             return {}
         return self.explained_variance(done).metrics("explained_variance")
+
+    def of_groups(self, done: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Summary metrics of groups, if there are any."""
+        found = {}
+        if all("groups_without_spread" in metrics for metrics in done):
+            found["groups_without_spread"] = sum(each["groups_without_spread"] for each in done) / len(done)
+        if self.config.resamples:
+            found["resampled_groups"] = sum(each["resampled_groups"] for each in done)
+        return found
 
     def explained_variance(self, done: Sequence[Mapping[str, float]]) -> Sampled:
         """The mean over the last quarter of the steps; steps are independent samples."""
@@ -228,10 +246,12 @@ class PolicyTrainer:
         first_steps = {0: config.warmup_steps}  # the policy's
         rates = self.engine.set_rates(step - 1, config.steps, first_steps=first_steps)
         metrics = {"lr": rates[0], "kl_coef": self.kl.coef}
-        self.texts = []
+        self.rows, self.texts = rows, []
         try:
             experience, scored = self.experience(rows)
-            metrics |= rollout_metrics(experience)
+            metrics |= rollout_metrics(experience) | self.objective.rollout_metrics(experience)
+            if config.resamples:
+                metrics["resampled_groups"] = float(self.resampled)
             metrics["special_token_rate"] = self.policy.special_token_rate(experience.rollout)
             if metrics.get("engine_mismatch", 0.0) > self.mismatch_limit:
                 raise TooBadError(
@@ -268,16 +288,16 @@ class PolicyTrainer:
             f"{self.job.stage}: {text}", highlight=False, markup=False, style="yellow"
         )
 
-    def stop(self, step: int, rows: Sequence[PromptRow], reason: str, then: str) -> NoReturn:
+    def stop(self, step: int, reason: str, then: str) -> NoReturn:
         """Write the batch to a file and end. `then` says what the same command does with a higher limit.
 
         Raises:
             ConfigError: always.
         """
-        texts = [*self.texts, *[None] * (len(rows) - len(self.texts))]
+        texts = [*self.texts, *[None] * (len(self.rows) - len(self.texts))]
         path = self.job.dump(
             f"step{step}",
-            [{"prompt": row.prompt, "response": text} for row, text in zip(rows, texts, strict=True)],
+            [{"prompt": row.prompt, "response": text} for row, text in zip(self.rows, texts, strict=True)],
         )
         raise ConfigError(
             f"{self.job.stage}: step {step}: {reason}. Its batch is in {path}. All that was learned so far "
@@ -287,44 +307,64 @@ class PolicyTrainer:
     def experience(self, rows: Sequence[PromptRow]) -> tuple[Experience, ForwardPass | None]:
         """Sample one response to each row with the current policy, and score it (`PolicyUpdater.score`)."""
         config = self.config
-        if self.policy.vllm is not None:
-            with self.phases("sync"):
-                self.policy.hand_over()
-        with self.phases("generate"):
-            rollout, self.texts = self.policy.sample(
-                [row.prompt for row in rows],
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                generator=self.sampling,
-                batch_rows=config.batch_rows or len(rows),
-            )
-        with self.phases("reward"):
-            score_B = self.reward(with_token_ids(rows, rollout.response_ids), self.texts)
-        if (why := why_unusable(score_B, self.texts)) is not None:
-            raise BadStepError(f"the reward {why}.")
-
+        answered = self.answers(rows)
+        self.resampled = 0
+        for attempt in range(config.resamples):
+            spread_B = group_spread(answered.score_B, neighbours(len(answered.rows), config.group_size))
+            flat = (spread_B == 0.0).nonzero().flatten().tolist()
+            if not flat:
+                break
+            others = self.other_prompts(len(flat) // config.group_size, attempt)
+            self.resampled += len(others)
+            answered = answered.replaced(flat, self.answers(repeated(others, config.group_size)))
+        self.rows, self.texts, rollout, score_B = answered
         with self.phases("reference"):
             reference_BR = self.reference.log_probabilities(
                 rollout, config.temperature, config.micro_batch_tokens
             )
         with self.phases("score"):
             logp_BR, value_BR, scored = self.update.score(rollout)
-        rule = RewardRule(
-            self.normalizer,
-            self.objective.reward_kl_coef,
-            config.score.missing_stop,
-            config.score.missing_stop_penalty,
-        )
         with self.phases("advantages"):
             experience = make_experience(
                 rollout,
                 logp_BR=logp_BR,
                 reference_logp_BR=reference_BR,
                 score_B=score_B,
-                rule=rule,
+                rule=self.objective.rule(self.normalizer),
                 advantages=self.objective.estimator(value_BR),
             )
         return experience, scored
+
+    def answers(self, rows: Sequence[PromptRow]) -> Answered:
+        """Sample one response to each row with the current policy, and ask the reward.
+
+        Raises:
+            BadStepError: a score is infinite, or there is none.
+        """
+        config = self.config
+        if self.policy.vllm is not None:
+            with self.phases("sync"):
+                self.policy.hand_over()
+        with self.phases("generate"):
+            rollout, texts = self.policy.sample(
+                [row.prompt for row in rows],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                generator=self.sampling,
+                batch_rows=config.batch_rows or len(rows),
+            )
+        self.rows, self.texts = rows, texts
+        with self.phases("reward"):
+            score_B = self.reward(with_token_ids(rows, rollout.response_ids), texts)
+        if (why := why_unusable(score_B, texts)) is not None:
+            raise BadStepError(f"the reward {why}.")
+        return Answered(rows, texts, rollout, score_B)
+
+    def other_prompts(self, count: int, attempt: int) -> list[PromptRow]:
+        """Prompts for groups that are replaced: a draw that depends on seed, step and attempt alone, so that
+        a resumed run draws the same."""
+        position = f"{self.job.seed} {self.compute.position['step']} {attempt}"
+        return random.Random(position).choices(self.prompts, k=count)
 
     def evaluate_if_due(self, rows: Sequence[PromptRow]) -> None:
         """Evaluate the policy of the last step, if that is due and not done.
@@ -368,6 +408,32 @@ class PolicyTrainer:
         for row, text in list(zip(rows, texts, strict=True))[:8]:
             self.job.sample(step=self.done, prompt=row.prompt, response=text)
         return result
+
+
+class Answered(NamedTuple):
+    """Prompts, a response to each, and its raw score."""
+
+    rows: Sequence[PromptRow]
+    texts: list[str]
+    rollout: Rollout
+    score_B: Tensor
+
+    def replaced(self, indices: Sequence[int], others: Answered) -> Answered:
+        """With the others at these indices, in order."""
+        order = torch.arange(len(self.rows))
+        order[indices] = torch.arange(len(others.rows)) + len(self.rows)
+        rows, texts = [*self.rows, *others.rows], self.texts + others.texts
+        return Answered(
+            [rows[index] for index in order.tolist()],
+            [texts[index] for index in order.tolist()],
+            Rollout.concatenate([self.rollout, others.rollout]).select(order),
+            torch.cat([self.score_B, others.score_B])[order],
+        )
+
+
+def repeated(rows: Sequence[PromptRow], times: int) -> list[PromptRow]:
+    """Each row so many times, side by side."""
+    return [row for row in rows for _ in range(times)]
 
 
 def prompt_batches(

@@ -31,8 +31,8 @@ from rlhf.pipeline.job import Job
 from rlhf.ppo.config import PolicyConfig, PpoConfig
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.ptx import PretrainingMix
-from rlhf.rl.advantage import AdaptiveKL, FixedKL
-from rlhf.rl.rollout import Advantages, Experience, Rollout, critic_advantages, minibatches
+from rlhf.rl.advantage import AdaptiveKL, FixedKL, ScoreNormalizer
+from rlhf.rl.rollout import Advantages, Experience, RewardRule, Rollout, critic_advantages, minibatches
 from rlhf.tracking.timer import StepTimer
 from rlhf.training.engine import Engine
 from rlhf.training.optimizer import WeightAverage
@@ -58,20 +58,25 @@ class Objective(ABC):
     """
 
     has_critic: ClassVar[bool]
-    figures: ClassVar[tuple[str, ...]]
+    figures: tuple[str, ...] = ()
     """What it counts of every update, beside the policy's figures."""
 
     def __init__(self, config: PolicyConfig) -> None:
+        self._score = config.score
         self.kl = (
             AdaptiveKL(config.kl.coef, config.kl.target, config.kl.horizon)
             if config.kl.controller == "adaptive"
             else FixedKL(config.kl.coef)
         )
 
-    @property
-    def reward_kl_coef(self) -> float:
-        """Coefficient of the KL penalty in the reward."""
-        return self.kl.coef
+    def rule(self, normalizer: ScoreNormalizer) -> RewardRule:
+        """How scores become rewards."""
+        score = self._score
+        return RewardRule(normalizer, self.kl.coef, score.missing_stop, score.missing_stop_penalty)
+
+    def rollout_metrics(self, experience: Experience) -> dict[str, float]:
+        """Its own metrics of a scored rollout."""
+        return {}
 
     @abstractmethod
     def estimator(self, value_BR: Tensor | None) -> Callable[[Tensor, Tensor], Advantages]:
@@ -92,18 +97,18 @@ class Objective(ABC):
             The loss; and those of `figures` that the policy has, as sums over tokens.
         """
 
-    @abstractmethod
     def critic_loss(
         self, value_BR: Tensor, part: Experience, *, total_tokens: int
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The critic's loss on a micro-batch, and its `figures`; called if there is a critic."""
+        raise NotImplementedError
 
 
 class PpoObjective(Objective):
     """PPO: advantages from a critic, the clipped policy loss, the critic's squared error."""
 
     has_critic: ClassVar[bool] = True
-    figures: ClassVar[tuple[str, ...]] = ("value_loss", "value_clip_fraction")
+    figures = ("value_loss", "value_clip_fraction")
 
     def __init__(self, config: PpoConfig) -> None:
         super().__init__(config)

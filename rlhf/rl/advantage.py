@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -108,9 +109,36 @@ def missing_stop(score_B: Tensor, stopped_B: Tensor, *, replacement: float | Non
     return torch.where(stopped_B, score_B, score_B - penalty)
 
 
+@dataclass(frozen=True)
+class OverlongPenalty:
+    """What a response loses near the length limit, before it is cut there: a soft edge.
+
+    0 up to longest - buffer tokens, then linear to -penalty at the limit.
+    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476, eq. 13, "Soft Overlong Punishment"; there penalty is 1.
+    """
+
+    longest: int
+    """Tokens; a longer response is cut."""
+    buffer: int
+    """Tokens before the limit over which the penalty grows."""
+    penalty: float
+    """Units of the normalised score."""
+
+    def __call__(self, length_B: Tensor) -> Tensor:
+        """What is added to the normalised score, fp32, never above 0. length_B: response tokens."""
+        over_B = (length_B - (self.longest - self.buffer)).float() / self.buffer
+        return -self.penalty * over_B.clamp(0.0, 1.0)
+
+
 @torch.no_grad()
 def token_rewards(
-    logp_BR: Tensor, reference_logp_BR: Tensor, mask_BR: Tensor, score_B: Tensor, *, kl_coef: float
+    logp_BR: Tensor,
+    reference_logp_BR: Tensor,
+    mask_BR: Tensor,
+    score_B: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: Literal["k1", "k3"] = "k1",
 ) -> Tensor:
     """r_t = -kl_coef (logp - reference_logp)_t, plus the score on each row's last real token; 0 on padding.
 
@@ -122,12 +150,14 @@ def token_rewards(
         mask_BR: bool, right-padded, true on sampled tokens; no row may be empty.
         score_B: normalised score of the whole answer.
         kl_coef: normalised reward per nat.
+        kl_estimator: k3 puts that estimate in the place of the log-ratio.
 
     Returns:
         reward_BR, units of the normalised score, dtype of logp_BR.
     """
     assert is_right_padded(mask_BR) and bool(mask_BR.any(dim=1).all()), "every episode has at least one token"
-    reward_BR = -kl_coef * kl_k1(logp_BR, reference_logp_BR, mask_BR)
+    estimate = {"k1": kl_k1, "k3": kl_k3}[kl_estimator]
+    reward_BR = -kl_coef * estimate(logp_BR, reference_logp_BR, mask_BR)
     last_B = mask_BR.sum(dim=1) - 1
     reward_BR[torch.arange(len(last_B), device=last_B.device), last_B] += score_B.to(reward_BR.dtype)
     return reward_BR

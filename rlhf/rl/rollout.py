@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.rl.advantage import (
+    OverlongPenalty,
     ScoreNormalizer,
     generalized_advantage,
     masked_moments,
@@ -112,6 +113,9 @@ class RewardRule:
     """Normalised score that replaces the score of a response cut by the length limit; None keeps it."""
     missing_stop_penalty: float
     """Subtracted from such a response's normalised score; unused with a replacement."""
+    overlong: OverlongPenalty | None = None
+    """What long responses lose."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
 
 
 class Values(NamedTuple):
@@ -172,7 +176,12 @@ def make_experience(
         replacement=rule.missing_stop_score,
         penalty=rule.missing_stop_penalty,
     )
-    reward_BR = token_rewards(logp_BR, reference_logp_BR, mask_BR, normalized_B, kl_coef=rule.kl_coef)
+    if rule.overlong is not None:
+        normalized_B = normalized_B + rule.overlong(rollout.response_lengths)
+    reward_BR = token_rewards(
+        logp_BR, reference_logp_BR, mask_BR, normalized_B, kl_coef=rule.kl_coef,
+        kl_estimator=rule.kl_estimator,
+    )  # fmt: skip
     reward_BR = torch.where(scored_BR, reward_BR, 0.0)
     advantage_BR, values = advantages(reward_BR, scored_BR)
     if values is not None:

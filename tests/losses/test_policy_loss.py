@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rlhf.losses.policy import LOG_RATIO_LIMIT, PolicyLoss, clipped_policy_loss
 TRUE = torch.tensor([[True]])
 
 
-def one_token(ratio: float, advantage: float, **knobs: float) -> tuple[PolicyLoss, Tensor]:
+def one_token(ratio: float, advantage: float, **knobs: Any) -> tuple[PolicyLoss, Tensor]:
     logp_BR = torch.tensor([[-2.0 + math.log(ratio)]], requires_grad=True)
     sampled_logp_BR, advantage_BR = torch.tensor([[-2.0]]), torch.tensor([[advantage]])
     result = clipped_policy_loss(

@@ -21,7 +21,7 @@ from rlhf.distributed.compute import Zero
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.ppo.config import PpoConfig
-from rlhf.ppo.cost import mix_lengths, mixed, ppo_cost
+from rlhf.ppo.cost import mix_lengths, mixed, policy_cost
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def work_of(on: CostContext, *overrides: str) -> dict[str, float]:
     """Task -> seconds, of PPO with a rule."""
     stage = build(*RULED, *overrides).stages["ppo"]
     assert isinstance(stage, PpoConfig)
-    work = ppo_cost(stage, on, reward_method=None).work
+    work = policy_cost(stage, on, reward_method=None).work
     return {task.how.lstrip("(").partition(":")[0]: task.seconds for task in work}
 
 

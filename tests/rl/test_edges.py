@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from rlhf.rl.statistics import distinct_n, explained_variance
 ONE, MASK = torch.tensor([[2.0]]), torch.tensor([[True]])
 
 
-def policy_loss(mask: torch.Tensor = MASK, tokens: float = 1, **options: float) -> PolicyLoss:
+def policy_loss(mask: torch.Tensor = MASK, tokens: float = 1, **options: Any) -> PolicyLoss:
     return clipped_policy_loss(ONE, ONE, ONE, mask, clip=0.2, total_tokens=tokens, **options)
 
 

@@ -1,0 +1,128 @@
+"""The keys of policy gradients without a critic. Values: conf/stages/grpo.yaml."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from rlhf.config import Strict
+from rlhf.ppo.config import KlConfig, PolicyConfig
+
+
+class GroupKlConfig(KlConfig):
+    """`grpo.kl.*`: the penalty for leaving the model that the policy starts from."""
+
+    place: Literal["reward", "loss"]
+    """Where it is paid: in each token's reward (as PPO), or as a term of the loss."""
+    estimator: Literal["k1", "k3"]
+    """k1 is the log-ratio of policy and reference; k3 is never below 0 and has less variance (Schulman 2020).
+    In the loss only k3 is possible."""
+
+    @model_validator(mode="after")
+    def _has_gradient(self) -> Self:
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "KEY.estimator=k1 does nothing with KEY.place=loss: its gradient is 0 on average. "
+                "Use KEY.estimator=k3, or KEY.place=reward"
+            )
+        return self
+
+
+class OverlongConfig(Strict):
+    """`grpo.overlong.*`: what a response loses near the length limit (DAPO, Yu et al. 2025, eq. 13)."""
+
+    buffer: PositiveInt | None
+    """Tokens before `max_new_tokens` over which the penalty grows from 0; null for no penalty."""
+    penalty: NonNegativeFloat
+    """The penalty at the limit, subtracted from the normalised score."""
+
+
+class GrpoConfig(PolicyConfig):
+    """Every knob of the GRPO stage. Sources of the details: docs/algorithms/grpo.md."""
+
+    kl: GroupKlConfig
+    advantage: Literal["grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+    """What an answer's reward is compared with. grpo: its group's mean, in deviations of the group. rloo: the
+    mean of the others of its group. reinforce_plus_plus: all tokens of the batch, in their deviations; with
+    _baseline after the group's mean is subtracted."""
+    samples_per_prompt: PositiveInt
+    """Answers to each prompt, a group. `batch_episodes` and `minibatch_episodes` count answers, and are
+    multiples of it."""
+    divide_by_deviation: bool
+    """For advantage=grpo: divide by the group's deviation. false is Dr. GRPO's (with loss_mean=constant)."""
+    ratio: Literal["token", "sequence"]
+    """The probability ratio that is clipped: each token's, or one of the whole answer (GSPO), which needs a
+    much smaller clip, such as 3e-4."""
+    loss_mean: Literal["token", "sequence", "constant"]
+    """token: the mean over all tokens (DAPO). sequence: the mean over answers of the mean over their tokens
+    (GRPO's paper). constant: the sum over tokens, divided by answers x max_new_tokens (Dr. GRPO)."""
+    overlong: OverlongConfig
+    max_resamples: NonNegativeInt
+    """How often groups whose answers all have the same score are replaced by answers to other prompts, before
+    the policy learns (DAPO's dynamic sampling). What is left then teaches nothing. 0 replaces none."""
+
+    @property
+    def group_size(self) -> int:
+        """Episodes that answer the same prompt."""
+        return self.samples_per_prompt
+
+    @property
+    def resamples(self) -> int:
+        """How often groups without spread are replaced."""
+        return self.max_resamples
+
+    @model_validator(mode="after")
+    def _groups(self) -> Self:
+        size = self.samples_per_prompt
+        for name in ("batch_episodes", "minibatch_episodes"):
+            episodes = getattr(self, name)
+            if episodes % size:
+                near = max(1, episodes // size) * size
+                raise ValueError(
+                    f"KEY.{name}={episodes} is no multiple of KEY.samples_per_prompt={size}: it counts "
+                    f"answers, and a group stays together. Use {near} or {near + size}"
+                )
+        if size == 1 and self.advantage != "reinforce_plus_plus":
+            raise ValueError(
+                f"KEY.samples_per_prompt=1: KEY.advantage={self.advantage} compares the answers to a prompt, "
+                "so it needs two of them. Raise it, or use KEY.advantage=reinforce_plus_plus"
+            )
+        if size == 1 and self.max_resamples > 0:
+            raise ValueError(
+                "KEY.samples_per_prompt=1: a single answer's score is always equal to itself, so "
+                f"KEY.max_resamples={self.max_resamples} would replace every group. Use KEY.max_resamples=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _losses(self) -> Self:
+        if self.ratio == "sequence" and self.loss_mean != "sequence":
+            raise ValueError(
+                f"KEY.ratio=sequence is one ratio a response, so its loss is a mean over responses, not "
+                f"KEY.loss_mean={self.loss_mean}. Use KEY.loss_mean=sequence, or KEY.ratio=token"
+            )
+        if self.ratio == "sequence" and self.advantage == "reinforce_plus_plus" and self.kl.place == "reward":
+            raise ValueError(
+                "KEY.ratio=sequence clips a response as a whole, but with KEY.advantage=reinforce_plus_plus "
+                "and KEY.kl.place=reward each token has an advantage of its own. Use KEY.kl.place=loss, or "
+                "KEY.ratio=token"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _long_answers(self) -> Self:
+        if self.overlong.buffer is None:
+            return self
+        if self.overlong.buffer > self.max_new_tokens:
+            raise ValueError(
+                f"KEY.overlong.buffer={self.overlong.buffer} is more than "
+                f"KEY.max_new_tokens={self.max_new_tokens}: every response would lose something. Lower it"
+            )
+        if self.score.missing_stop is not None or self.score.missing_stop_penalty > 0:
+            raise ValueError(
+                "KEY.overlong.buffer beside KEY.score.missing_stop or KEY.score.missing_stop_penalty: a "
+                "response that is cut would be punished twice. Use KEY.overlong.buffer=null, or "
+                "KEY.score.missing_stop=null KEY.score.missing_stop_penalty=0"
+            )
+        return self
