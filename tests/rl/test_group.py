@@ -123,7 +123,7 @@ def test_one_answer_has_nothing_to_differ_from() -> None:
 
 
 def test_an_answer_without_a_score_is_in_no_group() -> None:
-    """Its mask is empty; the others are compared as if it were not there. A group may have no score at all."""
+    """Its mask is empty; the others are compared as if it were not there. A group may have no score."""
     mask_BR = torch.tensor([[True], [True], [True], [False], [False], [False]])
     reward_BR, group_B = torch.tensor([[1.0], [2.0], [6.0], [9.0], [9.0], [9.0]]), neighbours(6, 2)
     for_grpo = group_advantage(reward_BR, mask_BR, group_B, divide_by_deviation=True)
