@@ -20,6 +20,7 @@ from rlhf.data.schema import (
     RowError,
     SftRow,
     TextRow,
+    ThumbRow,
     row_to_json,
 )
 
@@ -28,6 +29,7 @@ Raw = Mapping[str, Any]
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_COLUMNS = ("prompt", "instruction", "question")
 ANSWER_COLUMNS = ("completion", "response", "output", "answer")
+THUMB_COLUMNS = ("label", "thumb")
 QUESTION_COLUMNS = ("question", "choices", "answer")
 MATERIAL_COLUMNS = ("input", "context")
 """What an instruction or question is about (Alpaca, Dolly); follows it after a blank line."""
@@ -43,6 +45,9 @@ SFT_NEEDS = (
     "An SFT row needs prompt and completion, messages, instruction and output, conversations, or text."
 )
 PAIR_NEEDS = "A preference row needs prompt, chosen, rejected."
+PREFERENCE_NEEDS = (
+    "A row of preferences needs prompt, chosen, rejected; or prompt, completion and label (true or false)."
+)
 PROMPT_NEEDS = "A prompt row needs prompt, messages, instruction, conversations, question, or text."
 RETENTION_NEEDS = "A retention row needs text; or question, choices, answer."
 
@@ -109,6 +114,36 @@ def pair_row(raw: Raw) -> PairRow:
         _gold(raw, "chosen_gold"),
         _gold(raw, "rejected_gold"),
     )
+
+
+def preference_row(raw: Raw) -> PairRow | ThumbRow:
+    """Two answers to one prompt; or an answer with a thumb up or down: `label` or `thumb`.
+
+    Raises:
+        RowError: what is missing or wrong, what was found, what is needed.
+    """
+    column = _first(raw, THUMB_COLUMNS)
+    if column is None or _has(raw, "chosen") or _has(raw, "rejected"):
+        if not _has(raw, "chosen") and not _has(raw, "rejected"):
+            raise _missing("chosen", raw, PREFERENCE_NEEDS)
+        return pair_row(raw)
+    if _first(raw, CONVERSATION_COLUMNS) is None:
+        for ours, columns in (("prompt", PROMPT_COLUMNS), ("completion", ANSWER_COLUMNS)):
+            if _first(raw, columns) is None:
+                raise _missing(ours, raw, PREFERENCE_NEEDS)
+    exchange = sft_row(raw)
+    return ThumbRow(exchange.prompt, exchange.completion, _thumb(raw[column], column))
+
+
+THUMBS = {"true": True, "1": True, "up": True, "false": False, "0": False, "down": False}
+
+
+def _thumb(value: Any, column: str) -> bool:
+    """True, 1 or "true", as CSV cells are texts."""
+    thumb = THUMBS.get(str(value).strip().lower())
+    if thumb is None:
+        raise RowError("wrong type", f'"{column}" must be true or false, found {_shown(value)}.')
+    return thumb
 
 
 def prompt_row(raw: Raw) -> PromptRow:
@@ -213,6 +248,8 @@ def read_as(raw: Raw, columns: Sequence[str], fields: Mapping[str, str]) -> str:
         return _mapping({"messages": fields.get(conversation, conversation)})
     if columns == ("text",) and _has(raw, "choices"):
         columns = QUESTION_COLUMNS
+    if "chosen" in columns and not _has(raw, "chosen") and (thumb := _first(raw, THUMB_COLUMNS)):
+        columns = ("prompt", "completion", thumb)
     has_answer = bool({"completion", "chosen"} & {*columns})
     accepted = {
         "prompt": PROMPT_COLUMNS if has_answer else (*PROMPT_COLUMNS, "chosen", "text"),

@@ -21,6 +21,7 @@ from rlhf.data.schema import (
     SftRow,
     Split,
     TextRow,
+    ThumbRow,
     row_from_json,
     row_to_json,
 )
@@ -103,6 +104,8 @@ class PreparedData:
     def rows(self, role: Literal["sft", "replay", "ptx"], split: TrainSplit) -> Rows[SftRow]: ...
     @overload
     def rows(self, role: Literal["pairs"], split: TrainSplit) -> Rows[PairRow]: ...
+    @overload
+    def rows(self, role: Literal["dpo"], split: TrainSplit) -> Rows[PairRow | ThumbRow]: ...
     @overload
     def rows(self, role: Literal["ppo"], split: TrainSplit) -> Rows[PromptRow]: ...
     @overload

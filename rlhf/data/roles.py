@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from rlhf.data.formats import Raw, pair_row, prompt_row, retention_row, sft_row
-from rlhf.data.schema import PairRow, PromptRow, QuestionRow, Row, SftRow, Split, TextRow
+from rlhf.data.formats import Raw, pair_row, preference_row, prompt_row, retention_row, sft_row
+from rlhf.data.schema import PairRow, PromptRow, QuestionRow, Row, SftRow, Split, TextRow, ThumbRow
 
 TRAINING: tuple[Split, ...] = ("train", "held_out")
 EVALUATION: tuple[Split, ...] = ("evaluation",)
@@ -53,6 +53,9 @@ PACKAGED: Mapping[str, Role] = {
         "ppo.prompts", (PromptRow,), prompt_row, ("prompt",), metrics=("ppo_prompts",), lends_prompts=True
     ),
     "ptx": Role("ppo.ptx.data", (SftRow,), sft_row, ("prompt", "completion")),
+    "dpo": Role(
+        "dpo.data", (PairRow, ThumbRow), preference_row, ("prompt", "chosen", "rejected"), lends_prompts=True
+    ),
     "evaluate": Role(
         "evaluate.prompts", (PromptRow,), prompt_row, ("prompt",), EVALUATION, ("evaluation_prompts",)
     ),

@@ -69,6 +69,20 @@ class PairRow(Row):
 
 
 @dataclass(frozen=True)
+class ThumbRow(Row):
+    """An answer to a conversation, and whether somebody liked it."""
+
+    prompt: list[Message]
+    completion: str
+    thumb: bool
+    """True is up."""
+
+    def exchanges(self) -> list[tuple[list[Message], str | None]]:
+        """The whole conversation."""
+        return [(self.prompt, self.completion)]
+
+
+@dataclass(frozen=True)
 class PromptRow(Row):
     """A conversation that waits for an answer, with what else its file says of it."""
 

@@ -25,6 +25,7 @@ def train_batches(
     state: Mapping[str, Any],
     as_json: Callable[[Row], Mapping[str, Any]],
     done: int,
+    after: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Take one optimizer step per batch. The first `done` batches are done already.
 
@@ -32,6 +33,8 @@ def train_batches(
         step: computes a batch's gradients, calls `engine.step` and returns metrics, among them `loss`.
         state: kept in every checkpoint, with the number of batches that are done.
         as_json: a row as in the user's file, for the report of a batch with bad gradients.
+        after: called with the number of batches that are done, before a checkpoint is written. It may change
+            `state`.
 
     Raises:
         ConfigError: several gradients in a row were not finite. The state before them is kept.
@@ -50,6 +53,7 @@ def train_batches(
             if skipped_in_a_row == MOST_SKIPPED:
                 job.checkpoints.save(index + 1, engine, {"done": index + 1, **state})
                 give_up(job, index + 1, map(as_json, batches[index]))
+            after(index + 1)
             job.checkpoints.after_step(index + 1, engine, {"done": index + 1, **state})
 
 

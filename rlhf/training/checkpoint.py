@@ -11,6 +11,8 @@ threads of all ranks are done, which all ranks learn at the same moment.
 
 `best/` beside them has the best weights so far, if a stage keeps such. Each checkpoint has hard links to
 those files, and its manifest vouches for them. A run that goes on takes them from its checkpoint.
+
+`kept-INPUTS-DIGEST-NAME` beside them is a file that a stage makes once, before it trains.
 """
 
 from __future__ import annotations
@@ -230,6 +232,46 @@ class Checkpointer:
             files, _ = self._digests(part)
             self.compute.main_only(lambda: self._replace_best(part))
         self._best_files = {f"{BEST}/{name}": digest for name, digest in files.items()}
+
+    def kept(self, name: str) -> Path | None:
+        """The file of this name that `keep` wrote for the same inputs, in this attempt or an earlier one;
+        None if there is none, or if it is damaged."""
+
+        def find() -> Path | None:
+            for path in self.directory.glob(f"kept-{self._of_inputs}-*-{name}"):
+                if path.name == self._kept_as(name, file_digest(path)):
+                    return path
+            return None
+
+        return self.compute.main_only(find)
+
+    def keep(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Let rank 0 write a file that all attempts use: `kept` finds it, whatever interrupts the stage. Its
+        name tells its content, so it needs no manifest.
+
+        Raises:
+            ConfigError: it could not be written.
+        """
+        part = self.directory / f".{name}.part"
+
+        def work() -> Path:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write(part)
+            flush(part)
+            final = self.directory / self._kept_as(name, file_digest(part))
+            part.rename(final)
+            flush(self.directory)
+            return final
+
+        with self._writing(name, part):
+            return self.compute.main_only(work)
+
+    @property
+    def _of_inputs(self) -> str:
+        return digest_of(dict(self.input_digests))[:12]
+
+    def _kept_as(self, name: str, digest: str) -> str:
+        return f"kept-{self._of_inputs}-{digest[:12]}-{name}"
 
     def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
         """Write one checkpoint. Then remove the oldest ones, so that `keep` stay.

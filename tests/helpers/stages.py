@@ -118,6 +118,7 @@ class Bench:
             "pairs": [{"prompt": f"pair {n}", "chosen": "good", "rejected": "bad"} for n in numbers],
             "ppo": [{"prompt": f"ppo {n}"} for n in numbers],
             "ptx": [{"prompt": f"ptx {n}", "completion": "yes"} for n in numbers],
+            "dpo": [{"prompt": f"dpo {n}", "completion": "yes", "label": n % 2 > 0} for n in numbers],
             "evaluate": [{"prompt": f"evaluate {n}"} for n in numbers],
             "texts": [{"text": f"fact {n}"} for n in numbers],
             "questions": [{"question": f"question {n}", "choices": ["a", "b"], "answer": 0} for n in numbers],

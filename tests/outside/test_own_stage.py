@@ -17,7 +17,7 @@ from rlhf.rewards.kinds import REWARD_KINDS
 
 HERE = Path(__file__).parent
 CONFIG = f"--config-dir={HERE / 'conf'}"
-MOUNTED = (CONFIG, "+stages@dpo=dpo", "gates=warn")
+MOUNTED = (CONFIG, "+stages@toy=toy", "gates=warn")
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def finished(finished_chain: tuple[Chain, Outcome]) -> Outcome:
     """DPO beside the packaged stages, and every stage that is about policies."""
     chain, _ = finished_chain
     outcome = chain.run(
-        *MOUNTED, "stage=[all,merge,compare,plan]", "evaluate.policies=[merge,dpo,base,sft,ppo]",
-        "evaluate.subject=dpo", "merge.policy=dpo", "compare.artifacts=[dpo,ppo]", "compare.num_questions=2",
-        "compare.max_new_tokens=4", "plan.trains=[sft,dpo]",
+        *MOUNTED, "stage=[all,merge,compare,plan]", "evaluate.policies=[merge,toy,base,sft,ppo]",
+        "evaluate.subject=toy", "merge.policy=toy", "compare.artifacts=[toy,ppo]", "compare.num_questions=2",
+        "compare.max_new_tokens=4", "plan.trains=[sft,toy]",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     return outcome
@@ -35,26 +35,26 @@ def finished(finished_chain: tuple[Chain, Outcome]) -> Outcome:
 
 def test_it_runs_behind_sft_and_leaves_the_others_as_they_are(finished: Outcome) -> None:
     made = {name for name, status in finished.statuses.items() if status == "ran"}
-    assert made == {"dpo", "merge", "evaluate", "compare", "plan"}
+    assert made == {"toy", "merge", "evaluate", "compare", "plan"}
     names = list(finished.statuses)
-    assert names.index("sft") < names.index("dpo") < names.index("merge") < names.index("evaluate")
-    assert (finished.artifact("dpo") / "model.safetensors").is_file()
+    assert names.index("sft") < names.index("toy") < names.index("merge") < names.index("evaluate")
+    assert (finished.artifact("toy") / "model.safetensors").is_file()
 
 
 def test_it_is_evaluated_compared_merged_and_planned(finished: Outcome) -> None:
     metrics = {name: stage["metrics"] for name, stage in finished.summary["stages"].items()}
-    assert {"evaluate/gold_mean/dpo", "evaluate/kl/dpo", "evaluate/task_gain/dpo"} <= {*metrics["evaluate"]}
-    gold = {name: metrics["evaluate"][f"evaluate/gold_mean/{name}"] for name in ("dpo", "sft")}
-    for name in ("gold_gain", "gold_gain/dpo"):
-        assert metrics["evaluate"][f"evaluate/{name}"] == pytest.approx(gold["dpo"] - gold["sft"])
-    assert {f"evaluate/win_rate/{name}" for name in ("base", "ppo", "dpo", "merge")} <= {*metrics["evaluate"]}
-    assert "compare/rouge_l/dpo" in metrics["compare"]
-    assert metrics["compare"]["compare/setup_seconds/dpo"] > 0
+    assert {"evaluate/gold_mean/toy", "evaluate/kl/toy", "evaluate/task_gain/toy"} <= {*metrics["evaluate"]}
+    gold = {name: metrics["evaluate"][f"evaluate/gold_mean/{name}"] for name in ("toy", "sft")}
+    for name in ("gold_gain", "gold_gain/toy"):
+        assert metrics["evaluate"][f"evaluate/{name}"] == pytest.approx(gold["toy"] - gold["sft"])
+    assert {f"evaluate/win_rate/{name}" for name in ("base", "ppo", "toy", "merge")} <= {*metrics["evaluate"]}
+    assert "compare/rouge_l/toy" in metrics["compare"]
+    assert metrics["compare"]["compare/setup_seconds/toy"] > 0
     assert metrics["merge"]["merge/relative_change"] > 0
     plan = (finished.directory / "artifacts" / "plan" / "plan.md").read_text()
-    assert "sft, forward and backward" in plan and "dpo, forward and backward" in plan
+    assert "sft, forward and backward" in plan and "toy, forward and backward" in plan
     planned = finished.directory / "artifacts" / "plan" / "experiment" / "planned.yaml"
-    section = yaml.safe_load(planned.read_text())["dpo"]
+    section = yaml.safe_load(planned.read_text())["toy"]
     assert section["_target_"] == "toy_dpo.DpoStage" and section["beta"] == 0.1
 
 
@@ -63,8 +63,8 @@ def test_the_report_shows_it_beside_the_others(finished: Outcome) -> None:
     assert "| base | SFT | PPO | DPO | merged |" in report
     (row,) = [line for line in report.splitlines() if line.startswith("| win rate against SFT")]
     assert [cell.strip() == "-" for cell in row.split("|")[2:-1]] == [False, True, False, False, False]
-    assert "| dpo | ran |" in report and "ranks right" in report
-    assert "- DPO model: `artifacts/dpo`" in report
+    assert "| toy | ran |" in report and "ranks right" in report
+    assert "- DPO model: `artifacts/toy`" in report
     assert "- DPO: `" in report and "DPO model: " in finished.out
     assert "the gold score of the DPO model on new prompts (" in finished.summary["verdict"]
 
@@ -79,22 +79,22 @@ def test_its_code_is_in_its_key(
     def run(code: str) -> Outcome:
         (tmp_path / "my_dpo.py").write_text(code)
         monkeypatch.delitem(sys.modules, "my_dpo", raising=False)
-        outcome = chain.run(*MOUNTED, "stage=dpo", "dpo._target_=my_dpo.DpoStage", "why=true")
+        outcome = chain.run(*MOUNTED, "stage=toy", "toy._target_=my_dpo.DpoStage", "why=true")
         assert outcome.code == 0, outcome.err
         return outcome
 
     first = run(code)
-    assert run(code).statuses["dpo"] == "reused"
+    assert run(code).statuses["toy"] == "reused"
     edited = run(code.replace("-logsigmoid(beta * margin_B)", "(1 - beta * margin_B)"))
-    assert edited.statuses == {"prepare": "reused", "sft": "reused", "dpo": "ran"}
-    assert edited.key("dpo") != first.key("dpo")
+    assert edited.statuses == {"prepare": "reused", "sft": "reused", "toy": "ran"}
+    assert edited.key("toy") != first.key("toy")
     assert "python:my_dpo:DpoStage" in edited.out
 
 
 def test_the_script_finds_modules_of_the_current_directory(tmp_path: Path) -> None:
     Chain(tmp_path)
     shutil.copy(HERE / "toy_dpo.py", tmp_path / "dpo_beside_me.py")
-    arguments = [*MOUNTED, "dpo._target_=dpo_beside_me.DpoStag", "model=tiny", "stage=dpo"]
+    arguments = [*MOUNTED, "toy._target_=dpo_beside_me.DpoStag", "model=tiny", "stage=toy"]
     script = Path(sys.executable).with_name("rlhf")
     done = subprocess.run([script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -111,7 +111,7 @@ def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kinds")
 def test_a_reward_kind_of_ones_own_is_like_the_others(finished_chain: tuple[Chain, Outcome]) -> None:
     chain, _ = finished_chain
-    mounted = (*MOUNTED, "dpo._target_=toy_length.DpoStage", "stage=[ppo,evaluate]")
+    mounted = (*MOUNTED, "toy._target_=toy_length.DpoStage", "stage=[ppo,evaluate]")
     refused = chain.run(*mounted, "ppo.reward=length:many")
     assert (
         refused.code == 2 and "python:MODULE:FUNCTION, http://HOST:PORT/PATH or length:COUNT" in refused.err
@@ -137,20 +137,20 @@ def test_the_documented_commands_run(finished_chain: tuple[Chain, Outcome]) -> N
         small = ("gates=warn", "compare.num_questions=2", "compare.max_new_tokens=4")
         outcome = chain.run(CONFIG, *small, *words.split())
         assert outcome.code == 0, outcome.err
-        assert "dpo" in outcome.statuses
+        assert "toy" in outcome.statuses
 
 
 @pytest.mark.slow
 def test_it_goes_on_after_a_kill_bit_for_bit(tmp_path: Path) -> None:
     chain = RealChain(tmp_path)
     shutil.copy(HERE / "toy_dpo.py", tmp_path)
-    settings = ("+stages@dpo=dpo", "stage=dpo", "checkpoint.every_steps=1", "dpo.epochs=3", CONFIG)
+    settings = ("+stages@toy=toy", "stage=toy", "checkpoint.every_steps=1", "toy.epochs=3", CONFIG)
     chain.run("whole", *settings)
-    kill(chain.start_until("dpo", 2, "killed", *settings))
-    assert newest_step(chain.store("killed"), "dpo") >= 2
+    kill(chain.start_until("toy", 2, "killed", *settings))
+    assert newest_step(chain.store("killed"), "toy") >= 2
     out, _ = chain.run("killed", *settings)
-    assert "sft reused" in out and "dpo runs" in out
-    assert chain.weights("killed", "dpo") == chain.weights("whole", "dpo")
-    assert {key: value for key, value in chain.curve("killed").items() if key[0] == "dpo"} == {
-        key: value for key, value in chain.curve("whole").items() if key[0] == "dpo"
+    assert "sft reused" in out and "toy runs" in out
+    assert chain.weights("killed", "toy") == chain.weights("whole", "toy")
+    assert {key: value for key, value in chain.curve("killed").items() if key[0] == "toy"} == {
+        key: value for key, value in chain.curve("whole").items() if key[0] == "toy"
     }

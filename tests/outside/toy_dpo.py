@@ -56,9 +56,9 @@ class Pair:
 
 
 class DpoStage(Stage):
-    """The keys `dpo.*`. Values: conf/stages/dpo.yaml."""
+    """The keys `toy.*`. Values: conf/stages/toy.yaml."""
 
-    name: ClassVar[str] = "dpo"
+    name: ClassVar[str] = "toy"
     title: ClassVar[str] = "DPO"
     publishes: ClassVar[Literal["policy"]] = "policy"
     headlines: ClassVar[Mapping[str, tuple[str, str]]] = {"accuracy": ("ranks right", ".2f")}

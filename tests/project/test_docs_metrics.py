@@ -15,7 +15,9 @@ from helpers.experiments import build
 from rlhf.pipeline.stage import INTERVAL
 
 DOCS = Path(__file__).parents[2] / "docs"
-STAGES = ("prepare", "sft", "reward", "generate", "ppo", "grpo", "merge", "evaluate", "compare", "plan")
+STAGES = (
+    "prepare", "sft", "reward", "generate", "ppo", "grpo", "dpo", "merge", "evaluate", "compare", "plan"
+)  # fmt: skip
 PLACES = {
     "POLICY": r"\w+",
     "CONTENDER": r".+",
@@ -59,8 +61,9 @@ def logged(finished_chain: tuple[Chain, Outcome]) -> dict[str, set[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf.costs.hardware, "CALIBRATION_SECONDS", 0.1)
         beside = chain.run(
-            "stage=[merge,compare,plan,grpo]", *GROUPS, "compare.num_questions=2", "compare.max_new_tokens=4"
-        )
+            "stage=[merge,compare,plan,grpo,dpo]", *GROUPS, "compare.num_questions=2",
+            "compare.max_new_tokens=4", "dpo.loss=kto", "dpo.batch_rows=8",
+        )  # fmt: skip
     assert beside.code == 0, beside.err
     found: dict[str, set[str]] = {}
     for outcome in (first, beside):

@@ -1,0 +1,417 @@
+"""Learn a policy from preferences alone: no reward model, no sampling (DPO, IPO, KTO, SimPO).
+
+Reads   the SFT model, or what `dpo.init` names instead (policy and reference); preferences: `dpo.data`, or
+        the pairs of `reward.pairs`.
+Writes  a plain causal-LM directory: the policy with the lowest loss on one half of the held-out rows, judged
+        on the other; with another dpo.peft than none also what was trained alone, in `adapter/`; and what the
+        reference says of each training row, in `reference.arrow`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import PositiveInt, model_validator
+
+from rlhf.config import ConfigError
+from rlhf.costs.memory import MemoryPhase, frozen_runs, logits, reading
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost, ThroughputModel, joined
+from rlhf.costs.training import training_cost
+from rlhf.data.prepared import PreparedData
+from rlhf.data.roles import TRAINING
+from rlhf.data.schema import Split, ThumbRow
+from rlhf.data.sources import SourceConfig
+from rlhf.distributed.batching import shuffled_batches
+from rlhf.models.base import BaseModelFiles
+from rlhf.models.peft.config import Peft, PeftConfig
+from rlhf.models.peft.methods import METHODS
+from rlhf.models.start import Init, check_start, misfits
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import TUNED, Purpose, Stage
+from rlhf.supervised.preferences import (
+    REFERENCE,
+    Measured,
+    PreferenceConfig,
+    Preferences,
+    all_logps,
+    measure,
+    preference_step,
+    read_reference,
+    right,
+    write_reference,
+)
+from rlhf.training.config import OptimConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf.training.engine import Engine
+
+CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
+"""The held-out rows that choose the published weights, and those that judge them."""
+
+
+class DpoStage(PreferenceConfig, Stage):
+    """The keys `dpo.*`: also rlhf/supervised/preferences.py. Values: conf/stages/dpo.yaml."""
+
+    name: ClassVar[str] = "dpo"
+    title: ClassVar[str] = "DPO"
+    publishes: ClassVar[Literal["policy"]] = "policy"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "held_out_loss_before": ("loss before", "z.3f"),
+        "held_out_loss": ("after", "z.3f"),
+        "accuracy": ("ranks right", "z.3f"),
+        **TUNED,
+    }
+    purpose: ClassVar[Purpose] = Purpose(
+        "held_out_loss_change", "DPO's loss on held-out preferences", -1,
+        "it learned nothing of the preferences",
+    )  # fmt: skip
+    in_chain: ClassVar[bool] = False
+    divided: ClassVar[tuple[str, ...]] = ("batch_rows",)
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {"data", "micro_batch_tokens", "activation_checkpointing"}
+    )
+
+    data: SourceConfig | None
+    """Rows with a prompt, a chosen and a rejected answer; with `loss=kto` also rows with a prompt, an answer
+    and a `label` or `thumb`: true or false. Null uses reward.pairs."""
+    init: Init
+    """The model that the policy starts from, which is the reference too: `sft`, `base`, another stage that
+    makes a policy, or a `save_pretrained` directory."""
+    optim: OptimConfig
+    peft: Peft
+    epochs: PositiveInt
+    """Passes over the rows."""
+    batch_rows: PositiveInt
+    """Rows per optimizer step, over all ranks."""
+    micro_batch_tokens: PositiveInt
+    """Tokens per forward pass, of both sides of pairs; lower it when memory runs out."""
+    activation_checkpointing: bool
+    """Keep only the input of each layer and compute its activations again in the backward pass. Less memory,
+    more time, the same result."""
+    max_tokens: PositiveInt
+    """Rows with a longer side are left out and counted. The model's context is a limit too."""
+    evaluations: PositiveInt
+    """How often the held-out rows are measured, at equal distances, the last time after the last step. The
+    policy with the lowest loss on one half of them is published, and judged on the other half."""
+
+    @model_validator(mode="after")
+    def _only_what_the_loss_has(self) -> Self:
+        if self.label_smoothing > 0 and self.loss not in ("dpo", "simpo"):
+            raise ValueError(
+                f"KEY.label_smoothing={self.label_smoothing:g}: KEY.loss={self.loss} has none. Set it to 0, "
+                "or use dpo or simpo"
+            )
+        return self
+
+    @property
+    def role(self) -> str:
+        """Whose rows it reads."""
+        return "pairs" if self.data is None else "dpo"
+
+    @property
+    def source(self) -> str:
+        """What the user calls them."""
+        return "reward.pairs" if self.data is None else f"dpo.data={self.data}"
+
+    def starts_from(self) -> tuple[str, str]:
+        """The model that it trains."""
+        return "init", self.init
+
+    def datasets(self) -> tuple[str, ...]:
+        """Reads preferences."""
+        return (self.role,)
+
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return (
+            "held_out_loss_before", "held_out_loss", "held_out_loss_change", "held_out_loss_last", "accuracy",
+            "margin", "chosen_change", "rejected_change", "best_step", "steps", "held_out_rows", "train_rows",
+            "rows_too_long", "skipped_steps", "trained_parameters", "artifact_bytes", "adapter_bytes",
+            "token_seconds", "token_seconds_base",
+        )  # fmt: skip
+
+    def peft_config(self) -> PeftConfig:
+        """How it trains."""
+        return self.peft
+
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """The user's own model is whole, the rows fit the loss, and there are two halves of held-out ones."""
+        check_start("dpo.init", self.init, base)
+        if self.loss != "kto" and self.data is not None:
+            rows = itertools.chain.from_iterable(data.rows(self.role, split) for split in TRAINING)
+            if any(isinstance(row, ThumbRow) for row in rows):
+                raise ConfigError(
+                    f"dpo.loss={self.loss}: {self.source} has rows with a thumb, and this loss compares two "
+                    "answers. Use dpo.loss=kto, or give pairs: prompt, chosen, rejected."
+                )
+        held_out = len(data.rows(self.role, "held_out"))
+        if held_out < 2:
+            raise ConfigError(
+                f"{self.source}: {held_out} held-out row, but at least 2 are needed: one half chooses the "
+                "weights, the other half judges them. Give more rows, or raise prepare.held_out_fraction."
+            )
+
+    def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
+        """Rows that the model cannot read, and that `max_tokens` does not leave out."""
+        rows = itertools.chain.from_iterable(data.rows(self.role, split) for split in TRAINING)
+        yield from misfits(
+            "dpo.init", self.init, base, self.source, rows, beside=self.virtual_tokens, most=self.max_tokens,
+            mend=f"Lower dpo.max_tokens={self.max_tokens} to that, so that longer rows are left out, or "
+            "start from a model with a longer context.",
+        )  # fmt: skip
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that the method of tuning puts before every row."""
+        return self.peft.tokens if METHODS[self.peft.method].pads else 0
+
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+        """The reference reads both sides of every training row before the policy is loaded; then as SFT."""
+        on = on.starting(self.init_directory())
+        train, held_out = (
+            joined(sides, sides)
+            for sides in (on.sizes(self.role, split).cut(self.max_tokens) for split in TRAINING)
+        )
+        cost = training_cost(
+            on, self.peft, train, held_out, batch_rows=self.batch_rows, epochs=self.epochs,
+            micro_batch_tokens=self.micro_batch_tokens, checkpointing=self.activation_checkpointing,
+            has_logits=True, longest=train.longest // 2,
+        )  # fmt: skip
+        worker, passes = ThroughputModel(on), 2 if self.needs_others else 1
+        measured, again = held_out.rows * held_out.mean, passes * (self.evaluations + 1) - 2
+        work = [*cost.work]
+        if again > 0:  # training_cost has two
+            work.append(
+                worker.read(
+                    on.computed(again * measured, held_out), held_out.mean, predicted=again * measured,
+                    what="held-out rows, measured more often",
+                )
+            )  # fmt: skip
+        if not self.needs_reference:
+            return replace(cost, work=work)
+        read = on.pass_tokens(train.rows, train, self.micro_batch_tokens)
+        phase = MemoryPhase(
+            "reference", [*frozen_runs(on, "reference"), reading(on, read), logits(on, learns=False)]
+        )
+        rows = [each.rows * each.mean for each in (train, held_out)]
+        others = self.epochs * rows[0] if self.needs_others else 0.0
+        tokens = passes * sum(rows) + others
+        reference = [
+            worker.load(1, what="reference"),
+            worker.read(
+                on.computed(tokens, train), train.mean, predicted=tokens,
+                what="the reference's log-probabilities" + (", and KTO's reference point" * bool(others)),
+            ),
+        ]  # fmt: skip
+        return replace(cost, phases=[phase, *cost.phases], work=[*reference, *work])
+
+    def run(self, job: Job) -> None:
+        """Ask the reference once, train, and publish the best policy."""
+        from rlhf.generation.decoding_check import check_decoding
+        from rlhf.generation.latency import token_seconds
+        from rlhf.models.load import load_causal_lm
+        from rlhf.models.logprobs import ResponseModel, check_head
+        from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
+        from rlhf.models.peft.merge import publish_policy
+        from rlhf.models.recompute import checkpoint_layers
+        from rlhf.supervised.loop import train_batches
+
+        self.check_compute(job.compute)
+        compute, start = job.compute, job.start(self.init)
+        tokenizer = start.load_tokenizer()
+        train, held_out = self.rows(job, tokenizer)
+        policy = load_causal_lm(
+            start.directory, job.base.config, compute.dtype, loads_on(self.peft, compute), compute
+        )
+        compute.ask_once(lambda: check_head(policy))
+        if job.will_sample:  # better refused now than by a later stage
+            compute.ask_once(lambda: check_decoding(policy, copies=False))
+        attach(policy, self.peft, compute.device)
+        compute.ask_once(lambda: check_reached(policy))
+        if self.activation_checkpointing:
+            checkpoint_layers(policy)
+        trained, _ = count_parameters(policy)
+        engine, found = job.engine(ResponseModel(policy), [(policy.parameters(), self.optim)])
+        batches = shuffled_batches(range(len(train)), self.batch_rows, self.epochs, job.seed)
+        due = {math.ceil(len(batches) * turn / self.evaluations) for turn in range(1, self.evaluations + 1)}
+        trial = Trial(self, job, engine, policy, held_out)
+        done = trial.restore(found) if found else trial.begin()
+        del found  # its file is closed
+        train_batches(
+            job,
+            engine,
+            batches,
+            lambda batch: preference_step(engine, self, train.pick(batch), self.micro_batch_tokens, compute),
+            state=trial.state,
+            as_json=train.as_json,
+            done=done,
+            after=lambda step: trial.evaluate(step) if step in due else None,
+        )
+        written = compute.main_only(
+            lambda: publish_policy(
+                job.directory, job.checkpoints.best, tokenizer, start=start.directory, key=start.identity,
+                settings=job.base.config, dtype=compute.dtype, peft=self.peft,
+            )
+        )  # fmt: skip
+        if (kept := job.checkpoints.kept(f"train.{REFERENCE}")) and compute.is_main:
+            shutil.copyfile(kept, job.directory / REFERENCE)
+        all_rows = sum(len(job.data.rows(self.role, split)) for split in TRAINING)
+        job.publish({
+            **trial.summary(),
+            **written,
+            **token_seconds(policy, compute),
+            "steps": len(batches),
+            "held_out_rows": len(held_out),
+            "train_rows": len(train),
+            "rows_too_long": all_rows - len(train) - len(held_out),
+            "skipped_steps": engine.skipped_steps,
+            "trained_parameters": trained,
+        })  # fmt: skip
+
+    def rows(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[Preferences, Preferences]:
+        """The training and the held-out rows, with what the reference says of them.
+
+        Raises:
+            ConfigError: a split has too few rows within `max_tokens`.
+        """
+        room = job.start(self.init).context_length - self.virtual_tokens
+
+        def split(name: Split) -> Preferences:
+            ids = job.tokens(self.role, name, tokenizer)
+            return Preferences.of(job.data.rows(self.role, name), ids, min(self.max_tokens, room))
+
+        found = [split(name) for name in TRAINING]
+        for rows, name, least in zip(found, TRAINING, (1, 2), strict=True):
+            if len(rows) < least:
+                raise ConfigError(
+                    f"dpo.max_tokens={self.max_tokens}: {len(rows)} {name} rows of {self.source} are that "
+                    f"short, and at least {least} must be. Raise it, or give shorter rows."
+                )
+        if self.needs_others:
+            found = [rows.with_others() for rows in found]
+        if not self.needs_reference:
+            return found[0], found[1]
+        names = [f"{name}.{REFERENCE}" for name in TRAINING]
+        kept = [job.checkpoints.kept(name) for name in names]
+        if None in kept:
+            measured = self.ask_reference(job, found)
+            kept = [
+                job.checkpoints.keep(name, partial(write_reference, rows=rows))
+                for name, rows in zip(names, measured, strict=True)
+            ]
+        train, held_out = (
+            read_reference(path, rows) for path, rows in zip(kept, found, strict=True) if path is not None
+        )
+        return train, held_out
+
+    def ask_reference(self, job: Job, splits: list[Preferences]) -> list[Preferences]:
+        """One pass of the model that the policy starts from over all rows. It is in memory alone."""
+        from rlhf.models.logprobs import ResponseModel
+
+        found = []
+        reference = job.policy(job.start(self.init))
+        with (
+            job.progress.task("dpo: reference", len(splits)) as task,
+            reference.access.reading(),
+        ):
+            model = ResponseModel(reference.model)
+            for rows in splits:
+                own, other = (
+                    all_logps(model, rows, self.micro_batch_tokens, job.compute, others=others).numpy()
+                    if others is False or self.needs_others
+                    else rows.other_reference_B2
+                    for others in (False, True)
+                )
+                found.append(rows.with_reference(own, other))
+                task.advance(1)
+        return found
+
+
+class Trial:
+    """The held-out rows while a policy trains, and which weights were the best."""
+
+    def __init__(self, stage: DpoStage, job: Job, engine: Engine, policy: Any, held_out: Preferences) -> None:
+        self.stage, self.job, self.engine, self.policy, self.rows = stage, job, engine, policy, held_out
+        self.state: dict[str, Any] = {}
+        """Kept in every checkpoint."""
+
+    def begin(self) -> int:
+        """Measure the policy before its first step."""
+        self.state |= {"first": tuple(self.measure())}
+        self.state |= {"best": self.state["first"], "last": self.state["first"], "best_step": 0}
+        self.job.checkpoints.keep_best(self.engine, self.policy)
+        return 0
+
+    def restore(self, found: Mapping[str, Any]) -> int:
+        """Go on from a checkpoint. Gives the number of steps that are done."""
+        self.state["best_step"] = found["best_step"]
+        for name in ("first", "best", "last"):
+            self.state[name] = tuple(each.clone() for each in found[name])
+        return int(found["done"])
+
+    def measure(self) -> Measured:
+        """The policy as it is."""
+        return measure(
+            self.engine.model, self.stage, self.rows, self.stage.micro_batch_tokens, self.job.compute
+        )
+
+    def evaluate(self, step: int) -> None:
+        """Measure, and keep the weights if the choosing half of the rows has the lowest loss so far."""
+        found = self.measure()
+        self.state["last"] = tuple(found)
+        choice = self.loss(found, CHOICE)
+        if choice < self.loss(Measured(*self.state["best"]), CHOICE):
+            self.state |= {"best": tuple(found), "best_step": step}
+            self.job.checkpoints.keep_best(self.engine, self.policy)
+        margin_B = self.values(found).margin_B[JUDGED]
+        self.job.log(
+            {
+                "held_out_loss": self.loss(found, JUDGED), "held_out_choice_loss": choice,
+                "held_out_accuracy": float(right(margin_B).mean()), "held_out_margin": float(margin_B.mean()),
+            },
+            step,
+        )  # fmt: skip
+
+    def values(self, found: Measured) -> Any:
+        """Losses and rewards of all held-out rows."""
+        return self.stage.values(self.rows, found.logp_B2, found.point.double())
+
+    def loss(self, found: Measured, half: slice) -> float:
+        """The mean over the examples of a half of the rows."""
+        examples_B = self.stage.examples(self.rows)[half]
+        return float(self.values(found).loss_B[half].sum() / examples_B.sum())
+
+    def summary(self) -> dict[str, float]:
+        """Of the best policy, on the half that judges."""
+        import torch
+
+        from rlhf.evaluation.intervals import mean, ratio, share
+
+        first, best = Measured(*self.state["first"]), Measured(*self.state["best"])
+        before, after = self.values(first), self.values(best)
+        examples_B = self.stage.examples(self.rows)[JUDGED]
+        change_B = (after.loss_B - before.loss_B)[JUDGED]
+        has_B2 = torch.from_numpy(self.rows.has_B2)[JUDGED]
+        moved_B2 = (best.logp_B2 - first.logp_B2)[JUDGED]
+        metrics = {
+            "held_out_loss_before": self.loss(first, JUDGED),
+            "held_out_loss": self.loss(best, JUDGED),
+            **ratio(change_B, examples_B).metrics("held_out_loss_change"),
+            "held_out_loss_last": self.loss(Measured(*self.state["last"]), JUDGED),
+            **share(right(after.margin_B[JUDGED])).metrics("accuracy"),
+            **mean(after.margin_B[JUDGED]).metrics("margin"),
+            "best_step": self.state["best_step"],
+        }
+        for side, name in enumerate(("chosen_change", "rejected_change")):
+            if bool(has_B2[:, side].any()):
+                metrics |= mean(moved_B2[has_B2[:, side], side]).metrics(name)
+        return metrics
