@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -308,6 +309,8 @@ class Pipeline:
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
             run.record(name, ended, key, None, time.monotonic() - start)
+            if self.compute.is_main:  # what it goes on from lies beside it
+                shutil.rmtree(scratch, ignore_errors=True)
             raise
         assert job.summary is not None, f"{name} ended without publishing"
         seconds = job.checkpoints.spent()

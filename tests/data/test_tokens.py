@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pyarrow
 import pytest
 
 from helpers.encoded import MANY, TALK, answers_of, ids_of, on_one_core, pairs_of, stored, wanted
 from helpers.jobs import TINY, small_job, tiny_base, user
 from rlhf.config import ConfigError
 from rlhf.data.answers import Answers
-from rlhf.data.chat_template import exchange_ids, prompt_ids
+from rlhf.data.arrow import ArrowWriter, mapped, picked
+from rlhf.data.chat_template import Encoded, exchange_ids, prompt_ids
 from rlhf.data.cores import FEW, on_all_cores
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow, SftRow
-from rlhf.data.tokens import TokenIds, write_tokens
-from rlhf.distributed.batching import shuffled_batches
+from rlhf.data.tokens import TokenIds, TokenWriter, batch_of, write_tokens
+from rlhf.distributed.batching import equal_tokens, shuffled_batches
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import load_tokenizer
 
@@ -115,6 +120,43 @@ def test_a_file_of_ids_is_what_the_rows_encode_to_on_any_number_of_cores(
         write_tokens(tmp_path / "one", tokenizer, data)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "all").read_bytes()
     assert stored(TokenIds(tmp_path / "all")) == wanted(tokenizer, data)
+
+
+def test_a_shared_prefix_is_what_two_neighbours_begin_with(tmp_path: Path) -> None:
+    """Of sequences that another file's pieces part, also of long prefixes and of none."""
+    draw = random.Random(0)
+    lists = [[1] * draw.choice([0, 1, 63, 64, 65, 130, 200]) + [draw.randrange(2, 4)] for _ in range(300)]
+    lists[7] = []
+    writer = TokenWriter(tmp_path / "ids", "digest")
+    with writer.file:
+        for begin in range(0, 300, 40):
+            some = lists[begin : begin + 40]
+            writer.add(batch_of([Encoded(each, [])] for each in some), len(some))
+    ids = TokenIds(tmp_path / "ids")
+    assert [ids[place].tolist() for place in ids.row] == lists
+    places = sorted(draw.sample(range(300), 200))
+    for most in (1, 100, 1000):
+        cut = [lists[place][:most] for place in places]
+        wanted = [0, *(equal_tokens(one, other) for one, other in pairwise(cut))]
+        found = ids.shared_prefix(numpy.array(places), numpy.array([len(each) for each in cut], numpy.int32))
+        assert found.tolist() == wanted
+
+
+def test_picked_rows_lie_in_the_pieces_of_rows_that_are_added(tmp_path: Path) -> None:
+    texts = ["é" * (3_000_000 if number in (1500, 1501, 1502) else number % 50) for number in range(3000)]
+    schema, kept = pyarrow.schema([("row", pyarrow.string())]), [n for n in range(3000) if n % 7]
+    with ArrowWriter(tmp_path / "all", schema) as file:
+        for begin in range(0, 3000, 130):
+            file.add_batch(pyarrow.record_batch({"row": texts[begin : begin + 130]}))
+    with ArrowWriter(tmp_path / "added", schema) as file:
+        for number in kept:
+            file.add({"row": texts[number]})
+    with ArrowWriter(tmp_path / "picked", schema) as file:
+        lengths = numpy.array([len(texts[number]) for number in kept])
+        for batch in picked(mapped(tmp_path / "all"), numpy.array(kept), lengths):
+            file.add_batch(batch)
+    assert (tmp_path / "picked").read_bytes() == (tmp_path / "added").read_bytes()
+    assert len(mapped(tmp_path / "picked").to_batches()) == 4  # the long ones end one early
 
 
 def test_a_stage_takes_the_ids_of_prepare_and_makes_those_of_another_tokenizer(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chains import RealChain, kill, newest_step, ranks_of, wait_until
+from helpers.chains import RealChain, children_of, kill, newest_step, ranks_of, wait_until
 
 KILLS = int(os.environ.get("RLHF_KILLS", "6"))
 """`make crash-test` takes 50."""
@@ -186,3 +186,19 @@ def test_a_signal_saves_then_stops_and_the_same_command_goes_on(
     assert summary["stages"]["ppo"]["status"] == "stopped"
     out, _ = chain.run(name, *longer)
     assert "ppo: continues from step " in out
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_workers_read_rows_leaves_nothing(chain: RealChain) -> None:
+    with (chain.directory / "many.jsonl").open("w") as file:
+        for number in range(2500):
+            file.write(json.dumps({"prompt": f"Say {number}", "completion": "Go on. " * 3000}) + "\n")
+    process = chain.start("reading", "stage=prepare", "sft.data=many.jsonl")
+    wait_until(lambda: len(children_of(process.pid)) >= 2, process)
+    workers = children_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    left = [path.name for path in (chain.store("reading") / "prepare").iterdir()]
+    assert [name for name in left if ".lock" not in name] == []
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

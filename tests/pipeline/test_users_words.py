@@ -69,5 +69,6 @@ def test_a_complaint_that_leaves_a_running_stage_is_named_too(tmp_path: Path, ti
     (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))  # one has no weights
     outcome = chain.run("stage=sft", "model=local", "model.path=base")
     assert outcome.statuses["sft"] == "failed"
+    assert list((tmp_path / "store").glob("*/.*.part-*")) == []
     assert outcome.err.startswith("Error: model.path=base: cannot be read as a model: its weights lack ")
     assert outcome.err.rstrip().endswith("Save it again, whole.")
