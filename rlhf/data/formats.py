@@ -166,25 +166,32 @@ def prompt_row(raw: Raw) -> PromptRow:
         prompt = _prompt(raw, column)
     while prompt and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
-    return with_columns(_asking(prompt, column), raw)
+    row = with_columns(_asking(prompt, column), raw)
+    checked_json(row)
+    return row
 
 
 def with_columns(prompt: list[Message], raw: Raw) -> PromptRow:
-    """A row of this prompt with all columns of `raw` but the one that the prompt is from.
+    """A row of this prompt with all columns of `raw` but the one that the prompt is from."""
+    column = _prompt_column(raw)
+    others = {str(name): value for name, value in raw.items() if name != column and value is not None}
+    return PromptRow(prompt, columns=others, is_text=column is not None and not isinstance(raw[column], list))
+
+
+def checked_json(row: PromptRow) -> str:
+    """The row's JSON.
 
     Raises:
         RowError: a column is no valid Unicode.
     """
-    column = _prompt_column(raw)
-    others = {str(name): value for name, value in raw.items() if name != column and value is not None}
-    row = PromptRow(prompt, columns=others, is_text=column is not None and not isinstance(raw[column], list))
+    text = row_to_json(row)
     try:
-        row_to_json(row).encode()
+        text.encode()
     except UnicodeEncodeError:
         raise RowError(
             "bad encoding", "a column holds half of a surrogate pair: not valid Unicode."
         ) from None
-    return row
+    return text
 
 
 def _prompt_column(raw: Raw) -> str | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlhf.data.arrow import ArrowWriter, mapped, picked
 from rlhf.data.chat_template import Encoded, encode, tokenizer_digest
 from rlhf.data.cores import on_all_cores
-from rlhf.data.formats import with_columns
+from rlhf.data.formats import checked_json, with_columns
 from rlhf.data.schema import (
     PromptRow,
     Row,
@@ -167,7 +167,7 @@ def list_column(lists: Sequence[Any]) -> pyarrow.ListArray:
     import pyarrow
 
     ends = numpy.cumsum([0, *map(len, lists)], dtype=numpy.int32)
-    arrays = [numpy.array(each, numpy.int32) for each in lists]
+    arrays = [numpy.asarray(each, numpy.int32) for each in lists]
     items = numpy.concatenate(arrays) if arrays else numpy.array([], numpy.int32)
     return pyarrow.ListArray.from_arrays(pyarrow.array(ends), pyarrow.array(items))
 
@@ -255,7 +255,14 @@ def in_pieces(rows: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> tuple[pyarrow.RecordBatch, int]:
-    return batch_of(encode(tokenizer, row) for row in rows), len(rows)
+    return batch_of(compact(encode(tokenizer, row)) for row in rows), len(rows)
+
+
+def compact(sequences: Sequence[Encoded]) -> list[Encoded]:
+    """With arrays for ids, which take an eighth of the memory of lists."""
+    import numpy
+
+    return [Encoded(numpy.array(each.ids, numpy.int32), each.spans) for each in sequences]
 
 
 class Complaint(NamedTuple):
@@ -446,7 +453,7 @@ class Examiner:
     def _one(self, raw: dict[str, Any]) -> Examined:
         row = self.role.parse(raw)
         text, prompt = row_to_json(row), row.exchanges()[0][0]
-        lent = row_to_json(with_columns(prompt, raw)) if self.is_lent and prompt else None
+        lent = checked_json(with_columns(prompt, raw)) if self.is_lent and prompt else None
         # one prompt is one row, whatever its other columns hold
         alone = row_to_json(PromptRow(prompt)) if isinstance(row, PromptRow) else text
         digest = hashlib.sha256(alone.encode()).digest()[:16]
@@ -469,7 +476,7 @@ class Examiner:
         from jinja2 import TemplateError
 
         try:
-            return encode(self.tokenizer, row)
+            return compact(encode(self.tokenizer, row))
         except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
             text = f"the chat template refuses the conversation: {error}."
             return Complaint("refused by template", text)
