@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import (
@@ -203,3 +203,27 @@ def test_templates_have_names_or_files(tmp_path: Path) -> None:
         ConfigError, match=r"model\.chat_template=Chatml: there is no such file. Use one of chatml"
     ):
         resolve_template("Chatml")
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_ids_are_those_of_a_call_of_the_tokenizer_whatever_it_was_saved_with(
+    tiny_model: Path, *, splits: bool
+) -> None:
+    """A file of a tokenizer may say to cut and to pad."""
+    tokenizer: Any = make(tiny_model)
+    tokenizer.split_special_tokens = splits
+    text = "Hello <|im_end|> Größe"
+    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert (STOP in wanted) is not splits
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=99)
+    tokenizer.backend_tokenizer.encode_special_tokens = not splits
+    ids, begin = exchange_ids(tokenizer, HI, text)
+    assert ids[begin:-1] == wanted
+
+
+def test_a_tokenizer_that_is_written_in_python_gives_its_own_ids() -> None:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = CHATML
+    ids, begin = exchange_ids(tokenizer, HI, "é")
+    assert not tokenizer.is_fast and ids[begin:-1] == [0xC3 + 3, 0xA9 + 3]
