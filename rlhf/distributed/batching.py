@@ -17,9 +17,14 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
 
     A single row longer than the budget gets a group of its own.
     """
+    return budget_batches(sorted(range(len(lengths)), key=lambda row: -lengths[row]), lengths, max_tokens)
+
+
+def budget_batches(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """The indices in this order, in groups of at most max_tokens tokens (or of a single longer row)."""
     groups: list[list[int]] = []
     used = 0
-    for index in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+    for index in order:
         if groups and used + lengths[index] <= max_tokens:
             groups[-1].append(index)
             used += lengths[index]

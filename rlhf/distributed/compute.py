@@ -7,6 +7,7 @@ on the number of ranks, up to rounding.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import socket
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from pydantic import PositiveFloat
 
 from rlhf.config import ConfigError, Strict
-from rlhf.distributed.batching import token_budget_batches
+from rlhf.distributed.batching import budget_batches
 from rlhf.distributed.device import Precision, choose_precision, has_gpu, keep_freed_memory
 from rlhf.distributed.signals import uninterrupted
 
@@ -251,34 +252,42 @@ class Compute:
         found = {index: result for part in parts for index, result in part.items()}
         return [found[index] for index in range(count)]
 
-    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
+    def micro_batches(
+        self, lengths: Sequence[int], max_tokens: int, units: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[MicroBatch]:
         """This rank's share of a batch, as forward passes of at most max_tokens tokens.
 
         Every rank gets the same number of passes, because sharded models need all ranks in each pass. A rank
         with fewer passes repeats the batch's shortest row with weight 0.
+
+        Args:
+            units: all rows, in groups that should not be separated; None if each may be anywhere.
         """
-        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+        if units is None:
+            units = [[index] for index in range(len(lengths))]
+        order = sorted(units, key=lambda unit: -max(lengths[index] for index in unit))
+        shortest = min(range(len(lengths)), key=lambda index: (lengths[index], -index))
         groups = []
         for rank in range(self.world_size):
-            mine = order[rank :: self.world_size]
-            found = token_budget_batches([lengths[index] for index in mine], max_tokens)
-            groups.append([[mine[position] for position in group] for group in found])
+            mine = [index for unit in order[rank :: self.world_size] for index in unit]
+            groups.append(budget_batches(mine, lengths, max_tokens))
         count = max(len(each) for each in groups)
         filled = [(group, 1.0) for group in groups[self.rank]]
-        filled += [([order[-1]], 0.0)] * (count - len(filled))
+        filled += [([shortest], 0.0)] * (count - len(filled))
         for place, (group, weight) in enumerate(filled):
             yield MicroBatch(group, weight, place == count - 1)
             self.moved()
 
-    def check_divides(self, key: str, value: int) -> None:
-        """Refuse a batch that the ranks cannot share equally.
+    def check_divides(self, key: str, value: int, unit: int = 1) -> None:
+        """Refuse a batch that the ranks cannot share equally. `unit`: sizes must be multiples of it too.
 
         Raises:
             ConfigError: with the nearest sizes that they can share.
         """
         if value % self.world_size:
-            below = value // self.world_size * self.world_size
-            near = f"{below} or {below + self.world_size}" if below else str(self.world_size)
+            step = math.lcm(self.world_size, unit)
+            below = value // step * step
+            near = f"{below} or {below + step}" if below else str(step)
             raise ConfigError(
                 f"{key}={value} cannot be divided equally over {self.world_size} ranks. Use {near}."
             )

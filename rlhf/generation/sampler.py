@@ -159,13 +159,17 @@ def _decode(
 
 
 def _read(model: PreTrainedModel, prompts: list[Tensor], pad_id: int) -> tuple[DynamicCache, Tensor, Tensor]:
-    """Read the prompts, the longest first, into a cache. They go in groups, so that activations do not grow
-    with their number; prompts of models with other states than keys and values go together.
+    """Read the prompts, the longest first, into a cache. Equal prompts are read once. They go in groups, so
+    that activations do not grow with their number; prompts of models with other states than keys and values
+    go together.
 
     Returns:
         The cache, the logits after the prompts [B, V], and where the cache holds a token [B, K]: prompts are
         padded on the left.
     """
+    asked = [tuple(prompt.tolist()) for prompt in prompts]
+    places = {ids: place for place, ids in enumerate(dict.fromkeys(asked))}
+    prompts = [torch.tensor(ids) for ids in places]
     layers, width = growing_cache(model).layers, len(prompts[0])
     is_packed = model.config._attn_implementation == ATTENTION
     is_packed = is_packed and all(isinstance(layer, GrowingLayer) for layer in layers)
@@ -176,7 +180,12 @@ def _read(model: PreTrainedModel, prompts: list[Tensor], pad_id: int) -> tuple[D
         _read_group(model, [prompts[row] for row in group], width, pad_id, is_packed) for group in groups
     ]
     caches, logits, masks = zip(*parts, strict=True)
-    return joined(caches), torch.cat(logits), torch.cat(masks)
+    cache, logits_BV, mask_BK = joined(caches), torch.cat(logits), torch.cat(masks)
+    if len(places) < len(asked):
+        place_B = torch.tensor([places[ids] for ids in asked], device=model.device)
+        cache.reorder_cache(place_B)  # type: ignore[arg-type]  # typed as LongTensor
+        logits_BV, mask_BK = logits_BV[place_B], mask_BK[place_B]
+    return cache, logits_BV, mask_BK
 
 
 def _read_group(

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.config import ConfigError
-from rlhf.distributed.compute import Compute
+from rlhf.distributed.compute import Compute, MicroBatch
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
 from rlhf.models.peft.target_modules import backbone_of
@@ -367,6 +367,19 @@ def answer_logprobs(
     return logp_BR
 
 
+def passes_over(responses: Responses, micro_batch_tokens: int, compute: Compute) -> Iterator[MicroBatch]:
+    """This rank's micro-batches. On CPUs packed rows compute a shared prefix once, so there the responses to
+    one prompt are together, if the ranks can share the prompts equally."""
+    units: dict[tuple[int, ...], list[int]] = {}
+    if compute.device.type == "cpu":
+        for index, ids in enumerate(responses.prompt_ids):
+            units.setdefault(tuple(ids.tolist()), []).append(index)
+    together = 0 < len(units) < len(responses) and len(units) % compute.world_size == 0
+    return compute.micro_batches(
+        responses.lengths, micro_batch_tokens, list(units.values()) if together else None
+    )
+
+
 @torch.no_grad()
 def rollout_rows(
     responses: Responses,
@@ -383,7 +396,7 @@ def rollout_rows(
     """
     shape = responses.mask_BR.shape
     results: list[Tensor] = []
-    for group, weight, _ in compute.micro_batches(responses.lengths, micro_batch_tokens):
+    for group, weight, _ in passes_over(responses, micro_batch_tokens, compute):
         prompts, answers = (
             [ids[index] for index in group] for ids in (responses.prompt_ids, responses.response_ids)
         )

@@ -197,7 +197,11 @@ class Stage(Strict, ABC):
             ConfigError: with what they can.
         """
         for name in self.divided:
-            compute.check_divides(f"{self.name}.{name}", getattr(self, name))
+            compute.check_divides(f"{self.name}.{name}", getattr(self, name), self.unit())
+
+    def unit(self) -> int:
+        """Sizes in `divided` are multiples of it."""
+        return 1
 
     def not_checked(self) -> dict[str, str]:
         """Gates that do not apply with these knobs, and why: they are not checked, and the run says so."""

@@ -359,7 +359,8 @@ def with_method(
     if peft.method != name:
         knobs["peft"] = PeftConfig.model_validate({"method": name})
     for size in stage.divided:
-        knobs[size] = math.ceil(knobs[size] / on.ranks) * on.ranks
+        step = math.lcm(on.ranks, stage.unit())
+        knobs[size] = math.ceil(knobs[size] / step) * step
     if use.plans_answers and "max_new_tokens" in knobs:
         knobs["max_new_tokens"] = round(use.answer)
     if "activation_checkpointing" in knobs:

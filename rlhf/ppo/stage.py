@@ -75,6 +75,10 @@ class PolicyStage(PolicyConfig, Stage):
             "token_seconds_base",
         )  # fmt: skip
 
+    def unit(self) -> int:
+        """Batches have whole groups."""
+        return self.group_size
+
     def peft_config(self) -> PeftConfig:
         """Of the policy; a critic is trained in the same way."""
         return self.peft

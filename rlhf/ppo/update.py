@@ -23,6 +23,7 @@ from rlhf.models.logprobs import (
     Sequences,
     TokenStatistics,
     pack_sequences,
+    passes_over,
     response_statistics,
     rollout_rows,
 )
@@ -226,7 +227,7 @@ class PolicyUpdater:
         it is returned with its graph.
         """
         config = self.config
-        passes = len(list(self.compute.micro_batches(rollout.lengths, config.micro_batch_tokens)))
+        passes = len(list(passes_over(rollout, config.micro_batch_tokens, self.compute)))
         once = passes == 1 and len(rollout) == config.minibatch_episodes
         scored: list[ForwardPass] = []
 
@@ -311,8 +312,8 @@ class PolicyUpdater:
         if self.mix is not None and not critic_only:
             self.accumulate_mix(self.mix)
         deviation = 0.0
-        lengths = minibatch.rollout.lengths
-        for group, weight, last in self.compute.micro_batches(lengths, config.micro_batch_tokens):
+        passes = passes_over(minibatch.rollout, config.micro_batch_tokens, self.compute)
+        for group, weight, last in passes:
             part = minibatch.select(torch.tensor(group))
             if scored is None:
                 batch = pack_sequences(part.rollout.prompt_ids, part.rollout.response_ids, device)

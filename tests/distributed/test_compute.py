@@ -120,6 +120,22 @@ def test_micro_batches_by_hand() -> None:
     assert third == [([1], 0.0, True)]
 
 
+def test_rows_of_a_unit_are_on_one_rank_and_side_by_side() -> None:
+    """Units are dealt by their longest row; one that is larger than a pass is cut."""
+    lengths, units = [5, 1, 4, 4, 2, 3], [[0, 1, 2], [3, 4], [5]]
+    first, second = (list(compute.micro_batches(lengths, 8, units)) for compute in ranks(2))
+    assert first == [([0, 1], 1.0, False), ([2, 5], 1.0, True)]  # 5 + 1; 4 + 3 tokens
+    assert second == [([3, 4], 1.0, False), ([1], 0.0, True)]  # and the shortest row without weight
+    (whole,) = (list(compute.micro_batches(lengths, 100, units)) for compute in ranks(1))
+    assert whole == [([0, 1, 2, 3, 4, 5], 1.0, True)]
+
+
+def test_sizes_that_the_ranks_and_the_groups_can_share() -> None:
+    with pytest.raises(ConfigError, match=r"Use 48 or 60\."):
+        on_cpu(0, 6).check_divides("grpo.batch_episodes", 52, unit=4)
+    on_cpu(0, 6).check_divides("grpo.batch_episodes", 48, unit=4)
+
+
 @pytest.mark.parametrize(
     ("value", "world_size", "advice"),
     [(100, 8, "Use 96 or 104."), (3, 8, "Use 8."), (9, 8, "Use 8 or 16."), (15, 2, "Use 14 or 16.")],

@@ -142,6 +142,35 @@ def test_prompts_are_read_in_groups_of_so_many_tokens(
     assert lists(sample(model, prompts, stop_ids=stops)) == lists(stopped)
 
 
+@pytest.mark.parametrize("attention", [None, "sdpa"])
+def test_a_prompt_is_read_once_for_all_of_its_answers(
+    tiny_model: Path, prompts: list[Tensor], attention: str | None
+) -> None:
+    """Packed or padded, also where its answers do not stand side by side. Each answer has its own numbers."""
+    model = sharper(tiny_model)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    asked = [prompts[0], prompts[1], prompts[0], prompts[1], prompts[2]]
+    numbers_BR = uniform(5, NEW, seed=3)
+    tokens: list[int] = []
+    settings: dict[str, Any] = {"temperature": 1.0, "stop_ids": some_stops(model, prompts)}
+    alone = [
+        sample(model, [prompt], uniform_BR=numbers_BR[row : row + 1], **settings)
+        for row, prompt in enumerate(asked)
+    ]
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, ids: tokens.append(ids[0].numel())
+    )
+    found = sample(model, asked, uniform_BR=numbers_BR, **settings)
+    hook.remove()
+    assert tokens[0] == (LENGTHS[0] + LENGTHS[1] + LENGTHS[2] if attention is None else 3 * LENGTHS[1])
+    assert lists(found) == [lists(each)[0] for each in alone]
+    assert len({*map(tuple, lists(found))}) == 5
+    for row, each in enumerate(alone):
+        assert found.sampled_logp is not None and each.sampled_logp is not None
+        torch.testing.assert_close(found.sampled_logp[row], each.sampled_logp[0], atol=1e-5, rtol=1e-5)
+
+
 def test_a_row_that_stops_at_once_has_one_token(model: PreTrainedModel, prompts: list[Tensor]) -> None:
     firsts = [ids[0] for ids in lists(sample(model, prompts))]
     rollout = sample(model, prompts, stop_ids=firsts)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.grpo import OfSomePrompts, constant, grpo_job, grpo_stage, grpo_trainer
+from helpers.jobs import user
 from helpers.ppo import best_weights, equal, prompts, shake, weights
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
@@ -97,6 +98,31 @@ def test_micro_batches_add_up_to_the_whole(
     for split in found[1:]:
         assert split[0] == pytest.approx(whole[0], rel=1e-5, abs=1e-6)
         assert split[2] == pytest.approx(whole[2], rel=1e-4)
+
+
+def test_a_group_reads_its_prompt_once_in_every_pass(tmp_path: Path, tiny_model: Path) -> None:
+    """Sampling, the reference, scoring and learning, where two groups fit into a pass. Spread over passes of
+    mixed groups each would be read several times."""
+    long = [PromptRow(user(f"Tell me of {'the sea and ' * 4}{n}")) for n in range(4)]
+    one = grpo_trainer(tmp_path / "one" / "job", tiny_model)
+    prompt = len(one.experience(repeated(long[:1], 4))[0].rollout.prompt_ids[0])
+    budget = 2 * 4 * (prompt + 8)
+    trainer = grpo_trainer(tmp_path / "job", tiny_model, f"grpo.micro_batch_tokens={budget}")
+    trainer.policy.stop_ids = list(range(0, 259, 15))  # answers of many lengths, by which passes are filled
+    trainer.experience(GROUPS)  # the first one also tests how the model decodes
+    read: list[int] = []
+    for model in (trainer.policy.model, trainer.reference.model):
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: read.append(ids[0].numel()))
+    experience, scored = trainer.experience(repeated(long, 4))
+    lengths = {len(ids) for ids in experience.rollout.prompt_ids}
+    assert lengths == {prompt} and scored is None
+    new = sum(map(len, experience.rollout.response_ids))
+    prompts_read, *passes = (tokens for tokens in read if tokens > 16)  # not each step of decoding
+    assert prompts_read <= 4 * prompt
+    assert len(passes) == 2 * 2 and sum(passes) <= 2 * (4 * prompt + new)  # of reference and policy
+    read.clear()
+    trainer.update.learn(experience, None, critic_only=False)
+    assert len(read) == 2 and sum(read) <= 4 * prompt + new
 
 
 def test_the_kl_is_paid_in_the_loss_or_in_the_reward(tmp_path: Path, tiny_model: Path) -> None:

@@ -62,9 +62,11 @@ def test_epochs_end_by_the_last_epochs_own_kl_not_by_the_mean_of_all(make: MakeT
 class WithIdlePasses(Compute):
     """A rank with less to do than another: two more passes that only keep it in step."""
 
-    def micro_batches(self, lengths: Sequence[int], max_tokens: int) -> Iterator[MicroBatch]:
+    def micro_batches(
+        self, lengths: Sequence[int], max_tokens: int, units: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[MicroBatch]:
         """The shortest row again, without weight, before the last pass and behind it."""
-        found = super().micro_batches(lengths, max_tokens)
+        found = super().micro_batches(lengths, max_tokens, units)
         idle = MicroBatch([min(range(len(lengths)), key=lambda index: lengths[index])], 0.0, False)
         yield from (each._replace(last=False) for each in found)
         yield from (idle, idle._replace(last=True))
