@@ -103,7 +103,7 @@ def test_micro_batches_add_up_to_the_whole(
 def test_a_group_reads_its_prompt_once_in_every_pass(tmp_path: Path, tiny_model: Path) -> None:
     """Sampling, the reference, scoring and learning, where two groups fit into a pass. Spread over passes of
     mixed groups each would be read several times."""
-    long = [PromptRow(user(f"Tell me of {'the sea and ' * 4}{n}")) for n in range(4)]
+    long = [PromptRow(user(f"{n}{' and the sea' * 4}")) for n in range(4)]
     one = grpo_trainer(tmp_path / "one" / "job", tiny_model)
     prompt = len(one.experience(repeated(long[:1], 4))[0].rollout.prompt_ids[0])
     budget = 2 * 4 * (prompt + 8)
