@@ -21,9 +21,16 @@ from rlhf.data.sources import SourceConfig
 from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.experiment import Settings, build_experiment
 from rlhf.pipeline.stage import Stage
+from rlhf.rewards.kinds import RewardMix
 from rlhf.training.config import OptimConfig
 
-SHARED = {"source": SourceConfig, "optim": OptimConfig, "peft": PeftConfig, "gate": Bound}
+SHARED = {
+    "source": SourceConfig,
+    "rewards": RewardMix,
+    "optim": OptimConfig,
+    "peft": PeftConfig,
+    "gate": Bound,
+}
 INTRODUCTION = """# Keys
 
 Every key with its default and its meaning; `${...}` is another key's value. `python docs/keys.py` writes this

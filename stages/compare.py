@@ -53,8 +53,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
 from rlhf.report.compare import Quality, comparison_cells, draw, write_csv
-from rlhf.rewards.kinds import RewardSource
-from rlhf.rewards.reward import usable_scores
+from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
 
 if TYPE_CHECKING:
     from rlhf.compare.answering import Answers
@@ -166,7 +165,7 @@ class CompareStage(Stage):
         """It is what is prompted."""
         return True
 
-    def rewards(self) -> Mapping[str, str]:
+    def rewards(self) -> Mapping[str, str | RewardMix]:
         """What scores the answers."""
         return {} if self.reward is None else {"compare.reward": self.reward}
 
@@ -201,7 +200,7 @@ class CompareStage(Stage):
     def cost_on(self, on: CostContext) -> StageCost:
         """`cost` with these ranks."""
         assert self._sizes is not None
-        costs = []
+        costs, models = [], len(models_of(self.reward))
         for method in self.ways():
             asked = self._sizes.asked(method, self.few_shot, self.retrieval)
             asked = asked.cut(on.shape.context - self.max_new_tokens)
@@ -209,7 +208,7 @@ class CompareStage(Stage):
             costs.append(sampling_cost(
                 on, asked, samples=1, new_tokens=self.max_new_tokens, batch_rows=1,
                 micro_batch_tokens=self.micro_batch_tokens, policies=1,
-                readings=1 if self.reward == "learned" else 0, measures=0, models=1, others=[known],
+                readings=models, measures=0, models=max(1, models), others=[known],
             ))  # fmt: skip
         return one_after_the_other(costs)
 
@@ -317,6 +316,7 @@ class CompareStage(Stage):
     def score(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Put every answer beside its reference, and before the reward."""
         from rlhf.compare.figures import put_beside_references
+        from rlhf.rewards.combined import usable_scores
 
         for said in answers.values():
             put_beside_references(said, questions)
@@ -325,7 +325,8 @@ class CompareStage(Stage):
         reward = job.reward(self.reward, self.micro_batch_tokens)
         rows = [PromptRow(question.prompt, columns=question.columns) for question in questions]
         for said in job.progress.track(answers.values(), "compare: score", len(answers)):
-            said.scores["score"] = usable_scores(reward, rows, said.texts, f"compare.reward={self.reward}")
+            found = usable_scores(reward, rows, said.texts, f"compare.reward={self.reward}")
+            said.scores["score"] = found.score_B
 
     def write(self, job: Job, questions: Sequence[Question], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself."""

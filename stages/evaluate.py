@@ -28,8 +28,8 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import INTERVAL, Stage
-from rlhf.rewards.kinds import RewardSource
-from rlhf.rewards.reward import usable_scores, with_token_ids
+from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
+from rlhf.rewards.reward import with_token_ids
 
 if TYPE_CHECKING:
     from rlhf.evaluation.answers import Answers
@@ -51,7 +51,8 @@ OF_SUBJECT = (
 OF_EACH = (
     *OF_SUBJECT, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
     "score_unscored", "gold_mean", "gold_deviation", "gold_unscored", "kl", "task_loss", "perplexity",
-    "text_loss_*", "question_accuracy",
+    "text_loss_*", "question_accuracy", "score_mean/*", "score_deviation/*", "gold_mean/*",
+    "gold_deviation/*",
 )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ class EvaluateStage(Stage):
         """It is one of the policies."""
         return True
 
-    def rewards(self) -> Mapping[str, str]:
+    def rewards(self) -> Mapping[str, str | RewardMix]:
         """What PPO was trained on, and what it stands for."""
         named = {"evaluate.reward": self.reward, "evaluate.gold": self.gold}
         return {key: source for key, source in named.items() if source is not None}
@@ -267,12 +268,12 @@ class EvaluateStage(Stage):
         added = most_added(on, [chain[name].peft_config() for name in self.policies if name in chain])
         references = on.sizes("sft", "held_out").first(self.num_references).cut(on.shape.context - added)
         retained = on.sizes("retention", "evaluation")
-        rewards = [self.reward, self.gold].count("learned")
+        rewards = [len(models_of(self.reward)), len(models_of(self.gold))]
         return sampling_cost(
             on, prompts, samples=1, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
-            micro_batch_tokens=self.micro_batch_tokens, policies=len(self.policies), readings=rewards,
-            measures=2, models=1, others=[references, retained._replace(rows=PASSES * retained.rows)],
-            added=added,
+            micro_batch_tokens=self.micro_batch_tokens, policies=len(self.policies), readings=sum(rewards),
+            measures=2, models=max(1, *rewards),
+            others=[references, retained._replace(rows=PASSES * retained.rows)], added=added,
         )  # fmt: skip
 
     def run(self, job: Job) -> None:
@@ -361,13 +362,17 @@ class EvaluateStage(Stage):
 
     def score(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Let the learned and the gold reward score every answer."""
+        from rlhf.rewards.combined import usable_scores
+
         for kind, key, source in (("score", "reward", self.reward), ("gold", "gold", self.gold)):
             if source is None:
                 continue
             reward = job.reward(source, self.micro_batch_tokens)
             for said in job.progress.track(answers.values(), f"evaluate: {kind}", len(answers)):
                 answered = with_token_ids(rows, said.rollout.response_ids)
-                said.scores[kind] = usable_scores(reward, answered, said.texts, f"evaluate.{key}={source}")
+                found = usable_scores(reward, answered, said.texts, f"evaluate.{key}={source}")
+                said.scores[kind] = found.score_B
+                said.parts[kind] = found.parts
             del reward  # its memory is needed for the next one
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -23,8 +23,11 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.rewards.kinds import RewardSource
-from rlhf.rewards.reward import usable_scores, with_token_ids
+from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
+from rlhf.rewards.reward import with_token_ids
+
+if TYPE_CHECKING:
+    from rlhf.rewards.combined import Scores
 
 
 class GenerateStage(Stage):
@@ -74,10 +77,10 @@ class GenerateStage(Stage):
         """What `run` publishes."""
         return (
             "responses", "stop_rate", "length_mean", "distinct_2", "score_mean", "score_deviation",
-            "unscored", "best_of_n_mean", "pairs",
+            "score_mean/*", "score_deviation/*", "unscored", "best_of_n_mean", "pairs",
         )  # fmt: skip
 
-    def rewards(self) -> Mapping[str, str]:
+    def rewards(self) -> Mapping[str, str | RewardMix]:
         """What scores the answers."""
         return {} if self.reward is None else {"generate.reward": self.reward}
 
@@ -103,11 +106,11 @@ class GenerateStage(Stage):
         on = on.starting(directory_of(self.policy))
         sizes = [on.sizes("ppo", split) for split in self.splits]
         prompts = sizes[0]._replace(rows=sum(size.rows for size in sizes)).first(self.num_prompts)
-        scoring = self.reward == "learned"
+        scoring = len(models_of(self.reward))
         return sampling_cost(
             on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
             batch_rows=self.batch_rows, micro_batch_tokens=self.micro_batch_tokens,
-            policies=1, readings=1 if scoring else 0, measures=0, models=2 if scoring else 1,
+            policies=1, readings=scoring, measures=0, models=1 + scoring,
             added=most_added(on, [chain["sft"].peft_config()] if self.policy == "sft" else []),
         )  # fmt: skip
 
@@ -131,7 +134,8 @@ class GenerateStage(Stage):
                 on_rows=task.advance,
             )
         del policy  # its memory is needed for the reward model
-        scores = self.score(job, with_token_ids(repeated, rollout.response_ids), texts)
+        found = self.score(job, with_token_ids(repeated, rollout.response_ids), texts)
+        scores = None if found is None else found.score_B.tolist()
         stopped_BS = rollout.stopped.double().view(len(rows), self.samples_per_prompt)
         metrics = {
             "responses": len(texts),
@@ -155,18 +159,22 @@ class GenerateStage(Stage):
             job.sample(policy=self.policy, **answer)
         if scores is not None:
             metrics |= self.write_ranked(job, rows, texts, scores)
+        if found is not None:
+            metrics |= found.metrics()
         job.publish(metrics)
 
-    def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> list[float] | None:
-        """One score a response, NaN for no score; or None without a reward.
+    def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> Scores | None:
+        """One score a response; or None without a reward.
 
         Raises:
             ConfigError: a score is infinite, or no response has one.
         """
+        from rlhf.rewards.combined import usable_scores
+
         if self.reward is None:
             return None
         reward = job.reward(self.reward, self.micro_batch_tokens)
-        return usable_scores(reward, rows, texts, f"generate.reward={self.reward}").tolist()
+        return usable_scores(reward, rows, texts, f"generate.reward={self.reward}")
 
     def write_ranked(
         self, job: Job, rows: list[PromptRow], texts: list[str], scores: list[float]

@@ -22,7 +22,7 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Purpose, Stage
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.stage import PolicyStage
-from rlhf.rewards.kinds import reward_directory
+from rlhf.rewards.kinds import critic_part, reward_directory
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PolicyTrainer
@@ -84,10 +84,13 @@ class PpoStage(PpoConfig, PolicyStage):
 
     def virtual_tokens_of_reward(self, chain: Mapping[str, Stage]) -> str | None:
         """Where the reward model's virtual tokens come from, in the user's own keys; None without any."""
-        if self.reward == "learned":
+        part = critic_part(self.reward)
+        if part is None:
+            return None
+        if part.source == "learned":
             method = dict(chain["reward"])["peft"].method
             return f"reward.peft={method}" if METHODS[method].pads else None
-        directory = reward_directory(self.reward, None)
+        directory = reward_directory(part.source, None)
         if directory is None or origin_of(directory) is None:
             return None
         return f"ppo.reward={self.reward}" if described(directory)["peft_type"] in KINDS else None

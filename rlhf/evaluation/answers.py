@@ -17,6 +17,7 @@ from rlhf.evaluation.intervals import mean, ratio, share
 from rlhf.evaluation.retention import Retained, forgetting
 from rlhf.evaluation.win_rate import both_scored, wins
 from rlhf.generation.policy_model import PolicyModel
+from rlhf.rewards.combined import moments_of
 from rlhf.rl.advantage import kl_k1
 from rlhf.rl.rollout import Rollout
 from rlhf.rl.statistics import distinct_n
@@ -40,6 +41,8 @@ class Answers:
     """The tokenizer's vocabulary."""
     scores: dict[str, Tensor] = field(default_factory=dict)
     """By "score" (the learned reward) and "gold"."""
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Of a score that is made of several rewards: each one's, by its name."""
     figures: dict[str, float] = field(default_factory=dict)
     """Metrics that were measured while the model was in memory."""
 
@@ -84,10 +87,12 @@ def described(said: Answers) -> dict[str, float]:
         "distinct_2": distinct_n(ids, 2),
     }
     for kind, score_B in said.scores.items():
-        known_B = score_B[~score_B.isnan()].double()
-        metrics[f"{kind}_mean"] = float(known_B.mean())
-        metrics[f"{kind}_deviation"] = float(known_B.std(correction=0))
-        metrics[f"{kind}_unscored"] = len(score_B) - len(known_B)
+        metrics[f"{kind}_unscored"] = int(score_B.isnan().sum())
+        named = {"": score_B} | {f"/{name}": part_B for name, part_B in said.parts.get(kind, {}).items()}
+        for name, each_B in named.items():
+            moments = moments_of(each_B)
+            metrics[f"{kind}_mean{name}"] = moments.mean
+            metrics[f"{kind}_deviation{name}"] = moments.deviation
     if len(said.task_nats_B):
         metrics["task_loss"] = ratio(said.task_nats_B, said.task_tokens_B).value
     return metrics | said.retained.metrics() | said.figures

@@ -130,6 +130,20 @@ class Experiment:
         return [name for name in self.stages if name in wanted]
 
 
+def check_moments(stage: Stage, chain: Mapping[str, Stage]) -> None:
+    """Refuse rewards that are normalised by what `generate` measures of others.
+
+    Raises:
+        ConfigError: in the user's own keys.
+    """
+    for key, source in stage.normalized_rewards():
+        if source not in chain["generate"].rewards().values():
+            raise ConfigError(
+                f"{key}={source}: normalize=true takes each reward's mean and deviation from `generate`, so "
+                f"generate.reward must be the same. Set generate.reward to it, or use normalize=false."
+            )
+
+
 def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     """Check the whole config.
 
@@ -171,6 +185,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     check_sources(experiment, own)
     for name in experiment.needed():
         stages[name].check(stages)
+        check_moments(stages[name], stages)
         check_method(stages[name], experiment)
         peft = stages[name].peft_config()
         if peft is not None and peft.method == "qlora":

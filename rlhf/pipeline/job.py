@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rlhf.models.weight_sharing import Backbone, Placement
     from rlhf.pipeline.experiment import Experiment
     from rlhf.rewards.http import RewardServerConfig
+    from rlhf.rewards.kinds import RewardMix
     from rlhf.rewards.reward import Reward
     from rlhf.training.checkpoint import Checkpointer
     from rlhf.training.engine import Engine, Groups
@@ -151,24 +152,34 @@ class Job:
 
     def reward(
         self,
-        source: str,
+        source: str | RewardMix,
         micro_batch_tokens: int,
         backbone: Backbone | None = None,
         placement: Placement | None = None,
     ) -> Reward:
-        """The reward that a `RewardSource` names; `learned` is the reward stage's model.
+        """The reward that a `RewardSource` names; `learned` is the reward stage's model. Several are
+        normalised as `generate` measured them, and by `generate` itself as it measures them.
 
         Args:
             micro_batch_tokens: of a model's forward pass.
             backbone: weights that a learned one may share.
             placement: of a model; None for as the weights that train.
         """
+        from rlhf.rewards.combined import Moments
+        from rlhf.rewards.kinds import parts_of
         from rlhf.rewards.model import make_reward
 
-        learned = self.inputs["reward"].path if source == "learned" else None
+        learned = any(part.source == "learned" for part in parts_of(source))
+        moments = None
+        if not isinstance(source, str) and source.normalize and self.stage != "generate":
+            measured = self.inputs["generate"].manifest.metrics
+            moments = {
+                name: Moments(measured[f"score_mean/{name}"], measured[f"score_deviation/{name}"])
+                for name in source.labels
+            }
         return make_reward(
-            source, learned, self.base.config, self.compute, micro_batch_tokens, self.reward_server,
-            backbone, placement,
+            source, self.inputs["reward"].path if learned else None, self.base.config, self.compute,
+            micro_batch_tokens, self.reward_server, backbone, placement, moments,
         )  # fmt: skip
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -17,6 +17,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.http import RewardServerConfig
+from rlhf.rewards.kinds import RewardMix, RewardPart, keyed_parts, reward_kind
 from rlhf.rewards.reward import with_token_ids
 
 ROWS = 2
@@ -45,17 +46,20 @@ def rehearse_rewards(
     from rlhf.rewards.model import make_reward
 
     tokenizer = cache(base.load_tokenizer)
-    asked: set[str] = set()
+    asked: list[RewardPart] = []
     for stage in sorted(stages, key=lambda stage: stage.repeats_keys):
-        for key, source in stage.rewards().items():
-            if source == "learned" or source in asked:
+        for key, part in keyed_parts(stage.rewards()):
+            check_columns(key, part, stage, data)
+            one = part.model_copy(update={"weight": 1.0})
+            if part.source == "learned" or one in asked:
                 continue
-            asked.add(source)
+            asked.append(one)
             rows = list(islice(some_rows(stage, data), ROWS)) or [(PROMPT, ANSWER)]
             prompts, completions = zip(*rows, strict=True)
             ids = [torch.tensor(tokenizer().encode(text)) for text in completions]
             try:
-                reward = make_reward(source, None, base.config, compute, MICRO_BATCH_TOKENS, server)
+                alone = RewardMix(of=[one])
+                reward = make_reward(alone, None, base.config, compute, MICRO_BATCH_TOKENS, server)
                 score_B = reward(with_token_ids(prompts, ids), completions)
             except ConfigError as error:
                 raise ConfigError(
@@ -65,13 +69,33 @@ def rehearse_rewards(
             if bool(is_finite_B.all()):
                 continue
             index = int((~is_finite_B).nonzero()[0])
-            said = f"{key}={source} gave {float(score_B[index])} for the response {completions[index]!r}"
+            said = f"{key}={part.source} gave {float(score_B[index])} for the response {completions[index]!r}"
             if not bool(is_finite_B.any()):
                 raise ConfigError(
                     f"{said}, and gave no finite score for any response that it was tested on before "
                     "anything trains. A score must be a finite number: fix the reward, or use another one."
                 )
             console.print(f"[yellow]{escape(said)}[/]: such answers cannot be learned from.", highlight=False)
+
+
+def check_columns(key: str, part: RewardPart, stage: Stage, data: PreparedData) -> None:
+    """Refuse a reward that needs a column which no row of its data has.
+
+    Raises:
+        ConfigError: which column, and those that there are.
+    """
+    for name in sorted(reward_kind(part.source).needs(part)):
+        seen: dict[str, None] = {}
+        for row, _ in some_rows(stage, data):
+            seen |= dict.fromkeys(row.columns)
+            if name in row.columns:
+                break
+        else:
+            found = ", ".join(seen) or "none"
+            raise ConfigError(
+                f"{key}={part.source} needs the column {name}, and no row of the prompts that it scores has "
+                f"it (other columns: {found}). Add it to the file, or name another column."
+            )
 
 
 def some_rows(stage: Stage, data: PreparedData) -> Iterator[tuple[PromptRow, str]]:

@@ -22,7 +22,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.start import directory_of, init_digest, init_in_key, inputs_of
 from rlhf.pipeline.job import Job
-from rlhf.rewards.kinds import reward_digest
+from rlhf.rewards.kinds import RewardMix, keyed_parts, reward_digest
 from rlhf.tracking.redaction import redacted
 
 INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
@@ -98,11 +98,13 @@ class Stage(Strict, ABC):
     def inputs(self) -> tuple[str, ...]:
         """The stages whose artifacts this one reads: by default all that its other hooks name."""
         start = self.starts_from()
+        sources = [part.source for _, part in keyed_parts(self.rewards())]
         return (
             *(("prepare",) if self.datasets() else ()),
             *(inputs_of(start[1]) if start else ()),
             *(name for _, name in self.named_policies()),
-            *(("reward",) if "learned" in self.rewards().values() else ()),
+            *(("reward",) if "learned" in sources else ()),
+            *(("generate",) if self.name != "generate" and any(self.normalized_rewards()) else ()),
         )
 
     def starts_from(self) -> tuple[str, str] | None:
@@ -122,9 +124,15 @@ class Stage(Strict, ABC):
         """The stages whose policies it reads by name: a key, and the stage that it names."""
         yield from ()
 
-    def rewards(self) -> Mapping[str, str]:
+    def rewards(self) -> Mapping[str, str | RewardMix]:
         """Key -> the reward that it names, such as `ppo.reward` -> `vader`; without those that are null."""
         return {}
+
+    def normalized_rewards(self) -> Iterator[tuple[str, RewardMix]]:
+        """Those whose parts are normalised as `generate` measured them."""
+        for key, source in self.rewards().items():
+            if not isinstance(source, str) and source.normalize:
+                yield key, source
 
     def init_directory(self) -> Path | None:
         """A directory of the user's that holds the model it trains, instead of the base or the SFT model."""
@@ -248,11 +256,11 @@ def users_words(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, s
         base: the base model's files, once they are known.
     """
     words = {"STAGE": stage.name}
-    for key, source in stage.rewards().items():
-        if ":" in source:  # others are usual words
-            said = redacted(source)
+    for key, part in keyed_parts(stage.rewards()):
+        if ":" in part.source:  # others are usual words
+            said = redacted(part.source)
             words.setdefault(said, f"{key}={said}")
-            words.setdefault(source.removeprefix("model:"), f"{key}={said}")
+            words.setdefault(part.source.removeprefix("model:"), f"{key}={said}")
     if (directory := stage.init_directory()) is not None:
         words[str(directory)] = f"{stage.name}.init={directory}"
     if base is not None:

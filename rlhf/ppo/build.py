@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -25,10 +25,12 @@ from rlhf.models.recompute import checkpoint_layers
 from rlhf.models.value_head import ScalarModel, load_scalar_model, reset_head
 from rlhf.models.weight_sharing import Backbone, sharing
 from rlhf.pipeline.job import Job
-from rlhf.ppo.config import PolicyConfig, PpoConfig
+from rlhf.ppo.config import WHICH, PolicyConfig, PpoConfig
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.ppo.update import ActorAlone, ActorCritic, Objective, PpoObjective
+from rlhf.rewards.combined import CombinedReward
+from rlhf.rewards.kinds import RewardMix, critic_part
 from rlhf.rewards.model import LearnedReward
 from rlhf.rewards.reward import Reward
 from rlhf.rl.advantage import ScoreNormalizer
@@ -200,7 +202,8 @@ def load_critic(
 
     With a backbone, the critic shares the weights of its start: `backbone`'s, or the reward model's.
     """
-    init = critic_start(config, job, reward, tokenizer)
+    scorer = critic_scorer(config.reward, reward)
+    init = critic_start(config, job, scorer, tokenizer)
     read_to = loads_on(config.peft, job.compute)
     if init == "sft" and backbone is not None:
         size = backbone.model.config.get_text_config().hidden_size
@@ -213,44 +216,72 @@ def load_critic(
         )
         reset_head(critic, deviation=0.0)
         return critic
-    assert isinstance(reward, LearnedReward)
-    if reward.digest != tokenizer_digest(tokenizer):
+    assert scorer is not None
+    if scorer.model.digest != tokenizer_digest(tokenizer):
         raise ConfigError(
             f"ppo.critic.init=reward: the reward model of ppo.reward={config.reward} has another tokenizer "
             "or chat template than the policy, whose token ids the critic reads. "
             "Use ppo.critic.init=sft; scoring uses text and is not affected."
         )
     if backbone is not None:
-        critic = reward.model.sharing_weights()
+        critic = scorer.model.model.sharing_weights()
     else:
-        critic = load_scalar_model(reward.directory, job.base.config, job.compute.dtype, read_to, job.compute)
+        directory = scorer.model.directory
+        critic = load_scalar_model(directory, job.base.config, job.compute.dtype, read_to, job.compute)
+    critic.rescale(scorer.gain, scorer.bias)
     if config.score.normalize == "sft":
         critic.rescale(1 / normalizer.deviation, -normalizer.mean / normalizer.deviation)
     return critic
 
 
+class CriticScorer(NamedTuple):
+    """The reward model that a critic starts from: the score is about gain * its score + bias."""
+
+    model: LearnedReward
+    gain: float
+    bias: float
+
+
+def critic_scorer(source: str | RewardMix, reward: Reward) -> CriticScorer | None:
+    """What a critic can start from: the reward, or the only model in a sum of rewards; None without one."""
+    if isinstance(reward, LearnedReward):
+        return CriticScorer(reward, 1.0, 0.0)
+    part = critic_part(source)
+    if part is None or not isinstance(reward, CombinedReward):
+        return None
+    index = reward.mix.of.index(part)
+    model = reward.rewards[index]
+    assert isinstance(model, LearnedReward)
+    if not reward.mix.normalize:
+        return CriticScorer(model, part.weight, 0.0)
+    assert reward.moments is not None
+    mean, deviation = reward.moments[reward.mix.labels[index]]
+    return CriticScorer(model, part.weight / deviation, -part.weight * mean / deviation)
+
+
 def critic_start(
-    config: PpoConfig, job: Job, reward: Reward, tokenizer: PreTrainedTokenizerBase
+    config: PpoConfig, job: Job, scorer: CriticScorer | None, tokenizer: PreTrainedTokenizerBase
 ) -> Literal["reward", "sft"]:
     """What the critic starts from. For `auto` the choice and its reason are printed."""
     if config.critic.init != "auto":
         return config.critic.init
-    against = against_critic_on_reward(config, reward, tokenizer)
+    against = against_critic_on_reward(config, scorer, tokenizer)
     source = f"sft, the policy's start (ppo.init={config.init}): {against}" if against else "reward"
     job.progress.console.print(f"ppo.critic.init=auto uses {source}.", highlight=False, markup=False)
     return "sft" if against else "reward"
 
 
 def against_critic_on_reward(
-    config: PpoConfig, reward: Reward, tokenizer: PreTrainedTokenizerBase
+    config: PpoConfig, scorer: CriticScorer | None, tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
     """Why the critic cannot start from the reward model; None where it can."""
-    if not isinstance(reward, LearnedReward):
-        return f"ppo.reward={redacted(config.reward)} is no model"
+    if scorer is None:
+        said = redacted(str(config.reward))
+        return f"ppo.reward={said} is no model{'' if isinstance(config.reward, str) else WHICH}"
     if config.score.normalize == "running":
         return "ppo.score.normalize=running changes the score's units all the time"
-    if reward.digest != tokenizer_digest(tokenizer):
+    if scorer.model.digest != tokenizer_digest(tokenizer):
         return "the reward model has another tokenizer or chat template"
-    if virtual_tokens(reward.model.model) and METHODS[config.peft.method].pads:
+    if virtual_tokens(scorer.model.model.model) and METHODS[config.peft.method].pads:
         return f"the reward model has virtual tokens, and gets none of ppo.peft={config.peft.method} too"
     return None

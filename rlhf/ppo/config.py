@@ -13,8 +13,10 @@ from rlhf.config import Strict
 from rlhf.data.sources import PromptSource, SourceConfig
 from rlhf.models.peft.config import Peft
 from rlhf.models.start import Init
-from rlhf.rewards.kinds import RewardSource, reward_kind
+from rlhf.rewards.kinds import RewardSource, critic_part
 from rlhf.training.config import OptimConfig
+
+WHICH = " (of several rewards: the only model, in a sum, with a positive weight)"
 
 
 class KlConfig(Strict):
@@ -157,8 +159,8 @@ class PolicyConfig(Strict):
 
     @property
     def scores_by_rule(self) -> bool:
-        """No model scores."""
-        return not reward_kind(self.reward).has_model
+        """No model scores that a critic could start from."""
+        return critic_part(self.reward) is None
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -223,6 +225,7 @@ class PpoConfig(PolicyConfig):
             )
         if self.critic.init == "reward" and self.scores_by_rule:
             raise ValueError(
-                f"KEY.critic.init=reward: {self.reward} is no model to start from. Use KEY.critic.init=sft"
+                f"KEY.critic.init=reward: {self.reward} is no model to start from{WHICH}. "
+                "Use KEY.critic.init=sft"
             )
         return self

@@ -32,6 +32,7 @@ from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import directory_of
 from rlhf.ppo.config import PolicyConfig, PpoConfig
+from rlhf.rewards.kinds import RewardPart, models_of
 
 FOLDED = ("lora", "dora", "ia3")
 """Methods whose adapters are merged into copies of the weights while the policy samples."""
@@ -86,6 +87,9 @@ def policy_cost(
         states.append(held)
         read_as = "sharded" if placed == "sharded" else "replicated"
         others = [frozen_weights(scorer, "reward model", read_as, is_scalar=True)]
+    for more in more_scorers(config, on):
+        states.append(frozen_runs(more, "reward model", placed, is_scalar=True)[0])
+        others.append(frozen_weights(more, "reward model", "replicated", is_scalar=True))
     best = on.dtype_bytes * trained.of_one
     """Bytes of the best policy so far, which is on disk."""
     average = 0 if config.ema_decay is None else FP32 * trained.of_one
@@ -139,10 +143,24 @@ def policy_cost(
 
 
 def own_scorer(config: PolicyConfig, on: CostContext) -> CostContext | None:
-    """The shape of the reward `model:DIR`: the policy's if its config does not say; None if a rule scores."""
-    if not config.reward.startswith("model:"):
+    """The shape of the first `model:DIR` that scores, where the reward stage's does not; None if rules score
+    alone."""
+    models = models_of(config.reward)
+    if not models or any(part.source == "learned" for part in models):
         return None
-    return on.starting(Path(config.reward.removeprefix("model:")))
+    return _shape(models[0], on)
+
+
+def more_scorers(config: PolicyConfig, on: CostContext) -> list[CostContext]:
+    """The shapes of the other models that score: those of an ensemble."""
+    models = models_of(config.reward)
+    first = next((part for part in models if part.source == "learned"), models[0] if models else None)
+    return [_shape(part, on) for part in models if part is not first]
+
+
+def _shape(part: RewardPart, on: CostContext) -> CostContext:
+    """The policy's, if a model's config does not say."""
+    return on if part.source == "learned" else on.starting(Path(part.source.removeprefix("model:")))
 
 
 def decoded_rows(config: PolicyConfig, on: CostContext, rows: int) -> float:
@@ -211,13 +229,9 @@ def policy_work(
             tokens, mix.mean, config.peft.method, predicted=tokens,
             checkpointing=config.activation_checkpointing, what="pretraining mix",
         )]  # fmt: skip
-    scores = []
-    if scorer is not None:
-        tokens = (episodes + evaluated) * computed
-        scores = [
-            ThroughputModel(scorer).load(1, what="reward model"),
-            ThroughputModel(scorer).read(tokens, length, what="scores"),
-        ]  # fmt: skip
+    scorers = [*([scorer] if scorer is not None else []), *more_scorers(config, on)]
+    tokens = (episodes + evaluated) * computed
+    scores = [ThroughputModel(each).read(tokens, length, what="scores") for each in scorers]
     passes = config.steps * on.passes(config.batch_episodes, both, config.micro_batch_tokens)
     updating = updates * on.passes(config.minibatch_episodes, both, config.micro_batch_tokens)
     readings = [
@@ -231,7 +245,7 @@ def policy_work(
             checkpointing=config.activation_checkpointing, what="policy",
         ),
     ]  # fmt: skip
-    loads = []
+    loads = [ThroughputModel(each).load(1, what="reward model") for each in scorers]
     if critic is not None:
         model = ThroughputModel(critic)
         readings.append(model.read(0 if once else episodes * computed, length, what="values"))
@@ -241,7 +255,7 @@ def policy_work(
         ))  # fmt: skip
         loads.append(model.load(1, what="critic"))
     of_policy = 1 if critic is None else 2
-    models = (1 if scorer is None else 2) + (0 if once else of_policy)  # reward and reference; policy, critic
+    models = 1 + len(scorers) + (0 if once else of_policy)  # reward and reference; policy, critic
     return [
         worker.load(3, what="policy, reference, published model"),
         *loads,
@@ -253,7 +267,7 @@ def policy_work(
             evaluated, decoded_rows(config, on, config.evaluate_prompts), asked, new, what="evaluations",
         ),
         *readings,
-        *worker.gathering(models * passes, [*scores[1:], *readings], what="scoring"),
+        *worker.gathering(models * passes, [*scores, *readings], what="scoring"),
         *worker.gathering(
             config.steps * on.gathers_a_rollout(new), [], what="weights to sample from"
         ),

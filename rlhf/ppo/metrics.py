@@ -17,6 +17,7 @@ from rlhf.evaluation.intervals import mean, ratio
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.losses.policy import PolicyLoss
+from rlhf.rewards.combined import scored
 from rlhf.rewards.reward import Reward, RewardError, with_token_ids
 from rlhf.rl.advantage import kl_k1, kl_k3
 from rlhf.rl.rollout import Experience
@@ -185,8 +186,11 @@ def evaluate_policy(
     seed: int,
     batch_rows: int,
     micro_batch_tokens: int,
-) -> tuple[Evaluation, list[str]]:
+) -> tuple[Evaluation, list[str], dict[str, float]]:
     """Sample one response per prompt, always with the same seed, and measure them.
+
+    Returns:
+        What was measured, the responses, and each one's moments of several rewards.
 
     Raises:
         RewardError: no response of one half of the prompts got a finite score.
@@ -198,7 +202,8 @@ def evaluate_policy(
         generator=torch.Generator().manual_seed(seed),
         batch_rows=batch_rows,
     )
-    score_B = reward(with_token_ids(rows, rollout.response_ids), texts)
+    found = scored(reward, with_token_ids(rows, rollout.response_ids), texts)
+    score_B = found.score_B
     for half in (CHOICE, JUDGED):
         if not bool(score_B[half].isfinite().any()):
             raise RewardError(
@@ -209,4 +214,5 @@ def evaluate_policy(
     reference_BR = reference.log_probabilities(rollout, temperature, micro_batch_tokens)
     kl_BR = kl_k1(logp_BR, reference_BR, rollout.mask_BR)
     lengths_B = rollout.response_lengths.double()
-    return Evaluation(score_B.cpu(), kl_BR.sum(-1, dtype=torch.float64), lengths_B, rollout.stopped), texts
+    kl_B = kl_BR.sum(-1, dtype=torch.float64)
+    return Evaluation(score_B.cpu(), kl_B, lengths_B, rollout.stopped), texts, found.metrics()

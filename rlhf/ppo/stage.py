@@ -21,6 +21,7 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage
 from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.cost import policy_cost
+from rlhf.rewards.kinds import RewardMix, models_of
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PolicyTrainer
@@ -83,7 +84,7 @@ class PolicyStage(PolicyConfig, Stage):
         """Of the policy; a critic is trained in the same way."""
         return self.peft
 
-    def rewards(self) -> Mapping[str, str]:
+    def rewards(self) -> Mapping[str, str | RewardMix]:
         """What scores each episode."""
         return {f"{self.name}.reward": self.reward}
 
@@ -133,7 +134,7 @@ class PolicyStage(PolicyConfig, Stage):
         wanted = {"policy": self.init} | {
             name: getattr(self, name) for name in ("reward", "temperature", "max_new_tokens")
         }
-        measured = chain["generate"].model_dump()
+        measured = dict(chain["generate"])
         for name, value in wanted.items():
             if measured[name] != value:
                 raise ConfigError(
@@ -163,7 +164,7 @@ class PolicyStage(PolicyConfig, Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """See rlhf/ppo/cost.py."""
-        if self.reward != "learned":
+        if not any(part.source == "learned" for part in models_of(self.reward)):
             return policy_cost(self, on, reward_method=None)
         trained = dict(chain["reward"])
         return policy_cost(self, on, reward_method=trained["peft"].method, reward_init=trained["init"])

@@ -24,6 +24,7 @@ from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.update import BadStepError, ForwardPass, Objective, PolicyUpdater
+from rlhf.rewards import combined
 from rlhf.rewards.reward import Reward, RewardError, why_unusable, with_token_ids
 from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.rl.group import group_spread, neighbours
@@ -81,6 +82,8 @@ class PolicyTrainer:
         """What was asked last in the current step, and the responses."""
         self.resampled = 0
         """Groups of the current step that were replaced."""
+        self.of_parts: dict[str, float] = {}
+        """Mean and deviation of each of several rewards, in the current step."""
         self.history: list[dict[str, float]] = []
         self.first: Evaluation | None = None
         self.last: Evaluation | None = None
@@ -250,6 +253,7 @@ class PolicyTrainer:
         try:
             experience, scored = self.experience(rows)
             metrics |= rollout_metrics(experience) | self.objective.rollout_metrics(experience)
+            metrics |= self.of_parts
             if config.resamples:
                 metrics["resampled_groups"] = float(self.resampled)
             metrics["special_token_rate"] = self.policy.special_token_rate(experience.rollout)
@@ -317,7 +321,8 @@ class PolicyTrainer:
             others = self.other_prompts(len(flat) // config.group_size, attempt)
             self.resampled += len(others)
             answered = answered.replaced(flat, self.answers(repeated(others, config.group_size)))
-        self.rows, self.texts, rollout, score_B = answered
+        self.rows, self.texts, rollout, score_B, parts = answered
+        self.of_parts = combined.Scores(score_B, parts).metrics()
         with self.phases("reference"):
             reference_BR = self.reference.log_probabilities(
                 rollout, config.temperature, config.micro_batch_tokens
@@ -355,10 +360,10 @@ class PolicyTrainer:
             )
         self.rows, self.texts = rows, texts
         with self.phases("reward"):
-            score_B = self.reward(with_token_ids(rows, rollout.response_ids), texts)
+            score_B, parts = combined.scored(self.reward, with_token_ids(rows, rollout.response_ids), texts)
         if (why := why_unusable(score_B, texts)) is not None:
             raise BadStepError(f"the reward {why}.")
-        return Answered(rows, texts, rollout, score_B)
+        return Answered(rows, texts, rollout, score_B, parts)
 
     def other_prompts(self, count: int, attempt: int) -> list[PromptRow]:
         """Prompts for groups that are replaced: a draw that depends on seed, step and attempt alone, so that
@@ -385,7 +390,7 @@ class PolicyTrainer:
     def evaluate(self, rows: Sequence[PromptRow]) -> Evaluation:
         """Measure the policy on held-out prompts. Keep its weights if the choosing half scores the best."""
         with self.update.published_weights():
-            result, texts = evaluate_policy(
+            result, texts, of_parts = evaluate_policy(
                 self.policy,
                 self.reference,
                 self.reward,
@@ -404,7 +409,8 @@ class PolicyTrainer:
                 f"{result.unscored} of {len(rows)} held-out responses got no finite score after step "
                 f"{self.done}; held_out_score is the others' mean."
             )
-        self.job.log({f"held_out_{name}": value for name, value in result.metrics().items()}, self.done)
+        measured = result.metrics() | of_parts
+        self.job.log({f"held_out_{name}": value for name, value in measured.items()}, self.done)
         for row, text in list(zip(rows, texts, strict=True))[:8]:
             self.job.sample(step=self.done, prompt=row.prompt, response=text)
         return result
@@ -417,6 +423,8 @@ class Answered(NamedTuple):
     texts: list[str]
     rollout: Rollout
     score_B: Tensor
+    parts: dict[str, Tensor]
+    """Of several rewards, each one's scores."""
 
     def replaced(self, indices: Sequence[int], others: Answered) -> Answered:
         """With the others at these indices, in order."""
@@ -428,6 +436,7 @@ class Answered(NamedTuple):
             [texts[index] for index in order.tolist()],
             Rollout.concatenate([self.rollout, others.rollout]).select(order),
             torch.cat([self.score_B, others.score_B])[order],
+            {name: torch.cat([own_B, others.parts[name]])[order] for name, own_B in self.parts.items()},
         )
 
 

@@ -1,23 +1,31 @@
-"""The kinds of rewards, in one table: how each is written, checked, digested and made."""
+"""The kinds of rewards, in one table: how each is written, checked, digested and made; several at once."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, model_validator
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, Strict, validated
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.rewards.code import imported_code
-from rlhf.rewards.function import function_reward
+from rlhf.rewards.function import function_reward, imported_function, needed_columns
 from rlhf.rewards.http import RewardServerConfig, remote_reward
 from rlhf.rewards.reward import Reward, vader_reward
+from rlhf.rewards.trl_functions import trl_digest, trl_needs, trl_reward
+from rlhf.rewards.verify import VERIFIERS, check_verifier, verifier, verifier_digest, verifier_needs
 from rlhf.tracking.redaction import USER_INFO, redacted, without_environment
+
+
+def _no_args(source: str, args: Mapping[str, Any]) -> None:
+    if args:
+        raise ValueError(f"{source} takes no args. Leave them out")
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,16 @@ class RewardKind:
     """How it is written, such as `model:DIRECTORY`."""
     check: Callable[[str], bool]
     """Whether a source is written correctly. It may raise ValueError with a better message."""
-    digest: Callable[[str, DirectoryDigest], dict[str, str]]
+    digest: Callable[[RewardPart, DirectoryDigest], dict[str, str]]
     """Digests of what decides a source's scores: see `reward_digest`."""
-    make: Callable[[str, RewardServerConfig], Reward] | None = None
+    make: Callable[[RewardPart, RewardServerConfig], Reward] | None = None
     """Makes the rule that a source names; None if a model scores."""
     directory: Callable[[str, Path | None], Path] | None = None
     """The directory of the model that scores: of a source, or the reward stage's; None for a rule."""
+    check_args: Callable[[str, Mapping[str, Any]], None] = _no_args
+    """Raises ValueError for `args` that a source does not take."""
+    needs: Callable[[RewardPart], frozenset[str]] = lambda part: frozenset()
+    """The columns of a prompt's row that it cannot do without."""
 
     @property
     def has_model(self) -> bool:
@@ -54,13 +66,122 @@ def _checked(source: str) -> str:
     return source
 
 
-RewardSource = Annotated[str, AfterValidator(_checked)]
+class RewardPart(Strict):
+    """One reward of several."""
+
+    source: Annotated[str, AfterValidator(_checked)]
+    """What scores, as `ppo.reward` names it."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Its scores are multiplied by this before they are combined."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a `verify:` or `trl:` reward: docs/rewards.md."""
+
+    @model_validator(mode="after")
+    def _takes_args(self) -> RewardPart:
+        reward_kind(self.source).check_args(self.source, self.args)
+        return self
+
+    @property
+    def label(self) -> str:
+        """What metrics call it: the last word of its source."""
+        words = [word for word in re.split(r"[^\w.-]+", redacted(self.source)) if word]
+        return words[1] if self.source.startswith("http") else words[-1]
+
+
+def _alone(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+PartOrSource = Annotated[RewardPart, BeforeValidator(_alone, json_schema_input_type=str | RewardPart)]
+
+
+class RewardMix(Strict):
+    """Several rewards that become one score, or one with arguments. `ppo.reward=[...]` is short for
+    `ppo.reward={of: [...]}`."""
+
+    of: list[PartOrSource] = Field(min_length=1)
+    """The rewards. A source alone, such as `learned`, is one of weight 1."""
+    combine: Literal["sum", "minimum", "mean_minus_deviation"] = "sum"
+    """How their weighted scores become one: their sum; the lowest; or their mean minus `deviation_weight`
+    times their deviation (Coste et al. 2023, arXiv:2310.02743, subtracts the variance). The last two are for
+    ensembles of reward models. A part that gives no score is left out."""
+    deviation_weight: NonNegativeFloat = 1.0
+    """mean_minus_deviation: how much disagreement costs."""
+    normalize: bool = False
+    """Subtract the mean from each part's scores and divide them by the deviation, both as `generate` measured
+    them."""
+
+    @property
+    def labels(self) -> list[str]:
+        """What metrics call the parts, each by another name."""
+        found: list[str] = []
+        for part in self.of:
+            number = sum(each.label == part.label for each in self.of[: len(found) + 1])
+            found.append(part.label if number == 1 else f"{part.label}_{number}")
+        return found
+
+    def __str__(self) -> str:
+        return f"[{', '.join(part.source for part in self.of)}]"
+
+
+def _read(value: Any) -> Any:
+    """From what YAML holds: a source, one with arguments, a list of either, or the whole mapping."""
+    if isinstance(value, str):
+        return _checked(value)
+    if isinstance(value, Mapping) and "source" in value:
+        value = [value]
+    if isinstance(value, Sequence):
+        value = {"of": value}
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return validated(RewardMix, value, "")
+    except ConfigError as error:
+        raise ValueError(str(error).removesuffix(".").replace("\n", " ")) from None
+
+
+RewardSource = Annotated[
+    str | RewardMix,
+    BeforeValidator(_read, json_schema_input_type=str | RewardPart | list[str | RewardPart] | RewardMix),
+]
 """`learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a sequence-classification model with one
 label and a linear `score` head (Llama, Mistral, Qwen, Gemma, GPT-2, ...), its own tokenizer and template),
-`python:MODULE:FUNCTION`, or the URL of a server (rlhf/rewards/http.py)."""
+`python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, or the URL of a server (rlhf/rewards/http.py); or
+several of them."""
 
 
-def reward_digest(source: str, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+def parts_of(source: str | RewardMix) -> list[RewardPart]:
+    """The rewards that a checked source names."""
+    return [RewardPart(source=source)] if isinstance(source, str) else source.of
+
+
+def keyed_parts(rewards: Mapping[str, str | RewardMix]) -> list[tuple[str, RewardPart]]:
+    """Each reward with its key, such as `ppo.reward` or `ppo.reward[1]`.
+
+    Args:
+        rewards: `Stage.rewards()`.
+    """
+    return [
+        (key if isinstance(source, str) else f"{key}[{index}]", part)
+        for key, source in rewards.items()
+        for index, part in enumerate(parts_of(source))
+    ]
+
+
+def models_of(source: str | RewardMix | None) -> list[RewardPart]:
+    """Those of its rewards that are models."""
+    return [] if source is None else [part for part in parts_of(source) if reward_kind(part.source).has_model]
+
+
+def critic_part(source: str | RewardMix) -> RewardPart | None:
+    """The model that a critic can start from: the only one, in a sum, with a positive weight."""
+    models = models_of(source)
+    if len(models) != 1 or (isinstance(source, RewardMix) and source.combine != "sum"):
+        return None
+    return models[0] if models[0].weight > 0 else None
+
+
+def reward_digest(source: str | RewardMix, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
     """Digests of what decides the scores, except the reward stage's model. They are in the key of what it
     scored: a directory's content, a function's imported code, a scorer's version, a server's URL.
 
@@ -70,29 +191,32 @@ def reward_digest(source: str, digest: DirectoryDigest = directory_digest) -> di
     Raises:
         ConfigError: there is no such model, it has no head that scores, or the function cannot be imported.
     """
-    return reward_kind(source).digest(source, digest)
+    found: dict[str, str] = {}
+    for part in parts_of(source):
+        found |= reward_kind(part.source).digest(part, digest)
+    return found
 
 
-def _digest_of_model(source: str, digest: DirectoryDigest) -> dict[str, str]:
+def _digest_of_model(part: RewardPart, digest: DirectoryDigest) -> dict[str, str]:
     from rlhf.models.value_head import check_score_head
 
-    directory = _named_directory(source)
+    directory = _named_directory(part.source)
     if not (directory / "config.json").is_file():
-        raise ConfigError(f"{source}: no config.json there. Give a one-label classification model.")
+        raise ConfigError(f"{part.source}: no config.json there. Give a one-label classification model.")
     check_score_head(directory)
-    return {source: digest(directory)}
+    return {part.source: digest(directory)}
 
 
-def _digest_of_function(source: str, digest: DirectoryDigest) -> dict[str, str]:
-    function_reward(source)
-    return imported_code(source)
+def _digest_of_function(part: RewardPart, digest: DirectoryDigest) -> dict[str, str]:
+    imported_function(part.source)
+    return imported_code(part.source)
 
 
-def _digest_of_url(source: str, digest: DirectoryDigest) -> dict[str, str]:
+def _digest_of_url(part: RewardPart, digest: DirectoryDigest) -> dict[str, str]:
     # whole, but for what the environment calls a secret: ?key=A and ?key=B may be two rewards, and both
     # are written down as ?key=<redacted>
-    whole = digest_of(USER_INFO.sub("", without_environment(source)))
-    return {f"{redacted(source.partition('?')[0])} ({whole[:8]})": whole}
+    whole = digest_of(USER_INFO.sub("", without_environment(part.source)))
+    return {f"{redacted(part.source.partition('?')[0])} ({whole[:8]})": whole}
 
 
 def _is_url(source: str) -> bool:
@@ -118,16 +242,21 @@ def _named_directory(source: str, learned: Path | None = None) -> Path:
     return Path(source.removeprefix("model:"))
 
 
-_SERVER = RewardKind("http://HOST:PORT/PATH", _is_url, _digest_of_url, make=remote_reward)
+_SERVER = RewardKind(
+    "http://HOST:PORT/PATH",
+    _is_url,
+    _digest_of_url,
+    make=lambda part, server: remote_reward(part.source, server),
+)
 REWARD_KINDS: dict[str, RewardKind] = {
     "learned": RewardKind(
-        "learned", lambda source: source == "learned", lambda source, digest: {}, directory=_learned_directory
+        "learned", lambda source: source == "learned", lambda part, digest: {}, directory=_learned_directory
     ),
     "vader": RewardKind(
         "vader",
         lambda source: source == "vader",
-        lambda source, digest: {"vaderSentiment": importlib.metadata.version("vaderSentiment")},
-        make=lambda source, server: vader_reward,
+        lambda part, digest: {"vaderSentiment": importlib.metadata.version("vaderSentiment")},
+        make=lambda part, server: vader_reward,
     ),
     "model": RewardKind(
         "model:DIRECTORY",
@@ -139,7 +268,24 @@ REWARD_KINDS: dict[str, RewardKind] = {
         "python:MODULE:FUNCTION",
         lambda source: source.count(":") > 1,
         _digest_of_function,
-        make=lambda source, server: function_reward(source),
+        make=lambda part, server: function_reward(part.source),
+        needs=lambda part: needed_columns(imported_function(part.source)),
+    ),
+    "trl": RewardKind(
+        "trl:FUNCTION",
+        lambda source: len(source) > len("trl:"),
+        lambda part, digest: trl_digest(part.source, part.args),
+        make=lambda part, server: trl_reward(part.source, part.args),
+        check_args=lambda source, args: None,  # its signature says, once TRL is imported
+        needs=lambda part: trl_needs(part.source, part.args),
+    ),
+    "verify": RewardKind(
+        f"verify:{'|'.join(VERIFIERS)}",
+        lambda source: source.removeprefix("verify:") in VERIFIERS,
+        lambda part, digest: verifier_digest(part.source, part.args),
+        make=lambda part, server: verifier(part.source, part.args),
+        check_args=check_verifier,
+        needs=lambda part: verifier_needs(part.source, part.args),
     ),
     "http": _SERVER,
     "https": _SERVER,

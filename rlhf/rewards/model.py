@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ from rlhf.models.load import context_left
 from rlhf.models.peft.saved import attach_published, described, origin_of
 from rlhf.models.value_head import ScalarModel, load_scalar_model
 from rlhf.models.weight_sharing import Backbone, Placement, frozen, sharing
+from rlhf.rewards.combined import CombinedReward, Moments
 from rlhf.rewards.http import RewardServerConfig
-from rlhf.rewards.kinds import reward_directory, reward_kind
+from rlhf.rewards.kinds import RewardMix, RewardPart, parts_of, reward_directory, reward_kind
 from rlhf.rewards.reward import Prompts, Reward, RewardError, as_scores
 from rlhf.training.engine import WHOLE, Access
 
@@ -132,7 +133,7 @@ def stands_on(directory: Path, backbone: Backbone, compute: Compute) -> bool:
 
 
 def make_reward(
-    source: str,
+    source: str | RewardMix,
     learned: Path | None,
     config: ModelConfig,
     compute: Compute,
@@ -140,6 +141,7 @@ def make_reward(
     server: RewardServerConfig,
     backbone: Backbone | None = None,
     placement: Placement | None = None,
+    moments: Mapping[str, Moments] | None = None,
 ) -> Reward:
     """The reward that a `RewardSource` names.
 
@@ -148,19 +150,29 @@ def make_reward(
         server: how to ask a reward at a URL.
         backbone: weights that a learned reward may share.
         placement: of a model; None for as the weights that train.
+        moments: of several rewards that are normalised: see `CombinedReward`.
     """
-    directory = reward_directory(source, learned)
-    if directory is not None:
-        return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, placement)
-    make = reward_kind(source).make
-    assert make is not None, f"{source}: its kind has neither a model nor a rule"
-    rule = make(source, server)
+
+    def made(part: RewardPart) -> Reward:
+        directory = reward_directory(part.source, learned)
+        if directory is not None:
+            return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, placement)
+        return spread(_rule(part, server), compute)
+
+    rewards = [made(part) for part in parts_of(source)]
+    return rewards[0] if isinstance(source, str) else CombinedReward(source, rewards, moments)
+
+
+def _rule(part: RewardPart, server: RewardServerConfig) -> Reward:
+    make = reward_kind(part.source).make
+    assert make is not None, f"{part.source}: its kind has neither a model nor a rule"
+    rule = make(part, server)
 
     def checked(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         advice = "(`RewardKind.make`). It must return one number for each response."
-        return as_scores(rule(prompts, completions), len(completions), source, advice)
+        return as_scores(rule(prompts, completions), len(completions), part.source, advice)
 
-    return spread(checked, compute)
+    return checked
 
 
 def spread(reward: Reward, compute: Compute) -> Reward:

@@ -89,19 +89,3 @@ def why_unusable(score_B: Tensor, completions: Sequence[str]) -> str | None:
             f"gave nan for the response {completions[0]!r}, and no score for any of {len(score_B)} responses"
         )
     return None
-
-
-def usable_scores(reward: Reward, prompts: Prompts, completions: Sequence[str], name: str) -> Tensor:
-    """Scores of which one at least is a number; `name` is what the user called the reward, such as
-    `generate.reward=vader`.
-
-    Raises:
-        ConfigError: a score is infinite, or none is a number.
-    """
-    score_B = reward(prompts, completions)
-    if (why := why_unusable(score_B, completions)) is not None:
-        raise ConfigError(
-            f"{name} {why}. A score must be a finite number, or None for no score: fix the reward for such "
-            "responses, or use another one."
-        )
-    return score_B

@@ -10,15 +10,15 @@ from toy_dpo import DpoStage
 
 from rlhf.rewards.code import imported_code
 from rlhf.rewards.http import RewardServerConfig
-from rlhf.rewards.kinds import REWARD_KINDS, RewardKind
+from rlhf.rewards.kinds import REWARD_KINDS, RewardKind, RewardPart
 from rlhf.rewards.reward import Prompts, Reward
 
 __all__ = ["DpoStage"]  # the stage whose `_target_` brings this module
 
 
-def length(source: str, server: RewardServerConfig) -> Reward:
+def length(part: RewardPart, server: RewardServerConfig) -> Reward:
     """The reward of `length:COUNT`: minus the characters that a response has too many or too few."""
-    count = int(source.removeprefix("length:"))
+    count = int(part.source.removeprefix("length:"))
 
     def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         return torch.tensor([-float(abs(len(completion) - count)) for completion in completions])
@@ -29,6 +29,6 @@ def length(source: str, server: RewardServerConfig) -> Reward:
 REWARD_KINDS["length"] = RewardKind(
     form="length:COUNT",
     check=lambda source: source.removeprefix("length:").isdigit(),
-    digest=lambda source, digest: {"length": source, **imported_code(f"python:{__name__}:length")},
+    digest=lambda part, digest: {"length": part.source, **imported_code(f"python:{__name__}:length")},
     make=length,
 )

@@ -20,7 +20,7 @@ from rlhf.rewards.code import has_changed
 from rlhf.rewards.function import WANTED as HOW
 from rlhf.rewards.function import function_reward
 from rlhf.rewards.http import RewardServerConfig
-from rlhf.rewards.kinds import REWARD_KINDS, RewardKind, reward_digest
+from rlhf.rewards.kinds import REWARD_KINDS, RewardKind, RewardPart, reward_digest
 from rlhf.rewards.model import make_reward
 from rlhf.rewards.reward import RewardError
 
@@ -255,10 +255,10 @@ def test_a_base_model_that_is_replaced_while_ppo_trains_is_not_evaluated(
 
 
 def test_a_kind_of_the_users_may_return_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chars(source: str, server: RewardServerConfig) -> Any:
+    def chars(part: RewardPart, server: RewardServerConfig) -> Any:
         return lambda prompts, completions: [len(completion) for completion in completions if completion]
 
-    kind = RewardKind(form="chars:", check=lambda source: True, digest=lambda source, digest: {}, make=chars)
+    kind = RewardKind(form="chars:", check=lambda source: True, digest=lambda part, digest: {}, make=chars)
     monkeypatch.setitem(REWARD_KINDS, "chars", kind)
     server = RewardServerConfig(timeout=1.0, retries=0)
     reward = make_reward("chars:", None, TINY, on_cpu(), 1000, server)

@@ -1,0 +1,66 @@
+"""The functions of `trl.rewards`: `trl:accuracy_reward`. TRL is optional, and pinned to a minor version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+from rlhf.config import ConfigError, did_you_mean
+from rlhf.rewards.function import Function, called, needed_columns
+from rlhf.rewards.reward import Reward
+
+FACTORY = "get_"
+"""Names of functions that make a reward from their arguments begin so."""
+
+
+def trl_reward(source: str, args: Mapping[str, Any]) -> Reward:
+    """The reward of `trl:FUNCTION`. It always gets message lists, as these functions expect.
+
+    Args:
+        args: of a function that makes a reward, such as get_cosine_scaled_reward; or further ones of a
+            reward.
+    """
+    return called(source, _function(source, args), as_messages=True)
+
+
+def trl_digest(source: str, args: Mapping[str, Any]) -> dict[str, str]:
+    """The versions of the packages that decide the scores.
+
+    Raises:
+        ConfigError: they are not installed, or there is no such function.
+    """
+    _function(source, args)
+    return {name: importlib.metadata.version(name) for name in ("trl", "math-verify")}
+
+
+def trl_needs(source: str, args: Mapping[str, Any]) -> frozenset[str]:
+    """The columns that it cannot do without."""
+    return needed_columns(_function(source, args))
+
+
+def _function(source: str, args: Mapping[str, Any]) -> Function:
+    packages = {"trl": "trl", "math-verify": "math_verify"}
+    missing = [name for name, module in packages.items() if not find_spec(module)]
+    if missing:
+        raise ConfigError(f"{source} needs {' and '.join(missing)}: pip install -e '.[trl]'")
+    from trl import rewards
+
+    name = source.removeprefix("trl:")
+    known = sorted(each for each in dir(rewards) if callable(getattr(rewards, each)))
+    if name not in known:
+        raise ConfigError(
+            f"{source}: trl.rewards has no such function.{did_you_mean(name, known)} "
+            f"It has {', '.join(known)}."
+        )
+    function: Function = getattr(rewards, name)
+    try:
+        inspect.signature(function).bind_partial(**args)
+        return function(**args) if name.startswith(FACTORY) else partial(function, **args)
+    except TypeError as error:
+        raise ConfigError(
+            f"{source}: its args {dict(args)}: {error}. It takes {inspect.signature(function)}."
+        ) from None

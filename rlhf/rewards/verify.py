@@ -1,0 +1,295 @@
+"""Rewards that check a response by a rule: `verify:exact`, `verify:number`, ... The score is 1 where it
+holds, 0 where it does not, and None where the row has no answer to compare with.
+
+Nothing that a model wrote is ever run. A user's pattern has a time limit. Mathematics and JSON schemas are
+checked in another process, which is stopped if an answer takes too long.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from rlhf.config import ConfigError, Strict, validated
+from rlhf.digests import digest_of
+from rlhf.rewards.checker import Checker
+from rlhf.rewards.reward import TOKEN_IDS, Prompts, Reward, as_scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+Verify = Callable[[str, Mapping[str, Any]], bool | None]
+"""(response, the row's columns) -> whether it is right; None for no score."""
+
+
+class AnswerArgs(Strict):
+    """Arguments of a verifier that compares with the row's answer."""
+
+    column: str = "answer"
+    """The column of the prompts' file that holds the right answer."""
+
+
+class ExactArgs(AnswerArgs):
+    """Arguments of `verify:exact`."""
+
+    ignore_case: bool = False
+    """Whether upper and lower case are the same."""
+
+
+class NumberArgs(AnswerArgs):
+    """Arguments of `verify:number`."""
+
+    tolerance: NonNegativeFloat = 0.0
+    """How far the number may be off."""
+
+
+class RegexArgs(Strict):
+    """Arguments of `verify:regex`."""
+
+    pattern: str
+    """A pattern of the `regex` package, which must match somewhere in the response."""
+    seconds: PositiveFloat = 1.0
+    """A response for which the search takes longer does not match."""
+
+
+class SchemaArgs(Strict):
+    """Arguments of `verify:json_schema`."""
+
+    schema_file: str
+    """A file with the JSON schema that the whole response must follow."""
+    seconds: PositiveFloat = 5.0
+    """A response whose check takes longer does not follow it."""
+
+
+class MathArgs(AnswerArgs):
+    """Arguments of `verify:math`."""
+
+    seconds: PositiveFloat = 5.0
+    """A response whose check takes longer is wrong."""
+
+
+class LengthArgs(Strict):
+    """Arguments of `verify:length`."""
+
+    unit: Literal["words", "characters", "tokens"] = "words"
+    """What is counted."""
+    min: NonNegativeInt = 0
+    """The smallest number that is right."""
+    max: NonNegativeInt | None = None
+    """The largest number that is right; null for no limit."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> LengthArgs:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max={self.max} is below min={self.min}")
+        return self
+
+
+class RepetitionArgs(Strict):
+    """Arguments of `verify:repetition`."""
+
+    words: PositiveInt = 3
+    """Length of the word sequences that are counted."""
+    max_share: float = Field(default=0.2, ge=0, le=1)
+    """The largest share of sequences that were there before."""
+
+
+def exact(args: ExactArgs) -> Verify:
+    """The response is the answer, apart from blank space around it."""
+
+    def plain(text: str) -> str:
+        return text.strip().casefold() if args.ignore_case else text.strip()
+
+    def check(said: str, columns: Mapping[str, Any]) -> bool | None:
+        answer = columns.get(args.column)
+        return None if answer is None else plain(said) == plain(str(answer))
+
+    return check
+
+
+def number(args: NumberArgs) -> Verify:
+    """The response's last number is the answer's last number (GSM8K's ends with `#### 18`)."""
+
+    def check(said: str, columns: Mapping[str, Any]) -> bool | None:
+        wanted, found = last_number(str(columns.get(args.column))), last_number(said)
+        if wanted is None:
+            return None
+        return found is not None and abs(found - wanted) <= Decimal(str(args.tolerance))
+
+    return check
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, with or without commas between its digits."""
+    found = NUMBER.findall(text)
+    try:
+        return Decimal(found[-1].replace(",", "")) if found else None
+    except InvalidOperation:  # more digits than a number may have
+        return None
+
+
+def pattern(args: RegexArgs) -> Verify:
+    """The pattern matches somewhere in the response."""
+    import regex
+
+    compiled = regex.compile(args.pattern)
+
+    def check(said: str, columns: Mapping[str, Any]) -> bool:
+        try:
+            return compiled.search(said, timeout=args.seconds) is not None
+        except TimeoutError:
+            return False
+
+    return check
+
+
+def json_schema(args: SchemaArgs) -> Verify:
+    """The whole response is JSON that follows the schema."""
+    checker = Checker("json_schema", args.seconds)
+    schema = Path(args.schema_file).read_text(encoding="utf-8")
+    return lambda said, columns: checker.check(schema, said)
+
+
+def mathematics(args: MathArgs) -> Verify:
+    """The response's result equals the answer's, by math-verify: `\\frac{1}{2}` is 0.5."""
+    checker = Checker("math", args.seconds)
+
+    def check(said: str, columns: Mapping[str, Any]) -> bool | None:
+        answer = columns.get(args.column)
+        return None if answer is None else checker.check(str(answer), said)
+
+    return check
+
+
+def length(args: LengthArgs) -> Verify:
+    """The response is neither too short nor too long."""
+
+    def check(said: str, columns: Mapping[str, Any]) -> bool | None:
+        if args.unit == "tokens":
+            if TOKEN_IDS not in columns:
+                return None
+            count = len(columns[TOKEN_IDS])
+        else:
+            count = len(said.split()) if args.unit == "words" else len(said)
+        return args.min <= count and (args.max is None or count <= args.max)
+
+    return check
+
+
+def repetition(args: RepetitionArgs) -> Verify:
+    """The response does not repeat itself."""
+
+    def check(said: str, columns: Mapping[str, Any]) -> bool:
+        words = said.casefold().split()
+        starts = range(len(words) - args.words + 1)
+        counts = Counter(tuple(words[start : start + args.words]) for start in starts)
+        return counts.total() - len(counts) <= args.max_share * counts.total()
+
+    return check
+
+
+class Verifier(NamedTuple):
+    """An entry of the table of verifiers."""
+
+    args: type[Strict]
+    make: Callable[[Any], Verify]
+    packages: tuple[str, ...] = ()
+    """The optional packages that decide the result."""
+
+
+VERIFIERS: Mapping[str, Verifier] = {
+    "exact": Verifier(ExactArgs, exact),
+    "number": Verifier(NumberArgs, number),
+    "regex": Verifier(RegexArgs, pattern, ("regex",)),
+    "json_schema": Verifier(SchemaArgs, json_schema, ("jsonschema",)),
+    "math": Verifier(MathArgs, mathematics, ("math-verify",)),
+    "length": Verifier(LengthArgs, length),
+    "repetition": Verifier(RepetitionArgs, repetition),
+}
+
+
+def verifier(source: str, args: Mapping[str, Any]) -> Reward:
+    """The reward of `verify:NAME`."""
+    entry = _entry(source)
+    check = entry.make(entry.args.model_validate(args))
+
+    def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        found = [check(said, row.columns) for row, said in zip(prompts, completions, strict=True)]
+        return as_scores([None if right is None else float(right) for right in found], len(found), source, "")
+
+    return score
+
+
+def check_verifier(source: str, args: Mapping[str, Any]) -> None:
+    """Refuse arguments that it does not take.
+
+    Raises:
+        ValueError: which.
+    """
+    try:
+        found = validated(_entry(source).args, args, "args")
+    except ConfigError as error:
+        raise ValueError(str(error).replace("\n", " ")) from None
+    if isinstance(found, RegexArgs) and find_spec("regex"):
+        import regex
+
+        try:
+            regex.compile(found.pattern)
+        except regex.error as error:
+            raise ValueError(f"args.pattern={found.pattern!r}: {error}") from None
+
+
+def verifier_digest(source: str, args: Mapping[str, Any]) -> dict[str, str]:
+    """The versions of optional packages, and the content of a schema's file.
+
+    Raises:
+        ConfigError: a package is not installed, or the schema cannot be read.
+    """
+    entry = _entry(source)
+    missing = [name for name in entry.packages if not find_spec(name.replace("-", "_"))]
+    if missing:
+        raise ConfigError(f"{source} needs {' and '.join(missing)}: pip install -e '.[verify]'")
+    found = {name: importlib.metadata.version(name) for name in entry.packages}
+    if entry.args is SchemaArgs:
+        schema = _schema(source, args["schema_file"])
+        found[f"{source} ({schema[:8]})"] = schema
+    return found
+
+
+def _schema(source: str, file: str) -> str:
+    """Digest of a JSON schema's file.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    import jsonschema
+
+    try:
+        schema = json.loads(Path(file).read_text(encoding="utf-8"))
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+    except (OSError, ValueError, jsonschema.SchemaError) as error:
+        reason = getattr(error, "message", None) or error
+        raise ConfigError(
+            f"{source}: args.schema_file={file}: {reason}. Give a file with a JSON schema."
+        ) from None
+    return digest_of(schema)
+
+
+def verifier_needs(source: str, args: Mapping[str, Any]) -> frozenset[str]:
+    """The column of its answer."""
+    found = _entry(source).args.model_validate(args)
+    return frozenset({found.column} if isinstance(found, AnswerArgs) else ())
+
+
+def _entry(source: str) -> Verifier:
+    return VERIFIERS[source.removeprefix("verify:")]
