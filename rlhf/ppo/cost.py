@@ -253,7 +253,7 @@ def policy_work(
             learned * computed, length, config.peft.method, checkpointing=config.activation_checkpointing,
             what="critic",
         ))  # fmt: skip
-        loads.append(model.load(1, what="critic"))
+        loads.insert(0, model.load(1, what="critic"))
     of_policy = 1 if critic is None else 2
     models = 1 + len(scorers) + (0 if once else of_policy)  # reward and reference; policy, critic
     return [
