@@ -113,9 +113,7 @@ def test_a_reward_kind_of_ones_own_is_like_the_others(finished_chain: tuple[Chai
     chain, _ = finished_chain
     mounted = (*MOUNTED, "toy._target_=toy_length.DpoStage", "stage=[ppo,evaluate]")
     refused = chain.run(*mounted, "ppo.reward=length:many")
-    assert (
-        refused.code == 2 and "http://HOST:PORT/PATH or length:COUNT" in refused.err
-    )
+    assert refused.code == 2 and "http://HOST:PORT/PATH or length:COUNT" in refused.err
     outcome = chain.run(*mounted, "ppo.reward=length:3", "ppo.score.normalize=none", "evaluate.gold=length:2")
     assert outcome.code == 0, outcome.err
     assert "reward" not in outcome.statuses  # no model scores
