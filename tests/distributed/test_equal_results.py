@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from helpers.chains import RealChain
+from helpers.chains import GROUPS, RealChain
 
 TOLERANCE = 1e-3
 """Relative, over six optimizer steps of fp32 training; a first step agrees to about 1e-6."""
@@ -62,6 +62,29 @@ def test_losses_gradients_and_scores_are_those_of_one_rank(chain: RealChain, nam
     shutil.copytree(chain.store(reference), chain.store(name))
     chain.run(name, *overrides, "force=[ppo]")
     compare(chain, reference, name, ("ppo",))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("two_ranks", ("launch.processes=2",)),
+        pytest.param(
+            "zero3",
+            ("launch.processes=2", "zero=zero3", "grpo.frozen_placement=sharded"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("fsdp2", ("launch.processes=2", "zero=fsdp2"), marks=pytest.mark.slow),
+    ],
+)
+def test_groups_without_a_critic_are_those_of_one_rank(
+    chain: RealChain, name: str, overrides: tuple[str, ...]
+) -> None:
+    names = (f"groups_of_one_rank_for_{name}", f"groups_{name}")
+    for each, settings in zip(names, ((), overrides), strict=True):
+        shutil.copytree(chain.store(chain.run_once()), chain.store(each))
+        chain.run(each, *GROUPS, *settings)
+    compare(chain, names[0], names[1], ("grpo",))
+    assert len({step for stage, step, _ in chain.curve(names[1]) if stage == "grpo"}) > 4
 
 
 def compare(chain: RealChain, reference: str, name: str, stages: tuple[str, ...]) -> None:

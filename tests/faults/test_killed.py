@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chains import RealChain, children_of, kill, newest_step, ranks_of, wait_until
+from helpers.chains import GROUPS, RealChain, children_of, kill, newest_step, ranks_of, wait_until
 
 KILLS = int(os.environ.get("RLHF_KILLS", "6"))
 """`make crash-test` takes 50."""
@@ -71,6 +71,17 @@ def test_killed_in_each_stage_and_resumed_it_ends_as_if_undisturbed(
     out, _ = chain.run(name, *EACH_STEP, *overrides)
     assert "ppo: continues from step " in out
     assert_same(chain, undisturbed, name)
+
+
+@pytest.mark.slow
+def test_killed_without_a_critic_it_ends_as_if_undisturbed(chain: RealChain) -> None:
+    settings = (*GROUPS, *EACH_STEP)
+    undisturbed = chain.run_once(*settings)
+    kill(chain.start_until("grpo", 2, "groups", *settings))
+    out, _ = chain.run("groups", *settings)
+    assert "grpo: continues from step " in out
+    assert chain.weights("groups", "grpo") == chain.weights(undisturbed, "grpo")
+    assert chain.metrics("groups") == chain.metrics(undisturbed)
 
 
 @pytest.mark.slow

@@ -158,6 +158,11 @@ TRAINING = (
     "ppo.evaluate_every=2", "sft.peft=none", "reward.peft=none", "ppo.peft=none",
 )  # fmt: skip
 """Some ten optimizer steps in each training stage."""
+GROUPS = (
+    "stage=grpo", "grpo.peft=none", "grpo.steps=4", "grpo.batch_episodes=8", "grpo.minibatch_episodes=8",
+    "grpo.samples_per_prompt=4", "grpo.max_resamples=1",
+)  # fmt: skip
+"""The same without a critic, behind the stages before PPO."""
 PATIENCE_SECONDS = 150.0
 
 

@@ -40,6 +40,15 @@ def test_a_run_of_each_estimator(tmp_path: Path, tiny_model: Path, advantage: st
     assert "explained_variance" not in found
 
 
+@pytest.mark.parametrize("method", ["lora", "ia3", "freeze", "prefix"])
+def test_a_step_with_other_methods_of_tuning(tmp_path: Path, tiny_model: Path, method: str) -> None:
+    trainer = grpo_trainer(tmp_path / "job", tiny_model, f"grpo.peft={method}")
+    before = weights(trainer.policy.model)
+    metrics = trainer.step(GROUPS, 1)
+    assert metrics["grad_norm"] > 0.0 and metrics["bad_steps"] == 0
+    assert not equal(weights(trainer.policy.model), before)
+
+
 def test_a_group_is_the_answers_to_one_prompt(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
