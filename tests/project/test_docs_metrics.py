@@ -29,8 +29,10 @@ PLACES = {
 LIKE_PPO = ("grpo",)
 """Their pages name only what differs from PPO's steps."""
 GROUPS = ("grpo.steps=1", "grpo.batch_episodes=8", "grpo.minibatch_episodes=8", "grpo.max_resamples=1")
-ELSEWHERE = ["seconds_sync"]
-"""Logged in no small chain, and no summary metric: vLLM's."""
+OF_PARTS = ["score_mean/NAME", "score_deviation/NAME"]
+ELSEWHERE = ["seconds_sync", *OF_PARTS, *(f"held_out_{name}" for name in OF_PARTS)]
+"""Logged in no small chain, and no summary metric: vLLM's, and those of several rewards
+(tests/rewards/test_chain.py)."""
 
 
 def defined(stage: str) -> list[str]:
