@@ -51,7 +51,7 @@ from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.device import hardware
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, root_of
 from rlhf.report.compare import Quality, comparison_cells, draw, write_csv
 from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
 
@@ -173,8 +173,8 @@ class CompareStage(Stage):
         """The base model and the tuned ones; what is merged has the base model's architecture."""
         yield "compare.methods", "base"
         for name in self.artifacts:
-            start = chain[name].init_directory() or "base" if is_of_this_run(name) else name
-            yield "compare.artifacts", str(start)
+            found = ("compare.artifacts", name)
+            yield root_of(*found, chain) if is_of_this_run(name) else found
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """Questions, corpus, artifacts from elsewhere, the user's reward, and the machine that is timed."""

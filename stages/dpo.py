@@ -32,9 +32,9 @@ from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
-from rlhf.models.start import Init, check_start, misfits
+from rlhf.models.start import Init, check_start, directory_of, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Purpose, Stage
+from rlhf.pipeline.stage import TUNED, Purpose, Stage, root_of
 from rlhf.supervised.preferences import (
     REFERENCE,
     Measured,
@@ -164,7 +164,8 @@ class DpoStage(PreferenceConfig, Stage):
         """Rows that the model cannot read, and that `max_tokens` does not leave out."""
         rows = itertools.chain.from_iterable(data.rows(self.role, split) for split in TRAINING)
         yield from misfits(
-            "dpo.init", self.init, base, self.source, rows, beside=self.virtual_tokens, most=self.max_tokens,
+            *root_of("dpo.init", self.init, chain), base, self.source, rows,
+            beside=self.virtual_tokens, most=self.max_tokens,
             mend=f"Lower dpo.max_tokens={self.max_tokens} to that, so that longer rows are left out, or "
             "start from a model with a longer context.",
         )  # fmt: skip
@@ -176,7 +177,7 @@ class DpoStage(PreferenceConfig, Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """The reference reads both sides of every training row before the policy is loaded; then as SFT."""
-        on = on.starting(self.init_directory())
+        on = on.starting(directory_of(root_of("dpo.init", self.init, chain)[1]))
         train, held_out = (
             joined(sides, sides)
             for sides in (on.sizes(self.role, split).cut(self.max_tokens) for split in TRAINING)

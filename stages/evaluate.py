@@ -27,7 +27,7 @@ from rlhf.evaluation.lm_eval import Harness
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import INTERVAL, Stage
+from rlhf.pipeline.stage import INTERVAL, Stage, root_of
 from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
 from rlhf.rewards.reward import with_token_ids
 
@@ -81,7 +81,8 @@ class EvaluateStage(Stage):
     reads one of them too, `prepare` sets a share of it aside. Null measures no forgetting. `auto` uses the
     demo's; if some data is yours, null."""
     init: Init
-    """What PPO started from: `sft`, `base` or a directory. The others are compared with it."""
+    """What PPO started from: a stage (`sft`, `dpo`, ...), `base` or a directory. The others are compared with
+    it."""
     policies: Annotated[list[str], Field(min_length=1), AfterValidator(sorted)]
     """The policies that are compared, in any order: base, stages that make one (sft, ppo, merge, your own),
     and `init`, the directory of evaluate.init. Win rate, gold gain and KL need what PPO started from, task
@@ -159,7 +160,7 @@ class EvaluateStage(Stage):
     @property
     def start(self) -> str:
         """What PPO started from, by its name among the policies."""
-        return "sft" if self.init == "sft" else "base" if self.init == "base" else "init"
+        return self.init if directory_of(self.init) is None else "init"
 
     def named_policies(self) -> Iterator[tuple[str, str]]:
         """Those that stages make."""
@@ -239,14 +240,14 @@ class EvaluateStage(Stage):
 
     def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Prompts and retention rows that PPO's start, and so the model that PPO makes, cannot read."""
+        start = root_of("evaluate.init", self.init, chain)
         yield from misfits(
-            "evaluate.init", self.init, base, f"evaluate.prompts={self.prompts}", self.rows(data),
-            beside=self.max_new_tokens,
+            *start, base, f"evaluate.prompts={self.prompts}", self.rows(data), beside=self.max_new_tokens,
             mend=f"Lower evaluate.max_new_tokens={self.max_new_tokens}, or leave out the longest prompts.",
         )  # fmt: skip
         yield from misfits(
-            "evaluate.init", self.init, base, "evaluate.retention", data.rows("retention", "evaluation"),
-            beside=0, mend="Leave out the longest rows.",
+            *start, base, "evaluate.retention", data.rows("retention", "evaluation"), beside=0,
+            mend="Leave out the longest rows.",
         )  # fmt: skip
 
     def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
@@ -255,7 +256,7 @@ class EvaluateStage(Stage):
             if name in NOT_MADE:
                 yield "evaluate.init", self.init if name == "init" else "base"
             else:
-                yield f"{name}.init", str(chain[name].init_directory() or "base")
+                yield root_of("evaluate.policies", name, chain)
 
     def rows(self, data: PreparedData) -> Sequence[PromptRow]:
         """The prompts that are answered."""
@@ -263,7 +264,7 @@ class EvaluateStage(Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every policy answers, is read by itself, SFT and the rewards, and takes the retention tests."""
-        on = on.starting(directory_of(self.init))
+        on = on.starting(directory_of(root_of("evaluate.init", self.init, chain)[1]))
         prompts = on.sizes("evaluate", "evaluation").first(self.num_prompts)
         added = most_added(on, [chain[name].peft_config() for name in self.policies if name in chain])
         references = on.sizes("sft", "held_out").first(self.num_references).cut(on.shape.context - added)

@@ -1,6 +1,6 @@
 """Sample several answers to each prompt and score them.
 
-Reads   the model that PPO starts from; the training prompts (`ppo.prompts`); a reward.
+Reads   the model that PPO starts from, or what `generate.policy` names; the training prompts (`ppo.prompts`); a reward.
 Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (usable as `reward.pairs`); and
         the score's mean and deviation, which PPO normalises with.
 """
@@ -22,7 +22,7 @@ from rlhf.data.schema import PromptRow
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, root_of
 from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
 from rlhf.rewards.reward import with_token_ids
 
@@ -45,7 +45,8 @@ class GenerateStage(Stage):
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 
     policy: Init
-    """The model that answers: `sft`, `base` or a `save_pretrained` directory."""
+    """The model that answers: `base`, any stage that makes a policy (`sft`, `dpo`, `ppo`, ...), or a
+    `save_pretrained` directory."""
     reward: RewardSource | None
     """What scores the answers; null writes responses only."""
     splits: list[Literal["train", "held_out"]] = Field(min_length=1)
@@ -91,7 +92,8 @@ class GenerateStage(Stage):
     def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Prompts that leave no room for an answer."""
         yield from misfits(
-            "generate.policy", self.policy, base, "ppo.prompts", self.rows(data), beside=self.max_new_tokens,
+            *root_of("generate.policy", self.policy, chain), base, "ppo.prompts", self.rows(data),
+            beside=self.max_new_tokens,
             mend=f"Lower generate.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
             "take a model with a longer context.",
         )  # fmt: skip
@@ -103,7 +105,8 @@ class GenerateStage(Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every sample is decoded, and read once by the reward model."""
-        on = on.starting(directory_of(self.policy))
+        on = on.starting(directory_of(root_of("generate.policy", self.policy, chain)[1]))
+        made = chain.get(self.policy)
         sizes = [on.sizes("ppo", split) for split in self.splits]
         prompts = sizes[0]._replace(rows=sum(size.rows for size in sizes)).first(self.num_prompts)
         scoring = len(models_of(self.reward))

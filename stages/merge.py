@@ -22,8 +22,9 @@ from rlhf.models.on_disk import kept_on_disk
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import origin_of
 from rlhf.models.save import save_policy
+from rlhf.models.start import directory_of
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Stage, root_of
 
 
 class MergeStage(Stage):
@@ -74,7 +75,8 @@ class MergeStage(Stage):
 
     def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """A tuned model that cannot be interpolated with the base model, weight by weight."""
-        directory = chain[self.policy].init_directory()
+        key, init = root_of("merge.policy", self.policy, chain)
+        directory = directory_of(init)
         if directory is None:
             return
         start = BaseModelFiles(directory, "", base.config)
@@ -89,9 +91,9 @@ class MergeStage(Stage):
         why = why or (token and f"another vocabulary ({token!r} has another id, or none)")
         if why:
             yield (
-                f"merge.policy={self.policy}: {self.policy}.init={directory} has {why} than "
+                f"merge.policy={self.policy}: {key}={directory} has {why} than "
                 f"{base.config.said}, and merging is between these two, weight by weight. Use model=local "
-                f"model.path={directory} {self.policy}.init=base, or leave merge out."
+                f"model.path={directory} {key}=base, or leave merge out."
             )
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:

@@ -30,7 +30,7 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.start import Init, check_start, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Purpose, Stage
+from rlhf.pipeline.stage import TUNED, Purpose, Stage, root_of
 from rlhf.supervised.pairs import Pairs, pair_step, rank_pairs
 from rlhf.training.config import OptimConfig
 
@@ -64,7 +64,7 @@ class RewardStage(Stage):
     """Rows with a prompt, a chosen and a rejected answer. `auto` uses the demo's, if none of the data is
     yours."""
     init: Init
-    """The model that it starts from: `sft`, `base`, or a `save_pretrained` directory. Unless it is `sft`, no
+    """The model that it starts from: `base`, a stage that makes a policy (`sft`), or a directory. Unless it is `sft`, no
     SFT stage is needed."""
     optim: OptimConfig
     peft: Peft
@@ -115,8 +115,8 @@ class RewardStage(Stage):
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
         rows = itertools.chain.from_iterable(data.rows("pairs", split) for split in TRAINING)
         yield from misfits(
-            "reward.init", self.init, base, f"reward.pairs={self.pairs}", rows, beside=virtual,
-            most=self.max_tokens,
+            *root_of("reward.init", self.init, chain), base, f"reward.pairs={self.pairs}", rows,
+            beside=virtual, most=self.max_tokens,
             mend=f"Lower reward.max_tokens={self.max_tokens} to that, so that longer pairs are left out, or "
             "start from a model with a longer context.",
         )  # fmt: skip

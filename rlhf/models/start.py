@@ -1,4 +1,4 @@
-"""The model that a stage starts from: `sft` (that stage's), `base`, or a directory of the user's."""
+"""The model that a stage starts from: another stage's (such as `sft`), `base`, or the user's directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, did_you_mean
 from rlhf.data.chat_template import sequences, tokenizer_digest
 from rlhf.data.cores import on_all_cores
 from rlhf.data.schema import Row
@@ -26,17 +26,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Init = Annotated[str, Field(min_length=1)]
-"""`sft`, `base` or a `save_pretrained` directory."""
+"""A stage that makes a policy (`sft`, `dpo`, ...), `base` or a `save_pretrained` directory."""
+POLICY_STAGES: set[str] = {"sft"}
+"""Names of the stages that make a policy. `build_experiment` fills it with those that are mounted. A
+directory of such a name is written `./NAME`."""
+
+
+def know_policies(names: Iterable[str]) -> None:
+    """These stages make a policy, and no others."""
+    POLICY_STAGES.clear()
+    POLICY_STAGES.update(names)
 
 
 def directory_of(init: str) -> Path | None:
-    """The user's own directory; None for `sft` and `base`."""
-    return None if init in ("sft", "base") else Path(init)
+    """The user's own directory; None for `base` and for a stage's policy."""
+    return None if init == "base" or init in POLICY_STAGES else Path(init)
 
 
 def inputs_of(init: str) -> tuple[str, ...]:
     """The stages that make this model."""
-    return ("sft",) if init == "sft" else ()
+    return (init,) if init in POLICY_STAGES else ()
 
 
 def init_in_key(init: str) -> str:
@@ -59,7 +68,8 @@ def init_digest(key: str, init: str, digest: DirectoryDigest = directory_digest)
         return {}
     if not (directory / "config.json").is_file():
         raise ConfigError(
-            f"{key}={init}: no config.json there. Use sft, base or a save_pretrained directory."
+            f"{key}={init}: no config.json there.{did_you_mean(init, POLICY_STAGES)} Use base, a stage that "
+            f"makes a policy ({', '.join(sorted(POLICY_STAGES))}), or a save_pretrained directory."
         )
     if not any(directory.glob("*.safetensors")):
         raise ConfigError(
@@ -70,8 +80,8 @@ def init_digest(key: str, init: str, digest: DirectoryDigest = directory_digest)
 
 
 def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:
-    """The files of the model that a stage starts from. The SFT model does not exist yet, so for `sft` these
-    are the base model's.
+    """The files of the model that a stage starts from. Another stage's policy does not exist yet, so for it
+    these are the base model's.
 
     Raises:
         ConfigError: the user's own model has damaged weights, or a tokenizer that does not encode.

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rlhf.data.roles import ROLES
+from rlhf.models.start import directory_of
 
 AUTO = "auto"
 NO_ROLE = ("compare.questions", "compare.corpus")
 """Keys that name data which `prepare` does not read."""
-POLICIES = {"sft": ["base", "sft", "ppo"], "base": ["base", "ppo"]}
-"""What PPO starts from -> the policies that are evaluated. A directory is one of them."""
 
 
 class Resolved(NamedTuple):
@@ -38,7 +37,8 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
     asked = [key for key in demo if _get(found, key) == AUTO]
     for key in asked:
         _set(found, key, _of_own(key, own) if own else demo[key])
-    start = POLICIES.get(str(_get(found, "ppo.init")), ["base", "init", "ppo"])
+    init = str(_get(found, "ppo.init"))
+    start = [*dict.fromkeys(["base", init if directory_of(init) is None else "init", "ppo"])]
     if _get(found, "evaluate.policies") == AUTO:
         _set(found, "evaluate.policies", start)
     if _get(found, "evaluate.subject") == AUTO:

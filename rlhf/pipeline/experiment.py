@@ -21,6 +21,7 @@ from rlhf.distributed.signals import uninterrupted
 from rlhf.generation.vllm import VllmConfig
 from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
+from rlhf.models.start import know_policies
 from rlhf.pipeline.auto import without_auto
 from rlhf.pipeline.sampling_engine import unusable_by_vllm
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
@@ -168,6 +169,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
             raise ConfigError(f"{key}: there is a secret in it, and it names a directory. Use another name.")
     classes = {name: stage_class(name, section["_target_"]) for name, section in sections.items()}
     know_roles(classes)
+    know_policies(name for name, each in classes.items() if each.publishes == "policy")
     resolved, own, notes = without_auto(resolved)
     checked: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: classes[name].repeats_keys):

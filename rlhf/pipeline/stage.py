@@ -109,7 +109,7 @@ class Stage(Strict, ABC):
 
     def starts_from(self) -> tuple[str, str] | None:
         """The model that it trains or samples from, where a key names it: that key without the stage's name,
-        and its value (`sft`, `base` or a directory)."""
+        and its value (a stage, `base` or a directory)."""
         return None
 
     def datasets(self) -> tuple[str, ...]:
@@ -191,11 +191,11 @@ class Stage(Strict, ABC):
         yield from ()
 
     def answering(self, chain: Mapping[str, Stage]) -> Iterator[tuple[str, str]]:
-        """The models that it samples from: a key, and what the model is or started from (`base`, `sft` or a
-        directory). By default the one that `starts_from` names, where it samples."""
+        """The models that it samples from: a key, and where their training began (`base` or a directory). By
+        default the one that `starts_from` names, where it samples."""
         start = self.starts_from()
         if self.samples and start:
-            yield f"{self.name}.{start[0]}", start[1]
+            yield root_of(f"{self.name}.{start[0]}", start[1], chain)
 
     def check_compute(self, compute: Compute) -> None:
         """Refuse what these ranks and this machine cannot do; called before any stage trains, where the store
@@ -247,6 +247,19 @@ class Stage(Strict, ABC):
     @abstractmethod
     def run(self, job: Job) -> None:
         """Do the work in `job.directory` and end with `job.publish(metrics)`."""
+
+
+def root_of(key: str, init: str, chain: Mapping[str, Stage]) -> tuple[str, str]:
+    """Where the training of a model began, however many stages there are between: the key that says so, and
+    `base` or a directory.
+
+    Args:
+        key: what names `init`: a stage that makes a policy, `base` or a directory.
+    """
+    while init in chain:
+        name, start = init, chain[init].starts_from()
+        key, init = (f"{name}.{start[0]}", start[1]) if start else (key, "base")
+    return key, init
 
 
 def users_words(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:

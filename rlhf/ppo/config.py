@@ -81,8 +81,8 @@ class PolicyConfig(Strict):
     """The knobs of every stage that samples from a policy, scores what it said and learns from that."""
 
     init: Init
-    """The model that the policy starts from, which is the reference too: `sft`, `base`, or a
-    `save_pretrained` directory. Unless it is `sft`, no SFT stage is needed."""
+    """The model that the policy starts from, which is the reference too: `base`, a stage that makes a policy
+    (`sft`, `dpo`, ...), or a `save_pretrained` directory. Unless it is `sft`, no SFT stage is needed."""
     reward: RewardSource
     """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
     classification model), `python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, or the URL of a

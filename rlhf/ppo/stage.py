@@ -18,7 +18,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import check_start, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Stage
+from rlhf.pipeline.stage import TUNED, Stage, root_of
 from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.cost import policy_cost
 from rlhf.rewards.kinds import RewardMix, models_of
@@ -113,7 +113,7 @@ class PolicyStage(PolicyConfig, Stage):
         rows = itertools.chain(data.rows("ppo", "train"), held_out)
         name = self.name
         yield from misfits(
-            f"{name}.init", self.init, base, self.prompts_said, rows,
+            *root_of(f"{name}.init", self.init, chain), base, self.prompts_said, rows,
             beside=virtual + self.max_new_tokens,
             mend=f"Lower {name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
             "start from a model with a longer context.",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from helpers.chains import Chain, Outcome
 from helpers.encoded import ids_of
 from helpers.experiments import build_stage
 from helpers.jobs import TINY, on_cpu, small_job, tiny_base, user
@@ -378,3 +379,23 @@ def test_a_single_pair_can_be_learned(tmp_path: Path, tiny_model: Path) -> None:
 def test_smoothing_that_a_loss_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dpo\.label_smoothing=0\.1: dpo.loss=kto has none"):
         stage_of("dpo.loss=kto", "dpo.label_smoothing=0.1")
+
+
+def test_what_the_other_stages_make_of_it(finished_chain: tuple[Chain, Outcome]) -> None:
+    """Its policy is evaluated, compared and sampled from; the pairs of those samples teach the next one."""
+    chain, _ = finished_chain
+    small = ("dpo.batch_rows=8", "compare.num_questions=2", "compare.max_new_tokens=4", "gates=warn")
+    named = ("generate.policy=dpo", "evaluate.policies=[base,sft,dpo]", "compare.artifacts=[dpo]")
+    outcome = chain.run("stage=[dpo,generate,evaluate,compare]", *small, *named, "generate.num_prompts=16")
+    assert outcome.code == 0, outcome.err
+    ran = {name for name, status in outcome.statuses.items() if status == "ran"}
+    assert ran == {"dpo", "generate", "evaluate", "compare"} and "ppo" not in outcome.statuses
+    metrics = outcome.summary["stages"]["evaluate"]["metrics"]
+    assert "evaluate/kl/dpo" in metrics and metrics["evaluate/gold_gain"] == metrics["evaluate/gold_gain/dpo"]
+    assert "compare/rouge_l/dpo" in outcome.summary["stages"]["compare"]["metrics"]
+    assert "| base | SFT | DPO |" in (outcome.directory / "report.md").read_text()
+    pairs, start = outcome.artifact("generate") / "pairs.jsonl", outcome.artifact("dpo")
+    settings = (f"dpo.init={start}", f"dpo.data={pairs}", "dpo.batch_rows=2", "prepare.held_out_fraction=0.6")
+    again = chain.run("stage=dpo", "gates=warn", *settings)
+    assert again.code == 0, again.err
+    assert again.statuses == {"prepare": "ran", "dpo": "ran"}

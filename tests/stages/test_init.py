@@ -42,6 +42,16 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
         ("ppo.reward=vader ppo.critic.init=sft", ["prepare", "sft", "generate", "ppo", "evaluate"]),
         ("ppo.init=base reward.init=base stage=compare", ["prepare", "reward", "generate", "ppo", "compare"]),
         ("ppo.init=some/where reward.init=some/where", ["prepare", "reward", "generate", "ppo", "evaluate"]),
+        ("generate.policy=dpo stage=generate", ["prepare", "sft", "reward", "dpo", "generate"]),
+        ("generate.policy=dpo dpo.init=base reward.init=base stage=generate",
+         ["prepare", "reward", "dpo", "generate"]),
+        ("generate.policy=./dpo stage=generate", ["prepare", "sft", "reward", "generate"]),
+        ("generate.policy=merge generate.reward=vader stage=generate",
+         ["prepare", "sft", "merge", "generate"]),
+        ("ppo.init=dpo dpo.init=base ppo.reward=vader ppo.critic.init=sft stage=ppo",
+         ["prepare", "dpo", "generate", "ppo"]),
+        ("generate.policy=ppo ppo.reward=vader ppo.critic.init=sft ppo.score.normalize=none stage=generate",
+         ["prepare", "sft", "ppo", "generate"]),
     ],
 )  # fmt: skip
 def test_no_model_is_trained_that_nothing_reads(overrides: str, needed: list[str]) -> None:
@@ -56,6 +66,7 @@ def test_the_policies_that_are_compared_follow() -> None:
     assert policies() == ["base", "sft", "ppo"]
     assert policies("ppo.init=base") == ["base", "ppo"]
     assert policies("ppo.init=some/where") == ["base", "init", "ppo"]
+    assert policies("ppo.init=dpo") == ["base", "dpo", "ppo"]
     with pytest.raises(ConfigError, match=r"evaluate\.gates.win_rate=null"):
         build("ppo.init=base", "evaluate.policies=[sft,ppo]")
     with pytest.raises(ConfigError, match=r"init is a directory, and evaluate\.init=base"):
@@ -126,7 +137,10 @@ def test_a_directory_is_as_good_as_the_stage_that_made_it(
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("config.json", "ppo.init=.*: no config.json there. Use sft, base or a save_pretrained directory"),
+        (
+            "config.json",
+            "ppo.init=.*: no config.json there. Use base, a stage that makes a policy .*, or a save",
+        ),
         ("model.safetensors", r"ppo.init=.*: no \*.safetensors there. .*: merge an adapter first"),
         ("", "not a whole safetensors file"),
         ("tokenizer.json", "^ppo.init=.*/mine: cannot be read as a model: .* tokenizer.*save them again"),
@@ -249,6 +263,11 @@ def test_merging_with_another_family_is_refused_before_anything_trains(
     assert refused.code == 2
     assert refused.statuses == {"prepare": "ran"}
     assert f"merge.policy=ppo: ppo.init={other_models[name]} has {words} than model=tiny" in refused.err
+
+
+def test_a_circle_of_models_is_told() -> None:
+    with pytest.raises(ConfigError, match="generate reads ppo reads generate: they read each other"):
+        build("generate.policy=ppo", "stage=generate")
 
 
 @pytest.mark.parametrize(
