@@ -1,6 +1,7 @@
 """Sample several answers to each prompt and score them.
 
-Reads   the model that PPO starts from, or what `generate.policy` names; the training prompts (`ppo.prompts`); a reward.
+Reads   the model that PPO starts from, or what `generate.policy` names; the training prompts
+        (`ppo.prompts`); a reward.
 Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (usable as `reward.pairs`); and
         the score's mean and deviation, which PPO normalises with.
 """
