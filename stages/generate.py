@@ -115,7 +115,7 @@ class GenerateStage(Stage):
             on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
             batch_rows=self.batch_rows, micro_batch_tokens=self.micro_batch_tokens,
             policies=1, readings=scoring, measures=0, models=1 + scoring,
-            added=most_added(on, [chain["sft"].peft_config()] if self.policy == "sft" else []),
+            added=most_added(on, [made.peft_config()] if made else []),
         )  # fmt: skip
 
     def run(self, job: Job) -> None:

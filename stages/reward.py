@@ -64,8 +64,8 @@ class RewardStage(Stage):
     """Rows with a prompt, a chosen and a rejected answer. `auto` uses the demo's, if none of the data is
     yours."""
     init: Init
-    """The model that it starts from: `base`, a stage that makes a policy (`sft`, ...), or a directory. Without
-    `sft`, no SFT stage is needed."""
+    """The model that it starts from: `base`, a stage that makes a policy (`sft`, ...), or a directory.
+    Without `sft`, no SFT stage is needed."""
     optim: OptimConfig
     peft: Peft
     epochs: PositiveInt
