@@ -9,16 +9,25 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.formats import pair_row, prompt_row, retention_row, sft_row
+from rlhf.data.formats import (
+    pair_row,
+    preference_row,
+    prompt_row,
+    read_as,
+    retention_row,
+    sft_row,
+)
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import (
     Message,
     PairRow,
     PromptRow,
     QuestionRow,
+    Row,
     RowError,
     SftRow,
     TextRow,
+    ThumbRow,
     row_from_json,
     row_to_json,
 )
@@ -239,3 +248,56 @@ def test_a_bad_row_is_told_what_is_wrong(role: str, raw: Any, reason: str, messa
 def test_an_unknown_speaker_is_named() -> None:
     with pytest.raises(RowError, match=r"\"messages\[1\]\" has the role 'tool'; known: system, user,"):
         sft_row({"messages": [user("Hi"), {"role": "tool", "content": "x"}]})
+
+
+EVEREST = {"prompt": "How high is Everest?"}
+EVEREST_ASKED: list[Message] = [{"role": "user", "content": "How high is Everest?"}]
+
+
+@pytest.mark.parametrize(
+    ("raw", "row"),
+    [
+        ({**EVEREST, "completion": "8849 m.", "label": True}, ThumbRow(EVEREST_ASKED, "8849 m.", True)),
+        ({**EVEREST, "response": "9 m.", "thumb": "Down"}, ThumbRow(EVEREST_ASKED, "9 m.", False)),
+        ({**EVEREST, "answer": "9 m.", "label": "0"}, ThumbRow(EVEREST_ASKED, "9 m.", False)),  # of a CSV
+        (
+            {
+                "messages": [*EVEREST_ASKED, {"role": "assistant", "content": "9 m."}],
+                "label": 1, "chosen": None,
+            },
+            ThumbRow(EVEREST_ASKED, "9 m.", True),
+        ),
+        (
+            {**EVEREST, "chosen": "8849 m.", "rejected": "9 m.", "label": 1},
+            PairRow(EVEREST_ASKED, "8849 m.", "9 m."),
+        ),
+    ],
+)  # fmt: skip
+def test_a_preference_is_a_pair_or_an_answer_with_a_thumb(raw: dict[str, Any], row: Row) -> None:
+    assert preference_row(raw) == row
+
+
+@pytest.mark.parametrize(
+    ("raw", "complaint"),
+    [
+        ({**EVEREST, "completion": "9 m."}, '"chosen" is missing .* or prompt, completion and label'),
+        ({**EVEREST, "label": True}, '"completion" is missing .* or prompt, completion and label'),
+        ({"completion": "9 m.", "label": True}, '"prompt" is missing'),
+        (
+            {**EVEREST, "completion": "9 m.", "label": "maybe"},
+            "must be true or false, found 'maybe'",
+        ),
+        ({**EVEREST, "completion": " ", "label": True}, '"completion" is empty'),
+        ({**EVEREST, "chosen": "9 m.", "label": True}, '"rejected" is missing'),
+        ({**EVEREST, "chosen": "9 m.", "rejected": "9 m."}, "a tie teaches nothing"),
+    ],
+)
+def test_what_a_preference_lacks_is_told(raw: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(RowError, match=complaint):
+        preference_row(raw)
+
+
+def test_the_columns_of_a_thumb_are_told() -> None:
+    raw = {"question": "?", "response": "!", "label": True}
+    columns = ROLES["dpo"].columns
+    assert read_as(raw, columns, {}) == "{prompt: question, completion: response, label: label}"

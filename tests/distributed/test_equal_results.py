@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -97,6 +98,33 @@ def compare(chain: RealChain, reference: str, name: str, stages: tuple[str, ...]
         is_first = key[1] == 1 and key[2].endswith(("loss", "grad_norm"))
         tolerance = 1e-5 if is_first else TOLERANCE
         assert found[key] == pytest.approx(value, rel=tolerance, abs=tolerance), key
+
+
+THUMBS = (
+    "stage=dpo", "dpo.init=base", "dpo.loss=kto", "dpo.peft=none", "dpo.optim.lr=1e-3", "dpo.batch_rows=8",
+    "dpo.data=thumbs.jsonl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("launch.processes=2",),
+        pytest.param(("launch.processes=2", "zero=fsdp2"), marks=pytest.mark.slow),
+        pytest.param(("launch.processes=2", "zero=zero3"), marks=pytest.mark.slow),
+    ],
+    ids=lambda overrides: overrides[-1].partition("=")[2],
+)
+def test_thumbs_teach_the_same_on_ranks_without_rows(chain: RealChain, overrides: tuple[str, ...]) -> None:
+    """The last batch has one row: one rank has none. KTO's reference point is of all ranks."""
+    rows = [{"prompt": f"Say {n}", "completion": "No" * (n % 5 + 1), "label": n % 3 > 0} for n in range(27)]
+    (chain.directory / "thumbs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reference, name = chain.run_once(*THUMBS), "-".join(overrides[-1].split("="))
+    chain.run(name, *THUMBS, *overrides)
+    compare(chain, reference, name, ("dpo",))
+    lasts = [chain.metrics(each)[-1] for each in (reference, name)]
+    assert lasts[0]["dpo/train_rows"] % 8 == 1 and lasts[0]["dpo/steps"] > 1
+    assert lasts[1] == pytest.approx(lasts[0], rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("sharded", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
