@@ -122,7 +122,10 @@ def test_thumbs_teach_the_same_on_ranks_without_rows(chain: RealChain, overrides
     reference, name = chain.run_once(*THUMBS), "-".join(overrides[-1].split("="))
     chain.run(name, *THUMBS, *overrides)
     compare(chain, reference, name, ("dpo",))
-    lasts = [chain.metrics(each)[-1] for each in (reference, name)]
+    lasts = [
+        {key: value for key, value in chain.metrics(each)[-1].items() if key.startswith("dpo/")}
+        for each in (reference, name)
+    ]
     assert lasts[0]["dpo/train_rows"] % 8 == 1 and lasts[0]["dpo/steps"] > 1
     assert lasts[1] == pytest.approx(lasts[0], rel=1e-3, abs=1e-3)
 
