@@ -223,8 +223,7 @@ class CompareStage(Stage):
         Raises:
             ConfigError: there are none, or they do not fit the knobs.
         """
-        questions, num_leaks = find_questions(self.questions, data)
-        questions = questions[: self.num_questions]
+        questions, num_leaks = find_questions(self.questions, data, self.num_questions)
         if questions[0].reference is None and self.quality != "score":
             raise ConfigError(
                 f"compare.quality={self.quality} needs answers in compare.questions={self.questions}. "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.compare.context_budget import ContextBudget
-from rlhf.compare.dataset import Library
+from rlhf.compare.dataset import Library, Texts
 from rlhf.compare.prompts import (
     FewShotConfig,
     PromptMethod,
@@ -69,7 +69,7 @@ def make_prompt_builder(
         return PromptBuilder(
             lambda text: drawn, prompt, 0.0, sum(_num_bytes(row.prompt, row.completion) for row in drawn)
         )
-    index = make_index([row.prompt[-1]["content"] for row in examples])
+    index = make_index(Texts(examples, lambda row: row.prompt[-1]["content"]))
     others = random.Random(seed).sample(range(len(examples)), len(examples))
 
     def nearest(text: str) -> list[SftRow]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Generic, NamedTuple, TypeVar, overload
 
 from rlhf.compare.prompts import Question
 from rlhf.config import ConfigError
@@ -16,12 +17,38 @@ from rlhf.data.sources import SourceConfig
 QUESTIONS, CORPUS = "compare.questions", "compare.corpus"
 
 
-class Library(NamedTuple):
-    """What prompts are made of."""
+AnyRow = TypeVar("AnyRow", bound=Row)
 
-    examples: list[SftRow]
+
+class Texts(Sequence[str], Generic[AnyRow]):
+    """A text of each row, made when it is asked for. So the texts of rows in a file need no memory."""
+
+    def __init__(self, rows: Sequence[AnyRow], text: Callable[[AnyRow], str]) -> None:
+        self._rows, self._text = rows, text
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Texts[AnyRow]: ...
+
+    def __getitem__(self, index: int | slice) -> str | Texts[AnyRow]:
+        if isinstance(index, slice):
+            return Texts(self._rows[index], self._text)
+        return self._text(self._rows[index])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._text, self._rows)
+
+
+class Library(NamedTuple):
+    """What prompts are made of. Rows of sft.data stay in their file, those of a corpus are in memory."""
+
+    examples: Sequence[SftRow]
     """Training rows of one user message and its answer."""
-    passages: list[str]
+    passages: Sequence[str]
 
 
 class Found(NamedTuple):
@@ -32,18 +59,20 @@ class Found(NamedTuple):
     """Questions left out, because a training row asks the same."""
 
 
-def find_questions(source: SourceConfig | None, data: PreparedData) -> Found:
+def find_questions(source: SourceConfig | None, data: PreparedData, most: int | None) -> Found:
     """The source's rows, with their answers where the first row has one; or sft.data's held-out rows.
+
+    Args:
+        most: so many, the first ones; None for all.
 
     Raises:
         ConfigError: a row is none of that, or none is left.
     """
     if source is None:
-        rows = data.rows("sft", "held_out")
+        rows = islice((row for row in data.rows("sft", "held_out") if row.prompt), most)
         held_out = [
             Question("sft.data, held out", row.prompt, row.completion, {"completion": row.completion})
             for row in rows
-            if row.prompt
         ]
         if not held_out:
             raise ConfigError(
@@ -51,19 +80,18 @@ def find_questions(source: SourceConfig | None, data: PreparedData) -> Found:
                 "Set compare.questions to rows with prompt and completion."
             )
         return Found(held_out, 0)
-    trained = {prompt_identity(row) for role in training_roles() for row in data.rows(role, "train")}
-    found, leaks = [], 0
-    for question in _read_questions(source):
-        if prompt_identity(PromptRow(question.prompt)) in trained:
-            leaks += 1
-        else:
-            found.append(question)
+    asked = [*_read_questions(source)]
+    identities = [prompt_identity(PromptRow(question.prompt)) for question in asked]
+    training = (row for role in training_roles() for row in data.rows(role, "train"))
+    leaks = {*identities}.intersection(map(prompt_identity, training))
+    found = [question for question, each in zip(asked, identities, strict=True) if each not in leaks]
+    num_leaks = len(asked) - len(found)
     if not found:
         raise ConfigError(
-            f"compare.questions={source}: each of its {leaks} questions is also in a training row. "
+            f"compare.questions={source}: each of its {num_leaks} questions is also in a training row. "
             "Give questions that no stage trains on."
         )
-    return Found(found, leaks)
+    return Found(found[:most], num_leaks)
 
 
 def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
@@ -73,12 +101,15 @@ def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
         ConfigError: a row of the corpus is neither a text nor a question with its answer.
     """
     rows = data.rows("sft", "train")
-    documents: Iterable[Row] = rows if corpus is None else (row for _, row, _ in _read(corpus, CORPUS, "sft"))
-    passages = []
-    for row in documents:
-        assert isinstance(row, SftRow)
-        passages.append("\n".join([*(turn["content"] for turn in row.prompt), row.completion]))
-    return Library([row for row in rows if len(row.prompt) == 1], passages)
+    examples = rows.pick([place for place, row in enumerate(rows) if len(row.prompt) == 1])
+    if corpus is None:
+        return Library(examples, Texts(rows, _passage))
+    return Library(examples, [_passage(row) for _, row, _ in _read(corpus, CORPUS, "sft")])
+
+
+def _passage(row: Row) -> str:
+    assert isinstance(row, SftRow)
+    return "\n".join([*(turn["content"] for turn in row.prompt), row.completion])
 
 
 def _read_questions(source: SourceConfig) -> Iterator[Question]:

@@ -15,10 +15,13 @@ from torch.nn import functional
 from rlhf.compare.prompts import RetrieverName
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import continuation_ids
-from rlhf.distributed.batching import token_budget_batches
+from rlhf.distributed.batching import chunks, token_budget_batches
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.packed_attention import hidden_states
 from rlhf.models.packed_batch import Packed
+
+TEXTS_AT_ONCE = 1000
+"""That are read and split into words together."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Index:
     """Texts that can be searched."""
 
     texts: Sequence[str]
+    """They may lie in a file: a search does not read them."""
     search: Callable[[str, int], list[int]]
     """(query, how many) -> places of the best texts, the best first; fewer where fewer have anything to do
     with the query."""
@@ -48,6 +52,8 @@ def make_index(
 def bm25_index(texts: Sequence[str]) -> Index:
     """By the words that a text shares with the query, rare ones counting more; English stop words do not.
 
+    While it is made, the words of all texts are in memory; afterwards how much each word tells of each text.
+
     Source: Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework: BM25 and Beyond", in the
     variant of Lucene; Lu 2024 (arXiv:2407.03618) for the library.
 
@@ -62,7 +68,7 @@ def bm25_index(texts: Sequence[str]) -> Index:
         )
         return found
 
-    split = words(texts)
+    split = [each for some in chunks(texts, TEXTS_AT_ONCE) for each in words(some)]
     if not any(split):
         raise ConfigError(
             f"compare.retriever=bm25: the {len(texts)} texts to search have only English stop words. "
@@ -81,7 +87,10 @@ def bm25_index(texts: Sequence[str]) -> Index:
 
 
 def embedding_index(texts: Sequence[str], policy: PolicyModel, micro_batch_tokens: int) -> Index:
-    """By the cosine between mean final hidden states, without another model. Texts are cut at the context."""
+    """By the cosine between mean final hidden states, without another model. Texts are cut at the context.
+
+    While it is made, the token ids of all texts are in memory; afterwards a vector of each text.
+    """
     embedding_BH = embeddings(texts, policy, micro_batch_tokens)
 
     def search(query: str, count: int) -> list[int]:

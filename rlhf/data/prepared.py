@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,7 +69,9 @@ def role_digest(role: str, files: Mapping[str, str]) -> str:
 class Rows(Sequence[AnyRow], Generic[AnyRow]):
     """Rows in a file. Each is made when it is asked for, so that a million of them need no memory."""
 
-    def __init__(self, column: pyarrow.ChunkedArray, types: Sequence[type[Row]], picked: range) -> None:
+    def __init__(
+        self, column: pyarrow.ChunkedArray, types: Sequence[type[Row]], picked: Sequence[int]
+    ) -> None:
         """The rows of `column` at the places `picked`, each of one of the types."""
         self._column, self._types, self._picked = column, types, picked
 
@@ -87,6 +90,10 @@ class Rows(Sequence[AnyRow], Generic[AnyRow]):
 
     def __iter__(self) -> Iterator[AnyRow]:
         yield from map(self._made, values(self._column, self._picked))
+
+    def pick(self, places: Sequence[int]) -> Rows[AnyRow]:
+        """Those of these rows."""
+        return Rows(self._column, self._types, array("i", (self._picked[place] for place in places)))
 
     def _made(self, text: str) -> AnyRow:
         row: Any = row_from_json(text, self._types)

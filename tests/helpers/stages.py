@@ -66,6 +66,7 @@ def run_compare(
     data.write("ppo", "train", [PromptRow(user("Where is the toad?"))])
     data.write("replay", "train", [SftRow(user("Where is the gnu?"), "There.")])
     data.write("ptx", "train", [SftRow([], "A text.")])
+    data.write("dpo", "train", [])
     job = small_job("compare", directory, tiny_base(tiny_model), data=data, console=console)
     stage.run(job)
     return job
