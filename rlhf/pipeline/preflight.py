@@ -110,7 +110,8 @@ def check_before_loading(
         raise ConfigError("\n".join([*lines, "Nothing was loaded. preflight=warn continues anyway."]))
     for line in lines:
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
-    console.print(expectations(checked.costs, on, pending), highlight=False)
+    if any(cost.phases for cost in checked.costs.values()):
+        console.print(expectations(checked.costs, on, pending), highlight=False)
     return ways
 
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from uuid import uuid4
 
 from pydantic import PositiveFloat, PositiveInt
@@ -95,6 +95,19 @@ def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
     return manifest, ""
 
 
+class Saved(Protocol):
+    """Whose state a checkpoint holds: an engine's, or that of another library's trainer."""
+
+    def state(self) -> dict[str, Any] | None:
+        """See `Engine.state`."""
+
+    def save(self, directory: Path) -> None:
+        """See `Engine.save`."""
+
+    def load(self, directory: Path) -> None:
+        """See `Engine.load`."""
+
+
 @dataclass
 class Writing:
     """A checkpoint that this rank's thread writes."""
@@ -146,7 +159,7 @@ class Checkpointer:
         self._save_seconds = self.newest.get("save_seconds") if self.newest else None
         self._writing_now: Writing | None = None
 
-    def restore(self, engine: Engine) -> dict[str, Any] | None:
+    def restore(self, engine: Saved) -> dict[str, Any] | None:
         """Load the newest checkpoint and return the loop's state; None if there is no checkpoint.
 
         The state's tensors are mapped from the checkpoint's file and take no memory before they are read.
@@ -184,7 +197,7 @@ class Checkpointer:
             yield
             self._complete()
 
-    def after_step(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
+    def after_step(self, step: int, engine: Saved, state: Mapping[str, Any]) -> None:
         """Save if a checkpoint is due. If any rank got a signal, save and stop.
 
         Args:
@@ -273,7 +286,7 @@ class Checkpointer:
     def _kept_as(self, name: str, digest: str) -> str:
         return f"kept-{self._of_inputs}-{digest[:12]}-{name}"
 
-    def save(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
+    def save(self, step: int, engine: Saved, state: Mapping[str, Any]) -> None:
         """Write one checkpoint. Then remove the oldest ones, so that `keep` stay.
 
         Raises:
@@ -314,7 +327,7 @@ class Checkpointer:
             random["cuda_random"] = torch.cuda.get_rng_state()
         return random
 
-    def _goes_on(self, engine: Engine) -> bool:
+    def _goes_on(self, engine: Saved) -> bool:
         """Whether training goes on while this engine's state is written; the same on all ranks."""
         import torch
         from torch.utils._pytree import tree_leaves
@@ -329,7 +342,7 @@ class Checkpointer:
         lacks = size > host_memory() / self.compute.node_ranks
         return not int(self.compute.global_max(torch.tensor([int(lacks)])))
 
-    def _save_in_background(self, step: int, engine: Engine, state: Mapping[str, Any]) -> None:
+    def _save_in_background(self, step: int, engine: Saved, state: Mapping[str, Any]) -> None:
         """Copy the state, and let a thread write it."""
         import torch
         from torch.utils._pytree import tree_map_only

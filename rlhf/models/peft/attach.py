@@ -205,7 +205,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, device: torch.device | No
         for block in last_layers(model, config):
             block.requires_grad_(True)
         return Adapter(model, None, config)
-    tuner = _tuner_config(model, config)
+    tuner = tuner_config(model, config)
     if config.method == "qlora":
         quantize(model, update_targets(model, config), device or model.device)
     return Adapter(model, inject(model, tuner, "default"), config)
@@ -255,10 +255,15 @@ def check_attachable(model: PreTrainedModel, config: PeftConfig) -> None:
     elif config.method == "freeze":
         last_layers(model, config)
     elif config.method != "none":
-        _tuner_config(model, config)
+        tuner_config(model, config)
 
 
-def _tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
+def tuner_config(model: PreTrainedModel, config: PeftConfig) -> TunerConfig:
+    """peft's config of a method that adds something to layers.
+
+    Raises:
+        ConfigError: the method does not know this kind of model.
+    """
     if config.method == "ia3":
         kind = model.config.get_text_config().model_type
         if kind not in IA3_MODULES:

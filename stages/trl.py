@@ -1,0 +1,304 @@
+"""A trainer of TRL as a stage, between this project's stages and on their data.
+
+Reads   prepared rows (SFT: `sft.data`; Reward, DPO: `reward.pairs`; GRPO: `ppo.prompts`); the model of
+        `trl.init`; GRPO: the reward of `trl.reward`.
+Writes  a plain model directory.
+
+TRL gets the token ids that this project's own trainers get. What it does with them is TRL's. Source:
+github.com/huggingface/trl.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from rlhf.config import ConfigError, did_you_mean
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
+from rlhf.costs.training import artifact_bytes
+from rlhf.data.schema import PairRow, PromptRow, SftRow
+from rlhf.digests import DirectoryDigest, directory_digest
+from rlhf.distributed.compute import Compute
+from rlhf.models.peft.config import Peft, PeftConfig
+from rlhf.models.start import Init
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+from rlhf.rewards.kinds import RewardSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ROLES = {"SFT": "sft", "Reward": "pairs", "DPO": "pairs", "GRPO": "ppo"}
+"""Trainer -> the rows that it learns from."""
+PEFT = ("none", "lora", "dora", "ia3")
+"""Methods whose config TRL gets, and whose result merges."""
+OURS = {
+    "output_dir", "seed", "data_seed", "report_to", "use_cpu", "bf16", "fp16", "save_strategy", "save_steps",
+    "push_to_hub", "disable_tqdm", "resume_from_checkpoint", "deepspeed", "fsdp", "run_name", "project",
+}  # fmt: skip
+"""Keys of TRL's configs that this project's own settings decide."""
+TOLD = ("train_loss", "eval_loss", "eval_rewards/accuracies", "eval_accuracy", "eval_mean_token_accuracy")
+"""Figures of TRL that the stage publishes, where the trainer has them."""
+
+
+class TrlStage(Stage):
+    """The keys `trl.*`. Values: conf/stages/trl.yaml."""
+
+    name: ClassVar[str] = "trl"
+    title: ClassVar[str] = "TRL"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "train_loss": ("loss", ".3f"),
+        "eval_loss": ("held-out loss", ".3f"),
+    }
+    in_chain: ClassVar[bool] = False
+    repeats_keys: ClassVar[bool] = True
+
+    trainer: Literal["SFT", "Reward", "DPO", "GRPO"]
+    """Which of TRL's trainers."""
+    args: dict[str, Any] | None
+    """Keys of the trainer's own config (`SFTConfig`, ...), such as `{learning_rate: 1e-5}`."""
+    init: Init
+    """The model that it starts from: `sft`, `base`, or a `save_pretrained` directory."""
+    peft: Peft
+    reward: RewardSource
+    """GRPO: what scores a response."""
+
+    @property
+    def publishes(self) -> Literal["policy", "reward"]:  # type: ignore[override]  # by what trains
+        """A reward model, or a policy."""
+        return "reward" if self.trainer == "Reward" else "policy"
+
+    def starts_from(self) -> tuple[str, str]:
+        """The model that it trains."""
+        return "init", self.init
+
+    def datasets(self) -> tuple[str, ...]:
+        """What the trainer learns from."""
+        return (ROLES[self.trainer],)
+
+    def rewards(self) -> Mapping[str, str]:
+        """GRPO's."""
+        return {"trl.reward": self.reward} if self.trainer == "GRPO" else {}
+
+    def peft_config(self) -> PeftConfig:
+        """How it trains."""
+        return self.peft
+
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return (*TOLD, "steps", "trained_parameters", "artifact_bytes")
+
+    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+        """TRL's version decides too."""
+        return {**super().external_digests(digest), "trl": _version()}
+
+    def check_compute(self, compute: Compute) -> None:
+        """Refuse what TRL is not asked for.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
+        if compute.zero != "none":
+            raise ConfigError(f"zero={compute.zero}: TRL would shard in its own way. Use zero=none.")
+        if self.peft.method not in PEFT:
+            raise ConfigError(f"trl.peft={self.peft.method}: TRL gets {', '.join(PEFT)}. Use one of these.")
+        given = self.args or {}
+        if taken := sorted(OURS & {*given}):
+            raise ConfigError(f"trl.args.{taken[0]}: this project's own keys decide that. Remove it.")
+        known = sorted(each.name for each in fields(self._classes()[1]))
+        for name in given:
+            if name not in known:
+                near = did_you_mean(name, known)
+                raise ConfigError(f"trl.args.{name}: {self.trainer}Config (TRL {_version()}) has none.{near}")
+
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+        """What it writes. TRL's memory and time are not predicted."""
+        weights = artifact_bytes(on, self.peft, is_scalar=self.trainer == "Reward")
+        return StageCost(artifact=weights, checkpoint=3 * weights)
+
+    def run(self, job: Job) -> None:
+        """Train, and publish the model with its adapter merged."""
+        from transformers import set_seed
+
+        from rlhf.models.peft.attach import check_attachable, count_parameters, tuner_config
+        from rlhf.models.save import save_policy
+
+        self.check_compute(job.compute)
+        set_seed(job.seed)
+        start = job.start(self.init)
+        tokenizer, tuner = start.load_tokenizer(), None
+        model = self._load(start.directory, tokenizer)
+        if self.peft.method != "none":
+            check_attachable(model, self.peft)
+            tuner = tuner_config(model, self.peft)
+            tuner.task_type = "SEQ_CLS" if self.trainer == "Reward" else "CAUSAL_LM"
+        place = TemporaryDirectory(prefix=f"{job.directory.name}.", dir=job.directory.parent)
+        with place as scratch, warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what TRL calls
+            trainer = self._trainer(job, model, tokenizer, tuner, scratch)
+            trained, _ = count_parameters(trainer.model)
+            state = Resumable(trainer)
+            job.checkpoints.restore(state)
+            with job.checkpoints.training():
+                figures = trainer.train(resume_from_checkpoint=state.directory).metrics
+            if self.trainer != "GRPO":
+                figures |= trainer.evaluate()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if job.compute.is_main:
+            model = model.merge_and_unload() if tuner else model
+            model.to(device="cpu", dtype=job.compute.dtype)
+            if self.trainer == "Reward":
+                model.save_pretrained(job.directory)
+                tokenizer.save_pretrained(job.directory)
+            else:
+                save_policy(model, tokenizer, job.directory)
+        job.compute.barrier()
+        job.publish({
+            **{name: figures[name] for name in TOLD if name in figures},
+            "steps": trainer.state.global_step,
+            "trained_parameters": trained,
+            "artifact_bytes": sum(file.stat().st_size for file in job.directory.glob("*.safetensors")),
+        })  # fmt: skip
+
+    def _load(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """In fp32, as TRL does; bf16 is autocast."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        if self.trainer != "Reward":
+            policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            return policy
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            directory, num_labels=1, dtype=torch.float32
+        )
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    def _classes(self) -> tuple[Any, Any]:
+        """TRL's trainer and its config. Neither tells anybody that it is used."""
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        import trl
+        from huggingface_hub import constants
+
+        constants.HF_HUB_DISABLE_TELEMETRY = True  # it has read the environment before
+        return getattr(trl, f"{self.trainer}Trainer"), getattr(trl, f"{self.trainer}Config")
+
+    def _trainer(
+        self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tuner: Any, scratch: str
+    ) -> Any:
+        """TRL's, whose figures are logged, and which stops and is saved as this project's are."""
+        import datasets
+        import torch
+        from transformers import PrinterCallback, TrainerCallback
+
+        kind, config = self._classes()
+
+        class Prepared(kind):  # type: ignore[misc, valid-type]  # of another package
+            """It has token ids already. DPO alone would ask for texts."""
+
+            def _prepare_dataset(self, dataset: Any, *arguments: Any, **named: Any) -> Any:
+                return dataset
+
+        class Steps(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                logs = kwargs["logs"].items()
+                numbers = {name: value for name, value in logs if isinstance(value, int | float)}
+                job.log(numbers, state.global_step)
+
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step > 0:  # that step is logged now
+                    step = state.global_step
+                    job.checkpoints.after_step(step, Resumable(trainer), {"step": step})
+
+        try:
+            settings = config(**{
+                "logging_steps": 1, **({"completion_only_loss": True} if self.trainer == "SFT" else {}),
+                **(self.args or {}), "output_dir": scratch, "seed": job.seed,
+                "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+                "use_cpu": job.compute.device.type == "cpu", "bf16": job.compute.dtype == torch.bfloat16,
+            })  # fmt: skip
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"trl.args={self.args}: {error}") from None
+        train, held_out = (
+            datasets.Dataset.from_list([*self._rows(job, tokenizer, split)])
+            for split in ("train", "held_out")
+        )
+        trainer = (Prepared if self.trainer == "DPO" else kind)(
+            model=model, args=settings, train_dataset=train, processing_class=tokenizer, peft_config=tuner,
+            callbacks=[Steps()],
+            **({"reward_funcs": self._scored(job)} if self.trainer == "GRPO" else {"eval_dataset": held_out}),
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _rows(self, job: Job, tokenizer: PreTrainedTokenizerBase, split: str) -> Iterator[dict[str, Any]]:
+        """Token ids, as this project's own trainers read them; GRPO's prompts as messages."""
+        from rlhf.data.chat_template import exchange_ids
+
+        for index, row in enumerate(job.data.rows(ROLES[self.trainer], split)):
+            if isinstance(row, PromptRow):
+                yield {"prompt": row.prompt, "row": index}
+            elif isinstance(row, SftRow):
+                ids, begin = exchange_ids(tokenizer, row.prompt, row.completion)
+                yield {"input_ids": ids, "completion_mask": [0] * begin + [1] * (len(ids) - begin)}
+            else:
+                assert isinstance(row, PairRow)
+                (chosen, begin), (rejected, _) = (
+                    exchange_ids(tokenizer, row.prompt, text) for text in (row.chosen, row.rejected)
+                )
+                apart = 0 if self.trainer == "Reward" else begin
+                prompt = {"prompt_ids": chosen[:begin]} if apart else {}
+                yield {**prompt, "chosen_ids": chosen[apart:], "rejected_ids": rejected[apart:]}
+
+    def _scored(self, job: Job) -> Any:
+        """This project's reward in TRL's form."""
+        reward, rows = job.reward(self.reward, 4096), job.data.rows("ppo", "train")
+
+        def score(prompts: Any, completions: Any, row: list[int], **columns: Any) -> list[float | None]:
+            texts = [each[-1]["content"] for each in completions]
+            scores = reward([rows[index] for index in row], texts).tolist()
+            return [None if value != value else value for value in scores]
+
+        return score
+
+
+class Resumable:
+    """A trainer's own checkpoint among this project's: hashed, and renamed when it is whole."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.directory: str | None = None
+        """The checkpoint to go on from."""
+
+    def state(self) -> None:
+        """It has its own way of saving."""
+
+    def save(self, directory: Path) -> None:
+        """Move what the trainer writes."""
+        trainer = self.trainer
+        trainer._save_checkpoint(trainer.model, None)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            (written,) = Path(trainer.args.output_dir).glob("checkpoint-*")
+            for file in written.iterdir():
+                shutil.move(file, directory / file.name)
+            written.rmdir()
+
+    def load(self, directory: Path) -> None:
+        """The trainer reads it when it begins."""
+        self.directory = str(directory)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError("stage=trl needs TRL: pip install -e '.[trl]'.") from None

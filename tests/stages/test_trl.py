@@ -1,0 +1,211 @@
+"""TRL's trainers between our stages: on our rows, in our store; and what ours and TRL's agree on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from helpers.chains import Chain, RealChain
+from helpers.encoded import answers_of, pairs_of
+from helpers.jobs import TINY, on_cpu, tiny_base, user
+from rlhf.data.chat_template import exchange_ids
+from rlhf.data.schema import PairRow, SftRow
+from rlhf.models.load import load_causal_lm
+from rlhf.models.logprobs import ResponseModel
+from rlhf.models.value_head import load_scalar_model
+from rlhf.supervised.answers import answer_step
+from rlhf.supervised.pairs import pair_step
+from rlhf.training.config import OptimConfig
+from rlhf.training.make_engine import make_engine
+
+trl = pytest.importorskip("trl")
+
+FEW = "max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-3"
+GRPO = "num_generations: 4, max_completion_length: 6"
+OPTIM = OptimConfig(
+    lr=1e-9, weight_decay=0.0, eps=1e-8, schedule="constant", warmup_fraction=0.0, max_grad_norm=1e9
+)
+
+
+def trained(chain: Chain, trainer: str, *overrides: str, args: str = FEW) -> Any:
+    args += f", {GRPO}" if trainer == "GRPO" else ""
+    return chain.run(
+        "stage=trl", f"trl.trainer={trainer}", "trl.init=base", f"trl.args={{{args}}}", "precision=fp32",
+        *overrides,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+@pytest.mark.parametrize("trainer", ["SFT", "Reward", "DPO", "GRPO"])
+def test_each_trainer_publishes_a_plain_model(
+    trainer: str, peft: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    chain = Chain(tmp_path)
+    (tmp_path / "lengths.py").write_text(
+        "def score(prompts, responses):\n    return [float(len(each)) for each in responses]\n"
+    )
+    outcome = trained(chain, trainer, f"trl.peft={peft}", "ppo.reward=python:lengths:score")
+    assert outcome.code == 0, outcome.err
+    assert "Warning" not in outcome.err
+    artifact = outcome.artifact("trl")
+    kind: Any = AutoModelForSequenceClassification if trainer == "Reward" else AutoModelForCausalLM
+    model, found = kind.from_pretrained(artifact, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(artifact).chat_template
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(model.state_dict()[name], base.state_dict()[name]), "it learned nothing"
+    lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines if "trl/loss" in line} == {1, 2, 3}
+    assert outcome.summary["stages"]["trl"]["metrics"]["trl/steps"] == 3
+    again = trained(chain, trainer, f"trl.peft={peft}", "ppo.reward=python:lengths:score")
+    assert again.statuses["trl"] == "reused"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("trl.args={lerning_rate: 1e-3}",), "trl.args.lerning_rate: SFTConfig (TRL "),
+        (("trl.args={lerning_rate: 1e-3}",), "Did you mean learning_rate?"),
+        (("trl.args={output_dir: here}",), "trl.args.output_dir: this project's own keys decide that."),
+        (("trl.args={lr_scheduler_type: steep}",), "trl.args={'lr_scheduler_type': 'steep'}: "),
+        (("trl.peft=prefix",), "trl.peft=prefix: TRL gets none, lora, dora, ia3."),
+        (("zero=fsdp2",), "zero=fsdp2: TRL would shard in its own way. Use zero=none."),
+    ],
+)
+def test_what_trl_is_not_asked_for_is_refused(overrides: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    outcome = Chain(tmp_path).run("stage=trl", "trl.init=base", *overrides)
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+@pytest.mark.slow
+def test_stopped_by_a_signal_it_goes_on_from_trls_own_checkpoint(tmp_path: Path) -> None:
+    chain = RealChain(tmp_path)
+    args = (
+        "stage=trl", "trl.init=base", "trl.args={max_steps: 30, per_device_train_batch_size: 4}",
+        "checkpoint.every_steps=2",
+    )  # fmt: skip
+    process = chain.start_until("trl", 4, "run", *args)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    out, _ = chain.run("run", *args)
+    assert "trl: continues from step " in out
+    steps = [row["step"] for row in chain.metrics("run") if "trl/loss" in row]
+    assert steps == [*range(1, 31)]
+
+
+Gradients = dict[str, Tensor]
+
+
+def ours(
+    model: nn.Module, wrapped: nn.Module, step: Callable[[Any], dict[str, float]]
+) -> tuple[float, Gradients]:
+    """The loss, and by name the gradients, which the engine hands to its masters."""
+    engine: Any = make_engine(wrapped, [(model.parameters(), OPTIM)], on_cpu())
+    engine.set_rates(0, 10)
+    names = {id(each): name for name, each in model.named_parameters()}
+    kept: Gradients = {}
+    take = engine.step
+
+    def keep() -> None:
+        pairs = engine.optimizer._pairs
+        kept.update({names[id(each)]: master.grad for each, master in pairs if master.grad is not None})
+        take()
+
+    engine.step = keep
+    return step(engine)["loss"], kept
+
+
+def theirs(trainer: Any) -> tuple[float, Gradients]:
+    """Of all rows as one batch."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return float(loss), {name: each.grad for name, each in trainer.model.named_parameters()}
+
+
+def settings(kind: Any, directory: Path, **more: Any) -> Any:
+    return kind(
+        output_dir=str(directory), report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=9,
+        gradient_checkpointing=False, disable_tqdm=True, **more,
+    )  # fmt: skip
+
+
+def agree(one: tuple[float, Gradients], other: tuple[float, Gradients]) -> None:
+    assert one[0] == pytest.approx(other[0], rel=1e-4)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        assert float((gradient - other[1][name]).norm() / other[1][name].norm()) < 1e-4, name
+
+
+def test_sft_has_trls_loss_and_gradients(tmp_path: Path, tiny_model: Path) -> None:
+    import datasets
+
+    rows = [SftRow(user(f"{n}?"), "rain on the roof " * n) for n in (1, 4, 2)]
+    tokenizer = tiny_base(tiny_model).load_tokenizer()
+    policy = load_causal_lm(tiny_model, TINY, torch.float32)
+    mine = ours(
+        policy, ResponseModel(policy),
+        lambda engine: answer_step(engine, answers_of(tokenizer, rows), 10_000, on_cpu()),
+    )  # fmt: skip
+    encoded = []
+    for row in rows:
+        ids, begin = exchange_ids(tokenizer, row.prompt, row.completion)
+        encoded.append({"input_ids": ids, "completion_mask": [0] * begin + [1] * (len(ids) - begin)})
+    trainer = trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
+        args=settings(trl.SFTConfig, tmp_path, completion_only_loss=True), train_dataset=datasets.Dataset.from_list(encoded),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    agree(mine, theirs(trainer))
+
+
+@pytest.mark.parametrize("center", [0.0, 0.1])
+def test_the_reward_model_has_trls_loss_and_gradients(
+    center: float, tmp_path: Path, tiny_model: Path
+) -> None:
+    import datasets
+
+    rows = [PairRow(user(f"{n}?"), "rain on the roof " * n, "sun " * (5 - n)) for n in (1, 4, 2)]
+    tokenizer = tiny_base(tiny_model).load_tokenizer()
+    torch.manual_seed(0)
+    scored = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
+    scored.config.pad_token_id = tokenizer.pad_token_id
+    scored.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    scalar = load_scalar_model(tmp_path / "start", TINY, torch.float32)
+    scalar.requires_grad_(True)
+    scalar.offset.requires_grad_(False)
+    mine = ours(
+        scalar, scalar,
+        lambda engine: pair_step(engine, pairs_of(tokenizer, rows), 10_000, on_cpu(), center=center),
+    )  # fmt: skip
+    # transformers gives the padding token's embedding no gradient. In this model it also ends each turn
+    padding = scored.get_input_embeddings().padding_idx
+    assert float(mine[1]["model.model.embed_tokens.weight"][padding].norm()) > 0
+    mine[1]["model.model.embed_tokens.weight"][padding] = 0.0
+    of_head = {"head.weight": "score.weight"}
+    mine = mine[0], {of_head.get(name, name.removeprefix("model.")): each for name, each in mine[1].items()}
+    encoded = [
+        {
+            f"{side}_ids": exchange_ids(tokenizer, row.prompt, text)[0]
+            for side, text in (("chosen", row.chosen), ("rejected", row.rejected))
+        }
+        for row in rows
+    ]
+    trainer = trl.RewardTrainer(
+        model=scored, args=settings(trl.RewardConfig, tmp_path, center_rewards_coefficient=center or None),
+        train_dataset=datasets.Dataset.from_list(encoded), processing_class=tokenizer,
+    )  # fmt: skip
+    agree(mine, theirs(trainer))
