@@ -132,7 +132,7 @@ def theirs(trainer: Any) -> tuple[float, Gradients]:
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    return float(loss), {name: each.grad for name, each in trainer.model.named_parameters()}
+    return float(loss.detach()), {name: each.grad for name, each in trainer.model.named_parameters()}
 
 
 def settings(kind: Any, directory: Path, **more: Any) -> Any:
@@ -165,8 +165,8 @@ def test_sft_has_trls_loss_and_gradients(tmp_path: Path, tiny_model: Path) -> No
         encoded.append({"input_ids": ids, "completion_mask": [0] * begin + [1] * (len(ids) - begin)})
     trainer = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
-        args=settings(trl.SFTConfig, tmp_path, completion_only_loss=True), train_dataset=datasets.Dataset.from_list(encoded),
-        processing_class=tokenizer,
+        args=settings(trl.SFTConfig, tmp_path, completion_only_loss=True),
+        train_dataset=datasets.Dataset.from_list(encoded), processing_class=tokenizer,
     )  # fmt: skip
     agree(mine, theirs(trainer))
 
