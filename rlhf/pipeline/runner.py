@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -36,6 +34,7 @@ from rlhf.pipeline.run import GateError, GateResult, Run
 from rlhf.pipeline.sampling_engine import make_vllm, without_auto_generation
 from rlhf.pipeline.stage import Stage, users_words
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
+from rlhf.pipeline.yaml_text import to_yaml
 from rlhf.rewards.code import has_changed, imported_code, own_code
 from rlhf.tracking.progress import Progress, clock
 from rlhf.tracking.redaction import redacted
@@ -580,23 +579,3 @@ class Pipeline:
                 input_digests={},
             )  # fmt: skip
             return self.store.publish(scratch, manifest)
-
-
-def to_yaml(resolved: Mapping[str, Any]) -> str:
-    """A resolved config as YAML that Hydra reads as it was: a text that looks like a number is quoted."""
-    return yaml.dump(dict(resolved), Dumper=_Quoting, sort_keys=False, allow_unicode=True)
-
-
-class _Quoting(yaml.SafeDumper):
-    """PyYAML takes `1e-3` for a text, Hydra for a number."""
-
-
-def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    try:
-        float(text)
-    except ValueError:
-        return dumper.represent_str(text)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
-
-
-_Quoting.add_representer(str, _quoted)
