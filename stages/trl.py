@@ -31,7 +31,7 @@ from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.start import Init
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage
-from rlhf.rewards.kinds import RewardSource
+from rlhf.rewards.kinds import RewardMix, RewardSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ class TrlStage(Stage):
         """What the trainer learns from."""
         return (ROLES[self.trainer],)
 
-    def rewards(self) -> Mapping[str, str]:
+    def rewards(self) -> Mapping[str, str | RewardMix]:
         """GRPO's."""
         return {"trl.reward": self.reward} if self.trainer == "GRPO" else {}
 
