@@ -52,7 +52,7 @@ OF_EACH = (
     *OF_SUBJECT, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
     "score_unscored", "gold_mean", "gold_deviation", "gold_unscored", "kl", "task_loss", "perplexity",
     "text_loss_*", "question_accuracy", "score_mean/*", "score_deviation/*", "gold_mean/*",
-    "gold_deviation/*",
+    "gold_deviation/*", "judge_*",
 )  # fmt: skip
 
 
@@ -374,6 +374,8 @@ class EvaluateStage(Stage):
                 found = usable_scores(reward, answered, said.texts, f"evaluate.{key}={source}")
                 said.scores[kind] = found.score_B
                 said.parts[kind] = found.parts
+                for name, value in found.usage.items():
+                    said.figures[name] = said.figures.get(name, 0.0) + value
             del reward  # its memory is needed for the next one
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:

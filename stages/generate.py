@@ -79,7 +79,7 @@ class GenerateStage(Stage):
         """What `run` publishes."""
         return (
             "responses", "stop_rate", "length_mean", "distinct_2", "score_mean", "score_deviation",
-            "score_mean/*", "score_deviation/*", "unscored", "best_of_n_mean", "pairs",
+            "score_mean/*", "score_deviation/*", "judge_*", "unscored", "best_of_n_mean", "pairs",
         )  # fmt: skip
 
     def rewards(self) -> Mapping[str, str | RewardMix]:

@@ -85,8 +85,8 @@ class PolicyConfig(Strict):
     (`sft`, `dpo`, ...), or a `save_pretrained` directory. Unless it is `sft`, no SFT stage is needed."""
     reward: RewardSource
     """What scores a response: `learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a one-label
-    classification model), `python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, or the URL of a
-    server; or a list of several: docs/rewards.md."""
+    classification model), `python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, `judge:URL`, or the URL of
+    a server; or a list of several: docs/rewards.md."""
     steps: PositiveInt
     """Number of rollouts. The policy learns from each of them in `epochs` passes."""
     batch_episodes: PositiveInt

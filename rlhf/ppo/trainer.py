@@ -321,8 +321,8 @@ class PolicyTrainer:
             others = self.other_prompts(len(flat) // config.group_size, attempt)
             self.resampled += len(others)
             answered = answered.replaced(flat, self.answers(repeated(others, config.group_size)))
-        self.rows, self.texts, rollout, score_B, parts = answered
-        self.of_parts = combined.Scores(score_B, parts).metrics()
+        self.rows, self.texts, rollout, score_B, parts, usage = answered
+        self.of_parts = combined.Scores(score_B, parts, usage).metrics()
         with self.phases("reference"):
             reference_BR = self.reference.log_probabilities(
                 rollout, config.temperature, config.micro_batch_tokens
@@ -360,10 +360,10 @@ class PolicyTrainer:
             )
         self.rows, self.texts = rows, texts
         with self.phases("reward"):
-            score_B, parts = combined.scored(self.reward, with_token_ids(rows, rollout.response_ids), texts)
-        if (why := why_unusable(score_B, texts)) is not None:
+            found = combined.scored(self.reward, with_token_ids(rows, rollout.response_ids), texts)
+        if (why := why_unusable(found.score_B, texts)) is not None:
             raise BadStepError(f"the reward {why}.")
-        return Answered(rows, texts, rollout, score_B, parts)
+        return Answered(rows, texts, rollout, *found)
 
     def other_prompts(self, count: int, attempt: int) -> list[PromptRow]:
         """Prompts for groups that are replaced: a draw that depends on seed, step and attempt alone, so that
@@ -425,6 +425,8 @@ class Answered(NamedTuple):
     score_B: Tensor
     parts: dict[str, Tensor]
     """Of several rewards, each one's scores."""
+    usage: dict[str, float]
+    """What the rewards counted, such as a judge's tokens."""
 
     def replaced(self, indices: Sequence[int], others: Answered) -> Answered:
         """With the others at these indices, in order."""
@@ -437,6 +439,7 @@ class Answered(NamedTuple):
             Rollout.concatenate([self.rollout, others.rollout]).select(order),
             torch.cat([self.score_B, others.score_B])[order],
             {name: torch.cat([own_B, others.parts[name]])[order] for name, own_B in self.parts.items()},
+            {name: value + others.usage[name] for name, value in self.usage.items()},
         )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rlhf.config import ConfigError
+from rlhf.distributed.compute import Compute
 from rlhf.rewards.kinds import RewardMix
 from rlhf.rewards.reward import Prompts, Reward, why_unusable
 
@@ -20,17 +21,31 @@ class Moments(NamedTuple):
     deviation: float
 
 
+class Metered(Protocol):
+    """A reward that counts what it does, such as a judge."""
+
+    def take_usage(self) -> dict[str, float]:
+        """Sums since the last call, as metrics without its name."""
+
+
 class CombinedReward:
     """A `RewardMix` with its rewards."""
 
     def __init__(
-        self, mix: RewardMix, rewards: Sequence[Reward], moments: Mapping[str, Moments] | None
+        self,
+        mix: RewardMix,
+        rewards: Sequence[Reward],
+        moments: Mapping[str, Moments] | None,
+        metered: Mapping[str, Metered] | None = None,
+        compute: Compute | None = None,
     ) -> None:
         """Args:
         rewards: the parts', in their order.
         moments: of each part by its name, to normalise with; None for those of the scores at hand, as
             `generate` measures them. Not used unless the mix normalises.
+        metered: parts that count, by their names; each rank has its own, and `compute` adds them up.
         """
+        self.metered, self.compute = metered or {}, compute
         assert len(rewards) == len(mix.of)
         self.mix, self.rewards, self.moments = mix, rewards, moments
 
@@ -54,6 +69,18 @@ class CombinedReward:
         weight_P = torch.tensor([part.weight for part in self.mix.of], dtype=torch.float64)
         score_PB = weight_P[:, None] * torch.stack([*scores.values()]).double()
         return combine(score_PB, self.mix.combine, self.mix.deviation_weight).float()
+
+    def take_usage(self) -> dict[str, float]:
+        """What the parts counted since the last call, over all ranks: `judge_cost/NAME`."""
+        found = {
+            f"{name}/{label}": value
+            for label, part in self.metered.items()
+            for name, value in part.take_usage().items()
+        }
+        if not found or self.compute is None:
+            return found
+        sums = self.compute.global_sum(torch.tensor([*found.values()], dtype=torch.float64))
+        return dict(zip(found, sums.tolist(), strict=True))
 
     def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
         return self.combined(self.each(prompts, completions))
@@ -109,10 +136,12 @@ class Scores(NamedTuple):
     """fp32; NaN for no score."""
     parts: dict[str, Tensor]
     """Of several rewards, each one's raw scores by its name; else empty."""
+    usage: dict[str, float]
+    """What they counted: `judge_cost/NAME`."""
 
     def metrics(self) -> dict[str, float]:
-        """Mean and deviation of each part's scores: `score_mean/NAME`."""
-        found = {}
+        """Mean and deviation of each part's scores, `score_mean/NAME`, and what they counted."""
+        found = dict(self.usage)
         for name, score_B in self.parts.items():
             moments = moments_of(score_B)
             found[f"score_mean/{name}"] = moments.mean
@@ -123,9 +152,9 @@ class Scores(NamedTuple):
 def scored(reward: Reward, prompts: Prompts, completions: Sequence[str]) -> Scores:
     """The scores, with those of each part where there are several rewards."""
     if not isinstance(reward, CombinedReward):
-        return Scores(reward(prompts, completions), {})
+        return Scores(reward(prompts, completions), {}, {})
     parts = reward.each(prompts, completions)
-    return Scores(reward.combined(parts), parts)
+    return Scores(reward.combined(parts), parts, reward.take_usage())
 
 
 def usable_scores(reward: Reward, prompts: Prompts, completions: Sequence[str], name: str) -> Scores:

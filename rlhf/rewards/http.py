@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from typing import TYPE_CHECKING
 from urllib.error import HTTPError
@@ -51,7 +51,7 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
             "responses": list(completions),
             "columns": columns_of(prompts),
         }
-        answer = _ask(url, json.dumps(body).encode(), server)
+        answer = ask(url, json.dumps(body).encode(), server)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if (
             not isinstance(scores, list)
@@ -67,8 +67,15 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
     return score
 
 
-def _ask(url: str, body: bytes, server: RewardServerConfig) -> object:
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+def ask(
+    url: str, body: bytes, server: RewardServerConfig, headers: Mapping[str, str] | None = None
+) -> object:
+    """POST JSON, several times if need be; the JSON of the answer.
+
+    Raises:
+        RewardError: the server refuses, or does not answer.
+    """
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **(headers or {})})
     for attempt in range(server.retries + 1):
         try:
             with urllib.request.urlopen(request, timeout=server.timeout) as response:

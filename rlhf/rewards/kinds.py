@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    field_serializer,
+    model_validator,
+)
 
 from rlhf.config import ConfigError, Strict, validated
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.rewards.code import imported_code
 from rlhf.rewards.function import function_reward, imported_function, needed_columns
 from rlhf.rewards.http import RewardServerConfig, remote_reward
+from rlhf.rewards.judge import NOT_IN_KEY, Judge, check_judge, is_judge, judge_digest, judge_needs
 from rlhf.rewards.reward import Reward, vader_reward
 from rlhf.rewards.trl_functions import trl_digest, trl_needs, trl_reward
 from rlhf.rewards.verify import VERIFIERS, check_verifier, verifier, verifier_digest, verifier_needs
@@ -46,6 +54,9 @@ class RewardKind:
     """Raises ValueError for `args` that a source does not take."""
     needs: Callable[[RewardPart], frozenset[str]] = lambda part: frozenset()
     """The columns of a prompt's row that it cannot do without."""
+
+    not_in_key: frozenset[str] = frozenset()
+    """Names of `args` that do not decide a score."""
 
     @property
     def has_model(self) -> bool:
@@ -81,10 +92,17 @@ class RewardPart(Strict):
         reward_kind(self.source).check_args(self.source, self.args)
         return self
 
+    @field_serializer("args", when_used="json")
+    def _in_key(self, args: dict[str, Any]) -> dict[str, Any]:
+        left_out = reward_kind(self.source).not_in_key
+        return {name: value for name, value in args.items() if name not in left_out}
+
     @property
     def label(self) -> str:
         """What metrics call it: the last word of its source."""
         words = [word for word in re.split(r"[^\w.-]+", redacted(self.source)) if word]
+        if self.source.startswith("judge:"):
+            return "judge"
         return words[1] if self.source.startswith("http") else words[-1]
 
 
@@ -127,7 +145,8 @@ class RewardMix(Strict):
 def _read(value: Any) -> Any:
     """From what YAML holds: a source, one with arguments, a list of either, or the whole mapping."""
     if isinstance(value, str):
-        return _checked(value)
+        reward_kind(_checked(value)).check_args(value, {})
+        return value
     if isinstance(value, Mapping) and "source" in value:
         value = [value]
     if isinstance(value, Sequence):
@@ -286,6 +305,15 @@ REWARD_KINDS: dict[str, RewardKind] = {
         make=lambda part, server: verifier(part.source, part.args),
         check_args=check_verifier,
         needs=lambda part: verifier_needs(part.source, part.args),
+    ),
+    "judge": RewardKind(
+        "judge:URL",
+        is_judge,
+        lambda part, digest: judge_digest(part.source, part.args),
+        make=lambda part, server: Judge(part.source, part.args, server),
+        check_args=check_judge,
+        needs=lambda part: judge_needs(part.args),
+        not_in_key=NOT_IN_KEY,
     ),
     "http": _SERVER,
     "https": _SERVER,

@@ -20,6 +20,7 @@ from rlhf.models.value_head import ScalarModel, load_scalar_model
 from rlhf.models.weight_sharing import Backbone, Placement, frozen, sharing
 from rlhf.rewards.combined import CombinedReward, Moments
 from rlhf.rewards.http import RewardServerConfig
+from rlhf.rewards.judge import Judge
 from rlhf.rewards.kinds import RewardMix, RewardPart, parts_of, reward_directory, reward_kind
 from rlhf.rewards.reward import Prompts, Reward, RewardError, as_scores
 from rlhf.training.engine import WHOLE, Access
@@ -157,16 +158,26 @@ def make_reward(
         directory = reward_directory(part.source, learned)
         if directory is not None:
             return load_learned_reward(directory, config, compute, micro_batch_tokens, backbone, placement)
-        return spread(_rule(part, server), compute)
+        make = reward_kind(part.source).make
+        assert make is not None, f"{part.source}: its kind has neither a model nor a rule"
+        rule = make(part, server)
+        if isinstance(rule, Judge):
+            judges[id(part)] = rule
+        return spread(_checked(part, rule), compute)
 
+    judges: dict[int, Judge] = {}
     rewards = [made(part) for part in parts_of(source)]
-    return rewards[0] if isinstance(source, str) else CombinedReward(source, rewards, moments)
+    if isinstance(source, str):
+        return rewards[0]
+    metered = {
+        label: judges[id(part)]
+        for label, part in zip(source.labels, source.of, strict=True)
+        if id(part) in judges
+    }
+    return CombinedReward(source, rewards, moments, metered, compute)
 
 
-def _rule(part: RewardPart, server: RewardServerConfig) -> Reward:
-    make = reward_kind(part.source).make
-    assert make is not None, f"{part.source}: its kind has neither a model nor a rule"
-    rule = make(part, server)
+def _checked(part: RewardPart, rule: Reward) -> Reward:
 
     def checked(prompts: Prompts, completions: Sequence[str]) -> Tensor:
         advice = "(`RewardKind.make`). It must return one number for each response."
