@@ -33,7 +33,8 @@ from rlhf.stages.ppo import PpoStage
 
 SETTINGS = (
     "model=tiny", "sft.batch_rows=4", "sft.epochs=1", "sft.optim.lr=1e-2", "reward.batch_pairs=4",
-    "reward.optim.lr=1e-2", "ppo.steps=2", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4",
+    "reward.optim.lr=1e-2", "dpo.batch_rows=4", "dpo.optim.lr=5e-2", "dpo.evaluations=1",
+    "ppo.steps=2", "ppo.batch_episodes=8", "ppo.minibatch_episodes=4",
     "ppo.max_new_tokens=6", "ppo.evaluate_every=1", "ppo.evaluate_prompts=4", "ppo.optim.lr=5e-2",
     "ppo.score.normalize=none", "ppo.critic.init=sft", "ppo.kl.coef=0.0",
     "ppo.reward=python:test_every_method:other_than_first",
@@ -46,6 +47,7 @@ BESIDE = {
     "adapter": "{method: adapter, placement: houlsby, size: 8}", "prefix": "{method: prefix, tokens: 5}",
     "prompt": "{method: prompt, tokens: 5}", "p_tuning": "{method: p_tuning, tokens: 5}",
 }  # fmt: skip
+POLICIES = ["sft", "ppo", pytest.param("dpo", marks=pytest.mark.slow)]
 HELD_OUT = [f"{n}?" for n in range(20, 24)]
 ROWS = [torch.arange(3, 30), torch.arange(40, 52)]
 
@@ -122,9 +124,8 @@ def trained(name: str, directory: Path, model: Path, method: str) -> Job:
 def size_of_model(artifact: Path) -> int:
     """Of what lies in it, without data, metrics and manifest."""
     files = [path for path in artifact.rglob("*") if path.is_file()]
-    return sum(
-        path.stat().st_size for path in files if path.suffix != ".jsonl" and path.name != "manifest.json"
-    )
+    beside = ("manifest.json", "reference.arrow")
+    return sum(path.stat().st_size for path in files if path.suffix != ".jsonl" and path.name not in beside)
 
 
 @torch.no_grad()
@@ -157,7 +158,7 @@ def test_all_parameters(name: str, tmp_path: Path, tiny_model: Path) -> None:
     assert_samples_with_a_cache(artifact)
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("method", MERGING)
 def test_a_policy(name: str, method: str, tmp_path: Path, tiny_model: Path) -> None:
     artifact = trained(name, tmp_path, tiny_model, MERGING[method]).directory
@@ -173,7 +174,7 @@ def test_a_policy(name: str, method: str, tmp_path: Path, tiny_model: Path) -> N
     assert_samples_with_a_cache(artifact)
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("method", BESIDE)
 def test_a_policy_that_stays_beside_its_base(
     name: str, method: str, tmp_path: Path, tiny_model: Path
