@@ -71,8 +71,8 @@ def kto_loss(
     *,
     beta: float,
     point: Tensor | float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    desirable_weight: float,
+    undesirable_weight: float,
 ) -> Tensor:
     """Kahneman-Tversky optimisation: each answer by itself, as a gain or a loss against a reference point.
 

@@ -100,7 +100,10 @@ def test_simpo_by_hand(gap: float, beta: float, gamma: float, loss: float, slope
 def test_kto_by_hand(ratio: float, desirable: bool, point: float, loss: float, slope: float) -> None:
     is_desirable_B = torch.tensor([desirable])
     found = value_and_slope(
-        lambda x: kto_loss(x, is_desirable_B, beta=0.5, point=point, desirable_weight=1.5), ratio
+        lambda x: kto_loss(
+            x, is_desirable_B, beta=0.5, point=point, desirable_weight=1.5, undesirable_weight=1.0
+        ),
+        ratio,
     )
     assert found == pytest.approx((loss, slope), abs=1e-9)
 
@@ -119,3 +122,11 @@ def test_ktos_answers_of_a_batch_share_the_point_and_keep_their_own_weights() ->
         desirable_weight=2.0, undesirable_weight=4.0,
     )  # fmt: skip
     torch.testing.assert_close(found_B, torch.tensor([2 * 3 / 4, 4 * 1 / 4, 4 * 1 / 2]))
+
+
+@pytest.mark.parametrize("is_desirable", [torch.ones(3, 1, dtype=torch.bool), torch.ones(3)])
+def test_what_would_broadcast_or_is_no_thumb_is_refused(is_desirable: Tensor) -> None:
+    with pytest.raises(AssertionError):
+        kto_loss(
+            torch.zeros(3), is_desirable, beta=1.0, point=0.0, desirable_weight=1.0, undesirable_weight=1.0
+        )
