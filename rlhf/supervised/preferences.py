@@ -128,6 +128,17 @@ class Preferences:
         return found
 
     @property
+    def other_lengths(self) -> list[int]:
+        """Tokens of both sides of `others`, row by row."""
+        import numpy
+
+        prompt_B1 = self.ids.spans[self.side_B2.max(-1), 0][:, None]
+        whole_B2 = prompt_B1 + (self.ids.lengths - self.ids.spans[:, 0])[self.other_B2]
+        there_B2 = numpy.where(self.other_B2 == ABSENT, 0, whole_B2.clip(max=self.max_tokens))
+        found: list[int] = there_B2.sum(-1).tolist()
+        return found
+
+    @property
     def answer_lengths_B2(self) -> NDArray[numpy.int64]:
         """Tokens of each side's answer; 1 of a side that is absent, so that it can divide."""
         import numpy
@@ -330,8 +341,9 @@ def all_logps(
     import torch
 
     found_B2 = torch.zeros(len(rows), 2, dtype=torch.float64)
+    lengths = rows.other_lengths if others else rows.lengths
     with torch.no_grad():
-        for indices, weight, _ in compute.micro_batches(rows.lengths, micro_batch_tokens):
+        for indices, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
             part_B2 = logps(model, rows.pick(indices), compute, others=others)
             if weight:
                 found_B2[indices] = part_B2.double().cpu()

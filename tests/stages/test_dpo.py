@@ -141,6 +141,8 @@ def test_ktos_other_answers_are_to_other_prompts(tiny_model: Path) -> None:
     others, sides = rows.others(), rows.sides()
     assert [prompt.tolist() for prompt in others.prompts] == [prompt.tolist() for prompt in sides.prompts]
     assert others.answers[-1].tolist() == sides.answers[0].tolist()
+    tokens = [len(prompt) + len(answer) for prompt, answer in zip(*others, strict=True)]
+    assert rows.other_lengths == [sum(tokens[:2]), sum(tokens[2:4]), *tokens[4:]]
     short = preferences(tiny_model, [pair(1), pair(2)], 60).with_others().others()
     assert all(len(p) + len(a) <= 60 for p, a in zip(*short, strict=True))
     with pytest.raises(ConfigError, match="all rows of a split have the same prompt"):
