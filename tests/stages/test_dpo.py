@@ -383,6 +383,7 @@ def test_smoothing_that_a_loss_does_not_have_is_refused() -> None:
         stage_of("dpo.loss=kto", "dpo.label_smoothing=0.1")
 
 
+@pytest.mark.slow
 def test_what_the_other_stages_make_of_it(finished_chain: tuple[Chain, Outcome]) -> None:
     """Its policy is evaluated, compared and sampled from; the pairs of those samples teach the next one."""
     chain, _ = finished_chain
