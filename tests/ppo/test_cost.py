@@ -20,6 +20,7 @@ from rlhf.data.prepared import LengthStats
 from rlhf.distributed.compute import Zero
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
+from rlhf.planner.strategies import Use, with_method
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.cost import mix_lengths, mixed, policy_cost
 
@@ -258,3 +259,42 @@ def test_the_mix_lies_beside_a_minibatch_under_deepspeed_alone() -> None:
         (found,) = mixed(stage, replace(gpus(80), zero=zero), once=False)
         sizes[zero] = found.size
     assert sizes["none"] == sizes["fsdp2"] < sizes["zero2"]
+
+
+def test_without_a_critic_there_is_none_of_its_memory_and_work() -> None:
+    stages = build(*RULED, "ppo.peft=none", "grpo.peft=none").stages
+    ppo, grpo = (stages[name].cost(gpus(80), stages) for name in ("ppo", "grpo"))
+    weights, optimizers = (
+        [
+            sum(part.size for part in cost.phases[1].parts if part.kind == kind)  # while it samples
+            for cost in (ppo, grpo)
+        ]
+        for kind in ("weights", "optimizer")
+    )
+    scalar = EIGHT.parameters - EIGHT.head
+    assert weights[0] - weights[1] == 2 * scalar
+    assert optimizers[0] - optimizers[1] == pytest.approx(3 * 4 * scalar, rel=1e-3)
+    named = {task.how.lstrip("(").partition(":")[0] for task in grpo.work}
+    assert not {"values", "critic"} & named and "policy" in named
+
+
+def test_on_a_cpu_a_group_reads_its_prompt_once() -> None:
+    """400 tokens of a prompt and 40 of each answer: 8 answers are 400 + 8 x 40 instead of 8 x 440 tokens."""
+    on = gpus(80)
+    on = replace(on, machine=replace(on.machine, kind="cpu"))
+
+    def seconds(samples: int) -> float:
+        sizes = (f"grpo.samples_per_prompt={samples}", "grpo.batch_episodes=48", "grpo.minibatch_episodes=24")
+        stages = build(*RULED, *sizes, "grpo.advantage=reinforce_plus_plus").stages
+        work = stages["grpo"].cost(on, stages).work
+        (found,) = (task.seconds for task in work if task.how.lstrip("(").startswith("policy:"))
+        return found
+
+    assert seconds(8) < 0.35 * seconds(1)
+
+
+def test_proposed_batches_have_whole_groups() -> None:
+    """Over 5 ranks the planner takes multiples of 20, not of 5."""
+    use = Use(100, 10.0, 10.0, 1, 1, True, "many_adapters", None, None)
+    planned = dict(with_method(build(*RULED).stages["grpo"], "lora", 0, "lora", gpus(80, ranks=5), use))
+    assert (planned["batch_episodes"], planned["minibatch_episodes"]) == (60, 40)
