@@ -124,15 +124,16 @@ def test_one_answer_has_nothing_to_differ_from() -> None:
 
 def test_an_answer_without_a_score_is_in_no_group() -> None:
     """Its mask is empty; the others are compared as if it were not there. A group may have no score."""
-    mask_BR = torch.tensor([[True], [True], [True], [False], [False], [False]])
-    reward_BR, group_B = torch.tensor([[1.0], [2.0], [6.0], [9.0], [9.0], [9.0]]), neighbours(6, 2)
-    for_grpo = group_advantage(reward_BR, mask_BR, group_B, divide_by_deviation=True)
-    assert for_grpo[:2, 0].tolist() == pytest.approx([-0.5 / (0.5**0.5 + 1e-4), 0.5 / (0.5**0.5 + 1e-4)])
-    assert not for_grpo[2:].any()
-    rloo = leave_one_out_advantage(reward_BR, mask_BR, group_B)
-    assert rloo[:, 0].tolist() == pytest.approx([-1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    scores_B = torch.tensor([1.0, 2.0, 6.0, NAN, NAN, NAN])
-    assert group_spread(scores_B, group_B).tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    mask_BR = torch.tensor([[True], [True], [False], [True], [False], [False]])
+    reward_BR, group_B = torch.tensor([[1.0], [2.0], [9.0], [6.0], [9.0], [9.0]]), neighbours(6, 3)
+    of_grpo = group_advantage(reward_BR, mask_BR, group_B, divide_by_deviation=True)
+    one = 0.5 / (math.sqrt(0.5) + DEVIATION_FLOOR)
+    assert of_grpo[:, 0].tolist() == pytest.approx([-one, one, 0.0, 0.0, 0.0, 0.0])
+    of_rloo = leave_one_out_advantage(reward_BR, mask_BR, group_B)
+    assert of_rloo[:, 0].tolist() == pytest.approx([-1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    score_B = torch.tensor([1.0, 2.0, NAN, 6.0, NAN, NAN])
+    assert group_spread(score_B, group_B).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert group_spread(torch.tensor([NAN, NAN]), neighbours(2, 2)).tolist() == [0.0, 0.0]
 
 
 def test_neither_the_order_nor_another_group_matters() -> None:
