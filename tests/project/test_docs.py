@@ -79,6 +79,7 @@ def own_files(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         "held_out": answers[:6],
         "pairs": pairs,
         "questions": questions,
+        "thumbs": [{**row, "label": number % 2 == 0} for number, row in enumerate(answers)],
     }
     for name, rows in named.items():
         chain.write(f"{name}.jsonl", rows)
