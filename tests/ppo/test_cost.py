@@ -76,6 +76,14 @@ def test_a_reward_model_of_the_users_counts_as_large_as_it_is(
     assert weights_beside(reward, *first) == pytest.approx(weights_beside(*RULED) + scalar, rel=0.01)
 
 
+def test_every_model_of_an_ensemble_counts(other_reward: tuple[ModelShape, str]) -> None:
+    shape, reward = other_reward
+    one = reward.removeprefix("ppo.reward=")
+    same = ("ppo.critic.init=auto", "ppo.score.normalize=none")
+    three = weights_beside(f"ppo.reward={{of:['{one}','{one}',vader,'{one}'],combine:minimum}}", *same)
+    assert three - weights_beside(*RULED) == 3 * 2 * (shape.parameters - shape.head)
+
+
 def test_it_reads_as_fast_as_its_own_size_allows(other_reward: tuple[ModelShape, str]) -> None:
     def scoring(*overrides: str) -> list[float]:
         found = build("ppo.critic.init=sft", "ppo.score.normalize=none", *overrides)
