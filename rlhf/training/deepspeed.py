@@ -24,10 +24,10 @@ from rlhf.training.engine import Access, Engine, Groups
 from rlhf.training.optimizer import ClippedAdamW, parameter_group
 
 TAG, UNIVERSAL = "zero", "zero_universal"
-BUCKET_ELEMENTS, LIVE_ELEMENTS, PREFETCH_ELEMENTS = 5 * 10**8, 10**9, 5 * 10**7
+BUCKET_ELEMENTS, LIVE_ELEMENTS, PREFETCH_ELEMENTS, WHOLE_ELEMENTS = 5 * 10**8, 10**9, 5 * 10**7, 10**5
 """Gradients that are sent together, from a buffer of this size; weights that stage 3 keeps gathered, and that
-it gathers in advance. These are DeepSpeed's defaults, and upper limits here: they would hold all of a small
-model on each rank."""
+it gathers in advance; and the largest weight that it does not shard. These are DeepSpeed's defaults, and
+upper limits here: they would hold all of a small model on each rank."""
 
 
 def bucket_elements(trained: int) -> int:
@@ -47,6 +47,7 @@ def gathering(total: int) -> dict[str, int]:
         "stage3_max_live_parameters": live_elements(total),
         "stage3_max_reuse_distance": live_elements(total),
         "stage3_prefetch_bucket_size": min(PREFETCH_ELEMENTS, total // 32),
+        "stage3_param_persistence_threshold": min(WHOLE_ELEMENTS, max(1000, total // 10_000)),
     }
 
 

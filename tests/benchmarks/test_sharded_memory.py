@@ -13,6 +13,7 @@ def test_no_rank_of_two_holds_a_whole_model(stage: str, zero: str) -> None:
     (one,), (first, second) = main(["--model", "small", "--zero", zero, "--stages", stage])[f"{stage} {zero}"]
     assert {"loading", "reading", "learning", "checkpointing", "publishing"} <= one.keys()
     for phase in one:
-        share = 0.6 if zero == "fsdp2" else 0.65  # what DeepSpeed itself takes does not shrink with the model
+        gathers_whole = zero == "zero3" and phase == "sampling"  # as the preflight chose: it fits
+        share = 0.65 if gathers_whole else 0.6
         assert max(first[phase], second[phase]) <= share * one[phase], phase
         assert first[phase] == pytest.approx(second[phase], rel=0.1), phase

@@ -62,8 +62,8 @@ class Case(NamedTuple):
 
 
 def write_large(directory: Path, tiny: Path, *, is_tied: bool) -> None:
-    """A model of which every matrix has more elements than those that DeepSpeed never shards (1e5), with an
-    output layer of its own or the embedding's."""
+    """A model of which every matrix has more elements than those that DeepSpeed by itself never shards (1e5),
+    with an output layer of its own or the embedding's."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "hidden_size": 400,
