@@ -22,6 +22,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.pipeline.experiment import Settings, build_experiment
 from rlhf.pipeline.experiment import stage_class as class_of_target
 from rlhf.pipeline.stage import Stage
+from rlhf.rewards.kinds import RewardMix, RewardPart
 from rlhf.stages.ppo import PpoStage
 from rlhf.stages.sft import SftStage
 from rlhf.tracking.tracker import TrackerConfig
@@ -35,7 +36,7 @@ WITH = {
     "experiment": ("sft.data=samples:instructions", "reward.pairs=samples:pairs"),
 }
 """Groups whose choices stand beside others."""
-WITH_DEFAULTS = (PeftConfig, SourceConfig, Bound)
+WITH_DEFAULTS = (PeftConfig, SourceConfig, Bound, RewardMix, RewardPart)
 """Sections that a user writes himself, often as one word; their defaults stand in the class and its docs."""
 CHOICES = [
     (path.parent.relative_to(CONF).as_posix(), path.stem)
