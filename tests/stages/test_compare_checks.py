@@ -38,7 +38,7 @@ def test_what_the_stage_needs_follows_from_its_own_questions_and_corpus(
     data = PreparedData(tmp_path)
     data.write("sft", "train", [SftRow(user("Where is the cat?"), "In.")])
     data.write("sft", "held_out", [SftRow(user("Where is the fox?"), "There.")])
-    for role in ("pairs", "ppo", "replay", "ptx"):
+    for role in ("pairs", "dpo", "ppo", "replay", "ptx"):
         data.write(role, "train", [])
 
     def longest(**changes: Any) -> int:

@@ -217,7 +217,7 @@ def test_a_place_is_no_name_of_a_secret() -> None:
 
 def test_no_key_of_the_config_says_that_its_value_is_a_secret() -> None:
     text = (Path(__file__).parents[2] / "docs" / "keys.md").read_text()
-    keys = re.findall(r"`([a-z0-9_.]+)`", text)
+    keys = re.findall(r"^\| `([a-z0-9_.]+)`", text, re.MULTILINE)
     assert len(keys) > 200
     assert [key for key in keys if says_secret(key)] == []
 
