@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from helpers.chains import Chain, RealChain
 from helpers.encoded import answers_of, pairs_of
+from helpers.experiments import build
 from helpers.jobs import TINY, on_cpu, tiny_base, user
+from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import PairRow, SftRow
 from rlhf.models.load import load_causal_lm
@@ -43,8 +46,16 @@ def trained(chain: Chain, trainer: str, *overrides: str, args: str = FEW) -> Any
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("peft", ["none", "lora"])
-@pytest.mark.parametrize("trainer", ["SFT", "Reward", "DPO", "GRPO"])
+@pytest.mark.parametrize(
+    ("trainer", "peft"),
+    [
+        ("SFT", "lora"), ("GRPO", "none"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+            ("SFT", "none"), ("GRPO", "lora"), ("Reward", "none"), ("Reward", "lora"), ("DPO", "none"),
+            ("DPO", "lora"),
+        )),
+    ],
+)  # fmt: skip
 def test_each_trainer_publishes_a_plain_model(
     trainer: str, peft: str, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -78,13 +89,17 @@ def test_each_trainer_publishes_a_plain_model(
         (("trl.args={output_dir: here}",), "trl.args.output_dir: this project's own keys decide that."),
         (("trl.args={lr_scheduler_type: steep}",), "trl.args={'lr_scheduler_type': 'steep'}: "),
         (("trl.peft=prefix",), "trl.peft=prefix: TRL gets none, lora, dora, ia3."),
-        (("zero=fsdp2",), "zero=fsdp2: TRL would shard in its own way. Use zero=none."),
     ],
 )
 def test_what_trl_is_not_asked_for_is_refused(overrides: tuple[str, ...], said: str, tmp_path: Path) -> None:
     outcome = Chain(tmp_path).run("stage=trl", "trl.init=base", *overrides)
     assert outcome.code == 2
     assert said in outcome.err
+
+
+def test_it_shards_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"zero=fsdp2: TRL would shard in its own way. Use zero=none."):
+        build().stages["trl"].check_compute(replace(on_cpu(), zero="fsdp2"))
 
 
 @pytest.mark.slow
