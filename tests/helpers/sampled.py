@@ -14,7 +14,7 @@ import torch
 from helpers.jobs import small_job, tiny_base, user
 from helpers.spawned import each_case
 from rlhf.compare.retrieval import embeddings
-from rlhf.data.schema import QuestionRow, TextRow
+from rlhf.data.schema import PromptRow, QuestionRow, TextRow
 from rlhf.distributed.compute import Compute, Zero
 from rlhf.evaluation.reference_loss import reference_losses
 from rlhf.evaluation.retention import retention
@@ -77,7 +77,7 @@ def found(job: Job, model: Path, reward: Path) -> dict[str, Any]:
     assert first() is None, "the policy is in memory beside the reward model"
     for count in COUNTS[1:]:
         said[f"scores {count}"] = scores(
-            prompts(count), ["So it is. " * (1 + n) for n in range(count)]
+            [*map(PromptRow, prompts(count))], ["So it is. " * (1 + n) for n in range(count)]
         ).tolist()
     return said
 
