@@ -49,11 +49,19 @@ TOLD = ("train_loss", "eval_loss", "eval_rewards/accuracies", "eval_accuracy", "
 """Figures of TRL that the stage publishes, where the trainer has them."""
 
 
+class ByTrainer:
+    """What a stage publishes: trainer=Reward a reward model, the others a policy."""
+
+    def __get__(self, stage: TrlStage | None, owner: type[TrlStage]) -> Literal["policy", "reward"]:
+        return "reward" if stage is not None and stage.trainer == "Reward" else "policy"
+
+
 class TrlStage(Stage):
     """The keys `trl.*`. Values: conf/stages/trl.yaml."""
 
     name: ClassVar[str] = "trl"
     title: ClassVar[str] = "TRL"
+    publishes: ClassVar[Any] = ByTrainer()
     headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
         "train_loss": ("loss", ".3f"),
         "eval_loss": ("held-out loss", ".3f"),
@@ -70,11 +78,6 @@ class TrlStage(Stage):
     peft: Peft
     reward: RewardSource
     """GRPO: what scores a response."""
-
-    @property
-    def publishes(self) -> Literal["policy", "reward"]:  # type: ignore[override]  # by what trains
-        """A reward model, or a policy."""
-        return "reward" if self.trainer == "Reward" else "policy"
 
     def starts_from(self) -> tuple[str, str]:
         """The model that it trains."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -169,15 +169,21 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
             raise ConfigError(f"{key}: there is a secret in it, and it names a directory. Use another name.")
     classes = {name: stage_class(name, section["_target_"]) for name, section in sections.items()}
     know_roles(classes)
-    know_policies(name for name, each in classes.items() if each.publishes == "policy")
+    makers = [name for name, each in classes.items() if each.publishes == "policy"]
+    know_policies(makers)
     resolved, own, notes = without_auto(resolved)
     checked: dict[str, Stage] = {}
     for name in sorted(sections, key=lambda name: classes[name].repeats_keys):
         values = {key: value for key, value in resolved[name].items() if key != "_target_"}
         checked[name] = validated(classes[name], values, name)
+    know_policies(name for name, each in checked.items() if each.publishes == "policy")  # by their knobs
     for stage in checked.values():
-        check_policies(stage, checked)
+        start = stage.starts_from()
+        named = [(f"{stage.name}.{start[0]}", start[1])] if start and start[1] in makers else []
+        check_policies(stage, named, checked)
         check_roles(stage)
+    for stage in checked.values():  # after those: `evaluate.policies=auto` follows from them
+        check_policies(stage, stage.named_policies(), checked)
     stages = in_order({name: checked[name] for name in sections})
     for name, stage in stages.items():
         for gate, bound in stage.gates.items():
@@ -225,14 +231,17 @@ def check_roles(stage: Stage) -> None:
             )
 
 
-def check_policies(stage: Stage, stages: Mapping[str, Stage]) -> None:
+def check_policies(stage: Stage, named: Iterable[tuple[str, str]], stages: Mapping[str, Stage]) -> None:
     """Refuse the name of a stage that makes no policy.
 
+    Args:
+        named: the stage's keys, and the models that they name.
+
     Raises:
-        ConfigError: with those that do.
+        ConfigError: with the stages that do.
     """
     known = [name for name, each in stages.items() if each.publishes == "policy" and each is not stage]
-    for key, name in stage.named_policies():
+    for key, name in named:
         if name not in known:
             raise ConfigError(
                 f"{key}={name}: no stage of that name makes a policy.{did_you_mean(name, known)} "

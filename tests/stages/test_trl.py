@@ -97,6 +97,15 @@ def test_what_trl_is_not_asked_for_is_refused(overrides: tuple[str, ...], said: 
     assert said in outcome.err
 
 
+def test_other_stages_start_from_its_policy_but_not_from_its_reward_model() -> None:
+    assert "trl" in build("ppo.init=trl").stages["ppo"].inputs()
+    assert (
+        "trl" in build("stage=generate", "generate.policy=trl", "trl.trainer=DPO").stages["generate"].inputs()
+    )
+    with pytest.raises(ConfigError, match=r"ppo\.init=trl: no stage of that name makes a policy"):
+        build("ppo.init=trl", "trl.trainer=Reward")
+
+
 def test_it_shards_nothing() -> None:
     with pytest.raises(ConfigError, match=r"zero=fsdp2: TRL would shard in its own way. Use zero=none."):
         build().stages["trl"].check_compute(replace(on_cpu(), zero="fsdp2"))
