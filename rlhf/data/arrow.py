@@ -24,6 +24,9 @@ PIECE_ROWS = 1000
 PIECE_ITEMS = 1 << 23
 """Characters or token ids after which a piece ends before that: rows can be long."""
 
+BUFFER_BYTES = 2**20
+"""That are written together."""
+
 
 class ArrowWriter:
     """Writes rows one after the other; in memory are those of one piece."""
@@ -33,7 +36,8 @@ class ArrowWriter:
         import pyarrow
 
         self._schema = schema
-        self._file = pyarrow.OSFile(str(path), "wb")
+        # by itself Arrow writes each buffer of each column apart, and each padding
+        self._file = pyarrow.BufferedOutputStream(pyarrow.OSFile(str(path), "wb"), BUFFER_BYTES)
         self._stream = pyarrow.ipc.new_stream(self._file, schema)
         self._columns: dict[str, list[Any]] = {name: [] for name in schema.names}
         self._items = 0
