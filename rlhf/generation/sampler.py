@@ -168,8 +168,9 @@ def _read(model: PreTrainedModel, prompts: list[Tensor], pad_id: int) -> tuple[D
         padded on the left.
     """
     asked = [tuple(prompt.tolist()) for prompt in prompts]
-    places = {ids: place for place, ids in enumerate(dict.fromkeys(asked))}
-    prompts = [torch.tensor(ids) for ids in places]
+    unique = dict(zip(asked, prompts, strict=True))
+    places = {ids: place for place, ids in enumerate(unique)}
+    prompts = [*unique.values()]
     layers, width = growing_cache(model).layers, len(prompts[0])
     is_packed = model.config._attn_implementation == ATTENTION
     is_packed = is_packed and all(isinstance(layer, GrowingLayer) for layer in layers)
