@@ -100,14 +100,12 @@ def neighbours(num_episodes: int, group_size: int) -> Tensor:
 
 
 def _distances(reward_BR: Tensor, mask_BR: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
-    """By episode, its total reward minus its group's mean, and the group's size; fp64. Rows without a token
-    do not count, and get 0."""
+    """By episode, its total reward minus its group's mean, and the group's size; fp64, in which the mean of
+    equal fp32 numbers is exact. Rows without a token do not count, and get 0."""
     counts_B = mask_BR.any(1)
     total_B = torch.where(mask_BR, reward_BR, 0.0).sum(1, dtype=torch.float64)
-    lowest_B = _extreme(total_B.masked_fill(~counts_B, torch.inf), group_B, "amin")
-    above_B = torch.where(counts_B, total_B - lowest_B, 0.0)  # exactly 0 where all are equal
     size_B = _of_group(counts_B.double(), group_B)
-    distance_B = above_B - _of_group(above_B, group_B) / size_B.clamp(min=1)
+    distance_B = total_B - _of_group(total_B, group_B) / size_B.clamp(min=1)
     return torch.where(counts_B, distance_B, 0.0), size_B
 
 

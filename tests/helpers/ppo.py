@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from rlhf.stages.ppo import PpoStage
 from rlhf.training.engine import Access, PlainEngine
 from rlhf.training.trained import load_trained
 
+if TYPE_CHECKING:
+    import pytest
+
 SETTINGS = (
     "model=tiny", "ppo.peft=none", "ppo.temperature=1.0", "ppo.critic.init=sft", "ppo.score.normalize=none",
     "ppo.score.missing_stop_penalty=0.0", "ppo.kl.coef=0.0", "ppo.optim.lr=6e-3", "ppo.critic.optim.lr=6e-3",
@@ -46,6 +49,18 @@ ROWS = [PromptRow(user(f"{QUESTIONS[n % 4]} {n}")) for n in range(16)]
 def starts_with_e(prompts: list[str], responses: list[str]) -> list[float]:
     """1 for a response that begins with the letter e; an untrained byte model says it once in 259."""
     return [float(response.startswith("e")) for response in responses]
+
+
+def signal_at(trainer: PolicyTrainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SIGTERM come while the trainer takes this step, as the operating system would tell of it."""
+    take = trainer.step
+
+    def interrupted(rows: Sequence[PromptRow], number: int) -> dict[str, float]:
+        if number == step:
+            trainer.job.checkpoints.signals._handle(15, None)
+        return take(rows, number)
+
+    monkeypatch.setattr(trainer, "step", interrupted)
 
 
 def prompts(numbers: range) -> list[PromptRow]:

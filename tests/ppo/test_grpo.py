@@ -12,7 +12,7 @@ import torch
 
 from helpers.grpo import OfSomePrompts, constant, grpo_job, grpo_stage, grpo_trainer
 from helpers.jobs import user
-from helpers.ppo import best_weights, equal, prompts, shake, weights
+from helpers.ppo import best_weights, equal, prompts, shake, signal_at, weights
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.ppo.metrics import UpdateSums
@@ -225,14 +225,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     expected = through.train(TRAIN, HELD_OUT)
     assert expected["resampled_groups"] > 0
     first = trainer_in("first")
-    take = first.step
-
-    def interrupted(rows: Sequence[PromptRow], step: int) -> dict[str, float]:
-        if step == 3:
-            first.job.checkpoints.signals._handle(15, None)
-        return take(rows, step)
-
-    monkeypatch.setattr(first, "step", interrupted)
+    signal_at(first, 3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         first.train(TRAIN, HELD_OUT)
     second = trainer_in("second")

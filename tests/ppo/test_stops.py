@@ -14,9 +14,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from helpers.ppo import actor_critic, best_weights, equal, prompts, resumed_learner
+from helpers.ppo import actor_critic, best_weights, equal, prompts, resumed_learner, signal_at
 from rlhf.config import ConfigError
-from rlhf.data.schema import PromptRow
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts
 
@@ -237,14 +236,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
     expected = train(through)
 
     first = learner_in(tmp_path / "first", tiny_model, Length(), *overrides)
-    take = first.step
-
-    def interrupted(rows: Sequence[PromptRow], step: int) -> dict[str, float]:
-        if step == 3:
-            first.job.checkpoints.signals._handle(15, None)
-        return take(rows, step)
-
-    monkeypatch.setattr(first, "step", interrupted)
+    signal_at(first, 3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(first)
     asked = Length()
