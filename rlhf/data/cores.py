@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
 from multiprocessing import Pipe, get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from rlhf.config import ConfigError
+from rlhf.distributed.signals import STOPPING
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -60,7 +62,8 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
         waiting: deque[Future[Any]] = deque()
         try:
             for piece in chain(first, pieces):
-                waiting.append(pool.submit(_call, piece))
+                with _unheard():
+                    waiting.append(pool.submit(_call, piece))
                 if len(waiting) > 2 * num_cores:
                     yield waiting.popleft().result()
             while waiting:
@@ -75,6 +78,17 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """While open, what stops the run waits. The first piece forks the workers, and a signal would otherwise
+    raise in one that does not yet ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(function: Callable[[Any], Any], stopped: Connection) -> None:
     """In a worker, before its first piece."""
     global _function, _stopped
@@ -82,8 +96,9 @@ def _begin(function: Callable[[Any], Any], stopped: Connection) -> None:
     gc.freeze()  # to look for garbage in what the parent had would take a tenth of the time
     gc.set_threshold(GARBAGE)
     signal.set_wakeup_fd(-1)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)  # what stops the run reaches the parent too, which stops us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     signal.signal(STOP, _give_up)
     threading.Thread(target=_hear_parent, args=(threading.get_ident(),), daemon=True).start()
 

@@ -21,10 +21,12 @@ def test_a_time_out_names_the_missing_rank(tmp_path: Path, on_gpu: bool) -> None
     device = "auto" if on_gpu else "cpu"
     overrides = (
         f"device={device}", f"launch.processes={RANKS}", "stage=sft", "sft.epochs=300",
-        "checkpoint.every_steps=1", "distributed.timeout=6",
+        "checkpoint.every_steps=1", "distributed.timeout=20",
     )  # fmt: skip
     process = RealChain(tmp_path).start_until("sft", 1, "hangs", *overrides)
-    os.kill(ranks_of(process.pid)[1], signal.SIGSTOP)
+    ranks = ranks_of(process.pid)
+    assert sorted(ranks) == [0, 1], process.communicate(timeout=120)
+    os.kill(ranks[1], signal.SIGSTOP)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "rank 0 waited for rank 1 (last seen " in err, err

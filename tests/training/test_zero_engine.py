@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -68,3 +69,4 @@ def test_a_process_that_left_its_group_joins_another(tiny_model: Path) -> None:
         policy = load_causal_lm(tiny_model, TINY, compute.dtype)
         make_engine(ResponseModel(policy), [(policy.parameters(), OPTIM)], compute)
         leave_group(compute)
+        assert "LOCAL_RANK" not in os.environ, "what starts next would look for other ranks"
