@@ -408,9 +408,7 @@ def leave_group(compute: Compute) -> None:
         elif distributed.is_initialized():
             distributed.destroy_process_group()
         if "RANK" not in os.environ:
-            os.environ.pop(
-                "LOCAL_RANK", None
-            )  # of DeepSpeed's group of one; others believe it
+            os.environ.pop("LOCAL_RANK", None)  # of DeepSpeed's group of one; others believe it
 
 
 def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
