@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-VERDICT = re.compile(r"\b([ABT])\b")
+VERDICT = re.compile(r"\b[ABT]\b")
+TIE = re.compile(r"\b(?:a )?tied?\b", re.IGNORECASE)
 NOT_IN_KEY = frozenset({"rubric", "key_variable", "price_in", "price_out", "cache", "parallel"})
 """Arguments that do not decide a score; the rubric's content does, not its place."""
 
@@ -129,11 +130,10 @@ class Judge:
                 self.counts["failures"] += 1
                 return None
             return number
-        verdicts = [VERDICT.search(reply) for reply in replies]
-        if not all(verdicts):
+        first, second = (verdict(reply) for reply in replies)
+        if first is None or second is None:
             self.counts["failures"] += 1
             return None
-        first, second = (verdict[1] for verdict in verdicts if verdict)
         wins = {"A": 1.0, "B": 0.0, "T": 0.5}[first], {"A": 0.0, "B": 1.0, "T": 0.5}[second]
         self.counts["disagreements"] += wins[0] != wins[1]
         return wins[0] if wins[0] == wins[1] else 0.5
@@ -209,6 +209,13 @@ class Judge:
         prices = self.args.price_in * counts["tokens_in"] + self.args.price_out * counts["tokens_out"]
         names = ("asked", "cached", "failures", "disagreements", "tokens_in", "tokens_out")
         return {f"judge_{name}": float(counts[name]) for name in names} | {"judge_cost": prices / 1e6}
+
+
+def verdict(reply: str) -> str | None:
+    """A, B or T: the one that the last line names; None if it names none, or both responses without a tie."""
+    last = reply.strip().rpartition("\n")[2]
+    named = {*VERDICT.findall(TIE.sub("T", last))}
+    return named.pop() if len(named) == 1 else "T" if len(named) == 3 else None
 
 
 def read_rubric(source: str, args: JudgeArgs) -> str:

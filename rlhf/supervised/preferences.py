@@ -110,7 +110,23 @@ class Preferences:
         return replace(self, other_B2=numpy.where(self.has_B2, theirs_B2, ABSENT))
 
     def with_reference(self, reference_B2: NDArray[Any], other_reference_B2: NDArray[Any]) -> Preferences:
-        """With what the reference says of each side."""
+        """With what the reference says of each side.
+
+        Raises:
+            ConfigError: something that is no number.
+        """
+        import numpy
+
+        said_B4 = numpy.concatenate([reference_B2, other_reference_B2], -1)
+        odd_B4 = ~numpy.isfinite(said_B4)
+        if odd_B4.any():
+            count, first = odd_B4.any(-1).sum(), odd_B4.any(-1).argmax()
+            raise ConfigError(
+                f"STAGE.init: the reference's log-probability is not finite in {count} of {len(self)} rows, "
+                f"first in row {self.row_B[first]} (from 0), where it is {said_B4[odd_B4][0]}. Its weights "
+                "are damaged, or the precision is too small for them: try precision=fp32, or another "
+                "STAGE.init."
+            )
         return replace(self, reference_B2=reference_B2, other_reference_B2=other_reference_B2)
 
     @property
@@ -414,5 +430,5 @@ def read_reference(path: Path, rows: Preferences) -> Preferences:
     from rlhf.data.arrow import mapped
 
     table = mapped(path)
-    columns = [numpy.nan_to_num(table[name].to_numpy()) for name in COLUMNS]
+    columns = [table[name].fill_null(0.0).to_numpy() for name in COLUMNS]
     return rows.with_reference(numpy.stack(columns[:2], -1), numpy.stack(columns[2:], -1))

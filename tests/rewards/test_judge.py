@@ -131,6 +131,10 @@ def prefers(word: str) -> Callable[[str], str]:
     (prefers("baseline"), 0.0, 0),
     (lambda question: "A", 0.5, 1),  # always the first
     (lambda question: "T", 0.5, 0),
+    (lambda question: "A tie", 0.5, 0),
+    (lambda question: "It's a tie: A and B say the same.", 0.5, 0),
+    (lambda question: "B is longer.\n\n**A**\n", 0.5, 1),  # the last line is the verdict
+    (lambda question: "A good answer, but B is better", None, 0),  # which of them?
     (lambda question: "neither", None, 0),
 ])  # fmt: skip
 def test_a_pair_is_asked_twice_with_the_places_swapped(

@@ -28,7 +28,15 @@ from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
 from rlhf.pipeline.job import Job
 from rlhf.stages.dpo import DpoStage
-from rlhf.supervised.preferences import ABSENT, Preferences, all_logps, logps, reference_point
+from rlhf.supervised.preferences import (
+    ABSENT,
+    Preferences,
+    all_logps,
+    logps,
+    read_reference,
+    reference_point,
+    write_reference,
+)
 
 SETTINGS = (
     "model=tiny", "dpo.optim.lr=3e-2", "dpo.batch_rows=4", "dpo.epochs=2", "dpo.evaluations=2",
@@ -165,6 +173,21 @@ def test_ktos_reference_point_is_the_mean_log_ratio_of_other_answers(tiny_model:
         for budget in (1, 10_000):
             point = reference_point(ResponseModel(one), stage, ready, budget, compute)
             assert float(point) == pytest.approx(max(0.0, wanted), rel=1e-4)
+
+
+def test_a_reference_that_says_no_number_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    """It would count as probability 1: what is absent is 0 too."""
+    rows = preferences(tiny_model, [pair(1), thumb(2), pair(5)])
+    asked_B2, path = rows.reference_B2 - 3.5, tmp_path / "reference.arrow"
+    write_reference(path, rows.with_reference(asked_B2, asked_B2))
+    again = read_reference(path, rows)
+    assert again.reference_B2.tolist() == [[-3.5, -3.5], [-3.5, 0.0], [-3.5, -3.5]]
+    assert again.other_reference_B2.tolist() == [[0.0, 0.0]] * 3
+    for value in (math.nan, -math.inf):
+        asked_B2[2, 1] = value
+        told = rf"not finite in 1 of 3 rows, first in row 2 \(from 0\), where it is {value}"
+        with pytest.raises(ConfigError, match=told):
+            rows.with_reference(asked_B2, rows.other_reference_B2)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from helpers.chains import Chain, RealChain
 from helpers.encoded import answers_of, pairs_of
 from helpers.experiments import build
+from helpers.grpo import grpo_trainer
 from helpers.jobs import TINY, on_cpu, tiny_base, user
+from helpers.ppo import shake
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
-from rlhf.data.schema import PairRow, SftRow
+from rlhf.data.schema import PairRow, PromptRow, SftRow
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
 from rlhf.models.value_head import load_scalar_model
+from rlhf.ppo.metrics import UpdateSums
+from rlhf.ppo.trainer import repeated
 from rlhf.supervised.answers import answer_step
 from rlhf.supervised.pairs import pair_step
 from rlhf.training.config import OptimConfig
@@ -137,17 +142,22 @@ def ours(
     """The loss, and by name the gradients, which the engine hands to its masters."""
     engine: Any = make_engine(wrapped, [(model.parameters(), OPTIM)], on_cpu())
     engine.set_rates(0, 10)
-    names = {id(each): name for name, each in model.named_parameters()}
     kept: Gradients = {}
     take = engine.step
 
     def keep() -> None:
-        pairs = engine.optimizer._pairs
-        kept.update({names[id(each)]: master.grad for each, master in pairs if master.grad is not None})
+        kept.update(gradients_in(engine, model))
         take()
 
     engine.step = keep
     return step(engine)["loss"], kept
+
+
+def gradients_in(engine: Any, model: nn.Module) -> Gradients:
+    """What an engine would take its next step by."""
+    names = {id(each): name for name, each in model.named_parameters()}
+    pairs = engine.optimizer._pairs
+    return {names[id(each)]: master.grad.clone() for each, master in pairs if master.grad is not None}
 
 
 def theirs(trainer: Any) -> tuple[float, Gradients]:
@@ -160,10 +170,10 @@ def theirs(trainer: Any) -> tuple[float, Gradients]:
 
 
 def settings(kind: Any, directory: Path, **more: Any) -> Any:
-    return kind(
-        output_dir=str(directory), report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=9,
-        gradient_checkpointing=False, disable_tqdm=True, **more,
-    )  # fmt: skip
+    return kind(**{
+        "output_dir": str(directory), "report_to": "none", "use_cpu": True, "bf16": False,
+        "per_device_train_batch_size": 9, "gradient_checkpointing": False, "disable_tqdm": True, **more,
+    })  # fmt: skip
 
 
 def agree(one: tuple[float, Gradients], other: tuple[float, Gradients]) -> None:
@@ -233,3 +243,108 @@ def test_the_reward_model_has_trls_loss_and_gradients(
         train_dataset=datasets.Dataset.from_list(encoded), processing_class=tokenizer,
     )  # fmt: skip
     agree(mine, theirs(trainer))
+
+
+SEQUENCE = ("grpo.loss_mean=sequence",)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["first step", "after a step"])
+@pytest.mark.parametrize(
+    ("overrides", "of_trl"),
+    [
+        (SEQUENCE, {"loss_type": "grpo"}),
+        (
+            ("grpo.loss_mean=token", "grpo.clip_high=0.3", "grpo.dual_clip=1.4"),
+            {"loss_type": "dapo", "epsilon_high": 0.3, "delta": 1.4},
+        ),
+        (
+            ("grpo.loss_mean=constant", "grpo.divide_by_deviation=false"),
+            {"loss_type": "dr_grpo", "scale_rewards": "none"},
+        ),
+        ((*SEQUENCE, "grpo.ratio=sequence"), {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    ],
+    ids=["grpo", "dapo", "dr_grpo", "gspo"],
+)
+def test_grpo_has_trls_loss_and_gradients(
+    overrides: tuple[str, ...], of_trl: dict[str, Any], moved: bool, tmp_path: Path, tiny_model: Path
+) -> None:
+    """For the same answers, sampled by a policy that has left its reference: at the policy that sampled, and
+    at one that has moved on, where some tokens' ratios are clipped.
+
+    TRL's default differs in one point: `use_bias_correction_kl` multiplies the KL by the ratio.
+    """
+    of_trl = {"use_bias_correction_kl": False, **of_trl}
+    ours, theirs, _ = group_step(
+        trl.GRPOTrainer, trl.GRPOConfig, overrides, of_trl, moved, tmp_path, tiny_model
+    )
+    agree(ours, theirs)
+
+
+def test_rloo_has_trls_gradients_up_to_the_limit_of_an_answer(tmp_path: Path, tiny_model: Path) -> None:
+    """TRL's loss is a mean over answers of the sum over their tokens. `loss_mean=constant` divides by the
+    limit of an answer too. Its loss has one ratio an answer, the product of those of its tokens, so that away
+    from the policy that sampled, and as a number, it is another: -mean(A) when the ratios are 1.
+    """
+    overrides = (
+        "grpo.advantage=rloo", "grpo.loss_mean=constant", "grpo.kl.place=reward", "grpo.kl.estimator=k1",
+    )  # fmt: skip
+    of_trl = {"normalize_advantages": False}
+    (_, ours), (loss, theirs), advantages = group_step(
+        trl.RLOOTrainer, trl.RLOOConfig, overrides, of_trl, False, tmp_path, tiny_model
+    )
+    longest = 8
+    agree((loss, {name: longest * each for name, each in ours.items()}), (loss, theirs))
+    assert loss == pytest.approx(-float(advantages.mean()), abs=1e-5)
+
+
+def group_step(
+    kind: Any,
+    config: Any,
+    overrides: tuple[str, ...],
+    of_trl: dict[str, Any],
+    moved: bool,
+    directory: Path,
+    start: Path,
+) -> tuple[tuple[float, Gradients], tuple[float, Gradients], Tensor]:
+    """Loss and gradients of our trainer, and of TRL's, for the same answers; and the answers' advantages."""
+    import datasets
+
+    trainer = grpo_trainer(
+        directory / "job", start, "grpo.kl.coef=0.5", "ppo.temperature=0.7", "grpo.clip=0.2", *overrides
+    )
+    trainer.policy.stop_ids = list(range(0, 259, 15))  # answers of many lengths
+    shake(trainer)
+    sampled_by = deepcopy(trainer.policy.model.state_dict())
+    rows = repeated([PromptRow(user(f"{n}{' and the sea' * n}")) for n in range(4)], 4)
+    experience, _ = trainer.experience(rows)
+    answers = [ids.tolist() for ids in experience.rollout.response_ids]
+    assert len({*map(len, answers)}) > 3
+    if moved:
+        shake(trainer)
+    sums = UpdateSums(trainer.objective.figures)
+    trainer.update.accumulate(experience, [sums], critic_only=False)
+    figures = sums.means(trainer.compute)
+    assert figures["clip_fraction"] > 0.05 if moved else figures["clip_fraction"] == 0.0
+    mine = figures["policy_loss"], gradients_in(trainer.engine, trainer.policy.model)
+
+    prompts = [{"prompt": row.prompt} for row in rows]
+    other = kind(
+        model=AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
+        reward_funcs=lambda **_: experience.score_B.tolist(),
+        args=settings(
+            config, directory, beta=0.5, temperature=0.7, epsilon=0.2, num_generations=4, num_iterations=2,
+            max_completion_length=8, per_device_train_batch_size=len(rows), **of_trl,
+        ),
+        train_dataset=datasets.Dataset.from_list(prompts),
+        processing_class=tiny_base(start).load_tokenizer(),
+    )  # fmt: skip
+    other._generate_single_turn = lambda *_: (answers, None) if kind is trl.GRPOTrainer else answers
+    other.model.load_state_dict(sampled_by)
+    other.model.train()
+    other.current_gradient_accumulation_steps = 1
+    batch = other._generate_and_score_completions(prompts)
+    other.model.load_state_dict(trainer.policy.model.state_dict())
+    loss = other.compute_loss(other.model, batch)
+    loss.backward()
+    gradients = {name: each.grad for name, each in other.model.named_parameters()}
+    return mine, (float(loss.detach()), gradients), batch["advantages"]
