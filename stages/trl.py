@@ -11,20 +11,19 @@ github.com/huggingface/trl.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.costs.training import artifact_bytes
-from rlhf.data.schema import PairRow, PromptRow, SftRow
+from rlhf.data.chat_template import exchange_ids
+from rlhf.data.schema import PairRow, PromptRow, Row, SftRow
 from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.models.peft.config import Peft, PeftConfig
@@ -34,7 +33,7 @@ from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import RewardMix, RewardSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 ROLES = {"SFT": "sft", "Reward": "pairs", "DPO": "pairs", "GRPO": "ppo"}
 """Trainer -> the rows that it learns from."""
@@ -63,9 +62,8 @@ class TrlStage(Stage):
     title: ClassVar[str] = "TRL"
     publishes: ClassVar[Any] = ByTrainer()
     headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "train_loss": ("loss", ".3f"),
-        "eval_loss": ("held-out loss", ".3f"),
-    }
+        "train_loss": ("loss", ".3f"), "eval_loss": ("held-out loss", ".3f"),
+    }  # fmt: skip
     in_chain: ClassVar[bool] = False
     repeats_keys: ClassVar[bool] = True
 
@@ -104,11 +102,7 @@ class TrlStage(Stage):
         return {**super().external_digests(digest), "trl": _version()}
 
     def check_compute(self, compute: Compute) -> None:
-        """Refuse what TRL is not asked for.
-
-        Raises:
-            ConfigError: in the user's own keys.
-        """
+        """Refuse what TRL is not asked for."""
         if compute.zero != "none":
             raise ConfigError(f"zero={compute.zero}: TRL would shard in its own way. Use zero=none.")
         if self.peft.method not in PEFT:
@@ -117,10 +111,9 @@ class TrlStage(Stage):
         if taken := sorted(OURS & {*given}):
             raise ConfigError(f"trl.args.{taken[0]}: this project's own keys decide that. Remove it.")
         known = sorted(each.name for each in fields(self._classes()[1]))
-        for name in given:
-            if name not in known:
-                near = did_you_mean(name, known)
-                raise ConfigError(f"trl.args.{name}: {self.trainer}Config (TRL {_version()}) has none.{near}")
+        for name in (each for each in given if each not in known):
+            near = did_you_mean(name, known)
+            raise ConfigError(f"trl.args.{name}: {self.trainer}Config (TRL {_version()}) has none.{near}")
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """What it writes. TRL's memory and time are not predicted."""
@@ -129,24 +122,14 @@ class TrlStage(Stage):
 
     def run(self, job: Job) -> None:
         """Train, and publish the model with its adapter merged."""
-        from transformers import set_seed
-
-        from rlhf.models.peft.attach import check_attachable, count_parameters, tuner_config
-        from rlhf.models.save import save_policy
+        from rlhf.models.peft.attach import count_parameters
+        from rlhf.models.save import save_policy, write_model
 
         self.check_compute(job.compute)
-        set_seed(job.seed)
-        start = job.start(self.init)
-        tokenizer, tuner = start.load_tokenizer(), None
-        model = self._load(start.directory, tokenizer)
-        if self.peft.method != "none":
-            check_attachable(model, self.peft)
-            tuner = tuner_config(model, self.peft)
-            tuner.task_type = "SEQ_CLS" if self.trainer == "Reward" else "CAUSAL_LM"
-        place = TemporaryDirectory(prefix=f"{job.directory.name}.", dir=job.directory.parent)
-        with place as scratch, warnings.catch_warnings():
+        scratch = job.directory / "trainer"
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of what TRL calls
-            trainer = self._trainer(job, model, tokenizer, tuner, scratch)
+            trainer = self._trainer(job, scratch)
             trained, _ = count_parameters(trainer.model)
             state = Resumable(trainer)
             job.checkpoints.restore(state)
@@ -154,12 +137,13 @@ class TrlStage(Stage):
                 figures = trainer.train(resume_from_checkpoint=state.directory).metrics
             if self.trainer != "GRPO":
                 figures |= trainer.evaluate()
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
         if job.compute.is_main:
-            model = model.merge_and_unload() if tuner else model
+            shutil.rmtree(scratch, ignore_errors=True)  # nobody may have written there
+            model = model if self.peft.method == "none" else model.merge_and_unload()
             model.to(device="cpu", dtype=job.compute.dtype)
             if self.trainer == "Reward":
-                model.save_pretrained(job.directory)
+                write_model(model, job.directory)
                 tokenizer.save_pretrained(job.directory)
             else:
                 save_policy(model, tokenizer, job.directory)
@@ -171,104 +155,94 @@ class TrlStage(Stage):
             "artifact_bytes": sum(file.stat().st_size for file in job.directory.glob("*.safetensors")),
         })  # fmt: skip
 
-    def _load(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """In fp32, as TRL does; bf16 is autocast."""
-        import torch
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-        if self.trainer != "Reward":
-            policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-            return policy
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-            directory, num_labels=1, dtype=torch.float32
-        )
-        model.config.pad_token_id = tokenizer.pad_token_id
-        return model
-
     def _classes(self) -> tuple[Any, Any]:
         """TRL's trainer and its config. Neither tells anybody that it is used."""
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        import trl
         from huggingface_hub import constants
 
-        constants.HF_HUB_DISABLE_TELEMETRY = True  # it has read the environment before
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+        import trl
+
         return getattr(trl, f"{self.trainer}Trainer"), getattr(trl, f"{self.trainer}Config")
 
-    def _trainer(
-        self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tuner: Any, scratch: str
-    ) -> Any:
+    def _trainer(self, job: Job, scratch: Path) -> Any:
         """TRL's, whose figures are logged, and which stops and is saved as this project's are."""
         import datasets
         import torch
-        from transformers import PrinterCallback, TrainerCallback
+        import transformers
 
-        kind, config = self._classes()
+        from rlhf.models.peft.attach import tuner_config
 
-        class Prepared(kind):  # type: ignore[misc, valid-type]  # of another package
-            """It has token ids already. DPO alone would ask for texts."""
+        class Steps(transformers.TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+                job.log(rest["logs"], state.global_step)
 
-            def _prepare_dataset(self, dataset: Any, *arguments: Any, **named: Any) -> Any:
-                return dataset
-
-        class Steps(TrainerCallback):
-            def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                logs = kwargs["logs"].items()
-                numbers = {name: value for name, value in logs if isinstance(value, int | float)}
-                job.log(numbers, state.global_step)
-
-            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step > 0:  # that step is logged now
-                    step = state.global_step
+            def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+                if step := state.global_step:  # that step is logged now
                     job.checkpoints.after_step(step, Resumable(trainer), {"step": step})
 
+        kind, config = self._classes()
         try:
             settings = config(**{
                 "logging_steps": 1, **({"completion_only_loss": True} if self.trainer == "SFT" else {}),
-                **(self.args or {}), "output_dir": scratch, "seed": job.seed,
+                **(self.args or {}), "output_dir": str(scratch), "seed": job.seed,
                 "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
                 "use_cpu": job.compute.device.type == "cpu", "bf16": job.compute.dtype == torch.bfloat16,
             })  # fmt: skip
         except (TypeError, ValueError) as error:
             raise ConfigError(f"trl.args={self.args}: {error}") from None
+        transformers.set_seed(job.seed)
+        start, is_reward = job.start(self.init), self.trainer == "Reward"
+        tokenizer, tuner, auto, head = start.load_tokenizer(), None, "CausalLM", {}
+        if is_reward:
+            auto, head = "SequenceClassification", {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+        made = getattr(transformers, f"AutoModelFor{auto}").from_pretrained
+        model = made(start.directory, dtype=torch.float32, **head)  # bf16 is autocast
+        if self.peft.method != "none":
+            tuner = tuner_config(model, self.peft)
+            tuner.task_type = "SEQ_CLS" if is_reward else "CAUSAL_LM"
         train, held_out = (
-            datasets.Dataset.from_list([*self._rows(job, tokenizer, split)])
+            datasets.Dataset.from_list([
+                self._example(tokenizer, index, row)
+                for index, row in enumerate(job.data.rows(ROLES[self.trainer], split))
+            ])
             for split in ("train", "held_out")
-        )
-        trainer = (Prepared if self.trainer == "DPO" else kind)(
+        )  # fmt: skip
+        if self.trainer == "DPO":  # it alone would ask for texts
+            kind = type(kind.__name__, (kind,), {"_prepare_dataset": lambda self, dataset, *_: dataset})
+        trainer = kind(
             model=model, args=settings, train_dataset=train, processing_class=tokenizer, peft_config=tuner,
             callbacks=[Steps()],
             **({"reward_funcs": self._scored(job)} if self.trainer == "GRPO" else {"eval_dataset": held_out}),
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(transformers.PrinterCallback)
         return trainer
 
-    def _rows(self, job: Job, tokenizer: PreTrainedTokenizerBase, split: str) -> Iterator[dict[str, Any]]:
+    def _example(self, tokenizer: PreTrainedTokenizerBase, index: int, row: Row) -> dict[str, Any]:
         """Token ids, as this project's own trainers read them; GRPO's prompts as messages."""
-        from rlhf.data.chat_template import exchange_ids
-
-        for index, row in enumerate(job.data.rows(ROLES[self.trainer], split)):
-            if isinstance(row, PromptRow):
-                yield {"prompt": row.prompt, "row": index}
-            elif isinstance(row, SftRow):
-                ids, begin = exchange_ids(tokenizer, row.prompt, row.completion)
-                yield {"input_ids": ids, "completion_mask": [0] * begin + [1] * (len(ids) - begin)}
-            else:
-                assert isinstance(row, PairRow)
-                (chosen, begin), (rejected, _) = (
-                    exchange_ids(tokenizer, row.prompt, text) for text in (row.chosen, row.rejected)
-                )
-                apart = 0 if self.trainer == "Reward" else begin
-                prompt = {"prompt_ids": chosen[:begin]} if apart else {}
-                yield {**prompt, "chosen_ids": chosen[apart:], "rejected_ids": rejected[apart:]}
+        if isinstance(row, PromptRow):
+            return {"prompt": row.prompt, "row": index}
+        if isinstance(row, SftRow):
+            ids, begin = exchange_ids(tokenizer, row.prompt, row.completion)
+            return {"input_ids": ids, "completion_mask": [0] * begin + [1] * (len(ids) - begin)}
+        assert isinstance(row, PairRow)
+        chosen, begin = exchange_ids(tokenizer, row.prompt, row.chosen)
+        rejected, _ = exchange_ids(tokenizer, row.prompt, row.rejected)
+        if self.trainer == "Reward":
+            return {"chosen_ids": chosen, "rejected_ids": rejected}
+        return {"prompt_ids": chosen[:begin], "chosen_ids": chosen[begin:], "rejected_ids": rejected[begin:]}
 
     def _scored(self, job: Job) -> Any:
-        """This project's reward in TRL's form."""
+        """This project's reward in TRL's form. TRL asks each rank for its own answers, and this project's
+        reward is asked for those of all ranks, which share the work."""
+        from accelerate.utils import gather_object
+
         reward, rows = job.reward(self.reward, 4096), job.data.rows("ppo", "train")
 
         def score(prompts: Any, completions: Any, row: list[int], **columns: Any) -> list[float | None]:
-            texts = [each[-1]["content"] for each in completions]
-            scores = reward([rows[index] for index in row], texts).tolist()
-            return [None if value != value else value for value in scores]
+            own = [(index, said[-1]["content"]) for index, said in zip(row, completions, strict=True)]
+            asked, begin = gather_object(own), job.compute.rank * len(own)
+            scores = reward([rows[index] for index, _ in asked], [text for _, text in asked]).tolist()
+            return [None if value != value else value for value in scores[begin:][: len(own)]]
 
         return score
 
@@ -286,11 +260,10 @@ class Resumable:
 
     def save(self, directory: Path) -> None:
         """Move what the trainer writes."""
-        trainer = self.trainer
-        trainer._save_checkpoint(trainer.model, None)
-        trainer.accelerator.wait_for_everyone()
-        if trainer.is_world_process_zero():
-            (written,) = Path(trainer.args.output_dir).glob("checkpoint-*")
+        self.trainer._save_checkpoint(self.trainer.model, None)
+        self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.is_world_process_zero():
+            (written,) = Path(self.trainer.args.output_dir).glob("checkpoint-*")
             for file in written.iterdir():
                 shutil.move(file, directory / file.name)
             written.rmdir()

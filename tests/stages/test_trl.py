@@ -12,23 +12,27 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.chains import Chain, RealChain
 from helpers.encoded import answers_of, pairs_of
-from helpers.experiments import build
+from helpers.experiments import build, build_stage
 from helpers.grpo import grpo_trainer
-from helpers.jobs import TINY, on_cpu, tiny_base, user
-from helpers.ppo import shake
+from helpers.jobs import TINY, on_cpu, small_job, tiny_base, user
+from helpers.ppo import prompts, shake
+from helpers.spawned import start_ranks
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.schema import PairRow, PromptRow, SftRow
+from rlhf.distributed.compute import Compute
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
 from rlhf.models.value_head import load_scalar_model
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import repeated
+from rlhf.stages.trl import TrlStage
 from rlhf.supervised.answers import answer_step
 from rlhf.supervised.pairs import pair_step
 from rlhf.training.config import OptimConfig
@@ -117,16 +121,63 @@ def test_it_shards_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["SFT", "DPO"])
+def test_two_ranks_learn_what_one_learns(trainer: str, tmp_path: Path) -> None:
+    def settings_for(ranks: int) -> tuple[str, ...]:
+        args = "max_steps: 3, learning_rate: 1e-3, lr_scheduler_type: constant, adam_epsilon: 1e-4"
+        return (
+            "stage=trl", f"trl.trainer={trainer}", "trl.init=base", f"launch.processes={ranks}",
+            "precision=fp32", f"trl.args={{per_device_train_batch_size: {4 // ranks}, {args}}}",
+        )  # fmt: skip
+
+    one = Chain(tmp_path).run(*settings_for(1))
+    two = RealChain(tmp_path / "two")
+    two.run("two", *settings_for(2))
+    (artifact,) = two.store("two").glob("trl/[!.]*/model.safetensors")
+    assert {file.name for file in artifact.parent.iterdir()} == {
+        file.name for file in one.artifact("trl").iterdir()
+    }
+    weights = load_file(artifact)
+    for name, weight in load_file(one.artifact("trl") / "model.safetensors").items():
+        assert torch.allclose(weights[name], weight, rtol=0, atol=1e-6), name
+    losses = [value for (_, _, name), value in two.curve("two").items() if name == "trl/loss"]
+    assert len(losses) == 3 and losses[2] < losses[0]
+
+
+@pytest.mark.slow
+def test_each_rank_gets_the_scores_of_its_own_answers(tmp_path: Path, tiny_model: Path) -> None:
+    """As many as each has, of a reward that all ranks ask for all answers."""
+    found = start_ranks(scores_of_own, 2, tmp_path, tiny_model, timeout=60.0, seconds=120.0)()
+    assert found == {0: [1.0, 0.0, 1.0], 1: [0.0, 1.0, 0.0]}
+
+
+def scores_of_own(compute: Compute, directory: Path, model: Path) -> list[float | None]:
+    from accelerate import PartialState
+
+    PartialState(cpu=True)
+    stage = build_stage(TrlStage, "trl.trainer=GRPO", "ppo.reward=python:helpers.ppo:starts_with_e")
+    job = small_job("trl", directory / str(compute.rank) / "job", tiny_base(model), compute=compute)
+    job.data.write("ppo", "train", prompts(range(6)))
+    texts = ["eel" if (number + compute.rank) % 2 == 0 else "cat" for number in range(3)]
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    score: list[float | None] = stage._scored(job)([], answers, row=[0, 1, 2])
+    return score
+
+
+@pytest.mark.slow
 def test_stopped_by_a_signal_it_goes_on_from_trls_own_checkpoint(tmp_path: Path) -> None:
+    """On two ranks, each with its own random numbers in it."""
     chain = RealChain(tmp_path)
     args = (
-        "stage=trl", "trl.init=base", "trl.args={max_steps: 30, per_device_train_batch_size: 4}",
-        "checkpoint.every_steps=2",
+        "stage=trl", "trl.init=base", "trl.args={max_steps: 30, per_device_train_batch_size: 2}",
+        "checkpoint.every_steps=2", "launch.processes=2",
     )  # fmt: skip
     process = chain.start_until("trl", 4, "run", *args)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=100)
     assert process.returncode != 0
+    (checkpoint, *_) = chain.store("run").glob("trl/.*.checkpoints/step-*")
+    assert len([*checkpoint.glob("rng_state_*.pth")]) == 2
     out, _ = chain.run("run", *args)
     assert "trl: continues from step " in out
     steps = [row["step"] for row in chain.metrics("run") if "trl/loss" in row]
@@ -327,7 +378,7 @@ def group_step(
     assert figures["clip_fraction"] > 0.05 if moved else figures["clip_fraction"] == 0.0
     mine = figures["policy_loss"], gradients_in(trainer.engine, trainer.policy.model)
 
-    prompts = [{"prompt": row.prompt} for row in rows]
+    asked = [{"prompt": row.prompt} for row in rows]
     other = kind(
         model=AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
         reward_funcs=lambda **_: experience.score_B.tolist(),
@@ -335,14 +386,14 @@ def group_step(
             config, directory, beta=0.5, temperature=0.7, epsilon=0.2, num_generations=4, num_iterations=2,
             max_completion_length=8, per_device_train_batch_size=len(rows), **of_trl,
         ),
-        train_dataset=datasets.Dataset.from_list(prompts),
+        train_dataset=datasets.Dataset.from_list(asked),
         processing_class=tiny_base(start).load_tokenizer(),
     )  # fmt: skip
     other._generate_single_turn = lambda *_: (answers, None) if kind is trl.GRPOTrainer else answers
     other.model.load_state_dict(sampled_by)
     other.model.train()
     other.current_gradient_accumulation_steps = 1
-    batch = other._generate_and_score_completions(prompts)
+    batch = other._generate_and_score_completions(asked)
     other.model.load_state_dict(trainer.policy.model.state_dict())
     loss = other.compute_loss(other.model, batch)
     loss.backward()
