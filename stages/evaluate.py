@@ -44,7 +44,7 @@ PASSES = 2
 
 
 OF_SUBJECT = (
-    "win_rate", "win_rate_learned", "gold_gain", "score_gain",
+    "win_rate", "win_rate_learned", "gold_gain", "score_gain", "length_ratio",
     "task_gain", "retention_perplexity_ratio", "retention_loss", "question_accuracy_change",
 )  # fmt: skip
 """Summary metrics of each policy, /POLICY behind them; without a name, of evaluate.subject."""
@@ -67,7 +67,7 @@ class EvaluateStage(Stage):
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
@@ -175,8 +175,10 @@ class EvaluateStage(Stage):
         return ("evaluate",)
 
     def not_checked(self) -> dict[str, str]:
-        """Nothing is forgotten of no retention set."""
-        return {} if self.retention else dict.fromkeys(RETAINED, "evaluate.retention=null")
+        """Nothing is forgotten of no retention set; no length is compared with itself."""
+        apart = self.start in self.policies and self.subject != self.start
+        found = {} if apart else {"length_ratio": f"only {self.subject} of these is compared"}
+        return found if self.retention else found | dict.fromkeys(RETAINED, "evaluate.retention=null")
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""

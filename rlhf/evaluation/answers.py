@@ -99,9 +99,10 @@ def described(said: Answers) -> dict[str, float]:
 
 
 def gains(said: Answers, start: Answers) -> dict[str, float]:
-    """The scores against those of what PPO started from, prompt by prompt, where both have one; the gold
-    score decides who wins where there is one."""
-    metrics: dict[str, float] = {}
+    """Against the answers of what PPO started from, prompt by prompt: their length, and the scores where both
+    have one. The gold score decides who wins where there is one."""
+    length_B, other_length_B = said.rollout.response_lengths, start.rollout.response_lengths
+    metrics: dict[str, float] = ratio(length_B, other_length_B).metrics("length_ratio")
     won = {}
     for kind, score_B in said.scores.items():
         own_B, other_B = both_scored(score_B, start.scores[kind])

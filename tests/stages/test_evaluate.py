@@ -17,7 +17,7 @@ from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Row, SftRow, TextRow
-from rlhf.evaluation.answers import Answers, task_gain
+from rlhf.evaluation.answers import Answers, figures, task_gain
 from rlhf.evaluation.retention import Retained
 from rlhf.pipeline.job import Job
 from rlhf.rl.rollout import Rollout
@@ -141,6 +141,23 @@ def test_an_answer_of_which_one_model_reads_less_is_no_gain() -> None:
     assert gains["task_gain"] == pytest.approx(15 / 20)  # tokens of another size, each answer whole
 
 
+def test_the_length_is_that_of_all_answers_against_those_of_the_start() -> None:
+    def answers(*lengths: int) -> Answers:
+        responses = [torch.ones(length, dtype=torch.long) for length in lengths]
+        asked = [torch.tensor([1])] * len(lengths)
+        rollout = Rollout(asked, responses, torch.ones(len(lengths), dtype=torch.bool))
+        return Answers(
+            rollout, [""] * len(lengths), torch.zeros(1, 1), *[torch.zeros(0)] * 2,
+            Retained([], *[torch.zeros(0)] * 3), {},
+        )  # fmt: skip
+
+    said = figures("ppo", {"ppo": answers(4, 5, 12), "sft": answers(2, 4, 1)}, start="sft")
+    assert said["length_ratio"] == 21 / 7
+    assert said["length_ratio_low"] < 3 < said["length_ratio_high"]
+    assert said["length_ratio_rows"] == 3
+    assert "win_rate" not in said  # there is no score
+
+
 def test_the_task_is_learned_where_its_answers_become_likelier(
     finished: Job, published: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -206,7 +223,7 @@ def test_the_comparison_is_of_ppo(finished: Job) -> None:
 def test_every_policy_is_compared_with_what_ppo_started_from(finished: Job) -> None:
     metrics = finished.summary
     assert metrics is not None
-    for metric in ("win_rate", "gold_gain"):
+    for metric in ("win_rate", "gold_gain", "length_ratio"):
         names = [f"{metric}{end}" for end in ("", "_low", "_high", "_rows")]
         assert [metrics[f"{name}/ppo"] for name in names] == [metrics[name] for name in names]
         assert not {f"{name}/sft" for name in names} & metrics.keys()
@@ -258,6 +275,12 @@ def test_figures_follow_from_the_answers_in_the_files(finished: Job) -> None:
         assert metrics[f"stop_rate/{name}"] == pytest.approx(
             sum(row[name]["stopped"] for row in rows) / len(PROMPTS)
         )
+
+
+def test_a_policy_by_itself_has_no_length_to_compare() -> None:
+    assert "length_ratio" not in make_stage().not_checked()
+    assert "length_ratio" in make_stage(policies=["base", "sft"], subject="sft").not_checked()
+    assert "length_ratio" in make_stage(policies=["base", "ppo"]).not_checked()
 
 
 def test_every_answer_is_a_sample(finished: Job) -> None:
