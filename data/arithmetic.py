@@ -1,4 +1,4 @@
-"""Make `arithmetic.jsonl` and `arithmetic_held_out.jsonl` again, the same rows each time: `python data/arithmetic.py`.
+"""Make `arithmetic.jsonl` and `arithmetic_held_out.jsonl`, the same rows each time: `python data/arithmetic.py`.
 
 Two numbers that stand together in a held-out problem stand together in no training problem, in neither order
 and with no operator.
@@ -43,7 +43,10 @@ def problems(rows: int, held_out: bool) -> dict[str, int]:
     for form, numbers_of, answer_of in KINDS:
         wanted = len(answers) + rows
         for _ in range(DRAWS):
-            large, small = (draw.randint(11, 99), draw.randint(11, 99)), (draw.randint(2, 9), draw.randint(2, 9))
+            large, small = (
+                (draw.randint(11, 99), draw.randint(11, 99)),
+                (draw.randint(2, 9), draw.randint(2, 9)),
+            )
             numbers = numbers_of(*large, *small)
             if all(is_held_out(pair) is held_out for pair in combinations(numbers, 2)):
                 answers[form.format(*numbers)] = answer_of(*numbers)

@@ -1,4 +1,4 @@
-"""The arithmetic set: right answers, anybody can make it again, and training sees no pair of held-out operands."""
+"""The arithmetic set: right answers, made again by its script, and no pair of held-out operands in training."""
 
 from __future__ import annotations
 
