@@ -1,4 +1,4 @@
-"""Make `arithmetic.jsonl` and `arithmetic_held_out.jsonl`, the same rows each time: `python data/arithmetic.py`.
+"""Make arithmetic.jsonl and arithmetic_held_out.jsonl, the same rows each time: `python data/arithmetic.py`.
 
 Two numbers that stand together in a held-out problem stand together in no training problem, in neither order
 and with no operator.

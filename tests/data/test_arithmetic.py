@@ -1,4 +1,4 @@
-"""The arithmetic set: right answers, made again by its script, and no pair of held-out operands in training."""
+"""The arithmetic set: right answers, made by its script, and no pair of held-out operands in training."""
 
 from __future__ import annotations
 
