@@ -146,10 +146,8 @@ def test_the_length_is_that_of_all_answers_against_those_of_the_start() -> None:
         responses = [torch.ones(length, dtype=torch.long) for length in lengths]
         asked = [torch.tensor([1])] * len(lengths)
         rollout = Rollout(asked, responses, torch.ones(len(lengths), dtype=torch.bool))
-        return Answers(
-            rollout, [""] * len(lengths), torch.zeros(1, 1), *[torch.zeros(0)] * 2,
-            Retained([], *[torch.zeros(0)] * 3), {},
-        )  # fmt: skip
+        nothing, known = torch.zeros(0), Retained([], *[torch.zeros(0)] * 3)
+        return Answers(rollout, [""] * len(lengths), torch.zeros(1, 1), nothing, nothing, known, {})
 
     said = figures("ppo", {"ppo": answers(4, 5, 12), "sft": answers(2, 4, 1)}, start="sft")
     assert said["length_ratio"] == 21 / 7
