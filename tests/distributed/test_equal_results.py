@@ -65,23 +65,10 @@ def test_losses_gradients_and_scores_are_those_of_one_rank(chain: RealChain, nam
     compare(chain, reference, name, ("ppo",))
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("two_ranks", ("launch.processes=2",)),
-        pytest.param(
-            "zero3",
-            ("launch.processes=2", "zero=zero3", "grpo.frozen_placement=sharded"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("fsdp2", ("launch.processes=2", "zero=fsdp2"), marks=pytest.mark.slow),
-    ],
-)
-def test_groups_without_a_critic_are_those_of_one_rank(
-    chain: RealChain, name: str, overrides: tuple[str, ...]
-) -> None:
-    names = (f"groups_of_one_rank_for_{name}", f"groups_{name}")
-    for each, settings in zip(names, ((), overrides), strict=True):
+def test_groups_without_a_critic_are_those_of_one_rank(chain: RealChain) -> None:
+    """tests/distributed/test_every_sharding.py has every zero=."""
+    names = ("groups_of_one_rank", "groups_of_two")
+    for each, settings in zip(names, ((), ("launch.processes=2",)), strict=True):
         shutil.copytree(chain.store(chain.run_once()), chain.store(each))
         chain.run(each, *GROUPS, *settings)
     compare(chain, names[0], names[1], ("grpo",))
