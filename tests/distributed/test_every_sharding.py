@@ -43,4 +43,4 @@ def test_two_ranks_make_what_one_makes(tiny_model: Path, tmp_path: Path) -> None
             for name in (f"one-{algorithm}", f"{zero}-{algorithm}")
         )
         for name, weight in weights.items():
-            torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-5), (zero, algorithm, name)
+            assert torch.allclose(found[name], weight, rtol=0, atol=1e-5), (zero, algorithm, name)
