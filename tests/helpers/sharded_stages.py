@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -65,7 +66,7 @@ def run_stage(compute: Compute, algorithm: str, directory: Path, model: Path) ->
     return {name: value for name, value in job.summary.items() if not name.startswith("token_seconds")}
 
 
-def sampling_of(compute: Compute) -> str:
+def sampling_of(compute: Compute) -> Literal["whole", "layers"]:
     """As the preflight would choose, where a model is too large to be sampled from whole."""
     return "layers" if compute.shards_weights else "whole"
 
