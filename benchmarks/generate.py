@@ -210,6 +210,7 @@ def make_task(options: argparse.Namespace) -> Task:
     work = make_work(
         "skewed", options.directory.resolve(), steps=1, peft="none", precision=options.precision,
         model=options.model, episodes=options.prompts, new_tokens=options.new_tokens,
+        natural=options.lengths == "natural",
     )  # fmt: skip
     torch.set_num_threads(work["threads"])
     config = ModelConfig(kind="local", path=work["model"])

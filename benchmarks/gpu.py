@@ -26,7 +26,7 @@ from peer_work import Work
 from ppo_step import HERE, episodes_per_second, operations, run, show_phases, tokens_per_second
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
-from workloads import base_model, make_work
+from workloads import ANSWERS, base_model, make_work
 
 from rlhf.distributed.device import hardware, has_gpu
 from rlhf.models.base import ModelConfig, load_tokenizer
@@ -112,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]  # fmt: skip
         if options.peer_python:
             known = {field.name: work[field.name] for field in fields(Work) if field.name in work}
+            answers = ANSWERS["grpo"]
+            batches = [batch[: len(batch) // answers] for batch in work["batches"]]
+            known |= {"algorithm": "grpo", "answers": answers, "batches": batches}
             theirs = run(options.peer_python, "peer_trl_grpo.py", known, directory / "grpo.log")
             row += [
                 f"{median(theirs['seconds'][1:]):.2f}",

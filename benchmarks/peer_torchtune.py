@@ -20,7 +20,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 import torchtune
 from omegaconf import OmegaConf
-from peer_work import Report, Work, run_peer
+from peer_work import CLOCKS, Report, Work, run_peer
 from torchtune.training import FullModelHFCheckpointer
 from torchtune.training.metric_logging import StdoutLogger
 
@@ -48,7 +47,7 @@ def measure(work: Work) -> Report:
         recipe.setup(config)
         dataset, log = recipe._dataloader.dataset, recipe._metric_logger
         recipe.train()
-        report.asked = [*dataset.asked, time.perf_counter()]
+        report.asked = [*dataset.asked, CLOCKS[work.clock]()]
     report.score_mean = log.scores
     report.new_tokens = [round((last_index + 1) * work.episodes) for last_index in log.last_indices]
     return report
@@ -58,7 +57,8 @@ class Prompts(torch.utils.data.Dataset[dict[str, list[int]]]):
     """A data set component: all prompts in order. Notes when the first one of a step is asked for."""
 
     def __init__(self, tokenizer: Any, work: str) -> None:
-        self._batches = Work(**json.loads(work)).batches
+        self._work = Work(**json.loads(work))
+        self._batches = self._work.batches
         self.asked: list[float] = []
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class Prompts(torch.utils.data.Dataset[dict[str, list[int]]]):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         step, row = divmod(index, len(self._batches[0]))
         if row == 0:
-            self.asked.append(time.perf_counter())
+            self.asked.append(CLOCKS[self._work.clock]())
         ids = self._batches[step][row]
         return {"tokens": ids, "labels": ids}
 

@@ -16,6 +16,7 @@ Everything is what `trl.experimental.ppo` does by itself, but for these choices:
 - numpy is seeded too: PPOTrainer seeds torch only, and shuffles its minibatches with numpy.
 - peft=lora puts an adapter into all linear layers of the policy, and the policy without it is the reference.
   TRL trains the value model in full all the same.
+- Where work.json has lengths, answers end there: `generate` gets a logits processor (forced_lengths.py).
 - Where work.json asks for evaluations, the policy answers `held_out` when the iterable above is asked for the
   batch after so many steps: as the trainer lets it answer prompts, but with random numbers of its own, and
   while the clock stands still.
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from forced_lengths import force_transformers
 from peer_work import Report, Work, run_peer
 from peft import LoraConfig
 from transformers import (
@@ -58,6 +60,8 @@ def measure(work: Work) -> Report:
         trainer = _trainer(work, directory, tokenizer, meter)
         meter.report.precision = _precision(trainer)
         trainer.dataloader = InOrder(work, trainer, meter.report)
+        if work.lengths is not None:
+            force_transformers(trainer.model.policy, work.lengths, work.stop_id, work.never)
         trainer.train()
         meter.report.ask()
         evaluate(work, trainer, meter.report, len(work.batches))
@@ -68,7 +72,7 @@ class Meter(TrainerCallback):
     """Takes the mean score from what the trainer logs, and lengths from what the reward model is shown."""
 
     def __init__(self, work: Work, pad_id: int) -> None:
-        self.report = Report(precision="")
+        self.report = Report(precision="", clock=work.clock)
         self._work, self._pad_id = work, pad_id
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,11 +1,18 @@
-"""Time TRL's GRPOTrainer, on a GPU with vLLM beside it: `PEER_PYTHON benchmarks/peer_trl_grpo.py work.json`.
+"""Time TRL's GRPOTrainer or RLOOTrainer: `PEER_PYTHON benchmarks/peer_trl_grpo.py work.json`.
+
+TRL 1.16, which this project's `bench` extra has. On a GPU it samples with vLLM, and has an environment of its
+own:
 
     python3 -m venv grpo
     grpo/bin/pip install 'trl[vllm]==1.16.0' peft==0.21.2
 
-GRPO has no critic: it answers each prompt several times and compares the answers. So a step takes a part of
-the prompts in work.json, and makes as many episodes of them. On a CPU transformers samples, without vLLM. All
-else is what TRL does by itself, but for the values in work.json.
+On a CPU transformers samples. The trainer is made as its documentation does, with the models by their
+names, so that everything is its default (fp32 weights under bf16 autocast, sampling in fp32, gradient
+checkpointing), but for the values in work.json, and for these choices:
+
+- Prompts come as text, in the order of work.json. The tokens that the model is asked must be those there.
+- One micro-batch per minibatch, as for PPO (peer_trl.py).
+- Where work.json has lengths, answers end there: `generate` gets a logits processor (forced_lengths.py).
 """
 
 from __future__ import annotations
@@ -15,14 +22,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from forced_lengths import force_transformers
 from peer_work import Report, Work, run_peer
 from peft import LoraConfig
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 PACKAGES = ["trl", "transformers", "accelerate", "peft", "torch"]
-ANSWERS = 4
-"""Of each prompt."""
 SHARE_OF_VLLM = 0.3
 """Of the GPU's memory."""
 
@@ -31,7 +37,7 @@ class Meter(TrainerCallback):
     """When steps begin and end, and what TRL logs of them."""
 
     def __init__(self, work: Work) -> None:
-        self.report = Report(precision="bf16 autocast" if work.precision == "bf16" else "fp32")
+        self.report = Report(precision="", clock=work.clock)
         self._episodes = work.episodes
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -54,50 +60,69 @@ def measure(work: Work) -> Report:
     """Train on work's batches."""
     torch.set_num_threads(work.threads)
     meter, tokenizer = Meter(work), AutoTokenizer.from_pretrained(work.model, padding_side="left")
-    prompts = [tokenizer.decode(ids) for batch in work.batches for ids in batch[: work.episodes // ANSWERS]]
+    prompts = [ids for batch in work.batches for ids in batch]
+    texts = [tokenizer.decode(ids) for ids in prompts]
+    assert tokenizer(texts)["input_ids"] == prompts, "TRL is asked the same tokens"
+    trainer_class = {"grpo": GRPOTrainer, "rloo": RLOOTrainer}[work.algorithm]
     with tempfile.TemporaryDirectory() as directory:
-        trainer = GRPOTrainer(
+        trainer = trainer_class(
             model=work.model,
-            reward_funcs=AutoModelForSequenceClassification.from_pretrained(work.reward, num_labels=1),
-            reward_processing_classes=AutoTokenizer.from_pretrained(work.reward),
+            reward_funcs=work.reward,
             args=_config(work, directory),
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            train_dataset=Dataset.from_dict({"prompt": texts}),
             processing_class=tokenizer,
             callbacks=[meter],
             peft_config=_lora(work) if work.peft == "lora" else None,
         )
+        meter.report.precision = _describe(trainer)
+        if work.lengths is not None:
+            force_transformers(trainer.model, work.lengths, work.stop_id, work.never)
         trainer.train()
     return meter.report
 
 
-def _config(work: Work, directory: str) -> GRPOConfig:
+def _config(work: Work, directory: str) -> GRPOConfig | RLOOConfig:
     on_gpu = torch.cuda.is_available()
     whole = {"ignore_eos": True} if on_gpu else {"min_new_tokens": work.new_tokens}
-    return GRPOConfig(
-        output_dir=directory,
-        use_cpu=not on_gpu,
-        bf16=work.precision == "bf16",
-        seed=work.seed,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        shuffle_dataset=False,
-        max_steps=len(work.batches),
-        learning_rate=work.lr,
-        lr_scheduler_type=work.lr_schedule,
-        per_device_train_batch_size=work.minibatch_episodes,
-        gradient_accumulation_steps=work.episodes // work.minibatch_episodes,
-        num_generations=ANSWERS,
-        num_iterations=work.epochs,
-        max_completion_length=work.new_tokens,
-        temperature=work.temperature,
-        beta=work.kl_coef,
-        epsilon=work.clip,
-        generation_kwargs={} if work.honour_stop else whole,
-        use_vllm=on_gpu,
-        vllm_mode="colocate",
-        vllm_gpu_memory_utilization=SHARE_OF_VLLM,
+    shared: dict[str, Any] = {
+        "output_dir": directory,
+        "use_cpu": not on_gpu,
+        "seed": work.seed,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "shuffle_dataset": False,
+        "max_steps": len(work.batches),
+        "learning_rate": work.lr,
+        "lr_scheduler_type": work.lr_schedule,
+        "per_device_train_batch_size": work.minibatch_episodes,
+        "gradient_accumulation_steps": work.episodes // work.minibatch_episodes,
+        "gradient_checkpointing": work.checkpointing,
+        "num_generations": work.answers,
+        "num_iterations": work.epochs,
+        "max_completion_length": work.new_tokens,
+        "temperature": work.temperature,
+        "beta": work.kl_coef,
+        "epsilon": work.clip,
+        "generation_kwargs": {} if work.honour_stop else whole,
+        "use_vllm": on_gpu,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": SHARE_OF_VLLM,
+    }
+    if work.precision != "auto":
+        shared["bf16"] = work.precision == "bf16"
+    return {"grpo": GRPOConfig, "rloo": RLOOConfig}[work.algorithm](**shared)
+
+
+def _describe(trainer: GRPOTrainer | RLOOTrainer) -> str:
+    """Precision and checkpointing, in words."""
+    weights = next(trainer.model.parameters())
+    autocast = trainer.accelerator.mixed_precision
+    return (
+        f"{str(weights.dtype).removeprefix('torch.')} weights, "
+        f"{'no autocast' if autocast == 'no' else f'{autocast} autocast'}, gradient checkpointing "
+        f"{'on' if trainer.args.gradient_checkpointing else 'off'}"
     )
 
 

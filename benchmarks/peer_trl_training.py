@@ -1,11 +1,12 @@
-"""Time TRL's SFTTrainer and RewardTrainer: `python benchmarks/peer_trl_training.py work.json`.
+"""Time TRL's SFTTrainer, RewardTrainer and DPOTrainer: `python benchmarks/peer_trl_training.py work.json`.
 
-TRL 1.16, which this project's `test` extra has. The trainer is made as its documentation does, with the model
-by its name, so that everything is its default (fp32 weights under bf16 autocast, gradient checkpointing,
-batches padded to their longest row), but for these choices:
+TRL 1.16, which this project's `bench` extra has. The trainer is made as its documentation does, with the
+model by its name, so that everything is its default (fp32 weights under bf16 autocast, gradient
+checkpointing, batches padded to their longest row), but for these choices:
 
 - Rows come as token ids, in the order in which this project takes them (train_sampling_strategy=sequential),
-  so that every step sees the same tokens on both sides.
+  so that every step sees the same tokens on both sides. DPO's trainer tokenizes rows itself, so it gets them
+  when it is made.
 - Batch size, learning rate, Adam's epsilon and the weight that centers scores are this project's.
 - Every step is logged (logging_steps=1), as this project does; nothing is saved.
 - --peer-checkpointing off turns gradient checkpointing off: faster, and more memory.
@@ -19,21 +20,26 @@ import json
 import resource
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
+from peer_work import CLOCKS
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+Config: TypeAlias = SFTConfig | RewardConfig | DPOConfig
+Trainer: TypeAlias = SFTTrainer | RewardTrainer | DPOTrainer
 
 
 class Meter(TrainerCallback):
     """Notes when each step is done, and what went through the model until then."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self.ends: list[float] = []
         self.losses: list[float] = []
         self.positions_at_end: list[int] = []
@@ -41,13 +47,15 @@ class Meter(TrainerCallback):
         self._positions, self._tokens = 0, 0
 
     def count(self, _: torch.nn.Module, __: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        """A forward pre-hook of the model."""
+        """A forward pre-hook of the model. DPO's reference, whose pass has no gradient, does not count."""
+        if not torch.is_grad_enabled():
+            return
         self._positions += arguments["input_ids"].numel()
         self._tokens += int(arguments["attention_mask"].sum())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Once a step."""
-        self.ends.append(time.perf_counter())
+        self.ends.append(self._clock())
         self.positions_at_end.append(self._positions)
         self.tokens_at_end.append(self._tokens)
 
@@ -69,7 +77,7 @@ def peak_bytes(work: dict[str, Any]) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def make_config(work: dict[str, Any], directory: str) -> SFTConfig | RewardConfig:
+def make_config(work: dict[str, Any], directory: str) -> Config:
     """TRL's defaults, with the choices above."""
     shared = {
         "output_dir": directory,
@@ -92,30 +100,36 @@ def make_config(work: dict[str, Any], directory: str) -> SFTConfig | RewardConfi
         shared["gradient_checkpointing"] = False
     if work["stage"] == "sft":
         return SFTConfig(**shared)
+    if work["stage"] == "dpo":
+        return DPOConfig(**shared, beta=0.1)
     return RewardConfig(**shared, center_rewards_coefficient=work["center"])
 
 
-def make_trainer(work: dict[str, Any], directory: str, meter: Meter) -> SFTTrainer | RewardTrainer:
+def make_trainer(work: dict[str, Any], directory: str, meter: Meter) -> Trainer:
     """The trainer of the stage."""
     trainer_class, task = {
         "sft": (SFTTrainer, "CAUSAL_LM"), "reward": (RewardTrainer, "SEQ_CLS"),
+        "dpo": (DPOTrainer, "CAUSAL_LM"),
     }[work["stage"]]  # fmt: skip
     lora = LoraConfig(
         task_type=task, r=work["lora_rank"], lora_alpha=work["lora_alpha"], target_modules="all-linear"
     )
-    trainer: SFTTrainer | RewardTrainer = trainer_class(
+    encoded = Dataset.from_list(work["encoded"])
+    texts = Dataset.from_list([{"prompt": "What?", "chosen": "This.", "rejected": "That."}])
+    trainer: Trainer = trainer_class(
         model=work["model"],
         args=make_config(work, directory),
-        train_dataset=Dataset.from_list(work["encoded"]),
+        train_dataset=texts if work["stage"] == "dpo" else encoded,
         processing_class=AutoTokenizer.from_pretrained(work["model"]),
         callbacks=[meter],
         peft_config=lora if work["peft"] == "lora" else None,
     )
+    trainer.train_dataset = encoded
     trainer.model.register_forward_pre_hook(meter.count, with_kwargs=True)
     return trainer
 
 
-def describe(trainer: SFTTrainer | RewardTrainer) -> str:
+def describe(trainer: Trainer) -> str:
     """Precision and checkpointing, in words."""
     weights = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
     autocast = trainer.accelerator.mixed_precision
@@ -130,7 +144,7 @@ def main() -> None:
     """Run the work, print what it took."""
     work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
-    meter = Meter()
+    meter = Meter(CLOCKS[work["clock"]])
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as directory:
         trainer = make_trainer(work, directory, meter)
         how = describe(trainer)

@@ -14,8 +14,11 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Literal
+
+CLOCKS = {"wall": perf_counter, "cpu": process_time}
+"""cpu: seconds in which the process computed, which other work on the machine hardly changes."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,24 @@ class Work:
     """Steps between the samplings that are reported; one comes before the first step too. 0: none."""
     held_out: list[list[int]] = field(default_factory=list)
     """What is answered then, as token ids like those of batches."""
+    algorithm: Literal["ppo", "grpo", "rloo"] = "ppo"
+    answers: int = 1
+    """To each prompt, side by side."""
+    clock: Literal["wall", "cpu"] = "wall"
+    lengths: list[list[int]] | None = None
+    """Per step, the tokens of each answer, its end included (forced_lengths.py); None for natural ones."""
+    never: list[int] = field(default_factory=list)
+    """Tokens that may not stand within an answer of a forced length."""
+    checkpointing: bool = True
+    """Whether TRL's GRPO and RLOO compute activations twice, as they do by default."""
 
     @property
     def episodes(self) -> int:
         """Episodes of one step; the peers fix it for the whole run."""
-        sizes = {len(batch) for batch in self.batches}
+        sizes = {len(batch) * self.answers for batch in self.batches}
         if len(sizes) != 1 or min(sizes) % self.minibatch_episodes:
             raise ValueError(
-                f"batches: {sorted(sizes)} prompts. All steps need the same number, a multiple of "
+                f"batches: {sorted(sizes)} answers. All steps need the same number, a multiple of "
                 f"minibatch_episodes={self.minibatch_episodes}."
             )
         return sizes.pop()
@@ -87,9 +100,10 @@ class Report:
 
     precision: str
     """What was computed in which precision, in words."""
+    clock: Literal["wall", "cpu"] = "wall"
     asked: list[float] = field(default_factory=list)
-    """When the trainer asked for the step's prompts (`time.perf_counter`), then when it was done with all;
-    the clock stands still while `paused`."""
+    """When the trainer asked for the step's prompts, then when it was done with all; the clock stands still
+    while `paused`."""
     new_tokens: list[int] = field(default_factory=list)
     """Response tokens up to and including the first stop token."""
     score_mean: list[float] = field(default_factory=list)
@@ -103,14 +117,14 @@ class Report:
 
     def ask(self) -> None:
         """The trainer asks for the next step's prompts, or is done with all."""
-        self.asked.append(perf_counter() - self.pauses)
+        self.asked.append(CLOCKS[self.clock]() - self.pauses)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """What runs inside belongs to no step."""
-        start = perf_counter()
+        start = CLOCKS[self.clock]()
         yield
-        self.pauses += perf_counter() - start
+        self.pauses += CLOCKS[self.clock]() - start
 
     def as_json(self, episodes: list[int], packages: list[str]) -> str:
         """The line that the benchmark reads; `episodes` of each step."""

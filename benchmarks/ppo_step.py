@@ -1,14 +1,18 @@
-"""What one PPO step costs, phase by phase, and what it costs others.
+"""What one step of PPO, GRPO or RLOO costs, phase by phase, and what it costs others.
 
     python benchmarks/ppo_step.py                                        # uniform, all parameters
     python benchmarks/ppo_step.py --workload skewed --peft lora
     python benchmarks/ppo_step.py --peer trl --peer-python ~/trl/bin/python
+    python benchmarks/ppo_step.py --algorithm grpo --workload skewed --peer trl
+
+Skewed lengths are drawn once, and forced on both sides: the n-th answer ends at the n-th length
+(forced_lengths.py). A run whose answers have other lengths ends with an error.
 
 Every run is a fresh process; with a peer they alternate, and each pair, which has a seed of its own, gives
-one ratio: of the medians over the steps, and beside it that of sampled tokens per second, which differs where
-answers do in length. All figures leave out the first step, which warms up. The matmul peak is the better one
-of two measurements in the run's process, before its first step and after its last. Peers' runners are for
-CPUs, so with a peer this project takes device=cpu.
+one ratio, of the medians over the steps. All figures leave out the first step, which warms up. The matmul
+peak is the better one of two measurements in the run's process, before its first step and after its last.
+Peers' runners are for CPUs, so with a peer this project takes device=cpu. GRPO and RLOO are compared with TRL
+1.16, which this project's own environment has; PPO's peers need --peer-python.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from peer_work import Work
 from rich.table import Table
 from run_rlhf import make_single, overrides
 from transformers import AutoConfig
-from workloads import SHAPES, make_work
+from workloads import ANSWERS, SHAPES, make_work
 
 from rlhf.config import ConfigError
 
@@ -79,7 +83,8 @@ def operations(
 ) -> dict[str, float]:
     """Useful matrix operations of each phase (2 a weight and token, 6 where it trains): no padding, no
     recomputation, no attention scores, and what rows begin with alike once. The pass in `score` is the first
-    in `update` where the rollout fits into one (`rlhf.ppo.update.PolicyUpdater.score`), and counts there."""
+    in `update` where the rollout fits into one (`rlhf.ppo.update.PolicyUpdater.score`), and is not counted
+    again."""
     config = AutoConfig.from_pretrained(work["model"])
     head = config.hidden_size * config.vocab_size
     key_value = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
@@ -92,12 +97,13 @@ def operations(
     every = 2 * trunk * (prompt + response) * min(1.0, positions_a_token)
     passes = work["epochs"] - 1 if prompt + response <= micro_batch_tokens else work["epochs"]
     train = 4 if work["peft"] == "lora" else 6  # an adapter needs no gradients of the frozen weights
+    models = 2 if work["algorithm"] == "ppo" else 1  # policy and critic
     return {
         "generate": every + 2 * head * response,
         "reward": every,
-        "score": 2 * every + 2 * head * response,
+        "score": models * every + 2 * head * response,
         "reference": every + 2 * head * response,
-        "update": (work["epochs"] * (train - 2) + passes * 2) * (every + head * response),
+        "update": (work["epochs"] * (train - 2) + passes * 2) * (models * every / 2 + head * response),
     }
 
 
@@ -137,26 +143,45 @@ def show_phases(work: dict[str, Any], answer: dict[str, Any]) -> None:
 
 
 def show_peer(name: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    """Pair by pair."""
+    """Pair by pair. Both sides sampled equally many tokens."""
     table = Table(
-        "pair", "rlhf, s a step", f"{name}, s a step", "rlhf, sampled tokens", f"{name}, sampled tokens",
-        "episodes/s, ratio", "tokens/s, ratio", "memory, ratio", box=None,
+        "pair", "rlhf, s a step", f"{name}, s a step", "sampled tokens", "rlhf, peak GB", f"{name}, peak GB",
+        "episodes/s, ratio", "memory, ratio", box=None,
     )  # fmt: skip
-    ratios, by_tokens, memory = [], [], []
+    ratios, memory = [], []
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), 1):
         ratios.append(episodes_per_second(mine) / episodes_per_second(other))
-        by_tokens.append(tokens_per_second(mine) / tokens_per_second(other))
         memory.append(mine["peak_bytes"] / other["peak_bytes"])
         table.add_row(
             str(number), f"{median(mine['seconds'][1:]):.2f}", f"{median(other['seconds'][1:]):.2f}",
-            sampled(mine), sampled(other), f"{ratios[-1]:.2f}", f"{by_tokens[-1]:.2f}", f"{memory[-1]:.2f}",
+            sampled(mine), f"{mine['peak_bytes'] / 1e9:.2f}", f"{other['peak_bytes'] / 1e9:.2f}",
+            f"{ratios[-1]:.2f}", f"{memory[-1]:.2f}",
         )  # fmt: skip
     console.print(table)
     console.print(
-        f"median: {median(ratios):.2f} times the episodes/s of {name} in {median(memory):.2f} of its memory; "
-        f"{median(by_tokens):.2f} times its sampled tokens/s"
+        f"median: {median(ratios):.2f} times the episodes/s of {name} in {median(memory):.2f} of its memory"
     )
     console.print(f"{name}: {theirs[0]['precision']}; {theirs[0]['versions']}")
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """The option for a machine that others use too."""
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall",
+        help="cpu: CPU seconds of one thread on both sides, for a machine that does other work too",
+    )  # fmt: skip
+
+
+def clocked(clock: str) -> dict[str, Any]:
+    """What a runner has to know of it. CPU seconds of several threads would count their waiting."""
+    return {"clock": clock, "threads": 1 if clock == "cpu" else len(os.sched_getaffinity(0))}
+
+
+def check_tokens(work: dict[str, Any], answer: dict[str, Any]) -> None:
+    """End if a side did not answer in the lengths that were drawn; each runner checks every answer."""
+    wanted = work["lengths"] and [sum(lengths) for lengths in work["lengths"]]
+    if wanted and list(map(int, answer["new_tokens"])) != wanted:
+        sys.exit(f"answers of {answer['new_tokens']} tokens in the steps, where {wanted} were forced")
 
 
 def check(work: dict[str, Any], peer: str | None) -> None:
@@ -174,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--algorithm", choices=sorted(ANSWERS), default="ppo")
     parser.add_argument("--workload", choices=sorted(SHAPES), default="uniform")
     parser.add_argument("--peft", choices=["none", "lora"], default="none")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
@@ -182,34 +208,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int)
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--peer", choices=["trl", "torchtune"])
-    parser.add_argument("--peer-python", help="the python of the peer's own environment (README.md)")
+    parser.add_argument("--peer-python", help="the python of the peer's own environment (docs/benchmarks.md)")
+    parser.add_argument(
+        "--peer-checkpointing", choices=["on", "off"], default="on",
+        help="TRL's default for GRPO and RLOO: on",
+    )  # fmt: skip
     parser.add_argument("--pairs", type=int, default=3)
+    add_clock(parser)
     parser.add_argument("--directory", type=Path, default=HERE / ".work", help="for models and logs")
     parser.add_argument(
         "overrides", nargs="*", help="keys of this project, such as ppo.micro_batch_tokens=2048"
     )
     options = parser.parse_args(arguments)
-    if options.peer and not options.peer_python:
+    is_ppo = options.algorithm == "ppo"
+    if options.peer and is_ppo and not options.peer_python:
         parser.error("--peer needs --peer-python")
     if options.peer == "torchtune" and options.peft != "none":
         parser.error("--peer torchtune trains all parameters: use --peft none")
+    if options.peer == "torchtune" and not is_ppo:
+        parser.error(f"--peer torchtune has no {options.algorithm}: use --peer trl")
+    if options.peer == "torchtune" and SHAPES[options.workload]["honour_stop"]:
+        parser.error("--peer torchtune ends no answer where it is told: use --workload uniform")
     options.directory.mkdir(parents=True, exist_ok=True)
     changes = {"episodes": options.episodes, "new_tokens": options.new_tokens}
     work = make_work(
         options.workload, options.directory.resolve(), steps=options.steps, peft=options.peft,
-        precision=options.precision, model=options.model,
+        precision=options.precision, model=options.model, algorithm=options.algorithm,
         **{key: value for key, value in changes.items() if value},
     )  # fmt: skip
     work["overrides"] = [*(["device=cpu"] if options.peer else []), *options.overrides]
+    work |= clocked(options.clock)
+    work["checkpointing"] = options.peer_checkpointing == "on"
     check(work, options.peer)
     ours, theirs = [], []
     for pair in range(options.pairs if options.peer else 1):
         work["seed"] = pair
         ours.append(run(sys.executable, "run_rlhf.py", work, options.directory / "rlhf.log"))
+        check_tokens(work, ours[-1])
         if options.peer:
-            script = f"peer_{options.peer}.py"
+            script = f"peer_{options.peer}.py" if is_ppo else "peer_trl_grpo.py"
             known = {field.name: work[field.name] for field in fields(Work) if field.name in work}
-            theirs.append(run(options.peer_python, script, known, options.directory / f"{options.peer}.log"))
+            python, log = options.peer_python or sys.executable, options.directory / f"{options.peer}.log"
+            theirs.append(run(python, script, known, log))
+            check_tokens(work, theirs[-1])
             console.print(f"pair {pair + 1}: {ours[-1]['seconds']} against {theirs[-1]['seconds']}")
     show_phases(work, ours[-1])
     if options.peer:

@@ -1,8 +1,9 @@
-"""Some PPO steps of this project on given prompts, timed; `ppo_step.py` starts it, as it starts the peers.
+"""Some steps of this project's PPO, GRPO or RLOO on given prompts, timed; `ppo_step.py` starts it, as it
+starts the peers.
 
     python benchmarks/run_rlhf.py work.json
 
-The steps are the product's own (`rlhf.ppo.trainer.PolicyTrainer.step`), built by the ppo stage from its
+The steps are the product's own (`rlhf.ppo.trainer.PolicyTrainer.step`), built by the stage from its
 config. The last line printed is one JSON object.
 """
 
@@ -12,17 +13,20 @@ import json
 import resource
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from forced_lengths import check_lengths, force
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from peer_work import CLOCKS
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import rlhf
 from rlhf.config import ConfigError
@@ -31,32 +35,58 @@ from rlhf.data.schema import PromptRow
 from rlhf.distributed.compute import Compute, make_compute
 from rlhf.distributed.device import matmul_speed
 from rlhf.distributed.signals import StopSignals
+from rlhf.generation import policy_model, sampler
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.sampling_engine import make_vllm
 from rlhf.pipeline.store import Artifact, Manifest
-from rlhf.ppo.trainer import PolicyTrainer
-from rlhf.ppo.update import ActorCritic
+from rlhf.ppo.stage import PolicyStage
+from rlhf.ppo.trainer import PolicyTrainer, repeated
+from rlhf.ppo.update import ActorAlone, ActorCritic
 from rlhf.rewards.http import RewardServerConfig
-from rlhf.stages.ppo import PpoStage
+from rlhf.rl.rollout import Rollout
 from rlhf.tracking.progress import Progress
+from rlhf.tracking.timer import StepTimer
 from rlhf.tracking.tracker import Tracker
 from rlhf.training.checkpoint import CheckpointConfig, Checkpointer
 
 
+def stage_name(work: dict[str, Any]) -> str:
+    """PPO's stage, or that of what has no critic."""
+    return "ppo" if work["algorithm"] == "ppo" else "grpo"
+
+
+OF_ALGORITHM = {
+    "ppo": ["ppo.critic.init=reward"],
+    "grpo": ["grpo.advantage=grpo", "grpo.kl.place=loss", "grpo.kl.estimator=k3", "grpo.loss_mean=token"],
+    "rloo": [
+        "grpo.advantage=rloo", "grpo.kl.place=reward", "grpo.kl.estimator=k1", "grpo.ratio=sequence",
+        "grpo.loss_mean=sequence",
+    ],
+}  # fmt: skip
+"""What TRL's trainer of that name does."""
+
+
 def overrides(work: dict[str, Any]) -> list[str]:
     """The work in this project's keys."""
+    stage = stage_name(work)
+    critic = [
+        f"ppo.critic.optim.lr={work['lr']}", f"ppo.gamma={work['gamma']}", f"ppo.lam={work['lam']}",
+        f"ppo.value_clip={work['value_clip']}",
+    ]  # fmt: skip
     return [
         "model=local", f"model.path={work['model']}", f"ppo.reward=model:{work['reward']}",
-        f"precision={work['precision']}", f"seed={work['seed']}",
-        f"ppo.steps={len(work['prompts'])}", f"ppo.batch_episodes={len(work['prompts'][0])}",
-        f"ppo.minibatch_episodes={work['minibatch_episodes']}", f"ppo.epochs={work['epochs']}",
+        f"precision={work['precision']}", f"seed={work['seed']}", f"{stage}.steps={len(work['prompts'])}",
+        f"{stage}.batch_episodes={len(work['prompts'][0]) * work['answers']}",
+        f"{stage}.minibatch_episodes={work['minibatch_episodes']}", f"{stage}.epochs={work['epochs']}",
         f"ppo.max_new_tokens={work['new_tokens']}", f"ppo.temperature={work['temperature']}",
-        f"ppo.optim.lr={work['lr']}", f"ppo.critic.optim.lr={work['lr']}", f"ppo.kl.coef={work['kl_coef']}",
-        f"ppo.gamma={work['gamma']}", f"ppo.lam={work['lam']}", f"ppo.clip={work['clip']}",
-        f"ppo.value_clip={work['value_clip']}", f"ppo.peft={work['peft']}", "ppo.critic.init=reward",
-        "ppo.score.normalize=none", "ppo.score.missing_stop_penalty=0", *work.get("overrides", []),
+        f"{stage}.optim.lr={work['lr']}", f"{stage}.kl.coef={work['kl_coef']}",
+        f"{stage}.clip={work['clip']}", f"{stage}.peft={work['peft']}",
+        "ppo.score.normalize=none", "ppo.score.missing_stop_penalty=0",
+        *OF_ALGORITHM[work["algorithm"]],
+        *(critic if stage == "ppo" else [f"grpo.samples_per_prompt={work['answers']}"]),
+        *work.get("overrides", []),
     ]  # fmt: skip
 
 
@@ -103,8 +133,8 @@ def about_this_process(device: torch.device) -> dict[str, Any]:
 def make_trainer(work: dict[str, Any], scratch: Path) -> tuple[PolicyTrainer, str]:
     """The loop as the stage makes it, with the given model as its SFT model."""
     experiment = make_experiment(overrides(work))
-    stage = experiment.stages["ppo"]
-    assert isinstance(stage, PpoStage)
+    stage = experiment.stages[stage_name(work)]
+    assert isinstance(stage, PolicyStage)
     compute, how = make_compute(experiment.settings.device, experiment.settings.precision)
     job = make_job(Path(work["model"]), compute, work["seed"], scratch)
     job.vllm = make_vllm(experiment, compute)
@@ -135,12 +165,13 @@ def make_job(model: Path, compute: Compute, seed: int, scratch: Path) -> Job:
 
 
 class Positions:
-    """Counts what goes through the critic, whose batches are the policy's too."""
+    """Counts what goes through the policy when it scores and learns. A critic's batches are the same."""
 
-    def __init__(self, model: ActorCritic) -> None:
-        self.real_tokens, self.positions = 0, 0
-        model.register_forward_pre_hook(self._count_tokens)
-        model.critic.model.get_input_embeddings().register_forward_pre_hook(self._count_positions)
+    def __init__(self, model: ActorCritic | ActorAlone) -> None:
+        self.real_tokens, self.positions, self._is_counting = 0, 0, False
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end)
+        model.policy.get_input_embeddings().register_forward_pre_hook(self._count_positions)
 
     @property
     def a_token(self) -> float:
@@ -148,13 +179,45 @@ class Positions:
         alike less."""
         return self.positions / self.real_tokens
 
-    def _count_tokens(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _begin(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         half, batch = inputs[:2]
-        if half == "critic":
+        self._is_counting = half == "policy"
+        if self._is_counting:
             self.real_tokens += sum(batch.packed.lengths) + len(batch.packed.lengths)  # the last is not read
 
+    def _end(self, *_: Any) -> None:
+        self._is_counting = False
+
     def _count_positions(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.positions += inputs[0].numel()
+        if self._is_counting:  # sampling is not
+            self.positions += inputs[0].numel()
+
+
+def force_lengths(batches: Sequence[Sequence[int]], stop_id: int, never: Sequence[int]) -> None:
+    """From here on the n-th rollout of the local engine has answers of the n-th batch's lengths, row by row
+    (forced_lengths.py)."""
+    draw, coming = sampler._sample, iter(batches)
+    left: list[int] = []  # of each unfinished row, as the sampler has them: the longest prompt first
+
+    def forced_draw(
+        logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        forced_BV = force(logits_BV, torch.tensor(left, device=logits_BV.device), stop_id, never)
+        left[:] = [tokens - 1 for tokens in left if tokens > 1]
+        token_B, _ = draw(forced_BV, temperature, top_p, uniform_B)
+        logp_BV = (logits_BV / temperature).log_softmax(-1)  # the policy's own
+        return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+
+    def forced_generate(model: PreTrainedModel, prompts: Sequence[Tensor], **settings: Any) -> Rollout:
+        lengths = next(coming)
+        left[:] = [lengths[row] for row in sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))]
+        sampler._sample = forced_draw
+        rollout = sampler.generate(model, prompts, **settings)
+        sampler._sample = draw
+        check_lengths(rollout.response_lengths.tolist(), lengths)
+        return rollout
+
+    vars(policy_model)["generate"] = forced_generate
 
 
 def matmul_peak(compute: Compute) -> float:
@@ -170,12 +233,18 @@ def main() -> None:
         trainer, precision = make_trainer(work, Path(scratch))
         if not work["honour_stop"]:
             trainer.policy.stop_ids = []
-        assert isinstance(trainer.engine.model, ActorCritic)
+        if work["lengths"] is not None:
+            force_lengths(work["lengths"], work["stop_id"], work["never"])
+        assert isinstance(trainer.engine.model, ActorCritic | ActorAlone)
         positions, peak = Positions(trainer.engine.model), matmul_peak(trainer.compute)
-        steps, times = [], [time.perf_counter()]
+        clock = CLOCKS[work["clock"]]
+        if work["clock"] == "cpu":
+            StepTimer._now = lambda timer: clock()  # type: ignore  # the phases' clock
+        steps, times = [], [clock()]
         for number, batch in enumerate(work["prompts"], 1):
-            steps.append(trainer.step([PromptRow(prompt) for prompt in batch], number))
-            times.append(time.perf_counter())
+            rows = repeated([PromptRow(prompt) for prompt in batch], work["answers"])
+            steps.append(trainer.step(rows, number))
+            times.append(clock())
         if trainer.policy.vllm is not None:
             trainer.policy.vllm.close()
     about = about_this_process(trainer.compute.device)
@@ -184,7 +253,7 @@ def main() -> None:
         json.dumps(
             {
                 "seconds": [later - earlier for earlier, later in pairwise(times)],
-                "episodes": [len(batch) for batch in work["prompts"]],
+                "episodes": [len(batch) * work["answers"] for batch in work["prompts"]],
                 "phases": phases,
                 "metrics": steps,
                 "micro_batch_tokens": trainer.config.micro_batch_tokens,

@@ -1,4 +1,4 @@
-"""Some steps of this project's SFT or reward stage on given rows; `training_step.py` starts it.
+"""Some steps of this project's SFT, reward or DPO stage on given rows; `training_step.py` starts it.
 
     python benchmarks/train_rlhf.py work.json
 
@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer_work import CLOCKS
 from run_rlhf import about_this_process, make_job, make_single
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -27,16 +27,24 @@ from rlhf.data.schema import PairRow, SftRow, Split
 from rlhf.distributed.compute import make_compute
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
+from rlhf.stages.dpo import DpoStage
+from rlhf.supervised.preferences import Preferences
 
-ROWS: dict[str, type[SftRow] | type[PairRow]] = {"sft": SftRow, "reward": PairRow}
+ROWS: dict[str, tuple[str, type[SftRow] | type[PairRow]]] = {
+    "sft": ("sft", SftRow), "reward": ("pairs", PairRow), "dpo": ("pairs", PairRow),
+}  # fmt: skip
+"""Whose rows a stage reads, and their type."""
 
 
 @dataclass
 class TimedJob(Job):
     """Notes when each step is done: a stage logs its metrics then."""
 
+    clock: Callable[[], float] = CLOCKS["wall"]
     ends: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    reference_seconds: float = 0.0
+    """What DPO took to ask the reference of all rows, before its first step."""
     positions: int = 0
     """That went through a model so far, padding included."""
     positions_at_end: list[int] = field(default_factory=list)
@@ -47,17 +55,18 @@ class TimedJob(Job):
             self.positions += inputs[0].numel()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Once a step."""
-        self.ends.append(time.perf_counter())
-        self.losses.append(metrics["loss"])
-        self.positions_at_end.append(self.positions)
+        """Once a step, and DPO's held-out rows behind the last one."""
+        if "loss" in metrics:
+            self.ends.append(self.clock())
+            self.losses.append(metrics["loss"])
+            self.positions_at_end.append(self.positions)
         super().log(metrics, step)
 
 
 def overrides(work: dict[str, Any]) -> list[str]:
     """The work in this project's keys; the schedule is that of transformers' Trainer."""
     stage = work["stage"]
-    batch = {"sft": "batch_rows", "reward": "batch_pairs"}[stage]
+    batch = "batch_pairs" if stage == "reward" else "batch_rows"
     return [
         "model=local", f"model.path={work['model']}", f"precision={work['precision']}", f"stage={stage}",
         f"seed={work['seed']}", f"{stage}.{batch}={work['batch']}", f"{stage}.epochs=1",
@@ -71,12 +80,25 @@ def make_timed_job(work: dict[str, Any], experiment: Experiment, scratch: Path) 
     """A job that has the rows as its prepared data, and the model both as base and as SFT model."""
     compute, how = make_compute(experiment.settings.device, experiment.settings.precision)
     plain = make_job(Path(work["model"]), compute, work["seed"], scratch)
-    job = TimedJob(**{**vars(plain), "stage": work["stage"]})
-    row_type = ROWS[work["stage"]]
+    job = TimedJob(**{**vars(plain), "stage": work["stage"], "clock": CLOCKS[work["clock"]]})
+    role, row_type = ROWS[work["stage"]]
     splits: dict[Split, Any] = {"train": work["rows"], "held_out": work["held_out"]}
     for split, rows in splits.items():
-        PreparedData(scratch).write(work["stage"], split, [row_type(**row) for row in rows])
+        PreparedData(scratch).write(role, split, [row_type(**row) for row in rows])
     return job, how
+
+
+def time_reference(job: TimedJob) -> None:
+    """Take the time of DPO's only pass of the reference."""
+    ask = DpoStage.ask_reference
+
+    def timed(stage: DpoStage, own_job: Job, splits: list[Preferences]) -> list[Preferences]:
+        begin = job.clock()
+        found = ask(stage, own_job, splits)
+        job.reference_seconds = job.clock() - begin
+        return found
+
+    DpoStage.ask_reference = timed  # type: ignore  # in this process
 
 
 def main() -> None:
@@ -87,12 +109,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         job, how = make_timed_job(work, experiment, Path(scratch))
         register_module_forward_pre_hook(job.count)
+        time_reference(job)
         experiment.stages[work["stage"]].run(job)
     print(
         json.dumps(
             {
                 "ends": job.ends,
                 "losses": job.losses,
+                "reference_seconds": job.reference_seconds,
                 "positions": job.positions_at_end,
                 "precision": how,
                 **about_this_process(job.compute.device),

@@ -1,17 +1,19 @@
-"""SFT and reward-model training against TRL's trainers, on the same tokens in the same batches.
+"""SFT, reward-model and DPO training against TRL's trainers, on the same tokens in the same batches.
 
     python benchmarks/training_step.py                          # the packaged rows
     python benchmarks/training_step.py --data hh                # HH's: long, and of very different lengths
     python benchmarks/training_step.py --data hh --peer-checkpointing off
+    python benchmarks/training_step.py --stages dpo --data hh
     python benchmarks/training_step.py --model tiny             # small sizes too: does it run?
 
-Needs the `test` extra (TRL). Every run is a fresh process; this project's (train_rlhf.py) and TRL's
+Needs the `bench` extra (TRL). Every run is a fresh process; this project's (train_rlhf.py) and TRL's
 (peer_trl_training.py) alternate, each going first in every other pair, and each pair gives one ratio. A step
 lasts from the end of the one before it to its own, so the first one, which warms up, is not counted. tokens/s
 are real tokens (prompts and answers; of a pair both sides); positions are those in the models' linear layers:
-padding makes them more, rows that begin alike less. Both losses of the first counted steps are shown, as a
-check that both do the same: those of SFT agree up to rounding, those of reward models up to their random
-heads.
+padding makes them more, rows that begin alike less. TRL's DPO asks the reference in each step. Here it is
+asked once, before the first step, and the counted steps' share of that time counts. Both losses of the first
+counted steps are shown, as a check that both do the same: those of SFT and DPO agree up to rounding, those of
+reward models up to their random heads.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from look import new_console
-from ppo_step import run
+from ppo_step import add_clock, clocked, run
 from rich.table import Table
 from run_rlhf import make_single
 from train_rlhf import overrides
@@ -42,10 +43,14 @@ from rlhf.models.base import ModelConfig, load_tokenizer
 HERE = Path(__file__).parent
 MAX_TOKENS = 1024
 """Of a row, or of a side of a pair: TRL's default and this project's. Longer ones are left out."""
-LEARNING_RATES = {"sft": 2e-5, "reward": 1e-4}
+LEARNING_RATES = {"sft": 2e-5, "reward": 1e-4, "dpo": 1e-6}
 """TRL's defaults."""
 CENTER = 0.01
 """What TRL recommends, and this project's default."""
+OF_STAGE = {
+    "sft": [], "reward": [f"reward.center={CENTER}"], "dpo": ["dpo.beta=0.1", "dpo.evaluations=1"],
+}  # fmt: skip
+"""What TRL does too."""
 NUM_HELD_OUT = 8
 TINY: dict[str, Any] = {"steps": 4, "batch": 4, "pairs": 2}
 """Sizes for --model tiny."""
@@ -67,7 +72,7 @@ class Measured(NamedTuple):
 
 def read_rows(stage: str, data: str) -> list[Row]:
     """Rows as this project's data sets have them."""
-    name = {"sft": "instructions", "reward": "pairs"}[stage]
+    name = "instructions" if stage == "sft" else "pairs"
     with gzip.open(HH) if data == "hh" else (PACKAGED / f"{name}.jsonl").open("rb") as file:
         rows = [json.loads(line) for line in file]
     if stage == "sft" and data == "hh":
@@ -86,14 +91,22 @@ def encode(stage: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str
     if stage == "sft":
         ids, prompt = exchange_ids(tokenizer, row["prompt"], row["completion"])
         return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
-    return {
-        f"{side}_ids": exchange_ids(tokenizer, row["prompt"], row[side])[0] for side in ("chosen", "rejected")
-    }
+    sides = {side: exchange_ids(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")}
+    if stage == "reward":
+        return {f"{side}_ids": ids for side, (ids, _) in sides.items()}
+    ids, prompt = sides["chosen"]
+    return {"prompt_ids": ids[:prompt], **{f"{side}_ids": ids[prompt:] for side, (ids, _) in sides.items()}}
+
+
+def lengths_of(encoded: dict[str, list[int]]) -> list[int]:
+    """Real tokens of a row, or of each side of a pair with its prompt."""
+    prompt = len(encoded.get("prompt_ids", []))
+    return [prompt + len(ids) for name, ids in encoded.items() if name not in ("labels", "prompt_ids")]
 
 
 def length(encoded: dict[str, list[int]]) -> int:
     """Real tokens of a row."""
-    return sum(len(ids) for name, ids in encoded.items() if name != "labels")
+    return sum(lengths_of(encoded))
 
 
 def make_work(stage: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -103,7 +116,7 @@ def make_work(stage: str, options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(model, ModelConfig(kind="local", path=str(model)))
     rows = read_rows(stage, options.data)
     random.Random(0).shuffle(rows)
-    short = [row for row in rows if max(map(len, encode(stage, row, tokenizer).values())) <= MAX_TOKENS]
+    short = [row for row in rows if max(lengths_of(encode(stage, row, tokenizer))) <= MAX_TOKENS]
     count = options.steps * options.batch
     if len(short) < count + NUM_HELD_OUT:
         sys.exit(
@@ -118,8 +131,8 @@ def make_work(stage: str, options: argparse.Namespace) -> dict[str, Any]:
         "lr": LEARNING_RATES[stage], "eps": 1e-8, "center": CENTER, "max_tokens": MAX_TOKENS,
         "peft": options.peft, "lora_rank": PPO["lora_rank"], "lora_alpha": PPO["lora_alpha"],
         "precision": options.precision, "checkpointing": options.peer_checkpointing == "on",
-        "threads": len(os.sched_getaffinity(0)),
-        "overrides": [*options.overrides, *([f"reward.center={CENTER}"] if stage == "reward" else [])],
+        **clocked(options.clock),
+        "overrides": [*OF_STAGE[stage], *options.overrides],
     }  # fmt: skip
     return {**work, "device": make_single(overrides(work)).settings.device}
 
@@ -135,8 +148,11 @@ def measure(script: str, work: dict[str, Any], directory: Path) -> Measured:
         theirs = [later - earlier for earlier, later in pairwise(answer["tokens"])]
         assert theirs == tokens[1:], "TRL saw other batches"
     positions = answer["positions"][-1] - answer["positions"][0]
+    counted = sum(tokens[1:])
+    seconds = answer["ends"][-1] - answer["ends"][0]
+    seconds += answer.get("reference_seconds", 0.0) * counted / sum(tokens)
     return Measured(
-        sum(tokens[1:]) / (answer["ends"][-1] - answer["ends"][0]), positions / sum(tokens[1:]),
+        counted / seconds, positions / counted,
         answer["peak_bytes"], answer["losses"], answer["precision"], answer["versions"],
     )  # fmt: skip
 
@@ -186,7 +202,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", nargs="+", choices=["sft", "reward"], default=["sft", "reward"])
+    parser.add_argument("--stages", nargs="+", choices=sorted(LEARNING_RATES), default=["sft", "reward"])
     parser.add_argument("--data", choices=["packaged", "hh"], default="packaged")
     parser.add_argument("--model", choices=["embedded", "tiny"], default="embedded")
     parser.add_argument("--peft", choices=["none", "lora"], default="none")
@@ -195,6 +211,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=9, help="the first one warms up")
     parser.add_argument("--batch", type=int, default=16, help="rows or pairs of a step")
     parser.add_argument("--pairs", type=int, default=3)
+    add_clock(parser)
     parser.add_argument("--directory", type=Path, default=HERE / ".work", help="for models and logs")
     parser.add_argument(
         "--overrides", nargs="*", default=[], help="keys of this project, such as sft.micro_batch_tokens=2048"

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from rlhf.data.chat_template import prompt_ids
+from rlhf.data.chat_template import prompt_ids, stop_ids
 from rlhf.data.schema import Message
 from rlhf.models.base import ModelConfig, base_files, base_identity, load_tokenizer
 from rlhf.models.peft.attach import attach
@@ -31,9 +32,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "skewed": {"episodes": 16, "new_tokens": 256, "honour_stop": True},
     "skewed-packaged": {"episodes": 16, "new_tokens": 64, "honour_stop": True},
 }
+ANSWERS = {"ppo": 1, "grpo": 4, "rloo": 4}
+"""To each prompt."""
 PPO: dict[str, Any] = {
     "temperature": 1.0, "epochs": 1, "lr": 1e-6, "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2,
-    "value_clip": 0.2, "lora_rank": 16, "lora_alpha": 32, "seed": 0,
+    "value_clip": 0.2, "lora_rank": 16, "lora_alpha": 32, "seed": 0, "algorithm": "ppo",
+    "answers": 1, "clock": "wall",
 }  # fmt: skip
 
 
@@ -46,14 +50,18 @@ def make_work(
     precision: str,
     model: str = "embedded",
     policy: Path | None = None,
+    algorithm: str = "ppo",
+    natural: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
     """Everything that a runner has to know.
 
     Args:
         name: `uniform` (prompts of 36 to 63 tokens, every response equally long) or `skewed` (first turns of
-            HH, natural lengths, by a model tuned on HH's answers; the packaged prompts where HH is absent).
+            HH, lengths as `draw_lengths` has them; the packaged prompts where HH is absent).
         policy: a model to take instead, with its tokenizer.
+        algorithm: `ppo`, or one without a critic, whose prompts have several answers each.
+        natural: of skewed: instead of drawn lengths those of a model that is tuned on HH's answers.
         changes: to the shape, such as episodes=8.
     """
     if name == "skewed" and not HH.exists():
@@ -64,15 +72,22 @@ def make_work(
         name = "skewed-packaged"
     shape = {**SHAPES[name], **changes}
     if policy is None and name.startswith("skewed"):
-        policy = tuned_model(directory, model, name)
+        policy = tuned_model(directory, model, name) if natural else short_template(directory, model)
     policy = policy or base_model(directory, model)
     tokenizer = load_tokenizer(policy, ModelConfig(kind="local", path=str(policy)))
-    prompts = draw(candidates(name, tokenizer), steps * shape["episodes"])
-    batches = [
-        prompts[start : start + shape["episodes"]] for start in range(0, len(prompts), shape["episodes"])
-    ]
+    episodes, answers = shape["episodes"], ANSWERS[algorithm]
+    size, rest = divmod(episodes, answers)
+    if rest:
+        sys.exit(f"--episodes {episodes}: {algorithm} answers each prompt {answers} times.")
+    prompts = draw(candidates(name, tokenizer), steps * size)
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    is_drawn = shape["honour_stop"] and not natural
+    lengths = draw_lengths(steps, episodes, shape["new_tokens"]) if is_drawn else None
+    stops = stop_ids(tokenizer, AutoConfig.from_pretrained(policy).eos_token_id)
     return {
-        **PPO, **shape, "minibatch_episodes": shape["episodes"], "model": str(policy),
+        **PPO, **shape, "minibatch_episodes": episodes, "model": str(policy),
+        "algorithm": algorithm, "answers": answers, "lengths": lengths,
+        "never": sorted({*stops, tokenizer.pad_token_id}),
         "reward": str(reward_model(directory, policy, peft)), "prompts": batches,
         "batches": [[prompt_ids(tokenizer, prompt) for prompt in batch] for batch in batches],
         "stop_id": tokenizer.eos_token_id, "peft": peft, "precision": precision,
@@ -107,6 +122,17 @@ def draw(prompts: list[list[Message]], count: int) -> list[list[Message]]:
     return [order[place % len(order)] for place in range(count)]
 
 
+def draw_lengths(steps: int, episodes: int, new_tokens: int) -> list[list[int]]:
+    """Tokens of each answer of each step, always the same: exponentially distributed around half of
+    new_tokens, and cut there. So a model answers that was tuned on HH: 110 tokens of at most 256."""
+    drawn = random.Random(0)
+
+    def length() -> int:
+        return min(new_tokens, 1 + round(drawn.expovariate(2 / new_tokens)))
+
+    return [[length() for _ in range(episodes)] for _ in range(steps)]
+
+
 def base_model(directory: Path, kind: str) -> Path:
     """The project's embedded or tiny model as a directory, with its tokenizer."""
     target = directory / f"{kind}-base"
@@ -119,6 +145,18 @@ def base_model(directory: Path, kind: str) -> Path:
 
     config = ModelConfig.model_validate({"kind": kind})
     return base_files(config, base_identity(config), build).directory
+
+
+def short_template(directory: Path, kind: str) -> Path:
+    """The same model with the chat template that this project gives it: no system message."""
+    target = directory / f"{kind}-short-template"
+    if not (target / "config.json").exists():
+        base = base_model(directory, kind)
+        shutil.copytree(base, target)
+        template = {"embedded": "chatml", "tiny": None}[kind]
+        config = ModelConfig(kind="local", path=str(base), chat_template=template)
+        load_tokenizer(base, config).save_pretrained(target)
+    return target
 
 
 def tuned_model(directory: Path, kind: str, name: str) -> Path:

@@ -41,8 +41,10 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def operations_of(model: Path, *, epochs: int, peft: str, micro_batch_tokens: int) -> dict[str, float]:
-    work = {"model": str(model), "epochs": epochs, "peft": peft}
+def operations_of(
+    model: Path, *, epochs: int, peft: str, micro_batch_tokens: int, algorithm: str = "ppo"
+) -> dict[str, float]:
+    work = {"model": str(model), "epochs": epochs, "peft": peft, "algorithm": algorithm}
     return operations(work, STEP, micro_batch_tokens, positions_a_token=1.2)
 
 
@@ -55,7 +57,7 @@ def test_a_weight_and_token_are_two_operations_and_the_head_sees_responses_alone
 
 
 def test_what_rows_begin_with_alike_is_worked_on_once(model: Path) -> None:
-    work = {"model": str(model), "epochs": 1, "peft": "none"}
+    work = {"model": str(model), "epochs": 1, "peft": "none", "algorithm": "ppo"}
     assert operations(work, STEP, 12, positions_a_token=0.75)["reward"] == 2 * TRUNK * 9
 
 
@@ -74,6 +76,12 @@ def test_operations_of_the_update(
 ) -> None:
     found = operations_of(model, epochs=epochs, peft=peft, micro_batch_tokens=micro_batch_tokens)
     assert found["update"] == passes * (2 * TRUNK * 12 + HEAD * 7)  # of 2: policy and critic, one head
+
+
+def test_without_a_critic_the_policy_alone_scores_and_learns(model: Path) -> None:
+    found = operations_of(model, epochs=1, peft="none", micro_batch_tokens=12, algorithm="grpo")
+    assert found["score"] == found["reference"]
+    assert found["update"] == 4 * (TRUNK * 12 + HEAD * 7)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +130,7 @@ def work_with(*overrides: str) -> dict[str, object]:
         "model": "absent", "reward": "absent", "precision": "auto", "seed": 0, "prompts": [[[], []]],
         "minibatch_episodes": 2, "epochs": 1, "new_tokens": 4, "temperature": 1.0, "lr": 1e-6,
         "kl_coef": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2, "peft": "none",
-        "overrides": overrides,
+        "overrides": overrides, "algorithm": "ppo", "answers": 1,
     }  # fmt: skip
 
 
