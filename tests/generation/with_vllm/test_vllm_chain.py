@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers.chains import Chain, RealChain, ranks_of
+from helpers.chains import GROUPS, Chain, RealChain, ranks_of
 from helpers.vllm import (
     CHAIN,
     Engines,
@@ -63,6 +63,31 @@ def test_the_chain_samples_with_vllm(tmp_path: Path, directory: Path, engines: E
     }  # fmt: skip
     other = (local.artifact("generate") / "responses.jsonl").read_text().splitlines()
     assert other != samples
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_groups_of_answers_are_sampled_with_vllm(tmp_path: Path, directory: Path, engines: Engines) -> None:
+    """Several answers to a prompt share its prefill, and are different ones."""
+    engines.close()
+    chain = Chain(tmp_path)
+    (tmp_path / "letters.py").write_text(
+        "def count(prompts, responses):\n    return [sum(map(str.isalpha, each)) for each in responses]\n"
+    )
+    outcome = chain.run(
+        *CHAIN, *GROUPS, "grpo.steps=2", "grpo.init=base", "ppo.reward=python:letters:count", "model.kind=local",
+        f"+model.path={directory}", "precision=fp32", "ppo.score.normalize=none", "grpo.optim.lr=1e-2",
+    )  # fmt: skip
+    assert outcome.code in (0, 3), outcome.err
+    assert outcome.statuses["grpo"] == "ran"
+    lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step" in line and "grpo/engine_mismatch" in line]
+    assert len(steps) == 2
+    for step in steps:
+        assert 0 < step["grpo/engine_mismatch_max"] < 1e-4
+        assert step["grpo/seconds_sync"] > 0
+        assert step["grpo/group_deviation"] > 0 and step["grpo/grad_norm"] > 0
+    assert steps[1]["grpo/kl_k3"] > 1e-4  # it learned, and vLLM sampled from what it became
 
 
 @needs_vllm
