@@ -1,10 +1,12 @@
-"""docs/coming-from-trl.md: every key of TRL's last PPOConfig stands there, and every key of ours exists."""
+"""docs/coming-from-trl.md: every key of TRL's configs stands there, and every key of ours exists."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
 from omegaconf import OmegaConf
 
 from helpers.experiments import build
@@ -23,14 +25,29 @@ PPO_CONFIG = (
 """Fields of trl.experimental.ppo.PPOConfig 1.12.0 that it declares itself."""
 
 
-def rows() -> list[list[str]]:
-    lines = [line for line in PAGE.splitlines() if line.startswith("| `")]
+def rows(page: str = PAGE) -> list[list[str]]:
+    lines = [line for line in page.splitlines() if line.startswith("| `")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_every_key_of_ppo_config_is_there() -> None:
     theirs = {key for row in rows() for key in re.findall(r"`(\w+)`", row[0])}
     assert [key for key in PPO_CONFIG if key not in theirs] == []
+
+
+@pytest.mark.parametrize("name", ["GRPOConfig", "DPOConfig"])
+def test_every_key_of_an_installed_config_is_there_with_its_default(name: str) -> None:
+    trl = pytest.importorskip("trl")
+    transformers = pytest.importorskip("transformers")
+    theirs = {field.name: field.default for field in fields(getattr(trl, name))}
+    inherited = {field.name for field in fields(transformers.TrainingArguments)}
+    section = PAGE.split(f"\n## {name}\n")[1].split("\n## ")[0]
+    told = dict(found for row in rows(section) for found in re.findall(r"`(\w+)`(?: \(([^)]+)\))?", row[0]))
+    assert [key for key in theirs if key not in inherited and key not in told] == []
+    assert [key for key in told if key not in theirs] == []
+    for key, default in told.items():
+        if key != "loss_type" or name != "DPOConfig":  # a list
+            assert str(theirs[key]).lower() == default, key
 
 
 def test_every_key_of_ours_exists_and_has_the_default_that_is_told() -> None:
