@@ -76,7 +76,8 @@ def test_groups_of_answers_are_sampled_with_vllm(tmp_path: Path, directory: Path
     )
     outcome = chain.run(
         *CHAIN, *GROUPS, "grpo.steps=2", "grpo.init=base", "ppo.reward=python:letters:count",
-        "model.kind=local", f"+model.path={directory}", "precision=fp32", "ppo.score.normalize=none", "grpo.optim.lr=1e-2",
+        "model.kind=local", f"+model.path={directory}", "precision=fp32",
+        "ppo.score.normalize=none", "grpo.optim.lr=1e-2",
     )  # fmt: skip
     assert outcome.code in (0, 3), outcome.err
     assert outcome.statuses["grpo"] == "ran"
