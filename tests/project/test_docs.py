@@ -53,10 +53,10 @@ def test_a_documented_command_builds(command: str, monkeypatch: pytest.MonkeyPat
 
 NOT_HERE = re.compile(
     r"generation=vllm|zero=|launch\.processes|submitit|optuna|=qlora|http:|hub:|experiment=hh|REWARD_MODEL"
-    r"|dolly|helpful_base|oasst|wikitext|station"
+    r"|experiment=arithmetic|dolly|helpful_base|oasst|wikitext|station"
 )
-"""What needs a GPU, a cluster, several processes, a server, or data that are not in the repository; each has
-tests of its own elsewhere."""
+"""What needs a GPU, a cluster, several processes, a server, data that are not in the repository, or many
+steps; each has tests of its own elsewhere."""
 
 
 SMALL = (
