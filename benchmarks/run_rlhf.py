@@ -202,11 +202,13 @@ def force_lengths(batches: Sequence[Sequence[int]], stop_id: int, never: Sequenc
     def forced_draw(
         logits_BV: Tensor, temperature: float, top_p: float, uniform_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        forced_BV = force(logits_BV, torch.tensor(left, device=logits_BV.device), stop_id, never)
+        left_B = torch.tensor(left, device=logits_BV.device)
+        due_B = left_B == 1
         left[:] = [tokens - 1 for tokens in left if tokens > 1]
-        token_B, _ = draw(forced_BV, temperature, top_p, uniform_B)
-        logp_BV = (logits_BV / temperature).log_softmax(-1)  # the policy's own
-        return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+        token_B, logp_B = draw(force(logits_BV, left_B, stop_id, never), temperature, top_p, uniform_B)
+        # the policy's own; that of the other tokens is all but the same without those that may not come
+        logp_B[due_B] = (logits_BV[due_B] / temperature).log_softmax(-1)[:, stop_id]
+        return token_B, logp_B
 
     def forced_generate(model: PreTrainedModel, prompts: Sequence[Tensor], **settings: Any) -> Rollout:
         lengths = next(coming)

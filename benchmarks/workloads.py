@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import random
 import shutil
@@ -123,14 +124,19 @@ def draw(prompts: list[list[Message]], count: int) -> list[list[Message]]:
 
 
 def draw_lengths(steps: int, episodes: int, new_tokens: int) -> list[list[int]]:
-    """Tokens of each answer of each step, always the same: exponentially distributed around half of
-    new_tokens, and cut there. So a model answers that was tuned on HH: 110 tokens of at most 256."""
+    """Tokens of each answer of each step, always the same: exponentially distributed with a mean of half of
+    new_tokens, and cut at new_tokens. So a model answers that was tuned on HH: 110 tokens of at most 256.
+    Each n-th part of the distribution gives one of a step's n lengths, so that few steps say what many do."""
     drawn = random.Random(0)
 
-    def length() -> int:
-        return min(new_tokens, 1 + round(drawn.expovariate(2 / new_tokens)))
+    def of_step() -> list[int]:
+        shares = [(place + drawn.random()) / episodes for place in range(episodes)]
+        beyond_1 = [round(-math.log1p(-share) * new_tokens / 2) for share in shares]
+        lengths = [min(new_tokens, 1 + tokens) for tokens in beyond_1]
+        drawn.shuffle(lengths)
+        return lengths
 
-    return [[length() for _ in range(episodes)] for _ in range(steps)]
+    return [of_step() for _ in range(steps)]
 
 
 def base_model(directory: Path, kind: str) -> Path:
