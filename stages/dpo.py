@@ -120,7 +120,7 @@ class DpoStage(PreferenceConfig, Stage):
     @property
     def source(self) -> str:
         """What the user calls them."""
-        return "reward.pairs" if self.data is None else f"dpo.data={self.data}"
+        return "reward.pairs" if self.data is None else f"{self.name}.data={self.data}"
 
     def starts_from(self) -> tuple[str, str]:
         """The model that it trains."""
@@ -145,13 +145,13 @@ class DpoStage(PreferenceConfig, Stage):
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """The user's own model is whole, the rows fit the loss, and there are two halves of held-out ones."""
-        check_start("dpo.init", self.init, base)
+        check_start(f"{self.name}.init", self.init, base)
         if self.loss != "kto" and self.data is not None:
             rows = itertools.chain.from_iterable(data.rows(self.role, split) for split in TRAINING)
             if any(isinstance(row, ThumbRow) for row in rows):
                 raise ConfigError(
-                    f"dpo.loss={self.loss}: {self.source} has rows with a thumb, and this loss compares two "
-                    "answers. Use dpo.loss=kto, or give pairs: prompt, chosen, rejected."
+                    f"{self.name}.loss={self.loss}: {self.source} has rows with a thumb, and this loss "
+                    f"compares two answers. Use {self.name}.loss=kto, or give pairs: prompt, chosen, rejected."
                 )
         held_out = len(data.rows(self.role, "held_out"))
         if held_out < 2:
@@ -164,10 +164,10 @@ class DpoStage(PreferenceConfig, Stage):
         """Rows that the model cannot read, and that `max_tokens` does not leave out."""
         rows = itertools.chain.from_iterable(data.rows(self.role, split) for split in TRAINING)
         yield from misfits(
-            *root_of("dpo.init", self.init, chain), base, self.source, rows,
+            *root_of(f"{self.name}.init", self.init, chain), base, self.source, rows,
             beside=self.virtual_tokens, most=self.max_tokens,
-            mend=f"Lower dpo.max_tokens={self.max_tokens} to that, so that longer rows are left out, or "
-            "start from a model with a longer context.",
+            mend=f"Lower {self.name}.max_tokens={self.max_tokens} to that, so that longer rows are left out, "
+            "or start from a model with a longer context.",
         )  # fmt: skip
 
     @property
@@ -177,7 +177,7 @@ class DpoStage(PreferenceConfig, Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """The reference reads both sides of every training row before the policy is loaded; then as SFT."""
-        on = on.starting(directory_of(root_of("dpo.init", self.init, chain)[1]))
+        on = on.starting(directory_of(root_of(f"{self.name}.init", self.init, chain)[1]))
         train, held_out = (
             joined(sides, sides)
             for sides in (on.sizes(self.role, split).cut(self.max_tokens) for split in TRAINING)
@@ -294,8 +294,8 @@ class DpoStage(PreferenceConfig, Stage):
         for rows, name, least in zip(found, TRAINING, (1, 2), strict=True):
             if len(rows) < least:
                 raise ConfigError(
-                    f"dpo.max_tokens={self.max_tokens}: {len(rows)} {name} rows of {self.source} are that "
-                    f"short, and at least {least} must be. Raise it, or give shorter rows."
+                    f"{self.name}.max_tokens={self.max_tokens}: {len(rows)} {name} rows of {self.source} are "
+                    f"that short, and at least {least} must be. Raise it, or give shorter rows."
                 )
         if self.needs_others:
             found = [rows.with_others() for rows in found]
@@ -321,7 +321,7 @@ class DpoStage(PreferenceConfig, Stage):
         found = []
         reference = job.policy(job.start(self.init))
         with (
-            job.progress.task("dpo: reference", len(splits)) as task,
+            job.progress.task(f"{self.name}: reference", len(splits)) as task,
             reference.access.reading(),
         ):
             model = ResponseModel(reference.model)

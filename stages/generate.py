@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -18,7 +19,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from rlhf.costs.sampling import most_added, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
-from rlhf.data.prepared import PreparedData
+from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.schema import PromptRow
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, misfits
@@ -41,8 +42,12 @@ class GenerateStage(Stage):
         "score_deviation": ("deviation", "z.2f"),
         "stop_rate": ("stops", ".0%"),
     }
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     samples: ClassVar[bool] = True
+    offers: ClassVar[Mapping[str, str]] = {
+        "sft": "best_of_n.jsonl", "replay": "best_of_n.jsonl", "ptx": "best_of_n.jsonl",
+        "pairs": "pairs.jsonl", "dpo": "pairs.jsonl",
+    }  # fmt: skip
     not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
 
     policy: Init
@@ -53,7 +58,7 @@ class GenerateStage(Stage):
     splits: list[Literal["train", "held_out"]] = Field(min_length=1)
     """Splits of `ppo.prompts` that are answered."""
     num_prompts: PositiveInt | None
-    """How many prompts, the first ones; null uses all."""
+    """How many prompts, the first ones of each split; null uses all."""
     samples_per_prompt: PositiveInt
     """Responses to each prompt."""
     max_new_tokens: PositiveInt
@@ -84,32 +89,55 @@ class GenerateStage(Stage):
 
     def rewards(self) -> Mapping[str, str | RewardMix]:
         """What scores the answers."""
-        return {} if self.reward is None else {"generate.reward": self.reward}
+        return {} if self.reward is None else {f"{self.name}.reward": self.reward}
 
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """The user's own model is whole."""
-        check_start("generate.policy", self.policy, base)
+        check_start(f"{self.name}.policy", self.policy, base)
 
     def misfits(self, data: PreparedData, base: BaseModelFiles, chain: Mapping[str, Stage]) -> Iterator[str]:
         """Prompts that leave no room for an answer."""
         yield from misfits(
-            *root_of("generate.policy", self.policy, chain), base, "ppo.prompts", self.rows(data),
+            *root_of(f"{self.name}.policy", self.policy, chain), base, "ppo.prompts", self.rows(data),
             beside=self.max_new_tokens,
-            mend=f"Lower generate.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
+            mend=f"Lower {self.name}.max_new_tokens={self.max_new_tokens}, leave out the longest prompts, or "
             "take a model with a longer context.",
         )  # fmt: skip
 
     def rows(self, data: PreparedData) -> Iterator[PromptRow]:
         """The prompts that are answered."""
-        every = itertools.chain.from_iterable(data.rows("ppo", split) for split in self.splits)
-        return itertools.islice(every, self.num_prompts)
+        splits = [data.rows("ppo", split) for split in self.splits]
+        total = sum(map(len, splits))
+        wanted = total if self.num_prompts is None else self.num_prompts
+        for rows in splits:
+            yield from rows[: math.ceil(Fraction(wanted * len(rows), total))]
+
+    def offer_advice(self) -> str:
+        """How to get more rows of each split."""
+        return (
+            f"These rows are made by {self.name}: raise {self.name}.num_prompts. Held-out rows are the answers "
+            f"to held-out prompts: {self.name}.splits=[train,held_out]."
+        )
+
+    def offered_lengths(self, on: CostContext) -> LengthStats:
+        """Every prompt's pairs, with answers as long as they may be."""
+        prompts = self.prompts(on)
+        return prompts._replace(
+            rows=prompts.rows * max(1, self.samples_per_prompt // 2),
+            mean=prompts.mean + self.max_new_tokens,
+            longest=prompts.longest + self.max_new_tokens,
+        )
+
+    def prompts(self, on: CostContext) -> LengthStats:
+        """The prompts that are answered."""
+        sizes = [on.sizes("ppo", split) for split in self.splits]
+        return sizes[0]._replace(rows=sum(size.rows for size in sizes)).first(self.num_prompts)
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every sample is decoded, and read once by the reward model."""
-        on = on.starting(directory_of(root_of("generate.policy", self.policy, chain)[1]))
+        on = on.starting(directory_of(root_of(f"{self.name}.policy", self.policy, chain)[1]))
         made = chain.get(self.policy)
-        sizes = [on.sizes("ppo", split) for split in self.splits]
-        prompts = sizes[0]._replace(rows=sum(size.rows for size in sizes)).first(self.num_prompts)
+        prompts = self.prompts(on)
         scoring = len(models_of(self.reward))
         return sampling_cost(
             on, prompts, samples=self.samples_per_prompt, new_tokens=self.max_new_tokens,
@@ -128,7 +156,7 @@ class GenerateStage(Stage):
         rows = list(self.rows(job.data))
         repeated = [row for row in rows for _ in range(self.samples_per_prompt)]
         policy = job.policy(job.start(self.policy))
-        with job.progress.task("generate: sampling", len(repeated)) as task:
+        with job.progress.task(f"{self.name}: sampling", len(repeated)) as task:
             rollout, texts = policy.sample(
                 [row.prompt for row in repeated],
                 max_new_tokens=self.max_new_tokens,
@@ -178,7 +206,7 @@ class GenerateStage(Stage):
         if self.reward is None:
             return None
         reward = job.reward(self.reward, self.micro_batch_tokens)
-        return usable_scores(reward, rows, texts, f"generate.reward={self.reward}")
+        return usable_scores(reward, rows, texts, f"{self.name}.reward={self.reward}")
 
     def write_ranked(
         self, job: Job, rows: list[PromptRow], texts: list[str], scores: list[float]

@@ -22,6 +22,7 @@ from rlhf.data.schema import TextRow
 from rlhf.data.sources import Sources, check_lenders, lender, own_sources
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.made_rows import made_by
 from rlhf.pipeline.stage import Stage, named_sources
 from rlhf.rewards.code import own_code
 
@@ -66,7 +67,8 @@ class PrepareStage(Stage):
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """Rows whose prompts are taken are there."""
-        self._sources = named_sources(chain)
+        sources = named_sources(chain)
+        self._sources = {role: None if role in made_by(sources) else each for role, each in sources.items()}
         check_lenders(self._sources)
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Supervised instruction tuning: teach the base model to answer in the way of the examples.
 
-Reads   the base model; prompt/completion rows (`sft.data`); general data to replay (`sft.replay`).
+Reads   the base model, or what `sft.init` names instead; prompt/completion rows (`sft.data`);
+        general data to replay (`sft.replay`).
 Writes  a plain causal-LM directory, and the held-out loss before and after; with another sft.peft than none
         also what was trained alone, in `adapter/`.
 """
@@ -18,14 +19,17 @@ from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.costs.training import training_cost
 from rlhf.data.answers import Answers
+from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import TRAINING
 from rlhf.data.schema import Split
 from rlhf.data.sources import SourceConfig
 from rlhf.distributed.batching import shuffled_batches
+from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
+from rlhf.models.start import Init, check_start, directory_of
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Purpose, Stage
+from rlhf.pipeline.stage import TUNED, Purpose, Stage, root_of
 from rlhf.supervised.answers import answer_losses, answer_step, with_replay
 from rlhf.training.config import OptimConfig
 
@@ -56,6 +60,8 @@ class SftStage(Stage):
 
     data: SourceConfig | None
     """Rows with a prompt and its answer. `auto` uses the demo's, if none of the data is yours."""
+    init: Init
+    """The model that it trains: `base`, a stage that makes a policy, or a `save_pretrained` directory."""
     replay: SourceConfig | None
     """General texts or conversations that SFT also learns, so that the model does not forget them. It
     learns whole texts, and the answers of conversations."""
@@ -91,6 +97,10 @@ class SftStage(Stage):
             )
         return self
 
+    def starts_from(self) -> tuple[str, str]:
+        """The model that it trains."""
+        return "init", self.init
+
     def datasets(self) -> tuple[str, ...]:
         """Reads prompt/completion rows, and those to replay."""
         return ("sft", "replay") if self.replay_fraction > 0 else ("sft",)
@@ -103,16 +113,17 @@ class SftStage(Stage):
             "adapter_bytes", "token_seconds", "token_seconds_base",
         )  # fmt: skip
 
-    def reads_base_model(self) -> bool:
-        """It trains the base model."""
-        return True
-
     def peft_config(self) -> PeftConfig:
         """How it trains."""
         return self.peft
 
+    def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
+        """The user's own model is whole."""
+        check_start(f"{self.name}.init", self.init, base)
+
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Every training row once an epoch, and what is replayed beside it; the held-out rows twice."""
+        on = on.starting(directory_of(root_of(f"{self.name}.init", self.init, chain)[1]))
         room = self.room(on.shape.context)
         train, held_out = (on.sizes("sft", split).cut(room) for split in TRAINING)
         if self.replay_fraction > 0:
@@ -137,7 +148,8 @@ class SftStage(Stage):
         virtual = self.peft.tokens if METHODS[self.peft.method].pads else 0
         if context - virtual < 2:  # one to read, one to learn
             raise ConfigError(
-                f"sft.peft.tokens={virtual}: they fill the model's context of {context} tokens. Use fewer."
+                f"{self.name}.peft.tokens={virtual}: they fill the model's context of {context} tokens. "
+                "Use fewer."
             )
         return min(self.max_tokens, context - virtual)
 
@@ -156,21 +168,24 @@ class SftStage(Stage):
         from rlhf.supervised.loop import train_batches
 
         self.check_compute(job.compute)
-        tokenizer = job.base.load_tokenizer()
+        start = job.start(self.init)
+        tokenizer = start.load_tokenizer()
         assert isinstance(tokenizer.pad_token_id, int)
         compute = job.compute
         read_to = loads_on(self.peft, compute)
-        policy = load_causal_lm(job.base.directory, job.base.config, compute.dtype, read_to, compute)
+        policy = load_causal_lm(start.directory, job.base.config, compute.dtype, read_to, compute)
         compute.ask_once(lambda: check_head(policy))
         if job.will_sample:  # better refused now than by a later stage
             compute.ask_once(lambda: check_decoding(policy, copies=False))
-        train = answers = self.answers(job, tokenizer, "sft", "train", "sft.data: no training row")
-        held_out = self.answers(job, tokenizer, "sft", "held_out", "sft.data: no held-out row")
+        train = answers = self.answers(job, tokenizer, "sft", "train", f"{self.name}.data: no training row")
+        held_out = self.answers(job, tokenizer, "sft", "held_out", f"{self.name}.data: no held-out row")
         left_out = len(job.data.rows("sft", "train")) - train.num_rows
         self.tell_cut(job, train, left_out)
         batches = own = shuffled_batches(range(len(train)), self.batch_rows, self.epochs, job.seed)
         if self.replay_fraction > 0:
-            general = self.answers(job, tokenizer, "replay", "train", f"sft.replay={self.replay}: no row")
+            general = self.answers(
+                job, tokenizer, "replay", "train", f"{self.name}.replay={self.replay}: no row"
+            )
             answers = Answers.joined(train, general)
             batches = with_replay(own, train, general, self.replay_fraction, job.seed)
         attach(policy, self.peft, compute.device)
@@ -196,7 +211,7 @@ class SftStage(Stage):
         with job.trained(engine, policy) as weights:
             written = job.compute.main_only(
                 lambda: publish_policy(
-                    job.directory, weights, tokenizer, start=job.base.directory, key=job.base.identity,
+                    job.directory, weights, tokenizer, start=start.directory, key=start.identity,
                     settings=job.base.config, dtype=job.compute.dtype, peft=self.peft,
                 )
             )  # fmt: skip
@@ -217,19 +232,19 @@ class SftStage(Stage):
 
     def tell_cut(self, job: Job, train: Answers, left_out: int) -> None:
         """Say how many training rows were too long, and how many conversations are in pieces."""
-        apart, room = train.num_apart, self.room(job.base.context_length)
+        apart, room = train.num_apart, self.room(job.start(self.init).context_length)
         if apart:
             job.progress.console.print(
-                f"sft.turns=all: the chat template renders earlier turns of {apart} conversations otherwise "
-                "once later ones follow: each of their turns is a sequence of its own.",
+                f"{self.name}.turns=all: the chat template renders earlier turns of {apart} conversations "
+                "otherwise once later ones follow: each of their turns is a sequence of its own.",
                 style="yellow", highlight=False,
             )  # fmt: skip
         cut = train.num_cut
         if cut or left_out:
             job.progress.console.print(
-                f"sft: {cut} of {len(train) + left_out} training rows are cut at {room} tokens, "
+                f"{self.name}: {cut} of {len(train) + left_out} training rows are cut at {room} tokens, "
                 f"{left_out} are left out, since their prompts leave no room for an answer "
-                f"(sft.max_tokens={self.max_tokens}).",
+                f"({self.name}.max_tokens={self.max_tokens}).",
                 style="yellow", highlight=False,
             )  # fmt: skip
 
@@ -242,11 +257,11 @@ class SftStage(Stage):
             ConfigError: there is none. The message begins with `none`.
         """
         rows, ids = job.data.rows(role, split), job.tokens(role, split, tokenizer)
-        room = self.room(job.base.context_length)
+        room = self.room(job.start(self.init).context_length)
         found = Answers.of(rows, ids, room, all_turns=self.turns == "all")
         if not found:
             raise ConfigError(
-                f"{none} has anything to learn within sft.max_tokens={self.max_tokens}. Raise it, or give "
-                "rows with shorter prompts."
+                f"{none} has anything to learn within {self.name}.max_tokens={self.max_tokens}. Raise it, or "
+                "give rows with shorter prompts."
             )
         return found

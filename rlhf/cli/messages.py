@@ -16,10 +16,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 
 from rlhf.config import ConfigError, did_you_mean, nearest
+from rlhf.pipeline.recipe import typed_key
 
 ADDED = ("experiment", "remedy", "sweep")
 """Groups that must be added: `+experiment=NAME`."""
-CHOSEN = ("model", "tracker")
+CHOSEN = ("model", "tracker", "recipe")
 """Groups with one choice in every run: `model=NAME`."""
 SUBMITIT = ("submitit_local", "submitit_slurm")
 """Launchers that Hydra knows once submitit is installed."""
@@ -41,7 +42,7 @@ def readable(arguments: Sequence[str]) -> list[str]:
         if argument.startswith("--") and "=" in argument and key.partition(".")[0] in shape():
             raise ConfigError(f"{argument}: a key has no dashes before it: {argument.lstrip('-')}.")
     ordered = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
-    return [_known_experiment(argument) for argument in ordered]
+    return [_known_experiment(typed_key(argument)) for argument in ordered]
 
 
 def _known_experiment(argument: str) -> str:

@@ -106,6 +106,8 @@ class PreparedData:
     roles have fields of any kind."""
 
     directory: Path
+    elsewhere: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
+    """Role -> the directory that has its rows, and what it is called there; others are in `directory`."""
 
     @overload
     def rows(self, role: Literal["sft", "replay", "ptx"], split: TrainSplit) -> Rows[SftRow]: ...
@@ -137,7 +139,7 @@ class PreparedData:
 
     def size(self, role: str, split: Split) -> LengthStats:
         """Number of rows in a split, with the lengths of the role's rows; for pairs, of the longer side."""
-        report = json.loads((self.directory / REPORT).read_text(encoding="utf-8")).get(role)
+        report = self._report(role)
         if report is None:  # it has no source
             return LengthStats(0, 0.0, 0.0, 0)
         tokens = report["tokens"]
@@ -152,7 +154,8 @@ class PreparedData:
         Raises:
             ConfigError: what became of them.
         """
-        report = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))[role]
+        report = self._report(role)
+        assert report is not None
         for split, rows in report["kept"].items():
             if not rows:
                 removed = [f"{each['count']} {reason}" for reason, each in report["removed"].items()]
@@ -181,11 +184,21 @@ class PreparedData:
 
     def tokens_path(self, role: str, split: str) -> Path:
         """Where the token ids of a split's rows are, by the base model's tokenizer: a file of `TokenIds`."""
-        return self.directory / f"{role}.{split}.tokens.arrow"
+        directory, name = self._place(role)
+        return directory / f"{name}.{split}.tokens.arrow"
+
+    def _report(self, role: str) -> dict[str, Any] | None:
+        directory, name = self._place(role)
+        found: dict[str, Any] = json.loads((directory / REPORT).read_text(encoding="utf-8"))
+        return found.get(name)
+
+    def _place(self, role: str) -> tuple[Path, str]:
+        return self.elsewhere.get(role, (self.directory, role))
 
     def _path(self, role: str, split: str) -> Path:
         assert split in ROLES[role].splits, f"{role} has no split {split}"
-        return self.directory / f"{role}.{split}.arrow"
+        directory, name = self._place(role)
+        return directory / f"{name}.{split}.arrow"
 
 
 @dataclass

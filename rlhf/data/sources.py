@@ -58,6 +58,8 @@ class SourceConfig(Strict):
     """A .jsonl, .json, .csv or .txt file (each also .gz), or .parquet; relative to the current directory."""
     samples: str | None = None
     """A sample set that comes with this package."""
+    stage: str | None = None
+    """A stage of this run that makes such rows, such as generate: docs/data.md says which of its files."""
     hub: str | None = None
     """A data set on the Hugging Face Hub, such as HuggingFaceH4/ultrafeedback_binarized."""
     subset: str | None = None
@@ -79,17 +81,20 @@ class SourceConfig(Strict):
         if isinstance(value, (SourceConfig, dict)):
             return value
         if not isinstance(value, str):
-            raise ValueError("a source is samples:NAME, a path, hub:ID, or a mapping with one of these")
-        for kind in ("samples", "hub"):
+            raise ValueError(
+                "a source is samples:NAME, a path, hub:ID, stage:NAME, or a mapping with one of these"
+            )
+        for kind in ("samples", "hub", "stage"):
             if value.startswith(f"{kind}:"):
                 return {kind: value.removeprefix(f"{kind}:")}
         return {"path": value}
 
     @model_validator(mode="after")
     def _is_one_place(self) -> SourceConfig:
-        named = [kind for kind in ("path", "samples", "hub") if getattr(self, kind)]
+        named = [kind for kind in ("path", "samples", "hub", "stage") if getattr(self, kind)]
         if len(named) != 1:
-            raise ValueError(f"name exactly one of path, samples, hub (found: {', '.join(named) or 'none'})")
+            found = ", ".join(named) or "none"
+            raise ValueError(f"name exactly one of path, samples, hub, stage (found: {found})")
         if self.encoding is not None:
             if self.path is None:
                 raise ValueError("encoding has a meaning for path only")
@@ -106,7 +111,8 @@ class SourceConfig(Strict):
     def __str__(self) -> str:
         if self.path is not None:
             return self.path
-        return f"samples:{self.samples}" if self.samples is not None else f"hub:{self.hub}"
+        kind = next(kind for kind in ("samples", "hub", "stage") if getattr(self, kind))
+        return f"{kind}:{getattr(self, kind)}"
 
     @property
     def name(self) -> str:

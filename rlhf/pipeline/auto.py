@@ -37,14 +37,17 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
     asked = [key for key in demo if _get(found, key) == AUTO]
     for key in asked:
         _set(found, key, _of_own(key, own) if own else demo[key])
-    init = str(_get(found, "ppo.init"))
-    start = [*dict.fromkeys(["base", init if directory_of(init) is None else "init", "ppo"])]
+    start = [*dict.fromkeys(map(_named, ["base", _get(found, "evaluate.init"), "ppo"]))]
+    policies = _get(found, "recipe.policies")
+    of_recipe = [*dict.fromkeys(map(_named, policies))] if policies else start
     if _get(found, "evaluate.policies") == AUTO:
-        _set(found, "evaluate.policies", start)
+        _set(found, "evaluate.policies", of_recipe)
+        if policies and _get(found, "evaluate.subject") == AUTO:
+            _set(found, "evaluate.subject", of_recipe[-1])
     if _get(found, "evaluate.subject") == AUTO:
         _set(found, "evaluate.subject", _subject(_get(found, "evaluate.policies"), start[:-1]))
     if _get(found, "compare.artifacts") == AUTO:
-        _set(found, "compare.artifacts", [name for name in start if name not in ("base", "init")])
+        _set(found, "compare.artifacts", [name for name in of_recipe if name not in ("base", "init")])
     notes = []
     if own and asked:
         taken = ", ".join(f"{key}={_get(found, key) or 'null'}" for key in asked)
@@ -60,9 +63,9 @@ def is_own(source: Any) -> bool:
     if isinstance(source, list):
         return any(map(is_own, source))
     if isinstance(source, Mapping):
-        return source.get("samples") is None
+        return source.get("samples") is None and source.get("stage") is None
     keys = [role.key for role in ROLES.values()]
-    return source not in (None, AUTO, *keys) and not str(source).startswith("samples:")
+    return source not in (None, AUTO, *keys) and not str(source).startswith(("samples:", "stage:"))
 
 
 def _of_own(key: str, own: list[str]) -> str | None:
@@ -72,6 +75,11 @@ def _of_own(key: str, own: list[str]) -> str | None:
         return None
     lenders = [role.key for role in ROLES.values() if role.lends_prompts and role.key in own]
     return "ppo.prompts" if "ppo.prompts" in lenders else next(iter(lenders), None)
+
+
+def _named(policy: Any) -> str:
+    """What `evaluate.policies` calls it."""
+    return str(policy) if directory_of(str(policy)) is None or policy == "ppo" else "init"
 
 
 def _subject(policies: Any, started: list[str]) -> str:
@@ -97,7 +105,12 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key, and that of the stage's named instances which have no value of their own."""
     *sections, name = key.split(".")
-    for section in sections:
-        config = config[section]
-    config[name] = value
+    copies = [each for each in config if each.startswith(f"{sections[0]}@")]
+    for each in (sections[0], *copies):
+        place = config[each]
+        for section in sections[1:]:
+            place = place[section]
+        if each not in copies or place[name] == AUTO:
+            place[name] = value

@@ -23,6 +23,15 @@ from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import know_policies
 from rlhf.pipeline.auto import without_auto
+from rlhf.pipeline.made_rows import tell_readers
+from rlhf.pipeline.recipe import (
+    RecipeConfig,
+    check_typed,
+    instance_class,
+    kind_of,
+    know_own_roles,
+    with_instances,
+)
 from rlhf.pipeline.sampling_engine import unusable_by_vllm
 from rlhf.pipeline.settings import LaunchConfig, SweepConfig
 from rlhf.pipeline.stage import Stage, in_order, named_sources
@@ -92,6 +101,10 @@ class Settings(Strict):
     preflight: Literal["enforce", "warn"]
     """Whether a run is refused before a model is loaded, if memory, disk or context are too small for it."""
     sweep: SweepConfig
+    recipe: RecipeConfig
+    instances: dict[str, dict[str, Any]]
+    """Named instances: STAGE@LABEL with those of its keys that differ from the stage's own. A name with
+    {round} stands for one in each round of the recipe after the first."""
     model: ModelConfig
     tracker: TrackerConfig
     demo: DemoConfig
@@ -110,7 +123,10 @@ class Experiment:
     """What the run prints first: what `auto` means beside the user's data."""
 
     def whole_chain(self) -> set[str]:
-        """`stage=all`: the stages of the chain, without models that no other stage reads."""
+        """`stage=all`: the recipe's stages; without a recipe those of the chain, but no model that no other
+        stage reads."""
+        if self.settings.recipe.stages is not None:
+            return set(self.settings.recipe.stages)
         chain = [name for name, stage in self.stages.items() if stage.in_chain]
         last = [name for name in chain if self.stages[name].peft_config() is not None][-1]
         found: set[str] = set()
@@ -151,12 +167,17 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: all complaints of the first section that has any.
     """
+    composed, resolved = resolved, with_instances(resolved)
     names = [name for name, value in resolved.items() if _is_stage(value)]
     settings = validated(Settings, {k: v for k, v in resolved.items() if k not in names}, "")
     sections = {name: resolved[name] for name in names}
     if not settings.stage:
         raise ConfigError(f"stage=[]: nothing to do. Use all, or some of {', '.join(sections)}.")
-    for key, names, extra in (("stage", settings.stage, ["all"]), ("force", settings.force, [])):
+    for key, names, extra in (
+        ("stage", settings.stage, ["all"]),
+        ("force", settings.force, []),
+        ("recipe.stages", settings.recipe.stages or [], []),
+    ):
         for name in names:
             if name not in sections and name not in extra:
                 known = [*extra, *sections]
@@ -167,8 +188,15 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     for key in ("run_name", "runs_dir", "store_dir"):
         if redacted(resolved[key]) != resolved[key]:
             raise ConfigError(f"{key}: there is a secret in it, and it names a directory. Use another name.")
-    classes = {name: stage_class(name, section["_target_"]) for name, section in sections.items()}
+    instances = settings.instances
+    classes = {
+        name: stage_class(name, section["_target_"])
+        for name, section in sections.items()
+        if name not in instances
+    }
     know_roles(classes)
+    for name, roles in know_own_roles(instances).items():
+        classes[name] = instance_class(classes[kind_of(name)], name, roles)
     makers = [name for name, each in classes.items() if each.publishes == "policy"]
     know_policies(makers)
     resolved, own, notes = without_auto(resolved)
@@ -184,12 +212,14 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         check_roles(stage)
     for stage in checked.values():  # after those: `evaluate.policies=auto` follows from them
         check_policies(stage, stage.named_policies(), checked)
+    tell_readers(checked)
     stages = in_order({name: checked[name] for name in sections})
     for name, stage in stages.items():
         for gate, bound in stage.gates.items():
             if bound is not None:
                 stage.check_metric(gate, f"{name}.gates.{gate}")
     experiment = Experiment(settings, stages, resolved, tuple(notes))
+    check_typed(composed, experiment.needed())
     check_sources(experiment, own)
     for name in experiment.needed():
         stages[name].check(stages)
@@ -261,7 +291,7 @@ def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
     sources, needed = named_sources(experiment.stages), experiment.needed()
     readers: dict[str, list[str]] = {}
     for name in needed:
-        for role in experiment.stages[name].needs(experiment.stages):
+        for role in map(experiment.stages[name].own_role, experiment.stages[name].needs(experiment.stages)):
             if not sources[role]:
                 readers.setdefault(role, []).append(name)
     if not readers:

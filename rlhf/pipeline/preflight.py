@@ -25,6 +25,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import rehearse
 from rlhf.pipeline.experiment import Experiment
+from rlhf.pipeline.made_rows import context_of
 from rlhf.pipeline.stage import Stage
 from rlhf.tracking.progress import clock
 from rlhf.training.checkpoint import CheckpointConfig
@@ -130,7 +131,7 @@ def chosen(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostCon
 
 def while_sampling(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> StageCost:
     """What the stage needs while it samples."""
-    cost = stage.cost(on, chain)
+    cost = stage.cost(context_of(stage, chain, on), chain)
     phases = [phase for phase in cost.phases if phase.name == SAMPLING]
     return replace(cost, phases=phases or cost.phases or [MemoryPhase(SAMPLING)])
 
@@ -254,7 +255,9 @@ def preflight(
     for stage in stages:
         way = (ways or {}).get(stage.name)
         there = chosen(stage, chain, on) if way is None else replace(on, local_sampling=way)
-        cost = costs[stage.name] = with_copy(stage.cost(there, chain), there, checkpoints)
+        cost = costs[stage.name] = with_copy(
+            stage.cost(context_of(stage, chain, there), chain), there, checkpoints
+        )
         if not cost.phases:
             continue
         need = shortage(cost, on)
@@ -389,7 +392,7 @@ def fits(
         return False
     changed_chain = {**chain, stage.name: changed}
     setting = chosen(changed, changed_chain, setting)
-    return shortage(changed.cost(setting, changed_chain), setting) <= 1.0
+    return shortage(changed.cost(context_of(changed, changed_chain, setting), changed_chain), setting) <= 1.0
 
 
 def is_taken(stage: Stage, on: CostContext) -> bool:

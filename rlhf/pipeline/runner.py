@@ -27,6 +27,7 @@ from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.made_rows import data_of, made_roles, prepare_rows, preparing, roles_read
 from rlhf.pipeline.manifest import content_digest, make_manifest
 from rlhf.pipeline.preflight import Begun, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
@@ -268,14 +269,16 @@ class Pipeline:
         progress = Progress(self.console)
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
         tracker.begin(scratch)
-        prepared = PreparedData(artifacts["prepare"].path if "prepare" in artifacts else scratch)
+        chain, rows = self.experiment.stages, scratch.with_name(f"{scratch.name}.rows")
+        prepared = artifacts["prepare"].path if "prepare" in artifacts else scratch
+        inputs = {other: made for other, made in artifacts.items() if other in stage.inputs()}
         job = Job(
             stage=name,
             seed=self.experiment.settings.seed,
             compute=self.compute,
             base=base,
-            inputs={other: made for other, made in artifacts.items() if other in stage.inputs()},
-            data=prepared,
+            inputs=inputs,
+            data=data_of(stage, prepared, chain, rows),
             directory=scratch,
             tracker=tracker,
             progress=progress,
@@ -304,6 +307,9 @@ class Pipeline:
         torch.manual_seed(job.seed)
         try:
             with progress.shown(), naming(scratch), said_as(users_words(stage, base)):
+                if stage.makers:
+                    self.compute.main_only(lambda: prepare_rows(stage, chain, inputs, base, rows, progress))
+                    stage.check_data(job.data, base)
                 stage.run(job)
         except BaseException as cause:  # Ctrl-C too: summary.json says where it ended; raised again
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
@@ -311,6 +317,9 @@ class Pipeline:
             if self.compute.is_main:  # what it goes on from lies beside it
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
+        finally:
+            if self.compute.is_main:
+                shutil.rmtree(rows, ignore_errors=True)  # on NFS its files may still be mapped
         assert job.summary is not None, f"{name} ended without publishing"
         seconds = job.checkpoints.spent()
 
@@ -417,16 +426,16 @@ class Pipeline:
         """Refuse what cannot run here, before anything trains. If nothing runs, nothing is refused."""
         data, chain = PreparedData(prepared.path), self.experiment.stages
         stages = [chain[name] for name in self.experiment.needed()]
-        for stage in stages:
-            for role in stage.needs(chain):
-                data.check_not_empty(role)
+        for role in roles_read(stages, chain):
+            data.check_not_empty(role)
         pending = self.compute.main_only(lambda: self.pending(prepared))
         if not pending:
             return
         self.begin_to_compute(base)
         for stage in stages:
-            with said_as(users_words(stage, base)):
-                stage.check_data(data, base)
+            if not stage.makers:
+                with said_as(users_words(stage, base)):
+                    stage.check_data(data_of(stage, prepared.path, chain, prepared.path), base)
         self.compute.main_only(lambda: self.check_fits(pending, data, base))
         settings, args = self.experiment.settings, (self.compute, data, self.console)
         self.local_sampling = check_before_loading(self.experiment, pending, base, *args)
@@ -443,7 +452,11 @@ class Pipeline:
             ConfigError: what does not fit, and the fix.
         """
         chain = self.experiment.stages
-        complaints = [each for name in pending for each in chain[name].misfits(data, base, chain)]
+        complaints = [
+            each
+            for stage in (chain[name] for name in pending)
+            for each in stage.misfits(data_of(stage, data.directory, chain, data.directory), base, chain)
+        ]
         if self.vllm is not None:
             answering = (each for name in pending for each in chain[name].answering(chain))
             complaints += of_two_architectures(answering, base)
@@ -486,6 +499,7 @@ class Pipeline:
 
     def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
         """Everything that decides the artifact. Secrets are left out: a new password is no new model."""
+        made = made_roles(stage, self.experiment.stages)
         recipe: Recipe = {
             "stage": stage.name,
             "version": stage.version,
@@ -494,8 +508,10 @@ class Pipeline:
             "inputs": {name: artifacts[name].key for name in stage.inputs() if name != "prepare"},
         }
         if stage.datasets():  # the content of the prepared sets, not the key of `prepare`: see docs/store.md
-            files = artifacts["prepare"].manifest.files
-            recipe["data"] = {role: role_digest(role, files) for role in stage.datasets()}
+            files, names = artifacts["prepare"].manifest.files, map(stage.own_role, stage.datasets())
+            recipe["data"] = {role: role_digest(role, files) for role in names if role not in made}
+        if made:
+            recipe["rows"] = preparing(stage, self.experiment.stages)
         if stage.reads_base_model():
             recipe["model"] = self.model_identity
         if stage.random:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
 
 
-Metric = Annotated[str, Field(pattern=r"^\w+/\S+$")]
+Metric = Annotated[str, Field(pattern=r"^\w+(@\w+)?/\S+$")]
 """A summary metric, `STAGE/NAME`."""
 
 

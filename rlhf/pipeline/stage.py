@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from pydantic import PrivateAttr
+
 from rlhf.config import Bound, ConfigError, Strict, did_you_mean
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
-from rlhf.data.prepared import PreparedData
+from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.roles import ROLES, Role
 from rlhf.data.sources import Sources
 from rlhf.digests import DirectoryDigest, directory_digest
@@ -22,6 +24,7 @@ from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.start import directory_of, init_digest, init_in_key, inputs_of
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.recipe import kind_of
 from rlhf.rewards.kinds import RewardMix, keyed_parts, reward_digest
 from rlhf.tracking.redaction import redacted
 
@@ -86,11 +89,16 @@ class Stage(Strict, ABC):
     """Whether its artifact is taken instead of running it again."""
     roles: ClassVar[Mapping[str, Role]] = {}
     """Data roles that it brings along, by name: `prepare` reads, checks, splits and counts their rows."""
+    own_roles: ClassVar[Mapping[str, str]] = {}
+    """Of a named instance: the roles that it reads from a source of its own, and what these are called."""
+    offers: ClassVar[Mapping[str, str]] = {}
+    """Roles that may read what it makes, as `stage:NAME`: the file in its artifact with their rows."""
     divided: ClassVar[tuple[str, ...]] = ()
     """Its knobs that are sizes of batches over all ranks, which must be able to share them equally."""
     not_in_key: ClassVar[frozenset[str]] = frozenset()
     """Knobs that cannot change the result (micro-batch sizes, intervals). `gates` is always one."""
 
+    _makers: tuple[str, ...] = PrivateAttr(())
     gates: dict[str, Bound | None]
     """Summary metric -> the range it must lie in. Checked after every run and every reuse;
     null turns a bound off."""
@@ -103,8 +111,9 @@ class Stage(Strict, ABC):
             *(("prepare",) if self.datasets() else ()),
             *(inputs_of(start[1]) if start else ()),
             *(name for _, name in self.named_policies()),
+            *self._makers,
             *(("reward",) if "learned" in sources else ()),
-            *(("generate",) if self.name != "generate" and any(self.normalized_rewards()) else ()),
+            *(("generate",) if kind_of(self.name) != "generate" and any(self.normalized_rewards()) else ()),
         )
 
     def starts_from(self) -> tuple[str, str] | None:
@@ -115,6 +124,27 @@ class Stage(Strict, ABC):
     def datasets(self) -> tuple[str, ...]:
         """The roles whose prepared data this one reads: names in `rlhf.data.roles.ROLES`."""
         return ()
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """The stages that make rows which it reads: see rlhf/pipeline/made_rows.py."""
+        return self._makers
+
+    def know_makers(self, names: Iterable[str]) -> None:
+        """These stages make rows that it reads."""
+        self._makers = tuple(dict.fromkeys(names))
+
+    def own_role(self, role: str) -> str:
+        """What a role that it reads is called in the table of roles."""
+        return self.own_roles.get(role, role)
+
+    def offer_advice(self) -> str:
+        """How to have it make more rows for others, in the user's own keys."""
+        raise NotImplementedError
+
+    def offered_lengths(self, on: CostContext) -> LengthStats:
+        """How many rows it makes for others (`offers`), and how long, at most: for a cost."""
+        raise NotImplementedError
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """Those of `datasets` that it cannot do without: a run that lacks their data is refused."""

@@ -1,0 +1,181 @@
+"""Rows that one stage of a chain makes and another learns from: `dpo@2.data=stage:generate@2`.
+
+They are not there when `prepare` runs. They are checked, split and tokenised in the same way right before the
+stage that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import ConfigError, did_you_mean
+from rlhf.costs.setup import CostContext
+from rlhf.data.preparation import Preparation
+from rlhf.data.prepared import LengthStats, PreparedData
+from rlhf.data.roles import ROLES
+from rlhf.data.schema import Split
+from rlhf.data.sources import SourceConfig, Sources, lender
+from rlhf.models.base import BaseModelFiles
+from rlhf.pipeline.recipe import kind_of
+from rlhf.pipeline.stage import Stage, named_sources
+from rlhf.pipeline.store import Artifact
+from rlhf.tracking.progress import Progress
+
+if TYPE_CHECKING:
+    from rlhf.stages.prepare import PrepareStage
+
+
+def made_by(sources: Sources) -> dict[str, str]:
+    """Role -> the stage that makes its rows."""
+    return {
+        role: source.stage
+        for role, source in sources.items()
+        if isinstance(source, SourceConfig) and source.stage is not None
+    }
+
+
+def tell_readers(chain: Mapping[str, Stage]) -> None:
+    """Tell each stage which others make rows that it reads.
+
+    Raises:
+        ConfigError: a source names a stage that makes no such rows.
+    """
+    sources = named_sources(chain)
+    makers = made_by(sources)
+    for role, source in sources.items():
+        if isinstance(source, list) and any(each.stage for each in source):
+            raise ConfigError(f"{ROLES[role].key}: `stage:` has no place in a list. Name files.")
+    for role, maker in makers.items():
+        _check_offer(role, maker, chain)
+    for role in ROLES:
+        other = lender(sources, role)
+        if other in makers:
+            raise ConfigError(
+                f"{ROLES[role].key}={ROLES[other].key}: rows of {sources[other]} are not there yet when "
+                f"prompts are split. Name another source for {ROLES[role].key}."
+            )
+    for stage in chain.values():
+        roles = (stage.own_role(role) for role in stage.datasets())
+        stage.know_makers(makers[role] for role in roles if role in makers)
+
+
+def data_of(stage: Stage, prepared: Path, chain: Mapping[str, Stage], made: Path) -> PreparedData:
+    """The data as a stage reads them.
+
+    Args:
+        prepared: what `prepare` made.
+        made: the directory with the rows that another stage made; it may be empty yet.
+    """
+    makers = made_by(named_sources(chain))
+    names = {role: stage.own_role(role) for role in stage.datasets()}
+    return PreparedData(
+        prepared,
+        {
+            role: (made if name in makers else prepared, name)
+            for role, name in names.items()
+            if name != role or name in makers
+        },
+    )
+
+
+def prepare_rows(
+    stage: Stage,
+    chain: Mapping[str, Stage],
+    inputs: Mapping[str, Artifact],
+    base: BaseModelFiles,
+    directory: Path,
+    progress: Progress,
+) -> None:
+    """Prepare the rows that a stage reads and others made.
+
+    Raises:
+        ConfigError: in the user's own keys; a split has no rows.
+    """
+    wanted = made_roles(stage, chain)
+    prepare: PrepareStage = chain["prepare"]  # type: ignore[assignment]  # of that name there is no other
+    directory.mkdir()
+    with TemporaryDirectory(prefix="rows.", dir=directory, ignore_cleanup_errors=True) as scratch:
+        preparation = Preparation(
+            dict.fromkeys(ROLES) | {role: _file(role, wanted[role], chain, inputs) for role in wanted},
+            prepare.held_out_fraction,
+            prepare.evaluation_fraction,
+            prepare.on_bad_row,
+            prepare.response_tokens,
+            base.load_tokenizer(),
+            base.context_length,
+            Path(scratch),
+        )
+        try:
+            preparation.prepare(progress)
+        except ConfigError as error:
+            advice = [chain[maker].offer_advice() for maker in stage.makers]
+            raise ConfigError(" ".join([str(error), *advice])) from None
+        preparation.write(directory)
+        preparation.show(progress.console)
+
+
+def made_roles(stage: Stage, chain: Mapping[str, Stage]) -> dict[str, SourceConfig]:
+    """The roles of a stage whose rows others make, and where each comes from."""
+    sources = named_sources(chain)
+    makers = made_by(sources)
+    names = (stage.own_role(role) for role in stage.datasets())
+    found: dict[str, Any] = {name: sources[name] for name in names if name in makers}
+    return found
+
+
+def preparing(stage: Stage, chain: Mapping[str, Stage]) -> dict[str, Any]:
+    """What decides how made rows are split and checked: a part of the artifact's key."""
+    prepare = chain["prepare"]
+    return {
+        "knobs": prepare.knobs(),
+        "version": prepare.version,
+        "sources": {
+            role: source.model_dump(mode="json") for role, source in made_roles(stage, chain).items()
+        },
+    }
+
+
+def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostContext:
+    """The context with the lengths of a stage's data; of rows that are still to be made, the most that there
+    can be."""
+    makers, sizes = made_by(named_sources(chain)), on.sizes
+
+    def size(role: str, split: Split) -> LengthStats:
+        name = stage.own_role(role)
+        if name not in makers:
+            return sizes(name, split)
+        maker = chain[makers[name]]
+        found = maker.offered_lengths(context_of(maker, chain, on))
+        share = dict(chain["prepare"])["held_out_fraction"]
+        return found._replace(rows=max(1, round(found.rows * (share if split == "held_out" else 1 - share))))
+
+    return on if not (stage.own_roles or stage.makers) else replace(on, sizes=size)
+
+
+def _check_offer(role: str, maker: str, chain: Mapping[str, Stage]) -> None:
+    said = f"{ROLES[role].key}=stage:{maker}"
+    if maker not in chain:
+        raise ConfigError(f"{said}: there is no such stage.{did_you_mean(maker, chain)}")
+    if kind_of(role) not in chain[maker].offers:
+        makers = [name for name, stage in chain.items() if kind_of(role) in stage.offers]
+        others = f"Stages that do: {', '.join(makers)}." if makers else "No stage does. Name a file."
+        raise ConfigError(f"{said}: {maker} makes no such rows. {others}")
+
+
+def _file(
+    role: str, source: SourceConfig, chain: Mapping[str, Stage], inputs: Mapping[str, Artifact]
+) -> SourceConfig:
+    assert source.stage is not None
+    name = chain[source.stage].offers[kind_of(role)]
+    return source.model_copy(update={"stage": None, "path": str(inputs[source.stage].path / name)})
+
+
+def roles_read(stages: Iterable[Stage], chain: Mapping[str, Stage]) -> Iterator[str]:
+    """The roles whose rows these stages need and `prepare` reads."""
+    makers = made_by(named_sources(chain))
+    for stage in stages:
+        yield from (name for name in map(stage.own_role, stage.needs(chain)) if name not in makers)

@@ -1,0 +1,189 @@
+"""Recipes, and named instances: one stage several times in a chain, such as `dpo@2`."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import PositiveInt
+
+from rlhf.config import ConfigError, Strict, did_you_mean
+from rlhf.data.roles import ROLES
+
+if TYPE_CHECKING:
+    from rlhf.pipeline.stage import Stage
+
+Keys = Mapping[str, Any]
+NAME = re.compile(r"(\w+)@(\w+)")
+"""STAGE@LABEL."""
+TYPED = "-at-"
+"""Stands for `@` in keys of the command line, which Hydra could not read."""
+FIRST_ROUND = re.compile(r"@1\b")
+
+
+class RecipeConfig(Strict):
+    """`recipe.*`: what `stage=all` means. `recipe=NAME` chooses one of conf/recipe/."""
+
+    stages: list[str] | None
+    """The stages that `stage=all` runs, with all that they read; null: the chain that the help names."""
+    policies: list[str] | None
+    """What `evaluate.policies=auto` compares, and `compare.artifacts=auto` without base; null: base, what PPO
+    started from, and PPO."""
+    rounds: PositiveInt
+    """How often the round is gone through. Names with {round} stand once for each round after the first, and
+    {before} is the round before it."""
+
+
+def kind_of(name: str) -> str:
+    """The stage that a named instance runs: `dpo` of `dpo@2`; any other name is its own."""
+    return name.partition("@")[0]
+
+
+def typed_key(argument: str) -> str:
+    """`dpo@2.epochs=3` of the command line as Hydra can read it; any other argument as it is."""
+    named = re.match(rf"\+{{0,2}}{NAME.pattern}\.([^=]+=)", argument)
+    if named is None:
+        return argument
+    kind, label, key = named.groups()
+    return f"++instances.{kind}{TYPED}{label}.{key}{argument[named.end() :]}"
+
+
+def with_instances(config: Keys) -> dict[str, Any]:
+    """The composed config, in which every named instance has a section: that of its stage, with its own keys.
+    In the recipe, names with {round} stand once for each round after the first.
+
+    Raises:
+        ConfigError: a name that is none, or that names no stage.
+    """
+    found = dict(config)
+    rounds = config["recipe"]["rounds"]
+    if not isinstance(rounds, int):  # told when the section is checked
+        return found
+    lists = {key: config["recipe"][key] for key in ("stages", "policies")}
+    found["recipe"] = config["recipe"] | {
+        key: [*_each_round(names, rounds)] if isinstance(names, list) else names
+        for key, names in lists.items()
+    }
+    found["instances"] = instances = _instances(config["instances"] or {}, rounds)
+    for name, own in instances.items():
+        _check_name(name, config)
+        if not isinstance(own, dict):
+            raise ConfigError(f"instances.{name}={own!r}: it must be a mapping of keys of {kind_of(name)}.")
+        found[name] = _merged(config[kind_of(name)], own)
+    return found
+
+
+def know_own_roles(instances: Mapping[str, Keys]) -> dict[str, dict[str, str]]:
+    """Put into the table of roles what named instances read from sources of their own.
+
+    Returns:
+        Instance -> role -> the name of its own role.
+    """
+    found: dict[str, dict[str, str]] = {name: {} for name in instances}
+    for role, entry in [*ROLES.items()]:
+        section, _, key = entry.key.partition(".")
+        for name, own in instances.items():
+            if section == kind_of(name) and _has(own, key):
+                found[name][role] = f"{role}@{name.partition('@')[2]}"
+                ROLES[found[name][role]] = replace(entry, key=f"{name}.{key}", metrics=())
+    return found
+
+
+def instance_class(kind: type[Stage], name: str, roles: Mapping[str, str]) -> type[Stage]:
+    """The class of a named instance.
+
+    Args:
+        roles: see `Stage.own_roles`.
+    """
+    label = name.partition("@")[2]
+    own = {
+        "name": name,
+        "title": f"{kind.title} {label}" if kind.title else "",
+        "in_chain": False,
+        "roles": {},
+        "own_roles": roles,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    made: type[Stage] = type(kind)(kind.__name__, (kind,), own)  # type: ignore[misc]  # a metaclass
+    return made
+
+
+def check_typed(config: Keys, needed: Sequence[str]) -> None:
+    """Refuse keys of the command line for an instance that nothing runs: a slip in its name.
+
+    Args:
+        config: as it was composed.
+
+    Raises:
+        ConfigError: with those that there are.
+    """
+    rounds = config["recipe"]["rounds"]
+    written = {name: own for name, own in (config["instances"] or {}).items() if TYPED not in name}
+    known = _instances(written, rounds)
+    for name in config["instances"] or {}:
+        said = name.replace(TYPED, "@")
+        if TYPED in name and said not in known and said not in needed:
+            there = f" There are: {', '.join(known)}." if known else ""
+            raise ConfigError(
+                f"{said}: no stage of this run is called so, or reads it.{did_you_mean(said, known)}{there} "
+                f"To run it, name it: stage={said}."
+            )
+
+
+def _instances(written: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """Each name with its own keys. What the command line says of a name stands above what files say."""
+    found: dict[str, Any] = {}
+    for name, own in sorted(written.items(), key=lambda item: TYPED in item[0]):
+        for number in range(2, rounds + 1) if "{round}" in name else (1,):
+            said = _in_round(name.replace(TYPED, "@"), number)
+            found[said] = _merged(found.get(said, {}), _in_round(own, number))
+    return found
+
+
+def _check_name(name: str, config: Keys) -> None:
+    if NAME.fullmatch(name) is None:
+        raise ConfigError(
+            f"instances.{name}: write STAGE@LABEL, such as dpo@2; a label has letters, digits and _. "
+            "Rename it."
+        )
+    section = config.get(kind_of(name))
+    if not (isinstance(section, dict) and "_target_" in section):
+        stages = [key for key, value in config.items() if isinstance(value, dict) and "_target_" in value]
+        near = did_you_mean(kind_of(name), stages)
+        raise ConfigError(f"{name}: there is no stage {kind_of(name)}.{near} Known: {', '.join(stages)}.")
+
+
+def _each_round(names: Sequence[Any], rounds: int) -> Iterator[Any]:
+    for number in range(1, rounds + 1):
+        for name in names:
+            if ("{round}" in str(name)) == (number > 1):
+                yield _in_round(name, number)
+
+
+def _in_round(value: Any, number: int) -> Any:
+    """The value, with this round's numbers in every text of it."""
+    if isinstance(value, dict):
+        return {key: _in_round(each, number) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_in_round(each, number) for each in value]
+    if not isinstance(value, str) or not ("{round}" in value or "{before}" in value):
+        return value
+    text = value.replace("{round}", str(number)).replace("{before}", str(number - 1))
+    return FIRST_ROUND.sub("", text)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings key by key; of anything else the upper one."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return copy.deepcopy(above)
+    return copy.deepcopy(below) | {key: _merged(below.get(key), value) for key, value in above.items()}
+
+
+def _has(own: Any, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    return isinstance(own, dict) and name in own and (not rest or _has(own[name], rest))
