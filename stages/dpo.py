@@ -151,7 +151,7 @@ class DpoStage(PreferenceConfig, Stage):
             if any(isinstance(row, ThumbRow) for row in rows):
                 raise ConfigError(
                     f"{self.name}.loss={self.loss}: {self.source} has rows with a thumb, and this loss "
-                    f"compares two answers. Use {self.name}.loss=kto, or give pairs: prompt, chosen, rejected."
+                    f"compares two answers. Use {self.name}.loss=kto, or give pairs of answers."
                 )
         held_out = len(data.rows(self.role, "held_out"))
         if held_out < 2:

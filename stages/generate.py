@@ -8,7 +8,6 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -115,8 +114,8 @@ class GenerateStage(Stage):
     def offer_advice(self) -> str:
         """How to get more rows of each split."""
         return (
-            f"These rows are made by {self.name}: raise {self.name}.num_prompts. Held-out rows are the answers "
-            f"to held-out prompts: {self.name}.splits=[train,held_out]."
+            f"These rows are made by {self.name}: raise {self.name}.num_prompts. Held-out rows are "
+            f"answers to held-out prompts: {self.name}.splits=[train,held_out]."
         )
 
     def offered_lengths(self, on: CostContext) -> LengthStats:

@@ -52,7 +52,7 @@ class RewardStage(Stage):
     }
     purpose: ClassVar[Purpose] = Purpose(
         "accuracy_over_baseline", "the reward model's ranking against chance and length", 1,
-        "it ranks no better than a rule that reads no word, so PPO cannot learn from it",
+        "it ranks no better than a rule that reads no word, so no policy can learn from it",
     )  # fmt: skip
     version: ClassVar[int] = 6
     divided: ClassVar[tuple[str, ...]] = ("batch_pairs",)

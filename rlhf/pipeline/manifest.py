@@ -26,6 +26,7 @@ def make_manifest(
     config: dict[str, Any],
     metrics: Mapping[str, float],
     seconds: float,
+    peak: float | None = None,
     num_ranks: int,
     input_digests: dict[str, str],
 ) -> Manifest:
@@ -34,6 +35,7 @@ def make_manifest(
     Args:
         config: the whole resolved config of the run, without secrets.
         seconds: the time of all attempts.
+        peak: see `Manifest.peak_bytes`.
         input_digests: stage -> `content_digest`.
     """
     tokenizer_files = {
@@ -46,6 +48,7 @@ def make_manifest(
         config=config,
         metrics=dict(metrics),
         seconds=round(seconds, 2),
+        peak_bytes=peak,
         tokenizer=digest_of(tokenizer_files) if tokenizer_files else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         git_revision=git_revision(),

@@ -72,7 +72,11 @@ def with_instances(config: Keys) -> dict[str, Any]:
         _check_name(name, config)
         if not isinstance(own, dict):
             raise ConfigError(f"instances.{name}={own!r}: it must be a mapping of keys of {kind_of(name)}.")
-        found[name] = _merged(config[kind_of(name)], own)
+        section = _merged(config[kind_of(name)], own)
+        for gate in filter(None, section.get("gates", {}).values()):  # they advise about its own keys
+            for key in {"advice", "rows"} & gate.keys():
+                gate[key] = gate[key] and re.sub(rf"\b{kind_of(name)}\.(?!md)", f"{name}.", gate[key])
+        found[name] = section
     return found
 
 
@@ -102,6 +106,8 @@ def instance_class(kind: type[Stage], name: str, roles: Mapping[str, str]) -> ty
     own = {
         "name": name,
         "title": f"{kind.title} {label}" if kind.title else "",
+        "purpose": kind.purpose
+        and kind.purpose._replace(words=kind.purpose.words.replace(kind.title, f"{kind.title} {label}")),
         "in_chain": False,
         "roles": {},
         "own_roles": roles,

@@ -184,6 +184,12 @@ class Run:
             "key": key,
             "artifact": str(artifact.path.resolve()) if artifact else None,
             "seconds": round(seconds, 2),
+            "cost": {
+                "seconds": artifact.manifest.seconds,
+                "peak_bytes": artifact.manifest.peak_bytes,
+            }
+            if artifact
+            else None,
             "metrics": metrics,
         }
         if artifact and self.writes:
@@ -208,7 +214,8 @@ class Run:
     def begin(self) -> None:
         """Remove the results of an earlier run of this name."""
         shutil.rmtree(self.directory / "artifacts", ignore_errors=True)
-        (self.directory / "report.md").unlink(missing_ok=True)
+        for name in ("report.md", "policies.png"):
+            (self.directory / name).unlink(missing_ok=True)
         self.write()
 
 

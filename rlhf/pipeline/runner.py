@@ -19,6 +19,7 @@ from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.digests import DirectoryDigest, Recipe
 from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
+from rlhf.distributed.peak import forget_peak, peak_bytes
 from rlhf.distributed.signals import StopSignals, uninterrupted
 from rlhf.evaluation.sampled import Sampled
 from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
@@ -305,6 +306,7 @@ class Pipeline:
             if other is not None:
                 self.log(f"{name}: starts again; {other}")
         torch.manual_seed(job.seed)
+        forget_peak(self.compute)
         try:
             with progress.shown(), naming(scratch), said_as(users_words(stage, base)):
                 if stage.makers:
@@ -321,12 +323,12 @@ class Pipeline:
             if self.compute.is_main:
                 shutil.rmtree(rows, ignore_errors=True)  # on NFS its files may still be mapped
         assert job.summary is not None, f"{name} ended without publishing"
-        seconds = job.checkpoints.spent()
+        seconds, peak = job.checkpoints.spent(), peak_bytes(self.compute)
 
         def publish(metrics: dict[str, float] = job.summary) -> Artifact:
             manifest = make_manifest(
                 name, recipe, scratch, config=redacted(self.experiment.resolved), metrics=metrics,
-                seconds=seconds, num_ranks=self.compute.world_size,
+                seconds=seconds, peak=peak, num_ranks=self.compute.world_size,
                 input_digests=self.input_digests(stage, artifacts),
             )  # fmt: skip
             return self.store.publish(scratch, manifest)

@@ -53,6 +53,9 @@ class Manifest(BaseModel):
     """The whole resolved config of the run that made it."""
     metrics: dict[str, float]
     seconds: float
+    """Of all attempts."""
+    peak_bytes: float | None = None
+    """Memory of the rank that held most, in the last attempt: rlhf/distributed/peak.py."""
     created: str
     git_revision: str | None
     packages: dict[str, str]

@@ -18,6 +18,7 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.printable import printable
 from rlhf.report.compare import comparison_cells
+from rlhf.report.policies import PICTURE, cost_of, write_picture
 from rlhf.report.verdict import verdict
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole, redacted_text
@@ -98,7 +99,7 @@ def write_report(run: Run) -> Path:
     parts = [f"# Run {run.directory.name}", f"**Verdict.** {verdict(run)}", stage_cells(run).markdown()]
     policies = policy_cells(run)
     if policies.rows:
-        parts += ["## Policies", policies.markdown()]
+        parts += ["## Policies", policies.markdown(), *write_picture(run, policies_of(run))]
     comparison = comparison_cells(run.metrics_of("compare"))
     if comparison.rows:
         picture = "![Quality against cost](artifacts/compare/comparison.png)"
@@ -168,8 +169,19 @@ def policy_cells(run: Run) -> Cells:
             rows.append([words.format(start), *cells])
             cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in found]
             rows.append(["  95% interval", *cells])
+    rows += [[words, *cells] for words, cells in cost_cells(run, names)]
     heading = f"{metrics.get('evaluate/prompts', 0):.0f} prompts"
     return Cells([heading, *(titles[name] for name in names)], rows)
+
+
+def cost_cells(run: Run, names: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """What it took to make each policy, where that is known of one."""
+    costs = [cost_of(run, name) for name in names]
+    if any(costs):
+        yield "seconds, all its stages", ["-" if cost is None else f"{cost.seconds:,.0f}" for cost in costs]
+    if any(cost is not None and cost.gib is not None for cost in costs):
+        gibs = [None if cost is None else cost.gib for cost in costs]
+        yield "peak memory, GiB", ["-" if gib is None else f"{gib:.2f}" for gib in gibs]
 
 
 def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
@@ -210,6 +222,8 @@ def places(run: Run) -> Iterator[tuple[str, Path]]:
             yield f"{each.title[:1].upper()}{each.title[1:]} model", Path("artifacts", name)
     if run.stages.get("evaluate", {}).get("artifact"):
         yield "All answers", Path("artifacts", "evaluate", "comparison.jsonl")
+    if (run.directory / PICTURE).exists():
+        yield "Policies compared", Path(PICTURE)
     if run.stages.get("compare", {}).get("artifact"):
         for words, name in (("Comparison", "comparison.md"), ("Quality against cost", "comparison.png")):
             yield words, Path("artifacts", "compare", name)

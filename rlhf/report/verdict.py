@@ -116,7 +116,7 @@ def reason(name: str, chain: Mapping[str, Stage], own: Mapping[str, Finding], sc
             "learn from."
         )
     assert score is not None
-    by, against = SCORES[score.metric], "what it publishes is no better than what PPO started from"
+    by, against = SCORES[score.metric], "what it publishes is no better than what it is compared with"
     if mine is None or mine.direction != "better" or score.metric != "gold_gain":
         if reward is not None and reward in own and own[reward].direction == "unknown":
             return (

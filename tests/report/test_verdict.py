@@ -130,7 +130,7 @@ def test_where_nobody_knows_the_gold_score_the_learned_one_is_told(tmp_path: Pat
         run_of(tmp_path, chain, **figures | {"ppo": NONE})
     )
     assert (
-        "To blame is ppo: what it publishes is no better than what PPO started from, by the reward's"
+        "To blame is ppo: what it publishes is no better than what it is compared with, by the reward's"
         in verdict(run_of(tmp_path, chain, **figures | {"learned": DOWN}))
     )
 
@@ -140,7 +140,7 @@ def test_what_is_no_better_is_compared_with_what_ppo_started_from(
 ) -> None:
     """Which is the SFT model, the base model or a directory."""
     sentence = verdict(run_of(tmp_path, chain, **GOOD | {"ppo": UNKNOWN, "gold": DOWN}))
-    assert sentence.endswith("no better than what PPO started from, by the gold score on new prompts.")
+    assert sentence.endswith("no better than what it is compared with, by the gold score on new prompts.")
 
 
 def test_a_policy_of_ones_own_is_praised_and_blamed(tmp_path: Path, chain: dict[str, Stage]) -> None:
@@ -151,7 +151,8 @@ def test_a_policy_of_ones_own_is_praised_and_blamed(tmp_path: Path, chain: dict[
     assert "Did not improve: the gold score of the DPO model on new prompts (-0.2); the gold" in sentence
     assert sentence.count("To blame") == 1  # what merge publishes is made from dpo's
     assert (
-        "To blame is dpo: what it publishes is no better than what PPO started from, by the gold" in sentence
+        "To blame is dpo: what it publishes is no better than what it is compared with, by the gold"
+        in sentence
     )
 
 

@@ -1,0 +1,129 @@
+"""What policies gained, against what they cost: a picture for runs that compare several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
+
+from rlhf.disk import naming
+from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURE = "policies.png"
+GAINS = {"gold_gain": "gain in gold score", "score_gain": "gain in the reward's score"}
+"""What is drawn: the first that is known."""
+SEVERAL = 2
+"""So many policies, beside base and the start, are a comparison: a table shows one well enough."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""That the colour-blind can distinguish (Okabe and Ito 2008)."""
+MARKERS = "os^DvPX<>*"
+
+
+class Cost(NamedTuple):
+    """What it took to make a policy, with all that it is made from."""
+
+    seconds: float
+    """Of all its stages, one after the other."""
+    gib: float | None
+    """The most memory that a rank held in one of them; None where it was not measured."""
+
+
+class Point(NamedTuple):
+    """A policy in the picture."""
+
+    title: str
+    gain: Sampled
+    kl: float | None
+    cost: Cost | None
+
+
+def cost_of(run: Run, policy: str) -> Cost | None:
+    """None for the base model and a directory of the user's: nobody knows what they took."""
+    if policy not in run.chain:
+        return None
+    names = lineage(run, policy)
+    found = [run.stages[name]["cost"] for name in names if run.stages.get(name, {}).get("cost")]
+    peaks = [each["peak_bytes"] for each in found if each["peak_bytes"] is not None]
+    return Cost(sum(each["seconds"] for each in found), max(peaks) / 2**30 if peaks else None)
+
+
+def lineage(run: Run, name: str) -> set[str]:
+    """A stage and all that it is made from."""
+    return {name}.union(*(lineage(run, other) for other in run.chain[name].inputs()))
+
+
+def points(run: Run, titles: Mapping[str, str]) -> list[Point]:
+    """The policies that stages make, where their gain is known.
+
+    Args:
+        titles: policy -> what tables call it.
+    """
+    metrics = run.metrics_of("evaluate")
+    for metric in GAINS:
+        found = {name: Sampled.found(f"{metric}/{name}", metrics) for name in titles}
+        if any(found.values()):
+            return [
+                Point(titles[name], gain, metrics.get(f"kl/{name}"), cost_of(run, name))
+                for name, gain in found.items()
+                if gain is not None and name in run.chain
+            ]
+    return []
+
+
+def write_picture(run: Run, titles: Mapping[str, str]) -> Iterator[str]:
+    """Draw the picture into the run's directory, if there is something to compare. Gives Markdown for it."""
+    found = points(run, titles)
+    if len(found) < SEVERAL:
+        return
+    if find_spec("matplotlib") is None:
+        yield "A picture of this table needs matplotlib: `pip install -e '.[compare]'`."
+        return
+    path = run.directory / PICTURE
+    metrics = run.metrics_of("evaluate")
+    words = next(words for metric, words in GAINS.items() if any(each.startswith(metric) for each in metrics))
+    with naming(path):
+        draw(found, words).savefig(path, dpi=150)
+    yield f"![Gain against KL, time and memory]({PICTURE})"
+
+
+def draw(found: list[Point], words: str) -> Figure:
+    """The gain with its 95% interval against the KL from the start, the time and the memory.
+
+    Args:
+        words: of the gain.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained")
+    sides: dict[str, Callable[[Point], float | None]] = {
+        "KL from the start, nats per sequence": lambda point: point.kl,
+        "seconds, all stages": lambda point: point.cost and point.cost.seconds,
+        "peak memory, GiB": lambda point: point.cost and point.cost.gib,
+    }
+    sides = {label: value for label, value in sides.items() if any(value(each) is not None for each in found)}
+    for number, (label, value) in enumerate(sides.items()):
+        axes = figure.add_subplot(1, len(sides), number + 1)
+        for place, point in enumerate(found):
+            x = value(point)
+            if x is None:
+                continue
+            _, low, high, _ = point.gain
+            y = point.gain.value
+            axes.errorbar(
+                x, y, yerr=[[max(0.0, y - low)], [max(0.0, high - y)]], capsize=3,
+                fmt=MARKERS[place % len(MARKERS)], color=COLOURS[place % len(COLOURS)],
+                label=point.title if number == 0 else None,
+            )  # fmt: skip
+        axes.axhline(0.0, color="#808080", linewidth=0.8)
+        axes.set(xlabel=label)
+        if number == 0:
+            axes.set_ylabel(words)
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,149 @@
+"""Recipes and named instances: which stages they make, what these read, and slips in their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from helpers.experiments import build, compose
+from rlhf.cli.messages import readable
+from rlhf.config import ConfigError
+from rlhf.data.roles import ROLES
+from rlhf.pipeline.experiment import Experiment, build_experiment
+from rlhf.pipeline.made_rows import context_of
+from rlhf.pipeline.recipe import typed_key
+from rlhf.stages.dpo import DpoStage
+
+
+def instances(names: dict[str, Any], *overrides: str) -> Experiment:
+    """The experiment with these named instances."""
+    return build_experiment(compose(*overrides) | {"instances": names})
+
+
+def on_command_line(*overrides: str) -> Experiment:
+    return build(*readable(overrides))
+
+
+def test_a_recipe_says_what_all_means_and_what_is_compared() -> None:
+    dpo = build("recipe=dpo", "evaluate.reward=null")
+    assert dpo.needed() == ["prepare", "sft", "dpo", "evaluate"]
+    assert dict(dpo.stages["evaluate"])["policies"] == ["base", "dpo", "sft"]
+    assert dict(dpo.stages["evaluate"])["subject"] == "dpo"
+    assert dict(dpo.stages["compare"])["artifacts"] == ["sft", "dpo"]
+    assert build("recipe=dpo").needed() == ["prepare", "sft", "reward", "dpo", "evaluate"]
+    assert "ppo" not in build("recipe=grpo").needed()
+    assert build().needed() == ["prepare", "sft", "reward", "generate", "ppo", "evaluate"]
+
+
+def test_a_recipe_follows_the_start_that_the_user_names() -> None:
+    dpo = build("recipe=dpo", "dpo.init=base", "evaluate.reward=null")
+    assert dpo.needed() == ["prepare", "dpo", "evaluate"]
+    assert dict(dpo.stages["evaluate"])["policies"] == ["base", "dpo"]
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_each_round_starts_from_the_one_before(rounds: int) -> None:
+    found = build("recipe=iterated_dpo", f"recipe.rounds={rounds}")
+    more = [stage for number in range(2, rounds + 1) for stage in (f"generate@{number}", f"dpo@{number}")]
+    assert found.needed() == ["prepare", "sft", "reward", "dpo", *more, "evaluate"]
+    if rounds > 1:
+        third = dict(found.stages["dpo@3"])
+        assert (third["init"], str(third["data"])) == ("dpo@2", "stage:generate@3")
+        assert dict(found.stages["generate@2"])["policy"] == "dpo", "the first round has no number"
+        assert found.stages["dpo@3"].inputs() == ("prepare", "dpo@2", "generate@3")
+    assert dict(found.stages["evaluate"])["subject"] == (f"dpo@{rounds}" if rounds > 1 else "dpo")
+
+
+def test_an_instance_has_its_stages_keys_but_for_its_own() -> None:
+    found = on_command_line("recipe=iterated_dpo", "dpo.beta=0.3", "dpo@3.beta=0.4", "dpo@3.optim.lr=1e-6")
+    betas = {name: dict(stage)["beta"] for name, stage in found.stages.items() if isinstance(stage, DpoStage)}
+    assert betas == {"dpo": 0.3, "dpo@2": 0.3, "dpo@3": 0.4}
+    learned = dict(found.stages["dpo@3"])["optim"]
+    assert (learned.lr, learned.schedule) == (1e-6, dict(found.stages["dpo"])["optim"].schedule)
+    assert found.resolved["dpo@3"]["beta"] == 0.4, "config.yaml shows it"
+
+
+def test_the_command_line_alone_makes_one() -> None:
+    found = on_command_line("stage=dpo@long", "dpo@long.epochs=7")
+    assert found.needed() == ["prepare", "sft", "dpo@long"]
+    assert (found.stages["dpo@long"].title, dict(found.stages["dpo@long"])["epochs"]) == ("DPO long", 7)
+    assert dict(found.stages["dpo"])["epochs"] == 1
+
+
+def test_values_and_other_keys_stay_as_they_are() -> None:
+    for argument in ("stage=dpo@2", "dpo.init=dpo@2", "-m", "evaluate.policies=[base,dpo@2]", "a@b=c"):
+        assert typed_key(argument) == argument
+    assert typed_key("dpo@2.optim.lr=1e-4,1e-5") == "++instances.dpo-at-2.optim.lr=1e-4,1e-5"
+
+
+def test_gates_of_an_instance_advise_about_its_own_keys() -> None:
+    gate = build("recipe=iterated_dpo").stages["dpo@2"].gates["held_out_loss_change"]
+    assert gate is not None and gate.rows is not None
+    assert "dpo@2.optim.lr" in gate.advice and "dpo@2.data" in gate.rows
+    assert "docs/problems/dpo-does-not-help.md" in gate.advice
+
+
+def test_rows_of_its_own_are_a_role_of_its_own() -> None:
+    found = instances({"sft@short": {"data": "samples:prompts"}, "sft@long": {"epochs": 9}})
+    assert found.stages["sft@short"].own_role("sft") == "sft@short"
+    assert ROLES["sft@short"].key == "sft@short.data"
+    assert found.stages["sft@long"].own_role("sft") == "sft"
+    build()
+    assert "sft@short" not in ROLES
+
+
+def test_rows_that_are_not_made_yet_are_counted_as_the_most_that_there_can_be() -> None:
+    from helpers.costs import gpus
+
+    found = build("recipe=iterated_dpo", "generate.num_prompts=10", "generate.samples_per_prompt=4")
+    stages, on = found.stages, gpus(80.0)
+    prompts = on.sizes("ppo", "train")
+    sizes = context_of(stages["dpo@2"], stages, on).sizes("dpo", "train")
+    assert sizes.rows == 18, "ten prompts, two pairs each, of which a tenth is held out"
+    assert sizes.longest == prompts.longest + dict(stages["generate@2"])["max_new_tokens"]
+    assert context_of(stages["dpo"], stages, on) is on
+
+
+@pytest.mark.parametrize(
+    ("names", "overrides", "complaint"),
+    [
+        ({"dpo@2": {"beeta": 1}}, [], "dpo@2.beeta: there is no such key. Did you mean beta?"),
+        ({"dbo@2": {}}, [], "dbo@2: there is no stage dbo. Did you mean dpo?"),
+        ({"dpo@": {}}, [], "instances.dpo@: write STAGE@LABEL, such as dpo@2"),
+        ({"dpo": {}}, [], "instances.dpo: write STAGE@LABEL"),
+        ({"dpo@2": [1]}, [], r"instances.dpo@2=\[1\]: it must be a mapping of keys of dpo"),
+        ({"dpo@2": {"data": "stage:generat"}}, [], "stage:generat: there is no such stage. Did you mean"),
+        ({"dpo@2": {"data": "stage:sft"}}, [], "sft makes no such rows. Stages that do: generate"),
+        (
+            {"dpo@2": {"data": "stage:generate@2"}, "generate@2": {"policy": "dpo@2"}},
+            ["stage=dpo@2"],
+            "generate@2 reads dpo@2 reads generate@2: they read",
+        ),
+        ({}, ["sft.data=stage:generate"], "they read each other"),
+        ({}, ["stage=dpo@2"], "stage=dpo@2: there is no such stage. Did you mean dpo"),
+        ({}, ["recipe.stages=[dbo]"], "recipe.stages=dbo: there is no such stage. Did you mean dpo"),
+        ({}, ["recipe.rounds=0"], "recipe.rounds=0: "),
+        ({}, ["recipe.rounds=two"], "recipe.rounds='two': "),
+        ({}, ["evaluate.retention=[stage:generate]"], "evaluate.retention: `stage:` has no place in a list"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_said_in_the_users_own_keys(
+    names: dict[str, Any], overrides: list[str], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        instances(names, *overrides)
+
+
+def test_a_slip_in_an_instances_name_is_no_new_instance() -> None:
+    with pytest.raises(ConfigError, match=r"dpo@4: no stage of this run .* There are: .*To run it, name it"):
+        on_command_line("recipe=iterated_dpo", "dpo@4.beta=0.2")
+    on_command_line("recipe=iterated_dpo", "stage=dpo@2", "dpo@3.beta=0.2")
+
+
+def test_a_prompt_cannot_be_of_rows_that_are_not_there_yet() -> None:
+    with pytest.raises(ConfigError, match=r"ppo.prompts=dpo.data: rows of stage:generate@x are not there"):
+        instances(
+            {"generate@x": {"policy": "base"}}, "dpo.data=stage:generate@x", "ppo.prompts=dpo.data",
+            "generate.policy=base", "stage=dpo",
+        )  # fmt: skip

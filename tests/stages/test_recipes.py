@@ -1,0 +1,89 @@
+"""Chains with named instances on the tiny model: what each round learns from, reuse, and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from helpers.chains import Chain, Outcome, RealChain
+
+REWARD = (
+    "def score(prompts, responses):\n    return [float(sum(map(ord, each)) % 97) for each in responses]\n"
+)
+ROUNDS = (
+    "recipe=iterated_dpo", "recipe.rounds=2", "ppo.reward=python:rule:score", "evaluate.gold=null",
+    "dpo.optim.lr=1e-2", "dpo.batch_rows=4", "dpo.peft=none", "gates=warn", "why=true",
+    "generate.num_prompts=null",
+)  # fmt: skip
+
+
+def rounds(chain: Chain, *overrides: str) -> Outcome:
+    (chain.directory / "rule.py").write_text(REWARD)
+    found = chain.run(*ROUNDS, *overrides)
+    assert found.code == 0, found.err
+    return found
+
+
+def test_each_round_learns_from_the_answers_of_the_one_before(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    first = rounds(chain)
+    names = ["prepare", "sft", "dpo", "generate@2", "dpo@2", "evaluate"]
+    assert first.statuses == dict.fromkeys(names, "ran")
+
+    answers = [json.loads(line) for line in (first.artifact("generate@2") / "pairs.jsonl").open()]
+    learned = first.summary["stages"]["dpo@2"]["metrics"]
+    counts = [learned[f"dpo@2/{split}_rows"] for split in ("train", "held_out")]
+    assert sum(counts) == len(answers) and min(counts) >= 2
+    asked = [(row["policy"], row["prompt"]) for row in map(json.loads, samples(first)) if "policy" in row]
+    assert ("dpo", answers[0]["prompt"]) in asked
+    measured = first.summary["stages"]["evaluate"]["metrics"]
+    assert {"evaluate/score_mean/dpo@2", "evaluate/kl/dpo@2", "evaluate/score_gain"} <= measured.keys()
+    assert measured["evaluate/score_gain"] == measured["evaluate/score_gain/dpo@2"]
+    assert not [*(tmp_path / "store").glob("*/.*.rows")], "the prepared rows are gone"
+    report = (first.directory / "report.md").read_text()
+    assert "| DPO 2 |" in report and "seconds, all its stages" in report and "peak memory, GiB" in report
+    assert (first.directory / "policies.png").exists()
+
+    again = rounds(chain)
+    assert again.statuses == dict.fromkeys(names, "reused")
+
+    other = rounds(chain, "dpo@2.beta=0.7")
+    ran = {name for name, status in other.statuses.items() if status == "ran"}
+    assert ran == {"dpo@2", "evaluate"}
+    assert "dpo@2 runs" in other.out and "beta" in other.out.partition("dpo@2 runs")[2].splitlines()[0]
+
+    split = rounds(chain, "prepare.held_out_fraction=0.25", "stage=dpo@2")
+    assert split.key("dpo@2") != first.key("dpo@2")
+
+
+def samples(outcome: Outcome) -> list[str]:
+    return (outcome.directory / "samples.jsonl").read_text().splitlines()
+
+
+def test_rows_that_give_no_held_out_ones_say_what_would(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    (tmp_path / "rule.py").write_text(REWARD)
+    found = chain.run(*ROUNDS, "stage=dpo@2", "generate.splits=[train]")
+    assert found.code == 2
+    assert "dpo@2.data: no rows are left for held_out" in found.err
+    assert "generate@2.splits=[train,held_out]" in found.err
+    assert found.statuses["generate@2"] == "ran", "what is finished is kept"
+    assert not [*(tmp_path / "store").glob("*/.*.rows")]
+
+
+@pytest.mark.slow
+def test_killed_in_a_later_round_it_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    chain = RealChain(tmp_path)
+    (tmp_path / "rule.py").write_text(REWARD)
+    settings = (*ROUNDS, "stage=dpo@2", "dpo.epochs=3", "sft.epochs=1")
+    undisturbed = chain.run_once(*settings)
+    process = chain.start_until("dpo@2", 2, "killed", *settings, "checkpoint.every_steps=1")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    out, _ = chain.run("killed", *settings)
+    assert "dpo@2: continues from step " in out
+    assert chain.weights("killed", "dpo@2") == chain.weights(undisturbed, "dpo@2")
