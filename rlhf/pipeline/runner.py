@@ -317,11 +317,12 @@ class Pipeline:
             ended = "stopped" if isinstance(cause, KeyboardInterrupt) else "failed"
             run.record(name, ended, key, None, time.monotonic() - start)
             if self.compute.is_main:  # what it goes on from lies beside it
-                shutil.rmtree(scratch, ignore_errors=True)
+                for directory in (scratch, rows):
+                    shutil.rmtree(directory, ignore_errors=True)
             raise
-        finally:
-            if self.compute.is_main:
-                shutil.rmtree(rows, ignore_errors=True)  # on NFS its files may still be mapped
+        self.compute.barrier()  # others may still read the rows
+        if self.compute.is_main:
+            shutil.rmtree(rows, ignore_errors=True)  # on NFS its files may still be mapped
         assert job.summary is not None, f"{name} ended without publishing"
         seconds, peak = job.checkpoints.spent(), peak_bytes(self.compute)
 

@@ -87,3 +87,16 @@ def test_killed_in_a_later_round_it_ends_as_if_undisturbed(tmp_path: Path) -> No
     out, _ = chain.run("killed", *settings)
     assert "dpo@2: continues from step " in out
     assert chain.weights("killed", "dpo@2") == chain.weights(undisturbed, "dpo@2")
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_from_made_rows_as_one_does(tmp_path: Path) -> None:
+    chain = RealChain(tmp_path)
+    (tmp_path / "rule.py").write_text(REWARD)
+    settings = (*ROUNDS, "stage=dpo@2", "sft.epochs=1")
+    one = chain.run_once(*settings)
+    chain.run("two", *settings, "launch.processes=2", "zero=fsdp2")
+    expected, found = chain.curve(one), chain.curve("two")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
