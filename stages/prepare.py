@@ -21,6 +21,7 @@ from rlhf.data.roles import ROLES
 from rlhf.data.schema import TextRow
 from rlhf.data.sources import Sources, check_lenders, lender, own_sources
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
+from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.made_rows import made_by
 from rlhf.pipeline.stage import Stage, named_sources
@@ -95,21 +96,23 @@ class PrepareStage(Stage):
         """Read and check every role, set the evaluation prompts aside, split the rest."""
         job.publish(job.compute.main_only(lambda: self.prepare(job)))
 
+    def preparation(self, sources: Sources, base: BaseModelFiles, scratch: Path) -> Preparation:
+        """How it treats the rows of these sources.
+
+        Args:
+            scratch: a directory for what is read.
+        """
+        return Preparation(
+            sources, self.held_out_fraction, self.evaluation_fraction, self.on_bad_row, self.response_tokens,
+            base.load_tokenizer(), base.context_length, scratch,
+        )  # fmt: skip
+
     def prepare(self, job: Job) -> dict[str, int]:
         """Write the artifact; gives the summary metrics."""
         with TemporaryDirectory(
             prefix=f"{job.directory.name}.", dir=job.directory.parent, ignore_cleanup_errors=True
         ) as scratch:  # on NFS a directory whose files are still mapped stays until the store clears it
-            preparation = Preparation(
-                self._sources,
-                self.held_out_fraction,
-                self.evaluation_fraction,
-                self.on_bad_row,
-                self.response_tokens,
-                job.base.load_tokenizer(),
-                job.base.context_length,
-                Path(scratch),
-            )
+            preparation = self.preparation(self._sources, job.base, Path(scratch))
             preparation.prepare(job.progress)
             preparation.write(job.directory)
             preparation.show(job.progress.console)

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.setup import CostContext
-from rlhf.data.preparation import Preparation
 from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import Split
@@ -24,9 +23,6 @@ from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage, named_sources
 from rlhf.pipeline.store import Artifact
 from rlhf.tracking.progress import Progress
-
-if TYPE_CHECKING:
-    from rlhf.stages.prepare import PrepareStage
 
 
 def made_by(sources: Sources) -> dict[str, str]:
@@ -96,19 +92,11 @@ def prepare_rows(
         ConfigError: in the user's own keys; a split has no rows.
     """
     wanted = made_roles(stage, chain)
-    prepare: PrepareStage = chain["prepare"]  # type: ignore[assignment]  # of that name there is no other
+    prepare: Any = chain["prepare"]
     directory.mkdir()
     with TemporaryDirectory(prefix="rows.", dir=directory, ignore_cleanup_errors=True) as scratch:
-        preparation = Preparation(
-            dict.fromkeys(ROLES) | {role: _file(role, wanted[role], chain, inputs) for role in wanted},
-            prepare.held_out_fraction,
-            prepare.evaluation_fraction,
-            prepare.on_bad_row,
-            prepare.response_tokens,
-            base.load_tokenizer(),
-            base.context_length,
-            Path(scratch),
-        )
+        sources = dict.fromkeys(ROLES) | {role: _file(role, wanted[role], chain, inputs) for role in wanted}
+        preparation = prepare.preparation(sources, base, Path(scratch))
         try:
             preparation.prepare(progress)
         except ConfigError as error:
