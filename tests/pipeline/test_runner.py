@@ -64,7 +64,8 @@ def test_summary_keeps_its_contract(first: Outcome) -> None:
     assert summary["verdict"] in (first.directory / "report.md").read_text()
     assert summary["verdict"] in " ".join(first.out.split())
     for name, stage in summary["stages"].items():
-        assert set(stage) == {"status", "key", "artifact", "seconds", "metrics"}
+        assert set(stage) == {"status", "key", "artifact", "seconds", "cost", "metrics"}
+        assert stage["cost"]["seconds"] >= 0 and stage["cost"]["peak_bytes"] > 2**20
         assert (Path(stage["artifact"]) / "manifest.json").is_file()
         assert Path(stage["artifact"]).name == stage["key"]
         assert stage["metrics"] and all(metric.startswith(f"{name}/") for metric in stage["metrics"])
