@@ -78,9 +78,12 @@ def test_summary_keeps_its_contract(first: Outcome) -> None:
             "advice",
         }  # fmt: skip
         assert gate["value"] == summary["stages"][gate["stage"]]["metrics"][f"{gate['stage']}/{gate['name']}"]
-        sign, bound = gate["bound"].split()
         ends = [gate["value"]] if gate["rows"] is None else [gate["low"], gate["high"]]
-        hold = [end is not None and (end <= float(bound)) == (sign == "<=") for end in ends]
+        hold = [
+            end is not None and (end <= float(bound) if sign == "<=" else end >= float(bound))
+            for sign, bound in (each.split() for each in gate["bound"].split(" and "))
+            for end in ends
+        ]
         assert gate["passed"] == (gate["outcome"] == "passed") == all(hold)
 
 

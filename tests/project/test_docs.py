@@ -18,6 +18,7 @@ import yaml
 import rlhf.costs.hardware
 from helpers.chains import Chain, Outcome, run_main
 from helpers.experiments import build
+from rlhf.cli.messages import readable
 from rlhf.distributed.compute import Compute
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_a_documented_command_builds(command: str, monkeypatch: pytest.MonkeyPat
     overrides = [word for word in shlex.split(command)[3:] if "=" in word and not word.startswith("-")]
     if " -m " in command.removeprefix("python -m rlhf") + " ":  # a sweep: its first trial
         overrides = [word.partition(",")[0] for word in overrides if "interval(" not in word]
-    build(*overrides)
+    build(*readable(overrides))
 
 
 NOT_HERE = re.compile(
