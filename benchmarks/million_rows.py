@@ -2,6 +2,7 @@
 
     python benchmarks/million_rows.py --rows 100000
     python benchmarks/million_rows.py --rows 300 --model tiny      # does it run?
+    python benchmarks/million_rows.py --rows 50000 --profile       # what prepare's time goes into, alone
 
 Answers of about 500 tokens, of words from the packaged samples, the same for each number of rows. `prepare`
 reads them as sft.data, and takes their prompts for ppo.prompts and evaluate.prompts. Pairs (`--pairs`, none
@@ -12,6 +13,10 @@ do:
     sft       one epoch's batches, in each the rank's share
     reward    the same of the pairs
     ppo       the prompts of as many steps as fit once
+
+`--profile` runs `prepare` on one core under cProfile, whose clock counts the process's own core seconds, and
+prints the share of each part. cProfile makes Python's functions slower, and the tokenizer not: so the shares
+of all other parts are upper bounds.
 
 Memory is the peak of anonymous memory: of `prepare` with its processes (Pss_Anon, asked every 0.2 s), and of
 a rank above what it has with its libraries loaded (RssAnon, every 5 ms). Pages of mapped files are not in it:
@@ -24,6 +29,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import pstats
 import random
 import resource
 import subprocess
@@ -105,10 +111,17 @@ class Clock:
         return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def prepare(folder: Path, model: str, name: str, *sources: str) -> dict[str, float]:
-    """Run the stage in a process of its own, with these sources beside prompts of sft.data."""
+def prepare(
+    folder: Path, model: str, name: str, *sources: str, profile: Path | None = None
+) -> dict[str, float]:
+    """Run the stage in a process of its own, with these sources beside prompts of sft.data.
+
+    Args:
+        profile: run it on one core, and write cProfile's figures to this file.
+    """
+    run = ["-m", "rlhf"] if profile is None else ["-c", PROFILED, str(profile), "rlhf"]
     command = [
-        sys.executable, "-m", "rlhf", "stage=prepare", f"model={model}", "device=cpu", f"run_name={name}",
+        sys.executable, *run, "stage=prepare", f"model={model}", "device=cpu", f"run_name={name}",
         f"runs_dir={folder}/runs", f"store_dir={folder}/store", "ppo.prompts=sft.data",
         "evaluate.prompts=sft.data", *sources,
     ]  # fmt: skip
@@ -121,6 +134,39 @@ def prepare(folder: Path, model: str, name: str, *sources: str) -> dict[str, flo
     if started.returncode:
         sys.exit("`prepare` failed: see above.")
     return {**start.taken(name), f"{name}: peak MiB": peak / MIB}
+
+
+PROFILED = """
+import cProfile, os, runpy, sys, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+profile, (_, path, *sys.argv) = cProfile.Profile(time.process_time), sys.argv
+profile.enable()
+try:
+    runpy.run_module("rlhf", run_name="__main__", alter_sys=True)
+finally:
+    profile.disable()
+    profile.dump_stats(path)
+"""
+
+
+def parts_of(path: Path) -> dict[str, float]:
+    """Core seconds of each part of `prepare`, from a file of cProfile's."""
+    taken: dict[str, float] = defaultdict(float)
+    for (file, _, function), (_, _, _, seconds, _) in pstats.Stats(str(path)).stats.items():  # type: ignore[attr-defined]  # which typeshed does not know
+        taken[f"{Path(file).name}:{function}"] += seconds
+    parse = sum(taken[f"formats.py:{name}"] for name in ("sft_row", "pair_row"))
+    one, read = taken["tokens.py:_one"], taken["sources.py:read"]
+    template = taken["tokenization_utils_base.py:apply_chat_template"]
+    tokenizer = taken["~:<method 'encode_batch_fast' of 'tokenizers.Tokenizer' objects>"]
+    sequences = taken["tokens.py:_sequences"]
+    return {
+        "tokenizing": tokenizer,
+        "chat template": template,
+        "reading and parsing": taken["tokens.py:in_pieces"] + read + parse,
+        "checking and deduplicating": one - parse - sequences,
+        "ids and texts as columns": sequences - template - tokenizer + taken["tokens.py:_some"] - read - one,
+        "splitting and writing": taken["prepare.py:prepare"] - taken["cores.py:on_all_cores"],
+    }
 
 
 def texts_of(data: PreparedData) -> Iterator[str]:
@@ -199,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--profile", action="store_true", help="only what prepare's time goes into")
     parser.add_argument("--model", choices=("embedded", "tiny"), default="embedded")
     parser.add_argument("--scratch", type=Path, help="a directory on a disk with room: 10 GB for a million")
     options = parser.parse_args(arguments)
@@ -211,6 +258,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         write_rows(folder / "few.jsonl", FEW, ["completion"], per_row)
         pairs = [f"reward.pairs={folder}/pairs.jsonl"] if options.pairs else []
         prepare(folder, options.model, "base", f"sft.data={folder}/few.jsonl", "prepare.response_tokens=9")
+        if options.profile:
+            path = folder / "profile"
+            prepare(folder, options.model, "all", f"sft.data={folder}/sft.jsonl", *pairs, profile=path)
+            parts = parts_of(path)
+            table = Table("", "core seconds", "share", title=f"{options.rows} rows, {options.pairs} pairs")
+            for part, seconds in parts.items():
+                table.add_row(part, f"{seconds:.1f}", f"{seconds / sum(parts.values()):.0%}")
+            console.print(table)
+            return {"parts": parts}
         found: dict[str, Any] = prepare(folder, options.model, "few", f"sft.data={folder}/few.jsonl")
         found |= prepare(folder, options.model, "all", f"sft.data={folder}/sft.jsonl", *pairs)
         artifact = folder / "runs" / "all" / "artifacts" / "prepare"
