@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from helpers.jobs import on_cpu
 from helpers.models import write_reward
-from helpers.sharded_stages import ALGORITHMS, go_through, run_stage, write_data
+from helpers.sharded_stages import ALGORITHMS, RESUMED, go_through, run_stage, write_data
 from helpers.spawned import start_ranks
 from rlhf.distributed.compute import Zero
 
@@ -21,7 +21,7 @@ CASES = [(zero, algorithm) for zero in get_args(Zero) for algorithm in ALGORITHM
 @pytest.mark.slow
 def test_two_ranks_make_what_one_makes(tiny_model: Path, tmp_path: Path) -> None:
     """GRPO's reward is the lower of two, normalised ones: a function's, which gives some answers no score,
-    and a model's."""
+    and a model's. Stopped and resumed, sampled from layer by layer, it is the same bit for bit."""
     (tmp_path / "tiny").symlink_to(tiny_model)
     write_reward(tmp_path / "judged", tiny_model)
     write_data(tmp_path / "data")
@@ -34,6 +34,7 @@ def test_two_ranks_make_what_one_makes(tiny_model: Path, tmp_path: Path) -> None
     assert expected["dpo"]["margin"] > 0.01 and expected["dpo"]["best_step"] > 0
     for rank, cases in wait().items():
         assert isinstance(cases, dict), f"rank {rank}: {cases}"
+        assert cases.pop(RESUMED) == cases["fsdp2", "grpo"], rank
         assert list(cases) == CASES
         for case, figures in cases.items():
             assert figures == pytest.approx(expected[case[1]], rel=1e-3, abs=1e-4), (rank, case)
@@ -44,3 +45,7 @@ def test_two_ranks_make_what_one_makes(tiny_model: Path, tmp_path: Path) -> None
         )
         for name, weight in weights.items():
             assert torch.allclose(found[name], weight, rtol=0, atol=1e-5), (zero, algorithm, name)
+    through, resumed = (
+        load_file(tmp_path / name / "artifact" / "model.safetensors") for name in ("fsdp2-grpo", "resumed")
+    )
+    assert all(torch.equal(resumed[name], weight) for name, weight in through.items())

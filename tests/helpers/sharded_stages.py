@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from helpers.store import manifest
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow
 from rlhf.distributed.compute import Compute, Zero
+from rlhf.distributed.signals import Stopped
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.store import Artifact
 from rlhf.stages.dpo import DpoStage
@@ -32,6 +34,8 @@ MOMENTS = {
 Figures = dict[str, float]
 Case = tuple[Zero, str]
 """And the algorithm."""
+RESUMED: Case = ("fsdp2", "grpo, stopped and resumed")
+"""Sampled from layer by layer."""
 
 
 def num_letters(prompts: Sequence[str], responses: Sequence[str]) -> list[float | None]:
@@ -51,19 +55,37 @@ def write_data(directory: Path) -> None:
     data.write("pairs", "held_out", pairs[10:])
 
 
-def run_stage(compute: Compute, algorithm: str, directory: Path, model: Path) -> Figures:
+def run_stage(compute: Compute, algorithm: str, directory: Path, model: Path, seed: int = 0) -> Figures:
     """Run it; what it publishes lies in `directory/artifact`. Its figures without those of the clock."""
+    job = job_in(directory, compute, algorithm, model)
+    torch.manual_seed(seed)
+    {"grpo": run_grpo, "dpo": run_dpo}[algorithm](job, model.parent / "judged")
+    assert job.summary is not None
+    return {name: value for name, value in job.summary.items() if not name.startswith("token_seconds")}
+
+
+def job_in(directory: Path, compute: Compute, algorithm: str, model: Path) -> Job:
+    """Its data are prepared; its checkpoints lie in the directory, for other jobs there too."""
     inputs = {"sft": model, "generate": model}
     job = small_job(
         algorithm, directory / "artifact", tiny_base(model), inputs, compute=compute,
         data=PreparedData(model.parent / "data"),
     )  # fmt: skip
     measured = Artifact(model, manifest("generate", metrics=MOMENTS))
-    job = replace(job, inputs={**job.inputs, "generate": measured}, local_sampling=sampling_of(compute))
+    return replace(job, inputs={**job.inputs, "generate": measured}, local_sampling=sampling_of(compute))
+
+
+def stopped_and_resumed(compute: Compute, directory: Path, model: Path) -> Figures:
+    """GRPO, which a signal stops after its first step; then a job goes on from the checkpoint."""
+    first = job_in(directory, compute, "grpo", model)
+    first.checkpoints.signals.received = signal.SIGTERM
     torch.manual_seed(0)
-    {"grpo": run_grpo, "dpo": run_dpo}[algorithm](job, model.parent / "judged")
-    assert job.summary is not None
-    return {name: value for name, value in job.summary.items() if not name.startswith("token_seconds")}
+    try:
+        run_grpo(first, model.parent / "judged")
+    except Stopped:
+        assert job_in(directory, compute, "grpo", model).checkpoints.newest is not None
+        return run_stage(compute, "grpo", directory, model, seed=1)
+    raise AssertionError("it did not stop")
 
 
 def sampling_of(compute: Compute) -> Literal["whole", "layers"]:
@@ -97,4 +119,7 @@ def go_through(
         here = replace(compute, zero=case[0], node_ranks=1 if case[0] == "hsdp" else compute.world_size)
         return run_stage(here, case[1], models / "-".join(case), models / "tiny")
 
-    return each_case(cases, figures)
+    found = each_case(cases, figures)
+    sharded = replace(compute, zero="fsdp2")
+    assert sampling_of(sharded) == "layers"
+    return found | {RESUMED: stopped_and_resumed(sharded, models / "resumed", models / "tiny")}
