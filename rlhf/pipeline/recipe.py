@@ -51,6 +51,11 @@ def typed_key(argument: str) -> str:
     return f"++instances.{kind}{TYPED}{label}.{key}{argument[named.end() :]}"
 
 
+def said_key(key: str) -> str:
+    """A key or an override as the user typed it: what `typed_key` made of it undone."""
+    return re.sub(rf"^\++(instances\.(\w+){TYPED})?", lambda found: f"{found[2]}@" if found[1] else "", key)
+
+
 def with_instances(config: Keys) -> dict[str, Any]:
     """The composed config, in which every named instance has a section: that of its stage, with its own keys.
     In the recipe, names with {round} stand once for each round after the first.

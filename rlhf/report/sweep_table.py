@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.disk import naming, replace_text
+from rlhf.pipeline.recipe import said_key
 from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.pareto import Point, draw
 from rlhf.report.trial import Trial
@@ -76,7 +77,7 @@ class SweepTable:
     def cells(self) -> Cells:
         """Headings and rows."""
         best = self.best
-        headings = ["trial", "run", *(key.lstrip("+") for key in self.keys), "status", *self.metrics]
+        headings = ["trial", "run", *map(said_key, self.keys), "status", *self.metrics]
         rows = []
         for trial in self.trials:
             values = [shown(trial.metric(name)) for name in self.metrics]

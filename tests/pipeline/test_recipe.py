@@ -12,7 +12,7 @@ from rlhf.config import ConfigError
 from rlhf.data.roles import ROLES
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.made_rows import context_of
-from rlhf.pipeline.recipe import typed_key
+from rlhf.pipeline.recipe import said_key, typed_key
 from rlhf.stages.dpo import DpoStage
 
 
@@ -74,7 +74,10 @@ def test_the_command_line_alone_makes_one() -> None:
 def test_values_and_other_keys_stay_as_they_are() -> None:
     for argument in ("stage=dpo@2", "dpo.init=dpo@2", "-m", "evaluate.policies=[base,dpo@2]", "a@b=c"):
         assert typed_key(argument) == argument
-    assert typed_key("dpo@2.optim.lr=1e-4,1e-5") == "++instances.dpo-at-2.optim.lr=1e-4,1e-5"
+    typed = typed_key("dpo@2.optim.lr=1e-4,1e-5")
+    assert typed == "++instances.dpo-at-2.optim.lr=1e-4,1e-5"
+    assert said_key(typed) == "dpo@2.optim.lr=1e-4,1e-5"
+    assert [said_key(key) for key in ("+remedy", "ppo.kl.coef", "++a.b")] == ["remedy", "ppo.kl.coef", "a.b"]
 
 
 def test_gates_of_an_instance_advise_about_its_own_keys() -> None:
