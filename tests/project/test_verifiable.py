@@ -11,9 +11,11 @@ from helpers.chains import Outcome, run_main
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k-train" / "train.jsonl.gz"
 SMALL = (
     "+experiment=arithmetic", "model=tiny", "device=cpu", "ppo.steps=2", "ppo.batch_episodes=16",
-    "ppo.minibatch_episodes=8", "ppo.evaluate_every=2", "ppo.evaluate_prompts=8", "evaluate.num_prompts=8",
+    "ppo.minibatch_episodes=8", "grpo.steps=2", "grpo.batch_episodes=16", "grpo.minibatch_episodes=8",
+    "ppo.evaluate_every=2", "ppo.evaluate_prompts=8", "evaluate.num_prompts=8",
     "run_name=sums",
 )  # fmt: skip
+POLICIES = {"sft", "ppo", "grpo", "grpo@rloo"}
 
 pytestmark = pytest.mark.slow
 
@@ -26,10 +28,10 @@ def check(outcome: Outcome) -> dict[str, float]:
     """All that is compared was measured by the rule; the prompts of the evaluation are in no training."""
     assert outcome.code == 0, outcome.err
     stages = outcome.summary["stages"]
-    assert set(outcome.statuses.values()) == {"ran"} and {"ppo", "grpo"} <= stages.keys()
+    assert set(outcome.statuses.values()) == {"ran"} and stages.keys() >= POLICIES
     assert stages["prepare"]["metrics"]["prepare/leaks"] == 0
     measured: dict[str, float] = stages["evaluate"]["metrics"]
-    for policy in ("sft", "ppo", "grpo"):
+    for policy in POLICIES:
         assert 0 <= measured[f"evaluate/gold_mean/{policy}"] <= 1
         assert measured[f"evaluate/gold_unscored/{policy}"] == 0
     assert measured["evaluate/gold_gain_low/ppo"] <= measured["evaluate/gold_gain_high/ppo"]
