@@ -11,15 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chains import Chain, Outcome
-from helpers.experiments import stage_with
+from helpers.experiments import build, stage_with
 from helpers.jobs import small_job, tiny_base, user
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Row, SftRow, TextRow
 from rlhf.evaluation.answers import Answers, figures, task_gain
+from rlhf.evaluation.intervals import ratio
 from rlhf.evaluation.retention import Retained
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.run import GateResult
 from rlhf.rl.rollout import Rollout
 from rlhf.stages.evaluate import EvaluateStage
 
@@ -273,6 +275,23 @@ def test_figures_follow_from_the_answers_in_the_files(finished: Job) -> None:
         assert metrics[f"stop_rate/{name}"] == pytest.approx(
             sum(row[name]["stopped"] for row in rows) / len(PROMPTS)
         )
+
+
+@pytest.mark.parametrize(
+    ("factor", "outcome"),
+    [
+        (1, "passed"),
+        (1.2, "passed"),
+        (1.7, "failed"),
+        (0.4, "failed"),
+    ],  # 1.7: docs/problems/hacked-on-purpose.md
+)
+def test_the_gate_on_length_sees_a_reward_that_pays_for_it(factor: float, outcome: str) -> None:
+    start = torch.arange(10, 106)
+    found = ratio((factor * start).round(), start)
+    bound = build().stages["evaluate"].gates["length_ratio"]
+    assert bound is not None
+    assert GateResult("evaluate", "length_ratio", found.value, bound, found).outcome == outcome
 
 
 def test_a_policy_by_itself_has_no_length_to_compare() -> None:
