@@ -98,7 +98,7 @@ def time_reference(job: TimedJob) -> None:
         job.reference_seconds = job.clock() - begin
         return found
 
-    DpoStage.ask_reference = timed  # type: ignore  # in this process
+    DpoStage.ask_reference = timed  # type: ignore[method-assign, assignment]  # in this process
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Purpose, Stage
 from rlhf.ppo.config import PpoConfig
 from rlhf.ppo.stage import PolicyStage
-from rlhf.rewards.kinds import critic_part, reward_directory
+from rlhf.rewards.kinds import critic_part, reward_directory, stage_of
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PolicyTrainer
@@ -87,10 +87,10 @@ class PpoStage(PpoConfig, PolicyStage):
         part = critic_part(self.reward)
         if part is None:
             return None
-        if part.source == "learned":
-            method = dict(chain["reward"])["peft"].method
-            return f"reward.peft={method}" if METHODS[method].pads else None
-        directory = reward_directory(part.source, None)
+        if stage := stage_of(part.source):
+            method = dict(chain[stage])["peft"].method
+            return f"{stage}.peft={method}" if METHODS[method].pads else None
+        directory = reward_directory(part.source, {})
         if directory is None or origin_of(directory) is None:
             return None
         return f"ppo.reward={self.reward}" if described(directory)["peft_type"] in KINDS else None

@@ -157,8 +157,8 @@ class Job:
         backbone: Backbone | None = None,
         placement: Placement | None = None,
     ) -> Reward:
-        """The reward that a `RewardSource` names; `learned` is the reward stage's model. Several are
-        normalised as `generate` measured them, and by `generate` itself as it measures them.
+        """The reward that a `RewardSource` names. Several are normalised as `generate` measured them, and by
+        `generate` itself as it measures them.
 
         Args:
             micro_batch_tokens: of a model's forward pass.
@@ -166,10 +166,11 @@ class Job:
             placement: of a model; None for as the weights that train.
         """
         from rlhf.rewards.combined import Moments
-        from rlhf.rewards.kinds import parts_of
+        from rlhf.rewards.kinds import parts_of, stage_of
         from rlhf.rewards.model import make_reward
 
-        learned = any(part.source == "learned" for part in parts_of(source))
+        trained = filter(None, (stage_of(part.source) for part in parts_of(source)))
+        learned = {name: self.inputs[name].path for name in trained}
         moments = None
         if not isinstance(source, str) and source.normalize and self.stage != "generate":
             measured = self.inputs["generate"].manifest.metrics
@@ -178,7 +179,7 @@ class Job:
                 for name in source.labels
             }
         return make_reward(
-            source, self.inputs["reward"].path if learned else None, self.base.config, self.compute,
+            source, learned, self.base.config, self.compute,
             micro_batch_tokens, self.reward_server, backbone, placement, moments,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.http import RewardServerConfig
-from rlhf.rewards.kinds import RewardMix, RewardPart, keyed_parts, reward_kind
+from rlhf.rewards.kinds import RewardMix, RewardPart, keyed_parts, reward_kind, stage_of
 from rlhf.rewards.reward import with_token_ids
 
 ROWS = 2
@@ -51,7 +51,7 @@ def rehearse_rewards(
         for key, part in keyed_parts(stage.rewards()):
             check_columns(key, part, stage, data)
             one = part.model_copy(update={"weight": 1.0})
-            if part.source == "learned" or one in asked:
+            if stage_of(part.source) or one in asked:
                 continue
             asked.append(one)
             rows = list(islice(some_rows(stage, data), ROWS)) or [(PROMPT, ANSWER)]
@@ -59,7 +59,7 @@ def rehearse_rewards(
             ids = [torch.tensor(tokenizer().encode(text)) for text in completions]
             try:
                 alone = RewardMix(of=[one])
-                reward = make_reward(alone, None, base.config, compute, MICRO_BATCH_TOKENS, server)
+                reward = make_reward(alone, {}, base.config, compute, MICRO_BATCH_TOKENS, server)
                 score_B = reward(with_token_ids(prompts, ids), completions)
             except ConfigError as error:
                 raise ConfigError(

@@ -25,7 +25,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.start import directory_of, init_digest, init_in_key, inputs_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.recipe import kind_of
-from rlhf.rewards.kinds import RewardMix, keyed_parts, reward_digest
+from rlhf.rewards.kinds import RewardMix, keyed_parts, reward_digest, stage_of
 from rlhf.tracking.redaction import redacted
 
 INTERVAL = re.compile(rf"({'|'.join(filter(None, ENDS))})(?=/|$)")
@@ -106,13 +106,12 @@ class Stage(Strict, ABC):
     def inputs(self) -> tuple[str, ...]:
         """The stages whose artifacts this one reads: by default all that its other hooks name."""
         start = self.starts_from()
-        sources = [part.source for _, part in keyed_parts(self.rewards())]
         return (
             *(("prepare",) if self.datasets() else ()),
             *(inputs_of(start[1]) if start else ()),
             *(name for _, name in self.named_policies()),
             *self._makers,
-            *(("reward",) if "learned" in sources else ()),
+            *filter(None, (stage_of(part.source) for _, part in keyed_parts(self.rewards()))),
             *(("generate",) if kind_of(self.name) != "generate" and any(self.normalized_rewards()) else ()),
         )
 
@@ -328,9 +327,14 @@ def in_order(stages: Mapping[str, Stage]) -> dict[str, Stage]:
         if name in found:
             return
         if name not in stages:
+            add = (
+                f"`{name}: {{}}` to `instances`"
+                if "@" in name
+                else f"`- stages@{name}: {name}` to the defaults"
+            )
             raise ConfigError(
                 f"{readers[-1]}: it reads {name}, and there is no such stage.{did_you_mean(name, stages)} "
-                f"Add `- stages@{name}: {name}` to the defaults, or let it read another stage."
+                f"Add {add}, or let it read another stage."
             )
         for other in stages[name].inputs():
             visit(other, (*readers, name))

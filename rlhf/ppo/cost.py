@@ -32,7 +32,7 @@ from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import directory_of
 from rlhf.ppo.config import PolicyConfig, PpoConfig
-from rlhf.rewards.kinds import RewardPart, models_of
+from rlhf.rewards.kinds import RewardPart, models_of, stage_of
 
 FOLDED = ("lora", "dora", "ia3")
 """Methods whose adapters are merged into copies of the weights while the policy samples."""
@@ -146,7 +146,7 @@ def own_scorer(config: PolicyConfig, on: CostContext) -> CostContext | None:
     """The shape of the first `model:DIR` that scores, where the reward stage's does not; None if rules score
     alone."""
     models = models_of(config.reward)
-    if not models or any(part.source == "learned" for part in models):
+    if not models or any(stage_of(part.source) for part in models):
         return None
     return _shape(models[0], on)
 
@@ -154,13 +154,13 @@ def own_scorer(config: PolicyConfig, on: CostContext) -> CostContext | None:
 def more_scorers(config: PolicyConfig, on: CostContext) -> list[CostContext]:
     """The shapes of the other models that score: those of an ensemble."""
     models = models_of(config.reward)
-    first = next((part for part in models if part.source == "learned"), models[0] if models else None)
+    first = next((part for part in models if stage_of(part.source)), models[0] if models else None)
     return [_shape(part, on) for part in models if part is not first]
 
 
 def _shape(part: RewardPart, on: CostContext) -> CostContext:
     """The policy's, if a model's config does not say."""
-    return on if part.source == "learned" else on.starting(Path(part.source.removeprefix("model:")))
+    return on if stage_of(part.source) else on.starting(Path(part.source.removeprefix("model:")))
 
 
 def decoded_rows(config: PolicyConfig, on: CostContext, rows: int) -> float:

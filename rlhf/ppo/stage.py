@@ -21,7 +21,7 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Stage, root_of
 from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.cost import policy_cost
-from rlhf.rewards.kinds import RewardMix, models_of
+from rlhf.rewards.kinds import RewardMix, models_of, stage_of
 
 if TYPE_CHECKING:
     from rlhf.ppo.trainer import PolicyTrainer
@@ -164,9 +164,10 @@ class PolicyStage(PolicyConfig, Stage):
 
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """See rlhf/ppo/cost.py."""
-        if not any(part.source == "learned" for part in models_of(self.reward)):
+        stages = filter(None, (stage_of(part.source) for part in models_of(self.reward)))
+        trained = next((dict(chain[name]) for name in stages), None)
+        if trained is None:
             return policy_cost(self, on, reward_method=None)
-        trained = dict(chain["reward"])
         return policy_cost(self, on, reward_method=trained["peft"].method, reward_init=trained["init"])
 
     @abstractmethod

@@ -48,8 +48,9 @@ class RewardKind:
     """Digests of what decides a source's scores: see `reward_digest`."""
     make: Callable[[RewardPart, RewardServerConfig], Reward] | None = None
     """Makes the rule that a source names; None if a model scores."""
-    directory: Callable[[str, Path | None], Path] | None = None
-    """The directory of the model that scores: of a source, or the reward stage's; None for a rule."""
+    directory: Callable[[str, Mapping[str, Path]], Path] | None = None
+    """The directory of the model that scores: from a source and the reward stages' artifacts; None for a
+    rule."""
     check_args: Callable[[str, Mapping[str, Any]], None] = _no_args
     """Raises ValueError for `args` that a source does not take."""
     needs: Callable[[RewardPart], frozenset[str]] = lambda part: frozenset()
@@ -66,11 +67,22 @@ class RewardKind:
 
 def reward_kind(source: str) -> RewardKind:
     """The kind of a checked source."""
-    return REWARD_KINDS[source.partition(":")[0]]
+    return REWARD_KINDS[_word(source)]
+
+
+def _word(source: str) -> str:
+    """`learned` of `learned@2`, `judge` of `judge:http://...`."""
+    return re.split("[:@]", source, maxsplit=1)[0]
+
+
+def stage_of(source: str) -> str | None:
+    """The stage that trains the model which scores: `reward` of `learned`, `reward@2` of `learned@2`; None of
+    any other source."""
+    return f"reward{source.removeprefix('learned')}" if _word(source) == "learned" else None
 
 
 def _checked(source: str) -> str:
-    kind = REWARD_KINDS.get(source.partition(":")[0])
+    kind = REWARD_KINDS.get(_word(source))
     if kind is None or not kind.check(source):
         *forms, last = dict.fromkeys(each.form for each in REWARD_KINDS.values())
         raise ValueError(f"use {', '.join(forms)} or {last}")
@@ -163,8 +175,8 @@ RewardSource = Annotated[
     str | RewardMix,
     BeforeValidator(_read, json_schema_input_type=str | RewardPart | list[str | RewardPart] | RewardMix),
 ]
-"""`learned` (the reward stage's model), `vader`, `model:DIRECTORY` (a sequence-classification model with one
-label and a linear `score` head (Llama, Mistral, Qwen, Gemma, GPT-2, ...), its own tokenizer and template),
+"""`learned` (the reward stage's model; `learned@2`: of its instance `reward@2`), `vader`,
+`model:DIRECTORY` (a sequence-classification model with one label and a linear `score` head (Llama, Mistral, Qwen, Gemma, GPT-2, ...), its own tokenizer and template),
 `python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, or the URL of a server (rlhf/rewards/http.py); or
 several of them."""
 
@@ -219,7 +231,7 @@ def reward_digest(source: str | RewardMix, digest: DirectoryDigest = directory_d
 def _digest_of_model(part: RewardPart, digest: DirectoryDigest) -> dict[str, str]:
     from rlhf.models.value_head import check_score_head
 
-    directory = _named_directory(part.source)
+    directory = _named_directory(part.source, {})
     if not (directory / "config.json").is_file():
         raise ConfigError(f"{part.source}: no config.json there. Give a one-label classification model.")
     check_score_head(directory)
@@ -246,18 +258,23 @@ def _is_url(source: str) -> bool:
     return bool(source.partition(":")[2])
 
 
-def reward_directory(source: str, learned: Path | None) -> Path | None:
-    """The directory of the model that scores, or None for a rule."""
+def reward_directory(source: str, learned: Mapping[str, Path]) -> Path | None:
+    """The directory of the model that scores, or None for a rule.
+
+    Args:
+        learned: the artifacts of reward stages.
+    """
     directory = reward_kind(source).directory
     return None if directory is None else directory(source, learned)
 
 
-def _learned_directory(source: str, learned: Path | None) -> Path:
-    assert learned is not None
-    return learned
+def _learned_directory(source: str, learned: Mapping[str, Path]) -> Path:
+    stage = stage_of(source)
+    assert stage is not None
+    return learned[stage]
 
 
-def _named_directory(source: str, learned: Path | None = None) -> Path:
+def _named_directory(source: str, learned: Mapping[str, Path]) -> Path:
     return Path(source.removeprefix("model:"))
 
 
@@ -269,7 +286,10 @@ _SERVER = RewardKind(
 )
 REWARD_KINDS: dict[str, RewardKind] = {
     "learned": RewardKind(
-        "learned", lambda source: source == "learned", lambda part, digest: {}, directory=_learned_directory
+        "learned",
+        lambda source: re.fullmatch(r"learned(@\w+)?", source) is not None,
+        lambda part, digest: {},
+        directory=_learned_directory,
     ),
     "vader": RewardKind(
         "vader",

@@ -135,7 +135,7 @@ def stands_on(directory: Path, backbone: Backbone, compute: Compute) -> bool:
 
 def make_reward(
     source: str | RewardMix,
-    learned: Path | None,
+    learned: Mapping[str, Path],
     config: ModelConfig,
     compute: Compute,
     micro_batch_tokens: int,
@@ -147,7 +147,7 @@ def make_reward(
     """The reward that a `RewardSource` names.
 
     Args:
-        learned: the reward stage's artifact.
+        learned: the artifacts of reward stages.
         server: how to ask a reward at a URL.
         backbone: weights that a learned reward may share.
         placement: of a model; None for as the weights that train.

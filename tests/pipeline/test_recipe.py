@@ -71,6 +71,13 @@ def test_the_command_line_alone_makes_one() -> None:
     assert dict(found.stages["dpo"])["epochs"] == 1
 
 
+def test_a_second_reward_model_is_an_instance_too() -> None:
+    found = on_command_line("ppo.reward=[learned,learned@wide]", "reward@wide.epochs=2", "stage=ppo")
+    assert found.stages["ppo"].inputs() == ("prepare", "sft", "reward", "reward@wide", "generate")
+    with pytest.raises(ConfigError, match=r"it reads reward@other, and there is no such .* to `instances`"):
+        build("ppo.reward=learned@other")
+
+
 def test_values_and_other_keys_stay_as_they_are() -> None:
     for argument in ("stage=dpo@2", "dpo.init=dpo@2", "-m", "evaluate.policies=[base,dpo@2]", "a@b=c"):
         assert typed_key(argument) == argument

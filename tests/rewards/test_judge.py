@@ -86,7 +86,7 @@ def mix(source: str, args: dict[str, Any]) -> RewardMix:
 
 
 def made(source: str, args: dict[str, Any]) -> CombinedReward:
-    reward = make_reward(mix(source, args), None, TINY, on_cpu(), 1000, SERVER)
+    reward = make_reward(mix(source, args), {}, TINY, on_cpu(), 1000, SERVER)
     assert isinstance(reward, CombinedReward)
     return reward
 

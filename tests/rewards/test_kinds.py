@@ -261,7 +261,7 @@ def test_a_kind_of_the_users_may_return_a_list(monkeypatch: pytest.MonkeyPatch) 
     kind = RewardKind(form="chars:", check=lambda source: True, digest=lambda part, digest: {}, make=chars)
     monkeypatch.setitem(REWARD_KINDS, "chars", kind)
     server = RewardServerConfig(timeout=1.0, retries=0)
-    reward = make_reward("chars:", None, TINY, on_cpu(), 1000, server)
+    reward = make_reward("chars:", {}, TINY, on_cpu(), 1000, server)
     assert reward([PromptRow([]), PromptRow([])], ["ab", "c"]).tolist() == [2.0, 1.0]
     with pytest.raises(
         RewardError, match=r"chars: returned shape \(1,\) for 2 responses .*one number for each"

@@ -75,6 +75,19 @@ def test_rows_that_give_no_held_out_ones_say_what_would(tmp_path: Path) -> None:
     assert not [*(tmp_path / "store").glob("*/.*.rows")]
 
 
+def test_the_score_is_that_of_both_reward_models(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    found = chain.run(
+        "stage=generate", "generate.reward=[learned,learned@fast]", "ppo.reward=vader", "generate.policy=base",
+        "reward@fast.optim.lr=1e-2", "gates=warn",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    metrics = found.summary["stages"]["generate"]["metrics"]
+    parts = [metrics[f"generate/score_mean/{name}"] for name in ("learned", "fast")]
+    assert metrics["generate/score_mean"] == pytest.approx(sum(parts), abs=1e-5)
+    assert parts[0] != parts[1]
+
+
 @pytest.mark.slow
 def test_killed_in_a_later_round_it_ends_as_if_undisturbed(tmp_path: Path) -> None:
     chain = RealChain(tmp_path)

@@ -90,9 +90,7 @@ def test_smollm2_judges(endpoint: str, tmp_path: Path, mode: str) -> None:
     ]
     said = ["Hello!", "It is 4.", "Blue."]
     server = RewardServerConfig(timeout=300.0, retries=0)
-    first, again = (
-        scored(make_reward(mix, None, TINY, on_cpu(), 1000, server), rows, said) for _ in range(2)
-    )
+    first, again = (scored(make_reward(mix, {}, TINY, on_cpu(), 1000, server), rows, said) for _ in range(2))
     questions = len(rows) * (2 if mode == "pairwise" else 1)
     assert first.usage["judge_asked/judge"] == questions
     assert first.usage["judge_tokens_in/judge"] > 20 * questions
