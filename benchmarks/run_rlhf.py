@@ -241,7 +241,7 @@ def main() -> None:
         positions, peak = Positions(trainer.engine.model), matmul_peak(trainer.compute)
         clock = CLOCKS[work["clock"]]
         if work["clock"] == "cpu":
-            StepTimer._now = lambda timer: clock()  # type: ignore[method-assign]  # the phases' clock
+            StepTimer._now = lambda timer: clock()  # type: ignore[method-assign, assignment]  # the phases' clock
         steps, times = [], [clock()]
         for number, batch in enumerate(work["prompts"], 1):
             rows = repeated([PromptRow(prompt) for prompt in batch], work["answers"])

@@ -176,8 +176,8 @@ RewardSource = Annotated[
     BeforeValidator(_read, json_schema_input_type=str | RewardPart | list[str | RewardPart] | RewardMix),
 ]
 """`learned` (the reward stage's model; `learned@2`: of its instance `reward@2`), `vader`, `model:DIRECTORY`
-(a sequence-classification model with one label and a linear `score` head (Llama, Mistral, Qwen, Gemma, GPT-2,
-...), its own tokenizer and template), `python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, or the URL of a
+(a sequence-classification model with one label and a linear `score` head (Llama, Mistral, Qwen, Gemma, ...),
+its own tokenizer and template), `python:MODULE:FUNCTION`, `trl:FUNCTION`, `verify:NAME`, or the URL of a
 server (rlhf/rewards/http.py); or several of them."""
 
 
