@@ -78,8 +78,8 @@ def test_rows_that_give_no_held_out_ones_say_what_would(tmp_path: Path) -> None:
 def test_the_score_is_that_of_both_reward_models(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     found = chain.run(
-        "stage=generate", "generate.reward=[learned,learned@fast]", "ppo.reward=vader", "generate.policy=base",
-        "reward@fast.optim.lr=1e-2", "gates=warn",
+        "stage=generate", "generate.reward=[learned,learned@fast]", "ppo.reward=vader",
+        "generate.policy=base", "reward@fast.optim.lr=1e-2", "gates=warn",
     )  # fmt: skip
     assert found.code == 0, found.err
     metrics = found.summary["stages"]["generate"]["metrics"]
