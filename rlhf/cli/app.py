@@ -20,6 +20,7 @@ from rlhf.cli.messages import in_our_words, not_chosen, readable
 from rlhf.cli.sweep.sweepers import SWEEPERS, register
 from rlhf.config import ConfigError
 from rlhf.exit_codes import CONFIG_ERROR, CRASH
+from rlhf.pipeline.recipe import as_typed
 from rlhf.tracking.redaction import redacted, redacted_output
 
 
@@ -39,7 +40,7 @@ def run(arguments: list[str]) -> None:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        print(f"Error: {in_our_words(error, sys.argv[1:])}", file=sys.stderr)
+        print(f"Error: {as_typed(in_our_words(error, sys.argv[1:]))}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR) from None
     except BrokenPipeError:
         raise

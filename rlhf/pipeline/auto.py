@@ -37,9 +37,12 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
     asked = [key for key in demo if _get(found, key) == AUTO]
     for key in asked:
         _set(found, key, _of_own(key, own) if own else demo[key])
-    start = [*dict.fromkeys(map(_named, ["base", _get(found, "evaluate.init"), "ppo"]))]
+    init = _get(found, "evaluate.init")
+    has_own = directory_of(str(init)) is not None
+    start = [*dict.fromkeys(["base", "init" if has_own else init, "ppo"])]
     policies = _get(found, "recipe.policies")
-    of_recipe = [*dict.fromkeys(map(_named, policies))] if policies else start
+    named = ["init" if has_own and name == init else name for name in policies or start]
+    of_recipe = [*dict.fromkeys(named)]
     if _get(found, "evaluate.policies") == AUTO:
         _set(found, "evaluate.policies", of_recipe)
         if policies and _get(found, "evaluate.subject") == AUTO:
@@ -75,11 +78,6 @@ def _of_own(key: str, own: list[str]) -> str | None:
         return None
     lenders = [role.key for role in ROLES.values() if role.lends_prompts and role.key in own]
     return "ppo.prompts" if "ppo.prompts" in lenders else next(iter(lenders), None)
-
-
-def _named(policy: Any) -> str:
-    """What `evaluate.policies` calls it."""
-    return str(policy) if directory_of(str(policy)) is None or policy == "ppo" else "init"
 
 
 def _subject(policies: Any, started: list[str]) -> str:

@@ -181,9 +181,10 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         for name in names:
             if name not in sections and name not in extra:
                 known = [*extra, *sections]
+                hint = f" A named instance needs a key of its own, such as {name}.KEY=VALUE." * ("@" in name)
                 raise ConfigError(
                     f"{key}={name}: there is no such stage.{did_you_mean(name, known)} "
-                    f"Known: {', '.join(known)}."
+                    f"Known: {', '.join(known)}.{hint}"
                 )
     for key in ("run_name", "runs_dir", "store_dir"):
         if redacted(resolved[key]) != resolved[key]:

@@ -44,16 +44,16 @@ def kind_of(name: str) -> str:
 
 def typed_key(argument: str) -> str:
     """`dpo@2.epochs=3` of the command line as Hydra can read it; any other argument as it is."""
-    named = re.match(rf"\+{{0,2}}{NAME.pattern}\.([^=]+=)", argument)
+    named = re.match(rf"\+{{0,2}}(?:instances\.)?{NAME.pattern}\.([^=]+=)", argument)
     if named is None:
         return argument
     kind, label, key = named.groups()
     return f"++instances.{kind}{TYPED}{label}.{key}{argument[named.end() :]}"
 
 
-def said_key(key: str) -> str:
-    """A key or an override as the user typed it: what `typed_key` made of it undone."""
-    return re.sub(rf"^\++(instances\.(\w+){TYPED})?", lambda found: f"{found[2]}@" if found[1] else "", key)
+def as_typed(text: str) -> str:
+    """Text with keys as the user typed them: what `typed_key` made of them undone."""
+    return re.sub(rf"\+\+instances\.(\w+){TYPED}", r"\1@", text)
 
 
 def with_instances(config: Keys) -> dict[str, Any]:

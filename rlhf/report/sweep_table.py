@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.disk import naming, replace_text
-from rlhf.pipeline.recipe import said_key
+from rlhf.pipeline.recipe import as_typed
 from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.pareto import Point, draw
 from rlhf.report.trial import Trial
@@ -77,7 +77,13 @@ class SweepTable:
     def cells(self) -> Cells:
         """Headings and rows."""
         best = self.best
-        headings = ["trial", "run", *map(said_key, self.keys), "status", *self.metrics]
+        headings = [
+            "trial",
+            "run",
+            *(as_typed(key).lstrip("+") for key in self.keys),
+            "status",
+            *self.metrics,
+        ]
         rows = []
         for trial in self.trials:
             values = [shown(trial.metric(name)) for name in self.metrics]

@@ -12,7 +12,7 @@ from rlhf.config import ConfigError
 from rlhf.data.roles import ROLES
 from rlhf.pipeline.experiment import Experiment, build_experiment
 from rlhf.pipeline.made_rows import context_of
-from rlhf.pipeline.recipe import said_key, typed_key
+from rlhf.pipeline.recipe import as_typed, typed_key
 from rlhf.stages.dpo import DpoStage
 
 
@@ -83,8 +83,10 @@ def test_values_and_other_keys_stay_as_they_are() -> None:
         assert typed_key(argument) == argument
     typed = typed_key("dpo@2.optim.lr=1e-4,1e-5")
     assert typed == "++instances.dpo-at-2.optim.lr=1e-4,1e-5"
-    assert said_key(typed) == "dpo@2.optim.lr=1e-4,1e-5"
-    assert [said_key(key) for key in ("+remedy", "ppo.kl.coef", "++a.b")] == ["remedy", "ppo.kl.coef", "a.b"]
+    assert typed_key("instances.dpo@2.optim.lr=1e-4,1e-5") == typed
+    assert as_typed(f"+remedy=full {typed} ppo.clip=0.1") == (
+        "+remedy=full dpo@2.optim.lr=1e-4,1e-5 ppo.clip=0.1"
+    )
 
 
 def test_gates_of_an_instance_advise_about_its_own_keys() -> None:
@@ -131,7 +133,8 @@ def test_rows_that_are_not_made_yet_are_counted_as_the_most_that_there_can_be() 
             "generate@2 reads dpo@2 reads generate@2: they read",
         ),
         ({}, ["sft.data=stage:generate"], "they read each other"),
-        ({}, ["stage=dpo@2"], "stage=dpo@2: there is no such stage. Did you mean dpo"),
+        ({}, ["stage=dpo@2"], "stage=dpo@2: there is no such stage.* such as dpo@2.KEY=VALUE"),
+        ({}, ["recipe.policies=[base,sft,dop]"], "evaluate.policies=dop: no stage .*Did you mean dpo"),
         ({}, ["recipe.stages=[dbo]"], "recipe.stages=dbo: there is no such stage. Did you mean dpo"),
         ({}, ["recipe.rounds=0"], "recipe.rounds=0: "),
         ({}, ["recipe.rounds=two"], "recipe.rounds='two': "),

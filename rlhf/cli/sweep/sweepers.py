@@ -33,7 +33,7 @@ from rlhf.cli.sweep.trial import NOTE, is_main_process, read_note
 from rlhf.config import ConfigError, validated
 from rlhf.distributed.signals import Stopped, StopSignals
 from rlhf.exit_codes import CONFIG_ERROR, CRASH, INTERRUPTED, STOPPED
-from rlhf.pipeline.recipe import said_key
+from rlhf.pipeline.recipe import as_typed
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.sweep_table import SweepTable
@@ -195,7 +195,7 @@ class GridSweep(Sweeper):
         most, num_running = 1 if one_by_one else self.knobs.parallel, 0
         while True:
             while num_running < most and (proposal := next(proposals, None)):
-                trial, words = proposal, escape(" ".join(map(said_key, proposal.overrides)))
+                trial, words = proposal, escape(as_typed(" ".join(proposal.overrides)))
                 console.print(f"[bold]Trial {trial.number}[/]: {words}", highlight=False)
                 trial.outcome = Outcome()
                 num_running += 1
