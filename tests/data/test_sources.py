@@ -91,9 +91,9 @@ def test_a_string_names_a_source() -> None:
 
 
 @pytest.mark.parametrize(("value", "complaint"), [
-    (7, "sft.data=7: a source is samples:NAME, a path, hub:ID, or a mapping with one of these."),
-    ({"path": "a", "hub": "b"}, "name exactly one of path, samples, hub (found: path, hub)."),
-    ({"limit": 3}, "name exactly one of path, samples, hub (found: none)."),
+    (7, "sft.data=7: a source is samples:NAME, a path, hub:ID, stage:NAME, or a mapping with one of these."),
+    ({"path": "a", "hub": "b"}, "name exactly one of path, samples, hub, stage (found: path, hub)."),
+    ({"limit": 3}, "name exactly one of path, samples, hub, stage (found: none)."),
     ({"path": "a", "revision": "b"}, "revision has a meaning for hub only, not for path."),
     ({"path": "a", "column": "b"}, "sft.data.column: there is no such key."),
 ])  # fmt: skip

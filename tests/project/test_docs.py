@@ -48,7 +48,8 @@ def test_a_documented_command_builds(command: str, monkeypatch: pytest.MonkeyPat
         return
     overrides = [word for word in shlex.split(command)[3:] if "=" in word and not word.startswith("-")]
     if " -m " in command.removeprefix("python -m rlhf") + " ":  # a sweep: its first trial
-        overrides = [word.partition(",")[0] for word in overrides if "interval(" not in word]
+        swept = [word for word in overrides if "interval(" not in word]
+        overrides = [word if "=[" in word else word.partition(",")[0] for word in swept]
     build(*readable(overrides))
 
 
