@@ -13,11 +13,6 @@ from helpers.chains import GROUPS, RealChain
 TOLERANCE = 1e-3
 """Relative, over six optimizer steps of fp32 training; a first step agrees to about 1e-6."""
 VARIANTS = {
-    "accumulation": (
-        "sft.micro_batch_tokens=40",
-        "reward.micro_batch_tokens=90",
-        "ppo.micro_batch_tokens=60",
-    ),
     "two_ranks": ("launch.processes=2",),
     "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen_placement=sharded"),
 }
@@ -25,6 +20,11 @@ ONE_PASS = "ppo.minibatch_episodes=8"
 """A rollout is one minibatch, which is learned from by the pass that scored it."""
 CHECKPOINTED = tuple(f"{stage}.activation_checkpointing=true" for stage in ("sft", "reward", "ppo"))
 SLOW = {
+    "accumulation": (
+        "sft.micro_batch_tokens=40",
+        "reward.micro_batch_tokens=90",
+        "ppo.micro_batch_tokens=60",
+    ),
     "zero3": ("launch.processes=2", "zero=zero3", "ppo.frozen_placement=sharded"),
     "checkpointed_zero2": ("launch.processes=2", "zero=zero2", *CHECKPOINTED),
     "checkpointed_zero3": ("launch.processes=2", "zero=zero3", *CHECKPOINTED),
@@ -65,6 +65,7 @@ def test_losses_gradients_and_scores_are_those_of_one_rank(chain: RealChain, nam
     compare(chain, reference, name, ("ppo",))
 
 
+@pytest.mark.slow
 def test_groups_without_a_critic_are_those_of_one_rank(chain: RealChain) -> None:
     """tests/distributed/test_every_sharding.py has every zero=."""
     names = ("groups_of_one_rank", "groups_of_two")
@@ -97,11 +98,12 @@ THUMBS = (
     "overrides",
     [
         ("launch.processes=2",),
-        pytest.param(("launch.processes=2", "zero=fsdp2"), marks=pytest.mark.slow),
-        pytest.param(("launch.processes=2", "zero=zero3"), marks=pytest.mark.slow),
+        ("launch.processes=2", "zero=fsdp2"),
+        ("launch.processes=2", "zero=zero3"),
     ],
     ids=lambda overrides: overrides[-1].partition("=")[2],
 )
+@pytest.mark.slow
 def test_thumbs_teach_the_same_on_ranks_without_rows(chain: RealChain, overrides: tuple[str, ...]) -> None:
     """The last batch has one row: one rank has none. KTO's reference point is of all ranks."""
     rows = [{"prompt": f"Say {n}", "completion": "No" * (n % 5 + 1), "label": n % 3 > 0} for n in range(27)]

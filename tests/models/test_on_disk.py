@@ -47,7 +47,8 @@ def load(compute: Compute, directory: Path, scratch: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("is_tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_tied", [True, False])
 def test_a_model_in_another_precision_is_mapped_by_all_ranks(
     is_tied: bool, tiny_model: Path, tmp_path: Path
 ) -> None:

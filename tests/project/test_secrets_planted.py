@@ -154,10 +154,11 @@ def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
     ("how", "code", "words"),
     [
         ("crash", 1, "indiscreet.CrashError: cannot connect with <redacted> to"),
-        (
+        pytest.param(
             "mistake",
             2,
             "Error: ppo.reward=python:indiscreet:score: RuntimeError: cannot connect with <redacted>",
+            marks=pytest.mark.slow,
         ),
     ],
 )

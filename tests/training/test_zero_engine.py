@@ -54,11 +54,13 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[in
     return ranks | {-1: load_trained(trained)}
 
 
+@pytest.mark.slow
 def test_weights_on_their_way_are_no_obstacle_to_publishing(found: dict[int, Any]) -> None:
     assert "INFLIGHT" in found[0]["waiting"], "nothing was gathered in advance: the test shows nothing"
     assert all(bool(weight.isfinite().all()) for weight in found[-1].values())
 
 
+@pytest.mark.slow
 def test_an_engine_that_nobody_needs_is_let_go(found: dict[int, Any]) -> None:
     assert (found[0]["kept"], found[1]["kept"]) == (0, 0)
 
