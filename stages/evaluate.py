@@ -126,11 +126,11 @@ class EvaluateStage(Stage):
         if self.subject not in self.policies:
             raise ValueError(
                 f"KEY.subject={self.subject} is not in KEY.policies=[{','.join(self.policies)}]."
-                f"{did_you_mean(self.subject, self.policies)} Add it, or set evaluate.subject to one of them"
+                f"{did_you_mean(self.subject, self.policies)} Add it, or set KEY.subject to one of them"
             )
-        start = f"{self.start} in evaluate.policies" if self.start not in self.policies else ""
-        other = f"another evaluate.subject than {self.start}" if self.subject == self.start else ""
-        base = "base in evaluate.policies" if "base" not in self.policies else ""
+        start = f"{self.start} in KEY.policies" if self.start not in self.policies else ""
+        other = f"another KEY.subject than {self.start}" if self.subject == self.start else ""
+        base = "base in KEY.policies" if "base" not in self.policies else ""
         reward = "" if self.reward else "a reward"
         needs = {
             "win_rate": (start, other, "" if self.gold else reward and "a reward or gold"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
+from rlhf.config import ConfigError
 from rlhf.costs.sampling import most_added, sampling_cost
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
@@ -114,9 +115,17 @@ class GenerateStage(Stage):
     def offer_advice(self) -> str:
         """How to get more rows of each split."""
         return (
-            f"These rows are made by {self.name}: raise {self.name}.num_prompts. Held-out rows are "
-            f"answers to held-out prompts: {self.name}.splits=[train,held_out]."
+            f"{self.name} makes these rows: raise {self.name}.num_prompts or {self.name}.samples_per_prompt. "
+            "A prompt gives a pair only if two of its answers have different scores."
         )
+
+    def check_offers(self, said: str) -> None:
+        """There are answers to held-out prompts."""
+        if "held_out" not in self.splits:
+            raise ConfigError(
+                f"{said}: {self.name}.splits=[{','.join(self.splits)}] answers no held-out prompts, so there "
+                f"are no held-out rows. Set {self.name}.splits=[train,held_out]."
+            )
 
     def offered_lengths(self, on: CostContext) -> LengthStats:
         """Every prompt's pairs, with answers as long as they may be."""

@@ -48,7 +48,7 @@ class PpoStage(PpoConfig, PolicyStage):
     @property
     def instead_of_moments(self) -> str:
         """A critic on the reward model needs fixed units."""
-        return "ppo.score.normalize=running with ppo.critic.init=sft"
+        return f"{self.name}.score.normalize=running with {self.name}.critic.init=sft"
 
     def datasets(self) -> tuple[str, ...]:
         """Reads prompts, and the rows of the pretraining mix."""

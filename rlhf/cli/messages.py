@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 
 from rlhf.config import ConfigError, did_you_mean, nearest
-from rlhf.pipeline.recipe import typed_key
+from rlhf.pipeline.recipe import kind_of, typed_key
 
 ADDED = ("experiment", "remedy", "sweep")
 """Groups that must be added: `+experiment=NAME`."""
@@ -41,6 +41,14 @@ def readable(arguments: Sequence[str]) -> list[str]:
         key = argument.lstrip("-").partition("=")[0]
         if argument.startswith("--") and "=" in argument and key.partition(".")[0] in shape():
             raise ConfigError(f"{argument}: a key has no dashes before it: {argument.lstrip('-')}.")
+    stages = {name for name, value in shape().items() if isinstance(value, dict) and "_target_" in value}
+    for argument in arguments:
+        name = argument.lstrip("+").partition("=")[0]
+        if kind_of(name) in stages and "@" in name and typed_key(argument) == argument:
+            raise ConfigError(
+                f"{argument}: write STAGE@LABEL.KEY=VALUE, such as dpo@2.beta=0.3; a label has letters, "
+                "digits and _."
+            )
     ordered = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
     return [_known_experiment(typed_key(argument)) for argument in ordered]
 

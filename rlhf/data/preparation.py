@@ -44,6 +44,10 @@ NUM_EXAMPLES = 3
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
+class NoRowsError(ConfigError):
+    """A source, or a split of it, has no rows."""
+
+
 @dataclass
 class Removed:
     """How many rows went for one reason, and where the first of them stand."""
@@ -523,7 +527,7 @@ class Preparation:
         for role in self.data.values():
             for split, rows in role.splits.items():
                 if not rows and own_sources(self.sources, role.role):
-                    raise ConfigError(
+                    raise NoRowsError(
                         f"{role.key}: no rows are left for {split}: "
                         f"{'; '.join([f'{role.num_read} read', f'{len(role.rows)} kept', *role.why()])}. "
                         f"{self._more(role, split)}"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from rlhf.data.roles import ROLES
 from rlhf.models.start import directory_of
+from rlhf.pipeline.recipe import kind_of
 
 AUTO = "auto"
 NO_ROLE = ("compare.questions", "compare.corpus")
@@ -37,20 +38,11 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
     asked = [key for key in demo if _get(found, key) == AUTO]
     for key in asked:
         _set(found, key, _of_own(key, own) if own else demo[key])
-    init = _get(found, "evaluate.init")
-    has_own = directory_of(str(init)) is not None
-    start = [*dict.fromkeys(["base", "init" if has_own else init, "ppo"])]
-    policies = _get(found, "recipe.policies")
-    named = ["init" if has_own and name == init else name for name in policies or start]
-    of_recipe = [*dict.fromkeys(named)]
-    if _get(found, "evaluate.policies") == AUTO:
-        _set(found, "evaluate.policies", of_recipe)
-        if policies and _get(found, "evaluate.subject") == AUTO:
-            _set(found, "evaluate.subject", of_recipe[-1])
-    if _get(found, "evaluate.subject") == AUTO:
-        _set(found, "evaluate.subject", _subject(_get(found, "evaluate.policies"), start[:-1]))
+    for name in [name for name in found if kind_of(name) == "evaluate"]:
+        _decide_policies(found[name], _get(found, "recipe.policies"))
     if _get(found, "compare.artifacts") == AUTO:
-        _set(found, "compare.artifacts", [name for name in of_recipe if name not in ("base", "init")])
+        compared = _compared(str(_get(found, "evaluate.init")), _get(found, "recipe.policies"))
+        _set(found, "compare.artifacts", [name for name in compared if name not in ("base", "init")])
     notes = []
     if own and asked:
         taken = ", ".join(f"{key}={_get(found, key) or 'null'}" for key in asked)
@@ -80,18 +72,43 @@ def _of_own(key: str, own: list[str]) -> str | None:
     return "ppo.prompts" if "ppo.prompts" in lenders else next(iter(lenders), None)
 
 
-def _subject(policies: Any, started: list[str]) -> str:
+def _decide_policies(evaluate: dict[str, Any], of_recipe: list[str] | None) -> None:
+    """What a section of `evaluate` compares, and which of them its gates are about."""
+    compared = _compared(str(evaluate.get("init")), of_recipe)
+    if evaluate.get("policies") == AUTO:
+        evaluate["policies"] = compared
+        if of_recipe and evaluate.get("subject") == AUTO:
+            evaluate["subject"] = compared[-1]
+    if evaluate.get("subject") == AUTO:
+        started = _compared(str(evaluate.get("init")), None)[:-1]
+        evaluate["subject"] = _subject(evaluate.get("policies"), started, compared)
+
+
+def _compared(init: str, of_recipe: list[str] | None) -> list[str]:
+    """Base, the start and PPO; or the recipe's policies. A directory is called `init`.
+
+    Args:
+        init: the start.
+    """
+    has_own = directory_of(init) is not None
+    names = of_recipe or ["base", init, "ppo"]
+    return [*dict.fromkeys("init" if has_own and name == init else name for name in names)]
+
+
+def _subject(policies: Any, started: list[str], of_recipe: list[str]) -> str:
     """The policy that evaluate's gates are about, whatever the order of the list.
 
     Args:
         policies: as the user wrote them; if that is no list, it is told when they are checked.
-        started: base, and what PPO started from.
+        started: base, and the start.
+        of_recipe: what the recipe compares.
     """
     named = policies if isinstance(policies, list) else []
     others = [name for name in named if name not in started]
     if not others:
         return next((name for name in reversed(started) if name in named), "ppo")
-    return str(others[0]) if len(others) == 1 else "ppo"
+    known = [name for name in ("ppo", *reversed(of_recipe)) if name in others]
+    return str(others[0]) if len(others) == 1 else next(iter(known), "ppo")
 
 
 def _get(config: Mapping[str, Any], key: str) -> Any:

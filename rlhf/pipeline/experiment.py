@@ -23,7 +23,7 @@ from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import know_policies
 from rlhf.pipeline.auto import without_auto
-from rlhf.pipeline.made_rows import tell_readers
+from rlhf.pipeline.made_rows import check_made, tell_readers
 from rlhf.pipeline.recipe import (
     RecipeConfig,
     check_typed,
@@ -182,6 +182,9 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
             if name not in sections and name not in extra:
                 known = [*extra, *sections]
                 hint = f" A named instance needs a key of its own, such as {name}.KEY=VALUE." * ("@" in name)
+                if "@" in name and any("{round}" in each for each in composed["instances"] or {}):
+                    hint += f" Those with {{round}} begin with round 2 of {settings.recipe.rounds}."
+
                 raise ConfigError(
                     f"{key}={name}: there is no such stage.{did_you_mean(name, known)} "
                     f"Known: {', '.join(known)}.{hint}"
@@ -225,6 +228,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     for name in experiment.needed():
         stages[name].check(stages)
         check_moments(stages[name], stages)
+        check_made(stages[name], stages)
         check_method(stages[name], experiment)
         peft = stages[name].peft_config()
         if peft is not None and peft.method == "qlora":
@@ -277,6 +281,8 @@ def check_policies(stage: Stage, named: Iterable[tuple[str, str]], stages: Mappi
             raise ConfigError(
                 f"{key}={name}: no stage of that name makes a policy.{did_you_mean(name, known)} "
                 f"Known: {', '.join(known)}."
+                + f" A named instance needs a key of its own, such as {name}.KEY=VALUE."
+                * ("@" in name)
             )
 
 

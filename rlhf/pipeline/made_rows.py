@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.setup import CostContext
+from rlhf.data.preparation import NoRowsError
 from rlhf.data.prepared import LengthStats, PreparedData
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import Split
@@ -59,6 +60,17 @@ def tell_readers(chain: Mapping[str, Stage]) -> None:
         stage.know_makers(makers[role] for role in roles if role in makers)
 
 
+def check_made(stage: Stage, chain: Mapping[str, Stage]) -> None:
+    """Refuse rows of which there are sure to be none.
+
+    Raises:
+        ConfigError: in the user's own keys.
+    """
+    for role, source in made_roles(stage, chain).items():
+        assert source.stage is not None
+        chain[source.stage].check_offers(f"{ROLES[role].key}={source}")
+
+
 def data_of(stage: Stage, prepared: Path, chain: Mapping[str, Stage], made: Path) -> PreparedData:
     """The data as a stage reads them.
 
@@ -95,11 +107,11 @@ def prepare_rows(
     prepare: Any = chain["prepare"]
     directory.mkdir()
     with TemporaryDirectory(prefix="rows.", dir=directory, ignore_cleanup_errors=True) as scratch:
-        sources = dict.fromkeys(ROLES) | {role: _file(role, wanted[role], chain, inputs) for role in wanted}
-        preparation = prepare.preparation(sources, base, Path(scratch))
         try:
+            sources = {role: _file(role, wanted[role], chain, inputs) for role in wanted}
+            preparation = prepare.preparation(dict.fromkeys(ROLES) | sources, base, Path(scratch))
             preparation.prepare(progress)
-        except ConfigError as error:
+        except NoRowsError as error:
             advice = [chain[maker].offer_advice() for maker in stage.makers]
             raise ConfigError(" ".join([str(error), *advice])) from None
         preparation.write(directory)
@@ -158,8 +170,10 @@ def _file(
     role: str, source: SourceConfig, chain: Mapping[str, Stage], inputs: Mapping[str, Artifact]
 ) -> SourceConfig:
     assert source.stage is not None
-    name = chain[source.stage].offers[kind_of(role)]
-    return source.model_copy(update={"stage": None, "path": str(inputs[source.stage].path / name)})
+    path = inputs[source.stage].path / chain[source.stage].offers[kind_of(role)]
+    if path.stat().st_size == 0:
+        raise NoRowsError(f"{ROLES[role].key}=stage:{source.stage}: {source.stage} made no rows.")
+    return source.model_copy(update={"stage": None, "path": str(path)})
 
 
 def roles_read(stages: Iterable[Stage], chain: Mapping[str, Stage]) -> Iterator[str]:

@@ -77,11 +77,11 @@ def with_instances(config: Keys) -> dict[str, Any]:
         _check_name(name, config)
         if not isinstance(own, dict):
             raise ConfigError(f"instances.{name}={own!r}: it must be a mapping of keys of {kind_of(name)}.")
-        section = _merged(config[kind_of(name)], own)
-        for gate in filter(None, section.get("gates", {}).values()):  # they advise about its own keys
-            for key in {"advice", "rows"} & gate.keys():
-                gate[key] = gate[key] and re.sub(rf"\b{kind_of(name)}\.(?!md)", f"{name}.", gate[key])
-        found[name] = section
+        found[name] = _merged(config[kind_of(name)], own)
+        gates = found[name].get("gates")
+        if isinstance(gates, dict):
+            _check_gates(name, gates, config[kind_of(name)]["gates"])
+            found[name]["gates"] = {gate: _of_own_keys(name, bound) for gate, bound in gates.items()}
     return found
 
 
@@ -111,8 +111,7 @@ def instance_class(kind: type[Stage], name: str, roles: Mapping[str, str]) -> ty
     own = {
         "name": name,
         "title": f"{kind.title} {label}" if kind.title else "",
-        "purpose": kind.purpose
-        and kind.purpose._replace(words=kind.purpose.words.replace(kind.title, f"{kind.title} {label}")),
+        "purpose": kind.purpose and kind.purpose._replace(words=_words_of(kind, label)),
         "in_chain": False,
         "roles": {},
         "own_roles": roles,
@@ -122,6 +121,13 @@ def instance_class(kind: type[Stage], name: str, roles: Mapping[str, str]) -> ty
     }
     made: type[Stage] = type(kind)(kind.__name__, (kind,), own)  # type: ignore[misc]  # a metaclass
     return made
+
+
+def _words_of(kind: type[Stage], label: str) -> str:
+    """What the verdict calls an instance's purpose: `DPO 2's loss`, `the reward model 2's ranking`."""
+    assert kind.purpose is not None
+    named = re.compile(rf"\b({kind.title}(?: model)?)'s", re.IGNORECASE)
+    return named.sub(rf"\1 {label}'s", kind.purpose.words)
 
 
 def check_typed(config: Keys, needed: Sequence[str]) -> None:
@@ -167,6 +173,22 @@ def _check_name(name: str, config: Keys) -> None:
         stages = [key for key, value in config.items() if isinstance(value, dict) and "_target_" in value]
         near = did_you_mean(kind_of(name), stages)
         raise ConfigError(f"{name}: there is no stage {kind_of(name)}.{near} Known: {', '.join(stages)}.")
+
+
+def _check_gates(name: str, gates: Keys, known: Keys) -> None:
+    for gate, bound in gates.items():
+        if gate not in known and isinstance(bound, dict) and "advice" not in bound:  # a slip, not a new one
+            raise ConfigError(f"{name}.gates.{gate}: there is no such gate.{did_you_mean(gate, known)}")
+
+
+def _of_own_keys(name: str, bound: Any) -> Any:
+    """A gate that advises about the instance's own keys."""
+    if not isinstance(bound, dict):
+        return bound
+    said = {key: bound[key] for key in ("advice", "rows") if isinstance(bound.get(key), str)}
+    return bound | {
+        key: re.sub(rf"\b{kind_of(name)}\.(?!md)", f"{name}.", text) for key, text in said.items()
+    }
 
 
 def _each_round(names: Sequence[Any], rounds: int) -> Iterator[Any]:

@@ -141,6 +141,16 @@ class Stage(Strict, ABC):
         """How to have it make more rows for others, in the user's own keys."""
         raise NotImplementedError
 
+    def check_offers(self, said: str) -> None:
+        """Refuse to make rows for others where the knobs are sure to give none.
+
+        Args:
+            said: the key that wants them, and its value.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
+
     def offered_lengths(self, on: CostContext) -> LengthStats:
         """How many rows it makes for others (`offers`), and how long, at most: for a cost."""
         raise NotImplementedError
@@ -289,6 +299,13 @@ def root_of(key: str, init: str, chain: Mapping[str, Stage]) -> tuple[str, str]:
         name, start = init, chain[init].starts_from()
         key, init = (f"{name}.{start[0]}", start[1]) if start else (key, "base")
     return key, init
+
+
+def chain_of(name: str, chain: Mapping[str, Stage]) -> set[str]:
+    """A stage and all that it is made from; nothing of what is no stage."""
+    if name not in chain:
+        return set()
+    return {name}.union(*(chain_of(other, chain) for other in chain[name].inputs()))
 
 
 def users_words(stage: Stage, base: BaseModelFiles | None = None) -> dict[str, str]:

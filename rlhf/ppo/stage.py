@@ -18,7 +18,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import check_start, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Stage, root_of
+from rlhf.pipeline.stage import TUNED, Stage, chain_of, root_of
 from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.cost import policy_cost
 from rlhf.rewards.kinds import RewardMix, models_of, stage_of
@@ -137,10 +137,12 @@ class PolicyStage(PolicyConfig, Stage):
         measured = dict(chain["generate"])
         for name, value in wanted.items():
             if measured[name] != value:
+                cure = f"so this must be {value}. Or use"
+                if "generate" in chain_of(str(value), chain):  # it would read what is made from it
+                    cure = f"and those of {self.name}.init={value} are not there. Use"
                 raise ConfigError(
                     f"generate.{name}={measured[name]}: {self.name}.score.normalize=sft takes the score's "
-                    f"mean and deviation from `generate`, so this must be {value}. "
-                    f"Or use {self.instead_of_moments}."
+                    f"mean and deviation from `generate`, {cure} {self.instead_of_moments}."
                 )
 
     def run(self, job: Job) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import Run
+from rlhf.pipeline.stage import chain_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,15 +46,10 @@ def cost_of(run: Run, policy: str) -> Cost | None:
     """None for the base model and a directory of the user's: nobody knows what they took."""
     if policy not in run.chain:
         return None
-    names = lineage(run, policy)
-    found = [run.stages[name]["cost"] for name in names if run.stages.get(name, {}).get("cost")]
+    made_from = chain_of(policy, run.chain)
+    found = [run.stages[name]["cost"] for name in made_from if run.stages.get(name, {}).get("cost")]
     peaks = [each["peak_bytes"] for each in found if each["peak_bytes"] is not None]
     return Cost(sum(each["seconds"] for each in found), max(peaks) / 2**30 if peaks else None)
-
-
-def lineage(run: Run, name: str) -> set[str]:
-    """A stage and all that it is made from."""
-    return {name}.union(*(lineage(run, other) for other in run.chain[name].inputs()))
 
 
 def points(run: Run, titles: Mapping[str, str]) -> list[Point]:
@@ -122,7 +118,8 @@ def draw(found: list[Point], words: str) -> Figure:
         axes.set(xlabel=label)
         if number == 0:
             axes.set_ylabel(words)
-        axes.set_xlim(left=0)
+        axes.margins(x=0.08)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]) if number == 0 else 0.0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)

@@ -78,6 +78,36 @@ def test_a_second_reward_model_is_an_instance_too() -> None:
         build("ppo.reward=learned@other")
 
 
+def test_each_evaluation_has_a_subject_of_its_own() -> None:
+    found = instances({"evaluate@2": {"policies": ["base", "sft", "dpo"]}})
+    subjects = {name: dict(found.stages[name])["subject"] for name in ("evaluate", "evaluate@2")}
+    assert subjects == {"evaluate": "ppo", "evaluate@2": "dpo"}
+    two = on_command_line("recipe=dpo", "dpo@2.beta=0.3", "evaluate.policies=[base,sft,dpo,dpo@2]")
+    assert dict(two.stages["evaluate"])["subject"] == "dpo", "the recipe's"
+
+
+def test_the_verdict_tells_instances_apart() -> None:
+    found = on_command_line(
+        "ppo.reward=[learned,learned@wide]", "reward@wide.epochs=2", "dpo@2.beta=0.3", "stage=[ppo,dpo@2]"
+    )
+    purposes = [found.stages[name].purpose for name in ("reward", "reward@wide", "dpo@2")]
+    assert [each and each.words.partition(" on ")[0].partition(" against ")[0] for each in purposes] == [
+        "the reward model's ranking", "the reward model wide's ranking", "DPO 2's loss",
+    ]  # fmt: skip
+
+
+def test_ppo_after_ppo_is_told_what_it_needs() -> None:
+    with pytest.raises(ConfigError, match=r"are not there\. Use ppo@2\.score\.normalize=running with ppo@2"):
+        instances({"ppo@2": {"init": "ppo"}}, "stage=ppo@2")
+
+
+@pytest.mark.parametrize("argument", ["dpo@.beta=1", "dpo@a/b.beta=1", "dpo@2=5"])
+def test_a_label_that_is_none_is_told(argument: str) -> None:
+    with pytest.raises(ConfigError, match=r"write STAGE@LABEL.KEY=VALUE, such as dpo@2.beta=0.3"):
+        readable([argument])
+    assert readable(["+stages@toy=toy"]) == ["+stages@toy=toy"]
+
+
 def test_values_and_other_keys_stay_as_they_are() -> None:
     for argument in ("stage=dpo@2", "dpo.init=dpo@2", "-m", "evaluate.policies=[base,dpo@2]", "a@b=c"):
         assert typed_key(argument) == argument
@@ -136,6 +166,13 @@ def test_rows_that_are_not_made_yet_are_counted_as_the_most_that_there_can_be() 
         ({}, ["stage=dpo@2"], "stage=dpo@2: there is no such stage.* such as dpo@2.KEY=VALUE"),
         ({}, ["recipe.policies=[base,sft,dop]"], "evaluate.policies=dop: no stage .*Did you mean dpo"),
         ({}, ["recipe.stages=[dbo]"], "recipe.stages=dbo: there is no such stage. Did you mean dpo"),
+        ({"dpo@2": {"gates": {"acuracy": {"min": 0.9}}}}, [], "dpo@2.gates.acuracy: there is no such gate"),
+        ({"dpo@2": {"gates": None}}, [], "dpo@2.gates=None: it must be a mapping"),
+        (
+            {"generate@2": {"policy": "dpo", "splits": ["train"]}, "dpo@2": {"data": "stage:generate@2"}},
+            ["stage=dpo@2"],
+            r"dpo@2.data=stage:generate@2: generate@2.splits=\[train\] answers no held-out prompts",
+        ),
         ({}, ["recipe.rounds=0"], "recipe.rounds=0: "),
         ({}, ["recipe.rounds=two"], "recipe.rounds='two': "),
         ({}, ["evaluate.retention=[stage:generate]"], "evaluate.retention: `stage:` has no place in a list"),

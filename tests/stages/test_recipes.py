@@ -64,13 +64,13 @@ def samples(outcome: Outcome) -> list[str]:
     return (outcome.directory / "samples.jsonl").read_text().splitlines()
 
 
-def test_rows_that_give_no_held_out_ones_say_what_would(tmp_path: Path) -> None:
+def test_answers_that_all_score_the_same_make_no_pairs(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
-    (tmp_path / "rule.py").write_text(REWARD)
-    found = chain.run(*ROUNDS, "stage=dpo@2", "generate.splits=[train]")
+    (tmp_path / "constant.py").write_text("def score(prompts, texts):\n    return [1.0 for _ in texts]\n")
+    found = chain.run(*ROUNDS, "stage=dpo@2", "ppo.reward=python:constant:score")
     assert found.code == 2
-    assert "dpo@2.data: no rows are left for held_out" in found.err
-    assert "generate@2.splits=[train,held_out]" in found.err
+    assert "dpo@2.data=stage:generate@2: generate@2 made no rows." in found.err
+    assert "only if two of its answers have different scores" in found.err
     assert found.statuses["generate@2"] == "ran", "what is finished is kept"
     assert not [*(tmp_path / "store").glob("*/.*.rows")]
 
