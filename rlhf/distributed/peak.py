@@ -9,27 +9,38 @@ from rlhf.distributed.compute import Compute
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def forget_peak(compute: Compute) -> None:
-    """Begin to measure."""
+def forget_peak(compute: Compute) -> bool:
+    """Begin to measure.
+
+    Returns:
+        Whether this system can: not macOS, nor a container that must not write to /proc.
+    """
     if compute.device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats(compute.device)
-    elif FORGET.exists():
+        return True
+    try:
         FORGET.write_text("5", encoding="ascii")  # the largest resident size: proc(5)
+    except OSError:
+        return False
+    return True
 
 
-def peak_bytes(compute: Compute) -> float | None:
+def peak_bytes(compute: Compute, *, is_measured: bool) -> float | None:
     """Since `forget_peak`, of the rank that held most: on a GPU what torch allocated there; else the resident
-    memory of the process, with libraries and mapped files. None where no system tells it, as on macOS."""
+    memory of the process, with libraries and mapped files. None if no rank measured it. All ranks call it.
+
+    Args:
+        is_measured: what `forget_peak` returned.
+    """
     import torch
 
-    if compute.device.type == "cuda":
+    found = 0.0
+    if is_measured and compute.device.type == "cuda":
         found = float(torch.cuda.max_memory_allocated(compute.device))
-    elif STATUS.exists():
+    elif is_measured:
         lines = STATUS.read_text(encoding="utf-8").splitlines()
         (line,) = (each for each in lines if each.startswith("VmHWM"))
         found = 1024.0 * int(line.split()[1])
-    else:
-        return None
-    return float(compute.global_max(torch.tensor(found, dtype=torch.float64)))
+    return float(compute.global_max(torch.tensor(found, dtype=torch.float64))) or None

@@ -306,7 +306,7 @@ class Pipeline:
             if other is not None:
                 self.log(f"{name}: starts again; {other}")
         torch.manual_seed(job.seed)
-        forget_peak(self.compute)
+        is_measured = forget_peak(self.compute)
         try:
             with progress.shown(), naming(scratch), said_as(users_words(stage, base)):
                 if stage.makers:
@@ -324,7 +324,7 @@ class Pipeline:
         if self.compute.is_main:
             shutil.rmtree(rows, ignore_errors=True)  # on NFS its files may still be mapped
         assert job.summary is not None, f"{name} ended without publishing"
-        seconds, peak = job.checkpoints.spent(), peak_bytes(self.compute)
+        seconds, peak = job.checkpoints.spent(), peak_bytes(self.compute, is_measured=is_measured)
 
         def publish(metrics: dict[str, float] = job.summary) -> Artifact:
             manifest = make_manifest(
