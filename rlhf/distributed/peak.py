@@ -7,13 +7,15 @@ from pathlib import Path
 from rlhf.distributed.compute import Compute
 
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+TOLERANCE = 32 * 2**20  # bytes; a system may add up late what its cores count apart
 
 
 def forget_peak(compute: Compute) -> bool:
     """Begin to measure.
 
     Returns:
-        Whether this system can: not macOS, nor a container that must not write to /proc.
+        Whether this system can: not macOS, nor a container that must not write to /proc, nor a system that
+        takes the order and keeps the old peak.
     """
     if compute.device.type == "cuda":
         import torch
@@ -24,7 +26,7 @@ def forget_peak(compute: Compute) -> bool:
         FORGET.write_text("5", encoding="ascii")  # the largest resident size: proc(5)
     except OSError:
         return False
-    return True
+    return _of_the_process("VmHWM") - _of_the_process("VmRSS") < TOLERANCE
 
 
 def peak_bytes(compute: Compute, *, is_measured: bool) -> float | None:
@@ -40,7 +42,12 @@ def peak_bytes(compute: Compute, *, is_measured: bool) -> float | None:
     if is_measured and compute.device.type == "cuda":
         found = float(torch.cuda.max_memory_allocated(compute.device))
     elif is_measured:
-        lines = STATUS.read_text(encoding="utf-8").splitlines()
-        (line,) = (each for each in lines if each.startswith("VmHWM"))
-        found = 1024.0 * int(line.split()[1])
+        found = _of_the_process("VmHWM")
     return float(compute.global_max(torch.tensor(found, dtype=torch.float64))) or None
+
+
+def _of_the_process(field: str) -> float:
+    """In bytes."""
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    (line,) = (each for each in lines if each.startswith(field))
+    return 1024.0 * int(line.split()[1])
