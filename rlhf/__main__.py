@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from importlib import resources
+from importlib import import_module, resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,14 @@ from rlhf.distributed.signals import Stopped, StopSignals, leave_exit_code, nobo
 from rlhf.exit_codes import CONFIG_ERROR, INTERRUPTED, PIPE, STOPPED
 from rlhf.tracking.redaction import redacted_output
 
-COMMANDS = ("verify",)
-"""What a first word without `=` may be."""
+COMMANDS = {
+    "status": "rlhf.cli.runs:status",
+    "ls": "rlhf.cli.runs:ls",
+    "gc": "rlhf.cli.gc:gc",
+    "verify": "rlhf.cli.verify:verify",
+}
+"""What a first word without `=` may be, and the function that does it. It gets the other words and the
+packaged config, and returns the exit code."""
 
 
 @redacted_output()
@@ -76,13 +82,26 @@ def run_command_line() -> None:
             from rlhf.cli.app import run
         run(arguments)
     elif command in COMMANDS:
-        with uninterrupted():
-            from rlhf.cli.verify import verify
-        if code := verify(arguments[1:], store_dir=packaged_config()["store_dir"]):
+        if code := run_command(command, arguments[1:]):
             raise SystemExit(code)
     else:
         print(f"Error: {no_command(command)}", file=sys.stderr)
         raise SystemExit(CONFIG_ERROR)
+
+
+def run_command(name: str, arguments: list[str]) -> int:
+    """Do what a command says. Gives the exit code."""
+    module, _, function = COMMANDS[name].partition(":")
+    with uninterrupted():
+        from rlhf.config import ConfigError
+
+        do = getattr(import_module(module), function)
+    try:
+        code: int = do(arguments, packaged_config())
+    except ConfigError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return CONFIG_ERROR
+    return code
 
 
 def is_command(word: str) -> bool:

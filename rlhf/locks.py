@@ -68,7 +68,7 @@ class Lock:
             host, pid, started = said["host"], int(said["pid"]), float(said["started"])
         except (OSError, ValueError, KeyError, TypeError):
             return "which one is not known"
-        if host == socket.gethostname() and not _lives(pid, started):
+        if host == socket.gethostname() and not lives(pid, started):
             return "which one is not known"  # the file is from an earlier holder, which was killed
         return f"pid {pid} on host {host}, started {datetime.fromtimestamp(started):%Y-%m-%d %H:%M:%S}"
 
@@ -81,7 +81,8 @@ class Lock:
         self.release()
 
 
-def _lives(pid: int, started: float) -> bool:
+def lives(pid: int, started: float) -> bool:
+    """Whether the process of that number on this host is still the one that began at that time."""
     try:
         return bool(abs(psutil.Process(pid).create_time() - started) < 1.0)
     except psutil.NoSuchProcess:

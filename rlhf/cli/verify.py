@@ -5,12 +5,13 @@ Exit codes: 0 nothing is damaged, 2 there is no such store, 3 something is damag
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from rlhf.cli.command import read
 from rlhf.config import ConfigError
-from rlhf.exit_codes import CONFIG_ERROR, DONE, GATE_FAILED
+from rlhf.exit_codes import DONE, GATE_FAILED
 from rlhf.pipeline.store import Store
 from rlhf.printable import printable
 from rlhf.training.checkpoint import verified
@@ -23,25 +24,21 @@ Exit codes: 0 all is as it was written, 2 there is no such store, 3 something is
 """
 
 
-def verify(arguments: Sequence[str], *, store_dir: str) -> int:
-    """Check a whole store, `store_dir` or the one that the arguments name, and print what is damaged.
+def verify(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
+    """Check a whole store, and print what is damaged.
 
     Returns:
         The exit code.
+
+    Raises:
+        ConfigError: there is no such store.
     """
-    if {"-h", "--help"} & {*arguments}:
-        print(HELP, end="")
+    keys = read("verify", arguments, {"store_dir": defaults["store_dir"]}, HELP)
+    if keys is None:
         return DONE
-    root = Path(store_dir)
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key != "store_dir" or not equals or not value:
-            print(f"Error: verify {argument}: only store_dir=DIR has a meaning here.", file=sys.stderr)
-            return CONFIG_ERROR
-        root = Path(value)
+    root = Path(keys["store_dir"])
     if not root.is_dir():
-        print(f"Error: store_dir={root}: there is no such directory.", file=sys.stderr)
-        return CONFIG_ERROR
+        raise ConfigError(f"store_dir={root}: there is no such directory.")
     number, bad = 0, 0
     for complaint in complaints(root):
         number += 1

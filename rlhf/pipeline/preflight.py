@@ -55,7 +55,7 @@ def check_before_loading(
     compute: Compute,
     data: PreparedData,
     console: Console,
-) -> dict[str, LocalSampling]:
+) -> tuple[dict[str, LocalSampling], dict[str, float]]:
     """Check what the stages that will run need, and print about how much memory and time that is.
 
     Args:
@@ -63,6 +63,7 @@ def check_before_loading(
 
     Returns:
         For each stage that samples from sharded weights by the local engine: how. All ranks have the same.
+        And how many seconds each stage will take; of models whose shape is not known, nothing.
 
     Raises:
         ConfigError: this machine cannot run them.
@@ -71,7 +72,7 @@ def check_before_loading(
     for stage in stages:
         stage.check_compute(compute)
     if not any(stage.reads_weights for stage in stages):
-        return {}
+        return {}, {}
     import torch
 
     from rlhf.models.peft.attach import check_attachable
@@ -92,7 +93,7 @@ def check_before_loading(
     except UnknownShapeError as unknown:
         unchecked = f"Memory, time, disk and context are not checked: {unknown}."
         console.print(unchecked, style="yellow", highlight=False)
-        return {}  # layer by layer, which needs least
+        return {}, {}  # layer by layer, which needs least
     ways: dict[str, LocalSampling] = {}
     for stage in stages:
         if chooses(stage, on):
@@ -113,7 +114,7 @@ def check_before_loading(
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
     if any(cost.phases for cost in checked.costs.values()):
         console.print(expectations(checked.costs, on, pending), highlight=False)
-    return ways
+    return ways, seconds_left(checked.costs, pending)
 
 
 def chooses(stage: Stage, on: CostContext) -> bool:
@@ -483,9 +484,14 @@ def checkpoint_bytes(cost: StageCost, config: CheckpointConfig) -> float:
     return (config.keep + 1) * cost.checkpoint if is_written else 0.0
 
 
+def seconds_left(costs: Mapping[str, StageCost], begun: Mapping[str, Begun]) -> dict[str, float]:
+    """How long each stage will take from its newest checkpoint on."""
+    return {name: max(0.0, cost.seconds - begun[name].seconds) for name, cost in costs.items()}
+
+
 def expectations(costs: Mapping[str, StageCost], on: CostContext, begun: Mapping[str, Begun]) -> str:
     """`About 5:10 to go: sft 2:00, 3.1 GiB; ...`, from where each stage's newest checkpoint is."""
-    left = {name: max(0.0, cost.seconds - begun[name].seconds) for name, cost in costs.items()}
+    left = seconds_left(costs, begun)
     parts = [
         f"{name} {clock(left[name])} ({most(cost, on)[1] / GIB:.1f} GiB{saving(cost, on)})"
         for name, cost in costs.items()

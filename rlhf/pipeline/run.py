@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -196,7 +197,8 @@ class Run:
             link = self.directory / "artifacts" / name
             link.parent.mkdir(exist_ok=True)
             link.unlink(missing_ok=True)
-            link.symlink_to(artifact.path.resolve())
+            # relative: the directory of both, the run's and the store's, may move
+            link.symlink_to(os.path.relpath(artifact.path.resolve(), link.parent.resolve()))
         self.write()
 
     def write(self) -> None:

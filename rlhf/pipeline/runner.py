@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.made_rows import data_of, made_roles, prepare_rows, preparing, roles_read
 from rlhf.pipeline.manifest import content_digest, make_manifest
 from rlhf.pipeline.preflight import Begun, check_before_loading
@@ -38,6 +39,7 @@ from rlhf.pipeline.stage import Stage, users_words
 from rlhf.pipeline.store import Artifact, DamagedError, Store, recipe_key
 from rlhf.pipeline.yaml_text import to_yaml
 from rlhf.rewards.code import has_changed, imported_code, own_code
+from rlhf.tracking.position import Position
 from rlhf.tracking.progress import Progress, clock
 from rlhf.tracking.redaction import redacted
 from rlhf.tracking.tracker import Tracker, make_tracker
@@ -90,6 +92,7 @@ class Pipeline:
         self.local_sampling: dict[str, LocalSampling] = {}
         """How stages sample from sharded weights, as the preflight chose. If it could not: by layers."""
         self._has_begun = False
+        self.position = Position(self.results.directory, writes=compute.is_main)
 
         def identify() -> tuple[str, dict[str, dict[str, str]]]:
             identity = base_identity(settings.model, weights=self.needs_weights, memory=self.store.memory)
@@ -175,6 +178,7 @@ class Pipeline:
             run.begin()
             content = to_yaml(redacted(self.experiment.resolved))
             (run.directory / "config.yaml").write_text(content, encoding="utf-8")
+            self.position.tell(needed=self.experiment.needed(), now=True)
         except OSError as error:
             raise run.unwritable(error) from None
 
@@ -195,6 +199,7 @@ class Pipeline:
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
                 self.compute.position.update(stage=name, step=0)
+                self.position.tell(stage=name, task=None, left=None, now=True)
                 artifacts[name] = self.finish(name, artifacts, base, tracker)
                 if name == "prepare":
                     self.check_before(artifacts["prepare"], base)
@@ -267,7 +272,7 @@ class Pipeline:
         if damage is not None:
             raise UnsoundInputError(damage)
         self.compute.main_only(lambda: self.check_external(stage, base))
-        progress = Progress(self.console)
+        progress = Progress(self.console, self.position.tell)
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
         tracker.begin(scratch)
         chain, rows = self.experiment.stages, scratch.with_name(f"{scratch.name}.rows")
@@ -441,7 +446,8 @@ class Pipeline:
                     stage.check_data(data_of(stage, prepared.path, chain, prepared.path), base)
         self.compute.main_only(lambda: self.check_fits(pending, data, base))
         settings, args = self.experiment.settings, (self.compute, data, self.console)
-        self.local_sampling = check_before_loading(self.experiment, pending, base, *args)
+        self.local_sampling, seconds = check_before_loading(self.experiment, pending, base, *args)
+        self.position.tell(expected=seconds, now=True)
         if self.needs_weights:
             fetch_weights(settings.model)
             check_weights(base.directory, settings.model.said)
@@ -569,32 +575,10 @@ class Pipeline:
 
     def keep_base(self, content: list[str], write: Callable[[Path], None]) -> Path:
         """Convert or build a base model that needs it, once, and keep it in the store."""
-        self.base = self.compute.main_only(lambda: self._keep_base(content, write))
-        return self.base.path
 
-    def _keep_base(self, content: list[str], write: Callable[[Path], None]) -> Artifact:
-        recipe: Recipe = {"stage": "base", "version": 2, "content": content}
-        key = recipe_key(recipe)
-        with suppress(DamagedError):
-            if found := self.store.find("base", key):
-                return found
-
-        def log(holder: str) -> None:
-            self.log(f"base waits: another run is making {key} ({holder})")
-
-        with self.store.lock("base", key).awaited(log):
-            if damage := self.store.set_aside("base", key):
-                self.log(f"base: {damage}")
-            if found := self.store.find("base", key):  # another run may just have made it
-                return found
-            self.console.print(f"[cyan]base[/] model={content[0]}: making it, once", highlight=False)
+        def make(directory: Path) -> None:
             self.load_libraries()
-            start = time.monotonic()
-            scratch = self.store.scratch("base", key)
-            with naming(scratch):
-                write(scratch)
-            manifest = make_manifest(
-                "base", recipe, scratch, config={}, metrics={}, seconds=time.monotonic() - start, num_ranks=1,
-                input_digests={},
-            )  # fmt: skip
-            return self.store.publish(scratch, manifest)
+            write(directory)
+
+        self.base = self.compute.main_only(lambda: kept_base(self.store, content, make, self.log))
+        return self.base.path

@@ -22,7 +22,7 @@ from rlhf.report.policies import PICTURE, cost_of, write_picture
 from rlhf.report.verdict import verdict
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole, redacted_text
-from rlhf.tracking.tables import Cells
+from rlhf.tracking.tables import Cells, shown
 
 SCALES = {"artifact_bytes": 1e-6, "adapter_bytes": 1e-6, "token_seconds": 1e3, "token_seconds_base": 1e3}
 """What a metric is multiplied by where its headline has another unit."""
@@ -232,12 +232,7 @@ def places(run: Run) -> Iterator[tuple[str, Path]]:
 
 
 def _print_cells(cells: Cells, console: Console, right: set[int]) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for index, heading in enumerate(cells.headings):
-        table.add_column(heading, justify="right" if index in right else "left", no_wrap=index in right)
-    for row in cells.rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table, highlight=False)
+    console.print(shown(cells, right), highlight=False)
 
 
 def _print_answers(answers: Iterable[ShownAnswer], console: Console) -> None:

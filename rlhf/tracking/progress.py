@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -40,17 +40,19 @@ class Task:
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count `count` more as done; `note` is shown beside the bar."""
         self._done += count
+        now, left = time.monotonic(), None
+        if self._total is not None and self._done > self._earlier:
+            left = (now - self._start) / (self._done - self._earlier) * (self._total - self._done)
+        self._progress.tell(task=self._label, done=self._done, total=self._total, left=left)
         if self._progress.live and self._bar is not None:
             self._progress.live.update(self._bar, advance=count, note=note)
             return
-        now = time.monotonic()
         if now - self._last_line < LINE_EVERY_SECONDS:
             return
         self._last_line = now
-        if self._total is None:
+        if left is None:
             self._progress.console.print(f"  {self._label} {self._done}  {note}", highlight=False)
-        elif self._done < self._total:
-            left = (now - self._start) / (self._done - self._earlier) * (self._total - self._done)
+        elif left > 0:
             self._progress.console.print(
                 f"  {self._label} {self._done}/{self._total}, {clock(left)} left  {note}", highlight=False
             )
@@ -64,8 +66,12 @@ class Task:
 class Progress:
     """Makes tasks. On a terminal they are bars, elsewhere single lines."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, tell: Callable[..., None] = lambda **said: None) -> None:
+        """
+        Args:
+            tell: hears of every task how far it is: see rlhf/tracking/position.py.
+        """
+        self.console, self.tell = console, tell
         self.live: RichProgress | None = None
 
     @contextmanager

@@ -1,0 +1,134 @@
+"""`python -m rlhf gc`: what of a store no run uses, and how large it is. Removes it if told to. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.cli.command import ask, read
+from rlhf.config import ConfigError
+from rlhf.exit_codes import DONE
+from rlhf.locks import HeldError
+from rlhf.pipeline.store import Store
+
+HELP = """python -m rlhf gc [store_dir=DIR] [runs_dir=DIR] [yes=true]
+
+Show what in the store no run in runs_dir uses, with its size, and ask before it is removed. Where nobody can
+answer, nothing is removed, unless yes=true says so. Runs of other directories are not seen: what they use
+is removed too. Whatever a later run needs again is made again.
+"""
+LEFT = re.compile(r"\.(\w+)\.(checkpoints|part-.*|damaged-.*|replaced)")
+WORDS = {
+    "checkpoints": "checkpoints of a stage that did not end; its run would continue from them",
+    "damaged": "damaged, set aside",
+    "part": "left by a run that was killed",
+    "replaced": "left by a run that was killed",
+}
+
+
+class Unused(NamedTuple):
+    """A directory that no run uses."""
+
+    path: Path
+    stage: str
+    key: str
+    why: str
+    size: int
+
+
+def gc(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
+    """Show what is unused, and remove it if the user agrees."""
+    known = {"store_dir": defaults["store_dir"], "runs_dir": defaults["runs_dir"], "yes": "false"}
+    keys = read("gc", arguments, known, HELP)
+    if keys is None:
+        return DONE
+    if keys["yes"] not in ("true", "false"):
+        raise ConfigError(f"gc yes={keys['yes']}: true or false.")
+    root, runs = Path(keys["store_dir"]), Path(keys["runs_dir"])
+    for key, path in (("store_dir", root), ("runs_dir", runs)):
+        if not path.is_dir():
+            raise ConfigError(f"{key}={path}: there is no such directory.")
+    store = Store(root)
+    every = (each for each in unused(root, used(runs)) if not is_being_made(store, each))
+    found = sorted(every, key=lambda each: -each.size)
+    if not found:
+        print(f"{root}: runs in {runs} use everything in it.")
+        return DONE
+    for each in found:
+        print(f"{each.size / 1e6:10,.1f} MB  {each.path}  ({each.why})")
+    total = sum(each.size for each in found) / 1e6
+    print(f"{total:10,.1f} MB in {len(found)} directories")
+    if keys["yes"] == "true" or ask(f"Remove them? Only runs in {runs} were asked what they use."):
+        print(f"Removed {remove(store, found)} of {len(found)}.")
+    else:
+        print("Nothing was removed.")
+    return DONE
+
+
+def used(runs: Path) -> set[Path]:
+    """The artifacts that runs name.
+
+    Raises:
+        ConfigError: a run cannot be read, so nobody knows what it uses.
+    """
+    found: set[Path] = set()
+    for path in runs.glob("*/summary.json"):
+        try:
+            stages = json.loads(path.read_bytes())["stages"].values()
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{path}: {error}. So nobody knows what that run uses.") from None
+        found |= {Path(stage["artifact"]).resolve() for stage in stages if stage["artifact"]}
+    return found
+
+
+def unused(root: Path, needed: Iterable[Path]) -> Iterator[Unused]:
+    """The directories of a store that are not needed. The base models stay: no run names them."""
+    kept = {*needed}
+    for path in root.glob("[!.]*/*"):
+        if not path.is_dir() or path.is_symlink():
+            continue
+        stage, left = path.parent.name, LEFT.fullmatch(path.name)
+        if left is not None:
+            kind = left[2].partition("-")[0]
+            yield Unused(path, stage, left[1], WORDS[kind], size(path))
+        elif stage != "base" and not path.name.startswith(".") and path.resolve() not in kept:
+            yield Unused(path, stage, path.name, "no run names it", size(path))
+
+
+def size(directory: Path) -> int:
+    """Bytes of the files below; a file under several names counts once."""
+    files = [path.lstat() for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sum({(each.st_dev, each.st_ino): each.st_size for each in files}.values())
+
+
+def is_being_made(store: Store, each: Unused) -> bool:
+    """Whether a run works there just now."""
+    lock = store.lock(each.stage, each.key)
+    try:
+        lock.acquire(timeout=0)
+    except HeldError:
+        return True
+    lock.release()
+    return False
+
+
+def remove(store: Store, found: Iterable[Unused]) -> int:
+    """Remove directories, but none that a run is making just now. Gives how many are gone."""
+    number = 0
+    for each in found:
+        lock = store.lock(each.stage, each.key)
+        try:
+            lock.acquire(timeout=0)
+        except HeldError as held:
+            print(f"{each.path} stays: a run is making it ({held}).")
+            continue
+        try:
+            shutil.rmtree(each.path)
+            number += 1
+        finally:
+            lock.release()
+    return number

@@ -1,0 +1,36 @@
+"""Where a run is, in a file that `python -m rlhf status` reads: position.json in the run's directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf.disk import replace_text
+
+NAME = "position.json"
+EVERY_SECONDS = 1.0
+
+
+class Position:
+    """The file, written by rank 0 at most once a second. A run that cannot write it goes on without."""
+
+    def __init__(self, directory: Path, *, writes: bool) -> None:
+        self._path, self._writes, self._written = directory / NAME, writes, 0.0
+        self._said: dict[str, Any] = {
+            "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time(),
+        }  # fmt: skip
+
+    def tell(self, *, now: bool = False, **said: Any) -> None:
+        """Say more; `now` writes it at once."""
+        self._said |= said
+        if self._writes and (now or time.monotonic() - self._written >= EVERY_SECONDS):
+            self._written = time.monotonic()
+            with suppress(OSError):  # a full disk: what the run itself writes will say so
+                replace_text(self._path, json.dumps(self._said | {"time": time.time()}))
