@@ -117,9 +117,10 @@ def no_command(word: str) -> str:
     known = {name: name for name in COMMANDS} | {name: f"stage={name}" for name in choices("stages")}
     near = " or ".join(known[name] for name in nearest(word, known))
     meant = f" Did you mean {near}?" if near else ""
+    *names, last = COMMANDS
     return (
         f"{word}: there is no such command.{meant} The form is `python -m rlhf [COMMAND] [key=value ...]`, "
-        f"and COMMAND may be {' or '.join(COMMANDS)}. `python -m rlhf --help` shows what can be typed."
+        f"and COMMAND may be {', '.join(names)} or {last}. `python -m rlhf --help` shows what can be typed."
     )
 
 

@@ -67,7 +67,7 @@ def test_a_first_word_without_an_equals_sign_is_a_command(
 ) -> None:
     outcome = run_main(tmp_path, arguments, tmp_path)
     assert outcome.code == 2
-    grammar = "The form is `python -m rlhf [COMMAND] [key=value ...]`, and COMMAND may be verify."
+    grammar = "The form is `python -m rlhf [COMMAND] [key=value ...]`, and COMMAND may be "
     assert outcome.err.startswith(f"Error: {arguments[0]}: there is no such command.{meant} {grammar}")
 
 
