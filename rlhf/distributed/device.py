@@ -76,6 +76,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def return_freed_memory() -> None:
+    """Give the kernel back what `keep_freed_memory` kept: between stages, so that one does not hold
+    what another needed (malloc_trim(3)).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 GROUPS = Path("/sys/fs/cgroup")
 
 

@@ -5,28 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.distributed.compute import Compute
+from rlhf.distributed.device import return_freed_memory
 
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-TOLERANCE = 32 * 2**20  # bytes; a system may add up late what its cores count apart
 
 
 def forget_peak(compute: Compute) -> bool:
-    """Begin to measure.
+    """Begin to measure. What earlier stages left behind is not counted.
 
     Returns:
-        Whether this system can: not macOS, nor a container that must not write to /proc, nor a system that
-        takes the order and keeps the old peak.
+        Whether this system can: not macOS, nor a container that must not write to /proc.
     """
     if compute.device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats(compute.device)
         return True
+    return_freed_memory()
     try:
         FORGET.write_text("5", encoding="ascii")  # the largest resident size: proc(5)
     except OSError:
         return False
-    return _of_the_process("VmHWM") - _of_the_process("VmRSS") < TOLERANCE
+    return True
 
 
 def peak_bytes(compute: Compute, *, is_measured: bool) -> float | None:
@@ -42,12 +42,7 @@ def peak_bytes(compute: Compute, *, is_measured: bool) -> float | None:
     if is_measured and compute.device.type == "cuda":
         found = float(torch.cuda.max_memory_allocated(compute.device))
     elif is_measured:
-        found = _of_the_process("VmHWM")
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+        (line,) = (each for each in lines if each.startswith("VmHWM"))
+        found = 1024.0 * int(line.split()[1])
     return float(compute.global_max(torch.tensor(found, dtype=torch.float64))) or None
-
-
-def _of_the_process(field: str) -> float:
-    """In bytes."""
-    lines = STATUS.read_text(encoding="utf-8").splitlines()
-    (line,) = (each for each in lines if each.startswith(field))
-    return 1024.0 * int(line.split()[1])
