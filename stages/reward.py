@@ -3,7 +3,8 @@
 Reads   the SFT model, or what `reward.init` names instead; preference pairs (`reward.pairs`).
 Writes  a sequence-classification model with one label, and how well it ranks held-out pairs; with another
         reward.peft than none also what was trained alone, in `adapter/`: PPO puts a LoRA adapter on the
-        weights of the policy, where both started from the same model.
+        weights of the policy, where both started from the same model; and calibration.jsonl: how often it is
+        right, by how sure it is.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class RewardStage(Stage):
         "accuracy_over_baseline", "the reward model's ranking against chance and length", 1,
         "it ranks no better than a rule that reads no word, so no policy can learn from it",
     )  # fmt: skip
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     divided: ClassVar[tuple[str, ...]] = ("batch_pairs",)
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"pairs", "micro_batch_tokens", "activation_checkpointing"}
@@ -136,7 +137,7 @@ class RewardStage(Stage):
 
     def run(self, job: Job) -> None:
         """Train, publish, and measure what was published."""
-        from rlhf.evaluation.reward_model import rank_quality
+        from rlhf.evaluation.reward_model import calibration, rank_quality
         from rlhf.models.value_head import load_scalar_model
         from rlhf.models.weight_sharing import frozen
 
@@ -158,6 +159,8 @@ class RewardStage(Stage):
             job.compute,
         )
         ranking = rank_pairs(published, held_out, self.micro_batch_tokens, job.compute)
+        bins = calibration(ranking.chosen_B, ranking.rejected_B)
+        job.write_rows("calibration.jsonl", (each._asdict() for each in bins))
         too_long = sum(map(len, rows)) - len(train) - len(held_out)
         job.publish({
             **rank_quality(ranking),

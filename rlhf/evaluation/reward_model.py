@@ -62,19 +62,41 @@ def rank_quality(ranking: Ranking) -> dict[str, float]:
     return metrics
 
 
-def calibration_error(chosen_B: Tensor, rejected_B: Tensor) -> float:
-    """Expected calibration error of "this side wins": 0 is calibrated, 1 is sure and always wrong.
+class CalibrationBin(NamedTuple):
+    """The pairs of which the model is about equally sure."""
 
-    Each pair's confidence is max(p, 1 - p) with p = sigmoid(chosen - rejected); pairs are binned by it, and
-    the gaps between mean confidence and accuracy are averaged with the bins' sizes (Guo et al. 2017,
-    arXiv:1706.04599, eq. 3).
+    confidence: float
+    """Mean of how sure it is, 0.5 to 1."""
+    accuracy: float
+    """How often it is right; a tie is half right."""
+    pairs: int
+
+
+def calibration(chosen_B: Tensor, rejected_B: Tensor) -> list[CalibrationBin]:
+    """How often "this side wins" is right, by how sure the model is of it; bins without pairs are left out.
+
+    Each pair's confidence is max(p, 1 - p) with p = sigmoid(chosen - rejected), and pairs are binned by it in
+    bins of one width.
     """
     probability_B = torch.sigmoid(chosen_B - rejected_B).double()
     confidence_B = torch.maximum(probability_B, 1 - probability_B)
     correct_B = ((chosen_B - rejected_B).sign().double() + 1) / 2  # a tie is half right
     bin_B = ((confidence_B - 0.5) / 0.5 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-    gap = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bin_B, confidence_B - correct_B)
-    return float(gap.abs().sum() / len(chosen_B))
+    return [
+        CalibrationBin(float(confidence_B[in_B].mean()), float(correct_B[in_B].mean()), int(in_B.sum()))
+        for in_B in (bin_B == number for number in range(CALIBRATION_BINS))
+        if bool(in_B.any())
+    ]
+
+
+def calibration_error(chosen_B: Tensor, rejected_B: Tensor) -> float:
+    """Expected calibration error of "this side wins": 0 is calibrated, 1 is sure and always wrong.
+
+    The gaps between mean confidence and accuracy are averaged with the bins' sizes (Guo et al. 2017,
+    arXiv:1706.04599, eq. 3).
+    """
+    bins = calibration(chosen_B, rejected_B)
+    return sum(each.pairs * abs(each.confidence - each.accuracy) for each in bins) / len(chosen_B)
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

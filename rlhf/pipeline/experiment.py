@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -121,6 +121,8 @@ class Experiment:
     """The composed config with every interpolation and every `auto` resolved, as plain values."""
     notes: tuple[str, ...] = ()
     """What the run prints first: what `auto` means beside the user's data."""
+    composed: Mapping[str, Any] = field(default_factory=dict)
+    """The config as it was composed: with every `auto` as it was typed, without the instances' sections."""
 
     def whole_chain(self) -> set[str]:
         """`stage=all`: the recipe's stages; without a recipe those of the chain, but no model that no other
@@ -222,7 +224,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         for gate, bound in stage.gates.items():
             if bound is not None:
                 stage.check_metric(gate, f"{name}.gates.{gate}")
-    experiment = Experiment(settings, stages, resolved, tuple(notes))
+    experiment = Experiment(settings, stages, resolved, tuple(notes), composed)
     check_typed(composed, experiment.needed())
     check_sources(experiment, own)
     for name in experiment.needed():

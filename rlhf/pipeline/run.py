@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from rlhf.config import Bound, ConfigError
 from rlhf.disk import replace_text
 from rlhf.evaluation.sampled import Sampled
 from rlhf.locks import HeldError, Lock
+from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.store import Artifact
 from rlhf.tracking.redaction import redacted
 
@@ -93,6 +94,8 @@ class GateResult:
             "high": _finite(sampled.high) if sampled else None,
             "rows": sampled.rows if sampled else None,
             "bound": str(self.bound),
+            "min": self.bound.min,
+            "max": self.bound.max,
             "outcome": self.outcome,
             "passed": self.outcome == "passed",
             "more_rows": self.more_rows,
@@ -134,6 +137,12 @@ class Run:
     """The experiment's stages, in order: what they make, what they read, and what the report calls them."""
     verdict: str | None = None
     """The verdict, as sentences; None before the run's end."""
+    outcome: str | None = None
+    """The verdict in a word or three: `worked`, `did not work` or `cannot be told`."""
+    needed: Sequence[str] = ()
+    """The stages that this run is of, in order."""
+    changed: Sequence[Change] = ()
+    """The config's keys that differ from the packaged values."""
 
     def metrics_of(self, stage: str) -> dict[str, float]:
         """A stage's summary metrics, without its name; empty if it was not part of the run."""
@@ -210,13 +219,25 @@ class Run:
             name: stage | {"metrics": {metric: _finite(value) for metric, value in stage["metrics"].items()}}
             for name, stage in self.stages.items()
         }
+        bounds = {
+            name: {
+                metric: [bound.min, bound.max] for metric, bound in self.chain[name].gates.items() if bound
+            }
+            for name in self.needed
+        }
         content = redacted({"stages": stages, "gates": gates, "verdict": self.verdict})
+        content |= {
+            "outcome": self.outcome,
+            "reads": {name: [*dict.fromkeys(self.chain[name].inputs())] for name in self.needed},
+            "bounds": bounds,
+            "changed": [*self.changed],  # it holds no secret
+        }
         replace_text(self.directory / "summary.json", json.dumps(content, indent=2, allow_nan=False))
 
     def begin(self) -> None:
         """Remove the results of an earlier run of this name."""
         shutil.rmtree(self.directory / "artifacts", ignore_errors=True)
-        for name in ("report.md", "policies.png"):
+        for name in ("report.md", "report.html", "policies.png"):
             (self.directory / name).unlink(missing_ok=True)
         self.write()
 

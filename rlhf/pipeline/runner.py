@@ -26,6 +26,7 @@ from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hu
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
+from rlhf.pipeline.defaults import changed
 from rlhf.pipeline.experiment import Experiment
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.kept_base import kept_base
@@ -174,6 +175,7 @@ class Pipeline:
     def begin(self) -> None:
         """Remove what an earlier run or attempt left in the run's directory."""
         run = self.results
+        run.needed, run.changed = self.experiment.needed(), changed(self.experiment.composed)
         try:
             run.begin()
             content = to_yaml(redacted(self.experiment.resolved))

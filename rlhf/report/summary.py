@@ -18,8 +18,9 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.printable import printable
 from rlhf.report.compare import comparison_cells
+from rlhf.report.page.write import NAME, write_page
 from rlhf.report.policies import PICTURE, cost_of, write_picture
-from rlhf.report.verdict import verdict
+from rlhf.report.verdict import outcome, verdict
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole, redacted_text
 from rlhf.tracking.tables import Cells, shown
@@ -70,7 +71,7 @@ def print_summary(run: Run, console: Console) -> None:
         return
     if isinstance(console, RedactingConsole):
         console.has_times = False
-    run.verdict = verdict(run)
+    run.verdict, run.outcome = verdict(run), outcome(run)
     run.write()
     report = write_report(run)
     _print_cells(stage_cells(run), console, right={2})
@@ -89,9 +90,19 @@ def print_summary(run: Run, console: Console) -> None:
         console.print()
         _print_gates(run.gates, console)
     console.print(f"\nReport: {report}", highlight=False, soft_wrap=True)
+    write_page_too(run, console)
     for words, path in places(run):
         console.print(f"{words}: {run.directory / path}", highlight=False, soft_wrap=True)
     console.print(f"\n[bold]Verdict.[/] {escape(run.verdict)}", highlight=False)
+
+
+def write_page_too(run: Run, console: Console) -> None:
+    """Write report.html. The run is whole without it: what goes wrong here is said, and ends nothing."""
+    try:
+        console.print(f"Page: {write_page(run.directory)}", highlight=False, soft_wrap=True)
+    except Exception as error:  # whatever it is: hours of training end with it
+        said = f"Page: {run.directory / NAME} could not be written ({type(error).__name__}: {error}). "
+        console.print(f"{said}Everything else was.", highlight=False, markup=False, soft_wrap=True)
 
 
 def write_report(run: Run) -> Path:

@@ -59,6 +59,15 @@ def verdict(run: Run) -> str:
     return " ".join([*parts, *blamed])
 
 
+def outcome(run: Run) -> str:
+    """The verdict in a word or three: what failed decides, else the last figure that tells of improvement."""
+    own, scored = dict(measured(run)), dict(evaluated(run))
+    findings = [*own.values(), *scored.values()]
+    if any(gate.outcome == "failed" for gate in run.gates) or any(reasons(run.chain, own, scored)):
+        return "did not work"
+    return "worked" if findings and findings[-1].direction == "better" else "cannot be told"
+
+
 def measured(run: Run) -> Iterator[tuple[str, Finding]]:
     """What the stages found out about themselves, in the chain's order."""
     for name, stage in run.chain.items():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf.evaluation.reward_model import Ranking, calibration_error, correlation, rank_quality
+from rlhf.evaluation.reward_model import Ranking, calibration, calibration_error, correlation, rank_quality
 from rlhf.evaluation.sampled import Sampled
 
 NAN = float("nan")
@@ -104,6 +104,9 @@ def test_calibration_by_hand() -> None:
     lead_B = torch.tensor([logit(0.78), -logit(0.78), logit(0.93), logit(0.93)])
     assert calibration_error(lead_B, torch.zeros(4)) == pytest.approx(0.175, abs=1e-6)
     assert calibration_error(lead_B + 5, torch.full((4,), 5.0)) == pytest.approx(0.175, abs=1e-6)
+    unsure, sure = calibration(lead_B, torch.zeros(4))
+    assert unsure == pytest.approx((0.78, 0.5, 2), abs=1e-6)
+    assert sure == pytest.approx((0.93, 1.0, 2), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,10 @@ def test_weights_are_as_readable_as_everything_else(chain: Chain, first: Outcome
 
 def test_summary_keeps_its_contract(first: Outcome) -> None:
     summary = first.summary
-    assert set(summary) == {"stages", "gates", "verdict"}
+    assert set(summary) == {"stages", "gates", "verdict", "outcome", "reads", "bounds", "changed"}
+    assert [*summary["reads"]] == [*STAGES] and summary["reads"]["sft"] == ["prepare"]
+    assert summary["bounds"]["ppo"]["kl"] == [None, 20.0]
+    assert {"key": "sft.batch_rows", "default": "16", "value": "8"} in summary["changed"]
     assert summary["verdict"] in (first.directory / "report.md").read_text()
     assert summary["verdict"] in " ".join(first.out.split())
     for name, stage in summary["stages"].items():
@@ -74,8 +77,8 @@ def test_summary_keeps_its_contract(first: Outcome) -> None:
     assert {gate["stage"] for gate in summary["gates"]} == {"sft", "reward", "generate", "ppo", "evaluate"}
     for gate in summary["gates"]:
         assert set(gate) == {
-            "stage", "name", "value", "low", "high", "rows", "bound", "outcome", "passed", "more_rows",
-            "advice",
+            "stage", "name", "value", "low", "high", "rows", "bound", "min", "max", "outcome", "passed",
+            "more_rows", "advice",
         }  # fmt: skip
         assert gate["value"] == summary["stages"][gate["stage"]]["metrics"][f"{gate['stage']}/{gate['name']}"]
         ends = [gate["value"]] if gate["rows"] is None else [gate["low"], gate["high"]]

@@ -212,3 +212,11 @@ def test_two_policies(run: Run) -> None:
     assert row_of(text, "96 prompts") == ["base", "SFT"]
     assert row_of(text, "gold score") == ["+0.310", "+0.200"]
     assert "win rate" not in text
+
+
+def test_a_page_that_cannot_be_written_is_said_and_loses_nothing(run: Run) -> None:
+    (run.directory / "report.html").mkdir()
+    out = io.StringIO()
+    print_summary(run, Console(file=out, width=400))
+    assert f"Page: {run.directory}/report.html could not be written (IsADirectoryError: " in out.getvalue()
+    assert "Verdict." in out.getvalue() and (run.directory / "report.md").is_file()

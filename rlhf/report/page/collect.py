@@ -1,0 +1,336 @@
+"""What a run's page shows, read from the files that the run wrote. Needs no torch, and no config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rlhf.evaluation.sampled import ENDS, Sampled, beside
+from rlhf.pipeline.defaults import Change
+from rlhf.pipeline.recipe import kind_of
+from rlhf.printable import printable
+from rlhf.report.page.curves import Bounds, Chart, Curve, correlation, in_order, logged
+from rlhf.tracking.redaction import redacted_text
+
+MOST_PROMPTS, MOST_CHARACTERS = 300, 600_000
+"""Of the answers that a page holds; the rest is in comparison.jsonl."""
+LONGEST_TEXT = 4_000
+MOST_MARKS = 300
+"""Of one policy in a scatter."""
+SHOWN_CURVES = 6
+"""Of each stage; more are one click away."""
+CALIBRATION = "calibration.jsonl"
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage of a run."""
+
+    name: str
+    status: str
+    """ran, reused, failed, stopped; or `to do`."""
+    key: str
+    reads: tuple[str, ...]
+    seconds: float
+    """In this run; 0 where it was reused."""
+    took: float | None
+    """What it took to make, in whichever run that was."""
+    peak_gib: float | None
+    hardware: str
+    made: str
+    """When."""
+    revision: str
+    metrics: Mapping[str, float | None]
+    """Its summary, without the stage's name."""
+
+    def figures(self) -> Iterator[tuple[str, float | None, str]]:
+        """Its summary metrics: name, value, interval."""
+        ends = {beside(name, end) for name in self.metrics for end in ENDS[1:]}
+        for name, value in self.metrics.items():
+            if name in ends:
+                continue
+            sampled = sampled_of(name, self.metrics)
+            shown = f"{sampled.low:.4g} to {sampled.high:.4g} ({sampled.rows:,} rows)" if sampled else ""
+            yield name, value, shown
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings and rows of texts."""
+
+    headings: list[str]
+    rows: list[list[str]]
+
+
+@dataclass
+class RunFacts:
+    """All of one run that a page shows."""
+
+    name: str
+    directory: Path
+    verdict: str | None
+    outcome: str | None
+    stages: list[StageFacts]
+    gates: list[dict[str, Any]]
+    changed: list[Change] | None
+    """None of a run from before this was written down."""
+    bounds: dict[str, dict[str, Bounds]]
+    curves: dict[str, dict[str, Curve]]
+    answers: dict[str, Any] = field(default_factory=dict)
+    """policies: their names; before and after: the two that are shown first; kinds: gold and score, where
+    there are such; rows: prompt and answers; left_out: how many prompts are not on the page."""
+    price: float | None = None
+    """Of a GPU's hour, where `plan.price_per_gpu_hour` says so."""
+
+    def stage(self, name: str) -> StageFacts | None:
+        """By its name."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    @property
+    def evaluation(self) -> StageFacts | None:
+        """The last stage that compared policies."""
+        found = (each for each in reversed(self.stages) if kind_of(each.name) == "evaluate" and each.metrics)
+        return next(found, None)
+
+
+def read_run(directory: Path) -> RunFacts:
+    """Read a run's files. Secrets are taken out, and control characters made visible."""
+    summary = cleaned(json.loads((directory / "summary.json").read_bytes()))
+    reads: dict[str, list[str]] = summary.get("reads", {})
+    said = summary["stages"]
+    stages = [_stage(directory, name, said.get(name), reads.get(name, [])) for name in {**reads, **said}]
+    run = RunFacts(
+        name=directory.name,
+        directory=directory,
+        verdict=summary["verdict"],
+        outcome=summary.get("outcome"),
+        stages=stages,
+        gates=summary["gates"],
+        changed=summary.get("changed"),
+        bounds={
+            stage: {metric: (low, high) for metric, (low, high) in each.items()}
+            for stage, each in summary.get("bounds", {}).items()
+        },
+        curves=logged(directory / "metrics.jsonl"),
+    )
+    said_price = [each["value"] for each in run.changed or () if each["key"] == "plan.price_per_gpu_hour"]
+    run.price = float(said_price[0]) if said_price else None
+    if run.evaluation is not None:
+        path = directory / "artifacts" / run.evaluation.name / "comparison.jsonl"
+        run.answers = read_answers(path, policies_of(run))
+    if run.answers:
+        names = run.answers["policies"]
+        start = start_of(run)
+        run.answers["before"] = start if start in names else names[0]
+        run.answers["after"] = names[-1]
+    return run
+
+
+def policies_of(run: RunFacts) -> list[str]:
+    """The policies that were compared, in the order in which they come to be."""
+    if run.evaluation is None:
+        return []
+    found = [name.partition("/")[2] for name in run.evaluation.metrics if name.startswith("length_mean/")]
+    order = ["base", "init", *(stage.name for stage in run.stages)]
+    return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def start_of(run: RunFacts) -> str | None:
+    """The policy that the others are compared with: the last one of which there is no KL."""
+    metrics = run.evaluation.metrics if run.evaluation else {}
+    apart = [name for name in policies_of(run) if f"kl/{name}" not in metrics]
+    return apart[-1] if apart and len(apart) < len(policies_of(run)) else None
+
+
+def cleaned(value: Any) -> Any:
+    """The texts of a JSON value without secrets and control characters. Keys stay: their texts are ours."""
+    if isinstance(value, str):
+        return printable(redacted_text(value))
+    if isinstance(value, dict):
+        return {key: cleaned(item) for key, item in value.items()}
+    return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+
+def _stage(directory: Path, name: str, said: Mapping[str, Any] | None, reads: list[str]) -> StageFacts:
+    if said is None:
+        return StageFacts(name, "to do", "", tuple(reads), 0.0, None, None, "", "", "", {})
+    manifest = _manifest(directory / "artifacts" / name / "manifest.json")
+    cost = said.get("cost") or {}
+    peak = cost.get("peak_bytes")
+    return StageFacts(
+        name=name,
+        status=said["status"],
+        key=said["key"],
+        reads=tuple(reads),
+        seconds=said["seconds"],
+        took=cost.get("seconds"),
+        peak_gib=None if peak is None else peak / 2**30,
+        hardware=manifest.get("hardware", ""),
+        made=manifest.get("created", ""),
+        revision=manifest.get("git_revision") or "",
+        metrics={metric.removeprefix(f"{name}/"): value for metric, value in said["metrics"].items()},
+    )
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # the store was cleaned up, or the run is being written
+        return {}
+    return {name: cleaned(found[name]) for name in ("hardware", "created", "git_revision") if found[name]}
+
+
+def read_answers(path: Path, policies: list[str]) -> dict[str, Any]:
+    """The answers side by side, as many as a page can hold; empty where there are none."""
+    if not path.is_file():
+        return {}
+    rows: list[dict[str, Any]] = []
+    characters = total = 0
+    with path.open(encoding="utf-8") as file:
+        for line in islice(file, MOST_PROMPTS):
+            row = json.loads(line)
+            characters += len(line)
+            if characters > MOST_CHARACTERS and rows:
+                break
+            rows.append(_answered(row))
+    with path.open("rb") as whole:
+        total = sum(1 for _ in whole)
+    kinds = [
+        kind
+        for kind in ("gold", "score")
+        if any(kind in answer for row in rows for answer in row["answers"].values())
+    ]
+    return {"policies": policies, "kinds": kinds, "rows": rows, "left_out": total - len(rows)}
+
+
+def _answered(row: Mapping[str, Any]) -> dict[str, Any]:
+    answers = {
+        name: {
+            "text": cleaned(answer["response"][:LONGEST_TEXT]),
+            **{key: answer[key] for key in ("tokens", "stopped", "gold", "score") if key in answer},
+        }
+        for name, answer in row.items()
+        if isinstance(answer, dict) and "response" in answer
+    }
+    prompt = [[turn["role"], cleaned(str(turn["content"])[:LONGEST_TEXT])] for turn in row["prompt"]]
+    return {"prompt": prompt, "answers": answers}
+
+
+def sampled_of(name: str, metrics: Mapping[str, float | None]) -> Sampled | None:
+    """A figure with its interval, where all of it is known and finite."""
+    return Sampled.found(name, {key: value for key, value in metrics.items() if value is not None})
+
+
+def stage_charts(run: RunFacts, stage: str) -> list[Chart]:
+    """A stage's curves, one chart each, those first that tell most."""
+    curves, bounds = run.curves.get(stage, {}), run.bounds.get(stage, {})
+    return [
+        Chart(f"{stage}/{name}", "step", name, [curves[name]], bounds.get(name, (None, None)))
+        for name in in_order(curves, bounds)
+    ]
+
+
+def over_kl(run: RunFacts) -> Chart | None:
+    """What was learned, and what is true, over the KL from the start (Gao et al. 2022, arXiv:2210.10760)."""
+    curves = []
+    for stage, each in run.curves.items():
+        if {"held_out_kl", "held_out_score"} <= {*each}:
+            kl, score = each["held_out_kl"], each["held_out_score"]
+            pairs = [(x, y) for x, y in zip(kl.y, score.y, strict=False) if x is not None]
+            pairs.sort(key=lambda pair: pair[0])
+            curves.append(
+                Curve(f"learned score, {stage}'s steps", [x for x, _ in pairs], [y for _, y in pairs])
+            )
+    if run.evaluation is not None:
+        metrics = run.evaluation.metrics
+        start, names = start_of(run), policies_of(run)
+        for kind, words in (("score", "learned score, new prompts"), ("gold", "gold score, new prompts")):
+            at = [
+                (0.0 if name == start else metrics.get(f"kl/{name}"), metrics.get(f"{kind}_mean/{name}"))
+                for name in names
+            ]
+            known = sorted((x, y) for x, y in at if x is not None and y is not None)
+            if len(known) > 1:
+                curves.append(Curve(words, [x for x, _ in known], [y for _, y in known]))
+    if not curves:
+        return None
+    return Chart("Score over KL", "KL from the start, nats per sequence", "score", curves)
+
+
+def over_length(run: RunFacts) -> tuple[Chart, list[str]] | None:
+    """Each answer's score against its length, and how both go together, policy by policy."""
+    if not run.answers or not run.answers["kinds"]:
+        return None
+    kind = "score" if "score" in run.answers["kinds"] else "gold"
+    curves, words = [], []
+    for policy in run.answers["policies"]:
+        answers = [row["answers"][policy] for row in run.answers["rows"] if policy in row["answers"]]
+        known = [(each["tokens"], each[kind]) for each in answers if each.get(kind) is not None]
+        known = sorted(known[:MOST_MARKS])
+        x, y = [float(tokens) for tokens, _ in known], [score for _, score in known]
+        if not x:
+            continue
+        curves.append(Curve(policy, x, [*y]))
+        together = correlation(x, y)
+        words.append(f"{policy} {'no spread' if together is None else format(together, '+.2f')}")
+    name = {"score": "learned score", "gold": "gold score"}[kind]
+    return (Chart("Score over length", "tokens of the answer", name, curves, points=True), words)
+
+
+def calibrations(run: RunFacts) -> Iterator[tuple[str, Chart]]:
+    """Of each reward model: how often it is right where it says that it is sure."""
+    for stage in run.stages:
+        path = run.directory / "artifacts" / stage.name / CALIBRATION
+        if not path.is_file():
+            continue
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        x, y = [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
+        named = f"{stage.name} ({sum(row['pairs'] for row in rows):,} held-out pairs)"
+        yield (
+            stage.name,
+            Chart(
+                "Calibration", "how sure", "how often right", [Curve(named, x, y)], points=True, diagonal=True
+            ),
+        )
+
+
+FORGOTTEN = (
+    ("perplexity", "perplexity of general texts"),
+    ("retention_perplexity_ratio", "the same against base"),
+    ("question_accuracy", "questions answered right"),
+    ("question_accuracy_change", "the same against base"),
+    ("task_loss", "loss on held-out answers"),
+    ("task_gain", "the same, gained over base"),
+)
+COMPARED = (
+    ("gold_mean", "gold score"),
+    ("score_mean", "learned score"),
+    ("win_rate", "win rate against the start"),
+    ("gold_gain", "gold gain over the start"),
+    ("kl", "KL from the start, nats"),
+    ("length_mean", "length, tokens"),
+    ("stop_rate", "ends by itself"),
+    ("distinct_2", "distinct bigrams"),
+)
+
+
+def policy_table(run: RunFacts, which: tuple[tuple[str, str], ...]) -> Table | None:
+    """Metrics of `evaluate` that end in /POLICY: a row each, a column each policy; with their intervals."""
+    if run.evaluation is None:
+        return None
+    metrics = run.evaluation.metrics
+    policies = policies_of(run)
+    rows = []
+    for metric, words in which:
+        cells = []
+        for policy in policies:
+            value, sampled = metrics.get(f"{metric}/{policy}"), sampled_of(f"{metric}/{policy}", metrics)
+            text = "-" if value is None else f"{value:.3g}"
+            cells.append(f"{text} ({sampled.low:.3g} to {sampled.high:.3g})" if sampled else text)
+        if any(cell != "-" for cell in cells):
+            rows.append([words, *cells])
+    return Table(["", *policies], rows) if rows else None

@@ -1,0 +1,156 @@
+"""Curves of a run, from the lines that its stages logged, thinned so that a page stays small."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MOST_POINTS = 400
+"""Of one curve."""
+MOST_FIGURES = 60_000
+"""Of all curves of a page."""
+FEWEST_POINTS = 20
+FIRST = (
+    "held_out_score", "score", "loss", "held_out_loss", "held_out_kl", "kl", "train_accuracy",
+    "train_margin", "explained_variance", "entropy", "held_out_length", "length", "stop_rate", "reward",
+    "grad_norm", "lr",
+)  # fmt: skip
+"""Which curves a reader wants to see first; those with a gate stand before them."""
+Bounds = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart. A value that is not finite is None."""
+
+    name: str
+    x: list[float]
+    y: list[float | None]
+
+    def thinned(self, most: int) -> Curve:
+        """At most so many points: of each stretch of steps its lowest and its highest, so that no spike
+        is lost."""
+        if len(self.x) <= most:
+            return self
+        kept: list[int] = []
+        stretches = max(1, most // 2)
+        for number in range(stretches):
+            span = range(number * len(self.x) // stretches, (number + 1) * len(self.x) // stretches)
+            known = [index for index in span if self.y[index] is not None]
+            ends = {min(known, key=self._at), max(known, key=self._at)} if known else {span[0]}
+            kept += sorted(ends)
+        return Curve(self.name, [self.x[index] for index in kept], [self.y[index] for index in kept])
+
+    def _at(self, index: int) -> float:
+        value = self.y[index]
+        assert value is not None
+        return value
+
+
+@dataclass
+class Chart:
+    """A picture, and the figures that a table beside it shows."""
+
+    title: str
+    x: str
+    """What the horizontal axis is."""
+    y: str
+    curves: list[Curve] = field(default_factory=list)
+    bounds: Bounds = (None, None)
+    """The healthy range: of a gate with the curve's name."""
+    points: bool = False
+    """Whether each figure is a mark by itself, and not a step of a line."""
+    diagonal: bool = False
+    """Whether a perfect result lies on the line y = x."""
+
+    @property
+    def healthy(self) -> str:
+        """The range in words; empty if no gate bounds it."""
+        low, high = self.bounds
+        least = [] if low is None else [f"at least {low:g}"]
+        return " and ".join(least if high is None else [*least, f"at most {high:g}"])
+
+    @property
+    def said(self) -> str:
+        """What a reader who cannot see it hears."""
+        parts = []
+        for curve in self.curves[:6]:
+            known = [value for value in curve.y if value is not None]
+            if known:
+                span = (
+                    f"from {known[0]:.4g} to {known[-1]:.4g}, between {min(known):.4g} and {max(known):.4g}"
+                )
+                parts.append(f"{curve.name}: {len(known)} points, {span}")
+        return f"{self.title}. {'; '.join(parts) or 'no figures'}. The figures are in the table below it."
+
+    def as_json(self, most: int) -> dict[str, Any]:
+        """For the script that draws it."""
+        curves = [curve.thinned(most) for curve in self.curves]
+        return {
+            "x": self.x,
+            "y": self.y,
+            "low": self.bounds[0],
+            "high": self.bounds[1],
+            "points": self.points,
+            "diagonal": self.diagonal,
+            "curves": [
+                {"name": curve.name, "x": [*map(_short, curve.x)], "y": [*map(_short, curve.y)]}
+                for curve in curves
+            ],
+        }
+
+
+def points_each(charts: Iterable[Chart]) -> int:
+    """How many points a curve may have, so that all together do not make the page large."""
+    curves = sum(len(chart.curves) for chart in charts)
+    return max(FEWEST_POINTS, min(MOST_POINTS, MOST_FIGURES // max(1, curves)))
+
+
+def logged(path: Path) -> dict[str, dict[str, Curve]]:
+    """Stage -> metric -> its curve, of a metrics.jsonl; a line that is only half written is left out."""
+    found: dict[str, dict[str, Curve]] = {}
+    if not path.is_file():
+        return found
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:  # a live run is writing it
+                continue
+            if row.get("summary"):
+                continue
+            stage, step = row["stage"], row["step"]
+            curves = found.setdefault(stage, {})
+            for name, value in row.items():
+                prefix, slash, metric = name.partition("/")
+                if slash and prefix == stage:
+                    curve = curves.setdefault(metric, Curve(metric, [], []))
+                    curve.x.append(step)
+                    curve.y.append(value)
+    return found
+
+
+def in_order(curves: Mapping[str, Curve], bounds: Mapping[str, Bounds]) -> list[str]:
+    """The names of a stage's curves, those first that tell most."""
+    rank = {name: place for place, name in enumerate(FIRST)}
+    return sorted(curves, key=lambda name: (name not in bounds, rank.get(name, len(rank)), name))
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's; None where one side does not vary."""
+    if len(x) < 3:
+        return None
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    both = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    spread = math.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y))
+    return both / spread if spread else None
+
+
+def _short(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return value if value == int(value) else float(f"{value:.5g}")

@@ -1,0 +1,30 @@
+"""What a run says of its config: the keys with another value than the packaged one."""
+
+from __future__ import annotations
+
+from helpers.experiments import compose
+from rlhf.pipeline.defaults import changed
+
+
+def table(*overrides: str) -> dict[str, tuple[str, str]]:
+    return {each["key"]: (each["default"], each["value"]) for each in changed(compose(*overrides))}
+
+
+def test_without_an_override_nothing_differs() -> None:
+    assert changed(compose()) == []
+
+
+def test_what_was_typed_and_what_a_choice_sets_differ() -> None:
+    found = table("model=tiny", "ppo.init=base", "sft.data=[a.jsonl,b.jsonl]", "run_name=x")
+    assert found["ppo.init"] == ("sft", "base")
+    assert found["sft.data"] == ("auto", '["a.jsonl", "b.jsonl"]')
+    assert found["model.kind"] == ("embedded", "tiny")
+    assert found["ppo.steps"] == ("12", "4")
+    assert not {"evaluate.init", "generate.policy", "run_name"} & {*found}  # they repeat ppo.init
+
+
+def test_a_secret_is_left_out() -> None:
+    found = table("ppo.reward=http://me:pass-1234@host/score", "+own={token: hf-123456789}")
+    assert found["ppo.reward"] == ("learned", "http://<redacted>@host/score")
+    assert found["own"] == ("null", '{"token": "<redacted>"}')
+    assert changed({"own_token": "hf-123456789"})[0]["value"] == "<redacted>"

@@ -1,0 +1,245 @@
+"""report.html: one file with everything, that loads nothing and runs nothing that a model wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config import Bound
+from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.run import GateResult
+from rlhf.report.page.collect import cleaned, read_run
+from rlhf.report.page.curves import Curve
+from rlhf.report.page.write import NAME, embedded, run_page, write_page
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script>", "<img src=x onerror=alert(1)>", "\u2028\u2029",
+    "]]><!--", "{{ 7*7 }}{% raw %}", "\x1b[31m\u202e", "'\"><svg onload=alert(1)>",
+)  # fmt: skip
+EMPTY = {"meta", "link", "br", "input", "img", "hr"}
+
+
+class Page(HTMLParser):
+    """What a browser would find: elements with their attributes, ids, texts, and the embedded data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: dict[str, list[str]] = {"script": [], "style": []}
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in self.text:
+            self.text[self.open[-1]].append(data)
+        else:
+            self.words.append(data)
+
+    def of(self, tag: str) -> Iterator[dict[str, str | None]]:
+        return (attributes for name, attributes in self.elements if name == tag)
+
+    @property
+    def ids(self) -> list[str]:
+        return [str(each["id"]) for _, each in self.elements if "id" in each]
+
+    @property
+    def said(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def data(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.text["script"][0])
+        return found
+
+
+def make_run(directory: Path, answer: str = "I love it.", num_prompts: int = 3, num_steps: int = 5) -> Path:
+    """The files of a finished run, as its stages write them."""
+    run = directory / "runs" / "demo"
+    store = directory / "store"
+    metrics: dict[str, dict[str, float]] = {
+        "prepare": {"sft_rows": 9.0},
+        "sft": {"held_out_loss": 2.0},
+        "reward": Sampled(0.2, 0.1, 0.3, 40).metrics("accuracy_over_baseline"),
+        "ppo": {"kl": 3.0},
+        "evaluate": {"prompts": float(num_prompts)},
+    }
+    for name, score in (("base", 0.1), ("sft", 0.2), ("ppo", 0.6)):
+        metrics["evaluate"] |= {
+            f"length_mean/{name}": 9.0, f"gold_mean/{name}": score, f"score_mean/{name}": score,
+            f"perplexity/{name}": 20.0,
+        }  # fmt: skip
+    metrics["evaluate"] |= {"kl/ppo": 3.0, "kl/base": 0.5} | Sampled(0.4, 0.3, 0.5, 96).metrics(
+        "gold_gain/ppo"
+    )
+    (run / "artifacts").mkdir(parents=True)
+    stages = {}
+    for name, each in metrics.items():
+        artifact = store / name / "0123456789abcdef"
+        artifact.mkdir(parents=True)
+        (run / "artifacts" / name).symlink_to(artifact)
+        manifest = {"hardware": "2 CPU cores, 2 ranks", "created": "2026-01-01", "git_revision": None}
+        (artifact / "manifest.json").write_text(json.dumps(manifest))
+        stages[name] = {
+            "status": "reused" if name == "prepare" else "ran", "key": artifact.name,
+            "artifact": str(artifact), "seconds": 71.2, "cost": {"seconds": 71.2, "peak_bytes": 2.0**30},
+            "metrics": {f"{name}/{metric}": value for metric, value in each.items()},
+        }  # fmt: skip
+    gates = [
+        GateResult("ppo", "kl", 30.0, Bound(max=20.0, advice="raise ppo.kl.coef"), Sampled(30, 25, 35, 9)),
+        GateResult("sft", "skipped_steps", 0.0, Bound(max=0.0, advice="lower sft.optim.lr")),
+        GateResult("ppo", "value", float("nan"), Bound(min=0.0, advice="look"), not_checked="no critic"),
+    ]
+    summary = {
+        "stages": stages, "gates": [gate.as_json() for gate in gates], "verdict": "Improved: all of it.",
+        "outcome": "did not work",
+        "reads": {"prepare": [], "sft": ["prepare"], "reward": ["prepare", "sft"], "ppo": ["sft", "reward"],
+                  "evaluate": ["ppo", "sft"]},
+        "bounds": {"ppo": {"kl": [None, 20.0]}},
+        "changed": [{"key": "ppo.kl.coef", "default": "0.05", "value": answer}],
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(summary))
+    lines = [
+        {"stage": "ppo", "step": step, "time": 1.0, "ppo/kl": 0.1 * step, "ppo/score": None,
+         "ppo/held_out_kl": 0.1 * step, "ppo/held_out_score": 0.2 * step}
+        for step in range(num_steps)
+    ]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "pp')
+    answers = {
+        name: {"response": f"{answer} {name}", "stopped": True, "tokens": number, "gold": 0.1, "score": 0.2}
+        for number, name in enumerate(("base", "ppo", "sft"))
+    }  # fmt: skip
+    prompt = [{"role": "user", "content": answer}]
+    rows = [json.dumps({"prompt": prompt, **answers}, ensure_ascii=False) + "\n"] * num_prompts
+    (store / "evaluate" / "0123456789abcdef" / "comparison.jsonl").write_text("".join(rows), encoding="utf-8")
+    bins = [
+        {"confidence": 0.6, "accuracy": 0.5, "pairs": 4},
+        {"confidence": 0.9, "accuracy": 1.0, "pairs": 9},
+    ]
+    (store / "reward" / "0123456789abcdef" / "calibration.jsonl").write_text("\n".join(map(json.dumps, bins)))
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path)
+
+
+def page_of(run: Path) -> Page:
+    return Page(write_page(run).read_text(encoding="utf-8"))
+
+
+def test_every_panel_has_its_place(run: Path) -> None:
+    page = page_of(run)
+    for part in (
+        "verdict", "lineage", "policies", "answers", "optimization", "calibration", "forgetting", "curves",
+        "gates", "cost", "changed", "figures",
+    ):  # fmt: skip
+        assert part in page.ids
+    assert len(page.ids) == len(set(page.ids))
+    anchors = {str(each["href"])[1:] for each in page.of("a")}
+    assert anchors <= {*page.ids}
+    assert "It did not work. Improved: all of it." in page.said
+    assert "ppo/kl is 30 (25 to 35, 9 rows), wanted <= 20. Try: raise ppo.kl.coef." in page.said
+    assert "reads sft, reward" in page.said and "0123456789abcdef" in page.said
+    charts = page.data["charts"]
+    titles = {each["y"]: each for each in charts.values()}
+    assert titles["kl"]["high"] == 20.0 and titles["kl"]["low"] is None
+    assert titles["score"]["curves"][-1]["name"].startswith("gold score")
+    assert titles["score"]["curves"][-1]["x"] == [0.0, 0.5, 3.0]  # the start first: nobody measures its KL
+    assert len([*page.of("figure")]) == len(charts)
+
+
+def test_what_is_not_there_is_left_out(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("reward", "ppo", "evaluate"):
+        del summary["stages"][name], summary["reads"][name]
+        (run / "artifacts" / name).unlink()
+    (run / "summary.json").write_text(json.dumps(summary | {"gates": [], "verdict": None, "outcome": None}))
+    (run / "metrics.jsonl").unlink()
+    page = page_of(run)
+    left = {"policies", "answers", "optimization", "calibration", "forgetting", "curves", "gates"}
+    assert not left & {*page.ids}
+    assert "This run has not ended." in page.said
+
+
+def test_a_chart_is_also_text(run: Path) -> None:
+    page = page_of(run)
+    said = [str(each["aria-label"]) for each in page.of("div") if each.get("role") == "img"]
+    assert len(said) == len([*page.of("figure")])
+    assert any(each.startswith("ppo/kl. kl: 5 points, from 0 to 0.4") for each in said)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_a_model_wrote_is_text(tmp_path: Path, text: str) -> None:
+    clean = Page(run_page(read_run(make_run(tmp_path / "clean", "plain"))))
+    page = page_of(make_run(tmp_path, text))
+    assert [name for name, _ in page.elements] == [name for name, _ in clean.elements]
+    assert page.data["answers"]["rows"][0]["answers"]["sft"]["text"] == f"{cleaned(text)} sft"
+    assert not any(attribute.startswith("on") for _, each in page.elements for attribute in each)
+    assert not re.search("[\x1b\u202e\u2028]", (tmp_path / "runs" / "demo" / NAME).read_text())
+
+
+def test_embedded_data_come_back_as_they_were() -> None:
+    data = {"text": "</script><!--\u2028&'\"\\ \u00e9"}
+    assert json.loads(embedded(data)) == data
+    assert not re.search("[<>&\u2028\u2029]", embedded(data))
+
+
+def test_a_secret_is_taken_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "tok-1234567890")
+    text = write_page(make_run(tmp_path, "say tok-1234567890 aloud")).read_text()
+    assert "tok-1234567890" not in text and "say \\u003credacted\\u003e aloud" in text
+
+
+def test_the_page_loads_nothing_and_runs_only_its_own(run: Path) -> None:
+    text = write_page(run).read_text()
+    page = Page(text)
+    (policy,) = (str(each["content"]) for each in page.of("meta") if "http-equiv" in each)
+    assert policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
+    assert not [*page.of("link"), *page.of("img"), *page.of("iframe")]
+    assert not any({"src", "style", "srcset", "action"} & {*each} for _, each in page.elements)
+    assert "url(" not in text and "@import" not in text
+    assert re.findall(r"https?://[^\s\"')]*", text) == [
+        "https://github.com/leeoniya/uPlot",
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/2000/svg",
+    ]
+
+
+def test_it_stays_small(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "word " * 700, num_prompts=2000, num_steps=2)
+    lines = [
+        {"stage": "ppo", "step": step} | {f"ppo/metric_{number}": step * 1.2345678 for number in range(60)}
+        for step in range(3000)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = write_page(run)
+    assert path.stat().st_size < 3_000_000
+    assert "more prompts are in artifacts/evaluate/comparison.jsonl" in Page(path.read_text()).said
+
+
+def test_thinning_keeps_every_spike() -> None:
+    values: list[float | None] = [0.0] * 5000
+    values[1234], values[4001], values[77] = 9.0, -9.0, None
+    thin = Curve("kl", [float(step) for step in range(5000)], values).thinned(100)
+    assert len(thin.x) <= 100 and {1234.0, 4001.0} <= {*thin.x}
+    assert {9.0, -9.0} <= {*thin.y} and thin.x == sorted(thin.x)
