@@ -143,6 +143,8 @@ class Run:
     """The stages that this run is of, in order."""
     changed: Sequence[Change] = ()
     """The config's keys that differ from the packaged values."""
+    policies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The policies that `evaluate` compared: what tables call each, and what it took to make it."""
 
     def metrics_of(self, stage: str) -> dict[str, float]:
         """A stage's summary metrics, without its name; empty if it was not part of the run."""
@@ -227,6 +229,7 @@ class Run:
         }
         content = redacted({"stages": stages, "gates": gates, "verdict": self.verdict})
         content |= {
+            "policies": redacted(self.policies),
             "outcome": self.outcome,
             "reads": {name: [*dict.fromkeys(self.chain[name].inputs())] for name in self.needed},
             "bounds": bounds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.disk import naming
@@ -72,18 +73,28 @@ def points(run: Run, titles: Mapping[str, str]) -> list[Point]:
 
 def write_picture(run: Run, titles: Mapping[str, str]) -> Iterator[str]:
     """Draw the picture into the run's directory, if there is something to compare. Gives Markdown for it."""
-    found = points(run, titles)
+    metrics = run.metrics_of("evaluate")
+    words = next(
+        (words for metric, words in GAINS.items() if any(each.startswith(metric) for each in metrics)), ""
+    )
+    yield from picture_of(points(run, titles), words, run.directory / PICTURE)
+
+
+def picture_of(found: list[Point], words: str, path: Path) -> Iterator[str]:
+    """Draw points, if they are several. Gives Markdown for the picture.
+
+    Args:
+        words: of the gain.
+        path: of the picture, beside the Markdown.
+    """
     if len(found) < SEVERAL:
         return
     if find_spec("matplotlib") is None:
         yield "A picture of this table needs matplotlib: `pip install -e '.[compare]'`."
         return
-    path = run.directory / PICTURE
-    metrics = run.metrics_of("evaluate")
-    words = next(words for metric, words in GAINS.items() if any(each.startswith(metric) for each in metrics))
     with naming(path):
         draw(found, words).savefig(path, dpi=150)
-    yield f"![Gain against KL, time and memory]({PICTURE})"
+    yield f"![Gain against KL, time and memory]({path.name})"
 
 
 def draw(found: list[Point], words: str) -> Figure:

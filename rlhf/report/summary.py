@@ -18,6 +18,7 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.printable import printable
 from rlhf.report.compare import comparison_cells
+from rlhf.report.over_seeds import policies_json
 from rlhf.report.page.write import NAME, write_page
 from rlhf.report.policies import PICTURE, cost_of, write_picture
 from rlhf.report.verdict import outcome, verdict
@@ -72,6 +73,8 @@ def print_summary(run: Run, console: Console) -> None:
     if isinstance(console, RedactingConsole):
         console.has_times = False
     run.verdict, run.outcome = verdict(run), outcome(run)
+    compared = {name: title for name, title in policies_of(run).items() if _is_compared(run, name)}
+    run.policies = policies_json(compared, {name: cost_of(run, name) for name in compared})
     run.write()
     report = write_report(run)
     _print_cells(stage_cells(run), console, right={2})
@@ -157,7 +160,7 @@ def policy_cells(run: Run) -> Cells:
     """One row a metric, one column a policy; no rows when `evaluate` was not part of the run."""
     metrics: Mapping[str, float] = run.stages.get("evaluate", {}).get("metrics", {})
     titles = policies_of(run)
-    names = [name for name in titles if f"evaluate/length_mean/{name}" in metrics]
+    names = [name for name in titles if _is_compared(run, name)]
     apart = [name for name in names if f"evaluate/kl/{name}" in metrics]
     # the last one without: base has none either where it has other tokens
     start = next((titles[name] for name in reversed(names) if apart and name not in apart), "SFT")
@@ -183,6 +186,10 @@ def policy_cells(run: Run) -> Cells:
     rows += [[words, *cells] for words, cells in cost_cells(run, names)]
     heading = f"{metrics.get('evaluate/prompts', 0):.0f} prompts"
     return Cells([heading, *(titles[name] for name in names)], rows)
+
+
+def _is_compared(run: Run, policy: str) -> bool:
+    return f"length_mean/{policy}" in run.metrics_of("evaluate")
 
 
 def cost_cells(run: Run, names: list[str]) -> Iterator[tuple[str, list[str]]]:

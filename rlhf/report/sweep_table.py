@@ -16,12 +16,17 @@ from rich.table import Table
 from rlhf.disk import naming, replace_text
 from rlhf.pipeline.recipe import as_typed
 from rlhf.pipeline.settings import SweepConfig
+from rlhf.report.over_seeds import OverSeeds
 from rlhf.report.pareto import Point, draw
+from rlhf.report.policies import PICTURE as POLICIES
+from rlhf.report.policies import picture_of
 from rlhf.report.trial import Trial
+from rlhf.tracking import tables
 from rlhf.tracking.redaction import redacted, redacted_text
 from rlhf.tracking.tables import Cells
 
 MARK, PICTURE = "best", "pareto.png"
+SEEDS_SAY = "Mean of the seeds, and from the lowest to the highest."
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,14 @@ class SweepTable:
             rows.append([str(trial.number), str(trial.directory), *overrides, trial.status, *values])
         return Cells(headings, rows)
 
+    @property
+    def over_seeds(self) -> OverSeeds:
+        """Its policies, if the trials differ in their seed alone; else none."""
+        done = [trial.directory for trial in self.trials if trial.status == "done"]
+        return OverSeeds(done if self.keys == ["seed"] else [])
+
     def write(self) -> None:
-        """Write sweep.md and sweep.json, and draw pareto.png."""
+        """Write sweep.md and sweep.json, and draw pareto.png and policies.png."""
         pareto, points = self.config.pareto, self.points
         picture = ""
         if pareto is not None and points:
@@ -102,6 +113,12 @@ class SweepTable:
             figure.savefig(self.directory / PICTURE, dpi=130, metadata={"Software": None})
             picture = f"\n![{pareto.gain} against {pareto.loss}]({PICTURE})\n"
         text = f"# Sweep {self.directory.name}\n\n{self.cells().markdown()}\n{picture}"
+        seeds = self.over_seeds
+        if seeds.titles:
+            found, words = seeds.points()
+            parts = ["## Policies", SEEDS_SAY, seeds.cells().markdown()]
+            parts += picture_of(found, words, self.directory / POLICIES)
+            text = "\n\n".join([text.rstrip(), *parts]) + "\n"
         with naming(self.directory / "sweep.md"):
             (self.directory / "sweep.md").write_text(redacted_text(text), encoding="utf-8")
         best = self.best
@@ -134,6 +151,11 @@ class SweepTable:
             style = "green" if trial is self.best else None if trial.status == "done" else "red"
             table.add_row(*map(escape, cells), style=style)
         console.print(table)
+        if (seeds := self.over_seeds).titles:
+            policies = seeds.cells()
+            right = range(1, len(policies.headings))
+            console.print(tables.shown(policies, right=right), highlight=False)
+            console.print(SEEDS_SAY, highlight=False)
 
 
 def shown(value: float | None) -> str:

@@ -47,6 +47,9 @@ def test_each_round_learns_from_the_answers_of_the_one_before(tmp_path: Path) ->
     report = (first.directory / "report.md").read_text()
     assert "| DPO 2 |" in report and "seconds, all its stages" in report and "peak memory, GiB" in report
     assert (first.directory / "policies.png").exists()
+    policies = first.summary["policies"]
+    assert [each["title"] for each in policies.values()] == ["base", "SFT", "DPO", "DPO 2"]
+    assert policies["dpo@2"]["seconds"] > policies["dpo"]["seconds"] > policies["sft"]["seconds"] > 0
 
     again = rounds(chain)
     assert again.statuses == dict.fromkeys(names, "reused")
