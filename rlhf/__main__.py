@@ -36,6 +36,9 @@ COMMANDS = {
     "ls": "rlhf.cli.runs:ls",
     "gc": "rlhf.cli.gc:gc",
     "verify": "rlhf.cli.verify:verify",
+    "export": "rlhf.cli.export:export",
+    "chat": "rlhf.cli.chat:chat",
+    "init": "rlhf.cli.init:init",
 }
 """What a first word without `=` may be, and the function that does it. It gets the other words and the
 packaged config, and returns the exit code."""
@@ -94,12 +97,18 @@ def run_command(name: str, arguments: list[str]) -> int:
     module, _, function = COMMANDS[name].partition(":")
     with uninterrupted():
         from rlhf.config import ConfigError
+        from rlhf.disk import in_words
 
         do = getattr(import_module(module), function)
     try:
         code: int = do(arguments, packaged_config())
     except ConfigError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return CONFIG_ERROR
+    except OSError as error:
+        if (said := in_words(error)) is None:
+            raise
+        print(f"Error: {said}", file=sys.stderr)
         return CONFIG_ERROR
     return code
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -34,6 +35,22 @@ def read(
             raise ConfigError(f"{command} {argument}: it takes {takes}.{near}")
         found[key] = value
     return found
+
+
+KEYED = re.compile(r"[a-z_]+=")
+
+
+def read_words(
+    command: str, arguments: Sequence[str], known: Mapping[str, str], help_text: str
+) -> tuple[list[str], dict[str, str]] | None:
+    """Like `read`, for a command that also takes words without a key, such as names of files.
+
+    Returns:
+        The words in their order, and the values of the keys.
+    """
+    words = [each for each in arguments if not (KEYED.match(each) or each.startswith("-"))]
+    keys = read(command, [each for each in arguments if each not in words], known, help_text)
+    return None if keys is None else (words, keys)
 
 
 def ask(question: str) -> bool:

@@ -107,20 +107,27 @@ def runs_in(root: Path) -> list[Path]:
     return sorted(found, key=_written, reverse=True)
 
 
+def find_run(root: Path, name: str) -> Path:
+    """The directory of a run; without a name, of the newest one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    runs = runs_in(root)
+    names = [path.name for path in runs]
+    if not runs:
+        raise ConfigError(f"runs_dir={root}: there is no run.")
+    if name and name not in names:
+        raise ConfigError(f"run_name={name}: there is no such run in {root}.{did_you_mean(name, names)}")
+    return root / (name or names[0])
+
+
 def status(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     """Tell how a run is."""
     keys = read("status", arguments, {"run_name": "", "runs_dir": defaults["runs_dir"]}, STATUS_HELP)
     if keys is None:
         return DONE
-    root = Path(keys["runs_dir"])
-    runs = runs_in(root)
-    names = [path.name for path in runs]
-    if not runs:
-        raise ConfigError(f"runs_dir={root}: there is no run.")
-    name = keys["run_name"] or names[0]
-    if name not in names:
-        raise ConfigError(f"run_name={name}: there is no such run in {root}.{did_you_mean(name, names)}")
-    for line in lines_of(state_of(root / name)):
+    for line in lines_of(state_of(find_run(Path(keys["runs_dir"]), keys["run_name"]))):
         print(line)
     return DONE
 

@@ -267,17 +267,25 @@ def read_as(raw: Raw, columns: Sequence[str], fields: Mapping[str, str]) -> str:
     return _mapping(found or {"text": "text"})
 
 
-def likely_fields(raw: Raw, columns: Sequence[str]) -> str:
-    """`fields` for a row that lacks the columns that its role needs: by the columns' names, then by their
-    order; COLUMN where none is left."""
+def named_alike(raw: Raw, columns: Sequence[str]) -> dict[str, str]:
+    """Our names -> the source's, for those columns that are called much the same."""
     left = [str(column) for column in raw]
     found: dict[str, str] = {}
     for ours in columns:
         cousins = COUSINS.get(ours, (ours,))
         near = (get_close_matches(cousin, left, n=1, cutoff=0.75) for cousin in cousins)
-        found[ours] = next((names[0] for names in near if names), "")
-        left = [column for column in left if column != found[ours]]
-    return _mapping({ours: theirs or (left.pop(0) if left else "COLUMN") for ours, theirs in found.items()})
+        if theirs := next((names[0] for names in near if names), None):
+            found[ours] = theirs
+            left.remove(theirs)
+    return found
+
+
+def likely_fields(raw: Raw, columns: Sequence[str]) -> str:
+    """`fields` for a row that lacks the columns that its role needs: by the columns' names, then by their
+    order; COLUMN where none is left."""
+    found = named_alike(raw, columns)
+    left = [str(column) for column in raw if column not in found.values()]
+    return _mapping({ours: found.get(ours) or (left.pop(0) if left else "COLUMN") for ours in columns})
 
 
 def _mapping(columns: Mapping[str, str]) -> str:

@@ -42,7 +42,7 @@ def generate(
     copies: bool = True,
     together: Compute | None = None,
     on_rows: Callable[[int], None] = lambda rows: None,
-    on_token: Callable[[], None] = lambda: None,
+    on_token: Callable[[Tensor], None] = lambda ids: None,
 ) -> Rollout:
     """Sample one response per prompt.
 
@@ -59,7 +59,7 @@ def generate(
         together: the ranks that share the model's weights and gather them layer by layer. All of them must
             call this; each has its own prompts, or none.
         on_rows: called with the number of newly finished rows.
-        on_token: called after each decoding step.
+        on_token: called after each decoding step, with the tokens of the rows that had not ended, [B].
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     responses: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(prompts)
@@ -107,7 +107,7 @@ def _decode(
     stops: Tensor,
     pad_id: int,
     uniform_BR: Tensor,
-    on_token: Callable[[], None],
+    on_token: Callable[[Tensor], None],
 ) -> list[tuple[Tensor, Tensor, bool]]:
     device = model.device
     tokens = torch.full((len(prompts), max_new_tokens), pad_id, device=device)
@@ -120,9 +120,9 @@ def _decode(
     position_B = mask_BK.sum(-1)
 
     for step in range(max_new_tokens):
-        on_token()
         token_B, logp_B = _sample(logits_BV.float(), temperature, top_p, uniform_BR[active_B, step])
         tokens[active_B, step], logps[active_B, step] = token_B, logp_B
+        on_token(token_B)
         stop_B = torch.isin(token_B, stops)
         if bool(stop_B.any()):
             finished = active_B[stop_B]

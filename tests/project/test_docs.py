@@ -18,6 +18,8 @@ import yaml
 import rlhf.costs.hardware
 from helpers.chains import Chain, Outcome, run_main
 from helpers.experiments import build
+from rlhf.__main__ import is_command
+from rlhf.cli.command import KEYED
 from rlhf.cli.messages import readable
 from rlhf.distributed.compute import Compute
 
@@ -41,10 +43,13 @@ def test_there_are_commands_to_check() -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_documented_command_builds(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_documented_command_builds(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_TOKEN", "word")
-    if command.startswith("python -m rlhf verify"):
-        assert shlex.split(command)[4:] in ([], ["store_dir=store"])
+    words = shlex.split(command)[3:]
+    if words and is_command(words[0]):  # its own tests run it
+        shown = run_main(tmp_path, [words[0], "--help"], tmp_path).out
+        keys = {word.partition("=")[0] for word in words[1:] if KEYED.match(word)}
+        assert [key for key in keys if not re.search(rf"\b{key}\b", shown)] == []
         return
     overrides = [word for word in shlex.split(command)[3:] if "=" in word and not word.startswith("-")]
     if " -m " in command.removeprefix("python -m rlhf") + " ":  # a sweep: its first trial
@@ -59,6 +64,12 @@ NOT_HERE = re.compile(
 )
 """What needs a GPU, a cluster, several processes, a server, data that are not in the repository, or many
 steps; each has tests of its own elsewhere."""
+
+
+def is_run(command: str) -> bool:
+    """Whether the test below can run it here."""
+    words = shlex.split(command)[3:]
+    return not NOT_HERE.search(command) and not (words and is_command(words[0]))
 
 
 SMALL = (
@@ -97,14 +108,14 @@ def own_files(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in commands() if not NOT_HERE.search(command)])
+@pytest.mark.parametrize("command", [command for command in commands() if is_run(command)])
 def test_a_documented_command_runs(command: str, own_files: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny model and a few rows; what the command says wins over these settings."""
     monkeypatch.setattr(rlhf.costs.hardware, "CALIBRATION_SECONDS", 0.1)
     monkeypatch.syspath_prepend(str(own_files.directory))
     words = [word for word in shlex.split(command)[3:] if not word.startswith("model.")]
     words = ["model=tiny" if word.startswith("model=") else word for word in words]
-    if words and words[0] in ("verify", "--cfg", "--help"):
+    if words and words[0] in ("--cfg", "--help"):
         outcome = run_main(own_files.directory, words, own_files.directory)
     else:
         outcome = own_files.run(*SMALL, *words)

@@ -1,0 +1,143 @@
+"""A policy that talks: its conversation, and its answers as they come. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from rlhf.cli.chat import Manner
+from rlhf.cli.run_files import RunFiles
+from rlhf.config import ConfigError
+from rlhf.data.chat_template import prompt_ids, response_text
+from rlhf.data.schema import Message
+from rlhf.distributed.compute import Compute, make_compute
+from rlhf.generation.decoding_check import check_decoding
+from rlhf.generation.policy_model import PolicyModel
+from rlhf.generation.sampler import generate
+from rlhf.models.base import ModelConfig, base_files, base_identity, fetch_weights
+from rlhf.pipeline.kept_base import kept_base
+from rlhf.pipeline.store import Store
+
+Ending = Literal["ended", "cut", "stopped"]
+"""By itself, at the limit of its length, or by Ctrl-C."""
+
+
+@dataclass
+class Stream:
+    """Text of an answer, as its tokens come."""
+
+    decode: Callable[[Sequence[int]], str]
+    show: Callable[[str], None]
+    ids: list[int] = field(default_factory=list)
+    shown: str = ""
+
+    def add(self, ids: Tensor) -> None:
+        """Show what another token adds. A character may need several."""
+        self.ids += ids.tolist()
+        text = self.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            self._show(text)
+
+    def end(self) -> None:
+        """Show what is left: a character that was not finished."""
+        self._show(self.decode(self.ids))
+
+    def _show(self, text: str) -> None:
+        self.show(text[len(self.shown) :])
+        self.shown = text
+
+
+class Speaker:
+    """A policy in a conversation."""
+
+    def __init__(self, name: str, policy: PolicyModel, manner: Manner) -> None:
+        self.name, self._policy, self._manner = name, policy, manner
+        self._generator = torch.Generator().manual_seed(manner.seed)
+        self.turns: list[Message] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        system = self._manner.system
+        self.turns = [{"role": "system", "content": system}] if system else []
+
+    def answer(self, text: str, show: Callable[[str], None]) -> Ending:
+        """Answer one more turn of the user's, and remember both.
+
+        Args:
+            show: gets the text, piece by piece.
+
+        Raises:
+            ConfigError: the template refuses the conversation, or the context is full. Nothing is remembered.
+        """
+        policy, manner = self._policy, self._manner
+        turns: list[Message] = [*self.turns, {"role": "user", "content": text}]
+        try:
+            ids = prompt_ids(policy.tokenizer, turns)
+        except TemplateError as error:
+            raise ConfigError(f"{self.name}: its chat template refuses this ({error}).") from None
+        room = policy.context_length - len(ids)
+        if room < 1:
+            raise ConfigError(
+                f"{self.name}: the conversation has {len(ids)} tokens, and the model reads "
+                f"{policy.context_length}. /reset forgets it."
+            )
+        stream = Stream(partial(_text, policy), show)
+        uniform_BR = torch.rand(1, limit := min(room, manner.max_new_tokens), generator=self._generator)
+        ending: Ending = "stopped"
+        with suppress(KeyboardInterrupt):
+            rollout = generate(
+                policy.model, [torch.tensor(ids)], max_new_tokens=limit, temperature=manner.temperature,
+                top_p=manner.top_p, stop_ids=policy.stop_ids, pad_id=policy.pad_id, uniform_BR=uniform_BR,
+                batch_rows=1, on_token=stream.add,
+            )  # fmt: skip
+            ending = "ended" if bool(rollout.stopped[0]) else "cut"
+        stream.end()
+        answer = response_text(policy.tokenizer, stream.ids)
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
+        return ending
+
+
+def _text(policy: PolicyModel, ids: Sequence[int]) -> str:
+    return str(policy.tokenizer.decode(list(ids), skip_special_tokens=True)).lstrip()
+
+
+def load_speakers(names: Sequence[str], run: RunFiles | None, manner: Manner) -> list[Speaker]:
+    """The policies of these names: `base`, stages of the run, or directories.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot be loaded.
+    """
+    compute, _ = make_compute(manner.device, manner.precision)
+    speakers = []
+    for name in names:
+        policy = _load(name, run, compute)
+        check_decoding(policy.model)
+        speakers.append(Speaker(name, policy, manner))
+    return speakers
+
+
+def _load(name: str, run: RunFiles | None, compute: Compute) -> PolicyModel:
+    if run is not None and name in run.policies:
+        settings = ModelConfig.model_validate(run.config["model"])
+        return PolicyModel.load(run.artifact(name).path, settings, compute, check=True)
+    if run is not None and name == "base":
+        settings = ModelConfig.model_validate(run.config["model"])
+        store = Store(run.store_dir)
+        fetch_weights(settings)
+        base = base_files(
+            settings,
+            base_identity(settings, memory=store.memory),
+            lambda content, write: kept_base(store, content, write, lambda line: None).path,
+        )
+        return PolicyModel.load(base.directory, settings, compute, base.load_tokenizer(), check=True)
+    directory = Path(name)
+    return PolicyModel.load(directory, ModelConfig(kind="local", path=name), compute, check=True)
