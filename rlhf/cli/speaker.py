@@ -7,13 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from rlhf.cli.chat import Manner
 from rlhf.cli.run_files import RunFiles
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import prompt_ids, response_text
@@ -25,6 +24,9 @@ from rlhf.generation.sampler import generate
 from rlhf.models.base import ModelConfig, base_files, base_identity, fetch_weights
 from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.store import Store
+
+if TYPE_CHECKING:
+    from rlhf.cli.chat import Manner
 
 Ending = Literal["ended", "cut", "stopped"]
 """By itself, at the limit of its length, or by Ctrl-C."""
