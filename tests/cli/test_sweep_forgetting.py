@@ -28,6 +28,7 @@ def summary(chain: Chain, number: int) -> dict[str, Any]:
     return stages
 
 
+@pytest.mark.slow
 def test_each_remedy_is_a_trial_and_shares_what_it_can(swept: tuple[Chain, Outcome]) -> None:
     chain, _ = swept
     trials = sweep_file(chain, "forgetting")["trials"]
@@ -48,6 +49,7 @@ def test_each_remedy_is_a_trial_and_shares_what_it_can(swept: tuple[Chain, Outco
     assert replayed[0] == replayed[1] == 0 < replayed[2]
 
 
+@pytest.mark.slow
 def test_both_sides_are_in_the_table_and_the_picture(swept: tuple[Chain, Outcome]) -> None:
     chain, outcome = swept
     for number, trial in enumerate(sweep_file(chain, "forgetting")["trials"]):
@@ -63,6 +65,7 @@ def test_both_sides_are_in_the_table_and_the_picture(swept: tuple[Chain, Outcome
     assert "![" in (directory / "sweep.md").read_text()
 
 
+@pytest.mark.slow
 def test_one_remedy_alone_and_then_all_again(swept: tuple[Chain, Outcome]) -> None:
     chain, _ = swept
     alone = chain.run(*SWEEP, "run_name=alone", "+remedy=lora")
@@ -91,6 +94,7 @@ def test_a_mistake_is_told_before_the_first_trial(
     assert not (chain.directory / "runs" / "mistake").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_needs_matplotlib(swept: tuple[Chain, Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     chain, _ = swept
     monkeypatch.setattr(rlhf.pipeline.settings, "find_spec", lambda name: None)

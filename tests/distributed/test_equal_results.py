@@ -14,12 +14,12 @@ TOLERANCE = 1e-3
 """Relative, over six optimizer steps of fp32 training; a first step agrees to about 1e-6."""
 VARIANTS = {
     "two_ranks": ("launch.processes=2",),
-    "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen_placement=sharded"),
 }
 ONE_PASS = "ppo.minibatch_episodes=8"
 """A rollout is one minibatch, which is learned from by the pass that scored it."""
 CHECKPOINTED = tuple(f"{stage}.activation_checkpointing=true" for stage in ("sft", "reward", "ppo"))
 SLOW = {
+    "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen_placement=sharded"),
     "accumulation": (
         "sft.micro_batch_tokens=40",
         "reward.micro_batch_tokens=90",
@@ -119,7 +119,8 @@ def test_thumbs_teach_the_same_on_ranks_without_rows(chain: RealChain, overrides
     assert lasts[1] == pytest.approx(lasts[0], rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("sharded", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["fsdp2", "zero3"])
 def test_a_model_trained_by_sharded_ranks_is_a_plain_directory(chain: RealChain, sharded: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -135,6 +136,7 @@ def test_a_model_trained_by_sharded_ranks_is_a_plain_directory(chain: RealChain,
         assert torch.allclose(states[1][name], value, rtol=0, atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_ranks_cannot_share_is_refused(chain: RealChain) -> None:
     _, err = chain.run("uneven", "launch.processes=2", "ppo.batch_episodes=9", code=2)
     assert err.count("Error:") == 1

@@ -135,13 +135,8 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
     print(f"{kills} kills, of runs that ended {finished + 1} times")
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "bit_flipped",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("truncated", "manifest", "missing")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["bit_flipped", "truncated", "manifest", "missing"])
 def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(chain: RealChain, damage: str) -> None:
     name, short = f"damage_{damage}", ("stage=sft",)
     undisturbed = chain.run_once()

@@ -70,6 +70,7 @@ def test_a_store_that_became_read_only_still_serves_what_is_finished(chain: Real
         assert len([*disk.glob("sft/[!.]*/model.safetensors")]) == 1
 
 
+@pytest.mark.slow
 def test_files_are_utf_8_whatever_the_locale_is(chain: RealChain) -> None:
     word, directory = "Größe", chain.directory
     (directory / "words.jsonl").write_text(f'{{"prompt": "{word}?"}}\n' * 6, encoding="utf-8")
@@ -153,11 +154,12 @@ def test_a_tracker_that_cannot_be_reached_is_told_before_anything_runs(chain: Re
     assert not chain.store("untracked").exists() or not list(chain.store("untracked").glob("sft/[!.]*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "words"),
     [
         (signal.SIGKILL, "Rank 1 was killed by SIGKILL"),
-        pytest.param(signal.SIGSTOP, "rank 0 waited for rank 1 (last seen ", marks=pytest.mark.slow),
+        (signal.SIGSTOP, "rank 0 waited for rank 1 (last seen "),
     ],
 )
 def test_a_rank_that_dies_or_hangs_ends_the_run_within_half_a_minute(

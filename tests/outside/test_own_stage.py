@@ -15,6 +15,7 @@ import yaml
 from helpers.chains import Chain, Outcome, RealChain, kill, newest_step
 from rlhf.rewards.kinds import REWARD_KINDS
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 CONFIG = f"--config-dir={HERE / 'conf'}"
 MOUNTED = (CONFIG, "+stages@toy=toy", "gates=warn")
@@ -125,7 +126,6 @@ def test_a_reward_kind_of_ones_own_is_like_the_others(finished_chain: tuple[Chai
     assert recipe["external"].keys() >= {"length", "python:toy_length:length"}
 
 
-@pytest.mark.slow
 def test_the_documented_commands_run(finished_chain: tuple[Chain, Outcome]) -> None:
     chain, _ = finished_chain
     page = (HERE.parents[1] / "docs" / "extending.md").read_text()
@@ -138,7 +138,6 @@ def test_the_documented_commands_run(finished_chain: tuple[Chain, Outcome]) -> N
         assert "toy" in outcome.statuses
 
 
-@pytest.mark.slow
 def test_it_goes_on_after_a_kill_bit_for_bit(tmp_path: Path) -> None:
     chain = RealChain(tmp_path)
     shutil.copy(HERE / "toy_dpo.py", tmp_path)

@@ -148,6 +148,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.slow
 def test_own_answers_alone_are_enough_to_tune_and_to_judge(tmp_path: Path) -> None:
     """The whole chain but for the reward model: prompts of `sft.data`, none of them postcards."""
     write(

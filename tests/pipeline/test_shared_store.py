@@ -16,6 +16,7 @@ import pytest
 
 from helpers.chains import Chain
 
+pytestmark = pytest.mark.slow
 ROWS, EPOCHS = 24, 40
 PATIENCE_SECONDS = 120.0
 

@@ -119,6 +119,7 @@ def test_the_search_finds_what_is_there(tmp_path: Path) -> None:
     assert len(leaks(tmp_path, "planted-pass", "nothing")) == 2
 
 
+@pytest.mark.slow
 def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
     """Model, data, reward model and project are called like secrets; one stands on the command line; the
     reward prints and logs them."""
@@ -150,15 +151,15 @@ def test_a_run_with_wandb_and_all_that_its_config_names(chain: Chain) -> None:
     assert '"reward":"model:<redacted>"' in manifest.read_text().replace(" ", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code", "words"),
     [
         ("crash", 1, "indiscreet.CrashError: cannot connect with <redacted> to"),
-        pytest.param(
+        (
             "mistake",
             2,
             "Error: ppo.reward=python:indiscreet:score: RuntimeError: cannot connect with <redacted>",
-            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -84,6 +84,7 @@ def test_scores_are_normalised_by_the_start_of_the_policy() -> None:
         build("ppo.init=base", "generate.policy=sft")
 
 
+@pytest.mark.slow
 def test_an_instruction_tuned_model_needs_pairs_alone(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     outcome = chain.run("ppo.init=base", "reward.init=base", "sft.data=null", "evaluate.prompts=reward.pairs")
@@ -104,6 +105,7 @@ def test_an_instruction_tuned_model_needs_pairs_alone(tmp_path: Path) -> None:
     assert "KL from base, nats per sequence" in outcome.out
 
 
+@pytest.mark.slow
 def test_a_directory_is_as_good_as_the_stage_that_made_it(
     finished_chain: tuple[Chain, Outcome], tmp_path: Path
 ) -> None:
