@@ -32,7 +32,7 @@ ALL_KEYS = "`python -m rlhf --cfg job` lists every one, docs/keys.md says what e
 def readable(arguments: Sequence[str]) -> list[str]:
     """The arguments as Hydra can read them: `-m` stands first (between keys it would end them), and an
     experiment that is named by its path, `+experiment=path/to/mine.yaml`, is made known to Hydra, and named
-    by its name.
+    by its name. A mapping replaces the one of an experiment, where Hydra would mix both.
 
     Raises:
         ConfigError: there is no such file, or it is no YAML mapping; or a key has dashes.
@@ -50,7 +50,20 @@ def readable(arguments: Sequence[str]) -> list[str]:
                 "digits and _."
             )
     ordered = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
-    return [_known_experiment(typed_key(argument)) for argument in ordered]
+    known = [_known_experiment(typed_key(argument)) for argument in ordered]
+    return [each for argument in known for each in (*_emptied(argument), argument)]
+
+
+def _emptied(argument: str) -> Iterator[str]:
+    """Before a mapping: its key without a value. Not where conf/ has a mapping, as for `sft.optim`: there a
+    mapping changes some of the keys.
+    """
+    key, equals, value = argument.partition("=")
+    packaged: Any = shape()
+    for part in key.split("."):
+        packaged = packaged.get(part, {}) if isinstance(packaged, dict) else {}
+    if equals and value.startswith("{") and not isinstance(packaged, dict | list):
+        yield f"{key}=null"
 
 
 def _known_experiment(argument: str) -> str:

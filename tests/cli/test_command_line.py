@@ -182,6 +182,13 @@ def test_ctrl_c_while_libraries_are_loaded_is_no_crash(tmp_path: Path, module: s
     assert (tmp_path / "runs").exists() == (module == "torch")  # which is loaded for what has to run
 
 
+def test_a_mapping_replaces_the_experiments_own_and_a_section_keeps_its_other_keys(tmp_path: Path) -> None:
+    typed = ["+experiment=hh", "sft.data={path: mine.jsonl}", "sft.optim={lr: 0.5}"]
+    found = yaml.safe_load(composed(tmp_path, *typed).out)
+    assert found["sft"]["data"] == {"path": "mine.jsonl"}
+    assert found["sft"]["optim"]["lr"] == 0.5 and "max_grad_norm" in found["sft"]["optim"]
+
+
 def test_an_experiment_by_path_may_choose_a_model_and_needs_no_header(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults:\n  - override /model: tiny\nseed: 4\n")
     found = yaml.safe_load(composed(tmp_path, f"+experiment={tmp_path}/mine.yaml").out)
