@@ -35,6 +35,7 @@ COMMANDS = {
     "status": "rlhf.cli.runs:status",
     "ls": "rlhf.cli.runs:ls",
     "gc": "rlhf.cli.gc:gc",
+    "watch": "rlhf.cli.watch:watch",
     "verify": "rlhf.cli.verify:verify",
     "export": "rlhf.cli.export:export",
     "chat": "rlhf.cli.chat:chat",

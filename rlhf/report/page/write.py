@@ -91,6 +91,23 @@ class Live:
     """Of the files: the page asks again with it."""
 
 
+class RunLine(NamedTuple):
+    """One run in a list."""
+
+    name: str
+    address: str
+    word: str
+    written: str
+    stages: str
+    said: str
+
+
+def list_page(title: str, rows: Sequence[RunLine], live: Live) -> str:
+    """A list of runs with links to their pages."""
+    blocks: dict[str, Any] = {"title": title, "rows": rows, "live": live}
+    return _page("list.html", blocks, {"charts": {}, "answers": {}}, live=True)
+
+
 def write_page(directory: Path) -> Path:
     """Write report.html beside the run's other files.
 

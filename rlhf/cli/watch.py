@@ -1,0 +1,247 @@
+"""`python -m rlhf watch`: a run's page while it goes on, from the files that it writes. Needs no torch.
+
+It answers this machine alone, and only GET; it hands out no file, only pages that it makes.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from hashlib import sha256
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote, urlsplit
+
+from rlhf.cli.command import read
+from rlhf.cli.runs import RunState, runs_in, state_of
+from rlhf.config import ConfigError, did_you_mean
+from rlhf.exit_codes import DONE
+from rlhf.report.page.collect import read_run
+from rlhf.report.page.write import Live, RunLine, list_page, run_page
+from rlhf.tracking.progress import clock
+
+HOST, PORT = "127.0.0.1", 8765
+HELP = f"""python -m rlhf watch [run_name=NAME] [runs_dir=DIR] [port={PORT}]
+
+Serves the page of a run on {HOST} while the run goes on: curves, answers, where it is, how long it will take.
+Without a name: the newest run; of a sweep, the list of its trials. Ctrl-C ends it, and not the run.
+"""
+TRIAL = "trial.json"
+"""In the directory of every run that is a trial of a sweep."""
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Type": "text/html; charset=utf-8",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+def watch(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
+    """Serve pages until Ctrl-C.
+
+    Raises:
+        ConfigError: there is no such run, or the port cannot be had.
+    """
+    known = {"run_name": "", "runs_dir": defaults["runs_dir"], "port": str(PORT)}
+    keys = read("watch", arguments, known, HELP)
+    if keys is None:
+        return DONE
+    root, name = Path(keys["runs_dir"]), keys["run_name"]
+    shown = chosen(root, name)
+    with make_server(root, name, keys["port"]) as server:
+        print(
+            f"{shown}: http://{HOST}:{server.server_port}/ (Ctrl-C ends the watch, not the run)", flush=True
+        )
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            print()
+    return DONE
+
+
+def make_server(root: Path, name: str, port: str) -> ThreadingHTTPServer:
+    """A server for the runs of a directory; it does not serve yet.
+
+    Args:
+        name: of the run or the sweep that `/` shows; empty for the newest.
+        port: 0 takes a free one.
+
+    Raises:
+        ConfigError: the port cannot be had.
+    """
+    if not (port.isascii() and port.isdigit() and int(port) < 2**16):
+        raise ConfigError(f"port={port}: a port is a number from 0 to 65535.")
+    try:
+        server = ThreadingHTTPServer((HOST, int(port)), partial(Handler, Pages(root, name)))
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            raise
+        raise ConfigError(
+            f"port={port}: it cannot be had ({error.strerror}). Use another, or port=0."
+        ) from None
+    server.daemon_threads = True
+    return server
+
+
+def sweep_of(path: Path) -> str | None:
+    """The sweep whose trial a run is; None if it is none."""
+    return path.name.rpartition("-")[0] if (path / TRIAL).is_file() else None
+
+
+def chosen(root: Path, name: str) -> Path:
+    """What `/` shows: the directory of a run, or the name that a sweep's trials have in common.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    runs = runs_in(root)
+    if not runs:
+        raise ConfigError(f"runs_dir={root}: there is no run.")
+    if not name:
+        sweep = sweep_of(runs[0])
+        return runs[0] if sweep is None else root / sweep
+    names = [*(path.name for path in runs), *(sweep for path in runs if (sweep := sweep_of(path)))]
+    if name not in names:
+        raise ConfigError(f"run_name={name}: there is no such run in {root}.{did_you_mean(name, names)}")
+    return root / name
+
+
+class Answer(NamedTuple):
+    """What a request gets."""
+
+    status: HTTPStatus
+    stamp: str = ""
+    page: str = ""
+
+
+class Pages:
+    """The pages of a directory of runs."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self._root, self._name = root, name
+
+    def answer(self, path: str, stamp: str) -> Answer:
+        """A page; without its text where the reader has what `stamp` stands for.
+
+        Args:
+            path: `/`, `/runs` or `/run/NAME`.
+        """
+        try:
+            return self._answer(path, stamp)
+        except (OSError, ValueError, KeyError, ConfigError):  # the run begins anew while its files are read
+            return Answer(HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def _answer(self, path: str, stamp: str) -> Answer:
+        runs = {each.name: each for each in runs_in(self._root)}
+        if path == "/runs":
+            return self._list(f"Runs in {self._root}", [*runs.values()], stamp)
+        if path == "/":
+            name = chosen(self._root, self._name).name
+        elif path.startswith("/run/"):
+            name = unquote(path.removeprefix("/run/"))
+        else:
+            return Answer(HTTPStatus.NOT_FOUND)
+        if name in runs:
+            return self._run(runs[name], stamp)
+        trials = [each for each in runs.values() if sweep_of(each) == name]
+        return self._list(f"Sweep {name}", trials, stamp) if trials else Answer(HTTPStatus.NOT_FOUND)
+
+    def _run(self, directory: Path, stamp: str) -> Answer:
+        state = state_of(directory)
+        lines = [*lines_of(state)]
+        files = [directory / name for name in ("summary.json", "metrics.jsonl")]
+        new = _stamp(state.word, *lines, *map(_written, files))
+        if new == stamp:
+            return Answer(HTTPStatus.NOT_MODIFIED, new)
+        return Answer(HTTPStatus.OK, new, run_page(read_run(directory), Live(state.word, lines, new)))
+
+    def _list(self, title: str, runs: Sequence[Path], stamp: str) -> Answer:
+        states = [state_of(path) for path in runs]
+        rows = [
+            RunLine(
+                state.directory.name, f"/run/{quote(state.directory.name, safe='')}", state.word,
+                f"{datetime.fromtimestamp(_time(state.directory)):%Y-%m-%d %H:%M}",
+                ", ".join(state.stages), state.place or state.verdict or "",
+            )
+            for state in states
+        ]  # fmt: skip
+        new = _stamp(*(text for row in rows for text in row))
+        if new == stamp:
+            return Answer(HTTPStatus.NOT_MODIFIED, new)
+        return Answer(HTTPStatus.OK, new, list_page(title, rows, Live("", [], new)))
+
+
+def lines_of(state: RunState) -> Iterator[str]:
+    """Where a run is, in words."""
+    if state.place:
+        yield state.place
+    if state.word == "silent":
+        yield "It runs on another host, and nothing was heard of it for long: it may be dead."
+    if state.word == "dead":
+        yield "Its process is gone."
+    if state.word in ("dead", "stopped", "failed"):
+        yield "The same command continues: finished stages and the last checkpoint are kept."
+    if state.left and state.word != "done":
+        yield f"Left: {', '.join(state.left)}."
+    if state.seconds_left is not None:
+        end = datetime.fromtimestamp(time.time() + state.seconds_left)
+        yield f"About {clock(state.seconds_left)} to go, until {end:%H:%M}."
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET alone."""
+
+    server_version, sys_version = "rlhf", ""
+
+    def __init__(self, pages: Pages, *arguments: Any) -> None:
+        self._pages = pages
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        """One page."""
+        assert isinstance(self.server, ThreadingHTTPServer)
+        ours = (f"{HOST}:{self.server.server_port}", f"localhost:{self.server.server_port}")
+        if self.headers.get("Host") not in ours:  # a page of somebody's whose name now means this machine
+            self._send(Answer(HTTPStatus.MISDIRECTED_REQUEST))
+            return
+        stamp = self.headers.get("If-None-Match", "")
+        self._send(self._pages.answer(urlsplit(self.path).path, stamp))
+
+    def _send(self, answer: Answer) -> None:
+        text = answer.page
+        if not text and answer.status is not HTTPStatus.NOT_MODIFIED:
+            text = f"<!doctype html><title>rlhf</title><p>{answer.status.phrase}</p>"
+        body = text.encode()
+        self.send_response(answer.status)
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        if answer.stamp:
+            self.send_header("ETag", answer.stamp)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Say nothing of each request: the page asks every two seconds."""
+
+
+def _stamp(*parts: object) -> str:
+    return sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def _written(path: Path) -> str:
+    if not path.exists():
+        return ""
+    found = path.stat()
+    return f"{found.st_mtime_ns} {found.st_size}"
+
+
+def _time(directory: Path) -> float:
+    return (directory / "summary.json").stat().st_mtime
