@@ -1,0 +1,132 @@
+"""The page in a real browser: opened, clicked through, light and dark, wide and narrow, and live."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from helpers.pages import make_run
+from rlhf.cli.watch import HOST, make_server
+from rlhf.report.page.write import write_page
+
+CHROMIUM = Path("/usr/bin/chromium")
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script>"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str | None:
+    """The accessibility checker, where npm's cache has it."""
+    directory = tmp_path_factory.mktemp("axe")
+    if shutil.which("npm") is None:
+        return None
+    pack = ["npm", "pack", "--offline", "axe-core@4.14.1"]
+    done = subprocess.run(pack, cwd=directory, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    with tarfile.open(directory / done.stdout.split()[-1]) as archive:
+        file = archive.extractfile("package/axe.min.js")
+        assert file is not None
+        return file.read().decode()
+
+
+def opened(
+    browser: Browser, address: str, scheme: str = "light", width: int = 1280
+) -> tuple[Page, list[str]]:
+    """A page, and what goes wrong in it: messages of its console, and requests that leave it."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900},
+        color_scheme="dark" if scheme == "dark" else "light",
+    )
+    page, wrong = context.new_page(), []
+    page.on("console", lambda message: wrong.append(message.text) if message.type != "log" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(address) else wrong.append(request.url))
+    page.goto(address)
+    return page, wrong
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_clicked_through(
+    chromium: Browser, axe: str | None, tmp_path: Path, scheme: str, width: int
+) -> None:
+    path = write_page(make_run(tmp_path, HOSTILE, num_prompts=25, num_steps=40))
+    page, wrong = opened(chromium, path.as_uri(), scheme, width)
+    for name in page.locator("nav a").all():
+        name.click()
+    for more in page.locator("summary").all():
+        more.scroll_into_view_if_needed()
+        more.click()
+    expect(page.locator("figure canvas")).to_have_count(page.locator("figure.chart").count())
+    kl = page.locator("figure.chart", has_text="ppo/kl")
+    assert kl.locator("tbody tr").count() == 40
+    assert kl.locator("tbody tr").last.inner_text().split() == ["39", "3.9"]
+    kl.locator(".u-over").hover()
+    assert kl.locator(".legend").inner_text().startswith("step ")
+    answers = page.locator("#answer-list article")
+    assert answers.count() == 10 and answers.first.inner_text().count("<img") == 3
+    page.click("#later")
+    page.click("#later")
+    assert page.inner_text("#answer-count") == "21 to 25 of 25 prompts"
+    page.fill("#search", "no such words")
+    assert page.inner_text("#answer-count") == "0 to 0 of 0 prompts"
+    page.fill("#search", "ONERROR")
+    page.select_option("#filter", "worse")
+    assert answers.count() == 0
+    page.select_option("#filter", "all")
+    page.select_option("#left", "base")
+    assert "base · 0 tokens" in answers.first.inner_text()
+    assert page.title() == "Run demo" and wrong == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    if axe is not None:
+        page.evaluate(axe)
+        found = page.evaluate("axe.run()")["violations"]
+        assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
+    page.context.close()
+
+
+def test_a_live_page_follows_the_run(chromium: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path, num_prompts=3)
+    with make_server(tmp_path / "runs", "", "0") as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            address = f"http://{HOST}:{server.server_port}/"
+            page, wrong = opened(chromium, address)
+            page.fill("#search", "love")
+            kl = page.locator("figure.chart", has_text="ppo/kl")
+            kl.locator("summary").click()
+            with (run / "metrics.jsonl").open("w") as file:
+                for step in range(9):
+                    line = {"stage": "ppo", "step": step, "time": 1.0, "ppo/kl": 7.5, "ppo/score": 1.0}
+                    file.write(json.dumps(line) + "\n")
+            kl.locator("tbody tr", has_text="7.5").last.wait_for()
+            assert kl.locator("tbody tr").count() == 9  # it stayed open, with the new figures
+            assert page.input_value("#search") == "love"
+            page.locator("a", has_text="all runs").click()
+            page.locator("a", has_text="demo").click()
+            assert page.title() == "Run demo" and wrong == []
+        finally:
+            server.shutdown()
+            thread.join()
