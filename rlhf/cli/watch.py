@@ -55,14 +55,13 @@ def watch(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         return DONE
     root, name = Path(keys["runs_dir"]), keys["run_name"]
     shown = chosen(root, name)
-    with make_server(root, name, keys["port"]) as server:
-        print(
-            f"{shown}: http://{HOST}:{server.server_port}/ (Ctrl-C ends the watch, not the run)", flush=True
-        )
-        try:
+    try:
+        with make_server(root, name, keys["port"]) as server:
+            address = f"http://{HOST}:{server.server_port}/"
+            print(f"{shown}: {address} (Ctrl-C ends the watch, not the run)", flush=True)
             server.serve_forever(poll_interval=0.2)
-        except KeyboardInterrupt:
-            print()
+    except KeyboardInterrupt:
+        print()
     return DONE
 
 
