@@ -119,7 +119,7 @@ class GenerateStage(Stage):
             "A prompt gives a pair only if two of its answers have different scores."
         )
 
-    def check_offers(self, said: str) -> None:
+    def check_offers(self, said: str, chain: Mapping[str, Stage]) -> None:
         """There are answers to held-out prompts."""
         if "held_out" not in self.splits:
             raise ConfigError(
@@ -127,7 +127,7 @@ class GenerateStage(Stage):
                 f"are no held-out rows. Set {self.name}.splits=[train,held_out]."
             )
 
-    def offered_lengths(self, on: CostContext) -> LengthStats:
+    def offered_lengths(self, on: CostContext, chain: Mapping[str, Stage]) -> LengthStats:
         """Every prompt's pairs, with answers as long as they may be."""
         prompts = self.prompts(on)
         return prompts._replace(

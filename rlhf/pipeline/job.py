@@ -70,6 +70,10 @@ class Job:
     experiment: Experiment | None = None
     """All stages and settings, for a stage that is about the others."""
     summary: dict[str, float] | None = field(default=None)
+    recorded: str = ""
+    """Of a stage that `records`: the digest of what it publishes of its record."""
+    ending: KeyboardInterrupt | None = None
+    """A signal that ended the stage early, with something to publish: the run ends once that is done."""
 
     @property
     def will_sample(self) -> bool:

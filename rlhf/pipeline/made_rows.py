@@ -68,7 +68,7 @@ def check_made(stage: Stage, chain: Mapping[str, Stage]) -> None:
     """
     for role, source in made_roles(stage, chain).items():
         assert source.stage is not None
-        chain[source.stage].check_offers(f"{ROLES[role].key}={source}")
+        chain[source.stage].check_offers(f"{ROLES[role].key}={source}", chain)
 
 
 def data_of(stage: Stage, prepared: Path, chain: Mapping[str, Stage], made: Path) -> PreparedData:
@@ -149,7 +149,7 @@ def context_of(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> Cos
         if name not in makers:
             return sizes(name, split)
         maker = chain[makers[name]]
-        found = maker.offered_lengths(context_of(maker, chain, on))
+        found = maker.offered_lengths(context_of(maker, chain, on), chain)
         share = dict(chain["prepare"])["held_out_fraction"]
         return found._replace(rows=max(1, round(found.rows * (share if split == "held_out" else 1 - share))))
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES
-from rlhf.data.schema import Message, PromptRow, Row, text_of
+from rlhf.data.schema import Message, PromptRow, Row
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.stage import Stage
@@ -21,7 +21,7 @@ from rlhf.rewards.kinds import RewardMix, RewardPart, keyed_parts, reward_kind, 
 from rlhf.rewards.reward import with_token_ids
 
 ROWS = 2
-PROMPT = PromptRow([Message(role="user", content="Is this a test?")])
+PROMPT = PromptRow([Message(role="user", content="Is this a test?")], columns={"completion": "No."})
 """For a stage that reads no data."""
 ANSWER = "Yes."
 """The answer to a prompt that comes without one."""
@@ -86,7 +86,7 @@ def check_columns(key: str, part: RewardPart, stage: Stage, data: PreparedData) 
     """
     for name in sorted(reward_kind(part.source).needs(part)):
         seen: dict[str, None] = {}
-        for row, _ in some_rows(stage, data):
+        for row, _ in some_rows(stage, data) if stage.datasets() else [(PROMPT, ANSWER)]:
             seen |= dict.fromkeys(row.columns)
             if name in row.columns:
                 break
@@ -104,6 +104,5 @@ def some_rows(stage: Stage, data: PreparedData) -> Iterator[tuple[PromptRow, str
         rows: Sequence[Row] = data.rows(role, ROLES[role].splits[0])
         for row in rows:
             prompt, answer = row.exchanges()[0]
-            text = None if answer is None else text_of(answer)
-            asked = row if isinstance(row, PromptRow) else PromptRow(prompt, columns={"completion": text})
-            yield asked, ANSWER if text is None else text
+            asked = row if isinstance(row, PromptRow) else PromptRow(prompt, columns={"completion": answer})
+            yield asked, ANSWER if answer is None else answer

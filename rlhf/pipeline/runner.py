@@ -218,7 +218,9 @@ class Pipeline:
     ) -> Artifact:
         """The stage's artifact, from the store or made now."""
         stage, run = self.experiment.stages[name], self.results
-        recipe = self.recipe(stage, artifacts)
+        recipe = self.compute.main_only(
+            lambda: self.recipe(stage, artifacts)
+        )  # a record may be on its disk alone
         key = recipe_key(recipe)
         forced = self.is_forced(stage)
 
@@ -331,6 +333,9 @@ class Pipeline:
         if self.compute.is_main:
             shutil.rmtree(rows, ignore_errors=True)  # on NFS its files may still be mapped
         assert job.summary is not None, f"{name} ended without publishing"
+        if stage.records:
+            recipe = recipe | {"recorded": job.recorded}
+            key = recipe_key(recipe)
         seconds, peak = job.checkpoints.spent(), peak_bytes(self.compute, is_measured=is_measured)
 
         def publish(metrics: dict[str, float] = job.summary) -> Artifact:
@@ -347,6 +352,8 @@ class Pipeline:
         run.record(name, "ran", key, artifact, seconds)
         cost = job.checkpoints.cost()
         self.console.print(f"[cyan]{name}[/] done in {clock(seconds)}{cost}", highlight=False)
+        if job.ending is not None:
+            raise job.ending
         return artifact
 
     def explain(self, recipe: Recipe) -> str:
@@ -506,6 +513,8 @@ class Pipeline:
             return None
         if found is None or found.manifest.input_digests != self.input_digests(stage, artifacts):
             return None
+        if not stage.suffices(found.manifest.metrics):
+            return None
         return found
 
     def recipe(self, stage: Stage, artifacts: Mapping[str, Artifact]) -> Recipe:
@@ -521,6 +530,8 @@ class Pipeline:
         if stage.datasets():  # the content of the prepared sets, not the key of `prepare`: see docs/store.md
             files, names = artifacts["prepare"].manifest.files, map(stage.own_role, stage.datasets())
             recipe["data"] = {role: role_digest(role, files) for role in names if role not in made}
+        if stage.records:
+            recipe["recorded"] = stage.recorded(artifacts, self.external_digests[stage.name])
         if made:
             recipe["rows"] = preparing(stage, self.experiment.stages)
         if stage.reads_base_model():

@@ -25,6 +25,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.start import directory_of, init_digest, init_in_key, inputs_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.recipe import kind_of
+from rlhf.pipeline.store import Artifact
 from rlhf.rewards.kinds import RewardMix, keyed_parts, reward_digest, stage_of
 from rlhf.tracking.redaction import redacted
 
@@ -85,6 +86,9 @@ class Stage(Strict, ABC):
     """Whether `stage=all` runs it; others run only where they are named."""
     is_timed: ClassVar[bool] = False
     """Whether it says how long sampling took, so that `vllm.*` decide the result."""
+    records: ClassVar[bool] = False
+    """Whether it adds to a file outside the store while it runs. The digest of what it publishes of that
+    (`recorded`) is in its key: taken before it runs, and again from the job when it is done."""
     cacheable: ClassVar[bool] = True
     """Whether its artifact is taken instead of running it again."""
     roles: ClassVar[Mapping[str, Role]] = {}
@@ -141,19 +145,33 @@ class Stage(Strict, ABC):
         """How to have it make more rows for others, in the user's own keys."""
         raise NotImplementedError
 
-    def check_offers(self, said: str) -> None:
+    def check_offers(self, said: str, chain: Mapping[str, Stage]) -> None:
         """Refuse to make rows for others where the knobs are sure to give none.
 
         Args:
             said: the key that wants them, and its value.
+            chain: all stages, where others' knobs decide too.
 
         Raises:
             ConfigError: in the user's own keys.
         """
 
-    def offered_lengths(self, on: CostContext) -> LengthStats:
+    def offered_lengths(self, on: CostContext, chain: Mapping[str, Stage]) -> LengthStats:
         """How many rows it makes for others (`offers`), and how long, at most: for a cost."""
         raise NotImplementedError
+
+    def recorded(self, inputs: Mapping[str, Artifact], external: Mapping[str, str]) -> str:
+        """Of a stage that `records`: the digest of what it has recorded so far.
+
+        Args:
+            inputs: finished artifacts, with those that it reads.
+            external: its `external_digests`.
+        """
+        raise NotImplementedError
+
+    def suffices(self, metrics: Mapping[str, float]) -> bool:
+        """Whether an artifact with these summary metrics is taken instead of running the stage again."""
+        return True
 
     def needs(self, chain: Mapping[str, Stage]) -> tuple[str, ...]:
         """Those of `datasets` that it cannot do without: a run that lacks their data is refused."""

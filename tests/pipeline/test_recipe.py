@@ -156,7 +156,7 @@ def test_rows_that_are_not_made_yet_are_counted_as_the_most_that_there_can_be() 
         ({"dpo": {}}, [], "instances.dpo: write STAGE@LABEL"),
         ({"dpo@2": [1]}, [], r"instances.dpo@2=\[1\]: it must be a mapping of keys of dpo"),
         ({"dpo@2": {"data": "stage:generat"}}, [], "stage:generat: there is no such stage. Did you mean"),
-        ({"dpo@2": {"data": "stage:sft"}}, [], "sft makes no such rows. Stages that do: generate"),
+        ({"dpo@2": {"data": "stage:sft"}}, [], "sft makes no such rows. Stages that do: label, generate"),
         (
             {"dpo@2": {"data": "stage:generate@2"}, "generate@2": {"policy": "dpo@2"}},
             ["stage=dpo@2"],

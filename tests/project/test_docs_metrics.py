@@ -16,7 +16,8 @@ from rlhf.pipeline.stage import INTERVAL
 
 DOCS = Path(__file__).parents[2] / "docs"
 STAGES = (
-    "prepare", "sft", "reward", "generate", "ppo", "grpo", "dpo", "merge", "evaluate", "compare", "plan"
+    "prepare", "sft", "reward", "generate", "ppo", "grpo", "dpo", "merge", "evaluate", "compare", "plan",
+    "label",
 )  # fmt: skip
 PLACES = {
     "POLICY": r"\w+",
@@ -63,7 +64,8 @@ def logged(finished_chain: tuple[Chain, Outcome]) -> dict[str, set[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf.costs.hardware, "CALIBRATION_SECONDS", 0.1)
         beside = chain.run(
-            "stage=[merge,compare,plan,grpo,dpo]", *GROUPS, "compare.num_questions=2",
+            "stage=[merge,compare,plan,grpo,dpo,label]", *GROUPS, "label.annotator=rule",
+            "label.reward=vader", "compare.num_questions=2",
             "compare.max_new_tokens=4", "dpo.loss=kto", "dpo.batch_rows=8",
         )  # fmt: skip
     assert beside.code == 0, beside.err

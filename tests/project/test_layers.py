@@ -27,7 +27,7 @@ ROWS = (
     ("generation", "rewards"),
     ("evaluation", "costs"),
     ("pipeline",),
-    ("supervised", "ppo", "compare", "planner", "report"),
+    ("supervised", "ppo", "compare", "planner", "report", "label"),
     ("stages",),
     ("cli",),
     ("__main__",),

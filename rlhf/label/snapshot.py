@@ -1,0 +1,233 @@
+"""The votes of one moment as rows and figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rlhf.config import ConfigError
+from rlhf.data.sources import SourceConfig
+from rlhf.digests import digest_of
+from rlhf.label.agreement import krippendorff_alpha, mean_kappa, ordinal
+from rlhf.label.draw import Draw
+from rlhf.label.pairs import Pair, pair_and_better, pair_as_named, rows_of
+from rlhf.label.votes import Choice, Given, Vote
+
+CHOICES: tuple[Choice, ...] = ("first", "second", "tie", "both_bad", "skip")
+IN_ORDER = ("second", "even", "first")
+"""From the lowest to the highest: `even` is a tie, or both answers are bad."""
+
+
+class Snapshot:
+    """What a stage publishes of its votes."""
+
+    def __init__(self, votes: Iterable[Vote], pairs: Collection[str], annotator: str | None) -> None:
+        """Args:
+        votes: those of the stage, in their order.
+        pairs: the ids of the pairs that it asks about. Of others only imported votes count.
+        annotator: the one whose votes count; None for those of people (`MACHINE` is in no person's name).
+        """
+        self.all = [
+            vote
+            for vote in votes
+            if (vote.purpose == "imported" or vote.pair.id in pairs)
+            and (vote.annotator == annotator if annotator else MACHINE not in vote.annotator)
+        ]
+        firsts: dict[tuple[str, str], Vote] = {}
+        for vote in self.all:
+            if vote.purpose != "check" and vote.choice != "skip":
+                firsts.setdefault((vote.annotator, vote.pair.id), vote)
+        self.counted = [*firsts.values()]
+        """Of each annotator and pair one vote, without checks and skips: `label.votes` counts these."""
+
+    @property
+    def digest(self) -> str:
+        """Of everything that is published of them: a part of the artifact's key."""
+        return digest_of([
+            [
+                vote.annotator, vote.pair.id, vote.pair.predicted, vote.left, vote.purpose, vote.choice,
+                vote.comment, vote.shown, vote.at,
+            ]
+            for vote in self.all
+        ])  # fmt: skip
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A preference row for each pair of which one answer has more votes than the other."""
+        by_pair: dict[str, list[Vote]] = {}
+        for vote in self.counted:
+            by_pair.setdefault(vote.pair.id, []).append(vote)
+        for votes in by_pair.values():
+            said, pair = Counter(vote.choice for vote in votes), votes[0].pair
+            if said["first"] == said["second"]:
+                continue
+            better, worse = ("first", "second") if said["first"] > said["second"] else ("second", "first")
+            makers = {
+                "chosen_by": getattr(pair, f"{better}_by"), "rejected_by": getattr(pair, f"{worse}_by")
+            }  # fmt: skip
+            yield {
+                "prompt": pair.prompt,
+                "chosen": getattr(pair, better),
+                "rejected": getattr(pair, worse),
+                "annotators": [vote.annotator for vote in votes],
+                "times": [_time(vote.at) for vote in votes],
+                "votes": {
+                    "chosen": said[better], "rejected": said[worse], "tie": said["tie"],  # type: ignore[index]
+                    "both_bad": said["both_bad"],
+                },
+            } | {name: maker for name, maker in makers.items() if maker}  # fmt: skip
+
+    def vote_rows(self) -> Iterator[dict[str, Any]]:
+        """Every vote, as `label.imports` reads it."""
+        for vote in self.all:
+            pair = vote.pair
+            yield {
+                "prompt": pair.prompt, "first": pair.first, "second": pair.second, "choice": vote.choice,
+                "annotator": vote.annotator, "time": _time(vote.at), "shown": _time(vote.shown),
+                "left": vote.left, "purpose": vote.purpose, "comment": vote.comment,
+                "first_by": pair.first_by, "second_by": pair.second_by,
+            }  # fmt: skip
+
+    def agreement(self) -> dict[str, float]:
+        """Of random pairs that several people judged; without what cannot be told yet."""
+        judged: dict[str, dict[str, str]] = {}
+        for vote in self.counted:
+            if vote.purpose == "random":
+                said = vote.choice if vote.choice in ("first", "second") else "even"
+                judged.setdefault(vote.pair.id, {})[vote.annotator] = said
+        several = {pair: said for pair, said in judged.items() if len(said) > 1}
+        units = [[*said.values()] for said in several.values()]
+        found = {
+            "alpha": krippendorff_alpha(units, IN_ORDER),
+            "alpha_ordinal": krippendorff_alpha(units, IN_ORDER, ordinal),
+            "kappa": mean_kappa(several),
+        }
+        return {"overlap_pairs": float(len(several))} | {
+            name: value for name, value in found.items() if value is not None
+        }
+
+    def seconds_per_vote(self) -> float | None:
+        """The median time that a page took."""
+        spent = [vote.at - vote.shown for vote in self.all if vote.at is not None and vote.shown is not None]
+        return statistics.median(spent) if spent else None
+
+    def metrics(self, draw: Draw) -> dict[str, float]:
+        """Summary metrics. A share of nothing is left out."""
+        import torch
+
+        from rlhf.evaluation.intervals import share
+
+        said = Counter(vote.choice for vote in self.counted)
+        found = {
+            "votes": float(len(self.counted)),
+            "pairs": float(sum(1 for _ in self.rows())),
+            "ties": float(said["tie"]),
+            "both_bad": float(said["both_bad"]),
+            "skips": float(sum(vote.choice == "skip" for vote in self.all)),
+            "annotators": float(len({vote.annotator for vote in self.counted})),
+            "pairs_open": float(self.open_pairs(draw)),
+            **self.agreement(),
+        }
+        seconds = self.seconds_per_vote()
+        if seconds is not None:
+            found["seconds_per_vote"] = seconds
+        clear = [vote for vote in self.counted if vote.choice in ("first", "second")]
+        on_page = [vote for vote in clear if vote.shown is not None and vote.purpose != "imported"]
+        shares = {
+            "left_share": [vote.choice == vote.left for vote in on_page],
+            "longer_share": [
+                (vote.choice == "first") == (len(vote.pair.first) > len(vote.pair.second))
+                for vote in clear
+                if len(vote.pair.first) != len(vote.pair.second)
+            ],
+            "reward_accuracy": [
+                (vote.choice == "first") == (vote.pair.predicted > 0)
+                for vote in on_page
+                if vote.purpose == "random" and vote.pair.predicted
+            ],
+            "check_agreement": [*self.checks()],
+        }
+        for name, right in shares.items():
+            if right:
+                found |= share(torch.tensor(right, dtype=torch.float64)).metrics(name)
+        return found
+
+    def checks(self) -> Iterator[bool]:
+        """For each pair that was shown to somebody again: whether they said the same."""
+        before = {(vote.annotator, vote.pair.id): vote.choice for vote in self.counted}
+        for vote in self.all:
+            first = before.get((vote.annotator, vote.pair.id))
+            if vote.purpose == "check" and vote.choice != "skip" and first is not None:
+                yield vote.choice == first
+
+    def open_pairs(self, draw: Draw) -> int:
+        """How many pairs still want a vote."""
+        said = Counter(vote.pair.id for vote in self.counted)
+        return sum(said[pair] < wanted for pair, wanted in draw.wanted.items())
+
+
+MACHINE = ":"
+"""In the name of every annotator that is no person."""
+
+
+def imported(sources: Iterable[SourceConfig], key: str) -> Iterator[Given]:
+    """The votes in files of somebody else's tool: rows with prompt, first, second and choice (first, second,
+    tie, both_bad or skip); or preference rows. `annotator`, `time` and `comment` are read where they are.
+
+    Raises:
+        ConfigError: a row that is none.
+    """
+    for source in sources:
+        for where, raw in rows_of(source, key):
+            found = _vote_of(where, raw, key)
+            if found is not None:
+                pair, choice = found
+                by = str(raw.get("annotator") or source.name).replace(MACHINE, "-")
+                at = _seconds(raw.get("time"), where, key)
+                yield Given(by, pair, choice, "imported", str(raw.get("comment") or ""), at)
+
+
+def _vote_of(where: str, raw: Mapping[str, Any], key: str) -> tuple[Pair, Choice] | None:
+    if "choice" not in raw:
+        return pair_and_better(where, raw, key)
+    choice = raw["choice"]
+    if choice not in CHOICES:
+        raise ConfigError(f"{key}: {where}: choice={choice!r}. It must be one of {', '.join(CHOICES)}.")
+    found = pair_as_named(where, raw, key)
+    if found is None:
+        return None
+    pair, as_here = found
+    swapped: dict[Choice, Choice] = {"first": "second", "second": "first"}
+    return pair, choice if as_here else swapped.get(choice, choice)
+
+
+def _seconds(value: Any, where: str, key: str) -> float | None:
+    """Seconds since 1970, from a number or an ISO 8601 time."""
+    if value is None or value == "":
+        return None
+    try:
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).timestamp()
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{key}: {where}: time={value!r}. Write seconds since 1970, or a time such as "
+            f"2026-01-31T12:00:00+00:00."
+        ) from None
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def preference_rows(snapshot: Snapshot, before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an earlier snapshot, then this one's; of a pair that both have, this one's."""
+    own = [*snapshot.rows()]
+    known = {_sides(row) for row in own}
+    return [*(row for row in before if _sides(row) not in known), *own]
+
+
+def _sides(row: Mapping[str, Any]) -> str:
+    return digest_of([row["prompt"], *sorted((row["chosen"], row["rejected"]))])

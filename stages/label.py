@@ -1,0 +1,362 @@
+"""Judge pairs of answers: people on a page, a rule, a reward model or a language model.
+
+Reads   the answers of `generate` stages, or a file of pairs; votes that other tools wrote.
+Writes  pairs.jsonl (preference rows, which `reward.pairs` and `dpo.data` read as `stage:label`); votes.jsonl
+        (every vote, which `label.imports` reads).
+
+Votes live in `label.file`, outside the store, where no `gc` and no `force=` can reach them. The artifact is a
+snapshot of them. `prepare` could not have them as a data source: the file is written while the run goes on,
+and a source's digest is taken when the run begins. So the rows go the way of all rows that a stage makes
+(rlhf/pipeline/made_rows.py): they are split and tokenised right before the stage that reads them. And the key
+of the artifact has the digest of the votes themselves (`records`): it is taken before the stage runs, to see
+whether there is a snapshot of just these votes, and again when it ends. So the same votes are the same
+artifact, whenever it was made, and what learned from it is reused. One vote more is another artifact; the old
+one and what learned from it stay.
+
+Ctrl-C publishes what is there and ends the run (exit code 130), as it does everywhere. The same command asks
+on, until there are `label.votes`. To go on in the chain with what is there, set `label.votes` to that number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+
+from rlhf.config import ConfigError
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
+from rlhf.data.prepared import LengthStats
+from rlhf.data.schema import PromptRow
+from rlhf.data.sources import SourceConfig
+from rlhf.digests import DirectoryDigest, digest_of, directory_digest
+from rlhf.label.draw import Draw, DrawConfig
+from rlhf.label.pairs import Pair, pairs_of_answers, pairs_of_file, rows_in
+from rlhf.label.server_config import ServerConfig
+from rlhf.label.snapshot import MACHINE, Snapshot, imported, preference_rows
+from rlhf.label.votes import Choice, Given, VotesFile, votes_in
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.recipe import kind_of
+from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.store import Artifact
+from rlhf.rewards.kinds import RewardMix, RewardSource, models_of, parts_of
+
+if TYPE_CHECKING:
+    from rlhf.distributed.compute import Compute
+
+Person = Annotated[str, Field(pattern=r"^[\w-]{1,40}$")]
+
+
+class LabelStage(Stage):
+    """The keys `label.*`. Values: conf/stages/label.yaml."""
+
+    name: ClassVar[str] = "label"
+    version: ClassVar[int] = 1
+    in_chain: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False
+    records: ClassVar[bool] = True
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "votes": ("votes", ",.0f"),
+        "pairs": ("pairs", ",.0f"),
+        "alpha": ("agreement (alpha)", "z.2f"),
+    }
+    offers: ClassVar[Mapping[str, str]] = {"pairs": "pairs.jsonl", "dpo": "pairs.jsonl"}
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {"file", "votes", "annotators", "server", "draw", "pairs", "imports", "micro_batch_tokens"}
+    )
+
+    file: str
+    """The file of votes, which is made if it is not there. It is yours: no other command changes it. Keep it
+    on a disk of this machine, and copy it as you copy data."""
+    annotator: Literal["human", "rule", "reward_model", "judge"]
+    """Who judges: people on a page, or `label.reward`: a rule, a reward model, or a language model."""
+    reward: RewardSource | None
+    """What judges; with annotator=human it predicts the gaps by which pairs are chosen (null: the scores that
+    `generate` wrote, if it wrote some)."""
+    answers: list[str]
+    """The `generate` stages whose answers are judged. Of one stage, two answers to a prompt make a pair; of
+    two stages, an answer of each. Not used with `label.pairs`."""
+    pairs: SourceConfig | None
+    """A file of pairs, instead: rows with prompt, first and second, or with prompt, chosen and rejected."""
+    pairs_per_prompt: PositiveInt
+    """At most so many pairs of answers to one prompt."""
+    before: str | None
+    """A `label` stage whose pairs this one's are added to, such as that of the round before."""
+    imports: list[SourceConfig]
+    """Files with votes of other tools, which are written into `label.file` once: rows with prompt, first,
+    second and choice, or with prompt, chosen and rejected."""
+    votes: PositiveInt
+    """It ends at so many votes, or when no pair is left. Skips, attention checks and votes that were taken
+    back do not count. The votes of `label.before` do not count either."""
+    tie_gap: NonNegativeFloat
+    """Scores that differ by no more are a tie; where people judge, it is not used."""
+    annotators: list[Person] = Field(min_length=1)
+    """The people who judge. Each gets a link of their own, which is printed once."""
+    draw: DrawConfig
+    server: ServerConfig
+    micro_batch_tokens: PositiveInt
+    """Tokens per forward pass of a reward model."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> LabelStage:
+        if self.annotator == "human":
+            if len({*self.annotators}) < len(self.annotators):
+                raise ValueError("annotators: two have one name. Rename one")
+            return self
+        if self.reward is None:
+            raise ValueError(f"annotator={self.annotator} needs reward: what judges, such as reward=vader")
+        models, parts = models_of(self.reward), parts_of(self.reward)
+        kinds = {"judge" if part.source.startswith("judge:") else "rule" for part in parts}
+        kind = "reward_model" if len(models) == len(parts) else "judge" if kinds == {"judge"} else "rule"
+        if kind != self.annotator:
+            raise ValueError(
+                f"annotator={self.annotator}: reward={self.reward} is of another kind. Use annotator={kind}"
+            )
+        return self
+
+    def inputs(self) -> tuple[str, ...]:
+        """The stages whose answers it shows, and the snapshot before."""
+        found = (*super().inputs(), *self.answering_stages(), *filter(None, [self.before]))
+        return tuple(dict.fromkeys(found))
+
+    def answering_stages(self) -> list[str]:
+        """The `generate` stages whose answers are judged."""
+        return [] if self.pairs is not None else self.answers
+
+    def rewards(self) -> Mapping[str, str | RewardMix]:
+        """What judges, or predicts."""
+        return {} if self.reward is None else {f"{self.name}.reward": self.reward}
+
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return (
+            "votes", "pairs", "ties", "both_bad", "skips", "annotators", "pairs_open", "overlap_pairs",
+            "alpha", "alpha_ordinal", "kappa", "seconds_per_vote", "left_share", "longer_share",
+            "reward_accuracy", "check_agreement", "pairs_before", "judge_*",
+        )  # fmt: skip
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """What it reads is of the right kind.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
+        if self.pairs is not None and self.pairs.stage is not None:
+            raise ConfigError(
+                f"{self.name}.pairs={self.pairs}: name a file. Answers of stages are "
+                f"{self.name}.answers=[NAME]."
+            )
+        if self.pairs is None and len(self.answers) not in (1, 2):
+            raise ConfigError(
+                f"{self.name}.answers=[{', '.join(self.answers)}]: name one generate stage or two, or "
+                f"{self.name}.pairs=FILE."
+            )
+        before = [] if self.before is None else [self.before]
+        for key, names, kind in (
+            ("answers", self.answering_stages(), "generate"),
+            ("before", before, "label"),
+        ):
+            for name in names:
+                if kind_of(name) != kind:
+                    raise ConfigError(
+                        f"{self.name}.{key}: {name} is no {kind} stage. Name {kind}, or an instance "
+                        f"such as {kind}@2."
+                    )
+
+    def check_compute(self, compute: Compute) -> None:
+        """People judge in a run of one process.
+
+        Raises:
+            ConfigError: there are more.
+        """
+        if self.annotator == "human" and compute.world_size > 1:
+            raise ConfigError(
+                f"{self.name}.annotator=human: {compute.world_size} processes would wait for people. "
+                f"Let them "
+                f"judge first, with stage={self.name} launch.processes=1; then run the rest, which "
+                f"finds the votes."
+            )
+
+    def check_offers(self, said: str, chain: Mapping[str, Stage]) -> None:
+        """There may be held-out rows: the answers to held-out prompts."""
+        for name in self.answering_stages():
+            chain[name].check_offers(said, chain)
+
+    def offer_advice(self) -> str:
+        """How to get more rows."""
+        return (
+            f"{self.name} makes these rows, one for each pair with a better answer: raise {self.name}.votes."
+        )
+
+    def offered_lengths(self, on: CostContext, chain: Mapping[str, Stage]) -> LengthStats:
+        """As many pairs as votes, with answers as long as they may be; a file's by its characters."""
+        if self.pairs is not None:
+            texts = [
+                (sum(len(each["content"]) for each in pair.prompt) + max(len(pair.first), len(pair.second)))
+                / 3
+                for pair in pairs_of_file(self.pairs, f"{self.name}.pairs")
+            ]
+            mean = sum(texts) / max(1, len(texts))
+            found = LengthStats(len(texts), mean, 0.0, round(max(texts, default=0.0)))
+        else:
+            found = chain[self.answers[0]].offered_lengths(on, chain)
+        rows = min(found.rows, self.votes)
+        if self.before is not None:
+            rows += chain[self.before].offered_lengths(on, chain).rows
+        return found._replace(rows=rows)
+
+    def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+        """Those of the reward, and of the files with pairs and votes; not of `label.file`: see `recorded`."""
+        found = super().external_digests(digest)
+        files = {f"{self.name}.imports[{number}]": each for number, each in enumerate(self.imports)}
+        if self.pairs is not None:
+            files[f"{self.name}.pairs"] = self.pairs
+        return found | {key: source.reading_digest(key) for key, source in files.items()}
+
+    def recorded(self, inputs: Mapping[str, Artifact], external: Mapping[str, str]) -> str:
+        """Digest of the votes that there are on its pairs."""
+        votes = votes_in(Path(self.file), self.name)
+        if not votes:
+            return Snapshot([], [], None).digest
+        pairs = self.to_judge(inputs)
+        return Snapshot(votes, {pair.id for pair in pairs}, self.machine(inputs, external)).digest
+
+    def suffices(self, metrics: Mapping[str, float]) -> bool:
+        """There are enough votes, or no pair is left."""
+        return metrics["votes"] >= self.votes or metrics["pairs_open"] == 0
+
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+        """Nothing worth counting: a reward model reads each answer once, and holds less than its training."""
+        return StageCost()
+
+    def run(self, job: Job) -> None:
+        """Collect votes, and publish those that there are."""
+        self.check_compute(job.compute)
+        pairs, usage = self.predicted(job, self.to_judge(job.inputs))
+        found = job.compute.main_only(lambda: self.collect(job, pairs))
+        job.recorded = found.pop("recorded")
+        job.publish({**found, **usage})
+
+    def to_judge(self, inputs: Mapping[str, Artifact]) -> list[Pair]:
+        """Its pairs.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if self.pairs is not None:
+            said, found = f"{self.name}.pairs={self.pairs}", pairs_of_file(self.pairs, f"{self.name}.pairs")
+        else:
+            said = f"{self.name}.answers=[{', '.join(self.answers)}]"
+            files = {name: inputs[name].path / "responses.jsonl" for name in self.answers}
+            found = pairs_of_answers(files, self.pairs_per_prompt)
+        if not found:
+            raise ConfigError(
+                f"{said}: there are no two different answers to one prompt. Let it answer more prompts."
+            )
+        return found
+
+    def machine(self, inputs: Mapping[str, Artifact], external: Mapping[str, str]) -> str | None:
+        """The annotator's name if no person judges. It has a digest of all that decides its votes."""
+        if self.annotator == "human":
+            return None
+        models = {name: inputs[name].key for name in super().inputs() if name in inputs}
+        decides = digest_of(
+            [self.model_dump(mode="json", include={"reward", "tie_gap"}), {**external}, models]
+        )
+        return f"{self.annotator}{MACHINE}{self.reward} ({decides[:8]})"
+
+    def predicted(self, job: Job, pairs: list[Pair]) -> tuple[list[Pair], dict[str, float]]:
+        """The pairs with what `label.reward` says of their gap, and what it counted. Without a reward, as
+        they are."""
+        from rlhf.rewards.combined import scored
+
+        if self.reward is None:
+            return pairs, {}
+        reward = job.reward(self.reward, self.micro_batch_tokens)
+        prompts = [PromptRow(pair.prompt, columns={OTHER: pair.second}) for pair in pairs]
+        first = scored(reward, prompts, [pair.first for pair in pairs])
+        if self.is_pairwise():  # 1, 0.5 or 0
+            return [
+                pair._replace(predicted=gap - 0.5)
+                for pair, gap in zip(pairs, first.score_B.tolist(), strict=True)
+            ], first.usage
+        prompts = [PromptRow(pair.prompt, columns={OTHER: pair.first}) for pair in pairs]
+        second = scored(reward, prompts, [pair.second for pair in pairs])
+        gaps = (first.score_B - second.score_B).tolist()
+        usage = {name: value + second.usage[name] for name, value in first.usage.items()}
+        return [pair._replace(predicted=gap) for pair, gap in zip(pairs, gaps, strict=True)], usage
+
+    def is_pairwise(self) -> bool:
+        """Whether a language model says which answer is better, instead of scoring each."""
+        parts = [] if self.reward is None else parts_of(self.reward)
+        return any(part.args.get("mode") == "pairwise" for part in parts)
+
+    def collect(self, job: Job, pairs: list[Pair]) -> dict[str, Any]:
+        """Ask for votes, write the snapshot's rows; its metrics, and its digest as `recorded`."""
+        machine = self.machine(job.inputs, job.external_digests)
+        pairs = [pair._replace(predicted=None) if _is_nan(pair.predicted) else pair for pair in pairs]
+        draw = Draw(pairs, self.draw, job.seed, 1 if machine else len(self.annotators))
+
+        def snapshot() -> Snapshot:
+            return Snapshot(file.votes(self.name), draw.pairs, machine)
+
+        with closing(VotesFile(Path(self.file), f"{self.name}.file")) as file:
+            file.add(self.name, imported(self.imports, f"{self.name}.imports"))
+            if machine:
+                file.add(self.name, self.judged(machine, draw, snapshot()))
+            elif len(snapshot().counted) < self.votes:
+                self.ask(job, file, draw)
+            found = snapshot()
+        if job.ending is not None and not found.counted:
+            raise job.ending
+        before = [] if self.before is None else rows_in(job.inputs[self.before].path / "pairs.jsonl")
+        rows = preference_rows(found, before)
+        job.write_rows("pairs.jsonl", rows)
+        job.write_rows("votes.jsonl", found.vote_rows())
+        metrics = (
+            found.metrics(draw) | {"pairs_before": float(len(before))} if before else found.metrics(draw)
+        )
+        return metrics | {"recorded": found.digest}
+
+    def judged(self, machine: str, draw: Draw, snapshot: Snapshot) -> Iterator[Given]:
+        """The votes that are still wanted, by the predicted gaps."""
+        known = {vote.pair.id for vote in snapshot.all}
+        wanted = self.votes - len(snapshot.counted)
+        for pair in draw.in_order():
+            if wanted <= 0:
+                return
+            if pair.id in known:
+                continue
+            choice: Choice = "skip"
+            if pair.predicted is not None:
+                choice = "first" if pair.predicted > 0 else "second"
+                choice = "tie" if abs(pair.predicted) <= self.tie_gap else choice
+                wanted -= 1
+            yield Given(machine, pair, choice, draw.purpose[pair.id])
+
+    def ask(self, job: Job, file: VotesFile, draw: Draw) -> None:
+        """Serve the page until there are enough votes, or Ctrl-C."""
+        from rlhf.label.desk import Desk
+        from rlhf.label.server import serve
+
+        desk = Desk(file, draw, self.name, self.annotators, self.votes)
+        console = job.progress.console
+        try:
+            with job.progress.task(f"{self.name}: votes", self.votes) as task:
+                serve(desk, self.server, lambda text: console.print(text, **PLAIN), task.advance)
+        except KeyboardInterrupt as stop:
+            job.ending = stop
+            console.print(f"{self.name}: stopped; {desk.progress().votes} votes are published", **PLAIN)
+
+
+OTHER = "completion"
+"""The column of a prompt that holds the other answer: a pairwise judge's `baseline` by default."""
+PLAIN: Mapping[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
+
+
+def _is_nan(value: float | None) -> bool:
+    return value is not None and math.isnan(value)

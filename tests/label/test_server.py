@@ -1,0 +1,253 @@
+"""The labelling page, served for real on 127.0.0.1 and used by browsers without JavaScript."""
+
+from __future__ import annotations
+
+import html
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import IO
+
+import httpx
+import pytest
+
+from helpers.labelling import LINK, Browser, answers_at, many, pair, served
+from rlhf.label.draw import DrawConfig
+from rlhf.label.server import BURST, COOKIE, MOST_BYTES, RateLimit
+from rlhf.label.votes import Vote, VotesFile, votes_in
+
+TESTS = Path(__file__).parents[1]
+
+
+def cast(path: Path) -> list[Vote]:
+    return votes_in(path, "label")
+
+
+def test_votes_are_on_the_disk_as_they_were_meant(tmp_path: Path) -> None:
+    path = tmp_path / "votes.sqlite"
+    with served(path, many(12), "ada") as (_, links):
+        ada = Browser(links["ada"])
+        for _ in range(6):
+            before = len(cast(path))
+            ada.prefer("good")
+            assert len(cast(path)) == before + 1, "before the next pair is shown"
+        assert ada.vote("tie", "both the same").status_code == 200
+        ada.vote("both_bad")
+        ada.vote("skip")
+    votes = cast(path)
+    assert all("good" in getattr(vote.pair, vote.choice) for vote in votes[:6])
+    assert [vote.choice for vote in votes[6:]] == ["tie", "both_bad", "skip"]
+    assert votes[6].comment == "both the same"
+    assert {vote.left for vote in votes} == {"first", "second"}, "places are drawn"
+    assert len({vote.pair.id for vote in votes}) == 9
+
+
+def test_a_vote_taken_back_is_asked_again_in_the_same_places(tmp_path: Path) -> None:
+    path = tmp_path / "votes.sqlite"
+    with served(path, many(4), "ada") as (_, links):
+        ada = Browser(links["ada"])
+        first = ada.answers
+        ada.vote("left")
+        assert ada.answers != first
+        ada.undo()
+        assert ada.answers == first and "taken back" in ada.text
+        assert cast(path) == []
+        ada.vote("right")
+        ada.undo()
+        ada.undo()
+        assert "no vote of yours" in ada.text
+        assert cast(path) == []
+
+
+def test_a_page_that_was_voted_on_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "votes.sqlite"
+    with served(path, many(4), "ada", "ben") as (_, links):
+        ada, ben = Browser(links["ada"]), Browser(links["ben"])
+        old = ada.shown
+        ada.vote("left")
+        ada.vote("right", shown=old)
+        assert "nothing was counted" in ada.text
+        ben.vote("left", shown=ada.shown)
+        assert len(cast(path)) == 1, "another's page is not theirs"
+        for body in ({"choice": "left"}, {"choice": "best", "shown": ada.shown}, {"shown": "1" * 40}):
+            assert ada.client.post("/vote", data=body).status_code == 400
+        assert ada.client.post("/vote", content=b"\xff\xfe=%ff&choice=\x00").status_code == 400
+
+
+def test_it_ends_at_the_wanted_votes_or_with_the_last_pair(tmp_path: Path) -> None:
+    with served(tmp_path / "a.sqlite", many(12), "ada", wanted=3) as (desk, links):
+        ada = Browser(links["ada"])
+        for _ in range(3):
+            ada.prefer("good")
+        assert "enough votes" in ada.text and desk.is_done()
+    alone = DrawConfig(random_share=0.5, overlap_share=1.0, overlap_people=2, check_share=0.0)
+    with served(tmp_path / "b.sqlite", many(3), "ada", "ben", draw=alone) as (desk, links):
+        ada, ben = Browser(links["ada"]), Browser(links["ben"])
+        for _ in range(3):
+            ada.prefer("good")
+        assert "No pair is left for you" in ada.text and not desk.is_done()
+        for _ in range(3):
+            ben.prefer("good")
+        assert desk.is_done()
+
+
+def test_two_annotators_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "votes.sqlite"
+    with served(path, many(30), "ada", "ben") as (desk, links):
+        ada, ben = Browser(links["ada"]), Browser(links["ben"])
+        for _ in range(15):
+            ada.prefer("good")
+            ben.prefer("bad" if ben.answers[0].endswith("1") else "good")
+        assert "ada: 15" in ada.text and "ben: 15" in ben.text
+        assert "agreement (alpha)" in ada.client.get("/").text
+        wanted = desk.draw.wanted
+    votes = cast(path)
+    assert Counter(vote.annotator for vote in votes) == {"ada": 15, "ben": 15}
+    shown = Counter(vote.pair.id for vote in votes)
+    assert all(count <= wanted[pair_id] for pair_id, count in shown.items())
+    assert max(shown.values()) == 2
+    assert len({(vote.annotator, vote.pair.id) for vote in votes}) == 30
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }} \u202eabc\u202c \u2028 \x07 ش"
+LONG = "word " * 20_000
+
+
+def test_hostile_text_is_text(tmp_path: Path) -> None:
+    pairs = [pair(HOSTILE, f"{HOSTILE} one", f"{HOSTILE} two"), pair("long", LONG, "short")]
+    path = tmp_path / "votes.sqlite"
+    with served(path, pairs, "ada") as (_, links):
+        ada = Browser(links["ada"])
+        pages = [ada.text]
+        first = ada.answers
+        ada.vote("left", HOSTILE)
+        pages.append(ada.text)
+        second = ada.answers
+    for page in pages:
+        assert "<script>alert" not in page and "<img" not in page
+    (hostile,) = (page for page in pages if "onerror" in page)
+    assert html.escape("<script>alert(1)</script>") in hostile and "{{ 7*7 }}" in hostile
+    assert sorted(map(sorted, (first, second))) == sorted(
+        map(sorted, ([LONG, "short"], [f"{HOSTILE} one", f"{HOSTILE} two"]))
+    )
+    assert 'dir="auto"' in hostile
+    assert cast(path)[0].comment == HOSTILE
+
+
+def test_what_strangers_get(tmp_path: Path) -> None:
+    with served(tmp_path / "votes.sqlite", many(4), "ada") as (desk, links):
+        root = links["ada"].partition("/enter")[0]
+        stranger = httpx.Client(base_url=root)
+        assert "good" not in stranger.get("/").text
+        assert stranger.get("/").status_code == 403
+        assert stranger.post("/vote", data={"choice": "left", "shown": "1"}).status_code == 403
+        assert stranger.post("/undo").status_code == 403
+        assert stranger.get("/enter/guess").status_code == 403
+        assert stranger.post("/enter", data={"token": "guess"}).status_code == 403
+        assert stranger.get("/../votes.sqlite").status_code == 404
+        assert stranger.get("/", headers={"host": "evil.example"}).status_code == 400
+
+        token = links["ada"].rpartition("/")[2]
+        entered = stranger.post("/enter", data={"token": token})
+        cookie = entered.headers["set-cookie"]
+        assert {"HttpOnly", "SameSite=strict"} <= {part.strip() for part in cookie.split(";")}
+        assert stranger.get(links["ada"]).headers.get("set-cookie") is None, "a link alone enters nobody"
+        page = stranger.get("/")
+        assert page.status_code == 200
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+        assert page.headers["x-content-type-options"] == "nosniff"
+        assert page.headers["cache-control"] == "no-store"
+        assert "style=" not in page.text and "<style" not in page.text and "onclick" not in page.text
+        for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
+            assert stranger.post("/undo", headers=headers).status_code == 403
+        assert stranger.post("/vote", content=b"comment=" + b"x" * MOST_BYTES).status_code == 413
+        assert desk.file.invite("ada") is None
+
+
+def test_only_a_tokens_hash_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "votes.sqlite"
+    with served(path, many(4), "ada") as (_, links):
+        token = links["ada"].rpartition("/")[2]
+        Browser(links["ada"]).vote("left")
+    assert all(token.encode() not in file.read_bytes() for file in tmp_path.iterdir())
+    with closing(VotesFile(path)) as file:
+        assert file.annotator_of(token) == "ada" and file.invite("ada") is None
+        again = file.invite("ada", again=True)
+        assert again and file.annotator_of(again) == "ada" and file.annotator_of(token) is None
+    with served(path, many(4), "ada") as (_, links):
+        assert links == {}, "it is printed once"
+    with served(path, many(4), "ben") as (_, links):
+        old = httpx.get(links["ben"].partition("/enter")[0], cookies={COOKIE: again})
+        assert old.status_code == 403, "who is no annotator of this run has no page"
+
+
+def test_too_many_requests_wait() -> None:
+    now = 0.0
+    limit = RateLimit(lambda: now)
+    assert [limit.allows("ada") for _ in range(BURST + 1)] == [True] * BURST + [False]
+    assert limit.allows("ben")
+    now = 1.0
+    assert limit.allows("ada")
+
+
+def test_a_stranger_with_many_guesses_is_slowed(tmp_path: Path) -> None:
+    with served(tmp_path / "votes.sqlite", many(4), "ada") as (_, links):
+        root = links["ada"].partition("/enter")[0]
+        with httpx.Client(base_url=root) as client:
+            codes = {
+                client.get("/enter/guess", headers={"cookie": f"{COOKIE}=guess{n}"}).status_code
+                for n in range(BURST + 30)
+            }
+        assert codes == {403, 429}
+        assert Browser(links["ada"]).page.status_code in (200, 429)
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        found = taken.getsockname()[1]
+    yield found
+
+
+def start(path: Path, port: int, *people: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "helpers.labelling", str(path), str(port), "40", *people]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS, env=environment)
+
+
+def output_of(process: subprocess.Popen[str]) -> IO[str]:
+    assert process.stdout is not None
+    return process.stdout
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    output_of(process).close()
+
+
+def test_killed_between_votes_none_is_lost(tmp_path: Path, port: int) -> None:
+    path, confirmed = tmp_path / "votes.sqlite", 0
+    process = start(path, port, "ada")
+    links = dict(LINK.findall(output_of(process).readline() + output_of(process).readline()))
+    answers_at(f"http://127.0.0.1:{port}/")
+    ada = Browser(links["ada"])
+    for _ in range(3):
+        for _ in range(4):
+            ada.prefer("good")
+            confirmed += 1
+        on_page = ada.answers
+        kill(process)
+        process = start(path, port, "ada")
+        answers_at(f"http://127.0.0.1:{port}/")
+        assert len(cast(path)) == confirmed
+        ada.page = ada.client.get("/")
+        assert ada.answers == on_page, "the same pair, in the same places"
+    kill(process)
+    assert all("good" in getattr(vote.pair, vote.choice) for vote in cast(path))
