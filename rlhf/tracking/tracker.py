@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,7 +15,9 @@ from uuid import uuid4
 from rlhf.config import ConfigError, Strict
 from rlhf.digests import digest_of
 from rlhf.disk import naming
+from rlhf.printable import printable
 from rlhf.tracking.redaction import redacted
+from rlhf.tracking.tables import Cells
 
 
 class TrackerConfig(Strict):
@@ -37,6 +40,8 @@ SILENT: dict[str, Any] = {
 
 
 INIT_TIMEOUT_SECONDS = 60.0
+MOST_SAMPLES = 1000
+"""Of a stage, in a tracker's table: the last ones. samples.jsonl has all."""
 
 
 class Sink(Protocol):
@@ -48,8 +53,42 @@ class Sink(Protocol):
     def summarize(self, metrics: Mapping[str, float]) -> None:
         """Record a stage's final figures, separate from the curves with the same names."""
 
+    def sample(self, stage: str, row: Mapping[str, Any]) -> None:
+        """Record one generated text, for a table."""
+
     def close(self) -> None:
         """Write everything and close."""
+
+
+class SampleTables:
+    """The last generated texts of each stage, as tables."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, deque[dict[str, Any]]] = defaultdict(lambda: deque(maxlen=MOST_SAMPLES))
+        self.counts: dict[str, int] = {}
+        """Texts that each stage has generated."""
+
+    def add(self, stage: str, row: Mapping[str, Any]) -> None:
+        """One more."""
+        self._rows[stage].append({name: _cell(value) for name, value in row.items() if name != "stage"})
+        self.counts[stage] = self.counts.get(stage, 0) + 1
+
+    def columns(self, stage: str) -> list[str]:
+        """The columns of a stage's table."""
+        return [*dict.fromkeys(name for row in self._rows[stage] for name in row)]
+
+    def rows(self, stage: str) -> list[list[Any]]:
+        """Its rows; None where one lacks a column."""
+        return [[row.get(name) for name in self.columns(stage)] for row in self._rows[stage]]
+
+
+def _cell(value: Any) -> Any:
+    """A number as it is; a conversation and everything else as text."""
+    if isinstance(value, int | float) or value is None:
+        return value
+    if isinstance(value, list) and all(isinstance(each, Mapping) and "role" in each for each in value):
+        value = "\n".join(f"{each['role']}: {each['content']}" for each in value)
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 class WandbSink:
@@ -88,6 +127,10 @@ class WandbSink:
                 "Check the network and `wandb login`, or use tracker.mode=offline; nothing was run."
             ) from None
         self._stages: set[str] = set()
+        self._tables = SampleTables()
+        self._shown: dict[str, int] = known.get("samples", {}) if known.get("config") == content else {}
+        """Texts that each stage's table had when it was written last."""
+        self._make_table = wandb.Table
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
         """Each stage counts its own steps, so each gets its own x axis."""
@@ -95,8 +138,7 @@ class WandbSink:
         if said <= self._told.get(stage, 0):
             return
         self._told[stage] = said
-        note = json.dumps({"id": self._id, "config": self._content, "lines": self._told})
-        self._note.write_text(note, encoding="utf-8")
+        self._write_note()
         if stage not in self._stages:
             self._stages.add(stage)
             self._run.define_metric(f"{stage}/step")
@@ -107,24 +149,44 @@ class WandbSink:
         """Write them to the run's summary, which the table of runs shows."""
         self._run.summary.update(dict(metrics))
 
+    def sample(self, stage: str, row: Mapping[str, Any]) -> None:
+        """For the stage's table, which is written at the end: wandb keeps a whole table each time."""
+        self._tables.add(stage, row)
+
     def close(self) -> None:
-        """Finish the wandb run and wait until it is on the disk: `finish` may return before wandb's own
-        process has written everything."""
+        """Write the tables that have grown, finish the wandb run and wait until it is on the disk: `finish`
+        may return before wandb's own process has written everything."""
+        for stage, count in self._tables.counts.items():
+            if count != self._shown.get(stage):
+                columns, rows = self._tables.columns(stage), self._tables.rows(stage)
+                table = self._make_table(columns=columns, data=rows, allow_mixed_types=True)
+                self._run.log({f"{stage}/samples": table})
+        self._shown |= self._tables.counts
+        self._write_note()
         self._run.finish()
         self._teardown()
 
+    def _write_note(self) -> None:
+        said = {"id": self._id, "config": self._content, "lines": self._told, "samples": self._shown}
+        self._note.write_text(json.dumps(said), encoding="utf-8")
+
 
 class TensorboardSink:
-    """TensorBoard event files under the run directory."""
+    """TensorBoard event files under the run directory. The same command, run again, logs the same lines
+    again: so it replaces them, and nothing is there twice."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, resolved: Mapping[str, Any]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError(
                 "tracker=tensorboard needs the package: pip install -e '.[tensorboard]'."
             ) from None
+        shutil.rmtree(directory / "tensorboard", ignore_errors=True)
         self._writer = SummaryWriter(str(directory / "tensorboard"))
+        config = json.dumps(redacted(resolved), indent=2, ensure_ascii=False, default=str)
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in config.splitlines()))
+        self._tables = SampleTables()
 
     def log(self, metrics: Mapping[str, float], stage: str, step: int) -> None:
         """One scalar for each metric."""
@@ -136,8 +198,16 @@ class TensorboardSink:
         for name, value in metrics.items():
             self._writer.add_scalar(f"summary/{name}", value)
 
+    def sample(self, stage: str, row: Mapping[str, Any]) -> None:
+        """For the stage's table, which is written at the end."""
+        self._tables.add(stage, row)
+
     def close(self) -> None:
-        """Flush the event file."""
+        """Write the tables, and flush the event file."""
+        for stage in self._tables.counts:
+            rows = [[" ".join(f"{cell}".split()) for cell in row] for row in self._tables.rows(stage)]
+            table = Cells(self._tables.columns(stage), rows).markdown()
+            self._writer.add_text(f"{stage}/samples", table)
         self._writer.close()
 
 
@@ -195,6 +265,11 @@ class Tracker:
                     sink.summarize(metrics)
                 else:
                     sink.log(metrics, row["stage"], row["step"])
+        samples_file = stage_directory / self.SAMPLES
+        for line in samples_file.read_bytes().splitlines() if self._sinks and samples_file.exists() else ():
+            row = json.loads(line)
+            for sink in self._sinks:
+                sink.sample(row["stage"], row)
 
     def log(self, stage: str, metrics: Mapping[str, float], step: int) -> None:
         """Record one step of one stage. The stage's name is put before each metric's name."""
@@ -212,7 +287,10 @@ class Tracker:
 
     def sample(self, stage: str, row: Mapping[str, Any]) -> None:
         """Record one generated text."""
-        self._append(self.SAMPLES, {"stage": stage, **redacted(row)})
+        shown = redacted(row)
+        self._append(self.SAMPLES, {"stage": stage, **shown})
+        for sink in self._sinks:
+            sink.sample(stage, shown)
 
     def close(self) -> None:
         """Flush the sinks."""
@@ -244,5 +322,5 @@ def make_tracker(
     if config.kind == "wandb":
         sinks.append(WandbSink(config, run_name, run_directory, resolved))
     elif config.kind == "tensorboard":
-        sinks.append(TensorboardSink(run_directory))
+        sinks.append(TensorboardSink(run_directory, resolved))
     return Tracker(run_directory, sinks)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,18 +78,53 @@ def ids_of(runs: Iterable[Path]) -> set[str]:
     return {file.stem for run in runs for file in run.glob("run-*.wandb")}
 
 
-def history_steps(run: Path) -> list[int]:
-    """The `ppo/step` of every history record that wandb kept."""
+def records(run: Path, kind: str) -> Iterator[Any]:
+    """Those of a kind that wandb kept, such as history."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at import
 
-    steps = []
     for content in wandb_records(run):
         record = Record()
         record.ParseFromString(content)
-        if record.WhichOneof("record_type") == "history":
-            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            steps.append(int(items["ppo/step"]))
-    return steps
+        if record.WhichOneof("record_type") == kind:
+            yield getattr(record, kind)
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    """Every history record that wandb kept."""
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in found.item}
+        for found in records(run, "history")
+    ]
+
+
+def history_steps(run: Path) -> list[int]:
+    """The `ppo/step` of every history record that wandb kept."""
+    return [int(row["ppo/step"]) for row in history(run)]
+
+
+ASKED = [{"role": "user", "content": "Hi"}]
+
+
+def test_wandb_gets_the_config_and_a_table_of_samples_once(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    for told in (2, 2, 3):  # the second run has nothing new to say
+        tracker = make_tracker(TrackerConfig(kind="wandb"), "name", tmp_path, {"sft": {"lr": 0.5}})
+        tracker.log("ppo", {"kl": 0.5}, 1)
+        for number in range(told):
+            tracker.sample("ppo", {"prompt": ASKED, "response": f"answer \x1b {number}", "score": number / 2})
+        tracker.close()
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda run: run.stat().st_mtime_ns)
+    assert len(ids_of(runs)) == 1
+    kept = [item for found in records(runs[0], "run") for item in found.config.update]
+    config = {item.key: json.loads(item.value_json) for item in kept}
+    assert config["sft"] == {"lr": 0.5}
+    shown = [row.get("ppo/samples/nrows") for run in runs for row in history(run)]
+    assert sorted(rows for rows in shown if rows) == [2, 3]
+    files = [path for run in runs for path in (run / "files" / "media").rglob("*.table.json")]
+    tables = [json.loads(path.read_text()) for path in files]
+    longest = max(tables, key=lambda table: len(table["data"]))
+    assert longest["columns"] == ["prompt", "response", "score"]
+    assert longest["data"][2] == ["user: Hi", "answer \\x1b 2", 1.0]
 
 
 def test_a_resumed_run_is_the_same_wandb_run_and_says_nothing_twice(tmp_path: Path) -> None:
@@ -114,14 +150,38 @@ def test_another_config_under_the_same_name_is_another_wandb_run(tmp_path: Path)
     assert len(ids_of((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
-def test_tensorboard_writes_its_events(tmp_path: Path) -> None:
+def test_tensorboard_has_curves_config_and_samples_once_also_after_a_second_start(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tracker = make_tracker(TrackerConfig(kind="tensorboard"), "name", tmp_path, {})
-    tracker.log("ppo", {"kl": 0.5}, 1)
-    tracker.close()
+    for _ in range(2):
+        tracker = make_tracker(TrackerConfig(kind="tensorboard"), "name", tmp_path, {"sft": {"lr": 0.5}})
+        tracker.log("ppo", {"kl": 0.5}, 1)
+        tracker.sample("ppo", {"prompt": ASKED, "response": "one | two\nthree", "score": 1.5})
+        tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (event,) = events.Scalars("ppo/kl")
     assert (event.step, event.value) == (1, 0.5)
+    (config,), (table,) = events.Tensors("config/text_summary"), events.Tensors("ppo/samples/text_summary")
+    assert json.loads(config.tensor_proto.string_val[0])["sft"] == {"lr": 0.5}
+    assert table.tensor_proto.string_val[0].decode().splitlines() == [
+        "| prompt | response | score |", "| --- | --- | --- |", r"| user: Hi | one \| two three | 1.5 |",
+    ]  # fmt: skip
+
+
+def test_a_reused_artifact_tells_its_samples_too(tmp_path: Path) -> None:
+    for name in ("first", "second", "artifact"):
+        (tmp_path / name).mkdir()
+    tracker = Tracker(tmp_path / "first", [])
+    tracker.begin(tmp_path / "artifact")
+    tracker.sample("ppo", {"prompt": ASKED, "response": "b"})
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    again = make_tracker(TrackerConfig(kind="tensorboard"), "name", tmp_path / "second", {})
+    again.replay(tmp_path / "artifact")
+    again.close()
+    events = EventAccumulator(str(tmp_path / "second" / "tensorboard"))
+    events.Reload()
+    assert b"| user: Hi | b |" in events.Tensors("ppo/samples/text_summary")[0].tensor_proto.string_val[0]
