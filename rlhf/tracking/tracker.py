@@ -158,8 +158,10 @@ class WandbSink:
         may return before wandb's own process has written everything."""
         for stage, count in self._tables.counts.items():
             if count != self._shown.get(stage):
-                columns, rows = self._tables.columns(stage), self._tables.rows(stage)
-                table = self._make_table(columns=columns, data=rows, allow_mixed_types=True)
+                columns: list[str | int] = [*self._tables.columns(stage)]
+                table = self._make_table(
+                    columns=columns, data=self._tables.rows(stage), allow_mixed_types=True
+                )
                 self._run.log({f"{stage}/samples": table})
         self._shown |= self._tables.counts
         self._write_note()
