@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,3 +190,43 @@ def together(
     config = SMALL.model_copy(update={"tensor_parallel": tensor_parallel, "max_num_seqs": 3})
     engine = Vllm(config, compute)
     return roll_out(engine, sharper(directory)), held(engine)
+
+
+START_TRIES, SECONDS = 600, 1.0
+
+
+@contextmanager
+def served(directory: Path, *options: str) -> Iterator[str]:
+    """Base URL of a vLLM that serves a model, as a user would start it; it ends with the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
+        "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32", *options,
+    ]  # fmt: skip
+    log = directory.with_name("server.log")
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | settings) as server,
+    ):
+        try:
+            _wait_until_ready(server, port, log)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    for _ in range(START_TRIES):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=SECONDS):
+                return
+        except OSError:  # it is not there yet
+            try:
+                server.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+            pytest.fail(log.read_text()[-3000:])
+    pytest.fail(f"vLLM was not ready: {log.read_text()[-3000:]}")

