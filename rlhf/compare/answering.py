@@ -24,7 +24,7 @@ from rlhf.compare.prompts import (
     retrieval_prompt,
 )
 from rlhf.compare.retrieval import Index
-from rlhf.data.schema import Message, SftRow
+from rlhf.data.schema import Message, SftRow, text_of
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.rl.rollout import Rollout
 
@@ -66,9 +66,8 @@ def make_prompt_builder(
     examples, prompt = library.examples, partial(few_shot_prompt, config=few_shot)
     if few_shot.choice == "random":
         drawn = random.Random(seed).sample(examples, min(few_shot.examples, len(examples)))
-        return PromptBuilder(
-            lambda text: drawn, prompt, 0.0, sum(_num_bytes(row.prompt, row.completion) for row in drawn)
-        )
+        num_bytes = sum(_num_bytes(row.prompt, text_of(row.completion)) for row in drawn)
+        return PromptBuilder(lambda text: drawn, prompt, 0.0, num_bytes)
     index = make_index(Texts(examples, lambda row: row.prompt[-1]["content"]))
     others = random.Random(seed).sample(range(len(examples)), len(examples))
 
@@ -81,7 +80,7 @@ def make_prompt_builder(
         nearest,
         prompt,
         time.perf_counter() - start,
-        index.num_bytes + sum(_num_bytes([], row.completion) for row in examples),
+        index.num_bytes + sum(_num_bytes([], text_of(row.completion)) for row in examples),
     )
 
 

@@ -11,7 +11,7 @@ from rlhf.config import ConfigError
 from rlhf.data.formats import Raw, with_columns
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES, training_roles
-from rlhf.data.schema import PromptRow, Row, RowError, SftRow, limited, prompt_identity
+from rlhf.data.schema import PromptRow, Row, RowError, SftRow, limited, prompt_identity, text_of
 from rlhf.data.sources import SourceConfig
 
 QUESTIONS, CORPUS = "compare.questions", "compare.corpus"
@@ -69,10 +69,10 @@ def find_questions(source: SourceConfig | None, data: PreparedData, most: int | 
         ConfigError: a row is none of that, or none is left.
     """
     if source is None:
-        rows = islice((row for row in data.rows("sft", "held_out") if row.prompt), most)
+        usable = (row for row in data.rows("sft", "held_out") if row.prompt and not row.uses_tools)
+        texts = ((row.prompt, text_of(row.completion)) for row in islice(usable, most))
         held_out = [
-            Question("sft.data, held out", row.prompt, row.completion, {"completion": row.completion})
-            for row in rows
+            Question("sft.data, held out", prompt, text, {"completion": text}) for prompt, text in texts
         ]
         if not held_out:
             raise ConfigError(
@@ -101,7 +101,8 @@ def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
         ConfigError: a row of the corpus is neither a text nor a question with its answer.
     """
     rows = data.rows("sft", "train")
-    examples = rows.pick([place for place, row in enumerate(rows) if len(row.prompt) == 1])
+    usable = (len(row.prompt) == 1 and not row.uses_tools for row in rows)
+    examples = rows.pick([place for place, is_one in enumerate(usable) if is_one])
     if corpus is None:
         return Library(examples, Texts(rows, _passage))
     return Library(examples, [_passage(row) for _, row, _ in _read(corpus, CORPUS, "sft")])
@@ -109,7 +110,7 @@ def find_library(corpus: SourceConfig | None, data: PreparedData) -> Library:
 
 def _passage(row: Row) -> str:
     assert isinstance(row, SftRow)
-    return "\n".join([*(turn["content"] for turn in row.prompt), row.completion])
+    return "\n".join([*(turn["content"] for turn in row.prompt), text_of(row.completion)])
 
 
 def _read_questions(source: SourceConfig) -> Iterator[Question]:
@@ -117,7 +118,9 @@ def _read_questions(source: SourceConfig) -> Iterator[Question]:
         assert isinstance(row, SftRow | PromptRow)
         if not row.prompt:
             raise ConfigError(f"{QUESTIONS}: {where}: a text without a question. It needs a prompt.")
-        reference = row.completion if isinstance(row, SftRow) else None
+        if isinstance(row, SftRow) and row.uses_tools:
+            raise ConfigError(f"{QUESTIONS}: {where}: it uses tools. compare asks without tools.")
+        reference = text_of(row.completion) if isinstance(row, SftRow) else None
         yield Question(where, row.prompt, reference, with_columns(row.prompt, raw).columns)
 
 

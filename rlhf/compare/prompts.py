@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, PositiveInt
 
 from rlhf.config import Strict
-from rlhf.data.schema import Message, SftRow
+from rlhf.data.schema import Message, SftRow, text_of
 
 PromptMethod = Literal["zero_shot", "few_shot", "retrieval"]
 RetrieverName = Literal["bm25", "embeddings"]
@@ -80,7 +80,7 @@ def few_shot_prompt(question: Question, examples: Sequence[SftRow], config: FewS
         asked = fill(config.template, question=example.prompt[-1]["content"])
         turns += [
             Message(role="user", content=asked),
-            Message(role="assistant", content=example.completion),
+            Message(role="assistant", content=text_of(example.completion)),
         ]
     last = Message(role="user", content=fill(config.template, question=question.text))
     return [*system, *turns, *question.prompt[len(system) : -1], last]

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.config import ConfigError
-from rlhf.data.schema import Message, Row, SftRow, each_turn
+from rlhf.data.schema import (
+    Answer,
+    Message,
+    Row,
+    SftRow,
+    answer_of,
+    calls_tools,
+    each_turn,
+    message_with,
+    without,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +38,8 @@ PLAIN = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
+SHOWN = ("role", "content", "tool_calls", "tool_call_id", "name")
+"""What a template gets of a message."""
 TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
 
 
@@ -54,16 +66,23 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     if not messages:
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         return [] if first is None else [int(first)]
+    return _encode(tokenizer, _rendered(tokenizer, messages, opens_answer=True))
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, opens_answer: bool = False
+) -> str:
+    """The conversation in the template."""
+    turns: list[Any] = [{name: value for name, value in each.items() if name in SHOWN} for each in messages]
+    tools: Any = messages[0].get("tools")
     text = tokenizer.apply_chat_template(
-        [{"role": message["role"], "content": message["content"]} for message in messages],
-        tokenize=False,
-        add_generation_prompt=True,
+        turns, tools=tools, tokenize=False, add_generation_prompt=opens_answer
     )
-    return _encode(tokenizer, str(text))
+    return str(text)
 
 
 def exchange_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: Answer
 ) -> tuple[list[int], int]:
     """Ids of prompt + response + end of turn, and the number of ids of the prompt.
 
@@ -71,7 +90,50 @@ def exchange_ids(
     turns, in training and when they score (Stiennon et al. 2020).
     """
     prompt = prompt_ids(tokenizer, messages)
+    if not isinstance(response, str):
+        response = _with_calls(tokenizer, messages, response)
     return [*prompt, *_encode(tokenizer, response), end_of_turn_id(tokenizer)], len(prompt)
+
+
+def _with_calls(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: Message) -> str:
+    """The text that the model must write for this turn: what the template makes of it, without its end.
+
+    Raises:
+        TemplateError: an answer of this form does not begin where the template opens one.
+    """
+    from jinja2 import TemplateError
+
+    before = _rendered(tokenizer, messages, opens_answer=True)
+    whole = _rendered(tokenizer, [*messages, answer])
+    if not whole.startswith(before):
+        raise TemplateError("a turn with calls does not begin as it opens the assistant's turn")
+    end = str(tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)))
+    text, found, _ = whole[len(before) :].rpartition(end)
+    return text if found else whole[len(before) :].rstrip()
+
+
+def check_tools(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
+    """Refuse a template that leaves out tools, calls or what tools answer, as many do without a word.
+
+    Raises:
+        TemplateError: which of these.
+    """
+    from jinja2 import TemplateError
+
+    if not calls_tools(messages):
+        return
+    shown = _rendered(tokenizer, messages)
+    silent = [without(each, "tool_calls") for each in messages]
+    if silent != [*messages] and _rendered(tokenizer, silent) == shown:
+        raise TemplateError("it does not show the assistant's calls (tool_calls)")
+    unoffered = [without(each, "tools") for each in messages]
+    if unoffered != [*messages] and _rendered(tokenizer, unoffered) == shown:
+        raise TemplateError("it does not show the tools that may be called (tools)")
+    other = [
+        message_with(each, f"{each['content']}.") if each["role"] == "tool" else each for each in messages
+    ]
+    if other != [*messages] and _rendered(tokenizer, other) == shown:
+        raise TemplateError("it does not show what a tool answers (role tool)")
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[list[int]]:
@@ -88,7 +150,7 @@ class TurnsApartError(ValueError):
 
 
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str, turns: int
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: Answer, turns: int
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a conversation with its response, and the (begin, end) of each of its last `turns` assistant
     turns. The end of turn belongs to the turn.
@@ -101,8 +163,8 @@ def conversation_ids(
     spans: list[tuple[int, int]] = []
     before: list[int] = []
     for index in (*earlier, len(messages)):
-        content = response if index == len(messages) else messages[index]["content"]
-        ids, start = exchange_ids(tokenizer, messages[:index], content)
+        answer = response if index == len(messages) else answer_of(messages[index])
+        ids, start = exchange_ids(tokenizer, messages[:index], answer)
         if ids[: min(start, len(before))] != before:
             raise TurnsApartError
         spans.append((start, len(ids)))
@@ -131,6 +193,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[Encoded]:
     earlier turns in another way when later ones follow, it has the last answer's alone, and each earlier turn
     is one more sequence, behind it.
     """
+    if isinstance(row, SftRow) and row.uses_tools:
+        check_tools(tokenizer, row.conversation)
     if isinstance(row, SftRow) and row.turns > 1:
         try:
             return [Encoded(*conversation_ids(tokenizer, row.prompt, row.completion, row.turns))]

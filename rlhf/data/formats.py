@@ -6,6 +6,7 @@ Recognised: prompt/completion and its cousins, messages, Alpaca, ShareGPT, plain
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,9 @@ from rlhf.data.schema import (
     SftRow,
     TextRow,
     ThumbRow,
+    answer_of,
     row_to_json,
+    text_of,
 )
 
 Raw = Mapping[str, Any]
@@ -62,7 +65,11 @@ def sft_row(raw: Raw) -> SftRow:
     """
     column = _first(raw, CONVERSATION_COLUMNS)
     if column is not None:
-        return _last_exchange(_with_system(raw, _messages(raw[column], column)), column)
+        messages = _with_system(raw, _messages(raw[column], column, tools=True))
+        return _last_exchange(_with_tools(raw, messages), column)
+    offered = raw["tools"] if isinstance(raw.get("tools"), list) else []
+    if any(isinstance(tool, Mapping) and "function" in tool for tool in offered):
+        raise RowError("tools", '"tools" needs the conversation in the column messages.')
     prompt_column, answer_column = _first(raw, PROMPT_COLUMNS), _first(raw, ANSWER_COLUMNS)
     if prompt_column is not None and answer_column is not None:
         before, completion = _answer(raw[answer_column], answer_column)
@@ -132,7 +139,9 @@ def preference_row(raw: Raw) -> PairRow | ThumbRow:
             if _first(raw, columns) is None:
                 raise _missing(ours, raw, PREFERENCE_NEEDS)
     exchange = sft_row(raw)
-    return ThumbRow(exchange.prompt, exchange.completion, _thumb(raw[column], column))
+    if exchange.uses_tools:
+        raise RowError("tools", "it uses tools, which only sft.data can. Leave it out.")
+    return ThumbRow(exchange.prompt, text_of(exchange.completion), _thumb(raw[column], column))
 
 
 THUMBS = {"true": True, "1": True, "up": True, "false": False, "0": False, "down": False}
@@ -358,7 +367,7 @@ def _last_exchange(messages: list[Message], column: str) -> SftRow:
         )
     first_question = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
     turns = max(1, sum(index > first_question for index in answers))  # what comes before answers nobody
-    return SftRow(_asking(messages[: answers[-1]], column), messages[answers[-1]]["content"], turns)
+    return SftRow(_asking(messages[: answers[-1]], column), answer_of(messages[answers[-1]]), turns)
 
 
 def _asking(prompt: list[Message], column: str) -> list[Message]:
@@ -373,8 +382,12 @@ def _with_system(raw: Raw, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": _text(raw["system"], "system")}, *messages]
 
 
-def _messages(value: Any, column: str) -> list[Message]:
-    """A list of role/content or from/value, or an HH transcript."""
+def _messages(value: Any, column: str, *, tools: bool = False) -> list[Message]:
+    """A list of role/content or from/value, or an HH transcript.
+
+    Args:
+        tools: whether the assistant may call tools, and tools may answer.
+    """
     if _is_transcript(value):
         return _transcript(value, column)
     if not isinstance(value, list) or not value:
@@ -385,6 +398,9 @@ def _messages(value: Any, column: str) -> list[Message]:
         if not isinstance(item, Mapping):
             raise RowError("wrong type", f'"{where}" must have role and content, found {_shown(item)}.')
         who, what = ("role", "content") if "role" in item else ("from", "value")
+        if tools and who == "role" and (item["role"] == "tool" or item.get("tool_calls")):
+            messages.append(_tool_message(item, where))
+            continue
         if who not in item or what not in item:
             raise RowError(
                 "missing field",
@@ -397,6 +413,80 @@ def _messages(value: Any, column: str) -> list[Message]:
             )
         messages.append({"role": speaker, "content": _text(item[what], f"{where}.{what}")})
     return messages
+
+
+def _tool_message(item: Raw, where: str) -> Message:
+    """A turn of the assistant with calls, or what a tool answers, as OpenAI writes them."""
+    if item["role"] == "tool":
+        answer: Message = {"role": "tool", "content": _text(item.get("content"), f"{where}.content")}
+        if item.get("name") is not None:
+            answer["name"] = _text(item["name"], f"{where}.name")
+        if item.get("tool_call_id") is not None:
+            answer["tool_call_id"] = _text(item["tool_call_id"], f"{where}.tool_call_id")
+        return answer
+    if SPEAKERS.get(str(item["role"]).lower()) != "assistant":
+        raise RowError("wrong type", f'"{where}" has tool_calls, and its role is {item["role"]!r}.')
+    calls = _listed(item["tool_calls"], f"{where}.tool_calls")
+    content = item.get("content")
+    return {
+        "role": "assistant",
+        "content": _text(content, f"{where}.content") if content not in (None, "") else "",
+        "tool_calls": [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)],
+    }
+
+
+def _call(call: Raw, where: str) -> dict[str, Any]:
+    """A call; its arguments as a mapping, which templates expect."""
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowError("wrong type", f'"{where}" needs a function with a name, found {_shown(call)}.')
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise RowError(
+            "wrong type", f'"{where}.arguments" must be a mapping, or JSON of one, found '
+            f"{_shown(function['arguments'])}.",
+        )  # fmt: skip
+    found: dict[str, Any] = {} if call.get("id") is None else {"id": call["id"]}
+    return found | {"type": "function", "function": {"name": function["name"], "arguments": {**arguments}}}
+
+
+def _with_tools(raw: Raw, messages: list[Message]) -> list[Message]:
+    if not (tools := _tools(raw)) or not messages:
+        return messages
+    first = messages[0].copy()
+    first["tools"] = tools
+    return [first, *messages[1:]]
+
+
+def _tools(raw: Raw) -> list[dict[str, Any]]:
+    """What `tools` offers: JSON schemas of functions, as a list or as its JSON."""
+    value = raw.get("tools")
+    if value in (None, "", "[]", []):
+        return []
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowError("wrong type", f'"tools" is no JSON, found {_shown(value)}.') from None
+    found = _listed(value, "tools")
+    for index, tool in enumerate(found):
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowError(
+                "wrong type", f'"tools[{index}]" needs a function with a name, found {_shown(tool)}.'
+            )
+    return [{**tool} for tool in found]
+
+
+def _listed(value: Any, column: str) -> list[Raw]:
+    if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
+        raise RowError("wrong type", f'"{column}" must be a list of mappings, found {_shown(value)}.')
+    return value
 
 
 def _is_transcript(value: Any) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, time, timedelta
 from decimal import Decimal
-from typing import Any, ClassVar, Literal, TypedDict, TypeVar
+from typing import Any, ClassVar, Literal, NotRequired, TypedDict, TypeVar
 
 Split = Literal["train", "held_out", "evaluation"]
 Item = TypeVar("Item")
@@ -19,8 +19,39 @@ Item = TypeVar("Item")
 class Message(TypedDict):
     """One turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    """The assistant's calls, each {"type": "function", "function": {"name": ..., "arguments": {...}}}."""
+    tool_call_id: NotRequired[str]
+    """The call that a tool answers."""
+    name: NotRequired[str]
+    """The tool that answers."""
+    tools: NotRequired[list[dict[str, Any]]]
+    """Only of a conversation's first message: the tools that the assistant may call, as JSON schemas."""
+
+
+Answer = str | Message
+"""Of the assistant: text; or a whole message, where it calls tools."""
+
+
+def without(message: Message, name: Literal["tools", "tool_calls"]) -> Message:
+    """A copy that lacks this."""
+    copy = message.copy()
+    copy.pop(name, None)
+    return copy
+
+
+def message_with(message: Message, content: str) -> Message:
+    """A copy that says something else."""
+    copy = message.copy()
+    copy["content"] = content
+    return copy
+
+
+def calls_tools(messages: Sequence[Message]) -> bool:
+    """Whether tools are offered, called, or answer."""
+    return any({"tools", "tool_calls"} & each.keys() or each["role"] == "tool" for each in messages)
 
 
 class Row(ABC):
@@ -29,13 +60,15 @@ class Row(ABC):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @abstractmethod
-    def exchanges(self) -> list[tuple[list[Message], str | None]]:
+    def exchanges(self) -> Sequence[tuple[list[Message], Answer | None]]:
         """The conversations that are made from it, each with its answer; None where one is to be sampled."""
 
     def asked(self) -> str:
         """What it asks, as text; of plain text, the text itself."""
         prompt, answer = self.exchanges()[0]
-        return "\n".join(message["content"] for message in prompt) if prompt else answer or ""
+        if prompt:
+            return "\n".join(message["content"] for message in prompt)
+        return text_of(answer or "")
 
 
 @dataclass(frozen=True)
@@ -43,11 +76,23 @@ class SftRow(Row):
     """A conversation and the answer to learn; plain text has an empty conversation."""
 
     prompt: list[Message]
-    completion: str
+    completion: Answer
     turns: int = 1
     """How many of the assistant's turns are answers to learn: the completion, and the last ones before it."""
 
-    def exchanges(self) -> list[tuple[list[Message], str | None]]:
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools are offered, called, or answer."""
+        return calls_tools(self.prompt) or not isinstance(self.completion, str)
+
+    @property
+    def conversation(self) -> list[Message]:
+        """Prompt and completion."""
+        if isinstance(self.completion, str):
+            return [*self.prompt, {"role": "assistant", "content": self.completion}]
+        return [*self.prompt, self.completion]
+
+    def exchanges(self) -> Sequence[tuple[list[Message], Answer | None]]:
         """The whole conversation."""
         return [(self.prompt, self.completion)]
 
@@ -127,6 +172,16 @@ class QuestionRow(Row):
         return self.question
 
 
+def text_of(answer: Answer) -> str:
+    """What it says, without its calls."""
+    return answer if isinstance(answer, str) else answer["content"]
+
+
+def answer_of(message: Message) -> Answer:
+    """The assistant's turn as an answer."""
+    return message if "tool_calls" in message else message["content"]
+
+
 class RowError(ValueError):
     """A row that cannot be used. `reason` is short and countable, the text is for the user."""
 
@@ -160,7 +215,7 @@ def each_turn(row: SftRow) -> Iterator[SftRow]:
     """Each answer that a conversation teaches, behind the turns before it."""
     answers = [index for index, message in enumerate(row.prompt) if message["role"] == "assistant"]
     for index in answers[len(answers) - row.turns + 1 :]:
-        yield SftRow(row.prompt[:index], row.prompt[index]["content"])
+        yield SftRow(row.prompt[:index], answer_of(row.prompt[index]))
     yield replace(row, turns=1)
 
 

@@ -24,6 +24,7 @@ from rlhf.data.schema import (
     RowError,
     SftRow,
     TextRow,
+    calls_tools,
     each_turn,
     prompt_identity,
     row_to_json,
@@ -453,7 +454,8 @@ class Examiner:
     def _one(self, raw: dict[str, Any]) -> Examined:
         row = self.role.parse(raw)
         text, prompt = row_to_json(row), row.exchanges()[0][0]
-        lent = checked_json(with_columns(prompt, raw)) if self.is_lent and prompt else None
+        is_asked = bool(prompt) and not calls_tools(prompt)  # nothing samples behind tools
+        lent = checked_json(with_columns(prompt, raw)) if self.is_lent and is_asked else None
         # one prompt is one row, whatever its other columns hold
         alone = row_to_json(PromptRow(prompt)) if isinstance(row, PromptRow) else text
         digest = hashlib.sha256(alone.encode()).digest()[:16]

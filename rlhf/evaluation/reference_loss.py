@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from rlhf.data.chat_template import exchange_ids
-from rlhf.data.schema import Message
+from rlhf.data.schema import Answer, Message
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.rl.rollout import Responses
 
 
 def reference_losses(
-    policy: PolicyModel, asked: Sequence[list[Message]], references: Sequence[str], micro_batch_tokens: int
+    policy: PolicyModel, asked: Sequence[list[Message]], references: Sequence[Answer], micro_batch_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each reference behind its prompt, in nats, fp64 [B]; and its tokens, [B].
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES
-from rlhf.data.schema import Message, PromptRow, Row
+from rlhf.data.schema import Message, PromptRow, Row, text_of
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles
 from rlhf.pipeline.stage import Stage
@@ -104,5 +104,6 @@ def some_rows(stage: Stage, data: PreparedData) -> Iterator[tuple[PromptRow, str
         rows: Sequence[Row] = data.rows(role, ROLES[role].splits[0])
         for row in rows:
             prompt, answer = row.exchanges()[0]
-            asked = row if isinstance(row, PromptRow) else PromptRow(prompt, columns={"completion": answer})
-            yield asked, ANSWER if answer is None else answer
+            text = None if answer is None else text_of(answer)
+            asked = row if isinstance(row, PromptRow) else PromptRow(prompt, columns={"completion": text})
+            yield asked, ANSWER if text is None else text

@@ -246,8 +246,8 @@ def test_a_bad_row_is_told_what_is_wrong(role: str, raw: Any, reason: str, messa
 
 
 def test_an_unknown_speaker_is_named() -> None:
-    with pytest.raises(RowError, match=r"\"messages\[1\]\" has the role 'tool'; known: system, user,"):
-        sft_row({"messages": [user("Hi"), {"role": "tool", "content": "x"}]})
+    with pytest.raises(RowError, match=r"\"messages\[1\]\" has the role 'critic'; known: system, user,"):
+        sft_row({"messages": [user("Hi"), {"role": "critic", "content": "x"}]})
 
 
 EVEREST = {"prompt": "How high is Everest?"}

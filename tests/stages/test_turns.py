@@ -109,7 +109,7 @@ def test_a_template_that_forgets_thinking_has_its_turns_apart(tiny_model: Path) 
 
 
 def test_which_turns_a_row_teaches() -> None:
-    messages = [*CONVERSATION.prompt, said("assistant", CONVERSATION.completion), said("user", "Bye")]
+    messages = [*CONVERSATION.prompt, said("assistant", "You are welcome."), said("user", "Bye")]
     assert sft_row({"messages": messages}) == CONVERSATION  # not the greeting, which answers nobody
     apart = {"prompt": CONVERSATION.prompt, "completion": "You are welcome."}
     assert sft_row(apart) == SftRow(CONVERSATION.prompt, "You are welcome.", turns=1)
