@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -35,9 +36,9 @@ from rlhf.data.schema import PromptRow
 from rlhf.data.sources import SourceConfig
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.label.draw import Draw, DrawConfig
-from rlhf.label.pairs import Pair, pairs_of_answers, pairs_of_file, rows_in
+from rlhf.label.pairs import Pair, pair_id, pairs_of_answers, pairs_of_file, rows_in
 from rlhf.label.server_config import ServerConfig
-from rlhf.label.snapshot import MACHINE, Snapshot, imported, preference_rows
+from rlhf.label.snapshot import MACHINE, Snapshot, imported
 from rlhf.label.votes import Choice, Given, VotesFile, votes_in
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.recipe import kind_of
@@ -140,11 +141,16 @@ class LabelStage(Stage):
         )  # fmt: skip
 
     def check(self, chain: Mapping[str, Stage]) -> None:
-        """What it reads is of the right kind.
+        """What it reads is of the right kind, and what its page needs is installed.
 
         Raises:
             ConfigError: in the user's own keys.
         """
+        missing = [package for package in PACKAGES if find_spec(package) is None]
+        if self.annotator == "human" and missing:
+            raise ConfigError(
+                f"{self.name}.annotator=human needs {' and '.join(missing)}: pip install -e '.[label]'."
+            )
         if self.pairs is not None and self.pairs.stage is not None:
             raise ConfigError(
                 f"{self.name}.pairs={self.pairs}: name a file. Answers of stages are "
@@ -241,11 +247,15 @@ class LabelStage(Stage):
         job.recorded = found.pop("recorded")
         job.publish({**found, **usage})
 
+    def rows_before(self, inputs: Mapping[str, Artifact]) -> list[dict[str, Any]]:
+        """The preference rows of `label.before`."""
+        return [] if self.before is None else rows_in(inputs[self.before].path / "pairs.jsonl")
+
     def to_judge(self, inputs: Mapping[str, Artifact]) -> list[Pair]:
-        """Its pairs.
+        """Its pairs, without those that `label.before` has judged.
 
         Raises:
-            ConfigError: there are none.
+            ConfigError: there are none at all.
         """
         if self.pairs is not None:
             said, found = f"{self.name}.pairs={self.pairs}", pairs_of_file(self.pairs, f"{self.name}.pairs")
@@ -257,7 +267,8 @@ class LabelStage(Stage):
             raise ConfigError(
                 f"{said}: there are no two different answers to one prompt. Let it answer more prompts."
             )
-        return found
+        judged = {pair_id(row["prompt"], row["chosen"], row["rejected"]) for row in self.rows_before(inputs)}
+        return [pair for pair in found if pair.id not in judged]
 
     def machine(self, inputs: Mapping[str, Artifact], external: Mapping[str, str]) -> str | None:
         """The annotator's name if no person judges. It has a digest of all that decides its votes."""
@@ -274,7 +285,7 @@ class LabelStage(Stage):
         they are."""
         from rlhf.rewards.combined import scored
 
-        if self.reward is None:
+        if self.reward is None or not pairs:
             return pairs, {}
         reward = job.reward(self.reward, self.micro_batch_tokens)
         prompts = [PromptRow(pair.prompt, columns={OTHER: pair.second}) for pair in pairs]
@@ -313,9 +324,8 @@ class LabelStage(Stage):
             found = snapshot()
         if job.ending is not None and not found.counted:
             raise job.ending
-        before = [] if self.before is None else rows_in(job.inputs[self.before].path / "pairs.jsonl")
-        rows = preference_rows(found, before)
-        job.write_rows("pairs.jsonl", rows)
+        before = self.rows_before(job.inputs)
+        job.write_rows("pairs.jsonl", [*before, *found.rows()])
         job.write_rows("votes.jsonl", found.vote_rows())
         metrics = (
             found.metrics(draw) | {"pairs_before": float(len(before))} if before else found.metrics(draw)
@@ -353,6 +363,8 @@ class LabelStage(Stage):
             console.print(f"{self.name}: stopped; {desk.progress().votes} votes are published", **PLAIN)
 
 
+PACKAGES = ("starlette", "uvicorn")
+"""What the page needs."""
 OTHER = "completion"
 """The column of a prompt that holds the other answer: a pairwise judge's `baseline` by default."""
 PLAIN: Mapping[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}

@@ -40,12 +40,17 @@ class Answer(NamedTuple):
     score: float | None
 
 
+def pair_id(prompt: list[Message], one: str, other: str) -> str:
+    """The id of the pair of two answers, in any order."""
+    return digest_of([prompt, *sorted((one, other))])[:32]
+
+
 def pair_of(prompt: list[Message], one: Answer, other: Answer) -> Pair:
     """The pair of two different answers."""
     first, second = sorted((one, other))
     known = first.score is not None and second.score is not None
     return Pair(
-        digest_of([prompt, first.text, second.text])[:32],
+        pair_id(prompt, first.text, second.text),
         prompt,
         first.text,
         second.text,

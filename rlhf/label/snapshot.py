@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -220,14 +220,3 @@ def _seconds(value: Any, where: str, key: str) -> float | None:
 
 def _time(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()
-
-
-def preference_rows(snapshot: Snapshot, before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of an earlier snapshot, then this one's; of a pair that both have, this one's."""
-    own = [*snapshot.rows()]
-    known = {_sides(row) for row in own}
-    return [*(row for row in before if _sides(row) not in known), *own]
-
-
-def _sides(row: Mapping[str, Any]) -> str:
-    return digest_of([row["prompt"], *sorted((row["chosen"], row["rejected"]))])

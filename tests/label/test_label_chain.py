@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.chains import Chain, Outcome
+from helpers.chains import Chain, Outcome, RealChain
+from helpers.labelling import LINK, Browser
+from rlhf.label.pairs import pair_id
 
 RULE = ("label.annotator=rule", "label.reward=vader")
 
@@ -140,7 +145,8 @@ def test_a_reward_model_learns_from_the_judgements(tmp_path: Path) -> None:
 FEEDBACK = (
     "recipe=feedback", "recipe.rounds=2", *RULE, "reward.pairs=stage:label", "evaluate.gold=null",
     "gates=warn", "label.votes=30",
-    "generate@answers.num_prompts=null", "generate@answers_2.num_prompts=null",
+    "generate@answers.num_prompts=null", "generate@answers_2.num_prompts=null", "ppo.peft=none",
+    "ppo.optim.lr=1e-2",
 )  # fmt: skip
 
 
@@ -163,5 +169,43 @@ def test_rounds_of_feedback_keep_old_judgements(tmp_path: Path) -> None:
         "sft",
         "ppo",
     }
+    assert len({pair_id(row["prompt"], row["chosen"], row["rejected"]) for row in two}) == len(two)
+    learned = first.summary["stages"]["reward@2"]["metrics"]
+    assert learned["reward@2/train_pairs"] + learned["reward@2/held_out_pairs"] == len(two)
     again = chain.run(*args)
     assert set(again.statuses.values()) == {"reused"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_publishes_what_is_there(tmp_path: Path) -> None:
+    """The run ends with 130; the same command asks on; with fewer votes wanted the snapshot is taken."""
+    chain = RealChain(tmp_path)
+    own_pairs(Chain(tmp_path))
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+    asked = ("stage=label", "label.pairs=own.jsonl", "label.annotators=[ada]", f"label.server.port={port}")
+    process = chain.start("stopped", *asked)
+    assert process.stdout is not None
+    found = next(filter(None, map(LINK.search, process.stdout)))
+    ada = Browser(found[2])
+    for _ in range(3):
+        ada.prefer("love" if "love" in ada.text else "table")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "3 votes are published" in out
+    (made,) = chain.store("stopped").glob("label/*/pairs.jsonl")
+    kept = made.read_bytes()
+
+    process = chain.start("stopped", *asked)
+    assert process.stdout is not None
+    assert any("has a link already" in line for line in process.stdout)
+    ada.page = ada.client.get("/")
+    ada.prefer("love" if "love" in ada.text else "table")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len([*chain.store("stopped").glob("label/*/pairs.jsonl")]) == 2 and made.read_bytes() == kept
+
+    out, _ = chain.run("stopped", *asked, "label.votes=4")
+    assert "label reused" in out
