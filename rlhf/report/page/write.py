@@ -105,18 +105,19 @@ class RunLine(NamedTuple):
 def list_page(title: str, rows: Sequence[RunLine], live: Live) -> str:
     """A list of runs with links to their pages."""
     blocks: dict[str, Any] = {"title": title, "rows": rows, "live": live}
-    return _page("list.html", blocks, {"charts": {}, "answers": {}}, live=True)
+    return page("list.html", blocks, {"charts": {}, "answers": {}}, live=True)
 
 
 def write_page(directory: Path) -> Path:
-    """Write report.html beside the run's other files.
+    """Write report.html beside the run's other files: of a run of stage=report, the page that it made.
 
     Raises:
         OSError: it cannot be written, or a file of the run cannot be read.
     """
-    path = directory / NAME
+    path, made = directory / NAME, directory / "artifacts" / "report" / NAME
     with naming(path):
-        replace_text(path, run_page(read_run(directory)))
+        text = made.read_text(encoding="utf-8") if made.is_file() else run_page(read_run(directory))
+        replace_text(path, text)
     return path
 
 
@@ -147,12 +148,19 @@ def run_page(run: RunFacts, live: Live | None = None) -> str:
         "forgetting": policy_table(run, FORGOTTEN),
         "cost": cost_of(run),
     }
-    return _page(
+    return page(
         "run.html", blocks, {"charts": charts.as_json(), "answers": run.answers}, live=live is not None
     )
 
 
-def _page(template: str, blocks: Mapping[str, Any], data: Mapping[str, Any], *, live: bool) -> str:
+def page(template: str, blocks: Mapping[str, Any], data: Mapping[str, Any], *, live: bool) -> str:
+    """A whole page.
+
+    Args:
+        blocks: what the template reads.
+        data: what the script reads: `charts` and `answers`.
+        live: whether it may ask the server that it came from for more.
+    """
     script, style = _file("uPlot.iife.min.js") + _file("page.js"), _file("uPlot.min.css") + _file("page.css")
     connect = "connect-src 'self'; " if live else ""
     policy = (

@@ -1,0 +1,103 @@
+"""The page of several runs: curves over each other, and what differs between settings and results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rlhf.report.page.collect import SHOWN_CURVES, RunFacts, Table, over_kl, stage_charts
+from rlhf.report.page.curves import Chart
+from rlhf.report.page.write import OUTCOMES, Charts, number, page
+
+
+def runs_page(runs: Sequence[RunFacts]) -> str:
+    """The whole page."""
+    names = names_of(runs)
+    charts = Charts()
+    curves = []
+    for stage in dict.fromkeys(stage.name for run in runs for stage in run.stages):
+        placed = [charts.add(chart) for chart in overlaid(runs, names, stage)]
+        if placed:
+            curves.append((stage, placed[:SHOWN_CURVES], placed[SHOWN_CURVES:]))
+    kl = joined([over_kl(run) for run in runs], names)
+    blocks: dict[str, Any] = {
+        "title": f"{len(runs)} runs compared",
+        "live": None,
+        "verdicts": [
+            (name, OUTCOMES.get(run.outcome or "", ""), run.outcome or "", run.verdict or "It has not ended.")
+            for name, run in zip(names, runs, strict=True)
+        ],
+        "settings": settings(runs, names),
+        "results": results(runs, names, gated=True),
+        "figures": results(runs, names, gated=False),
+        "over_kl": kl and charts.add(kl),
+        "curves": curves,
+    }
+    return page("compared.html", blocks, {"charts": charts.as_json(), "answers": {}}, live=False)
+
+
+def names_of(runs: Sequence[RunFacts]) -> list[str]:
+    """Their names; of runs that share one, with the directory."""
+    names = [run.name for run in runs]
+    return [
+        name if names.count(name) == 1 else str(run.directory) for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def overlaid(runs: Sequence[RunFacts], names: Sequence[str], stage: str) -> Iterator[Chart]:
+    """A stage's charts, each with the curves of all runs that logged it."""
+    per_run = [{chart.title: chart for chart in stage_charts(run, stage)} for run in runs]
+    for title in dict.fromkeys(title for charts in per_run for title in charts):
+        chart = joined([charts.get(title) for charts in per_run], names)
+        assert chart is not None
+        yield chart
+
+
+def joined(charts: Sequence[Chart | None], names: Sequence[str]) -> Chart | None:
+    """One chart of all; None where no run has it."""
+    found = [(name, chart) for name, chart in zip(names, charts, strict=True) if chart is not None]
+    if not found:
+        return None
+    curves = [
+        replace(curve, name=name if len(chart.curves) == 1 else f"{name}: {curve.name}")
+        for name, chart in found
+        for curve in chart.curves
+    ]
+    first = found[0][1]
+    same = all(chart.bounds == first.bounds for _, chart in found)
+    return replace(first, curves=curves, bounds=first.bounds if same else (None, None))
+
+
+def settings(runs: Sequence[RunFacts], names: Sequence[str]) -> Table | None:
+    """The keys whose values differ between the runs."""
+    said = [{each["key"]: each for each in run.changed or ()} for run in runs]
+    rows = []
+    for key in sorted({key for each in said for key in each}):
+        default = next(each[key]["default"] for each in said if key in each)
+        values = [each[key]["value"] if key in each else default for each in said]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    return Table(["key", *names], rows) if rows else None
+
+
+def results(runs: Sequence[RunFacts], names: Sequence[str], *, gated: bool) -> Table | None:
+    """A row each figure, a column each run; those with a gate alone, or all."""
+    found = [
+        {
+            f"{stage.name}/{metric}": (value, interval)
+            for stage in run.stages
+            for metric, value, interval in stage.figures()
+        }
+        for run in runs
+    ]
+    bounded = dict.fromkeys(f"{gate['stage']}/{gate['name']}" for run in runs for gate in run.gates)
+    wanted = bounded if gated else dict.fromkeys(name for each in found for name in each)
+    rows = []
+    for name in wanted:
+        cells = []
+        for each in found:
+            value, interval = each.get(name, (None, ""))
+            cells.append(f"{number(value)} ({interval.partition(' (')[0]})" if interval else number(value))
+        rows.append([name, *cells])
+    return Table(["figure", *names], rows) if rows else None

@@ -1,0 +1,77 @@
+"""Several runs in one page: their curves over each other, what differs between their settings and results.
+
+Reads   the directories of finished runs.
+Writes  report.html, which also becomes the run's own page: runs/NAME/report.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from rlhf.config import ConfigError, did_you_mean
+from rlhf.costs.setup import CostContext
+from rlhf.costs.stage_cost import StageCost
+from rlhf.pipeline.job import Job
+from rlhf.pipeline.stage import Stage
+
+
+class ReportStage(Stage):
+    """The keys `report.*`. Values: conf/stages/report.yaml."""
+
+    name: ClassVar[str] = "report"
+    headlines: ClassVar[Mapping[str, tuple[str, str]]] = {"runs": ("runs", ".0f")}
+    random: ClassVar[bool] = False
+    in_chain: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False
+    cacheable: ClassVar[bool] = False
+
+    runs: list[str]
+    """The runs of the page, by their names in runs_dir, in this order. The name of a sweep stands for all its
+    trials; a directory is a run elsewhere."""
+
+    def metrics(self) -> tuple[str, ...]:
+        """What `run` publishes."""
+        return ("runs",)
+
+    def check(self, chain: Mapping[str, Stage]) -> None:
+        """There is something to show."""
+        if not self.runs:
+            raise ConfigError(
+                "report.runs=[]: nothing to show. Name runs, such as report.runs=[first,second]."
+            )
+
+    def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+        """Nothing worth counting."""
+        return StageCost()
+
+    def run(self, job: Job) -> None:
+        """Write the page."""
+        from rlhf.report.page.collect import read_run
+        from rlhf.report.page.compared import runs_page
+
+        directories = [each for name in self.runs for each in found(name, job.run_directory.parent)]
+        if job.compute.is_main:
+            page = runs_page([read_run(directory) for directory in dict.fromkeys(directories)])
+            (job.directory / "report.html").write_text(page, encoding="utf-8")
+        job.publish({"runs": float(len(dict.fromkeys(directories)))})
+
+
+def found(name: str, runs_dir: Path) -> list[Path]:
+    """The runs that a name stands for.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for directory in (runs_dir / name, Path(name)):
+        if (directory / "summary.json").is_file():
+            return [directory]
+    runs = [path.parent for path in runs_dir.glob("*/summary.json")]
+    trials = [path for path in runs if (path / "trial.json").is_file()]
+    sweep = [path for path in trials if path.name.rpartition("-")[0] == name]
+    if not sweep:
+        sweeps = [path.name.rpartition("-")[0] for path in trials]
+        near = did_you_mean(name, sorted({*(path.name for path in runs), *sweeps}))
+        raise ConfigError(f"report.runs={name}: there is no such run in {runs_dir}.{near}")
+    return sorted(sweep, key=lambda path: (len(path.name), path.name))
