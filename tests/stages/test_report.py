@@ -54,9 +54,7 @@ def test_names_of_runs_sweeps_and_directories(runs_dir: Path) -> None:
     assert found("wide", runs_dir) == [runs_dir / "wide-0", runs_dir / "wide-10"]
     assert found("first", runs_dir) == [runs_dir / "first"]
     assert found(str(runs_dir / "second"), runs_dir / "elsewhere") == [runs_dir / "second"]
-    with pytest.raises(
-        ConfigError, match="report.runs=frist: .* Did you mean first"
-    ):
+    with pytest.raises(ConfigError, match=r"report.runs=frist: .* Did you mean first"):
         found("frist", runs_dir)
 
 
