@@ -40,6 +40,26 @@ class TestEngine:
         assert len({tuple(ids) for ids in lists(rollout)}) > 3  # not the same for everyone
         assert [ids.tolist() for ids in rollout.prompt_ids] == [prompt.tolist() for prompt in prompts]
 
+    def test_answers_to_one_prompt_share_its_prefill(
+        self, engine: Vllm, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of all but one of them only the last, unfinished block of the prompt is computed."""
+        sample(engine, model, [torch.tensor([1])])  # so that it is built
+        block = engine._llm.llm_engine.vllm_config.cache_config.block_size
+        prompt = torch.arange(2 * block + 3) % 251
+        step = engine._llm.llm_engine.step
+        cached: list[int] = []
+
+        def noted() -> list[Any]:
+            outputs: list[Any] = step()
+            cached.extend(each.num_cached_tokens for each in outputs if each.finished)
+            return outputs
+
+        monkeypatch.setattr(engine._llm.llm_engine, "step", noted)
+        rollout = sample(engine, model, [prompt] * 4, temperature=1.0)
+        assert sorted(cached) == [0, 2 * block, 2 * block, 2 * block]
+        assert len({tuple(ids) for ids in lists(rollout)}) == 4
+
     def test_stop_tokens_end_a_response_and_are_part_of_it(
         self, engine: Vllm, model: PreTrainedModel, prompts: list[Tensor]
     ) -> None:
