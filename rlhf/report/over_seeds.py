@@ -23,7 +23,7 @@ FIGURES = {
     "question_accuracy": ("questions right", "z.2f"),
 }
 """Metrics of `evaluate` that end in /POLICY: (words, format)."""
-COSTS = {"seconds": ("seconds", ",.0f"), "gib": ("peak GiB", ".2f")}
+COSTS = {"seconds": ("seconds", ",.0f"), "gib": ("peak GiB of its stage", ".2f")}
 
 
 class OverSeeds:

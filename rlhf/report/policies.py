@@ -26,12 +26,13 @@ MARKERS = "os^DvPX<>*"
 
 
 class Cost(NamedTuple):
-    """What it took to make a policy, with all that it is made from."""
+    """What it took to make a policy."""
 
     seconds: float
-    """Of all its stages, one after the other."""
+    """Of all stages that it is made from, one after the other."""
     gib: float | None
-    """The most memory that a rank held in one of them; None where it was not measured."""
+    """The most memory that a rank held in its own stage: what came before is in the columns of others. None
+    where it was not measured."""
 
 
 class Point(NamedTuple):
@@ -49,8 +50,9 @@ def cost_of(run: Run, policy: str) -> Cost | None:
         return None
     made_from = chain_of(policy, run.chain)
     found = [run.stages[name]["cost"] for name in made_from if run.stages.get(name, {}).get("cost")]
-    peaks = [each["peak_bytes"] for each in found if each["peak_bytes"] is not None]
-    return Cost(sum(each["seconds"] for each in found), max(peaks) / 2**30 if peaks else None)
+    own = run.stages.get(policy, {}).get("cost")
+    peak = own and own["peak_bytes"]
+    return Cost(sum(each["seconds"] for each in found), peak / 2**30 if peak else None)
 
 
 def points(run: Run, titles: Mapping[str, str]) -> list[Point]:
@@ -109,7 +111,7 @@ def draw(found: list[Point], words: str) -> Figure:
     sides: dict[str, Callable[[Point], float | None]] = {
         "KL from the start, nats per sequence": lambda point: point.kl,
         "seconds, all stages": lambda point: point.cost and point.cost.seconds,
-        "peak memory, GiB": lambda point: point.cost and point.cost.gib,
+        "peak memory of its stage, GiB": lambda point: point.cost and point.cost.gib,
     }
     sides = {label: value for label, value in sides.items() if any(value(each) is not None for each in found)}
     for number, (label, value) in enumerate(sides.items()):

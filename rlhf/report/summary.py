@@ -199,7 +199,7 @@ def cost_cells(run: Run, names: list[str]) -> Iterator[tuple[str, list[str]]]:
         yield "seconds, all its stages", ["-" if cost is None else f"{cost.seconds:,.0f}" for cost in costs]
     if any(cost is not None and cost.gib is not None for cost in costs):
         gibs = [None if cost is None else cost.gib for cost in costs]
-        yield "peak memory, GiB", ["-" if gib is None else f"{gib:.2f}" for gib in gibs]
+        yield "peak memory of its stage, GiB", ["-" if gib is None else f"{gib:.2f}" for gib in gibs]
 
 
 def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:

@@ -45,7 +45,7 @@ def sweep(directory: Path, summaries: list[dict[str, Any]], key: str = "seed") -
 def test_each_figure_is_the_mean_of_the_seeds(tmp_path: Path) -> None:
     table = sweep(tmp_path, [summary(place) for place in range(3)])
     headings, rows = table.over_seeds.cells()
-    assert headings == ["3 seeds", "gold score", "gold gain", "KL", "seconds", "peak GiB"]
+    assert headings == ["3 seeds", "gold score", "gold gain", "KL", "seconds", "peak GiB of its stage"]
     assert rows[0] == ["base", "+1.00 (+0.00 to +2.00)", "-", "-", "-", "-"]
     assert rows[2] == [
         "PPO", "+1.50 (+0.50 to +2.50)", "+0.38 (+0.12 to +0.75)", "3.0 (1.0 to 6.0)", "101 (100 to 102)",

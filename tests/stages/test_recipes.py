@@ -45,7 +45,11 @@ def test_each_round_learns_from_the_answers_of_the_one_before(tmp_path: Path) ->
     assert measured["evaluate/score_gain"] == measured["evaluate/score_gain/dpo@2"]
     assert not [*(tmp_path / "store").glob("*/.*.rows")], "the prepared rows are gone"
     report = (first.directory / "report.md").read_text()
-    assert "| DPO 2 |" in report and "seconds, all its stages" in report and "peak memory, GiB" in report
+    assert (
+        "| DPO 2 |" in report
+        and "seconds, all its stages" in report
+        and "peak memory of its stage, GiB" in report
+    )
     assert (first.directory / "policies.png").exists()
     policies = first.summary["policies"]
     assert [each["title"] for each in policies.values()] == ["base", "SFT", "DPO", "DPO 2"]
