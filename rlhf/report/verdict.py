@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.run import Run
+from rlhf.pipeline.recipe import kind_of
+from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
 
 Direction = Literal["better", "not better", "unknown"]
 
+FORGOTTEN = ("retention_perplexity_ratio", "question_accuracy_change")
+"""Gates of `evaluate` on what a policy still knows: each policy of the chain has the same figure."""
 SCORES = {"gold_gain": "gold score", "score_gain": "reward's score"}
 """Metrics of `evaluate` that tell whether a policy became better: its words. The second is of interest where
 nobody knows the gold score."""
@@ -50,7 +54,7 @@ def verdict(run: Run) -> str:
     ):
         named = [str(finding) for finding in findings if finding.direction == direction]
         parts += [f"{word}: {'; '.join(named)}."] if named else []
-    blamed = [f"To blame is {reason}" for reason in reasons(run.chain, own, scored)]
+    blamed = [f"To blame is {reason}" for reason in reasons(run.chain, own, scored, causes(run))]
     failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
     if failed and not blamed:
         blamed = [f"To blame is {', '.join(failed)}: its gate failed."]
@@ -63,7 +67,7 @@ def outcome(run: Run) -> str:
     """The verdict in a word or three: what failed decides, else the last figure that tells of improvement."""
     own, scored = dict(measured(run)), dict(evaluated(run))
     findings = [*own.values(), *scored.values()]
-    if any(gate.outcome == "failed" for gate in run.gates) or any(reasons(run.chain, own, scored)):
+    if any(gate.outcome == "failed" for gate in run.gates) or any(reasons(run.chain, own, scored, {})):
         return "did not work"
     return "worked" if findings and findings[-1].direction == "better" else "cannot be told"
 
@@ -92,16 +96,80 @@ def evaluated(run: Run) -> Iterator[tuple[str, Finding]]:
                 break
 
 
+def causes(run: Run) -> dict[str, str]:
+    """The stages that a failed gate convicts, wherever the gate stands, and why."""
+    found: dict[str, str] = {}
+    for gate in run.gates:
+        if gate.outcome != "failed":
+            continue
+        figure = f"{gate.name} = {gate.figure}, wanted {gate.bound}"
+        kind = kind_of(gate.stage)
+        if kind == "generate" and gate.name == "stop_rate":
+            found[gate.stage] = (
+                f"model.chat_template, or what {gate.stage} asks: most answers do not end by themselves "
+                f"({figure}). Either the template writes no end that the model learned, or answers are cut "
+                "off."
+            )
+        elif gate.name == "kl":
+            found[gate.stage] = f"{gate.stage}: the policy went too far from its start ({figure})."
+        elif kind == "evaluate" and (first := first_failing(run, gate)) is not None:
+            policy, each = first
+            if gate.name == "length_ratio":
+                blamed, why = paid_for_length(run, policy, each)
+                found[blamed] = why
+            elif gate.name in FORGOTTEN:
+                found[policy] = (
+                    f"{policy}: its policy lost what the base model knew ({each.name} = {each.figure}, "
+                    f"wanted {gate.bound}). Look at its data and its learning rate."
+                )
+    return found
+
+
+def paid_for_length(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
+    """The reward that a policy learned from, where its answers changed their length; and why."""
+    stage = run.chain[policy]
+    reward = next((name for name in stage.inputs() if run.chain[name].publishes == "reward"), None)
+    together = run.metrics_of(reward).get("length_correlation") if reward else None
+    seen = "" if together is None else f"; the reward's scores go with length by {together:+.2f}"
+    said = f"{stage.title} changed the length of the answers ({each.name} = {each.figure}{seen})"
+    blamed = reward or f"the reward of {policy}"
+    return reward or policy, f"{blamed}: {said}. It may pay for length and not for what is said."
+
+
+def first_failing(run: Run, gate: GateResult) -> tuple[str, GateResult] | None:
+    """The first stage of the chain whose policy fails a gate of `evaluate`, and its own figure."""
+    for name in run.chain:
+        metric = f"{gate.name}/{name}"
+        sampled = Sampled.found(metric, run.metrics_of(gate.stage))
+        if sampled is not None:
+            each = replace(gate, name=metric, value=sampled.value, sampled=sampled)
+            if each.outcome == "failed":
+                return name, each
+    return None
+
+
 def reasons(
-    chain: Mapping[str, Stage], own: Mapping[str, Finding], scored: Mapping[str, Finding]
+    chain: Mapping[str, Stage],
+    own: Mapping[str, Finding],
+    scored: Mapping[str, Finding],
+    convicted: Mapping[str, str],
 ) -> Iterator[str]:
-    """Each stage that did not do what it is for, although all that it reads did, and why it is that one."""
+    """Each stage that did not do what it is for, although all that it reads did, and why it is that one.
+
+    Args:
+        convicted: see `causes`.
+    """
     spoiled: set[str] = set()
     """Those that failed, and all that is made from them."""
     for name, stage in chain.items():
         findings = [found[name] for found in (own, scored) if name in found]
         is_bad = any(finding.direction == "not better" for finding in findings)
         is_spoiled = bool(spoiled & {*stage.inputs()})
+        if name in convicted:
+            if not is_spoiled:
+                yield convicted[name]
+            spoiled.add(name)
+            continue
         if is_bad and not is_spoiled:
             yield reason(name, chain, own, scored.get(name))
         did_its_own = name in own and own[name].direction == "better"

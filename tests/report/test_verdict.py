@@ -12,7 +12,7 @@ from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Purpose, Stage, in_order
-from rlhf.report.verdict import verdict
+from rlhf.report.verdict import outcome, verdict
 from rlhf.stages.merge import MergeStage
 
 NAMES = {
@@ -183,5 +183,88 @@ def test_a_policy_that_learned_its_own_task_spoils_nothing(tmp_path: Path) -> No
 
 def test_a_gate_of_something_else_is_told_too(tmp_path: Path, chain: dict[str, Stage]) -> None:
     run = run_of(tmp_path, chain, **GOOD)
-    run.gates = [GateResult("ppo", "kl", 31.0, Bound(max=20.0, advice="raise ppo.kl.coef"))]
-    assert verdict(run).endswith(" To blame is ppo (kl = 31): its gate failed.")
+    run.gates = [GateResult("ppo", "first_kl", 31.0, Bound(max=20.0, advice="raise ppo.kl.coef"))]
+    assert verdict(run).endswith(" To blame is ppo (first_kl = 31): its gate failed.")
+
+
+LENGTH = Bound(min=0.5, max=1.5, advice="reward the right length")
+PERPLEXITY = Bound(max=1.15, advice="lower sft.optim.lr")
+
+
+def gate_of(run: Run, stage: str, name: str, bound: Bound, value: float, policies: str = "") -> None:
+    """A gate on a figure with a narrow interval, and the same figure of each policy named."""
+    sampled = Sampled(value, value - 0.01, value + 0.01, 96)
+    for policy in policies.split():
+        metrics = run.stages.setdefault(stage, {"metrics": {}})["metrics"]
+        metrics |= {f"{stage}/{key}": each for key, each in sampled.metrics(f"{name}/{policy}").items()}
+    run.gates.append(GateResult(stage, name, value, bound, sampled))
+
+
+def test_shuffled_pairs_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    """The reward model ranks at chance. Few held-out pairs cannot tell; then PPO's outcome points there."""
+    assert "To blame is reward: it ranks no better than" in verdict(
+        run_of(tmp_path, chain, **GOOD | {"reward": (-0.2, -0.4, 0.0), "gold": DOWN})
+    )
+    assert "To blame is reward: PPO raised its score" in verdict(
+        run_of(tmp_path, chain, **GOOD | {"reward": UNKNOWN, "gold": DOWN})
+    )
+
+
+def test_sft_on_garbage_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    """It learns the garbage well, and PPO inherits what it forgot: the first that lost it is to blame."""
+    run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
+    gate_of(run, "evaluate", "retention_perplexity_ratio", PERPLEXITY, 3.2, "sft ppo")
+    sentence = verdict(run)
+    assert (
+        "To blame is sft: its policy lost what the base model knew (retention_perplexity_ratio/sft = 3.2"
+        in sentence
+    )
+    assert sentence.count("To blame") == 1 and outcome(run) == "did not work"
+
+
+def test_ppo_that_forgot_by_itself_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    gate_of(run, "evaluate", "retention_perplexity_ratio", PERPLEXITY, 1.02, "sft")
+    gate_of(run, "evaluate", "retention_perplexity_ratio", PERPLEXITY, 2.0, "ppo")
+    assert "To blame is ppo: its policy lost what the base model knew" in verdict(run)
+
+
+def test_a_reward_trained_on_length_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    """Without a gold score too."""
+    figures = {name: figure for name, figure in GOOD.items() if name != "gold"}
+    run = run_of(tmp_path, chain, **figures)
+    run.stages["reward"]["metrics"]["reward/length_correlation"] = 0.83
+    gate_of(run, "evaluate", "length_ratio", LENGTH, 1.71, "ppo")
+    sentence = verdict(run)
+    assert "To blame is reward: PPO changed the length of the answers (length_ratio/ppo = 1.71" in sentence
+    assert "the reward's scores go with length by +0.83" in sentence and sentence.count("To blame") == 1
+
+
+def test_ppo_without_kl_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    """And not the reward model, which it left behind."""
+    run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
+    gate_of(run, "ppo", "kl", Bound(max=20.0, advice="raise ppo.kl.coef"), 64.0)
+    sentence = verdict(run)
+    assert "To blame is ppo: the policy went too far from its start (kl = 64" in sentence
+    assert sentence.count("To blame") == 1
+
+
+def test_a_broken_template_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, sft=DOWN, reward=UP)
+    gate_of(run, "generate", "stop_rate", Bound(min=0.3, advice="raise ppo.max_new_tokens"), 0.02)
+    assert "To blame is model.chat_template, or what generate asks: most answers do not end" in verdict(run)
+
+
+def test_a_stage_that_reads_what_failed_is_not_convicted(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD | {"reward": NONE})
+    gate_of(run, "ppo", "kl", Bound(max=20.0, advice="raise ppo.kl.coef"), 64.0)
+    sentence = verdict(run)
+    assert "To blame is reward: it ranks no better" in sentence and sentence.count("To blame") == 1
+
+
+def test_the_outcome_in_a_word(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    assert outcome(run_of(tmp_path, chain, **GOOD)) == "worked"
+    assert (
+        outcome(run_of(tmp_path, chain, **GOOD | {"gold": UNKNOWN, "learned": UNKNOWN})) == "cannot be told"
+    )
+    assert outcome(run_of(tmp_path, chain, **GOOD | {"gold": DOWN})) == "did not work"
