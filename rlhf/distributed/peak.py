@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
+
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.device import return_freed_memory
 
@@ -46,3 +48,12 @@ def peak_bytes(compute: Compute, *, is_measured: bool) -> float | None:
         (line,) = (each for each in lines if each.startswith("VmHWM"))
         found = 1024.0 * int(line.split()[1])
     return float(compute.global_max(torch.tensor(found, dtype=torch.float64))) or None
+
+
+def held_bytes(compute: Compute) -> float:
+    """What this rank holds now: on a GPU what torch allocated there; else the process's resident memory."""
+    if compute.device_name.startswith("cuda"):
+        import torch
+
+        return float(torch.cuda.memory_allocated(compute.device))
+    return float(psutil.Process().memory_info().rss)

@@ -189,6 +189,7 @@ class Job:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log one step's metrics under the stage's name."""
+        self.progress.figures(metrics)
         self.tracker.log(self.stage, metrics, step)
 
     def sample(self, **row: Any) -> None:

@@ -19,7 +19,7 @@ from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.digests import DirectoryDigest, Recipe
 from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
-from rlhf.distributed.peak import forget_peak, peak_bytes
+from rlhf.distributed.peak import forget_peak, held_bytes, peak_bytes
 from rlhf.distributed.signals import StopSignals, uninterrupted
 from rlhf.evaluation.sampled import Sampled
 from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
@@ -276,7 +276,7 @@ class Pipeline:
         if damage is not None:
             raise UnsoundInputError(damage)
         self.compute.main_only(lambda: self.check_external(stage, base))
-        progress = Progress(self.console, self.position.tell)
+        progress = Progress(self.console, self.position.tell, partial(held_bytes, self.compute))
         scratch = self.compute.main_only(lambda: self.store.scratch(name, key))
         tracker.begin(scratch)
         chain, rows = self.experiment.stages, scratch.with_name(f"{scratch.name}.rows")
@@ -317,7 +317,7 @@ class Pipeline:
         torch.manual_seed(job.seed)
         is_measured = forget_peak(self.compute)
         try:
-            with progress.shown(), naming(scratch), said_as(users_words(stage, base)):
+            with progress.shown(name), naming(scratch), said_as(users_words(stage, base)):
                 if stage.makers:
                     self.compute.main_only(lambda: prepare_rows(stage, chain, inputs, base, rows, progress))
                     stage.check_data(job.data, base)

@@ -1,18 +1,29 @@
-"""Progress with an ETA: a live bar on a terminal, sparse lines elsewhere."""
+"""Progress with an ETA: a live panel on a terminal, sparse lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.progress import Task as RichTask
+from rich.text import Text
 
 Item = TypeVar("Item")
 LINE_EVERY_SECONDS = 20.0
+WATCHED = (
+    "score", "kl", "stop_rate", "loss", "accuracy", "margin", "grad_norm", "lr", "explained_variance",
+)  # fmt: skip
+"""Metrics of steps; the panel shows the first three that a stage logs."""
+NARROW = 60
+"""Columns of a terminal that has no room for bars."""
 
 
 def clock(seconds: float) -> str:
@@ -29,7 +40,10 @@ class Task:
         self._progress, self._label, self._total, self._done = progress, label, total, 0
         self._earlier = 0
         self._start = self._last_line = time.monotonic()
-        self._bar = progress.live.add_task(label, total=total, note="") if progress.live else None
+        self._bar = None
+        if progress.live is not None:
+            short = label.removeprefix(f"{progress.live.stage}: ")
+            self._bar = progress.live.add_task(escape(short), total=total)
 
     def skip(self, count: int) -> None:
         """Count what an earlier attempt did. The estimate of the time left does not use it."""
@@ -38,14 +52,14 @@ class Task:
             self._progress.live.reset(self._bar, completed=self._done)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more as done; `note` is shown beside the bar."""
+        """Count `count` more as done; `note` is part of a line. The panel shows `Progress.figures`."""
         self._done += count
         now, left = time.monotonic(), None
         if self._total is not None and self._done > self._earlier:
             left = (now - self._start) / (self._done - self._earlier) * (self._total - self._done)
         self._progress.tell(task=self._label, done=self._done, total=self._total, left=left)
         if self._progress.live and self._bar is not None:
-            self._progress.live.update(self._bar, advance=count, note=note)
+            self._progress.live.update(self._bar, advance=count)
             return
         if now - self._last_line < LINE_EVERY_SECONDS:
             return
@@ -63,28 +77,66 @@ class Task:
             self._progress.live.remove_task(self._bar)
 
 
-class Progress:
-    """Makes tasks. On a terminal they are bars, elsewhere single lines."""
+class TimeLeft(TimeRemainingColumn):
+    """Says what the time is; nothing where nobody knows how much there is to do."""
 
-    def __init__(self, console: Console, tell: Callable[..., None] = lambda **said: None) -> None:
+    def render(self, task: RichTask) -> Text:
+        """As rich does, with a word behind it."""
+        time_left = super().render(task)
+        return time_left.append(" left") if time_left.plain else time_left
+
+
+class StagePanel(RichProgress):
+    """The live panel of a stage: its tasks with the time left, three figures, and memory."""
+
+    def __init__(self, stage: str, console: Console, memory: Callable[[], float] | None) -> None:
+        self.stage, self._memory = stage, memory  # first: rich draws it while it is made
+        self.figures: list[str] = []
+        bars = () if console.width < NARROW else (BarColumn(bar_width=None),)
+        super().__init__(
+            TextColumn("{task.description}"), *bars, MofNCompleteColumn(), TimeLeft(compact=True),
+            console=console, transient=True, refresh_per_second=4, expand=bool(bars),
+        )  # fmt: skip
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws."""
+        parts: list[RenderableType] = [self.make_tasks_table(self.tasks)] if self.tasks else []
+        memory = [] if self._memory is None else [f"memory {self._memory() / 2**30:.2f} GiB"]
+        parts.append(Columns([Text(each) for each in (*self.figures, *memory)], padding=(0, 3)))
+        yield Panel(Group(*parts), title=escape(self.stage), title_align="left", border_style="dim")
+
+
+class Progress:
+    """Makes tasks. On a terminal they are in a panel, elsewhere single lines."""
+
+    def __init__(
+        self,
+        console: Console,
+        tell: Callable[..., None] = lambda **said: None,
+        memory: Callable[[], float] | None = None,
+    ) -> None:
         """
         Args:
             tell: hears of every task how far it is: see rlhf/tracking/position.py.
+            memory: bytes that this rank holds now; None does not show them.
         """
-        self.console, self.tell = console, tell
-        self.live: RichProgress | None = None
+        self.console, self.tell, self._memory = console, tell, memory
+        self.live: StagePanel | None = None
+
+    def figures(self, metrics: Mapping[str, float]) -> None:
+        """Show the three of a step's metrics that matter most."""
+        if self.live is not None:
+            found = [name for name in WATCHED if name in metrics][:3]
+            if found:
+                self.live.figures = [f"{name} {metrics[name]:.3g}" for name in found]
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """While open, tasks are drawn as live bars (on a terminal)."""
+    def shown(self, stage: str = "") -> Iterator[None]:
+        """While open, a live panel shows the tasks (on a terminal)."""
         if not self.console.is_terminal:
             yield
             return
-        columns = (
-            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
-        with RichProgress(*columns, console=self.console, transient=True) as self.live:
+        with StagePanel(stage, self.console, self._memory) as self.live:
             try:
                 yield
             finally:

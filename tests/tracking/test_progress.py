@@ -75,6 +75,34 @@ def test_a_live_bar_starts_where_the_earlier_attempt_ended() -> None:
         assert (bar.completed, bar.total) == (6, 8)
 
 
+@pytest.mark.parametrize("width", [80, 40])
+def test_the_panel_has_step_time_left_three_figures_and_memory(width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    progress = Progress(console, memory=lambda: 1.5 * 2**30)
+    with progress.shown("ppo"), progress.task("ppo: steps", 8) as task:
+        progress.figures({"lr": 0.1, "loss": 1.0, "kl": 0.25, "score": -0.5, "length": 7.0})
+        progress.figures({"held_out_score": 3.0})  # nothing to watch: what was there stays
+        task.advance(3)
+        assert progress.live is not None
+        drawn = Console(file=io.StringIO(), width=width)
+        drawn.print(progress.live.get_renderable())
+    assert isinstance(drawn.file, io.StringIO)
+    lines = drawn.file.getvalue().splitlines()
+    assert lines[0].startswith("╭─ ppo ") and {len(line) for line in lines} == {width}
+    words = " ".join(" ".join(line.strip("│╭╮╰╯").split()) for line in lines[1:-1])
+    assert ("━" in words) == (width == 80)
+    assert re.fullmatch(r"steps (━\S* )?3/8 \S+ left score -0.5 kl 0.25 loss 1 memory 1.50 GiB", words), words
+
+
+def test_figures_are_for_terminals_alone() -> None:
+    said = io.StringIO()
+    progress = Progress(Console(file=said, width=80))
+    with progress.shown("ppo"), progress.task("ppo: steps", 8) as task:
+        progress.figures({"score": 1.0})
+        task.advance()
+    assert said.getvalue() == ""
+
+
 def test_bars_of_libraries_are_off_whichever_imports_tqdm_first(tmp_path: Path) -> None:
     """A model that is converted drew one into the log."""
     code = "from rlhf.cli.execute import execute\nexecute({}, 'x')\nimport tqdm\nlist(tqdm.tqdm(range(3)))\n"
