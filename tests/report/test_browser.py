@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from helpers.axe import axe_script
 from helpers.pages import make_run
 from rlhf.cli.watch import HOST, make_server
 from rlhf.report.page.write import write_page
@@ -37,17 +35,7 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str | None:
     """The accessibility checker, where npm's cache has it."""
-    directory = tmp_path_factory.mktemp("axe")
-    if shutil.which("npm") is None:
-        return None
-    pack = ["npm", "pack", "--offline", "axe-core@4.14.1"]
-    done = subprocess.run(pack, cwd=directory, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return None
-    with tarfile.open(directory / done.stdout.split()[-1]) as archive:
-        file = archive.extractfile("package/axe.min.js")
-        assert file is not None
-        return file.read().decode()
+    return axe_script(tmp_path_factory.mktemp("axe"))
 
 
 def opened(
