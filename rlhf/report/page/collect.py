@@ -255,7 +255,7 @@ def over_kl(run: RunFacts) -> Chart | None:
             ]
             known = sorted((x, y) for x, y in at if x is not None and y is not None)
             if len(known) > 1:
-                curves.append(Curve(words, [x for x, _ in known], [y for _, y in known]))
+                curves.append(Curve(words, [x for x, _ in known], [y for _, y in known], marks=True))
     if not curves:
         return None
     return Chart("Score over KL", "KL from the start, nats per sequence", "score", curves)
@@ -274,11 +274,11 @@ def over_length(run: RunFacts) -> tuple[Chart, list[str]] | None:
         x, y = [float(tokens) for tokens, _ in known], [score for _, score in known]
         if not x:
             continue
-        curves.append(Curve(policy, x, [*y]))
+        curves.append(Curve(policy, x, [*y], marks=True))
         together = correlation(x, y)
         words.append(f"{policy} {'no spread' if together is None else format(together, '+.2f')}")
     name = {"score": "learned score", "gold": "gold score"}[kind]
-    return (Chart("Score over length", "tokens of the answer", name, curves, points=True), words)
+    return (Chart("Score over length", "tokens of the answer", name, curves), words)
 
 
 def calibrations(run: RunFacts) -> Iterator[tuple[str, Chart]]:
@@ -293,7 +293,7 @@ def calibrations(run: RunFacts) -> Iterator[tuple[str, Chart]]:
         yield (
             stage.name,
             Chart(
-                "Calibration", "how sure", "how often right", [Curve(named, x, y)], points=True, diagonal=True
+                "Calibration", "how sure", "how often right", [Curve(named, x, y, marks=True)], diagonal=True
             ),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Curve:
     name: str
     x: list[float]
     y: list[float | None]
+    marks: bool = False
+    """Whether no line joins its points: they are no steps of one thing."""
 
     def thinned(self, most: int) -> Curve:
         """At most so many points: of each stretch of steps its lowest and its highest, so that no spike
@@ -43,7 +45,7 @@ class Curve:
             known = [index for index in span if self.y[index] is not None]
             ends = {min(known, key=self._at), max(known, key=self._at)} if known else {span[0]}
             kept += sorted(ends)
-        return Curve(self.name, [self.x[index] for index in kept], [self.y[index] for index in kept])
+        return replace(self, x=[self.x[index] for index in kept], y=[self.y[index] for index in kept])
 
     def _at(self, index: int) -> float:
         value = self.y[index]
@@ -62,8 +64,6 @@ class Chart:
     curves: list[Curve] = field(default_factory=list)
     bounds: Bounds = (None, None)
     """The healthy range: of a gate with the curve's name."""
-    points: bool = False
-    """Whether each figure is a mark by itself, and not a step of a line."""
     diagonal: bool = False
     """Whether a perfect result lies on the line y = x."""
 
@@ -95,10 +95,14 @@ class Chart:
             "y": self.y,
             "low": self.bounds[0],
             "high": self.bounds[1],
-            "points": self.points,
             "diagonal": self.diagonal,
             "curves": [
-                {"name": curve.name, "x": [*map(_short, curve.x)], "y": [*map(_short, curve.y)]}
+                {
+                    "name": curve.name,
+                    "x": [*map(_short, curve.x)],
+                    "y": [*map(_short, curve.y)],
+                    "marks": curve.marks,
+                }
                 for curve in curves
             ],
         }

@@ -17,7 +17,7 @@
     if (figure === null || figure === undefined) return "-";
     const size = Math.abs(figure);
     if (size >= 1e5) return figure.toLocaleString("en", { maximumFractionDigits: 0 });
-    return size !== 0 && size < 1e-3 ? figure.toExponential(2) : String(Number(figure.toPrecision(4)));
+    return size !== 0 && size < 1e-3 ? Number(figure.toPrecision(3)).toExponential() : String(Number(figure.toPrecision(4)));
   };
 
   // Charts. All curves of a chart share their x: a point of one is a gap of the others.
@@ -28,7 +28,7 @@
     const xs = [], ys = chart.curves.map(() => []);
     for (const [x, number, y] of all) {
       // marks of a scatter, and two figures of one curve at one x, stay apart
-      if (chart.points || !xs.length || xs[xs.length - 1] !== x || ys[number][xs.length - 1] !== null) {
+      if (chart.curves[number].marks || !xs.length || xs[xs.length - 1] !== x || ys[number][xs.length - 1] !== null) {
         xs.push(x);
         ys.forEach((column) => column.push(null));
       }
@@ -77,11 +77,11 @@
       scales: { x: { time: false }, y: { range: (u, low, high) => span(low, high) } },
       axes: [
         { ...axis, label: chart.x, labelSize: 18, size: 34 },
-        { ...axis, size: 56, values: (u, ticks) => ticks.map(shown), ...(chart.points || chart.curves.length > 1 ? { label: chart.y, labelSize: 18 } : {}) },
+        { ...axis, size: 56, values: (u, ticks) => ticks.map(shown), ...(chart.curves[0].marks || chart.curves.length > 1 ? { label: chart.y, labelSize: 18 } : {}) },
       ],
       series: [{}, ...chart.curves.map((curve, number) => ({
         label: curve.name, stroke: colours[number % colours.length], width: 1.6, spanGaps: true,
-        ...(chart.points ? { paths: () => null, points: { show: true, size: 6, fill: colours[number % colours.length] } }
+        ...(curve.marks ? { paths: () => null, points: { show: true, size: 6, fill: colours[number % colours.length] } }
           : { points: { show: single, size: 5 } }),
       }))],
       hooks: {
