@@ -87,7 +87,7 @@ def test_another_stage_can_be_chosen(finished_chain: tuple[Chain, Outcome], tmp_
     ("words", "complaint"),
     [
         (("run1",), "name a run and a new directory"),
-        (("run9", "new"), "run_name=run9: there is no such run in runs."),
+        (("nowhere", "new"), "run_name=nowhere: there is no such run in runs."),
         (("run1", "new", "policy=pppo"), "policy=pppo: runs/run1 has no such policy. Did you mean ppo?"),
         (("run1", "new", "policy=reward"), "policy=reward: runs/run1 has no such policy. It has sft, ppo."),
         (("run1", "store"), "store is there already"),

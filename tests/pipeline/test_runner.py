@@ -60,7 +60,7 @@ def test_weights_are_as_readable_as_everything_else(chain: Chain, first: Outcome
 
 def test_summary_keeps_its_contract(first: Outcome) -> None:
     summary = first.summary
-    assert set(summary) == {"stages", "gates", "verdict", "outcome", "reads", "bounds", "changed"}
+    assert set(summary) == {"stages", "gates", "verdict", "outcome", "reads", "bounds", "changed", "policies"}
     assert [*summary["reads"]] == [*STAGES] and summary["reads"]["sft"] == ["prepare"]
     assert summary["bounds"]["ppo"]["kl"] == [None, 20.0]
     assert {"key": "sft.batch_rows", "default": "16", "value": "8"} in summary["changed"]
