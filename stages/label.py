@@ -45,6 +45,7 @@ from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import Artifact
 from rlhf.rewards.kinds import RewardMix, RewardSource, models_of, parts_of
+from rlhf.tracking.redaction import redacted
 
 if TYPE_CHECKING:
     from rlhf.distributed.compute import Compute
@@ -104,13 +105,16 @@ class LabelStage(Stage):
 
     @model_validator(mode="after")
     def _fits(self) -> LabelStage:
+        parts = [] if self.reward is None else parts_of(self.reward)
+        if self.is_pairwise() and (len(parts) > 1 or parts[0].args.get("baseline", OTHER) != OTHER):
+            raise ValueError("reward: a pairwise judge judges alone, and leaves out args.baseline")
         if self.annotator == "human":
             if len({*self.annotators}) < len(self.annotators):
                 raise ValueError("annotators: two have one name. Rename one")
             return self
         if self.reward is None:
             raise ValueError(f"annotator={self.annotator} needs reward: what judges, such as reward=vader")
-        models, parts = models_of(self.reward), parts_of(self.reward)
+        models = models_of(self.reward)
         kinds = {"judge" if part.source.startswith("judge:") else "rule" for part in parts}
         kind = "reward_model" if len(models) == len(parts) else "judge" if kinds == {"judge"} else "rule"
         if kind != self.annotator:
@@ -278,7 +282,7 @@ class LabelStage(Stage):
         decides = digest_of(
             [self.model_dump(mode="json", include={"reward", "tie_gap"}), {**external}, models]
         )
-        return f"{self.annotator}{MACHINE}{self.reward} ({decides[:8]})"
+        return f"{self.annotator}{MACHINE}{redacted(str(self.reward))} ({decides[:8]})"
 
     def predicted(self, job: Job, pairs: list[Pair]) -> tuple[list[Pair], dict[str, float]]:
         """The pairs with what `label.reward` says of their gap, and what it counted. Without a reward, as

@@ -224,3 +224,27 @@ def test_a_judge_in_a_run(endpoint: Endpoint, args: dict[str, Any], tmp_path: Pa
     metrics = outcome.summary["stages"]["generate"]["metrics"]
     assert metrics["generate/judge_asked/judge"] + metrics["generate/judge_cached/judge"] > 0
     assert metrics["generate/judge_tokens_in/judge"] > 0
+
+
+@pytest.mark.parametrize(("mode", "says", "ties"), [
+    ("pairwise", prefers("love"), 0),
+    ("scored", lambda question: "9" if "love" in question else "2", 0),
+    ("pairwise", lambda question: "A", 8),  # always the first
+])  # fmt: skip
+def test_a_judge_labels_pairs(
+    endpoint: Endpoint, args: dict[str, Any], tmp_path: Path, mode: str, says: Any, ties: int
+) -> None:
+    endpoint.says = says
+    chain = Chain(tmp_path)
+    pairs = [{"prompt": f"Rate {n}", "first": f"I love {n}", "second": f"I hate {n}"} for n in range(8)]
+    shown = ",".join(f"{name}:'{value}'" for name, value in (args | {"mode": mode}).items())
+    outcome = chain.run(
+        "stage=label", f"label.pairs={chain.write('two.jsonl', pairs)}", "label.annotator=judge",
+        f"label.reward=[{{source:'{endpoint.source}',args:{{{shown}}}}}]",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    metrics = outcome.summary["stages"]["label"]["metrics"]
+    made = (outcome.artifact("label") / "pairs.jsonl").read_text().splitlines()
+    assert metrics["label/ties"] == ties and len(made) == 8 - ties
+    assert all("love" in json.loads(row)["chosen"] for row in made)
+    assert metrics["label/judge_asked/judge"] == len(endpoint.asked) == 16
