@@ -132,8 +132,11 @@ def paid_for_length(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
     together = run.metrics_of(reward).get("length_correlation") if reward else None
     seen = "" if together is None else f"; the reward's scores go with length by {together:+.2f}"
     said = f"{stage.title} changed the length of the answers ({each.name} = {each.figure}{seen})"
-    blamed = reward or f"the reward of {policy}"
-    return reward or policy, f"{blamed}: {said}. It may pay for length and not for what is said."
+    blamed = reward or (f"the reward of {policy}" if stage.rewards() else policy)
+    return (
+        reward or policy,
+        f"{blamed}: {said}. What it learned from may pay for length and not for what is said.",
+    )
 
 
 def first_failing(run: Run, gate: GateResult) -> tuple[str, GateResult] | None:
