@@ -80,7 +80,8 @@ class Experiment:
 
     def summary(self, name: str) -> dict[str, Any]:
         """What a run says of itself."""
-        found: dict[str, Any] = json.loads((self.directory / "runs" / name / "summary.json").read_text())
+        path = self.directory / "runs" / name / "summary.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
 
     def artifact(self, name: str, stage: str) -> Path:
