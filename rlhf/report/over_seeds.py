@@ -18,6 +18,7 @@ FIGURES = {
     "win_rate": ("win rate", "z.2f"),
     "kl": ("KL", "z.1f"),
     "length_mean": ("tokens", "z.0f"),
+    "stop_rate": ("ends by itself", ".0%"),
     "task_gain": ("task gain", "+z.3f"),
     "retention_perplexity_ratio": ("perplexity against base", "z.2f"),
     "question_accuracy": ("questions right", "z.2f"),

@@ -20,7 +20,11 @@ GOLD, GAINS, KL = {"base": 0.0, "sft": 0.25, "ppo": 0.5}, (0.125, 0.25, 0.75), (
 def summary(place: int, **costs: Any) -> dict[str, Any]:
     """Of a run that compared base, SFT and PPO."""
     metrics = {f"evaluate/gold_mean/{name}": value + place for name, value in GOLD.items()}
-    metrics |= {"evaluate/gold_gain/ppo": GAINS[place], "evaluate/kl/ppo": KL[place]}
+    metrics |= {
+        "evaluate/gold_gain/ppo": GAINS[place],
+        "evaluate/kl/ppo": KL[place],
+        "evaluate/stop_rate/ppo": 1.0,
+    }
     policies: dict[str, Any] = {
         "base": {"title": "base"},
         "sft": {"title": "SFT", "seconds": 10.0, "gib": 1.0},
@@ -45,10 +49,18 @@ def sweep(directory: Path, summaries: list[dict[str, Any]], key: str = "seed") -
 def test_each_figure_is_the_mean_of_the_seeds(tmp_path: Path) -> None:
     table = sweep(tmp_path, [summary(place) for place in range(3)])
     headings, rows = table.over_seeds.cells()
-    assert headings == ["3 seeds", "gold score", "gold gain", "KL", "seconds", "peak GiB of its stage"]
-    assert rows[0] == ["base", "+1.00 (+0.00 to +2.00)", "-", "-", "-", "-"]
+    assert headings == [
+        "3 seeds",
+        "gold score",
+        "gold gain",
+        "KL",
+        "ends by itself",
+        "seconds",
+        "peak GiB of its stage",
+    ]
+    assert rows[0] == ["base", "+1.00 (+0.00 to +2.00)", "-", "-", "-", "-", "-"]
     assert rows[2] == [
-        "PPO", "+1.50 (+0.50 to +2.50)", "+0.38 (+0.12 to +0.75)", "3.0 (1.0 to 6.0)", "101 (100 to 102)",
+        "PPO", "+1.50 (+0.50 to +2.50)", "+0.38 (+0.12 to +0.75)", "3.0 (1.0 to 6.0)", "100% (100% to 100%)", "101 (100 to 102)",
         "2.00 (2.00 to 2.00)",
     ]  # fmt: skip
 
