@@ -8,18 +8,24 @@ Pictures of benchmarks are not among them: `ppo_learning.py` and `ppo_scaling.py
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
 from look import THEMES, save
 
+from rlhf.evaluation.sampled import Sampled
 from rlhf.report.compare import PROMPT_METHODS, QUALITIES, ROWS, Quality, draw
 from rlhf.report.pareto import Point
 from rlhf.report.pareto import draw as draw_pareto
+from rlhf.report.policies import GAINS, Cost
+from rlhf.report.policies import Point as Policy
+from rlhf.report.policies import draw as draw_policies
 
 DOCS = Path(__file__).parent.parent / "docs"
 CHAIN = {"#57606a": "#9198a1"}
 """Colours in the picture of the chain, which is written by hand for the light theme -> the dark theme's."""
+NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?!\w)")
 TRIALS = {"full": "full", "LoRA": "lora", "full + replay": "replay", "half-way": "half-way"}
 
 
@@ -64,6 +70,19 @@ def forgetting() -> list[Point]:
     return [Point(TRIALS[name], *figures) for name, *figures in zip(names, gains, losses, strict=True)]
 
 
+def algorithms() -> list[Policy]:
+    """The policies of the table over three seeds."""
+    (_, *names), *rows = table("which-algorithm.md", "3 seeds")
+    found = []
+    for title, *cells in rows:
+        by_name = {name: [float(part) for part in NUMBER.findall(cell.replace(",", ""))] for name, cell in zip(names, cells, strict=True)}
+        if by_name["gold gain"] and title != "base":
+            (seconds, *_), (gib, *_) = by_name["seconds"], by_name["peak GiB of its stage"]
+            gain = Sampled(*by_name["gold gain"], rows=3)
+            found.append(Policy(title, gain, by_name["KL"][0], Cost(seconds, gib)))
+    return found
+
+
 def main() -> None:
     """Draw all."""
     images = DOCS / "images"
@@ -77,6 +96,7 @@ def main() -> None:
         save(partial(draw, metrics, quality), images / f"{name}.svg")
     axes = ("task gain, nats per token", "retention loss, nats per token")
     save(lambda: draw_pareto(forgetting(), *axes), images / "forgetting.svg")
+    save(partial(draw_policies, algorithms(), GAINS["gold_gain"]), images / "algorithms.svg")
     chain = (images / f"chain-{next(iter(THEMES))}.svg").read_text(encoding="utf-8")
     for light, dark in CHAIN.items():
         chain = chain.replace(light, dark)
