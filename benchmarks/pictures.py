@@ -75,10 +75,14 @@ def algorithms() -> list[Policy]:
     (_, *names), *rows = table("which-algorithm.md", "3 seeds")
     found = []
     for title, *cells in rows:
-        by_name = {name: [float(part) for part in NUMBER.findall(cell.replace(",", ""))] for name, cell in zip(names, cells, strict=True)}
+        by_name = {
+            name: [float(part) for part in NUMBER.findall(cell.replace(",", ""))]
+            for name, cell in zip(names, cells, strict=True)
+        }
         if by_name["gold gain"] and title != "base":
             (seconds, *_), (gib, *_) = by_name["seconds"], by_name["peak GiB of its stage"]
-            gain = Sampled(*by_name["gold gain"], rows=3)
+            mean, lowest, highest = by_name["gold gain"]
+            gain = Sampled(mean, lowest, highest, rows=3)
             found.append(Policy(title, gain, by_name["KL"][0], Cost(seconds, gib)))
     return found
 

@@ -21,7 +21,7 @@ GAINS = {"gold_gain": "gain in gold score", "score_gain": "gain in the reward's 
 SEVERAL = 2
 """So many policies, beside base and the start, are a comparison: a table shows one well enough."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#808080")
-"""That the colour-blind can distinguish (Okabe and Ito 2008), with grey for their black: a page may be dark."""
+"""That the colour-blind can distinguish (Okabe and Ito 2008); grey for their black, as a page may be dark."""
 MARKERS = "os^DvPX<>*"
 
 
