@@ -98,7 +98,12 @@ def test_the_wheel_holds_our_files_and_nothing_at_top_level(wheel: Path) -> None
     names = set(zipfile.ZipFile(wheel).namelist())
     assert wheel.name.startswith("rlhf_chain-")
     assert {name.split("/")[0] for name in names} == {"rlhf", f"{wheel.name.split('-py3')[0]}.dist-info"}
-    kinds = {"rlhf": ("py",), "stages": ("py",), "conf": ("py", "yaml"), "data": ("py", "jsonl")}
+    kinds = {
+        "rlhf": ("py", "html", "css", "js"),
+        "stages": ("py",),
+        "conf": ("py", "yaml"),
+        "data": ("py", "jsonl"),
+    }
     expected = {"rlhf/py.typed"}
     for folder, kind in [(name, kind) for name in kinds for kind in kinds[name]]:
         files = list((ROOT / folder).rglob(f"*.{kind}"))
