@@ -271,8 +271,8 @@ class VotesFile:
         """
         known = {(vote.annotator, vote.pair.id, vote.choice, vote.at) for vote in self.votes(stage)}
         run, count = self._connection.execute, 0
-        run("BEGIN IMMEDIATE")
-        try:
+        with self._connection:  # all of them or none
+            run("BEGIN IMMEDIATE")
             for vote in votes:
                 if (vote.annotator, vote.pair.id, vote.choice, vote.at) in known:
                     continue
@@ -282,10 +282,6 @@ class VotesFile:
                     (number, vote.choice, vote.comment, vote.at),
                 )
                 count += 1
-        except BaseException:
-            run("ROLLBACK")
-            raise
-        run("COMMIT")
         return count
 
 
