@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -153,6 +154,20 @@ def test_pairs_of_one_policy_and_of_two(tmp_path: Path) -> None:
         ("a\u2028b", "generate", "z", "generate@2"), ("ccc c", "generate", "z", "generate@2"),
     }  # fmt: skip
     assert len(pairs_of_answers({"generate": one, "generate@2": other}, 1)) == 1
+
+
+def test_votes_that_end_in_the_middle_are_not_added(tmp_path: Path) -> None:
+    given = [Given("ada", each, "first", "imported") for each in many(3)]
+
+    def stopped() -> Iterator[Given]:
+        yield from given[:2]
+        raise KeyboardInterrupt
+
+    with closing(VotesFile(tmp_path / "votes.sqlite")) as file:
+        with pytest.raises(KeyboardInterrupt):
+            file.add("label", stopped())
+        assert file.votes("label") == []
+        assert file.add("label", given) == 3
 
 
 def test_a_file_of_votes_is_only_added_to(tmp_path: Path) -> None:
