@@ -11,6 +11,7 @@ import yaml
 from rlhf.cli.run_files import RunFiles
 from rlhf.data.roles import PACKAGED
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.recipe import last_evaluation
 from rlhf.pipeline.store import Artifact, Manifest, read_manifest
 from rlhf.printable import printable
 from rlhf.tracking.progress import clock
@@ -191,8 +192,8 @@ def said(source: Any) -> tuple[str, str]:
 
 def measured(run: RunFiles, policy: str) -> Cells:
     """What `evaluate` says of this policy and of the others, with intervals where there are any."""
-    found = run.summary["stages"].get("evaluate", {}).get("metrics", {})
-    metrics = {name.removeprefix("evaluate/"): value for name, value in found.items() if value is not None}
+    _, found = last_evaluation(run.summary["stages"])
+    metrics = {name: value for name, value in found.items() if value is not None}
     names = [name.removeprefix("length_mean/") for name in metrics if name.startswith("length_mean/")]
     rows = []
     for figure in FIGURES:

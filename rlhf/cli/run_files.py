@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from rlhf.config import ConfigError, did_you_mean
+from rlhf.pipeline.recipe import last_evaluation
 from rlhf.pipeline.store import Artifact, Store
 
 
@@ -52,7 +53,8 @@ class RunFiles:
         if not names:
             raise ConfigError(f"{self.directory}: no stage of this run has made a policy.")
         if not name:
-            subject = self.config["evaluate"]["subject"] if "evaluate" in self.summary["stages"] else None
+            evaluation, _ = last_evaluation(self.summary["stages"])
+            subject = self.config[evaluation]["subject"]
             return subject if subject in names else names[-1]
         if name not in names:
             raise ConfigError(

@@ -14,6 +14,7 @@ from rlhf.models.on_disk import INDEX
 
 LFS_POINTER = b"version https://git-lfs"
 QUESTION, ANSWER = Message(role="user", content="How are you?"), "Fine, thank you."
+OTHER_QUESTION = Message(role="user", content="Where is it?")
 
 
 def check_weights(directory: Path, key: str) -> None:
@@ -67,7 +68,8 @@ def check_index(index: Path, held: dict[str, set[str]], key: str) -> None:
 
 
 def check_tokenizer(base: BaseModelFiles, key: str) -> None:
-    """Check that the tokenizer is there, the template renders, and the model has an embedding for each id.
+    """Check that the tokenizer is there, the template shows the question, and the model has an embedding for
+    each id.
 
     Args:
         key: as of `check_weights`.
@@ -79,6 +81,7 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
         with said_as({str(base.directory): key}):
             tokenizer = base.load_tokenizer()
             ids, _ = exchange_ids(tokenizer, [QUESTION], ANSWER)
+            is_shown = ids != exchange_ids(tokenizer, [OTHER_QUESTION], ANSWER)[0]
             end_of_turn_id(tokenizer)
     except ConfigError:
         raise
@@ -88,6 +91,12 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
             f"({type(error).__name__}: {error}). Fix the files in {base.directory}, or set "
             "model.chat_template=chatml, plain or a jinja file."
         ) from error
+    if not is_shown:
+        raise ConfigError(
+            f"{key}: its chat template does not show the question: {QUESTION['content']!r} and "
+            f"{OTHER_QUESTION['content']!r} become the same prompt. Set model.chat_template=chatml, plain or "
+            "a jinja file that shows each message's content."
+        )
     text_ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     if not text_ids or set(text_ids) == {tokenizer.unk_token_id}:
         raise ConfigError(

@@ -42,6 +42,21 @@ def kind_of(name: str) -> str:
     return name.partition("@")[0]
 
 
+def last_evaluation(stages: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, float]]:
+    """The last stage of a run that compared policies, and its metrics without its name.
+
+    Args:
+        stages: of the run's summary.
+
+    Returns:
+        `evaluate` and no metrics where none compared any.
+    """
+    for name, said in reversed([*stages.items()]):
+        if kind_of(name) == "evaluate" and said.get("metrics"):
+            return name, {metric.removeprefix(f"{name}/"): value for metric, value in said["metrics"].items()}
+    return "evaluate", {}
+
+
 def typed_key(argument: str) -> str:
     """`dpo@2.epochs=3` of the command line as Hydra can read it; any other argument as it is."""
     named = re.match(rf"\+{{0,2}}(?:instances\.)?{NAME.pattern}\.([^=]+=)", argument)

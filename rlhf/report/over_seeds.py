@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.recipe import last_evaluation
 from rlhf.report.policies import GAINS, Cost, Point
 from rlhf.tracking.tables import Cells
 
@@ -85,8 +86,7 @@ class OverSeeds:
 
     def _metrics(self, metric: str, policy: str) -> list[float]:
         """Of each run; empty if one has none."""
-        name = f"evaluate/{metric}/{policy}"
-        return _known([run["stages"].get("evaluate", {}).get("metrics", {}).get(name) for run in self.runs])
+        return _known([last_evaluation(run["stages"])[1].get(f"{metric}/{policy}") for run in self.runs])
 
     def _costs(self, cost: str, policy: str) -> list[float]:
         return _known([run["policies"][policy].get(cost) for run in self.runs])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.recipe import last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import chain_of
 
@@ -61,7 +62,7 @@ def points(run: Run, titles: Mapping[str, str]) -> list[Point]:
     Args:
         titles: policy -> what tables call it.
     """
-    metrics = run.metrics_of("evaluate")
+    _, metrics = last_evaluation(run.stages)
     for metric in GAINS:
         found = {name: Sampled.found(f"{metric}/{name}", metrics) for name in titles}
         if any(found.values()):
@@ -75,7 +76,7 @@ def points(run: Run, titles: Mapping[str, str]) -> list[Point]:
 
 def write_picture(run: Run, titles: Mapping[str, str]) -> Iterator[str]:
     """Draw the picture into the run's directory, if there is something to compare. Gives Markdown for it."""
-    metrics = run.metrics_of("evaluate")
+    _, metrics = last_evaluation(run.stages)
     words = next(
         (words for metric, words in GAINS.items() if any(each.startswith(metric) for each in metrics)), ""
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.recipe import last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.printable import printable
 from rlhf.report.compare import comparison_cells
@@ -73,7 +74,8 @@ def print_summary(run: Run, console: Console) -> None:
     if isinstance(console, RedactingConsole):
         console.has_times = False
     run.verdict, run.outcome = verdict(run), outcome(run)
-    compared = {name: title for name, title in policies_of(run).items() if _is_compared(run, name)}
+    _, metrics = last_evaluation(run.stages)
+    compared = {name: title for name, title in policies_of(run).items() if f"length_mean/{name}" in metrics}
     run.policies = policies_json(compared, {name: cost_of(run, name) for name in compared})
     run.write()
     report = write_report(run)
@@ -158,38 +160,34 @@ def policies_of(run: Run) -> dict[str, str]:
 
 def policy_cells(run: Run) -> Cells:
     """One row a metric, one column a policy; no rows when `evaluate` was not part of the run."""
-    metrics: Mapping[str, float] = run.stages.get("evaluate", {}).get("metrics", {})
+    _, metrics = last_evaluation(run.stages)
     titles = policies_of(run)
-    names = [name for name in titles if _is_compared(run, name)]
-    apart = [name for name in names if f"evaluate/kl/{name}" in metrics]
+    names = [name for name in titles if f"length_mean/{name}" in metrics]
+    apart = [name for name in names if f"kl/{name}" in metrics]
     # the last one without: base has none either where it has other tokens
     start = next((titles[name] for name in reversed(names) if apart and name not in apart), "SFT")
     rows = []
     of_harness = {
         metric: (" ".join(metric.split("/")[1:]), "z.3f")
-        for metric in (name.removeprefix("evaluate/").rpartition("/")[0] for name in metrics)
+        for metric in (name.rpartition("/")[0] for name in metrics)
         if metric.startswith("lm_eval/")
     }
     for metric, (words, spec) in (COMPARED | of_harness).items():
-        values = [metrics.get(f"evaluate/{metric}/{name}") for name in names]
+        values = [metrics.get(f"{metric}/{name}") for name in names]
         if any(value is not None for value in values):
             rows.append(
                 [words.format(start), *("-" if value is None else format(value, spec) for value in values)]
             )
     for metric, (words, spec) in AGAINST_START.items():
-        found = [Sampled.found(f"{metric}/{name}", run.metrics_of("evaluate")) for name in names]
+        found = [Sampled.found(f"{metric}/{name}", metrics) for name in names]
         if any(found):
             cells = ["-" if each is None else format(each.value, spec) for each in found]
             rows.append([words.format(start), *cells])
             cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in found]
             rows.append(["  95% interval", *cells])
     rows += [[words, *cells] for words, cells in cost_cells(run, names)]
-    heading = f"{metrics.get('evaluate/prompts', 0):.0f} prompts"
+    heading = f"{metrics.get('prompts', 0):.0f} prompts"
     return Cells([heading, *(titles[name] for name in names)], rows)
-
-
-def _is_compared(run: Run, policy: str) -> bool:
-    return f"length_mean/{policy}" in run.metrics_of("evaluate")
 
 
 def cost_cells(run: Run, names: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -204,11 +202,12 @@ def cost_cells(run: Run, names: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
     """The first prompts, as many as `evaluate.num_shown` says, each with every policy's answer."""
-    if not run.stages.get("evaluate", {}).get("artifact"):
+    evaluation, _ = last_evaluation(run.stages)
+    if not run.stages.get(evaluation, {}).get("artifact"):
         return
     # Not from the artifact: the knob is outside its key, so a reused one may have been made with another.
-    num_shown = _keys_of_evaluate(run)["num_shown"]
-    path = Path(run.stages["evaluate"]["artifact"]) / "comparison.jsonl"
+    num_shown = _keys_of(run, evaluation)["num_shown"]
+    path = Path(run.stages[evaluation]["artifact"]) / "comparison.jsonl"
     with path.open(encoding="utf-8") as file:
         for line in islice(file, num_shown):
             row = json.loads(line)
@@ -222,9 +221,9 @@ def shown_answers(run: Run) -> Iterator[tuple[str, list[ShownAnswer]]]:
             )
 
 
-def _keys_of_evaluate(run: Run) -> dict[str, Any]:
+def _keys_of(run: Run, stage: str) -> dict[str, Any]:
     config = yaml.safe_load((run.directory / "config.yaml").read_text(encoding="utf-8"))
-    keys: dict[str, Any] = config["evaluate"]
+    keys: dict[str, Any] = config[stage]
     return keys
 
 
@@ -238,8 +237,9 @@ def places(run: Run) -> Iterator[tuple[str, Path]]:
     for name, each in reversed([*run.chain.items()]):
         if each.publishes and run.stages.get(name, {}).get("artifact"):
             yield f"{each.title[:1].upper()}{each.title[1:]} model", Path("artifacts", name)
-    if run.stages.get("evaluate", {}).get("artifact"):
-        yield "All answers", Path("artifacts", "evaluate", "comparison.jsonl")
+    evaluation, _ = last_evaluation(run.stages)
+    if run.stages.get(evaluation, {}).get("artifact"):
+        yield "All answers", Path("artifacts", evaluation, "comparison.jsonl")
     if (run.directory / PICTURE).exists():
         yield "Policies compared", Path(PICTURE)
     if run.stages.get("compare", {}).get("artifact"):

@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.recipe import kind_of
+from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
-from rlhf.pipeline.stage import Stage
 
 Direction = Literal["better", "not better", "unknown"]
 
@@ -18,6 +17,9 @@ FORGOTTEN = ("retention_perplexity_ratio", "question_accuracy_change")
 SCORES = {"gold_gain": "gold score", "score_gain": "reward's score"}
 """Metrics of `evaluate` that tell whether a policy became better: its words. The second is of interest where
 nobody knows the gold score."""
+
+SAMPLING = ("temperature", "max_new_tokens")
+"""Keys of a stage that samples and of `evaluate`: both should ask alike."""
 
 
 class Finding(NamedTuple):
@@ -54,7 +56,7 @@ def verdict(run: Run) -> str:
     ):
         named = [str(finding) for finding in findings if finding.direction == direction]
         parts += [f"{word}: {'; '.join(named)}."] if named else []
-    blamed = [f"To blame is {reason}" for reason in reasons(run.chain, own, scored, causes(run))]
+    blamed = [f"To blame is {reason}" for reason in reasons(run, own, scored, causes(run))]
     failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
     if failed and not blamed:
         blamed = [f"To blame is {', '.join(failed)}: its gate failed."]
@@ -67,7 +69,7 @@ def outcome(run: Run) -> str:
     """The verdict in a word or three: what failed decides, else the last figure that tells of improvement."""
     own, scored = dict(measured(run)), dict(evaluated(run))
     findings = [*own.values(), *scored.values()]
-    if any(gate.outcome == "failed" for gate in run.gates) or any(reasons(run.chain, own, scored, {})):
+    if any(gate.outcome == "failed" for gate in run.gates) or any(reasons(run, own, scored, {})):
         return "did not work"
     return "worked" if findings and findings[-1].direction == "better" else "cannot be told"
 
@@ -82,11 +84,15 @@ def measured(run: Run) -> Iterator[tuple[str, Finding]]:
                 yield name, Finding(words, sign, sampled, metric)
 
 
-def evaluated(run: Run) -> Iterator[tuple[str, Finding]]:
-    """What `evaluate` found out about the stages that make a policy, in the chain's order."""
-    metrics = run.metrics_of("evaluate")
+def evaluated(run: Run, scores: Mapping[str, str] = SCORES) -> Iterator[tuple[str, Finding]]:
+    """What the last `evaluate` found out about the stages that make a policy, in the chain's order.
+
+    Args:
+        scores: of these the first that is known.
+    """
+    _, metrics = last_evaluation(run.stages)
     for name, stage in run.chain.items():
-        for metric, words in SCORES.items() if stage.publishes == "policy" else ():
+        for metric, words in scores.items() if stage.publishes == "policy" else ():
             sampled = Sampled.found(f"{metric}/{name}", metrics)
             if sampled is not None:
                 yield (
@@ -109,6 +115,11 @@ def causes(run: Run) -> dict[str, str]:
                 f"model.chat_template, or what {gate.stage} asks: most answers do not end by themselves "
                 f"({figure}). Either the template writes no end that the model learned, or answers are cut "
                 "off."
+            )
+        elif kind == "sft" and gate.name == "prompt_gain":
+            found[gate.stage] = (
+                f"{gate.stage}: what it learned to answer does not depend on the prompts ({figure}). Are the "
+                "rows of its data out of step, or all answers alike?"
             )
         elif gate.name == "kl":
             found[gate.stage] = f"{gate.stage}: the policy went too far from its start ({figure})."
@@ -152,7 +163,7 @@ def first_failing(run: Run, gate: GateResult) -> tuple[str, GateResult] | None:
 
 
 def reasons(
-    chain: Mapping[str, Stage],
+    run: Run,
     own: Mapping[str, Finding],
     scored: Mapping[str, Finding],
     convicted: Mapping[str, str],
@@ -164,7 +175,7 @@ def reasons(
     """
     spoiled: set[str] = set()
     """Those that failed, and all that is made from them."""
-    for name, stage in chain.items():
+    for name, stage in run.chain.items():
         findings = [found[name] for found in (own, scored) if name in found]
         is_bad = any(finding.direction == "not better" for finding in findings)
         is_spoiled = bool(spoiled & {*stage.inputs()})
@@ -174,14 +185,15 @@ def reasons(
             spoiled.add(name)
             continue
         if is_bad and not is_spoiled:
-            yield reason(name, chain, own, scored.get(name))
+            yield reason(name, run, own, scored.get(name))
         did_its_own = name in own and own[name].direction == "better"
         if is_spoiled or (is_bad and not did_its_own):
             spoiled.add(name)
 
 
-def reason(name: str, chain: Mapping[str, Stage], own: Mapping[str, Finding], score: Finding | None) -> str:
+def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | None) -> str:
     """Who is to blame where this stage failed, and why."""
+    chain = run.chain
     stage, mine = chain[name], own.get(name)
     reward = next((each for each in stage.inputs() if chain[each].publishes == "reward"), None)
     if mine is not None and mine.direction == "not better":
@@ -206,7 +218,29 @@ def reason(name: str, chain: Mapping[str, Stage], own: Mapping[str, Finding], sc
         return f"{name}: {against}, by the {by} on new prompts."
     if not stage.rewards():
         return f"{name}: it improved on its own data, and the gold score did not follow."
+    on_new = dict(evaluated(run, {"score_gain": SCORES["score_gain"]})).get(name)
+    if on_new is not None and on_new.direction == "not better":
+        return (
+            f"{name}: it raised the reward's score on the prompts that it learned from, and not on new ones "
+            f"({on_new.sampled.value:+.3g}). {asked_otherwise(run, name)}"
+        )
     return (
         f"{reward or 'the reward'}: {stage.title} raised its score, and the gold score did not follow. The "
         "policy found what the reward likes by mistake (reward hacking)."
     )
+
+
+def asked_otherwise(run: Run, policy: str) -> str:
+    """In what `evaluate` asks a policy otherwise than it learned, as advice."""
+    evaluation, _ = last_evaluation(run.stages)
+    pairs = (
+        (key, getattr(run.chain[policy], key, None), getattr(run.chain[evaluation], key)) for key in SAMPLING
+    )
+    keys = [
+        f"{policy}.{key}={learned} and {evaluation}.{key}={asked}"
+        for key, learned, asked in pairs
+        if learned not in (None, asked)
+    ]
+    if keys:
+        return f"The new ones are asked otherwise: {', '.join(keys)}."
+    return "Compare ppo.prompts with evaluate.prompts."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,12 @@ from rlhf.distributed.compute import Compute
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rlhf.evaluation.sampled import Sampled
     from rlhf.models.logprobs import Sequences
     from rlhf.training.engine import Engine
+
+PROBED = 256
+"""Held-out answers that `prompt_gain` reads, at most."""
 
 
 def with_replay(
@@ -71,15 +76,18 @@ def answer_step(
     return {"loss": float(compute.global_sum(loss_sum)), "tokens": float(total_tokens)}
 
 
-def answer_losses(engine: Engine, answers: Answers, micro_batch_tokens: int, compute: Compute) -> Tensor:
+def answer_losses(
+    engine: Engine, answers: Answers | list[EncodedAnswer], micro_batch_tokens: int, compute: Compute
+) -> Tensor:
     """Negative log-likelihood of each answer's learned tokens, in nats, fp64 [B] on the CPU. Each rank reads
     its own share, and gets all results."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
+    lengths = answers.lengths.tolist() if isinstance(answers, Answers) else [len(row) for row in answers]
     loss_B = torch.zeros(len(answers), dtype=torch.float64)
     with torch.no_grad():
-        for indices, weight, _ in compute.micro_batches(answers.lengths.tolist(), micro_batch_tokens):
+        for indices, weight, _ in compute.micro_batches(lengths, micro_batch_tokens):
             rows = [answers[index] for index in indices]
             batch = packed(rows, compute)
             logp_BR = batch.to_rows(engine.model(batch, temperature=1.0).logp_N.float()).cpu()
@@ -87,6 +95,44 @@ def answer_losses(engine: Engine, answers: Answers, micro_batch_tokens: int, com
             if weight:
                 loss_B[indices] = -(logp_BR * learned_BR).sum(-1, dtype=torch.float64)
     return compute.global_sum(loss_B)
+
+
+def prompt_gain(
+    engine: Engine,
+    answers: Answers,
+    loss_B: Tensor,
+    max_tokens: int,
+    micro_batch_tokens: int,
+    compute: Compute,
+) -> Sampled:
+    """What its own prompt is worth to an answer: the nats per learned token that it costs more behind the
+    prompt of another row. About 0 where answers do not depend on their prompts. No rows where no two prompts
+    differ.
+
+    Source: after V-information, Ethayarajh et al. 2022 (arXiv:2110.08420), where the other prompt is empty.
+
+    Args:
+        loss_B: of `answer_losses`.
+        max_tokens: longer exchanges are left out.
+    """
+    import torch
+
+    from rlhf.evaluation.intervals import ratio
+
+    own = [answers[index] for index in range(min(len(answers), PROBED))]
+    places, moved = [], []
+    for place, row in enumerate(own):
+        others = (own[(place + step) % len(own)].prompt for step in range(1, len(own)))
+        fitting = (
+            prompt for prompt in others
+            if len(prompt) + len(row.answer) <= max_tokens and not torch.equal(prompt, row.prompt)
+        )  # fmt: skip
+        prompt = next(fitting, None)
+        if prompt is not None:
+            places.append(place)
+            moved.append(replace(row, prompt=prompt))
+    moved_B = answer_losses(engine, moved, micro_batch_tokens, compute) if moved else torch.zeros(0)
+    return ratio(moved_B - loss_B[places], torch.tensor([row.learned for row in moved]))
 
 
 def packed(rows: Sequence[EncodedAnswer], compute: Compute) -> Sequences:

@@ -131,20 +131,23 @@ def test_the_other_ranks_take_part_in_a_task_that_takes_longer_than_their_patien
     zero: str, policy: PolicyModel, tasks: Path, tmp_path: Path
 ) -> None:
     (tasks / "slow.py").write_text(
-        "import time\n\n\ndef question(row):\n    time.sleep(0.8)\n    return row['question']\n"
+        "import time\n\n\ndef question(row):\n    time.sleep(2)\n    return row['question']\n"
     )
     task = json.loads((tasks / "sums.yaml").read_text())
     del task["doc_to_text"]
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in task.items()]
     (tasks / "sums.yaml").write_text("".join([*lines, "doc_to_text: !function slow.question\n"]))
     chain = RealChain(tmp_path / "chain")
-    process = chain.start(
-        "slow", *settings(tasks), "launch.processes=2", "distributed.timeout=6",
-        f"zero={zero}",
-        environment={"HF_DATASETS_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
-    out, err = process.communicate(timeout=120)
+    environment = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    keys = (*settings(tasks), "launch.processes=2", f"zero={zero}")
+    # what comes before the task is made with the usual patience: a slow machine can take longer than this one
+    before = chain.start("before", *keys, "evaluate.lm_eval=[]", environment=environment)
+    out, err = before.communicate(timeout=120)
+    assert before.returncode == 0, out + err
+    process = chain.start("slow", *keys, "distributed.timeout=15", environment=environment)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, out + err
+    assert "prepare is reused" in out + err
     summary = json.loads((chain.directory / "runs" / "slow" / "summary.json").read_text())
     right = [is_right(policy, **question) for question in QUESTIONS]
     measured = summary["stages"]["evaluate"]["metrics"]

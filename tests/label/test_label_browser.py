@@ -1,7 +1,6 @@
 """The labelling page in a real browser: by keyboard alone, wide and narrow, light and dark, before axe.
 
-It needs Debian's Chromium and Python's playwright, and is skipped without. axe is taken from npm's
-cache; without it nothing is said of accessibility.
+It needs Debian's Chromium, and is skipped without.
 """
 
 from __future__ import annotations
@@ -12,41 +11,21 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from helpers.axe import axe_script
+from helpers.browser import complaints, launched, needs_chromium
 from helpers.labelling import many, pair, served
 from rlhf.label.votes import votes_in
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.slow
-CHROMIUM = Path("/usr/bin/chromium")
+pytestmark = [pytest.mark.slow, needs_chromium]
 LONG = "A sentence that goes on for a while, so that lines must break. " * 6
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM}")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+    with launched() as found:
         yield found
-        found.close()
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str | None:
-    return axe_script(tmp_path_factory.mktemp("axe"))
-
-
-def complaints(page: Page, axe: str | None) -> list[str]:
-    """What axe finds; nothing where it is not there."""
-    if axe is None:
-        return []
-    page.evaluate(axe)  # a script element would break the page's own policy
-    found = page.evaluate("axe.run()")
-    return [f"{each['id']}: {each['help']}" for each in found["violations"]]
 
 
 def enter(page: Page, link: str) -> None:
@@ -120,22 +99,22 @@ def test_without_javascript(browser: Browser, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_fits_and_is_accessible(
-    browser: Browser, axe: str | None, tmp_path: Path, width: int, scheme: Literal["light", "dark"]
+    browser: Browser, tmp_path: Path, width: int, scheme: Literal["light", "dark"]
 ) -> None:
     hostile = pair("<b>Which?</b> \u202eabc", f"ف {LONG}\n\n    code()", "x" * 400)
     with served(tmp_path / "votes.sqlite", [hostile, *many(1)], "ada", wanted=2) as (_, links):
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         page = context.new_page()
         page.goto(links["ada"])
-        assert complaints(page, axe) == []
+        assert complaints(page) == []
         enter(page, links["ada"])
         for number in range(2):
-            assert complaints(page, axe) == []
+            assert complaints(page) == []
             assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is cut off"
             bar = page.locator(".bar").bounding_box()
             assert bar is not None and bar["y"] + bar["height"] <= 801, "the buttons are in sight"
             page.screenshot(path=tmp_path / f"{width}-{scheme}-{number}.png")
             page.screenshot(path=tmp_path / f"{width}-{scheme}-{number}-whole.png", full_page=True)
             press(page, "1")
-        assert "enough votes" in page.inner_text("main") and complaints(page, axe) == []
+        assert "enough votes" in page.inner_text("main") and complaints(page) == []
         context.close()

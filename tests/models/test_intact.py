@@ -109,6 +109,14 @@ def test_a_template_of_the_users_own_is_rendered_too(model: Path, tmp_path: Path
         check_tokenizer(base(model, chat_template=str(template)), "model.path=here")
 
 
+def test_a_template_that_does_not_show_the_question_is_told(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    text = "{{ message['role'] + ': ' + message.get('text', '') }}"
+    template.write_text("{% for message in messages %}" + text + "{% endfor %}")
+    with pytest.raises(ConfigError, match=r"model\.path=.*does not show the question.*model\.chat_template"):
+        check_tokenizer(base(model, chat_template=str(template)), "model.path=here")
+
+
 def test_ids_that_the_model_has_no_row_for_are_told(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 40}))

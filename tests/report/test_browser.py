@@ -8,34 +8,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-from helpers.axe import axe_script
+from helpers.browser import complaints, launched, needs_chromium
 from helpers.pages import make_run
 from rlhf.cli.watch import HOST, make_server
 from rlhf.report.page.write import write_page
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script>"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}: apt-get install chromium"),
-]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as found:
         yield found
-        found.close()
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str | None:
-    """The accessibility checker, where npm's cache has it."""
-    return axe_script(tmp_path_factory.mktemp("axe"))
 
 
 def opened(
@@ -56,9 +44,7 @@ def opened(
 
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_clicked_through(
-    chromium: Browser, axe: str | None, tmp_path: Path, scheme: str, width: int
-) -> None:
+def test_the_page_is_clicked_through(chromium: Browser, tmp_path: Path, scheme: str, width: int) -> None:
     path = write_page(make_run(tmp_path, HOSTILE, num_prompts=25, num_steps=40))
     page, wrong = opened(chromium, path.as_uri(), scheme, width)
     for name in page.locator("nav a").all():
@@ -87,10 +73,7 @@ def test_the_page_is_clicked_through(
     assert "base · 0 tokens" in answers.first.inner_text()
     assert page.title() == "Run demo" and wrong == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    if axe is not None:
-        page.evaluate(axe)
-        found = page.evaluate("axe.run()")["violations"]
-        assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
+    assert complaints(page) == []
     page.context.close()
 
 

@@ -116,6 +116,20 @@ def test_policies_stand_side_by_side(run: Run, width: int) -> None:
     assert intervals == [["0.52..0.68", "-", "0.70..0.86"], ["-0.01..+0.19", "-", "+0.30..+0.50"]]
 
 
+def test_the_last_evaluation_is_shown(run: Run) -> None:
+    again = dict(run.stages["evaluate"])
+    again["metrics"] = {
+        name.replace("evaluate/", "evaluate@2/"): value for name, value in again["metrics"].items()
+    } | {"evaluate@2/gold_mean/ppo": 0.9}
+    run.stages = {name: said for name, said in run.stages.items() if name != "evaluate"} | {
+        "evaluate@2": again
+    }
+    (run.directory / "config.yaml").write_text("evaluate@2:\n  num_shown: 1\n")
+    text = printed(run, 120)
+    assert row_of(text, "gold score") == ["+0.310", "+0.200", "+0.900"]
+    assert text.count(PROMPT) == 1 and "artifacts/evaluate@2/comparison.jsonl" in text
+
+
 def test_the_start_is_named_where_base_has_no_distance_from_it(run: Run) -> None:
     del run.stages["evaluate"]["metrics"]["evaluate/kl/base"]
     assert row_of(printed(run, 120), "KL from SFT, nats per sequence") == ["-", "-", "0.00"]

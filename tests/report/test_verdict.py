@@ -240,6 +240,23 @@ def test_a_reward_trained_on_length_is_named(tmp_path: Path, chain: dict[str, St
     assert "the reward's scores go with length by +0.83" in sentence and sentence.count("To blame") == 1
 
 
+@pytest.mark.parametrize(
+    ("keys", "advice"),
+    [
+        ([], "Compare ppo.prompts with evaluate.prompts."),
+        (["evaluate.temperature=2"], "asked otherwise: ppo.temperature=0.7 and evaluate.temperature=2.0."),
+    ],
+)
+def test_what_was_learned_on_other_prompts_is_no_hacking(
+    tmp_path: Path, keys: list[str], advice: str
+) -> None:
+    """The reward's own score did not rise on new prompts either, so the reward is not to blame."""
+    run = run_of(tmp_path, chain_of(OwnStage, *keys), **GOOD | {"gold": DOWN, "learned": DOWN})
+    sentence = verdict(run)
+    assert "To blame is ppo: it raised the reward's score on the prompts that it learned from" in sentence
+    assert advice in sentence
+
+
 def test_ppo_without_kl_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
     """And not the reward model, which it left behind."""
     run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
@@ -247,6 +264,18 @@ def test_ppo_without_kl_is_named(tmp_path: Path, chain: dict[str, Stage]) -> Non
     sentence = verdict(run)
     assert "To blame is ppo: the policy went too far from its start (kl = 64" in sentence
     assert sentence.count("To blame") == 1
+
+
+def test_answers_that_do_not_belong_to_their_prompts_are_named(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    gate_of(run, "sft", "prompt_gain", Bound(min=0.02, advice="read sft.data"), 0.001)
+    sentence = verdict(run)
+    assert (
+        "To blame is sft: what it learned to answer does not depend on the prompts (prompt_gain = 0.001"
+        in sentence
+    )
 
 
 def test_a_broken_template_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
@@ -260,6 +289,15 @@ def test_a_stage_that_reads_what_failed_is_not_convicted(tmp_path: Path, chain: 
     gate_of(run, "ppo", "kl", Bound(max=20.0, advice="raise ppo.kl.coef"), 64.0)
     sentence = verdict(run)
     assert "To blame is reward: it ranks no better" in sentence and sentence.count("To blame") == 1
+
+
+def test_the_last_evaluation_is_judged(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    again = Sampled(*DOWN, 30).metrics("gold_gain/ppo")
+    run.stages["evaluate@2"] = {"metrics": {f"evaluate@2/{key}": value for key, value in again.items()}}
+    sentence = verdict(run)
+    assert "Did not improve: the gold score of the PPO model on new prompts (-0.2)" in sentence
+    assert "Improved: the gold score" not in sentence and outcome(run) == "did not work"
 
 
 def test_the_outcome_in_a_word(tmp_path: Path, chain: dict[str, Stage]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,10 @@ def test_micro_batches_do_not_matter(tmp_path: Path, tiny_model: Path) -> None:
         for tokens in (100_000, 1)
     )
     assert distance(published(whole), published(split)) < 2e-5
+    assert whole.summary is not None and split.summary is not None
+    gains = [each.pop("prompt_gain") for each in (whole.summary, split.summary)]  # differences of losses
+    assert gains[0] == pytest.approx(gains[1], abs=1e-6)
     assert split.summary == pytest.approx(whole.summary, rel=1e-4)
-    assert whole.summary is not None
     assert whole.summary["held_out_loss"] < whole.summary["held_out_loss_before"]
     assert whole.summary["rows_cut"] > 0
 
@@ -141,6 +144,44 @@ def test_a_prompt_is_read_but_not_learned(tmp_path: Path, tiny_model: Path) -> N
         tokens += len(row.answer)
     assert logged(job, "loss") == [pytest.approx(nats / tokens, rel=1e-4)]
     assert logged(job, "tokens") == [tokens]
+
+
+def nats(model: PreTrainedModel, prompt: torch.Tensor, answer: torch.Tensor) -> float:
+    ids = torch.cat([prompt, answer])
+    with torch.no_grad():
+        logp_TV = model(ids[None]).logits[0].log_softmax(-1)
+    return -sum(float(logp_TV[place - 1, ids[place]]) for place in range(len(prompt), len(ids)))
+
+
+def test_what_its_prompt_is_worth_to_an_answer(tmp_path: Path, tiny_model: Path) -> None:
+    """Each answer is asked again behind the next prompt that is another one and leaves room for it."""
+    job, tokenizer = sft_job(tmp_path / "job", tiny_model), load_tokenizer(tiny_model, TINY)
+    held_out = [
+        SftRow(user("name the sun"), "it is far"), SftRow(user("name the sun"), "it is hot"),
+        SftRow(user("who is it"), "she is it"), SftRow(user("w" * 58), "much"),
+    ]  # fmt: skip
+    job.data.write("sft", "held_out", held_out)
+    sft_stage().run(job)
+    rows = answers_of(tokenizer, held_out, 80)
+    assert len(rows) == 4
+    moved = {0: 2, 1: 2, 2: 0, 3: 0}  # the fourth's prompt leaves no room for the others' answers
+    model = published(job)
+    gained = sum(
+        nats(model, rows[other].prompt, rows[place].answer)
+        - nats(model, rows[place].prompt, rows[place].answer)
+        for place, other in moved.items()
+    )
+    assert job.summary is not None
+    assert job.summary["prompt_gain"] == pytest.approx(gained / sum(row.learned for row in rows), abs=1e-5)
+    assert job.summary["prompt_gain_rows"] == 4
+
+
+def test_one_prompt_alone_tells_nothing_of_its_worth(tmp_path: Path, tiny_model: Path) -> None:
+    job = sft_job(tmp_path / "job", tiny_model)
+    job.data.write("sft", "held_out", [SftRow(user("the same"), answer) for answer in ("one", "two")])
+    sft_stage().run(job)
+    assert job.summary is not None
+    assert (job.summary["prompt_gain_rows"], job.summary["prompt_gain_low"]) == (0, -math.inf)
 
 
 def test_every_epoch_sees_each_row_once_in_another_order() -> None:

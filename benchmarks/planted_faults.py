@@ -1,0 +1,147 @@
+"""Does a run's verdict name the stage in which a fault was planted? A run for each, and one without.
+
+    python benchmarks/planted_faults.py --directory faults
+
+Every run is the demo's chain with its own data, a fault in one place, and `gates=warn`, so that it goes
+on to its end. The faults:
+
+- pairs: the better and the worse answer are swapped in half of the pairs, by chance.
+- out_of_step: each answer that SFT learns stands behind the next row's prompt.
+- garbage: SFT learns answers whose letters were shuffled.
+- length: the reward model learns pairs whose better answer is the longer one.
+- no_kl: PPO without the KL penalty, at four times the learning rate and twice the steps.
+- template: the instruction-tuned model is asked in another family's template, without SFT.
+
+What a run does not change is shared by the store. The last thing printed is a JSON object: for each run
+the stage that the verdict should name, whether it is the first that it blames, and the whole verdict. The
+exit code is 1 where one is named wrongly. With the embedded model it takes an hour or two on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rlhf
+
+DATA = Path(rlhf.__file__).parent / "samples"
+BLAMED = re.compile(r"To blame is ([\w.@]+(?: or \w+)?)")
+LLAMA_2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST] ' }}"
+    "{% else %}{{ message['content'] + ' ' }}{% endif %}{% endfor %}"
+)
+HEALTHY = [
+    "sft.data={samples: instructions}", "reward.pairs={samples: pairs}", "ppo.prompts={samples: prompts}",
+    "evaluate.prompts={samples: prompts}", "evaluate.gold=vader",
+    "evaluate.retention=[samples:retention_sentences, samples:retention_questions]", "gates=warn",
+]  # fmt: skip
+"""What `auto` means for the demo: beside a file of one's own it means something else."""
+
+Row = dict[str, Any]
+
+
+class Fault(NamedTuple):
+    """What is planted, and who is to be named."""
+
+    overrides: list[str]
+    named: str | None
+    """None: nobody."""
+    file: str | None = None
+    """Of which sample set a spoiled copy is made, as `NAME.jsonl` in the directory."""
+    spoil: Callable[[list[Row]], Iterable[Row]] | None = None
+
+
+def swapped(rows: list[Row]) -> Iterator[Row]:
+    """By chance, the worse answer as the better one."""
+    chance = random.Random(0)
+    for row in rows:
+        is_swapped = chance.random() < 0.5
+        yield {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if is_swapped else row
+
+
+def out_of_step(rows: list[Row]) -> Iterator[Row]:
+    """Each answer behind the next row's prompt."""
+    for row, before in zip(rows, [rows[-1], *rows], strict=False):
+        yield {**row, "completion": before["completion"]}
+
+
+def shuffled(rows: list[Row]) -> Iterator[Row]:
+    """The answer's letters in any order."""
+    chance = random.Random(0)
+    for row in rows:
+        yield {**row, "completion": "".join(chance.sample(row["completion"], len(row["completion"])))}
+
+
+def longer_first(rows: list[Row]) -> Iterator[Row]:
+    """The longer answer as the better one."""
+    for row in rows:
+        rejected, chosen = sorted((row["chosen"], row["rejected"]), key=len)
+        yield {**row, "chosen": chosen, "rejected": rejected}
+
+
+FAULTS = {
+    "none": Fault([], None),
+    "pairs": Fault(["reward.pairs=pairs.jsonl"], "reward", "pairs", swapped),
+    "out_of_step": Fault(["sft.data=out_of_step.jsonl"], "sft", "instructions", out_of_step),
+    "garbage": Fault(["sft.data=garbage.jsonl"], "sft", "instructions", shuffled),
+    "length": Fault(["reward.pairs=length.jsonl"], "reward", "pairs", longer_first),
+    "no_kl": Fault(["ppo.kl.coef=0", "ppo.optim.lr=2e-3", "ppo.steps=24"], "ppo"),
+    "template": Fault(
+        ["model.chat_template=llama2.jinja", "ppo.init=base", "reward.init=base"], "model.chat_template"
+    ),
+}
+
+
+def plant(fault: str, directory: Path) -> None:
+    """Write the fault's file, where it has one."""
+    _, _, file, spoil = FAULTS[fault]
+    if file is None or spoil is None:
+        return
+    with (DATA / f"{file}.jsonl").open(encoding="utf-8") as lines_of_rows:
+        rows = [json.loads(line) for line in lines_of_rows]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in spoil(rows)]
+    (directory / f"{fault}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def judge(fault: str, directory: Path, overrides: Iterable[str]) -> dict[str, Any]:
+    """Run the chain with a fault; whom its verdict names."""
+    plant(fault, directory)
+    keys = [*HEALTHY, *FAULTS[fault].overrides, *overrides]
+    subprocess.run([sys.executable, "-m", "rlhf", f"run_name={fault}", *keys], cwd=directory, check=True)
+    summary = json.loads((directory / "runs" / fault / "summary.json").read_text(encoding="utf-8"))
+    blamed = BLAMED.search(summary["verdict"])
+    named = blamed and blamed.group(1)
+    return {
+        "to be named": FAULTS[fault].named, "named": named, "right": named == FAULTS[fault].named,
+        "verdict": summary["verdict"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run them one after the other, and print what was found as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--directory", type=Path, required=True, help="for the store, the runs and spoiled data"
+    )
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=[*FAULTS])
+    parser.add_argument("--overrides", nargs="*", default=[], help="keys of every run, such as ppo.steps=6")
+    given = parser.parse_args()
+    given.directory.mkdir(parents=True, exist_ok=True)
+    (given.directory / "llama2.jinja").write_text(LLAMA_2, encoding="utf-8")
+    found = {fault: judge(fault, given.directory, given.overrides) for fault in given.faults}
+    print(json.dumps(found, indent=2))
+    sys.exit(not all(each["right"] for each in found.values()))
+
+
+if __name__ == "__main__":
+    main()
