@@ -37,14 +37,18 @@ if TYPE_CHECKING:
 
 NOT_MADE = ("base", "init")
 """Policies that no stage makes; `init` is a directory of the user's that PPO started from."""
+AGAINST_START = ("length_ratio", "word_gain")
+"""Gates that compare answers with those of PPO's start."""
 RETAINED = ("retention_perplexity_ratio", "question_accuracy_change")
 """Gates that need a retention set."""
+TOLD = 0.4
+"""A word is named where so many more answers have it."""
 PASSES = 2
 """Of a retention row, roughly: one of a text, one for each answer of a question."""
 
 
 OF_SUBJECT = (
-    "win_rate", "win_rate_learned", "gold_gain", "score_gain", "length_ratio",
+    "win_rate", "win_rate_learned", "gold_gain", "score_gain", "length_ratio", "word_gain",
     "task_gain", "retention_perplexity_ratio", "retention_loss", "question_accuracy_change",
 )  # fmt: skip
 """Summary metrics of each policy, /POLICY behind them; without a name, of evaluate.subject."""
@@ -67,7 +71,7 @@ class EvaluateStage(Stage):
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
@@ -175,9 +179,10 @@ class EvaluateStage(Stage):
         return ("evaluate",)
 
     def not_checked(self) -> dict[str, str]:
-        """Nothing is forgotten of no retention set; no length is compared with itself."""
+        """Nothing is forgotten of no retention set; no answers are compared with themselves."""
         apart = self.start in self.policies and self.subject != self.start
-        found = {} if apart else {"length_ratio": f"only {self.subject} of these is compared"}
+        alone = f"only {self.subject} of these is compared"
+        found = {} if apart else dict.fromkeys(AGAINST_START, alone)
         return found if self.retention else found | dict.fromkeys(RETAINED, "evaluate.retention=null")
 
     def metrics(self) -> tuple[str, ...]:
@@ -295,6 +300,7 @@ class EvaluateStage(Stage):
                     metric: value for metric, value in found.items() if INTERVAL.sub("", metric) in OF_SUBJECT
                 }
         self.write(job, rows, answers)
+        self.tell_words(job, answers)
         job.publish(metrics)
 
     def ask(self, job: Job, rows: Sequence[PromptRow]) -> dict[str, Answers]:
@@ -379,6 +385,18 @@ class EvaluateStage(Stage):
                 for name, value in found.usage.items():
                     said.figures[name] = said.figures.get(name, 0.0) + value
             del reward  # its memory is needed for the next one
+
+    def tell_words(self, job: Job, answers: Mapping[str, Answers]) -> None:
+        """Name the word that a policy took up, where many answers have it."""
+        from rlhf.evaluation.wording import gained_word
+
+        if self.start not in answers:
+            return
+        for name, said in answers.items():
+            word, more = gained_word(said.texts, answers[self.start].texts)
+            if more.value >= TOLD:
+                line = f"{self.name}: {word!r} is in {more.value:.0%} more answers of {name} than before."
+                job.progress.console.print(line, style="yellow", highlight=False, markup=False)
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself, and side by side."""

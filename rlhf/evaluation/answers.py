@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf.evaluation.intervals import mean, ratio, share
 from rlhf.evaluation.retention import Retained, forgetting
 from rlhf.evaluation.win_rate import both_scored, wins
+from rlhf.evaluation.wording import gained_word
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.rewards.combined import moments_of
 from rlhf.rl.advantage import kl_k1
@@ -99,10 +100,11 @@ def described(said: Answers) -> dict[str, float]:
 
 
 def gains(said: Answers, start: Answers) -> dict[str, float]:
-    """Against the answers of what PPO started from, prompt by prompt: their length, and the scores where both
-    have one. The gold score decides who wins where there is one."""
+    """Against the answers of what PPO started from, prompt by prompt: their length, the word that they took
+    up, and the scores where both have one. The gold score decides who wins where there is one."""
     length_B, other_length_B = said.rollout.response_lengths, start.rollout.response_lengths
     metrics: dict[str, float] = ratio(length_B, other_length_B).metrics("length_ratio")
+    metrics |= gained_word(said.texts, start.texts)[1].metrics("word_gain")
     won = {}
     for kind, score_B in said.scores.items():
         own_B, other_B = both_scored(score_B, start.scores[kind])

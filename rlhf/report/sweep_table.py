@@ -79,8 +79,13 @@ class SweepTable:
                 found.append(Point(name or str(trial.number), gain, loss))
         return found
 
+    @property
+    def is_upright(self) -> bool:
+        """Whether each trial is a column: of few trials with many metrics, which would be a wide table."""
+        return len(self.metrics) > len(self.trials)
+
     def cells(self) -> Cells:
-        """Headings and rows."""
+        """Headings and rows: one row a trial, or one column."""
         best = self.best
         headings = [
             "trial",
@@ -96,6 +101,8 @@ class SweepTable:
                 values[0] += f" ({MARK})"
             overrides = [short(trial.values.get(key, "-")) for key in self.keys]
             rows.append([str(trial.number), str(trial.directory), *overrides, trial.status, *values])
+        if self.is_upright:
+            headings, *rows = ([*each] for each in zip(headings, *rows, strict=True))
         return Cells(headings, rows)
 
     @property
@@ -145,10 +152,13 @@ class SweepTable:
         """Print it."""
         headings, rows = self.cells()
         table = Table(box=box.SIMPLE_HEAD, title=f"Sweep {self.directory.name}", title_justify="left")
-        for heading in headings:
-            table.add_column(escape(heading), overflow="fold")
-        for trial, cells in zip(self.trials, rows, strict=True):
-            style = "green" if trial is self.best else None if trial.status == "done" else "red"
+        colours = [self._colour(trial) for trial in self.trials]
+        columns, lines = [""] * len(headings), colours
+        if self.is_upright:
+            columns, lines = ["", *colours], [""] * len(rows)
+        for heading, style in zip(headings, columns, strict=True):
+            table.add_column(escape(heading), overflow="fold", style=style)
+        for cells, style in zip(rows, lines, strict=True):
             table.add_row(*map(escape, cells), style=style)
         console.print(table)
         if (seeds := self.over_seeds).titles:
@@ -156,6 +166,9 @@ class SweepTable:
             right = range(1, len(policies.headings))
             console.print(tables.shown(policies, right=right), highlight=False)
             console.print(SEEDS_SAY, highlight=False)
+
+    def _colour(self, trial: Trial) -> str:
+        return "green" if trial is self.best else "" if trial.status == "done" else "red"
 
 
 def shown(value: float | None) -> str:

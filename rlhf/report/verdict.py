@@ -125,8 +125,8 @@ def causes(run: Run) -> dict[str, str]:
             found[gate.stage] = f"{gate.stage}: the policy went too far from its start ({figure})."
         elif kind == "evaluate" and (first := first_failing(run, gate)) is not None:
             policy, each = first
-            if gate.name == "length_ratio":
-                blamed, why = paid_for_length(run, policy, each)
+            if gate.name in ("length_ratio", "word_gain"):
+                blamed, why = paid_for_form(run, policy, each)
                 found[blamed] = why
             elif gate.name in FORGOTTEN:
                 found[policy] = (
@@ -136,17 +136,22 @@ def causes(run: Run) -> dict[str, str]:
     return found
 
 
-def paid_for_length(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
-    """The reward that a policy learned from, where its answers changed their length; and why."""
+def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
+    """The reward that a policy learned from, where its answers changed their length or took up a word; and
+    why."""
     stage = run.chain[policy]
     reward = next((name for name in stage.inputs() if run.chain[name].publishes == "reward"), None)
     together = run.metrics_of(reward).get("length_correlation") if reward else None
-    seen = "" if together is None else f"; the reward's scores go with length by {together:+.2f}"
-    said = f"{stage.title} changed the length of the answers ({each.name} = {each.figure}{seen})"
+    if each.name.startswith("length_ratio"):
+        seen = "" if together is None else f"; the reward's scores go with length by {together:+.2f}"
+        did, form = "changed the length of the answers", "length"
+    else:
+        seen, did, form = "", "put one word into the answers", "a word"
+    said = f"{stage.title} {did} ({each.name} = {each.figure}{seen})"
     blamed = reward or (f"the reward of {policy}" if stage.rewards() else policy)
     return (
         reward or policy,
-        f"{blamed}: {said}. What it learned from may pay for length and not for what is said.",
+        f"{blamed}: {said}. What it learned from may pay for {form} and not for what is said.",
     )
 
 

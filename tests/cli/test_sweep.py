@@ -126,7 +126,7 @@ def test_a_failing_trial_leaves_the_others_alone(chain: Chain) -> None:
     assert "ppo/kl" in content["trials"][1]["metrics"]  # without sweep.metric: what has a gate
     assert content["best"] is None
     table = (chain.directory / "runs" / "grid" / "sweep.md").read_text()
-    assert "| 0 | runs/grid-0 | 1e+30 | failed in ppo | " in table
+    assert "| ppo.optim.lr | 1e+30 | " in table and "| status | failed in ppo | done |" in table
     assert "Sweep grid" in outcome.out and "failed in ppo" in outcome.out
 
 

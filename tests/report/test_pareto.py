@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.pareto import BASE, Point, pareto_front
@@ -55,6 +57,20 @@ def test_a_sweep_draws_the_trials_that_have_both_figures(tmp_path: Path) -> None
         "![evaluate/task_gain against evaluate/retention_loss](pareto.png)"
         in (tmp_path / "sweep.md").read_text()
     )
+
+
+def test_few_trials_with_many_figures_are_columns(tmp_path: Path) -> None:
+    gain, loss, gate = "evaluate/task_gain", "evaluate/retention_loss", "sft/held_out_loss_change"
+    table = SweepTable(tmp_path, KNOBS, [
+        trial(0, "full", {gain: 0.5, loss: 0.3, gate: -0.5}), trial(1, "lora", {gain: 0.4, loss: None}),
+    ])  # fmt: skip
+    headings, rows = table.cells()
+    assert headings == ["trial", "0", "1"]
+    assert rows[0][0] == "run" and rows[1] == ["remedy", "full", "lora"] and rows[2][0] == "status"
+    assert rows[3:] == [[gain, "0.5", "0.4"], [loss, "0.3", "-"], [gate, "-0.5", "-"]]
+    stream = io.StringIO()
+    table.show(Console(file=stream, width=80))
+    assert [line.split() for line in stream.getvalue().splitlines() if gate in line] == [[gate, "-0.5", "-"]]
 
 
 def test_nothing_measured_is_no_picture(tmp_path: Path) -> None:

@@ -240,6 +240,14 @@ def test_a_reward_trained_on_length_is_named(tmp_path: Path, chain: dict[str, St
     assert "the reward's scores go with length by +0.83" in sentence and sentence.count("To blame") == 1
 
 
+def test_a_reward_that_pays_for_a_word_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    gate_of(run, "evaluate", "word_gain", Bound(max=0.6, advice="read the answers"), 0.71, "ppo")
+    sentence = verdict(run)
+    assert "To blame is reward: PPO put one word into the answers (word_gain/ppo = 0.71" in sentence
+    assert "may pay for a word and not for what is said" in sentence
+
+
 @pytest.mark.parametrize(
     ("keys", "advice"),
     [
