@@ -31,6 +31,9 @@ from rlhf.rewards.reward import with_token_ids
 if TYPE_CHECKING:
     from rlhf.rewards.combined import Scores
 
+OF_SCORES = ("score_deviation", "within_prompt_share")
+"""Gates that need scores."""
+
 
 class GenerateStage(Stage):
     """The keys `generate.*`. Values: conf/stages/generate.yaml."""
@@ -42,7 +45,7 @@ class GenerateStage(Stage):
         "score_deviation": ("deviation", "z.2f"),
         "stop_rate": ("stops", ".0%"),
     }
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     samples: ClassVar[bool] = True
     offers: ClassVar[Mapping[str, str]] = {
         "sft": "best_of_n.jsonl", "replay": "best_of_n.jsonl", "ptx": "best_of_n.jsonl",
@@ -84,8 +87,17 @@ class GenerateStage(Stage):
         """What `run` publishes."""
         return (
             "responses", "stop_rate", "length_mean", "distinct_2", "score_mean", "score_deviation",
-            "score_mean/*", "score_deviation/*", "judge_*", "unscored", "best_of_n_mean", "pairs",
+            "score_mean/*", "score_deviation/*", "within_prompt_share", "judge_*", "unscored",
+            "best_of_n_mean", "pairs",
         )  # fmt: skip
+
+    def not_checked(self) -> dict[str, str]:
+        """Without a reward there are no scores, and one answer to a prompt differs from no other."""
+        if self.reward is None:
+            return dict.fromkeys(OF_SCORES, f"{self.name}.reward=null")
+        if self.samples_per_prompt == 1:
+            return {"within_prompt_share": f"{self.name}.samples_per_prompt=1"}
+        return {}
 
     def rewards(self) -> Mapping[str, str | RewardMix]:
         """What scores the answers."""
@@ -226,6 +238,8 @@ class GenerateStage(Stage):
         """
         import torch
 
+        from rlhf.evaluation.intervals import nothing, ratio
+
         size, best_scores = self.samples_per_prompt, []
         best: list[dict[str, Any]] = []
         pairs: list[dict[str, Any]] = []
@@ -248,7 +262,12 @@ class GenerateStage(Stage):
         job.write_rows("best_of_n.jsonl", best)
         job.write_rows("pairs.jsonl", pairs)
         moments = torch.tensor([score for score in scores if not math.isnan(score)], dtype=torch.float64)
+        score_BS = torch.tensor(scores, dtype=torch.float64).view(len(rows), size)
+        own_BS = (score_BS - score_BS.nanmean(-1, keepdim=True)).square().nan_to_num()
+        all_BS = (score_BS - moments.mean()).square().nan_to_num()
+        within = ratio(own_BS.sum(-1), all_BS.sum(-1)) if all_BS.any() else nothing()
         return {
+            **within.metrics("within_prompt_share"),
             "score_mean": float(moments.mean()),
             "score_deviation": float(moments.std(correction=0)),
             "unscored": len(scores) - len(moments),

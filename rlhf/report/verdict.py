@@ -46,7 +46,11 @@ def verdict(run: Run) -> str:
     """What improved, what did not, and who is to blame; or that nothing can be said."""
     own, scored = dict(measured(run)), dict(evaluated(run))
     findings = [*own.values(), *scored.values()]
-    if not findings:
+    blamed = [f"To blame is {reason}" for reason in reasons(run, own, scored, causes(run))]
+    failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
+    if failed and not blamed:
+        blamed = [f"To blame is {', '.join(failed)}: its gate failed."]
+    if not findings and not blamed:
         return "Nothing can be said: no stage of this run measures whether anything improved."
     parts = []
     for word, direction in (
@@ -56,10 +60,6 @@ def verdict(run: Run) -> str:
     ):
         named = [str(finding) for finding in findings if finding.direction == direction]
         parts += [f"{word}: {'; '.join(named)}."] if named else []
-    blamed = [f"To blame is {reason}" for reason in reasons(run, own, scored, causes(run))]
-    failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
-    if failed and not blamed:
-        blamed = [f"To blame is {', '.join(failed)}: its gate failed."]
     if not blamed and all(finding.direction == "unknown" for finding in findings):
         return f"Nothing can be said. {' '.join(parts)}"
     return " ".join([*parts, *blamed])
@@ -115,6 +115,11 @@ def causes(run: Run) -> dict[str, str]:
                 f"model.chat_template, or what {gate.stage} asks: most answers do not end by themselves "
                 f"({figure}). Either the template writes no end that the model learned, or answers are cut "
                 "off."
+            )
+        elif kind == "generate" and gate.name == "within_prompt_share":
+            found[gate.stage] = (
+                f"the reward of {gate.stage}: all answers to one prompt have nearly the same score "
+                f"({figure}). Either it does not read the answer, or the answers are alike."
             )
         elif kind == "sft" and gate.name == "prompt_gain":
             found[gate.stage] = (
@@ -189,9 +194,13 @@ def reasons(
                 yield convicted[name]
             spoiled.add(name)
             continue
+        did_its_own = name in own and own[name].direction == "better"
+        asked = asked_otherwise(run, name)
+        if asked and did_its_own and not is_spoiled and name in scored and scored[name].direction != "better":
+            yield asked
+            continue
         if is_bad and not is_spoiled:
             yield reason(name, run, own, scored.get(name))
-        did_its_own = name in own and own[name].direction == "better"
         if is_spoiled or (is_bad and not did_its_own):
             spoiled.add(name)
 
@@ -227,7 +236,7 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
     if on_new is not None and on_new.direction == "not better":
         return (
             f"{name}: it raised the reward's score on the prompts that it learned from, and not on new ones "
-            f"({on_new.sampled.value:+.3g}). {asked_otherwise(run, name)}"
+            f"({on_new.sampled.value:+.3g}). Compare ppo.prompts with evaluate.prompts."
         )
     return (
         f"{reward or 'the reward'}: {stage.title} raised its score, and the gold score did not follow. The "
@@ -236,16 +245,15 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
 
 
 def asked_otherwise(run: Run, policy: str) -> str:
-    """In what `evaluate` asks a policy otherwise than it learned, as advice."""
+    """In what `evaluate` asks a policy otherwise than it learned; empty if it does not."""
     evaluation, _ = last_evaluation(run.stages)
-    pairs = (
-        (key, getattr(run.chain[policy], key, None), getattr(run.chain[evaluation], key)) for key in SAMPLING
-    )
+    learner, judge = run.chain[policy], run.chain.get(evaluation)
+    pairs = ((key, getattr(learner, key, None), getattr(judge, key, None)) for key in SAMPLING)
     keys = [
-        f"{policy}.{key}={learned} and {evaluation}.{key}={asked}"
+        f"{evaluation}.{key}={asked} and {policy}.{key}={learned}"
         for key, learned, asked in pairs
-        if learned not in (None, asked)
+        if None not in (learned, asked) and learned != asked
     ]
-    if keys:
-        return f"The new ones are asked otherwise: {', '.join(keys)}."
-    return "Compare ppo.prompts with evaluate.prompts."
+    if not keys:
+        return ""
+    return f"{evaluation}: it asks otherwise than {policy} learned to answer ({', '.join(keys)})."

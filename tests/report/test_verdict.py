@@ -248,21 +248,21 @@ def test_a_reward_that_pays_for_a_word_is_named(tmp_path: Path, chain: dict[str,
     assert "may pay for a word and not for what is said" in sentence
 
 
-@pytest.mark.parametrize(
-    ("keys", "advice"),
-    [
-        ([], "Compare ppo.prompts with evaluate.prompts."),
-        (["evaluate.temperature=2"], "asked otherwise: ppo.temperature=0.7 and evaluate.temperature=2.0."),
-    ],
-)
-def test_what_was_learned_on_other_prompts_is_no_hacking(
-    tmp_path: Path, keys: list[str], advice: str
-) -> None:
+def test_what_was_learned_on_other_prompts_is_no_hacking(tmp_path: Path, chain: dict[str, Stage]) -> None:
     """The reward's own score did not rise on new prompts either, so the reward is not to blame."""
-    run = run_of(tmp_path, chain_of(OwnStage, *keys), **GOOD | {"gold": DOWN, "learned": DOWN})
-    sentence = verdict(run)
+    sentence = verdict(run_of(tmp_path, chain, **GOOD | {"gold": DOWN, "learned": DOWN}))
     assert "To blame is ppo: it raised the reward's score on the prompts that it learned from" in sentence
-    assert advice in sentence
+    assert "Compare ppo.prompts with evaluate.prompts." in sentence
+
+
+@pytest.mark.parametrize("gold", [DOWN, UNKNOWN])
+def test_an_evaluation_that_asks_otherwise_is_named(tmp_path: Path, gold: tuple[float, float, float]) -> None:
+    chain = chain_of(OwnStage, "evaluate.temperature=2.5")
+    keys = "evaluate.temperature=2.5 and ppo.temperature=0.7"
+    sentence = verdict(run_of(tmp_path, chain, **GOOD | {"gold": gold}))
+    assert f"To blame is evaluate: it asks otherwise than ppo learned to answer ({keys})." in sentence
+    assert sentence.count("To blame") == 1
+    assert "To blame" not in verdict(run_of(tmp_path, chain, **GOOD))
 
 
 def test_ppo_without_kl_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:

@@ -82,6 +82,37 @@ def test_answers_that_all_score_the_same_make_no_pairs(tmp_path: Path) -> None:
     assert not [*(tmp_path / "store").glob("*/.*.rows")]
 
 
+def test_a_score_of_the_prompt_alone_fails_a_gate_and_the_reward_is_named(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    # the prompts come first
+    swapped = "def score(texts, prompts):\n    return [float(sum(text.encode())) for text in texts]\n"
+    (tmp_path / "swapped.py").write_text(swapped)
+    rule = ("ppo.reward=python:swapped:score", "generate.policy=base", "generate.gates.stop_rate=null")
+    found = chain.run("stage=generate", *rule, "gates=enforce")
+    assert found.code == 3
+    assert "Gate failed: generate: within_prompt_share = 0 " in found.out
+    assert "does it read the prompt only, or are the answers alike?" in found.out
+    assert (
+        "To blame is the reward of generate: all answers to one prompt have nearly"
+        in found.summary["verdict"]
+    )
+
+
+def test_without_a_reward_no_gate_waits_for_scores(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    keys = ("gates=enforce", "generate.policy=base", "generate.gates.stop_rate=null", "generate.reward=null")
+    found = chain.run("stage=generate", *keys)
+    assert found.code == 0, found.err
+    assert "Gate score_deviation does not apply: generate.reward=null." in found.out
+    (tmp_path / "long.py").write_text(
+        "def score(prompts, texts):\n    return [float(len(text)) for text in texts]\n"
+    )
+    alone = ("generate.samples_per_prompt=1", "ppo.reward=python:long:score")
+    one = chain.run("stage=generate", *keys[:-1], *alone)
+    assert one.code == 0, one.err
+    assert "Gate within_prompt_share does not apply: generate.samples_per_prompt=1." in one.out
+
+
 def test_the_score_is_that_of_both_reward_models(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     found = chain.run(
