@@ -42,6 +42,15 @@ class ReportStage(Stage):
                 "report.runs=[]: nothing to show. Name runs, such as report.runs=[first,second]."
             )
 
+    def check_run(self, directory: Path) -> None:
+        """The runs are there, and none of them is this one, whose files are replaced."""
+        for name in self.runs:
+            if directory.resolve() in [each.resolve() for each in found(name, directory.parent)]:
+                raise ConfigError(
+                    f"report.runs={name} with run_name={directory.name}: the page's run would replace that "
+                    "run's files. Use another run_name."
+                )
+
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
         """Nothing worth counting."""
         return StageCost()

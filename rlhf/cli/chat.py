@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +96,11 @@ def chosen(keys: Mapping[str, str]) -> tuple[list[str], RunFiles | None]:
     """
     listed = keys["policy"].strip("[]").split(",")
     names = [*dict.fromkeys(name.strip() for name in listed if name.strip())]
+    for name in filter(is_model, names):
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        kinds = config.get("architectures") or []
+        if any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            raise ConfigError(f"policy={name}: that model gives scores and no text ({', '.join(kinds)}).")
     if len(names) > 2:
         raise ConfigError(f"policy={keys['policy']}: at most two can answer side by side.")
     runs_dir = Path(keys["runs_dir"])
@@ -137,7 +143,13 @@ def answer_once(speakers: Sequence[Speaker], manner: Manner) -> int:
     Raises:
         ConfigError: it is empty.
     """
-    text = sys.stdin.read().strip()
+    try:
+        text = sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"chat: what came through the pipe is not {error.encoding} text (byte {error.start}). "
+            "Convert it: iconv -f OLD -t utf-8."
+        ) from None
     if not text:
         raise ConfigError(
             "chat: nothing came through the pipe. Write a prompt into it, or type in a terminal."
@@ -154,6 +166,9 @@ def talk(speakers: Sequence[Speaker], manner: Manner) -> None:
     while True:
         try:
             text = input("> ").strip()
+        except UnicodeDecodeError as error:
+            print(f"That was not {error.encoding} text, and nobody was asked.")
+            continue
         except (EOFError, KeyboardInterrupt):
             print()
             return

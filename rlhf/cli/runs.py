@@ -81,7 +81,9 @@ def state_of(directory: Path) -> RunState:
     summary, position = _read(directory / "summary.json"), _read(directory / NAME)
     stages = summary.get("stages", {})
     ended = {stage["status"] for stage in stages.values()}
-    if summary.get("verdict") is not None:
+    if position.get("ended"):
+        word = position["ended"]
+    elif summary.get("verdict") is not None:
         word = "done"
     elif "failed" in ended or "stopped" in ended:
         word = "failed" if "failed" in ended else "stopped"

@@ -175,7 +175,10 @@ class Page:
                     return PlainTextResponse("That is too long.", 413)
         except ClientDisconnect:
             return PlainTextResponse("", 400)
-        fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20)
+        try:
+            fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=20)
+        except ValueError:  # more fields
+            return PlainTextResponse("That is no form of this page.", 400)
         return {name: values[-1] for name, values in fields.items()}
 
     async def file(self, request: Request) -> Response:

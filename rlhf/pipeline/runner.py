@@ -128,6 +128,8 @@ class Pipeline:
             GateError: a gate failed; every finished stage is kept.
             ConfigError: an artifact is damaged again after it was rebuilt.
         """
+        for name in self.experiment.needed():
+            self.experiment.stages[name].check_run(self.results.directory)
         with ExitStack() as stack:
             self.compute.main_only(lambda: stack.enter_context(self.results.alone()))
             stack.callback(self.close)
@@ -156,10 +158,11 @@ class Pipeline:
         self.results.stages.clear()
         self.results.gates.clear()
         self.compute.main_only(self.begin)
-        try:
-            self.run_stages()
-        except UnsoundInputError as unsound:
-            return unsound.damage
+        with self.position.end():
+            try:
+                self.run_stages()
+            except UnsoundInputError as unsound:
+                return unsound.damage
         return None
 
     def mend(self, damage: DamagedError) -> None:

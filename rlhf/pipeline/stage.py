@@ -234,6 +234,13 @@ class Stage(Strict, ABC):
             ConfigError: in the user's own keys.
         """
 
+    def check_run(self, directory: Path) -> None:
+        """Refuse what does not fit the run's directory, before anything in it is replaced.
+
+        Raises:
+            ConfigError: in the user's own keys.
+        """
+
     def check_data(self, data: PreparedData, base: BaseModelFiles) -> None:
         """Refuse prepared data that do not fit the knobs or the base model, whose weights may not be there
         yet; called before any stage trains.

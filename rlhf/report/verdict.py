@@ -18,6 +18,8 @@ SCORES = {"gold_gain": "gold score", "score_gain": "reward's score"}
 """Metrics of `evaluate` that tell whether a policy became better: its words. The second is of interest where
 nobody knows the gold score."""
 
+STILL = 0.5
+"""Nats per sequence: a policy that is nearer to its start learned nothing that shows."""
 SAMPLING = ("temperature", "max_new_tokens")
 """Keys of a stage that samples and of `evaluate`: both should ask alike."""
 
@@ -199,6 +201,10 @@ def reasons(
         if asked and did_its_own and not is_spoiled and name in scored and scored[name].direction != "better":
             yield asked
             continue
+        if name in own and not did_its_own and not is_spoiled and (still := hardly_moved(run, name)):
+            yield still
+            spoiled.add(name)
+            continue
         if is_bad and not is_spoiled:
             yield reason(name, run, own, scored.get(name))
         if is_spoiled or (is_bad and not did_its_own):
@@ -241,6 +247,18 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
     return (
         f"{reward or 'the reward'}: {stage.title} raised its score, and the gold score did not follow. The "
         "policy found what the reward likes by mistake (reward hacking)."
+    )
+
+
+def hardly_moved(run: Run, policy: str) -> str:
+    """That a policy is still its own start, and what to change; empty if it moved, or is the start itself."""
+    metrics = run.metrics_of(policy)
+    kl = Sampled.found("kl", metrics)
+    if kl is None or kl.high >= STILL or not metrics.get("best_step"):
+        return ""
+    return (
+        f"{policy}: its policy hardly moved from its start (KL {kl.value:.2g} nats per sequence). Raise "
+        f"{policy}.optim.lr or {policy}.steps, or lower {policy}.kl.coef."
     )
 
 

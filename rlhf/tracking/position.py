@@ -6,7 +6,8 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ class Position:
         self._said: dict[str, Any] = {
             "host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time(),
         }  # fmt: skip
+
+    @contextmanager
+    def end(self) -> Iterator[None]:
+        """Say how the run ended, if it did not reach its end: a process that is gone is not always dead."""
+        try:
+            yield
+        except BaseException as error:
+            self.tell(ended="stopped" if isinstance(error, KeyboardInterrupt) else "failed", now=True)
+            raise
 
     def tell(self, *, now: bool = False, **said: Any) -> None:
         """Say more; `now` writes it at once."""

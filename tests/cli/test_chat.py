@@ -99,6 +99,20 @@ def test_nothing_through_the_pipe_is_said(finished_chain: tuple[Chain, Outcome])
     assert found.code == 2 and "nothing came through the pipe" in found.err
 
 
+def test_other_bytes_than_text_are_said(finished_chain: tuple[Chain, Outcome]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+        words = ("chat", "run_name=run1", "policy=sft")
+        found = run_main(finished_chain[0].directory, words, finished_chain[0].directory)
+    assert found.code == 2 and "is not utf-8 text (byte 3)" in found.err
+
+
+def test_a_reward_model_cannot_talk(finished_chain: tuple[Chain, Outcome]) -> None:
+    chain, outcome = finished_chain
+    found = say(chain, "hi", f"policy={outcome.artifact('reward')}")
+    assert found.code == 2 and "gives scores and no text" in found.err
+
+
 def test_what_a_model_writes_does_not_command_the_terminal(finished_chain: tuple[Chain, Outcome]) -> None:
     """Hot, the tiny model draws bytes almost evenly: many of 300 are control characters."""
     found = say(finished_chain[0], "hi", "policy=base", "temperature=50", "max_new_tokens=300")

@@ -39,7 +39,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 
 def test_the_newest_run_is_told_or_one_by_its_name(chain: Chain) -> None:
-    assert "runs/run2: done" in say(chain.directory, "status", "run_name=run2").out
+    assert "runs/run2: failed" in say(chain.directory, "status", "run_name=run2").out
     said = say(chain.directory, "status", "run_name=run1").out
     assert said.startswith("runs/run1: done\n  prepare ran") and "Improved: SFT's loss" in said
     assert "gate failed: sft/held_out_loss_change = " in say(chain.directory, "status", "run_name=run2").out
@@ -52,6 +52,20 @@ def test_all_runs_are_listed_the_newest_first(chain: Chain) -> None:
     names = [line.split()[0] for line in lines[1:]]
     assert names.index("run2") < names.index("run1")
     assert "done" in lines[-1] and "prepare, sft" in lines[-1]
+
+
+def test_a_run_that_is_stopped_before_its_first_stage_is_not_dead(tmp_path: Path) -> None:
+    """Its process is gone, but it said so; the next attempt says anew how it ends."""
+    chain, keys = Chain(tmp_path), ("run_name=mine", "stage=generate")
+    for name, line in (
+        ("stops", "raise KeyboardInterrupt"),
+        ("goes", "return [float(len(t)) for t in texts]"),
+    ):
+        (tmp_path / f"{name}.py").write_text(f"def score(prompts, texts):\n    {line}\n")
+    assert chain.run(*keys, "ppo.reward=python:stops:score").code == 130
+    assert say(tmp_path, "status").out.startswith("runs/mine: stopped")
+    assert chain.run(*keys, "ppo.reward=python:goes:score").code == 0
+    assert say(tmp_path, "status").out.startswith("runs/mine: done")
 
 
 @pytest.mark.parametrize(

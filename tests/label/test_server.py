@@ -167,6 +167,8 @@ def test_what_strangers_get(tmp_path: Path) -> None:
         for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
             assert stranger.post("/undo", headers=headers).status_code == 403
         assert stranger.post("/vote", content=b"comment=" + b"x" * MOST_BYTES).status_code == 413
+        many_fields = "&".join(f"field{number}=1" for number in range(30)).encode()
+        assert stranger.post("/vote", content=many_fields).status_code == 400
         assert desk.file.invite("ada") is None
 
 

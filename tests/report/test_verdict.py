@@ -255,6 +255,19 @@ def test_what_was_learned_on_other_prompts_is_no_hacking(tmp_path: Path, chain: 
     assert "Compare ppo.prompts with evaluate.prompts." in sentence
 
 
+@pytest.mark.parametrize(("kl", "best_step", "named"), [(0.03, 6, True), (0.03, 0, False), (6.0, 6, False)])
+def test_a_policy_that_never_moved_is_named(
+    tmp_path: Path, chain: dict[str, Stage], kl: float, best_step: int, named: bool
+) -> None:
+    """Step 0 is the start itself: what came after it was worse."""
+    run = run_of(tmp_path, chain, **GOOD | {"ppo": UNKNOWN, "gold": UNKNOWN})
+    found = Sampled(kl, kl - 0.1, kl + 0.1, 48).metrics("kl") | {"best_step": best_step}
+    run.stages["ppo"]["metrics"] |= {f"ppo/{key}": value for key, value in found.items()}
+    sentence = verdict(run)
+    assert ("To blame is ppo: its policy hardly moved from its start (KL 0.03 nats" in sentence) is named
+    assert ("Raise ppo.optim.lr or ppo.steps" in sentence) is named
+
+
 @pytest.mark.parametrize("gold", [DOWN, UNKNOWN])
 def test_an_evaluation_that_asks_otherwise_is_named(tmp_path: Path, gold: tuple[float, float, float]) -> None:
     chain = chain_of(OwnStage, "evaluate.temperature=2.5")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chains import run_main
+from helpers.chains import Outcome, run_main
 from helpers.pages import make_run
 from rlhf.config import ConfigError
 from rlhf.report.page.collect import read_run
@@ -48,6 +48,22 @@ def test_curves_lie_over_each_other(runs_dir: Path) -> None:
     (score,) = (each for each in data["charts"].values() if each["x"].startswith("KL from"))
     assert "second: gold score, new prompts" in [curve["name"] for curve in score["curves"]]
     assert "connect-src" not in page and "<title>2 runs compared</title>" in page
+
+
+def test_a_run_of_the_page_is_never_replaced_by_the_pages_own(runs_dir: Path) -> None:
+    kept = (runs_dir / "first" / "summary.json").read_bytes()
+    words = ("model=tiny", "device=cpu", "stage=report")
+
+    def report(run: str, name: str) -> Outcome:
+        asked = (*words, f"report.runs=[{run}]", f"run_name={name}")
+        return run_main(runs_dir.parent, asked, runs_dir / name)
+
+    for run in ("first", str(runs_dir / "first")):
+        refused = report(run, "first")
+        assert refused.code == 2 and "Use another run_name." in refused.err
+    assert (runs_dir / "first" / "summary.json").read_bytes() == kept
+    gone = report("frist", "new")
+    assert gone.code == 2 and "Did you mean first" in gone.err and not (runs_dir / "new").exists()
 
 
 def test_names_of_runs_sweeps_and_directories(runs_dir: Path) -> None:

@@ -25,7 +25,12 @@ def runs_page(runs: Sequence[RunFacts]) -> str:
         "title": f"{len(runs)} runs compared",
         "live": None,
         "verdicts": [
-            (name, OUTCOMES.get(run.outcome or "", ""), run.outcome or "", run.verdict or "It has not ended.")
+            (
+                name,
+                OUTCOMES.get(run.outcome or "", ""),
+                run.outcome or "",
+                run.verdict or "It has not reached its end.",
+            )
             for name, run in zip(names, runs, strict=True)
         ],
         "settings": settings(runs, names),
