@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from rlhf.config import ConfigError
 from rlhf.exit_codes import DONE
 from rlhf.locks import HeldError
 from rlhf.pipeline.store import Store
+from rlhf.tracking.position import read_position
 
 HELP = """python -m rlhf gc [store_dir=DIR] [runs_dir=DIR] [yes=true]
 
@@ -23,7 +24,7 @@ is removed too. Whatever a later run needs again is made again.
 """
 LEFT = re.compile(r"\.(\w+)\.(checkpoints|part-.*|damaged-.*|replaced)")
 WORDS = {
-    "checkpoints": "checkpoints of a stage that did not end; its run would continue from them",
+    "checkpoints": "checkpoints of a stage that did not end, and no run in runs_dir is at that stage",
     "damaged": "damaged, set aside",
     "part": "left by a run that was killed",
     "replaced": "left by a run that was killed",
@@ -69,33 +70,39 @@ def gc(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     return DONE
 
 
-def used(runs: Path) -> set[Path]:
-    """The artifacts that runs name.
+def used(runs: Path) -> set[tuple[str, str]]:
+    """Stage and key of each artifact that runs name, and of what a run was making when it ended.
+
+    The key says what it is, wherever run and store were moved.
 
     Raises:
         ConfigError: a run cannot be read, so nobody knows what it uses.
     """
-    found: set[Path] = set()
+    found: set[tuple[str, str]] = set()
     for path in runs.glob("*/summary.json"):
         try:
             stages = json.loads(path.read_bytes())["stages"].values()
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{path}: {error}. So nobody knows what that run uses.") from None
-        found |= {Path(stage["artifact"]).resolve() for stage in stages if stage["artifact"]}
+        made = [Path(stage["artifact"]) for stage in stages if stage["artifact"]]
+        found |= {(path.parent.name, path.name) for path in made}
+        at = read_position(path.parent)
+        found.add((at.get("stage", ""), at.get("key", "")))
     return found
 
 
-def unused(root: Path, needed: Iterable[Path]) -> Iterator[Unused]:
+def unused(root: Path, needed: Collection[tuple[str, str]]) -> Iterator[Unused]:
     """The directories of a store that are not needed. The base models stay: no run names them."""
-    kept = {*needed}
     for path in root.glob("[!.]*/*"):
         if not path.is_dir() or path.is_symlink():
             continue
         stage, left = path.parent.name, LEFT.fullmatch(path.name)
         if left is not None:
             kind = left[2].partition("-")[0]
+            if kind == "checkpoints" and (stage, left[1]) in needed:
+                continue
             yield Unused(path, stage, left[1], WORDS[kind], size(path))
-        elif stage != "base" and not path.name.startswith(".") and path.resolve() not in kept:
+        elif stage != "base" and not path.name.startswith(".") and (stage, path.name) not in needed:
             yield Unused(path, stage, path.name, "no run names it", size(path))
 
 

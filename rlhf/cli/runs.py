@@ -17,7 +17,7 @@ from rlhf.cli.command import read
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.exit_codes import DONE
 from rlhf.locks import lives
-from rlhf.tracking.position import NAME
+from rlhf.tracking.position import NAME, read_position
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells, shown
 
@@ -78,7 +78,7 @@ class RunState:
 
 def state_of(directory: Path) -> RunState:
     """How the run in this directory is."""
-    summary, position = _read(directory / "summary.json"), _read(directory / NAME)
+    summary, position = _read(directory / "summary.json"), read_position(directory)
     stages = summary.get("stages", {})
     ended = {stage["status"] for stage in stages.values()}
     if position.get("ended"):
@@ -175,10 +175,10 @@ def ls(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):  # not there; or replaced on another host while NFS reads it
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def _written(directory: Path) -> datetime:

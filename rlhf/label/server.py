@@ -46,6 +46,8 @@ HEADERS: Mapping[str, str] = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+UNDONE = "undone"
+"""A query of the page's address: the last vote was taken back."""
 FILES = {"label.css": "text/css", "label.js": "text/javascript"}
 
 
@@ -72,8 +74,11 @@ class RateLimit:
 class Guard:
     """Sets the headers, and refuses what comes too often, from another site, or with too long a body."""
 
-    def __init__(self, app: ASGIApp, annotator_of: Callable[[str], str | None]) -> None:
-        self.app, self.annotator_of, self.limit = app, annotator_of, RateLimit()
+    def __init__(self, app: ASGIApp, annotator_of: Callable[[str], str | None], site: str | None) -> None:
+        """Args:
+        site: host and port of `server.url`: a proxy may put another name into the Host header.
+        """
+        self.app, self.annotator_of, self.site, self.limit = app, annotator_of, site, RateLimit()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -101,7 +106,7 @@ class Guard:
             origin = request.headers.get("origin")
             site = request.headers.get("sec-fetch-site", "same-origin")
             if site not in ("same-origin", "none") or (
-                origin is not None and urlsplit(origin).netloc != request.headers.get("host")
+                origin is not None and urlsplit(origin).netloc not in (request.headers.get("host"), self.site)
             ):
                 return PlainTextResponse("This form belongs to another site.", 403)
         return None
@@ -125,11 +130,12 @@ class Page:
         )
         self.files = {name: files("rlhf.label").joinpath("page", name).read_bytes() for name in FILES}
 
-    def app(self, hosts: list[str]) -> Starlette:
+    def app(self, hosts: list[str], site: str | None) -> Starlette:
         """The application.
 
         Args:
             hosts: the names under which it may be reached.
+            site: of `Guard`.
         """
         return Starlette(
             routes=[
@@ -141,7 +147,7 @@ class Page:
                 *(Route(f"/{name}", self.file) for name in FILES),
             ],
             middleware=[
-                Middleware(Guard, self.desk.file.annotator_of),
+                Middleware(Guard, self.desk.file.annotator_of, site),
                 Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
             ],
         )
@@ -213,7 +219,8 @@ class Page:
         annotator = self.annotator(request)
         if annotator is None:
             return self.stranger()
-        return self.show(annotator)
+        said = "Your last vote is taken back. Vote again." if UNDONE in request.query_params else ""
+        return self.show(annotator, said)
 
     def show(self, annotator: str, notice: str = "") -> Response:
         """The pair, or that there is none."""
@@ -269,7 +276,7 @@ class Page:
         if not self.desk.undo(annotator):
             return self.show(annotator, "There is no vote of yours to take back.")
         self.on_vote(self.desk.progress().votes - before)
-        return self.show(annotator, "Your last vote is taken back. Vote again.")
+        return RedirectResponse(f"/?{UNDONE}", 303)  # a page that is loaded again takes nothing back
 
 
 def serve(
@@ -311,7 +318,7 @@ def serve(
         hosts.append(str(urlsplit(config.url).hostname))
     server = uvicorn.Server(
         uvicorn.Config(
-            page.app(hosts),
+            page.app(hosts, urlsplit(config.url).netloc if config.url else None),
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
@@ -235,7 +235,18 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         peft = stages[name].peft_config()
         if peft is not None and peft.method == "qlora":
             check_qlora(f"{name}.peft=qlora", settings.device)
-    return experiment
+    return replace(experiment, notes=(*experiment.notes, *left_out(experiment)))
+
+
+def left_out(experiment: Experiment) -> Iterator[str]:
+    """A line on named instances that are not run although everything is asked for."""
+    needed, asked = experiment.needed(), experiment.settings.stage
+    names = [name for name in experiment.settings.instances if name not in needed]
+    if "all" in asked and names:
+        yield (
+            f"Not run: {', '.join(names)}. Nothing that stage=all means reads it. To run it: "
+            f"stage=[{','.join([*asked, *names])}]."
+        )
 
 
 def know_roles(classes: Mapping[str, type[Stage]]) -> None:

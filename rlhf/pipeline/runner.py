@@ -183,7 +183,7 @@ class Pipeline:
             run.begin()
             content = to_yaml(redacted(self.experiment.resolved))
             (run.directory / "config.yaml").write_text(content, encoding="utf-8")
-            self.position.tell(needed=self.experiment.needed(), now=True)
+            self.position.tell(needed=self.experiment.needed(), ended=None, now=True)
         except OSError as error:
             raise run.unwritable(error) from None
 
@@ -204,7 +204,7 @@ class Pipeline:
             artifacts: dict[str, Artifact] = {}
             for name in self.experiment.needed():
                 self.compute.position.update(stage=name, step=0)
-                self.position.tell(stage=name, task=None, left=None, now=True)
+                self.position.tell(stage=name, key=None, task=None, left=None, now=True)
                 artifacts[name] = self.finish(name, artifacts, base, tracker)
                 if name == "prepare":
                     self.check_before(artifacts["prepare"], base)
@@ -225,6 +225,7 @@ class Pipeline:
             lambda: self.recipe(stage, artifacts)
         )  # a record may be on its disk alone
         key = recipe_key(recipe)
+        self.position.tell(key=key, now=True)
         forced = self.is_forced(stage)
 
         def find() -> Artifact | None:

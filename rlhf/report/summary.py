@@ -160,7 +160,7 @@ def policies_of(run: Run) -> dict[str, str]:
 
 def policy_cells(run: Run) -> Cells:
     """One row a metric, one column a policy; no rows when `evaluate` was not part of the run."""
-    _, metrics = last_evaluation(run.stages)
+    evaluation, metrics = last_evaluation(run.stages)
     titles = policies_of(run)
     names = [name for name in titles if f"length_mean/{name}" in metrics]
     apart = [name for name in names if f"kl/{name}" in metrics]
@@ -187,6 +187,8 @@ def policy_cells(run: Run) -> Cells:
             rows.append(["  95% interval", *cells])
     rows += [[words, *cells] for words, cells in cost_cells(run, names)]
     heading = f"{metrics.get('prompts', 0):.0f} prompts"
+    if evaluation != "evaluate":
+        heading += f" ({evaluation})"
     return Cells([heading, *(titles[name] for name in names)], rows)
 
 

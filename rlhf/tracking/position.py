@@ -19,6 +19,15 @@ NAME = "position.json"
 EVERY_SECONDS = 1.0
 
 
+def read_position(directory: Path) -> dict[str, Any]:
+    """What a run said last of where it is; empty if it said nothing."""
+    try:
+        found = json.loads((directory / NAME).read_bytes())
+    except (OSError, ValueError):  # not there; or replaced on another host while NFS reads it
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class Position:
     """The file, written by rank 0 at most once a second. A run that cannot write it goes on without."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -113,6 +114,21 @@ def test_what_no_run_uses_is_removed_only_when_that_is_wanted(tmp_path: Path) ->
     assert chain.run(*SHORT).statuses == {"prepare": "reused", "sft": "reused"}
 
 
+def test_what_was_moved_is_used_as_before(tmp_path: Path) -> None:
+    """A run's summary names its artifacts where they were made."""
+    (tmp_path / "a").mkdir()
+    assert Chain(tmp_path / "a").run(*SHORT).code == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert "runs in runs use everything in it" in say(tmp_path / "b", "gc", "yes=true").out
+
+
+def test_a_summary_of_another_form_breaks_no_list(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "odd").mkdir(parents=True)
+    (tmp_path / "runs" / "odd" / "summary.json").write_text("[]")
+    listed = say(tmp_path, "ls")
+    assert (listed.code, "odd" in listed.out) == (0, True)
+
+
 def test_a_file_under_two_names_counts_once(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(b"x" * 1000)
     os.link(tmp_path / "one", tmp_path / "two")
@@ -149,7 +165,11 @@ def test_a_run_is_running_then_dead_and_what_it_left_is_told(
     dead = say(chain.directory, "status").out
     assert "runs/long: dead" in dead and "The same command continues" in dead
     left = say(chain.directory, "gc", "store_dir=store-long").out
-    assert "(checkpoints of a stage that did not end" in left and "(left by a run that was killed)" in left
+    assert "checkpoints" not in left and "(left by a run that was killed)" in left, "the run continues there"
+    shutil.rmtree(directory)
+    assert (
+        "(checkpoints of a stage that did not end" in say(chain.directory, "gc", "store_dir=store-long").out
+    )
 
 
 def test_a_run_on_another_host_is_believed_while_it_speaks(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from typing import IO
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from helpers.labelling import LINK, Browser, answers_at, many, pair, served
 from rlhf.label.draw import DrawConfig
-from rlhf.label.server import BURST, COOKIE, MOST_BYTES, RateLimit
+from rlhf.label.server import BURST, COOKIE, MOST_BYTES, Guard, RateLimit
 from rlhf.label.votes import Vote, VotesFile, votes_in
 
 TESTS = Path(__file__).parents[1]
@@ -58,6 +59,10 @@ def test_a_vote_taken_back_is_asked_again_in_the_same_places(tmp_path: Path) -> 
         assert ada.answers == first and "taken back" in ada.text
         assert cast(path) == []
         ada.vote("right")
+        ada.vote("left")
+        ada.undo()
+        ada.page = ada.client.get(str(ada.page.url))
+        assert len(cast(path)) == 1, "a page that is loaded again takes nothing back"
         ada.undo()
         ada.undo()
         assert "no vote of yours" in ada.text
@@ -167,9 +172,26 @@ def test_what_strangers_get(tmp_path: Path) -> None:
         for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
             assert stranger.post("/undo", headers=headers).status_code == 403
         assert stranger.post("/vote", content=b"comment=" + b"x" * MOST_BYTES).status_code == 413
+        proxied = {"origin": "https://label.example.org"}
+        assert stranger.post("/undo", headers=proxied).status_code == 403, "nobody named a proxy"
         many_fields = "&".join(f"field{number}=1" for number in range(30)).encode()
         assert stranger.post("/vote", content=many_fields).status_code == 400
         assert desk.file.invite("ada") is None
+
+
+def test_behind_a_proxy_that_writes_another_host() -> None:
+    """As nginx does by default: then the browser's origin is that of server.url."""
+
+    async def app(*_: object) -> None: ...
+
+    def refused(site: str | None, origin: bytes) -> bool:
+        headers = [(b"host", b"127.0.0.1:8017"), (b"origin", origin)]
+        scope = {"type": "http", "method": "POST", "path": "/vote", "query_string": b"", "headers": headers}
+        return Guard(app, lambda _: "ada", site).refusal(Request(scope)) is not None
+
+    assert not refused("label.example.org", b"https://label.example.org")
+    assert refused(None, b"https://label.example.org")
+    assert refused("label.example.org", b"https://evil.example")
 
 
 def test_only_a_tokens_hash_is_kept(tmp_path: Path) -> None:

@@ -86,6 +86,19 @@ def test_each_evaluation_has_a_subject_of_its_own() -> None:
     assert dict(two.stages["evaluate"])["subject"] == "dpo", "the recipe's"
 
 
+def test_an_instance_that_nothing_reads_is_told() -> None:
+    """stage=all means the recipe's stages, and no other."""
+    found = instances({"evaluate@2": {"policies": ["base", "sft", "dpo"]}}, "recipe=dpo")
+    assert (
+        "Not run: evaluate@2. Nothing that stage=all means reads it. To run it: stage=[all,evaluate@2]."
+        in found.notes
+    )
+    asked = instances(
+        {"evaluate@2": {"policies": ["base", "sft", "dpo"]}}, "recipe=dpo", "stage=[all,evaluate@2]"
+    )
+    assert "evaluate@2" in asked.needed() and not any("Not run" in note for note in asked.notes)
+
+
 def test_the_verdict_tells_instances_apart() -> None:
     found = on_command_line(
         "ppo.reward=[learned,learned@wide]", "reward@wide.epochs=2", "dpo@2.beta=0.3", "stage=[ppo,dpo@2]"

@@ -127,6 +127,7 @@ def test_the_last_evaluation_is_shown(run: Run) -> None:
     (run.directory / "config.yaml").write_text("evaluate@2:\n  num_shown: 1\n")
     text = printed(run, 120)
     assert row_of(text, "gold score") == ["+0.310", "+0.200", "+0.900"]
+    assert row_of(text, "96 prompts (evaluate@2)") == ["base", "SFT", "PPO"]
     assert text.count(PROMPT) == 1 and "artifacts/evaluate@2/comparison.jsonl" in text
 
 
