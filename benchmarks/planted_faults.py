@@ -12,6 +12,14 @@ on to its end. The faults:
 - no_kl: PPO without the KL penalty, at four times the learning rate and twice the steps.
 - template: the instruction-tuned model is asked in another family's template, without SFT.
 
+Somebody who had not read the code that judges them chose these:
+
+- temperature: the evaluation alone samples at 2.5.
+- rate: PPO with LoRA at 1e-6, a rate of tuning all parameters.
+- arguments: the reward function's arguments are in the wrong order, so it scores the prompts.
+- full_stop: an export lost the last mark of every worse answer, so a full stop decides every pair.
+- columns: prompt and answer of SFT's rows are exchanged.
+
 What a run does not change is shared by the store. The last thing printed is a JSON object: for each run
 the stage that the verdict should name, whether it is the first that it blames, and the whole verdict. The
 exit code is 1 where one is named wrongly. With the embedded model it takes an hour or two on two cores.
@@ -32,7 +40,16 @@ from typing import Any, NamedTuple
 import rlhf
 
 DATA = Path(rlhf.__file__).parent / "samples"
-BLAMED = re.compile(r"To blame is ([\w.@]+(?: or \w+)?)")
+BLAMED = re.compile(r"To blame is (the reward of \w+|[\w.@]+(?: or \w+)?)")
+SWAPPED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+analyzer = SentimentIntensityAnalyzer()
+
+
+def score(responses: list[str], prompts: list[str]) -> list[float]:
+    return [analyzer.polarity_scores(text)["compound"] for text in responses]
+"""
+"""A reward whose arguments are in the wrong order: it scores the prompts."""
 LLAMA_2 = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + message['content'] + ' [/INST] ' }}"
@@ -80,6 +97,22 @@ def shuffled(rows: list[Row]) -> Iterator[Row]:
         yield {**row, "completion": "".join(chance.sample(row["completion"], len(row["completion"])))}
 
 
+def without_last_mark(rows: list[Row]) -> Iterator[Row]:
+    """Every worse answer without the punctuation at its end."""
+    for row in rows:
+        yield {
+            "prompt": row["prompt"],
+            "chosen": row["chosen"],
+            "rejected": row["rejected"].rstrip(" .!?\"'"),
+        }
+
+
+def exchanged(rows: list[Row]) -> Iterator[Row]:
+    """The answer as the prompt, the prompt as the answer."""
+    for row in rows:
+        yield {"prompt": row["completion"], "completion": row["prompt"]}
+
+
 def longer_first(rows: list[Row]) -> Iterator[Row]:
     """The longer answer as the better one."""
     for row in rows:
@@ -97,6 +130,11 @@ FAULTS = {
     "template": Fault(
         ["model.chat_template=llama2.jinja", "ppo.init=base", "reward.init=base"], "model.chat_template"
     ),
+    "temperature": Fault(["evaluate.temperature=2.5"], "evaluate"),
+    "rate": Fault(["ppo.optim.lr=1e-6"], "ppo"),
+    "arguments": Fault(["ppo.reward=python:swapped:score"], "the reward of generate"),
+    "full_stop": Fault(["reward.pairs=full_stop.jsonl"], "reward", "pairs", without_last_mark),
+    "columns": Fault(["sft.data=columns.jsonl"], "sft", "instructions", exchanged),
 }
 
 
@@ -138,6 +176,7 @@ def main() -> None:
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
     (given.directory / "llama2.jinja").write_text(LLAMA_2, encoding="utf-8")
+    (given.directory / "swapped.py").write_text(SWAPPED, encoding="utf-8")
     found = {fault: judge(fault, given.directory, given.overrides) for fault in given.faults}
     print(json.dumps(found, indent=2))
     sys.exit(not all(each["right"] for each in found.values()))

@@ -18,6 +18,9 @@ SCORES = {"gold_gain": "gold score", "score_gain": "reward's score"}
 """Metrics of `evaluate` that tell whether a policy became better: its words. The second is of interest where
 nobody knows the gold score."""
 
+SEEN = 0.3
+"""Of the scores' deviation on a reward model's own pairs, on answers: 1.06 was seen in the demo, 0.16 where a
+full stop decided every pair."""
 STILL = 0.5
 """Nats per sequence: a policy that is nearer to its start learned nothing that shows."""
 SAMPLING = ("temperature", "max_new_tokens")
@@ -147,7 +150,7 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
     """The reward that a policy learned from, where its answers changed their length or took up a word; and
     why."""
     stage = run.chain[policy]
-    reward = next((name for name in stage.inputs() if run.chain[name].publishes == "reward"), None)
+    reward = reward_of(run, policy)
     together = run.metrics_of(reward).get("length_correlation") if reward else None
     if each.name.startswith("length_ratio"):
         seen = "" if together is None else f"; the reward's scores go with length by {together:+.2f}"
@@ -201,10 +204,12 @@ def reasons(
         if asked and did_its_own and not is_spoiled and name in scored and scored[name].direction != "better":
             yield asked
             continue
-        if name in own and not did_its_own and not is_spoiled and (still := hardly_moved(run, name)):
-            yield still
-            spoiled.add(name)
-            continue
+        if name in own and not did_its_own and not is_spoiled:
+            why = out_of_sight(run, name) or hardly_moved(run, name)
+            if why:
+                yield why
+                spoiled.add(name)
+                continue
         if is_bad and not is_spoiled:
             yield reason(name, run, own, scored.get(name))
         if is_spoiled or (is_bad and not did_its_own):
@@ -213,9 +218,8 @@ def reasons(
 
 def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | None) -> str:
     """Who is to blame where this stage failed, and why."""
-    chain = run.chain
-    stage, mine = chain[name], own.get(name)
-    reward = next((each for each in stage.inputs() if chain[each].publishes == "reward"), None)
+    stage, mine = run.chain[name], own.get(name)
+    reward = reward_of(run, name)
     if mine is not None and mine.direction == "not better":
         assert stage.purpose is not None
         why = stage.purpose.failed
@@ -248,6 +252,28 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
         f"{reward or 'the reward'}: {stage.title} raised its score, and the gold score did not follow. The "
         "policy found what the reward likes by mistake (reward hacking)."
     )
+
+
+def out_of_sight(run: Run, policy: str) -> str:
+    """That a reward model tells its pairs apart by what is not in the policy's answers; else empty."""
+    reward = reward_of(run, policy)
+    readers = (name for name, stage in run.chain.items() if reward in stage.inputs())
+    generate = next((name for name in readers if kind_of(name) == "generate"), "generate")
+    on_pairs = run.metrics_of(reward or "").get("score_deviation")
+    on_answers = run.metrics_of(generate).get("score_deviation")
+    if on_pairs is None or on_answers is None or on_answers >= SEEN * on_pairs:
+        return ""
+    return (
+        f"{reward}: what tells its pairs apart is hardly in the answers that {policy} starts from (its "
+        f"scores deviate by {on_pairs:.2g} on held-out pairs, by {on_answers:.2g} in {generate}). Look at "
+        f"{reward}.pairs."
+    )
+
+
+def reward_of(run: Run, policy: str) -> str | None:
+    """The reward model that a policy learned from."""
+    inputs = run.chain[policy].inputs()
+    return next((name for name in inputs if run.chain[name].publishes == "reward"), None)
 
 
 def hardly_moved(run: Run, policy: str) -> str:

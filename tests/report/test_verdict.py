@@ -255,6 +255,19 @@ def test_what_was_learned_on_other_prompts_is_no_hacking(tmp_path: Path, chain: 
     assert "Compare ppo.prompts with evaluate.prompts." in sentence
 
 
+@pytest.mark.parametrize(("on_answers", "named"), [(0.45, True), (2.1, False)])
+def test_a_reward_model_that_learned_what_no_answer_has_is_named(
+    tmp_path: Path, chain: dict[str, Stage], on_answers: float, named: bool
+) -> None:
+    run = run_of(tmp_path, chain, **GOOD | {"ppo": UNKNOWN, "gold": UNKNOWN})
+    run.stages["reward"]["metrics"]["reward/score_deviation"] = 2.86
+    run.stages["generate"] = {"metrics": {"generate/score_deviation": on_answers}}
+    gate_of(run, "ppo", "explained_variance", Bound(min=0.0, advice="raise the critic's rate"), -5.6)
+    sentence = verdict(run)
+    assert ("To blame is reward: what tells its pairs apart is hardly in the answers" in sentence) is named
+    assert ("by 2.9 on held-out pairs, by 0.45 in generate). Look at reward.pairs." in sentence) is named
+
+
 @pytest.mark.parametrize(("kl", "best_step", "named"), [(0.03, 6, True), (0.03, 0, False), (6.0, 6, False)])
 def test_a_policy_that_never_moved_is_named(
     tmp_path: Path, chain: dict[str, Stage], kl: float, best_step: int, named: bool
