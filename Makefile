@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
+# Which tests, such as TESTS=tests/cli.
+TESTS ?= tests
 GPU := $(wildcard /dev/nvidia0)
 GPU_VENV := $(VENV)-$(if $(GPU),gpu,vllm)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -22,7 +24,7 @@ test: lint test-fast
 
 # Several at a time, each on one core.
 test-fast: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 $(TESTS)
 
 # Two files at a time: half of their time they wait for ranks, signals and daemons. One thread each: two processes of
 # two threads on two cores wait for each other at every barrier, and took five times as long. qlora's package costs
