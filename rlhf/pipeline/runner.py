@@ -221,9 +221,8 @@ class Pipeline:
     ) -> Artifact:
         """The stage's artifact, from the store or made now."""
         stage, run = self.experiment.stages[name], self.results
-        recipe = self.compute.main_only(
-            lambda: self.recipe(stage, artifacts)
-        )  # a record may be on its disk alone
+        # a record may be on rank 0's disk alone
+        recipe = self.compute.main_only(lambda: self.recipe(stage, artifacts))
         key = recipe_key(recipe)
         self.position.tell(key=key, now=True)
         forced = self.is_forced(stage)

@@ -52,7 +52,12 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 def run_model(directory: Path, model: Path, *overrides: str) -> Outcome:
     return Chain(directory).run(
-        "stage=sft", "model=local", f"model.path={model}", "precision=fp32", *overrides
+        "stage=sft",
+        "model=local",
+        f"model.path={model}",
+        "precision=fp32",
+        "sft.gates.prompt_gain=null",
+        *overrides,
     )
 
 
