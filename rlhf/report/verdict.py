@@ -204,6 +204,10 @@ def reasons(
         if asked and did_its_own and not is_spoiled and name in scored and scored[name].direction != "better":
             yield asked
             continue
+        if did_its_own and not is_spoiled and (unsure := learned_from_nothing(run, name, own, scored)):
+            yield unsure
+            spoiled.add(name)
+            continue
         if name in own and not did_its_own and not is_spoiled:
             why = out_of_sight(run, name) or hardly_moved(run, name)
             if why:
@@ -251,6 +255,21 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
     return (
         f"{reward or 'the reward'}: {stage.title} raised its score, and the gold score did not follow. The "
         "policy found what the reward likes by mistake (reward hacking)."
+    )
+
+
+def learned_from_nothing(
+    run: Run, policy: str, own: Mapping[str, Finding], scored: Mapping[str, Finding]
+) -> str:
+    """That a policy pleased a reward model which may rank by chance, and that no gold score shows a gain."""
+    reward, score = reward_of(run, policy), scored.get(policy)
+    if reward is None or reward not in own or score is None or score.metric != "gold_gain":
+        return ""
+    if own[reward].direction != "unknown" or score.direction != "unknown":
+        return ""
+    return (
+        f"{reward}: nobody can tell that it ranks better than chance and length "
+        f"({own[reward].sampled.value:+.2g}), and no gold score shows a gain."
     )
 
 

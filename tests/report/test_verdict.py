@@ -208,6 +208,9 @@ def test_shuffled_pairs_are_named(tmp_path: Path, chain: dict[str, Stage]) -> No
     assert "To blame is reward: PPO raised its score" in verdict(
         run_of(tmp_path, chain, **GOOD | {"reward": UNKNOWN, "gold": DOWN})
     )
+    run = run_of(tmp_path, chain, **GOOD | {"reward": UNKNOWN, "gold": UNKNOWN})
+    gate_of(run, "ppo", "explained_variance", Bound(min=0.0, advice="raise the critic's rate"), -0.8)
+    assert "To blame is reward: nobody can tell that it ranks better than chance" in verdict(run)
 
 
 def test_sft_on_garbage_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
