@@ -45,7 +45,7 @@ class GenerateStage(Stage):
         "score_deviation": ("deviation", "z.2f"),
         "stop_rate": ("stops", ".0%"),
     }
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     samples: ClassVar[bool] = True
     offers: ClassVar[Mapping[str, str]] = {
         "sft": "best_of_n.jsonl", "replay": "best_of_n.jsonl", "ptx": "best_of_n.jsonl",
@@ -86,9 +86,9 @@ class GenerateStage(Stage):
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
         return (
-            "responses", "stop_rate", "length_mean", "distinct_2", "score_mean", "score_deviation",
-            "score_mean/*", "score_deviation/*", "within_prompt_share", "judge_*", "unscored",
-            "best_of_n_mean", "pairs",
+            "responses", "stop_rate", "echo_rate", "length_mean", "distinct_2", "score_mean",
+            "score_deviation", "score_mean/*", "score_deviation/*", "within_prompt_share", "judge_*",
+            "unscored", "best_of_n_mean", "pairs",
         )  # fmt: skip
 
     def not_checked(self) -> dict[str, str]:
@@ -189,8 +189,11 @@ class GenerateStage(Stage):
         found = self.score(job, with_token_ids(repeated, rollout.response_ids), texts)
         scores = None if found is None else found.score_B.tolist()
         stopped_BS = rollout.stopped.double().view(len(rows), self.samples_per_prompt)
+        echoes = [repeats_question(row, text) for row, text in zip(repeated, texts, strict=True)]
+        echoes_BS = torch.tensor(echoes, dtype=torch.float64).view_as(stopped_BS)
         metrics = {
             "responses": len(texts),
+            **share(echoes_BS.mean(-1)).metrics("echo_rate"),
             **share(stopped_BS.mean(-1)).metrics("stop_rate"),  # a prompt's samples are not independent
             "length_mean": float(rollout.response_lengths.float().mean()),
             "distinct_2": distinct_n([ids.tolist() for ids in rollout.response_ids], 2),
@@ -274,3 +277,9 @@ class GenerateStage(Stage):
             "best_of_n_mean": sum(best_scores) / len(best_scores),
             "pairs": float(len(pairs)),
         }
+
+
+def repeats_question(row: PromptRow, text: str) -> bool:
+    """Whether an answer is what was asked, word for word."""
+    asked = str(row.prompt[-1].get("content") or "") if row.prompt else ""
+    return text.split() == asked.split() != []

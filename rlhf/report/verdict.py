@@ -121,6 +121,13 @@ def causes(run: Run) -> dict[str, str]:
                 f"({figure}). Either the template writes no end that the model learned, or answers are cut "
                 "off."
             )
+        elif kind == "generate" and gate.name == "echo_rate":
+            made_by = str(getattr(run.chain[gate.stage], "policy", gate.stage))
+            blamed = made_by if made_by in run.chain else gate.stage
+            found[blamed] = (
+                f"{blamed}: the answers repeat the question ({figure}). Are prompt and answer exchanged in "
+                "the rows that it learned?"
+            )
         elif kind == "generate" and gate.name == "within_prompt_share":
             found[gate.stage] = (
                 f"the reward of {gate.stage}: all answers to one prompt have nearly the same score "

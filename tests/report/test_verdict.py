@@ -315,6 +315,12 @@ def test_answers_that_do_not_belong_to_their_prompts_are_named(
     )
 
 
+def test_exchanged_columns_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    gate_of(run, "generate", "echo_rate", Bound(max=0.1, advice="read sft.data"), 0.25)
+    assert "To blame is sft: the answers repeat the question (echo_rate = 0.25" in verdict(run)
+
+
 def test_a_broken_template_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
     run = run_of(tmp_path, chain, sft=DOWN, reward=UP)
     gate_of(run, "generate", "stop_rate", Bound(min=0.3, advice="raise ppo.max_new_tokens"), 0.02)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from helpers.chains import Chain, Outcome, RealChain
+from rlhf.data.schema import Message, PromptRow
+from rlhf.stages.generate import repeats_question
 
 REWARD = (
     "def score(prompts, responses):\n    return [float(sum(map(ord, each)) % 97) for each in responses]\n"
@@ -96,6 +98,16 @@ def test_a_score_of_the_prompt_alone_fails_a_gate_and_the_reward_is_named(tmp_pa
         "To blame is the reward of generate: all answers to one prompt have nearly"
         in found.summary["verdict"]
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "repeats"),
+    [("Say it  twice.", " Say it twice.\n", True), ("Say it", "Say it twice", False), ("", "", False)],
+)
+def test_an_answer_that_repeats_the_question(asked: str, said: str, repeats: bool) -> None:
+    row = PromptRow([Message(role="user", content="Hello"), Message(role="user", content=asked)])
+    assert repeats_question(row, said) is repeats
+    assert not repeats_question(PromptRow([]), said), "a text without a prompt"
 
 
 def test_without_a_reward_no_gate_waits_for_scores(tmp_path: Path) -> None:
