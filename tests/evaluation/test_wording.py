@@ -23,9 +23,9 @@ def test_no_word_is_gained_by_the_same_answers_or_by_silence() -> None:
     assert (word, more.value) == ("", 0.0)
 
 
-@pytest.mark.parametrize(("share", "outcome"), [(0.75, "failed"), (0.3, "passed")])
+@pytest.mark.parametrize(("share", "outcome"), [(0.68, "failed"), (0.3, "passed")])
 def test_the_gate_sees_a_reward_that_pays_for_a_word(share: float, outcome: str) -> None:
-    """0.71 of 96 answers: docs/problems/hacked-on-purpose.md."""
+    """0.68 of 96 answers was seen: docs/problems/hacked-on-purpose.md."""
     before = ["the train was late"] * 96
     _, more = gained_word(["my train was late"] * round(96 * share) + before[round(96 * share) :], before)
     bound = build().stages["evaluate"].gates["word_gain"]
