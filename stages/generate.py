@@ -268,7 +268,9 @@ class GenerateStage(Stage):
         score_BS = torch.tensor(scores, dtype=torch.float64).view(len(rows), size)
         own_BS = (score_BS - score_BS.nanmean(-1, keepdim=True)).square().nan_to_num()
         all_BS = (score_BS - moments.mean()).square().nan_to_num()
-        within = ratio(own_BS.sum(-1), all_BS.sum(-1)) if all_BS.any() else nothing()
+        several_B = score_BS.isfinite().sum(-1) > 1  # a single score has none to differ from
+        own_B, all_B = own_BS.sum(-1)[several_B], all_BS.sum(-1)[several_B]
+        within = ratio(own_B, all_B) if all_B.any() else nothing()
         return {
             **within.metrics("within_prompt_share"),
             "score_mean": float(moments.mean()),

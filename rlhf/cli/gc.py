@@ -82,7 +82,7 @@ def used(runs: Path) -> set[tuple[str, str]]:
     for path in runs.glob("*/summary.json"):
         try:
             stages = json.loads(path.read_bytes())["stages"].values()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: {error}. So nobody knows what that run uses.") from None
         made = [Path(stage["artifact"]) for stage in stages if stage["artifact"]]
         found |= {(path.parent.name, path.name) for path in made}

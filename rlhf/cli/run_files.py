@@ -53,8 +53,8 @@ class RunFiles:
         if not names:
             raise ConfigError(f"{self.directory}: no stage of this run has made a policy.")
         if not name:
-            evaluation, _ = last_evaluation(self.summary["stages"])
-            subject = self.config[evaluation]["subject"]
+            evaluation, metrics = last_evaluation(self.summary["stages"])
+            subject = self.config[evaluation]["subject"] if metrics else None
             return subject if subject in names else names[-1]
         if name not in names:
             raise ConfigError(

@@ -127,6 +127,9 @@ def test_a_summary_of_another_form_breaks_no_list(tmp_path: Path) -> None:
     (tmp_path / "runs" / "odd" / "summary.json").write_text("[]")
     listed = say(tmp_path, "ls")
     assert (listed.code, "odd" in listed.out) == (0, True)
+    (tmp_path / "store").mkdir()
+    collected = say(tmp_path, "gc")
+    assert collected.code == 2 and "nobody knows what that run uses" in collected.err
 
 
 def test_a_file_under_two_names_counts_once(tmp_path: Path) -> None:

@@ -110,6 +110,18 @@ def test_an_answer_that_repeats_the_question(asked: str, said: str, repeats: boo
     assert not repeats_question(PromptRow([]), said), "a text without a prompt"
 
 
+def test_a_prompt_with_one_scored_answer_says_nothing_of_the_reward(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    (tmp_path / "rare.py").write_text(
+        "def score(prompts, texts):\n"
+        "    return [float(n) if n % 2 == 0 else None for n, _ in enumerate(texts)]\n"
+    )
+    keys = ("ppo.reward=python:rare:score", "generate.policy=base", "generate.samples_per_prompt=2")
+    found = chain.run("stage=generate", *keys, "gates=enforce", "generate.gates.stop_rate=null")
+    assert found.code == 0, found.out
+    assert found.summary["stages"]["generate"]["metrics"]["generate/within_prompt_share_rows"] == 0
+
+
 def test_without_a_reward_no_gate_waits_for_scores(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     keys = ("gates=enforce", "generate.policy=base", "generate.gates.stop_rate=null", "generate.reward=null")
