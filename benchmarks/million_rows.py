@@ -14,9 +14,8 @@ do:
     reward    the same of the pairs
     ppo       the prompts of as many steps as fit once
 
-`--profile` runs `prepare` on one core under cProfile, whose clock counts the process's own core seconds, and
-prints the share of each part. cProfile makes Python's functions slower, and the tokenizer not: so the shares
-of all other parts are upper bounds.
+`--profile` runs `prepare` on one core, in one process, and prints the core seconds of each part. Stopwatches
+around a few functions take them: a profiler would slow down Python's functions and not the tokenizer.
 
 Memory is the peak of anonymous memory: of `prepare` with its processes (Pss_Anon, asked every 0.2 s), and of
 a rank above what it has with its libraries loaded (RssAnon, every 5 ms). Pages of mapped files are not in it:
@@ -29,9 +28,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import pstats
 import random
 import resource
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +47,22 @@ from look import new_console
 from rich.table import Table
 from sharded_memory import MIB, PrivateMemory
 
+from rlhf.data import chat_template
 from rlhf.data.answers import Answers
 from rlhf.data.cores import on_all_cores
 from rlhf.data.prepared import PreparedData
-from rlhf.data.tokens import TokenIds, in_pieces
+from rlhf.data.tokens import Examiner, TokenIds, in_pieces
 from rlhf.distributed.batching import shuffled_batches
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.ppo.trainer import prompt_batches
+from rlhf.stages.prepare import PrepareStage
 from rlhf.supervised.pairs import Pairs
 
 SAMPLES = Path(__file__).parents[1] / "data"
 TOKENS = 500
 BATCH, MAX_TOKENS, MICRO_BATCH_TOKENS = 64, 1024, 8192
+OTHER = "all else that runs"
 FEW = 40
 """Rows that show what `prepare` takes besides them."""
 TEXTS_AT_ONCE = 10_000
@@ -111,22 +114,19 @@ class Clock:
         return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def prepare(
-    folder: Path, model: str, name: str, *sources: str, profile: Path | None = None
-) -> dict[str, float]:
-    """Run the stage in a process of its own, with these sources beside prompts of sft.data.
-
-    Args:
-        profile: run it on one core, and write cProfile's figures to this file.
-    """
-    run = ["-m", "rlhf"] if profile is None else ["-c", PROFILED, str(profile), "rlhf"]
-    command = [
-        sys.executable, *run, "stage=prepare", f"model={model}", "device=cpu", f"run_name={name}",
-        f"runs_dir={folder}/runs", f"store_dir={folder}/store", "ppo.prompts=sft.data",
-        "evaluate.prompts=sft.data", *sources,
+def prepare_command(folder: Path, model: str, name: str, *sources: str) -> list[str]:
+    """Of the stage, with these sources beside prompts of sft.data."""
+    return [
+        "stage=prepare", f"model={model}", "device=cpu", f"run_name={name}", f"runs_dir={folder}/runs",
+        f"store_dir={folder}/store", "ppo.prompts=sft.data", "evaluate.prompts=sft.data", *sources,
     ]  # fmt: skip
+
+
+def prepare(folder: Path, model: str, name: str, *sources: str) -> dict[str, float]:
+    """Run the stage in a process of its own."""
     start, peak = Clock(), 0
-    started = subprocess.Popen(command, cwd=folder)
+    command = prepare_command(folder, model, name, *sources)
+    started = subprocess.Popen([sys.executable, "-m", "rlhf", *command], cwd=folder)
     process = psutil.Process(started.pid)
     while started.poll() is None:
         peak = max(peak, anonymous_bytes(process))
@@ -136,37 +136,63 @@ def prepare(
     return {**start.taken(name), f"{name}: peak MiB": peak / MIB}
 
 
-PROFILED = """
-import cProfile, os, runpy, sys, time
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-profile, (_, path, *sys.argv) = cProfile.Profile(time.process_time), sys.argv
-profile.enable()
-try:
-    runpy.run_module("rlhf", run_name="__main__", alter_sys=True)
-finally:
-    profile.disable()
-    profile.dump_stats(path)
-"""
+class Stopwatches:
+    """Core seconds of this thread in each part, without those of the parts that begin inside it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._open, self._last = [OTHER], time.thread_time()
+
+    def watch(self, holder: object, name: str, part: str) -> None:
+        """From now on, what this function of a module or class takes belongs to the part."""
+        function = getattr(holder, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self._lap()
+            self._open.append(part)
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._lap()
+                self._open.pop()
+
+        setattr(holder, name, watched)
+
+    def _lap(self) -> None:
+        now = time.thread_time()
+        self.seconds[self._open[-1]] += now - self._last
+        self._last = now
 
 
-def parts_of(path: Path) -> dict[str, float]:
-    """Core seconds of each part of `prepare`, from a file of cProfile's."""
-    taken: dict[str, float] = defaultdict(float)
-    for (file, _, function), (_, _, _, seconds, _) in pstats.Stats(str(path)).stats.items():  # type: ignore[attr-defined]  # which typeshed does not know
-        taken[f"{Path(file).name}:{function}"] += seconds
-    parse = sum(taken[f"formats.py:{name}"] for name in ("sft_row", "pair_row"))
-    one, read = taken["tokens.py:_one"], taken["sources.py:read"]
-    template = taken["tokenization_utils_base.py:apply_chat_template"]
-    tokenizer = taken["~:<method 'encode_batch_fast' of 'tokenizers.Tokenizer' objects>"]
-    sequences = taken["tokens.py:_sequences"]
-    return {
-        "tokenizing": tokenizer,
-        "chat template": template,
-        "reading and parsing": taken["tokens.py:in_pieces"] + read + parse,
-        "checking and deduplicating": one - parse - sequences,
-        "ids and texts as columns": sequences - template - tokenizer + taken["tokens.py:_some"] - read - one,
-        "splitting and writing": taken["prepare.py:prepare"] - taken["cores.py:on_all_cores"],
-    }
+def watched_prepare(command: Sequence[str], results: Any) -> None:
+    """Run the stage in this process, on one core; put the seconds of each part into the queue."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # on one core it starts no processes
+    watches = Stopwatches()
+    watches.watch(PrepareStage, "run", "reading, splitting, writing")
+    watches.watch(Examiner, "_some", "ids and texts as columns")
+    watches.watch(Examiner, "_one", "parsing, checking, deduplicating")
+    watches.watch(Examiner, "_sequences", "ids and texts as columns")
+    watches.watch(chat_template, "_rendered", "chat template")
+    watches.watch(chat_template, "_encode", "tokenizing")
+    sys.argv = ["rlhf", *command]
+    try:
+        runpy.run_module("rlhf", run_name="__main__")
+    finally:
+        del watches.seconds[OTHER]
+        results.put(dict(watches.seconds))
+
+
+def parts_of_prepare(command: Sequence[str]) -> dict[str, float]:
+    """What the stage's core seconds go into."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=watched_prepare, args=(command, results))
+    process.start()
+    parts: dict[str, float] = results.get(timeout=3600)
+    process.join()
+    if process.exitcode:
+        sys.exit("`prepare` failed: see above.")
+    return parts
 
 
 def texts_of(data: PreparedData) -> Iterator[str]:
@@ -259,11 +285,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         pairs = [f"reward.pairs={folder}/pairs.jsonl"] if options.pairs else []
         prepare(folder, options.model, "base", f"sft.data={folder}/few.jsonl", "prepare.response_tokens=9")
         if options.profile:
-            path = folder / "profile"
-            prepare(folder, options.model, "all", f"sft.data={folder}/sft.jsonl", *pairs, profile=path)
-            parts = parts_of(path)
+            parts = parts_of_prepare(
+                prepare_command(folder, options.model, "all", f"sft.data={folder}/sft.jsonl", *pairs)
+            )
             table = Table("", "core seconds", "share", title=f"{options.rows} rows, {options.pairs} pairs")
-            for part, seconds in parts.items():
+            for part, seconds in sorted(parts.items(), key=itemgetter(1), reverse=True):
                 table.add_row(part, f"{seconds:.1f}", f"{seconds / sum(parts.values()):.0%}")
             console.print(table)
             return {"parts": parts}

@@ -299,7 +299,7 @@ def frozen_runs(
 
 def loading(on: CostContext, trained: Trained, *others: Allocation) -> MemoryPhase:
     """Every rank reads its slices of sharded models, or whole models: in the precision of the run, or in 4
-    bits. Files in another precision than the run's are converted whole on the host, which is not counted.
+    bits. Files in another form than the model's are converted into others before, which is not counted.
 
     Args:
         others: models beside those of the engine that are there by then.

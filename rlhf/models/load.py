@@ -17,7 +17,7 @@ from transformers import (
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, context_length, reading
-from rlhf.models.on_disk import in_precision
+from rlhf.models.form import as_loaded, keep_form
 from rlhf.models.packed_attention import pack_where_possible
 from rlhf.models.peft.saved import attach_published, base_of
 from rlhf.models.peft.virtual_tokens import virtual_tokens
@@ -47,7 +47,7 @@ def load_causal_lm(
 
     Args:
         compute: of ranks that all load the model at the same time.
-        scratch: where weights in another dtype are converted to; see `in_precision`.
+        scratch: where weights that the files hold in another way are converted to; see `as_loaded`.
     """
     model: PreTrainedModel
     base = base_of(directory)
@@ -56,7 +56,7 @@ def load_causal_lm(
         attach_published(model, directory)
         model.generation_config = GenerationConfig.from_pretrained(directory)
         return model
-    with reading(directory), files_in_precision(directory, dtype, device, compute, scratch) as files:
+    with reading(directory), files_as_loaded(directory, config, dtype, device, compute, scratch) as files:
         if (directory / "generation_config.json").exists():  # a damaged one would be left out without a word
             GenerationConfig.from_pretrained(directory)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -69,6 +69,8 @@ def load_causal_lm(
             output_loading_info=True,
         )
     model, found = loaded
+    if files != directory:
+        keep_form(model, directory)
     model.name_or_path = model.config.name_or_path = str(directory)
     check_complete(directory, found["missing_keys"])
     module: torch.nn.Module = model  # transformers' own `to` hides its signature from type checkers
@@ -83,16 +85,17 @@ def device_map(device: torch.device | str) -> dict[str, torch.device | str] | No
     return None if torch.device(device).type == "cpu" else {"": device}
 
 
-def files_in_precision(
+def files_as_loaded(
     directory: Path,
+    config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str,
     compute: Compute | None,
     scratch: Path | None,
 ) -> AbstractContextManager[Path]:
-    """The directory to read from: see `in_precision`. Other devices than the CPU convert while they read."""
+    """The directory to read from: see `as_loaded`. Other devices than the CPU convert while they read."""
     on_cpu = torch.device(device).type == "cpu"
-    return in_precision(directory, dtype, compute, scratch) if on_cpu else nullcontext(directory)
+    return as_loaded(directory, config, dtype, compute, scratch) if on_cpu else nullcontext(directory)
 
 
 def check_complete(directory: Path, missing: Collection[str]) -> None:

@@ -30,7 +30,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import ModelConfig, reading
-from rlhf.models.load import attention_of, check_complete, device_map, files_in_precision
+from rlhf.models.form import keep_form
+from rlhf.models.load import attention_of, check_complete, device_map, files_as_loaded
 from rlhf.models.logprobs import Sequences
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
@@ -235,7 +236,7 @@ def load_scalar_model(
     with (
         reading(directory),
         torch.random.fork_rng(devices=[]),
-        files_in_precision(directory, dtype, device, compute, scratch) as files,
+        files_as_loaded(directory, config, dtype, device, compute, scratch) as files,
     ):
         settings = AutoConfig.from_pretrained(
             directory, num_labels=1, trust_remote_code=config.trust_remote_code
@@ -250,6 +251,8 @@ def load_scalar_model(
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
         )
+    if files != directory:
+        keep_form(model, directory)
     model.config.name_or_path = str(directory)
     head: Any = linear_head(model, directory)
     check_complete(directory, set(found["missing_keys"]) - {"score.weight"})

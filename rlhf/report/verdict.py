@@ -76,6 +76,8 @@ def outcome(run: Run) -> str:
     findings = [*own.values(), *scored.values()]
     if any(gate.outcome == "failed" for gate in run.gates) or any(reasons(run, own, scored, {})):
         return "did not work"
+    if silent_gold(run):
+        return "cannot be told"
     return "worked" if findings and findings[-1].direction == "better" else "cannot be told"
 
 
@@ -96,6 +98,8 @@ def evaluated(run: Run, scores: Mapping[str, str] = SCORES) -> Iterator[tuple[st
         scores: of these the first that is known.
     """
     _, metrics = last_evaluation(run.stages)
+    if silent_gold(run):
+        scores = {metric: words for metric, words in scores.items() if metric != "gold_gain"}
     for name, stage in run.chain.items():
         for metric, words in scores.items() if stage.publishes == "policy" else ():
             sampled = Sampled.found(f"{metric}/{name}", metrics)
@@ -107,9 +111,22 @@ def evaluated(run: Run, scores: Mapping[str, str] = SCORES) -> Iterator[tuple[st
                 break
 
 
+def silent_gold(run: Run) -> dict[str, str]:
+    """The last `evaluate` and why it cannot tell, if its gold score is the same for every answer of every
+    policy; else empty."""
+    evaluation, metrics = last_evaluation(run.stages)
+    names = [name for name in ("base", *run.chain) if f"gold_deviation/{name}" in metrics]
+    means = {metrics[f"gold_mean/{name}"] for name in names}
+    if len(means) != 1 or any(metrics[f"gold_deviation/{name}"] for name in names):
+        return {}
+    why = f"{evaluation}.gold gives every answer the same score ({means.pop():.3g})"
+    return {evaluation: f"{evaluation}: {why}, so it tells no policy from another."}
+
+
 def causes(run: Run) -> dict[str, str]:
-    """The stages that a failed gate convicts, wherever the gate stands, and why."""
-    found: dict[str, str] = {}
+    """The stages that are convicted by a failed gate, wherever the gate stands, or by a gold score that tells
+    nothing; and why."""
+    found = silent_gold(run)
     for gate in run.gates:
         if gate.outcome != "failed":
             continue

@@ -294,6 +294,21 @@ def test_an_evaluation_that_asks_otherwise_is_named(tmp_path: Path, gold: tuple[
     assert "To blame" not in verdict(run_of(tmp_path, chain, **GOOD))
 
 
+def test_a_gold_score_that_is_the_same_for_all_tells_nothing(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD | {"gold": NONE})
+    told = {f"evaluate/gold_mean/{name}": 1.0 for name in ("base", "sft", "ppo")}
+    told |= {f"evaluate/gold_deviation/{name}": 0.0 for name in ("base", "sft", "ppo")}
+    run.stages["evaluate"]["metrics"] |= told
+    said = verdict(run)
+    assert said.endswith(
+        "the reward's score of the PPO model on new prompts (+0.2). To blame is evaluate: evaluate.gold gives "
+        "every answer the same score (1), so it tells no policy from another."
+    )
+    assert outcome(run) == "cannot be told"
+    run.stages["evaluate"]["metrics"]["evaluate/gold_mean/ppo"] = 0.5  # the policies differ
+    assert "To blame is evaluate" not in verdict(run)
+
+
 def test_ppo_without_kl_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
     """And not the reward model, which it left behind."""
     run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})

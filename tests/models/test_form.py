@@ -1,4 +1,5 @@
-"""Ranks that load a model whose files are in another precision: nobody converts it in memory of their own."""
+"""Models whose files are in another precision, or hold each expert apart: no rank converts them in its own
+memory."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers.jobs import TINY
+from helpers.models import tiny_family
 from helpers.ranks import write_large
 from helpers.spawned import start_ranks
 from rlhf.distributed.compute import Compute
@@ -26,6 +29,11 @@ def mapped(weight: Tensor) -> bool:
         if first <= weight.data_ptr() < last:
             return ".safetensors" in line
     return False
+
+
+def names_in(directory: Path) -> set[str]:
+    """Of the weights in a directory's files."""
+    return {name for file in directory.glob("*.safetensors") for name in load_file(file)}
 
 
 def load(compute: Compute, directory: Path, scratch: Path) -> dict[str, object]:
@@ -48,12 +56,13 @@ def load(compute: Compute, directory: Path, scratch: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_a_model_in_another_precision_is_mapped_by_all_ranks(
-    is_tied: bool, tiny_model: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["tied", "untied", "experts"])
+def test_a_model_in_another_form_is_mapped_by_all_ranks(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     directory, scratch = tmp_path / "model", tmp_path / "scratch"
-    write_large(directory, tiny_model, is_tied=is_tied)
+    if kind == "experts":
+        tiny_family("qwen3_moe", torch.bfloat16).save_pretrained(directory)
+    else:
+        write_large(directory, tiny_model, is_tied=kind == "tied")
     scratch.mkdir()
     found = start_ranks(load, 2, directory, scratch, timeout=60, seconds=120)()
     wanted = {"name": str(directory), "in memory": [], "different": []}
@@ -68,3 +77,21 @@ def test_what_publishes_a_model_in_another_precision_maps_it(tiny_model: Path, t
     assert all(mapped(each) for each in weights.values())
     for name, each in load_causal_lm(tiny_model, TINY, torch.bfloat16).named_parameters():
         assert torch.equal(each, weights[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["glm4_moe", "mixtral", "olmoe", "phimoe", "qwen3_moe", "qwen3_next"])
+def test_experts_are_merged_in_files(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    tiny_family(family).save_pretrained(saved)
+    with kept_on_disk(tmp_path / "artifact") as scratch:
+        model = load_causal_lm(saved, TINY, dtype, scratch=scratch.directory)
+    weights = dict(model.named_parameters())
+    assert any(name.endswith("experts.gate_up_proj") for name in weights)
+    assert all(mapped(each) for each in weights.values())
+    alone = dict(load_causal_lm(saved, TINY, dtype).named_parameters())
+    assert [*alone] == [*weights]
+    for name, each in alone.items():
+        assert torch.equal(each, weights[name]), name
+    model.save_pretrained(tmp_path / "again")
+    assert names_in(tmp_path / "again") == names_in(saved)
