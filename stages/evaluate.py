@@ -71,7 +71,7 @@ class EvaluateStage(Stage):
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 11
+    version: ClassVar[int] = 12
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
@@ -183,12 +183,21 @@ class EvaluateStage(Stage):
         apart = self.start in self.policies and self.subject != self.start
         alone = f"only {self.subject} of these is compared"
         found = {} if apart else dict.fromkeys(AGAINST_START, alone)
+        for key in ("reward", "gold"):
+            if getattr(self, key) is None:
+                found["gold_correlation"] = f"{self.name}.{key}=null"
         return found if self.retention else found | dict.fromkeys(RETAINED, "evaluate.retention=null")
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
         of_each = (f"{metric}/{name}" for name in self.policies for metric in OF_EACH)
-        return ("prompts", *OF_SUBJECT, *of_each, *(("lm_eval/*",) if self.lm_eval else ()))
+        return (
+            "prompts",
+            *OF_SUBJECT,
+            "gold_correlation",
+            *of_each,
+            *(("lm_eval/*",) if self.lm_eval else ()),
+        )
 
     def reads_base_model(self) -> bool:
         """It is one of the policies."""
@@ -286,7 +295,7 @@ class EvaluateStage(Stage):
 
     def run(self, job: Job) -> None:
         """Let every policy answer, score the answers, and compare them."""
-        from rlhf.evaluation.answers import figures
+        from rlhf.evaluation.answers import agreement, figures
 
         rows = self.rows(job.data)
         answers = self.ask(job, rows)
@@ -299,6 +308,7 @@ class EvaluateStage(Stage):
                 metrics |= {
                     metric: value for metric, value in found.items() if INTERVAL.sub("", metric) in OF_SUBJECT
                 }
+        metrics |= agreement([*answers.values()])
         self.write(job, rows, answers)
         self.tell_words(job, answers)
         job.publish(metrics)

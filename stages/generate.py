@@ -9,7 +9,7 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,9 +29,12 @@ from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
 from rlhf.rewards.reward import with_token_ids
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf.evaluation.sampled import Sampled
     from rlhf.rewards.combined import Scores
 
-OF_SCORES = ("score_deviation", "within_prompt_share")
+OF_SCORES = ("score_deviation", "within_prompt_share", "score_reliability")
 """Gates that need scores."""
 
 
@@ -45,7 +48,7 @@ class GenerateStage(Stage):
         "score_deviation": ("deviation", "z.2f"),
         "stop_rate": ("stops", ".0%"),
     }
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     samples: ClassVar[bool] = True
     offers: ClassVar[Mapping[str, str]] = {
         "sft": "best_of_n.jsonl", "replay": "best_of_n.jsonl", "ptx": "best_of_n.jsonl",
@@ -87,17 +90,20 @@ class GenerateStage(Stage):
         """What `run` publishes."""
         return (
             "responses", "stop_rate", "echo_rate", "length_mean", "distinct_2", "score_mean",
-            "score_deviation", "score_mean/*", "score_deviation/*", "within_prompt_share", "judge_*",
-            "unscored", "best_of_n_mean", "pairs",
+            "score_deviation", "score_mean/*", "score_deviation/*", "within_prompt_share",
+            "score_reliability", "judge_*", "unscored", "best_of_n_mean", "pairs",
         )  # fmt: skip
 
     def not_checked(self) -> dict[str, str]:
         """Without a reward there are no scores, and one answer to a prompt differs from no other."""
         if self.reward is None:
             return dict.fromkeys(OF_SCORES, f"{self.name}.reward=null")
+        found = {}
         if self.samples_per_prompt == 1:
-            return {"within_prompt_share": f"{self.name}.samples_per_prompt=1"}
-        return {}
+            found["within_prompt_share"] = f"{self.name}.samples_per_prompt=1"
+        if models_of(self.reward):
+            found["score_reliability"] = f"a model scores in {self.name}.reward"
+        return found
 
     def rewards(self) -> Mapping[str, str | RewardMix]:
         """What scores the answers."""
@@ -186,7 +192,8 @@ class GenerateStage(Stage):
                 on_rows=task.advance,
             )
         del policy  # its memory is needed for the reward model
-        found = self.score(job, with_token_ids(repeated, rollout.response_ids), texts)
+        answered = with_token_ids(repeated, rollout.response_ids)
+        found = self.score(job, answered, texts)
         scores = None if found is None else found.score_B.tolist()
         stopped_BS = rollout.stopped.double().view(len(rows), self.samples_per_prompt)
         echoes = [repeats_question(row, text) for row, text in zip(repeated, texts, strict=True)]
@@ -216,7 +223,26 @@ class GenerateStage(Stage):
             metrics |= self.write_ranked(job, rows, texts, scores)
         if found is not None:
             metrics |= found.metrics()
+            if not models_of(self.reward):  # which score one answer by itself
+                metrics |= self.reliability(job, answered, texts, found.score_B).metrics("score_reliability")
         job.publish(metrics)
+
+    def reliability(
+        self, job: Job, rows: Sequence[PromptRow], texts: Sequence[str], score_B: Tensor
+    ) -> Sampled:
+        """How much the scores agree with those that the same answers get in another order."""
+        import torch
+
+        from rlhf.evaluation.intervals import correlation
+
+        order_B = torch.randperm(len(texts), generator=torch.Generator().manual_seed(job.seed))
+        places = order_B.tolist()
+        found = self.score(job, [rows[place] for place in places], [texts[place] for place in places])
+        assert found is not None
+        again_B = torch.empty_like(score_B)
+        again_B[order_B] = found.score_B
+        size = self.samples_per_prompt
+        return correlation(score_B.view(-1, size), again_B.view(-1, size))
 
     def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> Scores | None:
         """One score a response; or None without a reward.

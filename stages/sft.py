@@ -30,7 +30,7 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import Init, check_start, directory_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import TUNED, Purpose, Stage, root_of
-from rlhf.supervised.answers import answer_losses, answer_step, prompt_gain, with_replay
+from rlhf.supervised.answers import answer_losses, answer_step, cut_share, prompt_gain, with_replay
 from rlhf.training.config import OptimConfig
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class SftStage(Stage):
         "held_out_loss_change", "SFT's loss on held-out answers", -1,
         "it learned nothing of its examples, and all that follows starts from it",
     )  # fmt: skip
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     divided: ClassVar[tuple[str, ...]] = ("batch_rows",)
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
@@ -108,9 +108,9 @@ class SftStage(Stage):
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
         return (
-            "held_out_loss_before", "held_out_loss", "held_out_loss_change", "prompt_gain", "skipped_steps",
-            "rows_cut", "rows_left_out", "turns_apart", "tokens", "replayed_rows", "trained_parameters",
-            "artifact_bytes", "adapter_bytes", "token_seconds", "token_seconds_base",
+            "held_out_loss_before", "held_out_loss", "held_out_loss_change", "prompt_gain", "cut_share",
+            "skipped_steps", "rows_cut", "rows_left_out", "turns_apart", "tokens", "replayed_rows",
+            "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds", "token_seconds_base",
         )  # fmt: skip
 
     def peft_config(self) -> PeftConfig:
@@ -223,6 +223,7 @@ class SftStage(Stage):
             "held_out_loss": ratio(after_B, tokens_B).value,
             **ratio(after_B - before_B, tokens_B).metrics("held_out_loss_change"),
             **gain.metrics("prompt_gain"),
+            **cut_share(job.data.rows("sft", "held_out")).metrics("cut_share"),
             "skipped_steps": engine.skipped_steps,
             "rows_cut": train.num_cut,
             "rows_left_out": left_out,

@@ -6,14 +6,14 @@ Dimensions: B rows, R response tokens (padded). Metrics are named without the po
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.evaluation.intervals import mean, ratio, share
+from rlhf.evaluation.intervals import correlation, mean, ratio, share
 from rlhf.evaluation.retention import Retained, forgetting
 from rlhf.evaluation.win_rate import both_scored, wins
 from rlhf.evaluation.wording import gained_word
@@ -115,6 +115,18 @@ def gains(said: Answers, start: Answers) -> dict[str, float]:
     if won:
         metrics |= won["gold" if "gold" in won else "score"].metrics("win_rate")
     return metrics
+
+
+def agreement(said: Sequence[Answers]) -> dict[str, float]:
+    """How much learned and gold score agree on the answers, each policy's by themselves: that both rise from
+    one policy to the next does not count. Nothing where one of them is not known."""
+    if not all({"score", "gold"} <= {*each.scores} for each in said):
+        return {}
+    score_BP, gold_BP = (
+        torch.stack([each.scores[kind].double() - each.scores[kind].double().nanmean() for each in said], -1)
+        for kind in ("score", "gold")
+    )
+    return correlation(score_BP, gold_BP).metrics("gold_correlation")
 
 
 def task_gain(said: Answers, base: Answers) -> dict[str, float]:

@@ -16,6 +16,8 @@ from rlhf.evaluation.sampled import Sampled
 
 LEVEL = 0.95
 """Of an interval: the share of samples whose interval holds the true figure."""
+CONSTANT = 1e-6
+"""A smaller deviation is rounding."""
 NORMAL = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
@@ -77,6 +79,40 @@ def ratio(part_B: Tensor, whole_B: Tensor) -> Sampled:
     deviation = math.sqrt(float((part_B - value * whole_B).square().sum()) / (rows - 1))
     half = student(rows - 1) * deviation / math.sqrt(rows) / float(whole_B.mean())
     return Sampled(value, value - half, value + half, rows)
+
+
+def correlation(x_BN: Tensor, y_BN: Tensor) -> Sampled:
+    """Pearson's, of N pairs of values in each of B rows. Pairs with a NaN are left out. No rows where one
+    side hardly varies.
+
+    The interval is made on Fisher's scale, from each pair's influence on the figure, summed by rows. It is a
+    little too narrow with few: of 12 rows, 91% of the intervals held the truth.
+    Sources: Fisher 1921, "On the probable error of a coefficient of correlation", Metron 1; Devlin,
+    Gnanadesikan and Kettenring 1975, "Robust estimation and outlier detection with correlation coefficients",
+    Biometrika 62.
+    """
+    known_BN = ~(x_BN.isnan() | y_BN.isnan())
+    known_B, pairs = known_BN.any(-1), int(known_BN.sum())
+    if not pairs:
+        return nothing()
+    x_BN, y_BN = (
+        side_BN.double().masked_fill(~known_BN, 0.0) - (side_BN[known_BN].double().mean() * known_BN)
+        for side_BN in (x_BN, y_BN)
+    )
+    deviations = [float(side_BN.norm()) / math.sqrt(pairs) for side_BN in (x_BN, y_BN)]
+    if min(deviations) < CONSTANT:
+        return nothing()
+    x_BN, y_BN = x_BN / deviations[0], y_BN / deviations[1]
+    rows, value = int(known_B.sum()), float((x_BN * y_BN).sum()) / pairs
+    value = max(-1.0, min(1.0, value))
+    if rows == 1:
+        return Sampled(value, -1.0, 1.0, 1)
+    if abs(value) == 1.0:
+        return Sampled(value, value, value, rows)
+    influence_B = (x_BN * y_BN - value * (x_BN.square() + y_BN.square()) / 2).sum(-1)[known_B]
+    error = math.sqrt(float(influence_B.square().sum()) * rows / (rows - 1)) / pairs
+    half = student(rows - 1) * error / (1 - value**2)
+    return Sampled(value, math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half), rows)
 
 
 def nothing() -> Sampled:

@@ -23,6 +23,9 @@ SEEN = 0.3
 full stop decided every pair."""
 STILL = 0.5
 """Nats per sequence: a policy that is nearer to its start learned nothing that shows."""
+MOVED = 1 / 3
+"""Of the KL on the prompts that were learned from, on new ones: 0.9 to 1.1 was seen in healthy runs, 0.12
+where the prompts were of another kind."""
 SAMPLING = ("temperature", "max_new_tokens")
 """Keys of a stage that samples and of `evaluate`: both should ask alike."""
 
@@ -150,6 +153,16 @@ def causes(run: Run) -> dict[str, str]:
                 f"the reward of {gate.stage}: all answers to one prompt have nearly the same score "
                 f"({figure}). Either it does not read the answer, or the answers are alike."
             )
+        elif kind == "generate" and gate.name == "score_reliability":
+            found[gate.stage] = (
+                f"the reward of {gate.stage}: the same answers get other scores when they come in another "
+                f"order ({figure}). Does it return its scores in the order of its arguments?"
+            )
+        elif kind == "sft" and gate.name == "cut_share":
+            found[gate.stage] = (
+                f"{gate.stage}: the answers that it learned were cut off before it read them ({figure}). "
+                "Look where its data comes from."
+            )
         elif kind == "sft" and gate.name == "prompt_gain":
             found[gate.stage] = (
                 f"{gate.stage}: what it learned to answer does not depend on the prompts ({figure}). Are the "
@@ -157,6 +170,8 @@ def causes(run: Run) -> dict[str, str]:
             )
         elif gate.name == "kl":
             found[gate.stage] = f"{gate.stage}: the policy went too far from its start ({figure})."
+        elif kind == "evaluate" and gate.name == "gold_correlation":
+            found |= another_aim(run, gate)
         elif kind == "evaluate" and (first := first_failing(run, gate)) is not None:
             policy, each = first
             if gate.name in ("length_ratio", "word_gain"):
@@ -168,6 +183,19 @@ def causes(run: Run) -> dict[str, str]:
                     f"wanted {gate.bound}). Look at its data and its learning rate."
                 )
     return found
+
+
+def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
+    """The reward that the first policy of the chain learned from, which does not go with the gold score."""
+    for name, stage in run.chain.items():
+        if stage.publishes == "policy" and stage.rewards():
+            reward, figure = reward_of(run, name), f"{gate.name} = {gate.figure}"
+            goes = "goes against" if gate.value < 0 else "does not go with"
+            why = f"{reward or f'the reward of {name}'}: it {goes} the gold score ({figure})."
+            if reward and gate.value < 0:
+                why += " Are the better and the worse answers of its pairs exchanged?"
+            return {reward or name: why}
+    return {}
 
 
 def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
@@ -227,6 +255,9 @@ def reasons(
         asked = asked_otherwise(run, name)
         if asked and did_its_own and not is_spoiled and name in scored and scored[name].direction != "better":
             yield asked
+            continue
+        if did_its_own and not is_spoiled and (elsewhere := learned_elsewhere(run, name, scored)):
+            yield elsewhere
             continue
         if did_its_own and not is_spoiled and (unsure := learned_from_nothing(run, name, own, scored)):
             yield unsure
@@ -294,6 +325,22 @@ def learned_from_nothing(
     return (
         f"{reward}: nobody can tell that it ranks better than chance and length "
         f"({own[reward].sampled.value:+.2g}), and no gold score shows a gain."
+    )
+
+
+def learned_elsewhere(run: Run, policy: str, scored: Mapping[str, Finding]) -> str:
+    """That a policy moved on the prompts that it learned from, and hardly on new ones, where it gained
+    nothing; else empty."""
+    evaluation, metrics = last_evaluation(run.stages)
+    there, here = Sampled.found("kl", run.metrics_of(policy)), metrics.get(f"kl/{policy}")
+    if there is None or here is None or policy not in scored or scored[policy].direction == "better":
+        return ""
+    if there.value < STILL or here > there.value * MOVED:
+        return ""
+    return (
+        f"{policy}: it moved on the prompts that it learned from (KL {there.value:.2g} nats per sequence), "
+        f"and hardly on those of {evaluation} ({here:.2g}), so these ask for something else. Compare "
+        f"ppo.prompts with {evaluation}.prompts."
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
 from rlhf.data.answers import Answers, EncodedAnswer
+from rlhf.data.schema import SftRow, text_of
 from rlhf.distributed.batching import Batches
 from rlhf.distributed.compute import Compute
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from rlhf.models.logprobs import Sequences
     from rlhf.training.engine import Engine
 
+SENTENCE_ENDS = ".!?:;…。)]}>\"'”`*\uff01\uff1f"
+"""What whole answers end in."""
+SHORT = 16
+"""Characters of answers that may well be equally long."""
 PROBED = 256
 """Held-out answers that `prompt_gain` reads, at most."""
 
@@ -133,6 +138,23 @@ def prompt_gain(
             moved.append(replace(row, prompt=prompt))
     moved_B = answer_losses(engine, moved, micro_batch_tokens, compute) if moved else torch.zeros(0)
     return ratio(moved_B - loss_B[places], torch.tensor([row.learned for row in moved]))
+
+
+def cut_share(rows: Iterable[SftRow]) -> Sampled:
+    """The share of the different answers that were cut off before they came here, as by a database's column
+    of so many characters: all have as many characters as the longest, and end within a sentence. The first
+    of them may be whole. Where the longest has less than `SHORT` characters there are none."""
+    import torch
+
+    from rlhf.evaluation.intervals import share
+
+    texts = {text_of(row.completion) for row in rows}
+    longest = max(map(len, texts), default=0)
+    cut = [len(text) == longest >= SHORT and text[-1] not in SENTENCE_ENDS for text in texts]
+    if any(cut):
+        cut.remove(True)
+        cut.append(False)
+    return share(torch.tensor(cut, dtype=torch.float64))
 
 
 def packed(rows: Sequence[EncodedAnswer], compute: Compute) -> Sequences:

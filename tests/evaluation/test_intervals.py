@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.evaluation.intervals import difference, mean, ratio, share, student
+from rlhf.evaluation.intervals import correlation, difference, mean, ratio, share, student
 from rlhf.evaluation.sampled import Sampled
 
 
@@ -81,7 +81,30 @@ def ratios(rows: int, generator: torch.Generator) -> Sampled:
     return ratio(tokens_B * (0.7 + 0.3 * torch.randn(rows, generator=generator)), tokens_B)
 
 
-@pytest.mark.parametrize("measured", [shares, differences, means, ratios])
+def correlations(rows: int, generator: torch.Generator) -> Sampled:
+    """Three values a row that are not independent; many rows, as few seem a little more certain than they
+    are."""
+    rows *= 4
+    shared_BN, x_BN, y_BN = torch.randn(3, rows, 3, generator=generator) + torch.randn(
+        3, rows, 1, generator=generator
+    )
+    return correlation(
+        math.sqrt(0.7) * shared_BN + math.sqrt(0.3) * x_BN, shared_BN * math.sqrt(0.7) + math.sqrt(0.3) * y_BN
+    )
+
+
+def test_a_correlation_by_hand() -> None:
+    x_BN, y_BN = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 3.0], [2.0, 4.0]])
+    assert correlation(x_BN, y_BN).value == pytest.approx(0.8)
+    assert correlation(x_BN, -2 * x_BN + 5) == (-1.0, -1.0, -1.0, 2)
+    apart = torch.tensor([[9.0, math.nan], [math.nan, math.nan]])
+    known = correlation(torch.cat([x_BN, apart]), torch.cat([y_BN, torch.full((2, 2), math.nan)]))
+    assert known.value == pytest.approx(0.8) and known.rows == 2
+    for constant in (torch.ones(2, 2), torch.full((2, 2), 0.1), torch.full((2, 2), math.nan)):
+        assert correlation(x_BN, constant).rows == 0
+
+
+@pytest.mark.parametrize("measured", [shares, differences, means, ratios, correlations])
 @pytest.mark.parametrize("rows", [12, 48])
 def test_an_interval_holds_the_truth_in_95_of_100_samples(
     measured: Callable[[int, torch.Generator], Sampled], rows: int

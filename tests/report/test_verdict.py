@@ -301,12 +301,49 @@ def test_a_gold_score_that_is_the_same_for_all_tells_nothing(tmp_path: Path, cha
     run.stages["evaluate"]["metrics"] |= told
     said = verdict(run)
     assert said.endswith(
-        "the reward's score of the PPO model on new prompts (+0.2). To blame is evaluate: evaluate.gold gives "
-        "every answer the same score (1), so it tells no policy from another."
+        "the reward's score of the PPO model on new prompts (+0.2). To blame is evaluate: evaluate.gold "
+        "gives every answer the same score (1), so it tells no policy from another."
     )
     assert outcome(run) == "cannot be told"
     run.stages["evaluate"]["metrics"]["evaluate/gold_mean/ppo"] = 0.5  # the policies differ
     assert "To blame is evaluate" not in verdict(run)
+
+
+def test_prompts_of_another_kind_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD | {"gold": UNKNOWN})
+    own = Sampled(2.2, 2.0, 2.4, 96).metrics("kl")
+    run.stages["ppo"]["metrics"] |= {f"ppo/{key}": value for key, value in own.items()}
+    run.stages["evaluate"]["metrics"]["evaluate/kl/ppo"] = 0.27
+    assert (
+        "To blame is ppo: it moved on the prompts that it learned from (KL 2.2 nats per sequence), and "
+        "hardly on those of evaluate (0.27), so these ask for something else. Compare ppo.prompts"
+        in verdict(run)
+    )
+    run.stages["evaluate"]["metrics"]["evaluate/kl/ppo"] = 2.0
+    assert "To blame" not in verdict(run)
+
+
+@pytest.mark.parametrize(("value", "exchanged"), [(-0.7, True), (0.02, False)])
+def test_a_reward_that_does_not_go_with_gold_is_named(
+    tmp_path: Path, chain: dict[str, Stage], value: float, exchanged: bool
+) -> None:
+    run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
+    gate_of(run, "evaluate", "gold_correlation", Bound(min=0.2, advice="look at the reward"), value)
+    sentence = verdict(run)
+    goes = "goes against" if exchanged else "does not go with"
+    assert f"To blame is reward: it {goes} the gold score (gold_correlation = {value:g}" in sentence
+    assert ("Are the better and the worse answers of its pairs exchanged?" in sentence) is exchanged
+    own = chain_of(OwnStage, "ppo.reward=verify:number", "ppo.critic.init=sft")
+    alone = run_of(tmp_path, own, **GOOD | {"gold": DOWN})
+    gate_of(alone, "evaluate", "gold_correlation", Bound(min=0.2, advice="look at the reward"), value)
+    assert f"To blame is the reward of ppo: it {goes} the gold score" in verdict(alone)
+    assert "exchanged" not in verdict(alone)
+
+
+def test_answers_that_were_cut_off_before_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    gate_of(run, "sft", "cut_share", Bound(max=0.2, advice="look at the data"), 0.79)
+    assert "To blame is sft: the answers that it learned were cut off before it read them" in verdict(run)
 
 
 def test_ppo_without_kl_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Row, SftRow, TextRow
-from rlhf.evaluation.answers import Answers, figures, task_gain
+from rlhf.evaluation.answers import Answers, agreement, figures, task_gain
 from rlhf.evaluation.intervals import ratio
 from rlhf.evaluation.retention import Retained
 from rlhf.pipeline.job import Job
@@ -332,6 +333,25 @@ def test_the_learned_score_decides_where_there_is_no_gold(published: dict[str, P
     assert metrics["win_rate"] == metrics["win_rate_learned"]
     assert "score_mean/ppo" in metrics
     assert "gold_gain" not in metrics
+
+
+def test_the_reward_goes_with_gold_answer_by_answer() -> None:
+    """That both scores rise from one policy to the next is no agreement."""
+
+    def answers(score: list[float], gold: list[float]) -> Answers:
+        ones = [torch.tensor([1])] * len(score)
+        rollout = Rollout(ones, ones, torch.ones(len(score), dtype=torch.bool))
+        nothing, known = torch.zeros(0), Retained([], *[torch.zeros(0)] * 3)
+        scores = {"score": torch.tensor(score), "gold": torch.tensor(gold)}
+        return Answers(rollout, [""] * len(score), torch.zeros(1, 1), nothing, nothing, known, {}, scores)
+
+    low, high = answers([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]), answers([11.0, 12.0, 13.0], [13.0, 12.0, 11.0])
+    found = agreement([low, high])
+    assert found["gold_correlation"] == pytest.approx(-1) and found["gold_correlation_rows"] == 3
+    unscored = answers([1.0, 2.0, math.nan], [1.0, 2.0, -9.0])
+    assert agreement([unscored])["gold_correlation"] == pytest.approx(1)
+    del unscored.scores["gold"]
+    assert agreement([unscored]) == {}
 
 
 def test_a_score_must_be_a_number(published: dict[str, Path], tmp_path: Path) -> None:

@@ -100,6 +100,25 @@ def test_a_score_of_the_prompt_alone_fails_a_gate_and_the_reward_is_named(tmp_pa
     )
 
 
+def test_scores_in_another_order_fail_a_gate_and_the_reward_is_named(tmp_path: Path) -> None:
+    chain = Chain(tmp_path)
+    (tmp_path / "in_order.py").write_text(
+        "def right(prompts, texts):\n    return [float(sum(text.encode())) for text in texts]\n"
+        "def wrong(prompts, texts):\n    return right(prompts, sorted(texts))\n"
+    )
+    keys = (
+        "stage=generate", "generate.policy=base", "generate.gates.stop_rate=null", "gates=enforce",
+        "generate.samples_per_prompt=24",
+    )  # fmt: skip
+    right = chain.run(*keys, "ppo.reward=python:in_order:right")
+    assert right.code == 0, right.out
+    assert right.summary["stages"]["generate"]["metrics"]["generate/score_reliability"] == 1
+    wrong = chain.run(*keys, "ppo.reward=python:in_order:wrong")
+    assert wrong.code == 3
+    assert "does it return its scores in the order of its arguments" in wrong.out
+    assert "To blame is the reward of generate: the same answers get other" in wrong.summary["verdict"]
+
+
 @pytest.mark.parametrize(
     ("asked", "said", "repeats"),
     [("Say it  twice.", " Say it twice.\n", True), ("Say it", "Say it twice", False), ("", "", False)],
@@ -117,7 +136,8 @@ def test_a_prompt_with_one_scored_answer_says_nothing_of_the_reward(tmp_path: Pa
         "    return [float(n) if n % 2 == 0 else None for n, _ in enumerate(texts)]\n"
     )
     keys = ("ppo.reward=python:rare:score", "generate.policy=base", "generate.samples_per_prompt=2")
-    found = chain.run("stage=generate", *keys, "gates=enforce", "generate.gates.stop_rate=null")
+    off = ("generate.gates.stop_rate=null", "generate.gates.score_reliability=null")
+    found = chain.run("stage=generate", *keys, "gates=enforce", *off)
     assert found.code == 0, found.out
     assert found.summary["stages"]["generate"]["metrics"]["generate/within_prompt_share_rows"] == 0
 

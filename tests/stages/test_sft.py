@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rlhf.distributed.batching import shuffled_batches
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.pipeline.job import Job
-from rlhf.supervised.answers import with_replay
+from rlhf.supervised.answers import cut_share, with_replay
 
 
 def run_stage(directory: Path, model: Path, *overrides: str) -> Job:
@@ -317,3 +317,18 @@ def test_lora_publishes_a_plain_model_that_differs(tmp_path: Path, tiny_model: P
     assert distance(model, load_causal_lm(tiny_model, TINY, torch.float32)) > 1e-3
     assert job.summary is not None
     assert job.summary["trained_parameters"] < sum(p.numel() for p in model.parameters()) / 2
+
+
+def test_answers_that_an_export_cut_are_seen() -> None:
+    whole = [f"This is answer number {number}, a whole one of its own." for number in range(8)]
+    whole += [f"{'x' * number} and so on." for number in range(20, 30)]
+
+    def rows(texts: Iterable[str]) -> list[SftRow]:
+        return [SftRow([], text) for text in texts]
+
+    assert cut_share(rows(whole)).value == 0
+    cut = cut_share(rows(f"{number} {text}"[:24] for number, text in enumerate(whole)))
+    assert cut.value == 17 / 18 and cut.low > 0.2  # one may be whole
+    assert cut_share(rows("yes" for _ in whole)).value == 0, "short"
+    assert cut_share(rows(whole[0][:24] for _ in whole)).value == 0, "one answer, many times"
+    assert cut_share([]).rows == 0
