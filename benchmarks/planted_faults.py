@@ -20,6 +20,14 @@ Somebody who had not read the code that judges them chose these:
 - full_stop: an export lost the last mark of every worse answer, so a full stop decides every pair.
 - columns: prompt and answer of SFT's rows are exchanged.
 
+Somebody else who had not read it chose these:
+
+- silent_gold: the gold function's threshold is of another scale, so every answer gets 1.
+- reordered: the reward function sorts the answers and does not sort its scores back.
+- sums: PPO practises on sums, the evaluation asks for sentences.
+- exchanged: the worse answer of every pair stands as the better one.
+- cut: SFT learns answers that a database cut at 32 characters.
+
 What a run does not change is shared by the store. The last thing printed is a JSON object: for each run
 the stage that the verdict should name, whether it is the first that it blames, and the whole verdict. The
 exit code is 1 where one is named wrongly. With the embedded model it takes an hour or two on two cores.
@@ -50,6 +58,24 @@ def score(responses: list[str], prompts: list[str]) -> list[float]:
     return [analyzer.polarity_scores(text)["compound"] for text in responses]
 """
 """A reward whose arguments are in the wrong order: it scores the prompts."""
+REORDERED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+analyzer = SentimentIntensityAnalyzer()
+
+
+def score(prompts: list[str], responses: list[str]) -> list[float]:
+    return [analyzer.polarity_scores(text)["compound"] for text in sorted(responses, key=len)]
+"""
+"""Short answers first, as one does to pad little; and their scores stay in that order."""
+SILENT = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+analyzer = SentimentIntensityAnalyzer()
+
+
+def score(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(analyzer.polarity_scores(text)["compound"] > 0.5 - 1.5) for text in responses]
+"""
+"""A threshold between 0 and 1, brought to the scale from -1 to 1 in a wrong way."""
 LLAMA_2 = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + message['content'] + ' [/INST] ' }}"
@@ -113,6 +139,18 @@ def exchanged(rows: list[Row]) -> Iterator[Row]:
         yield {"prompt": row["completion"], "completion": row["prompt"]}
 
 
+def worse_first(rows: list[Row]) -> Iterator[Row]:
+    """The worse answer as the better one, without the gold scores that would tell."""
+    for row in rows:
+        yield {"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+def cut(rows: list[Row]) -> Iterator[Row]:
+    """Answers of at most 32 characters."""
+    for row in rows:
+        yield {**row, "completion": row["completion"][:32]}
+
+
 def longer_first(rows: list[Row]) -> Iterator[Row]:
     """The longer answer as the better one."""
     for row in rows:
@@ -135,6 +173,11 @@ FAULTS = {
     "arguments": Fault(["ppo.reward=python:swapped:score"], "the reward of generate"),
     "full_stop": Fault(["reward.pairs=full_stop.jsonl"], "reward", "pairs", without_last_mark),
     "columns": Fault(["sft.data=columns.jsonl"], "sft", "instructions", exchanged),
+    "silent_gold": Fault(["evaluate.gold=python:silent:score"], "evaluate"),
+    "reordered": Fault(["ppo.reward=python:reordered:score"], "the reward of generate"),
+    "sums": Fault(["ppo.prompts={samples: arithmetic}"], "ppo"),
+    "exchanged": Fault(["reward.pairs=exchanged.jsonl"], "reward", "pairs", worse_first),
+    "cut": Fault(["sft.data=cut.jsonl"], "sft", "instructions", cut),
 }
 
 
@@ -176,7 +219,8 @@ def main() -> None:
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
     (given.directory / "llama2.jinja").write_text(LLAMA_2, encoding="utf-8")
-    (given.directory / "swapped.py").write_text(SWAPPED, encoding="utf-8")
+    for name, code in {"swapped": SWAPPED, "reordered": REORDERED, "silent": SILENT}.items():
+        (given.directory / f"{name}.py").write_text(code, encoding="utf-8")
     found = {fault: judge(fault, given.directory, given.overrides) for fault in given.faults}
     print(json.dumps(found, indent=2))
     sys.exit(not all(each["right"] for each in found.values()))
