@@ -199,7 +199,8 @@ class LabelStage(Stage):
     def offer_advice(self) -> str:
         """How to get more rows."""
         return (
-            f"{self.name} makes these rows, one for each pair with a better answer: raise {self.name}.votes."
+            f"{self.name} makes these rows, one for each pair with a better answer; ties make none. Raise "
+            f"{self.name}.votes, or let it judge answers that differ more."
         )
 
     def offered_lengths(self, on: CostContext, chain: Mapping[str, Stage]) -> LengthStats:

@@ -71,14 +71,18 @@ def write(run: RunFiles, policy: str, target: Path) -> None:
     """Write a policy's directory. It is there whole or not at all.
 
     Raises:
-        ConfigError: it is damaged, or only this package could load it.
+        ConfigError: it is damaged, or only this package could load it, or no directory can be made there.
     """
     artifact = run.artifact(policy)
-    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
     try:
+        beside.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{target}: no directory can be made there ({error.strerror}). Name another."
+        ) from None
+    try:
         with naming(target):
-            beside.mkdir()
             base, below = base_of(artifact.path), None
             if base is None:
                 copy(artifact.path, beside)

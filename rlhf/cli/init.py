@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -38,6 +38,8 @@ command to run it. A file that is there already is not overwritten.
 """
 LOOKED_AT = 1000
 """Rows of each file that are looked at. `prepare` checks all of them."""
+TYPED = re.compile(r"[\w./-]+")
+"""What Hydra and a shell read as it stands."""
 MOST = 0.5
 """Share of those that must be of a kind."""
 
@@ -131,6 +133,10 @@ def init(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     target = Path(keys["to"])
     if target.suffix != ".yaml":
         raise ConfigError(f"init to={target}: an experiment's file ends in .yaml.")
+    if not TYPED.fullmatch(str(target)):
+        raise ConfigError(
+            f"init to={target}: name it with letters, digits and ._-/ only, so that a command can name it."
+        )
     if target.exists():
         raise ConfigError(f"{target} is there already. Remove it, or name another: to=FILE.yaml.")
     found = by_kind([look(word) for word in words])
@@ -292,8 +298,9 @@ def told(found: Mapping[str, Found], target: Path) -> Iterator[str]:
     """What the user is told."""
     for each in found.values():
         kind = KINDS[each.kind]
-        rows = f"first {each.rows} rows" if each.rows == LOOKED_AT else f"{each.rows} rows"
-        yield f"{each.path} -> {kind.key}: {kind.words}. Its {rows} are read as {each.columns}."
+        first = "first " if each.rows == LOOKED_AT else ""
+        rows = "Its row is" if each.rows == 1 else f"Its {first}{each.rows} rows are"
+        yield f"{each.path} -> {kind.key}: {kind.words}. {rows} read as {each.columns}."
         if each.source.fields:
             yield "  Its columns have other names: check that these are meant."
         if each.bad:
@@ -310,4 +317,4 @@ def told(found: Mapping[str, Found], target: Path) -> Iterator[str]:
 
 def command(target: Path) -> str:
     """What runs the experiment."""
-    return f"python -m rlhf +experiment={shlex.quote(str(target))} run_name={shlex.quote(target.stem)}"
+    return f"python -m rlhf +experiment={target} run_name={target.stem}"

@@ -91,6 +91,7 @@ def test_another_stage_can_be_chosen(finished_chain: tuple[Chain, Outcome], tmp_
         (("run1", "new", "policy=pppo"), "policy=pppo: runs/run1 has no such policy. Did you mean ppo?"),
         (("run1", "new", "policy=reward"), "policy=reward: runs/run1 has no such policy. It has sft, ppo."),
         (("run1", "store"), "store is there already"),
+        (("run1", "/proc/new"), "/proc/new: no directory can be made there (No such file or directory)"),
         (("run1", "new", "push=mine"), "push=mine: write OWNER/NAME"),
         (("run1", "new", "push=me/mine"), "the environment has no HF_TOKEN"),
         (("run1", "new", "private=no"), "private=no: true or false"),

@@ -150,6 +150,7 @@ def test_a_hostile_file_is_one_clear_line(tmp_path: Path, name: str, content: by
         (("missing.csv",), "there is no such file"),
         (("a.jsonl", "b.jsonl"), "a.jsonl and b.jsonl both hold prompts with the answers to learn, and"),
         (("a.jsonl", "to=mine.txt"), "an experiment's file ends in .yaml"),
+        (("a.jsonl", "to=my, own.yaml"), "init to=my, own.yaml: name it with letters, digits and ._-/ only"),
         (("a.jsonl", "out=mine.yaml"), "init out=mine.yaml: it takes to=...."),
     ],
 )  # fmt: skip

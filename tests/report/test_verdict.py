@@ -243,6 +243,15 @@ def test_a_reward_trained_on_length_is_named(tmp_path: Path, chain: dict[str, St
     assert "the reward's scores go with length by +0.83" in sentence and sentence.count("To blame") == 1
 
 
+def test_a_reward_that_hardly_pays_for_length_is_not_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    run.stages["reward"]["metrics"]["reward/length_correlation"] = 0.08
+    gate_of(run, "evaluate", "length_ratio", LENGTH, 2.02, "ppo")
+    sentence = verdict(run)
+    assert "To blame is ppo: PPO changed the length of the answers (length_ratio/ppo = 2.02" in sentence
+    assert "go with length by +0.08). The reward hardly pays for length: is what ppo starts from" in sentence
+
+
 def test_a_reward_that_pays_for_a_word_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
     run = run_of(tmp_path, chain, **GOOD)
     gate_of(run, "evaluate", "word_gain", Bound(max=0.6, advice="read the answers"), 0.71, "ppo")
