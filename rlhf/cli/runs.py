@@ -30,6 +30,8 @@ LS_HELP = """python -m rlhf ls [runs_dir=DIR]
 
 All runs, the newest first: how each is, when it last wrote, and its verdict.
 """
+TRIAL = "trial.json"
+"""In the directory of every run that is a trial of a sweep."""
 SILENT_SECONDS = 120.0
 """A run on another host that has said nothing for so long may be dead."""
 
@@ -109,6 +111,11 @@ def runs_in(root: Path) -> list[Path]:
     return sorted(found, key=_written, reverse=True)
 
 
+def sweep_of(path: Path) -> str | None:
+    """The sweep whose trial a run is; None if it is none."""
+    return path.name.rpartition("-")[0] if (path / TRIAL).is_file() else None
+
+
 def find_run(root: Path, name: str) -> Path:
     """The directory of a run; without a name, of the newest one.
 
@@ -119,6 +126,11 @@ def find_run(root: Path, name: str) -> Path:
     names = [path.name for path in runs]
     if not runs:
         raise ConfigError(f"runs_dir={root}: there is no run.")
+    trials = sorted(path.name for path in runs if name and sweep_of(path) == name)
+    if trials and name not in names:
+        raise ConfigError(
+            f"run_name={name} is a sweep of {len(trials)} trials. Name one of them, such as {trials[0]}."
+        )
     if name and name not in names:
         raise ConfigError(f"run_name={name}: there is no such run in {root}.{did_you_mean(name, names)}")
     return root / (name or names[0])
@@ -149,7 +161,8 @@ def lines_of(state: RunState) -> Iterator[str]:
     for gate in state.gates:
         if gate["outcome"] == "failed":
             name = f"{gate['stage']}/{gate['name']}"
-            yield f"  gate failed: {name} = {gate['value']}, wanted {gate['bound']}"
+            figure = "no number" if gate["value"] is None else f"{gate['value']:.4g}"
+            yield f"  gate failed: {name} = {figure}, wanted {gate['bound']}"
     if state.verdict:
         yield f"  {state.verdict}"
     if state.word in ("dead", "stopped", "failed"):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from rlhf.cli.command import read
-from rlhf.cli.runs import RunState, runs_in, state_of
+from rlhf.cli.runs import RunState, runs_in, state_of, sweep_of
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.exit_codes import DONE
 from rlhf.report.page.collect import read_run
@@ -31,8 +31,6 @@ HELP = f"""python -m rlhf watch [run_name=NAME] [runs_dir=DIR] [port={PORT}]
 Serves the page of a run on {HOST} while the run goes on: curves, answers, where it is, how long it will take.
 Without a name: the newest run; of a sweep, the list of its trials. Ctrl-C ends it, and not the run.
 """
-TRIAL = "trial.json"
-"""In the directory of every run that is a trial of a sweep."""
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Type": "text/html; charset=utf-8",
@@ -87,11 +85,6 @@ def make_server(root: Path, name: str, port: str) -> ThreadingHTTPServer:
         ) from None
     server.daemon_threads = True
     return server
-
-
-def sweep_of(path: Path) -> str | None:
-    """The sweep whose trial a run is; None if it is none."""
-    return path.name.rpartition("-")[0] if (path / TRIAL).is_file() else None
 
 
 def chosen(root: Path, name: str) -> Path:

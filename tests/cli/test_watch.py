@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from helpers.pages import make_run
+from rlhf.cli.runs import find_run
 from rlhf.cli.watch import HOST, Pages, make_server, watch
 from rlhf.config import ConfigError
 from rlhf.exit_codes import DONE
@@ -53,6 +54,12 @@ def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int,
     text = answer.read().decode()
     connection.close()
     return answer.status, dict(answer.getheaders()), text
+
+
+def test_commands_on_one_run_name_a_sweeps_trials(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run_name=wide is a sweep of 2 trials\. .* such as wide-0\."):
+        find_run(root, "wide")
+    assert find_run(root, "wide-1") == root / "wide-1"
 
 
 def test_the_newest_run_is_shown_and_all_are_listed(port: int) -> None:
