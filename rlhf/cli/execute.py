@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
 
@@ -21,6 +21,11 @@ from rlhf.disk import in_words
 from rlhf.distributed.signals import nobody_reads, uninterrupted
 from rlhf.exit_codes import CONFIG_ERROR, CRASH, DONE, GATE_FAILED, INTERRUPTED, PIPE, STOPPED
 from rlhf.tracking.redaction import RedactingConsole
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rlhf.pipeline.runner import Pipeline
 
 KEPT = "Finished stages and the last checkpoint are kept: the same command continues from there."
 
@@ -141,7 +146,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
             with Heartbeat(runs / run_name / "ranks", compute) as heartbeat:
                 signals.progress = heartbeat.progress if compute.world_size > 1 else None
                 try:
-                    pipeline.run()
+                    run_chain(pipeline, console)
                 except GateError as error:
                     print_summary(pipeline.results, console)
                     console.print(f"\n[red]{escape(str(error))}[/]", highlight=False)
@@ -167,6 +172,21 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         finally:
             if sys.exc_info()[0] in (None, Stopped):
                 leave_group(compute)
+
+
+def run_chain(pipeline: Pipeline, console: Console) -> None:
+    """Run. If it ends early, its page is written as far as it came. A failed gate has an end of its own."""
+    from rlhf.pipeline.run import GateError
+    from rlhf.report.summary import write_page_too
+
+    try:
+        pipeline.run()
+    except (GateError, BrokenPipeError):
+        raise
+    except BaseException:  # raised again
+        if pipeline.results.writes and pipeline.results.stages:
+            write_page_too(pipeline.results, console)
+        raise
 
 
 def quiet_libraries() -> None:

@@ -34,6 +34,7 @@ from rlhf.report.page.collect import (
     stage_charts,
 )
 from rlhf.report.page.curves import Chart, points_each
+from rlhf.tracking.position import read_position
 from rlhf.tracking.progress import clock
 
 NAME = "report.html"
@@ -43,8 +44,20 @@ OUTCOMES = {
     "cannot be told": "Whether it worked cannot be told.",
 }
 NOT_ENDED = "This run has not ended."
+EARLY = {"failed": "failed", "stopped": "was stopped"}
+"""How a run ended -> in words."""
 ROW = 60
 """Height of a row of the lineage, in pixels; page.css has the same."""
+
+
+def unended(run: RunFacts) -> str:
+    """Of a run without a verdict: where it ended early, or that it goes on."""
+    ended = read_position(run.directory).get("ended")
+    if ended not in EARLY:
+        return NOT_ENDED
+    there = [f"in {stage.name}" for stage in run.stages if stage.status == ended]
+    done = [f"after {stage.name}" for stage in run.stages if stage.status in ("ran", "reused")]
+    return f"It {EARLY[ended]} {(there or done or ['at its start'])[-1]}."
 
 
 class Strip(NamedTuple):
@@ -133,7 +146,7 @@ def run_page(run: RunFacts, live: Live | None = None) -> str:
     failed = [gate for gate in run.gates if gate["outcome"] == "failed"]
     blocks: dict[str, Any] = {
         "title": f"Run {run.name}",
-        "headline": OUTCOMES.get(run.outcome or "", NOT_ENDED if run.verdict is None else "The verdict"),
+        "headline": OUTCOMES.get(run.outcome or "", unended(run) if run.verdict is None else "The verdict"),
         "mood": (run.outcome or "").replace(" ", "-"),
         "run": run,
         "live": live,
