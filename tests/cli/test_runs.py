@@ -70,19 +70,21 @@ def test_a_run_that_is_stopped_before_its_first_stage_is_not_dead(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "headline"),
+    ("name", "line", "code", "headline"),
     [
-        ("if len(texts) == 8: raise KeyboardInterrupt", 130, "It was stopped in generate."),
-        ("if len(texts) == 8: raise SystemError('no')", 2, "It failed in generate."),
-        ("return []", 2, "It failed after prepare."),
+        ("halts", "if len(texts) == 8: raise KeyboardInterrupt", 130, "It was stopped in generate."),
+        ("breaks", "if len(texts) == 8: raise SystemError('no')", 2, "It failed in generate."),
+        ("short", "return []", 2, "It failed after prepare."),
     ],
 )
-def test_a_run_that_ends_early_leaves_its_page(tmp_path: Path, line: str, code: int, headline: str) -> None:
+def test_a_run_that_ends_early_leaves_its_page(
+    tmp_path: Path, name: str, line: str, code: int, headline: str
+) -> None:
     chain = Chain(tmp_path)
-    (tmp_path / f"ends{len(line)}.py").write_text(
+    (tmp_path / f"{name}.py").write_text(
         f"def score(prompts, texts):\n    {line}\n    return [1.0 for _ in texts]\n"
     )
-    found = chain.run("stage=generate", f"ppo.reward=python:ends{len(line)}:score")
+    found = chain.run("stage=generate", f"ppo.reward=python:{name}:score")
     assert found.code == code, found.err
     assert headline in (found.directory / "report.html").read_text(encoding="utf-8")
     assert f"Page: {found.directory.relative_to(tmp_path)}/report.html" in found.out
