@@ -50,7 +50,7 @@ def load_causal_lm(
         scratch: where weights that the files hold in another way are converted to; see `as_loaded`.
     """
     model: PreTrainedModel
-    base = base_of(directory)
+    base = base_of(directory, compute)
     if base is not None:
         model = load_causal_lm(base, config, dtype, device, compute, scratch)
         attach_published(model, directory)

@@ -225,7 +225,7 @@ def load_scalar_model(
     """
     if not new_head:
         check_score_head(directory)
-    base = base_of(directory)
+    base = base_of(directory, compute)
     if base is not None:
         scalar = load_scalar_model(base, config, dtype, device, compute, new_head=True, scratch=scratch)
         _, published = attach_published(scalar.model, directory)

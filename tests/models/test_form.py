@@ -3,6 +3,7 @@ memory."""
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,9 +16,14 @@ from helpers.jobs import TINY
 from helpers.models import tiny_family
 from helpers.ranks import write_large
 from helpers.spawned import start_ranks
+from helpers.trained import write_trained
 from rlhf.distributed.compute import Compute
+from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.on_disk import kept_on_disk
+from rlhf.models.peft.attach import attach
+from rlhf.models.peft.config import PeftConfig
+from rlhf.models.peft.merge import publish_policy
 from rlhf.models.value_head import load_scalar_model
 from rlhf.training import trained
 
@@ -95,3 +101,27 @@ def test_experts_are_merged_in_files(family: str, dtype: torch.dtype, tmp_path: 
         assert torch.equal(each, weights[name]), name
     model.save_pretrained(tmp_path / "again")
     assert names_in(tmp_path / "again") == names_in(saved)
+
+
+def read_by_this_rank(compute: Compute, artifact: Path) -> list[str]:
+    """The weights that Python opens while an adapter is loaded: those that are hashed, as safetensors opens
+    files by itself."""
+    read: list[str] = []
+    sys.addaudithook(lambda event, details: read.append(str(details[0])) if event == "open" else None)
+    load_causal_lm(artifact, TINY, torch.float32, compute=compute)
+    return [Path(path).name for path in read if path.endswith(".safetensors")]
+
+
+@pytest.mark.slow
+def test_one_rank_reads_the_model_below_an_adapter_to_know_it(tiny_model: Path, tmp_path: Path) -> None:
+    model, config = load_causal_lm(tiny_model, TINY, torch.float32), PeftConfig(method="prefix")
+    attach(model, config)
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    artifact = tmp_path / "sft" / "0"
+    artifact.mkdir(parents=True)
+    publish_policy(
+        artifact, write_trained(tmp_path / "trained", trained), load_tokenizer(tiny_model, TINY), key="",
+        start=tiny_model, settings=TINY, dtype=torch.float32, peft=config,
+    )  # fmt: skip
+    found = start_ranks(read_by_this_rank, 2, artifact, timeout=60, seconds=120)()
+    assert found == {0: ["model.safetensors"], 1: []}

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from rlhf.distributed.compute import Compute
     from rlhf.models.on_disk import Keep
     from rlhf.models.peft.attach import Adapter
 
@@ -149,10 +151,17 @@ def origin_of(artifact: Path) -> Origin | None:
         raise ConfigError(f"{path}: cannot be read. Remove the artifact; the next run rebuilds it.") from None
 
 
-def base_of(artifact: Path) -> Path | None:
-    """The directory of the base model, if the artifact has only an adapter and no weights; None otherwise."""
+def base_of(artifact: Path, compute: Compute | None = None) -> Path | None:
+    """The directory of the base model, if the artifact has only an adapter and no weights; None otherwise.
+
+    Args:
+        compute: of ranks that all ask at the same time: one of them reads the model.
+    """
     origin = None if any(artifact.glob("*.safetensors")) else origin_of(artifact)
-    return None if origin is None else origin.found(artifact)
+    if origin is None:
+        return None
+    find = partial(origin.found, artifact)
+    return find() if compute is None else compute.main_only(find)
 
 
 def model_below(artifact: Path) -> Path | None:
