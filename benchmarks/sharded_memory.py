@@ -2,6 +2,7 @@
 
     python benchmarks/sharded_memory.py
     python benchmarks/sharded_memory.py --model small --stages sft --zero fsdp2    # 30M parameters
+    python benchmarks/sharded_memory.py --generation layers            # weights gathered layer by layer
     python benchmarks/sharded_memory.py --generation vllm              # where vLLM is installed
 
 A random Llama in fp32, 0.25B parameters in three files, goes through the product's own stages, from the
@@ -9,7 +10,8 @@ config to the published directory. All its parameters train: two optimizer steps
 steps of a few episodes in PPO, where reference and reward model are as large. The phases:
 
     loading         from an idle rank until the first pass: files are read, weights sharded, masters made
-    sampling        responses, by the local engine layer by layer, or by a vLLM that all ranks run together
+    sampling        responses: by the local engine as the preflight chooses, which gathers these small models
+                    whole; by the local engine layer by layer; or by a vLLM that all ranks run together
     reading         passes without gradients: held-out losses, log-probabilities, rewards
     learning        forward, backward, optimizer steps
     checkpointing   the engine's state, hashed and flushed; in PPO also the best weights so far
@@ -41,6 +43,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +185,8 @@ def overrides(directory: Path, stage: str, zero: str, ranks: int, generation: st
         *(f"{each}.activation_checkpointing=true" for each in STAGES),
         *(f"{each}.micro_batch_tokens=64" for each in STAGES), "ppo.max_new_tokens=8",
         "ppo.evaluate_every=1", "ppo.evaluate_prompts=4", "ppo.epochs=1",
-        f"generation={generation}", "vllm.kv_cache_gib=0.1", "vllm.max_model_len=64",
+        f"generation={'vllm' if generation == 'vllm' else 'local'}",
+        "vllm.kv_cache_gib=0.1", "vllm.max_model_len=64",
         f"vllm.tensor_parallel={ranks if generation == 'vllm' else 1}",
     ]  # fmt: skip
 
@@ -213,8 +217,16 @@ def watch(result: Callable[[PrivateMemory], None]) -> None:
             setattr(holder, name, begins(phase, getattr(holder, name)))
 
 
+def sample_by_layers() -> None:
+    """Let the preflight choose this way, as for a model that fits no rank whole."""
+    from rlhf.pipeline import preflight
+
+    chosen = preflight.chosen
+    preflight.chosen = lambda *of: replace(chosen(*of), local_sampling="layers")
+
+
 def be_a_rank(
-    rank: int, ranks: int, port: int, arguments: Sequence[str], file_bytes: int, results: Any
+    rank: int, ranks: int, port: int, arguments: Sequence[str], file_bytes: int, by_layers: bool, results: Any
 ) -> None:
     """Run the stage beside the other ranks; put (rank, peaks) into the queue."""
     os.environ.update(
@@ -236,6 +248,8 @@ def be_a_rank(
             importlib.import_module(library)
     if "generation=vllm" in arguments:
         importlib.import_module("vllm")
+    if by_layers:
+        sample_by_layers()
     found: list[PrivateMemory] = []
     watch(found.append)
     code = execute(make_experiment([*arguments]).resolved, "measured")
@@ -246,7 +260,9 @@ def be_a_rank(
     os._exit(code)  # threads of the backend may wait for ranks that have left
 
 
-def on_ranks(ranks: int, arguments: Sequence[str], file_bytes: int) -> list[dict[str, float]]:
+def on_ranks(
+    ranks: int, arguments: Sequence[str], file_bytes: int, *, by_layers: bool = False
+) -> list[dict[str, float]]:
     """The peaks of each rank."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
@@ -255,7 +271,9 @@ def on_ranks(ranks: int, arguments: Sequence[str], file_bytes: int) -> list[dict
         port = free.getsockname()[1]
     workers = [
         context.Process(
-            target=be_a_rank, args=(rank, ranks, port, arguments, file_bytes, results), daemon=True
+            target=be_a_rank,
+            args=(rank, ranks, port, arguments, file_bytes, by_layers, results),
+            daemon=True,
         )
         for rank in range(ranks)
     ]
@@ -280,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[dict[str
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--zero", nargs="+", choices=("fsdp2", "zero3"), default=["fsdp2", "zero3"])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--generation", choices=("local", "vllm"), default="local")
+    parser.add_argument("--generation", choices=("local", "layers", "vllm"), default="local")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args(arguments)
     quiet_libraries()  # the ranks', too, by their environment
@@ -296,7 +314,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[dict[str
             for zero in options.zero:
                 runs = [
                     on_ranks(
-                        ranks, overrides(directory, stage, zero, ranks, options.generation), size // FILES
+                        ranks,
+                        overrides(directory, stage, zero, ranks, options.generation),
+                        size // FILES,
+                        by_layers=options.generation == "layers",
                     )
                     for ranks in (1, options.ranks)
                 ]
