@@ -317,7 +317,7 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
         )
     return (
         f"{reward or 'the reward'}: {stage.title} raised its score, and the gold score did not follow. The "
-        "policy found what the reward likes by mistake (reward hacking)."
+        "policy may have found what the reward likes by mistake (reward hacking): read its answers."
     )
 
 
