@@ -25,7 +25,7 @@ from rlhf.ppo.metrics import Evaluation, evaluate_policy, rollout_metrics
 from rlhf.ppo.ptx import PretrainingMix
 from rlhf.ppo.update import BadStepError, ForwardPass, Objective, PolicyUpdater
 from rlhf.rewards import combined
-from rlhf.rewards.reward import Reward, RewardError, why_unusable, with_token_ids
+from rlhf.rewards.reward import Reward, RewardError, why_infinite, why_unusable, with_token_ids
 from rlhf.rl.advantage import ScoreNormalizer
 from rlhf.rl.group import group_spread, neighbours
 from rlhf.rl.rollout import Experience, Rollout, make_experience
@@ -309,7 +309,11 @@ class PolicyTrainer:
         )
 
     def experience(self, rows: Sequence[PromptRow]) -> tuple[Experience, ForwardPass | None]:
-        """Sample one response to each row with the current policy, and score it (`PolicyUpdater.score`)."""
+        """Sample one response to each row with the current policy, and score it (`PolicyUpdater.score`).
+
+        Raises:
+            BadStepError: a score is infinite, or no response of the whole batch has one.
+        """
         config = self.config
         answered = self.answers(rows)
         self.resampled = 0
@@ -322,6 +326,8 @@ class PolicyTrainer:
             self.resampled += len(others)
             answered = answered.replaced(flat, self.answers(repeated(others, config.group_size)))
         self.rows, self.texts, rollout, score_B, parts, usage = answered
+        if (why := why_unusable(score_B, self.texts)) is not None:  # replacements alone may have no score
+            raise BadStepError(f"the reward {why}.")
         self.of_parts = combined.Scores(score_B, parts, usage).metrics()
         with self.phases("reference"):
             reference_BR = self.reference.log_probabilities(
@@ -344,7 +350,7 @@ class PolicyTrainer:
         """Sample one response to each row with the current policy, and ask the reward.
 
         Raises:
-            BadStepError: a score is infinite, or there is none.
+            BadStepError: a score is infinite.
         """
         config = self.config
         if self.policy.vllm is not None:
@@ -361,7 +367,7 @@ class PolicyTrainer:
         self.rows, self.texts = rows, texts
         with self.phases("reward"):
             found = combined.scored(self.reward, with_token_ids(rows, rollout.response_ids), texts)
-        if (why := why_unusable(found.score_B, texts)) is not None:
+        if (why := why_infinite(found.score_B, texts)) is not None:
             raise BadStepError(f"the reward {why}.")
         return Answered(rows, texts, rollout, *found)
 

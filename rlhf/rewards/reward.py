@@ -78,12 +78,19 @@ def vader_reward(prompts: Prompts, completions: Sequence[str]) -> Tensor:
     return torch.tensor([analyzer.polarity_scores(completion)["compound"] for completion in completions])
 
 
-def why_unusable(score_B: Tensor, completions: Sequence[str]) -> str | None:
-    """Why nothing can be done with these scores, such as `gave inf for the response 'Yes'`: one is infinite,
-    or none is a number. None where they can be used."""
+def why_infinite(score_B: Tensor, completions: Sequence[str]) -> str | None:
+    """Which score is infinite, such as `gave inf for the response 'Yes'`. None where none is."""
     if bool(score_B.isinf().any()):
         index = int(score_B.isinf().nonzero()[0])
         return f"gave {float(score_B[index])} for the response {completions[index]!r}"
+    return None
+
+
+def why_unusable(score_B: Tensor, completions: Sequence[str]) -> str | None:
+    """Why nothing can be done with these scores: one is infinite, or none is a number. None where they can be
+    used."""
+    if (why := why_infinite(score_B, completions)) is not None:
+        return why
     if bool(score_B.isnan().all()):
         return (
             f"gave nan for the response {completions[0]!r}, and no score for any of {len(score_B)} responses"

@@ -51,12 +51,13 @@ def constant(prompts: Prompts, completions: Sequence[str]) -> Tensor:
 
 
 class OfSomePrompts:
-    """The response's length, but one and the same score for answers to a prompt that begins with `dull`."""
+    """The response's length, but one and the same score for answers to a prompt that begins with `dull`; NaN
+    is none."""
 
-    def __init__(self, dull: str) -> None:
-        self.dull = dull
+    def __init__(self, dull: str, score: float = 7.0) -> None:
+        self.dull, self.score = dull, score
 
     def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
         lengths_B = length(prompts, completions)
         dull_B = torch.tensor([row.prompt[-1]["content"].startswith(self.dull) for row in prompts])
-        return torch.where(dull_B, 7.0, lengths_B)
+        return torch.where(dull_B, self.score, lengths_B)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers.grpo import OfSomePrompts, constant, grpo_job, grpo_stage, grpo_trainer
 from helpers.jobs import user
@@ -17,6 +18,7 @@ from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer, repeated
+from rlhf.rewards.reward import Prompts
 from rlhf.training.engine import PlainEngine
 
 TRAIN, HELD_OUT = prompts(range(100, 140)), prompts(range(700, 704))
@@ -192,6 +194,41 @@ def test_groups_without_spread_are_replaced_as_often_as_allowed(tmp_path: Path, 
     kept = grpo_trainer(tmp_path / "kept" / "job", tiny_model, reward=OfSomePrompts("10"))
     metrics = kept.step(dull, 1)
     assert metrics["groups_without_spread"] == 0.75 and "resampled_groups" not in metrics
+
+
+def test_replacements_without_a_score_leave_the_other_groups_to_learn_from(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """Three of four groups have no score, and neither has any answer to the prompts that are drawn."""
+    rows, reward = repeated([*TRAIN[:3], TRAIN[20]], 4), OfSomePrompts("10", math.nan)
+    trainer = grpo_trainer(tmp_path / "job", tiny_model, "grpo.max_resamples=2", reward=reward)
+    trainer.prompts = TRAIN[:10]
+    metrics = trainer.step(rows, 1)
+    assert metrics["bad_steps"] == 0.0 and metrics["grad_norm"] > 0.0
+    assert (metrics["unscored"], metrics["resampled_groups"]) == (12.0, 2 * 3)
+
+
+@pytest.mark.parametrize(
+    ("score", "attempts", "said"),
+    [
+        (math.nan, 3, "and no score for any of 16 responses."),
+        (math.inf, 1, "the reward gave inf for the response "),  # no other draw takes it away
+    ],
+)
+def test_a_batch_of_which_nothing_can_be_used_is_a_bad_step(
+    score: float, attempts: int, said: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    asked: list[int] = []
+
+    def reward(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        asked.append(len(completions))
+        return torch.tensor([score, *[math.nan] * (len(completions) - 1)])
+
+    trainer = grpo_trainer(tmp_path / "job", tiny_model, "grpo.max_resamples=2", reward=reward)
+    trainer.prompts = TRAIN
+    metrics = trainer.step(GROUPS, 1)
+    assert metrics["bad_steps"] == 1.0 and "grad_norm" not in metrics
+    assert said in trainer.last_bad and asked == [16] * attempts
 
 
 def test_a_reward_that_cannot_be_learned_moves_nothing_and_says_so(tmp_path: Path, tiny_model: Path) -> None:
