@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.chains import Chain, RealChain
 from helpers.encoded import answers_of, pairs_of
 from helpers.experiments import build, build_stage
+from helpers.gradients import Gradients, agree, gradients_in, ours
 from helpers.grpo import grpo_trainer
 from helpers.jobs import TINY, on_cpu, small_job, tiny_base, user
 from helpers.ppo import prompts, shake
@@ -35,16 +35,11 @@ from rlhf.ppo.trainer import repeated
 from rlhf.stages.trl import TrlStage
 from rlhf.supervised.answers import answer_step
 from rlhf.supervised.pairs import pair_step
-from rlhf.training.config import OptimConfig
-from rlhf.training.make_engine import make_engine
 
 trl = pytest.importorskip("trl")
 
 FEW = "max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-3"
 GRPO = "num_generations: 4, max_completion_length: 6"
-OPTIM = OptimConfig(
-    lr=1e-9, weight_decay=0.0, eps=1e-8, schedule="constant", warmup_fraction=0.0, max_grad_norm=1e9
-)
 
 
 def trained(chain: Chain, trainer: str, *overrides: str, args: str = FEW) -> Any:
@@ -184,33 +179,6 @@ def test_stopped_by_a_signal_it_goes_on_from_trls_own_checkpoint(tmp_path: Path)
     assert steps == [*range(1, 31)]
 
 
-Gradients = dict[str, Tensor]
-
-
-def ours(
-    model: nn.Module, wrapped: nn.Module, step: Callable[[Any], dict[str, float]]
-) -> tuple[float, Gradients]:
-    """The loss, and by name the gradients, which the engine hands to its masters."""
-    engine: Any = make_engine(wrapped, [(model.parameters(), OPTIM)], on_cpu())
-    engine.set_rates(0, 10)
-    kept: Gradients = {}
-    take = engine.step
-
-    def keep() -> None:
-        kept.update(gradients_in(engine, model))
-        take()
-
-    engine.step = keep
-    return step(engine)["loss"], kept
-
-
-def gradients_in(engine: Any, model: nn.Module) -> Gradients:
-    """What an engine would take its next step by."""
-    names = {id(each): name for name, each in model.named_parameters()}
-    pairs = engine.optimizer._pairs
-    return {names[id(each)]: master.grad.clone() for each, master in pairs if master.grad is not None}
-
-
 def theirs(trainer: Any) -> tuple[float, Gradients]:
     """Of all rows as one batch."""
     batch = next(iter(trainer.get_train_dataloader()))
@@ -225,13 +193,6 @@ def settings(kind: Any, directory: Path, **more: Any) -> Any:
         "output_dir": str(directory), "report_to": "none", "use_cpu": True, "bf16": False,
         "per_device_train_batch_size": 9, "gradient_checkpointing": False, "disable_tqdm": True, **more,
     })  # fmt: skip
-
-
-def agree(one: tuple[float, Gradients], other: tuple[float, Gradients]) -> None:
-    assert one[0] == pytest.approx(other[0], rel=1e-4)
-    assert one[1].keys() == other[1].keys()
-    for name, gradient in one[1].items():
-        assert float((gradient - other[1][name]).norm() / other[1][name].norm()) < 1e-4, name
 
 
 def test_sft_has_trls_loss_and_gradients(tmp_path: Path, tiny_model: Path) -> None:
