@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf.losses.policy import LOG_RATIO_LIMIT, PolicyLoss, clipped_policy_loss, kl_loss, loss_weights
+from rlhf.rl.group import group_advantage, neighbours
+from rlhf.rl.rollout import length_mask
 
 NAN = float("nan")
 MASK_BR = torch.tensor([[True, True, True], [True, False, False]])
@@ -98,6 +100,58 @@ def test_gspo_with_one_token_is_ppo() -> None:
         torch.testing.assert_close(first, second)
     gradients = [torch.autograd.grad(each.loss, logp_BR)[0] for each in (of_gspo, of_ppo)]
     torch.testing.assert_close(*gradients)
+
+
+def test_the_first_update_of_grpo_is_rloos_by_hand() -> None:
+    """Three answers with rewards 1, 2 and 6. RLOO's advantages are -3, -1.5 and 4.5, and the gradient of a
+    token's log-probability is -A / 3, the mean over answers. GRPO's is two thirds of it."""
+    mask_BR = length_mask(torch.tensor([2, 1, 3]))
+    reward_B, one_group_B = torch.tensor([1.0, 2.0, 6.0]), neighbours(3, 3)
+    gradient_BR = first_update(torch.zeros(3, 3), reward_B, mask_BR, one_group_B)
+    expected_BR = torch.where(mask_BR, torch.tensor([[3.0], [1.5], [-4.5]]) / 3, 0.0)
+    torch.testing.assert_close(gradient_BR * 3 / 2, expected_BR)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_the_first_update_of_grpo_is_rloos_up_to_n_over_n_minus_1(size: int) -> None:
+    """RLOO is REINFORCE, -mean(A log pi(y)), with the others' mean as baseline: Ahmadian et al. 2024,
+    arXiv:2402.14740, section 3.2. Without the deviation, with ratios of 1 and the same mean, GRPO's gradient
+    in the policy's logits is (n - 1) / n of it."""
+    generator = torch.Generator().manual_seed(size)
+    mask_BR = length_mask(torch.randint(1, 6, (4 * size,), generator=generator))
+    token_BR = torch.randint(0, 7, mask_BR.shape, generator=generator)
+    reward_B, logits_V = (torch.randn(number, generator=generator) for number in (4 * size, 7))
+    logits_V.requires_grad_()
+    logp_BR = logits_V.log_softmax(0)[token_BR]
+
+    others_B = torch.cat([(part.sum() - part) / (size - 1) for part in reward_B.split(size)])
+    answer_B = torch.where(mask_BR, logp_BR, 0.0).sum(1)
+    rloo = -((reward_B - others_B) * answer_B).mean()
+    (of_rloo_V,) = torch.autograd.grad(rloo, logits_V, retain_graph=True)
+
+    of_tokens_BR = first_update(logp_BR.detach(), reward_B, mask_BR, neighbours(4 * size, size))
+    (of_grpo_V,) = torch.autograd.grad(logp_BR, logits_V, of_tokens_BR)
+    assert float(of_rloo_V.norm()) > 0.01
+    torch.testing.assert_close(of_grpo_V * size / (size - 1), of_rloo_V)
+
+
+def first_update(logp_BR: Tensor, reward_B: Tensor, mask_BR: Tensor, group_B: Tensor) -> Tensor:
+    """The gradient of GRPO's loss in the log-probabilities of the policy that sampled, without the deviation;
+    the mean over answers of the sum over their tokens."""
+    length_B, longest = mask_BR.sum(1), mask_BR.shape[1]
+    reward_BR = torch.zeros_like(logp_BR)
+    reward_BR[torch.arange(len(reward_B)), length_B - 1] = reward_B
+    total = int(length_B.sum())
+    weight_B = loss_weights(
+        length_B, "constant", total_tokens=total, num_episodes=len(reward_B), longest=longest
+    )
+    own_BR = logp_BR.clone().requires_grad_()
+    advantage_BR = group_advantage(reward_BR, mask_BR, group_B, divide_by_deviation=False)
+    found = clipped_policy_loss(
+        own_BR, logp_BR, advantage_BR, mask_BR, clip=0.2, total_tokens=total, weight_B=weight_B
+    )
+    (gradient_BR,) = torch.autograd.grad(found.loss, own_BR)
+    return longest * gradient_BR
 
 
 def test_the_kl_loss_by_hand() -> None:

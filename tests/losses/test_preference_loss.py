@@ -84,6 +84,34 @@ def test_simpo_by_hand(gap: float, beta: float, gamma: float, loss: float, slope
     assert found == pytest.approx((loss, slope), abs=1e-12)
 
 
+@pytest.mark.parametrize("gap", [-3.0, 0.0, 7.0])
+def test_ipo_with_beta_to_zero_pulls_every_pair_alike(gap: float) -> None:
+    """(gap - 1 / (2 beta))^2 = 1 / (4 beta^2) - gap / beta + gap^2. Times beta and without the constant it
+    becomes -gap, whose slope is -1: as DPO's, plain unlikelihood of the rejected."""
+    beta = 1e-7
+    loss, slope = value_and_slope(lambda x: ipo_loss(x, beta=beta), gap)
+    assert (loss - 1 / (4 * beta**2)) * beta == pytest.approx(-gap, abs=1e-5)
+    assert slope * beta == pytest.approx(-1.0, abs=1e-5)
+
+
+# the last two log-probabilities are the rejected answer's: means -2 and -2.5, so beta gap is 1
+@pytest.mark.parametrize(
+    ("smoothing", "loss"),
+    [(0.0, math.log1p(math.exp(-1))), (0.1, 0.9 * math.log1p(math.exp(-1)) + 0.1 * math.log1p(math.e))],
+)
+def test_simpo_without_a_margin_is_dpo_with_a_reference_of_zero(smoothing: float, loss: float) -> None:
+    """By means over an answer's tokens; and the slopes in its log-probabilities agree."""
+    logp_T = torch.tensor([-1.0, -2.0, -3.0, -0.5, -4.5], dtype=torch.float64, requires_grad=True)
+    chosen, rejected = logp_T[:3].mean()[None], logp_T[3:].mean()[None]
+    of_simpo = simpo_loss(chosen - rejected, beta=2.0, gamma=0.0, label_smoothing=smoothing)
+    zero = torch.zeros(1, dtype=torch.float64)
+    ratio_gap = (chosen - zero) - (rejected - zero)
+    of_dpo = dpo_loss(ratio_gap, beta=2.0, label_smoothing=smoothing)
+    assert float(of_simpo.detach()) == float(of_dpo.detach()) == pytest.approx(loss)
+    slopes = [torch.autograd.grad(each.sum(), logp_T, retain_graph=True)[0] for each in (of_simpo, of_dpo)]
+    assert torch.equal(*slopes) and slopes[0][0] < 0 < slopes[0][3]
+
+
 # weight (1 - sigmoid(beta (ratio - point))): its slope in the ratio is -weight beta sigmoid (1 - sigmoid)
 @pytest.mark.parametrize(
     ("ratio", "desirable", "point", "loss", "slope"),
@@ -106,6 +134,24 @@ def test_kto_by_hand(ratio: float, desirable: bool, point: float, loss: float, s
         ratio,
     )
     assert found == pytest.approx((loss, slope), abs=1e-9)
+
+
+@pytest.mark.parametrize("ratio", [-3.0, 0.5, 7.0])
+@pytest.mark.parametrize(("desirable", "weight", "sign"), [(True, 1.5, -1.0), (False, 0.75, +1.0)])
+def test_kto_with_beta_to_zero_pulls_every_answer_alike(
+    ratio: float, desirable: bool, weight: float, sign: float
+) -> None:
+    """weight (1 - sigmoid(beta d)) = weight (1/2 - beta d / 4 + O(beta^3)), d being how far it is ahead of
+    the point: its slope over beta becomes -weight / 4 of a desirable answer, and +weight / 4 of another."""
+    beta, point, is_desirable_B = 1e-5, 0.25, torch.tensor([desirable])
+    loss, slope = value_and_slope(
+        lambda x: kto_loss(
+            x, is_desirable_B, beta=beta, point=point, desirable_weight=1.5, undesirable_weight=0.75
+        ),
+        ratio,
+    )
+    assert (loss - weight / 2) / beta == pytest.approx(sign * weight * (ratio - point) / 4, abs=1e-6)
+    assert slope / beta == pytest.approx(sign * weight / 4, abs=1e-6)
 
 
 def test_ktos_point_is_a_mean_never_below_zero_without_a_gradient() -> None:

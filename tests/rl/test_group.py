@@ -86,6 +86,25 @@ def test_reinforce_plus_plus_baseline_by_hand() -> None:
     torch.testing.assert_close(found_BR[MASK_BR], expected)
 
 
+ONE_TOKEN_BR = torch.ones(4, 1, dtype=torch.bool)
+REWARDS = [1.0, 2.0, 6.0, 3.0]
+
+
+def test_reinforce_plus_plus_of_one_token_answers_whitens_their_rewards() -> None:
+    """Mean 3, and deviation sqrt((4 + 1 + 9 + 0) / 4)."""
+    found_BR = batch_advantage(torch.tensor(REWARDS)[:, None], ONE_TOKEN_BR, None)
+    assert found_BR[:, 0].tolist() == pytest.approx([x / math.sqrt(3.5) for x in (-2.0, -1.0, 3.0, 0.0)])
+
+
+def test_with_groups_it_whitens_grpos_advantages_without_deviation() -> None:
+    """The groups' means are 1.5 and 4.5; the distances have mean 0 and variance 2 (0.25 + 2.25) / 4."""
+    reward_BR = torch.tensor(REWARDS)[:, None]
+    found_BR = batch_advantage(reward_BR, ONE_TOKEN_BR, GROUP_B)
+    assert found_BR[:, 0].tolist() == pytest.approx([x / math.sqrt(1.25) for x in (-0.5, 0.5, 1.5, -1.5)])
+    of_grpo_BR = group_advantage(reward_BR, ONE_TOKEN_BR, GROUP_B, divide_by_deviation=False)
+    torch.testing.assert_close(found_BR, of_grpo_BR / of_grpo_BR.std(correction=0))
+
+
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_grpo_without_deviation_is_rloo_up_to_n_over_n_minus_1(size: int) -> None:
     generator = torch.Generator().manual_seed(size)
