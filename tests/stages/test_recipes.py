@@ -100,6 +100,18 @@ def test_a_score_of_the_prompt_alone_fails_a_gate_and_the_reward_is_named(tmp_pa
     )
 
 
+def test_a_gate_of_a_named_instance_fails_and_the_next_stage_does_not_run(tmp_path: Path) -> None:
+    """Its own bound, which nothing meets; the first dpo has the same gates and passes."""
+    off = ("dpo.gates.held_out_loss_change=null", "dpo.gates.accuracy=null")
+    chain = ("dpo.init=base", "dpo@2.init=dpo", "dpo@3.init=dpo@2", "dpo.peft=none")
+    own = "dpo@2.gates.skipped_steps.max=-1"
+    found = Chain(tmp_path).run("stage=dpo@3", *chain, *off, own, "gates=enforce")
+    assert found.code == 3, found.err
+    assert "Gate failed: dpo@2: skipped_steps = 0, wanted <= -1. Try: lower dpo@2.optim.lr," in found.out
+    assert found.out.count("Gate failed: ") == 1
+    assert found.statuses == {"prepare": "ran", "dpo": "ran", "dpo@2": "ran"}
+
+
 def test_scores_in_another_order_fail_a_gate_and_the_reward_is_named(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     (tmp_path / "in_order.py").write_text(
