@@ -78,6 +78,22 @@ def test_json_follows_a_schema(schema: dict[str, Any]) -> None:
     assert check([PromptRow(user("?"))] * 4, said).tolist() == [1.0, 0.0, 0.0, 0.0]
 
 
+AROUND = ("{}", r"\boxed{{{}}}", "${}$", r"$\text{{{}}}$", "1 + {}", "The answer is {}.")
+
+
+@pytest.mark.parametrize("source", ["verify:math", "verify:number", "verify:json_schema"])
+def test_what_a_model_wrote_is_never_run(source: str, tmp_path: Path, schema: dict[str, Any]) -> None:
+    """Neither as it is nor inside a formula or JSON."""
+    file = tmp_path / "was_run"
+    code = f"__import__('os').system('touch {file}')"
+    plain = [around.format(code) for around in AROUND]
+    said = [*plain, *map(json.dumps, plain), json.dumps({code: code, "a": code})]
+    check = verifier(source, schema if source == "verify:json_schema" else {})
+    scores = check([PromptRow(user("?"), columns={"answer": "123.25"})] * len(said), said)
+    assert not file.exists()
+    assert scores.tolist() == [0.0] * 12 + [float(source == "verify:json_schema")]
+
+
 def test_mathematics_is_compared_by_value() -> None:
     check = verifier("verify:math", {})
     said = [r"So \boxed{\frac{1}{2}}", "it is 0.25", "0.5", "0.5"]
