@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -358,6 +359,7 @@ class LabelStage(Stage):
         from rlhf.label.desk import Desk
         from rlhf.label.server import serve
 
+        import_module("nltk.metrics.agreement")  # for seconds, which nobody shall wait for on the page
         desk = Desk(file, draw, self.name, self.annotators, self.votes)
         console = job.progress.console
         try:
@@ -368,8 +370,8 @@ class LabelStage(Stage):
             console.print(f"{self.name}: stopped; {desk.progress().votes} votes are published", **PLAIN)
 
 
-PACKAGES = ("starlette", "uvicorn")
-"""What the page needs."""
+PACKAGES = ("nltk", "starlette", "uvicorn")
+"""What the page needs, and the agreement of those who use it."""
 OTHER = "completion"
 """The column of a prompt that holds the other answer: a pairwise judge's `baseline` by default."""
 PLAIN: Mapping[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}

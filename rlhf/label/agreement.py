@@ -1,4 +1,8 @@
-"""How far annotators agree, beyond chance.
+"""How far annotators agree, beyond chance. NLTK computes both coefficients (`nltk.metrics.agreement`).
+
+Ours is what it lacks: the ordinal difference; the mean of kappas where not everybody judged everything; None
+where a coefficient has no meaning (NLTK says 1, or raises an error). The package `krippendorff` has the
+ordinal difference, but its licence is the GPL.
 
 Sources: Krippendorff 2011, "Computing Krippendorff's alpha-reliability" (repository.upenn.edu/asc_papers/43);
 Cohen 1960, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement 20(1).
@@ -6,10 +10,14 @@ Cohen 1960, "A coefficient of agreement for nominal scales", Educational and Psy
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations, permutations
-from typing import TypeVar
+from itertools import combinations
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from nltk.metrics.agreement import AnnotationTask
 
 Value = TypeVar("Value", bound=str | int)
 Difference = Callable[[Value, Value, Mapping[Value, float], Sequence[Value]], float]
@@ -41,20 +49,11 @@ def krippendorff_alpha(
         None if no unit has two judges, or if all of them said the same one value, so that chance has no
         meaning.
     """
-    pairs: Counter[tuple[Value, Value]] = Counter()
-    for unit in units:
-        for one, other in permutations(unit, 2):
-            pairs[one, other] += 1 / (len(unit) - 1)  # type: ignore[assignment]  # weights, not counts
-    totals: Counter[Value] = Counter()
-    for (one, _), weight in pairs.items():
-        totals[one] += weight
-    size = sum(totals.values())
-    observed = sum(weight * difference(*pair, totals, order) for pair, weight in pairs.items())
-    expected = sum(
-        totals[one] * totals[other] * difference(one, other, totals, order)
-        for one, other in permutations(totals, 2)
-    )
-    return 1 - (size - 1) * observed / expected if expected else None
+    judged = [unit for unit in units if len(unit) > 1]
+    totals = Counter(value for unit in judged for value in unit)
+    if len(totals) < 2:
+        return None
+    return float(_task(judged, lambda one, other: difference(one, other, totals, order)).alpha())
 
 
 def cohen_kappa(judged: Iterable[tuple[Value, Value]]) -> float | None:
@@ -67,12 +66,9 @@ def cohen_kappa(judged: Iterable[tuple[Value, Value]]) -> float | None:
         None if there is nothing that both judged, or if both always said the same one value.
     """
     rows = [*judged]
-    if not rows:
+    if len({value for row in rows for value in row}) < 2:
         return None
-    share = [Counter(row[side] for row in rows) for side in (0, 1)]
-    chance = sum(share[0][value] * share[1][value] for value in share[0]) / len(rows) ** 2
-    agreed = sum(one == other for one, other in rows) / len(rows)
-    return (agreed - chance) / (1 - chance) if chance < 1 else None
+    return float(_task(rows, operator.ne).kappa())
 
 
 def mean_kappa(judged: Mapping[str, Mapping[str, Value]]) -> float | None:
@@ -89,3 +85,11 @@ def mean_kappa(judged: Mapping[str, Mapping[str, Value]]) -> float | None:
         if kappa is not None:
             total, weight = total + kappa * len(both), weight + len(both)
     return total / weight if weight else None
+
+
+def _task(units: Iterable[Sequence[Value]], difference: Callable[[Value, Value], float]) -> AnnotationTask:
+    """What each judge said of each unit, as NLTK takes it."""
+    from nltk.metrics.agreement import AnnotationTask
+
+    said = [(judge, number, value) for number, unit in enumerate(units) for judge, value in enumerate(unit)]
+    return AnnotationTask(said, difference)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from rlhf.label.agreement import krippendorff_alpha
 from rlhf.label.draw import Draw
-from rlhf.label.snapshot import Snapshot
+from rlhf.label.snapshot import IN_ORDER, Snapshot
 from rlhf.label.votes import Choice, Shown, VotesFile
 
 Button = Literal["left", "right", "tie", "both_bad", "skip"]
@@ -78,8 +79,8 @@ class Desk:
     def progress(self, annotator: str = "") -> Progress:
         """How far the work is, for an annotator."""
         found = self.snapshot()
-        agreement = found.agreement()
+        several = [[*said.values()] for said in found.judged_by_several().values()]
         return Progress(
             len(found.counted), self.wanted, sum(vote.annotator == annotator for vote in found.counted),
-            found.seconds_per_vote(), agreement.get("alpha"), int(agreement["overlap_pairs"]),
+            found.seconds_per_vote(), krippendorff_alpha(several, IN_ORDER), len(several),
         )  # fmt: skip

@@ -90,14 +90,18 @@ class Snapshot:
                 "first_by": pair.first_by, "second_by": pair.second_by,
             }  # fmt: skip
 
-    def agreement(self) -> dict[str, float]:
-        """Of random pairs that several people judged; without what cannot be told yet."""
+    def judged_by_several(self) -> dict[str, dict[str, str]]:
+        """Pair -> annotator -> what they said, of the random pairs that several people judged."""
         judged: dict[str, dict[str, str]] = {}
         for vote in self.counted:
             if vote.purpose == "random":
                 said = vote.choice if vote.choice in ("first", "second") else "even"
                 judged.setdefault(vote.pair.id, {})[vote.annotator] = said
-        several = {pair: said for pair, said in judged.items() if len(said) > 1}
+        return {pair: said for pair, said in judged.items() if len(said) > 1}
+
+    def agreement(self) -> dict[str, float]:
+        """Of random pairs that several people judged; without what cannot be told yet."""
+        several = self.judged_by_several()
         units = [[*said.values()] for said in several.values()]
         found = {
             "alpha": krippendorff_alpha(units, IN_ORDER),

@@ -1,6 +1,11 @@
-"""Agreement against published examples, and what must not matter."""
+"""Agreement against published examples and the definitions, and what must not matter."""
 
 from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, permutations, product
+from statistics import fmean
 
 import pytest
 
@@ -39,3 +44,45 @@ def test_cohens_kappa_by_hand() -> None:
     assert cohen_kappa([]) is None and cohen_kappa([("y", "y")]) is None
     by_pair = {str(n): {"a": one, "b": other} for n, (one, other) in enumerate(judged)}
     assert mean_kappa({**by_pair, "c alone": {"c": "y"}}) == pytest.approx(0.4)
+
+
+def alpha_by_definition(units: Sequence[Sequence[int]], differ: Callable[[int, int], float]) -> float:
+    """1 less the mean difference within a unit over that of any two values of all units."""
+    values = [each for unit in units for each in unit]
+    within = sum(fmean(differ(*two) for two in permutations(unit, 2)) * len(unit) for unit in units)
+    return 1 - within / len(values) / fmean(differ(*two) for two in permutations(values, 2))
+
+
+def kappa_by_definition(judged: Sequence[tuple[int, int]]) -> float | None:
+    """Chance: how often a row's first value is the second value of any row."""
+    chance = fmean(one == other for one, other in product(*zip(*judged, strict=True)))
+    return None if chance == 1 else (fmean(one == other for one, other in judged) - chance) / (1 - chance)
+
+
+def mean_kappa_by_definition(table: Mapping[str, Mapping[str, int]]) -> float:
+    found = []
+    for one, other in combinations("abcde", 2):
+        both = [(said[one], said[other]) for said in table.values() if {one, other} <= said.keys()]
+        kappa = kappa_by_definition(both) if both else None
+        found += [] if kappa is None else [kappa] * len(both)
+    return fmean(found)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_tables_with_missing_votes_and_ties(seed: int) -> None:
+    """The ordinal difference is that of the values' mean ranks, squared."""
+    draw = random.Random(seed)
+    shares = [draw.random() + 0.1 for _ in range(3)]
+    table = {
+        str(n): {who: draw.choices((1, 2, 3), shares)[0] for who in "abcde" if draw.random() < 0.5}
+        for n in range(draw.randint(8, 40))
+    }
+    several = [[*said.values()] for said in table.values() if len(said) > 1]
+    values = sorted(each for unit in several for each in unit)
+    rank = {each: fmean(at for at, value in enumerate(values) if value == each) for each in values}
+    nominal_alpha = alpha_by_definition(several, lambda one, other: one != other)
+    ordinal_alpha = alpha_by_definition(several, lambda one, other: (rank[one] - rank[other]) ** 2)
+    units = [[*said.values()] for said in table.values()]
+    assert krippendorff_alpha(units, (1, 2, 3)) == pytest.approx(nominal_alpha)
+    assert krippendorff_alpha(units, (1, 2, 3), ordinal) == pytest.approx(ordinal_alpha)
+    assert mean_kappa(table) == pytest.approx(mean_kappa_by_definition(table))

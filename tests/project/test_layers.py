@@ -17,7 +17,7 @@ from helpers.chains import SETTINGS, SOURCES, STAGES, Chain, Outcome
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "rlhf").rglob("*.py"), *(ROOT / "stages").rglob("*.py")])
 LONGEST = 600
-LAZY = ("deepspeed", "vllm", "wandb", "bm25s", "rapidfuzz", "matplotlib", "lm_eval")
+LAZY = ("deepspeed", "vllm", "wandb", "bm25s", "rapidfuzz", "matplotlib", "lm_eval", "nltk")
 ROWS = (
     ("config", "digests", "disk", "exit_codes", "locks", "printable"),
     ("losses", "rl"),
