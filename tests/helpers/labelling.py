@@ -105,10 +105,14 @@ def served(
 
 
 def main() -> None:
-    """Serve in a process of its own: VOTES_FILE PORT PAIRS ANNOTATOR..."""
+    """Serve in a process of its own: VOTES_FILE PORT PAIRS ANNOTATOR...
+
+    No pair goes to two annotators: what computes their agreement takes seconds to load.
+    """
     path, port, count, *people = sys.argv[1:]
     config = ServerConfig(host="127.0.0.1", port=int(port), url=None, new_links=[])
-    desk = Desk(VotesFile(Path(path)), Draw(many(int(count)), DRAW, 0, len(people)), "label", people, 1000)
+    draw = Draw(many(int(count)), DRAW.model_copy(update={"overlap_share": 0.0}), 0, len(people))
+    desk = Desk(VotesFile(Path(path)), draw, "label", people, 1000)
     serve(desk, config, lambda text: print(text, flush=True))
 
 

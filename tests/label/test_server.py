@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import html
 import os
+import random
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from queue import Queue
 from typing import IO
 
 import httpx
@@ -239,8 +244,8 @@ def port() -> Iterator[int]:
     yield found
 
 
-def start(path: Path, port: int, *people: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "helpers.labelling", str(path), str(port), "40", *people]
+def start(path: Path, port: int, *people: str, pairs: int = 40) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "helpers.labelling", str(path), str(port), str(pairs), *people]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS, env=environment)
 
@@ -254,6 +259,14 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.wait()
     output_of(process).close()
+
+
+def test_sqlite_writes_each_vote_to_the_disk_before_it_says_so(tmp_path: Path) -> None:
+    """A killed process cannot show this: what it wrote is in the system's memory. A power cut would."""
+    with closing(VotesFile(tmp_path / "votes.sqlite")) as file:
+        run = file._connection.execute
+        assert run("PRAGMA synchronous").fetchone() == (2,), "FULL"
+        assert run("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_killed_between_votes_none_is_lost(tmp_path: Path, port: int) -> None:
@@ -275,3 +288,46 @@ def test_killed_between_votes_none_is_lost(tmp_path: Path, port: int) -> None:
         assert ada.answers == on_page, "the same pair, in the same places"
     kill(process)
     assert all("good" in getattr(vote.pair, vote.choice) for vote in cast(path))
+
+
+def vote_until_killed(browser: Browser, confirmed: Queue[str]) -> None:
+    """As fast as the server answers. It begins with the page that is open, also if that was voted on."""
+    with suppress(httpx.TransportError):
+        while (shown := browser.shown) is not None:
+            form = {"choice": "left", "comment": shown, "shown": shown}
+            if browser.client.post("/vote", data=form, follow_redirects=False).status_code == 303:
+                confirmed.put(shown)
+            browser.page = browser.client.get("/")
+
+
+def test_killed_among_votes_no_confirmed_one_is_lost_and_none_counts_twice(tmp_path: Path, port: int) -> None:
+    path, people, draw = tmp_path / "votes.sqlite", ("ada", "ben", "eve"), random.Random(0)
+    browsers: list[Browser] = []
+    confirmed: Queue[str] = Queue()
+    known: list[str] = []
+    for kills in range(1, 4):
+        process = start(path, port, *people, pairs=400)
+        try:
+            answers_at(f"http://127.0.0.1:{port}/")
+            if not browsers:
+                lines = "".join(output_of(process).readline() for _ in range(len(people) + 1))
+                browsers = [Browser(link) for _, link in LINK.findall(lines)]
+            threads = [
+                threading.Thread(target=vote_until_killed, args=(browser, confirmed)) for browser in browsers
+            ]
+            for thread in threads:
+                thread.start()
+            known += [confirmed.get(timeout=30) for _ in range(draw.randint(10, 50))]
+            time.sleep(draw.uniform(0, 0.01))
+        finally:
+            kill(process)
+        for thread in threads:
+            thread.join()
+        known += [confirmed.get() for _ in range(confirmed.qsize())]
+        votes = cast(path)
+        assert len({*known}) == len(known), "a page that was voted on is not confirmed again"
+        assert {*known} <= {vote.comment for vote in votes}
+        assert len(votes) - len(known) <= kills * len(people), "each waited for one answer"
+        assert max(Counter((vote.annotator, vote.pair.id) for vote in votes).values()) == 1
+    with closing(sqlite3.connect(path)) as file:
+        assert file.execute("PRAGMA integrity_check").fetchone() == ("ok",)
