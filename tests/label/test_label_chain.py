@@ -123,23 +123,26 @@ def test_slips_are_named(tmp_path: Path, override: str, said: str) -> None:
     assert found.code == 2 and said in found.err, found.err
 
 
-def test_a_reward_model_learns_from_the_judgements(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("reader", "counts", "reads"),
+    [
+        ("reward", "pairs", ["reward.pairs=stage:label"]),
+        ("dpo", "rows", ["dpo.data=stage:label", "dpo.init=base", "dpo.peft=none"]),
+    ],
+)
+def test_a_stage_learns_from_the_judgements(
+    tmp_path: Path, reader: str, counts: str, reads: list[str]
+) -> None:
     chain = Chain(tmp_path)
-    args = (
-        *RULE,
-        f"label.pairs={own_pairs(chain)}",
-        "reward.pairs=stage:label",
-        "stage=reward",
-        "gates=warn",
-    )
+    args = (*RULE, f"label.pairs={own_pairs(chain)}", *reads, f"stage={reader}", "gates=warn")
     first = chain.run(*args, "label.votes=20")
     assert first.code == 0, first.err
-    metrics = first.summary["stages"]["reward"]["metrics"]
-    assert metrics["reward/train_pairs"] + metrics["reward/held_out_pairs"] == 20
+    metrics = first.summary["stages"][reader]["metrics"]
+    assert metrics[f"{reader}/train_{counts}"] + metrics[f"{reader}/held_out_{counts}"] == 20
     again = chain.run(*args, "label.votes=20")
     assert set(again.statuses.values()) == {"reused"}
     more = chain.run(*args, "label.votes=24")
-    assert more.statuses["reward"] == "ran" and first.artifact("reward").is_dir()
+    assert more.statuses[reader] == "ran" and first.artifact(reader).is_dir()
 
 
 FEEDBACK = (
