@@ -42,6 +42,7 @@ def press(page: Page, key: str) -> None:
 
 
 def test_votes_by_keyboard_alone(browser: Browser, tmp_path: Path) -> None:
+    """A notice has the focus, and so is read aloud: a status that is there when the page loads is not."""
     path = tmp_path / "votes.sqlite"
     with served(path, many(12), "ada", wanted=6) as (_, links):
         page = browser.new_page()
@@ -55,6 +56,8 @@ def test_votes_by_keyboard_alone(browser: Browser, tmp_path: Path) -> None:
         press(page, "t")
         press(page, "s")
         press(page, "u")
+        page.wait_for_selector("[role=status]:focus >> text=taken back")
+        assert complaints(page) == []
         page.keyboard.press("c")
         page.keyboard.type("1 2 t: no votes here")
         page.keyboard.press("Escape")
@@ -90,6 +93,7 @@ def test_without_javascript(browser: Browser, tmp_path: Path) -> None:
         assert not page.is_visible("#keys"), "without the script there are no keys to speak of"
         page.click("text=B is better")
         page.click("text=Undo")
+        page.wait_for_selector("[role=status]:focus")
         page.click("text=Tie")
         page.wait_for_selector("text=1 of 1000 votes")
         context.close()
