@@ -43,6 +43,8 @@ class Desk:
         """
         self.file, self.draw, self.stage = file, draw, stage
         self.annotators, self.wanted = tuple(annotators), wanted
+        self.comments: dict[int, str] = {}
+        """Number of what is shown again after an undo -> the comment of the vote that was taken back."""
 
     def snapshot(self) -> Snapshot:
         """The votes that count."""
@@ -52,7 +54,7 @@ class Desk:
         """The pair on an annotator's page: the one that is there, or the next one; None if none is left."""
         shown = self.file.on_page(self.stage, annotator)
         if shown is not None and shown.pair.id in self.draw.pairs:
-            return shown
+            return shown._replace(comment=self.comments.get(shown.id, ""))
         elsewhere = self.file.being_judged(self.stage, time.time() - AWAY_SECONDS)
         elsewhere.pop(annotator, None)
         found = self.draw.next(annotator, self.snapshot().all, elsewhere)
@@ -68,8 +70,12 @@ class Desk:
         return self.file.cast(self.stage, annotator, shown, choice, comment[:MOST_COMMENT])
 
     def undo(self, annotator: str) -> bool:
-        """Take back the annotator's last vote; its pair is on their page again. False if there is none."""
-        return self.file.undo(self.stage, annotator) is not None
+        """Take back the annotator's last vote; its pair and comment are on their page again. False if there
+        is none."""
+        shown = self.file.undo(self.stage, annotator)
+        if shown is not None:
+            self.comments[shown.id] = shown.comment
+        return shown is not None
 
     def is_done(self) -> bool:
         """Whether there are enough votes, or nobody has a pair left."""

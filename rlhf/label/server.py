@@ -244,6 +244,7 @@ class Page:
             right=right,
             progress=progress,
             notice=notice,
+            comment=shown.comment,
             most_comment=MOST_COMMENT,
         )
 

@@ -61,6 +61,8 @@ class Shown(NamedTuple):
     left: Side
     """The answer on the left."""
     purpose: Purpose
+    comment: str = ""
+    """Of the vote on it that was taken back."""
 
 
 class Vote(NamedTuple):
@@ -243,7 +245,7 @@ class VotesFile:
         """Take the annotator's last vote back, and show its pair again.
 
         Returns:
-            The pair, as it was shown; None if there is no vote.
+            The pair, as it was shown, with the vote's comment; None if there is no vote.
         """
         last = [
             vote for vote in self.votes(stage) if vote.annotator == annotator and vote.purpose != "imported"
@@ -256,7 +258,7 @@ class VotesFile:
         run("INSERT INTO undone VALUES (?, ?)", (vote.id, time.time()))
         shown = self.show(stage, annotator, vote.pair, vote.left, vote.purpose)
         run("COMMIT")
-        return shown
+        return shown._replace(comment=vote.comment)
 
     def votes(self, stage: str) -> list[Vote]:
         """The votes that the stage of this name asked for, in their order, without those taken back."""

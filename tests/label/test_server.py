@@ -58,12 +58,14 @@ def test_a_vote_taken_back_is_asked_again_in_the_same_places(tmp_path: Path) -> 
     with served(path, many(4), "ada") as (_, links):
         ada = Browser(links["ada"])
         first = ada.answers
-        ada.vote("left")
-        assert ada.answers != first
+        ada.vote("left", "so </textarea> kind")
+        assert ada.answers != first and "kind" not in ada.text
         ada.undo()
         assert ada.answers == first and "taken back" in ada.text
+        assert ">so &lt;/textarea&gt; kind</textarea>" in ada.text, "the comment is not lost"
         assert cast(path) == []
         ada.vote("right")
+        assert "kind" not in ada.text
         ada.vote("left")
         ada.undo()
         ada.page = ada.client.get(str(ada.page.url))
