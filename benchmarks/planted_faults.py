@@ -151,6 +151,11 @@ def cut(rows: list[Row]) -> Iterator[Row]:
         yield {**row, "completion": row["completion"][:32]}
 
 
+def every_fifth(rows: list[Row]) -> Iterator[Row]:
+    """To evaluate with: nothing else may ask them."""
+    yield from rows[::5]
+
+
 def longer_first(rows: list[Row]) -> Iterator[Row]:
     """The longer answer as the better one."""
     for row in rows:
@@ -175,7 +180,9 @@ FAULTS = {
     "columns": Fault(["sft.data=columns.jsonl"], "sft", "instructions", exchanged),
     "silent_gold": Fault(["evaluate.gold=python:silent:score"], "evaluate"),
     "reordered": Fault(["ppo.reward=python:reordered:score"], "the reward of generate"),
-    "sums": Fault(["ppo.prompts={samples: arithmetic}"], "ppo"),
+    "sums": Fault(
+        ["ppo.prompts={samples: arithmetic}", "evaluate.prompts=sums.jsonl"], "ppo", "prompts", every_fifth
+    ),
     "exchanged": Fault(["reward.pairs=exchanged.jsonl"], "reward", "pairs", worse_first),
     "cut": Fault(["sft.data=cut.jsonl"], "sft", "instructions", cut),
 }
