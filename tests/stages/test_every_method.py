@@ -38,6 +38,8 @@ SETTINGS = (
     "ppo.max_new_tokens=6", "ppo.evaluate_every=1", "ppo.evaluate_prompts=4", "ppo.optim.lr=5e-2",
     "ppo.score.normalize=none", "ppo.critic.init=sft", "ppo.kl.coef=0.0",
     "ppo.reward=python:test_every_method:other_than_first",
+    "grpo.steps=2", "grpo.batch_episodes=8", "grpo.minibatch_episodes=4", "grpo.optim.lr=5e-2",
+    "grpo.kl.coef=0.0", "grpo.score.clip=null",  # its scores are lengths: clipped, all would be the same
 )  # fmt: skip
 MERGING = {
     "lora": "{method: lora, rank: 4}", "dora": "{method: dora, rank: 4}", "ia3": "ia3",
@@ -47,7 +49,7 @@ BESIDE = {
     "adapter": "{method: adapter, placement: houlsby, size: 8}", "prefix": "{method: prefix, tokens: 5}",
     "prompt": "{method: prompt, tokens: 5}", "p_tuning": "{method: p_tuning, tokens: 5}",
 }  # fmt: skip
-POLICIES = ["sft", "ppo", pytest.param("dpo", marks=pytest.mark.slow)]
+POLICIES = ["sft", "ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpo", "grpo"))]
 HELD_OUT = [f"{n}?" for n in range(20, 24)]
 ROWS = [torch.arange(3, 30), torch.arange(40, 52)]
 
@@ -58,7 +60,7 @@ FIRST_ANSWERS: dict[str, str] = {}
 
 def other_than_first(prompts: list[str], responses: list[str]) -> list[float]:
     """A reward for length; for held-out prompts, for any other answer than the first: so that what PPO
-    publishes is a policy that has moved."""
+    and GRPO publish is a policy that has moved."""
 
     def score(prompt: str, response: str) -> float:
         if prompt not in HELD_OUT:
