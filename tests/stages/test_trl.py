@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import _telemetry
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -25,11 +29,13 @@ from helpers.ppo import prompts, shake
 from helpers.spawned import start_ranks
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
-from rlhf.data.schema import PairRow, PromptRow, SftRow
+from rlhf.data.schema import PairRow, PromptRow, SftRow, Split
 from rlhf.distributed.compute import Compute
+from rlhf.distributed.signals import Stopped
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel
 from rlhf.models.value_head import load_scalar_model
+from rlhf.pipeline.job import Job
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import repeated
 from rlhf.stages.trl import TrlStage
@@ -40,6 +46,7 @@ trl = pytest.importorskip("trl")
 
 FEW = "max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-3"
 GRPO = "num_generations: 4, max_completion_length: 6"
+SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 
 def trained(chain: Chain, trainer: str, *overrides: str, args: str = FEW) -> Any:
@@ -78,6 +85,8 @@ def test_each_trainer_publishes_a_plain_model(
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(model.state_dict()[name], base.state_dict()[name]), "it learned nothing"
+    recipe = json.loads((artifact / "manifest.json").read_text())["recipe"]
+    assert recipe["external"]["trl"] == trl.__version__
     lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if "trl/loss" in line} == {1, 2, 3}
     assert outcome.summary["stages"]["trl"]["metrics"]["trl/steps"] == 3
@@ -177,6 +186,51 @@ def test_stopped_by_a_signal_it_goes_on_from_trls_own_checkpoint(tmp_path: Path)
     assert "trl: continues from step " in out
     steps = [row["step"] for row in chain.metrics("run") if "trl/loss" in row]
     assert steps == [*range(1, 31)]
+
+
+def first_steps(directory: Path, model: Path) -> tuple[TrlStage, Callable[[str], Job]]:
+    """A short SFT, and what makes jobs for it that share their checkpoints."""
+
+    def job_of(name: str) -> Job:
+        job = small_job("trl", directory / name, tiny_base(model), checkpoints=directory / "checkpoints")
+        for split in SPLITS:
+            job.data.write("sft", split, [SftRow(user(f"{n}?"), "rain " * n) for n in range(1, 9)])
+        return job
+
+    return build_stage(TrlStage, "model=tiny", "trl.init=base", f"trl.args={{{FEW}}}"), job_of
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_damaged_checkpoint_of_trl_is_not_gone_on_from(
+    damaged: bool, tmp_path: Path, tiny_model: Path
+) -> None:
+    stage, job_of = first_steps(tmp_path, tiny_model)
+    first = job_of("first")
+    first.checkpoints.signals.received = signal.SIGTERM
+    with pytest.raises(Stopped):
+        stage.run(first)
+    (weights,) = (tmp_path / "checkpoints").glob("step-*/model.safetensors")
+    if damaged:
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    second = job_of("second")
+    assert (second.checkpoints.newest is None) == damaged
+    stage.run(second)
+    lines = map(json.loads, (second.directory / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "trl/loss" in line] == [1, 2, 3]
+
+
+def test_trl_tells_nobody_that_it_is_used(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trainers do when they are made, unless the Hub's library is told not to."""
+    told: Queue[object] = Queue()
+    monkeypatch.setattr(_telemetry, "_TELEMETRY_QUEUE", told)
+    monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: None)  # nothing leaves this test
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    stage, job_of = first_steps(tmp_path, tiny_model)
+    stage._trainer(job_of("job"), tmp_path / "scratch")
+    assert told.empty()
 
 
 def theirs(trainer: Any) -> tuple[float, Gradients]:
