@@ -34,7 +34,7 @@ from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import Init, check_start, directory_of, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Purpose, Stage, root_of
+from rlhf.pipeline.stage import TUNED, Healthy, Purpose, Stage, root_of
 from rlhf.supervised.preferences import (
     REFERENCE,
     Measured,
@@ -69,6 +69,13 @@ class DpoStage(PreferenceConfig, Stage):
         "held_out_loss": ("after", "z.3f"),
         "accuracy": ("ranks right", "z.3f"),
         **TUNED,
+    }
+    healthy: ClassVar[Mapping[str, Healthy]] = {
+        "held_out_loss": Healthy(gate="held_out_loss_change", from_start=True),
+        "held_out_accuracy": Healthy(gate="accuracy"),
+        "held_out_margin": Healthy(min=0.0),
+        "train_accuracy": Healthy(min=0.5),
+        "train_margin": Healthy(min=0.0),
     }
     purpose: ClassVar[Purpose] = Purpose(
         "held_out_loss_change", "DPO's loss on held-out preferences", -1,
@@ -350,6 +357,7 @@ class Trial:
         self.state |= {"first": tuple(self.measure())}
         self.state |= {"best": self.state["first"], "last": self.state["first"], "best_step": 0}
         self.job.checkpoints.keep_best(self.engine, self.policy)
+        self.tell(Measured(*self.state["first"]), 0)
         return 0
 
     def restore(self, found: Mapping[str, Any]) -> int:
@@ -369,14 +377,17 @@ class Trial:
         """Measure, and keep the weights if the choosing half of the rows has the lowest loss so far."""
         found = self.measure()
         self.state["last"] = tuple(found)
-        choice = self.loss(found, CHOICE)
-        if choice < self.loss(Measured(*self.state["best"]), CHOICE):
+        if self.loss(found, CHOICE) < self.loss(Measured(*self.state["best"]), CHOICE):
             self.state |= {"best": tuple(found), "best_step": step}
             self.job.checkpoints.keep_best(self.engine, self.policy)
+        self.tell(found, step)
+
+    def tell(self, found: Measured, step: int) -> None:
+        """Log what was measured after a step."""
         margin_B = self.values(found).margin_B[JUDGED]
         self.job.log(
             {
-                "held_out_loss": self.loss(found, JUDGED), "held_out_choice_loss": choice,
+                "held_out_loss": self.loss(found, JUDGED), "held_out_choice_loss": self.loss(found, CHOICE),
                 "held_out_accuracy": float(right(margin_B).mean()), "held_out_margin": float(margin_B.mean()),
             },
             step,

@@ -31,7 +31,7 @@ from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.saved import attach_to_merge, bytes_under, save_adapter
 from rlhf.models.start import Init, check_start, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Purpose, Stage, root_of
+from rlhf.pipeline.stage import TUNED, Healthy, Purpose, Stage, root_of
 from rlhf.supervised.pairs import Pairs, pair_step, rank_pairs
 from rlhf.training.config import OptimConfig
 
@@ -51,6 +51,7 @@ class RewardStage(Stage):
         "longer_wins_accuracy": ("longer wins", "z.3f"),
         **TUNED,
     }
+    healthy: ClassVar[Mapping[str, Healthy]] = {"train_accuracy": Healthy(min=0.5)}
     purpose: ClassVar[Purpose] = Purpose(
         "accuracy_over_baseline", "the reward model's ranking against chance and length", 1,
         "it ranks no better than a rule that reads no word, so no policy can learn from it",

@@ -29,7 +29,7 @@ from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import Init, check_start, directory_of
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Purpose, Stage, root_of
+from rlhf.pipeline.stage import TUNED, Healthy, Purpose, Stage, root_of
 from rlhf.supervised.answers import answer_losses, answer_step, cut_share, prompt_gain, with_replay
 from rlhf.training.config import OptimConfig
 
@@ -47,6 +47,9 @@ class SftStage(Stage):
         "held_out_loss_before": ("loss before", "z.3f"),
         "held_out_loss": ("after", "z.3f"),
         **TUNED,
+    }
+    healthy: ClassVar[Mapping[str, Healthy]] = {
+        "held_out_loss": Healthy(gate="held_out_loss_change", from_start=True)
     }
     purpose: ClassVar[Purpose] = Purpose(
         "held_out_loss_change", "SFT's loss on held-out answers", -1,
@@ -195,7 +198,10 @@ class SftStage(Stage):
         trained, _ = count_parameters(policy)
         engine, state = job.engine(ResponseModel(policy), [(policy.parameters(), self.optim)])
         budget = self.micro_batch_tokens
+        tokens_B = torch.from_numpy(held_out.learned.astype("int64"))
         before_B = state["before_B"].clone() if state else answer_losses(engine, held_out, budget, compute)
+        if not state:
+            job.log({"held_out_loss": ratio(before_B, tokens_B).value}, 0)
         train_batches(
             job,
             engine,
@@ -206,8 +212,8 @@ class SftStage(Stage):
             done=state["done"] if state else 0,
         )
         after_B = answer_losses(engine, held_out, budget, compute)
+        job.log({"held_out_loss": ratio(after_B, tokens_B).value}, len(batches))
         gain = prompt_gain(engine, held_out, after_B, self.room(start.context_length), budget, compute)
-        tokens_B = torch.from_numpy(held_out.learned.astype("int64"))
 
         with job.trained(engine, policy) as weights:
             written = job.compute.main_only(

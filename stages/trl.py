@@ -29,7 +29,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.models.peft.config import Peft, PeftConfig
 from rlhf.models.start import Init
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.stage import Healthy, Stage
 from rlhf.rewards.kinds import RewardMix, RewardSource
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ class TrlStage(Stage):
     headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
         "train_loss": ("loss", ".3f"), "eval_loss": ("held-out loss", ".3f"),
     }  # fmt: skip
+    healthy: ClassVar[Mapping[str, Healthy]] = dict.fromkeys(
+        ("rewards/accuracies", "eval_rewards/accuracies", "accuracy", "eval_accuracy"), Healthy(min=0.5)
+    )
     in_chain: ClassVar[bool] = False
     repeats_keys: ClassVar[bool] = True
 

@@ -227,12 +227,20 @@ class Run:
             }
             for name in self.needed
         }
+        healthy = {
+            name: {
+                curve: [each.min, each.max, each.from_start]
+                for curve, each in self.chain[name].healthy_curves().items()
+            }
+            for name in self.needed
+        }
         content = redacted({"stages": stages, "gates": gates, "verdict": self.verdict})
         content |= {
             "policies": redacted(self.policies),
             "outcome": self.outcome,
             "reads": {name: [*dict.fromkeys(self.chain[name].inputs())] for name in self.needed},
             "bounds": bounds,
+            "healthy": healthy,
             "changed": [*self.changed],  # it holds no secret
         }
         replace_text(self.directory / "summary.json", json.dumps(content, indent=2, allow_nan=False))

@@ -56,6 +56,19 @@ class Purpose(NamedTuple):
     """What the verdict says where it did not improve, such as `it learned nothing of its examples`."""
 
 
+class Healthy(NamedTuple):
+    """Where a curve of a stage is healthy; the stage's page of the documentation says why."""
+
+    min: float | None = None
+    """The smallest healthy value; None for no end."""
+    max: float | None = None
+    """The largest healthy value; None for no end."""
+    gate: str | None = None
+    """The gate whose bound holds instead, as it is set. Where it is turned off, nothing is said."""
+    from_start: bool = False
+    """Whether the ends are changes since the curve's value at step 0, before anything is learned."""
+
+
 class Stage(Strict, ABC):
     """One step of the chain. It reads artifacts and data sets and publishes one artifact.
 
@@ -70,6 +83,9 @@ class Stage(Strict, ABC):
     """A policy can be evaluated, compared and merged; a reward scores."""
     headlines: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Its most telling summary metrics, for the report: (words, format)."""
+    healthy: ClassVar[Mapping[str, Healthy]] = {}
+    """Curves that it logs -> where they are healthy: the run's page shades it. A curve with the name of a
+    gate has the gate's bound. It decides no result, so it is in no key."""
     purpose: ClassVar[Purpose | None] = None
     """What the verdict judges it by; a policy is also judged by what `evaluate` says of it."""
     repeats_keys: ClassVar[bool] = False
@@ -205,6 +221,17 @@ class Stage(Strict, ABC):
         """The summary metrics that it may publish, which gates and sweeps may name; `a*` stands for all that
         begin with a. None are said: any may be named."""
         return ()
+
+    def healthy_curves(self) -> dict[str, Healthy]:
+        """`healthy`, with the bounds of its gates as they are set."""
+        found = {}
+        for curve, each in self.healthy.items():
+            bound = self.gates.get(each.gate) if each.gate else None
+            if bound is not None:
+                found[curve] = each._replace(min=bound.min, max=bound.max)
+            elif each.gate is None:
+                found[curve] = each
+        return found
 
     def check_metric(self, name: str, key: str) -> None:
         """Refuse the name of a metric that it never publishes.

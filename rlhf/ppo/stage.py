@@ -18,7 +18,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import check_start, misfits
 from rlhf.pipeline.job import Job
-from rlhf.pipeline.stage import TUNED, Stage, chain_of, root_of
+from rlhf.pipeline.stage import TUNED, Healthy, Stage, chain_of, root_of
 from rlhf.ppo.config import PolicyConfig
 from rlhf.ppo.cost import policy_cost
 from rlhf.rewards.kinds import RewardMix, models_of, stage_of
@@ -36,6 +36,13 @@ class PolicyStage(PolicyConfig, Stage):
         "held_out_score": ("after", "+z.2f"),
         "kl": ("KL", "z.2f"),
         **TUNED,
+    }
+    healthy: ClassVar[Mapping[str, Healthy]] = {
+        "held_out_score": Healthy(gate="held_out_score_gain", from_start=True),
+        "held_out_kl": Healthy(gate="kl"),
+        "kl_k3": Healthy(gate="kl"),
+        "skipped_minibatches": Healthy(max=0.0),
+        "bad_steps": Healthy(max=0.0),
     }
     samples: ClassVar[bool] = True
     divided: ClassVar[tuple[str, ...]] = ("batch_episodes", "minibatch_episodes")

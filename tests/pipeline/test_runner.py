@@ -62,9 +62,13 @@ def test_weights_are_as_readable_as_everything_else(chain: Chain, first: Outcome
 
 def test_summary_keeps_its_contract(first: Outcome) -> None:
     summary = first.summary
-    assert set(summary) == {"stages", "gates", "verdict", "outcome", "reads", "bounds", "changed", "policies"}
+    assert set(summary) == {
+        "stages", "gates", "verdict", "outcome", "reads", "bounds", "healthy", "changed", "policies",
+    }  # fmt: skip
     assert [*summary["reads"]] == [*STAGES] and summary["reads"]["sft"] == ["prepare"]
     assert summary["bounds"]["ppo"]["kl"] == [None, 20.0]
+    assert summary["healthy"]["ppo"]["held_out_kl"] == [None, 20.0, False]
+    assert summary["healthy"]["sft"]["held_out_loss"] == [None, -0.001, True]
     assert {"key": "sft.batch_rows", "default": "16", "value": "8"} in summary["changed"]
     assert summary["verdict"] in (first.directory / "report.md").read_text()
     assert summary["verdict"] in " ".join(first.out.split())

@@ -280,7 +280,7 @@ def test_each_loss_starts_where_it_must_and_falls(
     }  # fmt: skip
     assert (job.directory / "reference.arrow").exists() == (loss != "simpo")
     assert found["chosen_change"] > found["rejected_change"]
-    assert len(logged(job, "held_out_loss")) == 2 and logged(job, "held_out_accuracy")[-1] == 1.0
+    assert len(logged(job, "held_out_loss")) == 3 and logged(job, "held_out_accuracy")[-1] == 1.0
 
 
 def simpo_by_hand(model: Path) -> float:

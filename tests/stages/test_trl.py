@@ -38,6 +38,7 @@ from rlhf.models.value_head import load_scalar_model
 from rlhf.pipeline.job import Job
 from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import repeated
+from rlhf.report.page.collect import read_run, stage_charts
 from rlhf.stages.trl import TrlStage
 from rlhf.supervised.answers import answer_step
 from rlhf.supervised.pairs import pair_step
@@ -47,6 +48,8 @@ trl = pytest.importorskip("trl")
 FEW = "max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-3"
 GRPO = "num_generations: 4, max_completion_length: 6"
 SPLITS: tuple[Split, ...] = ("train", "held_out")
+SHADED = {"Reward": {"accuracy", "eval_accuracy"}, "DPO": {"rewards/accuracies", "eval_rewards/accuracies"}}
+"""Trainer -> the curves of the run's page with a healthy range; TRL's others have none that is known."""
 
 
 def trained(chain: Chain, trainer: str, *overrides: str, args: str = FEW) -> Any:
@@ -90,6 +93,8 @@ def test_each_trainer_publishes_a_plain_model(
     lines = [json.loads(line) for line in (outcome.directory / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if "trl/loss" in line} == {1, 2, 3}
     assert outcome.summary["stages"]["trl"]["metrics"]["trl/steps"] == 3
+    shaded = {chart.y for chart in stage_charts(read_run(outcome.directory), "trl") if chart.healthy}
+    assert shaded == SHADED.get(trainer, set())
     again = trained(chain, trainer, f"trl.peft={peft}", "ppo.reward=python:lengths:score")
     assert again.statuses["trl"] == "reused"
 

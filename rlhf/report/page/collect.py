@@ -13,7 +13,7 @@ from rlhf.evaluation.sampled import ENDS, Sampled, beside
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.recipe import kind_of
 from rlhf.printable import printable
-from rlhf.report.page.curves import Bounds, Chart, Curve, correlation, in_order, logged
+from rlhf.report.page.curves import Bounds, Chart, Curve, correlation, healthy_range, in_order, logged
 from rlhf.tracking.redaction import redacted_text
 
 MOST_PROMPTS, MOST_CHARACTERS = 300, 600_000
@@ -79,6 +79,10 @@ class RunFacts:
     changed: list[Change] | None
     """None of a run from before this was written down."""
     bounds: dict[str, dict[str, Bounds]]
+    """Stage -> gate -> its bound."""
+    healthy: dict[str, dict[str, tuple[float | None, float | None, bool]]]
+    """Stage -> curve -> its healthy range, and whether that counts from the curve's start: see
+    `rlhf.pipeline.stage.Healthy`. Empty of a run from before this was written down."""
     curves: dict[str, dict[str, Curve]]
     answers: dict[str, Any] = field(default_factory=dict)
     """policies: their names; before and after: the two that are shown first; kinds: gold and score, where
@@ -114,6 +118,10 @@ def read_run(directory: Path) -> RunFacts:
         bounds={
             stage: {metric: (low, high) for metric, (low, high) in each.items()}
             for stage, each in summary.get("bounds", {}).items()
+        },
+        healthy={
+            stage: {curve: (low, high, from_start) for curve, (low, high, from_start) in each.items()}
+            for stage, each in summary.get("healthy", {}).items()
         },
         curves=logged(directory / "metrics.jsonl"),
     )
@@ -227,10 +235,13 @@ def sampled_of(name: str, metrics: Mapping[str, float | None]) -> Sampled | None
 
 def stage_charts(run: RunFacts, stage: str) -> list[Chart]:
     """A stage's curves, one chart each, those first that tell most."""
-    curves, bounds = run.curves.get(stage, {}), run.bounds.get(stage, {})
+    curves, gates = run.curves.get(stage, {}), run.bounds.get(stage, {})
+    said = run.healthy.get(stage, {})
+    ranges = {name: healthy_range(curves[name], *each) for name, each in said.items() if name in curves}
+    ranges |= gates
     return [
-        Chart(f"{stage}/{name}", "step", name, [curves[name]], bounds.get(name, (None, None)))
-        for name in in_order(curves, bounds)
+        Chart(f"{stage}/{name}", "step", name, [curves[name]], ranges.get(name, (None, None)))
+        for name in in_order(curves, gates)
     ]
 
 

@@ -15,9 +15,9 @@ MOST_FIGURES = 60_000
 """Of all curves of a page."""
 FEWEST_POINTS = 20
 FIRST = (
-    "held_out_score", "score", "loss", "held_out_loss", "held_out_kl", "kl", "train_accuracy",
-    "train_margin", "explained_variance", "entropy", "held_out_length", "length", "stop_rate", "reward",
-    "grad_norm", "lr",
+    "held_out_score", "score", "loss", "held_out_loss", "held_out_accuracy", "held_out_kl", "kl",
+    "train_accuracy", "train_margin", "explained_variance", "entropy", "held_out_length", "length",
+    "stop_rate", "reward", "grad_norm", "lr",
 )  # fmt: skip
 """Which curves a reader wants to see first; those with a gate stand before them."""
 Bounds = tuple[float | None, float | None]
@@ -63,13 +63,13 @@ class Chart:
     y: str
     curves: list[Curve] = field(default_factory=list)
     bounds: Bounds = (None, None)
-    """The healthy range: of a gate with the curve's name."""
+    """The healthy range: of a gate with the curve's name, or what the stage says of the curve."""
     diagonal: bool = False
     """Whether a perfect result lies on the line y = x."""
 
     @property
     def healthy(self) -> str:
-        """The range in words; empty if no gate bounds it."""
+        """The range in words; empty if none is known."""
         low, high = self.bounds
         least = [] if low is None else [f"at least {low:g}"]
         return " and ".join(least if high is None else [*least, f"at most {high:g}"])
@@ -136,6 +136,16 @@ def logged(path: Path) -> dict[str, dict[str, Curve]]:
                     curve.x.append(step)
                     curve.y.append(value)
     return found
+
+
+def healthy_range(curve: Curve, low: float | None, high: float | None, from_start: bool) -> Bounds:
+    """Where a curve is healthy; nowhere if its ends are changes since a step 0 that was not logged."""
+    if not from_start:
+        return low, high
+    start = curve.y[0] if curve.x and curve.x[0] == 0 else None
+    if start is None:
+        return None, None
+    return None if low is None else start + low, None if high is None else start + high
 
 
 def in_order(curves: Mapping[str, Curve], bounds: Mapping[str, Bounds]) -> list[str]:
