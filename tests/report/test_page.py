@@ -14,7 +14,8 @@ import pytest
 from helpers.pages import make_run
 from rlhf.report.page.collect import cleaned, read_run
 from rlhf.report.page.curves import Curve
-from rlhf.report.page.write import NAME, embedded, run_page, write_page
+from rlhf.report.page.size import embedded
+from rlhf.report.page.write import NAME, run_page, write_page
 
 HOSTILE = (
     "</script><script>document.title='owned'</script>", "<img src=x onerror=alert(1)>", "\u2028\u2029",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.recipe import kind_of
 from rlhf.printable import printable
 from rlhf.report.page.curves import Bounds, Chart, Curve, correlation, healthy_range, in_order, logged
+from rlhf.report.page.size import LONGEST_TEXT, Limits, clipped, first_of, html_bytes, json_bytes
 from rlhf.tracking.redaction import redacted_text
 
-MOST_PROMPTS, MOST_CHARACTERS = 300, 600_000
-"""Of the answers that a page holds; the rest is in comparison.jsonl."""
-LONGEST_TEXT = 4_000
+MOST_PROMPTS = 300
+"""Whose answers a page holds; the rest is in comparison.jsonl."""
 MOST_MARKS = 300
 """Of one policy in a scatter."""
 SHOWN_CURVES = 6
@@ -64,6 +64,19 @@ class Table:
 
     headings: list[str]
     rows: list[list[str]]
+    left_out: int = 0
+    """How many rows are not on the page."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the rows, in the page."""
+        return sum(map(html_bytes, self.rows))
+
+    def within(self, limits: Limits) -> Table:
+        """The first rows, as many as the page has room for."""
+        rows = [[clipped(cell, limits.characters) for cell in row] for row in self.rows]
+        kept = first_of(rows, limits.rows, html_bytes)
+        return Table(self.headings, kept, self.left_out + len(rows) - len(kept))
 
 
 @dataclass
@@ -89,6 +102,8 @@ class RunFacts:
     there are such; rows: prompt and answers; left_out: how many prompts are not on the page."""
     price: float | None = None
     """Of a GPU's hour, where `plan.price_per_gpu_hour` says so."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many gates and changed keys are not on the page."""
 
     def stage(self, name: str) -> StageFacts | None:
         """By its name."""
@@ -99,6 +114,33 @@ class RunFacts:
         """The last stage that compared policies."""
         found = (each for each in reversed(self.stages) if kind_of(each.name) == "evaluate" and each.metrics)
         return next(found, None)
+
+    def within(self, limits: Limits) -> RunFacts:
+        """As much of the answers, the gates and the changed keys as the page has room for."""
+        most = limits.characters
+        gates = [
+            {key: clipped(each, most) if isinstance(each, str) else each for key, each in gate.items()}
+            for gate in self.gates
+        ]
+        changed = [_clipped(each, most) for each in self.changed or ()]
+        kept = first_of(gates, limits.rows, lambda gate: html_bytes([*map(str, gate.values())], 60))
+        said = first_of(changed, limits.rows, lambda each: html_bytes([*map(str, each.values())], 30))
+        answers = self.answers
+        if answers:
+            rows = first_of(answers["rows"], limits.answers, json_bytes)
+            left_out = answers["left_out"] + len(answers["rows"]) - len(rows)
+            answers = answers | {"rows": rows, "left_out": left_out}
+        return replace(
+            self, gates=kept, changed=None if self.changed is None else said, answers=answers,
+            verdict=None if self.verdict is None else clipped(self.verdict, most),
+            left_out={"gates": len(gates) - len(kept), "changed": len(changed) - len(said)},
+        )  # fmt: skip
+
+
+def _clipped(change: Change, most: int) -> Change:
+    """A changed key with values of at most so many characters."""
+    default, value = clipped(change["default"], most), clipped(change["value"], most)
+    return {"key": change["key"], "default": default, "value": value}
 
 
 def read_run(directory: Path) -> RunFacts:
@@ -196,15 +238,9 @@ def read_answers(path: Path, policies: list[str]) -> dict[str, Any]:
     """The answers side by side, as many as a page can hold; empty where there are none."""
     if not path.is_file():
         return {}
-    rows: list[dict[str, Any]] = []
-    characters = total = 0
     with path.open(encoding="utf-8") as file:
-        for line in islice(file, MOST_PROMPTS):
-            row = json.loads(line)
-            characters += len(line)
-            if characters > MOST_CHARACTERS and rows:
-                break
-            rows.append(_answered(row))
+        answered = (_answered(json.loads(line)) for line in islice(file, MOST_PROMPTS))
+        rows = first_of(answered, Limits().answers, json_bytes)
     with path.open("rb") as whole:
         total = sum(1 for _ in whole)
     kinds = [

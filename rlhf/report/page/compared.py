@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from rlhf.report.page.collect import SHOWN_CURVES, RunFacts, Table, over_kl, stage_charts
+from rlhf.report.page.collect import RunFacts, Table, over_kl, stage_charts
 from rlhf.report.page.curves import Chart
-from rlhf.report.page.write import OUTCOMES, Charts, number, page
+from rlhf.report.page.size import Limits, clipped, first_of, fitting, html_bytes
+from rlhf.report.page.write import OUTCOMES, Charts, large_page, number, page
 
 
 def runs_page(runs: Sequence[RunFacts]) -> str:
     """The whole page."""
     names = names_of(runs)
-    charts = Charts()
-    curves = []
-    for stage in dict.fromkeys(stage.name for run in runs for stage in run.stages):
-        placed = [charts.add(chart) for chart in overlaid(runs, names, stage)]
-        if placed:
-            curves.append((stage, placed[:SHOWN_CURVES], placed[SHOWN_CURVES:]))
+    stages = dict.fromkeys(stage.name for run in runs for stage in run.stages)
+    charts = [(stage, [*overlaid(runs, names, stage)]) for stage in stages]
     kl = joined([over_kl(run) for run in runs], names)
-    blocks: dict[str, Any] = {
-        "title": f"{len(runs)} runs compared",
-        "live": None,
-        "verdicts": [
-            (
-                name,
-                OUTCOMES.get(run.outcome or "", ""),
-                run.outcome or "",
-                run.verdict or "It has not reached its end.",
-            )
-            for name, run in zip(names, runs, strict=True)
-        ],
+    tables = {
         "settings": settings(runs, names),
         "results": results(runs, names, gated=True),
         "figures": results(runs, names, gated=False),
-        "over_kl": kl and charts.add(kl),
-        "curves": curves,
+    }
+    title = f"{len(runs)} runs compared"
+    said = [
+        (name, OUTCOMES.get(run.outcome or "", ""), run.outcome or "",
+         run.verdict or "It has not reached its end.")
+        for name, run in zip(names, runs, strict=True)
+    ]  # fmt: skip
+    make = partial(_page, title, said, tables, kl, charts)
+    return fitting(make, lambda: large_page(title))
+
+
+def _page(
+    title: str,
+    said: Sequence[tuple[str, ...]],
+    tables: Mapping[str, Table | None],
+    kl: Chart | None,
+    stages: Sequence[tuple[str, Sequence[Chart]]],
+    limits: Limits,
+) -> str:
+    limits = replace(limits, rows=limits.rows + limits.answers // 5)  # it has no answers
+    charts = Charts([kl], stages, limits.charts)
+    cut = [tuple(clipped(text, limits.characters) for text in each) for each in said]
+    verdicts = first_of(cut, limits.rows, lambda texts: html_bytes(texts, 50))
+    blocks: dict[str, Any] = {
+        "title": title,
+        "live": None,
+        "verdicts": verdicts,
+        "verdicts_left_out": len(said) - len(verdicts),
+        **{name: table and table.within(limits) for name, table in tables.items()},
+        "charts": charts,
+        "over_kl": charts.placed(kl),
+        "curves": charts.panels(),
     }
     return page("compared.html", blocks, {"charts": charts.as_json(), "answers": {}}, live=False)
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,8 @@ from rlhf.report.page.collect import (
     read_run,
     stage_charts,
 )
-from rlhf.report.page.curves import Chart, points_each
+from rlhf.report.page.curves import FEWEST_POINTS, Chart, points_each
+from rlhf.report.page.size import Limits, clipped, embedded, first_of, fitting, html_bytes, json_bytes
 from rlhf.tracking.position import read_position
 from rlhf.tracking.progress import clock
 
@@ -48,6 +48,8 @@ EARLY = {"failed": "failed", "stopped": "was stopped"}
 """How a run ended -> in words."""
 ROW = 60
 """Height of a row of the lineage, in pixels; page.css has the same."""
+CHART = 800
+"""Bytes of a chart's elements, without their texts."""
 
 
 def unended(run: RunFacts) -> str:
@@ -75,22 +77,73 @@ class Placed(NamedTuple):
     chart: Chart
 
 
-@dataclass
+class Panel(NamedTuple):
+    """The charts of a stage."""
+
+    stage: str
+    first: list[Placed]
+    more: list[Placed]
+    """One click away."""
+    left_out: int
+    """How many are not on the page."""
+
+
 class Charts:
-    """All charts of a page, numbered."""
+    """The charts of a page, numbered, and those of them that it has room for.
 
-    placed: list[Placed] = field(default_factory=list)
+    Args:
+        beside: charts of no stage; None is left out.
+        stages: each stage's charts, those first that tell most.
+        limit: bytes of all. Over it curves get fewer points, then those charts are left out that tell least.
+    """
 
-    def add(self, chart: Chart) -> Placed:
-        """One more; the ids are the same when the page is made again, as long as its charts are."""
-        found = Placed(f"chart-{len(self.placed)}", chart)
-        self.placed.append(found)
+    def __init__(
+        self, beside: Iterable[Chart | None], stages: Sequence[tuple[str, Sequence[Chart]]], limit: int
+    ) -> None:
+        self._stages = stages
+        order = [(place, chart) for _, charts in stages for place, chart in enumerate(charts)]
+        order += [(-1, chart) for chart in beside if chart is not None]
+        self._ids = {id(chart): f"chart-{number}" for number, (_, chart) in enumerate(order)}
+        charts = [chart for _, chart in sorted(order, key=lambda each: each[0])]
+        self.points = points_each(charts)
+        """Of a curve, at most."""
+        while True:
+            kept = first_of(charts, limit, self._bytes)
+            if len(kept) == len(charts) or self.points <= FEWEST_POINTS:
+                break
+            self.points = max(FEWEST_POINTS, self.points // 2)
+        known = {id(chart) for chart in kept}
+        self._kept = {
+            name: chart
+            for (_, chart), name in zip(order, self._ids.values(), strict=True)
+            if id(chart) in known
+        }
+        longest = (len(curve.x) for chart in kept for curve in chart.curves)
+        self.is_thinned = max(longest, default=0) > self.points
+
+    def _bytes(self, chart: Chart) -> int:
+        return (
+            json_bytes(chart.as_json(self.points)) + html_bytes([*4 * [chart.title], chart.said], 0) + CHART
+        )
+
+    def placed(self, chart: Chart | None) -> Placed | None:
+        """A chart with its id; None where it is not on the page."""
+        name = self._ids.get(id(chart), "")
+        return Placed(name, self._kept[name]) if name in self._kept else None
+
+    def panels(self) -> list[Panel]:
+        """The stages that have charts."""
+        found = []
+        for stage, charts in self._stages:
+            placed = [each for each in map(self.placed, charts) if each is not None]
+            left_out = len(charts) - len(placed)
+            if charts:
+                found.append(Panel(stage, placed[:SHOWN_CURVES], placed[SHOWN_CURVES:], left_out))
         return found
 
     def as_json(self) -> dict[str, Any]:
         """id -> what the script draws."""
-        most = points_each(each.chart for each in self.placed)
-        return {each.id: each.chart.as_json(most) for each in self.placed}
+        return {name: chart.as_json(self.points) for name, chart in self._kept.items()}
 
 
 @dataclass(frozen=True)
@@ -117,8 +170,20 @@ class RunLine(NamedTuple):
 
 def list_page(title: str, rows: Sequence[RunLine], live: Live) -> str:
     """A list of runs with links to their pages."""
-    blocks: dict[str, Any] = {"title": title, "rows": rows, "live": live}
-    return page("list.html", blocks, {"charts": {}, "answers": {}}, live=True)
+
+    def made(limits: Limits) -> str:
+        cut = [RunLine(*(clipped(text, limits.characters) for text in row)) for row in rows]
+        shown = first_of(cut, 4 * limits.rows, lambda row: html_bytes(row, 50))
+        blocks = {"title": title, "rows": shown, "missing": len(rows) - len(shown), "live": live}
+        return page("list.html", blocks, {"charts": {}, "answers": {}}, live=True)
+
+    return fitting(made, lambda: large_page(title, live))
+
+
+def large_page(title: str, live: Live | None = None) -> str:
+    """A page for what has no room on one, whatever is left out."""
+    blocks = {"title": clipped(title, 200), "live": live}
+    return page("large.html", blocks, {"charts": {}, "answers": {}}, live=live is not None)
 
 
 def write_page(directory: Path) -> Path:
@@ -136,13 +201,16 @@ def write_page(directory: Path) -> Path:
 
 def run_page(run: RunFacts, live: Live | None = None) -> str:
     """The whole page of one run."""
-    charts = Charts()
-    curves = []
-    for stage in run.stages:
-        placed = [charts.add(chart) for chart in stage_charts(run, stage.name)]
-        if placed:
-            curves.append((stage.name, placed[:SHOWN_CURVES], placed[SHOWN_CURVES:]))
-    kl, length = over_kl(run), over_length(run)
+    return fitting(partial(_run_page, run, live), lambda: large_page(f"Run {run.name}", live))
+
+
+def _run_page(run: RunFacts, live: Live | None, limits: Limits) -> str:
+    run = run.within(limits)
+    kl, length, calibrated = over_kl(run), over_length(run), [*calibrations(run)]
+    beside = [kl, length and length[0], *(chart for _, chart in calibrated)]
+    stages = [(stage.name, stage_charts(run, stage.name)) for stage in run.stages]
+    charts = Charts(beside, stages, limits.charts)
+    lengths = charts.placed(length[0]) if length else None
     failed = [gate for gate in run.gates if gate["outcome"] == "failed"]
     blocks: dict[str, Any] = {
         "title": f"Run {run.name}",
@@ -153,17 +221,35 @@ def run_page(run: RunFacts, live: Live | None = None) -> str:
         "failed": failed,
         "lineage": lineage(run.stages),
         "gates": [(gate, strip(gate)) for gate in run.gates],
-        "curves": curves,
-        "over_kl": kl and charts.add(kl),
-        "over_length": length and (charts.add(length[0]), length[1]),
-        "calibrations": [(name, charts.add(chart)) for name, chart in calibrations(run)],
-        "policies": policy_table(run, COMPARED),
-        "forgetting": policy_table(run, FORGOTTEN),
-        "cost": cost_of(run),
+        "charts": charts,
+        "curves": charts.panels(),
+        "over_kl": charts.placed(kl),
+        "over_length": length and lengths and (lengths, length[1]),
+        "calibrations": [(name, placed) for name, chart in calibrated if (placed := charts.placed(chart))],
+        "policies": _within(policy_table(run, COMPARED), limits),
+        "forgetting": _within(policy_table(run, FORGOTTEN), limits),
+        "cost": _within(cost_of(run), limits),
+        "figures": figures_of(run, limits),
     }
     return page(
         "run.html", blocks, {"charts": charts.as_json(), "answers": run.answers}, live=live is not None
     )
+
+
+def _within(table: Table | None, limits: Limits) -> Table | None:
+    return table and table.within(limits)
+
+
+def figures_of(run: RunFacts, limits: Limits) -> list[tuple[str, Table]]:
+    """Each stage's summary: its figures with their intervals."""
+    found = []
+    for stage in run.stages:
+        rows = [[name, number(value), interval] for name, value, interval in stage.figures()]
+        if rows:
+            table = Table(["figure", "value", "95% interval"], rows).within(limits)
+            limits = replace(limits, rows=limits.rows - table.bytes)
+            found.append((stage.name, table))
+    return found
 
 
 def page(template: str, blocks: Mapping[str, Any], data: Mapping[str, Any], *, live: bool) -> str:
@@ -183,14 +269,6 @@ def page(template: str, blocks: Mapping[str, Any], data: Mapping[str, Any], *, l
     return _templates().get_template(template).render(
         **blocks, policy=policy, script=script, style=style, data=embedded(data), row=ROW
     )  # fmt: skip
-
-
-def embedded(data: Any) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element or a line."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 @cache
