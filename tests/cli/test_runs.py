@@ -106,7 +106,7 @@ def test_a_slip_is_said(chain: Chain, words: tuple[str, ...], complaint: str) ->
     assert (found.code, complaint in found.err) == (2, True), found.err
 
 
-@pytest.mark.parametrize("command", ["status", "ls", "gc", "verify", "export", "chat", "init"])
+@pytest.mark.parametrize("command", ["status", "ls", "gc", "verify", "export", "chat", "init", "watch"])
 def test_each_command_has_a_help_that_needs_no_torch(command: str) -> None:
     code = f"import sys; sys.argv[1:] = ['{command}', '--help']; from rlhf.__main__ import main; main()"
     loaded = "import sys; print(sorted({'torch', 'transformers', 'hydra'} & {*sys.modules}))"

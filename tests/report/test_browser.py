@@ -1,11 +1,13 @@
-"""The page in a real browser: opened, clicked through, light and dark, wide and narrow, and live."""
+"""The pages of a run, of several runs and of a list in a real browser: clicked through, live, every look."""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -13,6 +15,8 @@ from playwright.sync_api import Browser, Page, expect
 from helpers.browser import complaints, launched, needs_chromium
 from helpers.pages import make_run
 from rlhf.cli.watch import HOST, make_server
+from rlhf.report.page.collect import read_run
+from rlhf.report.page.compared import runs_page
 from rlhf.report.page.write import write_page
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script>"
@@ -42,8 +46,34 @@ def opened(
     return page, wrong
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@contextmanager
+def served(root: Path, name: str = "") -> Iterator[str]:
+    """The address of a watch."""
+    with make_server(root, name, "0") as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://{HOST}:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def in_every_look(test: Any) -> Any:
+    """Light and dark, wide and narrow."""
+    for name, values in (("width", [390, 1280]), ("scheme", ["light", "dark"])):
+        test = pytest.mark.parametrize(name, values)(test)
+    return test
+
+
+def looks_right(page: Page, wrong: list[str]) -> None:
+    """Nothing went wrong, nothing is wider than the window, and axe has no complaint."""
+    assert wrong == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert complaints(page) == []
+
+
+@in_every_look
 def test_the_page_is_clicked_through(chromium: Browser, tmp_path: Path, scheme: str, width: int) -> None:
     path = write_page(make_run(tmp_path, HOSTILE, num_prompts=25, num_steps=40))
     page, wrong = opened(chromium, path.as_uri(), scheme, width)
@@ -71,33 +101,85 @@ def test_the_page_is_clicked_through(chromium: Browser, tmp_path: Path, scheme: 
     page.select_option("#filter", "all")
     page.select_option("#left", "base")
     assert "base · 0 tokens" in answers.first.inner_text()
-    assert page.title() == "Run demo" and wrong == []
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert complaints(page) == []
+    assert page.title() == "Run demo"
+    looks_right(page, wrong)
     page.context.close()
 
 
-def test_a_live_page_follows_the_run(chromium: Browser, tmp_path: Path) -> None:
+@in_every_look
+def test_the_page_of_several_runs_is_clicked_through(
+    chromium: Browser, tmp_path: Path, scheme: str, width: int
+) -> None:
+    runs = [
+        read_run(make_run(tmp_path / name, answer, num_steps=40, name=name))
+        for name, answer in (
+            ("first", HOSTILE),
+            ("second", "plain"),
+            ("a-run-with-quite-a-long-name", "long"),
+        )
+    ]
+    path = tmp_path / "report.html"
+    path.write_text(runs_page(runs), encoding="utf-8")
+    page, wrong = opened(chromium, path.as_uri(), scheme, width)
+    links = page.locator("nav a").all()
+    assert [link.inner_text() for link in links][-2:] == ["Curves", "All figures"]
+    for link in links:
+        link.click()
+    for more in page.locator("summary").all():
+        more.scroll_into_view_if_needed()
+        more.click()
+    expect(page.locator("figure canvas")).to_have_count(page.locator("figure.chart").count())
+    kl = page.locator("figure.chart", has_text="ppo/kl")
+    assert kl.locator("thead th").all_inner_texts() == ["step", *(run.name for run in runs)]
+    assert kl.locator("tbody tr").last.inner_text().split() == ["39", "3.9", "3.9", "3.9"]
+    assert kl.locator(".healthy").inner_text() == "healthy: at most 20"
+    assert page.locator("#verdicts h3").count() == 3
+    assert "<img src=x" in page.inner_text("#settings")
+    assert page.title() == "3 runs compared"
+    looks_right(page, wrong)
+    page.context.close()
+
+
+@in_every_look
+def test_the_list_of_a_sweeps_trials_leads_to_their_pages(
+    chromium: Browser, tmp_path: Path, scheme: str, width: int
+) -> None:
+    for number in range(3):
+        trial = make_run(tmp_path, name=f"wide-{number}")
+        (trial / "trial.json").write_text("{}")
+    make_run(tmp_path, name="other")
+    with served(tmp_path / "runs", "wide") as address:
+        page, wrong = opened(chromium, address, scheme, width)
+        assert page.title() == "Sweep wide"
+        names = page.locator("tbody th")
+        assert sorted(names.all_inner_texts()) == ["wide-0", "wide-1", "wide-2"]
+        looks_right(page, wrong)
+        page.locator("a", has_text="wide-1").click()
+        assert page.title() == "Run wide-1"
+        looks_right(page, wrong)
+        page.locator("a", has_text="all runs").click()
+        assert page.title().startswith("Runs in ") and names.count() == 4
+        looks_right(page, wrong)
+        page.context.close()
+
+
+@in_every_look
+def test_a_live_page_follows_the_run(chromium: Browser, tmp_path: Path, scheme: str, width: int) -> None:
     run = make_run(tmp_path, num_prompts=3)
-    with make_server(tmp_path / "runs", "", "0") as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            address = f"http://{HOST}:{server.server_port}/"
-            page, wrong = opened(chromium, address)
-            page.fill("#search", "love")
-            kl = page.locator("figure.chart", has_text="ppo/kl")
-            kl.locator("summary").click()
-            with (run / "metrics.jsonl").open("w") as file:
-                for step in range(9):
-                    line = {"stage": "ppo", "step": step, "time": 1.0, "ppo/kl": 7.5, "ppo/score": 1.0}
-                    file.write(json.dumps(line) + "\n")
-            kl.locator("tbody tr", has_text="7.5").last.wait_for()
-            assert kl.locator("tbody tr").count() == 9  # it stayed open, with the new figures
-            assert page.input_value("#search") == "love"
-            page.locator("a", has_text="all runs").click()
-            page.locator("a", has_text="demo").click()
-            assert page.title() == "Run demo" and wrong == []
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(tmp_path / "runs") as address:
+        page, wrong = opened(chromium, address, scheme, width)
+        page.fill("#search", "love")
+        kl = page.locator("figure.chart", has_text="ppo/kl")
+        kl.locator("summary").click()
+        with (run / "metrics.jsonl").open("w") as file:
+            for step in range(9):
+                line = {"stage": "ppo", "step": step, "time": 1.0, "ppo/kl": 7.5, "ppo/score": 1.0}
+                file.write(json.dumps(line) + "\n")
+        kl.locator("tbody tr", has_text="7.5").last.wait_for()
+        assert kl.locator("tbody tr").count() == 9  # it stayed open, with the new figures
+        assert page.input_value("#search") == "love"
+        looks_right(page, wrong)
+        page.locator("a", has_text="all runs").click()
+        page.locator("a", has_text="demo").click()
+        assert page.title() == "Run demo" and wrong == []
+        page.context.close()
