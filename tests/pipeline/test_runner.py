@@ -87,7 +87,10 @@ def test_summary_keeps_its_contract(first: Outcome) -> None:
             "stage", "name", "value", "low", "high", "rows", "bound", "min", "max", "outcome", "passed",
             "more_rows", "advice",
         }  # fmt: skip
-        assert gate["value"] == summary["stages"][gate["stage"]]["metrics"][f"{gate['stage']}/{gate['name']}"]
+        metrics = summary["stages"][gate["stage"]]["metrics"]
+        assert gate["value"] == metrics.get(f"{gate['stage']}/{gate['name']}"), (
+            "unknown where it is not checked"
+        )
         ends = [gate["value"]] if gate["rows"] is None else [gate["low"], gate["high"]]
         hold = [
             end is not None and (end <= float(bound) if sign == "<=" else end >= float(bound))
