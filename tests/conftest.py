@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rlhf.cli.execute import quiet_libraries
 from rlhf.models.base import _write_tiny
 
 quiet_libraries()  # before a test imports them
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers, which parity tests make themselves, send it
 
 
 @pytest.fixture(scope="session")
