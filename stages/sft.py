@@ -36,6 +36,9 @@ from rlhf.training.config import OptimConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+READ_FOR_CUTS = 1000
+"""Training rows whose ends are looked at, the first ones."""
+
 
 class SftStage(Stage):
     """The keys `sft.*`. Values: conf/stages/sft.yaml."""
@@ -229,7 +232,7 @@ class SftStage(Stage):
             "held_out_loss": ratio(after_B, tokens_B).value,
             **ratio(after_B - before_B, tokens_B).metrics("held_out_loss_change"),
             **gain.metrics("prompt_gain"),
-            **cut_share(job.data.rows("sft", "held_out")).metrics("cut_share"),
+            **cut_share(job.data.rows("sft", "train")[:READ_FOR_CUTS]).metrics("cut_share"),
             "skipped_steps": engine.skipped_steps,
             "rows_cut": train.num_cut,
             "rows_left_out": left_out,

@@ -250,7 +250,7 @@ def test_a_failing_gate_names_the_stage_at_fault(chain: Chain, first: Outcome) -
     assert "wanted <= -99. Try: lower sft.optim.lr or sft.epochs" in outcome.out
     assert "Traceback" not in outcome.out + outcome.err
     assert list(outcome.statuses) == ["prepare", "sft"]  # the run ended there
-    (gate,) = [gate for gate in outcome.summary["gates"] if not gate["passed"]]
+    (gate,) = [gate for gate in outcome.summary["gates"] if gate["outcome"] == "failed"]
     assert (gate["stage"], gate["name"]) == ("sft", "held_out_loss_change")
     assert (gate["bound"], gate["passed"]) == ("<= -99", False)
 
