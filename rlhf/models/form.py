@@ -19,7 +19,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -105,12 +111,13 @@ class Form:
 
     @classmethod
     def of(cls, directory: Path, config: ModelConfig, dtype: torch.dtype) -> Form:
-        """Of the language model in a directory."""
+        """Of the model in a directory."""
         settings = AutoConfig.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+        own = getattr(settings, "auto_map", None) or {}
+        is_causal = type(settings) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own
+        maker: Any = AutoModelForCausalLM if is_causal else AutoModel  # a reward model may be an encoder
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                settings, dtype=dtype, trust_remote_code=config.trust_remote_code
-            )
+            model = maker.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code)
         return cls(model, dtype)
 
     @cached_property

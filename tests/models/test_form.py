@@ -6,17 +6,20 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
 
 from helpers.jobs import TINY
 from helpers.models import tiny_family
 from helpers.ranks import write_large
 from helpers.spawned import start_ranks
 from helpers.trained import write_trained
+from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
@@ -101,6 +104,19 @@ def test_experts_are_merged_in_files(family: str, dtype: torch.dtype, tmp_path: 
         assert torch.equal(each, weights[name]), name
     model.save_pretrained(tmp_path / "again")
     assert names_in(tmp_path / "again") == names_in(saved)
+
+
+def test_an_encoder_is_refused_as_such(tmp_path: Path) -> None:
+    """And not because no language model has its config."""
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    BertForSequenceClassification(
+        BertConfig(vocab_size=300, num_labels=1, num_attention_heads=4, **shape)
+    ).save_pretrained(tmp_path / "bert")
+    with (
+        kept_on_disk(tmp_path / "artifact") as scratch,
+        pytest.raises(ConfigError, match="has no linear `score` head without bias"),
+    ):
+        load_scalar_model(tmp_path / "bert", TINY, torch.bfloat16, scratch=scratch.directory)
 
 
 def read_by_this_rank(compute: Compute, artifact: Path) -> list[str]:
