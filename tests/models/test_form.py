@@ -108,10 +108,15 @@ def test_experts_are_merged_in_files(family: str, dtype: torch.dtype, tmp_path: 
 
 def test_an_encoder_is_refused_as_such(tmp_path: Path) -> None:
     """And not because no language model has its config."""
-    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    BertForSequenceClassification(
-        BertConfig(vocab_size=300, num_labels=1, num_attention_heads=4, **shape)
-    ).save_pretrained(tmp_path / "bert")
+    shape: dict[str, Any] = {
+        "num_labels": 1,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+    }
+    BertForSequenceClassification(BertConfig(vocab_size=300, num_attention_heads=4, **shape)).save_pretrained(
+        tmp_path / "bert"
+    )
     with (
         kept_on_disk(tmp_path / "artifact") as scratch,
         pytest.raises(ConfigError, match="has no linear `score` head without bias"),
