@@ -79,6 +79,8 @@ class GateResult:
         if self.more_rows is not None:
             rows = two_digits(self.more_rows)
             return f"About {rows:,} more row{'s' * (rows > 1)} like these would tell{where}."
+        if self.sampled is not None and not self.sampled.rows:
+            return f"No row was of use: it has no value here{where}."
         if self.sampled is not None and self.sampled.rows < 2:
             return f"That takes more than one row{where}."
         return "The figure lies on the bound: no number of rows would tell."

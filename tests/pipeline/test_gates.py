@@ -83,6 +83,7 @@ def test_so_many_more_rows_would_tell() -> None:
     [
         (gate(AT_LEAST, 0.4, 0.6), "The figure lies on the bound: no number of rows would tell."),
         (gate(AT_LEAST, -math.inf, math.inf, 1, 0.7), "That takes more than one row."),
+        (gate(AT_LEAST, -math.inf, math.inf, 0, math.nan), "No row was of use: it has no value here."),
         (gate(AT_LEAST, 0.1, 0.2), "Try: do this."),
         (gate(AT_LEAST, 0.6, 0.7), ""),
     ],
