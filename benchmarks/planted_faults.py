@@ -48,7 +48,7 @@ from typing import Any, NamedTuple
 import rlhf
 
 DATA = Path(rlhf.__file__).parent / "samples"
-BLAMED = re.compile(r"To blame is (the reward of \w+|[\w.@]+(?: or \w+)?)")
+BLAMED = re.compile(r"(?:To blame is|Note) (the reward of \w+|[\w.@]+(?: or \w+)?)")
 SWAPPED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 analyzer = SentimentIntensityAnalyzer()

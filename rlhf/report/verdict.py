@@ -73,7 +73,9 @@ def verdict(run: Run) -> str:
         parts += [f"{word}: {'; '.join(named)}."] if named else []
     if not blamed and all(finding.direction == "unknown" for finding in findings):
         return f"Nothing can be said. {' '.join(parts)}"
-    return " ".join([*parts, *blamed])
+    asked = dict.fromkeys(filter(None, (asked_otherwise(run, name) for name in scored)))
+    remarks = [f"Note {each}" for each in asked if not any(each in said for said in blamed)]
+    return " ".join([*parts, *blamed, *remarks])
 
 
 def outcome(run: Run) -> str:

@@ -299,8 +299,10 @@ def test_an_evaluation_that_asks_otherwise_is_named(tmp_path: Path, gold: tuple[
     keys = "evaluate.temperature=2.5 and ppo.temperature=0.7"
     sentence = verdict(run_of(tmp_path, chain, **GOOD | {"gold": gold}))
     assert f"To blame is evaluate: it asks otherwise than ppo learned to answer ({keys})." in sentence
-    assert sentence.count("To blame") == 1
-    assert "To blame" not in verdict(run_of(tmp_path, chain, **GOOD))
+    assert sentence.count("To blame") == 1 and "Note" not in sentence
+    improved = verdict(run_of(tmp_path, chain, **GOOD))
+    assert "To blame" not in improved
+    assert improved.endswith(f"Note evaluate: it asks otherwise than ppo learned to answer ({keys}).")
 
 
 def test_a_gold_score_that_is_the_same_for_all_tells_nothing(tmp_path: Path, chain: dict[str, Stage]) -> None:
