@@ -82,9 +82,9 @@ def run(directory: Path, zero: str, ranks: int) -> str:
     return name
 
 
-def figures(directory: Path, name: str) -> dict[str, dict[str, float]]:
+def figures(directory: Path, name: str) -> dict[str, dict[str, float | None]]:
     """By stage what can be compared: each step's metrics and the summary's."""
-    found: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
+    found: dict[str, dict[str, float | None]] = {stage: {} for stage in STAGES}
     for part in ("all", "compare"):
         run_directory = directory / "runs" / f"{name}-{part}"
         summary = json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def figures(directory: Path, name: str) -> dict[str, dict[str, float]]:
     }
 
 
-def difference(one: dict[str, float], many: dict[str, float]) -> tuple[float, str]:
+def difference(one: dict[str, float | None], many: dict[str, float | None]) -> tuple[float, str]:
     """The largest one, and of which metric.
 
     Raises:
@@ -114,8 +114,8 @@ def difference(one: dict[str, float], many: dict[str, float]) -> tuple[float, st
 
     def between(name: str) -> float:
         a, b = one[name], many[name]
-        if math.isnan(a) and math.isnan(b):
-            return 0.0
+        if a is None or b is None:  # not finite
+            return 0.0 if a is b else math.inf
         found = abs(a - b) / max(1.0, abs(a))
         return math.inf if math.isnan(found) else found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,10 +156,11 @@ def test_the_list_of_a_sweeps_trials_leads_to_their_pages(
         assert sorted(names.all_inner_texts()) == ["wide-0", "wide-1", "wide-2"]
         looks_right(page, wrong)
         page.locator("a", has_text="wide-1").click()
-        assert page.title() == "Run wide-1"
+        expect(page).to_have_title("Run wide-1")
         looks_right(page, wrong)
         page.locator("a", has_text="all runs").click()
-        assert page.title().startswith("Runs in ") and names.count() == 4
+        expect(page).to_have_title(re.compile("^Runs in "))
+        expect(names).to_have_count(4)
         looks_right(page, wrong)
         page.context.close()
 
