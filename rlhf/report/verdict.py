@@ -195,9 +195,10 @@ def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
     for name, stage in run.chain.items():
         if stage.publishes == "policy" and stage.rewards():
             reward, figure = reward_of(run, name), f"{gate.name} = {gate.figure}"
-            goes = "goes against" if gate.value < 0 else "does not go with"
+            is_against = (gate.value if gate.sampled is None else gate.sampled.high) < 0
+            goes = "goes against" if is_against else "does not go with"
             why = f"{reward or f'the reward of {name}'}: it {goes} the gold score ({figure})."
-            if reward and gate.value < 0:
+            if reward and is_against:
                 why += " Are the better and the worse answers of its pairs exchanged?"
             return {reward or name: why}
     return {}

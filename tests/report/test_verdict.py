@@ -334,7 +334,7 @@ def test_prompts_of_another_kind_are_named(tmp_path: Path, chain: dict[str, Stag
     assert "To blame" not in verdict(run)
 
 
-@pytest.mark.parametrize(("value", "exchanged"), [(-0.7, True), (0.02, False)])
+@pytest.mark.parametrize(("value", "exchanged"), [(-0.7, True), (-0.005, False), (0.02, False)])
 def test_a_reward_that_does_not_go_with_gold_is_named(
     tmp_path: Path, chain: dict[str, Stage], value: float, exchanged: bool
 ) -> None:
