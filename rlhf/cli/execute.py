@@ -183,7 +183,7 @@ def run_chain(pipeline: Pipeline, console: Console) -> None:
         pipeline.run()
     except (GateError, BrokenPipeError):
         raise
-    except BaseException:  # raised again
+    except BaseException:  # whatever ends it, a signal too: its page first, then it is raised again
         if pipeline.results.writes and pipeline.results.stages:
             write_page_too(pipeline.results, console)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -38,8 +39,8 @@ command to run it. A file that is there already is not overwritten.
 """
 LOOKED_AT = 1000
 """Rows of each file that are looked at. `prepare` checks all of them."""
-TYPED = re.compile(r"[\w./-]+")
-"""What Hydra and a shell read as it stands."""
+TYPED = re.compile(r"[\w ./-]+")
+"""A path that Hydra reads as it stands."""
 MOST = 0.5
 """Share of those that must be of a kind."""
 
@@ -135,7 +136,7 @@ def init(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         raise ConfigError(f"init to={target}: an experiment's file ends in .yaml.")
     if not TYPED.fullmatch(str(target)):
         raise ConfigError(
-            f"init to={target}: name it with letters, digits and ._-/ only, so that a command can name it."
+            f"init to={target}: name it with letters, digits, spaces and ._-/ only: a command must name it."
         )
     if target.exists():
         raise ConfigError(f"{target} is there already. Remove it, or name another: to=FILE.yaml.")
@@ -317,4 +318,5 @@ def told(found: Mapping[str, Found], target: Path) -> Iterator[str]:
 
 def command(target: Path) -> str:
     """What runs the experiment."""
-    return f"python -m rlhf +experiment={target} run_name={target.stem}"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", target.stem).lstrip("-.") or "own"
+    return f"python -m rlhf +experiment={shlex.quote(str(target))} run_name={name}"

@@ -121,9 +121,12 @@ def evaluated(run: Run, scores: Mapping[str, str] = SCORES) -> Iterator[tuple[st
 
 def silent_gold(run: Run) -> dict[str, str]:
     """The last `evaluate` and why it cannot tell, if its gold score is the same for every answer of every
-    policy; else empty."""
+    policy, and the reward's is not; else empty."""
     evaluation, metrics = last_evaluation(run.stages)
-    names = [name for name in ("base", *run.chain) if f"gold_deviation/{name}" in metrics]
+    names = [name for name in ("base", "init", *run.chain) if f"gold_deviation/{name}" in metrics]
+    learned = [metrics[f"score_deviation/{name}"] for name in names if f"score_deviation/{name}" in metrics]
+    if learned and not any(learned):  # as where no answer is right: then neither score tells
+        return {}
     means = {metrics[f"gold_mean/{name}"] for name in names}
     if len(means) != 1 or any(metrics[f"gold_deviation/{name}"] for name in names):
         return {}

@@ -316,6 +316,11 @@ def test_a_gold_score_that_is_the_same_for_all_tells_nothing(tmp_path: Path, cha
         "gives every answer the same score (1), so it tells no policy from another."
     )
     assert outcome(run) == "cannot be told"
+    no_answer_is_right = {f"evaluate/score_deviation/{name}": 0.0 for name in ("base", "sft", "ppo")}
+    run.stages["evaluate"]["metrics"] |= no_answer_is_right
+    assert "To blame is evaluate" not in verdict(run)
+    run.stages["evaluate"]["metrics"]["evaluate/score_deviation/ppo"] = 0.3
+    assert "To blame is evaluate" in verdict(run)
     run.stages["evaluate"]["metrics"]["evaluate/gold_mean/ppo"] = 0.5  # the policies differ
     assert "To blame is evaluate" not in verdict(run)
 
