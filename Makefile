@@ -26,12 +26,14 @@ test: lint test-fast
 test-fast: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 $(TESTS)
 
-# Two files at a time: half of their time they wait for ranks, signals and daemons. One thread each: two processes of
-# two threads on two cores wait for each other at every barrier, and took five times as long. qlora's package costs
-# every process a second, which is too much for the fast tests.
+# Two files at a time: half of their time they wait for ranks, signals and daemons. In their own order, since by itself
+# pytest-xdist keeps files of few tests, which take longest, for the end, where one process waits for the other. One
+# thread each: two processes of two threads on two cores wait for each other at every barrier, and took five times as
+# long. qlora's package costs every process a second, which is too much for the fast tests.
 test-slow: $(VENV)/.tested
 	$(INSTALL) --editable '.[qlora]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile --durations=30
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
+		--durations=30
 
 lint: types
 	$(BIN)/ruff check .
@@ -70,7 +72,8 @@ $(VENV)/.documented: $(VENV)/.installed
 
 # vLLM's build for CPUs wants a torch and a transformers of its own, hence an environment of its own.
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/generation/with_vllm tests/benchmarks/test_gpu.py::test_a_tiny_model_is_sampled_from_by_vllm
+	$(VENV)-vllm/bin/python -m pytest tests/generation/with_vllm tests/gpu/test_4_vllm.py \
+		tests/benchmarks/test_gpu.py::test_a_tiny_model_is_sampled_from_by_vllm
 
 # What runs on a GPU alone, in order of risk, each with a number to reach: ten minutes at most on one H100. Without a
 # GPU the same checks run on the CPU, smaller, and take longer.

@@ -3,10 +3,10 @@
     python benchmarks/many_ranks.py                                  # eight ranks on this machine, 5 GB
     python benchmarks/many_ranks.py --ranks 4 --zero zero3 fsdp2
 
-The model is `model=tiny`, all its parameters train. SFT, reward model and PPO take two optimizer steps; then
-`generate`, `evaluate` and `compare` run. Each `zero=` begins anew. Compared are every step's metrics and the
-stages' summaries, both without times and sizes, and the published weights. A figure is the largest
-difference, of a metric relative to its size or to 1, if that is larger. On CPUs ranks talk over gloo.
+The model is `model=tiny`, all its parameters train. SFT, reward model, PPO, DPO and GRPO take two optimizer
+steps; `generate`, `evaluate` and `compare` run too. Each `zero=` begins anew. Compared are every step's
+metrics and the stages' summaries, both without times and sizes, and the published weights. A figure is the
+largest difference, of a metric relative to its size or to 1, if that is larger. On CPUs ranks talk over gloo.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from safetensors.torch import load_file
 
 from rlhf.distributed.compute import Zero
 
-STAGES = ("sft", "reward", "generate", "ppo", "evaluate", "compare")
-TRAINED = ("sft", "reward", "ppo")
+RUNS = {"chain": "all", "others": "[dpo,grpo,compare]"}
+"""Name -> `stage=` of the two runs that go through all stages."""
+STAGES = ("sft", "reward", "generate", "ppo", "evaluate", "dpo", "grpo", "compare")
+TRAINED = {"sft": "chain", "reward": "chain", "ppo": "chain", "dpo": "others", "grpo": "others"}
+"""Stages that publish weights, and in which run."""
 OTHER_EACH_TIME = re.compile("seconds|latency|bytes|break_even|cost|time")
 SETTINGS = (
     "model=tiny", "device=cpu", "precision=fp32", "gates=warn", "preflight=warn",
-    "prepare.held_out_fraction=0.3", "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl",
+    "prepare.held_out_fraction=0.5", "sft.data=sft.jsonl", "reward.pairs=pairs.jsonl",
     "ppo.prompts=prompts.jsonl",
     "evaluate.prompts=evaluation.jsonl", "evaluate.retention=[sentences.jsonl,questions.jsonl]",
     "evaluate.gold=vader", "sft.peft=none", "sft.batch_rows=8", "sft.epochs=1", "reward.peft=none",
@@ -42,19 +45,21 @@ SETTINGS = (
     "ppo.epochs=1", "ppo.batch_episodes=8", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=6",
     "ppo.evaluate_prompts=6", "ppo.evaluate_every=1", "evaluate.num_prompts=6", "compare.num_questions=3",
     "compare.max_new_tokens=6", "sft.optim.eps=1e-4", "ppo.optim.eps=1e-4", "reward.optim.eps=1e-4",
-    "ppo.critic.optim.eps=1e-4",
+    "ppo.critic.optim.eps=1e-4", "dpo.peft=none", "dpo.batch_rows=8", "dpo.optim.eps=1e-4", "grpo.peft=none",
+    "grpo.steps=2", "grpo.batch_episodes=8", "grpo.minibatch_episodes=8", "grpo.optim.eps=1e-4",
 )  # fmt: skip
 """Adam divides by a gradient's size: an eps far above rounding keeps it from making much of it."""
 
 
 def write_data(directory: Path) -> None:
-    """Rows of every role; 17 and 7 of them are trained on and held out, which no number of ranks divides."""
+    """Rows of every role; 17 pairs are trained on and 7 held out, which no number of ranks divides.
+
+    Preferred answers are short: DPO's figures are differences of sums over tokens, with which rounding grows.
+    """
     numbers = range(24)
     rows: dict[str, list[dict[str, object]]] = {
         "sft": [{"prompt": f"Say {n}", "completion": "word " * (1 + n % 7)} for n in numbers],
-        "pairs": [
-            {"prompt": f"Rate {n}", "chosen": "I love it! " * (1 + n % 3), "rejected": "No."} for n in numbers
-        ],
+        "pairs": [{"prompt": f"Rate {n}", "chosen": "!" * (1 + n % 3), "rejected": "?"} for n in numbers],
         "prompts": [{"prompt": f"Tell me {'more ' * (n % 5)}about {n}"} for n in numbers],
         "evaluation": [{"prompt": f"What is {n}?"} for n in numbers[:7]],
         "sentences": [{"text": f"Water boils at {n} degrees."} for n in numbers[:5]],
@@ -68,11 +73,11 @@ def write_data(directory: Path) -> None:
 def run(directory: Path, zero: str, ranks: int) -> str:
     """All stages; the run's name, which is its store's too."""
     name = f"{zero}-{ranks}"
-    for stage in ("all", "compare"):
+    for part, stages in RUNS.items():
         finished = subprocess.run(
             [
-                sys.executable, "-m", "rlhf", f"run_name={name}-{stage}", f"store_dir=store-{name}",
-                f"stage={stage}", f"zero={zero}", f"launch.processes={ranks}", *SETTINGS,
+                sys.executable, "-m", "rlhf", f"run_name={name}-{part}", f"store_dir=store-{name}",
+                f"stage={stages}", f"zero={zero}", f"launch.processes={ranks}", *SETTINGS,
             ],
             cwd=directory, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
             check=False,
@@ -85,7 +90,7 @@ def run(directory: Path, zero: str, ranks: int) -> str:
 def figures(directory: Path, name: str) -> dict[str, dict[str, float | None]]:
     """By stage what can be compared: each step's metrics and the summary's."""
     found: dict[str, dict[str, float | None]] = {stage: {} for stage in STAGES}
-    for part in ("all", "compare"):
+    for part in RUNS:
         run_directory = directory / "runs" / f"{name}-{part}"
         summary = json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
         for stage in STAGES:
@@ -126,7 +131,7 @@ def difference(one: dict[str, float | None], many: dict[str, float | None]) -> t
 def weights_apart(directory: Path, one: str, many: str, stage: str) -> float:
     """The largest difference between two published weights."""
     (a, b) = (
-        load_file(directory / "runs" / f"{name}-all" / "artifacts" / stage / "model.safetensors")
+        load_file(directory / "runs" / f"{name}-{TRAINED[stage]}" / "artifacts" / stage / "model.safetensors")
         for name in (one, many)
     )
     assert a.keys() == b.keys()

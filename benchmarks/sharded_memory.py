@@ -59,8 +59,20 @@ from rlhf.exit_codes import DONE
 from rlhf.models.base import ModelConfig, load_tokenizer
 
 SIZES: dict[str, dict[str, Any]] = {
-    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 36, "vocab_size": 1000},
-    "quarter": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 24, "vocab_size": 16000},
+    "small": {
+        "hidden_size": 384,
+        "intermediate_size": 1056,
+        "num_hidden_layers": 16,
+        "vocab_size": 1000,
+        "num_attention_heads": 6,
+    },
+    "quarter": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 24,
+        "vocab_size": 16000,
+        "num_attention_heads": 8,
+    },
 }
 STAGES = ("sft", "ppo")
 PHASES: dict[str, tuple[str, ...]] = {
@@ -156,7 +168,7 @@ def write_models(directory: Path, size: str) -> None:
     """A causal model and a reward model with random weights, in several files each."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SIZES[size], num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False,
+        **SIZES[size], tie_word_embeddings=False,
         bos_token_id=1, eos_token_id=2, pad_token_id=2, max_position_embeddings=512,
     )  # fmt: skip
     config.num_labels = 1

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import serialization
 
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
@@ -184,14 +185,15 @@ class ZeroEngine(Engine):
     def load(self, directory: Path) -> None:
         """Restore this rank's partition. From another number of ranks this needs a universal checkpoint.
 
-        Rank 0 makes it. It holds one old rank's share at a time, and the disk twice the optimizer's state
-        more.
+        Rank 0 makes it. It copies one weight of one old rank at a time, and the disk holds twice the
+        optimizer's state more. Then each rank reads its slice of each file.
         """
         tag = TAG
-        if self._universal:
-            self.compute.main_only(lambda: to_universal(directory))
-            tag = UNIVERSAL
-        with only_tensors_and_numbers():
+        mapped = serialization.config.patch({"load.mmap": self._universal})  # else it reads every file whole
+        with only_tensors_and_numbers(), mapped:
+            if self._universal:
+                self.compute.main_only(lambda: to_universal(directory))
+                tag = UNIVERSAL
             path, state = self._engine.load_checkpoint(str(directory), tag=tag, load_module_strict=False)
         assert path is not None, f"{directory}: DeepSpeed found nothing to load"
         if self._universal:
@@ -352,14 +354,13 @@ def to_universal(directory: Path) -> None:
     from deepspeed.checkpoint.ds_to_universal import main
 
     shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)  # no manifest vouches for what lies there
-    with only_tensors_and_numbers():
-        main(
-            argparse.Namespace(
-                input_folder=str(directory / TAG), output_folder=str(directory / UNIVERSAL),
-                num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True,
-                inject_missing_state=True,
-            )
-        )  # fmt: skip
+    main(
+        argparse.Namespace(
+            input_folder=str(directory / TAG), output_folder=str(directory / UNIVERSAL),
+            num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True,
+            inject_missing_state=True,
+        )
+    )  # fmt: skip
 
 
 def _deepspeed(compute: Compute) -> Any:

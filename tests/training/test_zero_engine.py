@@ -65,6 +65,48 @@ def test_an_engine_that_nobody_needs_is_let_go(found: dict[int, Any]) -> None:
     assert (found[0]["kept"], found[1]["kept"]) == (0, 0)
 
 
+def learn_or_go_on(
+    compute: Compute, model: Path, directory: Path, zero: str, saved_by: int | None
+) -> int:
+    """Learn and save, or load what so many ranks saved; then publish. Bytes that loading read."""
+    here = replace(compute, zero=zero)
+    policy = load_causal_lm(model, TINY, here.dtype, here.loads_on, here)
+    resume = {"zero": zero, "step": 1, "world_size": saved_by} if saved_by else None
+    engine = make_engine(ResponseModel(policy), [(policy.parameters(), OPTIM)], here, resume=resume)
+    before = bytes_read()
+    if saved_by:
+        engine.load(directory / zero)
+    else:
+        batch = pack_sequences([torch.arange(3)], [torch.arange(3, 9)], here.device)
+        engine.set_rates(1, 10)
+        engine.backward(-engine.model(batch, 1.0).logp_N.mean(), last=True)
+        engine.step()
+        engine.save(directory / zero)
+    read = bytes_read() - before
+    engine.save_trained(policy, directory / f"after {saved_by}")
+    return read
+
+
+def bytes_read() -> int:
+    """By this process, of files that it did not map."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_another_number_of_ranks_reads_slices(zero: str, tiny_model: Path, tmp_path: Path) -> None:
+    write_large(tmp_path / "model", tiny_model, is_tied=False)
+    arguments = (tmp_path / "model", tmp_path, zero)
+    for ranks, saved_by in ((1, None), (3, 1)):
+        found = start_ranks(learn_or_go_on, ranks, *arguments, saved_by, timeout=60, seconds=120)()
+    before, after = (load_trained(tmp_path / f"after {each}") for each in (None, 1))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    state = 12 * sum(weight.numel() for weight in after.values())
+    for rank in (1, 2):
+        assert found[rank] < state / 10, "it read what it did not map"
+
+
 def test_a_process_that_left_its_group_joins_another(tiny_model: Path) -> None:
     for _ in range(2):
         compute, _ = make_compute("cpu", "fp32", "zero1")
