@@ -90,7 +90,13 @@ PHASES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Phase -> the functions with which it begins. It lasts until another one begins."""
 IDLE_UNTIL = "rlhf.models.load:load_causal_lm"
-LIBRARIES = ("pyarrow.compute", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama")
+LIBRARIES = (
+    "pandas",
+    "pyarrow.compute",
+    "peft",
+    "safetensors.torch",
+    "transformers.models.llama.modeling_llama",
+)
 """That an idle rank has loaded, beside those that the engine needs."""
 LOADING = "loading"
 FILES = 16
