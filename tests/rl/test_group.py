@@ -52,11 +52,29 @@ def test_dr_grpo_by_hand() -> None:
     assert found == pytest.approx([-1.0, 1.0, -4.0, 4.0])
 
 
+# groups of three answers and of two
+THREE_AND_TWO_B, ANSWER_BR = torch.tensor([0, 0, 0, 1, 1]), torch.ones(5, 1, dtype=torch.bool)
+ANSWERS_REWARD_BR = torch.tensor([[1.0], [2.0], [6.0], [5.0], [1.0]])
+
+
+def test_grpo_of_three_answers_by_hand() -> None:
+    """1, 2 and 6 are -2, -1 and 3 from their mean, with the variance (4 + 1 + 9) / (3 - 1) = 7; 5 and 1 have
+    8 / (2 - 1). Of two answers alone, n - 1 cannot be told from 1."""
+    found_BR = group_advantage(ANSWERS_REWARD_BR, ANSWER_BR, THREE_AND_TWO_B, divide_by_deviation=True)
+    three, two = math.sqrt(7) + DEVIATION_FLOOR, math.sqrt(8) + DEVIATION_FLOOR
+    assert found_BR[:, 0].tolist() == pytest.approx([-2 / three, -1 / three, 3 / three, 2 / two, -2 / two])
+
+
+def test_nearly_equal_rewards_give_no_huge_advantages() -> None:
+    """1e-4 either side of their mean, so the deviation is sqrt(2) 1e-4; the floor adds 1e-4 to it."""
+    reward_BR, mask_BR = torch.tensor([[0.0], [2e-4]]), torch.ones(2, 1, dtype=torch.bool)
+    found_BR = group_advantage(reward_BR, mask_BR, neighbours(2, 2), divide_by_deviation=True)
+    assert found_BR[:, 0].tolist() == pytest.approx([1 - math.sqrt(2), math.sqrt(2) - 1])
+
+
 def test_rloo_by_hand() -> None:
     """Three answers with 1, 2 and 6: minus 4, 3.5 and 1.5, the means of the other two."""
-    group_B, mask_BR = torch.tensor([0, 0, 0, 1, 1]), torch.ones(5, 1, dtype=torch.bool)
-    reward_BR = torch.tensor([[1.0], [2.0], [6.0], [5.0], [1.0]])
-    found = leave_one_out_advantage(reward_BR, mask_BR, group_B)[:, 0].tolist()
+    found = leave_one_out_advantage(ANSWERS_REWARD_BR, ANSWER_BR, THREE_AND_TWO_B)[:, 0].tolist()
     assert found == pytest.approx([-3.0, -1.5, 4.5, 4.0, -4.0])
 
 
@@ -141,6 +159,22 @@ def test_one_answer_has_nothing_to_differ_from() -> None:
     assert not leave_one_out_advantage(torch.ones(2, 1), mask_BR, torch.tensor([0, 1])).any()
 
 
+def test_no_gradient_reaches_the_rewards() -> None:
+    """An advantage is a number to the policy's loss, even where the KL in the reward has a gradient."""
+    reward_BR = torch.tensor([[1.0], [2.0], [6.0], [5.0], [1.0]], requires_grad=True)
+    for found_BR in (
+        group_advantage(reward_BR, ANSWER_BR, THREE_AND_TWO_B, divide_by_deviation=True),
+        leave_one_out_advantage(reward_BR, ANSWER_BR, THREE_AND_TWO_B),
+        batch_advantage(reward_BR, ANSWER_BR, THREE_AND_TWO_B),
+    ):
+        assert found_BR.any() and not found_BR.requires_grad
+
+
+def test_returns_over_padding_on_the_left_are_refused() -> None:
+    with pytest.raises(AssertionError):
+        batch_advantage(torch.zeros(1, 2), torch.tensor([[False, True]]), None)
+
+
 def test_an_answer_without_a_score_is_in_no_group() -> None:
     """Its mask is empty; the others are compared as if it were not there. A group may have no score."""
     mask_BR = torch.tensor([[True], [True], [False], [True], [False], [False]])
@@ -166,6 +200,8 @@ def test_neither_the_order_nor_another_group_matters() -> None:
 
 def test_the_spread_of_each_group() -> None:
     assert group_spread(torch.tensor([1.0, 4.0, 2.0, 2.0]), GROUP_B).tolist() == [3.0, 3.0, 0.0, 0.0]
+    of_fp32 = group_spread(torch.tensor([1.0, -(2.0**-30)]), neighbours(2, 2))
+    assert of_fp32.tolist() == [1 + 2.0**-30] * 2, "to fp32 it is 1"
     assert neighbours(6, 2).tolist() == [0, 0, 1, 1, 2, 2]
 
 
