@@ -161,13 +161,15 @@ def test_ktos_point_is_a_mean_never_below_zero_without_a_gradient() -> None:
     assert float(kto_point(-ratio_B.sum(), 3)) == 0.0
 
 
-def test_ktos_answers_of_a_batch_share_the_point_and_keep_their_own_weights() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_ktos_answers_of_a_batch_share_the_point_and_keep_their_own_weights(dtype: torch.dtype) -> None:
+    """And the log-ratios' type: the weights, which are fp32 by themselves, do not widen it."""
     is_desirable_B = torch.tensor([True, False, False])
     found_B = kto_loss(
-        torch.tensor([0.0, 0.0, LN_3]), is_desirable_B, beta=1.0, point=LN_3,
+        torch.tensor([0.0, 0.0, LN_3], dtype=dtype), is_desirable_B, beta=1.0, point=LN_3,
         desirable_weight=2.0, undesirable_weight=4.0,
     )  # fmt: skip
-    torch.testing.assert_close(found_B, torch.tensor([2 * 3 / 4, 4 * 1 / 4, 4 * 1 / 2]))
+    torch.testing.assert_close(found_B, torch.tensor([2 * 3 / 4, 4 * 1 / 4, 4 * 1 / 2], dtype=dtype))
 
 
 @pytest.mark.parametrize("is_desirable", [torch.ones(3, 1, dtype=torch.bool), torch.ones(3)])
