@@ -104,6 +104,14 @@ def test_reinforce_plus_plus_baseline_by_hand() -> None:
     torch.testing.assert_close(found_BR[MASK_BR], expected)
 
 
+def test_returns_are_summed_in_fp64() -> None:
+    """To 2^24 fp32 can add no 1. The returns are 2^24 + 31, .., 2^24, with the variance (32^2 - 1) / 12."""
+    reward_BR = torch.ones(1, 32)
+    reward_BR[0, -1] = 2.0**24
+    (found,) = batch_advantage(reward_BR, torch.ones(1, 32, dtype=torch.bool), None).tolist()
+    assert found == pytest.approx([(15.5 - t) / math.sqrt(1023 / 12) for t in range(32)], rel=0.01)
+
+
 ONE_TOKEN_BR = torch.ones(4, 1, dtype=torch.bool)
 REWARDS = [1.0, 2.0, 6.0, 3.0]
 
