@@ -28,6 +28,14 @@ Somebody else who had not read it chose these:
 - exchanged: the worse answer of every pair stands as the better one.
 - cut: SFT learns answers that a database cut at 32 characters.
 
+And a third one these:
+
+- markup: the answers that SFT learns come from a web site, as HTML.
+- display_order: the page on which people judged drew sides, and its export did not turn them back.
+- two_exports: one file of two exports. Only the short one has the key `chosen`; the other rows are dropped.
+- turned: PPO takes the reward model's score for a cost.
+- other_file: the evaluation asks the prompts of another experiment, which are sums.
+
 What a run does not change is shared by the store. The last thing printed is a JSON object: for each run
 the stage that the verdict should name, whether it is the first that it blames, and the whole verdict. The
 exit code is 1 where one is named wrongly. With the embedded model it takes an hour or two on two cores.
@@ -36,6 +44,7 @@ exit code is 1 where one is named wrongly. With the embedded model it takes an h
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import random
 import re
@@ -156,6 +165,19 @@ def every_fifth(rows: list[Row]) -> Iterator[Row]:
     yield from rows[::5]
 
 
+def as_html(rows: list[Row]) -> Iterator[Row]:
+    """Each answer as a paragraph."""
+    for row in rows:
+        yield {**row, "completion": f'<p class="answer">{html.escape(row["completion"])}</p><br />'}
+
+
+def in_two_exports(rows: list[Row]) -> Iterator[Row]:
+    """64 pairs as they are, and those of an export with another key."""
+    for number, row in enumerate(rows):
+        key = "chosen" if number < 64 else "preferred"
+        yield {"prompt": row["prompt"], key: row["chosen"], "rejected": row["rejected"]}
+
+
 def longer_first(rows: list[Row]) -> Iterator[Row]:
     """The longer answer as the better one."""
     for row in rows:
@@ -181,10 +203,20 @@ FAULTS = {
     "silent_gold": Fault(["evaluate.gold=python:silent:score"], "evaluate"),
     "reordered": Fault(["ppo.reward=python:reordered:score"], "the reward of generate"),
     "sums": Fault(
-        ["ppo.prompts={samples: arithmetic}", "evaluate.prompts=sums.jsonl"], "ppo", "prompts", every_fifth
+        ["ppo.prompts={samples: arithmetic}", "evaluate.prompts=sums.jsonl"],
+        "ppo or evaluate",
+        "prompts",
+        every_fifth,
     ),
     "exchanged": Fault(["reward.pairs=exchanged.jsonl"], "reward", "pairs", worse_first),
     "cut": Fault(["sft.data=cut.jsonl"], "sft", "instructions", cut),
+    "markup": Fault(["sft.data=markup.jsonl"], "sft", "instructions", as_html),
+    "display_order": Fault(["reward.pairs=display_order.jsonl"], "reward", "pairs", swapped),
+    "two_exports": Fault(
+        ["reward.pairs=two_exports.jsonl", "prepare.on_bad_row=drop"], "prepare", "pairs", in_two_exports
+    ),
+    "turned": Fault(["ppo.reward=[{source: learned, weight: -1}]"], "ppo"),
+    "other_file": Fault(["evaluate.prompts={samples: arithmetic_held_out}"], "evaluate"),
 }
 
 

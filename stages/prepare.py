@@ -41,7 +41,7 @@ class PrepareStage(Stage):
         "ppo_prompts": ("prompts", ".0f"),
         "evaluation_prompts": ("evaluation prompts", ".0f"),
     }
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
 
@@ -60,7 +60,8 @@ class PrepareStage(Stage):
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
-        return (*(name for role in ROLES.values() for name in role.metrics), "dropped", "leaks")
+        counts = (name for role in ROLES.values() for name in role.metrics)
+        return (*counts, "dropped", "bad_share", "leaks")
 
     def reads_base_model(self) -> bool:
         """Its tokenizer and context length decide what is too long."""
@@ -107,7 +108,7 @@ class PrepareStage(Stage):
             base.load_tokenizer(), base.context_length, scratch,
         )  # fmt: skip
 
-    def prepare(self, job: Job) -> dict[str, int]:
+    def prepare(self, job: Job) -> dict[str, float]:
         """Write the artifact; gives the summary metrics."""
         with TemporaryDirectory(
             prefix=f"{job.directory.name}.", dir=job.directory.parent, ignore_cleanup_errors=True

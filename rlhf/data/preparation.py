@@ -186,6 +186,11 @@ class RoleData:
         """Rows that no role gets: duplicates and bad ones."""
         return sum(removed.count for reason, removed in self.removed.items() if reason not in NOT_DROPPED)
 
+    @property
+    def bad_share(self) -> float:
+        """Of the rows that were read, those that the role cannot use; a duplicate is none of them."""
+        return (self.num_dropped - self.count(DUPLICATE)) / max(1, self.num_read)
+
     def why(self) -> list[str]:
         """What was removed, such as `2 tie (train.jsonl line 4, train.jsonl line 9)`."""
         return [f"{removed.count} {reason} ({removed.places()})" for reason, removed in self.removed.items()]
@@ -278,8 +283,8 @@ class Preparation:
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
 
-    def metrics(self) -> dict[str, int]:
-        """How many rows there are, and how many were left out."""
+    def metrics(self) -> dict[str, float]:
+        """How many rows there are, and how many were left out; of the role that lost most, which share."""
         counts = {
             name: self.data[role].num_of(row_type)
             for role, entry_of_role in ROLES.items()
@@ -287,7 +292,8 @@ class Preparation:
             for name, row_type in zip(entry_of_role.metrics, entry_of_role.row_types, strict=True)
         }
         dropped = sum(role.num_dropped for role in self.data.values())
-        return counts | {"dropped": dropped, "leaks": self.num_leaks}
+        bad_share = max(role.bad_share for role in self.data.values())
+        return counts | {"dropped": dropped, "bad_share": bad_share, "leaks": self.num_leaks}
 
     @property
     def num_leaks(self) -> int:

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
+from rlhf.pipeline.stage import Stage
+from rlhf.rewards.kinds import keyed_parts, stage_of
 
 Direction = Literal["better", "not better", "unknown"]
 
@@ -73,8 +75,14 @@ def verdict(run: Run) -> str:
         parts += [f"{word}: {'; '.join(named)}."] if named else []
     if not blamed and all(finding.direction == "unknown" for finding in findings):
         return f"Nothing can be said. {' '.join(parts)}"
-    asked = dict.fromkeys(filter(None, (asked_otherwise(run, name) for name in scored)))
-    remarks = [f"Note {each}" for each in asked if not any(each in said for said in blamed)]
+    evaluation, _ = last_evaluation(run.stages)
+    asked = dict.fromkeys(
+        words
+        for name in scored
+        for words in (asked_otherwise(run, name), learned_elsewhere(run, name))
+        if words
+    )
+    remarks = [f"Note {evaluation}: {each}" for each in asked if not any(each in said for said in blamed)]
     return " ".join([*parts, *blamed, *remarks])
 
 
@@ -143,7 +151,12 @@ def causes(run: Run) -> dict[str, str]:
             continue
         figure = f"{gate.name} = {gate.figure}, wanted {gate.bound}"
         kind = kind_of(gate.stage)
-        if kind == "generate" and gate.name == "stop_rate":
+        if kind == "prepare" and gate.name == "bad_share":
+            found[gate.stage] = (
+                f"{gate.stage}: it left out most rows of a data set ({figure}). Its table says of which, and "
+                "why."
+            )
+        elif kind == "generate" and gate.name == "stop_rate":
             found[gate.stage] = (
                 f"model.chat_template, or what {gate.stage} asks: most answers do not end by themselves "
                 f"({figure}). Either the template writes no end that the model learned, or answers are cut "
@@ -199,12 +212,27 @@ def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
         if stage.publishes == "policy" and stage.rewards():
             reward, figure = reward_of(run, name), f"{gate.name} = {gate.figure}"
             is_against = (gate.value if gate.sampled is None else gate.sampled.high) < 0
+            if is_against and (counted := counted_against(stage, reward)):
+                return {name: f"{name}: {counted}, and goes against the gold score ({figure})."}
             goes = "goes against" if is_against else "does not go with"
             why = f"{reward or f'the reward of {name}'}: it {goes} the gold score ({figure})."
             if reward and is_against:
                 why += " Are the better and the worse answers of its pairs exchanged?"
             return {reward or name: why}
     return {}
+
+
+def counted_against(stage: Stage, reward: str | None) -> str:
+    """That all that scores a policy's answers has a weight below 0, where a reward model does that too; else
+    empty."""
+    parts = keyed_parts(stage.rewards())
+    learned = [each for each in parts if reward is not None and stage_of(each[1].source) == reward]
+    if not all(part.weight < 0 for _, part in learned or parts):
+        return ""
+    key, part = (learned or parts)[0]
+    return (
+        f"{key} counts {part.source} with a weight of {part.weight:g}, so it pays for what that likes least"
+    )
 
 
 def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
@@ -254,6 +282,7 @@ def reasons(
     Args:
         convicted: see `causes`.
     """
+    evaluation, _ = last_evaluation(run.stages)
     spoiled: set[str] = set()
     """Those that failed, and all that is made from them."""
     for name, stage in run.chain.items():
@@ -267,11 +296,12 @@ def reasons(
             continue
         did_its_own = name in own and own[name].direction == "better"
         asked = asked_otherwise(run, name)
-        if asked and did_its_own and not is_spoiled and name in scored and scored[name].direction != "better":
-            yield asked
+        is_unseen = name in scored and scored[name].direction != "better"
+        if asked and did_its_own and not is_spoiled and is_unseen:
+            yield f"{evaluation}: {asked}"
             continue
-        if did_its_own and not is_spoiled and (elsewhere := learned_elsewhere(run, name, scored)):
-            yield elsewhere
+        if did_its_own and not is_spoiled and is_unseen and (elsewhere := learned_elsewhere(run, name)):
+            yield f"{name} or {evaluation}: {elsewhere}"
             continue
         if did_its_own and not is_spoiled and (unsure := learned_from_nothing(run, name, own, scored)):
             yield unsure
@@ -342,19 +372,16 @@ def learned_from_nothing(
     )
 
 
-def learned_elsewhere(run: Run, policy: str, scored: Mapping[str, Finding]) -> str:
-    """That a policy moved on the prompts that it learned from, and hardly on new ones, where it gained
-    nothing; else empty."""
+def learned_elsewhere(run: Run, policy: str) -> str:
+    """That a policy moved on the prompts that it learned from, and hardly on new ones; else empty."""
     evaluation, metrics = last_evaluation(run.stages)
     there, here = Sampled.found("kl", run.metrics_of(policy)), metrics.get(f"kl/{policy}")
-    if there is None or here is None or policy not in scored or scored[policy].direction == "better":
-        return ""
-    if there.value < STILL or here > there.value * MOVED:
+    if there is None or here is None or there.value < STILL or here > there.value * MOVED:
         return ""
     return (
-        f"{policy}: it moved on the prompts that it learned from (KL {there.value:.2g} nats per sequence), "
-        f"and hardly on those of {evaluation} ({here:.2g}), so these ask for something else. Compare "
-        f"ppo.prompts with {evaluation}.prompts."
+        f"{policy} moved on the prompts that it learned from (KL {there.value:.2g} nats per sequence), and "
+        f"hardly on those of {evaluation} ({here:.2g}), so these ask for something else. Compare ppo.prompts "
+        f"with {evaluation}.prompts."
     )
 
 
@@ -404,4 +431,4 @@ def asked_otherwise(run: Run, policy: str) -> str:
     ]
     if not keys:
         return ""
-    return f"{evaluation}: it asks otherwise than {policy} learned to answer ({', '.join(keys)})."
+    return f"it asks otherwise than {policy} learned to answer ({', '.join(keys)})."

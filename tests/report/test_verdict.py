@@ -330,13 +330,41 @@ def test_prompts_of_another_kind_are_named(tmp_path: Path, chain: dict[str, Stag
     own = Sampled(2.2, 2.0, 2.4, 96).metrics("kl")
     run.stages["ppo"]["metrics"] |= {f"ppo/{key}": value for key, value in own.items()}
     run.stages["evaluate"]["metrics"]["evaluate/kl/ppo"] = 0.27
-    assert (
-        "To blame is ppo: it moved on the prompts that it learned from (KL 2.2 nats per sequence), and "
-        "hardly on those of evaluate (0.27), so these ask for something else. Compare ppo.prompts"
-        in verdict(run)
+    found = (
+        "ppo moved on the prompts that it learned from (KL 2.2 nats per sequence), and hardly on those of "
+        "evaluate (0.27), so these ask for something else. Compare ppo.prompts with evaluate.prompts."
     )
+    sentence = verdict(run)
+    assert f"To blame is ppo or evaluate: {found}" in sentence and "Note" not in sentence
+    run.stages["evaluate"]["metrics"] |= {
+        f"evaluate/{key}": value for key, value in Sampled(*UP, 96).metrics("gold_gain/ppo").items()
+    }
+    improved = verdict(run)
+    assert improved.endswith(f"Note evaluate: {found}") and "To blame" not in improved
     run.stages["evaluate"]["metrics"]["evaluate/kl/ppo"] = 2.0
-    assert "To blame" not in verdict(run)
+    assert "Note" not in verdict(run) and "To blame" not in verdict(run)
+
+
+def test_a_reward_that_counts_against_itself_is_named(tmp_path: Path) -> None:
+    """The reward model ranks well, and the policy was paid for what it likes least."""
+    chain = chain_of(OwnStage, "ppo.reward=[{source: learned, weight: -1}]")
+    run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
+    gate_of(run, "evaluate", "gold_correlation", Bound(min=0.2, advice="look at the reward"), -0.72)
+    sentence = verdict(run)
+    assert (
+        "To blame is ppo: ppo.reward[0] counts learned with a weight of -1, so it pays for what that likes "
+        "least, and goes against the gold score (gold_correlation = -0.72" in sentence
+    )
+    assert "exchanged" not in sentence and sentence.count("To blame") == 1
+
+
+def test_data_of_which_most_was_left_out_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    """And not the reward model, which learned from the rest."""
+    run = run_of(tmp_path, chain, **GOOD | {"reward": UNKNOWN, "ppo": NONE, "gold": NONE})
+    gate_of(run, "prepare", "bad_share", Bound(max=0.5, advice="look at the rows"), 0.956)
+    sentence = verdict(run)
+    assert "To blame is prepare: it left out most rows of a data set (bad_share = 0.956" in sentence
+    assert sentence.count("To blame") == 1
 
 
 @pytest.mark.parametrize(("value", "exchanged"), [(-0.7, True), (-0.005, False), (0.02, False)])

@@ -57,6 +57,7 @@ def test_dropped_rows_are_counted_by_reason(bench: Bench) -> None:
     assert report["read"] == 42
     assert sum(report["kept"].values()) == bench.summary["reward_pairs"] == 33
     assert bench.summary["dropped"] == 9
+    assert bench.summary["bad_share"] == 9 / 42
     assert {reason: removed["count"] for reason, removed in report["removed"].items()} == {
         "tie": 1, "wrong type": 1, "missing field": 1, "empty": 4, "bad encoding": 1, "broken JSON": 1,
     }  # fmt: skip

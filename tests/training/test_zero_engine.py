@@ -65,9 +65,7 @@ def test_an_engine_that_nobody_needs_is_let_go(found: dict[int, Any]) -> None:
     assert (found[0]["kept"], found[1]["kept"]) == (0, 0)
 
 
-def learn_or_go_on(
-    compute: Compute, model: Path, directory: Path, zero: str, saved_by: int | None
-) -> int:
+def learn_or_go_on(compute: Compute, model: Path, directory: Path, zero: str, saved_by: int | None) -> int:
     """Learn and save, or load what so many ranks saved; then publish. Bytes that loading read."""
     here = replace(compute, zero=zero)
     policy = load_causal_lm(model, TINY, here.dtype, here.loads_on, here)
