@@ -189,7 +189,8 @@ class ZeroEngine(Engine):
         optimizer's state more. Then each rank reads its slice of each file.
         """
         tag = TAG
-        mapped = serialization.config.patch({"load.mmap": self._universal})  # else it reads every file whole
+        settings: Any = serialization.config  # torch's type does not know how it is used
+        mapped = settings.patch({"load.mmap": self._universal})  # else every rank reads every file whole
         with only_tensors_and_numbers(), mapped:
             if self._universal:
                 self.compute.main_only(lambda: to_universal(directory))

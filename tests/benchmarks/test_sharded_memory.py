@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_no_rank_of_two_holds_a_whole_model(stage: str, zero: str) -> None:
 def loaded_for_qlora(directory: Path, layers: int) -> tuple[float, int, int]:
     """Write a model and load it: the peak of private memory, and bytes of all quantized weights and of the
     largest one, as they are in the files."""
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8}
+    shape: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8}
     config = LlamaConfig(vocab_size=259, num_hidden_layers=layers, **shape)
     LlamaForCausalLM(config).save_pretrained(directory)
     memory = PrivateMemory()

@@ -15,7 +15,7 @@ import torch
 from helpers.jobs import TINY
 from helpers.ranks import OPTIM, write_large
 from helpers.spawned import start_ranks
-from rlhf.distributed.compute import Compute, leave_group, make_compute
+from rlhf.distributed.compute import Compute, Zero, leave_group, make_compute
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
 from rlhf.training.make_engine import make_engine
@@ -65,7 +65,7 @@ def test_an_engine_that_nobody_needs_is_let_go(found: dict[int, Any]) -> None:
     assert (found[0]["kept"], found[1]["kept"]) == (0, 0)
 
 
-def learn_or_go_on(compute: Compute, model: Path, directory: Path, zero: str, saved_by: int | None) -> int:
+def learn_or_go_on(compute: Compute, model: Path, directory: Path, zero: Zero, saved_by: int | None) -> int:
     """Learn and save, or load what so many ranks saved; then publish. Bytes that loading read."""
     here = replace(compute, zero=zero)
     policy = load_causal_lm(model, TINY, here.dtype, here.loads_on, here)
@@ -93,7 +93,7 @@ def bytes_read() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
-def test_another_number_of_ranks_reads_slices(zero: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_reads_slices(zero: Zero, tiny_model: Path, tmp_path: Path) -> None:
     write_large(tmp_path / "model", tiny_model, is_tied=False)
     arguments = (tmp_path / "model", tmp_path, zero)
     for ranks, saved_by in ((1, None), (3, 1)):
