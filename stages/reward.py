@@ -54,7 +54,8 @@ class RewardStage(Stage):
     healthy: ClassVar[Mapping[str, Healthy]] = {"train_accuracy": Healthy(min=0.5)}
     purpose: ClassVar[Purpose] = Purpose(
         "accuracy_over_baseline", "the reward model's ranking against chance and length", 1,
-        "it ranks no better than a rule that reads no word, so no policy can learn from it",
+        "it ranks no better than a rule that reads no word, so no policy can learn from it (labels that "
+        "contradict each other do this, and a rate that is too low)",
     )  # fmt: skip
     version: ClassVar[int] = 7
     divided: ClassVar[tuple[str, ...]] = ("batch_pairs",)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
 
 GateOutcome = Literal["passed", "failed", "cannot tell", "not checked"]
+FEW = 8
+"""Rows, of which nobody can say how many more would tell."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class GateResult:
     @property
     def more_rows(self) -> int | None:
         """About how many more rows would decide it, if the value does not change: the interval's width goes
-        with the root of the rows. None for one row, or a value on the bound."""
-        if self.outcome != "cannot tell" or self.sampled is None:
+        with the root of the rows. None for few rows, whose value will change, or for one on the bound."""
+        if self.outcome != "cannot tell" or self.sampled is None or self.sampled.rows < FEW:
             return None
         half = (self.sampled.high - self.sampled.low) / 2
         bounds = (bound for bound in (self.bound.min, self.bound.max) if bound is not None)
@@ -81,8 +83,8 @@ class GateResult:
             return f"About {rows:,} more row{'s' * (rows > 1)} like these would tell{where}."
         if self.sampled is not None and not self.sampled.rows:
             return f"No row was of use: it has no value here{where}."
-        if self.sampled is not None and self.sampled.rows < 2:
-            return f"That takes more than one row{where}."
+        if self.sampled is not None and self.sampled.rows < FEW:
+            return f"That takes many more rows{where}."
         return "The figure lies on the bound: no number of rows would tell."
 
     def as_json(self) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def test_so_many_more_rows_would_tell() -> None:
     ("result", "advice"),
     [
         (gate(AT_LEAST, 0.4, 0.6), "The figure lies on the bound: no number of rows would tell."),
-        (gate(AT_LEAST, -math.inf, math.inf, 1, 0.7), "That takes more than one row."),
+        (gate(AT_LEAST, -math.inf, math.inf, 1, 0.7), "That takes many more rows."),
+        (gate(AT_LEAST, -1.0, 0.56, 2, -0.2), "That takes many more rows."),  # "about 3", by its width
         (gate(AT_LEAST, -math.inf, math.inf, 0, math.nan), "No row was of use: it has no value here."),
         (gate(AT_LEAST, 0.1, 0.2), "Try: do this."),
         (gate(AT_LEAST, 0.6, 0.7), ""),
