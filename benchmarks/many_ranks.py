@@ -52,14 +52,14 @@ SETTINGS = (
 
 
 def write_data(directory: Path) -> None:
-    """Rows of every role; 17 pairs are trained on and 7 held out, which no number of ranks divides.
+    """Rows of every role; 10 pairs are trained on and 14 held out, which 4 or 8 ranks cannot share equally.
 
     Preferred answers are short: DPO's figures are differences of sums over tokens, with which rounding grows.
     """
     numbers = range(24)
     rows: dict[str, list[dict[str, object]]] = {
         "sft": [{"prompt": f"Say {n}", "completion": "word " * (1 + n % 7)} for n in numbers],
-        "pairs": [{"prompt": f"Rate {n}", "chosen": "!" * (1 + n % 3), "rejected": "?"} for n in numbers],
+        "pairs": [{"prompt": f"Grade {n}", "chosen": "!" * (1 + n % 3), "rejected": "?"} for n in numbers],
         "prompts": [{"prompt": f"Tell me {'more ' * (n % 5)}about {n}"} for n in numbers],
         "evaluation": [{"prompt": f"What is {n}?"} for n in numbers[:7]],
         "sentences": [{"text": f"Water boils at {n} degrees."} for n in numbers[:5]],
