@@ -45,21 +45,26 @@ SETTINGS = (
     "ppo.epochs=1", "ppo.batch_episodes=8", "ppo.minibatch_episodes=8", "ppo.max_new_tokens=6",
     "ppo.evaluate_prompts=6", "ppo.evaluate_every=1", "evaluate.num_prompts=6", "compare.num_questions=3",
     "compare.max_new_tokens=6", "sft.optim.eps=1e-4", "ppo.optim.eps=1e-4", "reward.optim.eps=1e-4",
-    "ppo.critic.optim.eps=1e-4", "dpo.peft=none", "dpo.batch_rows=8", "dpo.optim.eps=1e-4", "grpo.peft=none",
-    "grpo.steps=2", "grpo.batch_episodes=8", "grpo.minibatch_episodes=8", "grpo.optim.eps=1e-4",
+    "ppo.critic.optim.eps=1e-4", "dpo.data=choices.jsonl", "dpo.peft=none", "dpo.batch_rows=8",
+    "dpo.optim.eps=1e-4", "grpo.peft=none", "grpo.steps=2", "grpo.batch_episodes=8",
+    "grpo.minibatch_episodes=8", "grpo.optim.eps=1e-4",
 )  # fmt: skip
 """Adam divides by a gradient's size: an eps far above rounding keeps it from making much of it."""
 
 
 def write_data(directory: Path) -> None:
-    """Rows of every role; 10 pairs are trained on and 14 held out, which 4 or 8 ranks cannot share equally.
+    """Rows of every role, which 4 or 8 ranks cannot share equally.
 
-    Preferred answers are short: DPO's figures are differences of sums over tokens, with which rounding grows.
+    DPO's answers are short, and many held out: its figures are differences of sums over tokens, with which
+    rounding grows, and the interval of few rows multiplies it.
     """
     numbers = range(24)
     rows: dict[str, list[dict[str, object]]] = {
         "sft": [{"prompt": f"Say {n}", "completion": "word " * (1 + n % 7)} for n in numbers],
-        "pairs": [{"prompt": f"Grade {n}", "chosen": "!" * (1 + n % 3), "rejected": "?"} for n in numbers],
+        "pairs": [
+            {"prompt": f"Rate {n}", "chosen": "I love it! " * (1 + n % 3), "rejected": "No."} for n in numbers
+        ],
+        "choices": [{"prompt": f"Grade {n}", "chosen": "!" * (1 + n % 3), "rejected": "?"} for n in numbers],
         "prompts": [{"prompt": f"Tell me {'more ' * (n % 5)}about {n}"} for n in numbers],
         "evaluation": [{"prompt": f"What is {n}?"} for n in numbers[:7]],
         "sentences": [{"text": f"Water boils at {n} degrees."} for n in numbers[:5]],
