@@ -81,7 +81,7 @@ def test_summary_keeps_its_contract(first: Outcome) -> None:
         unknown = {metric for metric, value in stage["metrics"].items() if not isinstance(value, float)}
         assert all("gold_correlation" in metric for metric in unknown)  # VADER knows no word of these answers
         assert stage["seconds"] >= 0
-    assert {gate["stage"] for gate in summary["gates"]} == {"sft", "reward", "generate", "ppo", "evaluate"}
+    assert {gate["stage"] for gate in summary["gates"]} == {*STAGES}
     for gate in summary["gates"]:
         assert set(gate) == {
             "stage", "name", "value", "low", "high", "rows", "bound", "min", "max", "outcome", "passed",
