@@ -18,7 +18,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.config import ConfigError, did_you_mean
-from rlhf.costs.hardware import CUDA_CONTEXT, CUDA_PROCESS, Machine, Speed, calibrated_speed, found_machine
+from rlhf.costs.hardware import (
+    CUDA_CONTEXT,
+    CUDA_PROCESS,
+    NCCL_BUFFERS,
+    Machine,
+    Speed,
+    calibrated_speed,
+    found_machine,
+)
 from rlhf.costs.model_shape import ModelShape, counted
 from rlhf.costs.setup import CostContext, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost
@@ -263,7 +271,7 @@ class PlanStage(Stage):
                 name=f"planned: {self.nodes} nodes of {self.gpus} GPUs",
                 memory=float(self.gpu_memory),
                 host_memory=self.host_memory / self.gpus,
-                used=CUDA_CONTEXT,
+                used=CUDA_CONTEXT + (NCCL_BUFFERS if self.gpus * self.nodes > 1 else 0.0),
                 ranks=self.gpus * self.nodes,
                 speed=Speed(1000 * self.gpu_tflops, self.gpu_bandwidth / 1e9),
                 ranks_here=self.gpus,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 CUDA_CONTEXT = 0.6 * GIB
 """Bytes that a CUDA process holds before its first tensor."""
+NCCL_BUFFERS = 1.0 * GIB
+"""Bytes that NCCL holds on a GPU for what ranks send each other, where there are several: assumed."""
 CUDA_PROCESS = 2.0 * GIB
 """Bytes that it holds in the host's memory: assumed."""
 LIBRARIES = 0.25 * GIB
@@ -83,7 +85,8 @@ def found_machine(compute: Compute, speed: Speed) -> Machine:
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()  # of what the calibration multiplied
         free, _ = torch.cuda.mem_get_info(compute.device)  # beside this process's context
-        return Machine("cuda", hardware(), float(free), host, 0.0, ranks, speed, ranks_here)
+        used = NCCL_BUFFERS if ranks > 1 else 0.0  # which it takes when ranks first talk
+        return Machine("cuda", hardware(), float(free), host, used, ranks, speed, ranks_here)
     used = float(psutil.Process().memory_info().rss)
     return Machine("cpu", hardware(), host + used, 0.0, used + LIBRARIES, ranks, speed, ranks_here)
 

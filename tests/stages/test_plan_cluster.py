@@ -12,7 +12,7 @@ import pytest
 from helpers.chains import Outcome, run_main
 from helpers.costs import GIB, NO_CHECKPOINTS
 from helpers.experiments import build
-from rlhf.costs.hardware import CUDA_CONTEXT, Machine, Speed
+from rlhf.costs.hardware import CUDA_CONTEXT, NCCL_BUFFERS, Machine, Speed
 from rlhf.costs.model_shape import ModelShape, shape_in
 from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
@@ -67,7 +67,14 @@ def taken(outcome: Outcome, shape: ModelShape, ranks: int, monkeypatch: pytest.M
     for stage in stages:
         stage.check_compute(compute)
     machine = Machine(
-        "cuda", "a test", 80.0 * GIB, 64.0 * GIB, CUDA_CONTEXT, ranks, Speed(3e5, 2e3), min(ranks, 8)
+        "cuda",
+        "a test",
+        80.0 * GIB,
+        64.0 * GIB,
+        CUDA_CONTEXT + NCCL_BUFFERS,
+        ranks,
+        Speed(3e5, 2e3),
+        min(ranks, 8),
     )
 
     def sizes(role: str, split: str) -> LengthStats:
