@@ -72,8 +72,8 @@ $(VENV)/.documented: $(VENV)/.installed
 
 # vLLM's build for CPUs wants a torch and a transformers of its own, hence an environment of its own.
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/generation/with_vllm tests/gpu/test_4_vllm.py \
-		tests/benchmarks/test_gpu.py::test_a_tiny_model_is_sampled_from_by_vllm
+	$(VENV)-vllm/bin/python -m pytest tests/generation/with_vllm tests/benchmarks/test_gpu.py::test_a_tiny_model_is_sampled_from_by_vllm
+	$(VENV)-vllm/bin/python -m pytest tests/gpu/test_4_vllm.py
 
 # What runs on a GPU alone, in order of risk, each with a number to reach: ten minutes at most on one H100. Without a
 # GPU the same checks run on the CPU, smaller, and take longer.

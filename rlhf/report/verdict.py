@@ -76,13 +76,10 @@ def verdict(run: Run) -> str:
     if not blamed and all(finding.direction == "unknown" for finding in findings):
         return f"Nothing can be said. {' '.join(parts)}"
     evaluation, _ = last_evaluation(run.stages)
-    asked = dict.fromkeys(
-        words
-        for name in scored
-        for words in (asked_otherwise(run, name), learned_elsewhere(run, name))
-        if words
-    )
-    remarks = [f"Note {evaluation}: {each}" for each in asked if not any(each in said for said in blamed)]
+    asked = dict.fromkeys(asked_otherwise(run, name) or learned_elsewhere(run, name) for name in scored)
+    remarks = [
+        f"Note {evaluation}: {each}" for each in asked if each and not any(each in said for said in blamed)
+    ]
     return " ".join([*parts, *blamed, *remarks])
 
 

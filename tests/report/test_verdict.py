@@ -300,8 +300,12 @@ def test_an_evaluation_that_asks_otherwise_is_named(tmp_path: Path, gold: tuple[
     sentence = verdict(run_of(tmp_path, chain, **GOOD | {"gold": gold}))
     assert f"To blame is evaluate: it asks otherwise than ppo learned to answer ({keys})." in sentence
     assert sentence.count("To blame") == 1 and "Note" not in sentence
-    improved = verdict(run_of(tmp_path, chain, **GOOD))
-    assert "To blame" not in improved
+    run = run_of(tmp_path, chain, **GOOD)
+    own = Sampled(4.8, 4.6, 5.0, 96).metrics("kl")
+    run.stages["ppo"]["metrics"] |= {f"ppo/{key}": value for key, value in own.items()}
+    run.stages["evaluate"]["metrics"]["evaluate/kl/ppo"] = 0.56  # by the temperature: the prompts are alike
+    improved = verdict(run)
+    assert "To blame" not in improved and improved.count("Note") == 1
     assert improved.endswith(f"Note evaluate: it asks otherwise than ppo learned to answer ({keys}).")
 
 
