@@ -31,7 +31,7 @@ Somebody else who had not read it chose these:
 And a third one these:
 
 - markup: the answers that SFT learns come from a web site, as HTML.
-- display_order: the page on which people judged drew sides, and its export did not turn them back.
+- the page on which people judged drew sides, and its export did not turn them back: that is `pairs`.
 - two_exports: one file of two exports. Only the short one has the key `chosen`; the other rows are dropped.
 - turned: PPO takes the reward model's score for a cost.
 - other_file: the evaluation asks the prompts of another experiment, which are sums.
@@ -211,7 +211,6 @@ FAULTS = {
     "exchanged": Fault(["reward.pairs=exchanged.jsonl"], "reward", "pairs", worse_first),
     "cut": Fault(["sft.data=cut.jsonl"], "sft", "instructions", cut),
     "markup": Fault(["sft.data=markup.jsonl"], "sft", "instructions", as_html),
-    "display_order": Fault(["reward.pairs=display_order.jsonl"], "reward", "pairs", swapped),
     "two_exports": Fault(
         ["reward.pairs=two_exports.jsonl", "prepare.on_bad_row=drop"], "prepare", "pairs", in_two_exports
     ),

@@ -146,6 +146,7 @@ def test_optuna_learns_that_a_trial_failed(chain: Chain) -> None:
 
 
 def test_a_lost_trial_is_told_and_the_others_go_on(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patch is a scheduler that loses a job: submitit then raises in the sweeper's process."""
     run_trial = rlhf.cli.sweep.trial.run_trial
 
     def killed_at_first(resolved: dict[str, Any], run_name: str) -> TrialOutcome:
@@ -215,6 +216,7 @@ def test_a_metric_that_no_trial_has_ends_the_sweep_after_the_first(chain: Chain)
 
 
 def test_missing_packages_are_named(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    # an environment without optuna, which these tests themselves need
     found = lambda name: None if name == "optuna" else find_spec(name)  # noqa: E731
     monkeypatch.setattr(rlhf.cli.sweep.sweepers, "find_spec", found)
     outcome = chain.run(*OPTUNA, LR, "run_name=x")

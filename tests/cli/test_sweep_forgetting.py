@@ -97,6 +97,7 @@ def test_a_mistake_is_told_before_the_first_trial(
 @pytest.mark.slow
 def test_a_picture_needs_matplotlib(swept: tuple[Chain, Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     chain, _ = swept
+    # an environment without matplotlib, which these tests themselves need
     monkeypatch.setattr(rlhf.pipeline.settings, "find_spec", lambda name: None)
     outcome = chain.run(*SWEEP, "run_name=mistake")
     assert outcome.code == 2

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from helpers.jobs import on_cpu
-from rlhf.costs.hardware import LIBRARIES, Speed, found_machine
+from rlhf.costs.hardware import LIBRARIES, NCCL_BUFFERS, Speed, found_machine
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.device import host_memory, room_in
 
@@ -46,3 +46,5 @@ def test_of_a_gpu_a_rank_may_have_what_is_free_once_the_calibration_has_given_ba
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free, 8e9))
     machine = found_machine(Compute("cuda", "bfloat16"), Speed(1.0, 1.0))
     assert (machine.memory, machine.used) == (7e9, 0.0)
+    among_others = found_machine(Compute("cuda", "bfloat16", world_size=2), Speed(1.0, 1.0))
+    assert among_others.used == NCCL_BUFFERS  # which nothing holds before ranks talk

@@ -167,7 +167,7 @@ SRUN = {
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr("rlhf.cli.launcher.has_gpu", lambda: True)
+    monkeypatch.setattr("rlhf.cli.launcher.has_gpu", lambda: True)  # two GPUs, which a test machine lacks
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert ranks_wanted(LaunchConfig(processes=None), "auto") == 2
     assert ranks_wanted(LaunchConfig(processes=4), "cpu") == 4
@@ -210,6 +210,7 @@ def test_srun_without_an_address_is_told() -> None:
 WAITS_SECONDS = 2.0
 """What two ranks give each other, once they have met."""
 LATE_SECONDS = 3.0
+"""Longer than that. Ranks that sleep are late for real: being late is what is tested."""
 
 
 def refuse() -> None:
