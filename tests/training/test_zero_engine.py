@@ -66,21 +66,27 @@ def test_an_engine_that_nobody_needs_is_let_go(found: dict[int, Any]) -> None:
 
 
 def learn_or_go_on(compute: Compute, model: Path, directory: Path, zero: Zero, saved_by: int | None) -> int:
-    """Learn and save, or load what so many ranks saved; then publish. Bytes that loading read."""
+    """Learn and save, or load what so many ranks saved; then learn on. Bytes that loading read."""
     here = replace(compute, zero=zero)
     policy = load_causal_lm(model, TINY, here.dtype, here.loads_on, here)
     resume = {"zero": zero, "step": 1, "world_size": saved_by} if saved_by else None
     engine = make_engine(ResponseModel(policy), [(policy.parameters(), OPTIM)], here, resume=resume)
+    batch = pack_sequences([torch.arange(3)], [torch.arange(3, 9)], here.device)
+
+    def learn(step: int) -> None:
+        engine.set_rates(step, 10)
+        engine.backward(-engine.model(batch, 1.0).logp_N.mean() / here.world_size, last=True)
+        engine.step()
+
+    if not saved_by:
+        learn(1)
+        engine.save(directory / zero)
     before = bytes_read()
     if saved_by:
         engine.load(directory / zero)
-    else:
-        batch = pack_sequences([torch.arange(3)], [torch.arange(3, 9)], here.device)
-        engine.set_rates(1, 10)
-        engine.backward(-engine.model(batch, 1.0).logp_N.mean(), last=True)
-        engine.step()
-        engine.save(directory / zero)
     read = bytes_read() - before
+    engine.save_trained(policy, directory / f"at {saved_by}")
+    learn(2)  # by the moments
     engine.save_trained(policy, directory / f"after {saved_by}")
     return read
 
@@ -98,9 +104,13 @@ def test_another_number_of_ranks_reads_slices(zero: Zero, tiny_model: Path, tmp_
     arguments = (tmp_path / "model", tmp_path, zero)
     for ranks, saved_by in ((1, None), (3, 1)):
         found = start_ranks(learn_or_go_on, ranks, *arguments, saved_by, timeout=60, seconds=120)()
-    before, after = (load_trained(tmp_path / f"after {each}") for each in (None, 1))
-    assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    state = 12 * sum(weight.numel() for weight in after.values())
+    saved, loaded = (load_trained(tmp_path / f"at {each}") for each in (None, 1))
+    assert all(torch.equal(loaded[name], weight) for name, weight in saved.items())
+    alone, together = (load_trained(tmp_path / f"after {each}") for each in (None, 1))
+    step = max(float((alone[name] - weight).abs().max()) for name, weight in saved.items())
+    apart = max(float((together[name] - weight).abs().max()) for name, weight in alone.items())
+    assert apart < 1e-5 < 1e-2 < step
+    state = 12 * sum(weight.numel() for weight in saved.values())
     for rank in (1, 2):
         assert found[rank] < state / 10, "it read what it did not map"
 
