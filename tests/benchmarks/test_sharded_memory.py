@@ -21,8 +21,10 @@ from rlhf.models.peft.config import PeftConfig
 @pytest.mark.parametrize("zero", ["fsdp2", "zero3"])
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_no_rank_of_two_holds_a_whole_model(stage: str, zero: str) -> None:
-    """Sampled from layer by layer, as the preflight chooses for a model that fits no rank whole."""
-    options = ["--model", "small", "--zero", zero, "--stages", stage, "--generation", "layers"]
+    """The local engine samples in both ways: fsdp2's weights gathered whole, as the preflight chooses for a
+    model that fits; zero3's layer by layer, as for one that does not."""
+    generation = {"fsdp2": "local", "zero3": "layers"}[zero]
+    options = ["--model", "small", "--zero", zero, "--stages", stage, "--generation", generation]
     (one,), (first, second) = main(options)[f"{stage} {zero}"]
     assert {"loading", "reading", "learning", "checkpointing", "publishing"} <= one.keys()
     for phase in one:
