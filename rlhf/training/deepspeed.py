@@ -349,7 +349,7 @@ def only_tensors_and_numbers() -> Iterator[None]:
 
 
 def to_universal(directory: Path) -> None:
-    """Convert a checkpoint so that any number of ranks can read it."""
+    """Convert a checkpoint so that any number of ranks can read it; within `only_tensors_and_numbers`."""
     import argparse
 
     from deepspeed.checkpoint.ds_to_universal import main
