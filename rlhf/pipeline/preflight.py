@@ -102,9 +102,9 @@ def check_before_loading(
             ways[stage.name] = "layers" if by_layers else "whole"
             line = sampling_note(stage, experiment.stages, on, ways[stage.name])
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-    checked = preflight(
-        stages, experiment.stages, on, Path(settings.store_dir), settings.checkpoint, begun=pending, ways=ways
-    )
+    store = Path(settings.store_dir)
+    disk = Disk(store, shutil.disk_usage(store).free)
+    checked = preflight(stages, experiment.stages, on, disk, settings.checkpoint, begun=pending, ways=ways)
     lines = [*padding_notes(stages, settings.model.attention), *checked.warned, *checked.refused]
     refused = float(compute.global_max(torch.tensor(float(bool(checked.refused)))))
     if refused and settings.preflight == "enforce":
@@ -235,11 +235,19 @@ class Checked:
     """What perhaps does not fit."""
 
 
+@dataclass(frozen=True)
+class Disk:
+    """Where the store is, and how many bytes are free there."""
+
+    store: Path
+    free: float
+
+
 def preflight(
     stages: Sequence[Stage],
     chain: Mapping[str, Stage],
     on: CostContext,
-    store: Path,
+    disk: Disk,
     checkpoints: CheckpointConfig,
     begun: Mapping[str, Begun],
     ways: Mapping[str, LocalSampling] | None = None,
@@ -267,7 +275,7 @@ def preflight(
         elif need > 1.0:
             warned.append(said(stage, cost, on))
         on = replace(on, has_sampled=on.has_sampled or stage.samples)
-    refused += disk_complaints(costs, store, checkpoints, begun)
+    refused += disk_complaints(costs, disk, checkpoints, begun)
     too_long = context_complaints(stages, costs, chain, on)
     return Checked(costs, [*too_long, *refused], warned)
 
@@ -460,7 +468,7 @@ def with_copy(cost: StageCost, on: CostContext, config: CheckpointConfig) -> Sta
 
 
 def disk_complaints(
-    costs: Mapping[str, StageCost], store: Path, checkpoints: CheckpointConfig, begun: Mapping[str, Begun]
+    costs: Mapping[str, StageCost], disk: Disk, checkpoints: CheckpointConfig, begun: Mapping[str, Begun]
 ) -> Iterator[str]:
     """The artifacts, what one is made from while it is written, and the checkpoints of the stage that needs
     most, must fit on the store's disk, beside the checkpoints that are there."""
@@ -468,12 +476,11 @@ def disk_complaints(
     published += max((cost.artifact for cost in costs.values()), default=0.0)  # what was trained, or merged
     missing = [checkpoint_bytes(cost, checkpoints) - begun[name].bytes for name, cost in costs.items()]
     largest = max(0.0, *missing)
-    free = shutil.disk_usage(store).free
-    if published + largest > free:
+    if published + largest > disk.free:
         yield (
-            f"store_dir={store}: the artifacts need about {amount(published)} and the checkpoints "
-            f"{amount(largest)}, and {amount(free)} are free. Make room, choose another store_dir, or lower "
-            "checkpoint.keep."
+            f"store_dir={disk.store}: the artifacts need about {amount(published)} and the checkpoints "
+            f"{amount(largest)}, and {amount(disk.free)} are free. Make room, choose another store_dir, "
+            "or lower checkpoint.keep."
         )
 
 

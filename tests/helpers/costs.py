@@ -16,6 +16,7 @@ from rlhf.data.prepared import LengthStats
 from rlhf.pipeline.preflight import (
     Begun,
     Checked,
+    Disk,
     preflight,
 )
 from rlhf.training.checkpoint import CheckpointConfig
@@ -26,6 +27,8 @@ EIGHT_BILLION = Qwen3Config(
 )  # fmt: skip
 EIGHT = shape_of(EIGHT_BILLION)
 GIB = 2**30
+LARGE = 1e15
+"""Bytes of a disk on which everything fits."""
 NO_CHECKPOINTS = CheckpointConfig(every_steps=None, every_minutes=None, background=False, keep=1, resume=True)
 
 
@@ -38,7 +41,7 @@ def gpus(gib: float, ranks: int = 1, host: float = 1000.0) -> CostContext:
 def check(tmp_path: Path, on: CostContext, stage: str, *overrides: str) -> Checked:
     found = build(*overrides)
     return preflight(
-        [found.stages[stage]], found.stages, on, tmp_path, NO_CHECKPOINTS, begun={stage: Begun()}
+        [found.stages[stage]], found.stages, on, Disk(tmp_path, LARGE), NO_CHECKPOINTS, begun={stage: Begun()}
     )
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from helpers.chains import Chain, Outcome
-from helpers.costs import EIGHT, GIB, NO_CHECKPOINTS, check, gpus
+from helpers.costs import EIGHT, GIB, LARGE, NO_CHECKPOINTS, check, gpus
 from helpers.experiments import build
 from helpers.jobs import on_cpu
 from helpers.models import tiny_family
@@ -39,6 +39,7 @@ from rlhf.models.base import BaseModelFiles, UnknownShapeError, skeleton
 from rlhf.models.peft.attach import check_attachable
 from rlhf.pipeline.preflight import (
     Begun,
+    Disk,
     check_before_loading,
     check_tunes,
     chosen,
@@ -146,7 +147,7 @@ def test_what_vllm_holds_stays_until_the_run_ends_unless_it_sleeps(
         }
 
     begun = dict.fromkeys(found.stages, Begun())
-    together = preflight(stages, found.stages, on, tmp_path, NO_CHECKPOINTS, begun)
+    together = preflight(stages, found.stages, on, Disk(tmp_path, LARGE), NO_CHECKPOINTS, begun)
     every = {name: {phase.name for phase in cost.phases} for name, cost in together.costs.items()}
     alone = check(tmp_path, on, "ppo").costs
     if kind == "cuda":  # it sleeps, but its graphs stay
@@ -165,20 +166,19 @@ def test_what_vllm_holds_stays_until_the_run_ends_unless_it_sleeps(
 
 def test_the_store_needs_room_for_artifacts_and_checkpoints(tmp_path: Path) -> None:
     every = NO_CHECKPOINTS.model_copy(update={"every_steps": 5, "keep": 2})
-    huge = StageCost(artifact=1.0, checkpoint=1e18)
-    assert list(disk_complaints({"sft": huge}, tmp_path, NO_CHECKPOINTS, {"sft": Begun()})) == []
-    written = {"sft": Begun(3e18)}
-    assert list(disk_complaints({"sft": huge}, tmp_path, every, written)) == []
-    (line,) = disk_complaints({"sft": huge}, tmp_path, every, {"sft": Begun()})
+    cost, disk = StageCost(artifact=1.0, checkpoint=10.0), Disk(tmp_path, 12.0)
+    assert list(disk_complaints({"sft": cost}, disk, NO_CHECKPOINTS, {"sft": Begun()})) == []
+    written = {"sft": Begun(30.0)}
+    assert list(disk_complaints({"sft": cost}, disk, every, written)) == []
+    (line,) = disk_complaints({"sft": cost}, disk, every, {"sft": Begun()})
     assert line.startswith(f"store_dir={tmp_path}") and "checkpoint.keep" in line
 
 
 def test_what_an_artifact_is_made_from_is_on_the_disk_too(tmp_path: Path) -> None:
-    free = shutil.disk_usage(tmp_path).free
-    two = {"sft": StageCost(artifact=0.4 * free), "reward": StageCost(artifact=0.3 * free)}
-    begun = dict.fromkeys(two, Begun())
-    assert list(disk_complaints({"sft": two["sft"]}, tmp_path, NO_CHECKPOINTS, begun)) == []
-    assert len(list(disk_complaints(two, tmp_path, NO_CHECKPOINTS, begun))) == 1
+    two = {"sft": StageCost(artifact=4.0), "reward": StageCost(artifact=3.0)}
+    begun, disk = dict.fromkeys(two, Begun()), Disk(tmp_path, 10.0)
+    assert list(disk_complaints({"sft": two["sft"]}, disk, NO_CHECKPOINTS, begun)) == []
+    assert len(list(disk_complaints(two, disk, NO_CHECKPOINTS, begun))) == 1
 
 
 @pytest.mark.parametrize(
@@ -237,6 +237,13 @@ def test_a_model_too_large_is_refused_before_it_is_read(
     assert "Error: sft needs about" in outcome.err and "GiB (" in outcome.err
     assert "preflight=warn" in outcome.err
     assert outcome.statuses == {"prepare": "ran"}
+
+
+def test_checkpoints_that_no_disk_holds_are_refused_before_training(chain: Chain) -> None:
+    outcome = chain.run("stage=sft", "seed=7", "checkpoint.every_steps=5", f"checkpoint.keep={10**12}")
+    assert outcome.code == 2
+    assert "Error: store_dir=" in outcome.err and "lower checkpoint.keep" in outcome.err
+    assert outcome.statuses == {"prepare": "reused"}
 
 
 def before(chain: Outcome, compute: Compute, stages: str, *overrides: str, base: Path | None = None) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from helpers.chains import Outcome, run_main
-from helpers.costs import GIB, NO_CHECKPOINTS
+from helpers.costs import GIB, LARGE, NO_CHECKPOINTS
 from helpers.experiments import build
 from rlhf.costs.hardware import CUDA_CONTEXT, NCCL_BUFFERS, Machine, Speed
 from rlhf.costs.model_shape import ModelShape, shape_in
@@ -18,7 +18,7 @@ from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
 from rlhf.distributed.compute import Compute
 from rlhf.pipeline.experiment import Experiment
-from rlhf.pipeline.preflight import Begun, preflight
+from rlhf.pipeline.preflight import Begun, Disk, preflight
 
 CONFIGS = Path(__file__).parents[1] / "costs" / "configs"
 MODELS = ("llama_8b", "qwen_32b", "llama_70b")
@@ -57,7 +57,7 @@ class Taken(NamedTuple):
     refused: list[str]
 
 
-def taken(outcome: Outcome, shape: ModelShape, ranks: int, monkeypatch: pytest.MonkeyPatch) -> Taken:
+def taken(outcome: Outcome, shape: ModelShape, ranks: int) -> Taken:
     """Compose the planned experiment, and check each of its stages on so many GPUs of 80 GiB."""
     found = build(
         f"hydra.searchpath=[file://{outcome.directory / 'artifacts' / 'plan'}]", "+experiment=planned"
@@ -83,9 +83,8 @@ def taken(outcome: Outcome, shape: ModelShape, ranks: int, monkeypatch: pytest.M
 
     vllm = settings.vllm if settings.generation == "vllm" else None
     on = CostContext(shape, 2, settings.zero, machine, sizes, vllm)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**15, 0, 10**15))
     begun = {stage.name: Begun() for stage in stages}
-    checked = preflight(stages, found.stages, on, Path("/"), NO_CHECKPOINTS, begun)
+    checked = preflight(stages, found.stages, on, Disk(Path("/"), LARGE), NO_CHECKPOINTS, begun)
     assert {"sft", "reward", "generate", "ppo"} <= set(checked.costs)
     return Taken(found, [*checked.refused, *checked.warned])
 
@@ -93,10 +92,10 @@ def taken(outcome: Outcome, shape: ModelShape, ranks: int, monkeypatch: pytest.M
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("methods", ["null", "[none]"])
 def test_what_is_planned_for_64_gpus_is_accepted_by_the_preflight_of_these_ranks(
-    model: str, methods: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, methods: str, tmp_path: Path
 ) -> None:
     outcome = planned(tmp_path, model, *SIXTY_FOUR, f"plan.methods={methods}")
-    experiment, refused = taken(outcome, shape_of_file(model, tmp_path), 64, monkeypatch)
+    experiment, refused = taken(outcome, shape_of_file(model, tmp_path), 64)
     assert refused == []
     sft, ppo = experiment.stages["sft"].model_dump(), experiment.stages["ppo"].model_dump()
     assert sft["batch_rows"] == ppo["batch_episodes"] == ppo["minibatch_episodes"] == 64
