@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
@@ -33,6 +35,10 @@ MOVED = 1 / 3
 where the prompts were of another kind."""
 SAMPLING = ("temperature", "max_new_tokens")
 """Keys of a stage that samples and of `evaluate`: both should ask alike."""
+
+
+SHOWN = 4
+"""Keys that the verdict names, of those that differ from the packaged values."""
 
 
 class Finding(NamedTuple):
@@ -65,6 +71,7 @@ def verdict(run: Run) -> str:
         blamed = [f"To blame is {', '.join(failed)}: its gate failed."]
     if not findings and not blamed:
         return "Nothing can be said: no stage of this run measures whether anything improved."
+    blamed = [f"{each}{otherwise_set(run, each)}" for each in blamed]
     parts = []
     for word, direction in (
         ("Improved", "better"),
@@ -414,6 +421,23 @@ def hardly_moved(run: Run, policy: str) -> str:
         f"{policy}: its policy hardly moved from its start (KL {kl.value:.2g} nats per sequence). Raise "
         f"{policy}.optim.lr or {policy}.steps, or lower {policy}.kl.coef."
     )
+
+
+def otherwise_set(run: Run, blame: str) -> str:
+    """The keys of the blamed stages that differ from the packaged values, as a sentence; empty if none does.
+    What data they read is known to the user, and their gates train nothing."""
+    named = {*re.findall(r"[\w@]+", blame.partition(":")[0])}
+    data = {role.key for role in ROLES.values()}
+    keys = []
+    for key, default, value in ((each["key"], each["default"], each["value"]) for each in run.changed):
+        stage, _, own = key.removeprefix("instances.").partition(".")
+        is_data = any(f"{key}.".startswith(f"{each}.") for each in data)
+        if stage in named and not is_data and not own.startswith("gates"):
+            keys.append(f"{key}={value} (packaged: {default})")
+    if not keys:
+        return ""
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return f" Its keys that were changed: {', '.join(keys[:SHOWN])}{more}."
 
 
 def asked_otherwise(run: Run, policy: str) -> str:

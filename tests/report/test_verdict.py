@@ -10,6 +10,7 @@ import pytest
 from helpers.experiments import build
 from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Purpose, Stage, in_order
 from rlhf.report.verdict import outcome, verdict
@@ -101,6 +102,24 @@ def test_one_stage_is_to_blame(
     assert f"Did not improve: {not_improved}" in sentence
     assert f" To blame is {blamed}" in sentence
     assert sentence.endswith(".") and ".." not in sentence
+
+
+def test_what_was_changed_of_the_blamed_stage_is_said(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    changed = [
+        Change(key="ppo.optim.lr", default="0.0005", value="0.05"),
+        Change(key="instances.ppo@2.steps", default="12", value="3"),
+        Change(key="ppo.prompts.path", default="null", value="mine.jsonl"),
+        Change(key="ppo.gates.kl.max", default="20", value="30"),
+        Change(key="sft.epochs", default="2", value="1"),
+    ]
+    run = run_of(tmp_path, chain, **GOOD | {"ppo": NONE, "gold": NONE})
+    run.changed = changed
+    assert verdict(run).endswith(" Its keys that were changed: ppo.optim.lr=0.05 (packaged: 0.0005).")
+    well = run_of(tmp_path, chain, **GOOD)
+    well.changed = changed
+    assert "changed" not in verdict(well)
+    run.changed = [Change(key=f"ppo.key{number}", default="0", value="1") for number in range(6)]
+    assert verdict(run).endswith(", ppo.key3=1 (packaged: 0) and 2 more.")
 
 
 def test_a_reward_model_that_cannot_be_judged_blames_nobody(tmp_path: Path, chain: dict[str, Stage]) -> None:
