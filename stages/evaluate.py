@@ -9,6 +9,8 @@ Writes  responses.jsonl; comparison.jsonl (one prompt per line, all policies' an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
@@ -27,6 +29,7 @@ from rlhf.evaluation.lm_eval import Harness
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, misfits
 from rlhf.pipeline.job import Job
+from rlhf.pipeline.recipe import BEST_OF_N
 from rlhf.pipeline.stage import INTERVAL, Stage, root_of
 from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
 from rlhf.rewards.reward import with_token_ids
@@ -34,8 +37,9 @@ from rlhf.rewards.reward import with_token_ids
 if TYPE_CHECKING:
     from rlhf.evaluation.answers import Answers
     from rlhf.generation.policy_model import PolicyModel
+    from rlhf.rl.rollout import Rollout
 
-NOT_MADE = ("base", "init")
+NOT_MADE = ("base", "init", BEST_OF_N)
 """Policies that no stage makes; `init` is a directory of the user's that PPO started from."""
 AGAINST_START = ("length_ratio", "word_gain")
 """Gates that compare answers with those of PPO's start."""
@@ -89,9 +93,12 @@ class EvaluateStage(Stage):
     it."""
     policies: Annotated[list[str], Field(min_length=1), AfterValidator(sorted)]
     """The policies that are compared, in any order: base, stages that make one (sft, ppo, merge, your own),
-    and `init`, the directory of evaluate.init. Win rate, gold gain and KL need what PPO started from, task
-    gain and forgetting need base; otherwise these metrics are left out. `auto` uses base, what PPO started
-    from, and ppo."""
+    `init`, the directory of evaluate.init, and `best_of_n` (evaluate.best_of). Win rate, gold gain and KL
+    need what PPO started from, task gain and forgetting need base; otherwise these metrics are left out.
+    `auto` uses base, what PPO started from, and ppo."""
+    best_of: int = Field(ge=2)
+    """Answers of what PPO started from to each prompt, of which the policy `best_of_n` gives the one that
+    evaluate.reward likes best. Its KL is the upper bound log n - (n - 1) / n (Beirami et al. 2024)."""
     lm_eval: list[str]
     """Tasks of EleutherAI's lm-eval, asked on one rank while the others wait; [] for none."""
     lm_eval_tasks: str | None
@@ -147,6 +154,8 @@ class EvaluateStage(Stage):
             lacks = next(filter(None, missing), None)
             if lacks and self.gates.get(gate) is not None and gate not in self.not_checked():
                 raise ValueError(f"KEY.gates.{gate} needs {lacks}. Turn it off with KEY.gates.{gate}=null")
+        if BEST_OF_N in self.policies and (lacks := reward or start):
+            raise ValueError(f"KEY.policies: best_of_n needs {lacks}. Add it, or leave best_of_n out")
         if "init" in self.policies and self.start != "init":
             raise ValueError(
                 f"KEY.policies: init is a directory, and KEY.init={self.init} is none. Leave init out"
@@ -270,7 +279,7 @@ class EvaluateStage(Stage):
         """PPO's start, and what each stage's policy started from; of most that is the base model."""
         for name in self.policies:
             if name in NOT_MADE:
-                yield "evaluate.init", self.init if name == "init" else "base"
+                yield "evaluate.init", "base" if name == "base" else self.init
             else:
                 yield root_of("evaluate.policies", name, chain)
 
@@ -286,12 +295,18 @@ class EvaluateStage(Stage):
         references = on.sizes("sft", "held_out").first(self.num_references).cut(on.shape.context - added)
         retained = on.sizes("retention", "evaluation")
         rewards = [len(models_of(self.reward)), len(models_of(self.gold))]
-        return sampling_cost(
-            on, prompts, samples=1, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
-            micro_batch_tokens=self.micro_batch_tokens, policies=len(self.policies), readings=sum(rewards),
-            measures=2, models=max(1, *rewards),
-            others=[references, retained._replace(rows=PASSES * retained.rows)], added=added,
+        asks = partial(
+            sampling_cost, on, prompts, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
+            micro_batch_tokens=self.micro_batch_tokens, models=max(1, *rewards), added=added,
         )  # fmt: skip
+        cost = asks(
+            samples=1, policies=len(self.policies), readings=sum(rewards), measures=2,
+            others=[references, retained._replace(rows=PASSES * retained.rows)],
+        )  # fmt: skip
+        if BEST_OF_N not in self.policies:
+            return cost
+        more = asks(samples=self.best_of, policies=1, readings=rewards[0], measures=0)
+        return replace(cost, phases=[*cost.phases, *more.phases], work=[*cost.work, *more.work])
 
     def run(self, job: Job) -> None:
         """Let every policy answer, score the answers, and compare them."""
@@ -308,7 +323,8 @@ class EvaluateStage(Stage):
                 metrics |= {
                     metric: value for metric, value in found.items() if INTERVAL.sub("", metric) in OF_SUBJECT
                 }
-        metrics |= agreement([*answers.values()])
+        # of answers that the reward chose, its agreement with the gold score tells nothing
+        metrics |= agreement([said for name, said in answers.items() if name != BEST_OF_N])
         self.write(job, rows, answers)
         self.tell_words(job, answers)
         job.publish(metrics)
@@ -318,8 +334,9 @@ class EvaluateStage(Stage):
         from rlhf.evaluation.answers import divergence
 
         answers: dict[str, Answers] = {}
+        asked = [name for name in self.policies if name != BEST_OF_N]
         # PPO's start is the last, as it also judges how far the others went from it
-        for name in sorted(self.policies, key=lambda name: name == self.start):
+        for name in sorted(asked, key=lambda name: name == self.start):
             policy = self.load(job, name)
             answers[name] = self.answer(job, name, policy, rows)
             if name == self.start:
@@ -327,7 +344,48 @@ class EvaluateStage(Stage):
                 for said in job.progress.track(others, "evaluate: KL", len(others)):
                     said.figures |= divergence(said, policy, self.temperature, self.micro_batch_tokens)
             del policy
+        if BEST_OF_N in self.policies:
+            answers[BEST_OF_N] = self.best(job, rows, answers[self.start])
         return {name: answers[name] for name in self.in_order(job.inputs)}
+
+    def best(self, job: Job, rows: Sequence[PromptRow], start: Answers) -> Answers:
+        """What the reward likes best of several answers of PPO's start. It knows what that knows."""
+        import torch
+
+        from rlhf.evaluation.best_of_n import best_answers, kl_bound
+
+        assert self.reward is not None
+        policy = self.load(job, BEST_OF_N)
+        rollout, texts = self.sample(job, BEST_OF_N, policy, rows, samples=self.best_of)
+        del policy  # its memory is needed for the reward model
+        reward = job.reward(self.reward, self.micro_batch_tokens)
+        named = f"evaluate.reward={self.reward}"
+        chosen_B = best_answers(reward, rows, rollout, texts, of=self.best_of, key=named)
+        return replace(
+            start,
+            rollout=rollout.select(chosen_B),
+            texts=[texts[index] for index in chosen_B.tolist()],
+            logp_BR=torch.zeros(0),
+            scores={}, parts={}, figures={"kl": kl_bound(self.best_of)},
+        )  # fmt: skip
+
+    def sample(
+        self, job: Job, name: str, policy: PolicyModel, rows: Sequence[PromptRow], *, samples: int = 1
+    ) -> tuple[Rollout, list[str]]:
+        """Answers to each prompt, neighbours; every policy with the same seed."""
+        import torch
+
+        prompts = [row.prompt for row in rows for _ in range(samples)]
+        with job.progress.task(f"evaluate: {name} answers", len(prompts)) as task:
+            return policy.sample(
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                generator=torch.Generator().manual_seed(job.seed),
+                batch_rows=self.batch_rows,
+                on_rows=task.advance,
+            )
 
     def in_order(self, made: Iterable[str]) -> list[str]:
         """The policies as they came to be: base, and PPO's start right before PPO.
@@ -337,33 +395,23 @@ class EvaluateStage(Stage):
         """
         names = ["base", *made]
         names.insert(names.index("ppo") if "ppo" in names else len(names), "init")
+        names.insert(names.index(self.start) + 1, BEST_OF_N)
         return [name for name in names if name in self.policies]
 
     def load(self, job: Job, name: str) -> PolicyModel:
         """One of the policies, frozen."""
         if name in NOT_MADE:
-            return job.policy(job.start(self.init if name == "init" else "base"))
+            return job.policy(job.start("base" if name == "base" else self.init))
         return job.policy(job.inputs[name].path)
 
     def answer(self, job: Job, name: str, policy: PolicyModel, rows: Sequence[PromptRow]) -> Answers:
-        """One sampled answer a prompt, every policy with the same seed; how well the policy knows the task's
-        own answers, and how well it still knows everything else."""
-        import torch
-
+        """One sampled answer a prompt; how well the policy knows the task's own answers, and how well it
+        still knows everything else."""
         from rlhf.evaluation.answers import Answers
         from rlhf.evaluation.reference_loss import reference_losses
         from rlhf.evaluation.retention import retention
 
-        with job.progress.task(f"evaluate: {name} answers", len(rows)) as task:
-            rollout, texts = policy.sample(
-                [row.prompt for row in rows],
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                generator=torch.Generator().manual_seed(job.seed),
-                batch_rows=self.batch_rows,
-                on_rows=task.advance,
-            )
+        rollout, texts = self.sample(job, name, policy, rows)
         logp_BR = policy.log_probabilities(rollout, self.temperature, self.micro_batch_tokens)
         known = job.data.rows("sft", "held_out")[: self.num_references]
         with job.progress.task(f"evaluate: what {name} knows", 2) as task:

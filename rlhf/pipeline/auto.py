@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rlhf.data.roles import ROLES
 from rlhf.models.start import directory_of
-from rlhf.pipeline.recipe import kind_of
+from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 
 AUTO = "auto"
 NO_ROLE = ("compare.questions", "compare.corpus")
@@ -42,7 +42,9 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
         _decide_policies(found[name], _get(found, "recipe.policies"))
     if _get(found, "compare.artifacts") == AUTO:
         compared = _compared(str(_get(found, "evaluate.init")), _get(found, "recipe.policies"))
-        _set(found, "compare.artifacts", [name for name in compared if name not in ("base", "init")])
+        _set(
+            found, "compare.artifacts", [name for name in compared if name not in ("base", "init", BEST_OF_N)]
+        )
     notes = []
     if own and asked:
         taken = ", ".join(f"{key}={_get(found, key) or 'null'}" for key in asked)
@@ -104,7 +106,7 @@ def _subject(policies: Any, started: list[str], of_recipe: list[str]) -> str:
         of_recipe: what the recipe compares.
     """
     named = policies if isinstance(policies, list) else []
-    others = [name for name in named if name not in started]
+    others = [name for name in named if name not in (*started, BEST_OF_N)]
     if not others:
         return next((name for name in reversed(started) if name in named), "ppo")
     known = [name for name in ("ppo", *reversed(of_recipe)) if name in others]

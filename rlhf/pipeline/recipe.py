@@ -21,6 +21,9 @@ NAME = re.compile(r"(\w+)@(\w+)")
 """STAGE@LABEL."""
 TYPED = "-at-"
 """Stands for `@` in keys of the command line, which Hydra could not read."""
+BEST_OF_N = "best_of_n"
+"""Among `evaluate.policies`, one that no stage makes: the answer that the reward likes best, of several of
+PPO's start."""
 FIRST_ROUND = re.compile(r"@1\b")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.recipe import last_evaluation
+from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import chain_of
 
@@ -46,10 +46,18 @@ class Point(NamedTuple):
 
 
 def cost_of(run: Run, policy: str) -> Cost | None:
-    """None for the base model and a directory of the user's: nobody knows what they took."""
-    if policy not in run.chain:
+    """None for the base model and a directory of the user's: nobody knows what they took. Of best of n,
+    what made its start and its reward: its answers cost whoever asks."""
+    if policy == BEST_OF_N:
+        evaluation, _ = last_evaluation(run.stages)
+        judge = run.chain[evaluation]
+        rewards = [name for name in judge.inputs() if run.chain[name].publishes == "reward"]
+        start = str(getattr(judge, "start", ""))
+        made_from = [*dict.fromkeys(each for name in (start, *rewards) for each in chain_of(name, run.chain))]
+    elif policy in run.chain:
+        made_from = [*chain_of(policy, run.chain)]
+    else:
         return None
-    made_from = chain_of(policy, run.chain)
     found = [run.stages[name]["cost"] for name in made_from if run.stages.get(name, {}).get("cost")]
     own = run.stages.get(policy, {}).get("cost")
     peak = own and own["peak_bytes"]
@@ -57,7 +65,7 @@ def cost_of(run: Run, policy: str) -> Cost | None:
 
 
 def points(run: Run, titles: Mapping[str, str]) -> list[Point]:
-    """The policies that stages make, where their gain is known.
+    """The policies that stages make, and best of n, where their gain is known.
 
     Args:
         titles: policy -> what tables call it.
@@ -69,7 +77,7 @@ def points(run: Run, titles: Mapping[str, str]) -> list[Point]:
             return [
                 Point(titles[name], gain, metrics.get(f"kl/{name}"), cost_of(run, name))
                 for name, gain in found.items()
-                if gain is not None and name in run.chain
+                if gain is not None and (name in run.chain or name == BEST_OF_N)
             ]
     return []
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.recipe import last_evaluation
+from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.printable import printable
 from rlhf.report.compare import comparison_cells
@@ -150,11 +150,15 @@ def stage_cells(run: Run) -> Cells:
 
 def policies_of(run: Run) -> dict[str, str]:
     """What can be evaluated -> what tables call it, in the order in which it comes to be."""
-    found = {"base": "base"}
+    evaluation, _ = last_evaluation(run.stages)
+    judge = run.chain.get(evaluation)
+    start = getattr(judge, "start", None)
+    best = {BEST_OF_N: f"best of {getattr(judge, 'best_of', 'n')}"}
+    found = {"base": "base"} | (best if start == "base" else {})
     for name, each in run.chain.items():
         if each.publishes == "policy":
-            found |= {"init": "PPO's start"} if name == "ppo" else {}
-            found[name] = each.title
+            found |= {"init": "PPO's start"} | (best if start == "init" else {}) if name == "ppo" else {}
+            found |= {name: each.title} | (best if start == name else {})
     return found
 
 

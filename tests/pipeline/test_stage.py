@@ -86,6 +86,8 @@ def test_the_subject_of_evaluate_owns_its_gates() -> None:
         ("merge,sft,base", "merge"),
         ("sft,base", "sft"),
         ("base", "base"),
+        ("best_of_n,sft,base", "sft"),
+        ("best_of_n,sft,merge,base", "merge"),
     ],
 )
 def test_the_subject_is_found_whatever_the_order_of_the_list(policies: str, subject: str) -> None:

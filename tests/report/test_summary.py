@@ -116,6 +116,17 @@ def test_policies_stand_side_by_side(run: Run, width: int) -> None:
     assert intervals == [["0.52..0.68", "-", "0.70..0.86"], ["-0.01..+0.19", "-", "+0.30..+0.50"]]
 
 
+def test_best_of_n_stands_behind_its_start(run: Run) -> None:
+    metrics, best = run.stages["evaluate"]["metrics"], {"gold_mean": 0.5, "length_mean": 21.0, "kl": 1.8351}
+    metrics |= {f"evaluate/{metric}/best_of_n": value for metric, value in best.items()}
+    for name, seconds in (("sft", 100.0), ("prepare", 10.0), ("ppo", 1000.0)):
+        run.stages.setdefault(name, stage(name, {}))["cost"] = {"seconds": seconds, "peak_bytes": None}
+    text = printed(run, 120)
+    assert row_of(text, "96 prompts") == ["base", "SFT", "best", "of", "16", "PPO"]
+    assert row_of(text, "KL from SFT, nats per sequence") == ["0.30", "-", "1.84", "0.00"]
+    assert row_of(text, "seconds, all its stages") == ["-", "110", "110", "1,110"]  # as nothing was learned
+
+
 def test_the_last_evaluation_is_shown(run: Run) -> None:
     again = dict(run.stages["evaluate"])
     again["metrics"] = {

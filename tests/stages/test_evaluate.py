@@ -244,6 +244,45 @@ def test_the_order_of_the_policies_decides_nothing(
         assert (job.directory / name).read_bytes() == (finished.directory / name).read_bytes()
 
 
+def test_best_of_n_is_the_start_with_more_tries(
+    finished: Job, published: dict[str, Path], tmp_path: Path
+) -> None:
+    named = ["best_of_n", "base", "sft", "ppo"]
+    changes: dict[str, Any] = {"reward": f"python:{__name__}:rating", "gold": None, "policies": named}
+    jobs = {of: run_stage(make_stage(**changes, best_of=of), published, tmp_path / f"{of}") for of in (2, 12)}
+    scores = {}
+    for of, job in jobs.items():
+        metrics = job.summary
+        assert metrics is not None
+        scores[of] = metrics["score_mean/best_of_n"]
+        assert metrics["kl/best_of_n"] == pytest.approx(math.log(of) - (of - 1) / of)
+        assert metrics["score_gain/best_of_n"] == pytest.approx(scores[of] - metrics["score_mean/sft"])
+        for metric in ("task_loss", "perplexity", "question_accuracy"):  # no weight changed
+            assert metrics[f"{metric}/best_of_n"] == metrics[f"{metric}/sft"]
+        (first, *_) = jsonl(job.directory / "comparison.jsonl")
+        assert [*first] == ["prompt", "base", "sft", "best_of_n", "ppo"]
+        assert rating([], [first["best_of_n"]["response"]]) == [first["best_of_n"]["score"]]
+        for name in ("ppo", "base"):  # what the others say does not depend on it
+            assert metrics[f"length_mean/{name}"] == finished.summary[f"length_mean/{name}"]  # type: ignore[index]  # it is there
+    sft = jobs[2].summary["score_mean/sft"]  # type: ignore[index]  # as above
+    assert sft < scores[2] < scores[12]
+
+
+def test_what_the_reward_chose_does_not_count_for_its_agreement_with_gold(
+    published: dict[str, Path], tmp_path: Path
+) -> None:
+    both = dict.fromkeys(("reward", "gold"), f"python:{__name__}:rating")
+    agreed = [
+        run_stage(
+            make_stage(**both, best_of=2, policies=names), published, tmp_path / f"{len(names)}"
+        ).summary
+        for names in (["sft", "ppo"], ["sft", "best_of_n", "ppo"])
+    ]
+    assert agreed[0] is not None and agreed[1] is not None
+    assert agreed[0]["gold_correlation_rows"] == agreed[1]["gold_correlation_rows"]
+    assert agreed[0]["gold_correlation_low"] == agreed[1]["gold_correlation_low"]
+
+
 def test_the_subject_decides_what_stands_without_a_name(
     finished: Job, published: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -378,6 +417,13 @@ def test_a_gate_that_nothing_can_measure_is_told_before_the_run(
         make_stage(gates=gates, **changes)
     if "needs" in complaint:
         make_stage(gates={"win_rate": None}, **changes)
+
+
+def test_best_of_n_needs_what_it_is_made_of() -> None:
+    with pytest.raises(ConfigError, match=r"^evaluate\.policies: best_of_n needs a reward\. Add it, or"):
+        make_stage(policies=["sft", "best_of_n", "ppo"])
+    with pytest.raises(ConfigError, match=r"best_of_n needs sft in evaluate\.policies\. Add it, or"):
+        make_stage(policies=["best_of_n", "ppo"], reward="vader")
 
 
 def test_inputs_follow_the_policies_and_the_rewards() -> None:

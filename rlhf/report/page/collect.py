@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf.evaluation.sampled import ENDS, Sampled, beside
 from rlhf.pipeline.defaults import Change
-from rlhf.pipeline.recipe import kind_of
+from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 from rlhf.printable import printable
 from rlhf.report.page.curves import Bounds, Chart, Curve, correlation, healthy_range, in_order, logged
 from rlhf.report.page.size import LONGEST_TEXT, Limits, clipped, first_of, html_bytes, json_bytes
@@ -186,7 +186,12 @@ def policies_of(run: RunFacts) -> list[str]:
         return []
     found = [name.partition("/")[2] for name in run.evaluation.metrics if name.startswith("length_mean/")]
     order = ["base", "init", *(stage.name for stage in run.stages)]
-    return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+    names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+    if BEST_OF_N in names:  # right after its start, the last one without a KL
+        names.remove(BEST_OF_N)
+        starts = [place for place, name in enumerate(names) if f"kl/{name}" not in run.evaluation.metrics]
+        names.insert(max(starts, default=-1) + 1, BEST_OF_N)
+    return names
 
 
 def start_of(run: RunFacts) -> str | None:
