@@ -58,7 +58,7 @@ class SftStage(Stage):
         "held_out_loss_change", "SFT's loss on held-out answers", -1,
         "it learned nothing of its examples, and all that follows starts from it",
     )  # fmt: skip
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     divided: ClassVar[tuple[str, ...]] = ("batch_rows",)
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "replay", "micro_batch_tokens", "activation_checkpointing"}
@@ -115,8 +115,9 @@ class SftStage(Stage):
         """What `run` publishes."""
         return (
             "held_out_loss_before", "held_out_loss", "held_out_loss_change", "prompt_gain", "cut_share",
-            "skipped_steps", "rows_cut", "rows_left_out", "turns_apart", "tokens", "replayed_rows",
-            "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds", "token_seconds_base",
+            "answer_tokens", "skipped_steps", "rows_cut", "rows_left_out", "turns_apart", "tokens",
+            "replayed_rows", "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds",
+            "token_seconds_base",
         )  # fmt: skip
 
     def peft_config(self) -> PeftConfig:
@@ -233,6 +234,7 @@ class SftStage(Stage):
             **ratio(after_B - before_B, tokens_B).metrics("held_out_loss_change"),
             **gain.metrics("prompt_gain"),
             **cut_share(job.data.rows("sft", "train")[:READ_FOR_CUTS]).metrics("cut_share"),
+            "answer_tokens": float(held_out.learned.mean()),
             "skipped_steps": engine.skipped_steps,
             "rows_cut": train.num_cut,
             "rows_left_out": left_out,

@@ -12,7 +12,7 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
-from rlhf.rewards.kinds import keyed_parts, stage_of
+from rlhf.rewards.kinds import RewardMix, keyed_parts, stage_of
 
 Direction = Literal["better", "not better", "unknown"]
 
@@ -161,11 +161,7 @@ def causes(run: Run) -> dict[str, str]:
                 "why."
             )
         elif kind == "generate" and gate.name == "stop_rate":
-            found[gate.stage] = (
-                f"model.chat_template, or what {gate.stage} asks: most answers do not end by themselves "
-                f"({figure}). Either the template writes no end that the model learned, or answers are cut "
-                "off."
-            )
+            found |= endless(run, gate.stage, figure)
         elif kind == "generate" and gate.name == "echo_rate":
             made_by = str(getattr(run.chain[gate.stage], "policy", gate.stage))
             blamed = made_by if made_by in run.chain else gate.stage
@@ -176,7 +172,8 @@ def causes(run: Run) -> dict[str, str]:
         elif kind == "generate" and gate.name == "within_prompt_share":
             found[gate.stage] = (
                 f"the reward of {gate.stage}: all answers to one prompt have nearly the same score "
-                f"({figure}). Either it does not read the answer, or the answers are alike."
+                f"({figure}). Either it does not read the answer, or the answers are alike "
+                f"({gate.stage}.temperature={getattr(run.chain[gate.stage], 'temperature', 1.0):g})."
             )
         elif kind == "generate" and gate.name == "score_reliability":
             found[gate.stage] = (
@@ -208,6 +205,24 @@ def causes(run: Run) -> dict[str, str]:
                     f"wanted {gate.bound}). Look at its data and its learning rate."
                 )
     return found
+
+
+def endless(run: Run, stage: str, figure: str) -> dict[str, str]:
+    """Why most answers do not end by themselves: they learned to be longer than they may be, or else."""
+    asks = run.chain[stage]
+    policy, most = str(getattr(asks, "policy", "")), getattr(asks, "max_new_tokens", None)
+    learned = run.metrics_of(policy).get("answer_tokens")
+    said = f"most answers do not end by themselves ({figure})"
+    if learned is not None and most is not None and learned > most:
+        return {
+            policy: f"{policy} or {stage}: {said}: those that {policy} learned have {learned:.0f} tokens on "
+            f"average, and {stage}.max_new_tokens={most}. Do the answers of {policy}.data run on, or is the "
+            "limit too low?"
+        }
+    return {
+        stage: f"model.chat_template, or what {stage} asks: {said}. Either the template writes no end that "
+        "the model learned, or answers are cut off."
+    }
 
 
 def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
@@ -395,7 +410,7 @@ def out_of_sight(run: Run, policy: str) -> str:
     readers = (name for name, stage in run.chain.items() if reward in stage.inputs())
     generate = next((name for name in readers if kind_of(name) == "generate"), "generate")
     on_pairs = run.metrics_of(reward or "").get("score_deviation")
-    on_answers = run.metrics_of(generate).get("score_deviation")
+    on_answers = run.metrics_of(generate).get(deviation_of(run, generate, reward))
     if on_pairs is None or on_answers is None or on_answers >= SEEN * on_pairs:
         return ""
     return (
@@ -403,6 +418,16 @@ def out_of_sight(run: Run, policy: str) -> str:
         f"scores deviate by {on_pairs:.2g} on held-out pairs, by {on_answers:.2g} in {generate}). Look at "
         f"{reward}.pairs."
     )
+
+
+def deviation_of(run: Run, stage: str, reward: str | None) -> str:
+    """What the stage's metrics call the deviation of a reward model's own scores, before they are weighed."""
+    sources = run.chain[stage].rewards().values() if stage in run.chain else ()
+    for mix in (source for source in sources if isinstance(source, RewardMix)):
+        for part, label in zip(mix.of, mix.labels, strict=True):
+            if reward is not None and stage_of(part.source) == reward:
+                return f"score_deviation/{label}"
+    return "score_deviation"
 
 
 def reward_of(run: Run, policy: str) -> str | None:
@@ -424,9 +449,9 @@ def hardly_moved(run: Run, policy: str) -> str:
 
 
 def otherwise_set(run: Run, blame: str) -> str:
-    """The keys of the blamed stages that differ from the packaged values, as a sentence; empty if none does.
-    What data they read is known to the user, and their gates train nothing."""
-    named = {*re.findall(r"[\w@]+", blame.partition(":")[0])}
+    """The keys of the blamed stages, and of `prepare`, that differ from the packaged values, as a sentence;
+    empty if none does. What data they read is known to the user, and their gates train nothing."""
+    named = {"prepare", *re.findall(r"[\w@]+", blame.partition(":")[0])}
     data = {role.key for role in ROLES.values()}
     keys = []
     for key, default, value in ((each["key"], each["default"], each["value"]) for each in run.changed):
@@ -437,7 +462,7 @@ def otherwise_set(run: Run, blame: str) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return f" Its keys that were changed: {', '.join(keys[:SHOWN])}{more}."
+    return f" Changed there: {', '.join(keys[:SHOWN])}{more}."
 
 
 def asked_otherwise(run: Run, policy: str) -> str:

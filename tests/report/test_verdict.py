@@ -111,10 +111,14 @@ def test_what_was_changed_of_the_blamed_stage_is_said(tmp_path: Path, chain: dic
         Change(key="ppo.prompts.path", default="null", value="mine.jsonl"),
         Change(key="ppo.gates.kl.max", default="20", value="30"),
         Change(key="sft.epochs", default="2", value="1"),
+        Change(key="prepare.held_out_fraction", default="0.1", value="0.95"),
     ]
     run = run_of(tmp_path, chain, **GOOD | {"ppo": NONE, "gold": NONE})
     run.changed = changed
-    assert verdict(run).endswith(" Its keys that were changed: ppo.optim.lr=0.05 (packaged: 0.0005).")
+    assert verdict(run).endswith(
+        " Changed there: ppo.optim.lr=0.05 (packaged: 0.0005), "
+        "prepare.held_out_fraction=0.95 (packaged: 0.1)."
+    )
     well = run_of(tmp_path, chain, **GOOD)
     well.changed = changed
     assert "changed" not in verdict(well)
@@ -286,6 +290,23 @@ def test_what_was_learned_on_other_prompts_is_no_hacking(tmp_path: Path, chain: 
     assert "Compare ppo.prompts with evaluate.prompts." in sentence
 
 
+def test_a_small_weight_is_no_fault_of_the_reward_model(tmp_path: Path) -> None:
+    """Scores are compared before they are weighed: the reward's own on its pairs are not."""
+    chain = chain_of(OwnStage, "ppo.reward=[{source: learned, weight: 0.001}]", "ppo.score.normalize=none")
+    run = run_of(tmp_path, chain, **GOOD | {"ppo": UNKNOWN, "gold": UNKNOWN})
+    run.stages["reward"]["metrics"]["reward/score_deviation"] = 2.0
+    figures = {"generate/score_deviation": 0.002, "generate/score_deviation/learned": 2.1}
+    run.stages["generate"] = {"metrics": figures}
+    assert "To blame" not in verdict(run)
+    run.stages["ppo"]["metrics"] |= {"ppo/best_step": 8.0} | {
+        f"ppo/{key}": value for key, value in Sampled(0.1, 0.05, 0.15, 30).metrics("kl").items()
+    }
+    run.changed = [Change(key="ppo.score.normalize", default="moments", value="none")]
+    sentence = verdict(run)
+    assert "To blame is ppo: its policy hardly moved from its start" in sentence
+    assert sentence.endswith(" Changed there: ppo.score.normalize=none (packaged: moments).")
+
+
 @pytest.mark.parametrize(("on_answers", "named"), [(0.45, True), (2.1, False)])
 def test_a_reward_model_that_learned_what_no_answer_has_is_named(
     tmp_path: Path, chain: dict[str, Stage], on_answers: float, named: bool
@@ -444,6 +465,20 @@ def test_a_broken_template_is_named(tmp_path: Path, chain: dict[str, Stage]) -> 
     run = run_of(tmp_path, chain, sft=DOWN, reward=UP)
     gate_of(run, "generate", "stop_rate", Bound(min=0.3, advice="raise ppo.max_new_tokens"), 0.02)
     assert "To blame is model.chat_template, or what generate asks: most answers do not end" in verdict(run)
+
+
+@pytest.mark.parametrize(("tokens", "named"), [(61.0, True), (12.0, False)])
+def test_answers_that_are_longer_than_they_may_be_are_named(
+    tmp_path: Path, chain: dict[str, Stage], tokens: float, named: bool
+) -> None:
+    run = run_of(tmp_path, chain, sft=DOWN, reward=UP)
+    most = chain["generate"].max_new_tokens  # type: ignore[attr-defined]  # GenerateStage's
+    run.stages["sft"]["metrics"]["sft/answer_tokens"] = tokens
+    gate_of(run, "generate", "stop_rate", Bound(min=0.3, advice="raise ppo.max_new_tokens"), 0.12)
+    said = f"those that sft learned have 61 tokens on average, and generate.max_new_tokens={most}."
+    sentence = verdict(run)
+    assert ("To blame is sft or generate: most answers do not end" in sentence and said in sentence) is named
+    assert ("To blame is model.chat_template" in sentence) is not named
 
 
 def test_a_stage_that_reads_what_failed_is_not_convicted(tmp_path: Path, chain: dict[str, Stage]) -> None:
