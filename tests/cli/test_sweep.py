@@ -57,6 +57,7 @@ def chain(studied: tuple[Chain, Outcome]) -> Chain:
     return studied[0]
 
 
+@pytest.mark.slow
 def test_optunas_trials_train_what_they_share_once(studied: tuple[Chain, Outcome]) -> None:
     chain, outcome = studied
     trials = [trial_run(chain, "study", number) for number in range(3)]
@@ -94,6 +95,7 @@ def test_another_search_under_its_name_is_refused(chain: Chain) -> None:
     assert "1e-2" in outcome.err and "Choose another run_name" in outcome.err
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_is_run_again_with_its_values(chain: Chain) -> None:
     CALLS.clear()
     arguments = (
@@ -130,6 +132,7 @@ def test_a_failing_trial_leaves_the_others_alone(chain: Chain) -> None:
     assert "Sweep grid" in outcome.out and "failed in ppo" in outcome.out
 
 
+@pytest.mark.slow
 def test_optuna_learns_that_a_trial_failed(chain: Chain) -> None:
     outcome = chain.run(
         *OPTUNA, "run_name=failing", "ppo.optim.lr=choice(1e30,1e-4)", "sweep.trials=3", "sweep.seed=1"

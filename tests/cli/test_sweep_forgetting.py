@@ -76,6 +76,7 @@ def test_one_remedy_alone_and_then_all_again(swept: tuple[Chain, Outcome]) -> No
     assert {stage["status"] for number in range(4) for stage in summary(chain, number).values()} == {"reused"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -143,6 +143,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(chain: RealChain) -> Non
     assert "ppo.batch_episodes=9 cannot be divided equally over 2 ranks. Use 8 or 10." in err
 
 
+@pytest.mark.slow
 def test_one_ranks_exception_ends_the_others_and_is_shown_once(chain: RealChain) -> None:
     (chain.directory / "reward_of_rank0.py").write_text(
         "import os\n\nclass CrashError(BaseException):\n    pass\n\ndef score(prompts, responses):\n"

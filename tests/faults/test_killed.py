@@ -33,32 +33,30 @@ def assert_same(chain: RealChain, undisturbed: str, name: str) -> None:
     assert not list(chain.store(name).glob("*/.*.checkpoints")), "what only the way there needed is gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
         ("plain", ()),
-        pytest.param("zero3", ZERO3, marks=pytest.mark.slow),
-        pytest.param("two_ranks", ("launch.processes=2",), marks=pytest.mark.slow),
-        pytest.param(
+        ("zero3", ZERO3),
+        ("two_ranks", ("launch.processes=2",)),
+        (
             "zero3_lora_bf16",
             (*ZERO3, "ppo.peft=lora", "sft.peft=lora", "precision=bf16", "ppo.frozen_placement=sharded"),
-            marks=pytest.mark.slow,
         ),
-        pytest.param("fsdp2", FSDP2, marks=pytest.mark.slow),
-        pytest.param(
+        ("fsdp2", FSDP2),
+        (
             "fsdp2_bf16",
             (*FSDP2, "sft.peft=lora", "precision=bf16", "ppo.frozen_placement=sharded"),
-            marks=pytest.mark.slow,
         ),
-        pytest.param("background", ("checkpoint.background=true",), marks=pytest.mark.slow),
-        pytest.param("fsdp2_background", (*FSDP2, "checkpoint.background=true"), marks=pytest.mark.slow),
-        pytest.param("zero1", ("launch.processes=2", "zero=zero1"), marks=pytest.mark.slow),
-        pytest.param("zero2", ("launch.processes=2", "zero=zero2"), marks=pytest.mark.slow),
-        pytest.param(
+        ("background", ("checkpoint.background=true",)),
+        ("fsdp2_background", (*FSDP2, "checkpoint.background=true")),
+        ("zero1", ("launch.processes=2", "zero=zero1")),
+        ("zero2", ("launch.processes=2", "zero=zero2")),
+        (
             "lora_mix_average",
             ("ppo.peft=lora", "ppo.ptx.coef=0.5", "ppo.ema_decay=0.9", "ppo.kl.controller=adaptive",
              "ppo.score.normalize=running", "ppo.critic.init=sft", "precision=bf16"),
-            marks=pytest.mark.slow,
         ),
     ],
 )  # fmt: skip
@@ -166,13 +164,14 @@ def spoil(checkpoint: Path, damage: str) -> None:
         file.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "is_group"),
     [
         (signal.SIGTERM, False),
-        pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
+        (signal.SIGUSR1, False),
+        (signal.SIGINT, False),
+        (signal.SIGTERM, True),
     ],
 )
 def test_a_signal_saves_then_stops_and_the_same_command_goes_on(

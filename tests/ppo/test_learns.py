@@ -67,7 +67,7 @@ def chance_of_e(directory: Path) -> Tensor:
     return logp_BV[:, tokenizer.convert_tokens_to_ids("e")].exp()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_rare_first_byte_becomes_the_rule(tmp_path: Path, tiny_model: Path, seed: int) -> None:
     before_B = chance_of_e(tiny_model)
     assert float(before_B.max()) < 0.01  # one in 259

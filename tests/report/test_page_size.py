@@ -59,6 +59,7 @@ def with_curves(run: RunFacts, curves: int, steps: int) -> RunFacts:
     return replace(run, curves={"ppo": made | {"kl": Curve("kl", x, [*x])}})
 
 
+@pytest.mark.slow
 def test_300_runs_fit_and_the_page_says_what_is_left_out(tmp_path: Path) -> None:
     one = with_curves(read_run(make_run(tmp_path)), 40, 90)
     figures = {f"figure_{number}": 0.123 * number for number in range(200)}
@@ -126,6 +127,7 @@ def test_a_list_of_very_many_runs_fits() -> None:
     assert shown > 1000 and f"{20_000 - shown} more runs have no room on this page" in page
 
 
+@pytest.mark.slow
 def test_what_never_fits_has_a_page_that_says_so(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path))
     more = [replace(run.stages[0], name=f"stage-{number}", metrics={}) for number in range(12_000)]
