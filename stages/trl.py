@@ -98,7 +98,11 @@ class TrlStage(Stage):
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
-        return (*TOLD, "steps", "trained_parameters", "artifact_bytes")
+        return (*TOLD, "held_out_accuracy", "steps", "trained_parameters", "artifact_bytes")
+
+    def not_checked(self) -> dict[str, str]:
+        """Only pairs are ranked."""
+        return {} if ROLES[self.trainer] == "pairs" else {"held_out_accuracy": f"trl.trainer={self.trainer}"}
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """TRL's version decides too."""
@@ -151,8 +155,11 @@ class TrlStage(Stage):
             else:
                 save_policy(model, tokenizer, job.directory)
         job.compute.barrier()
+        accuracy = figures.get("eval_accuracy", figures.get("eval_rewards/accuracies"))
+        ranked = {} if accuracy is None else of_pairs(accuracy, len(job.data.rows("pairs", "held_out")))
         job.publish({
             **{name: figures[name] for name in TOLD if name in figures},
+            **ranked,
             "steps": trainer.state.global_step,
             "trained_parameters": trained,
             "artifact_bytes": sum(file.stat().st_size for file in job.directory.glob("*.safetensors")),
@@ -248,6 +255,15 @@ class TrlStage(Stage):
             return [None if value != value else value for value in scores[begin:][: len(own)]]
 
         return score
+
+
+def of_pairs(accuracy: float, pairs: int) -> dict[str, float]:
+    """TRL's share of so many pairs that are ranked right, with its interval, so that a gate can bound it."""
+    import torch
+
+    from rlhf.evaluation.intervals import share
+
+    return share(torch.full((pairs,), accuracy)).metrics("held_out_accuracy")
 
 
 class Resumable:

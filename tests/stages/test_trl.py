@@ -29,6 +29,7 @@ from helpers.ppo import prompts, shake
 from helpers.spawned import start_ranks
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import exchange_ids
+from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PairRow, PromptRow, SftRow, Split
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.signals import Stopped
@@ -95,6 +96,13 @@ def test_each_trainer_publishes_a_plain_model(
     assert outcome.summary["stages"]["trl"]["metrics"]["trl/steps"] == 3
     shaded = {chart.y for chart in stage_charts(read_run(outcome.directory), "trl") if chart.healthy}
     assert shaded == SHADED.get(trainer, set())
+    (gate,) = [each for each in outcome.summary["gates"] if each["stage"] == "trl"]
+    assert gate["name"] == "held_out_accuracy"
+    assert (gate["outcome"] == "not checked") is (trainer not in SHADED)
+    if trainer in SHADED:
+        data = PreparedData(outcome.artifact("prepare"))
+        assert gate["rows"] == len(data.rows("pairs", "held_out")) > 1
+        assert gate["low"] < gate["value"] <= gate["high"]
     again = trained(chain, trainer, f"trl.peft={peft}", "ppo.reward=python:lengths:score")
     assert again.statuses["trl"] == "reused"
 
