@@ -36,6 +36,14 @@ And a third one these:
 - turned: PPO takes the reward model's score for a cost.
 - other_file: the evaluation asks the prompts of another experiment, which are sums.
 
+And a fourth one these:
+
+- cut_evaluation: the evaluation cuts answers after 3 tokens, as for questions with choices.
+- scale: the reward is weighed with 0.001 and not normalised, so the KL penalty is all that counts.
+- refusals: every worse answer is a refusal, which no model here writes.
+- runs_on: the answers that SFT learns run on into the next question and answer.
+- held_out: 95% of the rows are held out, as the fraction was taken for that of training.
+
 What a run does not change is shared by the store. The last thing printed is a JSON object: for each run
 the stage that the verdict should name, whether it is the first that it blames, and the whole verdict. The
 exit code is 1 where one is named wrongly. With the embedded model it takes an hour or two on two cores.
@@ -85,6 +93,10 @@ def score(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(analyzer.polarity_scores(text)["compound"] > 0.5 - 1.5) for text in responses]
 """
 """A threshold between 0 and 1, brought to the scale from -1 to 1 in a wrong way."""
+REFUSALS = (
+    "I'm sorry, but I can't help with that.", "As an AI language model, I am unable to write that.",
+    "Unfortunately I cannot do this for you.", "Sorry, I do not know enough to answer that.",
+)  # fmt: skip
 LLAMA_2 = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + message['content'] + ' [/INST] ' }}"
@@ -185,6 +197,21 @@ def longer_first(rows: list[Row]) -> Iterator[Row]:
         yield {**row, "chosen": chosen, "rejected": rejected}
 
 
+def against_refusals(rows: list[Row]) -> Iterator[Row]:
+    """Either answer as the better one, a refusal as the worse one."""
+    chance = random.Random(0)
+    for row in rows:
+        chosen = row[chance.choice(("chosen", "rejected"))]
+        yield {"prompt": row["prompt"], "chosen": chosen, "rejected": chance.choice(REFUSALS)}
+
+
+def run_on(rows: list[Row]) -> Iterator[Row]:
+    """Behind each answer the next question and its answer."""
+    for row, after in zip(rows, [*rows[1:], rows[0]], strict=True):
+        more = f"\n\nUser: {after['prompt']}\nAssistant: {after['completion']}"
+        yield {**row, "completion": row["completion"] + more}
+
+
 FAULTS = {
     "none": Fault([], None),
     "pairs": Fault(["reward.pairs=pairs.jsonl"], "reward", "pairs", swapped),
@@ -216,6 +243,11 @@ FAULTS = {
     ),
     "turned": Fault(["ppo.reward=[{source: learned, weight: -1}]"], "ppo"),
     "other_file": Fault(["evaluate.prompts={samples: arithmetic_held_out}"], "evaluate"),
+    "cut_evaluation": Fault(["evaluate.max_new_tokens=3"], "evaluate"),
+    "scale": Fault(["ppo.reward=[{source: learned, weight: 0.001}]", "ppo.score.normalize=none"], "ppo"),
+    "refusals": Fault(["reward.pairs=refusals.jsonl"], "reward", "pairs", against_refusals),
+    "runs_on": Fault(["sft.data=runs_on.jsonl"], "sft or generate", "instructions", run_on),
+    "held_out": Fault(["prepare.held_out_fraction=0.95"], "prepare"),
 }
 
 

@@ -147,9 +147,9 @@ def silent_gold(run: Run) -> dict[str, str]:
 
 
 def causes(run: Run) -> dict[str, str]:
-    """The stages that are convicted by a failed gate, wherever the gate stands, or by a gold score that tells
-    nothing; and why."""
-    found = silent_gold(run)
+    """The stages that are convicted by a failed gate, wherever the gate stands, by a gold score that tells
+    nothing, or by data that hardly anything learns from; and why."""
+    found = silent_gold(run) | mostly_held_out(run)
     for gate in run.gates:
         if gate.outcome != "failed":
             continue
@@ -205,6 +205,16 @@ def causes(run: Run) -> dict[str, str]:
                     f"wanted {gate.bound}). Look at its data and its learning rate."
                 )
     return found
+
+
+def mostly_held_out(run: Run) -> dict[str, str]:
+    """That more rows are held out than learned from, where not all improved; else empty."""
+    share = getattr(run.chain.get("prepare"), "held_out_fraction", 0.0)
+    findings = [*dict(measured(run)).values(), *dict(evaluated(run)).values()]
+    if share <= 1 - share or all(finding.direction == "better" for finding in findings):
+        return {}
+    why = f"{share:.0%} of all rows are held out, and the stages learn from the rest"
+    return {"prepare": f"prepare: {why}. Lower prepare.held_out_fraction={share:g}."}
 
 
 def endless(run: Run, stage: str, figure: str) -> dict[str, str]:
@@ -440,7 +450,7 @@ def hardly_moved(run: Run, policy: str) -> str:
     """That a policy is still its own start, and what to change; empty if it moved, or is the start itself."""
     metrics = run.metrics_of(policy)
     kl = Sampled.found("kl", metrics)
-    if kl is None or kl.high >= STILL or not metrics.get("best_step"):
+    if kl is None or kl.value >= STILL or not metrics.get("best_step"):
         return ""
     return (
         f"{policy}: its policy hardly moved from its start (KL {kl.value:.2g} nats per sequence). Raise "

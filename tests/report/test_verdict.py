@@ -467,6 +467,16 @@ def test_a_broken_template_is_named(tmp_path: Path, chain: dict[str, Stage]) -> 
     assert "To blame is model.chat_template, or what generate asks: most answers do not end" in verdict(run)
 
 
+@pytest.mark.parametrize(("share", "named"), [(0.95, True), (0.5, False)])
+def test_rows_that_are_mostly_held_out_are_named(tmp_path: Path, share: float, named: bool) -> None:
+    chain = chain_of(OwnStage, f"prepare.held_out_fraction={share}")
+    run = run_of(tmp_path, chain, **GOOD | {"ppo": NONE, "gold": UNKNOWN})
+    sentence = verdict(run)
+    said = f" To blame is prepare: {share:.0%} of all rows are held out"
+    assert (said in sentence) is named and ("To blame is ppo" in sentence) is not named
+    assert "To blame" not in verdict(run_of(tmp_path, chain, **GOOD))
+
+
 @pytest.mark.parametrize(("tokens", "named"), [(61.0, True), (12.0, False)])
 def test_answers_that_are_longer_than_they_may_be_are_named(
     tmp_path: Path, chain: dict[str, Stage], tokens: float, named: bool
