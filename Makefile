@@ -29,11 +29,12 @@ test-fast: $(VENV)/.tested
 # Two files at a time: half of their time they wait for ranks, signals and daemons. In their own order, since by itself
 # pytest-xdist keeps files of few tests, which take longest, for the end, where one process waits for the other. One
 # thread each: two processes of two threads on two cores wait for each other at every barrier, and took five times as
-# long. qlora's package costs every process a second, which is too much for the fast tests.
+# long. qlora's package costs every process a second, wherever it is installed: its tests run last, by themselves.
+SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 test-slow: $(VENV)/.tested
+	$(SLOW) -m "slow and not qlora" --durations=30
 	$(INSTALL) --editable '.[qlora]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
-		--durations=30
+	$(SLOW) -m qlora
 
 lint: types
 	$(BIN)/ruff check .

@@ -55,6 +55,7 @@ def load_for_qlora(compute: Compute, directory: Path) -> tuple[float, int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.qlora
 def test_qlora_has_one_tensor_whole_while_it_reads_the_others(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     peak, whole, largest = start_ranks(load_for_qlora, 1, tmp_path, timeout=60, seconds=120)()[0]

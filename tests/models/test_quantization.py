@@ -15,7 +15,7 @@ from rlhf.models.peft.saved import attach_to_merge
 from rlhf.training.optimizer import load_trainable, trainable_state
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.slow  # which installs it
+pytestmark = [pytest.mark.slow, pytest.mark.qlora]
 CONFIG = PeftConfig(method="qlora", rank=4, alpha=8)
 
 

@@ -274,7 +274,8 @@ def test_nor_on_a_reward_model_from_elsewhere(tmp_path: Path, tiny_model: Path) 
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param("qlora", marks=pytest.mark.slow), "prefix", "prompt", "p_tuning"]
+    "method",
+    [pytest.param("qlora", marks=[pytest.mark.slow, pytest.mark.qlora]), "prefix", "prompt", "p_tuning"],
 )
 def test_a_policy_that_starts_apart_from_its_reference(
     method: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
@@ -328,7 +329,8 @@ def test_the_command_line_evaluates_what_stays_beside_its_base(tmp_path: Path) -
     assert chain.run(*arguments).statuses["sft"] == "reused"
 
 
-@pytest.mark.slow  # which installs bitsandbytes
+@pytest.mark.slow
+@pytest.mark.qlora
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
 def test_low_rank_updates_of_weights_in_4_bits(name: str, tmp_path: Path, tiny_model: Path) -> None:
     """bitsandbytes computes on CPUs too, slowly; no GPU has run this. It has no wheels for some platforms."""
