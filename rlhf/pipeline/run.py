@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 GateOutcome = Literal["passed", "failed", "cannot tell", "not checked"]
 FEW = 8
 """Rows, of which nobody can say how many more would tell."""
+MANY = 100
+"""Times the rows that there are: who gives so many more will see no difference that matters."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class GateResult:
         where = f" ({self.bound.rows})" if self.bound.rows else ""
         if self.more_rows is not None:
             rows = two_digits(self.more_rows)
+            if self.sampled is not None and rows > MANY * self.sampled.rows:
+                return f"It is so near the bound that it would take about {rows:,} more rows{where}."
             return f"About {rows:,} more row{'s' * (rows > 1)} like these would tell{where}."
         if self.sampled is not None and not self.sampled.rows:
             return f"No row was of use: it has no value here{where}."

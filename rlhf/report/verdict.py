@@ -68,7 +68,7 @@ def verdict(run: Run) -> str:
     blamed = [f"To blame is {reason}" for reason in reasons(run, own, scored, causes(run))]
     failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
     if failed and not blamed:
-        blamed = [f"To blame is {', '.join(failed)}: its gate failed."]
+        blamed = [f"To blame is perhaps {', '.join(failed)}: its gate failed, and nothing else says why."]
     if not findings and not blamed:
         return "Nothing can be said: no stage of this run measures whether anything improved."
     blamed = [f"{each}{otherwise_set(run, each)}" for each in blamed]

@@ -67,8 +67,8 @@ def test_32_pairs_that_are_right_as_often_as_the_longer_answer_tell_nothing() ->
     half = (result.sampled.high - result.sampled.low) / 2
     assert result.more_rows == math.ceil(32 * (half / 0.02) ** 2 - 32)
     assert str(result).startswith("reward: accuracy_over_baseline = 0 (95%: -0.2")
-    assert ", 32 rows), wanted >= 0.02. About " in str(result)
-    assert str(result).endswith(" more rows like these would tell (raise prepare.held_out_fraction).")
+    assert ", 32 rows), wanted >= 0.02. It is so near the bound that it would take about " in str(result)
+    assert str(result).endswith(" more rows (raise prepare.held_out_fraction).")
 
 
 def test_so_many_more_rows_would_tell() -> None:
@@ -76,6 +76,12 @@ def test_so_many_more_rows_would_tell() -> None:
     result = gate(AT_LEAST, 0.4, 0.8)
     assert result.more_rows == 90
     assert result.advice == "About 90 more rows like these would tell."
+
+
+def test_a_figure_near_its_bound_asks_for_no_data() -> None:
+    result = gate(AT_LEAST, 0.4, 0.61)
+    assert result.advice.startswith("It is so near the bound that it would take about 14,000")
+    assert result.advice.endswith(" more rows.") and result.outcome == "cannot tell"
 
 
 @pytest.mark.parametrize(
