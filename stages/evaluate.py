@@ -300,7 +300,7 @@ class EvaluateStage(Stage):
             micro_batch_tokens=self.micro_batch_tokens, models=max(1, *rewards), added=added,
         )  # fmt: skip
         cost = asks(
-            samples=1, policies=len(self.policies), readings=sum(rewards), measures=2,
+            samples=1, policies=len([*self.asked()]), readings=sum(rewards), measures=2,
             others=[references, retained._replace(rows=PASSES * retained.rows)],
         )  # fmt: skip
         if BEST_OF_N not in self.policies:
@@ -334,9 +334,8 @@ class EvaluateStage(Stage):
         from rlhf.evaluation.answers import divergence
 
         answers: dict[str, Answers] = {}
-        asked = [name for name in self.policies if name != BEST_OF_N]
         # PPO's start is the last, as it also judges how far the others went from it
-        for name in sorted(asked, key=lambda name: name == self.start):
+        for name in sorted(self.asked(), key=lambda name: name == self.start):
             policy = self.load(job, name)
             answers[name] = self.answer(job, name, policy, rows)
             if name == self.start:
@@ -347,6 +346,10 @@ class EvaluateStage(Stage):
         if BEST_OF_N in self.policies:
             answers[BEST_OF_N] = self.best(job, rows, answers[self.start])
         return {name: answers[name] for name in self.in_order(job.inputs)}
+
+    def asked(self) -> Iterator[str]:
+        """The policies that are models of their own."""
+        yield from (name for name in self.policies if name != BEST_OF_N)
 
     def best(self, job: Job, rows: Sequence[PromptRow], start: Answers) -> Answers:
         """What the reward likes best of several answers of PPO's start. It knows what that knows."""
@@ -395,7 +398,8 @@ class EvaluateStage(Stage):
         """
         names = ["base", *made]
         names.insert(names.index("ppo") if "ppo" in names else len(names), "init")
-        names.insert(names.index(self.start) + 1, BEST_OF_N)
+        if BEST_OF_N in self.policies:
+            names.insert(names.index(self.start) + 1, BEST_OF_N)
         return [name for name in names if name in self.policies]
 
     def load(self, job: Job, name: str) -> PolicyModel:

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chains import Chain, Outcome
+from helpers.costs import gpus
 from helpers.experiments import build, stage_with
 from helpers.jobs import small_job, tiny_base, user
 from rlhf.config import ConfigError
+from rlhf.costs.stage_cost import StageCost
 from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Row, SftRow, TextRow
@@ -417,6 +419,28 @@ def test_a_gate_that_nothing_can_measure_is_told_before_the_run(
         make_stage(gates=gates, **changes)
     if "needs" in complaint:
         make_stage(gates={"win_rate": None}, **changes)
+
+
+def test_the_policies_stand_as_they_came_to_be() -> None:
+    alone = make_stage(policies=["base"], subject="base", gates={})
+    assert alone.in_order(["prepare"]) == ["base"]  # no stage made what PPO starts from
+    several = make_stage(policies=["ppo", "best_of_n", "sft", "base"], reward="vader")
+    assert several.in_order(["prepare", "sft", "ppo"]) == ["base", "sft", "best_of_n", "ppo"]
+    own = make_stage(policies=["ppo", "best_of_n", "init", "base"], reward="vader", init="/a/model")
+    assert own.in_order(["prepare", "ppo"]) == ["base", "init", "best_of_n", "ppo"]
+
+
+def test_best_of_n_costs_its_answers() -> None:
+    chain, names = build().stages, ["base", "sft", "ppo"]
+    plain = make_stage(policies=names, reward="learned").cost(gpus(80.0), chain)
+    more = make_stage(policies=[*names, "best_of_n"], reward="learned", best_of=16).cost(gpus(80.0), chain)
+
+    def decoding(cost: StageCost) -> float:
+        return sum(task.seconds for task in cost.work if task.activity == "decode")
+
+    # 3 answers to a prompt, or 16 more
+    assert decoding(more) == pytest.approx(decoding(plain) * (3 + 16) / 3, rel=0.05)
+    assert more.peak().size() >= plain.peak().size()
 
 
 def test_best_of_n_needs_what_it_is_made_of() -> None:
