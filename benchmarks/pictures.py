@@ -80,7 +80,7 @@ def algorithms() -> list[Policy]:
             for name, cell in zip(names, cells, strict=True)
         }
         if by_name["gold gain"] and title != "base":
-            (seconds, *_), (gib, *_) = by_name["seconds"], by_name["peak GiB of its stage"]
+            seconds, gib = by_name["seconds"][0], next(iter(by_name["peak GiB of its stage"]), None)
             mean, lowest, highest = by_name["gold gain"]
             gain = Sampled(mean, lowest, highest, rows=3)
             found.append(Policy(title, gain, by_name["KL"][0], Cost(seconds, gib)))
