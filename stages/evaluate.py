@@ -143,6 +143,8 @@ class EvaluateStage(Stage):
         other = f"another KEY.subject than {self.start}" if self.subject == self.start else ""
         base = "base in KEY.policies" if "base" not in self.policies else ""
         reward = "" if self.reward else "a reward"
+        if BEST_OF_N in self.policies and (wanted := "KEY.reward" if reward else start):
+            raise ValueError(f"KEY.policies: best_of_n needs {wanted}. Add it, or leave best_of_n out")
         needs = {
             "win_rate": (start, other, "" if self.gold else reward and "a reward or gold"),
             "win_rate_learned": (start, other, reward),
@@ -154,8 +156,6 @@ class EvaluateStage(Stage):
             lacks = next(filter(None, missing), None)
             if lacks and self.gates.get(gate) is not None and gate not in self.not_checked():
                 raise ValueError(f"KEY.gates.{gate} needs {lacks}. Turn it off with KEY.gates.{gate}=null")
-        if BEST_OF_N in self.policies and (lacks := reward or start):
-            raise ValueError(f"KEY.policies: best_of_n needs {lacks}. Add it, or leave best_of_n out")
         if "init" in self.policies and self.start != "init":
             raise ValueError(
                 f"KEY.policies: init is a directory, and KEY.init={self.init} is none. Leave init out"

@@ -108,6 +108,8 @@ def _subject(policies: Any, started: list[str], of_recipe: list[str]) -> str:
     named = policies if isinstance(policies, list) else []
     others = [name for name in named if name not in (*started, BEST_OF_N)]
     if not others:
+        if BEST_OF_N in named:
+            return BEST_OF_N
         return next((name for name in reversed(started) if name in named), "ppo")
     known = [name for name in ("ppo", *reversed(of_recipe)) if name in others]
     return str(others[0]) if len(others) == 1 else next(iter(known), "ppo")

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 import yaml
 
+from rlhf.pipeline.recipe import TYPED, kind_of
 from rlhf.tracking.redaction import redacted
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -35,11 +36,29 @@ def changed(composed: Mapping[str, Any]) -> list[Change]:
     Args:
         composed: as it was typed, so with `auto` where it says so, but with every `${...}` resolved.
     """
+    packaged = packaged_values()
+    instances = {name.replace(TYPED, "@"): keys for name, keys in (composed.get("instances") or {}).items()}
+    pairs = [
+        *_pairs(packaged, {name: value for name, value in composed.items() if name != "instances"}, ""),
+        *(
+            pair
+            for name, keys in instances.items()
+            for pair in _pairs(packaged.get(kind_of(name), {}), keys or {}, f"{name}.")
+        ),
+    ]
     return [
         Change(key=key, default=_shown(key, default), value=_shown(key, value))
-        for key, default, value in _pairs(packaged_values(), composed, "")
+        for key, default, value in pairs
         if key not in OF_THE_RUN and value != _resolved(default, composed)
     ]
+
+
+def references() -> dict[str, str]:
+    """The packaged keys whose value repeats another key's, and that one: `generate.max_new_tokens` repeats
+    `ppo.max_new_tokens`."""
+    values = packaged_values()
+    texts = {key: value for key, _, value in _pairs(values, values, "") if isinstance(value, str)}
+    return {key: found[1] for key, value in texts.items() if (found := REFERENCE.fullmatch(value))}
 
 
 def packaged_values() -> dict[str, Any]:

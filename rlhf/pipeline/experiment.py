@@ -25,6 +25,7 @@ from rlhf.models.start import know_policies
 from rlhf.pipeline.auto import without_auto
 from rlhf.pipeline.made_rows import check_made, tell_readers
 from rlhf.pipeline.recipe import (
+    BEST_OF_N,
     RecipeConfig,
     check_typed,
     instance_class,
@@ -291,9 +292,10 @@ def check_policies(stage: Stage, named: Iterable[tuple[str, str]], stages: Mappi
     known = [name for name, each in stages.items() if each.publishes == "policy" and each is not stage]
     for key, name in named:
         if name not in known:
+            offered = [*known, "base", "init", BEST_OF_N] if key == "evaluate.policies" else known
             raise ConfigError(
-                f"{key}={name}: no stage of that name makes a policy.{did_you_mean(name, known)} "
-                f"Known: {', '.join(known)}."
+                f"{key}={name}: no stage of that name makes a policy.{did_you_mean(name, offered)} "
+                f"Known: {', '.join(offered)}."
                 + f" A named instance needs a key of its own, such as {name}.KEY=VALUE."
                 * ("@" in name)
             )

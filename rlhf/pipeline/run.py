@@ -63,9 +63,10 @@ class GateResult:
         with the root of the rows. None for few rows, whose value will change, or for one on the bound."""
         if self.outcome != "cannot tell" or self.sampled is None or self.sampled.rows < FEW:
             return None
-        half = (self.sampled.high - self.sampled.low) / 2
         bounds = (bound for bound in (self.bound.min, self.bound.max) if bound is not None)
-        distance = min(abs(self.value - bound) for bound in bounds)
+        bound = min(bounds, key=lambda each: abs(self.value - each))
+        end = self.sampled.high if bound > self.value else self.sampled.low  # the one beyond the bound
+        half, distance = abs(end - self.value), abs(bound - self.value)
         if not math.isfinite(half) or not distance > 0:
             return None
         return max(1, math.ceil(self.sampled.rows * ((half / distance) ** 2 - 1)))
@@ -88,7 +89,7 @@ class GateResult:
         if self.sampled is not None and not self.sampled.rows:
             return f"No row was of use: it has no value here{where}."
         if self.sampled is not None and self.sampled.rows < FEW:
-            return f"That takes many more rows{where}."
+            return f"So few tell nothing: it takes more rows{where}."
         return "The figure lies on the bound: no number of rows would tell."
 
     def as_json(self) -> dict[str, Any]:
@@ -116,7 +117,7 @@ class GateResult:
         if self.sampled is None:
             return "-" if self.not_checked and math.isnan(self.value) else f"{self.value:.4g}"
         _, low, high, rows = self.sampled
-        return f"{self.value:.4g} (95%: {low:.4g} to {high:.4g}, {rows:,} rows)"
+        return f"{self.value:.4g} (95%: {low:.4g} to {high:.4g}, {rows:,} row{'s' * (rows != 1)})"
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.name} = {self.figure}, wanted {self.bound}. {self.advice}".rstrip()

@@ -288,7 +288,11 @@ def _gate_bullet(gate: GateResult) -> str:
 
 
 def _scores(answer: Mapping[str, Any]) -> str:
-    return ", ".join(f"{kind} {answer[kind]:+z.2f}" for kind in ("gold", "score") if kind in answer)
+    return ", ".join(
+        f"{kind} -" if answer[kind] is None else f"{kind} {answer[kind]:+z.2f}"
+        for kind in ("gold", "score")
+        if kind in answer
+    )
 
 
 def _conversation(messages: Iterable[Mapping[str, str]]) -> str:

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.recipe import kind_of, last_evaluation
+from rlhf.pipeline.defaults import references
+from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
 from rlhf.rewards.kinds import RewardMix, keyed_parts, stage_of
@@ -83,7 +84,8 @@ def verdict(run: Run) -> str:
     if not blamed and all(finding.direction == "unknown" for finding in findings):
         return f"Nothing can be said. {' '.join(parts)}"
     evaluation, _ = last_evaluation(run.stages)
-    asked = dict.fromkeys(asked_otherwise(run, name) or learned_elsewhere(run, name) for name in scored)
+    learners = [name for name in scored if name in run.chain]
+    asked = dict.fromkeys(asked_otherwise(run, name) or learned_elsewhere(run, name) for name in learners)
     remarks = [
         f"Note {evaluation}: {each}" for each in asked if each and not any(each in said for said in blamed)
     ]
@@ -112,7 +114,8 @@ def measured(run: Run) -> Iterator[tuple[str, Finding]]:
 
 
 def evaluated(run: Run, scores: Mapping[str, str] = SCORES) -> Iterator[tuple[str, Finding]]:
-    """What the last `evaluate` found out about the stages that make a policy, in the chain's order.
+    """What the last `evaluate` found out about best of n, and the stages that make a policy, in the chain's
+    order. Nobody is to blame for best of n, which no stage makes.
 
     Args:
         scores: of these the first that is known.
@@ -120,14 +123,13 @@ def evaluated(run: Run, scores: Mapping[str, str] = SCORES) -> Iterator[tuple[st
     _, metrics = last_evaluation(run.stages)
     if silent_gold(run):
         scores = {metric: words for metric, words in scores.items() if metric != "gold_gain"}
-    for name, stage in run.chain.items():
-        for metric, words in scores.items() if stage.publishes == "policy" else ():
+    made = {name: stage for name, stage in run.chain.items() if stage.publishes == "policy"}
+    titles = {BEST_OF_N: "the best of n"} | {name: f"the {stage.title} model" for name, stage in made.items()}
+    for name, title in titles.items():
+        for metric, words in scores.items():
             sampled = Sampled.found(f"{metric}/{name}", metrics)
             if sampled is not None:
-                yield (
-                    name,
-                    Finding(f"the {words} of the {stage.title} model on new prompts", 1, sampled, metric),
-                )
+                yield name, Finding(f"the {words} of {title} on new prompts", 1, sampled, metric)
                 break
 
 
@@ -459,15 +461,17 @@ def hardly_moved(run: Run, policy: str) -> str:
 
 
 def otherwise_set(run: Run, blame: str) -> str:
-    """The keys of the blamed stages, and of `prepare`, that differ from the packaged values, as a sentence;
-    empty if none does. What data they read is known to the user, and their gates train nothing."""
+    """The keys of the blamed stages, those that they take their values from, and those of `prepare`, where
+    they differ from the packaged values, as a sentence; empty if none does. What data they read is known to
+    the user, and their gates train nothing."""
     named = {"prepare", *re.findall(r"[\w@]+", blame.partition(":")[0])}
+    read = {source for key, source in references().items() if key.partition(".")[0] in named}
     data = {role.key for role in ROLES.values()}
     keys = []
     for key, default, value in ((each["key"], each["default"], each["value"]) for each in run.changed):
-        stage, _, own = key.removeprefix("instances.").partition(".")
+        stage, _, own = key.partition(".")
         is_data = any(f"{key}.".startswith(f"{each}.") for each in data)
-        if stage in named and not is_data and not own.startswith("gates"):
+        if (stage in named or key in read) and not is_data and not own.startswith("gates"):
             keys.append(f"{key}={value} (packaged: {default})")
     if not keys:
         return ""

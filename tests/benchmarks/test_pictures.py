@@ -64,7 +64,8 @@ def test_the_trials_are_read_back_from_their_table() -> None:
 def test_the_algorithms_are_read_back_from_their_table() -> None:
     points = {point.title: point for point in pictures.algorithms()}
     assert list(points) == [
-        "PPO", "GRPO", "DPO", "DPO 2", "GRPO reinforce", "GRPO rloo", "SFT best"
+        "best of 16", "PPO", "GRPO", "DPO", "DPO 2", "GRPO reinforce", "GRPO rloo", "SFT best"
     ]  # fmt: skip
     assert all(point.gain.low <= point.gain.value <= point.gain.high for point in points.values())
     assert all(point.cost is not None and point.cost.seconds > 100 for point in points.values())
+    assert [title for title, each in points.items() if each.cost and not each.cost.gib] == ["best of 16"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helpers.experiments import compose
-from rlhf.pipeline.defaults import changed
+from rlhf.pipeline.defaults import changed, references
 
 
 def table(*overrides: str) -> dict[str, tuple[str, str]]:
@@ -21,6 +21,17 @@ def test_what_was_typed_and_what_a_choice_sets_differ() -> None:
     assert found["model.kind"] == ("embedded", "tiny")
     assert found["ppo.steps"] == ("12", "4")
     assert not {"evaluate.init", "generate.policy", "run_name"} & {*found}  # they repeat ppo.init
+
+
+def test_the_keys_of_a_named_instance_are_told_as_they_are_typed() -> None:
+    found = table(*(f"++instances.dpo-at-2.{own}" for own in ("init=dpo", "optim.lr=0.5", "epochs=1")))
+    lr = table("dpo.optim.lr=0.5")["dpo.optim.lr"]
+    assert found == {"dpo@2.init": ("sft", "dpo"), "dpo@2.optim.lr": lr}  # the epochs are DPO's own
+
+
+def test_some_keys_take_their_value_from_another() -> None:
+    assert references()["generate.max_new_tokens"] == "ppo.max_new_tokens"
+    assert "ppo.max_new_tokens" not in references()
 
 
 def test_a_secret_is_left_out() -> None:

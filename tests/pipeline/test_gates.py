@@ -78,6 +78,12 @@ def test_so_many_more_rows_would_tell() -> None:
     assert result.advice == "About 90 more rows like these would tell."
 
 
+def test_the_side_towards_the_bound_decides_how_many() -> None:
+    """Of a share that is 0 the interval is on one side of it: 0 to 0.194 of 16 rows."""
+    result = gate(Bound(max=0.1, advice="do this"), 0.0, 0.1936, 16, 0.0)
+    assert result.more_rows == math.ceil(16 * (1.936**2 - 1))
+
+
 def test_a_figure_near_its_bound_asks_for_no_data() -> None:
     result = gate(AT_LEAST, 0.4, 0.61)
     assert result.advice.startswith("It is so near the bound that it would take about 14,000")
@@ -88,8 +94,11 @@ def test_a_figure_near_its_bound_asks_for_no_data() -> None:
     ("result", "advice"),
     [
         (gate(AT_LEAST, 0.4, 0.6), "The figure lies on the bound: no number of rows would tell."),
-        (gate(AT_LEAST, -math.inf, math.inf, 1, 0.7), "That takes many more rows."),
-        (gate(AT_LEAST, -1.0, 0.56, 2, -0.2), "That takes many more rows."),  # "about 3", by its width
+        (gate(AT_LEAST, -math.inf, math.inf, 1, 0.7), "So few tell nothing: it takes more rows."),
+        (
+            gate(AT_LEAST, -1.0, 0.56, 2, -0.2),
+            "So few tell nothing: it takes more rows.",
+        ),  # "about 3", by its width
         (gate(AT_LEAST, -math.inf, math.inf, 0, math.nan), "No row was of use: it has no value here."),
         (gate(AT_LEAST, 0.1, 0.2), "Try: do this."),
         (gate(AT_LEAST, 0.6, 0.7), ""),

@@ -86,7 +86,7 @@ def test_the_subject_of_evaluate_owns_its_gates() -> None:
         ("merge,sft,base", "merge"),
         ("sft,base", "sft"),
         ("base", "base"),
-        ("best_of_n,sft,base", "sft"),
+        ("best_of_n,sft,base", "best_of_n"),
         ("best_of_n,sft,merge,base", "merge"),
     ],
 )

@@ -203,6 +203,13 @@ def test_what_models_write_is_shown_and_not_interpreted(run: Run) -> None:
     assert "\x1b" not in text + write_report(run).read_text()
 
 
+def test_an_answer_without_a_score_is_shown(run: Run) -> None:
+    path = Path(run.stages["evaluate"]["artifact"], "comparison.jsonl")
+    path.write_text(path.read_text().replace('"gold": 0.25', '"gold": null'))
+    assert "gold -" in printed(run, 120)
+    assert "(gold -, score -1.50)" in write_report(run).read_text()
+
+
 def test_report_says_the_same(run: Run) -> None:
     report = write_report(run).read_text(encoding="utf-8")
     assert "# Run demo" in report

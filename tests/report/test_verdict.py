@@ -126,6 +126,25 @@ def test_what_was_changed_of_the_blamed_stage_is_said(tmp_path: Path, chain: dic
     assert verdict(run).endswith(", ppo.key3=1 (packaged: 0) and 2 more.")
 
 
+def test_best_of_n_is_judged_and_nobody_blamed_for_it(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    own = Sampled(*DOWN, 30).metrics("gold_gain/best_of_n")
+    run.stages["evaluate"]["metrics"] |= {f"evaluate/{key}": value for key, value in own.items()}
+    sentence = verdict(run)
+    assert "Did not improve: the gold score of the best of n on new prompts (-0.2)." in sentence
+    assert "To blame" not in sentence and outcome(run) == "worked"
+
+
+def test_a_key_that_others_repeat_is_told(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, sft=DOWN, reward=UP)
+    gate_of(run, "generate", "stop_rate", Bound(min=0.3, advice="raise ppo.max_new_tokens"), 0.12)
+    run.changed = [
+        Change(key="ppo.max_new_tokens", default="40", value="3"),  # which generate repeats
+        Change(key="ppo.optim.lr", default="0.0005", value="0.05"),
+    ]
+    assert verdict(run).endswith(" Changed there: ppo.max_new_tokens=3 (packaged: 40).")
+
+
 def test_a_reward_model_that_cannot_be_judged_blames_nobody(tmp_path: Path, chain: dict[str, Stage]) -> None:
     sentence = verdict(run_of(tmp_path, chain, **GOOD | {"reward": UNKNOWN}))
     assert (

@@ -444,7 +444,9 @@ def test_best_of_n_costs_its_answers() -> None:
 
 
 def test_best_of_n_needs_what_it_is_made_of() -> None:
-    with pytest.raises(ConfigError, match=r"^evaluate\.policies: best_of_n needs a reward\. Add it, or"):
+    with pytest.raises(
+        ConfigError, match=r"^evaluate\.policies: best_of_n needs evaluate\.reward\. Add it, or"
+    ):
         make_stage(policies=["sft", "best_of_n", "ppo"])
     with pytest.raises(ConfigError, match=r"best_of_n needs sft in evaluate\.policies\. Add it, or"):
         make_stage(policies=["best_of_n", "ppo"], reward="vader")
