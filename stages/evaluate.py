@@ -218,8 +218,10 @@ class EvaluateStage(Stage):
         return {key: source for key, source in named.items() if source is not None}
 
     def knobs(self) -> dict[str, Any]:
-        """Of a directory that PPO started from, the content decides, not the place."""
-        return super().knobs() | {"init": init_in_key(self.init)}
+        """Of a directory that PPO started from, the content decides, not the place. From how many answers
+        `best_of_n` chooses decides nothing where it is not compared."""
+        knobs = super().knobs() | {"init": init_in_key(self.init)}
+        return {key: value for key, value in knobs.items() if key != "best_of" or BEST_OF_N in self.policies}
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""

@@ -67,6 +67,7 @@ class TrlStage(Stage):
     healthy: ClassVar[Mapping[str, Healthy]] = dict.fromkeys(
         ("rewards/accuracies", "eval_rewards/accuracies", "accuracy", "eval_accuracy"), Healthy(min=0.5)
     )
+    version: ClassVar[int] = 2
     in_chain: ClassVar[bool] = False
     repeats_keys: ClassVar[bool] = True
 
@@ -263,7 +264,7 @@ def of_pairs(accuracy: float, pairs: int) -> dict[str, float]:
 
     from rlhf.evaluation.intervals import share
 
-    return share(torch.full((pairs,), accuracy)).metrics("held_out_accuracy")
+    return share(torch.full((pairs,), accuracy, dtype=torch.float64)).metrics("held_out_accuracy")
 
 
 class Resumable:

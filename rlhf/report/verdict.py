@@ -464,6 +464,8 @@ def otherwise_set(run: Run, blame: str) -> str:
     """The keys of the blamed stages, those that they take their values from, and those of `prepare`, where
     they differ from the packaged values, as a sentence; empty if none does. What data they read is known to
     the user, and their gates train nothing."""
+    if not run.changed:
+        return ""
     named = {"prepare", *re.findall(r"[\w@]+", blame.partition(":")[0])}
     read = {source for key, source in references().items() if key.partition(".")[0] in named}
     data = {role.key for role in ROLES.values()}

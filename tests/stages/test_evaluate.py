@@ -430,6 +430,12 @@ def test_the_policies_stand_as_they_came_to_be() -> None:
     assert own.in_order(["prepare", "ppo"]) == ["base", "init", "best_of_n", "ppo"]
 
 
+def test_the_number_of_answers_is_in_the_key_where_it_decides() -> None:
+    for policies, is_there in ((["sft", "ppo"], False), (["sft", "best_of_n", "ppo"], True)):
+        few, many = (make_stage(policies=policies, reward="vader", best_of=of).knobs() for of in (2, 16))
+        assert (few != many) is is_there
+
+
 def test_best_of_n_costs_its_answers() -> None:
     chain, names = build().stages, ["base", "sft", "ppo"]
     plain = make_stage(policies=names, reward="learned").cost(gpus(80.0), chain)
