@@ -132,6 +132,11 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         print(f"\nRank {os.environ.get('RANK', '0')} ends at once: {why}. {KEPT}", file=sys.stderr)
         end_rank(INTERRUPTED if signum == signal.SIGINT else STOPPED)
 
+    def end_waiting(why: str) -> None:
+        failed(resolved, run_name, compute.rank)
+        print(f"Error: {why}", file=sys.stderr)
+        end_rank(CRASH)
+
     with signals.installed(), signals.heard(end_hung):
         compute, how = make_compute(
             settings.device, settings.precision, settings.zero, settings.distributed.timeout
@@ -143,7 +148,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
             for line in experiment.notes:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             pipeline = Pipeline(experiment, run_name, console, compute, signals)
-            with Heartbeat(runs / run_name / "ranks", compute) as heartbeat:
+            with Heartbeat(runs / run_name / "ranks", compute, end_waiting) as heartbeat:
                 signals.progress = heartbeat.progress if compute.world_size > 1 else None
                 try:
                     run_chain(pipeline, console)
@@ -160,7 +165,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
                         raise
                     if signals.received is not None:  # it ended for the same signal, and could not wait
                         raise Stopped(signals.received) from error
-                    raise LostRankError(heartbeat.explain(settings.distributed.timeout)) from error
+                    raise LostRankError(heartbeat.explain()) from error
             print_summary(pipeline.results, console)
             return DONE
         except KeyboardInterrupt:

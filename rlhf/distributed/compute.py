@@ -73,6 +73,8 @@ class Compute:
     """Ranks on each node. Those of a node follow each other."""
     position: dict[str, Any] = field(default_factory=dict)
     """Where this rank is (stage and step), and how often it has `moved`. It shows which rank hangs."""
+    timeout: float = 1800.0
+    """Seconds that a rank waits for the others (`distributed.timeout`)."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -154,6 +156,17 @@ class Compute:
             yield
         finally:
             self.position["busy"] = False
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """While open, the heartbeat ends this rank if it does not move for `timeout` seconds. For waits for
+        other ranks that know no limit: in an engine that they run together."""
+        self.moved()
+        self.position["limited"] = True
+        try:
+            yield
+        finally:
+            self.position["limited"] = False
 
     def global_sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks."""
@@ -336,7 +349,7 @@ def make_compute(
     if zero == "hsdp" and node_ranks == world_size:
         sharding += " (on one node it is fsdp2)"
     kind = found.partition(":")[0]
-    compute = Compute(found, dtype, zero, rank, world_size, node_ranks)
+    compute = Compute(found, dtype, zero, rank, world_size, node_ranks, timeout=timeout)
     return compute, f"{name} on {kind} ({reason}){ranks}{sharding}"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,11 +29,16 @@ counts, because the clocks of the hosts may differ."""
 class Heartbeat:
     """A thread that writes RUN_DIR/ranks/rankN.json during the run, if there are several ranks."""
 
-    def __init__(self, directory: Path, compute: Compute) -> None:
-        self._directory, self._compute = directory, compute
+    def __init__(self, directory: Path, compute: Compute, hung: Callable[[str], object]) -> None:
+        """
+        Args:
+            hung: called once, by another thread, if the main thread has not moved for `compute.timeout` while
+                it is `compute.limited`. It gets the reason, as `explain` gives it.
+        """
+        self._directory, self._compute, self._hung = directory, compute, hung
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._beats = 0
+        self._beats, self._told = 0, False
         self._main = threading.main_thread()
 
     def __enter__(self) -> Heartbeat:
@@ -54,7 +60,7 @@ class Heartbeat:
                 said[rank] = self._file(rank).read_text(encoding="utf-8")
         return said
 
-    def explain(self, timeout: float) -> str:
+    def explain(self) -> str:
         """Which rank is missing, and the stage and step of that rank and of this one."""
         deadline = time.monotonic() + STALE_SECONDS + 2 * INTERVAL_SECONDS
         while not (silent := self._silent()) and time.monotonic() < deadline:  # it may just have died
@@ -63,8 +69,8 @@ class Heartbeat:
         if silent:
             return f"{self.place}: rank {rank} waited for {', '.join(silent)} in vain."
         return (
-            f"{self.place}: rank {rank} waited longer than distributed.timeout={timeout:g} s, all alive: "
-            f"{self.others()}. Where the steps differ one hangs; where not, see the network."
+            f"{self.place}: rank {rank} waited longer than distributed.timeout={self._compute.timeout:g} s, "
+            f"all alive: {self.others()}. Where the steps differ one hangs; where not, see the network."
         )
 
     @property
@@ -102,6 +108,7 @@ class Heartbeat:
 
     def _said(self) -> dict[str, Any]:
         said = {**self._compute.position, "bytes": bytes_moved(self._main)}
+        said.pop("limited", None)
         if self._compute.device.type == "cpu":
             assert self._main.ident is not None
             said["cpu"] = int(time.clock_gettime(time.pthread_getcpuclockid(self._main.ident)))
@@ -110,11 +117,18 @@ class Heartbeat:
         return said | {"beats": self._beats}
 
     def _beat(self) -> None:
+        quiet, moves = 0, None
         while True:
             with suppress(OSError):  # a full disk, say: others hear nothing of this rank until it has room
                 replace_text(self._file(self._compute.rank), json.dumps(self._said()))
             if self._over.wait(INTERVAL_SECONDS):
                 return
+            # beats count, not a clock: it would go on while somebody stops the whole run for a while
+            now = self._compute.position["moves"] if self._compute.position.get("limited") else None
+            quiet, moves = (0, now) if now is None or now != moves else (quiet + 1, moves)
+            if quiet * INTERVAL_SECONDS >= self._compute.timeout and not self._told:
+                self._told = True
+                threading.Thread(target=lambda: self._hung(self.explain()), daemon=True).start()
 
 
 def bytes_moved(thread: threading.Thread) -> int:

@@ -16,7 +16,8 @@ import random
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,6 +240,11 @@ class Vllm:
                 self._asleep = {WEIGHTS, CACHE}
                 self._llm.sleep(level=2)  # without a copy in the host's memory
 
+    def _waits(self) -> AbstractContextManager[None]:
+        """Limits how long this rank waits inside vLLM for the others of its engine. The memory that CPU ranks
+        share has no limit of its own, nor has all that GPUs do."""
+        return self._compute.limited() if self._config.tensor_parallel > 1 else nullcontext()
+
     def _check_length(self, prompt: int, max_new_tokens: int) -> None:
         """Refuse a prompt of so many tokens if its response may not fit into the engine's context."""
         limit, longest = self._llm.llm_engine.model_config.max_model_len, prompt + max_new_tokens
@@ -270,7 +276,7 @@ class Vllm:
             at_once = max(1, most // PORTIONS)
         taken: list[int] = []
         outputs: list[Any] = []
-        with _undisturbed(self._compute):
+        with _undisturbed(self._compute), self._waits():
             try:
                 while not queue.is_empty or len(outputs) < len(taken):
                     room = min(at_once, most - len(taken) + len(outputs))
@@ -332,10 +338,13 @@ class Vllm:
                     # beside other ranks it must join their process group, and take its own rank's device
                     distributed_executor_backend="external_launcher" if compute.world_size > 1 else "uni",
                     tensor_parallel_size=config.tensor_parallel,
+                    distributed_timeout_seconds=ceil(compute.timeout),
+                    cpu_distributed_timeout_seconds=ceil(compute.timeout),
                     enable_sleep_mode=compute.device.type == "cuda",
                 )
                 # the CPU's kernels are looked for at the first call only
-                llm.generate([{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1), use_tqdm=False)
+                with self._waits():
+                    llm.generate([{"prompt_token_ids": [0]}], SamplingParams(max_tokens=1), use_tqdm=False)
             except (ValueError, RuntimeError) as error:
                 if not is_refusal(error):
                     raise

@@ -68,14 +68,14 @@ def with_one_lost(compute: Compute, model: Path, directory: Path, zero: Zero) ->
     """Rank 1 is gone in the middle of its answers; what rank 0 says."""
     compute = replace(compute, zero=zero)
     compute.position.update(stage="generate", step=0)
-    with Heartbeat(directory, compute) as heartbeat:
+    with Heartbeat(directory, compute, pytest.fail) as heartbeat:
         policy = PolicyModel.load(model, TINY, compute, local_sampling="layers")
         rows(policy, 2)
         if compute.rank == 1:
             policy.model.register_forward_pre_hook(lambda *call: os._exit(1))
         with pytest.raises(RuntimeError):
             rows(policy, 4)
-        return heartbeat.explain(5.0)
+        return heartbeat.explain()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ import psutil
 import pytest
 
 from helpers.chains import RealChain, children_of, ranks_of, wait_until
+from rlhf.distributed import heartbeat as beating
 from rlhf.distributed import signals as interrupt
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.heartbeat import Heartbeat, bytes_moved
@@ -43,7 +45,7 @@ def end(signum, is_second):
     sys.stdout.flush()
     os._exit(75)
 
-with Heartbeat(directory / "ranks", compute) as heartbeat, signals.installed(), signals.heard(end):
+with Heartbeat(directory / "ranks", compute, print) as heartbeat, signals.installed(), signals.heard(end):
     signals.progress = heartbeat.progress
     with signals.deferred():
         compute.barrier()
@@ -178,7 +180,7 @@ def test_only_signals_that_stop_are_heard(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_progress_is_what_a_rank_that_hangs_does_not_do(tmp_path: Path) -> None:
     compute = Compute("cuda", "float32", world_size=2)
-    heartbeat = Heartbeat(tmp_path, compute)
+    heartbeat = Heartbeat(tmp_path, compute, pytest.fail)
 
     def read() -> None:
         Path(__file__).read_bytes()
@@ -205,7 +207,7 @@ def test_progress_is_what_a_rank_that_hangs_does_not_do(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_stops_no_heart(tmp_path: Path) -> None:
     directory = tmp_path / "ranks"
-    heartbeat = Heartbeat(directory, Compute("cpu", "float32", world_size=2))
+    heartbeat = Heartbeat(directory, Compute("cpu", "float32", world_size=2), pytest.fail)
     heartbeat._over.set()  # after each beat
     heartbeat._beat()  # as on a full disk
     directory.mkdir()
@@ -213,8 +215,37 @@ def test_a_disk_that_refuses_stops_no_heart(tmp_path: Path) -> None:
     assert heartbeat.progress()[0]
 
 
+def test_only_a_limited_wait_ends_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beating, "INTERVAL_SECONDS", 0.01)
+    compute, hung, said = Compute("cpu", "float32", world_size=2, timeout=0.1), threading.Event(), []
+    compute.position.update(stage="ppo", step=3)
+
+    def beats(count: int, do: Callable[[], object] = lambda: None) -> None:
+        """Wait for so many more beats, and do something in between."""
+        with compute.busy():
+            start = heartbeat._beats
+            while heartbeat._beats < start + count:
+                do()
+
+    def end(why: str) -> None:
+        said.append(why)
+        hung.set()
+
+    with Heartbeat(tmp_path, compute, end) as heartbeat:
+        beats(30)
+        with compute.limited():
+            beats(30, compute.moved)
+        assert not said
+        with compute.limited():
+            assert hung.wait(60)
+            beats(30)
+        compute.moved()
+        beats(30)
+    assert said == ["ppo, step 3: rank 0 waited for rank 1 (never seen) in vain."]
+
+
 def test_on_a_cpu_computing_is_progress(tmp_path: Path) -> None:
-    heartbeat = Heartbeat(tmp_path, Compute("cpu", "float32", world_size=2))
+    heartbeat = Heartbeat(tmp_path, Compute("cpu", "float32", world_size=2), pytest.fail)
     said, start = heartbeat._said(), time.thread_time()
     while time.thread_time() < start + 1.0:
         pass

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel
 
+from helpers.models import sharper
 from helpers.spawned import start_ranks
-from helpers.vllm import NEW, ROLLOUTS, Engines, held, needs_vllm, roll_out, together
+from helpers.vllm import (
+    NEW,
+    ROLLOUTS,
+    SMALL,
+    Engines,
+    held,
+    needs_vllm,
+    roll_out,
+    sample,
+    some_prompts,
+    together,
+    uniform,
+)
+from rlhf.distributed.compute import Compute
+from rlhf.distributed.heartbeat import Heartbeat
+from rlhf.generation.vllm import Vllm
 
 
 @needs_vllm
@@ -36,3 +54,37 @@ def test_ranks_get_what_one_rank_gets_and_hold_their_part(
             assert rollouts[each].logps == pytest.approx(wanted.logps, abs=1e-4)
             assert wanted.told == len(wanted.ids) == each[0]
         assert {name: size * tensor_parallel for name, size in sizes.items()} == whole
+
+
+def stopped_within(compute: Compute, model: Path, directory: Path) -> list[str]:
+    """Rank 1 stops when the first response is whole. What rank 0's heartbeat says; then rank 1 goes on."""
+    said: list[str] = []
+
+    def hung(why: str) -> None:
+        said.append(why)
+        if compute.is_main:
+            os.kill(int((directory / "rank 1").read_text()), signal.SIGCONT)
+
+    def stop(rows: int) -> None:
+        if compute.rank == 1 and not (directory / "rank 1").exists():
+            (directory / "rank 1").write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    compute.position.update(stage="generate", step=0)
+    engine = Vllm(SMALL.model_copy(update={"tensor_parallel": 2}), compute)
+    with Heartbeat(directory, compute, hung):
+        sample(
+            engine, sharper(model), some_prompts(20), temperature=1.0, stop_ids=range(3, 23), on_rows=stop,
+            uniform_BR=uniform(20, NEW),
+        )  # fmt: skip
+    return said
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_rank_that_waits_in_the_engine_says_for_whom(directory: Path, tmp_path: Path) -> None:
+    """vLLM's ranks on CPUs wait in shared memory, which has no time limit."""
+    (found, _) = start_ranks(stopped_within, 2, directory, tmp_path, timeout=4, seconds=90)().values()
+    assert isinstance(found, list), found
+    (why,) = found
+    assert why.startswith("generate, step 0: rank 0 waited for rank 1 (last seen "), why
