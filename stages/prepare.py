@@ -41,7 +41,7 @@ class PrepareStage(Stage):
         "ppo_prompts": ("prompts", ".0f"),
         "evaluation_prompts": ("evaluation prompts", ".0f"),
     }
-    version: ClassVar[int] = 11
+    version: ClassVar[int] = 12
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
 

@@ -25,6 +25,7 @@ from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Row, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
 from rlhf.data.tokens import Bad, Complaint, Examiner, TokenWriter
+from rlhf.data.unlike import unlike
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text
 
@@ -252,6 +253,8 @@ class Preparation:
     """`tokenizer_digest`."""
     data: dict[str, RoleData] = field(default_factory=dict)
     """Role -> its rows, in the order of the table of roles."""
+    unlike: list[tuple[str, str]] = field(default_factory=list)
+    """Roles whose texts are unlike another's, and in what; known when they are written."""
 
     def __post_init__(self) -> None:
         self.digest = tokenizer_digest(self.tokenizer)
@@ -280,6 +283,10 @@ class Preparation:
                 continue
             source, digest = ", ".join(self._names(role.role)), prepared.digest(role.role)
             report[role.role] = {"source": source, "digest": digest, **role.report()}
+        rows = {role: prepared.rows(role, ROLES[role].splits[0]) for role in report}
+        self.unlike = [*unlike(rows)]
+        for name, entry in report.items():
+            entry["unlike"] = [said for role, said in self.unlike if role == name]
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
 
@@ -317,6 +324,8 @@ class Preparation:
             if role.num_dropped or cut:
                 text = f"  {role.key}: {'; '.join([*role.why(), *cut])}"
                 console.print(text, style="yellow", markup=False, highlight=False)
+        for _, said in self.unlike:
+            console.print(f"  {said}", style="yellow", markup=False, highlight=False)
         if any(role.count(TOO_LONG) + role.cut.count for role in self.data.values()):
             console.print(f"  {self._too_long()}", style="yellow", highlight=False)
         if self.num_leaks:

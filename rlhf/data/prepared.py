@@ -147,6 +147,11 @@ class PreparedData:
             report["kept"][split], tokens["mean"], tokens["deviation"], tokens["max"], tokens["in_common"]
         )
 
+    def unlike(self) -> list[str]:
+        """In what texts of roles are unlike those of others, as sentences: rlhf/data/unlike.py."""
+        report: dict[str, Any] = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))
+        return [said for role in report.values() for said in role.get("unlike", ())]
+
     def check_not_empty(self, role: str) -> None:
         """Refuse rows that `prepare` took from others' where none are left; an empty source of the role's own
         it refuses itself.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.defaults import references
@@ -38,6 +39,8 @@ SAMPLING = ("temperature", "max_new_tokens")
 """Keys of a stage that samples and of `evaluate`: both should ask alike."""
 
 
+NOTES = 2
+"""Differences between data sets that the verdict names; `prepare` shows all."""
 SHOWN = 4
 """Keys that the verdict names, of those that differ from the packaged values."""
 
@@ -72,7 +75,10 @@ def verdict(run: Run) -> str:
         blamed = [f"To blame is perhaps {', '.join(failed)}: its gate failed, and nothing else says why."]
     if not findings and not blamed:
         return "Nothing can be said: no stage of this run measures whether anything improved."
-    blamed = [f"{each}{otherwise_set(run, each)}" for each in blamed]
+    blamed = [
+        each + otherwise_set(run, re.findall(r"[\w@]+", each.partition(":")[0]), "Changed there")
+        for each in blamed
+    ]
     parts = []
     for word, direction in (
         ("Improved", "better"),
@@ -82,14 +88,17 @@ def verdict(run: Run) -> str:
         named = [str(finding) for finding in findings if finding.direction == direction]
         parts += [f"{word}: {'; '.join(named)}."] if named else []
     if not blamed and all(finding.direction == "unknown" for finding in findings):
-        return f"Nothing can be said. {' '.join(parts)}"
+        parts.insert(0, "Nothing can be said.")
     evaluation, _ = last_evaluation(run.stages)
     learners = [name for name in scored if name in run.chain]
     asked = dict.fromkeys(asked_otherwise(run, name) or learned_elsewhere(run, name) for name in learners)
     remarks = [
         f"Note {evaluation}: {each}" for each in asked if each and not any(each in said for said in blamed)
     ]
-    return " ".join([*parts, *blamed, *remarks])
+    if not blamed and any(finding.direction != "better" for finding in findings):
+        parts.append(otherwise_set(run, run.chain, "Nobody is to blame for sure. Changed are").strip())
+    remarks += [f"Note prepare: {said}" for said in unlike(run)[:NOTES]]
+    return " ".join(filter(None, [*parts, *blamed, *remarks]))
 
 
 def outcome(run: Run) -> str:
@@ -217,6 +226,12 @@ def mostly_held_out(run: Run) -> dict[str, str]:
         return {}
     why = f"{share:.0%} of all rows are held out, and the stages learn from the rest"
     return {"prepare": f"prepare: {why}. Lower prepare.held_out_fraction={share:g}."}
+
+
+def unlike(run: Run) -> list[str]:
+    """In what data sets of the chain are unlike others, as `prepare` saw them."""
+    directory = run.directory / "artifacts" / "prepare"
+    return PreparedData(directory).unlike() if directory.exists() else []
 
 
 def endless(run: Run, stage: str, figure: str) -> dict[str, str]:
@@ -460,13 +475,13 @@ def hardly_moved(run: Run, policy: str) -> str:
     )
 
 
-def otherwise_set(run: Run, blame: str) -> str:
-    """The keys of the blamed stages, those that they take their values from, and those of `prepare`, where
-    they differ from the packaged values, as a sentence; empty if none does. What data they read is known to
-    the user, and their gates train nothing."""
+def otherwise_set(run: Run, stages: Collection[str], heading: str) -> str:
+    """The keys of these stages, those that they take their values from, and those of `prepare`, where they
+    differ from the packaged values, as a sentence; empty if none does. What data they read is known to the
+    user, and their gates train nothing."""
     if not run.changed:
         return ""
-    named = {"prepare", *re.findall(r"[\w@]+", blame.partition(":")[0])}
+    named = {"prepare", *stages}
     read = {source for key, source in references().items() if key.partition(".")[0] in named}
     data = {role.key for role in ROLES.values()}
     keys = []
@@ -478,7 +493,7 @@ def otherwise_set(run: Run, blame: str) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return f" Changed there: {', '.join(keys[:SHOWN])}{more}."
+    return f" {heading}: {', '.join(keys[:SHOWN])}{more}."
 
 
 def asked_otherwise(run: Run, policy: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import pytest
 
 from helpers.experiments import build
 from rlhf.config import Bound
+from rlhf.data.prepared import REPORT
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.run import GateResult, Run
@@ -124,6 +126,24 @@ def test_what_was_changed_of_the_blamed_stage_is_said(tmp_path: Path, chain: dic
     assert "changed" not in verdict(well)
     run.changed = [Change(key=f"ppo.key{number}", default="0", value="1") for number in range(6)]
     assert verdict(run).endswith(", ppo.key3=1 (packaged: 0) and 2 more.")
+
+
+def test_what_was_changed_is_said_where_nobody_is_to_blame(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD | {"gold": UNKNOWN})
+    run.changed = [Change(key="evaluate.max_new_tokens", default="40", value="3")]
+    assert verdict(run).endswith(
+        " Nobody is to blame for sure. Changed are: evaluate.max_new_tokens=3 (packaged: 40)."
+    )
+    run.changed = [Change(key="evaluate.prompts.path", default="null", value="mine.jsonl")]
+    assert "Nobody" not in verdict(run)
+
+
+def test_data_sets_that_are_unlike_others_are_noted(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    prepared = tmp_path / "artifacts" / "prepare"
+    prepared.mkdir(parents=True)
+    report = {"sft": {"unlike": ["One.", "Two."]}, "pairs": {}, "evaluate": {"unlike": ["Three."]}}
+    (prepared / REPORT).write_text(json.dumps(report))
+    assert verdict(run_of(tmp_path, chain, **GOOD)).endswith(" Note prepare: One. Note prepare: Two.")
 
 
 def test_best_of_n_is_judged_and_nobody_blamed_for_it(tmp_path: Path, chain: dict[str, Stage]) -> None:
