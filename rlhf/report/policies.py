@@ -140,8 +140,9 @@ def draw(found: list[Point], words: str) -> Figure:
         axes.set(xlabel=label)
         if number == 0:
             axes.set_ylabel(words)
-        axes.margins(x=0.08)
-        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]) if number == 0 else 0.0)
+        known = [0.0, *(x for x in map(value, found) if x is not None)]
+        edge = 0.08 * (max(known) - min(known)) or 1.0  # so that no marker is cut
+        axes.set_xlim(min(known) - edge, max(known) + edge)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)

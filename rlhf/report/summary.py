@@ -190,7 +190,8 @@ def policy_cells(run: Run) -> Cells:
             cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in found]
             rows.append(["  95% interval", *cells])
     rows += [[words, *cells] for words, cells in cost_cells(run, names)]
-    heading = f"{metrics.get('prompts', 0):.0f} prompts"
+    prompts = int(metrics.get("prompts", 0))
+    heading = f"{prompts} prompt{'s' * (prompts != 1)}"
     if evaluation != "evaluate":
         heading += f" ({evaluation})"
     return Cells([heading, *(titles[name] for name in names)], rows)

@@ -54,6 +54,7 @@ def make_run(
         "outcome": "did not work",
         "reads": {"prepare": [], "sft": ["prepare"], "reward": ["prepare", "sft"], "ppo": ["sft", "reward"],
                   "evaluate": ["ppo", "sft"]},
+        "policies": {"base": {"title": "base"}, "ppo": {"title": answer}},
         "bounds": {"ppo": {"kl": [None, 20.0]}},
         "changed": [{"key": "ppo.kl.coef", "default": "0.05", "value": answer}],
     }  # fmt: skip

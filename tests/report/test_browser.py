@@ -88,7 +88,9 @@ def test_the_page_is_clicked_through(chromium: Browser, tmp_path: Path, scheme: 
     kl.locator(".u-over").hover()
     assert kl.locator(".legend").inner_text().startswith("step ")
     answers = page.locator("#answer-list article")
-    assert answers.count() == 10 and answers.first.inner_text().count("<img") == 3
+    assert (
+        answers.count() == 10 and answers.first.inner_text().count("<img") == 4
+    )  # the prompt, two answers, a title
     page.click("#later")
     page.click("#later")
     assert page.inner_text("#answer-count") == "21 to 25 of 25 prompts"
@@ -100,6 +102,8 @@ def test_the_page_is_clicked_through(chromium: Browser, tmp_path: Path, scheme: 
     page.select_option("#filter", "all")
     page.select_option("#left", "base")
     assert "base · 0 tokens" in answers.first.inner_text()
+    page.select_option("#left", "ppo")
+    assert f"{HOSTILE} · 1 tokens" in answers.first.inner_text()
     assert page.title() == "Run demo"
     looks_right(page, wrong)
     page.context.close()

@@ -91,7 +91,9 @@ def test_every_panel_has_its_place(run: Path) -> None:
     assert anchors <= {*page.ids}
     assert "It did not work. Improved: all of it." in page.said
     assert "ppo/kl is 30 (25 to 35, 9 rows), wanted <= 20. Try: raise ppo.kl.coef." in page.said
+    assert "base sft I love it. gold score" in page.said  # ppo's title; of sft there is none
     assert "reads sft, reward" in page.said and "0123456789abcdef" in page.said
+    assert page.data["answers"]["titles"] == {"base": "base", "ppo": "I love it."}
     charts = page.data["charts"]
     titles = {each["y"]: each for each in charts.values()}
     assert titles["kl"]["high"] == 20.0 and titles["kl"]["low"] is None

@@ -98,8 +98,11 @@ class RunFacts:
     `rlhf.pipeline.stage.Healthy`. Empty of a run from before this was written down."""
     curves: dict[str, dict[str, Curve]]
     answers: dict[str, Any] = field(default_factory=dict)
-    """policies: their names; before and after: the two that are shown first; kinds: gold and score, where
-    there are such; rows: prompt and answers; left_out: how many prompts are not on the page."""
+    """policies: their names; titles: what tables call them; before and after: the two that are shown first;
+    kinds: gold and score, where there are such; rows: prompt and answers; left_out: how many prompts are not
+    on the page."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """Policy -> what tables call it; empty of a run from before this was written down."""
     price: float | None = None
     """Of a GPU's hour, where `plan.price_per_gpu_hour` says so."""
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -166,6 +169,7 @@ def read_run(directory: Path) -> RunFacts:
             for stage, each in summary.get("healthy", {}).items()
         },
         curves=logged(directory / "metrics.jsonl"),
+        titles={name: each["title"] for name, each in summary.get("policies", {}).items()},
     )
     said_price = [each["value"] for each in run.changed or () if each["key"] == "plan.price_per_gpu_hour"]
     run.price = float(said_price[0]) if said_price else None
@@ -177,6 +181,7 @@ def read_run(directory: Path) -> RunFacts:
         start = start_of(run)
         run.answers["before"] = start if start in names else names[0]
         run.answers["after"] = names[-1]
+        run.answers["titles"] = run.titles
     return run
 
 
@@ -326,9 +331,10 @@ def over_length(run: RunFacts) -> tuple[Chart, list[str]] | None:
         x, y = [float(tokens) for tokens, _ in known], [score for _, score in known]
         if not x:
             continue
-        curves.append(Curve(policy, x, [*y], marks=True))
+        title = run.titles.get(policy, policy)
+        curves.append(Curve(title, x, [*y], marks=True))
         together = correlation(x, y)
-        words.append(f"{policy} {'no spread' if together is None else format(together, '+.2f')}")
+        words.append(f"{title} {'no spread' if together is None else format(together, '+.2f')}")
     name = {"score": "learned score", "gold": "gold score"}[kind]
     return (Chart("Score over length", "tokens of the answer", name, curves), words)
 
@@ -385,4 +391,4 @@ def policy_table(run: RunFacts, which: tuple[tuple[str, str], ...]) -> Table | N
             cells.append(f"{text} ({sampled.low:.3g} to {sampled.high:.3g})" if sampled else text)
         if any(cell != "-" for cell in cells):
             rows.append([words, *cells])
-    return Table(["", *policies], rows) if rows else None
+    return Table(["", *(run.titles.get(policy, policy) for policy in policies)], rows) if rows else None

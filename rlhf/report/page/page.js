@@ -171,6 +171,7 @@
   let at = 0;
   const control = (id) => document.getElementById(id);
   const kind = () => data.answers.kinds[0];
+  const called = (name) => data.answers.titles[name] ?? name;
   const scoreOf = (answer) => (answer && kind() && typeof answer[kind()] === "number" ? answer[kind()] : null);
   const change = (row) => {
     const before = scoreOf(row.answers[control("left").value]), after = scoreOf(row.answers[control("right").value]);
@@ -202,7 +203,7 @@
   }
 
   function side(name, answer, by) {
-    const box = make("div"), head = make("h4", name);
+    const box = make("div"), head = make("h4", called(name));
     if (!answer) {
       box.append(head, make("p", "no answer"));
       return box;
@@ -240,7 +241,7 @@
     if (!control("answers")) return;
     const { policies, before, after } = data.answers;
     for (const [id, usual] of [["left", before], ["right", after]]) {
-      control(id).replaceChildren(...policies.map((name) => new Option(name, name)));
+      control(id).replaceChildren(...policies.map((name) => new Option(called(name), name)));
       control(id).value = usual;
     }
     control("answer-controls").addEventListener("input", () => { at = 0; list(); });
