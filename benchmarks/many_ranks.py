@@ -3,10 +3,12 @@
     python benchmarks/many_ranks.py                                  # eight ranks on this machine, 5 GB
     python benchmarks/many_ranks.py --ranks 4 --zero zero3 fsdp2
 
-The model is `model=tiny`, all its parameters train. SFT, reward model, PPO, DPO and GRPO take two optimizer
+With `hsdp` they are two nodes of half the ranks, each started by launch/torchrun.sh on this machine. The
+model is `model=tiny`, all its parameters train. SFT, reward model, PPO, DPO and GRPO take two optimizer
 steps; `generate`, `evaluate` and `compare` run too. Each `zero=` begins anew. Compared are every step's
 metrics and the stages' summaries, both without times and sizes, and the published weights. A figure is the
-largest difference, of a metric relative to its size or to 1, if that is larger. On CPUs ranks talk over gloo.
+largest difference, of a metric relative to its size or to 1, if that is larger. On CPUs ranks talk over
+gloo.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +32,7 @@ from safetensors.torch import load_file
 
 from rlhf.distributed.compute import Zero
 
+TORCHRUN = Path(__file__).parents[1] / "launch" / "torchrun.sh"
 RUNS = {"chain": "all", "others": "[dpo,grpo,compare]"}
 """Name -> `stage=` of the two runs that go through all stages."""
 STAGES = ("sft", "reward", "generate", "ppo", "evaluate", "dpo", "grpo", "compare")
@@ -77,19 +81,34 @@ def write_data(directory: Path) -> None:
 
 def run(directory: Path, zero: str, ranks: int) -> str:
     """All stages; the run's name, which is its store's too."""
-    name = f"{zero}-{ranks}"
+    name, nodes = f"{zero}-{ranks}", 2 if zero == "hsdp" else 1
+    command = [sys.executable, "-m", "rlhf", f"launch.processes={ranks}"] if nodes == 1 else [str(TORCHRUN)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for part, stages in RUNS.items():
-        finished = subprocess.run(
-            [
-                sys.executable, "-m", "rlhf", f"run_name={name}-{part}", f"store_dir=store-{name}",
-                f"stage={stages}", f"zero={zero}", f"launch.processes={ranks}", *SETTINGS,
-            ],
-            cwd=directory, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        if finished.returncode != 0:
-            sys.exit(f"zero={zero} on {ranks} ranks:\n{finished.stdout}\n{finished.stderr}")
+        keys = [f"run_name={name}-{part}", f"store_dir=store-{name}", f"stage={stages}", f"zero={zero}"]
+        meeting = {"NNODES": str(nodes), "NPROC_PER_NODE": str(ranks // nodes), "MASTER_PORT": free_port()}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **meeting}
+        logs = [directory / f"{name}-{part}.{node}.log" for node in range(nodes)]
+        started = []
+        for node, log in enumerate(logs):
+            with log.open("w", encoding="utf-8") as file:
+                started.append(
+                    subprocess.Popen(
+                        [*command, *keys, *SETTINGS], cwd=directory, stdout=file, stderr=file,
+                        env=environment | {"NODE_RANK": str(node)},
+                    )
+                )  # fmt: skip
+        ended = [each.wait() for each in started]
+        if any(ended):
+            sys.exit("\n".join([f"zero={zero} on {ranks} ranks:", *(log.read_text() for log in logs)]))
     return name
+
+
+def free_port() -> str:
+    """On which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def figures(directory: Path, name: str) -> dict[str, dict[str, float | None]]:
