@@ -21,7 +21,7 @@ SHOWN, LONGEST = 3, 20
 """Words that are named, and characters of one."""
 
 TEXTS: Mapping[str, Callable[[Row], Iterable[str]]] = {
-    "prompts": lambda row: [row.asked()],
+    "prompts": lambda row: [row.asked()] if row.exchanges()[0][0] else [],  # plain text asks nothing
     "answers": lambda row: [text_of(answer) for _, answer in row.exchanges() if answer is not None],
     "chosen answers": lambda row: [row.chosen] if isinstance(row, PairRow) else [],
     "rejected answers": lambda row: [row.rejected] if isinstance(row, PairRow) else [],

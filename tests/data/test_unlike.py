@@ -89,6 +89,8 @@ def test_few_texts_tell_nothing_and_rare_words_neither() -> None:
     assert [*unlike({"sft": answers("<p>{}</p>", FEW - 1), "pairs": pairs()})] == []
     half = [*answers("<p>{}</p>", FEW), *answers("{}", FEW)]
     assert [*unlike({"sft": half, "pairs": pairs()})] == []
+    texts: list[Row] = [SftRow([], f"<p>{text}</p>") for text in sentences(FEW)]
+    assert [*unlike({"sft": texts, "ppo": prompts("{}")})] == []  # plain text asks nothing
     mixed = [*pairs("<p>{}", "<p>{}", 1), *pairs(count=FEW)]
     assert [*unlike({"sft": answers("<p>{}", FEW), "pairs": mixed})] == []
 
