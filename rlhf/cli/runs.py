@@ -17,6 +17,7 @@ from rlhf.cli.command import read
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.exit_codes import DONE
 from rlhf.locks import lives
+from rlhf.pipeline.run import headed
 from rlhf.tracking.position import NAME, read_position
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells, shown
@@ -95,8 +96,10 @@ def state_of(directory: Path) -> RunState:
         word = "running" if time.time() - position["time"] < SILENT_SECONDS else "silent"
     else:
         word = "running" if lives(position["pid"], position["started"]) else "dead"
+    verdict = summary.get("verdict")
+    said = None if verdict is None else headed(summary.get("outcome"), verdict)
     finished = {name: stage for name, stage in stages.items() if stage["status"] in ("ran", "reused")}
-    return RunState(directory, word, finished, summary.get("verdict"), summary.get("gates", []), position)
+    return RunState(directory, word, finished, said, summary.get("gates", []), position)
 
 
 def runs_in(root: Path) -> list[Path]:

@@ -23,6 +23,12 @@ from rlhf.tracking.redaction import redacted
 if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
 
+OUTCOMES = {
+    "worked": "It worked.",
+    "did not work": "It did not work.",
+    "cannot be told": "Whether it worked cannot be told.",
+}
+"""`Run.outcome` -> as a sentence, which stands before the verdict."""
 GateOutcome = Literal["passed", "failed", "cannot tell", "not checked"]
 FEW = 8
 """Rows, of which nobody can say how many more would tell."""
@@ -121,6 +127,11 @@ class GateResult:
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.name} = {self.figure}, wanted {self.bound}. {self.advice}".rstrip()
+
+
+def headed(outcome: str | None, verdict: str) -> str:
+    """The verdict behind its outcome. A run from before outcomes were written down has none."""
+    return f"{OUTCOMES[outcome]} {verdict}" if outcome in OUTCOMES else verdict
 
 
 def two_digits(count: int) -> int:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
-from rlhf.pipeline.run import GateResult, Run
+from rlhf.pipeline.run import GateResult, Run, headed
 from rlhf.printable import printable
 from rlhf.report.compare import comparison_cells
 from rlhf.report.over_seeds import policies_json
@@ -98,7 +98,7 @@ def print_summary(run: Run, console: Console) -> None:
     write_page_too(run, console)
     for words, path in places(run):
         console.print(f"{words}: {run.directory / path}", highlight=False, soft_wrap=True)
-    console.print(f"\n[bold]Verdict.[/] {escape(run.verdict)}", highlight=False)
+    console.print(f"\n[bold]Verdict.[/] {escape(headed(run.outcome, run.verdict))}", highlight=False)
 
 
 def write_page_too(run: Run, console: Console) -> None:
@@ -112,7 +112,11 @@ def write_page_too(run: Run, console: Console) -> None:
 
 def write_report(run: Run) -> Path:
     """Write report.md into the run directory."""
-    parts = [f"# Run {run.directory.name}", f"**Verdict.** {verdict(run)}", stage_cells(run).markdown()]
+    parts = [
+        f"# Run {run.directory.name}",
+        f"**Verdict.** {headed(outcome(run), verdict(run))}",
+        stage_cells(run).markdown(),
+    ]
     policies = policy_cells(run)
     if policies.rows:
         parts += ["## Policies", policies.markdown(), *write_picture(run, policies_of(run))]

@@ -74,7 +74,7 @@ def verdict(run: Run) -> str:
     if failed and not blamed:
         blamed = [f"To blame is perhaps {', '.join(failed)}: its gate failed, and nothing else says why."]
     if not findings and not blamed:
-        return "Nothing can be said: no stage of this run measures whether anything improved."
+        return "No stage of this run measures whether anything improved."
     blamed = [
         each + otherwise_set(run, re.findall(r"[\w@]+", each.partition(":")[0]), "Changed there")
         for each in blamed
@@ -87,8 +87,6 @@ def verdict(run: Run) -> str:
     ):
         named = [str(finding) for finding in findings if finding.direction == direction]
         parts += [f"{word}: {'; '.join(named)}."] if named else []
-    if not blamed and all(finding.direction == "unknown" for finding in findings):
-        parts.insert(0, "Nothing can be said.")
     evaluation, _ = last_evaluation(run.stages)
     learners = [name for name in scored if name in run.chain]
     asked = dict.fromkeys(asked_otherwise(run, name) or learned_elsewhere(run, name) for name in learners)

@@ -252,4 +252,5 @@ def test_a_page_that_cannot_be_written_is_said_and_loses_nothing(run: Run) -> No
     out = io.StringIO()
     print_summary(run, Console(file=out, width=400))
     assert f"Page: {run.directory}/report.html could not be written (IsADirectoryError: " in out.getvalue()
-    assert "Verdict." in out.getvalue() and (run.directory / "report.md").is_file()
+    assert "Verdict. It did not work. " in out.getvalue()  # a gate failed
+    assert "**Verdict.** It did not work. " in (run.directory / "report.md").read_text()

@@ -7,10 +7,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from rlhf.pipeline.run import OUTCOMES
 from rlhf.report.page.collect import RunFacts, Table, over_kl, stage_charts
 from rlhf.report.page.curves import Chart
 from rlhf.report.page.size import Limits, clipped, first_of, fitting, html_bytes
-from rlhf.report.page.write import OUTCOMES, Charts, large_page, number, page
+from rlhf.report.page.write import Charts, large_page, number, page
 
 
 def runs_page(runs: Sequence[RunFacts]) -> str:

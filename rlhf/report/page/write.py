@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from rlhf.disk import naming, replace_text
+from rlhf.pipeline.run import OUTCOMES
 from rlhf.report.page.collect import (
     COMPARED,
     FORGOTTEN,
@@ -38,11 +39,6 @@ from rlhf.tracking.position import read_position
 from rlhf.tracking.progress import clock
 
 NAME = "report.html"
-OUTCOMES = {
-    "worked": "It worked.",
-    "did not work": "It did not work.",
-    "cannot be told": "Whether it worked cannot be told.",
-}
 NOT_ENDED = "This run has not ended."
 EARLY = {"failed": "failed", "stopped": "was stopped"}
 """How a run ended -> in words."""
