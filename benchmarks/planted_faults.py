@@ -235,7 +235,7 @@ FAULTS = {
         "prompts",
         every_fifth,
     ),
-    "exchanged": Fault(["reward.pairs=exchanged.jsonl"], "reward", "pairs", worse_first),
+    "exchanged": Fault(["reward.pairs=exchanged.jsonl"], "reward or evaluate", "pairs", worse_first),
     "cut": Fault(["sft.data=cut.jsonl"], "sft", "instructions", cut),
     "markup": Fault(["sft.data=markup.jsonl"], "sft", "instructions", as_html),
     "two_exports": Fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Literal, NamedTuple
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.defaults import references
+from rlhf.pipeline.auto import AUTO
+from rlhf.pipeline.defaults import Change, references
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage
@@ -258,11 +260,13 @@ def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
             is_against = (gate.value if gate.sampled is None else gate.sampled.high) < 0
             if is_against and (counted := counted_against(stage, reward)):
                 return {name: f"{name}: {counted}, and goes against the gold score ({figure})."}
-            goes = "goes against" if is_against else "does not go with"
-            why = f"{reward or f'the reward of {name}'}: it {goes} the gold score ({figure})."
-            if reward and is_against:
-                why += " Are the better and the worse answers of its pairs exchanged?"
-            return {reward or name: why}
+            said = f"it {'goes against' if is_against else 'does not go with'} the gold score ({figure})."
+            if not (reward and is_against):
+                return {reward or name: f"{reward or f'the reward of {name}'}: {said}"}
+            return {
+                reward: f"{reward} or {gate.stage}: {said} Are the better and the worse answers of "
+                f"{reward}.pairs exchanged, or does {gate.stage}.gold give the worse answers more?"
+            }
     return {}
 
 
@@ -475,23 +479,36 @@ def hardly_moved(run: Run, policy: str) -> str:
 
 def otherwise_set(run: Run, stages: Collection[str], heading: str) -> str:
     """The keys of these stages, those that they take their values from, and those of `prepare`, where they
-    differ from the packaged values, as a sentence; empty if none does. What data they read is known to the
-    user, and their gates train nothing."""
+    differ from the packaged values, as a sentence; the furthest from them first. Empty if none does. What
+    data they read is known to the user, and their gates train nothing."""
     if not run.changed:
         return ""
     named = {"prepare", *stages}
     read = {source for key, source in references().items() if key.partition(".")[0] in named}
     data = {role.key for role in ROLES.values()}
-    keys = []
-    for key, default, value in ((each["key"], each["default"], each["value"]) for each in run.changed):
+    found = []
+    for each in run.changed:
+        key = each["key"]
         stage, _, own = key.partition(".")
-        is_data = any(f"{key}.".startswith(f"{each}.") for each in data)
+        is_data = each["default"] == AUTO or any(f"{key}.".startswith(f"{name}.") for name in data)
         if (stage in named or key in read) and not is_data and not own.startswith("gates"):
-            keys.append(f"{key}={value} (packaged: {default})")
-    if not keys:
+            found.append(each)
+    if not found:
         return ""
+    found.sort(key=far_from_default, reverse=True)
+    keys = [f"{each['key']}={each['value']} (packaged: {each['default']})" for each in found]
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return f" {heading}: {', '.join(keys[:SHOWN])}{more}."
+
+
+def far_from_default(change: Change) -> float:
+    """How many times a number is larger or smaller than the packaged one, as a logarithm; infinite where it
+    cannot be said."""
+    try:
+        ratio = float(change["value"]) / float(change["default"])
+    except (ValueError, ZeroDivisionError):  # a word, a list, or from or to nothing
+        return math.inf
+    return abs(math.log(ratio)) if ratio > 0 else math.inf
 
 
 def asked_otherwise(run: Run, policy: str) -> str:

@@ -60,22 +60,22 @@ def test_the_packaged_data_belong_together() -> None:
         (
             {"sft": answers("<p>{}</p>"), "pairs": pairs()}, "sft",
             'At least 100% of the answers of sft.data have "/" and "<" and ">", and hardly any of the '
-            "answers of reward.pairs have them.",
+            "answers of reward.pairs do.",
         ),
         (
             {"sft": answers("{}"), "pairs": pairs("{} Indeed", "{} Indeed")}, "sft",
             'At least 100% of the answers of reward.pairs have "indeed", and hardly any of the answers of '
-            "sft.data has it.",
+            "sft.data do.",
         ),
         (
             {"dpo": pairs(rejected="I am sorry: {}")}, "dpo",
             'At least 100% of the rejected answers of dpo.data have "sorry" and "am" and ":", and hardly any '
-            "of the chosen answers of dpo.data have them.",
+            "of the chosen answers of dpo.data do.",
         ),
         (
             {"ppo": prompts("{}"), "evaluate": prompts("Q: {}")}, "evaluate",
             'At least 100% of the prompts of evaluate.prompts have ":" and "q", and hardly any of the '
-            "prompts of ppo.prompts have them.",
+            "prompts of ppo.prompts do.",
         ),
     ],
 )  # fmt: skip
@@ -93,6 +93,14 @@ def test_few_texts_tell_nothing_and_rare_words_neither() -> None:
     assert [*unlike({"sft": texts, "ppo": prompts("{}")})] == []  # plain text asks nothing
     mixed = [*pairs("<p>{}", "<p>{}", 1), *pairs(count=FEW)]
     assert [*unlike({"sft": answers("<p>{}", FEW), "pairs": mixed})] == []
+
+
+def test_letters_digits_and_line_breaks_are_told() -> None:
+    small: list[Row] = [PairRow(user(text), text, text.lower()) for text in sentences(FEW)]
+    ((_, said),) = unlike({"pairs": small})
+    assert "chosen answers of reward.pairs have capital letters, and" in said
+    ((_, said),) = unlike({"sft": answers("{}\n7"), "pairs": pairs("{}\n", "{}\n")})
+    assert "answers of sft.data have line breaks and" in said
 
 
 def test_a_long_word_is_cut() -> None:

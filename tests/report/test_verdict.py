@@ -124,6 +124,15 @@ def test_what_was_changed_of_the_blamed_stage_is_said(tmp_path: Path, chain: dic
     well = run_of(tmp_path, chain, **GOOD)
     well.changed = changed
     assert "changed" not in verdict(well)
+    keys = (
+        ("steps", "12", "6"), ("clip", "0.2", "0.4"), ("optim.lr", "0.001", "0.5"), ("kl.coef", "0", "1"),
+        ("reward", "learned", "vader"), ("gamma", "auto", "1"),
+    )  # fmt: skip
+    run.changed = [Change(key=f"ppo.{key}", default=default, value=value) for key, default, value in keys]
+    assert verdict(run).endswith(
+        " Changed there: ppo.kl.coef=1 (packaged: 0), ppo.reward=vader (packaged: learned), "
+        "ppo.optim.lr=0.5 (packaged: 0.001), ppo.steps=6 (packaged: 12) and 1 more."
+    )
     run.changed = [Change(key=f"ppo.key{number}", default="0", value="1") for number in range(6)]
     assert verdict(run).endswith(", ppo.key3=1 (packaged: 0) and 2 more.")
 
@@ -458,8 +467,12 @@ def test_a_reward_that_does_not_go_with_gold_is_named(
     gate_of(run, "evaluate", "gold_correlation", Bound(min=0.2, advice="look at the reward"), value)
     sentence = verdict(run)
     goes = "goes against" if exchanged else "does not go with"
-    assert f"To blame is reward: it {goes} the gold score (gold_correlation = {value:g}" in sentence
-    assert ("Are the better and the worse answers of its pairs exchanged?" in sentence) is exchanged
+    blamed = "reward or evaluate" if exchanged else "reward"
+    assert f"To blame is {blamed}: it {goes} the gold score (gold_correlation = {value:g}" in sentence
+    asks = (
+        "Are the better and the worse answers of reward.pairs exchanged, or does evaluate.gold give the worse"
+    )
+    assert (asks in sentence) is exchanged
     own = chain_of(OwnStage, "ppo.reward=verify:number", "ppo.critic.init=sft")
     alone = run_of(tmp_path, own, **GOOD | {"gold": DOWN})
     gate_of(alone, "evaluate", "gold_correlation", Bound(min=0.2, advice="look at the reward"), value)
