@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import PairRow, Row, text_of
+from rlhf.printable import printable
 
 WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 FORMS: Mapping[str, Callable[[str], bool]] = {
@@ -21,8 +22,8 @@ MOST, HARDLY_ANY = 0.6, 0.01
 """Shares of texts. Between the demo's own data sets a mark is in 0.57 of the one and in none of the other."""
 FEW = 20
 """Texts, of which a share tells nothing."""
-ROWS = 2000
-"""Rows of a data set that are looked at, evenly chosen."""
+ROWS, CHARACTERS = 2000, 5000
+"""Rows of a data set that are looked at, evenly chosen, and first characters of a text."""
 SHOWN, LONGEST = 3, 20
 """Words that are named, and characters of one."""
 
@@ -53,7 +54,8 @@ def unlike(rows: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, str]]:
     """
     for pair in ALIKE:
         texts = [
-            [text for row in evenly(rows.get(role, ())) for text in TEXTS[what](row)] for role, what in pair
+            [text[:CHARACTERS] for row in evenly(rows.get(role, ())) for text in TEXTS[what](row)]
+            for role, what in pair
         ]
         if min(map(len, texts)) < FEW:
             continue
@@ -87,7 +89,7 @@ def shares_of(texts: Sequence[str]) -> Counter[str]:
 
 def features(text: str) -> set[str]:
     """Words, in small letters, and marks, both in quotes; and forms."""
-    words = {f'"{word[:LONGEST]}"' for word in WORD_OR_MARK.findall(text.casefold())}
+    words = {f'"{printable(word)[:LONGEST]}"' for word in WORD_OR_MARK.findall(text.casefold())}
     return words | {form for form, has in FORMS.items() if has(text)}
 
 

@@ -103,6 +103,11 @@ def test_letters_digits_and_line_breaks_are_told() -> None:
     assert "answers of sft.data have line breaks and" in said
 
 
+def test_a_mark_of_the_terminal_is_made_visible() -> None:
+    ((_, said),) = unlike({"sft": answers("\x1b {}"), "pairs": pairs()})
+    assert "\x1b" not in said and "sft.data have" in said
+
+
 def test_a_long_word_is_cut() -> None:
     ((_, said),) = unlike({"sft": answers("{} " + 1000 * "x"), "pairs": pairs()})
     assert f'"{20 * "x"}"' in said
