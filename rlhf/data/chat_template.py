@@ -81,6 +81,18 @@ def _rendered(
     return str(text)
 
 
+def unopened(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes before an answer and leaves out where it shall open one, so that the model
+    would have to write it. Empty of most templates."""
+    marker = "\u241f"
+    question = Message(role="user", content="x")
+    before = _rendered(tokenizer, [question], opens_answer=True)
+    whole = _rendered(tokenizer, [question, Message(role="assistant", content=marker)])
+    if before != _rendered(tokenizer, [question]) or not whole.startswith(before):
+        return ""
+    return whole[len(before) :].partition(marker)[0].strip()
+
+
 def exchange_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: Answer
 ) -> tuple[list[int], int]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from rlhf.config import ConfigError, said_as
-from rlhf.data.chat_template import end_of_turn_id, exchange_ids
+from rlhf.data.chat_template import end_of_turn_id, exchange_ids, unopened
 from rlhf.data.schema import Message
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.on_disk import INDEX
@@ -68,8 +68,8 @@ def check_index(index: Path, held: dict[str, set[str]], key: str) -> None:
 
 
 def check_tokenizer(base: BaseModelFiles, key: str) -> None:
-    """Check that the tokenizer is there, the template shows the question, and the model has an embedding for
-    each id.
+    """Check that the tokenizer is there, the template shows the question and opens an answer, and the model
+    has an embedding for each id.
 
     Args:
         key: as of `check_weights`.
@@ -83,6 +83,7 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
             ids, _ = exchange_ids(tokenizer, [QUESTION], ANSWER)
             is_shown = ids != exchange_ids(tokenizer, [OTHER_QUESTION], ANSWER)[0]
             end_of_turn_id(tokenizer)
+            header = unopened(tokenizer)
     except ConfigError:
         raise
     except Exception as error:  # a template may raise anything, and so may a tokenizer's file
@@ -96,6 +97,12 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
             f"{key}: its chat template does not show the question: {QUESTION['content']!r} and "
             f"{OTHER_QUESTION['content']!r} become the same prompt. Set model.chat_template=chatml, plain or "
             "a jinja file that shows each message's content."
+        )
+    if header:
+        raise ConfigError(
+            f"{key}: its chat template writes {header!r} before an answer, but not where it shall open one: "
+            "it ignores add_generation_prompt, so the model would have to write this itself. Use it in the "
+            "template, or set model.chat_template=chatml, plain or a jinja file."
         )
     text_ids = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     if not text_ids or set(text_ids) == {tokenizer.unk_token_id}:

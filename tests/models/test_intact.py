@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
+from rlhf.data.chat_template import CHATML
 from rlhf.models.base import BaseModelFiles, ModelConfig
 from rlhf.models.intact import check_tokenizer, check_weights
 from rlhf.models.on_disk import INDEX
@@ -115,6 +117,31 @@ def test_a_template_that_does_not_show_the_question_is_told(model: Path, tmp_pat
     template.write_text("{% for message in messages %}" + text + "{% endfor %}")
     with pytest.raises(ConfigError, match=r"model\.path=.*does not show the question.*model\.chat_template"):
         check_tokenizer(base(model, chat_template=str(template)), "model.path=here")
+
+
+EACH = "{% for m in messages %}"
+OPENED = "m['content'] if m['role'] == 'assistant' else '[' + m['content'] + '] '"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML, ""),
+        (
+            CHATML.partition("{% if add")[0],
+            r"writes '<\|im_start\|>assistant' before an.*add_generation_prompt",
+        ),
+        (f"{EACH}{{{{ '[' + m['role'][0] + '] ' + m['content'] }}}}{{% endfor %}}", r"writes '\[a\]' before"),
+        (f"{EACH}{{{{ {OPENED} }}}}{{% endfor %}}", ""),  # the answer follows at once, after a space
+    ],
+)
+def test_a_template_that_opens_no_answer_is_told(
+    model: Path, tmp_path: Path, template: str, said: str
+) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text(template)
+    with pytest.raises(ConfigError, match=said) if said else nullcontext():
+        check_tokenizer(base(model, chat_template=str(path)), "model.path=here")
 
 
 def test_ids_that_the_model_has_no_row_for_are_told(model: Path) -> None:
