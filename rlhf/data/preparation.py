@@ -253,7 +253,7 @@ class Preparation:
     """`tokenizer_digest`."""
     data: dict[str, RoleData] = field(default_factory=dict)
     """Role -> its rows, in the order of the table of roles."""
-    unlike: list[tuple[str, str]] = field(default_factory=list)
+    differences: list[tuple[str, str]] = field(default_factory=list)
     """Roles whose texts are unlike another's, and in what; known when they are written."""
 
     def __post_init__(self) -> None:
@@ -284,9 +284,9 @@ class Preparation:
             source, digest = ", ".join(self._names(role.role)), prepared.digest(role.role)
             report[role.role] = {"source": source, "digest": digest, **role.report()}
         rows = {role: prepared.rows(role, ROLES[role].splits[0]) for role in report}
-        self.unlike = [*unlike(rows)]
+        self.differences = [*unlike(rows)]
         for name, entry in report.items():
-            entry["unlike"] = [said for role, said in self.unlike if role == name]
+            entry["unlike"] = [said for role, said in self.differences if role == name]
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
 
@@ -324,7 +324,7 @@ class Preparation:
             if role.num_dropped or cut:
                 text = f"  {role.key}: {'; '.join([*role.why(), *cut])}"
                 console.print(text, style="yellow", markup=False, highlight=False)
-        for _, said in self.unlike:
+        for _, said in self.differences:
             console.print(f"  {said}", style="yellow", markup=False, highlight=False)
         if any(role.count(TOO_LONG) + role.cut.count for role in self.data.values()):
             console.print(f"  {self._too_long()}", style="yellow", highlight=False)
