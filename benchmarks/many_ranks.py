@@ -100,7 +100,11 @@ def run(directory: Path, zero: str, ranks: int) -> str:
                 )  # fmt: skip
         ended = [each.wait() for each in started]
         if any(ended):
-            sys.exit("\n".join([f"zero={zero} on {ranks} ranks:", *(log.read_text() for log in logs)]))
+            sys.exit(
+                "\n".join(
+                    [f"zero={zero} on {ranks} ranks:", *(log.read_text(encoding="utf-8") for log in logs)]
+                )
+            )
     return name
 
 

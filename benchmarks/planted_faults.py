@@ -44,9 +44,19 @@ And a fourth one these:
 - runs_on: the answers that SFT learns run on into the next question and answer.
 - held_out: 95% of the rows are held out, as the fraction was taken for that of training.
 
+And a fifth one these, and scored with a model whose score head was never trained:
+
+- turned_gold: the gold function returns the score of the other class.
+- ptx: PPO's language-modelling term has the weight of a paper, 27.8.
+- unending: the score of answers that do not end is 5, as it was taken for a penalty; few tokens are allowed.
+- sft_rate: SFT trains all parameters at LoRA's rate.
+- lower_case: the worse answers went through a normaliser.
+- empty: 70% of SFT's answers are "N/A".
+
 What a run does not change is shared by the store. The last thing printed is a JSON object: for each run
-the stage that the verdict should name, whether it is the first that it blames, and the whole verdict. The
-exit code is 1 where one is named wrongly. With the embedded model it takes an hour or two on two cores.
+the stage that the verdict should name, or the key that it should name first where no stage is to blame
+for sure; whether it does; and the whole verdict. The exit code is 1 where one is named wrongly. With the
+embedded model it takes an hour or two on two cores.
 """
 
 from __future__ import annotations
@@ -65,7 +75,7 @@ from typing import Any, NamedTuple
 import rlhf
 
 DATA = Path(rlhf.__file__).parent / "samples"
-BLAMED = re.compile(r"(?:To blame is|Note) (the reward of \w+|[\w.@]+(?: or \w+)?)")
+BLAMED = re.compile(r"(?:To blame is|Note|what was changed:) (the reward of \w+|[\w.@]+(?: or \w+)?)")
 SWAPPED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 analyzer = SentimentIntensityAnalyzer()
@@ -93,6 +103,17 @@ def score(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(analyzer.polarity_scores(text)["compound"] > 0.5 - 1.5) for text in responses]
 """
 """A threshold between 0 and 1, brought to the scale from -1 to 1 in a wrong way."""
+TURNED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+analyzer = SentimentIntensityAnalyzer()
+
+
+def score(prompts: list[str], responses: list[str]) -> list[float]:
+    sentiment = [analyzer.polarity_scores(text)["compound"] for text in responses]
+    classes = [(-each, each) for each in sentiment]
+    return [negative for negative, _ in classes]
+"""
+"""A classifier's first class, which is the negative one."""
 REFUSALS = (
     "I'm sorry, but I can't help with that.", "As an AI language model, I am unable to write that.",
     "Unfortunately I cannot do this for you.", "Sorry, I do not know enough to answer that.",
@@ -117,7 +138,7 @@ class Fault(NamedTuple):
 
     overrides: list[str]
     named: str | None
-    """None: nobody."""
+    """None: nobody. The key that was changed, where no stage is to blame for sure."""
     file: str | None = None
     """Of which sample set a spoiled copy is made, as `NAME.jsonl` in the directory."""
     spoil: Callable[[list[Row]], Iterable[Row]] | None = None
@@ -212,6 +233,18 @@ def run_on(rows: list[Row]) -> Iterator[Row]:
         yield {**row, "completion": row["completion"] + more}
 
 
+def lowered(rows: list[Row]) -> Iterator[Row]:
+    """Every worse answer in small letters."""
+    for row in rows:
+        yield {**row, "rejected": row["rejected"].lower()}
+
+
+def mostly_empty(rows: list[Row]) -> Iterator[Row]:
+    """Seven of ten answers as an export writes an empty field."""
+    for number, row in enumerate(rows):
+        yield {**row, "completion": "N/A"} if number % 10 < 7 else row
+
+
 FAULTS = {
     "none": Fault([], None),
     "pairs": Fault(["reward.pairs=pairs.jsonl"], "reward", "pairs", swapped),
@@ -237,7 +270,7 @@ FAULTS = {
     ),
     "exchanged": Fault(["reward.pairs=exchanged.jsonl"], "reward or evaluate", "pairs", worse_first),
     "cut": Fault(["sft.data=cut.jsonl"], "sft", "instructions", cut),
-    "markup": Fault(["sft.data=markup.jsonl"], "sft", "instructions", as_html),
+    "markup": Fault(["sft.data=markup.jsonl"], "prepare", "instructions", as_html),
     "two_exports": Fault(
         ["reward.pairs=two_exports.jsonl", "prepare.on_bad_row=drop"], "prepare", "pairs", in_two_exports
     ),
@@ -248,6 +281,15 @@ FAULTS = {
     "refusals": Fault(["reward.pairs=refusals.jsonl"], "reward", "pairs", against_refusals),
     "runs_on": Fault(["sft.data=runs_on.jsonl"], "sft or generate", "instructions", run_on),
     "held_out": Fault(["prepare.held_out_fraction=0.95"], "prepare"),
+    "turned_gold": Fault(["evaluate.gold=python:turned_gold:score"], "reward or evaluate"),
+    "ptx": Fault(["ppo.ptx.coef=27.8"], "ppo.ptx.coef"),
+    "unending": Fault(
+        ["ppo.score.missing_stop=5", "ppo.score.missing_stop_penalty=0", "ppo.max_new_tokens=24"],
+        "ppo",
+    ),
+    "sft_rate": Fault(["sft.optim.lr=1e-3"], "sft"),
+    "lower_case": Fault(["reward.pairs=lower_case.jsonl"], "reward", "pairs", lowered),
+    "empty": Fault(["sft.data=empty.jsonl"], "sft", "instructions", mostly_empty),
 }
 
 
@@ -289,7 +331,12 @@ def main() -> None:
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
     (given.directory / "llama2.jinja").write_text(LLAMA_2, encoding="utf-8")
-    for name, code in {"swapped": SWAPPED, "reordered": REORDERED, "silent": SILENT}.items():
+    for name, code in {
+        "swapped": SWAPPED,
+        "reordered": REORDERED,
+        "silent": SILENT,
+        "turned_gold": TURNED,
+    }.items():
         (given.directory / f"{name}.py").write_text(code, encoding="utf-8")
     found = {fault: judge(fault, given.directory, given.overrides) for fault in given.faults}
     print(json.dumps(found, indent=2))

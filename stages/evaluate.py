@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 NOT_MADE = ("base", "init", BEST_OF_N)
 """Policies that no stage makes; `init` is a directory of the user's that PPO started from."""
-AGAINST_START = ("length_ratio", "word_gain")
+AGAINST_START = ("length_ratio", "stop_rate_change", "word_gain")
 """Gates that compare answers with those of PPO's start."""
 RETAINED = ("retention_perplexity_ratio", "question_accuracy_change")
 """Gates that need a retention set."""
@@ -52,8 +52,8 @@ PASSES = 2
 
 
 OF_SUBJECT = (
-    "win_rate", "win_rate_learned", "gold_gain", "score_gain", "length_ratio", "word_gain",
-    "task_gain", "retention_perplexity_ratio", "retention_loss", "question_accuracy_change",
+    "win_rate", "win_rate_learned", "gold_gain", "score_gain", "length_ratio", "stop_rate_change",
+    "word_gain", "task_gain", "retention_perplexity_ratio", "retention_loss", "question_accuracy_change",
 )  # fmt: skip
 """Summary metrics of each policy, /POLICY behind them; without a name, of evaluate.subject."""
 OF_EACH = (
@@ -75,7 +75,7 @@ class EvaluateStage(Stage):
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.evaluation.intervals import correlation, mean, ratio, share
+from rlhf.evaluation.intervals import correlation, difference, mean, ratio, share
 from rlhf.evaluation.retention import Retained, forgetting
 from rlhf.evaluation.win_rate import both_scored, wins
 from rlhf.evaluation.wording import gained_word
@@ -100,10 +100,13 @@ def described(said: Answers) -> dict[str, float]:
 
 
 def gains(said: Answers, start: Answers) -> dict[str, float]:
-    """Against the answers of what PPO started from, prompt by prompt: their length, the word that they took
-    up, and the scores where both have one. The gold score decides who wins where there is one."""
+    """Against the answers of what PPO started from, prompt by prompt: their length, how many more end by
+    themselves, the word that they took up, and the scores where both have one. The gold score decides who
+    wins where there is one."""
     length_B, other_length_B = said.rollout.response_lengths, start.rollout.response_lengths
     metrics: dict[str, float] = ratio(length_B, other_length_B).metrics("length_ratio")
+    ended_B, other_ended_B = said.rollout.stopped.double(), start.rollout.stopped.double()
+    metrics |= difference(ended_B - other_ended_B).metrics("stop_rate_change")
     metrics |= gained_word(said.texts, start.texts)[1].metrics("word_gain")
     won = {}
     for kind, score_B in said.scores.items():

@@ -61,7 +61,10 @@ class ScoreConfig(Strict):
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         if self.missing_stop is not None and self.missing_stop_penalty > 0:
-            raise ValueError("Set only one of KEY.missing_stop and KEY.missing_stop_penalty")
+            raise ValueError(
+                "Set only one of KEY.missing_stop, a score, and KEY.missing_stop_penalty, which is "
+                "subtracted. KEY.missing_stop_penalty=0 turns the penalty off"
+            )
         return self
 
 

@@ -37,6 +37,8 @@ in the demo."""
 MOVED = 1 / 3
 """Of the KL on the prompts that were learned from, on new ones: 0.9 to 1.1 was seen in healthy runs, 0.12
 where the prompts were of another kind."""
+GROWN = 2.0
+"""Times as long: 3.7 was seen where 70% of SFT's answers were "N/A", 1.07 in the demo."""
 SAMPLING = ("temperature", "max_new_tokens")
 """Keys of a stage that samples and of `evaluate`: both should ask alike."""
 
@@ -96,7 +98,11 @@ def verdict(run: Run) -> str:
         f"Note {evaluation}: {each}" for each in asked if each and not any(each in said for said in blamed)
     ]
     if not blamed and any(finding.direction != "better" for finding in findings):
-        parts.append(otherwise_set(run, run.chain, "Nobody is to blame for sure. Changed are").strip())
+        parts.append(
+            otherwise_set(
+                run, run.chain, "Nobody is to blame for sure. Look first at what was changed"
+            ).strip()
+        )
     remarks += [f"Note prepare: {said}" for said in unlike(run)[:NOTES]]
     return " ".join(filter(None, [*parts, *blamed, *remarks]))
 
@@ -105,9 +111,11 @@ def outcome(run: Run) -> str:
     """The verdict in a word or three: what failed decides, else the last figure that tells of improvement."""
     own, scored = dict(measured(run)), dict(evaluated(run))
     findings = [*own.values(), *scored.values()]
-    if any(gate.outcome == "failed" for gate in run.gates) or any(reasons(run, own, scored, {})):
+    silent = silent_gold(run)
+    convicted = {name: why for name, why in causes(run).items() if name not in silent}
+    if any(gate.outcome == "failed" for gate in run.gates) or any(reasons(run, own, scored, convicted)):
         return "did not work"
-    if silent_gold(run):
+    if silent:
         return "cannot be told"
     return "worked" if findings and findings[-1].direction == "better" else "cannot be told"
 
@@ -162,7 +170,8 @@ def causes(run: Run) -> dict[str, str]:
     nothing, or by data that hardly anything learns from; and why."""
     found = silent_gold(run) | mostly_held_out(run)
     for gate in run.gates:
-        if gate.outcome != "failed":
+        # where the last policy cannot be told to have lost it, an earlier one may have
+        if gate.outcome != "failed" and (gate.name not in FORGOTTEN or gate.outcome != "cannot tell"):
             continue
         figure = f"{gate.name} = {gate.figure}, wanted {gate.bound}"
         kind = kind_of(gate.stage)
@@ -210,6 +219,11 @@ def causes(run: Run) -> dict[str, str]:
             if gate.name in ("length_ratio", "word_gain"):
                 blamed, why = paid_for_form(run, policy, each)
                 found[blamed] = why
+            elif gate.name == "stop_rate_change":
+                found[policy] = (
+                    f"{policy}: far fewer of its answers end by themselves than before ({each.name} = "
+                    f"{each.figure}). Does its reward pay for that? Read its last answers."
+                )
             elif gate.name in FORGOTTEN:
                 found[policy] = (
                     f"{policy}: its policy lost what the base model knew ({each.name} = {each.figure}, "
@@ -293,6 +307,8 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
         seen = "" if together is None else f"; the reward's scores go with length by {together:+.2f}"
         did, form = "changed the length of the answers", "length"
     else:
+        if (short := grown_from_little(run, policy, each)) is not None:
+            return short
         together, seen, did, form = None, "", "put one word into the answers", "a word"
     said = f"{stage.title} {did} ({each.name} = {each.figure}{seen})"
     if together is not None and abs(together) < PAYS_FOR_LENGTH:
@@ -304,6 +320,21 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
     return (
         reward or policy,
         f"{blamed}: {said}. What it learned from may pay for {form} and not for what is said.",
+    )
+
+
+def grown_from_little(run: Run, policy: str, each: GateResult) -> tuple[str, str] | None:
+    """The stage whose answers a policy starts from, if they are so short that longer ones take up common
+    words by themselves; and why."""
+    evaluation, metrics = last_evaluation(run.stages)
+    start = str(getattr(run.chain.get(evaluation), "start", ""))
+    before, after = (metrics.get(f"length_mean/{name}") for name in (start, policy))
+    if start not in run.chain or before is None or after is None or after < GROWN * before:
+        return None
+    return start, (
+        f"{start}: its answers have {before:.0f} tokens, and those of {run.chain[policy].title} {after:.0f}, "
+        f"so they took up common words ({each.name} = {each.figure}). Are the answers of {start}.data cut "
+        "off, or often empty?"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -141,7 +142,8 @@ def test_what_was_changed_is_said_where_nobody_is_to_blame(tmp_path: Path, chain
     run = run_of(tmp_path, chain, **GOOD | {"gold": UNKNOWN})
     run.changed = [Change(key="evaluate.max_new_tokens", default="40", value="3")]
     assert verdict(run).endswith(
-        " Nobody is to blame for sure. Changed are: evaluate.max_new_tokens=3 (packaged: 40)."
+        " Nobody is to blame for sure. Look first at what was changed: evaluate.max_new_tokens=3 (packaged: "
+        "40)."
     )
     run.changed = [Change(key="evaluate.prompts.path", default="null", value="mine.jsonl")]
     assert "Nobody" not in verdict(run)
@@ -329,6 +331,31 @@ def test_a_reward_that_pays_for_a_word_is_named(tmp_path: Path, chain: dict[str,
     sentence = verdict(run)
     assert "To blame is reward: PPO put one word into the answers (word_gain/ppo = 0.71" in sentence
     assert "may pay for a word and not for what is said" in sentence
+    run.stages["evaluate"]["metrics"] |= {"evaluate/length_mean/sft": 8.0, "evaluate/length_mean/ppo": 29.0}
+    assert "To blame is sft: its answers have 8 tokens, and those of PPO 29, so" in verdict(run)
+
+
+def test_answers_that_no_longer_end_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    gate_of(run, "evaluate", "stop_rate_change", Bound(min=-0.3, advice="read the answers"), -0.64, "ppo")
+    sentence = verdict(run)
+    assert "To blame is ppo: far fewer of its answers end by themselves than before" in sentence
+    assert sentence.count("To blame") == 1 and outcome(run) == "did not work"
+
+
+def test_what_sft_forgot_is_named_also_where_ppo_cannot_be_told(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    bound = Bound(max=1.15, advice="lower sft.optim.lr")
+    sampled = Sampled(1.26, 1.14, 1.39, 226)
+    run.gates.append(GateResult("evaluate", "retention_perplexity_ratio", 1.26, bound, sampled))
+    own = Sampled(1.37, 1.25, 1.5, 226).metrics("evaluate/retention_perplexity_ratio/sft")
+    run.stages["evaluate"]["metrics"] |= own
+    assert "To blame is sft: its policy lost what the base model knew" in verdict(run)
+    assert outcome(run) == "did not work"
+    run.gates[-1] = replace(run.gates[-1], value=1.0, sampled=Sampled(1.0, 0.9, 1.1, 226))
+    assert "To blame" not in verdict(run) and outcome(run) == "worked"
 
 
 def test_what_was_learned_on_other_prompts_is_no_hacking(tmp_path: Path, chain: dict[str, Stage]) -> None:

@@ -150,14 +150,15 @@ def test_the_length_is_that_of_all_answers_against_those_of_the_start() -> None:
     def answers(*lengths: int) -> Answers:
         responses = [torch.ones(length, dtype=torch.long) for length in lengths]
         asked = [torch.tensor([1])] * len(lengths)
-        rollout = Rollout(asked, responses, torch.ones(len(lengths), dtype=torch.bool))
+        rollout = Rollout(asked, responses, torch.tensor(lengths) < 5)
         nothing, known = torch.zeros(0), Retained([], *[torch.zeros(0)] * 3)
         return Answers(rollout, [""] * len(lengths), torch.zeros(1, 1), nothing, nothing, known, {})
 
     said = figures("ppo", {"ppo": answers(4, 5, 12), "sft": answers(2, 4, 1)}, start="sft")
     assert said["length_ratio"] == 21 / 7
     assert said["length_ratio_low"] < 3 < said["length_ratio_high"]
-    assert said["length_ratio_rows"] == 3
+    assert said["length_ratio_rows"] == said["stop_rate_change_rows"] == 3
+    assert said["stop_rate_change"] == pytest.approx(1 / 3 - 1)  # of three that ended one still does
     assert "win_rate" not in said  # there is no score
 
 
