@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -309,7 +310,9 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
     else:
         if (short := grown_from_little(run, policy, each)) is not None:
             return short
-        together, seen, did, form = None, "", "put one word into the answers", "a word"
+        word = taken_up(run, policy)
+        put = f'the word "{word}"' if word else "one word"
+        together, seen, did, form = None, "", f"put {put} into the answers", "a word"
     said = f"{stage.title} {did} ({each.name} = {each.figure}{seen})"
     if together is not None and abs(together) < PAYS_FOR_LENGTH:
         return policy, (
@@ -321,6 +324,23 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
         reward or policy,
         f"{blamed}: {said}. What it learned from may pay for {form} and not for what is said.",
     )
+
+
+def taken_up(run: Run, policy: str) -> str:
+    """The word that `word_gain` is about, from the answers; empty where the run has none."""
+    from rlhf.evaluation.wording import gained_word
+
+    evaluation, _ = last_evaluation(run.stages)
+    start = str(getattr(run.chain.get(evaluation), "start", ""))
+    path = run.directory / "artifacts" / evaluation / "responses.jsonl"
+    if not path.is_file():
+        return ""
+    texts: dict[str, list[str]] = {start: [], policy: []}
+    with path.open(encoding="utf-8") as file:  # answers may have what str.splitlines takes for a line's end
+        for row in map(json.loads, file):
+            if row["policy"] in texts:
+                texts[row["policy"]].append(row["response"])
+    return gained_word(texts[policy], texts[start])[0]
 
 
 def grown_from_little(run: Run, policy: str, each: GateResult) -> tuple[str, str] | None:

@@ -331,6 +331,11 @@ def test_a_reward_that_pays_for_a_word_is_named(tmp_path: Path, chain: dict[str,
     sentence = verdict(run)
     assert "To blame is reward: PPO put one word into the answers (word_gain/ppo = 0.71" in sentence
     assert "may pay for a word and not for what is said" in sentence
+    answers = [("sft", "my cat"), ("sft", "A dog"), ("ppo", "Amazing cat!"), ("ppo", "an amazing dog")]
+    (tmp_path / "artifacts" / "evaluate").mkdir(parents=True)
+    rows = [json.dumps({"policy": policy, "response": text}) for policy, text in answers]
+    (tmp_path / "artifacts" / "evaluate" / "responses.jsonl").write_text("\n".join(rows))
+    assert 'To blame is reward: PPO put the word "amazing" into the answers' in verdict(run)
     run.stages["evaluate"]["metrics"] |= {"evaluate/length_mean/sft": 8.0, "evaluate/length_mean/ppo": 29.0}
     assert "To blame is sft: its answers have 8 tokens, and those of PPO 29, so" in verdict(run)
 
@@ -350,8 +355,8 @@ def test_what_sft_forgot_is_named_also_where_ppo_cannot_be_told(
     bound = Bound(max=1.15, advice="lower sft.optim.lr")
     sampled = Sampled(1.26, 1.14, 1.39, 226)
     run.gates.append(GateResult("evaluate", "retention_perplexity_ratio", 1.26, bound, sampled))
-    own = Sampled(1.37, 1.25, 1.5, 226).metrics("evaluate/retention_perplexity_ratio/sft")
-    run.stages["evaluate"]["metrics"] |= own
+    own = Sampled(1.37, 1.25, 1.5, 226).metrics("retention_perplexity_ratio/sft")
+    run.stages["evaluate"]["metrics"] |= {f"evaluate/{key}": value for key, value in own.items()}
     assert "To blame is sft: its policy lost what the base model knew" in verdict(run)
     assert outcome(run) == "did not work"
     run.gates[-1] = replace(run.gates[-1], value=1.0, sampled=Sampled(1.0, 0.9, 1.1, 226))
