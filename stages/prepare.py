@@ -2,7 +2,8 @@
 
 Reads   the sources that the roles' keys name (sft.data, reward.pairs, ...); the base model's tokenizer.
 Writes  normalised rows, ROLE.SPLIT.arrow; their token ids, ROLE.SPLIT.tokens.arrow; and report.json: what was
-        read, kept, dropped and why.
+        read, kept, dropped and why; unlike.json: words and marks that the texts of one role have, and those
+        of another lack.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from rlhf.config import ConfigError
 from rlhf.data.arrow import picked
 from rlhf.data.chat_template import tokenizer_digest
 from rlhf.data.formats import likely_fields, read_as
-from rlhf.data.prepared import REPORT, PreparedData, RowStore
+from rlhf.data.prepared import REPORT, UNLIKE, PreparedData, RowStore
 from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Row, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
@@ -253,8 +253,8 @@ class Preparation:
     """`tokenizer_digest`."""
     data: dict[str, RoleData] = field(default_factory=dict)
     """Role -> its rows, in the order of the table of roles."""
-    differences: list[tuple[str, str]] = field(default_factory=list)
-    """Roles whose texts are unlike another's, and in what; known when they are written."""
+    differences: list[str] = field(default_factory=list)
+    """In what data sets are unlike others; known when they are written."""
 
     def __post_init__(self) -> None:
         self.digest = tokenizer_digest(self.tokenizer)
@@ -285,10 +285,9 @@ class Preparation:
             report[role.role] = {"source": source, "digest": digest, **role.report()}
         rows = {role: prepared.rows(role, ROLES[role].splits[0]) for role in report}
         self.differences = [*unlike(rows)]
-        for name, entry in report.items():
-            entry["unlike"] = [said for role, said in self.differences if role == name]
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        (directory / REPORT).write_text(redacted_text(text), encoding="utf-8")
+        for name, content in {REPORT: report, UNLIKE: self.differences}.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            (directory / name).write_text(redacted_text(text), encoding="utf-8")
 
     def metrics(self) -> dict[str, float]:
         """How many rows there are, and how many were left out; of the role that lost most, which share."""
@@ -324,7 +323,7 @@ class Preparation:
             if role.num_dropped or cut:
                 text = f"  {role.key}: {'; '.join([*role.why(), *cut])}"
                 console.print(text, style="yellow", markup=False, highlight=False)
-        for _, said in self.differences:
+        for said in self.differences:
             console.print(f"  {said}", style="yellow", markup=False, highlight=False)
         if any(role.count(TOO_LONG) + role.cut.count for role in self.data.values()):
             console.print(f"  {self._too_long()}", style="yellow", highlight=False)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 AnyRow = TypeVar("AnyRow")
 TrainSplit = Literal["train", "held_out"]
-REPORT = "report.json"
+REPORT, UNLIKE = "report.json", "unlike.json"
 
 
 class LengthStats(NamedTuple):
@@ -149,8 +149,9 @@ class PreparedData:
 
     def unlike(self) -> list[str]:
         """In what texts of roles are unlike those of others, as sentences: rlhf/data/unlike.py."""
-        report: dict[str, Any] = json.loads((self.directory / REPORT).read_text(encoding="utf-8"))
-        return [said for role in report.values() for said in role.get("unlike", ())]
+        path = self.directory / UNLIKE
+        found: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return found  # none of an artifact from before this was written down
 
     def check_not_empty(self, role: str) -> None:
         """Refuse rows that `prepare` took from others' where none are left; an empty source of the role's own

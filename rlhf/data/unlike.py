@@ -4,14 +4,25 @@ belong together, such as HTML in the answers of one, or prompts with another fra
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import PairRow, Row, text_of
 from rlhf.printable import printable
 
-WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+"""Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+JOINED = (
+    "\\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff\u0f00-\u0fff\u200c"
+)
+"""What a word has: also vowel signs and other marks that stand on letters."""
+PIECE = re.compile(rf"[{UNSPACED}]+|(?:(?![{UNSPACED}])[{JOINED}])+|[^\w\s\u200d\ufe0f]")
+"""A word, a run of an unspaced script, or a mark. Joiners between emoji are none."""
 FORMS: Mapping[str, Callable[[str], bool]] = {
     "capital letters": lambda text: text != text.lower(),
     "digits": lambda text: any(map(str.isdigit, text)),
@@ -27,8 +38,16 @@ ROWS, CHARACTERS = 2000, 5000
 SHOWN, LONGEST = 3, 20
 """Words that are named, and characters of one."""
 
+
+def asked(row: Row) -> Iterator[str]:
+    """What the prompt says, without the assistant's turns; plain text asks nothing."""
+    messages = row.exchanges()[0][0]
+    if messages:
+        yield " ".join(each["content"].strip() for each in messages if each["role"] != "assistant")
+
+
 TEXTS: Mapping[str, Callable[[Row], Iterable[str]]] = {
-    "prompts": lambda row: [row.asked()] if row.exchanges()[0][0] else [],  # plain text asks nothing
+    "prompts": asked,
     "answers": lambda row: [text_of(answer) for _, answer in row.exchanges() if answer is not None],
     "chosen answers": lambda row: [row.chosen] if isinstance(row, PairRow) else [],
     "rejected answers": lambda row: [row.rejected] if isinstance(row, PairRow) else [],
@@ -46,8 +65,8 @@ ALIKE = (
 """Texts of roles that have the same words and marks in a chain whose data belong together."""
 
 
-def unlike(rows: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, str]]:
-    """Each role whose texts are so unlike another's, and in what, as a sentence.
+def unlike(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
+    """In what texts of one role are unlike those of another, as sentences, in the order of `ALIKE`.
 
     Args:
         rows: role -> its rows.
@@ -60,20 +79,20 @@ def unlike(rows: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, str]]:
         if min(map(len, texts)) < FEW:
             continue
         one, other = map(shares_of, texts)
-        told, (has, lacks) = max(
-            ((apart(one, other), pair), (apart(other, one), pair[::-1])),
-            key=lambda found: max(found[0].values(), default=0.0),
-        )
-        if not told:
-            continue
-        words = [*told][:SHOWN]
-        said = f"At least {told[words[-1]]:.0%} of the {named_texts(*has)} have {' and '.join(words)}"
-        yield pair[0][0], f"{said}, and hardly any of the {named_texts(*lacks)} do."
+        named = [f"{what} of {ROLES[role].key}" for role, what in pair]
+        said = [*has(named[0], one, named[1], other), *has(named[1], other, named[0], one)]
+        if said:
+            yield " ".join(said)
 
 
-def named_texts(role: str, what: str) -> str:
-    """Such as `answers of sft.data`."""
-    return f"{what} of {ROLES[role].key}"
+def has(named: str, shares: Counter[str], other: str, lacking: Counter[str]) -> Iterator[str]:
+    """What most of the one have and hardly any of the other, as a sentence: the most frequent first, of
+    equally frequent ones the longest."""
+    order = sorted(shares, key=lambda each: (-shares[each], -len(each), each))
+    found = [each for each in order if shares[each] >= MOST and lacking[each] <= HARDLY_ANY][:SHOWN]
+    if found:
+        listed = ", ".join(f"{each} ({int(100 * shares[each])}%)" for each in found)
+        yield f"The {named} have {listed}; the {other} hardly ever."
 
 
 def evenly(rows: Sequence[Row]) -> Iterator[Row]:
@@ -89,12 +108,19 @@ def shares_of(texts: Sequence[str]) -> Counter[str]:
 
 def features(text: str) -> set[str]:
     """Words, in small letters, and marks, both in quotes; and forms."""
-    words = {f'"{printable(word)[:LONGEST]}"' for word in WORD_OR_MARK.findall(text.casefold())}
-    return words | {form for form, has in FORMS.items() if has(text)}
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    words = {word for piece in PIECE.findall(plain) for word in words_of(piece)}
+    return {quoted(word) for word in words} | {form for form, is_there in FORMS.items() if is_there(text)}
 
 
-def apart(has: Counter[str], lacks: Counter[str]) -> dict[str, float]:
-    """What most of the one have and hardly any of the other, and its share there: the most frequent first, of
-    equally frequent ones the longest."""
-    order = sorted(has, key=lambda word: (-has[word], -len(word), word))
-    return {word: has[word] for word in order if has[word] >= MOST and lacks[word] <= HARDLY_ANY}
+def words_of(piece: str) -> Iterable[str]:
+    """A word; of a script without spaces, all pairs of characters, since nobody says where a word ends."""
+    if len(piece) > 1 and re.match(f"[{UNSPACED}]", piece):
+        return map("".join, pairwise(piece))
+    return [piece]
+
+
+def quoted(word: str) -> str:
+    """The word as it is shown."""
+    seen = printable(word)
+    return f'"{seen[:LONGEST]}{"..." * (len(seen) > LONGEST)}"'

@@ -172,64 +172,69 @@ def causes(run: Run) -> dict[str, str]:
     found = silent_gold(run) | mostly_held_out(run)
     for gate in run.gates:
         # where the last policy cannot be told to have lost it, an earlier one may have
-        if gate.outcome != "failed" and (gate.name not in FORGOTTEN or gate.outcome != "cannot tell"):
-            continue
-        figure = f"{gate.name} = {gate.figure}, wanted {gate.bound}"
-        kind = kind_of(gate.stage)
-        if kind == "prepare" and gate.name == "bad_share":
-            found[gate.stage] = (
-                f"{gate.stage}: it left out most rows of a data set ({figure}). Its table says of which, and "
-                "why."
+        if gate.outcome == "failed" or (gate.name in FORGOTTEN and gate.outcome == "cannot tell"):
+            found = convictions(run, gate) | found  # what came first in the chain stays
+    return found
+
+
+def convictions(run: Run, gate: GateResult) -> dict[str, str]:
+    """The stages that a failed gate convicts, and why."""
+    found: dict[str, str] = {}
+    figure = f"{gate.name} = {gate.figure}, wanted {gate.bound}"
+    kind = kind_of(gate.stage)
+    if kind == "prepare" and gate.name == "bad_share":
+        found[gate.stage] = (
+            f"{gate.stage}: it left out most rows of a data set ({figure}). Its table says of which, and why."
+        )
+    elif kind == "generate" and gate.name == "stop_rate":
+        found |= endless(run, gate.stage, figure)
+    elif kind == "generate" and gate.name == "echo_rate":
+        made_by = str(getattr(run.chain[gate.stage], "policy", gate.stage))
+        blamed = made_by if made_by in run.chain else gate.stage
+        found[blamed] = (
+            f"{blamed}: the answers repeat the question ({figure}). Are prompt and answer exchanged in "
+            "the rows that it learned?"
+        )
+    elif kind == "generate" and gate.name == "within_prompt_share":
+        found[gate.stage] = (
+            f"the reward of {gate.stage}: all answers to one prompt have nearly the same score "
+            f"({figure}). Either it does not read the answer, or the answers are alike "
+            f"({gate.stage}.temperature={getattr(run.chain[gate.stage], 'temperature', 1.0):g})."
+        )
+    elif kind == "generate" and gate.name == "score_reliability":
+        found[gate.stage] = (
+            f"the reward of {gate.stage}: the same answers get other scores when they come in another "
+            f"order ({figure}). Does it return its scores in the order of its arguments?"
+        )
+    elif kind == "sft" and gate.name == "cut_share":
+        found[gate.stage] = (
+            f"{gate.stage}: the answers that it learned were cut off before it read them ({figure}). "
+            "Look where its data comes from."
+        )
+    elif kind == "sft" and gate.name == "prompt_gain":
+        found[gate.stage] = (
+            f"{gate.stage}: what it learned to answer does not depend on the prompts ({figure}). Are the "
+            "rows of its data out of step, or all answers alike?"
+        )
+    elif gate.name == "kl":
+        found[gate.stage] = f"{gate.stage}: the policy went too far from its start ({figure})."
+    elif kind == "evaluate" and gate.name == "gold_correlation":
+        found |= another_aim(run, gate)
+    elif kind == "evaluate" and (first := first_failing(run, gate)) is not None:
+        policy, each = first
+        if gate.name in ("length_ratio", "word_gain"):
+            blamed, why = paid_for_form(run, policy, each)
+            found[blamed] = why
+        elif gate.name == "stop_rate_change":
+            found[policy] = (
+                f"{policy}: far fewer of its answers end by themselves than before ({each.name} = "
+                f"{each.figure}). Does its reward pay for that? Read its last answers."
             )
-        elif kind == "generate" and gate.name == "stop_rate":
-            found |= endless(run, gate.stage, figure)
-        elif kind == "generate" and gate.name == "echo_rate":
-            made_by = str(getattr(run.chain[gate.stage], "policy", gate.stage))
-            blamed = made_by if made_by in run.chain else gate.stage
-            found[blamed] = (
-                f"{blamed}: the answers repeat the question ({figure}). Are prompt and answer exchanged in "
-                "the rows that it learned?"
+        elif gate.name in FORGOTTEN:
+            found[policy] = (
+                f"{policy}: its policy lost what the base model knew ({each.name} = {each.figure}, "
+                f"wanted {gate.bound}). Look at its data and its learning rate."
             )
-        elif kind == "generate" and gate.name == "within_prompt_share":
-            found[gate.stage] = (
-                f"the reward of {gate.stage}: all answers to one prompt have nearly the same score "
-                f"({figure}). Either it does not read the answer, or the answers are alike "
-                f"({gate.stage}.temperature={getattr(run.chain[gate.stage], 'temperature', 1.0):g})."
-            )
-        elif kind == "generate" and gate.name == "score_reliability":
-            found[gate.stage] = (
-                f"the reward of {gate.stage}: the same answers get other scores when they come in another "
-                f"order ({figure}). Does it return its scores in the order of its arguments?"
-            )
-        elif kind == "sft" and gate.name == "cut_share":
-            found[gate.stage] = (
-                f"{gate.stage}: the answers that it learned were cut off before it read them ({figure}). "
-                "Look where its data comes from."
-            )
-        elif kind == "sft" and gate.name == "prompt_gain":
-            found[gate.stage] = (
-                f"{gate.stage}: what it learned to answer does not depend on the prompts ({figure}). Are the "
-                "rows of its data out of step, or all answers alike?"
-            )
-        elif gate.name == "kl":
-            found[gate.stage] = f"{gate.stage}: the policy went too far from its start ({figure})."
-        elif kind == "evaluate" and gate.name == "gold_correlation":
-            found |= another_aim(run, gate)
-        elif kind == "evaluate" and (first := first_failing(run, gate)) is not None:
-            policy, each = first
-            if gate.name in ("length_ratio", "word_gain"):
-                blamed, why = paid_for_form(run, policy, each)
-                found[blamed] = why
-            elif gate.name == "stop_rate_change":
-                found[policy] = (
-                    f"{policy}: far fewer of its answers end by themselves than before ({each.name} = "
-                    f"{each.figure}). Does its reward pay for that? Read its last answers."
-                )
-            elif gate.name in FORGOTTEN:
-                found[policy] = (
-                    f"{policy}: its policy lost what the base model knew ({each.name} = {each.figure}, "
-                    f"wanted {gate.bound}). Look at its data and its learning rate."
-                )
     return found
 
 
@@ -245,8 +250,7 @@ def mostly_held_out(run: Run) -> dict[str, str]:
 
 def unlike(run: Run) -> list[str]:
     """In what data sets of the chain are unlike others, as `prepare` saw them."""
-    directory = run.directory / "artifacts" / "prepare"
-    return PreparedData(directory).unlike() if directory.exists() else []
+    return PreparedData(run.directory / "artifacts" / "prepare").unlike()
 
 
 def endless(run: Run, stage: str, figure: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from rlhf.data.schema import Message, PairRow, PromptRow, Row, SftRow
 from rlhf.data.sources import SourceConfig
 from rlhf.data.unlike import FEW, unlike
 
+HINDI = "\u0927\u0928\u094d\u092f\u0935\u093e\u0926"
 PLACES = ("garden", "lake", "street", "shop", "tower", "bridge")
 
 
@@ -55,59 +56,91 @@ def test_the_packaged_data_belong_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "role", "said"),
+    ("rows", "said"),
     [
         (
-            {"sft": answers("<p>{}</p>"), "pairs": pairs()}, "sft",
-            'At least 100% of the answers of sft.data have "/" and "<" and ">", and hardly any of the '
-            "answers of reward.pairs do.",
+            {"sft": answers("<p>{}</p>"), "pairs": pairs()},
+            'The answers of sft.data have "/" (100%), "<" (100%), ">" (100%); the answers of reward.pairs '
+            "hardly ever.",
         ),
         (
-            {"sft": answers("{}"), "pairs": pairs("{} Indeed", "{} Indeed")}, "sft",
-            'At least 100% of the answers of reward.pairs have "indeed", and hardly any of the answers of '
-            "sft.data do.",
+            {"sft": answers("{}"), "pairs": pairs("{} Indeed", "{} Indeed")},
+            'The answers of reward.pairs have "indeed" (100%); the answers of sft.data hardly ever.',
         ),
         (
-            {"dpo": pairs(rejected="I am sorry: {}")}, "dpo",
-            'At least 100% of the rejected answers of dpo.data have "sorry" and "am" and ":", and hardly any '
-            "of the chosen answers of dpo.data do.",
+            {"dpo": pairs("{} 7", rejected="It is the quiet: sorry 7")},
+            'The chosen answers of dpo.data have "." (100%); the rejected answers of dpo.data hardly ever. '
+            'The rejected answers of dpo.data have "sorry" (100%), "it" (100%), ":" (100%); the chosen '
+            "answers of dpo.data hardly ever.",
         ),
         (
-            {"ppo": prompts("{}"), "evaluate": prompts("Q: {}")}, "evaluate",
-            'At least 100% of the prompts of evaluate.prompts have ":" and "q", and hardly any of the '
-            "prompts of ppo.prompts do.",
+            {"ppo": prompts("{}"), "evaluate": prompts("Q: {}")},
+            'The prompts of evaluate.prompts have ":" (100%), "q" (100%); the prompts of ppo.prompts hardly '
+            "ever.",
         ),
     ],
 )  # fmt: skip
-def test_what_most_texts_have_and_hardly_any_of_the_others(
-    rows: dict[str, Sequence[Row]], role: str, said: str
-) -> None:
-    assert [*unlike(rows)] == [(role, said)]
+def test_what_most_texts_have_and_hardly_any_of_the_others(rows: dict[str, Sequence[Row]], said: str) -> None:
+    assert [*unlike(rows)] == [said]
 
 
 def test_few_texts_tell_nothing_and_rare_words_neither() -> None:
     assert [*unlike({"sft": answers("<p>{}</p>", FEW - 1), "pairs": pairs()})] == []
     half = [*answers("<p>{}</p>", FEW), *answers("{}", FEW)]
     assert [*unlike({"sft": half, "pairs": pairs()})] == []
-    texts: list[Row] = [SftRow([], f"<p>{text}</p>") for text in sentences(FEW)]
-    assert [*unlike({"sft": texts, "ppo": prompts("{}")})] == []  # plain text asks nothing
     mixed = [*pairs("<p>{}", "<p>{}", 1), *pairs(count=FEW)]
     assert [*unlike({"sft": answers("<p>{}", FEW), "pairs": mixed})] == []
 
 
+def test_prompts_are_what_users_say() -> None:
+    texts: list[Row] = [SftRow([], f"<p>{text}</p>") for text in sentences(FEW)]
+    assert [*unlike({"sft": texts, "ppo": prompts("{}")})] == []  # plain text asks nothing
+    turns: list[Row] = [
+        PromptRow([*user(text), {"role": "assistant", "content": "Certainly."}, *user(text)])
+        for text in sentences(FEW)
+    ]
+    assert [*unlike({"ppo": turns, "evaluate": prompts("{}")})] == []  # nor are the joints line breaks
+
+
 def test_letters_digits_and_line_breaks_are_told() -> None:
     small: list[Row] = [PairRow(user(text), text, text.lower()) for text in sentences(FEW)]
-    ((_, said),) = unlike({"pairs": small})
-    assert "chosen answers of reward.pairs have capital letters, and" in said
-    ((_, said),) = unlike({"sft": answers("{}\n7"), "pairs": pairs("{}\n", "{}\n")})
-    assert "answers of sft.data have line breaks and" in said
+    (said,) = unlike({"pairs": small})
+    assert "chosen answers of reward.pairs have capital letters (100%); the" in said
+    (said,) = unlike({"sft": answers("{}\n7"), "pairs": pairs("{}\n", "{}\n")})
+    assert "answers of sft.data have line breaks (100%)" in said
+
+
+def test_a_share_is_never_rounded_up() -> None:
+    nearly = [*pairs("Certainly {}", count=299), *pairs(count=1)]
+    (said,) = unlike({"pairs": nearly})
+    assert '"certainly" (99%)' in said
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "words"),
+    [
+        ("\u60a8\u597d\uff0c{}", "\u60a8\u597d{}", [","]),  # the same greeting, with and without a comma
+        ("\u975e\u5e38\u611f\u8c22{}", "{}", ["\u5e38\u611f", "\u611f\u8c22", "\u975e\u5e38"]),
+        (f"{HINDI} {{}}", "{}", [HINDI]),
+        ("{}\u0e04\u0e23\u0e31\u0e1a", "{}", ["\u0e04\u0e23", "\u0e23\u0e31", "\u0e31\u0e1a"]),
+        ("Z\u00fcrich {}", "Zu\u0308rich {}", []),  # the same letters in two Unicode forms
+        ("\U0001f469\u200d\U0001f467 {}", "{}", ["\U0001f467", "\U0001f469"]),  # without the joiner
+    ],
+)
+def test_words_of_other_scripts(chosen: str, rejected: str, words: list[str]) -> None:
+    said = [*unlike({"pairs": pairs(chosen + "\u3002", rejected + "\u3002")})]
+    listed = ", ".join(f'"{word}" (100%)' for word in words)
+    has = (
+        f"The chosen answers of reward.pairs have {listed}; the rejected answers of reward.pairs hardly ever."
+    )
+    assert said == ([has] if words else [])
 
 
 def test_a_mark_of_the_terminal_is_made_visible() -> None:
-    ((_, said),) = unlike({"sft": answers("\x1b {}"), "pairs": pairs()})
+    (said,) = unlike({"sft": answers("\x1b {}"), "pairs": pairs()})
     assert "\x1b" not in said and "sft.data have" in said
 
 
 def test_a_long_word_is_cut() -> None:
-    ((_, said),) = unlike({"sft": answers("{} " + 1000 * "x"), "pairs": pairs()})
-    assert f'"{20 * "x"}"' in said
+    (said,) = unlike({"sft": answers("{} " + 1000 * "x"), "pairs": pairs()})
+    assert f'"{20 * "x"}..."' in said

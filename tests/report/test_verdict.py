@@ -11,7 +11,7 @@ import pytest
 
 from helpers.experiments import build
 from rlhf.config import Bound
-from rlhf.data.prepared import REPORT
+from rlhf.data.prepared import UNLIKE
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.run import GateResult, Run
@@ -152,8 +152,7 @@ def test_what_was_changed_is_said_where_nobody_is_to_blame(tmp_path: Path, chain
 def test_data_sets_that_are_unlike_others_are_noted(tmp_path: Path, chain: dict[str, Stage]) -> None:
     prepared = tmp_path / "artifacts" / "prepare"
     prepared.mkdir(parents=True)
-    report = {"sft": {"unlike": ["One.", "Two."]}, "pairs": {}, "evaluate": {"unlike": ["Three."]}}
-    (prepared / REPORT).write_text(json.dumps(report))
+    (prepared / UNLIKE).write_text(json.dumps(["One.", "Two.", "Three."]))
     assert verdict(run_of(tmp_path, chain, **GOOD)).endswith(" Note prepare: One. Note prepare: Two.")
 
 
