@@ -45,6 +45,8 @@ def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, below:
     ]
     if run.summary["verdict"]:
         parts.append(f"**Verdict of the run.** {headed(run.summary.get('outcome'), run.summary['verdict'])}")
+    else:
+        parts.append("**The run has not come to its end**, so it has no verdict.")
     parts += ["## How to use it", usage(run, name, below)]
     parts += ["## How it was made", stages(run, made).markdown()]
     parts += ["## Data", data(run, made).markdown()]

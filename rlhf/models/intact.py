@@ -77,6 +77,8 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
     Raises:
         ConfigError: what is wrong.
     """
+    own = base.config.chat_template
+    template = "its chat template" if own is None else f"model.chat_template={own}"
     try:
         with said_as({str(base.directory): key}):
             tokenizer = base.load_tokenizer()
@@ -88,19 +90,19 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
         raise
     except Exception as error:  # a template may raise anything, and so may a tokenizer's file
         raise ConfigError(
-            f"{key}: its tokenizer and chat template do not encode a question and its answer "
-            f"({type(error).__name__}: {error}). Fix the files in {base.directory}, or set "
+            f"{key}: its tokenizer and {template.removeprefix('its ')} do not encode a question and its "
+            f"answer ({type(error).__name__}: {error}). Fix the files in {base.directory}, or set "
             "model.chat_template=chatml, plain or a jinja file."
         ) from error
     if not is_shown:
         raise ConfigError(
-            f"{key}: its chat template does not show the question: {QUESTION['content']!r} and "
+            f"{key}: {template} does not show the question: {QUESTION['content']!r} and "
             f"{OTHER_QUESTION['content']!r} become the same prompt. Set model.chat_template=chatml, plain or "
             "a jinja file that shows each message's content."
         )
     if header:
         raise ConfigError(
-            f"{key}: its chat template writes {header!r} before an answer, but not where it shall open one: "
+            f"{key}: {template} writes {header!r} before an answer, but not where it shall open one: "
             "it ignores add_generation_prompt, so the model would have to write this itself. Use it in the "
             "template, or set model.chat_template=chatml, plain or a jinja file."
         )

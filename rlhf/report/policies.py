@@ -124,7 +124,8 @@ def draw(found: list[Point], words: str) -> Figure:
     }
     sides = {label: value for label, value in sides.items() if any(value(each) is not None for each in found)}
     for number, (label, value) in enumerate(sides.items()):
-        axes = figure.add_subplot(1, len(sides), number + 1)
+        first = figure.axes[0] if figure.axes else None
+        axes = figure.add_subplot(1, len(sides), number + 1, sharey=first)
         for place, point in enumerate(found):
             x = value(point)
             if x is None:

@@ -99,11 +99,8 @@ def verdict(run: Run) -> str:
         f"Note {evaluation}: {each}" for each in asked if each and not any(each in said for said in blamed)
     ]
     if not blamed and any(finding.direction != "better" for finding in findings):
-        parts.append(
-            otherwise_set(
-                run, run.chain, "Nobody is to blame for sure. Look first at what was changed"
-            ).strip()
-        )
+        heading = "Nobody is to blame for sure. Look first at what was changed"
+        parts.append(otherwise_set(run, run.needed or run.chain, heading).strip())
     remarks += [f"Note prepare: {said}" for said in unlike(run)[:NOTES]]
     return " ".join(filter(None, [*parts, *blamed, *remarks]))
 
@@ -138,11 +135,14 @@ def evaluated(run: Run, scores: Mapping[str, str] = SCORES) -> Iterator[tuple[st
     Args:
         scores: of these the first that is known.
     """
-    _, metrics = last_evaluation(run.stages)
+    evaluation, metrics = last_evaluation(run.stages)
     if silent_gold(run):
         scores = {metric: words for metric, words in scores.items() if metric != "gold_gain"}
     made = {name: stage for name, stage in run.chain.items() if stage.publishes == "policy"}
-    titles = {BEST_OF_N: "the best of n"} | {name: f"the {stage.title} model" for name, stage in made.items()}
+    best_of = getattr(run.chain.get(evaluation), "best_of", "n")
+    titles = {BEST_OF_N: f"the best of {best_of}"} | {
+        name: f"the {stage.title} model" for name, stage in made.items()
+    }
     for name, title in titles.items():
         for metric, words in scores.items():
             sampled = Sampled.found(f"{metric}/{name}", metrics)

@@ -55,6 +55,20 @@ def test_it_is_the_same_model_without_the_run_the_store_and_this_package(
     )
 
 
+def test_the_card_of_a_run_that_was_stopped_says_so(
+    finished_chain: tuple[Chain, Outcome], tmp_path: Path
+) -> None:
+    chain, _ = finished_chain
+    run = chain.directory / "runs" / "stopped"
+    shutil.copytree(chain.directory / "runs" / "run1", run, symlinks=True)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"verdict": None, "outcome": None}))
+    assert export(chain, str(run), str(tmp_path / "card")).code == 0
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "**The run has not come to its end**" in card and "Verdict of the run" not in card
+    shutil.rmtree(run)
+
+
 def test_the_card_says_what_the_run_found_and_no_private_path(
     finished_chain: tuple[Chain, Outcome], tmp_path: Path
 ) -> None:

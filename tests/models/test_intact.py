@@ -115,7 +115,9 @@ def test_a_template_that_does_not_show_the_question_is_told(model: Path, tmp_pat
     template = tmp_path / "mine.jinja"
     text = "{{ message['role'] + ': ' + message.get('text', '') }}"
     template.write_text("{% for message in messages %}" + text + "{% endfor %}")
-    with pytest.raises(ConfigError, match=r"model\.path=.*does not show the question.*model\.chat_template"):
+    with pytest.raises(
+        ConfigError, match=r"here: model\.chat_template=.*mine\.jinja does not show the question"
+    ):
         check_tokenizer(base(model, chat_template=str(template)), "model.path=here")
 
 

@@ -145,7 +145,9 @@ def test_what_was_changed_is_said_where_nobody_is_to_blame(tmp_path: Path, chain
         " Nobody is to blame for sure. Look first at what was changed: evaluate.max_new_tokens=3 (packaged: "
         "40)."
     )
-    run.changed = [Change(key="evaluate.prompts.path", default="null", value="mine.jsonl")]
+    run.needed = ["prepare", "sft"]  # of those that ran alone
+    assert "Nobody" not in verdict(run)
+    run.needed, run.changed = (), [Change(key="evaluate.prompts.path", default="null", value="mine.jsonl")]
     assert "Nobody" not in verdict(run)
 
 
@@ -161,7 +163,7 @@ def test_best_of_n_is_judged_and_nobody_blamed_for_it(tmp_path: Path, chain: dic
     own = Sampled(*DOWN, 30).metrics("gold_gain/best_of_n")
     run.stages["evaluate"]["metrics"] |= {f"evaluate/{key}": value for key, value in own.items()}
     sentence = verdict(run)
-    assert "Did not improve: the gold score of the best of n on new prompts (-0.2)." in sentence
+    assert "Did not improve: the gold score of the best of 16 on new prompts (-0.2)." in sentence
     assert "To blame" not in sentence and outcome(run) == "worked"
 
 
