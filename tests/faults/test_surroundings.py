@@ -74,7 +74,10 @@ def test_a_store_that_became_read_only_still_serves_what_is_finished(chain: Real
 def test_files_are_utf_8_whatever_the_locale_is(chain: RealChain) -> None:
     word, directory = "Größe", chain.directory
     (directory / "words.jsonl").write_text(f'{{"prompt": "{word}?"}}\n' * 6, encoding="utf-8")
-    template = "{% for message in messages %}Größe {{ message.content }}{{ eos_token }}{% endfor %}"
+    asked = "{% if message.role == 'user' %}Größe {% endif %}"
+    template = (
+        f"{{% for message in messages %}}{asked}{{{{ message.content }}}}{{{{ eos_token }}}}{{% endfor %}}"
+    )
     (directory / "words.jinja").write_text(template, encoding="utf-8")
     (directory / "experiment").mkdir()
     advice = f"# @package _global_\nsft: {{gates: {{skipped_steps: {{advice: {word}}}}}}}"
