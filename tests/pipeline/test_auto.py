@@ -171,7 +171,7 @@ def test_own_answers_alone_are_enough_to_tune_and_to_judge(tmp_path: Path) -> No
     assert "evaluate/gold_gain" not in outcome.summary["stages"]["evaluate"]["metrics"]
     of_evaluation = [gate for gate in outcome.summary["gates"] if gate["stage"] == "evaluate"]
     checked = [gate["name"] for gate in of_evaluation if gate["outcome"] != "not checked"]
-    assert checked == ["win_rate", "length_ratio", "word_gain"]
+    assert checked == ["win_rate", "length_ratio", "stop_rate_change", "word_gain"]
     data = PreparedData(outcome.artifact("prepare"))
     asked: dict[tuple[str, str], set[str]] = {}
     for split in TRAINING:
