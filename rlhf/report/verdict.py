@@ -545,6 +545,7 @@ def otherwise_set(run: Run, stages: Collection[str], heading: str) -> str:
     for each in run.changed:
         key = each["key"]
         stage, _, own = key.partition(".")
+        # `auto` is most often data too: what stands there was found, not chosen
         is_data = each["default"] == AUTO or any(f"{key}.".startswith(f"{name}.") for name in data)
         if (stage in named or key in read) and not is_data and not own.startswith("gates"):
             found.append(each)
