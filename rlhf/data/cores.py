@@ -8,23 +8,25 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from itertools import chain, islice
-from multiprocessing import Pipe, get_context, parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing import Pipe, connection, get_context, parent_process
+from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, TypeVar
 
 from rlhf.config import ConfigError
-from rlhf.distributed.signals import STOPPING
+from rlhf.distributed.signals import STOPPING, uninterrupted
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 FEW = 4
 """So many pieces are not worth another process."""
+
+LOOK_SECONDS = 0.1
+"""Longest time from a signal until it stops the wait for a result."""
 
 GARBAGE = 100_000
 """New objects after which a worker looks for garbage among them."""
@@ -62,12 +64,12 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
         waiting: deque[Future[Any]] = deque()
         try:
             for piece in chain(first, pieces):
-                with _unheard():
+                with uninterrupted():  # the pool would forget the workers that it forks at the first piece
                     waiting.append(pool.submit(_call, piece))
                 if len(waiting) > 2 * num_cores:
-                    yield waiting.popleft().result()
+                    yield _result(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _result(waiting.popleft())
         except BrokenProcessPool:
             raise ConfigError(
                 "A process that works on rows was killed. The system does this when memory is short: give it "
@@ -78,15 +80,12 @@ def on_all_cores(function: Callable[[Piece], Result], pieces: Iterable[Piece]) -
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """While open, what stops the run waits. The first piece forks the workers, and a signal would otherwise
-    raise in one that does not yet ignore it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _result(future: Future[Result]) -> Result:
+    """A signal raises between two looks: within one it could leave a lock that the pool's thread needs."""
+    while True:
+        with uninterrupted():
+            if wait([future], LOOK_SECONDS).done:
+                return future.result()
 
 
 def _begin(function: Callable[[Any], Any], stopped: Connection) -> None:
@@ -98,7 +97,6 @@ def _begin(function: Callable[[Any], Any], stopped: Connection) -> None:
     signal.set_wakeup_fd(-1)
     for signum in STOPPING:
         signal.signal(signum, signal.SIG_IGN)  # what stops the run reaches the parent too, which stops us
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     signal.signal(STOP, _give_up)
     threading.Thread(target=_hear_parent, args=(threading.get_ident(),), daemon=True).start()
 
@@ -107,7 +105,7 @@ def _hear_parent(worker: int) -> None:
     """Wait until the parent wants no more results, or is killed, which leaves nobody who would end us."""
     parent = parent_process()
     assert parent is not None
-    if parent.sentinel in wait([parent.sentinel, _stopped]):
+    if parent.sentinel in connection.wait([parent.sentinel, _stopped]):
         os._exit(1)
     signal.pthread_kill(worker, STOP)
     parent.join()

@@ -104,7 +104,8 @@ class StopSignals:
         finally:
             self._is_heard = False
             signal.set_wakeup_fd(before)
-            writer.close()  # which the thread hears as the end
+            writer.shutdown(socket.SHUT_WR)  # the thread hears the end, also while a forked process holds it
+            writer.close()
             thread.join()
             reader.close()
 
@@ -180,8 +181,11 @@ def _next(reader: socket.socket) -> bytes:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """While open, the first signal is deferred, if `StopSignals` handles it. Use it around imports: compiled
-    code that builds classes turns what a handler raises into its own error (pydantic: a SchemaError).
+    """While open, the first signal is deferred, if `StopSignals` handles it. To block signals in this thread
+    is not enough: another thread receives them, and Python still calls the handler in the main one.
+
+    Use it around imports: compiled code that builds classes turns what a handler raises into its own error
+    (pydantic: a SchemaError). Use it around what must be done whole.
 
     Raises:
         Stopped: a signal came.

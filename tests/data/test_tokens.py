@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,40 @@ def test_workers_leave_their_pieces_when_nobody_wants_the_results() -> None:
         finally:
             parent.kill()
     assert (out.split(), parent.returncode) == (["0", "closed"], 0)
+
+
+STOPPED_AS_IT_FORKS = """
+import os, signal
+from rlhf.data.cores import on_all_cores
+from rlhf.distributed.signals import Stopped, StopSignals
+signals, fork, workers = StopSignals(), os.fork, []
+def interrupted():
+    workers.append(fork())
+    if workers[-1] and len(workers) == len(os.sched_getaffinity(0)):
+        os.kill(os.getpid(), signal.SIGINT)
+        while signals.received is None:
+            pass
+    return workers[-1]
+os.fork = interrupted
+with signals.installed(), signals.heard(lambda signum, is_second: os._exit(3)):
+    try:
+        list(on_all_cores(str, range(100)))
+    except Stopped:
+        print("stopped")
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one core has no workers")
+def test_ctrl_c_while_workers_are_forked_ends_them() -> None:
+    """Workers that the pool does not know wait for the parent's end, which would wait for theirs."""
+    command = [sys.executable, "-c", STOPPED_AS_IT_FORKS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
+        try:
+            out, _ = parent.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+    assert (out, parent.returncode) == ("stopped\n", 0)
 
 
 def test_a_file_of_ids_is_what_the_rows_encode_to_on_any_number_of_cores(

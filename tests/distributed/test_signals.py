@@ -154,6 +154,23 @@ def test_the_same_signal_later_is_another_stop(monkeypatch: pytest.MonkeyPatch) 
         pytest.fail("the second one ends the wait")
 
 
+def test_it_ends_before_a_process_that_it_forked() -> None:
+    """The child holds the sockets too. The thread would wait for it, and it ends last here."""
+    signals, (reader, writer) = StopSignals(), os.pipe()
+    with signals.heard(lambda signum, is_second: None):
+        child = os.fork()
+        if child == 0:
+            os.close(writer)
+            os.read(reader, 1)  # returns when the test is over
+            os._exit(0)
+        os.close(reader)
+        ending = threading.Timer(30, os.kill, (child, signal.SIGKILL))
+        ending.start()
+    ending.cancel()
+    os.close(writer)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_launcher_passes_one_on_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
     heard = Heard()
     assert [heard.is_new(signal.SIGTERM), heard.is_new(signal.SIGTERM), heard.is_new(signal.SIGINT)] == [
