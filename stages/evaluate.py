@@ -2,8 +2,10 @@
 
 Reads   the policies; evaluation prompts (`evaluate.prompts`); the learned reward and, where it is known, the
         gold one; sft.data's held-out answers, which show what was learned; general texts and questions
-        (`evaluate.retention`), which show what was forgotten.
-Writes  responses.jsonl; comparison.jsonl (one prompt per line, all policies' answers); the summary metrics.
+        (`evaluate.retention`), which show what was forgotten; what a policy that learned from scores answered
+        to its held-out prompts, step by step.
+Writes  responses.jsonl; comparison.jsonl (one prompt per line, all policies' answers); gold_over_steps.jsonl
+        (the gold score and the KL of each of these steps); the summary metrics.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from rlhf.models.start import Init, check_start, directory_of, init_digest, init
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.recipe import BEST_OF_N
 from rlhf.pipeline.stage import INTERVAL, Stage, root_of
-from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
+from rlhf.rewards.kinds import RewardMix, RewardSource, columns_needed, is_remote, models_of
 from rlhf.rewards.reward import with_token_ids
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ OF_EACH = (
     *OF_SUBJECT, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
     "score_unscored", "gold_mean", "gold_deviation", "gold_unscored", "kl", "task_loss", "perplexity",
     "text_loss_*", "question_accuracy", "score_mean/*", "score_deviation/*", "gold_mean/*",
-    "gold_deviation/*", "judge_*",
+    "gold_deviation/*", "judge_*", "gold_peak_step", "gold_lost",
 )  # fmt: skip
 
 
@@ -75,7 +77,7 @@ class EvaluateStage(Stage):
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 13
+    version: ClassVar[int] = 14
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
@@ -109,7 +111,8 @@ class EvaluateStage(Stage):
     """What PPO was trained on; null leaves it out."""
     gold: RewardSource | None
     """The true reward, if it is known; null leaves it out. `auto` uses VADER for the demo; if some data is
-    yours, null."""
+    yours, null. If no server is asked, it also scores what PPO answered to its held-out prompts while it
+    learned."""
     num_prompts: PositiveInt | None
     """How many evaluation prompts, the first ones; null uses all."""
     num_references: PositiveInt | None
@@ -317,6 +320,7 @@ class EvaluateStage(Stage):
         rows = self.rows(job.data)
         answers = self.ask(job, rows)
         self.score(job, rows, answers)
+        self.gold_over_steps(job, answers)
         metrics: dict[str, float] = {"prompts": len(rows)}
         for name in answers:
             found = figures(name, answers, self.start)
@@ -450,6 +454,33 @@ class EvaluateStage(Stage):
                     said.figures[name] = said.figures.get(name, 0.0) + value
             del reward  # its memory is needed for the next one
 
+    def gold_over_steps(self, job: Job, answers: Mapping[str, Answers]) -> None:
+        """Let the gold reward also score what each policy answered while it learned, unless a server would
+        be asked. For this figure nothing fails."""
+        from rlhf.evaluation.held_out import FILE, gold_over_steps, lost_since_peak
+        from rlhf.rewards.reward import RewardError
+
+        rows: list[Mapping[str, Any]] = []
+        learned = [
+            name for name in answers if name in job.inputs and (job.inputs[name].path / FILE).is_file()
+        ]
+        if self.gold is not None and learned and not is_remote(self.gold):
+            gold, needed = job.reward(self.gold, self.micro_batch_tokens), columns_needed(self.gold)
+            for name in job.progress.track(learned, "evaluate: gold over steps", len(learned)):
+                try:
+                    steps = gold_over_steps(job.inputs[name].path / FILE, gold, needed)
+                except RewardError as error:
+                    self.tell(job, f"gold does not score what {name} answered while it learned: {error}")
+                    continue
+                rows += [{"policy": name, **at.row()} for at in steps]
+                kept = int(job.inputs[name].manifest.metrics["best_step"])
+                answers[name].figures |= lost_since_peak(steps, kept)
+        job.write_rows("gold_over_steps.jsonl", rows)
+
+    def tell(self, job: Job, line: str) -> None:
+        """Print it. It may quote an answer, so brackets are no markup."""
+        job.progress.console.print(f"{self.name}: {line}", style="yellow", highlight=False, markup=False)
+
     def tell_words(self, job: Job, answers: Mapping[str, Answers]) -> None:
         """Name the word that a policy took up, where many answers have it."""
         from rlhf.evaluation.wording import gained_word
@@ -459,8 +490,7 @@ class EvaluateStage(Stage):
         for name, said in answers.items():
             word, more = gained_word(said.texts, answers[self.start].texts)
             if more.value >= TOLD:
-                line = f"{self.name}: {word!r} is in {more.value:.0%} more answers of {name} than before."
-                job.progress.console.print(line, style="yellow", highlight=False, markup=False)
+                self.tell(job, f"{word!r} is in {more.value:.0%} more answers of {name} than before.")
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself, and side by side."""

@@ -31,7 +31,7 @@ class GrpoStage(GrpoConfig, PolicyStage):
         "held_out_score_gain", "GRPO's score on held-out prompts", 1,
         "GRPO found no policy that scores better",
     )  # fmt: skip
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""

@@ -37,7 +37,7 @@ class PpoStage(PpoConfig, PolicyStage):
         "held_out_score_gain", "PPO's score on held-out prompts", 1,
         "PPO found no policy that scores better",
     )  # fmt: skip
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     not_in_key: ClassVar[frozenset[str]] = PolicyStage.not_in_key | {"prompts"}
 
     @property

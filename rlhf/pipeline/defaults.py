@@ -47,7 +47,7 @@ def changed(composed: Mapping[str, Any]) -> list[Change]:
         ),
     ]
     return [
-        Change(key=key, default=_shown(key, default), value=_shown(key, value))
+        Change(key=key, default=shown(key, default), value=shown(key, value))
         for key, default, value in pairs
         if key not in OF_THE_RUN and value != _resolved(default, composed)
     ]
@@ -103,7 +103,8 @@ def _pairs(
             yield f"{prefix}{key}", default, value
 
 
-def _shown(key: str, value: Any) -> str:
+def shown(key: str, value: Any) -> str:
+    """A value as text, without secrets."""
     safe = value if isinstance(value, int | float | None) else redacted({key: value})[key]
     return safe if isinstance(safe, str) else json.dumps(safe, ensure_ascii=False)
 

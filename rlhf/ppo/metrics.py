@@ -6,13 +6,15 @@ Dimensions: B episodes, R response tokens (padded).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.data.schema import PromptRow
 from rlhf.distributed.compute import Compute
+from rlhf.evaluation.held_out import CHOICE, JUDGED
 from rlhf.evaluation.intervals import mean, ratio
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
@@ -121,11 +123,6 @@ class UpdateSums:
         return {name: value / tokens for name, value in zip(self.names, sums, strict=True)}
 
 
-CHOICE, JUDGED = slice(0, None, 2), slice(1, None, 2)
-"""Halves of the held-out prompts. The first chooses which weights are kept, the second judges them: on the
-prompts that chose it, the luckiest of several policies looks better than it is."""
-
-
 class Evaluation(NamedTuple):
     """A policy on held-out prompts."""
 
@@ -186,11 +183,11 @@ def evaluate_policy(
     seed: int,
     batch_rows: int,
     micro_batch_tokens: int,
-) -> tuple[Evaluation, list[str], dict[str, float]]:
+) -> tuple[Evaluation, list[dict[str, Any]], dict[str, float]]:
     """Sample one response per prompt, always with the same seed, and measure them.
 
     Returns:
-        What was measured, the responses, and each one's moments of several rewards.
+        What was measured, the answers as JSON values, and each one's moments of several rewards.
 
     Raises:
         RewardError: no response of one half of the prompts got a finite score.
@@ -215,4 +212,17 @@ def evaluate_policy(
     kl_BR = kl_k1(logp_BR, reference_BR, rollout.mask_BR)
     lengths_B = rollout.response_lengths.double()
     kl_B = kl_BR.sum(-1, dtype=torch.float64)
-    return Evaluation(score_B.cpu(), kl_B, lengths_B, rollout.stopped), texts, found.metrics()
+    result = Evaluation(score_B.cpu(), kl_B, lengths_B, rollout.stopped)
+    answers = [
+        {
+            **asdict(row),
+            "response": text,
+            "stopped": bool(result.stopped_B[index]),
+            "tokens": len(rollout.response_ids[index]),
+            "kl": float(kl_B[index]),
+            "score": float(result.score_B[index]) if result.score_B[index].isfinite() else None,
+            "token_ids": rollout.response_ids[index].tolist(),
+        }
+        for index, (row, text) in enumerate(zip(rows, texts, strict=True))
+    ]
+    return result, answers, found.metrics()

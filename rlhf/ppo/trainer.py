@@ -9,6 +9,7 @@ import math
 import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from rlhf.config import ConfigError
 from rlhf.data.schema import PromptRow
+from rlhf.evaluation.held_out import FILE as HELD_OUT_ANSWERS
+from rlhf.evaluation.held_out import write_answers
 from rlhf.evaluation.intervals import mean
 from rlhf.evaluation.sampled import Sampled
 from rlhf.generation.policy_model import PolicyModel
@@ -171,6 +174,7 @@ class PolicyTrainer:
             "held_out_score": best.score,
             **best.gain_over(first).metrics("held_out_score_gain"),
             "held_out_score_last": last.score,
+            "kl_last": float(last.kl_B.mean()),
             "held_out_length": float(best.length_B.mean()),
             "best_step": self.best_step,
             "bad_steps": self.bad_steps,
@@ -396,7 +400,7 @@ class PolicyTrainer:
     def evaluate(self, rows: Sequence[PromptRow]) -> Evaluation:
         """Measure the policy on held-out prompts. Keep its weights if the choosing half scores the best."""
         with self.update.published_weights():
-            result, texts, of_parts = evaluate_policy(
+            result, answers, of_parts = evaluate_policy(
                 self.policy,
                 self.reference,
                 self.reward,
@@ -417,9 +421,22 @@ class PolicyTrainer:
             )
         measured = result.metrics() | of_parts
         self.job.log({f"held_out_{name}": value for name, value in measured.items()}, self.done)
-        for row, text in list(zip(rows, texts, strict=True))[:8]:
-            self.job.sample(step=self.done, prompt=row.prompt, response=text)
+        for answer in answers[:8]:
+            self.job.sample(step=self.done, prompt=answer["prompt"], response=answer["response"])
+        self.job.checkpoints.keep(
+            kept_answers(self.done), partial(write_answers, step=self.done, answers=answers)
+        )
         return result
+
+    def publish_answers(self) -> None:
+        """Put the answers of all evaluations into the artifact."""
+        steps = sorted({*range(0, self.config.steps, self.config.evaluate_every), self.config.steps})
+        kept = {step: self.job.checkpoints.kept(kept_answers(step)) for step in steps}
+        if lost := [step for step, path in kept.items() if path is None]:
+            self.warn(f"the answers to held-out prompts of steps {lost} were kept, and are damaged or gone.")
+        if self.compute.is_main:
+            with (self.job.directory / HELD_OUT_ANSWERS).open("wb") as file:
+                file.writelines(path.read_bytes() for path in kept.values() if path is not None)
 
 
 class Answered(NamedTuple):
@@ -447,6 +464,11 @@ class Answered(NamedTuple):
             {name: torch.cat([own_B, others.parts[name]])[order] for name, own_B in self.parts.items()},
             {name: value + others.usage[name] for name, value in self.usage.items()},
         )
+
+
+def kept_answers(step: int) -> str:
+    """The name of the file that the checkpointer keeps of an evaluation."""
+    return f"{step}.{HELD_OUT_ANSWERS}"
 
 
 def repeated(rows: Sequence[PromptRow], times: int) -> list[PromptRow]:

@@ -114,7 +114,7 @@ def write_report(run: Run) -> Path:
     """Write report.md into the run directory."""
     parts = [
         f"# Run {run.directory.name}",
-        f"**Verdict.** {headed(outcome(run), verdict(run))}",
+        f"**Verdict.** {headed(outcome(run), run.verdict or verdict(run))}",
         stage_cells(run).markdown(),
     ]
     policies = policy_cells(run)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from rlhf.data.prepared import PreparedData
@@ -15,14 +13,13 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import AUTO
 from rlhf.pipeline.defaults import Change, references
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
-from rlhf.pipeline.run import GateResult, Run
-from rlhf.pipeline.stage import Stage
-from rlhf.rewards.kinds import RewardMix, keyed_parts, stage_of
+from rlhf.pipeline.run import Run
+from rlhf.report.against import Worked, worked_before
+from rlhf.report.convictions import FORGOTTEN, convictions, reward_of
+from rlhf.rewards.kinds import RewardMix, stage_of
 
 Direction = Literal["better", "not better", "unknown"]
 
-FORGOTTEN = ("retention_perplexity_ratio", "question_accuracy_change")
-"""Gates of `evaluate` on what a policy still knows: each policy of the chain has the same figure."""
 SCORES = {"gold_gain": "gold score", "score_gain": "reward's score"}
 """Metrics of `evaluate` that tell whether a policy became better: its words. The second is of interest where
 nobody knows the gold score."""
@@ -32,18 +29,15 @@ SEEN = 0.3
 full stop decided every pair."""
 STILL = 0.5
 """Nats per sequence: a policy that is nearer to its start learned nothing that shows."""
-PAYS_FOR_LENGTH = 0.3
-"""Correlation of a reward model's scores with length: 0.91 was seen where pairs were ordered by length, 0.11
-in the demo."""
 MOVED = 1 / 3
 """Of the KL on the prompts that were learned from, on new ones: 0.9 to 1.1 was seen in healthy runs, 0.12
 where the prompts were of another kind."""
-GROWN = 2.0
-"""Times as long: 3.7 was seen where 70% of SFT's answers were "N/A", 1.07 in the demo."""
 SAMPLING = ("temperature", "max_new_tokens")
 """Keys of a stage that samples and of `evaluate`: both should ask alike."""
 
 
+UNSURE = "Nobody is to blame for sure. Look first at"
+UNEXPLAINED = ": its gate failed, and nothing else says why."
 NOTES = 2
 """Differences between data sets that the verdict names; `prepare` shows all."""
 SHOWN = 4
@@ -77,13 +71,14 @@ def verdict(run: Run) -> str:
     blamed = [f"To blame is {reason}" for reason in reasons(run, own, scored, causes(run))]
     failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
     if failed and not blamed:
-        blamed = [f"To blame is perhaps {', '.join(failed)}: its gate failed, and nothing else says why."]
+        blamed = [f"To blame is perhaps {', '.join(failed)}{UNEXPLAINED}"]
     if not findings and not blamed:
         return "No stage of this run measures whether anything improved."
-    blamed = [
-        each + otherwise_set(run, re.findall(r"[\w@]+", each.partition(":")[0]), "Changed there")
-        for each in blamed
-    ]
+    worked = worked_before(run)
+    if blamed:
+        blamed = by_comparison(blamed, worked) or [
+            each + otherwise_set(run, named_in(each), "Changed there") for each in blamed
+        ]
     parts = []
     for word, direction in (
         ("Improved", "better"),
@@ -98,11 +93,47 @@ def verdict(run: Run) -> str:
     remarks = [
         f"Note {evaluation}: {each}" for each in asked if each and not any(each in said for said in blamed)
     ]
+    remarks += [f"Note {name}: {said}" for name in learners if (said := over_optimized(run, name))]
     if not blamed and any(finding.direction != "better" for finding in findings):
-        heading = "Nobody is to blame for sure. Look first at what was changed"
-        parts.append(otherwise_set(run, run.needed or run.chain, heading).strip())
+        changed = otherwise_set(run, run.needed or run.chain, f"{UNSURE} what was changed").strip()
+        parts.append(changed if worked is None else f"{UNSURE} {worked.section or 'this'}: {worked}")
+    elif not blamed and worked is not None:
+        remarks += filter(None, [less_than(worked, scored)])
     remarks += [f"Note prepare: {said}" for said in unlike(run)[:NOTES]]
     return " ".join(filter(None, [*parts, *blamed, *remarks]))
+
+
+def named_in(reason: str) -> list[str]:
+    """The stages that a reason begins with."""
+    names = reason.removeprefix("To blame is ").partition(":")[0]
+    return re.findall(r"[\w@]+", re.sub(r"^perhaps |^the reward of ", "", names).replace(" or ", " "))
+
+
+def by_comparison(blamed: Sequence[str], worked: Worked | None) -> list[str]:
+    """Who is to blame where a run worked that differs in one section of the config alone: that section. What
+    was seen elsewhere is how it shows. Empty if there is no such run."""
+    if worked is None:
+        return []
+    said = str(worked)
+    if worked.section is None or any(named_in(each) == [worked.section] for each in blamed):
+        return [*blamed, f"{said[0].upper()}{said[1:]}"]
+    told = (each.removeprefix("To blame is ").removeprefix("perhaps ") for each in blamed)
+    shows = [f"It shows in {each.removesuffix(UNEXPLAINED).removesuffix('.')}." for each in told]
+    return [f"To blame is {worked.section}: {said}", *shows]
+
+
+def less_than(worked: Worked, scored: Mapping[str, Finding]) -> str:
+    """That the last policy gained less than in a run that worked, perhaps by chance; else empty."""
+    _, metrics = last_evaluation(worked.stages)
+    for name, finding in reversed([*scored.items()]):
+        there = Sampled.found(f"{finding.metric}/{name}", metrics)
+        if there is None or finding.sampled.value >= there.value:
+            return ""
+        figures = f"{finding.sampled.value:+.3g}, there {there.value:+.3g}"
+        chance = "" if finding.sampled.high < there.low else ", which may be chance"
+        named = worked.section or "on this run"
+        return f"Note {named}: {finding.words} gained less ({figures}){chance}: {worked}"
+    return ""
 
 
 def outcome(run: Run) -> str:
@@ -177,67 +208,6 @@ def causes(run: Run) -> dict[str, str]:
     return found
 
 
-def convictions(run: Run, gate: GateResult) -> dict[str, str]:
-    """The stages that a failed gate convicts, and why."""
-    found: dict[str, str] = {}
-    figure = f"{gate.name} = {gate.figure}, wanted {gate.bound}"
-    kind = kind_of(gate.stage)
-    if kind == "prepare" and gate.name == "bad_share":
-        found[gate.stage] = (
-            f"{gate.stage}: it left out most rows of a data set ({figure}). Its table says of which, and why."
-        )
-    elif kind == "generate" and gate.name == "stop_rate":
-        found |= endless(run, gate.stage, figure)
-    elif kind == "generate" and gate.name == "echo_rate":
-        made_by = str(getattr(run.chain[gate.stage], "policy", gate.stage))
-        blamed = made_by if made_by in run.chain else gate.stage
-        found[blamed] = (
-            f"{blamed}: the answers repeat the question ({figure}). Are prompt and answer exchanged in "
-            "the rows that it learned?"
-        )
-    elif kind == "generate" and gate.name == "within_prompt_share":
-        found[gate.stage] = (
-            f"the reward of {gate.stage}: all answers to one prompt have nearly the same score "
-            f"({figure}). Either it does not read the answer, or the answers are alike "
-            f"({gate.stage}.temperature={getattr(run.chain[gate.stage], 'temperature', 1.0):g})."
-        )
-    elif kind == "generate" and gate.name == "score_reliability":
-        found[gate.stage] = (
-            f"the reward of {gate.stage}: the same answers get other scores when they come in another "
-            f"order ({figure}). Does it return its scores in the order of its arguments?"
-        )
-    elif kind == "sft" and gate.name == "cut_share":
-        found[gate.stage] = (
-            f"{gate.stage}: the answers that it learned were cut off before it read them ({figure}). "
-            "Look where its data comes from."
-        )
-    elif kind == "sft" and gate.name == "prompt_gain":
-        found[gate.stage] = (
-            f"{gate.stage}: what it learned to answer does not depend on the prompts ({figure}). Are the "
-            "rows of its data out of step, or all answers alike?"
-        )
-    elif gate.name == "kl":
-        found[gate.stage] = f"{gate.stage}: the policy went too far from its start ({figure})."
-    elif kind == "evaluate" and gate.name == "gold_correlation":
-        found |= another_aim(run, gate)
-    elif kind == "evaluate" and (first := first_failing(run, gate)) is not None:
-        policy, each = first
-        if gate.name in ("length_ratio", "word_gain"):
-            blamed, why = paid_for_form(run, policy, each)
-            found[blamed] = why
-        elif gate.name == "stop_rate_change":
-            found[policy] = (
-                f"{policy}: far fewer of its answers end by themselves than before ({each.name} = "
-                f"{each.figure}). Does its reward pay for that? Read its last answers."
-            )
-        elif gate.name in FORGOTTEN:
-            found[policy] = (
-                f"{policy}: its policy lost what the base model knew ({each.name} = {each.figure}, "
-                f"wanted {gate.bound}). Look at its data and its learning rate."
-            )
-    return found
-
-
 def mostly_held_out(run: Run) -> dict[str, str]:
     """That more rows are held out than learned from, where not all improved; else empty."""
     share = getattr(run.chain.get("prepare"), "held_out_fraction", 0.0)
@@ -251,127 +221,6 @@ def mostly_held_out(run: Run) -> dict[str, str]:
 def unlike(run: Run) -> list[str]:
     """In what data sets of the chain are unlike others, as `prepare` saw them."""
     return PreparedData(run.directory / "artifacts" / "prepare").unlike()
-
-
-def endless(run: Run, stage: str, figure: str) -> dict[str, str]:
-    """Why most answers do not end by themselves: they learned to be longer than they may be, or else."""
-    asks = run.chain[stage]
-    policy, most = str(getattr(asks, "policy", "")), getattr(asks, "max_new_tokens", None)
-    learned = run.metrics_of(policy).get("answer_tokens")
-    said = f"most answers do not end by themselves ({figure})"
-    if learned is not None and most is not None and learned > most:
-        return {
-            policy: f"{policy} or {stage}: {said}: those that {policy} learned have {learned:.0f} tokens on "
-            f"average, and {stage}.max_new_tokens={most}. Do the answers of {policy}.data run on, or is the "
-            "limit too low?"
-        }
-    return {
-        stage: f"model.chat_template, or what {stage} asks: {said}. Either the template writes no end that "
-        "the model learned, or answers are cut off."
-    }
-
-
-def another_aim(run: Run, gate: GateResult) -> dict[str, str]:
-    """The reward that the first policy of the chain learned from, which does not go with the gold score."""
-    for name, stage in run.chain.items():
-        if stage.publishes == "policy" and stage.rewards():
-            reward, figure = reward_of(run, name), f"{gate.name} = {gate.figure}"
-            is_against = (gate.value if gate.sampled is None else gate.sampled.high) < 0
-            if is_against and (counted := counted_against(stage, reward)):
-                return {name: f"{name}: {counted}, and goes against the gold score ({figure})."}
-            said = f"it {'goes against' if is_against else 'does not go with'} the gold score ({figure})."
-            if not (reward and is_against):
-                return {reward or name: f"{reward or f'the reward of {name}'}: {said}"}
-            return {
-                reward: f"{reward} or {gate.stage}: {said} Are the better and the worse answers of "
-                f"{reward}.pairs exchanged, or does {gate.stage}.gold give the worse answers more?"
-            }
-    return {}
-
-
-def counted_against(stage: Stage, reward: str | None) -> str:
-    """That all that scores a policy's answers has a weight below 0, where a reward model does that too; else
-    empty."""
-    parts = keyed_parts(stage.rewards())
-    learned = [each for each in parts if reward is not None and stage_of(each[1].source) == reward]
-    if not all(part.weight < 0 for _, part in learned or parts):
-        return ""
-    key, part = (learned or parts)[0]
-    return (
-        f"{key} counts {part.source} with a weight of {part.weight:g}, so it pays for what that likes least"
-    )
-
-
-def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
-    """The reward that a policy learned from, where its answers changed their length or took up a word; and
-    why."""
-    stage = run.chain[policy]
-    reward = reward_of(run, policy)
-    together = run.metrics_of(reward).get("length_correlation") if reward else None
-    if each.name.startswith("length_ratio"):
-        seen = "" if together is None else f"; the reward's scores go with length by {together:+.2f}"
-        did, form = "changed the length of the answers", "length"
-    else:
-        if (short := grown_from_little(run, policy, each)) is not None:
-            return short
-        word = taken_up(run, policy)
-        put = f'the word "{word}"' if word else "one word"
-        together, seen, did, form = None, "", f"put {put} into the answers", "a word"
-    said = f"{stage.title} {did} ({each.name} = {each.figure}{seen})"
-    if together is not None and abs(together) < PAYS_FOR_LENGTH:
-        return policy, (
-            f"{policy}: {said}. The reward hardly pays for length: is what {policy} starts from much shorter "
-            f"or longer than the answers of {reward}.pairs?"
-        )
-    blamed = reward or (f"the reward of {policy}" if stage.rewards() else policy)
-    return (
-        reward or policy,
-        f"{blamed}: {said}. What it learned from may pay for {form} and not for what is said.",
-    )
-
-
-def taken_up(run: Run, policy: str) -> str:
-    """The word that `word_gain` is about, from the answers; empty where the run has none."""
-    from rlhf.evaluation.wording import gained_word
-
-    evaluation, _ = last_evaluation(run.stages)
-    start = str(getattr(run.chain.get(evaluation), "start", ""))
-    path = run.directory / "artifacts" / evaluation / "responses.jsonl"
-    if not path.is_file():
-        return ""
-    texts: dict[str, list[str]] = {start: [], policy: []}
-    with path.open(encoding="utf-8") as file:  # answers may have what str.splitlines takes for a line's end
-        for row in map(json.loads, file):
-            if row["policy"] in texts:
-                texts[row["policy"]].append(row["response"])
-    return gained_word(texts[policy], texts[start])[0]
-
-
-def grown_from_little(run: Run, policy: str, each: GateResult) -> tuple[str, str] | None:
-    """The stage whose answers a policy starts from, if they are so short that longer ones take up common
-    words by themselves; and why."""
-    evaluation, metrics = last_evaluation(run.stages)
-    start = str(getattr(run.chain.get(evaluation), "start", ""))
-    before, after = (metrics.get(f"length_mean/{name}") for name in (start, policy))
-    if start not in run.chain or before is None or after is None or after < GROWN * before:
-        return None
-    return start, (
-        f"{start}: its answers have {before:.0f} tokens, and those of {run.chain[policy].title} {after:.0f}, "
-        f"so they took up common words ({each.name} = {each.figure}). Are the answers of {start}.data cut "
-        "off, or often empty?"
-    )
-
-
-def first_failing(run: Run, gate: GateResult) -> tuple[str, GateResult] | None:
-    """The first stage of the chain whose policy fails a gate of `evaluate`, and its own figure."""
-    for name in run.chain:
-        metric = f"{gate.name}/{name}"
-        sampled = Sampled.found(metric, run.metrics_of(gate.stage))
-        if sampled is not None:
-            each = replace(gate, name=metric, value=sampled.value, sampled=sampled)
-            if each.outcome == "failed":
-                return name, each
-    return None
 
 
 def reasons(
@@ -514,21 +363,28 @@ def deviation_of(run: Run, stage: str, reward: str | None) -> str:
     return "score_deviation"
 
 
-def reward_of(run: Run, policy: str) -> str | None:
-    """The reward model that a policy learned from."""
-    inputs = run.chain[policy].inputs()
-    return next((name for name in inputs if run.chain[name].publishes == "reward"), None)
-
-
 def hardly_moved(run: Run, policy: str) -> str:
     """That a policy is still its own start, and what to change; empty if it moved, or is the start itself."""
-    metrics = run.metrics_of(policy)
-    kl = Sampled.found("kl", metrics)
-    if kl is None or kl.value >= STILL or not metrics.get("best_step"):
+    kl = run.metrics_of(policy).get("kl_last")
+    if kl is None or kl >= STILL:
         return ""
     return (
-        f"{policy}: its policy hardly moved from its start (KL {kl.value:.2g} nats per sequence). Raise "
+        f"{policy}: its policy hardly moved from its start (KL {kl:.2g} nats per sequence). Raise "
         f"{policy}.optim.lr or {policy}.steps, or lower {policy}.kl.coef."
+    )
+
+
+def over_optimized(run: Run, policy: str) -> str:
+    """That an earlier step of a policy has a higher gold score than the one whose weights it keeps; else
+    empty."""
+    _, metrics = last_evaluation(run.stages)
+    lost, kept = Sampled.found(f"gold_lost/{policy}", metrics), run.metrics_of(policy).get("best_step")
+    if lost is None or kept is None or lost.low <= 0 or (peak := metrics[f"gold_peak_step/{policy}"]) > kept:
+        return ""
+    return (
+        f"its gold score was higher at step {peak:.0f} than at step {kept:.0f}, whose weights it keeps, by "
+        f"{lost.value:.2g} ({lost.low:.2g} to {lost.high:.2g}): it learned more than the reward is right "
+        f"about. Lower {policy}.steps, or raise {policy}.kl.coef."
     )
 
 

@@ -58,6 +58,8 @@ class RewardKind:
 
     not_in_key: frozenset[str] = frozenset()
     """Names of `args` that do not decide a score."""
+    is_remote: bool = False
+    """Whether a server is asked, which may cost money."""
 
     @property
     def has_model(self) -> bool:
@@ -204,6 +206,16 @@ def models_of(source: str | RewardMix | None) -> list[RewardPart]:
     return [] if source is None else [part for part in parts_of(source) if reward_kind(part.source).has_model]
 
 
+def columns_needed(source: str | RewardMix) -> frozenset[str]:
+    """The columns of a prompt's row that its rewards cannot do without."""
+    return frozenset[str]().union(*(reward_kind(part.source).needs(part) for part in parts_of(source)))
+
+
+def is_remote(source: str | RewardMix) -> bool:
+    """Whether a server is asked for one of its rewards."""
+    return any(reward_kind(part.source).is_remote for part in parts_of(source))
+
+
 def critic_part(source: str | RewardMix) -> RewardPart | None:
     """The model that a critic can start from: the only one, in a sum, with a positive weight."""
     models = models_of(source)
@@ -283,6 +295,7 @@ _SERVER = RewardKind(
     _is_url,
     _digest_of_url,
     make=lambda part, server: remote_reward(part.source, server),
+    is_remote=True,
 )
 REWARD_KINDS: dict[str, RewardKind] = {
     "learned": RewardKind(
@@ -334,6 +347,7 @@ REWARD_KINDS: dict[str, RewardKind] = {
         check_args=check_judge,
         needs=lambda part: judge_needs(part.args),
         not_in_key=NOT_IN_KEY,
+        is_remote=True,
     ),
     "http": _SERVER,
     "https": _SERVER,

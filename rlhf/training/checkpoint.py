@@ -254,7 +254,7 @@ class Checkpointer:
         None if there is none, or if it is damaged."""
 
         def find() -> Path | None:
-            for path in self.directory.glob(f"kept-{self._of_inputs}-*-{name}"):
+            for path in self.directory.glob(self._kept_as(name, "?" * 12)):
                 if path.name == self._kept_as(name, file_digest(path)):
                     return path
             return None
@@ -275,6 +275,8 @@ class Checkpointer:
             write(part)
             flush(part)
             final = self.directory / self._kept_as(name, file_digest(part))
+            for other in self.directory.glob(self._kept_as(name, "?" * 12)):
+                other.unlink()  # of an attempt that went on from an earlier step, with other roundings
             part.rename(final)
             flush(self.directory)
             return final

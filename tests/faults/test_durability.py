@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,16 @@ def test_a_place_that_takes_no_directory_is_told(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(ConfigError, match="the checkpoint of step 1 could not be written"):
         checkpointer(tmp_path).save(1, engine(), {})
+
+
+def test_a_file_that_is_kept_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    """As after a checkpoint of an earlier step, on another number of ranks. A longer name is another file."""
+    checkpoints = checkpointer(tmp_path)
+    for name, text in (("2.answers", "first"), ("12.answers", "other"), ("2.answers", "second")):
+        (tmp_path / "new").write_text(text)
+        checkpoints.keep(name, partial(os.link, tmp_path / "new"))
+        (tmp_path / "new").unlink()
+    found = {name: checkpoints.kept(name) for name in ("2.answers", "12.answers", "3.answers")}
+    read = {name: path and path.read_text() for name, path in found.items()}
+    assert read == {"2.answers": "second", "12.answers": "other", "3.answers": None}
+    assert len([*tmp_path.rglob("kept-*")]) == 2

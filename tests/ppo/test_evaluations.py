@@ -18,6 +18,7 @@ from torch import Tensor
 from helpers.ppo import best_weights, equal, length, ppo_job, ppo_stage, prompts, resumed_learner
 from helpers.trained import write_trained
 from rlhf.config import ConfigError
+from rlhf.evaluation.held_out import FILE
 from rlhf.ppo.metrics import Evaluation
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.reward import Prompts, Reward, RewardError
@@ -65,6 +66,11 @@ def learner_in(directory: Path, model: Path, reward: Reward, *overrides: str) ->
 
 def train(trainer: PolicyTrainer) -> dict[str, float]:
     return trainer.train(TRAIN, HELD_OUT)
+
+
+def published_answers(trainer: PolicyTrainer) -> str:
+    trainer.publish_answers()
+    return (trainer.job.directory / FILE).read_text()
 
 
 def evaluated_steps(trainer: PolicyTrainer) -> list[int]:
@@ -193,6 +199,35 @@ def test_killed_between_the_best_weights_and_the_checkpoint_it_ends_the_same(
     assert not (tmp_path / "checkpoints" / ".best.part").exists()
     assert train(second) == expected
     assert equal(best_weights(second), best_weights(through))
+    assert published_answers(second) == published_answers(through)
+
+
+def test_every_answer_of_each_evaluation_is_published(tmp_path: Path, tiny_model: Path) -> None:
+    reward = Faulty(unscored=1)
+    trainer = learner_in(tmp_path / "job", tiny_model, reward, "ppo.steps=3")  # evaluated at 0, 2 and 3
+    train(trainer)
+    answers = [json.loads(line) for line in published_answers(trainer).splitlines()]
+    assert [answer["step"] for answer in answers] == [0] * 4 + [2] * 4 + [3] * 4
+    assert [answer["prompt"] for answer in answers] == 3 * [row.prompt for row in HELD_OUT]
+    assert [answer["response"] for answer in answers[-4:]] == reward.responses
+    assert [answer["score"] for answer in answers[::4]] == [None] * 3
+    assert trainer.last is not None
+    assert sum(answer["score"] for answer in answers[-4:][1::2]) / 2 == trainer.last.score
+    assert [answer["kl"] for answer in answers[-4:]] == trainer.last.kl_B.tolist()
+    assert [len(answer["token_ids"]) for answer in answers[-4:]] == trainer.last.length_B.tolist()
+
+
+def test_answers_that_were_damaged_on_the_disk_are_told_and_left_out(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    trainer = learner_in(tmp_path / "job", tiny_model, Faulty())
+    train(trainer)
+    (damaged,) = (tmp_path / "checkpoints").glob("kept-*-2.held_out_answers.jsonl")
+    damaged.write_text("half a li")
+    trainer.job.progress.console = console = Console(file=StringIO(), width=200)
+    lines = published_answers(trainer).splitlines()
+    assert {json.loads(line)["step"] for line in lines} == {0, 4}
+    assert isinstance(console.file, StringIO) and "of steps [2] were kept, and are" in console.file.getvalue()
 
 
 def test_the_best_weights_come_from_the_checkpoint_whatever_lies_beside_it(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers.pages import make_run
-from rlhf.report.page.collect import cleaned, read_run
+from rlhf.report.page.collect import cleaned, over_kl, read_run
 from rlhf.report.page.curves import Curve
 from rlhf.report.page.size import embedded
 from rlhf.report.page.write import NAME, run_page, write_page
@@ -113,6 +113,17 @@ def test_what_is_not_there_is_left_out(run: Path) -> None:
     left = {"policies", "answers", "optimization", "calibration", "forgetting", "curves", "gates"}
     assert not left & {*page.ids}
     assert "This run has not ended." in page.said
+
+
+def test_gold_is_shown_over_the_kl_of_each_step_that_has_both(run: Path) -> None:
+    steps = [(0, 0.0, 0.2), (4, 6.0, 0.9), (8, 4.0, 0.8), (12, None, 0.7), (16, 9.0, None)]
+    rows = [json.dumps({"policy": "ppo", "step": step, "kl": kl, "gold": gold}) for step, kl, gold in steps]
+    (run / "artifacts" / "evaluate" / "gold_over_steps.jsonl").write_text("\n".join(rows))
+    chart = over_kl(read_run(run))
+    assert chart is not None
+    curves = {curve.name: (curve.x, curve.y) for curve in chart.curves if not curve.marks}
+    assert list(curves) == ["learned score, ppo's steps", "gold score, ppo's steps"]
+    assert curves["gold score, ppo's steps"] == ([0.0, 4.0, 6.0], [0.2, 0.8, 0.9])
 
 
 def test_a_chart_is_also_text(run: Path) -> None:

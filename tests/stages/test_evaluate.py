@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.chains import Chain, Outcome
@@ -21,10 +25,12 @@ from rlhf.data.chat_template import exchange_ids
 from rlhf.data.prepared import PreparedData
 from rlhf.data.schema import PromptRow, QuestionRow, Row, SftRow, TextRow
 from rlhf.evaluation.answers import Answers, agreement, figures, task_gain
+from rlhf.evaluation.held_out import FILE, write_answers
 from rlhf.evaluation.intervals import ratio
 from rlhf.evaluation.retention import Retained
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.run import GateResult
+from rlhf.rewards.kinds import RewardMix, is_remote
 from rlhf.rl.rollout import Rollout
 from rlhf.stages.evaluate import EvaluateStage
 
@@ -77,16 +83,19 @@ def published(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {"base": tiny_model, "sft": tiny_model, "ppo": directory}
 
 
-def run_stage(stage: EvaluateStage, published: dict[str, Path], directory: Path) -> Job:
+def run_stage(
+    stage: EvaluateStage, published: dict[str, Path], directory: Path, console: Console | None = None
+) -> Job:
     directory.mkdir(parents=True)
     data = PreparedData(directory)
-    prompts = [PromptRow(user(text)) for text in PROMPTS]
+    prompts = [PromptRow(user(text), columns={"length": 3}) for text in PROMPTS]
     data.write("evaluate", "evaluation", prompts)
     data.write("sft", "held_out", REFERENCES)
     data.write("retention", "evaluation", RETENTION)
     base = tiny_base(published["base"])
     inputs = {name: published[name] for name in ("sft", "ppo")}
-    job = small_job("evaluate", directory, base, inputs, data=data)
+    job = small_job("evaluate", directory, base, inputs, data=data, console=console)
+    job.inputs["ppo"].manifest.metrics["best_step"] = 4.0
     stage.run(job)
     return job
 
@@ -112,6 +121,76 @@ def test_equal_policies_measure_alike_and_another_does_not(finished: Job) -> Non
     assert metrics["retention_perplexity_ratio/ppo"] == pytest.approx(
         metrics["perplexity/ppo"] / metrics["perplexity/base"]
     )
+
+
+def learning(directory: Path, policy: Path) -> Path:
+    """The artifact of a policy that answered one letter a step more, and likes its last step best."""
+    shutil.copytree(policy, directory)
+    rows = [PromptRow(user(f"What is {n}?")) for n in range(4)]
+    for step in (0, 2, 4):
+        answers = [
+            {**asdict(row), "response": "a" * step, "kl": 0.5 * step, "score": 0.0, "token_ids": [1]}
+            for row in rows
+        ]
+        write_answers(directory / "part", step, answers)
+        with (directory / FILE).open("ab") as file:
+            file.write((directory / "part").read_bytes())
+    return directory
+
+
+def shortness(prompts: list[str], responses: list[str]) -> list[float]:
+    return [-float(len(response)) for response in responses]
+
+
+def as_told(prompts: Any, completions: Any, length: list[int], **others: Any) -> list[float]:
+    """In TRL's form."""
+    return [float(each) for each in length]
+
+
+def run_learner(directory: Path, published: dict[str, Path], gold: str) -> tuple[Job, str]:
+    """The job, and what it printed. Prompts that are evaluated have a column that those of training lack."""
+    said = StringIO()
+    policies = published | {"ppo": learning(directory / "ppo", published["ppo"])}
+    stage = make_stage(gold=f"python:{__name__}:{gold}", num_prompts=2)
+    job = run_stage(stage, policies, directory / "run", Console(file=said, width=300))
+    return job, said.getvalue()
+
+
+def test_what_a_policy_answered_while_it_learned_is_scored(
+    tmp_path: Path, published: dict[str, Path]
+) -> None:
+    job, _ = run_learner(tmp_path, published, "shortness")
+    rows = jsonl(job.directory / "gold_over_steps.jsonl")
+    assert [(row["policy"], row["step"], row["kl"], row["gold"], row["rows"]) for row in rows] == [
+        ("ppo", 0, 0.0, 0.0, 4), ("ppo", 2, 1.0, -2.0, 4), ("ppo", 4, 2.0, -4.0, 4)
+    ]  # fmt: skip
+    assert job.summary is not None
+    found = {name: job.summary[f"{name}/ppo"] for name in ("gold_peak_step", "gold_lost", "gold_lost_low")}
+    assert found == {"gold_peak_step": 0.0, "gold_lost": 4.0, "gold_lost_low": 4.0}
+    assert "gold_lost/sft" not in job.summary
+
+
+def test_a_gold_score_that_these_prompts_do_not_allow_costs_nothing_else(
+    tmp_path: Path, published: dict[str, Path]
+) -> None:
+    job, said = run_learner(tmp_path, published, "as_told")
+    assert job.summary is not None and job.summary["gold_mean/ppo"] == 3.0
+    assert jsonl(job.directory / "gold_over_steps.jsonl") == [] and "gold_lost/ppo" not in job.summary
+    assert "gold does not score what ppo answered while it learned: no prompt has the column length." in said
+
+
+def test_no_server_is_asked_for_a_curve() -> None:
+    judge = {"source": "judge:http://127.0.0.1:9/v1", "args": {"model": "any", "rubric": "clear"}}
+    remote: list[str | RewardMix] = [
+        "https://somewhere/score",
+        RewardMix.model_validate({"of": ["vader", judge]}),
+    ]
+    local: list[str | RewardMix] = [
+        "vader",
+        "model:somewhere",
+        RewardMix.model_validate({"of": ["vader", "learned"]}),
+    ]
+    assert [*map(is_remote, remote + local)] == [True, True, False, False, False]
 
 
 def test_there_is_no_distance_between_models_of_other_tokens(

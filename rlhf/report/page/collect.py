@@ -24,6 +24,7 @@ MOST_MARKS = 300
 SHOWN_CURVES = 6
 """Of each stage; more are one click away."""
 CALIBRATION = "calibration.jsonl"
+GOLD_OVER_STEPS = "gold_over_steps.jsonl"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class RunFacts:
     """policies: their names; titles: what tables call them; before and after: the two that are shown first;
     kinds: gold and score, where there are such; rows: prompt and answers; left_out: how many prompts are not
     on the page."""
+    gold_over_steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Policy -> KL and gold score of its held-out answers, evaluation by evaluation."""
     titles: Mapping[str, str] = field(default_factory=dict)
     """Policy -> what tables call it; empty of a run from before this was written down."""
     price: float | None = None
@@ -176,6 +179,8 @@ def read_run(directory: Path) -> RunFacts:
     if run.evaluation is not None:
         path = directory / "artifacts" / run.evaluation.name / "comparison.jsonl"
         run.answers = read_answers(path, policies_of(run))
+        for row in read_rows(path.with_name(GOLD_OVER_STEPS)):
+            run.gold_over_steps.setdefault(row["policy"], []).append(row)
     if run.answers:
         names = run.answers["policies"]
         start = start_of(run)
@@ -244,6 +249,14 @@ def _manifest(path: Path) -> dict[str, Any]:
     return {name: cleaned(found[name]) for name in ("hardware", "created", "git_revision") if found[name]}
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a small .jsonl file; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def read_answers(path: Path, policies: list[str]) -> dict[str, Any]:
     """The answers side by side, as many as a page can hold; empty where there are none."""
     if not path.is_file():
@@ -302,6 +315,9 @@ def over_kl(run: RunFacts) -> Chart | None:
             curves.append(
                 Curve(f"learned score, {stage}'s steps", [x for x, _ in pairs], [y for _, y in pairs])
             )
+    for policy, rows in run.gold_over_steps.items():
+        known = sorted((row["kl"], row["gold"]) for row in rows if None not in (row["kl"], row["gold"]))
+        curves.append(Curve(f"gold score, {policy}'s steps", [x for x, _ in known], [y for _, y in known]))
     if run.evaluation is not None:
         metrics = run.evaluation.metrics
         start, names = start_of(run), policies_of(run)
@@ -342,10 +358,9 @@ def over_length(run: RunFacts) -> tuple[Chart, list[str]] | None:
 def calibrations(run: RunFacts) -> Iterator[tuple[str, Chart]]:
     """Of each reward model: how often it is right where it says that it is sure."""
     for stage in run.stages:
-        path = run.directory / "artifacts" / stage.name / CALIBRATION
-        if not path.is_file():
+        rows = read_rows(run.directory / "artifacts" / stage.name / CALIBRATION)
+        if not rows:
             continue
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         x, y = [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
         named = f"{stage.name} ({sum(row['pairs'] for row in rows):,} held-out pairs)"
         yield (

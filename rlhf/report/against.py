@@ -1,0 +1,171 @@
+"""What a run does otherwise than one beside it that worked: the surest sign of what ruined it.
+
+Compared are the recipes of their artifacts, so only what can change a result: keys, rows, models and code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.data.roles import ROLES
+from rlhf.digests import MANIFEST, Recipe
+from rlhf.pipeline.defaults import references, shown
+from rlhf.pipeline.recipe import kind_of
+from rlhf.pipeline.run import Run
+from rlhf.pipeline.stage import Stage
+
+MOST_KEYS = 4
+"""A run with more differences is another experiment."""
+MOST_RUNS = 200
+"""How many of the newest runs are looked at."""
+OF_ALL = {"seed": "seed", "dtype": "precision"}
+"""Entries of a recipe that all stages share: what the verdict calls them."""
+
+
+class Worked(NamedTuple):
+    """A run that worked."""
+
+    name: str
+    stages: dict[str, dict[str, Any]]
+    """As in `Run.stages`."""
+    differences: dict[str, str]
+    """Key, or what else differs -> how, in words. Ordered as the stages are."""
+
+    def __str__(self) -> str:
+        found = " and ".join(f"{key}{how}" for key, how in self.differences.items())
+        verb = "differs" if len(self.differences) == 1 else "differ"
+        return f"against run {self.name}, which worked, only {found} {verb}."
+
+    @property
+    def section(self) -> str | None:
+        """The only section of the config that differs, such as `sft` or `model`; None if it is not one
+        alone."""
+        found = {key.partition(".")[0] for key in self.differences if "." in key}
+        return found.pop() if len(found) == 1 and all("." in key for key in self.differences) else None
+
+
+def worked_before(run: Run) -> Worked | None:
+    """The run beside this one that worked and differs in the fewest keys, and in at least one; of several the
+    newest. None where there is none, or all are other experiments."""
+    mine = recipes(run.directory, run.stages)
+    found: Worked | None = None
+    for directory, summary in islice(_newest(run.directory.parent), MOST_RUNS):
+        if summary.get("outcome") != "worked" or directory.resolve() == run.directory.resolve():
+            continue
+        theirs = recipes(directory, summary["stages"])
+        if not mine or not mine.keys() <= theirs.keys():
+            continue
+        there = {each["key"]: each["value"] for each in summary.get("changed") or ()}
+        of_model = model_keys({each["key"]: each["value"] for each in run.changed}, there)
+        each = Worked(directory.name, summary["stages"], differences(mine, theirs, run.chain, of_model))
+        if each.differences and (found is None or len(each.differences) < len(found.differences)):
+            found = each
+    return found if found is not None and len(found.differences) <= MOST_KEYS else None
+
+
+def _newest(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    with os.scandir(runs) as entries:
+        summaries = [Path(entry.path) / "summary.json" for entry in entries if entry.is_dir()]
+    for path in sorted(filter(Path.is_file, summaries), key=lambda each: each.stat().st_mtime, reverse=True):
+        if (summary := _read(path)) is not None:
+            yield path.parent, summary
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """None where another run is being removed, or a person wrote something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "stages" in found else None
+
+
+def recipes(directory: Path, stages: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Of the artifacts that a run links; without those that are gone."""
+    found = {name: _manifest(directory / "artifacts" / name / MANIFEST) for name in stages}
+    return {name: manifest["recipe"] for name, manifest in found.items() if manifest is not None}
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found.get("recipe"), dict) else None
+
+
+def differences(
+    mine: Mapping[str, Recipe],
+    theirs: Mapping[str, Recipe],
+    chain: Mapping[str, Stage],
+    of_model: Mapping[str, str],
+) -> dict[str, str]:
+    """In what the stages of a run were made otherwise, what follows from another difference left out.
+
+    Args:
+        of_model: what differs in the keys of the base model.
+    """
+    found: dict[str, str] = {}
+    for name in (name for name in chain if name in mine):
+        here, there = mine[name], theirs[name]
+        knobs = dict(_leaves(here["knobs"], there["knobs"], f"{name}."))
+        for key, (own, other) in knobs.items():
+            if key.split(".")[1] in type(chain[name]).model_fields:  # the others are worked out from keys
+                found[key] = f"={shown(key, own)} (there: {shown(key, other)})"
+        for label, _ in _leaves(here["external"], there["external"], ""):
+            outside, how = _outside(chain[name], label, here["knobs"])
+            if outside is not None:
+                found.setdefault(outside, how)
+        if here.get("model") != there.get("model"):
+            found |= of_model or {"the base model": ""}
+        for entry, words in OF_ALL.items():
+            if here.get(entry) != there.get(entry):
+                found[words] = f"={here.get(entry)} (there: {there.get(entry)})"
+        if here["version"] != there["version"]:
+            found["the version of rlhf"] = ""
+    return {key: how for key, how in found.items() if _source(key) not in found}
+
+
+def model_keys(here: Mapping[str, str], there: Mapping[str, str]) -> dict[str, str]:
+    """The keys of the base model that two runs set otherwise, and how.
+
+    Args:
+        here: key -> its value, where it is not the packaged one.
+    """
+    return {
+        key: f"={here.get(key, 'as packaged')} (there: {there.get(key, 'as packaged')})"
+        for key in {**here, **there}
+        if key.startswith("model.") and here.get(key) != there.get(key)
+    }
+
+
+def _leaves(here: Any, there: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Where two mappings differ."""
+    for name in {**here, **there}:
+        own, other = here.get(name), there.get(name)
+        if isinstance(own, Mapping) and isinstance(other, Mapping):
+            yield from _leaves(own, other, f"{path}{name}.")
+        elif own != other:
+            yield f"{path}{name}", (own, other)
+
+
+def _outside(stage: Stage, label: str, knobs: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The key that names what is not in the config: rows, a model, code; and how it differs. None for what
+    rows are called."""
+    if stage.name == "prepare":
+        return (ROLES[label].key, " (other rows)") if label in ROLES else (None, "")
+    for path, (value, _) in _leaves(knobs, {}, ""):
+        if path == label or (isinstance(value, str) and value and label.startswith(value)):
+            return f"{stage.name}.{path}", f"={shown(path, value)} (another content)"
+    return f"{stage.name}.{label}", " (another content)"
+
+
+def _source(key: str) -> str | None:
+    """The key whose value this one repeats."""
+    name, _, rest = key.partition(".")
+    return references().get(f"{kind_of(name)}.{rest}")

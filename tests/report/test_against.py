@@ -1,0 +1,227 @@
+"""What a run does otherwise than one that worked, and what the verdict makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.experiments import build
+from helpers.store import manifest
+from rlhf.config import Bound
+from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.defaults import Change
+from rlhf.pipeline.run import GateResult, Run
+from rlhf.pipeline.stage import Stage, in_order
+from rlhf.report.against import worked_before
+from rlhf.report.verdict import verdict
+
+STAGES = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
+UP, UNKNOWN = Sampled(0.5, 0.4, 0.6, 96), Sampled(0.02, -0.1, 0.14, 96)
+EXTERNAL = {"prepare": {"sft": "s1", "pairs": "p1", "ppo": "q1", "names": "n1"}, "evaluate": {"vader": "3.3"}}
+
+
+@pytest.fixture(scope="module")
+def chain() -> dict[str, Stage]:
+    stages = in_order(build().stages)
+    return {name: stages[name] for name in STAGES}
+
+
+def recipes_of(chain: Mapping[str, Stage]) -> dict[str, Any]:
+    """As `Experiment` makes them; digests are words here."""
+    found: dict[str, Any] = {
+        name: {
+            "stage": name, "version": stage.version, "knobs": deepcopy(stage.knobs()), "inputs": {},
+            "external": dict(EXTERNAL.get(name, {})), "seed": 0, "dtype": "float32", "model": "m1",
+        }
+        for name, stage in chain.items()
+    }  # fmt: skip
+    found["prepare"]["knobs"]["response_tokens"] = 40
+    return found
+
+
+def write(
+    directory: Path, chain: Mapping[str, Stage], recipes: Mapping[str, Any], gold: Sampled, outcome: str,
+    changed: Mapping[str, str] | None = None,
+) -> Run:  # fmt: skip
+    """A finished run with these recipes, of which SFT, the reward model and PPO improved."""
+    run = Run(directory, chain=chain)
+    run.stages = {name: {"metrics": {}} for name in recipes}
+    for name, metric, value in (
+        ("sft", "held_out_loss_change", Sampled(-0.5, -0.6, -0.4, 96)),
+        ("reward", "accuracy_over_baseline", UP), ("ppo", "held_out_score_gain", UP),
+        ("evaluate", "gold_gain/ppo", gold),
+    ):  # fmt: skip
+        if name in run.stages:
+            figures = value.metrics(metric)
+            run.stages[name]["metrics"] = {f"{name}/{metric}": each for metric, each in figures.items()}
+    run.changed = [Change(key=key, default="", value=value) for key, value in (changed or {}).items()]
+    for name, recipe in recipes.items():
+        artifact = directory / "artifacts" / name
+        artifact.mkdir(parents=True)
+        (artifact / "manifest.json").write_text(manifest(name, recipe=recipe).model_dump_json())
+    content = {"stages": run.stages, "outcome": outcome, "changed": run.changed}
+    (directory / "summary.json").write_text(json.dumps(content))
+    return run
+
+
+def fault(recipes: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """The recipes with one value changed."""
+    found = deepcopy(recipes)
+    *parts, last = path.split("/")
+    at = found
+    for part in parts:
+        at = at[part]
+    assert at.get(last) != value
+    at[last] = value
+    return found
+
+
+def spoiled(runs: Path, chain: Mapping[str, Stage], path: str, value: Any, **changes: Any) -> Run:
+    """A run with a fault, beside one without."""
+    recipes = recipes_of(chain)
+    write(runs / "good", chain, recipes, UP, "worked")
+    return write(runs / "bad", chain, fault(recipes, path, value), UNKNOWN, "cannot be told", **changes)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "section", "said"),
+    [
+        ("sft/knobs/optim/lr", 0.1, "sft", "sft.optim.lr=0.1 (there: 3e-05)"),
+        ("prepare/external/pairs", "p2", "reward", "reward.pairs (other rows)"),
+        ("prepare/knobs/held_out_fraction", 0.9, "prepare", "prepare.held_out_fraction=0.9 (there: 0.1)"),
+        ("ppo/external/learned", "code", "ppo", "ppo.reward=learned (another content)"),
+        ("evaluate/external/vader", "4.0", "evaluate", "evaluate.gold=vader (another content)"),
+        ("ppo/external/init", "d2", "ppo", "ppo.init=sft (another content)"),
+        ("sft/seed", 1, "this", "seed=1 (there: 0)"),
+        ("sft/dtype", "bfloat16", "this", "precision=bfloat16 (there: float32)"),
+        ("sft/model", "m2", "this", "the base model"),
+        ("sft/version", 1, "this", "the version of rlhf"),
+    ],
+)
+def test_the_only_difference_is_named(
+    tmp_path: Path, chain: dict[str, Stage], path: str, value: Any, section: str, said: str
+) -> None:
+    run = spoiled(tmp_path, chain, path, value)
+    assert (
+        f"Nobody is to blame for sure. Look first at {section}: against run good, which worked, only {said} "
+        "differs."
+    ) in verdict(run)
+
+
+def test_what_follows_from_another_difference_is_left_out(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    """generate and evaluate repeat PPO's key, and `prepare` counts with it."""
+    recipes = recipes_of(chain)
+    write(tmp_path / "good", chain, recipes, UP, "worked")
+    for name in ("ppo", "generate", "evaluate"):
+        recipes[name]["knobs"]["max_new_tokens"] = 3
+    recipes["prepare"]["knobs"]["response_tokens"] = 3
+    run = write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")
+    assert "which worked, only ppo.max_new_tokens=3 (there: 40) differs." in verdict(run)
+
+
+def test_keys_of_the_base_model_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = spoiled(tmp_path, chain, "sft/model", "m2", changed={"model.chat_template": "odd.jinja"})
+    said = "model.chat_template=odd.jinja (there: as packaged)"
+    assert f"Look first at model: against run good, which worked, only {said} differs." in verdict(run)
+
+
+def gate(run: Run, stage: str, name: str) -> None:
+    run.gates.append(GateResult(stage, name, 0.0, Bound(min=1.0, advice="look")))
+
+
+def test_who_differs_is_to_blame_and_not_where_it_shows(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = spoiled(tmp_path, chain, "prepare/external/sft", "s2")
+    gate(run, "generate", "within_prompt_share")
+    sentence = verdict(run)
+    assert (
+        "To blame is sft: against run good, which worked, only sft.data (other rows) differs. It shows in "
+        "the reward of generate: all answers to one prompt have nearly the same score (within_prompt_share "
+        "= 0, wanted >= 1)."
+    ) in sentence
+    assert sentence.count("To blame") == 1
+
+
+def test_what_a_gate_says_of_the_same_stage_stays_first(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = spoiled(tmp_path, chain, "prepare/external/sft", "s2")
+    gate(run, "sft", "prompt_gain")
+    sentence = verdict(run)
+    assert "To blame is sft: what it learned to answer does not depend on the prompts" in sentence
+    assert sentence.endswith(" Against run good, which worked, only sft.data (other rows) differs.")
+
+
+def test_a_gate_that_nothing_explains_is_where_it_shows(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    run = spoiled(tmp_path, chain, "sft/knobs/epochs", 9.0)
+    gate(run, "ppo", "explained_variance")
+    sentence = verdict(run)
+    assert sentence.endswith(
+        "To blame is sft: against run good, which worked, only sft.epochs=9.0 (there: 2.0) differs. It shows "
+        "in ppo (explained_variance = 0)."
+    )
+
+
+def test_two_sections_blame_neither(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    recipes = fault(recipes_of(chain), "sft/knobs/epochs", 9.0)
+    write(tmp_path / "good", chain, recipes_of(chain), UP, "worked")
+    run = write(tmp_path / "bad", chain, fault(recipes, "ppo/knobs/steps", 1), UNKNOWN, "cannot be told")
+    said = "sft.epochs=9.0 (there: 2.0) and ppo.steps=1 (there: 12)"
+    assert f"Look first at this: against run good, which worked, only {said} differ." in verdict(run)
+    gate(run, "ppo", "explained_variance")
+    sentence = verdict(run)
+    assert "To blame is perhaps ppo (explained_variance = 0): its gate failed" in sentence
+    assert sentence.endswith(f" Against run good, which worked, only {said} differ.")
+
+
+def test_a_run_that_worked_less_well_is_noted(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    write(tmp_path / "good", chain, recipes_of(chain), UP, "worked")
+    changed = fault(recipes_of(chain), "prepare/external/ppo", "q2")
+    less = write(tmp_path / "less", chain, changed, Sampled(0.2, 0.1, 0.3, 96), "worked")
+    assert verdict(less).endswith(
+        " Note ppo: the gold score of the PPO model on new prompts gained less (+0.2, there +0.5): against "
+        "run good, which worked, only ppo.prompts (other rows) differs."
+    )
+    near = write(tmp_path / "near", chain, changed, Sampled(0.35, 0.25, 0.45, 96), "worked")
+    assert "gained less (+0.35, there +0.5), which may be chance: against run good" in verdict(near)
+    more = write(tmp_path / "more", chain, changed, Sampled(0.55, 0.45, 0.65, 96), "worked")
+    assert "Note" not in verdict(more)
+
+
+def test_the_run_that_differs_least_is_taken_and_of_several_the_newest(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
+    recipes = recipes_of(chain)
+    far = fault(fault(recipes, "sft/knobs/epochs", 5.0), "reward/knobs/epochs", 7)
+    for age, (name, each, outcome) in enumerate(
+        [("far", far, "worked"), ("newest", recipes, "worked"), ("older", recipes, "worked"),
+         ("failed", recipes, "did not work")]
+    ):  # fmt: skip
+        write(tmp_path / name, chain, each, UP, outcome)
+        os.utime(tmp_path / name / "summary.json", (10_000 - age, 10_000 - age))
+    run = write(tmp_path / "bad", chain, fault(recipes, "sft/knobs/epochs", 9.0), UNKNOWN, "cannot be told")
+    found = worked_before(run)
+    assert found is not None and found.name == "newest"
+
+
+def test_other_experiments_and_ruins_are_left_aside(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    recipes = recipes_of(chain)
+    other = deepcopy(recipes)
+    for number, key in enumerate(("lr", "eps", "weight_decay", "warmup_fraction", "max_grad_norm")):
+        other["sft"]["knobs"]["optim"][key] = 0.5 + number
+    write(tmp_path / "other", chain, other, UP, "worked")
+    write(tmp_path / "the_same", chain, recipes, UP, "worked")
+    write(tmp_path / "sft_alone", chain, {name: recipes[name] for name in STAGES[:2]}, UP, "worked")
+    gone = write(tmp_path / "gone", chain, fault(recipes, "ppo/knobs/steps", 1), UP, "worked")
+    (gone.directory / "artifacts" / "ppo" / "manifest.json").unlink()
+    for name, text in (("torn", '{"stages": {'), ("list", "[]"), ("foreign", '{"outcome": "worked"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(text)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    run = write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")
+    assert worked_before(run) is None
+    assert "against run" not in verdict(run)
