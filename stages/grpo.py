@@ -3,7 +3,8 @@
 Reads   the SFT model, or what `grpo.init` names instead (policy and reference); a reward; the prompts of
         `ppo.prompts`; the score's moments.
 Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
-        another grpo.peft than none also what was trained of it alone, in `adapter/`.
+        another grpo.peft than none also what was trained of it alone, in `adapter/`; held_out_answers.jsonl,
+        its answers to held-out prompts, evaluation by evaluation.
 The loop is PPO's, rlhf/ppo/trainer.py; what is learned from a rollout is rlhf/ppo/group_objective.py.
 """
 

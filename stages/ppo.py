@@ -3,7 +3,8 @@
 Reads   the SFT model, or what `ppo.init` names instead (policy and reference); a reward; prompts
         (`ppo.prompts`); the score's moments.
 Writes  a plain causal-LM directory: the policy with the best held-out score, judged on other prompts; with
-        another ppo.peft than none also what was trained of it alone, in `adapter/`.
+        another ppo.peft than none also what was trained of it alone, in `adapter/`; held_out_answers.jsonl,
+        its answers to held-out prompts, evaluation by evaluation.
 The loop itself is rlhf/ppo/trainer.py.
 """
 

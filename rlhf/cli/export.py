@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,8 +32,8 @@ policy it is the one that evaluate judged, or else the last one. What cannot be 
 push=OWNER/NAME also uploads DIR to the Hugging Face Hub, or to HF_ENDPOINT. It needs the token in HF_TOKEN.
 A new repository is private, unless private=false says otherwise.
 """
-LOGS = ("manifest.json", "metrics.jsonl", "samples.jsonl")
-"""Of an artifact; no part of the model."""
+NO_MODEL = re.compile(r"manifest\.json|.*\.(jsonl|arrow)")
+"""Files of an artifact that are no part of the model: what it measured, and the texts that it did so on."""
 BASE = "base"
 """The directory of the model below an adapter, where it has no public name."""
 
@@ -134,7 +135,7 @@ def copy(directory: Path, target: Path) -> None:
 def files_of(directory: Path) -> Iterator[Path]:
     """The files of a model."""
     for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name not in LOGS and not path.name.startswith("."):
+        if path.is_file() and not NO_MODEL.fullmatch(path.name) and not path.name.startswith("."):
             yield path
 
 
