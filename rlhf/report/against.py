@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.data.roles import ROLES
 from rlhf.digests import MANIFEST, Recipe
-from rlhf.pipeline.defaults import references, shown
+from rlhf.pipeline.defaults import Change, references, shown
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
@@ -60,9 +60,8 @@ def worked_before(run: Run) -> Worked | None:
         theirs = recipes(directory, summary["stages"])
         if not mine or not mine.keys() <= theirs.keys():
             continue
-        there = {each["key"]: each["value"] for each in summary.get("changed") or ()}
-        of_model = model_keys({each["key"]: each["value"] for each in run.changed}, there)
-        each = Worked(directory.name, summary["stages"], differences(mine, theirs, run.chain, of_model))
+        typed = set_otherwise(run.changed, summary.get("changed") or ())
+        each = Worked(directory.name, summary["stages"], differences(mine, theirs, run.chain, typed))
         if each.differences and (found is None or len(each.differences) < len(found.differences)):
             found = each
     return found if found is not None and len(found.differences) <= MOST_KEYS else None
@@ -103,26 +102,30 @@ def differences(
     mine: Mapping[str, Recipe],
     theirs: Mapping[str, Recipe],
     chain: Mapping[str, Stage],
-    of_model: Mapping[str, str],
+    typed: Mapping[str, tuple[str, str]],
 ) -> dict[str, str]:
     """In what the stages of a run were made otherwise, what follows from another difference left out.
 
     Args:
-        of_model: what differs in the keys of the base model.
+        typed: keys that the two configs set otherwise, and how: see `set_otherwise`.
     """
     found: dict[str, str] = {}
     for name in (name for name in chain if name in mine):
         here, there = mine[name], theirs[name]
-        knobs = dict(_leaves(here["knobs"], there["knobs"], f"{name}."))
-        for key, (own, other) in knobs.items():
-            if key.split(".")[1] in type(chain[name]).model_fields:  # the others are worked out from keys
-                found[key] = f"={shown(key, own)} (there: {shown(key, other)})"
+        for knob, (own, other) in _leaves(here["knobs"], there["knobs"], f"{name}."):
+            # what nobody typed was worked out from other keys
+            key = _part_of(knob, typed) if typed else knob
+            if key is not None and knob.split(".")[1] in type(chain[name]).model_fields:
+                values = typed.get(key, (shown(key, own), shown(key, other)))
+                found[key] = f"={values[0]} (there: {values[1]})"
         for label, _ in _leaves(here["external"], there["external"], ""):
             outside, how = _outside(chain[name], label, here["knobs"])
             if outside is not None:
                 found.setdefault(outside, how)
         if here.get("model") != there.get("model"):
-            found |= of_model or {"the base model": ""}
+            of_model = {key: values for key, values in typed.items() if key.startswith("model.")}
+            found |= {key: f"={own} (there: {other})" for key, (own, other) in of_model.items()}
+            found |= {} if of_model else {"the base model": ""}
         for entry, words in OF_ALL.items():
             if here.get(entry) != there.get(entry):
                 found[words] = f"={here.get(entry)} (there: {there.get(entry)})"
@@ -131,17 +134,23 @@ def differences(
     return {key: how for key, how in found.items() if _source(key) not in found}
 
 
-def model_keys(here: Mapping[str, str], there: Mapping[str, str]) -> dict[str, str]:
-    """The keys of the base model that two runs set otherwise, and how.
+def set_otherwise(here: Sequence[Change], there: Sequence[Change]) -> dict[str, tuple[str, str]]:
+    """The keys that two configs set otherwise, with both values.
 
     Args:
-        here: key -> its value, where it is not the packaged one.
+        here: what differs from the packaged values.
     """
-    return {
-        key: f"={here.get(key, 'as packaged')} (there: {there.get(key, 'as packaged')})"
-        for key in {**here, **there}
-        if key.startswith("model.") and here.get(key) != there.get(key)
-    }
+    packaged = {each["key"]: each["default"] for each in (*here, *there)}
+    own, other = ({each["key"]: each["value"] for each in side} for side in (here, there))
+    pairs = {key: (own.get(key, value), other.get(key, value)) for key, value in packaged.items()}
+    return {key: values for key, values in pairs.items() if values[0] != values[1]}
+
+
+def _part_of(knob: str, typed: Iterable[str]) -> str | None:
+    """The typed key that is this one, a part of it, or the whole of it."""
+    return next(
+        (key for key in typed if f"{key}.".startswith(f"{knob}.") or knob.startswith(f"{key}.")), None
+    )
 
 
 def _leaves(here: Any, there: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -160,7 +169,8 @@ def _outside(stage: Stage, label: str, knobs: Mapping[str, Any]) -> tuple[str | 
     if stage.name == "prepare":
         return (ROLES[label].key, " (other rows)") if label in ROLES else (None, "")
     for path, (value, _) in _leaves(knobs, {}, ""):
-        if path == label or (isinstance(value, str) and value and label.startswith(value)):
+        is_start = label == "init" and path == "policy"  # as `generate` calls it
+        if path == label or is_start or (isinstance(value, str) and value and label.startswith(value)):
             return f"{stage.name}.{path}", f"={shown(path, value)} (another content)"
     return f"{stage.name}.{label}", " (another content)"
 

@@ -37,7 +37,7 @@ SAMPLING = ("temperature", "max_new_tokens")
 
 
 UNSURE = "Nobody is to blame for sure. Look first at"
-UNEXPLAINED = ": its gate failed, and nothing else says why."
+UNEXPLAINED = ": its gate failed, and nothing else says why"
 NOTES = 2
 """Differences between data sets that the verdict names; `prepare` shows all."""
 SHOWN = 4
@@ -71,7 +71,7 @@ def verdict(run: Run) -> str:
     blamed = [f"To blame is {reason}" for reason in reasons(run, own, scored, causes(run))]
     failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
     if failed and not blamed:
-        blamed = [f"To blame is perhaps {', '.join(failed)}{UNEXPLAINED}"]
+        blamed = [f"To blame is perhaps {', '.join(failed)}{UNEXPLAINED}."]
     if not findings and not blamed:
         return "No stage of this run measures whether anything improved."
     worked = worked_before(run)
@@ -118,7 +118,7 @@ def by_comparison(blamed: Sequence[str], worked: Worked | None) -> list[str]:
     if worked.section is None or any(named_in(each) == [worked.section] for each in blamed):
         return [*blamed, f"{said[0].upper()}{said[1:]}"]
     told = (each.removeprefix("To blame is ").removeprefix("perhaps ") for each in blamed)
-    shows = [f"It shows in {each.removesuffix(UNEXPLAINED).removesuffix('.')}." for each in told]
+    shows = [f"It shows in {each.replace(UNEXPLAINED, '')}" for each in told]
     return [f"To blame is {worked.section}: {said}", *shows]
 
 

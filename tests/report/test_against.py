@@ -60,7 +60,9 @@ def write(
         if name in run.stages:
             figures = value.metrics(metric)
             run.stages[name]["metrics"] = {f"{name}/{metric}": each for metric, each in figures.items()}
-    run.changed = [Change(key=key, default="", value=value) for key, value in (changed or {}).items()]
+    run.changed = [
+        Change(key=key, default="as packaged", value=value) for key, value in (changed or {}).items()
+    ]
     for name, recipe in recipes.items():
         artifact = directory / "artifacts" / name
         artifact.mkdir(parents=True)
@@ -131,12 +133,42 @@ def test_keys_of_the_base_model_are_named(tmp_path: Path, chain: dict[str, Stage
     assert f"Look first at model: against run good, which worked, only {said} differs." in verdict(run)
 
 
+def test_what_nobody_typed_is_worked_out_from_what_was(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    """With a directory of one's own as PPO's start, `auto` compares other policies."""
+    recipes = recipes_of(chain)
+    write(tmp_path / "good", chain, recipes, UP, "worked", {"ppo.steps": "8"})
+    for name, knob in (("ppo", "init"), ("generate", "policy"), ("evaluate", "init")):
+        recipes[name]["knobs"][knob], recipes[name]["external"]["init"] = "directory", "d1"
+    recipes["evaluate"]["knobs"]["policies"] = ["base", "init", "ppo"]
+    run = write(
+        tmp_path / "bad",
+        chain,
+        recipes,
+        UNKNOWN,
+        "cannot be told",
+        {"ppo.steps": "8", "ppo.init": "mine/4bit"},
+    )
+    said = "ppo.init=mine/4bit (there: as packaged)"
+    assert f"Look first at ppo: against run good, which worked, only {said} differs." in verdict(run)
+
+
+def test_a_whole_section_that_was_typed_stands_for_its_parts(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    recipes = recipes_of(chain)
+    write(tmp_path / "good", chain, recipes, UP, "worked")
+    recipes["sft"]["knobs"]["peft"] = {"method": "lora", "rank": 1}
+    run = write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told", {"sft.peft": "lora"})
+    assert "which worked, only sft.peft=lora (there: as packaged) differs." in verdict(run)
+
+
 def gate(run: Run, stage: str, name: str) -> None:
     run.gates.append(GateResult(stage, name, 0.0, Bound(min=1.0, advice="look")))
 
 
 def test_who_differs_is_to_blame_and_not_where_it_shows(tmp_path: Path, chain: dict[str, Stage]) -> None:
     run = spoiled(tmp_path, chain, "prepare/external/sft", "s2")
+    gate(run, "generate", "score_reliability")
+    assert verdict(run).endswith(" Does it return its scores in the order of its arguments?")
+    run.gates.clear()
     gate(run, "generate", "within_prompt_share")
     sentence = verdict(run)
     assert (
