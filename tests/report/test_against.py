@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from helpers.chains import Chain
 from helpers.experiments import build
 from helpers.store import manifest
 from rlhf.config import Bound
@@ -257,3 +259,18 @@ def test_other_experiments_and_ruins_are_left_aside(tmp_path: Path, chain: dict[
     run = write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")
     assert worked_before(run) is None
     assert "against run" not in verdict(run)
+
+
+def test_real_recipes_are_compared(as_finished: Path, tmp_path: Path) -> None:
+    """The same file with other rows, and a key; the summary of the run before is told that it worked."""
+    chain = Chain(shutil.copytree(as_finished, tmp_path / "chain", symlinks=True))
+    path = chain.directory / "runs" / "run1" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"outcome": "worked"}))
+    faster = chain.run("stage=sft", "sft.optim.lr=2e-3", "run_name=faster")
+    assert (
+        "against run run1, which worked, only sft.optim.lr=0.002 (there: 0.001) differs."
+        in faster.out.lower()
+    )
+    chain.write("sft.jsonl", [{"prompt": f"Say {n}", "completion": "No."} for n in range(24)])
+    other = chain.run("stage=sft", "run_name=other")
+    assert "against run run1, which worked, only sft.data (other rows) differs." in other.out.lower()
