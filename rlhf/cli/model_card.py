@@ -12,7 +12,7 @@ from rlhf.cli.run_files import RunFiles
 from rlhf.data.roles import PACKAGED
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import last_evaluation
-from rlhf.pipeline.run import headed
+from rlhf.pipeline.run import headed, listed
 from rlhf.pipeline.store import Artifact, Manifest, read_manifest
 from rlhf.printable import printable
 from rlhf.tracking.progress import clock
@@ -44,7 +44,8 @@ def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, below:
         f"rlhf-chain {artifact.manifest.packages['rlhf']} from {base(run)[0]}.",
     ]
     if run.summary["verdict"]:
-        parts.append(f"**Verdict of the run.** {headed(run.summary.get('outcome'), run.summary['verdict'])}")
+        said = headed(run.summary.get("outcome"), run.summary["verdict"])
+        parts.append(f"**Verdict of the run.** {listed(said)}")
     else:
         parts.append("**The run has not come to its end**, so it has no verdict.")
     parts += ["## How to use it", usage(run, name, below)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -167,7 +168,7 @@ def lines_of(state: RunState) -> Iterator[str]:
             figure = "no number" if gate["value"] is None else f"{gate['value']:.4g}"
             yield f"  gate failed: {name} = {figure}, wanted {gate['bound']}"
     if state.verdict:
-        yield f"  {state.verdict}"
+        yield from (f"  {line}" for line in state.verdict.split("\n"))
     if state.word in ("dead", "stopped", "failed"):
         yield "  The same command continues: finished stages and the last checkpoint are kept."
 
@@ -181,7 +182,7 @@ def ls(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     rows = [
         [
             state.directory.name, state.word, f"{_written(state.directory):%Y-%m-%d %H:%M}",
-            ", ".join(state.stages), (state.verdict or "").partition(". ")[0],
+            ", ".join(state.stages), re.split(r"\.(?:\s|$)", state.verdict or "")[0],
         ]
         for state in states
     ]  # fmt: skip

@@ -130,8 +130,14 @@ class GateResult:
 
 
 def headed(outcome: str | None, verdict: str) -> str:
-    """The verdict behind its outcome. A run from before outcomes were written down has none."""
-    return f"{OUTCOMES[outcome]} {verdict}" if outcome in OUTCOMES else verdict
+    """The verdict behind its outcome, in lines. A run from before outcomes were written down has none."""
+    return f"{OUTCOMES[outcome]}\n{verdict}" if outcome in OUTCOMES else verdict
+
+
+def listed(lines: str) -> str:
+    """The first line, and the others as a list, in Markdown."""
+    first, *others = lines.split("\n")
+    return "\n".join([first, *(["", *(f"- {line}" for line in others)] if others else [])])
 
 
 def two_digits(count: int) -> int:
@@ -156,7 +162,7 @@ class Run:
     chain: Mapping[str, Stage] = field(default_factory=dict)
     """The experiment's stages, in order: what they make, what they read, and what the report calls them."""
     verdict: str | None = None
-    """The verdict, as sentences; None before the run's end."""
+    """The verdict, a line for each thing that it says; None before the run's end."""
     outcome: str | None = None
     """The verdict in a word or three: `worked`, `did not work` or `cannot be told`."""
     needed: Sequence[str] = ()

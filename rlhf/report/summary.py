@@ -16,7 +16,7 @@ from rich.table import Table
 from rlhf.disk import naming
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
-from rlhf.pipeline.run import GateResult, Run, headed
+from rlhf.pipeline.run import GateResult, Run, headed, listed
 from rlhf.printable import printable
 from rlhf.report.compare import comparison_cells
 from rlhf.report.over_seeds import policies_json
@@ -114,7 +114,7 @@ def write_report(run: Run) -> Path:
     """Write report.md into the run directory."""
     parts = [
         f"# Run {run.directory.name}",
-        f"**Verdict.** {headed(outcome(run), run.verdict or verdict(run))}",
+        f"**Verdict.** {listed(headed(outcome(run), run.verdict or verdict(run)))}",
         stage_cells(run).markdown(),
     ]
     policies = policy_cells(run)

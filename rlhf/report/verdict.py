@@ -100,7 +100,7 @@ def verdict(run: Run) -> str:
     elif not blamed and worked is not None:
         remarks += filter(None, [less_than(worked, scored)])
     remarks += [f"Note prepare: {said}" for said in unlike(run)[:NOTES]]
-    return " ".join(filter(None, [*parts, *blamed, *remarks]))
+    return "\n".join(filter(None, [*parts, *blamed, *remarks]))
 
 
 def named_in(reason: str) -> list[str]:

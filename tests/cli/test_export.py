@@ -79,7 +79,7 @@ def test_the_card_says_what_the_run_found_and_no_private_path(
     assert front == {
         "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlhf", "ppo"],
     }  # fmt: skip
-    assert outcome.summary["verdict"] in card
+    assert "\n- ".join(["", *outcome.summary["verdict"].split("\n")]) in card
     for gate in outcome.summary["gates"]:
         assert f"| {gate['stage']}/{gate['name']} |" in card
     for stage in ("sft", "reward", "generate", "ppo"):

@@ -70,8 +70,8 @@ def test_summary_keeps_its_contract(first: Outcome) -> None:
     assert summary["healthy"]["ppo"]["held_out_kl"] == [None, 20.0, False]
     assert summary["healthy"]["sft"]["held_out_loss"] == [None, -0.001, True]
     assert {"key": "sft.batch_rows", "default": "16", "value": "8"} in summary["changed"]
-    assert summary["verdict"] in (first.directory / "report.md").read_text()
-    assert summary["verdict"] in " ".join(first.out.split())
+    assert "\n- ".join(["", *summary["verdict"].split("\n")]) in (first.directory / "report.md").read_text()
+    assert f"\n{summary['verdict']}\n" in first.out
     for name, stage in summary["stages"].items():
         assert set(stage) == {"status", "key", "artifact", "seconds", "cost", "metrics"}
         assert stage["cost"]["seconds"] >= 0 and stage["cost"]["peak_bytes"] > 2**20

@@ -20,12 +20,17 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage, in_order
+from rlhf.report import verdict as judging
 from rlhf.report.against import worked_before
-from rlhf.report.verdict import verdict
 
 STAGES = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
 UP, UNKNOWN = Sampled(0.5, 0.4, 0.6, 96), Sampled(0.02, -0.1, 0.14, 96)
 EXTERNAL = {"prepare": {"sft": "s1", "pairs": "p1", "ppo": "q1", "names": "n1"}, "evaluate": {"vader": "3.3"}}
+
+
+def verdict(run: Run) -> str:
+    """In one line."""
+    return judging.verdict(run).replace("\n", " ")
 
 
 @pytest.fixture(scope="module")

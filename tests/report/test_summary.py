@@ -252,5 +252,6 @@ def test_a_page_that_cannot_be_written_is_said_and_loses_nothing(run: Run) -> No
     out = io.StringIO()
     print_summary(run, Console(file=out, width=400))
     assert f"Page: {run.directory}/report.html could not be written (IsADirectoryError: " in out.getvalue()
-    assert "Verdict. It did not work. " in out.getvalue()  # a gate failed
-    assert "**Verdict.** It did not work. " in (run.directory / "report.md").read_text()
+    assert "Verdict. It did not work.\nImproved: " in out.getvalue()  # a gate failed
+    report = (run.directory / "report.md").read_text()
+    assert "**Verdict.** It did not work.\n\n- Improved: " in report and "\n- To blame is perhaps" in report

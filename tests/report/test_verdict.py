@@ -16,7 +16,8 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Purpose, Stage, in_order
-from rlhf.report.verdict import outcome, verdict
+from rlhf.report import verdict as judging
+from rlhf.report.verdict import outcome
 from rlhf.stages.merge import MergeStage
 
 NAMES = {
@@ -44,6 +45,11 @@ class JudgedStage(OwnStage):
     """It says what it is for."""
 
     purpose: ClassVar[Purpose] = Purpose("margin", "DPO's margin on held-out pairs", 1, "it ranks no better")
+
+
+def verdict(run: Run) -> str:
+    """In one line."""
+    return judging.verdict(run).replace("\n", " ")
 
 
 def chain_of(own: type[Stage] = OwnStage, *overrides: str) -> dict[str, Stage]:
