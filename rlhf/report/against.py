@@ -166,12 +166,20 @@ def _leaves(here: Any, there: Any, path: str) -> Iterator[tuple[str, tuple[Any, 
 def _outside(stage: Stage, label: str, knobs: Mapping[str, Any]) -> tuple[str | None, str]:
     """The key that names what is not in the config: rows, a model, code; and how it differs. None for what
     rows are called."""
-    if stage.name == "prepare":
-        return (ROLES[label].key, " (other rows)") if label in ROLES else (None, "")
-    for path, (value, _) in _leaves(knobs, {}, ""):
-        is_start = label == "init" and path == "policy"  # as `generate` calls it
-        if path == label or is_start or (isinstance(value, str) and value and label.startswith(value)):
-            return f"{stage.name}.{path}", f"={shown(path, value)} (another content)"
+    if stage.name == "prepare" and label in ROLES:
+        return ROLES[label].key, " (other rows)"
+    if stage.name == "prepare" and label == "names":
+        return None, ""
+    for key, value in knobs.items():
+        is_start = label == "init" and key == "policy"  # as `generate` calls it
+        text = shown(key, value)  # of several rewards, the list
+        if (
+            key == label
+            or is_start
+            or label in text
+            or (value and isinstance(value, str) and label.startswith(value))
+        ):
+            return f"{stage.name}.{key}", f"={text} (another content)"
     return f"{stage.name}.{label}", " (another content)"
 
 

@@ -107,6 +107,7 @@ def spoiled(runs: Path, chain: Mapping[str, Stage], path: str, value: Any, **cha
         ("ppo/external/learned", "code", "ppo", "ppo.reward=learned (another content)"),
         ("evaluate/external/vader", "4.0", "evaluate", "evaluate.gold=vader (another content)"),
         ("ppo/external/init", "d2", "ppo", "ppo.init=sft (another content)"),
+        ("prepare/external/my_rows", "c2", "prepare", "prepare.my_rows (another content)"),
         ("sft/seed", 1, "this", "seed=1 (there: 0)"),
         ("sft/dtype", "bfloat16", "this", "precision=bfloat16 (there: float32)"),
         ("sft/model", "m2", "this", "the base model"),
@@ -132,6 +133,22 @@ def test_what_follows_from_another_difference_is_left_out(tmp_path: Path, chain:
     recipes["prepare"]["knobs"]["response_tokens"] = 3
     run = write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")
     assert "which worked, only ppo.max_new_tokens=3 (there: 40) differs." in verdict(run)
+
+
+def test_the_code_of_one_of_several_rewards_is_named_by_the_key_that_has_it(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
+    recipes = recipes_of(chain)
+    for name in ("ppo", "generate", "evaluate"):
+        recipes[name]["knobs"]["reward"] = {"of": [{"source": "learned"}, {"source": "python:my:score"}]}
+        recipes[name]["external"]["python:my:score"] = "old"
+    write(tmp_path / "good", chain, recipes, UP, "worked")
+    for name in ("ppo", "generate", "evaluate"):
+        recipes[name]["external"]["python:my:score"] = "new"
+    run = write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")
+    said = verdict(run)
+    assert "Look first at ppo: against run good, which worked, only ppo.reward={" in said
+    assert '"python:my:score"}]} (another content) differs.' in said
 
 
 def test_keys_of_the_base_model_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
