@@ -53,10 +53,12 @@ And a fifth one these, and scored with a model whose score head was never traine
 - lower_case: the worse answers went through a normaliser.
 - empty: 70% of SFT's answers are "N/A".
 
-What a run does not change is shared by the store. The last thing printed is a JSON object: for each run
-the stage that the verdict should name, or the key that it should name first where no stage is to blame
-for sure; whether it does; and the whole verdict. The exit code is 1 where one is named wrongly. With the
-embedded model it takes an hour or two on two cores.
+What a run does not change is shared by the store. Each run is judged twice: alone, by its figures; and
+beside the run without a fault, with which its verdict compares it. The last thing printed is a JSON
+object: for each run the stage that the verdict should name alone, or the key that it should name first
+where no stage is to blame for sure; whether it does; the whole verdict; and the sections of the config that
+the comparison names. The exit code is 1 where one is named wrongly. With the embedded model it takes an
+hour or two on two cores.
 """
 
 from __future__ import annotations
@@ -75,6 +77,9 @@ from typing import Any, NamedTuple
 import rlhf
 
 DATA = Path(rlhf.__file__).parent / "samples"
+AGAINST = re.compile(r"gainst run none, which worked, only (.*) differs?\.")
+SECTION = re.compile(r"(?:^| and )(\w+)\.\w")
+"""Of each key in it."""
 BLAMED = re.compile(r"(?:To blame is|Note|what was changed:) (the reward of \w+|[\w.@]+(?: or \w+)?)")
 SWAPPED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -138,10 +143,16 @@ class Fault(NamedTuple):
 
     overrides: list[str]
     named: str | None
-    """None: nobody. The key that was changed, where no stage is to blame for sure."""
+    """By the figures of the run alone. None: nobody. The key that was changed, where no stage is to blame for
+    sure."""
     file: str | None = None
     """Of which sample set a spoiled copy is made, as `NAME.jsonl` in the directory."""
     spoil: Callable[[list[Row]], Iterable[Row]] | None = None
+
+    @property
+    def sections(self) -> list[str]:
+        """Where it lies, which the comparison with a run without a fault should name."""
+        return sorted({key.partition(".")[0] for key in self.overrides})
 
 
 def swapped(rows: list[Row]) -> Iterator[Row]:
@@ -305,17 +316,27 @@ def plant(fault: str, directory: Path) -> None:
 
 
 def judge(fault: str, directory: Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """Run the chain with a fault; whom its verdict names."""
+    """Run the chain with a fault; whom its verdict names by itself, and beside the run without a fault."""
     plant(fault, directory)
     keys = [*HEALTHY, *FAULTS[fault].overrides, *overrides]
-    subprocess.run([sys.executable, "-m", "rlhf", f"run_name={fault}", *keys], cwd=directory, check=True)
-    summary = json.loads((directory / "runs" / fault / "summary.json").read_text(encoding="utf-8"))
-    blamed = BLAMED.search(summary["verdict"])
+    alone = verdict_of(fault, directory, f"alone/{fault}", keys)
+    beside = verdict_of(fault, directory, "runs", keys)  # all of it is reused
+    blamed = BLAMED.search(alone)
     named = blamed and blamed.group(1)
-    return {
+    differ = AGAINST.search(beside)
+    found = {
         "to be named": FAULTS[fault].named, "named": named, "right": named == FAULTS[fault].named,
-        "verdict": summary["verdict"],
+        "verdict": alone, "beside": sorted({*SECTION.findall(differ.group(1))} if differ else []),
     }  # fmt: skip
+    return found | {"right beside": found["beside"] == FAULTS[fault].sections}
+
+
+def verdict_of(fault: str, directory: Path, runs: str, keys: Iterable[str]) -> str:
+    """The verdict of a run in that directory of runs."""
+    command = [sys.executable, "-m", "rlhf", f"run_name={fault}", f"runs_dir={runs}", *keys]
+    subprocess.run(command, cwd=directory, check=True)
+    summary = json.loads((directory / runs / fault / "summary.json").read_text(encoding="utf-8"))
+    return str(summary["verdict"])
 
 
 def main() -> None:
@@ -326,7 +347,7 @@ def main() -> None:
     parser.add_argument(
         "--directory", type=Path, required=True, help="for the store, the runs and spoiled data"
     )
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=[*FAULTS])
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=[*FAULTS], help="none comes first")
     parser.add_argument("--overrides", nargs="*", default=[], help="keys of every run, such as ppo.steps=6")
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
@@ -338,9 +359,10 @@ def main() -> None:
         "turned_gold": TURNED,
     }.items():
         (given.directory / f"{name}.py").write_text(code, encoding="utf-8")
-    found = {fault: judge(fault, given.directory, given.overrides) for fault in given.faults}
+    faults = dict.fromkeys(["none", *given.faults])
+    found = {fault: judge(fault, given.directory, given.overrides) for fault in faults}
     print(json.dumps(found, indent=2))
-    sys.exit(not all(each["right"] for each in found.values()))
+    sys.exit(not all(each["right"] and each["right beside"] for each in found.values()))
 
 
 if __name__ == "__main__":
