@@ -62,7 +62,7 @@ OF_EACH = (
     *OF_SUBJECT, "length_mean", "stop_rate", "distinct_1", "distinct_2", "score_mean", "score_deviation",
     "score_unscored", "gold_mean", "gold_deviation", "gold_unscored", "kl", "task_loss", "perplexity",
     "text_loss_*", "question_accuracy", "score_mean/*", "score_deviation/*", "gold_mean/*",
-    "gold_deviation/*", "judge_*", "gold_peak_step", "gold_lost",
+    "gold_deviation/*", "judge_*", "gold_over_base", "score_over_base", "gold_peak_step", "gold_lost",
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ class EvaluateStage(Stage):
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 14
+    version: ClassVar[int] = 15
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}

@@ -75,6 +75,8 @@ def figures(name: str, answers: Mapping[str, Answers], start: str) -> dict[str, 
         found |= gains(said, answers[start])
     if "base" in answers:
         found |= task_gain(said, answers["base"]) | forgetting(said.retained, answers["base"].retained)
+        if name != "base":
+            found |= over_base(said, answers["base"])
     return found
 
 
@@ -117,6 +119,15 @@ def gains(said: Answers, start: Answers) -> dict[str, float]:
         metrics |= won["score"].metrics("win_rate_learned")
     if won:
         metrics |= won["gold" if "gold" in won else "score"].metrics("win_rate")
+    return metrics
+
+
+def over_base(said: Answers, base: Answers) -> dict[str, float]:
+    """How much higher the scores are than those of the untuned model's answers, prompt by prompt."""
+    metrics: dict[str, float] = {}
+    for kind, score_B in said.scores.items():
+        own_B, base_B = both_scored(score_B, base.scores[kind])
+        metrics |= mean(own_B.double() - base_B.double()).metrics(f"{kind}_over_base")
     return metrics
 
 

@@ -78,7 +78,7 @@ class PolicyStage(PolicyConfig, Stage):
         return (
             "first_ratio_deviation", "first_kl", "kl", "engine_mismatch",
             "held_out_score_before", "held_out_score", "held_out_score_gain", "held_out_score_last",
-            "kl_last", "held_out_length", "best_step", "bad_steps",
+            "held_out_kl_last", "held_out_length", "best_step", "bad_steps",
             "steps", "episodes", "trained_parameters", "artifact_bytes", "adapter_bytes", "token_seconds",
             "token_seconds_base",
         )  # fmt: skip

@@ -174,7 +174,7 @@ class PolicyTrainer:
             "held_out_score": best.score,
             **best.gain_over(first).metrics("held_out_score_gain"),
             "held_out_score_last": last.score,
-            "kl_last": float(last.kl_B.mean()),
+            "held_out_kl_last": float(last.kl_B.mean()),
             "held_out_length": float(best.length_B.mean()),
             "best_step": self.best_step,
             "bad_steps": self.bad_steps,

@@ -229,11 +229,43 @@ def reasons(
     scored: Mapping[str, Finding],
     convicted: Mapping[str, str],
 ) -> Iterator[str]:
-    """Each stage that did not do what it is for, although all that it reads did, and why it is that one.
+    """Each stage that did not do what it is for, although all that it reads did, and why it is that one. If
+    there is none, the one that left the policy worse than the untuned model.
 
     Args:
         convicted: see `causes`.
     """
+    found = [*failing(run, own, scored, convicted)]
+    yield from found or filter(None, [below_base(run)])
+
+
+def below_base(run: Run) -> str:
+    """That by the gold score the last policy is worse than the untuned model, and where it fell; else empty.
+    What the policy gained over its start does not show this."""
+    evaluation, metrics = last_evaluation(run.stages)
+    over = {name: Sampled.found(f"gold_over_base/{name}", metrics) for name in run.chain}
+    known = {name: each for name, each in over.items() if each is not None}
+    if not known or [*known.values()][-1].high >= 0:
+        return ""
+    last, start = [*known][-1], str(getattr(run.chain.get(evaluation), "start", ""))
+    _, low, high, _ = known[last]
+    figure = f"{known[last].value:+.2g} ({low:+.2g} to {high:+.2g})"
+    if start == last or start not in known or known[start].high >= 0:
+        return f"{last}: by the gold score its policy is worse than the untuned model, {figure}."
+    return (
+        f"{start}: by the gold score its policy is worse than the untuned model "
+        f"({known[start].value:+.2g}), and {run.chain[last].title} did not make up for it: {figure}. Compare "
+        f"the answers of {start}.data with those of base."
+    )
+
+
+def failing(
+    run: Run,
+    own: Mapping[str, Finding],
+    scored: Mapping[str, Finding],
+    convicted: Mapping[str, str],
+) -> Iterator[str]:
+    """As `reasons`, by what each stage is for and by gates alone."""
     evaluation, _ = last_evaluation(run.stages)
     spoiled: set[str] = set()
     """Those that failed, and all that is made from them."""
@@ -365,7 +397,7 @@ def deviation_of(run: Run, stage: str, reward: str | None) -> str:
 
 def hardly_moved(run: Run, policy: str) -> str:
     """That a policy is still its own start, and what to change; empty if it moved, or is the start itself."""
-    kl = run.metrics_of(policy).get("kl_last")
+    kl = run.metrics_of(policy).get("held_out_kl_last")
     if kl is None or kl >= STILL:
         return ""
     return (

@@ -385,7 +385,7 @@ def test_a_small_weight_is_no_fault_of_the_reward_model(tmp_path: Path) -> None:
     figures = {"generate/score_deviation": 0.002, "generate/score_deviation/learned": 2.1}
     run.stages["generate"] = {"metrics": figures}
     assert "To blame" not in verdict(run)
-    run.stages["ppo"]["metrics"]["ppo/kl_last"] = 0.1
+    run.stages["ppo"]["metrics"]["ppo/held_out_kl_last"] = 0.1
     run.changed = [Change(key="ppo.score.normalize", default="moments", value="none")]
     sentence = verdict(run)
     assert "To blame is ppo: its policy hardly moved from its start" in sentence
@@ -411,10 +411,44 @@ def test_a_policy_that_never_moved_is_named(
 ) -> None:
     """Its last step tells: the weights that it keeps may be those of step 0, its start itself."""
     run = run_of(tmp_path, chain, **GOOD | {"ppo": UNKNOWN, "gold": UNKNOWN})
-    run.stages["ppo"]["metrics"] |= {"ppo/kl_last": kl, "ppo/best_step": 0.0, "ppo/kl": 0.0}
+    run.stages["ppo"]["metrics"] |= {"ppo/held_out_kl_last": kl, "ppo/best_step": 0.0, "ppo/kl": 0.0}
     sentence = verdict(run)
     assert ("To blame is ppo: its policy hardly moved from its start (KL 0.03 nats" in sentence) is named
     assert ("Raise ppo.optim.lr or ppo.steps" in sentence) is named
+
+
+@pytest.mark.parametrize(
+    ("sft", "ppo", "said"),
+    [
+        (-0.36, -0.13, "sft: by the gold score its policy is worse than the untuned model (-0.36), and PPO "
+         "did not make up for it: -0.13 (-0.18 to -0.08). Compare the answers of sft.data"),
+        (0.2, -0.13, "ppo: by the gold score its policy is worse than the untuned model, -0.13 (-0.18 to "),
+        (-0.36, 0.1, ""),
+        (-0.36, -0.03, ""),
+    ],
+)  # fmt: skip
+def test_a_policy_worse_than_the_untuned_model_did_not_work(
+    tmp_path: Path, chain: dict[str, Stage], sft: float, ppo: float, said: str
+) -> None:
+    """PPO improved on its own start in each of these."""
+    run = run_of(tmp_path, chain, **GOOD)
+    for name, value in (("sft", sft), ("ppo", ppo)):
+        found = Sampled(value, value - 0.05, value + 0.05, 96).metrics(f"gold_over_base/{name}")
+        run.stages["evaluate"]["metrics"] |= {f"evaluate/{key}": each for key, each in found.items()}
+    assert said in verdict(run) and ("To blame" in verdict(run)) is bool(said)
+    assert outcome(run) == ("did not work" if said else "worked")
+
+
+def test_a_stage_that_failed_is_named_before_one_that_lost_gold(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
+    """SFT may lose some on purpose, and PPO on a reward that ranks by chance wins nothing back."""
+    run = run_of(tmp_path, chain, **GOOD | {"reward": DOWN, "ppo": UNKNOWN, "gold": UNKNOWN})
+    for name in ("sft", "ppo"):
+        found = Sampled(-0.3, -0.4, -0.2, 96).metrics(f"gold_over_base/{name}")
+        run.stages["evaluate"]["metrics"] |= {f"evaluate/{key}": each for key, each in found.items()}
+    sentence = verdict(run)
+    assert "To blame is reward: it ranks no better" in sentence and sentence.count("To blame") == 1
 
 
 @pytest.mark.parametrize(("low", "peak", "noted"), [(0.04, 18, True), (-0.04, 18, False), (0.04, 54, False)])
