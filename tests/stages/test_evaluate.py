@@ -114,6 +114,9 @@ def test_equal_policies_measure_alike_and_another_does_not(finished: Job) -> Non
     assert metrics is not None
     for name in ("gold_mean", "gold_deviation", "length_mean", "stop_rate", "distinct_1", "distinct_2"):
         assert metrics[f"{name}/base"] == metrics[f"{name}/sft"], name  # the same seed for both
+    assert metrics["gold_over_base/sft"] == 0.0 and "gold_over_base/base" not in metrics
+    more = metrics["gold_mean/ppo"] - metrics["gold_mean/base"]
+    assert metrics["gold_over_base/ppo"] == pytest.approx(more)
     assert metrics["kl/base"] == pytest.approx(0.0, abs=1e-5)
     assert metrics["kl/ppo"] > 0.1
     assert "kl/sft" not in metrics
