@@ -53,6 +53,13 @@ And a fifth one these, and scored with a model whose score head was never traine
 - lower_case: the worse answers went through a normaliser.
 - empty: 70% of SFT's answers are "N/A".
 
+And a sixth one these, and let PPO start from a copy of the SFT model in very few bits:
+
+- cached_gold: the gold function keeps its scores by the prompt, so all policies get those of the first.
+- clip: scores are cut off at 0.01 deviations, which was meant for PPO's ratio.
+- leak: the prompts of the pairs hold the better answer, as where they are made from a whole transcript.
+- no_spaces: a cleaning step took the spaces out of SFT's answers.
+
 What a run does not change is shared by the store. Each run is judged twice: alone, by its figures; and
 beside the run without a fault, with which its verdict compares it. The last thing printed is a JSON
 object: for each run the stage that the verdict should name alone, or the key that it should name first
@@ -119,6 +126,19 @@ def score(prompts: list[str], responses: list[str]) -> list[float]:
     return [negative for negative, _ in classes]
 """
 """A classifier's first class, which is the negative one."""
+CACHED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+analyzer = SentimentIntensityAnalyzer()
+known: dict[str, float] = {}
+
+
+def score(prompts: list[str], responses: list[str]) -> list[float]:
+    for prompt, text in zip(prompts, responses):
+        if prompt not in known:
+            known[prompt] = analyzer.polarity_scores(text)["compound"]
+    return [known[prompt] for prompt in prompts]
+"""
+"""As around a slow judge, but the answer is not part of what it remembers by."""
 REFUSALS = (
     "I'm sorry, but I can't help with that.", "As an AI language model, I am unable to write that.",
     "Unfortunately I cannot do this for you.", "Sorry, I do not know enough to answer that.",
@@ -256,6 +276,19 @@ def mostly_empty(rows: list[Row]) -> Iterator[Row]:
         yield {**row, "completion": "N/A"} if number % 10 < 7 else row
 
 
+def with_the_better_answer(rows: list[Row]) -> Iterator[Row]:
+    """The prompt and what was answered to it, as the prompt."""
+    for row in rows:
+        asked = row["prompt"][-1]["content"] if isinstance(row["prompt"], list) else row["prompt"]
+        yield {**row, "prompt": f"{asked}\n\n{row['chosen']}"}
+
+
+def without_spaces(rows: list[Row]) -> Iterator[Row]:
+    """Answers in one word."""
+    for row in rows:
+        yield {**row, "completion": "".join(row["completion"].split())}
+
+
 FAULTS = {
     "none": Fault([], None),
     "pairs": Fault(["reward.pairs=pairs.jsonl"], "reward", "pairs", swapped),
@@ -301,6 +334,10 @@ FAULTS = {
     "sft_rate": Fault(["sft.optim.lr=1e-3"], "sft"),
     "lower_case": Fault(["reward.pairs=lower_case.jsonl"], "reward", "pairs", lowered),
     "empty": Fault(["sft.data=empty.jsonl"], "sft", "instructions", mostly_empty),
+    "cached_gold": Fault(["evaluate.gold=python:cached_gold:score"], "evaluate"),
+    "clip": Fault(["ppo.score.clip=0.01"], "ppo"),
+    "leak": Fault(["reward.pairs=leak.jsonl"], "reward", "pairs", with_the_better_answer),
+    "no_spaces": Fault(["sft.data=no_spaces.jsonl"], "sft", "instructions", without_spaces),
 }
 
 
@@ -357,6 +394,7 @@ def main() -> None:
         "reordered": REORDERED,
         "silent": SILENT,
         "turned_gold": TURNED,
+        "cached_gold": CACHED,
     }.items():
         (given.directory / f"{name}.py").write_text(code, encoding="utf-8")
     faults = dict.fromkeys(["none", *given.faults])

@@ -489,8 +489,10 @@ class EvaluateStage(Stage):
             return
         for name, said in answers.items():
             word, more = gained_word(said.texts, answers[self.start].texts)
-            if more.value >= TOLD:
-                self.tell(job, f"{word!r} is in {more.value:.0%} more answers of {name} than before.")
+            if name != "base" and more.value >= TOLD:  # base came before
+                self.tell(
+                    job, f"{word!r} is in {more.value:.0%} more answers of {name} than of {self.start}."
+                )
 
     def write(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
         """Every answer by itself, and side by side."""

@@ -202,6 +202,30 @@ def first_failing(run: Run, gate: GateResult) -> tuple[str, GateResult] | None:
     return None
 
 
+def broken_start(run: Run) -> dict[str, str]:
+    """The first stage that starts from a model of the user's own, where that lost what the base model knows,
+    and so before any step; else empty."""
+    evaluation, metrics = last_evaluation(run.stages)
+    init = getattr(run.chain.get(evaluation), "init", None)
+    starts = {name: start for name, stage in run.chain.items() if (start := stage.starts_from())}
+    asking = [name for name, (_, model) in starts.items() if model == init]
+    learner = next((name for name in asking if run.chain[name].publishes == "policy"), None)
+    for gate in run.gates:
+        sampled = Sampled.found(f"{gate.name}/init", metrics) if gate.name in FORGOTTEN else None
+        if sampled is None or learner is None:
+            continue
+        each = replace(gate, name=f"{gate.name}/init", value=sampled.value, sampled=sampled)
+        if each.outcome == "failed":
+            said = f"{each.name} = {each.figure}, wanted {gate.bound}"
+            return {
+                asking[
+                    0
+                ]: f"{learner}.{starts[learner][0]}: the model that it names lost what the base model "
+                f"knows, before any step ({said}). Was it saved whole?"
+            }
+    return {}
+
+
 def reward_of(run: Run, policy: str) -> str | None:
     """The reward model that a policy learned from."""
     inputs = run.chain[policy].inputs()

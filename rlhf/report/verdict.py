@@ -15,7 +15,7 @@ from rlhf.pipeline.defaults import Change, references
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.report.against import Worked, worked_before
-from rlhf.report.convictions import FORGOTTEN, convictions, reward_of
+from rlhf.report.convictions import FORGOTTEN, broken_start, convictions, reward_of
 from rlhf.rewards.kinds import RewardMix, stage_of
 
 Direction = Literal["better", "not better", "unknown"]
@@ -106,7 +106,8 @@ def verdict(run: Run) -> str:
 def named_in(reason: str) -> list[str]:
     """The stages that a reason begins with."""
     names = reason.removeprefix("To blame is ").partition(":")[0]
-    return re.findall(r"[\w@]+", re.sub(r"^perhaps |^the reward of ", "", names).replace(" or ", " "))
+    words = re.sub(r"^perhaps |^the reward of ", "", names).replace(" or ", " ")
+    return [word.partition(".")[0] for word in re.findall(r"[\w@][\w@.]*", words)]
 
 
 def by_comparison(blamed: Sequence[str], worked: Worked | None) -> list[str]:
@@ -200,7 +201,7 @@ def silent_gold(run: Run) -> dict[str, str]:
 def causes(run: Run) -> dict[str, str]:
     """The stages that are convicted by a failed gate, wherever the gate stands, by a gold score that tells
     nothing, or by data that hardly anything learns from; and why."""
-    found = silent_gold(run) | mostly_held_out(run)
+    found = silent_gold(run) | mostly_held_out(run) | broken_start(run)
     for gate in run.gates:
         # where the last policy cannot be told to have lost it, an earlier one may have
         if gate.outcome == "failed" or (gate.name in FORGOTTEN and gate.outcome == "cannot tell"):

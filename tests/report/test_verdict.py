@@ -572,6 +572,26 @@ def test_answers_that_were_cut_off_before_are_named(tmp_path: Path, chain: dict[
     assert "To blame is sft: the answers that it learned were cut off before it read them" in verdict(run)
 
 
+@pytest.mark.parametrize(("ratio", "named"), [(584.0, True), (1.02, False)])
+def test_a_broken_model_of_ones_own_is_named_before_what_it_breaks(
+    tmp_path: Path, ratio: float, named: bool
+) -> None:
+    """Its answers do not end, and PPO goes far: both would be blamed on something else."""
+    chain = chain_of(OwnStage, "ppo.init=./mine")
+    run = run_of(tmp_path, chain, **GOOD | {"ppo": UNKNOWN, "gold": UNKNOWN})
+    for policy, value in (("init", ratio), ("ppo", 90.0)):
+        found = Sampled(value, value - 0.1, value + 0.1, 200).metrics(f"retention_perplexity_ratio/{policy}")
+        run.stages["evaluate"]["metrics"] |= {f"evaluate/{key}": each for key, each in found.items()}
+    gate_of(run, "generate", "stop_rate", Bound(min=0.3, advice="look"), 0.0)
+    gate_of(run, "ppo", "kl", Bound(max=20.0, advice="look"), 134.8)
+    gate_of(run, "evaluate", "retention_perplexity_ratio", Bound(max=1.15, advice="look"), 90.0)
+    sentence = verdict(run)
+    said = "To blame is ppo.init: the model that it names lost what the base model knows, before any step"
+    assert (said in sentence) is named
+    assert ("To blame is model.chat_template" in sentence) is not named
+    assert sentence.count("To blame") == 1
+
+
 def test_ppo_without_kl_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
     """And not the reward model, which it left behind."""
     run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
