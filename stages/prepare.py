@@ -42,7 +42,7 @@ class PrepareStage(Stage):
         "ppo_prompts": ("prompts", ".0f"),
         "evaluation_prompts": ("evaluation prompts", ".0f"),
     }
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
 
