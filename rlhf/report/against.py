@@ -6,23 +6,27 @@ Compared are the recipes of their artifacts, so only what can change a result: k
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf.config import ConfigError
 from rlhf.data.roles import ROLES
-from rlhf.digests import MANIFEST, Recipe
+from rlhf.digests import Recipe
 from rlhf.pipeline.defaults import Change, references, shown
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
+from rlhf.pipeline.store import read_manifest
 
 MOST_KEYS = 4
 """A run with more differences is another experiment."""
 MOST_RUNS = 200
 """How many of the newest runs are looked at."""
+PARTS = {"knobs", "external", "version"}
+"""What every recipe has; one that lacks it was written by another version."""
 OF_ALL = {"seed": "seed", "dtype": "precision"}
 """Entries of a recipe that all stages share: what the verdict calls them."""
 
@@ -68,34 +72,28 @@ def worked_before(run: Run) -> Worked | None:
 
 
 def _newest(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    with os.scandir(runs) as entries:
-        summaries = [Path(entry.path) / "summary.json" for entry in entries if entry.is_dir()]
-    for path in sorted(filter(Path.is_file, summaries), key=lambda each: each.stat().st_mtime, reverse=True):
-        if (summary := _read(path)) is not None:
-            yield path.parent, summary
+    """The runs there and their summaries. One that cannot be read is left aside: others' files must not end
+    a run that is done."""
+    found: list[tuple[float, Path]] = []
+    for path in runs.glob("*/summary.json"):
+        with suppress(OSError):  # it was removed just now
+            found.append((path.stat().st_mtime, path))
+    for _, path in sorted(found, reverse=True):
+        with suppress(OSError, ValueError):
+            summary = json.loads(path.read_bytes())
+            if isinstance(summary, dict) and isinstance(summary.get("stages"), dict):
+                yield path.parent, summary
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """None where another run is being removed, or a person wrote something else."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "stages" in found else None
-
-
-def recipes(directory: Path, stages: Mapping[str, Any]) -> dict[str, Recipe]:
-    """Of the artifacts that a run links; without those that are gone."""
-    found = {name: _manifest(directory / "artifacts" / name / MANIFEST) for name in stages}
-    return {name: manifest["recipe"] for name, manifest in found.items() if manifest is not None}
-
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found.get("recipe"), dict) else None
+def recipes(directory: Path, stages: Iterable[str]) -> dict[str, Recipe]:
+    """Of the artifacts that a run links; without those that are gone, damaged or of another version."""
+    found: dict[str, Recipe] = {}
+    for name in stages:
+        with suppress(OSError, ConfigError):
+            recipe = read_manifest(directory / "artifacts" / name).recipe
+            if recipe.keys() >= PARTS:
+                found[name] = recipe
+    return found
 
 
 def differences(

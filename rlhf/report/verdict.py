@@ -125,7 +125,8 @@ def by_comparison(blamed: Sequence[str], worked: Worked | None) -> list[str]:
 
 def less_than(worked: Worked, scored: Mapping[str, Finding]) -> str:
     """That the last policy gained less than in a run that worked, perhaps by chance; else empty."""
-    _, metrics = last_evaluation(worked.stages)
+    _, told = last_evaluation(worked.stages)
+    metrics = {name: value for name, value in told.items() if value is not None}  # null: not finite
     for name, finding in reversed([*scored.items()]):
         there = Sampled.found(f"{finding.metric}/{name}", metrics)
         if there is None or finding.sampled.value >= there.value:

@@ -20,6 +20,7 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage, in_order
+from rlhf.pipeline.store import write_manifest
 from rlhf.report import verdict as judging
 from rlhf.report.against import worked_before
 
@@ -73,7 +74,7 @@ def write(
     for name, recipe in recipes.items():
         artifact = directory / "artifacts" / name
         artifact.mkdir(parents=True)
-        (artifact / "manifest.json").write_text(manifest(name, recipe=recipe).model_dump_json())
+        write_manifest(artifact, manifest(name, recipe=recipe))
     content = {"stages": run.stages, "outcome": outcome, "changed": run.changed}
     (directory / "summary.json").write_text(json.dumps(content))
     return run
@@ -273,7 +274,16 @@ def test_other_experiments_and_ruins_are_left_aside(tmp_path: Path, chain: dict[
     write(tmp_path / "sft_alone", chain, {name: recipes[name] for name in STAGES[:2]}, UP, "worked")
     gone = write(tmp_path / "gone", chain, fault(recipes, "ppo/knobs/steps", 1), UP, "worked")
     (gone.directory / "artifacts" / "ppo" / "manifest.json").unlink()
-    for name, text in (("torn", '{"stages": {'), ("list", "[]"), ("foreign", '{"outcome": "worked"}')):
+    torn = write(tmp_path / "torn_manifest", chain, fault(recipes, "ppo/knobs/steps", 1), UP, "worked")
+    (torn.directory / "artifacts" / "ppo" / "manifest.json").write_text("[1]")
+    old = {name: {"stage": name} for name in STAGES}
+    write(tmp_path / "of_another_version", chain, old, UP, "worked")
+    null = write(tmp_path / "null", chain, fault(recipes, "ppo/knobs/steps", 1), UP, "worked")
+    (null.directory / "artifacts" / "sft" / "manifest.json").write_text("null")
+    for name, text in (
+        ("torn", '{"stages": {'), ("list", "[]"), ("foreign", '{"outcome": "worked"}'),
+        ("as_list", '{"outcome": "worked", "stages": [1]}'), ("latin", '"\xe4"'),
+    ):  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(text)
     (tmp_path / "empty").mkdir()
@@ -281,6 +291,19 @@ def test_other_experiments_and_ruins_are_left_aside(tmp_path: Path, chain: dict[
     run = write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")
     assert worked_before(run) is None
     assert "against run" not in verdict(run)
+
+
+def test_a_figure_without_an_interval_there_is_not_compared(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    """As of one row, whose ends are infinite: they are null in the summary."""
+    good = write(tmp_path / "good", chain, recipes_of(chain), UP, "worked")
+    summary = json.loads((good.directory / "summary.json").read_text())
+    metrics = summary["stages"]["evaluate"]["metrics"]
+    metrics |= {"evaluate/gold_gain_low/ppo": None, "evaluate/gold_gain_high/ppo": None}
+    (good.directory / "summary.json").write_text(json.dumps(summary))
+    changed = fault(recipes_of(chain), "sft/knobs/epochs", 9.0)
+    assert "Note" not in verdict(
+        write(tmp_path / "run", chain, changed, Sampled(0.2, 0.1, 0.3, 96), "worked")
+    )
 
 
 def test_real_recipes_are_compared(as_finished: Path, tmp_path: Path) -> None:
