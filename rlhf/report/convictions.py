@@ -216,13 +216,9 @@ def broken_start(run: Run) -> dict[str, str]:
             continue
         each = replace(gate, name=f"{gate.name}/init", value=sampled.value, sampled=sampled)
         if each.outcome == "failed":
-            said = f"{each.name} = {each.figure}, wanted {gate.bound}"
-            return {
-                asking[
-                    0
-                ]: f"{learner}.{starts[learner][0]}: the model that it names lost what the base model "
-                f"knows, before any step ({said}). Was it saved whole?"
-            }
+            figure = f"{each.name} = {each.figure}, wanted {gate.bound}"
+            lost = "the model that it names lost what the base model knows, before any step"
+            return {asking[0]: f"{learner}.{starts[learner][0]}: {lost} ({figure}). Was it saved whole?"}
     return {}
 
 

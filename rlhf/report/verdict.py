@@ -68,7 +68,7 @@ def verdict(run: Run) -> str:
     """What improved, what did not, and who is to blame; or that nothing can be said."""
     own, scored = dict(measured(run)), dict(evaluated(run))
     findings = [*own.values(), *scored.values()]
-    blamed = [f"To blame is {reason}" for reason in reasons(run, own, scored, causes(run))]
+    blamed = [f"To blame is {reason}" for reason in to_blame(run, causes(run))]
     failed = [f"{gate.stage} ({gate.name} = {gate.figure})" for gate in run.gates if gate.outcome == "failed"]
     if failed and not blamed:
         blamed = [f"To blame is perhaps {', '.join(failed)}{UNEXPLAINED}."]
@@ -144,7 +144,7 @@ def outcome(run: Run) -> str:
     findings = [*own.values(), *scored.values()]
     silent = silent_gold(run)
     convicted = {name: why for name, why in causes(run).items() if name not in silent}
-    if any(gate.outcome == "failed" for gate in run.gates) or any(reasons(run, own, scored, convicted)):
+    if any(gate.outcome == "failed" for gate in run.gates) or to_blame(run, convicted):
         return "did not work"
     if silent:
         return "cannot be told"
@@ -225,49 +225,43 @@ def unlike(run: Run) -> list[str]:
     return PreparedData(run.directory / "artifacts" / "prepare").unlike()
 
 
+def to_blame(run: Run, convicted: Mapping[str, str]) -> list[str]:
+    """Each stage that is to blame, and why; if there is none, the one that left the policy worse than the
+    untuned model.
+
+    Args:
+        convicted: see `causes`.
+    """
+    return [*reasons(run, dict(measured(run)), dict(evaluated(run)), convicted)] or below_base(run)
+
+
+def below_base(run: Run) -> list[str]:
+    """That by the gold score the last policy is worse than the untuned model, and where it fell; empty if it
+    is not. What the policy gained over its start does not show this."""
+    evaluation, metrics = last_evaluation(run.stages)
+    over = {name: Sampled.found(f"gold_over_base/{name}", metrics) for name in run.chain}
+    known = {name: each for name, each in over.items() if each is not None}
+    if not known or [*known.values()][-1].high >= 0:
+        return []
+    last, start = [*known][-1], str(getattr(run.chain.get(evaluation), "start", ""))
+    _, low, high, _ = known[last]
+    figure = f"{known[last].value:+.2g} ({low:+.2g} to {high:+.2g})"
+    if start == last or start not in known or known[start].high >= 0:
+        return [f"{last}: by the gold score its policy is worse than the untuned model, {figure}."]
+    return [
+        f"{start}: by the gold score its policy is worse than the untuned model "
+        f"({known[start].value:+.2g}), and {run.chain[last].title} did not make up for it: {figure}. Compare "
+        f"the answers of {start}.data with those of base."
+    ]
+
+
 def reasons(
     run: Run,
     own: Mapping[str, Finding],
     scored: Mapping[str, Finding],
     convicted: Mapping[str, str],
 ) -> Iterator[str]:
-    """Each stage that did not do what it is for, although all that it reads did, and why it is that one. If
-    there is none, the one that left the policy worse than the untuned model.
-
-    Args:
-        convicted: see `causes`.
-    """
-    found = [*failing(run, own, scored, convicted)]
-    yield from found or filter(None, [below_base(run)])
-
-
-def below_base(run: Run) -> str:
-    """That by the gold score the last policy is worse than the untuned model, and where it fell; else empty.
-    What the policy gained over its start does not show this."""
-    evaluation, metrics = last_evaluation(run.stages)
-    over = {name: Sampled.found(f"gold_over_base/{name}", metrics) for name in run.chain}
-    known = {name: each for name, each in over.items() if each is not None}
-    if not known or [*known.values()][-1].high >= 0:
-        return ""
-    last, start = [*known][-1], str(getattr(run.chain.get(evaluation), "start", ""))
-    _, low, high, _ = known[last]
-    figure = f"{known[last].value:+.2g} ({low:+.2g} to {high:+.2g})"
-    if start == last or start not in known or known[start].high >= 0:
-        return f"{last}: by the gold score its policy is worse than the untuned model, {figure}."
-    return (
-        f"{start}: by the gold score its policy is worse than the untuned model "
-        f"({known[start].value:+.2g}), and {run.chain[last].title} did not make up for it: {figure}. Compare "
-        f"the answers of {start}.data with those of base."
-    )
-
-
-def failing(
-    run: Run,
-    own: Mapping[str, Finding],
-    scored: Mapping[str, Finding],
-    convicted: Mapping[str, str],
-) -> Iterator[str]:
-    """As `reasons`, by what each stage is for and by gates alone."""
+    """Each stage that did not do what it is for, although all that it reads did, and why it is that one."""
     evaluation, _ = last_evaluation(run.stages)
     spoiled: set[str] = set()
     """Those that failed, and all that is made from them."""
