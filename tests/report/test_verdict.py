@@ -3,76 +3,35 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 
-from helpers.experiments import build
+from helpers.verdicts import (
+    DOWN,
+    GOOD,
+    NONE,
+    UNKNOWN,
+    UP,
+    JudgedStage,
+    OwnStage,
+    chain_of,
+    gate_of,
+    run_of,
+    verdict,
+)
 from rlhf.config import Bound
 from rlhf.data.prepared import UNLIKE
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.defaults import Change
-from rlhf.pipeline.run import GateResult, Run
-from rlhf.pipeline.stage import Purpose, Stage, in_order
-from rlhf.report import verdict as judging
+from rlhf.pipeline.run import GateResult
+from rlhf.pipeline.stage import Stage
 from rlhf.report.verdict import outcome
-from rlhf.stages.merge import MergeStage
-
-NAMES = {
-    "sft": ("sft", "held_out_loss_change"), "reward": ("reward", "accuracy_over_baseline"),
-    "ppo": ("ppo", "held_out_score_gain"), "gold": ("evaluate", "gold_gain/ppo"),
-    "learned": ("evaluate", "score_gain/ppo"), "of_sft": ("evaluate", "gold_gain/sft"),
-    "dpo": ("dpo", "margin"), "gold_dpo": ("evaluate", "gold_gain/dpo"),
-    "gold_merge": ("evaluate", "gold_gain/merge"),
-}  # fmt: skip
-UP, DOWN, NONE, UNKNOWN = (0.2, 0.1, 0.3), (-0.2, -0.3, -0.1), (0.0, 0.0, 0.0), (0.1, -0.1, 0.3)
-GOOD = {"sft": DOWN, "reward": UP, "ppo": UP, "gold": UP, "learned": UP}
-
-
-class OwnStage(MergeStage):
-    """A stage from outside the package that makes a policy of the SFT model's."""
-
-    name: ClassVar[str] = "dpo"
-    title: ClassVar[str] = "DPO"
-
-    def inputs(self) -> tuple[str, ...]:
-        return ("prepare", "sft")
-
-
-class JudgedStage(OwnStage):
-    """It says what it is for."""
-
-    purpose: ClassVar[Purpose] = Purpose("margin", "DPO's margin on held-out pairs", 1, "it ranks no better")
-
-
-def verdict(run: Run) -> str:
-    """In one line."""
-    return judging.verdict(run).replace("\n", " ")
-
-
-def chain_of(own: type[Stage] = OwnStage, *overrides: str) -> dict[str, Stage]:
-    """The packaged stages, merge(dpo), and the stage from outside behind those it reads."""
-    stages = dict(build("model=tiny", *overrides).stages)
-    stages["dpo"] = own.model_construct(gates={})
-    stages["merge"] = MergeStage.model_construct(policy="dpo", alpha=0.5, gates={})
-    return in_order(stages)
 
 
 @pytest.fixture(scope="module")
 def chain() -> dict[str, Stage]:
     return chain_of()
-
-
-def run_of(directory: Path, chain: dict[str, Stage], **figures: tuple[float, float, float]) -> Run:
-    """A run that measured these, each with its interval."""
-    stages: dict[str, dict[str, Any]] = {"prepare": {"metrics": {"prepare/sft_rows": 9.0}}}
-    for name, figure in figures.items():
-        stage, metric = NAMES[name]
-        metrics = stages.setdefault(stage, {"metrics": {}})["metrics"]
-        metrics |= {f"{stage}/{key}": value for key, value in Sampled(*figure, 30).metrics(metric).items()}
-    return Run(directory, stages, chain=chain)
 
 
 def test_all_is_well(tmp_path: Path, chain: dict[str, Stage]) -> None:
@@ -267,109 +226,6 @@ def test_a_gate_of_something_else_is_told_too(tmp_path: Path, chain: dict[str, S
     )
 
 
-LENGTH = Bound(min=0.5, max=1.5, advice="reward the right length")
-PERPLEXITY = Bound(max=1.15, advice="lower sft.optim.lr")
-
-
-def gate_of(run: Run, stage: str, name: str, bound: Bound, value: float, policies: str = "") -> None:
-    """A gate on a figure with a narrow interval, and the same figure of each policy named."""
-    sampled = Sampled(value, value - 0.01, value + 0.01, 96)
-    for policy in policies.split():
-        metrics = run.stages.setdefault(stage, {"metrics": {}})["metrics"]
-        metrics |= {f"{stage}/{key}": each for key, each in sampled.metrics(f"{name}/{policy}").items()}
-    run.gates.append(GateResult(stage, name, value, bound, sampled))
-
-
-def test_shuffled_pairs_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    """The reward model ranks at chance. Few held-out pairs cannot tell; then PPO's outcome points there."""
-    assert "To blame is reward: it ranks no better than" in verdict(
-        run_of(tmp_path, chain, **GOOD | {"reward": (-0.2, -0.4, 0.0), "gold": DOWN})
-    )
-    assert "To blame is reward: PPO raised its score" in verdict(
-        run_of(tmp_path, chain, **GOOD | {"reward": UNKNOWN, "gold": DOWN})
-    )
-    run = run_of(tmp_path, chain, **GOOD | {"reward": UNKNOWN, "gold": UNKNOWN})
-    gate_of(run, "ppo", "explained_variance", Bound(min=0.0, advice="raise the critic's rate"), -0.8)
-    assert "To blame is reward: nobody can tell that it ranks better than chance" in verdict(run)
-
-
-def test_sft_on_garbage_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    """It learns the garbage well, and PPO inherits what it forgot: the first that lost it is to blame."""
-    run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
-    gate_of(run, "evaluate", "retention_perplexity_ratio", PERPLEXITY, 3.2, "sft ppo")
-    sentence = verdict(run)
-    assert (
-        "To blame is sft: its policy lost what the base model knew (retention_perplexity_ratio/sft = 3.2"
-        in sentence
-    )
-    assert sentence.count("To blame") == 1 and outcome(run) == "did not work"
-
-
-def test_ppo_that_forgot_by_itself_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = run_of(tmp_path, chain, **GOOD)
-    gate_of(run, "evaluate", "retention_perplexity_ratio", PERPLEXITY, 1.02, "sft")
-    gate_of(run, "evaluate", "retention_perplexity_ratio", PERPLEXITY, 2.0, "ppo")
-    assert "To blame is ppo: its policy lost what the base model knew" in verdict(run)
-
-
-def test_a_reward_trained_on_length_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    """Without a gold score too."""
-    figures = {name: figure for name, figure in GOOD.items() if name != "gold"}
-    run = run_of(tmp_path, chain, **figures)
-    run.stages["reward"]["metrics"]["reward/length_correlation"] = 0.83
-    gate_of(run, "evaluate", "length_ratio", LENGTH, 1.71, "ppo")
-    sentence = verdict(run)
-    assert "To blame is reward: PPO changed the length of the answers (length_ratio/ppo = 1.71" in sentence
-    assert "the reward's scores go with length by +0.83" in sentence and sentence.count("To blame") == 1
-
-
-def test_a_reward_that_hardly_pays_for_length_is_not_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = run_of(tmp_path, chain, **GOOD)
-    run.stages["reward"]["metrics"]["reward/length_correlation"] = 0.08
-    gate_of(run, "evaluate", "length_ratio", LENGTH, 2.02, "ppo")
-    sentence = verdict(run)
-    assert "To blame is ppo: PPO changed the length of the answers (length_ratio/ppo = 2.02" in sentence
-    assert "go with length by +0.08). The reward hardly pays for length: is what ppo starts from" in sentence
-
-
-def test_a_reward_that_pays_for_a_word_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = run_of(tmp_path, chain, **GOOD)
-    gate_of(run, "evaluate", "word_gain", Bound(max=0.6, advice="read the answers"), 0.71, "ppo")
-    sentence = verdict(run)
-    assert "To blame is reward: PPO put one word into the answers (word_gain/ppo = 0.71" in sentence
-    assert "may pay for a word and not for what is said" in sentence
-    answers = [("sft", "my cat"), ("sft", "A dog"), ("ppo", "Amazing cat!"), ("ppo", "an amazing dog")]
-    (tmp_path / "artifacts" / "evaluate").mkdir(parents=True)
-    rows = [json.dumps({"policy": policy, "response": text}) for policy, text in answers]
-    (tmp_path / "artifacts" / "evaluate" / "responses.jsonl").write_text("\n".join(rows))
-    assert 'To blame is reward: PPO put the word "amazing" into the answers' in verdict(run)
-    run.stages["evaluate"]["metrics"] |= {"evaluate/length_mean/sft": 8.0, "evaluate/length_mean/ppo": 29.0}
-    assert "To blame is sft: its answers have 8 tokens, and those of PPO 29, so" in verdict(run)
-
-
-def test_answers_that_no_longer_end_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = run_of(tmp_path, chain, **GOOD)
-    gate_of(run, "evaluate", "stop_rate_change", Bound(min=-0.3, advice="read the answers"), -0.64, "ppo")
-    sentence = verdict(run)
-    assert "To blame is ppo: far fewer of its answers end by themselves than before" in sentence
-    assert sentence.count("To blame") == 1 and outcome(run) == "did not work"
-
-
-def test_what_sft_forgot_is_named_also_where_ppo_cannot_be_told(
-    tmp_path: Path, chain: dict[str, Stage]
-) -> None:
-    run = run_of(tmp_path, chain, **GOOD)
-    bound = Bound(max=1.15, advice="lower sft.optim.lr")
-    sampled = Sampled(1.26, 1.14, 1.39, 226)
-    run.gates.append(GateResult("evaluate", "retention_perplexity_ratio", 1.26, bound, sampled))
-    own = Sampled(1.37, 1.25, 1.5, 226).metrics("retention_perplexity_ratio/sft")
-    run.stages["evaluate"]["metrics"] |= {f"evaluate/{key}": value for key, value in own.items()}
-    assert "To blame is sft: its policy lost what the base model knew" in verdict(run)
-    assert outcome(run) == "did not work"
-    run.gates[-1] = replace(run.gates[-1], value=1.0, sampled=Sampled(1.0, 0.9, 1.1, 226))
-    assert "To blame" not in verdict(run) and outcome(run) == "worked"
-
-
 def test_what_was_learned_on_other_prompts_is_no_hacking(tmp_path: Path, chain: dict[str, Stage]) -> None:
     """The reward's own score did not rise on new prompts either, so the reward is not to blame."""
     sentence = verdict(run_of(tmp_path, chain, **GOOD | {"gold": DOWN, "learned": DOWN}))
@@ -523,108 +379,6 @@ def test_prompts_of_another_kind_are_named(tmp_path: Path, chain: dict[str, Stag
     assert "Note" not in verdict(run) and "To blame" not in verdict(run)
 
 
-def test_a_reward_that_counts_against_itself_is_named(tmp_path: Path) -> None:
-    """The reward model ranks well, and the policy was paid for what it likes least."""
-    chain = chain_of(OwnStage, "ppo.reward=[{source: learned, weight: -1}]")
-    run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
-    gate_of(run, "evaluate", "gold_correlation", Bound(min=0.2, advice="look at the reward"), -0.72)
-    sentence = verdict(run)
-    assert (
-        "To blame is ppo: ppo.reward[0] counts learned with a weight of -1, so it pays for what that likes "
-        "least, and goes against the gold score (gold_correlation = -0.72" in sentence
-    )
-    assert "exchanged" not in sentence and sentence.count("To blame") == 1
-
-
-def test_data_of_which_most_was_left_out_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    """And not the reward model, which learned from the rest."""
-    run = run_of(tmp_path, chain, **GOOD | {"reward": UNKNOWN, "ppo": NONE, "gold": NONE})
-    gate_of(run, "prepare", "bad_share", Bound(max=0.5, advice="look at the rows"), 0.956)
-    sentence = verdict(run)
-    assert "To blame is prepare: it left out most rows of a data set (bad_share = 0.956" in sentence
-    assert sentence.count("To blame") == 1
-
-
-@pytest.mark.parametrize(("value", "exchanged"), [(-0.7, True), (-0.005, False), (0.02, False)])
-def test_a_reward_that_does_not_go_with_gold_is_named(
-    tmp_path: Path, chain: dict[str, Stage], value: float, exchanged: bool
-) -> None:
-    run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
-    gate_of(run, "evaluate", "gold_correlation", Bound(min=0.2, advice="look at the reward"), value)
-    sentence = verdict(run)
-    goes = "goes against" if exchanged else "does not go with"
-    blamed = "reward or evaluate" if exchanged else "reward"
-    assert f"To blame is {blamed}: it {goes} the gold score (gold_correlation = {value:g}" in sentence
-    asks = (
-        "Are the better and the worse answers of reward.pairs exchanged, or does evaluate.gold give the worse"
-    )
-    assert (asks in sentence) is exchanged
-    own = chain_of(OwnStage, "ppo.reward=verify:number", "ppo.critic.init=sft")
-    alone = run_of(tmp_path, own, **GOOD | {"gold": DOWN})
-    gate_of(alone, "evaluate", "gold_correlation", Bound(min=0.2, advice="look at the reward"), value)
-    assert f"To blame is the reward of ppo: it {goes} the gold score" in verdict(alone)
-    assert "exchanged" not in verdict(alone)
-
-
-def test_answers_that_were_cut_off_before_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = run_of(tmp_path, chain, **GOOD)
-    gate_of(run, "sft", "cut_share", Bound(max=0.2, advice="look at the data"), 0.79)
-    assert "To blame is sft: the answers that it learned were cut off before it read them" in verdict(run)
-
-
-@pytest.mark.parametrize(("ratio", "named"), [(584.0, True), (1.02, False)])
-def test_a_broken_model_of_ones_own_is_named_before_what_it_breaks(
-    tmp_path: Path, ratio: float, named: bool
-) -> None:
-    """Its answers do not end, and PPO goes far: both would be blamed on something else."""
-    chain = chain_of(OwnStage, "ppo.init=./mine")
-    run = run_of(tmp_path, chain, **GOOD | {"ppo": UNKNOWN, "gold": UNKNOWN})
-    for policy, value in (("init", ratio), ("ppo", 90.0)):
-        found = Sampled(value, value - 0.1, value + 0.1, 200).metrics(f"retention_perplexity_ratio/{policy}")
-        run.stages["evaluate"]["metrics"] |= {f"evaluate/{key}": each for key, each in found.items()}
-    gate_of(run, "generate", "stop_rate", Bound(min=0.3, advice="look"), 0.0)
-    gate_of(run, "ppo", "kl", Bound(max=20.0, advice="look"), 134.8)
-    gate_of(run, "evaluate", "retention_perplexity_ratio", Bound(max=1.15, advice="look"), 90.0)
-    sentence = verdict(run)
-    said = "To blame is ppo.init: the model that it names lost what the base model knows, before any step"
-    assert (said in sentence) is named
-    assert ("To blame is model.chat_template" in sentence) is not named
-    assert sentence.count("To blame") == 1
-
-
-def test_ppo_without_kl_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    """And not the reward model, which it left behind."""
-    run = run_of(tmp_path, chain, **GOOD | {"gold": DOWN})
-    gate_of(run, "ppo", "kl", Bound(max=20.0, advice="raise ppo.kl.coef"), 64.0)
-    sentence = verdict(run)
-    assert "To blame is ppo: the policy went too far from its start (kl = 64" in sentence
-    assert sentence.count("To blame") == 1
-
-
-def test_answers_that_do_not_belong_to_their_prompts_are_named(
-    tmp_path: Path, chain: dict[str, Stage]
-) -> None:
-    run = run_of(tmp_path, chain, **GOOD)
-    gate_of(run, "sft", "prompt_gain", Bound(min=0.02, advice="read sft.data"), 0.001)
-    sentence = verdict(run)
-    assert (
-        "To blame is sft: what it learned to answer does not depend on the prompts (prompt_gain = 0.001"
-        in sentence
-    )
-
-
-def test_exchanged_columns_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = run_of(tmp_path, chain, **GOOD)
-    gate_of(run, "generate", "echo_rate", Bound(max=0.1, advice="read sft.data"), 0.25)
-    assert "To blame is sft: the answers repeat the question (echo_rate = 0.25" in verdict(run)
-
-
-def test_a_broken_template_is_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = run_of(tmp_path, chain, sft=DOWN, reward=UP)
-    gate_of(run, "generate", "stop_rate", Bound(min=0.3, advice="raise ppo.max_new_tokens"), 0.02)
-    assert "To blame is model.chat_template, or what generate asks: most answers do not end" in verdict(run)
-
-
 @pytest.mark.parametrize(("share", "named"), [(0.95, True), (0.5, False)])
 def test_rows_that_are_mostly_held_out_are_named(tmp_path: Path, share: float, named: bool) -> None:
     chain = chain_of(OwnStage, f"prepare.held_out_fraction={share}")
@@ -633,27 +387,6 @@ def test_rows_that_are_mostly_held_out_are_named(tmp_path: Path, share: float, n
     said = f" To blame is prepare: {share:.0%} of all rows are held out"
     assert (said in sentence) is named and ("To blame is ppo" in sentence) is not named
     assert "To blame" not in verdict(run_of(tmp_path, chain, **GOOD))
-
-
-@pytest.mark.parametrize(("tokens", "named"), [(61.0, True), (12.0, False)])
-def test_answers_that_are_longer_than_they_may_be_are_named(
-    tmp_path: Path, chain: dict[str, Stage], tokens: float, named: bool
-) -> None:
-    run = run_of(tmp_path, chain, sft=DOWN, reward=UP)
-    most = chain["generate"].max_new_tokens  # type: ignore[attr-defined]  # GenerateStage's
-    run.stages["sft"]["metrics"]["sft/answer_tokens"] = tokens
-    gate_of(run, "generate", "stop_rate", Bound(min=0.3, advice="raise ppo.max_new_tokens"), 0.12)
-    said = f"those that sft learned have 61 tokens on average, and generate.max_new_tokens={most}."
-    sentence = verdict(run)
-    assert ("To blame is sft or generate: most answers do not end" in sentence and said in sentence) is named
-    assert ("To blame is model.chat_template" in sentence) is not named
-
-
-def test_a_stage_that_reads_what_failed_is_not_convicted(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = run_of(tmp_path, chain, **GOOD | {"reward": NONE})
-    gate_of(run, "ppo", "kl", Bound(max=20.0, advice="raise ppo.kl.coef"), 64.0)
-    sentence = verdict(run)
-    assert "To blame is reward: it ranks no better" in sentence and sentence.count("To blame") == 1
 
 
 def test_the_last_evaluation_is_judged(tmp_path: Path, chain: dict[str, Stage]) -> None:
