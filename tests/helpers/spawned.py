@@ -32,7 +32,7 @@ def start_ranks(
         lost: ranks that end without a result.
 
     Returns:
-        Waits for them: rank -> what it returned, or its traceback.
+        Waits for them: rank -> what it returned, or its traceback. The rank that was done first comes first.
     """
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
