@@ -143,6 +143,22 @@ def test_the_page_of_several_runs_is_clicked_through(
     page.context.close()
 
 
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_twelve_runs_look_different_in_one_chart(chromium: Browser, tmp_path: Path, scheme: str) -> None:
+    names = [f"run-{number}" for number in range(12)]
+    path = tmp_path / "report.html"
+    runs = [read_run(make_run(tmp_path / name, "plain", num_steps=40, name=name)) for name in names]
+    path.write_text(runs_page(runs), encoding="utf-8")
+    page, wrong = opened(chromium, path.as_uri(), scheme, 1280)
+    kl = page.locator("figure.chart", has_text="ppo/kl")
+    kl.scroll_into_view_if_needed()
+    expect(kl.locator(".legend rect")).to_have_count(12)
+    looks = [(rect.get_attribute("fill"), rect.get_attribute("stroke")) for rect in kl.locator("rect").all()]
+    assert len(set(looks)) == 12
+    looks_right(page, wrong)
+    page.context.close()
+
+
 @in_every_look
 def test_the_list_of_a_sweeps_trials_leads_to_their_pages(
     chromium: Browser, tmp_path: Path, scheme: str, width: int

@@ -2,8 +2,8 @@
 (() => {
   let data = JSON.parse(document.getElementById("data").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const LIGHT = ["#0072b2", "#d55e00", "#007a5a", "#b0538d", "#8a6d00", "#3a6ea5", "#1b1f24", "#7a4b94"];
-  const DARK = ["#58b0e8", "#ff9a57", "#4fd0a5", "#e79ac9", "#e9c46a", "#9cc9f5", "#e6e9ec", "#c7a6e0"];
+  const LIGHT = ["#0072b2", "#d55e00", "#007a5a", "#b0538d", "#8a6d00", "#1b1f24"];
+  const DARK = ["#58b0e8", "#ff9a57", "#4fd0a5", "#e79ac9", "#e9c46a", "#e6e9ec"];
   const drawn = new Map(); // id of a chart -> its uPlot
 
   const make = (name, text, className) => {
@@ -37,16 +37,23 @@
     return [xs, ...ys];
   }
 
-  function swatch(colour) {
+  // Six colours that differ also for the colour-blind. The next six curves are dashed or hollow.
+  function look(number) {
+    const colours = dark.matches ? DARK : LIGHT;
+    const colour = colours[number % colours.length], hollow = Math.floor(number / colours.length) % 2 === 1;
+    return { colour, fill: hollow ? value("--paper") : colour, dash: hollow ? [5, 4] : [] };
+  }
+
+  function swatch({ colour, fill }) {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-    svg.setAttribute("viewBox", "0 0 10 10");
-    for (const [name, size] of [["width", "10"], ["height", "10"], ["rx", "2"], ["fill", colour]]) rect.setAttribute(name, size);
+    svg.setAttribute("viewBox", "-1 -1 12 12");
+    for (const [name, size] of [["width", "10"], ["height", "10"], ["rx", "2"], ["fill", fill], ["stroke", colour], ["stroke-width", "2"]]) rect.setAttribute(name, size);
     svg.append(rect);
     return svg;
   }
 
-  function legend(figure, chart, colours, at) {
+  function legend(figure, chart, at) {
     const place = figure.querySelector(".legend");
     place.replaceChildren();
     const u = drawn.get(figure.id);
@@ -55,7 +62,7 @@
       if (chart.curves.length === 1 && (at === null || at === undefined)) return;
       const item = make("span");
       const y = at === null || at === undefined || !u ? undefined : u.data[number + 1][at];
-      item.append(swatch(colours[number % colours.length]), y === undefined || y === null ? curve.name : `${curve.name} ${shown(y)}`);
+      item.append(swatch(look(number)), y === undefined || y === null ? curve.name : `${curve.name} ${shown(y)}`);
       place.append(item);
     });
   }
@@ -64,7 +71,6 @@
     const chart = data.charts[figure.id];
     if (!chart) return;
     const plot = figure.querySelector(".plot");
-    const colours = dark.matches ? DARK : LIGHT;
     const ink = value("--soft"), rule = value("--rule"), healthy = value("--healthy");
     const columns = aligned(chart);
     if (drawn.has(figure.id)) drawn.get(figure.id).destroy();
@@ -79,11 +85,13 @@
         { ...axis, label: chart.x, labelSize: 18, size: 34 },
         { ...axis, size: 56, values: (u, ticks) => ticks.map(shown), ...(chart.curves[0].marks || chart.curves.length > 1 ? { label: chart.y, labelSize: 18 } : {}) },
       ],
-      series: [{}, ...chart.curves.map((curve, number) => ({
-        label: curve.name, stroke: colours[number % colours.length], width: 1.6, spanGaps: true,
-        ...(curve.marks ? { paths: () => null, points: { show: true, size: 6, fill: colours[number % colours.length] } }
-          : { points: { show: single, size: 5 } }),
-      }))],
+      series: [{}, ...chart.curves.map((curve, number) => {
+        const { colour, fill, dash } = look(number);
+        return {
+          label: curve.name, stroke: colour, dash, width: 1.6, spanGaps: true,
+          ...(curve.marks ? { paths: () => null, points: { show: true, size: 6, width: 1.6, fill } } : { points: { show: single, size: 5, fill } }),
+        };
+      })],
       hooks: {
         drawClear: [(u) => {
           const { ctx, bbox } = u;
@@ -109,11 +117,11 @@
           }
           ctx.restore();
         }],
-        setCursor: [(u) => legend(figure, chart, colours, u.cursor.idx)],
+        setCursor: [(u) => legend(figure, chart, u.cursor.idx)],
       },
     };
     drawn.set(figure.id, new uPlot(options, columns, plot));
-    legend(figure, chart, colours, null);
+    legend(figure, chart, null);
   }
 
   function span(low, high) {
