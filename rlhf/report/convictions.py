@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import kind_of, last_evaluation
@@ -164,15 +165,22 @@ def taken_up(run: Run, policy: str) -> str:
 
     evaluation, _ = last_evaluation(run.stages)
     start = str(getattr(run.chain.get(evaluation), "start", ""))
+    given = answers(run)
+    texts = [[row["response"] for row in given.get(name, ())] for name in (policy, start)]
+    return gained_word(*texts)[0] if given else ""
+
+
+def answers(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Policy -> the rows of its answers in the last `evaluate`, in the prompts' order; empty if there are
+    none."""
+    evaluation, _ = last_evaluation(run.stages)
     path = run.directory / "artifacts" / evaluation / "responses.jsonl"
-    if not path.is_file():
-        return ""
-    texts: dict[str, list[str]] = {start: [], policy: []}
-    with path.open(encoding="utf-8") as file:  # answers may have what str.splitlines takes for a line's end
-        for row in map(json.loads, file):
-            if row["policy"] in texts:
-                texts[row["policy"]].append(row["response"])
-    return gained_word(texts[policy], texts[start])[0]
+    found: dict[str, list[dict[str, Any]]] = {}
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:  # answers may have what splitlines takes for an end
+            for row in map(json.loads, file):
+                found.setdefault(row["policy"], []).append(row)
+    return found
 
 
 def grown_from_little(run: Run, policy: str, each: GateResult) -> tuple[str, str] | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES
@@ -15,7 +16,7 @@ from rlhf.pipeline.defaults import Change, references
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.report.against import Worked, worked_before
-from rlhf.report.convictions import FORGOTTEN, broken_start, convictions, reward_of
+from rlhf.report.convictions import FORGOTTEN, answers, broken_start, convictions, reward_of
 from rlhf.rewards.kinds import RewardMix, stage_of
 
 Direction = Literal["better", "not better", "unknown"]
@@ -27,6 +28,10 @@ nobody knows the gold score."""
 SEEN = 0.3
 """Of the scores' deviation on a reward model's own pairs, on answers: 1.06 was seen in the demo, 0.16 where a
 full stop decided every pair."""
+ROUNDING = 1e-6
+"""Of the deviation: means that differ by less are the same."""
+MANY = 10
+"""Different gold scores. Two policies may well have the same share of right answers."""
 STILL = 0.5
 """Nats per sequence: a policy that is nearer to its start learned nothing that shows."""
 MOVED = 1 / 3
@@ -186,17 +191,33 @@ def evaluated(run: Run, scores: Mapping[str, str] = SCORES) -> Iterator[tuple[st
 
 def silent_gold(run: Run) -> dict[str, str]:
     """The last `evaluate` and why it cannot tell, if its gold score is the same for every answer of every
-    policy, and the reward's is not; else empty."""
+    policy, and the reward's is not; or if it has one mean for policies that answer otherwise. Else empty."""
     evaluation, metrics = last_evaluation(run.stages)
     names = [name for name in ("base", "init", *run.chain) if f"gold_deviation/{name}" in metrics]
     learned = [metrics[f"score_deviation/{name}"] for name in names if f"score_deviation/{name}" in metrics]
-    if learned and not any(learned):  # as where no answer is right: then neither score tells
+    if not names or (learned and not any(learned)):  # as where no answer is right: then neither score tells
         return {}
-    means = {metrics[f"gold_mean/{name}"] for name in names}
-    if len(means) != 1 or any(metrics[f"gold_deviation/{name}"] for name in names):
+    means = [metrics[f"gold_mean/{name}"] for name in names]
+    spread = max(metrics[f"gold_deviation/{name}"] for name in names)
+    if len({*means}) == 1 and not spread:
+        why = f"gives every answer the same score ({means[0]:.3g}), so it tells no policy from another."
+    elif len(names) > 1 and max(means) - min(means) <= ROUNDING * spread and all_differ(answers(run), names):
+        why = (
+            f"gives all policies the same mean ({means[0]:.3g}), although their answers differ, so it tells "
+            "no policy from another. Does it standardise each call's scores, or remember them by the prompt?"
+        )
+    else:
         return {}
-    why = f"{evaluation}.gold gives every answer the same score ({means.pop():.3g})"
-    return {evaluation: f"{evaluation}: {why}, so it tells no policy from another."}
+    return {evaluation: f"{evaluation}: {evaluation}.gold {why}"}
+
+
+def all_differ(given: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> bool:
+    """Whether most answers of each policy are others than the first one's, and have so many gold scores that
+    two means are not equal by chance."""
+    first, *others = ([row["response"] for row in given.get(name, ())] for name in names)
+    golds = {row.get("gold") for rows in given.values() for row in rows}
+    pairs = [sum(map(operator.ne, first, other)) for other in others]
+    return len(golds) >= MANY and all(2 * number > len(first) for number in pairs)
 
 
 def causes(run: Run) -> dict[str, str]:

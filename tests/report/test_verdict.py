@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -357,6 +358,40 @@ def test_a_gold_score_that_is_the_same_for_all_tells_nothing(tmp_path: Path, cha
     assert "To blame is evaluate" in verdict(run)
     run.stages["evaluate"]["metrics"]["evaluate/gold_mean/ppo"] = 0.5  # the policies differ
     assert "To blame is evaluate" not in verdict(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_named"),
+    [
+        ({}, True),
+        ({"gold": 0.5}, False),  # the means differ
+        ({"values": 2}, False),  # as many right answers, by chance
+        ({"moved": 4}, False),  # the policies hardly differ
+    ],
+)
+def test_a_gold_score_with_one_mean_for_policies_that_differ_tells_nothing(
+    tmp_path: Path, chain: dict[str, Stage], change: dict[str, Any], is_named: bool
+) -> None:
+    """As one that standardises each call's scores, or remembers them by the prompt."""
+    shape = {"gold": 0.1, "values": 12, "moved": 24} | change
+    run = run_of(tmp_path, chain, **GOOD | {"gold": NONE})
+    told = {f"evaluate/gold_mean/{name}": 0.1 for name in ("base", "sft")}
+    told |= {f"evaluate/gold_deviation/{name}": 1.0 for name in ("base", "sft", "ppo")}
+    run.stages["evaluate"]["metrics"] |= told | {"evaluate/gold_mean/ppo": shape["gold"] + 2e-8}
+    rows = [
+        {
+            "policy": name,
+            "response": f"{name} {number}" if number < shape["moved"] else "as before",
+            "gold": number % shape["values"] / 7,
+        }
+        for name in ("base", "sft", "ppo")
+        for number in range(30)
+    ]
+    (tmp_path / "artifacts" / "evaluate").mkdir(parents=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "artifacts" / "evaluate" / "responses.jsonl").write_text(text, encoding="utf-8")
+    assert ("evaluate.gold gives all policies the same mean (0.1), although" in verdict(run)) == is_named
+    assert (outcome(run) == "cannot be told") == is_named
 
 
 def test_prompts_of_another_kind_are_named(tmp_path: Path, chain: dict[str, Stage]) -> None:
