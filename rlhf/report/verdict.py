@@ -98,12 +98,17 @@ def verdict(run: Run) -> str:
     remarks = [
         f"Note {evaluation}: {each}" for each in asked if each and not any(each in said for said in blamed)
     ]
-    remarks += [f"Note {name}: {said}" for name in learners if (said := over_optimized(run, name))]
+    for name in learners:
+        remarks += [
+            f"Note {name}: {said}" for said in (over_optimized(run, name), critic_alone(run, name)) if said
+        ]
+    if not blamed:
+        remarks += [f"Note {said}" for said in outside_bounds(run)]
     if not blamed and any(finding.direction != "better" for finding in findings):
         changed = otherwise_set(run, run.needed or run.chain, f"{UNSURE} what was changed").strip()
         parts.append(changed if worked is None else f"{UNSURE} {worked.section or 'this'}: {worked}")
     elif not blamed and worked is not None:
-        remarks += filter(None, [less_than(worked, scored)])
+        remarks += filter(None, [less_than(run, worked, scored)])
     remarks += [f"Note prepare: {said}" for said in unlike(run)[:NOTES]]
     return "\n".join(filter(None, [*parts, *blamed, *remarks]))
 
@@ -128,19 +133,35 @@ def by_comparison(blamed: Sequence[str], worked: Worked | None) -> list[str]:
     return [f"To blame is {worked.section}: {said}", *shows]
 
 
-def less_than(worked: Worked, scored: Mapping[str, Finding]) -> str:
-    """That the last policy gained less than in a run that worked, perhaps by chance; else empty."""
-    _, told = last_evaluation(worked.stages)
-    metrics = {name: value for name, value in told.items() if value is not None}  # null: not finite
+def less_than(run: Run, worked: Worked, scored: Mapping[str, Finding]) -> str:
+    """That the last policy is worse than in a run that worked, perhaps by chance; else empty. The gold score
+    itself tells, and what was gained only where `evaluate` asked or judged otherwise."""
+    sides = [last_evaluation(stages)[1] for stages in (run.stages, worked.stages)]
+    here, there = ({name: value for name, value in side.items() if value is not None} for side in sides)
+    is_alike = all(kind_of(key.partition(".")[0]) != "evaluate" for key in worked.differences)
     for name, finding in reversed([*scored.items()]):
-        there = Sampled.found(f"{finding.metric}/{name}", metrics)
-        if there is None or finding.sampled.value >= there.value:
+        own, other, did = finding.sampled, Sampled.found(f"{finding.metric}/{name}", there), "gained less"
+        if is_alike and finding.metric == "gold_gain" and (levels := gold_levels(name, here, there)):
+            (own, other), did = levels, "is lower"
+        if other is None or own.value >= other.value:
             return ""
-        figures = f"{finding.sampled.value:+.3g}, there {there.value:+.3g}"
-        chance = "" if finding.sampled.high < there.low else ", which may be chance"
-        named = worked.section or "on this run"
-        return f"Note {named}: {finding.words} gained less ({figures}){chance}: {worked}"
+        chance = "" if own.high < other.low else ", which may be chance"
+        figures = f"{own.value:+.3g}, there {other.value:+.3g}"
+        return f"Note {worked.section or 'on this run'}: {finding.words} {did} ({figures}){chance}: {worked}"
     return ""
+
+
+def gold_levels(policy: str, *runs: Mapping[str, float]) -> list[Sampled]:
+    """A policy's mean gold score in each run's `evaluate`, with its interval; empty where one has none."""
+    found = []
+    for metrics in runs:
+        mean, deviation = metrics.get(f"gold_mean/{policy}"), metrics.get(f"gold_deviation/{policy}")
+        gain = Sampled.found(f"gold_gain/{policy}", metrics)
+        if mean is None or deviation is None or gain is None or not gain.rows:
+            return []
+        half = 1.96 * deviation / math.sqrt(gain.rows)
+        found.append(Sampled(mean, mean - half, mean + half, gain.rows))
+    return found
 
 
 def outcome(run: Run) -> str:
@@ -435,6 +456,26 @@ def over_optimized(run: Run, policy: str) -> str:
         f"{lost.value:.2g} ({lost.low:.2g} to {lost.high:.2g}): it learned more than the reward is right "
         f"about. Lower {policy}.steps, or raise {policy}.kl.coef."
     )
+
+
+def critic_alone(run: Run, policy: str) -> str:
+    """That in most steps of a policy only its critic learned; else empty."""
+    steps = getattr(run.chain[policy], "steps", 0)
+    alone = getattr(getattr(run.chain[policy], "critic", None), "warmup_steps", 0)
+    if not alone or 2 * alone <= steps:
+        return ""
+    return f"in {alone} of its {steps} steps only the critic learned. Lower {policy}.critic.warmup_steps."
+
+
+def outside_bounds(run: Run) -> list[str]:
+    """The gates whose figure is outside its bound, but not for sure."""
+    unsure = (
+        gate for gate in run.gates if gate.outcome == "cannot tell" and not gate.bound.holds(gate.value)
+    )
+    return [
+        f"{gate.stage}: {gate.name} = {gate.figure}, wanted {gate.bound}, which may be chance."
+        for gate in unsure
+    ]
 
 
 def otherwise_set(run: Run, stages: Collection[str], heading: str) -> str:

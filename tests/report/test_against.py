@@ -55,9 +55,13 @@ def recipes_of(chain: Mapping[str, Stage]) -> dict[str, Any]:
 
 def write(
     directory: Path, chain: Mapping[str, Stage], recipes: Mapping[str, Any], gold: Sampled, outcome: str,
-    changed: Mapping[str, str] | None = None,
+    changed: Mapping[str, str] | None = None, level: float | None = None,
 ) -> Run:  # fmt: skip
-    """A finished run with these recipes, of which SFT, the reward model and PPO improved."""
+    """A finished run with these recipes, of which SFT, the reward model and PPO improved.
+
+    Args:
+        level: PPO's mean gold score.
+    """
     run = Run(directory, chain=chain)
     run.stages = {name: {"metrics": {}} for name in recipes}
     for name, metric, value in (
@@ -68,6 +72,9 @@ def write(
         if name in run.stages:
             figures = value.metrics(metric)
             run.stages[name]["metrics"] = {f"{name}/{metric}": each for metric, each in figures.items()}
+    if level is not None:
+        told = {"evaluate/gold_mean/ppo": level, "evaluate/gold_deviation/ppo": 0.5}
+        run.stages["evaluate"]["metrics"] |= told
     run.changed = [
         Change(key=key, default="as packaged", value=value) for key, value in (changed or {}).items()
     ]
@@ -246,6 +253,27 @@ def test_a_run_that_worked_less_well_is_noted(tmp_path: Path, chain: dict[str, S
     assert "gained less (+0.35, there +0.5), which may be chance: against run good" in verdict(near)
     more = write(tmp_path / "more", chain, changed, Sampled(0.55, 0.45, 0.65, 96), "worked")
     assert "Note" not in verdict(more)
+
+
+def test_the_gold_score_itself_tells_where_both_were_evaluated_alike(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
+    """A broken base model can gain more than a sound one."""
+    write(tmp_path / "good", chain, recipes_of(chain), UP, "worked", level=0.8)
+    changed = fault(recipes_of(chain), "prepare/external/sft", "s2")
+    more = Sampled(0.7, 0.6, 0.8, 96)
+    broken = write(tmp_path / "broken", chain, changed, more, "worked", level=0.4)
+    assert verdict(broken).endswith(
+        " Note sft: the gold score of the PPO model on new prompts is lower (+0.4, there +0.8): against run "
+        "good, which worked, only sft.data (other rows) differs."
+    )
+    near = write(tmp_path / "near", chain, changed, more, "worked", level=0.75)
+    assert "is lower (+0.75, there +0.8), which may be chance: against run good" in verdict(near)
+    as_good = write(tmp_path / "as-good", chain, changed, UNKNOWN._replace(low=0.01), "worked", level=0.8)
+    assert "Note" not in verdict(as_good)
+    judged = fault(recipes_of(chain), "evaluate/external/vader", "4.0")  # by another score
+    otherwise = write(tmp_path / "otherwise", chain, judged, more, "worked", level=0.4)
+    assert "Note" not in verdict(otherwise)
 
 
 def test_the_run_that_differs_least_is_taken_and_of_several_the_newest(

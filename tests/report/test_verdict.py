@@ -340,6 +340,30 @@ def test_an_evaluation_that_asks_otherwise_is_named(tmp_path: Path, gold: tuple[
     assert improved.endswith(f"Note evaluate: it asks otherwise than ppo learned to answer ({keys}).")
 
 
+def test_a_figure_outside_its_bound_is_noted_where_nobody_is_to_blame(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
+    run = run_of(tmp_path, chain, **GOOD)
+    bound = Bound(min=0.5, advice="reward the right length")
+    outside, inside = Sampled(0.46, 0.41, 0.52, 96), Sampled(0.6, 0.4, 0.8, 96)
+    run.gates.append(GateResult("evaluate", "length_ratio", 0.46, bound, outside))
+    run.gates.append(GateResult("evaluate", "stop_rate", 0.6, bound, inside))
+    said = "Note evaluate: length_ratio = 0.46 (95%: 0.41 to 0.52, 96 rows), wanted >= 0.5, which may be"
+    assert said in verdict(run) and "stop_rate" not in verdict(run)
+    assert outcome(run) == "worked"
+    gate_of(run, "ppo", "kl", Bound(max=20, advice="raise ppo.kl.coef"), 30)
+    assert "To blame is ppo" in verdict(run) and "length_ratio" not in verdict(run)
+
+
+@pytest.mark.parametrize(("warmup", "is_noted"), [(3, True), (2, False), (0, False)])
+def test_a_critic_that_learned_alone_in_most_steps_is_noted(
+    tmp_path: Path, warmup: int, is_noted: bool
+) -> None:
+    run = run_of(tmp_path, chain_of(OwnStage, f"ppo.critic.warmup_steps={warmup}"), **GOOD)
+    said = f"Note ppo: in {warmup} of its 4 steps only the critic learned. Lower ppo.critic.warmup_steps."
+    assert (said in verdict(run)) == is_noted
+
+
 def test_a_gold_score_that_is_the_same_for_all_tells_nothing(tmp_path: Path, chain: dict[str, Stage]) -> None:
     run = run_of(tmp_path, chain, **GOOD | {"gold": NONE})
     told = {f"evaluate/gold_mean/{name}": 1.0 for name in ("base", "sft", "ppo")}
