@@ -5,7 +5,7 @@ It needs no torch, because checks of the config import it. rlhf/evaluation/inter
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -38,3 +38,9 @@ def beside(name: str, end: str) -> str:
     """The name of a figure's interval: what is behind the first / names a model, and stays behind."""
     metric, slash, model = name.partition("/")
     return f"{metric}{end}/{model}" if slash else f"{name}{end}"
+
+
+def parts_of(metric: str, metrics: Iterable[str]) -> list[str]:
+    """The rewards, where there are several, of which each has a figure of its own: METRIC/REWARD/POLICY."""
+    ours = (name.removeprefix(f"{metric}/") for name in metrics if name.startswith(f"{metric}/"))
+    return [*dict.fromkeys(part for part in (name.rpartition("/")[0] for name in ours) if part)]

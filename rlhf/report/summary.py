@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf.disk import naming
-from rlhf.evaluation.sampled import Sampled
+from rlhf.evaluation.sampled import Sampled, parts_of
 from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
 from rlhf.pipeline.run import GateResult, Run, headed, listed
 from rlhf.printable import printable
@@ -180,7 +180,12 @@ def policy_cells(run: Run) -> Cells:
         for metric in (name.rpartition("/")[0] for name in metrics)
         if metric.startswith("lm_eval/")
     }
-    for metric, (words, spec) in (COMPARED | of_harness).items():
+    compared: dict[str, tuple[str, str]] = {}
+    for metric, (words, spec) in COMPARED.items():
+        parts = parts_of(metric, metrics)
+        compared[metric] = (f"{words}, all together" if parts else words, spec)
+        compared |= {f"{metric}/{part}": (f"  {part} alone", spec) for part in parts}
+    for metric, (words, spec) in (compared | of_harness).items():
         values = [metrics.get(f"{metric}/{name}") for name in names]
         if any(value is not None for value in values):
             rows.append(

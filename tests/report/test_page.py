@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from helpers.pages import make_run
-from rlhf.report.page.collect import cleaned, over_kl, read_run
+from rlhf.report.page.collect import COMPARED, cleaned, over_kl, policy_table, read_run
 from rlhf.report.page.curves import Curve
 from rlhf.report.page.size import embedded
 from rlhf.report.page.write import NAME, run_page, write_page
@@ -124,6 +124,22 @@ def test_gold_is_shown_over_the_kl_of_each_step_that_has_both(run: Path) -> None
     curves = {curve.name: (curve.x, curve.y) for curve in chart.curves if not curve.marks}
     assert list(curves) == ["learned score, ppo's steps", "gold score, ppo's steps"]
     assert curves["gold score, ppo's steps"] == ([0.0, 4.0, 6.0], [0.2, 0.8, 0.9])
+
+
+def test_each_of_several_rewards_has_a_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    path = run / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    told = {
+        f"evaluate/score_mean/{name}/ppo": value for name, value in (("learned", 1.28), ("length", -25.0))
+    }
+    summary["stages"]["evaluate"]["metrics"] |= told
+    path.write_text(json.dumps(summary), encoding="utf-8")
+    table = policy_table(read_run(run), COMPARED)
+    assert table is not None
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert "learned score, all together" in rows and "learned score" not in rows
+    assert rows["learned alone"][-1] == "1.28" and rows["length alone"][-1] == "-25"
 
 
 def test_a_chart_is_also_text(run: Path) -> None:

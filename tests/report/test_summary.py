@@ -116,6 +116,20 @@ def test_policies_stand_side_by_side(run: Run, width: int) -> None:
     assert intervals == [["0.52..0.68", "-", "0.70..0.86"], ["-0.01..+0.19", "-", "+0.30..+0.50"]]
 
 
+def test_each_of_several_rewards_has_a_row(run: Run) -> None:
+    metrics = run.stages["evaluate"]["metrics"]
+    metrics |= {"evaluate/score_mean/sft": -7.9, "evaluate/score_mean/ppo": -1.2}
+    parts = {"learned": (-0.7, 1.28), "python:my:length": (-72.0, -25.0)}
+    for part, scores in parts.items():
+        metrics |= dict(
+            zip((f"evaluate/score_mean/{part}/{name}" for name in ("sft", "ppo")), scores, strict=True)
+        )
+    text = printed(run, 120)
+    assert row_of(text, "learned score, all together") == ["-", "-7.900", "-1.200"]
+    assert row_of(text, "  learned alone") == ["-", "-0.700", "+1.280"]
+    assert row_of(text, "  python:my:length alone") == ["-", "-72.000", "-25.000"]
+
+
 def test_best_of_n_stands_behind_its_start(run: Run) -> None:
     metrics, best = run.stages["evaluate"]["metrics"], {"gold_mean": 0.5, "length_mean": 21.0, "kl": 1.8351}
     metrics |= {f"evaluate/{metric}/best_of_n": value for metric, value in best.items()}

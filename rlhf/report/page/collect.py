@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rlhf.evaluation.sampled import ENDS, Sampled, beside
+from rlhf.evaluation.sampled import ENDS, Sampled, beside, parts_of
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 from rlhf.printable import printable
@@ -398,7 +398,12 @@ def policy_table(run: RunFacts, which: tuple[tuple[str, str], ...]) -> Table | N
     metrics = run.evaluation.metrics
     policies = policies_of(run)
     rows = []
+    named: list[tuple[str, str]] = []
     for metric, words in which:
+        parts = parts_of(metric, metrics)
+        named.append((metric, f"{words}, all together" if parts else words))
+        named += [(f"{metric}/{part}", f"{part} alone") for part in parts]
+    for metric, words in named:
         cells = []
         for policy in policies:
             value, sampled = metrics.get(f"{metric}/{policy}"), sampled_of(f"{metric}/{policy}", metrics)
