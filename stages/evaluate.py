@@ -155,10 +155,18 @@ class EvaluateStage(Stage):
             "gold_gain": (start, other, "" if self.gold else "gold"),
             **dict.fromkeys(("task_gain", *RETAINED), (base,)),
         }
+        lacking: dict[str, list[str]] = {}
         for gate, missing in needs.items():
             lacks = next(filter(None, missing), None)
             if lacks and self.gates.get(gate) is not None and gate not in self.not_checked():
-                raise ValueError(f"KEY.gates.{gate} needs {lacks}. Turn it off with KEY.gates.{gate}=null")
+                lacking.setdefault(lacks, []).append(f"KEY.gates.{gate}")
+        if lacking:
+            told = (
+                f"{' and '.join(gates)} {'needs' if len(gates) == 1 else 'need'} {lacks}"
+                for lacks, gates in lacking.items()
+            )
+            off = " ".join(f"{gate}=null" for gates in lacking.values() for gate in gates)
+            raise ValueError(f"{'; '.join(told)}. What cannot be measured is turned off with {off}")
         if "init" in self.policies and self.start != "init":
             raise ValueError(
                 f"KEY.policies: init is a directory, and KEY.init={self.init} is none. Leave init out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import asdict
 from io import StringIO
@@ -502,6 +503,20 @@ def test_a_gate_that_nothing_can_measure_is_told_before_the_run(
         make_stage(gates=gates, **changes)
     if "needs" in complaint:
         make_stage(gates={"win_rate": None}, **changes)
+
+
+def test_all_gates_that_nothing_can_measure_are_told_at_once() -> None:
+    bound = {"min": 0.5, "advice": "raise ppo.steps"}
+    unmeasured = ("win_rate", "retention_perplexity_ratio", "question_accuracy_change")
+    changes: dict[str, Any] = {"policies": ["sft", "ppo"], "gold": None}
+    with pytest.raises(ConfigError) as told:
+        make_stage(gates=dict.fromkeys((*unmeasured, "stop_rate_change"), bound), **changes)
+    assert "gates.win_rate needs a reward or gold; evaluate.gates.retention_perplexity_ratio and" in str(
+        told.value
+    )
+    (off,) = re.findall(r"turned off with (.*)\.$", str(told.value))
+    assert off.split() == [f"evaluate.gates.{gate}=null" for gate in unmeasured]
+    make_stage(gates=dict.fromkeys(unmeasured) | {"stop_rate_change": bound}, **changes)
 
 
 def test_the_policies_stand_as_they_came_to_be() -> None:
