@@ -60,6 +60,13 @@ And a sixth one these, and let PPO start from a copy of the SFT model in very fe
 - leak: the prompts of the pairs hold the better answer, as where they are made from a whole transcript.
 - no_spaces: a cleaning step took the spaces out of SFT's answers.
 
+And a seventh one these, and a base model whose conversion left its attention in another layout:
+
+- standardised: the gold function standardises the scores of each call, so all policies have the same mean.
+- critic_alone: the critic's warm-up is that of a long run, so the policy learns in two steps of twelve.
+- characters: a second reward function shall pay for twelve words, and counts characters.
+- negatives: the worse answer of every pair is the better one of another prompt.
+
 What a run does not change is shared by the store. Each run is judged twice: alone, by its figures; and
 beside the run without a fault, with which its verdict compares it. The last thing printed is a JSON
 object: for each run the stage that the verdict should name alone, or the key that it should name first
@@ -139,6 +146,22 @@ def score(prompts: list[str], responses: list[str]) -> list[float]:
     return [known[prompt] for prompt in prompts]
 """
 """As around a slow judge, but the answer is not part of what it remembers by."""
+STANDARDISED = """from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+analyzer = SentimentIntensityAnalyzer()
+
+
+def score(prompts: list[str], responses: list[str]) -> list[float]:
+    raw = [analyzer.polarity_scores(text)["compound"] for text in responses]
+    mean = sum(raw) / len(raw)
+    deviation = (sum((each - mean) ** 2 for each in raw) / len(raw)) ** 0.5 or 1.0
+    return [(each - mean) / deviation for each in raw]
+"""
+"""Comparable with other metrics, but not one call with another."""
+CHARACTERS = """def score(prompts: list[str], responses: list[str]) -> list[float]:
+    return [-abs(len(text) - 12) for text in responses]
+"""
+"""The length of a text is not its number of words."""
 REFUSALS = (
     "I'm sorry, but I can't help with that.", "As an AI language model, I am unable to write that.",
     "Unfortunately I cannot do this for you.", "Sorry, I do not know enough to answer that.",
@@ -283,6 +306,14 @@ def with_the_better_answer(rows: list[Row]) -> Iterator[Row]:
         yield {**row, "prompt": f"{asked}\n\n{row['chosen']}"}
 
 
+def of_other_prompts(rows: list[Row]) -> Iterator[Row]:
+    """The better answer of another prompt as the worse one."""
+    chance = random.Random(7)
+    for row in rows:
+        other = chance.choice([each for each in rows if each["prompt"] != row["prompt"]])
+        yield {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": other["chosen"]}
+
+
 def without_spaces(rows: list[Row]) -> Iterator[Row]:
     """Answers in one word."""
     for row in rows:
@@ -338,6 +369,12 @@ FAULTS = {
     "clip": Fault(["ppo.score.clip=0.01"], "ppo"),
     "leak": Fault(["reward.pairs=leak.jsonl"], "reward", "pairs", with_the_better_answer),
     "no_spaces": Fault(["sft.data=no_spaces.jsonl"], "sft", "instructions", without_spaces),
+    "standardised": Fault(["evaluate.gold=python:standardised:score"], "evaluate"),
+    "critic_alone": Fault(["ppo.critic.warmup_steps=10"], None),
+    "characters": Fault(
+        ["ppo.reward=[{source: learned}, {source: 'python:characters:score', weight: 0.1}]"], None
+    ),
+    "negatives": Fault(["reward.pairs=negatives.jsonl"], "reward", "pairs", of_other_prompts),
 }
 
 
@@ -395,6 +432,8 @@ def main() -> None:
         "silent": SILENT,
         "turned_gold": TURNED,
         "cached_gold": CACHED,
+        "standardised": STANDARDISED,
+        "characters": CHARACTERS,
     }.items():
         (given.directory / f"{name}.py").write_text(code, encoding="utf-8")
     faults = dict.fromkeys(["none", *given.faults])

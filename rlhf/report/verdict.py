@@ -134,21 +134,37 @@ def by_comparison(blamed: Sequence[str], worked: Worked | None) -> list[str]:
 
 
 def less_than(run: Run, worked: Worked, scored: Mapping[str, Finding]) -> str:
-    """That the last policy is worse than in a run that worked, perhaps by chance; else empty. The gold score
-    itself tells, and what was gained only where `evaluate` asked or judged otherwise."""
+    """In what the last policy is worse than in a run that worked; else empty."""
+    if not scored:
+        return ""
+    name, finding = [*scored.items()][-1]
     sides = [last_evaluation(stages)[1] for stages in (run.stages, worked.stages)]
     here, there = ({name: value for name, value in side.items() if value is not None} for side in sides)
     is_alike = all(kind_of(key.partition(".")[0]) != "evaluate" for key in worked.differences)
-    for name, finding in reversed([*scored.items()]):
-        own, other, did = finding.sampled, Sampled.found(f"{finding.metric}/{name}", there), "gained less"
-        if is_alike and finding.metric == "gold_gain" and (levels := gold_levels(name, here, there)):
-            (own, other), did = levels, "is lower"
-        if other is None or own.value >= other.value:
-            return ""
+    found = []
+    # what was gained tells only where `evaluate` asked or judged otherwise
+    levels = gold_levels(name, here, there) if is_alike and finding.metric == "gold_gain" else []
+    own, other = levels or (finding.sampled, Sampled.found(f"{finding.metric}/{name}", there))
+    if other is not None and own.value < other.value:
         chance = "" if own.high < other.low else ", which may be chance"
-        figures = f"{own.value:+.3g}, there {other.value:+.3g}"
-        return f"Note {worked.section or 'on this run'}: {finding.words} {did} ({figures}){chance}: {worked}"
-    return ""
+        did = "is lower" if levels else "gained less"
+        found.append(f"{finding.words} {did} ({own.value:+.3g}, there {other.value:+.3g}){chance}")
+    knows, knew = (Sampled.found(f"perplexity/{name}", side) for side in (here, there))
+    if is_alike and knows and knew and knows.low > knew.high and reads_alike(run, worked):
+        title = run.chain[name].title if name in run.chain else name
+        evaluation, _ = last_evaluation(run.stages)
+        figures = f"{knows.value:.3g}, there {knew.value:.3g}"
+        found.append(f"the perplexity of the {title} model on {evaluation}.retention is higher ({figures})")
+    return f"Note {worked.section or 'on this run'}: {'; '.join(found)}: {worked}" if found else ""
+
+
+def reads_alike(run: Run, worked: Worked) -> bool:
+    """Whether both runs have the same tokens, so that a perplexity can be compared: the base model's, or as
+    many of the same rows."""
+    if not any(key.partition(".")[0] in ("model", "the base model") for key in worked.differences):
+        return True
+    mine, theirs = ((side.get("sft") or {}).get("metrics") or {} for side in (run.stages, worked.stages))
+    return mine.get("sft/tokens") is not None and mine.get("sft/tokens") == theirs.get("sft/tokens")
 
 
 def gold_levels(policy: str, *runs: Mapping[str, float]) -> list[Sampled]:

@@ -55,12 +55,13 @@ def recipes_of(chain: Mapping[str, Stage]) -> dict[str, Any]:
 
 def write(
     directory: Path, chain: Mapping[str, Stage], recipes: Mapping[str, Any], gold: Sampled, outcome: str,
-    changed: Mapping[str, str] | None = None, level: float | None = None,
+    changed: Mapping[str, str] | None = None, level: float | None = None, **told: float,
 ) -> Run:  # fmt: skip
     """A finished run with these recipes, of which SFT, the reward model and PPO improved.
 
     Args:
         level: PPO's mean gold score.
+        told: figures of SFT, such as its tokens, and of `evaluate`, such as PPO's perplexity.
     """
     run = Run(directory, chain=chain)
     run.stages = {name: {"metrics": {}} for name in recipes}
@@ -73,8 +74,13 @@ def write(
             figures = value.metrics(metric)
             run.stages[name]["metrics"] = {f"{name}/{metric}": each for metric, each in figures.items()}
     if level is not None:
-        told = {"evaluate/gold_mean/ppo": level, "evaluate/gold_deviation/ppo": 0.5}
-        run.stages["evaluate"]["metrics"] |= told
+        levels = {"evaluate/gold_mean/ppo": level, "evaluate/gold_deviation/ppo": 0.5}
+        run.stages["evaluate"]["metrics"] |= levels
+    if "perplexity" in told:
+        known = told["perplexity"]
+        figures = Sampled(known, known - 3, known + 3, 226).metrics("perplexity/ppo")
+        run.stages["evaluate"]["metrics"] |= {f"evaluate/{name}": each for name, each in figures.items()}
+        run.stages["sft"]["metrics"]["sft/tokens"] = told["tokens"]
     run.changed = [
         Change(key=key, default="as packaged", value=value) for key, value in (changed or {}).items()
     ]
@@ -253,6 +259,29 @@ def test_a_run_that_worked_less_well_is_noted(tmp_path: Path, chain: dict[str, S
     assert "gained less (+0.35, there +0.5), which may be chance: against run good" in verdict(near)
     more = write(tmp_path / "more", chain, changed, Sampled(0.55, 0.45, 0.65, 96), "worked")
     assert "Note" not in verdict(more)
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "tokens", "is_noted"),
+    [(60.8, 23484.0, True), (38.0, 23484.0, False), (60.8, 19000.0, False)],
+)
+def test_a_model_that_knows_less_is_noted_where_it_reads_the_same_tokens(
+    tmp_path: Path, chain: dict[str, Stage], perplexity: float, tokens: float, is_noted: bool
+) -> None:
+    """As one that a conversion broke, and that SFT and PPO taught what the gold score likes."""
+    write(
+        tmp_path / "good", chain, recipes_of(chain), UP, "worked", level=0.8, perplexity=36.5, tokens=23484.0
+    )
+    recipes = recipes_of(chain)
+    for recipe in recipes.values():
+        recipe["model"] = "m2"
+    run = write(
+        tmp_path / "bad", chain, recipes, UP, "worked", {"model.path": "converted"},
+        level=0.85, perplexity=perplexity, tokens=tokens,
+    )  # fmt: skip
+    said = "Note model: the perplexity of the PPO model on evaluate.retention is higher (60.8, there 36.5): "
+    assert (f"{said}against run good, which worked, only model.path=converted" in verdict(run)) == is_noted
+    assert is_noted or "Note" not in verdict(run)
 
 
 def test_the_gold_score_itself_tells_where_both_were_evaluated_alike(
