@@ -54,7 +54,7 @@ from run_rlhf import make_experiment
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from workloads import base_model
 
-from rlhf.cli.execute import execute, quiet_libraries
+from rlhf.cli.execute import execute, set_up_libraries
 from rlhf.exit_codes import DONE
 from rlhf.models.base import ModelConfig, load_tokenizer
 
@@ -253,7 +253,7 @@ def be_a_rank(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
-    quiet_libraries()
+    set_up_libraries()
     sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     from rlhf.distributed import compute
     from rlhf.training import trained
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[list[dict[str
     parser.add_argument("--generation", choices=("local", "layers", "vllm"), default="local")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args(arguments)
-    quiet_libraries()  # the ranks', too, by their environment
+    set_up_libraries()  # the ranks', too, by their environment
     found: dict[str, list[list[dict[str, float]]]] = {}
     console = new_console()
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from helpers.chains import Chain, Outcome
-from rlhf.cli.execute import quiet_libraries
+from rlhf.cli.execute import set_up_libraries
 from rlhf.models.base import _write_tiny
 
-quiet_libraries()  # before a test imports them
+set_up_libraries()  # before a test imports them
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers, which parity tests make themselves, send it
 
 

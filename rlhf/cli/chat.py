@@ -73,9 +73,9 @@ def chat(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     given = {name: keys[name] for name in Manner.model_fields if keys[name]}
     manner = validated(Manner, settings_of(run, defaults) | given, "chat")
     with uninterrupted():
-        from rlhf.cli.execute import quiet_libraries
+        from rlhf.cli.execute import set_up_libraries
 
-        quiet_libraries()
+        set_up_libraries()
         from rlhf.cli.speaker import load_speakers
 
     speakers = load_speakers(names, run, manner)

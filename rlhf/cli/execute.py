@@ -31,6 +31,10 @@ KEPT = "Finished stages and the last checkpoint are kept: the same command conti
 
 LOST_PEER = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|broken pipe|socket", re.I)
 """Messages of torch's backends if another rank does not answer."""
+SPINS = 4000
+"""How often a thread of OpenMP looks whether the others are done before it sleeps, some 0.05 ms: long enough
+for cores that do nothing else, and other work has the core soon. OpenMP's own 300 000 are much slower beside
+another program (benchmarks/busy_core.py)."""
 
 
 def execute(resolved: Mapping[str, Any], run_name: str) -> int:
@@ -40,7 +44,7 @@ def execute(resolved: Mapping[str, Any], run_name: str) -> int:
         with uninterrupted():
             from rlhf.distributed.compute import find_rank
 
-            quiet_libraries()
+            set_up_libraries()
         rank, _ = find_rank(os.environ)
         return _execute(resolved, run_name)
     except ConfigError as error:
@@ -194,14 +198,16 @@ def run_chain(pipeline: Pipeline, console: Console) -> None:
         raise
 
 
-def quiet_libraries() -> None:
-    """Turn off other libraries' progress bars and messages, by variables that they read at their import."""
+def set_up_libraries() -> None:
+    """Set variables that libraries read at their import: no progress bars, few messages, short waits."""
     from rlhf.distributed.device import has_gpu
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for bars in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(bars, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "OMP_WAIT_POLICY" not in os.environ:  # it would lose against this one
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would warn
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it misses kernels of others

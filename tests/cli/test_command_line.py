@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import pty
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from helpers.chains import Chain, Outcome, run_main
+from rlhf.cli.execute import SPINS
 from rlhf.config import ConfigError
 from rlhf.pipeline.experiment import build_experiment
 
@@ -287,6 +289,24 @@ def test_a_run_whose_reader_leaves_ends_quietly(tmp_path: Path) -> None:
     )  # fmt: skip
     os.close(writes)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="another OpenMP than GNU's")
+@pytest.mark.parametrize(
+    ("users", "spins"),
+    [({}, SPINS), ({"GOMP_SPINCOUNT": "5"}, 5), ({"OMP_WAIT_POLICY": "PASSIVE"}, 0)],
+)
+def test_threads_wait_briefly_unless_the_user_says_how_long(
+    tmp_path: Path, users: dict[str, str], spins: int
+) -> None:
+    """As OpenMP itself says when torch loads it, which is too early for who sets it later."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    done = subprocess.run(
+        rlhf("model=tiny", "stage=prepare", "device=cpu"),
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**ours, **users, "OMP_DISPLAY_ENV": "verbose"},
+    )  # fmt: skip
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_a_terminal_is_told_before_the_libraries_are_loaded(tmp_path: Path) -> None:
