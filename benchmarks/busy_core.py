@@ -31,11 +31,11 @@ SETTINGS = {"OpenMP's own": {}, "rlhf's": {"GOMP_SPINCOUNT": str(SPINS)}}
 
 
 @contextmanager
-def busy(cores: int) -> Iterator[None]:
+def busy(cores: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """While open, so many processes compute without end."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
     try:
-        yield
+        yield others
     finally:
         for other in others:
             other.kill()

@@ -485,12 +485,10 @@ def critic_alone(run: Run, policy: str) -> str:
 
 def outside_bounds(run: Run) -> list[str]:
     """The gates whose figure is outside its bound, but not for sure."""
-    unsure = (
-        gate for gate in run.gates if gate.outcome == "cannot tell" and not gate.bound.holds(gate.value)
-    )
     return [
         f"{gate.stage}: {gate.name} = {gate.figure}, wanted {gate.bound}, which may be chance."
-        for gate in unsure
+        for gate in run.gates
+        if gate.outcome == "cannot tell" and not math.isnan(gate.value) and not gate.bound.holds(gate.value)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -348,8 +349,10 @@ def test_a_figure_outside_its_bound_is_noted_where_nobody_is_to_blame(
     outside, inside = Sampled(0.46, 0.41, 0.52, 96), Sampled(0.6, 0.4, 0.8, 96)
     run.gates.append(GateResult("evaluate", "length_ratio", 0.46, bound, outside))
     run.gates.append(GateResult("evaluate", "stop_rate", 0.6, bound, inside))
+    no_row = Sampled(math.nan, math.nan, math.nan, 0)
+    run.gates.append(GateResult("evaluate", "win_rate", no_row.value, bound, no_row))
     said = "Note evaluate: length_ratio = 0.46 (95%: 0.41 to 0.52, 96 rows), wanted >= 0.5, which may be"
-    assert said in verdict(run) and "stop_rate" not in verdict(run)
+    assert said in verdict(run) and verdict(run).count("Note") == 1
     assert outcome(run) == "worked"
     gate_of(run, "ppo", "kl", Bound(max=20, advice="raise ppo.kl.coef"), 30)
     assert "To blame is ppo" in verdict(run) and "length_ratio" not in verdict(run)
