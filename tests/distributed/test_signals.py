@@ -234,7 +234,7 @@ def test_a_disk_that_refuses_stops_no_heart(tmp_path: Path) -> None:
 
 def test_only_a_limited_wait_ends_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beating, "INTERVAL_SECONDS", 0.01)
-    compute, hung, said = Compute("cpu", "float32", world_size=2, timeout=0.1), threading.Event(), []
+    compute, hung, said = Compute("cpu", "float32", world_size=2, timeout=0.5), threading.Event(), []
     compute.position.update(stage="ppo", step=3)
 
     def beats(count: int, do: Callable[[], object] = lambda: None) -> None:
@@ -249,15 +249,15 @@ def test_only_a_limited_wait_ends_and_once(tmp_path: Path, monkeypatch: pytest.M
         hung.set()
 
     with Heartbeat(tmp_path, compute, end) as heartbeat:
-        beats(30)
+        beats(80)
         with compute.limited():
-            beats(30, compute.moved)
+            beats(80, compute.moved)
         assert not said
         with compute.limited():
             assert hung.wait(60)
-            beats(30)
+            beats(80)
         compute.moved()
-        beats(30)
+        beats(80)
     assert said == ["ppo, step 3: rank 0 waited for rank 1 (never seen) in vain."]
 
 
