@@ -90,7 +90,7 @@ def main() -> None:
                 with busy(cores):
                     said = subprocess.run(
                         [*command, f"--directory={given.directory}"],
-                        env=ours | settings, check=True, capture_output=True, text=True,
+                        env=ours | settings, check=True, stdout=subprocess.PIPE, text=True,
                     ).stdout  # fmt: skip
                 found[name].append(median(json.loads(said.splitlines()[-1])))
         by_default, by_ours = found.values()
