@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,12 @@ from rlhf.models.base import _write_tiny
 
 set_up_libraries()  # before a test imports them
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers, which parity tests make themselves, send it
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and collected tests stay: no search for garbage looks through them, as in a run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -92,8 +93,13 @@ def found_machine(compute: Compute, speed: Speed) -> Machine:
 
 
 def quick_speed(compute: Compute) -> Speed:
-    """A first guess, in some hundred milliseconds."""
-    return Speed(matmul_speed(compute.dtype, compute.device), stream_speed(compute.device))
+    """A first guess, in some hundred milliseconds, once in a process."""
+    return _first_guess(compute.dtype, compute.device)
+
+
+@cache
+def _first_guess(dtype: torch.dtype, device: torch.device) -> Speed:
+    return Speed(matmul_speed(dtype, device), stream_speed(device))
 
 
 def stream_speed(device: torch.device) -> float:
@@ -118,7 +124,7 @@ def calibrated_speed(compute: Compute, directory: Path) -> Speed:
         return kept
     found, end = [], time.monotonic() + CALIBRATION_SECONDS
     while time.monotonic() < end:
-        found.append(quick_speed(compute))
+        found.append(Speed(matmul_speed(compute.dtype, compute.device), stream_speed(compute.device)))
     speed = Speed(max(each.gflops for each in found), max(each.gbytes for each in found))
     path = _speed_file(compute, directory)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,10 +19,11 @@ from rlhf.digests import DirectoryDigest, Recipe
 from rlhf.disk import naming
 from rlhf.distributed.compute import Compute
 from rlhf.distributed.peak import forget_peak, held_bytes, peak_bytes
-from rlhf.distributed.signals import StopSignals, uninterrupted
+from rlhf.distributed.signals import StopSignals
 from rlhf.evaluation.sampled import Sampled
 from rlhf.models.base import BaseModelFiles, base_files, base_identity, check_hub_files, fetch_weights
 from rlhf.models.intact import check_tokenizer, check_weights
+from rlhf.models.libraries import load_libraries
 from rlhf.models.peft.saved import model_below
 from rlhf.models.start import of_two_architectures
 from rlhf.pipeline.defaults import changed
@@ -431,16 +431,9 @@ class Pipeline:
         if self._has_begun:
             return
         self._has_begun = True
-        self.load_libraries()
+        load_libraries(self.console)
         if self.needs_weights or "prepare" in self.experiment.needed():  # a plan of given sizes has no text
             check_tokenizer(base, self.experiment.settings.model.said)
-
-    def load_libraries(self) -> None:
-        """Import the slow libraries here, where a signal can wait."""
-        if self.console.is_terminal and "torch" not in sys.modules:
-            self.console.print("loading torch and transformers ...", highlight=False)
-        with uninterrupted():
-            import rlhf.models.peft.attach  # noqa: F401
 
     def check_before(self, prepared: Artifact, base: BaseModelFiles) -> None:
         """Refuse what cannot run here, before anything trains. If nothing runs, nothing is refused."""
@@ -593,7 +586,7 @@ class Pipeline:
         """Convert or build a base model that needs it, once, and keep it in the store."""
 
         def make(directory: Path) -> None:
-            self.load_libraries()
+            load_libraries(self.console)
             write(directory)
 
         self.base = self.compute.main_only(lambda: kept_base(self.store, content, make, self.log))

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
@@ -89,7 +90,7 @@ def redacted_text(text: str) -> str:
 
 def without_environment(text: str) -> str:
     """The text without the values of environment variables whose names say that they are secret."""
-    for secret in _environment_secrets():
+    for secret in _secrets_of(frozenset(os.environ.items())):
         text = text.replace(secret, PLACEHOLDER)
     return text
 
@@ -123,10 +124,11 @@ def _without_values(text: str) -> str:
     return "".join([*parts, text[end:]])
 
 
-def _environment_secrets() -> list[str]:
+@lru_cache(maxsize=1)  # asked for each text, and the environment hardly ever changes
+def _secrets_of(environment: frozenset[tuple[str, str]]) -> list[str]:
     """All forms of these secrets in a text. The longest comes first, because one may be part of another."""
     found: set[str] = set()
-    for name, value in os.environ.items():
+    for name, value in environment:
         if ENVIRONMENT_NAME.search(name) and not _is_path(value):
             for secret in (value, *value.splitlines()):  # a private key has several lines
                 shortest = SHORTEST_NUMBER if _is_number(secret) else SHORTEST
