@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import quote
@@ -69,28 +68,42 @@ QUERY_NAME = re.compile(r"^(?:key|sig|auth)$|signature$", re.I)
 
 def redacted(value: Any) -> Any:
     """The config value or text with every secret replaced, also in the keys of mappings."""
+    return _redacted(value, _environment_secrets())
+
+
+def _redacted(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
-        return redacted_text(value)
+        return _redacted_text(value, secrets)
     if isinstance(value, Mapping):
         return {
-            redacted(key): PLACEHOLDER if says_secret(str(key)) and item is not None else redacted(item)
+            _redacted(key, secrets): PLACEHOLDER
+            if says_secret(str(key)) and item is not None
+            else _redacted(item, secrets)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [redacted(item) for item in value]
+        return [_redacted(item, secrets) for item in value]
     return value
 
 
 def redacted_text(text: str) -> str:
     """A text without secrets."""
-    text = USER_INFO.sub(PLACEHOLDER, without_environment(text))
+    return _redacted_text(text, _environment_secrets())
+
+
+def _redacted_text(text: str, secrets: list[str]) -> str:
+    text = USER_INFO.sub(PLACEHOLDER, _without(secrets, text))
     text = FIELD.sub(_without_field, AUTHORIZATION.sub(rf"\1{PLACEHOLDER}", text))
     return _without_values(text)
 
 
 def without_environment(text: str) -> str:
     """The text without the values of environment variables whose names say that they are secret."""
-    for secret in _secrets_of(frozenset(os.environ.items())):
+    return _without(_environment_secrets(), text)
+
+
+def _without(secrets: list[str], text: str) -> str:
+    for secret in secrets:
         text = text.replace(secret, PLACEHOLDER)
     return text
 
@@ -124,11 +137,10 @@ def _without_values(text: str) -> str:
     return "".join([*parts, text[end:]])
 
 
-@lru_cache(maxsize=1)  # asked for each text, and the environment hardly ever changes
-def _secrets_of(environment: frozenset[tuple[str, str]]) -> list[str]:
+def _environment_secrets() -> list[str]:
     """All forms of these secrets in a text. The longest comes first, because one may be part of another."""
     found: set[str] = set()
-    for name, value in environment:
+    for name, value in os.environ.items():
         if ENVIRONMENT_NAME.search(name) and not _is_path(value):
             for secret in (value, *value.splitlines()):  # a private key has several lines
                 shortest = SHORTEST_NUMBER if _is_number(secret) else SHORTEST

@@ -27,44 +27,42 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> RealChain:
 
 
 def assert_same(chain: RealChain, undisturbed: str, name: str) -> None:
-    for stage in ("sft", "reward", "ppo"):
+    for stage in TRAINING_STAGES:
         assert chain.weights(name, stage) == chain.weights(undisturbed, stage), stage
     assert chain.metrics(name) == chain.metrics(undisturbed)  # no gap, nothing twice
     assert not list(chain.store(name).glob("*/.*.checkpoints")), "what only the way there needed is gone"
 
 
+TRAINING_STAGES = ("sft", "reward", "ppo")
+IN_EACH_STAGE: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "zero3": ZERO3,
+    "fsdp2_bf16": (*FSDP2, "sft.peft=lora", "precision=bf16", "ppo.frozen_placement=sharded"),
+}
+IN_PPO: dict[str, tuple[str, ...]] = {
+    "two_ranks": ("launch.processes=2",),
+    "zero3_lora_bf16": (
+        *ZERO3, "ppo.peft=lora", "sft.peft=lora", "precision=bf16", "ppo.frozen_placement=sharded",
+    ),
+    "fsdp2": FSDP2,
+    "background": ("checkpoint.background=true",),
+    "fsdp2_background": (*FSDP2, "checkpoint.background=true"),
+    "zero1": ("launch.processes=2", "zero=zero1"),
+    "zero2": ("launch.processes=2", "zero=zero2"),
+    "lora_mix_average": (
+        "ppo.peft=lora", "ppo.ptx.coef=0.5", "ppo.ema_decay=0.9", "ppo.kl.controller=adaptive",
+        "ppo.score.normalize=running", "ppo.critic.init=sft", "precision=bf16",
+    ),
+}  # fmt: skip
+"""Two models learn there: what the other stages keep is a part of it."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("plain", ()),
-        ("zero3", ZERO3),
-        ("two_ranks", ("launch.processes=2",)),
-        (
-            "zero3_lora_bf16",
-            (*ZERO3, "ppo.peft=lora", "sft.peft=lora", "precision=bf16", "ppo.frozen_placement=sharded"),
-        ),
-        ("fsdp2", FSDP2),
-        (
-            "fsdp2_bf16",
-            (*FSDP2, "sft.peft=lora", "precision=bf16", "ppo.frozen_placement=sharded"),
-        ),
-        ("background", ("checkpoint.background=true",)),
-        ("fsdp2_background", (*FSDP2, "checkpoint.background=true")),
-        ("zero1", ("launch.processes=2", "zero=zero1")),
-        ("zero2", ("launch.processes=2", "zero=zero2")),
-        (
-            "lora_mix_average",
-            ("ppo.peft=lora", "ppo.ptx.coef=0.5", "ppo.ema_decay=0.9", "ppo.kl.controller=adaptive",
-             "ppo.score.normalize=running", "ppo.critic.init=sft", "precision=bf16"),
-        ),
-    ],
-)  # fmt: skip
-def test_killed_in_each_stage_and_resumed_it_ends_as_if_undisturbed(
-    chain: RealChain, name: str, overrides: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("name", [*IN_EACH_STAGE, *IN_PPO])
+def test_killed_and_resumed_it_ends_as_if_undisturbed(chain: RealChain, name: str) -> None:
+    overrides = (IN_EACH_STAGE | IN_PPO)[name]
     undisturbed = chain.run_once(*overrides)
-    for stage in ("sft", "reward", "ppo"):
+    for stage in TRAINING_STAGES if name in IN_EACH_STAGE else ("ppo",):
         kill(chain.start_until(stage, 2, name, *EACH_STEP, *overrides))
     out, _ = chain.run(name, *EACH_STEP, *overrides)
     assert "ppo: continues from step " in out
@@ -84,14 +82,19 @@ def test_killed_without_a_critic_it_ends_as_if_undisturbed(chain: RealChain) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("zero", "before", "after"),
-    [("zero3", 2, 1), ("zero2", 1, 2), ("fsdp2", 4, 2), ("none", 2, 4)],
+    ("zero", "before", "after", "stages"),
+    [
+        ("zero3", 2, 1, TRAINING_STAGES),
+        ("zero2", 1, 2, ("ppo",)),
+        ("fsdp2", 4, 2, ("sft", "ppo")),
+        ("none", 2, 4, ("ppo",)),
+    ],
 )
 def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
-    chain: RealChain, zero: str, before: int, after: int
+    chain: RealChain, zero: str, before: int, after: int, stages: tuple[str, ...]
 ) -> None:
     name, undisturbed = f"world_{zero}", chain.run_once()
-    for stage in ("sft", "reward", "ppo"):
+    for stage in stages:
         stopped = chain.start_until(stage, 2, name, *EACH_STEP, f"zero={zero}", f"launch.processes={before}")
         stopped.send_signal(signal.SIGTERM)
         _, err = stopped.communicate()
