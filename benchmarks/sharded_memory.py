@@ -271,6 +271,7 @@ def be_a_rank(
         sample_by_layers()
     found: list[PrivateMemory] = []
     watch(found.append)
+    gc.freeze()  # each phase looks for garbage: not among what the libraries have made
     code = execute(make_experiment([*arguments]).resolved, "measured")
     if code == DONE:
         results.put((rank, found[0].end()))
