@@ -23,6 +23,7 @@ from rlhf.data.schema import TextRow
 from rlhf.data.sources import Sources, check_lenders, lender, own_sources
 from rlhf.digests import DirectoryDigest, digest_of, directory_digest
 from rlhf.models.base import BaseModelFiles
+from rlhf.models.intact import has_foreign_template
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.made_rows import made_by
 from rlhf.pipeline.stage import Stage, named_sources
@@ -42,7 +43,7 @@ class PrepareStage(Stage):
         "ppo_prompts": ("prompts", ".0f"),
         "evaluation_prompts": ("evaluation prompts", ".0f"),
     }
-    version: ClassVar[int] = 13
+    version: ClassVar[int] = 14
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
 
@@ -118,4 +119,4 @@ class PrepareStage(Stage):
             preparation.prepare(job.progress)
             preparation.write(job.directory)
             preparation.show(job.progress.console)
-            return preparation.metrics()
+            return preparation.metrics() | {"foreign_template": float(has_foreign_template(job.base))}

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from rlhf.config import ConfigError, said_as
-from rlhf.data.chat_template import end_of_turn_id, exchange_ids, unopened
+from rlhf.data.chat_template import PLAIN, end_of_turn_id, exchange_ids, prompt_ids, unopened
 from rlhf.data.schema import Message
-from rlhf.models.base import BaseModelFiles
+from rlhf.models.base import BaseModelFiles, load_tokenizer
 from rlhf.models.on_disk import INDEX
 
 LFS_POINTER = b"version https://git-lfs"
@@ -119,3 +119,19 @@ def check_tokenizer(base: BaseModelFiles, key: str) -> None:
             f"{key}: its tokenizer gives the id {max(ids)}, but the model has only {rows} tokens. Give "
             "the tokenizer that the model was trained with, or another model.chat_template."
         )
+
+
+def has_foreign_template(base: BaseModelFiles) -> bool:
+    """Whether `model.chat_template` asks otherwise than the template that the tokenizer came with. One that
+    came without knows no other."""
+    from jinja2 import TemplateError
+
+    if base.config.chat_template is None:
+        return False
+    own = load_tokenizer(base.directory, base.config)
+    if own.chat_template == PLAIN:
+        return False
+    try:
+        return prompt_ids(own, [QUESTION]) != prompt_ids(base.load_tokenizer(), [QUESTION])
+    except TemplateError:  # it does not even render, which is why the user took another
+        return True

@@ -20,6 +20,11 @@ in the demo."""
 GROWN = 2.0
 """Times as long: 3.7 was seen where 70% of SFT's answers were "N/A", 1.07 in the demo."""
 
+ASKS_OTHERWISE = (
+    "it asks the base model otherwise than the template of its own tokenizer does, and no stage has trained "
+    "the model on this one before. Leave model.chat_template out, or start from sft."
+)
+
 
 def convictions(run: Run, gate: GateResult) -> dict[str, str]:
     """The stages that a failed gate convicts, and why."""
@@ -88,6 +93,8 @@ def endless(run: Run, stage: str, figure: str) -> dict[str, str]:
     policy, most = str(getattr(asks, "policy", "")), getattr(asks, "max_new_tokens", None)
     learned = run.metrics_of(policy).get("answer_tokens")
     said = f"most answers do not end by themselves ({figure})"
+    if asks_otherwise(run, stage):
+        return {stage: f"model.chat_template: {said}, and {ASKS_OTHERWISE}"}
     if learned is not None and most is not None and learned > most:
         return {
             policy: f"{policy} or {stage}: {said}: those that {policy} learned have {learned:.0f} tokens on "
@@ -98,6 +105,12 @@ def endless(run: Run, stage: str, figure: str) -> dict[str, str]:
         stage: f"model.chat_template, or what {stage} asks: {said}. Either the template writes no end that "
         "the model learned, or answers are cut off."
     }
+
+
+def asks_otherwise(run: Run, stage: str) -> bool:
+    """Whether a `generate` samples from the base model, in another template than its tokenizer's own."""
+    untuned = kind_of(stage) == "generate" and getattr(run.chain.get(stage), "policy", None) == "base"
+    return untuned and bool(run.metrics_of("prepare").get("foreign_template"))
 
 
 def another_aim(run: Run, gate: GateResult) -> dict[str, str]:

@@ -14,9 +14,17 @@ from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import AUTO
 from rlhf.pipeline.defaults import Change, references
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
-from rlhf.pipeline.run import Run
+from rlhf.pipeline.run import GateResult, Run
 from rlhf.report.against import Worked, worked_before
-from rlhf.report.convictions import FORGOTTEN, answers, broken_start, convictions, reward_of
+from rlhf.report.convictions import (
+    ASKS_OTHERWISE,
+    FORGOTTEN,
+    answers,
+    asks_otherwise,
+    broken_start,
+    convictions,
+    reward_of,
+)
 from rlhf.rewards.kinds import RewardMix, stage_of
 
 Direction = Literal["better", "not better", "unknown"]
@@ -104,6 +112,8 @@ def verdict(run: Run) -> str:
         ]
     if not blamed:
         remarks += [f"Note {said}" for said in outside_bounds(run)]
+        sampling = any(asks_otherwise(run, name) for name in run.chain)
+        remarks += [f"Note model.chat_template: {ASKS_OTHERWISE}"] if sampling else []
     if not blamed and any(finding.direction != "better" for finding in findings):
         changed = otherwise_set(run, run.needed or run.chain, f"{UNSURE} what was changed").strip()
         parts.append(changed if worked is None else f"{UNSURE} {worked.section or 'this'}: {worked}")
@@ -263,7 +273,9 @@ def causes(run: Run) -> dict[str, str]:
     found = silent_gold(run) | mostly_held_out(run) | broken_start(run)
     for gate in run.gates:
         # where the last policy cannot be told to have lost it, an earlier one may have
-        if gate.outcome == "failed" or (gate.name in FORGOTTEN and gate.outcome == "cannot tell"):
+        is_suspect = gate.name in FORGOTTEN and gate.outcome == "cannot tell"
+        is_suspect |= gate.name == "stop_rate" and is_outside(gate) and asks_otherwise(run, gate.stage)
+        if gate.outcome == "failed" or is_suspect:
             found = convictions(run, gate) | found  # what came first in the chain stays
     return found
 
@@ -488,8 +500,14 @@ def outside_bounds(run: Run) -> list[str]:
     return [
         f"{gate.stage}: {gate.name} = {gate.figure}, wanted {gate.bound}, which may be chance."
         for gate in run.gates
-        if gate.outcome == "cannot tell" and not math.isnan(gate.value) and not gate.bound.holds(gate.value)
+        if is_outside(gate)
     ]
+
+
+def is_outside(gate: GateResult) -> bool:
+    """Whether its figure is outside its bound, but not for sure."""
+    is_known = gate.outcome == "cannot tell" and not math.isnan(gate.value)
+    return is_known and not gate.bound.holds(gate.value)
 
 
 def otherwise_set(run: Run, stages: Collection[str], heading: str) -> str:

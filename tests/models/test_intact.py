@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import CHATML
 from rlhf.models.base import BaseModelFiles, ModelConfig
-from rlhf.models.intact import check_tokenizer, check_weights
+from rlhf.models.intact import check_tokenizer, check_weights, has_foreign_template
 from rlhf.models.on_disk import INDEX
 
 WEIGHTS = "model.safetensors"
@@ -151,3 +151,29 @@ def test_ids_that_the_model_has_no_row_for_are_told(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 40}))
     with pytest.raises(ConfigError, match="the model has only 40 tokens"):
         check_tokenizer(base(model), "model.path=here")
+
+
+LLAMA = "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("own", "chosen", "is_foreign"),
+    [
+        (CHATML, None, False),
+        (CHATML, CHATML + "{# the same text #}", False),
+        (CHATML, LLAMA, True),
+        (None, LLAMA, False),  # it was tuned on none
+        ("{{ raise_exception('no') }}", CHATML, True),
+    ],
+)
+def test_a_template_that_is_not_the_tokenizers_own_is_known(
+    model: Path, tmp_path: Path, own: str | None, chosen: str | None, is_foreign: bool
+) -> None:
+    (model / "chat_template.jinja").unlink()
+    if own is not None:
+        (model / "chat_template.jinja").write_text(own)
+    changes = {}
+    if chosen is not None:
+        (tmp_path / "mine.jinja").write_text(chosen)
+        changes["chat_template"] = str(tmp_path / "mine.jinja")
+    assert has_foreign_template(base(model, **changes)) is is_foreign

@@ -226,6 +226,29 @@ def test_a_broken_template_is_named(tmp_path: Path, chain: dict[str, Stage]) -> 
     assert "To blame is model.chat_template, or what generate asks: most answers do not end" in verdict(run)
 
 
+@pytest.mark.parametrize(
+    ("policy", "foreign", "value", "said"),
+    [
+        ("base", 1.0, 0.26, "To blame is model.chat_template: most answers do not end by themselves"),
+        ("base", 1.0, 0.9, "Note model.chat_template: it asks the base model otherwise"),
+        ("base", 0.0, 0.26, "Note generate: stop_rate = 0.26"),
+        ("sft", 1.0, 0.26, "Note generate: stop_rate = 0.26"),  # which learned to answer in it
+    ],
+)
+def test_another_familys_template_is_named(
+    tmp_path: Path, policy: str, foreign: float, value: float, said: str
+) -> None:
+    """Also where PPO improved all the same, and few rows cannot tell that answers do not end."""
+    run = run_of(tmp_path, chain_of(OwnStage, f"ppo.init={policy}"), **GOOD)
+    run.stages["prepare"]["metrics"]["prepare/foreign_template"] = foreign
+    sampled = Sampled(value, value - 0.1, value + 0.1, 16)
+    run.gates.append(GateResult("generate", "stop_rate", value, Bound(min=0.3, advice="look"), sampled))
+    sentence = verdict(run)
+    assert said in sentence
+    assert ("chat_template" in sentence) is ("chat_template" in said)
+    assert ("To blame" in sentence) is ("To blame" in said)
+
+
 @pytest.mark.parametrize(("tokens", "named"), [(61.0, True), (12.0, False)])
 def test_answers_that_are_longer_than_they_may_be_are_named(
     tmp_path: Path, chain: dict[str, Stage], tokens: float, named: bool
