@@ -293,16 +293,21 @@ def test_a_run_whose_reader_leaves_ends_quietly(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="another OpenMP than GNU's")
 @pytest.mark.parametrize(
-    ("users", "spins"),
-    [({}, SPINS), ({"GOMP_SPINCOUNT": "5"}, 5), ({"OMP_WAIT_POLICY": "PASSIVE"}, 0)],
+    ("users", "spins", "is_run"),
+    [
+        ({}, SPINS, True),
+        ({"GOMP_SPINCOUNT": "5"}, 5, False),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, 0, False),
+    ],
 )
 def test_threads_wait_briefly_unless_the_user_says_how_long(
-    tmp_path: Path, users: dict[str, str], spins: int
+    tmp_path: Path, users: dict[str, str], spins: int, is_run: bool
 ) -> None:
     """As OpenMP itself says when torch loads it, which is too early for who sets it later."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    alone = "from rlhf.cli.execute import set_up_libraries; set_up_libraries(); import torch"
     done = subprocess.run(
-        rlhf("model=tiny", "stage=prepare", "device=cpu"),
+        rlhf("model=tiny", "stage=prepare", "device=cpu") if is_run else [sys.executable, "-c", alone],
         cwd=tmp_path, capture_output=True, text=True, check=True,
         env={**ours, **users, "OMP_DISPLAY_ENV": "verbose"},
     )  # fmt: skip

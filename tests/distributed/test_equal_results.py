@@ -12,13 +12,11 @@ from helpers.chains import GROUPS, RealChain
 
 TOLERANCE = 1e-3
 """Relative, over six optimizer steps of fp32 training; a first step agrees to about 1e-6."""
-VARIANTS = {
-    "two_ranks": ("launch.processes=2",),
-}
 ONE_PASS = "ppo.minibatch_episodes=8"
 """A rollout is one minibatch, which is learned from by the pass that scored it."""
 CHECKPOINTED = tuple(f"{stage}.activation_checkpointing=true" for stage in ("sft", "reward", "ppo"))
-SLOW = {
+VARIANTS = {
+    "two_ranks": ("launch.processes=2",),
     "fsdp2": ("launch.processes=2", "zero=fsdp2", "ppo.frozen_placement=sharded"),
     "accumulation": (
         "sft.micro_batch_tokens=40",
@@ -45,9 +43,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> RealChain:
     return RealChain(tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 def test_losses_gradients_and_scores_are_those_of_one_rank(chain: RealChain, name: str) -> None:
-    overrides = (VARIANTS | SLOW)[name]
+    overrides = VARIANTS[name]
     same_for_all = (".peft=", ".ptx.", ONE_PASS)
     reference = chain.run_once(
         *(override for override in overrides if any(part in override for part in same_for_all))
@@ -121,7 +120,7 @@ def test_a_model_trained_by_sharded_ranks_is_a_plain_directory(chain: RealChain,
     from transformers import AutoModelForCausalLM
 
     if not (chain.directory / "runs" / sharded).exists():
-        chain.run(sharded, *(VARIANTS | SLOW)[sharded])
+        chain.run(sharded, *VARIANTS[sharded])
     models = [
         AutoModelForCausalLM.from_pretrained(chain.directory / "runs" / name / "artifacts" / "ppo")
         for name in (chain.run_once(), sharded)

@@ -30,6 +30,7 @@ def rounds(chain: Chain, *overrides: str) -> Outcome:
     return found
 
 
+@pytest.mark.slow
 def test_each_round_learns_from_the_answers_of_the_one_before(tmp_path: Path) -> None:
     chain = Chain(tmp_path)
     first = rounds(chain)
