@@ -63,7 +63,7 @@ class PrepareStage(Stage):
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
         counts = (name for role in ROLES.values() for name in role.metrics)
-        return (*counts, "dropped", "bad_share", "leaks")
+        return (*counts, "dropped", "bad_share", "leaks", "foreign_template")
 
     def reads_base_model(self) -> bool:
         """Its tokenizer and context length decide what is too long."""

@@ -32,7 +32,6 @@ VARIANTS = {
     "four_ranks": ("launch.processes=4",),
     "mix_zero3_offload": ("launch.processes=2", "zero=zero3_offload", "ppo.ptx.coef=0.5"),
     "zero1": ("launch.processes=2", "zero=zero1"),
-    "zero3_offload": ("launch.processes=2", "zero=zero3_offload"),
     "fsdp2_lora": ("launch.processes=2", "zero=fsdp2", "sft.peft=lora", "reward.peft=lora", "ppo.peft=lora"),
     "zero3_lora": ("launch.processes=2", "zero=zero3", "sft.peft=lora", "reward.peft=lora", "ppo.peft=lora"),
 }

@@ -43,7 +43,8 @@ def attempt(directory: Path, number: int, share: float, arguments: list[str]) ->
 def main() -> None:
     """All attempts."""
     directory, share = Path(sys.argv[1]), float(sys.argv[2])
-    import rlhf.pipeline.runner  # noqa: F401  before the forks
+    import rlhf.models.peft.attach  # noqa: F401
+    import rlhf.pipeline.runner  # noqa: F401  both before the forks
 
     os.chdir(directory)
     for number in range(MOST_ATTEMPTS):

@@ -86,7 +86,7 @@ def test_killed_without_a_critic_it_ends_as_if_undisturbed(chain: RealChain) -> 
     [
         ("zero3", 2, 1, TRAINING_STAGES),
         ("zero2", 1, 2, ("ppo",)),
-        ("fsdp2", 4, 2, ("sft", "ppo")),
+        ("fsdp2", 4, 2, ("ppo",)),
         ("none", 2, 4, ("ppo",)),
     ],
 )

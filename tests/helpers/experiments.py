@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,8 @@ def compose(*overrides: str, resolve: bool = True) -> dict[str, Any]:
 
 def _is_plain(override: Override) -> bool:
     """Whether it sets a value, and chooses no file."""
-    return override.type == OverrideType.CHANGE and override.key_or_group not in GROUPS
+    first = re.split("[./]", override.key_or_group)[0]
+    return override.type == OverrideType.CHANGE and first != "hydra" and override.key_or_group not in GROUPS
 
 
 @cache  # Hydra reads thirty files, which took a third of the time of many a test

@@ -40,14 +40,14 @@ OVERRIDES = (
     "ppo.score.normalize=none", "ppo.max_new_tokens=5", "ppo.epochs=2", "ppo.minibatch_episodes=4",
     "ppo.batch_episodes=4", "ppo.temperature=1.0",
     # the longest row alone fills a pass: ranks have one or two of them
-    "sft.micro_batch_tokens=650", "reward.micro_batch_tokens=1300", "ppo.micro_batch_tokens=650",
+    "sft.micro_batch_tokens=340", "reward.micro_batch_tokens=680", "ppo.micro_batch_tokens=340",
 )  # fmt: skip
 OPTIM = OptimConfig(
     lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9
 )
-LENGTHS = (600, 200, 100, 20)
-"""Response tokens of the rows that are dealt out: with two ranks 600 + 100 against 200 + 20."""
-ALONE = 200
+LENGTHS = (300, 100, 50, 10)
+"""Response tokens of the rows that are dealt out: with two ranks 300 + 50 against 100 + 10."""
+ALONE = 100
 """Of a row that only one rank has."""
 
 

@@ -218,7 +218,7 @@ def test_retrieval_wins_where_only_the_corpus_knows(tmp_path: Path) -> None:
         "sft.data=samples:station_practice", "sft.epochs=6", "sft.batch_rows=8",
         "compare.questions=samples:station_questions", "compare.corpus=samples:station_documents",
         "compare.artifacts=[sft]", "compare.tuned_methods=[zero_shot,retrieval]", "compare.reward=null",
-        "compare.quality=answer_found", "compare.max_new_tokens=32", "compare.num_questions=28",
+        "compare.quality=answer_found", "compare.max_new_tokens=20", "compare.num_questions=28",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
