@@ -21,8 +21,8 @@ GROWN = 2.0
 """Times as long: 3.7 was seen where 70% of SFT's answers were "N/A", 1.07 in the demo."""
 
 ASKS_OTHERWISE = (
-    "it asks the base model otherwise than the template of its own tokenizer does, and no stage has trained "
-    "the model on this one before. Leave model.chat_template out, or start from sft."
+    "it asks the base model otherwise than its tokenizer's own template, and no stage trained the model on "
+    "this one. Leave model.chat_template out, or start from sft."
 )
 
 
@@ -94,7 +94,7 @@ def endless(run: Run, stage: str, figure: str) -> dict[str, str]:
     learned = run.metrics_of(policy).get("answer_tokens")
     said = f"most answers do not end by themselves ({figure})"
     if asks_otherwise(run, stage):
-        return {stage: f"model.chat_template: {said}, and {ASKS_OTHERWISE}"}
+        return {stage: f"model.chat_template: {said}: {ASKS_OTHERWISE}"}
     if learned is not None and most is not None and learned > most:
         return {
             policy: f"{policy} or {stage}: {said}: those that {policy} learned have {learned:.0f} tokens on "
