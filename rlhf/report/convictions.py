@@ -165,6 +165,9 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
             f"{policy}: {said}. The reward hardly pays for length: is what {policy} starts from much shorter "
             f"or longer than the answers of {reward}.pairs?"
         )
+    far = [gate for gate in run.gates if (gate.stage, gate.name, gate.outcome) == (policy, "kl", "failed")]
+    if reward and together is None and far:  # a reward model is right only near what it was trained on
+        return policy, f"{policy}: the policy went too far from its start (kl = {far[0].figure}). {said}."
     blamed = reward or (f"the reward of {policy}" if stage.rewards() else policy)
     return (
         reward or policy,

@@ -263,6 +263,17 @@ def test_answers_that_are_longer_than_they_may_be_are_named(
     assert ("To blame is model.chat_template" in sentence) is not named
 
 
+def test_a_word_far_from_the_start_is_no_fault_of_the_reward_model(
+    tmp_path: Path, chain: dict[str, Stage]
+) -> None:
+    """As seen where PPO ran without a KL penalty: a reward model is right near its pairs."""
+    run = run_of(tmp_path, chain, **GOOD)
+    gate_of(run, "ppo", "kl", Bound(max=20.0, advice="raise ppo.kl.coef"), 101.0)
+    gate_of(run, "evaluate", "word_gain", Bound(max=0.5, advice="read the answers"), 0.94, "ppo")
+    assert "To blame is ppo: the policy went too far from its start (kl = 101" in verdict(run)
+    assert "To blame is reward" not in verdict(run)
+
+
 def test_a_stage_that_reads_what_failed_is_not_convicted(tmp_path: Path, chain: dict[str, Stage]) -> None:
     run = run_of(tmp_path, chain, **GOOD | {"reward": NONE})
     gate_of(run, "ppo", "kl", Bound(max=20.0, advice="raise ppo.kl.coef"), 64.0)
