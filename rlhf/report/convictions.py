@@ -158,6 +158,9 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
             return short
         word = taken_up(run, policy)
         put = f'the word "{word}"' if word else "one word"
+        went_far = any((g.stage, g.name, g.outcome) == (policy, "kl", "failed") for g in run.gates)
+        if reward and went_far:  # a reward model is right only near what it was trained on
+            return policy, f"{policy}: far from its start it put {put} into the answers."
         together, seen, did, form = None, "", f"put {put} into the answers", "a word"
     said = f"{stage.title} {did} ({each.name} = {each.figure}{seen})"
     if together is not None and abs(together) < PAYS_FOR_LENGTH:
@@ -165,9 +168,6 @@ def paid_for_form(run: Run, policy: str, each: GateResult) -> tuple[str, str]:
             f"{policy}: {said}. The reward hardly pays for length: is what {policy} starts from much shorter "
             f"or longer than the answers of {reward}.pairs?"
         )
-    far = [gate for gate in run.gates if (gate.stage, gate.name, gate.outcome) == (policy, "kl", "failed")]
-    if reward and together is None and far:  # a reward model is right only near what it was trained on
-        return policy, f"{policy}: the policy went too far from its start (kl = {far[0].figure}). {said}."
     blamed = reward or (f"the reward of {policy}" if stage.rewards() else policy)
     return (
         reward or policy,

@@ -112,8 +112,8 @@ def verdict(run: Run) -> str:
         ]
     if not blamed:
         remarks += [f"Note {said}" for said in outside_bounds(run)]
-        sampling = any(asks_otherwise(run, name) for name in run.chain)
-        remarks += [f"Note model.chat_template: {ASKS_OTHERWISE}"] if sampling else []
+        if any(asks_otherwise(run, name) for name in run.chain):
+            remarks.append(f"Note model.chat_template: {ASKS_OTHERWISE}")
     if not blamed and any(finding.direction != "better" for finding in findings):
         changed = otherwise_set(run, run.needed or run.chain, f"{UNSURE} what was changed").strip()
         parts.append(changed if worked is None else f"{UNSURE} {worked.section or 'this'}: {worked}")

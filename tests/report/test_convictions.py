@@ -272,6 +272,9 @@ def test_a_word_far_from_the_start_is_no_fault_of_the_reward_model(
     gate_of(run, "evaluate", "word_gain", Bound(max=0.5, advice="read the answers"), 0.94, "ppo")
     assert "To blame is ppo: the policy went too far from its start (kl = 101" in verdict(run)
     assert "To blame is reward" not in verdict(run)
+    run.stages["reward"]["metrics"]["reward/length_correlation"] = 0.91  # for this it pays itself
+    gate_of(run, "evaluate", "length_ratio", LENGTH, 1.7, "ppo")
+    assert "To blame is reward: PPO changed the length of the answers" in verdict(run)
 
 
 def test_a_stage_that_reads_what_failed_is_not_convicted(tmp_path: Path, chain: dict[str, Stage]) -> None:
