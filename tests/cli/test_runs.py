@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from helpers.chains import Chain, Outcome, RealChain, run_main, wait_until
+from helpers.warm import Command
 from rlhf.cli.gc import size
 from rlhf.cli.runs import state_of
 
@@ -161,7 +162,7 @@ def test_a_file_under_two_names_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[tuple[RealChain, subprocess.Popen[str]]]:
+def running(tmp_path: Path) -> Iterator[tuple[RealChain, Command]]:
     chain = RealChain(tmp_path)
     process = chain.start("long", "stage=sft", "sft.epochs=500", "checkpoint.every_steps=1")
     yield chain, process
@@ -171,7 +172,7 @@ def running(tmp_path: Path) -> Iterator[tuple[RealChain, subprocess.Popen[str]]]
 
 
 def test_a_run_is_running_then_dead_and_what_it_left_is_told(
-    running: tuple[RealChain, subprocess.Popen[str]],
+    running: tuple[RealChain, Command],
 ) -> None:
     chain, process = running
     directory = chain.directory / "runs" / "long"

@@ -1,4 +1,6 @@
-"""SIGKILL at any moment, and every way a checkpoint can be damaged: the same command goes on, bit for bit."""
+"""SIGKILL at any moment, and every way a checkpoint can be damaged: the same command goes on, bit for bit.
+
+Most kills come from inside, right behind a checkpoint's rename; one in each training stage from outside."""
 
 from __future__ import annotations
 
@@ -12,10 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chains import GROUPS, RealChain, children_of, kill, newest_step, ranks_of, wait_until
+from helpers.chains import (
+    GROUPS,
+    PATIENCE_SECONDS,
+    RealChain,
+    children_of,
+    kill,
+    ranks_of,
+    wait_until,
+)
+from helpers.warm import KillAt
 
 KILLS = int(os.environ.get("RLHF_KILLS", "6"))
-"""`make crash-test` takes 50."""
+"""Of each kind; `make crash-test` takes 50."""
 EACH_STEP = ("checkpoint.every_steps=1",)
 ZERO3 = ("launch.processes=2", "zero=zero3")
 FSDP2 = ("launch.processes=2", "zero=fsdp2")
@@ -63,7 +74,10 @@ def test_killed_and_resumed_it_ends_as_if_undisturbed(chain: RealChain, name: st
     overrides = (IN_EACH_STAGE | IN_PPO)[name]
     undisturbed = chain.run_once(*overrides)
     for stage in TRAINING_STAGES if name in IN_EACH_STAGE else ("ppo",):
-        kill(chain.start_until(stage, 2, name, *EACH_STEP, *overrides))
+        if name == "plain":
+            kill(chain.start_until(stage, 2, name, *EACH_STEP, *overrides))
+        else:
+            chain.run_killed(stage, 2, name, *EACH_STEP, *overrides)
     out, _ = chain.run(name, *EACH_STEP, *overrides)
     assert "ppo: continues from step " in out
     assert_same(chain, undisturbed, name)
@@ -73,7 +87,7 @@ def test_killed_and_resumed_it_ends_as_if_undisturbed(chain: RealChain, name: st
 def test_killed_without_a_critic_it_ends_as_if_undisturbed(chain: RealChain) -> None:
     settings = (*GROUPS, *EACH_STEP)
     undisturbed = chain.run_once(*settings)
-    kill(chain.start_until("grpo", 2, "groups", *settings))
+    chain.run_killed("grpo", 2, "groups", *settings)
     out, _ = chain.run("groups", *settings)
     assert "grpo: continues from step " in out
     assert chain.weights("groups", "grpo") == chain.weights(undisturbed, "grpo")
@@ -108,6 +122,24 @@ def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
 
 
 @pytest.mark.slow
+def test_killed_at_random_renames_it_never_breaks_and_ends_the_same(chain: RealChain) -> None:
+    """Right before or behind one, of a checkpoint or of any other file."""
+    longer = ("ppo.steps=30", "ppo.evaluate_every=5", *EACH_STEP)
+    undisturbed = chain.run_once(*longer)
+    moments, kills, finished = random.Random(0), 0, 0
+    chain.run("renames", "stage=[reward,generate]")
+    while kills < KILLS:
+        moment = KillAt(r"/(ppo|base|runs)/", moments.randint(1, 40), moments.random() < 0.5)
+        process = chain.start("renames", *longer, kill_at=moment)
+        _, err = process.communicate(timeout=PATIENCE_SECONDS)
+        kills += process.returncode == -signal.SIGKILL
+        finished += check_what_is_left(chain, "renames", undisturbed, process.returncode, err)
+    chain.run("renames", *longer)
+    assert_same(chain, undisturbed, "renames")
+    print(f"{kills} kills, of runs that ended {finished + 1} times")
+
+
+@pytest.mark.nightly
 def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealChain) -> None:
     longer = ("ppo.steps=30", "ppo.evaluate_every=5", *EACH_STEP)
     undisturbed = chain.run_once(*longer)
@@ -117,23 +149,30 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
         process = chain.start("random", *longer)
         scratch = chain.store("random") / "ppo"
         wait_until(lambda: process.poll() is not None or any(scratch.glob(".*.part-*")), process)  # noqa: B023
-        time.sleep(moments.uniform(0.0, 4.0))  # the moment itself is what is tried
-        if process.poll() is not None:  # it was done before: once more from the start
-            _, err = process.communicate()
-            assert process.returncode == 0, err
-            assert_same(chain, undisturbed, "random")
-            finished += 1
-            for directory in (scratch, chain.directory / "runs" / "random"):
-                shutil.rmtree(directory)
-            chain.run("random", "stage=[reward,generate]")
-            continue
-        kill(process)
-        kills += 1
-        for artifact in scratch.glob("[!.]*"):
-            json.loads((artifact / "manifest.json").read_bytes())  # whole, if it is there at all
+        time.sleep(moments.uniform(0.0, 2.0))  # the moment itself is what is tried
+        if process.poll() is None:
+            kill(process)
+        _, err = process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        finished += check_what_is_left(chain, "random", undisturbed, process.returncode, err)
     chain.run("random", *longer)
     assert_same(chain, undisturbed, "random")
     print(f"{kills} kills, of runs that ended {finished + 1} times")
+
+
+def check_what_is_left(chain: RealChain, name: str, undisturbed: str, code: int | None, errors: str) -> bool:
+    """Whether that run was done before it could be killed; then once more from the start."""
+    ppo = chain.store(name) / "ppo"
+    for artifact in ppo.glob("[!.]*"):
+        json.loads((artifact / "manifest.json").read_bytes())  # whole, if it is there at all
+    if code == -signal.SIGKILL:
+        return False
+    assert code == 0, errors
+    assert_same(chain, undisturbed, name)
+    for directory in (ppo, chain.directory / "runs" / name):
+        shutil.rmtree(directory)
+    chain.run(name, "stage=[reward,generate]")
+    return True
 
 
 @pytest.mark.slow
@@ -141,15 +180,14 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
 def test_a_damaged_checkpoint_is_named_kept_aside_and_skipped(chain: RealChain, damage: str) -> None:
     name, short = f"damage_{damage}", ("stage=sft",)
     undisturbed = chain.run_once()
-    kill(chain.start_until("sft", 4, name, *EACH_STEP, *short))
-    step = newest_step(chain.store(name), "sft")
-    (newest,) = chain.store(name).glob(f"sft/.*.checkpoints/step-{step:08d}")
+    chain.run_killed("sft", 4, name, *EACH_STEP, *short)
+    (newest,) = chain.store(name).glob("sft/.*.checkpoints/step-00000004")
     spoil(newest, damage)
 
     out, _ = chain.run(name, *EACH_STEP, *short)
 
-    assert f"checkpoint step-{step:08d} is damaged" in out
-    assert f"sft: continues from step {step - 1} " in out
+    assert "checkpoint step-00000004 is damaged" in out
+    assert "sft: continues from step 3 " in out
     assert chain.weights(name, "sft") == chain.weights(undisturbed, "sft")
 
 

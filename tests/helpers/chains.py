@@ -1,5 +1,5 @@
 """The real command line on small data: called in this process, so that torch is imported once; in processes
-of their own, which are killed, stopped and compared; and as sweeps."""
+of their own, which are killed, stopped and compared (warm.py); and as sweeps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from helpers.warm import Command, KillAt
 from rlhf.__main__ import main
 
 STAGES = ("prepare", "sft", "reward", "generate", "ppo", "evaluate")
@@ -181,13 +183,26 @@ class RealChain:
         return [sys.executable, "-m", "rlhf", *SETTINGS, *SOURCES, *names, *TRAINING, *overrides]
 
     def start(
-        self, name: str, *overrides: str, environment: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[str]:
+        self,
+        name: str,
+        *overrides: str,
+        environment: Mapping[str, str] | None = None,
+        kill_at: KillAt | None = None,
+    ) -> Command:
         """Start it, in a process group of its own."""
+        return Command(
+            self.command(name, *overrides)[3:],
+            cwd=self.directory,
+            environment={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", **(environment or {})},
+            kill_at=kill_at,
+        )
+
+    def start_cold(self, name: str, *overrides: str) -> subprocess.Popen[str]:
+        """The same from nothing, as a user starts it."""
         return subprocess.Popen(
             self.command(name, *overrides),
             cwd=self.directory,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", **(environment or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -209,13 +224,19 @@ class RealChain:
             self._undisturbed[overrides] = name
         return self._undisturbed[overrides]
 
-    def start_until(
-        self, stage: str, step: int, name: str, *overrides: str, **options: Any
-    ) -> subprocess.Popen[str]:
+    def start_until(self, stage: str, step: int, name: str, *overrides: str, **options: Any) -> Command:
         """Start it, and return once the stage has written a checkpoint of that step or a later one."""
         process = self.start(name, *overrides, **options)
         wait_until(lambda: newest_step(self.store(name), stage) >= step, process)
         return process
+
+    def run_killed(self, stage: str, step: int, name: str, *overrides: str) -> None:
+        """Run it until the stage has written its checkpoint of that step, which is the last it does."""
+        checkpoint = rf"/{re.escape(stage)}/\.[^/]*\.checkpoints/step-{step:08d}$"
+        process = self.start(name, *overrides, kill_at=KillAt(checkpoint))
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == -signal.SIGKILL, f"exit code {process.returncode}\n{out}\n{err}"
+        assert newest_step(self.store(name), stage) == step
 
     def store(self, name: str) -> Path:
         """Where that run's artifacts are."""
@@ -249,7 +270,7 @@ def newest_step(store: Path, stage: str) -> int:
     return max((int(name.removeprefix("step-")) for name in names), default=-1)
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: Command | subprocess.Popen[str]) -> None:
     """Poll until the condition holds, as long as the process lives."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
@@ -260,7 +281,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.005)
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: Command | subprocess.Popen[str]) -> None:
     """SIGKILL, as a crash of the machine would end it."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -276,5 +297,6 @@ def ranks_of(launcher: int) -> dict[int, int]:
     found: dict[int, int] = {}
     for pid in children_of(launcher):
         words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        words.append(Path(f"/proc/{pid}/comm").read_bytes().strip())  # of a rank that was forked
         found |= {int(word.removeprefix(b"RANK=")): pid for word in words if word.startswith(b"RANK=")}
     return found

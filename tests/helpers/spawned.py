@@ -1,16 +1,16 @@
-"""Ranks of a test: processes that are started together, and what each of them found."""
+"""Ranks of a test: processes that are started together (warm.py), and what each of them found."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from helpers.warm import check_warm, context
 from rlhf.distributed.compute import make_compute
 
 Work = Callable[..., Any]
@@ -34,14 +34,16 @@ def start_ranks(
     Returns:
         Waits for them: rank -> what it returned, or its traceback. The rank that was done first comes first.
     """
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
+    forked = context()
+    results = forked.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = [
-        context.Process(
-            target=_rank, args=(rank, ranks, port, timeout, results, work, arguments), daemon=True
+        forked.Process(
+            target=_rank,
+            args=(rank, ranks, port, timeout, results, dict(os.environ), work, arguments),
+            daemon=True,
         )
         for rank in range(ranks)
     ]
@@ -58,8 +60,17 @@ def start_ranks(
 
 
 def _rank(
-    rank: int, ranks: int, port: int, timeout: float, results: Any, work: Work, arguments: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    port: int,
+    timeout: float,
+    results: Any,
+    environment: Mapping[str, str],
+    work: Work,
+    arguments: tuple[Any, ...],
 ) -> None:
+    check_warm()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
