@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # With the versions that the tests ran on, so that both commands do next year what they do today.
 INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: demo test install constraints test-fast test-slow test-vllm test-gpu families crash-test mutants docs lint types clean
+.PHONY: demo test install constraints test-fast test-slow test-long test-vllm test-gpu families crash-test mutants nightly docs lint types clean
 
 install: $(VENV)/.installed
 
@@ -31,10 +31,20 @@ test-fast: $(VENV)/.tested
 # thread each: two processes of two threads on two cores wait for each other at every barrier, and took five times as
 # long. qlora's package costs every process a second, wherever it is installed: its tests run last, by themselves.
 SLOW := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# Files of tests that .ci/run leaves out (tests/nightly.py).
+LEFT_OUT ?=
 test-slow: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m "slow and not qlora" --durations=30
+	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m "slow and not qlora" $(LEFT_OUT:%=--ignore=%) --durations=30 $(TESTS)
 	$(INSTALL) --editable '.[qlora]'
 	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m qlora
+
+# What takes longer than it tells about a change.
+test-long: $(VENV)/.tested
+	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m nightly --durations=30
+
+# Everything that exists, and the minutes of each part; PARTS="slow vllm" for a night in parts (tests/nightly.py).
+nightly:
+	python3 tests/nightly.py night $(PARTS)
 
 lint: types
 	$(BIN)/ruff check .
@@ -104,9 +114,9 @@ families: $(VENV)/.tested
 		tests/models/test_families.py tests/models/test_family_chains.py
 	$(BIN)/python docs/models.py
 
-# A PPO run killed at 50 random moments and resumed each time.
+# A PPO run killed at 50 random renames, and one at 50 random moments, and resumed each time.
 crash-test: $(VENV)/.tested
-	RLHF_KILLS=50 $(BIN)/python -m pytest -s -m slow tests/faults/test_killed.py -k random_moments
+	RLHF_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "slow or nightly" tests/faults/test_killed.py -k random
 
 # How much of the code can be broken without a test that notices (tests/mutants.py).
 mutants: $(VENV)/.tested

@@ -97,7 +97,9 @@ LIBRARIES = (
     "safetensors.torch",
     "transformers.models.llama.modeling_llama",
 )
-"""That an idle rank has loaded, beside those that the engine needs."""
+"""That an idle rank has loaded."""
+OF_DEEPSPEED = ("deepspeed", "torch._inductor.compile_fx")
+"""And these, the second of which DeepSpeed imports late."""
 LOADING = "loading"
 FILES = 16
 """Into which weights are written. One of 5 GB, as the product writes them, would hold all of these models."""
@@ -260,11 +262,8 @@ def be_a_rank(
 
     trained.FILE_BYTES = file_bytes
     compute.keep_freed_memory = map_each_block  # type: ignore[attr-defined]  # of another module
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *OF_DEEPSPEED):
         importlib.import_module(library)
-    if any(each.startswith("zero=zero") for each in arguments):
-        for library in ("deepspeed", "torch._inductor.compile_fx"):  # which DeepSpeed imports late
-            importlib.import_module(library)
     if "generation=vllm" in arguments:
         importlib.import_module("vllm")
     if by_layers:
@@ -284,7 +283,8 @@ def on_ranks(
     ranks: int, arguments: Sequence[str], file_bytes: int, *, by_layers: bool = False
 ) -> list[dict[str, float]]:
     """The peaks of each rank."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # to import the libraries takes longer than a stage
+    context.set_forkserver_preload([*LIBRARIES, *OF_DEEPSPEED])
     results = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
