@@ -5,9 +5,9 @@
     python3 tests/nightly.py night             # `make nightly`: everything, with the minutes of each part
     python3 tests/nightly.py night slow vllm   # a night in parts: these; the others as they ended before
 
-When all parts have passed at one revision, with nothing uncommitted, the night writes it to .ci/nightly, which
-is to be committed. A part of CI is due if one of its paths has changed since that revision, if that is more
-than 50 commits ago or unknown here, and always with CI_ALL=1. Needs git alone.
+When all parts have passed at one revision, with nothing uncommitted, the night writes it to .ci/nightly, to
+be committed. A part of CI is due if one of its paths has changed since that revision, if that is more than 50
+commits ago or unknown here, and always with CI_ALL=1. Needs git alone.
 """
 
 from __future__ import annotations

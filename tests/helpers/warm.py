@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import psutil
 import pytest
@@ -93,8 +93,10 @@ class Command:
         cwd: Path,
         environment: Mapping[str, str],
         kill_at: KillAt | None = None,
+        log: IO[Any] | None = None,
     ) -> None:
-        self._output = [tempfile.TemporaryFile() for _ in ("out", "err")]  # noqa: SIM115
+        """`log`: takes what it prints, in place of `communicate`."""
+        self._output = [log or tempfile.TemporaryFile() for _ in ("out", "err")]  # noqa: SIM115
         passed = [_Passed(file.fileno()) for file in self._output]
         self._process = context().Process(
             target=_command, args=(list(arguments), cwd, dict(environment), kill_at, *passed)
