@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # With the versions that the tests ran on, so that both commands do next year what they do today.
 INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: demo test install constraints test-fast test-slow test-long test-vllm test-gpu families crash-test mutants nightly docs lint types clean
+.PHONY: demo test install constraints test-fast test-slow test-nightly test-vllm test-gpu families crash-test mutants nightly docs lint types clean
 
 install: $(VENV)/.installed
 
@@ -24,7 +24,7 @@ test: lint test-fast
 
 # Several at a time, each on one core.
 test-fast: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (slow or nightly)" --numprocesses=auto --maxprocesses=4 $(TESTS)
 
 # Two files at a time: half of their time they wait for ranks, signals and daemons. In their own order, since by itself
 # pytest-xdist keeps files of few tests, which take longest, for the end, where one process waits for the other. One
@@ -34,12 +34,12 @@ SLOW := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 # Files of tests that .ci/run leaves out (tests/nightly.py).
 LEFT_OUT ?=
 test-slow: $(VENV)/.tested
-	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m "slow and not qlora" $(LEFT_OUT:%=--ignore=%) --durations=30 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m "slow and not (qlora or gpu)" $(LEFT_OUT:%=--ignore=%) --durations=30 $(TESTS)
 	$(INSTALL) --editable '.[qlora]'
 	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m qlora
 
 # What takes longer than it tells about a change.
-test-long: $(VENV)/.tested
+test-nightly: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python $(SLOW) -m nightly --durations=30
 
 # Everything that exists, and the minutes of each part; PARTS="slow vllm" for a night in parts (tests/nightly.py).

@@ -10,7 +10,7 @@ import busy_core
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_each_setting_takes_its_steps_beside_each_number_of_busy_cores(tmp_path: Path) -> None:
     command = [sys.executable, busy_core.__file__, "--model=tiny", "--rounds=1", "--steps=1"]
     done = subprocess.run(

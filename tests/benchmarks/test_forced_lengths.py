@@ -134,8 +134,10 @@ def test_what_a_peer_cannot_do_is_refused(
     assert text in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param("grpo", marks=pytest.mark.slow), pytest.param("rloo", marks=pytest.mark.nightly)],
+)
 def test_the_tiny_model_runs_against_trl(algorithm: str, tmp_path: Path) -> None:
     command = [
         sys.executable, str(SCRIPT), "--model", "tiny", "--algorithm", algorithm, "--workload",

@@ -6,7 +6,7 @@ import pytest
 from million_rows import main
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_rows_take_is_measured() -> None:
     found = main(["--rows", "300", "--pairs", "100", "--model", "tiny"])
     assert found["tokens"] > 300 * 250 + 100 * 350  # a byte is a token

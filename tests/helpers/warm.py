@@ -121,8 +121,13 @@ class Command:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end; what it printed."""
         self.wait(timeout)
-        out, err = (os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0) for file in self._output)
-        return out.decode(), err.decode()
+        out, err = self.printed()
+        return out, err
+
+    def printed(self) -> list[str]:
+        """What it has printed so far, to stdout and to stderr."""
+        descriptors = [file.fileno() for file in self._output]
+        return [os.pread(each, os.fstat(each).st_size, 0).decode() for each in descriptors]
 
     def send_signal(self, signum: int) -> None:
         if self.poll() is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers.chains import Chain, Outcome, RealChain
+from helpers.chains import Chain, Outcome, RealChain, wait_until
 from helpers.labelling import LINK, Browser
 from rlhf.label.pairs import pair_id
 
@@ -188,8 +188,9 @@ def test_ctrl_c_publishes_what_is_there(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
     asked = ("stage=label", "label.pairs=own.jsonl", "label.annotators=[ada]", f"label.server.port={port}")
     process = chain.start("stopped", *asked)
-    assert process.stdout is not None
-    found = next(filter(None, map(LINK.search, process.stdout)))
+    wait_until(lambda: LINK.search(process.printed()[0]) is not None, process)
+    found = LINK.search(process.printed()[0])
+    assert found is not None
     ada = Browser(found[2])
     for _ in range(3):
         ada.prefer("love" if "love" in ada.text else "table")
@@ -200,9 +201,8 @@ def test_ctrl_c_publishes_what_is_there(tmp_path: Path) -> None:
     (made,) = chain.store("stopped").glob("label/*/pairs.jsonl")
     kept = made.read_bytes()
 
-    process = chain.start("stopped", *asked)
-    assert process.stdout is not None
-    assert any("has a link already" in line for line in process.stdout)
+    process = again = chain.start("stopped", *asked)
+    wait_until(lambda: "has a link already" in again.printed()[0], again)
     ada.page = ada.client.get("/")
     ada.prefer("love" if "love" in ada.text else "table")
     process.send_signal(signal.SIGINT)

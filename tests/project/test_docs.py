@@ -108,8 +108,14 @@ def own_files(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return chain
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in commands() if is_run(command)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.nightly if "seed=0,1,2" in command else pytest.mark.slow)
+        for command in commands()
+        if is_run(command)
+    ],
+)
 def test_a_documented_command_runs(command: str, own_files: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny model and a few rows; what the command says wins over these settings."""
     monkeypatch.setattr(rlhf.costs.hardware, "CALIBRATION_SECONDS", 0.1)

