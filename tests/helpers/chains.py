@@ -197,18 +197,6 @@ class RealChain:
             kill_at=kill_at,
         )
 
-    def start_cold(self, name: str, *overrides: str) -> subprocess.Popen[str]:
-        """The same from nothing, as a user starts it."""
-        return subprocess.Popen(
-            self.command(name, *overrides),
-            cwd=self.directory,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
     def run(self, name: str, *overrides: str, code: int = 0) -> tuple[str, str]:
         """Run it to its end; what it printed."""
         process = self.start(name, *overrides)

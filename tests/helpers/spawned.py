@@ -70,6 +70,7 @@ def _rank(
     arguments: tuple[Any, ...],
 ) -> None:
     check_warm()
+    os.environ.clear()
     os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),

@@ -6,6 +6,7 @@ the real command with `subprocess`.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import re
@@ -227,6 +228,7 @@ def _become(
         print(code, file=err)
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
     out.flush()
     err.flush()
     os._exit(code or 0)
