@@ -194,7 +194,8 @@ class _Rank(subprocess.Popen[bytes]):
             given = {0: p2cread, 1: c2pwrite, 2: errwrite}
             _become(main, args[2:], env, {number: each for number, each in given.items() if each != -1})
         self._child_created = True
-        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
+        theirs: Any = self  # types do not tell what `subprocess` itself calls here
+        theirs._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
 
 def _become(
@@ -227,7 +228,7 @@ def _become(
     if isinstance(code, str):
         print(code, file=err)
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter calls at its end
     atexit._run_exitfuncs()
     out.flush()
     err.flush()
