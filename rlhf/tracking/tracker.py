@@ -122,6 +122,7 @@ class WandbSink:
                 settings=wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, **SILENT),
             )  # fmt: skip
         except (wandb.Error, OSError) as error:
+            self._teardown()  # else its process, whose address is in the environment, serves later runs
             raise ConfigError(
                 f"tracker=wandb tracker.mode={config.mode}: wandb cannot start ({redacted(str(error))}). "
                 "Check the network and `wandb login`, or use tracker.mode=offline; nothing was run."

@@ -157,6 +157,7 @@ def test_a_tracker_that_cannot_be_reached_is_told_before_anything_runs(
     assert outcome.code == 2, outcome.err
     assert "wandb cannot start" in outcome.err and "tracker.mode=offline" in outcome.err
     assert not list(tmp_path.glob("store/sft/[!.]*"))
+    assert "WANDB_SERVICE" not in os.environ, "later runs, of this process or started by it, have their own"
 
 
 @pytest.mark.slow
