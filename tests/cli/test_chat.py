@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -189,11 +190,19 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._file, text.encode())
 
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C while it waits for a key: Python does not notice one right before it begins to wait."""
+        process = psutil.Process(self.pid)
+        while process.status() != psutil.STATUS_SLEEPING:
+            time.sleep(0.01)
+        self.type("\x03")
+
     def ended(self) -> int:
         """The exit code."""
-        _, status = os.waitpid(self.pid, 0)
+        code = psutil.Process(self.pid).wait(timeout=60)
         os.close(self._file)
-        return os.waitstatus_to_exitcode(status)
+        assert code is not None
+        return int(code)
 
 
 @pytest.mark.slow
@@ -211,7 +220,7 @@ def test_in_a_terminal_answers_stream_and_ctrl_c_stops_them_then_the_program(
     terminal.wait_for(r"The conversation is forgotten\.\r\n.*> ")
     terminal.type("/what\n")
     terminal.wait_for(r"Commands: /reset, /quit\.\r\n.*> ")
-    terminal.type("\x03")
+    terminal.interrupt_prompt()
     assert terminal.ended() == 0
 
 
