@@ -105,7 +105,7 @@ def run(directory: Path, zero: str, ranks: int) -> str:
 
 
 def start(words: list[str], directory: Path, environment: dict[str, str], log: IO[str]) -> Any:
-    """A process; its tests start it faster."""
+    """One launcher, on one node."""
     return subprocess.Popen(words, cwd=directory, env=environment, stdout=log, stderr=log)
 
 

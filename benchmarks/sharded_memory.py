@@ -99,7 +99,7 @@ LIBRARIES = (
 )
 """That an idle rank has loaded."""
 OF_DEEPSPEED = ("deepspeed", "torch._inductor.compile_fx")
-"""And these, the second of which DeepSpeed imports late."""
+"""And these, if DeepSpeed shards; it imports the second one late."""
 LOADING = "loading"
 FILES = 16
 """Into which weights are written. One of 5 GB, as the product writes them, would hold all of these models."""
@@ -262,7 +262,8 @@ def be_a_rank(
 
     trained.FILE_BYTES = file_bytes
     compute.keep_freed_memory = map_each_block  # type: ignore[attr-defined]  # of another module
-    for library in (*LIBRARIES, *OF_DEEPSPEED):
+    needs_deepspeed = any(each.startswith("zero=zero") for each in arguments)
+    for library in (*LIBRARIES, *(OF_DEEPSPEED if needs_deepspeed else ())):
         importlib.import_module(library)
     if "generation=vllm" in arguments:
         importlib.import_module("vllm")

@@ -36,13 +36,17 @@ class Part:
 
 _STARTS = (
     "launch", "rlhf/__main__.py", "rlhf/cli/app.py", "rlhf/cli/execute.py", "rlhf/cli/launcher.py",
-    "rlhf/cli/worker.py", "rlhf/distributed", "tests/helpers/hosts.py",
+    "rlhf/cli/worker.py", "rlhf/distributed", "tests/helpers/chains.py", "tests/helpers/hosts.py",
 )  # fmt: skip
+_PAGES = ("rlhf/label/page", "rlhf/report/page")
 _PACKAGES = ("pyproject.toml", "constraints.txt", "Makefile")
 PARTS = {
     "slurm": Part(("tests/launch/test_slurm.py",), (*_STARTS, "rlhf/cli/sweep", *_PACKAGES)),
     "two hosts": Part(("tests/launch/test_two_hosts.py",), (*_STARTS, *_PACKAGES)),
-    "wheel": Part(("tests/project/test_wheel.py",), (*_PACKAGES, "README.md", "conf", "data", "rlhf/cli")),
+    "wheel": Part(
+        ("tests/project/test_wheel.py",),
+        (*_PACKAGES, "README.md", "conf", "data", "rlhf/__main__.py", "rlhf/cli", *_PAGES),
+    ),
     "browser": Part(
         ("tests/report/test_browser.py", "tests/label/test_label_browser.py"),
         ("rlhf/report", "rlhf/label", "stages/label.py", "tests/helpers/browser.py", *_PACKAGES),
@@ -51,7 +55,8 @@ PARTS = {
         ("tests/generation/with_vllm", "tests/gpu/test_4_vllm.py"),
         (
             "rlhf/generation", "rlhf/pipeline/sampling_engine.py", "rlhf/models", "rlhf/distributed",
-            "rlhf/cli/export.py", "tests/helpers/vllm.py", "benchmarks/gpu.py", *_PACKAGES,
+            "rlhf/training", "rlhf/rewards", "rlhf/cli/export.py", "tests/helpers", "benchmarks/gpu.py",
+            *_PACKAGES,
         ),
     ),
 }  # fmt: skip

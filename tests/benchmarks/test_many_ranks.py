@@ -15,6 +15,7 @@ from helpers.warm import Command
 
 @pytest.mark.slow
 def test_every_stage_on_four_ranks_equals_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are forked; those of torchrun are started cold, as the benchmark starts all."""
     cold = many_ranks.start
 
     def start(words: list[str], directory: Path, environment: dict[str, str], log: IO[str]) -> Any:

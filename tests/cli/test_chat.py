@@ -192,8 +192,9 @@ class Terminal:
 
     def interrupt_prompt(self) -> None:
         """Ctrl-C while it waits for a key: Python does not notice one right before it begins to wait."""
-        process = psutil.Process(self.pid)
+        process, deadline = psutil.Process(self.pid), time.monotonic() + 60
         while process.status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline, process.status()
             time.sleep(0.01)
         self.type("\x03")
 

@@ -188,7 +188,7 @@ def test_ctrl_c_publishes_what_is_there(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
     asked = ("stage=label", "label.pairs=own.jsonl", "label.annotators=[ada]", f"label.server.port={port}")
     process = chain.start("stopped", *asked)
-    wait_until(lambda: LINK.search(process.printed()[0]) is not None, process)
+    wait_until(lambda: "\n" in process.printed()[0].partition("label: ada: ")[2], process)  # a whole line
     found = LINK.search(process.printed()[0])
     assert found is not None
     ada = Browser(found[2])
