@@ -34,15 +34,15 @@ def test_no_rank_of_two_holds_a_whole_model(stage: str, zero: str, generation: s
         assert first[phase] == pytest.approx(second[phase], rel=0.1), phase
 
 
-def load_for_qlora(compute: Compute, directory: Path) -> tuple[float, int, int]:
+def load_for_qlora(compute: Compute, directory: Path) -> tuple[float, int]:
     """Write a model and load it, after a smaller one that brings the libraries: the peak of private memory,
-    and bytes of all quantized weights and of the largest one, as they are in the files."""
+    and bytes of all quantized weights, as they are in the files."""
     import bitsandbytes
 
     kinds: Any = bitsandbytes.nn
     map_each_block()
     shape: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 8}
-    for layers in (1, 4):
+    for layers in (1, 12):
         config = LlamaConfig(vocab_size=259, num_hidden_layers=layers, **shape)
         LlamaForCausalLM(config).save_pretrained(directory / str(layers))
         memory = PrivateMemory()
@@ -53,13 +53,13 @@ def load_for_qlora(compute: Compute, directory: Path) -> tuple[float, int, int]:
     held = [
         each.in_features * each.out_features for each in model.modules() if isinstance(each, kinds.Linear4bit)
     ]
-    return peak, 4 * sum(held), 4 * max(held)
+    return peak, 4 * sum(held)
 
 
 @pytest.mark.slow
 @pytest.mark.qlora
-def test_qlora_has_one_tensor_whole_while_it_reads_the_others(tmp_path: Path) -> None:
+def test_qlora_quantizes_each_tensor_as_it_is_read(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    peak, whole, largest = start_ranks(load_for_qlora, 1, tmp_path, timeout=60, seconds=120)()[0]
-    assert peak < 1.1 * whole / 8 + 5 * largest  # what bitsandbytes works with is 2.5 times as large
-    assert peak < whole / 2
+    peak, whole = start_ranks(load_for_qlora, 1, tmp_path, timeout=60, seconds=120)()[0]
+    # an eighth is the result; bitsandbytes works with up to seven times the largest tensor, 1/53 of the whole
+    assert peak < whole / 3
