@@ -29,15 +29,14 @@ from typing import IO, Any, get_args
 from look import new_console
 from rich.table import Table
 from safetensors.torch import load_file
+from torch import Tensor
 
 from rlhf.distributed.compute import Zero
 
 TORCHRUN = Path(__file__).parents[1] / "launch" / "torchrun.sh"
-RUNS = {"chain": "all", "others": "[dpo,grpo,compare]"}
-"""Name -> `stage=` of the two runs that go through all stages."""
 STAGES = ("sft", "reward", "generate", "ppo", "evaluate", "dpo", "grpo", "compare")
-TRAINED = {"sft": "chain", "reward": "chain", "ppo": "chain", "dpo": "others", "grpo": "others"}
-"""Stages that publish weights, and in which run."""
+TRAINED = ("sft", "reward", "ppo", "dpo", "grpo")
+"""Stages that publish weights."""
 OTHER_EACH_TIME = re.compile("seconds|latency|bytes|break_even|cost|time")
 SETTINGS = (
     "model=tiny", "device=cpu", "precision=fp32", "gates=warn", "preflight=warn",
@@ -79,29 +78,22 @@ def write_data(directory: Path) -> None:
         (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def run(directory: Path, zero: str, ranks: int) -> str:
-    """All stages; the run's name, which is its store's too."""
-    name, nodes = f"{zero}-{ranks}", 2 if zero == "hsdp" else 1
+def run(directory: Path, name: str, ranks: int, *overrides: str, nodes: int = 1) -> None:
+    """All stages. The store has the run's name too."""
     command = [sys.executable, "-m", "rlhf", f"launch.processes={ranks}"] if nodes == 1 else [str(TORCHRUN)]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for part, stages in RUNS.items():
-        keys = [f"run_name={name}-{part}", f"store_dir=store-{name}", f"stage={stages}", f"zero={zero}"]
-        meeting = {"NNODES": str(nodes), "NPROC_PER_NODE": str(ranks // nodes), "MASTER_PORT": free_port()}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **meeting}
-        logs = [directory / f"{name}-{part}.{node}.log" for node in range(nodes)]
-        started = []
-        for node, log in enumerate(logs):
-            with log.open("w", encoding="utf-8") as file:
-                words = [*command, *keys, *SETTINGS]
-                started.append(start(words, directory, environment | {"NODE_RANK": str(node)}, file))
-        ended = [each.wait() for each in started]
-        if any(ended):
-            sys.exit(
-                "\n".join(
-                    [f"zero={zero} on {ranks} ranks:", *(log.read_text(encoding="utf-8") for log in logs)]
-                )
-            )
-    return name
+    keys = (f"run_name={name}", f"store_dir=store-{name}", f"stage=[{','.join(STAGES)}]")
+    meeting = {"NNODES": str(nodes), "NPROC_PER_NODE": str(ranks // nodes), "MASTER_PORT": free_port()}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, **meeting}
+    logs = [directory / f"{name}.{node}.log" for node in range(nodes)]
+    started = []
+    for node, log in enumerate(logs):
+        with log.open("w", encoding="utf-8") as file:
+            words = [*command, *keys, *SETTINGS, *overrides]
+            started.append(start(words, directory, environment | {"NODE_RANK": str(node)}, file))
+    ended = [each.wait() for each in started]
+    if any(ended):
+        sys.exit("\n".join([f"{name} failed:", *(log.read_text(encoding="utf-8") for log in logs)]))
 
 
 def start(words: list[str], directory: Path, environment: dict[str, str], log: IO[str]) -> Any:
@@ -118,19 +110,17 @@ def free_port() -> str:
 
 def figures(directory: Path, name: str) -> dict[str, dict[str, float | None]]:
     """By stage what can be compared: each step's metrics and the summary's."""
-    found: dict[str, dict[str, float | None]] = {stage: {} for stage in STAGES}
-    for part in RUNS:
-        run_directory = directory / "runs" / f"{name}-{part}"
-        summary = json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
-        for stage in STAGES:
-            for metric, value in summary["stages"].get(stage, {}).get("metrics", {}).items():
-                found[stage][metric] = value
-        lines = (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        for line in map(json.loads, lines):
-            for metric, value in line.items():
-                stage = metric.partition("/")[0]
-                if stage in found and isinstance(value, int | float):
-                    found[stage][f"{metric} of step {line.get('step')}"] = value
+    run_directory = directory / "runs" / name
+    summary = json.loads((run_directory / "summary.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, float | None]] = {
+        stage: dict(summary["stages"][stage]["metrics"]) for stage in STAGES
+    }
+    for line in (run_directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        metrics = json.loads(line)
+        for metric, value in metrics.items():
+            stage = metric.partition("/")[0]
+            if stage in found and isinstance(value, int | float):
+                found[stage][f"{metric} of step {metrics.get('step')}"] = value
     return {
         stage: {name: value for name, value in each.items() if not OTHER_EACH_TIME.search(name)}
         for stage, each in found.items()
@@ -157,12 +147,14 @@ def difference(one: dict[str, float | None], many: dict[str, float | None]) -> t
     return between(worst), worst
 
 
+def published(directory: Path, name: str, stage: str) -> dict[str, Tensor]:
+    """The weights that a stage of this run published."""
+    return load_file(directory / "runs" / name / "artifacts" / stage / "model.safetensors")
+
+
 def weights_apart(directory: Path, one: str, many: str, stage: str) -> float:
-    """The largest difference between two published weights."""
-    (a, b) = (
-        load_file(directory / "runs" / f"{name}-{TRAINED[stage]}" / "artifacts" / stage / "model.safetensors")
-        for name in (one, many)
-    )
+    """The largest difference between two runs' published weights."""
+    a, b = published(directory, one, stage), published(directory, many, stage)
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
@@ -179,14 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         write_data(directory)
-        one = run(directory, "none", 1)
-        expected = figures(directory, one)
+        run(directory, "one", 1)
+        expected = figures(directory, "one")
         for zero in options.zero:
-            many = run(directory, zero, options.ranks)
-            measured = figures(directory, many)
+            nodes = 2 if zero == "hsdp" else 1
+            run(directory, zero, options.ranks, f"zero={zero}", nodes=nodes)
+            measured = figures(directory, zero)
             apart = {stage: difference(expected[stage], measured[stage]) for stage in STAGES}
             worst_of_all = max(worst_of_all, *apart.values())
-            weights = max(weights_apart(directory, one, many, stage) for stage in TRAINED)
+            weights = max(weights_apart(directory, "one", zero, stage) for stage in TRAINED)
             found[zero] = {stage: value for stage, (value, _) in apart.items()} | {"weights": weights}
             table.add_row(zero, *(f"{value:.1e}" for value in found[zero].values()))
     console = new_console()

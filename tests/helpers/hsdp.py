@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from helpers.encoded import answers_of
 from helpers.jobs import TINY, small_job, tiny_base, user
 from rlhf.config import ConfigError
@@ -77,9 +75,3 @@ def unequal(compute: Compute) -> str:
     except ConfigError as error:
         return str(error)
     return "nothing"
-
-
-def alone(model: Path, directory: Path) -> dict[str, float]:
-    """The same on one rank that holds everything."""
-    torch.manual_seed(0)
-    return train(Compute("cpu", "float32"), model, directory, "weights", steps=3)
