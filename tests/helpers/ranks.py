@@ -37,16 +37,16 @@ from rlhf.training.trained import load_trained
 
 OVERRIDES = (
     "model=tiny", "sft.peft=none", "reward.peft=none", "ppo.peft=none", "ppo.critic.init=sft",
-    "ppo.score.normalize=none", "ppo.max_new_tokens=5", "ppo.epochs=2", "ppo.minibatch_episodes=4",
-    "ppo.batch_episodes=4", "ppo.temperature=1.0",
-    # the longest row alone fills a pass: ranks have one or two of them
+    "ppo.score.normalize=none", "ppo.max_new_tokens=5", "ppo.epochs=2", "ppo.minibatch_episodes=8",
+    "ppo.batch_episodes=8", "ppo.temperature=1.0",
+    # the longest row alone fills a pass: one rank has two passes, where the others repeat a row with weight 0
     "sft.micro_batch_tokens=340", "reward.micro_batch_tokens=680", "ppo.micro_batch_tokens=340",
 )  # fmt: skip
 OPTIM = OptimConfig(
     lr=0.1, weight_decay=0.0, eps=1e-8, schedule="linear", warmup_fraction=0.0, max_grad_norm=1e9
 )
-LENGTHS = (300, 100, 50, 10)
-"""Response tokens of the rows that are dealt out: with two ranks 300 + 50 against 100 + 10."""
+LENGTHS = (300, 100, 52, 51, 50, 12, 11, 10)
+"""Response tokens of the rows that are dealt out: to four ranks 300 + 50, 100 + 12, 52 + 11 and 51 + 10."""
 ALONE = 100
 """Of a row that only one rank has."""
 
