@@ -20,7 +20,7 @@ from rlhf.distributed.batching import token_budget_batches
 from rlhf.distributed.compute import Compute
 from rlhf.generation.cpu_decoder import LeanDecoder, is_lean
 from rlhf.generation.lockstep import in_step
-from rlhf.models.base import ATTENTION
+from rlhf.models.base import ATTENTION, check_rows
 from rlhf.models.packed_batch import Packed
 from rlhf.rl.rollout import Rollout
 
@@ -62,6 +62,7 @@ def generate(
         on_token: called after each decoding step, with the tokens of the rows that had not ended, [B].
     """
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    check_rows(model.config, max(map(len, prompts), default=0) + max_new_tokens)
     responses: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(prompts)
     logps: list[Tensor] = [torch.empty(0)] * len(prompts)
     stopped = torch.zeros(len(prompts), dtype=torch.bool)

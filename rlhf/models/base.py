@@ -105,15 +105,39 @@ class BaseModelFiles:
 def context_length(config: PreTrainedConfig) -> int:
     """Tokens that prompt and response may have together; a million if the model names no limit.
 
-    With LongRoPE (Phi-3.5, Phi-4-mini) it is the length that the model was first trained on: one longer row
-    would change the positions of all rows in its batch.
+    With LongRoPE (Phi-3.5, Phi-4-mini) it is the length that the model was first trained on; see
+    `check_rows`.
     """
-    text = config.get_text_config()
-    length = int(getattr(text, "max_position_embeddings", 1 << 20))
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        length = min(length, int(rope.get("original_max_position_embeddings") or length))
+    length = int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 20))
+    for rope in _ropes(config):
+        if rope["rope_type"] == "longrope":
+            length = min(length, int(rope.get("original_max_position_embeddings") or length))
     return length
+
+
+def check_rows(config: PreTrainedConfig, longest: int) -> None:
+    """Refuse a batch whose longest row would change the positions of all other rows.
+
+    transformers turns the positions of a whole batch by other frequencies if one row is longer than the
+    model's context, with these two kinds of RoPE.
+
+    Raises:
+        ConfigError: in which row a model cannot be read as if it were alone.
+    """
+    kinds = {rope["rope_type"] for rope in _ropes(config)} & {"dynamic", "longrope"}
+    if kinds and longest > (context := context_length(config)):
+        raise ConfigError(
+            f"{config.name_or_path or config.model_type}: a row of {longest} tokens. Its rope_type="
+            f"{kinds.pop()} changes the positions of all rows of a batch with one of more than {context} "
+            "tokens. Shorten the row: a prompt and its max_new_tokens count together."
+        )
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The kinds of rotary positions of a model: one, or one for each kind of layer."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    found = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    return [each for each in found if "rope_type" in each]
 
 
 @contextmanager

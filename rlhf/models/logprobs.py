@@ -291,10 +291,10 @@ def check_head(model: PreTrainedModel) -> None:
         ConfigError: the chunked head would train something else than the model.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if type(head).forward is not nn.Linear.forward:
         raise ConfigError(
-            f"model: the output layer of {type(model).__name__} is a {type(head).__name__}; this project "
-            "needs a linear one. Choose another model."
+            f"model: the output layer of {type(model).__name__} is a {type(head).__name__}, which computes "
+            "something of its own; this project needs a plain linear one. Choose another model."
         )
     ids_1T = torch.arange(min(model.config.get_text_config().vocab_size, 16), device=model.device)[None]
     with _attention_here(model):

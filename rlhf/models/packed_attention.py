@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from rlhf.config import ConfigError
 from rlhf.distributed.compute import Compute
-from rlhf.models.base import ATTENTION
+from rlhf.models.base import ATTENTION, check_rows
 from rlhf.models.packed_batch import Group, Packed, aligned, seen
 from rlhf.models.peft.target_modules import backbone_of
 
@@ -32,6 +32,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 def hidden_states(model: PreTrainedModel, packed: Packed, at_N: Tensor | None = None) -> Tensor:
     """Final hidden states [N, H], before any head, at some of the T tokens (each named once), or at all of
     them."""
+    check_rows(model.config, packed.longest)
     backbone = backbone_of(model)
     if model.config._attn_implementation != ATTENTION:
         ids_BL = packed.ids_T.new_zeros(len(packed.lengths) * packed.longest)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Phi3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers.models import tiny_family
 from rlhf import digests
@@ -26,7 +26,6 @@ from rlhf.models.base import (
     ModelConfig,
     base_files,
     base_identity,
-    context_length,
     load_tokenizer,
     warn_once,
 )
@@ -92,16 +91,6 @@ def test_a_policy_with_sampling_values_that_are_not_used_can_be_published(
     save_policy(load_causal_lm(base, config(), torch.float32), tokenizer, tmp_path / "published")
     found = GenerationConfig.from_pretrained(tmp_path / "published")
     assert found.eos_token_id == [tokenizer.eos_token_id] and found.temperature in (None, 1.0)
-
-
-def test_long_rope_is_read_up_to_where_its_frequencies_change() -> None:
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    phi = Phi3Config(
-        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
-        original_max_position_embeddings=64, rope_parameters={**rope, "rope_theta": 10000.0},
-    )  # fmt: skip
-    assert context_length(phi) == 64
-    assert context_length(Phi3Config(max_position_embeddings=256)) == 256
 
 
 def test_the_chat_template_is_the_configured_one(

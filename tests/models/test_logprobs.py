@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from helpers.jobs import TINY, on_cpu
 from helpers.models import sharper, tiny_family
@@ -227,6 +227,17 @@ def test_a_model_that_transforms_its_logits_is_refused(model: PreTrainedModel) -
 
     with pytest.raises(ConfigError, match="Capped transforms its logits"):
         check_head(Capped(plain.config))
+
+
+def test_an_output_layer_with_a_forward_of_its_own_is_refused() -> None:
+    """Dory's multiplies each logit by a weight, which is 1 until it is trained."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("dory", vocab_size=259, num_key_value_heads=2, head_dim=16, **shape)
+    for change in (1.0, 1.1):
+        dory = AutoModelForCausalLM.from_config(config).eval()
+        dory.lm_head.logit_scale.data *= change
+        with pytest.raises(ConfigError, match="the output layer of DoryForCausalLM is a DoryLMHead"):
+            check_head(dory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
