@@ -74,15 +74,16 @@ class Engine(ABC):
 
         Args:
             first_steps: group -> its first step, if that is later than 0. Its schedule covers the steps from
-                there on. Before them its rate is 0.
+                there on. Before them its rate is 0, and its optimizer state as new.
         """
-        rates = []
+        rates, waits = [], []
         for index, config in enumerate(self._configs):
             first = first_steps.get(index, 0)
             factor = rate_factor(config.schedule, step - first, num_steps - first, config.warmup_fraction)
-            rates.append(0.0 if step < first else config.lr * factor)
-        for group, rate in zip(self._param_groups(), rates, strict=True):
-            group["lr"] = rate
+            waits.append(step < first)
+            rates.append(0.0 if waits[-1] else config.lr * factor)
+        for group, rate, waiting in zip(self._param_groups(), rates, waits, strict=True):
+            group.update(lr=rate, waits=waiting)
         return rates
 
     @abstractmethod

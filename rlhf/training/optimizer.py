@@ -43,7 +43,7 @@ class MasterAdamW(torch.optim.Optimizer):
     spoil every parameter.
 
     Args:
-        groups: each with params, lr, decay, eps and max_grad_norm.
+        groups: each with params, lr, decay, eps, max_grad_norm, and whether it waits for its first step.
         global_sum: adds a tensor up over ranks that hold the same parameters; None for a single rank.
     """
 
@@ -91,6 +91,9 @@ class MasterAdamW(torch.optim.Optimizer):
                 [master for master in inner["params"] if master.ndim > 1 and master.grad is not None], outer
             )
         self._inner.step()
+        for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            if outer["waits"]:
+                restart(self._inner, inner["params"])
         for parameter, master in self._pairs:
             round_into(parameter, master)
         self.zero_grad()  # transformers' Trainer clears the model's gradients only, never the optimizer's
@@ -210,6 +213,9 @@ class ClippedAdamW(AdamW):
                 else:
                     decay([parameter[: self.leading[group["place"]]] for parameter in moved], group)
             super().step()
+            for group in self.param_groups:
+                if group["waits"]:
+                    restart(self, group["params"])
 
 
 def _square_sum(values: Tensor) -> Tensor:
@@ -237,6 +243,14 @@ def decay(weights: Sequence[Tensor], group: Mapping[str, Any]) -> None:
         torch._foreach_mul_(list(weights), 1 - group["lr"] * group["decay"])
 
 
+def restart(optimizer: AdamW, parameters: Iterable[Tensor]) -> None:
+    """Averages, and the number of steps that corrects these (Kingma and Ba 2015, arXiv:1412.6980, section 3),
+    are those before a first step."""
+    for parameter in parameters:
+        for value in optimizer.state.get(parameter, {}).values():
+            value.zero_()
+
+
 def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> dict[str, Any]:
     """One optimizer group, of those parameters that train."""
     return {
@@ -245,6 +259,7 @@ def parameter_group(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
         "decay": config.weight_decay,
         "eps": config.eps,
         "max_grad_norm": config.max_grad_norm,
+        "waits": False,
     }
 
 

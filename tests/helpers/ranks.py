@@ -246,14 +246,16 @@ class Layers(nn.Module):
 
 
 def decayed(compute: Compute, scratch: Path) -> dict[str, dict[str, float]]:
-    """By engine, what each weight is after steps with a large decay: a sum in which every place counts."""
+    """By engine, what each weight is after steps with a large decay: a sum in which every place counts. Two
+    of the weights begin a step later."""
     found = {}
     optim = OPTIM.model_copy(update={"weight_decay": 0.5, "max_grad_norm": 1.0})
     for zero in ("none", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "hsdp"):
         model = Layers()
-        engine = make_engine(model, [(model.parameters(), optim)], replace(compute, zero=zero, node_ranks=2))
+        groups = [([model.bias, model.matrix], optim), ([model.gain, model.last], optim)]
+        engine = make_engine(model, groups, replace(compute, zero=zero, node_ranks=2))
         for step in range(3):
-            engine.set_rates(step, 4)
+            engine.set_rates(step, 4, first_steps={0: 1})
             engine.backward(engine.model(torch.arange(7.0) + compute.rank), last=True)
             engine.step()
         engine.save_trained(model, scratch / zero)

@@ -83,6 +83,25 @@ def test_a_frozen_group_stays_while_the_other_moves() -> None:
     assert model.moved_by_a_step(engine)[0] > 0.0
 
 
+def test_a_group_that_begins_later_moves_as_one_that_begins_at_once() -> None:
+    """As the policy behind `critic.warmup_steps`: the gradient differs from step to step, so that Adam's
+    averages and the number of their steps decide how far a group moves."""
+
+    def moves(waits: int) -> list[float]:
+        model, found = Two(), []
+        engine = model.engine(config(lr=0.1), config(lr=0.1))
+        for step in range(waits + 16):
+            engine.set_rates(step, waits + 16, first_steps={0: waits})
+            before = model.first.item()
+            slope = 0.0 if step < waits else 1.0 + (step - waits) % 3
+            engine.backward(slope * model.first.sum() + model.second.sum(), last=True)
+            engine.step()
+            found.append(before - model.first.item())
+        return found[waits:]
+
+    assert moves(10) == pytest.approx(moves(0), rel=1e-5)
+
+
 def test_the_engine_tells_norms_and_counts_what_it_skips() -> None:
     model = Two()
     engine = model.engine(config(), config())
