@@ -227,7 +227,7 @@ class DpoStage(PreferenceConfig, Stage):
         from rlhf.generation.decoding_check import check_decoding
         from rlhf.generation.latency import token_seconds
         from rlhf.models.load import load_causal_lm
-        from rlhf.models.logprobs import ResponseModel, check_head
+        from rlhf.models.logprobs import ResponseModel, check_policy
         from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
         from rlhf.models.peft.merge import publish_policy
         from rlhf.models.recompute import checkpoint_layers
@@ -240,7 +240,7 @@ class DpoStage(PreferenceConfig, Stage):
         policy = load_causal_lm(
             start.directory, job.base.config, compute.dtype, loads_on(self.peft, compute), compute
         )
-        compute.ask_once(lambda: check_head(policy))
+        compute.ask_once(lambda: check_policy(policy))
         if job.will_sample:  # better refused now than by a later stage
             compute.ask_once(lambda: check_decoding(policy, copies=False))
         attach(policy, self.peft, compute.device)

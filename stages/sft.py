@@ -168,7 +168,7 @@ class SftStage(Stage):
         from rlhf.generation.decoding_check import check_decoding
         from rlhf.generation.latency import token_seconds
         from rlhf.models.load import load_causal_lm
-        from rlhf.models.logprobs import ResponseModel, check_head
+        from rlhf.models.logprobs import ResponseModel, check_policy
         from rlhf.models.peft.attach import attach, check_reached, count_parameters, loads_on
         from rlhf.models.peft.merge import publish_policy
         from rlhf.models.recompute import checkpoint_layers
@@ -181,7 +181,7 @@ class SftStage(Stage):
         compute = job.compute
         read_to = loads_on(self.peft, compute)
         policy = load_causal_lm(start.directory, job.base.config, compute.dtype, read_to, compute)
-        compute.ask_once(lambda: check_head(policy))
+        compute.ask_once(lambda: check_policy(policy))
         if job.will_sample:  # better refused now than by a later stage
             compute.ask_once(lambda: check_decoding(policy, copies=False))
         train = answers = self.answers(job, tokenizer, "sft", "train", f"{self.name}.data: no training row")

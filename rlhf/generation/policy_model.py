@@ -20,7 +20,7 @@ from rlhf.generation.sampler import generate
 from rlhf.generation.vllm import Vllm
 from rlhf.models.base import ModelConfig, load_tokenizer
 from rlhf.models.load import context_left, load_causal_lm
-from rlhf.models.logprobs import ResponseModel, answer_logprobs, check_head
+from rlhf.models.logprobs import ResponseModel, answer_logprobs, check_policy
 from rlhf.models.weight_sharing import Placement, frozen
 from rlhf.rl.rollout import Responses, Rollout
 from rlhf.training.engine import WHOLE, Access
@@ -85,7 +85,7 @@ class PolicyModel:
             lambda device: load_causal_lm(directory, config, compute.dtype, device, compute),
             compute,
             placement,
-            (lambda model: compute.ask_once(lambda: check_head(model))) if check else lambda model: None,
+            (lambda model: compute.ask_once(lambda: check_policy(model))) if check else lambda model: None,
         )
         tokenizer = tokenizer or load_tokenizer(directory, config)
         return cls(model, tokenizer, compute, access, vllm, local_sampling=local_sampling)

@@ -282,13 +282,14 @@ def _into_gradient(
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
-    """Refuse a model that changes its logits in other ways than `logit_cap` and `logit_scale`.
+def check_policy(model: PreTrainedModel) -> None:
+    """Refuse a model whose tokens see later ones, or that changes its logits in other ways than `logit_cap`
+    and `logit_scale`.
 
     The comparison is repeated with enlarged results of the output layer: small ones would not show a cap.
 
     Raises:
-        ConfigError: the chunked head would train something else than the model.
+        ConfigError: log-probabilities would be those of another model.
     """
     head = model.get_output_embeddings()
     if type(head).forward is not nn.Linear.forward:
@@ -304,12 +305,20 @@ def check_head(model: PreTrainedModel) -> None:
                 f"{model.config.name_or_path}: the logits of this {type(model).__name__} are not finite. Its "
                 "weights are damaged, or too large for this precision: try precision=fp32."
             )
+        changed_TV = _logits(model, torch.cat([ids_1T[:, :-1], ids_1T[:, :1]], dim=1), 1.0)
         own_TV = head(backbone_of(model)(input_ids=ids_1T, use_cache=False)[0][0].to(head.weight.dtype))
         enlarged = PROBED / max(float(own_TV.abs().max()), PROBED / 1e4)
         theirs = [(1.0, logits_TV), (enlarged, _logits(model, ids_1T, enlarged))]
     cap, scale = logit_cap(model.config), logit_scale(model.config)
     # in 16 bits each operation rounds by half an eps: at most three of a cap, one of a scale
     tolerance = 1e-4 if logits_TV.dtype == torch.float32 else 2 * torch.finfo(logits_TV.dtype).eps
+    if not torch.allclose(
+        changed_TV[:-1], logits_TV[:-1], rtol=tolerance, atol=tolerance * float(logits_TV.abs().max())
+    ):
+        raise ConfigError(
+            f"model: the tokens of {type(model).__name__} see those behind them: it is no causal language "
+            "model, or its config says so (is_decoder, use_bidirectional_attention). Choose another model."
+        )
     for factor, found_TV in theirs:
         ours_TV = _capped((own_TV * factor).float(), cap) * scale
         if not torch.allclose(

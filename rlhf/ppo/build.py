@@ -17,7 +17,7 @@ from rlhf.data.chat_template import tokenizer_digest
 from rlhf.distributed.compute import Compute
 from rlhf.generation.policy_model import PolicyModel
 from rlhf.models.load import context_left, load_causal_lm
-from rlhf.models.logprobs import check_head
+from rlhf.models.logprobs import check_policy
 from rlhf.models.peft.attach import Adapter, attach, check_reached, count_parameters, loads_on
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.peft.virtual_tokens import virtual_tokens
@@ -80,7 +80,7 @@ def build_loop(
     settings, compute, tokenizer = job.base.config, job.compute, job.start(config.init).load_tokenizer()
     start = job.start(config.init).directory
     policy = load_causal_lm(start, settings, compute.dtype, loads_on(config.peft, compute), compute)
-    compute.ask_once(lambda: check_head(policy))
+    compute.ask_once(lambda: check_policy(policy))
     backbone = shared_backbone(config, policy, start, compute)
     adapter = attach(policy, config.peft, compute.device)
     compute.ask_once(lambda: check_reached(policy))

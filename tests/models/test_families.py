@@ -28,7 +28,7 @@ from rlhf.generation.decoding_check import check_decoding
 from rlhf.generation.sampler import generate
 from rlhf.models.base import ModelConfig, load_tokenizer, skeleton
 from rlhf.models.load import load_causal_lm
-from rlhf.models.logprobs import check_head, pack_sequences, response_statistics
+from rlhf.models.logprobs import check_policy, pack_sequences, response_statistics
 from rlhf.models.peft.attach import attach, check_attachable, count_parameters
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.merge import publish_policy
@@ -115,7 +115,7 @@ def test_what_cannot_run_is_refused_by_name_when_it_is_loaded(
 
 def test_log_probabilities_and_gradients_are_those_of_transformers(family: Family) -> None:
     model = family.load()
-    check_head(model)
+    check_policy(model)
     found_rows = SHOWN["rows_of"](model)
     if any("experts" in name for name, _ in model.named_parameters()):
         found_rows = "padded"  # by rounding, which may be another one on another processor

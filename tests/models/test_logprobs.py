@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from helpers.jobs import TINY, on_cpu
-from helpers.models import sharper, tiny_family
+from helpers.models import sharper, small_of, tiny_family
 from rlhf.config import ConfigError
 from rlhf.models import logprobs as policy
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import (
     ResponseModel,
     answer_logprobs,
-    check_head,
+    check_policy,
     head_statistics,
     pack_sequences,
     response_statistics,
@@ -128,7 +128,7 @@ def test_an_output_layer_that_is_not_linear_is_refused() -> None:
     plain = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
     plain.set_output_embeddings(torch.nn.Sequential(plain.get_output_embeddings()))
     with pytest.raises(ConfigError, match="the output layer of GPT2LMHeadModel is a Sequential"):
-        check_head(plain)
+        check_policy(plain)
 
 
 def test_entropy_by_definition_and_without_gradient(model: PreTrainedModel) -> None:
@@ -215,9 +215,9 @@ def test_a_response_needs_something_before_it() -> None:
 
 
 def test_a_model_that_transforms_its_logits_is_refused(model: PreTrainedModel) -> None:
-    check_head(model)
+    check_policy(model)
     plain = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
-    check_head(plain)
+    check_policy(plain)
 
     class Capped(GPT2LMHeadModel):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -226,7 +226,17 @@ def test_a_model_that_transforms_its_logits_is_refused(model: PreTrainedModel) -
             return output
 
     with pytest.raises(ConfigError, match="Capped transforms its logits"):
-        check_head(Capped(plain.config))
+        check_policy(Capped(plain.config).train(False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("gemma3_text", {"use_bidirectional_attention": True, "head_dim": 16}), ("bert-generation", {})],
+)
+def test_a_model_whose_tokens_see_later_ones_is_refused(kind: str, options: dict[str, Any]) -> None:
+    """Its log-probabilities would be off by a nat a token: rows are laid out for causal attention."""
+    with pytest.raises(ConfigError, match="see those behind them"):
+        check_policy(small_of(kind, options))
 
 
 def test_an_output_layer_with_a_forward_of_its_own_is_refused() -> None:
@@ -237,7 +247,7 @@ def test_an_output_layer_with_a_forward_of_its_own_is_refused() -> None:
         dory = AutoModelForCausalLM.from_config(config).eval()
         dory.lm_head.logit_scale.data *= change
         with pytest.raises(ConfigError, match="the output layer of DoryForCausalLM is a DoryLMHead"):
-            check_head(dory)
+            check_policy(dory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -253,10 +263,10 @@ def test_what_is_done_to_logits_is_known_to_a_few_per_cent(
 ) -> None:
     """The largest logits are about 2 here, of which a cap of 30 takes a thousandth."""
     family = tiny_family(name, dtype)
-    check_head(family)
+    check_policy(family)
     monkeypatch.setattr(policy, known, lambda config: wrong)
     with pytest.raises(ConfigError, match="transforms its logits behind the output layer in a way"):
-        check_head(family)
+        check_policy(family)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -286,7 +296,7 @@ def test_soft_capped_logits(cap: float, temperature: float, is_frozen: bool) -> 
 
 def test_hidden_states_that_are_more_exact_than_the_output_layer() -> None:
     family = tiny_family("mamba", torch.bfloat16)
-    check_head(family)
+    check_policy(family)
     prompts, responses = rows()
     plain = torch.cat([by_hand(family, *pair, 1.0) for pair in zip(prompts, responses, strict=True)])
     found = response_statistics(family, pack_sequences(prompts, responses, CPU), 1.0).logp_N
@@ -298,4 +308,4 @@ def test_a_model_with_damaged_weights_is_refused(tiny_model: Path) -> None:
     with torch.no_grad():
         damaged.model.norm.weight[3] = float("nan")
     with pytest.raises(ConfigError, match=r"the logits of this .* are not finite"):
-        check_head(damaged)
+        check_policy(damaged)

@@ -108,7 +108,14 @@ def test_merged_weights_are_the_merged_models_and_leave_the_model_alone(tiny_mod
     }  # nothing is copied where there is no adapter
 
 
-@pytest.mark.parametrize("name", ["v_prjo", "lm_head", "embed_tokens"])
+def test_the_output_layer_is_refused_for_what_it_is(tiny_model: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"lm_head is the output layer of Llama.* use STAGE\.peft\.target_m"
+    ):
+        attach(load(tiny_model), PeftConfig(method="lora", target_modules=["q_proj", "lm_head"]))
+
+
+@pytest.mark.parametrize("name", ["v_prjo", "embed_tokens"])
 def test_what_is_no_linear_layer_inside_is_refused(name: str, tiny_model: Path) -> None:
     """An update of embeddings would change the output layer too, where they are tied and it is merged."""
     words = (

@@ -45,11 +45,16 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 def test_a_row_is_refused_that_would_change_the_positions_of_others(
     kind: str, positions: int, rope: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {
+    options: dict[str, dict[str, Any]] = {
         "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
         "phi3": {"original_max_position_embeddings": 64},
-    }.get(kind, {})
-    shape = {"max_position_embeddings": positions, "rope_parameters": rope, "head_dim": 16, **options}
+    }
+    shape = {
+        "max_position_embeddings": positions,
+        "rope_parameters": rope,
+        "head_dim": 16,
+        **options.get(kind, {}),
+    }
     model = small_of(kind, shape)
     scale(model, 6.0)
     rows = [torch.arange(3, 3 + length) for length in (20, 64, 66)]

@@ -51,7 +51,7 @@ def learner_on_meta(tmp_path: Path, sft: Path, *overrides: str) -> PolicyTrainer
 def test_all_weights_and_all_they_meet_are_on_the_device(
     peft: str, init: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for check in ("models.packed_attention._leaks", "ppo.build.check_head"):
+    for check in ("models.packed_attention._leaks", "ppo.build.check_policy"):
         monkeypatch.setattr(f"rlhf.{check}", lambda *_: False)  # of numbers, of which there are none
     reward = reward_model(tmp_path / "reward", tiny_model, "lora")
     trainer = learner_on_meta(

@@ -56,13 +56,22 @@ def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
         return known
     key = f"STAGE.peft.target_modules=[{','.join(config.target_modules)}]"
     mend = f"use STAGE.peft.target_modules=all-linear, which takes {', '.join(known)}."
+    head = model.get_output_embeddings()
+    output_layer = next((name for name, module in model.named_modules() if head is module), "").rpartition(
+        "."
+    )[2]
     for name in config.target_modules:
         if name in left_out:
             raise ConfigError(
                 f"{key}: {name} of {kind} cannot be updated ({left_out[name]}). Leave it out, or {mend}"
             )
+        if name == output_layer:
+            raise ConfigError(
+                f"{key}: {name} is the output layer of {kind}. It is computed in pieces from its weight "
+                "alone, and may be tied to the embeddings, which its update would change. "
+                f"Leave it out, or {mend}"
+            )
         if name not in known:
-            # output layer and embeddings may be tied: merged, an update of one would change the other
             raise ConfigError(
                 f"{key}: {name} is not a linear layer inside {kind}.{did_you_mean(name, known)} "
                 f"Leave it out, or {mend}"
