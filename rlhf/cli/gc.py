@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rlhf.cli.command import ask, read
 from rlhf.config import ConfigError
+from rlhf.digests import MANIFEST
 from rlhf.exit_codes import DONE
 from rlhf.locks import HeldError
 from rlhf.pipeline.store import Store
@@ -64,7 +65,7 @@ def gc(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     total = sum(each.size for each in found) / 1e6
     print(f"{total:10,.1f} MB in {len(found)} directories")
     if keys["yes"] == "true" or ask(f"Remove them? Only runs in {runs} were asked what they use."):
-        print(f"Removed {remove(store, found)} of {len(found)}.")
+        print(f"Removed {remove(store, found, runs)} of {len(found)}.")
     else:
         print("Nothing was removed.")
     return DONE
@@ -94,16 +95,21 @@ def used(runs: Path) -> set[tuple[str, str]]:
 def unused(root: Path, needed: Collection[tuple[str, str]]) -> Iterator[Unused]:
     """The directories of a store that are not needed. The base models stay: no run names them."""
     for path in root.glob("[!.]*/*"):
-        if not path.is_dir() or path.is_symlink():
-            continue
-        stage, left = path.parent.name, LEFT.fullmatch(path.name)
-        if left is not None:
-            kind = left[2].partition("-")[0]
-            if kind == "checkpoints" and (stage, left[1]) in needed:
-                continue
-            yield Unused(path, stage, left[1], WORDS[kind], size(path))
-        elif stage != "base" and not path.name.startswith(".") and (stage, path.name) not in needed:
-            yield Unused(path, stage, path.name, "no run names it", size(path))
+        if path.is_dir() and not path.is_symlink() and (why := why_unused(path, needed)) is not None:
+            left = LEFT.fullmatch(path.name)
+            yield Unused(path, path.parent.name, left[1] if left else path.name, why, size(path))
+
+
+def why_unused(path: Path, needed: Collection[tuple[str, str]]) -> str | None:
+    """Why a directory of a store is not needed; None if it is."""
+    stage, left = path.parent.name, LEFT.fullmatch(path.name)
+    if left is None:
+        is_needed = stage == "base" or path.name.startswith(".") or (stage, path.name) in needed
+        return None if is_needed else "no run names it"
+    kind = left[2].partition("-")[0]
+    if kind == "checkpoints" and (path.parent / left[1] / MANIFEST).is_file():
+        return "checkpoints of a stage that has ended"  # killed right behind its publication
+    return None if kind == "checkpoints" and (stage, left[1]) in needed else WORDS[kind]
 
 
 def size(directory: Path) -> int:
@@ -123,8 +129,9 @@ def is_being_made(store: Store, each: Unused) -> bool:
     return False
 
 
-def remove(store: Store, found: Iterable[Unused]) -> int:
-    """Remove directories, but none that a run is making just now. Gives how many are gone."""
+def remove(store: Store, found: Iterable[Unused], runs: Path) -> int:
+    """Remove directories, but none that a run is making just now, or has begun to use while the user was
+    asked. Gives how many are gone."""
     number = 0
     for each in found:
         lock = store.lock(each.stage, each.key)
@@ -134,8 +141,11 @@ def remove(store: Store, found: Iterable[Unused]) -> int:
             print(f"{each.path} stays: a run is making it ({held}).")
             continue
         try:
-            shutil.rmtree(each.path)
-            number += 1
+            if why_unused(each.path, used(runs)) is None:
+                print(f"{each.path} stays: a run uses it now.")
+            else:
+                shutil.rmtree(each.path)
+                number += 1
         finally:
             lock.release()
     return number

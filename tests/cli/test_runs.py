@@ -137,6 +137,26 @@ def test_what_no_run_uses_is_removed_only_when_that_is_wanted(tmp_path: Path) ->
     assert chain.run(*SHORT).statuses == {"prepare": "reused", "sft": "reused"}
 
 
+def test_what_a_run_begins_to_use_while_gc_asks_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain(tmp_path)
+    made = chain.run(*SHORT).artifact("sft")
+    for path in (tmp_path / "runs" / "run1").glob("*.json"):
+        path.unlink()
+    ends: list[Outcome] = []
+
+    def ask(question: str) -> bool:
+        ends.append(chain.run(*SHORT))
+        return True
+
+    monkeypatch.setattr("rlhf.cli.gc.ask", ask)
+    said = say(tmp_path, "gc").out
+    assert ends[0].statuses == {"prepare": "reused", "sft": "reused"}
+    assert "stays: a run uses it now" in said and "Removed 0 of 2." in said
+    assert made.is_dir() and (ends[0].directory / "artifacts" / "sft").is_dir()
+
+
 def test_what_was_moved_is_used_as_before(tmp_path: Path) -> None:
     """A run's summary names its artifacts where they were made."""
     (tmp_path / "a").mkdir()

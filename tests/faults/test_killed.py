@@ -122,6 +122,20 @@ def test_on_another_number_of_ranks_it_goes_on_with_the_same_losses(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_before", [True, False])
+def test_killed_at_its_publication_it_is_there_or_not(chain: RealChain, is_before: bool) -> None:
+    """Right behind it, what only the way there needed is still there, and nothing but `gc` takes it."""
+    undisturbed, name = chain.run_once(*EACH_STEP), f"published_{is_before}"
+    process = chain.start(name, *EACH_STEP, kill_at=KillAt(r"/ppo/[0-9a-f]{16}$", is_before=is_before))
+    process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == -signal.SIGKILL
+    out, _ = chain.run(name, *EACH_STEP)
+    assert ("ppo: continues from step" in out, "ppo reused" in out) == (is_before, not is_before)
+    assert bool(list(chain.store(name).glob("ppo/.*.checkpoints"))) == (not is_before)
+    assert_same_behind_any_kill(chain, undisturbed, name)
+
+
+@pytest.mark.slow
 def test_killed_at_random_renames_it_never_breaks_and_ends_the_same(chain: RealChain) -> None:
     """Right before or behind one, of a checkpoint or of any other file."""
     longer = ("ppo.steps=30", "ppo.evaluate_every=5", *EACH_STEP)
@@ -135,7 +149,7 @@ def test_killed_at_random_renames_it_never_breaks_and_ends_the_same(chain: RealC
         kills += process.returncode == -signal.SIGKILL
         finished += check_what_is_left(chain, "renames", undisturbed, process.returncode, err)
     chain.run("renames", *longer)
-    assert_same(chain, undisturbed, "renames")
+    assert_same_behind_any_kill(chain, undisturbed, "renames")
     print(f"{kills} kills, of runs that ended {finished + 1} times")
 
 
@@ -156,8 +170,15 @@ def test_killed_at_random_moments_it_never_breaks_and_ends_the_same(chain: RealC
         kills += process.returncode == -signal.SIGKILL
         finished += check_what_is_left(chain, "random", undisturbed, process.returncode, err)
     chain.run("random", *longer)
-    assert_same(chain, undisturbed, "random")
+    assert_same_behind_any_kill(chain, undisturbed, "random")
     print(f"{kills} kills, of runs that ended {finished + 1} times")
+
+
+def assert_same_behind_any_kill(chain: RealChain, undisturbed: str, name: str) -> None:
+    """A kill between the publication and the end of its checkpoints leaves these to `gc`."""
+    if list(chain.store(name).glob("*/.*.checkpoints")):
+        chain.command_of("gc", "yes=true", f"store_dir=store-{name}")
+    assert_same(chain, undisturbed, name)
 
 
 def check_what_is_left(chain: RealChain, name: str, undisturbed: str, code: int | None, errors: str) -> bool:
@@ -168,7 +189,7 @@ def check_what_is_left(chain: RealChain, name: str, undisturbed: str, code: int 
     if code == -signal.SIGKILL:
         return False
     assert code == 0, errors
-    assert_same(chain, undisturbed, name)
+    assert_same_behind_any_kill(chain, undisturbed, name)
     for directory in (ppo, chain.directory / "runs" / name):
         shutil.rmtree(directory)
     chain.run(name, "stage=[reward,generate]")

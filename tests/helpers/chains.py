@@ -190,12 +190,25 @@ class RealChain:
         kill_at: KillAt | None = None,
     ) -> Command:
         """Start it, in a process group of its own."""
+        return self._start(self.command(name, *overrides)[3:], environment or {}, kill_at)
+
+    def _start(
+        self, arguments: list[str], environment: Mapping[str, str], kill_at: KillAt | None = None
+    ) -> Command:
+        always = {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
         return Command(
-            self.command(name, *overrides)[3:],
+            arguments,
             cwd=self.directory,
-            environment={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", **(environment or {})},
+            environment={**os.environ, **always, **environment},
             kill_at=kill_at,
         )
+
+    def command_of(self, *words: str) -> str:
+        """Run another command, such as `gc`, to its end; what it printed."""
+        process = self._start([*words], {})
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0, f"exit code {process.returncode}\n{out}\n{err}"
+        return out
 
     def run(self, name: str, *overrides: str, code: int = 0) -> tuple[str, str]:
         """Run it to its end; what it printed."""
@@ -270,8 +283,9 @@ def wait_until(condition: Callable[[], bool], process: Command | subprocess.Pope
 
 
 def kill(process: Command | subprocess.Popen[str]) -> None:
-    """SIGKILL, as a crash of the machine would end it."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL, as a crash of the machine would end it. Nothing, where it has just ended by itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
