@@ -29,7 +29,7 @@ from rlhf.digests import DirectoryDigest, directory_digest
 from rlhf.distributed.compute import Compute
 from rlhf.evaluation.lm_eval import Harness
 from rlhf.models.base import BaseModelFiles
-from rlhf.models.start import Init, check_start, directory_of, init_digest, init_in_key, misfits
+from rlhf.models.start import Init, check_start, directory_of, init_in_key, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.recipe import BEST_OF_N
 from rlhf.pipeline.stage import INTERVAL, Stage, root_of
@@ -186,6 +186,10 @@ class EvaluateStage(Stage):
         """What PPO started from, by its name among the policies."""
         return self.init if directory_of(self.init) is None else "init"
 
+    def models(self) -> Iterator[tuple[str, str]]:
+        """PPO's start, where it is a directory: others are `named_policies`."""
+        return super().models() if "init" in self.policies else iter(())
+
     def named_policies(self) -> Iterator[tuple[str, str]]:
         """Those that stages make."""
         yield from (("evaluate.policies", name) for name in self.policies if name not in NOT_MADE)
@@ -237,8 +241,6 @@ class EvaluateStage(Stage):
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
         digests = super().external_digests(digest)
-        if "init" in self.policies:
-            digests |= init_digest("evaluate.init", self.init, digest)
         return digests | ({"lm_eval": self.harness.digest()} if self.lm_eval else {})
 
     def check(self, chain: Mapping[str, Stage]) -> None:

@@ -25,7 +25,9 @@ from rlhf.models.intact import check_tokenizer, check_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Init = Annotated[str, Field(min_length=1)]
+IS_MODEL = object()
+"""Marks the type of a stage's keys that name a model."""
+Init = Annotated[str, Field(min_length=1), IS_MODEL]
 """A stage that makes a policy (`sft`, `dpo`, ...), `base` or a `save_pretrained` directory."""
 POLICY_STAGES: set[str] = {"sft"}
 """Names of the stages that make a policy. `build_experiment` fills it with those that are mounted. A
@@ -53,12 +55,15 @@ def init_in_key(init: str) -> str:
     return init if directory_of(init) is None else "directory"
 
 
-def init_digest(key: str, init: str, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
+def init_digest(
+    key: str, init: str, digest: DirectoryDigest = directory_digest, *, name: str = "init"
+) -> dict[str, str]:
     """Digest of the user's own directory, for the keys of everything that is made from it.
 
     Args:
         key: what the user calls it, such as `ppo.init`.
         digest: as of `Stage.external_digests`.
+        name: in these digests.
 
     Raises:
         ConfigError: there is no model.
@@ -76,7 +81,7 @@ def init_digest(key: str, init: str, digest: DirectoryDigest = directory_digest)
             f"{key}={init}: no *.safetensors there. Training starts from plain weights: merge an adapter "
             "first, and save other formats again with save_pretrained."
         )
-    return {"init": digest(directory)}
+    return {name: digest(directory)}
 
 
 def check_start(key: str, init: str, base: BaseModelFiles) -> BaseModelFiles:

@@ -27,6 +27,7 @@ from rlhf.pipeline.made_rows import check_made, tell_readers
 from rlhf.pipeline.recipe import (
     BEST_OF_N,
     RecipeConfig,
+    changed_class,
     check_typed,
     instance_class,
     kind_of,
@@ -202,8 +203,11 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         if name not in instances
     }
     know_roles(classes)
-    for name, roles in know_own_roles(instances).items():
-        classes[name] = instance_class(classes[kind_of(name)], name, roles)
+    for name, roles in know_own_roles(instances, classes).items():
+        if name in instances:
+            classes[name] = instance_class(classes[kind_of(name)], name, roles)
+        else:
+            classes[name] = changed_class(classes[name], own_roles=roles)
     makers = [name for name, each in classes.items() if each.publishes == "policy"]
     know_policies(makers)
     resolved, own, notes = without_auto(resolved)
@@ -213,8 +217,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         checked[name] = validated(classes[name], values, name)
     know_policies(name for name, each in checked.items() if each.publishes == "policy")  # by their knobs
     for stage in checked.values():
-        start = stage.starts_from()
-        named = [(f"{stage.name}.{start[0]}", start[1])] if start and start[1] in makers else []
+        named = [(f"{stage.name}.{key}", model) for key, model in stage.models() if model in makers]
         check_policies(stage, named, checked)
         check_roles(stage)
     for stage in checked.values():  # after those: `evaluate.policies=auto` follows from them

@@ -62,6 +62,8 @@ class Job:
     """For what does not belong into the artifact, such as a batch that could not be learned from."""
     external_digests: Mapping[str, str] = field(default_factory=dict)
     """As rank 0 found it: `Stage.external_digests`. Whole models are hashed for it, once."""
+    digest_names: Mapping[str, str] = field(default_factory=dict)
+    """Value of a key that names a model -> `Stage.digest_name` of that key."""
     vllm: Vllm | None = None
     """What samples with `generation=vllm`; None for the local engine."""
     local_sampling: Literal["whole", "layers"] = "whole"
@@ -84,10 +86,11 @@ class Job:
         return any(stages[name].samples for name in self.experiment.needed())
 
     def start(self, init: str) -> BaseModelFiles:
-        """The model that `STAGE.init` names."""
+        """The model that `STAGE.init` names, or another key of type `Init`."""
         directory = directory_of(init)
         if directory is not None:
-            return BaseModelFiles(directory, self.external_digests["init"], self.base.config)
+            identity = self.external_digests[self.digest_names.get(init, "init")]
+            return BaseModelFiles(directory, identity, self.base.config)
         if init == "base":
             return self.base
         return BaseModelFiles(self.inputs[init].path, self.inputs[init].key, self.base.config)

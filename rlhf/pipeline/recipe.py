@@ -96,6 +96,11 @@ def with_instances(config: Keys) -> dict[str, Any]:
         if not isinstance(own, dict):
             raise ConfigError(f"instances.{name}={own!r}: it must be a mapping of keys of {kind_of(name)}.")
         found[name] = _merged(config[kind_of(name)], own)
+        if (target := found[name]["_target_"]) != (of_stage := config[kind_of(name)]["_target_"]):
+            raise ConfigError(
+                f"{name}._target_={target}: a named instance is a stage once more, so its class is that of "
+                f"{kind_of(name)}, {of_stage}. Leave this key out; mount another class as a stage of its own."
+            )
         gates = found[name].get("gates")
         if isinstance(gates, dict):
             _check_gates(name, gates, config[kind_of(name)]["gates"])
@@ -103,20 +108,40 @@ def with_instances(config: Keys) -> dict[str, Any]:
     return found
 
 
-def know_own_roles(instances: Mapping[str, Keys]) -> dict[str, dict[str, str]]:
-    """Put into the table of roles what named instances read from sources of their own.
+def know_own_roles(
+    instances: Mapping[str, Keys], classes: Mapping[str, type[Stage]]
+) -> dict[str, dict[str, str]]:
+    """Put into the table of roles what stages read from sources of their own: named instances, and stages
+    whose class is derived from that of another one.
+
+    Args:
+        classes: of the sections that are no instances.
 
     Returns:
-        Instance -> role -> the name of its own role.
+        Stage -> role -> the name of its own role.
     """
     found: dict[str, dict[str, str]] = {name: {} for name in instances}
     for role, entry in [*ROLES.items()]:
         section, _, key = entry.key.partition(".")
-        for name, own in instances.items():
-            if section == kind_of(name) and _has(own, key):
-                found[name][role] = f"{role}@{name.partition('@')[2]}"
-                ROLES[found[name][role]] = replace(entry, key=f"{name}.{key}", metrics=())
+        own = [name for name, keys in instances.items() if section == kind_of(name) and _has(keys, key)]
+        if section in classes:
+            own += [name for name, kind in classes.items() if _is_derived(kind, classes[section])]
+        for name in own:
+            roles = found.setdefault(name, {})
+            roles[role] = f"{role}@{name.partition('@')[2] or name}"
+            ROLES[roles[role]] = replace(entry, key=f"{name}.{key}", metrics=())
     return found
+
+
+def _is_derived(kind: type[Stage], other: type[Stage]) -> bool:
+    return kind is not other and issubclass(kind, other)
+
+
+def changed_class(kind: type[Stage], **variables: Any) -> type[Stage]:
+    """The same class with other class variables."""
+    same = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    made: type[Stage] = type(kind)(kind.__name__, (kind,), variables | same)  # type: ignore[misc]  # a metaclass
+    return made
 
 
 def instance_class(kind: type[Stage], name: str, roles: Mapping[str, str]) -> type[Stage]:
@@ -126,19 +151,11 @@ def instance_class(kind: type[Stage], name: str, roles: Mapping[str, str]) -> ty
         roles: see `Stage.own_roles`.
     """
     label = name.partition("@")[2]
-    own = {
-        "name": name,
-        "title": f"{kind.title} {label}" if kind.title else "",
-        "purpose": kind.purpose and kind.purpose._replace(words=_words_of(kind, label)),
-        "in_chain": False,
-        "roles": {},
-        "own_roles": roles,
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-    }
-    made: type[Stage] = type(kind)(kind.__name__, (kind,), own)  # type: ignore[misc]  # a metaclass
-    return made
+    purpose = kind.purpose and kind.purpose._replace(words=_words_of(kind, label))
+    title = f"{kind.title} {label}" if kind.title else ""
+    return changed_class(
+        kind, name=name, title=title, purpose=purpose, in_chain=False, roles={}, own_roles=roles
+    )
 
 
 def _words_of(kind: type[Stage], label: str) -> str:

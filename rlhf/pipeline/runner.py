@@ -110,7 +110,7 @@ class Pipeline:
         """Import the user's functions on this rank now: later their files may have changed.
 
         Raises:
-            ConfigError: this rank's code differs from rank 0's.
+            ConfigError: this rank's code differs from rank 0's, or from what the files hold.
         """
         for external in self.external_digests.values():
             for source, digest in external.items():
@@ -118,6 +118,11 @@ class Pipeline:
                     raise ConfigError(
                         f"{source}: rank {self.compute.rank} has other code than rank 0. Start all ranks "
                         "from the same files, and leave these alone while they start."
+                    )
+                if source.startswith("python:") and has_changed(source):
+                    raise ConfigError(
+                        f"{source}: its code has changed since this process imported it, and this run would "
+                        "use the old one. Start it in a new process; in a notebook, restart the kernel."
                     )
 
     def run(self) -> None:
@@ -309,6 +314,7 @@ class Pipeline:
             reward_server=self.experiment.settings.reward_server,
             run_directory=run.directory,
             external_digests=self.external_digests[name],
+            digest_names={model: stage.digest_name(key) for key, model in stage.models()},
             vllm=self.vllm,
             local_sampling=self.local_sampling.get(name, "layers"),
             experiment=self.experiment,

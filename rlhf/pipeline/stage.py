@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import PrivateAttr
 
@@ -22,7 +22,7 @@ from rlhf.distributed.compute import Compute
 from rlhf.evaluation.sampled import ENDS
 from rlhf.models.base import BaseModelFiles
 from rlhf.models.peft.config import PeftConfig
-from rlhf.models.start import directory_of, init_digest, init_in_key, inputs_of
+from rlhf.models.start import IS_MODEL, directory_of, init_digest, init_in_key, inputs_of
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.store import Artifact
@@ -110,7 +110,8 @@ class Stage(Strict, ABC):
     roles: ClassVar[Mapping[str, Role]] = {}
     """Data roles that it brings along, by name: `prepare` reads, checks, splits and counts their rows."""
     own_roles: ClassVar[Mapping[str, str]] = {}
-    """Of a named instance: the roles that it reads from a source of its own, and what these are called."""
+    """The roles that it reads from a source of its own, where it is a named instance or derived from a stage
+    that reads them from its own, and what these are called."""
     offers: ClassVar[Mapping[str, str]] = {}
     """Roles that may read what it makes, as `stage:NAME`: the file in its artifact with their rows."""
     divided: ClassVar[tuple[str, ...]] = ()
@@ -125,10 +126,9 @@ class Stage(Strict, ABC):
 
     def inputs(self) -> tuple[str, ...]:
         """The stages whose artifacts this one reads: by default all that its other hooks name."""
-        start = self.starts_from()
         return (
             *(("prepare",) if self.datasets() else ()),
-            *(inputs_of(start[1]) if start else ()),
+            *(name for _, model in self.models() for name in inputs_of(model)),
             *(name for _, name in self.named_policies()),
             *self._makers,
             *filter(None, (stage_of(part.source) for _, part in keyed_parts(self.rewards()))),
@@ -139,6 +139,24 @@ class Stage(Strict, ABC):
         """The model that it trains or samples from, where a key names it: that key without the stage's name,
         and its value (a stage, `base` or a directory)."""
         return None
+
+    def models(self) -> Iterator[tuple[str, str]]:
+        """All models that its keys name: that of `starts_from`, and those of type `Init`. Keys without the
+        stage's name, and values. What the models hold decides the result."""
+        start = self.starts_from()
+        if start:
+            yield start
+        for key, info in type(self).model_fields.items():
+            marks = [*info.metadata]
+            for each in get_args(info.annotation):  # of `Init | None`
+                marks += getattr(each, "__metadata__", ())
+            if IS_MODEL in marks and (model := getattr(self, key)) is not None and (key, model) != start:
+                yield key, model
+
+    def digest_name(self, key: str) -> str:
+        """What the digest of a model that this key names is called in `external_digests`."""
+        start = self.starts_from()
+        return "init" if start and key == start[0] else key
 
     def datasets(self) -> tuple[str, ...]:
         """The roles whose prepared data this one reads: names in `rlhf.data.roles.ROLES`."""
@@ -214,8 +232,7 @@ class Stage(Strict, ABC):
 
     def reads_base_model(self) -> bool:
         """Whether the base model itself (not only a stage's output) decides the result."""
-        start = self.starts_from()
-        return start is not None and start[1] == "base"
+        return any(model == "base" for _, model in self.models())
 
     def metrics(self) -> tuple[str, ...]:
         """The summary metrics that it may publish, which gates and sweeps may name; `a*` stands for all that
@@ -308,7 +325,7 @@ class Stage(Strict, ABC):
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """Digests of what lies outside the store and decides the result: by default those of the rewards that
-        it names, and of the user's model that it starts from.
+        it names, and of the user's models that it reads.
 
         Args:
             digest: takes those of directories; by default everything is read.
@@ -316,15 +333,15 @@ class Stage(Strict, ABC):
         found: dict[str, str] = {}
         for source in self.rewards().values():
             found |= reward_digest(source, digest)
-        start = self.starts_from()
-        return found | (init_digest(f"{self.name}.{start[0]}", start[1], digest) if start else {})
+        for key, model in self.models():
+            found |= init_digest(f"{self.name}.{key}", model, digest, name=self.digest_name(key))
+        return found
 
     def knobs(self) -> dict[str, Any]:
-        """The knobs that decide the result, as plain JSON values: part of the artifact's key. Of a directory
-        that it starts from, the content decides, not the place."""
+        """The knobs that decide the result, as plain JSON values: part of the artifact's key. Of a model's
+        directory the content decides, not the place."""
         knobs = self.model_dump(mode="json", exclude={"gates", *self.not_in_key})
-        start = self.starts_from()
-        return knobs | ({start[0]: init_in_key(start[1])} if start else {})
+        return knobs | {key: init_in_key(model) for key, model in self.models()}
 
     @abstractmethod
     def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:

@@ -49,8 +49,13 @@ def import_code(name: str, named_by: str) -> ModuleType:
 
     Raises:
         ImportError: it cannot be imported.
-        ConfigError: its files change meanwhile.
+        ConfigError: its files change meanwhile, or it is the script that was started.
     """
+    if name.partition(".")[0] == "__main__":
+        raise ConfigError(
+            f"{named_by}: what the script that was started defines has no name by which another process or "
+            "a later run finds the same code. Move it into a module, MODULE.py, and name that."
+        )
     known = _imported.get(name)
     if known is not None and known[0] is sys.modules.get(name):
         return known[0]
@@ -116,7 +121,7 @@ def _files_of(name: str) -> tuple[Path, list[Path]]:
     optional package."""
     try:
         spec = find_spec(name)
-    except ValueError:  # such as __main__
+    except ValueError:  # a module without a spec, such as one that a program has made
         spec = None
     if spec is None:
         return Path(), []

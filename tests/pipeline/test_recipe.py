@@ -198,6 +198,12 @@ def test_a_slip_is_said_in_the_users_own_keys(
         instances(names, *overrides)
 
 
+def test_an_instance_has_the_class_of_its_stage() -> None:
+    instances({"dpo@x": {"_target_": "rlhf.stages.dpo.DpoStage"}}, "stage=dpo@x")
+    with pytest.raises(ConfigError, match=r"dpo@x\._target_=nonsense: a named instance is a stage once more"):
+        instances({"dpo@x": {"_target_": "nonsense"}}, "stage=dpo@x")
+
+
 def test_a_slip_in_an_instances_name_is_no_new_instance() -> None:
     with pytest.raises(ConfigError, match=r"dpo@4: no stage of this run .* There are: .*To run it, name it"):
         on_command_line("recipe=iterated_dpo", "dpo@4.beta=0.2")

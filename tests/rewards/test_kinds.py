@@ -117,6 +117,11 @@ def test_the_code_that_was_imported_counts_not_what_the_file_holds_later(folder:
     assert not has_changed(SOURCE)
 
 
+def test_the_script_that_was_started_is_refused() -> None:
+    with pytest.raises(ConfigError, match="python:__main__:score: what the script that was started defines"):
+        reward_digest("python:__main__:score")
+
+
 def test_code_that_changes_while_it_is_imported_is_refused(folder: Path) -> None:
     code = "from pathlib import Path\nPath(__file__).write_text('def score(p, r): ...')\n"
     (folder / "their_reward.py").write_text(code + FUNCTION.format(value=1))
@@ -231,6 +236,9 @@ def test_a_judge_edited_while_ppo_trains_is_asked_as_it_was(folder: Path) -> Non
     assert line in outcome.out
     metrics = outcome.summary["stages"]["evaluate"]["metrics"]
     assert metrics["evaluate/gold_mean/ppo"] == 1.0
+    refused = chain.run(*MEDDLED)  # in the same process, which has the old code
+    assert refused.code == 2
+    assert "python:their_judge:score: its code has changed since this process imported it" in refused.err
     forget()
     again = chain.run(*MEDDLED)
     assert again.statuses == outcome.statuses | dict.fromkeys(("prepare", "sft", "ppo"), "reused")

@@ -1,0 +1,85 @@
+"""A stage that reads two models by its own keys: one that it starts from, and a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from helpers.chains import Chain
+
+CODE = """
+from rlhf.costs.stage_cost import StageCost
+from rlhf.models.start import Init
+from rlhf.pipeline.stage import Stage
+
+
+class DistilStage(Stage):
+    name = "distil"
+    init: Init
+    teacher: Init | None
+
+    def starts_from(self):
+        return "init", self.init
+
+    def cost(self, on, chain):
+        return StageCost()
+
+    def run(self, job):
+        files = [job.start(each) for each in (self.init, self.teacher) if each]
+        text = "\\n".join(f"{each.directory} {each.identity}" for each in files)
+        (job.directory / "read.txt").write_text(text)
+        job.publish({})
+"""
+
+
+@pytest.fixture
+def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Chain:
+    made = Chain(tmp_path)
+    (tmp_path / "distil_stage.py").write_text(CODE)
+    (tmp_path / "conf" / "stages").mkdir(parents=True)
+    (tmp_path / "conf" / "stages" / "distil.yaml").write_text(
+        "_target_: distil_stage.DistilStage\ninit: base\nteacher: null\ngates: {}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return made
+
+
+MOUNTED = ("--config-dir=conf", "+stages@distil=distil", "stage=distil")
+
+
+def test_the_content_of_both_is_in_the_key(chain: Chain, tiny_model: Path) -> None:
+    teacher = chain.directory / "teacher"
+    teacher.mkdir()
+    for path in tiny_model.iterdir():
+        (teacher / path.name).write_bytes(path.read_bytes())
+
+    def run(*overrides: str) -> tuple[str, str]:
+        outcome = chain.run(*MOUNTED, *overrides)
+        assert outcome.code == 0, outcome.err
+        return outcome.statuses["distil"], (outcome.artifact("distil") / "read.txt").read_text()
+
+    alone = run()
+    first = run("distil.teacher=teacher")
+    assert alone[0] == first[0] == "ran" and first[1].splitlines()[0] == alone[1]
+    assert run("distil.teacher=teacher") == ("reused", first[1])
+    (chain.directory / "teacher").rename(chain.directory / "moved")
+    assert run("distil.teacher=moved")[0] == "reused"  # the content decides
+    weights = load_file(chain.directory / "moved" / "model.safetensors")
+    save_file(
+        {name: 3 * value for name, value in weights.items()}, chain.directory / "moved" / "model.safetensors"
+    )
+    changed = run("distil.teacher=moved")
+    assert changed[0] == "ran" and changed[1].split()[-1] != first[1].split()[-1]
+    assert run("distil.init=moved", "distil.teacher=base")[0] == "ran"
+
+
+def test_a_stage_that_it_names_is_read(chain: Chain) -> None:
+    outcome = chain.run(*MOUNTED, "distil.teacher=sft")
+    assert outcome.code == 0 and {"sft", "distil"} <= outcome.statuses.keys(), outcome.err
+
+
+def test_a_name_of_nothing_is_refused_before_the_run(chain: Chain) -> None:
+    outcome = chain.run(*MOUNTED, "distil.teacher=ppoo")
+    assert outcome.code == 2 and "distil.teacher=ppoo: no config.json there. Did you mean ppo?" in outcome.err
