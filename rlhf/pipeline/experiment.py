@@ -28,6 +28,7 @@ from rlhf.pipeline.recipe import (
     BEST_OF_N,
     RecipeConfig,
     changed_class,
+    check_recipe,
     check_typed,
     instance_class,
     kind_of,
@@ -230,6 +231,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
                 stage.check_metric(gate, f"{name}.gates.{gate}")
     experiment = Experiment(settings, stages, resolved, tuple(notes), composed)
     check_typed(composed, experiment.needed())
+    check_recipe(composed, experiment.needed())
     check_sources(experiment, own)
     for name in experiment.needed():
         stages[name].check(stages)

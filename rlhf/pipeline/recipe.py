@@ -38,6 +38,9 @@ class RecipeConfig(Strict):
     rounds: PositiveInt
     """How often the round is gone through. Names with {round} stand once for each round after the first, and
     {before} is the round before it."""
+    sources: dict[str, str]
+    """Keys of data that the recipe makes itself, and their sources. Another source in its place is
+    refused: what makes the rows would not run."""
 
 
 def kind_of(name: str) -> str:
@@ -184,6 +187,28 @@ def check_typed(config: Keys, needed: Sequence[str]) -> None:
             raise ConfigError(
                 f"{said}: no stage of this run is called so, or reads it.{did_you_mean(said, known)}{there} "
                 f"To run it, name it: stage={said}."
+            )
+
+
+def check_recipe(config: Keys, needed: Sequence[str]) -> None:
+    """Refuse a source of the user's in the place of one of the recipe's.
+
+    Args:
+        config: as it was composed.
+        needed: the stages that run.
+
+    Raises:
+        ConfigError: with both.
+    """
+    for key, source in config["recipe"]["sources"].items():
+        section, _, name = key.partition(".")
+        found = config[section].get(name)
+        if section in needed and found != source:
+            said = "null" if found is None else found
+            raise ConfigError(
+                f"{key}={said}: this recipe= makes these rows itself, by {key}={source}, and what makes them "
+                f"would not run. Set {key}={source}, behind an experiment that sets it too; or leave recipe= "
+                "out, to learn from rows that are there."
             )
 
 

@@ -36,6 +36,27 @@ def test_a_recipe_says_what_all_means_and_what_is_compared() -> None:
     assert build().needed() == ["prepare", "sft", "reward", "generate", "ppo", "evaluate"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ("sft.data=mine.jsonl", "reward.pairs=mine.jsonl"),
+            r"reward\.pairs=mine\.jsonl: this recipe= makes these rows itself",
+        ),
+        (
+            ("+experiment=own_data", "sft.data=mine.jsonl"),
+            r"reward\.pairs=null: .* Set reward\.pairs=stage:label",
+        ),
+    ],
+)
+def test_a_source_in_the_place_of_the_recipes_is_refused(overrides: tuple[str, ...], said: str) -> None:
+    """Nobody would be asked."""
+    with pytest.raises(ConfigError, match=said):
+        build("recipe=feedback", *overrides)
+    assert "label" in build("recipe=feedback", *overrides, "reward.pairs=stage:label").needed()
+    assert "label" not in build("recipe=feedback", *overrides, "stage=sft").needed()
+
+
 def test_a_recipe_follows_the_start_that_the_user_names() -> None:
     dpo = build("recipe=dpo", "dpo.init=base", "evaluate.reward=null")
     assert dpo.needed() == ["prepare", "dpo", "evaluate"]
