@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.cli.command import read_words
 from rlhf.config import ConfigError
+from rlhf.data.chat_template import CHATML, rendered
 from rlhf.data.formats import (
     CONVERSATION_COLUMNS,
     PROMPT_COLUMNS,
@@ -25,18 +26,22 @@ from rlhf.data.formats import (
     retention_row,
     sft_row,
 )
-from rlhf.data.schema import QuestionRow, Row, RowError, ThumbRow
+from rlhf.data.schema import QuestionRow, Row, RowError, ThumbRow, text_of
 from rlhf.data.sources import SourceConfig
 from rlhf.disk import naming
 from rlhf.exit_codes import DONE
 from rlhf.printable import printable
 
-HELP = """python -m rlhf init FILE... [to=experiment.yaml]
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "label", "text")
+HELP = f"""python -m rlhf init FILE... [to=experiment.yaml] [prompt=COLUMN completion=COLUMN ...]
 
 Look at your files (JSONL, JSON, CSV, Parquet or text) and write an experiment file that uses them, with
-comments, and with no data of the demo. It says what each file is used for and why, what to check, and the
-command to run it. A file that is there already is not overwritten.
+comments, and with no data of the demo. It says what each file is used for and why, shows two rows of it as
+the model will see them, and says what to check, and the command to run it. A file that is there already is
+not overwritten. Where columns have other names, say which is which: {", ".join(COLUMNS)}.
 """
+SHOWN, MOST_SHOWN = 2, 600
+"""Rows of a file, and characters of each."""
 LOOKED_AT = 1000
 """Rows of each file that are looked at. `prepare` checks all of them."""
 TYPED = re.compile(r"[\w ./-]+")
@@ -114,6 +119,10 @@ class Found:
     """What is wrong with those that are not of the kind."""
     columns: str
     """How its columns are read."""
+    names: list[str]
+    """What its columns are called."""
+    first: list[Row]
+    """Rows to show."""
 
     @property
     def yaml(self) -> str:
@@ -125,7 +134,8 @@ class Found:
 
 def init(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     """Write an experiment file for the user's own files."""
-    given = read_words("init", arguments, {"to": "experiment.yaml"}, HELP)
+    known = {"to": "experiment.yaml", **dict.fromkeys(COLUMNS, "")}
+    given = read_words("init", arguments, known, HELP)
     if given is None:
         return DONE
     words, keys = given
@@ -140,7 +150,12 @@ def init(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
         )
     if target.exists():
         raise ConfigError(f"{target} is there already. Remove it, or name another: to=FILE.yaml.")
-    found = by_kind([look(word) for word in words])
+    named = {name: keys[name] for name in COLUMNS if keys[name]}
+    found = by_kind([look(word, named) for word in words])
+    if named and not any(each.source.fields == named for each in found.values()):
+        said = " ".join(f"{ours}={theirs}" for ours, theirs in named.items())
+        there = (f"{each.path} has {', '.join(map(repr, each.names))}." for each in found.values())
+        raise ConfigError(f"init {said}: no file has these columns. {' '.join(there)}")
     text = "\n".join(experiment(found, target)) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     with naming(target):
@@ -150,8 +165,11 @@ def init(arguments: Sequence[str], defaults: Mapping[str, Any]) -> int:
     return DONE
 
 
-def look(path: str) -> Found:
+def look(path: str, named: Mapping[str, str]) -> Found:
     """Find out what a file holds.
+
+    Args:
+        named: our names -> the user's columns, where he has said them.
 
     Raises:
         ConfigError: it cannot be read, or is of no known kind.
@@ -159,15 +177,20 @@ def look(path: str) -> Found:
     source = SourceConfig(path=path)
     rows = list(islice(source.rows("init"), LOOKED_AT))
     readable = [each.row for each in rows if not isinstance(each.row, RowError)]
+    names = [str(column) for column in dict.fromkeys(column for row in readable[:10] for column in row)]
+    is_told = bool(named) and {*named.values()} <= {*names}
     for name, kind in KINDS.items():
-        fields = renamed(readable, kind)
+        if is_told and not {*named} <= {*kind.columns}:
+            continue
+        fields = dict(named) if is_told else renamed(readable, kind)
         chosen = source.model_copy(update={"fields": fields})
         bad = list(complaints(chosen, kind))
         if len(bad) < MOST * len(rows):
             first = next(chosen.read(dict(row)) for row in readable)
             assert not isinstance(first, RowError)
-            return Found(path, name, chosen, len(rows), bad, read_as(first, kind.columns, fields))
-    columns = ", ".join(dict.fromkeys(str(column) for row in readable[:10] for column in row))
+            columns = read_as(first, kind.columns, fields)
+            return Found(path, name, chosen, len(rows), bad, columns, names, parsed(chosen, kind))
+    columns = ", ".join(names)
     broken = next((f"{each.where}: {each.row}" for each in rows if isinstance(each.row, RowError)), None)
     why = f"its columns are {columns}" if columns else f"no row can be read ({broken})"
     raise ConfigError(
@@ -191,6 +214,26 @@ def _is_read(kind: Kind, row: Raw) -> bool:
     except RowError:
         return False
     return True
+
+
+def parsed(source: SourceConfig, kind: Kind) -> list[Row]:
+    """The first rows that are of the kind."""
+    found: list[Row] = []
+    for _, row in islice(source.rows("init"), LOOKED_AT):
+        if len(found) < SHOWN and not isinstance(row, RowError) and _is_read(kind, row):
+            found.append(kind.parse(row))
+    return found
+
+
+def seen(row: Row) -> str:
+    """What the model sees of a row, or is to answer, in the packaged model's template."""
+    prompt, answer = row.exchanges()[0]
+    if not prompt:
+        return text_of(answer or "")
+    if answer is None:
+        return rendered(CHATML, prompt, opens_answer=True)
+    turn = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+    return rendered(CHATML, [*prompt, turn])
 
 
 def complaints(source: SourceConfig, kind: Kind) -> Iterator[str]:
@@ -309,6 +352,9 @@ def told(found: Mapping[str, Found], target: Path) -> Iterator[str]:
                 f"  {len(each.bad)} of them cannot be used, and the run would end there: {each.bad[0]} Mend "
                 "them, or set prepare.on_bad_row=drop."
             )
+        for number, row in enumerate(each.first, 1):
+            yield f"  Row {number}, as the packaged model sees it (template chatml):"
+            yield from (f"    | {line}" for line in seen(row)[:MOST_SHOWN].splitlines())
     yield f"Wrote {target}. Check what it says, then run:"
     yield f"  {command(target)} model=tiny  # every stage once, on a random model"
     yield f"  {command(target)}  # on SmolLM2-135M-Instruct; or model=hub model.id=OWNER/NAME"

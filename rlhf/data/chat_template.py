@@ -56,6 +56,16 @@ def resolve_template(choice: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def rendered(template: str, messages: Sequence[Message], *, opens_answer: bool = False) -> str:
+    """A conversation in a template's text, without a tokenizer and its special tokens."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        messages=messages, add_generation_prompt=opens_answer, bos_token="", eos_token=""
+    )
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """The ids before a response: the conversation and the opening of the assistant's turn.
 

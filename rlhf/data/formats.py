@@ -277,28 +277,48 @@ def read_as(raw: Raw, columns: Sequence[str], fields: Mapping[str, str]) -> str:
 
 
 def named_alike(raw: Raw, columns: Sequence[str]) -> dict[str, str]:
-    """Our names -> the source's, for those columns that are called much the same."""
+    """Our names -> the source's, for those columns that are called much the same: without blanks, brackets
+    and capitals. A column with a number is taken for no text."""
     left = [str(column) for column in raw]
     found: dict[str, str] = {}
     for ours in columns:
-        cousins = COUSINS.get(ours, (ours,))
-        near = (get_close_matches(cousin, left, n=1, cutoff=0.75) for cousin in cousins)
-        if theirs := next((names[0] for names in near if names), None):
-            found[ours] = theirs
-            left.remove(theirs)
+        named = {_bare(name): name for name in left if ours not in COUSINS or not _is_number(raw.get(name))}
+        for cousin in COUSINS.get(ours, (ours,)):
+            near = [cousin] if cousin in named else get_close_matches(cousin, named, n=1, cutoff=0.75)
+            near += [name for name in named if cousin in name.split()]  # `better answer`
+            if near:
+                found[ours] = named[near[0]]
+                left.remove(found[ours])
+                break
     return found
 
 
+def _bare(column: str) -> str:
+    return " ".join(re.sub(r"\(.*?\)|\[.*?\]", " ", column).lower().split())
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def likely_fields(raw: Raw, columns: Sequence[str]) -> str:
-    """`fields` for a row that lacks the columns that its role needs: by the columns' names, then by their
-    order; COLUMN where none is left."""
+    """`fields` for a row that lacks the columns that its role needs, by the columns' names; COLUMN where none
+    is called so."""
     found = named_alike(raw, columns)
-    left = [str(column) for column in raw if column not in found.values()]
-    return _mapping({ours: found.get(ours) or (left.pop(0) if left else "COLUMN") for ours in columns})
+    return _mapping({ours: found.get(ours, "COLUMN") for ours in columns})
 
 
 def _mapping(columns: Mapping[str, str]) -> str:
-    return "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items()) + "}"
+    return "{" + ", ".join(f"{ours}: {quoted(theirs)}" for ours, theirs in columns.items()) + "}"
+
+
+def quoted(text: str) -> str:
+    """As Hydra and YAML read it: in quotes where it needs them."""
+    return text if re.fullmatch(r"[\w./-]+", text) else json.dumps(text, ensure_ascii=False)
 
 
 def _first(raw: Raw, columns: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -19,7 +20,7 @@ from rich.table import Table
 from rlhf.config import ConfigError
 from rlhf.data.arrow import picked
 from rlhf.data.chat_template import tokenizer_digest
-from rlhf.data.formats import likely_fields, read_as
+from rlhf.data.formats import likely_fields, quoted, read_as
 from rlhf.data.prepared import REPORT, UNLIKE, PreparedData, RowStore
 from rlhf.data.roles import ROLES, training_roles
 from rlhf.data.schema import PromptRow, Row, Split, drawn, limited
@@ -231,7 +232,8 @@ def fields_line(source: SourceConfig, data: RoleData, raw: Mapping[str, Any]) ->
     """`sft.data='{path: FILE, fields: {prompt: question, ...}}'`, ready to be corrected and typed."""
     place = {"path": source.path} if source.path is not None else {"hub": source.hub}
     kind, name = next(iter(place.items()))
-    return f"{data.key}='{{{kind}: {name}, fields: {likely_fields(raw, ROLES[data.role].columns)}}}'"
+    fields = likely_fields(raw, ROLES[data.role].columns)
+    return f"{data.key}={shlex.quote(f'{{{kind}: {quoted(str(name))}, fields: {fields}}}')}"
 
 
 @dataclass

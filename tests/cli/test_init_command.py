@@ -123,6 +123,44 @@ def test_columns_with_other_names_are_mapped_and_said(tmp_path: Path) -> None:
     assert "Its columns have other names: check that these are meant." in told.out
 
 
+FOREIGN = [
+    {"Nr.": n, "Question (EN)": f"Say {n}", " Answer ": f"It is {n}.", "Better [A]": "Yes!", "worse": "No."}
+    for n in NUMBERS
+]
+
+
+def test_headers_are_compared_without_blanks_and_brackets_and_numbers_are_no_text(tmp_path: Path) -> None:
+    names = ["Nr.", "Question (EN)", " Answer "]
+    write(tmp_path / "mine.csv", [{name: row[name] for name in names} for row in FOREIGN])
+    told = init(tmp_path, "mine.csv")
+    assert told.code == 0, told.err
+    fields = {"prompt": "Question (EN)", "completion": " Answer "}
+    assert written(tmp_path)["sft"]["data"] == {"path": "mine.csv", "fields": fields}
+    assert 'read as {prompt: "Question (EN)", completion: " Answer "}' in told.out
+    assert "  Row 2, as the packaged model sees it (template chatml):\n    | <|im_start|>user\n" in told.out
+    assert "    | Say 1<|im_end|>\n    | <|im_start|>assistant\n    | It is 1.<|im_end|>\n" in told.out
+
+
+def test_pairs_may_be_called_better_and_worse(tmp_path: Path) -> None:
+    names = ["Nr.", "Question (EN)", "Better [A]", "worse"]
+    write(tmp_path / "mine.csv", [{name: row[name] for name in names} for row in FOREIGN])
+    assert init(tmp_path, "mine.csv").code == 0
+    fields = {"prompt": "Question (EN)", "chosen": "Better [A]", "rejected": "worse"}
+    assert written(tmp_path)["reward"]["pairs"] == {"path": "mine.csv", "fields": fields}
+
+
+def test_the_user_says_which_column_is_which(tmp_path: Path) -> None:
+    write(tmp_path / "mine.csv", [{"colour": f"Say {n}", "size": f"It is {n}."} for n in NUMBERS])
+    told = init(tmp_path, "mine.csv", "prompt=colour", "completion=size")
+    assert told.code == 0, told.err
+    fields = {"prompt": "colour", "completion": "size"}
+    assert written(tmp_path)["sft"]["data"] == {"path": "mine.csv", "fields": fields}
+    (tmp_path / "experiment.yaml").unlink()
+    write(tmp_path / "a.jsonl", ANSWERS)
+    told = init(tmp_path, "a.jsonl", "prompt=colour", "completion=size")
+    assert told.code == 2 and "init prompt=colour completion=size: no file has these columns." in told.err
+
+
 def test_rows_that_cannot_be_used_are_said(tmp_path: Path) -> None:
     write(tmp_path / "mine.jsonl", [*ANSWERS, {"prompt": "Say", "completion": ""}])
     told = init(tmp_path, "mine.jsonl")
@@ -161,7 +199,7 @@ def test_a_hostile_file_is_one_clear_line(tmp_path: Path, name: str, content: by
         (("a.jsonl", "b.jsonl"), "a.jsonl and b.jsonl both hold prompts with the answers to learn, and"),
         (("a.jsonl", "to=mine.txt"), "an experiment's file ends in .yaml"),
         (("a.jsonl", "to=my, own.yaml"), "init to=my, own.yaml: name it with letters, digits"),
-        (("a.jsonl", "out=mine.yaml"), "init out=mine.yaml: it takes to=...."),
+        (("a.jsonl", "out=mine.yaml"), "init out=mine.yaml: it takes to=..."),
     ],
 )  # fmt: skip
 def test_a_slip_is_said(tmp_path: Path, words: tuple[str, ...], complaint: str) -> None:

@@ -112,7 +112,9 @@ def test_where_all_is_too_long_the_limits_are_told(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("role", "row", "fields"), [
     ("sft", {"id": "1", "Question": "x", "Reply": "y"}, "{prompt: Question, completion: Reply}"),
-    ("sft", {"frage": "x", "antwort": "y"}, "{prompt: frage, completion: antwort}"),
+    ("sft", {"frage": "x", "antwort": "y"}, "{prompt: COLUMN, completion: COLUMN}"),
+    ("sft", {"Nr.": "1", "Question (EN)": "x", " Answer ": "y"},
+     '{prompt: "Question (EN)", completion: " Answer "}'),
     ("pairs", {"query": "x", "preferred": "y", "dispreferred": "z"},
      "{prompt: query, chosen: preferred, rejected: dispreferred}"),
     ("ppo", {"query": "x"}, "{prompt: query}"),
@@ -120,7 +122,8 @@ def test_where_all_is_too_long_the_limits_are_told(bench: Bench) -> None:
 def test_other_columns_are_shown_with_a_line_that_is_ready(
     bench: Bench, role: str, row: dict[str, Any], fields: str
 ) -> None:
-    bench.rows[role] = [row | {next(iter(row)): f"{n}"} for n in range(40)]
+    first = next(iter(row))
+    bench.rows[role] = [row | {first: f"{n}" if row[first] == "1" else f"x {n}"} for n in range(40)]
     complaint = bench.complaint()
     assert f"found: {', '.join(row)}" in complaint
     assert f"='{{path: {bench.directory}/{role}.jsonl, fields: {fields}}}'" in complaint
