@@ -292,7 +292,7 @@ def check_policy(model: PreTrainedModel) -> None:
         ConfigError: log-probabilities would be those of another model.
     """
     head = model.get_output_embeddings()
-    if type(head).forward is not nn.Linear.forward:
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:  # some models have none
         raise ConfigError(
             f"model: the output layer of {type(model).__name__} is a {type(head).__name__}, which computes "
             "something of its own; this project needs a plain linear one. Choose another model."

@@ -248,6 +248,9 @@ def test_an_output_layer_with_a_forward_of_its_own_is_refused() -> None:
         dory.lm_head.logit_scale.data *= change
         with pytest.raises(ConfigError, match="the output layer of DoryForCausalLM is a DoryLMHead"):
             check_policy(dory)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="is a NoneType"):
+        patch.setattr(dory, "get_output_embeddings", lambda: None)
+        check_policy(dory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

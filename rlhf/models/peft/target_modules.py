@@ -57,9 +57,8 @@ def update_targets(model: PreTrainedModel, config: PeftConfig) -> list[str]:
     key = f"STAGE.peft.target_modules=[{','.join(config.target_modules)}]"
     mend = f"use STAGE.peft.target_modules=all-linear, which takes {', '.join(known)}."
     head = model.get_output_embeddings()
-    output_layer = next((name for name, module in model.named_modules() if head is module), "").rpartition(
-        "."
-    )[2]
+    path = next((name for name, module in model.named_modules() if head is module), "")
+    output_layer = path.rpartition(".")[2]
     for name in config.target_modules:
         if name in left_out:
             raise ConfigError(
