@@ -240,8 +240,7 @@ class EvaluateStage(Stage):
 
     def external_digests(self, digest: DirectoryDigest = directory_digest) -> dict[str, str]:
         """The models or the code that score, where they are the user's; lm-eval's version and task files."""
-        digests = super().external_digests(digest)
-        return digests | ({"lm_eval": self.harness.digest()} if self.lm_eval else {})
+        return super().external_digests(digest) | ({"lm_eval": self.harness.digest()} if self.lm_eval else {})
 
     def check(self, chain: Mapping[str, Stage]) -> None:
         """lm-eval is there and has the tasks."""

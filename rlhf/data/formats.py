@@ -277,15 +277,16 @@ def read_as(raw: Raw, columns: Sequence[str], fields: Mapping[str, str]) -> str:
 
 
 def named_alike(raw: Raw, columns: Sequence[str]) -> dict[str, str]:
-    """Our names -> the source's, for those columns that are called much the same: without blanks, brackets
-    and capitals. A column with a number is taken for no text."""
+    """Our names -> the source's, for those columns that are called the same but for blanks, brackets and
+    capitals, or much the same. What is called much like a text and holds a number is a number."""
     left = [str(column) for column in raw]
     found: dict[str, str] = {}
     for ours in columns:
-        named = {_bare(name): name for name in left if ours not in COUSINS or not _is_number(raw.get(name))}
+        named = {_bare(name): name for name in left}
+        alike = [name for name, own in named.items() if ours not in COUSINS or not _is_number(raw.get(own))]
         for cousin in COUSINS.get(ours, (ours,)):
-            near = [cousin] if cousin in named else get_close_matches(cousin, named, n=1, cutoff=0.75)
-            near += [name for name in named if cousin in name.split()]  # `better answer`
+            near = [cousin] if cousin in named else get_close_matches(cousin, alike, n=1, cutoff=0.75)
+            near += [name for name in alike if cousin in name.split()]  # `better answer`
             if near:
                 found[ours] = named[near[0]]
                 left.remove(found[ours])

@@ -202,7 +202,9 @@ def check_recipe(config: Keys, needed: Sequence[str]) -> None:
     """
     for key, source in config["recipe"]["sources"].items():
         section, _, name = key.partition(".")
-        found = config[section].get(name)
+        if name not in config.get(section, {}):
+            raise ConfigError(f"recipe.sources: {key}: there is no such key. Write STAGE.KEY.")
+        found = config[section][name]
         if section in needed and found != source:
             said = "null" if found is None else found
             raise ConfigError(

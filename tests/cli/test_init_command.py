@@ -141,6 +141,16 @@ def test_headers_are_compared_without_blanks_and_brackets_and_numbers_are_no_tex
     assert "    | Say 1<|im_end|>\n    | <|im_start|>assistant\n    | It is 1.<|im_end|>\n" in told.out
 
 
+def test_an_answer_may_be_a_number_where_its_header_says_so(tmp_path: Path) -> None:
+    """But what is called only much like a text is none."""
+    rows = [{"Question No": n, "Question": f"{n} + 1?", " Answer ": n + 1} for n in NUMBERS]
+    write(tmp_path / "mine.csv", rows)
+    told = init(tmp_path, "mine.csv")
+    assert told.code == 0, told.err
+    fields = {"prompt": "Question", "completion": " Answer "}
+    assert written(tmp_path)["sft"]["data"] == {"path": "mine.csv", "fields": fields}
+
+
 def test_pairs_may_be_called_better_and_worse(tmp_path: Path) -> None:
     names = ["Nr.", "Question (EN)", "Better [A]", "worse"]
     write(tmp_path / "mine.csv", [{name: row[name] for name in names} for row in FOREIGN])

@@ -140,6 +140,7 @@ def test_what_no_run_uses_is_removed_only_when_that_is_wanted(tmp_path: Path) ->
 def test_what_a_run_begins_to_use_while_gc_asks_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Another run begins and ends before the user, who has no terminal here, says yes."""
     chain = Chain(tmp_path)
     made = chain.run(*SHORT).artifact("sft")
     for path in (tmp_path / "runs" / "run1").glob("*.json"):

@@ -57,6 +57,14 @@ def test_a_source_in_the_place_of_the_recipes_is_refused(overrides: tuple[str, .
     assert "label" not in build("recipe=feedback", *overrides, "stage=sft").needed()
 
 
+def test_a_source_of_a_recipe_has_a_key() -> None:
+    config = compose()
+    for key in ("sft.nope", "nope.data"):
+        config["recipe"] = {**config["recipe"], "sources": {key: "stage:label"}}
+        with pytest.raises(ConfigError, match=rf"recipe\.sources: {key}: there is no such key"):
+            build_experiment(config)
+
+
 def test_a_recipe_follows_the_start_that_the_user_names() -> None:
     dpo = build("recipe=dpo", "dpo.init=base", "evaluate.reward=null")
     assert dpo.needed() == ["prepare", "dpo", "evaluate"]
