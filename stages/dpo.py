@@ -68,20 +68,23 @@ class DpoStage(PreferenceConfig, Stage):
         "held_out_loss_before": ("loss before", "z.3f"),
         "held_out_loss": ("after", "z.3f"),
         "accuracy": ("ranks right", "z.3f"),
+        "longer_wins_accuracy": ("longer wins", "z.3f"),
         **TUNED,
     }
     healthy: ClassVar[Mapping[str, Healthy]] = {
         "held_out_loss": Healthy(gate="held_out_loss_change", from_start=True),
-        "held_out_accuracy": Healthy(gate="accuracy"),
+        "held_out_accuracy": Healthy(min=0.5),
         "held_out_margin": Healthy(min=0.0),
         "train_accuracy": Healthy(min=0.5),
         "train_margin": Healthy(min=0.0),
     }
     purpose: ClassVar[Purpose] = Purpose(
-        "held_out_loss_change", "DPO's loss on held-out preferences", -1,
-        "it learned nothing of the preferences",
+        "accuracy_over_baseline", "DPO's ranking against chance and length", 1,
+        "it ranks held-out preferences no better than a rule that reads no word (labels that contradict each "
+        "other do this, and a rate that is too low)",
     )  # fmt: skip
     in_chain: ClassVar[bool] = False
+    version: ClassVar[int] = 2
     divided: ClassVar[tuple[str, ...]] = ("batch_rows",)
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"data", "micro_batch_tokens", "activation_checkpointing"}
@@ -141,7 +144,8 @@ class DpoStage(PreferenceConfig, Stage):
         """What `run` publishes."""
         return (
             "held_out_loss_before", "held_out_loss", "held_out_loss_change", "held_out_loss_last", "accuracy",
-            "margin", "chosen_change", "rejected_change", "best_step", "steps", "held_out_rows", "train_rows",
+            "baseline_accuracy", "longer_wins_accuracy", "accuracy_over_baseline", "margin",
+            "chosen_change", "rejected_change", "best_step", "steps", "held_out_rows", "train_rows",
             "rows_too_long", "skipped_steps", "trained_parameters", "artifact_bytes", "adapter_bytes",
             "token_seconds", "token_seconds_base",
         )  # fmt: skip
@@ -407,6 +411,8 @@ class Trial:
         import torch
 
         from rlhf.evaluation.intervals import mean, ratio, share
+        from rlhf.evaluation.reward_model import over_baseline
+        from rlhf.evaluation.win_rate import wins
 
         first, best = Measured(*self.state["first"]), Measured(*self.state["best"])
         before, after = self.values(first), self.values(best)
@@ -414,15 +420,23 @@ class Trial:
         change_B = (after.loss_B - before.loss_B)[JUDGED]
         has_B2 = torch.from_numpy(self.rows.has_B2)[JUDGED]
         moved_B2 = (best.logp_B2 - first.logp_B2)[JUDGED]
+        right_B = right(after.margin_B[JUDGED])
+        lengths_B2 = torch.from_numpy(self.rows.answer_lengths_B2)[JUDGED]
+        longer_B, is_pair_B = wins(lengths_B2[:, 0], lengths_B2[:, 1]), has_B2.all(-1)
+        # of an answer with a thumb, the rule is that all thumbs are up
+        rule_B = torch.where(is_pair_B, longer_B, has_B2[:, 0].to(longer_B.dtype))
         metrics = {
             "held_out_loss_before": self.loss(first, JUDGED),
             "held_out_loss": self.loss(best, JUDGED),
             **ratio(change_B, examples_B).metrics("held_out_loss_change"),
             "held_out_loss_last": self.loss(Measured(*self.state["last"]), JUDGED),
-            **share(right(after.margin_B[JUDGED])).metrics("accuracy"),
+            **share(right_B).metrics("accuracy"),
+            **over_baseline(right_B, rule_B),
             **mean(after.margin_B[JUDGED]).metrics("margin"),
             "best_step": self.state["best_step"],
         }
+        if bool(is_pair_B.any()):
+            metrics["longer_wins_accuracy"] = float(longer_B[is_pair_B].mean())
         for side, name in enumerate(("chosen_change", "rejected_change")):
             if bool(has_B2[:, side].any()):
                 metrics |= mean(moved_B2[has_B2[:, side], side]).metrics(name)

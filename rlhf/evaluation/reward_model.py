@@ -28,26 +28,37 @@ class Ranking(NamedTuple):
     """Gold score of chosen minus rejected; NaN where unknown."""
 
 
-def rank_quality(ranking: Ranking) -> dict[str, float]:
-    """Accuracy, margin, calibration, and comparison with chance and length.
+def over_baseline(right_B: Tensor, rule_B: Tensor) -> dict[str, float]:
+    """Comparison with rules that read no word: a rule, its opposite, and chance.
 
-    accuracy_over_baseline is the accuracy above the best of chance, "the longer answer wins" and "the shorter
-    answer wins", pair by pair: how often the model is right where that rule is not, minus the reverse. The
-    rule is chosen on the same pairs, so the figure is rather too low than too high.
+    accuracy_over_baseline is the accuracy above that of the best of them, row by row: how often the model is
+    right where the rule is not, minus the reverse. The rule is chosen on the same rows, so the figure is
+    rather too low than too high.
+
+    Args:
+        right_B: whether the model is right; a tie is 0.5.
+        rule_B: whether the rule is, such as "the longer answer wins".
     """
+    share_of_rule = float(rule_B.mean())
+    rules = {share_of_rule: rule_B, 1 - share_of_rule: 1 - rule_B, 0.5: torch.full_like(rule_B, 0.5)}
+    baseline = max(rules)
+    return {
+        "baseline_accuracy": baseline,
+        **difference(right_B - rules[baseline]).metrics("accuracy_over_baseline"),
+    }
+
+
+def rank_quality(ranking: Ranking) -> dict[str, float]:
+    """Accuracy, margin, calibration, and comparison with chance and "the longer answer wins"."""
     chosen, rejected = ranking.chosen_B, ranking.rejected_B
     right_B = wins(chosen, rejected)
     longer_B = wins(ranking.chosen_length_B, ranking.rejected_length_B)
-    longer_wins = float(longer_B.mean())
-    rules = {longer_wins: longer_B, 1 - longer_wins: 1 - longer_B, 0.5: torch.full_like(longer_B, 0.5)}
-    baseline = max(rules)
     scores = torch.cat([chosen, rejected])
     lengths = torch.cat([ranking.chosen_length_B, ranking.rejected_length_B]).float()
     metrics = {
         **share(right_B).metrics("accuracy"),
-        "longer_wins_accuracy": longer_wins,
-        "baseline_accuracy": baseline,
-        **difference(right_B - rules[baseline]).metrics("accuracy_over_baseline"),
+        "longer_wins_accuracy": float(longer_B.mean()),
+        **over_baseline(right_B, longer_B),
         "margin": float((chosen - rejected).mean()),
         "calibration_error": calibration_error(chosen, rejected),
         "length_correlation": correlation(scores, lengths),

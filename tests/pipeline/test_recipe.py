@@ -134,7 +134,7 @@ def test_the_verdict_tells_instances_apart() -> None:
     )
     purposes = [found.stages[name].purpose for name in ("reward", "reward@wide", "dpo@2")]
     assert [each and each.words.partition(" on ")[0].partition(" against ")[0] for each in purposes] == [
-        "the reward model's ranking", "the reward model wide's ranking", "DPO 2's loss",
+        "the reward model's ranking", "the reward model wide's ranking", "DPO 2's ranking",
     ]  # fmt: skip
 
 

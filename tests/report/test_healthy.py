@@ -34,7 +34,7 @@ def charts(finished_chain: tuple[Chain, Outcome]) -> dict[str, dict[str, Chart]]
     chain, first = finished_chain
     beside = chain.run(
         "stage=[grpo,dpo]", "grpo.steps=1", "grpo.batch_episodes=8", "grpo.minibatch_episodes=8",
-        "dpo.beta=0.2", "dpo.gates.accuracy.min=0.6", "gates=warn", "grpo.kl.coef=0.02",
+        "dpo.beta=0.2", "dpo.gates.held_out_loss_change.max=-0.2", "gates=warn", "grpo.kl.coef=0.02",
     )  # fmt: skip
     assert beside.code == 0, beside.err
     runs = [read_run(outcome.directory) for outcome in (first, beside)]
@@ -65,13 +65,14 @@ def test_a_range_counts_from_the_start_or_is_that_of_a_gate_as_the_user_set_it(
     (curve,) = loss.curves
     assert len(curve.x) == 2 and curve.x[0] == 0 and curve.y[0] is not None
     assert loss.bounds == (None, curve.y[0] - 0.001)
-    assert charts["dpo"]["held_out_accuracy"].bounds == (0.6, None)
-    assert charts["dpo"]["held_out_loss"].curves[0].x[0] == 0
+    (of_dpo,) = charts["dpo"]["held_out_loss"].curves
+    assert of_dpo.x[0] == 0 and of_dpo.y[0] is not None
+    assert charts["dpo"]["held_out_loss"].bounds == (None, of_dpo.y[0] - 0.2)
 
 
 def test_a_gate_that_is_turned_off_shades_nothing() -> None:
-    said = build_stage(DpoStage, "dpo.gates.accuracy=null").healthy_curves()
-    assert "held_out_accuracy" not in said and said["train_accuracy"] == Healthy(min=0.5)
+    said = build_stage(DpoStage, "dpo.gates.held_out_loss_change=null").healthy_curves()
+    assert "held_out_loss" not in said and said["train_accuracy"] == Healthy(min=0.5)
 
 
 def test_a_range_from_a_start_that_was_not_logged_is_none() -> None:

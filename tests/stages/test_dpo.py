@@ -275,6 +275,8 @@ def test_each_loss_starts_where_it_must_and_falls(
         assert losses[0] == pytest.approx(simpo_by_hand(tiny_model), rel=1e-4)
     assert found["held_out_loss"] < found["held_out_loss_before"] and found["held_out_loss_change_high"] < 0
     assert found["accuracy"] == 1.0 and found["margin"] > 0
+    assert found["accuracy_over_baseline"] == pytest.approx(1.0 - found["baseline_accuracy"])
+    assert found["baseline_accuracy"] >= 0.5 and ("longer_wins_accuracy" in found) == (loss != "thumbs")
     assert {name for name in found if not name.endswith(("_low", "_high", "_rows"))} <= {
         *stage_of().metrics(), "held_out_rows", "train_rows"
     }  # fmt: skip

@@ -103,7 +103,7 @@ def test_a_score_of_the_prompt_alone_fails_a_gate_and_the_reward_is_named(tmp_pa
 
 def test_a_gate_of_a_named_instance_fails_and_the_next_stage_does_not_run(tmp_path: Path) -> None:
     """Its own bound, which nothing meets; the first dpo has the same gates and passes."""
-    off = ("dpo.gates.held_out_loss_change=null", "dpo.gates.accuracy=null")
+    off = ("dpo.gates.held_out_loss_change=null", "dpo.gates.accuracy_over_baseline=null")
     chain = ("dpo.init=base", "dpo@2.init=dpo", "dpo@3.init=dpo@2", "dpo.peft=none")
     own = "dpo@2.gates.skipped_steps.max=-1"
     found = Chain(tmp_path).run("stage=dpo@3", *chain, *off, own, "gates=enforce")
