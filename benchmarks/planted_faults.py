@@ -12,7 +12,7 @@ on to its end. The faults:
 - no_kl: PPO without the KL penalty, at four times the learning rate and twice the steps.
 - template: the instruction-tuned model is asked in another family's template, without SFT.
 
-Somebody who had not read the code that judges them chose these:
+The others were chosen without knowledge of the rules, in sets. The first set:
 
 - temperature: the evaluation alone samples at 2.5.
 - rate: PPO with LoRA at 1e-6, a rate of tuning all parameters.
@@ -20,7 +20,7 @@ Somebody who had not read the code that judges them chose these:
 - full_stop: an export lost the last mark of every worse answer, so a full stop decides every pair.
 - columns: prompt and answer of SFT's rows are exchanged.
 
-Somebody else who had not read it chose these:
+The second set:
 
 - silent_gold: the gold function's threshold is of another scale, so every answer gets 1.
 - reordered: the reward function sorts the answers and does not sort its scores back.
@@ -28,15 +28,15 @@ Somebody else who had not read it chose these:
 - exchanged: the worse answer of every pair stands as the better one.
 - cut: SFT learns answers that a database cut at 32 characters.
 
-And a third one these:
+The third set:
 
 - markup: the answers that SFT learns come from a web site, as HTML.
-- the page on which people judged drew sides, and its export did not turn them back: that is `pairs`.
+- the page on which answers were compared drew sides, and its export did not turn them back: that is `pairs`.
 - two_exports: one file of two exports. Only the short one has the key `chosen`; the other rows are dropped.
 - turned: PPO takes the reward model's score for a cost.
 - other_file: the evaluation asks the prompts of another experiment, which are sums.
 
-And a fourth one these:
+The fourth set:
 
 - cut_evaluation: the evaluation cuts answers after 3 tokens, as for questions with choices.
 - scale: the reward is weighed with 0.001 and not normalised, so the KL penalty is all that counts.
@@ -44,7 +44,7 @@ And a fourth one these:
 - runs_on: the answers that SFT learns run on into the next question and answer.
 - held_out: 95% of the rows are held out, as the fraction was taken for that of training.
 
-And a fifth one these, and scored with a model whose score head was never trained:
+The fifth set, with a reward model whose score head was never trained:
 
 - turned_gold: the gold function returns the score of the other class.
 - ptx: PPO's language-modelling term has the weight of a paper, 27.8.
@@ -53,14 +53,14 @@ And a fifth one these, and scored with a model whose score head was never traine
 - lower_case: the worse answers went through a normaliser.
 - empty: 70% of SFT's answers are "N/A".
 
-And a sixth one these, and let PPO start from a copy of the SFT model in very few bits:
+The sixth set, where PPO also starts from a copy of the SFT model in very few bits:
 
 - cached_gold: the gold function keeps its scores by the prompt, so all policies get those of the first.
 - clip: scores are cut off at 0.01 deviations, which was meant for PPO's ratio.
 - leak: the prompts of the pairs hold the better answer, as where they are made from a whole transcript.
 - no_spaces: a cleaning step took the spaces out of SFT's answers.
 
-And a seventh one these, and a base model whose conversion left its attention in another layout:
+The seventh set, with a base model whose conversion left its attention in another layout:
 
 - standardised: the gold function standardises the scores of each call, so all policies have the same mean.
 - critic_alone: the critic's warm-up is that of a long run, so the policy learns in two steps of twelve.
