@@ -79,9 +79,9 @@ def algorithms() -> list[Policy]:
             name: [float(part) for part in NUMBER.findall(cell.replace(",", ""))]
             for name, cell in zip(names, cells, strict=True)
         }
-        if by_name["gold gain"] and title != "base":
+        if by_name["gold gain over SFT"] and title != "base":
             seconds, gib = by_name["seconds"][0], next(iter(by_name["peak GiB of its stage"]), None)
-            mean, lowest, highest = by_name["gold gain"]
+            mean, lowest, highest = by_name["gold gain over SFT"]
             gain = Sampled(mean, lowest, highest, rows=3)
             found.append(Policy(title, gain, by_name["KL"][0], Cost(seconds, gib)))
     return found

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rlhf.config import ConfigError, did_you_mean
 from rlhf.costs.sampling import most_added, sampling_cost
@@ -33,7 +33,7 @@ from rlhf.models.start import Init, check_start, directory_of, init_in_key, misf
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.recipe import BEST_OF_N
 from rlhf.pipeline.stage import INTERVAL, Stage, root_of
-from rlhf.rewards.kinds import RewardMix, RewardSource, columns_needed, is_remote, models_of
+from rlhf.rewards.kinds import RewardMix, RewardSource, columns_needed, is_remote, models_of, stage_of
 from rlhf.rewards.reward import with_token_ids
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ PASSES = 2
 
 
 OF_SUBJECT = (
-    "win_rate", "win_rate_learned", "gold_gain", "score_gain", "length_ratio", "stop_rate_change",
-    "word_gain", "task_gain", "retention_perplexity_ratio", "retention_loss", "question_accuracy_change",
+    "win_rate", "win_rate_learned", "gold_gain", "judge_gain", "score_gain", "length_ratio",
+    "stop_rate_change", "word_gain", "task_gain", "retention_perplexity_ratio", "retention_loss",
+    "question_accuracy_change",
 )  # fmt: skip
 """Summary metrics of each policy, /POLICY behind them; without a name, of evaluate.subject."""
 OF_EACH = (
@@ -77,10 +78,10 @@ class EvaluateStage(Stage):
         "task_gain": ("task gain", "+z.3f"),
         "retention_perplexity_ratio": ("perplexity ratio", "z.3f"),
     }
-    version: ClassVar[int] = 15
+    version: ClassVar[int] = 16
     samples: ClassVar[bool] = True
     not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens"}
+        {"prompts", "retention", "lm_eval_tasks", "num_shown", "micro_batch_tokens", "smallest_gain"}
     )
 
     prompts: PromptSource | None
@@ -113,6 +114,12 @@ class EvaluateStage(Stage):
     """The true reward, if it is known; null leaves it out. `auto` uses VADER for the demo; if some data is
     yours, null. If no server is asked, it also scores what PPO answered to its held-out prompts while it
     learned."""
+    judge: RewardSource | None
+    """What judges where no gold score is known: a score that no policy learned from. `auto` is null where
+    gold is set. Else it is a second reward model, `reward@judge`, which learns from pairs that nothing else
+    learns from (prepare.judge_fraction), if reward.pairs or dpo.data is a file of yours with 1,000 rows."""
+    smallest_gain: NonNegativeFloat
+    """The smallest gain worth having, in deviations of the score over the answers of PPO's start."""
     num_prompts: PositiveInt | None
     """How many evaluation prompts, the first ones; null uses all."""
     num_references: PositiveInt | None
@@ -149,10 +156,11 @@ class EvaluateStage(Stage):
         if BEST_OF_N in self.policies and (wanted := "KEY.reward" if reward else start):
             raise ValueError(f"KEY.policies: best_of_n needs {wanted}. Add it, or leave best_of_n out")
         needs = {
-            "win_rate": (start, other, "" if self.gold else reward and "a reward or gold"),
+            "win_rate": (start, other, "" if self.gold or self.judge else reward and "a reward or gold"),
             "win_rate_learned": (start, other, reward),
             "score_gain": (start, other, reward),
             "gold_gain": (start, other, "" if self.gold else "gold"),
+            "judge_gain": (start, other, "" if self.judge else "a judge"),
             **dict.fromkeys(("task_gain", *RETAINED), (base,)),
         }
         lacking: dict[str, list[str]] = {}
@@ -228,8 +236,12 @@ class EvaluateStage(Stage):
         return True
 
     def rewards(self) -> Mapping[str, str | RewardMix]:
-        """What PPO was trained on, and what it stands for."""
-        named = {"evaluate.reward": self.reward, "evaluate.gold": self.gold}
+        """What PPO was trained on, and what judges."""
+        named = {
+            "evaluate.reward": self.reward,
+            "evaluate.gold": self.gold,
+            "evaluate.judge": self.judge,
+        }
         return {key: source for key, source in named.items() if source is not None}
 
     def knobs(self) -> dict[str, Any]:
@@ -308,7 +320,7 @@ class EvaluateStage(Stage):
         added = most_added(on, [chain[name].peft_config() for name in self.policies if name in chain])
         references = on.sizes("sft", "held_out").first(self.num_references).cut(on.shape.context - added)
         retained = on.sizes("retention", "evaluation")
-        rewards = [len(models_of(self.reward)), len(models_of(self.gold))]
+        rewards = [len(models_of(each)) for each in (self.reward, self.gold, self.judge)]
         asks = partial(
             sampling_cost, on, prompts, new_tokens=self.max_new_tokens, batch_rows=self.batch_rows,
             micro_batch_tokens=self.micro_batch_tokens, models=max(1, *rewards), added=added,
@@ -447,11 +459,15 @@ class EvaluateStage(Stage):
         return said
 
     def score(self, job: Job, rows: Sequence[PromptRow], answers: Mapping[str, Answers]) -> None:
-        """Let the learned and the gold reward score every answer."""
+        """Let the learned reward, the gold one and the judge score every answer."""
         from rlhf.rewards.combined import usable_scores
 
-        for kind, key, source in (("score", "reward", self.reward), ("gold", "gold", self.gold)):
-            if source is None:
+        for kind, key, source in (
+            ("score", "reward", self.reward),
+            ("gold", "gold", self.gold),
+            ("judge", "judge", self.judge),
+        ):
+            if source is None or (key == "judge" and not self.may_judge(job)):
                 continue
             reward = job.reward(source, self.micro_batch_tokens)
             for said in job.progress.track(answers.values(), f"evaluate: {kind}", len(answers)):
@@ -462,6 +478,18 @@ class EvaluateStage(Stage):
                 for name, value in found.usage.items():
                     said.figures[name] = said.figures.get(name, 0.0) + value
             del reward  # its memory is needed for the next one
+
+    def may_judge(self, job: Job) -> bool:
+        """Whether the judge's models are shown to rank better than a rule that reads no word. A gate should
+        not fail by one that may be noise."""
+        trained = [stage_of(part.source) for part in models_of(self.judge)]
+        for name in filter(None, trained):
+            if job.inputs[name].manifest.metrics["accuracy_over_baseline_low"] <= 0:
+                self.tell(
+                    job, f"{name} does not judge: it may rank no better than a rule that reads no word."
+                )
+                return False
+        return True
 
     def gold_over_steps(self, job: Job, answers: Mapping[str, Answers]) -> None:
         """Let the gold reward also score what each policy answered while it learned, unless a server would

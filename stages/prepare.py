@@ -52,6 +52,8 @@ class PrepareStage(Stage):
     evaluation_fraction: Share
     """Share of the rows that is set aside for evaluation, if evaluate.prompts or evaluate.retention names a
     source that training reads too."""
+    judge_fraction: Share
+    """Share of the pairs' prompts that only `reward@judge` learns from, if evaluate.judge=auto makes one."""
     on_bad_row: Literal["error", "drop"]
     """error ends the run at the first bad rows; drop leaves them out, counts them and shows where they
     are."""
@@ -63,7 +65,7 @@ class PrepareStage(Stage):
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
         counts = (name for role in ROLES.values() for name in role.metrics)
-        return (*counts, "dropped", "bad_share", "leaks", "foreign_template")
+        return (*counts, "dropped", "bad_share", "leaks", "foreign_template", "vocabulary_size")
 
     def reads_base_model(self) -> bool:
         """Its tokenizer and context length decide what is too long."""
@@ -106,8 +108,8 @@ class PrepareStage(Stage):
             scratch: a directory for what is read.
         """
         return Preparation(
-            sources, self.held_out_fraction, self.evaluation_fraction, self.on_bad_row, self.response_tokens,
-            base.load_tokenizer(), base.context_length, scratch,
+            sources, self.held_out_fraction, self.evaluation_fraction, self.judge_fraction, self.on_bad_row,
+            self.response_tokens, base.load_tokenizer(), base.context_length, scratch,
         )  # fmt: skip
 
     def prepare(self, job: Job) -> dict[str, float]:
@@ -119,4 +121,7 @@ class PrepareStage(Stage):
             preparation.prepare(job.progress)
             preparation.write(job.directory)
             preparation.show(job.progress.console)
-            return preparation.metrics() | {"foreign_template": float(has_foreign_template(job.base))}
+            return preparation.metrics() | {
+                "foreign_template": float(has_foreign_template(job.base)),
+                "vocabulary_size": float(len(preparation.tokenizer)),
+            }

@@ -12,7 +12,7 @@ from rlhf.cli.run_files import RunFiles
 from rlhf.data.roles import PACKAGED
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.recipe import last_evaluation
-from rlhf.pipeline.run import headed, listed
+from rlhf.pipeline.run import NO_VERDICT, headed, listed
 from rlhf.pipeline.store import Artifact, Manifest, read_manifest
 from rlhf.printable import printable
 from rlhf.tracking.progress import clock
@@ -43,7 +43,9 @@ def model_card(run: RunFiles, policy: str, artifact: Artifact, name: str, below:
         f"The `{policy}` model of the run `{run.directory.resolve().name}`, made by "
         f"rlhf-chain {artifact.manifest.packages['rlhf']} from {base(run)[0]}.",
     ]
-    if run.summary["verdict"]:
+    if run.summary["verdict"] == "":
+        parts.append(NO_VERDICT)
+    elif run.summary["verdict"]:
         said = headed(run.summary.get("outcome"), run.summary["verdict"])
         parts.append(f"**Verdict of the run.** {listed(said)}")
     else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import nsmallest
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +20,10 @@ from rich.table import Table
 from rlhf.config import ConfigError
 from rlhf.data.arrow import picked
 from rlhf.data.chat_template import tokenizer_digest
-from rlhf.data.formats import likely_fields, quoted, read_as
+from rlhf.data.formats import read_as
 from rlhf.data.prepared import REPORT, UNLIKE, PreparedData, RowStore
-from rlhf.data.roles import ROLES, training_roles
-from rlhf.data.schema import PromptRow, Row, Split, drawn, limited
+from rlhf.data.roles import JUDGE, ROLES, training_roles
+from rlhf.data.schema import PairRow, PromptRow, Row, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
 from rlhf.data.tokens import Bad, Complaint, Examiner, TokenWriter
 from rlhf.data.unlike import unlike
@@ -35,14 +35,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
+FOR_JUDGE = "for the judge"
 NO_PROMPT, SAME_PROMPT = "no prompt", "same prompt"
 """Of rows whose prompts another role takes."""
 LEAK = "leak"
 """In an evaluation set that was meant to be apart."""
 BEYOND_LIMIT, TOO_LONG = "beyond limit", "too long"
-NOT_DROPPED = (IN_EVALUATION, LEFT_FOR_TRAINING, LEAK, BEYOND_LIMIT, NO_PROMPT, SAME_PROMPT)
+NOT_DROPPED = (FOR_JUDGE, IN_EVALUATION, LEFT_FOR_TRAINING, LEAK, BEYOND_LIMIT, NO_PROMPT, SAME_PROMPT)
 """Reasons of rows that are fine and only belong elsewhere."""
 NUM_EXAMPLES = 3
+JUDGE_TESTS = 1000
+"""Most pairs on which the judge is tested: its accuracy is then known to 0.03."""
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
@@ -228,14 +231,6 @@ def quantiles(lengths: Iterable[int]) -> dict[str, int]:
     return {name: ordered[round(share * (len(ordered) - 1))] for name, share in QUANTILES.items()}
 
 
-def fields_line(source: SourceConfig, data: RoleData, raw: Mapping[str, Any]) -> str:
-    """`sft.data='{path: FILE, fields: {prompt: question, ...}}'`, ready to be corrected and typed."""
-    place = {"path": source.path} if source.path is not None else {"hub": source.hub}
-    kind, name = next(iter(place.items()))
-    fields = likely_fields(raw, ROLES[data.role].columns)
-    return f"{data.key}={shlex.quote(f'{{{kind}: {quoted(str(name))}, fields: {fields}}}')}"
-
-
 @dataclass
 class Preparation:
     """What `prepare` does to the rows of every role, and what it found."""
@@ -243,6 +238,7 @@ class Preparation:
     sources: Sources
     held_out_fraction: float
     evaluation_fraction: float
+    judge_fraction: float
     on_bad_row: Literal["error", "drop"]
     response_tokens: int
     tokenizer: PreTrainedTokenizerBase
@@ -272,6 +268,7 @@ class Preparation:
         self.data = {role: self.data[role] for role in ROLES}
         self._measure()
         self._choose_evaluation()
+        self._set_judge_apart()
         self._split()
         self._check_not_empty()
 
@@ -447,7 +444,9 @@ class Preparation:
         lacks = bad.complaint.reason in ("missing field", "no answer")
         if not lacks or bad.raw is None or source.fields:
             return ""
-        return f" Are they in other columns? {fields_line(source, data, bad.raw)}."
+        return (
+            f" Are they in other columns? {source.with_fields(data.key, ROLES[data.role].columns, bad.raw)}."
+        )
 
     def _bad(self, data: RoleData, where: str, complaint: Complaint, advice: str = "") -> None:
         is_own = lender(self.sources, data.role) is None  # the user never said that others' rows are prompts
@@ -531,13 +530,37 @@ class Preparation:
         is_shared = role.store.fingerprint[number] in trained
         return not is_shared or drawn(role.identity(number), self.evaluation_fraction, "evaluation")
 
+    def _set_judge_apart(self) -> None:
+        """Leave the prompts that the judge learns from out of all other preferences."""
+        if JUDGE not in self.data:
+            return
+        judge = self.data[JUDGE]
+        taught = {number for number in judge.rows if self._teaches_judge(judge.identity(number))}
+        prompts = {judge.store.identity[number] for number in taught}
+        for role in self.data.values():
+            if role is not judge and PairRow in ROLES[role.role].row_types:
+                role.keep(partial(role.asks_none_of, prompts), FOR_JUDGE)
+
+    def _teaches_judge(self, identity: str) -> bool:
+        return drawn(identity, self.judge_fraction, "judge")
+
     def _split(self) -> None:
         for role in self.data.values():
             splits = ROLES[role.role].splits
             role.splits = {split: array("i") for split in splits}
             for number in role.rows:
-                split = self._training_split(role.identity(number)) if "train" in splits else "evaluation"
+                split = self._split_of(role, number) if "train" in splits else "evaluation"
                 role.splits[split].append(number)
+        if JUDGE in self.data:  # which is tested on what others learn from, of which some are enough
+            judge = self.data[JUDGE]
+            tests = {*nsmallest(JUDGE_TESTS, judge.splits["held_out"], key=judge.identity)}  # at random
+            judge.splits["held_out"] = array("i", filter(tests.__contains__, judge.splits["held_out"]))
+
+    def _split_of(self, role: RoleData, number: int) -> Split:
+        identity = role.identity(number)
+        if role.role == JUDGE:
+            return "train" if self._teaches_judge(identity) else "held_out"
+        return self._training_split(identity)
 
     def _check_not_empty(self) -> None:
         for role in self.data.values():

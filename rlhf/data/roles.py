@@ -69,6 +69,8 @@ PACKAGED: Mapping[str, Role] = {
     ),
 }
 """Those of this package's stages."""
+JUDGE = "pairs@judge"
+"""The role of `reward@judge`: pairs whose prompts no other preferences have."""
 ROLES: dict[str, Role] = dict(PACKAGED)
 """Name -> role. `build_experiment` adds those of the user's stages (`Stage.roles`). The order is the one in
 which `prepare` tells of them."""

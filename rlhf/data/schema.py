@@ -228,17 +228,17 @@ def prompt_identity(row: Row) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
-def hash_fraction(identity: str, purpose: Literal["evaluation", "held_out", "limit"]) -> float:
+def hash_fraction(identity: str, purpose: Literal["evaluation", "held_out", "limit", "judge"]) -> float:
     """A prompt's number in [0, 1), from the hash of purpose and identity."""
     digest = hashlib.sha256(f"{purpose}:{identity}".encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
-def drawn(identity: str, fraction: float, purpose: Literal["evaluation", "held_out"]) -> bool:
+def drawn(identity: str, fraction: float, purpose: Literal["evaluation", "held_out", "judge"]) -> bool:
     """Whether a prompt belongs to the `fraction` set aside for this purpose.
 
     The hash of purpose and identity, read as a number in [0, 1), decides. So the draw depends neither on the
-    prompt's role nor on the rows around it, and the two draws are independent: held-out rows are as large a
+    prompt's role nor on the rows around it, and the draws are independent: held-out rows are as large a
     share of what the evaluation left as they would be of everything.
     """
     return hash_fraction(identity, purpose) < fraction

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -24,7 +25,7 @@ from pydantic import (
 )
 
 from rlhf.config import ConfigError, Strict, did_you_mean
-from rlhf.data.formats import CONVERSATION_COLUMNS, PROMPT_COLUMNS
+from rlhf.data.formats import CONVERSATION_COLUMNS, PROMPT_COLUMNS, likely_fields, quoted
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import RowError
 from rlhf.digests import digest_of, file_digest
@@ -133,6 +134,18 @@ class SourceConfig(Strict):
     def reading_digest(self, key: str) -> str:
         """Digest of the rows that this source gives: its content, and which part of it is read."""
         return digest_of([self.fingerprint(key), self.limit, self.fields, self.encoding])
+
+    def with_fields(self, key: str, columns: Sequence[str], raw: Mapping[str, Any]) -> str:
+        """`sft.data='{path: FILE, fields: {prompt: question, ...}}'`, ready to be corrected and typed.
+
+        Args:
+            columns: what a row needs.
+            raw: a row that lacks some.
+        """
+        place = {"path": self.path} if self.path is not None else {"hub": self.hub}
+        kind, name = next(iter(place.items()))
+        mapping = f"{{{kind}: {quoted(str(name))}, fields: {likely_fields(raw, columns)}}}"
+        return f"{key}={shlex.quote(mapping)}"
 
     def rows(self, key: str) -> Iterator[Located]:
         """Every row with its place. `limit` is not applied. `key` is the user's key of this source.

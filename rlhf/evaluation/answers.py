@@ -41,7 +41,7 @@ class Answers:
     vocabulary: dict[str, int]
     """The tokenizer's vocabulary."""
     scores: dict[str, Tensor] = field(default_factory=dict)
-    """By "score" (the learned reward) and "gold"."""
+    """By "score" (the learned reward), "gold" and "judge"."""
     parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Of a score that is made of several rewards: each one's, by its name."""
     figures: dict[str, float] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def described(said: Answers) -> dict[str, float]:
 def gains(said: Answers, start: Answers) -> dict[str, float]:
     """Against the answers of what PPO started from, prompt by prompt: their length, how many more end by
     themselves, the word that they took up, and the scores where both have one. The gold score decides who
-    wins where there is one."""
+    wins where there is one, else the judge's."""
     length_B, other_length_B = said.rollout.response_lengths, start.rollout.response_lengths
     metrics: dict[str, float] = ratio(length_B, other_length_B).metrics("length_ratio")
     ended_B, other_ended_B = said.rollout.stopped.double(), start.rollout.stopped.double()
@@ -118,7 +118,7 @@ def gains(said: Answers, start: Answers) -> dict[str, float]:
     if "score" in won:
         metrics |= won["score"].metrics("win_rate_learned")
     if won:
-        metrics |= won["gold" if "gold" in won else "score"].metrics("win_rate")
+        metrics |= next(won[kind] for kind in ("gold", "judge", "score") if kind in won).metrics("win_rate")
     return metrics
 
 

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
+from rlhf.config import ConfigError, validated
 from rlhf.data.roles import ROLES
+from rlhf.data.sources import SourceConfig
 from rlhf.models.start import directory_of
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 
 AUTO = "auto"
 NO_ROLE = ("compare.questions", "compare.corpus")
 """Keys that name data which `prepare` does not read."""
+
+
+JUDGE = "reward@judge"
+"""The second reward model, which judges what learned from the first."""
+ENOUGH = 1000
+"""Pairs of which a share may be set aside for it."""
 
 
 class Resolved(NamedTuple):
@@ -40,6 +49,8 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
         _set(found, key, _of_own(key, own) if own else demo[key])
     for name in [name for name in found if kind_of(name) == "evaluate"]:
         _decide_policies(found[name], _get(found, "recipe.policies"))
+        if found[name].get("judge") == AUTO:
+            found[name]["judge"] = None
     if _get(found, "compare.artifacts") == AUTO:
         compared = _compared(str(_get(found, "evaluate.init")), _get(found, "recipe.policies"))
         _set(
@@ -53,6 +64,35 @@ def without_auto(config: Mapping[str, Any]) -> Resolved:
             "evaluate.retention=[samples:retention_sentences,samples:retention_questions]."
         )
     return Resolved(found, own, notes)
+
+
+def with_judge(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """The config with `reward@judge`, where `evaluate.judge=auto` means it; and what the run says of it."""
+    key = next((each for each in ("reward.pairs", "dpo.data") if is_own(_get(config, each))), None)
+    has_gold = _get(config, "evaluate.gold") not in (None, AUTO)
+    if key is None or has_gold or _get(config, "evaluate.judge") != AUTO or not _has_enough(config, key):
+        return config, []
+    found = copy.deepcopy(dict(config))
+    found["evaluate"]["judge"] = JUDGE.replace("reward", "learned")
+    instances = found["instances"] or {}
+    own = {"pairs": _get(config, key), "gates": {"accuracy_over_baseline": None}}  # the verdict looks at it
+    found["instances"] = instances | {JUDGE: own | instances.get(JUDGE, {})}
+    share = _get(config, "prepare.judge_fraction")
+    return found, [
+        f"No gold score is known, so {JUDGE} judges: it learns from {share:.0%} of the prompts of {key}, and "
+        "nothing else does. evaluate.judge=null leaves it out."
+    ]
+
+
+def _has_enough(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a source of pairs has rows for a judge. Those of the Hub, which may not be here yet, are taken
+    to be enough."""
+    try:
+        source = validated(SourceConfig, _get(config, key), key)
+        rows = ENOUGH if source.hub is not None else len([*islice(source.unread(key), ENOUGH)])
+    except ConfigError:  # whatever reads the rows says so
+        return False
+    return min(rows, source.limit or rows) >= ENOUGH
 
 
 def is_own(source: Any) -> bool:

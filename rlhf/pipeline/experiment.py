@@ -22,7 +22,7 @@ from rlhf.generation.vllm import VllmConfig
 from rlhf.models.base import ATTENTION, ModelConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import know_policies
-from rlhf.pipeline.auto import without_auto
+from rlhf.pipeline.auto import with_judge, without_auto
 from rlhf.pipeline.made_rows import check_made, tell_readers
 from rlhf.pipeline.recipe import (
     BEST_OF_N,
@@ -172,7 +172,9 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: all complaints of the first section that has any.
     """
-    composed, resolved = resolved, with_instances(resolved)
+    composed = resolved
+    with_one, judge_notes = with_judge(resolved)
+    resolved = with_instances(with_one)
     names = [name for name, value in resolved.items() if _is_stage(value)]
     settings = validated(Settings, {k: v for k, v in resolved.items() if k not in names}, "")
     sections = {name: resolved[name] for name in names}
@@ -229,7 +231,7 @@ def build_experiment(resolved: Mapping[str, Any]) -> Experiment:
         for gate, bound in stage.gates.items():
             if bound is not None:
                 stage.check_metric(gate, f"{name}.gates.{gate}")
-    experiment = Experiment(settings, stages, resolved, tuple(notes), composed)
+    experiment = Experiment(settings, stages, resolved, (*notes, *judge_notes), composed)
     check_typed(composed, experiment.needed())
     check_recipe(composed, experiment.needed())
     check_sources(experiment, own)

@@ -23,8 +23,11 @@ from rlhf.tracking.redaction import redacted
 if TYPE_CHECKING:
     from rlhf.pipeline.stage import Stage
 
+NO_VERDICT = "It is done. Nothing in it is judged."
+"""Of a run that makes no model, such as one of `stage=plan`."""
 OUTCOMES = {
     "worked": "It worked.",
+    "no gain worth having": "No gain worth having.",
     "did not work": "It did not work.",
     "cannot be told": "Whether it worked cannot be told.",
 }
@@ -130,7 +133,7 @@ class GateResult:
 
 
 def headed(outcome: str | None, verdict: str) -> str:
-    """The verdict behind its outcome, in lines. A run from before outcomes were written down has none."""
+    """The verdict behind its outcome, in lines; a run may have none of either."""
     return f"{OUTCOMES[outcome]}\n{verdict}" if outcome in OUTCOMES else verdict
 
 
@@ -162,9 +165,12 @@ class Run:
     chain: Mapping[str, Stage] = field(default_factory=dict)
     """The experiment's stages, in order: what they make, what they read, and what the report calls them."""
     verdict: str | None = None
-    """The verdict, a line for each thing that it says; None before the run's end."""
+    """The verdict, a line for each thing that it says; empty where there is nothing to judge; None before the
+    run's end."""
     outcome: str | None = None
-    """The verdict in a word or three: `worked`, `did not work` or `cannot be told`."""
+    """The verdict in a few words: one of `OUTCOMES`; None where there is nothing to judge."""
+    judged_by: str | None = None
+    """The metric that decided the outcome."""
     needed: Sequence[str] = ()
     """The stages that this run is of, in order."""
     changed: Sequence[Change] = ()
@@ -264,6 +270,7 @@ class Run:
         content |= {
             "policies": redacted(self.policies),
             "outcome": self.outcome,
+            "judged_by": self.judged_by,
             "reads": {name: [*dict.fromkeys(self.chain[name].inputs())] for name in self.needed},
             "bounds": bounds,
             "healthy": healthy,

@@ -437,10 +437,16 @@ def named_sources(chain: Mapping[str, Stage]) -> Sources:
     Raises:
         ConfigError: a role's key is none of theirs.
     """
-    return {name: _named(chain, name, role.key) for name, role in ROLES.items()}
+    return {name: named_source(chain, name) for name in ROLES}
 
 
-def _named(chain: Mapping[str, Stage], role: str, key: str) -> Any:
+def named_source(chain: Mapping[str, Stage], role: str) -> Any:
+    """What the key of one role names.
+
+    Raises:
+        ConfigError: the key is none of these stages'.
+    """
+    key = ROLES[role].key
     section, *names = key.split(".")
     try:
         found: Any = chain[section]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rlhf.config import ConfigError
 from rlhf.data.roles import ROLES
 from rlhf.digests import Recipe
+from rlhf.pipeline.auto import JUDGE
 from rlhf.pipeline.defaults import Change, references, shown
 from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.run import Run
@@ -29,6 +30,10 @@ PARTS = {"knobs", "external", "version"}
 """What every recipe has; one that lacks it was written by another version."""
 OF_ALL = {"seed": "seed", "dtype": "precision"}
 """Entries of a recipe that all stages share: what the verdict calls them."""
+
+
+JUDGES = ("gold", "judge", "reward")
+"""Keys of `evaluate` that name who judges."""
 
 
 class Worked(NamedTuple):
@@ -55,20 +60,33 @@ class Worked(NamedTuple):
 
 def worked_before(run: Run) -> Worked | None:
     """The run beside this one that worked and differs in the fewest keys, and in at least one; of several the
-    newest. None where there is none, or all are other experiments."""
+    newest. None where there is none, or all are other experiments. A run that was judged otherwise, or by
+    what it learned from, is none."""
     mine = recipes(run.directory, run.stages)
     found: Worked | None = None
     for directory, summary in islice(_newest(run.directory.parent), MOST_RUNS):
-        if summary.get("outcome") != "worked" or directory.resolve() == run.directory.resolve():
+        if (
+            summary.get("outcome") != "worked"
+            or not summary.get("judged_by")
+            or directory.resolve() == run.directory.resolve()
+        ):
             continue
         theirs = recipes(directory, summary["stages"])
         if not mine or not mine.keys() <= theirs.keys():
             continue
         typed = set_otherwise(run.changed, summary.get("changed") or ())
         each = Worked(directory.name, summary["stages"], differences(mine, theirs, run.chain, typed))
+        if any(map(_is_of_judge, each.differences)):
+            continue
         if each.differences and (found is None or len(each.differences) < len(found.differences)):
             found = each
     return found if found is not None and len(found.differences) <= MOST_KEYS else None
+
+
+def _is_of_judge(key: str) -> bool:
+    """Whether a key decides who judges: another judge says nothing of what was judged."""
+    stage, _, own = key.partition(".")
+    return stage == JUDGE or (kind_of(stage) == "evaluate" and own.partition(".")[0] in JUDGES)
 
 
 def _newest(runs: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -14,8 +14,12 @@ from rlhf.tracking.tables import Cells
 
 FIGURES = {
     "gold_mean": ("gold score", "+z.2f"),
+    "judge_mean": ("judge's score", "+z.2f"),
     "score_mean": ("learned score", "+z.2f"),
-    "gold_gain": ("gold gain", "+z.2f"),
+    "gold_gain": ("gold gain over the start", "+z.2f"),
+    "gold_over_base": ("gold gain over base", "+z.2f"),
+    "judge_gain": ("judge's gain over the start", "+z.2f"),
+    "judge_over_base": ("judge's gain over base", "+z.2f"),
     "win_rate": ("win rate", "z.2f"),
     "kl": ("KL", "z.1f"),
     "length_mean": ("tokens", "z.0f"),

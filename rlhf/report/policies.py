@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURE = "policies.png"
-GAINS = {"gold_gain": "gain in gold score", "score_gain": "gain in the reward's score"}
+GAINS = {
+    "gold_gain": "gain in gold score",
+    "judge_gain": "gain in the judge's score",
+    "score_gain": "gain in the reward's score",
+}
 """What is drawn: the first that is known."""
 SEVERAL = 2
 """So many policies, beside base and the start, are a comparison: a table shows one well enough."""

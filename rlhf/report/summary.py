@@ -22,7 +22,7 @@ from rlhf.report.compare import comparison_cells
 from rlhf.report.over_seeds import policies_json
 from rlhf.report.page.write import NAME, write_page
 from rlhf.report.policies import PICTURE, cost_of, write_picture
-from rlhf.report.verdict import outcome, verdict
+from rlhf.report.verdict import decisive, outcome, verdict
 from rlhf.tracking.progress import clock
 from rlhf.tracking.redaction import RedactingConsole, redacted_text
 from rlhf.tracking.tables import Cells, shown
@@ -31,6 +31,7 @@ SCALES = {"artifact_bytes": 1e-6, "adapter_bytes": 1e-6, "token_seconds": 1e3, "
 """What a metric is multiplied by where its headline has another unit."""
 COMPARED = {
     "gold_mean": ("gold score", "+z.3f"),
+    "judge_mean": ("judge's score", "+z.3f"),
     "score_mean": ("learned score", "+z.3f"),
     "kl": ("KL from {}, nats per sequence", "z.2f"),
     "length_mean": ("length, tokens", "z.1f"),
@@ -45,6 +46,9 @@ COMPARED = {
 AGAINST_START = {
     "win_rate": ("win rate against {}", "z.2f"),
     "gold_gain": ("gold gain over {}", "+z.2f"),
+    "gold_over_base": ("gold gain over base", "+z.2f"),
+    "judge_gain": ("judge's gain over {}", "+z.2f"),
+    "judge_over_base": ("judge's gain over base", "+z.2f"),
 }
 """Those with their intervals, of every policy but {}, which is what PPO started from: (words, format)."""
 MARKS = {
@@ -74,6 +78,8 @@ def print_summary(run: Run, console: Console) -> None:
     if isinstance(console, RedactingConsole):
         console.has_times = False
     run.verdict, run.outcome = verdict(run), outcome(run)
+    decided = decisive(run)
+    run.judged_by = None if decided is None else decided.metric
     _, metrics = last_evaluation(run.stages)
     compared = {name: title for name, title in policies_of(run).items() if f"length_mean/{name}" in metrics}
     run.policies = policies_json(compared, {name: cost_of(run, name) for name in compared})
@@ -98,7 +104,8 @@ def print_summary(run: Run, console: Console) -> None:
     write_page_too(run, console)
     for words, path in places(run):
         console.print(f"{words}: {run.directory / path}", highlight=False, soft_wrap=True)
-    console.print(f"\n[bold]Verdict.[/] {escape(headed(run.outcome, run.verdict))}", highlight=False)
+    if run.verdict:
+        console.print(f"\n[bold]Verdict.[/] {escape(headed(run.outcome, run.verdict))}", highlight=False)
 
 
 def write_page_too(run: Run, console: Console) -> None:
@@ -112,11 +119,9 @@ def write_page_too(run: Run, console: Console) -> None:
 
 def write_report(run: Run) -> Path:
     """Write report.md into the run directory."""
-    parts = [
-        f"# Run {run.directory.name}",
-        f"**Verdict.** {listed(headed(outcome(run), run.verdict or verdict(run)))}",
-        stage_cells(run).markdown(),
-    ]
+    said = verdict(run) if run.verdict is None else run.verdict
+    judged = [f"**Verdict.** {listed(headed(outcome(run), said))}"] if said else []
+    parts = [f"# Run {run.directory.name}", *judged, stage_cells(run).markdown()]
     policies = policy_cells(run)
     if policies.rows:
         parts += ["## Policies", policies.markdown(), *write_picture(run, policies_of(run))]
@@ -197,7 +202,7 @@ def policy_cells(run: Run) -> Cells:
             cells = ["-" if each is None else format(each.value, spec) for each in found]
             rows.append([words.format(start), *cells])
             cells = ["-" if each is None else f"{each.low:{spec}}..{each.high:{spec}}" for each in found]
-            rows.append(["  95% interval", *cells])
+            rows.append(["  95% interval, over prompts", *cells])
     rows += [[words, *cells] for words, cells in cost_cells(run, names)]
     prompts = int(metrics.get("prompts", 0))
     heading = f"{prompts} prompt{'s' * (prompts != 1)}"
@@ -300,7 +305,7 @@ def _gate_bullet(gate: GateResult) -> str:
 def _scores(answer: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{kind} -" if answer[kind] is None else f"{kind} {answer[kind]:+z.2f}"
-        for kind in ("gold", "score")
+        for kind in ("gold", "judge", "score")
         if kind in answer
     )
 

@@ -26,7 +26,9 @@ from rlhf.tracking.redaction import redacted, redacted_text
 from rlhf.tracking.tables import Cells
 
 MARK, PICTURE = "best", "pareto.png"
-SEEDS_SAY = "Mean of the seeds, and from the lowest to the highest."
+SEEDS_SAY = (
+    "Mean of the seeds, and from the lowest seed to the highest. One run's 95% interval is over its prompts."
+)
 
 
 @dataclass(frozen=True)

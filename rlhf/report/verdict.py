@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import AUTO
 from rlhf.pipeline.defaults import Change, references
-from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
+from rlhf.pipeline.recipe import kind_of, last_evaluation
 from rlhf.pipeline.run import GateResult, Run
+from rlhf.pipeline.stage import Stage
 from rlhf.report.against import Worked, worked_before
 from rlhf.report.convictions import (
     ASKS_OTHERWISE,
     FORGOTTEN,
-    answers,
     asks_otherwise,
     broken_start,
     convictions,
     reward_of,
 )
+from rlhf.report.findings import (
+    LEARNED,
+    WORDS,
+    Direction,
+    Finding,
+    evaluated,
+    is_untrained,
+    measured,
+    silent_gold,
+)
+from rlhf.report.judges import no_judge, unproven_rewards
 from rlhf.rewards.kinds import RewardMix, stage_of
 
-Direction = Literal["better", "not better", "unknown"]
-
-SCORES = {"gold_gain": "gold score", "score_gain": "reward's score"}
-"""Metrics of `evaluate` that tell whether a policy became better: its words. The second is of interest where
-nobody knows the gold score."""
+Outcome = Literal["worked", "no gain worth having", "did not work", "cannot be told"]
+OUTCOME_OF: Mapping[Direction, Outcome] = {
+    "better": "worked",
+    "too small": "no gain worth having",
+    "not better": "did not work",
+    "unknown": "cannot be told",
+}
+UNTRAINED = "Your data and settings work; a random model says nothing about quality."
 
 SEEN = 0.3
 """Of the scores' deviation on a reward model's own pairs, on answers: 1.06 was seen in the demo, 0.16 where a
 full stop decided every pair."""
-ROUNDING = 1e-6
-"""Of the deviation: means that differ by less are the same."""
-MANY = 10
-"""Different gold scores. Two policies may well have the same share of right answers."""
 STILL = 0.5
 """Nats per sequence: a policy that is nearer to its start learned nothing that shows."""
 MOVED = 1 / 3
@@ -57,28 +66,14 @@ SHOWN = 4
 """Keys that the verdict names, of those that differ from the packaged values."""
 
 
-class Finding(NamedTuple):
-    """A figure of this run that tells whether a stage did what it is for: against no change, which is 0."""
-
-    words: str
-    sign: Literal[1, -1]
-    """1 where more is better, -1 where less is."""
-    sampled: Sampled
-    metric: str
-
-    @property
-    def direction(self) -> Direction:
-        """Whether the whole interval is on one side of no change."""
-        _, low, high, _ = self.sampled
-        worst, best = (low, high) if self.sign > 0 else (-high, -low)
-        return "better" if worst > 0 else "not better" if best <= 0 else "unknown"
-
-    def __str__(self) -> str:
-        return f"{self.words} ({self.sampled.value:+.3g})"
-
-
 def verdict(run: Run) -> str:
-    """What improved, what did not, and who is to blame; or that nothing can be said."""
+    """What was learned, what improved, what did not, and who is to blame. Empty of a run that has nothing to
+    judge."""
+    found = outcome(run)
+    if found is None:
+        return ""
+    if is_untrained(run):
+        return UNTRAINED
     own, scored = dict(measured(run)), dict(evaluated(run))
     findings = [*own.values(), *scored.values()]
     blamed = [f"To blame is {reason}" for reason in to_blame(run, causes(run))]
@@ -92,13 +87,20 @@ def verdict(run: Run) -> str:
         blamed = by_comparison(blamed, worked) or [
             each + otherwise_set(run, named_in(each), "Changed there") for each in blamed
         ]
-    parts = []
-    for word, direction in (
-        ("Improved", "better"),
-        ("Did not improve", "not better"),
-        ("Cannot be told from so few rows", "unknown"),
+    why = [*unproven_rewards(run), no_judge(run)] if found == "cannot be told" else []
+    parts = [*why]
+    for word, direction, is_judged in (
+        ("Learned", "better", False),
+        ("Improved", "better", True),
+        ("No gain worth having", "too small", True),
+        ("Did not improve", "not better", None),
+        ("Cannot be told from so few rows", "unknown", None),
     ):
-        named = [str(finding) for finding in findings if finding.direction == direction]
+        named = [
+            str(each)
+            for each in findings
+            if each.direction == direction and is_judged in (None, each.is_judged)
+        ]
         parts += [f"{word}: {'; '.join(named)}."] if named else []
     evaluation, _ = last_evaluation(run.stages)
     learners = [name for name in scored if name in run.chain]
@@ -114,7 +116,8 @@ def verdict(run: Run) -> str:
         remarks += [f"Note {said}" for said in outside_bounds(run)]
         if any(asks_otherwise(run, name) for name in run.chain):
             remarks.append(f"Note model.chat_template: {ASKS_OTHERWISE}")
-    if not blamed and any(finding.direction != "better" for finding in findings):
+    is_unexplained = not blamed and not any(why) and found != "worked"
+    if is_unexplained and any(each.direction != "better" for each in findings):
         changed = otherwise_set(run, run.needed or run.chain, f"{UNSURE} what was changed").strip()
         parts.append(changed if worked is None else f"{UNSURE} {worked.section or 'this'}: {worked}")
     elif not blamed and worked is not None:
@@ -190,81 +193,35 @@ def gold_levels(policy: str, *runs: Mapping[str, float]) -> list[Sampled]:
     return found
 
 
-def outcome(run: Run) -> str:
-    """The verdict in a word or three: what failed decides, else the last figure that tells of improvement."""
-    own, scored = dict(measured(run)), dict(evaluated(run))
-    findings = [*own.values(), *scored.values()]
+def outcome(run: Run) -> Outcome | None:
+    """The verdict in a few words: what failed decides, else the last figure that tells of improvement. None
+    of a run that has nothing to judge, such as `stage=plan`."""
+    is_failed = any(gate.outcome == "failed" for gate in run.gates)
+    if not any(has_purpose(run.chain[name]) for name in run.stages if name in run.chain):
+        return None
     silent = silent_gold(run)
     convicted = {name: why for name, why in causes(run).items() if name not in silent}
-    if any(gate.outcome == "failed" for gate in run.gates) or to_blame(run, convicted):
-        return "did not work"
-    if silent:
+    if is_untrained(run):
         return "cannot be told"
-    return "worked" if findings and findings[-1].direction == "better" else "cannot be told"
+    if is_failed or to_blame(run, convicted):
+        return "did not work"
+    if silent or unproven_rewards(run) or no_judge(run):
+        return "cannot be told"
+    found = decisive(run)
+    return "cannot be told" if found is None else OUTCOME_OF[found.direction]
 
 
-def measured(run: Run) -> Iterator[tuple[str, Finding]]:
-    """What the stages found out about themselves, in the chain's order."""
-    for name, stage in run.chain.items():
-        if stage.purpose is not None:
-            metric, words, sign, _ = stage.purpose
-            sampled = Sampled.found(metric, run.metrics_of(name))
-            if sampled is not None:
-                yield name, Finding(words, sign, sampled, metric)
+def decisive(run: Run) -> Finding | None:
+    """The figure by which a run is judged: the last policy's by an independent judge; of a run that learned
+    from no scores the last stage's own, on held-out rows."""
+    findings = [*dict(measured(run)).values(), *dict(evaluated(run)).values()]
+    judged = [each for each in findings if each.is_judged] or findings
+    return judged[-1] if judged else None
 
 
-def evaluated(run: Run, scores: Mapping[str, str] = SCORES) -> Iterator[tuple[str, Finding]]:
-    """What the last `evaluate` found out about best of n, and the stages that make a policy, in the chain's
-    order. Nobody is to blame for best of n, which no stage makes.
-
-    Args:
-        scores: of these the first that is known.
-    """
-    evaluation, metrics = last_evaluation(run.stages)
-    if silent_gold(run):
-        scores = {metric: words for metric, words in scores.items() if metric != "gold_gain"}
-    made = {name: stage for name, stage in run.chain.items() if stage.publishes == "policy"}
-    best_of = getattr(run.chain.get(evaluation), "best_of", "n")
-    titles = {BEST_OF_N: f"the best of {best_of}"} | {
-        name: f"the {stage.title} model" for name, stage in made.items()
-    }
-    for name, title in titles.items():
-        for metric, words in scores.items():
-            sampled = Sampled.found(f"{metric}/{name}", metrics)
-            if sampled is not None:
-                yield name, Finding(f"the {words} of {title} on new prompts", 1, sampled, metric)
-                break
-
-
-def silent_gold(run: Run) -> dict[str, str]:
-    """The last `evaluate` and why it cannot tell, if its gold score is the same for every answer of every
-    policy, and the reward's is not; or if it has one mean for policies that answer otherwise. Else empty."""
-    evaluation, metrics = last_evaluation(run.stages)
-    names = [name for name in ("base", "init", *run.chain) if f"gold_deviation/{name}" in metrics]
-    learned = [metrics[f"score_deviation/{name}"] for name in names if f"score_deviation/{name}" in metrics]
-    if not names or (learned and not any(learned)):  # as where no answer is right: then neither score tells
-        return {}
-    means = [metrics[f"gold_mean/{name}"] for name in names]
-    spread = max(metrics[f"gold_deviation/{name}"] for name in names)
-    if len({*means}) == 1 and not spread:
-        why = f"gives every answer the same score ({means[0]:.3g}), so it tells no policy from another."
-    elif len(names) > 1 and max(means) - min(means) <= ROUNDING * spread and all_differ(answers(run), names):
-        why = (
-            f"gives all policies the same mean ({means[0]:.3g}), although their answers differ, so it tells "
-            "no policy from another. Does it standardise each call's scores, or remember them by the prompt?"
-        )
-    else:
-        return {}
-    return {evaluation: f"{evaluation}: {evaluation}.gold {why}"}
-
-
-def all_differ(given: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> bool:
-    """Whether most answers of each policy are others than the first one's, and have so many gold scores that
-    two means are not equal by chance."""
-    first, *others = ([row["response"] for row in given.get(name, ())] for name in names)
-    golds = {row.get("gold") for rows in given.values() for row in rows}
-    pairs = [sum(map(operator.ne, first, other)) for other in others]
-    return len(golds) >= MANY and all(2 * number > len(first) for number in pairs)
+def has_purpose(stage: Stage) -> bool:
+    """Whether a stage makes a model, or asks one."""
+    return stage.publishes is not None or stage.purpose is not None or stage.samples
 
 
 def causes(run: Run) -> dict[str, str]:
@@ -385,8 +342,8 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
             "learn from."
         )
     assert score is not None
-    by, against = SCORES[score.metric], "what it publishes is no better than what it is compared with"
-    if mine is None or mine.direction != "better" or score.metric != "gold_gain":
+    by, against = WORDS[score.metric], "what it publishes is no better than what it is compared with"
+    if mine is None or mine.direction != "better" or not score.is_judged:
         if reward is not None and reward in own and own[reward].direction == "unknown":
             return (
                 f"{reward} or {name}: {against}, by the {by} on new prompts, and nobody can tell whether the "
@@ -394,15 +351,15 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
             )
         return f"{name}: {against}, by the {by} on new prompts."
     if not stage.rewards():
-        return f"{name}: it improved on its own data, and the gold score did not follow."
-    on_new = dict(evaluated(run, {"score_gain": SCORES["score_gain"]})).get(name)
+        return f"{name}: it improved on its own data, and the {by} did not follow."
+    on_new = dict(evaluated(run, LEARNED)).get(name)
     if on_new is not None and on_new.direction == "not better":
         return (
             f"{name}: it raised the reward's score on the prompts that it learned from, and not on new ones "
             f"({on_new.sampled.value:+.3g}). Compare ppo.prompts with evaluate.prompts."
         )
     return (
-        f"{reward or 'the reward'}: {stage.title} raised its score, and the gold score did not follow. The "
+        f"{reward or 'the reward'}: {stage.title} raised its score, and the {by} did not follow. The "
         "policy may have found what the reward likes by mistake (reward hacking): read its answers."
     )
 
@@ -410,15 +367,16 @@ def reason(name: str, run: Run, own: Mapping[str, Finding], score: Finding | Non
 def learned_from_nothing(
     run: Run, policy: str, own: Mapping[str, Finding], scored: Mapping[str, Finding]
 ) -> str:
-    """That a policy pleased a reward model which may rank by chance, and that no gold score shows a gain."""
+    """That a policy pleased a reward model which may rank by chance, and that no score of a judge shows a
+    gain."""
     reward, score = reward_of(run, policy), scored.get(policy)
-    if reward is None or reward not in own or score is None or score.metric != "gold_gain":
+    if reward is None or reward not in own or score is None or not score.is_judged:
         return ""
     if own[reward].direction != "unknown" or score.direction != "unknown":
         return ""
     return (
         f"{reward}: nobody can tell that it ranks better than chance and length "
-        f"({own[reward].sampled.value:+.2g}), and no gold score shows a gain."
+        f"({own[reward].sampled.value:+.2g}), and the {WORDS[score.metric]} shows no gain."
     )
 
 

@@ -67,8 +67,7 @@ def test_the_report_shows_it_beside_the_others(finished: Outcome) -> None:
     assert "| toy | ran |" in report and "ranks right" in report
     assert "- DPO model: `artifacts/toy`" in report
     assert "- DPO: `" in report and "DPO model: " in finished.out
-    # VADER knows no word of what a model of random weights says, so its score tells no policy from another.
-    assert "the reward's score of the DPO model on new prompts (" in finished.summary["verdict"]
+    assert "evaluate/score_gain/toy" in finished.summary["stages"]["evaluate"]["metrics"]
 
 
 def test_its_code_is_in_its_key(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from helpers.chains import SETTINGS, Outcome, run_main
+from helpers.chains import SETTINGS, Chain, Outcome, run_main
 from helpers.experiments import build
 from rlhf.config import ConfigError
 from rlhf.data.prepared import PreparedData
@@ -216,3 +216,64 @@ def test_rows_without_prompts_that_fit_stop_only_who_samples(tmp_path: Path) -> 
     assert sampled.err.startswith(
         "Error: ppo.prompts=sft.data: no prompts are left for train: 42 rows; 40 no prompt; 1 same prompt"
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "judge"),
+    [
+        (("reward.pairs=many.jsonl",), "learned@judge"),
+        (("recipe=dpo", "dpo.data=many.jsonl", "evaluate.reward=null"), "learned@judge"),
+        (("reward.pairs=few.jsonl",), None),
+        (("reward.pairs={path: many.jsonl, limit: 999}",), None),
+        (("reward.pairs=missing.jsonl",), None),  # told where it is read
+        (("reward.pairs=many.jsonl", "evaluate.gold=vader"), None),
+        (("reward.pairs=many.jsonl", "evaluate.judge=null"), None),
+        (("reward.pairs=many.jsonl", "evaluate.judge=vader"), "vader"),
+        (("recipe=feedback",), None),
+        ((), None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_own_pairs_without_a_gold_score_give_a_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], judge: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("few", 999), ("many", 1000)):
+        pairs = ({"prompt": f"Rate {n}", "chosen": "Good.", "rejected": "Bad."} for n in range(rows))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    found = build(
+        *overrides, *(("sft.data=few.jsonl",) if overrides and "recipe=feedback" not in overrides else ())
+    )
+    assert found.resolved["evaluate"]["judge"] == judge
+    assert any("so reward@judge judges: it learns from 30% of the" in said for said in found.notes) == (
+        judge == "learned@judge"
+    )
+    assert ("reward@judge" in found.needed()) == (judge == "learned@judge")
+    if judge == "learned@judge":
+        assert found.stages["reward@judge"].gates["accuracy_over_baseline"] is None
+        assert "reward@judge" not in build("stage=sft", *overrides, "sft.data=few.jsonl").needed()
+
+
+def test_nobody_else_learns_from_the_prompts_of_the_judge(tmp_path: Path) -> None:
+    """Neither another reward model nor DPO; it is tested on what they learn from."""
+    chain = Chain(tmp_path)
+    chain.write(
+        "pairs.jsonl",
+        ({"prompt": f"Rate {n % 1200}", "chosen": f"{n}!", "rejected": "No."} for n in range(1500)),
+    )
+    done = chain.run(
+        "stage=prepare", "evaluate.gold=null", "dpo.data=pairs.jsonl", "evaluate.prompts=reward.pairs"
+    )
+    data = PreparedData(done.artifact("prepare"))
+    asked = {
+        (role, split): {str(row.prompt) for row in data.rows(role, split)}
+        for role in ("pairs", "dpo", "pairs@judge")
+        for split in TRAINING
+    }
+    judged = asked["pairs@judge", "train"]
+    others = asked["pairs", "train"] | asked["pairs", "held_out"]
+    assert 0.25 < len(judged) / (len(judged) + len(others)) < 0.35
+    assert not judged & others and others == asked["dpo", "train"] | asked["dpo", "held_out"]
+    assert asked["pairs@judge", "held_out"] <= others and len(asked["pairs@judge", "held_out"]) > 500
+    assert len(data.rows("pairs@judge", "held_out")) <= 1000
+    assert not (judged | others) & {str(row.prompt) for row in data.rows("evaluate", "evaluation")}

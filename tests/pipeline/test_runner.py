@@ -63,7 +63,8 @@ def test_weights_are_as_readable_as_everything_else(chain: Chain, first: Outcome
 def test_summary_keeps_its_contract(first: Outcome) -> None:
     summary = first.summary
     assert set(summary) == {
-        "stages", "gates", "verdict", "outcome", "reads", "bounds", "healthy", "changed", "policies",
+        "stages", "gates", "verdict", "outcome", "judged_by", "reads", "bounds", "healthy", "changed",
+        "policies",
     }  # fmt: skip
     assert [*summary["reads"]] == [*STAGES] and summary["reads"]["sft"] == ["prepare"]
     assert summary["bounds"]["ppo"]["kl"] == [None, 20.0]

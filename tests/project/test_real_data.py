@@ -54,10 +54,10 @@ def metrics(summary: dict[str, Any]) -> dict[str, float]:
     return {name: value for stage in summary["stages"].values() for name, value in stage["metrics"].items()}
 
 
-def check(summary: dict[str, Any], directory: Path) -> None:
+def check(summary: dict[str, Any], directory: Path, *judge: str) -> None:
     """Every stage ran on what it should have read, measured numbers, and published what others can load."""
     statuses = {name: stage["status"] for name, stage in summary["stages"].items()}
-    assert statuses == dict.fromkeys(STAGES, "ran")
+    assert statuses == dict.fromkeys((*STAGES, *judge), "ran")
     measured = metrics(summary)
     assert [name for name, value in measured.items() if value is None or not math.isfinite(value)] == []
     unknown = {gate["name"]: gate["advice"] for gate in summary["gates"] if gate["value"] is None}
@@ -96,7 +96,7 @@ def test_the_tiny_model(tmp_path: Path) -> None:
     """Its context is 1024 bytes, which many of the rows exceed."""
     sources = (f"sft.data={{path: '{ANSWERS}', limit: 512}}", f"reward.pairs='{PAIRS}'")
     summary = run_chain(tmp_path, "model=tiny", "prepare.on_bad_row=drop", "reward.max_tokens=512", *sources)
-    check(summary, tmp_path)
+    check(summary, tmp_path, "reward@judge")  # there are 1,000 pairs
     measured = metrics(summary)
     assert measured["prepare/dropped"] > 20
     report = json.loads((artifact(summary, "prepare") / "report.json").read_text())

@@ -88,7 +88,10 @@ def write(
         artifact = directory / "artifacts" / name
         artifact.mkdir(parents=True)
         write_manifest(artifact, manifest(name, recipe=recipe))
-    content = {"stages": run.stages, "outcome": outcome, "changed": run.changed}
+    judged_by = "gold_gain" if "evaluate" in recipes else "held_out_loss_change"
+    content = {
+        "stages": run.stages, "outcome": outcome, "judged_by": judged_by, "changed": run.changed,
+    }  # fmt: skip
     (directory / "summary.json").write_text(json.dumps(content))
     return run
 
@@ -119,7 +122,6 @@ def spoiled(runs: Path, chain: Mapping[str, Stage], path: str, value: Any, **cha
         ("prepare/external/pairs", "p2", "reward", "reward.pairs (other rows)"),
         ("prepare/knobs/held_out_fraction", 0.9, "prepare", "prepare.held_out_fraction=0.9 (there: 0.1)"),
         ("ppo/external/learned", "code", "ppo", "ppo.reward=learned (another content)"),
-        ("evaluate/external/vader", "4.0", "evaluate", "evaluate.gold=vader (another content)"),
         ("ppo/external/init", "d2", "ppo", "ppo.init=sft (another content)"),
         ("prepare/external/my_rows", "c2", "prepare", "prepare.my_rows (another content)"),
         ("sft/seed", 1, "this", "seed=1 (there: 0)"),
@@ -367,12 +369,36 @@ def test_real_recipes_are_compared(as_finished: Path, tmp_path: Path) -> None:
     """The same file with other rows, and a key; the summary of the run before is told that it worked."""
     chain = Chain(shutil.copytree(as_finished, tmp_path / "chain", symlinks=True))
     path = chain.directory / "runs" / "run1" / "summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"outcome": "worked"}))
-    faster = chain.run("stage=sft", "sft.optim.lr=2e-3", "run_name=faster")
-    assert (
+    told = {"outcome": "worked", "judged_by": "held_out_loss_change"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+
+    def differs(name: str, *overrides: str) -> str:
+        directory = chain.run("stage=sft", *overrides, f"run_name={name}").directory.parent / name
+        summary = json.loads((directory / "summary.json").read_text())
+        stages = in_order(build("model=tiny").stages)
+        run = Run(directory, summary["stages"], chain=stages, changed=summary["changed"])
+        return str(worked_before(run))
+
+    assert differs("faster", "sft.optim.lr=2e-3") == (
         "against run run1, which worked, only sft.optim.lr=0.002 (there: 0.001) differs."
-        in faster.out.lower()
     )
     chain.write("sft.jsonl", [{"prompt": f"Say {n}", "completion": "No."} for n in range(24)])
-    other = chain.run("stage=sft", "run_name=other")
-    assert "against run run1, which worked, only sft.data (other rows) differs." in other.out.lower()
+    assert differs("other") == "against run run1, which worked, only sft.data (other rows) differs."
+
+
+@pytest.mark.parametrize("key", ["gold", "judge", "reward"])
+def test_another_judge_convicts_nobody(tmp_path: Path, chain: dict[str, Stage], key: str) -> None:
+    recipes = recipes_of(chain)
+    write(tmp_path / "code", chain, fault(recipes, "evaluate/external/vader", "4.0"), UP, "worked")
+    write(tmp_path / "good", chain, fault(recipes, f"evaluate/knobs/{key}", "python:mine:f"), UP, "worked")
+    assert worked_before(write(tmp_path / "bad", chain, recipes, UNKNOWN, "cannot be told")) is None
+
+
+def test_a_run_that_judged_itself_did_not_work(tmp_path: Path, chain: dict[str, Stage]) -> None:
+    """As all runs did before `judged_by` was written down."""
+    other = write(tmp_path / "other", chain, fault(recipes_of(chain), "sft/knobs/epochs", 9.0), UP, "worked")
+    bad = write(tmp_path / "bad", chain, recipes_of(chain), UNKNOWN, "cannot be told")
+    assert worked_before(bad) is not None
+    path = other.directory / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"judged_by": None}))
+    assert worked_before(bad) is None

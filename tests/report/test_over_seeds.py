@@ -52,7 +52,7 @@ def test_each_figure_is_the_mean_of_the_seeds(tmp_path: Path) -> None:
     assert headings == [
         "3 seeds",
         "gold score",
-        "gold gain",
+        "gold gain over the start",
         "KL",
         "ends by itself",
         "seconds",

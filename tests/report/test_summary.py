@@ -112,7 +112,7 @@ def test_policies_stand_side_by_side(run: Run, width: int) -> None:
     assert row_of(text, "KL from SFT, nats per sequence") == ["0.30", "-", "0.00"]  # not -0.00
     assert row_of(text, "win rate against SFT") == ["0.60", "-", "0.78"]
     assert row_of(text, "gold gain over SFT") == ["+0.11", "-", "+0.42"]
-    intervals = [line.split()[2:] for line in text.splitlines() if line.startswith("  95% interval")]
+    intervals = [line.split()[4:] for line in text.splitlines() if line.startswith("  95% interval")]
     assert intervals == [["0.52..0.68", "-", "0.70..0.86"], ["-0.01..+0.19", "-", "+0.30..+0.50"]]
 
 
@@ -230,7 +230,7 @@ def test_report_says_the_same(run: Run) -> None:
     assert "| sft | ran | 1:11 | loss before 2.410, after 2.010 |" in report
     assert "| gold score | +0.310 | +0.200 | +0.620 |" in report
     assert "| win rate against SFT | 0.60 | - | 0.78 |" in report
-    assert "|   95% interval | 0.52..0.68 | - | 0.70..0.86 |" in report
+    assert "|   95% interval, over prompts | 0.52..0.68 | - | 0.70..0.86 |" in report
     assert "- SFT: (empty) (gold +0.25, score -1.50)" in report
     assert "- PPO: `I love this 'beautiful' chair, it makes me happy every day!`" in report
     assert "- **failed**: evaluate/win_rate = 0.45, wanted >= 0.5. Try: raise ppo.steps." in report

@@ -38,8 +38,8 @@ def chain() -> dict[str, Stage]:
 
 def test_all_is_well(tmp_path: Path, chain: dict[str, Stage]) -> None:
     assert verdict(run_of(tmp_path, chain, **GOOD)) == (
-        "Improved: SFT's loss on held-out answers (-0.2); the reward model's ranking against chance and "
-        "length (+0.2); PPO's score on held-out prompts (+0.2); the gold score of the PPO model on "
+        "Learned: SFT's loss on held-out answers (-0.2); the reward model's ranking against chance and "
+        "length (+0.2); PPO's score on held-out prompts (+0.2). Improved: the gold score of the PPO model on "
         "new prompts (+0.2)."
     )
 
@@ -154,7 +154,8 @@ def test_a_reward_model_that_cannot_be_judged_blames_nobody(tmp_path: Path, chai
 
 
 def test_nothing_can_be_said(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    assert verdict(run_of(tmp_path, chain)) == ("No stage of this run measures whether anything improved.")
+    alone = run_of(tmp_path, chain)  # stage=prepare
+    assert verdict(alone) == "" and outcome(alone) is None
     few = verdict(run_of(tmp_path, chain, sft=UNKNOWN, reward=UNKNOWN))
     assert few.startswith("Cannot be told from so few rows: SFT's loss")
 
@@ -452,7 +453,7 @@ def test_rows_that_are_mostly_held_out_are_named(tmp_path: Path, share: float, n
 
 
 def test_the_last_evaluation_is_judged(tmp_path: Path, chain: dict[str, Stage]) -> None:
-    run = run_of(tmp_path, chain, **GOOD)
+    run = run_of(tmp_path, chain | {"evaluate@2": chain["evaluate"]}, **GOOD)
     again = Sampled(*DOWN, 30).metrics("gold_gain/ppo")
     run.stages["evaluate@2"] = {"metrics": {f"evaluate@2/{key}": value for key, value in again.items()}}
     sentence = verdict(run)

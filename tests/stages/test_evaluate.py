@@ -52,6 +52,7 @@ def make_stage(**changes: Any) -> EvaluateStage:
         "subject": "ppo",
         "reward": None,
         "gold": f"python:{__name__}:rating",
+        "judge": None,
         "num_prompts": None,
         "num_references": None,
         "max_new_tokens": 6,

@@ -51,6 +51,7 @@ def test_every_row_is_kept_once_and_counted(bench: Bench) -> None:
         "sft_rows": 40, "reward_pairs": 40, "ppo_prompts": 40, "evaluation_prompts": 40,
         "retention_texts": 40, "retention_questions": 40, "dropped": 0, "bad_share": 0, "leaks": 0,
         "foreign_template": 0,
+        "vocabulary_size": 259,
     }  # fmt: skip
     assert bench.report["sft"]["read"] == 40
     assert bench.report["sft"]["removed"] == {}

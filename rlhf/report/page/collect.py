@@ -268,7 +268,7 @@ def read_answers(path: Path, policies: list[str]) -> dict[str, Any]:
         total = sum(1 for _ in whole)
     kinds = [
         kind
-        for kind in ("gold", "score")
+        for kind in ("gold", "judge", "score")
         if any(kind in answer for row in rows for answer in row["answers"].values())
     ]
     return {"policies": policies, "kinds": kinds, "rows": rows, "left_out": total - len(rows)}
@@ -278,7 +278,7 @@ def _answered(row: Mapping[str, Any]) -> dict[str, Any]:
     answers = {
         name: {
             "text": cleaned(answer["response"][:LONGEST_TEXT]),
-            **{key: answer[key] for key in ("tokens", "stopped", "gold", "score") if key in answer},
+            **{key: answer[key] for key in ("tokens", "stopped", "gold", "judge", "score") if key in answer},
         }
         for name, answer in row.items()
         if isinstance(answer, dict) and "response" in answer
@@ -321,24 +321,30 @@ def over_kl(run: RunFacts) -> Chart | None:
     if run.evaluation is not None:
         metrics = run.evaluation.metrics
         start, names = start_of(run), policies_of(run)
-        for kind, words in (("score", "learned score, new prompts"), ("gold", "gold score, new prompts")):
+        for kind, words in SCORES.items():
             at = [
                 (0.0 if name == start else metrics.get(f"kl/{name}"), metrics.get(f"{kind}_mean/{name}"))
                 for name in names
             ]
             known = sorted((x, y) for x, y in at if x is not None and y is not None)
             if len(known) > 1:
-                curves.append(Curve(words, [x for x, _ in known], [y for _, y in known], marks=True))
+                curves.append(
+                    Curve(f"{words}, new prompts", [x for x, _ in known], [y for _, y in known], marks=True)
+                )
     if not curves:
         return None
     return Chart("Score over KL", "KL from the start, nats per sequence", "score", curves)
+
+
+SCORES = {"score": "learned score", "gold": "gold score", "judge": "judge's score"}
+"""What answers may have, and what the page calls it."""
 
 
 def over_length(run: RunFacts) -> tuple[Chart, list[str]] | None:
     """Each answer's score against its length, and how both go together, policy by policy."""
     if not run.answers or not run.answers["kinds"]:
         return None
-    kind = "score" if "score" in run.answers["kinds"] else "gold"
+    kind = next(each for each in SCORES if each in run.answers["kinds"])
     curves, words = [], []
     for policy in run.answers["policies"]:
         answers = [row["answers"][policy] for row in run.answers["rows"] if policy in row["answers"]]
@@ -351,8 +357,7 @@ def over_length(run: RunFacts) -> tuple[Chart, list[str]] | None:
         curves.append(Curve(title, x, [*y], marks=True))
         together = correlation(x, y)
         words.append(f"{title} {'no spread' if together is None else format(together, '+.2f')}")
-    name = {"score": "learned score", "gold": "gold score"}[kind]
-    return (Chart("Score over length", "tokens of the answer", name, curves), words)
+    return (Chart("Score over length", "tokens of the answer", SCORES[kind], curves), words)
 
 
 def calibrations(run: RunFacts) -> Iterator[tuple[str, Chart]]:
@@ -381,9 +386,13 @@ FORGOTTEN = (
 )
 COMPARED = (
     ("gold_mean", "gold score"),
+    ("judge_mean", "judge's score"),
     ("score_mean", "learned score"),
     ("win_rate", "win rate against the start"),
     ("gold_gain", "gold gain over the start"),
+    ("gold_over_base", "gold gain over base"),
+    ("judge_gain", "judge's gain over the start"),
+    ("judge_over_base", "judge's gain over base"),
     ("kl", "KL from the start, nats"),
     ("length_mean", "length, tokens"),
     ("stop_rate", "ends by itself"),

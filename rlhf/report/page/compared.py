@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rlhf.pipeline.run import OUTCOMES
+from rlhf.pipeline.run import NO_VERDICT, OUTCOMES
 from rlhf.report.page.collect import RunFacts, Table, over_kl, stage_charts
 from rlhf.report.page.curves import Chart
 from rlhf.report.page.size import Limits, clipped, first_of, fitting, html_bytes
@@ -28,7 +28,7 @@ def runs_page(runs: Sequence[RunFacts]) -> str:
     title = f"{len(runs)} runs compared"
     said = [
         (name, OUTCOMES.get(run.outcome or "", ""), run.outcome or "",
-         run.verdict or "It has not reached its end.")
+         "It has not reached its end." if run.verdict is None else run.verdict or NO_VERDICT)
         for name, run in zip(names, runs, strict=True)
     ]  # fmt: skip
     make = partial(_page, title, said, tables, kl, charts)

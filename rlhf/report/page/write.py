@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from rlhf.disk import naming, replace_text
-from rlhf.pipeline.run import OUTCOMES
+from rlhf.pipeline.run import NO_VERDICT, OUTCOMES
 from rlhf.report.page.collect import (
     COMPARED,
     FORGOTTEN,
@@ -46,6 +46,13 @@ ROW = 60
 """Height of a row of the lineage, in pixels; page.css has the same."""
 CHART = 800
 """Bytes of a chart's elements, without their texts."""
+
+
+def headline(run: RunFacts) -> str:
+    """Of a run without an outcome."""
+    if run.verdict is None:
+        return unended(run)
+    return "The verdict" if run.verdict else NO_VERDICT
 
 
 def unended(run: RunFacts) -> str:
@@ -210,7 +217,7 @@ def _run_page(run: RunFacts, live: Live | None, limits: Limits) -> str:
     failed = [gate for gate in run.gates if gate["outcome"] == "failed"]
     blocks: dict[str, Any] = {
         "title": f"Run {run.name}",
-        "headline": OUTCOMES.get(run.outcome or "", unended(run) if run.verdict is None else "The verdict"),
+        "headline": OUTCOMES.get(run.outcome or "", headline(run)),
         "mood": (run.outcome or "").replace(" ", "-"),
         "run": run,
         "live": live,

@@ -1,0 +1,155 @@
+"""What a run found out about itself: figures with intervals, of its stages and of the policies it made."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.auto import JUDGE
+from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
+from rlhf.pipeline.run import Run
+from rlhf.report.convictions import answers
+from rlhf.report.judges import KINDS, OWN_SCORE, Judge, judge_of
+
+Direction = Literal["better", "too small", "not better", "unknown"]
+
+LEARNED = {OWN_SCORE: "reward's score"}
+"""The metric of `evaluate` by the reward that policies learned from: its words."""
+WORDS = LEARNED | {f"{kind}_gain": words for kind, words in KINDS.items()}
+"""All metrics of `evaluate` that tell how much a policy gained."""
+GUESSES = 0.9
+"""Share of the loss of a model that guesses among all tokens, from which on a base model is untrained."""
+ROUNDING = 1e-6
+"""Of the deviation: means that differ by less are the same."""
+MANY = 10
+"""Different gold scores. Two policies may well have the same share of right answers."""
+
+
+class Finding(NamedTuple):
+    """A figure of this run that tells whether a stage did what it is for: against no change, which is 0."""
+
+    words: str
+    sign: Literal[1, -1]
+    """1 where more is better, -1 where less is."""
+    sampled: Sampled
+    metric: str
+    is_judged: bool = False
+    """Whether it is a score that no policy learned from."""
+    smallest: float = 0.0
+    """The smallest gain worth having, in the figure's unit."""
+    beside: str = ""
+    """What else is said of it, such as the gain over the base model."""
+
+    @property
+    def direction(self) -> Direction:
+        """Whether the whole interval is on one side of no change, or below the smallest gain."""
+        _, low, high, _ = self.sampled
+        worst, best = (low, high) if self.sign > 0 else (-high, -low)
+        if best <= 0:
+            return "not better"
+        return "too small" if best < self.smallest else "better" if worst > 0 else "unknown"
+
+    def __str__(self) -> str:
+        return f"{self.words} ({self.sampled.value:+.3g}{self.beside})"
+
+
+def measured(run: Run) -> Iterator[tuple[str, Finding]]:
+    """What the stages found out about themselves, in the chain's order."""
+    for name, stage in run.chain.items():
+        if stage.purpose is not None and name != JUDGE:
+            metric, words, sign, _ = stage.purpose
+            sampled = Sampled.found(metric, run.metrics_of(name))
+            if sampled is not None:
+                yield name, Finding(words, sign, sampled, metric)
+
+
+def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tuple[str, Finding]]:
+    """What the last `evaluate` found out about best of n, and the stages that make a policy, in the chain's
+    order. Nobody is to blame for best of n, which no stage makes.
+
+    Args:
+        scores: of these metrics the first that is known, with its words; by default the score that judges,
+            or else the one that was learned from.
+    """
+    evaluation, metrics = last_evaluation(run.stages)
+    judge = None if silent_gold(run) else judge_of(run)
+    if scores is None:
+        scores = LEARNED if judge is None else {judge.metric: judge.words}
+    made = {name: stage for name, stage in run.chain.items() if stage.publishes == "policy"}
+    best_of = getattr(run.chain.get(evaluation), "best_of", "n")
+    titles = {BEST_OF_N: f"the best of {best_of}"} | {
+        name: f"the {stage.title} model" for name, stage in made.items()
+    }
+    for name, title in titles.items():
+        for metric, words in scores.items():
+            sampled = Sampled.found(f"{metric}/{name}", metrics)
+            if sampled is not None:
+                is_judged = judge is not None and metric == judge.metric
+                yield name, Finding(
+                    f"the {words} of {title} on new prompts", 1, sampled, metric, is_judged,
+                    smallest_gain(run, metric), said_beside(run, name, judge) if is_judged else "",
+                )  # fmt: skip
+                break
+
+
+def smallest_gain(run: Run, metric: str) -> float:
+    """The smallest gain worth having, in the score's unit: a share of its deviation over the answers of what
+    policies started from."""
+    evaluation, metrics = last_evaluation(run.stages)
+    judge = run.chain.get(evaluation)
+    deviation = metrics.get(f"{metric.removesuffix('_gain')}_deviation/{getattr(judge, 'start', '')}", 0.0)
+    return deviation * getattr(judge, "smallest_gain", 0.0)
+
+
+def said_beside(run: Run, policy: str, judge: Judge | None) -> str:
+    """What stands beside a policy's gain over its start: the gain over the base model, and how often the
+    judge is right."""
+    evaluation, metrics = last_evaluation(run.stages)
+    start = str(getattr(run.chain.get(evaluation), "start", ""))
+    kind = "" if judge is None else judge.metric.removesuffix("_gain")
+    over = Sampled.found(f"{kind}_over_base/{policy}", metrics)
+    title = run.chain[start].title if start in run.chain else start
+    gains = "" if over is None or start == "base" else f" over {title}, {over.value:+.3g} over base"
+    return gains + (f"; {judge.remark}" if judge is not None and judge.remark else "")
+
+
+def silent_gold(run: Run) -> dict[str, str]:
+    """The last `evaluate` and why it cannot tell, if its gold score is the same for every answer of every
+    policy, and the reward's is not; or if it has one mean for policies that answer otherwise. Else empty."""
+    evaluation, metrics = last_evaluation(run.stages)
+    names = [name for name in ("base", "init", *run.chain) if f"gold_deviation/{name}" in metrics]
+    learned = [metrics[f"score_deviation/{name}"] for name in names if f"score_deviation/{name}" in metrics]
+    if not names or (learned and not any(learned)):  # as where no answer is right: then neither score tells
+        return {}
+    means = [metrics[f"gold_mean/{name}"] for name in names]
+    spread = max(metrics[f"gold_deviation/{name}"] for name in names)
+    if len({*means}) == 1 and not spread:
+        why = f"gives every answer the same score ({means[0]:.3g}), so it tells no policy from another."
+    elif len(names) > 1 and max(means) - min(means) <= ROUNDING * spread and all_differ(answers(run), names):
+        why = (
+            f"gives all policies the same mean ({means[0]:.3g}), although their answers differ, so it tells "
+            "no policy from another. Does it standardise each call's scores, or remember them by the prompt?"
+        )
+    else:
+        return {}
+    return {evaluation: f"{evaluation}: {evaluation}.gold {why}"}
+
+
+def all_differ(given: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> bool:
+    """Whether most answers of each policy are others than the first one's, and have so many gold scores that
+    two means are not equal by chance."""
+    first, *others = ([row["response"] for row in given.get(name, ())] for name in names)
+    golds = {row.get("gold") for rows in given.values() for row in rows}
+    pairs = [sum(map(operator.ne, first, other)) for other in others]
+    return len(golds) >= MANY and all(2 * number > len(first) for number in pairs)
+
+
+def is_untrained(run: Run) -> bool:
+    """Whether the base model knows no more of the task's answers than one that guesses among all tokens."""
+    _, metrics = last_evaluation(run.stages)
+    before = metrics.get("task_loss/base", run.metrics_of("sft").get("held_out_loss_before"))
+    tokens = run.metrics_of("prepare").get("vocabulary_size")
+    return before is not None and tokens is not None and before > GUESSES * math.log(tokens)

@@ -1,0 +1,182 @@
+"""A policy improved only by a score that no policy learned from, and by so much that it is worth having."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers.experiments import build
+from helpers.verdicts import DOWN, GOOD, NONE, UNKNOWN, UP, OwnStage, chain_of, run_of, verdict
+from rlhf.evaluation.sampled import Sampled
+from rlhf.pipeline.run import Run
+from rlhf.pipeline.stage import Stage, in_order
+from rlhf.report.verdict import UNTRAINED, outcome
+
+LEARNED = {name: figure for name, figure in GOOD.items() if name != "gold"}
+JUDGE = (
+    "++instances.reward-at-judge.pairs=samples:pairs",
+    "evaluate.gold=null",
+    "evaluate.judge=learned@judge",
+)
+
+
+def add(run: Run, stage: str, metric: str, figure: tuple[float, float, float], rows: int = 30) -> None:
+    """A figure with its interval."""
+    metrics = run.stages.setdefault(stage, {"metrics": {}})["metrics"]
+    metrics |= {f"{stage}/{key}": value for key, value in Sampled(*figure, rows).metrics(metric).items()}
+
+
+def stages_of(*overrides: str) -> dict[str, Stage]:
+    """As `chain_of`, without stages from outside."""
+    return in_order(build("model=tiny", *overrides).stages)
+
+
+@pytest.mark.parametrize("gold", ["null", "learned", "{source: learned, weight: 2}"])
+def test_the_score_that_was_learned_from_does_not_judge(tmp_path: Path, gold: str) -> None:
+    """However much it rose, and under whatever name."""
+    run = run_of(tmp_path, stages_of(f"evaluate.gold={gold}"), **GOOD if gold != "null" else LEARNED)
+    assert outcome(run) == "cannot be told"
+    said = verdict(run)
+    assert "Improved" not in said and "Learned: SFT's loss" in said
+    if gold == "null":
+        assert said.startswith("The only score is the one that was trained on, which rises whether or not")
+        assert "the reward's score of the PPO model on new prompts (+0.2)" in said
+    else:
+        assert said.startswith("evaluate.gold: policies learned from learned, so it cannot judge them.")
+    assert "Name a judge that nothing learned from: evaluate.gold (a function" in said
+
+
+def test_a_function_that_was_learned_from_does_not_judge_and_a_verifier_does(tmp_path: Path) -> None:
+    """A verifier checks answers to new prompts against their rows."""
+    for source, is_told in (("vader", False), ("verify:number", True), ("verify:regex", True)):
+        reward = f"{{source: {source}, args: {{pattern: yes}}}}" if source == "verify:regex" else source
+        chain = stages_of(f"ppo.reward={reward}", "ppo.score.normalize=none", f"evaluate.gold={reward}")
+        run = run_of(tmp_path, chain, **GOOD)
+        assert outcome(run) == ("worked" if is_told else "cannot be told")
+
+
+def test_dpo_is_judged_by_no_score_of_its_own(tmp_path: Path) -> None:
+    run = run_of(tmp_path, stages_of("recipe=dpo", "evaluate.gold=null"), sft=DOWN)
+    add(run, "dpo", "accuracy_over_baseline", UP)
+    add(run, "evaluate", "score_gain/dpo", UP)
+    assert outcome(run) == "cannot be told" and "reward" not in verdict(run).partition("Learned")[0]
+    del run.stages["evaluate"]
+    assert outcome(run) == "cannot be told"
+    assert verdict(run).startswith("No stage of this run judges the answers. Run evaluate too.")
+
+
+def test_sft_on_answers_that_a_score_chose_does_not_judge_itself(tmp_path: Path) -> None:
+    """Rejection sampling."""
+    run = run_of(tmp_path, stages_of("recipe=best_of_n", "evaluate.gold=null"), sft=DOWN, reward=UP)
+    add(run, "sft@2", "held_out_loss_change", DOWN)
+    assert outcome(run) == "cannot be told"
+    add(run, "evaluate", "score_gain/sft@2", UP)
+    assert outcome(run) == "cannot be told" and "The only score is the one" in verdict(run)
+
+
+def test_sft_is_judged_by_answers_that_it_did_not_learn(tmp_path: Path) -> None:
+    chain = stages_of("evaluate.gold=null")
+    assert outcome(run_of(tmp_path, chain, sft=DOWN)) == "worked"
+    assert outcome(run_of(tmp_path, chain, sft=UNKNOWN)) == "cannot be told"
+    assert outcome(run_of(tmp_path, chain, sft=DOWN, reward=UP)) == "worked"
+    assert outcome(run_of(tmp_path, chain, sft=DOWN, reward=UNKNOWN)) == "cannot be told"
+
+
+@pytest.mark.parametrize(
+    ("ranking", "gain", "word"),
+    [
+        (UP, UP, "worked"), (UP, UNKNOWN, "cannot be told"), (UNKNOWN, UP, "cannot be told"),
+        (NONE, UP, "cannot be told"), (UP, DOWN, "did not work"),
+    ],
+)  # fmt: skip
+def test_a_second_reward_model_judges_where_it_is_shown_to_rank(
+    tmp_path: Path, ranking: tuple[float, float, float], gain: tuple[float, float, float], word: str
+) -> None:
+    run = run_of(tmp_path, stages_of(*JUDGE), **LEARNED)
+    add(run, "reward@judge", "accuracy_over_baseline", ranking)
+    add(run, "reward@judge", "accuracy", (0.74, 0.7, 0.78), 420)
+    add(run, "evaluate", "judge_gain/ppo", gain)
+    assert outcome(run) == word
+    said = verdict(run)
+    if ranking == UP:
+        assert (
+            f"the judge's score of the PPO model on new prompts ({gain[0]:+.3g}; the judge is right on 0.74 "
+            "(0.70 to 0.78) of 420 held-out pairs)" in said
+        )
+    else:
+        assert said.startswith("evaluate.judge: reward@judge is not shown to rank better than a rule that")
+        assert "To blame" not in said
+
+
+def test_a_reward_model_of_the_same_pairs_does_not_judge(tmp_path: Path) -> None:
+    for pairs, word in (("samples:pairs", "cannot be told"), ("samples:more", "worked")):
+        chain = stages_of(f"++instances.reward-at-2.pairs={pairs}", "evaluate.gold=learned@2")
+        run = run_of(tmp_path, chain, **GOOD)
+        add(run, "reward@2", "accuracy_over_baseline", UP)
+        assert outcome(run) == word
+
+
+def test_nothing_is_told_behind_a_reward_model_that_may_rank_by_chance(tmp_path: Path) -> None:
+    """Whatever rose, by whichever score."""
+    run = run_of(tmp_path, stages_of(), **GOOD | {"reward": UNKNOWN})
+    assert outcome(run) == "cannot be told"
+    assert verdict(run).startswith(
+        "reward is not shown to rank better than a rule that reads no word (+0.1, -0.1 to +0.3 of 30 "
+        "held-out pairs), so nothing that learned from it can be told. Give reward.pairs more or cleaner"
+    )
+    of_dpo = run_of(tmp_path, stages_of("recipe=dpo"), sft=DOWN, reward=UNKNOWN)  # reads no reward
+    add(of_dpo, "evaluate", "gold_gain/dpo", UP)
+    assert outcome(of_dpo) == "worked"
+
+
+@pytest.mark.parametrize(
+    ("gain", "word"),
+    [
+        ((0.003, 0.001, 0.005), "no gain worth having"), ((0.003, -0.001, 0.007), "no gain worth having"),
+        ((0.06, 0.04, 0.08), "worked"), ((0.03, 0.001, 0.06), "worked"),
+        ((0.03, -0.01, 0.07), "cannot be told"),
+        ((-0.003, -0.005, -0.001), "did not work"),
+    ],
+)  # fmt: skip
+def test_a_gain_below_the_smallest_is_not_worth_having(
+    tmp_path: Path, gain: tuple[float, float, float], word: str
+) -> None:
+    """0.1 of a deviation of 0.5 is 0.05."""
+    run = run_of(tmp_path, chain_of(), **GOOD | {"gold": gain})
+    told = {"gold_mean/sft": 0.1, "gold_deviation/sft": 0.5}
+    told |= {"gold_mean/ppo": 0.2, "gold_deviation/ppo": 9.0}
+    run.stages["evaluate"]["metrics"] |= {f"evaluate/{name}": value for name, value in told.items()}
+    assert outcome(run) == word
+    assert ("No gain worth having: the gold score of the PPO model" in verdict(run)) == (word[:2] == "no")
+    wanted = run_of(tmp_path, chain_of(OwnStage, "evaluate.smallest_gain=0"), **GOOD | {"gold": gain})
+    wanted.stages["evaluate"]["metrics"] |= {f"evaluate/{name}": value for name, value in told.items()}
+    assert outcome(wanted) != "no gain worth having"
+
+
+def test_it_worked_is_not_followed_by_look_first(tmp_path: Path) -> None:
+    run = run_of(tmp_path, stages_of(), **GOOD | {"sft": UNKNOWN})
+    run.changed = [{"key": "sft.optim.lr", "default": "3e-5", "value": "3"}]
+    assert outcome(run) == "worked" and "Look first" not in verdict(run)
+    assert "Cannot be told from so few rows: SFT's loss" in verdict(run)
+    run = run_of(tmp_path, stages_of(), **GOOD | {"gold": UNKNOWN})
+    run.changed = [{"key": "ppo.optim.lr", "default": "3e-5", "value": "3"}]
+    assert outcome(run) == "cannot be told" and "Look first" in verdict(run)
+
+
+def test_gains_over_the_start_and_over_base_stand_side_by_side(tmp_path: Path) -> None:
+    run = run_of(tmp_path, stages_of(), **GOOD)
+    add(run, "evaluate", "gold_over_base/ppo", (0.37, 0.3, 0.44))
+    said = "Improved: the gold score of the PPO model on new prompts (+0.2 over SFT, +0.37 over base)."
+    assert said in verdict(run)
+
+
+def test_a_base_model_that_guesses_says_nothing_about_quality(tmp_path: Path) -> None:
+    for loss, is_untrained in ((5.55, True), (4.0, False)):
+        run = run_of(tmp_path, stages_of(), **GOOD | {"gold": DOWN})
+        run.stages["prepare"]["metrics"]["prepare/vocabulary_size"] = 259.0
+        run.stages["sft"]["metrics"]["sft/held_out_loss_before"] = loss
+        assert (verdict(run) == UNTRAINED) is is_untrained
+        assert outcome(run) == ("cannot be told" if is_untrained else "did not work")
+        run.stages["evaluate"]["metrics"]["evaluate/task_loss/base"] = 4.0  # where SFT starts elsewhere
+        assert verdict(run) != UNTRAINED
