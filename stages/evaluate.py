@@ -484,7 +484,7 @@ class EvaluateStage(Stage):
         not fail by one that may be noise."""
         trained = [stage_of(part.source) for part in models_of(self.judge)]
         for name in filter(None, trained):
-            if job.inputs[name].manifest.metrics["accuracy_over_baseline_low"] <= 0:
+            if job.inputs[name].manifest.metrics.get("accuracy_over_baseline_low", 0.0) <= 0:
                 self.tell(
                     job, f"{name} does not judge: it may rank no better than a rule that reads no word."
                 )

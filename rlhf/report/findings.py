@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.auto import JUDGE
-from rlhf.pipeline.recipe import BEST_OF_N, last_evaluation
+from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.report.convictions import answers
 from rlhf.report.judges import KINDS, OWN_SCORE, Judge, judge_of
@@ -148,7 +148,10 @@ def all_differ(given: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence
 
 
 def is_untrained(run: Run) -> bool:
-    """Whether the base model knows no more of the task's answers than one that guesses among all tokens."""
+    """Whether the base model knows no more of the task's answers than one that guesses among all tokens, and
+    the data are not at fault themselves."""
+    if any(gate.outcome == "failed" and kind_of(gate.stage) == "prepare" for gate in run.gates):
+        return False
     _, metrics = last_evaluation(run.stages)
     before = metrics.get("task_loss/base", run.metrics_of("sft").get("held_out_loss_before"))
     tokens = run.metrics_of("prepare").get("vocabulary_size")

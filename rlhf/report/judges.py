@@ -40,7 +40,7 @@ def judge_of(run: Run) -> Judge | None:
     evaluation, metrics = last_evaluation(run.stages)
     for kind, words in KINDS.items():
         source = getattr(run.chain.get(evaluation), kind, None)
-        is_known = any(name.startswith((f"{kind}_gain/", f"{kind}_over_base/")) for name in metrics)
+        is_known = any(name.startswith(f"{kind}_gain/") for name in metrics)
         if source is not None and is_known and not any(faults(run, source)):
             return Judge(f"{kind}_gain", words, how_often_right(run, source))
     return None
@@ -54,6 +54,9 @@ def no_judge(run: Run) -> str:
     stage = run.chain.get(evaluation)
     if not metrics:
         return "No stage of this run judges the answers. Run evaluate too."
+    start = getattr(stage, "start", "")
+    if start not in getattr(stage, "policies", [start]):
+        return f"{evaluation}.policies has no {start}, which the others started from: add it."
     sources = {kind: getattr(stage, kind, None) for kind in KINDS}
     found = [f"{evaluation}.{kind}: {why}" for kind, each in sources.items() for why in faults(run, each)]
     if not found:

@@ -34,7 +34,7 @@ from rlhf.report.findings import (
     measured,
     silent_gold,
 )
-from rlhf.report.judges import no_judge, unproven_rewards
+from rlhf.report.judges import learners, no_judge, unproven_rewards
 from rlhf.rewards.kinds import RewardMix, stage_of
 
 Outcome = Literal["worked", "no gain worth having", "did not work", "cannot be told"]
@@ -103,12 +103,12 @@ def verdict(run: Run) -> str:
         ]
         parts += [f"{word}: {'; '.join(named)}."] if named else []
     evaluation, _ = last_evaluation(run.stages)
-    learners = [name for name in scored if name in run.chain]
-    asked = dict.fromkeys(asked_otherwise(run, name) or learned_elsewhere(run, name) for name in learners)
+    compared = [name for name in scored if name in run.chain]
+    asked = dict.fromkeys(asked_otherwise(run, name) or learned_elsewhere(run, name) for name in compared)
     remarks = [
         f"Note {evaluation}: {each}" for each in asked if each and not any(each in said for said in blamed)
     ]
-    for name in learners:
+    for name in compared:
         remarks += [
             f"Note {name}: {said}" for said in (over_optimized(run, name), critic_alone(run, name)) if said
         ]
@@ -212,10 +212,12 @@ def outcome(run: Run) -> Outcome | None:
 
 
 def decisive(run: Run) -> Finding | None:
-    """The figure by which a run is judged: the last policy's by an independent judge; of a run that learned
-    from no scores the last stage's own, on held-out rows."""
+    """The figure by which a run is judged: the last policy's, by an independent judge. Where nothing learned
+    from scores, otherwise the last stage's own, on held-out rows."""
     findings = [*dict(measured(run)).values(), *dict(evaluated(run)).values()]
-    judged = [each for each in findings if each.is_judged] or findings
+    judged = [each for each in findings if each.is_judged]
+    if not judged and not any(learners(run)):
+        judged = findings
     return judged[-1] if judged else None
 
 

@@ -252,6 +252,8 @@ def test_own_pairs_without_a_gold_score_give_a_judge(
     if judge == "learned@judge":
         assert found.stages["reward@judge"].gates["accuracy_over_baseline"] is None
         assert "reward@judge" not in build("stage=sft", *overrides, "sft.data=few.jsonl").needed()
+        typed = build(*overrides, "sft.data=few.jsonl", "++instances.reward-at-judge.epochs=3")
+        assert dict(typed.stages["reward@judge"])["epochs"] == 3
 
 
 def test_nobody_else_learns_from_the_prompts_of_the_judge(tmp_path: Path) -> None:

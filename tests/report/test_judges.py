@@ -8,8 +8,9 @@ import pytest
 
 from helpers.experiments import build
 from helpers.verdicts import DOWN, GOOD, NONE, UNKNOWN, UP, OwnStage, chain_of, run_of, verdict
+from rlhf.config import Bound
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.run import Run
+from rlhf.pipeline.run import GateResult, Run
 from rlhf.pipeline.stage import Stage, in_order
 from rlhf.report.verdict import UNTRAINED, outcome
 
@@ -169,6 +170,23 @@ def test_gains_over_the_start_and_over_base_stand_side_by_side(tmp_path: Path) -
     add(run, "evaluate", "gold_over_base/ppo", (0.37, 0.3, 0.44))
     said = "Improved: the gold score of the PPO model on new prompts (+0.2 over SFT, +0.37 over base)."
     assert said in verdict(run)
+
+
+def test_what_is_not_compared_with_its_start_is_not_judged(tmp_path: Path) -> None:
+    """Its own score is all that there is then."""
+    chain = stages_of("evaluate.policies=[base,ppo]", "evaluate.gates.win_rate=null")
+    run = run_of(tmp_path, chain, sft=DOWN, reward=UP, ppo=UP)
+    add(run, "evaluate", "gold_over_base/ppo", UP)
+    assert outcome(run) == "cannot be told"
+    assert verdict(run).startswith("evaluate.policies has no sft, which the others started from: add it.")
+
+
+def test_data_that_cannot_be_used_are_told_also_with_a_base_model_that_guesses(tmp_path: Path) -> None:
+    run = run_of(tmp_path, stages_of(), sft=DOWN)
+    run.stages["prepare"]["metrics"]["prepare/vocabulary_size"] = 259.0
+    run.stages["sft"]["metrics"]["sft/held_out_loss_before"] = 5.55
+    run.gates.append(GateResult("prepare", "bad_share", 0.9, Bound(max=0.5, advice="look at it"), None))
+    assert outcome(run) == "did not work" and "To blame is prepare" in verdict(run)
 
 
 def test_a_base_model_that_guesses_says_nothing_about_quality(tmp_path: Path) -> None:
