@@ -93,9 +93,11 @@ stop() {
 # shellcheck disable=SC2329
 stop_at_once() { # torchrun would leave its ranks behind
   trap '' TERM USR1 INT
-  sleep 1 # the ranks count the same signal within a second once
-  signal_ranks "$1"
-  sleep 5
+  # The ranks count the same signal within a second once, and torchrun may have passed the first on late.
+  for _ in {1..5}; do
+    sleep 1.2
+    signal_ranks "$1"
+  done
   kill_ranks
 }
 trap 'stop TERM' TERM

@@ -269,6 +269,51 @@ def test_on_a_cpu_computing_is_progress(tmp_path: Path) -> None:
     assert heartbeat._said()["cpu"] > said["cpu"]
 
 
+SLOW_TORCHRUN = """#!{python}
+import signal, subprocess, sys, threading
+
+rank = subprocess.Popen([sys.executable, "-c", '''
+import sys, threading
+from pathlib import Path
+from rlhf.distributed.signals import Stopped, StopSignals, leave_exit_code
+
+signals = StopSignals()
+try:
+    with signals.installed(), signals.heard(sys.exit), signals.deferred():
+        Path("ready").touch()
+        threading.Event().wait()
+except Stopped:
+    print("ended at once", flush=True)
+    leave_exit_code(75)
+'''])
+
+def pass_on(signum, frame):
+    threading.Event().wait(0.5)
+    rank.send_signal(signum)
+
+signal.signal(signal.SIGTERM, pass_on)
+sys.exit(rank.wait() or 1)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_signal_counts_where_torchrun_passes_the_first_on_late(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(SLOW_TORCHRUN.format(python=sys.executable))
+    python.chmod(0o755)
+    run = subprocess.Popen(
+        [TORCHRUN, "stage=ppo"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "NPROC_PER_NODE": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    wait_until(lambda: (tmp_path / "ready").exists(), run)
+    run.send_signal(signal.SIGTERM)
+    wait_until(lambda: len(children_of(run.pid)) > 1, run)  # it has heard the first
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 75
+    assert said == "ended at once\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["launcher", "torchrun"])
 def test_a_hanging_run_ends_after_a_signal(tmp_path: Path, by: str) -> None:
