@@ -142,7 +142,7 @@ class LabelStage(Stage):
         return (
             "votes", "pairs", "ties", "both_bad", "skips", "annotators", "pairs_open", "overlap_pairs",
             "alpha", "alpha_ordinal", "kappa", "seconds_per_vote", "left_share", "longer_share",
-            "reward_accuracy", "check_agreement", "pairs_before", "judge_*",
+            "reward_accuracy", "check_agreement", "pairs_before", "preferred/*", "judge_*",
         )  # fmt: skip
 
     def check(self, chain: Mapping[str, Stage]) -> None:

@@ -121,7 +121,7 @@ class Snapshot:
         """Summary metrics. A share of nothing is left out."""
         import torch
 
-        from rlhf.evaluation.intervals import share
+        from rlhf.evaluation.intervals import difference, share
 
         said = Counter(vote.choice for vote in self.counted)
         found = {
@@ -156,7 +156,30 @@ class Snapshot:
         for name, right in shares.items():
             if right:
                 found |= share(torch.tensor(right, dtype=torch.float64)).metrics(name)
+        for stage, wins in self.wins(draw).items():
+            found |= difference(torch.tensor(wins, dtype=torch.float64)).metrics(f"preferred/{stage}")
         return found
+
+    def wins(self, draw: Draw) -> dict[str, list[float]]:
+        """Stage that answered -> for each prompt, how often its answers won less how often they lost, of the
+        votes on pairs of two stages. Pairs that were chosen by their predicted gap do not count, since they
+        do not stand for all."""
+        by_prompt: dict[str, list[float]] = {}
+        makers: set[str] = set()
+        for vote in self.counted:
+            pair = draw.pairs.get(vote.pair.id)
+            if pair is None or vote.purpose == "chosen" or pair.first_by == pair.second_by:
+                continue
+            won = {"first": 1.0, "second": -1.0}.get(vote.choice, 0.0)
+            makers |= {pair.first_by, pair.second_by}
+            by_prompt.setdefault(digest_of(pair.prompt), []).append(
+                won if pair.first_by < pair.second_by else -won
+            )
+        means = [statistics.mean(each) for each in by_prompt.values()]
+        return {
+            stage: [sign * mean for mean in means]
+            for stage, sign in zip(sorted(makers), (1, -1), strict=False)
+        }
 
     def checks(self) -> Iterator[bool]:
         """For each pair that was shown to somebody again: whether they said the same."""

@@ -21,6 +21,7 @@ from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import read_manifest
+from rlhf.report.judges import votes
 
 MOST_KEYS = 4
 """A run with more differences is another experiment."""
@@ -63,6 +64,7 @@ def worked_before(run: Run) -> Worked | None:
     newest. None where there is none, or all are other experiments. A run that was judged otherwise, or by
     what it learned from, is none."""
     mine = recipes(run.directory, run.stages)
+    asked = {voted.label for voted in votes(run)}
     found: Worked | None = None
     for directory, summary in islice(_newest(run.directory.parent), MOST_RUNS):
         if (
@@ -76,7 +78,7 @@ def worked_before(run: Run) -> Worked | None:
             continue
         typed = set_otherwise(run.changed, summary.get("changed") or ())
         each = Worked(directory.name, summary["stages"], differences(mine, theirs, run.chain, typed))
-        if any(map(_is_of_judge, each.differences)):
+        if any(_is_of_judge(key) or key.partition(".")[0] in asked for key in each.differences):
             continue
         if each.differences and (found is None or len(each.differences) < len(found.differences)):
             found = each

@@ -12,14 +12,14 @@ from rlhf.pipeline.auto import JUDGE
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.report.convictions import answers
-from rlhf.report.judges import KINDS, OWN_SCORE, Judge, judge_of
+from rlhf.report.judges import KINDS, OWN_SCORE, VOTES, VOTES_WORDS, Judge, judge_of, votes
 
 Direction = Literal["better", "too small", "not better", "unknown"]
 
 LEARNED = {OWN_SCORE: "reward's score"}
 """The metric of `evaluate` by the reward that policies learned from: its words."""
-WORDS = LEARNED | {f"{kind}_gain": words for kind, words in KINDS.items()}
-"""All metrics of `evaluate` that tell how much a policy gained."""
+WORDS = LEARNED | {f"{kind}_gain": words for kind, words in KINDS.items()} | {VOTES: VOTES_WORDS}
+"""All metrics that tell how much a policy gained."""
 GUESSES = 0.9
 """Share of the loss of a model that guesses among all tokens, from which on a base model is untrained."""
 ROUNDING = 1e-6
@@ -76,6 +76,7 @@ def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tup
     """
     evaluation, metrics = last_evaluation(run.stages)
     judge = None if silent_gold(run) else judge_of(run)
+    asks_people = scores is None and judge is None
     if scores is None:
         scores = LEARNED if judge is None else {judge.metric: judge.words}
     made = {name: stage for name, stage in run.chain.items() if stage.publishes == "policy"}
@@ -93,6 +94,14 @@ def evaluated(run: Run, scores: Mapping[str, str] | None = None) -> Iterator[tup
                     smallest_gain(run, metric), said_beside(run, name, judge) if is_judged else "",
                 )  # fmt: skip
                 break
+    for voted in votes(run) if asks_people else ():
+        prompts = "new prompts" if voted.is_new else "prompts that it learned from"
+        smallest = getattr(run.chain.get(evaluation), "smallest_gain", 0.0)
+        yield voted.policy, Finding(
+            f"{VOTES_WORDS} on answers of {titles[voted.policy]} to {prompts}", 1, voted.sampled, VOTES,
+            is_judged=True, smallest=smallest, beside=f" over {run.chain[voted.start].title}"
+            if voted.start in run.chain else f" over {voted.start}",
+        )  # fmt: skip
 
 
 def smallest_gain(run: Run, metric: str) -> float:

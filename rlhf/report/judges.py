@@ -21,6 +21,8 @@ from rlhf.rewards.kinds import RewardMix, RewardPart, keyed_parts, parts_of, rew
 
 KINDS = {"gold": "gold score", "judge": "judge's score"}
 """Scores of `evaluate` that may judge, the best first: their words."""
+VOTES, VOTES_WORDS = "preferred", "people's votes"
+"""The metric of `label` that judges where no score does, and its words."""
 OWN_SCORE = "score_gain"
 """The metric of `evaluate` by the reward that was learned from."""
 
@@ -48,7 +50,8 @@ def judge_of(run: Run) -> Judge | None:
 
 def no_judge(run: Run) -> str:
     """Why no score of this run can judge what it made; empty if one can, or none is needed."""
-    if not any(learners(run)) or judge_of(run) is not None:
+    learned = [*learners(run)]
+    if not learned or judge_of(run) is not None or learned[-1] in {voted.policy for voted in votes(run)}:
         return ""
     evaluation, metrics = last_evaluation(run.stages)
     stage = run.chain.get(evaluation)
@@ -66,8 +69,36 @@ def no_judge(run: Run) -> str:
         ]
     return (
         f"{' '.join(found)} Name a judge that nothing learned from: {evaluation}.gold (a function, a "
-        f"verifier, a language model), or give pairs enough for {evaluation}.judge=auto."
+        f"verifier, a language model), give pairs enough for {evaluation}.judge=auto, or let people "
+        "judge (label)."
     )
+
+
+class Voted(NamedTuple):
+    """What people said of the answers of a policy and of what it started from."""
+
+    label: str
+    policy: str
+    start: str
+    sampled: Sampled
+    """How often the policy's answers won, less how often they lost."""
+    is_new: bool
+    """Whether no policy learned from the prompts."""
+
+
+def votes(run: Run) -> Iterator[Voted]:
+    """People's votes on policies, none of which can have learned from them: they were made before."""
+    for label, stage in run.chain.items():
+        answers = getattr(stage, "answers", ())
+        if kind_of(label) != "label" or getattr(stage, "annotator", "") != "human" or len(answers) != 2:
+            continue
+        asked = {each: start[1] for each in answers if (start := run.chain[each].starts_from()) is not None}
+        is_new = all(getattr(run.chain[each], "splits", ()) == ["held_out"] for each in answers)
+        for answer, policy in asked.items():
+            sampled = Sampled.found(f"{VOTES}/{answer}", run.metrics_of(label))
+            start = run.chain[policy].starts_from() if policy in run.chain else None
+            if sampled is not None and start is not None and start[1] in asked.values():
+                yield Voted(label, policy, start[1], sampled, is_new)
 
 
 def learners(run: Run) -> Iterator[str]:

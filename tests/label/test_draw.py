@@ -124,6 +124,28 @@ def test_a_snapshot_counts_a_person_once_for_a_pair() -> None:
     assert Snapshot(votes[1:], {each.id for each in pairs}, None).digest != found.digest
 
 
+def test_wins_of_two_stages_are_counted_by_prompt() -> None:
+    """Of pairs that stand for all: not of those chosen by their gap, nor of a stage's own two answers."""
+    made = [
+        each._replace(first_by=first, second_by=second)
+        for each, first, second in (
+            (pair("q", "a", "b"), "old", "new"), (pair("q", "c", "d"), "new", "old"),
+            (pair("r", "e", "f"), "new", "old"), (pair("s", "g", "h"), "new", "old"),
+            (pair("t", "i", "j"), "new", "new"), (pair("u", "k", "l"), "", ""),
+        )
+    ]  # fmt: skip
+    votes = [
+        vote(0, made[0], "second"), vote(1, made[1], "tie"), vote(2, made[2], "second", purpose="imported"),
+        vote(3, made[3], "first", purpose="chosen"), vote(4, made[4], "first"), vote(5, made[5], "first"),
+    ]  # fmt: skip
+    draw = Draw(made, PLAIN, 0, 1)
+    found = Snapshot(votes, draw.pairs, None)
+    assert found.wins(draw) == {"new": [0.5, -1.0], "old": [-0.5, 1.0]}
+    metrics = found.metrics(draw)
+    assert metrics["preferred/new"] == -0.25 == -metrics["preferred/old"]
+    assert metrics["preferred_rows/new"] == 2
+
+
 def test_the_reward_models_accuracy_is_of_random_pairs_alone() -> None:
     sure = [pair("a", "b", "c", gap=2.0), pair("d", "e", "f", gap=-1.0), pair("g", "h", "i", gap=1.0)]
     votes = [

@@ -198,3 +198,49 @@ def test_a_base_model_that_guesses_says_nothing_about_quality(tmp_path: Path) ->
         assert outcome(run) == ("cannot be told" if is_untrained else "did not work")
         run.stages["evaluate"]["metrics"]["evaluate/task_loss/base"] = 4.0  # where SFT starts elsewhere
         assert verdict(run) != UNTRAINED
+
+
+PEOPLE = (
+    "stage=[evaluate,label@people]",
+    *(
+        f"++instances.generate-at-{policy}.{key}"
+        for policy in ("sft", "ppo")
+        for key in (f"policy={policy}", "splits=[held_out]")
+    ),
+    "++instances.label-at-people.answers=[generate@sft,generate@ppo]",
+    "++instances.label-at-people.annotators=[ada]",
+    "evaluate.gold=null",
+)
+
+
+@pytest.mark.parametrize(
+    ("share", "word"),
+    [
+        ((0.3, 0.1, 0.5), "worked"), ((0.04, 0.01, 0.07), "no gain worth having"),
+        ((-0.3, -0.5, -0.1), "did not work"), ((0.1, -0.1, 0.3), "cannot be told"),
+    ],
+)  # fmt: skip
+def test_people_judge_where_no_score_does(
+    tmp_path: Path, share: tuple[float, float, float], word: str
+) -> None:
+    run = run_of(tmp_path, stages_of(*PEOPLE), **LEARNED)
+    add(run, "label@people", "preferred/generate@ppo", share)
+    add(run, "label@people", "preferred/generate@sft", (0.9, 0.8, 1.0))  # its start did not answer
+    assert outcome(run) == word
+    said = f"people's votes on answers of the PPO model to new prompts ({share[0]:+.3g} over SFT)"
+    assert said in verdict(run) and "trained on" not in verdict(run)
+    gold = run_of(tmp_path, stages_of(*PEOPLE[:-1]), **GOOD)
+    gold.stages |= {"label@people": run.stages["label@people"]}
+    assert outcome(gold) == "worked" and "people" not in verdict(gold)
+
+
+def test_votes_that_do_not_judge(tmp_path: Path) -> None:
+    """A rule's, and those on another policy than the last."""
+    share = (0.3, 0.1, 0.5)
+    for override in (
+        ("++instances.label-at-people.annotator=rule", "++instances.label-at-people.reward=vader"),
+        ("++instances.generate-at-ppo.policy=base",),
+    ):
+        run = run_of(tmp_path, stages_of(*PEOPLE, *override), **LEARNED)
+        add(run, "label@people", "preferred/generate@ppo", share)
+        assert outcome(run) == "cannot be told" and "trained on" in verdict(run)
