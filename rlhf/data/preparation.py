@@ -4,231 +4,55 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import nsmallest
 from pathlib import Path
-from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from rlhf.config import ConfigError
-from rlhf.data.arrow import picked
 from rlhf.data.chat_template import tokenizer_digest
 from rlhf.data.formats import read_as
-from rlhf.data.prepared import REPORT, UNLIKE, PreparedData, RowStore
+from rlhf.data.prepared import (
+    BEYOND_LIMIT,
+    DUPLICATE,
+    FOR_JUDGE,
+    IN_EVALUATION,
+    LEAK,
+    LEFT_FOR_TRAINING,
+    NO_PROMPT,
+    REPORT,
+    SAME_PROMPT,
+    TOO_LONG,
+    UNLIKE,
+    PreparedData,
+    Removed,
+    RoleData,
+    RowStore,
+    quantiles,
+)
 from rlhf.data.roles import JUDGE, ROLES, training_roles
-from rlhf.data.schema import PairRow, PromptRow, Row, Split, drawn, limited
+from rlhf.data.schema import PairRow, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
-from rlhf.data.tokens import Bad, Complaint, Examiner, TokenWriter
+from rlhf.data.tokens import Bad, Complaint, Examiner
 from rlhf.data.unlike import unlike
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-DUPLICATE, IN_EVALUATION, LEFT_FOR_TRAINING = "duplicate", "in_evaluation", "left_for_training"
-FOR_JUDGE = "for the judge"
-NO_PROMPT, SAME_PROMPT = "no prompt", "same prompt"
-"""Of rows whose prompts another role takes."""
-LEAK = "leak"
-"""In an evaluation set that was meant to be apart."""
-BEYOND_LIMIT, TOO_LONG = "beyond limit", "too long"
-NOT_DROPPED = (FOR_JUDGE, IN_EVALUATION, LEFT_FOR_TRAINING, LEAK, BEYOND_LIMIT, NO_PROMPT, SAME_PROMPT)
-"""Reasons of rows that are fine and only belong elsewhere."""
-NUM_EXAMPLES = 3
 JUDGE_TESTS = 1000
 """Most pairs on which the judge is tested: its accuracy is then known to 0.03."""
-QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
 class NoRowsError(ConfigError):
     """A source, or a split of it, has no rows."""
-
-
-@dataclass
-class Removed:
-    """How many rows went for one reason, and where the first of them stand."""
-
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, where: str) -> None:
-        """Count one more."""
-        self.count += 1
-        if len(self.examples) < NUM_EXAMPLES:
-            self.examples.append(where)
-
-    def extend(self, other: Removed) -> None:
-        """Count others too."""
-        self.count += other.count
-        self.examples = [*self.examples, *other.examples][:NUM_EXAMPLES]
-
-    def places(self) -> str:
-        """Such as `train.jsonl line 4, train.jsonl line 9, ...`."""
-        return ", ".join([*self.examples, *(["..."] if self.count > len(self.examples) else [])])
-
-
-@dataclass
-class RoleData:
-    """One role's rows and what became of them. A row is known by its number in the store."""
-
-    role: str
-    store: RowStore
-    prompts_only: bool = False
-    """Whether it takes the prompts of the store's rows, which another role reads."""
-    num_read: int = 0
-    rows: array[int] = field(default_factory=lambda: array("i"))
-    """Those that are kept, in the order of their source."""
-    shared_prefix: array[float] = field(default_factory=lambda: array("d"))
-    """Of each row of the store: tokens with which its sequences begin like the ones before."""
-    removed: dict[str, Removed] = field(default_factory=dict)
-    columns: dict[str, str] = field(default_factory=dict)
-    """Of each source that is the user's: what it has, and what is read."""
-    cut: Removed = field(default_factory=Removed)
-    """Rows that are kept, though their end is beyond the model's context: training cuts them."""
-    splits: dict[Split, array[int]] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """What the user calls the role's source."""
-        return ROLES[self.role].key
-
-    def remove(self, reason: str, where: str) -> None:
-        """Count a row that is not kept."""
-        self.removed.setdefault(reason, Removed()).add(where)
-
-    def remove_row(self, reason: str, number: int) -> None:
-        """Count a row of the store that is not kept."""
-        removed = self.removed.setdefault(reason, Removed())
-        removed.add(self.store.where(number) if len(removed.examples) < NUM_EXAMPLES else "")
-
-    def keep(self, wanted: Callable[[int], bool], reason: str) -> None:
-        """Remove the rows that are not wanted."""
-        kept = array("i")
-        for number in self.rows:
-            if wanted(number):
-                kept.append(number)
-            else:
-                self.remove_row(reason, number)
-        self.rows = kept
-
-    def identity(self, number: int) -> str:
-        """`prompt_identity` of a row."""
-        return self.store.identity[number].hex()
-
-    def asks_none_of(self, prompts: AbstractSet[bytes], number: int) -> bool:
-        """Whether a row teaches no answer to these prompts; a conversation may teach several answers."""
-        alone = (self.store.identity[number],)
-        asks = alone if self.prompts_only else self.store.asks.get(number, alone)
-        return prompts.isdisjoint(asks)
-
-    def fingerprints(self) -> set[str]:
-        """Of the sources of its rows."""
-        return {self.store.fingerprint[number] for number in self.rows}
-
-    def num_of(self, row_type: type[Row]) -> int:
-        """How many of its rows are of this type."""
-        if self.prompts_only:
-            return len(self.rows) if row_type is PromptRow else 0
-        types = ROLES[self.role].row_types
-        return sum(issubclass(types[self.store.kind[number]], row_type) for number in self.rows)
-
-    def num_exchanges(self, number: int) -> int:
-        """How many of its sequences are of exchanges; the others are turns apart."""
-        return 1 if self.prompts_only else self.store.num_exchanges[number]
-
-    def tokens(self, number: int) -> int:
-        """Of the longest sequence made from a row."""
-        return (self.store.prompt_tokens if self.prompts_only else self.store.tokens)[number]
-
-    def measure_shared_prefix(self) -> None:
-        """Set `shared_prefix` of the rows that are kept."""
-        import numpy
-
-        self.shared_prefix = array("d", bytes(8 * len(self.store)))
-        if not self.rows:
-            return
-        store, rows = self.store, numpy.array(self.rows, numpy.int64)
-        counts = numpy.array([self.num_exchanges(number) for number in self.rows])
-        places = ranges(numpy.array(store.sequences)[rows], counts)
-        most = numpy.array(store.prompt_tokens)[rows] if self.prompts_only else store.ids.lengths[places]
-        shared = numpy.add.reduceat(store.ids.shared_prefix(places, most), counts.cumsum() - counts)
-        numpy.frombuffer(self.shared_prefix)[rows] = shared / counts
-
-    def write(self, prepared: PreparedData) -> None:
-        """The rows of each split, and their token ids."""
-        import numpy
-
-        store, sequences = self.store, numpy.array(self.store.sequences)
-        texts = store.table.select(["prompt" if self.prompts_only else "row"])
-        items = numpy.array(store.prompt_characters if self.prompts_only else store.characters)
-        for split, numbers in self.splits.items():
-            rows = numpy.array(numbers, numpy.int64)
-            prepared.write_batches(self.role, split, picked(texts, rows, items[rows]))
-            first, prompts = sequences[rows], None
-            counts = sequences[rows + 1] - first
-            if self.prompts_only:
-                counts, prompts = numpy.ones_like(rows), numpy.array(store.prompt_tokens)[rows]
-            row = numpy.repeat(numpy.arange(len(rows)), counts)
-            tokens = TokenWriter(prepared.tokens_path(self.role, split), store.tokenizer)
-            with tokens.file:
-                tokens.copy(store.ids, ranges(first, counts), row, prompts)
-
-    def count(self, reason: str) -> int:
-        """Rows removed for this reason."""
-        return self.removed[reason].count if reason in self.removed else 0
-
-    @property
-    def num_dropped(self) -> int:
-        """Rows that no role gets: duplicates and bad ones."""
-        return sum(removed.count for reason, removed in self.removed.items() if reason not in NOT_DROPPED)
-
-    @property
-    def bad_share(self) -> float:
-        """Of the rows that were read, those that the role cannot use; a duplicate is none of them."""
-        return (self.num_dropped - self.count(DUPLICATE)) / max(1, self.num_read)
-
-    def why(self) -> list[str]:
-        """What was removed, such as `2 tie (train.jsonl line 4, train.jsonl line 9)`."""
-        return [f"{removed.count} {reason} ({removed.places()})" for reason, removed in self.removed.items()]
-
-    def report(self) -> dict[str, Any]:
-        """The role's part of report.json."""
-        lengths = [self.tokens(number) for number in self.rows]
-        shared_prefix = [self.shared_prefix[number] for number in self.rows]
-        return {
-            "read": self.num_read,
-            "kept": {split: len(rows) for split, rows in self.splits.items()},
-            "longer_than_context": vars(self.cut),
-            "removed": {reason: vars(removed) for reason, removed in self.removed.items()},
-            "tokens": quantiles(lengths)
-            | {
-                "mean": fmean(lengths or [0]),
-                "deviation": pstdev(lengths or [0]),
-                "in_common": fmean(shared_prefix or [0.0]),
-            },
-        }
-
-
-def ranges(begins: NDArray[Any], counts: NDArray[Any]) -> NDArray[Any]:
-    """The numbers from each begin on, so many as its count says, one range behind the other."""
-    import numpy
-
-    return numpy.repeat(begins - (counts.cumsum() - counts), counts) + numpy.arange(counts.sum())
-
-
-def quantiles(lengths: Iterable[int]) -> dict[str, int]:
-    """The lengths at 5, 50, 95 and 100 percent of the rows."""
-    ordered = sorted(lengths) or [0]
-    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in QUANTILES.items()}
 
 
 @dataclass
