@@ -18,6 +18,7 @@ from pydantic import Field, PositiveInt, PrivateAttr
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import StageCost
 from rlhf.data.preparation import Preparation
+from rlhf.data.prepared import FAULTS
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import TextRow
 from rlhf.data.sources import Sources, check_lenders, lender, own_sources
@@ -43,7 +44,7 @@ class PrepareStage(Stage):
         "ppo_prompts": ("prompts", ".0f"),
         "evaluation_prompts": ("evaluation prompts", ".0f"),
     }
-    version: ClassVar[int] = 14
+    version: ClassVar[int] = 15
     random: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
 
@@ -57,6 +58,9 @@ class PrepareStage(Stage):
     on_bad_row: Literal["error", "drop"]
     """error ends the run at the first bad rows; drop leaves them out, counts them and shows where they
     are."""
+    on_copied_answer: Literal["drop", "keep"]
+    """What becomes of rows whose answer (40 characters or more) stands in their own prompt: drop leaves them
+    out and counts them; keep does not look for them, as answers are meant to quote their prompts."""
     response_tokens: PositiveInt
     """Tokens of the context that are left for the answer to a prompt."""
     _sources: Sources = PrivateAttr()
@@ -65,7 +69,8 @@ class PrepareStage(Stage):
     def metrics(self) -> tuple[str, ...]:
         """What `run` publishes."""
         counts = (name for role in ROLES.values() for name in role.metrics)
-        return (*counts, "dropped", "bad_share", "leaks", "foreign_template", "vocabulary_size")
+        faults = (f"{reason}{end}" for reason in FAULTS for end in ("s", "_share"))
+        return (*counts, "dropped", "bad_share", "leaks", *faults, "foreign_template", "vocabulary_size")
 
     def reads_base_model(self) -> bool:
         """Its tokenizer and context length decide what is too long."""
@@ -109,7 +114,7 @@ class PrepareStage(Stage):
         """
         return Preparation(
             sources, self.held_out_fraction, self.evaluation_fraction, self.judge_fraction, self.on_bad_row,
-            self.response_tokens, base.load_tokenizer(), base.context_length, scratch,
+            self.on_copied_answer, self.response_tokens, base.load_tokenizer(), base.context_length, scratch,
         )  # fmt: skip
 
     def prepare(self, job: Job) -> dict[str, float]:

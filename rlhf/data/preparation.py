@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,13 +18,18 @@ from rich.table import Table
 from rlhf.config import ConfigError
 from rlhf.data.chat_template import tokenizer_digest
 from rlhf.data.formats import read_as
+from rlhf.data.near import changed_little
 from rlhf.data.prepared import (
     BEYOND_LIMIT,
+    CONTRADICTION,
+    COPIED,
     DUPLICATE,
+    FAULTS,
     FOR_JUDGE,
     IN_EVALUATION,
     LEAK,
     LEFT_FOR_TRAINING,
+    NEAR_DUPLICATE,
     NO_PROMPT,
     REPORT,
     SAME_PROMPT,
@@ -36,7 +41,7 @@ from rlhf.data.prepared import (
     RowStore,
     quantiles,
 )
-from rlhf.data.roles import JUDGE, ROLES, training_roles
+from rlhf.data.roles import JUDGE, ROLES, TRAINING, training_roles
 from rlhf.data.schema import PairRow, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
 from rlhf.data.tokens import Bad, Complaint, Examiner
@@ -47,6 +52,20 @@ from rlhf.tracking.redaction import redacted_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ADVICE = {
+    LEAK: "What is evaluated is trained on, so it cannot judge. Name prompts in evaluate.prompts that no "
+    "stage trains on, or the key of a training set: then prepare sets a share of it aside.",
+    CONTRADICTION: "Nobody knows which of two such rows is right. Were columns exchanged, or labels joined "
+    "to the wrong rows?",
+    COPIED: "Are the prompts made from whole transcripts? End them before the answer. If the answers are "
+    "meant to quote their prompts, set prepare.on_copied_answer=keep.",
+}
+ADVICE[NEAR_DUPLICATE] = ADVICE[LEAK]
+"""What to do where more rows went for a reason than are kept."""
+MADE_BY_RUNS = (
+    " A prompt is in the same split in every run, so answers to training prompts are for training alone. Add "
+    "rows with other prompts; held-out rows also come from generate.splits=[train,held_out]."
+)
 JUDGE_TESTS = 1000
 """Most pairs on which the judge is tested: its accuracy is then known to 0.03."""
 
@@ -64,6 +83,7 @@ class Preparation:
     evaluation_fraction: float
     judge_fraction: float
     on_bad_row: Literal["error", "drop"]
+    on_copied_answer: Literal["drop", "keep"]
     response_tokens: int
     tokenizer: PreTrainedTokenizerBase
     """The base model's: its chat template decides what a row's tokens are."""
@@ -94,6 +114,7 @@ class Preparation:
         self._choose_evaluation()
         self._set_judge_apart()
         self._split()
+        self._leave_faults_out()
         self._check_not_empty()
 
     def write(self, directory: Path) -> None:
@@ -105,7 +126,8 @@ class Preparation:
             if not self.sources[role.role]:
                 continue
             source, digest = ", ".join(self._names(role.role)), prepared.digest(role.role)
-            report[role.role] = {"source": source, "digest": digest, **role.report()}
+            made = {"made_by_runs": self._made_by_runs(role.role)}
+            report[role.role] = {"source": source, "digest": digest, **made, **role.report()}
         rows = {role: prepared.rows(role, ROLES[role].splits[0]) for role in report}
         self.differences = [*unlike(rows)]
         for name, content in {REPORT: report, UNLIKE: self.differences}.items():
@@ -122,7 +144,13 @@ class Preparation:
         }
         dropped = sum(role.num_dropped for role in self.data.values())
         bad_share = max(role.bad_share for role in self.data.values())
-        return counts | {"dropped": dropped, "bad_share": bad_share, "leaks": self.num_leaks}
+        faults: dict[str, float] = {}
+        for reason in FAULTS:
+            faults[f"{reason}s"] = sum(role.count(reason) for role in self.data.values())
+            others = training_roles() if reason == NEAR_DUPLICATE else ()  # whose rows judge no policy
+            shares = [role.share(reason) for name, role in self.data.items() if name not in others]
+            faults[f"{reason}_share"] = max(shares)
+        return counts | faults | {"dropped": dropped, "bad_share": bad_share, "leaks": self.num_leaks}
 
     @property
     def num_leaks(self) -> int:
@@ -159,7 +187,7 @@ class Preparation:
             evaluated = " or ".join(each.key for each in ROLES.values() if "train" not in each.splits)
             text = (
                 f"LEAK: {self.num_leaks} training rows ask what {evaluated} asks; "
-                f"they are left out: {places}."
+                f"they are left out: {places}.{self._made_by_runs()}"
             )
             console.print(text, style="bold red", markup=False, highlight=False)
 
@@ -386,6 +414,57 @@ class Preparation:
             return "train" if self._teaches_judge(identity) else "held_out"
         return self._training_split(identity)
 
+    def _leave_faults_out(self) -> None:
+        """Leave out contradictory and copying rows, and those of other splits that ask nearly what is trained
+        on."""
+        names = {*training_roles()}
+        for role in (self.data[name] for name in names if not self.data[name].prompts_only):
+            judgement, is_copy = role.store.judgement, role.store.is_copy
+            said = {judgement[number]: number for number in reversed(role.rows) if judgement[number]}
+            contrary = {number: said.get(-judgement[number]) for number in role.rows}
+            found = {number: (role, other) for number, other in contrary.items() if other is not None}
+            role.leave_out(CONTRADICTION, found)
+            if self.on_copied_answer == "drop":
+                role.leave_out(COPIED, {number: None for number in role.rows if is_copy[number]})
+        self._leave_near_duplicates_out({*ROLES}, "evaluation", TRAINING)
+        for roles in (names - {JUDGE}, names & {JUDGE}):  # a judge is tested on what others learn from
+            self._leave_near_duplicates_out(roles, "held_out", ("train",))
+
+    def _leave_near_duplicates_out(
+        self, roles: Collection[str], split: Split, trained: Sequence[Split]
+    ) -> None:
+        """Leave out the rows of a split that ask nearly what rows of the splits `trained` ask."""
+        asked = [*self._rows(roles, [split])]
+        words = {*map(self._words, asked)}
+        first: dict[int, tuple[str, int]] = {}
+        for place in self._rows(roles, trained):
+            if self._words(place) in words:
+                first.setdefault(self._words(place), place)
+        near = {place: first[self._words(place)] for place in asked if self._words(place) in first}
+        long = [place for place in asked if place not in near and self._is_long(place)]
+        if long:
+            near |= changed_little(long, filter(self._is_long, self._rows(roles, trained)), self._asked)
+        for name in roles:
+            found = {
+                number: (self.data[other], n) for (role, number), (other, n) in near.items() if role == name
+            }
+            self.data[name].leave_out(NEAR_DUPLICATE, found)
+
+    def _rows(self, roles: Collection[str], splits: Sequence[Split]) -> Iterator[tuple[str, int]]:
+        """Role and number of the rows in these splits."""
+        for role in self.data.values():
+            for split in splits if role.role in roles else ():
+                yield from ((role.role, number) for number in role.splits.get(split, ()))
+
+    def _words(self, place: tuple[str, int]) -> int:
+        return self.data[place[0]].store.words[place[1]]
+
+    def _is_long(self, place: tuple[str, int]) -> bool:
+        return bool(self.data[place[0]].store.is_long[place[1]])
+
+    def _asked(self, place: tuple[str, int]) -> str:
+        return self.data[place[0]].store.row(place[1]).asked()
+
     def _check_not_empty(self) -> None:
         for role in self.data.values():
             for split, rows in role.splits.items():
@@ -399,12 +478,27 @@ class Preparation:
 
     def _more(self, role: RoleData, split: Split) -> str:
         """What gives a split its first row."""
+        advice = "".join(each for reason, each in ADVICE.items() if role.count(reason) > len(role.rows))
+        advice += self._made_by_runs(role.role)
+        if advice:
+            return advice.strip()
         if split == "held_out" and len({role.identity(number) for number in role.rows}) == 1:
             return "Rows with the same prompt stay together: give rows with other prompts."
         if split == "train" or role.num_read == 1:  # no other share of one row helps
             return "Give more rows."
         share = self.held_out_fraction if split == "held_out" else self.evaluation_fraction
         return f"Give more rows or raise prepare.{split}_fraction={share:g}."
+
+    def _made_by_runs(self, *roles: str) -> str:
+        """Which sources of these roles and of the evaluation a run wrote, and what that means."""
+        names = {lender(self.sources, role) or role for role in roles} | ({*ROLES} - {*training_roles()})
+        made = [
+            f" {ROLES[role].key}={source} was written by the stage {source.written_by} of a run."
+            for role in self.data
+            for source in own_sources(self.sources, role)
+            if role in names and source.written_by
+        ]
+        return "".join([*made, MADE_BY_RUNS] if made else [])
 
     def _names(self, role: str) -> list[str]:
         """A role's sources, as the user wrote them."""

@@ -25,11 +25,14 @@ from rlhf.data.schema import (
     Split,
     TextRow,
     ThumbRow,
+    copied_answer,
     row_from_json,
     row_to_json,
+    text_of,
 )
 from rlhf.data.tokens import ExaminedPiece, RowNumbers, TokenIds, TokenWriter, text_schema
 from rlhf.digests import digest_of, file_digest
+from rlhf.printable import printable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -47,7 +50,10 @@ LEAK = "leak"
 BEYOND_LIMIT, TOO_LONG = "beyond limit", "too long"
 NOT_DROPPED = (FOR_JUDGE, IN_EVALUATION, LEFT_FOR_TRAINING, LEAK, BEYOND_LIMIT, NO_PROMPT, SAME_PROMPT)
 """Reasons of rows that are fine and only belong elsewhere."""
-NUM_EXAMPLES = 3
+FAULTS = NEAR_DUPLICATE, CONTRADICTION, COPIED = "near_duplicate", "contradiction", "copied_answer"
+"""Of rows that other rows, or their own prompts, show to be wrong. Metrics are called after them."""
+NUM_EXAMPLES, EXCERPT = 3, 80
+"""Examples that are shown, and characters of a text in them."""
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
@@ -180,9 +186,10 @@ class PreparedData:
             if not rows:
                 removed = [f"{each['count']} {reason}" for reason, each in report["removed"].items()]
                 why = "; ".join([f"{report['read']} rows", *removed])
+                advice = f"Give more rows, or set {ROLES[role].key} to a source that no other key uses."
                 raise ConfigError(
                     f"{ROLES[role].key}={report['source']}: no prompts are left for {split}: {why}. "
-                    f"Give more rows, or set {ROLES[role].key} to a source that no other key uses."
+                    f"{report['made_by_runs'] or advice}"
                 )
 
     def write(self, role: str, split: Split, rows: Iterable[Row]) -> None:
@@ -271,6 +278,10 @@ class RowStore(RowNumbers):
         """Where a row was found."""
         return str(self.table["where"][number].as_py())
 
+    def row(self, number: int) -> Row:
+        """A row that was read."""
+        return row_from_json(self.table["row"][number].as_py(), ROLES[self.name].row_types)
+
     def _path(self, what: str) -> Path:
         return self.directory / f"{self.name}.{what}.arrow"
 
@@ -327,20 +338,41 @@ class RoleData:
         """Count a row that is not kept."""
         self.removed.setdefault(reason, Removed()).add(where)
 
-    def remove_row(self, reason: str, number: int) -> None:
-        """Count a row of the store that is not kept."""
+    def remove_row(self, reason: str, number: int, shown: Callable[[int], str] | None = None) -> None:
+        """Count a row of the store that is not kept. `shown` makes an example of it."""
         removed = self.removed.setdefault(reason, Removed())
-        removed.add(self.store.where(number) if len(removed.examples) < NUM_EXAMPLES else "")
+        removed.add((shown or self.store.where)(number) if len(removed.examples) < NUM_EXAMPLES else "")
 
-    def keep(self, wanted: Callable[[int], bool], reason: str) -> None:
+    def keep(
+        self, wanted: Callable[[int], bool], reason: str, shown: Callable[[int], str] | None = None
+    ) -> None:
         """Remove the rows that are not wanted."""
         kept = array("i")
         for number in self.rows:
             if wanted(number):
                 kept.append(number)
             else:
-                self.remove_row(reason, number)
+                self.remove_row(reason, number, shown)
         self.rows = kept
+        self.splits = {split: array("i", filter(wanted, rows)) for split, rows in self.splits.items()}
+
+    def leave_out(self, reason: str, found: Mapping[int, tuple[RoleData, int] | None]) -> None:
+        """Remove rows, each with the one that shows it to be wrong, if another one does."""
+
+        def shown(number: int) -> str:
+            other = found[number]
+            rows = [(self, number), other] if other else [(self, number)]
+            return " and ".join(role.example(place, reason) for role, place in rows)
+
+        if found:
+            self.keep(lambda number: number not in found, reason, shown)
+
+    def example(self, number: int, reason: str) -> str:
+        """Where a row stands, and what it asks or answers."""
+        row = self.store.row(number)
+        answer = copied_answer(row) or text_of(row.exchanges()[0][1] or "")
+        text = " ".join(printable(row.asked() if reason == NEAR_DUPLICATE else answer).split())
+        return f'{self.store.where(number)}: "{text[:EXCERPT]}{"..." * (len(text) > EXCERPT)}"'
 
     def identity(self, number: int) -> str:
         """`prompt_identity` of a row."""
@@ -415,8 +447,12 @@ class RoleData:
 
     @property
     def bad_share(self) -> float:
-        """Of the rows that were read, those that the role cannot use; a duplicate is none of them."""
-        return (self.num_dropped - self.count(DUPLICATE)) / max(1, self.num_read)
+        """Of the rows that were read, those that the role could not use, whatever the others are."""
+        return (self.num_dropped - sum(map(self.count, (DUPLICATE, *FAULTS)))) / max(1, self.num_read)
+
+    def share(self, reason: str) -> float:
+        """Of the rows that it would have without a fault, those with this one."""
+        return self.count(reason) / max(1, len(self.rows) + sum(map(self.count, FAULTS)))
 
     def why(self) -> list[str]:
         """What was removed, such as `2 tie (train.jsonl line 4, train.jsonl line 9)`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,15 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar, Literal, NotRequired, TypedDict, TypeVar
 
+SENTENCE_MARKS = re.compile(
+    r"[!.,?;:\"'\u2013\u2014\u2018-\u201e\u2039\u203a«»¿¡、。「」『』](?!\d)(?:(?<!\d!)|(?=!*\s*$))"
+)
+"""Marks that do not change what is asked. Before a digit they do, and 5! is not 5 where more follows."""
+POLITE = re.compile("^(?:please |kindly )+|(?: please| thanks| thank you)+$")
+LONG_WORDS = 30
+"""A text with fewer words is a near duplicate of one with the same words alone."""
+SHORTEST_COPY = 40
+"""Characters of an answer that is taken for a copy; "yes" stands in many prompts."""
 Split = Literal["train", "held_out", "evaluation"]
 Item = TypeVar("Item")
 
@@ -226,6 +236,42 @@ def prompt_identity(row: Row) -> str:
     """
     plain = " ".join(unicodedata.normalize("NFKC", row.asked()).casefold().split())
     return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def plain_words(text: str) -> str:
+    """In small letters, without marks of sentences and politeness: two prompts that are then equal ask the
+    same. Numbers, operators and brackets stay."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return POLITE.sub("", " ".join(SENTENCE_MARKS.sub("", folded).split())) or folded
+
+
+def number_of(*texts: str) -> int:
+    """63 bits of their hash; never 0."""
+    digest = hashlib.sha256("\0".join(texts).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1 or 1
+
+
+def judgement(row: Row) -> int:
+    """A number of prompt and answers: of the contrary judgement its negative, 0 where nothing is judged."""
+    if not isinstance(row, PairRow | ThumbRow):
+        return 0
+    answers = [" ".join(text_of(answer or "").split()) for _, answer in row.exchanges()]
+    is_positive = row.thumb if isinstance(row, ThumbRow) else answers[0] < answers[1]
+    return number_of(prompt_identity(row), *sorted(answers)) * (1 if is_positive else -1)
+
+
+def copied_answer(row: Row) -> str | None:
+    """An answer that stands in its own prompt. To repeat what a tool said, or a whole message of the user, is
+    no sign that the prompt holds its answer."""
+    for prompt, answer in row.exchanges():
+        said = text_of(answer or "").strip()
+        if len(said) >= SHORTEST_COPY and any(
+            said in each["content"] and (each["role"] == "assistant" or said != each["content"].strip())
+            for each in prompt
+            if each["role"] != "tool"
+        ):
+            return said
+    return None
 
 
 def hash_fraction(identity: str, purpose: Literal["evaluation", "held_out", "limit", "judge"]) -> float:

@@ -28,7 +28,7 @@ from rlhf.config import ConfigError, Strict, did_you_mean
 from rlhf.data.formats import CONVERSATION_COLUMNS, PROMPT_COLUMNS, likely_fields, quoted
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import RowError
-from rlhf.digests import digest_of, file_digest
+from rlhf.digests import MANIFEST, digest_of, file_digest
 
 SAMPLES_PACKAGE = "rlhf.samples"
 ROW_COLUMNS = {*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"}
@@ -119,6 +119,15 @@ class SourceConfig(Strict):
     def name(self) -> str:
         """What figures of it are called: a file's name up to its first dot, or the data set's."""
         return Path(str(self).removeprefix("samples:")).name.partition(".")[0]
+
+    @property
+    def written_by(self) -> str | None:
+        """The stage that wrote it, if it is a file of an artifact."""
+        try:
+            manifest = Path(self.path or "").resolve().with_name(MANIFEST)
+            return str(json.loads(manifest.read_text(encoding="utf-8"))["stage"])
+        except (OSError, ValueError, KeyError, TypeError):  # any other file may be called so
+            return None
 
     def fingerprint(self, key: str) -> str:
         """Digest of the source's content: a file's bytes and format, or a Hub data set's name, revision,

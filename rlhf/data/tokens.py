@@ -19,13 +19,18 @@ from rlhf.data.chat_template import Encoded, encode, tokenizer_digest
 from rlhf.data.cores import on_all_cores
 from rlhf.data.formats import checked_json, with_columns
 from rlhf.data.schema import (
+    LONG_WORDS,
     PromptRow,
     Row,
     RowError,
     SftRow,
     TextRow,
     calls_tools,
+    copied_answer,
     each_turn,
+    judgement,
+    number_of,
+    plain_words,
     prompt_identity,
     row_to_json,
 )
@@ -293,6 +298,13 @@ class Examined(NamedTuple):
     """Whether training may cut off the end of its answer."""
     sequences: list[Encoded] | Complaint | None
     """None where nobody asked for them."""
+    words: int
+    """`number_of` its `plain_words`: equal for near duplicates."""
+    is_long: bool
+    """Whether it asks in `LONG_WORDS`."""
+    judgement: int
+    is_copy: bool
+    """Whether it has a `copied_answer`."""
 
 
 @dataclass
@@ -320,6 +332,10 @@ class RowNumbers:
     """Number of sequences before each row, and of all."""
     refused: dict[int, Complaint] = field(default_factory=dict)
     """By the chat template."""
+    words: array[int] = field(default_factory=lambda: array("q"))
+    is_long: bytearray = field(default_factory=bytearray)
+    judgement: array[int] = field(default_factory=lambda: array("q"))
+    is_copy: bytearray = field(default_factory=bytearray)
 
     def __len__(self) -> int:
         return len(self.identity)
@@ -348,6 +364,10 @@ class RowNumbers:
         self.prompt_tokens.append(own[0].num_prompt if own else 0)
         self.num_exchanges.append(row.num_exchanges)
         self.sequences.append(self.sequences[-1] + len(found))
+        self.words.append(row.words)
+        self.is_long.append(row.is_long)
+        self.judgement.append(row.judgement)
+        self.is_copy.append(row.is_copy)
         return found
 
     def extend(self, other: RowNumbers) -> None:
@@ -366,6 +386,10 @@ class RowNumbers:
         self.tokens += other.tokens
         self.prompt_tokens += other.prompt_tokens
         self.num_exchanges += other.num_exchanges
+        self.words += other.words
+        self.is_long += other.is_long
+        self.judgement += other.judgement
+        self.is_copy += other.is_copy
 
 
 class Bad(NamedTuple):
@@ -461,6 +485,7 @@ class Examiner:
         digest = hashlib.sha256(alone.encode()).digest()[:16]
         if isinstance(row, TextRow):
             text = row_to_json(replace(row, source=self.source.name))
+        words = plain_words(row.asked())
         turns = each_turn(row) if isinstance(row, SftRow) and row.turns > 1 else ()
         return Examined(
             text,
@@ -472,6 +497,10 @@ class Examiner:
             len(row.exchanges()),
             isinstance(row, SftRow),
             self._sequences(row) if self.chosen is None or digest in self.chosen else None,
+            number_of(words),
+            len(words.split()) >= LONG_WORDS,
+            judgement(row),
+            copied_answer(row) is not None,
         )
 
     def _sequences(self, row: Row) -> list[Encoded] | Complaint:

@@ -29,9 +29,6 @@ FORMS: Mapping[str, Callable[[str], bool]] = {
     "line breaks": lambda text: "\n" in text.strip(),
 }
 """What a text may have beside words and marks."""
-COPY, SHORTEST_COPY = "a copy in their prompts", 40
-"""What an answer has that stands in its own prompt, as where prompts are made from whole transcripts; and
-characters of the shortest one that counts."""
 MOST, HARDLY_ANY = 0.6, 0.01
 """Shares of texts. Between the demo's own data sets a mark is in 0.57 of the one and in none of the other."""
 FEW = 20
@@ -76,11 +73,7 @@ def unlike(rows: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """
     for pair in ALIKE:
         found = [
-            [
-                features(text[:CHARACTERS]) | (set() if what == "prompts" else copies(text, row))
-                for row in evenly(rows.get(role, ()))
-                for text in TEXTS[what](row)
-            ]
+            [features(text[:CHARACTERS]) for row in evenly(rows.get(role, ())) for text in TEXTS[what](row)]
             for role, what in pair
         ]
         if min(map(len, found)) < FEW:
@@ -115,13 +108,6 @@ def shares_of(texts: Sequence[set[str]]) -> Counter[str]:
     """
     counts = Counter(each for found in texts for each in found)
     return Counter({each: count / len(texts) for each, count in counts.items()})
-
-
-def copies(text: str, row: Row) -> set[str]:
-    """Whether an answer of a row stands in the row's prompt too, as a feature."""
-    prompt, said = row.exchanges()[0][0], text.strip()
-    is_copy = len(said) >= SHORTEST_COPY and any(said in each["content"] for each in prompt)
-    return {COPY} if is_copy else set()
 
 
 def features(text: str) -> set[str]:

@@ -84,20 +84,6 @@ def test_what_most_texts_have_and_hardly_any_of_the_others(rows: dict[str, Seque
     assert [*unlike(rows)] == [said]
 
 
-@pytest.mark.parametrize("as_turn", [True, False])
-def test_an_answer_that_stands_in_its_own_prompt_is_told(as_turn: bool) -> None:
-    """As where the prompt is made from the whole transcript of the better answer."""
-    found: list[Row] = []
-    for text in sentences(FEW):
-        chosen, rejected = (f"{text} It is {word} in the evening, and we stay." for word in ("cold", "warm"))
-        told: list[Message] = [*user(text), {"role": "assistant", "content": f" {chosen}"}]
-        found.append(PairRow(told if as_turn else user(f"{text}\n\n{chosen}"), chosen, rejected))
-    (said,) = unlike({"pairs": found})
-    assert "The chosen answers of reward.pairs have " in said and "a copy in their prompts (100%)" in said
-    short = [PairRow(user(f"Say yes {n}"), "yes", "no") for n in range(FEW)]
-    assert "copy" not in " ".join(unlike({"pairs": short}))
-
-
 def test_few_texts_tell_nothing_and_rare_words_neither() -> None:
     assert [*unlike({"sft": answers("<p>{}</p>", FEW - 1), "pairs": pairs()})] == []
     half = [*answers("<p>{}</p>", FEW), *answers("{}", FEW)]

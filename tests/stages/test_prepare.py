@@ -50,7 +50,8 @@ def test_every_row_is_kept_once_and_counted(bench: Bench) -> None:
     assert bench.summary == {
         "sft_rows": 40, "reward_pairs": 40, "ppo_prompts": 40, "evaluation_prompts": 40,
         "retention_texts": 40, "retention_questions": 40, "dropped": 0, "bad_share": 0, "leaks": 0,
-        "foreign_template": 0,
+        "near_duplicates": 0, "near_duplicate_share": 0, "contradictions": 0, "contradiction_share": 0,
+        "copied_answers": 0, "copied_answer_share": 0, "foreign_template": 0,
         "vocabulary_size": 259,
     }  # fmt: skip
     assert bench.report["sft"]["read"] == 40
@@ -274,7 +275,9 @@ def test_real_human_data_is_read_completely(bench: Bench) -> None:
         "retention": str(REAL / "wikitext2-valid" / "valid.txt.gz"),
     }
     assert_apart(bench.prepare())
-    assert bench.report["sft"]["read"] == bench.summary["sft_rows"] == 5027
-    assert bench.report["pairs"]["read"] == bench.summary["reward_pairs"] == 2339
+    assert bench.report["sft"]["read"] == bench.summary["sft_rows"] + 1 == 5027
+    assert bench.report["pairs"]["read"] == bench.summary["reward_pairs"] + 3 == 2339
+    assert bench.summary["copied_answers"] == 4  # one quotes its question, three repeat an earlier answer
+    assert bench.summary["near_duplicates"] == bench.summary["contradictions"] == 0
     assert bench.report["ppo"]["read"] == 263
     assert bench.summary["ppo_prompts"] + bench.summary["evaluation_prompts"] == 263
