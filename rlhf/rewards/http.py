@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException
+from functools import cache
+from ssl import SSLContext, create_default_context
 from typing import TYPE_CHECKING
-from urllib.error import HTTPError
 
 from pydantic import NonNegativeInt, PositiveFloat
 
@@ -26,17 +25,20 @@ if TYPE_CHECKING:
 
 PAUSE_SECONDS = 0.5
 """Seconds before the second try; doubled before each further one."""
+OK = range(200, 300)
 MAY_PASS = (408, 425, 429)
 """Statuses below 500 that are tried again: too slow, too early, too many."""
 LONGEST_SHOWN = 300
 """Characters of an answer that an error shows."""
+LONGEST_ERROR, LARGEST = 4 * LONGEST_SHOWN, 16 << 20
+"""Bytes that are read of an error's body, and of an answer: half a million scores."""
 
 
 class RewardServerConfig(Strict):
     """`reward_server.*`: how the run calls a reward at http://.... Values: conf/config.yaml."""
 
     timeout: PositiveFloat
-    """Longest wait for the server's answer, in seconds, before the next attempt."""
+    """Longest wait for the server's whole answer, in seconds, before the next attempt."""
     retries: NonNegativeInt
     """Number of further attempts if it does not answer, or answers with status 408, 425, 429, or 500 and
     above. Another status, such as 401, ends the run at once."""
@@ -53,16 +55,18 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
         }
         answer = ask(url, json.dumps(body).encode(), server)
         scores = answer.get("scores") if isinstance(answer, dict) else None
-        if (
-            not isinstance(scores, list)
-            or len(scores) != len(completions)
-            or not all(value is None or isinstance(value, int | float) for value in scores)
-        ):
+        try:
+            if not isinstance(scores, list) or len(scores) != len(completions):
+                raise TypeError
+            if any(isinstance(value, str) for value in scores):
+                raise TypeError
+            numbers = [None if value is None else float(value) for value in scores]
+        except (OverflowError, TypeError):
             raise RewardError(
                 f"{redacted(url)} answered {str(answer)[:LONGEST_SHOWN]!r} to {len(completions)} responses; "
                 'it must answer {"scores": [one number for each]}.'
-            )
-        return as_scores([None if value is None else float(value) for value in scores], len(scores), url, "")
+            ) from None
+        return as_scores(numbers, len(numbers), url, "")
 
     return score
 
@@ -70,26 +74,34 @@ def remote_reward(url: str, server: RewardServerConfig) -> Reward:
 def ask(
     url: str, body: bytes, server: RewardServerConfig, headers: Mapping[str, str] | None = None
 ) -> object:
-    """POST JSON, several times if need be; the JSON of the answer.
+    """POST JSON, several times if need be; the JSON of the answer. A redirect is not followed: it would take
+    the headers, with an API key, to another host.
 
     Raises:
         RewardError: the server refuses, or does not answer.
     """
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **(headers or {})})
+    from anyio.from_thread import start_blocking_portal
+    from httpx import HTTPError
+
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **(headers or {})}
     for attempt in range(server.retries + 1):
         try:
-            with urllib.request.urlopen(request, timeout=server.timeout) as response:
-                return json.loads(response.read())
-        except HTTPError as error:
-            reason = f"status {error.code} {error.reason}, {_shown(error)}"
-            if error.code < 500 and error.code not in MAY_PASS:
+            with start_blocking_portal() as portal:  # an event loop of its own, wherever this is called
+                status, answer = portal.call(_post, url, body, headers, server.timeout)
+            if status in OK:
+                return json.loads(answer)
+            reason = f"status {status}, {_first_line(answer)!r}"
+            if status < 500 and status not in MAY_PASS:
                 raise RewardError(
                     f"{redacted(url)}: the reward server refuses: {reason}. Fix the URL or the server, and "
                     "run the same command again."
-                ) from None
-        # refused connections and timeouts are OSErrors; an answer cut short is an HTTPException
-        except (OSError, ValueError, HTTPException) as error:
+                )
+        except TimeoutError:
+            reason = "timed out"
+        except (HTTPError, OSError, ValueError) as error:  # an answer cut short, or no JSON
             reason = str(error)
+        except RecursionError:
+            reason = "its JSON is nested too deeply"
         if attempt < server.retries:
             time.sleep(PAUSE_SECONDS * 2**attempt)
     raise RewardError(
@@ -99,10 +111,39 @@ def ask(
     )
 
 
-def _shown(error: HTTPError) -> str:
-    """The body of an error answer. The connection may break while it is read."""
-    try:
-        body = error.read(4 * LONGEST_SHOWN).decode(errors="replace")
-    except (OSError, HTTPException) as broken:
-        return f"and an answer that broke off ({broken})"
-    return f"{body[:LONGEST_SHOWN]!r}"
+async def _post(url: str, body: bytes, headers: Mapping[str, str], timeout: float) -> tuple[int, bytes]:
+    """Status and body of an answer that came whole within `timeout` seconds; of an error its beginning.
+
+    Raises:
+        TimeoutError: it did not.
+        ValueError: it is larger than `LARGEST`.
+    """
+    from anyio import fail_after
+    from httpx import AsyncClient
+
+    with fail_after(timeout):
+        async with (
+            AsyncClient(timeout=None, verify=_certificates()) as client,
+            client.stream("POST", url, content=body, headers=headers) as response,
+        ):
+            if response.has_redirect_location:
+                place = redacted(response.headers["Location"])
+                return response.status_code, f"to {place}: redirects are not followed".encode()
+            answer = bytearray()
+            async for chunk in response.aiter_bytes():
+                answer += chunk
+                if response.status_code not in OK and len(answer) >= LONGEST_ERROR:
+                    break
+                if len(answer) > LARGEST:
+                    raise ValueError(f"its answer is larger than {LARGEST >> 20} MiB")
+            return response.status_code, bytes(answer)
+
+
+@cache
+def _certificates() -> SSLContext:
+    """The system's, as those of a company stand there; loading them takes long."""
+    return create_default_context()
+
+
+def _first_line(answer: bytes) -> str:
+    return next(iter(answer.decode(errors="replace").strip().splitlines()), "")[:LONGEST_SHOWN]

@@ -197,7 +197,7 @@ class Judge:
             return Reply(
                 str(text), int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
             )
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
             raise RewardError(
                 f"{redacted(self.source)} answered {str(answer)[:300]!r}, which is no chat completion. Give "
                 "the URL of an OpenAI-compatible endpoint, such as judge:http://localhost:8000/v1."

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from helpers.jobs import user
 from rlhf.data.schema import PromptRow
 from rlhf.rewards import http as remote
-from rlhf.rewards.http import RewardServerConfig, remote_reward
+from rlhf.rewards.http import RewardServerConfig, ask, remote_reward
 from rlhf.rewards.reward import RewardError
 
 PROMPTS = [
@@ -117,16 +118,86 @@ def test_what_another_try_cannot_change_is_told_at_once_with_what_the_server_sai
     server: Server, status: int
 ) -> None:
     server.answers = [(status, {"detail": "who are you?"})]
-    with pytest.raises(RewardError, match=f"status {status} .*who are you"):
+    with pytest.raises(RewardError, match=f"status {status}, .*who are you"):
         remote_reward(server.url, ASKED)(*ROWS)
     assert len(server.asked) == 1
 
 
 def test_the_last_answer_is_shown_and_retries_are_counted(server: Server) -> None:
     server.answers = [(500, "boom")] * 2
-    with pytest.raises(RewardError, match=r"asked 2 times \(status 500 .*boom.*reward_server.retries=1"):
+    with pytest.raises(RewardError, match=r"asked 2 times \(status 500, .*boom.*reward_server.retries=1"):
         remote_reward(server.url, RewardServerConfig(timeout=5.0, retries=1))(*ROWS)
     assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(server: Server, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """A key that was meant for one host would go to another."""
+    server.answers = [(status, {"scores": [1, 2]})]
+    handler: Any = server.http.RequestHandlerClass
+    end_headers = handler.end_headers
+
+    def leads_elsewhere(self: Any) -> None:
+        self.send_header("Location", server.url + "?elsewhere")
+        end_headers(self)
+
+    monkeypatch.setattr(handler, "end_headers", leads_elsewhere)
+    with pytest.raises(RewardError, match=rf"refuses: status {status}, 'to http://.*are not followed"):
+        ask(server.url, b"{}", ASKED, {"Authorization": "Bearer secret"})
+    assert len(server.asked) == 1
+
+
+def test_only_the_first_line_of_an_error_is_shown(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "dumps", lambda said: said if isinstance(said, str) else "{}")
+    server.answers = [(404, "no such model\nTraceback ...\n")]
+    with pytest.raises(RewardError, match=r"status 404, 'no such model'\. Fix"):
+        remote_reward(server.url, ASKED)(*ROWS)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    ["1" + "0" * 400, "1" + "0" * 5000, "[" * 200_000, "[]", '"1"', "1e999"],
+    ids=lambda said: said[:9],
+)
+def test_garbage_is_told(server: Server, monkeypatch: pytest.MonkeyPatch, scores: str) -> None:
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda said: said if isinstance(said, str) else dumps(said))
+    server.answers = [(200, f'{{"scores": [{scores}, 1]}}')]
+    ask_once = RewardServerConfig(timeout=5.0, retries=0)
+    if scores == "1e999":  # inf, which whoever uses the scores refuses
+        assert remote_reward(server.url, ask_once)(*ROWS).isinf().tolist() == [True, False]
+        return
+    with pytest.raises(RewardError, match=r"must answer|does not answer, asked 1 times"):
+        remote_reward(server.url, ask_once)(*ROWS)
+
+
+@pytest.mark.parametrize("head", ["", "HTTP/1.1 200 OK\r\n\r\n"], ids=["headers", "body"])
+def test_a_server_that_drips_is_not_waited_for_longer(head: str) -> None:
+    """Each byte comes within the time."""
+    stopped = threading.Event()
+
+    def drip(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection, suppress(OSError):
+            connection.sendall(head.encode())
+            while not stopped.wait(0.02):
+                connection.sendall(b"H")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip, args=(listening,), daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/score"
+        with pytest.raises(RewardError, match=r"asked 1 times \(timed out\).*timeout=0\.3"):
+            remote_reward(url, RewardServerConfig(timeout=0.3, retries=0))(*ROWS)
+        stopped.set()
+        thread.join()
+
+
+def test_an_answer_without_end_is_not_kept(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LARGEST", 1 << 20)
+    server.answers = [(200, {"scores": [0.125] * 1_000_000})]
+    with pytest.raises(RewardError, match="its answer is larger than 1 MiB"):
+        remote_reward(server.url, RewardServerConfig(timeout=5.0, retries=0))(*ROWS)
 
 
 def test_a_silent_server_is_waited_for_as_long_as_the_timeout_says() -> None:
