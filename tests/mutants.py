@@ -1,8 +1,10 @@
 """`make mutants`: break the code in small ways, one at a time, and count what the tests notice.
 
-All mutations of rlhf/losses and rlhf/rl, and 100 of rlhf/ppo and rlhf/training/checkpoint.py, drawn with a
-fixed seed.
-Survivors with their reasons: CONTRIBUTING.md. Ends with 1 below 95%, or when one survives without a reason.
+All mutations of rlhf/losses and rlhf/rl: it ends with 1 if less than 95% are noticed, or if one survives
+without a reason in CONTRIBUTING.md. And 100 of rlhf/ppo and rlhf/training/checkpoint.py, drawn with a fixed
+seed; which ones, changes with the code. Of these only the fast tests beside them are asked, and one in four
+is noticed by slow tests alone, or is a word of a message: it ends with 1 if less than 60% are noticed, which
+says that the tests beside the code became worse.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import sys
 from pathlib import Path
 
 ALL, SOME = ("rlhf.losses.", "rlhf.rl."), ("rlhf.ppo.", "rlhf.training.checkpoint.")
-NUM_DRAWN, SEED, LEAST = 100, 0, 0.95
+NUM_DRAWN, SEED = 100, 0
+LEAST, LEAST_DRAWN = 0.95, 0.6
 KILLED = ("killed", "timeout", "segfault")
 REASONS = Path("CONTRIBUTING.md")
 
@@ -47,12 +50,14 @@ def main() -> None:
     everything = [name for name in known if name.startswith(ALL)]
     drawn = random.Random(SEED).sample(sorted(name for name in known if name.startswith(SOME)), NUM_DRAWN)
     mutmut("run", "--max-children", "2", *drawn)
-    shares = [share(everything), share(drawn)]
+    of_all, of_drawn = share(everything), share(drawn)
     explained = REASONS.read_text(encoding="utf-8")
     found = results()
-    unexplained = [n for n in (*everything, *drawn) if found[n] not in KILLED and n not in explained]
-    if min(shares) < LEAST or unexplained:
+    unexplained = [name for name in everything if found[name] not in KILLED and name not in explained]
+    if of_all < LEAST or unexplained:
         sys.exit(f"below {LEAST:.0%}, or without a reason in {REASONS}: {unexplained}")
+    if of_drawn < LEAST_DRAWN:
+        sys.exit(f"of the drawn ones below {LEAST_DRAWN:.0%}")
 
 
 if __name__ == "__main__":

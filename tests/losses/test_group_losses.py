@@ -168,6 +168,23 @@ def test_the_kl_loss_by_hand() -> None:
     assert of_sequences.item() == pytest.approx((math.exp(0.5) - 1.5 + math.exp(-1.0)) / 3 / 2)
 
 
+@pytest.mark.parametrize(("rows", "total_tokens"), [(1, 4), (2, 0)])
+def test_shapes_that_would_broadcast_and_no_tokens_are_refused(rows: int, total_tokens: int) -> None:
+    with pytest.raises(AssertionError):
+        kl_loss(
+            torch.zeros(2, 3), torch.zeros(2, 3), MASK_BR[:rows], total_tokens=total_tokens, weight_B=None
+        )  # fmt: skip
+
+
+def test_the_kl_loss_of_a_token_that_only_the_policy_knows_earns_no_gradient() -> None:
+    """The reference's log probability is 499 below the policy's: its k3 is cut to that of the limit."""
+    logp_BR = torch.tensor([[-1.0]], requires_grad=True)
+    loss = kl_loss(logp_BR, torch.tensor([[-500.0]]), torch.tensor([[True]]), total_tokens=1, weight_B=None)
+    (gradient_BR,) = torch.autograd.grad(loss, logp_BR)
+    assert loss.item() == pytest.approx(math.expm1(-LOG_RATIO_LIMIT) + LOG_RATIO_LIMIT, rel=1e-5)
+    assert gradient_BR.item() == 0.0
+
+
 def test_the_kl_loss_of_a_token_that_became_impossible_is_finite() -> None:
     logp_BR = torch.tensor([[-500.0]], requires_grad=True)
     loss = kl_loss(logp_BR, torch.tensor([[-1.0]]), torch.tensor([[True]]), total_tokens=1, weight_B=None)

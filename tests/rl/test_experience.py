@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -55,6 +56,13 @@ def test_an_experience_by_hand(replacement: float | None, penalty: float, second
     torch.testing.assert_close(found.advantage_BR, expected_BR, rtol=1e-4, atol=1e-5)
     assert found.score_B is SCORE_B and found.logp_BR is LOGP_BR and found.value_BR is VALUE_BR
     assert found.reference_logp_BR is REFERENCE_BR and len(found) == 2
+
+
+def test_the_penalty_is_of_the_rules_estimator() -> None:
+    """Of the first token log s = -0.5 and of the second 1: exp(log s) - 1 - log s nats, times 0.1."""
+    found = experience(RewardRule(ScoreNormalizer.fixed(4.0, 4.0, None), 0.1, None, 0.0, kl_estimator="k3"))
+    expected = torch.tensor([-0.1 * (math.exp(-0.5) - 0.5), -0.1 * (math.e - 2)])
+    torch.testing.assert_close(found.reward_BR[0, :2], expected)
 
 
 def test_running_moments_are_updated_before_they_are_applied() -> None:

@@ -218,6 +218,7 @@ def test_the_soft_edge_before_the_length_limit() -> None:
     penalty = OverlongPenalty(longest=20, buffer=5, penalty=1.0)
     lengths_B = torch.tensor([1, 15, 16, 18, 20])
     assert penalty(lengths_B).tolist() == pytest.approx([0.0, 0.0, -0.2, -0.6, -1.0])
+    assert penalty(torch.tensor([21, 40])).tolist() == [-1.0, -1.0]
     twice = OverlongPenalty(longest=20, buffer=5, penalty=2.0)
     assert twice(lengths_B).tolist() == pytest.approx([0.0, 0.0, -0.4, -1.2, -2.0])
 
