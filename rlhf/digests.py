@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf.disk import naming, replace_text
+from rlhf.disk import naming, opened, replace_text
 
 MANIFEST = "manifest.json"
 
@@ -36,7 +37,7 @@ _digests_read: dict[tuple[int, ...], str] = {}
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes. Each process reads a file once, and again only after it changed."""
-    with naming(path), path.open("rb") as file:
+    with naming(path), opened(path) as file:
         status = os.fstat(file.fileno())
         state = (status.st_dev, *_state(status))
         if state in _digests_read:
@@ -123,11 +124,20 @@ def weights_digest(directory: Path) -> str:
 
 
 def leads_out(directory: Path, names: Iterable[str]) -> str | None:
-    """The first of these names, or of the links in the directory, that points outside it; None if none
-    does."""
+    """The first of these names, or of the links in the directory, that points outside it or at itself; None
+    if none does."""
     root = directory.resolve()
+
+    def is_inside(name: str) -> bool:
+        try:
+            (root / name).stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return False
+        return Path(os.path.realpath(root / name)).is_relative_to(root)
+
     links = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_symlink()]
-    return next((name for name in (*names, *links) if not (root / name).resolve().is_relative_to(root)), None)
+    return next((name for name in (*names, *links) if not is_inside(name)), None)
 
 
 def files_below(directory: Path) -> Iterator[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,6 +45,29 @@ def naming(path: Path) -> Iterator[None]:
         if found is None or int(found[1]) not in TROUBLE:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """A file to read. To open a named pipe would wait for somebody who writes into it.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        yield file
+
+
+def content_of(path: Path) -> bytes:
+    """Like `Path.read_bytes`, of regular files.
+
+    Raises:
+        OSError: see `opened`.
+    """
+    with opened(path) as file:
+        return file.read()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -7,13 +7,15 @@ import csv
 import gzip
 import io
 import json
+import re
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, AnyStr, NamedTuple
 
 from pydantic import (
     BeforeValidator,
@@ -29,10 +31,16 @@ from rlhf.data.formats import CONVERSATION_COLUMNS, PROMPT_COLUMNS, likely_field
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import RowError
 from rlhf.digests import MANIFEST, digest_of, file_digest
+from rlhf.disk import content_of
 
 SAMPLES_PACKAGE = "rlhf.samples"
 ROW_COLUMNS = {*CONVERSATION_COLUMNS, *PROMPT_COLUMNS, "chosen", "text"}
 """Of which every row has one, unless `fields` names others."""
+LONGEST_ROW, LARGEST_JSON = 4 << 20, 1 << 30
+"""Bytes (of other encodings characters) of a row: a million tokens; and of a .json file, which is read at
+once."""
+BETWEEN = re.compile(r"[\s,]*")
+"""What stands between the rows of an array."""
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
 
@@ -125,7 +133,7 @@ class SourceConfig(Strict):
         """The stage that wrote it, if it is a file of an artifact."""
         try:
             manifest = Path(self.path or "").resolve().with_name(MANIFEST)
-            return str(json.loads(manifest.read_text(encoding="utf-8"))["stage"])
+            return str(json.loads(content_of(manifest))["stage"])
         except (OSError, ValueError, KeyError, TypeError):  # any other file may be called so
             return None
 
@@ -287,20 +295,28 @@ def _is_readable(path: Path) -> bool:
     return suffix in FORMATS and not (compressed and suffix == ".parquet")
 
 
-def _lines(path: Path, key: str, encoding: str | None) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of text, uncompressed. A damaged file is a ConfigError."""
+def _lines(
+    path: Path, key: str, encoding: str | None, longest: int = LONGEST_ROW
+) -> Iterator[tuple[int, bytes | RowError]]:
+    """Numbered lines of text, uncompressed. A longer one is not kept: a small compressed file may hold
+    gigabytes. A damaged file is a ConfigError."""
     number = 0
     try:
         with _opened(path) as file:
             begin = file.read(BEGIN_BYTES)
         encoding = encoding or _recognised(begin, f"{key}: {path.name}")
         with _opened(path) as file:
-            lines: Iterable[bytes] = file
-            if encoding is not None:
+            if encoding is None:
+                lines: Iterator[bytes | None] = _bounded(file.readline, longest)
+            else:
                 text = io.TextIOWrapper(file, encoding=encoding, newline="\n")
-                lines = (line.encode() for line in text)
+                rows = _bounded(text.readline, longest)
+                lines = (None if row is None else row.encode() for row in rows)
             for number, line in enumerate(lines, 1):
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if line is None:
+                    yield number, RowError("too long", f"a row of more than {longest >> 20} MiB.")
+                else:
+                    yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{key}: {path.name}: not {encoding} ({error.reason}). Save the file as "
@@ -313,6 +329,19 @@ def _lines(path: Path, key: str, encoding: str | None) -> Iterator[tuple[int, by
         ) from None
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read ({error.strerror}). {MAY_READ}") from None
+
+
+def _bounded(readline: Callable[[int], AnyStr], longest: int) -> Iterator[AnyStr | None]:
+    """Lines; None for each that is longer."""
+    while line := readline(longest + 1):
+        is_whole = _is_whole(line, longest)
+        yield line if is_whole else None
+        while not is_whole:
+            is_whole = _is_whole(readline(longest + 1), longest)
+
+
+def _is_whole(line: str | bytes, longest: int) -> bool:
+    return len(line) <= longest or line[-1:] in (b"\n", "\n")
 
 
 MAY_READ = "Check that you may read it, and that its disk is sound."
@@ -347,7 +376,7 @@ def _recognised(begin: bytes, where: str) -> str | None:
 
 def _jsonl_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     for number, line in _lines(path, key, encoding):
-        if line.strip():
+        if isinstance(line, RowError) or line.strip():
             yield Unread(f"{path.name} line {number}", line)
 
 
@@ -359,8 +388,14 @@ def _json_row(line: bytes) -> dict[str, Any] | RowError:
     except json.JSONDecodeError as error:
         cut = "" if line.endswith(b"\n") else " The file seems to be cut off here."
         return RowError("broken JSON", f"not valid JSON ({error.msg} at column {error.colno}).{cut}")
-    except RecursionError:
-        return RowError("broken JSON", "nested too deeply to be a row.")
+    except (RecursionError, ValueError) as error:
+        return _not_read(error)
+
+
+def _not_read(error: Exception) -> RowError:
+    """Of JSON without a mistake."""
+    what = "nested too deeply" if isinstance(error, RecursionError) else "it has a number of too many digits"
+    return RowError("broken JSON", f"{what} to be a row.")
 
 
 def _as_row(value: Any) -> dict[str, Any] | RowError:
@@ -386,27 +421,51 @@ def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     Raises:
         ConfigError: it is one object with the rows in it, or spread over lines.
     """
-    lines = list(_lines(path, key, encoding))
-    content = b"".join(line for _, line in lines)
+    content = bytearray()
+    for _, line in _lines(path, key, encoding, LARGEST_JSON):
+        if isinstance(line, RowError) or len(content) + len(line) > LARGEST_JSON:
+            raise ConfigError(
+                f"{key}: {path.name}: more than {LARGEST_JSON >> 20} MiB, which are read at once. Save it as "
+                "JSON lines (.jsonl), which are read row by row."
+            )
+        content += line
     if not content.lstrip().startswith(b"["):
         _check_is_no_object(content, key, path)
         yield from _jsonl_rows(path, key, encoding)
         return
     try:
-        values = json.loads(content.decode())
+        text = content.decode()
+        values = json.loads(text)
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{key}: {path.name} line {line}: {_not_utf8(error)}") from None
+        num_lines = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{key}: {path.name} line {num_lines}: {_not_utf8(error)}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{key}: {path.name} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}). "
             "The file may be cut off; fix it or fetch it again."
         ) from None
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(
+            f"{key}: {path.name} {_first_unread(text)}: {_not_read(error)} Fix it, or save the file as JSON "
+            "lines (.jsonl), of which such rows can be left out."
+        ) from None
     for number, value in enumerate(values, 1):
         yield Unread(f"{path.name} row {number}", _as_row(value))
 
 
-def _check_is_no_object(content: bytes, key: str, path: Path) -> None:
+def _first_unread(text: str) -> str:
+    """Row and line of the first value of an array that cannot be read."""
+    decoder, number, end = json.JSONDecoder(), 0, text.index("[") + 1
+    with suppress(RecursionError, ValueError):
+        while True:
+            number += 1
+            begin = BETWEEN.search(text, end).end()  # type: ignore[union-attr]  # finds the empty text too
+            _, end = decoder.raw_decode(text, begin)
+    line = text.count("\n", 0, begin) + 1
+    return f"row {number} (line {line})"
+
+
+def _check_is_no_object(content: bytes | bytearray, key: str, path: Path) -> None:
     """One object on one line may be a row. An object over several lines, or one that contains the rows, is
     refused."""
     try:
@@ -432,6 +491,8 @@ def _holds_objects(value: Any) -> bool:
 
 def _decoded(path: Path, key: str, encoding: str | None) -> Iterator[str]:
     for number, line in _lines(path, key, encoding):
+        if isinstance(line, RowError):
+            raise ConfigError(f"{key}: {path.name} line {number}: {line}")
         try:
             yield line.decode()
         except UnicodeDecodeError as error:
@@ -446,7 +507,7 @@ def _delimiter(header: str) -> str:
 
 
 def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses cells over 128 KiB
+    csv.field_size_limit(LONGEST_ROW)  # the default refuses cells over 128 KiB
     lines = _decoded(path, key, encoding)
     header = next(lines, "")
     reader = csv.DictReader(chain([header], lines), strict=True, delimiter=_delimiter(header))
@@ -466,9 +527,11 @@ def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
 
 def _txt_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     for number, line in _lines(path, key, encoding):
-        if line.strip():
+        if isinstance(line, RowError) or line.strip():
             try:
-                row: dict[str, Any] | RowError = {"text": line.decode().strip()}
+                row: dict[str, Any] | RowError = (
+                    line if isinstance(line, RowError) else {"text": line.decode().strip()}
+                )
             except UnicodeDecodeError as error:
                 row = _not_utf8(error)
             yield Unread(f"{path.name} line {number}", row)

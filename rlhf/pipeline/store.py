@@ -7,6 +7,7 @@ artifact is verified again without reading it.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ from rlhf.digests import (
     flush,
     leads_out,
 )
-from rlhf.disk import naming
+from rlhf.disk import content_of, naming
 from rlhf.locks import Lock
 from rlhf.printable import printable
 
@@ -109,10 +110,14 @@ def read_manifest(directory: Path) -> Manifest:
     """
     try:
         with naming(directory / MANIFEST):
-            values = json.loads((directory / MANIFEST).read_bytes())
+            values = json.loads(content_of(directory / MANIFEST))
         written_as = int(values["format"])
     except FileNotFoundError:
         raise DamagedError(directory, f"{MANIFEST} is missing") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise DamagedError(directory, f"its {MANIFEST} is no regular file") from None
     except (ValueError, TypeError, KeyError):
         raise DamagedError(directory, f"its {MANIFEST} cannot be read") from None
     if written_as != FORMAT:
@@ -193,7 +198,8 @@ class Store:
         outside = leads_out(path, files)
         if outside is not None:
             raise ConfigError(
-                f"{path}: {outside} leads out of the directory. It was tampered with: remove it."
+                f"{path}: {outside} leads out of the directory, or to itself. It was tampered with: remove "
+                "it."
             )
         there = {name for name in files_below(path) if name != MANIFEST}
         missing = sorted(files.keys() - there)
@@ -271,7 +277,7 @@ class Store:
         """What the newest of those has spent; 0 where it cannot be read, and so is not gone on from."""
         newest = max(self.checkpoints(stage, key).glob(f"step-*/{MANIFEST}"), default=None)
         try:
-            return 0.0 if newest is None else float(json.loads(newest.read_bytes())["seconds"])
+            return 0.0 if newest is None else float(json.loads(content_of(newest))["seconds"])
         except (OSError, ValueError, KeyError, TypeError):
             return 0.0
 
@@ -279,7 +285,7 @@ class Store:
         """Checkpoints of an artifact that differs in nothing but what it was to be made from, in words."""
         for path in sorted((self.root / stage).glob(f".*.checkpoints/step-*/{MANIFEST}")):
             try:
-                other = json.loads(path.read_bytes())["recipe"]
+                other = json.loads(content_of(path))["recipe"]
             except (
                 OSError,
                 ValueError,
@@ -329,7 +335,7 @@ class Store:
         differences: list[list[str]] = []
         for path in (self.root / stage).glob(f"[!.]*/{MANIFEST}"):  # not what is being made
             with suppress(OSError, ValidationError):  # another run replaces it just now, or it is damaged
-                differences.append(_changes(Manifest.model_validate_json(path.read_bytes()).recipe, recipe))
+                differences.append(_changes(Manifest.model_validate_json(content_of(path)).recipe, recipe))
         if not differences:
             return "none was made before"
         fewest = min(differences, key=len)

@@ -37,6 +37,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from rlhf.config import ConfigError, Strict
 from rlhf.digests import MANIFEST, Recipe, digest_of, file_digest, flush, leads_out
+from rlhf.disk import content_of
 from rlhf.distributed.compute import Compute, portable
 from rlhf.distributed.device import host_memory
 from rlhf.distributed.signals import Stopped, StopSignals, leave_stop_seconds
@@ -75,7 +76,7 @@ class CheckpointConfig(Strict):
 def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
     """The manifest of a checkpoint whose files are unchanged; otherwise None, and what is wrong."""
     try:
-        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_bytes())
+        manifest: dict[str, Any] = json.loads(content_of(checkpoint / MANIFEST))
         if manifest["format"] != CHECKPOINT_FORMAT:
             return None, f"written in format {manifest['format']}, this version reads {CHECKPOINT_FORMAT}"
         if (
@@ -87,7 +88,7 @@ def verified(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
             return None, f"{MANIFEST} belongs to {manifest['name']}"
         outside = leads_out(checkpoint, manifest["files"])
         if outside is not None:
-            return None, f"{outside} leads out of its directory"
+            return None, f"{outside} leads out of its directory, or to itself"
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashing lets other threads run
             found = pool.map(lambda name: file_digest(checkpoint / name), manifest["files"])
             for name, digest in zip(manifest["files"], found, strict=True):

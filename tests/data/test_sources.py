@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import ConfigError, Strict, validated
+from rlhf.data import sources
 from rlhf.data.schema import RowError
 from rlhf.data.sources import SourceConfig
 
@@ -172,6 +173,12 @@ GZIPPED = gzip.compress(jsonl([{"text": str(number)} for number in range(5000)])
      "rows). Wanted is a list of objects, [{...}, {...}], or one object a line. If its rows are in a list, "
      "write out that alone: jq '.\"rows\"' x.json > rows.json."),
     ("x.json", b'{\n"prompt": "a"\n}', "x.json is one object (with prompt). Wanted is a list of objects, "),
+    ("x.json", b'[{"prompt": "a"},\n{"n": ' + b"1" * 5000 + b"}]", "sft.data: x.json row 2 (line 2): it has "
+     "a number of too many digits to be a row. Fix it, or save the file as JSON lines"),
+    ("x.json", b'[{"prompt": "a"},\n\n' + b"[" * 100_000, "x.json row 2 (line 3): nested too deeply"),
+    ("x.json", b"[" * 100_000, "x.json row 1 (line 1): nested too deeply to be a row."),
+    ("x.csv", b"prompt\na\n" + b"a" * (5 << 20), "sft.data: x.csv line 3: a row of more than 4 MiB."),
+    ("x.csv", b'prompt\na\n"' + b"a\n" * (3 << 20) + b'"', "x.csv line 3: not valid CSV (field larger than"),
     ("x.csv", b"prompt\na\n\xf6\n", "sft.data: x.csv line 3: not UTF-8 (byte 0xf6 at position 1). Windows"),
     ("x.csv", b'prompt\na\n"open\nb\n', "sft.data: x.csv line 3: not valid CSV (unexpected end of data). Fix "
      "the line, or save the file again."),
@@ -187,6 +194,36 @@ def test_a_broken_file_gives_one_error(name: str, content: bytes, complaint: str
     assert complaint in str(error.value)
     assert str(error.value).startswith(KEY)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", [None, "cp1252"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json", "x.txt"])
+def test_a_row_that_cannot_be_read_is_one_bad_row(name: str, encoding: str | None, tmp_path: Path) -> None:
+    """Whether or not its line ends, and however little of a disk it takes."""
+    rows = [
+        b'{"text": "a"}',
+        b'{"text": "' + b"a" * (9 << 20) + b'"}',
+        b'{"text": "b"}',
+        b"a" * (4 << 20) + b"a",
+    ]
+    if name != "x.txt":
+        rows[2:2] = [b'{"n": ' + b"1" * 5000 + b"}", b'{"n": ' + b"[" * 100_000]
+    content = b"\n".join(rows)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    found = read(tmp_path / name, encoding=encoding)
+    assert [where for where, _ in found] == [f"{name} line {number}" for number in range(1, len(rows) + 1)]
+    said = [str(row) if isinstance(row, RowError) else "a row" for _, row in found]
+    long = "a row of more than 4 MiB."
+    number, depth = "it has a number of too many digits to be a row.", "nested too deeply to be a row."
+    assert said == ["a row", long, *([] if name == "x.txt" else [number, depth]), "a row", long]
+
+
+def test_a_json_file_that_is_read_at_once_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LARGEST_JSON", 1 << 20)
+    for content in (b" " * (1 << 20) + b"[]", b" \n" * (1 << 20) + b"[]"):
+        (tmp_path / "x.json.gz").write_bytes(gzip.compress(content))
+        with pytest.raises(ConfigError, match=r"x.json.gz: more than 1 MiB, which .* Save it as JSON lines"):
+            read(tmp_path / "x.json.gz")
 
 
 @pytest.mark.parametrize("row", [

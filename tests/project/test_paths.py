@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from helpers.chains import Chain, Outcome
 from helpers.store import manifest, sign
+from rlhf.cli.verify import complaints
 from rlhf.config import ConfigError
 from rlhf.digests import MANIFEST, file_digest
 from rlhf.pipeline.store import Store, write_manifest
@@ -29,12 +31,31 @@ def test_a_manifests_names_stay_in_its_directory(tmp_path: Path, name: str) -> N
     assert (artifact / named).exists()
     files = {named: file_digest(artifact / named)}
     write_manifest(artifact, manifest("sft", "key", files=files))
-    with pytest.raises(ConfigError, match=r"leads out of the directory\. It was tampered with"):
+    with pytest.raises(ConfigError, match=r"leads out of the directory, or to itself\. It was tampered with"):
         Store(tmp_path / "store").find("sft", "key")
     sign(artifact, {"format": CHECKPOINT_FORMAT, "name": "key", "files": files})
     checkpoint, complaint = verified(artifact)
     assert checkpoint is None
-    assert complaint == f"{named} leads out of its directory"
+    assert complaint == f"{named} leads out of its directory, or to itself"
+
+
+def test_a_link_to_itself_and_a_pipe_are_named(tmp_path: Path, finished_chain: tuple[Chain, Outcome]) -> None:
+    """Nobody writes into the pipe, so to open it would take for ever."""
+    chain, outcome = finished_chain
+    shutil.copytree(chain.directory / "store", tmp_path / "store", symlinks=True)
+    pipe, loop = (tmp_path / "store" / name / outcome.key(name) for name in ("reward", "sft"))
+    (loop / "loop").symlink_to("loop")
+    (pipe / MANIFEST).unlink()
+    os.mkfifo(pipe / MANIFEST)
+    checkpoint = tmp_path / "store" / "sft" / f".{loop.name}.checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    os.mkfifo(checkpoint / MANIFEST)
+    told = [said for said in complaints(tmp_path / "store") if said is not None]
+    found = {said.partition(" ")[0].rstrip(":"): said for said in told}
+    assert len(told) == 3
+    assert f"{loop}: loop leads out of the directory, or to itself. It was tampered" in found[str(loop)]
+    assert f"{pipe} is damaged: its manifest.json is no regular file. The next" in found[str(pipe)]
+    assert "it is no regular file" in found[str(checkpoint)]
 
 
 def test_an_unlisted_link_leads_out(tmp_path: Path, finished_chain: tuple[Chain, Outcome]) -> None:
