@@ -128,8 +128,10 @@ def vote(experiment: Experiment, noise: float, kills: int) -> dict[str, Any]:
                     del pages[name]
                     continue
                 left, right = (taste(text(page, side)) + chance.gauss(0, noise) for side in ("left", "right"))
-                with page.expect_navigation():
-                    page.keyboard.press("ArrowLeft" if left > right else "ArrowRight")
+                shown = page.input_value("#vote [name=shown]")
+                page.keyboard.press("ArrowLeft" if left > right else "ArrowRight")
+                other = f"#vote [name=shown]:not([value='{shown}']), h1:text('Done')"
+                page.wait_for_selector(other, state="attached")
                 confirmed += 1
                 if "enough votes" in page.inner_text("main"):
                     pages = {}

@@ -24,6 +24,7 @@ class Progress(NamedTuple):
 
     votes: int
     wanted: int
+    """As many as are to be cast, or can be."""
     own: int
     seconds: float | None
     """The median of all pages."""
@@ -86,7 +87,8 @@ class Desk:
         """How far the work is, for an annotator."""
         found = self.snapshot()
         several = [[*said.values()] for said in found.judged_by_several().values()]
+        wanted = min(self.wanted, len(found.counted) + found.open_votes(self.draw))
         return Progress(
-            len(found.counted), self.wanted, sum(vote.annotator == annotator for vote in found.counted),
+            len(found.counted), wanted, sum(vote.annotator == annotator for vote in found.counted),
             found.seconds_per_vote(), krippendorff_alpha(several, IN_ORDER), len(several),
         )  # fmt: skip

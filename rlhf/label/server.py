@@ -8,7 +8,9 @@ and programs that look at links in chats must not use them up.
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.config import ConfigError
+from rlhf.label.connection import Connection, one_line_complaints
 from rlhf.label.desk import BUTTONS, MOST_COMMENT, Desk
 from rlhf.label.server_config import ServerConfig
 
@@ -34,12 +37,14 @@ COOKIE = "rlhf_label"
 WEEK_SECONDS = 7 * 24 * 3600
 MOST_BYTES = 64 * 1024
 """Of a request's body: a comment is the only long thing in it."""
+BODY_SECONDS = 10.0
+"""Time for it."""
 BURST, PER_SECOND = 60, 4.0
 """Requests that one annotator (or one address without a cookie) may make at once, and then."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS: Mapping[str, str] = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",  # not no-referrer, with which forms say `Origin: null`
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -115,12 +120,15 @@ class Guard:
 class Page:
     """The requests that the page answers."""
 
-    def __init__(self, desk: Desk, on_vote: Callable[[int], object], *, is_secure: bool) -> None:
+    def __init__(
+        self, desk: Desk, on_vote: Callable[[int], object], log: Callable[[str], object], *, is_secure: bool
+    ) -> None:
         """Args:
         on_vote: hears how many votes more (or fewer) there are.
+        log: hears what whoever runs it should know.
         is_secure: browsers reach it by https.
         """
-        self.desk, self.on_vote, self.is_secure = desk, on_vote, is_secure
+        self.desk, self.on_vote, self.log, self.is_secure = desk, on_vote, log, is_secure
         self.done = threading.Event()
         self.templates = Environment(
             loader=PackageLoader("rlhf.label", "page"),
@@ -150,6 +158,7 @@ class Page:
                 Middleware(Guard, self.desk.file.annotator_of, site),
                 Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
             ],
+            exception_handlers={sqlite3.OperationalError: self.not_saved},
         )
 
     def render(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
@@ -171,14 +180,23 @@ class Page:
             text="Open the link that you were given; it tells who you are.",
         )
 
+    async def not_saved(self, request: Request, error: Exception) -> Response:
+        """What somebody is told whose vote cannot be written."""
+        self.log(f"{self.desk.stage}: a vote is not saved: {self.desk.file.path}: {error}")
+        text = f"Not saved: {error}. Free some space on the disk of the votes, then vote again."
+        return self.render("message.html", 507, title="Not saved", text=text)
+
     async def form(self, request: Request) -> dict[str, str] | Response:
         """The fields of a form."""
         body = b""
         try:
-            async for part in request.stream():
-                body += part
-                if len(body) > MOST_BYTES:
-                    return PlainTextResponse("That is too long.", 413)
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > MOST_BYTES:
+                        return PlainTextResponse("That is too long.", 413)
+        except TimeoutError:
+            return PlainTextResponse("That took too long.", 408)
         except ClientDisconnect:
             return PlainTextResponse("", 400)
         try:
@@ -273,6 +291,12 @@ class Page:
         annotator = self.annotator(request)
         if annotator is None:
             return self.stranger()
+        fields = await self.form(request)
+        if isinstance(fields, Response):
+            return fields
+        shown = self.desk.page(annotator)
+        if shown is not None and fields.get("shown") != str(shown.id):
+            return self.show(annotator, "That page was old, so nothing was taken back.")
         before = self.desk.progress().votes
         if not self.desk.undo(annotator):
             return self.show(annotator, "There is no vote of yours to take back.")
@@ -302,24 +326,25 @@ def serve(
         return
     root = config.url or f"http://{_shown_host(config.host)}:{port}"
     log(
-        f"{desk.stage}: the page is at {root}/ until there are {desk.wanted} votes; Ctrl-C publishes "
-        f"what is there"
+        f"{desk.stage}: the page is at {root}/ until there are {desk.progress().wanted} votes; Ctrl-C "
+        "publishes what is there"
     )
     for annotator in desk.annotators:
         token = desk.file.invite(annotator, again=annotator in config.new_links)
         how = (
-            "has a link already; for a new one: server.new_links"
+            f"has a link already; for a new one: {desk.stage}.server.new_links=[{annotator}]"
             if token is None
             else f"{root}/enter/{token}"
         )
         log(f"{desk.stage}: {annotator}: {how}")
-    page = Page(desk, on_vote, is_secure=root.startswith("https:"))
+    page = Page(desk, on_vote, log, is_secure=root.startswith("https:"))
     hosts = ["*"] if host not in LOOPBACK else [*LOOPBACK, "[::1]"]
     if host in LOOPBACK and config.url:
         hosts.append(str(urlsplit(config.url).hostname))
     server = uvicorn.Server(
         uvicorn.Config(
             page.app(hosts, urlsplit(config.url).netloc if config.url else None),
+            http=Connection,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -330,15 +355,16 @@ def serve(
         )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        while not page.done.wait(0.2) and not (stop and stop.is_set()):
-            if not thread.is_alive():
-                raise RuntimeError("the server of the page ended by itself")
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
+    with one_line_complaints(lambda text: log(f"{desk.stage}: {text}")):
+        thread.start()
+        try:
+            while not page.done.wait(0.2) and not (stop and stop.is_set()):
+                if not thread.is_alive():
+                    raise RuntimeError("the server of the page ended by itself")
+        finally:
+            server.should_exit = True
+            thread.join()
+            listener.close()
 
 
 def _listener(config: ServerConfig) -> socket.socket:

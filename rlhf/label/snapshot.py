@@ -191,8 +191,15 @@ class Snapshot:
 
     def open_pairs(self, draw: Draw) -> int:
         """How many pairs still want a vote."""
+        return sum(wanted > 0 for wanted in self._open(draw))
+
+    def open_votes(self, draw: Draw) -> int:
+        """How many votes all pairs still want."""
+        return sum(self._open(draw))
+
+    def _open(self, draw: Draw) -> list[int]:
         said = Counter(vote.pair.id for vote in self.counted)
-        return sum(said[pair] < wanted for pair, wanted in draw.wanted.items())
+        return [max(0, wanted - said[pair]) for pair, wanted in draw.wanted.items()]
 
 
 MACHINE = ":"

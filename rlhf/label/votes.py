@@ -254,10 +254,10 @@ class VotesFile:
             return None
         vote = last[-1]
         run = self._connection.execute
-        run("BEGIN IMMEDIATE")
-        run("INSERT INTO undone VALUES (?, ?)", (vote.id, time.time()))
-        shown = self.show(stage, annotator, vote.pair, vote.left, vote.purpose)
-        run("COMMIT")
+        with self._connection:  # both or neither
+            run("BEGIN IMMEDIATE")
+            run("INSERT INTO undone VALUES (?, ?)", (vote.id, time.time()))
+            shown = self.show(stage, annotator, vote.pair, vote.left, vote.purpose)
         return shown._replace(comment=vote.comment)
 
     def votes(self, stage: str) -> list[Vote]:

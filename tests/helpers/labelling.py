@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import html
+import os
 import re
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import IO
 
 import httpx
 
@@ -21,6 +24,7 @@ from rlhf.label.server import serve
 from rlhf.label.server_config import ServerConfig
 from rlhf.label.votes import VotesFile
 
+TESTS = Path(__file__).parents[1]
 DRAW = DrawConfig(random_share=0.5, overlap_share=0.5, overlap_people=2, check_share=0.0)
 LINK = re.compile(r"label: (\w+): (http://\S+)")
 
@@ -73,9 +77,9 @@ class Browser:
         """Vote for the answer with this word."""
         assert self.vote("left" if word in self.answers[0] else "right").status_code == 200
 
-    def undo(self) -> None:
+    def undo(self, shown: str | None = None) -> None:
         """Take the last vote back."""
-        self.page = self.client.post("/undo")
+        self.page = self.client.post("/undo", data={"shown": shown or self.shown or ""})
 
 
 @contextmanager
@@ -114,6 +118,26 @@ def main() -> None:
     draw = Draw(many(int(count)), DRAW.model_copy(update={"overlap_share": 0.0}), 0, len(people))
     desk = Desk(VotesFile(Path(path)), draw, "label", people, 1000)
     serve(desk, config, lambda text: print(text, flush=True))
+
+
+def start(path: Path, port: int, *people: str, pairs: int = 40) -> subprocess.Popen[str]:
+    """A server in a process of its own."""
+    command = [sys.executable, "-m", "helpers.labelling", str(path), str(port), str(pairs), *people]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS, env=environment)
+
+
+def output_of(process: subprocess.Popen[str]) -> IO[str]:
+    """What it prints."""
+    assert process.stdout is not None
+    return process.stdout
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """With SIGKILL."""
+    process.kill()
+    process.wait()
+    output_of(process).close()
 
 
 def answers_at(url: str) -> None:

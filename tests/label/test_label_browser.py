@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from helpers.browser import complaints, launched, needs_chromium
-from helpers.labelling import many, pair, served
+from helpers.labelling import LINK, answers_at, kill, many, output_of, pair, served, start
 from rlhf.label.votes import votes_in
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 pytestmark = [pytest.mark.slow, needs_chromium]
+OTHER = "#vote [name=shown]:not([value='{shown}']), h1:text('Done')"
+"""Another pair than the one shown, or none."""
 LONG = "A sentence that goes on for a while, so that lines must break. " * 6
 
 
@@ -36,9 +38,10 @@ def enter(page: Page, link: str) -> None:
 
 
 def press(page: Page, key: str) -> None:
-    """Press a key, and wait for the next page."""
-    with page.expect_navigation():
-        page.keyboard.press(key)
+    """Press a key, and wait for the next pair."""
+    shown = page.input_value("#vote [name=shown]")
+    page.keyboard.press(key)
+    page.wait_for_selector(OTHER.format(shown=shown), state="attached")
 
 
 def test_votes_by_keyboard_alone(browser: Browser, tmp_path: Path) -> None:
@@ -84,6 +87,32 @@ def test_votes_by_keyboard_alone(browser: Browser, tmp_path: Path) -> None:
     assert votes[4].choice == votes[4].left and votes[5].choice != votes[5].left
 
 
+def test_a_vote_waits_for_a_server_that_is_down(browser: Browser, tmp_path: Path, port: int) -> None:
+    path = tmp_path / "votes.sqlite"
+    server = start(path, port, "ada")
+    (link,) = dict(LINK.findall(output_of(server).readline() + output_of(server).readline())).values()
+    answers_at(f"http://127.0.0.1:{port}/")
+    page = browser.new_page()
+    enter(page, link)
+    press(page, "1")
+    kill(server)
+    page.keyboard.press("c")
+    page.keyboard.type("typed while it was down")
+    page.keyboard.press("Escape")
+    shown = page.input_value("#vote [name=shown]")
+    page.keyboard.press("t")
+    page.wait_for_selector("[role=status]:focus >> text=The server does not answer. What you did is kept")
+    page.keyboard.press("x")  # is no second vote
+    assert complaints(page) == []
+    server = start(path, port, "ada")
+    page.wait_for_selector(OTHER.format(shown=shown), state="attached")
+    page.close()
+    kill(server)
+    assert [(vote.choice, vote.comment) for vote in votes_in(path, "label")[1:]] == [
+        ("tie", "typed while it was down")
+    ]
+
+
 def test_without_javascript(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "votes.sqlite"
     with served(path, many(4), "ada") as (_, links):
@@ -95,7 +124,7 @@ def test_without_javascript(browser: Browser, tmp_path: Path) -> None:
         page.click("text=Undo")
         page.wait_for_selector("[role=status]:focus")
         page.click("text=Tie")
-        page.wait_for_selector("text=1 of 1000 votes")
+        page.wait_for_selector("text=1 of 4 votes")
         context.close()
     assert [vote.choice for vote in votes_in(path, "label")] == ["tie"]
 

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import html
-import os
+import logging
 import random
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from queue import Queue
-from typing import IO
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from starlette.requests import Request
 
-from helpers.labelling import LINK, Browser, answers_at, many, pair, served
+from helpers.labelling import LINK, Browser, answers_at, kill, many, output_of, pair, served, start
+from rlhf.label import connection
+from rlhf.label import server as label_server
+from rlhf.label.connection import one_line_complaints
 from rlhf.label.draw import DrawConfig
 from rlhf.label.server import BURST, COOKIE, MOST_BYTES, Guard, RateLimit
 from rlhf.label.votes import Vote, VotesFile, votes_in
-
-TESTS = Path(__file__).parents[1]
 
 
 def cast(path: Path) -> list[Vote]:
@@ -218,6 +216,97 @@ def test_only_a_tokens_hash_is_kept(tmp_path: Path) -> None:
         assert old.status_code == 403, "who is no annotator of this run has no page"
 
 
+def test_an_old_page_takes_nothing_back(tmp_path: Path) -> None:
+    """Such as the one to which a browser's Back leads after Undo."""
+    path = tmp_path / "votes.sqlite"
+    with served(path, many(4), "ada") as (_, links):
+        ada = Browser(links["ada"])
+        ada.vote("left")
+        ada.vote("left")
+        old = ada.shown
+        ada.undo()
+        ada.undo(shown=old)
+        assert "That page was old, so nothing was taken back." in ada.text
+        assert len(cast(path)) == 1
+        ada.undo()
+        assert cast(path) == []
+
+
+def test_the_bar_counts_votes_that_can_be_cast(tmp_path: Path) -> None:
+    twice = DrawConfig(random_share=1.0, overlap_share=1.0, overlap_people=2, check_share=0.0)
+    with served(tmp_path / "votes.sqlite", many(5), "ada", "ben", wanted=300, draw=twice) as (_, links):
+        ada = Browser(links["ada"])
+        assert "0 of 10 votes" in ada.text
+        ada.vote("skip")
+        assert "0 of 10 votes" in ada.text
+        ada.vote("left")
+        assert "1 of 10 votes" in ada.text
+    with served(tmp_path / "votes.sqlite", many(5), "ada", "ben", wanted=3, draw=twice) as (_, _):
+        assert "0 of 3" not in ada.text
+
+
+def test_a_full_disk_is_told_and_the_vote_can_be_cast_again(tmp_path: Path) -> None:
+    path = tmp_path / "votes.sqlite"
+    with served(path, many(40), "ada") as (desk, links):
+        ada, run = Browser(links["ada"]), desk.file._connection.execute
+        run(f"PRAGMA max_page_count = {run('PRAGMA page_count').fetchone()[0]}")
+        while ada.page.status_code == 200:
+            page = ada.page
+            ada.vote("left", "why " * 1000)
+        assert ada.page.status_code == 507
+        assert "Not saved: database or disk is full. Free some space" in ada.text
+        run("PRAGMA max_page_count = 4294967294")
+        before, ada.page = len(cast(path)), page
+        assert ada.vote("left", "why " * 1000).status_code == 200
+        assert len(cast(path)) == before + 1
+
+
+def test_connections_that_ask_nothing_lock_nobody_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither many nor few: all are ended in the end, and a connection that is used is not."""
+    monkeypatch.setattr(connection, "REQUEST_SECONDS", 2.0)
+    with served(tmp_path / "votes.sqlite", many(4), "ada") as (_, links), ExitStack() as opened:
+        address = urlsplit(links["ada"])
+        idle = [
+            opened.enter_context(socket.create_connection((address.hostname, address.port), timeout=30))
+            for _ in range(connection.MOST_CONNECTIONS + 300)
+        ]
+        for each in idle[-5:]:
+            each.sendall(b"GET / HTTP/1.1\r\nHost: local")
+        ada = Browser(links["ada"])
+        assert ada.vote("left").status_code == 200
+        for each in idle:
+            with suppress(ConnectionResetError):
+                assert each.recv(1) == b""
+        assert ada.vote("left").status_code == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_server, "BODY_SECONDS", 0.2)
+    with served(tmp_path / "votes.sqlite", many(4), "ada") as (_, links):
+        address = urlsplit(links["ada"])
+        with socket.create_connection((address.hostname, address.port), timeout=30) as slow:
+            slow.sendall(b"POST /enter HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\ntoken")
+            assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_complaint_is_one_line_and_not_said_again() -> None:
+    said: list[str] = []
+    with one_line_complaints(said.append):
+        for _ in range(5):
+            try:
+                raise OSError(24, "Too many open files")
+            except OSError:
+                logging.getLogger("asyncio").exception("socket.accept() out of\nsystem resource")
+        logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+        logging.getLogger("uvicorn.error").info("Started")
+    assert said == [
+        "socket.accept() out of: OSError: [Errno 24] Too many open files", "Invalid HTTP request received."
+    ]  # fmt: skip
+
+
 def test_too_many_requests_wait() -> None:
     now = 0.0
     limit = RateLimit(lambda: now)
@@ -237,30 +326,6 @@ def test_a_stranger_with_many_guesses_is_slowed(tmp_path: Path) -> None:
             }
         assert codes == {403, 429}
         assert Browser(links["ada"]).page.status_code in (200, 429)
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        found = taken.getsockname()[1]
-    yield found
-
-
-def start(path: Path, port: int, *people: str, pairs: int = 40) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "helpers.labelling", str(path), str(port), str(pairs), *people]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS, env=environment)
-
-
-def output_of(process: subprocess.Popen[str]) -> IO[str]:
-    assert process.stdout is not None
-    return process.stdout
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    output_of(process).close()
 
 
 def test_sqlite_writes_each_vote_to_the_disk_before_it_says_so(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-// Keys for the buttons that are on the page anyway. Without this script everything works, by Tab and Enter.
+// Keys for the buttons that are on the page anyway, and votes that wait for a server that is down. Without this
+// script everything else works, by Tab and Enter.
 "use strict";
 
 const KEYS = {
@@ -9,11 +10,9 @@ const KEYS = {
   s: "skip",
 };
 const STORED = "rlhf-label-keys";
+const AGAIN = 2000; // milliseconds
 
-const form = document.getElementById("vote");
-const undo = document.getElementById("undo");
-const comment = document.getElementById("comment");
-const toggle = document.getElementById("use-keys");
+let form, undo, comment, toggle;
 let isSent = false; // a second key before the next page comes is no second vote
 
 function stored() {
@@ -56,17 +55,75 @@ function onKey(event) {
   }
 }
 
-function onSubmit(event) {
-  if (isSent) event.preventDefault();
+async function onSubmit(event) {
+  event.preventDefault();
+  if (isSent) return;
   isSent = true;
+  const body = new URLSearchParams(new FormData(event.target));
+  if (event.submitter?.name) body.append(event.submitter.name, event.submitter.value);
+  for (;;) {
+    let said = "The server does not answer.";
+    try {
+      const response = await fetch(event.target.action, { method: "POST", body });
+      const text = await response.text();
+      if (response.status < 429) {
+        show(text);
+        return;
+      }
+      said = parsed(text).querySelector("main p, body")?.textContent ?? said;
+    } catch { // nobody is there; the vote counts once, however often it is sent
+    }
+    notice(`${said} What you did is kept on this page, and is sent again until it is saved.`);
+    await new Promise((done) => { setTimeout(done, AGAIN); });
+  }
 }
 
-if (form) {
+function parsed(text) {
+  return new DOMParser().parseFromString(text, "text/html");
+}
+
+function show(text) {
+  const page = parsed(text);
+  document.title = page.title;
+  document.body.replaceWith(page.body);
+  scrollTo(0, 0);
+  focus(document.querySelector("[autofocus]") ?? document.querySelector("h1"));
+  setUp();
+}
+
+function notice(text) {
+  let place = document.querySelector(".notice");
+  if (!place) {
+    place = document.createElement("p");
+    place.className = "notice";
+    place.setAttribute("role", "status");
+    document.querySelector("h1").after(place);
+  }
+  if (place.textContent !== text) {
+    place.textContent = text;
+    focus(place);
+  }
+}
+
+function focus(element) { // so that it is read aloud
+  if (!element) return;
+  element.tabIndex = -1;
+  element.focus();
+}
+
+function setUp() {
+  form = document.getElementById("vote");
+  isSent = false;
+  if (!form) return;
+  undo = document.getElementById("undo");
+  comment = document.getElementById("comment");
+  toggle = document.getElementById("use-keys");
   document.getElementById("keys").hidden = false;
   toggle.checked = stored() !== "off";
   toggle.addEventListener("change", () => store(toggle.checked ? "on" : "off"));
-  document.addEventListener("keydown", onKey);
   form.addEventListener("submit", onSubmit);
   undo.addEventListener("submit", onSubmit);
-  window.addEventListener("pageshow", () => { isSent = false; });
 }
+
+setUp();
+document.addEventListener("keydown", (event) => { if (form) onKey(event); });
