@@ -334,14 +334,11 @@ def _lines(
 def _bounded(readline: Callable[[int], AnyStr], longest: int) -> Iterator[AnyStr | None]:
     """Lines; None for each that is longer."""
     while line := readline(longest + 1):
-        is_whole = _is_whole(line, longest)
-        yield line if is_whole else None
-        while not is_whole:
-            is_whole = _is_whole(readline(longest + 1), longest)
-
-
-def _is_whole(line: str | bytes, longest: int) -> bool:
-    return len(line) <= longest or line[-1:] in (b"\n", "\n")
+        is_long = len(line) > longest and line[-1:] not in (b"\n", "\n")
+        yield None if is_long else line
+        while is_long:
+            line = readline(longest + 1)
+            is_long = len(line) > longest and line[-1:] not in (b"\n", "\n")
 
 
 MAY_READ = "Check that you may read it, and that its disk is sound."
@@ -527,13 +524,12 @@ def _csv_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
 
 def _txt_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
     for number, line in _lines(path, key, encoding):
-        if isinstance(line, RowError) or line.strip():
-            try:
-                row: dict[str, Any] | RowError = (
-                    line if isinstance(line, RowError) else {"text": line.decode().strip()}
-                )
-            except UnicodeDecodeError as error:
-                row = _not_utf8(error)
+        row: dict[str, Any] | RowError
+        try:
+            row = line if isinstance(line, RowError) else {"text": line.decode().strip()}
+        except UnicodeDecodeError as error:
+            row = _not_utf8(error)
+        if isinstance(row, RowError) or row["text"]:
             yield Unread(f"{path.name} line {number}", row)
 
 
