@@ -157,6 +157,11 @@ class PreparedData:
         paths = [self._path(role, split) for split in ROLES[role].splits]
         return role_digest(role, {path.name: file_digest(path) for path in paths})
 
+    def content(self, role: str) -> str | None:
+        """Digest of a role's rows that is the same for another role with these rows; None if it has none."""
+        paths = [self._path(role, split) for split in ROLES[role].splits]
+        return digest_of([file_digest(path) for path in paths]) if all(map(Path.is_file, paths)) else None
+
     def size(self, role: str, split: Split) -> LengthStats:
         """Number of rows in a split, with the lengths of the role's rows; for pairs, of the longer side."""
         report = self._report(role)

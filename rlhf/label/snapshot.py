@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -204,6 +205,8 @@ class Snapshot:
 
 MACHINE = ":"
 """In the name of every annotator that is no person."""
+OF_MACHINE = re.compile(r"(?:rule|reward_model|judge):.+ \([0-9a-f]{8}\)")
+"""Such an annotator's name: see `stages/label.py`."""
 
 
 def imported(sources: Iterable[SourceConfig], key: str) -> Iterator[Given]:
@@ -218,7 +221,13 @@ def imported(sources: Iterable[SourceConfig], key: str) -> Iterator[Given]:
             found = _vote_of(where, raw, key)
             if found is not None:
                 pair, choice = found
-                by = str(raw.get("annotator") or source.name).replace(MACHINE, "-")
+                by = str(raw.get("annotator") or source.name)
+                if OF_MACHINE.fullmatch(by):
+                    raise ConfigError(
+                        f"{key}: {where}: annotator={by}: no person, but a machine's vote. Leave such rows "
+                        "out, or let the machine judge: label.annotator, label.reward."
+                    )
+                by = by.replace(MACHINE, "-")
                 at = _seconds(raw.get("time"), where, key)
                 yield Given(by, pair, choice, "imported", str(raw.get("comment") or ""), at)
 

@@ -21,7 +21,7 @@ from rlhf.pipeline.recipe import kind_of
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage
 from rlhf.pipeline.store import read_manifest
-from rlhf.report.judges import votes
+from rlhf.report.judges import VOTES, votes
 
 MOST_KEYS = 4
 """A run with more differences is another experiment."""
@@ -78,6 +78,8 @@ def worked_before(run: Run) -> Worked | None:
             continue
         typed = set_otherwise(run.changed, summary.get("changed") or ())
         each = Worked(directory.name, summary["stages"], differences(mine, theirs, run.chain, typed))
+        if summary["judged_by"] == VOTES and not asked:
+            continue
         if any(_is_of_judge(key) or key.partition(".")[0] in asked for key in each.differences):
             continue
         if each.differences and (found is None or len(each.differences) < len(found.differences)):

@@ -7,22 +7,33 @@ judges; a verifier does too, as it checks new answers against what the row says.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
+from rlhf.data.prepared import PreparedData
 from rlhf.data.roles import ROLES
 from rlhf.data.schema import PairRow
 from rlhf.evaluation.sampled import Sampled
-from rlhf.pipeline.auto import JUDGE
+from rlhf.pipeline.auto import ENOUGH, JUDGE
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of, last_evaluation
 from rlhf.pipeline.run import Run
 from rlhf.pipeline.stage import Stage, chain_of, named_source
+from rlhf.report.convictions import answers
 from rlhf.rewards.kinds import RewardMix, RewardPart, keyed_parts, parts_of, reward_kind, stage_of
 
 KINDS = {"gold": "gold score", "judge": "judge's score"}
 """Scores of `evaluate` that may judge, the best first: their words."""
 VOTES, VOTES_WORDS = "preferred", "people's votes"
 """The metric of `label` that judges where no score does, and its words."""
+RIGHT_ANSWERS = frozenset({
+    "answer", "answers", "expected", "ground_truth", "reference", "references", "solution", "target",
+    "targets", "test", "test_cases", "tests",
+})  # fmt: skip
+"""Columns whose name says that they hold what is right."""
+MANY_SCORES, SAME = 10, 0.9999
+"""Different scores, and the correlation, from which on two scores are the same one."""
 OWN_SCORE = "score_gain"
 """The metric of `evaluate` by the reward that was learned from."""
 
@@ -43,7 +54,7 @@ def judge_of(run: Run) -> Judge | None:
     for kind, words in KINDS.items():
         source = getattr(run.chain.get(evaluation), kind, None)
         is_known = any(name.startswith(f"{kind}_gain/") for name in metrics)
-        if source is not None and is_known and not any(faults(run, source)):
+        if source is not None and is_known and not any(faults(run, kind, source)):
             return Judge(f"{kind}_gain", words, how_often_right(run, source))
     return None
 
@@ -61,7 +72,9 @@ def no_judge(run: Run) -> str:
     if start not in getattr(stage, "policies", [start]):
         return f"{evaluation}.policies has no {start}, which the others started from: add it."
     sources = {kind: getattr(stage, kind, None) for kind in KINDS}
-    found = [f"{evaluation}.{kind}: {why}" for kind, each in sources.items() for why in faults(run, each)]
+    found = [
+        f"{evaluation}.{kind}: {why}" for kind, each in sources.items() for why in faults(run, kind, each)
+    ]
     if not found:
         found = [
             "The only score is the one that was trained on, which rises whether or not the answers are "
@@ -69,8 +82,8 @@ def no_judge(run: Run) -> str:
         ]
     return (
         f"{' '.join(found)} Name a judge that nothing learned from: {evaluation}.gold (a function, a "
-        f"verifier, a language model), give pairs enough for {evaluation}.judge=auto, or let people "
-        "judge (label)."
+        f"verifier, a language model), give {ENOUGH:,} pairs or more for {evaluation}.judge=auto, or "
+        "let people judge (label)."
     )
 
 
@@ -153,14 +166,22 @@ def unproven(run: Run, reward: str) -> str:
     return f"{found.value:+.2g}, {found.low:+.2g} to {found.high:+.2g} of {found.rows} held-out pairs"
 
 
-def faults(run: Run, source: str | RewardMix | None) -> Iterator[str]:
-    """Why a source cannot judge this run."""
-    taught = [(part.source, part.args) for part in learned_from(run)]
+def faults(run: Run, kind: str, source: str | RewardMix | None) -> Iterator[str]:
+    """Why a source cannot judge this run.
+
+    Args:
+        kind: of `KINDS`, under which `evaluate` names it.
+    """
+    taught = [identity(run, part) for part in learned_from(run)]
     roles = {role for name in made_from(run) for role in preference_roles(run.chain[name])}
     for part in parts_of(source) if source is not None else ():
         reward = stage_of(part.source)
-        if (part.source, part.args) in taught and not is_verifier(part):
+        if is_verifier(part):
+            continue
+        if identity(run, part) in taught:
             yield f"policies learned from {part.source}, so it cannot judge them."
+        elif taught and same_scores(run, kind):
+            yield f"{part.source} scores exactly as what policies learned from, so it cannot judge them."
         elif reward is not None and reward != JUDGE and shares_pairs(run, reward, roles):
             yield f"{reward} learned from the pairs that policies learned from, so it cannot judge them."
         elif reward is not None and (said := unproven(run, reward)):
@@ -169,8 +190,37 @@ def faults(run: Run, source: str | RewardMix | None) -> Iterator[str]:
 
 def shares_pairs(run: Run, reward: str, roles: Collection[str]) -> bool:
     """Whether a reward model learned from the source of one of these roles."""
+    prepared, own = (
+        PreparedData(run.directory / "artifacts" / "prepare"),
+        [*preference_roles(run.chain[reward])],
+    )
     sources = [named_source(run.chain, role) for role in roles]
-    return any(named_source(run.chain, role) in sources for role in preference_roles(run.chain[reward]))
+    copies = {prepared.content(role) for role in roles} - {None}
+    return any(named_source(run.chain, role) in sources or prepared.content(role) in copies for role in own)
+
+
+def identity(run: Run, part: RewardPart) -> tuple[str, str]:
+    """What scores, whatever it is called: a reward model by its place in the store, links followed."""
+    place, stage = part.source.removeprefix("model:"), stage_of(part.source)
+    if stage is not None:
+        place = str(run.directory / "artifacts" / stage)
+    elif place == part.source:
+        return part.source, repr(part.args)
+    return str(Path(place).expanduser().resolve()), repr(part.args)
+
+
+def same_scores(run: Run, kind: str) -> bool:
+    """Whether the scores of a judge are those of the learned reward, but for their scale: then it is the same
+    function under another name."""
+    both = [
+        (row["score"], row[kind])
+        for rows in answers(run).values()
+        for row in rows
+        if row.get("score") is not None and row.get(kind) is not None
+    ]
+    if min((len({*each}) for each in zip(*both, strict=True)), default=0) < MANY_SCORES:
+        return False
+    return abs(statistics.correlation(*zip(*both, strict=True))) > SAME
 
 
 def learned_from(run: Run) -> Iterator[RewardPart]:
@@ -185,8 +235,8 @@ def learned_from(run: Run) -> Iterator[RewardPart]:
 
 
 def is_verifier(part: RewardPart) -> bool:
-    """Whether it checks an answer: `verify:`, or what compares with a column of the prompt's row."""
-    return part.source.startswith("verify:") or bool(reward_kind(part.source).needs(part))
+    """Whether it checks an answer: `verify:`, or what compares with a column of the right answer."""
+    return part.source.startswith("verify:") or bool(RIGHT_ANSWERS & {*reward_kind(part.source).needs(part)})
 
 
 def how_often_right(run: Run, source: str | RewardMix) -> str:

@@ -316,7 +316,8 @@ def reasons(
             yield unsure
             spoiled.add(name)
             continue
-        if name in own and not did_its_own and not is_spoiled:
+        is_gain = name in scored and scored[name].is_judged and scored[name].direction == "better"
+        if name in own and not did_its_own and not is_spoiled and not is_gain:
             why = out_of_sight(run, name) or hardly_moved(run, name)
             if why:
                 yield why

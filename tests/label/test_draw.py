@@ -12,9 +12,10 @@ import pytest
 
 from helpers.labelling import many, pair
 from rlhf.config import ConfigError
+from rlhf.data.sources import SourceConfig
 from rlhf.label.draw import CHECK_AFTER, Draw, DrawConfig
 from rlhf.label.pairs import Pair, pairs_of_answers
-from rlhf.label.snapshot import Snapshot
+from rlhf.label.snapshot import Snapshot, imported
 from rlhf.label.votes import Choice, Given, Purpose, Vote, VotesFile
 
 PLAIN = DrawConfig(random_share=0.3, overlap_share=0.0, overlap_people=2, check_share=0.0)
@@ -122,6 +123,21 @@ def test_a_snapshot_counts_a_person_once_for_a_pair() -> None:
     assert [row["chosen"] for row in machine.rows()] == [four.first]
     assert Snapshot(votes[:-1], {each.id for each in pairs}, None).digest == found.digest
     assert Snapshot(votes[1:], {each.id for each in pairs}, None).digest != found.digest
+
+
+def test_a_machines_votes_are_no_persons(tmp_path: Path) -> None:
+    """Those of another tool's people may have such names."""
+    row = {"prompt": "q", "first": "a", "second": "b", "choice": "first"}
+    for annotator, is_refused in (("rule:python:rw:letters (d7610613)", True), ("mturk:A1", False)):
+        (tmp_path / "votes.jsonl").write_text(json.dumps({**row, "annotator": annotator}) + "\n")
+        source = SourceConfig(path=str(tmp_path / "votes.jsonl"))
+        if is_refused:
+            with pytest.raises(
+                ConfigError, match=r"imports: votes.jsonl line 1: annotator=rule:.*person"
+            ):
+                [*imported([source], "label.imports")]
+        else:
+            assert [vote.annotator for vote in imported([source], "label.imports")] == ["mturk-A1"]
 
 
 def test_wins_of_two_stages_are_counted_by_prompt() -> None:

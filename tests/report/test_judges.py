@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,58 @@ def test_a_function_that_was_learned_from_does_not_judge_and_a_verifier_does(tmp
         chain = stages_of(f"ppo.reward={reward}", "ppo.score.normalize=none", f"evaluate.gold={reward}")
         run = run_of(tmp_path, chain, **GOOD)
         assert outcome(run) == ("worked" if is_told else "cannot be told")
+
+
+COLUMN = """
+def by_column(prompts, completions, {column}, **columns):
+    return [0.0] * len(prompts)
+"""
+
+
+@pytest.mark.parametrize(("column", "word"), [("answer", "worked"), ("category", "cannot be told")])
+def test_a_column_that_holds_no_answer_makes_no_verifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, word: str
+) -> None:
+    name = f"function_of_{column}"
+    (tmp_path / f"{name}.py").write_text(COLUMN.format(column=column))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reward = f"python:{name}:by_column"
+    chain = stages_of(f"ppo.reward={reward}", "ppo.score.normalize=none", f"evaluate.gold={reward}")
+    assert outcome(run_of(tmp_path, chain, **GOOD)) == word
+
+
+def test_a_reward_model_under_another_name_does_not_judge(tmp_path: Path) -> None:
+    """By whatever path it is named, through links."""
+    run = run_of(tmp_path, stages_of(), **GOOD)
+    (tmp_path / "store").mkdir()
+    (run.directory / "artifacts").mkdir(exist_ok=True)
+    (run.directory / "artifacts" / "reward").symlink_to(tmp_path / "store")
+    place = (
+        f"model:{run.directory}/artifacts/reward",
+        f"model:{run.directory}/../{run.directory.name}/artifacts/reward",
+    )
+    for learned, gold in ((None, place[0]), place):
+        overrides = () if learned is None else (f"ppo.reward={learned}", "ppo.score.normalize=none")
+        again = run_of(tmp_path, stages_of(*overrides, f"evaluate.gold={gold}"), **GOOD)
+        assert outcome(again) == "cannot be told", gold
+        assert f"evaluate.gold: policies learned from {gold}, so it cannot judge" in verdict(again)
+
+
+@pytest.mark.parametrize(("scale", "word"), [(2.0, "cannot be told"), (None, "worked")])
+def test_a_function_that_scores_as_the_learned_one_does_not_judge(
+    tmp_path: Path, scale: float | None, word: str
+) -> None:
+    """Whatever calls whatever."""
+    run = run_of(tmp_path, stages_of(), **GOOD)
+    (run.directory / "artifacts" / "evaluate").mkdir(parents=True)
+    rows = [
+        {"policy": "ppo", "response": str(n), "score": n / 7, "gold": n / 7 * scale + 1 if scale else n % 11}
+        for n in range(40)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (run.directory / "artifacts" / "evaluate" / "responses.jsonl").write_text(lines)
+    assert outcome(run) == word
+    assert ("scores exactly as what policies learned from" in verdict(run)) is (word != "worked")
 
 
 def test_dpo_is_judged_by_no_score_of_its_own(tmp_path: Path) -> None:
@@ -170,6 +223,19 @@ def test_gains_over_the_start_and_over_base_stand_side_by_side(tmp_path: Path) -
     add(run, "evaluate", "gold_over_base/ppo", (0.37, 0.3, 0.44))
     said = "Improved: the gold score of the PPO model on new prompts (+0.2 over SFT, +0.37 over base)."
     assert said in verdict(run)
+
+
+def test_a_gain_by_the_judge_is_not_blamed_on_a_reward_that_is_out_of_sight(tmp_path: Path) -> None:
+    """The policy's own held-out score could not tell."""
+    run = run_of(tmp_path, stages_of(), **GOOD | {"ppo": UNKNOWN})
+    run.stages["reward"]["metrics"]["reward/score_deviation"] = 10.0
+    run.stages.setdefault("generate", {"metrics": {}})["metrics"]["generate/score_deviation"] = 0.1
+    assert outcome(run) == "worked" and "To blame" not in verdict(run)
+    for gain in (UNKNOWN, DOWN):
+        worse = run_of(tmp_path, stages_of(), **GOOD | {"ppo": UNKNOWN, "gold": gain})
+        worse.stages["reward"]["metrics"]["reward/score_deviation"] = 10.0
+        worse.stages.setdefault("generate", {"metrics": {}})["metrics"]["generate/score_deviation"] = 0.1
+        assert "To blame is reward: what tells its pairs apart is hardly" in verdict(worse)
 
 
 def test_what_is_not_compared_with_its_start_is_not_judged(tmp_path: Path) -> None:
