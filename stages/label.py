@@ -328,6 +328,14 @@ class LabelStage(Stage):
             elif len(snapshot().counted) < self.votes:
                 self.ask(job, file, draw)
             found = snapshot()
+        elsewhere = sum(vote.pair.id not in draw.pairs for vote in found.counted)
+        if elsewhere and len(self.answering_stages()) == 2:
+            job.progress.console.print(
+                f"{self.name}: {elsewhere} of {len(found.counted)} votes are on other pairs than those that "
+                "it asks about: they make rows, and preferred/STAGE does not count them. Do the votes belong "
+                f"to these answers? Is {self.name}.pairs_per_prompt={self.pairs_per_prompt} large enough?",
+                **PLAIN,
+            )
         if job.ending is not None and not found.counted:
             raise job.ending
         before = self.rows_before(job.inputs)

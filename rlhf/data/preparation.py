@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from rlhf.data.prepared import (
     LEFT_FOR_TRAINING,
     NEAR_DUPLICATE,
     NO_PROMPT,
+    OUTVOTED,
     REPORT,
     SAME_PROMPT,
     TOO_LONG,
@@ -55,16 +57,18 @@ if TYPE_CHECKING:
 ADVICE = {
     LEAK: "What is evaluated is trained on, so it cannot judge. Name prompts in evaluate.prompts that no "
     "stage trains on, or the key of a training set: then prepare sets a share of it aside.",
+    NEAR_DUPLICATE: "What is evaluated is trained on, so it cannot judge. Name prompts in evaluate.prompts "
+    "that no stage trains on.",
     CONTRADICTION: "Nobody knows which of two such rows is right. Were columns exchanged, or labels joined "
     "to the wrong rows?",
     COPIED: "Are the prompts made from whole transcripts? End them before the answer. If the answers are "
     "meant to quote their prompts, set prepare.on_copied_answer=keep.",
 }
-ADVICE[NEAR_DUPLICATE] = ADVICE[LEAK]
 """What to do where more rows went for a reason than are kept."""
 MADE_BY_RUNS = (
-    " A prompt is in the same split in every run, so answers to training prompts are for training alone. Add "
-    "rows with other prompts; held-out rows also come from generate.splits=[train,held_out]."
+    " A prompt is in the same split in every run: answers to training prompts are for training alone, and "
+    "those to prompts of the evaluation for nothing else. Add rows with other prompts; held-out rows also "
+    "come from generate.splits=[train,held_out]."
 )
 JUDGE_TESTS = 1000
 """Most pairs on which the judge is tested: its accuracy is then known to 0.03."""
@@ -421,9 +425,12 @@ class Preparation:
         for role in (self.data[name] for name in names if not self.data[name].prompts_only):
             judgement, is_copy = role.store.judgement, role.store.is_copy
             said = {judgement[number]: number for number in reversed(role.rows) if judgement[number]}
+            times = Counter(judgement)  # of all rows that were read: duplicates are votes too
             contrary = {number: said.get(-judgement[number]) for number in role.rows}
             found = {number: (role, other) for number, other in contrary.items() if other is not None}
-            role.leave_out(CONTRADICTION, found)
+            more = {number: times[judgement[number]] - times[-judgement[number]] for number in found}
+            role.leave_out(OUTVOTED, {number: found[number] for number in found if more[number] < 0})
+            role.leave_out(CONTRADICTION, {number: found[number] for number in found if more[number] == 0})
             if self.on_copied_answer == "drop":
                 role.leave_out(COPIED, {number: None for number in role.rows if is_copy[number]})
         self._leave_near_duplicates_out({*ROLES}, "evaluation", TRAINING)
@@ -443,7 +450,10 @@ class Preparation:
         near = {place: first[self._words(place)] for place in asked if self._words(place) in first}
         long = [place for place in asked if place not in near and self._is_long(place)]
         if long:
-            near |= changed_little(long, filter(self._is_long, self._rows(roles, trained)), self._asked)
+            others = {
+                self._words(place): place for place in self._rows(roles, trained) if self._is_long(place)
+            }
+            near |= changed_little(long, others.values(), self._asked)
         for name in roles:
             found = {
                 number: (self.data[other], n) for (role, number), (other, n) in near.items() if role == name

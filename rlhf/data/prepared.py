@@ -52,6 +52,8 @@ NOT_DROPPED = (FOR_JUDGE, IN_EVALUATION, LEFT_FOR_TRAINING, LEAK, BEYOND_LIMIT, 
 """Reasons of rows that are fine and only belong elsewhere."""
 FAULTS = NEAR_DUPLICATE, CONTRADICTION, COPIED = "near_duplicate", "contradiction", "copied_answer"
 """Of rows that other rows, or their own prompts, show to be wrong. Metrics are called after them."""
+OUTVOTED = "outvoted"
+"""Of rows whose contrary stands there more often, as where several people judged a pair."""
 NUM_EXAMPLES, EXCERPT = 3, 80
 """Examples that are shown, and characters of a text in them."""
 QUANTILES = {"p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
@@ -375,9 +377,14 @@ class RoleData:
     def example(self, number: int, reason: str) -> str:
         """Where a row stands, and what it asks or answers."""
         row = self.store.row(number)
-        answer = copied_answer(row) or text_of(row.exchanges()[0][1] or "")
-        text = " ".join(printable(row.asked() if reason == NEAR_DUPLICATE else answer).split())
-        return f'{self.store.where(number)}: "{text[:EXCERPT]}{"..." * (len(text) > EXCERPT)}"'
+        answers = [text_of(answer or "") for _, answer in row.exchanges()]
+        if isinstance(row, ThumbRow):
+            answers.append("thumb up" if row.thumb else "thumb down")
+        shown = {NEAR_DUPLICATE: [row.asked()], COPIED: [copied_answer(row) or answers[0]]}
+        texts = [" ".join(printable(text).split()) for text in shown.get(reason, [row.asked(), *answers])]
+        cut = EXCERPT // len(texts)
+        said = [f'"{text[:cut]}{"..." * (len(text) > cut)}"' for text in texts]
+        return f"{self.store.where(number)}: {' > '.join(said)}"
 
     def identity(self, number: int) -> str:
         """`prompt_identity` of a row."""
@@ -453,7 +460,8 @@ class RoleData:
     @property
     def bad_share(self) -> float:
         """Of the rows that were read, those that the role could not use, whatever the others are."""
-        return (self.num_dropped - sum(map(self.count, (DUPLICATE, *FAULTS)))) / max(1, self.num_read)
+        others = sum(map(self.count, (DUPLICATE, OUTVOTED, *FAULTS)))
+        return (self.num_dropped - others) / max(1, self.num_read)
 
     def share(self, reason: str) -> float:
         """Of the rows that it would have without a fault, those with this one."""

@@ -13,11 +13,19 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar, Literal, NotRequired, TypedDict, TypeVar
 
+_OPEN, _CLOSE = "[\"'\u2018-\u201e\u2039«¿¡「『]", "[!.,?;:\"'\u2019\u201d\u203a»、。」』؟،؛।…]"
 SENTENCE_MARKS = re.compile(
-    r"[!.,?;:\"'\u2013\u2014\u2018-\u201e\u2039\u203a«»¿¡、。「」『』](?!\d)(?:(?<!\d!)|(?=!*\s*$))"
+    rf"(?<!\S){_OPEN}+(?=\w)|(?<=\S)(?:(?<!\d)|(?!!)|(?=!*\s*$)){_CLOSE}+(?=\s|$)|\s+[!.?؟।]+\s*$"
 )
-"""Marks that do not change what is asked. Before a digit they do, and 5! is not 5 where more follows."""
-POLITE = re.compile("^(?:please |kindly )+|(?: please| thanks| thank you)+$")
+"""Marks before and behind words, that do not change what is asked. Inside of code or a number they do, and
+alone between blanks; 5! is not 5 where more follows."""
+FRAME = re.compile(
+    r"^(?:(?:[-*•#>]+|\d+[.)])\s+(?=[^\W\d])|(?:q|question)\s*[:.]\s+)+|^\*\*(?=.*\*\*$)|\*\*$"
+)
+"""That a text is a point of a list, a question, or bold as a whole."""
+POLITE = re.compile(
+    r"^(?:please |kindly |bitte )+|(?: please| bitte| thanks| thank you| thanks in advance| \(please\))+$"
+)
 LONG_WORDS = 30
 """A text with fewer words is a near duplicate of one with the same words alone."""
 SHORTEST_COPY = 40
@@ -241,8 +249,9 @@ def prompt_identity(row: Row) -> str:
 def plain_words(text: str) -> str:
     """In small letters, without marks of sentences and politeness: two prompts that are then equal ask the
     same. Numbers, operators and brackets stay."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return POLITE.sub("", " ".join(SENTENCE_MARKS.sub("", folded).split())) or folded
+    folded = unicodedata.normalize("NFKC", text).casefold().strip()
+    words = SENTENCE_MARKS.sub("", FRAME.sub("", folded)).split()
+    return POLITE.sub("", " ".join(words)) or folded
 
 
 def number_of(*texts: str) -> int:
@@ -257,18 +266,18 @@ def judgement(row: Row) -> int:
         return 0
     answers = [" ".join(text_of(answer or "").split()) for _, answer in row.exchanges()]
     is_positive = row.thumb if isinstance(row, ThumbRow) else answers[0] < answers[1]
-    return number_of(prompt_identity(row), *sorted(answers)) * (1 if is_positive else -1)
+    return number_of(plain_words(row.asked()), *sorted(answers)) * (1 if is_positive else -1)
 
 
 def copied_answer(row: Row) -> str | None:
-    """An answer that stands in its own prompt. To repeat what a tool said, or a whole message of the user, is
-    no sign that the prompt holds its answer."""
+    """An answer that stands in its own prompt. To repeat what a tool or the assistant said before, or a whole
+    message of the user, is no sign that the prompt holds its answer."""
     for prompt, answer in row.exchanges():
         said = text_of(answer or "").strip()
         if len(said) >= SHORTEST_COPY and any(
-            said in each["content"] and (each["role"] == "assistant" or said != each["content"].strip())
+            said in each["content"] and said != each["content"].strip()
             for each in prompt
-            if each["role"] != "tool"
+            if each["role"] not in ("tool", "assistant")
         ):
             return said
     return None

@@ -384,7 +384,7 @@ def _json_row(line: bytes) -> dict[str, Any] | RowError:
         return _not_utf8(error)
     except json.JSONDecodeError as error:
         cut = "" if line.endswith(b"\n") else " The file seems to be cut off here."
-        return RowError("broken JSON", f"not valid JSON ({error.msg} at column {error.colno}).{cut}")
+        return RowError("broken JSON", f"not valid JSON ({error.msg}, column {error.colno}).{cut}")
     except (RecursionError, ValueError) as error:
         return _not_read(error)
 
@@ -438,7 +438,7 @@ def _json_rows(path: Path, key: str, encoding: str | None) -> Iterator[Unread]:
         raise ConfigError(f"{key}: {path.name} line {num_lines}: {_not_utf8(error)}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{key}: {path.name} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}). "
+            f"{key}: {path.name} line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}). "
             "The file may be cut off; fix it or fetch it again."
         ) from None
     except (RecursionError, ValueError) as error:

@@ -22,7 +22,7 @@ GROWN = 2.0
 
 ASKS_OTHERWISE = (
     "it asks the base model otherwise than its tokenizer's own template, and no stage trained the model on "
-    "this one. Leave model.chat_template out, or start from sft."
+    "this one. Set model.chat_template=null, or start from sft."
 )
 
 

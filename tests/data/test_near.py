@@ -27,8 +27,8 @@ STORY = (
         ("Write a tweet about the tram.", "Please, write a tweet about the tram!"),
         ("Who was born in 1890?", "Who was born in 1890."),
         ("Please kindly write a tweet about the tram.", "Write a tweet about the tram, please."),
-        ('What is the difference between "its" and "it\'s"?', "What is the difference between its and its?"),
-        ("Explain: why, or why not, trams?", "Explain \u2014 why or why not trams\u2026"),
+        ('What are "its" and "theirs"?', "What are its and theirs?"),
+        ("Explain: why, or why not, trams?", "Explain why or why not trams\u2026"),
         ("\u4ecb\u7ecd\u4e00\u4e0b\u6cd5\u56fd\u3002", "\u4ecb\u7ecd\u4e00\u4e0b\u6cd5\u56fd"),
         ("\u00bfD\u00f3nde est\u00e1 el tranv\u00eda?", "D\u00f3nde esta\u0301 el tranv\u00eda"),
         ("Erkl\u00e4re die Stra\u00dfenbahn.", "erkla\u0308re die STRASSENBAHN"),
@@ -74,6 +74,8 @@ def changed(text: str, *words: tuple[str, str]) -> str:
         (changed(STORY, ("a stranger", "the stranger"), ("loaves of bread", "bread rolls")), True),
         (f"Hello. {STORY} Take your time.", True),
         (changed(STORY, ("1890", "1891")), False),
+        (changed(STORY, ("next page of", "last line of")), False),  # the task
+        (changed(STORY, ("Mara", "Paul")), False),
         (f"{STORY} Use no more than fifty words.", False),  # Jaccard index 0.92, but asks for more
         (changed(STORY, ("swans", "geese"), ("smaller", "larger"), ("mill", "inn"), ("grey", "red")), False),
         (" ".join(STORY.split()[:40]), False),
@@ -99,7 +101,7 @@ def test_long_texts_with_few_other_words_are_found_among_many() -> None:
 
 def test_texts_of_a_template_ask_different_things() -> None:
     (frame,) = long_texts(count=1)
-    asked, *trained = long_texts(f"{frame} Tell me about {{}} and nothing else.", 20, words=1)
+    asked, *trained = long_texts(f"{frame} Tell me about {{}} and nothing else.", MAX_TEXTS + 10, words=1)
     assert found([asked], trained[:1]) == {asked: trained[0]}  # nobody knows that it is a template
     assert found([asked], trained[:MAX_TEXTS]) == {}
     again = changed(asked, ("nothing", "little"))
@@ -108,7 +110,7 @@ def test_texts_of_a_template_ask_different_things() -> None:
 
 def test_a_templates_texts_are_compared_by_what_is_their_own() -> None:
     (frame,) = long_texts(count=1, words=200)
-    trained = [f"{frame} {text}" for text in long_texts(count=21)[1:]]
+    trained = [f"{frame} {text}" for text in long_texts(count=MAX_TEXTS + 11)[1:]]
     asked = changed(trained[7], (trained[7].split()[230], "word"))
     assert found([asked], trained) == {asked: trained[7]}
 

@@ -129,8 +129,8 @@ def test_fields(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("line", "reason", "complaint"), [
     (b'{"prompt": "a", "compl', "broken JSON",
-     "not valid JSON (Unterminated string starting at at column 17). The file seems to be cut off here."),
-    (b'{"prompt": }\n', "broken JSON", "not valid JSON (Expecting value at column 12)."),
+     "not valid JSON (Unterminated string starting at, column 17). The file seems to be cut off here."),
+    (b'{"prompt": }\n', "broken JSON", "not valid JSON (Expecting value, column 12)."),
     (b'{"prompt": "Gr\xf6\xdfe"}\n', "bad encoding",
      "not UTF-8 (byte 0xf6 at position 15). Windows' programs write cp1252 (Windows-1252): name it, "
      "{path: FILE, encoding: cp1252}, or save the file as UTF-8."),

@@ -132,9 +132,7 @@ def test_a_machines_votes_are_no_persons(tmp_path: Path) -> None:
         (tmp_path / "votes.jsonl").write_text(json.dumps({**row, "annotator": annotator}) + "\n")
         source = SourceConfig(path=str(tmp_path / "votes.jsonl"))
         if is_refused:
-            with pytest.raises(
-                ConfigError, match=r"imports: votes.jsonl line 1: annotator=rule:.*person"
-            ):
+            with pytest.raises(ConfigError, match=r"imports: votes.jsonl line 1: annotator=rule:.*person"):
                 [*imported([source], "label.imports")]
         else:
             assert [vote.annotator for vote in imported([source], "label.imports")] == ["mturk-A1"]

@@ -255,6 +255,16 @@ def test_data_that_cannot_be_used_are_told_also_with_a_base_model_that_guesses(t
     assert outcome(run) == "did not work" and "To blame is prepare" in verdict(run)
 
 
+def test_a_tiny_model_without_texts_says_nothing_about_quality(tmp_path: Path) -> None:
+    chain = stages_of("recipe=grpo", "ppo.init=base", "reward.init=base")
+    run = run_of(tmp_path, chain, reward=UP)
+    add(run, "evaluate", "gold_gain/grpo", UP)
+    run.changed = [{"key": "model.kind", "default": "embedded", "value": "tiny"}]
+    assert (outcome(run), verdict(run)) == ("cannot be told", UNTRAINED)
+    run.changed = []
+    assert outcome(run) == "worked"
+
+
 def test_a_base_model_that_guesses_says_nothing_about_quality(tmp_path: Path) -> None:
     for loss, is_untrained in ((5.55, True), (4.0, False)):
         run = run_of(tmp_path, stages_of(), **GOOD | {"gold": DOWN})

@@ -85,7 +85,7 @@ def test_long_texts_and_retention_rows_are_compared_too(bench: Bench) -> None:
     bench.rows["sft"][:3] = [
         {"prompt": STORY, "completion": "yes"}, {"text": "The Fact, is this"},
     ]  # fmt: skip
-    bench.rows["evaluate"][7] = {"prompt": STORY.replace("smaller", "harder")}
+    bench.rows["evaluate"][7] = {"prompt": STORY.replace("grey", "red")}
     bench.rows["texts"][5] = {"text": "the fact is this."}
     bench.rows["questions"][5] = {"question": "Sft 20?", "choices": ["a", "b"], "answer": 0}
     data = bench.prepare()
@@ -132,7 +132,7 @@ def test_an_evaluation_that_is_all_trained_on_is_refused(bench: Bench) -> None:
     )
     assert complaint.endswith(
         "What is evaluated is trained on, so it cannot judge. Name prompts in evaluate.prompts that no stage "
-        "trains on, or the key of a training set: then prepare sets a share of it aside."
+        "trains on."
     )
 
 
@@ -166,8 +166,9 @@ def test_held_out_rows_that_a_run_did_not_write_are_asked_for(bench: Bench) -> N
     bench.sources["sft"] = path = run_file(bench, train)
     assert bench.complaint() == (
         f"sft.data: no rows are left for held_out: {len(train)} read; {len(train)} kept. sft.data={path} was "
-        "written by the stage generate of a run. A prompt is in the same split in every run, so answers to "
-        "training prompts are for training alone. Add rows with other prompts; held-out rows also come from "
+        "written by the stage generate of a run. A prompt is in the same split in every run: answers to "
+        "training prompts are for training alone, and those to prompts of the evaluation for nothing else. "
+        "Add rows with other prompts; held-out rows also come from "
         "generate.splits=[train,held_out]."
     )
 
@@ -198,18 +199,47 @@ def test_pairs_in_both_orders_are_left_out(bench: Bench, role: str) -> None:
         {"prompt": questions()[0], "chosen": "another", "rejected": "0"},  # no contradiction: a third answer
     ]
     bench.prepare()
+    asked = [f"{text[:26]}..." for text in questions()]
+
+    def line(number: int) -> str:
+        return f"{role}.jsonl line {number}"
+
     assert says_of(bench, role, "contradiction") == {
         "count": 4,
         "examples": [
-            f'{role}.jsonl line 6: "5" and {role}.jsonl line 41: "bad"',
-            f'{role}.jsonl line 7: "6" and {role}.jsonl line 42: "bad"',
-            f'{role}.jsonl line 41: "bad" and {role}.jsonl line 6: "5"',
+            f'{line(6)}: "{asked[5]}" > "5" > "bad" and {line(41)}: "{asked[5]}" > "bad" > "5"',
+            f'{line(7)}: "{asked[6]}" > "6" > "bad" and {line(42)}: "{asked[6]}" > "bad" > "6"',
+            f'{line(41)}: "{asked[5]}" > "bad" > "5" and {line(6)}: "{asked[5]}" > "5" > "bad"',
         ],
     }  # fmt: skip
     assert sum(bench.report[role]["kept"].values()) == 39
     assert bench.summary["contradictions"] == bench.summary["dropped"] == 4
     assert (bench.summary["contradiction_share"], bench.summary["bad_share"]) == (4 / 43, 0)
-    assert f'{key}: 4 contradiction ({role}.jsonl line 6: "5" and' in bench.output
+    assert f'{key}: 4 contradiction ({role}.jsonl line 6: "{asked[5]}" > "5"' in bench.output
+
+
+def test_of_a_pair_that_several_people_judged_the_majority_stays(bench: Bench) -> None:
+    """Duplicates are votes too: five say that the first is better, two do not; of others two and two. The
+    second time the question ends with another mark."""
+    first, second, third = bench.rows["pairs"][:3]
+    other_mark = {**first, "prompt": f"{first['prompt']} ."}
+    bench.rows["pairs"] += [first] * 4 + contradicting([other_mark, first])
+    bench.rows["pairs"] += [second, *contradicting([second] * 2), *contradicting([third])]
+    bench.prepare()
+    assert says_of(bench, "pairs", "outvoted")["count"] == 2
+    assert says_of(bench, "pairs", "contradiction")["count"] == 4 == bench.summary["contradictions"]
+    assert bench.summary["bad_share"] == 0
+    assert sum(bench.report["pairs"]["kept"].values()) == 38
+
+
+def test_a_reply_that_the_assistant_repeats_is_no_copy(bench: Bench) -> None:
+    chat = [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": "b"}, {"role": "assistant", "content": ANSWER},
+    ]  # fmt: skip
+    bench.rows["sft"] += [{"messages": chat}]
+    bench.prepare()
+    assert bench.summary["copied_answers"] == 0
 
 
 def test_thumbs_up_and_down_for_the_same_answer_are_left_out(bench: Bench) -> None:
@@ -218,14 +248,16 @@ def test_thumbs_up_and_down_for_the_same_answer_are_left_out(bench: Bench) -> No
     bench.prepare()
     found = says_of(bench, "dpo", "contradiction")
     assert found["count"] == 2
-    assert found["examples"][0] == 'dpo.jsonl line 8: "yes" and dpo.jsonl line 41: "yes"'
+    assert found["examples"][0] == (
+        'dpo.jsonl line 8: "dpo 7" > "yes" > "thumb up" and dpo.jsonl line 41: "DPO 7" > "yes" > "thumb down"'
+    )
 
 
 def copying(role: str, text: str) -> dict[str, Any]:
     """A row of this role whose prompt holds its answer."""
     transcript = [
-        {"role": "user", "content": text}, {"role": "assistant", "content": f"{ANSWER}\n"},
-        {"role": "user", "content": "Thanks."},
+        {"role": "user", "content": f"A chat:\n{text}\n{ANSWER}\n"},
+        {"role": "assistant", "content": "I see."}, {"role": "user", "content": "What was said?"},
     ]  # fmt: skip
     rows: dict[str, dict[str, Any]] = {
         "sft": {"prompt": f"{text}\n\n{ANSWER}", "completion": ANSWER},
