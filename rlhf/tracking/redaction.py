@@ -62,8 +62,13 @@ AUTHORIZATION = re.compile(
     re.I,
 )
 """The value of a header. In prose, words without digits or marks follow "bearer"."""
-QUERY_NAME = re.compile(r"^(?:key|sig|auth)$|signature$", re.I)
-"""Names that mean a secret only in a URL's query."""
+HARMLESS_QUERY = re.compile(
+    r"^(?:a|b|n|v|x|y|page|limit|offset|size|count|seed|top_?[kpn]|temperature|max_?\w*|min_?\w*|model|name|split"
+    r"|subset|config|revision|version|api[-_]version|format|lang(?:uage)?|locale|mode|type|kind|task|stage|run|step"
+    r"|sort|order|timeout|date|time|id|x-amz-(?:date|expires|algorithm|signedheaders))$",
+    re.I,
+)
+"""Names in a URL's query whose value is shown. What others mean nobody knows: ?code= and ?pw= are secrets."""
 
 
 def redacted(value: Any) -> Any:
@@ -129,7 +134,8 @@ def _without_values(text: str) -> str:
     parts, end = [], 0
     for found in ASSIGNMENT.finditer(text):
         word = found[2].removesuffix("\\")  # Hydra wants `=` in a value escaped
-        if found.start() < end or not (says_secret(word) or (found[1] and QUERY_NAME.search(word))):
+        is_unknown = bool(found[1]) and not HARMLESS_QUERY.match(word)
+        if found.start() < end or not (says_secret(word) or is_unknown):
             continue
         if value := VALUE.match(text, found.end()):
             parts += [text[end : found.end()], PLACEHOLDER]
