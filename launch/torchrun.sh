@@ -46,7 +46,8 @@ collector=
 trap 'rm -rf "$RLHF_NOTES"; if [ -n "$collector" ]; then kill "$collector" 2>/dev/null || true; fi' EXIT
 
 if [ "$NNODES" = 1 ]; then # in a file: torchrun's own port would be open to the network
-  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # nor does torchrun open one for the ranks, which do so on 127.0.0.1
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # nor does torchrun open one for the ranks, which
+  export RLHF_MEETING=$RLHF_NOTES             # meet in a file there, that nobody else can read
   meet=(--rdzv-backend=c10d --rdzv-conf=store_type=file "--rdzv-endpoint=$RLHF_NOTES/rendezvous"
     --local-addr=127.0.0.1)
 else

@@ -11,13 +11,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -66,16 +66,18 @@ def launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> 
     with run.alone(".launcher.lock"):  # from now on: the ranks take the other one once they are up
         with run.alone():  # else the ranks' files of a run that goes on would be lost
             pass
-        return _launch(resolved, run_directory, processes)
+        with TemporaryDirectory(prefix="rlhf-") as meeting:  # nobody else can read it
+            return _launch(resolved, run_directory, processes, meeting)
 
 
-def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int) -> int:
+def _launch(resolved: Mapping[str, Any], run_directory: Path, processes: int, meeting: str) -> int:
     directory = run_directory / "ranks"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     environment = os.environ | {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",  # DeepSpeed looks for them; nobody listens there
+        "RLHF_MEETING": meeting,
     }  # fmt: skip
     config = json.dumps(resolved).encode()
     ranks = [_start(rank, config, directory, run_directory, environment) for rank in range(processes)]
@@ -169,10 +171,3 @@ def _verdict(codes: Mapping[int, int], directory: Path) -> int:
     if shown:
         print(shown, file=sys.stderr)
     return codes[first] if codes[first] > 0 else 1
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port

@@ -425,10 +425,17 @@ def leave_group(compute: Compute) -> None:
 
 
 def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
-    """The meeting point for ranks of one host: MASTER_PORT of 127.0.0.1, which no network reaches. By default
-    torch listens on every address of the host."""
+    """The meeting point for ranks of one host: a file in RLHF_MEETING, a directory that our launchers make
+    and nobody else can read. Without one MASTER_PORT of 127.0.0.1, which no network reaches, but every user
+    of this host; by default torch listens on every address of the host."""
     from torch import distributed
 
+    if "RLHF_MEETING" in os.environ:
+        store = distributed.FileStore(  # type: ignore[attr-defined]  # torch's stub lacks it
+            f"{os.environ['RLHF_MEETING']}/store", world_size
+        )
+        store.set_timeout(timeout)
+        return store
     port, listening = int(os.environ["MASTER_PORT"]), None
     if rank == 0:
         listener = socket.socket()

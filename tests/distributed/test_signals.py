@@ -336,6 +336,9 @@ def test_a_hanging_run_ends_after_a_signal(tmp_path: Path, by: str) -> None:
     listening = [each.laddr.ip for pid in (launcher, *ranks.values()) for each in
                  psutil.Process(pid).net_connections() if each.status == "LISTEN"]  # fmt: skip
     assert listening and set(listening) == {"127.0.0.1"}
+    with socket.socket() as stranger:  # any user of this host may try
+        port = int(psutil.Process(ranks[0]).environ()["MASTER_PORT"])
+        assert stranger.connect_ex(("127.0.0.1", port)) != 0, "the ranks meet where nobody else can"
     os.kill(ranks[1], signal.SIGSTOP)
     run.send_signal(signal.SIGTERM)
     if by == "torchrun":  # which waits for its ranks, whatever another signal says
