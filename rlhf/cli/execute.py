@@ -109,7 +109,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         from rlhf.cli.launcher import launch, ranks_wanted
         from rlhf.distributed.compute import leave_group, make_compute
         from rlhf.distributed.heartbeat import Heartbeat
-        from rlhf.distributed.signals import QUIET_SECONDS, Stopped, StopSignals
+        from rlhf.distributed.signals import Stopped, StopSignals
         from rlhf.pipeline.experiment import build_experiment
         from rlhf.pipeline.run import GateError
         from rlhf.pipeline.runner import Pipeline
@@ -132,7 +132,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         why = f"a second signal ({name}) came"
         if not is_second:
             where = f": {heartbeat.place}; {heartbeat.others()}" if heartbeat is not None else ""
-            why = f"{name} came, and no rank has made progress for {QUIET_SECONDS:g} s{where}"
+            why = f"{name} came, and no rank has made progress for {signals.quiet_seconds:.0f} s{where}"
         print(f"\nRank {os.environ.get('RANK', '0')} ends at once: {why}. {KEPT}", file=sys.stderr)
         end_rank(INTERRUPTED if signum == signal.SIGINT else STOPPED)
 
@@ -145,6 +145,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         compute, how = make_compute(
             settings.device, settings.precision, settings.zero, settings.distributed.timeout
         )
+        signals.on_gpu = compute.device.type == "cuda"
         try:
             run_name = compute.broadcast(run_name)  # each rank made its own from the time
             console = RedactingConsole(quiet=not compute.is_main)

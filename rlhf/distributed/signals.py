@@ -23,7 +23,11 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 QUIET_SECONDS = 30.0
-"""After a signal, a run of several ranks ends if no rank makes progress for this time."""
+"""After a signal, a run of several ranks ends if no rank makes progress for this time. On a GPU the time is
+longer, as nothing shows there that a pass goes on."""
+FIRST_START_SECONDS, LONG_STEP = 180.0, 3.0
+"""On a GPU: no less than this, in which NCCL joins the ranks of many hosts; nor than so many times the
+longest step so far."""
 AT_ONCE_SECONDS = 3.0
 """Time that Python has after a second signal to end by itself and report it."""
 AGAIN_SECONDS = 0.1
@@ -69,10 +73,20 @@ class StopSignals:
         self.progress: Callable[[], object] | None = None
         """What all ranks have done so far: two results are equal only if no rank did anything in between.
         None for one rank, which waits for nobody."""
+        self.on_gpu = False
+        self.longest_step = 0.0
+        """Seconds of the longest training step so far."""
         self._put_off = False
         self._handled = Heard()
         self._is_heard, self._is_second = False, False
         """Whether a thread hears signals, and whether it has heard a second one."""
+
+    @property
+    def quiet_seconds(self) -> float:
+        """How long no rank makes progress in a run that is still at work."""
+        if not self.on_gpu:
+            return QUIET_SECONDS
+        return max(QUIET_SECONDS, FIRST_START_SECONDS, LONG_STEP * self.longest_step)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -91,7 +105,7 @@ class StopSignals:
         Args:
             end: ends this process, whatever its main thread does. It gets the signal, and the reason: true if
                 it was a second signal and the main thread did not end within `AT_ONCE_SECONDS`; false if no
-                rank made progress for `QUIET_SECONDS` after the first signal.
+                rank made progress for `quiet_seconds` after the first signal.
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
@@ -127,7 +141,7 @@ class StopSignals:
             now = self.progress()
             if now != seen:
                 moved, seen = time.monotonic(), now
-            elif time.monotonic() - moved >= QUIET_SECONDS:
+            elif time.monotonic() - moved >= self.quiet_seconds:
                 end(first[0], False)
         main, deadline = threading.main_thread().ident, time.monotonic() + AT_ONCE_SECONDS
         assert main is not None

@@ -213,6 +213,7 @@ class Checkpointer:
         """
         self.compute.position["step"] = step
         self._longest_step = max(self._longest_step, time.monotonic() - self._step_start)
+        self.signals.longest_step = max(self.signals.longest_step, self._longest_step)
         signum, due, is_written = self._agreed(step)
         if signum:
             self.log(f"{self.stage}: saving step {step}, then stopping")

@@ -107,6 +107,26 @@ def test_only_a_run_without_progress_is_ended(monkeypatch: pytest.MonkeyPatch) -
     assert heard == [(signal.SIGUSR1, False, None)]  # none of the hundred states is left
 
 
+def test_on_a_gpu_a_pass_may_take_as_long_as_steps_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing shows there that it goes on. It is simulated: no state changes while the step lasts."""
+    monkeypatch.setattr(interrupt, "QUIET_SECONDS", 0.01)
+    monkeypatch.setattr(interrupt, "FIRST_START_SECONDS", 0.02)
+    monkeypatch.setattr(interrupt, "LOOK_SECONDS", 0.01)
+    signals = StopSignals()
+    assert signals.quiet_seconds == 0.01
+    signals.on_gpu, signals.progress = True, list
+    assert signals.quiet_seconds == 0.02
+    signals.longest_step = 60.0
+    assert signals.quiet_seconds == 180.0
+    ended = threading.Event()
+    heard = signals.heard(lambda *_: ended.set())
+    with signals.installed(), heard, pytest.raises(interrupt.Stopped), signals.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not ended.wait(0.2), "the step may finish, and be saved"
+        signals.longest_step = 0.0
+        assert ended.wait(60)
+
+
 def test_whoever_ends_by_itself_is_left_alone() -> None:
     signals = StopSignals()
     with pytest.raises(interrupt.Stopped), signals.installed(), signals.heard(lambda *_: os._exit(1)):
