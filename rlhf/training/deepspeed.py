@@ -272,9 +272,13 @@ def _gathered_weights(modules: Sequence[nn.Module]) -> AbstractContextManager[No
 
 
 def _destroy(engine: Any) -> None:
-    """Let the garbage collector have an engine: no hook and no cache of DeepSpeed's holds it."""
+    """Let the garbage collector have an engine: no hook and no cache of DeepSpeed's holds it. One may outlive
+    its group, as where the error of a stop holds it; then the process ends."""
+    from deepspeed import comm
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Order
 
+    if not comm.is_initialized():
+        return
     engine.destroy()
     cached: Any = vars(Order)["_PartitionedParameterCoordinator__params_to_release"]
     for each in (cached, *(cell.cell_contents for cell in cached.__closure__ or ())):  # under a decorator

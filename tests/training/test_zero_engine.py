@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,28 @@ def test_weights_on_their_way_are_no_obstacle_to_publishing(found: dict[int, Any
 @pytest.mark.slow
 def test_an_engine_that_nobody_needs_is_let_go(found: dict[int, Any]) -> None:
     assert (found[0]["kept"], found[1]["kept"]) == (0, 0)
+
+
+def leave_and_drop(compute: Compute, model: Path) -> list[str]:
+    """As a run that a signal stops: its error holds the engine while the ranks leave each other. What could
+    not be raised."""
+    from deepspeed.comm import comm
+
+    here, said = replace(compute, zero="zero3"), list[str]()
+    policy = load_causal_lm(model, TINY, here.dtype, here.loads_on, here)
+    engine = make_engine(ResponseModel(policy), [(policy.parameters(), OPTIM)], here)
+    sys.unraisablehook = lambda unraisable: said.append(repr(unraisable.exc_value))
+    backend, comm.cdb = comm.cdb, None  # what `leave_group` leaves of it; the ranks of this test go on
+    del policy, engine
+    gc.collect()
+    comm.cdb = backend
+    return said
+
+
+@pytest.mark.slow
+def test_an_engine_that_outlives_its_ranks_is_let_go_in_silence(tiny_model: Path) -> None:
+    ranks = start_ranks(leave_and_drop, 2, tiny_model, timeout=60, seconds=120)()
+    assert ranks == {0: [], 1: []}
 
 
 def learn_or_go_on(compute: Compute, model: Path, directory: Path, zero: Zero, saved_by: int | None) -> int:
