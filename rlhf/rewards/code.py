@@ -1,4 +1,4 @@
-"""Identity of a user's code: the bytes that were imported, and the versions of installed packages."""
+"""Identity of a user's code: what was imported, and the versions of installed packages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from rlhf.config import ConfigError
 from rlhf.digests import PACKAGES, digest_of, file_digest
 
 INSTALLED = {"site-packages", "dist-packages"}
-"""Folders of installed packages, which have versions. All other code is identified by its bytes."""
+"""Folders of installed packages, which have versions. All other code is identified by itself."""
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 _imported: dict[str, tuple[ModuleType, dict[str, str]]] = {}
 """Module -> itself, and `code_on_disk` as it was imported."""
@@ -85,9 +87,10 @@ def _named(source: str, found: dict[str, str]) -> dict[str, str]:
 def code_on_disk(module: str) -> dict[str, str]:
     """Identity of a module's code.
 
-    By bytes: its top-level module or package with every module in it, and everything that these import and
-    that is not installed. By version: installed packages. Not counted: the standard library, this project,
-    and packages whose versions are in every manifest (torch, transformers, ...).
+    By what it does, without comments and docstrings: its top-level module or package with every module in it,
+    and everything that these import and that is not installed. By version: installed packages. Not counted:
+    the standard library, this project, and packages whose versions are in every manifest (torch,
+    transformers, ...).
 
     Returns:
         "" -> a digest of the files; distribution -> its version.
@@ -106,9 +109,26 @@ def code_on_disk(module: str) -> dict[str, str]:
             versions |= {each: importlib.metadata.version(each) for each in distributions}
             continue
         for path in paths:
-            files[f"{name}: {path.relative_to(folder)}"] = file_digest(path)
+            files[f"{name}: {path.relative_to(folder)}"] = _digest_of_code(path)
             waiting += _imports(path)
     return {"": digest_of(files), **versions}
+
+
+def _digest_of_code(path: Path) -> str:
+    """Of a module's syntax tree, so that another docstring or comment trains nothing anew. Docstrings count
+    where the module reads some."""
+    content = path.read_bytes()
+    try:
+        tree = ast.parse(content) if path.suffix == ".py" else None
+    except (SyntaxError, ValueError):  # then nothing has imported it
+        tree = None
+    if tree is None:
+        return file_digest(path)
+    if b"__doc__" not in content and b"getdoc" not in content:
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+    return digest_of(ast.unparse(tree))
 
 
 @cache
