@@ -145,7 +145,7 @@ def _execute(resolved: Mapping[str, Any], run_name: str) -> int:
         compute, how = make_compute(
             settings.device, settings.precision, settings.zero, settings.distributed.timeout
         )
-        signals.on_gpu = compute.device.type == "cuda"
+        signals.on_gpu = compute.device_name.startswith("cuda")  # without torch
         try:
             run_name = compute.broadcast(run_name)  # each rank made its own from the time
             console = RedactingConsole(quiet=not compute.is_main)

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ def readable(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: there is no such file, or it is no YAML mapping; or a key has dashes.
     """
-    for argument in arguments:
-        key = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("--") and "=" in argument and key.partition(".")[0] in shape():
-            raise ConfigError(f"{argument}: a key has no dashes before it: {argument.lstrip('-')}.")
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+        key, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("--") and key.partition(".")[0] in shape():
+            typed = argument if equals or following.startswith("-") else f"{argument} {following}".rstrip()
+            meant = f"{key}={value or typed.partition(' ')[2] or 'VALUE'}"
+            raise ConfigError(f"{typed}: a key has no dashes before it: {meant}.")
     stages = {name for name, value in shape().items() if isinstance(value, dict) and "_target_" in value}
     for argument in arguments:
         name = argument.lstrip("+").partition("=")[0]

@@ -44,7 +44,9 @@ def composed(directory: Path, *arguments: str) -> Outcome:
         (["sft.data=a=b.jsonl"], ["Put quotes around the value: \"sft.data='a=b.jsonl'\""]),
         (["sft.data=a,b.jsonl"], ["\"sft.data='a,b.jsonl'\"", "sft.data=[a,b.jsonl]"]),
         (["ppo.reward=python:m:f(x)"], ["\"ppo.reward='python:m:f(x)'\""]),
-        (["--sft.epochs=3"], ["a key has no dashes before it: sft.epochs=3"]),
+        (["--sft.epochs=3"], ["--sft.epochs=3: a key has no dashes before it: sft.epochs=3."]),
+        (["--model", "tiny"], ["--model tiny: a key has no dashes before it: model=tiny."]),
+        (["--model", "--stage=sft"], ["--model: a key has no dashes before it: model=VALUE."]),
         (["+experiment=nowhere.yaml"], ["nowhere.yaml cannot be read (No such file"]),
     ],
 )
