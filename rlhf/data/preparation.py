@@ -46,7 +46,7 @@ from rlhf.data.prepared import (
 from rlhf.data.roles import JUDGE, ROLES, TRAINING, training_roles
 from rlhf.data.schema import PairRow, Split, drawn, limited
 from rlhf.data.sources import SourceConfig, Sources, lender, own_sources
-from rlhf.data.tokens import Bad, Complaint, Examiner
+from rlhf.data.tokens import TEMPLATE_WITHOUT_TOOLS, Bad, Complaint, Examiner
 from rlhf.data.unlike import unlike
 from rlhf.tracking.progress import Progress
 from rlhf.tracking.redaction import redacted_text
@@ -307,9 +307,12 @@ class Preparation:
     def _bad(self, data: RoleData, where: str, complaint: Complaint, advice: str = "") -> None:
         is_own = lender(self.sources, data.role) is None  # the user never said that others' rows are prompts
         if self.on_bad_row == "error" and is_own:
+            fix = "Fix the row"
+            if complaint.reason == TEMPLATE_WITHOUT_TOOLS:
+                fix = "Take a model whose chat template shows tools, or name one (model.chat_template=FILE)"
             raise ConfigError(
                 f"{data.key}: {where}: {complaint.text.removesuffix('.')}.{advice} "
-                "Fix the row, or set prepare.on_bad_row=drop to leave out such rows."
+                f"{fix}, or set prepare.on_bad_row=drop to leave out such rows."
             )
         data.remove(complaint.reason, where)
 

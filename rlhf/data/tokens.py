@@ -271,6 +271,10 @@ def compact(sequences: Sequence[Encoded]) -> list[Encoded]:
     return [Encoded(numpy.array(each.ids, numpy.int32), each.spans) for each in sequences]
 
 
+TEMPLATE_WITHOUT_TOOLS = "template without tools"
+"""Why a row is refused that is fine itself."""
+
+
 class Complaint(NamedTuple):
     """A `RowError` as plain values."""
 
@@ -510,4 +514,5 @@ class Examiner:
             return compact(encode(self.tokenizer, row))
         except TemplateError as error:  # some refuse a system turn, or two turns of one speaker
             text = f"the chat template refuses the conversation: {error}."
-            return Complaint("refused by template", text)
+            is_fine = isinstance(row, SftRow) and row.uses_tools
+            return Complaint(TEMPLATE_WITHOUT_TOOLS if is_fine else "refused by template", text)

@@ -106,6 +106,7 @@ def test_a_template_that_leaves_tools_out_is_refused_by_row(
     found = chain.run("stage=prepare", "model.chat_template=mine.jinja")
     assert found.code == 2 and complaint in found.err, found.err
     assert "sft.jsonl line 25" in found.err
+    assert "or name one (model.chat_template=FILE)" in found.err and "Fix the row" not in found.err
 
 
 def test_it_is_trained_on_and_its_prompts_are_not_lent(tmp_path: Path) -> None:
