@@ -328,6 +328,10 @@ def check_sources(experiment: Experiment, own: Sequence[str]) -> None:
     missing = [f"{ROLES[role].key} (for {' and '.join(names)})" for role, names in readers.items()]
     why = f" No packaged set is used beside your own data ({', '.join(own)})." if own else ""
     advice = "".join(f" {ROLES[role].advice}" for role in readers if ROLES[role].advice)
+    unread = [("init", name) for name in readers.get("sft", ())]
+    without = [f"{name}.init=base" for name in needed if experiment.stages[name].starts_from() in unread]
+    if without:
+        advice += f" Without SFT: {' '.join(without)}."
     raise ConfigError(
         f"No data for {', '.join(missing)}.{why} Name a source for each: a path, hub:ID or samples:NAME; or "
         f"choose stages that need none, with stage=.{advice}"

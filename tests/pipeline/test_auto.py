@@ -113,6 +113,8 @@ def test_what_is_missing_is_one_error_that_names_the_keys(overrides: str, missin
     assert "\n" not in line
     assert line.startswith(f"No data for {', '.join(missing)}.")
     assert ("beside your own data" in line) == ("mine" in overrides)
+    is_ppo = overrides.startswith("stage=ppo")
+    assert ("Without SFT: reward.init=base ppo.init=base." in line) == is_ppo
 
 
 @pytest.mark.parametrize(
