@@ -16,6 +16,7 @@ import pytest
 from helpers.store import RECIPE, manifest_of, publish
 from rlhf.config import ConfigError
 from rlhf.digests import file_digest
+from rlhf.disk import content_of
 from rlhf.locks import HeldError, Lock
 from rlhf.pipeline.store import KEY_LENGTH, Store, recipe_key
 
@@ -150,7 +151,7 @@ def test_explain_tells_new_and_lost_ingredients_and_skips_damage(store: Store) -
 def test_explain_goes_on_where_another_run_replaces_what_it_reads(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replaced, read = publish(store, {**RECIPE, "seed": 3}).path, Path.read_bytes
+    replaced, read = publish(store, {**RECIPE, "seed": 3}).path, content_of
     publish(store, {**RECIPE, "seed": 3, "version": 2})
 
     def read_too_late(path: Path) -> bytes:
@@ -158,7 +159,7 @@ def test_explain_goes_on_where_another_run_replaces_what_it_reads(
             replaced.rename(replaced.with_name(f".{replaced.name}.replaced"))
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", read_too_late)
+    monkeypatch.setattr("rlhf.pipeline.store.content_of", read_too_late)
     assert store.explain("sft", RECIPE) == "seed: 3 -> 0; version: 2 -> 1"
 
 
