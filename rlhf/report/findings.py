@@ -158,14 +158,15 @@ def all_differ(given: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence
 
 def is_untrained(run: Run) -> bool:
     """Whether the base model knows no more of the task's answers than one that guesses among all tokens, and
-    the data are not at fault themselves. Where no answers are known, whether it is `model=tiny`, and no stage
-    trained it on texts."""
-    if any(gate.outcome == "failed" and kind_of(gate.stage) == "prepare" for gate in run.gates):
+    the data are not at fault themselves. Where no answers are known, whether it is `model=tiny`, no stage
+    trained it on texts, and no gate failed."""
+    failed = [kind_of(gate.stage) for gate in run.gates if gate.outcome == "failed"]
+    if "prepare" in failed:
         return False
     _, metrics = last_evaluation(run.stages)
     before = metrics.get("task_loss/base", run.metrics_of("sft").get("held_out_loss_before"))
     tokens = run.metrics_of("prepare").get("vocabulary_size")
     if before is None:
         is_tiny = any(change["key"] == "model.kind" and change["value"] == "tiny" for change in run.changed)
-        return is_tiny and not any(kind_of(name) == "sft" for name in run.stages)
+        return is_tiny and not failed and not any(kind_of(name) == "sft" for name in run.stages)
     return tokens is not None and before > GUESSES * math.log(tokens)
