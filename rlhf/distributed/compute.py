@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import PositiveFloat
@@ -424,6 +425,11 @@ def leave_group(compute: Compute) -> None:
             os.environ.pop("LOCAL_RANK", None)  # of DeepSpeed's group of one; others believe it
 
 
+MEETINGS = count()
+"""Numbers the groups that this process joins, as in a sweep under torchrun: a rank may join the next one
+while another still holds the file of the last."""
+
+
 def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
     """The meeting point for ranks of one host: a file in RLHF_MEETING, a directory that our launchers make
     and nobody else can read. Without one MASTER_PORT of 127.0.0.1, which no network reaches, but every user
@@ -432,7 +438,7 @@ def store_of_this_host(rank: int, world_size: int, timeout: timedelta) -> Any:
 
     if "RLHF_MEETING" in os.environ:
         store = distributed.FileStore(  # type: ignore[attr-defined]  # torch's stub lacks it
-            f"{os.environ['RLHF_MEETING']}/store", world_size
+            f"{os.environ['RLHF_MEETING']}/store{next(MEETINGS)}", world_size
         )
         store.set_timeout(timeout)
         return store
