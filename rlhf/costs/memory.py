@@ -8,9 +8,10 @@ behind virtual tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from rlhf.costs.hardware import GIB
 from rlhf.costs.model_shape import ModelShape
@@ -19,12 +20,18 @@ from rlhf.costs.setup import CostContext
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import MethodName
 
+if TYPE_CHECKING:
+    from rlhf.generation.vllm import VllmConfig
+
 Kind = Literal["weights", "gradients", "optimizer", "activations", "logits", "KV cache"]
 FP32 = 4
 LOADING = "loading"
 """The first phase of a stage that trains."""
 SAMPLING = "sampling"
 """The phase in which answers are sampled: the one in which vLLM is awake on a GPU."""
+VLLM_SAMPLES = 6
+"""fp32 numbers a token of the vocabulary that vLLM needs to sample: logits, log-probabilities, and for a
+nucleus their sorted copy, its places (of 8 bytes) and its sums."""
 VLLM_GRAPHS = 1.0 * GIB
 """Bytes of vLLM's CUDA graphs, which stay while it sleeps: assumed."""
 
@@ -138,25 +145,30 @@ class Trained:
         return Allocation("gradients", FP32 * count, f"{name}: {billions(count)} x {FP32} B")
 
     def _bucket_sent(self) -> Iterator[Allocation]:
-        """A copy of the bucket, and of stage 3 this rank's part of what comes back."""
-        yield self._bucket("the bucket as it is sent")
-        if self.on.zero in ("zero3", "zero3_offload"):
-            from rlhf.training.deepspeed import bucket_elements
+        """A copy of the bucket, and of stage 3 this rank's part of what comes back. Stage 3 sends a weight
+        that does not fit into the bucket by itself: its gradient, and that in fp32."""
+        from rlhf.training.deepspeed import bucket_elements
 
+        on, largest = self.on, max(each.shape.largest for each, _ in self.sets)
+        is_alone = is_deepspeeds(on) and COSTS[self.peft.method].keeps == "all"
+        if is_alone and largest > bucket_elements(self.parameters):
+            each = on.dtype_bytes + FP32
+            how = f"the largest weight, sent by itself: {billions(largest)} x {each} B"
+            yield Allocation("gradients", each * largest, how)
+            return
+        yield self._bucket("the bucket as it is sent")
+        if is_deepspeeds(on):
             count = bucket_elements(self.parameters)
-            how = f"this rank's part of it: {billions(count)} x {FP32} B{over(self.on.ranks)}"
-            yield Allocation("gradients", FP32 * count / self.on.ranks, how)
+            how = f"this rank's part of it: {billions(count)} x {FP32} B{over(on.ranks)}"
+            yield Allocation("gradients", FP32 * count / on.ranks, how)
 
     def _stepping(self) -> Iterator[Allocation]:
-        """DeepSpeed updates all weights of a model as if they were one: their gradients are laid end to end
-        (unless they are so on the host), and Adam's intermediate results are as large as its moments."""
+        """DeepSpeed updates all weights of a model as if they were one: their gradients are laid end to end,
+        unless they are so on the host."""
         on, count = self.on, self.parameters / self.models
-        offloads, copies = on.zero == "zero3_offload", 4 if is_deepspeeds(on) else 3
-        if not offloads:
+        if on.zero != "zero3_offload":
             how = f"one model's, laid end to end: {billions(count)} x {FP32} B{over(on.ranks)}"
             yield Allocation("gradients", FP32 * count / on.ranks, how)
-        how = f"at work on one model: {billions(count)} x {copies} x {FP32} B{over(on.ranks)}"
-        yield Allocation("optimizer", copies * FP32 * count / on.ranks, how, offloads)
 
     def gradients(
         self, *, passes: int, at_step: bool = False, together: bool = False
@@ -394,9 +406,9 @@ def kept_by_attention(on: CostContext, longest: float, peft: PeftConfig) -> floa
     return b * (query + keys + (query if has_result else 0))
 
 
-def working_per_token(shape: ModelShape, b: int) -> int:
-    """Bytes a token of the layer at work that no graph keeps."""
-    mlp = b * shape.intermediate * (3 if shape.is_gated else 2)
+def working_per_token(shape: ModelShape, b: int, parts: int = 1) -> int:
+    """Bytes a token of the layer at work that no graph keeps; of one of so many ranks that share its MLP."""
+    mlp = b * shape.intermediate * (3 if shape.is_gated else 2) // parts
     return 2 * b * shape.hidden + max(mlp, 2 * FP32 * shape.hidden)
 
 
@@ -435,8 +447,8 @@ def sampling(
     shape, b = on.shape, on.dtype_bytes
     if on.vllm is not None:  # see beside_vllm
         if gathers:
-            how = f"the largest weight, gathered to hand it over: {billions(shape.head)} x {b} B"
-            yield Allocation("weights", b * shape.head, how)
+            how = f"the largest weight, gathered to hand it over: {billions(shape.largest)} x {b} B"
+            yield Allocation("weights", b * shape.largest, how)
         return
     if gathers:
         yield gathered_whole(on) if on.local_sampling == "whole" else gathered_by_layers(on)
@@ -472,6 +484,7 @@ def beside_vllm(on: CostContext, phases: Sequence[MemoryPhase]) -> list[MemoryPh
     awake = [
         Allocation("weights", weight_bytes(on) / share, how),
         Allocation("KV cache", on.vllm.kv_cache_gib * GIB, "vllm.kv_cache_gib"),
+        *([] if on.on_cpu else vllm_pass(on, on.vllm)),
     ]
     graphs = Allocation("activations", VLLM_GRAPHS, "vLLM's CUDA graphs")
     always = [] if on.on_cpu or on.vllm.enforce_eager else [graphs]
@@ -483,6 +496,28 @@ def beside_vllm(on: CostContext, phases: Sequence[MemoryPhase]) -> list[MemoryPh
         )
         for phase in phases
     ]
+
+
+def vllm_pass(on: CostContext, vllm: VllmConfig) -> Iterator[Allocation]:
+    """What vLLM's largest pass needs beside its weights and its cache. It tries one when it is built."""
+    from rlhf.generation.vllm import batched_tokens
+
+    shape, b, tokens = on.shape, on.dtype_bytes, batched_tokens(vllm)
+    each = working_per_token(shape, b, parts=vllm.tensor_parallel)
+    yield Allocation("activations", tokens * each, f"vLLM's largest pass: {tokens} tokens x {each} B")
+    rows, each = vllm.max_num_seqs, b + VLLM_SAMPLES * FP32
+    how = f"vllm.max_num_seqs: {rows} rows x {shape.vocabulary} x {each} B"
+    yield Allocation("logits", rows * shape.vocabulary * each, how)
+
+
+def vllm_row(on: CostContext, vllm: VllmConfig, tokens: int) -> float:
+    """Bytes of vLLM's cache, on each rank, for one row of so many tokens. A rank has at least one head."""
+    from rlhf.generation.vllm import BLOCK_TOKENS
+
+    shape, block = on.shape, BLOCK_TOKENS[on.machine.kind]
+    heads = max(1, shape.kv_heads // vllm.tensor_parallel)
+    each = on.dtype_bytes * 2 * shape.full_layers * heads * shape.head_size
+    return math.ceil(tokens / block) * block * each
 
 
 def folded(on: CostContext) -> Allocation:

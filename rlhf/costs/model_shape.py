@@ -66,8 +66,12 @@ class ModelShape:
     """Parameters of the largest decoder layer."""
     outside: int
     """Parameters outside the decoder layers: embeddings, last norm, an output layer of its own."""
+    largest: int
+    """Parameters of the largest weight."""
     small: int
     """Parameters of tensors with at most `PERSISTENT` elements, which ZeRO-3 does not shard."""
+    full_layers: int
+    """Layers whose cache holds all tokens; others attend to a window."""
     is_lean: bool
     """On CPUs `LeanDecoder` decodes it, from copies of bf16 weights."""
     can_pack: bool
@@ -155,7 +159,9 @@ def counted(model: PreTrainedModel) -> ModelShape:
         has_fused_norm=any(isinstance(module, nn.LayerNorm) for module in norms.values()),
         layer=max(each_layer),
         outside=parameters - sum(each_layer),
+        largest=max(each.numel() for each in model.parameters()),
         small=sum(each.numel() for each in model.parameters() if each.numel() <= PERSISTENT),
+        full_layers=_full_layers(text),
         is_lean=is_lean_kind(model, growing_cache(model)),
         can_pack=may_pack(model),
     )
@@ -195,6 +201,11 @@ def _added_up(name: str, layers: Sequence[Any]) -> Linears:
         layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape for layer in layers
     ]
     return Linears(name, sum(map(sum, shapes)), sum(shape[0] for shape in shapes))
+
+
+def _full_layers(text: PreTrainedConfig) -> int:
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * int(text.num_hidden_layers)
+    return max(1, kinds.count("full_attention"))
 
 
 def _is_norm(module: nn.Module) -> bool:

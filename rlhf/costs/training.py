@@ -100,8 +100,8 @@ def published(on: CostContext, parameters: float) -> list[Allocation]:
     how = f"trained: {billions(parameters)} x {b} B{over(on.ranks)}, at most a file of {amount(FILE_BYTES)}"
     parts = [Allocation("weights", own, how, True)]
     if on.shards_weights:
-        how = f"the largest weight, gathered to write it: {billions(on.shape.head)} x {b} B"
-        parts.append(Allocation("weights", b * min(on.shape.head, parameters), how))
+        how = f"the largest weight, gathered to write it: {billions(on.shape.largest)} x {b} B"
+        parts.append(Allocation("weights", b * min(on.shape.largest, parameters), how))
     return parts
 
 

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 WEIGHTS, CACHE = "weights", "kv_cache"
 """vLLM's names for what it can lose while it sleeps, and get back alone."""
+BATCHED_TOKENS = 8192
+"""Tokens of prompts that an engine on a GPU reads in one pass. When it is built it tries such a pass, to see
+that there is memory for it: `rlhf.costs.memory.beside_vllm` counts that."""
+BLOCK_TOKENS = {"cuda": 16, "cpu": 128}
+"""Tokens of a row for which vLLM gives out its cache at once."""
 PORTIONS = 8
 """In so many portions, at least, an engine takes its share of the prompts. With one portion the engine that
 asks first would get all of the longest."""
@@ -53,8 +58,8 @@ class VllmConfig(Strict):
     max_num_seqs: PositiveInt
     """Responses that one engine decodes together."""
     max_model_len: PositiveInt | None
-    """Tokens of prompt and response together; null uses the model's context. One such row must fit into
-    kv_cache_gib."""
+    """Most tokens of prompt and response together; null uses the longest that the run's stages sample. One
+    such row must fit into kv_cache_gib."""
     enforce_eager: bool
     """Turn torch.compile and CUDA graphs off: starts sooner, decodes more slowly. Always true on CPUs."""
 
@@ -70,6 +75,11 @@ def check_groups(config: VllmConfig, compute: Compute) -> None:
             f"vllm.tensor_parallel={config.tensor_parallel} does not divide the {compute.world_size} "
             "ranks of this run. Use a divisor, or start other ranks (launch.processes)."
         )
+
+
+def batched_tokens(config: VllmConfig) -> int:
+    """Tokens that go through the model in one pass, on a GPU."""
+    return max(BATCHED_TOKENS, config.max_num_seqs)
 
 
 class Vllm:
@@ -95,6 +105,9 @@ class Vllm:
         self._asleep: set[str] = set()
         self._engines = compute.world_size // config.tensor_parallel
         self._rollouts = 0
+        self.longest: int | None = None
+        """Most tokens of prompt and response that the run samples, as far as that is known before the engine
+        is built; None for the model's context."""
 
     @property
     def max_model_len(self) -> int | None:
@@ -332,7 +345,8 @@ class Vllm:
                     kv_cache_memory_bytes=int(config.kv_cache_gib * 2**30),
                     gpu_memory_utilization=0.01,  # vLLM would want it free beside the trainer, and not use it
                     max_num_seqs=config.max_num_seqs,
-                    max_model_len=config.max_model_len,
+                    max_num_batched_tokens=None if compute.device.type == "cpu" else batched_tokens(config),
+                    max_model_len=config.max_model_len or self.longest,
                     # on CPUs a compiled graph would keep packed copies of the weights that it was made with
                     enforce_eager=config.enforce_eager or compute.device.type == "cpu",
                     # beside other ranks it must join their process group, and take its own rank's device

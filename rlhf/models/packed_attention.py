@@ -160,6 +160,13 @@ def _of_one_token(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     return out.view(rows, 1, -1, size)
 
 
+def _wants_own_heads(q: Tensor, k: Tensor) -> bool:
+    """Whether grouped queries, [A, ...] of fewer key heads, get a copy of keys and values for each head. On
+    GPUs only FlashAttention knows groups, and it has no fp32. Without the copies torch would take its math
+    path, which holds all attention weights of a pass."""
+    return q.device.type != "cpu" and q.dtype == torch.float32 and len(k) != len(q)
+
+
 def _has_kernel(query: Tensor) -> bool:
     """Whether FlashAttention 2 can run: it needs an Ampere GPU or newer, 16 bits, and heads of at most
     256."""
@@ -198,6 +205,8 @@ def _by_row(
         places: Tensor = _Spread.apply(x, packed.places_T, rows * longest)  # type: ignore[no-untyped-call]  # torch's
         return places.view(rows, longest, *x.shape[1:]).transpose(1, 2)
 
+    if _wants_own_heads(q, k):
+        k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
     is_windowed = window is not None and window < longest
     out_BALD = functional.scaled_dot_product_attention(
         padded(q), padded(k), padded(v), attn_mask=seen(longest, window, q.device) if is_windowed else None,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.markup import escape
 
 from rlhf.config import ConfigError, said_as
 from rlhf.costs.hardware import GIB, found_machine, kept_speed, quick_speed
-from rlhf.costs.memory import SAMPLING, Allocation, MemoryPhase, amount, over, weight_bytes
+from rlhf.costs.memory import SAMPLING, Allocation, MemoryPhase, amount, over, vllm_row, weight_bytes
 from rlhf.costs.model_shape import ModelShape, counted
 from rlhf.costs.setup import CostContext, LocalSampling, Sizes, pads_rows
 from rlhf.costs.stage_cost import StageCost
@@ -35,8 +36,22 @@ if TYPE_CHECKING:
 
     from rlhf.pipeline.experiment import Settings
 
+FITS = 0.9
+"""Share of the memory up to which something fits: a prediction may be too low by the rest."""
 MARGIN = 1.15
 """A prediction may be too high by this factor; a run is refused only if it would not fit even then."""
+
+
+class Expected(NamedTuple):
+    """What the stages that will run need, as far as it is known before."""
+
+    ways: Mapping[str, LocalSampling] = {}
+    """Stage -> how it samples from sharded weights by the local engine; where it is not named, by layers. All
+    ranks have the same."""
+    seconds: Mapping[str, float] = {}
+    """Stage -> how long it takes."""
+    longest: int | None = None
+    """As of `longest_sampled`, of all stages of the run."""
 
 
 class Begun(NamedTuple):
@@ -55,15 +70,14 @@ def check_before_loading(
     compute: Compute,
     data: PreparedData,
     console: Console,
-) -> tuple[dict[str, LocalSampling], dict[str, float]]:
+) -> Expected:
     """Check what the stages that will run need, and print about how much memory and time that is.
 
     Args:
         pending: those stages, and what an earlier attempt left of each.
 
     Returns:
-        For each stage that samples from sharded weights by the local engine: how. All ranks have the same.
-        And how many seconds each stage will take; of models whose shape is not known, nothing.
+        Of models whose shape is not known, nothing.
 
     Raises:
         ConfigError: this machine cannot run them.
@@ -72,7 +86,7 @@ def check_before_loading(
     for stage in stages:
         stage.check_compute(compute)
     if not any(stage.reads_weights for stage in stages):
-        return {}, {}
+        return Expected()
     import torch
 
     from rlhf.models.peft.attach import check_attachable
@@ -93,7 +107,7 @@ def check_before_loading(
     except UnknownShapeError as unknown:
         unchecked = f"Memory, time, disk and context are not checked: {unknown}."
         console.print(unchecked, style="yellow", highlight=False)
-        return {}, {}  # layer by layer, which needs least
+        return Expected()  # they sample layer by layer, which needs least
     ways: dict[str, LocalSampling] = {}
     for stage in stages:
         if chooses(stage, on):
@@ -114,7 +128,9 @@ def check_before_loading(
         console.print(f"[yellow]preflight:[/] {escape(line)}", highlight=False)
     if any(cost.phases for cost in checked.costs.values()):
         console.print(expectations(checked.costs, on, pending), highlight=False)
-    return ways, seconds_left(checked.costs, pending)
+    needed = [experiment.stages[name] for name in experiment.needed()]
+    longest = None if on.vllm is None else longest_sampled(needed, experiment.stages, on)
+    return Expected(ways, seconds_left(checked.costs, pending), longest)
 
 
 def chooses(stage: Stage, on: CostContext) -> bool:
@@ -127,7 +143,7 @@ def chosen(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> CostCon
     if not chooses(stage, on):
         return on
     whole, layers = (replace(on, local_sampling=way) for way in ("whole", "layers"))
-    return whole if shortage(while_sampling(stage, chain, whole), whole) <= 1.0 else layers
+    return whole if shortage(while_sampling(stage, chain, whole), whole) <= FITS else layers
 
 
 def while_sampling(stage: Stage, chain: Mapping[str, Stage], on: CostContext) -> StageCost:
@@ -272,8 +288,9 @@ def preflight(
         need = shortage(cost, on)
         if need > MARGIN:
             refused.append(f"{said(stage, cost, on)} {advice(stage, chain, on)}{vllm_advice(stage, on)}")
-        elif need > 1.0:
-            warned.append(said(stage, cost, on))
+        elif need > FITS:
+            spare = "" if need > 1.0 else f" It may fail: less than {1 - FITS:.0%} is left."
+            warned.append(f"{said(stage, cost, on)}{spare}")
         on = replace(on, has_sampled=on.has_sampled or stage.samples)
     refused += disk_complaints(costs, disk, checkpoints, begun)
     too_long = context_complaints(stages, costs, chain, on)
@@ -282,7 +299,7 @@ def preflight(
 
 def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None, float]:
     """The phase that needs the largest share of the available memory, whether that is the host's (None
-    without a GPU), and the share. Above 1 the memory is not enough."""
+    without a GPU), and the share."""
     machine = on.machine
     if machine.kind == "cpu":
         phase = cost.peak()
@@ -294,7 +311,7 @@ def tightest(cost: StageCost, on: CostContext) -> tuple[MemoryPhase, bool | None
 
 
 def shortage(cost: StageCost, on: CostContext) -> float:
-    """The largest share of the available memory that any phase needs. Above 1 it is not enough."""
+    """The largest share of the available memory that any phase needs. It fits up to `FITS`."""
     return tightest(cost, on)[2]
 
 
@@ -401,7 +418,7 @@ def fits(
         return False
     changed_chain = {**chain, stage.name: changed}
     setting = chosen(changed, changed_chain, setting)
-    return shortage(changed.cost(context_of(changed, changed_chain, setting), changed_chain), setting) <= 1.0
+    return shortage(changed.cost(context_of(changed, changed_chain, setting), changed_chain), setting) <= FITS
 
 
 def is_taken(stage: Stage, on: CostContext) -> bool:
@@ -421,6 +438,7 @@ def context_complaints(
     """A sequence that is longer than the model, or vLLM where that samples it, can read: for each key that
     the user would lower, what the stage says that has the longest."""
     limit = None if on.vllm is None else on.vllm.max_model_len
+    yield from cache_complaints(max((cost.sampled for cost in costs.values()), default=0), on)
     excess: dict[str, float] = {}
     complaints: dict[str, str] = {}
     for stage in stages:
@@ -444,6 +462,33 @@ def context_complaints(
                 f"model's context has {context:.0f}. Lower it by {more:.0f}."
             )
     yield from complaints.values()
+
+
+def cache_complaints(sampled: int, on: CostContext) -> Iterator[str]:
+    """vLLM's cache has no room for one row.
+
+    Args:
+        sampled: tokens of the longest one that is sampled; 0 if none is.
+    """
+    if on.vllm is None or not sampled:
+        return
+    tokens, given = on.vllm.max_model_len or sampled, on.vllm.kv_cache_gib
+    needed = vllm_row(on, on.vllm, tokens)
+    if needed > given * GIB:
+        lower = " or lower vllm.max_model_len" if on.vllm.max_model_len else ""
+        yield (
+            f"vllm.kv_cache_gib={given:g}: one row of {tokens} tokens needs {amount(needed)} of keys and "
+            f"values on each rank. Use {math.ceil(needed / GIB)} or more{lower}."
+        )
+
+
+def longest_sampled(stages: Iterable[Stage], chain: Mapping[str, Stage], on: CostContext) -> int | None:
+    """Tokens of the longest prompt with its answer that these stages sample; None if that is not known. So
+    long are the rows that vLLM is built for, where `vllm.max_model_len` is null."""
+    costs = [stage.cost(context_of(stage, chain, on), chain) for stage in stages if stage.samples]
+    if not costs or any(not cost.sampled for cost in costs):  # an outsider's stage need not say
+        return None
+    return round(max(min(cost.sampled, cost.context, on.shape.context) for cost in costs))
 
 
 def _owner(stage: Stage, key: str, chain: Mapping[str, Stage]) -> str:

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from rlhf.config import ConfigError, said_as
-from rlhf.costs.setup import LocalSampling
 from rlhf.data.prepared import PreparedData, role_digest
 from rlhf.digests import DirectoryDigest, Recipe
 from rlhf.disk import naming
@@ -32,7 +31,7 @@ from rlhf.pipeline.job import Job
 from rlhf.pipeline.kept_base import kept_base
 from rlhf.pipeline.made_rows import data_of, made_roles, prepare_rows, preparing, roles_read
 from rlhf.pipeline.manifest import content_digest, make_manifest
-from rlhf.pipeline.preflight import Begun, check_before_loading
+from rlhf.pipeline.preflight import Begun, Expected, check_before_loading
 from rlhf.pipeline.rehearsal import rehearse_rewards
 from rlhf.pipeline.run import GateError, GateResult, Run
 from rlhf.pipeline.sampling_engine import make_vllm, without_auto_generation
@@ -90,8 +89,8 @@ class Pipeline:
         """Stages that this run has run. `force=` does not run them again."""
         self.needs_weights = any(stage.reads_weights for stage in stages)
         self.vllm = make_vllm(experiment, compute)
-        self.local_sampling: dict[str, LocalSampling] = {}
-        """How stages sample from sharded weights, as the preflight chose. If it could not: by layers."""
+        self.expected = Expected()
+        """What the preflight found."""
         self._has_begun = False
         self.position = Position(self.results.directory, writes=compute.is_main)
 
@@ -316,7 +315,7 @@ class Pipeline:
             external_digests=self.external_digests[name],
             digest_names={model: stage.digest_name(key) for key, model in stage.models()},
             vllm=self.vllm,
-            local_sampling=self.local_sampling.get(name, "layers"),
+            local_sampling=self.expected.ways.get(name, "layers"),
             experiment=self.experiment,
         )
         if job.checkpoints.newest is None and not forced:
@@ -457,8 +456,10 @@ class Pipeline:
                     stage.check_data(data_of(stage, prepared.path, chain, prepared.path), base)
         self.compute.main_only(lambda: self.check_fits(pending, data, base))
         settings, args = self.experiment.settings, (self.compute, data, self.console)
-        self.local_sampling, seconds = check_before_loading(self.experiment, pending, base, *args)
-        self.position.tell(expected=seconds, now=True)
+        self.expected = check_before_loading(self.experiment, pending, base, *args)
+        if self.vllm is not None:
+            self.vllm.longest = self.expected.longest
+        self.position.tell(expected=self.expected.seconds, now=True)
         if self.needs_weights:
             fetch_weights(settings.model)
             check_weights(base.directory, settings.model.said)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf.config import ConfigError
 from rlhf.costs.hardware import GIB
-from rlhf.costs.memory import SAMPLING, MemoryPhase, frozen_weights, sampling
+from rlhf.costs.memory import SAMPLING, MemoryPhase, frozen_weights, sampling, vllm_row
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext, LocalSampling
 from rlhf.costs.stage_cost import EFFICIENCY, LAYER_SECONDS, StageCost, ThroughputModel, one_after_the_other
@@ -21,7 +21,7 @@ from rlhf.models.peft.attach import check_attachable
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment, check_method
-from rlhf.pipeline.preflight import check_tunes, shortage, tightest
+from rlhf.pipeline.preflight import FITS, check_tunes, shortage, tightest
 from rlhf.pipeline.stage import Stage
 
 BITS_STORED, BITS_A_TOKEN = 2.0, 1.0
@@ -39,8 +39,6 @@ WORTH_IT = 0.98
 """A configuration that saves more memory must be faster by this factor to be taken before one that fits."""
 NODE = 8
 """GPUs of a usual node."""
-CACHE_SHARE = 0.8
-"""Of the memory that is left while vLLM samples, what its cache may take."""
 
 
 class Figure(NamedTuple):
@@ -222,10 +220,12 @@ def tuned(
         setting = replace(on, zero=zero, vllm=engine, local_sampling=local)
         changed = [with_method(stage, name, squeeze, scored_by, setting, use) for stage in stages]
         tried = attempted(changed, given, setting)
-        if shortage(tried.cost, setting) > 1.0:
+        if shortage(tried.cost, setting) > FITS:
             continue
         if engine is not None and not on.on_cpu:
             tried = with_cache(tried, given, use)
+            if shortage(tried.cost, tried.on) > FITS:
+                continue
         if best and not best.refused and tried.cost.seconds > WORTH_IT * best.cost.seconds:
             continue
         tried = tried._replace(refused=list(refused_by_stages(tried, given, base)))
@@ -289,10 +289,11 @@ def with_cache(found: Attempt, given: Experiment, use: Use) -> Attempt:
         (phase.size(on_host=False) for phase in found.cost.phases if phase.name.endswith(SAMPLING)),
         default=0.0,
     )
-    left = CACHE_SHARE * (on.machine.memory - on.machine.used - held) / GIB
+    left = (FITS * on.machine.memory - on.machine.used - held) / GIB
     rows = vllm.max_num_seqs * (use.prompt + use.answer) * on.dtype_bytes * on.shape.kv_elements
     wanted = rows / min(vllm.tensor_parallel, on.shape.kv_heads) / GIB
-    size = max(vllm.kv_cache_gib, float(math.floor(min(wanted + 1, vllm.kv_cache_gib + left))))
+    longest = math.ceil(vllm_row(on, vllm, found.cost.sampled) / GIB)
+    size = max(vllm.kv_cache_gib, float(longest), math.floor(min(wanted + 1, vllm.kv_cache_gib + left)))
     larger = replace(on, vllm=vllm.model_copy(update={"kv_cache_gib": size}))
     return attempted(found.stages, given, larger)
 
@@ -446,9 +447,9 @@ def served(on: CostContext, peft: PeftConfig, use: Use) -> Figure:
 def judged(strategy: Strategy, use: Use) -> Strategy:
     """With what memory, time and latency say against it."""
     on, against = strategy.on, list(strategy.against)
-    if shortage(strategy.cost, on) > 1.0:
+    if shortage(strategy.cost, on) > FITS:
         peak, _, _ = tightest(strategy.cost, on)
-        against.append(f"{DOES_NOT_FIT}: {shortage(strategy.cost, on):.1f} times the memory ({peak.name})")
+        against.append(f"{DOES_NOT_FIT}: {shortage(strategy.cost, on):.2g} times the memory ({peak.name})")
     if use.hours is not None and strategy.hours > use.hours:
         against.append(f"{strategy.hours:.2g} hours, and plan.hours={use.hours:g}")
     if use.max_added_latency is not None and strategy.latency.value > use.max_added_latency:

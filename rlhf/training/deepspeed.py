@@ -208,7 +208,9 @@ class ZeroEngine(Engine):
             settings = parameter_group((), config) | {"place": place}
             group.update({name: value for name, value in settings.items() if name != "params"})
         for state in self._client.state.values():
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+            # fused AdamW counts where the moments are
+            there = state["exp_avg"].device
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=there).clone()
 
 
 def zero_config(compute: Compute, trained: int, total: int) -> dict[str, Any]:

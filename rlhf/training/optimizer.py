@@ -32,6 +32,9 @@ BUCKET_ELEMENTS = 25_000_000
 """Gradients are added up (over ranks, or for a norm) in groups of about this size: few messages, small
 copies."""
 
+SQUARED_ELEMENTS = 1 << 22
+"""Gradients that are squared together, in double precision: 64 MiB beside them."""
+
 
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW with fp32 state and fp32 master weights. The model computes in its own dtype.
@@ -183,7 +186,8 @@ class ClippedAdamW(AdamW):
         groups: Sequence[dict[str, Any]],
         global_sum: Callable[[Tensor], Tensor],
     ) -> None:
-        super().__init__([{**group, "place": place} for place, group in enumerate(groups)], weight_decay=0.0)
+        placed = [{**group, "place": place} for place, group in enumerate(groups)]
+        super().__init__(placed, weight_decay=0.0, fused=True)
         self._global_sum = global_sum
         self.leading: Sequence[int] | None = None
         """If each group is one flat shard: by group, the number of its first elements that belong to
@@ -220,7 +224,7 @@ class ClippedAdamW(AdamW):
 
 def _square_sum(values: Tensor) -> Tensor:
     """Sum of squares in double precision. It goes piece by piece, because one tensor may be a whole model."""
-    pieces = values.flatten().split(BUCKET_ELEMENTS)
+    pieces = values.flatten().split(SQUARED_ELEMENTS)
     return torch.stack([piece.double().square().sum() for piece in pieces]).sum()
 
 

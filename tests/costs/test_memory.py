@@ -20,12 +20,24 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from helpers.jobs import TINY
 from helpers.models import in_dtype
 from rlhf.costs.hardware import Machine, Speed
-from rlhf.costs.memory import Trained, activations, kept_per_layer, kept_per_token, sampling
+from rlhf.costs.memory import (
+    SAMPLING,
+    MemoryPhase,
+    Trained,
+    activations,
+    beside_vllm,
+    kept_per_layer,
+    kept_per_token,
+    sampling,
+    vllm_pass,
+    vllm_row,
+    working_per_token,
+)
 from rlhf.costs.model_shape import shape_of
 from rlhf.costs.setup import CostContext, pads_rows
 from rlhf.costs.stage_cost import exactly, joined
@@ -33,6 +45,7 @@ from rlhf.data.prepared import LengthStats
 from rlhf.distributed.batching import token_budget_batches
 from rlhf.distributed.compute import Zero
 from rlhf.generation.cpu_decoder import multiplies_bf16
+from rlhf.generation.vllm import BATCHED_TOKENS, VllmConfig
 from rlhf.models.base import ModelConfig
 from rlhf.models.packed_attention import hidden_states, pack_where_possible
 from rlhf.models.packed_batch import Packed
@@ -41,6 +54,7 @@ from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import METHODS
 from rlhf.models.recompute import checkpoint_layers
 from rlhf.training.config import OptimConfig
+from rlhf.training.deepspeed import bucket_elements
 from rlhf.training.optimizer import MasterAdamW, parameter_group
 
 CONFIG = LlamaConfig(
@@ -205,11 +219,62 @@ def test_fsdp2_sends_a_layers_gradients_and_at_the_end_those_outside_the_layers(
     assert [part.size for part in trained.gathered()] == [2 * (2 * 1000 + 20)]
 
 
-def test_deepspeeds_step_works_on_one_model_at_a_time() -> None:
-    for zero, copies in (("zero2", 4), ("zero3", 5)):
-        trained = Trained(setting(zero, ranks=2), FULL, models=2, weight_sets=2)  # type: ignore[arg-type]  # a str
+def test_deepspeeds_step_lays_gradients_of_one_model_at_a_time_end_to_end() -> None:
+    for zero in ("zero2", "zero3"):
+        trained = Trained(setting(zero, ranks=2), FULL, models=2, weight_sets=2)
         parts = [each for each in trained.gradients(passes=2, at_step=True) if "one model" in each.how]
-        assert sum(part.size for part in parts) == copies * 4 * trained.parameters / 2 / 2
+        assert sum(part.size for part in parts) == 4 * trained.parameters / 2 / 2
+
+
+def test_a_weight_beyond_deepspeeds_bucket_is_sent_by_itself() -> None:
+    def alone(largest: int, peft: PeftConfig) -> list[float]:
+        on = setting("zero3", ranks=2)
+        trained = Trained(replace(on, shape=replace(on.shape, largest=largest)), peft)
+        return [each.size for each in trained.gradients(passes=2) if "by itself" in each.how]
+
+    bucket = bucket_elements(setting().shape.parameters)
+    assert alone(bucket + 1, FULL) == [(2 + 4) * (bucket + 1)]
+    assert alone(bucket, FULL) == alone(bucket + 1, LORA) == []  # no update is so large
+
+
+def test_vllm_on_a_gpu_tries_its_largest_pass_when_it_is_built() -> None:
+    vllm = VllmConfig(
+        tensor_parallel=2, kv_cache_gib=1.0, max_num_seqs=100, max_model_len=None, enforce_eager=True
+    )
+    phases = [MemoryPhase(SAMPLING), MemoryPhase("learning")]
+
+    def held(kind: Literal["cpu", "cuda"]) -> list[list[str]]:
+        on = replace(setting(kind=kind), vllm=vllm)
+        return [[each.kind for each in phase.parts] for phase in beside_vllm(on, phases)]
+
+    assert held("cuda") == [["weights", "KV cache", "activations", "logits"], []]
+    assert held("cpu") == [["weights", "KV cache"]] * 2
+    on = replace(setting(kind="cuda"), vllm=vllm)
+    layer, sampled = vllm_pass(on, vllm)
+    assert layer.size == BATCHED_TOKENS * working_per_token(on.shape, 2, parts=2)
+    assert sampled.size == 100 * on.shape.vocabulary * (2 + 6 * 4)
+    many = vllm.model_copy(update={"max_num_seqs": 2 * BATCHED_TOKENS})
+    assert next(vllm_pass(on, many)).size == 2 * layer.size
+
+
+def test_a_row_takes_whole_blocks_of_vllms_cache() -> None:
+    def row(tokens: int, ranks: int = 1, kind: Literal["cpu", "cuda"] = "cuda") -> float:
+        on = setting(kind=kind)
+        config = VllmConfig(
+            tensor_parallel=ranks, kv_cache_gib=1.0, max_num_seqs=1, max_model_len=None, enforce_eager=True
+        )
+        return vllm_row(on, config, tokens)
+
+    token = 2 * setting().shape.kv_elements
+    assert row(1) == row(16) == 16 * token and row(17) == 32 * token
+    assert row(1, kind="cpu") == 128 * token
+    kv_heads = setting().shape.kv_heads
+    assert row(16, ranks=kv_heads) == row(16, ranks=4 * kv_heads) == 16 * token / kv_heads
+    windowed = Gemma3TextConfig(
+        hidden_size=32, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, vocab_size=64,
+    )  # fmt: skip
+    assert shape_of(windowed).full_layers == 1
 
 
 def test_layers_that_train_are_the_models_own() -> None:

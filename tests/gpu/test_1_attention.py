@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.gpu import Reaches, error
 from helpers.models import small_of
+from rlhf.distributed.device import has_gpu
 from rlhf.models.base import ATTENTION
 from rlhf.models.packed_attention import _has_kernel, attention, hidden_states
 from rlhf.models.packed_batch import Packed
@@ -88,6 +89,20 @@ def test_each_row_attends_to_itself_alone(
     found = mode(attend, q, k, v)
     wanted = mode(partial(row_by_row, lengths=lengths, window=window), q.float(), k.float(), v.float())
     reaches("error", max(error([x], [y]) for x, y in zip(found, wanted, strict=True)), at_most=ROUNDING)
+
+
+@pytest.mark.skipif(not has_gpu(), reason="on CPUs torch's kernel knows grouped heads in fp32")
+def test_grouped_heads_in_fp32_hold_no_attention_weights(device: torch.device, reaches: Reaches) -> None:
+    """Of one row of 4096 tokens and 8 heads all weights would be 512 MiB."""
+    length = 4096
+    packed = Packed([torch.arange(length)], device)
+    joint = torch.randn(12, length, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    q, k, v = (each[None].requires_grad_() for each in joint.split((8, 2, 2)))
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    attention(nn.Module(), q, k, v, None, packed=packed)[0].sum().backward()
+    held = torch.cuda.max_memory_allocated(device) - before
+    reaches("MiB beside the rows", held / 2**20, at_most=256)
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import varlen
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -83,6 +84,24 @@ def test_states_and_gradients_are_those_of_each_row_alone(
     rounding = 1e-5 * max(float(wanted.abs().max()) for _, wanted in pairs_of_used)
     for gradient, wanted in pairs_of_used:
         torch.testing.assert_close(gradient, wanted, atol=rounding, rtol=1e-3)
+
+
+def test_heads_with_copies_of_their_keys_attend_as_groups_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does in fp32."""
+    monkeypatch.setattr(packed, "SHORT", 0)
+    model = small_of("llama", {})
+    expected = hidden_states(model, Packed(rows(), "cpu"))
+    seen: list[int] = []
+    attend = functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append(k.shape[1])
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(packed, "_wants_own_heads", lambda q, k: len(q) != len(k))
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    torch.testing.assert_close(hidden_states(model, Packed(rows(), "cpu")), expected)
+    assert {*seen} == {4}
 
 
 def test_tokens_that_rows_begin_with_alike_go_through_the_model_once() -> None:

@@ -45,10 +45,12 @@ from rlhf.pipeline.preflight import (
     chosen,
     disk_complaints,
     expectations,
+    longest_sampled,
     preflight,
     sampling_note,
     with_copy,
 )
+from rlhf.pipeline.stage import Stage
 
 MISTRAL = MistralConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
@@ -80,6 +82,43 @@ def test_what_vllm_may_not_sample_is_told_before_anything_is_trained(tmp_path: P
     assert line.endswith("are 940 tokens, and vllm.max_model_len=920. Use 940 or more.")
     assert not check(tmp_path, on, stage, "stage=generate", "generate.max_new_tokens=20").refused
     assert not check(tmp_path, replace(on, vllm=None), stage, "stage=generate").refused
+
+
+def test_a_cache_without_room_for_a_row_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    def lines(gib: float, longest: int | None = None) -> list[str]:
+        vllm = VllmConfig(
+            tensor_parallel=1, kv_cache_gib=gib, max_num_seqs=8, max_model_len=longest, enforce_eager=True
+        )
+        return check(tmp_path, replace(gpus(80), vllm=vllm), "generate", "stage=generate").refused
+
+    # a prompt of 900 tokens and an answer of 40, in blocks of 16, are 944 x 144 KiB
+    (line,) = lines(0.1)
+    assert line == (
+        "vllm.kv_cache_gib=0.1: one row of 940 tokens needs 132.8 MiB of keys and values on each rank. "
+        "Use 1 or more."
+    )
+    assert not lines(0.13)
+    (line,) = lines(4.0, 40_960)  # what vLLM would be built for
+    assert "one row of 40960 tokens needs 5.6 GiB" in line
+    assert line.endswith("Use 6 or more or lower vllm.max_model_len.")
+
+
+def test_vllm_is_built_for_the_longest_row_that_the_run_samples() -> None:
+    stages = build("stage=evaluate", "ppo.max_new_tokens=40", "evaluate.max_new_tokens=70").stages
+    needed = [stages[name] for name in ("sft", "generate", "ppo", "evaluate")]
+    on = gpus(80)
+    assert longest_sampled(needed, stages, on) == 900 + 70
+    assert longest_sampled(needed[:3], stages, on) == 900 + 40
+    assert longest_sampled(needed[:1], stages, on) is None
+    short = replace(on, shape=replace(on.shape, context=950))
+    assert longest_sampled(needed, stages, short) == 950
+
+    class Own(type(stages["generate"])):  # type: ignore[misc]  # a class that a test chooses
+        def cost(self, on: CostContext, chain: Mapping[str, Stage]) -> StageCost:
+            return StageCost()
+
+    own = Own.model_construct(**dict(stages["generate"]))
+    assert longest_sampled([own, *needed], stages, on) is None  # it does not say: the model's context
 
 
 def test_ranks_that_run_one_engine_together_share_its_weights(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_ppo_shares_weights_where_the_method_does(method: MethodName) -> None:
 
 
 def test_a_sharded_model_is_never_whole_on_a_rank(tmp_path: Path) -> None:
-    on, lora = gpus(14, ranks=8), ("sft.peft=lora", "sft.micro_batch_tokens=1024")
+    on, lora = gpus(15, ranks=8), ("sft.peft=lora", "sft.micro_batch_tokens=1024")
     (line,) = check(tmp_path, replace(on, zero="zero2"), "sft", *lora).refused
     assert "zero=fsdp2" in line and "zero=zero3" in line
     for zero in ("zero3", "fsdp2"):

@@ -57,8 +57,8 @@ class Taken(NamedTuple):
     refused: list[str]
 
 
-def taken(outcome: Outcome, shape: ModelShape, ranks: int) -> Taken:
-    """Compose the planned experiment, and check each of its stages on so many GPUs of 80 GiB."""
+def taken(outcome: Outcome, shape: ModelShape, ranks: int, memory: float = 80.0) -> Taken:
+    """Compose the planned experiment, and check each of its stages on so many GPUs of so many GiB."""
     found = build(
         f"hydra.searchpath=[file://{outcome.directory / 'artifacts' / 'plan'}]", "+experiment=planned"
     )
@@ -69,9 +69,9 @@ def taken(outcome: Outcome, shape: ModelShape, ranks: int) -> Taken:
     machine = Machine(
         "cuda",
         "a test",
-        80.0 * GIB,
+        memory * GIB,
         64.0 * GIB,
-        CUDA_CONTEXT + NCCL_BUFFERS,
+        CUDA_CONTEXT + (NCCL_BUFFERS if ranks > 1 else 0.0),
         ranks,
         Speed(3e5, 2e3),
         min(ranks, 8),
@@ -105,6 +105,17 @@ def test_what_is_planned_for_64_gpus_is_accepted_by_the_preflight_of_these_ranks
         assert ppo["peft"]["method"] == "none"
     if model != "llama_8b":
         assert experiment.settings.zero not in ("none", "zero2") and ppo["frozen_placement"] == "sharded"
+
+
+def test_vllm_starts_from_what_is_planned_for_smaller_gpus(tmp_path: Path) -> None:
+    """Of the model's whole context of 131,072 tokens, one row would want 16 GiB of cache."""
+    one = ("plan.gpus=1", "plan.gpu_memory=48GiB", "generation=vllm", "plan.methods=[lora]")
+    experiment, refused = taken(
+        planned(tmp_path, "llama_8b", *one), shape_of_file("llama_8b", tmp_path), 1, 48.0
+    )
+    assert refused == []
+    vllm = experiment.settings.vllm
+    assert vllm.max_model_len is None and vllm.kv_cache_gib < 16
 
 
 def test_a_plan_says_what_it_proposes_and_what_it_assumes(tmp_path: Path) -> None:
