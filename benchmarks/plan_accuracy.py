@@ -33,7 +33,7 @@ import torch
 from run_rlhf import make_experiment
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.costs.hardware import Machine, calibrated_speed, found_machine, quick_speed
+from rlhf.costs.hardware import LIBRARIES, Machine, calibrated_speed, found_machine, quick_speed
 from rlhf.costs.model_shape import shape_of
 from rlhf.data.prepared import PreparedData
 from rlhf.distributed.compute import Compute, make_compute
@@ -182,6 +182,8 @@ class Ranks(threading.Thread):
         self._launcher, self._over = psutil.Process(launcher), threading.Event()
         self.peaks: dict[int, float] = {}
         """Bytes by process."""
+        self.before: dict[int, float] = {}
+        """Bytes by process when the stage began: nothing is loaded yet."""
 
     def run(self) -> None:
         """Until `end`."""
@@ -199,22 +201,33 @@ class Ranks(threading.Thread):
             own -= sum(each.rss - each.anonymous for each in maps if each.path.endswith(".safetensors"))
             self.peaks[process.pid] = max(own, peak)
 
+    def begin(self) -> None:
+        """The stage begins."""
+        self.before = {each.pid: float(each.memory_info().rss) for each in self._launcher.children()}
+
     def end(self, ranks: int) -> list[float]:
-        """The peaks, without those of what else was started."""
+        """What the ranks came to hold beside what they held before, without what else was started."""
         self._over.set()
         self.join()
-        return sorted(self.peaks.values(), reverse=True)[:ranks]
+        largest = sorted(self.peaks, key=self.peaks.__getitem__, reverse=True)[:ranks]
+        return [self.peaks[pid] - self.before[pid] for pid in largest]
 
 
 def run(case: Case) -> dict[str, Any] | None:
-    """Peak bytes of the whole process (of several ranks, each one's) and seconds of the stage; None if it ran
-    an earlier stage too."""
+    """Peak bytes of the whole process and seconds of the stage; of several ranks what each came to hold since
+    the stage began. None if it ran an earlier stage too."""
     arguments = [*command(case), f"force=[{case.stage}]"]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if case.ranks > 1 else {})
-    process = subprocess.Popen([sys.executable, "-m", "rlhf", *arguments], cwd=WORK, env=environment)
+    line = [sys.executable, "-m", "rlhf", *arguments]
+    process = subprocess.Popen(line, cwd=WORK, env=environment, stdout=subprocess.PIPE, text=True)
     ranks = Ranks(process.pid)
     if case.ranks > 1:
         ranks.start()
+    assert process.stdout is not None
+    for said in process.stdout:
+        print(said, end="", flush=True)
+        if case.ranks > 1 and f" {case.stage} runs (" in said:
+            ranks.begin()
     status, usage, stopped = wait_for(process.pid)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -279,21 +292,19 @@ def table() -> str:
 
 
 def table_of_ranks() -> str:
-    """Markdown: predicted and measured memory of the cases on several ranks, each without what a process
-    holds that has loaded nothing."""
+    """Markdown: predicted and measured memory of the cases on several ranks, each without what a rank held
+    before it loaded anything."""
     compute, _ = make_compute("cpu", "bf16")
-    machine = found_machine(compute, quick_speed(compute))
+    machine = replace(found_machine(compute, quick_speed(compute)), used=LIBRARIES)
     lines = [
-        f"Without the process's own {machine.used / 2**30:.2f} GiB:\n",
         "| case | peak of a rank, predicted (phase) | measured, by rank | error |",
         "| -- | -- | -- | -- |",
     ]
     for case in RANKS:
         if not result_file(case).exists():
             continue
-        found = json.loads(result_file(case).read_text(encoding="utf-8"))
-        peaks = [peak - machine.used for peak in found["peak_bytes"]]
-        peak, _, phase = predict(case, compute, replace(machine, used=0.0))
+        peaks = json.loads(result_file(case).read_text(encoding="utf-8"))["peak_bytes"]
+        peak, _, phase = predict(case, compute, machine)
         measured = f"{min(peaks) / 2**30:.2f} to {max(peaks) / 2**30:.2f}"
         error = f"{peak / max(peaks) - 1:+.0%}"
         lines.append(f"| {case.name} | {peak / 2**30:.2f} GiB ({phase}) | {measured} GiB | {error} |")

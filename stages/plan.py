@@ -87,7 +87,7 @@ class PlanStage(Stage):
     name: ClassVar[str] = "plan"
     headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
         "strategies": ("strategies", ".0f"),
-        "hours": ("hours of the best", ".2g"),
+        "hours": ("hours of the best, at most", ".2g"),
     }
     random: ClassVar[bool] = False
     in_chain: ClassVar[bool] = False
@@ -106,7 +106,10 @@ class PlanStage(Stage):
     prompt_tokens: PositiveInt | None
     """Mean prompt tokens of a row; with `gpus` null takes 512, else give it together with `rows`."""
     answer_tokens: PositiveInt | None
-    """Mean answer tokens of a row, and the longest answers of PPO; null as of `prompt_tokens`."""
+    """Mean answer tokens of a row and of PPO's answers; null as of `prompt_tokens`."""
+    longest_answer: PositiveInt | None
+    """Tokens of PPO's longest answers; null takes twice `answer_tokens`. Read where that is given or `gpus`
+    is."""
     gpus: PositiveInt | None
     """GPUs of each node, which need not be here; null plans for this machine."""
     nodes: PositiveInt
@@ -161,6 +164,16 @@ class PlanStage(Stage):
         """Rows and tokens that are planned for where they are not measured."""
         given = {"rows": self.rows, "prompt_tokens": self.prompt_tokens, "answer_tokens": self.answer_tokens}
         return {key: ASSUMED[key] if value is None else int(value) for key, value in given.items()}
+
+    @property
+    def plans_answers(self) -> bool:
+        """Whether PPO's answers are as long as the plan says, whatever ppo.max_new_tokens says."""
+        return self.gpus is not None and not self.measures
+
+    @property
+    def longest(self) -> int:
+        """Tokens of PPO's longest answers."""
+        return self.longest_answer or 2 * self.lengths["answer_tokens"]
 
     def planned(self, chain: Mapping[str, Stage]) -> list[str]:
         """The stages that are planned, in the chain's order."""
@@ -241,7 +254,7 @@ class PlanStage(Stage):
         self.show(job, on, ranked, cells, reason)
         job.publish({
             "strategies": sum(not strategy.against for strategy in ranked),
-            "hours": best.hours,
+            "hours": best.most_hours,
             "peak_gib": best.cost.peak().size() / 2**30,
         })  # fmt: skip
 
@@ -261,7 +274,7 @@ class PlanStage(Stage):
 
     def setting(self, job: Job, experiment: Experiment, shape: ModelShape) -> CostContext:
         """The model on the hardware that is planned for."""
-        settings = experiment.settings
+        settings, share = experiment.settings, 1.0
         if self.gpus is None:
             speed = job.compute.main_only(lambda: calibrated_speed(job.compute, Path(settings.store_dir)))
             machine, dtype_bytes = found_machine(job.compute, speed), job.compute.dtype.itemsize
@@ -281,10 +294,12 @@ class PlanStage(Stage):
                 network=float(self.network),
             )
             dtype_bytes = 4 if settings.precision == "fp32" else 2
+        if self.plans_answers:
+            share = self.lengths["answer_tokens"] / self.longest
         return CostContext(
             shape, dtype_bytes, settings.zero, machine, self.sizes(job),
             settings.vllm if settings.generation in (("vllm", "auto") if self.gpus else ("vllm",)) else None,
-            pads_rows(settings.model, shape),
+            pads_rows(settings.model, shape), answer_share=share,
         )  # fmt: skip
 
     def sizes(self, job: Job) -> Sizes:
@@ -325,7 +340,7 @@ class PlanStage(Stage):
             both = fmean(len(exchange_ids(tokenizer, row.prompt, row.completion)[0]) for row in some)
             mean_answer = both - mean_prompt
         return Use(
-            round(rows), mean_prompt, mean_answer, plans_answers=self.gpus is not None and not self.measures,
+            round(rows), mean_prompt, mean_answer, longest=self.longest if self.plans_answers else None,
             wants_vllm=experiment.settings.generation == "vllm",
             examples=compare["few_shot"]["examples"], passages=compare["retrieval"]["passages"],
             has_questions=has_questions, deploy=self.deploy, hours=self.hours,

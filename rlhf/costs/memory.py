@@ -88,6 +88,10 @@ class Trained:
         return (self.models - self.scalars) * self.of_one + self.scalars * of_scalar
 
     @property
+    def _trains_all(self) -> bool:
+        return COSTS[self.peft.method].keeps == "all"
+
+    @property
     def sets(self) -> list[tuple[CostContext, bool]]:
         """Each set of weights, in the order of loading, and whether it is a scalar model's own."""
         own = min(self.scalars, self.weight_sets - self.models + self.scalars)
@@ -150,7 +154,7 @@ class Trained:
         from rlhf.training.deepspeed import bucket_elements
 
         on, largest = self.on, max(each.shape.largest for each, _ in self.sets)
-        is_alone = is_deepspeeds(on) and COSTS[self.peft.method].keeps == "all"
+        is_alone = is_deepspeeds(on) and self._trains_all
         if is_alone and largest > bucket_elements(self.parameters):
             each = on.dtype_bytes + FP32
             how = f"the largest weight, sent by itself: {billions(largest)} x {each} B"
@@ -163,12 +167,20 @@ class Trained:
             yield Allocation("gradients", FP32 * count / on.ranks, how)
 
     def _stepping(self) -> Iterator[Allocation]:
-        """DeepSpeed updates all weights of a model as if they were one: their gradients are laid end to end,
-        unless they are so on the host."""
+        """DeepSpeed takes the norm of one weight's gradient after the other in double precision. Then it
+        updates all weights of a model as if they were one: their gradients are laid end to end, unless they
+        are so on the host."""
         on, count = self.on, self.parameters / self.models
-        if on.zero != "zero3_offload":
-            how = f"one model's, laid end to end: {billions(count)} x {FP32} B{over(on.ranks)}"
-            yield Allocation("gradients", FP32 * count / on.ranks, how)
+        if on.zero == "zero3_offload":
+            return
+        joined = FP32 * count / on.ranks
+        largest = max(each.shape.largest for each, _ in self.sets) if self._trains_all else 0
+        share = on.ranks if is_deepspeeds(on) else 1
+        norm = 2 * FP32 * largest / share
+        how = f"one model's, laid end to end: {billions(count)} x {FP32} B{over(on.ranks)}"
+        if norm > joined:
+            how = f"the largest weight's norm: {billions(largest)} x {2 * FP32} B{over(share)}"
+        yield Allocation("gradients", max(norm, joined), how)
 
     def gradients(
         self, *, passes: int, at_step: bool = False, together: bool = False
@@ -196,7 +208,7 @@ class Trained:
         share = on.shard_ranks if on.zero != "zero1" else 1
         if passes == 1 and not at_step and on.zero == "none":
             # they come while activations go; when all of these are there, the output layer's
-            count = on.shape.head if COSTS[self.peft.method].keeps == "all" else count
+            count = on.shape.head if self._trains_all else count
             how = f"{billions(count)} x {on.dtype_bytes} B, while all activations are there"
             yield Allocation("gradients", on.dtype_bytes * count, how)
             return
@@ -208,7 +220,7 @@ class Trained:
         """Of FSDP2: a layer's whole gradients, and again in fp32 as they are sent; those outside the layers
         grow until the pass ends, and are sent then, when no activations are left."""
         on, b = self.on, self.on.dtype_bytes
-        if COSTS[self.peft.method].keeps != "all":
+        if not self._trains_all:
             count = self.parameters / self.models / on.shape.layers
             return Allocation("gradients", (b + FP32) * count, f"sent: {billions(count)} x {b + FP32} B")
         every = [each.shape.outside - (each.shape.own_head if scalar else 0) for each, scalar in self.sets]
@@ -504,7 +516,7 @@ def vllm_pass(on: CostContext, vllm: VllmConfig) -> Iterator[Allocation]:
 
     shape, b, tokens = on.shape, on.dtype_bytes, batched_tokens(vllm)
     each = working_per_token(shape, b, parts=vllm.tensor_parallel)
-    yield Allocation("activations", tokens * each, f"vLLM's largest pass: {tokens} tokens x {each} B")
+    yield Allocation("activations", tokens * each, f"vLLM reads {tokens} tokens together x {each} B")
     rows, each = vllm.max_num_seqs, b + VLLM_SAMPLES * FP32
     how = f"vllm.max_num_seqs: {rows} rows x {shape.vocabulary} x {each} B"
     yield Allocation("logits", rows * shape.vocabulary * each, how)

@@ -65,7 +65,8 @@ def sampling_cost(
     computed = on.computed(answered * length.mean, length)
     work = [
         worker.load(policies + readings, what="models"),
-        *worker.decode(answered, batch_rows, repeated, new_tokens, what="answers"),
+        *worker.decode(answered, batch_rows, repeated, exactly(new_tokens), what="answers"),
+        *worker.rollouts(policies, answered, what="answers"),
         *worker.gathering(policies * on.gathers_a_rollout(new_tokens), [], what="weights to sample from"),
         worker.read(
             measures * computed, length.mean, predicted=measures * answered * new_tokens,

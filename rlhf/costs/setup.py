@@ -50,6 +50,8 @@ class CostContext:
     """Rows are padded to the longest of a pass, not packed."""
     local_sampling: LocalSampling = "whole"
     """How the local engine samples from sharded weights. The preflight chooses."""
+    answer_share: float = 1.0
+    """Tokens of a mean answer over those of the longest that is allowed."""
 
     @property
     def on_cpu(self) -> bool:
@@ -72,6 +74,11 @@ class CostContext:
         if self.zero == "none":
             return 1
         return min(self.machine.ranks_here, self.ranks) if self.zero == "hsdp" else self.ranks
+
+    def answers(self, longest: int) -> LengthStats:
+        """Sampled answers of at most so many tokens."""
+        mean = self.answer_share * longest
+        return LengthStats(0, mean, min(mean, longest - mean) / 2, longest)
 
     def gathers_a_rollout(self, new_tokens: int) -> int:
         """How often sharded weights are gathered to sample: once, or for each token."""

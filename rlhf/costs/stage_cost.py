@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from rlhf.costs.hardware import GIB, Machine, Speed
@@ -18,7 +18,7 @@ from rlhf.costs.setup import CostContext
 from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.methods import MethodName
 
-Activity = Literal["read", "train", "decode", "optimizer", "load", "network"]
+Activity = Literal["read", "train", "decode", "optimizer", "load", "network", "host", "checkpoint"]
 EFFICIENCY: dict[Activity, float] = {"read": 0.39, "train": 0.43, "decode": 0.4}
 """Share of the measured matmul speed that each activity reaches; fitted to the table of docs/planner.md."""
 OPTIMIZER_BYTES = 40
@@ -29,6 +29,17 @@ LAYER_SECONDS = 2e-4
 """Of one layer on one decoded token, whatever its size: the host's work between two kernels."""
 VLLM_LAYER_SECONDS = 2e-5
 """The same with vLLM's CUDA graphs, with what the ranks of a tensor-parallel group add up."""
+SLOW = 3.0
+"""A GPU may take so many times as long as computed: two published runs are in between (docs/planner.md). A
+CPU's speed is measured."""
+ROW_SECONDS = 2e-3
+"""Of the host on one answer of a rollout: encoding, decoding and scoring its text, rows of tables. Of a tiny
+model on a CPU, sampling 512 answers and scoring them takes 0.7 s in all."""
+HAND_OVER_SECONDS = 2e-3
+"""Of the host on one weight that is handed to vLLM: assumed. A layer has about twelve."""
+LAYER_WEIGHTS = 12
+WAKE_SECONDS = 1.0
+"""Of vLLM's going to sleep and waking, once a rollout: assumed."""
 FP32 = 4
 
 
@@ -65,10 +76,27 @@ class StageCost:
         """All work."""
         return sum(task.seconds for task in self.work)
 
+    def at_most(self) -> StageCost:
+        """The same work, as slow as a GPU may be at it."""
+        work = [
+            each if each.activity == "load" else each._replace(seconds=SLOW * each.seconds)
+            for each in self.work
+        ]
+        return replace(self, work=work)
+
     def throughput(self, ranks: int) -> float:
         """Tokens a second and rank, without what loading takes."""
         seconds = sum(task.seconds for task in self.work if task.activity != "load")
         return self.tokens / seconds / ranks if seconds else 0.0
+
+    def with_checkpoints(self, machine: Machine, every_seconds: float | None) -> StageCost:
+        """The cost with what writing checkpoints takes, one each so many seconds."""
+        if every_seconds is None or not self.checkpoint:
+            return self
+        count = self.seconds / every_seconds
+        seconds = count * self.checkpoint_seconds(machine)
+        how = f"{count:.2g} x {self.checkpoint:.3g} B at {machine.disk / 1e9:.2g} GB/s a node"
+        return replace(self, work=[*self.work, Task("checkpoint", seconds, how)])
 
     def checkpoint_seconds(self, machine: Machine) -> float:
         """What writing a checkpoint takes, which each host writes its part of."""
@@ -131,19 +159,19 @@ class ThroughputModel:
         return Task("optimizer", seconds, how)
 
     def decode(
-        self, rows: float, batch_rows: float, prompts: LengthStats, new_tokens: float, *, what: str
+        self, rows: float, batch_rows: float, prompts: LengthStats, answers: LengthStats, *, what: str
     ) -> list[Task]:
-        """Prompts are read; then each token of a batch reads all weights once.
+        """Prompts are read; then each token of a batch reads all weights once, until the longest answer ends.
 
         Args:
             rows: over all ranks.
             batch_rows: that a rank decodes together.
         """
         if self.on.vllm is not None and not self.on.on_cpu:
-            return self._decode_by_vllm(rows, prompts, new_tokens, what=what)
-        shape = self.on.shape
+            return self._decode_by_vllm(rows, prompts, answers, what=what)
+        shape, new_tokens = self.on.shape, answers.mean
         batches = math.ceil(rows / self.on.ranks / max(1.0, batch_rows))
-        steps = batches * new_tokens
+        steps = batches * answers.longest
         weights = self.on.dtype_bytes * (shape.linear + shape.experts + shape.head)
         mine = rows / self.on.ranks
         work = mine * new_tokens * (self.forward(prompts.mean + new_tokens / 2) + 2 * shape.head)
@@ -155,16 +183,18 @@ class ThroughputModel:
         return [read, Task("decode", seconds, how)]
 
     def _decode_by_vllm(
-        self, rows: float, prompts: LengthStats, new_tokens: float, *, what: str
+        self, rows: float, prompts: LengthStats, answers: LengthStats, *, what: str
     ) -> list[Task]:
-        """Each group of ranks answers its share, as many rows together as its cache and settings let it."""
+        """Each group of ranks answers its share, as many rows together as its cache and settings let it. A
+        row that ends makes room for another; at the end all wait for the longest."""
         on, shape, vllm = self.on, self.on.shape, self.on.vllm
         assert vllm is not None
+        new_tokens = answers.mean
         group, length = vllm.tensor_parallel, prompts.mean + new_tokens
         mine, row_bytes = rows * group / on.ranks, on.dtype_bytes * shape.kv_elements
         room = vllm.kv_cache_gib * GIB * min(group, shape.kv_heads) / (row_bytes * length)
         together = max(1.0, min(float(vllm.max_num_seqs), room, mine))
-        steps = math.ceil(mine / together) * new_tokens
+        steps = max(1.0, mine / together) * new_tokens + answers.longest - new_tokens
         read: float = on.dtype_bytes * (shape.linear + shape.experts + shape.head)
         read = (read + together * row_bytes * (prompts.mean + new_tokens / 2)) / group
         work = mine * new_tokens * (self.forward(prompts.mean + new_tokens / 2) + 2 * shape.head) / group
@@ -173,6 +203,20 @@ class ThroughputModel:
         how = f"{what}: {steps:.0f} times {read:.3g} B of weights and cache, {together:.0f} rows together"
         tokens = self.read(rows * prompts.mean, prompts.mean, predicted=rows, what=f"{what}: prompts")
         return [tokens, Task("decode", seconds, f"{how}, and {work:.3g} operations")]
+
+    def rollouts(self, count: float, rows: float, *, what: str) -> list[Task]:
+        """The host's work on so many rollouts of so many answers in all, and on handing weights to vLLM."""
+        if self.on.on_cpu:
+            return []  # measured together with the rest
+        tasks = [Task("host", rows * ROW_SECONDS, f"{what}: {rows:.0f} answers x {ROW_SECONDS:g} s")]
+        if self.on.vllm is None:
+            return tasks
+        shape, b = self.on.shape, self.on.dtype_bytes
+        weights = LAYER_WEIGHTS * shape.layers
+        copied = b * shape.parameters * (1 + 1 / self.on.vllm.tensor_parallel) / (self.speed.gbytes * 1e9)
+        each = weights * HAND_OVER_SECONDS + copied + WAKE_SECONDS
+        how = f"({weights} x {HAND_OVER_SECONDS:g} s + {copied:.2g} s of copies + {WAKE_SECONDS:g} s to wake)"
+        return [*tasks, Task("host", count * each, f"weights to vLLM: {count:.0f} x {how}")]
 
     def load(self, models: float, *, what: str) -> Task:
         """Models from and to disk; each host reads what its ranks hold of them."""

@@ -12,7 +12,7 @@ import yaml
 from rlhf.costs.hardware import GIB
 from rlhf.costs.memory import amount
 from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import EFFICIENCY, Activity
+from rlhf.costs.stage_cost import EFFICIENCY, SLOW, Activity, StageCost
 from rlhf.pipeline.preflight import most
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from rlhf.planner.strategies import Strategy
 
 MISSING = object()
+DOES_NOT_FIT = "does not fit"
+LARGER = 4
+"""How many times as many rows a batch has, to see what that would be worth."""
 ORIENTATION = (
     "For orientation, as published, of other programs and settings: 907 tokens/s a GPU (verl 0.3, PPO, "
-    "Qwen2-7B, 8 H100), 1581 (NeMo-RL, GRPO, Llama-3.1-8B, 16 H100)."
+    "Qwen2-7B, 8 H100), 1562 (NeMo-RL 0.4, GRPO, Llama-3.1-8B, 16 H100)."
 )
 DOING: dict[Activity, str] = {"read": "reading", "train": "training", "decode": "decoding"}
 PROCESS = "the process itself"
@@ -40,10 +43,10 @@ def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
     rows = []
     for place, strategy in enumerate(strategies, 1):
         phase, size = most(strategy.cost, strategy.on)
-        cost = "-" if price is None else f"{price_of(strategy, price):.2f}"
+        cost = "-" if price is None else price_of(strategy, price)
         rows.append([
             "no" if strategy.against else str(place), strategy.name, strategy.on.zero,
-            f"{size / GIB:.1f} GiB ({phase.name})", f"{strategy.hours:.3g}", cost,
+            f"{size / GIB:.1f} GiB ({phase.name})", hours_of(strategy), cost,
             amount(strategy.artifact.value), f"{1000 * strategy.latency.value:.3g} ms",
             "; ".join(strategy.against) or strategy.reason,
         ])  # fmt: skip
@@ -65,15 +68,39 @@ def phases(strategy: Strategy) -> Cells:
 
 
 def speeds(strategy: Strategy) -> Cells:
-    """How fast each stage is expected to be, and what a checkpoint takes."""
-    rows = [
-        [
-            name, f"{cost.throughput(strategy.on.ranks):.0f}", clock(cost.seconds), amount(cost.checkpoint),
-            clock(cost.checkpoint_seconds(strategy.on.machine)),
-        ]
-        for name, cost in strategy.costs.items()
+    """How fast each stage is expected to be, from and to, with larger batches too; and what a checkpoint
+    takes."""
+    on, rows = strategy.on, []
+    for name, cost in strategy.costs.items():
+        slowest = cost if on.on_cpu else cost.at_most()
+        rows.append([
+            name, rates(cost, on), rates(strategy.larger.get(name), on),
+            span(clock(cost.seconds), clock(slowest.seconds)), amount(cost.checkpoint),
+            clock(cost.checkpoint_seconds(on.machine)),
+        ])  # fmt: skip
+    headings = [
+        "stage", f"tokens/s a {unit(on)}", f"with batches {LARGER} times as large", "time", "checkpoint",
+        "time to write",
     ]  # fmt: skip
-    return Cells(["stage", f"tokens/s a {unit(strategy.on)}", "time", "checkpoint", "time to write"], rows)
+    return Cells(headings, rows)
+
+
+def rates(cost: StageCost | None, on: CostContext) -> str:
+    """`420 to 1260`; that it does not fit where there is none."""
+    if cost is None:
+        return DOES_NOT_FIT
+    slowest = cost if on.on_cpu else cost.at_most()
+    return span(f"{slowest.throughput(on.ranks):.0f}", f"{cost.throughput(on.ranks):.0f}")
+
+
+def hours_of(strategy: Strategy) -> str:
+    """`3.2 to 9.5`; one number of a CPU."""
+    return span(f"{strategy.hours:.3g}", f"{strategy.most_hours:.3g}")
+
+
+def span(least: str, most: str) -> str:
+    """Both, where they differ."""
+    return least if least == most else f"{least} to {most}"
 
 
 def unit(on: CostContext) -> str:
@@ -101,16 +128,23 @@ def assumptions(strategy: Strategy, lengths: str) -> Iterator[str]:
     yield (
         "Speed: tokens of prompts and answers, without loading. "
         f"Assumed: of {speed.gflops / 1000:.3g} TFLOP/s {shares}{network}; a disk of "
-        f"{machine.disk / 1e9:.1f} GB/s a node. No GPU has confirmed it. Batches are the smallest that the "
-        "ranks can share; larger ones need the network less often."
+        f"{machine.disk / 1e9:.1f} GB/s a node. Batches are the smallest that the ranks can share; larger "
+        "ones are faster, and learn in fewer steps."
     )
+    if not strategy.on.on_cpu:
+        yield (
+            f"A GPU may take up to {SLOW:g} times as long: no run of ours on one has confirmed these "
+            "figures. Answers of unequal length, the hand-over of weights, the host's work and checkpoints "
+            "are counted."
+        )
     if "ppo" in strategy.costs and not strategy.on.on_cpu:
         yield ORIENTATION
 
 
-def price_of(strategy: Strategy, price: float) -> float:
+def price_of(strategy: Strategy, price: float) -> str:
     """Of all ranks, for as long as it takes."""
-    return strategy.hours * strategy.on.ranks * price
+    each = strategy.on.ranks * price
+    return span(f"{strategy.hours * each:.2f}", f"{strategy.most_hours * each:.2f}")
 
 
 def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator[str]:
@@ -132,12 +166,12 @@ def explanation(strategies: Sequence[Strategy], price: float | None) -> Iterator
             for part in phase.parts:
                 place = ", on the host" if part.on_host and not on_cpu else ""
                 yield f"    - {part.kind}{place}: {part.how} = {part.size / GIB:.3f} GiB"
-        yield f"- time: {clock(strategy.cost.seconds)}"
+        yield f"- time, at best: {clock(strategy.cost.seconds)}"
         for task in strategy.cost.work:
             yield f"    - {task.activity}: {task.how} = {task.seconds:.3g} s"
         if price is not None:
-            how = f"{strategy.hours:.3g} hours x {strategy.on.ranks} ranks x {price:g}"
-            yield f"- price: {how} = {price_of(strategy, price):.2f}"
+            how = f"{hours_of(strategy)} hours x {strategy.on.ranks} ranks x {price:g}"
+            yield f"- price: {how} = {price_of(strategy, price)}"
         for name, figure in (
             ("artifact, bytes", strategy.artifact),
             ("added latency, seconds", strategy.latency),

@@ -23,6 +23,7 @@ from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment, check_method
 from rlhf.pipeline.preflight import FITS, check_tunes, shortage, tightest
 from rlhf.pipeline.stage import Stage
+from rlhf.planner.report import DOES_NOT_FIT, LARGER, hours_of
 
 BITS_STORED, BITS_A_TOKEN = 2.0, 1.0
 """A parameter can learn so many bits (Allen-Zhu and Li 2024, arXiv:2404.05405); a token of an answer holds
@@ -34,7 +35,6 @@ RATE_RATIO = 10.0
 """Learning rate of adapters over that of all parameters (Schulman 2025)."""
 BYTES_A_TOKEN = 4
 """Of text."""
-DOES_NOT_FIT = "does not fit"
 WORTH_IT = 0.98
 """A configuration that saves more memory must be faster by this factor to be taken before one that fits."""
 NODE = 8
@@ -64,8 +64,8 @@ class Use(NamedTuple):
     deploy: str
     hours: float | None
     max_added_latency: float | None
-    plans_answers: bool = False
-    """PPO's answers are as long as `answer`, whatever ppo.max_new_tokens says."""
+    longest: int | None = None
+    """Tokens of PPO's longest answers; None for ppo.max_new_tokens."""
     wants_vllm: bool = False
     """Nothing else may sample."""
 
@@ -92,11 +92,18 @@ class Strategy:
     """Where its method was published."""
     costs: dict[str, StageCost] = field(default_factory=dict)
     """By stage, of those that train."""
+    larger: dict[str, StageCost] = field(default_factory=dict)
+    """By stage, with `LARGER` times the rows in a batch; empty where that does not fit."""
 
     @property
     def hours(self) -> float:
-        """Until it is trained."""
+        """Until it is trained, at best."""
         return self.cost.seconds / 3600
+
+    @property
+    def most_hours(self) -> float:
+        """Until it is trained, at worst. A CPU's speed is measured."""
+        return self.hours if self.on.on_cpu else self.cost.at_most().seconds / 3600
 
     @property
     def rank(self) -> tuple[bool, int, float, float]:
@@ -232,6 +239,7 @@ def tuned(
         if best is None or not tried.refused:
             best = tried
     found = best or tried._replace(refused=list(refused_by_stages(tried, given, base)))
+    larger = attempted([with_larger_batches(stage) for stage in found.stages], given, found.on)
     setting, changed, cost, refused = found.on, found.stages, found.cost, found.refused
     peft = changed[0].peft_config()
     assert peft is not None
@@ -241,6 +249,7 @@ def tuned(
         Figure(on.dtype_bytes * count, f"{count:.3g} parameters x {on.dtype_bytes} B"),
         served(on, peft, use), *quality(peft, on, use), experiment(stages, changed, setting, on.vllm),
         source=method.source, costs=found.costs,
+        larger={} if shortage(larger.cost, found.on) > FITS else larger.costs,
     )  # fmt: skip
     against = []
     if name == "qlora" and on.on_cpu:
@@ -259,10 +268,21 @@ def tuned(
     return judged(replace(strategy, against=against + refused), use)
 
 
+def with_larger_batches(stage: Stage) -> Stage:
+    """The stage with `LARGER` times the rows in each batch."""
+    return type(stage).model_construct(
+        **dict(stage) | {size: LARGER * dict(stage)[size] for size in stage.divided}
+    )
+
+
 def attempted(stages: list[Stage], given: Experiment, on: CostContext) -> Attempt:
     """What it costs."""
     whole = with_answers({**given.stages, **{stage.name: stage for stage in stages}}, stages)
-    costs = {stage.name: stage.cost(on, whole) for stage in stages}
+    minutes = given.settings.checkpoint.every_minutes
+    costs = {
+        stage.name: stage.cost(on, whole).with_checkpoints(on.machine, minutes and 60 * minutes)
+        for stage in stages
+    }
     return Attempt(on, stages, named_after_stages(costs), costs, [])
 
 
@@ -362,8 +382,8 @@ def with_method(
     for size in stage.divided:
         step = math.lcm(on.ranks, stage.unit())
         knobs[size] = math.ceil(knobs[size] / step) * step
-    if use.plans_answers and "max_new_tokens" in knobs:
-        knobs["max_new_tokens"] = round(use.answer)
+    if use.longest is not None and "max_new_tokens" in knobs:
+        knobs["max_new_tokens"] = use.longest
     if "activation_checkpointing" in knobs:
         knobs["activation_checkpointing"] |= squeeze > 0
     if "frozen_placement" in knobs and (on.shards_weights or (squeeze > 0 and on.zero != "none")):
@@ -450,8 +470,8 @@ def judged(strategy: Strategy, use: Use) -> Strategy:
     if shortage(strategy.cost, on) > FITS:
         peak, _, _ = tightest(strategy.cost, on)
         against.append(f"{DOES_NOT_FIT}: {shortage(strategy.cost, on):.2g} times the memory ({peak.name})")
-    if use.hours is not None and strategy.hours > use.hours:
-        against.append(f"{strategy.hours:.2g} hours, and plan.hours={use.hours:g}")
+    if use.hours is not None and strategy.most_hours > use.hours:
+        against.append(f"{hours_of(strategy)} hours, and plan.hours={use.hours:g}")
     if use.max_added_latency is not None and strategy.latency.value > use.max_added_latency:
         against.append(
             f"{strategy.latency.value:.2g} s an answer, and plan.max_added_latency={use.max_added_latency:g}"

@@ -26,7 +26,7 @@ from rlhf.costs.memory import (
 from rlhf.costs.model_shape import ModelShape
 from rlhf.costs.peft_costs import COSTS
 from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import StageCost, Task, ThroughputModel, exactly, joined
+from rlhf.costs.stage_cost import StageCost, Task, ThroughputModel, joined
 from rlhf.costs.training import artifact_bytes, published
 from rlhf.data.prepared import LengthStats
 from rlhf.models.peft.methods import METHODS
@@ -54,7 +54,7 @@ def policy_cost(
     if reward_method is not None:
         scorer = on if same_start else base.starting(directory_of(reward_init or config.init))
     prompts = on.sizes("ppo", "train")
-    length = joined(prompts, exactly(config.max_new_tokens))
+    length = joined(prompts, on.answers(config.max_new_tokens))
     batch, mini, most = config.batch_episodes, config.minibatch_episodes, config.micro_batch_tokens
     scored = on.pass_tokens(batch, length, most)
     once = mini == batch and on.passes(batch, length, most) == 1
@@ -180,7 +180,7 @@ def mixed(config: PpoConfig, on: CostContext, *, once: bool) -> Iterator[Allocat
     if on.zero not in ("none", "fsdp2", "hsdp"):
         tokens = max(tokens, config.ptx.rows / on.ranks * lengths.mean)
     elif not once:
-        length = joined(on.sizes("ppo", "train"), exactly(config.max_new_tokens))
+        length = joined(on.sizes("ppo", "train"), on.answers(config.max_new_tokens))
         own = on.pass_tokens(config.minibatch_episodes, length, config.micro_batch_tokens)
         tokens = max(0.0, tokens - own)
     yield activations(on, tokens, lengths.longest, config.peft, checkpointing=config.activation_checkpointing)
@@ -208,10 +208,11 @@ def policy_work(
     once: bool,
 ) -> list[Task]:
     """The work of all steps, if each response is as long as it may be."""
-    worker, new = ThroughputModel(on), config.max_new_tokens
+    worker, answers = ThroughputModel(on), on.answers(config.max_new_tokens)
+    new = answers.mean
     asked = on.sizes("ppo", "train")
     prompts = in_groups(asked, config.group_size)
-    both = joined(prompts, exactly(new))
+    both = joined(prompts, answers)
     length, computed = both.mean, on.computed(both.mean, both)
     """The tokens of a row, and how many of them a model computes."""
     episodes = config.steps * config.batch_episodes
@@ -261,15 +262,16 @@ def policy_work(
         *loads,
         *scores,
         *worker.decode(
-            episodes, decoded_rows(config, on, config.batch_episodes), prompts, new, what="episodes"
+            episodes, decoded_rows(config, on, config.batch_episodes), prompts, answers, what="episodes"
         ),
         *worker.decode(
-            evaluated, decoded_rows(config, on, config.evaluate_prompts), asked, new, what="evaluations",
+            evaluated, decoded_rows(config, on, config.evaluate_prompts), asked, answers, what="evaluations",
         ),
+        *worker.rollouts(config.steps + evaluations, episodes + evaluated, what="episodes"),
         *readings,
         *worker.gathering(models * passes, [*scores, *readings], what="scoring"),
         *worker.gathering(
-            config.steps * on.gathers_a_rollout(new), [], what="weights to sample from"
+            config.steps * on.gathers_a_rollout(answers.longest), [], what="weights to sample from"
         ),
         *learning,
         *worker.exchanging(

@@ -14,7 +14,17 @@ from rlhf.config import ConfigError
 from rlhf.costs.hardware import Speed
 from rlhf.costs.memory import gathered_by_layers, gathered_whole
 from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import ThroughputModel, exactly
+from rlhf.costs.stage_cost import (
+    HAND_OVER_SECONDS,
+    LAYER_WEIGHTS,
+    ROW_SECONDS,
+    WAKE_SECONDS,
+    StageCost,
+    Task,
+    ThroughputModel,
+    exactly,
+)
+from rlhf.generation.vllm import VllmConfig
 from rlhf.models.peft.config import PeftConfig
 from rlhf.models.peft.methods import MethodName
 from rlhf.planner.report import explanation, phases, table
@@ -193,12 +203,54 @@ def test_rows_that_ranks_decode_together_are_their_own() -> None:
 
     def passes(ranks: int, rows: int) -> str:
         _, decoding = ThroughputModel(gpus(80, ranks=ranks)).decode(
-            rows, 64, exactly(10), 100, what="answers"
+            rows, 64, exactly(10), exactly(100), what="answers"
         )
         return decoding.how.partition(" times")[0]
 
     assert passes(1, 64) == passes(8, 512) == "answers: 100"
     assert passes(1, 512) == "answers: 800"
+
+
+def test_vllm_ends_with_the_longest_answer() -> None:
+    """Each answer that ends makes room for another; the last ones are waited for."""
+    vllm = VllmConfig(
+        tensor_parallel=1, kv_cache_gib=1000.0, max_num_seqs=64, max_model_len=None, enforce_eager=False
+    )
+    on = replace(gpus(80), vllm=vllm, answer_share=0.25)
+    answers = on.answers(400)
+    assert (answers.mean, answers.longest, answers.deviation) == (100, 400, 50)
+
+    def steps(rows: int) -> str:
+        _, decoding = ThroughputModel(on).decode(rows, 64, exactly(10), answers, what="answers")
+        return decoding.how.partition(" times")[0]
+
+    assert steps(8) == steps(64) == "answers: 400"
+    assert steps(640) == f"answers: {10 * 100 + 300}"
+
+
+def test_the_host_hands_weights_to_vllm_once_a_rollout() -> None:
+    vllm = VllmConfig(
+        tensor_parallel=2, kv_cache_gib=1.0, max_num_seqs=64, max_model_len=None, enforce_eager=False
+    )
+    on = replace(gpus(80, ranks=2), vllm=vllm)
+    rows, weights = ThroughputModel(on).rollouts(3, 500, what="episodes")
+    assert (rows.activity, rows.seconds) == ("host", 500 * ROW_SECONDS)
+    copies = 1.5 * 2 * on.shape.parameters / 2e12
+    each = LAYER_WEIGHTS * on.shape.layers * HAND_OVER_SECONDS + copies + WAKE_SECONDS
+    assert weights.seconds == pytest.approx(3 * each)
+    assert len(ThroughputModel(replace(on, vllm=None)).rollouts(3, 500, what="episodes")) == 1
+    cpu = replace(on, machine=replace(on.machine, kind="cpu"))
+    assert ThroughputModel(cpu).rollouts(3, 500, what="episodes") == []
+
+
+def test_a_gpu_may_be_slower_but_its_disk_is_not() -> None:
+    cost = StageCost(
+        work=[Task("train", 90.0, ""), Task("load", 10.0, "")], checkpoint=4e9, tokens=1800.0
+    ).with_checkpoints(replace(gpus(80).machine, disk=1e9), 50.0)
+    assert cost.work[-1] == ("checkpoint", 2 * 4.0, "2 x 4e+09 B at 1 GB/s a node")
+    assert cost.seconds == 108 and cost.at_most().seconds == 3 * 98 + 10
+    assert cost.throughput(2) == pytest.approx(3 * cost.at_most().throughput(2))
+    assert cost.with_checkpoints(gpus(80).machine, None) == cost
 
 
 def test_virtual_tokens_are_part_of_a_sequence() -> None:

@@ -226,6 +226,17 @@ def test_deepspeeds_step_lays_gradients_of_one_model_at_a_time_end_to_end() -> N
         assert sum(part.size for part in parts) == 4 * trained.parameters / 2 / 2
 
 
+def test_deepspeeds_norm_of_a_large_weight_takes_more_than_that() -> None:
+    def norm(zero: Zero, largest: int) -> list[float]:
+        on = setting(zero, ranks=2)
+        trained = Trained(replace(on, shape=replace(on.shape, largest=largest)), FULL)
+        return [part.size for part in trained.gradients(passes=2, at_step=True) if "norm" in part.how]
+
+    count = setting().shape.parameters
+    assert norm("zero2", count // 2) == [8 * (count // 2)] and norm("zero2", count // 4) == []
+    assert norm("zero3", count // 2 + 1) == [8 * (count // 2 + 1) / 2] and norm("zero3", count // 2) == []
+
+
 def test_a_weight_beyond_deepspeeds_bucket_is_sent_by_itself() -> None:
     def alone(largest: int, peft: PeftConfig) -> list[float]:
         on = setting("zero3", ranks=2)

@@ -15,7 +15,7 @@ from helpers.costs import EIGHT, EIGHT_BILLION, check, gpus
 from helpers.experiments import build
 from rlhf.costs.model_shape import ModelShape, shape_of
 from rlhf.costs.setup import CostContext
-from rlhf.costs.stage_cost import ThroughputModel
+from rlhf.costs.stage_cost import ROW_SECONDS, ThroughputModel
 from rlhf.data.prepared import LengthStats
 from rlhf.distributed.compute import Zero
 from rlhf.models.peft.config import PeftConfig
@@ -193,10 +193,12 @@ def test_the_work_of_ppo_by_hand() -> None:
     assert [(task.activity, task.how.lstrip("(").partition(":")[0]) for task in work] == [
         ("load", "policy, reference, published model"), ("load", "critic"), ("load", "reward model"),
         ("read", "scores"), ("read", "episodes"), ("decode", "episodes"), ("read", "evaluations"),
-        ("decode", "evaluations"), ("read", "log-probabilities"), ("read", "values"), ("train", "policy"),
-        ("train", "critic"), ("train", "pretraining mix"),
+        ("decode", "evaluations"), ("host", "episodes"), ("read", "log-probabilities"), ("read", "values"),
+        ("train", "policy"), ("train", "critic"), ("train", "pretraining mix"),
         ("optimizer", "24 x 1.58e+10 parameters x 40 B / 2000 GB/s"),
     ]  # fmt: skip
+    (host,) = (task.seconds for task in work if task.activity == "host")
+    assert host == (576 + 144) * ROW_SECONDS
     tokens = {task.how.lstrip("(").partition(":")[0]: task.how for task in work if " tokens " in task.how}
     expected = {
         "scores": (576 + 144) * 440, "episodes": 576 * 400, "evaluations": 144 * 400,
