@@ -24,6 +24,9 @@ INTERVAL_SECONDS = 1.0
 STALE_SECONDS = 5.0
 """A rank is missing if its last beat is this much older than the reader's own. The file system's clock
 counts, because the clocks of the hosts may differ."""
+BEFORE_NCCL = 0.9
+"""Of `distributed.timeout`. On a GPU a rank that waits cannot be interrupted: after the whole time NCCL's
+watchdog would abort the process, and nobody would say which rank is missing."""
 
 
 class Heartbeat:
@@ -33,7 +36,8 @@ class Heartbeat:
         """
         Args:
             hung: called once, by another thread, if the main thread has not moved for `compute.timeout` while
-                it is `compute.limited`. It gets the reason, as `explain` gives it.
+                it is `compute.limited`; on a GPU also if it has not for most of that, and a rank is missing.
+                It gets the reason, as `explain` gives it.
         """
         self._directory, self._compute, self._hung = directory, compute, hung
         self._over = threading.Event()
@@ -124,9 +128,13 @@ class Heartbeat:
             if self._over.wait(INTERVAL_SECONDS):
                 return
             # beats count, not a clock: it would go on while somebody stops the whole run for a while
-            now = self._compute.position["moves"] if self._compute.position.get("limited") else None
+            at, limit = self._compute.position, self._compute.timeout
+            is_limited = at.get("limited", False)
+            by_nccl = not is_limited and self._compute.device.type == "cuda" and not at.get("busy")
+            now = at.get("moves", 0) if is_limited or by_nccl else None
             quiet, moves = (0, now) if now is None or now != moves else (quiet + 1, moves)
-            if quiet * INTERVAL_SECONDS >= self._compute.timeout and not self._told:
+            is_over = quiet * INTERVAL_SECONDS >= (BEFORE_NCCL * limit if by_nccl else limit)
+            if is_over and not self._told and (is_limited or self._silent()):
                 self._told = True
                 threading.Thread(target=lambda: self._hung(self.explain()), daemon=True).start()
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,45 @@ def test_only_a_limited_wait_ends_and_once(tmp_path: Path, monkeypatch: pytest.M
         compute.moved()
         beats(80)
     assert said == ["ppo, step 3: rank 0 waited for rank 1 (never seen) in vain."]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_a_missing_rank_is_named_before_nccl_aborts(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait inside NCCL knows no `limited`. A rank that others hear of is not missing, whatever it does."""
+    monkeypatch.setattr(beating, "INTERVAL_SECONDS", 0.01)
+    compute, hung, said = Compute(device, "float32", world_size=2, timeout=0.5), threading.Event(), []
+    compute.position.update(stage="ppo", step=3)
+    other = tmp_path / "rank1.json"
+
+    def beats(count: int, do: Callable[[], object]) -> None:
+        """Wait until the file was written so often."""
+        file = tmp_path / "rank0.json"
+        seen: set[int] = set()
+        while len(seen) < count:
+            do()
+            with suppress(OSError):
+                seen.add(file.stat().st_mtime_ns)
+
+    def end(why: str) -> None:
+        said.append(why)
+        hung.set()
+
+    def beat() -> None:
+        other.write_text('{"stage": "ppo", "step": 2}')
+
+    with Heartbeat(tmp_path, compute, end):
+        beats(80, beat)
+        assert not said
+        ago = time.time() - 60
+        os.utime(other, (ago, ago))
+        if device == "cuda":
+            assert hung.wait(60)
+        beats(80, lambda: None)
+    assert said == ["ppo, step 3: rank 0 waited for rank 1 (last seen 60 s ago in ppo, step 2) in vain."] * (
+        device == "cuda"
+    )
 
 
 def test_on_a_cpu_computing_is_progress(tmp_path: Path) -> None:
