@@ -3,7 +3,8 @@ critic there are three."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -107,11 +108,13 @@ def build_loop(
         job.checkpoints.newest,
         in_turns=critic is not None,
     )
-    reference = (
-        PolicyModel(backbone.model, tokenizer, compute)
-        if backbone
-        else PolicyModel.load(start, settings, compute, tokenizer, placement=placement)
-    )
+    access = policy_access(engine, policy, adapter, compute)
+    if backbone is not None:
+        reference = PolicyModel(backbone.model, tokenizer, compute)
+    elif config.shares_reference(shards_weights=compute.shards_weights):
+        reference = PolicyModel(policy, tokenizer, compute, without(adapter, access))
+    else:
+        reference = PolicyModel.load(start, settings, compute, tokenizer, placement=placement)
     return PolicyTrainer(
         config,
         objective,
@@ -120,7 +123,7 @@ def build_loop(
             policy,
             tokenizer,
             compute,
-            policy_access(engine, policy, adapter, compute),
+            access,
             job.vllm,
             job.local_sampling,
         ),
@@ -159,7 +162,8 @@ def shared_backbone(
 ) -> Backbone | None:
     """The weights that reference, critic and reward model share with the policy, which has no adapter yet.
 
-    None if they cannot: only LoRA leaves the weights as they are, and sharded weights belong to one engine.
+    None if they cannot: only LoRA leaves the weights as they are, and with `zero=` they belong to one engine
+    (whose policy, with its adapter turned off, may be the reference).
     """
     if not METHODS[config.peft.method].shares or compute.zero != "none":
         return None
@@ -172,6 +176,23 @@ def policy_access(engine: Engine, policy: PreTrainedModel, adapter: Adapter, com
         return Access(adapter.merged)
     together = (lambda: engine.by_layers(policy)) if compute.shards_weights else None
     return Access(lambda: engine.gathered(policy), together, engine.gathered_weights)
+
+
+Opens = Callable[[], AbstractContextManager[None]]
+
+
+def without(adapter: Adapter, access: Access) -> Access:
+    """How the policy's start is run, in the policy's own weights: with the adapter turned off."""
+
+    def opened(context: Opens) -> Opens:
+        @contextmanager
+        def both() -> Iterator[None]:
+            with adapter.off(), context():
+                yield
+
+        return both
+
+    return Access(opened(access.alone), access.together and opened(access.together), access.weights)
 
 
 def score_normalizer(config: PolicyConfig, job: Job) -> ScoreNormalizer:

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from rlhf.config import Strict
 from rlhf.data.sources import PromptSource, SourceConfig
 from rlhf.models.peft.config import Peft
+from rlhf.models.peft.methods import METHODS
 from rlhf.models.start import Init
 from rlhf.rewards.kinds import RewardSource, critic_part
 from rlhf.training.config import OptimConfig
@@ -133,7 +134,9 @@ class PolicyConfig(Strict):
     frozen_placement: Literal["auto", "replicated", "sharded", "offloaded"]
     """Reference and reward model: whole on every rank (replicated); sharded over them (ZeRO-3 inference, or
     FSDP2); or in each rank's host memory, and whole on its GPU only while they are used (offloaded). `auto`
-    shards them where `zero=` shards the weights that train, and replicates them elsewhere."""
+    shards them where `zero=` shards the weights that train, and replicates them elsewhere. With LoRA the
+    reference is the policy without its adapter, and only the reward model is placed, unless whole copies are
+    wanted of sharded weights."""
     micro_batch_tokens: PositiveInt
     """Tokens per forward pass; lower it when memory runs out."""
     activation_checkpointing: bool
@@ -145,6 +148,12 @@ class PolicyConfig(Strict):
         if self.frozen_placement == "auto":
             return "sharded" if shards_weights else "replicated"
         return self.frozen_placement
+
+    def shares_reference(self, *, shards_weights: bool) -> bool:
+        """Whether the reference is the policy with its adapter turned off: not where the policy's weights are
+        sharded and the reference is wanted whole."""
+        shares = METHODS[self.peft.method].shares
+        return shares and (not shards_weights or self.placement(shards_weights=True) == "sharded")
 
     @property
     def group_size(self) -> int:

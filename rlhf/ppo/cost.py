@@ -80,7 +80,8 @@ def policy_cost(
     of_reference, of_reward = [], []
     if not shares:
         held, *of_reference = frozen_runs(on, "reference", placed)
-        states.append(held)
+        if not config.shares_reference(shards_weights=on.shards_weights):
+            states.append(held)
     others = []
     if scorer is not None and own_reward and not (shares and critic_on_reward):
         held, *of_reward = frozen_runs(scorer, "reward model", placed, is_scalar=True)

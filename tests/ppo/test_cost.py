@@ -135,6 +135,18 @@ def test_a_sharded_model_is_never_whole_on_a_rank(tmp_path: Path) -> None:
         assert not check(tmp_path, replace(on, zero=zero), "sft", *lora).refused
 
 
+@pytest.mark.parametrize("zero", ["zero2", "zero3", "fsdp2"])
+def test_loras_reference_holds_no_weights(zero: Zero) -> None:
+    def held(*overrides: str) -> list[str]:
+        found = build("ppo.peft=lora", f"zero={zero}", "device=cpu", *overrides)
+        on = replace(gpus(80, ranks=8), zero=zero)
+        parts = [part for phase in found.stages["ppo"].cost(on, found.stages).phases for part in phase.parts]
+        return [part.how for part in parts if part.how.startswith("reference")]
+
+    assert not held()
+    assert bool(held("ppo.frozen_placement=replicated")) == (zero != "zero2")
+
+
 def test_ppo_reads_slices_of_its_models_or_whole_ones() -> None:
     """Policy and critic are read before the engine takes them, and a reward model stays."""
 

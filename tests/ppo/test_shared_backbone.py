@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from helpers.jobs import TINY, on_cpu
 from helpers.models import embedding
 from helpers.ppo import best_weights, ppo_job, ppo_stage, prompts, reward_model
+from helpers.spawned import start_ranks
 from rlhf.data.chat_template import exchange_ids
+from rlhf.distributed.compute import Compute
 from rlhf.models.base import load_tokenizer
 from rlhf.models.load import load_causal_lm
 from rlhf.models.peft.attach import attach
@@ -24,6 +27,7 @@ from rlhf.ppo.metrics import UpdateSums
 from rlhf.ppo.trainer import PolicyTrainer
 from rlhf.rewards.model import LearnedReward, load_learned_reward
 from rlhf.rewards.reward import RewardError
+from rlhf.rl.rollout import RewardRule, Rollout, make_experience
 from rlhf.training.engine import PlainEngine
 
 ROWS = prompts(range(16))
@@ -36,12 +40,13 @@ COMPLETIONS = ["An answer. " * n for n in range(len(ROWS))]
 
 
 def learners(tmp_path: Path, sft: Path, *overrides: str) -> tuple[PolicyTrainer, PolicyTrainer]:
-    """The stage's own, with shared weights, and with separate ones, as under `zero=zero1` and above."""
+    """The stage's own, with shared weights, and with separate ones."""
     stage = ppo_stage(*SETTINGS, *overrides)
     torch.manual_seed(0)
     shared = stage.trainer(ppo_job(tmp_path / "shared", sft))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "shared_backbone", lambda *_: None)
+        patch.setattr(type(stage), "shares_reference", lambda *_, **options: False)
         torch.manual_seed(0)
         return shared, stage.trainer(ppo_job(tmp_path / "separate", sft))
 
@@ -223,3 +228,55 @@ def test_a_response_that_fills_the_context_is_scored_with_its_end(tmp_path: Path
     assert learned([prompt], [broken]).isfinite().all()
     with pytest.raises(RewardError, match=r"the reward model reads 1024 tokens, and a prompt .* has 1033"):
         learned([prompt], ["a" * (room + 9)])
+
+
+def references(compute: Compute, model: Path, directory: Path) -> dict[str, tuple[bool, list[float]]]:
+    """By `zero=`: whether the reference is the policy, and what of a response moves when the policy does."""
+    found = {}
+    for zero in ("zero2", "zero3", "fsdp2"):
+        stage = ppo_stage(*SETTINGS, f"zero={zero}", "ppo.critic.init=sft")
+        job = replace(
+            ppo_job(directory / f"{zero}{compute.rank}", model), compute=replace(compute, zero=zero)
+        )
+        trainer = stage.trainer(job)
+        prompt = torch.tensor(list(range(3, 15)))
+        rollout = Rollout([prompt, prompt[:5]], [prompt[2:8], prompt[1:5]], torch.ones(2) > 0)
+
+        def sums(trainer: PolicyTrainer = trainer, rollout: Rollout = rollout) -> Tensor:
+            both = (trainer.policy, trainer.reference)
+            return torch.stack([each.log_probabilities(rollout, 1.0, 1000).sum() for each in both])
+
+        before = sums()
+        trainer.engine.set_rates(0, 10)
+        logp_BR, _, scored = trainer.update.score(rollout)
+        experience = make_experience(
+            rollout, logp_BR=logp_BR, reference_logp_BR=logp_BR, score_B=torch.tensor([1.0, -1.0]),
+            rule=RewardRule(trainer.normalizer, 0.05, None, 0.0),
+            advantages=trainer.objective.estimator(torch.zeros_like(logp_BR)),
+        )  # fmt: skip
+        trainer.update.learn(experience, scored, critic_only=False)
+        moved = (sums() - before).abs().tolist()
+        found[zero] = (trainer.reference.model is trainer.policy.model, [float(before.diff()), *moved])
+    return found
+
+
+@pytest.mark.slow
+def test_sharded_weights_are_the_references_too_with_the_adapter_turned_off(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    for cases in start_ranks(references, 2, tiny_model, tmp_path, timeout=60, seconds=300)().values():
+        assert isinstance(cases, dict), cases
+        for is_policy, (apart, policy, reference) in cases.values():
+            assert is_policy
+            assert apart == reference == 0.0 < 1e-4 < policy
+
+
+def test_a_reference_that_is_wanted_whole_has_weights_of_its_own() -> None:
+    def shares(*overrides: str, shards: bool) -> bool:
+        return ppo_stage(*overrides).shares_reference(shards_weights=shards)
+
+    lora = "ppo.peft=lora"
+    assert shares(lora, shards=True) and shares(lora, shards=False)
+    assert not shares(lora, "ppo.frozen_placement=replicated", shards=True)
+    assert shares(lora, "ppo.frozen_placement=replicated", shards=False)
+    assert not shares("ppo.peft=none", shards=True) and not shares("ppo.peft=none", shards=False)

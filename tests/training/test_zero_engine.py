@@ -19,6 +19,7 @@ from helpers.spawned import start_ranks
 from rlhf.distributed.compute import Compute, Zero, leave_group, make_compute
 from rlhf.models.load import load_causal_lm
 from rlhf.models.logprobs import ResponseModel, pack_sequences
+from rlhf.training.deepspeed import on_host, zero_config
 from rlhf.training.make_engine import make_engine
 from rlhf.training.trained import load_trained
 
@@ -136,6 +137,14 @@ def test_another_number_of_ranks_reads_slices(zero: Zero, tiny_model: Path, tmp_
     state = 12 * sum(weight.numel() for weight in saved.values())
     for rank in (1, 2):
         assert found[rank] < state / 10, "it read what it did not map"
+
+
+def test_what_waits_on_the_host_for_a_gpu_is_pinned() -> None:
+    for device in ("cuda", "cpu"):
+        compute = Compute(device, "bfloat16", "zero3_offload", world_size=2)
+        zero = zero_config(compute, 100, 100)["zero_optimization"]
+        pinned = {"device": "cpu", "pin_memory": device == "cuda"}
+        assert zero["offload_optimizer"] == zero["offload_param"] == on_host(compute) == pinned
 
 
 def test_a_process_that_left_its_group_joins_another(tiny_model: Path) -> None:

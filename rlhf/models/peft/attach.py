@@ -84,6 +84,21 @@ class Adapter:
                 layer._disable_adapters = False
                 layer.__dict__.pop("forward", None)
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While open, the model is the one that it was before. Only for methods that share the weights
+        (`METHODS`)."""
+        modules = () if self._tuner is None else self._tuner.modules()
+        layers: list[Any] = [module for module in modules if isinstance(module, LoraLayer)]
+        assert layers, "nothing to turn off"
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
     def merge(self, keep: Keep = lambda weight: weight) -> None:
         """Merge the adapter into the weights, so that a plain model can be published.
 
