@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -18,7 +20,7 @@ from helpers.pages import make_run
 from rlhf.cli.watch import HOST, make_server
 from rlhf.report.page.collect import read_run
 from rlhf.report.page.compared import runs_page
-from rlhf.report.page.write import write_page
+from rlhf.report.page.write import DOCS, write_page
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"></script><script>document.title='owned'</script>"
 
@@ -106,6 +108,45 @@ def test_the_page_is_clicked_through(chromium: Browser, tmp_path: Path, scheme: 
     assert f"{HOSTILE} · 1 tokens" in answers.first.inner_text()
     assert page.title() == "Run demo"
     looks_right(page, wrong)
+    page.context.close()
+
+
+@in_every_look
+def test_charts_are_drawn_before_anybody_scrolls_and_on_paper(
+    chromium: Browser, tmp_path: Path, scheme: str, width: int
+) -> None:
+    """As a screenshot of the whole page or a print sees it; those of closed lists are left out."""
+    path = write_page(make_run(tmp_path, num_steps=40))
+    page, wrong = opened(chromium, path.as_uri(), scheme, width)
+    shown = "figure.chart:not(details:not([open]) figure)"
+    expect(page.locator(f"{shown} canvas")).to_have_count(page.locator(shown).count())
+    assert page.locator(shown).count() > 3
+    page.emulate_media(media="print")
+    widest = "[...document.querySelectorAll('figure .plot')].filter((plot) => plot.querySelector('canvas'))"
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert page.evaluate(
+        f"{widest}.every((plot) => plot.querySelector('.uplot').clientWidth <= plot.clientWidth + 1)"
+    )
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(paper) == "rgb(255, 255, 255)"
+    assert len(page.pdf(format="A4")) > 50_000
+    assert wrong == []
+    page.context.close()
+
+
+def test_a_gates_advice_is_not_cut_and_leads_to_its_page(chromium: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["gates"][0]["advice"] = f"{'read this ' * 60}(docs/problems/loss-is-nan.md)"
+    (run / "summary.json").write_text(json.dumps(summary))
+    page, wrong = opened(chromium, write_page(run).as_uri())
+    cell = page.locator("#gates td.advice", has_text="read this")
+    box = cell.bounding_box()
+    assert box is not None and box["x"] + box["width"] <= 1280
+    for link in (cell.locator("a"), page.locator("#verdict a")):
+        address = link.evaluate("(link) => link.href")
+        assert Path(url2pathname(urlsplit(address).path)) == DOCS / "problems" / "loss-is-nan.md"
+    assert complaints(page) == [] and wrong == []
     page.context.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -12,10 +13,10 @@ from typing import Any
 import pytest
 
 from helpers.pages import make_run
-from rlhf.report.page.collect import COMPARED, cleaned, over_kl, policy_table, read_run
+from rlhf.report.page.collect import COMPARED, cleaned, over_kl, policy_table, read_run, stage_charts
 from rlhf.report.page.curves import Curve
 from rlhf.report.page.size import embedded
-from rlhf.report.page.write import NAME, run_page, write_page
+from rlhf.report.page.write import DOCS, NAME, linked, run_page, write_page
 
 HOSTILE = (
     "</script><script>document.title='owned'</script>", "<img src=x onerror=alert(1)>", "\u2028\u2029",
@@ -140,6 +141,64 @@ def test_each_of_several_rewards_has_a_row(tmp_path: Path) -> None:
     rows = {row[0]: row[1:] for row in table.rows}
     assert "learned score, all together" in rows and "learned score" not in rows
     assert rows["learned alone"][-1] == "1.28" and rows["length alone"][-1] == "-25"
+
+
+@pytest.mark.parametrize(
+    ("metric", "unit", "extremes"),
+    [
+        ("train_accuracy", "share", (0.0, 1.0)),
+        ("stop_rate", "share", (0.0, 1.0)),
+        ("explained_variance", "share of the variance", (None, 1.0)),
+        ("held_out_kl", "nats", (None, None)),
+        ("loss", "nats", (None, None)),
+        ("policy_loss", "policy loss", (None, None)),
+        ("held_out_length", "tokens", (None, None)),
+        ("seconds_update", "seconds", (None, None)),
+        ("held_out_score", "score", (None, None)),
+        ("kl_coef", "kl coef", (None, None)),
+    ],
+)
+def test_an_axis_has_a_unit_and_ends_where_its_figure_does(
+    metric: str, unit: str, extremes: tuple[float | None, float | None], run: Path
+) -> None:
+    line = json.dumps({"stage": "ppo", "step": 1, "time": 1.0, f"ppo/{metric}": 0.5})
+    (run / "metrics.jsonl").write_text(f"{line}\n")
+    (chart,) = stage_charts(read_run(run), "ppo")
+    drawn = chart.as_json(10)
+    assert (drawn["unit"], (drawn["least"], drawn["most"])) == (unit, extremes)
+
+
+def test_a_run_that_was_stopped_shows_what_it_sampled_last(run: Path) -> None:
+    (run / "artifacts" / "evaluate").unlink()
+    prompt = [{"role": "user", "content": "Say <b>it</b>"}]
+    rows = [
+        {"stage": "ppo", "step": step, "prompt": prompt, "response": f"answer {step}.{number}"}
+        for step in (1, 2) for number in range(7)
+    ]  # fmt: skip
+    first = {
+        "stage": "generate",
+        "prompt": prompt,
+        "response": "mine",
+        "stopped": False,
+        "tokens": 3,
+        "score": 0.5,
+    }
+    lines = [json.dumps(row) for row in (first, *rows)]
+    (run / "samples.jsonl").write_text("\n".join(lines) + '\n{"stage": "ppo", "st')
+    page = run_page(read_run(run))
+    assert "What was sampled last" in page and "Say &lt;b&gt;it" in page
+    assert "generate · 3 tokens · cut off · score 0.5" in page and "mine" in page
+    assert re.findall(r"answer [\d.]+", page) == [f"answer 2.{number}" for number in (6, 5, 4, 3, 2)]
+    assert "What was sampled last" not in run_page(read_run(make_run(run.parent / "whole")))
+
+
+def test_a_page_of_the_documentation_is_a_link_where_it_is_on_this_disk(run: Path) -> None:
+    advice = "change <it> (docs/problems/loss-is-nan.md, docs/none.md)"
+    found = linked(advice, run)
+    address = os.path.relpath(DOCS / "problems" / "loss-is-nan.md", run)
+    link = f'<a href="{address}">docs/problems/loss-is-nan.md</a>'
+    assert found == f"change &lt;it&gt; ({link}, docs/none.md)"
+    assert linked(advice, None) == "change &lt;it&gt; (docs/problems/loss-is-nan.md, docs/none.md)"
 
 
 def test_a_chart_is_also_text(run: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,7 +15,17 @@ from rlhf.evaluation.sampled import ENDS, Sampled, beside, parts_of
 from rlhf.pipeline.defaults import Change
 from rlhf.pipeline.recipe import BEST_OF_N, kind_of
 from rlhf.printable import printable
-from rlhf.report.page.curves import Bounds, Chart, Curve, correlation, healthy_range, in_order, logged
+from rlhf.report.page.curves import (
+    Bounds,
+    Chart,
+    Curve,
+    correlation,
+    extremes_of,
+    healthy_range,
+    in_order,
+    logged,
+    unit_of,
+)
 from rlhf.report.page.size import LONGEST_TEXT, Limits, clipped, first_of, html_bytes, json_bytes
 from rlhf.tracking.redaction import redacted_text
 
@@ -21,6 +33,10 @@ MOST_PROMPTS = 300
 """Whose answers a page holds; the rest is in comparison.jsonl."""
 MOST_MARKS = 300
 """Of one policy in a scatter."""
+SAMPLES_BYTES = 400_000
+"""Of the end of samples.jsonl, which is looked through."""
+SHOWN_SAMPLES = 5
+"""Of each stage."""
 SHOWN_CURVES = 6
 """Of each stage; more are one click away."""
 CALIBRATION = "calibration.jsonl"
@@ -102,6 +118,8 @@ class RunFacts:
     """policies: their names; titles: what tables call them; before and after: the two that are shown first;
     kinds: gold and score, where there are such; rows: prompt and answers; left_out: how many prompts are not
     on the page."""
+    samples: Sequence[Mapping[str, Any]] = ()
+    """What was sampled last, the newest first, of a run in which no policies are compared (yet)."""
     gold_over_steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """Policy -> KL and gold score of its held-out answers, evaluation by evaluation."""
     titles: Mapping[str, str] = field(default_factory=dict)
@@ -139,6 +157,7 @@ class RunFacts:
         return replace(
             self, gates=kept, changed=None if self.changed is None else said, answers=answers,
             verdict=None if self.verdict is None else clipped(self.verdict, most),
+            samples=first_of(self.samples, limits.answers, json_bytes),
             left_out={"gates": len(gates) - len(kept), "changed": len(changed) - len(said)},
         )  # fmt: skip
 
@@ -181,6 +200,8 @@ def read_run(directory: Path) -> RunFacts:
         run.answers = read_answers(path, policies_of(run))
         for row in read_rows(path.with_name(GOLD_OVER_STEPS)):
             run.gold_over_steps.setdefault(row["policy"], []).append(row)
+    if not run.answers:
+        run.samples = read_samples(directory / "samples.jsonl")
     if run.answers:
         names = run.answers["policies"]
         start = start_of(run)
@@ -274,6 +295,44 @@ def read_answers(path: Path, policies: list[str]) -> dict[str, Any]:
     return {"policies": policies, "kinds": kinds, "rows": rows, "left_out": total - len(rows)}
 
 
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The last answers that a run wrote down, the newest first: of each stage those of its last step."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - SAMPLES_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    rows: list[dict[str, Any]] = []
+    for line in reversed(lines):
+        with suppress(ValueError):  # half a line, at either end
+            rows.append(json.loads(line))
+    last: dict[str, Any] = {}
+    for row in rows:
+        last.setdefault(row["stage"], row.get("step"))
+    counts = Counter[str]()
+    kept = []
+    for row in rows:
+        counts[row["stage"]] += row.get("step") == last[row["stage"]]
+        if row.get("step") == last[row["stage"]] and counts[row["stage"]] <= SHOWN_SAMPLES:
+            kept.append(_sampled(row))
+    return kept
+
+
+def _sampled(row: Mapping[str, Any]) -> dict[str, Any]:
+    facts = [] if row.get("step") is None else [f"step {row['step']}"]
+    facts += [f"{row['tokens']} tokens"] if "tokens" in row else []
+    facts += ["cut off"] if row.get("stopped") is False else []
+    facts += [f"score {row['score']:.4g}"] if isinstance(row.get("score"), int | float) else []
+    return {
+        "stage": cleaned(str(row["stage"])),
+        "prompt": [
+            [turn["role"], cleaned(str(turn["content"])[:LONGEST_TEXT])] for turn in row.get("prompt", [])
+        ],
+        "text": cleaned(str(row.get("response", ""))[:LONGEST_TEXT]),
+        "facts": " · ".join(facts),
+    }
+
+
 def _answered(row: Mapping[str, Any]) -> dict[str, Any]:
     answers = {
         name: {
@@ -299,7 +358,15 @@ def stage_charts(run: RunFacts, stage: str) -> list[Chart]:
     ranges = {name: healthy_range(curves[name], *each) for name, each in said.items() if name in curves}
     ranges |= gates
     return [
-        Chart(f"{stage}/{name}", "step", name, [curves[name]], ranges.get(name, (None, None)))
+        Chart(
+            f"{stage}/{name}",
+            "step",
+            name,
+            [curves[name]],
+            ranges.get(name, (None, None)),
+            unit_of(name),
+            extremes_of(name),
+        )
         for name in in_order(curves, gates)
     ]
 
@@ -371,7 +438,12 @@ def calibrations(run: RunFacts) -> Iterator[tuple[str, Chart]]:
         yield (
             stage.name,
             Chart(
-                "Calibration", "how sure", "how often right", [Curve(named, x, y, marks=True)], diagonal=True
+                "Calibration",
+                "how sure (probability)",
+                "how often right (share)",
+                [Curve(named, x, y, marks=True)],
+                extremes=(0.0, 1.0),
+                diagonal=True,
             ),
         )
 

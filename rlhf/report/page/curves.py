@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,34 @@ FIRST = (
     "stop_rate", "reward", "grad_norm", "lr",
 )  # fmt: skip
 """Which curves a reader wants to see first; those with a gate stand before them."""
+UNITS = (
+    (r"explained_variance", "share of the variance"),
+    (r"(accuracy|rate|share|fraction)$|^distinct_", "share"),
+    (
+        r"(^|_)(kl|kl_last|kl_k3|entropy|engine_mismatch|engine_mismatch_max)$|^(held_out_|train_)?loss",
+        "nats",
+    ),
+    (r"(length|tokens)(_p95|_mean)?$", "tokens"),
+    (r"seconds", "seconds"),
+    (r"(score|reward|return|value|margin)(_p95|_last)?$", "score"),
+    (r"bytes$", "bytes"),
+    (r"gib$", "GiB"),
+    (r"^lr$", "learning rate"),
+    (r"^episodes$|^rows", "number"),
+)
+"""What the end or the whole of a metric's name says of its unit; the first that fits."""
 Bounds = tuple[float | None, float | None]
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a logged figure; of one without, its name in words."""
+    return next((unit for pattern, unit in UNITS if re.search(pattern, metric)), metric.replace("_", " "))
+
+
+def extremes_of(metric: str) -> Bounds:
+    """The least and the most that a figure can be, where it is a share."""
+    unit = unit_of(metric)
+    return (0.0 if unit == "share" else None), (1.0 if unit.startswith("share") else None)
 
 
 @dataclass(frozen=True)
@@ -64,6 +92,10 @@ class Chart:
     curves: list[Curve] = field(default_factory=list)
     bounds: Bounds = (None, None)
     """The healthy range: of a gate with the curve's name, or what the stage says of the curve."""
+    unit: str = ""
+    """Of the vertical axis; empty where `y` says it."""
+    extremes: Bounds = (None, None)
+    """The least and the most that a figure can be: the axis goes no further."""
     diagonal: bool = False
     """Whether a perfect result lies on the line y = x."""
 
@@ -95,6 +127,9 @@ class Chart:
             "y": self.y,
             "low": self.bounds[0],
             "high": self.bounds[1],
+            "unit": self.unit or self.y,
+            "least": self.extremes[0],
+            "most": self.extremes[1],
             "diagonal": self.diagonal,
             "curves": [
                 {

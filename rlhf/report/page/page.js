@@ -1,9 +1,10 @@
 "use strict";
 (() => {
   let data = JSON.parse(document.getElementById("data").textContent);
-  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const dark = matchMedia("(prefers-color-scheme: dark)"), paper = matchMedia("print");
   const LIGHT = ["#0072b2", "#d55e00", "#007a5a", "#b0538d", "#8a6d00", "#1b1f24"];
   const DARK = ["#58b0e8", "#ff9a57", "#4fd0a5", "#e79ac9", "#e9c46a", "#e6e9ec"];
+  const WHOLE = [0, 1, 2, 3, 4, 5, 6].flatMap((power) => [1, 2, 5].map((each) => each * 10 ** power));
   const drawn = new Map(); // id of a chart -> its uPlot
 
   const make = (name, text, className) => {
@@ -39,7 +40,7 @@
 
   // Six colours that differ also for the colour-blind. The next six curves are dashed or hollow.
   function look(number) {
-    const colours = dark.matches ? DARK : LIGHT;
+    const colours = dark.matches && !paper.matches ? DARK : LIGHT;
     const colour = colours[number % colours.length], hollow = Math.floor(number / colours.length) % 2 === 1;
     return { colour, fill: hollow ? value("--paper") : colour, dash: hollow ? [5, 4] : [] };
   }
@@ -80,10 +81,10 @@
     const options = {
       width: Math.max(200, plot.clientWidth), height: plot.clientHeight,
       legend: { show: false }, cursor: { y: false, drag: { x: true, y: false }, points: { size: 7 } },
-      scales: { x: { time: false }, y: { range: (u, low, high) => span(low, high) } },
+      scales: { x: { time: false }, y: { range: (u, low, high) => span(low, high, chart.least, chart.most) } },
       axes: [
-        { ...axis, label: chart.x, labelSize: 18, size: 34 },
-        { ...axis, size: 56, values: (u, ticks) => ticks.map(shown), ...(chart.curves[0].marks || chart.curves.length > 1 ? { label: chart.y, labelSize: 18 } : {}) },
+        { ...axis, label: chart.x, labelSize: 18, size: 34, ...(chart.x === "step" ? { incrs: WHOLE } : {}) },
+        { ...axis, size: 56, values: (u, ticks) => ticks.map(shown), label: chart.unit, labelSize: 18 },
       ],
       series: [{}, ...chart.curves.map((curve, number) => {
         const { colour, fill, dash } = look(number);
@@ -124,10 +125,10 @@
     legend(figure, chart, null);
   }
 
-  function span(low, high) {
+  function span(low, high, least, most) {
     if (low === null || high === null) return [0, 1];
     const margin = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
-    return [low - margin, high + margin];
+    return [Math.max(least ?? -Infinity, low - margin), Math.min(most ?? Infinity, high + margin)];
   }
 
   const seen = new IntersectionObserver((entries) => {
@@ -138,6 +139,17 @@
       }
     }
   }, { rootMargin: "300px" });
+  // What nobody has scrolled to is drawn when there is time, one chart after the other, and before it is printed.
+  const waiting = () => [...document.querySelectorAll("figure.chart")].filter((figure) => !drawn.has(figure.id) && data.charts[figure.id] && !figure.closest("details:not([open])"));
+  const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 30));
+  function fill() {
+    const [next] = waiting();
+    if (!next) return;
+    draw(next);
+    idle(fill);
+  }
+  addEventListener("beforeprint", () => waiting().forEach(draw));
+  paper.addEventListener("change", () => redraw()); // in the paper's colours and width, and back
   const redraw = () => [...drawn.keys()].forEach((id) => draw(document.getElementById(id)));
   let resized;
   addEventListener("resize", () => {
@@ -262,6 +274,7 @@
   const raw = new Map([...document.querySelectorAll("[data-part]")].map((part) => [part.id, part.outerHTML]));
   attach(document);
   answers();
+  idle(fill);
 
   // Live: ask whether the run wrote anything, and put in what changed. What a reader opened stays open.
   const live = document.body.dataset.stamp;

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
 from rlhf.disk import naming, replace_text
 from rlhf.pipeline.run import NO_VERDICT, OUTCOMES
@@ -42,6 +46,8 @@ NAME = "report.html"
 NOT_ENDED = "This run has not ended."
 EARLY = {"failed": "failed", "stopped": "was stopped"}
 """How a run ended -> in words."""
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+PAGE = re.compile(r"(docs/[\w/-]+\.md)")
 ROW = 60
 """Height of a row of the lineage, in pixels; page.css has the same."""
 CHART = 800
@@ -222,6 +228,7 @@ def _run_page(run: RunFacts, live: Live | None, limits: Limits) -> str:
         "run": run,
         "live": live,
         "failed": failed,
+        "linked": partial(linked, directory=None if live else run.directory),
         "lineage": lineage(run.stages),
         "gates": [(gate, strip(gate)) for gate in run.gates],
         "charts": charts,
@@ -272,6 +279,21 @@ def page(template: str, blocks: Mapping[str, Any], data: Mapping[str, Any], *, l
     return _templates().get_template(template).render(
         **blocks, policy=policy, script=script, style=style, data=embedded(data), row=ROW
     )  # fmt: skip
+
+
+def linked(advice: str, directory: Path | None) -> Markup:
+    """Advice in which each page of the documentation is a link, where that page is on this disk.
+
+    Args:
+        directory: of the page, from which the link leads; None for a page that is served, which has no links.
+    """
+    parts = PAGE.split(advice)
+    for place in range(1, len(parts), 2):
+        file = DOCS.parent / parts[place]
+        if directory is not None and file.is_file():
+            address = quote(os.path.relpath(file, directory))
+            parts[place] = Markup('<a href="{}">{}</a>').format(address, parts[place])
+    return Markup("").join(parts)
 
 
 @cache
