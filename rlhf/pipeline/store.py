@@ -32,12 +32,13 @@ from rlhf.digests import (
 )
 from rlhf.disk import content_of, naming
 from rlhf.locks import Lock
+from rlhf.pipeline.why import Change, changes, rows_in, said
 from rlhf.printable import printable
 
 FORMAT = 3
 KEY_LENGTH = 16
 
-INPUT_PREFIXES = ("model: ", "data.", "external.", "inputs.")
+INPUTS = ("model.", "data.", "external.", "inputs.")
 """Recipe entries with these prefixes describe what a stage reads, not its settings."""
 
 
@@ -293,9 +294,10 @@ class Store:
                 TypeError,
             ):  # damaged, being removed, or of an earlier version
                 continue
-            differences = _changes(other, recipe)
-            if differences and all(each.startswith(INPUT_PREFIXES) for each in differences):
-                return f"the checkpoints in {path.parents[1]} are of other inputs ({'; '.join(differences)})"
+            differences = [*changes(other, recipe)]
+            if differences and all(f"{each.name}.".startswith(INPUTS) for each in differences):
+                words = "; ".join(said(stage, each, rows_in(self.root)) for each in differences)
+                return f"the checkpoints in {path.parents[1]} are of other inputs ({words})"
         return None
 
     def scratch(self, stage: str, key: str) -> Path:
@@ -332,22 +334,11 @@ class Store:
 
     def explain(self, stage: str, recipe: Recipe) -> str:
         """Why there is no artifact for this recipe: the difference to the most similar one there is."""
-        differences: list[list[str]] = []
+        differences: list[list[Change]] = []
         for path in (self.root / stage).glob(f"[!.]*/{MANIFEST}"):  # not what is being made
             with suppress(OSError, ValidationError):  # another run replaces it just now, or it is damaged
-                differences.append(_changes(Manifest.model_validate_json(content_of(path)).recipe, recipe))
+                differences.append([*changes(Manifest.model_validate_json(content_of(path)).recipe, recipe)])
         if not differences:
             return "none was made before"
         fewest = min(differences, key=len)
-        return "; ".join(fewest)
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    lines = []
-    for name in sorted({*old, *new}):
-        before, after, key = old.get(name), new.get(name), f"{prefix}{name}"
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += _changes(before, after, f"{key}.")
-        elif before != after:
-            lines.append(f"{key}: {before!r} -> {after!r}")
-    return lines
+        return "; ".join(said(stage, each, rows_in(self.root)) for each in fewest)

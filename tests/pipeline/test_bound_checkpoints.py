@@ -82,7 +82,7 @@ def test_another_base_model_starts_ppo_anew(chain: Chain, tiny_model: Path, tmp_
     change_weights(model)
     outcome = chain.run(*GOES_ON, *local)
     assert outcome.code == 0
-    keys = f"inputs.sft: '{before.key('sft')}' -> '{outcome.key('sft')}'"
+    keys = f"made from another sft ({before.key('sft')} -> {outcome.key('sft')})"
     told = f"ppo: starts again; the checkpoints in store/ppo/.{before.key('ppo')}.checkpoints are of other "
     assert f"{told}inputs ({keys})\n" in outcome.out
     assert "continues from" not in outcome.out

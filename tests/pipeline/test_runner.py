@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +191,9 @@ def test_one_knob_of_ppo_runs_ppo_and_what_reads_it(chain: Chain, first: Outcome
     outcome = chain.run("ppo.kl.coef=0.1", "why=true")
     assert outcome.statuses == reused_except("ppo", "evaluate")
     before = yaml.safe_load((first.directory / "config.yaml").read_text())["ppo"]["kl"]["coef"]
-    assert f"ppo runs ({outcome.key('ppo')}): knobs.kl.coef: {before} -> 0.1\n" in outcome.out
+    assert f"ppo runs ({outcome.key('ppo')}): ppo.kl.coef: {before} -> 0.1\n" in outcome.out
     assert f"sft reused ({first.key('sft')}): every knob and input equals" in outcome.out
-    assert f"inputs.ppo: '{first.key('ppo')}' -> '{outcome.key('ppo')}'" in outcome.out
+    assert f"made from another ppo ({first.key('ppo')} -> {outcome.key('ppo')})" in outcome.out
 
 
 def test_other_prompts_leave_sft_and_reward_alone(chain: Chain, first: Outcome) -> None:
@@ -202,6 +203,18 @@ def test_other_prompts_leave_sft_and_reward_alone(chain: Chain, first: Outcome) 
         "prepare": "ran", "sft": "reused", "reward": "reused", "generate": "ran", "ppo": "ran",
     }  # fmt: skip
     assert outcome.key("sft") == first.key("sft")
+
+
+def test_other_rows_are_counted_and_have_no_digests(chain: Chain, first: Outcome) -> None:
+    rows = [json.loads(line) for line in (chain.directory / "sft.jsonl").read_text().splitlines()]
+    more = [*rows, {"prompt": "Sing", "completion": "La la la"}]
+    outcome = chain.run("stage=sft", f"sft.data={chain.write('more.jsonl', more)}", "why=true")
+    assert outcome.code == 0, outcome.err
+    (line,) = [line for line in outcome.out.splitlines() if " sft runs" in line]
+    wanted = f"sft runs ({outcome.key('sft')}): sft.data: other rows, {len(rows)} -> {len(more)}"
+    assert line.endswith(wanted)
+    (line,) = [line for line in outcome.out.splitlines() if " prepare runs" in line]
+    assert not re.search("[0-9a-f]{32}", line), line
 
 
 @pytest.mark.parametrize("override", [

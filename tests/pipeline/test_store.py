@@ -130,7 +130,7 @@ def test_explain_names_the_changed_knob(store: Store) -> None:
     assert store.explain("sft", RECIPE) == "none was made before"
     publish(store)
     changed = {**RECIPE, "knobs": {"epochs": 2.0, "optim": {"lr": 1e-4, "eps": 1e-8}}}
-    assert store.explain("sft", changed) == "knobs.optim.lr: 3e-05 -> 0.0001"
+    assert store.explain("sft", changed) == "sft.optim.lr: 3e-05 -> 0.0001"
     assert store.explain("reward", changed) == "none was made before"
 
 
@@ -145,7 +145,7 @@ def test_explain_tells_new_and_lost_ingredients_and_skips_damage(store: Store) -
     (publish(store, {**RECIPE, "seed": 3}).path / "manifest.json").write_text("{")
     without_model = {name: value for name, value in RECIPE.items() if name != "model"}
     publish(store, without_model)
-    assert store.explain("sft", RECIPE) == "model: None -> 'm1'"
+    assert store.explain("sft", RECIPE) == "model: null -> m1"
 
 
 def test_explain_goes_on_where_another_run_replaces_what_it_reads(

@@ -1,0 +1,85 @@
+"""Why a stage runs: what is otherwise than in the most similar artifact there is, in the user's own keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.data.prepared import PreparedData, role_digest
+from rlhf.data.roles import ROLES
+from rlhf.disk import content_of
+
+DIGEST = re.compile("[0-9a-f]{16,64}")
+
+
+class Change(NamedTuple):
+    """One part of a recipe that is another one."""
+
+    name: str
+    """Where it stands in the recipe: `knobs.optim.lr`."""
+    before: Any
+    """None where it was not there."""
+    after: Any
+
+
+Rows = Callable[[str, str], int | None]
+"""(role, digest of its rows) -> how many there are, if that is known."""
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
+    """What differs between two recipes."""
+    for name in sorted({*old, *new}):
+        before, after, key = old.get(name), new.get(name), f"{prefix}{name}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from changes(before, after, f"{key}.")
+        elif before != after:
+            yield Change(key, before, after)
+
+
+def said(stage: str, change: Change, rows: Rows = lambda role, digest: None) -> str:
+    """A change in words, with the key that the user types, and without digests."""
+    part, _, name = change.name.partition(".")
+    if part == "knobs":
+        return f"{stage}.{name}: {_typed(change.before)} -> {_typed(change.after)}"
+    if not (_is_digest(change.before) or _is_digest(change.after)):
+        return f"{change.name}: {_typed(change.before)} -> {_typed(change.after)}"
+    match part:
+        case "data":
+            before, after = (
+                rows(name, digest) if digest else None for digest in (change.before, change.after)
+            )
+            counts = "" if None in (before, after) else f", {before} -> {after}"
+            return f"{ROLES[name].key if name in ROLES else name}: other rows{counts}"
+        case "inputs":
+            return f"made from another {name} ({change.before} -> {change.after})"
+        case "model":
+            return "model: another base model"
+        case _:
+            return f"{name or part}: other content"
+
+
+def rows_in(store: Path) -> Rows:
+    """Looks through the prepared data of a store."""
+
+    def count(role: str, digest: str) -> int | None:
+        for path in (store / "prepare").glob("[!.]*/manifest.json"):
+            # one that is being replaced, damaged, or has no such role, is not the one
+            with suppress(OSError, ValueError, KeyError):
+                if role_digest(role, json.loads(content_of(path))["files"]) == digest:
+                    data = PreparedData(path.parent)
+                    return sum(data.size(role, split).rows for split in ROLES[role].splits)
+        return None
+
+    return count
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
+
+
+def _typed(value: object) -> str:
+    return "null" if value is None else str(value)
