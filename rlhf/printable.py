@@ -12,3 +12,19 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 def printable(text: str) -> str:
     """The text with each control character written as in Python source: an escape becomes `\\x1b`."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def duration(seconds: float) -> str:
+    """`350 ms`, `1.2 s`, `12 min`, `3.2 h`, `5.1 days`: a time that nobody has measured to the second."""
+    for unit, size, most in (("ms", 1e-3, 1), ("s", 1, 100), ("min", 60, 5400), ("h", 3600, 172_800)):
+        if 0 < seconds < most:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86_400:.3g} days" if seconds else "0 s"
+
+
+def quantity(count: float) -> str:
+    """`850`, `32.8 thousand`, `1.2 million`, `70.6 billion`, `140 trillion`."""
+    for word, size in ((" trillion", 1e12), (" billion", 1e9), (" million", 1e6), (" thousand", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{word}"
+    return f"{count:.3g}"

@@ -87,7 +87,7 @@ class PlanStage(Stage):
     name: ClassVar[str] = "plan"
     headlines: ClassVar[Mapping[str, tuple[str, str]]] = {
         "strategies": ("strategies", ".0f"),
-        "hours": ("hours of the best, at most", ".2g"),
+        "peak_gib": ("GiB of the best", ".1f"),
     }
     random: ClassVar[bool] = False
     in_chain: ClassVar[bool] = False

@@ -14,6 +14,7 @@ from rlhf.costs.memory import amount
 from rlhf.costs.setup import CostContext
 from rlhf.costs.stage_cost import EFFICIENCY, SLOW, Activity, StageCost
 from rlhf.pipeline.preflight import most
+from rlhf.printable import duration
 from rlhf.tracking.progress import clock
 from rlhf.tracking.tables import Cells
 
@@ -38,7 +39,7 @@ NOT_PART = ("plan", "run_name", "stage", "force", "why")
 def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
     """One row a strategy, the best one first."""
     headings = [
-        "", "strategy", "zero", "peak memory", "hours", "price", "artifact", "added latency", "because",
+        "", "strategy", "zero", "peak memory", "time", "price", "artifact", "added latency", "because",
     ]  # fmt: skip
     rows = []
     for place, strategy in enumerate(strategies, 1):
@@ -46,8 +47,8 @@ def table(strategies: Sequence[Strategy], price: float | None) -> Cells:
         cost = "-" if price is None else price_of(strategy, price)
         rows.append([
             "no" if strategy.against else str(place), strategy.name, strategy.on.zero,
-            f"{size / GIB:.1f} GiB ({phase.name})", hours_of(strategy), cost,
-            amount(strategy.artifact.value), f"{1000 * strategy.latency.value:.3g} ms",
+            f"{size / GIB:.1f} GiB ({phase.name})", time_of(strategy), cost,
+            amount(strategy.artifact.value), duration(strategy.latency.value),
             "; ".join(strategy.against) or strategy.reason,
         ])  # fmt: skip
     return Cells(headings, rows)
@@ -96,6 +97,11 @@ def rates(cost: StageCost | None, on: CostContext) -> str:
 def hours_of(strategy: Strategy) -> str:
     """`3.2 to 9.5`; one number of a CPU."""
     return span(f"{strategy.hours:.3g}", f"{strategy.most_hours:.3g}")
+
+
+def time_of(strategy: Strategy) -> str:
+    """`3.2 h to 9.5 h`; one time of a CPU."""
+    return span(duration(3600 * strategy.hours), duration(3600 * strategy.most_hours))
 
 
 def span(least: str, most: str) -> str:

@@ -23,7 +23,8 @@ from rlhf.models.peft.methods import METHODS, MethodName
 from rlhf.pipeline.experiment import Experiment, check_method
 from rlhf.pipeline.preflight import FITS, check_tunes, shortage, tightest
 from rlhf.pipeline.stage import Stage
-from rlhf.planner.report import DOES_NOT_FIT, LARGER, hours_of
+from rlhf.planner.report import DOES_NOT_FIT, LARGER, time_of
+from rlhf.printable import duration, quantity
 
 BITS_STORED, BITS_A_TOKEN = 2.0, 1.0
 """A parameter can learn so many bits (Allen-Zhu and Li 2024, arXiv:2404.05405); a token of an answer holds
@@ -246,7 +247,7 @@ def tuned(
     count = COSTS[name].published(on.shape, peft)
     strategy = Strategy(
         method.title, setting, cost,
-        Figure(on.dtype_bytes * count, f"{count:.3g} parameters x {on.dtype_bytes} B"),
+        Figure(on.dtype_bytes * count, f"{quantity(count)} parameters x {on.dtype_bytes} B"),
         served(on, peft, use), *quality(peft, on, use), experiment(stages, changed, setting, on.vllm),
         source=method.source, costs=found.costs,
         larger={} if shortage(larger.cost, found.on) > FITS else larger.costs,
@@ -437,7 +438,10 @@ def quality(peft: PeftConfig, on: CostContext, use: Use) -> tuple[int, str]:
     """(tier, why): whether what trains can store what the answers say."""
     count = COSTS[peft.method].trained(on.shape, peft)
     answer_bits, stored_bits = BITS_A_TOKEN * use.rows * use.answer, BITS_STORED * count
-    holds = f"{count:.3g} trained parameters hold {stored_bits:.2g} bits, the answers about {answer_bits:.2g}"
+    holds = (
+        f"{quantity(count)} trained parameters hold {quantity(stored_bits)} bits, the answers about "
+        f"{quantity(answer_bits)}"
+    )
     if answer_bits > stored_bits:
         return 2, f"too small: {holds}"
     if peft.method == "prompt" and on.shape.parameters < PROMPT_IS_ENOUGH:
@@ -471,9 +475,8 @@ def judged(strategy: Strategy, use: Use) -> Strategy:
         peak, _, _ = tightest(strategy.cost, on)
         against.append(f"{DOES_NOT_FIT}: {shortage(strategy.cost, on):.2g} times the memory ({peak.name})")
     if use.hours is not None and strategy.most_hours > use.hours:
-        against.append(f"{hours_of(strategy)} hours, and plan.hours={use.hours:g}")
+        against.append(f"{time_of(strategy)}, and plan.hours={use.hours:g}")
     if use.max_added_latency is not None and strategy.latency.value > use.max_added_latency:
-        against.append(
-            f"{strategy.latency.value:.2g} s an answer, and plan.max_added_latency={use.max_added_latency:g}"
-        )
+        took = duration(strategy.latency.value)
+        against.append(f"{took} an answer, and plan.max_added_latency={use.max_added_latency:g}")
     return replace(strategy, against=against)

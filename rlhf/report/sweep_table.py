@@ -54,9 +54,53 @@ class SweepTable:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics shown: those that `sweep.*` names; without `sweep.metric`, those with a gate."""
+        """The metrics that are written down: those that `sweep.*` names; without `sweep.metric`, those with a
+        gate."""
         gates = [name for trial in self.trials if trial.outcome for name in trial.outcome.gates]
         return list(dict.fromkeys([*self.config.metrics.values(), *([] if self.config.metric else gates)]))
+
+    @property
+    def shown_metrics(self) -> list[str]:
+        """Of those, the ones that `sweep.*` names and those that differ between the trials."""
+        named, trials = [*self.config.metrics.values()], self.trials
+        return [
+            name
+            for name in self.metrics
+            if name in named or len(trials) == 1 or len({shown(each.metric(name)) for each in trials}) > 1
+        ]
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """The best trial first, the others as they were numbered."""
+        return sorted(self.trials, key=lambda trial: trial is not self.best)
+
+    @property
+    def lead(self) -> str:
+        """The best trial in a sentence, with its interval; empty without one."""
+        best, metric = self.best, self.config.metric
+        if best is None or metric is None or best.outcome is None:
+            return ""
+        sampled = best.sampled(metric)
+        interval = ""
+        if sampled is not None:
+            interval = f" (95%: {sampled.low:.4g} to {sampled.high:.4g}, {sampled.rows:,} rows)"
+        values = " ".join(f"{as_typed(key)}={short(best.values[key])}" for key in self.keys)
+        named = f"trial {best.number}" + (f" ({values})" if values else "")
+        others = [each.sampled(metric) for each in self.trials if each is not best]
+        alike = sum(
+            other is not None and sampled is not None
+            and other.low <= sampled.high and sampled.low <= other.high
+            for other in others
+        )  # fmt: skip
+        apart = f" Its interval overlaps that of {alike} of the others." if alike else ""
+        return f"Best: {named}, {metric} = {shown(best.metric(metric))}{interval}.{apart}"
+
+    @property
+    def left_out(self) -> str:
+        """What the table does not show; empty if it shows all."""
+        same = len(self.metrics) - len(self.shown_metrics)
+        words = "1 figure that is" if same == 1 else f"{same} figures that are"
+        return f"{words} the same in all trials: see sweep.json." if same else ""
 
     @property
     def keys(self) -> list[str]:
@@ -84,7 +128,7 @@ class SweepTable:
     @property
     def is_upright(self) -> bool:
         """Whether each trial is a column: of few trials with many metrics, which would be a wide table."""
-        return len(self.metrics) > len(self.trials)
+        return len(self.shown_metrics) > len(self.trials)
 
     def cells(self) -> Cells:
         """Headings and rows: one row a trial, or one column."""
@@ -94,11 +138,11 @@ class SweepTable:
             "run",
             *(as_typed(key).lstrip("+") for key in self.keys),
             "status",
-            *self.metrics,
+            *self.shown_metrics,
         ]
         rows = []
-        for trial in self.trials:
-            values = [shown(trial.metric(name)) for name in self.metrics]
+        for trial in self.ranked:
+            values = [shown(trial.metric(name)) for name in self.shown_metrics]
             if trial is best:
                 values[0] += f" ({MARK})"
             overrides = [short(trial.values.get(key, "-")) for key in self.keys]
@@ -121,7 +165,9 @@ class SweepTable:
             figure = draw(points, pareto.gain, pareto.loss)
             figure.savefig(self.directory / PICTURE, dpi=130, metadata={"Software": None})
             picture = f"\n![{pareto.gain} against {pareto.loss}]({PICTURE})\n"
-        text = f"# Sweep {self.directory.name}\n\n{self.cells().markdown()}\n{picture}"
+        lead = f"{self.lead}\n\n" if self.lead else ""
+        left_out = f"\n{self.left_out}\n" if self.left_out else ""
+        text = f"# Sweep {self.directory.name}\n\n{lead}{self.cells().markdown()}\n{left_out}{picture}"
         seeds = self.over_seeds
         if seeds.titles:
             found, words = seeds.points()
@@ -154,7 +200,7 @@ class SweepTable:
         """Print it."""
         headings, rows = self.cells()
         table = Table(box=box.SIMPLE_HEAD, title=f"Sweep {self.directory.name}", title_justify="left")
-        colours = [self._colour(trial) for trial in self.trials]
+        colours = [self._colour(trial) for trial in self.ranked]
         columns, lines = [""] * len(headings), colours
         if self.is_upright:
             columns, lines = ["", *colours], [""] * len(rows)
@@ -163,6 +209,8 @@ class SweepTable:
         for cells, style in zip(rows, lines, strict=True):
             table.add_row(*map(escape, cells), style=style)
         console.print(table)
+        for line in filter(None, (self.lead, self.left_out)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         if (seeds := self.over_seeds).titles:
             policies = seeds.cells()
             right = range(1, len(policies.headings))

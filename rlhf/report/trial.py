@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlhf.evaluation.sampled import Sampled
 from rlhf.exit_codes import INTERRUPTED, STOPPED
 
 
@@ -50,6 +51,13 @@ class Trial:
     def status(self) -> str:
         """How it ended, in words."""
         return self.outcome.status if self.outcome else "not started"
+
+    def sampled(self, name: str) -> Sampled | None:
+        """A metric with its interval; None if it has none."""
+        stage, _, metric = name.partition("/")
+        found = self.outcome.metrics if self.outcome else {}
+        own = {key.removeprefix(f"{stage}/"): value for key, value in found.items() if value is not None}
+        return Sampled.found(metric, own)
 
     def metric(self, name: str) -> float | None:
         """A metric; None if it was not measured or is not finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rlhf.cli.messages import in_our_words
 from rlhf.cli.sweep.optuna_study import JOURNAL, Study
 from rlhf.cli.sweep.trial import NOTE, read_note, write_note
 from rlhf.config import ConfigError
+from rlhf.evaluation.sampled import Sampled
 from rlhf.pipeline.settings import SweepConfig
 from rlhf.report.sweep_table import SweepTable
 from rlhf.report.trial import Outcome as TrialOutcome
@@ -319,10 +321,44 @@ def test_the_table(direction: str, best: int) -> None:
     )
     headings, cells = SweepTable(Path("runs/t"), knobs, rows).cells()
     assert headings == ["trial", "run", "lr", "status", "ppo/kl"]  # the seed is everyone's
-    marks = ["(best)" in row[-1] for row in cells]
-    assert marks == [number == best for number in range(6)]
-    assert cells[1] == ["1", "runs/t-1", "0.0001235", "failed in ppo: gate kl", "9"]
+    assert "(best)" in cells[0][-1] and cells[0][0] == str(best)
+    assert not any("(best)" in row[-1] for row in cells[1:])
+    assert [int(row[0]) for row in cells[1:]] == [number for number in range(6) if number != best]
+    by_number = {row[0]: row for row in cells}
+    assert by_number["1"] == ["1", "runs/t-1", "0.0001235", "failed in ppo: gate kl", "9"]
     assert [row[3:] for row in cells[3:]] == [["done", "-"], ["unfinished", "-"], ["not started", "-"]]
+
+
+def test_the_best_trial_leads_with_its_interval_and_what_does_not_vary_is_hidden(tmp_path: Path) -> None:
+    knobs = SweepConfig.model_validate({**KNOBS.model_dump(), "metric": None})
+
+    def outcome(gain: Sampled, other: float) -> TrialOutcome:
+        metrics = {f"evaluate/{name}": value for name, value in gain.metrics("gold_gain/ppo").items()}
+        metrics |= {"sft/skipped_steps": 0.0, "ppo/kl": other}
+        gates = ("evaluate/gold_gain/ppo", "sft/skipped_steps", "ppo/kl")
+        return TrialOutcome(0, "done", metrics, gates)
+
+    rows = trials(
+        ("1e-05", outcome(Sampled(0.1, 0.05, 0.15, 96), 3.0)),
+        ("1e-04", outcome(Sampled(0.3, 0.2, 0.4, 96), 4.0)),
+        ("1e-03", outcome(Sampled(0.25, 0.15, 0.35, 96), 5.0)),
+    )
+    by_gates = SweepTable(tmp_path, knobs, rows)
+    assert by_gates.lead == "" and set(by_gates.shown_metrics) == {"evaluate/gold_gain/ppo", "ppo/kl"}
+    assert by_gates.left_out == "1 figure that is the same in all trials: see sweep.json."
+    named = knobs.model_copy(update={"metric": "evaluate/gold_gain/ppo", "direction": "maximize"})
+    table = SweepTable(tmp_path, named, rows)
+    assert table.lead == (
+        "Best: trial 1 (lr=1e-04), evaluate/gold_gain/ppo = 0.3 (95%: 0.2 to 0.4, 96 rows). "
+        "Its interval overlaps that of 1 of the others."
+    )
+    table.write()
+    text = (tmp_path / "sweep.md").read_text()
+    assert text.startswith(f"# Sweep {tmp_path.name}\n\n{table.lead}\n\n| trial |")
+    by_gates.write()
+    assert set(json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["metrics"]) == {
+        "evaluate/gold_gain/ppo", "sft/skipped_steps", "ppo/kl",
+    }  # fmt: skip
 
 
 def test_a_grid_of_several_keys(chain: Chain) -> None:

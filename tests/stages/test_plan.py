@@ -82,14 +82,16 @@ def test_a_model_that_is_not_here_on_gpus_that_are_not_here(chain: Chain, config
     # 8.2e9 parameters at 18 B are 137 GiB; two thirds of that sharded over 8 GPUs leave it 15 + 15 + 15
     assert table["full"][2] == "zero2"
     assert table["LoRA"][0] == "1" and table["LoRA"][2] == "none"
-    (hours, most_hours), (price, most_price) = (
-        map(float, table["LoRA"][place].split(" to ")) for place in (4, 5)
-    )
+    text = (outcome.artifact("plan") / "plan.md").read_text()
+    (found,) = re.findall(r"^## LoRA.*?price: ([\d.]+) to ([\d.]+) hours x 8", text, re.MULTILINE | re.DOTALL)
+    hours, most_hours = map(float, found)
     assert 0 < hours < most_hours < 1
+    least, most = (float(each.removesuffix(" min")) for each in table["LoRA"][4].split(" to "))
+    assert (least, most) == pytest.approx((60 * hours, 60 * most_hours), rel=0.01)
+    price, most_price = map(float, table["LoRA"][5].split(" to "))
     assert price == pytest.approx(hours * 8 * 2, rel=0.1)
     assert most_price == pytest.approx(most_hours * 8 * 2, rel=0.1)
     assert "Recommended: LoRA" in outcome.out
-    text = (outcome.artifact("plan") / "plan.md").read_text()
     assert re.search(r"- price: [\d.]+ to [\d.]+ hours x 8 ranks x 2 = [\d.]+ to [\d.]+", text)
     assert "| on the GPU | on the host |" in text
 
@@ -146,7 +148,7 @@ def test_two_nodes_of_eight_gpus(chain: Chain, config_of_8b: Path) -> None:
     outcome = plan(chain, config_of_8b, *EIGHT_GPUS, "plan.nodes=2", "sft.batch_rows=16")
     assert "planned: 2 nodes of 8 GPUs: 16 ranks" in outcome.out
     one, two = (
-        float(rows(each)["LoRA"][4].partition(" to ")[0])
+        each.summary["stages"]["plan"]["metrics"]["plan/hours"]
         for each in (plan(chain, config_of_8b, *EIGHT_GPUS, "sft.batch_rows=16"), outcome)
     )
     assert one / 2 < two < one  # each rank trains half as much, and loads as long
