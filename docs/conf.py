@@ -21,6 +21,7 @@ html_theme = "furo"
 html_title = "rlhf"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(Path(__file__).with_name("scorer.js"))
 html_extra_path = ["schema.json"]
 html_copy_source = False
 myst_heading_anchors = 4
