@@ -8,6 +8,7 @@ Writes  responses.jsonl; best_of_n.jsonl (usable as `sft.data`); pairs.jsonl (us
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -54,7 +55,7 @@ class GenerateStage(Stage):
         "sft": "best_of_n.jsonl", "replay": "best_of_n.jsonl", "ptx": "best_of_n.jsonl",
         "pairs": "pairs.jsonl", "dpo": "pairs.jsonl",
     }  # fmt: skip
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"micro_batch_tokens", "max_unscored"})
 
     policy: Init
     """The model that answers: `base`, any stage that makes a policy (`sft`, `dpo`, `ppo`, ...), or a
@@ -73,6 +74,9 @@ class GenerateStage(Stage):
     """Divides the logits."""
     pair_min_gap: NonNegativeFloat
     """Pairs whose scores differ by less are not written."""
+    max_unscored: float = Field(ge=0, lt=1)
+    """Largest share of answers for which a function of yours (`python:`, `trl:`) may raise: they have no
+    score. With more the stage fails, and its answers are kept beside the run."""
     batch_rows: PositiveInt
     """Rows that are decoded together."""
     micro_batch_tokens: PositiveInt
@@ -193,7 +197,19 @@ class GenerateStage(Stage):
             )
         del policy  # its memory is needed for the reward model
         answered = with_token_ids(repeated, rollout.response_ids)
-        found = self.score(job, answered, texts)
+        answers = [
+            {"prompt": row.prompt, "response": text, "stopped": bool(stopped), "tokens": len(ids)}
+            for row, text, stopped, ids in zip(
+                repeated, texts, rollout.stopped, rollout.response_ids, strict=True
+            )
+        ]
+        try:
+            found = self.score(job, answered, texts)
+        except ConfigError as error:
+            path = job.run_directory / f"{self.name}.unscored.jsonl"
+            lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
+            job.compute.main_only(lambda: path.write_text(lines, encoding="utf-8"))
+            raise type(error)(f"{error} The answers are in {path}.") from error
         scores = None if found is None else found.score_B.tolist()
         stopped_BS = rollout.stopped.double().view(len(rows), self.samples_per_prompt)
         echoes = [repeats_question(row, text) for row, text in zip(repeated, texts, strict=True)]
@@ -205,12 +221,6 @@ class GenerateStage(Stage):
             "length_mean": float(rollout.response_lengths.float().mean()),
             "distinct_2": distinct_n([ids.tolist() for ids in rollout.response_ids], 2),
         }
-        answers = [
-            {"prompt": row.prompt, "response": text, "stopped": bool(stopped), "tokens": len(ids)}
-            for row, text, stopped, ids in zip(
-                repeated, texts, rollout.stopped, rollout.response_ids, strict=True
-            )
-        ]
         if scores is not None:
             answers = [
                 {**row, "score": None if math.isnan(score) else score}
@@ -237,25 +247,40 @@ class GenerateStage(Stage):
 
         order_B = torch.randperm(len(texts), generator=torch.Generator().manual_seed(job.seed))
         places = order_B.tolist()
-        found = self.score(job, [rows[place] for place in places], [texts[place] for place in places])
+        found = self.score(job, [rows[place] for place in places], [texts[place] for place in places], True)
         assert found is not None
         again_B = torch.empty_like(score_B)
         again_B[order_B] = found.score_B
         size = self.samples_per_prompt
         return correlation(score_B.view(-1, size), again_B.view(-1, size))
 
-    def score(self, job: Job, rows: list[PromptRow], texts: list[str]) -> Scores | None:
+    def score(
+        self, job: Job, rows: list[PromptRow], texts: list[str], is_again: bool = False
+    ) -> Scores | None:
         """One score a response; or None without a reward.
+
+        Args:
+            is_again: what raises was told the first time.
 
         Raises:
             ConfigError: a score is infinite, or no response has one.
         """
+        import torch
+
         from rlhf.rewards.combined import usable_scores
+        from rlhf.rewards.function import Tolerance
 
         if self.reward is None:
             return None
-        reward = job.reward(self.reward, self.micro_batch_tokens)
-        return usable_scores(reward, rows, texts, f"{self.name}.reward={self.reward}")
+        tolerance = Tolerance(self.max_unscored)
+        reward = job.reward(self.reward, self.micro_batch_tokens, tolerance=tolerance)
+        found = usable_scores(reward, rows, texts, f"{self.name}.reward={self.reward}")
+        raised = int(job.compute.global_sum(torch.tensor([float(len(tolerance.raised))])))
+        if raised and not is_again:
+            first = tolerance.raised[0] if tolerance.raised else "on another rank"
+            line = f"{self.name}: the reward raised for {raised} answers, which have no score: {first}"
+            job.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        return found
 
     def write_ranked(
         self, job: Job, rows: list[PromptRow], texts: list[str], scores: list[float]

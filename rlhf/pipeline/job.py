@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rlhf.generation.vllm import Vllm
     from rlhf.models.weight_sharing import Backbone, Placement
     from rlhf.pipeline.experiment import Experiment
+    from rlhf.rewards.function import Tolerance
     from rlhf.rewards.http import RewardServerConfig
     from rlhf.rewards.kinds import RewardMix
     from rlhf.rewards.reward import Reward
@@ -163,6 +164,7 @@ class Job:
         micro_batch_tokens: int,
         backbone: Backbone | None = None,
         placement: Placement | None = None,
+        tolerance: Tolerance | None = None,
     ) -> Reward:
         """The reward that a `RewardSource` names. Several are normalised as `generate` measured them, and by
         `generate` itself as it measures them.
@@ -171,6 +173,7 @@ class Job:
             micro_batch_tokens: of a model's forward pass.
             backbone: weights that a learned one may share.
             placement: of a model; None for as the weights that train.
+            tolerance: for functions of the user's that raise; None: one answer is an error.
         """
         from rlhf.rewards.combined import Moments
         from rlhf.rewards.kinds import parts_of, stage_of
@@ -187,7 +190,7 @@ class Job:
             }
         return make_reward(
             source, learned, self.base.config, self.compute,
-            micro_batch_tokens, self.reward_server, backbone, placement, moments,
+            micro_batch_tokens, self.reward_server, backbone, placement, moments, tolerance,
         )  # fmt: skip
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

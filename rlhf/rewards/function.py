@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ConfigError
@@ -87,20 +90,52 @@ def needed_columns(function: Function) -> frozenset[str]:
     return frozenset(needed - {*OWN_ARGUMENTS, TOKEN_IDS})
 
 
-def called(source: str, function: Function, *, as_messages: bool = False) -> Reward:
+def called(source: str, function: Function, *, as_messages: bool = False) -> FunctionReward:
     """The reward of a function.
 
     Args:
         as_messages: in TRL's form, it always gets message lists.
     """
-    name = source.rpartition(":")[2]
-    wanted = WANTED.format(name=name)
-    place = _place(function, source.split(":")[1])
+    return FunctionReward(source, function, as_messages=as_messages)
 
-    def score(prompts: Prompts, completions: Sequence[str]) -> Tensor:
+
+@dataclass
+class Tolerance:
+    """How often a function may raise, and when it did."""
+
+    share: float
+    """Of the answers of a call: those for which it raises have no score. One more is an error."""
+    raised: list[str] = field(default_factory=list)
+    """What it raised, and for which answer."""
+
+
+class FunctionRaisedError(RewardError):
+    """A user's function raised."""
+
+
+class FunctionReward:
+    """A user's function as a reward."""
+
+    def __init__(self, source: str, function: Function, *, as_messages: bool = False) -> None:
+        self._source, self._function, self._as_messages = source, function, as_messages
+        self._wanted = WANTED.format(name=source.rpartition(":")[2])
+        self._place = _place(function, source.split(":")[1])
+        self.tolerance: Tolerance | None = None
+        """None for none: an error of one answer is an error of all."""
+
+    def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        try:
+            return self._scores(prompts, completions)
+        except FunctionRaisedError:
+            if self.tolerance is None or len(completions) < 2:
+                raise
+            return self._one_by_one(prompts, completions, self.tolerance)
+
+    def _scores(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
+        function, source, wanted = self._function, self._source, self._wanted
         try:
             if is_in_trl_form(function):
-                answer = function(**_by_name(function, prompts, completions, as_messages))
+                answer = function(**_by_name(function, prompts, completions, self._as_messages))
             else:
                 answer = function(last_messages(prompts), list(completions))
             if inspect.iscoroutine(answer):
@@ -109,11 +144,29 @@ def called(source: str, function: Function, *, as_messages: bool = False) -> Rew
             defined = _defined(function)
             frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if defined and frame.filename == defined[0]]
-            where = f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else place
-            raise RewardError(f"{source}: {type(error).__name__}: {error} ({where}). {wanted}") from error
-        return as_scores(answer, len(completions), source, f"({place}). {wanted}")
+            where = f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else self._place
+            said = f"{source}: {type(error).__name__}: {error} ({where}). {wanted}"
+            raise FunctionRaisedError(said) from error
+        return as_scores(answer, len(completions), source, f"({self._place}). {wanted}")
 
-    return score
+    def _one_by_one(self, prompts: Prompts, completions: Sequence[str], tolerance: Tolerance) -> Tensor:
+        """The scores of each answer by itself; NaN where the function raises."""
+        import torch
+
+        scores = torch.full((len(completions),), math.nan)
+        raised: list[str] = []
+        for place, (row, text) in enumerate(zip(prompts, completions, strict=True)):
+            try:
+                scores[place] = self._scores([row], [text])[0]
+            except FunctionRaisedError as error:
+                asked = reprlib.repr(last_messages([row])[0])
+                raised.append(f"answer {place + 1}, {reprlib.repr(text)} to {asked}: {error}")
+                if len(raised) > tolerance.share * len(completions):
+                    raise FunctionRaisedError(
+                        f"{raised[0]} It raised for {len(raised)} of the first {place + 1} answers."
+                    ) from error
+        tolerance.raised += raised
+        return scores
 
 
 def is_in_trl_form(function: Function) -> bool:

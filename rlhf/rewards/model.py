@@ -19,6 +19,7 @@ from rlhf.models.peft.saved import attach_published, described, origin_of
 from rlhf.models.value_head import ScalarModel, load_scalar_model
 from rlhf.models.weight_sharing import Backbone, Placement, frozen, sharing
 from rlhf.rewards.combined import CombinedReward, Moments
+from rlhf.rewards.function import FunctionReward, Tolerance
 from rlhf.rewards.http import RewardServerConfig
 from rlhf.rewards.judge import Judge
 from rlhf.rewards.kinds import RewardMix, RewardPart, parts_of, reward_directory, reward_kind
@@ -143,6 +144,7 @@ def make_reward(
     backbone: Backbone | None = None,
     placement: Placement | None = None,
     moments: Mapping[str, Moments] | None = None,
+    tolerance: Tolerance | None = None,
 ) -> Reward:
     """The reward that a `RewardSource` names.
 
@@ -152,6 +154,7 @@ def make_reward(
         backbone: weights that a learned reward may share.
         placement: of a model; None for as the weights that train.
         moments: of several rewards that are normalised: see `CombinedReward`.
+        tolerance: for functions of the user's that raise.
     """
 
     def made(part: RewardPart) -> Reward:
@@ -163,6 +166,8 @@ def make_reward(
         rule = make(part, server)
         if isinstance(rule, Judge):
             judges[id(part)] = rule
+        if isinstance(rule, FunctionReward):
+            rule.tolerance = tolerance
         return spread(_checked(part, rule), compute)
 
     judges: dict[int, Judge] = {}

@@ -193,6 +193,14 @@ def test_a_mapping_replaces_the_experiments_own_and_a_section_keeps_its_other_ke
     assert found["sft"]["optim"]["lr"] == 0.5 and "max_grad_norm" in found["sft"]["optim"]
 
 
+@pytest.mark.parametrize("named", ["quick", "/experiment/quick"])
+def test_a_file_builds_on_a_packaged_experiment(named: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"defaults:\n  - {named}\nsft:\n  epochs: 0.25\n")
+    found = yaml.safe_load(composed(tmp_path, "+experiment=mine.yaml").out)
+    assert found["sft"]["epochs"] == 0.25
+    assert found["model"]["kind"] == "tiny" and found["generate"]["num_prompts"] == 40
+
+
 def test_an_experiment_by_path_may_choose_a_model_and_needs_no_header(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults:\n  - override /model: tiny\nseed: 4\n")
     found = yaml.safe_load(composed(tmp_path, f"+experiment={tmp_path}/mine.yaml").out)

@@ -112,3 +112,34 @@ def test_a_column_that_is_in_no_row_is_told_before_anything_trains(chain: Chain)
     assert outcome.code == 2 and outcome.statuses.keys() == {"prepare"}
     said = "ppo.reward[0]=verify:exact needs the column gold, and no row of the prompts that it scores has it"
     assert f"{said} (other columns: answer, level)" in outcome.err
+
+
+RAISED: list[str] = []
+"""The answers for which `breaks` raises, from the call after `rehearse` on."""
+
+
+def breaks(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Raises for the first answer of the first call of many, and for that one by itself, from then on."""
+    if len(completions) > 4 and not RAISED:
+        RAISED.append(completions[0])
+    if RAISED and RAISED[0] in completions:
+        raise ZeroDivisionError("division by zero")
+    return [float(len(each)) for each in completions]
+
+
+def test_one_answer_whose_reward_raises_does_not_end_generate(chain: Chain) -> None:
+    RAISED.clear()
+    mine = (f"generate.reward=python:{__name__}:breaks", "ppo.score.normalize=none", "stage=generate")
+    few = ("generate.num_prompts=8", "generate.samples_per_prompt=4", "gates=warn")
+    strict = chain.run(*mine, *few, "generate.max_unscored=0", "run_name=strict")
+    assert strict.code == 2
+    assert "ZeroDivisionError: division by zero" in strict.err
+    kept = Path("runs/strict/generate.unscored.jsonl")
+    assert f"The answers are in {kept}." in strict.err
+    answers = [json.loads(line) for line in (chain.directory / kept).read_text().splitlines()]
+    assert len(answers) == 32 and all(answer["response"] is not None for answer in answers)
+    outcome = chain.run(*mine, *few, "generate.max_unscored=0.5")
+    assert outcome.code == 0, outcome.err
+    (line,) = [line for line in outcome.out.splitlines() if "the reward raised for " in line]
+    assert "answer 1, " in line and f"{__file__}, line " in line
+    assert outcome.summary["stages"]["generate"]["metrics"]["generate/unscored"] >= 1

@@ -10,7 +10,7 @@ import torch
 
 from helpers.jobs import user
 from rlhf.data.schema import PromptRow
-from rlhf.rewards.function import called, needed_columns
+from rlhf.rewards.function import Tolerance, called, needed_columns
 from rlhf.rewards.reward import RewardError, with_token_ids
 
 TEXTS = [
@@ -100,3 +100,37 @@ def test_a_call_that_fails_says_both_forms() -> None:
 
     with pytest.raises(RewardError, match=r"score: ValueError.*\(prompts, completions, \*\*columns\)"):
         called("python:mine:score", score)(TEXTS, SAID)
+
+
+def picky(prompts: list[str], responses: list[str]) -> list[float]:
+    if any(not response.strip() for response in responses):
+        raise ValueError("an empty answer")
+    return [float(len(response)) for response in responses]
+
+
+def test_an_answer_for_which_it_raises_has_no_score_where_that_is_allowed() -> None:
+    said = ["one", "four", " ", "twelve"]
+    rows = [PromptRow(user(f"Question {number}")) for number in range(4)]
+    reward = called("python:mine:picky", picky)
+    with pytest.raises(RewardError, match="picky: ValueError: an empty answer"):
+        reward(rows, said)
+    reward.tolerance = Tolerance(0.25)
+    scores = reward(rows, said)
+    assert scores[:2].tolist() == [3.0, 4.0] and scores[2].isnan() and scores[3] == 6.0
+    (raised,) = reward.tolerance.raised
+    assert raised.startswith(
+        "answer 3, ' ' to 'Question 2': python:mine:picky: ValueError: an empty answer ("
+    )
+    assert f"{__file__}, line " in raised and "in picky" in raised
+    with pytest.raises(RewardError, match=r"^answer 1, .* raised for 2 of the first 3 answers\.$"):
+        reward(rows, ["", "four", " ", "twelve"])
+    assert len(reward.tolerance.raised) == 1
+    with pytest.raises(RewardError, match="an empty answer"):
+        reward(rows[:1], [""])
+
+
+def test_what_is_no_number_is_an_error_of_the_function_not_of_an_answer() -> None:
+    reward = called("python:mine:words", lambda prompts, responses: ["good" for _ in responses])
+    reward.tolerance = Tolerance(0.9)
+    with pytest.raises(RewardError, match="which holds no numbers"):
+        reward(TEXTS, SAID)
