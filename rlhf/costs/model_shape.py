@@ -71,7 +71,8 @@ class ModelShape:
     small: int
     """Parameters of tensors with at most `PERSISTENT` elements, which ZeRO-3 does not shard."""
     full_layers: int
-    """Layers whose cache holds all tokens; others attend to a window."""
+    """Layers whose cache holds keys and values of all tokens; others attend to a window. At least one: what
+    is counted with it is the least that a row needs."""
     is_lean: bool
     """On CPUs `LeanDecoder` decodes it, from copies of bf16 weights."""
     can_pack: bool
@@ -204,6 +205,8 @@ def _added_up(name: str, layers: Sequence[Any]) -> Linears:
 
 
 def _full_layers(text: PreTrainedConfig) -> int:
+    if getattr(text, "kv_lora_rank", None):
+        return 1  # a latent cache (DeepSeek's MLA), which is much smaller than heads of keys and values
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * int(text.num_hidden_layers)
     return max(1, kinds.count("full_attention"))
 

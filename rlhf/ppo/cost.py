@@ -78,10 +78,11 @@ def policy_cost(
     states = [*trained.weights(named), trained.optimizer(), *trained.buffers()]
     placed = config.placement(shards_weights=on.shards_weights)
     of_reference, of_reward = [], []
-    if not shares:
+    if config.shares_reference(shards_weights=on.shards_weights):  # what is gathered of the policy's weights
+        of_reference = frozen_runs(on, "reference")[1:]
+    elif not shares:
         held, *of_reference = frozen_runs(on, "reference", placed)
-        if not config.shares_reference(shards_weights=on.shards_weights):
-            states.append(held)
+        states.append(held)
     others = []
     if scorer is not None and own_reward and not (shares and critic_on_reward):
         held, *of_reward = frozen_runs(scorer, "reward model", placed, is_scalar=True)

@@ -305,7 +305,8 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for line in reversed(lines):
         with suppress(ValueError):  # half a line, at either end
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and "stage" in row else []
     last: dict[str, Any] = {}
     for row in rows:
         last.setdefault(row["stage"], row.get("step"))
