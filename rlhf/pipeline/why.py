@@ -47,19 +47,20 @@ def said(stage: str, change: Change, rows: Rows = lambda role, digest: None) -> 
         return f"{stage}.{name}: {_typed(change.before)} -> {_typed(change.after)}"
     if not (_is_digest(change.before) or _is_digest(change.after)):
         return f"{change.name}: {_typed(change.before)} -> {_typed(change.after)}"
+    key = ROLES[name].key if name in ROLES else name
     match part:
         case "data":
             before, after = (
                 rows(name, digest) if digest else None for digest in (change.before, change.after)
             )
             counts = "" if None in (before, after) else f", {before} -> {after}"
-            return f"{ROLES[name].key if name in ROLES else name}: other rows{counts}"
+            return f"{key}: other rows{counts}"
         case "inputs":
             return f"made from another {name} ({change.before} -> {change.after})"
         case "model":
             return "model: another base model"
         case _:
-            return f"{name or part}: other content"
+            return f"{key or part}: other content"
 
 
 def rows_in(store: Path) -> Rows:

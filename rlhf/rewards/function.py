@@ -126,10 +126,10 @@ class FunctionReward:
     def __call__(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
         try:
             return self._scores(prompts, completions)
-        except FunctionRaisedError:
+        except FunctionRaisedError as error:
             if self.tolerance is None or len(completions) < 2:
                 raise
-            return self._one_by_one(prompts, completions, self.tolerance)
+            return self._one_by_one(prompts, completions, self.tolerance, error)
 
     def _scores(self, prompts: Prompts, completions: Sequence[str]) -> Tensor:
         function, source, wanted = self._function, self._source, self._wanted
@@ -149,8 +149,15 @@ class FunctionReward:
             raise FunctionRaisedError(said) from error
         return as_scores(answer, len(completions), source, f"({self._place}). {wanted}")
 
-    def _one_by_one(self, prompts: Prompts, completions: Sequence[str], tolerance: Tolerance) -> Tensor:
-        """The scores of each answer by itself; NaN where the function raises."""
+    def _one_by_one(
+        self, prompts: Prompts, completions: Sequence[str], tolerance: Tolerance, of_all: FunctionRaisedError
+    ) -> Tensor:
+        """The scores of each answer by itself; NaN where the function raises.
+
+        Raises:
+            FunctionRaisedError: it does for too many; or for none, so that no answer is to blame for what it
+                raised for all of them together.
+        """
         import torch
 
         scores = torch.full((len(completions),), math.nan)
@@ -165,6 +172,8 @@ class FunctionReward:
                     raise FunctionRaisedError(
                         f"{raised[0]} It raised for {len(raised)} of the first {place + 1} answers."
                     ) from error
+        if not raised:
+            raise of_all
         tolerance.raised += raised
         return scores
 

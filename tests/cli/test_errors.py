@@ -318,7 +318,7 @@ def test_generated_scores_must_be_numbers(chain: Chain) -> None:
     assert message.startswith(
         f"generate.reward=python:{__name__}:never_in_training gave nan for the response"
     )
-    assert message.rstrip().endswith("fix the reward for such responses, or use another one.")
+    assert "fix the reward for such responses, or use another one. The answers are in runs/" in message
     assert outcome.statuses["generate"] == "failed"
 
 

@@ -129,6 +129,18 @@ def test_an_answer_for_which_it_raises_has_no_score_where_that_is_allowed() -> N
         reward(rows[:1], [""])
 
 
+def test_an_error_of_all_answers_together_is_no_error_of_one() -> None:
+    def lonely(prompts: list[str], responses: list[str]) -> list[float]:
+        if len(responses) > 1:
+            raise ValueError("one at a time")
+        return [1.0]
+
+    reward = called("python:mine:lonely", lonely)
+    reward.tolerance = Tolerance(0.9)
+    with pytest.raises(RewardError, match="one at a time"):
+        reward(TEXTS, SAID)
+
+
 def test_what_is_no_number_is_an_error_of_the_function_not_of_an_answer() -> None:
     reward = called("python:mine:words", lambda prompts, responses: ["good" for _ in responses])
     reward.tolerance = Tolerance(0.9)
