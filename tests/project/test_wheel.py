@@ -122,7 +122,7 @@ def test_metadata_tells_what_is_needed(wheel: Path) -> None:
     assert "Requires-Python: >=3.11" in metadata
     assert "Requires-Dist: transformers<5.40,>=5.16" in metadata
     assert [line for line in metadata.splitlines() if line.startswith("Requires-Dist: trl")] == [
-        'Requires-Dist: trl<1.17,>=1.16; extra == "trl"'
+        'Requires-Dist: trl<1.20,>=1.16; extra == "trl"'
     ]
 
 
