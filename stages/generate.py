@@ -27,7 +27,7 @@ from rlhf.models.start import Init, check_start, directory_of, misfits
 from rlhf.pipeline.job import Job
 from rlhf.pipeline.stage import Stage, root_of
 from rlhf.rewards.kinds import RewardMix, RewardSource, models_of
-from rlhf.rewards.reward import with_token_ids
+from rlhf.rewards.reward import RewardError, with_token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,7 +209,8 @@ class GenerateStage(Stage):
             path = job.run_directory / f"{self.name}.unscored.jsonl"
             lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in answers)
             job.compute.main_only(lambda: path.write_text(lines, encoding="utf-8"))
-            raise type(error)(f"{error} The answers are in {path}.") from error
+            kind = RewardError if isinstance(error, RewardError) else ConfigError
+            raise kind(f"{error} The answers are in {path}.") from error
         scores = None if found is None else found.score_B.tolist()
         stopped_BS = rollout.stopped.double().view(len(rows), self.samples_per_prompt)
         echoes = [repeats_question(row, text) for row, text in zip(repeated, texts, strict=True)]

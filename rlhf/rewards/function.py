@@ -152,7 +152,8 @@ class FunctionReward:
     def _one_by_one(
         self, prompts: Prompts, completions: Sequence[str], tolerance: Tolerance, of_all: FunctionRaisedError
     ) -> Tensor:
-        """The scores of each answer by itself; NaN where the function raises.
+        """NaN for each answer for which the function raises when it gets that one by itself. The others are
+        scored together, as always: a score may depend on them.
 
         Raises:
             FunctionRaisedError: it does for too many; or for none, so that no answer is to blame for what it
@@ -162,9 +163,11 @@ class FunctionReward:
 
         scores = torch.full((len(completions),), math.nan)
         raised: list[str] = []
+        sound: list[int] = []
         for place, (row, text) in enumerate(zip(prompts, completions, strict=True)):
             try:
-                scores[place] = self._scores([row], [text])[0]
+                self._scores([row], [text])
+                sound.append(place)
             except FunctionRaisedError as error:
                 asked = reprlib.repr(last_messages([row])[0])
                 raised.append(f"answer {place + 1}, {reprlib.repr(text)} to {asked}: {error}")
@@ -174,6 +177,9 @@ class FunctionReward:
                     ) from error
         if not raised:
             raise of_all
+        scores[sound] = self._scores(
+            [prompts[place] for place in sound], [completions[place] for place in sound]
+        )
         tolerance.raised += raised
         return scores
 

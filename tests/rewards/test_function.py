@@ -129,6 +129,18 @@ def test_an_answer_for_which_it_raises_has_no_score_where_that_is_allowed() -> N
         reward(rows[:1], [""])
 
 
+def test_the_other_answers_are_scored_together_as_always() -> None:
+    def ranks(prompts: list[str], responses: list[str]) -> list[float]:
+        if "bad" in responses:
+            raise ValueError("a bad answer")
+        return [float(sorted(responses).index(each)) for each in responses]
+
+    reward = called("python:mine:ranks", ranks)
+    reward.tolerance = Tolerance(0.5)
+    scores = reward([PromptRow(user("?")) for _ in range(3)], ["b", "bad", "a"])
+    assert scores[[0, 2]].tolist() == [1.0, 0.0] and scores[1].isnan()
+
+
 def test_an_error_of_all_answers_together_is_no_error_of_one() -> None:
     def lonely(prompts: list[str], responses: list[str]) -> list[float]:
         if len(responses) > 1:
